@@ -1,0 +1,1 @@
+"""Floor 0: the nouns of the project. Standard library only, no network, no threads."""

@@ -1,0 +1,60 @@
+"""A conversation, and the events an answer is made of.
+
+An answer is a stream: `Step`s (ids) inside a loader, `Token`s (settled text) for everybody
+else, and one `Finish` at the end of either.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampled token, as a back-end yields it."""
+
+    id: int
+    logprob: float | None = None  # natural log, of the distribution the token was drawn from
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest, likeliest first
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token and the text that became certain with it (often its own, sometimes none)."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last event of an answer: why it ended and what it cost."""
+
+    reason: FinishReason
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from an earlier turn and not computed again
+    new_tokens: int = 0
+    prefill_s: float = 0.0  # from the first computation to the first token
+    generate_s: float = 0.0  # from the first token to the last
+    wait_s: float = 0.0  # in the queue, before the first computation
+    dropped_turns: int = 0  # oldest messages that no longer fitted and were left out of the prompt
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding rate: tokens after the first over the time they took; 0.0 if there are too few to say."""
+        return (self.new_tokens - 1) / self.generate_s if self.new_tokens > 1 and self.generate_s > 0 else 0.0
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from asking to the first token."""
+        return self.wait_s + self.prefill_s

@@ -1,0 +1,109 @@
+"""Every error this project raises on purpose. Each says what was found and what to do.
+
+GptqWebuiError
+├── BadModelName            the text is not owner/name[:branch]
+├── HubError                anything between us and the Hub
+│   ├── NoSuchRepository
+│   ├── NoSuchBranch        names the branches there are
+│   ├── AccessDenied        gated or private: where to accept, how to set the token
+│   ├── HubUnreachable      no network, or HF_HUB_OFFLINE is set
+│   ├── WrongRepository     GGUF, AWQ, EXL2, unquantised … recognised from the listing
+│   ├── DiskFull            both figures
+│   └── DownloadFailed      cut too often, or a file that is not what the Hub says it is
+├── ModelError              a folder on disk
+│   ├── BadQuantizeConfig
+│   ├── BadCheckpoint       the tensors do not fit the model, or a file is cut short
+│   └── NoSuchModel
+├── LoadRefused             no loader takes this model; carries the refusals
+├── LoadFailed              a loader tried and could not
+├── NotLoaded               a chat without a model
+├── PromptTooLong           one message alone is longer than the context
+├── BadParameter            a sampling parameter outside its limits
+└── Busy                    the model is being loaded or unloaded, or the line is full
+"""
+
+
+class GptqWebuiError(Exception):
+    """A sentence for the user. Nothing else is ever shown to them."""
+
+
+class BadModelName(GptqWebuiError):
+    def __init__(self, text: str, why: str = "") -> None:
+        shown = text if len(text) <= 120 else text[:117] + "…"
+        super().__init__(
+            f"{shown!r} is not a model name{': ' + why if why else ''}. Write owner/name or owner/name:branch, "
+            "for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True."
+        )
+
+
+class HubError(GptqWebuiError):
+    pass
+
+
+class NoSuchRepository(HubError):
+    pass
+
+
+class NoSuchBranch(HubError):
+    pass
+
+
+class AccessDenied(HubError):
+    pass
+
+
+class HubUnreachable(HubError):
+    pass
+
+
+class WrongRepository(HubError):
+    pass
+
+
+class DiskFull(HubError):
+    pass
+
+
+class DownloadFailed(HubError):
+    pass
+
+
+class ModelError(GptqWebuiError):
+    pass
+
+
+class BadQuantizeConfig(ModelError):
+    pass
+
+
+class BadCheckpoint(ModelError):
+    pass
+
+
+class NoSuchModel(ModelError):
+    pass
+
+
+class LoadRefused(GptqWebuiError):
+    pass
+
+
+class LoadFailed(GptqWebuiError):
+    pass
+
+
+class NotLoaded(GptqWebuiError):
+    def __init__(self) -> None:
+        super().__init__("No model is loaded. Choose one in the Model tab.")
+
+
+class PromptTooLong(GptqWebuiError):
+    pass
+
+
+class BadParameter(GptqWebuiError):
+    pass
+
+
+class Busy(GptqWebuiError):
+    pass

@@ -1,0 +1,210 @@
+"""A model on disk: what kind it is, seen from its file names, settings and tensor names.
+
+Kinds are told apart here, once, so that nobody else guesses: AWQ uses GPTQ's tensor names
+with another layout, and a GPTQ folder read as something else gives random weights.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .errors import BadCheckpoint, GptqWebuiError
+from .quantize_config import QuantizeConfig, read_json
+from .safetensors_header import TensorInfo, read_header
+
+Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "plain", "lora", "incomplete"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+MARKER = ".gptq-webui.json"  # written last by a download: its ref, commit and files
+PARTIAL = ".partial"  # ending of a file that is still being downloaded
+
+OPENED_BY: dict[Kind, str] = {
+    "awq": "AWQ weights are opened by vLLM or by Transformers with autoawq; look for the model's -GPTQ sister.",
+    "exl2": "EXL2 weights are opened by ExLlamaV2's own programs (tabbyAPI); look for the model's -GPTQ sister.",
+    "exl3": "EXL3 weights are opened by ExLlamaV3 (tabbyAPI, text-generation-webui); look for the model's -GPTQ sister.",
+    "gguf": "GGUF files are opened by llama.cpp, Ollama or LM Studio; look for the model's -GPTQ sister.",
+    "lora": "This is a LoRA adapter, not a model; it changes a base model and cannot be opened alone.",
+}
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.(?:safetensors|bin|pt))$")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    folder: Path
+    kind: Kind
+    quantize: QuantizeConfig | None  # only where kind is gptq
+    size_bytes: int  # of its weight files
+    context_tokens: int | None  # it was trained for; None if the settings do not say
+    architecture: str  # as in config.json, "MistralForCausalLM"; "" if unknown
+    weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
+    problem: str = ""  # why it is incomplete, in a sentence
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def badge(self) -> str:
+        """What a list shows beside the name: '4-bit, group 32, act-order' or 'AWQ'."""
+        if self.quantize is not None:
+            return f"GPTQ {self.quantize.summary}"
+        return {"plain": "16-bit", "lora": "LoRA"}.get(self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete")
+
+    @classmethod
+    def read(cls, folder: Path) -> "LocalModel":
+        """Look at a folder. A damaged one is `incomplete` with its problem in words; never raises for content."""
+        try:
+            return _read(folder)
+        except (GptqWebuiError, OSError) as error:
+            return cls(folder, "incomplete", None, 0, None, "", (), str(error))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder looks like a model at all, complete or not."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError:
+        return False
+    return bool(
+        MARKER in names
+        or "adapter_config.json" in names
+        or any(name.endswith((".gguf", PARTIAL)) for name in names)
+        or ("config.json" in names or "quantize_config.json" in names)
+        and any(name.endswith((".safetensors", ".bin", ".pt", ".json")) for name in names)
+    )
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """(files, names of missing shards). safetensors are preferred over .bin and .pt."""
+    present = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    for ending in (".safetensors", ".bin", ".pt"):
+        files = [path for path in present if path.suffix == ending and path.name not in _NOT_WEIGHTS]
+        if not files:
+            continue
+        whole = [path for path in files if not _SHARD.match(path.name)]
+        if whole and (len(files) == len(whole) == 1 or not _shards_missing(files)):
+            # a single file beside a complete set of shards: the set wins, it has an index
+            shards = [path for path in files if path not in whole]
+            return (shards or _one_of(folder, whole)), []
+        missing = _shards_missing(files)
+        return (_one_of(folder, whole) if whole else files), ([] if whole else missing)
+    return [], []
+
+
+_NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.bin"}
+
+
+def _one_of(folder: Path, files: list[Path]) -> list[Path]:
+    """Of several whole files: the one the settings name, then model.safetensors, then the largest."""
+    if len(files) == 1:
+        return files
+    named = read_json(folder / "quantize_config.json").get("model_file_base_name")
+    for wanted in (f"{named}.safetensors", "model.safetensors"):
+        for path in files:
+            if path.name == wanted:
+                return [path]
+    return [max(files, key=lambda path: path.stat().st_size)]
+
+
+def _shards_missing(files: Iterable[Path]) -> list[str]:
+    have = {path.name for path in files}
+    missing = []
+    for name in sorted(have):
+        if found := _SHARD.match(name):
+            stem, _, count, ending = found.groups()
+            wanted = (f"{stem}-{at:05}-of-{count}{ending}" for at in range(1, int(count) + 1))
+            missing += [each for each in wanted if each not in have and each not in missing]
+    return missing
+
+
+def tensors_of(files: Iterable[Path]) -> dict[str, tuple[Path, TensorInfo]]:
+    """Name -> (file, header entry), over every safetensors file. Raises BadCheckpoint for a damaged one."""
+    return {name: (path, info) for path in files if path.suffix == ".safetensors" for name, info in read_header(path).items()}
+
+
+def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
+    """From names and shapes alone: `qweight` of GPTQ is packed along its rows, AWQ's along its columns."""
+    for name in tensors:
+        if name.endswith(".q_perm") or name.endswith(".q_invperm"):
+            return "exl2"
+        if name.endswith(".trellis"):
+            return "exl3"
+        if name.endswith(".qweight"):
+            base = name[: -len(".qweight")]
+            scales, zeros = tensors.get(f"{base}.scales"), tensors.get(f"{base}.qzeros")
+            if scales is None or zeros is None:
+                continue
+            columns = tensors[name][1].shape[1]
+            if columns == scales[1].shape[1]:
+                return "gptq"
+            if columns == zeros[1].shape[1]:
+                return "awq"
+    return "plain"
+
+
+def _read(folder: Path) -> LocalModel:
+    config = read_json(folder / "config.json")
+    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    assert isinstance(text_config, dict)
+    architecture = str((config.get("architectures") or [""])[0])
+    context = next((int(c[k]) for c in (config, text_config) for k in _CONTEXT_KEYS if isinstance(c.get(k), int)), None)
+    names = {entry.name for entry in folder.iterdir()}
+    files, missing = weight_files(folder)
+    size_bytes = sum(path.stat().st_size for path in files)
+
+    def found(kind: Kind, quantize: QuantizeConfig | None = None, problem: str = "") -> LocalModel:
+        return LocalModel(folder, kind, quantize, size_bytes, context, architecture, tuple(files), problem)
+
+    if any(name.endswith(PARTIAL) for name in names):
+        return found("incomplete", problem="Its download is not finished. Enter its name again and press Download: it goes on from where it stopped.")
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        return found("incomplete", problem=f"{shown} missing. Download the model again; what is complete is kept.")
+    if not files:
+        if gguf := [folder / name for name in names if name.endswith(".gguf")]:
+            files, size_bytes = gguf, sum(path.stat().st_size for path in gguf)
+            return found("gguf")
+        return found("incomplete", problem="There are no weights in this folder. Download the model again.")
+    if "adapter_config.json" in names and "config.json" not in names:
+        return found("lora")
+    if not config:
+        return found("incomplete", problem="config.json is missing. Download the model again; what is complete is kept.")
+    kind = _declared(config, folder)
+    tensors = tensors_of(files)
+    by_tensors = kind_of_tensors(tensors) if tensors else None
+    if kind == "gptq" and by_tensors == "plain":
+        return found("incomplete", problem="Its settings say GPTQ, but the files hold no packed GPTQ weights. Download the model again.")
+    if by_tensors not in (None, "plain") and kind in ("gptq", "awq", "plain"):
+        kind = by_tensors  # the tensors are the truth
+    if kind == "gptq":
+        return found("gptq", QuantizeConfig.read(folder, tensors))
+    return found(kind)
+
+
+def _declared(config: dict[str, Any], folder: Path) -> Kind:
+    """The kind that the settings name; plain if they name none."""
+    quantization = config.get("quantization_config") or {}
+    method = str(quantization.get("quant_method") or "").lower()
+    if not method and quantization.get("bits") and "group_size" in quantization:
+        method = "gptq"  # early AutoGPTQ wrote no method into config.json
+    if method in ("awq", "exl2", "exl3", "gptq"):
+        return method  # type: ignore[return-value]
+    if read_json(folder / "quant_config.json").get("w_bit"):
+        return "awq"
+    settings = read_json(folder / "quantize_config.json")
+    if settings:
+        return "awq" if str(settings.get("quant_method", "")).lower() == "awq" else "gptq"
+    return "plain"
+
+
+def require_safetensors(model: LocalModel) -> None:
+    """Raises BadCheckpoint for weights in .bin or .pt, which can run code when they are opened."""
+    if model.kind == "gptq" and any(path.suffix != ".safetensors" for path in model.weights):
+        raise BadCheckpoint(
+            f"{model.name} has its weights in {model.weights[0].name}, a format that can run code when it is opened. "
+            "Choose a branch with .safetensors files."
+        )

@@ -1,0 +1,68 @@
+"""What a .safetensors file holds, from its first bytes: names, types and shapes, no weights.
+
+Format: 8 bytes little-endian length, that many bytes of JSON, then the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BadCheckpoint
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+_HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str  # safetensors' own names: F16, BF16, I32 …
+    shape: tuple[int, ...]
+    start: int  # first byte of the data in the file
+    size_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names and shapes of every tensor in the file.
+
+    Raises BadCheckpoint if the file is not safetensors or is shorter than its header says.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_HEADER_LIMIT_BYTES, size_bytes):
+                raise ValueError
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError):
+        raise BadCheckpoint(
+            f"{path.name} is not a safetensors file or was cut short. Delete it and download the model again."
+        ) from None
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        if 8 + length + end > size_bytes:
+            raise BadCheckpoint(
+                f"{path.name} was cut short: {name} should end at byte {8 + length + end}, the file has {size_bytes}. "
+                "Download the model again; what is complete is kept."
+            )
+    return tensors
+
+
+def read_int32(path: Path, tensor: TensorInfo) -> tuple[int, ...]:
+    """The values of a small I32 tensor, flat. For g_idx and zeros, not for weights."""
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        data = file.read(tensor.size_bytes)
+    return struct.unpack(f"<{len(data) // 4}i", data)
+
+
+def item_bytes(dtype: str) -> int:
+    return _ITEM_BYTES.get(dtype, 4)
