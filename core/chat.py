@@ -30,7 +30,7 @@ class Step:
 class Token:
     """One sampled token and the text that became certain with it (often its own, sometimes none)."""
 
-    id: int
+    id: int  # -1: no token of its own, the text that was held back until the end
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()

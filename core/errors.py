@@ -17,6 +17,7 @@ GptqWebuiError
 ├── LoadRefused             no loader takes this model; carries the refusals
 ├── LoadFailed              a loader tried and could not
 ├── NotLoaded               a chat without a model
+├── AnswerFailed            the model broke in the middle of an answer
 ├── PromptTooLong           one message alone is longer than the context
 ├── BadParameter            a sampling parameter outside its limits
 └── Busy                    the model is being loaded or unloaded, or the line is full
@@ -95,6 +96,10 @@ class LoadFailed(GptqWebuiError):
 class NotLoaded(GptqWebuiError):
     def __init__(self) -> None:
         super().__init__("No model is loaded. Choose one in the Model tab.")
+
+
+class AnswerFailed(GptqWebuiError):
+    pass
 
 
 class PromptTooLong(GptqWebuiError):

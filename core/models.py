@@ -5,7 +5,8 @@ with another layout, and a GPTQ folder read as something else gives random weigh
 """
 
 import re
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -52,7 +53,9 @@ class LocalModel:
         """What a list shows beside the name: '4-bit, group 32, act-order' or 'AWQ'."""
         if self.quantize is not None:
             return f"GPTQ {self.quantize.summary}"
-        return {"plain": "16-bit", "lora": "LoRA"}.get(self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete")
+        return {"plain": "16-bit", "lora": "LoRA"}.get(
+            self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete"
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "LocalModel":
@@ -61,6 +64,9 @@ class LocalModel:
             return _read(folder)
         except (GptqWebuiError, OSError) as error:
             return cls(folder, "incomplete", None, 0, None, "", (), str(error))
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, struct.error) as error:
+            problem = f"Its settings or weights are not what they should be ({error!r}). Download the model again."
+            return cls(folder, "incomplete", None, 0, None, "", (), problem)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -73,45 +79,54 @@ def is_model_folder(folder: Path) -> bool:
         MARKER in names
         or "adapter_config.json" in names
         or any(name.endswith((".gguf", PARTIAL)) for name in names)
-        or ("config.json" in names or "quantize_config.json" in names)
-        and any(name.endswith((".safetensors", ".bin", ".pt", ".json")) for name in names)
+        or (
+            ("config.json" in names or "quantize_config.json" in names)
+            and any(name.endswith((".safetensors", ".bin", ".pt", ".json")) for name in names)
+        )
     )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """(files, names of missing shards). safetensors are preferred over .bin and .pt."""
-    present = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    """(files, names of missing shards) of a folder, as `choose_weights` chooses them."""
+    sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
+    named = read_json(folder / "quantize_config.json").get("model_file_base_name")
+    names, missing = choose_weights(sizes, named)
+    return [folder / name for name in names], missing
+
+
+def choose_weights(sizes: Mapping[str, int], named: str | None = None) -> tuple[list[str], list[str]]:
+    """(weight files, names of missing shards) out of file names and their sizes in bytes.
+
+    safetensors are preferred over .bin and .pt. `named` is quantize_config.json's
+    model_file_base_name. One rule for a folder on disk and for a listing on the Hub.
+    """
     for ending in (".safetensors", ".bin", ".pt"):
-        files = [path for path in present if path.suffix == ending and path.name not in _NOT_WEIGHTS]
+        files = sorted(name for name in sizes if name.endswith(ending) and name not in _NOT_WEIGHTS)
         if not files:
             continue
-        whole = [path for path in files if not _SHARD.match(path.name)]
+        whole = [name for name in files if not _SHARD.match(name)]
         if whole and (len(files) == len(whole) == 1 or not _shards_missing(files)):
             # a single file beside a complete set of shards: the set wins, it has an index
-            shards = [path for path in files if path not in whole]
-            return (shards or _one_of(folder, whole)), []
+            shards = [name for name in files if name not in whole]
+            return (shards or _one_of(whole, sizes, named)), []
         missing = _shards_missing(files)
-        return (_one_of(folder, whole) if whole else files), ([] if whole else missing)
+        return (_one_of(whole, sizes, named) if whole else files), ([] if whole else missing)
     return [], []
 
 
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.bin"}
 
 
-def _one_of(folder: Path, files: list[Path]) -> list[Path]:
+def _one_of(files: list[str], sizes: Mapping[str, int], named: str | None) -> list[str]:
     """Of several whole files: the one the settings name, then model.safetensors, then the largest."""
-    if len(files) == 1:
-        return files
-    named = read_json(folder / "quantize_config.json").get("model_file_base_name")
     for wanted in (f"{named}.safetensors", "model.safetensors"):
-        for path in files:
-            if path.name == wanted:
-                return [path]
-    return [max(files, key=lambda path: path.stat().st_size)]
+        if wanted in files:
+            return [wanted]
+    return [max(files, key=lambda name: sizes[name])]
 
 
-def _shards_missing(files: Iterable[Path]) -> list[str]:
-    have = {path.name for path in files}
+def _shards_missing(files: Iterable[str]) -> list[str]:
+    have = set(files)
     missing = []
     for name in sorted(have):
         if found := _SHARD.match(name):
@@ -129,7 +144,7 @@ def tensors_of(files: Iterable[Path]) -> dict[str, tuple[Path, TensorInfo]]:
 def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
     """From names and shapes alone: `qweight` of GPTQ is packed along its rows, AWQ's along its columns."""
     for name in tensors:
-        if name.endswith(".q_perm") or name.endswith(".q_invperm"):
+        if name.endswith((".q_perm", ".q_invperm")):
             return "exl2"
         if name.endswith(".trellis"):
             return "exl3"
@@ -160,7 +175,10 @@ def _read(folder: Path) -> LocalModel:
         return LocalModel(folder, kind, quantize, size_bytes, context, architecture, tuple(files), problem)
 
     if any(name.endswith(PARTIAL) for name in names):
-        return found("incomplete", problem="Its download is not finished. Enter its name again and press Download: it goes on from where it stopped.")
+        return found(
+            "incomplete",
+            problem="Its download is not finished. Enter its name again and press Download: it goes on from where it stopped.",
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         return found("incomplete", problem=f"{shown} missing. Download the model again; what is complete is kept.")
@@ -173,11 +191,13 @@ def _read(folder: Path) -> LocalModel:
         return found("lora")
     if not config:
         return found("incomplete", problem="config.json is missing. Download the model again; what is complete is kept.")
-    kind = _declared(config, folder)
+    kind = declared_kind(config, read_json(folder / "quant_config.json"), read_json(folder / "quantize_config.json"))
     tensors = tensors_of(files)
     by_tensors = kind_of_tensors(tensors) if tensors else None
     if kind == "gptq" and by_tensors == "plain":
-        return found("incomplete", problem="Its settings say GPTQ, but the files hold no packed GPTQ weights. Download the model again.")
+        return found(
+            "incomplete", problem="Its settings say GPTQ, but the files hold no packed GPTQ weights. Download the model again."
+        )
     if by_tensors not in (None, "plain") and kind in ("gptq", "awq", "plain"):
         kind = by_tensors  # the tensors are the truth
     if kind == "gptq":
@@ -185,19 +205,19 @@ def _read(folder: Path) -> LocalModel:
     return found(kind)
 
 
-def _declared(config: dict[str, Any], folder: Path) -> Kind:
-    """The kind that the settings name; plain if they name none."""
-    quantization = config.get("quantization_config") or {}
+def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], quantize_config: Mapping[str, Any]) -> Kind:
+    """The kind that config.json, quant_config.json (AWQ) and quantize_config.json (AutoGPTQ) name; plain if they name none."""
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, Mapping) else {}
     method = str(quantization.get("quant_method") or "").lower()
     if not method and quantization.get("bits") and "group_size" in quantization:
         method = "gptq"  # early AutoGPTQ wrote no method into config.json
     if method in ("awq", "exl2", "exl3", "gptq"):
         return method  # type: ignore[return-value]
-    if read_json(folder / "quant_config.json").get("w_bit"):
+    if quant_config.get("w_bit"):
         return "awq"
-    settings = read_json(folder / "quantize_config.json")
-    if settings:
-        return "awq" if str(settings.get("quant_method", "")).lower() == "awq" else "gptq"
+    if quantize_config:
+        return "awq" if str(quantize_config.get("quant_method", "")).lower() == "awq" else "gptq"
     return "plain"
 
 

@@ -32,15 +32,23 @@ def _field(default: Any, label: str, help: str, low: float = 0.0, high: float = 
 class GenerationParams:
     """Raises BadParameter, which names the field and its limits, for a value outside them."""
 
-    max_new_tokens: int = _field(512, "Max new tokens", "The answer is cut after this many tokens (about ¾ of a word each).", 1, 32768, 1)
+    max_new_tokens: int = _field(
+        512, "Max new tokens", "The answer is cut after this many tokens (about ¾ of a word each).", 1, 32768, 1
+    )
     temperature: float = _field(0.7, "Temperature", "0 always takes the likeliest token; higher is more varied.", 0.0, 5.0, 0.01)
-    top_p: float = _field(0.95, "Top p", "Keep the likeliest tokens that together reach this probability; 1 keeps all.", 0.0, 1.0, 0.01)
+    top_p: float = _field(
+        0.95, "Top p", "Keep the likeliest tokens that together reach this probability; 1 keeps all.", 0.0, 1.0, 0.01
+    )
     top_k: int = _field(40, "Top k", "Keep only this many of the likeliest tokens; 0 keeps all.", 0, 1000, 1)
-    min_p: float = _field(0.0, "Min p", "Drop tokens less likely than this share of the likeliest one; 0 drops none.", 0.0, 1.0, 0.01)
+    min_p: float = _field(
+        0.0, "Min p", "Drop tokens less likely than this share of the likeliest one; 0 drops none.", 0.0, 1.0, 0.01
+    )
     repetition_penalty: float = _field(
         1.1, "Repetition penalty", "Makes tokens that already occurred less likely; 1 changes nothing.", 0.5, 2.0, 0.01
     )
-    seed: int | None = _field(None, "Seed", "The same seed gives the same answer; -1 or empty draws a new one each time.", -1, 2**31 - 1, 1)
+    seed: int | None = _field(
+        None, "Seed", "The same seed gives the same answer; -1 or empty draws a new one each time.", -1, 2**31 - 1, 1
+    )
     stop: tuple[str, ...] = _field((), "Stop strings", "The answer ends before the first of these; one a line.")
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ the truth: what a file says is checked against them, and `notes` tells what was 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -138,7 +139,7 @@ def _check(config: QuantizeConfig, tensors: Mapping[str, tuple[Path, TensorInfo]
     first = min(layers)
     if (stored := tensors.get(f"{first}.g_idx")) is not None and config.group_size != -1:
         g_idx = read_int32(*stored)
-        unsorted = any(a > b for a, b in zip(g_idx, g_idx[1:], strict=False))
+        unsorted = any(a > b for a, b in itertools.pairwise(g_idx))
         if unsorted and not config.desc_act:
             notes.append("the settings say no act-order, the tensors have it")
             config = dataclasses.replace(config, desc_act=True)

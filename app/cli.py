@@ -1,0 +1,112 @@
+"""The command line: `gptq-webui [serve|download|models|ask]`. Answers --help without a heavy import."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..core.errors import GptqWebuiError
+
+COMMANDS = ("serve", "download", "models", "ask")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error that was said, 2 wrong usage, 130 Ctrl+C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        given.insert(0, "serve")
+    options = _parser().parse_args(given)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("gptq_webui").setLevel(logging.INFO)
+    try:
+        return int(options.run(options))
+    except GptqWebuiError as error:
+        print(f"gptq-webui: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptq-webui",
+        description="Downloads GPTQ models, loads them and chats. Without a command it opens the web page.",
+        epilog="gptq-webui COMMAND --help tells more. `gptq-webui --demo` tries everything with a small model.",
+    )
+    parser.add_argument("--version", action="version", version=f"gptq-webui {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="open the web page (the default)")
+    _add_models(serve)
+    serve.add_argument("--model", metavar="NAME", help="load this model at the start")
+    serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine, once, and load it")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    serve.add_argument("--port", type=int, help="port (default: 7860, or the next free one)")
+    serve.add_argument("--share", action="store_true", help="make a public link, with a password for you and one for guests")
+    serve.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this user and password")
+    serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    _add_loading(serve)
+    serve.set_defaults(run=_serve)
+
+    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch")
+    download.add_argument("ref", metavar="REF", help="for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True")
+    download.add_argument("--any-kind", action="store_true", help="also if it is no GPTQ model")
+    _add_models(download)
+    download.set_defaults(run=_download)
+
+    models = commands.add_parser("models", help="list the models on this machine")
+    _add_models(models)
+    models.set_defaults(run=_models)
+
+    ask = commands.add_parser("ask", help="ask one question and print the answer")
+    ask.add_argument("question", metavar="QUESTION")
+    _add_models(ask)
+    ask.add_argument("--model", metavar="NAME", help="the model to ask (default: the last one used)")
+    ask.add_argument("--demo", action="store_true", help="ask the demo model")
+    ask.add_argument("--temperature", type=float, help="0 always takes the likeliest word")
+    ask.add_argument("--max-new-tokens", type=int, metavar="N", help="cut the answer after N tokens")
+    ask.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    ask.add_argument("--raw", action="store_true", help="give the text to the model as it is, without its chat template")
+    _add_loading(ask)
+    ask.set_defaults(run=_ask)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models-dir", type=Path, action="extend", nargs="+", metavar="DIR", help="folders with models; downloads go into the first"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), help="number format of the computing")
+    parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from .serve import serve
+
+    return serve(options)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from .commands import download
+
+    return download(options)
+
+
+def _models(options: argparse.Namespace) -> int:
+    from .commands import models
+
+    return models(options)
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from .commands import ask
+
+    return ask(options)

@@ -1,0 +1,149 @@
+"""The commands that need no page: download, models, ask. The answer goes to stdout, everything else to stderr."""
+
+import argparse
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..core.chat import Finish, Message
+from ..core.errors import NoSuchModel
+from ..core.params import GenerationParams
+from ..core.refs import ModelRef
+from ..core.units import format_bytes, plural
+from ..engine.engine import Engine, Status
+from ..engine.settings import Settings
+from ..hub.library import Library
+
+
+def make_engine(options: argparse.Namespace) -> Engine:
+    """The engine of this process, over the folders of --models-dir or those of the settings."""
+    settings = Settings()
+    folders = [Path(each).expanduser().resolve() for each in options.models_dir or ()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise NoSuchModel(f"There is no folder {folder}. Make it, or name another one with --models-dir.")
+    return Engine(Library(folders or settings.models_folders), settings)
+
+
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """--dtype and --context as the loaders call them."""
+    given = {"dtype": options.dtype, "context_tokens": options.context}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def download(options: argparse.Namespace) -> int:
+    ref = ModelRef.parse(options.ref)
+    library = make_engine(options).library
+    line = _Line()
+    print(f"Asking the Hub about {ref} …", file=sys.stderr)
+    plan = library.plan(ref, any_kind=options.any_kind)
+    print(plan.summary, file=sys.stderr)
+    cancel = threading.Event()
+    try:
+        for progress in library.fetch(plan, cancel):
+            line.show(progress.text)
+    except KeyboardInterrupt:
+        cancel.set()
+        line.end()
+        print("Stopped. What arrived is kept: the same command goes on from there.", file=sys.stderr)
+        return 130
+    line.end()
+    print(f"Done: {plan.folder}", file=sys.stderr)
+    return 0
+
+
+def models(options: argparse.Namespace) -> int:
+    library = make_engine(options).library
+    found = library.models()
+    for model in found:
+        print(f"{model.name}\t{model.badge}\t{format_bytes(model.size_bytes)}")
+    folders = ", ".join(str(root) for root in library.roots)
+    print(f"{plural(len(found), 'model')} in {folders}", file=sys.stderr)
+    return 0
+
+
+def ask(options: argparse.Namespace) -> int:
+    engine = make_engine(options)
+    line = _Line()
+    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    try:
+        if options.demo:
+            loaded = engine.load_demo(options.loader, load_options(options))
+        else:
+            loaded = engine.load(_name(engine, options.model), options.loader, load_options(options))
+        line.end()
+        given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
+        params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
+        cancel = threading.Event()
+        if options.raw:
+            answer = engine.complete(options.question, params, cancel)
+        else:
+            if not loaded.template.is_chat:
+                print(f"{loaded.model.name} is not a chat model; it gets a plain transcript.", file=sys.stderr)
+            answer = engine.chat([Message("user", options.question)], params, cancel)
+        try:
+            finish = _print(answer)
+        except KeyboardInterrupt:
+            cancel.set()
+            raise
+        print(_last_line(finish), file=sys.stderr)
+        return 0
+    finally:
+        line.end()
+        engine.unload()
+
+
+def _print(answer: Any) -> Finish:
+    finish = Finish("cancelled")
+    for event in answer:
+        if isinstance(event, Finish):
+            finish = event
+        else:
+            print(event.text, end="", flush=True)
+    print(flush=True)
+    return finish
+
+
+def _last_line(finish: Finish) -> str:
+    cut = "; stopped at the limit" if finish.reason == "length" else ""
+    return f"{plural(finish.new_tokens, 'new token')}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
+
+
+def _name(engine: Engine, given: str | None) -> str:
+    """--model, or the last one used, or the only one there is. Raises NoSuchModel with the names there are."""
+    if given:
+        return given
+    names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain")]
+    if engine.settings.last_model in names:
+        return engine.settings.last_model
+    if len(names) == 1:
+        return names[0]
+    listed = f"There are: {', '.join(names)}." if names else "There is none yet: try --demo, or gptq-webui download REF."
+    raise NoSuchModel(f"Say which model with --model NAME. {listed}")
+
+
+def _in_line(status: Status) -> str:
+    return f"{status.name}: {status.text} ({status.share:.0%})" if status.phase == "loading" else ""
+
+
+class _Line:
+    """One line on stderr that is written over while it changes; plain lines where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        if not text or text == self._shown:
+            return
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif text.split("(")[0] != self._shown.split("(")[0] or not self._shown:
+            print(text, file=sys.stderr, flush=True)
+        self._shown = text
+
+    def end(self) -> None:
+        if self._terminal and self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._shown = ""

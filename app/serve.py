@@ -1,0 +1,148 @@
+"""The one server process: engine, page, and where its address is told."""
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+import threading
+from typing import Any
+
+from .. import __version__
+from ..core.errors import BadParameter, GptqWebuiError
+from ..engine.advice import torch_banner
+from ..engine.downloads import Downloads
+from ..engine.engine import Engine
+from .commands import load_options, make_engine
+
+DEFAULT_PORT = 7860
+_TRIED_PORTS = 100
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Open the page and stay until Ctrl+C."""
+    users = _users(options)
+    port = free_port(options.host, options.port)
+    engine = make_engine(options)
+    banner = torch_banner()
+    if banner:
+        _tell(banner)
+    if engine.settings.warning:
+        _tell(engine.settings.warning)
+    _tell(f"gptq-webui {__version__} is starting …")
+    start = threading.Thread(target=_load_first, args=(engine, options), name="first load", daemon=True)
+    start.start()  # torch and gradio are imported side by side
+
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from ..ui import page
+    from ..ui.access import Access, ShareInfo
+
+    access = Access(frozenset({users[0][0]}) if users else None)
+    share = page.ShareBox() if options.share else None
+    blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, share=share)
+    blocks.launch(
+        server_name=options.host,
+        server_port=port,
+        auth=users or None,
+        share=False,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        **page.launch_options(),
+    )
+    address = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '') else options.host}:{port}"
+    _tell(f"The page is at {address}")
+    for name, password in users:
+        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, password {password}")
+    if share is not None:
+        _open_link(port, share, users, ShareInfo)
+    elif not options.no_browser and _has_display():
+        import webbrowser
+
+        webbrowser.open(address)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        _tell("\nStopping …")
+    finally:
+        blocks.close(verbose=False)
+    return 0
+
+
+def free_port(host: str, asked: int | None) -> int:
+    """The port that was asked for, else 7860 or the next free one. Raises BadParameter if it is taken."""
+    for port in [asked] if asked is not None else range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if os.name != "nt":  # there the option lets two programs share a port
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return port
+            except OverflowError:
+                raise BadParameter(f"{port} is no port; ports go from 1 to 65535.") from None
+            except socket.gaierror:
+                raise BadParameter(f"{host!r} is no address of this machine. Use 127.0.0.1, or 0.0.0.0 for every network.") from None
+            except OSError as error:
+                if asked is not None:
+                    raise BadParameter(
+                        f"Port {port} on {host} cannot be used ({error.strerror}). Stop the other program, or choose another --port."
+                    ) from None
+    raise BadParameter(f"No port from {DEFAULT_PORT} to {DEFAULT_PORT + _TRIED_PORTS - 1} is free. Name one with --port.")
+
+
+def _users(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name, password) of the owner and, with --share, of the guests."""
+    users: list[tuple[str, str]] = []
+    if options.auth:
+        name, colon, password = options.auth.partition(":")
+        if not colon or not name or not password:
+            raise BadParameter("--auth wants USER:PASSWORD, for example --auth me:correct-horse.")
+        users.append((name, password))
+    if options.share:
+        if not users:
+            users.append(("owner", secrets.token_urlsafe(9)))
+        users.append(("guest" if users[0][0] != "guest" else "visitor", secrets.token_urlsafe(9)))
+    return users
+
+
+def _load_first(engine: Engine, options: argparse.Namespace) -> None:
+    """--demo or --model, in the background; the page shows how far it is."""
+    try:
+        if options.demo:
+            engine.load_demo(options.loader, load_options(options))
+        elif options.model:
+            engine.load(options.model, options.loader, load_options(options))
+        else:
+            return
+        assert engine.loaded is not None
+        _tell(f"{engine.loaded.model.name} is loaded.")
+    except GptqWebuiError as error:
+        engine.report(str(error))
+        _tell(str(error))
+
+
+def _open_link(port: int, share: Any, users: list[tuple[str, str]], make: Any) -> None:
+    """The public link, or one sentence why there is none; the local page goes on."""
+    from gradio import networking
+
+    _tell("Making a public link …")
+    try:
+        url = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:
+        _tell(
+            f"No public link could be made ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). "
+            "A closed network or an antivirus program can be the reason; the page on this machine works."
+        )
+        share.failed = True
+        return
+    share.info = make(url=url, guest_name=users[1][0], guest_password=users[1][1])
+    _tell(f"Public link: {url}")
+
+
+def _has_display() -> bool:
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,40 @@
+"""What the user should know about this machine before they wonder."""
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
+
+
+def torch_banner() -> str:
+    """A sentence with its cure if a graphics card is here and the installed torch cannot use it, else "".
+
+    Reads torch's version file instead of importing torch, which takes seconds.
+    """
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None or not has_nvidia_card():
+        return ""
+    try:
+        version = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    if re.search(r"^cuda\b.*=\s*['\"]", version, re.MULTILINE) or re.search(r"^hip\b.*=\s*['\"]", version, re.MULTILINE):
+        return ""
+    return (
+        "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
+        f'For the card: {Path(sys.executable).name} -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
+    )
+
+
+def has_nvidia_card() -> bool:
+    """Whether an NVIDIA driver with a card is on this machine, asked without any library."""
+    if sys.platform == "win32":
+        return (Path(os.environ.get("SystemRoot", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
+    cards = Path("/proc/driver/nvidia/gpus")
+    if cards.is_dir():
+        return any(cards.iterdir())
+    return Path("/dev/nvidia0").exists() or (Path("/dev/dxg").exists() and shutil.which("nvidia-smi") is not None)  # WSL

@@ -1,0 +1,99 @@
+"""What is remembered between runs: the models folders, and settings per model. One JSON file.
+
+It lives in the user's configuration folder, never in the package's. A damaged file costs the
+settings and one warning; keys of other versions are kept.
+"""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+log = logging.getLogger(__name__)
+
+
+def config_folder() -> Path:
+    return Path(platformdirs.user_config_dir("gptq-webui", appauthor=False))
+
+
+def default_models_folder() -> Path:
+    return Path(platformdirs.user_data_dir("gptq-webui", appauthor=False)) / "models"
+
+
+class Settings:
+    """Read once, written on every change, atomically. Safe from several threads."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or config_folder() / "settings.json"
+        self._lock = threading.Lock()
+        self.warning = ""  # to show once, if the file was damaged
+        self._values = self._read()
+
+    @property
+    def models_folders(self) -> list[Path]:
+        """Folders to look for models in; new ones are downloaded into the first."""
+        folders = [Path(each) for each in self._values.get("models_folders", []) if isinstance(each, str)]
+        return folders or [default_models_folder()]
+
+    @models_folders.setter
+    def models_folders(self, folders: list[Path]) -> None:
+        self._put("models_folders", [str(each) for each in folders])
+
+    @property
+    def last_model(self) -> str:
+        return str(self._values.get("last_model", ""))
+
+    @last_model.setter
+    def last_model(self, name: str) -> None:
+        self._put("last_model", name)
+
+    def for_model(self, name: str) -> dict[str, Any]:
+        """What was saved for a model: loader, its options, chat template, sampling. Empty if nothing was."""
+        found = self._values.get("models", {}).get(name, {})
+        return dict(found) if isinstance(found, dict) else {}
+
+    def save_for_model(self, name: str, **values: Any) -> None:
+        """Merge into what is saved for a model; a value of None takes the key out."""
+        with self._lock:
+            models = {**self._values.get("models", {})}
+            merged = {**models.get(name, {}), **values}
+            models[name] = {key: value for key, value in merged.items() if value is not None}
+            self._values = {**self._values, "models": models}
+            self._write()
+
+    def _put(self, key: str, value: Any) -> None:
+        with self._lock:
+            if self._values.get(key) != value:
+                self._values = {**self._values, key: value}
+                self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict) or not isinstance(values.get("models", {}), dict):
+                raise ValueError("it holds no settings")
+            return values
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            aside = self.path.with_suffix(".damaged.json")
+            self.warning = f"The settings file could not be read ({error}); it was put aside as {aside.name} and the settings start anew."
+            log.warning(self.warning)
+            try:
+                os.replace(self.path, aside)
+            except OSError:
+                pass
+            return {}
+
+    def _write(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(".draft")
+            draft.write_text(json.dumps(self._values, indent=2, ensure_ascii=False), encoding="utf-8")
+            os.replace(draft, self.path)  # a crash leaves the old file whole
+        except OSError as error:
+            log.warning("the settings could not be saved (%s)", error)

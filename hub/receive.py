@@ -1,0 +1,191 @@
+"""The bytes of one file, over as many connections as it takes.
+
+Each attempt asks the Hub for what is missing (Range, RFC 9110 section 14) and writes every
+piece as it arrives. Knows no folder and no marker: download.py opens the file and names it.
+"""
+
+import hashlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..core.errors import DownloadFailed
+from ..core.units import format_bytes, format_duration, plural
+from . import wire
+from .progress import Stage
+from .repo import Hub, Listing, RemoteFile
+
+if TYPE_CHECKING:
+    import httpx
+
+ATTEMPTS = 8  # in a row without a new byte, after which a download gives up
+FIRST_PAUSE_S = 0.5  # before asking again after such an attempt; doubled each time
+LONGEST_PAUSE_S = 30.0
+LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
+_PIECE_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Nobody waits for this download any more."""
+
+
+class _Again(Exception):
+    """This attempt brought nothing; the reason, and how long the server asks us to wait."""
+
+    def __init__(self, why: str, pause_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class Receiver:
+    """How far each file has come, and the work of bringing it further. One thread works, another may look and stop it."""
+
+    def __init__(self, listing: Listing, hub: Hub) -> None:
+        self.listing, self._hub = listing, hub
+        self.stage: Stage = "checking"
+        self.current = RemoteFile("", 0, None, None)
+        self.note = ""  # why it waits
+        self.have: dict[str, int] = {}  # bytes on disk, by path
+        self.received_bytes, self.cuts = 0, 0
+        self.stopped = threading.Event()
+        self._change = threading.Lock()  # held for every change of the folder; see changing
+        self._stream: Any = None  # httpcore's network stream of the response that is being read
+
+    def stop(self) -> None:
+        """After this returns, the mover's thread changes nothing on disk any more, even if it still waits for the network."""
+        with self._change:
+            self.stopped.set()
+        if (stream := self._stream) is not None and (connection := stream.get_extra_info("socket")) is not None:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread out of a silent read; close() would not
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around every change of the folder, so that stop() ends changes at once, wherever this thread is."""
+        with self._change:
+            if self.stopped.is_set():
+                raise Stopped
+            yield
+
+    def fill(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", client: "httpx.Client") -> None:
+        """Attempt after attempt, until the file is full. Cuts are not counted as long as bytes arrive between them."""
+        import httpx
+
+        attempts = 0
+        while (start := self.have[file.path]) < file.size_bytes:
+            self.stage, self.note, why, pause_s, failure = "downloading", "", "the connection was cut", 0.0, None
+            try:
+                self._attempt(file, out, digest, client)
+            except _Again as again:
+                why, pause_s = str(again), again.pause_s
+            except httpx.HTTPError as error:
+                failure = error
+                why = "the server is silent" if isinstance(error, httpx.TimeoutException) else why
+                why = "no connection" if isinstance(error, httpx.ConnectError) else why
+            except httpx.InvalidURL as error:
+                raise wire.unreachable(self._hub.endpoint, error) from None
+            if self.have[file.path] >= file.size_bytes:
+                return
+            self.cuts += 1
+            if self.have[file.path] > start:
+                attempts = 0
+                done = format_bytes(self.have[file.path])
+                log.info("%s at %s of %s of %s; going on", why, done, format_bytes(file.size_bytes), file.path)
+                if not pause_s:
+                    continue
+            attempts += 1
+            if attempts >= ATTEMPTS:
+                if isinstance(failure, httpx.ConnectError):
+                    raise wire.unreachable(self._hub.endpoint, failure)
+                raise DownloadFailed(
+                    f"{file.path} of {self.listing.ref} does not get on: {plural(attempts, 'attempt')} in a row brought nothing "
+                    f"({why}). What has arrived is kept; press Download again later and it goes on from there."
+                )
+            self._wait(max(pause_s, min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S)), why)
+
+    def _attempt(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", client: "httpx.Client") -> None:
+        """One request, asked of the Hub itself each time: so a storage link that has expired is renewed."""
+        start, token, endpoint = self.have[file.path], self._hub.token(), self._hub.endpoint
+        address = wire.file_address(endpoint, self.listing.ref.repo, self.listing.commit, file.path)
+        with wire.get(client, address, endpoint, token, start) as (response, own):
+            status, headers = response.status_code, response.headers
+            if status not in (200, 206):
+                sentence = wire.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
+                if sentence is not None:
+                    raise sentence
+                raise _Again(f"the server answered {status}", _asked_pause_s(headers.get("Retry-After")))
+            # A server that knows no Range sends the whole file again: what we have is passed over, not thrown away.
+            at = _first_byte(headers.get("Content-Range")) if status == 206 else 0
+            if at is None or at > start:
+                raise _Again("the server sent another part than it was asked for")
+            skip = start - at
+            pieces = response.iter_raw() if headers.get("Content-Encoding", "identity") == "identity" else response.iter_bytes()
+            self._stream = response.extensions.get("network_stream")
+            for piece in pieces:
+                if self.stopped.is_set():
+                    raise Stopped
+                skipped = min(skip, len(piece))
+                skip -= skipped
+                piece = piece[skipped : skipped + file.size_bytes - self.have[file.path]]
+                if piece:
+                    self._keep(file, out, digest, piece)
+                elif not skipped:
+                    return  # more than the file has
+                if self.have[file.path] >= file.size_bytes and "Content-Length" not in headers:
+                    return  # else read to the end, so that the connection can be used again
+
+    def _keep(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", piece: bytes) -> None:
+        rest = memoryview(piece)
+        while rest:
+            with self.changing():
+                count = out.write(rest)  # a disk that fills up takes a part, then raises
+            digest.update(rest[:count])
+            self.have[file.path] += count
+            self.received_bytes += count
+            rest = rest[count:]
+
+    def _wait(self, pause_s: float, why: str) -> None:
+        until_s = time.monotonic() + pause_s
+        self.stage = "waiting"
+        while (left_s := until_s - time.monotonic()) > 0:
+            self.note = f"{why}, asking again in {format_duration(left_s)}"
+            if self.stopped.wait(min(left_s, 0.5)):
+                raise Stopped
+
+    def hash(self, file: RemoteFile, content: BinaryIO, digest: "hashlib._Hash") -> None:
+        """Feed what is on disk, from where `content` stands to its end."""
+        while piece := content.read(_PIECE_BYTES):
+            self.stage = "checking"
+            if self.stopped.is_set():
+                raise Stopped
+            digest.update(piece)
+            self.have[file.path] += len(piece)
+
+
+def _first_byte(content_range: str | None) -> int | None:
+    """'bytes 100-199/200' -> 100."""
+    try:
+        return int((content_range or "").removeprefix("bytes").strip().split("-")[0])
+    except ValueError:
+        return None
+
+
+def _asked_pause_s(retry_after: str | None) -> float:
+    """Retry-After holds seconds or a date (RFC 9110, section 10.2.3)."""
+    if not retry_after:
+        return 0.0
+    try:
+        pause_s = float(retry_after)
+    except ValueError:
+        try:
+            pause_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(pause_s, 0.0), LONGEST_ASKED_PAUSE_S)

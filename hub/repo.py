@@ -1,0 +1,178 @@
+"""What a repository on the Hub holds: branches, files, sizes and hashes, at one commit.
+
+Thin over huggingface-hub, which knows logins and the Hub's answers; its errors leave here
+as sentences. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the saved login are read at each
+call. Bytes of models are not fetched here (download.py), only small settings files.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..core.errors import GptqWebuiError, HubUnreachable, NoSuchBranch, WrongRepository
+from ..core.models import PARTIAL
+from ..core.refs import ModelRef
+from . import wire
+
+if TYPE_CHECKING:
+    import httpx
+    from huggingface_hub import HfApi
+
+_ASK_S = 15.0
+_SMALL_BYTES = 16_000_000
+_SHOWN_BRANCHES = 24
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    path: str  # with "/", relative to the repository
+    size_bytes: int
+    sha256: str | None  # of the content, for files in large-file storage
+    blob_id: str | None  # git's sha1 of "blob <size>\\0" and the content; of a pointer if sha256 is given
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one content from another: 'sha256:…' or 'git:…'; empty if the Hub gave neither."""
+        return f"sha256:{self.sha256}" if self.sha256 else f"git:{self.blob_id}" if self.blob_id else ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    ref: ModelRef
+    commit: str  # sha1, 40 hex digits
+    files: tuple[RemoteFile, ...]
+    gated: str = ""  # "auto" or "manual" if conditions must be accepted first
+
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{at}" for port in ("com", "lpt") for at in range(10))}  # by Windows
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a name from the Hub stays inside the folder, on every system this runs on."""
+    parts = path.split("/")
+    return len(path) <= 400 and all(
+        part not in ("", ".", "..")
+        and len((part + PARTIAL).encode("utf-8", "surrogatepass")) <= 255
+        and not any(character in '\\:<>"|?*' or ord(character) < 32 or ord(character) == 127 for character in part)
+        and part[-1] not in ". "
+        and part.split(".")[0].lower() not in _RESERVED
+        for part in parts
+    )
+
+
+class Hub:
+    """`endpoint` and `token` are for tests and unusual set-ups; by default the environment and the saved login decide."""
+
+    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+        self._endpoint = endpoint.rstrip("/") if endpoint else None
+        self._token = token
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint or wire.endpoint_from_environment()
+
+    def token(self) -> str | None:
+        """Secret: for request headers only."""
+        if self._token:
+            return self._token
+        from huggingface_hub import get_token
+
+        return get_token()
+
+    def listing(self, ref: ModelRef) -> Listing:
+        """Every file of the branch, at the commit it points to now.
+
+        Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
+        """
+        try:
+            info = self._api().model_info(ref.repo, revision=ref.branch, files_metadata=True, timeout=_ASK_S)
+        except Exception as error:
+            raise self._sentence(error, ref) from None
+        files = tuple(
+            RemoteFile(each.rfilename, int(each.size or 0), each.lfs.sha256 if each.lfs else None, each.blob_id)
+            for each in info.siblings or ()
+        )
+        return Listing(ref, str(info.sha), files, str(info.gated or ""))
+
+    def branches(self, repo: str) -> list[str]:
+        """Names of the branches, main first. Raises as `listing`."""
+        try:
+            names = [each.name for each in self._api().list_repo_refs(repo).branches]
+        except Exception as error:
+            raise self._sentence(error, ModelRef(repo)) from None
+        return sorted(names, key=lambda name: (name != "main", names.index(name)))
+
+    def small_file(self, listing: Listing, path: str) -> bytes | None:
+        """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one."""
+        if all(each.path != path for each in listing.files):
+            return None
+        import httpx
+
+        endpoint, token = self.endpoint, self.token()
+        wire.require_online(endpoint)
+        address = wire.file_address(endpoint, listing.ref.repo, listing.commit, path)
+        for last in (False, False, True):
+            try:
+                with wire.new_client() as client, wire.get(client, address, endpoint, token) as (response, own):
+                    status = response.status_code
+                    if status == 200:
+                        return self._read(response, path)
+                    refused = wire.refusal(status, response.headers, listing.ref.repo, endpoint, bool(token)) if own else None
+                    if refused is not None:
+                        raise refused
+                    if last:
+                        raise HubUnreachable(_busy(endpoint, status))
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                if last:
+                    raise wire.unreachable(endpoint, error) from None
+        raise AssertionError("the last round returns or raises")
+
+    @staticmethod
+    def _read(response: "httpx.Response", path: str) -> bytes:
+        data = bytearray()
+        for piece in response.iter_bytes():
+            data += piece
+            if len(data) > _SMALL_BYTES:
+                raise WrongRepository(f"{path} is larger than a settings file should be; nothing was downloaded.")
+        return bytes(data)
+
+    def _api(self) -> "HfApi":
+        wire.require_online(self.endpoint)
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self._token, library_name="gptq-webui", library_version=wire.__version__)
+
+    def _sentence(self, error: Exception, ref: ModelRef) -> GptqWebuiError:
+        if isinstance(error, GptqWebuiError):
+            return error
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        endpoint = self.endpoint
+        if isinstance(error, OfflineModeIsEnabled):
+            return HubUnreachable(
+                f"HF_HUB_OFFLINE was set when gptq-webui started, so nothing is asked of {wire.host_of(endpoint)}. "
+                "Unset it and start again to download."
+            )
+        response = getattr(error, "response", None)
+        if isinstance(error, HfHubHTTPError) and response is not None:
+            if response.headers.get("X-Error-Code") == "RevisionNotFound":
+                return self._no_such_branch(ref)
+            refused = wire.refusal(response.status_code, response.headers, ref.repo, endpoint, bool(self.token()))
+            return refused or HubUnreachable(_busy(endpoint, response.status_code))
+        return wire.unreachable(endpoint, error)
+
+    def _no_such_branch(self, ref: ModelRef) -> GptqWebuiError:
+        try:
+            names = self.branches(ref.repo)
+        except GptqWebuiError as error:
+            return error
+        close = difflib.get_close_matches(ref.branch, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        shown = ", ".join(names[:_SHOWN_BRANCHES])
+        more = f" and {len(names) - _SHOWN_BRANCHES} more" if len(names) > _SHOWN_BRANCHES else ""
+        return NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r}.{hint} It has {shown}{more}.")
+
+
+def _busy(endpoint: str, status: int) -> str:
+    wait = "asks to wait" if status == 429 else "has a problem of its own"
+    return f"{wire.host_of(endpoint)} {wait} (status {status}). Try again in a few minutes."

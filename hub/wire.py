@@ -1,0 +1,137 @@
+"""One request to the Hub for bytes: redirects followed by hand, refusals turned into sentences.
+
+The token goes to the Hub's own scheme, host and port and nowhere else: large files are
+redirected to a storage host, whose signed link needs no token. It stands in no error and
+in no log. httpx is imported where it is used, because importing it takes time.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+from .. import __version__
+from ..core.errors import AccessDenied, DownloadFailed, HubError, HubUnreachable, NoSuchRepository
+
+if TYPE_CHECKING:
+    import httpx
+
+USER_AGENT = f"gptq-webui/{__version__}"
+DEFAULT_ENDPOINT = "https://huggingface.co"
+CONNECT_S = 10.0
+SILENCE_S = 15.0  # without a byte, after which a connection is given up and the next one made
+_REDIRECTS = 10
+_TRUE = ("1", "ON", "YES", "TRUE")  # huggingface-hub's own reading of its switches
+
+
+def endpoint_from_environment() -> str:
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def require_online(endpoint: str) -> None:
+    """Raises HubUnreachable if the user asked for no network."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in _TRUE:
+            raise HubUnreachable(
+                f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
+                f"unset {name} and start again to download."
+            )
+
+
+def host_of(endpoint: str) -> str:
+    return urlsplit(endpoint).netloc.rpartition("@")[2] or endpoint
+
+
+def file_address(endpoint: str, repo: str, commit: str, path: str) -> str:
+    return f"{endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
+
+
+def unreachable(endpoint: str, error: BaseException) -> HubUnreachable:
+    """`error` gives the reason by its type alone: its text can hold an address with a secret in it."""
+    cure = f" HF_ENDPOINT is set to {endpoint}: is that right?" if os.environ.get("HF_ENDPOINT") else ""
+    return HubUnreachable(
+        f"{host_of(endpoint)} cannot be reached ({type(error).__name__}). Look at your network connection and proxy settings, "
+        f"then try again; models on disk still work.{cure}"
+    )
+
+
+def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, with_token: bool) -> HubError | None:
+    """The sentence for a refusal by the Hub itself; None for a status that may pass if it is asked again."""
+    code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
+    page = f"{endpoint}/{repo}"
+    if code == "GatedRepo":
+        if with_token:
+            return AccessDenied(
+                f"{repo} is gated and the account of your token has no access to it. Open {page} while logged in, accept its "
+                "conditions (some owners answer after a while), see that the token may read gated repositories, and try again."
+            )
+        return AccessDenied(
+            f"{repo} is gated: its conditions must be accepted first. Open {page} while logged in and accept them, "
+            "then give gptq-webui a token: run `hf auth login`, or set HF_TOKEN."
+        )
+    if code in ("RevisionNotFound", "EntryNotFound"):
+        return DownloadFailed(
+            f"{repo} no longer has what its list of files names: it was changed in the meantime. Press Download again."
+        )
+    if "disabled" in message:
+        return AccessDenied(f"{repo} has been disabled by the Hub or its owner; see {page}.")
+    if status == 401 and with_token and code != "RepoNotFound":
+        return AccessDenied(
+            f"{host_of(endpoint)} does not accept your token; it may have expired or been revoked. "
+            "Run `hf auth login` again, or correct or unset HF_TOKEN."
+        )
+    if code == "RepoNotFound" or status in (401, 404):
+        if with_token:
+            return NoSuchRepository(
+                f"There is no model {repo} at {host_of(endpoint)}, or it is private and your token may not read it. "
+                f"Look at the spelling, and at {page}."
+            )
+        return NoSuchRepository(
+            f"There is no model {repo} at {host_of(endpoint)}, or it is private. Look at the spelling; if it is private, "
+            "give gptq-webui a token that may read it: run `hf auth login`, or set HF_TOKEN."
+        )
+    if status == 403:
+        return AccessDenied(
+            f"{host_of(endpoint)} does not let you read {repo}. Open {page} while logged in and see what it asks for, then "
+            "run `hf auth login`, or set HF_TOKEN to a token that may read it."
+        )
+    if 400 <= status < 500 and status not in (408, 416, 425, 429):
+        return DownloadFailed(f"{host_of(endpoint)} refused a request for {repo} with status {status}. {message}".rstrip())
+    return None
+
+
+def new_client() -> "httpx.Client":
+    import httpx
+
+    return httpx.Client(
+        timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
+        follow_redirects=False,
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},  # as stored: what is counted is what is written
+    )
+
+
+@contextmanager
+def get(
+    client: "httpx.Client", address: str, endpoint: str, token: str | None, start: int = 0
+) -> Iterator[tuple["httpx.Response", bool]]:
+    """(response, whether it comes from the Hub itself), body unread. `start` is the first byte wanted.
+
+    Raises httpx.HTTPError for what went wrong on the way.
+    """
+    import httpx
+
+    url, home = httpx.URL(address), httpx.URL(endpoint)
+    for _ in range(_REDIRECTS):
+        own = (url.scheme, url.host, url.port) == (home.scheme, home.host, home.port)
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        if token and own:
+            headers["Authorization"] = f"Bearer {token}"
+        with client.stream("GET", url, headers=headers) as response:
+            if response.status_code not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
+                yield response, own
+                return
+            if int(response.headers.get("Content-Length") or 1 << 30) < 65536:
+                response.read()  # so that the connection can be used again
+            url = url.join(response.headers["Location"])
+    raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")

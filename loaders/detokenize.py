@@ -1,0 +1,41 @@
+"""Ids to text, one token at a time, never half a character.
+
+A token's text can depend on its neighbours (SentencePiece spaces, bytes of one UTF-8
+character), so the new text is the difference of two decodings of a short window: the method
+of Hugging Face's text-generation-inference. The window starts inside the prompt, so that an
+answer's first token keeps its leading space where it has one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+_WINDOW_TOKENS = 6
+_LONGEST_CHARACTER_TOKENS = 8  # bytes of an emoji sequence; past this a � is what the model meant
+
+
+class Detokenizer:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_WINDOW_TOKENS:])
+        self._before = 0  # start of the window
+        self._read = len(self._ids)  # ids whose text was given out
+
+    def feed(self, id: int) -> str:
+        """The text that became certain with this id; empty while a character is incomplete."""
+        self._ids.append(id)
+        return self._advance(len(self._ids) - self._read > _LONGEST_CHARACTER_TOKENS)
+
+    def end(self) -> str:
+        """What is left, incomplete characters included."""
+        return self._advance(True) if self._read < len(self._ids) else ""
+
+    def _advance(self, force: bool) -> str:
+        known = self._decode(self._ids[self._before : self._read])
+        whole = self._decode(self._ids[self._before :])
+        if len(whole) <= len(known) or (whole.endswith("\ufffd") and not force):
+            return ""
+        self._before, self._read = self._read, len(self._ids)
+        return whole[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,162 @@
+"""One thread per loaded model, which computes every answer in the order they were asked for.
+
+CUDA streams, graphs and torch's inference mode belong to a thread, so the computing stays on
+one. A reader gets a `Stream` that only reads a queue: a reader that sleeps or leaves cannot
+hold the model, and closing a Stream sets its `cancel`.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from ..core.errors import AnswerFailed, Busy, GptqWebuiError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
+
+
+class _End:
+    pass
+
+
+class _Job(Generic[T]):
+    """An answer as the worker holds it. The reader's Stream is another object, so that dropping it is noticed."""
+
+    def __init__(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> None:
+        self.make = make
+        self.cancel = cancel
+        self.cancelled = cancelled  # the event that ends an answer whose turn never came
+        self.events: queue.SimpleQueue[T | BaseException | _End] = queue.SimpleQueue()
+        self.started = threading.Event()
+        self.computed = threading.Event()  # the worker has finished with it, read or not
+
+    def run(self) -> None:
+        """On the worker thread: compute everything into the queue."""
+        try:
+            if self.cancel.is_set():
+                self.events.put(self.cancelled)
+                return
+            self.started.set()
+            for event in self.make():
+                self.events.put(event)
+        except GptqWebuiError as error:
+            self.events.put(error)
+        except Exception as error:
+            log.exception("an answer failed")
+            self.events.put(AnswerFailed(_in_words(error)))
+        finally:
+            self.events.put(_End())
+            self.computed.set()
+
+
+class Stream(Iterator[T], Generic[T]):
+    """The events of one answer. Iterate it in any one thread; `close` it, or drop it, to give up."""
+
+    def __init__(self, job: _Job[T]) -> None:
+        self._job = job
+        self._done = False
+
+    def __next__(self) -> T:
+        job = self._job
+        while not self._done:
+            try:
+                event = job.events.get(timeout=_POLL_S)
+            except queue.Empty:
+                if job.cancel.is_set() and not job.started.is_set():
+                    self._done = True
+                    return job.cancelled
+                continue
+            if isinstance(event, (_End, BaseException)):
+                self._done = True
+                if isinstance(event, BaseException):
+                    raise event
+                break
+            return event
+        raise StopIteration
+
+    @property
+    def computed(self) -> threading.Event:
+        """Set when the worker has finished with the answer, read or not."""
+        return self._job.computed
+
+    @property
+    def started(self) -> bool:
+        """Whether its turn has come."""
+        return self._job.started.is_set()
+
+    def close(self) -> None:
+        """Give up: the computing ends within one token."""
+        self._done = True
+        if not self._job.computed.is_set():
+            self._job.cancel.set()
+
+    def __enter__(self) -> "Stream[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Worker:
+    """Runs Streams one after another on its own thread."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: list[_Job] = []
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def stream(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> Stream[T]:
+        """Take a turn now. `make` is called on the worker thread when the turn comes.
+
+        Raises Busy if the model is being unloaded.
+        """
+        job = _Job(make, cancel, cancelled)
+        with self._lock:
+            if self._closing.is_set():
+                raise Busy("The model is being unloaded. Ask again when one is loaded.")
+            self._open.append(job)
+            self._jobs.put(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="gptq-webui model", daemon=True)
+                self._thread.start()
+        return Stream(job)
+
+    @property
+    def waiting(self) -> int:
+        """Answers asked for and not finished."""
+        with self._lock:
+            return len(self._open)
+
+    def close(self) -> None:
+        """Cancel what runs and waits, and wait until the thread has ended."""
+        with self._lock:
+            self._closing.set()
+            for job in self._open:
+                job.cancel.set()
+            self._jobs.put(None)
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            with self._lock:
+                self._open.remove(job)
+            del job  # or the last answer would live until the next one
+
+
+def _in_words(error: Exception) -> str:
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower():
+        return "There was not enough memory for this answer. Choose a smaller context in the Model tab and press Reload."
+    first = str(error).strip().splitlines()[:1]
+    return f"The model stopped with an error ({type(error).__name__}: {first[0] if first else 'no message'}). Press Reload in the Model tab."
