@@ -1,0 +1,63 @@
+"""What only a graphics card can show. Skipped where there is none."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import tiny
+from gptq_webui.core.chat import Finish, Message
+from gptq_webui.core.models import LocalModel
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq import checkpoint
+from gptq_webui.gptq.linear import GPTQLinear
+from gptq_webui.loaders.built_in_templates import CHATML
+from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_a_layer_on_the_card_equals_its_float64_reference(bits, group_size, act_order, rows):
+    generator = torch.Generator().manual_seed(bits)
+    tensors, dense = tiny.random_layer(256, 192, bits, group_size, act_order=act_order, sym=False, generator=generator)
+    layer = GPTQLinear(256, 192, bits, group_size, bias=False, device="cuda")
+    layer.load_state_dict({name: tensor.cuda() for name, tensor in tensors.items()})
+    x = torch.randn(rows, 256, generator=generator)
+    wanted = x.double() @ dense.T.double()
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        found = layer(x.to("cuda", dtype)).cpu().double()
+        assert float((found - wanted).norm() / wanted.norm()) < limit, dtype
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_packed_logits_on_the_card_equal_those_of_the_dense_twin(kind, tmp_path):
+    twin = tiny.write(tmp_path / "model", kind, sym=False)
+    packed, _notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float32, device_map={"": "cuda"})
+    ids = torch.randint(0, 288, (1, 24))
+    with torch.no_grad():
+        wanted, found = twin(ids).logits.double(), packed(ids.cuda()).logits.cpu().double()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread over card and machine"])
+def test_a_model_answers_on_the_card_and_gives_its_memory_back(spread, tmp_path, monkeypatch):
+    tiny.write(tmp_path / "model")
+    tiny.write_tokenizer(tmp_path / "model", "{{ bos_token }}" + CHATML)
+    if spread:
+        device_map = {"model.embed_tokens": "cuda", "model.layers.0": "cuda", "model.layers.1": "cpu", "model.norm": "cpu"}
+        device_map |= {"model.rotary_emb": "cuda", "lm_head": "cpu"}
+        monkeypatch.setattr("gptq_webui.loaders.transformers._device_map", lambda model, device: device_map)
+    before = torch.cuda.memory_allocated()
+    model = TransformersLoader().load(LocalModel.read(tmp_path / "model"), TransformersOptions(), lambda share, text: None)
+    params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
+    events = list(model.chat([Message("user", "Hi")], params, threading.Event()))
+    assert isinstance(events[-1], Finish) and model.hf.dtype == torch.float16 and torch.cuda.memory_allocated() > before
+    model.close()
+    del model
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 20_000_000  # cuBLAS keeps a workspace
