@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class PackedExperts(nn.Module):
     def __init__(self, dense: nn.Module) -> None:
         """`dense` is the module to replace: its activation and its number of experts are kept."""
         super().__init__()
-        self.act_fn = dense.act_fn
+        self.act_fn: Any = dense.act_fn
         self.num_experts = int(dense.num_experts)  # type: ignore[arg-type]
         for at in range(self.num_experts):
             self.add_module(str(at), nn.Module())
@@ -51,7 +52,8 @@ def is_dense_experts(module: nn.Module | None) -> bool:
 
 def expert_shape(dense: nn.Module, name: str) -> tuple[int, int]:
     """(in_features, out_features) that the packed layer `name` must have."""
-    _count, twice_inner, hidden = dense.gate_up_proj.shape  # type: ignore[union-attr,operator]
+    weight: Any = dense.gate_up_proj
+    _count, twice_inner, hidden = weight.shape
     down = _ROLES[name.rpartition(".")[2]] == "down"
     return (twice_inner // 2, hidden) if down else (hidden, twice_inner // 2)
 

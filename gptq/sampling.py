@@ -1,5 +1,7 @@
 """From logits to the next token. The processors are transformers' own, in the order of its `generate`."""
 
+from typing import Any
+
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -27,7 +29,7 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self._processors = LogitsProcessorList()
+        self._processors: Any = LogitsProcessorList()
         if params.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
         if self._greedy:

@@ -152,7 +152,11 @@ def write(
         count, twice, hidden = experts.gate_up_proj.shape
         for at in range(count):
             dense = {}
-            for part, (rows, cols) in {"w1": (hidden, twice // 2), "w2": (twice // 2, hidden), "w3": (hidden, twice // 2)}.items():
+            for part, (rows, cols) in {
+                "w1": (hidden, twice // 2),
+                "w2": (twice // 2, hidden),
+                "w3": (hidden, twice // 2),
+            }.items():
                 tensors, dense[part] = random_layer(
                     rows, cols, bits, group_size, act_order=act_order, sym=sym, form=form, generator=generator
                 )
