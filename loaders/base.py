@@ -154,8 +154,7 @@ def _timed(steps: Iterator[Step | Finish], asked: float) -> Iterator[Step | Fini
     """Fill in the Finish's times and count. Runs on the worker, so that a slow reader costs nothing."""
     began = last = time.perf_counter()
     first: float | None = None
-    count = 0
-    for event in steps:
+    for count, event in enumerate(steps):
         if isinstance(event, Finish):
             prefill_s = (first if first is not None else time.perf_counter()) - began
             generate_s = last - first if first is not None else 0.0
@@ -163,7 +162,6 @@ def _timed(steps: Iterator[Step | Finish], asked: float) -> Iterator[Step | Fini
             return
         last = time.perf_counter()
         first = last if first is None else first
-        count += 1
         yield event
 
 

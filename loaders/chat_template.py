@@ -14,123 +14,7 @@ from typing import Any
 
 from ..core.chat import Message
 from ..core.errors import BadParameter
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-_SYSTEM_FIRST = "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-
-
-def _labelled(head: str, user: str, answer: str, between: str, default_system: str = "", bos: bool = True) -> str:
-    """Templates of the kind `USER: … ASSISTANT: …`: `head` holds the system text, {s}."""
-    system = f"{{% set system = system or {default_system!r} %}}" if default_system else ""
-    before, _, after = head.partition("{s}")
-    return (
-        ("{{ bos_token }}" if bos else "")
-        + _SYSTEM_FIRST
-        + system
-        + f"{{% if system %}}{{{{ {before!r} + system + {after!r} }}}}{{% endif %}}"
-        + "{% for m in rest %}{% if m['role'] == 'user' %}"
-        + f"{{{{ {user!r} + m['content'] + {between!r} }}}}"
-        + "{% else %}"
-        + f"{{{{ {answer!r} + m['content'] + eos_token + {_after_answer(user)!r} }}}}"
-        + "{% endif %}{% endfor %}"
-        + f"{{% if add_generation_prompt %}}{{{{ {answer.rstrip(' ')!r} }}}}{{% endif %}}"
-    )
-
-
-def _after_answer(user: str) -> str:
-    return "" if user.startswith("USER:") else "\n"
-
-
-_MISTRAL = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + (system + '\\n\\n' if system and loop.first else '') + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
-)  # the conversation of Mistral-7B-Instruct's model card
-_LLAMA2 = (
-    _SYSTEM_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.first else '') + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)  # Llama 2's reference code begins every exchange with BOS
-_LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-_ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-_GEMMA = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for m in rest %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\\n' + (system + '\\n\\n' if system and loop.first else '') + m['content'] + '<end_of_turn>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
-_PHI3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-_OPENCHAT = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ ('' if m['role'] == 'system' else 'GPT4 Correct ' + ('User: ' if m['role'] == 'user' else 'Assistant: ')) + m['content'] + '<|end_of_turn|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"
-)
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_ALPACA_SYSTEM = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-
-BUILT_IN: dict[str, str] = {
-    "ChatML": CHATML,
-    "Mistral [INST]": _MISTRAL,
-    "Llama-2 [INST]": _LLAMA2,
-    "Llama-3": _LLAMA3,
-    "Vicuna": _labelled("{s} ", "USER: ", "ASSISTANT: ", " ", _VICUNA_SYSTEM),
-    "Alpaca": _labelled("{s}\n\n", "### Instruction:\n", "### Response:\n", "\n\n", _ALPACA_SYSTEM),
-    "User/Assistant ###": _labelled("### System:\n{s}\n\n", "### User:\n", "### Assistant:\n", "\n\n"),
-    "Human/Assistant ###": _labelled("{s}\n", "### Human: ", "### Assistant: ", "\n"),
-    "Zephyr": _ZEPHYR,
-    "Gemma": _GEMMA,
-    "Phi-3": _PHI3,
-    "OpenChat": _OPENCHAT,
-    "User/Assistant": _labelled("{s}\n\n", "User: ", "Assistant: ", "\n"),
-}
-PLAIN = "Plain transcript"  # what a model that was never taught to chat gets
-_PLAIN_JINJA = _labelled("{s}\n\n", "User: ", "Assistant: ", "\n")
-
-_BY_NAME: tuple[tuple[str, str], ...] = (  # the first that is found in the lower-cased folder name
-    (r"code-?llama.*instruct|llama-?2.*chat", "Llama-2 [INST]"),
-    (r"llama-?3.*(instruct|chat)", "Llama-3"),
-    (r"openchat|starling", "OpenChat"),
-    (r"zephyr|tinyllama.*chat", "Zephyr"),
-    (r"openhermes|nous-hermes-2|hermes-2|dolphin|chatml|orca-2|openorca|smollm|qwen.*(chat|instruct)|yi-.*chat|neural-?chat.*chatml", "ChatML"),
-    (r"mi[sx]tral.*instruct", "Mistral [INST]"),
-    (r"vicuna|wizardlm.*(13b|30b|70b|1\.[0-9])|xwin|airoboros|samantha|synthia", "Vicuna"),
-    (r"stable-?beluga|orca-?mini|neural-?chat|solar.*instruct", "User/Assistant ###"),
-    (r"guanaco|stable-?vicuna|open-?assistant.*pythia", "Human/Assistant ###"),
-    (r"alpaca|wizardcoder|wizardlm|nous-hermes|mythomax|chronos|platypus|deepseek-coder.*instruct|tulu", "Alpaca"),
-    (r"gemma.*it\b", "Gemma"),
-    (r"phi-?3.*instruct", "Phi-3"),
-    (r"falcon.*instruct", "User/Assistant"),
-)  # fmt: skip
-_BY_ARCHITECTURE = {"MistralForCausalLM": "Mistral [INST]", "MixtralForCausalLM": "Mistral [INST]", "LlamaForCausalLM": "Llama-2 [INST]"}
-_BY_CARD: tuple[tuple[tuple[str, ...], str], ...] = (  # marks in a card's prompt_template
-    (("<|im_start|>",), "ChatML"),
-    (("<|start_header_id|>",), "Llama-3"),
-    (("<<SYS>>",), "Llama-2 [INST]"),
-    (("[INST]",), "Mistral [INST]"),
-    (("GPT4", "User:"), "OpenChat"),
-    (("USER:", "ASSISTANT:"), "Vicuna"),
-    (("### Instruction:", "### Response:"), "Alpaca"),
-    (("### User:", "### Assistant:"), "User/Assistant ###"),
-    (("### Human:", "### Assistant:"), "Human/Assistant ###"),
-    (("<|user|>", "<|assistant|>", "<|end|>"), "Phi-3"),
-    (("<|user|>", "<|assistant|>"), "Zephyr"),
-    (("<start_of_turn>",), "Gemma"),
-)
+from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
 
 
 @dataclass(frozen=True)
@@ -178,18 +62,18 @@ def find(folder: Path, tokenizer: Any, architecture: str) -> ChatTemplate:
     if card := card_template(folder):
         return from_card(card).bound(tokenizer)
     name = folder.name.lower()
-    for pattern, built_in in _BY_NAME:
+    for pattern, built_in in BY_NAME:
         if re.search(pattern, name):
             return named(built_in, "the model's name").bound(tokenizer)
-    if architecture in _BY_ARCHITECTURE and re.search(r"chat|instruct", name):
-        return named(_BY_ARCHITECTURE[architecture], "the model's architecture").bound(tokenizer)
-    return ChatTemplate(_PLAIN_JINJA, PLAIN, "none found: not a chat model", is_chat=False).bound(tokenizer)
+    if architecture in BY_ARCHITECTURE and re.search(r"chat|instruct", name):
+        return named(BY_ARCHITECTURE[architecture], "the model's architecture").bound(tokenizer)
+    return ChatTemplate(PLAIN_JINJA, PLAIN, "none found: not a chat model", is_chat=False).bound(tokenizer)
 
 
 def named(name: str, source: str = "your choice") -> ChatTemplate:
     """One of the built-in templates. Raises BadParameter if there is none of that name."""
     if name == PLAIN:
-        return ChatTemplate(_PLAIN_JINJA, PLAIN, source, is_chat=False)
+        return ChatTemplate(PLAIN_JINJA, PLAIN, source, is_chat=False)
     if name not in BUILT_IN:
         raise BadParameter(f"There is no chat template called {name!r}. There are: {', '.join(BUILT_IN)}.")
     return ChatTemplate(BUILT_IN[name], name, source)
@@ -215,7 +99,7 @@ def card_template(folder: Path) -> str | None:
 
 def from_card(card: str) -> ChatTemplate:
     """A card's `… {prompt} …` as a template for whole conversations."""
-    for marks, built_in in _BY_CARD:
+    for marks, built_in in BY_CARD:
         if all(mark in card for mark in marks):
             return named(built_in, "the model card")
     before, _, after = card.partition("{prompt}")
@@ -226,7 +110,8 @@ def from_card(card: str) -> ChatTemplate:
     answer = after.lstrip()
     between = after[: len(after) - len(answer)]
     default = "" if "{s}" in head else head.strip()
-    jinja = _labelled(head if "{s}" in head else "{s}\n\n" if default else "{s}\n", user, answer.rstrip() and answer, between, default)
+    system = head if "{s}" in head else "{s}\n\n"
+    jinja = labelled(system, user, answer, between, default)
     return ChatTemplate(jinja, "the card's own", "the model card")
 
 
@@ -256,17 +141,17 @@ def _render(jinja: str, chat: list[dict[str, str]], tokenizer: Any, resume: bool
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = getattr(tokenizer, "special_tokens_map", None) or {}
-    tokens = {name: str(value) for name, value in special.items() if isinstance(value, str)}
+    tokens: dict[str, Any] = {name: str(value) for name, value in special.items() if isinstance(value, str)}
     for name in ("bos_token", "eos_token"):
         tokens.setdefault(name, str(getattr(tokenizer, name, "") or ""))
-    rendered, _ = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[chat],
         chat_template=jinja,
         add_generation_prompt=not resume,
         continue_final_message=resume,
         **tokens,
     )
-    return rendered[0]
+    return str(rendered[0][0])  # (one text a conversation, masks)
 
 
 def _markers(template: ChatTemplate, tokenizer: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -288,8 +173,8 @@ def _markers(template: ChatTemplate, tokenizer: Any) -> tuple[tuple[str, ...], t
                 if at == 0 and id not in ids:
                     ids.append(id)  # only what may end an answer, not what begins one
                 gap = gap.replace(token, "\n")
-        for token in (getattr(tokenizer, "eos_token", None), getattr(tokenizer, "bos_token", None)):
-            gap = gap.replace(token, "\n") if token else gap
+        for name in ("eos_token", "bos_token"):
+            gap = gap.replace(getattr(tokenizer, name, None) or "\n", "\n")
         for line in gap.splitlines():
             marker = line.strip()
             if len(marker) >= 3 and re.search(r"[^\w\s]", marker) and marker not in stop:

@@ -1,7 +1,7 @@
 """Which loader opens a model, and why. One ordered list; every refusal is a sentence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..core.errors import LoadRefused
@@ -53,7 +53,7 @@ def choose(
 
 def make_options(loader: Loader, values: Mapping[str, Any]) -> Any:
     """The loader's options from a dictionary, passing over names of other loaders."""
-    known = loader.options.__dataclass_fields__
+    known = {each.name for each in fields(loader.options)}
     return loader.options(**{name: value for name, value in values.items() if name in known})
 
 

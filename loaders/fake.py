@@ -14,7 +14,8 @@ from ..core.chat import Finish, Step
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from .base import LoadedModel, LoadProgress, Refusal
-from .chat_template import CHATML, ChatTemplate
+from .built_in_templates import CHATML
+from .chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ class TransformersOptions:
     context_tokens: int = _option(0, "Context length", "Tokens the model keeps in view; 0 chooses what fits, up to 8192.")
     device: str = _option("auto", "Device", "auto uses the graphics card if there is one.", ("auto", "cpu", "cuda"))
     dtype: str = _option(
-        "auto", "Number format", "auto: 16-bit floats on a graphics card, 32-bit on the processor.", ("auto", "fp16", "bf16", "fp32")
+        "auto",
+        "Number format",
+        "auto: 16-bit floats on a graphics card, 32-bit on the processor.",
+        ("auto", "fp16", "bf16", "fp32"),
     )
 
     def __post_init__(self) -> None:
@@ -92,9 +95,9 @@ class TransformersLoader:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadCheckpoint(
-                f"The tokenizer of {model.name} cannot be read ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__}). "
-                "Download the model again; what is complete is kept."
+                f"The tokenizer of {model.name} cannot be read ({why}). Download the model again; what is complete is kept."
             ) from error
         progress(0.15, f"Reading {format_bytes(model.size_bytes)} of weights")
         try:
@@ -116,7 +119,14 @@ class TransformersLoader:
 
 class TransformersModel(LoadedModel):
     def __init__(
-        self, model: LocalModel, hf: Any, tokenizer: Any, context_tokens: int, context_reason: str, notes: tuple[str, ...], device: str
+        self,
+        model: LocalModel,
+        hf: Any,
+        tokenizer: Any,
+        context_tokens: int,
+        context_reason: str,
+        notes: tuple[str, ...],
+        device: str,
     ) -> None:
         super().__init__()
         from ..gptq.kv import PrefixCache
@@ -188,7 +198,9 @@ def fit_context(model: LocalModel, asked_tokens: int, *, dtype_bytes: int, free_
         if asked_tokens <= trained:
             return asked_tokens, "as you asked"
         return trained, f"the model was trained for {trained}; you asked for {asked_tokens}"
-    tokens, reason = min((trained, "what the model was trained for"), (DEFAULT_CONTEXT_TOKENS, "the default; more can be asked for"))
+    tokens, reason = min(
+        (trained, "what the model was trained for"), (DEFAULT_CONTEXT_TOKENS, "the default; more can be asked for")
+    )
     per_token = conversation_bytes_per_token(model.folder, dtype_bytes)
     if per_token:
         fits = int((free_bytes - _KEPT_FREE_BYTES) // per_token)

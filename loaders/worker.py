@@ -56,8 +56,9 @@ class _Job(Generic[T]):
 class Stream(Iterator[T], Generic[T]):
     """The events of one answer. Iterate it in any one thread; `close` it, or drop it, to give up."""
 
-    def __init__(self, job: _Job[T]) -> None:
+    def __init__(self, job: _Job[T], ahead: Callable[[], int] = lambda: 0) -> None:
         self._job = job
+        self._ahead = ahead
         self._done = False
 
     def __next__(self) -> T:
@@ -87,6 +88,11 @@ class Stream(Iterator[T], Generic[T]):
     def started(self) -> bool:
         """Whether its turn has come."""
         return self._job.started.is_set()
+
+    @property
+    def ahead(self) -> int:
+        """Answers that are computed before this one; 0 once its turn has come."""
+        return self._ahead()
 
     def close(self) -> None:
         """Give up: the computing ends within one token."""
@@ -128,13 +134,17 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="gptq-webui model", daemon=True)
                 self._thread.start()
-        return Stream(job)
+        return Stream(job, lambda: self._ahead(job))
 
     @property
     def waiting(self) -> int:
         """Answers asked for and not finished."""
         with self._lock:
             return len(self._open)
+
+    def _ahead(self, job: _Job) -> int:
+        with self._lock:
+            return self._open.index(job) if job in self._open else 0
 
     def close(self) -> None:
         """Cancel what runs and waits, and wait until the thread has ended."""
@@ -159,4 +169,5 @@ def _in_words(error: Exception) -> str:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower():
         return "There was not enough memory for this answer. Choose a smaller context in the Model tab and press Reload."
     first = str(error).strip().splitlines()[:1]
-    return f"The model stopped with an error ({type(error).__name__}: {first[0] if first else 'no message'}). Press Reload in the Model tab."
+    why = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+    return f"The model stopped with an error ({why}). Press Reload in the Model tab."

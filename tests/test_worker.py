@@ -1,0 +1,118 @@
+"""loaders/worker.py: one thread, answers in order, and no reader can hold the model."""
+
+import threading
+import time
+
+import pytest
+
+from gptq_webui.core.errors import AnswerFailed, Busy, PromptTooLong
+from gptq_webui.loaders.worker import Worker
+
+
+@pytest.fixture
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def counting(cancel, count=1000, pause_s=0.0, seen=None):
+    def make():
+        for at in range(count):
+            if cancel.is_set():
+                yield "cancelled"
+                return
+            time.sleep(pause_s)
+            if seen is not None:
+                seen.append(threading.current_thread().name)
+            yield at
+
+    return make
+
+
+def test_answers_are_computed_one_after_another_on_one_thread(worker):
+    seen: list[str] = []
+    flags = [threading.Event() for _ in range(3)]
+    streams = [worker.stream(counting(flag, 5, seen=seen), flag, "cancelled") for flag in flags]
+    assert [list(stream) for stream in reversed(streams)] == [[0, 1, 2, 3, 4]] * 3
+    assert len(set(seen)) == 1 and seen[0] != threading.current_thread().name
+
+
+def test_a_reader_that_sleeps_does_not_hold_the_next_one(worker):
+    first = worker.stream(counting(threading.Event(), 50), threading.Event(), "cancelled")
+    assert [next(first) for _ in range(3)] == [0, 1, 2]  # and then never again
+    started = time.perf_counter()
+    second = worker.stream(counting(threading.Event(), 3), threading.Event(), "cancelled")
+    assert list(second) == [0, 1, 2]
+    assert time.perf_counter() - started < 1
+
+
+def test_closing_a_stream_ends_the_computing(worker):
+    cancel = threading.Event()
+    stream = worker.stream(counting(cancel, pause_s=0.002), cancel, "cancelled")
+    next(stream)
+    stream.close()
+    assert stream.computed.wait(1) and cancel.is_set()
+
+
+def test_dropping_a_stream_ends_the_computing(worker):
+    cancel = threading.Event()
+    stream = worker.stream(counting(cancel, pause_s=0.002), cancel, "cancelled")
+    next(stream)
+    del stream
+    assert cancel.wait(1)
+
+
+def test_a_waiting_reader_hears_its_cancel_before_its_turn(worker):
+    busy = threading.Event()
+    blocker = worker.stream(counting(busy, pause_s=0.01), busy, "cancelled")
+    next(blocker)
+    cancel = threading.Event()
+    waiting = worker.stream(counting(cancel), cancel, "cancelled")
+    threading.Timer(0.1, cancel.set).start()
+    started = time.perf_counter()
+    assert list(waiting) == ["cancelled"]
+    assert time.perf_counter() - started < 1
+    blocker.close()
+
+
+def test_an_error_reaches_its_reader_in_words_and_the_thread_lives(worker):
+    def fails():
+        yield 1
+        raise RuntimeError("CUDA error: an illegal memory access\nstack …")
+
+    stream = worker.stream(fails, threading.Event(), "cancelled")
+    assert next(stream) == 1
+    with pytest.raises(AnswerFailed, match="illegal memory access") as caught:
+        next(stream)
+    assert "\n" not in str(caught.value)
+    assert list(worker.stream(lambda: iter([7]), threading.Event(), "cancelled")) == [7]
+
+
+def test_our_own_errors_pass_unchanged(worker):
+    def fails():
+        raise PromptTooLong("too long")
+        yield
+
+    with pytest.raises(PromptTooLong, match="too long"):
+        list(worker.stream(fails, threading.Event(), "cancelled"))
+
+
+def test_out_of_memory_says_what_to_do(worker):
+    def fails():
+        raise MemoryError
+        yield
+
+    with pytest.raises(AnswerFailed, match="smaller context"):
+        list(worker.stream(fails, threading.Event(), "cancelled"))
+
+
+def test_closing_the_worker_ends_what_runs_and_refuses_what_comes():
+    worker = Worker()
+    cancel = threading.Event()
+    stream = worker.stream(counting(cancel, pause_s=0.002), cancel, "cancelled")
+    next(stream)
+    worker.close()
+    assert stream.computed.is_set() and worker.waiting == 0
+    with pytest.raises(Busy):
+        worker.stream(counting(cancel), cancel, "cancelled")
