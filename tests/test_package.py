@@ -1,0 +1,72 @@
+"""pyproject.toml and the door agree with the folders; nothing heavy runs at import."""
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
+
+
+def test_every_folder_with_code_is_a_listed_package():
+    folders = {
+        path.parent
+        for path in ROOT.rglob("__init__.py")
+        if not any(part.startswith((".", "build")) for part in path.relative_to(ROOT).parts)
+    }
+    names = {".".join(["gptq_webui", *folder.relative_to(ROOT).parts]) for folder in folders}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == names
+
+
+def test_the_hosts_requirements_name_no_package():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("#") or not line.strip() for line in lines)
+
+
+_REGISTER = (
+    "import importlib.util, sys; spec = importlib.util.spec_from_file_location('door', sys.argv[1]); "
+    "door = importlib.util.module_from_spec(spec); spec.loader.exec_module(door); door.register(); "
+)
+
+
+def test_importing_the_door_loads_nothing_heavy():
+    heavy = "print([name for name in ('torch', 'gradio', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    done = run(_REGISTER + "import gptq_webui.app.cli; " + heavy, str(ROOT / "script.py"))
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_door_does_not_touch_the_search_path():
+    done = run("import sys; before = list(sys.path); " + _REGISTER + "print(before == sys.path)", str(ROOT / "script.py"))
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_two_copies_are_told_apart():
+    code = "import sys, types; other = types.ModuleType('gptq_webui'); other.__file__ = '/elsewhere/__init__.py'; sys.modules['gptq_webui'] = other; "
+    done = run(code + _REGISTER, str(ROOT / "script.py"))
+    assert "Two copies" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["--version"]])
+def test_help_answers_in_half_a_second(arguments):
+    fastest = 9.0
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, str(ROOT / "script.py"), *arguments], capture_output=True, text=True, timeout=60)
+        fastest = min(fastest, time.perf_counter() - started)
+        assert done.returncode == 0 and done.stdout
+    assert fastest < 0.5
+
+
+def test_the_version_is_one():
+    import gptq_webui
+
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert f"## {gptq_webui.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
