@@ -64,7 +64,7 @@ class LocalModel:
             return _read(folder)
         except (GptqWebuiError, OSError) as error:
             return cls(folder, "incomplete", None, 0, None, "", (), str(error))
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, struct.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
             problem = f"Its settings or weights are not what they should be ({error!r}). Download the model again."
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
 

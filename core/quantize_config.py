@@ -86,7 +86,8 @@ class QuantizeConfig:
         Raises BadQuantizeConfig if neither the files nor the tensors say how to read the weights.
         """
         from_file = read_json(folder / "quantize_config.json")
-        in_config = read_json(folder / "config.json").get("quantization_config") or {}
+        in_config = read_json(folder / "config.json").get("quantization_config")
+        in_config = in_config if isinstance(in_config, dict) else {}
         notes: list[str] = []
         merged = {**in_config, **{key: value for key, value in from_file.items() if value is not None}}
         for key in ("bits", "group_size", "desc_act", "sym"):

@@ -38,19 +38,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if length > min(_HEADER_LIMIT_BYTES, size_bytes):
                 raise ValueError
             header = json.loads(file.read(length))
-    except (struct.error, ValueError):
+        tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                shape = tuple(int(each) for each in entry["shape"])
+                tensors[name] = TensorInfo(str(entry["dtype"]), shape, 8 + length + start, end - start)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise BadCheckpoint(
             f"{path.name} is not a safetensors file or was cut short. Delete it and download the model again."
         ) from None
-    tensors: dict[str, TensorInfo] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-        if 8 + length + end > size_bytes:
+    for name, info in tensors.items():
+        if (end := info.start + info.size_bytes) > size_bytes:
             raise BadCheckpoint(
-                f"{path.name} was cut short: {name} should end at byte {8 + length + end}, the file has {size_bytes}. "
+                f"{path.name} was cut short: {name} should end at byte {end}, the file has {size_bytes}. "
                 "Download the model again; what is complete is kept."
             )
     return tensors

@@ -6,9 +6,9 @@ _SIZES = ((10**12, "TB", 2), (10**9, "GB", 2), (10**6, "MB", 1), (10**3, "KB", 1
 def format_bytes(count: int) -> str:
     """4160000000 -> '4.16 GB', 999 -> '999 bytes'."""
     for size, unit, digits in _SIZES:
-        if abs(count) >= size:
+        if abs(count) >= 0.99995 * size:  # 999,950 bytes would be rounded to 1000.0 KB
             return f"{count / size:.{digits}f} {unit}"
-    return f"{count} bytes"
+    return plural(count, "byte")
 
 
 def format_rate(bytes_per_s: float) -> str:

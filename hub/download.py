@@ -48,14 +48,24 @@ def fetch(listing: Listing, files: Sequence[RemoteFile], folder: Path, hub: Hub,
             try:
                 last = yield from _watched(_Mover(listing, files, folder, hub), cancel)
             finally:
-                if all(entry.name in (PLAN, LOCK) for entry in folder.iterdir()):
-                    (folder / PLAN).unlink(missing_ok=True)  # not one byte came: leave nothing behind
+                _leave_no_trace_of_nothing(folder)
     except OSError as error:
         raise disk_sentence(error, folder) from None
     finally:
         with suppress(OSError):
             folder.rmdir()  # only if it is empty
     yield last  # the folder is free again
+
+
+def _leave_no_trace_of_nothing(folder: Path) -> None:
+    """If not one byte came, the folder must not be listed as a download to go on with."""
+    for partial in list(folder.rglob("*" + PARTIAL)):
+        with suppress(OSError):  # Windows: the thread that was left behind may still hold it open
+            if partial.stat().st_size == 0:
+                partial.unlink()
+                partial.parent.rmdir()  # a subfolder that is empty now; never one with files
+    if all(entry.name in (PLAN, LOCK) for entry in folder.iterdir()):
+        (folder / PLAN).unlink(missing_ok=True)
 
 
 def _watched(mover: "_Mover", cancel: threading.Event) -> Generator[Progress, None, Progress]:
@@ -82,7 +92,8 @@ def _watched(mover: "_Mover", cancel: threading.Event) -> Generator[Progress, No
 class _Mover:
     def __init__(self, listing: Listing, files: Sequence[RemoteFile], folder: Path, hub: Hub) -> None:
         self.listing, self.folder, self._hub = listing, folder, hub
-        self._files = sorted(files, key=lambda file: (file.size_bytes, file.path))  # settings first, they fail early
+        # settings first, for they fail early; empty files, which prove no access, last
+        self._files = sorted(files, key=lambda file: (file.size_bytes == 0, file.size_bytes, file.path))
         self._total_bytes = sum(file.size_bytes for file in files)
         self._entries: dict[str, Entry] = {}  # complete and verified
         self._known: dict[str, Entry] = {}  # as earlier downloads left it
@@ -129,6 +140,14 @@ class _Mover:
     def _run(self) -> None:
         started_s = time.monotonic()
         plan, marker = Record.read(self.folder / PLAN), Record.read(self.folder / MARKER)
+        for record in (plan, marker):
+            if (
+                record is not None and record.ref.lower() != str(self.listing.ref).lower()
+            ):  # a/b_c and a_b/c share a folder's name
+                raise DownloadFailed(
+                    f"The folder {self.folder.name} already holds {record.ref}, which is named alike. "
+                    f"Rename or remove it before downloading {self.listing.ref}."
+                )
         self._known = {**(marker.files if marker else {}), **(plan.files if plan else {})}
         missing = [file for file in self._files if not self._is_complete(file, marker)]
         if missing:

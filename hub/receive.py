@@ -93,6 +93,8 @@ class Receiver:
                 raise wire.unreachable(self._hub.endpoint, error) from None
             if self.have[file.path] >= file.size_bytes:
                 return
+            if self.stopped.is_set():
+                raise Stopped  # it was us who cut the connection
             self.cuts += 1
             if self.have[file.path] > start:
                 attempts = 0

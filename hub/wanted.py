@@ -77,17 +77,14 @@ def choose(
     """The files to download. `settings` holds what `settings_needed` asked for, by name.
 
     Raises WrongRepository for anything but GPTQ weights in safetensors (with `any_kind`: for
-    anything that holds no model), for unsafe file names and for missing shards.
+    GGUF and what holds no model), for unsafe file names and for missing shards.
     """
     ref, sizes = listing.ref, {file.path: file.size_bytes for file in listing.files if "/" not in file.path}
     named = settings.get("quantize_config.json", {}).get("model_file_base_name")
     kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
-    if kind == "gguf":
-        weights, missing = [name for name in sizes if _GGML.search(name)], list[str]()
-    else:
-        weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
-    if kind in OPENED_BY and not any_kind:
+    if kind == "gguf" or (kind in OPENED_BY and not any_kind):  # one of many .gguf files is wanted, and nobody says which
         raise WrongRepository(_wrong_kind(ref, kind, settings))
+    weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
     if not weights:
         raise WrongRepository(_no_weights(listing))
     if kind != "gptq" and not any_kind:

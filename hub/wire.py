@@ -5,6 +5,7 @@ redirected to a storage host, whose signed link needs no token. It stands in no 
 in no log. httpx is imported where it is used, because importing it takes time.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, w
 def new_client() -> "httpx.Client":
     import httpx
 
+    if (logger := logging.getLogger("httpx")).level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)  # it tells every address at INFO, and a storage link is the key to its file
     return httpx.Client(
         timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
         follow_redirects=False,

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+
 from gptq_webui.core.errors import AccessDenied, HubError, HubUnreachable, NoSuchBranch, NoSuchRepository
 from gptq_webui.core.refs import ModelRef
 from gptq_webui.hub.repo import Hub, is_safe_path
-from huggingface_hub import HfApi
 
 REPO = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ"
 BRANCH = "gptq-4bit-32g-actorder_True"

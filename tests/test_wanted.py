@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from gptq_webui.core.errors import WrongRepository
 from gptq_webui.core.refs import ModelRef
 from gptq_webui.hub.repo import Listing, RemoteFile

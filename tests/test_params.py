@@ -1,0 +1,62 @@
+"""The one list of sampling parameters: limits, types, and what is passed over."""
+
+from dataclasses import fields
+
+import pytest
+
+from gptq_webui.core.errors import BadParameter
+from gptq_webui.core.params import PRESETS, GenerationParams
+
+
+def test_defaults_are_those_of_the_model_card() -> None:
+    card = PRESETS["Model card"]
+    assert card == GenerationParams()
+    assert (card.temperature, card.top_p, card.top_k, card.repetition_penalty, card.max_new_tokens) == (0.7, 0.95, 40, 1.1, 512)
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(GenerationParams) if each.name != "stop"])
+def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> None:
+    limits = next(limits for each, limits, _ in GenerationParams.limits() if each == name)
+    for value in (limits.low, limits.high):
+        GenerationParams(**{name: value})
+    for value in (limits.low - 1, limits.high + 1):
+        with pytest.raises(BadParameter, match=rf"{name} must be between"):
+            GenerationParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "top_k"])
+@pytest.mark.parametrize("value", ["7", None, True, float("nan"), float("inf"), [1]])
+def test_what_is_no_number_is_refused(name: str, value: object) -> None:
+    with pytest.raises(BadParameter, match=f"{name} must be a number"):
+        GenerationParams(**{name: value})
+
+
+def test_whole_numbers_stay_whole_and_sliders_may_send_floats() -> None:
+    params = GenerationParams(max_new_tokens=64.0, temperature=1)  # type: ignore[arg-type]
+    assert params.max_new_tokens == 64 and isinstance(params.max_new_tokens, int) and isinstance(params.temperature, float)
+    with pytest.raises(BadParameter, match="top_k must be a whole number"):
+        GenerationParams(top_k=1.5)  # type: ignore[arg-type]
+
+
+def test_seed_minus_one_and_none_draw_a_new_one() -> None:
+    assert GenerationParams(seed=-1).seed is GenerationParams(seed=None).seed is None
+    assert GenerationParams(seed=0).seed == 0
+
+
+@pytest.mark.parametrize("stop", ["text", [""], [1], ["a", ""]])
+def test_stop_strings_are_a_list_of_texts_that_are_not_empty(stop: object) -> None:
+    with pytest.raises(BadParameter, match="stop must be a list of texts"):
+        GenerationParams(stop=stop)  # type: ignore[arg-type]
+
+
+def test_stop_strings_become_a_tuple() -> None:
+    assert GenerationParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_saved_settings_of_other_versions_are_passed_over() -> None:
+    assert GenerationParams.from_dict({"top_k": 3, "from_the_future": 1}) == GenerationParams(top_k=3)
+
+
+def test_every_field_has_a_label_and_help_in_words() -> None:
+    for name, limits, _ in GenerationParams.limits():
+        assert limits.label and limits.help.endswith("."), name

@@ -1,0 +1,64 @@
+"""Headers as the safetensors library writes them, and files that are cut short or no such thing."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gptq_webui.core.errors import BadCheckpoint
+from gptq_webui.core.safetensors_header import item_bytes, read_header, read_int32
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.arange(-3, 9, dtype=np.int32).reshape(3, 4), "b": np.ones(5, np.float16)}, file, metadata={"format": "pt"})
+    return file
+
+
+def test_names_types_and_shapes_without_metadata(path: Path) -> None:
+    header = read_header(path)
+    assert {name: (info.dtype, info.shape, info.size_bytes) for name, info in header.items()} == {
+        "a": ("I32", (3, 4), 48),
+        "b": ("F16", (5,), 10),
+    }
+
+
+def test_values_of_a_small_tensor(path: Path) -> None:
+    assert read_int32(path, read_header(path)["a"]) == tuple(range(-3, 9))
+
+
+def test_a_truncated_file_says_what_is_missing(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(BadCheckpoint, match=rf"model\.safetensors was cut short: . should end at byte {len(whole)}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        b"<html>not found</html>",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        struct.pack("<Q", 4) + b"nope",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 2) + b"\xff\xff",
+        struct.pack("<Q", 12) + b'{"a": "word"}'[:12],
+        struct.pack("<Q", 9) + b'{"a": {}}',
+        struct.pack("<Q", 48) + json.dumps({"a": {"dtype": "F16", "shape": 1, "data_offsets": [0]}}).encode()[:48],
+    ],
+)
+def test_what_is_no_safetensors_file_is_one_sentence(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors is not a safetensors file or was cut short"):
+        read_header(path)
+
+
+def test_item_sizes() -> None:
+    assert [item_bytes(name) for name in ("I32", "F16", "BF16", "U8", "F64")] == [4, 2, 2, 1, 8]
