@@ -81,19 +81,15 @@ def named(name: str, source: str = "your choice") -> ChatTemplate:
 
 def card_template(folder: Path) -> str | None:
     """`prompt_template` from the front matter of README.md, None if there is none."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+    card = folder / "README.md"
+    if not card.is_file():
         return None
-    if not text.startswith("---") or "prompt_template" not in text.split("\n---", 1)[0]:
-        return None
-    import yaml  # huggingface-hub brings it
+    from huggingface_hub import metadata_load
 
     try:
-        found = yaml.safe_load(text[3:].split("\n---", 1)[0])
-    except yaml.YAMLError:
-        return None
-    template = found.get("prompt_template") if isinstance(found, dict) else None
+        template = (metadata_load(card) or {}).get("prompt_template")
+    except Exception:
+        return None  # a card that cannot be read is a card without a template
     return template if isinstance(template, str) and "{prompt}" in template else None
 
 
