@@ -67,13 +67,17 @@ class Engine:
             self._drop()
             self._say(Status("loading", model.name, "Starting"))
             try:
-                loaded = choice.loader.load(model, choice.options, lambda share, text: self._say(Status("loading", model.name, text, share)))
+                loaded = choice.loader.load(
+                    model, choice.options, lambda share, text: self._say(Status("loading", model.name, text, share))
+                )
             except GptqWebuiError as error:
                 self._say(Status("empty", text=str(error), error=True))
                 raise
             except Exception as error:
                 log.exception("loading %s with %s failed", model.name, choice.loader.name)
-                failed = LoadFailed(f"{model.name} could not be loaded with {choice.loader.name} ({type(error).__name__}: {error}).")
+                failed = LoadFailed(
+                    f"{model.name} could not be loaded with {choice.loader.name} ({type(error).__name__}: {error})."
+                )
                 self._say(Status("empty", text=str(failed), error=True))
                 raise failed from error
             if template := saved.get("template"):
@@ -99,7 +103,9 @@ class Engine:
             raise Busy(f"{self.status.name or 'A model'} is being loaded or unloaded. Wait until that is done.")
         try:
             before = self.status
-            folders = demo.ensure(root, lambda share, text: self._say(Status("loading", "The demo model", text, share)), threading.Event())
+            folders = demo.ensure(
+                root, lambda share, text: self._say(Status("loading", "The demo model", text, share)), threading.Event()
+            )
             self._say(before)
         except GptqWebuiError as error:
             self._say(Status("empty", text=str(error), error=True))
@@ -107,7 +113,7 @@ class Engine:
         finally:
             self._changing.release()
         if root not in self.library.roots:
-            self.library.roots = [*self.library.roots, root]
+            self.library.roots = (*self.library.roots, root)
         return self.load(folders[0].name, loader, options)
 
     def report(self, text: str) -> None:
@@ -146,13 +152,20 @@ class Engine:
         loaded = self._ready()
         length = len(loaded.encode(prompt)) if loaded.tokenizer is not None else 0
         if length >= loaded.context_tokens:
-            raise PromptTooLong(f"The text has {length} tokens, the context {loaded.context_tokens}. Shorten it, or load the model with a longer context.")
+            raise PromptTooLong(
+                f"The text has {length} tokens, the context {loaded.context_tokens}. "
+                "Shorten it, or load the model with a longer context."
+            )
         return Answer(loaded, loaded.complete(prompt, params, cancel), 0)
 
     def set_template(self, name: str | None) -> None:
         """Use a built-in chat template for the loaded model and remember that; None takes the model's own."""
         loaded = self._ready()
-        template = chat_template.named(name) if name else chat_template.find(loaded.model.folder, loaded.tokenizer, loaded.model.architecture)
+        template = (
+            chat_template.named(name)
+            if name
+            else chat_template.find(loaded.model.folder, loaded.tokenizer, loaded.model.architecture)
+        )
         loaded.template = template.bound(loaded.tokenizer)
         self.settings.save_for_model(loaded.model.name, template=name)
 
@@ -196,9 +209,14 @@ class Answer:
     def close(self) -> None:
         self._stream.close()
 
+    @property
+    def ahead(self) -> int:
+        """Answers that are computed before this one; 0 once its turn has come."""
+        return getattr(self._stream, "ahead", 0)
+
     def text(self) -> tuple[str, Finish]:
         """The whole answer at once."""
-        pieces = []
+        pieces: list[str] = []
         for event in self:
             if isinstance(event, Finish):
                 return "".join(pieces), event

@@ -1,0 +1,95 @@
+"""ui/access.py: what a guest gets who does not use the page but calls its handlers over HTTP."""
+
+import json
+import secrets
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from shelf import MISTRAL, Shelf
+
+from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.ui import compat
+from gptq_webui.ui import page as ui_page
+from gptq_webui.ui.access import Access, Share, ShareInfo
+
+OWNERS_ONLY = ("model_tab", "download_box", "folders_box", "settings_box", "template_box")
+FOR_ALL = ("show", "resume", "relist_resumed")  # of these files: called by every page load, they tell a guest nothing
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    root = tmp_path_factory.mktemp("secret-models")
+    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    share = Share()
+    page = ui_page.build(
+        engine, Downloads(engine.library), access=Access(frozenset({"anna"})), banner="Look at /home/anna.", share=share
+    )
+    users = [("anna", "a"), ("guest", "g")]
+    _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, auth=users, **ui_page.launch_options())
+    share.info = ShareInfo("https://example.gradio.live", "guest", "g")
+    yield SimpleNamespace(engine=engine, page=page, url=url.rstrip("/") + ("/gradio_api" if compat.SIX else ""), root=root)
+    page.close()
+
+
+def call(house, name, password, index, data):
+    """(final message of the queue, everything that came) of one event, as the page asks for it."""
+    with httpx.Client(base_url=house.url, trust_env=False, timeout=10) as client:
+        base = house.url.removesuffix("/gradio_api")
+        assert client.post(f"{base}/login", data={"username": name, "password": password}).status_code == 200
+        session = secrets.token_hex(5)
+        body = {"data": data, "fn_index": index, "session_hash": session}
+        joined = client.post("/queue/join", json=body)
+        assert joined.status_code == 200, joined.text
+        seen = ""
+        with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
+            for line in stream.iter_lines():
+                seen += line
+                if line.startswith("data:") and (message := json.loads(line[5:]))["msg"] == "process_completed":
+                    return message, seen
+    raise AssertionError(seen)
+
+
+def handlers(house, names):
+    return [
+        (index, each)
+        for index, each in house.page.fns.items()
+        if each.fn is not None and each.fn.__module__.rpartition(".")[2] in names
+    ]
+
+
+def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
+    refused = []
+    for index, each in handlers(house, OWNERS_ONLY):
+        message, _seen = call(house, "guest", "g", index, [None] * len(each.inputs))
+        if each.fn.__name__ in FOR_ALL:
+            assert message["success"], each.fn  # or every guest is greeted with an error
+            continue
+        assert not message["success"], each.fn
+        assert "Only the owner of this page may do that" in message["output"]["error"], each.fn
+        refused.append(each.fn.__name__)
+    assert {"load", "unload_model", "start", "stop_download", "add_folder", "remove_folder", "save_settings", "choose"} <= set(
+        refused
+    )
+    assert house.engine.loaded is None and len(house.engine.library.roots) == 1
+
+
+def test_a_guest_sees_no_path_and_no_password(house):
+    for index, each in house.page.fns.items():
+        if any(trigger == "load" for _block, trigger in each.targets) and each.fn is not None:
+            _message, seen = call(house, "guest", "g", index, [None] * len(each.inputs))
+            for secret in (str(house.root), "/home/anna", "gradio.live", MISTRAL):
+                assert secret not in seen, each.fn
+    assert not any(secret in str(house.page.config) for secret in (str(house.root), "/home/anna", "gradio.live"))
+
+
+def test_the_owner_gets_all_of_it(house):
+    (arrange,) = [index for index, each in house.page.fns.items() if getattr(each.fn, "__name__", "") == "arrange"]
+    _message, seen = call(house, "anna", "a", arrange, [])
+    assert "example.gradio.live" in seen and "Password: g" in seen and "/home/anna" in seen
+    (load, *_more) = [index for index, each in handlers(house, ("model_tab",)) if each.fn.__name__ == "load"]
+    message, _seen = call(house, "anna", "a", load, [None])
+    assert message["success"]

@@ -1,0 +1,304 @@
+"""ui/: a real browser on the real page, with a model that has no weights."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from shelf import MISTRAL, Shelf
+
+from browser import chromium
+from gptq_webui.core.models import OPENED_BY
+from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.base import Refusal
+from gptq_webui.loaders.fake import FakeLoader, FakeOptions
+from gptq_webui.ui import page as ui_page
+
+pytestmark = pytest.mark.browser
+
+ANSWER = "The capital of France is Paris, <b>a city</b> <img src=x onerror='window.hacked=1'> on the Seine."
+LONG = " ".join(f"word{at}" for at in range(400))
+
+
+@dataclass(frozen=True)
+class Options(FakeOptions):
+    answer: str = ANSWER
+    load_s: float = 0.3
+    context_tokens: int = field(default=2048, metadata={"label": "Context length", "help": "Tokens."})
+
+
+class Loader(FakeLoader):
+    options = Options
+
+    def refusal(self, model, options):
+        return Refusal(OPENED_BY[model.kind]) if model.kind in OPENED_BY else None
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The page, served once for all tests, and what is behind it."""
+    shelf = Shelf(tmp_path_factory.mktemp("models"))
+    engine = Engine(shelf, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [Loader()])
+    page = ui_page.build(engine, Downloads(shelf), banner="A card is present & unused.")
+    _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
+    yield SimpleNamespace(engine=engine, shelf=shelf, url=url)
+    page.close()
+
+
+@pytest.fixture
+def house(served, tmp_path):
+    """The same, with nothing loaded and nothing remembered."""
+    served.shelf.__init__(tmp_path)
+    served.engine.settings = Settings(tmp_path / "settings.json")
+    yield served
+    served.engine.unload()
+
+
+@pytest.fixture
+def visit(chrome, house):
+    """Opens the page for a fresh visitor; with `options`, the model is loaded with these before."""
+    contexts = []
+
+    def open_page(options=None, width=1280, height=800):
+        if options is not None:
+            house.engine.load(MISTRAL, options=options)
+        contexts.append(chrome.new_context(viewport={"width": width, "height": height}))
+        tab = contexts[-1].new_page()
+        tab.set_default_timeout(10_000)
+        tab.goto(house.url)
+        settled(tab, house)
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def settled(tab, house):
+    """Wait until the page has arranged itself: an empty engine shows the Model tab first."""
+    if house.engine.loaded is None:
+        tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
+    else:
+        tab.wait_for_selector(f"#gw-head:has-text('{MISTRAL}')")
+        time.sleep(0.2)  # what the browser kept comes back
+
+
+def open_tab(tab, name):
+    tab.get_by_role("tab", name=name).click()
+
+
+def choose(tab, box, name):
+    """Pick from a list; one that the server fills at this very moment is closed and opened again."""
+    option = tab.get_by_role("option", name=name)
+    for _again in range(5):
+        tab.click(f"{box} input")
+        try:
+            option.click(timeout=1500)
+            return
+        except Exception:
+            tab.click("#gw-title")
+    option.click()
+
+
+def ask(tab, text):
+    tab.fill("#gw-message textarea", text)
+    tab.press("#gw-message textarea", "Enter")
+
+
+def wait_for(tab, selector, text):
+    tab.wait_for_selector(f"{selector}:has-text({text!r})")
+    return tab.inner_text(selector)
+
+
+def test_choose_a_model_ask_and_come_back(visit, house):
+    tab = visit()
+    wait_for(tab, "#gw-banner", "A card is present & unused.")
+    choose(tab, "#gw-models", re.compile("GPTQ 4-bit, group 32, act-order"))
+    wait_for(tab, "#gw-model-status", "Ready.")
+    facts = tab.inner_text("#gw-facts")
+    assert "32 weights share a scale" in facts and "4.57 GB" in facts and "2048 tokens" in facts
+    open_tab(tab, "Chat")
+    assert "Template: ChatML" in wait_for(tab, "#gw-head", MISTRAL)
+    ask(tab, "What is the capital of France?")
+    line = wait_for(tab, "#gw-line", "tokens")
+    assert "first word after" in wait_for(tab, "#gw-line", "first word after"), line
+    assert "<b>a city</b>" in tab.inner_text("#gw-chat")  # shown as it was written …
+    assert tab.evaluate("window.hacked") is None  # … and not run
+    house.engine.unload()
+    tab.reload()
+    settled(tab, house)
+    open_tab(tab, "Chat")
+    assert "What is the capital of France?" in wait_for(tab, "#gw-chat", "on the Seine.")
+    wait_for(tab, "#gw-head", "No model is loaded")
+
+
+def test_a_model_of_another_kind_says_what_opens_it_and_the_loaded_one_stays(visit, house):
+    tab = visit({})
+    open_tab(tab, "Model")
+    tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
+    choose(tab, "#gw-models", "zephyr-AWQ — AWQ")
+    assert "vLLM" in wait_for(tab, "#gw-model-status .gw-bad", "AWQ weights are opened by")
+    assert house.engine.loaded.model.name == MISTRAL
+    tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
+
+
+def test_stop_keeps_what_was_written_continue_goes_on(visit, house):
+    tab = visit({"answer": LONG, "tokens_per_s": 40})
+    ask(tab, "Talk")
+    wait_for(tab, "#gw-chat", "word5")
+    tab.click("#gw-stop")
+    wait_for(tab, "#gw-line", "stopped")
+    tab.wait_for_selector("#gw-send:visible")
+    kept = tab.inner_text("#gw-chat")
+    computed = house.engine.loaded.computed_tokens
+    assert "word5" in kept and "word200" not in kept
+    time.sleep(0.3)
+    assert house.engine.loaded.computed_tokens == computed
+    tab.click("#gw-continue")
+    tab.wait_for_selector("#gw-stop:visible")
+    tab.wait_for_function(f"document.querySelector('#gw-chat').innerText.length > {len(kept) + 20}")
+    tab.click("#gw-stop")
+    tab.wait_for_selector("#gw-send:visible")
+    assert kept.split("Talk")[-1].strip()[:40] in tab.inner_text("#gw-chat")
+
+
+def test_a_page_that_is_closed_ends_its_answer(visit, house):
+    tab = visit({"answer": LONG, "tokens_per_s": 40})
+    ask(tab, "Talk")
+    wait_for(tab, "#gw-chat", "word5")
+    tab.goto("about:blank")
+    deadline = time.monotonic() + 5
+    while house.engine.loaded.waiting and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not house.engine.loaded.waiting and house.engine.loaded.computed_tokens < 300
+
+
+def test_a_reload_in_the_middle_of_an_answer_keeps_its_beginning(visit, house):
+    tab = visit({"answer": LONG, "tokens_per_s": 40})
+    ask(tab, "Talk")
+    wait_for(tab, "#gw-chat", "word50")
+    tab.reload()
+    settled(tab, house)
+    assert "word5 " in wait_for(tab, "#gw-chat", "Talk")
+    tab.click("#gw-continue")
+    tab.wait_for_selector("#gw-stop:visible")  # the old answer does not hold the model
+
+
+def test_two_pages_wait_for_each_other(visit, house):
+    tab = visit({"answer": LONG, "tokens_per_s": 40})
+    second = visit()
+    ask(tab, "First")
+    wait_for(tab, "#gw-chat", "word5")
+    ask(second, "Second")
+    wait_for(second, "#gw-line", "waiting for another answer (2nd in line)")
+    tab.click("#gw-stop")
+    wait_for(second, "#gw-chat", "word5")
+
+
+def test_errors_are_words_and_what_was_typed_survives(visit):
+    tab = visit()
+    open_tab(tab, "Chat")
+    ask(tab, "Is anybody there?")
+    wait_for(tab, "#gw-line .gw-bad", "No model is loaded. Choose one in the Model tab.")
+    assert tab.input_value("#gw-message textarea") == "Is anybody there?"
+    tab = visit({"context_tokens": 20})
+    ask(tab, LONG)
+    wait_for(tab, "#gw-line .gw-bad", "Shorten it")
+    assert tab.input_value("#gw-message textarea") == LONG
+
+
+def test_parameters_reach_the_answer_and_survive_a_reload(visit, house):
+    tab = visit({})
+    open_tab(tab, "Parameters")
+    choose(tab, "#gw-preset", "Precise")
+    tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0'")
+    tab.fill("#gw-max_new_tokens input", "3")
+    tab.wait_for_function("document.querySelector('#gw-preset input').value == 'Your own'")
+    time.sleep(0.3)
+    tab.reload()
+    settled(tab, house)
+    ask(tab, "What is the capital of France?")  # without opening the tab
+    wait_for(tab, "#gw-line", "stopped at the limit of 3 tokens: press Continue")
+    open_tab(tab, "Parameters")
+    tab.wait_for_function("document.querySelector('#gw-max_new_tokens input').value == '3'")
+    tab.fill("#gw-max_new_tokens input", "0")
+    wait_for(tab, "#gw-parameters-note", "Max new tokens must be between 1 and 32768")
+    open_tab(tab, "Chat")
+    ask(tab, "And of Italy?")
+    wait_for(tab, "#gw-line .gw-bad", "Max new tokens must be between 1 and 32768")
+
+
+def test_download_stop_reload_done_refresh(visit, house):
+    tab = visit()
+    house.shelf.pause_s = 0.2
+    tab.fill("#gw-download-ref textarea, #gw-download-ref input", "owner/nowhere")
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-download-status .gw-bad", "There is no repository owner/nowhere")
+    tab.fill("#gw-download-ref textarea, #gw-download-ref input", "owner/name:4bit")
+    tab.click("#gw-download")
+    assert "1.00 GB in 9 files, GPTQ 4-bit" in wait_for(tab, "#gw-download-status", "left")
+    tab.reload()
+    wait_for(tab, "#gw-download-status", "left")  # found again
+    tab.click("#gw-download-stop")
+    wait_for(tab, "#gw-download-status", "Stopped at")
+    house.shelf.pause_s = 0.02
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-download-status", "Done. owner_name_4bit is ready")
+    choose(tab, "#gw-models", re.compile("owner_name_4bit — GPTQ"))
+    wait_for(tab, "#gw-model-status", "Ready. owner_name_4bit was loaded")
+
+
+def test_folders_and_settings_are_remembered(visit, house, tmp_path):
+    other = tmp_path / "other models"
+    other.mkdir()
+    tab = visit()
+    open_tab(tab, "Model")
+    tab.get_by_role("button", name="Models folders").click()
+    tab.fill("#gw-folder textarea, #gw-folder input", str(tmp_path / "nowhere"))
+    tab.click("#gw-folder-add")
+    wait_for(tab, "#gw-folder-note .gw-bad", "There is no folder")
+    tab.fill("#gw-folder textarea, #gw-folder input", str(other))
+    tab.click("#gw-folder-add")
+    wait_for(tab, "#gw-folder-note", "was added and is remembered")
+    assert house.shelf.roots == (tmp_path, other) and other in house.engine.settings.models_folders
+    tab.get_by_label(str(other)).click()
+    tab.click("#gw-folder-remove")
+    wait_for(tab, "#gw-folder-note", "Its files are untouched")
+    assert house.shelf.roots == (tmp_path,)
+    tab = visit({})
+    open_tab(tab, "Model")
+    tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
+    tab.get_by_role("button", name="Custom settings").click()
+    tab.fill("#gw-option-context_tokens input", "512")
+    tab.click("#gw-save")
+    wait_for(tab, "#gw-settings", "Saved for")
+    tab.click("#gw-reload-settings")
+    wait_for(tab, "#gw-facts", "512 tokens")
+
+
+def test_the_chat_template_can_be_changed(visit, house):
+    tab = visit({})
+    tab.get_by_role("button", name="System prompt and template").click()
+    choose(tab, "#gw-template", "Alpaca")
+    wait_for(tab, "#gw-head", "Template: Alpaca, your choice")
+    assert house.engine.loaded.template.name == "Alpaca"
+    assert house.engine.settings.for_model(MISTRAL)["template"] == "Alpaca"
+
+
+def test_a_phone_scrolls_down_only(visit):
+    tab = visit({}, 390, 844)
+    for name in ("Model", "Parameters", "Chat"):
+        open_tab(tab, name)
+        time.sleep(0.3)
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390, name
+    box = tab.locator("#gw-more").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 844  # everything one needs to chat is in sight

@@ -1,0 +1,140 @@
+"""ui/: what is kept, shown and said, without a browser."""
+
+import json
+import threading
+
+import pytest
+
+from gptq_webui.core.chat import Finish, Message, Token
+from gptq_webui.core.errors import AnswerFailed, BadParameter
+from gptq_webui.core.params import PRESETS, GenerationParams
+from gptq_webui.loaders import chat_template
+from gptq_webui.ui import facts, parts
+from gptq_webui.ui.parameters_tab import to_params, to_values
+from gptq_webui.ui.reply import Reply, in_words
+from gptq_webui.ui.template_box import describe
+from gptq_webui.ui.transcript import Transcript, without_html
+
+
+def test_a_chat_comes_back_as_it_was_kept():
+    chat = Transcript(system="Be brief.").asked("Hello “you”").answered("Hi <b>")
+    assert Transcript.read(chat.kept()) == chat
+    assert [each.role for each in chat.prompt()] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["", "{", "[]", "null", '{"messages": 3}', '{"messages": [{"role": "system", "text": "x"}], "system": ""}',
+     '{"messages": [{"role": "user", "text": 5}], "system": ""}', '{"messages": [5], "system": ""}'],
+)  # fmt: skip
+def test_whatever_else_the_browser_kept_is_an_empty_chat(kept):
+    assert Transcript.read(kept) == Transcript()
+
+
+def test_an_answer_takes_the_place_of_the_one_before_and_of_none():
+    asked = Transcript().asked("Hello")
+    assert asked.answered("a").answered("ab").messages == (Message("user", "Hello"), Message("assistant", "ab"))
+    assert asked.answered("a").answered("") == asked and asked.unanswered() == asked
+    assert asked.answered("a").last_answer == "a" and asked.last_answer == ""
+
+
+@pytest.mark.parametrize(
+    ("markdown", "shown"),
+    [
+        ("<b>x</b>", "&lt;b>x&lt;/b>"),
+        ("`<b>` and <b>", "`<b>` and &lt;b>"),
+        ("```c\n#include <stdio.h>\n```\n<i>", "```c\n#include <stdio.h>\n```\n&lt;i>"),
+        ("<i> ```\n<b> not closed yet", "&lt;i> ```\n<b> not closed yet"),
+        ("2 ` 3 <b>\n` <i>", "2 ` 3 &lt;b>\n` &lt;i>"),
+    ],
+)
+def test_tags_are_shown_and_code_is_left_alone(markdown, shown):
+    assert without_html(markdown) == shown
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_the_fields(name):
+    assert to_params(to_values(PRESETS[name])) == PRESETS[name]
+    assert to_params(json.loads(json.dumps(to_values(PRESETS[name])))) == PRESETS[name]
+
+
+def test_stop_strings_are_one_a_line_and_an_empty_seed_is_a_new_one():
+    values = dict(zip((name for name, _limits, _value in GenerationParams.limits()), to_values(GenerationParams()), strict=True))
+    params = to_params(list((values | {"stop": "###\n\nUser: ", "seed": None}).values()))
+    assert params.stop == ("###", "User: ") and params.seed is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 9), ("temperature", None), ("max_new_tokens", 0), ("top_k", 0.5)])
+def test_a_wrong_value_is_a_sentence(name, value):
+    values = dict(zip((name for name, _limits, _value in GenerationParams.limits()), to_values(GenerationParams()), strict=True))
+    with pytest.raises(BadParameter):
+        to_params(list((values | {name: value}).values()))
+
+
+@pytest.mark.parametrize(
+    ("finish", "words"),
+    [
+        (Finish("stop", 10, 0, 112, 0.75, 4.74), "23.4 tokens/s · first word after 0.8 s · 112 tokens"),
+        (Finish("length", new_tokens=512), "stopped at the limit of 512 tokens: press Continue"),
+        (Finish("length", new_tokens=100), "the memory for the conversation is full"),
+        (Finish("cancelled", new_tokens=3), "3 tokens · stopped"),
+        (Finish("cancelled"), "stopped before the first word"),
+        (Finish("stop"), "the model had nothing to add"),
+        (Finish("stop", new_tokens=2, dropped_turns=2), "2 oldest messages no longer fit and were left out"),
+        (Finish("stop", new_tokens=2, dropped_turns=1), "1 oldest message no longer fits and was left out"),
+    ],
+)
+def test_how_an_answer_ended_in_words(finish, words):
+    assert words in in_words(finish, 512)
+
+
+class Stream:
+    """An Answer, as far as Reply looks at it."""
+
+    def __init__(self, *events, ahead=0):
+        self.ahead = ahead
+        self.go = threading.Event()
+        self._events = events
+
+    def __iter__(self):
+        self.go.wait(5)
+        for event in self._events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+def test_a_reply_says_where_it_stands():
+    stream = Stream(Token(1, " world"), Finish("stop"), ahead=1)
+    reply = Reply(stream, threading.Event(), "hello")
+    assert reply.state == "waiting for another answer (2nd in line) …"
+    stream.ahead = 0
+    assert reply.state == "reading your prompt …"
+    stream.go.set()
+    assert reply.wait(5) and reply.text == "hello world" and reply.finish == Finish("stop")
+
+
+@pytest.mark.parametrize("error", [AnswerFailed("The model stopped."), RuntimeError("shape")])
+def test_a_reply_that_breaks_keeps_its_text(error):
+    stream = Stream(Token(1, "hello"), error)
+    stream.go.set()
+    reply = Reply(stream, threading.Event())
+    assert reply.wait(5) and reply.text == "hello" and str(error) in reply.error
+
+
+def test_nothing_is_shown_unescaped():
+    evil = "<script>alert(1)</script>"
+    drawn = [parts.quiet(evil), parts.good(evil), parts.bad(evil), parts.working(evil, 0.5, evil), parts.notes([evil])]
+    drawn.append(parts.facts([(evil, evil)]))
+    assert not any("<script" in each for each in drawn)
+
+
+def test_the_template_is_named_with_its_source():
+    assert describe(chat_template.named("ChatML", "the model card")) == "Template: ChatML, from the model card"
+    assert describe(chat_template.named("Vicuna", "the model's name")) == "Template: Vicuna, found by the model's name"
+    assert describe(chat_template.named("Alpaca")) == "Template: Alpaca, your choice"
+    assert describe(chat_template.named(chat_template.PLAIN)).startswith("not a chat model")
+
+
+def test_the_calibration_data_shows_no_path():
+    assert facts._dataset("wikitext2") == "wikitext2" and facts._dataset("/home/anna/secret.txt") == ""

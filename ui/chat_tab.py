@@ -1,0 +1,182 @@
+"""The Chat tab. The chat itself lives in the visitor's browser; the server keeps only a flag per running answer."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import GptqWebuiError
+from ..engine.engine import Engine
+from . import compat
+from .access import Access
+from .browser_store import browser_store
+from .parameters_tab import ParametersTab
+from .parts import bad, quiet
+from .reply import Reply, in_words
+from .template_box import about, draw_template
+from .transcript import Transcript
+
+_STORE_KEY = "gptq-webui chat"
+_LOOK_S = 1 / 15  # how often a running answer is drawn
+_LOAD_LOOK_S = 0.3
+_KEEP_S = 1.0  # how often the browser keeps it
+_STOP_WAIT_S = 2.0  # the model is given so long to say its last word after Stop
+
+
+@dataclass(frozen=True)
+class ChatTab:
+    show: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # who is loaded, for `outputs`: after a load, on opening the tab
+    outputs: list[Any]
+    leave: Callable[[gr.Request], None]  # for `Blocks.unload`: ends the answer of a page that was closed
+
+
+def build(engine: Engine, parameters: ParametersTab, access: Access | None = None) -> ChatTab:
+    """Draw the tab and wire it; return what keeps it up to date."""
+    access = access or Access()
+    head = gr.HTML(elem_id="gw-head")
+    bot = compat.chatbot(
+        show_label=False,
+        container=False,
+        elem_id="gw-chat",
+        render_markdown=True,
+        sanitize_html=True,
+        layout="bubble",
+        placeholder="Ask something.<br>Enter sends, Shift+Enter begins a new line.",
+    )
+    line = gr.HTML(elem_id="gw-line")
+    with gr.Row(elem_id="gw-ask"):
+        box = gr.Textbox(
+            lines=1,
+            max_lines=8,
+            show_label=False,
+            container=False,
+            autofocus=True,
+            placeholder="Your message",
+            scale=8,
+            min_width=160,
+            elem_id="gw-message",
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=96, elem_id="gw-send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=96, elem_id="gw-stop", visible=False)
+    with gr.Row(elem_id="gw-more"):
+        more = gr.Button("Continue", size="sm", min_width=96, elem_id="gw-continue")
+        again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="gw-regenerate")
+        clear = gr.Button("Clear", size="sm", min_width=96, elem_id="gw-clear")
+    with gr.Accordion("System prompt and template", open=False, elem_id="gw-setting"):
+        system = gr.Textbox(
+            label="System prompt",
+            info="What the model is told before the first message; it never leaves the conversation.",
+            lines=2,
+            max_lines=8,
+            elem_id="gw-system",
+        )
+        template = draw_template(engine, access)
+    store = browser_store(_STORE_KEY)
+    running: dict[str, threading.Event] = {}  # by session: the flag that ends its answer
+
+    def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., Iterator[dict[Any, Any]]]:
+        def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> Iterator[dict[Any, Any]]:
+            session, cancel = str(request.session_hash), threading.Event()
+            flag = running.setdefault(session, cancel)
+            if flag is not cancel and not flag.is_set():
+                yield {line: bad("An answer is still being written. Stop it, or wait for its end.")}
+                return
+            running[session] = cancel
+            try:
+                chat = prepare(replace(Transcript.read(kept), system=system_text or ""), text or "")
+                if isinstance(chat, str):
+                    yield {line: quiet(chat)}
+                    return
+                params = parameters.params(values)
+                reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
+                begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: quiet(reply.state)}
+                yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
+                for written, keep in _watch(reply, cancel):
+                    yield draw(chat.answered(written), keep) | {line: quiet(reply.state)}
+                if reply.error and prepare is _ask and not reply.tokens:  # nothing came: the question returns to its box
+                    yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
+                else:
+                    words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
+                    yield draw(chat.answered(reply.text)) | {line: bad(reply.error) if reply.error else words}
+            except GptqWebuiError as error:
+                yield {line: bad(str(error))}
+            finally:
+                cancel.set()  # also where the page has left and the generator is closed
+                if running.get(session) is cancel:
+                    del running[session]
+            yield {send: gr.update(visible=True), stop: gr.update(visible=False)}
+
+        return handler
+
+    def draw(chat: Transcript, keep: bool = True) -> dict[Any, Any]:
+        return {bot: compat.to_display(chat.shown())} | ({store.box: chat.kept()} if keep else {})
+
+    def stop_answer(request: gr.Request) -> None:
+        if flag := running.get(str(request.session_hash)):
+            flag.set()
+
+    def leave(request: gr.Request) -> None:
+        if flag := running.pop(str(request.session_hash), None):
+            flag.set()
+
+    def clear_chat(kept: str, system_text: str, request: gr.Request) -> tuple[Any, str, str]:
+        stop_answer(request)
+        return compat.to_display([]), Transcript(system=system_text or "").kept(), ""
+
+    def keep_system(kept: str, system_text: str) -> str:
+        return replace(Transcript.read(kept), system=system_text or "").kept()
+
+    def restore(kept: str) -> tuple[Any, str, str]:
+        chat = Transcript.read(kept)
+        return compat.to_display(chat.shown()), chat.system, chat.kept()
+
+    def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        while engine.status.phase in ("loading", "unloading"):
+            yield {head: about(engine, access.is_owner(request))}
+            time.sleep(_LOAD_LOOK_S)
+        yield {head: about(engine, access.is_owner(request)), **template.values(request)}
+
+    inputs = [store.box, box, system, *parameters.fields]
+    outputs = [bot, store.box, line, box, send, stop]
+
+    shown = [head, *template.outputs]
+    for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again)):
+        trigger(turn(prepare), inputs, outputs, **compat.STREAM).then(show, None, shown, **compat.STREAM)
+    stop.click(stop_answer, None, None, **compat.NOW)
+    clear.click(clear_chat, [store.box, system], [bot, store.box, line], **compat.NOW)
+    system.blur(keep_system, [store.box, system], store.box, **compat.EVENT)
+    template.choice.input(template.choose, template.choice, template.outputs, **compat.EVENT).then(
+        show, None, shown, **compat.STREAM
+    )
+    store.on_load(restore, [bot, system, store.box])
+    return ChatTab(show, shown, leave)
+
+
+def _ask(chat: Transcript, text: str) -> Transcript | str:
+    return chat.asked(text.strip()) if text.strip() else "Write a message first."
+
+
+def _continue(chat: Transcript, _text: str) -> Transcript | str:
+    return chat if chat.messages else "There is no answer to continue yet."
+
+
+def _again(chat: Transcript, _text: str) -> Transcript | str:
+    return chat.unanswered() if chat.messages else "There is no answer to write again yet."
+
+
+def _watch(reply: Reply, cancel: threading.Event) -> Iterator[tuple[str, bool]]:
+    """(the answer so far, whether to keep it) whenever there is something new to draw, until it is over."""
+    drawn, kept_at, stopped_at = "", time.monotonic(), None
+    while not reply.wait(_LOOK_S):
+        now = time.monotonic()
+        if cancel.is_set():
+            stopped_at = stopped_at or now
+            if now - stopped_at > _STOP_WAIT_S:
+                return
+        if (state := reply.text + reply.state) != drawn:
+            drawn, keep = state, now - kept_at > _KEEP_S
+            kept_at = now if keep else kept_at
+            yield reply.text, keep

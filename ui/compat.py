@@ -1,0 +1,61 @@
+"""The differences between Gradio 4.37 (the host's) and 6 (ours). No other file asks which one is installed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.context import Context
+
+from ..core.chat import Message
+
+SIX = int(gr.__version__.split(".")[0]) >= 6
+
+# 6 draws a tab only when it is opened, and forgets what its lists were filled with before. 4.37 draws all at once,
+# and a list that is filled while it is open shows only what is chosen already: there it must not be filled again.
+LAZY_TABS = SIX
+
+# For every event. Handlers are the page's own business: they are named nowhere and shown in no API page.
+EVENT: dict[str, Any] = {"show_progress": "hidden"} | ({"api_visibility": "private"} if SIX else {"api_name": False})
+# For events that last: nobody waits for another page, and a second click is not swallowed.
+STREAM: dict[str, Any] = EVENT | {"concurrency_limit": None, "trigger_mode": "multiple"}
+# For events that must not wait behind one that lasts.
+NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
+
+
+def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
+    """The page itself. In 6 the look is given to `launch`: see `launch_options`."""
+    if SIX:
+        return gr.Blocks(title=title, analytics_enabled=False, fill_height=True)
+    return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css)
+
+
+def launch_options(theme: gr.Theme, css: str) -> dict[str, Any]:
+    """For `Blocks.launch`: the look in 6, and no API pages in either."""
+    if SIX:
+        return {"theme": theme, "css": css, "footer_links": [], "ssr_mode": False}
+    return {"show_api": False}
+
+
+def root() -> gr.Blocks:
+    """The page that is being built around the caller. Raises RuntimeError outside of one."""
+    if Context.root_block is None:
+        raise RuntimeError("A tab is drawn inside `with gr.Blocks():`.")
+    return Context.root_block
+
+
+def chatbot(**options: Any) -> gr.Chatbot:
+    """A Chatbot that shows `to_display` and copies its messages."""
+    four: dict[str, Any] = {"show_copy_button": True, "bubble_full_width": False}
+    return gr.Chatbot(**({"buttons": ["copy"], "allow_tags": False} if SIX else four), **options)
+
+
+def to_display(messages: Sequence[Message]) -> list[Any]:
+    """A conversation as this Chatbot takes it: messages in 6, pairs of user and assistant in 4.37."""
+    if SIX:
+        return [{"role": each.role, "content": each.text} for each in messages]
+    pairs: list[list[str | None]] = []
+    for each in messages:
+        if each.role == "user" or not pairs or pairs[-1][1] is not None:
+            pairs.append([None, None])
+        pairs[-1][0 if each.role == "user" else 1] = each.text
+    return pairs

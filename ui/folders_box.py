@@ -1,0 +1,83 @@
+"""The list of models folders: shown, added to, taken from, remembered."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..engine.engine import Engine
+from . import compat
+from .access import Access
+from .parts import bad, good
+
+
+@dataclass(frozen=True)
+class FoldersBox:
+    changed: list[Any]  # events after which other models may be listed
+    values: Callable[[], dict[Any, Any]]  # for `outputs`; only for owners
+    outputs: list[Any]
+
+
+def draw_folders(engine: Engine, access: Access) -> FoldersBox:
+    """Draw the list and wire it. Empty until a page load shows that an owner looks."""
+    folders = gr.Radio(
+        [],
+        label="Where models are looked for",
+        info="Downloads go into the first.",
+        elem_id="gw-folders",
+    )
+    path = gr.Textbox(label="Another folder", placeholder=_example(), max_lines=1, elem_id="gw-folder")
+    with gr.Row(elem_classes="gw-buttons"):
+        add = gr.Button("Add folder", size="sm", min_width=110, elem_id="gw-folder-add")
+        remove = gr.Button("Take out of the list", size="sm", min_width=110, elem_id="gw-folder-remove")
+    note = gr.HTML(elem_id="gw-folder-note")
+
+    def values() -> dict[Any, Any]:
+        return {folders: gr.update(choices=[str(each) for each in engine.library.roots], value=None)}
+
+    def add_folder(text: str, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        found = Path(os.path.abspath(Path((text or "").strip().strip("'\"")).expanduser()))
+        if refused := _refusal(text, found, engine):
+            return {note: bad(refused)}
+        engine.library.roots = (*engine.library.roots, found)
+        engine.settings.models_folders = [*(each for each in engine.settings.models_folders if each != found), found]
+        return values() | {path: "", note: good(f"{found} was added and is remembered.")}
+
+    def remove_folder(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        if not chosen:
+            return {note: bad("Choose the folder to take out of the list first.")}
+        left = tuple(each for each in engine.library.roots if str(each) != chosen)
+        if not left:
+            return {note: bad("One folder must stay: downloads go there. Add another one first.")}
+        engine.library.roots = left
+        engine.settings.models_folders = [each for each in engine.settings.models_folders if str(each) != chosen] or list(left)
+        return values() | {note: good(f"{chosen} is no longer listed. Its files are untouched.")}
+
+    outputs = [folders, path, note]
+    changed = [trigger(add_folder, path, outputs, **compat.EVENT) for trigger in (add.click, path.submit)]
+    changed.append(remove.click(remove_folder, folders, outputs, **compat.EVENT))
+    return FoldersBox(changed, values, outputs)
+
+
+def _refusal(text: str, folder: Path, engine: Engine) -> str:
+    """Why this folder cannot be added, "" if it can."""
+    if not (text or "").strip():
+        return "Write the path of a folder first."
+    if folder in engine.library.roots:
+        return f"{folder} is in the list already."
+    if not folder.exists():
+        return f"There is no folder {folder}. Check the spelling, or create it first."
+    if not folder.is_dir():
+        return f"{folder} is a file. Write the path of the folder that holds your models."
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"{folder} cannot be read. Check its permissions."
+    return ""
+
+
+def _example() -> str:
+    return r"D:\models" if os.name == "nt" else "/home/me/models"

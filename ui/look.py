@@ -1,0 +1,134 @@
+"""How the page looks: a theme and the style sheet over it. System fonts only: nothing is fetched from elsewhere."""
+
+import gradio as gr
+
+TITLE = "gptq-webui"
+
+
+def theme() -> gr.Theme:
+    """Slate and one blue-green accent, in light and dark."""
+    return gr.themes.Default(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.slate,
+        neutral_hue=gr.themes.colors.slate,
+        font=["Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
+        font_mono=["Cascadia Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"],
+        radius_size=gr.themes.sizes.radius_md,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_600",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_primary_border_color="*primary_700",
+        button_primary_border_color_dark="*primary_700",
+        button_secondary_background_fill="white",
+        button_secondary_background_fill_hover="*neutral_100",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_background_fill_hover_dark="*neutral_700",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_secondary_text_color="*neutral_800",
+        button_secondary_text_color_dark="*neutral_100",
+        button_cancel_background_fill="white",
+        button_cancel_background_fill_hover="*neutral_100",
+        button_cancel_background_fill_dark="*neutral_800",
+        button_cancel_background_fill_hover_dark="*neutral_700",
+        button_cancel_border_color="*neutral_400",
+        button_cancel_border_color_dark="*neutral_500",
+        button_cancel_text_color="*neutral_800",
+        button_cancel_text_color_dark="*neutral_100",
+        color_accent="*primary_600",
+        button_large_text_size="*text_md",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        block_shadow="none",
+        block_shadow_dark="none",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        block_label_text_weight="600",
+        block_title_text_weight="600",
+        input_background_fill="white",
+        input_background_fill_dark="*neutral_900",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_500",
+    )
+
+
+CSS = """
+:root {
+  --gw-soft: #64748b; --gw-line: #e2e8f0; --gw-good: #0f766e;
+  --gw-bad: #b42318; --gw-bad-back: #fef3f2; --gw-note: #8a5a00; --gw-note-back: #fffaeb;
+}
+.dark {
+  --color-accent: var(--primary-400); --gw-soft: #94a3b8; --gw-line: #334155; --gw-good: #5eead4;
+  --gw-bad: #fda29b; --gw-bad-back: #3b1512; --gw-note: #fcd34d; --gw-note-back: #33290b;
+}
+
+/* the frame */
+.gradio-container { max-width: none !important; padding: 0 !important; }
+.gradio-container > .main {
+  width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; padding: 12px 20px 20px !important;
+}
+.wrap.min-h-screen { background: none !important; } /* the login page of 6 */
+footer, .gw-hidden { display: none !important; }
+.html-container { padding: 0 !important; }
+.tabitem { border: none !important; padding: 8px 0 0 !important; }
+#gw-title { font-size: 17px; font-weight: 650; letter-spacing: -.01em; margin: 0; padding: 2px 0; }
+#gw-title span { color: var(--gw-soft); font-weight: 400; font-size: 14px; margin-left: 8px; letter-spacing: 0; }
+
+/* words: parts.py */
+.gw-quiet, .gw-good, .gw-bad, .gw-working p { margin: 4px 0; line-height: 1.5; overflow-wrap: anywhere; }
+.gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; }
+.gw-good { color: var(--gw-good); }
+.gw-bad, .gw-note, .gw-banner { border-left: 3px solid currentColor; border-radius: 4px; padding: 8px 12px; }
+.gw-bad { color: var(--gw-bad); background: var(--gw-bad-back); }
+.gw-note, .gw-banner { color: var(--gw-note); background: var(--gw-note-back); margin: 6px 0; line-height: 1.45; }
+.gw-bar { height: 8px; border-radius: 4px; background: var(--gw-line); overflow: hidden; margin: 6px 0; }
+.gw-bar i { display: block; height: 100%; border-radius: 4px; background: var(--primary-600); transition: width .3s; }
+.gw-bar i.gw-some { width: 30%; animation: gw-slide 1.4s ease-in-out infinite alternate; }
+@keyframes gw-slide { from { margin-left: 0 } to { margin-left: 70% } }
+@media (prefers-reduced-motion: reduce) { .gw-bar i.gw-some { animation: none; width: 100%; opacity: .5 } }
+.gw-facts { display: grid; grid-template-columns: minmax(96px, max-content) 1fr; gap: 5px 18px; margin: 0; line-height: 1.45; }
+.gw-facts dt { color: var(--gw-soft); }
+.gw-facts dd { margin: 0; overflow-wrap: anywhere; }
+
+/* the Model tab */
+.gw-columns { align-items: flex-start !important; }
+.gw-card {
+  background: var(--block-background-fill); border: 1px solid var(--gw-line) !important; border-radius: 8px;
+  padding: 14px 16px !important; gap: 10px !important; flex-grow: 0 !important;
+}
+.gw-card .form { border: none !important; background: none !important; box-shadow: none !important; }
+.gw-card .block:not(.gw-hidden) { border: none !important; background: none; padding: 0 !important; }
+.gw-card .block { overflow: visible !important; }
+.gw-card input, .gw-card textarea { text-overflow: ellipsis; }
+.gw-buttons { gap: 8px !important; }
+.gw-buttons button { flex: 0 1 auto; }
+#gw-models input { padding-right: 28px; }
+
+/* the Chat tab: the conversation takes what the rest leaves of the window */
+.gw-who { line-height: 1.5; overflow-wrap: anywhere; }
+.gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
+#gw-chat {
+  height: calc(100dvh - 340px) !important; min-height: 260px !important; max-height: none !important;
+  border: 1px solid var(--gw-line); border-radius: 8px;
+}
+#gw-chat .icon-button-wrapper.top-panel { display: none !important; }
+#gw-chat table, #gw-chat th, #gw-chat td { border-color: var(--gw-line) !important; }
+.dark .token.comment { color: #94a3b8 !important; }
+#gw-message textarea { resize: none; }
+#gw-more button { flex: 0 1 auto; }
+
+@media (max-width: 640px) {
+  .gradio-container > .main { padding: 8px 12px 12px !important; }
+  #gw-chat { height: calc(100dvh - 372px) !important; }
+  #gw-ask, #gw-more { flex-wrap: nowrap !important; gap: 8px !important; }
+  #gw-ask > :first-child { flex: 1 1 0 !important; }
+  #gw-ask button { flex: 0 0 84px !important; min-width: 84px !important; }
+  #gw-more button { flex: 1 1 0; min-width: 0 !important; }
+}
+"""

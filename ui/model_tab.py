@@ -1,0 +1,145 @@
+"""The Model tab: download, choose, look at, set, unload. Choosing a model loads it.
+
+A load runs on a thread of its own and the page only looks on, so closing the page does not end it
+and opening the page again finds it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import GptqWebuiError
+from ..core.units import format_duration
+from ..engine.downloads import Downloads
+from ..engine.engine import Engine
+from . import compat, facts
+from .access import Access
+from .download_box import draw_downloads
+from .folders_box import draw_folders
+from .parts import bad, good, quiet, working
+from .settings_box import draw_settings
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.2
+
+
+@dataclass(frozen=True)
+class ModelTab:
+    loaded: list[Any]  # events after which another model, or none, may be loaded
+    show: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # for `outputs` on page load; nothing for guests
+    outputs: list[Any]
+
+
+def build(engine: Engine, downloads: Downloads, access: Access | None = None) -> ModelTab:
+    """Draw the tab and wire it; return what a page load fills."""
+    access = access or Access()
+    with gr.Row(elem_classes="gw-columns"):
+        with gr.Column(scale=3, min_width=320):
+            with gr.Column(elem_classes="gw-card"):
+                models = gr.Dropdown(
+                    [], value=None, label="Model", info="Choosing one loads it.", elem_id="gw-models", filterable=True
+                )
+                with gr.Row(elem_classes="gw-buttons"):
+                    refresh = gr.Button("Refresh", size="sm", min_width=96, elem_id="gw-refresh")
+                    reload = gr.Button("Reload", size="sm", min_width=96, elem_id="gw-reload")
+                    unload = gr.Button("Unload", size="sm", min_width=96, elem_id="gw-unload")
+                status = gr.HTML(elem_id="gw-model-status")
+            with gr.Column(elem_classes="gw-card"):
+                panel = gr.HTML(elem_id="gw-facts")
+            with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
+                settings = draw_settings(engine, models, access)
+        with gr.Column(scale=2, min_width=320):
+            with gr.Column(elem_classes="gw-card"):
+                box = draw_downloads(downloads, access)
+            with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
+                folders = draw_folders(engine, access)
+    outputs = [models, status, panel, reload, unload, *settings.outputs]
+
+    def listed(chosen: str | None) -> dict[Any, Any]:
+        """The list of models with `chosen` in it, else the loaded one, and the settings of that."""
+        chosen = chosen or engine.status.name  # a page that is just opening has chosen nothing yet
+        choices = [(f"{each.name} — {each.badge}", each.name) for each in engine.library.models()]
+        known = chosen if any(chosen == name for _label, name in choices) else None
+        return {models: gr.update(choices=choices, value=known), **settings.values(known)}
+
+    def state() -> dict[Any, Any]:
+        """Everything that follows from what is loaded."""
+        idle = engine.status.phase in ("empty", "ready")
+        return {
+            panel: facts.panel(engine),
+            reload: gr.update(interactive=idle),
+            unload: gr.update(interactive=idle and engine.loaded is not None),
+        }
+
+    def look_on(busy: Callable[[], bool]) -> Iterator[dict[Any, Any]]:
+        """Draw a load or an unload, whoever began it."""
+        while busy():
+            now = engine.status
+            doing = "Unloading" if now.phase == "unloading" else "Loading"
+            yield {status: working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)} | state()
+            time.sleep(_LOOK_S)
+
+    def run(job: Callable[[], object], done: Callable[[float], str], wanted: str | None) -> Iterator[dict[Any, Any]]:
+        failed: list[str] = []
+
+        def work() -> None:
+            try:
+                job()
+            except GptqWebuiError as error:
+                failed.append(str(error))
+            except Exception as error:
+                log.exception("changing the model failed")
+                failed.append(f"That did not work ({type(error).__name__}: {error}). The terminal has the details.")
+
+        began = time.monotonic()
+        thread = threading.Thread(target=work, name="gptq-webui load", daemon=True)
+        thread.start()
+        thread.join(_LOOK_S / 2)  # a refusal comes at once: no flicker
+        yield from look_on(thread.is_alive)
+        now = engine.loaded.model.name if engine.loaded is not None else wanted
+        yield listed(now) | state() | {status: bad(failed[0]) if failed else good(done(time.monotonic() - began))}
+
+    def load(name: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
+        if not name:
+            yield {status: quiet("Choose a model first.")}
+            return
+        yield from run(lambda: engine.load(name), lambda took: f"Ready. {name} was loaded in {format_duration(took)}.", name)
+
+    def unload_model(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
+        yield from run(engine.unload, lambda _took: "Unloaded. The memory is free.", None)
+
+    def relist(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        return listed(chosen)
+
+    def relist_resumed(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+        return listed(chosen) if access.is_owner(request) else {status: ""}  # runs on every page load, a guest's too
+
+    def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        if not access.is_owner(request):
+            yield {status: ""}  # a handler that yields nothing would empty every output
+            return
+        now = engine.status
+        said = bad(now.text) if now.error else quiet(engine.settings.warning)
+        yield listed(now.name or None) | state() | folders.values() | {status: said}
+        if now.phase in ("loading", "unloading"):
+            yield from look_on(lambda: engine.status.phase in ("loading", "unloading"))
+            ended = engine.status
+            yield listed(ended.name or None) | state() | {status: bad(ended.text) if ended.error else good("Ready.")}
+
+    triggers = ((models.input, load), (reload.click, load), (settings.reload.click, load))
+    loaded = [trigger(handler, models, outputs, **compat.STREAM) for trigger, handler in triggers]
+    loaded.append(unload.click(unload_model, None, outputs, **compat.STREAM))
+    refresh.click(relist, models, outputs, **compat.EVENT)
+    for event in (*box.ended, *folders.changed):
+        event.then(relist, models, outputs, **compat.EVENT)
+    compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
+    return ModelTab(loaded, show, [*outputs, *folders.outputs])

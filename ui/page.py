@@ -1,0 +1,70 @@
+"""The whole page: the tabs, the banner, what a visitor may see. Any Gradio of compat.py can draw it."""
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..engine.downloads import Downloads
+from ..engine.engine import Engine
+from . import chat_tab, compat, look, model_tab, parameters_tab
+from .access import Access, Share
+from .share_box import draw_share
+
+
+def build(
+    engine: Engine,
+    downloads: Downloads,
+    *,
+    access: Access | None = None,
+    banner: str = "",
+    share: Share | None = None,
+) -> gr.Blocks:
+    """Draw and wire the page; launch it with `launch_options()`.
+
+    `banner` is for owners: what is wrong with this machine and how to cure it. `share` may be
+    filled after the launch.
+    """
+    access = access or Access()
+    everybody = access.owners is None
+    with compat.blocks(look.TITLE, look.theme(), look.CSS) as page:
+        gr.HTML(f'<h1 id="gw-title">{look.TITLE}<span>chat with GPTQ models</span></h1>')
+        notice = gr.HTML(visible=False, elem_id="gw-banner")
+        link = draw_share()
+        with gr.Tabs(selected="chat", elem_id="gw-tabs") as tabs:
+            with gr.Tab("Chat", id="chat") as chat_place:
+                chat_at = gr.Column()
+            with gr.Tab("Model", id="model", visible=everybody) as model_place:
+                models = model_tab.build(engine, downloads, access)
+            with gr.Tab("Parameters", id="parameters"):
+                parameters = parameters_tab.build()
+        with chat_at:
+            chat = chat_tab.build(engine, parameters, access)
+
+        def arrange(request: gr.Request) -> dict[Any, Any]:
+            owner = access.is_owner(request)
+            first = "model" if owner and engine.status.phase == "empty" else "chat"
+            warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
+            info = share.info if share is not None and owner else None
+            return {
+                tabs: gr.update(selected=first),
+                model_place: gr.update(visible=owner),
+                notice: gr.update(value=warning, visible=bool(warning)),
+                link.place: gr.update(visible=info is not None),
+                link.text: info.invitation if info is not None else "",
+            }
+
+        page.load(arrange, None, [tabs, model_place, notice, link.place, link.text], **compat.EVENT)
+        page.load(chat.show, None, chat.outputs, **compat.STREAM)
+        triggers = [page.load, model_place.select] if compat.LAZY_TABS else [page.load]
+        shown = [trigger(models.show, None, models.outputs, **compat.STREAM) for trigger in triggers]
+        for event in (*models.loaded, *shown):
+            event.then(chat.show, None, chat.outputs, **compat.STREAM)
+        chat_place.select(chat.show, None, chat.outputs, **compat.STREAM)
+        page.unload(chat.leave)  # last: 4.37 looks at the last event alone to know whether a page that left is to be noticed
+    return page
+
+
+def launch_options() -> dict[str, Any]:
+    """What `Blocks.launch` must be given for the page to look as it should."""
+    return compat.launch_options(look.theme(), look.CSS)

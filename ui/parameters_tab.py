@@ -1,0 +1,105 @@
+"""The Parameters tab: how answers are sampled. Drawn from `GenerationParams`, for each visitor alone."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import BadParameter
+from ..core.params import PRESETS, GenerationParams, Limits
+from . import compat
+from .browser_store import BrowserStore, browser_store
+from .parts import bad
+
+OWN = "Your own"  # shown as the preset when the values are those of none
+_STORE_KEY = "gptq-webui parameters"
+_WIDEST_SLIDER_STEPS = 2000  # finer than that, a hand cannot hit a value
+
+
+@dataclass(frozen=True)
+class ParametersTab:
+    fields: Sequence[gr.components.Component]  # give their values to an event as inputs …
+    params: Callable[[Sequence[Any]], GenerationParams]  # … and to this; raises BadParameter
+
+
+def build() -> ParametersTab:
+    """Draw the tab and wire it; return what the Chat tab needs to gather the values."""
+    gr.HTML('<p class="gw-quiet">How the next answers are written. These values are yours alone and stay in this browser.</p>')
+    preset = gr.Dropdown(
+        [*PRESETS, OWN],
+        value=next(iter(PRESETS)),
+        label="Preset",
+        info="Model card: the values that the models' own pages recommend.",
+        elem_id="gw-preset",
+    )
+    limits = list(GenerationParams.limits())
+    with gr.Row(elem_classes="gw-fields"):
+        fields = [_draw(name, each, default) for name, each, default in limits]
+    note = gr.HTML(elem_id="gw-parameters-note")
+    store = browser_store(_STORE_KEY)
+    _wire(preset, fields, store, note)
+    return ParametersTab(fields, to_params)
+
+
+def to_params(values: Sequence[Any]) -> GenerationParams:
+    """The values of the fields, in order. Raises BadParameter, which names the field by its label."""
+    given: dict[str, Any] = {}
+    for (name, limits, _default), value in zip(GenerationParams.limits(), values, strict=True):
+        if name == "stop":
+            given[name] = tuple(line for line in str(value or "").splitlines() if line)
+        elif name == "seed":
+            given[name] = value  # empty: a new one each time
+        elif value is None:
+            raise BadParameter(f"{limits.label} is empty. Write a number from {limits.low:g} to {limits.high:g}.")
+        elif not limits.low <= value <= limits.high:
+            raise BadParameter(f"{limits.label} must be between {limits.low:g} and {limits.high:g}; found {value:g}.")
+        else:
+            given[name] = value
+    return GenerationParams.from_dict(given)
+
+
+def to_values(params: GenerationParams) -> list[Any]:
+    """What the fields show for these parameters."""
+    shown = []
+    for name, _limits, value in GenerationParams.limits(params):
+        shown.append("\n".join(value) if name == "stop" else -1 if value is None else value)
+    return shown
+
+
+def _draw(name: str, limits: Limits, default: Any) -> gr.components.Component:
+    common: dict[str, Any] = {"label": limits.label, "info": limits.help, "elem_id": f"gw-{name}", "min_width": 260}
+    if name == "stop":
+        return gr.Textbox("\n".join(default), lines=2, max_lines=6, **common)
+    if (limits.high - limits.low) / limits.step > _WIDEST_SLIDER_STEPS:
+        return gr.Number(-1 if default is None else default, precision=0, **common)
+    return gr.Slider(limits.low, limits.high, value=default, step=limits.step, **common)
+
+
+def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: BrowserStore, note: gr.HTML) -> None:
+    def use(name: str) -> list[Any]:
+        return to_values(PRESETS[name]) if name in PRESETS else [gr.update() for _ in fields]
+
+    def edited(*values: Any) -> tuple[Any, Any, str]:
+        try:
+            params = to_params(values)
+        except BadParameter as error:
+            return OWN, gr.update(), bad(str(error))
+        kept = json.dumps(to_values(params))
+        return next((name for name, each in PRESETS.items() if each == params), OWN), kept, ""
+
+    def restore(kept: str) -> list[Any]:
+        try:
+            params = to_params(json.loads(kept))
+        except (BadParameter, ValueError, TypeError):
+            return [gr.update() for _ in fields]  # nothing kept, or by another version
+        return to_values(params)
+
+    chosen = preset.input(use, preset, fields, **compat.NOW)
+    restored = store.on_load(restore, fields)
+    for event in (chosen, restored):
+        event.then(edited, fields, [preset, store.box, note], **compat.EVENT)
+    for field in fields:
+        if isinstance(field, (gr.Slider, gr.Number, gr.Textbox)):
+            field.input(edited, fields, [preset, store.box, note], **compat.EVENT)

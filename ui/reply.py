@@ -1,0 +1,84 @@
+"""An answer that is being written, as a page looks at it: at its own pace, and in words.
+
+The stream is read on a thread of its own. So a page that polls sees at once whether its turn has
+come, and one that falls asleep leaves nothing unread.
+"""
+
+import logging
+import threading
+
+from ..core.chat import Finish
+from ..core.errors import GptqWebuiError
+from ..core.units import plural
+from ..engine.engine import Answer
+
+log = logging.getLogger(__name__)
+
+
+class Reply:
+    def __init__(self, answer: Answer, cancel: threading.Event, before: str = "") -> None:
+        """`before` is the beginning that is continued."""
+        self.text = before
+        self.tokens = 0
+        self.finish: Finish | None = None
+        self.error = ""
+        self._answer = answer
+        self._cancel = cancel
+        self._over = threading.Event()
+        threading.Thread(target=self._read, name="gptq-webui reply", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Until it is over, or for so long; returns whether it is over."""
+        return self._over.wait(seconds)
+
+    @property
+    def state(self) -> str:
+        """What it is doing now."""
+        if self._cancel.is_set():
+            return "stopping …"
+        if self.tokens:
+            return f"writing … {plural(self.tokens, 'token')}"
+        ahead = self._answer.ahead
+        return f"waiting for another answer ({_ordinal(ahead + 1)} in line) …" if ahead else "reading your prompt …"
+
+    def _read(self) -> None:
+        try:
+            for event in self._answer:
+                if isinstance(event, Finish):
+                    self.finish = event
+                else:
+                    self.text += event.text
+                    self.tokens += 1
+        except GptqWebuiError as error:
+            self.error = str(error)
+        except Exception as error:
+            log.exception("reading an answer failed")
+            self.error = f"The answer broke off ({type(error).__name__}: {error}). Press Regenerate, or Reload in the Model tab."
+        finally:
+            self._over.set()
+
+
+def in_words(finish: Finish, max_new_tokens: int) -> str:
+    """'23.4 tokens/s · first word after 0.8 s · 112 tokens', and what the user should know of its end."""
+    parts = []
+    if finish.tokens_per_s:
+        parts.append(f"{finish.tokens_per_s:.1f} tokens/s")
+    if finish.new_tokens:
+        parts += [f"first word after {finish.first_token_s:.1f} s", plural(finish.new_tokens, "token")]
+    if finish.reason == "length" and finish.new_tokens >= max_new_tokens:
+        parts.append(f"stopped at the limit of {plural(max_new_tokens, 'token')}: press Continue")
+    elif finish.reason == "length":
+        parts.append("stopped: the memory for the conversation is full. Press Continue, which leaves out the oldest messages")
+    elif finish.reason == "cancelled":
+        parts.append("stopped" if finish.new_tokens else "stopped before the first word")
+    elif not finish.new_tokens:
+        parts.append("the model had nothing to add")
+    if finish.dropped_turns:
+        verbs = "fits and was" if finish.dropped_turns == 1 else "fit and were"
+        parts.append(f"{plural(finish.dropped_turns, 'oldest message')} no longer {verbs} left out")
+    return " · ".join(parts)
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

@@ -1,0 +1,42 @@
+"""The box with the public link and the guest's password, for the owner to send on."""
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from . import compat
+
+# the clipboard is closed to pages that came over plain http, hence the second way
+_COPY = """(text) => {
+  const button = document.querySelector('#gw-share-copy');
+  const copied = () => { button.textContent = 'Copied'; setTimeout(() => button.textContent = 'Copy', 2000) };
+  const select = () => {
+    document.querySelector('#gw-share-text textarea').select();
+    document.execCommand('copy');
+    copied();
+  };
+  navigator.clipboard ? navigator.clipboard.writeText(text).then(copied, select) : select();
+}"""
+
+
+@dataclass(frozen=True)
+class ShareBox:
+    place: gr.Column
+    text: gr.Textbox
+
+
+def draw_share() -> ShareBox:
+    """Draw the box, hidden and empty."""
+    with gr.Column(visible=False, elem_id="gw-share", elem_classes="gw-card") as place:
+        text = gr.Textbox(
+            label="Link for guests",
+            info="Guests can chat and nothing else. Send them these lines.",
+            lines=3,
+            max_lines=3,
+            interactive=False,
+            elem_id="gw-share-text",
+        )
+        with gr.Row(elem_classes="gw-buttons"):
+            copy = gr.Button("Copy", size="sm", min_width=96, elem_id="gw-share-copy")
+    copy.click(None, text, None, js=_COPY, **compat.EVENT)
+    return ShareBox(place, text)
