@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "serve")
     options = _parser().parse_args(given)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
+    )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
     try:
         return int(options.run(options))
@@ -52,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch")
-    download.add_argument("ref", metavar="REF", help="for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True")
+    download.add_argument(
+        "ref", metavar="REF", help="for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
+    )
     download.add_argument("--any-kind", action="store_true", help="also if it is no GPTQ model")
     _add_models(download)
     download.set_defaults(run=_download)
@@ -77,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--models-dir", type=Path, action="extend", nargs="+", metavar="DIR", help="folders with models; downloads go into the first"
+        "--models-dir",
+        type=Path,
+        action="extend",
+        nargs="+",
+        metavar="DIR",
+        help="folders with models; downloads go into the first",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
 

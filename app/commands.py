@@ -107,7 +107,8 @@ def _print(answer: Any) -> Finish:
 
 def _last_line(finish: Finish) -> str:
     cut = "; stopped at the limit" if finish.reason == "length" else ""
-    return f"{plural(finish.new_tokens, 'new token')}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
+    count = plural(finish.new_tokens, "new token")
+    return f"{count}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
 
 
 def _name(engine: Engine, given: str | None) -> str:

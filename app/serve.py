@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
@@ -14,6 +14,9 @@ from ..engine.advice import torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from .commands import load_options, make_engine
+
+if TYPE_CHECKING:
+    from ..ui.access import Share
 
 DEFAULT_PORT = 7860
 _TRIED_PORTS = 100
@@ -35,10 +38,10 @@ def serve(options: argparse.Namespace) -> int:
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from ..ui import page
-    from ..ui.access import Access, ShareInfo
+    from ..ui.access import Access, Share
 
     access = Access(frozenset({users[0][0]}) if users else None)
-    share = page.ShareBox() if options.share else None
+    share = Share() if options.share else None
     blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, share=share)
     blocks.launch(
         server_name=options.host,
@@ -56,7 +59,7 @@ def serve(options: argparse.Namespace) -> int:
     for name, password in users:
         _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, password {password}")
     if share is not None:
-        _open_link(port, share, users, ShareInfo)
+        _open_link(port, share, users[-1])
     elif not options.no_browser and _has_display():
         import webbrowser
 
@@ -82,11 +85,13 @@ def free_port(host: str, asked: int | None) -> int:
             except OverflowError:
                 raise BadParameter(f"{port} is no port; ports go from 1 to 65535.") from None
             except socket.gaierror:
-                raise BadParameter(f"{host!r} is no address of this machine. Use 127.0.0.1, or 0.0.0.0 for every network.") from None
+                raise BadParameter(
+                    f"{host!r} is no address of this machine. Use 127.0.0.1, or 0.0.0.0 for every network."
+                ) from None
             except OSError as error:
                 if asked is not None:
                     raise BadParameter(
-                        f"Port {port} on {host} cannot be used ({error.strerror}). Stop the other program, or choose another --port."
+                        f"Port {port} on {host} cannot be used ({error.strerror}). Stop that program, or choose another --port."
                     ) from None
     raise BadParameter(f"No port from {DEFAULT_PORT} to {DEFAULT_PORT + _TRIED_PORTS - 1} is free. Name one with --port.")
 
@@ -122,21 +127,22 @@ def _load_first(engine: Engine, options: argparse.Namespace) -> None:
         _tell(str(error))
 
 
-def _open_link(port: int, share: Any, users: list[tuple[str, str]], make: Any) -> None:
-    """The public link, or one sentence why there is none; the local page goes on."""
+def _open_link(port: int, share: "Share", guest: tuple[str, str]) -> None:
+    """Make the public link, or say in one sentence why there is none; the local page goes on."""
     from gradio import networking
+
+    from ..ui.access import ShareInfo
 
     _tell("Making a public link …")
     try:
         url = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
         _tell(
-            f"No public link could be made ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). "
+            f"No public link could be made ({(str(error).strip().splitlines() or [type(error).__name__])[0]}). "
             "A closed network or an antivirus program can be the reason; the page on this machine works."
         )
-        share.failed = True
         return
-    share.info = make(url=url, guest_name=users[1][0], guest_password=users[1][1])
+    share.info = ShareInfo(url, *guest)
     _tell(f"Public link: {url}")
 
 

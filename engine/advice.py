@@ -26,14 +26,14 @@ def torch_banner() -> str:
         return ""
     return (
         "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
-        f'For the card: {Path(sys.executable).name} -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
+        f"For the card: {Path(sys.executable).name} -m pip install --force-reinstall torch --index-url {CUDA_INDEX}"
     )
 
 
 def has_nvidia_card() -> bool:
     """Whether an NVIDIA driver with a card is on this machine, asked without any library."""
     if sys.platform == "win32":
-        return (Path(os.environ.get("SystemRoot", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
+        return (Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
     cards = Path("/proc/driver/nvidia/gpus")
     if cards.is_dir():
         return any(cards.iterdir())

@@ -73,14 +73,16 @@ class Downloads:
             self._say(ref, "failed", str(error))
         except Exception as error:
             log.exception("downloading %s failed", ref)
-            self._say(ref, "failed", f"The download of {ref} stopped ({type(error).__name__}: {error}). Press Download: it goes on from there.")
+            self._say(
+                ref,
+                "failed",
+                f"The download of {ref} stopped ({type(error).__name__}: {error}). Press Download: it goes on from there.",
+            )
         finally:
             with self._lock:
                 del self._running[ref]
 
     def _fetch(self, ref: ModelRef, cancel: threading.Event) -> DownloadStatus:
-        import time
-
         began = time.perf_counter()
         plan = self._library.plan(ref)
         folder = plan.folder.name

@@ -4,6 +4,7 @@ It lives in the user's configuration folder, never in the package's. A damaged f
 settings and one warning; keys of other versions are kept.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -81,12 +82,12 @@ class Settings:
             return {}
         except (OSError, ValueError) as error:
             aside = self.path.with_suffix(".damaged.json")
-            self.warning = f"The settings file could not be read ({error}); it was put aside as {aside.name} and the settings start anew."
+            self.warning = (
+                f"The settings file could not be read ({error}); it was put aside as {aside.name} and the settings start anew."
+            )
             log.warning(self.warning)
-            try:
+            with contextlib.suppress(OSError):
                 os.replace(self.path, aside)
-            except OSError:
-                pass
             return {}
 
     def _write(self) -> None:

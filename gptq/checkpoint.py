@@ -54,7 +54,7 @@ def load(
         config.quantization_config = {"quant_method": METHOD, "layers": layers}
         if any(name.endswith(("lm_head", "embed_out")) for name in layers):
             config.tie_word_embeddings = False
-        notes += model.quantize.notes
+        notes += [f"In its files: {note}." for note in model.quantize.notes]
     elif model.kind != "plain":
         raise BadCheckpoint(f"{model.name} is of the kind {model.kind}, which this engine does not read.")
     weights_name = _weights_name(model)

@@ -129,8 +129,10 @@ class PackedQuantizer(HfQuantizer):
                 # nothing of its own to initialise; transformers 5 would reach for our missing `weight` (GPT-2)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 
-        packed = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
-        self._dtypes = {name: each.dtype for name, each in model.named_parameters() if name.rpartition(".")[0] not in packed}
+        swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
+        self._dtypes = {
+            name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped
+        }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32)."""

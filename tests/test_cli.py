@@ -1,0 +1,113 @@
+"""app/: the commands as a user types them, on a tiny model and a Hub on loopback."""
+
+import socket
+
+import pytest
+
+import tiny
+from gptq_webui.app.cli import main
+from gptq_webui.app.serve import free_port
+from gptq_webui.core.errors import BadParameter
+from gptq_webui.loaders.built_in_templates import CHATML
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """A models folder with one tiny chat model and one AWQ folder."""
+    tiny.write(tmp_path / "models" / "tiny-chat")
+    tiny.write_tokenizer(tmp_path / "models" / "tiny-chat", "{{ bos_token }}" + CHATML)
+    awq = tmp_path / "models" / "some-awq"
+    tiny.write(awq)
+    (awq / "quantize_config.json").unlink()
+    return tmp_path / "models"
+
+
+def run(capsys, *arguments):
+    code = main([str(each) for each in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def test_models_lists_names_badges_and_sizes(shelf, capsys):
+    code, out, err = run(capsys, "models", "--models-dir", shelf)
+    assert code == 0 and "2 models in" in err
+    assert any(line.startswith("tiny-chat\tGPTQ 4-bit, group 32, act-order\t") for line in out.splitlines())
+
+
+def test_ask_prints_the_answer_to_stdout_and_all_else_to_stderr(shelf, capsys):
+    arguments = [
+        "ask",
+        "Hi",
+        "--model",
+        "tiny-chat",
+        "--models-dir",
+        shelf,
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "8",
+        "--dtype",
+        "fp32",
+    ]
+    code, out, err = run(capsys, *arguments)
+    assert code == 0 and out.endswith("\n") and "tokens/s" not in out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("8 new tokens, ") and " tokens/s, first token after " in last
+    assert run(capsys, *arguments)[1] == out  # greedy
+
+
+def test_ask_raw_leaves_the_template_out(shelf, capsys):
+    arguments = ["--model", "tiny-chat", "--models-dir", shelf, "--temperature", "0", "--max-new-tokens", "8"]
+    plain = run(capsys, "ask", "Hi", *arguments)[1]
+    raw = run(capsys, "ask", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "--raw", *arguments)[1]
+    assert raw.strip() == plain.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ask", "Hi", "--model", "nobody"], "nobody"),
+        (["ask", "Hi", "--model", "tiny-chat", "--temperature", "9"], "temperature must be between 0 and 5"),
+        (["ask", "Hi", "--model", "tiny-chat", "--loader", "exllama9"], "There are: transformers"),
+        (["models", "--models-dir", "/no/such/folder"], "There is no folder"),
+        (["download", "not a name"], "Write owner/name"),
+        (["serve", "--auth", "nopassword", "--no-browser"], "USER:PASSWORD"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_1(arguments, says, shelf, capsys):
+    folders = [] if "--models-dir" in arguments else ["--models-dir", shelf]
+    code, out, err = run(capsys, *arguments, *folders)
+    assert code == 1 and out == "" and says in err and "gptq-webui: " in err
+
+
+def test_ask_without_a_name_takes_the_only_model_or_says_which_there_are(tmp_path, capsys):
+    code, _out, err = run(capsys, "ask", "Hi", "--models-dir", tmp_path)
+    assert code == 1 and "There is none yet" in err
+
+
+def test_download_ends_in_a_model_that_models_lists(shelf, tmp_path, hub_server, capsys):
+    hub_server.add("Owner/Tiny-GPTQ", shelf / "tiny-chat", "gptq-4bit-32g")
+    target = tmp_path / "target"
+    target.mkdir()
+    code, _out, err = run(capsys, "download", "Owner/Tiny-GPTQ:gptq-4bit-32g", "--models-dir", target)
+    assert code == 0 and err.strip().splitlines()[-1].startswith("Done: ")
+    assert run(capsys, "models", "--models-dir", target)[1].startswith("Owner_Tiny-GPTQ_gptq-4bit-32g\tGPTQ 4-bit")
+
+
+def test_a_port_that_is_taken_is_passed_over_or_told():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadParameter, match=str(port)):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+    assert free_port("127.0.0.1", None) >= 7860
+
+
+def test_ports_and_hosts_that_cannot_be_are_sentences():
+    with pytest.raises(BadParameter, match="65535"):
+        free_port("127.0.0.1", 99999)
+    with pytest.raises(BadParameter, match=r"no address|cannot be used"):
+        free_port("no.such.host.invalid", 7860)

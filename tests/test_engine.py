@@ -1,0 +1,177 @@
+"""engine/engine.py: one loaded model, turns in order, and nothing lost by a mistake."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gptq_webui.core.chat import Finish, Message, Token
+from gptq_webui.core.errors import BadParameter, Busy, LoadFailed, LoadRefused, NoSuchModel, NotLoaded, PromptTooLong
+from gptq_webui.core.models import LocalModel
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.engine import Engine, fit_messages
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.fake import FakeLoader
+
+HELLO = [Message("user", "hello")]
+
+
+class Shelf:
+    """A library of models that are only names."""
+
+    roots: tuple[Path, ...] = ()
+
+    def get(self, name):
+        if name not in ("one", "two"):
+            raise NoSuchModel(f"There is no {name}.")
+        return LocalModel(Path(f"/shelf/{name}"), "gptq", None, 10, 2048, "LlamaForCausalLM")
+
+
+@pytest.fixture
+def engine():
+    engine = Engine(Shelf(), Settings(), [FakeLoader()])
+    yield engine
+    engine.unload()
+
+
+def test_a_chat_without_a_model_says_what_to_do(engine):
+    with pytest.raises(NotLoaded, match="Model tab"):
+        engine.chat(HELLO, GenerationParams(), threading.Event())
+
+
+def test_load_chat_unload(engine):
+    seen = []
+    engine.watchers.append(lambda status: seen.append(status.phase))
+    engine.load("one")
+    assert engine.chat(HELLO, GenerationParams(), threading.Event()).text()[0] == "The capital of France is Paris."
+    engine.unload()
+    assert engine.loaded is None and list(dict.fromkeys(seen)) == ["loading", "ready", "unloading", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("load", "error"),
+    [
+        (lambda engine: engine.load("three"), NoSuchModel),
+        (lambda engine: engine.load("two", options={"refuse": "needs a card"}), LoadRefused),
+        (lambda engine: engine.load("two", "exllama9"), LoadRefused),
+    ],
+)
+def test_what_is_refused_leaves_the_loaded_model(load, error, engine):
+    loaded = engine.load("one")
+    with pytest.raises(error):
+        load(engine)
+    assert engine.loaded is loaded and engine.status.phase == "ready"
+    assert engine.chat(HELLO, GenerationParams(), threading.Event()).text()[0]
+
+
+def test_a_load_that_fails_leaves_an_empty_usable_engine(engine):
+    engine.load("one")
+    with pytest.raises(LoadFailed, match="boom") as caught:
+        engine.load("two", options={"fail": "boom"})
+    assert engine.loaded is None and engine.status.error and engine.status.text == str(caught.value)
+    engine.load("two")
+    assert engine.status.phase == "ready"
+
+
+def test_two_loads_at_once_are_one_load_and_a_sentence(engine):
+    thread = threading.Thread(target=engine.load, args=("one",), kwargs={"options": {"load_s": 0.5}})
+    thread.start()
+    time.sleep(0.1)
+    with pytest.raises(Busy, match="one is being loaded"):
+        engine.load("two")
+    with pytest.raises(Busy, match="still being loaded"):
+        engine.chat(HELLO, GenerationParams(), threading.Event())
+    thread.join()
+
+
+def test_unloading_in_the_middle_of_an_answer_ends_it(engine):
+    engine.load("one", options={"answer": "word " * 1000, "tokens_per_s": 200})
+    answer = engine.chat(HELLO, GenerationParams(), threading.Event())
+    next(answer)
+    started = time.perf_counter()
+    engine.unload()
+    assert time.perf_counter() - started < 1
+    assert [event.reason for event in answer if isinstance(event, Finish)] == ["cancelled"]
+
+
+def test_answers_come_in_the_order_they_were_asked_for(engine):
+    engine.load("one", options={"tokens_per_s": 200})
+    ended: list[int] = []
+
+    def ask(at):
+        engine.chat(HELLO, GenerationParams(), threading.Event()).text()
+        ended.append(at)
+
+    threads = []
+    for at in range(5):
+        threads.append(threading.Thread(target=ask, args=(at,)))
+        threads[-1].start()
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert ended == [0, 1, 2, 3, 4]
+
+
+def test_a_closed_tab_delays_the_next_chat_by_at_most_one_answer(engine):
+    loaded = engine.load("one", options={"answer": "word " * 40, "tokens_per_s": 200})
+    left = engine.chat(HELLO, GenerationParams(), threading.Event())
+    for _ in range(3):
+        assert isinstance(next(left), Token)
+    asked = time.perf_counter()
+    engine.chat(HELLO, GenerationParams(max_new_tokens=1), threading.Event()).text()
+    assert time.perf_counter() - asked < 40 / 200 + 0.2
+    assert loaded.waiting == 0
+
+
+def chat(turns, words=10):
+    messages = [Message("system", "be brief")]
+    for at in range(turns):
+        messages += [
+            Message("user", f"question {at} " + "word " * words),
+            Message("assistant", f"answer {at} " + "word " * words),
+        ]
+    return [*messages, Message("user", "last question")]
+
+
+def test_a_full_chat_drops_whole_oldest_turns_and_says_how_many(engine):
+    loaded = engine.load("one", options={"context_tokens": 200})
+    messages = chat(20)
+    kept, dropped = fit_messages(loaded, messages, 50)
+    assert kept[0] == messages[0] and kept[-1] == messages[-1]
+    assert kept[1].role == "user" and kept[1:] == messages[1 + dropped :] and dropped > 0 and dropped % 2 == 0
+    assert len(loaded.prompt_ids(kept)) + 50 <= 200
+    one_more = [messages[0], *messages[1 + dropped - 2 :]]
+    assert len(loaded.prompt_ids(one_more)) + 50 > 200  # no more than needed
+    _text, finish = engine.chat(messages, GenerationParams(max_new_tokens=50), threading.Event()).text()
+    assert finish.dropped_turns == dropped
+
+
+def test_a_chat_that_fits_is_left_alone(engine):
+    loaded = engine.load("one")
+    assert fit_messages(loaded, chat(3), 512) == (chat(3), 0)
+
+
+def test_one_message_longer_than_the_context_is_a_sentence(engine):
+    engine.load("one", options={"context_tokens": 100})
+    with pytest.raises(PromptTooLong, match="Shorten it"):
+        engine.chat([Message("user", "word " * 200)], GenerationParams(), threading.Event())
+    with pytest.raises(PromptTooLong, match="Shorten it"):
+        engine.complete("word " * 200, GenerationParams(), threading.Event())
+
+
+def test_a_chosen_template_is_remembered_for_the_model(engine):
+    engine.load("one")
+    engine.set_template("Vicuna")
+    engine.load("two")
+    assert engine.loaded.template.name == "ChatML"
+    engine.load("one")
+    assert engine.loaded.template.name == "Vicuna" and engine.loaded.template.stop == ("USER:", "ASSISTANT:")
+    with pytest.raises(BadParameter):
+        engine.set_template("nonsense")
+
+
+def test_saved_options_are_used_at_the_next_load(engine):
+    engine.settings.save_for_model("one", options={"answer": "saved"})
+    engine.load("one")
+    assert engine.chat(HELLO, GenerationParams(), threading.Event()).text()[0] == "saved"
