@@ -195,6 +195,8 @@ def _read(folder: Path) -> LocalModel:
     tensors = tensors_of(files)
     by_tensors = kind_of_tensors(tensors) if tensors else None
     if kind == "gptq" and by_tensors == "plain":
+        if (quantize := QuantizeConfig.read(folder)).checkpoint_format == "marlin":
+            return found("gptq", quantize)  # another layout under other names; the loaders say what opens it
         return found(
             "incomplete", problem="Its settings say GPTQ, but the files hold no packed GPTQ weights. Download the model again."
         )

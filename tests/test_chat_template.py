@@ -37,7 +37,11 @@ def test_the_mistral_cards_conversation_renders_as_in_the_card():
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("ChatML", "<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "ChatML",
+            "<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+            "<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n",
+        ),
         ("Llama-2 [INST]", "<s>[INST] U1 [/INST] A1 </s><s>[INST] U2 [/INST]"),
         ("Zephyr", "<|user|>\nU1</s>\n<|assistant|>\nA1</s>\n<|user|>\nU2</s>\n<|assistant|>\n"),
         ("Human/Assistant ###", "<s>### Human: U1\n### Assistant: A1</s>\n### Human: U2\n### Assistant:"),
@@ -138,7 +142,8 @@ def test_the_models_own_template_comes_first(tmp_path):
 
 
 def test_a_template_without_a_system_role_gets_the_text_before_the_first_message():
-    strict = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}[{{ m['content'] }}]{% endfor %}"
+    refuse = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict = "{% for m in messages %}" + refuse + "[{{ m['content'] }}]{% endfor %}"
     template = chat_template.ChatTemplate(strict, "strict", "test")
     assert template.render([Message("system", "S"), *CHAT], LlamaTokenizer()) == "[S\n\nU1][A1][U2]"
 

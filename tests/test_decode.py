@@ -21,25 +21,15 @@ def model(request):
 
 
 def run(model, ids, params=GREEDY, cancel=None, prefix=None, end_ids=(), context_tokens=200):
-    events = list(
-        generate(
-            model,
-            ids,
-            params,
-            cancel or threading.Event(),
-            prefix=prefix or PrefixCache(),
-            end_ids=end_ids,
-            context_tokens=context_tokens,
-        )  # fmt: skip
-    )
+    cancel, prefix = cancel or threading.Event(), prefix or PrefixCache()
+    events = list(generate(model, ids, params, cancel, prefix=prefix, end_ids=end_ids, context_tokens=context_tokens))
     assert isinstance(events[-1], Finish)
     return [event.id for event in events[:-1]], events[-1]
 
 
 def by_transformers(model, ids, count):
-    out = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-    )  # fmt: skip
+    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **settings)
     return out[0, len(ids) :].tolist()
 
 

@@ -82,6 +82,12 @@ def test_kind_and_badge(tmp_path: Path, tensors: dict[str, np.ndarray], files: d
     assert (model.quantize is not None) == (kind == "gptq")
 
 
+def test_marlin_files_are_gptq_of_another_layout(tmp_path: Path) -> None:
+    tensors = {f"{Q}.B": np.zeros((4, 64), np.int32), f"{Q}.s": np.ones((2, 32), np.float16)}
+    model = read(make(tmp_path, tensors, config=CONFIG, quantize_config={**SETTINGS, "is_marlin_format": True}))
+    assert model.kind == "gptq" and model.quantize is not None and model.quantize.checkpoint_format == "marlin"
+
+
 def test_gguf_folder(tmp_path: Path) -> None:
     (tmp_path / "m.Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(96))
     model = read(tmp_path)

@@ -49,8 +49,8 @@ def test_the_door_does_not_touch_the_search_path():
 
 
 def test_two_copies_are_told_apart():
-    code = "import sys, types; other = types.ModuleType('gptq_webui'); other.__file__ = '/elsewhere/__init__.py'; sys.modules['gptq_webui'] = other; "
-    done = run(code + _REGISTER, str(ROOT / "script.py"))
+    code = "import sys, types; other = types.ModuleType('gptq_webui'); other.__file__ = '/elsewhere/__init__.py'; "
+    done = run(code + "sys.modules['gptq_webui'] = other; " + _REGISTER, str(ROOT / "script.py"))
     assert "Two copies" in done.stderr
 
 

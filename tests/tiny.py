@@ -7,27 +7,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-_COMMON = {"vocab_size": 288, "max_position_embeddings": 256}
-_LLAMA = {
-    **_COMMON,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+_COMMON = {"vocab_size": 288, "max_position_embeddings": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {**_COMMON, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+_WIDE = {**_COMMON, "hidden_size": 64, "intermediate_size": 128}
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "sliding_window": 8},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
-    "gpt_neox": {**_COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "opt": {**_COMMON, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    "gpt_neox": _WIDE,
+    "opt": {**_COMMON, "hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1},
     "gpt2": {"vocab_size": 288, "n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128},
-    "falcon": {"vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True, "new_decoder_architecture": False},
-    "phi": {**_COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "falcon": {**_COMMON, "hidden_size": 64, "multi_query": True, "new_decoder_architecture": False},
+    "phi": _WIDE,
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = None, bos: bool = True) -> None:
