@@ -165,7 +165,8 @@ class GPTQLinear(nn.Module):
         facts = self._facts
         if facts is None:
             raise BadCheckpoint("A packed layer was used before its weights were loaded.")
-        if facts.order is not None and facts.order.device != device:
+        held = facts.order if facts.order is not None else facts.groups
+        if held is not None and held.device != device:
             facts = self._facts = facts.to(device)  # the layer was moved
         return facts
 

@@ -8,6 +8,8 @@ takes rows by falling diag(H); groups are formed in that order, so g_idx comes o
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from . import pack
 
 _BLOCK = 32  # rows between two updates of all rows behind them (algorithm 1's B); less work stays in the cache
 _HESSIAN_BYTES = 2 << 30  # of Hessians at a time; a larger model is run through once for every such part
+_FEW_BITS = 4  # with so few numbers it pays to choose a group's scale with care: the best of _SHARES of its range
+_SHARES = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _BATCH_TOKENS = 1024  # of calibration text at a time
 
 ProgressCallback = Callable[[float, str], None]  # share done 0 … 1, what is being done; what it raises ends the work
@@ -66,7 +70,7 @@ def quantize_model(
         # The two halves of the work take about as long as each other.
         share, before = len(part) / len(layers), done / len(layers)
         reading = f"Reading sample text{f' ({at + 1} of {len(parts)})' if len(parts) > 1 else ''}"
-        hessians = _collect(model, part, calibration, lambda s, a=before, b=share, t=reading: progress(a + b * s / 2, t))  # type: ignore[misc]
+        hessians = _collect(model, part, calibration, functools.partial(_tell, progress, reading, before, share / 2))
         for index, (names, hessian) in enumerate(hessians):
             progress(before + share * (0.5 + index / len(hessians) / 2), f"Rounding weights ({done} of {len(layers)} layers)")
             weights = [_as_rows(layers[name]) for name in names]
@@ -79,6 +83,10 @@ def quantize_model(
         _write(model, tokenizer, packed[folder], layers, folder, config)
 
 
+def _tell(progress: ProgressCallback, text: str, before: float, share: float, done: float) -> None:
+    progress(before + share * done, text)
+
+
 # --- the layers of a model -----------------------------------------------------------------------
 
 
@@ -88,7 +96,7 @@ def _layers_to_pack(model: nn.Module) -> dict[str, nn.Module]:
     if lists:  # the decoder layers are the list that holds most of the model; experts are lists inside it
         prefix, decoder = max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
         for name, module in decoder.named_modules():
-            if _is_linear(module) and all(size % 32 == 0 for size in module.weight.shape):  # type: ignore[union-attr]
+            if _is_linear(module) and all(size % 32 == 0 for size in module.weight.shape):
                 found[f"{prefix}.{name}"] = module
     if not found:
         raise LoadFailed(f"{type(model).__name__} has no linear layers inside decoder layers; it cannot be quantised.")
@@ -101,7 +109,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _as_rows(module: nn.Module) -> Tensor:
     """The weight [K, N], input rows first: a Conv1D holds it so, an nn.Linear its transpose."""
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.T if isinstance(module, nn.Linear) else weight
 
 
@@ -134,7 +142,8 @@ def _collect(
         def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             first = next((other for tensor, other in seen if tensor is x), None)
-            if first is not None and shared.setdefault(name, first) == first:
+            if first is not None and name not in hessians:
+                shared[name] = first
                 return
             seen[:] = [*seen[-1:], (x, name)]  # an input is shared by layers that run one after the other
             rows = x.reshape(-1, x.shape[-1]).float()  # [tokens, K]
@@ -199,8 +208,9 @@ def _quantize(weights: Sequence[Tensor], hessian: Tensor, configs: Sequence[Quan
         for at, target in zip(members, targets, strict=True):
             g_idx = pack.default_g_idx(len(order), configs[at].group_size, rows.device)[undo]
             values = q[:, target.columns][undo]  # uint8 [K, sum of N]
-            pieces = (each.split(widths, dim=1) for each in (values, torch.stack(target.zeros), torch.stack(target.scales)))
-            results[at] = [_pack(*piece, g_idx, configs[at]) for piece in zip(*pieces, strict=True)]
+            whole = (values, torch.stack(target.zeros), torch.stack(target.scales))
+            pieces = zip(*(each.split(widths, dim=1) for each in whole), strict=True)
+            results[at] = [_pack(q_, zeros, scales, g_idx, configs[at]) for q_, zeros, scales in pieces]
     return [results[at] for at in range(len(configs))]
 
 
@@ -214,7 +224,7 @@ def _pack(values: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, config: 
         qweight=pack.pack(values, config.bits),
         qzeros=pack.pack_columns(stored, config.bits),
         scales=scales.half().contiguous(),
-        g_idx=g_idx.contiguous(),
+        g_idx=g_idx.clone(),  # layers with one input have the same, and a file holds no tensor twice
     )
 
 
@@ -226,14 +236,13 @@ def _factor(hessian: Tensor, act_order: bool, damp_percent: float) -> tuple[Tens
     diagonal[dead] = 1
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=hessian.device)
     hessian = hessian[order][:, order]
-    step = float(hessian.diagonal().mean())
-    for damp in (damp_percent, damp_percent * 10 + 0.01, 1.0):  # more damping if rounding made it indefinite
-        damped = hessian + torch.eye(len(order), device=hessian.device) * (damp * step)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    mean = float(hessian.diagonal().mean())
+    unit = torch.eye(len(order), device=hessian.device)
+    for damp in (damp_percent, damp_percent * 10 + 0.01, 1.0):  # more if rounding made it indefinite
+        # H = R Rᵀ with R upper (a Cholesky factor read backwards), so H⁻¹ = Uᵀ U with U = R⁻¹: one inverse is saved.
+        lower, failed = torch.linalg.cholesky_ex((hessian + unit * (damp * mean)).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return order, upper, dead
+            return order, torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), dead
     raise LoadFailed("The sample text gave no usable statistics for a layer (NaN or infinity in the model's activations).")
 
 
@@ -258,18 +267,43 @@ class _Target:
 
     def start_group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Choose scale and zero [N] of a group from its weights [rows, N] as they are now."""
-        top = 2**self.bits - 1
         low, high = rows.amin(0).clamp_(max=0), rows.amax(0).clamp_(min=0)
-        if self.sym:
-            high = torch.maximum(-low, high)
-            low = -high
-        flat = low == high
-        scale = torch.where(flat, 1.0, (high - low) / top).half().float()  # rounded as it will be stored
-        scale.clamp_(min=6e-8)  # the smallest number of fp16
-        zero = torch.full_like(scale, (top + 1) / 2) if self.sym else (-low / scale).round_().clamp_(self.lowest_zero, top)
+        scale, zero = self._spread(low, high)
+        if self.bits <= _FEW_BITS:
+            top = 2**self.bits - 1
+            least = _squared_error(rows, scale, zero, top)
+            for share in _SHARES:
+                tried_scale, tried_zero = self._spread(low * share, high * share)
+                error = _squared_error(rows, tried_scale, tried_zero, top)
+                better = error < least
+                least = torch.where(better, error, least)
+                scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
         self.scales.append(scale)
         self.zeros.append(zero)
         return scale, zero
+
+    def _spread(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and zero [N] that lay the numbers there are over low … high."""
+        top = 2**self.bits - 1
+        middle = (top + 1) / 2
+        if self.sym and self.bits <= _FEW_BITS:
+            # There is a number more below the middle than above: the sign of the scale gives it to the largest weight.
+            scale = torch.where(high > -low, high, low) / -middle
+        elif self.sym:
+            scale = torch.maximum(-low, high) * 2 / top
+        else:
+            scale = (high - low) / top
+        scale = scale.half().float()  # as it will be stored
+        scale = torch.where(scale == 0, 1.0, scale)  # a group of zeros
+        if self.sym:
+            return scale, torch.full_like(scale, middle)
+        return scale, (-low / scale).round_().clamp_(self.lowest_zero, top)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Of plain rounding: rows [R, N], scale and zero [N] -> [N]."""
+    rounded = (rows / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
+    return rounded.sub_(rows).square_().sum(0)
 
 
 def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Tensor:
@@ -284,7 +318,7 @@ def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Ten
     diagonal = factor.diagonal().tolist()
     starts = {at for target in targets for at in range(0, count, target.group_rows)}
     edges = sorted(starts | set(range(0, count, _BLOCK)) | {count})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         for target in targets:
             if start % target.group_rows == 0:
                 group = rows[start : start + target.group_rows, target.columns]
@@ -330,7 +364,9 @@ def _write(
 
 def _config_json(model: Any) -> dict[str, Any]:
     """The model's settings in the words of 2023, which every later version reads."""
-    values = {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "_name_or_path", "dtype")}
+    values = model.config.to_diff_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype"):
+        values.pop(key, None)
     values["architectures"] = [type(model).__name__]
     values["torch_dtype"] = "float16"
     rope = values.get("rope_parameters")

@@ -1,9 +1,12 @@
 """Enters through the door, script.py, and gives every test a user folder of its own."""
 
+import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +33,6 @@ def _load(name: str, path: Path) -> ModuleType:
 
 
 _load("gptq_webui_script", HERE.parent / "script.py").register()
-_load("hub_server", HERE / "hub_server.py")  # so that tests can `import hub_server`
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,32 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty Hub on loopback that HF_ENDPOINT points to."""
-    with sys.modules["hub_server"].HubServer() as server:
+    from hub_server import HubServer
+
+    with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
+
+
+@pytest.fixture(scope="session")
+def test_cache() -> Path:
+    """What is too dear to make for every run: GPTQ_WEBUI_TEST_CACHE, or a folder under the system's temporary one."""
+    given = os.environ.get("GPTQ_WEBUI_TEST_CACHE")
+    path = Path(given) if given else Path(tempfile.gettempdir()) / "gptq-webui-test-cache"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_root(test_cache: Path) -> Path:
+    """A models folder with the demo's folders in it, made once for this state of the code that makes them."""
+    from gptq_webui.engine import demo
+
+    makers = ("engine/demo.py", "gptq/quantize.py", "gptq/pack.py")
+    state = hashlib.sha256(b"".join((HERE.parent / name).read_bytes() for name in makers)).hexdigest()[:12]
+    root = test_cache / f"demo-{state}"
+    for old in test_cache.glob("demo-*"):
+        if old != root:
+            shutil.rmtree(old, ignore_errors=True)
+    demo.ensure(root, lambda share, text: None, threading.Event(), keep=test_cache)
+    return root

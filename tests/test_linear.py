@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from gptq_webui.core.errors import BadCheckpoint, BadQuantizeConfig
 from gptq_webui.gptq.linear import GPTQLinear
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq import pack
 
