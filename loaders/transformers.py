@@ -19,6 +19,7 @@ from ..core.params import GenerationParams
 from ..core.units import format_bytes
 from . import chat_template
 from .base import LoadedModel, LoadProgress, Refusal
+from .turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class TransformersModel(LoadedModel):
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
         self._prefix: Any = PrefixCache()
         self._end_ids = _end_ids(hf, tokenizer)
+        self._turns = Turns(hf, self._worker)
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
         from ..gptq.decode import generate
@@ -157,6 +159,7 @@ class TransformersModel(LoadedModel):
         if self.hf is None:
             return
         device = self.hf.device
+        self._turns.give_back()
         self._prefix.clear()
         self.hf = None
         _free(device)

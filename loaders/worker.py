@@ -146,6 +146,10 @@ class Worker:
         with self._lock:
             return self._open.index(job) if job in self._open else 0
 
+    def is_current(self) -> bool:
+        """Whether the caller runs on the worker's thread."""
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
         """Cancel what runs and waits, and wait until the thread has ended."""
         with self._lock:
