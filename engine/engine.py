@@ -57,10 +57,21 @@ class Engine:
         refused is refused before the loaded model is touched: it survives bad input. A load that
         fails later leaves the engine empty and usable. Raises GptqWebuiError.
         """
-        model = self.library.get(name)
+        return self.load_folder(self.library.get(name), loader, options, use_saved=use_saved)
+
+    def choose(
+        self, model: LocalModel, loader: str | None = None, options: Mapping[str, Any] | None = None, *, use_saved: bool = True
+    ) -> Choice:
+        """Which loader opens a model, with what is saved for it. Raises LoadRefused or BadParameter."""
         saved = self.settings.for_model(model.name) if use_saved else {}
-        wanted = loader or saved.get("loader")
-        choice = choose(model, self.loaders, wanted, {**saved.get("options", {}), **(options or {})})
+        return choose(model, self.loaders, loader or saved.get("loader"), {**saved.get("options", {}), **(options or {})})
+
+    def load_folder(
+        self, model: LocalModel, loader: str | None = None, options: Mapping[str, Any] | None = None, *, use_saved: bool = True
+    ) -> LoadedModel:
+        """As `load`, for a model that need not be in the library."""
+        choice = self.choose(model, loader, options, use_saved=use_saved)
+        saved = self.settings.for_model(model.name) if use_saved else {}
         if not self._changing.acquire(blocking=False):
             raise Busy(f"{self.status.name or 'A model'} is being loaded or unloaded. Wait until that is done.")
         try:

@@ -42,7 +42,7 @@ class Settings:
 
     @models_folders.setter
     def models_folders(self, folders: list[Path]) -> None:
-        self._put("models_folders", [str(each) for each in folders])
+        self.put("models_folders", [str(each) for each in folders])
 
     @property
     def last_model(self) -> str:
@@ -50,7 +50,7 @@ class Settings:
 
     @last_model.setter
     def last_model(self, name: str) -> None:
-        self._put("last_model", name)
+        self.put("last_model", name)
 
     def for_model(self, name: str) -> dict[str, Any]:
         """What was saved for a model: loader, its options, chat template, sampling. Empty if nothing was."""
@@ -66,7 +66,11 @@ class Settings:
             self._values = {**self._values, "models": models}
             self._write()
 
-    def _put(self, key: str, value: Any) -> None:
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._values.get(key, default)
+
+    def put(self, key: str, value: Any) -> None:
+        """Remember a value that JSON can hold."""
         with self._lock:
             if self._values.get(key) != value:
                 self._values = {**self._values, key: value}

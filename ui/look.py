@@ -58,29 +58,33 @@ def theme() -> gr.Theme:
     )
 
 
-CSS = """
+_COLOURS = """
 :root {
   --gw-soft: #64748b; --gw-line: #e2e8f0; --gw-good: #0f766e;
   --gw-bad: #b42318; --gw-bad-back: #fef3f2; --gw-note: #8a5a00; --gw-note-back: #fffaeb;
 }
 .dark {
-  --color-accent: var(--primary-400); --gw-soft: #94a3b8; --gw-line: #334155; --gw-good: #5eead4;
+  --gw-soft: #94a3b8; --gw-line: #334155; --gw-good: #5eead4;
   --gw-bad: #fda29b; --gw-bad-back: #3b1512; --gw-note: #fcd34d; --gw-note-back: #33290b;
 }
+"""
 
-/* the frame */
+_FRAME = """
+.dark { --color-accent: var(--primary-400); }
 .gradio-container { max-width: none !important; padding: 0 !important; }
 .gradio-container > .main {
   width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; padding: 12px 20px 20px !important;
 }
 .wrap.min-h-screen { background: none !important; } /* the login page of 6 */
-footer, .gw-hidden { display: none !important; }
+footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .tabitem { border: none !important; padding: 8px 0 0 !important; }
 #gw-title { font-size: 17px; font-weight: 650; letter-spacing: -.01em; margin: 0; padding: 2px 0; }
 #gw-title span { color: var(--gw-soft); font-weight: 400; font-size: 14px; margin-left: 8px; letter-spacing: 0; }
+"""
 
-/* words: parts.py */
+_WORDS = """ /* parts.py */
+.gw-hidden { display: none !important; }
 .gw-quiet, .gw-good, .gw-bad, .gw-working p { margin: 4px 0; line-height: 1.5; overflow-wrap: anywhere; }
 .gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; }
 .gw-good { color: var(--gw-good); }
@@ -95,8 +99,9 @@ footer, .gw-hidden { display: none !important; }
 .gw-facts { display: grid; grid-template-columns: minmax(96px, max-content) 1fr; gap: 5px 18px; margin: 0; line-height: 1.45; }
 .gw-facts dt { color: var(--gw-soft); }
 .gw-facts dd { margin: 0; overflow-wrap: anywhere; }
+"""
 
-/* the Model tab */
+_MODEL = """
 .gw-columns { align-items: flex-start !important; }
 .gw-card {
   background: var(--block-background-fill); border: 1px solid var(--gw-line) !important; border-radius: 8px;
@@ -109,8 +114,9 @@ footer, .gw-hidden { display: none !important; }
 .gw-buttons { gap: 8px !important; }
 .gw-buttons button { flex: 0 1 auto; }
 #gw-models input { padding-right: 28px; }
+"""
 
-/* the Chat tab: the conversation takes what the rest leaves of the window */
+_CHAT = """ /* the conversation takes what the rest leaves of the window */
 .gw-who { line-height: 1.5; overflow-wrap: anywhere; }
 .gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
 #gw-chat {
@@ -132,3 +138,6 @@ footer, .gw-hidden { display: none !important; }
   #gw-more button { flex: 1 1 0; min-width: 0 !important; }
 }
 """
+
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _CHAT
+HOST_CSS = _COLOURS + _WORDS + _MODEL  # for a tab in a page of somebody else: touches nothing but our own classes

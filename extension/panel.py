@@ -1,0 +1,63 @@
+"""Our tab inside text-generation-webui: the same Model tab as on our own page, and the model of the start."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import GptqWebuiError
+from ..ui import compat, look, model_tab
+from ..ui.parts import bad, good
+from .bridge import Bridge
+
+CSS = look.HOST_CSS
+_NONE = "None"
+
+
+def draw(bridge: Bridge) -> None:
+    """Draw the tab in the host's page and wire it, also to the host's own list of models."""
+    engine = bridge.engine
+    with gr.Column(elem_id="gptq-webui"):
+        models = model_tab.build(engine, bridge.downloads)
+        with gr.Accordion("When the web UI starts", open=False, elem_id="gw-start"):
+            start = gr.Dropdown(
+                [_NONE],
+                value=_NONE,
+                label="Load this model when the web UI starts",
+                info="text-generation-webui loads its own --model before any extension; a GPTQ model is named here instead.",
+                elem_id="gw-autoload",
+            )
+            note = gr.HTML()
+    widgets = bridge.host.widgets()
+
+    def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        names = [_NONE, *(each.name for each in engine.library.models() if each.kind == "gptq")]
+        chosen = bridge.autoload_model or _NONE
+        first = {start: gr.update(choices=names if chosen in names else [*names, chosen], value=chosen)}
+        for update in models.show(request):
+            yield first | update
+            first = {}
+
+    def keep(name: str) -> str:
+        try:
+            bridge.autoload_model = "" if name == _NONE else name
+        except GptqWebuiError as error:
+            return bad(str(error))
+        return good("Nothing is loaded at the start." if name == _NONE else f"{name} is loaded when the web UI starts.")
+
+    def in_host() -> list[Any]:
+        """What the host's own page shows about the model, after our tab changed it."""
+        shared = bridge.host.shared
+        loaded = engine.loaded
+        told = f"Successfully loaded `{shared.model_name}`." if loaded is not None else "Model unloaded"
+        updates = {
+            "model_menu": gr.update(choices=bridge.host.model_names(), value=shared.model_name),
+            "model_status": told,
+            "truncation_length": gr.update() if loaded is None else loaded.context_tokens,
+        }
+        return [updates[name] for name in widgets]
+
+    start.input(keep, start, note, **compat.EVENT)
+    compat.root().load(show, None, [start, *models.outputs], **compat.STREAM)
+    for event in models.loaded if widgets else ():
+        event.then(in_host, None, list(widgets.values()), **compat.EVENT)
