@@ -72,7 +72,7 @@ class QuantizeConfig:
             "desc_act": self.desc_act,
             "static_groups": False,
             "sym": self.sym,
-            "true_sequential": True,
+            "true_sequential": False,  # gptq/quantize.py takes its Hessians from the unquantised model
             "model_name_or_path": None,
             "model_file_base_name": self.weights_name,
             "quant_method": "gptq",

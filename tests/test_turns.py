@@ -41,12 +41,12 @@ def test_every_forward_runs_on_the_models_own_thread(model):
 
 def test_two_callers_at_once_each_get_their_own_answer(model):
     alone = generate(model).tolist()
-    text = [event for event in model.generate(IDS[0].tolist(), GenerationParams(temperature=0), threading.Event())]
+    text = list(model.generate(IDS[0].tolist(), GenerationParams(temperature=0), threading.Event()))
     found = []
     threads = [threading.Thread(target=lambda: found.append(generate(model).tolist())) for _ in range(3)]
     for thread in threads:
         thread.start()
-    again = [event for event in model.generate(IDS[0].tolist(), GenerationParams(temperature=0), threading.Event())]
+    again = list(model.generate(IDS[0].tolist(), GenerationParams(temperature=0), threading.Event()))
     for thread in threads:
         thread.join()
     assert found == [alone] * 3 and [each.id for each in again[:-1]] == [each.id for each in text[:-1]]

@@ -1,0 +1,16 @@
+"""The host's Model tab: a failed load shows its traceback."""
+
+import traceback
+
+import modules.shared as shared
+from modules.models import load_model, unload_model
+
+
+def load_model_wrapper(selected_model, loader, autoload=False):
+    try:
+        yield f"Loading `{selected_model}`..."
+        unload_model()
+        shared.model, shared.tokenizer = load_model(selected_model, loader)
+        yield f"Successfully loaded `{selected_model}`." if shared.model is not None else f"Failed to load `{selected_model}`."
+    except Exception:
+        yield traceback.format_exc()

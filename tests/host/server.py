@@ -1,0 +1,126 @@
+"""Starts the stand-in in the host's order, then obeys one JSON command a line: what its page and its API would do."""
+
+import argparse
+import json
+import sys
+import threading
+import traceback
+
+import modules.shared as shared
+from modules import extensions, models, ui_model_menu
+from modules.models import load_model
+from modules.text_generation import generate_reply
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+parser.add_argument("--extensions", nargs="*", default=[])
+parser.add_argument("--settings", default="{}")
+parser.add_argument("--idle-timeout", type=int, default=0)
+parser.add_argument("--listen-port", type=int)
+given = parser.parse_args()
+shared.args.extensions = given.extensions
+shared.args.idle_timeout = given.idle_timeout
+shared.settings.update(json.loads(given.settings))
+
+if given.model:  # before any extension
+    shared.model, shared.tokenizer = load_model(given.model)
+
+
+def create_interface():
+    shared.gradio.clear()
+    extensions.load_extensions()
+    if given.listen_port is None:
+        return None
+    import gradio as gr
+
+    css = "".join(each.custom_css() for each in extensions.state.values() if hasattr(each, "custom_css"))
+    with gr.Blocks(css=css, analytics_enabled=False) as page:
+        with gr.Tab("Model"):
+            shared.gradio["model_menu"] = gr.Dropdown([], value=None, label="Host model", elem_id="host-menu")
+            shared.gradio["model_status"] = gr.Markdown("No model is loaded", elem_id="host-status")
+            shared.gradio["truncation_length"] = gr.Number(shared.settings["truncation_length"], label="Truncate")
+        for each in extensions.state.values():
+            with gr.Tab(each.params["display_name"]):
+                each.ui()
+    page.queue()
+    page.launch(server_port=given.listen_port, prevent_thread_lock=True, quiet=True)
+    return page
+
+
+page = create_interface()
+
+
+def answer(command):
+    do = command["do"]
+    if do == "load":
+        return {"said": list(ui_model_menu.load_model_wrapper(command["name"], command.get("loader", "Transformers"), True))}
+    if do == "api load":  # the API lets the error through and answers 500
+        models.unload_model()
+        shared.model, shared.tokenizer = load_model(command["name"])
+        return {}
+    if do == "unload":
+        models.unload_model()
+        return {}
+    if do == "idle":
+        models.unload_model(keep_model_name=True)
+        return {}
+    if do == "ask":
+        texts = list(generate_reply(command["text"], {"max_new_tokens": command.get("tokens", 40), "stream": True}))
+        return {"texts": len(texts), "answer": texts[-1] if texts else ""}
+    if do == "ask and unload":  # unloading in the middle of an answer
+        texts = []
+        stream = generate_reply(command["text"], {"max_new_tokens": 400, "stream": True})
+        texts.append(next(stream))
+        models.unload_model()
+        try:
+            texts += list(stream)
+        except Exception as error:
+            return {"texts": len(texts), "error": f"{type(error).__name__}: {error}"}
+        return {"texts": len(texts)}
+    if do == "two at once":
+        found: dict = {}
+
+        def ours():
+            from gptq_webui.core.chat import Message
+            from gptq_webui.core.params import GenerationParams
+            from gptq_webui.extension.bridge import bridge
+
+            params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=12)
+            found["ours"] = bridge().engine.chat([Message("user", command["text"])], params, threading.Event()).text()[0]
+
+        thread = threading.Thread(target=ours)
+        thread.start()
+        found["host"] = list(generate_reply(command["prompt"], {"max_new_tokens": 12, "stream": True}))[-1]
+        thread.join()
+        return found
+    if do == "restart":
+        global page
+        if page is not None:
+            page.close()
+        page = create_interface()
+        return {}
+    if do == "state":
+        import gc
+
+        import torch
+
+        gc.collect()
+        weights = sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.nn.Parameter))
+        return {
+            "model": type(shared.model).__name__,
+            "name": shared.model_name,
+            "truncation": shared.settings["truncation_length"],
+            "custom": extensions.first_attribute("custom_generate_reply") is not None,
+            "weights": weights,
+            "threads": sum(each.name == "gptq-webui model" for each in threading.enumerate()),
+        }
+    raise ValueError(do)
+
+
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    try:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"raised": type(error).__name__, "text": str(error)}), flush=True)
