@@ -17,12 +17,12 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_folder_with_code_is_a_listed_package():
-    folders = {
-        path.parent
-        for path in ROOT.rglob("__init__.py")
-        if not any(part.startswith((".", "build")) for part in path.relative_to(ROOT).parts)
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py")]
+    names = {
+        ".".join(["gptq_webui", *folder.parts])
+        for folder in folders
+        if not any(part.startswith((".", "build", "tests")) for part in folder.parts)
     }
-    names = {".".join(["gptq_webui", *folder.relative_to(ROOT).parts]) for folder in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names
 
 
