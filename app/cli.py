@@ -1,4 +1,4 @@
-"""The command line: `gptq-webui [serve|download|models|ask]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|download|models|ask|host]`. Answers --help without a heavy import."""
 
 import argparse
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import __version__
 from ..core.errors import GptqWebuiError
 
-COMMANDS = ("serve", "download", "models", "ask")
+COMMANDS = ("serve", "download", "models", "ask", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--raw", action="store_true", help="give the text to the model as it is, without its chat template")
     _add_loading(ask)
     ask.set_defaults(run=_ask)
+
+    host = commands.add_parser("host", help="start text-generation-webui so that its --model may be a GPTQ folder")
+    host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
+    host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="what its server.py is given")
+    host.set_defaults(run=_host, verbose=False)
     return parser
 
 
@@ -113,6 +118,12 @@ def _models(options: argparse.Namespace) -> int:
     from .commands import models
 
     return models(options)
+
+
+def _host(options: argparse.Namespace) -> int:
+    from .host import run_host
+
+    return run_host(options.arguments, options.folder)
 
 
 def _ask(options: argparse.Namespace) -> int:

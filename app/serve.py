@@ -3,6 +3,7 @@
 import argparse
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +25,7 @@ _TRIED_PORTS = 100
 
 def serve(options: argparse.Namespace) -> int:
     """Open the page and stay until Ctrl+C."""
+    stop = _Stop()
     users = _users(options)
     port = free_port(options.host, options.port)
     engine = make_engine(options)
@@ -64,13 +66,27 @@ def serve(options: argparse.Namespace) -> int:
         import webbrowser
 
         webbrowser.open(address)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        _tell("\nStopping …")
-    finally:
-        blocks.close(verbose=False)
+    stop.wait()
+    _tell("Stopping …")
+    blocks.close(verbose=False)
     return 0
+
+
+class _Stop:
+    """Ctrl+C, or the SIGTERM of a service manager. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before = {each: signal.signal(each, self._hear) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def wait(self) -> None:
+        while not self._asked.wait(0.5):  # without a limit, Windows would not hear Ctrl+C
+            pass
+
+    def _hear(self, *_: object) -> None:
+        self._asked.set()
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def free_port(host: str, asked: int | None) -> int:

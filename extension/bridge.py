@@ -69,7 +69,6 @@ class HostEngine(Engine):
             raise
         face = loaded.hf
         self._face = weakref.ref(face)
-        self.host.set_context(loaded.context_tokens)
         return face, loaded.tokenizer
 
     def release(self, model: Any) -> None:
@@ -95,7 +94,11 @@ class Bridge:
         self.downloads = Downloads(self.engine.library)
 
     def patch(self) -> None:
-        self.host.patch(self.engine.take, self.engine.release, self.last_error)
+        self.host.patch(self.engine.take, self.engine.release, self.context_tokens, self.last_error)
+
+    def context_tokens(self) -> int | None:
+        """Of the loaded model, None if the host's model is not ours."""
+        return self.engine.loaded.context_tokens if self.engine.loaded is not None else None
 
     def last_error(self) -> str:
         """Why the last load of ours failed, told once; "" if it did not."""

@@ -48,12 +48,19 @@ class Host:
         model = LocalModel.read(folder.absolute())
         return model if model.kind == "gptq" or (model.kind == "incomplete" and _was_gptq(folder)) else None
 
-    def patch(self, load: Load, release: Callable[[Any], None], error: Callable[[], str]) -> None:
-        """Hand GPTQ folders to `load` and unloads of our models to `release`; `error` is the sentence of a failed load."""
+    def patch(
+        self, load: Load, release: Callable[[Any], None], context_tokens: Callable[[], int | None], error: Callable[[], str]
+    ) -> None:
+        """Hand GPTQ folders to `load` and unloads of our models to `release`.
+
+        `context_tokens` are those of our loaded model, None if it is not ours; `error` is the
+        sentence of a failed load, "" if it was not ours.
+        """
         for name in _LOADERS:
             original = getattr(self._models, name, None)
             if original is not None:
                 _replace(self._models, name, lambda before: self._loader(before, load))
+        _replace(self._models, "load_model", lambda before: self._with_context(before, context_tokens))
         _replace(self._models, "unload_model", lambda before: self._unloader(before, release))
         try:
             import modules.ui_model_menu as menu
@@ -61,6 +68,8 @@ class Host:
             log.debug("the host's Model tab is not there: %s", problem)
             return
         _replace(menu, "load_model_wrapper", lambda before: _in_words(before, error))
+        if hasattr(menu, "update_truncation_length"):
+            _replace(menu, "update_truncation_length", lambda before: _at_most(before, context_tokens))
 
     def load(self, name: str) -> None:
         """As the host's own Load button does it. Raises what the loader raises."""
@@ -77,10 +86,6 @@ class Host:
 
     def unload(self) -> None:
         self._models.unload_model()
-
-    def set_context(self, tokens: int) -> None:
-        """What the host may fill: its prompt is cut to this."""
-        self.shared.settings["truncation_length"] = tokens
 
     def stop_everything(self) -> None:
         self.shared.stop_everything = True
@@ -101,6 +106,15 @@ class Host:
             return load(model) if model is not None else before(model_name, *args, **kwargs)
 
         return loader
+
+    def _with_context(self, before: Callable[..., Any], context_tokens: Callable[[], int | None]) -> Callable[..., Any]:
+        def load_model(*args: Any, **kwargs: Any) -> Any:
+            loaded = before(*args, **kwargs)
+            if (tokens := context_tokens()) is not None:
+                self.shared.settings["truncation_length"] = tokens  # the host cuts its prompts to this
+            return loaded
+
+        return load_model
 
     def _unloader(self, before: Callable[..., Any], release: Callable[[Any], None]) -> Callable[..., Any]:
         def unload_model(*args: Any, **kwargs: Any) -> Any:
@@ -135,6 +149,16 @@ def _in_words(before: Callable[..., Iterator[str]], error: Callable[[], str]) ->
             yield sentence or text
 
     return load_model_wrapper
+
+
+def _at_most(before: Callable[..., Any], context_tokens: Callable[[], int | None]) -> Callable[..., Any]:
+    """What the host's page shows as the length of its prompts is never more than what is loaded."""
+
+    def update_truncation_length(*args: Any, **kwargs: Any) -> Any:
+        shown, tokens = before(*args, **kwargs), context_tokens()
+        return shown if tokens is None else min(int(shown or tokens), tokens)
+
+    return update_truncation_length
 
 
 def _was_gptq(folder: Path) -> bool:

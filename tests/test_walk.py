@@ -50,7 +50,7 @@ def server(tmp_path, hub_server, demo_root):
         yield address
         assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,37 @@
+"""`gptq-webui host -- <server.py arguments>`: text-generation-webui with GPTQ folders handed to us from its first moment.
+
+The host loads its --model before any extension; started through here, that may be a GPTQ folder.
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..core.errors import BadParameter
+
+
+def run_host(arguments: Sequence[str], folder: Path | None = None) -> int:
+    """Patch, then run the host's server.py in `folder` (the current one by default) with its own arguments.
+
+    Raises BadParameter if there is no text-generation-webui in the folder.
+    """
+    home = (folder or Path.cwd()).resolve()
+    server = home / "server.py"
+    if not server.is_file() or not (home / "modules" / "shared.py").is_file():
+        raise BadParameter(
+            f"{home} is not the folder of text-generation-webui: there is no server.py with its modules. "
+            "Go there first, or name it with --folder."
+        )
+    given = list(arguments)
+    if given[:1] == ["--"]:
+        given = given[1:]
+    os.chdir(home)
+    sys.argv = ["server.py", *given]  # the host's modules.shared reads it at its import
+    sys.path.insert(0, str(home))
+    from ..extension import bridge
+
+    bridge.patch()
+    runpy.run_path(str(server), run_name="__main__")
+    return 0

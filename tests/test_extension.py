@@ -1,0 +1,262 @@
+"""The extension in a stand-in for text-generation-webui (tests/host): both ways in, and no way to hurt it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from gptq_webui.loaders.built_in_templates import CHATML
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Host:
+    """A running stand-in that obeys one command a line."""
+
+    def __init__(self, folder: Path, *arguments: str, environment=None, start=("server.py",)):
+        self.folder = folder
+        self.log = (folder / "log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, *start, *arguments],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.ready = self._read()
+
+    def __call__(self, do: str, **command):
+        self.process.stdin.write(json.dumps({"do": do, **command}) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def said(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def close(self):
+        self.process.stdin.close()
+        try:
+            assert self.process.wait(20) == 0, self.said()
+        finally:
+            self.process.kill()
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+
+@pytest.fixture
+def place(tmp_path):
+    """The stand-in's folder, with a GPTQ model of each kind that fails in the host today, and a plain one."""
+    folder = tmp_path / "text-generation-webui"
+    shutil.copytree(ROOT / "tests" / "host", folder)
+    models = folder / "user_data" / "models"
+    for name, options in (
+        ("tiny-config", {"settings": "config"}),
+        ("tiny-2023", {"weights": "gptq_model-4bit-32g"}),
+        ("tiny-random-in-the-host", {"weights": "model"}),
+    ):
+        tiny.write(models / name, **options)
+        tiny.write_tokenizer(models / name, "{{ bos_token }}" + CHATML)
+    plain = tiny.dense_model("llama")
+    plain.save_pretrained(models / "plain")
+    tiny.write_tokenizer(models / "plain", "{{ bos_token }}" + CHATML)
+    return folder
+
+
+def put(folder: Path, where: str, name: str = "gptq_webui") -> None:
+    (folder / where).mkdir(parents=True, exist_ok=True)
+    (folder / where / name).symlink_to(ROOT)
+
+
+@pytest.fixture(params=["extensions", "user_data/extensions"])
+def host(request, place):
+    put(place, request.param)
+    running = Host(place, "--extensions", "gptq_webui")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def one(place):
+    """In `extensions/`, started by the test with what it wants."""
+    put(place, "extensions")
+    started = []
+
+    def start(*arguments, **options):
+        started.append(Host(place, "--extensions", "gptq_webui", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.close()
+
+
+@pytest.mark.parametrize("name", ["tiny-config", "tiny-2023", "tiny-random-in-the-host"])
+def test_what_fails_in_the_host_today_loads_and_answers(host, name):
+    assert host("load", name=name)["said"][-1] == f"Successfully loaded `{name}`."
+    assert "HOST LOADER" not in host.said()
+    state = host("state")
+    assert state["model"] == "LlamaForCausalLM" and state["truncation"] == 256 and not state["custom"]
+    assert host("ask", text="Hello")["texts"] > 5
+
+
+def test_any_loader_of_the_menu_and_the_api_come_to_us(one):
+    host = one()
+    assert "Successfully" in host("load", name="tiny-2023", loader="ExLlamav3")["said"][-1]
+    assert host("api load", name="tiny-config") == {}
+    assert host("state")["name"] == "tiny-config"
+
+
+def test_what_is_not_gptq_is_left_to_the_host(one):
+    host = one()
+    assert "Successfully" in host("load", name="plain")["said"][-1]
+    assert "HOST LOADER plain" in host.said()
+    assert host("ask", text="Hello")["texts"] > 5
+
+
+def test_unloading_frees_the_weights_and_the_thread(one):
+    host = one()
+    before = host("state")["weights"]
+    host("load", name="tiny-2023")
+    host("ask", text="Hello")
+    assert host("state")["weights"] > before and host("state")["threads"] == 1
+    host("unload")
+    assert host("state")["weights"] == before and host("state")["threads"] == 0
+
+
+def test_unloading_in_the_middle_of_an_answer_ends_it(one):
+    host = one()
+    host("load", name="tiny-2023")
+    done = host("ask and unload", text="Hello")
+    assert done["texts"] < 240 and host("state")["threads"] == 0
+    host("load", name="tiny-2023")
+    assert host("ask", text="Hello")["texts"] > 5
+
+
+def test_idle_unload_and_the_reload_on_use(one):
+    host = one("--idle-timeout", "1")
+    host("load", name="tiny-2023")
+    first = host("ask", text="Hello")
+    host("idle")
+    assert host("state")["model"] == "NoneType"
+    assert host("ask", text="Hello") == first
+
+
+def test_another_model_takes_the_place_of_the_first(one):
+    host = one()
+    host("load", name="tiny-2023")
+    weights = host("state")["weights"]
+    host("ask", text="Hello")
+    host("load", name="tiny-config")
+    host("ask", text="Hello")
+    assert host("state")["weights"] == weights and host("state")["threads"] == 1
+
+
+def test_two_chats_at_once_are_both_right(one):
+    host = one()
+    host("load", name="tiny-2023")
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    alone = host("ask", text=prompt, tokens=12)["answer"]
+    for _ in range(3):
+        found = host("two at once", text="Hi", prompt=prompt)
+        assert found["host"] == alone
+        assert found["ours"].strip() == alone.strip()
+
+
+def test_apply_and_restart_twice_changes_nothing(host):
+    host("load", name="tiny-2023")
+    first = host("ask", text="Hello")
+    for _ in range(2):
+        assert host("restart") == {}
+    assert host("ask", text="Hello") == first
+    assert "Successfully" in host("load", name="tiny-config")["said"][-1]
+    assert host("ask", text="Hello")["texts"] > 5 and host("state")["threads"] == 1
+
+
+def test_a_folder_whose_tensors_do_not_fit_says_why_in_words(one, place):
+    from safetensors.torch import load_file, save_file
+
+    path = place / "user_data" / "models" / "tiny-2023" / "gptq_model-4bit-32g.safetensors"
+    state = load_file(path)
+    state["model.layers.0.mlp.up_proj.qweights"] = state.pop("model.layers.0.mlp.up_proj.qweight")
+    save_file(state, path, metadata={"format": "pt"})
+    host = one()
+    said = host("load", name="tiny-2023")["said"][-1]
+    assert "has no qweight" in said and "Traceback" not in said
+    assert host("state")["model"] == "NoneType"
+    assert "Successfully" in host("load", name="tiny-config")["said"][-1]
+
+
+def test_started_through_us_the_hosts_own_model_may_be_gptq(place):
+    put(place, "user_data/extensions")
+    through_us = (str(ROOT / "script.py"), "host", "--")
+    host = Host(place, "--model", "tiny-2023", "--extensions", "gptq_webui", start=through_us)
+    assert host("state")["name"] == "tiny-2023" and "HOST LOADER" not in host.said()
+    assert host("ask", text="Hello")["texts"] > 5
+    host("restart")
+    host("unload")
+    assert host("state")["threads"] == 0
+    host.close()
+
+
+def test_the_launcher_says_where_it_must_be_started(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "script.py"), "host"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "is not the folder of text-generation-webui" in done.stderr
+
+
+def test_a_model_of_settings_yaml_is_loaded_at_the_start(one):
+    host = one("--settings", json.dumps({"gptq_webui-autoload_model": "tiny-2023", "gptq_webui-context_tokens": 128}))
+    state = host("state")
+    assert state["name"] == "tiny-2023" and state["truncation"] == 128
+
+
+def test_a_model_of_the_start_that_is_gone_does_not_stop_the_host(one):
+    host = one("--settings", json.dumps({"gptq_webui-autoload_model": "nobody"}))
+    assert host.ready == {"ready": True} and "nobody" in host.said()
+    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
+
+
+_WITHOUT = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {names!r} else find(name, path, target)
+PathFinder.find_spec = find_spec
+"""
+
+
+@pytest.mark.parametrize("names", [("torch",), ("transformers",), ("safetensors",), ("platformdirs",)], ids=str)
+def test_a_package_that_is_missing_never_stops_the_host(names, one, tmp_path):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "sitecustomize.py").write_text(_WITHOUT.format(names=names))
+    host = one(environment={"PYTHONPATH": str(tmp_path / "without")})
+    assert host.ready == {"ready": True}
+    if names == ("torch",):
+        assert "portable" in host.said()
+
+
+def test_another_copy_of_the_package_is_told_and_harmless(one, tmp_path):
+    (tmp_path / "other").mkdir()
+    lines = ["import sys, types", "copy = types.ModuleType('gptq_webui')", "copy.__file__ = '/elsewhere/__init__.py'"]
+    lines.append("sys.modules['gptq_webui'] = copy")
+    (tmp_path / "other" / "sitecustomize.py").write_text("\n".join(lines))
+    host = one(environment={"PYTHONPATH": str(tmp_path / "other")})
+    assert host.ready == {"ready": True} and "Two copies" in host.said()
+
+
+def test_nothing_is_written_into_the_hosts_files_or_ours(one, place):
+    ours = {path: path.stat().st_mtime_ns for path in ROOT.rglob("*.py")}
+    before = {path.relative_to(place) for path in (place / "user_data").rglob("*")}
+    host = one()
+    host("load", name="tiny-2023")
+    host("ask", text="Hello")
+    assert {path.relative_to(place) for path in (place / "user_data").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in ROOT.rglob("*.py")} == ours
