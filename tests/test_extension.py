@@ -260,3 +260,46 @@ def test_nothing_is_written_into_the_hosts_files_or_ours(one, place):
     host("ask", text="Hello")
     assert {path.relative_to(place) for path in (place / "user_data").rglob("*")} == before
     assert {path: path.stat().st_mtime_ns for path in ROOT.rglob("*.py")} == ours
+
+
+@pytest.mark.browser
+def test_our_tab_in_the_hosts_page(place):
+    import socket
+
+    import gradio
+
+    if int(gradio.__version__.split(".")[0]) != 4:
+        pytest.skip("the host's page is drawn by Gradio 4")
+    from browser import chromium
+
+    put(place, "extensions")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    host = Host(place, "--extensions", "gptq_webui", "--listen-port", str(port))
+    assert host.ready == {"ready": True}, host.said()
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(20_000)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.get_by_role("tab", name="GPTQ").click()
+        page.click("#gw-models input")
+        page.get_by_role("option", name="tiny-2023").click()
+        page.wait_for_selector("#gw-model-status:has-text('Ready')")
+        assert "32 weights share a scale" in page.inner_text("#gw-facts")
+        assert host("state")["name"] == "tiny-2023"
+        page.get_by_role("tab", name="Model", exact=True).click()
+        page.wait_for_selector("#host-status:has-text('Successfully loaded')")
+        assert page.input_value("#host-menu input") == "tiny-2023"
+        page.get_by_role("tab", name="GPTQ").click()
+        page.click("text=When the web UI starts")
+        page.click("#gw-autoload input")
+        page.get_by_role("option", name="tiny-config").click()
+        page.wait_for_selector("text=tiny-config is loaded when the web UI starts")
+        page.click("#gw-unload")
+        page.wait_for_selector("#gw-model-status:has-text('Unloaded')")
+        assert host("state")["model"] == "NoneType"
+    host.close()
+    again = Host(place, "--extensions", "gptq_webui")
+    assert again("state")["name"] == "tiny-config"
+    again.close()
