@@ -44,7 +44,8 @@ def serve(options: argparse.Namespace) -> int:
 
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
-    blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, share=share)
+    preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
+    blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, preset=preset, share=share)
     blocks.launch(
         server_name=options.host,
         server_port=port,

@@ -86,7 +86,7 @@ class GenerationParams:
 
 PRESETS: dict[str, GenerationParams] = {
     "Model card": GenerationParams(),  # what TheBloke's cards show: 0.7, 0.95, 40, 1.1, 512
-    "Precise": GenerationParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0),
+    "Precise": GenerationParams(temperature=0.0, top_p=1.0, top_k=0),  # the penalty keeps long answers from looping
     "Balanced": GenerationParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.05),
     "Creative": GenerationParams(temperature=1.1, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.1),
 }

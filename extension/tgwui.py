@@ -67,7 +67,7 @@ class Host:
         except Exception as problem:  # --nowebui on a machine without Gradio: nothing to show then
             log.debug("the host's Model tab is not there: %s", problem)
             return
-        _replace(menu, "load_model_wrapper", lambda before: _in_words(before, error))
+        _replace(menu, "load_model_wrapper", lambda before: self._in_words(before, context_tokens, error))
         if hasattr(menu, "update_truncation_length"):
             _replace(menu, "update_truncation_length", lambda before: _at_most(before, context_tokens))
 
@@ -116,6 +116,22 @@ class Host:
 
         return load_model
 
+    def _in_words(
+        self, before: Callable[..., Iterator[str]], context_tokens: Callable[[], int | None], error: Callable[[], str]
+    ) -> Callable[..., Iterator[str]]:
+        """The host shows a traceback where a load failed; where the failure was ours, our sentence stands there."""
+
+        def load_model_wrapper(selected_model: str, loader: Any, autoload: bool = False) -> Iterator[str]:
+            if not autoload and selected_model == self.shared.model_name and context_tokens() is not None:
+                yield f"Successfully loaded `{selected_model}`."  # chosen in its list by our tab, which loaded it
+                return
+            error()  # what an earlier load said
+            for text in before(selected_model, loader, autoload=autoload):
+                sentence = error() if "Traceback" in text or text.startswith("Failed") else ""
+                yield sentence or text
+
+        return load_model_wrapper
+
     def _unloader(self, before: Callable[..., Any], release: Callable[[Any], None]) -> Callable[..., Any]:
         def unload_model(*args: Any, **kwargs: Any) -> Any:
             model = self.shared.model
@@ -137,18 +153,6 @@ def _replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
     for key, other in list(sys.modules.items()):
         if (key == "__main__" or key.split(".")[0] == "modules") and other is not None and vars(other).get(name) is found:
             setattr(other, name, replacement)
-
-
-def _in_words(before: Callable[..., Iterator[str]], error: Callable[[], str]) -> Callable[..., Iterator[str]]:
-    """The host shows a traceback where a load failed; where the failure was ours, our sentence stands there."""
-
-    def load_model_wrapper(*args: Any, **kwargs: Any) -> Iterator[str]:
-        error()  # what an earlier load said
-        for text in before(*args, **kwargs):
-            sentence = error() if "Traceback" in text or text.startswith("Failed") else ""
-            yield sentence or text
-
-    return load_model_wrapper
 
 
 def _at_most(before: Callable[..., Any], context_tokens: Callable[[], int | None]) -> Callable[..., Any]:

@@ -201,9 +201,9 @@ def fit_context(model: LocalModel, asked_tokens: int, *, dtype_bytes: int, free_
         if asked_tokens <= trained:
             return asked_tokens, "as you asked"
         return trained, f"the model was trained for {trained}; you asked for {asked_tokens}"
-    tokens, reason = min(
-        (trained, "what the model was trained for"), (DEFAULT_CONTEXT_TOKENS, "the default; more can be asked for")
-    )
+    tokens, reason = trained, "what the model was trained for"
+    if trained > DEFAULT_CONTEXT_TOKENS:
+        tokens, reason = DEFAULT_CONTEXT_TOKENS, "the default; more can be asked for"
     per_token = conversation_bytes_per_token(model.folder, dtype_bytes)
     if per_token:
         fits = int((free_bytes - _KEPT_FREE_BYTES) // per_token)

@@ -18,12 +18,13 @@ def build(
     *,
     access: Access | None = None,
     banner: str = "",
+    preset: str = "Model card",
     share: Share | None = None,
 ) -> gr.Blocks:
     """Draw and wire the page; launch it with `launch_options()`.
 
-    `banner` is for owners: what is wrong with this machine and how to cure it. `share` may be
-    filled after the launch.
+    `banner` is for owners: what is wrong with this machine and how to cure it. `preset` is that of the
+    Parameters tab for a browser that kept none. `share` may be filled after the launch.
     """
     access = access or Access()
     everybody = access.owners is None
@@ -37,7 +38,7 @@ def build(
             with gr.Tab("Model", id="model", visible=everybody) as model_place:
                 models = model_tab.build(engine, downloads, access)
             with gr.Tab("Parameters", id="parameters"):
-                parameters = parameters_tab.build()
+                parameters = parameters_tab.build(preset)
         with chat_at:
             chat = chat_tab.build(engine, parameters, access)
 

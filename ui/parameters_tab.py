@@ -24,17 +24,20 @@ class ParametersTab:
     params: Callable[[Sequence[Any]], GenerationParams]  # … and to this; raises BadParameter
 
 
-def build() -> ParametersTab:
-    """Draw the tab and wire it; return what the Chat tab needs to gather the values."""
+def build(first: str = next(iter(PRESETS))) -> ParametersTab:
+    """Draw the tab and wire it; return what the Chat tab needs to gather the values.
+
+    `first` is the preset that a browser starts with which kept none.
+    """
     gr.HTML('<p class="gw-quiet">How the next answers are written. These values are yours alone and stay in this browser.</p>')
     preset = gr.Dropdown(
         [*PRESETS, OWN],
-        value=next(iter(PRESETS)),
+        value=first,
         label="Preset",
         info="Model card: the values that the models' own pages recommend.",
         elem_id="gw-preset",
     )
-    limits = list(GenerationParams.limits())
+    limits = list(GenerationParams.limits(PRESETS[first]))
     with gr.Row(elem_classes="gw-fields"):
         fields = [_draw(name, each, default) for name, each, default in limits]
     note = gr.HTML(elem_id="gw-parameters-note")
