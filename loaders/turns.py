@@ -29,7 +29,7 @@ class Turns:
                 delattr(self._hf, name)
             else:
                 setattr(self._hf, name, own)
-        self._hf = None
+        self._hf, self._own = None, {}  # an accelerate hook in it would keep the weights alive
 
     def _in_line(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ IDS = torch.tensor([[0, 50, 51, 52]])
 def model(tmp_path):
     tiny.write(tmp_path / "model")
     tiny.write_tokenizer(tmp_path / "model", "{{ bos_token }}" + CHATML)
-    loaded = TransformersLoader().load(LocalModel.read(tmp_path / "model"), TransformersOptions(), lambda share, text: None)
+    loaded = TransformersLoader().load(LocalModel.read(tmp_path / "model"), TransformersOptions(device="cpu"), lambda *_: None)
     yield loaded
     loaded.close()
 
