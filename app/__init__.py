@@ -1,1 +1,1 @@
-"""Floor 5: where the faces meet: the command line and the one server process."""
+"""Floor 6: where the faces meet: the command line, the one server process, the launcher of the host."""
