@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..core.errors import GptqWebuiError
@@ -22,10 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe on Windows has no encoding for an emoji
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return int(options.run(options))
     except GptqWebuiError as error:
         print(f"gptq-webui: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has gone: `| head`
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -42,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     serve = commands.add_parser("serve", help="open the web page (the default)")
-    _add_models(serve)
+    _add_models(serve, several=True)
     serve.add_argument("--model", metavar="NAME", help="load this model at the start")
     serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine, once, and load it")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     download.set_defaults(run=_download)
 
     models = commands.add_parser("models", help="list the models on this machine")
-    _add_models(models)
+    _add_models(models, several=True)
     models.set_defaults(run=_models)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
@@ -84,14 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
+def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """`several` folders may follow one flag only where nothing else follows."""
+    action: dict[str, Any] = {"action": "extend", "nargs": "+"} if several else {"action": "append"}
     parser.add_argument(
-        "--models-dir",
-        type=Path,
-        action="extend",
-        nargs="+",
-        metavar="DIR",
-        help="folders with models; downloads go into the first",
+        "--models-dir", type=Path, metavar="DIR", help="folders with models; downloads go into the first", **action
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
 

@@ -46,6 +46,7 @@ def serve(options: argparse.Namespace) -> int:
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
     blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, preset=preset, share=share)
+    _reach_ourselves(options.host)
     blocks.launch(
         server_name=options.host,
         server_port=port,
@@ -57,12 +58,14 @@ def serve(options: argparse.Namespace) -> int:
         show_error=False,
         **page.launch_options(),
     )
-    address = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '') else options.host}:{port}"
+    shown_host = "127.0.0.1" if options.host in ("0.0.0.0", "") else f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{shown_host}:{port}"
     _tell(f"The page is at {address}")
     for name, password in users:
-        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, password {password}")
+        shown = "the password you gave" if options.auth and name == users[0][0] else f"password {password}"
+        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {shown}")
     if share is not None:
-        _open_link(port, share, users[-1])
+        _open_link(options.host if options.host not in ("0.0.0.0", "::", "") else "127.0.0.1", port, share, users[-1])
     elif not options.no_browser and _has_display():
         import webbrowser
 
@@ -71,6 +74,13 @@ def serve(options: argparse.Namespace) -> int:
     _tell("Stopping …")
     blocks.close(verbose=False)
     return 0
+
+
+def _reach_ourselves(host: str) -> None:
+    """Gradio asks its own address at the start; a proxy of the user's must not stand between."""
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [each for each in os.environ.get(name, "").split(",") if each]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", host]))
 
 
 class _Stop:
@@ -144,7 +154,7 @@ def _load_first(engine: Engine, options: argparse.Namespace) -> None:
         _tell(str(error))
 
 
-def _open_link(port: int, share: "Share", guest: tuple[str, str]) -> None:
+def _open_link(host: str, port: int, share: "Share", guest: tuple[str, str]) -> None:
     """Make the public link, or say in one sentence why there is none; the local page goes on."""
     from gradio import networking
 
@@ -152,7 +162,7 @@ def _open_link(port: int, share: "Share", guest: tuple[str, str]) -> None:
 
     _tell("Making a public link …")
     try:
-        url = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        url = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
         _tell(
             f"No public link could be made ({(str(error).strip().splitlines() or [type(error).__name__])[0]}). "

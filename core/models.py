@@ -225,7 +225,7 @@ def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], qu
 
 def require_safetensors(model: LocalModel) -> None:
     """Raises BadCheckpoint for weights in .bin or .pt, which can run code when they are opened."""
-    if model.kind == "gptq" and any(path.suffix != ".safetensors" for path in model.weights):
+    if any(path.suffix != ".safetensors" for path in model.weights):
         raise BadCheckpoint(
             f"{model.name} has its weights in {model.weights[0].name}, a format that can run code when it is opened. "
             "Choose a branch with .safetensors files."

@@ -26,7 +26,7 @@ def torch_banner() -> str:
         return ""
     return (
         "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
-        f"For the card: {Path(sys.executable).name} -m pip install --force-reinstall torch --index-url {CUDA_INDEX}"
+        f'For the card: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
     )
 
 

@@ -112,15 +112,20 @@ class Engine:
         root = default_models_folder()
         if not self._changing.acquire(blocking=False):
             raise Busy(f"{self.status.name or 'A model'} is being loaded or unloaded. Wait until that is done.")
+        before = self.status
         try:
-            before = self.status
             folders = demo.ensure(
                 root, lambda share, text: self._say(Status("loading", "The demo model", text, share)), threading.Event()
             )
             self._say(before)
         except GptqWebuiError as error:
-            self._say(Status("empty", text=str(error), error=True))
+            self._say(Status("empty", text=str(error), error=True) if self.loaded is None else before)
             raise
+        except Exception as error:
+            log.exception("making the demo model failed")
+            failed = LoadFailed(f"The demo model could not be made ({type(error).__name__}: {error}).")
+            self._say(Status("empty", text=str(failed), error=True) if self.loaded is None else before)
+            raise failed from error
         finally:
             self._changing.release()
         if root not in self.library.roots:
@@ -257,6 +262,11 @@ def fit_messages(loaded: LoadedModel, messages: Sequence[Message], max_new_token
             return kept, start
     if length < loaded.context_tokens:  # the last turn fits, with less room for the answer
         return kept, starts[-1]
+    if messages[-1].role == "assistant":
+        raise PromptTooLong(
+            f"This answer fills the context of {loaded.context_tokens} tokens; there is no room to continue it. "
+            "Clear the chat, or load the model with a longer context."
+        )
     raise PromptTooLong(
         f"Your message has {length} tokens with the system prompt, the context {loaded.context_tokens}. "
         "Shorten it, or load the model with a longer context."

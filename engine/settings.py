@@ -60,6 +60,7 @@ class Settings:
     def save_for_model(self, name: str, **values: Any) -> None:
         """Merge into what is saved for a model; a value of None takes the key out."""
         with self._lock:
+            self._values = self._read() or self._values  # another process may have saved meanwhile
             models = {**self._values.get("models", {})}
             merged = {**models.get(name, {}), **values}
             models[name] = {key: value for key, value in merged.items() if value is not None}
@@ -72,6 +73,7 @@ class Settings:
     def put(self, key: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
         with self._lock:
+            self._values = self._read() or self._values
             if self._values.get(key) != value:
                 self._values = {**self._values, key: value}
                 self._write()
@@ -84,7 +86,10 @@ class Settings:
             return values
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            log.warning("the settings could not be read (%s)", error)
+            return {}
+        except ValueError as error:
             aside = self.path.with_suffix(".damaged.json")
             self.warning = (
                 f"The settings file could not be read ({error}); it was put aside as {aside.name} and the settings start anew."
@@ -97,7 +102,7 @@ class Settings:
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".draft")
+            draft = self.path.with_suffix(f".{os.getpid()}.draft")
             draft.write_text(json.dumps(self._values, indent=2, ensure_ascii=False), encoding="utf-8")
             os.replace(draft, self.path)  # a crash leaves the old file whole
         except OSError as error:

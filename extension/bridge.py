@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..core.chat import Token
-from ..core.errors import GptqWebuiError, LoadFailed
-from ..core.models import LocalModel
+from ..core.errors import GptqWebuiError, LoadFailed, LoadRefused
+from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
@@ -32,7 +32,8 @@ class HostEngine(Engine):
     """An Engine whose loads and unloads go through the host, so that both always mean the same model."""
 
     def __init__(self, host: Host, settings: Settings) -> None:
-        super().__init__(Library([host.models_folder]), settings)
+        more = [each for each in settings.models_folders if each != host.models_folder and each.is_dir()]
+        super().__init__(Library([host.models_folder, *more]), settings)
         self.host = host
         self.defaults: dict[str, Any] = {}  # options of the extension's params
         self._wanted: tuple[str | None, Mapping[str, Any]] | None = None  # of the load that the host is making for us
@@ -44,6 +45,8 @@ class HostEngine(Engine):
     ) -> LoadedModel:
         """Through the host's own load, which comes back to `take`."""
         model = self.library.get(name)
+        if model.kind != "gptq" and model.kind not in OPENED_BY and model.kind != "incomplete":
+            raise LoadRefused(f"{name} is not a GPTQ model. Load it in text-generation-webui's own Model tab.")
         self.choose(model, loader, options)  # what can be refused is refused before the host unloads anything
         self._wanted = (loader, options or {})
         try:
@@ -63,7 +66,8 @@ class HostEngine(Engine):
         loader, options = self._wanted or (None, {})
         self.failed = ""
         try:
-            loaded = self.load_folder(model, loader, {**self.defaults, **options})
+            saved = self.settings.for_model(model.name).get("options", {})
+            loaded = self.load_folder(model, loader, {**self.defaults, **saved, **options})
         except GptqWebuiError as error:
             self.failed = str(error)
             raise

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; the options may ask for more
 _OVERHEAD_BYTES = 600_000_000  # torch, CUDA's context, activations of one chunk of a prompt
+_ACTIVATIONS_BYTES = 300_000_000  # of these, what is not taken yet when the weights are placed
 _KEPT_FREE_BYTES = 1_000_000_000  # for the desktop and other programs
 _SMALLEST_CONTEXT_TOKENS = 256
 
@@ -68,7 +69,7 @@ class TransformersLoader:
                 f"the weights are in the {model.quantize.checkpoint_format} layout, which only its own kernel reads",
                 "choose a branch in GPTQ's own layout",
             )
-        if model.kind == "gptq" and any(path.suffix != ".safetensors" for path in model.weights):
+        if any(path.suffix != ".safetensors" for path in model.weights):
             return Refusal(
                 f"the weights are in {model.weights[0].name}, a format that can run code when it is opened",
                 "choose a branch with .safetensors files",
@@ -102,7 +103,8 @@ class TransformersLoader:
             ) from error
         progress(0.15, f"Reading {format_bytes(model.size_bytes)} of weights")
         try:
-            hf, notes = checkpoint.load(model, dtype=dtype, device_map=_device_map(model, device))
+            device_map, max_memory = _placement(model, options, device, dtype)
+            hf, notes = checkpoint.load(model, dtype=dtype, device_map=device_map, max_memory=max_memory)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
@@ -112,7 +114,14 @@ class TransformersLoader:
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
         progress(0.95, "Fitting the conversation into the memory")
-        context, reason = fit_context(model, options.context_tokens, dtype_bytes=dtype.itemsize, free_bytes=_free_bytes(device))
+        try:
+            context, reason = fit_context(
+                model, options.context_tokens, dtype_bytes=dtype.itemsize, free_bytes=_free_bytes(device)
+            )
+        except LoadFailed:
+            del hf
+            _free(device)
+            raise
         loaded = TransformersModel(model, hf, tokenizer, context, reason, notes, str(device))
         progress(1.0, "Ready")
         return loaded
@@ -227,11 +236,23 @@ def _device(options: TransformersOptions) -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device_map(model: LocalModel, device: Any) -> Any:
-    """The whole model on one device, or spread over the card and the rest of the machine if it does not fit."""
-    if device.type == "cuda" and model.size_bytes > _free_bytes(device) - _KEPT_FREE_BYTES:
-        return "auto"
-    return {"": device}
+def _placement(
+    model: LocalModel, options: TransformersOptions, device: Any, dtype: Any
+) -> tuple[Any, dict[int | str, int] | None]:
+    """(device_map, max_memory): the whole model on one device, or spread over the card and the rest of the machine.
+
+    On the card stay free: 1 GB for others, the conversation, and what computing takes.
+    """
+    if device.type != "cuda":
+        return {"": device}, None
+    context = options.context_tokens or min(model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
+    reserve = _KEPT_FREE_BYTES + _ACTIVATIONS_BYTES + context * conversation_bytes_per_token(model.folder, dtype.itemsize)
+    room = _free_bytes(device) - reserve
+    if model.size_bytes <= room:
+        return {"": device}, None
+    import psutil
+
+    return "auto", {device.index or 0: max(0, room), "cpu": int(psutil.virtual_memory().available)}
 
 
 def _dtype(options: TransformersOptions, device: Any) -> Any:

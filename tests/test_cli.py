@@ -81,6 +81,12 @@ def test_mistakes_are_one_sentence_and_exit_code_1(arguments, says, shelf, capsy
     assert code == 1 and out == "" and says in err and "gptq-webui: " in err
 
 
+def test_a_folder_before_the_question_does_not_swallow_it(shelf, capsys):
+    code, out, _err = run(capsys, "ask", "--models-dir", shelf, "--max-new-tokens", "2", "--model", "tiny-chat", "Hi")
+    assert code == 0 and out
+    assert run(capsys, "ask", "--models-dir", shelf, "Hi", "--model", "nobody")[0] == 1
+
+
 def test_ask_without_a_name_takes_the_only_model_or_says_which_there_are(tmp_path, capsys):
     code, _out, err = run(capsys, "ask", "Hi", "--models-dir", tmp_path)
     assert code == 1 and "There is none yet" in err

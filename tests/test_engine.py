@@ -160,6 +160,23 @@ def test_one_message_longer_than_the_context_is_a_sentence(engine):
         engine.complete("word " * 200, GenerationParams(), threading.Event())
 
 
+def test_an_answer_that_fills_the_context_cannot_be_continued_and_says_so(engine):
+    engine.load("one", options={"context_tokens": 100})
+    with pytest.raises(PromptTooLong, match="no room to continue"):
+        engine.chat([*HELLO, Message("assistant", "word " * 200)], GenerationParams(), threading.Event())
+
+
+def test_a_demo_that_cannot_be_made_leaves_a_usable_engine(engine, monkeypatch):
+    def fails(*_):
+        raise ImportError("DLL load failed")
+
+    monkeypatch.setattr("gptq_webui.engine.demo.ensure", fails)
+    with pytest.raises(LoadFailed, match="DLL load failed"):
+        engine.load_demo()
+    assert engine.status.phase == "empty" and engine.status.error
+    engine.load("one")
+
+
 def test_a_chosen_template_is_remembered_for_the_model(engine):
     engine.load("one")
     engine.set_template("Vicuna")

@@ -31,6 +31,13 @@ def test_keys_of_another_version_are_kept():
     assert json.loads(later.path.read_text()) == {"of_the_future": [1], "models": {"m": {"new": 2, "loader": "x"}}}
 
 
+def test_two_processes_do_not_undo_each_other():
+    first, second = Settings(), Settings()
+    first.save_for_model("m", template="Vicuna")
+    second.last_model = "other"
+    assert Settings().for_model("m") == {"template": "Vicuna"} and Settings().last_model == "other"
+
+
 def test_a_damaged_file_costs_the_settings_and_one_warning():
     settings = Settings()
     settings.path.parent.mkdir(parents=True)

@@ -151,6 +151,19 @@ def test_a_model_of_another_kind_says_what_opens_it_and_the_loaded_one_stays(vis
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
 
 
+def test_clear_in_the_middle_of_an_answer_clears(visit, house):
+    tab = visit({"answer": LONG, "tokens_per_s": 40})
+    ask(tab, "Count")
+    wait_for(tab, "#gw-chat", "word3")
+    tab.click("#gw-clear")
+    tab.wait_for_selector("#gw-send", state="visible")
+    time.sleep(1)
+    assert "word3" not in tab.inner_text("#gw-chat")
+    tab.reload()
+    settled(tab, house)
+    assert "word3" not in tab.inner_text("#gw-chat")
+
+
 def test_stop_keeps_what_was_written_continue_goes_on(visit, house):
     tab = visit({"answer": LONG, "tokens_per_s": 40})
     ask(tab, "Talk")

@@ -95,8 +95,12 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                 begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: quiet(reply.state)}
                 yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
                 for written, keep in _watch(reply, cancel):
+                    if running.get(session) is not cancel:  # cleared meanwhile: nothing of it comes back
+                        break
                     yield draw(chat.answered(written), keep) | {line: quiet(reply.state)}
-                if reply.error and prepare is _ask and not reply.tokens:  # nothing came: the question returns to its box
+                if running.get(session) is not cancel:
+                    pass
+                elif reply.error and prepare is _ask and not reply.tokens:  # nothing came: the question returns to its box
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
                     words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
@@ -123,7 +127,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
             flag.set()
 
     def clear_chat(kept: str, system_text: str, request: gr.Request) -> tuple[Any, str, str]:
-        stop_answer(request)
+        leave(request)
         return compat.to_display([]), Transcript(system=system_text or "").kept(), ""
 
     def keep_system(kept: str, system_text: str) -> str:
