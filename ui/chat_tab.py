@@ -76,6 +76,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         template = draw_template(engine, access)
     store = browser_store(_STORE_KEY)
     running: dict[str, threading.Event] = {}  # by session: the flag that ends its answer
+    cleared: set[threading.Event] = set()  # flags of answers that Clear ended
 
     def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., Iterator[dict[Any, Any]]]:
         def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -95,11 +96,13 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                 begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: quiet(reply.state)}
                 yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
                 for written, keep in _watch(reply, cancel):
-                    if running.get(session) is not cancel:  # cleared meanwhile: nothing of it comes back
+                    if cancel in cleared:
                         break
                     yield draw(chat.answered(written), keep) | {line: quiet(reply.state)}
-                if running.get(session) is not cancel:
-                    pass
+                if cancel in cleared:
+                    cleared.discard(cancel)
+                    if session not in running:  # an update that was on its way may have come after Clear
+                        yield draw(Transcript(system=chat.system)) | {line: ""}
                 elif reply.error and prepare is _ask and not reply.tokens:  # nothing came: the question returns to its box
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
@@ -127,7 +130,9 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
             flag.set()
 
     def clear_chat(kept: str, system_text: str, request: gr.Request) -> tuple[Any, str, str]:
-        leave(request)
+        if flag := running.pop(str(request.session_hash), None):
+            cleared.add(flag)
+            flag.set()
         return compat.to_display([]), Transcript(system=system_text or "").kept(), ""
 
     def keep_system(kept: str, system_text: str) -> str:
