@@ -78,7 +78,9 @@ def products(card: Card, bits: int, group_size: int, copy: float, tunings) -> No
         for tuning in tunings:
             if norm and weights[0].padded > 32 * 32 * tuning.split * tuning.teams:
                 continue
-            plans[tuning] = variant(weights[0], epilogue, norm, tuning)
+            plan = plans[tuning] = variant(weights[0], epilogue, norm, tuning)
+            if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor > 227 * 1024:
+                del plans[tuning]
         card.add(variants=plans.values())
         found = []
         for tuning, plan in plans.items():
@@ -101,59 +103,89 @@ def products(card: Card, bits: int, group_size: int, copy: float, tunings) -> No
         found.sort(key=lambda each: each[0])
         size = weights[0].size_bytes
         print(f"{role} {bits}-bit g{group_size} {size / 1e6:.1f} MB, limit {size / copy * 1e6:.1f} us")
-        for took, tuning in found[:4] + found[-1:]:
+        for took, tuning in found[:5] + found[-1:]:
             print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
         del weights
 
 
-def whole(card: Card, copy: float, layers: int, **how) -> None:
-    parts = random_parts(**{**MISTRAL_7B, "layers": layers}, **how)
+def whole(card: Card, copy: float, layers: int, repeat: int = 64, **how) -> None:
+    parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
     step = CudaStep(parts, 16384 + 256, card=card)
     torch.cuda.synchronize()
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
-    step.params[0] = 0
-    step.params[0, 4] = 1
-    step.begin([0])
-    for position in (512, 4096, 16000):
-        step.reserve(position + 200)
-        step.positions[0] = position
-        step.step()
 
-        def many():
+    def choose(temperature=0.0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition=1.0, top_k=0) -> None:
+        step.params[0, :8] = torch.tensor([temperature, top_p, min_p, typical_p, repetition, 0, 0, 0])
+        step.params.view(torch.int32)[0, 8] = top_k
+
+    def steps(position: int) -> float:
+        def run() -> None:
             step.positions[0] = position
-            for _ in range(64):
+            for _ in range(repeat):
                 step.step()
 
-        took = seconds(many) / 64
+        return seconds(run) / repeat
+
+    choose()
+    step.begin([0])
+    step.reserve(16384)
+    for position in (512, 4096, 16000):
+        took = steps(position)
         kv = 2 * step.kv_heads * step.head_dim * 2 * layers * position
-        print(
-            f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {(size + kv) / took / copy:.0%} of {(size + kv) / 1e9:.2f} GB"
-        )
+        share = (size + kv) / took / copy
+        print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
+        step.positions[0] = position
+        parts_of_it = {
+            "attention": lambda at: step._attention(at % layers, step.layers[at % layers]),
+            "head": lambda at: step._head(),
+            "sample": lambda at: step._sample(),
+            "embed": lambda at: step._embed(),
+        }
+        for name, run in parts_of_it.items():
+            if name != "attention" and position != 512:
+                continue
+            step.positions[0] = position
+            graph = graph_of(run, 32)
+            print(f"        {name}: {seconds(graph.replay) / 32 * 1e6:.1f} us each")
+        profile(step, position)
     ids = torch.randint(0, 32000, (3840,)).tolist()
     for length in (64, 512, 3840):
-        step.reserve(length)
 
-        def prompt():
+        def prompt(length=length) -> None:
             for start in range(0, length, 2048):
                 step.prefill(ids[start : min(length, start + 2048)], start)
 
         took = seconds(prompt, 3)
-        print(
-            f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most"
-        )
-    for name, values in (
-        ("greedy", (0, 1, 0, 1, 1, 0, 0, 0, 0)),
-        ("card", (0.7, 0.95, 0, 1, 1.1, 0, 0, 0, 40)),
-        ("top p", (1, 0.9, 0, 1, 1, 0, 0, 0, 0)),
-    ):
-        step.params[0, :8] = torch.tensor(values[:8])
-        step.params.view(torch.int32)[0, 8] = values[8]
-        step.positions[0] = 512
-        took = seconds(many) / 64
-        print(f"    {name}: {took * 1e6:.0f} us")
+        print(f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s")
+    for name, values in {
+        "greedy": {}, "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
+        "min p": {"temperature": 1, "min_p": 0.05}, "plain": {"temperature": 1}, "typical": {"temperature": 1, "typical_p": 0.9},
+    }.items():  # fmt: skip
+        choose(**values)
+        print(f"    {name}: {steps(512) * 1e6:.0f} us a step")
     step.close()
+
+
+def profile(step: CudaStep, position: int) -> None:
+    """What each kernel adds: from the end of the one before it to its own, mean over a few steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step.positions[0] = position
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(4):
+            step.step()
+        torch.cuda.synchronize()
+    events = sorted((each for each in found.events() if each.device_type.name == "CUDA"), key=lambda each: each.time_range.end)
+    spent: dict[str, list[float]] = {}
+    for before, each in itertools.pairwise(events):
+        spent.setdefault(each.name, []).append(each.time_range.end - before.time_range.end)
+    for name, times in sorted(spent.items(), key=lambda each: -sum(each[1])):
+        times.sort()
+        print(
+            f"        {sum(times) / 4:7.1f} us a step, {len(times) / 4:4.0f} times, median {times[len(times) // 2]:5.1f} us  {name}"
+        )
 
 
 def main() -> None:
@@ -169,9 +201,11 @@ def main() -> None:
             for bits, group in ((4, 128), (8, 128)):
                 card.add(shapes=[shape_of([random_layer(128, 16, bits, group if group <= 128 else 128, sym=True, rows=None)])])
                 tunings = [
-                    Tuning(*each) for each in itertools.product((4, 8, 16), (2, 4), (1, 2), (2, 3, 4)) if each[0] * each[2] <= 16
+                    Tuning(split, batch, stages, teams, blocks)
+                    for split, batch, stages, teams, blocks in itertools.product((4, 8, 16), (2, 4), (3, 4), (1, 2), (2, 3, 4, 5))
+                    if split * teams <= 16 and 16 <= split * teams * blocks <= 40
                 ]
-                products(card, bits, group, copy, tunings if bits == 4 else tunings[::2])
+                products(card, bits, group, copy, tunings)
         if "whole" in given.what:
             whole(card, copy, given.layers)
 

@@ -40,8 +40,8 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     wanted = layer.dequantize(torch.float64)  # [N, K]
     shape = shape_of([layer])
     assert shape.sym == sym
-    tunings = (Tuning(8, 4), Tuning(4, 2, 2), Tuning(1, 4, 4), Tuning(16, 2))
-    plans = [GemvVariant(shape, "FLOAT", False, each.split, each.batch, each.teams) for each in tunings]
+    tunings = (Tuning(8, 4, 3), Tuning(4, 2, 4, 2), Tuning(1, 1, 6, 4), Tuning(16, 2, 2))
+    plans = [GemvVariant(shape, "FLOAT", False, each.split, each.batch, each.stages, each.teams) for each in tunings]
     card.add(plans, [shape])
     weight = repack(card, [layer], shape)
     x = torch.randn(k, device="cuda").half()
@@ -53,7 +53,7 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     natural = torch.zeros(weight.tiles * 16, k, dtype=torch.float16, device="cuda")
     kept = weight.order >= 0
     natural[:, weight.order[kept].long()] = dense[:, kept]
-    assert error(natural[:n], wanted) < 5e-4 and bool((dense[:, ~kept] == 0).all()) and bool((dense[n:] == 0).all())
+    assert error(natural[:n], wanted) < 5e-4 and bool((dense[n:] == 0).all())
     for plan in plans:
         out = torch.full((n,), torch.nan, device="cuda")
         arguments = Gemv(

@@ -63,19 +63,27 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   const int kv = block / p.head_blocks, group = p.heads / p.kv_heads;
   const int head0 = kv * group + block % p.head_blocks * 8, count = min(8, kv * group + group - head0);
   let_the_next_kernel_start();
-  wait_for_the_kernel_ahead();
 
+  // Where the new token stands, and what earlier ones left, was written long before the kernel ahead began.
   const int position = p.positions[row], length = position + 1;
   const int from = p.window > 0 ? max(0, length - p.window) : 0;
   const int first_strip = from / 32, strips = (length + 31) / 32 - first_strip;
   const int per_block = max((strips + (int)gridDim.x - 1) / (int)gridDim.x, 4);
   const int active = (strips + per_block - 1) / per_block;
-  if (split >= active) return;
+  if (split >= active) { wait_for_the_kernel_ahead(); return; }
   const int begin = first_strip + split * per_block, end = min(begin + per_block, first_strip + strips);
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
   const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
   const size_t key_at = (size_t)kv * PAGE * D, value_at = ((size_t)p.kv_heads + kv) * PAGE * D;
+
+  if (begin + warp < end) {  // this warp's first strip: on its way while the kernel ahead ends
+    const u16* page = (const u16*)(pages[(begin + warp) / 2] + p.layer_bytes);
+    const int half = (begin + warp) % 2 * 32;
+    for (int at = lane; at < 32 * D / 64; at += 32) prefetch(page + key_at + half * D + at * 64);
+    for (int d = lane; d < D; d += 32) prefetch(page + value_at + d * PAGE + half);
+  }
+  wait_for_the_kernel_ahead();
 
   if (warp < count) rotate<D>(qkv + (head0 + warp) * D, p.q_norm, cosine, sine, p.rotary_half, p.eps, q[warp]);
   else for (int d = lane; d < D; d += 32) q[warp][d] = 0;
@@ -199,17 +207,34 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   __syncthreads();
   if (arrived != active - 1) return;
   __threadfence();
-  for (int at = threadIdx.x; at < count * D; at += blockDim.x) {
+  // The last block adds the parts: first how much each counts, then the parts themselves, many loads at once.
+  float* factors = &outs[0][0][0];  // [active][8]
+  for (int at = threadIdx.x; at < active * 8; at += blockDim.x) {
+    const float* part = partial + at * (D + 2) + D;
+    const bool real = at % 8 < count;
+    factors[at] = real ? __ldcg(part) : -1e30f;
+    factors[1024 + at] = real ? __ldcg(part + 1) : 0.f;
+  }
+  __syncthreads();
+  if (threadIdx.x < 8) {
+    float m = -1e30f, z = 0.f;
+    for (int i = 0; i < active; i++) m = fmaxf(m, factors[i * 8 + threadIdx.x]);
+    for (int i = 0; i < active; i++) z += factors[1024 + i * 8 + threadIdx.x] * exp2f(factors[i * 8 + threadIdx.x] - m);
+    for (int i = 0; i < active; i++) factors[i * 8 + threadIdx.x] = exp2f(factors[i * 8 + threadIdx.x] - m) / z;
+  }
+  __syncthreads();
+  for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
     const int head = at / D, d = at % D;
-    float m = -1e30f, y = 0.f, z = 0.f;
-    for (int i = 0; i < active; i++) m = fmaxf(m, __ldcg(partial + (i * 8 + head) * (D + 2) + D));
+    float2 y = make_float2(0.f, 0.f);
+#pragma unroll 8
     for (int i = 0; i < active; i++) {
-      const float* part = partial + (i * 8 + head) * (D + 2);
-      const float f = exp2f(__ldcg(part + D) - m);
-      y += __ldcg(part + d) * f;
-      z += __ldcg(part + D + 1) * f;
+      const float2 part = __ldcg((const float2*)(partial + (i * 8 + head) * (D + 2) + d));
+      const float f = factors[i * 8 + head];
+      y.x += part.x * f;
+      y.y += part.y * f;
     }
-    to[p.places[(head0 + head) * D + d]] = to_half(y / z);
+    to[p.places[(head0 + head) * D + d]] = to_half(y.x);
+    to[p.places[(head0 + head) * D + d + 1]] = to_half(y.y);
   }
   if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
 }

@@ -50,6 +50,31 @@ DEVICE u32 stream1(const void* p) {
   u32 v; asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v;
 }
 
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// From global to shared memory without a register in between (Ampere and newer; before, at once).
+template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
+#if __CUDA_ARCH__ >= 800
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+#else
+  if constexpr (BYTES == 16) *(uint4*)to = stream4(from);
+  else if constexpr (BYTES == 8) *(uint2*)to = stream2(from);
+  else *(u32*)to = stream1(from);
+#endif
+}
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING> DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
 // The kernel ahead may still run when this one starts (Hopper and newer, if launched so). Every kernel of the chain
 // waits before it touches anything another one writes; weights may be read before.
 DEVICE void wait_for_the_kernel_ahead() {

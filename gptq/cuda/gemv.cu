@@ -1,8 +1,8 @@
 // One row of activations times a packed weight: y = x W, the whole of decoding.
 //
 // A warp multiplies tiles of 16 outputs with the matrix unit, fp32 sums. KS warps share a tile (each takes a range of
-// chunks) and their sums are added in a fixed order: no atomics, the same bits every time. Weights of the first
-// batch are on their way before the kernel waits for the one ahead, which hides the start of the kernel.
+// chunks) and their sums are added in a fixed order: no atomics, the same bits every time. The first weights are on
+// their way before the kernel waits for the one ahead, which hides the start of the kernel.
 
 struct GemvArguments {
   const u8* weights;     // [tiles][chunks][chunk_bytes]
@@ -57,69 +57,87 @@ template <bool NORM> DEVICE void stage(const u16* x, const u16* norm, u16* share
   __syncthreads();
 }
 
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int EPILOGUE, bool NORM>  // UNITS: changes of scale possible within a chunk
+// BATCH chunks travel together, STAGES batches are on their way or being multiplied; each lane copies and reads its own
+// bytes only, so nobody waits for another warp. UNITS: changes of scale possible within a chunk.
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, bool NORM>
 DEVICE void gemv(const GemvArguments& p) {
+  constexpr int SCALE_BYTES = SYM ? 128 : 256, CHUNK_BYTES = BITS * 128, SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int team = warp / KS, teams = warps / KS, part = warp % KS;
-  u16* xs = (u16*)shared_words;                                   // [chunks * 64]
+  u8* ring = (u8*)shared_words + warp * STAGES * SLOT;            // of this warp
+  u16* xs = (u16*)((u8*)shared_words + warps * STAGES * SLOT);    // [chunks * 64]
   float* scratch = (float*)(xs + p.chunks * 64);                  // 36
   float* sums = scratch + 36 + team * 2 * KS * 16;                // [2][KS][16] of this team
   const int per = (p.chunks + KS - 1) / KS, first = min(part * per, p.chunks), end = min(first + per, p.chunks);
   const int stride = gridDim.x * teams;
 
-  Words<BITS> now[BATCH], next[BATCH];
-  Scale<SYM> scale_now[BATCH * UNITS], scale_next[BATCH * UNITS];
-  auto fetch = [&](Words<BITS>(&words)[BATCH], Scale<SYM>(&scale)[BATCH * UNITS], int tile, int chunk) {
+  int next_tile = blockIdx.x * teams + team, next_chunk = first, next_slot = 0;
+  auto fetch = [&]() {  // the next batch into the next slot
+    u8* to = ring + next_slot * SLOT;
+    if (next_tile < p.tiles) {
+      const u8* from = p.weights + ((size_t)next_tile * p.chunks + next_chunk) * CHUNK_BYTES;
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      if (chunk + i < end && tile < p.tiles) {
-        words[i] = load_words<BITS>(p.weights + ((size_t)tile * p.chunks + chunk + i) * chunk_bytes<BITS>(), lane);
+      for (int i = 0; i < BATCH; i++) {
+        if (next_chunk + i < end) {
+          copy_words<BITS>(from + i * CHUNK_BYTES, to + i * CHUNK_BYTES, lane);
 #pragma unroll
-        for (int u = 0; u < UNITS; u++)
-          scale[i * UNITS + u] = load_scale<BITS, SYM>(
-              p.scales, (tile * p.groups + (int)(((chunk + i) * UNITS + u) * p.unit_to_group >> 16)) * 8 + lane / 4);
+          for (int u = 0; u < UNITS; u++) {
+            const int group = ((next_chunk + i) * UNITS + u) * p.unit_to_group >> 16;
+            const u32* scale = p.scales + ((next_tile * p.groups + group) * 8 + lane / 4) * (SYM ? 1 : 2);
+            copy_async<SYM ? 4 : 8>(scale, to + BATCH * CHUNK_BYTES + (i * UNITS + u) * SCALE_BYTES + lane * (SYM ? 4 : 8));
+          }
+        }
       }
     }
+    commit_copies();
+    next_slot = next_slot + 1 == STAGES ? 0 : next_slot + 1;
+    next_chunk += BATCH;
+    if (next_chunk >= end) { next_chunk = first; next_tile += stride; }
   };
 
-  int tile = blockIdx.x * teams + team;
-  fetch(now, scale_now, tile, first);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) fetch();
   let_the_next_kernel_start();
   wait_for_the_kernel_ahead();
   stage<NORM>(p.x, p.norm, xs, p.chunks * 64, p.k, p.eps, scratch);
 
-  for (int parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
+  int slot = 0, adder = 0;
+  for (int tile = blockIdx.x * teams + team, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
     for (int chunk = first; chunk < end; chunk += BATCH) {
-      const bool last = chunk + BATCH >= end;
-      fetch(next, scale_next, last ? tile + stride : tile, last ? first : chunk + BATCH);
+      wait_for_copies<STAGES - 2>();
+      fetch();
+      const u8* words = ring + slot * SLOT;
+      const u8* scales = words + BATCH * CHUNK_BYTES;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
         if (chunk + i < end) {
-          u32 b[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+          uint4 b[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
           if (lane < 4) {  // the one column that is not zero
-            *(uint4*)b = *(const uint4*)(xs + (chunk + i) * 64 + lane * 16);
-            *(uint4*)(b + 4) = *(const uint4*)(xs + (chunk + i) * 64 + lane * 16 + 8);
+            const uint4* from = (const uint4*)(xs + (chunk + i) * 64 + lane * 16);
+            b[0] = from[0]; b[1] = from[1];
           }
+          const u32 *bs = &b[0].x, *bt = &b[1].x;
+          const Words<BITS> now = read_words<BITS>(words + i * CHUNK_BYTES, lane);
+          Scale<SYM> scale[UNITS];
+#pragma unroll
+          for (int u = 0; u < UNITS; u++) scale[u] = read_scale<BITS, SYM>(scales + (i * UNITS + u) * SCALE_BYTES, lane);
           float c[4];
 #pragma unroll
           for (int s = 0; s < 4; s++) {
-            const Scale<SYM>& scale = scale_now[i * UNITS + s * UNITS / 4];
+            const Scale<SYM>& own = scale[s * UNITS / 4];
             if (s * UNITS % 4 == 0) c[0] = c[1] = c[2] = c[3] = 0.f;
             u32 a[4];
-            fragment<BITS>(now[i], s, twice_low(scale.z), twice_high(scale.z), a);
-            mma(c, a, b[2 * s], b[2 * s + 1]);
+            fragment<BITS>(now, s, twice_low(own.z), twice_high(own.z), a);
+            mma(c, a, s < 2 ? bs[2 * s] : bt[2 * s - 4], s < 2 ? bs[2 * s + 1] : bt[2 * s - 3]);
             if ((s + 1) * UNITS % 4 == 0) {
-              row += low_of(scale.s) * c[0];
-              row8 += high_of(scale.s) * c[2];
+              row += low_of(own.s) * c[0];
+              row8 += high_of(own.s) * c[2];
             }
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < BATCH; i++) now[i] = next[i];
-#pragma unroll
-      for (int i = 0; i < BATCH * UNITS; i++) scale_now[i] = scale_next[i];
     }
     float* mine = sums + parity * KS * 16;
     if (lane % 4 == 0) {
@@ -128,7 +146,7 @@ DEVICE void gemv(const GemvArguments& p) {
     }
     if (KS == 1) __syncwarp();
     else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(KS * 32) : "memory");
-    if (part == 0) {
+    if (part == adder) {  // the warps take turns at this
       const int at = lane % 16, n = tile * 16 + at;
       float y = 0.f;
 #pragma unroll
@@ -147,5 +165,6 @@ DEVICE void gemv(const GemvArguments& p) {
         }
       }
     }
+    adder = adder + 1 == KS ? 0 : adder + 1;
   }
 }

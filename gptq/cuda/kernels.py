@@ -88,20 +88,22 @@ class GemvVariant:
     epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL
     norm: bool
     split: int  # warps that share a tile
-    batch: int  # chunks on their way at once
+    batch: int  # chunks that travel together
+    stages: int  # batches on their way or being multiplied
     teams: int = 1  # tiles a block works on at once
 
     @property
     def name(self) -> str:
         norm = "norm" if self.norm else "plain"
-        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{self.split}_{self.batch}_{self.teams}"
+        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{self.split}_{self.batch}_{self.stages}_{self.teams}"
 
     @property
     def threads(self) -> int:
         return 32 * self.split * self.teams
 
     def shared_bytes(self, chunks: int) -> int:
-        return chunks * 128 + 4 * (36 + self.teams * 2 * self.split * 16)
+        slot = self.batch * 128 * (self.shape.bits + self.shape.units * (1 if self.shape.sym else 2))
+        return self.split * self.teams * self.stages * slot + chunks * 128 + 4 * (36 + self.teams * 2 * self.split * 16)
 
 
 def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: Iterable[int], fixed: bool = False) -> str:
@@ -117,7 +119,9 @@ def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: 
     for shape in sorted(set(shapes), key=lambda each: each.name):
         kernel(f"unpack_{shape.name}", "UnpackArguments", f"unpack_tiles<{shape.arguments}>")
     for each in sorted(set(variants), key=lambda each: each.name):
-        call = f"gemv<{each.shape.arguments}, {each.split}, {each.batch}, {each.epilogue}, {str(each.norm).lower()}>"
+        call = (
+            f"gemv<{each.shape.arguments}, {each.split}, {each.batch}, {each.stages}, {each.epilogue}, {str(each.norm).lower()}>"
+        )
         kernel(each.name, "GemvArguments", call, each.threads)
     for dim in sorted(set(head_dims)):
         kernel(f"attention_{dim}", "AttentionArguments", f"attention<{dim}>", 256)

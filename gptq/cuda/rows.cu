@@ -64,7 +64,7 @@ struct NormArguments {
   const float* residual;  // fp32 [rows][k]
   const u16* norm;        // fp16 [padded], in the order of `order`
   u16* out;               // fp16 [rows][padded]
-  const int* order;       // [padded]: which input stands there
+  const int* order;       // [padded]: which input stands there, -1 for padding
   int k, padded;
   float eps;
 };
@@ -77,7 +77,10 @@ extern "C" __global__ void norm_rows(NormArguments p) {
   for (int at = threadIdx.x; at < p.k; at += blockDim.x) sum += from[at] * from[at];
   const float scale = rsqrtf(block_sum(sum, scratch) / p.k + p.eps);
   u16* to = p.out + (size_t)blockIdx.x * p.padded;
-  for (int at = threadIdx.x; at < p.padded; at += blockDim.x) to[at] = to_half(from[p.order[at]] * scale * to_float(p.norm[at]));
+  for (int at = threadIdx.x; at < p.padded; at += blockDim.x) {
+    const int k = p.order[at];
+    to[at] = k < 0 ? 0 : to_half(from[k] * scale * to_float(p.norm[at]));
+  }
 }
 
 struct SiluArguments {

@@ -115,7 +115,7 @@ class CudaStep:
             _let_go(each)
 
         def in_order(norm: Tensor, weight: Weight) -> Tensor:
-            return torch.where(weight.order >= 0, norm.data.half()[weight.gather.long()], 0).contiguous()
+            return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
 
         return _Layer(
             qkv,
@@ -168,10 +168,6 @@ class CudaStep:
 
     def _gemv_plan(self, weight: Weight, role: str) -> tuple[GemvVariant, Tuning]:
         tuning = self.tunings[role]
-        if weight.shape.bits == 8 and tuning.batch > 2:
-            tuning = Tuning(tuning.split, 2, tuning.teams, tuning.blocks_per_processor)
-        if role in ("qkv", "gate_up") and weight.padded > 32 * tuning.split * tuning.teams * 32:
-            tuning = Tuning(16, tuning.batch, 1, tuning.blocks_per_processor)
         return variant(weight, _EPILOGUES[role], role in ("qkv", "gate_up"), tuning), tuning
 
     # -- one token -------------------------------------------------------------------------------------------------
@@ -197,7 +193,7 @@ class CudaStep:
             weight.in_features,
             self.eps,
         )
-        blocks = min(-(-weight.tiles // tuning.teams), tuning.blocks_per_processor * self.card.processors)
+        blocks = min(-(-weight.tiles // plan.teams), tuning.blocks_per_processor * self.card.processors)
         self.card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes(weight.chunks), overlap=True)
 
     def _embed(self) -> None:
@@ -307,7 +303,7 @@ class CudaStep:
             x = self._norm_rows(h, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
             attended = self._attend(at, layer, qkv, start, count)
-            h += self._product(attended.index_select(1, layer.o.gather), layer.o, scratch)
+            h += self._product(_in_order(attended, layer.o), layer.o, scratch)
             x = self._norm_rows(h, layer.post_norm, layer.gate_up)
             gate_up = self._product(x, layer.gate_up, scratch)
             inner = torch.empty(count, layer.down.padded, dtype=torch.float16, device=self.device)
@@ -319,7 +315,7 @@ class CudaStep:
 
     def _norm_rows(self, h: Tensor, norm: Tensor, weight: Weight) -> Tensor:
         out = torch.empty(h.shape[0], weight.padded, dtype=torch.float16, device=self.device)
-        arguments = Norm(pointer(h), pointer(norm), pointer(out), pointer(weight.gather), self.hidden, weight.padded, self.eps)
+        arguments = Norm(pointer(h), pointer(norm), pointer(out), pointer(weight.order), self.hidden, weight.padded, self.eps)
         self.card.run("norm_rows", (h.shape[0],), 256, arguments)
         return out
 
@@ -412,6 +408,13 @@ def _require(parts: LlamaParts) -> None:
     sizes = {(each.qkv[0].in_features, each.down.in_features, each.o.in_features) for each in parts.layers}
     if len(sizes) != 1:
         raise Unsuited("layers of different sizes")
+
+
+def _in_order(x: Tensor, weight: Weight) -> Tensor:
+    """[T, K] -> [T, padded] in engine order, zeros for padding."""
+    if weight.padded == weight.in_features:
+        return x.index_select(1, weight.order)
+    return nn.functional.pad(x, (0, 1)).index_select(1, torch.where(weight.order < 0, weight.in_features, weight.order))
 
 
 def _let_go(layer: GPTQLinear) -> None:

@@ -35,6 +35,32 @@ template <int BITS> DEVICE Words<BITS> load_words(const u8* chunk, int lane) {
   return r;
 }
 
+// The same by way of shared memory: every lane copies and reads its own bytes.
+template <int BITS> DEVICE void copy_words(const u8* chunk, u8* to, int lane) {
+  if constexpr (BITS < 4) {
+    copy_async<8>(chunk + lane * 8, to + lane * 8);
+    if constexpr (BITS == 3) copy_async<4>(chunk + 256 + lane * 4, to + 256 + lane * 4);
+  } else {
+#pragma unroll
+    for (int part = 0; part < BITS / 4; part++) copy_async<16>(chunk + part * 512 + lane * 16, to + part * 512 + lane * 16);
+  }
+}
+template <int BITS> DEVICE Words<BITS> read_words(const u8* chunk, int lane) {
+  Words<BITS> r;
+  if constexpr (BITS < 4) {
+    const uint2 a = *(const uint2*)(chunk + lane * 8);
+    r.w[0] = a.x; r.w[1] = a.y;
+    if constexpr (BITS == 3) r.w[2] = *(const u32*)(chunk + 256 + lane * 4);
+  } else {
+#pragma unroll
+    for (int part = 0; part < BITS / 4; part++) {
+      const uint4 a = *(const uint4*)(chunk + part * 512 + lane * 16);
+      r.w[part * 4] = a.x; r.w[part * 4 + 1] = a.y; r.w[part * 4 + 2] = a.z; r.w[part * 4 + 3] = a.w;
+    }
+  }
+  return r;
+}
+
 // Step s of 4. `z`, `z8`: 1024 + zero of row r and of row r + 8, twice each.
 template <int BITS> DEVICE void fragment(const Words<BITS>& words, int s, u32 z, u32 z8, u32 (&a)[4]) {
   if constexpr (BITS == 4) {
@@ -78,6 +104,17 @@ template <int BITS, bool SYM> DEVICE Scale<SYM> load_scale(const u32* scales, in
     r.z = H2_1024 + (1u << (BITS - 1)) * 0x00010001u;
   } else {
     uint2 both = __ldg((const uint2*)scales + at);
+    r.s = both.x; r.z = both.y;
+  }
+  return r;
+}
+template <int BITS, bool SYM> DEVICE Scale<SYM> read_scale(const u8* from, int lane) {
+  Scale<SYM> r;
+  if constexpr (SYM) {
+    r.s = *(const u32*)(from + lane * 4);
+    r.z = H2_1024 + (1u << (BITS - 1)) * 0x00010001u;
+  } else {
+    const uint2 both = *(const uint2*)(from + lane * 8);
     r.s = both.x; r.z = both.y;
   }
   return r;

@@ -6,7 +6,6 @@ their input are one weight: q, k and v; gate and up.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +51,7 @@ class Weight:
     words: Tensor  # uint8 [tiles, chunks, bits * 128]
     scales: Tensor  # int32 [tiles, groups, 8] of fp16 pairs, or [tiles, groups, 8, 2] with the zeros
     order: Tensor  # int32 [chunks * 64], engine order: see engine_order
+    places: Tensor  # int32 [K], where each input stands in it
     bias: Tensor | None  # fp16 [tiles * 16], in the order of the rows
     in_features: int
     out_features: int  # rows that count; the last tile may hold more
@@ -77,15 +77,6 @@ class Weight:
     @property
     def size_bytes(self) -> int:
         return self.words.numel() + self.scales.numel() * 4
-
-    @cached_property
-    def gather(self) -> Tensor:
-        """int32 [padded]: `order` with padding pointing at input 0, whose weight there is zero."""
-        return self.order.clamp(min=0)
-
-    @cached_property
-    def places(self) -> Tensor:
-        return places_of(self.order, self.in_features)
 
     def dense(self, card: Card, first_tile: int, tiles: int, out: Tensor) -> Tensor:
         """The rows of some tiles as fp16 [tiles * 16, padded], inputs in engine order, written into `out`."""
@@ -194,18 +185,24 @@ def repack(card: Card, layers: Sequence[GPTQLinear], shape: Shape, columns: Tens
             for each in layers
         ]
         bias = torch.where(kept, torch.cat(whole)[source], 0)
-    return Weight(shape, words, scales, order, bias, first.in_features, count, magic)
+    return Weight(shape, words, scales, order, places_of(order, first.in_features), bias, first.in_features, count, magic)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one product of a single row is spread over a card."""
+    """How the product of a single row is spread over a card."""
 
-    split: int = 8
-    batch: int = 4
-    teams: int = 1
-    blocks_per_processor: int = 3
+    split: int = 8  # warps that share a tile
+    batch: int = 2  # chunks of 4 bits that travel together; half as many of 8 bits
+    stages: int = 4
+    teams: int = 1  # tiles a block works on at once
+    blocks_per_processor: int = 4
 
 
 def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVariant:
-    return GemvVariant(weight.shape, epilogue, norm, tuning.split, tuning.batch, tuning.teams)
+    """The kernel for a weight. A norm needs enough threads for the whole input."""
+    split, teams = tuning.split, tuning.teams
+    while norm and weight.padded > 32 * 32 * split * teams:
+        split, teams = split * 2, 1
+    batch = max(1, tuning.batch // 2) if weight.shape.bits == 8 else tuning.batch
+    return GemvVariant(weight.shape, epilogue, norm, split, batch, tuning.stages, teams)
