@@ -58,57 +58,65 @@ def graph_of(run, times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def products(card: Card, bits: int, group_size: int, copy: float, tunings) -> None:
-    for role, k, n, norm, epilogue in (
-        ("qkv", 4096, 6144, True, "PLAIN"), ("o", 4096, 4096, False, "RESIDUAL"), ("gate_up", 4096, 28672, True, "SILU"),
-        ("down", 14336, 4096, False, "RESIDUAL"),
-    ):  # fmt: skip
-        rotate = max(2, int(6e8 / (k * n * bits / 8)))
-        rows = torch.randperm(k, device="cuda")
-        layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
-        shape = shape_of(layers[:1])
-        weights = [repack(card, [each], shape) for each in layers]
-        del layers
-        x = torch.randn(weights[0].padded, device="cuda").half()
-        norms = torch.ones_like(x)
-        out = torch.zeros(n, device="cuda")
-        residual = torch.zeros(n, device="cuda")
-        places = torch.arange(n, dtype=torch.int32, device="cuda")
-        plans = {}
-        for tuning in tunings:
-            if norm and weights[0].padded > 32 * 32 * tuning.split * tuning.teams:
-                continue
-            plan = plans[tuning] = variant(weights[0], epilogue, norm, tuning)
-            if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor > 227 * 1024:
-                del plans[tuning]
-        card.add(variants=plans.values())
-        found = []
-        for tuning, plan in plans.items():
-
-            def run(at, plan=plan, tuning=tuning):
-                w = weights[at % rotate]
-                a = Gemv(
-                    weights=pointer(w.words), scales=pointer(w.scales), x=pointer(x), norm=pointer(norms), out=pointer(out), residual=pointer(residual),
-                    places=pointer(places), n=n, tiles=w.tiles, chunks=w.chunks, groups=w.groups, unit_to_group=w.unit_to_group, k=k, eps=1e-5,
-                )  # fmt: skip
-                blocks = min(-(-w.tiles // tuning.teams), tuning.blocks_per_processor * card.processors)
-                card.run(plan.name, (blocks,), plan.threads, a, plan.shared_bytes(w.chunks), overlap=True)
-
-            try:
-                graph = graph_of(run, rotate * 4)
-                took = seconds(graph.replay) / (rotate * 4)
-                found.append((took, tuning))
-            except Exception as error:
-                print("   ", role, tuning, "failed:", str(error)[:100])
-        found.sort(key=lambda each: each[0])
-        size = weights[0].size_bytes
-        print(f"{role} {bits}-bit g{group_size} {size / 1e6:.1f} MB, limit {size / copy * 1e6:.1f} us")
-        for took, tuning in found[:5] + found[-1:]:
-            print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
-        del weights
+ROLES = {
+    "qkv": (4096, 6144, True, "PLAIN"),
+    "o": (4096, 4096, False, "RESIDUAL"),
+    "gate_up": (4096, 28672, True, "SILU"),
+    "down": (14336, 4096, False, "RESIDUAL"),
+    "gate_up x2": (4096, 57344, True, "SILU"),
+    "gate_up x4": (4096, 114688, True, "SILU"),
+    "hot": (4096, 8192, True, "SILU"),
+    "hot x2": (4096, 16384, True, "SILU"),
+}
 
 
-def whole(card: Card, copy: float, layers: int, repeat: int = 64, **how) -> None:
+def products(card: Card, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
+    """Times of one product, weights cold (or hot: one small weight again and again), with every tuning."""
+    k, n, norm, epilogue = ROLES[role]
+    rotate = 1 if role.startswith("hot") else max(2, int(6e8 / (k * n * bits / 8)))
+    rows = torch.randperm(k, device="cuda")
+    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
+    shape = shape_of(layers[:1])
+    card.add(shapes=[shape])
+    weights = [repack(card, [each], shape) for each in layers]
+    del layers
+    x = torch.randn(weights[0].padded, device="cuda").half()
+    ones = torch.ones_like(x)
+    out, residual = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
+    places = torch.arange(n, dtype=torch.int32, device="cuda")
+    plans = {}
+    for tuning in tunings:
+        plan = variant(weights[0], epilogue, norm, tuning)
+        if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor <= 227 * 1024:
+            plans[tuning] = plan
+    card.add(variants=plans.values())
+    found = []
+    for tuning, plan in plans.items():
+
+        def run(at: int, plan=plan, tuning=tuning) -> None:
+            w = weights[at % rotate]
+            arguments = Gemv(
+                weights=pointer(w.words), scales=pointer(w.scales), x=pointer(x), norm=pointer(ones), out=pointer(out),
+                residual=pointer(residual), places=pointer(places), n=n, tiles=w.tiles, chunks=w.chunks, groups=w.groups,
+                unit_to_group=w.unit_to_group, k=k, eps=1e-5,
+            )  # fmt: skip
+            blocks = min(-(-w.tiles // plan.teams), tuning.blocks_per_processor * card.processors)
+            card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes(w.chunks), overlap=True)
+
+        try:
+            times = max(16, rotate * 4)
+            graph = graph_of(run, times)
+            found.append((seconds(graph.replay) / times, tuning))
+        except Exception as error:
+            print("   ", role, tuning, "failed:", str(error)[:100])
+    found.sort(key=lambda each: each[0])
+    size = weights[0].size_bytes
+    print(f"{role} {bits}-bit g{group_size} {size / 1e6:.1f} MB, limit {size / copy * 1e6:.1f} us")
+    for took, tuning in found[:shown] + found[shown:][-1:]:
+        print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
+
+
+def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how) -> None:
     parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
     step = CudaStep(parts, 16384 + 256, card=card)
@@ -131,6 +139,53 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, **how) -> None
     choose()
     step.begin([0])
     step.reserve(16384)
+    for named in (
+        [
+            {},
+            {
+                "qkv": Tuning(8, 4, 3, 1, 3),
+                "o": Tuning(8, 4, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 3, 1, 3),
+                "down": Tuning(16, 2, 3, 1, 2),
+            },
+            {
+                "qkv": Tuning(8, 4, 3, 1, 2),
+                "o": Tuning(8, 4, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 3, 1, 2),
+                "down": Tuning(16, 2, 3, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 2, 6, 1, 2),
+                "o": Tuning(8, 2, 6, 1, 2),
+                "gate_up": Tuning(8, 2, 6, 1, 2),
+                "down": Tuning(16, 2, 6, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 4, 3, 1, 3),
+                "o": Tuning(16, 2, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 4, 1, 2),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+            {
+                "qkv": Tuning(16, 2, 4, 1, 1),
+                "o": Tuning(16, 2, 4, 1, 1),
+                "gate_up": Tuning(16, 2, 4, 1, 1),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 2, 4, 1, 3),
+                "o": Tuning(8, 2, 4, 1, 2),
+                "gate_up": Tuning(8, 2, 4, 1, 3),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+        ]
+        if tunings
+        else []
+    ):
+        step.tune(named)
+        print(f"    {steps(512) * 1e6:7.1f} us  {named or 'default'}")
+    if tunings:
+        return
     for position in (512, 4096, 16000):
         took = steps(position)
         kv = 2 * step.kv_heads * step.head_dim * 2 * layers * position
@@ -198,14 +253,27 @@ def main() -> None:
     print(f"{card.name}, torch {torch.__version__}, copy {copy / 1e12:.2f} TB/s")
     with torch.inference_mode():
         if "products" in given.what:
-            for bits, group in ((4, 128), (8, 128)):
-                card.add(shapes=[shape_of([random_layer(128, 16, bits, group if group <= 128 else 128, sym=True, rows=None)])])
-                tunings = [
-                    Tuning(split, batch, stages, teams, blocks)
-                    for split, batch, stages, teams, blocks in itertools.product((4, 8, 16), (2, 4), (3, 4), (1, 2), (2, 3, 4, 5))
-                    if split * teams <= 16 and 16 <= split * teams * blocks <= 40
-                ]
-                products(card, bits, group, copy, tunings)
+            tunings = [
+                Tuning(split, batch, stages, teams, blocks)
+                for split, batch, stages, teams, blocks in itertools.product((4, 8, 16), (2, 4), (3, 4), (1, 2), (2, 3, 4, 5))
+                if split * teams <= 16 and 16 <= split * teams * blocks <= 40
+            ]
+            for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")):
+                products(card, role, bits, 128, copy, tunings)
+        if "slope" in given.what:  # what a byte more costs, apart from start and end
+            for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
+                products(
+                    card,
+                    role,
+                    4,
+                    128,
+                    copy,
+                    [Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(8, 2, 4, 1, 2), Tuning(16, 2, 4, 1, 2)],
+                )
+        if "one" in given.what:  # for a profiler
+            products(card, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
+        if "tunings" in given.what:
+            whole(card, copy, given.layers, tunings=True)
         if "whole" in given.what:
             whole(card, copy, given.layers)
 

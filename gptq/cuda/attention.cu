@@ -23,14 +23,26 @@ struct AttentionArguments {
   float eps, scale;        // scale: log2(e) / sqrt(D)
 };
 
-// A head's new query or key from qkv, normed and turned: fp32 value of dimension d. One warp per head at a time.
-template <int D> DEVICE void rotate(const u16* from, const u16* norm, const float* cosine, const float* sine, int half, float eps, u16* to) {
+// The angles that a lane needs: of dimensions lane, lane + 32 … below the turned half.
+template <int D> struct Angles { float cosine[(D / 2 + 31) / 32], sine[(D / 2 + 31) / 32]; };
+template <int D> DEVICE Angles<D> angles_of(const float* cosine, const float* sine, int half) {
+  Angles<D> r;
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; i++) {
+    const int at = i * 32 + threadIdx.x % 32;
+    if (at < half) { r.cosine[i] = cosine[at]; r.sine[i] = sine[at]; }
+  }
+  return r;
+}
+
+// A head's new query or key from qkv, normed and turned. One warp.
+template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angles<D>& angles, int half, float eps, u16* to) {
   const int lane = threadIdx.x % 32;
-  float v[D / 32 + 1], sum = 0.f;
+  float v[(D + 31) / 32], sum = 0.f;
 #pragma unroll
   for (int i = 0; i < (D + 31) / 32; i++) {
     const int d = i * 32 + lane;
-    v[i] = d < D ? to_float(from[d]) : 0.f;
+    v[i] = d < D ? to_float(__ldcg(from + d)) : 0.f;
     sum += v[i] * v[i];
   }
   if (norm) {
@@ -43,10 +55,14 @@ template <int D> DEVICE void rotate(const u16* from, const u16* norm, const floa
   for (int i = 0; i < (D + 31) / 32; i++)
     if (i * 32 + lane < D) to[i * 32 + lane] = to_half(v[i]);
   __syncwarp();
-  for (int at = lane; at < half; at += 32) {
-    const float a = to_float(to[at]), b = to_float(to[at + half]), c = cosine[at], s = sine[at];
-    to[at] = to_half(a * c - b * s);
-    to[at + half] = to_half(b * c + a * s);
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; i++) {
+    const int at = i * 32 + lane;
+    if (at < half) {
+      const float a = to_float(to[at]), b = to_float(to[at + half]);
+      to[at] = to_half(a * angles.cosine[i] - b * angles.sine[i]);
+      to[at + half] = to_half(b * angles.cosine[i] + a * angles.sine[i]);
+    }
   }
   __syncwarp();
 }
@@ -56,6 +72,7 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   static_assert(D % 32 == 0, "a lane reads 8 dimensions of each 32");
   __shared__ __align__(16) u16 q[8][D];
   __shared__ __align__(16) u16 new_key[D];
+  __shared__ u16 new_value[D];
   __shared__ float maxima[WARPS][8], sums[WARPS][8], outs[WARPS][8][D];
   __shared__ u32 arrived;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
@@ -77,24 +94,38 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
   const size_t key_at = (size_t)kv * PAGE * D, value_at = ((size_t)p.kv_heads + kv) * PAGE * D;
 
-  if (begin + warp < end) {  // this warp's first strip: on its way while the kernel ahead ends
-    const u16* page = (const u16*)(pages[(begin + warp) / 2] + p.layer_bytes);
-    const int half = (begin + warp) % 2 * 32;
-    for (int at = lane; at < 32 * D / 64; at += 32) prefetch(page + key_at + half * D + at * 64);
-    for (int d = lane; d < D; d += 32) prefetch(page + value_at + d * PAGE + half);
-  }
+  // The first strip of this warp and the angles are asked for while the kernel ahead ends.
+  uint4 k[4][PARTS], v[TILES];
+  auto fetch = [&](int strip) {
+    const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
+    const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
+    const u16* values = page + value_at + strip % 2 * 32 + c * 8;
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) v[t] = *(const uint4*)(values + (t * 8 + r) * PAGE);
+  };
+  if (begin + warp < end) fetch(begin + warp);
+  const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
+  const bool newest = end * 32 > position;  // the new token is in this block's share
+  u16* new_page = (u16*)(pages[position / PAGE] + p.layer_bytes);
   wait_for_the_kernel_ahead();
 
-  if (warp < count) rotate<D>(qkv + (head0 + warp) * D, p.q_norm, cosine, sine, p.rotary_half, p.eps, q[warp]);
+  if (warp < count) rotate<D>(qkv + (head0 + warp) * D, p.q_norm, angles, p.rotary_half, p.eps, q[warp]);
   else for (int d = lane; d < D; d += 32) q[warp][d] = 0;
-  if (end * 32 > position) {  // the new token is in this block's share (of every head block: they write the same)
-    u16* page = (u16*)(pages[position / PAGE] + p.layer_bytes);
+  if (newest) {  // every head block of these keys writes the same
     if (warp == 7) {
-      rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, cosine, sine, p.rotary_half, p.eps, new_key);
-      for (int d = lane; d < D; d += 32) page[key_at + position % PAGE * D + d] = new_key[d];
+      rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, angles, p.rotary_half, p.eps, new_key);
+      for (int d = lane; d < D; d += 32) new_page[key_at + position % PAGE * D + d] = new_key[d];
     }
     if (warp == 6)
-      for (int d = lane; d < D; d += 32) page[value_at + d * PAGE + position % PAGE] = qkv[(p.heads + p.kv_heads + kv) * D + d];
+      for (int d = lane; d < D; d += 32) {
+        const u16 value = qkv[(p.heads + p.kv_heads + kv) * D + d];
+        new_value[d] = value;
+        new_page[value_at + d * PAGE + position % PAGE] = value;
+      }
   }
   __syncthreads();
 
@@ -110,17 +141,27 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   for (int t = 0; t < TILES; t++) out[t][0] = out[t][1] = 0.f;
 
   for (int strip = begin + warp; strip < end; strip += WARPS) {
-    const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
-    const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
-    const u16* values = page + value_at + strip % 2 * 32 + c * 8;
-    uint4 k[4][PARTS];
+    if (strip >= begin + WARPS) fetch(strip);
+    if (strip == position / 32) {  // the new token's own, which the page may not show yet; past it may stand no numbers
+      const int own = position % 32;
 #pragma unroll
-    for (int t = 0; t < 4; t++)
+      for (int t = 0; t < 4; t++)
+        if (r / 2 * 8 + t * 2 + r % 2 == own)
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
-    uint4 v[TILES / 2];
+          for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)&new_key[i * 32 + c * 8];
+      const int here = own - c * 8;  // place of the new token among this lane's 8
 #pragma unroll
-    for (int t = 0; t < TILES / 2; t++) v[t] = *(const uint4*)(values + (t * 8 + r) * PAGE);
+      for (int t = 0; t < TILES; t++) {
+        const u32 value = new_value[t * 8 + r];
+        u32* words = &v[t].x;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (here == 2 * j) words[j] = value;
+          else if (here == 2 * j + 1) words[j] = (words[j] & 0xffff) | value << 16;
+          else if (here < 2 * j) words[j] = 0;
+        }
+      }
+    }
     float score[4][2];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
@@ -155,19 +196,9 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
     const u32 low[4] = {weights[0], 0, weights[1], 0}, high[4] = {weights[2], 0, weights[3], 0};
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      if (t == TILES / 2)
-#pragma unroll
-        for (int i = 0; i < TILES / 2; i++) v[i] = *(const uint4*)(values + ((TILES / 2 + i) * 8 + r) * PAGE);
-      uint4 w = v[t % (TILES / 2)];
-      if (strip * 32 + 32 > length) {  // past the end stands what was there before, which may be no number
-        const int valid = length - strip * 32 - c * 8;
-        u32* words = &w.x;
-#pragma unroll
-        for (int j = 0; j < 4; j++) words[j] = valid >= 2 * j + 2 ? words[j] : valid == 2 * j + 1 ? words[j] & 0xffff : 0;
-      }
       float acc[4] = {out[t][0] * shrink, out[t][1] * shrink, 0.f, 0.f};
-      mma(acc, low, w.x, w.y);
-      mma(acc, high, w.z, w.w);
+      mma(acc, low, v[t].x, v[t].y);
+      mma(acc, high, v[t].z, v[t].w);
       out[t][0] = acc[0]; out[t][1] = acc[1];
     }
   }
@@ -256,11 +287,12 @@ template <int D> DEVICE void rope_rows(const RopeArguments& p) {
   u16* qkv = p.qkv + (size_t)blockIdx.x * (p.heads + 2 * p.kv_heads) * D;
   u16* page = (u16*)(p.pages[position / PAGE] + p.layer_bytes);
   const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
+  const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
   for (int head = warp; head < p.heads + 2 * p.kv_heads; head += blockDim.x / 32) {
     u16* at = qkv + head * D;
     if (head < p.heads + p.kv_heads) {
       const bool key = head >= p.heads;
-      rotate<D>(at, key ? p.k_norm : p.q_norm, cosine, sine, p.rotary_half, p.eps, turned[warp]);
+      rotate<D>(at, key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, turned[warp]);
       for (int d = lane; d < D; d += 32) {
         at[d] = turned[warp][d];
         if (key) page[((size_t)(head - p.heads) * PAGE + position % PAGE) * D + d] = turned[warp][d];

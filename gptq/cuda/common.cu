@@ -50,8 +50,6 @@ DEVICE u32 stream1(const void* p) {
   u32 v; asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v;
 }
 
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // From global to shared memory without a register in between (Ampere and newer; before, at once).
 template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
 #if __CUDA_ARCH__ >= 800

@@ -21,47 +21,69 @@ struct GemvArguments {
 
 enum { PLAIN, FLOAT, SILU, RESIDUAL };
 
-// x, normed if asked for, into shared memory. `threads` a multiple of 32; up to 4 * 8 * threads inputs.
-template <bool NORM> DEVICE void stage(const u16* x, const u16* norm, u16* shared, int padded, int k, float eps, float* scratch) {
+// x, normed if asked for, into shared memory. Of a norm, up to 4 * 8 * threads inputs; its weight is asked for ahead.
+template <bool NORM> struct Norm { uint4 weight[4]; };
+template <> struct Norm<false> {};
+
+template <bool NORM> DEVICE Norm<NORM> norm_weight(const u16* norm, int padded) {
+  Norm<NORM> r;
+  if constexpr (NORM) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = (i * blockDim.x + threadIdx.x) * 8;
+      if (at < padded) r.weight[i] = __ldg((const uint4*)(norm + at));
+    }
+  }
+  return r;
+}
+
+template <bool NORM> DEVICE void stage(const u16* x, const Norm<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
   const int threads = blockDim.x, tid = threadIdx.x;
   if constexpr (!NORM) {
+#pragma unroll 8
     for (int at = tid * 8; at < padded; at += threads * 8) *(uint4*)(shared + at) = __ldcg((const uint4*)(x + at));
-    __syncthreads();
-    return;
-  }
-  uint4 mine[4], weight[4];
-  float sum = 0.f;
+  } else {
+    uint4 mine[4];
+    float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int at = (i * threads + tid) * 8;
-    if (at < padded) {
-      mine[i] = __ldcg((const uint4*)(x + at));
-      weight[i] = __ldg((const uint4*)(norm + at));
+    for (int i = 0; i < 4; i++) {
+      const int at = (i * threads + tid) * 8;
+      mine[i] = at < padded ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
       const u32* m = &mine[i].x;
 #pragma unroll
       for (int j = 0; j < 4; j++) { float a = low_of(m[j]), b = high_of(m[j]); sum += a * a + b * b; }
     }
-  }
-  const float scale = rsqrtf(block_sum(sum, scratch) / k + eps);
+    sum = warp_sum(sum);
+    if (tid % 32 == 0) scratch[tid / 32] = sum;
+    __syncthreads();
+    sum = 0.f;
+    for (int i = 0; i < threads / 32; i++) sum += scratch[i];
+    const float scale = rsqrtf(sum / k + eps);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int at = (i * threads + tid) * 8;
-    if (at < padded) {
-      u32 *m = &mine[i].x, *w = &weight[i].x;
+    for (int i = 0; i < 4; i++) {
+      const int at = (i * threads + tid) * 8;
+      if (at < padded) {
+        u32* m = &mine[i].x;
+        const u32* w = &norm.weight[i].x;
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        m[j] = to_half2(low_of(m[j]) * scale * low_of(w[j]), high_of(m[j]) * scale * high_of(w[j]));
-      *(uint4*)(shared + at) = mine[i];
+        for (int j = 0; j < 4; j++)
+          m[j] = to_half2(low_of(m[j]) * scale * low_of(w[j]), high_of(m[j]) * scale * high_of(w[j]));
+        *(uint4*)(shared + at) = mine[i];
+      }
     }
   }
   __syncthreads();
 }
 
 // BATCH chunks travel together, STAGES batches are on their way or being multiplied; each lane copies and reads its own
-// bytes only, so nobody waits for another warp. UNITS: changes of scale possible within a chunk.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, bool NORM>
+// bytes (the scales its warp's), so nobody waits for another warp. UNITS: changes of scale possible within a chunk. EVEN: every warp has
+// whole batches.
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, bool NORM, bool EVEN>
 DEVICE void gemv(const GemvArguments& p) {
-  constexpr int SCALE_BYTES = SYM ? 128 : 256, CHUNK_BYTES = BITS * 128, SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
+  constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128, SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int team = warp / KS, teams = warps / KS, part = warp % KS;
   u8* ring = (u8*)shared_words + warp * STAGES * SLOT;            // of this warp
@@ -78,13 +100,12 @@ DEVICE void gemv(const GemvArguments& p) {
       const u8* from = p.weights + ((size_t)next_tile * p.chunks + next_chunk) * CHUNK_BYTES;
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
-        if (next_chunk + i < end) {
+        if (EVEN || next_chunk + i < end) {
           copy_words<BITS>(from + i * CHUNK_BYTES, to + i * CHUNK_BYTES, lane);
-#pragma unroll
-          for (int u = 0; u < UNITS; u++) {
-            const int group = ((next_chunk + i) * UNITS + u) * p.unit_to_group >> 16;
-            const u32* scale = p.scales + ((next_tile * p.groups + group) * 8 + lane / 4) * (SYM ? 1 : 2);
-            copy_async<SYM ? 4 : 8>(scale, to + BATCH * CHUNK_BYTES + (i * UNITS + u) * SCALE_BYTES + lane * (SYM ? 4 : 8));
+          if (lane < UNITS * SCALE_BYTES / 16) {  // 16 bytes a lane
+            const int unit = (next_chunk + i) * UNITS + lane / (SCALE_BYTES / 16);
+            const u8* scale = (const u8*)p.scales + (next_tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * SCALE_BYTES;
+            copy_async<16>(scale + lane % (SCALE_BYTES / 16) * 16, to + BATCH * CHUNK_BYTES + i * UNITS * SCALE_BYTES + lane * 16);
           }
         }
       }
@@ -98,21 +119,23 @@ DEVICE void gemv(const GemvArguments& p) {
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) fetch();
   let_the_next_kernel_start();
+  const Norm<NORM> norm = norm_weight<NORM>(p.norm, p.chunks * 64);
   wait_for_the_kernel_ahead();
-  stage<NORM>(p.x, p.norm, xs, p.chunks * 64, p.k, p.eps, scratch);
+  stage<NORM>(p.x, norm, xs, p.chunks * 64, p.k, p.eps, scratch);
 
   int slot = 0, adder = 0;
   for (int tile = blockIdx.x * teams + team, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
     for (int chunk = first; chunk < end; chunk += BATCH) {
       wait_for_copies<STAGES - 2>();
+      __syncwarp();  // scales were copied by other lanes
       fetch();
       const u8* words = ring + slot * SLOT;
       const u8* scales = words + BATCH * CHUNK_BYTES;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
-        if (chunk + i < end) {
+        if (EVEN || chunk + i < end) {
           uint4 b[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
           if (lane < 4) {  // the one column that is not zero
             const uint4* from = (const uint4*)(xs + (chunk + i) * 64 + lane * 16);

@@ -91,18 +91,19 @@ class GemvVariant:
     batch: int  # chunks that travel together
     stages: int  # batches on their way or being multiplied
     teams: int = 1  # tiles a block works on at once
+    even: bool = False  # every warp has whole batches
 
     @property
     def name(self) -> str:
         norm = "norm" if self.norm else "plain"
-        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{self.split}_{self.batch}_{self.stages}_{self.teams}"
+        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{self.split}_{self.batch}_{self.stages}_{self.teams}{'_even' * self.even}"
 
     @property
     def threads(self) -> int:
         return 32 * self.split * self.teams
 
     def shared_bytes(self, chunks: int) -> int:
-        slot = self.batch * 128 * (self.shape.bits + self.shape.units * (1 if self.shape.sym else 2))
+        slot = self.batch * (128 * self.shape.bits + self.shape.units * (32 if self.shape.sym else 64))
         return self.split * self.teams * self.stages * slot + chunks * 128 + 4 * (36 + self.teams * 2 * self.split * 16)
 
 
@@ -120,7 +121,9 @@ def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: 
         kernel(f"unpack_{shape.name}", "UnpackArguments", f"unpack_tiles<{shape.arguments}>")
     for each in sorted(set(variants), key=lambda each: each.name):
         call = (
-            f"gemv<{each.shape.arguments}, {each.split}, {each.batch}, {each.stages}, {each.epilogue}, {str(each.norm).lower()}>"
+            f"gemv<{each.shape.arguments}, {each.split}, {each.batch}, {each.stages}, {each.epilogue}, "
+            + ", ".join(str(flag).lower() for flag in (each.norm, each.even))
+            + ">"
         )
         kernel(each.name, "GemvArguments", call, each.threads)
     for dim in sorted(set(head_dims)):

@@ -1,8 +1,8 @@
 // From logits to the next token, on the card: a block a row, the whole choice in one kernel.
 //
 // The order is that of transformers' generate: penalties, bias, temperature, top k, top p, min p, typical p. Every filter
-// is a threshold, found by bisection over the bits of a float; masses are added as integers, so their order cannot
-// matter. The draw is the largest of logit + Gumbel noise (Gumbel-max: the same distribution as drawing from the
+// is a threshold, read off a sorted short list or found by bisection over the bits of a float; masses are added as
+// integers, so their order cannot matter. The draw is the largest of logit + Gumbel noise (Gumbel-max: the same distribution as drawing from the
 // softmax), noise a function of seed, position and token: the same in every run and beside any other row.
 
 struct SampleParams {   // of one row, in device memory
@@ -89,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
 
   float high = -INFINITY;
   int at_high = 0x7fffffff;
+#pragma unroll 4
   for (int i = tid; i < n; i += threads) {
     float z = logits[i];
     if (penalties && seen[i]) z = z < 0.f ? z * params.repetition : z / params.repetition;
@@ -165,6 +166,53 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
       __syncthreads();
     }
     const bool near = source == list;
+    u32 low = 0;  // keys below are dropped
+    u32 strange = 0xffffffffu;  // typical p: how far from the expected surprise a kept token may be
+    float expected = 0.f, log_all = 0.f;
+    const bool brief = near && length <= threads && !by_typical;
+    if (brief) {
+      // Sorted, highest first, one candidate a thread; what stands before it is what is likelier.
+      float z = tid < length ? list[tid] : -INFINITY;
+      int token = tid < length ? places[tid] : 0x7fffffff;
+      __syncthreads();
+      for (int size = 2; size <= threads && size < 2 * length; size *= 2) {  // a bitonic network
+        for (int apart = size / 2; apart; apart /= 2) {
+          float other;
+          int where;
+          if (apart >= 32) {
+            list[tid] = z; places[tid] = token;
+            __syncthreads();
+            other = list[tid ^ apart]; where = places[tid ^ apart];
+            __syncthreads();
+          } else {
+            other = __shfl_xor_sync(FULL, z, apart);
+            where = __shfl_xor_sync(FULL, token, apart);
+          }
+          const bool before = z > other || (z == other && token < where);
+          const bool first = ((tid & apart) == 0) == ((tid & size) == 0);
+          if (before != first) { z = other; token = where; }
+        }
+      }
+      list[tid] = z; places[tid] = token;
+      __syncthreads();
+      bool kept = tid < length && (!by_k || z >= list[min(params.top_k, length) - 1]);
+      if (by_p) {
+        u64 mass = kept ? (u64)(__expf(z - peak) * ONE) : 0, before = mass;
+#pragma unroll
+        for (int at = 1; at < 32; at <<= 1) { const u64 other = __shfl_up_sync(FULL, before, at); if (tid % 32 >= at) before += other; }
+        if (tid % 32 == 31) scratch[tid / 32] = before;
+        __syncthreads();
+        u64 all = 0;
+        for (int i = 0; i < threads / 32; i++) { if (i < tid / 32) before += scratch[i]; all += scratch[i]; }
+        if (!by_k) all = everything;
+        before -= mass;
+        kept = kept && (tid == 0 || (double)before < (double)params.top_p * (double)all);
+      }
+      if (by_min) kept = kept && (tid == 0 || z >= floor);
+      if (!kept) list[tid] = -INFINITY;
+      length = min(length, threads);
+      __syncthreads();
+    } else {
     auto mass_above = [&](u32 key, bool equal, u32 low) {  // of what is above `key` (or equal) and not below `low`
       u64 sum = 0;
       for (int i = tid; i < length; i += threads) {
@@ -173,7 +221,6 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
       }
       return block_sum_u64(sum, scratch);
     };
-    u32 low = 0;  // keys below are dropped
     if (by_k) {
       u32 key = 0;
       for (int bit = 31; bit >= 0; bit--) {  // the largest key that still has top_k above it or equal
@@ -197,8 +244,6 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
     }
     if (by_min) low = max(low, key_of(floor));
     low = min(low, key_of(peak));
-    u32 strange = 0xffffffffu;  // typical p: how far from the expected surprise a kept token may be
-    float expected = 0.f, log_all = 0.f;
     if (by_typical) {
       const u64 all = mass_above(0, true, low);
       log_all = __logf((float)((double)all / 1099511627776.0));
@@ -220,11 +265,12 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
       }
       strange = key;
     }
+    }
     high = -INFINITY;
     at_high = 0x7fffffff;
     for (int i = tid; i < length; i += threads) {
       const float z = source[i];
-      if (key_of(z) < low) continue;
+      if (z == -INFINITY || key_of(z) < low) continue;
       if (by_typical && key_of(fabsf(-(z - peak - log_all) - expected)) > strange) continue;
       const int token = near ? places[i] : i;
       const float u = ((float)mix((u32)params.seed_low, (u32)params.seed_high, (u32)position, (u32)token) + 0.5f) * 2.3283064e-10f;

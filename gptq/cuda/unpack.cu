@@ -111,10 +111,10 @@ template <int BITS, bool SYM> DEVICE Scale<SYM> load_scale(const u32* scales, in
 template <int BITS, bool SYM> DEVICE Scale<SYM> read_scale(const u8* from, int lane) {
   Scale<SYM> r;
   if constexpr (SYM) {
-    r.s = *(const u32*)(from + lane * 4);
+    r.s = *(const u32*)(from + lane / 4 * 4);
     r.z = H2_1024 + (1u << (BITS - 1)) * 0x00010001u;
   } else {
-    const uint2 both = *(const uint2*)(from + lane * 8);
+    const uint2 both = *(const uint2*)(from + lane / 4 * 8);
     r.s = both.x; r.z = both.y;
   }
   return r;

@@ -205,4 +205,5 @@ def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVa
     while norm and weight.padded > 32 * 32 * split * teams:
         split, teams = split * 2, 1
     batch = max(1, tuning.batch // 2) if weight.shape.bits == 8 else tuning.batch
-    return GemvVariant(weight.shape, epilogue, norm, split, batch, tuning.stages, teams)
+    even = weight.chunks % (split * batch) == 0
+    return GemvVariant(weight.shape, epilogue, norm, split, batch, tuning.stages, teams, even)
