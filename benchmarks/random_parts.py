@@ -124,4 +124,4 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
         x = norm(h, layer.post_norm)
         both = torch.cat([each(x) for each in layer.gate_up], -1).chunk(2, -1)
         h = h + layer.down(nn.functional.silu(both[0]) * both[1])
-    return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[operator, arg-type]
+    return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[arg-type]

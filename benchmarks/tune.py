@@ -128,9 +128,10 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
 
-    def choose(temperature=0.0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition=1.0, top_k=0) -> None:
-        step.params[0, :8] = torch.tensor([temperature, top_p, min_p, typical_p, repetition, 0, 0, 0])
-        step.params.view(torch.int32)[0, 8] = top_k
+    def choose(**values: float) -> None:
+        usual = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition": 1.0}
+        step.params[0, :8] = torch.tensor([*(values.get(name, each) for name, each in usual.items()), 0, 0, 0])
+        step.params.view(torch.int32)[0, 8] = int(values.get("top_k", 0))
 
     def steps(position: int) -> float:
         def run() -> None:
