@@ -4,12 +4,10 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 """
 
 import importlib.util
-import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
@@ -17,17 +15,11 @@ from ..core.errors import BadCheckpoint, BadParameter, LoadFailed
 from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
 from ..core.units import format_bytes
-from . import chat_template
+from . import chat_template, fit
 from .base import LoadedModel, LoadProgress, Refusal
 from .turns import Turns
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; the options may ask for more
-_OVERHEAD_BYTES = 600_000_000  # torch, CUDA's context, activations of one chunk of a prompt
-_ACTIVATIONS_BYTES = 300_000_000  # of these, what is not taken yet when the weights are placed
-_KEPT_FREE_BYTES = 1_000_000_000  # for the desktop and other programs
-_SMALLEST_CONTEXT_TOKENS = 256
 
 
 def _option(default: Any, label: str, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -77,8 +69,7 @@ class TransformersLoader:
         return None
 
     def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
-        context = options.context_tokens or min(model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
-        return model.size_bytes + context * conversation_bytes_per_token(model.folder) + _OVERHEAD_BYTES
+        return fit.needs_bytes(model, fit.wanted_context(model, options.context_tokens))
 
     def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "TransformersModel":
         progress(0.02, "Starting torch and transformers")
@@ -92,7 +83,7 @@ class TransformersLoader:
         transformers_logging.disable_progress_bar()
         device = _device(options)
         dtype = _dtype(options, device)
-        _require_memory(model, device, dtype)
+        fit.require_memory(model, device, dtype)
         progress(0.1, "Reading the tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
@@ -108,19 +99,19 @@ class TransformersLoader:
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
-            _free(device)
+            fit.give_back(device)
             raise LoadFailed(
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
         progress(0.95, "Fitting the conversation into the memory")
         try:
-            context, reason = fit_context(
-                model, options.context_tokens, dtype_bytes=dtype.itemsize, free_bytes=_free_bytes(device)
+            context, reason = fit.fit_context(
+                model, options.context_tokens, dtype_bytes=dtype.itemsize, free_bytes=fit.free_bytes(device)
             )
         except LoadFailed:
             del hf
-            _free(device)
+            fit.give_back(device)
             raise
         loaded = TransformersModel(model, hf, tokenizer, context, reason, notes, str(device))
         progress(1.0, "Ready")
@@ -171,7 +162,7 @@ class TransformersModel(LoadedModel):
         self._turns.give_back()
         self._prefix.clear()
         self.hf = None
-        _free(device)
+        fit.give_back(device)
 
 
 def _end_ids(hf: Any, tokenizer: Any) -> set[int]:
@@ -180,50 +171,6 @@ def _end_ids(hf: Any, tokenizer: Any) -> set[int]:
     for found in (getattr(hf.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         ids.update(found if isinstance(found, (list, tuple)) else [found] if found is not None else [])
     return ids
-
-
-def conversation_bytes_per_token(folder: Path, dtype_bytes: int = 2) -> int:
-    """Keys and values of one token in every layer, from config.json; 0 if it does not say."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0
-    config = {**config, **(config.get("text_config") or {})}
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    hidden = config.get("hidden_size") or config.get("n_embd") or 0
-    kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        kv_heads = 1
-    head_dim = config.get("head_dim") or hidden // heads
-    return int(2 * layers * kv_heads * head_dim * dtype_bytes)
-
-
-def fit_context(model: LocalModel, asked_tokens: int, *, dtype_bytes: int, free_bytes: int) -> tuple[int, str]:
-    """(tokens, reason): the smallest of what the model was trained for, 8192 and what fits the free memory.
-
-    A length the user asked for is only cut to what the model was trained for. Raises LoadFailed
-    if not even a short conversation fits.
-    """
-    trained = model.context_tokens or 2048
-    if asked_tokens:
-        if asked_tokens <= trained:
-            return asked_tokens, "as you asked"
-        return trained, f"the model was trained for {trained}; you asked for {asked_tokens}"
-    tokens, reason = trained, "what the model was trained for"
-    if trained > DEFAULT_CONTEXT_TOKENS:
-        tokens, reason = DEFAULT_CONTEXT_TOKENS, "the default; more can be asked for"
-    per_token = conversation_bytes_per_token(model.folder, dtype_bytes)
-    if per_token:
-        fits = int((free_bytes - _KEPT_FREE_BYTES) // per_token)
-        if fits < _SMALLEST_CONTEXT_TOKENS:
-            raise LoadFailed(
-                f"{model.name} fits, but with {format_bytes(max(0, free_bytes))} left there is no room for a conversation. "
-                "Close other programs, or choose a smaller branch (fewer bits, larger group)."
-            )
-        if fits < tokens:
-            tokens, reason = fits // 256 * 256, "what fits into the free memory"
-    return tokens, reason
 
 
 def _device(options: TransformersOptions) -> Any:
@@ -245,14 +192,12 @@ def _placement(
     """
     if device.type != "cuda":
         return {"": device}, None
-    context = options.context_tokens or min(model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
-    reserve = _KEPT_FREE_BYTES + _ACTIVATIONS_BYTES + context * conversation_bytes_per_token(model.folder, dtype.itemsize)
-    room = _free_bytes(device) - reserve
+    context = fit.wanted_context(model, options.context_tokens)
+    conversation = context * fit.conversation_bytes_per_token(model.folder, dtype.itemsize)
+    room = fit.free_bytes(device) - fit.KEPT_FREE_BYTES - fit.ACTIVATIONS_BYTES - conversation
     if model.size_bytes <= room:
         return {"": device}, None
-    import psutil
-
-    return "auto", {device.index or 0: max(0, room), "cpu": int(psutil.virtual_memory().available)}
+    return "auto", {device.index or 0: max(0, room), "cpu": fit.free_ram_bytes()}
 
 
 def _dtype(options: TransformersOptions, device: Any) -> Any:
@@ -262,39 +207,5 @@ def _dtype(options: TransformersOptions, device: Any) -> Any:
     return named.get(options.dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
 
 
-def _free_bytes(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
-
-        free, _total = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _require_memory(model: LocalModel, device: Any, dtype: Any) -> None:
-    """Refuse before the first byte is read what cannot fit anywhere. Raises LoadFailed."""
-    import psutil
-
-    needed = model.size_bytes * (2 if model.kind == "plain" and dtype.itemsize == 4 else 1)
-    free = psutil.virtual_memory().available + (_free_bytes(device) if device.type == "cuda" else 0)
-    if needed > free:
-        raise LoadFailed(
-            f"{model.name} needs {format_bytes(needed)} and {format_bytes(free)} are free. "
-            "Close other programs, or choose a smaller branch (fewer bits, larger group)."
-        )
-
-
 def _device_name(device: Any) -> str:
     return "the graphics card" if device.type == "cuda" else "this machine"
-
-
-def _free(device: Any) -> None:
-    import gc
-
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
