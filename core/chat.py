@@ -22,8 +22,8 @@ class Step:
     """One sampled token, as a back-end yields it."""
 
     id: int
-    logprob: float | None = None  # natural log, of the distribution the token was drawn from
-    top: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest, likeliest first
+    logprob: float | None = None  # natural log, of the model's own distribution: before penalties and temperature
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest, likeliest first; both only if asked for
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,13 @@ class Limits:
     low: float = 0.0
     high: float = 1.0
     step: float = 0.01
+    drawn: bool = True  # False: for programs, not on the page
 
 
-def _field(default: Any, label: str, help: str, low: float = 0.0, high: float = 1.0, step: float = 0.01) -> Any:
-    return field(default=default, metadata={"limits": Limits(label, help, low, high, step)})
+def _field(
+    default: Any, label: str, help: str, low: float = 0.0, high: float = 1.0, step: float = 0.01, *, drawn: bool = True
+) -> Any:
+    return field(default=default, metadata={"limits": Limits(label, help, low, high, step, drawn)})
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,31 @@ class GenerationParams:
     min_p: float = _field(
         0.0, "Min p", "Drop tokens less likely than this share of the likeliest one; 0 drops none.", 0.0, 1.0, 0.01
     )
+    typical_p: float = _field(
+        1.0, "Typical p", "Keep the tokens nearest to the expected surprise that reach this probability; 1 keeps all.", 0.0, 1.0
+    )
     repetition_penalty: float = _field(
         1.1, "Repetition penalty", "Makes tokens that already occurred less likely; 1 changes nothing.", 0.5, 2.0, 0.01
+    )
+    presence_penalty: float = _field(
+        0.0, "Presence penalty", "Taken once from every token that already occurred in the answer; 0 changes nothing.", -2.0, 2.0
+    )
+    frequency_penalty: float = _field(
+        0.0, "Frequency penalty", "Taken from a token for each time it occurred in the answer; 0 changes nothing.", -2.0, 2.0
+    )
+    repetition_range: int = _field(
+        0, "Penalty range", "The penalties look at this many last tokens; 0 looks at all.", 0, 32768, 1
     )
     seed: int | None = _field(
         None, "Seed", "The same seed gives the same answer; -1 or empty draws a new one each time.", -1, 2**31 - 1, 1
     )
     stop: tuple[str, ...] = _field((), "Stop strings", "The answer ends before the first of these; one a line.")
+    logit_bias: tuple[tuple[int, float], ...] = _field(
+        (), "Logit bias", "(token id, what is added to its logit) for some tokens.", -100.0, 100.0, drawn=False
+    )
+    logprobs: int | None = _field(
+        None, "Log-probabilities", "Tell each token's, and those of this many likeliest.", 0, 20, 1, drawn=False
+    )
 
     def __post_init__(self) -> None:
         for name, limits, value in self.limits(self):
@@ -58,9 +79,12 @@ class GenerationParams:
                     raise BadParameter(f"stop must be a list of texts, none of them empty; found {value!r}.")
                 object.__setattr__(self, "stop", tuple(value))
                 continue
-            if value is None and name == "seed":
+            if name == "logit_bias":
+                object.__setattr__(self, name, _bias(value, limits))
                 continue
-            whole = isinstance(getattr(type(self), name), int) or name == "seed"
+            if value is None and name in _OPTIONAL:
+                continue
+            whole = isinstance(getattr(type(self), name), int) or name in _OPTIONAL
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise BadParameter(f"{name} must be a number; found {value!r}.")
             if whole and value != int(value):
@@ -82,6 +106,24 @@ class GenerationParams:
         """From saved settings; keys of other versions are passed over."""
         known = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+_OPTIONAL = ("seed", "logprobs")  # whole numbers that may be None
+
+
+def _bias(value: Any, limits: Limits) -> tuple[tuple[int, float], ...]:
+    """Pairs, or a mapping, of token id and bias, sorted by id. Raises BadParameter."""
+    try:
+        pairs = sorted((int(id), float(bias)) for id, bias in (value.items() if isinstance(value, Mapping) else value))
+    except (TypeError, ValueError):
+        raise BadParameter(f"logit_bias must be pairs of token id and number; found {value!r}.") from None
+    for id, bias in pairs:
+        if id < 0 or not limits.low <= bias <= limits.high:
+            raise BadParameter(
+                f"logit_bias must be pairs of token id and a number between {limits.low:g} and {limits.high:g}; "
+                f"found {id}: {bias:g}."
+            )
+    return tuple(pairs)
 
 
 PRESETS: dict[str, GenerationParams] = {

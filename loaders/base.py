@@ -35,7 +35,17 @@ class Refusal:
         return f"{self.reason} ({self.cure})" if self.cure else self.reason
 
 
+@dataclass(frozen=True)
+class Remark:
+    """What the user should know before a loader is used that can open the model."""
+
+    text: str  # "would compile for about two minutes first"
+    wait_s: float = 0.0  # before the first load; a loader that has to wait is not chosen by itself while another need not
+
+
 class Loader(Protocol):
+    """May also have `remark(model, options) -> Remark | None`, as fast as `refusal`."""
+
     name: ClassVar[str]
     options: ClassVar[type]  # a dataclass; the panel and the saved settings are made from its fields
 

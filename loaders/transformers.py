@@ -3,20 +3,21 @@
 Runs wherever torch does. torch and transformers are imported when a model is loaded, not before.
 """
 
-import importlib.util
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
 from ..core.errors import BadCheckpoint, BadParameter, LoadFailed, NotEnoughMemory
-from ..core.models import OPENED_BY, LocalModel
+from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from ..core.units import format_bytes
 from . import chat_template, fit
 from .base import LoadedModel, LoadProgress, Refusal
+from .machine import Machine, look
+from .refusals import not_in_gptq_layout, unreadable
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -48,25 +49,15 @@ class TransformersLoader:
     name: ClassVar[str] = "transformers"
     options: ClassVar[type] = TransformersOptions
 
+    def __init__(self, machine: Callable[[], Machine] = look) -> None:
+        self._machine = machine
+
     def refusal(self, model: LocalModel, options: TransformersOptions) -> Refusal | None:
-        if model.kind == "incomplete":
-            return Refusal(model.problem)
-        if model.kind in OPENED_BY:
-            return Refusal(OPENED_BY[model.kind])
+        machine = self._machine()
         for package in ("torch", "transformers", "accelerate"):
-            if importlib.util.find_spec(package) is None:
+            if not machine.has(package):
                 return Refusal(f"the package {package} is not installed", f"pip install {package}")
-        if model.quantize is not None and model.quantize.checkpoint_format not in ("gptq", "gptq_v2"):
-            return Refusal(
-                f"the weights are in the {model.quantize.checkpoint_format} layout, which only its own kernel reads",
-                "choose a branch in GPTQ's own layout",
-            )
-        if any(path.suffix != ".safetensors" for path in model.weights):
-            return Refusal(
-                f"the weights are in {model.weights[0].name}, a format that can run code when it is opened",
-                "choose a branch with .safetensors files",
-            )
-        return None
+        return unreadable(model) or not_in_gptq_layout(model)
 
     def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
         return fit.needs_bytes(model, fit.wanted_context(model, options.context_tokens))

@@ -14,7 +14,7 @@ def test_defaults_are_those_of_the_model_card() -> None:
     assert (card.temperature, card.top_p, card.top_k, card.repetition_penalty, card.max_new_tokens) == (0.7, 0.95, 40, 1.1, 512)
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(GenerationParams) if each.name != "stop"])
+@pytest.mark.parametrize("name", [each.name for each in fields(GenerationParams) if each.name not in ("stop", "logit_bias")])
 def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> None:
     limits = next(limits for each, limits, _ in GenerationParams.limits() if each == name)
     for value in (limits.low, limits.high):
@@ -60,3 +60,10 @@ def test_saved_settings_of_other_versions_are_passed_over() -> None:
 def test_every_field_has_a_label_and_help_in_words() -> None:
     for name, limits, _ in GenerationParams.limits():
         assert limits.label and limits.help.endswith("."), name
+
+
+def test_logit_bias_is_pairs_or_a_mapping_within_its_limits() -> None:
+    assert GenerationParams(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))  # type: ignore[arg-type]
+    for bad in ({"x": 1}, {-1: 0}, {1: 101}, 5, [(1,)]):
+        with pytest.raises(BadParameter, match="logit_bias must be pairs"):
+            GenerationParams(logit_bias=bad)  # type: ignore[arg-type]

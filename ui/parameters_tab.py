@@ -1,7 +1,7 @@
 """The Parameters tab: how answers are sampled. Drawn from `GenerationParams`, for each visitor alone."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ def build(first: str = next(iter(PRESETS))) -> ParametersTab:
         info="Model card: the values that the models' own pages recommend.",
         elem_id="gw-preset",
     )
-    limits = list(GenerationParams.limits(PRESETS[first]))
+    limits = list(_drawn(PRESETS[first]))
     with gr.Row(elem_classes="gw-fields"):
         fields = [_draw(name, each, default) for name, each, default in limits]
     note = gr.HTML(elem_id="gw-parameters-note")
@@ -49,7 +49,7 @@ def build(first: str = next(iter(PRESETS))) -> ParametersTab:
 def to_params(values: Sequence[Any]) -> GenerationParams:
     """The values of the fields, in order. Raises BadParameter, which names the field by its label."""
     given: dict[str, Any] = {}
-    for (name, limits, _default), value in zip(GenerationParams.limits(), values, strict=True):
+    for (name, limits, _default), value in zip(_drawn(), values, strict=True):
         if name == "stop":
             given[name] = tuple(line for line in str(value or "").splitlines() if line)
         elif name == "seed":
@@ -66,9 +66,13 @@ def to_params(values: Sequence[Any]) -> GenerationParams:
 def to_values(params: GenerationParams) -> list[Any]:
     """What the fields show for these parameters."""
     shown = []
-    for name, _limits, value in GenerationParams.limits(params):
+    for name, _limits, value in _drawn(params):
         shown.append("\n".join(value) if name == "stop" else -1 if value is None else value)
     return shown
+
+
+def _drawn(params: GenerationParams | None = None) -> Iterator[tuple[str, Limits, Any]]:
+    return (each for each in GenerationParams.limits(params) if each[1].drawn)
 
 
 def _draw(name: str, limits: Limits, default: Any) -> gr.components.Component:
