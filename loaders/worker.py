@@ -26,7 +26,7 @@ class _End:
 class _Job(Generic[T]):
     """An answer as the worker holds it. The reader's Stream is another object, so that dropping it is noticed."""
 
-    def __init__(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> None:
+    def __init__(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> None:
         self.make = make
         self.cancel = cancel
         self.cancelled = cancelled  # the event that ends an answer whose turn never came
@@ -34,15 +34,20 @@ class _Job(Generic[T]):
         self.started = threading.Event()
         self.computed = threading.Event()  # the worker has finished with it, read or not
 
-    def run(self) -> None:
-        """On the worker thread: compute everything into the queue."""
+    def run(self) -> Iterator[None]:
+        """On the worker thread: compute everything into the queue, and pause after every event.
+
+        An answer's None means "nothing yet": others that are computed beside it may go on.
+        """
         try:
             if self.cancel.is_set():
                 self.events.put(self.cancelled)
                 return
             self.started.set()
             for event in self.make():
-                self.events.put(event)
+                if event is not None:
+                    self.events.put(event)
+                yield
         except GptqWebuiError as error:
             self.events.put(error)
         except Exception as error:
@@ -111,16 +116,17 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class Worker:
-    """Runs Streams one after another on its own thread."""
+    """Runs Streams on its own thread: one after another, or up to `slots` of them in turns, an event each."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: list[_Job] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
-    def stream(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> Stream[T]:
+    def stream(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> Stream[T]:
         """Take a turn now. `make` is called on the worker thread when the turn comes.
 
         Raises Busy if the model is being unloaded.
@@ -144,7 +150,7 @@ class Worker:
 
     def _ahead(self, job: _Job) -> int:
         with self._lock:
-            return self._open.index(job) if job in self._open else 0
+            return self._open.index(job) if job in self._open and not job.started.is_set() else 0
 
     def is_current(self) -> bool:
         """Whether the caller runs on the worker's thread."""
@@ -162,11 +168,24 @@ class Worker:
             thread.join()
 
     def _loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
-            with self._lock:
-                self._open.remove(job)
-            del job  # or the last answer would live until the next one
+        running: list[tuple[_Job, Iterator[None]]] = []
+        closing = False
+        while running or not closing:
+            while len(running) < self.slots and not closing:
+                try:
+                    job = self._jobs.get(block=not running)
+                except queue.Empty:
+                    break
+                if job is None:
+                    closing = True
+                else:
+                    running.append((job, job.run()))
+                del job  # or the last answer would live until the next one
+            for at in reversed(range(len(running))):
+                if next(running[at][1], _End) is _End:
+                    with self._lock:
+                        self._open.remove(running[at][0])
+                    del running[at]
 
 
 def _in_words(error: Exception) -> str:

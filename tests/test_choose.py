@@ -100,7 +100,7 @@ def test_a_loader_that_must_wait_is_taken_only_if_nothing_else_can_or_the_user_s
 def test_a_speed_measured_on_this_machine_beats_the_order_if_both_were_measured(speeds, chosen):
     choice = choose(model(), [FakeLoader(), Other()], speeds=speeds)
     assert choice.loader.name == chosen
-    assert ("50 tokens/s on this machine, 30 with fake" == choice.reason) == (chosen == "other")
+    assert (choice.reason == "50 tokens/s on this machine, 30 with fake") == (chosen == "other")
 
 
 def test_a_bad_option_is_a_refusal_in_the_survey():
