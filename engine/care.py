@@ -45,6 +45,19 @@ class Care(Loads):
             self._changing.release()
         self.unload()
 
+    def lose(self, loaded: LoadedModel) -> str:
+        """A model can compute no more: free it and say so; `back` loads it again. Returns the sentence."""
+        text = (
+            f"{loaded.model.name} stopped computing by an accident and was unloaded; its memory is free. "
+            "Load it again, or choose another model."
+        )
+        if self.loaded is loaded:
+            asked = self._asked
+            self.unload()
+            self.previous = asked
+            self._say(Status(text=text, error=True))
+        return text
+
     def back(self) -> LoadedModel:
         """Load what was loaded before the load that failed. Raises NotLoaded if there was nothing."""
         if self.previous is None:

@@ -20,7 +20,7 @@ from ..core.params import GenerationParams
 from ..loaders import chat_template, fit
 from ..loaders.base import LoadedModel
 from ..loaders.cards import free_card_bytes
-from . import speeds
+from . import healing, speeds
 from .care import Care
 from .loads import Phase, Status
 
@@ -67,6 +67,8 @@ class Engine(Care):
     def _ready(self) -> LoadedModel:
         self.idle.touch()
         loaded = self.loaded
+        if loaded is not None and not loaded.alive:
+            raise AnswerFailed(self.lose(loaded))
         if loaded is None and self.must_wake:
             loaded = self.wake()
         if loaded is None:
@@ -84,6 +86,7 @@ class Engine(Care):
         if isinstance(how, GptqWebuiError):
             self.last_error = "".join(traceback.format_exception(how))
             if fit.is_out_of_memory(how):
+                healing.free_memory()
                 self.trouble = self._trouble(str(how), self._asked, choice, loaded.context_tokens)
             return
         if loaded.tokenizer is None:

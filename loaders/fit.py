@@ -16,6 +16,7 @@ from ..core.units import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; the options may ask for more
 SMALLEST_CONTEXT_TOKENS = 256
+_LACKED = ("out of memory", "can't allocate memory", "insufficient vram", "not enough memory")  # as back-ends say it
 USEFUL_CONTEXT_TOKENS = 2048  # a context is shortened to this before a part of the weights leaves the card
 OVERHEAD_BYTES = 600_000_000  # torch, CUDA's context, activations of one chunk of a prompt
 ACTIVATIONS_BYTES = 300_000_000  # of these, what is not taken yet when the weights are placed
@@ -192,7 +193,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, (MemoryError, NotEnoughMemory)) or type(error).__name__ == "OutOfMemoryError":
             return True
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+        if any(words in str(error).lower() for words in _LACKED):
             return True
         error = error.__cause__ or error.__context__
     return False
