@@ -7,6 +7,7 @@ error: elsewhere such a folder loads random weights.
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.units import plural
 from .pack import flooded_zeros
 from .packed import METHOD, PackedLayer, packed_layers, packed_modules, register
+from .rope import Rope
+from .rope import apply as rope_apply
+from .watch import Report, Watch
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.(cos|sin)_cached$")
@@ -31,15 +35,19 @@ def load(
     device_map: str | dict[str, Any],
     max_memory: dict[int | str, int] | None = None,
     attn_implementation: str | None = None,
+    rope: Rope | None = None,
+    progress: Report | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """A GPTQ folder (packed), or a 16-bit one, as a transformers causal LM in eval mode, with notes for the user.
 
-    Raises BadCheckpoint or BadQuantizeConfig with a sentence; never returns a model with a
-    weight that did not come from the files.
+    `progress` hears how much of a packed model has arrived, from a thread of its own.
+    Raises BadCheckpoint, BadQuantizeConfig or (for a rope it cannot have) BadParameter with a
+    sentence; never returns a model with a weight that did not come from the files.
     """
     require_safetensors(model)
     config = _config(model)
-    notes: list[str] = []
+    notes = [*rope_apply(config, rope)] if rope is not None else []
+    watch = Watch(progress) if progress is not None else nullcontext()
     layers: dict[str, PackedLayer] = {}
     if model.kind == "gptq":
         if model.quantize is None:
@@ -52,6 +60,9 @@ def load(
         register()
         layers = packed_layers(tensors_of(model.weights), model.quantize)
         config.quantization_config = {"quant_method": METHOD, "layers": layers}
+        if isinstance(watch, Watch):
+            see = watch.see
+            config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config
         if any(name.endswith(("lm_head", "embed_out")) for name in layers):
             config.tie_word_embeddings = False
         notes += [f"In its files: {note}." for note in model.quantize.notes]
@@ -65,16 +76,17 @@ def load(
         options["attn_implementation"] = attn_implementation
     try:
         auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not tell
-        loaded, info = auto.from_pretrained(
-            model.folder,
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with watch:
+            loaded, info = auto.from_pretrained(
+                model.folder,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
     except GptqWebuiError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError) as error:

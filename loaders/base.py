@@ -89,6 +89,11 @@ class LoadedModel(ABC):
         self._worker.close()
 
     @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+        return self._worker.alive
+
+    @property
     def waiting(self) -> int:
         """Answers asked for and not finished."""
         return self._worker.waiting

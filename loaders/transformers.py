@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
-from ..core.errors import BadCheckpoint, BadParameter, LoadFailed
+from ..core.errors import BadCheckpoint, BadParameter, LoadFailed, NotEnoughMemory
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from ..core.units import format_bytes
@@ -91,7 +91,7 @@ class TransformersLoader:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
             fit.give_back(device)
-            raise LoadFailed(
+            raise NotEnoughMemory(
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
@@ -183,12 +183,10 @@ def _placement(
     """
     if device.type != "cuda":
         return {"": device}, None
-    context = fit.wanted_context(model, options.context_tokens)
-    conversation = context * fit.conversation_bytes_per_token(model.folder, dtype.itemsize)
-    room = fit.free_bytes(device) - fit.KEPT_FREE_BYTES - fit.ACTIVATIONS_BYTES - conversation
+    room = fit.room_for_weights(model, options.context_tokens, free_bytes=fit.free_bytes(device), dtype_bytes=dtype.itemsize)
     if model.size_bytes <= room:
         return {"": device}, None
-    return "auto", {device.index or 0: max(0, room), "cpu": fit.free_ram_bytes()}
+    return "auto", {device.index or 0: room, "cpu": fit.free_ram_bytes()}
 
 
 def _dtype(options: TransformersOptions, device: Any) -> Any:

@@ -8,6 +8,7 @@ hold the model, and closing a Stream sets its `cancel`.
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -16,6 +17,7 @@ from ..core.errors import AnswerFailed, Busy, GptqWebuiError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_GONE = "The model's thread has ended by an accident. Press Reload in the Model tab."
 _POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
 
 
@@ -52,10 +54,19 @@ class _Job(Generic[T]):
             self.events.put(error)
         except Exception as error:
             log.exception("an answer failed")
-            self.events.put(AnswerFailed(_in_words(error)))
+            failed = AnswerFailed(_in_words(error))
+            traceback.clear_frames(error.__traceback__)  # they hold what may have been too much for the memory
+            failed.__cause__ = error
+            self.events.put(failed)
+        except BaseException:  # the thread itself ends
+            self.events.put(AnswerFailed(_GONE))
+            raise
         finally:
-            self.events.put(_End())
-            self.computed.set()
+            self.end()
+
+    def end(self) -> None:
+        self.events.put(_End())
+        self.computed.set()
 
 
 class Stream(Iterator[T], Generic[T]):
@@ -125,22 +136,30 @@ class Worker:
         self._open: list[_Job] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._gone = False  # the thread ended without being told to
 
     def stream(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> Stream[T]:
         """Take a turn now. `make` is called on the worker thread when the turn comes.
 
-        Raises Busy if the model is being unloaded.
+        Raises Busy if the model is being unloaded, AnswerFailed if its thread has ended.
         """
         job = _Job(make, cancel, cancelled)
         with self._lock:
             if self._closing.is_set():
                 raise Busy("The model is being unloaded. Ask again when one is loaded.")
+            if self._gone:
+                raise AnswerFailed(_GONE)
             self._open.append(job)
             self._jobs.put(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="gptq-webui model", daemon=True)
                 self._thread.start()
         return Stream(job, lambda: self._ahead(job))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still compute: false once its thread has ended by an accident."""
+        return not self._gone
 
     @property
     def waiting(self) -> int:
@@ -168,6 +187,18 @@ class Worker:
             thread.join()
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._lock:
+                self._gone = not self._closing.is_set()
+                left, self._open = self._open, []
+            for job in left:
+                if not job.computed.is_set():
+                    job.events.put(AnswerFailed(_GONE))
+                    job.end()
+
+    def _serve(self) -> None:
         running: list[tuple[_Job, Iterator[None]]] = []
         closing = False
         while running or not closing:
