@@ -18,6 +18,8 @@ def panel(engine: Engine) -> str:
     rows = [*of_files(loaded.model), *of_load(loaded)]
     if choice is not None:
         rows.append(("Loader", f"{choice.loader.name}: {choice.reason}"))
+    if engine.fit is not None:
+        rows.append(("Memory", str(engine.fit).partition(" Needs ")[2] or str(engine.fit)))
     return parts.facts(rows) + parts.notes(loaded.notes)
 
 
