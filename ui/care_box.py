@@ -26,7 +26,7 @@ def draw_care(engine: Engine, access: Access) -> CareBox:
     """Draw and wire."""
     minutes = gr.Number(
         0,
-        label="Unload after minutes without use",
+        label="Unload after so many idle minutes",
         info="0 never unloads. The next message loads the model again.",
         minimum=0,
         visible=engine.can_rest,

@@ -8,6 +8,7 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
+from ..loaders.machine import look as look_at_machine
 from . import chat_tab, compat, look, model_tab, parameters_tab
 from .access import Access, Share
 from .share_box import draw_share
@@ -33,8 +34,13 @@ def build(
         with gr.Row(elem_id="gw-head-row"):
             gr.HTML(f'<h1 id="gw-title">{look.TITLE}<span>chat with GPTQ models</span></h1>')
             free = gr.Button(
-                "Free the card", size="sm", min_width=110, scale=0, visible=everybody, elem_id="gw-free"
-            )  # in sight on every tab
+                "Free the card" if look_at_machine().card else "Free the memory",
+                size="sm",
+                min_width=110,
+                scale=0,
+                visible=everybody,
+                elem_id="gw-free",  # in sight on every tab
+            )
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
         with gr.Tabs(selected="chat", elem_id="gw-tabs") as tabs:

@@ -30,7 +30,7 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
     """Draw the buttons; the Model tab wires them."""
     cancel = gr.Button("Stop loading", size="sm", min_width=120, visible=False, elem_id="gw-load-stop")
     back = gr.Button("Back to the previous model", size="sm", min_width=180, visible=False, elem_id="gw-back")
-    told = gr.HTML(elem_id="gw-trouble")
+    told = gr.HTML(visible=False, elem_id="gw-trouble")
     with gr.Row(elem_classes="gw-buttons", visible=False, elem_id="gw-remedies") as row:
         buttons = {
             kind: gr.Button("…", size="sm", min_width=120, variant="primary", elem_id=f"gw-remedy-{kind}") for kind in _KINDS
@@ -45,13 +45,14 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
             if previous is not None
             else gr.update(visible=False),
             row: gr.update(visible=trouble is not None and not loading),
-            told: "",
+            told: gr.update(value="", visible=False),
         }
         if trouble is None or loading:
             return shown
         own = trouble.text if trouble.text != status.text else ""  # the error of a load stands above already
         cannot = " ".join(each.cannot for each in trouble.remedies if each.cannot)
-        shown[told] = "".join(quiet(text) for text in (own, "What may help:", cannot) if text)
+        lines = "".join(quiet(text) for text in (own, "What may help:", cannot) if text)
+        shown[told] = gr.update(value=lines, visible=True)
         for each in trouble.remedies:
             shown[buttons[each.kind]] = gr.update(value=each.label, interactive=not each.cannot)
         return shown
@@ -76,7 +77,7 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
                     yield values()
                 elif found.repo:
                     words = "Its name stands in the download box now: choose a branch with fewer bits or a larger group."
-                    yield values() | {ref: found.repo, told: quiet(words)}
+                    yield values() | {ref: found.repo, told: gr.update(value=quiet(words), visible=True)}
                 else:
                     yield from run(lambda: engine.remedy(found), found.name or engine.trouble.asked.model.name)
 
