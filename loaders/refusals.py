@@ -8,6 +8,8 @@ def unreadable(model: LocalModel) -> Refusal | None:
     """Why a folder cannot be opened by any loader of local files; None if it can."""
     if model.kind == "incomplete":
         return Refusal(model.problem)
+    if model.kind == "remote":
+        return Refusal("its weights are on another machine", "use the loader remote")
     if model.kind in OPENED_BY:
         return Refusal(OPENED_BY[model.kind])
     if any(path.suffix != ".safetensors" for path in model.weights):

@@ -25,7 +25,7 @@ class _End:
     pass
 
 
-class _Job(Generic[T]):
+class Job(Generic[T]):
     """An answer as the worker holds it. The reader's Stream is another object, so that dropping it is noticed."""
 
     def __init__(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> None:
@@ -72,7 +72,7 @@ class _Job(Generic[T]):
 class Stream(Iterator[T], Generic[T]):
     """The events of one answer. Iterate it in any one thread; `close` it, or drop it, to give up."""
 
-    def __init__(self, job: _Job[T], ahead: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, job: Job[T], ahead: Callable[[], int] = lambda: 0) -> None:
         self._job = job
         self._ahead = ahead
         self._done = False
@@ -131,9 +131,9 @@ class Worker:
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open: list[_Job] = []
+        self._open: list[Job] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._gone = False  # the thread ended without being told to
@@ -143,7 +143,7 @@ class Worker:
 
         Raises Busy if the model is being unloaded, AnswerFailed if its thread has ended.
         """
-        job = _Job(make, cancel, cancelled)
+        job = Job(make, cancel, cancelled)
         with self._lock:
             if self._closing.is_set():
                 raise Busy("The model is being unloaded. Ask again when one is loaded.")
@@ -167,7 +167,7 @@ class Worker:
         with self._lock:
             return len(self._open)
 
-    def _ahead(self, job: _Job) -> int:
+    def _ahead(self, job: Job) -> int:
         with self._lock:
             return self._open.index(job) if job in self._open and not job.started.is_set() else 0
 
@@ -199,7 +199,7 @@ class Worker:
                     job.end()
 
     def _serve(self) -> None:
-        running: list[tuple[_Job, Iterator[None]]] = []
+        running: list[tuple[Job, Iterator[None]]] = []
         closing = False
         while running or not closing:
             while len(running) < self.slots and not closing:
