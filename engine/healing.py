@@ -63,7 +63,7 @@ def load(
         if second is None or cancel.is_set() or not _may_heal(error):
             raise
         first = error
-    log.warning("%s failed with %s (%s); trying %s", model.name, name, first, second.loader.name)
+    log.warning("%s failed with %s (%s); trying %s", model.name, name, str(first), second.loader.name)
     progress(0.0, f"{name} failed: {first} Trying {second.loader.name} instead")
     try:
         loaded = attempt(model, second, progress, cancel, chosen=False, last=True)
@@ -140,7 +140,8 @@ def _told(model: LocalModel, choice: Choice, error: BaseException, cancel: threa
     if isinstance(error, GptqWebuiError) and not isinstance(error, AnswerFailed):
         return error
     error = error.__cause__ if isinstance(error, AnswerFailed) and error.__cause__ is not None else error
-    log.error("loading %s with %s failed\n%s", model.name, choice.loader.name, "".join(traceback.format_exception(error)))
+    told = "".join(traceback.format_exception(error))  # a record that kept the error would keep its tensors
+    log.error("loading %s with %s failed\n%s", model.name, choice.loader.name, told)
     why = (str(error).strip().splitlines() or ["no message"])[0]
     return LoadFailed(f"{model.name} could not be loaded with {choice.loader.name} ({type(error).__name__}: {why}).")
 
