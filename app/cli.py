@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the models on this machine")
     _add_models(models, several=True)
+    _add_remote(models)
     models.set_defaults(run=_models)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
@@ -101,7 +102,17 @@ def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
 
 
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remote",
+        action="append",
+        metavar="URL",
+        help="also use the models of this engine elsewhere (vLLM, TGI …); again for several that share the work",
+    )
+
+
 def _add_loading(parser: argparse.ArgumentParser) -> None:
+    _add_remote(parser)
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), help="number format of the computing")
     parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
