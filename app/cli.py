@@ -1,4 +1,4 @@
-"""The command line: `gptq-webui [serve|download|models|ask|host]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|download|models|ask|doctor|host]`. Answers --help without a heavy import."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..core.errors import GptqWebuiError
 
-COMMANDS = ("serve", "download", "models", "ask", "host")
+COMMANDS = ("serve", "download", "models", "ask", "doctor", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_loading(ask)
     ask.set_defaults(run=_ask)
 
+    doctor = commands.add_parser("doctor", help="tell what this machine has and which loader can work on it")
+    _add_models(doctor, several=True)
+    _add_remote(doctor)
+    doctor.add_argument("--model", metavar="NAME", help="ask the loaders about this model")
+    doctor.set_defaults(run=_doctor)
+
     host = commands.add_parser("host", help="start text-generation-webui so that its --model may be a GPTQ folder")
     host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
     host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="what its server.py is given")
@@ -140,6 +146,12 @@ def _host(options: argparse.Namespace) -> int:
     from .host import run_host
 
     return run_host(options.arguments, options.folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(options)
 
 
 def _ask(options: argparse.Namespace) -> int:
