@@ -8,8 +8,6 @@ import pytest
 
 pytest.importorskip("openai")
 
-from openai_server import OpenAIServer
-
 from gptq_webui.core.chat import Finish, Message
 from gptq_webui.core.errors import AnswerFailed, BadParameter, LoadFailed
 from gptq_webui.core.models import remote_model
@@ -18,6 +16,7 @@ from gptq_webui.engine.engine import Engine
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders import remote_pool
 from gptq_webui.loaders.remote import RemoteLoader, RemoteOptions
+from openai_server import OpenAIServer
 
 PARAMS = GenerationParams()
 ASK = [Message("user", "What is the capital of France?")]
