@@ -126,8 +126,11 @@ class AutoGPTQLoader:
             raise _in_words(error, model, library) from error
         hf.config.name_or_path = str(model.folder)
         used = f"Computed by {_used_kernel(hf)} of {'auto-gptq' if library == 'auto_gptq' else 'GPTQModel'}."
+        from ..gptq.stepper import TransformersStepper
+
         progress(1.0, "Ready")
-        return TransformersModel(model, hf.eval(), tokenizer, context, reason, (used, *notes), str(device))
+        hf = hf.eval()
+        return TransformersModel(model, hf, TransformersStepper(hf), tokenizer, context, reason, (used, *notes), str(device))
 
 
 def _library(machine: Machine, options: AutoGPTQOptions) -> tuple[str, Refusal | None]:
