@@ -17,7 +17,13 @@ from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
 
 OWNERS_ONLY = ("model_tab", "download_box", "folders_box", "settings_box", "template_box", "rescue_box", "care_box", "page")
-FOR_ALL = ("show", "resume", "relist_resumed", "arrange", "trouble")  # of these files: called by every page load, they tell a guest nothing
+FOR_ALL = (
+    "show",
+    "resume",
+    "relist_resumed",
+    "arrange",
+    "trouble",
+)  # of these files: called by every page load, they tell a guest nothing
 
 
 @pytest.fixture(scope="module")
