@@ -14,7 +14,7 @@ from ..core.errors import BadParameter, GptqWebuiError
 from ..engine.advice import torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
-from .commands import load_options, make_engine
+from .commands import find_elsewhere, load_options, make_engine
 
 if TYPE_CHECKING:
     from ..ui.access import Share
@@ -139,12 +139,13 @@ def _users(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _load_first(engine: Engine, options: argparse.Namespace) -> None:
-    """--demo or --model, in the background; the page shows how far it is."""
+    """--remote, --demo or --model, in the background; the page shows how far it is."""
     try:
+        elsewhere = find_elsewhere(engine, options)
         if options.demo:
             engine.load_demo(options.loader, load_options(options))
-        elif options.model:
-            engine.load(options.model, options.loader, load_options(options))
+        elif options.model or len(elsewhere) == 1:
+            engine.load(options.model or elsewhere[0], options.loader, load_options(options))
         else:
             return
         assert engine.loaded is not None

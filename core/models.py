@@ -43,6 +43,7 @@ class LocalModel:
     architecture: str  # as in config.json, "MistralForCausalLM"; "" if unknown
     weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
     problem: str = ""  # why it is incomplete, in a sentence
+    served_by: str = ""  # addresses of the engines that compute it; only where kind is remote
 
     @property
     def name(self) -> str:
@@ -69,9 +70,10 @@ class LocalModel:
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
 
 
-def remote_model(name: str, context_tokens: int | None = None) -> LocalModel:
+def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
     """A model that an engine elsewhere serves under this name; there is no folder of it here."""
-    return LocalModel(Path(name.replace("/", "_") or "remote"), "remote", None, 0, context_tokens, "")
+    folder = Path(name.replace("/", "_") or "remote")
+    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by)
 
 
 def is_model_folder(folder: Path) -> bool:

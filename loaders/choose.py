@@ -6,8 +6,11 @@ from typing import Any
 
 from ..core.errors import BadParameter, LoadRefused
 from ..core.models import LocalModel
+from .autogptq import AutoGPTQLoader
 from .base import Loader, Refusal, Remark
+from .exllamav2 import ExLlamaV2Loader
 from .machine import Machine, look
+from .remote import RemoteLoader
 from .transformers import TransformersLoader
 
 _FASTER = 1.1  # a measured speed beats the order below if it is this many times that of the loader before it
@@ -22,7 +25,14 @@ class Place:
     by_itself: bool = True  # False: only when the user asks for it
 
 
-ORDER: tuple[Place, ...] = (Place(TransformersLoader, "reads every GPTQ layout and 16-bit models, with nothing to compile"),)
+# AutoGPTQ stands behind Transformers: auto-gptq has had no release since 2024 and cannot work with transformers 5, and
+# GPTQModel, its successor, compiles for a card first and refuses layouts that the native kernel reads.
+ORDER: tuple[Place, ...] = (
+    Place(ExLlamaV2Loader, "made for 4-bit GPTQ models on a graphics card"),
+    Place(TransformersLoader, "reads every GPTQ layout and 16-bit models, with nothing to compile"),
+    Place(AutoGPTQLoader, "opens it with the kernels of AutoGPTQ or its successor"),
+    Place(RemoteLoader, "computed on other machines", by_itself=False),
+)
 
 
 def all_loaders(machine: Callable[[], Machine] = look) -> list[Loader]:
@@ -63,7 +73,7 @@ def survey(
     Fast, and never raises for a bad option: that is its loader's refusal. Arguments as for `choose`.
     """
     found = [_ask(loader, model, options or {}) for loader in loaders]
-    chosen, reason = _pick(found, wanted, speeds or {})
+    chosen, reason = _pick(found, model, wanted, speeds or {})
     return [
         Row(
             each.loader.name,
@@ -89,19 +99,19 @@ def choose(
 
     `options` are passed to the loader's options class; names it does not know are left out. `speeds`
     are tokens/s of loaders measured on this machine with this model: a faster one goes first.
-    Raises LoadRefused with every reason, BadParameter for an option of the wanted loader.
+    Raises LoadRefused with every reason, BadParameter for a value that one of these loaders does not take.
     """
     if wanted is not None and wanted not in (names := [loader.name for loader in loaders]):
         raise LoadRefused(f"There is no loader called {wanted!r}. There are: {', '.join(names)}.")
-    asked = [loader for loader in loaders if wanted in (None, loader.name)]
+    asked = [each for each in loaders if each.name == wanted or (wanted is None and _by_itself(each, model))]
     found = [_ask(loader, model, options or {}) for loader in asked]
-    chosen, reason = _pick(found, wanted, speeds or {})
+    for each in found:
+        if each.error is not None:
+            raise each.error
+    chosen, reason = _pick(found, model, wanted, speeds or {})
     refusals = {each.loader.name: each.refusal for each in found if each.refusal is not None}
     if chosen is not None:
         return Choice(chosen.loader, chosen.options, reason, refusals)
-    for each in found:
-        if each.error is not None and (wanted is not None or len(found) == 1):
-            raise each.error
     if len(refusals) == 1:
         raise LoadRefused(f"{model.name} cannot be opened: {next(iter(refusals.values()))}")
     same = {str(why) for why in refusals.values()}
@@ -141,12 +151,14 @@ def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Asked
     return _Asked(loader, options, refusal, remark(model, options) if remark and refusal is None else None)
 
 
-def _pick(found: Sequence[_Asked], wanted: str | None, speeds: Mapping[str, float]) -> tuple[_Asked | None, str]:
+def _pick(
+    found: Sequence[_Asked], model: LocalModel, wanted: str | None, speeds: Mapping[str, float]
+) -> tuple[_Asked | None, str]:
     """(the chosen one, why); (None, "") if there is none."""
     if wanted is not None:
         named = next((each for each in found if each.loader.name == wanted and each.refusal is None), None)
         return named, "your choice" if named else ""
-    able = [each for each in found if each.refusal is None and _place(each.loader).by_itself]
+    able = [each for each in found if each.refusal is None and _by_itself(each.loader, model)]
     ready = [each for each in able if not each.waits] or able[:1]
     if not ready:
         return None, ""
@@ -157,9 +169,16 @@ def _pick(found: Sequence[_Asked], wanted: str | None, speeds: Mapping[str, floa
         fast, slow = speeds[fastest.loader.name], speeds[first.loader.name]
         if fast > _FASTER * slow:
             return fastest, f"{fast:.0f} tokens/s on this machine, {slow:.0f} with {first.loader.name}"
+    if model.kind == "remote":
+        return first, _place(first.loader).reason
     before = found[: found.index(first)]
     passed = {each.loader.name: each.refusal or (each.remark and each.remark.text) or "only when asked" for each in before}
     return first, _listed(passed) if passed else _place(first.loader).reason
+
+
+def _by_itself(loader: Loader, model: LocalModel) -> bool:
+    """Whether it may be chosen without being asked for."""
+    return _place(loader).by_itself or model.kind == "remote"
 
 
 def _listed(reasons: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -48,6 +48,10 @@ class RemoteOptions:
         found = [each.rstrip("/") for each in re.split(r"[,\s]+", self.base_url) if each]
         return list(dict.fromkeys(each if urlsplit(each).path else f"{each}/v1" for each in found))
 
+    def serving(self, model: LocalModel) -> "RemoteOptions":
+        """With the addresses that the model came from, unless others are given."""
+        return self if self.base_url or not model.served_by else replace(self, base_url=model.served_by)
+
 
 class RemoteLoader:
     name: ClassVar[str] = "remote"
@@ -59,7 +63,7 @@ class RemoteLoader:
     def refusal(self, model: LocalModel, options: RemoteOptions) -> Refusal | None:
         if not self._machine().has("openai"):
             return Refusal("the package openai is not installed", 'pip install "gptq-webui[remote]"')
-        if not options.urls:
+        if not options.serving(model).urls:
             return Refusal("no engine elsewhere is named", "write its address into base_url")
         return None
 
@@ -75,7 +79,7 @@ class RemoteLoader:
                 if not any(each.well for each in pool.endpoints):
                     raise LoadFailed(f"No engine answers: {pool.troubles()}.")
                 found = {each.id: each for endpoint in pool.endpoints for each in endpoint.models}
-                return [remote_model(name, _context(found[name])) for name in sorted(found)]
+                return [remote_model(name, _context(found[name]), options.base_url) for name in sorted(found)]
 
         return asyncio.run(ask())
 
@@ -83,6 +87,7 @@ class RemoteLoader:
         refused = self.refusal(model, options)
         if refused is not None:
             raise LoadFailed(str(refused))
+        options = options.serving(model)
         progress(0.2, "Asking " + ", ".join(options.urls))
         loop = EventLoop()
         try:

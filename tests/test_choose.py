@@ -59,7 +59,7 @@ def test_a_wanted_loader_is_obeyed_and_never_replaced():
 
 
 def test_a_loader_that_does_not_exist_is_a_sentence():
-    with pytest.raises(LoadRefused, match="There are: transformers"):
+    with pytest.raises(LoadRefused, match="There are: exllamav2, transformers, autogptq, remote"):
         choose(model(), all_loaders(), "exllama9")
 
 
