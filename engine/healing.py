@@ -5,6 +5,8 @@ healed are damaged files, which another loader might open and be silent about, w
 loader that the user chose: that choice is obeyed.
 """
 
+import contextlib
+import ctypes
 import gc
 import logging
 import sys
@@ -102,7 +104,7 @@ def attempt(
 
     loaded: LoadedModel | None = None
     try:
-        loaded = choice.loader.load(model, choice.options, tell)
+        loaded = choice.loader.load(model, choice.options, lambda share, text: tell(0.97 * share, text))
         tell(0.98, "Trying a few words")
         verdict = sanity.check(loaded, cancel)
         tell(1.0, "Ready")
@@ -170,3 +172,6 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed in small pieces stays with the process otherwise

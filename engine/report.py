@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core.errors import GptqWebuiError
 from ..core.units import format_bytes
 from ..loaders import fit
 from ..loaders.base import LoadedModel
@@ -23,6 +22,7 @@ from ..loaders.cards import cards
 from ..loaders.choose import Choice
 from ..loaders.machine import look
 from .loads import Loads
+from .saved import default
 
 _PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub", "gradio", "numpy", "numba", "triton",
@@ -93,20 +93,11 @@ def _options(options: Any) -> str:
     """What differs from the defaults; what is secret is left out."""
     if not is_dataclass(options):
         return ""
-    usual = type(options)() if _has_defaults(options) else options
     return ", ".join(
         f"{each.name}={getattr(options, each.name)!r}"
         for each in fields(options)
-        if not each.metadata.get("secret") and getattr(options, each.name) != getattr(usual, each.name)
+        if not each.metadata.get("secret") and getattr(options, each.name) != default(each)
     )
-
-
-def _has_defaults(options: Any) -> bool:
-    try:
-        type(options)()
-    except (TypeError, GptqWebuiError):
-        return False
-    return True
 
 
 def _versions() -> Iterator[str]:

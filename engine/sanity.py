@@ -4,6 +4,7 @@ A broken kernel seldom raises; it gives NaN, or the same token for ever. What is
 constant logits) is told apart from what only looks wrong, since small models loop and foreign ones puzzle.
 """
 
+import logging
 import math
 import threading
 import time
@@ -14,11 +15,15 @@ from typing import Any
 from ..core.chat import Step
 from ..core.params import GenerationParams
 from ..loaders.base import LoadedModel
+from ..loaders.fit import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 _LIMIT_S = 2.0
 _TOKENS = 12  # of the same kind in a row, for both prompts, look wrong
 _QUICK_S = 0.3  # a first forward slower than this leaves no time for the passage
 _ODD_PERPLEXITY = 1000.0
+_TOP = 1  # log-probabilities that are asked for, where they can be
 _PROMPTS = ("The capital of France is", "Once upon a time there were 1 2 3 4 5 6 7")
 _PASSAGE = (
     "The sun rises in the east and sets in the west. In the morning people get up, wash themselves, have breakfast and go "
@@ -39,22 +44,40 @@ def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
         return Verdict()  # an engine elsewhere: its weights are not ours to judge
     began = time.monotonic()
     prompts = [loaded.encode(text)[: max(1, loaded.context_tokens - _TOKENS - 1)] for text in _PROMPTS]
-    note = ""
-    if loaded.hf is not None:
-        if broken := _wrong(_logits(loaded.hf, prompts[0])):
-            return Verdict(broken)
-        if time.monotonic() - began < _QUICK_S and not cancel.is_set():
-            note = _puzzled(loaded)
-    repeated: list[int] = []
+    repeated: list[int | None] = []
     for prompt in prompts:
         left = _LIMIT_S - (time.monotonic() - began)
-        token = _only_token(loaded, prompt, left, cancel) if left > 0 and not cancel.is_set() else None
-        if token is None:
-            return Verdict(note=note)
+        if left <= 0 or cancel.is_set():
+            break
+        token, broken = _only_token(loaded, prompt, left, cancel)
+        if broken:
+            return Verdict(broken)
         repeated.append(token)
-    if len(set(repeated)) == 1:
-        return Verdict(suspect=f"it writes one token ({_shown(loaded, repeated[0])}) again and again", note=note)
-    return Verdict(note=note)
+        if token is None:
+            break
+    suspect = ""
+    if len(repeated) == len(prompts) and repeated[0] is not None and len(set(repeated)) == 1:
+        suspect = f"it writes one token ({_shown(loaded, repeated[0])}) again and again"
+    broken, note = _seen_by_transformers(loaded, prompts[0], began, cancel)
+    return Verdict(broken, suspect, note)
+
+
+def _seen_by_transformers(loaded: LoadedModel, prompt: Sequence[int], began: float, cancel: threading.Event) -> tuple[str, str]:
+    """(what is broken, a note) out of the logits, where there is a transformers model to ask for them."""
+    if loaded.hf is None or cancel.is_set():
+        return "", ""
+    asked = time.monotonic()
+    try:
+        if broken := _wrong(_logits(loaded.hf, prompt)):
+            return broken, ""
+        if time.monotonic() - asked < _QUICK_S and asked - began < _LIMIT_S / 2:
+            return "", _puzzled(loaded)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # it has just written tokens by its own way; that this face of it cannot compute harms nobody yet
+        log.info("the logits of %s could not be looked at (%s)", loaded.model.name, str(error))
+    return "", ""
 
 
 def _logits(hf: Any, ids: Sequence[int]) -> Any:
@@ -96,23 +119,26 @@ def _puzzled(loaded: LoadedModel) -> str:
     )
 
 
-def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, cancel: threading.Event) -> int | None:
-    """The token that all of an answer consists of; None as soon as there is a second one, or it ended early."""
-    params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=_TOKENS)
-    enough = threading.Event()
+def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, cancel: threading.Event) -> tuple[int | None, str]:
+    """(the token that all of an answer consists of, what is broken).
+
+    None as soon as there is a second token, or if the answer ended early.
+    """
+    asked = {"logprobs": _TOP} if "logprobs" in loaded.can else {}
+    params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=_TOKENS, **asked)
     end = time.monotonic() + seconds
     first, count = None, 0
-    with loaded.generate(prompt, params, enough) as steps:
+    with loaded.generate(prompt, params, threading.Event()) as steps:
         for event in steps:
             if not isinstance(event, Step):
                 break
-            if event.logprob is not None and math.isnan(event.logprob):
-                return event.id
+            if event.logprob is not None and not math.isfinite(event.logprob):
+                return event.id, "its probabilities are not numbers (NaN)"
             first = event.id if first is None else first
             count += 1
             if event.id != first or time.monotonic() > end or cancel.is_set():
-                return None
-    return first if count == _TOKENS else None
+                return None, ""
+    return (first if count == _TOKENS else None), ""
 
 
 def _shown(loaded: LoadedModel, token: int) -> str:

@@ -53,7 +53,8 @@ class Job(Generic[T]):
         except GptqWebuiError as error:
             self.events.put(error)
         except Exception as error:
-            log.exception("an answer failed")
+            # as text: a log record that kept the error would keep its frames, and these the tensors
+            log.error("an answer failed\n%s", "".join(traceback.format_exception(error)))
             failed = AnswerFailed(_in_words(error))
             traceback.clear_frames(error.__traceback__)  # they hold what may have been too much for the memory
             failed.__cause__ = error

@@ -126,6 +126,7 @@ def test_only_the_panel_of_the_loader_that_opens_the_model_is_shown_and_saved(pa
     engine, tab = page_of_three
     engine.load(MISTRAL)
     tab.reload()
+    tab.wait_for_selector(f"#gw-head:has-text('{MISTRAL}')")
     model_tab(tab)
     tab.get_by_role("button", name="Custom settings").click()
     tab.wait_for_selector("#gw-option-fake-context_tokens", state="visible")

@@ -28,7 +28,6 @@ def draw_care(engine: Engine, access: Access) -> CareBox:
         0,
         label="Unload after so many idle minutes",
         info="0 never unloads. The next message loads the model again.",
-        minimum=0,
         visible=engine.can_rest,
         elem_id="gw-idle",
     )

@@ -135,7 +135,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         """Compiling is what its first load does."""
         access.require_owner(request)
         row = waiting(engine.survey(engine.library.get(name))) if name else None
-        if row is None:
+        if not name or row is None:
             yield {status: quiet("There is nothing to compile.")}
             return
         yield from run(lambda: engine.load(name, row.loader), ready, name)

@@ -72,7 +72,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
     def values(name: str | None) -> dict[Any, Any]:
         saved = engine.settings.for_model(name) if name else {}
         usable = engine.saved(name).options if name else {}
-        wanted = saved.get("loader") if saved.get("loader") in names else _AUTOMATIC
+        wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
         shown = {box: usable.get(option.name, default(option)) for pairs in drawn.values() for option, box in pairs}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
 
