@@ -173,6 +173,16 @@ def test_ask_and_models_take_the_address_of_an_engine(tmp_path, capsys):
         assert capsys.readouterr().out == "The capital of France is Paris.\n"
 
 
+def test_an_engine_that_lists_nothing_is_told_the_models_name(tmp_path, capsys):
+    from gptq_webui.app.cli import main
+
+    with OpenAIServer(model=None) as server:
+        folders = ["--models-dir", str(tmp_path), "--remote", server.url]
+        assert main(["ask", "Hi", *folders, "--model", "org/big"]) == 0
+        assert capsys.readouterr().out.startswith("The capital") and server.bodies[0]["model"] == "org/big"
+        assert main(["ask", "Hi", *folders]) == 1
+
+
 def test_unloading_ends_what_runs(opened):
     model = opened(OpenAIServer(["word "] * 400, pause_s=0.02))
     stream = model.chat(ASK, PARAMS, threading.Event())
