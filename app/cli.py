@@ -1,4 +1,4 @@
-"""The command line: `gptq-webui [serve|download|models|ask|host]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|download|models|ask|doctor|host]`. Answers --help without a heavy import."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..core.errors import GptqWebuiError
 
-COMMANDS = ("serve", "download", "models", "ask", "host")
+COMMANDS = ("serve", "download", "models", "ask", "doctor", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the models on this machine")
     _add_models(models, several=True)
-    models.set_defaults(run=_models)
+    _add_remote(models)
+    models.set_defaults(run=_models, model=None)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
     ask.add_argument("question", metavar="QUESTION")
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--raw", action="store_true", help="give the text to the model as it is, without its chat template")
     _add_loading(ask)
     ask.set_defaults(run=_ask)
+
+    doctor = commands.add_parser("doctor", help="tell what this machine has and which loader can work on it")
+    _add_models(doctor, several=True)
+    _add_remote(doctor)
+    doctor.add_argument("--model", metavar="NAME", help="ask the loaders about this model")
+    doctor.set_defaults(run=_doctor)
 
     host = commands.add_parser("host", help="start text-generation-webui so that its --model may be a GPTQ folder")
     host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
@@ -101,7 +108,17 @@ def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
 
 
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remote",
+        action="append",
+        metavar="URL",
+        help="also use the models of this engine elsewhere (vLLM, TGI …); again for several that share the work",
+    )
+
+
 def _add_loading(parser: argparse.ArgumentParser) -> None:
+    _add_remote(parser)
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), help="number format of the computing")
     parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
@@ -129,6 +146,12 @@ def _host(options: argparse.Namespace) -> int:
     from .host import run_host
 
     return run_host(options.arguments, options.folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(options)
 
 
 def _ask(options: argparse.Namespace) -> int:
