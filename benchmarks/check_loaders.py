@@ -69,7 +69,7 @@ def make_folder(folder: Path, bits: int) -> None:
         "vocab_size": 288, "max_position_embeddings": 2048, "num_hidden_layers": 8, "num_attention_heads": 8, "hidden_size": 512,
         "intermediate_size": 1024, "num_key_value_heads": 4,
     }  # fmt: skip
-    tiny.write(folder, bits=bits, group_size=32, act_order=True, weights=f"gptq_model-{bits}bit-32g")
+    tiny.write(folder, bits=bits, group_size=32, act_order=True, shared_order=True, weights=f"gptq_model-{bits}bit-32g")
     tiny.write_tokenizer(folder)
 
 

@@ -132,6 +132,7 @@ class TransformersModel(LoadedModel):
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
+        stepper.take_over(hf, self._prefix)
         self._turns = Turns(hf, self._worker)
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
