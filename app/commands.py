@@ -42,16 +42,13 @@ def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
     return list(found)
 
 
-def asked_model(engine: Engine, options: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
-    """(name, load options) of the model of --model, or of the only one of --remote; None if neither says which."""
+def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
+    """The name in the library of --model, or of the only model of --remote; None if neither says which."""
     elsewhere = find_elsewhere(engine, options)
-    given = load_options(options)
     if not options.model:
-        return (elsewhere[0] if len(elsewhere) == 1 else None), given
+        return elsewhere[0] if len(elsewhere) == 1 else None
     name = options.model.replace("/", "_")
-    if name in elsewhere:
-        return name, given | {"model": options.model} if name != options.model else given
-    return options.model, given
+    return name if name in elsewhere else options.model
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,8 +99,7 @@ def ask(options: argparse.Namespace) -> int:
         if options.demo:
             loaded = engine.load_demo(options.loader, load_options(options))
         else:
-            name, given = asked_model(engine, options)
-            loaded = engine.load(_name(engine, name), options.loader, given)
+            loaded = engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})

@@ -44,6 +44,7 @@ class LocalModel:
     weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
     problem: str = ""  # why it is incomplete, in a sentence
     served_by: str = ""  # addresses of the engines that compute it; only where kind is remote
+    served_as: str = ""  # its name there, "owner/name"
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class LocalModel:
 def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
     """A model that an engine elsewhere serves under this name; there is no folder of it here."""
     folder = Path(name.replace("/", "_") or "remote")
-    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by)
+    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by, served_as=name)
 
 
 def is_model_folder(folder: Path) -> bool:
