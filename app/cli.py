@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models on this machine")
     _add_models(models, several=True)
     _add_remote(models)
-    models.set_defaults(run=_models)
+    models.set_defaults(run=_models, model=None)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
     ask.add_argument("question", metavar="QUESTION")

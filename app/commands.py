@@ -30,12 +30,28 @@ def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
     """List what the engines of --remote serve beside the models of the folders; returns the names. Raises LoadFailed."""
     if not options.remote:
         return []
+    from ..core.models import remote_model
     from ..loaders.remote import RemoteLoader, RemoteOptions
 
-    loader, asked = RemoteLoader(), RemoteOptions(base_url=", ".join(options.remote))
-    found = loader.models(asked)
-    engine.library.elsewhere = tuple(found)
-    return [model.name for model in found]
+    asked = RemoteOptions(base_url=", ".join(options.remote))
+    found = {model.name: model for model in RemoteLoader().models(asked)}
+    unlisted = remote_model(options.model or "", served_by=asked.base_url)  # some engines do not list what they can load
+    if options.model and unlisted.name not in found and unlisted.name not in [each.name for each in engine.library.models()]:
+        found[unlisted.name] = unlisted
+    engine.library.elsewhere = tuple(found.values())
+    return list(found)
+
+
+def asked_model(engine: Engine, options: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """(name, load options) of the model of --model, or of the only one of --remote; None if neither says which."""
+    elsewhere = find_elsewhere(engine, options)
+    given = load_options(options)
+    if not options.model:
+        return (elsewhere[0] if len(elsewhere) == 1 else None), given
+    name = options.model.replace("/", "_")
+    if name in elsewhere:
+        return name, given | {"model": options.model} if name != options.model else given
+    return options.model, given
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,9 +102,8 @@ def ask(options: argparse.Namespace) -> int:
         if options.demo:
             loaded = engine.load_demo(options.loader, load_options(options))
         else:
-            elsewhere = find_elsewhere(engine, options)
-            name = elsewhere[0] if len(elsewhere) == 1 and not options.model else _name(engine, options.model)
-            loaded = engine.load(name, options.loader, load_options(options))
+            name, given = asked_model(engine, options)
+            loaded = engine.load(_name(engine, name), options.loader, given)
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})

@@ -14,7 +14,7 @@ from ..core.errors import BadParameter, GptqWebuiError
 from ..engine.advice import torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
-from .commands import find_elsewhere, load_options, make_engine
+from .commands import asked_model, make_engine
 
 if TYPE_CHECKING:
     from ..ui.access import Share
@@ -141,11 +141,11 @@ def _users(options: argparse.Namespace) -> list[tuple[str, str]]:
 def _load_first(engine: Engine, options: argparse.Namespace) -> None:
     """--remote, --demo or --model, in the background; the page shows how far it is."""
     try:
-        elsewhere = find_elsewhere(engine, options)
+        name, given = asked_model(engine, options)
         if options.demo:
-            engine.load_demo(options.loader, load_options(options))
-        elif options.model or len(elsewhere) == 1:
-            engine.load(options.model or elsewhere[0], options.loader, load_options(options))
+            engine.load_demo(options.loader, given)
+        elif name:
+            engine.load(name, options.loader, given)
         else:
             return
         assert engine.loaded is not None

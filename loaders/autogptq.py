@@ -126,8 +126,11 @@ class AutoGPTQLoader:
             raise _in_words(error, model, library) from error
         hf.config.name_or_path = str(model.folder)
         used = f"Computed by {_used_kernel(hf)} of {'auto-gptq' if library == 'auto_gptq' else 'GPTQModel'}."
+        from ..gptq.stepper import TransformersStepper
+
         progress(1.0, "Ready")
-        return TransformersModel(model, hf.eval(), tokenizer, context, reason, (used, *notes), str(device))
+        hf = hf.eval()
+        return TransformersModel(model, hf, TransformersStepper(hf), tokenizer, context, reason, (used, *notes), str(device))
 
 
 def _library(machine: Machine, options: AutoGPTQOptions) -> tuple[str, Refusal | None]:
@@ -199,21 +202,22 @@ def _open_auto_gptq(folder: str, kernel: str, dtype: Any, device: Any, options: 
 
 
 def _retie(hf: Any, model: LocalModel) -> tuple[str, ...]:
-    """auto-gptq loads zeros where a tied model has no output layer of its own, and says nothing."""
+    """auto-gptq leaves a tied model's embedding unset (zeros, or what lay in the memory) and says nothing: read it again."""
     tensors = tensors_of(model.weights)
     name = tied_embedding(tensors)
-    weight = hf.get_input_embeddings().weight
-    if name is None or bool(weight.any()):
+    if name is None:
         return ()
     import torch
     from safetensors import safe_open
 
+    weight, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
     with safe_open(tensors[name][0], framework="pt") as file, torch.no_grad():
-        weight.copy_(file.get_tensor(name).to(weight.dtype))
-        head = hf.get_output_embeddings().weight
-        if head is not weight:
-            head.copy_(weight)
-    return ("Its embedding was read again: auto-gptq leaves tied ones empty.",)
+        right = file.get_tensor(name).to(weight.device, weight.dtype)
+        if torch.equal(weight, right) and torch.equal(head, right):
+            return ()
+        weight.copy_(right)
+        head.copy_(right)
+    return ("Its embedding was read again: the library leaves tied ones unset.",)
 
 
 def _used_kernel(hf: Any) -> str:

@@ -58,6 +58,7 @@ class TransformersLoader:
 
         from ..gptq import checkpoint
         from ..gptq.choose_step import stepper_for
+        from ..gptq.stepper import TransformersStepper
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -102,7 +103,7 @@ class TransformersLoader:
             fit.give_back(device)
             raise
         progress(0.97, "Preparing the fastest way to compute")
-        stepper, note = stepper_for(hf, context)
+        stepper, note = (TransformersStepper(hf), "") if foreign else stepper_for(hf, context)
         loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
         return loaded
@@ -131,6 +132,7 @@ class TransformersModel(LoadedModel):
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
+        stepper.take_over(hf, self._prefix)
         self._turns = Turns(hf, self._worker)
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:

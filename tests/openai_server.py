@@ -37,9 +37,8 @@ class OpenAIServer:
             def do_GET(self):
                 if not self._allowed():
                     return
-                self._json(200, {"object": "list", "data": [
-                    {"id": server.model, "object": "model", "created": 0, "owned_by": "x", "max_model_len": server.context}
-                ]})  # fmt: skip
+                entry = {"id": server.model, "object": "model", "created": 0, "owned_by": "x", "max_model_len": server.context}
+                self._json(200, {"object": "list", "data": [entry] if server.model else []})
 
             def do_POST(self):
                 if not self._allowed():

@@ -5,9 +5,9 @@ import threading
 import time
 from types import SimpleNamespace
 
-import fake_exllamav2
 import pytest
 
+import fake_exllamav2
 import tiny
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.errors import BadParameter, LoadFailed

@@ -8,8 +8,6 @@ import pytest
 
 pytest.importorskip("openai")
 
-from openai_server import OpenAIServer
-
 from gptq_webui.core.chat import Finish, Message
 from gptq_webui.core.errors import AnswerFailed, BadParameter, LoadFailed
 from gptq_webui.core.models import remote_model
@@ -18,6 +16,7 @@ from gptq_webui.engine.engine import Engine
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders import remote_pool
 from gptq_webui.loaders.remote import RemoteLoader, RemoteOptions
+from openai_server import OpenAIServer
 
 PARAMS = GenerationParams()
 ASK = [Message("user", "What is the capital of France?")]
@@ -172,6 +171,16 @@ def test_ask_and_models_take_the_address_of_an_engine(tmp_path, capsys):
         assert "tiny_model\ton another machine" in capsys.readouterr().out
         assert main(["ask", "What is the capital of France?", "--models-dir", str(tmp_path), "--remote", server.url]) == 0
         assert capsys.readouterr().out == "The capital of France is Paris.\n"
+
+
+def test_an_engine_that_lists_nothing_is_told_the_models_name(tmp_path, capsys):
+    from gptq_webui.app.cli import main
+
+    with OpenAIServer(model=None) as server:
+        folders = ["--models-dir", str(tmp_path), "--remote", server.url]
+        assert main(["ask", "Hi", *folders, "--model", "org/big"]) == 0
+        assert capsys.readouterr().out.startswith("The capital") and server.bodies[0]["model"] == "org/big"
+        assert main(["ask", "Hi", *folders]) == 1
 
 
 def test_unloading_ends_what_runs(opened):
