@@ -211,7 +211,7 @@ class Loads:
         with self._change():
             self.resting = self.trouble = None
             self._drop()
-            healing.free_memory()
+            healing.free_memory(collect=False)  # closing the model has collected
             self._say(Status())
 
     def reload(self) -> LoadedModel:
