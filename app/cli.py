@@ -1,4 +1,4 @@
-"""The command line: `gptq-webui [serve|download|models|ask|host]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|branches|download|models|…]`. Answers --help without a heavy import."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..core.errors import GptqWebuiError
 
-COMMANDS = ("serve", "download", "models", "ask", "host")
+COMMANDS = ("serve", "branches", "download", "models", "ask", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     _add_loading(serve)
     serve.set_defaults(run=_serve)
+
+    branches = commands.add_parser("branches", help="compare the branches of a model, and say which one fits this machine")
+    branches.add_argument("ref", metavar="REF", help="owner/name, for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ")
+    branches.add_argument("--context", type=int, metavar="TOKENS", help="context length to count with (default: 4096)")
+    branches.add_argument("--memory", type=float, metavar="GB", help="free memory of another graphics card, to ask for that")
+    branches.add_argument("--more", action="store_true", help="also the damping and the calibration data")
+    branches.add_argument("--json", action="store_true", help="everything as JSON on stdout")
+    _add_models(branches)
+    branches.set_defaults(run=_branches)
 
     download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch")
     download.add_argument(
@@ -111,6 +120,12 @@ def _serve(options: argparse.Namespace) -> int:
     from .serve import serve
 
     return serve(options)
+
+
+def _branches(options: argparse.Namespace) -> int:
+    from .branches import branches
+
+    return branches(options)
 
 
 def _download(options: argparse.Namespace) -> int:

@@ -58,11 +58,17 @@ class HubUnreachable(HubError):
 
 
 class WrongRepository(HubError):
-    pass
+    """`sister` is the same model as GPTQ, "owner/name", once somebody has seen that it exists."""
+
+    def __init__(self, text: str, candidates: tuple[str, ...] = (), sister: str = "") -> None:
+        super().__init__(text)
+        self.candidates, self.sister = candidates, sister
 
 
 class DiskFull(HubError):
-    pass
+    def __init__(self, text: str, missing_bytes: int = 0) -> None:
+        super().__init__(text)
+        self.missing_bytes = missing_bytes  # still to be written, what others have reserved included
 
 
 class DownloadFailed(HubError):

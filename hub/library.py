@@ -8,16 +8,18 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..core.errors import ModelError, NoSuchModel
+from ..core.errors import ModelError, NoSuchModel, WrongRepository
 from ..core.models import LocalModel, is_model_folder
 from ..core.refs import ModelRef
 from ..core.units import format_bytes
 from . import wanted
+from .branches import with_sister
 from .download import bytes_present, fetch
 from .folder import is_locked
 from .progress import Progress
@@ -37,6 +39,7 @@ class Plan:
     wanted: Wanted
     folder: Path
     present_bytes: int  # of wanted.total_bytes, on disk already
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and its like, as read from the Hub
 
     @property
     def ref(self) -> ModelRef:
@@ -85,20 +88,33 @@ class Library:
         places = " and ".join(str(root) for root in self.roots)
         raise NoSuchModel(f"There is no model {name!r} in {places}. Download it, or add the folder that holds it.")
 
-    def plan(self, ref: ModelRef, any_kind: bool = False, allow_code: bool = False) -> Plan:
+    def plan(
+        self,
+        ref: ModelRef,
+        any_kind: bool = False,
+        allow_code: bool = False,
+        allow_pickle: bool = False,
+        *,
+        commit: str = "",
+        folder: Path | None = None,
+    ) -> Plan:
         """Ask the Hub what a download would bring; nothing is written.
 
-        `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files.
+        `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files, `allow_pickle`
+        GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest.
         Raises the HubErrors of Hub.listing, and WrongRepository.
         """
-        listing = self.hub.listing(ref)
+        listing = self.hub.listing(ref, commit)
         needed = wanted.settings_needed(listing)
         settings = {path: wanted.parse_settings(self.hub.small_file(listing, path)) for path in needed}
-        chosen = wanted.choose(listing, settings, any_kind, allow_code)
+        try:
+            chosen = wanted.choose(listing, settings, any_kind, allow_code, allow_pickle)
+        except WrongRepository as error:
+            raise with_sister(error, self.hub) from None
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not
             self.hub.small_file(listing, min(chosen.files, key=lambda file: file.size_bytes).path)
-        folder = self.roots[0] / ref.folder_name
-        return Plan(listing, chosen, folder, bytes_present(chosen.files, folder))
+        folder = folder or self.roots[0] / ref.folder_name
+        return Plan(listing, chosen, folder, bytes_present(chosen.files, folder), settings)
 
     def fetch(self, plan: Plan, cancel: threading.Event) -> Iterator[Progress]:
         """Download what the plan says; the last event is `done` or, after `cancel`, `stopped`. Raises as download.fetch."""

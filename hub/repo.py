@@ -6,6 +6,8 @@ call. Bytes of models are not fetched here (download.py), only small settings fi
 """
 
 import difflib
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,9 +63,13 @@ def is_safe_path(path: str) -> bool:
 
 
 class Hub:
-    """`endpoint` and `token` are for tests and unusual set-ups; by default the environment and the saved login decide."""
+    """By default the environment and the saved login decide where to ask and as whom; `use` overrides both."""
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+        self.use(endpoint, token)
+
+    def use(self, endpoint: str | None, token: str | None) -> None:
+        """Ask this place, with this token. A place given here never gets the token of the environment or the saved login."""
         self._endpoint = endpoint.rstrip("/") if endpoint else None
         self._token = token
 
@@ -75,17 +81,19 @@ class Hub:
         """Secret: for request headers only."""
         if self._token:
             return self._token
+        if self._endpoint and self._endpoint != wire.endpoint_from_environment():
+            return None
         from huggingface_hub import get_token
 
         return get_token()
 
-    def listing(self, ref: ModelRef) -> Listing:
-        """Every file of the branch, at the commit it points to now.
+    def listing(self, ref: ModelRef, commit: str = "") -> Listing:
+        """Every file of the branch, at the commit it points to now, or at the one that is given.
 
         Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
         """
         try:
-            info = self._api().model_info(ref.repo, revision=ref.branch, files_metadata=True, timeout=_ASK_S)
+            info = self._api().model_info(ref.repo, revision=commit or ref.branch, files_metadata=True, timeout=_ASK_S)
         except Exception as error:
             raise self._sentence(error, ref) from None
         files = tuple(
@@ -96,14 +104,30 @@ class Hub:
 
     def branches(self, repo: str) -> list[str]:
         """Names of the branches, main first. Raises as `listing`."""
-        try:
-            names = [each.name for each in self._api().list_repo_refs(repo).branches]
-        except Exception as error:
-            raise self._sentence(error, ModelRef(repo)) from None
+        names = list(self.heads(repo))
         return sorted(names, key=lambda name: (name != "main", names.index(name)))
 
-    def small_file(self, listing: Listing, path: str) -> bytes | None:
-        """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one."""
+    def heads(self, repo: str) -> Mapping[str, str]:
+        """Branch -> commit, in the Hub's order. Raises as `listing`."""
+        try:
+            return {each.name: each.target_commit for each in self._api().list_repo_refs(repo).branches}
+        except Exception as error:
+            raise self._sentence(error, ModelRef(repo)) from None
+
+    def exists(self, repo: str) -> bool:
+        """Whether there is such a model that we may see; False also if nobody answers."""
+        try:
+            return bool(self._api().repo_exists(repo))
+        except Exception:
+            return False
+
+    def small_file(
+        self, listing: Listing, path: str, client: "httpx.Client | None" = None, part: tuple[int, int] | None = None
+    ) -> bytes | None:
+        """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one.
+
+        `part` asks for the bytes from here to before there, of a file of any size. `client` is one to share.
+        """
         if all(each.path != path for each in listing.files):
             return None
         import httpx
@@ -111,12 +135,16 @@ class Hub:
         endpoint, token = self.endpoint, self.token()
         wire.require_online(endpoint)
         address = wire.file_address(endpoint, listing.ref.repo, listing.commit, path)
+        start, stop = part or (0, None)
         for last in (False, False, True):
             try:
-                with wire.new_client() as client, wire.get(client, address, endpoint, token) as (response, own):
+                with (
+                    nullcontext(client) if client is not None else wire.new_client() as asking,
+                    wire.get(asking, address, endpoint, token, start, stop) as (response, own),
+                ):
                     status = response.status_code
-                    if status == 200:
-                        return self._read(response, path)
+                    if status == 206 or (status == 200 and not start):
+                        return self._read(response, path, None if stop is None else stop - start)
                     refused = wire.refusal(status, response.headers, listing.ref.repo, endpoint, bool(token)) if own else None
                     if refused is not None:
                         raise refused
@@ -128,10 +156,12 @@ class Hub:
         raise AssertionError("the last round returns or raises")
 
     @staticmethod
-    def _read(response: "httpx.Response", path: str) -> bytes:
+    def _read(response: "httpx.Response", path: str, limit: int | None = None) -> bytes:
         data = bytearray()
         for piece in response.iter_bytes():
             data += piece
+            if limit is not None and len(data) >= limit:  # a server that knows no Range would send all of it
+                return bytes(data[:limit])
             if len(data) > _SMALL_BYTES:
                 raise WrongRepository(f"{path} is larger than a settings file should be; nothing was downloaded.")
         return bytes(data)
@@ -140,7 +170,8 @@ class Hub:
         wire.require_online(self.endpoint)
         from huggingface_hub import HfApi
 
-        return HfApi(endpoint=self.endpoint, token=self._token, library_name="gptq-webui", library_version=wire.__version__)
+        token = self.token() or False  # False: none, and no look at the saved login
+        return HfApi(endpoint=self.endpoint, token=token, library_name="gptq-webui", library_version=wire.__version__)
 
     def _sentence(self, error: Exception, ref: ModelRef) -> GptqWebuiError:
         if isinstance(error, GptqWebuiError):

@@ -44,6 +44,11 @@ class Wanted:
     kind: Kind
     format: str  # "GPTQ 4-bit, group 32, act-order (safetensors)"
     notes: tuple[str, ...] = ()  # what the user should know, in sentences
+    weights: tuple[str, ...] = ()  # which of the files hold the tensors
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files if file.path in self.weights)
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +77,11 @@ def parse_settings(data: bytes | None) -> dict[str, Any]:
 
 
 def choose(
-    listing: Listing, settings: Mapping[str, Mapping[str, Any]], any_kind: bool = False, allow_code: bool = False
+    listing: Listing,
+    settings: Mapping[str, Mapping[str, Any]],
+    any_kind: bool = False,
+    allow_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Wanted:
     """The files to download. `settings` holds what `settings_needed` asked for, by name.
 
@@ -83,22 +92,23 @@ def choose(
     named = settings.get("quantize_config.json", {}).get("model_file_base_name")
     kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
     if kind == "gguf" or (kind in OPENED_BY and not any_kind):  # one of many .gguf files is wanted, and nobody says which
-        raise WrongRepository(_wrong_kind(ref, kind, settings))
+        raise _wrong_kind(ref, kind, settings)
     weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
     if not weights:
         raise WrongRepository(_no_weights(listing))
     if kind != "gptq" and not any_kind:
-        raise WrongRepository(_wrong_kind(ref, kind, settings))
+        raise _wrong_kind(ref, kind, settings)
     if missing:
         raise WrongRepository(f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref)}")
-    if kind == "gptq" and not weights[0].endswith(".safetensors") and not any_kind:
+    if kind == "gptq" and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
         raise WrongRepository(
             f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
-            f"Choose a branch or repository with .safetensors files. {_other_branches(ref)}"
+            "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle) and have it converted "
+            f"(gptq-webui convert): that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
         )
     files = _files(listing, set(weights), allow_code)
     form = f"{_format(kind, settings)} ({weights[0].rpartition('.')[2]})"
-    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)))
+    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
 
 
 def _kind_by_names(listing: Listing) -> Kind | None:
@@ -132,7 +142,7 @@ def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]
     return "plain"
 
 
-def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
+def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
     """Names what it is and where the same model may be as GPTQ."""
     owner, _, name = ref.repo.partition("/")
     quantization = settings.get("config.json", {}).get("quantization_config")
@@ -146,10 +156,11 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
     else:
         found = f"{ref} is not quantised (16-bit weights); this program is for GPTQ models."
     if "gptq" in name.lower():
-        return f"{found} Nothing was downloaded."
+        return WrongRepository(f"{found} Nothing was downloaded.")
     sister = _ENDING.sub("", name) + "-GPTQ"
-    owners = dict.fromkeys((owner, "TheBloke"))
-    return f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(f'{each}/{sister}' for each in owners)}."
+    candidates = tuple(dict.fromkeys(f"{each}/{sister}" for each in (owner, "TheBloke")))
+    text = f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(candidates)}."
+    return WrongRepository(text, candidates)
 
 
 def _no_weights(listing: Listing) -> str:
@@ -194,12 +205,17 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
 def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
     if kind != "gptq":
         return {"plain": "16-bit", "lora": "LoRA"}.get(kind, kind.upper())
-    in_config = settings.get("config.json", {}).get("quantization_config")
-    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
     try:
-        return "GPTQ " + QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own}).summary
+        return "GPTQ " + quantize_of(settings).summary
     except BadQuantizeConfig:
         return "GPTQ"
+
+
+def quantize_of(settings: Mapping[str, Mapping[str, Any]]) -> QuantizeConfig:
+    """How the settings say it was quantised. Raises BadQuantizeConfig if they do not."""
+    in_config = settings.get("config.json", {}).get("quantization_config")
+    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
+    return QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own})
 
 
 def _notes(

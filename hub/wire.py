@@ -102,7 +102,7 @@ def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, w
     return None
 
 
-def new_client() -> "httpx.Client":
+def new_client(connections: int = 8) -> "httpx.Client":
     import httpx
 
     if (logger := logging.getLogger("httpx")).level == logging.NOTSET:
@@ -110,15 +110,16 @@ def new_client() -> "httpx.Client":
     return httpx.Client(
         timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
         follow_redirects=False,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
         headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},  # as stored: what is counted is what is written
     )
 
 
 @contextmanager
 def get(
-    client: "httpx.Client", address: str, endpoint: str, token: str | None, start: int = 0
+    client: "httpx.Client", address: str, endpoint: str, token: str | None, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple["httpx.Response", bool]]:
-    """(response, whether it comes from the Hub itself), body unread. `start` is the first byte wanted.
+    """(response, whether it comes from the Hub itself), body unread. Wanted are the bytes from `start` to before `stop`.
 
     Raises httpx.HTTPError for what went wrong on the way.
     """
@@ -127,7 +128,7 @@ def get(
     url, home = httpx.URL(address), httpx.URL(endpoint)
     for _ in range(_REDIRECTS):
         own = (url.scheme, url.host, url.port) == (home.scheme, home.host, home.port)
-        headers = {"Range": f"bytes={start}-"} if start else {}
+        headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         if token and own:
             headers["Authorization"] = f"Bearer {token}"
         with client.stream("GET", url, headers=headers) as response:

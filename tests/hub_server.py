@@ -123,6 +123,8 @@ class HubServer:
         self.links_used_once = False  # a signed link is refused the second time, as an expired one
         self.damage: dict[str, int] = {}  # path -> how many times it is served with one wrong byte
         self.down = False  # every request fails with 503
+        self.latency_s = 0.0  # before every answer
+        self.bytes_answered = 0  # of every body, lists and settings included
         self._links: dict[str, Blob] = {}
         self._names: dict[str, str] = {}
         self._ending = threading.Event()
@@ -227,6 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = self.headers
         asked = (headers.get("Authorization", ""), headers.get("Range", ""), headers.get("User-Agent", ""))
         self.hub.seen.append(Seen(self.host, self.command, self.path, *asked))
+        time.sleep(self.hub.latency_s)
         try:
             if self.hub.down:
                 self.answer(503, b"down")
@@ -246,6 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.bytes_answered += len(body)
             self.wfile.write(body)
 
     def answer_json(self, values: Any, status: int = 200, **headers: str) -> None:
@@ -289,6 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             sent += len(piece)
             with self.hub._lock:
                 self.hub.bytes_served += len(piece)
+                self.hub.bytes_answered += len(piece)
             if cut:
                 self._cut()
             if self.hub.stall_after_bytes is not None and sent >= self.hub.stall_after_bytes:
