@@ -116,7 +116,7 @@ def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memor
     except LoadRefused as error:
         return Fit("no loader", str(error))
     needs = choice.loader.needs_bytes(model, make_options(choice.loader, asked))
-    found = {"needs_bytes": needs, "loader": choice.loader.name, "reason": choice.reason}
+    found: dict[str, Any] = {"needs_bytes": needs, "loader": choice.loader.name, "reason": choice.reason}
     room = (memory.ram if memory.card is None else memory.card) - _KEPT_FREE_BYTES
     if needs <= room:
         where = "" if memory.card is not None else ", on the processor"

@@ -6,13 +6,16 @@ piece as it arrives. Knows no folder and no marker: download.py opens the file a
 
 import hashlib
 import logging
+import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..core.errors import DownloadFailed
 from ..core.units import format_bytes, format_duration, plural
@@ -28,8 +31,59 @@ FIRST_PAUSE_S = 0.5  # before asking again after such an attempt; doubled each t
 LONGEST_PAUSE_S = 30.0
 LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
 _PIECE_BYTES = 1 << 20
+_AHEAD = 8  # pieces received or read that are not hashed yet
 
 log = logging.getLogger(__name__)
+
+
+class Digest(Protocol):
+    """What hashlib's objects can, as far as it is needed here."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class Beside:
+    """A digest that is computed on a thread of its own, so that hashing does not hold up the network.
+
+    hashlib lets go of the interpreter's lock while it works. At most _AHEAD pieces wait: memory stays small.
+    """
+
+    def __init__(self, digest: Digest) -> None:
+        self._digest = digest
+        self._pieces: queue.Queue[Any] = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._work, name="download hash", daemon=True)
+        self._thread.start()
+
+    def update(self, data: Any, /) -> None:
+        self._pieces.put(data)
+
+    def hexdigest(self) -> str:
+        self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread; what was given is hashed first."""
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._digest.update(piece)
+
+
+def digest_of(file: RemoteFile) -> Digest:
+    """sha256 for files in large-file storage, git's blob id for the others."""
+    if file.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(f"blob {file.size_bytes}\0".encode(), usedforsecurity=False)
+
+
+def is_right(file: RemoteFile, digest: Digest) -> bool:
+    wanted = file.sha256 or file.blob_id
+    return wanted is None or digest.hexdigest() == wanted.lower()
 
 
 class Stopped(Exception):
@@ -44,43 +98,61 @@ class _Again(Exception):
         self.pause_s = pause_s
 
 
+@dataclass
+class Inflow:
+    """One file that is being brought or checked now."""
+
+    file: RemoteFile
+    stage: Stage = "checking"
+    note: str = ""  # why it waits
+
+
 class Receiver:
-    """How far each file has come, and the work of bringing it further. One thread works, another may look and stop it."""
+    """How far each file has come, and the work of bringing it further. Threads work, another may look and stop them."""
 
     def __init__(self, listing: Listing, hub: Hub) -> None:
         self.listing, self._hub = listing, hub
-        self.stage: Stage = "checking"
-        self.current = RemoteFile("", 0, None, None)
-        self.note = ""  # why it waits
         self.have: dict[str, int] = {}  # bytes on disk, by path
+        self.active: dict[str, Inflow] = {}  # by path, in the order they began
         self.received_bytes, self.cuts = 0, 0
         self.stopped = threading.Event()
         self._change = threading.Lock()  # held for every change of the folder; see changing
-        self._stream: Any = None  # httpcore's network stream of the response that is being read
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()  # of every connection that is open
 
     def stop(self) -> None:
-        """After this returns, the mover's thread changes nothing on disk any more, even if it still waits for the network."""
+        """After this returns, no thread changes anything on disk any more, even if it still waits for the network."""
         with self._change:
             self.stopped.set()
-        if (stream := self._stream) is not None and (connection := stream.get_extra_info("socket")) is not None:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread out of a silent read; close() would not
+            streams = list(self._streams)
+        for stream in streams:
+            if (connection := stream.get_extra_info("socket")) is not None:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread out of a silent read; close() would not
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Around every change of the folder, so that stop() ends changes at once, wherever this thread is."""
+        """Around every change of the folder, so that stop() ends changes at once, wherever the threads are."""
         with self._change:
             if self.stopped.is_set():
                 raise Stopped
             yield
 
-    def fill(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", client: "httpx.Client") -> None:
+    @contextmanager
+    def at_work(self, file: RemoteFile) -> Iterator[None]:
+        """Around the work on one file: meanwhile it is shown."""
+        self.active[file.path] = Inflow(file)
+        try:
+            yield
+        finally:
+            self.active.pop(file.path, None)
+
+    def fill(self, file: RemoteFile, out: BinaryIO, digest: Digest, client: "httpx.Client") -> None:
         """Attempt after attempt, until the file is full. Cuts are not counted as long as bytes arrive between them."""
         import httpx
 
-        attempts = 0
+        attempts, inflow = 0, self.active[file.path]
         while (start := self.have[file.path]) < file.size_bytes:
-            self.stage, self.note, why, pause_s, failure = "downloading", "", "the connection was cut", 0.0, None
+            inflow.stage, inflow.note, why, pause_s, failure = "downloading", "", "the connection was cut", 0.0, None
             try:
                 self._attempt(file, out, digest, client)
             except _Again as again:
@@ -110,13 +182,13 @@ class Receiver:
                     f"{file.path} of {self.listing.ref} does not get on: {plural(attempts, 'attempt')} in a row brought nothing "
                     f"({why}). What has arrived is kept; press Download again later and it goes on from there."
                 )
-            self._wait(max(pause_s, min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S)), why)
+            self._wait(inflow, max(pause_s, min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S)), why)
 
-    def _attempt(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", client: "httpx.Client") -> None:
+    def _attempt(self, file: RemoteFile, out: BinaryIO, digest: Digest, client: "httpx.Client") -> None:
         """One request, asked of the Hub itself each time: so a storage link that has expired is renewed."""
         start, token, endpoint = self.have[file.path], self._hub.token(), self._hub.endpoint
         address = wire.file_address(endpoint, self.listing.ref.repo, self.listing.commit, file.path)
-        with wire.get(client, address, endpoint, token, start) as (response, own):
+        with wire.get(client, address, endpoint, token, start, connected=self._connected) as (response, own):
             status, headers = response.status_code, response.headers
             if status not in (200, 206):
                 sentence = wire.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
@@ -129,7 +201,6 @@ class Receiver:
                 raise _Again("the server sent another part than it was asked for")
             skip = start - at
             pieces = response.iter_raw() if headers.get("Content-Encoding", "identity") == "identity" else response.iter_bytes()
-            self._stream = response.extensions.get("network_stream")
             for piece in pieces:
                 if self.stopped.is_set():
                     raise Stopped
@@ -143,28 +214,31 @@ class Receiver:
                 if self.have[file.path] >= file.size_bytes and "Content-Length" not in headers:
                     return  # else read to the end, so that the connection can be used again
 
-    def _keep(self, file: RemoteFile, out: BinaryIO, digest: "hashlib._Hash", piece: bytes) -> None:
+    def _connected(self, stream: Any) -> None:
+        with self.changing():
+            self._streams.add(stream)
+
+    def _keep(self, file: RemoteFile, out: BinaryIO, digest: Digest, piece: bytes) -> None:
         rest = memoryview(piece)
         while rest:
             with self.changing():
                 count = out.write(rest)  # a disk that fills up takes a part, then raises
+                self.received_bytes += count
             digest.update(rest[:count])
             self.have[file.path] += count
-            self.received_bytes += count
             rest = rest[count:]
 
-    def _wait(self, pause_s: float, why: str) -> None:
+    def _wait(self, inflow: Inflow, pause_s: float, why: str) -> None:
         until_s = time.monotonic() + pause_s
-        self.stage = "waiting"
+        inflow.stage = "waiting"
         while (left_s := until_s - time.monotonic()) > 0:
-            self.note = f"{why}, asking again in {format_duration(left_s)}"
+            inflow.note = f"{why}, asking again in {format_duration(left_s)}"
             if self.stopped.wait(min(left_s, 0.5)):
                 raise Stopped
 
-    def hash(self, file: RemoteFile, content: BinaryIO, digest: "hashlib._Hash") -> None:
+    def hash(self, file: RemoteFile, content: BinaryIO, digest: Digest) -> None:
         """Feed what is on disk, from where `content` stands to its end."""
         while piece := content.read(_PIECE_BYTES):
-            self.stage = "checking"
             if self.stopped.is_set():
                 raise Stopped
             digest.update(piece)

@@ -7,9 +7,9 @@ in no log. httpx is imported where it is used, because importing it takes time.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from .. import __version__
@@ -117,13 +117,25 @@ def new_client(connections: int = 8) -> "httpx.Client":
 
 @contextmanager
 def get(
-    client: "httpx.Client", address: str, endpoint: str, token: str | None, start: int = 0, stop: int | None = None
+    client: "httpx.Client",
+    address: str,
+    endpoint: str,
+    token: str | None,
+    start: int = 0,
+    stop: int | None = None,
+    connected: Callable[[Any], None] | None = None,
 ) -> Iterator[tuple["httpx.Response", bool]]:
     """(response, whether it comes from the Hub itself), body unread. Wanted are the bytes from `start` to before `stop`.
+
+    `connected` is told httpcore's network stream of every new connection, before anything is sent.
 
     Raises httpx.HTTPError for what went wrong on the way.
     """
     import httpx
+
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        if connected is not None and event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connected(info["return_value"])
 
     url, home = httpx.URL(address), httpx.URL(endpoint)
     for _ in range(_REDIRECTS):
@@ -131,7 +143,7 @@ def get(
         headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         if token and own:
             headers["Authorization"] = f"Bearer {token}"
-        with client.stream("GET", url, headers=headers) as response:
+        with client.stream("GET", url, headers=headers, extensions={"trace": trace}) as response:
             if response.status_code not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
                 yield response, own
                 return
