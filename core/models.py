@@ -43,10 +43,11 @@ class LocalModel:
     architecture: str  # as in config.json, "MistralForCausalLM"; "" if unknown
     weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
     problem: str = ""  # why it is incomplete, in a sentence
+    called: str = ""  # where the folder's own name says nothing: in the Hugging Face cache it is a commit
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.called or self.folder.name
 
     @property
     def badge(self) -> str:

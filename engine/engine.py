@@ -98,6 +98,7 @@ class Engine:
                     log.warning("%s", error)
             self.loaded, self.choice = loaded, choice  # last: a load that fails leaves nothing half done
             self.settings.last_model = model.name
+            self.settings.note_used(model.name)
             self._say(Status("ready", model.name, "Ready", 1.0))
             log.info(
                 "loaded %s with %s on %s, %d tokens of context (%s)",

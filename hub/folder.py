@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import DiskFull, DownloadFailed, HubError
 from ..core.models import PARTIAL
@@ -42,6 +43,7 @@ class Record:
     ref: str
     commit: str
     files: Mapping[str, Entry]  # by path
+    repaired: tuple[str, ...] = ()  # files that were rewritten here on purpose: other bytes than the Hub's are right
 
     @classmethod
     def read(cls, path: Path) -> "Record | None":
@@ -54,7 +56,8 @@ class Record:
                 str(name): Entry(int(each["size_bytes"]), str(each["fingerprint"]), int(each["mtime_ns"]))
                 for name, each in values["files"].items()
             }
-            return cls(str(values["ref"]), str(values["commit"]), files)
+            repaired = tuple(str(name) for name in values.get("repaired", ()))
+            return cls(str(values["ref"]), str(values["commit"]), files, repaired)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -63,7 +66,9 @@ class Record:
 
     def write(self, path: Path) -> None:
         files = {name: vars(entry) for name, entry in self.files.items()}
-        values = {"format": _FORMAT, "ref": self.ref, "commit": self.commit, "files": files}
+        values: dict[str, Any] = {"format": _FORMAT, "ref": self.ref, "commit": self.commit, "files": files}
+        if self.repaired:
+            values["repaired"] = list(self.repaired)
         draft = path.with_name(path.name + ".new")
         try:
             with draft.open("w", encoding="utf-8") as file:
@@ -159,18 +164,20 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def disk_full(missing_bytes: int, free_bytes: int, folder: Path, reserved_bytes: int = 0) -> DiskFull:
+def disk_full(missing_bytes: int, free_bytes: int, folder: Path, reserved_bytes: int = 0, begun: bool = False) -> DiskFull:
     others = f", {format_bytes(reserved_bytes)} for other downloads," if reserved_bytes else ""
     return DiskFull(
         f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded{others} and {format_bytes(free_bytes)} "
         f"are free at {folder}. Make room, or choose another models folder; what has arrived is kept.",
         missing_bytes + reserved_bytes,
+        folder,
+        begun,
     )
 
 
 def disk_sentence(error: OSError, folder: Path, missing_bytes: int = 0) -> HubError:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return disk_full(missing_bytes, shutil.disk_usage(folder).free, folder)
+        return disk_full(missing_bytes, shutil.disk_usage(folder).free, folder, begun=True)
     if isinstance(error, PermissionError):
         return DownloadFailed(
             f"{error.filename or folder} cannot be written. If its model is loaded, unload it; "

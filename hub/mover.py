@@ -41,6 +41,7 @@ class Mover:
         self._total_bytes = sum(file.size_bytes for file in files)
         self._entries: dict[str, Entry] = {}  # complete and verified
         self._known: dict[str, Entry] = {}  # as earlier downloads left it
+        self._repaired: set[str] = set()  # rewritten here on purpose
         self._to = Receiver(listing, hub)
         self._to.have = {file.path: 0 for file in files}
         self._meter = Meter()
@@ -100,6 +101,7 @@ class Mover:
                     f"Rename or remove it before downloading {self.listing.ref}."
                 )
         self._known = {**(marker.files if marker else {}), **(plan.files if plan else {})}
+        self._repaired = set(marker.repaired if marker else ())
         missing = [file for file in self._files if not self._is_complete(file, marker)]
         if missing:
             self._keep_or_drop_partials(missing, plan)
@@ -108,7 +110,8 @@ class Mover:
             self._receive_all(missing)
         self._remove_what_left_the_repository()
         with self._to.changing():
-            Record(str(self.listing.ref), self.listing.commit, self._entries).write(self.folder / MARKER)
+            repaired = tuple(sorted(self._repaired & set(self._entries)))
+            Record(str(self.listing.ref), self.listing.commit, self._entries, repaired).write(self.folder / MARKER)
             (self.folder / PLAN).unlink(missing_ok=True)
         took_s = max(time.monotonic() - started_s, 1e-9)
         log.info(
@@ -128,6 +131,12 @@ class Mover:
             stat = path.stat()
         except OSError:
             return False
+        if file.path in self._repaired:
+            before = marker.files.get(file.path) if marker else None
+            if before is not None and before.fingerprint == file.fingerprint:
+                self._to.have[file.path], self._entries[file.path] = file.size_bytes, before
+                return True
+            self._repaired.discard(file.path)  # the Hub has another one now
         if stat.st_size != file.size_bytes:
             return False
         entry = Entry(file.size_bytes, file.fingerprint, stat.st_mtime_ns)
@@ -166,7 +175,7 @@ class Mover:
             if not begun_before:
                 with self._to.changing():
                     (self.folder / PLAN).unlink(missing_ok=True)  # an update that never began leaves the old model ready
-            raise disk_full(missing_bytes, free_bytes, self.folder, reserved)
+            raise disk_full(missing_bytes, free_bytes, self.folder, reserved, begun_before)
 
     def _remove_what_left_the_repository(self) -> None:
         """Files that we brought with an earlier commit and nobody changed since: old shards would confuse a loader."""

@@ -73,6 +73,10 @@ class Hub:
         self._endpoint = endpoint.rstrip("/") if endpoint else None
         self._token = token
 
+    def use_token(self, token: str) -> None:
+        """Another token for the place that is asked anyway."""
+        self._token = token
+
     @property
     def endpoint(self) -> str:
         return self._endpoint or wire.endpoint_from_environment()

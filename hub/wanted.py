@@ -4,9 +4,11 @@ Pure: a listing and its settings files in, names and sizes out. The rules that t
 kinds apart and choose among weight files are those of core/models.py.
 """
 
+import difflib
+import fnmatch
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +113,49 @@ def choose(
     return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
 
 
+def pick(listing: Listing, files: Sequence[str], include: Sequence[str], exclude: Sequence[str], among: Wanted | None) -> Wanted:
+    """Exactly what was asked for by name or pattern (as `hf download` understands them), whatever kind it is.
+
+    Without names and patterns to include, `among` is where `exclude` takes from.
+    Raises WrongRepository if nothing is left, a name is not there or would leave its folder.
+    """
+    known = {file.path: file for file in listing.files}
+    if missing := [path for path in files if path not in known]:
+        close = difflib.get_close_matches(missing[0], known, n=1)
+        raise WrongRepository(f"{listing.ref} has no file {missing[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    if files or include:
+        chosen = [known[path] for path in files] or [
+            file for file in listing.files if any(fnmatch.fnmatch(file.path, _pattern(each)) for each in include)
+        ]
+    else:
+        chosen = list(among.files if among else listing.files)
+    chosen = [file for file in chosen if not any(fnmatch.fnmatch(file.path, _pattern(each)) for each in exclude)]
+    if not chosen:
+        raise WrongRepository(f"Nothing of {listing.ref} is left to download: look at --include and --exclude.")
+    for file in chosen:
+        _require_safe(listing, file)
+    kept = tuple(file.path for file in chosen)
+    weights = tuple(path for path in (among.weights if among else ()) if path in kept)
+    form = among.format if among and weights == among.weights else "as you asked"
+    return Wanted(tuple(chosen), among.kind if among else "plain", form, among.notes if among else (), weights)
+
+
+def _pattern(text: str) -> str:
+    return text + "*" if text.endswith("/") else text
+
+
+def _require_safe(listing: Listing, file: RemoteFile) -> None:
+    if not is_safe_path(file.path):
+        raise WrongRepository(
+            f"{listing.ref} holds a file named {_short(file.path)!r}, which would not stay in its own folder or cannot exist on "
+            "every system. Nothing was downloaded."
+        )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "…"
+
+
 def _kind_by_names(listing: Listing) -> Kind | None:
     """What file names alone say; None if settings must be read."""
     names = {file.path for file in listing.files if "/" not in file.path}
@@ -193,11 +238,7 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
         )
         if not take:
             continue
-        if not is_safe_path(file.path):
-            raise WrongRepository(
-                f"{listing.ref} holds a file named {file.path!r}, which would not stay in its own folder or cannot exist on "
-                "every system. Nothing was downloaded."
-            )
+        _require_safe(listing, file)
         chosen.setdefault(file.path.lower(), file)  # Windows and macOS know one of README.md and readme.md
     return tuple(chosen.values())
 

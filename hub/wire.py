@@ -32,12 +32,17 @@ def endpoint_from_environment() -> str:
 
 def require_online(endpoint: str) -> None:
     """Raises HubUnreachable if the user asked for no network."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "").upper() in _TRUE:
-            raise HubUnreachable(
-                f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
-                f"unset {name} and start again to download."
-            )
+    if name := offline_switch():
+        raise HubUnreachable(
+            f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
+            f"unset {name} and start again to download."
+        )
+
+
+def offline_switch() -> str:
+    """The name of the switch by which the user asked for no network; "" if they did not."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in _TRUE), "")
 
 
 def host_of(endpoint: str) -> str:

@@ -19,8 +19,11 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from . import compat, facts
 from .access import Access
-from .download_box import draw_downloads
+from .branch_box import draw_branches
+from .download_box import draw_name, draw_queue
 from .folders_box import draw_folders
+from .hub_box import draw_hub
+from .library_box import draw_library
 from .parts import bad, good, quiet, working
 from .settings_box import draw_settings
 
@@ -56,9 +59,16 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 settings = draw_settings(engine, models, access)
         with gr.Column(scale=2, min_width=320):
             with gr.Column(elem_classes="gw-card"):
-                box = draw_downloads(downloads, access)
+                name = draw_name()
             with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
                 folders = draw_folders(engine, access)
+            with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
+                hub = draw_hub(engine, access)
+    with gr.Column(elem_classes="gw-wide"):
+        box = draw_queue(downloads, access, *name)
+        draw_branches(engine, box, access)
+    with gr.Accordion("Library: everything on disk", open=False, elem_id="gw-library"):
+        library = draw_library(engine, access)
     outputs = [models, status, panel, reload, unload, *settings.outputs]
 
     def listed(chosen: str | None) -> dict[Any, Any]:
@@ -129,7 +139,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             return
         now = engine.status
         said = bad(now.text) if now.error else quiet(engine.settings.warning)
-        yield listed(now.name or None) | state() | folders.values() | {status: said}
+        yield listed(now.name or None) | state() | folders.values() | hub.values() | {status: said}
         if now.phase in ("loading", "unloading"):
             yield from look_on(lambda: engine.status.phase in ("loading", "unloading"))
             ended = engine.status
@@ -139,7 +149,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     loaded = [trigger(handler, models, outputs, **compat.STREAM) for trigger, handler in triggers]
     loaded.append(unload.click(unload_model, None, outputs, **compat.STREAM))
     refresh.click(relist, models, outputs, **compat.EVENT)
-    for event in (*box.ended, *folders.changed):
+    for event in (*box.ended, *folders.changed, *library.changed):
         event.then(relist, models, outputs, **compat.EVENT)
     compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
-    return ModelTab(loaded, show, [*outputs, *folders.outputs])
+    return ModelTab(loaded, show, [*outputs, *folders.outputs, *hub.outputs])
