@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..core.errors import DownloadFailed
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 ATTEMPTS = 8  # in a row without a new byte, after which a download gives up
 FIRST_PAUSE_S = 0.5  # before asking again after such an attempt; doubled each time
 LONGEST_PAUSE_S = 30.0
-LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
 _PIECE_BYTES = 1 << 20
 _AHEAD = 8  # pieces received or read that are not hashed yet
 
@@ -194,7 +192,7 @@ class Receiver:
                 sentence = wire.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
                 if sentence is not None:
                     raise sentence
-                raise _Again(f"the server answered {status}", _asked_pause_s(headers.get("Retry-After")))
+                raise _Again(f"the server answered {status}", wire.asked_pause_s(headers.get("Retry-After")))
             # A server that knows no Range sends the whole file again: what we have is passed over, not thrown away.
             at = _first_byte(headers.get("Content-Range")) if status == 206 else 0
             if at is None or at > start:
@@ -251,17 +249,3 @@ def _first_byte(content_range: str | None) -> int | None:
         return int((content_range or "").removeprefix("bytes").strip().split("-")[0])
     except ValueError:
         return None
-
-
-def _asked_pause_s(retry_after: str | None) -> float:
-    """Retry-After holds seconds or a date (RFC 9110, section 10.2.3)."""
-    if not retry_after:
-        return 0.0
-    try:
-        pause_s = float(retry_after)
-    except ValueError:
-        try:
-            pause_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(pause_s, 0.0), LONGEST_ASKED_PAUSE_S)

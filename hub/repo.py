@@ -6,10 +6,11 @@ call. Bytes of models are not fetched here (download.py), only small settings fi
 """
 
 import difflib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import GptqWebuiError, HubUnreachable, NoSuchBranch, WrongRepository
 from ..core.models import PARTIAL
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 _ASK_S = 15.0
 _SMALL_BYTES = 16_000_000
 _SHOWN_BRANCHES = 24
+_PAUSES_S = (0.5, 1.0, 2.0)  # between the attempts at a Hub that is busy
+_LONGEST_PAUSE_S = 20.0  # of what it may ask for by Retry-After; then the user is told instead
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,10 @@ class Hub:
 
         Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
         """
-        try:
-            info = self._api().model_info(ref.repo, revision=commit or ref.branch, files_metadata=True, timeout=_ASK_S)
-        except Exception as error:
-            raise self._sentence(error, ref) from None
+        api = self._api()
+        info = self._ask(
+            lambda: api.model_info(ref.repo, revision=commit or ref.branch, files_metadata=True, timeout=_ASK_S), ref
+        )
         files = tuple(
             RemoteFile(each.rfilename, int(each.size or 0), each.lfs.sha256 if each.lfs else None, each.blob_id)
             for each in info.siblings or ()
@@ -113,10 +118,8 @@ class Hub:
 
     def heads(self, repo: str) -> Mapping[str, str]:
         """Branch -> commit, in the Hub's order. Raises as `listing`."""
-        try:
-            return {each.name: each.target_commit for each in self._api().list_repo_refs(repo).branches}
-        except Exception as error:
-            raise self._sentence(error, ModelRef(repo)) from None
+        api = self._api()
+        return {each.name: each.target_commit for each in self._ask(lambda: api.list_repo_refs(repo), ModelRef(repo)).branches}
 
     def exists(self, repo: str) -> bool:
         """Whether there is such a model that we may see; False also if nobody answers."""
@@ -140,7 +143,8 @@ class Hub:
         wire.require_online(endpoint)
         address = wire.file_address(endpoint, listing.ref.repo, listing.commit, path)
         start, stop = part or (0, None)
-        for last in (False, False, True):
+        for pause_s in (*_PAUSES_S, None):
+            asked_s = 0.0
             try:
                 with (
                     nullcontext(client) if client is not None else wire.new_client() as asking,
@@ -152,11 +156,13 @@ class Hub:
                     refused = wire.refusal(status, response.headers, listing.ref.repo, endpoint, bool(token)) if own else None
                     if refused is not None:
                         raise refused
-                    if last:
+                    asked_s = wire.asked_pause_s(response.headers.get("Retry-After"))
+                    if pause_s is None or asked_s > _LONGEST_PAUSE_S:
                         raise HubUnreachable(_busy(endpoint, status))
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                if last:
+                if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
                     raise wire.unreachable(endpoint, error) from None
+            time.sleep(max(pause_s, asked_s))
         raise AssertionError("the last round returns or raises")
 
     @staticmethod
@@ -169,6 +175,20 @@ class Hub:
             if len(data) > _SMALL_BYTES:
                 raise WrongRepository(f"{path} is larger than a settings file should be; nothing was downloaded.")
         return bytes(data)
+
+    def _ask(self, question: Callable[[], _Answer], ref: ModelRef) -> _Answer:
+        """The answer, asked for again while the Hub is busy, as long as it says or a little longer each time."""
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                return question()
+            except Exception as error:
+                response: Any = getattr(error, "response", None)
+                busy = response is not None and (response.status_code == 429 or response.status_code >= 500)
+                asked_s = wire.asked_pause_s(response.headers.get("Retry-After")) if busy else 0.0
+                if not busy or pause_s is None or asked_s > _LONGEST_PAUSE_S:
+                    raise self._sentence(error, ref) from None
+                time.sleep(max(pause_s, asked_s))
+        raise AssertionError("the last round returns or raises")
 
     def _api(self) -> "HfApi":
         wire.require_online(self.endpoint)
@@ -194,6 +214,11 @@ class Hub:
                 return self._no_such_branch(ref)
             refused = wire.refusal(response.status_code, response.headers, ref.repo, endpoint, bool(self.token()))
             return refused or HubUnreachable(_busy(endpoint, response.status_code))
+        if isinstance(error, ValueError):
+            return HubUnreachable(
+                f"{wire.host_of(endpoint)} sent an answer that cannot be read: it was cut short, or it comes from something in "
+                "between, such as the login page of a network. Try again."
+            )
         return wire.unreachable(endpoint, error)
 
     def _no_such_branch(self, ref: ModelRef) -> GptqWebuiError:

@@ -7,8 +7,10 @@ in no log. httpx is imported where it is used, because importing it takes time.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -22,6 +24,7 @@ USER_AGENT = f"gptq-webui/{__version__}"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
 SILENCE_S = 15.0  # without a byte, after which a connection is given up and the next one made
+LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
 _REDIRECTS = 10
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface-hub's own reading of its switches
 
@@ -156,3 +159,17 @@ def get(
                 response.read()  # so that the connection can be used again
             url = url.join(response.headers["Location"])
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
+
+
+def asked_pause_s(retry_after: str | None) -> float:
+    """0 if nothing was asked for. Retry-After holds seconds or a date (RFC 9110, section 10.2.3)."""
+    if not retry_after:
+        return 0.0
+    try:
+        pause_s = float(retry_after)
+    except ValueError:
+        try:
+            pause_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(pause_s, 0.0), LONGEST_ASKED_PAUSE_S)

@@ -13,6 +13,7 @@ import argparse
 import email.utils
 import hashlib
 import json
+import random
 import socket
 import struct
 import sys
@@ -97,7 +98,7 @@ class Seen:
 
 @dataclass
 class Fault:
-    """Answered once instead of a file."""
+    """Answered once instead of a file; `host` is hub, cdn, or api for the lists."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +116,7 @@ class HubServer:
         self.bytes_served = 0  # of file contents
         self.connections_cut = 0
         self.cut_every_bytes: int | None = None  # of file contents, per response
+        self.cut_between: tuple[int, int] | None = None  # the same, at random in these limits
         self.cut_hard = False  # with a reset instead of an orderly end
         self.stall_after_bytes: int | None = None  # then silence, until the server ends
         self.rate_bytes_per_s: float | None = None
@@ -123,6 +125,8 @@ class HubServer:
         self.links_used_once = False  # a signed link is refused the second time, as an expired one
         self.damage: dict[str, int] = {}  # path -> how many times it is served with one wrong byte
         self.down = False  # every request fails with 503
+        self.truncates_json = False
+        self.lists_also: list[dict[str, Any]] = []  # entries that no file stands behind
         self.latency_s = 0.0  # before every answer
         self.bytes_answered = 0  # of every body, lists and settings included
         self._links: dict[str, Blob] = {}
@@ -253,11 +257,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def answer_json(self, values: Any, status: int = 200, **headers: str) -> None:
-        self.answer(status, json.dumps(values).encode(), "application/json", **headers)
+        body = json.dumps(values).encode()
+        self.answer(status, body[: len(body) // 2] if self.hub.truncates_json else body, "application/json", **headers)
 
-    def answer_fault(self) -> bool:
+    def answer_fault(self, host: str = "") -> bool:
         for fault in self.hub.faults:
-            if fault.host == self.host:
+            if fault.host == (host or self.host):
                 self.hub.faults.remove(fault)
                 self.answer(fault.status, b"fault", **{name.replace("-", "_"): value for name, value in fault.headers.items()})
                 return True
@@ -284,9 +289,10 @@ class _Handler(BaseHTTPRequestHandler):
         if wrong:
             self.hub.damage[name] = wrong - 1
         sent, since_s = 0, time.monotonic()
+        at_random = random.randint(*self.hub.cut_between) if self.hub.cut_between else None
         for whole in blob.pieces(start, end):
             piece = bytes([whole[0] ^ 1]) + whole[1:] if wrong and sent == 0 else whole
-            limit = self.hub.cut_every_bytes
+            limit = at_random if at_random is not None else self.hub.cut_every_bytes
             cut = limit is not None and sent + len(piece) >= limit
             piece = piece[: limit - sent] if cut and limit is not None else piece
             self.wfile.write(piece)
@@ -358,6 +364,8 @@ class _Hub(_Handler):
                 message = "Invalid username or password."
                 return self.answer_json({"error": message}, 401, X_Error_Message=message)
             return self.answer_json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if api and self.answer_fault("api"):
+            return None
         if api:
             return self.api(name, repo, rest, parse_qs(parts.query), form)
         if len(rest) > 2 and rest[0] == "resolve":
@@ -388,6 +396,7 @@ class _Hub(_Handler):
                     if blob.large:
                         entry["lfs"] = {"sha256": blob.sha256, "size": blob.size_bytes, "pointerSize": 134}
                 siblings.append(entry)
+            siblings += self.hub.lists_also
             return self.answer_json(
                 {"id": name, "modelId": name, "sha": commit, "private": repo.private, "gated": repo.gated, "disabled": False,
                  "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}

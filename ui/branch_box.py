@@ -153,7 +153,7 @@ def _row(offer: Offer, best: bool) -> str:
     kind, words = _FITS[offer.fit.state]
     words = words or offer.fit.text.partition(":")[0]
     cells = (
-        format_bytes(branch.size_bytes),
+        format_bytes(branch.size_bytes).replace(" ", "\N{NO-BREAK SPACE}"),
         gigabytes(offer.fit.needs_bytes) if offer.fit.needs_bytes else "",
         card.bits if quantize is None else str(quantize.bits),
         group,
