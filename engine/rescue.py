@@ -33,6 +33,8 @@ def settings_wrong(model: LocalModel) -> str:
         return ""
     if not own and not in_config:
         return f"There is no {SETTINGS}: the tensors say {model.quantize.summary}."
+    if own.get("sym") is False and model.quantize.sym:
+        return "The settings are wrong: they say asymmetric, the tensors are symmetric."
     if model.quantize.notes:
         return f"The settings are wrong: {'; '.join(model.quantize.notes)}."
     return ""
