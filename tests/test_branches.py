@@ -67,9 +67,8 @@ def test_without_settings_the_tensors_tell_bits_group_and_act_order(hub_server, 
     assert (branch.quantize.bits, branch.quantize.group_size, branch.quantize.desc_act) == (8, 32, act_order)
 
 
-def test_a_branch_without_weights_is_listed_with_its_reason(hub_server, tmp_path):
-    tiny.write(tmp_path)
-    hub_server.add(REPO, tmp_path)
+def test_a_branch_without_weights_is_listed_with_its_reason(hub_server, tiny_gptq):
+    hub_server.add(REPO, tiny_gptq)
     hub_server.add(REPO, {"README.md": b"nothing here"}, "empty")
     branch = by_name(read_branches(Hub(), REPO))["empty"]
     assert branch.wanted is None and "no weights" in str(branch.error)
@@ -97,9 +96,8 @@ def test_awq_and_exl2_are_refused_with_the_sister(hub_server, name, config):
     assert caught.value.sister == "TheBloke/M-GPTQ"
 
 
-def test_gated_and_missing_repositories_say_so(hub_server, tmp_path):
-    tiny.write(tmp_path)
-    hub_server.add(REPO, tmp_path, gated="manual")
+def test_gated_and_missing_repositories_say_so(hub_server, tiny_gptq):
+    hub_server.add(REPO, tiny_gptq, gated="manual")
     with pytest.raises(AccessDenied, match="gated"):
         read_branches(Hub(), REPO)
     with pytest.raises(NoSuchRepository):

@@ -1,5 +1,6 @@
 """hub/care.py, upkeep.py, origins.py: what is on disk, is it right, has the branch moved; and made right from the Hub."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -21,9 +22,8 @@ FOLDER = "Owner_Tiny-GPTQ"
 
 
 @pytest.fixture
-def source(tmp_path):
-    tiny.write(tmp_path / "source")
-    return tmp_path / "source"
+def source(tmp_path, tiny_gptq):
+    return shutil.copytree(tiny_gptq, tmp_path / "source")
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_an_update_is_seen_with_what_it_would_bring(library, folder, hub_server,
         care.check_update(library, FOLDER)
 
 
-def test_a_folder_of_unknown_origin_says_what_to_do(library, tmp_path):
-    tiny.write(library.roots[0] / "mine")
+def test_a_folder_of_unknown_origin_says_what_to_do(library, source):
+    shutil.copytree(source, library.roots[0] / "mine")
     for job in (lambda: verify(library.roots[0] / "mine"), lambda: repair(library, "mine")):
         with pytest.raises(ModelError, match=r"[Dd]ownload"):
             job()

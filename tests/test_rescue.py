@@ -2,13 +2,13 @@
 
 import json
 import pickle
+import shutil
 import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
 from gptq_webui.core.errors import BadCheckpoint, DiskFull, ModelError, WrongRepository
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.refs import ModelRef
@@ -25,9 +25,8 @@ def read(folder):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    tiny.write(tmp_path / "model", bits=4, group_size=32)
-    return tmp_path / "model"
+def folder(tmp_path, tiny_gptq):
+    return shutil.copytree(tiny_gptq, tmp_path / "model")
 
 
 def change(folder, **values):
@@ -167,8 +166,6 @@ def test_a_full_disk_and_a_stop_leave_nothing(folder, monkeypatch):
     cancel = threading.Event()
     cancel.set()
     assert rescue.convert(read(folder), lambda *_: None, cancel) == []
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DiskFull, match="1 byte"):
         run(folder)
