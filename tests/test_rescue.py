@@ -154,7 +154,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(folder, tmp_path, monke
     if how == "torch":
         torch.save({"weight": torch.zeros(2), "evil": Evil()}, path)
     else:
-        path.write_bytes(pickle.dumps({"evil": Evil()}))
+        path.write_bytes(pickle.dumps({"evil": Evil()}, 2))
     with pytest.raises(BadCheckpoint, match=r"program code|cannot be read"):
         run(folder)
     assert not (tmp_path / "hacked").exists()

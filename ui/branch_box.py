@@ -89,6 +89,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
         yield shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
 
     def show_sister(label: str, context_tokens: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
         name = label.rpartition(" ")[2]
         for update in show(name, context_tokens, request):
             yield {box.ref: name} | update

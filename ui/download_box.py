@@ -120,7 +120,7 @@ def draw_queue(downloads: Downloads, access: Access, ref: gr.Textbox, branches: 
     def start(text: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         yield from begin(text, request)
 
-    def look_again(request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def resume(request: gr.Request) -> Iterator[dict[Any, Any]]:
         if not access.is_owner(request):
             yield {status: ""}
             return
@@ -148,7 +148,7 @@ def draw_queue(downloads: Downloads, access: Access, ref: gr.Textbox, branches: 
     for at, place in enumerate(places):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
             events.append(button.click(press(what, at), shown, outputs, **compat.STREAM))
-    return DownloadBox(ref, branches, events, begin, look_again, outputs)
+    return DownloadBox(ref, branches, events, begin, resume, outputs)
 
 
 def _draw(status: DownloadStatus) -> str:
