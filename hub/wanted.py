@@ -105,8 +105,8 @@ def choose(
     if kind == "gptq" and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
         raise WrongRepository(
             f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
-            "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle) and have it converted "
-            f"(gptq-webui convert): that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
+            "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle, in the page "
+            f"Also .bin and .pt weights) and convert it: that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
         )
     files = _files(listing, set(weights), allow_code)
     form = f"{_format(kind, settings)} ({weights[0].rpartition('.')[2]})"

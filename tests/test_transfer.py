@@ -1,7 +1,4 @@
-"""Large downloads, in small: many files at once, cuts, kills, full disks, shared files. The large runs are done by hand.
-
-python tests/test_transfer.py      1 GB through a cutting server, five kills, speed and memory beside `hf download`
-"""
+"""Large downloads, in small: many files, cuts, kills, full disks, shared files. In full size: benchmarks/downloads.py."""
 
 import os
 import random

@@ -218,6 +218,25 @@ def test_missing_settings_are_written_at_a_press(tab, house, tiny_gptq):
     assert json.loads((folder / "quantize_config.json").read_text())["group_size"] == 32
 
 
+def test_pt_weights_are_refused_then_asked_for_and_converted(tab, house, tiny_gptq):
+    import torch
+    from safetensors.torch import load_file
+
+    files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir() if path.suffix == ".json"}
+    torch.save(load_file(tiny_gptq / "model.safetensors"), house.root / "old.pt")
+    house.server.add(TINY, files | {"gptq_model-4bit-32g.pt": (house.root / "old.pt").read_bytes()})
+    name(tab, TINY)
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-downloads .gw-bad", "a format that can run code")
+    tab.check("#gw-download-pickle input")
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-downloads", "Done. Owner_Tiny-GPTQ is ready")
+    tab.click("#gw-library button")
+    tab.click("#gw-library-show")
+    tab.click("#gw-library-convert")
+    wait_for(tab, "#gw-library-status", "Wrote gptq_model-4bit-32g.safetensors")
+
+
 def test_the_token_is_written_and_never_shown_again(tab, house):
     house.server.add("me/secret-GPTQ", {"config.json": b"{}"}, private=True)
     tab.get_by_role("button", name="Mirror and access token").click()

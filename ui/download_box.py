@@ -42,8 +42,8 @@ class _Place:
         return [self.row, self.text, self.pause, self.resume, self.cancel]
 
 
-def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    """The line where a model is named, and its two buttons."""
+def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
+    """The line where a model is named, its two buttons, and the permission for old formats."""
     ref = gr.Textbox(
         label="Download a model",
         info="owner/name shows its branches and which fits; owner/name:branch downloads that one",
@@ -54,10 +54,18 @@ def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button]:
     with gr.Row(elem_classes="gw-buttons"):
         branches = gr.Button("Show branches", variant="primary", min_width=130, elem_id="gw-branches")
         go = gr.Button("Download", min_width=110, elem_id="gw-download")
-    return ref, branches, go
+    pickle = gr.Checkbox(
+        False,
+        label="Also .bin and .pt weights",
+        info="They can run code when they are opened. The library converts them without running anything.",
+        elem_id="gw-download-pickle",
+    )
+    return ref, branches, go, pickle
 
 
-def draw_queue(downloads: Downloads, access: Access, ref: gr.Textbox, branches: gr.Button, go: gr.Button) -> DownloadBox:
+def draw_queue(
+    downloads: Downloads, access: Access, ref: gr.Textbox, branches: gr.Button, go: gr.Button, pickle: gr.Checkbox
+) -> DownloadBox:
     """Draw the places of the queue and wire them."""
     status = gr.HTML(elem_id="gw-download-status")
     places = []
@@ -117,8 +125,8 @@ def draw_queue(downloads: Downloads, access: Access, ref: gr.Textbox, branches: 
         yield {status: ""}
         yield from look_on()
 
-    def start(text: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield from begin(text, request)
+    def start(text: str, old_formats: bool, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield from begin(text, request, **({"allow_pickle": True} if old_formats else {}))
 
     def resume(request: gr.Request) -> Iterator[dict[Any, Any]]:
         if not access.is_owner(request):
@@ -144,7 +152,7 @@ def draw_queue(downloads: Downloads, access: Access, ref: gr.Textbox, branches: 
 
         return pressed
 
-    events = [go.click(start, ref, outputs, **compat.STREAM)]
+    events = [go.click(start, [ref, pickle], outputs, **compat.STREAM)]
     for at, place in enumerate(places):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
             events.append(button.click(press(what, at), shown, outputs, **compat.STREAM))
