@@ -18,6 +18,8 @@ COMMANDS = (
     "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "host"
 )  # fmt: skip
 
+_WITH_BARS = ("download", "verify", "repair", "update")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, as exit_codes.py lists them."""
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
+    if given[0] in _WITH_BARS and not options.verbose:
+        logging.getLogger("gptq_webui.hub").setLevel(logging.WARNING)  # a line of the log would tear the bars
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe on Windows has no encoding for an emoji
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..core.errors import DownloadFailed
 from ..core.units import format_bytes, format_duration, plural
-from . import wire
+from . import wire, xet
 from .progress import Stage
 from .repo import Hub, Listing, RemoteFile
 
@@ -116,12 +116,18 @@ class Receiver:
         self.stopped = threading.Event()
         self._change = threading.Lock()  # held for every change of the folder; see changing
         self._streams: weakref.WeakSet[Any] = weakref.WeakSet()  # of every connection that is open
+        self._xet_works = xet.is_available()
+        self._transfer: xet.Transfer | None = None
+        self._xet_streams: list[xet.Stream] = []
 
     def stop(self) -> None:
         """After this returns, no thread changes anything on disk any more, even if it still waits for the network."""
         with self._change:
             self.stopped.set()
-            streams = list(self._streams)
+            streams, others = list(self._streams), list(self._xet_streams)
+        for other in others:
+            with suppress(Exception):
+                other.cancel()
         for stream in streams:
             if (connection := stream.get_extra_info("socket")) is not None:
                 with suppress(OSError):
@@ -186,8 +192,17 @@ class Receiver:
         """One request, asked of the Hub itself each time: so a storage link that has expired is renewed."""
         start, token, endpoint = self.have[file.path], self._hub.token(), self._hub.endpoint
         address = wire.file_address(endpoint, self.listing.ref.repo, self.listing.commit, file.path)
-        with wire.get(client, address, endpoint, token, start, connected=self._connected) as (response, own):
+        offers: list[xet.Pointer] = []
+
+        def offers_xet(response: "httpx.Response") -> bool:
+            if self._xet_works and file.size_bytes - start >= xet.SMALLEST_BYTES and file.sha256 is not None:
+                offers.extend(filter(None, [xet.pointer(response.headers, response.links, endpoint)]))
+            return bool(offers)
+
+        with wire.get(client, address, endpoint, token, start, connected=self._connected, stay=offers_xet) as (response, own):
             status, headers = response.status_code, response.headers
+            if offers:
+                return self._by_xet(file, out, digest, offers[0], token)
             if status not in (200, 206):
                 sentence = wire.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
                 if sentence is not None:
@@ -211,6 +226,41 @@ class Receiver:
                     return  # more than the file has
                 if self.have[file.path] >= file.size_bytes and "Content-Length" not in headers:
                     return  # else read to the end, so that the connection can be used again
+
+    def _by_xet(self, file: RemoteFile, out: BinaryIO, digest: Digest, pointer: xet.Pointer, token: str | None) -> None:
+        """The rest of the file by the Hub's fast transfer. If that fails, the plain road is taken from here on."""
+        stream = None
+        try:
+            try:
+                with self._change:
+                    self._transfer = self._transfer or xet.Transfer()
+                stream = self._transfer.stream(pointer, file.size_bytes, self.have[file.path], token, wire.USER_AGENT)
+                with self.changing():
+                    self._xet_streams.append(stream)
+                pieces = iter(stream)
+            except Stopped:
+                raise
+            except Exception as error:
+                raise self._without_xet(error) from None
+            while self.have[file.path] < file.size_bytes:
+                try:
+                    piece = next(pieces, b"")
+                except Exception as error:
+                    raise self._without_xet(error) from None
+                if not piece:
+                    return
+                self._keep(file, out, digest, piece[: file.size_bytes - self.have[file.path]])
+        finally:
+            with suppress(ValueError):
+                self._xet_streams.remove(stream)  # type: ignore[arg-type]
+
+    def _without_xet(self, error: Exception) -> Exception:
+        """What to raise after hf-xet raised `error`, which can be of any kind, OSErrors of the network included."""
+        if self.stopped.is_set():
+            return Stopped()
+        self._xet_works = False
+        log.info("hf-xet failed (%s); going on without it", type(error).__name__)
+        return _Again("hf-xet failed")
 
     def _connected(self, stream: Any) -> None:
         with self.changing():

@@ -132,9 +132,11 @@ def get(
     start: int = 0,
     stop: int | None = None,
     connected: Callable[[Any], None] | None = None,
+    stay: Callable[["httpx.Response"], bool] | None = None,
 ) -> Iterator[tuple["httpx.Response", bool]]:
     """(response, whether it comes from the Hub itself), body unread. Wanted are the bytes from `start` to before `stop`.
 
+    `stay` may end the walk at a redirect of the Hub's: the redirect itself is the answer then.
     `connected` is told httpcore's network stream of every new connection, before anything is sent.
 
     Raises httpx.HTTPError for what went wrong on the way.
@@ -152,7 +154,8 @@ def get(
         if token and own:
             headers["Authorization"] = f"Bearer {token}"
         with client.stream("GET", url, headers=headers, extensions={"trace": trace}) as response:
-            if response.status_code not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
+            moved = response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers
+            if not moved or (own and stay is not None and stay(response)):
                 yield response, own
                 return
             if int(response.headers.get("Content-Length") or 1 << 30) < 65536:
