@@ -153,14 +153,17 @@ class Engine:
             raise NotLoaded
         return self.load(self.loaded.model.name)
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> "Answer":
+    def chat(
+        self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event, *, whole: bool = False
+    ) -> "Answer":
         """The next assistant message, streamed. Ending in an assistant's message, the chat is continued.
 
         A chat longer than the context loses its oldest turns (the Finish says how many), never the
-        system prompt. Raises NotLoaded, PromptTooLong, BadParameter.
+        system prompt; with `whole` it loses none: the caller has measured it. Raises NotLoaded,
+        PromptTooLong, BadParameter.
         """
         loaded = self._ready()
-        kept, dropped = fit_messages(loaded, messages, params.max_new_tokens)
+        kept, dropped = (list(messages), 0) if whole else fit_messages(loaded, messages, params.max_new_tokens)
         return Answer(loaded, loaded.chat(kept, params, cancel), dropped)
 
     def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> "Answer":
