@@ -1,57 +1,65 @@
-"""The memory of the conversation (keys and values), kept between turns.
+"""The last conversations' memories, kept so that what a prompt begins with is not computed again.
 
-A chat sends its whole prompt every turn; what begins like the last one is not computed again.
-Every layer keeps its full length (a `DynamicCache` made without a config), also those with a
-sliding window, so that a cache can always be cut back to the point where two prompts part.
+A chat sends its whole prompt every turn. Knows only ids and the face of a Memory (stepper.py).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from transformers import DynamicCache
+from .stepper import Memory
+
+KEPT_CONVERSATIONS = 4
+KEPT_BYTES = 1 << 30  # of all memories together; the one used last stays in any case
+
+
+@dataclass
+class _Kept:
+    ids: list[int]
+    memory: Memory
 
 
 class PrefixCache:
-    """The cache of the last answer, and the ids it holds. For one thread."""
+    """For one thread."""
 
-    def __init__(self) -> None:
-        self._ids: list[int] = []
-        self._cache: Any = None
+    def __init__(self, conversations: int = KEPT_CONVERSATIONS, size_bytes: int = KEPT_BYTES) -> None:
+        self._conversations, self._size_bytes = conversations, size_bytes
+        self._kept: list[_Kept] = []  # the one used last stands last
 
-    def take(self, ids: Sequence[int]) -> tuple[Any, int]:
-        """(cache, tokens of `ids` that are in it already); at least one token is left to compute.
+    def take(self, ids: Sequence[int]) -> tuple[Memory | None, int]:
+        """(memory, how many of `ids` it holds); (None, 0) if none begins alike. At least one id is left to compute.
 
-        The cache is the caller's until `keep` gives it back: an answer that fails leaves none.
+        The memory is the caller's until `keep` gives it back: an answer that fails leaves none. A
+        conversation that shares less than half of itself (another chat with the same system prompt)
+        is copied from, not cut short.
         """
-        cache, held = self._cache, self._ids
-        self._cache, self._ids = None, []
-        same = 0
-        for a, b in zip(held, ids[:-1], strict=False):
-            if a != b:
-                break
-            same += 1
-        if cache is not None and same and _cut(cache, same):
-            return cache, same
-        return DynamicCache(), 0
+        best, same = None, 0
+        for kept in reversed(self._kept):
+            found = _common(kept.ids, ids[:-1])
+            if found > same:
+                best, same = kept, found
+        if best is None:
+            return None, 0
+        if 2 * same < len(best.ids) and self._conversations > 1:
+            memory = best.memory.fork(same)
+            if memory is not None:
+                return memory, same
+        self._kept.remove(best)
+        return (best.memory, same) if best.memory.cut(same) else (None, 0)
 
-    def keep(self, ids: Sequence[int], cache: Any) -> None:
-        """`ids` are those whose keys and values are in `cache`, in order."""
-        self._ids, self._cache = list(ids), cache
+    def keep(self, ids: Sequence[int], memory: Memory) -> None:
+        """`ids` are those whose keys and values are in `memory`, in order."""
+        self._kept.append(_Kept(list(ids), memory))
+        while len(self._kept) > self._conversations or (
+            len(self._kept) > 1 and sum(each.memory.size_bytes for each in self._kept) > self._size_bytes
+        ):
+            self._kept.pop(0)
 
     def clear(self) -> None:
-        self._ids, self._cache = [], None
+        self._kept = []
 
 
-def _cut(cache: Any, length: int) -> bool:
-    """Shorten every layer to `length` tokens; False if a layer does not hold that many or is of another kind."""
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        return False
-    for layer in layers:
-        keys = getattr(layer, "keys", None)
-        if keys is None or keys.dim() != 4 or keys.shape[-2] < length:
-            return False
-    for layer in layers:
-        layer.keys = layer.keys[..., :length, :]
-        layer.values = layer.values[..., :length, :]
-    return True
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    for at, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return at
+    return min(len(a), len(b))

@@ -87,6 +87,7 @@ class TransformersLoader:
         from transformers.utils import logging as transformers_logging
 
         from ..gptq import checkpoint
+        from ..gptq.choose_step import stepper_for
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -122,7 +123,9 @@ class TransformersLoader:
             del hf
             _free(device)
             raise
-        loaded = TransformersModel(model, hf, tokenizer, context, reason, notes, str(device))
+        progress(0.97, "Preparing the fastest way to compute")
+        stepper, note = stepper_for(hf, context)
+        loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
         return loaded
 
@@ -132,6 +135,7 @@ class TransformersModel(LoadedModel):
         self,
         model: LocalModel,
         hf: Any,
+        stepper: Any,  # gptq.stepper.Stepper
         tokenizer: Any,
         context_tokens: int,
         context_reason: str,
@@ -143,6 +147,7 @@ class TransformersModel(LoadedModel):
         from ..gptq.sampling import CAN
 
         self.model, self.hf, self.tokenizer = model, hf, tokenizer
+        self._stepper = stepper
         self.context_tokens, self.context_reason = context_tokens, context_reason
         self.notes, self.device, self.can = notes, device, CAN
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
@@ -154,7 +159,7 @@ class TransformersModel(LoadedModel):
         from ..gptq.decode import generate
 
         return generate(
-            self.hf,
+            self._stepper,
             ids,
             params,
             cancel,
@@ -170,7 +175,8 @@ class TransformersModel(LoadedModel):
         device = self.hf.device
         self._turns.give_back()
         self._prefix.clear()
-        self.hf = None
+        self._stepper.close()
+        self.hf = self._stepper = None
         _free(device)
 
 

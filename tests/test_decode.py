@@ -1,4 +1,4 @@
-"""gptq/decode.py, kv.py and sampling.py: the loop from prompt to tokens on a tiny real model."""
+"""gptq/decode.py, kv.py and stepper.py: the loop from prompt to tokens on a tiny real model."""
 
 import threading
 
@@ -10,7 +10,6 @@ from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.decode import generate
 from gptq_webui.gptq.kv import PrefixCache
-from gptq_webui.gptq.sampling import Sampler
 
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=12)
 
@@ -43,7 +42,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(model):
 def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch):
     ids = list(range(5, 40))
     whole, _ = run(model, ids)
-    monkeypatch.setattr("gptq_webui.gptq.decode._CHUNK_TOKENS", 7)
+    monkeypatch.setattr("gptq_webui.gptq.stepper.Stepper.chunk_tokens", 7)
     assert run(model, ids)[0] == whole
 
 
@@ -74,6 +73,57 @@ def test_the_same_prompt_again_leaves_one_token_to_compute(model):
     assert again == first and finish.cached_tokens == len(ids) - 1
 
 
+def test_another_conversation_does_not_push_the_first_out(model):
+    prefix = PrefixCache()
+    ids, other = list(range(5, 30)), [*range(5, 9), *range(100, 120)]
+    first, _ = run(model, ids, prefix=prefix)
+    assert run(model, other, prefix=prefix)[1].cached_tokens == 4  # the beginning they share is copied
+    found, finish = run(model, [*ids, *first, 60], prefix=prefix)
+    assert finish.cached_tokens == len(ids) + len(first) - 1
+    assert found == run(model, [*ids, *first, 60])[0]
+
+
+def test_the_oldest_conversations_go_when_there_are_too_many_or_they_are_too_large(model):
+    for prefix in (PrefixCache(conversations=2), PrefixCache(size_bytes=1)):
+        for start in (5, 100, 200):
+            run(model, list(range(start, start + 20)), prefix=prefix)
+        assert run(model, list(range(5, 25)), prefix=prefix)[1].cached_tokens == 0
+        assert run(model, list(range(5, 25)), prefix=prefix)[1].cached_tokens == 19  # the last one stays in any case
+
+
+def test_cancel_is_heard_between_the_chunks_of_a_long_prompt(model, monkeypatch):
+    monkeypatch.setattr("gptq_webui.gptq.stepper.Stepper.chunk_tokens", 7)
+    cancel, read = threading.Event(), []
+    prefix = PrefixCache()
+
+    def progress(tokens):
+        read.append(tokens)
+        cancel.set()
+
+    ids = list(range(5, 40))
+    events = list(generate(model, ids, GREEDY, cancel, prefix=prefix, end_ids=(), context_tokens=200, progress=progress))
+    assert [event.reason for event in events] == ["cancelled"] and read == [7]
+    assert run(model, ids, prefix=prefix)[1].cached_tokens == 7  # what was read is not lost
+
+
+def test_log_probabilities_are_those_of_the_models_own_distribution(model):
+    params = GenerationParams(temperature=0.5, repetition_penalty=1.5, logit_bias={9: 5.0}, logprobs=3, seed=2, max_new_tokens=5)
+    events = list(generate(model, [5, 6, 7], params, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=200))
+    ids = [5, 6, 7]
+    for step in events[:-1]:
+        with torch.no_grad():
+            wanted = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        assert abs(step.logprob - float(wanted[step.id])) < 1e-3
+        assert [id for id, _ in step.top] == wanted.topk(3).indices.tolist()
+        assert all(abs(value - float(wanted[id])) < 1e-3 for id, value in step.top)
+        ids.append(step.id)
+
+
+def test_log_probabilities_are_left_out_unless_asked_for(model):
+    events = list(generate(model, [5, 6], GREEDY, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=200))
+    assert all(step.logprob is None and step.top == () for step in events[:-1])
+
+
 def test_cancel_ends_within_one_token(model):
     cancel = threading.Event()
     events = generate(model, [1, 2, 3], GREEDY, cancel, prefix=PrefixCache(), end_ids=(), context_tokens=200)
@@ -97,36 +147,6 @@ def test_nothing_of_inference_mode_leaks_into_the_reader(model):
     events = generate(model, [1, 2, 3], GREEDY, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=200)
     list(events)
     assert not torch.is_inference_mode_enabled()
-
-
-def draws(params, logits, count=4000):
-    sampler = Sampler(params, torch.device("cpu"))
-    ids = torch.tensor([[0]])
-    return torch.bincount(torch.cat([sampler(logits, ids) for _ in range(count)]).flatten(), minlength=logits.shape[-1]) / count
-
-
-def test_samples_follow_the_tempered_distribution():
-    logits = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]])
-    found = draws(GenerationParams(temperature=0.8, top_k=0, top_p=1, repetition_penalty=1, seed=1), logits)
-    wanted = (logits[0] / 0.8).softmax(-1)
-    assert (found - wanted).abs().max() < 0.03
-
-
-@pytest.mark.parametrize(
-    ("limits", "kept"), [({"top_k": 2}, {1, 2}), ({"top_p": 0.6}, {2}), ({"min_p": 0.2}, {1, 2})], ids=["top_k", "top_p", "min_p"]
-)
-def test_unlikely_tokens_are_never_drawn(limits, kept):
-    logits = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]])
-    params = GenerationParams(**{"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1, **limits})
-    found = draws(params, logits, 500)
-    assert set(found.nonzero().flatten().tolist()) == kept
-
-
-def test_repetition_penalty_moves_a_token_that_occurred():
-    logits = torch.tensor([[1.0, 2.0, 1.9]])
-    sampler = Sampler(GenerationParams(temperature=0, repetition_penalty=1.2), torch.device("cpu"))
-    assert int(sampler(logits, torch.tensor([[0]]))) == 1
-    assert int(sampler(logits, torch.tensor([[1]]))) == 2
 
 
 def test_the_same_seed_draws_the_same_tokens(model):
