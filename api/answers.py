@@ -66,16 +66,21 @@ class Running:
         self._cancel = threading.Event()
         self._ended = ended
         self._events: deque[tuple[int, Token | Finish]] = deque()
+        self._texts: list[str] = []
         self._over = False
         self._waiting = False
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
-        threading.Thread(target=self._read, name="gptq-webui answer", daemon=True).start()
 
     @property
     def count(self) -> int:
         return len(self._starts)
+
+    @property
+    def text(self) -> str:
+        """Of its first answer, so far."""
+        return "".join(self._texts)
 
     @property
     def over(self) -> bool:
@@ -86,8 +91,8 @@ class Running:
         self._cancel.set()
         self.place.give_up()
 
-    def watch(self, request: Request) -> "Running":
-        """Cancel when the client leaves."""
+    def start(self, request: Request) -> "Running":
+        """Stand in line; cancel when the client leaves."""
 
         async def look() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -95,6 +100,7 @@ class Running:
             self.cancel()
 
         self._watcher = asyncio.create_task(look())
+        threading.Thread(target=self._read, name="gptq-webui answer", daemon=True).start()
         return self
 
     def close(self) -> None:
@@ -169,6 +175,8 @@ class Running:
             self._notify()
 
     def _put(self, at: int, event: Token | Finish) -> None:
+        if at == 0 and isinstance(event, Token):
+            self._texts.append(event.text)
         self._events.append((at, event))
         self._notify()
 

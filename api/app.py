@@ -4,20 +4,20 @@
 to the page.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import openai, tgi
+from . import admin, kobold, lollms, openai, pages, tgi, tgwui
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
 from .problems import Problem
 from .routes import openai_error
 from .service import Service
 
-_PROTOCOLS = (openai, tgi)
+_PROTOCOLS = (openai, tgi, kobold, lollms, tgwui, admin, pages)
 _OURS = ("/v1/", "/api/")  # nothing of the page is below these
 
 
@@ -25,6 +25,7 @@ def build(
     service: Service,
     *,
     page: Any = None,  # an ASGI application
+    here: bool = True,  # False: the page has paths of ours for itself (Gradio 4), so the API is on another port only
     hosts: Hosts | None = None,
     origins: Iterable[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
@@ -42,19 +43,20 @@ def build(
     for router in routers:
         api.include_router(router)
     api.add_exception_handler(404, _no_such_path)
-    front = _Front(api, page, [route for router in routers for route in router.routes])
+    front = _Front(api, page, [route for router in routers for route in router.routes] if here else [])
     return Guard(front, front.is_api, hosts or Hosts(), origins, max_body_bytes)
 
 
 class _Front:
-    def __init__(self, api: FastAPI, page: Any, routes: Iterable[Any]) -> None:
+    def __init__(self, api: FastAPI, page: Any, routes: Sequence[Any]) -> None:
         self.api, self.page = api, page
-        self._methods: dict[str, set[str]] = {"/openapi.json": {"GET", "HEAD"}}
-        for route in routes:
+        self._methods: dict[str, set[str]] = {}
+        self._ours: tuple[str, ...] = _OURS if routes else ()
+        for route in [*routes, *(each for each in api.routes if routes and getattr(each, "methods", None))]:
             self._methods.setdefault(route.path, set()).update(route.methods)
 
     def is_api(self, method: str, path: str) -> bool:
-        if path.startswith(_OURS):
+        if path.startswith(self._ours):
             return True
         methods = self._methods.get(path)
         if methods is None:

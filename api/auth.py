@@ -149,3 +149,10 @@ def _sent(headers: Mapping[str, str]) -> str:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()  # keys are random: no salt is needed
+
+
+def keys_file() -> Path:
+    """Where the keys that were made are kept: in the user's configuration folder."""
+    from ..engine.settings import config_folder
+
+    return config_folder() / "api_keys.json"

@@ -56,7 +56,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(asked: ChatCompletionRequest, request: Request) -> Response:
         """The next message of a conversation. One that ends in an assistant's message is continued."""
-        loaded = answering(service, asked)
+        loaded = await answering(service, asked)
         _refuse_unable(asked)
         count = asked.top_logprobs if asked.logprobs else None
         params = _params(service, loaded, asked, (count or 0) if asked.logprobs else None)
@@ -86,7 +86,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """What follows a text, without a chat template."""
-        loaded = answering(service, asked)
+        loaded = await answering(service, asked)
         if asked.suffix:
             raise Problem("unsupported", "This server cannot fill in before a suffix. Leave `suffix` out.", "suffix")
         if asked.best_of is not None and asked.best_of != (asked.n or 1):
@@ -121,9 +121,9 @@ def build(service: Service) -> APIRouter:
     return router
 
 
-def answering(service: Service, asked: Any) -> LoadedModel:
+async def answering(service: Service, asked: Any) -> LoadedModel:
     """The model that answers. Raises Problem if the request names another local one."""
-    loaded = service.loaded()
+    loaded = await service.loaded()
     service.ignore(PROTOCOL, asked.unknown())
     name = asked.model
     if name and name != loaded.model.name:
@@ -131,7 +131,8 @@ def answering(service: Service, asked: Any) -> LoadedModel:
         if name in others:
             raise Problem(
                 "not_found",
-                f"{name} is on this machine but not loaded; {loaded.model.name} is. Load it in the page or with POST /v1/model/load.",
+                f"{name} is on this machine but not loaded; {loaded.model.name} is. "
+                "Load it in the page or with POST /v1/model/load.",
                 "model",
             )
     return loaded
@@ -167,8 +168,8 @@ def _refuse_unable(asked: ChatCompletionRequest) -> None:
     if asked.response_format is not None and asked.response_format.type != "text":
         raise Problem(
             "unsupported",
-            f"response_format {asked.response_format.type[:40]!r} cannot be guaranteed here, so it is refused; only 'text' is taken. "
-            "Ask for JSON in the prompt and check the answer.",
+            f"response_format {asked.response_format.type[:40]!r} cannot be guaranteed here, so it is refused; only 'text' is "
+            "taken. Ask for JSON in the prompt and check the answer.",
             "response_format",
         )
     if asked.top_logprobs is not None and not asked.logprobs:

@@ -34,6 +34,7 @@ Kind = Literal[
     "not_loaded",
     "busy",  # a model is being loaded or unloaded
     "failed",  # the model broke
+    "elsewhere",  # the Hub, or a download
 ]
 
 STATUS: dict[Kind, int] = {
@@ -48,6 +49,7 @@ STATUS: dict[Kind, int] = {
     "not_loaded": 503,
     "busy": 503,
     "failed": 500,
+    "elsewhere": 502,
 }
 
 _KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
@@ -61,7 +63,7 @@ _KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
     (LoadRefused, "invalid"),
     (LoadFailed, "failed"),
     (ModelError, "invalid"),
-    (HubError, "failed"),
+    (HubError, "elsewhere"),
     (AnswerFailed, "failed"),
 ]
 

@@ -8,17 +8,16 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import to_thread
 from starlette.requests import Request
 
 from .. import __version__
 from ..core.chat import Finish, Message
-from ..core.errors import BadParameter, Busy, NotLoaded
+from ..core.errors import BadParameter, Busy
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from ..core.refs import ModelRef
@@ -34,6 +33,7 @@ from .problems import Problem
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Prompt = str | Sequence[Message]
 
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # the model as it is
@@ -79,6 +79,9 @@ class Service:
             }
         )
         self._running: set[Running] = set()
+        self.kobold: dict[str, Any] = {}  # defaults that a KoboldAI client set
+        self.last: Finish | None = None  # of the answer that ended last
+        self.answered = 0
         self._named: set[str] = set()
         self._pieces: tuple[LoadedModel, Pieces] | None = None
 
@@ -86,14 +89,10 @@ class Service:
     def version(self) -> str:
         return __version__
 
-    def loaded(self) -> LoadedModel:
-        """Raises NotLoaded or Busy."""
+    async def loaded(self) -> LoadedModel:
+        """The model that answers. Raises NotLoaded or Busy."""
         loaded = self.engine.loaded
-        if loaded is None:
-            if self.engine.status.phase == "loading":
-                raise Busy(f"{self.engine.status.name} is still being loaded. Ask again in a moment.")
-            raise NotLoaded
-        return loaded
+        return loaded if loaded is not None else await self.run(self.engine.ready)
 
     def pieces(self, loaded: LoadedModel) -> Pieces:
         """The texts of the loaded model's tokens."""
@@ -153,7 +152,7 @@ class Service:
 
         None for `max_new_tokens` is all that is left. Raises Problem too_long, NotLoaded, Busy, BadParameter.
         """
-        return await to_thread.run_sync(self._measure, self.loaded(), prompt, max_new_tokens, trim)
+        return await to_thread.run_sync(self._measure, (await self.loaded()), prompt, max_new_tokens, trim)
 
     def _measure(self, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int | None, trim: bool) -> Measured:
         text = prompt if isinstance(prompt, str) else "".join(each.text for each in prompt)
@@ -193,7 +192,7 @@ class Service:
         wanted: Any = None,
     ) -> Running:
         """Take a place in the line and begin when its turn comes. Raises Problem, LineFull, NotLoaded, Busy."""
-        loaded = self.loaded()
+        loaded = await self.loaded()
         if n * len(prompts) > MAX_ANSWERS:
             raise Problem("invalid", f"At most {MAX_ANSWERS} answers can be asked for at once; found {n * len(prompts)}.", "n")
         self.ignore(f"{loaded.model.name}", _unheard(params, loaded))
@@ -206,9 +205,24 @@ class Service:
         if n > 1 and params.seed is None:
             params = _with(params, seed=random.getrandbits(31))
         starts = [self._start(loaded, each, params, at % n) for each in prompts for at in range(n)]
-        running = Running(starts, place, self._ended, wanted).watch(request)
+        running = Running(starts, place, self._ended, wanted)
         self._running.add(running)
-        return running
+        return running.start(request)
+
+    async def run(self, job: Callable[..., T], *arguments: Any) -> T:
+        """On a thread, so that no other client waits for it."""
+        return await to_thread.run_sync(job, *arguments)
+
+    async def encode(self, loaded: LoadedModel, text: str, *, bos: bool = True) -> list[int]:
+        """Raises Problem for what cannot be encoded, or is far too long."""
+        require_text(text)
+        if loaded.tokenizer is None:
+            raise Problem("unsupported", "The loaded model's tokens are not known here: it runs in another program.")
+        return await self.run(lambda: loaded.encode(text, bos=bos))
+
+    async def load(self, name: str, loader: str | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
+        """In place of the loaded model. Raises GptqWebuiError."""
+        return await self.run(lambda: self.engine.load(name, loader, options))
 
     def stop_all(self) -> None:
         """End every answer that was asked for over HTTP."""
@@ -236,6 +250,8 @@ class Service:
         self._running.discard(running)
         now = time.perf_counter()
         queue_s = (running.began or now) - running.asked
+        if running.finishes:
+            self.last, self.answered = running.finishes[-1], self.answered + len(running.finishes)
         for finish in running.finishes or ([Finish("cancelled")] if running.problem is None else []):
             self.metrics.answered(finish, queue_s, now - running.asked)
         if running.problem is not None:
@@ -283,10 +299,3 @@ def _device_bytes() -> float:
 
     torch = sys.modules.get("torch")  # nobody loads it for a figure
     return float(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_available() else 0.0
-
-
-def owners_file() -> Path:
-    """Where the keys that were made are kept."""
-    from ..engine.settings import config_folder
-
-    return config_folder() / "api_keys.json"

@@ -6,7 +6,6 @@ Two things differ from TGI on purpose: `POST /` leaves the prompt out of the ans
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,13 +23,10 @@ from .problems import Kind, Problem
 from .routes import Json, for_all, route_class
 from .sampling import seed_of
 from .service import Measured, Service, require_text
+from .tgi_checks import MAX_BEST_OF, MAX_STOP_SEQUENCES, check, tokens_of
 from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters, SimpleToken, TokenizeRequest
 
 PROTOCOL = "tgi"
-MAX_STOP_SEQUENCES = 16
-MAX_BEST_OF = 4
-MAX_TOP_N_TOKENS = 5
-
 _TYPES: dict[Kind, tuple[int, str]] = {
     "failed": (424, "generation"),
     "overloaded": (429, "overloaded"),
@@ -55,7 +51,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/", response_model=list[GenerateResponse])
     async def compat(asked: CompatRequest, request: Request) -> Response:
         """As /generate, in a list; as /generate_stream with `stream`."""
-        answer = _Answer(service, asked)
+        answer = _Answer(service, await service.loaded(), asked)
         return await answer.stream(request) if asked.stream else await answer.whole(request, listed=True)
 
     @router.post("/invocations", response_model=list[GenerateResponse], include_in_schema=False)
@@ -65,17 +61,17 @@ def build(service: Service) -> APIRouter:
     @router.post("/generate", response_model=GenerateResponse)
     async def generate(asked: GenerateRequest, request: Request) -> Response:
         """What follows the inputs."""
-        return await _Answer(service, asked).whole(request)
+        return await _Answer(service, await service.loaded(), asked).whole(request)
 
     @router.post("/generate_stream", response_model=GenerateResponse)
     async def generate_stream(asked: GenerateRequest, request: Request) -> Response:
         """The same as server-sent events, one a token; the last has the whole text."""
-        return await _Answer(service, asked).stream(request)
+        return await _Answer(service, await service.loaded(), asked).stream(request)
 
     @router.get("/info", response_model=Info)
     async def info() -> Response:
         """The loaded model and what it can take."""
-        loaded = service.loaded()
+        loaded = await service.loaded()
         most = min(service.limits.max_input_tokens or loaded.context_tokens, loaded.context_tokens - 1)
         return Json(
             Info(
@@ -106,18 +102,18 @@ def build(service: Service) -> APIRouter:
     @router.post("/tokenize", response_model=list[SimpleToken])
     async def tokenize(asked: TokenizeRequest) -> Response:
         """The tokens of a text, with their places in it."""
-        loaded = service.loaded()
+        loaded = await service.loaded()
         await service.measure(asked.inputs, None, trim=True)
-        return Json(_tokens(service, loaded, asked.inputs, asked.add_special_tokens))
+        return Json(tokens_of(service, loaded, asked.inputs, asked.add_special_tokens))
 
     @router.post("/chat_tokenize")
     async def chat_tokenize(asked: ChatCompletionRequest) -> Response:
         """A conversation as the model reads it, and its tokens."""
-        loaded = service.loaded()
+        loaded = await service.loaded()
         messages = messages_of(asked.messages)
         await service.measure(messages, None, trim=True)
         text = loaded.template.render(messages, loaded.tokenizer)
-        return Json({"tokenize_response": _tokens(service, loaded, text, True), "templated_text": text})
+        return Json({"tokenize_response": tokens_of(service, loaded, text, True), "templated_text": text})
 
     return router
 
@@ -125,8 +121,8 @@ def build(service: Service) -> APIRouter:
 class _Answer:
     """One request for an answer, checked as TGI checks it."""
 
-    def __init__(self, service: Service, asked: GenerateRequest) -> None:
-        self.service, self.loaded = service, service.loaded()
+    def __init__(self, service: Service, loaded: LoadedModel, asked: GenerateRequest) -> None:
+        self.service, self.loaded = service, loaded
         self.inputs = asked.inputs
         self.wish = asked.parameters or Parameters(do_sample=True)  # TGI samples where nothing is said
         self.params = self._params()
@@ -174,7 +170,7 @@ class _Answer:
 
     def _params(self) -> GenerationParams:
         wish = self.wish
-        _check(wish)
+        check(wish)
         asked = (wish.temperature, wish.top_k, wish.top_p, wish.typical_p)
         sampling = bool(wish.do_sample) or any(each is not None for each in asked)
         if (wish.best_of or 1) > 1:
@@ -295,37 +291,6 @@ class _Said:
         return out + self._piece(end, more)
 
 
-def _check(wish: Parameters) -> None:
-    """What TGI refuses, in its words."""
-    strictly = {"temperature": wish.temperature, "repetition_penalty": wish.repetition_penalty, "top_k": wish.top_k}
-    for name, value in {**strictly, "max_new_tokens": wish.max_new_tokens, "best_of": wish.best_of}.items():
-        if value is not None and value <= 0:
-            raise Problem("invalid", f"`{name}` must be strictly positive")
-    for name, share in {"top_p": wish.top_p, "typical_p": wish.typical_p}.items():
-        if share is not None and not 0 < share < 1:
-            raise Problem("invalid", f"`{name}` must be > 0.0 and < 1.0")
-    if wish.frequency_penalty is not None and not -2 <= wish.frequency_penalty <= 2:
-        raise Problem("invalid", "`frequency_penalty` must be >= -2.0 and <= 2.0")
-    if len(wish.stop or ()) > MAX_STOP_SEQUENCES:
-        raise Problem("invalid", f"`stop` supports up to {MAX_STOP_SEQUENCES} stop sequences. Given: {len(wish.stop or ())}")
-    if (wish.best_of or 1) > MAX_BEST_OF:
-        raise Problem("invalid", f"`best_of` must be > 0 and <= {MAX_BEST_OF}. Given: {wish.best_of}")
-    if not 0 <= (wish.top_n_tokens or 0) <= MAX_TOP_N_TOKENS:
-        raise Problem("invalid", f"`top_n_tokens` must be >= 0 and <= {MAX_TOP_N_TOKENS}. Given: {wish.top_n_tokens}")
-    if wish.truncate is not None and wish.truncate < 1:
-        raise Problem("invalid", "`truncate` must be strictly positive")
-    if wish.grammar is not None:
-        raise Problem("unsupported", "grammar is not supported")
-    if wish.decoder_input_details:
-        raise Problem(
-            "unsupported", "`decoder_input_details` is not supported: the prompt's log-probabilities are not computed here"
-        )
-    if wish.adapter_id:
-        raise Problem("unsupported", "`adapter_id` is not supported: LoRA adapters are not loaded here")
-    if wish.watermark:
-        raise Problem("unsupported", "`watermark` is not supported")
-
-
 def _failing(problem: Problem) -> bytes:
     return b"data:" + error_of(problem).body + b"\n\n"
 
@@ -337,27 +302,6 @@ def _mean_logprob(answer: Whole) -> float:
 
 def _alternative(pieces: Any, id: int, logprob: float) -> dict[str, Any]:
     return {"id": id, "text": pieces.text(id), "logprob": number(logprob), "special": id in pieces.special}
-
-
-def _tokens(service: Service, loaded: LoadedModel, text: str, special: bool) -> Sequence[dict[str, Any]]:
-    """Ids, texts and places. A token that is part of a character has that character's place."""
-    if loaded.tokenizer is None:
-        raise Problem("unsupported", "The loaded model's tokens are not known here: it runs in another program.")
-    require_text(text)
-    if getattr(loaded.tokenizer, "is_fast", False):
-        with loaded._tokenizing:
-            found = loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]]
-    else:
-        ids, places, at = loaded.encode(text, bos=False), [], 0
-        for id in ids:
-            length = len(service.pieces(loaded).text(id))
-            places.append((min(at, len(text)), min(at + length, len(text))))
-            at += length
-    whole = loaded.encode(text) if special else ids
-    tokens = [{"id": id, "text": text[a:b], "start": a, "stop": b} for id, (a, b) in zip(ids, places, strict=True)]
-    added = whole[: len(whole) - len(ids)]
-    return [*({"id": id, "text": service.pieces(loaded).text(id), "start": 0, "stop": 0} for id in added), *tokens]
 
 
 def _dtype(loaded: LoadedModel) -> str:

@@ -188,6 +188,10 @@ class Engine:
         loaded.template = template.bound(loaded.tokenizer)
         self.settings.save_for_model(loaded.model.name, template=name)
 
+    def ready(self) -> LoadedModel:
+        """The model that would answer now. Raises NotLoaded, Busy."""
+        return self._ready()
+
     def _ready(self) -> LoadedModel:
         loaded = self.loaded
         if loaded is None:

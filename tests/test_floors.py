@@ -32,7 +32,7 @@ def problems(source: str, room: str, depth: int) -> list[str]:
         else:
             continue
         for name in names:
-            if name.split(".")[0] in (*FLOORS, "gptq_webui", "script") :
+            if name.split(".")[0] in (*FLOORS, "gptq_webui", "script") and name.split(".")[0] not in ("api",):
                 found.append(f"line {node.lineno}: imports {name} by another name than its relative one")
     return found
 

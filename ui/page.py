@@ -69,3 +69,8 @@ def build(
 def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` must be given for the page to look as it should."""
     return compat.launch_options(look.theme(), look.CSS)
+
+
+def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
+    """The page as an ASGI application; `users` are the (name, password) that may log in, None lets everybody in."""
+    return compat.mount(page, users, look.theme(), look.CSS)
