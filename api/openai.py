@@ -19,6 +19,7 @@ from ..loaders.base import LoadedModel
 from .answers import EventStream, Whole
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import (
+    FINGERPRINT,
     ChatAnswer,
     ChatChoice,
     ChatCompletion,
@@ -248,7 +249,7 @@ class _Saying:
         self.kind, self.model = kind, model
 
     def chunk(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:
-        head = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "system_fingerprint": None}
+        head = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "system_fingerprint": FINGERPRINT}
         return b"data: " + json.dumps({**head, "choices": choices, **extra}, separators=(",", ":")).encode() + b"\n\n"
 
 

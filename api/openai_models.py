@@ -4,7 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from .. import __version__
 from .sampling import Open, Sampling
+
+FINGERPRINT = f"gptq-webui-{__version__}"  # a text: the text-generation package takes no null
 
 
 class ContentPart(Open):
@@ -97,7 +100,7 @@ class ChatCompletion(BaseModel):
     object: str = "chat.completion"
     created: int
     model: str
-    system_fingerprint: str | None = None
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChoice]
     usage: Usage
 
@@ -114,7 +117,7 @@ class Completion(BaseModel):
     object: str = "text_completion"
     created: int
     model: str
-    system_fingerprint: str | None = None
+    system_fingerprint: str = FINGERPRINT
     choices: list[TextChoice]
     usage: Usage
 
