@@ -249,8 +249,9 @@ class _Saying:
         self.kind, self.model = kind, model
 
     def chunk(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:
-        head = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "system_fingerprint": FINGERPRINT}
-        return b"data: " + json.dumps({**head, "choices": choices, **extra}, separators=(",", ":")).encode() + b"\n\n"
+        head = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model}
+        body = {**head, "system_fingerprint": FINGERPRINT, "choices": choices, **extra}
+        return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _failing(problem: Problem) -> bytes:

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 

@@ -21,7 +21,7 @@ class ApiServer:
         self._app = api_app.build(self.service, page=page, **options)
 
     def __enter__(self):
-        self.socket = socket.socket()
+        self.socket = socket.socket(proto=socket.IPPROTO_TCP)  # or each answer would wait 40 ms for an acknowledgement
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
