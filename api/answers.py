@@ -7,6 +7,7 @@ in batches. A client that leaves cancels: the model is free within one token, ho
 import asyncio
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections import deque
@@ -52,11 +53,37 @@ class Whole:
             self.tokens[-1] = Token(last.id, last.text + event.text, last.logprob, last.top)
 
 
+class Threads:
+    """Threads that are used again: starting one makes the event loop wait. As many as there ever were answers at once."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def run(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._jobs.put(job)
+            if self._idle:
+                self._idle -= 1
+                return
+        threading.Thread(target=self._loop, name="gptq-webui answer", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            self._jobs.get()()
+            with self._lock:
+                self._idle += 1
+
+
 class Running:
     """The answers to one request, computed one after another in one turn."""
 
-    def __init__(self, starts: Sequence[Start], place: Place, ended: Callable[["Running"], None], wanted: Any = None) -> None:
+    def __init__(
+        self, starts: Sequence[Start], place: Place, threads: Threads, ended: Callable[["Running"], None], wanted: Any = None
+    ) -> None:
         self.place = place
+        self._threads = threads
         self.wanted = wanted  # what the request's protocol wants to remember
         self.asked = time.perf_counter()
         self.began: float | None = None  # when its turn came
@@ -100,7 +127,7 @@ class Running:
             self.cancel()
 
         self._watcher = asyncio.create_task(look())
-        threading.Thread(target=self._read, name="gptq-webui answer", daemon=True).start()
+        self._threads.run(self._read)
         return self
 
     def close(self) -> None:

@@ -68,13 +68,15 @@ def _fields(openapi: dict[str, Any], schema: dict[str, Any]) -> list[tuple[str, 
     if "$ref" in schema:
         schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     needed = schema.get("required", [])
-    return [(name, field, name in needed) for name, field in schema.get("properties", {}).items()]
+    found = [(name, field, name in needed) for name, field in schema.get("properties", {}).items()]
+    return sorted(found, key=lambda each: not each[2])  # what is needed comes first
 
 
 def _field(name: str, field: dict[str, Any], required: bool) -> str:
     kinds = [_kind(each) for each in field.get("anyOf", [field]) if each.get("type") != "null"]
     limits = next((each for each in field.get("anyOf", [field]) if "minimum" in each or "maximum" in each), {})
-    span = f", {limits.get('minimum', '…')} to {limits.get('maximum', '…')}" if limits else ""
+    low, high = (f"{limits[name]:g}" if name in limits else "" for name in ("minimum", "maximum"))
+    span = f", {low} to {high}" if low and high else f", {low} or more" if low else f", up to {high}" if high else ""
     needed = " (needed)" if required else ""
     said = escape(f"{' or '.join(kinds)}{span}{needed}")
     return f"<tr><td><code>{escape(name)}</code></td><td>{said}</td><td>{escape(field.get('description', ''))}</td></tr>"

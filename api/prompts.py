@@ -7,8 +7,8 @@ from .service import require_text
 def last_tokens(loaded: LoadedModel, text: str, most: int) -> str:
     """The end of a text that has at most so many tokens; all of it if it fits."""
     require_text(text)
-    if len(text) > most * 512:
-        text = text[-most * 512 :]
+    if len(text) > most * 128:
+        text = text[-most * 128 :]
     ids = loaded.encode(text)
     while len(ids) > most:
         with loaded._tokenizing:

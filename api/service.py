@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -25,7 +25,7 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Answer, Engine
 from ..engine.line import DEFAULT_LIMIT, Line
 from ..loaders.base import LoadedModel
-from .answers import Running, Start
+from .answers import Running, Start, Threads
 from .auth import Keys
 from .metrics import Metrics
 from .pieces import Pieces
@@ -37,7 +37,9 @@ T = TypeVar("T")
 Prompt = str | Sequence[Message]
 
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # the model as it is
-_LONGEST_TOKEN = 512  # characters; a text of more than that times the context need not be cut into tokens
+_NEUTRAL_VALUES = [(name, value) for name, _limits, value in GenerationParams.limits(GenerationParams(**NEUTRAL))]
+_AT_ONCE = 2000  # characters; shorter texts are cut into tokens in less time than a thread needs to begin
+_LONGEST_TOKEN = 128  # characters; a text of more than that times the context need not be cut into tokens
 MAX_ANSWERS = 16  # to one request
 
 
@@ -79,6 +81,7 @@ class Service:
             }
         )
         self._running: set[Running] = set()
+        self._threads = Threads()
         self.kobold: dict[str, Any] = {}  # defaults that a KoboldAI client set
         self.last: Finish | None = None  # of the answer that ended last
         self.answered = 0
@@ -152,7 +155,11 @@ class Service:
 
         None for `max_new_tokens` is all that is left. Raises Problem too_long, NotLoaded, Busy, BadParameter.
         """
-        return await to_thread.run_sync(self._measure, (await self.loaded()), prompt, max_new_tokens, trim)
+        loaded = await self.loaded()
+        size = len(prompt) if isinstance(prompt, str) else sum(len(each.text) for each in prompt)
+        if size < _AT_ONCE and not loaded._tokenizing.locked():
+            return self._measure(loaded, prompt, max_new_tokens, trim)
+        return await self.run(self._measure, loaded, prompt, max_new_tokens, trim)
 
     def _measure(self, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int | None, trim: bool) -> Measured:
         text = prompt if isinstance(prompt, str) else "".join(each.text for each in prompt)
@@ -203,9 +210,9 @@ class Service:
             self.metrics.failed("overloaded")
             raise
         if n > 1 and params.seed is None:
-            params = _with(params, seed=random.getrandbits(31))
+            params = replace(params, seed=random.getrandbits(31))
         starts = [self._start(loaded, each, params, at % n) for each in prompts for at in range(n)]
-        running = Running(starts, place, self._ended, wanted)
+        running = Running(starts, place, self._threads, self._ended, wanted)
         self._running.add(running)
         return running.start(request)
 
@@ -234,7 +241,7 @@ class Service:
 
     def _start(self, loaded: LoadedModel, measured: Measured, params: GenerationParams, at: int) -> Start:
         seed = (params.seed + at) % 2**31 if params.seed is not None else None
-        own = _with(params, max_new_tokens=measured.max_new_tokens, seed=seed)
+        own = replace(params, max_new_tokens=measured.max_new_tokens, seed=seed)
 
         def start(cancel: threading.Event) -> Answer:
             if self.engine.loaded is not loaded:
@@ -275,13 +282,7 @@ def _unheard(params: GenerationParams, loaded: LoadedModel) -> list[str]:
     """Parameters that were set and that the loaded model does not obey."""
     if not loaded.can:
         return []
-    neutral = GenerationParams(**NEUTRAL)
-    names = [each.name for each in fields(GenerationParams) if each.name not in loaded.can]
-    return [name for name in names if getattr(params, name) != getattr(neutral, name)]
-
-
-def _with(params: GenerationParams, **values: Any) -> GenerationParams:
-    return GenerationParams(**{**{each.name: getattr(params, each.name) for each in fields(GenerationParams)}, **values})
+    return [name for name, neutral in _NEUTRAL_VALUES if name not in loaded.can and getattr(params, name) != neutral]
 
 
 def _printable(name: str) -> str:

@@ -51,14 +51,16 @@ def serve(options: argparse.Namespace) -> int:
     from ..api.service import Limits, Service
     from ..ui import compat, page
     from ..ui.access import Access, Share
+    from ..ui.api_box import Api
     from .web import Web
 
     limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
     service = Service(engine, downloads, keys, limits)
+    panel = Api(lambda: keys.required, api_port) if compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
-    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share)
+    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel)
     names, origins = doors.hosts(options), options.cors or ()
     shown = page.application(blocks, users)
     webs = [Web(api.build(service, page=shown, here=compat.SIX, hosts=names, origins=origins), host, port)]

@@ -1,9 +1,9 @@
 """Our OpenAPI description, taken at its word by schemathesis: whatever fits it, and much that does not, is no 500."""
 
 import pytest
+from api_server import ApiServer, settled
 from shelf import MISTRAL, Shelf
 
-from api_server import ApiServer, settled
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
@@ -55,7 +55,10 @@ def test_no_call_of_our_schema_is_a_500(house):
                 house.service.engine.load(MISTRAL)
             answer = case.call(timeout=20)
             calls += 1
-            if answer.status_code >= 500 and answer.status_code not in (501, 502):  # said in words: not possible, or not at the Hub
+            if answer.status_code >= 500 and answer.status_code not in (
+                501,
+                502,
+            ):  # said in words: not possible, or not at the Hub
                 broken.append((case.method, case.path, case.body, answer.status_code, answer.text[:200]))
 
         call()

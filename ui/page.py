@@ -9,6 +9,7 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from . import chat_tab, compat, look, model_tab, parameters_tab
 from .access import Access, Share
+from .api_box import Api, draw_api
 from .share_box import draw_share
 
 
@@ -20,6 +21,7 @@ def build(
     banner: str = "",
     preset: str = "Model card",
     share: Share | None = None,
+    api: Api | None = None,
 ) -> gr.Blocks:
     """Draw and wire the page; launch it with `launch_options()`.
 
@@ -39,6 +41,9 @@ def build(
                 models = model_tab.build(engine, downloads, access)
             with gr.Tab("Parameters", id="parameters"):
                 parameters = parameters_tab.build(preset)
+            if api is not None:
+                with gr.Tab("API", id="api", visible=everybody) as api_place:
+                    box = draw_api(engine, api, access)
         with chat_at:
             chat = chat_tab.build(engine, parameters, access)
 
@@ -55,7 +60,13 @@ def build(
                 link.text: info.invitation if info is not None else "",
             }
 
+        def own_api(request: gr.Request) -> Any:
+            return gr.update(visible=access.is_owner(request))
+
         page.load(arrange, None, [tabs, model_place, notice, link.place, link.text], **compat.EVENT)
+        if api is not None:
+            page.load(own_api, None, api_place, **compat.EVENT)
+            api_place.select(box.show, box.inputs, box.outputs, **compat.EVENT)
         page.load(chat.show, None, chat.outputs, **compat.STREAM)
         triggers = [page.load, model_place.select] if compat.LAZY_TABS else [page.load]
         shown = [trigger(models.show, None, models.outputs, **compat.STREAM) for trigger in triggers]
