@@ -1,0 +1,282 @@
+"""Checks and times the kernels of one card: `python benchmarks/tune.py [--layers N] [--what …]`.
+
+Prints the copy bandwidth, the products of a layer with several ways to spread them, and the whole step.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+_spec = importlib.util.spec_from_file_location("gptq_webui_script", HERE.parent / "script.py")
+_door = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_door)
+_door.register()
+sys.path.insert(0, str(HERE))
+
+from random_parts import MISTRAL_7B, random_layer, random_parts  # noqa: E402
+
+from gptq_webui.gptq.cuda.kernels import Card, Gemv, pointer  # noqa: E402
+from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
+from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of, variant  # noqa: E402
+
+
+def seconds(run, repeat=5) -> float:
+    """Median of `repeat` timings with events."""
+    run()
+    torch.cuda.synchronize()
+    taken = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1000)
+    return sorted(taken)[len(taken) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the card."""
+    a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / seconds(lambda: b.copy_(a), 9)
+
+
+def graph_of(run, times: int) -> torch.cuda.CUDAGraph:
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for at in range(times):
+            run(at)
+    return graph
+
+
+ROLES = {
+    "qkv": (4096, 6144, True, "PLAIN"),
+    "o": (4096, 4096, False, "RESIDUAL"),
+    "gate_up": (4096, 28672, True, "SILU"),
+    "down": (14336, 4096, False, "RESIDUAL"),
+    "gate_up x2": (4096, 57344, True, "SILU"),
+    "gate_up x4": (4096, 114688, True, "SILU"),
+    "hot": (4096, 8192, True, "SILU"),
+    "hot x2": (4096, 16384, True, "SILU"),
+}
+
+
+def products(card: Card, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
+    """Times of one product, weights cold (or hot: one small weight again and again), with every tuning."""
+    k, n, norm, epilogue = ROLES[role]
+    rotate = 1 if role.startswith("hot") else max(2, int(6e8 / (k * n * bits / 8)))
+    rows = torch.randperm(k, device="cuda")
+    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
+    shape = shape_of(layers[:1])
+    card.add(shapes=[shape])
+    weights = [repack(card, [each], shape) for each in layers]
+    del layers
+    x = torch.randn(weights[0].padded, device="cuda").half()
+    ones = torch.ones_like(x)
+    out, residual = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
+    places = torch.arange(n, dtype=torch.int32, device="cuda")
+    plans = {}
+    for tuning in tunings:
+        plan = variant(weights[0], epilogue, norm, tuning)
+        if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor <= 227 * 1024:
+            plans[tuning] = plan
+    card.add(variants=plans.values())
+    found = []
+    for tuning, plan in plans.items():
+
+        def run(at: int, plan=plan, tuning=tuning) -> None:
+            w = weights[at % rotate]
+            arguments = Gemv(
+                weights=pointer(w.words), scales=pointer(w.scales), x=pointer(x), norm=pointer(ones), out=pointer(out),
+                residual=pointer(residual), places=pointer(places), n=n, tiles=w.tiles, chunks=w.chunks, groups=w.groups,
+                unit_to_group=w.unit_to_group, k=k, eps=1e-5,
+            )  # fmt: skip
+            blocks = min(-(-w.tiles // plan.teams), tuning.blocks_per_processor * card.processors)
+            card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes(w.chunks), overlap=True)
+
+        try:
+            times = max(16, rotate * 4)
+            graph = graph_of(run, times)
+            found.append((seconds(graph.replay) / times, tuning))
+        except Exception as error:
+            print("   ", role, tuning, "failed:", str(error)[:100])
+    found.sort(key=lambda each: each[0])
+    size = weights[0].size_bytes
+    print(f"{role} {bits}-bit g{group_size} {size / 1e6:.1f} MB, limit {size / copy * 1e6:.1f} us")
+    for took, tuning in found[:shown] + found[shown:][-1:]:
+        print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
+
+
+def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how) -> None:
+    parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
+    began = time.perf_counter()
+    step = CudaStep(parts, 16384 + 256, card=card)
+    torch.cuda.synchronize()
+    print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
+    size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
+
+    def choose(temperature=0.0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition=1.0, top_k=0) -> None:
+        step.params[0, :8] = torch.tensor([temperature, top_p, min_p, typical_p, repetition, 0, 0, 0])
+        step.params.view(torch.int32)[0, 8] = top_k
+
+    def steps(position: int) -> float:
+        def run() -> None:
+            step.positions[0] = position
+            for _ in range(repeat):
+                step.step()
+
+        return seconds(run) / repeat
+
+    choose()
+    step.begin([0])
+    step.reserve(16384)
+    for named in (
+        [
+            {},
+            {
+                "qkv": Tuning(8, 4, 3, 1, 3),
+                "o": Tuning(8, 4, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 3, 1, 3),
+                "down": Tuning(16, 2, 3, 1, 2),
+            },
+            {
+                "qkv": Tuning(8, 4, 3, 1, 2),
+                "o": Tuning(8, 4, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 3, 1, 2),
+                "down": Tuning(16, 2, 3, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 2, 6, 1, 2),
+                "o": Tuning(8, 2, 6, 1, 2),
+                "gate_up": Tuning(8, 2, 6, 1, 2),
+                "down": Tuning(16, 2, 6, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 4, 3, 1, 3),
+                "o": Tuning(16, 2, 3, 1, 2),
+                "gate_up": Tuning(8, 4, 4, 1, 2),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+            {
+                "qkv": Tuning(16, 2, 4, 1, 1),
+                "o": Tuning(16, 2, 4, 1, 1),
+                "gate_up": Tuning(16, 2, 4, 1, 1),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+            {
+                "qkv": Tuning(8, 2, 4, 1, 3),
+                "o": Tuning(8, 2, 4, 1, 2),
+                "gate_up": Tuning(8, 2, 4, 1, 3),
+                "down": Tuning(16, 2, 4, 1, 1),
+            },
+        ]
+        if tunings
+        else []
+    ):
+        step.tune(named)
+        print(f"    {steps(512) * 1e6:7.1f} us  {named or 'default'}")
+    if tunings:
+        return
+    for position in (512, 4096, 16000):
+        took = steps(position)
+        kv = 2 * step.kv_heads * step.head_dim * 2 * layers * position
+        share = (size + kv) / took / copy
+        print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
+        step.positions[0] = position
+        parts_of_it = {
+            "attention": lambda at: step._attention(at % layers, step.layers[at % layers]),
+            "head": lambda at: step._head(),
+            "sample": lambda at: step._sample(),
+            "embed": lambda at: step._embed(),
+        }
+        for name, run in parts_of_it.items():
+            if name != "attention" and position != 512:
+                continue
+            step.positions[0] = position
+            graph = graph_of(run, 32)
+            print(f"        {name}: {seconds(graph.replay) / 32 * 1e6:.1f} us each")
+        profile(step, position)
+    ids = torch.randint(0, 32000, (3840,)).tolist()
+    for length in (64, 512, 3840):
+
+        def prompt(length=length) -> None:
+            for start in range(0, length, 2048):
+                step.prefill(ids[start : min(length, start + 2048)], start)
+
+        took = seconds(prompt, 3)
+        print(f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s")
+    for name, values in {
+        "greedy": {}, "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
+        "min p": {"temperature": 1, "min_p": 0.05}, "plain": {"temperature": 1}, "typical": {"temperature": 1, "typical_p": 0.9},
+    }.items():  # fmt: skip
+        choose(**values)
+        print(f"    {name}: {steps(512) * 1e6:.0f} us a step")
+    step.close()
+
+
+def profile(step: CudaStep, position: int) -> None:
+    """What each kernel adds: from the end of the one before it to its own, mean over a few steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step.positions[0] = position
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(4):
+            step.step()
+        torch.cuda.synchronize()
+    events = sorted((each for each in found.events() if each.device_type.name == "CUDA"), key=lambda each: each.time_range.end)
+    spent: dict[str, list[float]] = {}
+    for before, each in itertools.pairwise(events):
+        spent.setdefault(each.name, []).append(each.time_range.end - before.time_range.end)
+    for name, times in sorted(spent.items(), key=lambda each: -sum(each[1])):
+        times.sort()
+        print(
+            f"        {sum(times) / 4:7.1f} us a step, {len(times) / 4:4.0f} times, median {times[len(times) // 2]:5.1f} us  {name}"
+        )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--what", nargs="*", default=["products", "whole"])
+    given = options.parse_args()
+    card = Card(torch.device("cuda", 0))
+    copy = copy_bandwidth()
+    print(f"{card.name}, torch {torch.__version__}, copy {copy / 1e12:.2f} TB/s")
+    with torch.inference_mode():
+        if "products" in given.what:
+            tunings = [
+                Tuning(split, batch, stages, teams, blocks)
+                for split, batch, stages, teams, blocks in itertools.product((4, 8, 16), (2, 4), (3, 4), (1, 2), (2, 3, 4, 5))
+                if split * teams <= 16 and 16 <= split * teams * blocks <= 40
+            ]
+            for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")):
+                products(card, role, bits, 128, copy, tunings)
+        if "slope" in given.what:  # what a byte more costs, apart from start and end
+            for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
+                products(
+                    card,
+                    role,
+                    4,
+                    128,
+                    copy,
+                    [Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(8, 2, 4, 1, 2), Tuning(16, 2, 4, 1, 2)],
+                )
+        if "one" in given.what:  # for a profiler
+            products(card, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
+        if "tunings" in given.what:
+            whole(card, copy, given.layers, tunings=True)
+        if "whole" in given.what:
+            whole(card, copy, given.layers)
+
+
+if __name__ == "__main__":
+    main()

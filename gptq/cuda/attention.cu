@@ -1,0 +1,327 @@
+// Attention of one new token per row over keys and values kept in pages, with rotary and the writing of the new ones.
+//
+// A page holds 64 tokens of every layer: keys [kv heads][64][D], values [kv heads][D][64] (turned, so that both
+// products read runs of 16 bytes). A row's pages are a list of addresses: growing a conversation moves nothing. The
+// tokens are split over blocks and warps (Flash-Decoding, Dao et al. 2023); partial sums are added in a fixed order
+// by the block that ends last.
+
+#define PAGE 64
+
+struct AttentionArguments {
+  const u16* qkv;          // fp16 [rows][(heads + 2 kv_heads) * D]
+  const u64* pages;        // [rows][max_pages]: addresses
+  const int* positions;    // [rows]: of the new token
+  const float *cosines, *sines;  // fp32 [context][rotary / 2]
+  const u16 *q_norm, *k_norm;    // fp16 [D] or null
+  u16* out;                // fp16 [rows][padded], engine order of the output layer
+  const int* places;       // [heads * D]
+  float* partial;          // fp32 [rows][blocks of heads][splits][8][D + 2]
+  u32* done;               // [rows][blocks of heads], zero between launches
+  u64 layer_bytes;         // from a page's start to this layer's keys
+  int heads, kv_heads, max_pages, padded, window, rotary_half;
+  int head_blocks;         // blocks of up to 8 heads that share keys, per kv head
+  float eps, scale;        // scale: log2(e) / sqrt(D)
+};
+
+// The angles that a lane needs: of dimensions lane, lane + 32 … below the turned half.
+template <int D> struct Angles { float cosine[(D / 2 + 31) / 32], sine[(D / 2 + 31) / 32]; };
+template <int D> DEVICE Angles<D> angles_of(const float* cosine, const float* sine, int half) {
+  Angles<D> r;
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; i++) {
+    const int at = i * 32 + threadIdx.x % 32;
+    if (at < half) { r.cosine[i] = cosine[at]; r.sine[i] = sine[at]; }
+  }
+  return r;
+}
+
+// A head's new query or key from qkv, normed and turned. One warp.
+template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angles<D>& angles, int half, float eps, u16* to) {
+  const int lane = threadIdx.x % 32;
+  float v[(D + 31) / 32], sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < (D + 31) / 32; i++) {
+    const int d = i * 32 + lane;
+    v[i] = d < D ? to_float(__ldcg(from + d)) : 0.f;
+    sum += v[i] * v[i];
+  }
+  if (norm) {
+    const float scale = rsqrtf(warp_sum(sum) / D + eps);
+#pragma unroll
+    for (int i = 0; i < (D + 31) / 32; i++)
+      if (i * 32 + lane < D) v[i] = v[i] * scale * to_float(norm[i * 32 + lane]);
+  }
+#pragma unroll
+  for (int i = 0; i < (D + 31) / 32; i++)
+    if (i * 32 + lane < D) to[i * 32 + lane] = to_half(v[i]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; i++) {
+    const int at = i * 32 + lane;
+    if (at < half) {
+      const float a = to_float(to[at]), b = to_float(to[at + half]);
+      to[at] = to_half(a * angles.cosine[i] - b * angles.sine[i]);
+      to[at + half] = to_half(b * angles.cosine[i] + a * angles.sine[i]);
+    }
+  }
+  __syncwarp();
+}
+
+template <int D> DEVICE void attention(const AttentionArguments& p) {
+  constexpr int WARPS = 8, STEPS = D / 16, PARTS = D / 32, TILES = D / 8;
+  static_assert(D % 32 == 0, "a lane reads 8 dimensions of each 32");
+  __shared__ __align__(16) u16 q[8][D];
+  __shared__ __align__(16) u16 new_key[D];
+  __shared__ u16 new_value[D];
+  __shared__ float maxima[WARPS][8], sums[WARPS][8], outs[WARPS][8][D];
+  __shared__ u32 arrived;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
+  const int split = blockIdx.x, block = blockIdx.y, row = blockIdx.z;
+  const int kv = block / p.head_blocks, group = p.heads / p.kv_heads;
+  const int head0 = kv * group + block % p.head_blocks * 8, count = min(8, kv * group + group - head0);
+  let_the_next_kernel_start();
+
+  // Where the new token stands, and what earlier ones left, was written long before the kernel ahead began.
+  const int position = p.positions[row], length = position + 1;
+  const int from = p.window > 0 ? max(0, length - p.window) : 0;
+  const int first_strip = from / 32, strips = (length + 31) / 32 - first_strip;
+  const int per_block = max((strips + (int)gridDim.x - 1) / (int)gridDim.x, 4);
+  const int active = (strips + per_block - 1) / per_block;
+  if (split >= active) { wait_for_the_kernel_ahead(); return; }
+  const int begin = first_strip + split * per_block, end = min(begin + per_block, first_strip + strips);
+  const u64* pages = p.pages + (size_t)row * p.max_pages;
+  const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
+  const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
+  const size_t key_at = (size_t)kv * PAGE * D, value_at = ((size_t)p.kv_heads + kv) * PAGE * D;
+
+  // The first strip of this warp and the angles are asked for while the kernel ahead ends.
+  uint4 k[4][PARTS], v[TILES];
+  auto fetch = [&](int strip) {
+    const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
+    const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
+    const u16* values = page + value_at + strip % 2 * 32 + c * 8;
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) v[t] = *(const uint4*)(values + (t * 8 + r) * PAGE);
+  };
+  if (begin + warp < end) fetch(begin + warp);
+  const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
+  const bool newest = end * 32 > position;  // the new token is in this block's share
+  u16* new_page = (u16*)(pages[position / PAGE] + p.layer_bytes);
+  wait_for_the_kernel_ahead();
+
+  if (warp < count) rotate<D>(qkv + (head0 + warp) * D, p.q_norm, angles, p.rotary_half, p.eps, q[warp]);
+  else for (int d = lane; d < D; d += 32) q[warp][d] = 0;
+  if (newest) {  // every head block of these keys writes the same
+    if (warp == 7) {
+      rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, angles, p.rotary_half, p.eps, new_key);
+      for (int d = lane; d < D; d += 32) new_page[key_at + position % PAGE * D + d] = new_key[d];
+    }
+    if (warp == 6)
+      for (int d = lane; d < D; d += 32) {
+        const u16 value = qkv[(p.heads + p.kv_heads + kv) * D + d];
+        new_value[d] = value;
+        new_page[value_at + d * PAGE + position % PAGE] = value;
+      }
+  }
+  __syncthreads();
+
+  u32 queries[STEPS][2];  // of heads r; rows 8 to 15 of the matrix are zero
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    const uint4 v = *(const uint4*)&q[r][i * 32 + c * 8];
+    queries[2 * i][0] = v.x; queries[2 * i][1] = v.y;
+    queries[2 * i + 1][0] = v.z; queries[2 * i + 1][1] = v.w;
+  }
+  float out[TILES][2], top = -1e30f, sum = 0.f;
+#pragma unroll
+  for (int t = 0; t < TILES; t++) out[t][0] = out[t][1] = 0.f;
+
+  for (int strip = begin + warp; strip < end; strip += WARPS) {
+    if (strip >= begin + WARPS) fetch(strip);
+    if (strip == position / 32) {  // the new token's own, which the page may not show yet; past it may stand no numbers
+      const int own = position % 32;
+#pragma unroll
+      for (int t = 0; t < 4; t++)
+        if (r / 2 * 8 + t * 2 + r % 2 == own)
+#pragma unroll
+          for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)&new_key[i * 32 + c * 8];
+      const int here = own - c * 8;  // place of the new token among this lane's 8
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        const u32 value = new_value[t * 8 + r];
+        u32* words = &v[t].x;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (here == 2 * j) words[j] = value;
+          else if (here == 2 * j + 1) words[j] = (words[j] & 0xffff) | value << 16;
+          else if (here < 2 * j) words[j] = 0;
+        }
+      }
+    }
+    float score[4][2];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      float s[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        const u32 a[4] = {queries[2 * i][0], 0, queries[2 * i][1], 0}, b[4] = {queries[2 * i + 1][0], 0, queries[2 * i + 1][1], 0};
+        mma(s, a, k[t][i].x, k[t][i].y);
+        mma(s, b, k[t][i].z, k[t][i].w);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int token = strip * 32 + c * 8 + t * 2 + e;
+        score[t][e] = token < length && token >= from ? s[e] * p.scale : -1e30f;
+      }
+    }
+    float higher = top;
+#pragma unroll
+    for (int t = 0; t < 4; t++) higher = fmaxf(higher, fmaxf(score[t][0], score[t][1]));
+    higher = fmaxf(higher, __shfl_xor_sync(FULL, higher, 1));
+    higher = fmaxf(higher, __shfl_xor_sync(FULL, higher, 2));
+    const float shrink = exp2f(top - higher);
+    top = higher;
+    sum *= shrink;
+    u32 weights[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      const float a = score[t][0] > -1e29f ? exp2f(score[t][0] - top) : 0.f, b = score[t][1] > -1e29f ? exp2f(score[t][1] - top) : 0.f;
+      sum += a + b;
+      weights[t] = to_half2(a, b);
+    }
+    const u32 low[4] = {weights[0], 0, weights[1], 0}, high[4] = {weights[2], 0, weights[3], 0};
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      float acc[4] = {out[t][0] * shrink, out[t][1] * shrink, 0.f, 0.f};
+      mma(acc, low, v[t].x, v[t].y);
+      mma(acc, high, v[t].z, v[t].w);
+      out[t][0] = acc[0]; out[t][1] = acc[1];
+    }
+  }
+  sum += __shfl_xor_sync(FULL, sum, 1);
+  sum += __shfl_xor_sync(FULL, sum, 2);
+
+  // The warps' parts, then the block's: relative to the highest score of each head.
+  if (c == 0) { maxima[warp][r] = top; sums[warp][r] = sum; }
+  __syncthreads();
+  float highest = -1e30f, total = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w][r]);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) total += sums[w][r] * exp2f(maxima[w][r] - highest);
+  const float mine = exp2f(top - highest);
+#pragma unroll
+  for (int t = 0; t < TILES; t++) *(float2*)&outs[warp][r][t * 8 + c * 2] = make_float2(out[t][0] * mine, out[t][1] * mine);
+  __syncthreads();
+  float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * 8 * (D + 2);
+  float* here = partial + (size_t)split * 8 * (D + 2);
+  u16* to = p.out + (size_t)row * p.padded;
+  if (warp == 0 && c == 0) { maxima[0][r] = highest; sums[0][r] = total; }
+  __syncthreads();
+  for (int at = threadIdx.x; at < count * D; at += blockDim.x) {
+    const int head = at / D, d = at % D;
+    float y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) y += outs[w][head][d];
+    if (active == 1) to[p.places[(head0 + head) * D + d]] = to_half(y / sums[0][head]);
+    else here[head * (D + 2) + d] = y;
+  }
+  if (active == 1) return;
+  if (threadIdx.x < count) { here[threadIdx.x * (D + 2) + D] = maxima[0][threadIdx.x]; here[threadIdx.x * (D + 2) + D + 1] = sums[0][threadIdx.x]; }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) arrived = atomicAdd(p.done + row * gridDim.y + block, 1);
+  __syncthreads();
+  if (arrived != active - 1) return;
+  __threadfence();
+  // The last block adds the parts: first how much each counts, then the parts themselves, many loads at once.
+  float* factors = &outs[0][0][0];  // [active][8]
+  for (int at = threadIdx.x; at < active * 8; at += blockDim.x) {
+    const float* part = partial + at * (D + 2) + D;
+    const bool real = at % 8 < count;
+    factors[at] = real ? __ldcg(part) : -1e30f;
+    factors[1024 + at] = real ? __ldcg(part + 1) : 0.f;
+  }
+  __syncthreads();
+  if (threadIdx.x < 8) {
+    float m = -1e30f, z = 0.f;
+    for (int i = 0; i < active; i++) m = fmaxf(m, factors[i * 8 + threadIdx.x]);
+    for (int i = 0; i < active; i++) z += factors[1024 + i * 8 + threadIdx.x] * exp2f(factors[i * 8 + threadIdx.x] - m);
+    for (int i = 0; i < active; i++) factors[i * 8 + threadIdx.x] = exp2f(factors[i * 8 + threadIdx.x] - m) / z;
+  }
+  __syncthreads();
+  for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
+    const int head = at / D, d = at % D;
+    float2 y = make_float2(0.f, 0.f);
+#pragma unroll 8
+    for (int i = 0; i < active; i++) {
+      const float2 part = __ldcg((const float2*)(partial + (i * 8 + head) * (D + 2) + d));
+      const float f = factors[i * 8 + head];
+      y.x += part.x * f;
+      y.y += part.y * f;
+    }
+    to[p.places[(head0 + head) * D + d]] = to_half(y.x);
+    to[p.places[(head0 + head) * D + d + 1]] = to_half(y.y);
+  }
+  if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
+}
+
+struct RopeArguments {
+  u16* qkv;             // fp16 [tokens][(heads + 2 kv_heads) * D], queries and keys are turned in place
+  const u64* pages;     // [max_pages] of this row
+  const float *cosines, *sines;
+  const u16 *q_norm, *k_norm;
+  u64 layer_bytes;
+  int heads, kv_heads, start, rotary_half;
+  float eps;
+};
+
+// Many tokens of one row that begin at position `start`: a block a token.
+template <int D> DEVICE void rope_rows(const RopeArguments& p) {
+  __shared__ u16 turned[8][D];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, position = p.start + blockIdx.x;
+  u16* qkv = p.qkv + (size_t)blockIdx.x * (p.heads + 2 * p.kv_heads) * D;
+  u16* page = (u16*)(p.pages[position / PAGE] + p.layer_bytes);
+  const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
+  const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
+  for (int head = warp; head < p.heads + 2 * p.kv_heads; head += blockDim.x / 32) {
+    u16* at = qkv + head * D;
+    if (head < p.heads + p.kv_heads) {
+      const bool key = head >= p.heads;
+      rotate<D>(at, key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, turned[warp]);
+      for (int d = lane; d < D; d += 32) {
+        at[d] = turned[warp][d];
+        if (key) page[((size_t)(head - p.heads) * PAGE + position % PAGE) * D + d] = turned[warp][d];
+      }
+      __syncwarp();
+    } else {
+      const int kv = head - p.heads - p.kv_heads;
+      for (int d = lane; d < D; d += 32) page[((size_t)(p.kv_heads + kv) * D + d) * PAGE + position % PAGE] = at[d];
+    }
+  }
+}
+
+struct GatherArguments {
+  const u64* pages;
+  u16 *keys, *values;  // fp16 [kv_heads][tokens][D]
+  u64 layer_bytes;
+  int kv_heads, tokens;
+};
+
+// A row's pages as two plain tensors, for the attention of a prompt's later chunks. A block a page and kv head.
+template <int D> DEVICE void gather_pages(const GatherArguments& p) {
+  __shared__ u16 turned[D][PAGE + 2];
+  const int kv = blockIdx.y, first = blockIdx.x * PAGE, count = min(PAGE, p.tokens - first);
+  const u16* page = (const u16*)(p.pages[blockIdx.x] + p.layer_bytes);
+  const u16 *keys = page + (size_t)kv * PAGE * D, *values = page + ((size_t)p.kv_heads + kv) * PAGE * D;
+  u16* to = p.keys + ((size_t)kv * p.tokens + first) * D;
+  for (int at = threadIdx.x; at < count * D; at += blockDim.x) to[at] = keys[at];
+  for (int at = threadIdx.x; at < PAGE * D; at += blockDim.x) turned[at / PAGE][at % PAGE] = values[at];
+  __syncthreads();
+  to = p.values + ((size_t)kv * p.tokens + first) * D;
+  for (int at = threadIdx.x; at < count * D; at += blockDim.x) to[at] = turned[at % D][at / D];
+}

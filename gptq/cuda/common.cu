@@ -1,0 +1,111 @@
+// What every kernel here uses. No headers: NVRTC has none to give. A pair of fp16 numbers is a 32-bit word (`half2`).
+//
+// Engine order. A weight is cut into tiles of 16 rows (outputs) and chunks of 64 inputs. Within a chunk, input k is
+// step s = k / 16, lane column c = k % 16 / 4, j = k % 4, and stands at c * 16 + s * 4 + j: what one lane of a
+// matrix product m16n8k16 reads for its four steps is then one run of 32 bytes.
+
+typedef unsigned char u8;
+typedef unsigned short u16;  // one fp16 number
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE static __device__ __forceinline__
+#define FULL 0xffffffffu
+#define INFINITY __int_as_float(0x7f800000)
+
+DEVICE float to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+DEVICE u16 to_half(float f) {  // beyond fp16's range: its largest number, not infinity
+  f = fminf(fmaxf(f, -65504.f), 65504.f);
+  u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h;
+}
+DEVICE u32 pair(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
+DEVICE u32 to_half2(float low, float high) { return pair(to_half(low), to_half(high)); }
+DEVICE float low_of(u32 h2) { return to_float((u16)h2); }
+DEVICE float high_of(u32 h2) { return to_float((u16)(h2 >> 16)); }
+DEVICE u32 sub2(u32 a, u32 b) { u32 r; asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+DEVICE u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+DEVICE u32 and_or(u32 a, u32 b, u32 c) { u32 r; asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], fp16 in, fp32 out, one warp
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+// Weights are read once: past the first cache.
+DEVICE uint4 stream4(const void* p) {
+  uint4 v; asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v;
+}
+DEVICE uint2 stream2(const void* p) {
+  uint2 v; asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); return v;
+}
+DEVICE u32 stream1(const void* p) {
+  u32 v; asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v;
+}
+
+// From global to shared memory without a register in between (Ampere and newer; before, at once).
+template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
+#if __CUDA_ARCH__ >= 800
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+#else
+  if constexpr (BYTES == 16) *(uint4*)to = stream4(from);
+  else if constexpr (BYTES == 8) *(uint2*)to = stream2(from);
+  else *(u32*)to = stream1(from);
+#endif
+}
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING> DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// The kernel ahead may still run when this one starts (Hopper and newer, if launched so). Every kernel of the chain
+// waits before it touches anything another one writes; weights may be read before.
+DEVICE void wait_for_the_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_the_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int at = 16; at; at >>= 1) v += __shfl_xor_sync(FULL, v, at);
+  return v;
+}
+
+extern __shared__ uint4 shared_words[];
+
+// Over a block of up to 1024 threads; `scratch` holds 33 floats. The same order every time.
+DEVICE float block_sum(float v, float* scratch) {
+  const int warps = (blockDim.x + 31) / 32, lane = threadIdx.x % 32;
+  v = warp_sum(v);
+  if (lane == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    v = warp_sum(lane < warps ? scratch[lane] : 0.f);
+    if (lane == 0) scratch[32] = v;
+  }
+  __syncthreads();
+  v = scratch[32];
+  __syncthreads();
+  return v;
+}

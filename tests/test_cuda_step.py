@@ -1,0 +1,102 @@
+"""The kernels and the step on a card, against plain PyTorch in wider numbers. Skipped where there is no card."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_webui.gptq.cuda.kernels import Card, Gemv, GemvVariant, pointer
+from gptq_webui.gptq.cuda.step import CudaStep
+from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+
+_spec = importlib.util.spec_from_file_location("random_parts", Path(__file__).parents[1] / "benchmarks" / "random_parts.py")
+random_parts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(random_parts)
+
+SMALL = {"hidden": 320, "inner": 544, "heads": 6, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 515}
+
+
+@pytest.fixture(scope="module")
+def card():
+    return Card(torch.device("cuda", 0))
+
+
+def error(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 64, 128])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_order, sym):
+    torch.manual_seed(bits * 1000 + group_size)
+    k, n = 736, 408  # no multiples of 64 and 16
+    rows = torch.randperm(k, device="cuda") if act_order else None
+    layer = random_parts.random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=True)
+    wanted = layer.dequantize(torch.float64)  # [N, K]
+    shape = shape_of([layer])
+    assert shape.sym == sym
+    tunings = (Tuning(8, 4, 3), Tuning(4, 2, 4, 2), Tuning(1, 1, 6, 4), Tuning(16, 2, 2))
+    plans = [GemvVariant(shape, "FLOAT", False, each.split, each.batch, each.stages, each.teams) for each in tunings]
+    card.add(plans, [shape])
+    weight = repack(card, [layer], shape)
+    x = torch.randn(k, device="cuda").half()
+    staged = torch.zeros(weight.padded, dtype=torch.float16, device="cuda")
+    staged[weight.places.long()] = x
+    dense = weight.dense(
+        card, 0, weight.tiles, torch.full((weight.tiles * 16 * weight.padded,), torch.nan, dtype=torch.float16, device="cuda")
+    )
+    natural = torch.zeros(weight.tiles * 16, k, dtype=torch.float16, device="cuda")
+    kept = weight.order >= 0
+    natural[:, weight.order[kept].long()] = dense[:, kept]
+    assert error(natural[:n], wanted) < 5e-4 and bool((dense[n:] == 0).all())
+    for plan in plans:
+        out = torch.full((n,), torch.nan, device="cuda")
+        arguments = Gemv(
+            weights=pointer(weight.words), scales=pointer(weight.scales), x=pointer(staged), bias=pointer(weight.bias), out=pointer(out),
+            n=n, tiles=weight.tiles, chunks=weight.chunks, groups=weight.groups, unit_to_group=weight.unit_to_group, k=k,
+        )  # fmt: skip
+        runs = []
+        for _ in range(2):
+            out.fill_(torch.nan)
+            card.run(plan.name, (7,), plan.threads, arguments, plan.shared_bytes(weight.chunks))
+            runs.append(out.clone())
+        assert torch.equal(*runs)
+        assert error(runs[0], wanted @ x.double() + layer.bias.double()) < 1e-3, plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"bits": 8}, {"bits": 3, "sym": False}, {"bits": 2}, {"group_size": 32}, {"group_size": -1, "act_order": False},
+        {"qk_norm": True}, {"bias": True}, {"window": 40}, {"heads": 16, "kv_heads": 1}, {"head_dim": 128, "heads": 4, "kv_heads": 4},
+        {"head_dim": 96}, {"head_dim": 32},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
+    torch.manual_seed(1)
+    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
+    ids = torch.randint(0, SMALL["vocabulary"], (150,)).tolist()
+    with torch.inference_mode():
+        wanted = random_parts.plain_logits(parts, ids)
+        step = CudaStep(parts, 256, card=card)
+        assert step.begin(ids) == 0
+        step.reserve(len(ids))
+        found = []
+        step.prefill(ids[:70], 0)
+        found.append((69, step.logits.clone()))
+        step.prefill(ids[70:100], 70)
+        found.append((99, step.logits.clone()))
+        for at in range(100, 150):
+            step.ids[0], step.positions[0] = ids[at], at
+            step.forward()
+            found.append((at, step.logits.clone()))
+        for at, logits in found:
+            assert error(logits[0], wanted[at]) < 1e-2, at
+        tops = [int(logits.argmax()) == int(wanted[at].argmax()) for at, logits in found]
+        assert sum(tops) >= len(tops) - 2
