@@ -116,8 +116,8 @@ class Guard:
             if site in ("cross-site", "same-site") and scope.get("method") not in ("GET", "HEAD"):
                 return [], "This request comes out of another site's page. Start the server with --cors ADDRESS to allow it."
             return [], None
-        if _same(origin, hosts[0]):
-            return [], None
+        if _same(origin, hosts[0]) or self._hosts.names.intersection((_host_of(origin),)):
+            return [], None  # the second: a proxy between us and a name of ours
         if api and (origin.lower() in self._origins or "*" in self._origins):
             exposed = "x-queue-position, x-generated-tokens, x-prompt-tokens, retry-after"
             allowed = "*" if "*" in self._origins else origin
@@ -133,6 +133,13 @@ def _name(host: str) -> str:
     """'[::1]:7860' -> '::1', 'LocalHost.:80' -> 'localhost'."""
     found = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", host.strip().lower())
     return (found.group(1) or found.group(2) or "").rstrip(".") if found else ""
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return (urlsplit(origin).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
 
 
 def _same(origin: str, host: str) -> bool:

@@ -19,6 +19,7 @@ from ..loaders.base import LoadedModel
 from . import kobold_settings
 from .answers import EventStream, Running
 from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
+from .openai import bias_of
 from .prompts import last_tokens
 from .routes import Json, admin, for_all, route_class
 from .sampling import Open
@@ -253,6 +254,7 @@ def _params(service: Service, asked: GenerateRequest) -> GenerationParams:
         "repetition_penalty": max(0.5, min(2.0, penalty)) if penalty else settings.get("rep_pen"),
         "repetition_range": _most(asked.rep_pen_range, 32768, None),
         "presence_penalty": asked.presence_penalty,
+        "logit_bias": bias_of(asked.logit_bias) if asked.logit_bias else None,
         "seed": None if seed is None or seed < 0 else seed % 2**31,
         "stop": tuple(dict.fromkeys(each for each in stop if each)),
     }

@@ -16,7 +16,7 @@ def number(logprob: float | None) -> float | None:
 
 def chat_logprobs(pieces: Pieces, tokens: Sequence[Token]) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
-        raw = pieces.bytes(id)
+        raw = pieces.raw(id)
         return {"token": raw.decode("utf-8", "replace"), "logprob": number(logprob), "bytes": list(raw)}
 
     content = [

@@ -29,7 +29,7 @@ class ResponseFormat(Open):
     type: str
 
 
-class _Asking(Sampling):  # type: ignore[misc]
+class _Asking(Sampling):
     model: str | None = Field(
         None, description="Answered by the loaded model, whatever is named, but for a local one not loaded."
     )

@@ -74,7 +74,7 @@ def _fields(openapi: dict[str, Any], schema: dict[str, Any]) -> list[tuple[str, 
 
 def _field(name: str, field: dict[str, Any], required: bool) -> str:
     kinds = [_kind(each) for each in field.get("anyOf", [field]) if each.get("type") != "null"]
-    limits = next((each for each in field.get("anyOf", [field]) if "minimum" in each or "maximum" in each), {})
+    limits: dict[str, Any] = next((each for each in field.get("anyOf", [field]) if "minimum" in each or "maximum" in each), {})
     low, high = (f"{limits[name]:g}" if name in limits else "" for name in ("minimum", "maximum"))
     span = f", {low} to {high}" if low and high else f", {low} or more" if low else f", up to {high}" if high else ""
     needed = " (needed)" if required else ""

@@ -15,9 +15,9 @@ class Pieces:
         self._of = lru_cache(maxsize=4096)(self._bytes)
 
     def text(self, id: int) -> str:
-        return self.bytes(id).decode("utf-8", "replace")
+        return self.raw(id).decode("utf-8", "replace")
 
-    def bytes(self, id: int) -> bytes:
+    def raw(self, id: int) -> bytes:
         return self._of(id)
 
     def _bytes(self, id: int) -> bytes:

@@ -97,7 +97,7 @@ def of_validation(errors: Sequence[Any]) -> Problem:
     """What pydantic found: the place and the sentence, never the value that was sent."""
     fields: dict[str, list[str]] = {}
     for each in errors:
-        place = ".".join(str(part) for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
+        place = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
         if each.get("type") == "json_invalid":
             return Problem("invalid", "The body is not JSON.", "body")
         fields.setdefault(place, []).append(str(each.get("msg", "is not valid")))

@@ -145,10 +145,11 @@ class Service:
 
     def ignore(self, protocol: str, names: Iterable[str]) -> None:
         """Say once for each name that it is not obeyed."""
-        new = sorted(name for name in names if f"{protocol} {name}" not in self._named)[:20]
+        shown = {"".join(letter for letter in name[:40] if letter.isprintable()) for name in names}
+        new = sorted(name for name in shown if f"{protocol} {name}" not in self._named)[:20]
         if new and len(self._named) < 1000:
             self._named.update(f"{protocol} {name}" for name in new)
-            log.info("%s: ignored, not known here: %s", protocol, ", ".join(_printable(name) for name in new))
+            log.info("%s: ignored, not known here: %s", protocol, ", ".join(new))
 
     async def measure(self, prompt: Prompt, max_new_tokens: int | None, *, trim: bool = False) -> Measured:
         """How long a prompt is and how long its answer may become; with `trim`, the answer is cut to what is left.
@@ -283,10 +284,6 @@ def _unheard(params: GenerationParams, loaded: LoadedModel) -> list[str]:
     if not loaded.can:
         return []
     return [name for name, neutral in _NEUTRAL_VALUES if name not in loaded.can and getattr(params, name) != neutral]
-
-
-def _printable(name: str) -> str:
-    return name[:40].encode("ascii", "replace").decode()
 
 
 def _resident_bytes() -> float:

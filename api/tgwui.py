@@ -43,7 +43,7 @@ class CountAnswer(BaseModel):
     length: int
 
 
-class LogitsRequest(Sampling):  # type: ignore[misc]
+class LogitsRequest(Sampling):
     prompt: str
     use_samplers: bool = False
     top_logits: int = Field(50, ge=1)

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
@@ -77,6 +78,9 @@ def serve(options: argparse.Namespace) -> int:
         _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {said}")
     if share is not None:
         _open_link("127.0.0.1" if host in _EVERYWHERE else host, port, share, users[-1])
+        if share.info is not None:
+            names.names.add(urlsplit(share.info.url).hostname or "")
+        names.names.discard(doors.SHARE_HOST)  # other people's links end alike
     elif not options.no_browser and _has_display():
         import webbrowser
 

@@ -3,6 +3,7 @@
 Run `python benchmarks/api_overhead.py`. A model without weights writes 500 tokens a second; the server is a
 process of its own, so that its client's time is not counted.
 """
+# mypy: ignore-errors
 
 import importlib.util
 import tempfile

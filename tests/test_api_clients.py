@@ -4,8 +4,8 @@ import math
 import threading
 
 import pytest
-from api_server import ApiServer
 
+from api_server import ApiServer
 from gptq_webui.core.chat import Message
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from api_server import ApiServer, settled
-from shelf import MISTRAL, Shelf
 
+from api_server import ApiServer, settled
 from gptq_webui.api.auth import Keys
 from gptq_webui.api.guard import Hosts
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
+from shelf import MISTRAL, Shelf
 
 USE, ADMIN = "use-key-1234567890", "admin-key-1234567890"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

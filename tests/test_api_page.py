@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from api_server import ApiServer
-from shelf import MISTRAL, Shelf
 
+from api_server import ApiServer
 from browser import chromium
 from gptq_webui.api.auth import Keys
 from gptq_webui.engine.downloads import Downloads
@@ -20,6 +19,7 @@ from gptq_webui.loaders.fake import FakeLoader
 from gptq_webui.ui import compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.api_box import Api, calls
+from shelf import MISTRAL, Shelf
 
 pytestmark = [
     pytest.mark.browser,
