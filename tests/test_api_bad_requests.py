@@ -5,13 +5,13 @@ or with msg and type. text-generation-webui and tabbyAPI: OpenAI's.
 """
 
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from shelf import MISTRAL, Shelf
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
 from gptq_webui.api.auth import Keys
@@ -17,7 +18,6 @@ from gptq_webui.core.errors import BadParameter
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from shelf import MISTRAL, Shelf
 
 USE, ADMIN = "use-key-1234567890", "admin-key-1234567890"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -6,12 +6,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from shelf import MISTRAL, Shelf
 
 ANSWER = "The capital of France is Paris."
 

@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, events
 from gptq_webui.core.models import OPENED_BY
@@ -11,7 +12,6 @@ from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.base import Refusal
 from gptq_webui.loaders.fake import FakeLoader
-from shelf import MISTRAL, Shelf
 
 ANSWER = "The capital of France is Paris."
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer
 from browser import chromium
@@ -19,7 +20,6 @@ from gptq_webui.loaders.fake import FakeLoader
 from gptq_webui.ui import compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.api_box import Api, calls
-from shelf import MISTRAL, Shelf
 
 pytestmark = [
     pytest.mark.browser,

@@ -1,12 +1,12 @@
 """Our OpenAPI description, taken at its word by schemathesis: whatever fits it, and much that does not, is no 500."""
 
 import pytest
+from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from shelf import MISTRAL, Shelf
 
 schemathesis = pytest.importorskip("schemathesis", reason="the newest environment has it")
 hypothesis = pytest.importorskip("hypothesis")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from shelf import MISTRAL, Shelf
 
 from gptq_webui.engine.downloads import Downloads
 from gptq_webui.engine.engine import Engine
@@ -14,7 +15,6 @@ from gptq_webui.loaders.fake import FakeLoader
 from gptq_webui.ui import compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
-from shelf import MISTRAL, Shelf
 
 OWNERS_ONLY = ("model_tab", "download_box", "folders_box", "settings_box", "template_box")
 FOR_ALL = ("show", "resume", "relist_resumed")  # of these files: called by every page load, they tell a guest nothing

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from shelf import MISTRAL, Shelf
 
 from browser import chromium
 from gptq_webui.core.models import OPENED_BY
@@ -15,7 +16,6 @@ from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.base import Refusal
 from gptq_webui.loaders.fake import FakeLoader, FakeOptions
 from gptq_webui.ui import page as ui_page
-from shelf import MISTRAL, Shelf
 
 pytestmark = pytest.mark.browser
 
