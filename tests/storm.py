@@ -174,7 +174,7 @@ def storm(url, seconds, clients=16, tokens=8, prompts=4):
 
 
 if __name__ == "__main__":
-    found = storm(sys.argv[1], float(sys.argv[2]))
+    found = storm(sys.argv[1], float(sys.argv[2]), tokens=int(sys.argv[3]) if len(sys.argv) > 3 else 8)
     print(f"right {found.right}, refused {found.refused}, wrong {len(found.wrong)}, longest {found.longest_s:.1f} s")
     print(f"left {found.left}, stalled {found.stalled}, garbage {found.garbage}")
     sizes = [size / 1e6 for _at, size in found.memory]
