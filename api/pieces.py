@@ -21,6 +21,8 @@ class Pieces:
         return self._of(id)
 
     def _bytes(self, id: int) -> bytes:
+        if self._tokenizer is None:
+            return b""  # an engine elsewhere: its ids mean nothing here
         with self._lock:
             text = _decode(self._tokenizer, [id])
             name = _name(self._tokenizer, id)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from .. import __version__
 from ..core.chat import Finish, Message
 from ..core.errors import BadParameter, Busy
-from ..core.models import LocalModel
+from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
 from ..core.refs import ModelRef
 from ..engine.downloads import Downloads
@@ -107,7 +107,7 @@ class Service:
     def models(self) -> list[LocalModel]:
         """Every local model that could be loaded, the loaded one first."""
         loaded = self.engine.loaded
-        found = [each for each in self.engine.library.models() if each.kind in ("gptq", "plain")]
+        found = [each for each in self.engine.library.models() if each.kind != "incomplete" and each.kind not in OPENED_BY]
         if loaded is not None:
             found = [loaded.model, *(each for each in found if each.folder != loaded.model.folder)]
         return found

@@ -255,7 +255,7 @@ class _Said:
         if isinstance(event, Finish):
             return self._last(event)
         self._text += event.text
-        if event.id < 0:  # text that was held back until the end belongs to the last token
+        if event.id < 0 and self._answer.loaded.tokenizer is not None:  # what was held back belongs to the last token
             held = self._held
             self._held = Event(held.id, held.text + event.text, held.logprob, held.top) if held else event
             return b""
