@@ -62,10 +62,10 @@ def test_inference_client_streams_with_details(server):
     from huggingface_hub import InferenceClient
 
     client = InferenceClient(server.url)
-    pieces = list(client.text_generation("The capital of France is", max_new_tokens=12, details=True, stream=True))
-    text, finish = solo(server, "The capital of France is", max_new_tokens=12, temperature=0, repetition_penalty=1)
+    pieces = list(client.text_generation("The capital of France is", max_new_tokens=6, details=True, stream=True))
+    text, finish = solo(server, "The capital of France is", max_new_tokens=6, temperature=0, repetition_penalty=1)
     assert pieces[-1].generated_text == text == "".join(each.token.text for each in pieces)
-    assert [each.index for each in pieces] == list(range(1, 13))
+    assert [each.index for each in pieces] == list(range(1, 7))
     assert pieces[-1].details.finish_reason == "length" and pieces[-1].details.generated_tokens == finish.new_tokens
     assert all(each.token.logprob <= 0 for each in pieces) and pieces[0].generated_text is None
 
@@ -130,10 +130,10 @@ def test_openai_chats_as_the_engine_does(server, openai_client):
 def test_openai_streams_with_usage_and_two_answers(openai_client):
     chunks = list(
         openai_client.chat.completions.create(
-            model="x", messages=CAPITAL, max_tokens=8, n=2, seed=5, stream=True, stream_options={"include_usage": True}
+            model="x", messages=CAPITAL, max_tokens=4, n=2, seed=5, stream=True, stream_options={"include_usage": True}
         )
     )
-    whole = openai_client.chat.completions.create(model="x", messages=CAPITAL, max_tokens=8, n=2, seed=5)
+    whole = openai_client.chat.completions.create(model="x", messages=CAPITAL, max_tokens=4, n=2, seed=5)
     texts = ["", ""]
     for chunk in chunks[:-1]:
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -144,11 +144,13 @@ def test_openai_streams_with_usage_and_two_answers(openai_client):
 
 def test_openai_seed_and_stop(openai_client):
     def ask(**more):
-        return openai_client.completions.create(model="x", prompt="Once upon a time", max_tokens=16, **more).choices[0]
+        return openai_client.completions.create(model="x", prompt="Once upon a time", max_tokens=6, **more).choices[0]
 
     assert ask(seed=7).text == ask(seed=7).text != ask(seed=8).text
-    cut = ask(temperature=0, stop=[" a"])
-    assert " a" not in cut.text and cut.finish_reason == "stop" and ask(temperature=0).text.startswith(cut.text)
+    whole = ask(temperature=0).text
+    stop = whole[len(whole) // 2 :]
+    cut = ask(temperature=0, stop=[stop])
+    assert cut.text + stop == whole and cut.finish_reason == "stop"
 
 
 def test_openai_logit_bias_forbids_and_forces(server, openai_client):
@@ -164,10 +166,10 @@ def test_openai_logit_bias_forbids_and_forces(server, openai_client):
 
 
 def test_openai_chat_logprobs(openai_client):
-    asked = {"model": "x", "messages": CAPITAL, "temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 4}
+    asked = {"model": "x", "messages": CAPITAL, "temperature": 0, "max_tokens": 4, "logprobs": True, "top_logprobs": 4}
     choice = openai_client.chat.completions.create(**asked).choices[0]
     entries = choice.logprobs.content
-    assert len(entries) == 6 and "".join(each.token for each in entries).strip() == choice.message.content.strip()
+    assert len(entries) == 4 and "".join(each.token for each in entries).strip() == choice.message.content.strip()
     for each in entries:
         assert each.logprob == each.top_logprobs[0].logprob <= 0 and bytes(each.bytes).decode() == each.token
         assert math.fsum(math.exp(other.logprob) for other in each.top_logprobs) <= 1.001
@@ -209,10 +211,10 @@ def tgi_client(server):
 
 
 def test_text_generation_client(server, tgi_client):
-    answer = tgi_client.generate("The capital of France is", max_new_tokens=8, decoder_input_details=False)
-    text, _finish = solo(server, "The capital of France is", max_new_tokens=8, temperature=0, repetition_penalty=1)
-    assert answer.generated_text == text and answer.details.generated_tokens == 8
-    pieces = list(tgi_client.generate_stream("The capital of France is", max_new_tokens=8))
+    answer = tgi_client.generate("The capital of France is", max_new_tokens=4, decoder_input_details=False)
+    text, _finish = solo(server, "The capital of France is", max_new_tokens=4, temperature=0, repetition_penalty=1)
+    assert answer.generated_text == text and answer.details.generated_tokens == 4
+    pieces = list(tgi_client.generate_stream("The capital of France is", max_new_tokens=4))
     assert "".join(each.token.text for each in pieces) == text == pieces[-1].generated_text
     chat = tgi_client.chat(messages=CAPITAL, max_tokens=20, temperature=0.01)
     assert "Paris" in chat.choices[0].message.content
@@ -221,7 +223,7 @@ def test_text_generation_client(server, tgi_client):
 def test_text_generation_best_of_and_errors(tgi_client):
     from text_generation.errors import ValidationError
 
-    answer = tgi_client.generate("Once", max_new_tokens=6, do_sample=True, best_of=2)
+    answer = tgi_client.generate("Once", max_new_tokens=3, do_sample=True, best_of=2)
     assert len(answer.details.best_of_sequences) == 1
     mean = sum(each.logprob for each in answer.details.tokens) / len(answer.details.tokens)
     other = answer.details.best_of_sequences[0]

@@ -123,6 +123,8 @@ def test_another_sites_page_cannot_use_either(house):
     }"""
     assert set(page.evaluate(script, house.server.url)) <= {"blocked", "opaque0"}
     assert house.engine.loaded is not None
+    rebound = httpx.get(house.server.url, headers={"host": "evil.example"}, trust_env=False)
+    assert rebound.status_code == 403 and "gradio" not in rebound.text  # the page itself, too
     direct = httpx.post(
         f"{house.server.url}/gradio_api/queue/join", json={}, headers={"origin": "http://evil.example"}, trust_env=False
     )
