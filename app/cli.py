@@ -1,4 +1,4 @@
-"""The command line: `gptq-webui [serve|download|models|ask|host]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|download|models|ask|doctor|host]`. Answers --help without a heavy import."""
 
 import argparse
 import logging
@@ -12,7 +12,7 @@ from .. import __version__
 from ..core.errors import GptqWebuiError
 from . import doors, tgi_flags
 
-COMMANDS = ("serve", "download", "models", "ask", "keys", "host")
+COMMANDS = ("serve", "download", "models", "ask", "doctor", "keys", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the models on this machine")
     _add_models(models, several=True)
-    models.set_defaults(run=_models)
+    _add_remote(models)
+    models.set_defaults(run=_models, model=None)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
     ask.add_argument("question", metavar="QUESTION")
@@ -98,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--admin", action="store_true", help="a key that may load and download, too")
     keys.set_defaults(run=_keys, verbose=False)
 
+    doctor = commands.add_parser("doctor", help="tell what this machine has and which loader can work on it")
+    _add_models(doctor, several=True)
+    _add_remote(doctor)
+    doctor.add_argument("--model", metavar="NAME", help="ask the loaders about this model")
+    doctor.set_defaults(run=_doctor)
+
     host = commands.add_parser("host", help="start text-generation-webui so that its --model may be a GPTQ folder")
     host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
     host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="what its server.py is given")
@@ -114,7 +121,17 @@ def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
 
 
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remote",
+        action="append",
+        metavar="URL",
+        help="also use the models of this engine elsewhere (vLLM, TGI …); again for several that share the work",
+    )
+
+
 def _add_loading(parser: argparse.ArgumentParser) -> None:
+    _add_remote(parser)
     parser.add_argument("--dtype", type=_dtype, help="number format of the computing: auto, fp16, bf16, fp32")
     parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
@@ -154,6 +171,12 @@ def _host(options: argparse.Namespace) -> int:
     from .host import run_host
 
     return run_host(options.arguments, options.folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(options)
 
 
 def _ask(options: argparse.Namespace) -> int:

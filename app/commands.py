@@ -26,6 +26,34 @@ def make_engine(options: argparse.Namespace) -> Engine:
     return Engine(Library(folders or settings.models_folders), settings)
 
 
+def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
+    """List what the engines of --remote serve beside the models of the folders; returns the names. Raises LoadFailed."""
+    if not options.remote:
+        return []
+    from ..core.models import remote_model
+    from ..loaders.remote import RemoteLoader, RemoteOptions
+
+    asked = RemoteOptions(base_url=", ".join(options.remote))
+    found = {model.name: model for model in RemoteLoader().models(asked)}
+    unlisted = remote_model(options.model or "", served_by=asked.base_url)  # some engines do not list what they can load
+    if options.model and unlisted.name not in found and unlisted.name not in [each.name for each in engine.library.models()]:
+        found[unlisted.name] = unlisted
+    engine.library.elsewhere = tuple(found.values())
+    return list(found)
+
+
+def asked_model(engine: Engine, options: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """(name, load options) of the model of --model, or of the only one of --remote; None if neither says which."""
+    elsewhere = find_elsewhere(engine, options)
+    given = load_options(options)
+    if not options.model:
+        return (elsewhere[0] if len(elsewhere) == 1 else None), given
+    name = options.model.replace("/", "_")
+    if name in elsewhere:
+        return name, given | {"model": options.model} if name != options.model else given
+    return options.model, given
+
+
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """--dtype and --context as the loaders call them."""
     given = {"dtype": options.dtype, "context_tokens": options.context}
@@ -54,10 +82,13 @@ def download(options: argparse.Namespace) -> int:
 
 
 def models(options: argparse.Namespace) -> int:
-    library = make_engine(options).library
+    engine = make_engine(options)
+    find_elsewhere(engine, options)
+    library = engine.library
     found = library.models()
     for model in found:
-        print(f"{model.name}\t{model.badge}\t{format_bytes(model.size_bytes)}")
+        size = format_bytes(model.size_bytes) if model.kind != "remote" else model.served_by
+        print(f"{model.name}\t{model.badge}\t{size}")
     folders = ", ".join(str(root) for root in library.roots)
     print(f"{plural(len(found), 'model')} in {folders}", file=sys.stderr)
     return 0
@@ -71,7 +102,8 @@ def ask(options: argparse.Namespace) -> int:
         if options.demo:
             loaded = engine.load_demo(options.loader, load_options(options))
         else:
-            loaded = engine.load(_name(engine, options.model), options.loader, load_options(options))
+            name, given = asked_model(engine, options)
+            loaded = engine.load(_name(engine, name), options.loader, given)
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
@@ -115,7 +147,7 @@ def _name(engine: Engine, given: str | None) -> str:
     """--model, or the last one used, or the only one there is. Raises NoSuchModel with the names there are."""
     if given:
         return given
-    names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain")]
+    names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain", "remote")]
     if engine.settings.last_model in names:
         return engine.settings.last_model
     if len(names) == 1:

@@ -17,7 +17,7 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from ..engine.line import DEFAULT_LIMIT
 from . import doors, tgi_flags
-from .commands import load_options, make_engine
+from .commands import asked_model, make_engine
 from .first_model import first_model
 
 if TYPE_CHECKING:
@@ -139,13 +139,16 @@ def free_port(host: str, asked: int | None) -> int:
 
 
 def _load_first(engine: Engine, downloads: Downloads, options: argparse.Namespace) -> None:
-    """--demo, --model or --model-id, in the background; the page shows how far it is."""
+    """--remote, --demo, --model or --model-id, in the background; the page shows how far it is."""
     try:
+        name, given = asked_model(engine, options)
         if options.demo:
-            engine.load_demo(options.loader, load_options(options))
-        elif options.model or options.model_id:
-            name = options.model or first_model(engine, downloads, options.model_id, options.revision, _tell)
-            engine.load(name, options.loader, load_options(options))
+            engine.load_demo(options.loader, given)
+        elif options.model_id and not options.model:
+            name = first_model(engine, downloads, options.model_id, options.revision, _tell)
+            engine.load(name, options.loader, given)
+        elif name:
+            engine.load(name, options.loader, given)
         else:
             return
         assert engine.loaded is not None

@@ -40,7 +40,7 @@ def random_layer(
     g_idx = torch.arange(k, device="cuda") // size
     layer.g_idx.data = (g_idx if rows is None else g_idx[rows.argsort()]).int()
     if bias:
-        layer.bias.data = torch.randn(n, device="cuda").half() * 0.1
+        layer.bias = nn.Parameter(torch.randn(n, device="cuda").half() * 0.1, requires_grad=False)
     return layer
 
 
@@ -111,7 +111,7 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
             .transpose(0, 1)
             .split([parts.heads, parts.kv_heads, parts.kv_heads])
         )
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         group = parts.heads // parts.kv_heads
         k, v = turned(k).repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -124,4 +124,4 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
         x = norm(h, layer.post_norm)
         both = torch.cat([each(x) for each in layer.gate_up], -1).chunk(2, -1)
         h = h + layer.down(nn.functional.silu(both[0]) * both[1])
-    return norm(h, parts.norm) @ parts.head.weight.float().T
+    return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[arg-type]

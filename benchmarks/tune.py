@@ -4,29 +4,30 @@ Prints the copy bandwidth, the products of a layer with several ways to spread t
 """
 
 import argparse
-import importlib.util
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 HERE = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("gptq_webui_script", HERE.parent / "script.py")
-_door = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_door)
-_door.register()
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import script  # noqa: E402
+
+script.register()
 
 from random_parts import MISTRAL_7B, random_layer, random_parts  # noqa: E402
 
-from gptq_webui.gptq.cuda.kernels import Card, Gemv, pointer  # noqa: E402
+from gptq_webui.gptq.cuda.kernels import Card, Gemv, GemvVariant, pointer  # noqa: E402
+from gptq_webui.gptq.cuda.pages import PagedMemory  # noqa: E402
 from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
 from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of, variant  # noqa: E402
 
 
-def seconds(run, repeat=5) -> float:
+def seconds(run: Callable[[], object], repeat: int = 5) -> float:
     """Median of `repeat` timings with events."""
     run()
     torch.cuda.synchronize()
@@ -48,7 +49,7 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() / seconds(lambda: b.copy_(a), 9)
 
 
-def graph_of(run, times: int) -> torch.cuda.CUDAGraph:
+def graph_of(run: Callable[[int], object], times: int) -> torch.cuda.CUDAGraph:
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -93,7 +94,7 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
     found = []
     for tuning, plan in plans.items():
 
-        def run(at: int, plan=plan, tuning=tuning) -> None:
+        def run(at: int, plan: GemvVariant = plan, tuning: Tuning = tuning) -> None:
             w = weights[at % rotate]
             arguments = Gemv(
                 weights=pointer(w.words), scales=pointer(w.scales), x=pointer(x), norm=pointer(ones), out=pointer(out),
@@ -116,7 +117,10 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
         print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
 
 
-def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how) -> None:
+_OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
+
+
+def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how: Any) -> None:
     parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
     step = CudaStep(parts, 16384 + 256, card=card)
@@ -124,9 +128,10 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
 
-    def choose(temperature=0.0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition=1.0, top_k=0) -> None:
-        step.params[0, :8] = torch.tensor([temperature, top_p, min_p, typical_p, repetition, 0, 0, 0])
-        step.params.view(torch.int32)[0, 8] = top_k
+    def choose(**values: float) -> None:
+        usual = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition": 1.0}
+        step.params[0, :8] = torch.tensor([*(values.get(name, each) for name, each in usual.items()), 0, 0, 0])
+        step.params.view(torch.int32)[0, 8] = int(values.get("top_k", 0))
 
     def steps(position: int) -> float:
         def run() -> None:
@@ -137,65 +142,24 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
         return seconds(run) / repeat
 
     choose()
-    step.begin([0])
-    step.reserve(16384)
-    for named in (
-        [
-            {},
-            {
-                "qkv": Tuning(8, 4, 3, 1, 3),
-                "o": Tuning(8, 4, 3, 1, 2),
-                "gate_up": Tuning(8, 4, 3, 1, 3),
-                "down": Tuning(16, 2, 3, 1, 2),
-            },
-            {
-                "qkv": Tuning(8, 4, 3, 1, 2),
-                "o": Tuning(8, 4, 3, 1, 2),
-                "gate_up": Tuning(8, 4, 3, 1, 2),
-                "down": Tuning(16, 2, 3, 1, 1),
-            },
-            {
-                "qkv": Tuning(8, 2, 6, 1, 2),
-                "o": Tuning(8, 2, 6, 1, 2),
-                "gate_up": Tuning(8, 2, 6, 1, 2),
-                "down": Tuning(16, 2, 6, 1, 1),
-            },
-            {
-                "qkv": Tuning(8, 4, 3, 1, 3),
-                "o": Tuning(16, 2, 3, 1, 2),
-                "gate_up": Tuning(8, 4, 4, 1, 2),
-                "down": Tuning(16, 2, 4, 1, 1),
-            },
-            {
-                "qkv": Tuning(16, 2, 4, 1, 1),
-                "o": Tuning(16, 2, 4, 1, 1),
-                "gate_up": Tuning(16, 2, 4, 1, 1),
-                "down": Tuning(16, 2, 4, 1, 1),
-            },
-            {
-                "qkv": Tuning(8, 2, 4, 1, 3),
-                "o": Tuning(8, 2, 4, 1, 2),
-                "gate_up": Tuning(8, 2, 4, 1, 3),
-                "down": Tuning(16, 2, 4, 1, 1),
-            },
-        ]
-        if tunings
-        else []
-    ):
-        step.tune(named)
-        print(f"    {steps(512) * 1e6:7.1f} us  {named or 'default'}")
+    memory = PagedMemory(step.pages)
+    step.use(memory, 16384)
+    base = step.tunings
+    for role, other in itertools.product(base, _OTHERS) if tunings else ():
+        step.tune({**base, role: other})
+        print(f"    {steps(512) * 1e6:7.1f} us  {role} {other}")
     if tunings:
         return
-    for position in (512, 4096, 16000):
+    for position in (10, 100, 512, 1024, 4096, 16000):
         took = steps(position)
         kv = 2 * step.kv_heads * step.head_dim * 2 * layers * position
         share = (size + kv) / took / copy
         print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
         step.positions[0] = position
-        parts_of_it = {
+        parts_of_it: dict[str, Callable[[int], object]] = {
             "attention": lambda at: step._attention(at % layers, step.layers[at % layers]),
             "head": lambda at: step._head(),
-            "sample": lambda at: step._sample(),
+            "sample": lambda at: step.sample(),
             "embed": lambda at: step._embed(),
         }
         for name, run in parts_of_it.items():
@@ -204,20 +168,23 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
             step.positions[0] = position
             graph = graph_of(run, 32)
             print(f"        {name}: {seconds(graph.replay) / 32 * 1e6:.1f} us each")
-        profile(step, position)
+        if position == 512:
+            profile(step, position)
     ids = torch.randint(0, 32000, (3840,)).tolist()
     for length in (64, 512, 3840):
 
-        def prompt(length=length) -> None:
+        def prompt(length: int = length) -> None:
             for start in range(0, length, 2048):
                 step.prefill(ids[start : min(length, start + 2048)], start)
 
         took = seconds(prompt, 3)
         print(f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s")
-    for name, values in {
-        "greedy": {}, "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
+    draws: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
         "min p": {"temperature": 1, "min_p": 0.05}, "plain": {"temperature": 1}, "typical": {"temperature": 1, "typical_p": 0.9},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, values in draws.items():
         choose(**values)
         print(f"    {name}: {steps(512) * 1e6:.0f} us a step")
     step.close()
@@ -238,9 +205,8 @@ def profile(step: CudaStep, position: int) -> None:
         spent.setdefault(each.name, []).append(each.time_range.end - before.time_range.end)
     for name, times in sorted(spent.items(), key=lambda each: -sum(each[1])):
         times.sort()
-        print(
-            f"        {sum(times) / 4:7.1f} us a step, {len(times) / 4:4.0f} times, median {times[len(times) // 2]:5.1f} us  {name}"
-        )
+        middle = times[len(times) // 2]
+        print(f"        {sum(times) / 4:7.1f} us a step, {len(times) / 4:4.0f} times, median {middle:5.1f} us  {name}")
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ GptqWebuiError
 │   └── NoSuchModel
 ├── LoadRefused             no loader takes this model; carries the refusals
 ├── LoadFailed              a loader tried and could not
+│   ├── NotEnoughMemory     it does not fit; smaller context, 8-bit cache or smaller branch
+│   └── LoadCancelled       the user stopped it
 ├── NotLoaded               a chat without a model
 ├── AnswerFailed            the model broke in the middle of an answer
 ├── PromptTooLong           one message alone is longer than the context
@@ -91,6 +93,14 @@ class LoadRefused(GptqWebuiError):
 
 
 class LoadFailed(GptqWebuiError):
+    pass
+
+
+class NotEnoughMemory(LoadFailed):
+    pass
+
+
+class LoadCancelled(LoadFailed):
     pass
 
 

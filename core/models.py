@@ -15,7 +15,7 @@ from .errors import BadCheckpoint, GptqWebuiError
 from .quantize_config import QuantizeConfig, read_json
 from .safetensors_header import TensorInfo, read_header
 
-Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "plain", "lora", "incomplete"]
+Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "plain", "lora", "incomplete", "remote"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MARKER = ".gptq-webui.json"  # written last by a download: its ref, commit and files
@@ -43,6 +43,7 @@ class LocalModel:
     architecture: str  # as in config.json, "MistralForCausalLM"; "" if unknown
     weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
     problem: str = ""  # why it is incomplete, in a sentence
+    served_by: str = ""  # addresses of the engines that compute it; only where kind is remote
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class LocalModel:
         """What a list shows beside the name: '4-bit, group 32, act-order' or 'AWQ'."""
         if self.quantize is not None:
             return f"GPTQ {self.quantize.summary}"
-        return {"plain": "16-bit", "lora": "LoRA"}.get(
+        return {"plain": "16-bit", "lora": "LoRA", "remote": "on another machine"}.get(
             self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete"
         )
 
@@ -67,6 +68,12 @@ class LocalModel:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
             problem = f"Its settings or weights are not what they should be ({error!r}). Download the model again."
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
+
+
+def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
+    """A model that an engine elsewhere serves under this name; there is no folder of it here."""
+    folder = Path(name.replace("/", "_") or "remote")
+    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by)
 
 
 def is_model_folder(folder: Path) -> bool:

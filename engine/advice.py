@@ -1,11 +1,11 @@
 """What the user should know about this machine before they wonder."""
 
 import importlib.util
-import os
 import re
-import shutil
 import sys
 from pathlib import Path
+
+from ..loaders.machine import has_nvidia_card
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
@@ -28,13 +28,3 @@ def torch_banner() -> str:
         "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
         f'For the card: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
     )
-
-
-def has_nvidia_card() -> bool:
-    """Whether an NVIDIA driver with a card is on this machine, asked without any library."""
-    if sys.platform == "win32":
-        return (Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
-    cards = Path("/proc/driver/nvidia/gpus")
-    if cards.is_dir():
-        return any(cards.iterdir())
-    return Path("/dev/nvidia0").exists() or (Path("/dev/dxg").exists() and shutil.which("nvidia-smi") is not None)  # WSL

@@ -37,7 +37,8 @@ class Settings:
     @property
     def models_folders(self) -> list[Path]:
         """Folders to look for models in; new ones are downloaded into the first."""
-        folders = [Path(each) for each in self._values.get("models_folders", []) if isinstance(each, str)]
+        found = self._values.get("models_folders", [])
+        folders = [Path(each) for each in found if isinstance(each, str)] if isinstance(found, list) else []
         return folders or [default_models_folder()]
 
     @models_folders.setter
@@ -62,7 +63,8 @@ class Settings:
         with self._lock:
             self._values = self._read() or self._values  # another process may have saved meanwhile
             models = {**self._values.get("models", {})}
-            merged = {**models.get(name, {}), **values}
+            before = models.get(name)
+            merged = {**(before if isinstance(before, dict) else {}), **values}
             models[name] = {key: value for key, value in merged.items() if value is not None}
             self._values = {**self._values, "models": models}
             self._write()

@@ -31,6 +31,8 @@ _AUTOLOAD = "autoload_model"
 class HostEngine(Engine):
     """An Engine whose loads and unloads go through the host, so that both always mean the same model."""
 
+    can_rest = False  # the host has an idle unload of its own
+
     def __init__(self, host: Host, settings: Settings) -> None:
         more = [each for each in settings.models_folders if each != host.models_folder and each.is_dir()]
         super().__init__(Library([host.models_folder, *more]), settings)
@@ -66,8 +68,7 @@ class HostEngine(Engine):
         loader, options = self._wanted or (None, {})
         self.failed = ""
         try:
-            saved = self.settings.for_model(model.name).get("options", {})
-            loaded = self.load_folder(model, loader, {**self.defaults, **saved, **options})
+            loaded = self.load_folder(model, loader, {**self.defaults, **self.saved(model.name).options, **options})
         except GptqWebuiError as error:
             self.failed = str(error)
             raise

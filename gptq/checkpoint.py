@@ -7,6 +7,8 @@ error: elsewhere such a folder loads random weights.
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.units import plural
 from .pack import flooded_zeros
 from .packed import METHOD, PackedLayer, packed_layers, packed_modules, register
+from .rope import Rope
+from .rope import apply as rope_apply
+from .watch import Report, Watch
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.(cos|sin)_cached$")
@@ -31,15 +36,20 @@ def load(
     device_map: str | dict[str, Any],
     max_memory: dict[int | str, int] | None = None,
     attn_implementation: str | None = None,
+    rope: Rope | None = None,
+    progress: Report | None = None,
+    trust_remote_code: bool = False,  # lets program code out of the folder run
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """A GPTQ folder (packed), or a 16-bit one, as a transformers causal LM in eval mode, with notes for the user.
 
-    Raises BadCheckpoint or BadQuantizeConfig with a sentence; never returns a model with a
-    weight that did not come from the files.
+    `progress` hears how much of a packed model has arrived, from a thread of its own.
+    Raises BadCheckpoint, BadQuantizeConfig or (for a rope it cannot have) BadParameter with a
+    sentence; never returns a model with a weight that did not come from the files.
     """
     require_safetensors(model)
-    config = _config(model)
-    notes: list[str] = []
+    config = read_config(model, trust_remote_code)
+    notes = [*rope_apply(config, rope)] if rope is not None else []
+    watch = Watch(progress) if progress is not None else nullcontext()
     layers: dict[str, PackedLayer] = {}
     if model.kind == "gptq":
         if model.quantize is None:
@@ -52,29 +62,33 @@ def load(
         register()
         layers = packed_layers(tensors_of(model.weights), model.quantize)
         config.quantization_config = {"quant_method": METHOD, "layers": layers}
+        if isinstance(watch, Watch):
+            see = watch.see
+            config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config
         if any(name.endswith(("lm_head", "embed_out")) for name in layers):
             config.tie_word_embeddings = False
         notes += [f"In its files: {note}." for note in model.quantize.notes]
     elif model.kind != "plain":
         raise BadCheckpoint(f"{model.name} is of the kind {model.kind}, which this engine does not read.")
-    weights_name = _weights_name(model)
-    if weights_name not in _STANDARD_NAMES and weights_name.endswith((".safetensors", ".json")):
-        config.transformers_weights = weights_name
+    weights = weights_name(model)
+    if weights not in _STANDARD_NAMES and weights.endswith((".safetensors", ".json")):
+        config.transformers_weights = weights
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
         auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not tell
-        loaded, info = auto.from_pretrained(
-            model.folder,
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with watch:
+            loaded, info = auto.from_pretrained(
+                model.folder,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     except GptqWebuiError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError) as error:
@@ -82,19 +96,20 @@ def load(
             raise
         raise BadCheckpoint(f"transformers cannot open {model.name}: {_first_line(error)}") from error
     _check_report(model, info, layers)
-    _restore_scales(model, loaded, layers)
-    notes += _prepare(loaded, layers)
+    notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
 
 
-def _config(model: LocalModel) -> Any:
+def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it. Raises BadCheckpoint with a sentence."""
     try:
-        return AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise BadCheckpoint(
                 f"{model.name} brings its own program code for its architecture ({model.architecture or 'unnamed'}), "
-                "and the installed transformers does not know it. We do not run code out of model folders."
+                "and the installed transformers does not know it. Code out of model folders is not run, unless you turn on "
+                "trust_remote_code for this model."
             ) from None
         raise BadCheckpoint(
             f"The installed transformers does not know the architecture of {model.name} "
@@ -102,7 +117,7 @@ def _config(model: LocalModel) -> Any:
         ) from None
 
 
-def _weights_name(model: LocalModel) -> str:
+def weights_name(model: LocalModel) -> str:
     """The weights file, or the index of a sharded one, as transformers wants it named."""
     if len(model.weights) == 1:
         return model.weights[0].name
@@ -151,6 +166,12 @@ def _ends_layer(key: str, layers: Iterable[str], part: str) -> bool:
     return last == part and any(name == layer or name.endswith(f".{layer}") or layer.endswith(f".{name}") for layer in layers)
 
 
+def complete(loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str, PackedLayer]) -> list[str]:
+    """What transformers' loading leaves to do once the tensors are in their places; returns notes."""
+    _restore_scales(files, loaded, layers)
+    return _prepare(loaded, layers)
+
+
 def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[str]:
     """Complete what the file left out and look for damage; returns notes."""
     packed = packed_modules(loaded, layers)
@@ -173,9 +194,9 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     return []
 
 
-def _restore_scales(model: LocalModel, loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> None:
+def _restore_scales(paths: Iterable[Path], loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> None:
     """transformers 4 casts scales to the model's type; in bf16 that costs three of their bits. Read those again."""
-    files = tensors_of(model.weights) if layers else {}
+    files = tensors_of(paths) if layers else {}
     for name, layer, module in packed_modules(loaded, layers):
         if module.scales.dtype == torch.bfloat16 != layer.scales_dtype and not module.scales.is_meta:
             path = files[f"{name}.scales"][0]

@@ -115,6 +115,13 @@ class GPTQLinear(nn.Module):
             zero = int(zeros[0, 0])
             self._facts = _Facts(order, None if even else groups, zero if bool((zeros == zero).all()) else None)
 
+    def let_go(self) -> None:
+        """Free the tensors, when they stand elsewhere in another form; the layer cannot compute any more."""
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(torch.empty(0, dtype=old.dtype, device=old.device), requires_grad=False))
+        self._facts = None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in x's dtype."""
         facts = self._facts_on(x.device)

@@ -84,9 +84,10 @@ def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: Quanti
 class PackedWeights(QuantizationConfigMixin):
     """Tells our quantizer which layers are packed. transformers wants it as a dictionary on the config."""
 
-    def __init__(self, layers: Mapping[str, PackedLayer] | None = None, **_: Any) -> None:
+    def __init__(self, layers: Mapping[str, PackedLayer] | None = None, see: Any = None, **_: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = dict(layers or {})
+        self.see = see  # called with the model before it is filled; None if nobody wants to know
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -129,6 +130,8 @@ class PackedQuantizer(HfQuantizer):
                 # nothing of its own to initialise; transformers 5 would reach for our missing `weight` (GPT-2)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 
+        if self.quantization_config.see is not None:  # type: ignore[attr-defined]
+            self.quantization_config.see(model)  # type: ignore[attr-defined]
         swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
         self._dtypes = {
             name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped

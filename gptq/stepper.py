@@ -6,6 +6,7 @@ cuts, forks and gives back with the next call; so several conversations can stay
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -75,8 +76,21 @@ class Stepper(ABC):
             seen = torch.cat([seen, token.to(seen.device)], dim=1)
             logits = self.step(memory, id)
 
+    def take_over(self, hf: Any, prefix: Any) -> None:  # noqa: B027
+        """Put this way of computing in the place of a transformers model's forward, where that is another one.
+
+        `prefix` is the model's PrefixCache (kv.py), shared with its answers.
+        """
+
     def close(self) -> None:  # noqa: B027 (most have nothing to do)
         """Free what is not freed by being dropped (threads, graphs). Safe to call twice."""
+
+
+def cache_name() -> str:
+    """What transformers calls its cache, as an argument and in its output: another name since 5.24."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class TransformersMemory(Memory):
@@ -137,6 +151,7 @@ class TransformersStepper(Stepper):
 
     def __init__(self, model: Any) -> None:
         self._model = model  # a transformers causal LM in eval mode
+        self._cache = cache_name()
         self.device = model.get_input_embeddings().weight.device
 
     def begin(self) -> Memory:
@@ -147,9 +162,9 @@ class TransformersStepper(Stepper):
         output = self._model(
             input_ids=torch.tensor([list(ids)], device=self.device),
             attention_mask=torch.ones((1, memory.length + len(ids)), dtype=torch.long, device=self.device),
-            past_key_values=memory.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache: memory.cache},
         )
         memory.grown(len(ids))
         logits: Tensor = output.logits[:, -1, :]

@@ -61,6 +61,7 @@ class Library:
         if not self.roots:
             raise ValueError("a library needs at least one models folder")
         self.hub = hub or Hub()
+        self.elsewhere: tuple[LocalModel, ...] = ()  # no folders: models that engines on other machines compute
         self._seen: dict[Path, tuple[_Signature, LocalModel]] = {}
         self._told: set[Path] = set()
 
@@ -75,6 +76,7 @@ class Library:
                 log.warning("%s is not listed: %s has the same name and comes first", folder, found[folder.name].folder)
         for gone in set(self._seen) - {model.folder for model in found.values()}:
             self._seen.pop(gone, None)
+        found = {each.name: each for each in self.elsewhere} | found
         return sorted(found.values(), key=lambda model: (model.name.lower(), model.name))
 
     def get(self, name: str) -> LocalModel:
@@ -82,6 +84,9 @@ class Library:
         for folder in self._folders():
             if folder.name == name:
                 return self._read(folder)
+        for model in self.elsewhere:
+            if model.name == name:
+                return model
         places = " and ".join(str(root) for root in self.roots)
         raise NoSuchModel(f"There is no model {name!r} in {places}. Download it, or add the folder that holds it.")
 

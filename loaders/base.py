@@ -35,7 +35,17 @@ class Refusal:
         return f"{self.reason} ({self.cure})" if self.cure else self.reason
 
 
+@dataclass(frozen=True)
+class Remark:
+    """What the user should know before a loader is used that can open the model."""
+
+    text: str  # "would compile for about two minutes first"
+    wait_s: float = 0.0  # before the first load; a loader that has to wait is not chosen by itself while another need not
+
+
 class Loader(Protocol):
+    """May also have `remark(model, options) -> Remark | None`, as fast as `refusal`."""
+
     name: ClassVar[str]
     options: ClassVar[type]  # a dataclass; the panel and the saved settings are made from its fields
 
@@ -63,18 +73,25 @@ class LoadedModel(ABC):
     notes: tuple[str, ...] = ()  # what the user should know about this load
     device: str = "cpu"
 
-    def __init__(self) -> None:
-        self._worker = Worker()
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self._worker = Worker(slots)
         self._tokenizing = threading.Lock()  # fast tokenizers raise "Already borrowed" when shared
 
     @abstractmethod
-    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
         """Tokens for a prompt of ids, then one Finish with reason and token counts. Runs on the
-        worker thread, ends within one token of `cancel`, leaves out the end token itself."""
+        worker thread, ends within one token of `cancel`, leaves out the end token itself. With more
+        than one slot, None says "nothing yet": the answers computed beside it may go on."""
 
     def close(self) -> None:
         """End what is running, wait for it, free the memory. Safe to call twice."""
         self._worker.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+        return self._worker.alive
 
     @property
     def waiting(self) -> int:
@@ -127,7 +144,7 @@ class LoadedModel(ABC):
 
         inner = _StopFlag(cancel)
 
-        def answer() -> Iterator[Token | Finish]:
+        def answer() -> Iterator[Token | Finish | None]:
             steps = _timed(self._steps(ids, params, inner), asked)
             events = _settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
             return _stripped(events) if strip else events
@@ -150,39 +167,44 @@ def _cancelled(prompt_tokens: int) -> Finish:
     return Finish("cancelled", prompt_tokens=prompt_tokens)
 
 
-def _timed(steps: Iterator[Step | Finish], asked: float) -> Iterator[Step | Finish]:
+def _timed(steps: Iterator[Step | Finish | None], asked: float) -> Iterator[Step | Finish | None]:
     """Fill in the Finish's times and count. Runs on the worker, so that a slow reader costs nothing."""
     began = last = time.perf_counter()
     first: float | None = None
-    for count, event in enumerate(steps):
+    count = 0
+    for event in steps:
         if isinstance(event, Finish):
             prefill_s = (first if first is not None else time.perf_counter()) - began
             generate_s = last - first if first is not None else 0.0
             yield replace(event, new_tokens=count, prefill_s=prefill_s, generate_s=generate_s, wait_s=began - asked)
             return
-        last = time.perf_counter()
-        first = last if first is None else first
+        if event is not None:
+            count += 1
+            last = time.perf_counter()
+            first = last if first is None else first
         yield event
 
 
 def _settled(
-    steps: Iterator[Step | Finish], text: Detokenizer, stop: StopStrings, ended: threading.Event
-) -> Iterator[Token | Finish]:
+    steps: Iterator[Step | Finish | None], text: Detokenizer, stop: StopStrings, ended: threading.Event
+) -> Iterator[Token | Finish | None]:
     """Ids to text. Text that may still become a stop string or half a character is held back."""
     for event in steps:
-        if isinstance(event, Step):
+        if event is None:
+            yield None
+        elif isinstance(event, Step):
             if not stop.found:
                 yield Token(event.id, stop.feed(text.feed(event.id)), event.logprob, event.top)
                 if stop.found:
                     ended.set()
-            continue
-        rest = stop.feed(text.end()) + stop.end()
-        if rest:
-            yield Token(-1, rest)
-        yield replace(event, reason="stop", stop_string=stop.found) if stop.found else event
+        else:
+            rest = stop.feed(text.end()) + stop.end()
+            if rest:
+                yield Token(-1, rest)
+            yield replace(event, reason="stop", stop_string=stop.found) if stop.found else event
 
 
-def _stripped(events: Iterator[Token | Finish]) -> Iterator[Token | Finish]:
+def _stripped(events: Iterator[Token | Finish | None]) -> Iterator[Token | Finish | None]:
     begun = False
     for event in events:
         if isinstance(event, Token) and not begun:

@@ -1,18 +1,55 @@
 """Which loader opens a model, and why. One ordered list; every refusal is a sentence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..core.errors import LoadRefused
+from ..core.errors import BadParameter, LoadRefused
 from ..core.models import LocalModel
-from .base import Loader, Refusal
+from .autogptq import AutoGPTQLoader
+from .base import Loader, Refusal, Remark
+from .exllamav2 import ExLlamaV2Loader
+from .machine import Machine, look
+from .remote import RemoteLoader
 from .transformers import TransformersLoader
 
+_FASTER = 1.1  # a measured speed beats the order below if it is this many times that of the loader before it
 
-def all_loaders() -> list[Loader]:
+
+@dataclass(frozen=True)
+class Place:
+    """A loader's place in the order."""
+
+    make: Callable[[Callable[[], Machine]], Loader]
+    reason: str  # why it is taken where nothing before it can be
+    by_itself: bool = True  # False: only when the user asks for it
+
+
+# AutoGPTQ stands behind Transformers: auto-gptq has had no release since 2024 and cannot work with transformers 5, and
+# GPTQModel, its successor, compiles for a card first and refuses layouts that the native kernel reads.
+ORDER: tuple[Place, ...] = (
+    Place(ExLlamaV2Loader, "made for 4-bit GPTQ models on a graphics card"),
+    Place(TransformersLoader, "reads every GPTQ layout and 16-bit models, with nothing to compile"),
+    Place(AutoGPTQLoader, "opens it with the kernels of AutoGPTQ or its successor"),
+    Place(RemoteLoader, "computed on other machines", by_itself=False),
+)
+
+
+def all_loaders(machine: Callable[[], Machine] = look) -> list[Loader]:
     """Every loader there is, in the order they are tried."""
-    return [TransformersLoader()]
+    return [place.make(machine) for place in ORDER]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loader as the user sees it for one model."""
+
+    loader: str
+    refusal: Refusal | None  # why it cannot open the model
+    note: str = ""  # what the user should know before choosing it
+    wait_s: float = 0.0  # it would compile this long before its first load: worth a button of its own
+    chosen: bool = False
+    reason: str = ""  # why it was chosen
 
 
 @dataclass(frozen=True)
@@ -23,32 +60,64 @@ class Choice:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)  # of those before it
 
 
+def survey(
+    model: LocalModel,
+    loaders: Sequence[Loader],
+    options: Mapping[str, Any] | None = None,
+    *,
+    wanted: str | None = None,
+    speeds: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """Every loader with what it says to the model, in the order they are tried; one of them is chosen, or none.
+
+    Fast, and never raises for a bad option: that is its loader's refusal. Arguments as for `choose`.
+    """
+    found = [_ask(loader, model, options or {}) for loader in loaders]
+    chosen, reason = _pick(found, model, wanted, speeds or {})
+    return [
+        Row(
+            each.loader.name,
+            each.refusal,
+            each.remark.text if each.remark else "",
+            each.remark.wait_s if each.remark else 0.0,
+            each is chosen,
+            reason if each is chosen else "",
+        )
+        for each in found
+    ]
+
+
 def choose(
-    model: LocalModel, loaders: Sequence[Loader], wanted: str | None = None, options: Mapping[str, Any] | None = None
+    model: LocalModel,
+    loaders: Sequence[Loader],
+    wanted: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    speeds: Mapping[str, float] | None = None,
 ) -> Choice:
     """The first loader that takes the model; with `wanted`, that one or nothing.
 
-    `options` are passed to the loader's options class; names it does not know are left out.
-    Raises LoadRefused with every reason.
+    `options` are passed to the loader's options class; names it does not know are left out. `speeds`
+    are tokens/s of loaders measured on this machine with this model: a faster one goes first.
+    Raises LoadRefused with every reason, BadParameter for a value that one of these loaders does not take.
     """
-    refusals: dict[str, Refusal] = {}
-    for loader in loaders:
-        if wanted is not None and loader.name != wanted:
-            continue
-        asked = make_options(loader, options or {})
-        refused = loader.refusal(model, asked)
-        if refused is None:
-            reason = "your choice" if wanted else "; ".join(f"{name}: {why}" for name, why in refusals.items())
-            return Choice(loader, asked, reason or _first_reason(model), refusals)
-        refusals[loader.name] = refused
-    if wanted is not None and not refusals:
-        names = ", ".join(loader.name for loader in loaders)
-        raise LoadRefused(f"There is no loader called {wanted!r}. There are: {names}.")
+    if wanted is not None and wanted not in (names := [loader.name for loader in loaders]):
+        raise LoadRefused(f"There is no loader called {wanted!r}. There are: {', '.join(names)}.")
+    asked = [each for each in loaders if each.name == wanted or (wanted is None and _by_itself(each, model))]
+    found = [_ask(loader, model, options or {}) for loader in asked]
+    for each in found:
+        if each.error is not None:
+            raise each.error
+    chosen, reason = _pick(found, model, wanted, speeds or {})
+    refusals = {each.loader.name: each.refusal for each in found if each.refusal is not None}
+    if chosen is not None:
+        return Choice(chosen.loader, chosen.options, reason, refusals)
     if len(refusals) == 1:
-        refused = next(iter(refusals.values()))
-        raise LoadRefused(f"{model.name} cannot be opened: {refused}")
-    listed = "; ".join(f"{name}: {why}" for name, why in refusals.items())
-    raise LoadRefused(f"No loader can open {model.name}. {listed}")
+        raise LoadRefused(f"{model.name} cannot be opened: {next(iter(refusals.values()))}")
+    same = {str(why) for why in refusals.values()}
+    if len(same) == 1:  # an unfinished download, another format: nothing to do with the loaders
+        raise LoadRefused(f"{model.name} cannot be opened: {same.pop()}")
+    raise LoadRefused(f"No loader can open {model.name}. {_listed(refusals)}")
 
 
 def make_options(loader: Loader, values: Mapping[str, Any]) -> Any:
@@ -57,5 +126,65 @@ def make_options(loader: Loader, values: Mapping[str, Any]) -> Any:
     return loader.options(**{name: value for name, value in values.items() if name in known})
 
 
-def _first_reason(model: LocalModel) -> str:
-    return "reads every GPTQ layout with nothing to compile" if model.kind == "gptq" else "opens 16-bit models"
+@dataclass(frozen=True)
+class _Asked:
+    """A loader and its answer."""
+
+    loader: Loader
+    options: Any
+    refusal: Refusal | None
+    remark: Remark | None = None
+    error: BadParameter | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self.remark is not None and self.remark.wait_s > 0
+
+
+def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Asked:
+    try:
+        options = make_options(loader, values)
+    except BadParameter as error:
+        return _Asked(loader, None, Refusal(str(error)), error=error)
+    refusal = loader.refusal(model, options)
+    remark = getattr(loader, "remark", None)
+    return _Asked(loader, options, refusal, remark(model, options) if remark and refusal is None else None)
+
+
+def _pick(
+    found: Sequence[_Asked], model: LocalModel, wanted: str | None, speeds: Mapping[str, float]
+) -> tuple[_Asked | None, str]:
+    """(the chosen one, why); (None, "") if there is none."""
+    if wanted is not None:
+        named = next((each for each in found if each.loader.name == wanted and each.refusal is None), None)
+        return named, "your choice" if named else ""
+    able = [each for each in found if each.refusal is None and _by_itself(each.loader, model)]
+    ready = [each for each in able if not each.waits] or able[:1]
+    if not ready:
+        return None, ""
+    first = ready[0]
+    measured = [each for each in ready if each.loader.name in speeds]
+    if first in measured:
+        fastest = max(measured, key=lambda each: speeds[each.loader.name])
+        fast, slow = speeds[fastest.loader.name], speeds[first.loader.name]
+        if fast > _FASTER * slow:
+            return fastest, f"{fast:.0f} tokens/s on this machine, {slow:.0f} with {first.loader.name}"
+    if model.kind == "remote":
+        return first, _place(first.loader).reason
+    before = found[: found.index(first)]
+    passed = {each.loader.name: each.refusal or (each.remark and each.remark.text) or "only when asked" for each in before}
+    return first, _listed(passed) if passed else _place(first.loader).reason
+
+
+def _by_itself(loader: Loader, model: LocalModel) -> bool:
+    """Whether it may be chosen without being asked for."""
+    return _place(loader).by_itself or model.kind == "remote"
+
+
+def _listed(reasons: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _place(loader: Loader) -> Place:
+    """Its place in ORDER; a loader from elsewhere stands where its list has it."""
+    return next((place for place in ORDER if place.make is type(loader)), Place(type(loader), "takes this model"))

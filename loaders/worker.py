@@ -8,6 +8,7 @@ hold the model, and closing a Stream sets its `cancel`.
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -16,6 +17,7 @@ from ..core.errors import AnswerFailed, Busy, GptqWebuiError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_GONE = "The model's thread has ended by an accident. Press Reload in the Model tab."
 _POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
 
 
@@ -23,10 +25,10 @@ class _End:
     pass
 
 
-class _Job(Generic[T]):
+class Job(Generic[T]):
     """An answer as the worker holds it. The reader's Stream is another object, so that dropping it is noticed."""
 
-    def __init__(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> None:
+    def __init__(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> None:
         self.make = make
         self.cancel = cancel
         self.cancelled = cancelled  # the event that ends an answer whose turn never came
@@ -34,29 +36,44 @@ class _Job(Generic[T]):
         self.started = threading.Event()
         self.computed = threading.Event()  # the worker has finished with it, read or not
 
-    def run(self) -> None:
-        """On the worker thread: compute everything into the queue."""
+    def run(self) -> Iterator[None]:
+        """On the worker thread: compute everything into the queue, and pause after every event.
+
+        An answer's None means "nothing yet": others that are computed beside it may go on.
+        """
         try:
             if self.cancel.is_set():
                 self.events.put(self.cancelled)
                 return
             self.started.set()
             for event in self.make():
-                self.events.put(event)
+                if event is not None:
+                    self.events.put(event)
+                yield
         except GptqWebuiError as error:
             self.events.put(error)
         except Exception as error:
-            log.exception("an answer failed")
-            self.events.put(AnswerFailed(_in_words(error)))
+            # as text: a log record that kept the error would keep its frames, and these the tensors
+            log.error("an answer failed\n%s", "".join(traceback.format_exception(error)))
+            failed = AnswerFailed(_in_words(error))
+            traceback.clear_frames(error.__traceback__)  # they hold what may have been too much for the memory
+            failed.__cause__ = error
+            self.events.put(failed)
+        except BaseException:  # the thread itself ends
+            self.events.put(AnswerFailed(_GONE))
+            raise
         finally:
-            self.events.put(_End())
-            self.computed.set()
+            self.end()
+
+    def end(self) -> None:
+        self.events.put(_End())
+        self.computed.set()
 
 
 class Stream(Iterator[T], Generic[T]):
     """The events of one answer. Iterate it in any one thread; `close` it, or drop it, to give up."""
 
-    def __init__(self, job: _Job[T], ahead: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, job: Job[T], ahead: Callable[[], int] = lambda: 0) -> None:
         self._job = job
         self._ahead = ahead
         self._done = False
@@ -111,24 +128,28 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class Worker:
-    """Runs Streams one after another on its own thread."""
+    """Runs Streams on its own thread: one after another, or up to `slots` of them in turns, an event each."""
 
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open: list[_Job] = []
+        self._open: list[Job] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._gone = False  # the thread ended without being told to
 
-    def stream(self, make: Callable[[], Iterator[T]], cancel: threading.Event, cancelled: T) -> Stream[T]:
+    def stream(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> Stream[T]:
         """Take a turn now. `make` is called on the worker thread when the turn comes.
 
-        Raises Busy if the model is being unloaded.
+        Raises Busy if the model is being unloaded, AnswerFailed if its thread has ended.
         """
-        job = _Job(make, cancel, cancelled)
+        job = Job(make, cancel, cancelled)
         with self._lock:
             if self._closing.is_set():
                 raise Busy("The model is being unloaded. Ask again when one is loaded.")
+            if self._gone:
+                raise AnswerFailed(_GONE)
             self._open.append(job)
             self._jobs.put(job)
             if self._thread is None:
@@ -137,14 +158,19 @@ class Worker:
         return Stream(job, lambda: self._ahead(job))
 
     @property
+    def alive(self) -> bool:
+        """Whether it can still compute: false once its thread has ended by an accident."""
+        return not self._gone
+
+    @property
     def waiting(self) -> int:
         """Answers asked for and not finished."""
         with self._lock:
             return len(self._open)
 
-    def _ahead(self, job: _Job) -> int:
+    def _ahead(self, job: Job) -> int:
         with self._lock:
-            return self._open.index(job) if job in self._open else 0
+            return self._open.index(job) if job in self._open and not job.started.is_set() else 0
 
     def is_current(self) -> bool:
         """Whether the caller runs on the worker's thread."""
@@ -162,11 +188,36 @@ class Worker:
             thread.join()
 
     def _loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
+        try:
+            self._serve()
+        finally:
             with self._lock:
-                self._open.remove(job)
-            del job  # or the last answer would live until the next one
+                self._gone = not self._closing.is_set()
+                left, self._open = self._open, []
+            for job in left:
+                if not job.computed.is_set():
+                    job.events.put(AnswerFailed(_GONE))
+                    job.end()
+
+    def _serve(self) -> None:
+        running: list[tuple[Job, Iterator[None]]] = []
+        closing = False
+        while running or not closing:
+            while len(running) < self.slots and not closing:
+                try:
+                    job = self._jobs.get(block=not running)
+                except queue.Empty:
+                    break
+                if job is None:
+                    closing = True
+                else:
+                    running.append((job, job.run()))
+                del job  # or the last answer would live until the next one
+            for at in reversed(range(len(running))):
+                if next(running[at][1], _End) is _End:
+                    with self._lock:
+                        self._open.remove(running[at][0])
+                    del running[at]
 
 
 def _in_words(error: Exception) -> str:

@@ -45,3 +45,19 @@ class Shelf:
             yield Progress("downloading", "model.safetensors", 0, 0, done, 1_000_000_000, 5e7, 20.0 - step)
         self._models.append(LocalModel(plan.folder, "gptq", QuantizeConfig(4, 128), 1_000_000_000, 4096, "LlamaForCausalLM"))
         yield Progress("done", "", 0, 0, 1_000_000_000, 1_000_000_000)
+
+
+class Folder:
+    """A library over one folder of real models, without the Hub."""
+
+    def __init__(self, root):
+        self.roots = (root,)
+
+    def models(self):
+        return [LocalModel.read(folder) for folder in sorted(self.roots[0].iterdir()) if folder.is_dir()]
+
+    def get(self, name):
+        for model in self.models():
+            if model.name == name:
+                return model
+        raise NoSuchModel(f"There is no model {name!r}.")

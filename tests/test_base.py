@@ -11,7 +11,8 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.loaders.built_in_templates import CHATML
 from gptq_webui.loaders.fake import FakeLoader, FakeOptions
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions, fit_context
+from gptq_webui.loaders.fit import fit_context
+from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
 
 QUESTION = [Message("user", "What is the capital of France?")]
 

@@ -7,7 +7,8 @@ import pytest
 from gptq_webui.core.errors import BadParameter, LoadRefused
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.loaders.choose import all_loaders, choose, make_options
+from gptq_webui.loaders.base import Refusal, Remark
+from gptq_webui.loaders.choose import all_loaders, choose, make_options, survey
 from gptq_webui.loaders.fake import FakeLoader
 from gptq_webui.loaders.transformers import TransformersLoader
 
@@ -44,8 +45,6 @@ class Picky(FakeLoader):
     name = "picky"
 
     def refusal(self, model, options):
-        from gptq_webui.loaders.base import Refusal
-
         return Refusal("needs an NVIDIA card", "pip install a-card")
 
 
@@ -60,7 +59,7 @@ def test_a_wanted_loader_is_obeyed_and_never_replaced():
 
 
 def test_a_loader_that_does_not_exist_is_a_sentence():
-    with pytest.raises(LoadRefused, match="There are: transformers"):
+    with pytest.raises(LoadRefused, match="There are: exllamav2, transformers, autogptq, remote"):
         choose(model(), all_loaders(), "exllama9")
 
 
@@ -68,3 +67,42 @@ def test_options_of_other_loaders_are_passed_over_and_bad_ones_told():
     assert make_options(TransformersLoader(), {"dtype": "fp32", "gpu_split": "1,2"}).dtype == "fp32"
     with pytest.raises(BadParameter, match="fp16"):
         make_options(TransformersLoader(), {"dtype": "int3"})
+
+
+class Slow(FakeLoader):
+    name = "slow"
+
+    def remark(self, model, options):
+        return Remark("would compile for about two minutes first", 120)
+
+
+class Other(FakeLoader):
+    name = "other"
+
+
+def test_the_survey_says_of_every_loader_what_it_says_to_the_model():
+    picky, slow, fake = survey(model(), [Picky(), Slow(), FakeLoader()])
+    assert picky.refusal == Refusal("needs an NVIDIA card", "pip install a-card") and not picky.chosen
+    assert (slow.refusal, slow.wait_s, slow.chosen) == (None, 120, False) and "two minutes" in slow.note
+    assert fake.chosen and "picky: needs an NVIDIA card" in fake.reason and "slow: would compile" in fake.reason
+
+
+def test_a_loader_that_must_wait_is_taken_only_if_nothing_else_can_or_the_user_says_so():
+    assert choose(model(), [Slow(), FakeLoader()]).loader.name == "fake"
+    assert choose(model(), [Slow(), FakeLoader()], "slow").reason == "your choice"
+    assert choose(model(), [Slow(), Picky()]).loader.name == "slow"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [({}, "fake"), ({"other": 50}, "fake"), ({"fake": 30, "other": 50}, "other"), ({"fake": 48, "other": 50}, "fake")],
+)
+def test_a_speed_measured_on_this_machine_beats_the_order_if_both_were_measured(speeds, chosen):
+    choice = choose(model(), [FakeLoader(), Other()], speeds=speeds)
+    assert choice.loader.name == chosen
+    assert (choice.reason == "50 tokens/s on this machine, 30 with fake") == (chosen == "other")
+
+
+def test_a_bad_option_is_a_refusal_in_the_survey():
+    (row,) = survey(model(), [TransformersLoader()], {"dtype": "int3"})
+    assert "fp16" in row.refusal.reason and not row.chosen

@@ -69,7 +69,7 @@ def test_ask_raw_leaves_the_template_out(shelf, capsys):
     [
         (["ask", "Hi", "--model", "nobody"], "nobody"),
         (["ask", "Hi", "--model", "tiny-chat", "--temperature", "9"], "temperature must be between 0 and 5"),
-        (["ask", "Hi", "--model", "tiny-chat", "--loader", "exllama9"], "There are: transformers"),
+        (["ask", "Hi", "--model", "tiny-chat", "--loader", "exllama9"], "There are: exllamav2, transformers, autogptq, remote"),
         (["models", "--models-dir", "/no/such/folder"], "There is no folder"),
         (["download", "not a name"], "Write owner/name"),
         (["serve", "--auth", "nopassword", "--no-browser"], "USER:PASSWORD"),

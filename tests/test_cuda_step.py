@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gptq_webui.gptq.cuda.kernels import Card, Gemv, GemvVariant, pointer
+from gptq_webui.gptq.cuda.pages import PagedMemory
 from gptq_webui.gptq.cuda.step import CudaStep
 from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of
 
@@ -41,7 +42,7 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     shape = shape_of([layer])
     assert shape.sym == sym
     tunings = (Tuning(8, 4, 3), Tuning(4, 2, 4, 2), Tuning(1, 1, 6, 4), Tuning(16, 2, 2))
-    plans = [GemvVariant(shape, "FLOAT", False, each.split, each.batch, each.stages, each.teams) for each in tunings]
+    plans = [GemvVariant(shape, "FLOAT", 0, each.split, each.batch, each.stages, each.teams) for each in tunings]
     card.add(plans, [shape])
     weight = repack(card, [layer], shape)
     x = torch.randn(k, device="cuda").half()
@@ -57,7 +58,8 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     for plan in plans:
         out = torch.full((n,), torch.nan, device="cuda")
         arguments = Gemv(
-            weights=pointer(weight.words), scales=pointer(weight.scales), x=pointer(staged), bias=pointer(weight.bias), out=pointer(out),
+            weights=pointer(weight.words), scales=pointer(weight.scales), x=pointer(staged), bias=pointer(weight.bias),
+            out=pointer(out),
             n=n, tiles=weight.tiles, chunks=weight.chunks, groups=weight.groups, unit_to_group=weight.unit_to_group, k=k,
         )  # fmt: skip
         runs = []
@@ -73,7 +75,8 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     "change",
     [
         {}, {"bits": 8}, {"bits": 3, "sym": False}, {"bits": 2}, {"group_size": 32}, {"group_size": -1, "act_order": False},
-        {"qk_norm": True}, {"bias": True}, {"window": 40}, {"heads": 16, "kv_heads": 1}, {"head_dim": 128, "heads": 4, "kv_heads": 4},
+        {"qk_norm": True}, {"bias": True}, {"window": 40}, {"heads": 16, "kv_heads": 1},
+        {"head_dim": 128, "heads": 4, "kv_heads": 4},
         {"head_dim": 96}, {"head_dim": 32},
     ],
     ids=str,
@@ -85,8 +88,8 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
     with torch.inference_mode():
         wanted = random_parts.plain_logits(parts, ids)
         step = CudaStep(parts, 256, card=card)
-        assert step.begin(ids) == 0
-        step.reserve(len(ids))
+        memory = PagedMemory(step.pages)
+        step.use(memory, len(ids))
         found = []
         step.prefill(ids[:70], 0)
         found.append((69, step.logits.clone()))

@@ -57,13 +57,13 @@ def bit_pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(columns, dtype=torch.int32).T.contiguous()
 
 
-def random_layer(rows, cols, bits, group_size, *, act_order=False, sym=True, form="gptq", generator=None):
+def random_layer(rows, cols, bits, group_size, *, act_order=False, sym=True, form="gptq", generator=None, permutation=None):
     """(tensors as in a file, dense weight [cols, rows] in fp32)."""
     size = rows if group_size == -1 else group_size
     groups = -(-rows // size)
     g_idx = torch.arange(rows) // size
     if act_order:
-        g_idx = g_idx[torch.randperm(rows, generator=generator)]
+        g_idx = g_idx[torch.randperm(rows, generator=generator) if permutation is None else permutation]
     q = torch.randint(0, 2**bits, (rows, cols), generator=generator)
     low = 1 if form == "gptq" else 0
     zeros = torch.randint(low, 2**bits, (groups, cols), generator=generator)
@@ -115,11 +115,13 @@ def write(
     g_idx=True,
     shards=1,
     seed=0,
+    shared_order=False,  # layers of one parent with as many inputs have one act-order, as programs write them
 ):
     """A packed folder; returns its dense twin, whose weights are the dequantised ones."""
     generator = torch.Generator().manual_seed(seed + 1)
     twin = dense_model(kind, seed)
     layers = packable(twin)
+    orders = {}
     tied = twin.config.tie_word_embeddings
     state = {}
     for name, tensor in twin.state_dict().items():
@@ -131,7 +133,12 @@ def write(
     for name, module in layers.items():
         conv = type(module).__name__ == "Conv1D"
         rows, cols = module.weight.shape if conv else module.weight.shape[::-1]
-        tensors, dense = random_layer(rows, cols, bits, group_size, act_order=act_order, sym=sym, form=form, generator=generator)
+        order = None
+        if shared_order:
+            order = orders.setdefault((name.rpartition(".")[0], rows), torch.randperm(rows, generator=generator))
+        tensors, dense = random_layer(
+            rows, cols, bits, group_size, act_order=act_order, sym=sym, form=form, generator=generator, permutation=order
+        )
         if not g_idx:
             del tensors["g_idx"]
         state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}

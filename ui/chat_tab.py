@@ -1,5 +1,6 @@
 """The Chat tab. The chat itself lives in the visitor's browser; the server keeps only a flag per running answer."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from . import compat
 from .access import Access
 from .browser_store import browser_store
 from .parameters_tab import ParametersTab
-from .parts import bad, quiet
+from .parts import bad, notes, quiet
 from .reply import Reply, in_words
 from .template_box import about, draw_template
 from .transcript import Transcript
@@ -31,6 +32,7 @@ class ChatTab:
     show: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # who is loaded, for `outputs`: after a load, on opening the tab
     outputs: list[Any]
     leave: Callable[[gr.Request], None]  # for `Blocks.unload`: ends the answer of a page that was closed
+    answered: list[Any]  # events after an answer has ended
 
 
 def build(engine: Engine, parameters: ParametersTab, access: Access | None = None) -> ChatTab:
@@ -92,6 +94,8 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield {line: quiet(chat)}
                     return
                 params = parameters.params(values)
+                for words in _waking(engine, cancel):
+                    yield {line: quiet(words), send: gr.update(visible=False), stop: gr.update(visible=True)}
                 reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
                 begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: quiet(reply.state)}
                 yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
@@ -107,6 +111,8 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
                     words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
+                    if engine.trouble is not None and reply.finish:
+                        words += notes([f"{engine.trouble.text} What may help stands in the Model tab."])
                     yield draw(chat.answered(reply.text)) | {line: bad(reply.error) if reply.error else words}
             except GptqWebuiError as error:
                 yield {line: bad(str(error))}
@@ -152,8 +158,10 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
     outputs = [bot, store.box, line, box, send, stop]
 
     shown = [head, *template.outputs]
-    for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again)):
+    answered = [
         trigger(turn(prepare), inputs, outputs, **compat.STREAM).then(show, None, shown, **compat.STREAM)
+        for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again))
+    ]
     stop.click(stop_answer, None, None, **compat.NOW)
     clear.click(clear_chat, [store.box, system], [bot, store.box, line], **compat.NOW)
     system.blur(keep_system, [store.box, system], store.box, **compat.EVENT)
@@ -161,7 +169,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         show, None, shown, **compat.STREAM
     )
     store.on_load(restore, [bot, system, store.box])
-    return ChatTab(show, shown, leave)
+    return ChatTab(show, shown, leave, answered)
 
 
 def _ask(chat: Transcript, text: str) -> Transcript | str:
@@ -174,6 +182,22 @@ def _continue(chat: Transcript, _text: str) -> Transcript | str:
 
 def _again(chat: Transcript, _text: str) -> Transcript | str:
     return chat.unanswered() if chat.messages else "There is no answer to write again yet."
+
+
+def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
+    """What to say while a model that was unloaded for want of use is loaded again; its failure is said by the answer."""
+
+    def wake() -> None:
+        with contextlib.suppress(GptqWebuiError):
+            engine.wake()
+
+    if not engine.must_wake:
+        return
+    thread = threading.Thread(target=wake, name="gptq-webui wake", daemon=True)
+    thread.start()
+    while thread.is_alive() and not cancel.is_set():
+        yield f"loading the model again: {engine.status.text} …"
+        thread.join(_LOAD_LOOK_S)
 
 
 def _watch(reply: Reply, cancel: threading.Event) -> Iterator[tuple[str, bool]]:

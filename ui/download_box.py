@@ -20,6 +20,7 @@ _LOOK_S = 0.25
 
 @dataclass(frozen=True)
 class DownloadBox:
+    ref: gr.Textbox  # what is to be downloaded
     ended: list[Any]  # events after which the list of models may be longer
     resume: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # for `outputs` on page load: looks on at what runs
     outputs: list[Any]
@@ -79,7 +80,7 @@ def draw_downloads(downloads: Downloads, access: Access) -> DownloadBox:
 
     events = [trigger(start, ref, outputs, **compat.STREAM) for trigger in (go.click, ref.submit)]
     stop.click(stop_download, ref, None, **compat.NOW)
-    return DownloadBox(events, resume, outputs)
+    return DownloadBox(ref, events, resume, outputs)
 
 
 def _draw(status: DownloadStatus, several: bool) -> str:

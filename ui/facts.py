@@ -17,7 +17,9 @@ def panel(engine: Engine) -> str:
     choice = engine.choice
     rows = [*of_files(loaded.model), *of_load(loaded)]
     if choice is not None:
-        rows.append(("Loader", f"{choice.loader.name}: {choice.reason}"))
+        rows.append(("Loader", f"{choice.loader.name} ({choice.reason})"))
+    if engine.fit is not None:
+        rows.append(("Memory", str(engine.fit)))
     return parts.facts(rows) + parts.notes(loaded.notes)
 
 

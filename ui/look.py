@@ -80,6 +80,9 @@ footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .tabitem { border: none !important; padding: 8px 0 0 !important; }
 #gw-title { font-size: 17px; font-weight: 650; letter-spacing: -.01em; margin: 0; padding: 2px 0; }
+#gw-head-row { align-items: center !important; flex-wrap: nowrap !important; gap: 12px !important; }
+#gw-head-row > :first-child { flex: 1 1 auto !important; min-width: 0 !important; }
+#gw-free { flex: 0 0 auto !important; width: auto !important; margin: -3px 0; }
 #gw-title span { color: var(--gw-soft); font-weight: 400; font-size: 14px; margin-left: 8px; letter-spacing: 0; }
 """
 
@@ -97,6 +100,17 @@ _WORDS = """ /* parts.py */
 @keyframes gw-slide { from { margin-left: 0 } to { margin-left: 70% } }
 @media (prefers-reduced-motion: reduce) { .gw-bar i.gw-some { animation: none; width: 100%; opacity: .5 } }
 .gw-facts { display: grid; grid-template-columns: minmax(96px, max-content) 1fr; gap: 5px 18px; margin: 0; line-height: 1.45; }
+.gw-loaders { width: 100%; border-collapse: collapse; line-height: 1.45; margin: 0 !important; border: none !important; }
+.gw-loaders th, .gw-loaders td {
+  text-align: left; vertical-align: top; padding: 7px 14px 7px 0 !important; border: 0 solid var(--gw-line) !important;
+}
+.gw-loaders tbody, .gw-loaders tr { border: none !important; background: none !important; }
+.gw-loaders tr + tr > * { border-top-width: 1px !important; }
+.gw-loaders th { font-weight: 600; white-space: nowrap; }
+.gw-loaders td:last-child { overflow-wrap: anywhere; padding-right: 0 !important; }
+.gw-loaders span { color: var(--gw-soft); font-size: 14px; }
+.gw-loaders .gw-no > * { color: var(--gw-soft) !important; }
+.gw-loaders .gw-taken td:nth-child(2) { color: var(--gw-good); font-weight: 600; }
 .gw-facts dt { color: var(--gw-soft); }
 .gw-facts dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -113,6 +127,7 @@ _MODEL = """
 .gw-card input, .gw-card textarea { text-overflow: ellipsis; }
 .gw-buttons { gap: 8px !important; }
 .gw-buttons button { flex: 0 1 auto; }
+#gw-load-stop, #gw-back, #gw-report-copy { align-self: flex-start; width: auto !important; flex-grow: 0 !important; }
 #gw-models input { padding-right: 28px; }
 """
 
@@ -131,6 +146,7 @@ _CHAT = """ /* the conversation takes what the rest leaves of the window */
 
 @media (max-width: 640px) {
   .gradio-container > .main { padding: 8px 12px 12px !important; }
+  #gw-title span { display: none; }
   #gw-chat { height: calc(100dvh - 372px) !important; }
   #gw-ask, #gw-more { flex-wrap: nowrap !important; gap: 8px !important; }
   #gw-ask > :first-child { flex: 1 1 0 !important; }

@@ -19,9 +19,12 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from . import compat, facts
 from .access import Access
+from .care_box import draw_care
 from .download_box import draw_downloads
 from .folders_box import draw_folders
+from .loaders_box import draw_loaders, waiting
 from .parts import bad, good, quiet, working
+from .rescue_box import RescueBox, draw_rescue
 from .settings_box import draw_settings
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class ModelTab:
     loaded: list[Any]  # events after which another model, or none, may be loaded
     show: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # for `outputs` on page load; nothing for guests
     outputs: list[Any]
+    rescue: RescueBox  # an answer may bring it up too
 
 
 def build(engine: Engine, downloads: Downloads, access: Access | None = None) -> ModelTab:
@@ -50,23 +54,28 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                     reload = gr.Button("Reload", size="sm", min_width=96, elem_id="gw-reload")
                     unload = gr.Button("Unload", size="sm", min_width=96, elem_id="gw-unload")
                 status = gr.HTML(elem_id="gw-model-status")
+                rescue = draw_rescue(engine, access)
             with gr.Column(elem_classes="gw-card"):
                 panel = gr.HTML(elem_id="gw-facts")
             with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
                 settings = draw_settings(engine, models, access)
+            with gr.Accordion("Loaders: which can open this model, and why", open=False, elem_id="gw-loaders"):
+                table = draw_loaders(engine)
         with gr.Column(scale=2, min_width=320):
             with gr.Column(elem_classes="gw-card"):
                 box = draw_downloads(downloads, access)
             with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
                 folders = draw_folders(engine, access)
-    outputs = [models, status, panel, reload, unload, *settings.outputs]
+            with gr.Accordion("Idle and report", open=False, elem_id="gw-care"):
+                care = draw_care(engine, access)
+    outputs = [models, status, panel, reload, unload, *rescue.outputs, *table.outputs, *settings.outputs]
 
     def listed(chosen: str | None) -> dict[Any, Any]:
         """The list of models with `chosen` in it, else the loaded one, and the settings of that."""
         chosen = chosen or engine.status.name  # a page that is just opening has chosen nothing yet
         choices = [(f"{each.name} — {each.badge}", each.name) for each in engine.library.models()]
         known = chosen if any(chosen == name for _label, name in choices) else None
-        return {models: gr.update(choices=choices, value=known), **settings.values(known)}
+        return {models: gr.update(choices=choices, value=known), **settings.values(known), **table.values(known)}
 
     def state() -> dict[Any, Any]:
         """Everything that follows from what is loaded."""
@@ -75,6 +84,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             panel: facts.panel(engine),
             reload: gr.update(interactive=idle),
             unload: gr.update(interactive=idle and engine.loaded is not None),
+            **rescue.values(),
         }
 
     def look_on(busy: Callable[[], bool]) -> Iterator[dict[Any, Any]]:
@@ -82,7 +92,9 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         while busy():
             now = engine.status
             doing = "Unloading" if now.phase == "unloading" else "Loading"
-            yield {status: working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)} | state()
+            told = working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)
+            needs = quiet(str(engine.fit)) if engine.fit is not None and now.phase == "loading" else ""
+            yield {status: told + needs} | state()
             time.sleep(_LOOK_S)
 
     def run(job: Callable[[], object], done: Callable[[float], str], wanted: str | None) -> Iterator[dict[Any, Any]]:
@@ -103,14 +115,36 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         thread.join(_LOOK_S / 2)  # a refusal comes at once: no flicker
         yield from look_on(thread.is_alive)
         now = engine.loaded.model.name if engine.loaded is not None else wanted
-        yield listed(now) | state() | {status: bad(failed[0]) if failed else good(done(time.monotonic() - began))}
+        said = good(done(time.monotonic() - began))
+        if failed:  # a load that the user stopped is no error
+            said = bad(failed[0]) if engine.status.error or failed[0] != engine.status.text else quiet(failed[0])
+        yield listed(now) | state() | {status: said}
+
+    def ready(took: float) -> str:
+        name = engine.loaded.model.name if engine.loaded is not None else "Nothing"
+        return f"Ready. {name} was loaded in {format_duration(took)}."
 
     def load(name: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
         access.require_owner(request)
         if not name:
             yield {status: quiet("Choose a model first.")}
             return
-        yield from run(lambda: engine.load(name), lambda took: f"Ready. {name} was loaded in {format_duration(took)}.", name)
+        yield from run(lambda: engine.load(name), ready, name)
+
+    def compile_loader(name: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        """Compiling is what its first load does."""
+        access.require_owner(request)
+        row = waiting(engine.survey(engine.library.get(name))) if name else None
+        if not name or row is None:
+            yield {status: quiet("There is nothing to compile.")}
+            return
+        yield from run(lambda: engine.load(name, row.loader), ready, name)
+
+    def try_again(name: str | None, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        if name:
+            engine.forget_failures(name)
+        return listed(name) | {status: quiet("Every loader is tried again at the next load: press Reload.")}
 
     def unload_model(request: gr.Request) -> Iterator[dict[Any, Any]]:
         access.require_owner(request)
@@ -128,8 +162,9 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             yield {status: ""}  # a handler that yields nothing would empty every output
             return
         now = engine.status
-        said = bad(now.text) if now.error else quiet(engine.settings.warning)
-        yield listed(now.name or None) | state() | folders.values() | {status: said}
+        resting = now.text if engine.resting is not None else ""
+        said = bad(now.text) if now.error else quiet(resting or engine.settings.warning)
+        yield listed(now.name or None) | state() | folders.values() | care.values() | {status: said}
         if now.phase in ("loading", "unloading"):
             yield from look_on(lambda: engine.status.phase in ("loading", "unloading"))
             ended = engine.status
@@ -138,8 +173,11 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     triggers = ((models.input, load), (reload.click, load), (settings.reload.click, load))
     loaded = [trigger(handler, models, outputs, **compat.STREAM) for trigger, handler in triggers]
     loaded.append(unload.click(unload_model, None, outputs, **compat.STREAM))
+    loaded.append(table.compile.click(compile_loader, models, outputs, **compat.STREAM))
+    loaded += rescue.wire(lambda job, name: run(job, ready, name), outputs, box.ref)
+    table.again.click(try_again, models, outputs, **compat.EVENT)
     refresh.click(relist, models, outputs, **compat.EVENT)
     for event in (*box.ended, *folders.changed):
         event.then(relist, models, outputs, **compat.EVENT)
     compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
-    return ModelTab(loaded, show, [*outputs, *folders.outputs])
+    return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs], rescue)

@@ -5,8 +5,10 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.errors import GptqWebuiError
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
+from ..loaders.machine import look as look_at_machine
 from . import chat_tab, compat, look, model_tab, parameters_tab
 from .access import Access, Share
 from .api_box import Api, draw_api
@@ -31,7 +33,16 @@ def build(
     access = access or Access()
     everybody = access.owners is None
     with compat.blocks(look.TITLE, look.theme(), look.CSS) as page:
-        gr.HTML(f'<h1 id="gw-title">{look.TITLE}<span>chat with GPTQ models</span></h1>')
+        with gr.Row(elem_id="gw-head-row"):
+            gr.HTML(f'<h1 id="gw-title">{look.TITLE}<span>chat with GPTQ models</span></h1>')
+            free = gr.Button(
+                "Free the card" if look_at_machine().card else "Free the memory",
+                size="sm",
+                min_width=110,
+                scale=0,
+                visible=everybody,
+                elem_id="gw-free",  # in sight on every tab
+            )
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
         with gr.Tabs(selected="chat", elem_id="gw-tabs") as tabs:
@@ -49,28 +60,46 @@ def build(
 
         def arrange(request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
-            first = "model" if owner and engine.status.phase == "empty" else "chat"
+            empty = engine.status.phase == "empty" and engine.resting is None
+            first = "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None
             return {
                 tabs: gr.update(selected=first),
                 model_place: gr.update(visible=owner),
+                free: gr.update(visible=owner),
                 notice: gr.update(value=warning, visible=bool(warning)),
                 link.place: gr.update(visible=info is not None),
                 link.text: info.invitation if info is not None else "",
             }
 
+        def free_card(request: gr.Request) -> None:
+            access.require_owner(request)
+            try:
+                engine.free()
+            except GptqWebuiError as error:
+                raise gr.Error(str(error)) from None
+            gr.Info("The model is unloaded and its memory is free.")
+
+        def trouble(request: gr.Request) -> dict[Any, Any]:
+            shown = models.rescue.values()
+            return shown if access.is_owner(request) else dict.fromkeys(list(shown)[:1], gr.update(visible=False))
+
+        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **compat.EVENT)
+        freed = free.click(free_card, None, None, **compat.STREAM).then(models.show, None, models.outputs, **compat.STREAM)
+        for event in chat.answered:
+            event.then(trouble, None, models.rescue.outputs, **compat.EVENT)
+
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
-        page.load(arrange, None, [tabs, model_place, notice, link.place, link.text], **compat.EVENT)
         if api is not None:
             page.load(own_api, None, api_place, **compat.EVENT)
             api_place.select(box.show, box.inputs, box.outputs, **compat.EVENT)
         page.load(chat.show, None, chat.outputs, **compat.STREAM)
         triggers = [page.load, model_place.select] if compat.LAZY_TABS else [page.load]
         shown = [trigger(models.show, None, models.outputs, **compat.STREAM) for trigger in triggers]
-        for event in (*models.loaded, *shown):
+        for event in (*models.loaded, *shown, freed):
             event.then(chat.show, None, chat.outputs, **compat.STREAM)
         chat_place.select(chat.show, None, chat.outputs, **compat.STREAM)
         page.unload(chat.leave)  # last: 4.37 looks at the last event alone to know whether a page that left is to be noticed

@@ -1,15 +1,17 @@
-"""Custom settings: the panel of a loader's options, drawn from its dataclass. What it saves, it saves for one model."""
+"""Custom settings: the panels of the loaders' options, drawn from their dataclasses. What is saved, is saved for one model.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+Only the panel of the loader that would open the chosen model is shown.
+"""
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
-from ..loaders.base import Loader
-from ..loaders.choose import make_options
+from ..engine.saved import default, save_for
 from . import compat
 from .access import Access
 from .parts import bad, good, quiet
@@ -37,70 +39,83 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         elem_id="gw-loader",
     )
     drawn: dict[str, list[tuple[Field, gr.components.Component]]] = {}
-    for each in engine.loaders:
-        with gr.Row(elem_classes="gw-fields"):
-            drawn[each.name] = [(option, _draw(option)) for option in fields(each.options) if "label" in option.metadata]
+    panels: dict[str, gr.Row] = {}
+    seen: set[str] = set()  # an id stands once in a page, an option's name in several loaders
+    for at, each in enumerate(engine.loaders):
+        with gr.Row(visible=at == 0, elem_classes="gw-fields", elem_id=f"gw-panel-{each.name}") as panels[each.name]:
+            drawn[each.name] = [
+                (option, _draw(option, option.name if option.name not in seen else f"{each.name}-{option.name}"))
+                for option in fields(each.options)
+                if "label" in option.metadata
+            ]
+        seen |= {option.name for option, _box in drawn[each.name]}
     with gr.Row(elem_classes="gw-buttons"):
         save = gr.Button("Save settings for this model", size="sm", min_width=180, elem_id="gw-save")
         reload = gr.Button("Reload the model", size="sm", min_width=140, elem_id="gw-reload-settings")
     note = gr.HTML(elem_id="gw-settings-note")
     boxes = [box for pairs in drawn.values() for _option, box in pairs]
 
+    def effective(name: str | None, wanted: str) -> str:
+        """The loader whose panel is shown: the one chosen here, else the one that would open the model."""
+        if wanted != _AUTOMATIC:
+            return wanted
+        try:
+            chosen = next((row.loader for row in engine.survey(engine.library.get(name)) if row.chosen), "") if name else ""
+        except GptqWebuiError:
+            chosen = ""
+        return chosen or names[0]
+
+    def arranged(name: str | None, wanted: str) -> dict[Any, Any]:
+        shown = effective(name, wanted)
+        return {panel: gr.update(visible=each == shown) for each, panel in panels.items()}
+
     def values(name: str | None) -> dict[Any, Any]:
         saved = engine.settings.for_model(name) if name else {}
-        options = saved.get("options") or {}
-        wanted = saved.get("loader")
-        shown = {box: options.get(option.name, _default(option)) for pairs in drawn.values() for option, box in pairs}
-        return shown | {loader: wanted if wanted in names else _AUTOMATIC, note: ""}
+        usable = engine.saved(name).options if name else {}
+        wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
+        shown = {box: usable.get(option.name, default(option)) for pairs in drawn.values() for option, box in pairs}
+        return shown | arranged(name, wanted) | {loader: wanted, note: ""}
+
+    def rearrange(request: gr.Request, name: str | None, wanted: str) -> dict[Any, Any]:
+        access.require_owner(request)
+        return arranged(name, wanted)
 
     def save_settings(request: gr.Request, name: str | None, wanted: str, *given: Any) -> dict[Any, Any]:
         access.require_owner(request)
         if not name:
             return {note: bad("Choose a model first: settings are saved for one model.")}
         asked = dict(zip(boxes, given, strict=True))
-        options: dict[str, Any] = {}
+        shown = effective(name, wanted)
         try:
-            for each in engine.loaders:
-                if wanted in (each.name, _AUTOMATIC):
-                    options |= _changed(each, {option.name: asked[box] for option, box in drawn[each.name]})
+            save_for(
+                engine.settings,
+                name,
+                engine.loaders,
+                wanted or None,
+                {shown: {option.name: asked[box] for option, box in drawn[shown]}},
+            )
         except GptqWebuiError as error:
             return {note: bad(str(error))}
-        engine.settings.save_for_model(name, loader=wanted or None, options=options or None)
         return {note: good(f"Saved for {name}. It takes effect when the model is loaded again: press Reload the model.")}
 
+    loader.input(rearrange, [models, loader], list(panels.values()), **compat.EVENT)
     save.click(save_settings, [models, loader, *boxes], note, **compat.EVENT)
-    return SettingsBox(reload, values, [loader, *boxes, note])
+    return SettingsBox(reload, values, [loader, *boxes, *panels.values(), note])
 
 
-def _draw(option: Field) -> gr.components.Component:
+def _draw(option: Field, name: str) -> gr.components.Component:
     label, choices = option.metadata["label"], option.metadata.get("choices")
     common: dict[str, Any] = {
         "label": label,
         "info": option.metadata.get("help"),
         "min_width": 200,
-        "elem_id": f"gw-option-{option.name}",
+        "elem_id": f"gw-option-{name}",
     }
-    default = _default(option)
+    usual = default(option)
     if choices:
-        return gr.Dropdown(list(choices), value=default, **common)
-    if isinstance(default, bool):
-        return gr.Checkbox(default, **common)
-    if isinstance(default, (int, float)):
-        return gr.Number(default, precision=0 if isinstance(default, int) else None, **common)
-    return gr.Textbox(str(default or ""), **common)
-
-
-def _default(option: Field) -> Any:
-    if option.default_factory is not MISSING:
-        return option.default_factory()
-    return option.default
-
-
-def _changed(loader: Loader, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults. Raises BadParameter for what the loader would not take."""
-    defaults: Sequence[Field] = fields(loader.options)
-    values = {option.name: given[option.name] for option in defaults if given.get(option.name) is not None}
-    make_options(loader, values)
-    return {
-        option.name: values[option.name] for option in defaults if values.get(option.name, _default(option)) != _default(option)
-    }
+        return gr.Dropdown(list(choices), value=usual, **common)
+    if isinstance(usual, bool):
+        return gr.Checkbox(usual, **common)
+    if isinstance(usual, (int, float)):
+        return gr.Number(usual, precision=0 if isinstance(usual, int) else None, **common)
+    return gr.Textbox(str(usual or ""), type="password" if option.metadata.get("secret") else "text", **common)

@@ -6,17 +6,26 @@ import gradio as gr
 
 from . import compat
 
-# the clipboard is closed to pages that came over plain http, hence the second way
-_COPY = """(text) => {
-  const button = document.querySelector('#gw-share-copy');
-  const copied = () => { button.textContent = 'Copied'; setTimeout(() => button.textContent = 'Copy', 2000) };
+
+def copy_script(button: str, text: str, label: str) -> str:
+    """JavaScript for a button that copies a Textbox; both by their ids.
+
+    The clipboard is closed to pages that came over plain http, hence the second way.
+    """
+    return (
+        """(text) => {
+  const button = document.querySelector('#BUTTON');
+  const copied = () => { button.textContent = 'Copied'; setTimeout(() => button.textContent = 'LABEL', 2000) };
   const select = () => {
-    document.querySelector('#gw-share-text textarea').select();
+    document.querySelector('#TEXT textarea').select();
     document.execCommand('copy');
     copied();
   };
   navigator.clipboard ? navigator.clipboard.writeText(text).then(copied, select) : select();
-}"""
+}""".replace("BUTTON", button)
+        .replace("TEXT", text)
+        .replace("LABEL", label)
+    )
 
 
 @dataclass(frozen=True)
@@ -38,5 +47,5 @@ def draw_share() -> ShareBox:
         )
         with gr.Row(elem_classes="gw-buttons"):
             copy = gr.Button("Copy", size="sm", min_width=96, elem_id="gw-share-copy")
-    copy.click(None, text, None, js=_COPY, **compat.EVENT)
+    copy.click(None, text, None, js=copy_script("gw-share-copy", "gw-share-text", "Copy"), **compat.EVENT)
     return ShareBox(place, text)

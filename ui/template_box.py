@@ -61,6 +61,10 @@ def about(engine: Engine, owner: bool) -> str:
         return f'<div class="gw-who"><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
     if status.phase == "loading":
         return working(f"{status.name} is being loaded. You can write in the meantime.", status.share)
+    if (resting := engine.resting) is not None:
+        return (
+            f'<div class="gw-who"><b>{escape(resting.model.name)}</b> <span>rests; your next message loads it again</span></div>'
+        )
     cure = (
         "Open the Model tab: download one, or choose one that you have." if owner else "Ask the owner of this page to load one."
     )

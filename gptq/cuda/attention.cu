@@ -6,6 +6,8 @@
 // by the block that ends last.
 
 #define PAGE 64
+#define MOST_SPLITS 32
+#define ATTENTION_WARPS 4
 
 struct AttentionArguments {
   const u16* qkv;          // fp16 [rows][(heads + 2 kv_heads) * D]
@@ -68,12 +70,11 @@ template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angl
 }
 
 template <int D> DEVICE void attention(const AttentionArguments& p) {
-  constexpr int WARPS = 8, STEPS = D / 16, PARTS = D / 32, TILES = D / 8;
+  constexpr int WARPS = ATTENTION_WARPS, STEPS = D / 16, PARTS = D / 32, TILES = D / 8;
   static_assert(D % 32 == 0, "a lane reads 8 dimensions of each 32");
   __shared__ __align__(16) u16 q[8][D];
-  __shared__ __align__(16) u16 new_key[D];
-  __shared__ u16 new_value[D];
-  __shared__ float maxima[WARPS][8], sums[WARPS][8], outs[WARPS][8][D];
+  __shared__ u16 new_key[D];
+  __shared__ float maxima[WARPS + 1][8], sums[WARPS + 1][8], outs[WARPS + 1][8][D];  // of each warp, and of the new token
   __shared__ u32 arrived;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int split = blockIdx.x, block = blockIdx.y, row = blockIdx.z;
@@ -82,85 +83,54 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   let_the_next_kernel_start();
 
   // Where the new token stands, and what earlier ones left, was written long before the kernel ahead began.
-  const int position = p.positions[row], length = position + 1;
-  const int from = p.window > 0 ? max(0, length - p.window) : 0;
-  const int first_strip = from / 32, strips = (length + 31) / 32 - first_strip;
-  const int per_block = max((strips + (int)gridDim.x - 1) / (int)gridDim.x, 4);
-  const int active = (strips + per_block - 1) / per_block;
+  const int position = p.positions[row];  // tokens before the new one
+  const int from = p.window > 0 ? max(0, position + 1 - p.window) : 0;
+  const int first_strip = from / 32, strips = (position + 31) / 32 - first_strip;
+  const int per_block = max((strips + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
+  const int active = max(1, (strips + per_block - 1) / per_block);
   if (split >= active) { wait_for_the_kernel_ahead(); return; }
   const int begin = first_strip + split * per_block, end = min(begin + per_block, first_strip + strips);
+  const bool newest = split == active - 1;  // this block adds the new token
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
-  const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
+  const Angles<D> angles = angles_of<D>(p.cosines + (size_t)position * p.rotary_half, p.sines + (size_t)position * p.rotary_half, p.rotary_half);
   const size_t key_at = (size_t)kv * PAGE * D, value_at = ((size_t)p.kv_heads + kv) * PAGE * D;
 
-  // The first strip of this warp and the angles are asked for while the kernel ahead ends.
-  uint4 k[4][PARTS], v[TILES];
-  auto fetch = [&](int strip) {
-    const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
-    const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
-    const u16* values = page + value_at + strip % 2 * 32 + c * 8;
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-#pragma unroll
-      for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
-#pragma unroll
-    for (int t = 0; t < TILES; t++) v[t] = *(const uint4*)(values + (t * 8 + r) * PAGE);
-  };
-  if (begin + warp < end) fetch(begin + warp);
-  const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
-  const bool newest = end * 32 > position;  // the new token is in this block's share
-  u16* new_page = (u16*)(pages[position / PAGE] + p.layer_bytes);
-  wait_for_the_kernel_ahead();
-
-  if (warp < count) rotate<D>(qkv + (head0 + warp) * D, p.q_norm, angles, p.rotary_half, p.eps, q[warp]);
-  else for (int d = lane; d < D; d += 32) q[warp][d] = 0;
-  if (newest) {  // every head block of these keys writes the same
-    if (warp == 7) {
-      rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, angles, p.rotary_half, p.eps, new_key);
-      for (int d = lane; d < D; d += 32) new_page[key_at + position % PAGE * D + d] = new_key[d];
-    }
-    if (warp == 6)
-      for (int d = lane; d < D; d += 32) {
-        const u16 value = qkv[(p.heads + p.kv_heads + kv) * D + d];
-        new_value[d] = value;
-        new_page[value_at + d * PAGE + position % PAGE] = value;
-      }
-  }
-  __syncthreads();
-
   u32 queries[STEPS][2];  // of heads r; rows 8 to 15 of the matrix are zero
-#pragma unroll
-  for (int i = 0; i < PARTS; i++) {
-    const uint4 v = *(const uint4*)&q[r][i * 32 + c * 8];
-    queries[2 * i][0] = v.x; queries[2 * i][1] = v.y;
-    queries[2 * i + 1][0] = v.z; queries[2 * i + 1][1] = v.w;
-  }
   float out[TILES][2], top = -1e30f, sum = 0.f;
 #pragma unroll
   for (int t = 0; t < TILES; t++) out[t][0] = out[t][1] = 0.f;
 
-  for (int strip = begin + warp; strip < end; strip += WARPS) {
-    if (strip >= begin + WARPS) fetch(strip);
-    if (strip == position / 32) {  // the new token's own, which the page may not show yet; past it may stand no numbers
-      const int own = position % 32;
+#pragma unroll 1
+  for (int strip = begin + warp, first = 1; first || strip < end; strip += WARPS, first = 0) {
+    uint4 k[4][PARTS], v[TILES];
+    if (strip < end) {  // the first ones are asked for while the kernel ahead ends
+      const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
+      const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
+      const u16* values = page + value_at + strip % 2 * 32 + r * PAGE + c * 8;
 #pragma unroll
       for (int t = 0; t < 4; t++)
-        if (r / 2 * 8 + t * 2 + r % 2 == own)
 #pragma unroll
-          for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)&new_key[i * 32 + c * 8];
-      const int here = own - c * 8;  // place of the new token among this lane's 8
+        for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
 #pragma unroll
-      for (int t = 0; t < TILES; t++) {
-        const u32 value = new_value[t * 8 + r];
-        u32* words = &v[t].x;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          if (here == 2 * j) words[j] = value;
-          else if (here == 2 * j + 1) words[j] = (words[j] & 0xffff) | value << 16;
-          else if (here < 2 * j) words[j] = 0;
-        }
+      for (int t = 0; t < TILES; t++) v[t] = *(const uint4*)(values + t * 8 * PAGE);
+    }
+    if (first) {
+      wait_for_the_kernel_ahead();
+#pragma unroll 1
+      for (int head = warp; head < 9; head += WARPS) {
+        if (head < count) rotate<D>(qkv + (head0 + head) * D, p.q_norm, angles, p.rotary_half, p.eps, q[head]);
+        else if (head == 8 && newest) rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, angles, p.rotary_half, p.eps, new_key);
+        else if (head < 8) for (int d = lane; d < D; d += 32) q[head][d] = 0;
       }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        const uint4 w = *(const uint4*)&q[r][i * 32 + c * 8];
+        queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
+        queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
+      }
+      if (strip >= end) break;
     }
     float score[4][2];
 #pragma unroll
@@ -175,7 +145,7 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int token = strip * 32 + c * 8 + t * 2 + e;
-        score[t][e] = token < length && token >= from ? s[e] * p.scale : -1e30f;
+        score[t][e] = token < position && token >= from ? s[e] * p.scale : -1e30f;
       }
     }
     float higher = top;
@@ -195,7 +165,7 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
     }
     const u32 low[4] = {weights[0], 0, weights[1], 0}, high[4] = {weights[2], 0, weights[3], 0};
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {
+    for (int t = 0; t < TILES; t++) {  // past the end stand finite numbers: pages are zero at first
       float acc[4] = {out[t][0] * shrink, out[t][1] * shrink, 0.f, 0.f};
       mma(acc, low, v[t].x, v[t].y);
       mma(acc, high, v[t].z, v[t].w);
@@ -204,68 +174,92 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   }
   sum += __shfl_xor_sync(FULL, sum, 1);
   sum += __shfl_xor_sync(FULL, sum, 2);
-
-  // The warps' parts, then the block's: relative to the highest score of each head.
   if (c == 0) { maxima[warp][r] = top; sums[warp][r] = sum; }
+#pragma unroll
+  for (int t = 0; t < TILES; t++) *(float2*)&outs[warp][r][t * 8 + c * 2] = make_float2(out[t][0], out[t][1]);
+
+  // The new token: its score by a warp a head, its value as it is; both are kept in the page (every head block of
+  // these keys writes the same).
+  if (newest) {
+    u16* page = (u16*)(pages[position / PAGE] + p.layer_bytes);
+    for (int head = warp; head < 8; head += WARPS) {
+      float s = 0.f;
+      for (int d = lane; d < D; d += 32) s += to_float(q[head][d]) * to_float(new_key[d]);
+      s = warp_sum(s) * p.scale;
+      if (lane == 0) { maxima[WARPS][head] = s; sums[WARPS][head] = 1.f; }
+    }
+    for (int d = threadIdx.x; d < D; d += blockDim.x) {
+      const u16 value = __ldcg(qkv + (p.heads + p.kv_heads + kv) * D + d);
+      page[key_at + position % PAGE * D + d] = new_key[d];
+      page[value_at + d * PAGE + position % PAGE] = value;
+      const float f = to_float(value);
+#pragma unroll
+      for (int head = 0; head < 8; head++) outs[WARPS][head][d] = f;
+    }
+  } else if (threadIdx.x < 8) {
+    maxima[WARPS][threadIdx.x] = -1e30f;
+    sums[WARPS][threadIdx.x] = 0.f;
+  }
   __syncthreads();
-  float highest = -1e30f, total = 0.f;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w][r]);
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) total += sums[w][r] * exp2f(maxima[w][r] - highest);
-  const float mine = exp2f(top - highest);
-#pragma unroll
-  for (int t = 0; t < TILES; t++) *(float2*)&outs[warp][r][t * 8 + c * 2] = make_float2(out[t][0] * mine, out[t][1] * mine);
-  __syncthreads();
+
+  // The warps' parts, then the blocks': relative to the highest score of each head.
   float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * 8 * (D + 2);
   float* here = partial + (size_t)split * 8 * (D + 2);
   u16* to = p.out + (size_t)row * p.padded;
-  if (warp == 0 && c == 0) { maxima[0][r] = highest; sums[0][r] = total; }
-  __syncthreads();
-  for (int at = threadIdx.x; at < count * D; at += blockDim.x) {
+  const int* places = p.places + head0 * D;
+  const int parts = newest ? WARPS + 1 : WARPS;
+#pragma unroll 1
+  for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
     const int head = at / D, d = at % D;
-    float y = 0.f;
+    float highest = maxima[WARPS][head], total = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) y += outs[w][head][d];
-    if (active == 1) to[p.places[(head0 + head) * D + d]] = to_half(y / sums[0][head]);
-    else here[head * (D + 2) + d] = y;
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w][head]);
+    float2 y = make_float2(0.f, 0.f);
+    for (int w = 0; w < parts; w++) {
+      const float f = exp2f(maxima[w][head] - highest);
+      const float2 part = *(const float2*)&outs[w][head][d];
+      total += sums[w][head] * f;
+      y.x += part.x * f;
+      y.y += part.y * f;
+    }
+    if (active == 1) {
+      to[places[at]] = to_half(y.x / total);
+      to[places[at + 1]] = to_half(y.y / total);
+    } else {
+      *(float2*)(here + head * (D + 2) + d) = y;
+      if (d == 0) *(float2*)(here + head * (D + 2) + D) = make_float2(highest, total);
+    }
   }
   if (active == 1) return;
-  if (threadIdx.x < count) { here[threadIdx.x * (D + 2) + D] = maxima[0][threadIdx.x]; here[threadIdx.x * (D + 2) + D + 1] = sums[0][threadIdx.x]; }
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) arrived = atomicAdd(p.done + row * gridDim.y + block, 1);
   __syncthreads();
   if (arrived != active - 1) return;
   __threadfence();
-  // The last block adds the parts: first how much each counts, then the parts themselves, many loads at once.
-  float* factors = &outs[0][0][0];  // [active][8]
+  float* factors = &outs[0][0][0];  // [active][8]: how much each block's part counts; then the sums likewise
   for (int at = threadIdx.x; at < active * 8; at += blockDim.x) {
-    const float* part = partial + at * (D + 2) + D;
-    const bool real = at % 8 < count;
-    factors[at] = real ? __ldcg(part) : -1e30f;
-    factors[1024 + at] = real ? __ldcg(part + 1) : 0.f;
+    const float2 both = at % 8 < count ? __ldcg((const float2*)(partial + at * (D + 2) + D)) : make_float2(-1e30f, 0.f);
+    factors[at] = both.x;
+    factors[MOST_SPLITS * 8 + at] = both.y;
   }
   __syncthreads();
-  if (threadIdx.x < 8) {
-    float m = -1e30f, z = 0.f;
-    for (int i = 0; i < active; i++) m = fmaxf(m, factors[i * 8 + threadIdx.x]);
-    for (int i = 0; i < active; i++) z += factors[1024 + i * 8 + threadIdx.x] * exp2f(factors[i * 8 + threadIdx.x] - m);
-    for (int i = 0; i < active; i++) factors[i * 8 + threadIdx.x] = exp2f(factors[i * 8 + threadIdx.x] - m) / z;
-  }
-  __syncthreads();
+#pragma unroll 1
   for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
     const int head = at / D, d = at % D;
+    float m = -1e30f, z = 0.f;
+    for (int i = 0; i < active; i++) m = fmaxf(m, factors[i * 8 + head]);
     float2 y = make_float2(0.f, 0.f);
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < active; i++) {
       const float2 part = __ldcg((const float2*)(partial + (i * 8 + head) * (D + 2) + d));
-      const float f = factors[i * 8 + head];
+      const float f = exp2f(factors[i * 8 + head] - m);
+      z += factors[MOST_SPLITS * 8 + i * 8 + head] * f;
       y.x += part.x * f;
       y.y += part.y * f;
     }
-    to[p.places[(head0 + head) * D + d]] = to_half(y.x);
-    to[p.places[(head0 + head) * D + d + 1]] = to_half(y.y);
+    to[places[at]] = to_half(y.x / z);
+    to[places[at + 1]] = to_half(y.y / z);
   }
   if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
 }

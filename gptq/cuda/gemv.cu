@@ -21,15 +21,16 @@ struct GemvArguments {
 
 enum { PLAIN, FLOAT, SILU, RESIDUAL };
 
-// x, normed if asked for, into shared memory. Of a norm, up to 4 * 8 * threads inputs; its weight is asked for ahead.
-template <bool NORM> struct Norm { uint4 weight[4]; };
-template <> struct Norm<false> {};
+// x into shared memory, normed if NORM, which is how many runs of 8 inputs a thread takes. Its weight is asked for ahead.
+// (Kernels are small on purpose: code that runs once is read from memory as the weights are.)
+template <int NORM> struct Norm { uint4 weight[NORM]; };
+template <> struct Norm<0> {};
 
-template <bool NORM> DEVICE Norm<NORM> norm_weight(const u16* norm, int padded) {
+template <int NORM> DEVICE Norm<NORM> norm_weight(const u16* norm, int padded) {
   Norm<NORM> r;
-  if constexpr (NORM) {
+  if constexpr (NORM > 0) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < NORM; i++) {
       const int at = (i * blockDim.x + threadIdx.x) * 8;
       if (at < padded) r.weight[i] = __ldg((const uint4*)(norm + at));
     }
@@ -37,21 +38,21 @@ template <bool NORM> DEVICE Norm<NORM> norm_weight(const u16* norm, int padded) 
   return r;
 }
 
-template <bool NORM> DEVICE void stage(const u16* x, const Norm<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
+template <int NORM> DEVICE void stage(const u16* x, const Norm<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
   const int threads = blockDim.x, tid = threadIdx.x;
-  if constexpr (!NORM) {
-#pragma unroll 8
+  if constexpr (NORM == 0) {
+#pragma unroll 4
     for (int at = tid * 8; at < padded; at += threads * 8) *(uint4*)(shared + at) = __ldcg((const uint4*)(x + at));
   } else {
-    uint4 mine[4];
+    uint4 mine[NORM];
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < NORM; i++) {
       const int at = (i * threads + tid) * 8;
       mine[i] = at < padded ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < NORM; i++) {
       const u32* m = &mine[i].x;
 #pragma unroll
       for (int j = 0; j < 4; j++) { float a = low_of(m[j]), b = high_of(m[j]); sum += a * a + b * b; }
@@ -63,7 +64,7 @@ template <bool NORM> DEVICE void stage(const u16* x, const Norm<NORM>& norm, u16
     for (int i = 0; i < threads / 32; i++) sum += scratch[i];
     const float scale = rsqrtf(sum / k + eps);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < NORM; i++) {
       const int at = (i * threads + tid) * 8;
       if (at < padded) {
         u32* m = &mine[i].x;
@@ -81,7 +82,7 @@ template <bool NORM> DEVICE void stage(const u16* x, const Norm<NORM>& norm, u16
 // BATCH chunks travel together, STAGES batches are on their way or being multiplied; each lane copies and reads its own
 // bytes (the scales its warp's), so nobody waits for another warp. UNITS: changes of scale possible within a chunk. EVEN: every warp has
 // whole batches.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, bool NORM, bool EVEN>
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN>
 DEVICE void gemv(const GemvArguments& p) {
   constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128, SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -116,7 +117,7 @@ DEVICE void gemv(const GemvArguments& p) {
     if (next_chunk >= end) { next_chunk = first; next_tile += stride; }
   };
 
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) fetch();
   let_the_next_kernel_start();
   const Norm<NORM> norm = norm_weight<NORM>(p.norm, p.chunks * 64);

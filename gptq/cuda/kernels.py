@@ -20,6 +20,8 @@ _HERE = Path(__file__).resolve().parent
 _TEMPLATES = ("common.cu", "unpack.cu", "repack.cu", "gemv.cu", "attention.cu")
 _FIXED = ("rows.cu", "sample.cu")  # the same for every model
 HEAD_DIMS = (32, 64, 96, 128)  # what attention.cu can do
+ATTENTION_THREADS = 128
+MOST_SPLITS = 32  # blocks that share one conversation's keys, at most
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -37,11 +39,6 @@ Gemv = _structure(
     "Gemv",
     "p weights, p scales, p x, p norm, p bias, p out, p residual, p places, i n, i tiles, i chunks, i groups, i unit_to_group, "
     "i k, f eps",
-)
-Skinny = _structure(
-    "Skinny",
-    "p weights, p scales, p x, p bias, p out, p residual, p places, i n, i tiles, i chunks, i groups, i unit_to_group, "
-    "i rows, i out_stride, i residual_stride",
 )
 Unpack = _structure("Unpack", "p weights, p scales, p out, i first_tile, i tiles, i chunks, i groups, i unit_to_group")
 Head = _structure("Head", "p weights, p x, p norm, p out, i n, i k, f eps")
@@ -86,7 +83,7 @@ class Shape:
 class GemvVariant:
     shape: Shape
     epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL
-    norm: bool
+    norm: int  # runs of 8 inputs that a thread norms; 0: no norm
     split: int  # warps that share a tile
     batch: int  # chunks that travel together
     stages: int  # batches on their way or being multiplied
@@ -95,8 +92,9 @@ class GemvVariant:
 
     @property
     def name(self) -> str:
-        norm = "norm" if self.norm else "plain"
-        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{self.split}_{self.batch}_{self.stages}_{self.teams}{'_even' * self.even}"
+        norm = f"norm{self.norm}" if self.norm else "plain"
+        numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}"
+        return f"gemv_{self.shape.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}"
 
     @property
     def threads(self) -> int:
@@ -127,7 +125,7 @@ def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: 
         )
         kernel(each.name, "GemvArguments", call, each.threads)
     for dim in sorted(set(head_dims)):
-        kernel(f"attention_{dim}", "AttentionArguments", f"attention<{dim}>", 256)
+        kernel(f"attention_{dim}", "AttentionArguments", f"attention<{dim}>", ATTENTION_THREADS)
         kernel(f"rope_{dim}", "RopeArguments", f"rope_rows<{dim}>", 256)
         kernel(f"gather_{dim}", "GatherArguments", f"gather_pages<{dim}>", 256)
     return "".join(text)
@@ -184,7 +182,8 @@ class Card:
         if shared_bytes > 48 * 1024 and shared_bytes > kernel.shared_allowed:
             kernel.allow_shared(shared_bytes)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        kernel.launch(grid, threads, (arguments,), stream, shared_bytes=shared_bytes, overlap=overlap)
+        with torch.cuda.device(self.device):
+            kernel.launch(grid, threads, (arguments,), stream, shared_bytes=shared_bytes, overlap=overlap)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -1,122 +1,97 @@
 """The memory of conversations on a card: pages of 64 tokens, taken when they are needed.
 
-A page holds the keys and values of all layers (attention.cu tells how). Pages come from slabs that are
-allocated as conversations grow; a growing conversation moves nothing, since the kernels are given
-addresses. What was said before is kept with its ids, so that the next turn computes only what is new.
+A page holds the keys and values of all layers (attention.cu tells how). Pages come from slabs that are allocated as
+conversations grow; nothing is ever moved, since the kernels are given addresses. A memory that is dropped gives its
+pages back.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..stepper import Memory
 
 PAGE_TOKENS = 64
 _SLAB_PAGES = 16  # 1024 tokens at a time
 
 
-@dataclass
-class Conversation:
-    """Ids whose keys and values stand in `pages`, in order."""
-
-    ids: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)  # addresses
-
-
 class Pages:
-    """All pages of one model. `limit_tokens` bounds what conversations hold together."""
+    """All pages of one model, taken and given back."""
 
-    def __init__(self, device: torch.device, layers: int, kv_heads: int, head_dim: int, limit_tokens: int) -> None:
+    def __init__(self, device: torch.device, layers: int, kv_heads: int, head_dim: int) -> None:
         self.layer_bytes = 2 * kv_heads * PAGE_TOKENS * head_dim * 2  # keys and values, fp16
         self.page_bytes = layers * self.layer_bytes
         self._device = device
-        self._limit = -(-limit_tokens // PAGE_TOKENS)
         self._slabs: list[Tensor] = []
         self._free: list[int] = []
         self._where: dict[int, tuple[int, int]] = {}  # address -> slab, page
-        self._kept: list[Conversation] = []  # oldest first
 
-    @property
-    def held_bytes(self) -> int:
-        return sum(each.numel() for each in self._slabs)
-
-    def begin(self, ids: Sequence[int]) -> tuple[Conversation, int]:
-        """(conversation, tokens of `ids` it holds already). At least one token is left to compute.
-
-        The kept conversation with the longest common beginning is continued; where only a part of it is shared
-        (another chat with the same system prompt), that part is copied and the old one stays.
-        """
-        best, same = None, 0
-        for each in self._kept:
-            length = _common(each.ids, ids)
-            if length > same or (length == same and length):
-                best, same = each, length
-        same = min(same, len(ids) - 1)
-        if best is None or same < 1:
-            return Conversation(), 0
-        if same * 2 >= len(best.ids):
-            self._kept.remove(best)
-            needed = -(-same // PAGE_TOKENS)
-            self._free += best.pages[needed:]
-            return Conversation(best.ids[:same], best.pages[:needed]), same
-        copied = Conversation(list(best.ids[:same]))
-        source = best.pages[: -(-same // PAGE_TOKENS)]
-        self._kept.remove(best)  # not to be evicted while it is copied
-        try:
-            for address in source:
-                self.reserve(copied, (len(copied.pages) + 1) * PAGE_TOKENS)
-                self._view(copied.pages[-1]).copy_(self._view(address))
-        finally:
-            self._kept.append(best)
-        return copied, same
-
-    def reserve(self, conversation: Conversation, tokens: int) -> bool:
-        """Pages for that many tokens; True if any were added. Old conversations make room. Raises MemoryError
-        if the conversation alone is longer than the limit, torch.OutOfMemoryError if the card is full."""
-        before = len(conversation.pages)
-        while len(conversation.pages) * PAGE_TOKENS < tokens:
-            conversation.pages.append(self._take())
-        return len(conversation.pages) > before
-
-    def keep(self, conversation: Conversation) -> None:
-        """Give a conversation back: its ids may serve a later turn."""
-        needed = -(-len(conversation.ids) // PAGE_TOKENS)
-        self._free += conversation.pages[needed:]
-        del conversation.pages[needed:]
-        if conversation.ids:
-            self._kept.append(conversation)
-
-    def clear(self) -> None:
-        self._slabs, self._free, self._where, self._kept = [], [], {}, []
-
-    def _take(self) -> int:
-        while not self._free:
-            if len(self._where) < self._limit:
-                self._grow()
-            elif self._kept:
-                self._free += self._kept.pop(0).pages
-            else:
-                raise MemoryError("The conversation is longer than the memory that was set aside for it.")
+    def take(self) -> int:
+        """The address of a page. Raises torch.OutOfMemoryError if the card is full."""
+        if not self._free:
+            slab = torch.zeros(_SLAB_PAGES, self.page_bytes, dtype=torch.uint8, device=self._device)  # see attention.cu
+            for page in reversed(range(_SLAB_PAGES)):
+                address = slab.data_ptr() + page * self.page_bytes
+                self._where[address] = (len(self._slabs), page)
+                self._free.append(address)
+            self._slabs.append(slab)
         return self._free.pop()
 
-    def _grow(self) -> None:
-        count = min(_SLAB_PAGES, self._limit - len(self._where))
-        slab = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._device)
-        for page in range(count):
-            address = slab.data_ptr() + page * self.page_bytes
-            self._where[address] = (len(self._slabs), page)
-            self._free.append(address)
-        self._slabs.append(slab)
+    def give_back(self, pages: list[int]) -> None:
+        self._free += [each for each in pages if each in self._where]
+
+    def copy(self, source: int, target: int) -> None:
+        self._view(target).copy_(self._view(source))
+
+    def clear(self) -> None:
+        """Free the card's memory; pages that are still out are worth nothing from now on."""
+        self._slabs, self._free, self._where = [], [], {}
 
     def _view(self, address: int) -> Tensor:
         slab, page = self._where[address]
         return self._slabs[slab][page]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first ids are the same."""
-    length = min(len(a), len(b))
-    for at in range(length):
-        if a[at] != b[at]:
-            return at
-    return length
+class PagedMemory(Memory):
+    """One conversation's pages, in order."""
+
+    def __init__(self, pool: Pages) -> None:
+        self._pool = pool
+        self.pages: list[int] = []
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        self._length = tokens
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.pages) * self._pool.page_bytes
+
+    def reserve(self, tokens: int) -> bool:
+        """Pages for that many tokens; True if any were added. Raises torch.OutOfMemoryError."""
+        before = len(self.pages)
+        while len(self.pages) * PAGE_TOKENS < tokens:
+            self.pages.append(self._pool.take())
+        return len(self.pages) > before
+
+    def cut(self, length: int) -> bool:
+        needed = -(-length // PAGE_TOKENS)
+        self._pool.give_back(self.pages[needed:])
+        del self.pages[needed:]
+        self._length = length
+        return True
+
+    def fork(self, length: int) -> "PagedMemory":
+        other = PagedMemory(self._pool)
+        other.reserve(length)
+        for source, target in zip(self.pages, other.pages, strict=False):
+            self._pool.copy(source, target)
+        other._length = length
+        return other
+
+    def __del__(self) -> None:
+        self._pool.give_back(self.pages)

@@ -14,9 +14,9 @@ extern "C" __global__ void head(HeadArguments p) {
   u16* xs = (u16*)shared_words;
   float* scratch = (float*)(xs + (p.k + 7) / 8 * 8);
   let_the_next_kernel_start();
-  const Norm<true> norm = norm_weight<true>(p.norm, p.k);
+  const Norm<4> norm = norm_weight<4>(p.norm, p.k);
   wait_for_the_kernel_ahead();
-  stage<true>(p.x, norm, xs, p.k, p.k, p.eps, scratch);
+  stage<4>(p.x, norm, xs, p.k, p.k, p.eps, scratch);
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int n = (blockIdx.x * warps + threadIdx.x / 32) * 2; n < p.n; n += gridDim.x * warps * 2) {
     const bool two = n + 1 < p.n;

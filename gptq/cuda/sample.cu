@@ -1,20 +1,20 @@
 // From logits to the next token, on the card: a block a row, the whole choice in one kernel.
 //
-// The order is that of transformers' generate: penalties, bias, temperature, top k, top p, min p, typical p. Every filter
+// The order is that of transformers' generate: bias, penalties, temperature, top k, top p, min p, typical p. Every filter
 // is a threshold, read off a sorted short list or found by bisection over the bits of a float; masses are added as
 // integers, so their order cannot matter. The draw is the largest of logit + Gumbel noise (Gumbel-max: the same distribution as drawing from the
 // softmax), noise a function of seed, position and token: the same in every run and beside any other row.
 
 struct SampleParams {   // of one row, in device memory
   float temperature, top_p, min_p, typical_p;
-  float repetition, presence, frequency, padding;
+  float repetition, presence, frequency, biased;
   int top_k, range, seed_low, seed_high;
 };
 
 struct SampleArguments {
   const float* logits;         // fp32 [rows][vocabulary], as the model gave them
   const SampleParams* params;  // [rows]
-  const float* bias;           // fp32 [rows][vocabulary] or null
+  const float* bias;           // fp32 [rows][vocabulary], read where `biased` is set
   u16 *seen, *answered;        // [rows][vocabulary]: how often in the penalties' range; in the answer within it
   int* history;                // [rows][context]: every token so far
   const int* answer_from;      // [rows]: position of the answer's first token
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
   wait_for_the_kernel_ahead();
   const SampleParams params = p.params[row];
   const float* logits = p.logits + (size_t)row * n;
-  const float* bias = p.bias ? p.bias + (size_t)row * n : 0;
+  const float* bias = p.bias + (size_t)row * n;
   u16 *seen = p.seen + (size_t)row * n, *answered = p.answered + (size_t)row * n;
   float* work = p.work + (size_t)row * n;
   const bool greedy = params.temperature == 0.f;
@@ -92,9 +92,9 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
 #pragma unroll 4
   for (int i = tid; i < n; i += threads) {
     float z = logits[i];
+    if (params.biased != 0.f) z += bias[i];
     if (penalties && seen[i]) z = z < 0.f ? z * params.repetition : z / params.repetition;
     if (counts && answered[i]) z -= params.presence + params.frequency * answered[i];
-    if (bias) z += bias[i];
     z *= cooler;
     work[i] = z;
     if (z > high) { high = z; at_high = i; }

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from ..linear import GPTQLinear
 from ..llama import LayerParts, LlamaParts
 from .kernels import (
+    ATTENTION_THREADS,
     HEAD_DIMS,
+    MOST_SPLITS,
     Attention,
     Card,
     Embed,
@@ -36,13 +38,12 @@ from .kernels import (
     Silu,
     pointer,
 )
-from .pages import PAGE_TOKENS, Conversation, Pages
+from .pages import PAGE_TOKENS, PagedMemory, Pages
 from .weights import TILE, Tuning, Unsuited, Weight, repack, shape_of, variant
 
 log = logging.getLogger(__name__)
 
-_SPLITS = 16  # blocks that share one conversation's keys, at most
-_TOLD = 64
+TOLD = 64  # tokens that the card tells ahead of being asked (sample.cu)
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
@@ -80,12 +81,12 @@ class CudaStep:
         self.heads, self.kv_heads, self.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         self.eps = float(parts.eps)
         self.hidden = parts.embedding.shape[1]
-        self.vocabulary = parts.head.weight.shape[0]
+        self.head: Tensor = parts.head.weight.data  # type: ignore[assignment]
+        self.vocabulary = int(self.head.shape[0])
         self.tunings = {**_TUNINGS, **(tunings or {})}
         shapes = [tuple(shape_of(each) for each in _products(layer)) for layer in parts.layers]
         self.card.add(shapes={each for four in shapes for each in four}, head_dims=[self.head_dim], fixed=True)
         self.embedding = parts.embedding.data
-        self.head = parts.head.weight.data
         self.final_norm = parts.norm.data.half().contiguous()
         self.cosines, self.sines = parts.angles(context_tokens)
         self.rotary_half = parts.rotary_dim // 2
@@ -93,10 +94,10 @@ class CudaStep:
         for at, (layer, four) in enumerate(zip(parts.layers, shapes, strict=True)):
             self.layers.append(self._take(layer, four))
             progress((at + 1) / len(parts.layers))
-        self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.head_dim, context_tokens + PAGE_TOKENS)
+        self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.head_dim)
         self._buffers()
         self.tune({})
-        self.conversation = Conversation()
+        self._told_pages: list[int] = []
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ class CudaStep:
         up = torch.where(at >= 0, at + inner, -1)
         gate_up = repack(self.card, gate_up_layers, shapes[2], torch.cat([at, up], dim=1).view(-1))
         for each in (*qkv_layers, *o_layers, *gate_up_layers, *down_layers):
-            _let_go(each)
+            each.let_go()
 
         def in_order(norm: Tensor, weight: Weight) -> Tensor:
             return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
@@ -147,7 +148,7 @@ class CudaStep:
         self.table = zeros(1, self.max_pages, of=torch.int64)
         self.group_blocks = -(-(self.heads // self.kv_heads) // 8)
         blocks = self.kv_heads * self.group_blocks
-        self.splits = max(1, min(_SPLITS, -(-self.card.processors // blocks)))
+        self.splits = max(1, min(MOST_SPLITS, -(-2 * self.card.processors // blocks)))
         self.partial = zeros(blocks * self.splits * 8 * (self.head_dim + 2), of=torch.float32)
         self.done = zeros(blocks, of=torch.int32)
         # sampling
@@ -160,7 +161,7 @@ class CudaStep:
         self.history = zeros(1, self.context_tokens, of=torch.int32)
         self.answer_from = zeros(1, of=torch.int32)
         self.work = zeros(1, self.vocabulary, of=torch.float32)
-        self.told = torch.zeros(1, _TOLD, dtype=torch.int32, pin_memory=True)
+        self.told = torch.zeros(1, TOLD, dtype=torch.int32, pin_memory=True)
 
     def _variants(self, layer: _Layer) -> list[GemvVariant]:
         return [self._gemv_plan(weight, epilogue)[0] for weight, epilogue in zip(*_ROLES(layer), strict=True)]
@@ -173,7 +174,7 @@ class CudaStep:
         """Spread the products in another way."""
         self.tunings = {**self.tunings, **tunings}
         self.card.add(variants={each for layer in self.layers for each in self._variants(layer)})
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     # -- one token -------------------------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class CudaStep:
             math.log2(math.e) / math.sqrt(self.head_dim),
         )
         grid = (self.splits, self.kv_heads * self.group_blocks, 1)
-        self.card.run(f"attention_{self.head_dim}", grid, 256, arguments, overlap=True)
+        self.card.run(f"attention_{self.head_dim}", grid, ATTENTION_THREADS, arguments, overlap=True)
 
     def _head(self) -> None:
         arguments = Head(
@@ -253,7 +254,8 @@ class CudaStep:
         blocks = min(-(-self.vocabulary // 16), 4 * self.card.processors)
         self.card.run("head", (blocks,), 256, arguments, self.hidden * 2 + 160, overlap=True)
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """From `logits` to the next token in `ids`, with `params`."""
         arguments = Sample(
             pointer(self.logits),
             pointer(self.params),
@@ -284,22 +286,27 @@ class CudaStep:
             self._gemv("down", layer.down, self.inner, self.x_head if last else self.x, places=places)
         self._head()
 
-    def step(self) -> None:
-        """Compute the token in `ids`, choose the next one; replayed from a graph from the second time on."""
-        if self._graph is None:
+    def step(self, sample: bool = True) -> None:
+        """Compute the token in `ids` and choose the next one, or leave it at `logits`. Recorded at the first call."""
+        graph = self._graphs.get(sample)
+        if graph is None:
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.forward()
-                self._sample()
-            self._graph = graph
-        self._graph.replay()
+                if sample:
+                    self.sample()
+            self._graphs[sample] = graph
+        graph.replay()
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], start: int) -> None:
-        """Compute tokens that follow `start` tokens in the pages; `logits` are those of the last one."""
+    def prefill(self, ids: Sequence[int], start: int) -> Tensor:
+        """Compute tokens that follow `start` tokens in the pages -> fp32 [T, H], before the last norm.
+
+        `logits` are those of the last token.
+        """
         tokens = torch.tensor(list(ids), device=self.device)
         count = tokens.numel()
         h = self.embedding[tokens].float()  # [T, H]
@@ -317,6 +324,12 @@ class CudaStep:
             h += self._product(inner, layer.down, scratch)
         self.x_head.copy_(h[-1].clamp(-65504, 65504))
         self._head()
+        return h
+
+    def all_logits(self, h: Tensor) -> Tensor:
+        """What `prefill` returned -> fp32 [T, V]."""
+        x = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * self.final_norm.float()
+        return (x.half() @ self.head.T).float()
 
     def _norm_rows(self, h: Tensor, norm: Tensor, weight: Weight) -> Tensor:
         out = torch.empty(h.shape[0], weight.padded, dtype=torch.float16, device=self.device)
@@ -360,25 +373,19 @@ class CudaStep:
 
     # -- conversations ---------------------------------------------------------------------------------------------
 
-    def begin(self, ids: Sequence[int]) -> int:
-        """Make `ids` the conversation; returns how many of them are computed already."""
-        self.pages.keep(self.conversation)
-        self.conversation, held = self.pages.begin(ids)
-        self._tell_pages()
-        return held
-
-    def reserve(self, tokens: int) -> None:
-        """Pages for that many tokens of the conversation."""
-        if self.pages.reserve(self.conversation, tokens):
-            self._tell_pages()
-
-    def _tell_pages(self) -> None:
-        pages = self.conversation.pages
-        if pages:
-            self.table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int64).to(self.device, non_blocking=False)
+    def use(self, memory: PagedMemory, tokens: int) -> None:
+        """Make `memory` the one that is read and written, with pages for that many tokens."""
+        memory.reserve(tokens)
+        pages = memory.pages
+        if pages == self._told_pages:
+            return
+        same = len(self._told_pages) if pages[: len(self._told_pages)] == self._told_pages else 0
+        added = torch.tensor(pages[same:], dtype=torch.int64)
+        self.table[0, same : len(pages)] = added.to(self.device)
+        self._told_pages = list(pages)
 
     def close(self) -> None:
-        self._graph = None
+        self._graphs.clear()
         self.pages.clear()
         self.layers.clear()
 
@@ -388,11 +395,11 @@ def _ROLES(layer: _Layer) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
 
 
 _EPILOGUES = {"qkv": "PLAIN", "o": "RESIDUAL", "gate_up": "SILU", "down": "RESIDUAL"}
-_TUNINGS = {  # measured on an H200; the kernel that follows finds room beside these, and asks for its weights early
-    "qkv": Tuning(8, 2, 5, 1, 2),
-    "o": Tuning(8, 2, 5, 1, 2),
-    "gate_up": Tuning(8, 2, 5, 1, 2),
-    "down": Tuning(16, 2, 5, 1, 1),
+_TUNINGS = {  # measured on an H100 and an H200
+    "qkv": Tuning(8, 4, 4, 1, 2),
+    "o": Tuning(8, 4, 3, 1, 2),
+    "gate_up": Tuning(8, 4, 3, 1, 3),
+    "down": Tuning(16, 2, 3, 1, 2),
 }
 
 
@@ -425,12 +432,6 @@ def _in_order(x: Tensor, weight: Weight) -> Tensor:
     if weight.padded == weight.in_features:
         return x.index_select(1, weight.order)
     return nn.functional.pad(x, (0, 1)).index_select(1, torch.where(weight.order < 0, weight.in_features, weight.order))
-
-
-def _let_go(layer: GPTQLinear) -> None:
-    """Free a packed layer's tensors: they stand in a Weight now."""
-    for name in ("qweight", "qzeros", "scales", "g_idx"):
-        setattr(layer, name, nn.Parameter(torch.empty(0, dtype=getattr(layer, name).dtype), requires_grad=False))
 
 
 def _largest(layer: _Layer) -> int:

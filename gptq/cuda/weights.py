@@ -201,9 +201,10 @@ class Tuning:
 
 def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVariant:
     """The kernel for a weight. A norm needs enough threads for the whole input."""
-    split, teams = tuning.split, tuning.teams
-    while norm and weight.padded > 32 * 32 * split * teams:
-        split, teams = split * 2, 1
+    split, teams, vectors = tuning.split, tuning.teams, 0
+    if norm:
+        while (vectors := -(-weight.padded // (8 * 32 * split * teams))) > 4:
+            split, teams = split * 2, 1
     batch = max(1, tuning.batch // 2) if weight.shape.bits == 8 else tuning.batch
     even = weight.chunks % (split * batch) == 0
-    return GemvVariant(weight.shape, epilogue, norm, split, batch, tuning.stages, teams, even)
+    return GemvVariant(weight.shape, epilogue, vectors, split, batch, tuning.stages, teams, even)

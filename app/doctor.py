@@ -1,0 +1,58 @@
+"""`gptq-webui doctor`: what this machine has, and which loader can work on it, why not, and what would change that."""
+
+import argparse
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..core.models import LocalModel
+from ..core.quantize_config import QuantizeConfig
+from ..engine import report
+from ..engine.advice import torch_banner
+from ..loaders.choose import Row, survey
+from .commands import find_elsewhere, make_engine
+
+_WIDTH = 110
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print it. With --model, the loaders are asked about that model; else about what most GPTQ models are."""
+    engine = make_engine(options)
+    find_elsewhere(engine, options)
+    head, _loaders, _rest = report.report(engine).partition("\nloaders:\n")
+    print(head.rstrip())
+    if banner := torch_banner():
+        print("\n" + banner)
+    if options.model:
+        model = engine.library.get(options.model)
+        print(f"\nLoaders, for {model.name} ({model.badge}):")
+        print("\n".join(lines(engine.survey(model))))
+        return 0
+    for bits in (4, 8):
+        model = usual_model(bits)
+        print(f"\nLoaders, for a usual {bits}-bit model ({model.badge}, Llama):")
+        print("\n".join(lines(survey(model, engine.loaders))))
+    print("\nFor one of your models: gptq-webui doctor --model NAME")
+    return 0
+
+
+def usual_model(bits: int) -> LocalModel:
+    """A model that is nowhere, as TheBloke made thousands."""
+    folder = Path("usual")
+    quantize = QuantizeConfig(bits, 128, desc_act=True)
+    return LocalModel(folder, "gptq", quantize, 0, 4096, "LlamaForCausalLM", (folder / "model.safetensors",))
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """A loader a paragraph: can or cannot, why, and what would change it."""
+    widest = max(len(row.loader) for row in rows)
+    for row in rows:
+        if row.refusal is not None:
+            state = f"cannot  {row.refusal.reason}." + (f" Cure: {row.refusal.cure}" if row.refusal.cure else "")
+        else:
+            why = row.reason if row.chosen and not any(each.loader in row.reason for each in rows) else "the first that can"
+            state = "; ".join(each for each in ("taken   " + why if row.chosen else "can     ", row.note) if each)
+            state = state.replace("can     ; ", "can     ")
+        first, *more = textwrap.wrap(state, _WIDTH - widest - 4, subsequent_indent=" " * 8, break_on_hyphens=False) or [""]
+        yield f"  {row.loader:<{widest}}  {first}"
+        yield from (f"  {'':<{widest}}  {line}" for line in more)

@@ -1,0 +1,104 @@
+"""What to do where memory lacks: a smaller context, an 8-bit cache, a smaller branch. Each is one click.
+
+They are made from what was tried, so each says what it would do, or why it can do nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..core.models import MARKER, LocalModel
+from ..core.units import format_bytes
+from ..loaders import fit
+from ..loaders.base import Loader
+
+Kind = Literal["context", "cache", "branch"]
+CONTEXT_OPTIONS = ("context_tokens", "max_seq_len")  # a loader has its users' name for it
+_CACHE_OPTIONS = ("cache_type", "kv_cache", "cache")
+_EIGHT_BIT = re.compile(r"q8|int8|fp8|8[ -]?bit", re.IGNORECASE)
+_LEAST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A load that was asked for: enough to ask for it again."""
+
+    model: LocalModel
+    loader: str | None  # None: automatic
+    options: Mapping[str, Any] = field(default_factory=dict)  # given beside what is saved
+
+
+@dataclass(frozen=True)
+class Remedy:
+    kind: Kind
+    label: str  # of its button
+    options: Mapping[str, Any] = field(default_factory=dict)  # that the same model is loaded with
+    name: str = ""  # of another model that is loaded instead
+    repo: str = ""  # whose branches are to be looked at
+    cannot: str = ""  # why it can do nothing here
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Memory was not enough: told in words, with what may help."""
+
+    text: str
+    asked: Asked
+    remedies: tuple[Remedy, ...]
+
+
+def remedies(asked: Asked, loader: Loader, options: Any, context_tokens: int, models: Sequence[LocalModel]) -> tuple[Remedy, ...]:
+    """For a load that failed, or is too slow, with these options and this context; `models` are those on disk."""
+    return (
+        _context(asked.model, loader, options, context_tokens),
+        _cache(loader, options),
+        _branch(asked.model, models),
+    )
+
+
+def _context(model: LocalModel, loader: Loader, options: Any, context_tokens: int) -> Remedy:
+    name = next((each.name for each in fields(loader.options) if each.name in CONTEXT_OPTIONS), None)
+    tokens = context_tokens or fit.wanted_context(model, getattr(options, name, 0) if name else 0)
+    half = max(_LEAST_TOKENS, tokens // 2 // 256 * 256)
+    if name is None or half >= tokens:
+        why = f"{loader.name} has no context to choose" if name is None else f"the context is {tokens} tokens already"
+        return Remedy("context", "Smaller context", cannot=f"Smaller context: {why}.")
+    return Remedy("context", f"Smaller context ({half} tokens)", {name: half})
+
+
+def _cache(loader: Loader, options: Any) -> Remedy:
+    for each in fields(loader.options):
+        choices = each.metadata.get("choices") or ()
+        eight = next((choice for choice in choices if _EIGHT_BIT.search(str(choice))), None)
+        if each.name in _CACHE_OPTIONS and eight is not None:
+            now = str(getattr(options, each.name, ""))
+            if re.search(r"q[468]|int[48]|fp8", now, re.IGNORECASE):
+                return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: it is {now} already.")
+            return Remedy("cache", "8-bit cache", {each.name: eight})
+    return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: the loader {loader.name} has none.")
+
+
+def _branch(model: LocalModel, models: Sequence[LocalModel]) -> Remedy:
+    repo = repo_of(model)
+    smaller = [
+        each
+        for each in models
+        if each.kind == "gptq" and each.name != model.name and each.size_bytes < model.size_bytes and repo_of(each) == repo
+    ]
+    if repo and smaller:
+        best = max(smaller, key=lambda each: each.size_bytes)
+        return Remedy("branch", f"Smaller branch ({best.name}, {format_bytes(best.size_bytes)})", name=best.name)
+    if repo:
+        return Remedy("branch", "Smaller branch", repo=repo)
+    return Remedy("branch", "Smaller branch", cannot="Smaller branch: this folder does not say which repository it is from.")
+
+
+def repo_of(model: LocalModel) -> str:
+    """owner/name a folder was downloaded from, as its marker says; "" if it does not."""
+    try:
+        ref = str(json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("ref") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return ref.partition(":")[0] if "/" in ref else ""

@@ -1,0 +1,235 @@
+"""The card's step behind the common face, and behind the face of a transformers model.
+
+Tokens are drawn on the card, and the next one is being computed while the last one is told: the card never waits
+for Python. What was computed too much is cut off when an answer ends.
+"""
+
+import inspect
+import logging
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...core.chat import Step
+from ...core.errors import BadParameter
+from ...core.params import GenerationParams
+from ..kv import PrefixCache
+from ..llama import LlamaParts
+from ..sampling import log_probabilities
+from ..stepper import Memory, Stepper, cache_name
+from .pages import PagedMemory
+from .step import TOLD, CudaStep
+
+log = logging.getLogger(__name__)
+
+
+class CudaStepper(Stepper):
+    name: ClassVar[str] = "cuda"
+    chunk_tokens = 2048
+
+    def __init__(self, parts: LlamaParts, context_tokens: int) -> None:
+        """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
+        self._step = CudaStep(parts, context_tokens)
+        self.device = self._step.device
+        self._face: HfFace | None = None
+        self._draws = torch.zeros(12, dtype=torch.float32)  # SampleParams, on the host
+
+    @property
+    def describes(self) -> str:
+        return f"our kernels for {self._step.card.name}"
+
+    def begin(self) -> PagedMemory:
+        return PagedMemory(self._step.pages)
+
+    def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        self.read(memory, ids)
+        return self._step.logits
+
+    def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        """Put ids through -> fp32 [T, H] before the last norm; `logits` of the last one."""
+        assert isinstance(memory, PagedMemory)
+        self._step.use(memory, memory.length + len(ids))
+        hidden = self._step.prefill(ids, memory.length)
+        memory.length += len(ids)
+        return hidden
+
+    def step(self, memory: Memory, id: int) -> Tensor:
+        assert isinstance(memory, PagedMemory)
+        self._step.use(memory, memory.length + 1)
+        self._step.ids.fill_(id)
+        self._step.positions.fill_(memory.length)
+        self._step.step(sample=False)
+        memory.length += 1
+        return self._step.logits
+
+    @property
+    def logits(self) -> Tensor:
+        """fp32 [1, V] of the last token that was put through; overwritten by the next one."""
+        return self._step.logits
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return self._step.all_logits(hidden)
+
+    def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
+        assert isinstance(memory, PagedMemory)
+        step, prompt = self._step, len(ids)
+        self._start(ids, params)
+        step.sample()
+        told = 0
+        found = None
+        try:
+            while True:
+                if params.logprobs is not None:
+                    found = log_probabilities(step.logits, int(step.ids), params.logprobs)
+                drawn = torch.cuda.Event()
+                drawn.record()
+                if memory.length < step.context_tokens:  # the next one, before this one is known
+                    step.use(memory, memory.length + 1)
+                    if params.logprobs is None:
+                        step.step()
+                        memory.length += 1
+                drawn.synchronize()
+                id = int(step.told[0, (prompt + told) % TOLD])
+                told += 1
+                yield Step(id, *found) if found else Step(id)
+                if memory.length >= step.context_tokens:
+                    return
+                if params.logprobs is not None:
+                    step.step()
+                    memory.length += 1
+        finally:
+            memory.length = min(memory.length, prompt + max(0, told - 1))  # the last one told may not be the answer's
+
+    def take_over(self, hf: Any, prefix: PrefixCache) -> None:
+        self._face = HfFace(hf, self, prefix)
+
+    def close(self) -> None:
+        if self._face is not None:
+            self._face.give_back()
+            self._face = None
+        self._step.close()
+
+    def _start(self, ids: Sequence[int], params: GenerationParams) -> None:
+        """Tell the card how an answer is drawn, and what stands before it."""
+        step, prompt = self._step, len(ids)
+        if params.logit_bias and params.logit_bias[-1][0] >= step.vocabulary:
+            raise BadParameter(
+                f"logit_bias names token {params.logit_bias[-1][0]}; the model's tokens are 0 to {step.vocabulary - 1}."
+            )
+        seed = params.seed if params.seed is not None else int(torch.randint(0, 2**62, ()))
+        self._draws[:8] = torch.tensor(
+            [
+                params.temperature, max(params.top_p, 1e-6), params.min_p, max(params.typical_p, 1e-6), params.repetition_penalty,
+                params.presence_penalty, params.frequency_penalty, float(bool(params.logit_bias)),
+            ]
+        )  # fmt: skip
+        words = self._draws.view(torch.int32)
+        words[8:] = torch.tensor([params.top_k, params.repetition_range, _word(seed), _word(seed >> 32)], dtype=torch.int64).to(
+            torch.int32
+        )
+        step.params[0].copy_(self._draws)
+        if params.logit_bias:
+            step.bias.zero_()
+            places, values = zip(*params.logit_bias, strict=True)
+            step.bias[0, torch.tensor(places, device=self.device)] = torch.tensor(values, device=self.device)
+        history = torch.tensor(list(ids), dtype=torch.int32, device=self.device)
+        step.history[0, :prompt] = history
+        recent = history[-params.repetition_range :].long()  # a range of 0 is all of them
+        step.seen[0] = torch.bincount(recent, minlength=step.vocabulary).clamp(max=32767)[: step.vocabulary].to(torch.int16)
+        step.answered.zero_()
+        step.answer_from.fill_(prompt)
+        step.positions.fill_(prompt - 1)
+
+
+def _word(value: int) -> int:
+    """The low 32 bits as a signed number."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+class HfFace:
+    """Puts the step in the place of a transformers model's forward: `generate`, processors and logits work as before.
+
+    The conversation is recognised by the cache object that generate hands on; what was read for an earlier one
+    serves a later one that begins alike.
+    """
+
+    def __init__(self, hf: Any, stepper: CudaStepper, prefix: PrefixCache) -> None:
+        self._stepper = stepper
+        self._prefix = prefix
+        self._ids: list[int] = []
+        self._memory: PagedMemory | None = None
+        self._cache: Any = None
+        self._name = cache_name()
+        original = hf.forward
+
+        def forward(
+            input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
+            inputs_embeds: Any = None, labels: Any = None, use_cache: Any = None, logits_to_keep: Any = 0, cache: Any = None,
+            **_: Any,
+        ) -> Any:  # fmt: skip
+            held = past_key_values if past_key_values is not None else cache  # the name it has since transformers 5.24
+            return self._forward(input_ids, attention_mask, held, inputs_embeds, labels, logits_to_keep)
+
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        hf.forward = forward
+        self._hf = hf
+
+    def give_back(self) -> None:
+        """Let go of everything; the model cannot compute any more."""
+        self._memory = self._cache = None
+        if self._hf is not None:
+            vars(self._hf).pop("forward", None)
+            self._hf = None
+
+    def _forward(self, ids: Any, mask: Any, cache: Any, embeds: Any, labels: Any, keep: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        if ids is None or embeds is not None or labels is not None:
+            raise ValueError("This model computes from input_ids only, without labels: it answers, it is not trained.")
+        if ids.shape[0] != 1:
+            raise ValueError(f"This model computes one row at a time; {ids.shape[0]} were given.")
+        row = ids[0].tolist()
+        if mask is not None and mask.dim() == 2 and not bool(mask[0, -len(row) :].all()):
+            raise ValueError("This model computes one row without padding.")
+        with torch.inference_mode():
+            logits = self._read(row, cache, keep)
+        return CausalLMOutputWithPast(logits=logits.clone(), **{self._name: cache})
+
+    def _read(self, row: list[int], cache: Any, keep: Any) -> Tensor:
+        """New ids of the conversation of `cache` -> logits [1, n, V] of those that are wanted."""
+        stepper = self._stepper
+        continued = cache is not None and cache is self._cache and self._memory is not None and self._memory.length > 0
+        if not continued:
+            if self._memory is not None and self._memory.length:
+                self._prefix.keep(self._ids[: self._memory.length], self._memory)
+            wanted = keep if isinstance(keep, int) else None
+            memory = None
+            if wanted == 1:  # logits of all positions need all positions computed
+                memory, _held = self._prefix.take(row)
+            self._memory = memory if isinstance(memory, PagedMemory) else stepper.begin()
+            self._ids, self._cache = [], cache
+            if cache is not None:
+                own = self._memory
+                cache.get_seq_length = lambda *_: own.length  # what generate asks to know what is new
+        memory = self._memory
+        assert memory is not None
+        before = len(self._ids)
+        self._ids += row
+        new = row[memory.length - before :]
+        if len(new) == 1:
+            logits = stepper.step(memory, new[0])
+            return logits[None, :]
+        rows: list[Tensor] = []
+        for start in range(0, len(new), stepper.chunk_tokens):
+            hidden = stepper.read(memory, new[start : start + stepper.chunk_tokens])
+            if keep != 1:
+                rows.append(stepper.logits_of(hidden))
+        if keep == 1:
+            return stepper.logits[None]
+        logits = torch.cat(rows)
+        if isinstance(keep, int):
+            return logits[None, -keep:] if keep else logits[None]
+        return logits[None, keep]

@@ -1,0 +1,102 @@
+"""How far a model is while transformers reads it: bytes and layers that have arrived.
+
+transformers fills a model that was made without memory (on the device `meta`) tensor by tensor. A
+thread looks now and then how many tensors have left `meta`; the loading itself is not touched, unless
+the report raises: that ends it.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_LOOK_S = 0.2
+Report = Callable[[int, int, int, int], None]  # bytes that arrived, of all, layers that are whole, of all
+
+
+class _Stopped(BaseException):
+    """Raised into the loading thread; no Exception, so that nobody there takes it for a failure of theirs."""
+
+
+@dataclass
+class Watch:
+    """A context manager around the loading; `see` is called with the empty model once it exists.
+
+    An error that `report` raises ends the loading and comes out of the `with`.
+    """
+
+    report: Report
+    _model: Any = None
+    _done: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _loading: int = 0  # the thread that loads
+    _why: Exception | None = None  # it must end
+
+    def see(self, model: Any) -> None:
+        self._model = model
+
+    def __enter__(self) -> "Watch":
+        self._loading = threading.get_ident()
+        self._thread = threading.Thread(target=self._look, name="gptq-webui progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._thread is not None:
+            try:
+                self._done.set()
+                self._thread.join()
+                _interrupt(self._loading, None)  # what was on its way
+                self._thread = None
+            except _Stopped:
+                continue
+        self._model = None
+        if self._why is not None:
+            raise self._why
+
+    def _look(self) -> None:
+        while not self._done.wait(_LOOK_S):
+            model = self._model
+            if model is None:
+                continue
+            try:
+                here = arrived(model)
+            except RuntimeError:  # the model changed under our eyes; the next look will do
+                continue
+            try:
+                self.report(*here)
+            except Exception as error:
+                self._why = error
+                _interrupt(self._loading, _Stopped)
+                return
+
+
+def _interrupt(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an error in another thread at its next step in Python; None takes back one that was not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
+
+
+def arrived(model: Any) -> tuple[int, int, int, int]:
+    """(bytes, of all, layers, of all) of a model that is being filled."""
+    here = total = 0
+    waiting: set[str] = set()  # layers that still lack a tensor
+    layers: set[str] = set()
+    for name, tensor in list(model.named_parameters()):
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        here += 0 if tensor.is_meta else size
+        if layer := _layer(name):
+            layers.add(layer)
+            if tensor.is_meta:
+                waiting.add(layer)
+    return here, total, len(layers) - len(waiting), len(layers)
+
+
+def _layer(name: str) -> str:
+    """'model.layers.3.mlp.up_proj.qweight' -> 'model.layers.3'; "" for what is in no layer."""
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: at + 1])
+    return ""

@@ -1,0 +1,94 @@
+"""What only a graphics card can show about memory: counted, short, given back. Skipped where there is none."""
+
+import threading
+
+import pytest
+import torch
+from shelf import Folder
+
+import tiny
+from gptq_webui.core.chat import Message
+from gptq_webui.core.errors import AnswerFailed, NotEnoughMemory
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.room import fit_of
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.built_in_templates import CHATML
+from gptq_webui.loaders.cards import cards, free_card_bytes
+from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+
+MIB = 2**20
+SHORT = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=8)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    tiny.write(tmp_path / "models" / "tiny")
+    tiny.write_tokenizer(tmp_path / "models" / "tiny", "{{ bos_token }}" + CHATML)
+    engine = Engine(Folder(tmp_path / "models"), Settings(), [TransformersLoader()])
+    yield engine
+    engine.unload()
+
+
+def used():
+    """MiB that the driver counts as taken, by anybody."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / MIB
+
+
+def answer(engine):
+    return engine.chat([Message("user", "hello")], SHORT, threading.Event()).text()[1].new_tokens
+
+
+def test_the_driver_and_torch_tell_the_same_memory():
+    torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    (first, *_more) = cards()
+    assert abs(first.free_bytes - free_card_bytes()) < 300 * MIB and first.driver and first.compute
+
+
+def test_memory_comes_back_after_unload_and_after_ten_loads(engine):
+    engine.load("tiny")
+    engine.unload()
+    before = used()
+    for _ in range(10):
+        engine.load("tiny")
+        assert answer(engine) > 0
+        engine.unload()
+    assert used() - before < 200
+
+
+def test_a_card_that_is_full_is_said_before_loading_and_the_process_lives(engine):
+    engine.load("tiny")
+    engine.unload()
+    free = free_card_bytes()
+    hog = torch.empty(free - 500 * MIB, dtype=torch.uint8, device="cuda")
+    try:
+        found = fit_of(engine.library.get("tiny"), TransformersOptions())
+        assert not found.fits and "on the graphics card" in str(found)
+        with pytest.raises(NotEnoughMemory):
+            engine.load("tiny", options={"context_tokens": 0, "device": "cuda"})
+        assert engine.trouble is not None and len(engine.trouble.remedies) == 3
+    finally:
+        del hog
+        torch.cuda.empty_cache()
+    engine.load("tiny")
+    assert answer(engine) > 0
+
+
+def test_a_real_out_of_memory_in_an_answer_leaves_the_model_usable(engine):
+    loaded = engine.load("tiny")
+
+    def greedy(*_args, **_kwargs):
+        return torch.empty(free_card_bytes() * 2, dtype=torch.uint8, device="cuda")
+
+    mlp = loaded.hf.model.layers[0].mlp
+    mlp.forward = greedy
+    with pytest.raises(AnswerFailed, match="not enough memory"):
+        answer(engine)
+    assert engine.trouble is not None
+    del mlp.forward
+    assert answer(engine) > 0
