@@ -93,9 +93,9 @@ class Service:
         return __version__
 
     async def loaded(self) -> LoadedModel:
-        """The model that answers. Raises NotLoaded or Busy."""
+        """The model that answers; one that rests is woken. Raises NotLoaded, Busy or AnswerFailed."""
         loaded = self.engine.loaded
-        return loaded if loaded is not None else await self.run(self.engine.ready)
+        return loaded if loaded is not None and loaded.alive else await self.run(self.engine.ready)
 
     def pieces(self, loaded: LoadedModel) -> Pieces:
         """The texts of the loaded model's tokens."""

@@ -93,7 +93,7 @@ def build(service: Service) -> APIRouter:
     @for_all
     async def health() -> Response:
         """200 if a model is loaded, else 503. Asks for no key."""
-        if service.engine.loaded is not None:
+        if service.engine.loaded is not None or service.engine.must_wake:
             return Json({"status": "healthy", "issues": []})
         said = "A model is being loaded." if service.engine.status.phase == "loading" else "No model is loaded."
         issues = [{"description": said}]
