@@ -11,12 +11,12 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import GptqWebuiError
-from . import exit_codes
+from . import doors, exit_codes, tgi_flags
 from .download_arguments import add_to as add_download
 
 COMMANDS = (
     "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "doctor",
-    "host",
+    "keys", "host",
 )  # fmt: skip
 
 _WITH_BARS = ("download", "verify", "repair", "update")
@@ -66,12 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(serve, several=True)
     serve.add_argument("--model", metavar="NAME", help="load this model at the start")
     serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine, once, and load it")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    serve.add_argument("--port", type=int, help="port (default: 7860, or the next free one)")
-    serve.add_argument("--share", action="store_true", help="make a public link, with a password for you and one for guests")
-    serve.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this user and password")
+    serve.add_argument("--port", type=int, help="port of the page and the API (default: 7860, or the next free one)")
+    serve.add_argument(
+        "--api-port", type=int, metavar="PORT", help="the API alone on another port, too; text-generation-webui's is 5000"
+    )
+    serve.add_argument("--queue", type=int, metavar="N", help="API requests that are answered or wait (default: 128)")
+    serve.add_argument(
+        "--parallel", type=int, metavar="N", help="answers at once, where the loaded model can (default: what it can)"
+    )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     _add_loading(serve)
+    doors.add(serve)
+    tgi_flags.add(serve)
     serve.set_defaults(run=_serve)
 
     branches = commands.add_parser("branches", help="compare the branches of a model, and say which one fits this machine")
@@ -127,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_loading(ask)
     ask.set_defaults(run=_ask)
 
+    keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
+    keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
+    keys.add_argument("name", nargs="?", metavar="NAME")
+    keys.add_argument("--admin", action="store_true", help="a key that may load and download, too")
+    keys.set_defaults(run=_keys, verbose=False)
+
     doctor = commands.add_parser("doctor", help="tell what this machine has and which loader can work on it")
     _add_models(doctor, several=True)
     _add_remote(doctor)
@@ -160,9 +172,17 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     _add_remote(parser)
-    parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), help="number format of the computing")
+    parser.add_argument("--dtype", type=_dtype, help="number format of the computing: auto, fp16, bf16, fp32")
     parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
+
+
+def _dtype(text: str) -> str:
+    """TGI says float16 where we say fp16."""
+    name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(text, text)
+    if name not in ("auto", "fp16", "bf16", "fp32"):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from auto, fp16, bf16, fp32")
+    return name
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -190,6 +210,10 @@ def _library(name: str) -> Callable[[argparse.Namespace], int]:
         return int(getattr(library, name)(options))
 
     return run
+
+
+def _keys(options: argparse.Namespace) -> int:
+    return doors.run_keys(options)
 
 
 def _host(options: argparse.Namespace) -> int:

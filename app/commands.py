@@ -54,8 +54,8 @@ def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
-    """--dtype and --context as the loaders call them."""
-    given = {"dtype": options.dtype, "context_tokens": options.context}
+    """--dtype, --context and --parallel as the loaders call them."""
+    given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": getattr(options, "parallel", None)}
     return {name: value for name, value in given.items() if value is not None}
 
 

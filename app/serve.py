@@ -8,26 +8,34 @@ import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
 from ..engine.advice import fit_of_plan, free_memory, torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
+from ..engine.line import DEFAULT_LIMIT
+from . import doors, tgi_flags
 from .commands import asked_model, load_options, make_engine
+from .first_model import first_model
 
 if TYPE_CHECKING:
     from ..ui.access import Share
 
 DEFAULT_PORT = 7860
+_EVERYWHERE = ("0.0.0.0", "::", "")
 _TRIED_PORTS = 100
 
 
 def serve(options: argparse.Namespace) -> int:
     """Open the page and stay until Ctrl+C."""
     stop = _Stop()
-    users = _users(options)
-    port = free_port(options.host, options.port)
+    tgi_flags.understand(options, _tell)
+    host, users = doors.host_of(options), doors.users(options)
+    port = free_port(host, options.port)
+    api_port = free_port(host, options.api_port) if options.api_port is not None else None
+    keys = doors.keys(options, _tell)
     engine = make_engine(options)
     banner = torch_banner()
     if banner:
@@ -35,54 +43,60 @@ def serve(options: argparse.Namespace) -> int:
     if engine.settings.warning:
         _tell(engine.settings.warning)
     _tell(f"gptq-webui {__version__} is starting …")
-    start = threading.Thread(target=_load_first, args=(engine, options), name="first load", daemon=True)
+    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory()).text)
+    downloads.find_unfinished()
+    start = threading.Thread(target=_load_first, args=(engine, downloads, options), name="first load", daemon=True)
     start.start()  # torch and gradio are imported side by side
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from ..ui import page
+    from ..api import app as api
+    from ..api.service import Limits, Service
+    from ..ui import compat, page
     from ..ui.access import Access, Share
+    from ..ui.api_box import Api
+    from .web import Web
 
+    limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
+    service = Service(engine, downloads, keys, limits)
+    panel = Api(lambda: keys.required, api_port) if compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
-    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory()).text)
-    downloads.find_unfinished()
-    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share)
-    _reach_ourselves(options.host)
-    blocks.launch(
-        server_name=options.host,
-        server_port=port,
-        auth=users or None,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        **page.launch_options(),
-    )
-    shown_host = "127.0.0.1" if options.host in ("0.0.0.0", "") else f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{shown_host}:{port}"
-    _tell(f"The page is at {address}")
+    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel)
+    names, origins = doors.hosts(options), options.cors or ()
+    shown = page.application(blocks, users)
+    webs = [Web(api.build(service, page=shown, here=compat.SIX, hosts=names, origins=origins), host, port)]
+    if api_port is not None:
+        webs.append(Web(api.build(service, hosts=names, origins=origins), host, api_port))
+    for web in webs:
+        web.start()
+    address = _address(host, port)
+    _tell(f"The page is at {address}, the API at the same address: {address}/docs")
+    if api_port is not None:
+        _tell(f"The API is also at {_address(host, api_port)}")
     for name, password in users:
-        shown = "the password you gave" if options.auth and name == users[0][0] else f"password {password}"
-        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {shown}")
+        said = "the password you gave" if options.auth and name == users[0][0] else f"password {password}"
+        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {said}")
     if share is not None:
-        _open_link(options.host if options.host not in ("0.0.0.0", "::", "") else "127.0.0.1", port, share, users[-1])
+        _open_link("127.0.0.1" if host in _EVERYWHERE else host, port, share, users[-1])
+        if share.info is not None:
+            names.names.add(urlsplit(share.info.url).hostname or "")
+        names.names.discard(doors.SHARE_HOST)  # other people's links end alike
     elif not options.no_browser and _has_display():
         import webbrowser
 
         webbrowser.open(address)
     stop.wait()
     _tell("Stopping …")
-    blocks.close(verbose=False)
+    service.stop_all()
+    for web in webs:
+        web.stop()
     return 0
 
 
-def _reach_ourselves(host: str) -> None:
-    """Gradio asks its own address at the start; a proxy of the user's must not stand between."""
-    for name in ("NO_PROXY", "no_proxy"):
-        known = [each for each in os.environ.get(name, "").split(",") if each]
-        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", host]))
+def _address(host: str, port: int) -> str:
+    name = "127.0.0.1" if host in _EVERYWHERE else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
 
 
 class _Stop:
@@ -125,29 +139,17 @@ def free_port(host: str, asked: int | None) -> int:
     raise BadParameter(f"No port from {DEFAULT_PORT} to {DEFAULT_PORT + _TRIED_PORTS - 1} is free. Name one with --port.")
 
 
-def _users(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """(name, password) of the owner and, with --share, of the guests."""
-    users: list[tuple[str, str]] = []
-    if options.auth:
-        name, colon, password = options.auth.partition(":")
-        if not colon or not name or not password:
-            raise BadParameter("--auth wants USER:PASSWORD, for example --auth me:correct-horse.")
-        users.append((name, password))
-    if options.share:
-        if not users:
-            users.append(("owner", secrets.token_urlsafe(9)))
-        users.append(("guest" if users[0][0] != "guest" else "visitor", secrets.token_urlsafe(9)))
-    return users
-
-
-def _load_first(engine: Engine, options: argparse.Namespace) -> None:
-    """--remote, --demo or --model, in the background; the page shows how far it is."""
+def _load_first(engine: Engine, downloads: Downloads, options: argparse.Namespace) -> None:
+    """--remote, --demo, --model or --model-id, in the background; the page shows how far it is."""
     try:
-        name = asked_model(engine, options)
+        name, given = asked_model(engine, options), load_options(options)
         if options.demo:
-            engine.load_demo(options.loader, load_options(options))
+            engine.load_demo(options.loader, given)
+        elif options.model_id and not options.model:
+            name = first_model(engine, downloads, options.model_id, options.revision, _tell)
+            engine.load(name, options.loader, given)
         elif name:
-            engine.load(name, options.loader, load_options(options))
+            engine.load(name, options.loader, given)
         else:
             return
         assert engine.loaded is not None

@@ -48,6 +48,7 @@ class Finish:
     generate_s: float = 0.0  # from the first token to the last
     wait_s: float = 0.0  # in the queue, before the first computation
     dropped_turns: int = 0  # oldest messages that no longer fitted and were left out of the prompt
+    stop_string: str = ""  # the one that ended the answer; it is not part of the text
 
     @property
     def tokens_per_s(self) -> float:

@@ -22,7 +22,8 @@ GptqWebuiError
 ├── AnswerFailed            the model broke in the middle of an answer
 ├── PromptTooLong           one message alone is longer than the context
 ├── BadParameter            a sampling parameter outside its limits
-└── Busy                    the model is being loaded or unloaded, or the line is full
+└── Busy                    the model is being loaded or unloaded
+    └── LineFull            too many requests wait already
 """
 
 from pathlib import Path
@@ -132,4 +133,8 @@ class BadParameter(GptqWebuiError):
 
 
 class Busy(GptqWebuiError):
+    pass
+
+
+class LineFull(Busy):
     pass

@@ -32,14 +32,17 @@ log = logging.getLogger(__name__)
 class Engine(Care):
     """Faces talk to this. What loads and unloads is inherited; the answers begin here."""
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> "Answer":
+    def chat(
+        self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event, *, whole: bool = False
+    ) -> "Answer":
         """The next assistant message, streamed. Ending in an assistant's message, the chat is continued.
 
         A chat longer than the context loses its oldest turns (the Finish says how many), never the
-        system prompt. Raises NotLoaded, PromptTooLong, BadParameter.
+        system prompt; with `whole` it loses none: the caller has measured it. Raises NotLoaded,
+        PromptTooLong, BadParameter.
         """
         loaded = self._ready()
-        kept, dropped = fit_messages(loaded, messages, params.max_new_tokens)
+        kept, dropped = (list(messages), 0) if whole else fit_messages(loaded, messages, params.max_new_tokens)
         return Answer(loaded, loaded.chat(kept, params, cancel), dropped, self._ended)
 
     def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> "Answer":
@@ -63,6 +66,10 @@ class Engine(Care):
         )
         loaded.template = template.bound(loaded.tokenizer)
         self.settings.save_for_model(loaded.model.name, template=name)
+
+    def ready(self) -> LoadedModel:
+        """The model that would answer now. Raises NotLoaded, Busy."""
+        return self._ready()
 
     def _ready(self) -> LoadedModel:
         self.idle.touch()

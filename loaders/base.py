@@ -201,7 +201,7 @@ def _settled(
             rest = stop.feed(text.end()) + stop.end()
             if rest:
                 yield Token(-1, rest)
-            yield replace(event, reason="stop") if stop.found else event
+            yield replace(event, reason="stop", stop_string=stop.found) if stop.found else event
 
 
 def _stripped(events: Iterator[Token | Finish | None]) -> Iterator[Token | Finish | None]:

@@ -51,6 +51,9 @@ class FakeTokenizer:
                 pieces[-1] += character
         return {"input_ids": [self._id(piece) for piece in pieces]}
 
+    def __len__(self) -> int:
+        return len(self._words)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: Any) -> str:
         return "".join(self._words[each] for each in ids if not (skip_special_tokens and each == 0))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.context import Context
 
 from ..core.chat import Message
@@ -34,6 +35,12 @@ def launch_options(theme: gr.Theme, css: str) -> dict[str, Any]:
     if SIX:
         return {"theme": theme, "css": css, "footer_links": [], "ssr_mode": False}
     return {"show_api": False}
+
+
+def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme, css: str) -> FastAPI:
+    """The page as an application for a server of ours, at its root."""
+    look = {key: value for key, value in launch_options(theme, css).items() if key != "show_api"}
+    return gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", auth=users or None, show_error=False, **look)
 
 
 def root() -> gr.Blocks:

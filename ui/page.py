@@ -11,6 +11,7 @@ from ..engine.engine import Engine
 from ..loaders.machine import look as look_at_machine
 from . import chat_tab, compat, look, model_tab, parameters_tab
 from .access import Access, Share
+from .api_box import Api, draw_api
 from .share_box import draw_share
 
 
@@ -22,6 +23,7 @@ def build(
     banner: str = "",
     preset: str = "Model card",
     share: Share | None = None,
+    api: Api | None = None,
 ) -> gr.Blocks:
     """Draw and wire the page; launch it with `launch_options()`.
 
@@ -50,6 +52,9 @@ def build(
                 models = model_tab.build(engine, downloads, access)
             with gr.Tab("Parameters", id="parameters"):
                 parameters = parameters_tab.build(preset)
+            if api is not None:
+                with gr.Tab("API", id="api", visible=everybody) as api_place:
+                    box = draw_api(engine, api, access)
         with chat_at:
             chat = chat_tab.build(engine, parameters, access)
 
@@ -84,6 +89,13 @@ def build(
         freed = free.click(free_card, None, None, **compat.STREAM).then(models.show, None, models.outputs, **compat.STREAM)
         for event in chat.answered:
             event.then(trouble, None, models.rescue.outputs, **compat.EVENT)
+
+        def own_api(request: gr.Request) -> Any:
+            return gr.update(visible=access.is_owner(request))
+
+        if api is not None:
+            page.load(own_api, None, api_place, **compat.EVENT)
+            api_place.select(box.show, box.inputs, box.outputs, **compat.EVENT)
         page.load(chat.show, None, chat.outputs, **compat.STREAM)
         triggers = [page.load, model_place.select] if compat.LAZY_TABS else [page.load]
         shown = [trigger(models.show, None, models.outputs, **compat.STREAM) for trigger in triggers]
@@ -97,3 +109,8 @@ def build(
 def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` must be given for the page to look as it should."""
     return compat.launch_options(look.theme(), look.CSS)
+
+
+def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
+    """The page as an ASGI application; `users` are the (name, password) that may log in, None lets everybody in."""
+    return compat.mount(page, users, look.theme(), look.CSS)

@@ -1,0 +1,1 @@
+"""Floor 4: the HTTP face. One file per protocol; app.py puts them together."""

@@ -1,0 +1,279 @@
+"""KoboldAI United's protocol, and the additions of KoboldCpp that its clients look for.
+
+Both cut a prompt that is too long at its beginning, as their clients expect. KoboldAI keeps the stop
+sequence in the text. `POST /api/v1/generate` was text-generation-webui's of 2023, too: its field names are
+taken besides.
+"""
+
+import json
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from ..core.chat import Finish, Token
+from ..core.params import GenerationParams
+from ..loaders.base import LoadedModel
+from . import kobold_settings
+from .answers import EventStream, Running
+from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
+from .openai import bias_of
+from .prompts import last_tokens
+from .routes import Json, admin, for_all, route_class
+from .sampling import Open
+from .service import Measured, Service
+
+PROTOCOL = "kobold"
+
+
+class GenerateRequest(Open):
+    prompt: str
+    max_length: int | None = Field(None, ge=1, le=32768)
+    max_context_length: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=5)
+    rep_pen: float | None = Field(None, ge=0)
+    rep_pen_range: int | None = Field(None, ge=0)
+    rep_pen_slope: float | None = Field(None, ge=0)
+    presence_penalty: float | None = None
+    top_k: int | None = Field(None, ge=0)
+    top_a: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    tfs: float | None = Field(None, ge=0, le=1)
+    typical: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0)
+    sampler_order: list[int] | None = None
+    sampler_seed: int | None = None
+    sampler_full_determinism: bool | None = None
+    stop_sequence: list[str] | None = None
+    trim_stop: bool | None = None
+    genkey: str | None = Field(None, max_length=200)
+    logit_bias: dict[str, float] | None = None
+    quiet: bool | None = None
+    # text-generation-webui's of 2023
+    max_new_tokens: int | None = Field(None, ge=1, le=32768)
+    stopping_strings: list[str] | None = None
+    repetition_penalty: float | None = None
+    typical_p: float | None = None
+    seed: int | None = None
+    do_sample: bool | None = None
+    truncation_length: int | None = Field(None, ge=1)
+
+
+class Result(BaseModel):
+    text: str
+
+
+class Results(BaseModel):
+    results: list[Result]
+
+
+class GenKey(Open):
+    genkey: str = ""
+
+
+class Prompt(Open):
+    prompt: str
+
+
+class TokenCount(BaseModel):
+    value: int
+    ids: list[int]
+
+
+class ModelName(Open):
+    model: str
+
+
+_HARMLESS = ("sampler_order", "sampler_full_determinism", "rep_pen_slope", "top_a", "tfs")  # known, and not obeyed
+_DEFAULT_LENGTH = 80
+
+
+def build(service: Service) -> APIRouter:
+    router = APIRouter(tags=["KoboldAI"], route_class=route_class(service.keys, error_of))
+
+    def both(method: Any, path: str, **options: Any) -> Any:
+        """A United route under its two prefixes."""
+
+        def decorate(endpoint: Any) -> Any:
+            method(f"/api/latest{path}", include_in_schema=False)(endpoint)
+            return method(f"/api/v1{path}", **options)(endpoint)
+
+        return decorate
+
+    @both(router.post, "/generate", response_model=Results)
+    async def generate(asked: GenerateRequest, request: Request) -> Response:
+        """What follows the prompt, the stop sequence with it."""
+        running = await _ask(service, asked, request)
+        answers = await running.whole()
+        keep = not asked.trim_stop
+        return Json({"results": [{"text": each.text + (each.finish.stop_string if keep else "")} for each in answers]})
+
+    @both(router.get, "/model")
+    async def model() -> Response:
+        """The loaded model, or ReadOnly as KoboldAI calls it when there is none."""
+        loaded = service.engine.loaded
+        return Json({"result": f"{loaded.model.name}" if loaded is not None else "ReadOnly"})
+
+    @both(router.put, "/model")
+    @admin
+    async def change_model(asked: ModelName) -> Response:
+        """Load a model of the models folders."""
+        await service.load(service.find(asked.model))
+        return Json({})
+
+    @both(router.get, "/info/version")
+    @for_all
+    async def version() -> Response:
+        return Json({"result": KOBOLD})
+
+    @both(router.get, "/info/version/latest")
+    @for_all
+    async def latest() -> Response:
+        return Json({"result": KOBOLD})
+
+    @both(router.get, "/info/version/list")
+    @for_all
+    async def versions() -> Response:
+        return Json({"results": [KOBOLD]})
+
+    @router.post("/api/extra/generate/stream")
+    async def stream(asked: GenerateRequest, request: Request) -> Response:
+        """KoboldCpp's: the answer as server-sent events."""
+        running = await _ask(service, asked, request)
+        await running.begun()
+        keep = not asked.trim_stop
+
+        def message(token: str, reason: str | None) -> bytes:
+            return f"event: message\ndata: {json.dumps({'token': token, 'finish_reason': reason})}\n\n".encode()
+
+        def encode(at: int, event: Token | Finish) -> bytes:
+            if at:
+                return b""  # a stream has one answer
+            if isinstance(event, Finish):
+                return message(event.stop_string if keep else "", "length" if event.reason == "length" else "stop")
+            return message(event.text, None) if event.text else b""
+
+        def failing(problem: Any) -> bytes:
+            return b"event: error\ndata: " + error_of(problem).body + b"\n\n"
+
+        return EventStream(running, encode, failing=failing)
+
+    @router.post("/api/extra/abort")
+    async def abort(request: Request, asked: GenKey | None = None) -> Response:
+        """End the answer of that genkey, or, without one, those of the same client."""
+        client, genkey = service.client(request), asked.genkey if asked else ""
+        found = [each for each in service.answers() if _is_mine(each, client, genkey)]
+        for each in found:
+            each.cancel()
+        return Json({"success": "true" if found else "false"})
+
+    @router.get("/api/extra/generate/check", response_model=Results)
+    async def look(request: Request) -> Response:
+        """The text so far of this client's answer."""
+        return Json({"results": [{"text": _so_far(service, request, "")}]})
+
+    @router.post("/api/extra/generate/check", response_model=Results)
+    async def look_with_key(request: Request, asked: GenKey | None = None) -> Response:
+        """The text so far of the answer of that genkey."""
+        return Json({"results": [{"text": _so_far(service, request, asked.genkey if asked else "")}]})
+
+    @router.post("/api/extra/tokencount", response_model=TokenCount)
+    async def count(asked: Prompt) -> Response:
+        loaded = await service.loaded()
+        ids = await service.encode(loaded, asked.prompt)
+        return Json({"value": len(ids), "ids": ids})
+
+    @router.get("/api/extra/true_max_context_length")
+    async def context() -> Response:
+        """The context of the loaded model, as it is."""
+        return Json({"value": (await service.loaded()).context_tokens})
+
+    @router.get("/api/extra/version")
+    @for_all
+    async def cpp_version() -> Response:
+        known = {"protected": service.keys.required, "txt2img": False, "vision": False, "transcribe": False, "multiplayer": False}
+        return Json({"result": "KoboldCpp", "version": KOBOLDCPP, **known, "websearch": False, "tts": False})
+
+    @router.get("/api/extra/perf")
+    async def perf() -> Response:
+        last = service.last
+        return Json(
+            {
+                "last_process": round(last.prefill_s, 3) if last else 0,
+                "last_eval": round(last.generate_s, 3) if last else 0,
+                "last_token_count": last.new_tokens if last else 0,
+                "last_seed": -1,
+                "total_gens": service.answered,
+                "stop_reason": {"length": 0, "stop": 1}.get(last.reason, -1) if last else -1,
+                "queue": service.line.waiting,
+                "idle": int(service.line.running == 0),
+                "uptime": round(time.time() - service.began),
+            }
+        )
+
+    kobold_settings.add(router, both, service)
+    return router
+
+
+async def _ask(service: Service, asked: GenerateRequest, request: Request) -> Running:
+    loaded = await service.loaded()
+    service.ignore(PROTOCOL, [*asked.unknown(), *(name for name in _HARMLESS if getattr(asked, name) is not None)])
+    params = _params(service, asked)
+    length = asked.max_length or asked.max_new_tokens or service.kobold.get("max_length", _DEFAULT_LENGTH)
+    measured = await _fitted(service, loaded, asked, length)
+    wanted = {"genkey": asked.genkey or "", "client": service.client(request), "text": ""}
+    return await service.ask(request, PROTOCOL, [measured], params, n=asked.n or 1, wanted=wanted)
+
+
+async def _fitted(service: Service, loaded: LoadedModel, asked: GenerateRequest, length: int) -> Measured:
+    """The end of the prompt that leaves room for the answer."""
+    if loaded.tokenizer is None:
+        return await service.measure(asked.prompt, length)
+    context = min(loaded.context_tokens, asked.max_context_length or asked.truncation_length or loaded.context_tokens)
+    length = min(length, max(1, context - 1))
+    most = max(1, min(context - length, service.limits.max_input_tokens or context))
+    prompt = await service.run(last_tokens, loaded, asked.prompt, most)
+    return await service.measure(prompt, length, trim=True)
+
+
+def _params(service: Service, asked: GenerateRequest) -> GenerationParams:
+    penalty = asked.rep_pen if asked.rep_pen is not None else asked.repetition_penalty
+    temperature = 0.0 if asked.do_sample is False else asked.temperature
+    seed = asked.sampler_seed if asked.sampler_seed is not None else asked.seed
+    stop = [*(asked.stop_sequence or ()), *(asked.stopping_strings or ())]
+    settings = service.kobold
+    wishes = {
+        "temperature": _most(temperature, 5.0, settings.get("temperature")),
+        "top_k": _most(asked.top_k, 1000, settings.get("top_k")),
+        "top_p": asked.top_p if asked.top_p is not None else settings.get("top_p"),
+        "min_p": asked.min_p,
+        "typical_p": asked.typical if asked.typical is not None else asked.typical_p,
+        "repetition_penalty": max(0.5, min(2.0, penalty)) if penalty else settings.get("rep_pen"),
+        "repetition_range": _most(asked.rep_pen_range, 32768, None),
+        "presence_penalty": asked.presence_penalty,
+        "logit_bias": bias_of(asked.logit_bias) if asked.logit_bias else None,
+        "seed": None if seed is None or seed < 0 else seed % 2**31,
+        "stop": tuple(dict.fromkeys(each for each in stop if each)),
+    }
+    return service.params(wishes)
+
+
+def _most(value: Any, limit: Any, default: Any) -> Any:
+    """Sliders of other programs go further than ours; past the end is as good as the end."""
+    return default if value is None else min(value, limit)
+
+
+def _is_mine(running: Running, client: str, genkey: str) -> bool:
+    wanted = running.wanted
+    if not isinstance(wanted, dict) or "genkey" not in wanted:
+        return False
+    return bool(genkey and wanted["genkey"] == genkey) or (not genkey and wanted["client"] == client)
+
+
+def _so_far(service: Service, request: Request, genkey: str) -> str:
+    client = service.client(request)
+    found = [each for each in service.answers() if _is_mine(each, client, genkey)]
+    return found[-1].text if found else ""

@@ -1,0 +1,102 @@
+"""KoboldAI's settings over HTTP, as far as they mean something here: defaults for requests that leave them out."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from .problems import Kind, Problem
+from .routes import Json, admin
+from .service import Service
+
+KOBOLD = "1.2.6"  # the version of the United API that is spoken
+KOBOLDCPP = "1.76"
+
+_TYPES: dict[Kind, tuple[int, str]] = {
+    "failed": (500, "server_error"),
+    "overloaded": (503, "server_busy"),
+    "not_loaded": (503, "service_unavailable"),
+    "busy": (503, "service_unavailable"),
+    "unsupported": (501, "not_implemented"),
+    "no_key": (401, "unauthorized"),
+    "forbidden": (403, "forbidden"),
+    "not_found": (404, "not_found"),
+    "too_large": (413, "too_large"),
+}
+
+
+class Value(BaseModel):
+    value: Any
+
+
+_LIMITS: dict[str, tuple[type, float, float]] = {
+    "max_length": (int, 1, 32768),
+    "temperature": (float, 0, 5),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 0, 1000),
+    "rep_pen": (float, 0.5, 2),
+}
+_FIRST: dict[str, Any] = {"max_length": 80, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "rep_pen": 1.0}
+
+
+def error_of(problem: Problem) -> Response:
+    """United lists what is wrong by field; anything else is a message with a type."""
+    if problem.kind in _TYPES:
+        status, kind = _TYPES[problem.kind]
+        if "out of memory" in problem.message or "not enough memory" in problem.message:
+            status, kind = 507, "out_of_memory.gpu.cuda"
+        return Json({"detail": {"msg": problem.message, "type": kind}}, status)
+    return Json({"detail": problem.fields or {"prompt": [problem.message]}}, 422)
+
+
+def add(router: APIRouter, both: Any, service: Service) -> None:
+    def setting(name: str) -> None:
+        kind, low, high = _LIMITS[name]
+
+        async def read() -> Response:
+            return Json({"value": service.kobold.get(name, _FIRST[name])})
+
+        @admin
+        async def write(asked: Value) -> Response:
+            value = asked.value
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value != kind(value):
+                raise Problem("invalid", f"Must be between {low:g} and {high:g}.", "value")
+            service.kobold[name] = kind(value)
+            return Json({})
+
+        read.__name__, write.__name__ = f"read_{name}", f"write_{name}"
+        both(router.get, f"/config/{name}")(read)
+        both(router.put, f"/config/{name}")(write)
+
+    for name in _LIMITS:
+        setting(name)
+
+    @both(router.get, "/config/max_context_length")
+    async def read_context() -> Response:
+        """The loaded context; 2048 while nothing is loaded, as KoboldAI says."""
+        loaded = service.engine.loaded
+        return Json({"value": loaded.context_tokens if loaded is not None else 2048})
+
+    @both(router.put, "/config/max_context_length")
+    @admin
+    async def write_context(asked: Value) -> Response:
+        """Clients send it before they ask. The context is a matter of loading; a smaller one is taken with each request."""
+        if isinstance(asked.value, bool) or not isinstance(asked.value, int) or asked.value < 1:
+            raise Problem("invalid", "Must be a whole number above 0.", "value")
+        return Json({})
+
+    @both(router.get, "/config/soft_prompts_list")
+    async def soft_prompts() -> Response:
+        return Json({"values": []})
+
+    @both(router.get, "/config/soft_prompt")
+    async def soft_prompt() -> Response:
+        return Json({"value": ""})
+
+    @both(router.put, "/config/soft_prompt")
+    @admin
+    async def write_soft_prompt(asked: Value) -> Response:
+        if asked.value:
+            raise Problem("unsupported", "There are no soft prompts here.")
+        return Json({})

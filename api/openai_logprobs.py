@@ -1,0 +1,39 @@
+"""Log-probabilities in OpenAI's two shapes. They are of the model's own distribution, before penalties and temperature."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.chat import Token
+from .pieces import Pieces
+
+_LOWEST = -9999.0  # JSON has no minus infinity; OpenAI uses this number
+
+
+def number(logprob: float | None) -> float | None:
+    """As JSON can hold it."""
+    return None if logprob is None else max(_LOWEST, min(0.0, logprob))
+
+
+def chat_logprobs(pieces: Pieces, tokens: Sequence[Token]) -> dict[str, Any]:
+    def entry(id: int, logprob: float | None) -> dict[str, Any]:
+        raw = pieces.raw(id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": number(logprob), "bytes": list(raw)}
+
+    content = [
+        {**entry(each.id, each.logprob), "top_logprobs": [entry(id, logprob) for id, logprob in each.top]} for each in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(pieces: Pieces, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    texts = [pieces.text(each.id) for each in tokens]
+    offsets: list[int] = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [number(each.logprob) for each in tokens],
+        "top_logprobs": [{pieces.text(id): number(logprob) for id, logprob in each.top} for each in tokens],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,133 @@
+"""The requests and answers of OpenAI's API, with its field names. Sampling fields of ours are taken besides."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from .. import __version__
+from .sampling import Open, Sampling
+
+FINGERPRINT = f"gptq-webui-{__version__}"  # a text: the text-generation package takes no null
+
+
+class ContentPart(Open):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Open):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+
+class StreamOptions(Open):
+    include_usage: bool = False
+
+
+class ResponseFormat(Open):
+    type: str
+
+
+class _Asking(Sampling):
+    model: str | None = Field(
+        None, description="Answered by the loaded model, whatever is named, but for a local one not loaded."
+    )
+    n: int | None = Field(None, ge=1, le=16)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+
+
+class ChatCompletionRequest(_Asking):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+
+
+class CompletionRequest(_Asking):
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=16)
+
+
+class Model(BaseModel):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "gptq-webui"
+    loaded: bool = False
+
+
+class Models(BaseModel):
+    object: str = "list"
+    data: list[Model]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] | None = None
+
+
+class ChatAnswer(BaseModel):
+    role: str = "assistant"
+    content: str
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str = FINGERPRINT
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str
+
+
+class Completion(BaseModel):
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str = FINGERPRINT
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorBody

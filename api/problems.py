@@ -1,0 +1,106 @@
+"""What can be wrong with a request, in kinds. Each protocol gives a kind its own status and shape.
+
+Only sentences leave this house: a traceback, a path or a key is never part of an answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ..core.errors import (
+    AnswerFailed,
+    BadModelName,
+    BadParameter,
+    Busy,
+    GptqWebuiError,
+    HubError,
+    LineFull,
+    LoadFailed,
+    LoadRefused,
+    ModelError,
+    NoSuchModel,
+    NotLoaded,
+    PromptTooLong,
+)
+
+Kind = Literal[
+    "invalid",  # a field is not what it should be
+    "unsupported",  # understood, and this server cannot do it
+    "too_long",  # the prompt, with the answer, does not fit into the context
+    "too_large",  # the body
+    "no_key",
+    "forbidden",  # the key is right and may not do this
+    "not_found",
+    "overloaded",  # the line is full
+    "not_loaded",
+    "busy",  # a model is being loaded or unloaded
+    "failed",  # the model broke
+    "elsewhere",  # the Hub, or a download
+]
+
+STATUS: dict[Kind, int] = {
+    "invalid": 400,
+    "unsupported": 400,
+    "too_long": 400,
+    "too_large": 413,
+    "no_key": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "overloaded": 429,
+    "not_loaded": 503,
+    "busy": 503,
+    "failed": 500,
+    "elsewhere": 502,
+}
+
+_KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
+    (LineFull, "overloaded"),
+    (Busy, "busy"),
+    (NotLoaded, "not_loaded"),
+    (PromptTooLong, "too_long"),
+    (BadParameter, "invalid"),
+    (BadModelName, "invalid"),
+    (NoSuchModel, "not_found"),
+    (LoadRefused, "invalid"),
+    (LoadFailed, "failed"),
+    (ModelError, "invalid"),
+    (HubError, "elsewhere"),
+    (AnswerFailed, "failed"),
+]
+
+
+class Problem(Exception):
+    def __init__(self, kind: Kind, message: str, field: str | None = None, fields: dict[str, list[str]] | None = None) -> None:
+        super().__init__(message)
+        self.kind: Kind = kind
+        self.message = message
+        self.field = field  # the one that is wrong, if it is one
+        self.fields = fields or ({field: [message]} if field else {})  # sentences by field, as Kobold lists them
+
+    @property
+    def status(self) -> int:
+        return STATUS[self.kind]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.kind == "overloaded":
+            return {"retry-after": "5"}
+        return {"www-authenticate": "Bearer"} if self.kind == "no_key" else {}
+
+
+def of_error(error: GptqWebuiError) -> Problem:
+    kind = next((kind for family, kind in _KINDS if isinstance(error, family)), "failed")
+    message = "There is no model of that name on this server." if isinstance(error, NoSuchModel) else str(error)
+    return Problem(kind, message)  # type: ignore[arg-type]
+
+
+def of_validation(errors: Sequence[Any]) -> Problem:
+    """What pydantic found: the place and the sentence, never the value that was sent."""
+    fields: dict[str, list[str]] = {}
+    for each in errors:
+        place = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
+        if each.get("type") == "json_invalid":
+            return Problem("invalid", "The body is not JSON.", "body")
+        fields.setdefault(place, []).append(str(each.get("msg", "is not valid")))
+    first = next(iter(fields), "body")
+    message = "; ".join(f"{place}: {', '.join(dict.fromkeys(texts))}" for place, texts in list(fields.items())[:5])
+    return Problem("invalid", message or "The request is not valid.", first, fields)

@@ -1,0 +1,116 @@
+"""Who may come in, from the command line: addresses, page passwords, API keys, other sites."""
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..api.auth import Keys, keys_file
+from ..core.errors import BadParameter
+
+if TYPE_CHECKING:
+    from ..api.guard import Hosts
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SHARE_HOST = ".gradio.live"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("who may come in")
+    group.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
+    group.add_argument("--listen", action="store_true", help="listen on every network (0.0.0.0), with a password and API keys")
+    group.add_argument("--share", action="store_true", help="make a public link, with a password for you and one for guests")
+    group.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this user and password on the page")
+    group.add_argument("--api-key", metavar="KEY", help="ask API clients for this key (or GPTQ_WEBUI_API_KEY)")
+    group.add_argument("--admin-key", metavar="KEY", help="a key that may load and download, too (or GPTQ_WEBUI_ADMIN_KEY)")
+    group.add_argument("--no-auth", action="store_true", help="ask nobody for a password or a key, even on every network")
+    group.add_argument(
+        "--allowed-host", action="append", metavar="NAME", help="a name this server answers to, besides its addresses"
+    )
+    group.add_argument(
+        "--cors", "--cors-allow-origin", action="append", metavar="ADDRESS", help="a site whose pages may call the API, or *"
+    )
+
+
+def host_of(options: argparse.Namespace) -> str:
+    return str(options.host or ("0.0.0.0" if options.listen else "127.0.0.1"))
+
+
+def is_wide(options: argparse.Namespace) -> bool:
+    """Whether others can reach the server."""
+    return host_of(options) not in LOOPBACK
+
+
+def hosts(options: argparse.Namespace) -> "Hosts":
+    from ..api.guard import Hosts
+
+    names = {each.lower() for each in options.allowed_host or ()}
+    if is_wide(options) and not host_of(options).replace(".", "").replace(":", "").isalnum():
+        names.add(host_of(options).lower())
+    if options.share:
+        names.add(SHARE_HOST)
+    return Hosts(is_wide(options), names)
+
+
+def users(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name, password) of the owner and, with --share, of the guests. Raises BadParameter."""
+    found: list[tuple[str, str]] = []
+    if options.auth:
+        name, colon, password = options.auth.partition(":")
+        if not colon or not name or not password:
+            raise BadParameter("--auth wants USER:PASSWORD, for example --auth me:correct-horse.")
+        found.append((name, password))
+    elif options.share or (is_wide(options) and not options.no_auth):
+        found.append(("owner", secrets.token_urlsafe(9)))
+    if options.share:
+        found.append(("guest" if found[0][0] != "guest" else "visitor", secrets.token_urlsafe(9)))
+    return found
+
+
+def keys(options: argparse.Namespace, tell: Callable[[str], None], path: Path | None = None) -> Keys:
+    """The keys that are asked for. A server that others can reach gets some for its run if there are none."""
+    found = Keys(None if options.no_auth else path or keys_file())
+    given = options.api_key or os.environ.get("GPTQ_WEBUI_API_KEY")
+    admin = options.admin_key or os.environ.get("GPTQ_WEBUI_ADMIN_KEY")
+    if options.no_auth:
+        if options.share or given or admin:
+            raise BadParameter(
+                "--no-auth asks for no key and no password; it cannot stand beside --share, --api-key or --admin-key."
+            )
+        return found
+    if given:
+        found.give(given, "--api-key", admin=False)
+    if admin:
+        found.give(admin, "--admin-key", admin=True)
+    if (is_wide(options) or options.share) and not found.required:
+        made = {"to use the model": "gw-" + secrets.token_urlsafe(24), "to change it, too": "gw-" + secrets.token_urlsafe(24)}
+        tell("API keys of this run (`gptq-webui keys new NAME` makes lasting ones):")
+        for at, (what, key) in enumerate(made.items()):
+            found.give(key, "admin of this run" if at else "this run", admin=bool(at))
+            tell(f"  {key}  {what}")
+    return found
+
+
+def run_keys(options: argparse.Namespace) -> int:
+    """`gptq-webui keys`: list, make, remove."""
+    found = Keys(keys_file())
+    if options.action == "new":
+        key = found.make(_named(options), admin=options.admin)
+        print(key)
+        tell = "It is shown once and kept as a hash. From now on every API request needs a key."
+        print(tell, file=sys.stderr)
+    elif options.action == "remove":
+        found.remove(_named(options))
+    else:
+        for each in found.stored():
+            print(f"{each.name}\t{'admin' if each.admin else 'use'}\t{each.made}")
+    return 0
+
+
+def _named(options: argparse.Namespace) -> str:
+    if not options.name:
+        raise BadParameter(f"Say which key: gptq-webui keys {options.action} NAME.")
+    return str(options.name)

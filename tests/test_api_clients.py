@@ -1,0 +1,232 @@
+"""Real clients, unchanged, against the demo model: huggingface_hub, openai, text-generation."""
+
+import math
+import threading
+
+import pytest
+
+from api_server import ApiServer
+from gptq_webui.core.chat import Message
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.hub.library import Library
+
+pytestmark = pytest.mark.demo
+
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def server(demo_root, tmp_path_factory):
+    engine = Engine(Library([demo_root]), Settings(tmp_path_factory.mktemp("settings") / "settings.json"))
+    engine.load(next(each.name for each in engine.library.models() if "4bit" in each.name))
+    with ApiServer(engine) as server:
+        yield server
+    engine.unload()
+
+
+def solo(server, prompt, **params):
+    """(text, Finish) as the engine itself answers."""
+    return server.service.engine.complete(prompt, GenerationParams(**params), threading.Event()).text()
+
+
+# --- huggingface_hub: the model card's example -----------------------------------------------------
+
+
+def test_the_cards_example_verbatim(server, capsys):
+    from huggingface_hub import InferenceClient
+
+    endpoint_url = server.url
+
+    prompt = "Tell me about AI"
+    prompt_template = f"""<s>[INST] {prompt} [/INST]
+"""
+
+    client = InferenceClient(endpoint_url)
+    response = client.text_generation(
+        prompt,
+        max_new_tokens=128,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        top_k=40,
+        repetition_penalty=1.1,
+    )
+
+    print(f"Model output: {response}")
+    assert prompt_template and len(capsys.readouterr().out) > 15 and prompt not in response
+
+
+def test_inference_client_streams_with_details(server):
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(server.url)
+    pieces = list(client.text_generation("The capital of France is", max_new_tokens=6, details=True, stream=True))
+    text, finish = solo(server, "The capital of France is", max_new_tokens=6, temperature=0, repetition_penalty=1)
+    assert pieces[-1].generated_text == text == "".join(each.token.text for each in pieces)
+    assert [each.index for each in pieces] == list(range(1, 7))
+    assert pieces[-1].details.finish_reason == "length" and pieces[-1].details.generated_tokens == finish.new_tokens
+    assert all(each.token.logprob <= 0 for each in pieces) and pieces[0].generated_text is None
+
+
+def test_inference_client_whole_with_details_and_a_stop_sequence(server):
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(server.url)
+    answer = client.text_generation("One, two, three,", max_new_tokens=40, details=True, stop=["six"], top_n_tokens=3)
+    assert answer.generated_text.endswith("six") and answer.details.finish_reason == "stop_sequence"
+    assert len(answer.details.tokens) == answer.details.generated_tokens == len(answer.details.top_tokens)
+    assert all(len(each) == 3 and each[0]["logprob"] >= each[2]["logprob"] for each in answer.details.top_tokens)
+    assert "".join(each.text for each in answer.details.tokens) in answer.generated_text
+
+
+def test_inference_client_chats(server):
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(server.url)
+    answer = client.chat_completion(CAPITAL, max_tokens=20, temperature=0)
+    assert "Paris" in answer.choices[0].message.content
+    streamed = client.chat_completion(CAPITAL, max_tokens=20, temperature=0, stream=True)
+    text = "".join(each.choices[0].delta.content or "" for each in streamed)
+    assert text == answer.choices[0].message.content
+
+
+def test_inference_client_asks_about_the_endpoint(server):
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(server.url, provider="hf-inference")  # its two calls ask for that
+    if hasattr(client, "get_endpoint_info"):
+        info = client.get_endpoint_info()
+        loaded = server.service.engine.loaded
+        assert info["model_id"] == loaded.model.name and info["max_total_tokens"] == loaded.context_tokens
+        assert client.health_check()
+
+
+# --- openai ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def openai_client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_openai_lists_models(server, openai_client):
+    listed = [each.id for each in openai_client.models.list()]
+    assert listed[0] == server.service.engine.loaded.model.name and len(listed) == len(set(listed)) > 1
+
+
+def test_openai_chats_as_the_engine_does(server, openai_client):
+    answer = openai_client.chat.completions.create(model="gpt-4", messages=CAPITAL, temperature=0, max_tokens=20)
+    engine = server.service.engine
+    params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
+    text, finish = engine.chat([Message("user", CAPITAL[0]["content"])], params, threading.Event()).text()
+    assert answer.choices[0].message.content == text and "Paris" in text
+    assert answer.usage.completion_tokens == finish.new_tokens and answer.usage.prompt_tokens == finish.prompt_tokens
+    assert answer.choices[0].finish_reason == "stop" and answer.model == engine.loaded.model.name
+
+
+def test_openai_streams_with_usage_and_two_answers(openai_client):
+    chunks = list(
+        openai_client.chat.completions.create(
+            model="x", messages=CAPITAL, max_tokens=4, n=2, seed=5, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    whole = openai_client.chat.completions.create(model="x", messages=CAPITAL, max_tokens=4, n=2, seed=5)
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [each.message.content for each in whole.choices]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(each.usage is None for each in chunks[:-1])
+
+
+def test_openai_seed_and_stop(openai_client):
+    def ask(**more):
+        return openai_client.completions.create(model="x", prompt="Once upon a time", max_tokens=6, **more).choices[0]
+
+    assert ask(seed=7).text == ask(seed=7).text != ask(seed=8).text
+    whole = ask(temperature=0).text
+    stop = whole[len(whole) // 2 :]
+    cut = ask(temperature=0, stop=[stop])
+    assert cut.text + stop == whole and cut.finish_reason == "stop"
+
+
+def test_openai_logit_bias_forbids_and_forces(server, openai_client):
+    ids = server.service.engine.loaded.encode(" Paris", bos=False)
+    assert len(ids) == 1
+
+    def ask(**more):
+        ask = openai_client.completions.create
+        return ask(model="x", prompt="The capital of France is", max_tokens=3, temperature=0, **more).choices[0].text
+
+    assert "Paris" in ask() and "Paris" not in ask(logit_bias={ids[0]: -100})
+    assert ask(logit_bias={ids[0]: 100}) == " Paris Paris Paris"
+
+
+def test_openai_chat_logprobs(openai_client):
+    asked = {"model": "x", "messages": CAPITAL, "temperature": 0, "max_tokens": 4, "logprobs": True, "top_logprobs": 4}
+    choice = openai_client.chat.completions.create(**asked).choices[0]
+    entries = choice.logprobs.content
+    assert len(entries) == 4 and "".join(each.token for each in entries).strip() == choice.message.content.strip()
+    for each in entries:
+        assert each.logprob == each.top_logprobs[0].logprob <= 0 and bytes(each.bytes).decode() == each.token
+        assert math.fsum(math.exp(other.logprob) for other in each.top_logprobs) <= 1.001
+    streamed = openai_client.chat.completions.create(**asked, stream=True)
+    parts = [part for chunk in streamed if chunk.choices[0].logprobs for part in chunk.choices[0].logprobs.content]
+    assert [each.token for each in parts] == [each.token for each in entries]
+
+
+def test_openai_completion_logprobs(openai_client):
+    choice = openai_client.completions.create(model="x", prompt="The sky is", max_tokens=5, temperature=0, logprobs=2).choices[0]
+    found = choice.logprobs
+    assert "".join(found.tokens) == choice.text and len(found.token_logprobs) == 5
+    assert found.text_offset == [len("".join(found.tokens[:at])) for at in range(5)]
+    assert all(
+        len(each) == 2 and max(each.values()) == lp for each, lp in zip(found.top_logprobs, found.token_logprobs, strict=True)
+    )
+
+
+def test_openai_errors_arrive_as_its_own(openai_client):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="context") as caught:
+        openai_client.chat.completions.create(model="x", messages=CAPITAL, max_tokens=100_000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError, match="not loaded"):
+        others = [each.id for each in openai_client.models.list()][1:]
+        openai_client.chat.completions.create(model=others[0], messages=CAPITAL)
+    with pytest.raises(openai.BadRequestError, match="cannot be guaranteed"):
+        openai_client.chat.completions.create(model="x", messages=CAPITAL, response_format={"type": "json_object"})
+
+
+# --- text-generation -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tgi_client(server):
+    text_generation = pytest.importorskip("text_generation", reason="needs huggingface-hub below 1")
+    return text_generation.Client(server.url)
+
+
+def test_text_generation_client(server, tgi_client):
+    answer = tgi_client.generate("The capital of France is", max_new_tokens=4, decoder_input_details=False)
+    text, _finish = solo(server, "The capital of France is", max_new_tokens=4, temperature=0, repetition_penalty=1)
+    assert answer.generated_text == text and answer.details.generated_tokens == 4
+    pieces = list(tgi_client.generate_stream("The capital of France is", max_new_tokens=4))
+    assert "".join(each.token.text for each in pieces) == text == pieces[-1].generated_text
+    chat = tgi_client.chat(messages=CAPITAL, max_tokens=20, temperature=0.01)
+    assert "Paris" in chat.choices[0].message.content
+
+
+def test_text_generation_best_of_and_errors(tgi_client):
+    from text_generation.errors import ValidationError
+
+    answer = tgi_client.generate("Once", max_new_tokens=3, do_sample=True, best_of=2)
+    assert len(answer.details.best_of_sequences) == 1
+    mean = sum(each.logprob for each in answer.details.tokens) / len(answer.details.tokens)
+    other = answer.details.best_of_sequences[0]
+    assert mean >= sum(each.logprob for each in other.tokens) / len(other.tokens)
+    with pytest.raises(ValidationError, match="best_of"):
+        tgi_client.generate("Once", do_sample=True, best_of=9)

@@ -1,0 +1,129 @@
+"""Sixteen clients at once on the demo model, and what a client that leaves costs. Five minutes of the same: tests/storm.py."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from shelf import MISTRAL, Shelf
+
+from api_server import ApiServer, settled
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.hub.library import Library
+from gptq_webui.loaders.fake import FakeLoader
+from storm import storm
+
+
+@pytest.mark.demo
+def test_every_answer_is_right_while_others_leave_stall_and_send_garbage(demo_root, tmp_path):
+    engine = Engine(Library([demo_root]), Settings(tmp_path / "settings.json"))
+    engine.load(next(each.name for each in engine.library.models() if "4bit" in each.name))
+    try:
+        with ApiServer(engine) as server:
+            outcome = storm(server.url, seconds=5, tokens=2, prompts=1)
+            assert settled(server.service, 20)
+    finally:
+        engine.unload()
+    assert outcome.wrong == [] and outcome.right >= 8
+    assert outcome.left and outcome.stalled and outcome.garbage
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A model that writes 100 words a second for 20 seconds."""
+    engine = Engine(Shelf(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
+    with ApiServer(engine) as server:
+        yield SimpleNamespace(engine=engine, server=server, http=server.http, service=server.service)
+    engine.unload()
+
+
+STREAMS = [
+    ("/generate_stream", {"inputs": "Go"}),
+    ("/v1/completions", {"prompt": "Go", "max_tokens": 1900, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Go"}], "stream": True}),
+    ("/api/extra/generate/stream", {"prompt": "Go", "max_length": 1900}),
+    ("/lollms_generate", {"prompt": "Go", "n_predict": 1900, "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS, ids=[path for path, _body in STREAMS])
+def test_a_client_that_leaves_frees_its_turn_within_a_token(slow, path, body):
+    with slow.http.stream("POST", path, json=body) as answer:
+        next(answer.iter_bytes())
+        assert slow.service.line.running == 1
+    assert settled(slow.service, 1.0)
+    before = slow.engine.loaded.computed_tokens
+    time.sleep(0.1)
+    assert slow.engine.loaded.computed_tokens == before
+
+
+def test_a_client_that_leaves_without_a_stream_frees_its_turn_too(slow):
+    import httpx
+
+    with pytest.raises(httpx.ReadTimeout):
+        slow.http.post("/generate", json={"inputs": "Go"}, timeout=0.3)
+    assert settled(slow.service, 1.0) and slow.engine.loaded.computed_tokens < 100
+
+
+def test_one_that_leaves_while_it_waits_is_not_answered_at_all(slow):
+    import httpx
+
+    with slow.http.stream("POST", *[STREAMS[0][0]], json=STREAMS[0][1]) as first:
+        next(first.iter_bytes())
+        with pytest.raises(httpx.ReadTimeout):
+            slow.http.post("/generate", json={"inputs": "Go"}, timeout=0.3)
+        end = time.monotonic() + 1
+        while slow.service.line.waiting and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (slow.service.line.running, slow.service.line.waiting) == (1, 0)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_the_model(slow):
+    """The model writes on into the server's memory and is free at the end of the answer."""
+    slow.engine.load(MISTRAL, options={"answer": "word " * 2000})
+    with slow.http.stream("POST", "/generate_stream", json={"inputs": "Go"}):
+        assert slow.http.post("/generate", json={"inputs": "Go", "parameters": {"max_new_tokens": 3}}).status_code == 200
+
+
+def test_turns_are_fair_and_positions_are_told(slow):
+    slow.engine.load(MISTRAL, options={"answer": "word " * 30, "tokens_per_s": 60})
+    order, lock = [], threading.Lock()
+    slow.service.client = lambda request: request.headers["x-client"]  # as if they came from several machines
+
+    def ask(name):
+        with slow.server.http.stream("POST", "/generate_stream", json={"inputs": "Go"}, headers={"x-client": name}) as answer:
+            position = int(answer.headers["x-queue-position"])
+            answer.read()
+        with lock:
+            order.append((name, position))
+
+    threads = []
+    for name in ("many", "many", "many", "one"):
+        threads.append(threading.Thread(target=ask, args=(name,)))
+        threads[-1].start()
+        time.sleep(0.05)
+    time.sleep(0.1)
+    queue = slow.http.get("/v1/queue").json()
+    assert queue["running"] == 1 and queue["waiting"] == 3
+    for thread in threads:
+        thread.join(10)
+    assert [name for name, _position in order] in (["many", "many", "one", "many"], ["many", "one", "many", "many"])
+
+
+def test_a_model_that_is_unloaded_ends_every_stream_and_frees_the_line(slow):
+    texts = []
+
+    def ask():
+        texts.append(slow.server.http.post("/generate_stream", json={"inputs": "Go"}).text)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    slow.engine.unload()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert settled(slow.service) and len(texts) == 3

@@ -1,0 +1,135 @@
+"""The API tab: calls that can be pasted, for the loaded model and this page's own address, and a button that makes one.
+
+The call of the button goes from the browser to the server as any program's would, and the key that is typed
+here goes nowhere else.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..engine.engine import Engine
+from . import compat
+from .access import Access
+from .parts import quiet
+
+QUESTION = "What is the capital of France?"
+_ORDER = ("curl", "Python: huggingface_hub", "Python: openai", "SillyTavern")
+
+_TRY = """async (key) => {
+  const begun = performance.now();
+  const headers = {'Content-Type': 'application/json'};
+  if (key) headers['Authorization'] = 'Bearer ' + key.trim();
+  const body = JSON.stringify({messages: [{role: 'user', content: QUESTION}], max_tokens: 64, temperature: 0});
+  try {
+    const answer = await fetch(new URL('v1/chat/completions', window.location.href), {method: 'POST', headers, body});
+    const said = await answer.json();
+    const took = ((performance.now() - begun) / 1000).toFixed(1) + ' s';
+    if (!answer.ok) return answer.status + ' after ' + took + ': ' + said.error.message;
+    const count = said.usage.completion_tokens;
+    return said.choices[0].message.content.trim() + '\\n\\n' + answer.status + ' after ' + took + ', ' + count + ' tokens';
+  } catch (error) { return 'The server did not answer (' + error + ').'; }
+}""".replace("QUESTION", json.dumps(QUESTION))
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the door knows of the API."""
+
+    locked: Callable[[], bool]  # whether a key is asked for
+    port: int | None = None  # where it is besides the page's own
+
+
+@dataclass(frozen=True)
+class ApiBox:
+    show: Callable[[gr.Request, str], dict[Any, Any]]  # for `inputs` and `outputs`
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
+    """Draw it; `show` fills it for the one who looks."""
+    with gr.Column(elem_classes="gw-card", elem_id="gw-api"):
+        head = gr.HTML(elem_id="gw-api-head")
+        program = gr.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
+        code = gr.Code(value="", language="shell", interactive=False, label="To paste", lines=4, elem_id="gw-api-code")
+        key = gr.Textbox(
+            label="API key",
+            info="For the button below. It stays in this browser.",
+            type="password",
+            visible=False,
+            elem_id="gw-api-key",
+        )
+        with gr.Row(elem_classes="gw-buttons"):
+            button = gr.Button("Try it", variant="primary", size="sm", min_width=96, elem_id="gw-api-try")
+        answer = gr.Textbox(label=f"The answer to “{QUESTION}”", lines=3, interactive=False, elem_id="gw-api-answer")
+
+    def show(request: gr.Request, wanted: str) -> dict[Any, Any]:
+        if not access.is_owner(request):
+            return {head: ""}
+        address = address_of(request)
+        name = engine.loaded.model.name if engine.loaded is not None else ""
+        language, text = calls(address, name, api.locked())[wanted]
+        also = f" Programs that expect text-generation-webui find it on port {api.port}, too." if api.port is not None else ""
+        said = (
+            f"{name} answers programs at {address}." if name else f"Programs reach this server at {address}; load a model first."
+        )
+        link = '<a href="docs" target="_blank" rel="noopener">Every call, with its fields</a>'
+        return {
+            head: quiet(said + also).replace("</p>", f"<br>{link}</p>"),
+            code: gr.update(value=text, language=language),
+            key: gr.update(visible=api.locked()),
+        }
+
+    outputs = [head, code, key]
+    program.change(show, program, outputs, **compat.EVENT)
+    button.click(None, key, answer, js=_TRY, **compat.EVENT)
+    return ApiBox(show, [program], outputs)
+
+
+def address_of(request: gr.Request) -> str:
+    """The address the visitor's browser used."""
+    headers = request.headers
+    host = headers.get("host", "127.0.0.1:7860")
+    scheme = headers.get("x-forwarded-proto") or getattr(getattr(request.request, "url", None), "scheme", "http")
+    return f"{scheme}://{host}"
+
+
+def calls(address: str, model: str, locked: bool) -> dict[str, tuple[str, str]]:
+    """Program -> (language, text to paste)."""
+    model = model or "the-loaded-model"
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
+    header = '  -H "Authorization: Bearer YOUR_KEY" \\\n' if locked else ""
+    token = ', token="YOUR_KEY"' if locked else ""
+    key = "YOUR_KEY" if locked else "none"
+    curl = f"curl {address}/v1/chat/completions \\\n  -H \"Content-Type: application/json\" \\\n{header}  -d '{body}'"
+    hub = f"""from huggingface_hub import InferenceClient
+
+client = InferenceClient("{address}"{token})
+print(client.text_generation("The capital of France is", max_new_tokens=64,
+                             do_sample=True, temperature=0.7, top_p=0.95, top_k=40, repetition_penalty=1.1))
+"""
+    openai = f"""from openai import OpenAI
+
+client = OpenAI(base_url="{address}/v1", api_key="{key}")
+answer = client.chat.completions.create(
+    model="{model}",
+    messages=[{{"role": "user", "content": "{QUESTION}"}}],
+)
+print(answer.choices[0].message.content)
+"""
+    tavern = f"""API Connections (the plug)
+  API:       Text Completion
+  API Type:  KoboldCpp
+  API URL:   {address}
+{"  API key:   YOUR_KEY" + chr(10) if locked else ""}Connect.
+
+Or with the chat template of the model:
+  API:                     Chat Completion
+  Chat Completion Source:  Custom (OpenAI-compatible)
+  Custom Endpoint:         {address}/v1
+"""
+    return dict(zip(_ORDER, (("shell", curl), ("python", hub), ("python", openai), ("yaml", tavern)), strict=True))
