@@ -30,7 +30,7 @@ params = {
 # What the package imports, and since when it can use it.
 NEEDS = {
     "torch": (2, 6),
-    "transformers": (4, 57),
+    "transformers": (4, 56),
     "accelerate": (1, 1),
     "safetensors": (0, 4),
     "huggingface_hub": (0, 36),

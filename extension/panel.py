@@ -57,11 +57,13 @@ def draw(bridge: Bridge) -> None:
         shared = bridge.host.shared
         loaded = engine.loaded
         told = f"Successfully loaded `{shared.model_name}`." if loaded is not None else "Model unloaded"
-        names = bridge.host.model_names()
-        if shared.model_name not in names:  # in a models folder that the host does not know
-            names = [*names, shared.model_name]
+        menu = gr.update()  # after an unload it keeps its choice, as after the host's own: Load brings that back
+        if loaded is not None:
+            names = bridge.host.model_names()
+            known = shared.model_name in names  # not if it is in a models folder that the host does not know
+            menu = gr.update(choices=names if known else [*names, shared.model_name], value=shared.model_name)
         updates = {
-            "model_menu": gr.update(choices=names, value=shared.model_name),
+            "model_menu": menu,
             "model_status": told,
             "truncation_length": gr.update() if loaded is None else loaded.context_tokens,
         }

@@ -173,6 +173,7 @@ def test_a_model_that_goes_by_another_way_is_freed_too(place, way):
     (place / "extensions" / "neighbour" / "script.py").write_text(NEIGHBOUR)
     host = Host(place, "--extensions", "neighbour", "gptq_webui")
     host("load", name="tiny-2023")
+    assert host("ask", text="Hello")["texts"] > 5 and host("state")["threads"] == 1
     host(way)
     host("load", name="plain")
     assert host("state")["threads"] == 0
