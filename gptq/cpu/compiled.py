@@ -42,6 +42,6 @@ def compiled(function: F) -> F:
     config.CACHE_DIR = str(cache_folder(before))
     try:
         made: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-        return made(function)  # type: ignore[no-any-return]
+        return made(function)
     finally:
         config.CACHE_DIR = before
