@@ -63,7 +63,7 @@ def error(found, wanted):
 def test_a_packed_product_is_that_of_float64(bits, rows, cols, group, order, team):
     for sym, form in ((True, "gptq"), (False, "gptq_v2")):
         linear, dense = packed(rows, cols, bits, group, act_order=order, sym=sym, form=form, bias=True, seed=rows)
-        product = CpuLinear(weights.from_module(linear, kernels.WAY), team)
+        product = CpuLinear(weights.from_module(linear, kernels.WAY, team), team)
         for count in (1, 3, 4, 9):
             x = torch.randn(count, rows, generator=torch.Generator().manual_seed(count)) * 10 ** torch.randn(count, 1)
             wanted = x.double() @ dense.T + linear.bias.double()
@@ -72,7 +72,7 @@ def test_a_packed_product_is_that_of_float64(bits, rows, cols, group, order, tea
 
 def test_large_sums_do_not_run_over(team):
     linear, dense = packed(256, 32, 8, -1)
-    product = CpuLinear(weights.from_module(linear, kernels.WAY), team)
+    product = CpuLinear(weights.from_module(linear, kernels.WAY, team), team)
     x = torch.full((1, 256), 7.0)  # every product as large as it can be
     x[0, ::3] = -7.0
     assert float((product(x) - x.double() @ dense.T).abs().max() / (x.double().abs() @ dense.abs().T).max()) < 1e-5
@@ -83,7 +83,7 @@ def test_large_sums_do_not_run_over(team):
 def test_a_dense_product_keeps_every_number(kind, dtype, team):
     size = 1e-6 if kind == "bfloat16" else 1  # smaller than a half can be
     weight = (torch.randn(50, 72, generator=torch.Generator().manual_seed(1)) * size).to(dtype)
-    stored = weights.from_dense(weight.float(), torch.full((50,), 0.5) * size, kernels.WAY)
+    stored = weights.from_dense(weight.float(), torch.full((50,), 0.5) * size, kernels.WAY, team)
     assert stored.kind == {"half": weights.HALF, "bfloat16": weights.BFLOAT16, "float": weights.FLOAT}[kind]
     for count in (1, 6):
         x = torch.randn(count, 72)
@@ -95,7 +95,7 @@ def test_a_head_that_came_from_eight_bits_goes_back_to_them(team):
     q[:, ::32] = 127  # each group has its largest
     scales = (torch.rand(64, 3) * 0.01 + 0.001).half().float()
     weight = (q * scales.repeat_interleave(32, 1)).half().float()
-    stored = weights.from_dense(weight, None, kernels.WAY)
+    stored = weights.from_dense(weight, None, kernels.WAY, team)
     assert stored.kind == 8 and stored.error < 1e-3
     x = torch.randn(2, 96)
     assert error(CpuLinear(stored, team)(x), x.double() @ weight.double().T) < 2e-3
@@ -113,11 +113,11 @@ def has(feature):
 
 @pytest.mark.parametrize("way", other_ways())
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernels_of_other_processors_give_the_same(way, bits):
+def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
     from numba import njit
 
     linear, dense = packed(128, 32, bits, 64, sym=False, form="gptq_v2")
-    w = weights.from_module(linear, way)
+    w = weights.from_module(linear, way, team)
     rows = 4
     tile = tiles.packed_tile(bits, rows, way)
     x = torch.randn(rows, 128)

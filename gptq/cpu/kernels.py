@@ -176,3 +176,39 @@ def half_products(w, x, x_stride, count, y, y_stride, rows, tiles_, w_stride):
             else:
                 _half_1(w + t * w_stride, x + r * x_stride, x_stride, count, y + 64 * t + r * y_stride, y_stride)
                 r += 1
+
+
+@compiled
+def arrange(tid, threads, counters, words, bits, taken, order, kind, w):
+    """GPTQ's words int32 [K * bits / 32, N] -> w uint8 [T][C][P/F][16][4] (tiles.py), row k of a chunk being row taken[k]
+    of the file, -1 for none. `order` is the way's, `kind` the bits they take in w."""
+    pieces = 8 // kind
+    factor = 4 * pieces
+    mask = np.int64(2**bits - 1)
+    columns = words.shape[1]
+    line = np.zeros(16, np.uint8)
+    tiles_, mine = w.shape[0], 0
+    t = claim(counters, 0)
+    while t < tiles_:
+        left = 16 * t
+        width = min(16, columns - left)
+        for c in range(w.shape[1]):
+            for block in range(w.shape[2]):
+                start = (c * w.shape[2] + block) * factor
+                for j in range(4):
+                    line[:] = 0
+                    for piece in range(pieces):
+                        k = taken[start + 4 * piece + order[j]]
+                        if k < 0:
+                            continue
+                        row, shift = k * bits // 32, k * bits % 32
+                        for n in range(width):
+                            value = np.int64(words[row, left + n]) & np.int64(0xFFFFFFFF)
+                            if shift + bits > 32:  # three bits may lie across two words
+                                value |= np.int64(words[row + 1, left + n]) << 32
+                            line[n] |= np.uint8(((value >> shift) & mask) << (kind * piece))
+                    for n in range(16):
+                        w[t, c, block, n, j] = line[n]
+        mine += 1
+        t = claim(counters, 0)
+    finish(counters, 0, mine, tiles_)

@@ -147,7 +147,7 @@ class CpuStepper(Stepper):
         """Take in modules that read the same input; returns their rows of the table."""
         found: list[int] = []
         for module in modules:
-            weights = from_module(module, k.WAY)
+            weights = from_module(module, k.WAY, self.team)
             if isinstance(module, GPTQLinear):
                 module.hand_over(CpuLinear(weights, self.team))  # so that they are not held twice
             slot, shared = 0, 0

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .. import pack
 from ..linear import GPTQLinear
+from . import kernels
+from .team import Team
 from .tiles import LANES, UNIT, WAYS
 
 CHUNK_ROWS = 128
@@ -54,19 +56,25 @@ def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
     return room[start : start + size].view(kind).reshape(shape)
 
 
-def from_packed(linear: GPTQLinear, way: str) -> Weights:
+def from_packed(linear: GPTQLinear, way: str, team: Team) -> Weights:
     """Holds the same integers, zeros and scales; nothing is rounded unless a scale is no half (said in `error`)."""
-    q = pack.unpack(linear.qweight, linear.bits, linear.in_features).numpy()  # [K, N]
     zeros = pack.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
     groups = linear.g_idx.long().numpy()  # [K]
     bias = None if linear.bias is None else linear.bias.detach().float().numpy()
-    return _packed(q, zeros, linear.scales.detach(), groups, linear.bits, bias, way)
+    return _packed(linear.qweight.detach().numpy(), zeros, linear.scales.detach(), groups, linear.bits, bias, way, team)
 
 
 def _packed(
-    q: np.ndarray, zeros: np.ndarray, scales: Tensor, groups: np.ndarray, bits: int, bias: np.ndarray | None, way: str
+    words: np.ndarray,
+    zeros: np.ndarray,
+    scales: Tensor,
+    groups: np.ndarray,
+    bits: int,
+    bias: np.ndarray | None,
+    way: str,
+    team: Team,
 ) -> Weights:
-    rows, columns = q.shape
+    rows, columns = len(groups), words.shape[1]
     order = np.argsort(groups, kind="stable")
     counts = np.bincount(groups, minlength=len(zeros))
     longest = int(counts.max())
@@ -87,21 +95,9 @@ def _packed(
     taken = np.concatenate(table)  # [C * P]
     chunks = len(table)
     kind = 4 if bits == 3 else bits
-    factor = 32 // kind  # rows in a block
     tiles = -(-columns // LANES)
-    w = aligned((tiles, chunks, chunk_rows // factor, LANES, 4), np.uint8)
-    step = max(1, (1 << 24) // len(taken) // LANES) * LANES  # columns at a time: bounds the memory of copies
-    back = np.where(taken < 0, 0, taken)
-    for left in range(0, columns, step):
-        part = q[:, left : left + step]
-        part = np.pad(part, ((0, 0), (0, -part.shape[1] % LANES)))
-        part = part[back] if not np.array_equal(back, np.arange(rows)) else part
-        part = part.reshape(chunks, chunk_rows // factor, factor // 4, 4, -1, LANES)
-        block = part[:, :, 0].copy()
-        for at in range(1, factor // 4):
-            block |= part[:, :, at] << (kind * at)
-        block = block.transpose(3, 0, 1, 4, 2)[..., list(WAYS[way].order)]  # [t, C, P/F, 16, 4]
-        w[left // LANES : left // LANES + block.shape[0]] = block
+    w = aligned((tiles, chunks, chunk_rows * kind // 32, LANES, 4), np.uint8)
+    team.run(1, kernels.arrange, np.ascontiguousarray(words), bits, taken, np.array(WAYS[way].order, np.int64), kind, w)
     full = tiles * LANES - columns
     halves = scales.to(torch.float16)
     error = float(((halves.float() - scales.float()).abs() / scales.float().abs().clamp(min=1e-30)).max())
@@ -115,7 +111,7 @@ def _packed(
     )
 
 
-def from_dense(weight: Tensor, bias: Tensor | None, way: str) -> Weights:
+def from_dense(weight: Tensor, bias: Tensor | None, way: str, team: Team) -> Weights:
     """weight [N, K]. In 8 bits with a scale for 32 if that says the same (embeddings that came from an 8-bit
     file), else in the shortest of half, bfloat16 and fp32 that holds every number."""
     weight = weight.detach()
@@ -125,7 +121,8 @@ def from_dense(weight: Tensor, bias: Tensor | None, way: str) -> Weights:
         q, scales, error = eight
         zeros = np.full(scales.shape, 128, np.uint8)
         groups = np.arange(weight.shape[1]) // 32
-        found = _packed(q, zeros, scales, groups, 8, offset, way)
+        words = q.reshape(-1, 4, q.shape[1]).transpose(0, 2, 1).copy().view(np.int32)[..., 0]  # [K/4, N]
+        found = _packed(words, zeros, scales, groups, 8, offset, way, team)
         return Weights(**{**vars(found), "error": error})
     kind, stored = HALF, weight.to(torch.float16)
     if not torch.equal(stored.to(weight.dtype), weight):
@@ -167,8 +164,8 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     return q, scales, worst
 
 
-def from_module(module: nn.Module, way: str) -> Weights:
+def from_module(module: nn.Module, way: str, team: Team) -> Weights:
     if isinstance(module, GPTQLinear):
-        return from_packed(module, way)
+        return from_packed(module, way, team)
     assert isinstance(module, nn.Linear)
-    return from_dense(module.weight, module.bias, way)
+    return from_dense(module.weight, module.bias, way, team)
