@@ -35,7 +35,7 @@ def main() -> None:
     asked = parser.parse_args()
     engine = Engine(Library([asked.folder.parent]))
     loaded = engine.load_folder(LocalModel.read(asked.folder), options={"device": asked.device, "context_tokens": 8192})
-    params = GenerationParams(temperature=0.7, seed=1, max_new_tokens=asked.answer, logit_bias={2: -100.0})
+    params = GenerationParams(temperature=0.7, seed=1, max_new_tokens=asked.answer, logit_bias=((2, -100.0),))
     messages: list[Message] = []
     turns = []
     for turn in range(1, asked.turns + 1):

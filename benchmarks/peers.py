@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,7 @@ def peers_for(model: LocalModel, device: str, gguf: Path | None) -> list[Peer]:
         for dtype in types:
             for backend in backends:
                 label = f"transformers + gptqmodel ({backend}, {str(dtype).removeprefix('torch.')})"
-                found.append(
-                    Peer(label, names, lambda dtype=dtype, backend=backend: transformers_gptqmodel(model, device, dtype, backend))
-                )
+                found.append(Peer(label, names, partial(transformers_gptqmodel, model, device, dtype, backend)))
     if gguf is not None and device == "cpu":
         threads = torch.get_num_threads()
         if installed("llama_cpp"):

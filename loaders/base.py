@@ -165,7 +165,9 @@ class LoadedModel(ABC):
 
         return self._worker.stream(answer, cancel, _cancelled(len(ids)))
 
-    def _remembered(self, prompt: str, ids: list[int], events: Iterator[Token | Finish]) -> Iterator[Token | Finish]:
+    def _remembered(
+        self, prompt: str, ids: list[int], events: Iterator[Token | Finish | None]
+    ) -> Iterator[Token | Finish | None]:
         """Pass an answer on, and keep its ids for the prompts that will hold it."""
         said: list[int] = []
         shown: list[str] = []
@@ -175,7 +177,7 @@ class LoadedModel(ABC):
                     shown.append(event.text)
                     if event.id >= 0:
                         said.append(event.id)
-                elif said:
+                elif isinstance(event, Finish) and said:
                     self._spoken.remember(prompt, ids, said, "".join(shown), self._decode)
                 yield event
         finally:

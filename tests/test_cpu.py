@@ -237,8 +237,19 @@ def test_the_model_gives_its_weights_away_and_works_on(tmp_path):
     stepper.close()
 
 
-def test_other_architectures_and_machines_without_numba_take_the_plain_path(tmp_path, monkeypatch):
-    assert isinstance(stepper_for(tiny.dense_model("gpt2"), 64)[0], TransformersStepper)
+@pytest.mark.parametrize("kind", ["gpt2", "falcon", "mixtral"])
+def test_layers_of_other_architectures_use_the_kernels_one_by_one(kind, tmp_path):
+    hf, twin = load(tmp_path / "model", kind)
+    stepper, note = stepper_for(hf, 64)
+    assert isinstance(stepper, TransformersStepper) and note == ""
+    assert all(each.qweight.numel() == 0 for each in hf.modules() if isinstance(each, GPTQLinear))
+    with torch.no_grad():
+        wanted = twin(torch.tensor([IDS])).logits[0].double()
+    found = logits(stepper, IDS, 40)
+    assert error(found, wanted[-len(found) :]) < 3e-3
+
+
+def test_machines_without_numba_take_the_plain_path(monkeypatch):
     monkeypatch.setattr(compiled, "available", lambda: False)
     stepper, note = stepper_for(tiny.dense_model("llama"), 64)
     assert isinstance(stepper, TransformersStepper) and "pip install numba" in note

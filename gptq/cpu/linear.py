@@ -1,13 +1,15 @@
-"""A single layer on the compiled kernels, for whoever runs transformers' own forward on a model that the CPU step holds."""
+"""A single layer on the compiled kernels: for transformers' own forward, of other architectures or by other callers."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..linear import GPTQLinear
 from . import forward as f
+from . import kernels
 from .table import table_of
 from .team import Team
-from .weights import Weights, aligned
+from .weights import Weights, aligned, from_packed
 
 _ROWS = 256  # of x at a time
 
@@ -37,3 +39,14 @@ class CpuLinear:
             )  # fmt: skip
         y = torch.from_numpy(out)[:, : w.outputs]
         return y.to(x.dtype).reshape(*x.shape[:-1], w.outputs)
+
+
+def replace_layers(model: nn.Module, threads: int) -> int:
+    """Let the compiled kernels compute the packed layers of a model on the processor; how many."""
+    team = Team(threads)
+    count = 0
+    for module in model.modules():
+        if isinstance(module, GPTQLinear) and module.qweight.device.type == "cpu":
+            module.hand_over(CpuLinear(from_packed(module, kernels.WAY, team), team))
+            count += 1
+    return count
