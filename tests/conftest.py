@@ -20,6 +20,8 @@ HERE = Path(__file__).resolve().parent
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptq-webui-tests-")
 for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)
+# Compiling the processor's kernels takes many seconds; every test may use the machine code of the first.
+os.environ["NUMBA_CACHE_DIR"] = str(Path(os.environ.get("GPTQ_WEBUI_TEST_CACHE") or tempfile.gettempdir()) / "gptq-webui-numba")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
