@@ -96,7 +96,7 @@ def test_unloading_in_the_middle_of_an_answer_ends_it(engine):
 
 
 def test_answers_come_in_the_order_they_were_asked_for(engine):
-    engine.load("one", options={"tokens_per_s": 200})
+    loaded = engine.load("one", options={"tokens_per_s": 50})
     ended: list[int] = []
 
     def ask(at):
@@ -107,7 +107,8 @@ def test_answers_come_in_the_order_they_were_asked_for(engine):
     for at in range(5):
         threads.append(threading.Thread(target=ask, args=(at,)))
         threads[-1].start()
-        time.sleep(0.005)
+        while loaded.waiting + len(ended) <= at:  # it stands in the line
+            time.sleep(0.001)
     for thread in threads:
         thread.join()
     assert ended == [0, 1, 2, 3, 4]
