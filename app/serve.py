@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
-from ..engine.advice import torch_banner
+from ..engine.advice import fit_of_plan, free_memory, torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from .commands import asked_model, load_options, make_engine
@@ -45,7 +45,9 @@ def serve(options: argparse.Namespace) -> int:
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
-    blocks = page.build(engine, Downloads(engine.library), access=access, banner=banner, preset=preset, share=share)
+    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory()).text)
+    downloads.find_unfinished()
+    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share)
     _reach_ourselves(options.host)
     blocks.launch(
         server_name=options.host,

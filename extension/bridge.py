@@ -16,10 +16,12 @@ from ..core.chat import Token
 from ..core.errors import GptqWebuiError, LoadFailed, LoadRefused
 from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
+from ..engine.advice import fit_of_plan, free_memory
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
+from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings
-from ..hub.library import Library
+from ..hub.library import Library, Plan
 from ..loaders.base import LoadedModel
 from .tgwui import Host
 
@@ -96,7 +98,12 @@ class Bridge:
     def __init__(self) -> None:
         self.host = Host()
         self.engine = HostEngine(self.host, Settings())
-        self.downloads = Downloads(self.engine.library)
+        HubSettings(self.engine.library.hub, self.engine.settings)
+        self.downloads = Downloads(self.engine.library, self._fit)
+        self.downloads.find_unfinished()
+
+    def _fit(self, plan: Plan) -> str:
+        return fit_of_plan(plan, self.engine.loaders, free_memory()).text
 
     def patch(self) -> None:
         self.host.patch(self.engine.take, self.engine.release, self.context_tokens, self.last_error)

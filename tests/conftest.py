@@ -83,3 +83,13 @@ def demo_root(test_cache: Path) -> Path:
             shutil.rmtree(old, ignore_errors=True)
     demo.ensure(root, lambda share, text: None, threading.Event(), keep=test_cache)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPTQ folder (4-bit, group 32, act-order), made once: to be copied, not changed."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write(folder)
+    return folder
