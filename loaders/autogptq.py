@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.errors import BadParameter, GptqWebuiError, LoadFailed
+from ..core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
 from ..core.models import LocalModel, tensors_of
 from ..core.units import format_bytes
 from . import fit
@@ -239,7 +239,7 @@ def _quiet() -> Iterator[None]:
 def _in_words(error: Exception, model: LocalModel, library: str) -> LoadFailed:
     name = "auto-gptq" if library == "auto_gptq" else "GPTQModel"
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower():
-        return LoadFailed(
+        return NotEnoughMemory(
             f"There is not enough memory for {model.name} ({format_bytes(model.size_bytes)}). "
             "Close other programs, or choose a smaller branch (fewer bits, larger group)."
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
-from ..core.errors import BadParameter, GptqWebuiError, LoadFailed
+from ..core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
 from ..core.models import LocalModel
 from ..core.quantize_config import read_json
 from ..core.units import format_bytes
@@ -225,7 +225,7 @@ def _context(model: LocalModel, options: ExLlamaV2Options) -> tuple[int, str]:
 
     free = sum(fit.free_bytes(torch.device("cuda", at)) for at in range(torch.cuda.device_count()))
     if model.size_bytes > free:
-        raise LoadFailed(
+        raise NotEnoughMemory(
             f"{model.name} needs {format_bytes(model.size_bytes)} and {format_bytes(free)} are free on the graphics card. "
             "Close other programs, choose a smaller branch, or use the loader transformers, which spreads over the machine."
         )
@@ -238,7 +238,7 @@ def _context(model: LocalModel, options: ExLlamaV2Options) -> tuple[int, str]:
 def _apply(config: Any, options: ExLlamaV2Options, context: int) -> None:
     config.max_seq_len = context
     config.max_input_len = min(config.max_input_len, context)
-    config.no_flash_attn = config.no_flash_attn or options.no_flash_attn
+    config.no_flash_attn = config.no_flash_attn or options.no_flash_attn or _is_old_card()
     if options.alpha_value != 1:
         config.scale_alpha_value = options.alpha_value
     if options.compress_pos_emb != 1:
@@ -268,6 +268,13 @@ def _layers(progress: LoadProgress, at: int, of: int) -> None:
     progress(0.1 + 0.85 * at / max(1, of), f"Reading the weights: part {min(at + 1, of)} of {of}")
 
 
+def _is_old_card() -> bool:
+    """Whether a card here is older than Ampere: flash-attn 2 cannot compute on it."""
+    import torch
+
+    return any(torch.cuda.get_device_capability(at)[0] < 8 for at in range(torch.cuda.device_count()))
+
+
 def _attention() -> Any:
     return importlib.import_module("exllamav2.attn")
 
@@ -288,7 +295,7 @@ def _free() -> None:
 def _in_words(error: Exception, model: LocalModel) -> LoadFailed:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "out of memory" in str(error).lower() or "Insufficient" in text:
-        return LoadFailed(
+        return NotEnoughMemory(
             f"There is not enough memory on the graphics card for {model.name} ({format_bytes(model.size_bytes)}) with its "
             "conversation. Choose a smaller max_seq_len, a smaller cache type, or a smaller branch."
         )

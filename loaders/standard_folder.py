@@ -59,10 +59,10 @@ def config_of(model: LocalModel) -> dict[str, Any]:
     config = read_json(model.folder / "config.json")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
-        if "rope_theta" in rope:
-            config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+        if "rope_theta" in rope and config.get("rope_theta") is None:
+            config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     config.setdefault("torch_dtype", "float16")

@@ -6,6 +6,7 @@ Jobs are computed like there: one prefill and one token for every active job in 
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +15,9 @@ import torch
 
 def install(monkeypatch, *, paged=True, fails=None):
     """Put the modules where an import finds them; returns what was done with them."""
-    seen = SimpleNamespace(configs=[], caches=[], loads=[], unloaded=0, jobs=[], most_at_once=0, cancelled=[], files=None)
+    seen = SimpleNamespace(
+        configs=[], caches=[], loads=[], unloaded=0, jobs=[], most_at_once=0, cancelled=[], files=None, pause_s=0.0
+    )
 
     class Config:
         def __init__(self, folder):
@@ -87,6 +90,7 @@ def install(monkeypatch, *, paged=True, fails=None):
                     each.remove(job)
 
         def iterate(self):
+            time.sleep(seen.pause_s)
             results = []
             while self.pending and len(self.active) < self.max_batch_size:
                 job = self.pending.pop(0)

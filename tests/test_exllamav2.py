@@ -117,6 +117,7 @@ def test_without_flash_attn_there_is_one_answer_at_a_time_and_the_user_is_told(f
 
 def test_cancel_ends_the_job_within_a_token_and_the_others_go_on(folder, library):
     model = load(folder)
+    library.pause_s = 0.02
     params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=400)
     cancel = threading.Event()
     other = model.generate([20], GREEDY, threading.Event())
@@ -134,6 +135,7 @@ def test_cancel_ends_the_job_within_a_token_and_the_others_go_on(folder, library
 
 def test_closing_ends_what_runs_and_unloads(folder, library):
     model = load(folder)
+    library.pause_s = 0.02
     stream = model.generate([10], GenerationParams(temperature=0, max_new_tokens=400), threading.Event())
     next(stream)
     model.close()
