@@ -6,6 +6,7 @@ before the loaded model is touched.
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..hub.library import Library
 from ..loaders import chat_template, fit
 from ..loaders.base import LoadedModel, Loader
 from ..loaders.choose import Choice, Row, all_loaders, choose, survey
+from ..loaders.machine import Machine, look
 from . import demo, failures, healing, remedies, room, speeds
 from .remedies import Asked, Trouble
 from .saved import Saved, saved_for
@@ -25,6 +27,7 @@ from .settings import Settings, default_models_folder
 
 log = logging.getLogger(__name__)
 
+_LATELY_S = 2.0
 Phase = Literal["empty", "loading", "ready", "unloading"]
 
 
@@ -45,7 +48,7 @@ class Loads:
     def __init__(self, library: Library, settings: Settings | None = None, loaders: Sequence[Loader] | None = None) -> None:
         self.library = library
         self.settings = settings or Settings()
-        self.loaders = list(loaders) if loaders is not None else all_loaders()
+        self.loaders = list(loaders) if loaders is not None else all_loaders(_Lately())
         self.loaded: LoadedModel | None = None
         self.choice: Choice | None = None  # how the loaded model was loaded
         self.fit: fit.Fit | None = None  # what the model that is loading, or was loaded last, needs
@@ -274,3 +277,16 @@ class Loads:
         self.status = status
         for watcher in list(self.watchers):
             watcher(status)
+
+
+class _Lately:
+    """This machine as it was a moment ago: one look at a page asks every loader, and each of them asks the machine."""
+
+    def __init__(self) -> None:
+        self._seen: Machine | None = None
+        self._at = 0.0
+
+    def __call__(self) -> Machine:
+        if self._seen is None or time.monotonic() - self._at > _LATELY_S:
+            self._seen, self._at = look(), time.monotonic()
+        return self._seen
