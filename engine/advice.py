@@ -23,6 +23,7 @@ from ..hub.library import Plan
 from ..hub.wanted import quantize_of
 from ..loaders.base import Loader
 from ..loaders.choose import choose, make_options
+from ..loaders.fit import ACTIVATIONS_BYTES, KEPT_FREE_BYTES, OVERHEAD_BYTES
 from ..loaders.machine import has_nvidia_card
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -49,7 +50,7 @@ def torch_banner() -> str:
 
 
 DEFAULT_CONTEXT_TOKENS = 4096  # what the cards of 2023 were made for; every model has it
-_KEPT_FREE_BYTES = 700_000_000  # beyond a loader's own estimate: the desktop and other programs
+_KEPT_FREE_BYTES = KEPT_FREE_BYTES + ACTIVATIONS_BYTES - OVERHEAD_BYTES  # beyond a loader's own estimate
 _COPY_BYTES_PER_S = 6e9  # main memory to card, pageable: every offloaded weight takes this way for every token
 _CARD_BYTES_PER_S = 200e9  # a modest card's own memory
 

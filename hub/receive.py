@@ -29,7 +29,7 @@ ATTEMPTS = 8  # in a row without a new byte, after which a download gives up
 FIRST_PAUSE_S = 0.5  # before asking again after such an attempt; doubled each time
 LONGEST_PAUSE_S = 30.0
 _PIECE_BYTES = 1 << 20
-_AHEAD = 8  # pieces received or read that are not hashed yet
+_AHEAD = 4  # bundles of _PIECE_BYTES, received or read, that are not hashed yet
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +45,22 @@ class Digest(Protocol):
 class Beside:
     """A digest that is computed on a thread of its own, so that hashing does not hold up the network.
 
-    hashlib lets go of the interpreter's lock while it works. At most _AHEAD pieces wait: memory stays small.
+    hashlib lets go of the interpreter's lock while it works. Pieces are handed over in bundles, for every
+    change between threads costs; at most _AHEAD bundles wait, so memory stays small.
     """
 
     def __init__(self, digest: Digest) -> None:
         self._digest = digest
-        self._pieces: queue.Queue[Any] = queue.Queue(_AHEAD)
+        self._bundle = bytearray()
+        self._bundles: queue.Queue[bytes | bytearray | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._work, name="download hash", daemon=True)
         self._thread.start()
 
     def update(self, data: Any, /) -> None:
-        self._pieces.put(data)
+        self._bundle += data
+        if len(self._bundle) >= _PIECE_BYTES:
+            self._bundles.put(self._bundle)
+            self._bundle = bytearray()
 
     def hexdigest(self) -> str:
         self.close()
@@ -64,12 +69,14 @@ class Beside:
     def close(self) -> None:
         """End the thread; what was given is hashed first."""
         if self._thread.is_alive():
-            self._pieces.put(None)
+            self._bundles.put(self._bundle)
+            self._bundles.put(None)
+            self._bundle = bytearray()
             self._thread.join()
 
     def _work(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            self._digest.update(piece)
+        while (bundle := self._bundles.get()) is not None:
+            self._digest.update(bundle)
 
 
 def digest_of(file: RemoteFile) -> Digest:
@@ -247,8 +254,8 @@ class Receiver:
                     piece = next(pieces, b"")
                 except Exception as error:
                     raise self._without_xet(error) from None
-                if not piece:
-                    return
+                if not piece:  # it ended too early and said nothing
+                    raise self._without_xet(EOFError())
                 self._keep(file, out, digest, piece[: file.size_bytes - self.have[file.path]])
         finally:
             with suppress(ValueError):

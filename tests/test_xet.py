@@ -46,10 +46,10 @@ def test_a_large_file_comes_by_xet_and_is_right(library, hub_server, monkeypatch
 
 
 def test_it_goes_on_at_the_byte_where_it_was(library, hub_server):
-    hub_server.xet, hub_server.rate_bytes_per_s = "", 20e6
-    folder, last = run(library, stop_at=3_000_000)
+    hub_server.xet, hub_server.rate_bytes_per_s = "", 5e6
+    folder, last = run(library, stop_at=1_000_000)
     kept = (folder / ("model.safetensors" + PARTIAL)).stat().st_size
-    assert last.stage == "stopped" and 3_000_000 <= kept < len(BIG)
+    assert last.stage == "stopped" and 1_000_000 <= kept < len(BIG) - xet.SMALLEST_BYTES
     hub_server.xet, hub_server.rate_bytes_per_s = "works", None
     folder, last = run(library)
     assert last.stage == "done" and (folder / "model.safetensors").read_bytes() == BIG
