@@ -5,8 +5,10 @@ never touches sys.path. Imports neither torch nor gradio. In text-generation-web
 that goes wrong here may leave a hook: it would stop the server.
 """
 
+import importlib.metadata
 import importlib.util
 import logging
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +18,26 @@ HERE = Path(__file__).resolve().parent
 
 log = logging.getLogger("gptq_webui")
 
-# What text-generation-webui reads; each can be set in its settings.yaml as `<folder>-<name>`.
+# What text-generation-webui reads; each can be set in its settings.yaml as `<folder>-<name>`. The options of the loaders
+# (context_tokens, dtype, device …) are added below, with the names and defaults they have in our tab.
 params = {
     "display_name": "GPTQ",
     "is_tab": True,
     "autoload_model": "",  # load this GPTQ folder when the web UI starts
     "loader": "",  # "": the first that can open the model
-    "context_tokens": 0,  # 0: what fits, up to 8192
-    "dtype": "auto",  # auto, fp16, bf16, fp32
-    "device": "auto",  # auto, cpu, cuda
+}
+
+# What the package imports, and since when it can use it.
+NEEDS = {
+    "torch": (2, 6),
+    "transformers": (4, 56),
+    "accelerate": (1, 1),
+    "safetensors": (0, 4),
+    "huggingface_hub": (0, 36),
+    "jinja2": (3,),
+    "httpx": (0, 27),
+    "psutil": (5,),
+    "platformdirs": (3,),
 }
 
 _problem = ""  # why the extension does not work here, in a sentence
@@ -51,19 +64,42 @@ def register() -> ModuleType:
     return package
 
 
+def _lacking() -> str:
+    """Why this installation of text-generation-webui cannot serve GPTQ models, in a sentence; "" if it can."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (pip would refuse; dropped into an older host, nobody does)
+        return f"The GPTQ extension needs Python 3.11 or newer; text-generation-webui runs on {sys.version.split()[0]} here."
+    for package, oldest in NEEDS.items():
+        if importlib.util.find_spec(package) is None:
+            if package in ("torch", "transformers"):
+                return (
+                    f"GPTQ models need {package}, which this build of text-generation-webui does not have. "
+                    "Use its one-click or manual install; the portable builds run GGUF models only."
+                )
+            return (
+                f"GPTQ models need the package {package}, which is missing here. Open text-generation-webui's cmd script "
+                f"(cmd_linux.sh, cmd_macos.sh or cmd_windows.bat), type `pip install {package}` and start it again."
+            )
+        try:
+            found = importlib.metadata.version(package)
+            have = tuple(int(each) for each in re.findall(r"\d+", found)[: len(oldest)])
+        except Exception as error:
+            log.debug("the version of %s is not known: %s", package, error)
+            continue
+        if have < oldest:
+            wanted = ".".join(str(each) for each in oldest)
+            return f"GPTQ models need {package} {wanted} or newer; found {found}. Update text-generation-webui."
+    return ""
+
+
 def setup() -> None:
     """text-generation-webui: after its settings, before its page."""
     global _problem
     _problem = ""
     try:
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                _problem = (
-                    f"GPTQ models need {package}, which this build of text-generation-webui does not have. "
-                    "Use its one-click or manual install; the portable builds run GGUF models only."
-                )
-                log.warning(_problem)
-                return
+        _problem = _lacking()
+        if _problem:
+            log.warning(_problem)
+            return
         register()
         from gptq_webui.extension import bridge
 
@@ -78,12 +114,17 @@ def ui() -> None:
     try:
         import gradio as gr
 
-        if _problem:
-            gr.Markdown(_problem)
-            return
-        from gptq_webui.extension import bridge, panel
+        try:
+            if not _problem:
+                from gptq_webui.extension import bridge, panel
 
-        panel.draw(bridge.bridge())
+                panel.draw(bridge.bridge())
+                return
+        except Exception as error:
+            log.exception("the GPTQ tab could not be drawn")
+            gr.Markdown(f"This tab could not be drawn ({type(error).__name__}: {error}). The terminal has the details.")
+            return
+        gr.Markdown(_problem)
     except Exception:
         log.exception("the GPTQ tab could not be drawn")
 
@@ -101,12 +142,12 @@ def custom_css() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """`custom_generate_reply` is there only while a model of ours is loaded that transformers cannot drive."""
-    if name == "custom_generate_reply" and (bridge := sys.modules.get("gptq_webui.extension.bridge")) is not None:
-        reply = bridge.custom_reply()
-        if reply is not None:
-            return reply
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """What is there only while a model of ours is loaded that transformers cannot drive: `custom_generate_reply` and its like."""
+    bridge = None if name.startswith("__") else sys.modules.get("gptq_webui.extension.bridge")
+    hook = bridge.hook(name) if bridge is not None else None
+    if hook is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return hook
 
 
 if __name__ == "__main__":
@@ -114,3 +155,11 @@ if __name__ == "__main__":
     from gptq_webui.app.cli import main
 
     sys.exit(main())
+
+try:  # importing the loaders is light: neither torch nor transformers
+    register()
+    from gptq_webui.extension.params import defaults
+
+    params |= {name: default for name, default in defaults().items() if name not in params}
+except Exception as error:  # setup() says what is wrong here
+    log.debug("the options of the loaders are not among the params: %s", error)

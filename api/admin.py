@@ -128,7 +128,7 @@ def build(service: Service) -> APIRouter:
     @admin
     async def stop_downloads() -> Response:
         """Stop them; what arrived is kept."""
-        service.downloads.stop()
+        service.downloads.pause()
         return Json({"status": "ok"})
 
     @router.get("/v1/queue")

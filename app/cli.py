@@ -1,22 +1,29 @@
-"""The command line: `gptq-webui [serve|download|models|ask|doctor|host]`. Answers --help without a heavy import."""
+"""The command line: `gptq-webui [serve|branches|download|models|…]`. Answers --help without a heavy import."""
 
 import argparse
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..core.errors import GptqWebuiError
-from . import doors, tgi_flags
+from . import doors, exit_codes, tgi_flags
+from .download_arguments import add_to as add_download
 
-COMMANDS = ("serve", "download", "models", "ask", "doctor", "keys", "host")
+COMMANDS = (
+    "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "doctor",
+    "keys", "host",
+)  # fmt: skip
+
+_WITH_BARS = ("download", "verify", "repair", "update")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 an error that was said, 2 wrong usage, 130 Ctrl+C."""
+    """Run one command; returns the exit code, as exit_codes.py lists them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "serve")
@@ -25,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
+    if given[0] in _WITH_BARS and not options.verbose:
+        logging.getLogger("gptq_webui.hub").setLevel(logging.WARNING)  # a line of the log would tear the bars
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe on Windows has no encoding for an emoji
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -32,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except GptqWebuiError as error:
         print(f"gptq-webui: {error}", file=sys.stderr)
-        return 1
+        code = exit_codes.of(error)
+        if getattr(options, "json", False):
+            print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has gone: `| head`
         return 1
@@ -68,18 +80,46 @@ def _parser() -> argparse.ArgumentParser:
     tgi_flags.add(serve)
     serve.set_defaults(run=_serve)
 
-    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch")
-    download.add_argument(
-        "ref", metavar="REF", help="for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
-    )
-    download.add_argument("--any-kind", action="store_true", help="also if it is no GPTQ model")
+    branches = commands.add_parser("branches", help="compare the branches of a model, and say which one fits this machine")
+    branches.add_argument("ref", metavar="REF", help="owner/name, for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ")
+    branches.add_argument("--context", type=int, metavar="TOKENS", help="context length to count with (default: 4096)")
+    branches.add_argument("--memory", type=float, metavar="GB", help="free memory of another graphics card, to ask for that")
+    branches.add_argument("--more", action="store_true", help="also the damping and the calibration data")
+    branches.add_argument("--json", action="store_true", help="everything as JSON on stdout")
+    _add_models(branches)
+    branches.set_defaults(run=_branches)
+
+    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch", epilog=exit_codes.TOLD)
+    add_download(download)
     _add_models(download)
     download.set_defaults(run=_download)
 
     models = commands.add_parser("models", help="list the models on this machine")
+    models.add_argument("--json", action="store_true", help="everything as JSON on stdout")
     _add_models(models, several=True)
     _add_remote(models)
-    models.set_defaults(run=_models, model=None)
+    models.set_defaults(run=_library("models"), model=None)
+
+    for name, run, told in (
+        ("verify", "verify", "hash every file of a model again"),
+        ("repair", "repair", "verify, and fetch only what is wrong or missing"),
+        ("update", "update", "has the branch moved since?"),
+        ("remove", "remove", "delete a model, and say the space that frees"),
+        ("rescue", "rescue_settings", "write a missing or wrong quantize_config.json as the tensors say"),
+        ("convert", "convert", "make safetensors of .bin or .pt weights, without running what is in them"),
+    ):
+        keeping = commands.add_parser(name, help=told, epilog=exit_codes.TOLD)
+        keeping.add_argument("name", metavar="NAME", help="as `gptq-webui models` lists it")
+        if name in ("verify", "update"):
+            keeping.add_argument("--json", action="store_true", help="tell the outcome as JSON on stdout")
+        if name == "update":
+            keeping.add_argument("--download", action="store_true", help="bring what has changed")
+        if name == "remove":
+            keeping.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "convert":
+            keeping.add_argument("--delete-original", action="store_true", help="delete the old files afterwards")
+        _add_models(keeping)
+        keeping.set_defaults(run=_library(run))
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
     ask.add_argument("question", metavar="QUESTION")
@@ -151,16 +191,25 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(options)
 
 
+def _branches(options: argparse.Namespace) -> int:
+    from .branches import branches
+
+    return branches(options)
+
+
 def _download(options: argparse.Namespace) -> int:
-    from .commands import download
+    from .download import download
 
     return download(options)
 
 
-def _models(options: argparse.Namespace) -> int:
-    from .commands import models
+def _library(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        from . import library
 
-    return models(options)
+        return int(getattr(library, name)(options))
+
+    return run
 
 
 def _keys(options: argparse.Namespace) -> int:

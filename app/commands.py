@@ -1,4 +1,4 @@
-"""The commands that need no page: download, models, ask. The answer goes to stdout, everything else to stderr."""
+"""The engine of this process, and `ask`. The answer goes to stdout, everything else to stderr."""
 
 import argparse
 import sys
@@ -9,10 +9,10 @@ from typing import Any
 from ..core.chat import Finish, Message
 from ..core.errors import NoSuchModel
 from ..core.params import GenerationParams
-from ..core.refs import ModelRef
-from ..core.units import format_bytes, plural
+from ..core.units import plural
 from ..engine.engine import Engine, Status
-from ..engine.settings import Settings
+from ..engine.hub_settings import HubSettings
+from ..engine.settings import Settings, hosts_models_folders
 from ..hub.library import Library
 
 
@@ -23,7 +23,9 @@ def make_engine(options: argparse.Namespace) -> Engine:
     for folder in folders:
         if not folder.is_dir():
             raise NoSuchModel(f"There is no folder {folder}. Make it, or name another one with --models-dir.")
-    return Engine(Library(folders or settings.models_folders), settings)
+    library = Library(folders or [*settings.models_folders, *hosts_models_folders()])
+    HubSettings(library.hub, settings)
+    return Engine(library, settings)
 
 
 def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
@@ -42,56 +44,19 @@ def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
     return list(found)
 
 
-def asked_model(engine: Engine, options: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
-    """(name, load options) of the model of --model, or of the only one of --remote; None if neither says which."""
+def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
+    """The name in the library of --model, or of the only model of --remote; None if neither says which."""
     elsewhere = find_elsewhere(engine, options)
-    given = load_options(options)
     if not options.model:
-        return (elsewhere[0] if len(elsewhere) == 1 else None), given
+        return elsewhere[0] if len(elsewhere) == 1 else None
     name = options.model.replace("/", "_")
-    if name in elsewhere:
-        return name, given | {"model": options.model} if name != options.model else given
-    return options.model, given
+    return name if name in elsewhere else options.model
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """--dtype, --context and --parallel as the loaders call them."""
     given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": getattr(options, "parallel", None)}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def download(options: argparse.Namespace) -> int:
-    ref = ModelRef.parse(options.ref)
-    library = make_engine(options).library
-    line = _Line()
-    print(f"Asking the Hub about {ref} …", file=sys.stderr)
-    plan = library.plan(ref, any_kind=options.any_kind)
-    print(plan.summary, file=sys.stderr)
-    cancel = threading.Event()
-    try:
-        for progress in library.fetch(plan, cancel):
-            line.show(progress.text)
-    except KeyboardInterrupt:
-        cancel.set()
-        line.end()
-        print("Stopped. What arrived is kept: the same command goes on from there.", file=sys.stderr)
-        return 130
-    line.end()
-    print(f"Done: {plan.folder}", file=sys.stderr)
-    return 0
-
-
-def models(options: argparse.Namespace) -> int:
-    engine = make_engine(options)
-    find_elsewhere(engine, options)
-    library = engine.library
-    found = library.models()
-    for model in found:
-        size = format_bytes(model.size_bytes) if model.kind != "remote" else model.served_by
-        print(f"{model.name}\t{model.badge}\t{size}")
-    folders = ", ".join(str(root) for root in library.roots)
-    print(f"{plural(len(found), 'model')} in {folders}", file=sys.stderr)
-    return 0
 
 
 def ask(options: argparse.Namespace) -> int:
@@ -102,8 +67,7 @@ def ask(options: argparse.Namespace) -> int:
         if options.demo:
             loaded = engine.load_demo(options.loader, load_options(options))
         else:
-            name, given = asked_model(engine, options)
-            loaded = engine.load(_name(engine, name), options.loader, given)
+            loaded = engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
-from ..engine.advice import torch_banner
+from ..engine.advice import fit_of_plan, free_memory, torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from ..engine.line import DEFAULT_LIMIT
 from . import doors, tgi_flags
-from .commands import asked_model, make_engine
+from .commands import asked_model, load_options, make_engine
 from .first_model import first_model
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def serve(options: argparse.Namespace) -> int:
     if engine.settings.warning:
         _tell(engine.settings.warning)
     _tell(f"gptq-webui {__version__} is starting …")
-    downloads = Downloads(engine.library)
+    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory()).text)
+    downloads.find_unfinished()
     start = threading.Thread(target=_load_first, args=(engine, downloads, options), name="first load", daemon=True)
     start.start()  # torch and gradio are imported side by side
 
@@ -141,7 +142,7 @@ def free_port(host: str, asked: int | None) -> int:
 def _load_first(engine: Engine, downloads: Downloads, options: argparse.Namespace) -> None:
     """--remote, --demo, --model or --model-id, in the background; the page shows how far it is."""
     try:
-        name, given = asked_model(engine, options)
+        name, given = asked_model(engine, options), load_options(options)
         if options.demo:
             engine.load_demo(options.loader, given)
         elif options.model_id and not options.model:

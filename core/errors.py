@@ -26,6 +26,8 @@ GptqWebuiError
     └── LineFull            too many requests wait already
 """
 
+from pathlib import Path
+
 
 class GptqWebuiError(Exception):
     """A sentence for the user. Nothing else is ever shown to them."""
@@ -61,11 +63,20 @@ class HubUnreachable(HubError):
 
 
 class WrongRepository(HubError):
-    pass
+    """`sister` is the same model as GPTQ, "owner/name", once somebody has seen that it exists."""
+
+    def __init__(self, text: str, candidates: tuple[str, ...] = (), sister: str = "") -> None:
+        super().__init__(text)
+        self.candidates, self.sister = candidates, sister
 
 
 class DiskFull(HubError):
-    pass
+    """Refused before the first byte, or (`begun`) met on the way: then it can go on once there is room."""
+
+    def __init__(self, text: str, missing_bytes: int = 0, folder: Path | None = None, begun: bool = False) -> None:
+        super().__init__(text)
+        self.missing_bytes = missing_bytes  # still to be written, what others have reserved included
+        self.folder, self.begun = folder, begun
 
 
 class DownloadFailed(HubError):

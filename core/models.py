@@ -44,10 +44,12 @@ class LocalModel:
     weights: tuple[Path, ...] = ()  # the files that hold the tensors, index aside
     problem: str = ""  # why it is incomplete, in a sentence
     served_by: str = ""  # addresses of the engines that compute it; only where kind is remote
+    served_as: str = ""  # its name there, "owner/name"
+    called: str = ""  # where the folder's own name says nothing: in the Hugging Face cache it is a commit
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.called or self.folder.name
 
     @property
     def badge(self) -> str:
@@ -73,7 +75,7 @@ class LocalModel:
 def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
     """A model that an engine elsewhere serves under this name; there is no folder of it here."""
     folder = Path(name.replace("/", "_") or "remote")
-    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by)
+    return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by, served_as=name)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -168,12 +170,17 @@ def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
     return "plain"
 
 
+def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """What config.json says: ("MistralForCausalLM" or "", tokens it was trained for or None)."""
+    inner = config.get("text_config")
+    both = (config, inner if isinstance(inner, Mapping) else {})
+    context = next((int(each[key]) for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int)), None)
+    return str((config.get("architectures") or [""])[0]), context
+
+
 def _read(folder: Path) -> LocalModel:
     config = read_json(folder / "config.json")
-    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    assert isinstance(text_config, dict)
-    architecture = str((config.get("architectures") or [""])[0])
-    context = next((int(c[k]) for c in (config, text_config) for k in _CONTEXT_KEYS if isinstance(c.get(k), int)), None)
+    architecture, context = architecture_and_context(config)
     names = {entry.name for entry in folder.iterdir()}
     files, missing = weight_files(folder)
     size_bytes = sum(path.stat().st_size for path in files)

@@ -5,6 +5,7 @@ Format: 8 bytes little-endian length, that many bytes of JSON, then the data
 """
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,31 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path.name} was cut short: {name} should end at byte {end}, the file has {size_bytes}. "
                 "Download the model again; what is complete is kept."
             )
+    return tensors
+
+
+_ENTRY = re.compile(
+    rb'"((?:[^"\\\\]|\\\\.)+)"\s*:\s*\{\s*"dtype"\s*:\s*"(\w+)"\s*,\s*"shape"\s*:\s*\[([\d,\s]*)\]'
+    rb'\s*,\s*"data_offsets"\s*:\s*\[\s*(\d+)\s*,\s*(\d+)\s*\]\s*\}'
+)
+
+
+def read_beginning(data: bytes) -> dict[str, TensorInfo]:
+    """The tensors named in the first bytes of a file, as many as are whole; empty if it is no safetensors file.
+
+    Safetensors sorts by type, wide ones first, then by name: a few kilobytes show whole GPTQ layers.
+    """
+    if len(data) < 9 or data[8:9] != b"{":
+        return {}
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > _HEADER_LIMIT_BYTES:
+        return {}
+    tensors = {}
+    for name, dtype, shape, start, end in _ENTRY.findall(data[8 : 8 + length]):
+        sizes = tuple(int(each) for each in shape.split(b",") if each.strip())
+        tensors[name.decode("utf-8", "replace")] = TensorInfo(
+            dtype.decode(), sizes, 8 + length + int(start), int(end) - int(start)
+        )
     return tensors
 
 

@@ -1,10 +1,28 @@
-"""What the user should know about this machine before they wonder."""
+"""What the user should know about this machine before they wonder: its torch, and which branch of a model fits it.
+
+Joins what hub/ read of a repository with what loaders/ would do with it. A loader looks at a
+folder, so a branch that is not here yet is shown to it as a folder that holds its settings only.
+"""
 
 import importlib.util
+import json
 import re
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+from ..core.errors import BadQuantizeConfig, LoadRefused
+from ..core.models import Kind, LocalModel, architecture_and_context
+from ..core.quantize_config import QuantizeConfig
+from ..hub.branches import Branch, Branches
+from ..hub.library import Plan
+from ..hub.wanted import quantize_of
+from ..loaders.base import Loader
+from ..loaders.choose import choose, make_options
 from ..loaders.machine import has_nvidia_card
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -28,3 +46,170 @@ def torch_banner() -> str:
         "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
         f'For the card: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
     )
+
+
+DEFAULT_CONTEXT_TOKENS = 4096  # what the cards of 2023 were made for; every model has it
+_KEPT_FREE_BYTES = 700_000_000  # beyond a loader's own estimate: the desktop and other programs
+_COPY_BYTES_PER_S = 6e9  # main memory to card, pageable: every offloaded weight takes this way for every token
+_CARD_BYTES_PER_S = 200e9  # a modest card's own memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model could have, in bytes."""
+
+    ram: int
+    card: int | None = None  # of the graphics card; None if there is none that torch can use
+
+    @property
+    def text(self) -> str:
+        return f"your {gigabytes(self.ram)} of memory" if self.card is None else f"your {gigabytes(self.card)}"
+
+
+def free_memory() -> Memory:
+    """Free now, what this process' own model holds on the card counted as free: it would make room."""
+    import psutil
+
+    ram = int(psutil.virtual_memory().available)
+    if not has_nvidia_card() or importlib.util.find_spec("torch") is None:
+        return Memory(ram)
+    import torch
+
+    if not torch.cuda.is_available():
+        return Memory(ram)
+    free, _total = torch.cuda.mem_get_info()
+    return Memory(ram, int(free) + torch.cuda.memory_reserved())
+
+
+State = Literal["fits", "partly", "not", "no loader"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a model fits this machine at a context, and what would open it."""
+
+    state: State
+    text: str  # "Fits your 12 GB", before every download
+    needs_bytes: int = 0
+    loader: str = ""
+    reason: str = ""  # why this loader
+    tokens_per_s: float | None = None  # only where part of it lies outside of the card
+
+
+def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Fit:
+    """Where the model would lie. Nothing of its weights is read."""
+    context_tokens = min(context_tokens, model.context_tokens or context_tokens)
+    asked = {"context_tokens": context_tokens}
+    try:
+        choice = choose(model, loaders, None, asked)
+    except LoadRefused as error:
+        return Fit("no loader", str(error))
+    needs = choice.loader.needs_bytes(model, make_options(choice.loader, asked))
+    found: dict[str, Any] = {"needs_bytes": needs, "loader": choice.loader.name, "reason": choice.reason}
+    room = (memory.ram if memory.card is None else memory.card) - _KEPT_FREE_BYTES
+    if needs <= room:
+        where = "" if memory.card is not None else ", on the processor"
+        return Fit("fits", f"Fits {memory.text}{where}", **found)
+    if memory.card is not None and needs <= room + memory.ram:
+        outside = min(needs - max(room, 0), model.size_bytes)
+        rate = 1 / (outside / _COPY_BYTES_PER_S + (model.size_bytes - outside) / _CARD_BYTES_PER_S)
+        shown = f"{rate:.0f}" if rate >= 2 else f"{rate:.1f}"
+        text = f"Partly on the CPU, about {shown} tokens/s: needs {gigabytes(needs + _KEPT_FREE_BYTES)} of {memory.text}"
+        return Fit("partly", text, tokens_per_s=rate, **found)
+    return Fit("not", f"Does not fit: needs {gigabytes(needs + _KEPT_FREE_BYTES)} of {memory.text}", **found)
+
+
+@dataclass(frozen=True)
+class Offer:
+    branch: Branch
+    fit: Fit
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The branches of a repository as this machine sees them."""
+
+    found: Branches
+    offers: tuple[Offer, ...]
+    best: Offer | None  # None if nothing can be downloaded
+    reason: str  # why this one, a sentence
+    memory: Memory
+    context_tokens: int
+
+
+def advise(found: Branches, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Advice:
+    """Which branch to take: of those that fit whole, the one nearest to the unquantised model.
+
+    More bits come first, then smaller groups, then act-order, then a smaller file: the order of the cards' own advice.
+    """
+    offers = []
+    for branch in found.branches:
+        if branch.wanted is None:
+            offers.append(Offer(branch, Fit("not", "Cannot be downloaded")))
+            continue
+        name, weights = branch.ref.folder_name, branch.wanted.weights
+        with shown_as_folder(name, branch.settings, branch.size_bytes, branch.quantize, weights) as model:
+            offers.append(Offer(branch, fit(model, loaders, context_tokens, memory)))
+    best, reason = _best(offers, context_tokens, memory)
+    return Advice(found, tuple(offers), best, reason, memory, context_tokens)
+
+
+def fit_of_plan(plan: Plan, loaders: Sequence[Loader], memory: Memory, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Fit:
+    """The same for one download that is about to begin."""
+    try:
+        quantize = quantize_of(plan.settings)
+    except BadQuantizeConfig:
+        quantize = None
+    chosen = plan.wanted
+    with shown_as_folder(plan.folder.name, plan.settings, chosen.weights_bytes, quantize, chosen.weights, chosen.kind) as model:
+        return fit(model, loaders, context_tokens, memory)
+
+
+def _best(offers: Sequence[Offer], context_tokens: int, memory: Memory) -> tuple[Offer | None, str]:
+    fitting = [each for each in offers if each.fit.state == "fits"]
+    at = f"with {context_tokens} tokens of context"
+    if fitting:
+        best = max(fitting, key=_exactness)
+        which = "the only branch that fits" if len(fitting) == 1 else f"the most exact of the {len(fitting)} that fit"
+        return best, f"{best.branch.name} is {which} {memory.text} {at}."
+    usable = [each for each in offers if each.fit.state == "partly"]
+    why = "of the smallest, the least would be computed from main memory"
+    if not usable:
+        usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "this is the smallest"
+    if not usable:
+        return None, "No loader on this machine opens any of them." if offers else ""
+    best = min(usable, key=lambda each: (each.fit.needs_bytes, *(-value for value in _exactness(each))))
+    return best, f"No branch fits {memory.text} {at}. {best.branch.name}: {why}."
+
+
+def _exactness(offer: Offer) -> tuple[int, int, int, int]:
+    quantize = offer.branch.quantize
+    if quantize is None:
+        return (0, 0, 0, 0)
+    group = -(1 << 30) if quantize.group_size == -1 else -quantize.group_size
+    return (quantize.bits, group, quantize.desc_act, -offer.branch.size_bytes)
+
+
+@contextmanager
+def shown_as_folder(
+    name: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    size_bytes: int,
+    quantize: QuantizeConfig | None,
+    weights: Sequence[str],
+    kind: Kind = "gptq",
+) -> Iterator[LocalModel]:
+    """A model that is not here yet, as a loader can judge it: its settings in a folder, its weights as names only."""
+    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as place:
+        folder = Path(place) / name
+        folder.mkdir()
+        for path, values in settings.items():
+            (folder / path).write_text(json.dumps(values), encoding="utf-8")
+        architecture, context = architecture_and_context(settings.get("config.json", {}))
+        files = tuple(folder / each for each in weights)
+        yield LocalModel(folder, kind, quantize, size_bytes, context, architecture, files)
+
+
+def gigabytes(count: float) -> str:
+    """12000000000 -> '12 GB', 6430000000 -> '6.4 GB'."""
+    return f"{count / 1e9:.1f}".removesuffix(".0") + " GB"

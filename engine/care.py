@@ -86,7 +86,7 @@ class Care(Loads):
             if self.loaded is None or self.loaded.waiting:
                 return
             self._drop()
-            healing.free_memory()
+            healing.free_memory(collect=False)  # closing the model has collected
             self.resting = asked
             unused = f"{minutes:g} minutes" if minutes != 1 else plural(1, "minute")
             self._say(

@@ -9,6 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,17 @@ def _commit(model: LocalModel) -> str:
 
 
 def _machine() -> str:
-    machine = look()
     try:
         driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         driver = ""
-    return _short([platform.node(), platform.machine(), driver, machine.versions, machine.torch_for, machine.card])
+    return _machine_of(platform.node(), driver)
+
+
+@lru_cache(maxsize=4)  # versions do not change under a running process
+def _machine_of(node: str, driver: str) -> str:
+    machine = look()
+    return _short([node, platform.machine(), driver, machine.versions, machine.torch_for, machine.card])
 
 
 def _short(what: Any) -> str:

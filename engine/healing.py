@@ -166,9 +166,10 @@ def _let_go(error: BaseException) -> None:
     free_memory()
 
 
-def free_memory() -> None:
-    """Hand what nobody uses any more back to the system, on every card."""
-    gc.collect()
+def free_memory(collect: bool = True) -> None:
+    """Hand what nobody uses any more back to the system, on every card. Without `collect`, what was freed already."""
+    if collect:
+        gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -117,6 +117,7 @@ class Loads:
             self.loaded, self.choice, self._asked = loaded, choice, asked  # last: a load that fails leaves nothing half done
             self.previous = None
             self.settings.last_model = model.name
+            self.settings.note_used(model.name)
             self._say(Status("ready", model.name, "Ready", 1.0))
             log.info(
                 "loaded %s with %s on %s, %d tokens of context (%s)",
@@ -211,7 +212,7 @@ class Loads:
         with self._change():
             self.resting = self.trouble = None
             self._drop()
-            healing.free_memory()
+            healing.free_memory(collect=False)  # closing the model has collected
             self._say(Status())
 
     def reload(self) -> LoadedModel:

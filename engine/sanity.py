@@ -124,8 +124,8 @@ def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, canc
 
     None as soon as there is a second token, or if the answer ended early.
     """
-    asked = {"logprobs": _TOP} if "logprobs" in loaded.can else {}
-    params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=_TOKENS, **asked)
+    logprobs = _TOP if "logprobs" in loaded.can else None
+    params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=_TOKENS, logprobs=logprobs)
     end = time.monotonic() + seconds
     first, count = None, 0
     with loaded.generate(prompt, params, threading.Event()) as steps:

@@ -5,10 +5,12 @@ settings and one warning; keys of other versions are kept.
 """
 
 import contextlib
+import datetime
 import json
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def config_folder() -> Path:
 
 def default_models_folder() -> Path:
     return Path(platformdirs.user_data_dir("gptq-webui", appauthor=False)) / "models"
+
+
+def hosts_models_folders() -> list[Path]:
+    """Models folders of text-generation-webui where people usually put it: found without being told."""
+    places = [Path.home() / "text-generation-webui", Path.cwd() / "text-generation-webui", Path.cwd()]
+    inside = [place / sub for place in places for sub in ("user_data/models", "models") if (place / "modules").is_dir()]
+    return list(dict.fromkeys(each for each in inside if each.is_dir()))
 
 
 class Settings:
@@ -52,6 +61,14 @@ class Settings:
     @last_model.setter
     def last_model(self, name: str) -> None:
         self.put("last_model", name)
+
+    def last_used(self, name: str) -> datetime.datetime | None:
+        """When the model of that name was last loaded; None if it never was."""
+        moment = self.get("used", {}).get(name)
+        return datetime.datetime.fromtimestamp(moment) if isinstance(moment, (int, float)) else None
+
+    def note_used(self, name: str) -> None:
+        self.put("used", {**self.get("used", {}), name: int(time.time())})
 
     def for_model(self, name: str) -> dict[str, Any]:
         """What was saved for a model: loader, its options, chat template, sampling. Empty if nothing was."""

@@ -9,18 +9,22 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..core.chat import Token
 from ..core.errors import GptqWebuiError, LoadFailed, LoadRefused
 from ..core.models import OPENED_BY, LocalModel
-from ..core.params import GenerationParams
+from ..engine.advice import fit_of_plan, free_memory
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
+from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings
-from ..hub.library import Library
+from ..hub.library import Library, Plan
 from ..loaders.base import LoadedModel
+from ..loaders.choose import Choice
+from . import faceless
+from .params import chosen
+from .templates import template_for
 from .tgwui import Host
 
 log = logging.getLogger(__name__)
@@ -37,9 +41,11 @@ class HostEngine(Engine):
         more = [each for each in settings.models_folders if each != host.models_folder and each.is_dir()]
         super().__init__(Library([host.models_folder, *more]), settings)
         self.host = host
-        self.defaults: dict[str, Any] = {}  # options of the extension's params
-        self._wanted: tuple[str | None, Mapping[str, Any]] | None = None  # of the load that the host is making for us
-        self._face: weakref.ref[Any] | None = None
+        self.defaults: dict[str, Any] = {}  # options of the extension's params, where nothing is saved for a model
+        self.default_loader: str | None = None
+        self._wanted: tuple[str | None, Mapping[str, Any], bool] | None = None  # of the load that the host is making for us
+        self._face: weakref.ref[Any] | None = None  # of the model that we gave to the host
+        self._arrived = False  # whether the host has taken it
         self.failed = ""  # why the host's last load of a GPTQ folder did not work
 
     def load(
@@ -49,8 +55,8 @@ class HostEngine(Engine):
         model = self.library.get(name)
         if model.kind != "gptq" and model.kind not in OPENED_BY and model.kind != "incomplete":
             raise LoadRefused(f"{name} is not a GPTQ model. Load it in text-generation-webui's own Model tab.")
-        self.choose(model, loader, options)  # what can be refused is refused before the host unloads anything
-        self._wanted = (loader, options or {})
+        self.choose(model, loader, options, use_saved=use_saved)  # refused before the host unloads anything
+        self._wanted = (loader, options or {}, use_saved)
         try:
             self.host.load(str(model.folder) if model.folder.parent != self.host.models_folder else name)
         except GptqWebuiError:
@@ -63,30 +69,69 @@ class HostEngine(Engine):
             raise LoadFailed(self.status.text or f"{name} was not loaded.")
         return self.loaded
 
+    def choose(
+        self,
+        model: LocalModel,
+        loader: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        use_saved: bool = True,
+        **more: Any,
+    ) -> Choice:
+        """As everywhere, and settings.yaml's values fill in what is neither asked for nor saved."""
+        saved = self.saved(model.name) if use_saved else None
+        if not more.get("without"):
+            loader = loader or (saved.loader if saved else None) or self.default_loader
+        fill = {name: value for name, value in self.defaults.items() if saved is None or name not in saved.options}
+        return super().choose(model, loader, {**fill, **(options or {})}, use_saved=use_saved, **more)
+
     def take(self, model: LocalModel) -> tuple[Any, Any]:
         """The host asks for a GPTQ folder: (model, tokenizer) as it wants them. Raises GptqWebuiError."""
-        loader, options = self._wanted or (None, {})
+        loader, options, use_saved = self._wanted or (None, {}, True)
         self.failed = ""
         try:
-            loaded = self.load_folder(model, loader, {**self.defaults, **self.saved(model.name).options, **options})
+            if self.orphaned:
+                self.drop()
+            loaded = self.load_folder(model, loader, options, use_saved=use_saved)
         except GptqWebuiError as error:
             self.failed = str(error)
             raise
-        face = loaded.hf
-        self._face = weakref.ref(face)
-        return face, loaded.tokenizer
+        face = loaded.hf if loaded.hf is not None else faceless.Faceless(loaded)
+        self._face, self._arrived = weakref.ref(face), False
+        return face, loaded.tokenizer if loaded.hf is not None else faceless.tokenizer_for(loaded)
 
-    def release(self, model: Any) -> None:
-        """The host drops a model; if it is ours, end what runs and free its memory."""
+    @property
+    def in_host(self) -> bool:
+        """Whether the host's loaded model is ours; also while we hand it over."""
+        if self._face is None:
+            return False
+        model = self.host.shared.model
+        if model is not None and self._face() is model:
+            self._arrived = True
+        return self._face() is model if self._arrived else model is None
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the host let go of our model by a way we do not see."""
+        return self.loaded is not None and self._face is not None and not self.in_host
+
+    def release(self, model: Any) -> bool:
+        """The host drops a model; if it is ours, end what runs and free its memory, and say so."""
         if self._face is None or self._face() is not model:
-            return
+            return False
         self.host.stop_everything()
+        self.drop()
+        return True
+
+    def drop(self) -> None:
+        """Free our model, whatever the host thinks."""
         self._face = None
-        del model
         super().unload()
         gc.collect()
 
     def unload(self) -> None:
+        if self.orphaned:
+            self.drop()
         self.host.unload()
 
 
@@ -96,19 +141,54 @@ class Bridge:
     def __init__(self) -> None:
         self.host = Host()
         self.engine = HostEngine(self.host, Settings())
-        self.downloads = Downloads(self.engine.library)
+        HubSettings(self.engine.library.hub, self.engine.settings)
+        self.downloads = Downloads(self.engine.library, self._fit)
+        self.downloads.find_unfinished()
+        self.started = False  # whether the model of the start was seen to: "Apply and restart" is no start
+        self._hooks = faceless.hooks(self.engine, lambda: bool(self.host.shared.stop_everything))
+
+    def _fit(self, plan: Plan) -> str:
+        return fit_of_plan(plan, self.engine.loaders, free_memory()).text
 
     def patch(self) -> None:
-        self.host.patch(self.engine.take, self.engine.release, self.context_tokens, self.last_error)
+        self.host.patch(self)
+
+    def load(self, model: LocalModel) -> tuple[Any, Any]:
+        """For the host: (model, tokenizer) of a GPTQ folder. Raises GptqWebuiError."""
+        return self.engine.take(model)
+
+    def lost(self) -> None:
+        """The host failed after we gave it a model."""
+        if self.engine.in_host and self.host.shared.model is None:
+            self.engine.drop()
+
+    def release(self, model: Any) -> bool:
+        """The host drops a model; True if it was ours and its memory is freed."""
+        return self.engine.release(model)
+
+    def tidy(self) -> bool:
+        """Free our model if the host let go of it by a way we did not see; True if that was so."""
+        if not self.engine.orphaned:
+            return False
+        self.engine.drop()
+        return True
 
     def context_tokens(self) -> int | None:
         """Of the loaded model, None if the host's model is not ours."""
-        return self.engine.loaded.context_tokens if self.engine.loaded is not None else None
+        return self.engine.loaded.context_tokens if self.engine.loaded is not None and self.engine.in_host else None
 
-    def last_error(self) -> str:
+    def error(self) -> str:
         """Why the last load of ours failed, told once; "" if it did not."""
         failed, self.engine.failed = self.engine.failed, ""
         return failed
+
+    def template(self, model: LocalModel, own: bool) -> str | None:
+        """The chat template the host should use for a model, None for its own choice; `own`: the folder has one."""
+        return template_for(self.engine.settings, model, own)
+
+    def hook(self, name: str) -> Callable[..., Any] | None:
+        loaded = self.engine.loaded
+        return self._hooks.get(name) if loaded is not None and loaded.hf is None and self.engine.in_host else None
 
     @property
     def autoload_model(self) -> str:
@@ -144,56 +224,23 @@ def setup(params: Mapping[str, Any]) -> None:
     """The host's setup(): patch, take over settings.yaml's values, load the model of the start."""
     made = patch()
     engine = made.engine
-    engine.defaults = {
-        name: params[name] for name in ("context_tokens", "dtype", "device") if params.get(name) not in (None, "", 0, "auto")
-    }
+    engine.defaults = chosen(params)
+    engine.default_loader = str(params.get("loader") or "") or None
     if made.host.processor_only:
         engine.defaults.setdefault("device", "cpu")
+    if made.started:
+        return
+    made.started = True
     name = str(params.get(_AUTOLOAD) or made.autoload_model)
     if name and made.host.shared.model is None and made.host.shared.model_name in (None, "None", name):
         try:
-            engine.load(name, params.get("loader") or None)
+            engine.load(name)
             log.info("loaded %s at the start", name)
         except GptqWebuiError as error:
             engine.report(f"{name} was to be loaded at the start: {error}")
             log.error("%s was to be loaded at the start: %s", name, error)
 
 
-def custom_reply() -> Any:
-    """The host's custom_generate_reply while the loaded model has no transformers face, else None."""
-    loaded = _bridge.engine.loaded if _bridge is not None else None
-    if loaded is None or loaded.hf is not None:
-        return None
-    return _reply
-
-
-def _reply(
-    question: str, original_question: str, state: Mapping[str, Any], stopping_strings: Any = None, is_chat: bool = False
-) -> Iterator[str]:
-    """The whole answer so far, again and again, as the host wants it."""
-    made = bridge()
-    cancel = threading.Event()
-    answer = made.engine.complete(question, _params(state, stopping_strings), cancel)
-    text = ""
-    try:
-        for event in answer:
-            stopped = state.get("stop_event")
-            if made.host.shared.stop_everything or (stopped is not None and stopped.is_set()):
-                cancel.set()
-            if isinstance(event, Token):
-                text += event.text
-                yield text
-    finally:
-        answer.close()
-
-
-def _params(state: Mapping[str, Any], stopping_strings: Any) -> GenerationParams:
-    """The host's state as our parameters; what is outside of our limits is brought to the nearest that is not."""
-    values: dict[str, Any] = {}
-    for name, limits, default in GenerationParams.limits():
-        if name != "stop" and isinstance(found := state.get(name), (int, float)) and not isinstance(found, bool):
-            values[name] = type(default or 0)(min(max(found, limits.low), limits.high))
-    if state.get("do_sample") is False:
-        values["temperature"] = 0.0
-    stop = stopping_strings if isinstance(stopping_strings, list) else []
-    return GenerationParams(**values, stop=tuple(each for each in stop if isinstance(each, str) and each))
+def hook(name: str) -> Callable[..., Any] | None:
+    """The host's hook of that name, only while the loaded model has no transformers face."""
+    return _bridge.hook(name) if _bridge is not None else None

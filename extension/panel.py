@@ -17,6 +17,13 @@ _NONE = "None"
 def draw(bridge: Bridge) -> None:
     """Draw the tab in the host's page and wire it, also to the host's own list of models."""
     engine = bridge.engine
+    tab = compat.enclosing_tab()
+    if bridge.host.multi_user:
+        gr.Markdown(
+            "text-generation-webui was started with --multi-user: its visitors choose no model. A GPTQ model is loaded at "
+            "the start, or through the API."
+        )
+        return
     with gr.Column(elem_id="gptq-webui"):
         models = model_tab.build(engine, bridge.downloads)
         with gr.Accordion("When the web UI starts", open=False, elem_id="gw-start"):
@@ -50,14 +57,28 @@ def draw(bridge: Bridge) -> None:
         shared = bridge.host.shared
         loaded = engine.loaded
         told = f"Successfully loaded `{shared.model_name}`." if loaded is not None else "Model unloaded"
+        menu = gr.update()  # after an unload it keeps its choice, as after the host's own: Load brings that back
+        if loaded is not None:
+            names = bridge.host.model_names()
+            known = shared.model_name in names  # not if it is in a models folder that the host does not know
+            menu = gr.update(choices=names if known else [*names, shared.model_name], value=shared.model_name)
         updates = {
-            "model_menu": gr.update(choices=bridge.host.model_names(), value=shared.model_name),
+            "model_menu": menu,
             "model_status": told,
             "truncation_length": gr.update() if loaded is None else loaded.context_tokens,
         }
         return [updates[name] for name in widgets]
 
+    def look_again(chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        """The host may have loaded or unloaded a model meanwhile; what is being typed in our tab stays if it did not."""
+        if (engine.loaded.model.name if engine.loaded is not None else None) == (chosen or None):
+            yield {note: gr.update()}
+        else:
+            yield from models.show(request)
+
     start.input(keep, start, note, **compat.EVENT)
+    if tab is not None:
+        tab.select(look_again, models.outputs[0], [note, *models.outputs], **compat.STREAM)
     compat.root().load(show, None, [start, *models.outputs], **compat.STREAM)
     for event in models.loaded if widgets else ():
         event.then(in_host, None, list(widgets.values()), **compat.EVENT)

@@ -3,7 +3,10 @@
 import logging
 from typing import Any
 
+import torch
+
 from ..core.errors import GptqWebuiError
+from .cpu import compiled
 from .llama import parts_of
 from .stepper import Stepper, TransformersStepper
 
@@ -11,10 +14,17 @@ log = logging.getLogger(__name__)
 
 
 def stepper_for(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
-    """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say."""
+    """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
+
+    May take over the memory of the model's packed layers.
+    """
     device = hf.get_input_embeddings().weight.device
-    if device.type != "cuda":
-        return TransformersStepper(hf), ""
+    if device.type == "cuda":
+        return _on_card(hf, context_tokens)
+    return _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
+
+
+def _on_card(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
     from .cuda.linear import replace_layers
     from .cuda.stepper import CudaStepper
     from .cuda.weights import Unsuited
@@ -35,3 +45,30 @@ def stepper_for(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {why}." if left else ""
     rest = f"; {left} of {replaced + left} layers in plain PyTorch" if left else ""
     return TransformersStepper(hf), f"Computed layer by layer, not in one step: {why}{rest}."
+
+
+def preparing(device: torch.device) -> str:
+    """What `stepper_for` is about to do on this device, in a user's words."""
+    if device.type == "cpu" and compiled.available() and not compiled.is_cached():
+        return "Compiling for this processor: about ten seconds, the first time only"
+    return "Preparing the fastest way to compute"
+
+
+def _on_processor(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+    if not compiled.available():
+        return TransformersStepper(hf), "Answers would come faster with numba: pip install numba, then press Reload."
+    try:
+        from .cpu.linear import replace_layers
+        from .cpu.step import CpuStepper, compiles, refusal
+
+        compiles()
+    except Exception:
+        log.exception("compiling for this processor failed")
+        return TransformersStepper(hf), "The fast way to compute could not be compiled on this machine; answers take longer."
+    parts = parts_of(hf)
+    why = "this architecture has no step of its own" if parts is None else refusal(parts)
+    if parts is not None and not why:
+        return CpuStepper(parts, context_tokens, torch.get_num_threads()), ""
+    log.info("the compiled step for processors is not used: %s", why)
+    replace_layers(hf, torch.get_num_threads())
+    return TransformersStepper(hf), ""

@@ -6,6 +6,7 @@ hold a dense weight. The tensors are Parameters, not buffers: accelerate leaves 
 when it offloads a layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ class GPTQLinear(nn.Module):
         self.g_idx = empty(in_features, of=torch.int32)
         self.bias = empty(out_features, of=dtype) if bias else None
         self._facts: _Facts | None = None
+        self._holder: Callable[[Tensor], Tensor] | None = None
         self.fill_g_idx()
 
     @property
@@ -122,8 +124,18 @@ class GPTQLinear(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(0, dtype=old.dtype, device=old.device), requires_grad=False))
         self._facts = None
 
+    def hand_over(self, holder: Callable[[Tensor], Tensor]) -> None:
+        """The weights are held elsewhere from now on, in a layout for some kernel; free the ones here.
+
+        `holder` computes what forward did, bias included.
+        """
+        self.let_go()
+        self._holder = holder
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in x's dtype."""
+        if self._holder is not None:
+            return self._holder(x)
         facts = self._facts_on(x.device)
         shape = x.shape[:-1]
         x2 = x.reshape(-1, self.in_features)  # [M, K]
@@ -146,6 +158,10 @@ class GPTQLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K], as nn.Linear would hold it (a Conv1D holds the transpose)."""
+        if self._holder is not None:
+            unit = torch.eye(self.in_features, device=self.qweight.device)
+            y = self._holder(unit)  # [K, N]
+            return (y if self.bias is None else y - self.bias.to(y.dtype)).T.to(dtype).contiguous()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         facts = self._facts_on(self.qweight.device)
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.qweight.device)

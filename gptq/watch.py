@@ -7,6 +7,7 @@ the report raises: that ends it.
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,15 +43,17 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        hit = kind is not None and issubclass(kind, _Stopped)
         while self._thread is not None:
             try:
                 self._done.set()
                 self._thread.join()
-                _interrupt(self._loading, None)  # what was on its way
+                while self._why is not None and not hit:  # it is on its way to this thread; it must not arrive later
+                    time.sleep(0.001)
                 self._thread = None
             except _Stopped:
-                continue
+                hit = True
         self._model = None
         if self._why is not None:
             raise self._why
@@ -72,9 +75,12 @@ class Watch:
                 return
 
 
-def _interrupt(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an error in another thread at its next step in Python; None takes back one that was not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
+def _interrupt(thread: int, error: type[BaseException]) -> None:
+    """Raise an error in another thread at its next step in Python.
+
+    Never take one back (with NULL): CPython 3.11 then believes for ever that one is on its way, and runs slowly.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
 
 
 def arrived(model: Any) -> tuple[int, int, int, int]:

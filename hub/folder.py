@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import DiskFull, DownloadFailed, HubError
 from ..core.models import PARTIAL
@@ -41,6 +43,7 @@ class Record:
     ref: str
     commit: str
     files: Mapping[str, Entry]  # by path
+    repaired: tuple[str, ...] = ()  # files that were rewritten here on purpose: other bytes than the Hub's are right
 
     @classmethod
     def read(cls, path: Path) -> "Record | None":
@@ -53,7 +56,8 @@ class Record:
                 str(name): Entry(int(each["size_bytes"]), str(each["fingerprint"]), int(each["mtime_ns"]))
                 for name, each in values["files"].items()
             }
-            return cls(str(values["ref"]), str(values["commit"]), files)
+            repaired = tuple(str(name) for name in values.get("repaired", ()))
+            return cls(str(values["ref"]), str(values["commit"]), files, repaired)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -62,13 +66,20 @@ class Record:
 
     def write(self, path: Path) -> None:
         files = {name: vars(entry) for name, entry in self.files.items()}
-        values = {"format": _FORMAT, "ref": self.ref, "commit": self.commit, "files": files}
+        values: dict[str, Any] = {"format": _FORMAT, "ref": self.ref, "commit": self.commit, "files": files}
+        if self.repaired:
+            values["repaired"] = list(self.repaired)
         draft = path.with_name(path.name + ".new")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)  # a crash leaves the old record whole
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(values, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)  # a crash leaves the old record whole
+        except OSError:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
 
 @contextmanager
@@ -81,7 +92,12 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _lock(handle) or not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        held = _lock(handle)
+        for _ in range(10):  # somebody who only looks (is_locked) holds it for a moment
+            if not held:
+                time.sleep(0.02)
+                held = _lock(handle)
+        if not held or not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
             # held, or let go and removed at this very moment, which leaves us with a file nobody else sees
             raise DownloadFailed(
                 f"Another download into {folder.name} is under way, here or in another gptq-webui. Wait for it, or stop it."
@@ -109,6 +125,28 @@ def is_locked(folder: Path) -> bool:
         os.close(handle)
 
 
+def reserved_bytes(folder: Path) -> int:
+    """What the downloads that run now into the folders beside this one still have to write, of whatever process."""
+    still_bytes = 0
+    with suppress(OSError):
+        for other in folder.parent.iterdir():
+            if other == folder or not (other / PLAN).exists() or not is_locked(other):
+                continue
+            plan = Record.read(other / PLAN)
+            for name, entry in (plan.files if plan else {}).items():
+                have = max(size_of(other / name), size_of(other / (name + PARTIAL)))
+                still_bytes += max(0, entry.size_bytes - have)
+    return still_bytes
+
+
+def size_of(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _lock(handle: int) -> bool:
     try:
         if os.name == "nt":
@@ -126,16 +164,20 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def disk_full(missing_bytes: int, free_bytes: int, folder: Path) -> DiskFull:
+def disk_full(missing_bytes: int, free_bytes: int, folder: Path, reserved_bytes: int = 0, begun: bool = False) -> DiskFull:
+    others = f", {format_bytes(reserved_bytes)} for other downloads," if reserved_bytes else ""
     return DiskFull(
-        f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded and {format_bytes(free_bytes)} are free "
-        f"at {folder}. Make room, or choose another models folder; what has arrived is kept."
+        f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded{others} and {format_bytes(free_bytes)} "
+        f"are free at {folder}. Make room, or choose another models folder; what has arrived is kept.",
+        missing_bytes + reserved_bytes,
+        folder,
+        begun,
     )
 
 
 def disk_sentence(error: OSError, folder: Path, missing_bytes: int = 0) -> HubError:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return disk_full(missing_bytes, shutil.disk_usage(folder).free, folder)
+        return disk_full(missing_bytes, shutil.disk_usage(folder).free, folder, begun=True)
     if isinstance(error, PermissionError):
         return DownloadFailed(
             f"{error.filename or folder} cannot be written. If its model is loaded, unload it; "

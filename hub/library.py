@@ -1,27 +1,32 @@
 """The models folders: what is in them, and downloads into the first of them.
 
-A model is a folder directly in one of the roots, or a root itself. If two roots hold
-folders of one name, the earlier root wins and the other folder is not listed.
+A model is a folder directly in one of the roots, or a root itself, or a GPTQ snapshot in the
+Hugging Face cache, used where it lies. If two places hold models of one name, the earlier wins
+and the other is not listed.
 """
 
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ..core.errors import ModelError, NoSuchModel
+from ..core.errors import ModelError, NoSuchModel, WrongRepository
 from ..core.models import LocalModel, is_model_folder
 from ..core.refs import ModelRef
 from ..core.units import format_bytes
 from . import wanted
-from .download import bytes_present, fetch
+from .branches import with_sister
+from .download import FILES_AT_ONCE, bytes_present, fetch
 from .folder import is_locked
+from .origins import Cached, cache_folder, cached
 from .progress import Progress
 from .repo import Hub, Listing
+from .upkeep import Unfinished, discard, freed_bytes, unfinished
 from .wanted import Wanted
 
 log = logging.getLogger(__name__)
@@ -37,6 +42,7 @@ class Plan:
     wanted: Wanted
     folder: Path
     present_bytes: int  # of wanted.total_bytes, on disk already
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and its like, as read from the Hub
 
     @property
     def ref(self) -> ModelRef:
@@ -66,52 +72,94 @@ class Library:
         self._told: set[Path] = set()
 
     def models(self) -> list[LocalModel]:
-        """Every model of the roots, whole or not, by name. Cheap: a folder is read again only after it has changed."""
+        """Every model of the roots, whole or not, and GPTQ models of the Hugging Face cache, by name.
+
+        Cheap: a folder is read again only after it has changed.
+        """
         found: dict[str, LocalModel] = {}
-        for folder in self._folders():
-            if folder.name not in found:
-                found[folder.name] = self._read(folder)
+        for name, folder in self._everything():
+            if name not in found:
+                if (model := self._read(name, folder)) is not None:
+                    found[name] = model
             elif folder not in self._told:
                 self._told.add(folder)
-                log.warning("%s is not listed: %s has the same name and comes first", folder, found[folder.name].folder)
-        for gone in set(self._seen) - {model.folder for model in found.values()}:
+                log.warning("%s is not listed: %s has the same name and comes first", folder, found[name].folder)
+        for gone in set(self._seen) - {folder for _name, folder in self._everything()}:
             self._seen.pop(gone, None)
         found = {each.name: each for each in self.elsewhere} | found
         return sorted(found.values(), key=lambda model: (model.name.lower(), model.name))
 
     def get(self, name: str) -> LocalModel:
-        """The model of that folder name. Raises NoSuchModel, which says where it looked."""
-        for folder in self._folders():
-            if folder.name == name:
-                return self._read(folder)
+        """The model of that name. Raises NoSuchModel, which says where it looked."""
+        for known, folder in self._everything():
+            if known == name and (model := self._read(name, folder)) is not None:
+                return model
         for model in self.elsewhere:
             if model.name == name:
                 return model
         places = " and ".join(str(root) for root in self.roots)
         raise NoSuchModel(f"There is no model {name!r} in {places}. Download it, or add the folder that holds it.")
 
-    def plan(self, ref: ModelRef, any_kind: bool = False, allow_code: bool = False) -> Plan:
+    def plan(
+        self,
+        ref: ModelRef,
+        any_kind: bool = False,
+        allow_code: bool = False,
+        allow_pickle: bool = False,
+        *,
+        commit: str = "",
+        folder: Path | None = None,
+    ) -> Plan:
         """Ask the Hub what a download would bring; nothing is written.
 
-        `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files.
+        `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files, `allow_pickle`
+        GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest.
         Raises the HubErrors of Hub.listing, and WrongRepository.
         """
-        listing = self.hub.listing(ref)
+        listing = self.hub.listing(ref, commit)
         needed = wanted.settings_needed(listing)
         settings = {path: wanted.parse_settings(self.hub.small_file(listing, path)) for path in needed}
-        chosen = wanted.choose(listing, settings, any_kind, allow_code)
+        try:
+            chosen = wanted.choose(listing, settings, any_kind, allow_code, allow_pickle)
+        except WrongRepository as error:
+            raise with_sister(error, self.hub) from None
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not
             self.hub.small_file(listing, min(chosen.files, key=lambda file: file.size_bytes).path)
-        folder = self.roots[0] / ref.folder_name
-        return Plan(listing, chosen, folder, bytes_present(chosen.files, folder))
+        folder = folder or self.roots[0] / ref.folder_name
+        return Plan(listing, chosen, folder, bytes_present(chosen.files, folder), settings)
 
-    def fetch(self, plan: Plan, cancel: threading.Event) -> Iterator[Progress]:
+    def into(self, plan: Plan, folder: Path | None = None) -> Plan:
+        """The same download into another folder; without one, into the model's own."""
+        folder = folder or self.roots[0] / plan.ref.folder_name
+        return replace(plan, folder=folder, present_bytes=bytes_present(plan.wanted.files, folder))
+
+    def fetch(self, plan: Plan, cancel: threading.Event, at_once: int = FILES_AT_ONCE) -> Iterator[Progress]:
         """Download what the plan says; the last event is `done` or, after `cancel`, `stopped`. Raises as download.fetch."""
-        yield from fetch(plan.listing, plan.wanted.files, plan.folder, self.hub, cancel)
+        yield from fetch(plan.listing, plan.wanted.files, plan.folder, self.hub, cancel, at_once)
+
+    def unfinished(self) -> list[Unfinished]:
+        """Downloads that ended before they were done, and that nobody goes on with now."""
+        return [left for folder in self._folders() if (left := unfinished(folder)) is not None]
+
+    def discard(self, ref: ModelRef) -> None:
+        """Delete what an unfinished download of this model brought. Raises ModelError."""
+        for folder in self._folders():
+            if (left := unfinished(folder)) is not None and str(left.ref).lower() == str(ref).lower():
+                discard(folder)
+
+    def freed_bytes(self, name: str) -> int:
+        """What `remove` would free: files that other folders share stay on the disk. Raises NoSuchModel."""
+        folder = self.get(name).folder
+        if (cached := self._cached(folder)) is not None:
+            return int(_cache_deletion(cached).expected_freed_size)
+        return 0 if folder.is_symlink() else freed_bytes(folder)
 
     def remove(self, name: str) -> None:
         """Delete a model's folder from disk. Raises NoSuchModel, or ModelError if it is in use."""
         folder = self.get(name).folder
+        if (cached := self._cached(folder)) is not None:
+            _cache_deletion(cached).execute()
+            return
         if folder.parent not in self.roots:
             raise ModelError(f"{folder} is one of your models folders itself and is not removed from here. Delete it by hand.")
         if is_locked(folder):
@@ -140,13 +188,35 @@ class Library:
                     if not entry.name.startswith(".") and entry.is_dir() and is_model_folder(root / entry.name):
                         yield root / entry.name
 
-    def _read(self, folder: Path) -> LocalModel:
+    def _everything(self) -> Iterator[tuple[str, Path]]:
+        """(name, folder) of what may be a model: in the roots, then in the Hugging Face cache."""
+        for folder in self._folders():
+            yield folder.name, folder
+        for each in cached(cache_folder()):
+            if is_model_folder(each.folder):
+                yield each.name, each.folder
+
+    def _cached(self, folder: Path) -> Cached | None:
+        return next((each for each in cached(cache_folder()) if each.folder == folder), None)
+
+    def _read(self, name: str, folder: Path) -> LocalModel | None:
+        """None for what is in the Hugging Face cache and is no GPTQ model: that is none of our business."""
         signature = _signature(folder)
         seen = self._seen.get(folder)
         if seen is None or seen[0] != signature:
             seen = (signature, LocalModel.read(folder))
             self._seen[folder] = seen
-        return seen[1]
+        model = seen[1]
+        if name == folder.name:
+            return model
+        return replace(model, called=name) if model.kind == "gptq" else None
+
+
+def _cache_deletion(cached: Cached) -> Any:
+    """How huggingface-hub would delete that snapshot: blobs that other snapshots point to stay."""
+    from huggingface_hub import scan_cache_dir
+
+    return scan_cache_dir(cached.folder.parents[2]).delete_revisions(cached.commit)
 
 
 def _signature(folder: Path) -> _Signature:

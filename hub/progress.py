@@ -14,6 +14,24 @@ _RATE_FROM_S = 0.2  # a shorter time says nothing
 
 
 @dataclass(frozen=True)
+class FileProgress:
+    """One of the files that are being brought at this moment."""
+
+    path: str
+    stage: Stage
+    done_bytes: int
+    total_bytes: int
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """'model.safetensors: 1.20 GB of 4.16 GB'."""
+        doing = "checking " if self.stage == "checking" else ""
+        amount = f"{self.path}: {doing}{format_bytes(self.done_bytes)} of {format_bytes(self.total_bytes)}"
+        return f"{amount}, {self.note}" if self.note else amount
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a download stands. The last event is `done` or `stopped`; a failure is raised."""
 
@@ -26,6 +44,8 @@ class Progress:
     rate_bytes_per_s: float = 0.0  # over the last seconds
     left_s: float | None = None  # None while nobody can say
     note: str = ""  # why it waits
+    files: tuple[FileProgress, ...] = ()  # all in hand
+    received_bytes: int = 0  # over the network, since this download was begun or resumed
 
     @property
     def text(self) -> str:

@@ -6,8 +6,11 @@ call. Bytes of models are not fetched here (download.py), only small settings fi
 """
 
 import difflib
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import GptqWebuiError, HubUnreachable, NoSuchBranch, WrongRepository
 from ..core.models import PARTIAL
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 _ASK_S = 15.0
 _SMALL_BYTES = 16_000_000
 _SHOWN_BRANCHES = 24
+_PAUSES_S = (0.5, 1.0, 2.0)  # between the attempts at a Hub that is busy
+_LONGEST_PAUSE_S = 20.0  # of what it may ask for by Retry-After; then the user is told instead
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,18 @@ def is_safe_path(path: str) -> bool:
 
 
 class Hub:
-    """`endpoint` and `token` are for tests and unusual set-ups; by default the environment and the saved login decide."""
+    """By default the environment and the saved login decide where to ask and as whom; `use` overrides both."""
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+        self.use(endpoint, token)
+
+    def use(self, endpoint: str | None, token: str | None) -> None:
+        """Ask this place, with this token. A place given here never gets the token of the environment or the saved login."""
         self._endpoint = endpoint.rstrip("/") if endpoint else None
+        self._token = token
+
+    def use_token(self, token: str) -> None:
+        """Another token for the place that is asked anyway."""
         self._token = token
 
     @property
@@ -75,19 +90,21 @@ class Hub:
         """Secret: for request headers only."""
         if self._token:
             return self._token
+        if self._endpoint and self._endpoint != wire.endpoint_from_environment():
+            return None
         from huggingface_hub import get_token
 
         return get_token()
 
-    def listing(self, ref: ModelRef) -> Listing:
-        """Every file of the branch, at the commit it points to now.
+    def listing(self, ref: ModelRef, commit: str = "") -> Listing:
+        """Every file of the branch, at the commit it points to now, or at the one that is given.
 
         Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
         """
-        try:
-            info = self._api().model_info(ref.repo, revision=ref.branch, files_metadata=True, timeout=_ASK_S)
-        except Exception as error:
-            raise self._sentence(error, ref) from None
+        api = self._api()
+        info = self._ask(
+            lambda: api.model_info(ref.repo, revision=commit or ref.branch, files_metadata=True, timeout=_ASK_S), ref
+        )
         files = tuple(
             RemoteFile(each.rfilename, int(each.size or 0), each.lfs.sha256 if each.lfs else None, each.blob_id)
             for each in info.siblings or ()
@@ -96,14 +113,28 @@ class Hub:
 
     def branches(self, repo: str) -> list[str]:
         """Names of the branches, main first. Raises as `listing`."""
-        try:
-            names = [each.name for each in self._api().list_repo_refs(repo).branches]
-        except Exception as error:
-            raise self._sentence(error, ModelRef(repo)) from None
+        names = list(self.heads(repo))
         return sorted(names, key=lambda name: (name != "main", names.index(name)))
 
-    def small_file(self, listing: Listing, path: str) -> bytes | None:
-        """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one."""
+    def heads(self, repo: str) -> Mapping[str, str]:
+        """Branch -> commit, in the Hub's order. Raises as `listing`."""
+        api = self._api()
+        return {each.name: each.target_commit for each in self._ask(lambda: api.list_repo_refs(repo), ModelRef(repo)).branches}
+
+    def exists(self, repo: str) -> bool:
+        """Whether there is such a model that we may see; False also if nobody answers."""
+        try:
+            return bool(self._api().repo_exists(repo))
+        except Exception:
+            return False
+
+    def small_file(
+        self, listing: Listing, path: str, client: "httpx.Client | None" = None, part: tuple[int, int] | None = None
+    ) -> bytes | None:
+        """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one.
+
+        `part` asks for the bytes from here to before there, of a file of any size. `client` is one to share.
+        """
         if all(each.path != path for each in listing.files):
             return None
         import httpx
@@ -111,36 +142,60 @@ class Hub:
         endpoint, token = self.endpoint, self.token()
         wire.require_online(endpoint)
         address = wire.file_address(endpoint, listing.ref.repo, listing.commit, path)
-        for last in (False, False, True):
+        start, stop = part or (0, None)
+        for pause_s in (*_PAUSES_S, None):
+            asked_s = 0.0
             try:
-                with wire.new_client() as client, wire.get(client, address, endpoint, token) as (response, own):
+                with (
+                    nullcontext(client) if client is not None else wire.new_client() as asking,
+                    wire.get(asking, address, endpoint, token, start, stop) as (response, own),
+                ):
                     status = response.status_code
-                    if status == 200:
-                        return self._read(response, path)
+                    if status == 206 or (status == 200 and not start):
+                        return self._read(response, path, None if stop is None else stop - start)
                     refused = wire.refusal(status, response.headers, listing.ref.repo, endpoint, bool(token)) if own else None
                     if refused is not None:
                         raise refused
-                    if last:
+                    asked_s = wire.asked_pause_s(response.headers.get("Retry-After"))
+                    if pause_s is None or asked_s > _LONGEST_PAUSE_S:
                         raise HubUnreachable(_busy(endpoint, status))
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                if last:
+                if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
                     raise wire.unreachable(endpoint, error) from None
+            time.sleep(max(pause_s, asked_s))
         raise AssertionError("the last round returns or raises")
 
     @staticmethod
-    def _read(response: "httpx.Response", path: str) -> bytes:
+    def _read(response: "httpx.Response", path: str, limit: int | None = None) -> bytes:
         data = bytearray()
         for piece in response.iter_bytes():
             data += piece
+            if limit is not None and len(data) >= limit:  # a server that knows no Range would send all of it
+                return bytes(data[:limit])
             if len(data) > _SMALL_BYTES:
                 raise WrongRepository(f"{path} is larger than a settings file should be; nothing was downloaded.")
         return bytes(data)
+
+    def _ask(self, question: Callable[[], _Answer], ref: ModelRef) -> _Answer:
+        """The answer, asked for again while the Hub is busy, as long as it says or a little longer each time."""
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                return question()
+            except Exception as error:
+                response: Any = getattr(error, "response", None)
+                busy = response is not None and (response.status_code == 429 or response.status_code >= 500)
+                asked_s = wire.asked_pause_s(response.headers.get("Retry-After")) if busy else 0.0
+                if not busy or pause_s is None or asked_s > _LONGEST_PAUSE_S:
+                    raise self._sentence(error, ref) from None
+                time.sleep(max(pause_s, asked_s))
+        raise AssertionError("the last round returns or raises")
 
     def _api(self) -> "HfApi":
         wire.require_online(self.endpoint)
         from huggingface_hub import HfApi
 
-        return HfApi(endpoint=self.endpoint, token=self._token, library_name="gptq-webui", library_version=wire.__version__)
+        token = self.token() or False  # False: none, and no look at the saved login
+        return HfApi(endpoint=self.endpoint, token=token, library_name="gptq-webui", library_version=wire.__version__)
 
     def _sentence(self, error: Exception, ref: ModelRef) -> GptqWebuiError:
         if isinstance(error, GptqWebuiError):
@@ -159,6 +214,11 @@ class Hub:
                 return self._no_such_branch(ref)
             refused = wire.refusal(response.status_code, response.headers, ref.repo, endpoint, bool(self.token()))
             return refused or HubUnreachable(_busy(endpoint, response.status_code))
+        if isinstance(error, ValueError):
+            return HubUnreachable(
+                f"{wire.host_of(endpoint)} sent an answer that cannot be read: it was cut short, or it comes from something in "
+                "between, such as the login page of a network. Try again."
+            )
         return wire.unreachable(endpoint, error)
 
     def _no_such_branch(self, ref: ModelRef) -> GptqWebuiError:

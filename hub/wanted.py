@@ -4,9 +4,11 @@ Pure: a listing and its settings files in, names and sizes out. The rules that t
 kinds apart and choose among weight files are those of core/models.py.
 """
 
+import difflib
+import fnmatch
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,11 @@ class Wanted:
     kind: Kind
     format: str  # "GPTQ 4-bit, group 32, act-order (safetensors)"
     notes: tuple[str, ...] = ()  # what the user should know, in sentences
+    weights: tuple[str, ...] = ()  # which of the files hold the tensors
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files if file.path in self.weights)
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +79,11 @@ def parse_settings(data: bytes | None) -> dict[str, Any]:
 
 
 def choose(
-    listing: Listing, settings: Mapping[str, Mapping[str, Any]], any_kind: bool = False, allow_code: bool = False
+    listing: Listing,
+    settings: Mapping[str, Mapping[str, Any]],
+    any_kind: bool = False,
+    allow_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Wanted:
     """The files to download. `settings` holds what `settings_needed` asked for, by name.
 
@@ -83,22 +94,66 @@ def choose(
     named = settings.get("quantize_config.json", {}).get("model_file_base_name")
     kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
     if kind == "gguf" or (kind in OPENED_BY and not any_kind):  # one of many .gguf files is wanted, and nobody says which
-        raise WrongRepository(_wrong_kind(ref, kind, settings))
+        raise _wrong_kind(ref, kind, settings)
     weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
     if not weights:
         raise WrongRepository(_no_weights(listing))
     if kind != "gptq" and not any_kind:
-        raise WrongRepository(_wrong_kind(ref, kind, settings))
+        raise _wrong_kind(ref, kind, settings)
     if missing:
         raise WrongRepository(f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref)}")
-    if kind == "gptq" and not weights[0].endswith(".safetensors") and not any_kind:
+    if kind == "gptq" and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
         raise WrongRepository(
             f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
-            f"Choose a branch or repository with .safetensors files. {_other_branches(ref)}"
+            "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle, in the page "
+            f"Also .bin and .pt weights) and convert it: that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
         )
     files = _files(listing, set(weights), allow_code)
     form = f"{_format(kind, settings)} ({weights[0].rpartition('.')[2]})"
-    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)))
+    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
+
+
+def pick(listing: Listing, files: Sequence[str], include: Sequence[str], exclude: Sequence[str], among: Wanted | None) -> Wanted:
+    """Exactly what was asked for by name or pattern (as `hf download` understands them), whatever kind it is.
+
+    Without names and patterns to include, `among` is where `exclude` takes from.
+    Raises WrongRepository if nothing is left, a name is not there or would leave its folder.
+    """
+    known = {file.path: file for file in listing.files}
+    if missing := [path for path in files if path not in known]:
+        close = difflib.get_close_matches(missing[0], known, n=1)
+        raise WrongRepository(f"{listing.ref} has no file {missing[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    if files or include:
+        chosen = [known[path] for path in files] or [
+            file for file in listing.files if any(fnmatch.fnmatch(file.path, _pattern(each)) for each in include)
+        ]
+    else:
+        chosen = list(among.files if among else listing.files)
+    chosen = [file for file in chosen if not any(fnmatch.fnmatch(file.path, _pattern(each)) for each in exclude)]
+    if not chosen:
+        raise WrongRepository(f"Nothing of {listing.ref} is left to download: look at --include and --exclude.")
+    for file in chosen:
+        _require_safe(listing, file)
+    kept = tuple(file.path for file in chosen)
+    weights = tuple(path for path in (among.weights if among else ()) if path in kept)
+    form = among.format if among and weights == among.weights else "as you asked"
+    return Wanted(tuple(chosen), among.kind if among else "plain", form, among.notes if among else (), weights)
+
+
+def _pattern(text: str) -> str:
+    return text + "*" if text.endswith("/") else text
+
+
+def _require_safe(listing: Listing, file: RemoteFile) -> None:
+    if not is_safe_path(file.path):
+        raise WrongRepository(
+            f"{listing.ref} holds a file named {_short(file.path)!r}, which would not stay in its own folder or cannot exist on "
+            "every system. Nothing was downloaded."
+        )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "…"
 
 
 def _kind_by_names(listing: Listing) -> Kind | None:
@@ -132,7 +187,7 @@ def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]
     return "plain"
 
 
-def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
+def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
     """Names what it is and where the same model may be as GPTQ."""
     owner, _, name = ref.repo.partition("/")
     quantization = settings.get("config.json", {}).get("quantization_config")
@@ -146,10 +201,11 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
     else:
         found = f"{ref} is not quantised (16-bit weights); this program is for GPTQ models."
     if "gptq" in name.lower():
-        return f"{found} Nothing was downloaded."
+        return WrongRepository(f"{found} Nothing was downloaded.")
     sister = _ENDING.sub("", name) + "-GPTQ"
-    owners = dict.fromkeys((owner, "TheBloke"))
-    return f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(f'{each}/{sister}' for each in owners)}."
+    candidates = tuple(dict.fromkeys(f"{each}/{sister}" for each in (owner, "TheBloke")))
+    text = f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(candidates)}."
+    return WrongRepository(text, candidates)
 
 
 def _no_weights(listing: Listing) -> str:
@@ -182,11 +238,7 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
         )
         if not take:
             continue
-        if not is_safe_path(file.path):
-            raise WrongRepository(
-                f"{listing.ref} holds a file named {file.path!r}, which would not stay in its own folder or cannot exist on "
-                "every system. Nothing was downloaded."
-            )
+        _require_safe(listing, file)
         chosen.setdefault(file.path.lower(), file)  # Windows and macOS know one of README.md and readme.md
     return tuple(chosen.values())
 
@@ -194,12 +246,17 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
 def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
     if kind != "gptq":
         return {"plain": "16-bit", "lora": "LoRA"}.get(kind, kind.upper())
-    in_config = settings.get("config.json", {}).get("quantization_config")
-    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
     try:
-        return "GPTQ " + QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own}).summary
+        return "GPTQ " + quantize_of(settings).summary
     except BadQuantizeConfig:
         return "GPTQ"
+
+
+def quantize_of(settings: Mapping[str, Mapping[str, Any]]) -> QuantizeConfig:
+    """How the settings say it was quantised. Raises BadQuantizeConfig if they do not."""
+    in_config = settings.get("config.json", {}).get("quantization_config")
+    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
+    return QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own})
 
 
 def _notes(

@@ -7,9 +7,11 @@ in no log. httpx is imported where it is used, because importing it takes time.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from .. import __version__
@@ -22,6 +24,7 @@ USER_AGENT = f"gptq-webui/{__version__}"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
 SILENCE_S = 15.0  # without a byte, after which a connection is given up and the next one made
+LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
 _REDIRECTS = 10
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface-hub's own reading of its switches
 
@@ -32,12 +35,17 @@ def endpoint_from_environment() -> str:
 
 def require_online(endpoint: str) -> None:
     """Raises HubUnreachable if the user asked for no network."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "").upper() in _TRUE:
-            raise HubUnreachable(
-                f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
-                f"unset {name} and start again to download."
-            )
+    if name := offline_switch():
+        raise HubUnreachable(
+            f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
+            f"unset {name} and start again to download."
+        )
+
+
+def offline_switch() -> str:
+    """The name of the switch by which the user asked for no network; "" if they did not."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in _TRUE), "")
 
 
 def host_of(endpoint: str) -> str:
@@ -102,7 +110,7 @@ def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, w
     return None
 
 
-def new_client() -> "httpx.Client":
+def new_client(connections: int = 8) -> "httpx.Client":
     import httpx
 
     if (logger := logging.getLogger("httpx")).level == logging.NOTSET:
@@ -110,31 +118,61 @@ def new_client() -> "httpx.Client":
     return httpx.Client(
         timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
         follow_redirects=False,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
         headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},  # as stored: what is counted is what is written
     )
 
 
 @contextmanager
 def get(
-    client: "httpx.Client", address: str, endpoint: str, token: str | None, start: int = 0
+    client: "httpx.Client",
+    address: str,
+    endpoint: str,
+    token: str | None,
+    start: int = 0,
+    stop: int | None = None,
+    connected: Callable[[Any], None] | None = None,
+    stay: Callable[["httpx.Response"], bool] | None = None,
 ) -> Iterator[tuple["httpx.Response", bool]]:
-    """(response, whether it comes from the Hub itself), body unread. `start` is the first byte wanted.
+    """(response, whether it comes from the Hub itself), body unread. Wanted are the bytes from `start` to before `stop`.
+
+    `stay` may end the walk at a redirect of the Hub's: the redirect itself is the answer then.
+    `connected` is told httpcore's network stream of every new connection, before anything is sent.
 
     Raises httpx.HTTPError for what went wrong on the way.
     """
     import httpx
 
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        if connected is not None and event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connected(info["return_value"])
+
     url, home = httpx.URL(address), httpx.URL(endpoint)
     for _ in range(_REDIRECTS):
         own = (url.scheme, url.host, url.port) == (home.scheme, home.host, home.port)
-        headers = {"Range": f"bytes={start}-"} if start else {}
+        headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         if token and own:
             headers["Authorization"] = f"Bearer {token}"
-        with client.stream("GET", url, headers=headers) as response:
-            if response.status_code not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
+        with client.stream("GET", url, headers=headers, extensions={"trace": trace}) as response:
+            moved = response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers
+            if not moved or (own and stay is not None and stay(response)):
                 yield response, own
                 return
             if int(response.headers.get("Content-Length") or 1 << 30) < 65536:
                 response.read()  # so that the connection can be used again
             url = url.join(response.headers["Location"])
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
+
+
+def asked_pause_s(retry_after: str | None) -> float:
+    """0 if nothing was asked for. Retry-After holds seconds or a date (RFC 9110, section 10.2.3)."""
+    if not retry_after:
+        return 0.0
+    try:
+        pause_s = float(retry_after)
+    except ValueError:
+        try:
+            pause_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(pause_s, 0.0), LONGEST_ASKED_PAUSE_S)

@@ -18,6 +18,7 @@ from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from .chat_template import ChatTemplate
 from .detokenize import Detokenizer
+from .spoken import Spoken, offsets
 from .stop_strings import StopStrings
 from .worker import Stream, Worker
 
@@ -77,6 +78,7 @@ class LoadedModel(ABC):
         self.slots = slots
         self._worker = Worker(slots)
         self._tokenizing = threading.Lock()  # fast tokenizers raise "Already borrowed" when shared
+        self._spoken = Spoken()
 
     @abstractmethod
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
@@ -114,8 +116,18 @@ class LoadedModel(ABC):
         return bos if bos is not None and (begins or getattr(self.tokenizer, "add_bos_token", False)) else None
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as the model was taught to read it. Ending in an assistant's message, it is continued."""
-        return self.encode(self.template.render(messages, self.tokenizer))
+        """A conversation as the model was taught to read it. Ending in an assistant's message, it is continued.
+
+        Answers of this model that stand in it unedited keep the ids they were drawn with.
+        """
+        return self._ids_of(self.template.render(messages, self.tokenizer))
+
+    def _ids_of(self, prompt: str) -> list[int]:
+        """As `encode`, with the ids of what the model said itself."""
+        with self._tokenizing:
+            found = offsets(self.tokenizer, prompt)
+        spliced = self._spoken.spliced(prompt, *found) if found is not None else None
+        return spliced if spliced is not None else self.encode(prompt)
 
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Stream[Step | Finish]:
         """Ids in, Steps out, one Finish last; the turn is taken now, the computing follows in order."""
@@ -125,15 +137,16 @@ class LoadedModel(ABC):
     def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         """The next assistant message (or the rest of it): Tokens of settled text, one Finish last."""
         fresh = not messages or messages[-1].role != "assistant"
-        return self._text(self.prompt_ids(messages), params, cancel, self.template.stop, strip=fresh)
+        prompt = self.template.render(messages, self.tokenizer)
+        return self._text(prompt, params, cancel, self.template.stop, strip=fresh)
 
     def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         """What follows a plain text, without a template."""
-        return self._text(self.encode(prompt), params, cancel, ())
+        return self._text(prompt, params, cancel, ())
 
     def _text(
         self,
-        ids: list[int],
+        prompt: str,
         params: GenerationParams,
         cancel: threading.Event,
         template_stop: Sequence[str],
@@ -142,14 +155,38 @@ class LoadedModel(ABC):
         asked = time.perf_counter()
         stop = (*params.stop, *(each for each in template_stop if each not in params.stop))
 
+        ids = self._ids_of(prompt)
         inner = _StopFlag(cancel)
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = _timed(self._steps(ids, params, inner), asked)
             events = _settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
-            return _stripped(events) if strip else events
+            return self._remembered(prompt, ids, _stripped(events) if strip else events)
 
         return self._worker.stream(answer, cancel, _cancelled(len(ids)))
+
+    def _remembered(
+        self, prompt: str, ids: list[int], events: Iterator[Token | Finish | None]
+    ) -> Iterator[Token | Finish | None]:
+        """Pass an answer on, and keep its ids for the prompts that will hold it."""
+        said: list[int] = []
+        shown: list[str] = []
+        try:
+            for event in events:
+                if isinstance(event, Token):
+                    shown.append(event.text)
+                    if event.id >= 0:
+                        said.append(event.id)
+                elif isinstance(event, Finish) and said:
+                    self._spoken.remember(prompt, ids, said, "".join(shown), self._decode)
+                yield event
+        finally:
+            if hasattr(events, "close"):
+                events.close()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        with self._tokenizing:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class _StopFlag(threading.Event):

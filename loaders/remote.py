@@ -135,11 +135,10 @@ async def _open(options: RemoteOptions) -> Pool:
 
 
 def _endpoints(options: RemoteOptions) -> list[Endpoint]:
-    import httpx
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, Timeout
 
     key = options.api_key or os.environ.get(KEY_VARIABLE) or "none"
-    timeout = httpx.Timeout(float(options.timeout_s), connect=10.0)
+    timeout = Timeout(float(options.timeout_s), connect=10.0)
     return [Endpoint(url, AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout)) for url in options.urls]
 
 
@@ -150,9 +149,11 @@ def _name(model: LocalModel, options: RemoteOptions, well: Sequence[Endpoint]) -
         if names and options.model not in names:
             raise LoadFailed(f"No engine serves {options.model!r}. They serve: {', '.join(names)}.")
         return options.model
-    same = [each for each in names if each.replace("/", "_") == model.name or each.rpartition("/")[2] == model.name]
+    same = [each for each in names if model.served_as == each or each.rpartition("/")[2] == model.name]
     if same or len(names) == 1:
         return (same or names)[0]
+    if not names and model.served_as:
+        return model.served_as
     if not names:
         raise LoadFailed("The engine does not tell what it serves. Write the model's name there into the option model.")
     raise LoadFailed(f"The engines serve {', '.join(names)}. Write which of them you want into the option model.")
@@ -161,7 +162,8 @@ def _name(model: LocalModel, options: RemoteOptions, well: Sequence[Endpoint]) -
 def _context(listed: Any) -> int | None:
     """The context length that vLLM, SGLang, llama.cpp and OpenRouter add to OpenAI's list of models."""
     extra = getattr(listed, "model_extra", None) or {}
-    meta = extra.get("meta") if isinstance(extra.get("meta"), dict) else {}
+    meta = extra.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
     for found in (*(extra.get(key) for key in ("max_model_len", "context_length", "context_window")), meta.get("n_ctx")):
         if isinstance(found, int) and found > 0:
             return found

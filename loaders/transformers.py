@@ -57,7 +57,7 @@ class TransformersLoader:
         from transformers.utils import logging as transformers_logging
 
         from ..gptq import checkpoint
-        from ..gptq.choose_step import stepper_for
+        from ..gptq.choose_step import preparing, stepper_for
         from ..gptq.stepper import TransformersStepper
 
         transformers_logging.set_verbosity_error()
@@ -102,7 +102,7 @@ class TransformersLoader:
             del hf
             fit.give_back(device)
             raise
-        progress(0.97, "Preparing the fastest way to compute")
+        progress(0.97, preparing(device))
         stepper, note = (TransformersStepper(hf), "") if foreign else stepper_for(hf, context)
         loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")

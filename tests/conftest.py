@@ -20,6 +20,8 @@ HERE = Path(__file__).resolve().parent
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptq-webui-tests-")
 for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)
+# Compiling the processor's kernels takes many seconds; every test may use the machine code of the first.
+os.environ["NUMBA_CACHE_DIR"] = str(Path(os.environ.get("GPTQ_WEBUI_TEST_CACHE") or tempfile.gettempdir()) / "gptq-webui-numba")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
@@ -83,3 +85,13 @@ def demo_root(test_cache: Path) -> Path:
             shutil.rmtree(old, ignore_errors=True)
     demo.ensure(root, lambda share, text: None, threading.Event(), keep=test_cache)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPTQ folder (4-bit, group 32, act-order), made once: to be copied, not changed."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write(folder)
+    return folder

@@ -13,6 +13,7 @@ import argparse
 import email.utils
 import hashlib
 import json
+import random
 import socket
 import struct
 import sys
@@ -97,7 +98,7 @@ class Seen:
 
 @dataclass
 class Fault:
-    """Answered once instead of a file."""
+    """Answered once instead of a file; `host` is hub, cdn, or api for the lists."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +116,7 @@ class HubServer:
         self.bytes_served = 0  # of file contents
         self.connections_cut = 0
         self.cut_every_bytes: int | None = None  # of file contents, per response
+        self.cut_between: tuple[int, int] | None = None  # the same, at random in these limits
         self.cut_hard = False  # with a reset instead of an orderly end
         self.stall_after_bytes: int | None = None  # then silence, until the server ends
         self.rate_bytes_per_s: float | None = None
@@ -123,7 +125,14 @@ class HubServer:
         self.links_used_once = False  # a signed link is refused the second time, as an expired one
         self.damage: dict[str, int] = {}  # path -> how many times it is served with one wrong byte
         self.down = False  # every request fails with 503
+        self.truncates_json = False
+        self.xet = ""  # "works": large files are offered by Xet too; "fails": they are, and the chunks are not there
+        self.xet_ranges: list[str] = []  # what was asked for of such files
+        self.lists_also: list[dict[str, Any]] = []  # entries that no file stands behind
+        self.latency_s = 0.0  # before every answer
+        self.bytes_answered = 0  # of every body, lists and settings included
         self._links: dict[str, Blob] = {}
+        self._xet_blobs: dict[str, Blob] = {}
         self._names: dict[str, str] = {}
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -227,6 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = self.headers
         asked = (headers.get("Authorization", ""), headers.get("Range", ""), headers.get("User-Agent", ""))
         self.hub.seen.append(Seen(self.host, self.command, self.path, *asked))
+        time.sleep(self.hub.latency_s)
         try:
             if self.hub.down:
                 self.answer(503, b"down")
@@ -246,14 +256,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.bytes_answered += len(body)
             self.wfile.write(body)
 
     def answer_json(self, values: Any, status: int = 200, **headers: str) -> None:
-        self.answer(status, json.dumps(values).encode(), "application/json", **headers)
+        body = json.dumps(values).encode()
+        self.answer(status, body[: len(body) // 2] if self.hub.truncates_json else body, "application/json", **headers)
 
-    def answer_fault(self) -> bool:
+    def answer_fault(self, host: str = "") -> bool:
         for fault in self.hub.faults:
-            if fault.host == self.host:
+            if fault.host == (host or self.host):
                 self.hub.faults.remove(fault)
                 self.answer(fault.status, b"fault", **{name.replace("-", "_"): value for name, value in fault.headers.items()})
                 return True
@@ -280,15 +292,17 @@ class _Handler(BaseHTTPRequestHandler):
         if wrong:
             self.hub.damage[name] = wrong - 1
         sent, since_s = 0, time.monotonic()
+        at_random = random.randint(*self.hub.cut_between) if self.hub.cut_between else None
         for whole in blob.pieces(start, end):
             piece = bytes([whole[0] ^ 1]) + whole[1:] if wrong and sent == 0 else whole
-            limit = self.hub.cut_every_bytes
+            limit = at_random if at_random is not None else self.hub.cut_every_bytes
             cut = limit is not None and sent + len(piece) >= limit
             piece = piece[: limit - sent] if cut and limit is not None else piece
             self.wfile.write(piece)
             sent += len(piece)
             with self.hub._lock:
                 self.hub.bytes_served += len(piece)
+                self.hub.bytes_answered += len(piece)
             if cut:
                 self._cut()
             if self.hub.stall_after_bytes is not None and sent >= self.hub.stall_after_bytes:
@@ -319,6 +333,9 @@ class _Cdn(_Handler):
     def route(self) -> None:
         if self.answer_fault():
             return None
+        path = urlsplit(self.path).path
+        if path.startswith(("/v1/reconstructions/", "/v2/reconstructions/", "/xorb/")):
+            return self.xet(path)
         key = parse_qs(urlsplit(self.path).query).get("X-Signature", [""])[0]
         blob = self.hub._links.get(key)
         if blob is None:
@@ -326,6 +343,33 @@ class _Cdn(_Handler):
         if self.hub.links_used_once:
             self.hub._links.pop(key)
         return self.answer_blob(self.hub._names[key], blob, ETag=f'"{blob.sha256}"')
+
+    def xet(self, path: str) -> None:
+        """A file of Xet's is one xorb of chunks, each with 8 bytes before it (version 0, sizes, not compressed)."""
+        found = self.hub._xet_blobs.get(path.rpartition("/")[2])
+        if found is None or self.hub.xet != "works" or path.startswith("/v2/"):
+            return self.answer(404)
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        stop = min(int(last) + 1, found.size_bytes) if last else found.size_bytes
+        if path.startswith("/xorb/"):
+            stored = b"".join(_chunk(piece) for piece in found.pieces(0, found.size_bytes))
+            body = stored[int(first) : int(last) + 1] if last else stored[int(first) :]
+            self.hub.bytes_served += len(body)
+            return self.answer(206, body)
+        self.hub.xet_ranges.append(self.headers.get("Range", ""))
+        from_chunk, to_chunk = int(first) // PIECE_BYTES, -(-stop // PIECE_BYTES)
+        chunks = {"start": from_chunk, "end": to_chunk}
+        size = min(to_chunk * PIECE_BYTES, found.size_bytes)
+        places = {"start": from_chunk * (PIECE_BYTES + 8), "end": size + 8 * to_chunk - 1}
+        fetch = [{"range": chunks, "url": f"{self.hub.cdn_url}/xorb/{found.sha256}", "url_range": places}]
+        term = {"hash": found.sha256, "unpacked_length": size - from_chunk * PIECE_BYTES, "range": chunks}
+        offset = int(first) - from_chunk * PIECE_BYTES
+        return self.answer_json({"offset_into_first_range": offset, "terms": [term], "fetch_info": {found.sha256: fetch}})
+
+
+def _chunk(data: bytes) -> bytes:
+    size = len(data).to_bytes(3, "little")
+    return b"\0" + size + b"\0" + size + data
 
 
 class _Hub(_Handler):
@@ -353,6 +397,8 @@ class _Hub(_Handler):
                 message = "Invalid username or password."
                 return self.answer_json({"error": message}, 401, X_Error_Message=message)
             return self.answer_json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if api and self.answer_fault("api"):
+            return None
         if api:
             return self.api(name, repo, rest, parse_qs(parts.query), form)
         if len(rest) > 2 and rest[0] == "resolve":
@@ -383,10 +429,13 @@ class _Hub(_Handler):
                     if blob.large:
                         entry["lfs"] = {"sha256": blob.sha256, "size": blob.size_bytes, "pointerSize": 134}
                 siblings.append(entry)
+            siblings += self.hub.lists_also
             return self.answer_json(
                 {"id": name, "modelId": name, "sha": commit, "private": repo.private, "gated": repo.gated, "disabled": False,
                  "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
             )  # fmt: skip
+        if what == "xet-read-token":
+            return self.answer_json({"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": self.hub.cdn_url})
         if what == "tree":
             under = "/".join(rest[2:])
             return self.answer_json([_tree_entry(path, blob) for path, blob in blobs.items() if path.startswith(under)])
@@ -408,9 +457,14 @@ class _Hub(_Handler):
             return self.answer(404, b"Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         if not blob.large:
             return self.answer_blob(path, blob, ETag=f'"{blob.git_sha1}"', X_Repo_Commit=commit)
+        offer = {}
+        if self.hub.xet:
+            route = f"{self.hub.url}/api/models/{name}/xet-read-token/{commit}"
+            offer = {"X_Xet_Hash": blob.sha256, "Link": f'<{route}>; rel="xet-auth"'}
+            self.hub._xet_blobs[blob.sha256] = blob
         return self.answer(
             302, b"Found. Redirecting", Location=self.hub._link(path, blob), X_Repo_Commit=commit,
-            X_Linked_ETag=f'"{blob.sha256}"', X_Linked_Size=str(blob.size_bytes),
+            X_Linked_ETag=f'"{blob.sha256}"', X_Linked_Size=str(blob.size_bytes), **offer,
         )  # fmt: skip
 
 

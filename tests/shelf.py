@@ -8,6 +8,7 @@ from gptq_webui.core.errors import NoSuchModel, NoSuchRepository
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.hub.progress import Progress
+from gptq_webui.hub.repo import Hub
 
 MISTRAL = "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ"
 
@@ -15,6 +16,7 @@ MISTRAL = "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ"
 class Shelf:
     def __init__(self, root):
         self.roots = (root,)
+        self.hub = Hub()
         self.pause_s = 0.05  # between the steps of a download
         self._models = [
             LocalModel(root / MISTRAL, "gptq", QuantizeConfig(4, 32, True), 4_570_000_000, 32768, "MistralForCausalLM"),
@@ -34,6 +36,12 @@ class Shelf:
         if "nowhere" in ref.repo:
             raise NoSuchRepository(f"There is no repository {ref.repo} on huggingface.co.")
         return SimpleNamespace(folder=Path(self.roots[0]) / ref.folder_name, summary="1.00 GB in 9 files, GPTQ 4-bit")
+
+    def unfinished(self):
+        return []
+
+    def discard(self, ref):
+        pass
 
     def fetch(self, plan, cancel):
         for step in range(21):

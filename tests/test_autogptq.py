@@ -2,8 +2,7 @@
 
 They pin versions that do not fit beside the rest, so they have environments of their own:
 
-    BUILD_CUDA_EXT=0 pip install torch==2.13.0 gptqmodel==7.6.0 optimum pytest … && pytest tests/test_autogptq.py
-    pip install auto-gptq==0.7.1 transformers==4.57.6 peft==0.17.1 datasets==3.6.0 huggingface-hub==0.36.2 pytest …
+    .ci/libraries
 """
 
 import importlib.util

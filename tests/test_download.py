@@ -20,7 +20,7 @@ import pytest
 from gptq_webui.core.errors import AccessDenied, DiskFull, DownloadFailed, HubUnreachable, NoSuchRepository
 from gptq_webui.core.models import MARKER, PARTIAL, LocalModel, is_model_folder
 from gptq_webui.core.refs import ModelRef
-from gptq_webui.hub import download, receive, wire
+from gptq_webui.hub import download, mover, receive, wire
 from gptq_webui.hub.download import fetch
 from gptq_webui.hub.folder import LOCK, PLAN, Record, locked
 from gptq_webui.hub.progress import Meter, Progress
@@ -426,7 +426,7 @@ def test_stop_is_obeyed_within_a_fifth_of_a_second(
         (folder / MARKER).unlink()
         slow = SimpleNamespace(update=lambda _: time.sleep(0.01), hexdigest=lambda: "")
         monkeypatch.setattr(receive, "_PIECE_BYTES", MIB // 64)
-        monkeypatch.setattr(download, "_digest_of", lambda _: slow)
+        monkeypatch.setattr(mover, "digest_of", lambda _: slow)
     else:
         monkeypatch.setattr(type(hub_server), "_link", lambda *_: time.sleep(5))
     cancel, asked_s = threading.Event(), [0.0]
@@ -468,7 +468,7 @@ def test_a_closed_iterator_stops_the_thread_and_frees_the_folder(listing: Listin
         if not any(thread.name.startswith("download ") for thread in threading.enumerate()):
             break
         time.sleep(0.02)
-    assert not any(thread.name.startswith("download ") for thread in threading.enumerate())
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("download ")]
     hub_server.stall_after_bytes = None
     run(listing, folder)
     assert whole(folder)

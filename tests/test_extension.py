@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,10 +79,11 @@ def put(folder: Path, where: str, name: str = "gptq_webui") -> None:
     (folder / where / name).symlink_to(ROOT)
 
 
-@pytest.fixture(params=["extensions", "user_data/extensions"])
+@pytest.fixture(params=["extensions/gptq_webui", "user_data/extensions/GPTQ-main"])
 def host(request, place):
-    put(place, request.param)
-    running = Host(place, "--extensions", "gptq_webui")
+    where, name = request.param.rsplit("/", 1)
+    put(place, where, name)
+    running = Host(place, "--extensions", name)
     yield running
     running.close()
 
@@ -113,6 +117,7 @@ def test_any_loader_of_the_menu_and_the_api_come_to_us(one):
     assert "Successfully" in host("load", name="tiny-2023", loader="ExLlamav3")["said"][-1]
     assert host("api load", name="tiny-config") == {}
     assert host("state")["name"] == "tiny-config"
+    assert "Successfully" in host("load", name="tiny-2023", loader="llama.cpp")["said"][-1]
 
 
 def test_what_is_not_gptq_is_left_to_the_host(one):
@@ -148,6 +153,56 @@ def test_idle_unload_and_the_reload_on_use(one):
     host("idle")
     assert host("state")["model"] == "NoneType"
     assert host("ask", text="Hello") == first
+
+
+NEIGHBOUR = """
+from modules.models import unload_model
+
+params = {"display_name": "Neighbour"}
+
+
+def ui():
+    pass
+"""
+
+
+@pytest.mark.parametrize("way", ["neighbour unloads", "drop"])
+def test_a_model_that_goes_by_another_way_is_freed_too(place, way):
+    put(place, "extensions")
+    (place / "extensions" / "neighbour").mkdir()
+    (place / "extensions" / "neighbour" / "script.py").write_text(NEIGHBOUR)
+    host = Host(place, "--extensions", "neighbour", "gptq_webui")
+    host("load", name="tiny-2023")
+    assert host("ask", text="Hello")["texts"] > 5 and host("state")["threads"] == 1
+    host(way)
+    host("load", name="plain")
+    assert host("state")["threads"] == 0
+    host("load", name="tiny-2023")
+    assert host("ask", text="Hello")["texts"] > 5 and host("state")["threads"] == 1
+    host.close()
+
+
+def test_a_model_without_a_transformers_face_answers_by_our_hook_while_it_is_loaded(one):
+    host = one()
+    host("use fake", options={"answer": "The capital of France is Paris."})
+    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
+    assert host("state")["custom"]
+    assert host("ask", text="What is the capital of France?")["answer"] == "The capital of France is Paris."
+    host("restart")
+    assert host("state")["custom"]
+    host("load", name="plain")
+    assert not host("state")["custom"] and host("state")["threads"] == 0
+    assert host("ask", text="Hello")["texts"] > 5
+
+
+def test_stop_and_unload_end_an_answer_of_the_hook(one):
+    host = one()
+    host("use fake", options={"answer": "word " * 400, "tokens_per_s": 40})
+    host("load", name="tiny-2023")
+    host("stop soon")
+    assert 1 < host("ask", text="Hello", tokens=400)["texts"] < 80
+    assert host("ask and unload", text="Hello")["texts"] < 80
+    assert host("state")["threads"] == 0 and not host("state")["custom"]
 
 
 def test_another_model_takes_the_place_of_the_first(one):
@@ -191,7 +246,8 @@ def test_a_folder_whose_tensors_do_not_fit_says_why_in_words(one, place):
     host = one()
     said = host("load", name="tiny-2023")["said"][-1]
     assert "has no qweight" in said and "Traceback" not in said
-    assert host("state")["model"] == "NoneType"
+    state = host("state")
+    assert state["model"] == "NoneType" and state["name"] == "None"
     assert "Successfully" in host("load", name="tiny-config")["said"][-1]
 
 
@@ -216,6 +272,64 @@ def test_a_model_of_settings_yaml_is_loaded_at_the_start(one):
     host = one("--settings", json.dumps({"gptq_webui-autoload_model": "tiny-2023", "gptq_webui-context_tokens": 128}))
     state = host("state")
     assert state["name"] == "tiny-2023" and state["truncation"] == 128
+
+
+def test_the_options_of_every_loader_can_stand_in_settings_yaml(one):
+    host = one(
+        "--settings",
+        json.dumps({"gptq_webui-dtype": "bf16", "gptq_webui-context_tokens": "many", "gptq_webui-loader": "transformers"}),
+    )
+    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
+    options = host("options")
+    assert options["dtype"] == "bf16" and options["device"] == "cpu" and options["context_tokens"] == 0
+    assert "context_tokens in settings.yaml should be" in host.said()
+
+
+def test_a_loader_of_settings_yaml_that_is_none_is_told_in_words(one):
+    host = one("--settings", json.dumps({"gptq_webui-loader": "exllama"}))
+    said = host("load", name="tiny-2023")["said"][-1]
+    assert said.startswith("There is no loader called 'exllama'")
+
+
+def test_restarting_is_no_start(place):
+    put(place, "user_data/extensions")
+    host = Host(place, "--extensions", "gptq_webui", "--settings", json.dumps({"gptq_webui-autoload_model": "tiny-2023"}))
+    assert host("state")["name"] == "tiny-2023"
+    host("unload")
+    host("restart")
+    assert host("state")["model"] == "NoneType"
+    host.close()
+
+
+def test_a_folder_without_a_chat_template_gets_ours_in_the_hosts_chat(one, place):
+    models = place / "user_data" / "models"
+    for name in ("TheBloke_vicuna-7B-v1.5-GPTQ", "TheBloke_Llama-2-7B-GPTQ"):
+        shutil.copytree(models / "tiny-2023", models / name)
+        tokenizer = json.loads((models / name / "tokenizer_config.json").read_text())
+        tokenizer.pop("chat_template", None)
+        (models / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        (models / name / "chat_template.jinja").unlink(missing_ok=True)
+    host = one()
+
+    def template(name, **user_config):
+        return host("metadata", name=name, user_config=user_config)["instruction_template_str"]
+
+    assert "USER: " in template("TheBloke_vicuna-7B-v1.5-GPTQ")
+    assert (
+        template("TheBloke_vicuna-7B-v1.5-GPTQ", vicuna={}, **{".*vicuna": {"instruction_template": "Alpaca"}})
+        == "alpaca's jinja"
+    )
+    assert template("TheBloke_Llama-2-7B-GPTQ") == "alpaca's jinja"  # no chat model: the host's own choice
+    own = template("tiny-2023")
+    assert "<|im_start|>" in own and own == template("plain")
+    host("save template", name="tiny-2023", template="Vicuna")
+    assert "USER: " in template("tiny-2023")
+
+
+def test_without_a_page_the_hosts_page_is_not_imported(one):
+    host = one("--nowebui")
+    assert host("api load", name="tiny-2023") == {} and host("ask", text="Hello")["texts"] > 5
+    assert not host("state")["menu"]
 
 
 def test_a_model_of_the_start_that_is_gone_does_not_stop_the_host(one):
@@ -243,6 +357,17 @@ def test_a_package_that_is_missing_never_stops_the_host(names, one, tmp_path):
         assert "portable" in host.said()
 
 
+@pytest.mark.parametrize("package, version", [("transformers", "4.40.2"), ("torch", "2.2.1+cu121")])
+def test_a_package_that_is_too_old_is_told_and_harmless(package, version, one, tmp_path):
+    (tmp_path / "old").mkdir()
+    lines = ["import importlib.metadata as metadata", "real = metadata.version"]
+    lines.append(f"metadata.version = lambda name: {version!r} if name == {package!r} else real(name)")
+    (tmp_path / "old" / "sitecustomize.py").write_text("\n".join(lines))
+    host = one(environment={"PYTHONPATH": str(tmp_path / "old")})
+    assert host.ready == {"ready": True}
+    assert f"found {version}. Update text-generation-webui." in host.said()
+
+
 def test_another_copy_of_the_package_is_told_and_harmless(one, tmp_path):
     (tmp_path / "other").mkdir()
     lines = ["import sys, types", "copy = types.ModuleType('gptq_webui')", "copy.__file__ = '/elsewhere/__init__.py'"]
@@ -262,20 +387,57 @@ def test_nothing_is_written_into_the_hosts_files_or_ours(one, place):
     assert {path: path.stat().st_mtime_ns for path in ROOT.rglob("*.py")} == ours
 
 
-@pytest.mark.browser
-def test_our_tab_in_the_hosts_page(place):
-    import socket
+def test_the_zip_unpacks_to_a_working_extension(place, tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("the ZIP is made from what git tracks")
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "extension_zip.py", tmp_path], capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "gptq_webui.zip"), done.stderr
+    (place / "user_data" / "extensions").mkdir()
+    with zipfile.ZipFile(tmp_path / "gptq_webui.zip") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"gptq_webui"}
+        assert not [name for name in archive.namelist() if name.split("/")[1] in ("tests", "docs", ".ci")]
+        archive.extractall(place / "user_data" / "extensions")
+    host = Host(place, "--extensions", "gptq_webui")
+    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
+    assert host("ask", text="Hello")["texts"] > 5
+    host.close()
+    shutil.rmtree(place / "user_data" / "extensions" / "gptq_webui")
+    without = Host(place, "--extensions")
+    assert "Successfully" in without("load", name="plain")["said"][-1]
+    without.close()
 
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def require_gradio_4() -> None:
     import gradio
 
     if int(gradio.__version__.split(".")[0]) != 4:
         pytest.skip("the host's page is drawn by Gradio 4")
+
+
+@pytest.mark.browser
+def test_visitors_of_a_host_for_several_users_choose_no_model(place):
+    require_gradio_4()
+    put(place, "extensions")
+    port = free_port()
+    host = Host(place, "--extensions", "gptq_webui", "--multi-user", "--listen-port", str(port))
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/config").read().decode()
+    assert "its visitors choose no model" in page and '"elem_id":"gw-models"' not in page
+    host.close()
+
+
+@pytest.mark.browser
+def test_our_tab_in_the_hosts_page(place):
+    require_gradio_4()
     from browser import chromium
 
     put(place, "extensions")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     host = Host(place, "--extensions", "gptq_webui", "--listen-port", str(port))
     assert host.ready == {"ready": True}, host.said()
     with chromium() as browser:
@@ -291,7 +453,9 @@ def test_our_tab_in_the_hosts_page(place):
         page.get_by_role("tab", name="Model", exact=True).click()
         page.wait_for_selector("#host-status:has-text('Successfully loaded')")
         assert page.input_value("#host-menu input") == "tiny-2023"
+        assert "Successfully" in host("load", name="tiny-random-in-the-host")["said"][-1]  # by the host meanwhile
         page.get_by_role("tab", name="GPTQ").click()
+        page.wait_for_function("document.querySelector('#gw-models input').value.startsWith('tiny-random-in-the-host')")
         page.click("text=When the web UI starts")
         page.click("#gw-autoload input")
         page.get_by_role("option", name="tiny-config").click()

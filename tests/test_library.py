@@ -175,8 +175,6 @@ def test_an_unfinished_download_is_listed_as_incomplete_and_its_plan_knows_what_
 def test_every_moment_of_a_download_is_incomplete_until_it_is_done(
     library: Library, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gptq_webui.hub.download as download
-
     kinds: list[str] = []
     replace = os.replace
 
@@ -185,7 +183,7 @@ def test_every_moment_of_a_download_is_incomplete_until_it_is_done(
         if Path(target).name != ".gptq-webui.json":
             kinds.append(LocalModel.read(Path(target).parent).kind)
 
-    monkeypatch.setattr(download.os, "replace", spy)
+    monkeypatch.setattr(os, "replace", spy)
     hub_server.add("TheBloke/M-GPTQ", REPO)
     list(library.fetch(library.plan(ModelRef("TheBloke/M-GPTQ")), threading.Event()))
     assert len(kinds) > 4 and set(kinds) == {"incomplete"}

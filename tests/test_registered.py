@@ -1,7 +1,9 @@
 """gptq_webui.register(): the model card's Python example runs through our layers, and can be undone."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,41 @@ def test_generate_and_pipeline_run_as_the_card_writes_them(tmp_path, registered)
     assert pipe("Tell me about AI")[0]["generated_text"].startswith("Tell me about AI")
 
 
+CARD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("door", sys.argv[1])
+door = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(door)
+door.register()
+
+import gptq_webui
+gptq_webui.register()
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+model_name_or_path = "TheBloke/Tiny-7B-GPTQ"
+model = AutoModelForCausalLM.from_pretrained(
+    model_name_or_path, device_map="auto", trust_remote_code=False, revision="gptq-4bit-32g-actorder_True"
+)
+tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, use_fast=True, revision="gptq-4bit-32g-actorder_True")
+input_ids = tokenizer("Tell me about AI", return_tensors="pt").input_ids
+print(len(model.generate(inputs=input_ids, do_sample=False, max_new_tokens=6)[0]) - input_ids.shape[1])
+print(type(model.model.layers[0].self_attn.q_proj).__name__, "optimum" in sys.modules, "gptqmodel" in sys.modules)
+"""
+
+
+def test_the_cards_example_runs_from_the_hub_with_a_branch(tmp_path, hub_server):
+    tiny.write(tmp_path / "model", settings="config")
+    tiny.write_tokenizer(tmp_path / "model")
+    hub_server.add("TheBloke/Tiny-7B-GPTQ", tmp_path / "model", "gptq-4bit-32g-actorder_True")
+    door = str(Path(gptq_webui.__file__).parent / "script.py")
+    environment = {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CARD, door], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["6", "GPTQLinear", "False", "False"], done.stderr[-2000:]
+
+
 def test_it_is_undone_and_the_original_can_be_reached_meanwhile(tmp_path):
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -100,7 +137,7 @@ def test_asking_the_package_for_it_imports_nothing_before(tmp_path):
         "import sys, gptq_webui; print('transformers' in sys.modules); print(callable(gptq_webui.register)); "
         "print(hasattr(gptq_webui, 'nothing'))"
     )
-    root = str(__import__("pathlib").Path(gptq_webui.__file__).parent)
+    root = str(Path(gptq_webui.__file__).parent)
     door = f"import importlib.util as u; s = u.spec_from_file_location('d', {root!r} + '/script.py'); "
     door += "m = u.module_from_spec(s); s.loader.exec_module(m); m.register(); "
     done = subprocess.run([sys.executable, "-c", door + code], capture_output=True, text=True, timeout=120)

@@ -181,6 +181,12 @@ def test_an_engine_that_lists_nothing_is_told_the_models_name(tmp_path, capsys):
         assert main(["ask", "Hi", *folders, "--model", "org/big"]) == 0
         assert capsys.readouterr().out.startswith("The capital") and server.bodies[0]["model"] == "org/big"
         assert main(["ask", "Hi", *folders]) == 1
+        engine = Engine(Library([tmp_path]))
+        engine.library.elsewhere = (remote_model("org/big", served_by=server.url),)
+        engine.load("org_big")
+        engine.reload()  # as the page does, by name alone
+        assert engine.chat(ASK, PARAMS, threading.Event()).text()[1].reason == "stop"
+        engine.unload()
 
 
 def test_unloading_ends_what_runs(opened):

@@ -9,11 +9,17 @@ from huggingface_hub import HfApi
 
 from gptq_webui.core.errors import AccessDenied, HubError, HubUnreachable, NoSuchBranch, NoSuchRepository
 from gptq_webui.core.refs import ModelRef
+from gptq_webui.hub import repo
 from gptq_webui.hub.repo import Hub, is_safe_path
 
 REPO = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ"
 BRANCH = "gptq-4bit-32g-actorder_True"
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 5000, "README.md": b"# card"}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repo, "_PAUSES_S", (0.01, 0.02, 0.04))
 
 
 @pytest.fixture

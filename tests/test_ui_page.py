@@ -250,22 +250,23 @@ def test_parameters_reach_the_answer_and_survive_a_reload(visit, house):
     wait_for(tab, "#gw-line .gw-bad", "Max new tokens must be between 1 and 32768")
 
 
-def test_download_stop_reload_done_refresh(visit, house):
+def test_download_pause_reload_resume_done_refresh(visit, house):
     tab = visit()
-    house.shelf.pause_s = 0.2
+    house.shelf.pause_s = 1.0
     tab.fill("#gw-download-ref textarea, #gw-download-ref input", "owner/nowhere")
     tab.click("#gw-download")
-    wait_for(tab, "#gw-download-status .gw-bad", "There is no repository owner/nowhere")
+    wait_for(tab, "#gw-downloads .gw-bad", "There is no repository owner/nowhere")
+    tab.click("#gw-cancel-0")
     tab.fill("#gw-download-ref textarea, #gw-download-ref input", "owner/name:4bit")
     tab.click("#gw-download")
-    assert "1.00 GB in 9 files, GPTQ 4-bit" in wait_for(tab, "#gw-download-status", "left")
+    assert "1.00 GB in 9 files, GPTQ 4-bit" in wait_for(tab, "#gw-downloads", "left")
     tab.reload()
-    wait_for(tab, "#gw-download-status", "left")  # found again
-    tab.click("#gw-download-stop")
-    wait_for(tab, "#gw-download-status", "Stopped at")
+    wait_for(tab, "#gw-downloads", "left")  # found again
+    tab.click("#gw-pause-0")
+    wait_for(tab, "#gw-downloads", "Paused at")
     house.shelf.pause_s = 0.02
-    tab.click("#gw-download")
-    wait_for(tab, "#gw-download-status", "Done. owner_name_4bit is ready")
+    tab.click("#gw-resume-0")
+    wait_for(tab, "#gw-downloads", "Done. owner_name_4bit is ready")
     choose(tab, "#gw-models", re.compile("owner_name_4bit — GPTQ"))
     wait_for(tab, "#gw-model-status", "Ready. owner_name_4bit was loaded")
 

@@ -69,8 +69,8 @@ def test_download_choose_and_chat(server):
         page.get_by_role("tab", name="Model").click()
         page.fill("#gw-download-ref textarea, #gw-download-ref input", f"  {REF} ")
         page.click("#gw-download")
-        page.wait_for_selector("#gw-download-status:has-text('GPTQ 4-bit, group 32, act-order')")  # before it is here
-        page.wait_for_selector("#gw-download-status:has-text('Done')")
+        page.wait_for_selector("#gw-downloads:has-text('GPTQ 4-bit, group 32, act-order')")  # before it is here
+        page.wait_for_selector("#gw-downloads:has-text('Done')")
         page.click("#gw-refresh")
         time.sleep(1)
         page.click("#gw-models input")

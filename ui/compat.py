@@ -50,6 +50,14 @@ def root() -> gr.Blocks:
     return Context.root_block
 
 
+def enclosing_tab() -> gr.Tab | None:
+    """The tab that is being drawn around the caller, None outside of one."""
+    block: Any = Context.block
+    while block is not None and not isinstance(block, gr.Tab):
+        block = block.parent
+    return block
+
+
 def chatbot(**options: Any) -> gr.Chatbot:
     """A Chatbot that shows `to_display` and copies its messages."""
     four: dict[str, Any] = {"show_copy_button": True, "bubble_full_width": False}

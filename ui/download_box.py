@@ -1,4 +1,4 @@
-"""The download box: `owner/name:branch` in, a model in the list out. It only looks at `Downloads`, which does the work."""
+"""The queue of downloads: what runs, waits, is paused or done, each with its own buttons. It only looks at `Downloads`."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,80 +15,161 @@ from .access import Access
 from .parts import bad, good, quiet, working
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
+SHOWN = 6  # downloads that have a place in the page; the others are counted
 _LOOK_S = 0.25
 
 
 @dataclass(frozen=True)
 class DownloadBox:
     ref: gr.Textbox  # what is to be downloaded
+    branches: gr.Button
     ended: list[Any]  # events after which the list of models may be longer
+    begin: Callable[..., Iterator[dict[Any, Any]]]  # a handler for `outputs` that downloads what the given text names
     resume: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # for `outputs` on page load: looks on at what runs
     outputs: list[Any]
 
 
-def draw_downloads(downloads: Downloads, access: Access) -> DownloadBox:
-    """Draw the box and wire it."""
+@dataclass(frozen=True)
+class _Place:
+    row: gr.Row
+    text: gr.HTML
+    pause: gr.Button
+    resume: gr.Button
+    cancel: gr.Button
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.row, self.text, self.pause, self.resume, self.cancel]
+
+
+def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
+    """The line where a model is named, its two buttons, and the permission for old formats."""
     ref = gr.Textbox(
         label="Download a model",
-        info="owner/name or owner/name:branch, as on the model's page",
+        info="owner/name shows its branches and which fits; owner/name:branch downloads that one",
         placeholder=EXAMPLE,
         max_lines=1,
         elem_id="gw-download-ref",
     )
     with gr.Row(elem_classes="gw-buttons"):
-        go = gr.Button("Download", variant="primary", min_width=110, elem_id="gw-download")
-        stop = gr.Button("Stop", min_width=110, elem_id="gw-download-stop", interactive=False)
+        branches = gr.Button("Show branches", variant="primary", min_width=130, elem_id="gw-branches")
+        go = gr.Button("Download", min_width=110, elem_id="gw-download")
+    pickle = gr.Checkbox(
+        False,
+        label="Also .bin and .pt weights",
+        info="They can run code when they are opened. The library converts them without running anything.",
+        elem_id="gw-download-pickle",
+    )
+    return ref, branches, go, pickle
+
+
+def draw_queue(
+    downloads: Downloads, access: Access, ref: gr.Textbox, branches: gr.Button, go: gr.Button, pickle: gr.Checkbox
+) -> DownloadBox:
+    """Draw the places of the queue and wire them."""
     status = gr.HTML(elem_id="gw-download-status")
-    outputs = [ref, status, stop]
+    places = []
+    with gr.Column(elem_id="gw-downloads"):
+        for at in range(SHOWN):
+            with gr.Row(visible=False, elem_classes="gw-download") as row:
+                text = gr.HTML(elem_classes="gw-download-text")
+                pause = gr.Button("Pause", size="sm", min_width=80, elem_id=f"gw-pause-{at}", visible=False)
+                resume_one = gr.Button("Resume", size="sm", min_width=80, elem_id=f"gw-resume-{at}", visible=False)
+                cancel = gr.Button("Cancel", size="sm", min_width=80, elem_id=f"gw-cancel-{at}", visible=False)
+            places.append(_Place(row, text, pause, resume_one, cancel))
+        more = gr.HTML(elem_id="gw-downloads-more")
+    shown = gr.State([])  # the references in the places, as this page sees them
+    outputs = [ref, status, shown, more, *(each for place in places for each in place.outputs)]
 
-    def start(text: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        access.require_owner(request)
-        try:
-            begun = downloads.start(text)
-        except GptqWebuiError as error:
-            yield {status: bad(str(error))}
-            return
-        yield from look_on([begun])
+    def draw() -> dict[Any, Any]:
+        """Every place as it should be now. What goes on by itself comes first, then the newest."""
+        listed = downloads.all()[::-1]
+        listed = [each for each in listed if each.active][::-1] + [each for each in listed if not each.active]
+        updates: dict[Any, Any] = {shown: [str(each.ref) for each in listed[:SHOWN]]}
+        for at, place in enumerate(places):
+            if at >= len(listed):
+                updates[place.row] = gr.update(visible=False)
+                continue
+            now = listed[at]
+            updates |= {
+                place.row: gr.update(visible=True),
+                place.text: _draw(now),
+                place.pause: gr.update(visible=now.can_pause),
+                place.resume: gr.update(visible=now.can_resume),
+                place.cancel: gr.update(visible=True, value="Cancel" if now.can_cancel else "Clear"),
+            }
+        left = len(listed) - SHOWN
+        updates[more] = quiet(f"{left} more in the list.") if left > 0 else ""
+        return updates
 
-    def resume(request: gr.Request) -> Iterator[dict[Any, Any]]:
-        active = downloads.active() if access.is_owner(request) else []
-        yield {ref: str(active[0].ref) if active else ""}
-        if active:
-            yield from look_on([each.ref for each in active])
-
-    def look_on(refs: list[ModelRef]) -> Iterator[dict[Any, Any]]:
-        """Draw every download that runs until none does; those that ended meanwhile stay on the page."""
+    def look_on() -> Iterator[dict[Any, Any]]:
+        """Draw until nothing goes on by itself any more."""
+        drawn: dict[Any, Any] = {}
         running = True
         while running:
-            active = downloads.active()
-            running = bool(active)
-            refs += [each.ref for each in active if each.ref not in refs]
-            drawn = [_draw(each, len(refs) > 1) for each in map(downloads.status, refs) if each is not None]
-            yield {status: "".join(drawn), stop: gr.update(interactive=running)}
+            running = bool(downloads.active())
+            now = draw()
+            if changed := {key: value for key, value in now.items() if drawn.get(key) != value}:
+                yield changed
+            drawn = now
             if running:
                 time.sleep(_LOOK_S)
 
-    def stop_download(text: str, request: gr.Request) -> None:
-        """The one in the box if it runs, else all."""
+    def begin(text: str, request: gr.Request, **options: Any) -> Iterator[dict[Any, Any]]:
         access.require_owner(request)
-        active = [each.ref for each in downloads.active()]
         try:
-            named = ModelRef.parse(text)
-        except GptqWebuiError:
-            named = None
-        downloads.stop(named if named in active else None)
+            downloads.start(text, **options)
+        except GptqWebuiError as error:
+            yield {status: bad(str(error))}
+            return
+        yield {status: ""}
+        yield from look_on()
 
-    events = [trigger(start, ref, outputs, **compat.STREAM) for trigger in (go.click, ref.submit)]
-    stop.click(stop_download, ref, None, **compat.NOW)
-    return DownloadBox(ref, events, resume, outputs)
+    def start(text: str, old_formats: bool, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield from begin(text, request, **({"allow_pickle": True} if old_formats else {}))
+
+    def resume(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        if not access.is_owner(request):
+            yield {status: ""}
+            return
+        yield from look_on()
+
+    def press(what: str, at: int) -> Callable[[list[str], gr.Request], Iterator[dict[Any, Any]]]:
+        def pressed(refs: list[str], request: gr.Request) -> Iterator[dict[Any, Any]]:
+            access.require_owner(request)
+            if at < len(refs):
+                named = ModelRef.parse(refs[at])
+                now = downloads.status(named)
+                if what == "cancel" and now is not None and not now.can_cancel:
+                    downloads.forget(named)
+                elif what == "cancel":
+                    downloads.cancel(named)
+                elif what == "pause":
+                    downloads.pause(named)
+                else:
+                    downloads.resume(named)
+            yield from look_on()
+
+        return pressed
+
+    events = [go.click(start, [ref, pickle], outputs, **compat.STREAM)]
+    for at, place in enumerate(places):
+        for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
+            events.append(button.click(press(what, at), shown, outputs, **compat.STREAM))
+    return DownloadBox(ref, branches, events, begin, resume, outputs)
 
 
-def _draw(status: DownloadStatus, several: bool) -> str:
-    name = f"{status.ref}: " if several else ""
+def _draw(status: DownloadStatus) -> str:
+    name = str(status.ref)
     if status.state == "asking":
         return working(status.text, None)
     if status.state == "running":
-        return working(name + status.text, status.share, status.summary if status.summary != status.text else "")
+        details = [status.summary, status.fit, *(each.text for each in status.files[:4])] if status.text != status.summary else []
+        return working(f"{name}: {status.text}", status.share, *details)
     if status.state == "done":
         return good(status.text) + quiet("Choose it in the list of models: it loads by itself.")
-    return bad(name + status.text) if status.state == "failed" else quiet(name + status.text)
+    if status.state in ("failed", "full"):
+        return bad(f"{name}: {status.text}")
+    if status.share:
+        return working(f"{name}: {status.text}", status.share)
+    return quiet(f"{name}: {status.text}")

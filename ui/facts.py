@@ -36,7 +36,7 @@ def of_files(model: LocalModel) -> list[tuple[str, str]]:
             ("Calibration data", _dataset(quantize.dataset)),
             ("Quantised by", quantize.quantizer or ""),
         ]
-    rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights"))
+    rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights" if model.kind != "remote" else "its weights are there"))
     return rows
 
 

@@ -131,6 +131,30 @@ _MODEL = """
 #gw-models input { padding-right: 28px; }
 """
 
+_TABLES = """ /* branch_box.py, library_box.py, download_box.py */
+.gw-wide { gap: 10px !important; }
+.gw-wide > .form, .gw-wide .gw-fields .form { border: none !important; background: none !important; box-shadow: none !important; }
+.gw-scroll { overflow-x: auto; border: 1px solid var(--gw-line); border-radius: 8px; margin: 6px 0; }
+.gw-table, .gw-table tr, .gw-table thead, .gw-table tbody { border: none !important; }
+.gw-table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; margin: 0; }
+.gw-table th, .gw-table td {
+  padding: 7px 10px; text-align: left; vertical-align: top; border: none !important;
+  border-top: 1px solid var(--gw-line) !important;
+}
+.gw-table th { border-top: none !important; color: var(--gw-soft); font-weight: 600; white-space: nowrap; }
+.gw-table td.gw-name { font-weight: 600; min-width: 170px; overflow-wrap: anywhere; }
+.gw-table td small { display: block; font-weight: 400; color: var(--gw-soft); overflow-wrap: normal; }
+.gw-table td.gw-yes, .gw-table td.gw-partly, .gw-table td.gw-no { min-width: 84px; }
+.gw-table tr.gw-best td { background: color-mix(in srgb, var(--primary-500) 12%, transparent); }
+.gw-tag { color: var(--gw-good); font-weight: 400; font-size: 12px; margin-left: 4px; }
+.gw-yes { color: var(--gw-good); } .gw-partly { color: var(--gw-note); } .gw-no { color: var(--gw-bad); }
+.gw-link { color: var(--gw-good); text-decoration: underline; }
+.gw-download { align-items: flex-start !important; border-top: 1px solid var(--gw-line); padding-top: 6px; }
+.gw-download-text { flex: 1 1 260px; min-width: 200px; }
+.gw-download button { flex: 0 0 auto !important; }
+#gw-branch-table details summary { cursor: pointer; color: var(--gw-soft); font-size: 14px; padding: 4px 0; }
+"""
+
 _CHAT = """ /* the conversation takes what the rest leaves of the window */
 .gw-who { line-height: 1.5; overflow-wrap: anywhere; }
 .gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
@@ -155,5 +179,5 @@ _CHAT = """ /* the conversation takes what the rest leaves of the window */
 }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _CHAT
-HOST_CSS = _COLOURS + _WORDS + _MODEL  # for a tab in a page of somebody else: touches nothing but our own classes
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT
+HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in a page of somebody else: touches nothing but our own classes

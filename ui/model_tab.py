@@ -19,9 +19,12 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from . import compat, facts
 from .access import Access
+from .branch_box import draw_branches
 from .care_box import draw_care
-from .download_box import draw_downloads
+from .download_box import draw_name, draw_queue
 from .folders_box import draw_folders
+from .hub_box import draw_hub
+from .library_box import draw_library
 from .loaders_box import draw_loaders, waiting
 from .parts import bad, good, quiet, working
 from .rescue_box import RescueBox, draw_rescue
@@ -63,11 +66,18 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 table = draw_loaders(engine)
         with gr.Column(scale=2, min_width=320):
             with gr.Column(elem_classes="gw-card"):
-                box = draw_downloads(downloads, access)
+                name = draw_name()
             with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
                 folders = draw_folders(engine, access)
+            with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
+                hub = draw_hub(engine, access)
             with gr.Accordion("Idle and report", open=False, elem_id="gw-care"):
                 care = draw_care(engine, access)
+    with gr.Column(elem_classes="gw-wide"):
+        box = draw_queue(downloads, access, *name)
+        draw_branches(engine, box, access)
+    with gr.Accordion("Library: everything on disk", open=False, elem_id="gw-library"):
+        library = draw_library(engine, access)
     outputs = [models, status, panel, reload, unload, *rescue.outputs, *table.outputs, *settings.outputs]
 
     def listed(chosen: str | None) -> dict[Any, Any]:
@@ -164,7 +174,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         now = engine.status
         resting = now.text if engine.resting is not None else ""
         said = bad(now.text) if now.error else quiet(resting or engine.settings.warning)
-        yield listed(now.name or None) | state() | folders.values() | care.values() | {status: said}
+        yield listed(now.name or None) | state() | folders.values() | care.values() | hub.values() | {status: said}
         if now.phase in ("loading", "unloading"):
             yield from look_on(lambda: engine.status.phase in ("loading", "unloading"))
             ended = engine.status
@@ -177,7 +187,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     loaded += rescue.wire(lambda job, name: run(job, ready, name), outputs, box.ref)
     table.again.click(try_again, models, outputs, **compat.EVENT)
     refresh.click(relist, models, outputs, **compat.EVENT)
-    for event in (*box.ended, *folders.changed):
+    for event in (*box.ended, *folders.changed, *library.changed):
         event.then(relist, models, outputs, **compat.EVENT)
     compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
-    return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs], rescue)
+    return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs, *hub.outputs], rescue)

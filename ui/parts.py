@@ -18,12 +18,19 @@ def bad(text: str) -> str:
     return f'<p class="gw-bad" role="alert">{escape(text)}</p>'
 
 
-def working(text: str, share: float | None, detail: str = "") -> str:
-    """A line with a bar under it. `share` is done of 1; None if nobody can say."""
+def link(address: str, text: str) -> str:
+    """To another site, in a tab of its own; nothing but web addresses."""
+    if not address.startswith(("https://", "http://")):
+        return quiet(text)
+    return f'<p><a class="gw-link" href="{escape(address)}" target="_blank" rel="noopener noreferrer">{escape(text)}</a></p>'
+
+
+def working(text: str, share: float | None, *details: str) -> str:
+    """A line with a bar under it, and quiet lines below. `share` is done of 1; None if nobody can say."""
     percent = None if share is None else max(0, min(100, round(share * 100)))
     width = "" if percent is None else f' aria-valuenow="{percent}"'
     style = ' class="gw-some"' if percent is None else f' style="width:{percent}%"'
-    under = f'<p class="gw-quiet">{escape(detail)}</p>' if detail else ""
+    under = "".join(f'<p class="gw-quiet">{escape(detail)}</p>' for detail in details if detail)
     return (
         f'<div class="gw-working"><p role="status">{escape(text)}</p>'
         f'<div class="gw-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100"{width}><i{style}></i></div>{under}</div>'
@@ -39,3 +46,15 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values, two columns."""
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows if value)
     return f'<dl class="gw-facts">{lines}</dl>'
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Plain cells; wider than the page, it scrolls by itself."""
+    head = "".join(f"<th>{escape(each)}</th>" for each in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return scrolling(head, body)
+
+
+def scrolling(head: str, body: str) -> str:
+    """A table of rows that are HTML already."""
+    return f'<div class="gw-scroll"><table class="gw-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

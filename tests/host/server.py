@@ -7,7 +7,7 @@ import threading
 import traceback
 
 import modules.shared as shared
-from modules import extensions, models, ui_model_menu
+from modules import extensions, models
 from modules.models import load_model
 from modules.text_generation import generate_reply
 
@@ -17,9 +17,13 @@ parser.add_argument("--extensions", nargs="*", default=[])
 parser.add_argument("--settings", default="{}")
 parser.add_argument("--idle-timeout", type=int, default=0)
 parser.add_argument("--listen-port", type=int)
+parser.add_argument("--nowebui", action="store_true")
+parser.add_argument("--multi-user", action="store_true")
 given = parser.parse_args()
 shared.args.extensions = given.extensions
 shared.args.idle_timeout = given.idle_timeout
+shared.args.nowebui = given.nowebui
+shared.args.multi_user = given.multi_user
 shared.settings.update(json.loads(given.settings))
 
 if given.model:  # before any extension
@@ -53,6 +57,8 @@ page = create_interface()
 def answer(command):
     do = command["do"]
     if do == "load":
+        from modules import ui_model_menu
+
         return {"said": list(ui_model_menu.load_model_wrapper(command["name"], command.get("loader", "Transformers"), True))}
     if do == "api load":  # the API lets the error through and answers 500
         models.unload_model()
@@ -93,6 +99,36 @@ def answer(command):
         found["host"] = list(generate_reply(command["prompt"], {"max_new_tokens": 12, "stream": True}))[-1]
         thread.join()
         return found
+    if do == "use fake":  # a loader whose models transformers cannot drive
+        from gptq_webui.extension.bridge import bridge
+        from gptq_webui.loaders.fake import FakeLoader
+
+        bridge().engine.loaders = [FakeLoader()]
+        bridge().engine.defaults = command["options"]
+        return {}
+    if do == "stop soon":  # the page's Stop, half a second from now
+        threading.Timer(0.5, lambda: setattr(shared, "stop_everything", True)).start()
+        return {}
+    if do == "drop":  # somebody takes the model away by a way that we cannot see
+        shared.model = shared.tokenizer = None
+        return {}
+    if do == "neighbour unloads":  # with what another extension imported before ours came
+        extensions.state["neighbour"].unload_model()
+        return {}
+    if do == "metadata":
+        shared.user_config = command.get("user_config", {})
+        return models.get_model_metadata(command["name"])
+    if do == "save template":
+        from gptq_webui.extension.bridge import bridge
+
+        bridge().engine.settings.save_for_model(command["name"], template=command["template"])
+        return {}
+    if do == "options":  # those that the loaded model was loaded with
+        from dataclasses import asdict
+
+        from gptq_webui.extension.bridge import bridge
+
+        return asdict(bridge().engine.choice.options)
     if do == "restart":
         global page
         if page is not None:
@@ -112,6 +148,7 @@ def answer(command):
             "truncation": shared.settings["truncation_length"],
             "custom": extensions.first_attribute("custom_generate_reply") is not None,
             "weights": weights,
+            "menu": "modules.ui_model_menu" in sys.modules,
             "threads": sum(each.name == "gptq-webui model" for each in threading.enumerate()),
         }
     raise ValueError(do)

@@ -10,7 +10,7 @@ from modules.utils import resolve_model_path
 
 def load_model(model_name, loader=None):
     shared.model_name = model_name
-    table = {"Transformers": transformers_loader, "ExLlamav3": ExLlamav3_loader}
+    table = {"Transformers": transformers_loader, "ExLlamav3": ExLlamav3_loader, "llama.cpp": llama_cpp_server_loader}
     metadata = get_model_metadata(model_name)
     output = table[loader or metadata["loader"]](model_name)
     model, tokenizer = output if isinstance(output, tuple) else (output, load_tokenizer(model_name))
@@ -30,6 +30,10 @@ def transformers_loader(model_name):
 
 def ExLlamav3_loader(model_name):
     raise ImportError("exllamav3 is not installed")
+
+
+def llama_cpp_server_loader(model_name):
+    return None, None  # there is no .gguf in a GPTQ folder
 
 
 def load_tokenizer(model_name):

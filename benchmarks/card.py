@@ -1,4 +1,4 @@
-"""The figures of the README for one card: `python benchmarks/cuda.py FOLDER [--json FILE]`.
+"""The figures of the README for one card: `python benchmarks/card.py FOLDER [--json FILE]`.
 
 Decoding, prompts, memory, chat turns and the transformers face of one GPTQ folder, beside the exllamav2
 library where it can be imported. Every ratio is of one run; every figure the median of three or more.

@@ -1,0 +1,32 @@
+"""The exit codes, on which scripts may rely. 2 is argparse's own for wrong usage, 130 is Ctrl+C."""
+
+from ..core.errors import (
+    AccessDenied,
+    DiskFull,
+    DownloadFailed,
+    GptqWebuiError,
+    HubUnreachable,
+    NoSuchBranch,
+    NoSuchRepository,
+    WrongRepository,
+)
+
+DONE, OTHER, USAGE, DAMAGED, INTERRUPTED = 0, 1, 2, 8, 130
+_OF: dict[type[GptqWebuiError], int] = {
+    NoSuchRepository: 3,
+    NoSuchBranch: 3,
+    AccessDenied: 4,
+    HubUnreachable: 5,
+    WrongRepository: 6,
+    DiskFull: 7,
+    DownloadFailed: DAMAGED,
+}
+TOLD = (
+    "exit codes: 0 done, 1 another error, 2 wrong usage, 3 no such repository or branch, 4 access denied (gated, private, "
+    "token), 5 no network or HF_HUB_OFFLINE, 6 not a GPTQ model, 7 the disk is full, 8 a file is damaged or does not arrive, "
+    "130 Ctrl+C"
+)
+
+
+def of(error: GptqWebuiError) -> int:
+    return next((code for kind, code in _OF.items() if isinstance(error, kind)), OTHER)

@@ -1,0 +1,195 @@
+"""Every branch of a repository with what distinguishes it, asked for at once and in a few hundred kilobytes.
+
+Facts come from the repository itself (sizes, settings, the first bytes of the weights) and are
+filled from the model card where it is silent. Knows nothing of this machine: whether a branch
+fits is said by engine/advice.py.
+"""
+
+import itertools
+import math
+import struct
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import BadQuantizeConfig, WrongRepository
+from ..core.models import choose_weights
+from ..core.quantize_config import BITS, QuantizeConfig
+from ..core.refs import ModelRef
+from ..core.safetensors_header import TensorInfo, read_beginning
+from . import wanted, wire
+from .card import Card, CardRow, read_card
+from .repo import Hub, Listing
+from .wanted import Wanted
+
+if TYPE_CHECKING:
+    import httpx
+
+AT_ONCE = 16  # requests
+SHOWN = 64  # branches; more are left out, and said to be
+_HEADER_BYTES = 16_384  # of the weights: the first layers' names and shapes
+
+
+@dataclass(frozen=True)
+class Branch:
+    ref: ModelRef
+    commit: str
+    wanted: Wanted | None  # what a download would bring; None if it is refused
+    error: WrongRepository | None = None  # why it is refused
+    quantize: QuantizeConfig | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and quantize_config.json
+    card: CardRow = field(default_factory=lambda: CardRow(""))
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.ref.branch
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights, which is what the card's table tells too."""
+        return self.wanted.weights_bytes if self.wanted else 0
+
+    @property
+    def dataset(self) -> str:
+        return self.card.dataset or (self.quantize.dataset if self.quantize else None) or ""
+
+    @property
+    def damp_percent(self) -> str:
+        damp = self.quantize.damp_percent if self.quantize else None
+        return self.card.damp_percent if damp is None else f"{damp:g}"
+
+    @property
+    def exllama(self) -> str:
+        """Yes or No: ExLlama's kernels know 4 bits, and whole columns or groups that are a power of two from 32 on."""
+        if self.quantize is None:
+            return self.card.exllama
+        group = self.quantize.group_size
+        return "Yes" if self.quantize.bits == 4 and (group == -1 or (group >= 32 and group & (group - 1) == 0)) else "No"
+
+
+@dataclass(frozen=True)
+class Branches:
+    repo: str
+    branches: tuple[Branch, ...]  # main first
+    card: Card
+    notes: tuple[str, ...] = ()
+
+
+def read_branches(hub: Hub, repo: str) -> Branches:
+    """Ask the Hub for everything at once: the lists, then every file that tells something.
+
+    Raises the HubErrors of Hub.listing and Hub.small_file; WrongRepository if no branch can be
+    used, with the GPTQ sister where there is one.
+    """
+    names = hub.branches(repo)
+    with wire.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
+        listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name)), names[:SHOWN]))
+        asked = _Asked(hub, client, pool)
+        for listing in listings:
+            asked.settings(listing)
+        for listing in listings:
+            asked.header(listing)
+        card = asked.card(listings[0]) if listings else Card()
+        found = [asked.branch(listing, card) for listing in listings]
+    if not any(each.wanted for each in found):
+        errors = {each.ref.branch: each.error for each in found if each.error}
+        first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches."))
+        raise with_sister(errors.get("main", first), hub)
+    left = len(names) - SHOWN
+    return Branches(repo, tuple(found), card, (f"{left} more branches are not shown.",) if left > 0 else ())
+
+
+def with_sister(error: WrongRepository, hub: Hub) -> WrongRepository:
+    """The same refusal, knowing whether the GPTQ sister that it supposes is there."""
+    for candidate in error.candidates:
+        if hub.exists(candidate):
+            text = str(error).partition(" A GPTQ sister")[0]
+            return WrongRepository(f"{text} The same model as GPTQ: {candidate}.", error.candidates, candidate)
+    return error
+
+
+class _Asked:
+    """The requests that are under way. A content that several branches share is asked for once."""
+
+    def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor) -> None:
+        self._hub, self._client, self._pool = hub, client, pool
+        self._jobs: dict[tuple[str, tuple[int, int] | None], Future[bytes | None]] = {}
+
+    def _ask(self, listing: Listing, path: str, part: tuple[int, int] | None = None) -> "Future[bytes | None]":
+        content = next((each.fingerprint for each in listing.files if each.path == path), "")
+        key = (content or f"{listing.commit}/{path}", part)
+        if key not in self._jobs:
+            self._jobs[key] = self._pool.submit(self._hub.small_file, listing, path, self._client, part)
+        return self._jobs[key]
+
+    def settings(self, listing: Listing) -> "Mapping[str, Future[bytes | None]]":
+        return {path: self._ask(listing, path) for path in wanted.settings_needed(listing)}
+
+    def header(self, listing: Listing) -> "Future[bytes | None] | None":
+        name = _weights(listing)
+        return self._ask(listing, name, (0, _HEADER_BYTES)) if name else None
+
+    def card(self, listing: Listing) -> Card:
+        data = self._ask(listing, "README.md").result()
+        return read_card(data.decode("utf-8", "replace")) if data else Card()
+
+    def branch(self, listing: Listing, card: Card) -> Branch:
+        row = card.rows.get(listing.ref.branch, CardRow(listing.ref.branch))
+        settings = {path: wanted.parse_settings(job.result()) for path, job in self.settings(listing).items()}
+        try:
+            chosen = wanted.choose(listing, settings)
+        except WrongRepository as error:
+            return Branch(listing.ref, listing.commit, None, error, settings=settings, card=row)
+        tensors = read_beginning((job.result() if (job := self.header(listing)) else None) or b"")
+        quantize, notes = self._quantize(listing, settings, tensors)
+        return Branch(listing.ref, listing.commit, chosen, None, quantize, settings, row, (*chosen.notes, *notes))
+
+    def _quantize(
+        self, listing: Listing, settings: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo]
+    ) -> tuple[QuantizeConfig | None, tuple[str, ...]]:
+        """As the settings say, checked against the tensors; without settings, as the tensors and the names say."""
+        seen = bits_and_group(tensors)
+        try:
+            config = wanted.quantize_of(settings)
+        except BadQuantizeConfig:
+            if seen is None:
+                return None, ()
+            return QuantizeConfig(*seen, desc_act=self._act_order(listing, tensors)), ()
+        if seen is None or seen == (config.bits, config.group_size):
+            return config, ()
+        said = f"its settings say {config.bits} bits and group size {config.group_size}, its tensors {seen[0]} and {seen[1]}"
+        return replace(config, bits=seen[0], group_size=seen[1]), (f"{listing.ref.branch}: {said}; the tensors are right.",)
+
+    def _act_order(self, listing: Listing, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Act-order is in the tensors only: the first g_idx is not sorted."""
+        found = next((info for name, info in tensors.items() if name.endswith(".g_idx")), None)
+        if found is None:
+            return False
+        part = (found.start, found.start + found.size_bytes // 4 * 4)
+        data = self._ask(listing, _weights(listing), part).result() or b""
+        values = struct.unpack(f"<{len(data) // 4}i", data[: len(data) // 4 * 4])
+        return any(a > b for a, b in itertools.pairwise(values))
+
+
+def bits_and_group(tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """(bits, group size) from the shapes of the first packed layer; None if there is none or it is no GPTQ layer."""
+    for name, weight in tensors.items():
+        zeros = tensors.get(f"{name.removesuffix('.qweight')}.qzeros")
+        if not name.endswith(".qweight") or zeros is None or len(weight.shape) != 2 or len(zeros.shape) != 2:
+            continue
+        columns, groups = weight.shape[1], zeros.shape[0]
+        bits = 32 * zeros.shape[1] / columns if columns else 0
+        if bits not in BITS or not groups:
+            return None  # AWQ packs along the columns
+        in_features = weight.shape[0] * 32 // int(bits)
+        return int(bits), -1 if groups == 1 else math.ceil(in_features / groups)
+    return None
+
+
+def _weights(listing: Listing) -> str:
+    """The file whose beginning tells most; "" if there is none."""
+    sizes = {file.path: file.size_bytes for file in listing.files if "/" not in file.path}
+    names, _missing = choose_weights(sizes)
+    return names[0] if names and names[0].endswith(".safetensors") else ""

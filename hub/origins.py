@@ -1,0 +1,130 @@
+"""Where a folder came from, whoever downloaded it: we, text-generation-webui, or huggingface-hub.
+
+Each of them leaves notes: our marker, the host's huggingface-metadata.txt, the layout of the Hugging
+Face cache (a file's blob is named after its hash), and .cache/huggingface of `hf download --local-dir`.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import BadModelName
+from ..core.models import MARKER
+from ..core.refs import ModelRef
+from .folder import PLAN, Entry, Record, size_of
+from .repo import is_safe_path
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+_HOSTS_NOTE = "huggingface-metadata.txt"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One snapshot in the Hugging Face cache."""
+
+    ref: ModelRef
+    commit: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.ref.folder_name
+
+
+def cache_folder() -> Path:
+    """The Hugging Face cache, as huggingface-hub finds it; the environment is read at each call."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(name):
+            return Path(os.path.expandvars(os.environ[name])).expanduser()
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
+
+
+def cached(cache: Path) -> Iterator[Cached]:
+    """Every snapshot of a model in a Hugging Face cache. One that no branch points to is named by its commit."""
+    try:
+        places = sorted(cache.glob("models--*--*"))
+    except OSError:
+        return
+    for place in places:
+        try:
+            repo = ModelRef.parse("/".join(place.name.removeprefix("models--").split("--", 1))).repo
+        except BadModelName:
+            continue
+        branches: dict[str, str] = {}
+        for path in sorted((place / "refs").rglob("*")):
+            with suppress(OSError):
+                branches.setdefault(path.read_text(encoding="utf-8").strip(), path.relative_to(place / "refs").as_posix())
+        with suppress(OSError):
+            for folder in sorted((place / "snapshots").iterdir()):
+                if folder.is_dir() and _SHA1.fullmatch(folder.name):
+                    branch = branches.get(folder.name, folder.name[:8])
+                    yield Cached(ModelRef(repo, branch), folder.name, folder)
+
+
+def origin(folder: Path) -> Record | None:
+    """What is known about where the folder came from and what its files should be; None if nobody noted it."""
+    return (
+        Record.read(folder / MARKER)
+        or Record.read(folder / PLAN)
+        or _of_cache(folder)
+        or _of_host(folder)
+        or _of_local_dir(folder)
+    )
+
+
+def _of_cache(folder: Path) -> Record | None:
+    if folder.parent.name != "snapshots" or not _SHA1.fullmatch(folder.name):
+        return None
+    cache = folder.parents[2]
+    found = next((each for each in cached(cache) if each.folder == folder), None)
+    if found is None:
+        return None
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and (fingerprint := _fingerprint(os.path.realpath(path).rpartition(os.sep)[2])):
+            files[name] = Entry(size_of(path), fingerprint, path.stat().st_mtime_ns)
+    return Record(str(found.ref), found.commit, files)
+
+
+def _of_host(folder: Path) -> Record | None:
+    try:
+        text = (folder / _HOSTS_NOTE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    url, branch = re.search(r"^url: (\S+)", text, re.MULTILINE), re.search(r"^branch: (\S+)", text, re.MULTILINE)
+    if url is None:
+        return None
+    try:
+        ref = ModelRef(ModelRef.parse(url[1]).repo, branch[1] if branch else "main")
+    except BadModelName:
+        return None
+    files = {}
+    for sha256, name in re.findall(r"^\s+([0-9a-f]{64}) (.+)$", text, re.MULTILINE):
+        if is_safe_path(name):
+            files[name] = Entry(size_of(folder / name), f"sha256:{sha256}", 0)
+    return Record(str(ref), "", files)
+
+
+def _of_local_dir(folder: Path) -> Record | None:
+    notes = folder / ".cache" / "huggingface" / "download"
+    files, commit = {}, ""
+    for path in sorted(notes.rglob("*.metadata")):
+        name = path.relative_to(notes).as_posix().removesuffix(".metadata")
+        with suppress(OSError, ValueError):
+            commit, etag, *_ = path.read_text(encoding="utf-8").splitlines()
+            if fingerprint := _fingerprint(etag):
+                files[name] = Entry(size_of(folder / name), fingerprint, 0)
+    return Record("", commit, files) if files else None
+
+
+def _fingerprint(etag: str) -> str:
+    """The Hub's ETag is the sha256 of a large file, git's blob id of a small one."""
+    if _SHA256.fullmatch(etag):
+        return f"sha256:{etag}"
+    return f"git:{etag}" if _SHA1.fullmatch(etag) else ""

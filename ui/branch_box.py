@@ -1,0 +1,170 @@
+"""The branches of a repository, as the model card's table shows them, with what only this machine knows: which fits."""
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import GptqWebuiError, WrongRepository
+from ..core.refs import ModelRef
+from ..core.units import format_bytes
+from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, free_memory, gigabytes
+from ..engine.engine import Engine
+from ..hub.branches import Branches, read_branches
+from . import compat, parts
+from .access import Access
+from .download_box import DownloadBox
+
+_AUTOMATIC = 8192  # the context a loader takes by itself
+_CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+_FITS = {
+    "fits": ("gw-yes", "Fits"),
+    "partly": ("gw-partly", ""),
+    "not": ("gw-no", "Does not fit"),
+    "no loader": ("gw-no", "No loader"),
+}
+_COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
+
+
+def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
+    """Draw the table and the choice under it, hidden until branches are asked for, and wire them."""
+    note = gr.HTML(elem_id="gw-branches-note")
+    with gr.Row(elem_classes="gw-buttons"):
+        sister = gr.Button("", size="sm", visible=False, elem_id="gw-sister")
+    with gr.Column(visible=False, elem_id="gw-branch-choice", elem_classes="gw-card") as place:
+        table = gr.HTML(elem_id="gw-branch-table")
+        with gr.Row(elem_classes="gw-fields"):
+            branch = gr.Dropdown([], label="Branch", elem_id="gw-branch", min_width=260, scale=2)
+            context = gr.Dropdown(
+                [(f"{each} tokens", each) for each in _CONTEXTS],
+                value=DEFAULT_CONTEXT_TOKENS,
+                label="Context to count with",
+                elem_id="gw-branch-context",
+                min_width=160,
+            )
+        fit = gr.HTML(elem_id="gw-branch-fit")
+        with gr.Row(elem_classes="gw-buttons"):
+            take = gr.Button("Download this branch", variant="primary", min_width=180, elem_id="gw-branch-download")
+    known = gr.State(None)  # what the Hub said: the context can change without asking again
+    advised = gr.State(None)
+    outputs = [note, sister, place, table, branch, fit, known, advised]
+
+    def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> dict[Any, Any]:
+        advice = advise(found, engine.loaders, context_tokens, free_memory())
+        names = [each.branch.name for each in advice.offers if each.branch.wanted]
+        best = advice.best.branch.name if advice.best else None
+        chosen = wanted if wanted in names else best
+        said = (*found.notes, *(text for each in advice.offers for text in each.branch.notes))
+        return {
+            note: parts.quiet(advice.reason) + parts.notes(dict.fromkeys(said)),
+            sister: gr.update(visible=False),
+            place: gr.update(visible=True),
+            table: _table(advice),
+            branch: gr.update(choices=names, value=chosen),
+            fit: _fit(advice, chosen),
+            known: found,
+            advised: advice,
+        }
+
+    def show(text: str, context_tokens: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
+        hidden = {place: gr.update(visible=False), sister: gr.update(visible=False), known: None, advised: None}
+        try:
+            ref = ModelRef.parse(text)
+        except GptqWebuiError as error:
+            yield hidden | {note: parts.bad(str(error))}
+            return
+        yield hidden | {note: parts.working(f"Asking the Hub about the branches of {ref.repo} …", None)}
+        try:
+            found = read_branches(engine.library.hub, ref.repo)
+        except WrongRepository as error:
+            link = parts.link(f"{engine.library.hub.endpoint}/{error.sister}", error.sister) if error.sister else ""
+            update = gr.update(visible=True, value=f"Show the branches of {error.sister}") if error.sister else gr.update()
+            yield {note: parts.bad(str(error)) + link, sister: update}
+            return
+        except GptqWebuiError as error:
+            yield {note: parts.bad(str(error))}
+            return
+        yield shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
+
+    def show_sister(label: str, context_tokens: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
+        name = label.rpartition(" ")[2]
+        for update in show(name, context_tokens, request):
+            yield {box.ref: name} | update
+
+    def count_again(found: Branches | None, context_tokens: int, chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        return shown(found, context_tokens, chosen) if found is not None else {note: gr.update()}
+
+    def choose(advice: Advice | None, chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        return {fit: _fit(advice, chosen) if advice is not None else ""}
+
+    def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        access.require_owner(request)
+        if advice is None or not chosen:
+            yield {box.outputs[1]: parts.bad("Choose a branch first.")}
+            return
+        ref = ModelRef(advice.found.repo, chosen)
+        saved = engine.settings.for_model(ref.folder_name).get("options") or {}
+        if advice.context_tokens != _AUTOMATIC and "context_tokens" not in saved:
+            # what was counted with is what will be loaded; the loaders' own choice is 8192
+            engine.settings.save_for_model(ref.folder_name, options={**saved, "context_tokens": advice.context_tokens})
+        yield from box.begin(str(ref), request)
+
+    for trigger in (box.branches.click, box.ref.submit):
+        trigger(show, [box.ref, context], outputs, **compat.STREAM)
+    sister.click(show_sister, [sister, context], [box.ref, *outputs], **compat.STREAM)
+    context.input(count_again, [known, context, branch], outputs, **compat.EVENT)
+    branch.input(choose, [advised, branch], fit, **compat.EVENT)
+    box.ended.append(take.click(download, [advised, branch], box.outputs, **compat.STREAM))
+
+
+def _fit(advice: Advice, chosen: str | None) -> str:
+    """What stands before the download: whether the chosen branch fits, and how much it brings."""
+    offer = next((each for each in advice.offers if each.branch.name == chosen), None)
+    if offer is None or offer.branch.wanted is None:
+        return ""
+    loader = f" Opened by {offer.fit.loader}: {offer.fit.reason}." if offer.fit.loader else ""
+    text = f"{offer.fit.text}. {offer.branch.wanted.summary}.{loader}"
+    return parts.good(text) if offer.fit.state == "fits" else parts.notes([text])
+
+
+def _table(advice: Advice) -> str:
+    head = "".join(f"<th>{escape(each)}</th>" for each in _COLUMNS)
+    body = "".join(_row(offer, offer is advice.best) for offer in advice.offers)
+    origins = (
+        (each.branch.name, each.branch.damp_percent, each.branch.dataset, each.branch.commit[:8]) for each in advice.offers
+    )
+    more = parts.table(("Branch", "Damp %", "GPTQ dataset", "Commit"), origins)
+    front = advice.found.card
+    keys = {"Base model": "base_model", "Licence": "license", "Quantised by": "quantized_by"}
+    facts = [(name, front.text(key)) for name, key in keys.items()]
+    return parts.scrolling(head, body) + f"<details><summary>More</summary>{parts.facts(facts)}{more}</details>"
+
+
+def _row(offer: Offer, best: bool) -> str:
+    branch, quantize, card = offer.branch, offer.branch.quantize, offer.branch.card
+    if branch.wanted is None:
+        said = escape(str(branch.error))
+        return f'<tr><td class="gw-name">{escape(branch.name)}<small>{said}</small></td><td colspan="9"></td></tr>'
+    group = card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
+    kind, words = _FITS[offer.fit.state]
+    words = words or offer.fit.text.partition(":")[0]
+    cells = (
+        format_bytes(branch.size_bytes).replace(" ", "\N{NO-BREAK SPACE}"),
+        gigabytes(offer.fit.needs_bytes) if offer.fit.needs_bytes else "",
+        card.bits if quantize is None else str(quantize.bits),
+        group,
+        card.act_order if quantize is None else "Yes" if quantize.desc_act else "No",
+        card.seq_len,
+        branch.exllama,
+        offer.fit.loader,
+    )
+    tag = ' <span class="gw-tag">recommended</span>' if best else ""
+    name = f"{escape(branch.name)}{tag}<small>{escape(card.description)}</small>"
+    row = "".join(f"<td>{escape(each)}</td>" for each in cells)
+    mark = ' class="gw-best"' if best else ""
+    return f'<tr{mark}><td class="gw-name">{name}</td><td class="{kind}">{escape(words)}</td>{row}</tr>'

@@ -1,0 +1,70 @@
+"""Which Hub, and as whom: the address of a mirror and an access token, which is written here and never shown again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import GptqWebuiError
+from ..engine.engine import Engine
+from ..engine.hub_settings import HubSettings
+from . import compat
+from .access import Access
+from .parts import bad, good, quiet
+
+
+@dataclass(frozen=True)
+class HubBox:
+    values: Callable[[], dict[Any, Any]]  # for `outputs`; only for owners
+    outputs: list[Any]
+
+
+def draw_hub(engine: Engine, access: Access) -> HubBox:
+    """Draw the boxes and wire them. Empty until a page load shows that an owner looks."""
+    hub = HubSettings(engine.library.hub, engine.settings)
+    state = gr.HTML(elem_id="gw-hub-state")
+    endpoint = gr.Textbox(
+        label="Mirror",
+        info="Empty asks huggingface.co, or what HF_ENDPOINT says.",
+        placeholder="https://hf-mirror.com",
+        max_lines=1,
+        elem_id="gw-hub-endpoint",
+    )
+    token = gr.Textbox(
+        label="Access token",
+        info="For gated and private models. It is kept in a file that only you may read, and sent to this one place only.",
+        type="password",
+        max_lines=1,
+        elem_id="gw-hub-token",
+    )
+    with gr.Row(elem_classes="gw-buttons"):
+        save = gr.Button("Save", size="sm", min_width=80, elem_id="gw-hub-save")
+        forget = gr.Button("Forget the token", size="sm", min_width=130, elem_id="gw-hub-forget")
+    note = gr.HTML(elem_id="gw-hub-note")
+    outputs = [state, endpoint, token, note]
+
+    def values() -> dict[Any, Any]:
+        return {state: quiet(hub.text), endpoint: hub.endpoint, token: "", note: ""}
+
+    def save_both(address: str, secret: str, request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        try:
+            hub.set_endpoint(address or "")
+            if secret:
+                hub.set_token(secret)
+        except GptqWebuiError as error:
+            return {state: quiet(hub.text), token: "", note: bad(str(error))}
+        return values() | {note: good("Saved.")}
+
+    def forget_token(request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        try:
+            hub.set_token("")
+        except GptqWebuiError as error:
+            return {note: bad(str(error))}
+        return values() | {note: good("The token is forgotten here.")}
+
+    save.click(save_both, [endpoint, token], outputs, **compat.EVENT)
+    forget.click(forget_token, None, outputs, **compat.EVENT)
+    return HubBox(values, outputs)
