@@ -5,12 +5,13 @@ import threading
 
 import pytest
 
-from api_server import ApiServer
+from api_server import ApiServer, settled
 from gptq_webui.core.chat import Message
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library
+from storm import storm
 
 pytestmark = pytest.mark.demo
 
@@ -230,3 +231,13 @@ def test_text_generation_best_of_and_errors(tgi_client):
     assert mean >= sum(each.logprob for each in other.tokens) / len(other.tokens)
     with pytest.raises(ValidationError, match="best_of"):
         tgi_client.generate("Once", do_sample=True, best_of=9)
+
+
+# --- sixteen at once: `python tests/storm.py URL 300` does it for five minutes ----------------------
+
+
+def test_every_answer_is_right_while_others_leave_stall_and_send_garbage(server):
+    outcome = storm(server.url, seconds=4, tokens=2, prompts=1)
+    assert settled(server.service, 30)
+    assert outcome.wrong == [] and outcome.right >= 5
+    assert outcome.left and outcome.stalled and outcome.garbage

@@ -19,6 +19,7 @@ from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
 from gptq_webui.ui import compat
 from gptq_webui.ui import page as ui_page
+from gptq_webui.ui.access import Access
 from gptq_webui.ui.api_box import Api, calls
 
 pytestmark = [
@@ -77,6 +78,26 @@ def test_the_api_tab_shows_calls_and_tries_one(house):
     page.click("#gw-api-try")
     page.wait_for_function("document.querySelector('#gw-api-answer textarea').value.includes('Paris')")
     assert "200 after" in page.input_value("#gw-api-answer textarea")
+
+
+def test_with_a_login_a_guest_sees_neither_the_tab_nor_another_page(house):
+    """The page behind a password, mounted beside the API: what --share and --listen serve."""
+    access = Access(frozenset({"anna"}))
+    page = ui_page.build(house.engine, Downloads(house.engine.library), access=access, api=Api(lambda: True))
+    app = ui_page.application(page, [("anna", "a"), ("guest", "g")])
+    with ApiServer(house.engine, Keys(), page=app) as server:
+        assert server.http.get("/config").status_code == 401
+        tab = house.browser.new_context().new_page()
+        tab.set_default_timeout(15_000)
+        tab.goto(server.url)
+        tab.get_by_label("username").fill("guest")
+        tab.get_by_label("password").fill("g")
+        tab.get_by_role("button", name="Login").click()
+        tab.wait_for_selector("#gw-head")
+        time.sleep(1)
+        assert tab.get_by_role("tab", name="Chat").is_visible() and not tab.get_by_role("tab", name="API").is_visible()
+        config = tab.evaluate("fetch('config').then(answer => answer.text())")
+        assert "components" in config and MISTRAL not in config and "Authorization: Bearer YOUR_KEY" not in config
 
 
 def test_with_keys_the_tab_asks_for_one_and_says_what_is_wrong(house):

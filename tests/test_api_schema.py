@@ -11,7 +11,7 @@ from gptq_webui.loaders.fake import FakeLoader
 schemathesis = pytest.importorskip("schemathesis", reason="the newest environment has it")
 hypothesis = pytest.importorskip("hypothesis")
 
-EXAMPLES = 3  # of each call; by hand 100 and more: GPTQ_WEBUI_EXAMPLES
+EXAMPLES = 2  # of each call; by hand 100 and more: GPTQ_WEBUI_EXAMPLES
 
 
 @pytest.fixture(scope="module")
