@@ -45,7 +45,7 @@ class HostEngine(Engine):
         self.default_loader: str | None = None
         self._wanted: tuple[str | None, Mapping[str, Any], bool] | None = None  # of the load that the host is making for us
         self._face: weakref.ref[Any] | None = None  # of the model that we gave to the host
-        self._arrived = False  # whether the host has taken it
+        self.handing = False  # from our answer to the end of the host's load
         self.failed = ""  # why the host's last load of a GPTQ folder did not work
 
     def load(
@@ -97,18 +97,13 @@ class HostEngine(Engine):
             self.failed = str(error)
             raise
         face = loaded.hf if loaded.hf is not None else faceless.Faceless(loaded)
-        self._face, self._arrived = weakref.ref(face), False
+        self._face, self.handing = weakref.ref(face), True
         return face, loaded.tokenizer if loaded.hf is not None else faceless.tokenizer_for(loaded)
 
     @property
     def in_host(self) -> bool:
         """Whether the host's loaded model is ours; also while we hand it over."""
-        if self._face is None:
-            return False
-        model = self.host.shared.model
-        if model is not None and self._face() is model:
-            self._arrived = True
-        return self._face() is model if self._arrived else model is None
+        return self._face is not None and (self.handing or self._face() is self.host.shared.model)
 
     @property
     def orphaned(self) -> bool:
@@ -125,7 +120,7 @@ class HostEngine(Engine):
 
     def drop(self) -> None:
         """Free our model, whatever the host thinks."""
-        self._face = None
+        self._face, self.handing = None, False
         super().unload()
         gc.collect()
 
@@ -157,9 +152,13 @@ class Bridge:
         """For the host: (model, tokenizer) of a GPTQ folder. Raises GptqWebuiError."""
         return self.engine.take(model)
 
+    def handed_over(self) -> None:
+        """The host's load is done: it has our model."""
+        self.engine.handing = False
+
     def lost(self) -> None:
         """The host failed after we gave it a model."""
-        if self.engine.in_host and self.host.shared.model is None:
+        if self.engine.handing:
             self.engine.drop()
 
     def release(self, model: Any) -> bool:
