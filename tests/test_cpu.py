@@ -139,6 +139,21 @@ def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
     assert error(torch.from_numpy(y), x.double() @ dense.T) < 5e-4
 
 
+def test_a_team_that_is_dropped_leaves_no_thread():
+    before = threading.active_count()
+    linear, dense = packed(64, 32, 4, 32)
+    product = CpuLinear(weights.from_module(linear, kernels.WAY, Team(3)), Team(4))
+    x = torch.randn(6, 64)
+    assert error(product(x), x.double() @ dense.T) < 5e-4
+    product._team.close()
+    assert error(product(x), x.double() @ dense.T) < 5e-4  # and works on, alone
+    del product
+    for thread in threading.enumerate():
+        if thread.name.startswith("gptq-webui cpu") and threading.active_count() > before:
+            thread.join(0.5)
+    assert threading.active_count() <= before
+
+
 def test_exp_is_exp():
     x = np.linspace(-87, 88, 5001, dtype=np.float32)
     found = np.array([kernels.exp(each) for each in x], np.float64)
