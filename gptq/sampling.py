@@ -26,7 +26,7 @@ CAN = frozenset(
     }
 )  # fmt: skip
 
-_SHORT_LIST = 256  # likeliest tokens sorted first; if top p or min p reach further, all are
+_SHORT_LISTS = 256, 4096  # likeliest tokens that are sorted first; if top p or min p reach further, all are
 
 
 class Sampler:
@@ -83,7 +83,7 @@ class Sampler:
         top_k = min(params.top_k, size)
         if not top_k and params.top_p >= 1 and params.min_p == 0:
             return scores, None
-        for length in (top_k or min(_SHORT_LIST, size), size):
+        for length in (top_k,) if top_k else (*(each for each in _SHORT_LISTS if each < size), size):
             values, names = scores.topk(length, dim=-1)
             # Top p counts what top k has left.
             total = (values if top_k else scores).logsumexp(-1, keepdim=True)

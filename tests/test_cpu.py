@@ -91,6 +91,7 @@ def test_a_dense_product_keeps_every_number(kind, dtype, team):
 
 
 def test_a_head_that_came_from_eight_bits_goes_back_to_them(team):
+    torch.manual_seed(0)
     q = torch.randint(-127, 128, (64, 96))
     q[:, ::32] = 127  # each group has its largest
     scales = (torch.rand(64, 3) * 0.01 + 0.001).half().float()
@@ -136,6 +137,21 @@ def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
 
     run(*(each.ctypes.data for each in (w.w, w.scales, w.zeros, xq, scales, sums, y)))
     assert error(torch.from_numpy(y), x.double() @ dense.T) < 5e-4
+
+
+def test_a_team_that_is_dropped_leaves_no_thread():
+    before = threading.active_count()
+    linear, dense = packed(64, 32, 4, 32)
+    product = CpuLinear(weights.from_module(linear, kernels.WAY, Team(3)), Team(4))
+    x = torch.randn(6, 64)
+    assert error(product(x), x.double() @ dense.T) < 5e-4
+    product._team.close()
+    assert error(product(x), x.double() @ dense.T) < 5e-4  # and works on, alone
+    del product
+    for thread in threading.enumerate():
+        if thread.name.startswith("gptq-webui cpu") and threading.active_count() > before:
+            thread.join(0.5)
+    assert threading.active_count() <= before
 
 
 def test_exp_is_exp():

@@ -215,7 +215,7 @@ def forward(
             phase += 1
 
         # --- attention proper: heads with the same keys, or rows of one head, as the rows of a product
-        size = 4 if not alone or group % 4 == 0 else 1
+        size = 4 if not alone or group % 4 == 0 else group if group < 4 else 1
         items = heads // size if alone else heads * ((rows + 3) // 4)
         mine = 0
         at = claim(counters, phase)

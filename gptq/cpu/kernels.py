@@ -23,6 +23,7 @@ _packed8_1, _packed8_4 = tiles.packed_tile(8, 1, WAY), tiles.packed_tile(8, 4, W
 _packed4_1, _packed4_4 = tiles.packed_tile(4, 1, WAY), tiles.packed_tile(4, 4, WAY)
 _packed2_1, _packed2_4 = tiles.packed_tile(2, 1, WAY), tiles.packed_tile(2, 4, WAY)
 _half_1, _half_4 = tiles.dense_tile("half", 1, WAY), tiles.dense_tile("half", 4, WAY)
+_half_2, _half_3 = tiles.dense_tile("half", 2, WAY), tiles.dense_tile("half", 3, WAY)  # for heads that share keys
 _bfloat_1, _bfloat_4 = tiles.dense_tile("bfloat16", 1, WAY), tiles.dense_tile("bfloat16", 4, WAY)
 _float_1, _float_4 = tiles.dense_tile("float", 1, WAY), tiles.dense_tile("float", 4, WAY)
 
@@ -173,6 +174,12 @@ def half_products(w, x, x_stride, count, y, y_stride, rows, tiles_, w_stride):
             if rows - r >= 4:
                 _half_4(w + t * w_stride, x + r * x_stride, x_stride, count, y + 64 * t + r * y_stride, y_stride)
                 r += 4
+            elif rows - r == 3:
+                _half_3(w + t * w_stride, x + r * x_stride, x_stride, count, y + 64 * t + r * y_stride, y_stride)
+                r += 3
+            elif rows - r == 2:
+                _half_2(w + t * w_stride, x + r * x_stride, x_stride, count, y + 64 * t + r * y_stride, y_stride)
+                r += 2
             else:
                 _half_1(w + t * w_stride, x + r * x_stride, x_stride, count, y + 64 * t + r * y_stride, y_stride)
                 r += 1

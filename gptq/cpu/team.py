@@ -10,49 +10,55 @@ from typing import Any
 
 import numpy as np
 
+_Job = tuple[Callable[..., Any], tuple[Any, ...]]
+
 
 class Team:
-    """`run` may be called from any thread; one runs at a time."""
+    """`run` may be called from any thread; one runs at a time. Its threads end when it is closed or dropped."""
 
     def __init__(self, size: int) -> None:
         self.size = max(1, size)
         self._turn = threading.Lock()
-        self._job: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+        self._job: list[_Job | None] = [None]
         self._go = [threading.Semaphore(0) for _ in range(self.size - 1)]
         self._done = threading.Semaphore(0)
-        for at in range(1, self.size):
-            threading.Thread(target=self._help, args=(at,), name=f"gptq-webui cpu {at}", daemon=True).start()
+        for tid, go in enumerate(self._go, 1):
+            # the thread must not know the team, or nobody could drop it
+            arguments = (tid, go, self._done, self._job)
+            threading.Thread(target=_help, args=arguments, name=f"gptq-webui cpu {tid}", daemon=True).start()
 
     def run(self, phases: int, function: Callable[..., Any], *arguments: Any) -> None:
         """function(tid, threads, counters, *arguments) in every thread, with counters for that many phases
         (kernels.claim); returns when all are through."""
         with self._turn:
             counters = np.zeros((phases, 16), np.int64)
-            self._job = (function, (self.size, counters, *arguments))
+            self._job[0] = (function, (self.size, counters, *arguments))
             for each in self._go:
                 each.release()
             function(0, self.size, counters, *arguments)
             for _ in self._go:
                 self._done.acquire()
-            self._job = None
+            self._job[0] = None
 
     def close(self) -> None:
-        """End the threads. Safe to call twice."""
+        """End the threads; `run` then works alone. Safe to call twice."""
         with self._turn:
-            self._job = None
-            for each in self._go:
+            helpers, self._go = self._go, []
+            for each in helpers:
                 each.release()
-            self._go = []
 
-    def _help(self, tid: int) -> None:
-        go = self._go[tid - 1]
-        while True:
-            go.acquire()
-            job = self._job
-            if job is None:
-                return
-            function, arguments = job
-            del job
-            function(tid, *arguments)
-            del function, arguments  # or an unloaded model would live on here
-            self._done.release()
+    def __del__(self) -> None:
+        self.close()
+
+
+def _help(tid: int, go: threading.Semaphore, done: threading.Semaphore, box: list[_Job | None]) -> None:
+    while True:
+        go.acquire()
+        job = box[0]
+        if job is None:
+            return
+        function, arguments = job
+        del job
+        function(tid, *arguments)
+        del function, arguments  # or an unloaded model would live on here
+        done.release()

@@ -153,10 +153,16 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     for start in range(0, columns, 4096):
         part = weight[start : start + 4096].float().reshape(-1, rows // 32, 32)
         largest = part.abs().amax(-1, keepdim=True)
-        scale = (largest / 127).half().float()
-        numbers = (part / scale.clamp(min=1e-30)).round_().clamp_(-127, 127)
-        error = float(((numbers * scale - part).abs() / largest.clamp(min=1e-30)).max())
-        worst = max(worst, error)
+        middle = (largest / 127).half()
+        scale, numbers, error = middle.float(), torch.zeros_like(part), torch.full_like(largest, torch.inf)
+        for step in (0, 1, -1):  # the scale of the file it came from may be the next half
+            tried = (middle.view(torch.int16) + step).clamp_(min=0).view(torch.float16).float()
+            rounded = (part / tried.clamp(min=1e-30)).round_().clamp_(-127, 127)
+            off = (rounded * tried - part).abs().amax(-1, keepdim=True) / largest.clamp(min=1e-30)
+            better = off < error
+            scale, numbers = torch.where(better, tried, scale), torch.where(better, rounded, numbers)
+            error = torch.where(better, off, error)
+        worst = max(worst, float(error.max()))
         if worst > 2**-10:
             return None
         q[:, start : start + 4096] = (numbers + 128).to(torch.uint8).reshape(-1, rows).T.numpy()
