@@ -126,7 +126,7 @@ class HubServer:
         self.damage: dict[str, int] = {}  # path -> how many times it is served with one wrong byte
         self.down = False  # every request fails with 503
         self.truncates_json = False
-        self.xet = ""  # "works": large files are offered by Xet too; "fails": they are, and the chunks are not there; "ends": no chunks
+        self.xet = ""  # "works": large files are offered by Xet too; "fails": without the chunks; "ends": with none
         self.xet_ranges: list[str] = []  # what was asked for of such files
         self.lists_also: list[dict[str, Any]] = []  # entries that no file stands behind
         self.latency_s = 0.0  # before every answer
