@@ -126,7 +126,7 @@ class HubServer:
         self.damage: dict[str, int] = {}  # path -> how many times it is served with one wrong byte
         self.down = False  # every request fails with 503
         self.truncates_json = False
-        self.xet = ""  # "works": large files are offered by Xet too; "fails": they are, and the chunks are not there
+        self.xet = ""  # "works": large files are offered by Xet too; "fails": without the chunks; "ends": with none
         self.xet_ranges: list[str] = []  # what was asked for of such files
         self.lists_also: list[dict[str, Any]] = []  # entries that no file stands behind
         self.latency_s = 0.0  # before every answer
@@ -347,6 +347,8 @@ class _Cdn(_Handler):
     def xet(self, path: str) -> None:
         """A file of Xet's is one xorb of chunks, each with 8 bytes before it (version 0, sizes, not compressed)."""
         found = self.hub._xet_blobs.get(path.rpartition("/")[2])
+        if self.hub.xet == "ends":
+            return self.answer_json({"offset_into_first_range": 0, "terms": [], "fetch_info": {}, "xorbs": {}})
         if found is None or self.hub.xet != "works" or path.startswith("/v2/"):
             return self.answer(404)
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")

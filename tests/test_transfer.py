@@ -66,11 +66,11 @@ def run(library: Library, name: str = NAME) -> Path:
 def test_several_files_come_at_once_and_each_is_shown(library: Library, hub_server: Any) -> None:
     files = shards(4, MB)
     hub_server.add(NAME, files)
-    hub_server.rate_bytes_per_s = 2e6
+    hub_server.rate_bytes_per_s = 1e6
     plan = library.plan(ModelRef.parse(NAME))
     began_s = time.monotonic()
     seen = list(library.fetch(plan, threading.Event()))
-    assert time.monotonic() - began_s < 1.5, "one after the other takes 2 s"
+    assert time.monotonic() - began_s < 3.5, "one after the other takes 4 s"
     assert max(len(event.files) for event in seen) == 4
     assert any("model-00002-of-00004.safetensors: " in each.text for event in seen for each in event.files)
     assert whole(plan.folder, files)

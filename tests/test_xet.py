@@ -56,8 +56,9 @@ def test_it_goes_on_at_the_byte_where_it_was(library, hub_server):
     assert hub_server.xet_ranges == [f"bytes={kept}-{len(BIG) - 1}"]
 
 
-def test_if_xet_fails_the_plain_road_goes_on(library, hub_server):
-    hub_server.xet = "fails"
+@pytest.mark.parametrize("how", ["fails", "ends"])
+def test_if_xet_fails_or_ends_early_the_plain_road_goes_on(library, hub_server, how):
+    hub_server.xet = how
     folder, last = run(library)
     assert last.stage == "done" and (folder / "model.safetensors").read_bytes() == BIG
     assert hub_server.requests("cdn", "/objects/")

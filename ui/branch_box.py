@@ -127,7 +127,7 @@ def _fit(advice: Advice, chosen: str | None) -> str:
     offer = next((each for each in advice.offers if each.branch.name == chosen), None)
     if offer is None or offer.branch.wanted is None:
         return ""
-    loader = f" Opened by {offer.fit.loader}: {offer.fit.reason}." if offer.fit.loader else ""
+    loader = f" Opened by {offer.fit.loader} ({offer.fit.reason})." if offer.fit.loader else ""
     text = f"{offer.fit.text}. {offer.branch.wanted.summary}.{loader}"
     return parts.good(text) if offer.fit.state == "fits" else parts.notes([text])
 
