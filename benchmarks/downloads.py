@@ -4,6 +4,7 @@ The server is tests/hub_server.py in a process of its own, the client the real c
 (20 GB for `memory`), a quiet machine for `speed`, and `hf` (huggingface-hub) beside this Python to compare with.
 """
 
+import filecmp
 import multiprocessing
 import os
 import random
@@ -64,7 +65,9 @@ def branch(folder: Path, files: int = 8, size: int = 125 * MB) -> int:
     folder.mkdir(parents=True)
     lots = random.Random(0)
     for at in range(files):
-        (folder / f"model-{at + 1:05}-of-{files:05}.safetensors").write_bytes(lots.randbytes(size))
+        with (folder / f"model-{at + 1:05}-of-{files:05}.safetensors").open("wb") as file:
+            for start in range(0, size, 25 * MB):
+                file.write(lots.randbytes(min(25 * MB, size - start)))
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     (folder / "config.json").write_text("{}")
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -77,7 +80,7 @@ def start(url: str, target: Path) -> subprocess.Popen:
 
 
 def same(one: Path, other: Path) -> bool:
-    return all((other / path.name).read_bytes() == path.read_bytes() for path in one.iterdir())
+    return all(filecmp.cmp(path, other / path.name, shallow=False) for path in one.iterdir())
 
 
 def cut(work: Path) -> None:
