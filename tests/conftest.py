@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 
@@ -80,10 +81,11 @@ def demo_root(test_cache: Path) -> Path:
     makers = ("engine/demo.py", "engine/demo_source.py", "gptq/quantize.py", "gptq/pack.py")
     state = hashlib.sha256(b"".join((HERE.parent / name).read_bytes() for name in makers)).hexdigest()[:12]
     root = test_cache / f"demo-{state}"
-    for old in test_cache.glob("demo-*"):
-        if old != root:
-            shutil.rmtree(old, ignore_errors=True)
-    demo.ensure(root, lambda share, text: None, threading.Event(), keep=test_cache)
+    with FileLock(test_cache / "demo.lock"):  # several workers may want it
+        for old in test_cache.glob("demo-*"):
+            if old != root:
+                shutil.rmtree(old, ignore_errors=True)
+        demo.ensure(root, lambda share, text: None, threading.Event(), keep=test_cache)
     return root
 
 
