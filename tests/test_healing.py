@@ -16,6 +16,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
+from gptq_webui.gptq.stepper import TransformersStepper
 from gptq_webui.loaders.built_in_templates import CHATML
 from gptq_webui.loaders.transformers import TransformersLoader
 
@@ -25,11 +26,18 @@ HELLO = [Message("user", "hello")]
 SHORT = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=4)
 
 
+def calls_its_layers(loaded):
+    """The transformers model, computed through its own modules: a step of our own would pass the fault by."""
+    loaded._stepper = TransformersStepper(loaded.hf)
+    loaded._prefix.clear()  # what another stepper remembers
+    return loaded.hf
+
+
 def memory_in_a_layer(loaded):
     def forward(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    loaded.hf.model.layers[1].mlp.forward = forward
+    calls_its_layers(loaded).model.layers[1].mlp.forward = forward
 
 
 def not_numbers(loaded):
@@ -64,7 +72,7 @@ def failing_kernel(loaded):
     def forward(*_args, **_kwargs):
         raise RuntimeError("CUDA error: an illegal instruction was encountered")
 
-    loaded.hf.model.layers[0].forward = forward
+    calls_its_layers(loaded).model.layers[0].forward = forward
 
 
 FAULTS = {

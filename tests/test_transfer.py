@@ -275,7 +275,7 @@ def test_a_disk_filled_by_another_program_pauses_and_goes_on_when_there_is_room(
     status = downloads.status(ref)
     assert status.state == "full" and "are still to be downloaded" in status.text and "by itself" in status.text
     kept = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
-    assert kept > 3 * MB and status.share > 0.2
+    assert kept > 3 * MB and status.share > 0.1
     time.sleep(0.3)
     assert downloads.status(ref).state == "full"
     (small_disk / "other").unlink()
