@@ -43,12 +43,12 @@ def test_cards_that_are_hidden_from_the_process_are_none(given, monkeypatch):
 
 
 def test_an_extension_compiled_before_is_found_where_torch_keeps_it(tmp_path, monkeypatch):
-    import torch.utils.cpp_extension as torchs
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     assert look().compiled == frozenset()
-    folder = Path(torchs._get_build_directory("exllamav2_ext", False))  # torch's own answer
+    ask = "import torch.utils.cpp_extension as it; print(it._get_build_directory('exllamav2_ext', False))"
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)  # torch's own answer
+    folder = Path(told.stdout.strip())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "exllamav2_ext.so").touch()
     assert look().compiled == {"exllamav2_ext"}
