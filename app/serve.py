@@ -91,6 +91,9 @@ def serve(options: argparse.Namespace) -> int:
     service.stop_all()
     for web in webs:
         web.stop()
+    if start.is_alive():  # a thread inside torch while the interpreter goes away would end in an abort
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

@@ -5,10 +5,12 @@ one. A reader gets a `Stream` that only reads a queue: a reader that sleeps or l
 hold the model, and closing a Stream sets its `cancel`.
 """
 
+import atexit
 import logging
 import queue
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -17,6 +19,8 @@ from ..core.errors import AnswerFailed, Busy, GptqWebuiError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_EXIT_S = 5.0  # a program that ends waits so long for the token that is being computed
+_workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _GONE = "The model's thread has ended by an accident. Press Reload in the Model tab."
 _POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
 
@@ -138,6 +142,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._gone = False  # the thread ended without being told to
+        _workers.add(self)
 
     def stream(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> Stream[T]:
         """Take a turn now. `make` is called on the worker thread when the turn comes.
@@ -176,8 +181,8 @@ class Worker:
         """Whether the caller runs on the worker's thread."""
         return threading.current_thread() is self._thread
 
-    def close(self) -> None:
-        """Cancel what runs and waits, and wait until the thread has ended."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Cancel what runs and waits, and wait until the thread has ended, or for so long."""
         with self._lock:
             self._closing.set()
             for job in self._open:
@@ -185,7 +190,7 @@ class Worker:
             self._jobs.put(None)
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(wait_s)
 
     def _loop(self) -> None:
         try:
@@ -218,6 +223,13 @@ class Worker:
                     with self._lock:
                         self._open.remove(running[at][0])
                     del running[at]
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is inside torch while the interpreter goes away takes the process down with an abort."""
+    for worker in list(_workers):
+        worker.close(_EXIT_S)
 
 
 def _in_words(error: Exception) -> str:

@@ -19,6 +19,7 @@ from .parts import bad, notes, quiet
 from .reply import Reply, in_words
 from .template_box import about, draw_template
 from .transcript import Transcript
+from .watch import Watchers
 
 _STORE_KEY = "gptq-webui chat"
 _LOOK_S = 1 / 15  # how often a running answer is drawn
@@ -79,6 +80,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
     store = browser_store(_STORE_KEY)
     running: dict[str, threading.Event] = {}  # by session: the flag that ends its answer
     cleared: set[threading.Event] = set()  # flags of answers that Clear ended
+    watchers = Watchers()
 
     def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., Iterator[dict[Any, Any]]]:
         def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -149,10 +151,13 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         return compat.to_display(chat.shown()), chat.system, chat.kept()
 
     def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
-        while engine.status.phase in ("loading", "unloading"):
-            yield {head: about(engine, access.is_owner(request))}
-            time.sleep(_LOAD_LOOK_S)
-        yield {head: about(engine, access.is_owner(request)), **template.values(request)}
+        def told() -> dict[Any, Any]:
+            return {head: about(engine, access.is_owner(request))}
+
+        def busy() -> bool:
+            return engine.status.phase in ("loading", "unloading")
+
+        yield from watchers.watch(request, busy, told, lambda: told() | template.values(request), _LOAD_LOOK_S)
 
     inputs = [store.box, box, system, *parameters.fields]
     outputs = [bot, store.box, line, box, send, stop]

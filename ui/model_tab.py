@@ -29,6 +29,7 @@ from .loaders_box import draw_loaders, waiting
 from .parts import bad, good, quiet, working
 from .rescue_box import RescueBox, draw_rescue
 from .settings_box import draw_settings
+from .watch import Watchers, changes
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     with gr.Accordion("Library: everything on disk", open=False, elem_id="gw-library"):
         library = draw_library(engine, access)
     outputs = [models, status, panel, reload, unload, *rescue.outputs, *table.outputs, *settings.outputs]
+    watchers = Watchers()
 
     def listed(chosen: str | None) -> dict[Any, Any]:
         """The list of models with `chosen` in it, else the loaded one, and the settings of that."""
@@ -97,15 +99,13 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             **rescue.values(),
         }
 
-    def look_on(busy: Callable[[], bool]) -> Iterator[dict[Any, Any]]:
-        """Draw a load or an unload, whoever began it."""
-        while busy():
-            now = engine.status
-            doing = "Unloading" if now.phase == "unloading" else "Loading"
-            told = working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)
-            needs = quiet(str(engine.fit)) if engine.fit is not None and now.phase == "loading" else ""
-            yield {status: told + needs} | state()
-            time.sleep(_LOOK_S)
+    def progress() -> dict[Any, Any]:
+        """How far a load or an unload is, whoever began it."""
+        now = engine.status
+        doing = "Unloading" if now.phase == "unloading" else "Loading"
+        told = working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)
+        needs = quiet(str(engine.fit)) if engine.fit is not None and now.phase == "loading" else ""
+        return {status: told + needs} | state()
 
     def run(job: Callable[[], object], done: Callable[[float], str], wanted: str | None) -> Iterator[dict[Any, Any]]:
         failed: list[str] = []
@@ -123,7 +123,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         thread = threading.Thread(target=work, name="gptq-webui load", daemon=True)
         thread.start()
         thread.join(_LOOK_S / 2)  # a refusal comes at once: no flicker
-        yield from look_on(thread.is_alive)
+        yield from changes(thread.is_alive, progress, _LOOK_S)
         now = engine.loaded.model.name if engine.loaded is not None else wanted
         said = good(done(time.monotonic() - began))
         if failed:  # a load that the user stopped is no error
@@ -167,6 +167,13 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     def relist_resumed(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
         return listed(chosen) if access.is_owner(request) else {status: ""}  # runs on every page load, a guest's too
 
+    def busy() -> bool:
+        return engine.status.phase in ("loading", "unloading")
+
+    def ended() -> dict[Any, Any]:
+        now = engine.status
+        return listed(now.name or None) | state() | {status: bad(now.text) if now.error else good("Ready.")}
+
     def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
         if not access.is_owner(request):
             yield {status: ""}  # a handler that yields nothing would empty every output
@@ -175,10 +182,8 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         resting = now.text if engine.resting is not None else ""
         said = bad(now.text) if now.error else quiet(resting or engine.settings.warning)
         yield listed(now.name or None) | state() | folders.values() | care.values() | hub.values() | {status: said}
-        if now.phase in ("loading", "unloading"):
-            yield from look_on(lambda: engine.status.phase in ("loading", "unloading"))
-            ended = engine.status
-            yield listed(ended.name or None) | state() | {status: bad(ended.text) if ended.error else good("Ready.")}
+        if busy():
+            yield from watchers.watch(request, busy, progress, ended, _LOOK_S)
 
     triggers = ((models.input, load), (reload.click, load), (settings.reload.click, load))
     loaded = [trigger(handler, models, outputs, **compat.STREAM) for trigger, handler in triggers]
