@@ -21,8 +21,10 @@ script.register()
 
 from random_parts import MISTRAL_7B, random_layer, random_parts  # noqa: E402
 
-from gptq_webui.gptq.cuda.kernels import Card, Gemv, GemvVariant, pointer  # noqa: E402
+from gptq_webui.gptq.cuda import few  # noqa: E402
+from gptq_webui.gptq.cuda.kernels import Card, FewVariant, Gemv, GemvVariant, pointer  # noqa: E402
 from gptq_webui.gptq.cuda.pages import PagedMemory  # noqa: E402
+from gptq_webui.gptq.cuda.rows import Rows  # noqa: E402
 from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
 from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of, variant  # noqa: E402
 
@@ -117,13 +119,58 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
         print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
 
 
+def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> None:
+    """Times of one product of several rows, with every spread, and of making the weight dense and cuBLAS."""
+    k, n, _norm, epilogue = ROLES[role]
+    rotate = max(2, int(3e8 / (k * n * bits / 8)))
+    rows = torch.randperm(k, device="cuda")
+    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
+    shape = shape_of(layers[:1])
+    card.add(shapes=[shape])
+    weights = [repack(card, [each], shape) for each in layers]
+    del layers
+    x = torch.randn(few.MOST_ROWS, weights[0].padded, device="cuda").half()
+    out = torch.zeros(few.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
+    size = weights[0].size_bytes
+    print(f"{role} {bits}-bit g{group_size}, limit of one row {size / copy * 1e6:.1f} us")
+    for columns in few.COLUMNS:
+        plans = [
+            FewVariant(shape, epilogue, columns, tiles, split, stages)
+            for tiles, split, stages in itertools.product((1, 2, 4), (4, 8), (2, 3, 4))
+            if columns * tiles <= 16
+        ]
+        plans = [each for each in plans if each.shared_bytes <= card.shared_limit_bytes]
+        card.add(variants=plans)
+        found = []
+        for plan in plans:
+
+            def one(at: int, plan: FewVariant = plan) -> None:
+                few.launch(card, weights[at % rotate], plan, x, out, plan.columns * 8)
+
+            graph = graph_of(one, rotate * 2)
+            found.append((seconds(graph.replay) / rotate / 2 * 1e6, (plan.tiles, plan.split, plan.stages)))
+        found.sort()
+        chosen = few.variants(shape, epilogue, card.shared_limit_bytes)[columns]
+        now = next(took for took, spread in found if spread == (chosen.tiles, chosen.split, chosen.stages))
+        best = ", ".join(f"{spread} {took:.1f}" for took, spread in found[:5])
+        print(f"    {columns * 8:2} rows: {now:.1f} us now; {best}; worst {found[-1][0]:.1f}")
+    scratch = torch.empty(k * n, dtype=torch.float16, device="cuda")
+    y = torch.empty(few.MOST_ROWS, n, dtype=torch.float16, device="cuda")
+
+    def dense(at: int) -> None:
+        weight = weights[at % rotate]
+        torch.mm(x, weight.dense(card, 0, weight.tiles, scratch)[:n].T, out=y)
+
+    print(f"    64 rows by cuBLAS: {seconds(graph_of(dense, rotate).replay) / rotate * 1e6:.1f} us")
+
+
 _OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
 
 
 def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how: Any) -> None:
     parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
-    step = CudaStep(parts, 16384 + 256, card=card)
+    step = CudaStep(parts, 16384 + 256, slots=16, card=card)
     torch.cuda.synchronize()
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
@@ -157,10 +204,12 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
         print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
         step.positions[0] = position
         parts_of_it: dict[str, Callable[[int], object]] = {
-            "attention": lambda at: step._attention(at % layers, step.layers[at % layers]),
-            "head": lambda at: step._head(),
+            "attention": lambda at: step.attention(
+                at % layers, step.layers[at % layers], step.qkv, step.attended, step.attention_work
+            ),
+            "head": lambda at: step._head(step.x_head, step.logits),
             "sample": lambda at: step.sample(),
-            "embed": lambda at: step._embed(),
+            "embed": lambda at: step.embed(step.residual, step.x),
         }
         for name, run in parts_of_it.items():
             if name != "attention" and position != 512:
@@ -169,9 +218,10 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
             graph = graph_of(run, 32)
             print(f"        {name}: {seconds(graph.replay) / 32 * 1e6:.1f} us each")
         if position == 512:
-            profile(step, position)
+            step.positions[0] = position
+            profile(step.step)
     ids = torch.randint(0, 32000, (3840,)).tolist()
-    for length in (64, 512, 3840):
+    for length in (8, 16, 64, 512, 3840):
 
         def prompt(length: int = length) -> None:
             for start in range(0, length, 2048):
@@ -179,6 +229,24 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
 
         took = seconds(prompt, 3)
         print(f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s")
+    took = seconds(lambda: step.prefill(ids[:64], 1024), 3)
+    print(f"    prompt of 64 after 1024: {took * 1e3:.1f} ms")
+    rows = Rows(step)
+    memories = [memory, *(PagedMemory(step.pages) for _ in range(15))]
+    for row, each in enumerate(memories):
+        step.use(each, 1024, row)
+    for count in (1, 2, 4, 8, 12, 16):
+
+        def many(count: int = count) -> None:
+            step.positions[:count] = 512
+            for _ in range(8):
+                rows.step(count)
+
+        took = seconds(many, 3) / 8
+        ratio = count * steps(512) / took
+        print(f"    {count} rows at 512: {took * 1e6:.0f} us, {count / took:.0f} tokens/s, {ratio:.2f}x of one row")
+        if count == 16:
+            profile(lambda: rows.step(16))
     draws: dict[str, dict[str, Any]] = {
         "greedy": {},
         "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
@@ -190,14 +258,13 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
     step.close()
 
 
-def profile(step: CudaStep, position: int) -> None:
+def profile(run: Callable[[], object]) -> None:
     """What each kernel adds: from the end of the one before it to its own, mean over a few steps."""
     from torch.profiler import ProfilerActivity, profile
 
-    step.positions[0] = position
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(4):
-            step.step()
+            run()
         torch.cuda.synchronize()
     events = sorted((each for each in found.events() if each.device_type.name == "CUDA"), key=lambda each: each.time_range.end)
     spent: dict[str, list[float]] = {}
@@ -226,6 +293,8 @@ def main() -> None:
             ]
             for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")):
                 products(card, role, bits, 128, copy, tunings)
+        for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")) if "few" in given.what else ():
+            several(card, role, bits, 128, copy)
         if "slope" in given.what:  # what a byte more costs, apart from start and end
             for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
                 products(

@@ -92,9 +92,9 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
         step.use(memory, len(ids))
         found = []
         step.prefill(ids[:70], 0)
-        found.append((69, step.logits.clone()))
+        found.append((69, step.prompt_logits.clone()))
         step.prefill(ids[70:100], 70)
-        found.append((99, step.logits.clone()))
+        found.append((99, step.prompt_logits.clone()))
         for at in range(100, 150):
             step.ids[0], step.positions[0] = ids[at], at
             step.forward()

@@ -17,7 +17,7 @@ from torch import Tensor
 from .nvrtc import Compiler, Kernel, Module, NoCompiler
 
 _HERE = Path(__file__).resolve().parent
-_TEMPLATES = ("common.cu", "unpack.cu", "repack.cu", "gemv.cu", "attention.cu")
+_TEMPLATES = ("common.cu", "unpack.cu", "repack.cu", "gemv.cu", "few.cu", "attention.cu")
 _FIXED = ("rows.cu", "sample.cu")  # the same for every model
 HEAD_DIMS = (32, 64, 96, 128)  # what attention.cu can do
 ATTENTION_THREADS = 128
@@ -39,6 +39,9 @@ Gemv = _structure(
     "Gemv",
     "p weights, p scales, p x, p norm, p bias, p out, p residual, p places, i n, i tiles, i chunks, i groups, i unit_to_group, "
     "i k, f eps",
+)
+Few = _structure(
+    "Few", "p weights, p scales, p x, p bias, p out, p residual, i n, i tiles, i chunks, i groups, i unit_to_group, i rows"
 )
 Unpack = _structure("Unpack", "p weights, p scales, p out, i first_tile, i tiles, i chunks, i groups, i unit_to_group")
 Head = _structure("Head", "p weights, p x, p norm, p out, i n, i k, f eps")
@@ -75,6 +78,11 @@ class Shape:
         return f"{self.bits}_{'sym' if self.sym else 'asym'}_{self.units}"
 
     @property
+    def tile_bytes(self) -> int:
+        """Of a chunk of one tile with its scales."""
+        return 128 * self.bits + self.units * (32 if self.sym else 64)
+
+    @property
     def arguments(self) -> str:
         return f"{self.bits}, {str(self.sym).lower()}, {self.units}"
 
@@ -101,11 +109,39 @@ class GemvVariant:
         return 32 * self.split * self.teams
 
     def shared_bytes(self, chunks: int) -> int:
-        slot = self.batch * (128 * self.shape.bits + self.shape.units * (32 if self.shape.sym else 64))
+        slot = self.batch * self.shape.tile_bytes
         return self.split * self.teams * self.stages * slot + chunks * 128 + 4 * (36 + self.teams * 2 * self.split * 16)
 
 
-def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: Iterable[int], fixed: bool = False) -> str:
+@dataclass(frozen=True)
+class FewVariant:
+    """How the product of up to `columns` * 8 rows is computed (few.cu)."""
+
+    shape: Shape
+    epilogue: str  # PLAIN, SILU, RESIDUAL
+    columns: int  # of 8 rows each: 1, 2, 4, 8
+    tiles: int  # of a block at a time
+    split: int  # warps that share them
+    stages: int  # chunks on their way or being multiplied
+
+    @property
+    def name(self) -> str:
+        return f"few_{self.shape.name}_{self.epilogue.lower()}_{self.columns}_{self.tiles}_{self.split}_{self.stages}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.split
+
+    @property
+    def shared_bytes(self) -> int:
+        slot = self.tiles * self.shape.tile_bytes + self.columns * 1024
+        return self.split * (self.stages * slot + self.columns * 8 * (self.tiles * 16 + 4) * 4)
+
+
+Variant = GemvVariant | FewVariant
+
+
+def source(variants: Iterable[Variant], shapes: Iterable[Shape], head_dims: Iterable[int], fixed: bool = False) -> str:
     """CUDA C of what is named; with `fixed` also of the kernels that are the same for every model."""
     text = [(_HERE / name).read_text(encoding="utf-8") for name in (*_TEMPLATES, *(_FIXED if fixed else ()))]
 
@@ -118,12 +154,12 @@ def source(variants: Iterable[GemvVariant], shapes: Iterable[Shape], head_dims: 
     for shape in sorted(set(shapes), key=lambda each: each.name):
         kernel(f"unpack_{shape.name}", "UnpackArguments", f"unpack_tiles<{shape.arguments}>")
     for each in sorted(set(variants), key=lambda each: each.name):
-        call = (
-            f"gemv<{each.shape.arguments}, {each.split}, {each.batch}, {each.stages}, {each.epilogue}, "
-            + ", ".join(str(flag).lower() for flag in (each.norm, each.even))
-            + ">"
-        )
-        kernel(each.name, "GemvArguments", call, each.threads)
+        if isinstance(each, FewVariant):
+            numbers = f"{each.tiles}, {each.columns}, {each.split}, {each.stages}, {each.epilogue}"
+            kernel(each.name, "FewArguments", f"few<{each.shape.arguments}, {numbers}>", each.threads)
+        else:
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
+            kernel(each.name, "GemvArguments", f"gemv<{each.shape.arguments}, {numbers}>", each.threads)
     for dim in sorted(set(head_dims)):
         kernel(f"attention_{dim}", "AttentionArguments", f"attention<{dim}>", ATTENTION_THREADS)
         kernel(f"rope_{dim}", "RopeArguments", f"rope_rows<{dim}>", 256)
@@ -144,13 +180,14 @@ class Card:
         self.processors = properties.multi_processor_count
         self.name = properties.name
         self.shared_limit_bytes = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+        self.shared_bytes = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024)  # of a processor
         self._compiler = Compiler(self.capability, int(torch.version.cuda.split(".")[0]))
         self._modules: list[Module] = []
         self._kernels: dict[str, Kernel] = {}
 
     def add(
         self,
-        variants: Iterable[GemvVariant] = (),
+        variants: Iterable[Variant] = (),
         shapes: Iterable[Shape] = (),
         head_dims: Iterable[int] = (),
         fixed: bool = False,

@@ -73,6 +73,8 @@ struct NormArguments {
 // RMSNorm of many rows, into the order the next weight is stored in.
 extern "C" __global__ void norm_rows(NormArguments p) {
   __shared__ float scratch[36];
+  let_the_next_kernel_start();
+  wait_for_the_kernel_ahead();
   const float* from = p.residual + (size_t)blockIdx.x * p.k;
   float sum = 0.f;
   for (int at = threadIdx.x; at < p.k; at += blockDim.x) sum += from[at] * from[at];

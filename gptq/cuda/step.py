@@ -6,8 +6,8 @@
     gate, up   norm, product, SiLU(gate) * up, in the next input's order
     down       as o
 
-Every kernel begins while the one ahead still runs and asks for its first weights before it waits. Prompts take
-another way: weights are made dense by tiles, and cuBLAS multiplies.
+Every kernel begins while the one ahead still runs and asks for its first weights before it waits. Prompts are
+read in prompt.py; several conversations at once are computed in rows.py.
 """
 
 import logging
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..linear import GPTQLinear
 from ..llama import LayerParts, LlamaParts
+from . import few
 from .kernels import (
     ATTENTION_THREADS,
     HEAD_DIMS,
@@ -28,27 +29,23 @@ from .kernels import (
     Attention,
     Card,
     Embed,
-    Gather,
     Gemv,
     GemvVariant,
     Head,
-    Norm,
-    Rope,
     Sample,
-    Silu,
     pointer,
 )
 from .pages import PAGE_TOKENS, PagedMemory, Pages
-from .weights import TILE, Tuning, Unsuited, Weight, repack, shape_of, variant
+from .prompt import Prompt
+from .weights import Tuning, Unsuited, Weight, repack, shape_of, variant
 
 log = logging.getLogger(__name__)
 
 TOLD = 64  # tokens that the card tells ahead of being asked (sample.cu)
-_SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     qkv: Weight
     o: Weight
     gate_up: Weight
@@ -59,15 +56,24 @@ class _Layer:
     k_norm: Tensor | None
     window: int
 
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight, Weight]:
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class CudaStep:
-    """A model's weights and buffers for one conversation at a time. Not thread-safe: one thread uses it."""
+    """A model's weights, and the buffers of one token. Not thread-safe: one thread uses it.
+
+    What draws tokens (`params` to `told`) has `slots` rows, since rows.py computes several conversations;
+    the step of one token uses row 0. `table` has one row more, which is the prompts' (`prompt_row`).
+    """
 
     def __init__(
         self,
         parts: LlamaParts,
         context_tokens: int,
         *,
+        slots: int = 1,
         card: Card | None = None,
         tunings: dict[str, Tuning] | None = None,
         progress: Callable[[float], None] = lambda share: None,
@@ -76,6 +82,7 @@ class CudaStep:
         a model. Raises Unsuited (before anything is taken) or NoCompiler."""
         self.device = parts.device
         self.context_tokens = context_tokens
+        self.slots, self.prompt_row = slots, slots
         _require(parts)
         self.card = card or Card(self.device)
         self.heads, self.kv_heads, self.head_dim = parts.heads, parts.kv_heads, parts.head_dim
@@ -85,23 +92,25 @@ class CudaStep:
         self.vocabulary = int(self.head.shape[0])
         self.tunings = {**_TUNINGS, **(tunings or {})}
         shapes = [tuple(shape_of(each) for each in _products(layer)) for layer in parts.layers]
-        self.card.add(shapes={each for four in shapes for each in four}, head_dims=[self.head_dim], fixed=True)
+        several = few.every_variant(self.card, [pair for four in shapes for pair in zip(four, EPILOGUES, strict=True)])
+        self.card.add(several, {each for four in shapes for each in four}, [self.head_dim], fixed=True)
         self.embedding = parts.embedding.data
         self.final_norm = parts.norm.data.half().contiguous()
         self.cosines, self.sines = parts.angles(context_tokens)
         self.rotary_half = parts.rotary_dim // 2
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         for at, (layer, four) in enumerate(zip(parts.layers, shapes, strict=True)):
             self.layers.append(self._take(layer, four))
             progress((at + 1) / len(parts.layers))
         self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.head_dim)
         self._buffers()
         self.tune({})
-        self._told_pages: list[int] = []
+        self.prompt = Prompt(self)
+        self._told_pages: list[list[int]] = [[] for _ in range(slots + 1)]
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def _take(self, layer: LayerParts, shapes: Sequence[Any]) -> _Layer:
+    def _take(self, layer: LayerParts, shapes: Sequence[Any]) -> Layer:
         qkv_layers, o_layers, gate_up_layers, down_layers = _products(layer)
         qkv = repack(self.card, qkv_layers, shapes[0])
         o = repack(self.card, o_layers, shapes[1])
@@ -117,7 +126,7 @@ class CudaStep:
         def in_order(norm: Tensor, weight: Weight) -> Tensor:
             return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
 
-        return _Layer(
+        return Layer(
             qkv,
             o,
             gate_up,
@@ -143,32 +152,31 @@ class CudaStep:
         self.inner = zeros(first.down.padded)
         self.x_head = zeros(self.hidden)
         self.identity = torch.arange(self.hidden, dtype=torch.int32, device=self.device)
-        self.logits = zeros(1, self.vocabulary, of=torch.float32)
+        self.prompt_x = zeros(self.hidden)
+        self.prompt_logits = zeros(1, self.vocabulary, of=torch.float32)
+        self.logits = zeros(self.slots, self.vocabulary, of=torch.float32)
         self.max_pages = -(-self.context_tokens // PAGE_TOKENS) + 1
-        self.table = zeros(1, self.max_pages, of=torch.int64)
+        self.table = zeros(self.slots + 1, self.max_pages, of=torch.int64)
         self.group_blocks = -(-(self.heads // self.kv_heads) // 8)
-        blocks = self.kv_heads * self.group_blocks
-        self.splits = max(1, min(MOST_SPLITS, -(-2 * self.card.processors // blocks)))
-        self.partial = zeros(blocks * self.splits * 8 * (self.head_dim + 2), of=torch.float32)
-        self.done = zeros(blocks, of=torch.int32)
+        self.attention_work = AttentionWork(self, 1)
         # sampling
-        self.ids = zeros(1, of=torch.int32)
-        self.positions = zeros(1, of=torch.int32)
-        self.params = zeros(1, 12, of=torch.float32)
-        self.bias = zeros(1, self.vocabulary, of=torch.float32)
-        self.seen = zeros(1, self.vocabulary, of=torch.int16)
-        self.answered = zeros(1, self.vocabulary, of=torch.int16)
-        self.history = zeros(1, self.context_tokens, of=torch.int32)
-        self.answer_from = zeros(1, of=torch.int32)
-        self.work = zeros(1, self.vocabulary, of=torch.float32)
-        self.told = torch.zeros(1, TOLD, dtype=torch.int32, pin_memory=True)
+        self.ids = zeros(self.slots, of=torch.int32)
+        self.positions = zeros(self.slots, of=torch.int32)
+        self.params = zeros(self.slots, 12, of=torch.float32)
+        self.bias = zeros(self.slots, self.vocabulary, of=torch.float32)
+        self.seen = zeros(self.slots, self.vocabulary, of=torch.int16)
+        self.answered = zeros(self.slots, self.vocabulary, of=torch.int16)
+        self.history = zeros(self.slots, self.context_tokens, of=torch.int32)
+        self.answer_from = zeros(self.slots, of=torch.int32)
+        self.work = zeros(self.slots, self.vocabulary, of=torch.float32)
+        self.told = torch.zeros(self.slots, TOLD, dtype=torch.int32, pin_memory=True)
 
-    def _variants(self, layer: _Layer) -> list[GemvVariant]:
-        return [self._gemv_plan(weight, epilogue)[0] for weight, epilogue in zip(*_ROLES(layer), strict=True)]
+    def _variants(self, layer: Layer) -> list[GemvVariant]:
+        return [self._gemv_plan(weight, role)[0] for weight, role in zip(layer.weights, _ROLES, strict=True)]
 
     def _gemv_plan(self, weight: Weight, role: str) -> tuple[GemvVariant, Tuning]:
         tuning = self.tunings[role]
-        return variant(weight, _EPILOGUES[role], role in ("qkv", "gate_up"), tuning), tuning
+        return variant(weight, EPILOGUES[_ROLES.index(role)], role in ("qkv", "gate_up"), tuning), tuning
 
     def tune(self, tunings: dict[str, Tuning]) -> None:
         """Spread the products in another way."""
@@ -202,51 +210,53 @@ class CudaStep:
         blocks = min(-(-weight.tiles // plan.teams), tuning.blocks_per_processor * self.card.processors)
         self.card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes(weight.chunks), overlap=True)
 
-    def _embed(self) -> None:
+    def embed(self, residual: Tensor, x: Tensor, rows: int = 1) -> None:
+        """The embeddings of `ids` -> residual [rows, H] and x [rows, padded] in the first layer's order."""
         arguments = Embed(
             pointer(self.embedding),
             pointer(self.ids),
-            pointer(self.residual),
-            pointer(self.x),
+            pointer(residual),
+            pointer(x),
             pointer(self.layers[0].qkv.places),
             self.hidden,
-            self.x.numel(),
+            x.shape[-1],
         )
-        self.card.run("embed", (-(-self.hidden // 256), 1), 256, arguments, overlap=True)
+        self.card.run("embed", (-(-self.hidden // 256), rows), 256, arguments, overlap=True)
 
-    def _attention(self, at: int, layer: _Layer) -> None:
+    def attention(self, at: int, layer: Layer, qkv: Tensor, out: Tensor, work: "AttentionWork", rows: int = 1) -> None:
+        """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order."""
         arguments = Attention(
-            pointer(self.qkv),
+            pointer(qkv),
             pointer(self.table),
             pointer(self.positions),
             pointer(self.cosines),
             pointer(self.sines),
             pointer(layer.q_norm),
             pointer(layer.k_norm),
-            pointer(self.attended),
+            pointer(out),
             pointer(layer.o.places),
-            pointer(self.partial),
-            pointer(self.done),
+            pointer(work.partial),
+            pointer(work.done),
             at * self.pages.layer_bytes,
             self.heads,
             self.kv_heads,
             self.max_pages,
-            self.attended.numel(),
+            out.shape[-1],
             layer.window,
             self.rotary_half,
             self.group_blocks,
             self.eps,
             math.log2(math.e) / math.sqrt(self.head_dim),
         )
-        grid = (self.splits, self.kv_heads * self.group_blocks, 1)
+        grid = (work.splits(rows), self.kv_heads * self.group_blocks, rows)
         self.card.run(f"attention_{self.head_dim}", grid, ATTENTION_THREADS, arguments, overlap=True)
 
-    def _head(self) -> None:
+    def _head(self, x: Tensor, logits: Tensor) -> None:
         arguments = Head(
             pointer(self.head),
-            pointer(self.x_head),
+            pointer(x),
             pointer(self.final_norm),
-            pointer(self.logits),
+            pointer(logits),
             self.vocabulary,
             self.hidden,
             self.eps,
@@ -254,37 +264,37 @@ class CudaStep:
         blocks = min(-(-self.vocabulary // 16), 4 * self.card.processors)
         self.card.run("head", (blocks,), 256, arguments, self.hidden * 2 + 160, overlap=True)
 
-    def sample(self) -> None:
-        """From `logits` to the next token in `ids`, with `params`."""
+    def sample(self, first: int = 0, rows: int = 1) -> None:
+        """From `logits` of some rows to their next tokens in `ids`, with their `params`."""
         arguments = Sample(
-            pointer(self.logits),
-            pointer(self.params),
-            pointer(self.bias),
-            pointer(self.seen),
-            pointer(self.answered),
-            pointer(self.history),
-            pointer(self.answer_from),
-            pointer(self.work),
-            pointer(self.ids),
-            pointer(self.positions),
-            self.told.data_ptr(),
+            pointer(self.logits[first]),
+            pointer(self.params[first]),
+            pointer(self.bias[first]),
+            pointer(self.seen[first]),
+            pointer(self.answered[first]),
+            pointer(self.history[first]),
+            pointer(self.answer_from[first]),
+            pointer(self.work[first]),
+            pointer(self.ids[first]),
+            pointer(self.positions[first]),
+            self.told[first].data_ptr(),
             self.vocabulary,
             self.context_tokens,
         )
-        self.card.run("sample", (1,), 1024, arguments, overlap=True)
+        self.card.run("sample", (rows,), 1024, arguments, overlap=True)
 
     def forward(self) -> None:
         """From `ids` at `positions` to `logits`, on the current stream."""
-        self._embed()
+        self.embed(self.residual, self.x)
         for at, layer in enumerate(self.layers):
             self._gemv("qkv", layer.qkv, self.x, self.qkv, layer.input_norm)
-            self._attention(at, layer)
+            self.attention(at, layer, self.qkv, self.attended, self.attention_work)
             self._gemv("o", layer.o, self.attended, self.x_mlp, places=layer.gate_up.places)
             self._gemv("gate_up", layer.gate_up, self.x_mlp, self.inner, layer.post_norm)
             last = at + 1 == len(self.layers)
             places = self.identity if last else self.layers[at + 1].qkv.places
             self._gemv("down", layer.down, self.inner, self.x_head if last else self.x, places=places)
-        self._head()
+        self._head(self.x_head, self.logits)
 
     def step(self, sample: bool = True) -> None:
         """Compute the token in `ids` and choose the next one, or leave it at `logits`. Recorded at the first call."""
@@ -302,28 +312,14 @@ class CudaStep:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], start: int) -> Tensor:
-        """Compute tokens that follow `start` tokens in the pages -> fp32 [T, H], before the last norm.
+    def prefill(self, ids: Sequence[int], start: int, row: int = 0) -> Tensor:
+        """Compute tokens that follow `start` tokens in the pages of a row -> fp32 [T, H], before the last norm.
 
-        `logits` are those of the last token.
+        `prompt_logits` are those of the last token.
         """
-        tokens = torch.tensor(list(ids), device=self.device)
-        count = tokens.numel()
-        h = self.embedding[tokens].float()  # [T, H]
-        scratch = torch.empty(min(_SCRATCH, max(_largest(each) for each in self.layers)), dtype=torch.float16, device=self.device)
-        for at, layer in enumerate(self.layers):
-            x = self._norm_rows(h, layer.input_norm, layer.qkv)
-            qkv = self._product(x, layer.qkv, scratch)
-            attended = self._attend(at, layer, qkv, start, count)
-            h += self._product(_in_order(attended, layer.o), layer.o, scratch)
-            x = self._norm_rows(h, layer.post_norm, layer.gate_up)
-            gate_up = self._product(x, layer.gate_up, scratch)
-            inner = torch.empty(count, layer.down.padded, dtype=torch.float16, device=self.device)
-            arguments = Silu(pointer(gate_up), pointer(inner), gate_up.shape[1] // 2, layer.down.padded)
-            self.card.run("silu_rows", (8, count), 256, arguments)
-            h += self._product(inner, layer.down, scratch)
-        self.x_head.copy_(h[-1].clamp(-65504, 65504))
-        self._head()
+        h = self.prompt.read(ids, start, self.table[row])
+        self.prompt_x.copy_(h[-1].clamp(-65504, 65504))
+        self._head(self.prompt_x, self.prompt_logits)
         return h
 
     def all_logits(self, h: Tensor) -> Tensor:
@@ -331,58 +327,26 @@ class CudaStep:
         x = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * self.final_norm.float()
         return (x.half() @ self.head.T).float()
 
-    def _norm_rows(self, h: Tensor, norm: Tensor, weight: Weight) -> Tensor:
-        out = torch.empty(h.shape[0], weight.padded, dtype=torch.float16, device=self.device)
-        arguments = Norm(pointer(h), pointer(norm), pointer(out), pointer(weight.order), self.hidden, weight.padded, self.eps)
-        self.card.run("norm_rows", (h.shape[0],), 256, arguments)
-        return out
-
-    def _product(self, x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
-        """x [T, padded] in engine order -> [T, rows], the rows in the order of the weight."""
-        rows = weight.tiles * TILE
-        y = torch.empty(x.shape[0], rows, dtype=torch.float16, device=self.device)
-        step = max(1, scratch.numel() // (TILE * weight.padded))
-        for first in range(0, weight.tiles, step):
-            tiles = min(step, weight.tiles - first)
-            dense = weight.dense(self.card, first, tiles, scratch)
-            torch.mm(x, dense.T, out=y[:, first * TILE : (first + tiles) * TILE])
-        if weight.bias is not None:
-            y += weight.bias
-        return y if rows == weight.out_features else y[:, : weight.out_features].contiguous()
-
-    def _attend(self, at: int, layer: _Layer, qkv: Tensor, start: int, count: int) -> Tensor:
-        heads, kv, dim = self.heads, self.kv_heads, self.head_dim
-        layer_bytes = at * self.pages.layer_bytes
-        rope = Rope(
-            pointer(qkv), pointer(self.table), pointer(self.cosines), pointer(self.sines), pointer(layer.q_norm),
-            pointer(layer.k_norm), layer_bytes, heads, kv, start, self.rotary_half, self.eps,
-        )  # fmt: skip
-        self.card.run(f"rope_{dim}", (count,), 256, rope)
-        length = start + count
-        split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
-        queries = split[:heads]
-        if start:
-            keys = torch.empty(kv, length, dim, dtype=torch.float16, device=self.device)
-            values = torch.empty_like(keys)
-            gather = Gather(pointer(self.table), pointer(keys), pointer(values), layer_bytes, kv, length)
-            self.card.run(f"gather_{dim}", (-(-length // PAGE_TOKENS), kv), 256, gather)
-        else:
-            keys, values = split[heads : heads + kv], split[heads + kv :]
-        out = _causal_attention(queries[None], keys[None], values[None], layer.window)
-        return out[0].transpose(0, 1).reshape(count, heads * dim)
-
     # -- conversations ---------------------------------------------------------------------------------------------
 
-    def use(self, memory: PagedMemory, tokens: int) -> None:
-        """Make `memory` the one that is read and written, with pages for that many tokens."""
+    def use(self, memory: PagedMemory, tokens: int, row: int = 0) -> None:
+        """Make `memory` the one that a row reads and writes, with pages for that many tokens. Raises torch.OutOfMemoryError."""
         memory.reserve(tokens)
-        pages = memory.pages
-        if pages == self._told_pages:
+        pages, told = memory.pages, self._told_pages[row]
+        if pages == told:
             return
-        same = len(self._told_pages) if pages[: len(self._told_pages)] == self._told_pages else 0
-        added = torch.tensor(pages[same:], dtype=torch.int64)
-        self.table[0, same : len(pages)] = added.to(self.device)
-        self._told_pages = list(pages)
+        same = len(told) if pages[: len(told)] == told else 0
+        self.table[row, same : len(pages)] = torch.tensor(pages[same:], dtype=torch.int64).to(self.device)
+        self._told_pages[row] = list(pages)
+
+    def move(self, source: int, target: int) -> None:
+        """Let the conversation of one row go on in another."""
+        for each in (self.params, self.bias, self.seen, self.answered, self.history, self.table):
+            each[target].copy_(each[source])
+        for each in (self.ids, self.positions, self.answer_from):
+            each[target : target + 1].copy_(each[source : source + 1])
+        self._told_pages[target] = self._told_pages[source]
+        self._told_pages[source] = []
 
     def close(self) -> None:
         self._graphs.clear()
@@ -390,17 +354,29 @@ class CudaStep:
         self.layers.clear()
 
 
-def _ROLES(layer: _Layer) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
-    return (layer.qkv, layer.o, layer.gate_up, layer.down), ("qkv", "o", "gate_up", "down")
-
-
-_EPILOGUES = {"qkv": "PLAIN", "o": "RESIDUAL", "gate_up": "SILU", "down": "RESIDUAL"}
+_ROLES = ("qkv", "o", "gate_up", "down")
+EPILOGUES = ("PLAIN", "RESIDUAL", "SILU", "RESIDUAL")
 _TUNINGS = {  # measured on an H100 and an H200
     "qkv": Tuning(8, 4, 4, 1, 2),
     "o": Tuning(8, 4, 3, 1, 2),
     "gate_up": Tuning(8, 4, 3, 1, 3),
     "down": Tuning(16, 2, 3, 1, 2),
 }
+
+
+class AttentionWork:
+    """Where the blocks of an attention leave their parts, for up to so many rows."""
+
+    def __init__(self, step: CudaStep, rows: int) -> None:
+        self._blocks = step.kv_heads * step.group_blocks
+        self._processors = step.card.processors
+        parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
+        self.partial = torch.zeros(parts * 8 * (step.head_dim + 2), dtype=torch.float32, device=step.device)
+        self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=step.device)
+
+    def splits(self, rows: int) -> int:
+        """Blocks that share one conversation's keys: enough of all rows together to fill the card twice."""
+        return max(1, min(MOST_SPLITS, -(-2 * self._processors // (self._blocks * rows))))
 
 
 def _products(layer: LayerParts) -> tuple[Sequence[GPTQLinear], ...]:
@@ -425,29 +401,3 @@ def _require(parts: LlamaParts) -> None:
     sizes = {(each.qkv[0].in_features, each.down.in_features, each.o.in_features) for each in parts.layers}
     if len(sizes) != 1:
         raise Unsuited("layers of different sizes")
-
-
-def _in_order(x: Tensor, weight: Weight) -> Tensor:
-    """[T, K] -> [T, padded] in engine order, zeros for padding."""
-    if weight.padded == weight.in_features:
-        return x.index_select(1, weight.order)
-    return nn.functional.pad(x, (0, 1)).index_select(1, torch.where(weight.order < 0, weight.in_features, weight.order))
-
-
-def _largest(layer: _Layer) -> int:
-    return max(each.tiles * TILE * each.padded for each in _ROLES(layer)[0])
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """q [1, heads, T, D] of the last T positions, k and v [1, kv heads, L, D] -> [1, heads, T, D]."""
-    count, length = q.shape[2], k.shape[2]
-    if count == length and (not window or length <= window):
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    rows = torch.arange(length - count, length, device=q.device)[:, None]
-    columns = torch.arange(length, device=q.device)[None]
-    seen = columns <= rows
-    if window:
-        seen &= columns > rows - window
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)

@@ -1,8 +1,4 @@
-"""The card's step behind the common face, and behind the face of a transformers model.
-
-Tokens are drawn on the card, and the next one is being computed while the last one is told: the card never waits
-for Python. What was computed too much is cut off when an answer ends.
-"""
+"""The card's step behind the common face, and behind the face of a transformers model."""
 
 import inspect
 import logging
@@ -13,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ...core.chat import Step
-from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..kv import PrefixCache
 from ..llama import LlamaParts
-from ..sampling import log_probabilities
 from ..stepper import Memory, Stepper, cache_name
+from .answers import Answers
 from .pages import PagedMemory
-from .step import TOLD, CudaStep
+from .step import CudaStep
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +24,13 @@ class CudaStepper(Stepper):
     name: ClassVar[str] = "cuda"
     chunk_tokens = 2048
 
-    def __init__(self, parts: LlamaParts, context_tokens: int) -> None:
+    def __init__(self, parts: LlamaParts, context_tokens: int, *, slots: int = 1) -> None:
         """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
-        self._step = CudaStep(parts, context_tokens)
+        self._step = CudaStep(parts, context_tokens, slots=slots)
         self.device = self._step.device
+        self.slots = slots
+        self._answers = Answers(self._step)
         self._face: HfFace | None = None
-        self._draws = torch.zeros(12, dtype=torch.float32)  # SampleParams, on the host
 
     @property
     def describes(self) -> str:
@@ -45,64 +41,40 @@ class CudaStepper(Stepper):
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         self.read(memory, ids)
-        return self._step.logits
+        return self._step.prompt_logits.clone()  # another prompt may be read before it is looked at
 
     def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        """Put ids through -> fp32 [T, H] before the last norm; `logits` of the last one."""
+        """Put ids through -> fp32 [T, H] before the last norm; `prompt_logits` of the last one."""
         assert isinstance(memory, PagedMemory)
-        self._step.use(memory, memory.length + len(ids))
-        hidden = self._step.prefill(ids, memory.length)
+        row = self._step.prompt_row
+        self._step.use(memory, memory.length + len(ids), row)
+        hidden = self._step.prefill(ids, memory.length, row)
         memory.length += len(ids)
         return hidden
 
     def step(self, memory: Memory, id: int) -> Tensor:
         assert isinstance(memory, PagedMemory)
         self._step.use(memory, memory.length + 1)
-        self._step.ids.fill_(id)
-        self._step.positions.fill_(memory.length)
+        self._step.ids[0] = id
+        self._step.positions[0] = memory.length
         self._step.step(sample=False)
         memory.length += 1
-        return self._step.logits
+        return self._step.logits[:1]
 
     @property
-    def logits(self) -> Tensor:
-        """fp32 [1, V] of the last token that was put through; overwritten by the next one."""
-        return self._step.logits
+    def prompt_logits(self) -> Tensor:
+        """fp32 [1, V] of the last token that was read; overwritten by the next prompt."""
+        return self._step.prompt_logits
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return self._step.all_logits(hidden)
 
     def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
         assert isinstance(memory, PagedMemory)
-        step, prompt = self._step, len(ids)
-        self._start(ids, params)
-        step.sample()
-        told = 0
-        found = None
-        try:
-            while True:
-                if params.logprobs is not None:
-                    found = log_probabilities(step.logits, int(step.ids), params.logprobs)
-                drawn = torch.cuda.Event()
-                drawn.record()
-                if memory.length < step.context_tokens:  # the next one, before this one is known
-                    step.use(memory, memory.length + 1)
-                    if params.logprobs is None:
-                        step.step()
-                        memory.length += 1
-                drawn.synchronize()
-                id = int(step.told[0, (prompt + told) % TOLD])
-                told += 1
-                yield Step(id, *found) if found else Step(id)
-                if memory.length >= step.context_tokens:
-                    return
-                if params.logprobs is not None:
-                    step.step()
-                    memory.length += 1
-        finally:
-            memory.length = min(memory.length, prompt + max(0, told - 1))  # the last one told may not be the answer's
+        yield from self._answers.draw(memory, logits, ids, params)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
+        self._answers.prefix = prefix
         self._face = HfFace(hf, self, prefix)
 
     def close(self) -> None:
@@ -110,43 +82,6 @@ class CudaStepper(Stepper):
             self._face.give_back()
             self._face = None
         self._step.close()
-
-    def _start(self, ids: Sequence[int], params: GenerationParams) -> None:
-        """Tell the card how an answer is drawn, and what stands before it."""
-        step, prompt = self._step, len(ids)
-        if params.logit_bias and params.logit_bias[-1][0] >= step.vocabulary:
-            raise BadParameter(
-                f"logit_bias names token {params.logit_bias[-1][0]}; the model's tokens are 0 to {step.vocabulary - 1}."
-            )
-        seed = params.seed if params.seed is not None else int(torch.randint(0, 2**62, ()))
-        self._draws[:8] = torch.tensor(
-            [
-                params.temperature, max(params.top_p, 1e-6), params.min_p, max(params.typical_p, 1e-6), params.repetition_penalty,
-                params.presence_penalty, params.frequency_penalty, float(bool(params.logit_bias)),
-            ]
-        )  # fmt: skip
-        words = self._draws.view(torch.int32)
-        words[8:] = torch.tensor([params.top_k, params.repetition_range, _word(seed), _word(seed >> 32)], dtype=torch.int64).to(
-            torch.int32
-        )
-        step.params[0].copy_(self._draws)
-        if params.logit_bias:
-            step.bias.zero_()
-            places, values = zip(*params.logit_bias, strict=True)
-            step.bias[0, torch.tensor(places, device=self.device)] = torch.tensor(values, device=self.device)
-        history = torch.tensor(list(ids), dtype=torch.int32, device=self.device)
-        step.history[0, :prompt] = history
-        recent = history[-params.repetition_range :].long()  # a range of 0 is all of them
-        step.seen[0] = torch.bincount(recent, minlength=step.vocabulary).clamp(max=32767)[: step.vocabulary].to(torch.int16)
-        step.answered.zero_()
-        step.answer_from.fill_(prompt)
-        step.positions.fill_(prompt - 1)
-
-
-def _word(value: int) -> int:
-    """The low 32 bits as a signed number."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
 
 
 class HfFace:
@@ -228,7 +163,7 @@ class HfFace:
             if keep != 1:
                 rows.append(stepper.logits_of(hidden))
         if keep == 1:
-            return stepper.logits[None]
+            return stepper.prompt_logits[None]
         logits = torch.cat(rows)
         if isinstance(keep, int):
             return logits[None, -keep:] if keep else logits[None]

@@ -1,0 +1,66 @@
+"""Products of 2 to 64 rows: which kernel of few.cu computes them, and how it is launched."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from .kernels import Card, Few, FewVariant, Shape, pointer
+from .weights import Weight
+
+MOST_ROWS = 64  # beyond, making the weight dense and cuBLAS are faster
+COLUMNS = (1, 2, 4, 8)  # of 8 rows each
+# (tiles, split, stages) by columns, the best first; the first that fits into a card's shared memory is taken
+_SPREADS = {
+    1: ((2, 8, 4), (2, 4, 4), (2, 4, 2)),
+    2: ((2, 8, 4), (2, 4, 3), (2, 4, 2)),
+    4: ((2, 8, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
+    8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
+}
+
+
+def variants(shape: Shape, epilogue: str, limit_bytes: int) -> dict[int, FewVariant]:
+    """By columns, those that fit into `limit_bytes` of shared memory for a block."""
+    found = {}
+    for columns, spreads in _SPREADS.items():
+        for tiles, split, stages in spreads:
+            plan = FewVariant(shape, epilogue, columns, tiles, split, stages)
+            if plan.shared_bytes <= limit_bytes:
+                found[columns] = plan
+                break
+    return found
+
+
+def every_variant(card: Card, shapes: Iterable[tuple[Shape, str]]) -> list[FewVariant]:
+    """What a model needs; `shapes` are (shape, epilogue)."""
+    return [plan for shape, epilogue in set(shapes) for plan in variants(shape, epilogue, card.shared_limit_bytes).values()]
+
+
+def multiply(card: Card, weight: Weight, epilogue: str, x: Tensor, out: Tensor) -> None:
+    """x fp16 [T, padded] in engine order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), fp16 [T, N / 2] (SILU), or added
+    to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
+    plans = variants(weight.shape, epilogue, card.shared_limit_bytes)
+    most = 8 * max(plans)
+    for first in range(0, x.shape[0], most):
+        rows = min(most, x.shape[0] - first)
+        launch(card, weight, plans[min(each for each in plans if each * 8 >= rows)], x[first:], out[first:], rows)
+
+
+def launch(card: Card, weight: Weight, plan: FewVariant, x: Tensor, out: Tensor, rows: int) -> None:
+    added = plan.epilogue == "RESIDUAL"
+    arguments = Few(
+        pointer(weight.words),
+        pointer(weight.scales),
+        pointer(x),
+        pointer(weight.bias),
+        None if added else pointer(out),
+        pointer(out) if added else None,
+        weight.out_features,
+        weight.tiles,
+        weight.chunks,
+        weight.groups,
+        weight.unit_to_group,
+        rows,
+    )
+    at_once = max(1, min(card.shared_bytes // (plan.shared_bytes + 1024), 32 // plan.split))  # blocks on a processor
+    blocks = min(-(-weight.tiles // plan.tiles), at_once * card.processors)
+    card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes, overlap=True)
