@@ -167,10 +167,10 @@ def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> N
 _OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
 
 
-def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, **how: Any) -> None:
+def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, q8: bool = False, **how: Any) -> None:
     parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
-    step = CudaStep(parts, 16384 + 256, slots=16, card=card)
+    step = CudaStep(parts, 16384 + 256, slots=16, card=card, q8=q8)
     torch.cuda.synchronize()
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
@@ -199,7 +199,7 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
         return
     for position in (10, 100, 512, 1024, 4096, 16000):
         took = steps(position)
-        kv = 2 * step.kv_heads * step.head_dim * 2 * layers * position
+        kv = step.cache.token_bytes(step.kv_heads) * layers * position
         share = (size + kv) / took / copy
         print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
         step.positions[0] = position
@@ -309,6 +309,8 @@ def main() -> None:
             products(card, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
         if "tunings" in given.what:
             whole(card, copy, given.layers, tunings=True)
+        if "q8" in given.what:
+            whole(card, copy, given.layers, q8=True)
         if "whole" in given.what:
             whole(card, copy, given.layers)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import kernels
+from gptq_webui.gptq.cuda import few, kernels
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
 from gptq_webui.gptq.cuda.weights import engine_order, places_of, step_order
 
@@ -28,8 +28,19 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
     shapes = [kernels.Shape(4, True, 1), kernels.Shape(8, False, 2), kernels.Shape(3, False, 4), kernels.Shape(2, True, 1)]
     variants = [kernels.GemvVariant(shapes[0], epilogue, norm, 8, 4, 3, 1, True) for epilogue, norm in
                 (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))]  # fmt: skip
-    binary = compiler(FAMILIES[family], tmp_path).compile(kernels.source(variants, shapes, [64, 128], fixed=True))
-    for name in (*(each.name for each in variants), "repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64"):
+    variants += [each for columns in few.COLUMNS for each in few.variants(shapes[columns % 4], "SILU", 99 * 1024).values()]
+    caches = [kernels.Cache(64), kernels.Cache(128), kernels.Cache(128, q8=True)]
+    binary = compiler(FAMILIES[family], tmp_path).compile(kernels.source(variants, shapes, caches, fixed=True))
+    for name in (
+        *(each.name for each in variants),
+        "repack_3",
+        "unpack_8_asym_2",
+        "attention_128",
+        "sample",
+        "head",
+        "rope_64",
+        "attention_128_q8",
+    ):
         assert name.encode() in binary
 
 

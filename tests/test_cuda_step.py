@@ -103,3 +103,48 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
             assert error(logits[0], wanted[at]) < 1e-2, at
         tops = [int(logits.argmax()) == int(wanted[at].argmax()) for at, logits in found]
         assert sum(tops) >= len(tops) - 2
+
+
+@pytest.mark.parametrize("change", [{}, {"head_dim": 128, "heads": 8, "kv_heads": 2}, {"window": 40}], ids=str)
+def test_a_byte_for_each_number_of_the_conversation_changes_the_logits_little(card, change):
+    torch.manual_seed(3)
+    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
+    ids = torch.randint(0, SMALL["vocabulary"], (200,)).tolist()
+    with torch.inference_mode():
+        wanted = random_parts.plain_logits(parts, ids)
+        step = CudaStep(parts, 256, card=card, q8=True)
+        plain = 2 * step.kv_heads * 2 * step.head_dim
+        assert step.cache.token_bytes(step.kv_heads) < 0.54 * plain
+        memory = PagedMemory(step.pages)
+        step.use(memory, len(ids))
+        for start, end in ((0, 90), (90, 120)):
+            step.prefill(ids[start:end], start)
+            assert error(step.prompt_logits[0], wanted[end - 1]) < 2e-2, end
+        for at in range(120, 200):
+            step.ids[0], step.positions[0] = ids[at], at
+            step.forward()
+            assert error(step.logits[0], wanted[at]) < 2e-2, at
+
+
+def test_the_step_reads_nothing_that_it_did_not_write(card):
+    torch.manual_seed(4)
+    parts = random_parts.random_parts(**{**SMALL, "group_size": 64})
+    ids = torch.randint(0, SMALL["vocabulary"], (200,)).tolist()
+    with torch.inference_mode():
+        step = CudaStep(parts, 256, card=card)
+        step.use(PagedMemory(step.pages), len(ids))
+        step.prefill(ids[:-1], 0)
+        step.ids[0], step.positions[0] = ids[-1], len(ids) - 1
+        step.forward()
+        wanted = step.logits.clone()
+        for each in (step.residual, step.qkv, step.attention_work.partial, step.logits, step.work):
+            each.fill_(torch.nan)
+        for layer, buffer in (
+            (step.layers[0].qkv, step.x),
+            (step.layers[0].gate_up, step.x_mlp),
+            (step.layers[0].o, step.attended),
+        ):
+            buffer[layer.order >= 0] = torch.nan  # padding stays zero for ever
+        step.ids[0], step.positions[0] = ids[-1], len(ids) - 1
+        step.forward()
+        assert torch.equal(step.logits, wanted)

@@ -1,7 +1,8 @@
 // Attention of one new token per row over keys and values kept in pages, with rotary and the writing of the new ones.
 //
 // A page holds 64 tokens of every layer: keys [kv heads][64][D], values [kv heads][D][64] (turned, so that both
-// products read runs of 16 bytes). A row's pages are a list of addresses: growing a conversation moves nothing. The
+// products read runs of 8 numbers), fp16 or, with Q8, a byte each and a scale for each token and head behind all values.
+// A row's pages are a list of addresses: growing a conversation moves nothing. The
 // tokens are split over blocks and warps (Flash-Decoding, Dao et al. 2023); partial sums are added in a fixed order
 // by the block that ends last.
 
@@ -24,6 +25,52 @@ struct AttentionArguments {
   int head_blocks;         // blocks of up to 8 heads that share keys, per kv head
   float eps, scale;        // scale: log2(e) / sqrt(D)
 };
+
+// 8 numbers of a page as they are stored, and as four pairs of fp16.
+template <bool Q8> struct Stored { typedef uint4 Run; };
+template <> struct Stored<true> { typedef uint2 Run; };
+DEVICE uint4 halves_of(const uint4& v) { return v; }
+DEVICE uint4 halves_of(const uint2& v) {  // a byte is 128 more than its number
+  const u32 h1152 = 0x64806480;
+  return make_uint4(sub2(__byte_perm(v.x, 0x64646464, 0x4140), h1152), sub2(__byte_perm(v.x, 0x64646464, 0x4342), h1152),
+                    sub2(__byte_perm(v.y, 0x64646464, 0x4140), h1152), sub2(__byte_perm(v.y, 0x64646464, 0x4342), h1152));
+}
+
+// Where things stand in a layer's part of a page, in bytes.
+template <int D, bool Q8> struct Place {
+  static constexpr int SIZE = Q8 ? 1 : 2;
+  static __device__ __forceinline__ size_t key(int kv, int token) { return ((size_t)kv * PAGE + token) * D * SIZE; }
+  static __device__ __forceinline__ size_t value(int kv_heads, int kv, int d) { return (((size_t)kv_heads + kv) * D + d) * PAGE * SIZE; }
+  static __device__ __forceinline__ size_t scales(int kv_heads, int kv, bool of_values) {
+    return (size_t)2 * kv_heads * PAGE * D + (kv * 2 + of_values) * PAGE * 2;
+  }
+};
+
+// The scale of D numbers, of which a lane holds those at lane, lane + 32 …: their largest is 127 of it.
+template <int D> DEVICE float scale_of(const u16* from) {
+  float most = 0.f;
+  for (int d = threadIdx.x % 32; d < D; d += 32) most = fmaxf(most, fabsf(to_float(from[d])));
+#pragma unroll
+  for (int at = 16; at; at >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, at));
+  return most / 127.f;
+}
+DEVICE u8 byte_of(float f, float scale) { return (u8)(scale > 0.f ? __float2int_rn(f / scale) + 128 : 128); }
+
+// One token's key, or its value, into its page. One warp.
+template <int D, bool Q8> DEVICE void keep(const u16* from, u8* page, int kv_heads, int kv, int token, bool is_value) {
+  const int lane = threadIdx.x % 32;
+  float scale = 0.f;
+  if constexpr (Q8) {
+    scale = to_float(to_half(scale_of<D>(from)));
+    if (lane == 0) ((u16*)(page + Place<D, Q8>::scales(kv_heads, kv, is_value)))[token] = to_half(scale);
+  }
+  for (int d = lane; d < D; d += 32) {
+    u8* to = is_value ? page + Place<D, Q8>::value(kv_heads, kv, d) : page + Place<D, Q8>::key(kv, token);
+    const int at = is_value ? token : d;
+    if constexpr (Q8) to[at] = byte_of(to_float(from[d]), scale);
+    else ((u16*)to)[at] = from[d];
+  }
+}
 
 // The angles that a lane needs: of dimensions lane, lane + 32 … below the turned half.
 template <int D> struct Angles { float cosine[(D / 2 + 31) / 32], sine[(D / 2 + 31) / 32]; };
@@ -69,11 +116,11 @@ template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angl
   __syncwarp();
 }
 
-template <int D> DEVICE void attention(const AttentionArguments& p) {
+template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   constexpr int WARPS = ATTENTION_WARPS, STEPS = D / 16, PARTS = D / 32, TILES = D / 8;
   static_assert(D % 32 == 0, "a lane reads 8 dimensions of each 32");
   __shared__ __align__(16) u16 q[8][D];
-  __shared__ u16 new_key[D];
+  __shared__ u16 new_key[D], new_value[D];
   __shared__ float maxima[WARPS + 1][8], sums[WARPS + 1][8], outs[WARPS + 1][8][D];  // of each warp, and of the new token
   __shared__ u32 arrived;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
@@ -94,7 +141,8 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
   const Angles<D> angles = angles_of<D>(p.cosines + (size_t)position * p.rotary_half, p.sines + (size_t)position * p.rotary_half, p.rotary_half);
-  const size_t key_at = (size_t)kv * PAGE * D, value_at = ((size_t)p.kv_heads + kv) * PAGE * D;
+  typedef Place<D, Q8> At;
+  typedef typename Stored<Q8>::Run Run;
 
   u32 queries[STEPS][2];  // of heads r; rows 8 to 15 of the matrix are zero
   float out[TILES][2], top = -1e30f, sum = 0.f;
@@ -103,17 +151,23 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
 
 #pragma unroll 1
   for (int strip = begin + warp, first = 1; first || strip < end; strip += WARPS, first = 0) {
-    uint4 k[4][PARTS], v[TILES];
+    Run k[4][PARTS], v[TILES];
+    uint4 key_scales, value_scales;  // of 8 tokens
     if (strip < end) {  // the first ones are asked for while the kernel ahead ends
-      const u16* page = (const u16*)(pages[strip / 2] + p.layer_bytes);
-      const u16* keys = page + key_at + (strip % 2 * 32 + r / 2 * 8 + r % 2) * D + c * 8;  // of tile t: 2 t tokens further
-      const u16* values = page + value_at + strip % 2 * 32 + r * PAGE + c * 8;
+      const u8* page = (const u8*)(pages[strip / 2] + p.layer_bytes);
+      const u8* keys = page + At::key(kv, strip % 2 * 32 + r / 2 * 8 + r % 2) + c * 8 * At::SIZE;  // of tile t: 2 t tokens further
+      const u8* values = page + At::value(p.kv_heads, kv, r) + (strip % 2 * 32 + c * 8) * At::SIZE;
 #pragma unroll
       for (int t = 0; t < 4; t++)
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) k[t][i] = *(const uint4*)(keys + t * 2 * D + i * 32);
+        for (int i = 0; i < PARTS; i++) k[t][i] = *(const Run*)(keys + (t * 2 * D + i * 32) * At::SIZE);
 #pragma unroll
-      for (int t = 0; t < TILES; t++) v[t] = *(const uint4*)(values + t * 8 * PAGE);
+      for (int t = 0; t < TILES; t++) v[t] = *(const Run*)(values + t * 8 * PAGE * At::SIZE);
+      if constexpr (Q8) {
+        const int token = strip % 2 * 32 + c * 8;
+        key_scales = *(const uint4*)(page + At::scales(p.kv_heads, kv, false) + token * 2);
+        value_scales = *(const uint4*)(page + At::scales(p.kv_heads, kv, true) + token * 2);
+      }
     }
     if (first) {
       wait_for_the_kernel_ahead();
@@ -139,8 +193,13 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
 #pragma unroll
       for (int i = 0; i < PARTS; i++) {
         const u32 a[4] = {queries[2 * i][0], 0, queries[2 * i][1], 0}, b[4] = {queries[2 * i + 1][0], 0, queries[2 * i + 1][1], 0};
-        mma(s, a, k[t][i].x, k[t][i].y);
-        mma(s, b, k[t][i].z, k[t][i].w);
+        const uint4 key = halves_of(k[t][i]);
+        mma(s, a, key.x, key.y);
+        mma(s, b, key.z, key.w);
+      }
+      if constexpr (Q8) {
+        s[0] *= low_of((&key_scales.x)[t]);
+        s[1] *= high_of((&key_scales.x)[t]);
       }
 #pragma unroll
       for (int e = 0; e < 2; e++) {
@@ -161,14 +220,16 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
     for (int t = 0; t < 4; t++) {
       const float a = score[t][0] > -1e29f ? exp2f(score[t][0] - top) : 0.f, b = score[t][1] > -1e29f ? exp2f(score[t][1] - top) : 0.f;
       sum += a + b;
-      weights[t] = to_half2(a, b);
+      if constexpr (Q8) weights[t] = to_half2(a * low_of((&value_scales.x)[t]), b * high_of((&value_scales.x)[t]));
+      else weights[t] = to_half2(a, b);
     }
     const u32 low[4] = {weights[0], 0, weights[1], 0}, high[4] = {weights[2], 0, weights[3], 0};
 #pragma unroll
     for (int t = 0; t < TILES; t++) {  // past the end stand finite numbers: pages are zero at first
       float acc[4] = {out[t][0] * shrink, out[t][1] * shrink, 0.f, 0.f};
-      mma(acc, low, v[t].x, v[t].y);
-      mma(acc, high, v[t].z, v[t].w);
+      const uint4 value = halves_of(v[t]);
+      mma(acc, low, value.x, value.y);
+      mma(acc, high, value.z, value.w);
       out[t][0] = acc[0]; out[t][1] = acc[1];
     }
   }
@@ -181,7 +242,6 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
   // The new token: its score by a warp a head, its value as it is; both are kept in the page (every head block of
   // these keys writes the same).
   if (newest) {
-    u16* page = (u16*)(pages[position / PAGE] + p.layer_bytes);
     for (int head = warp; head < 8; head += WARPS) {
       float s = 0.f;
       for (int d = lane; d < D; d += 32) s += to_float(q[head][d]) * to_float(new_key[d]);
@@ -190,8 +250,7 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
     }
     for (int d = threadIdx.x; d < D; d += blockDim.x) {
       const u16 value = __ldcg(qkv + (p.heads + p.kv_heads + kv) * D + d);
-      page[key_at + position % PAGE * D + d] = new_key[d];
-      page[value_at + d * PAGE + position % PAGE] = value;
+      new_value[d] = value;
       const float f = to_float(value);
 #pragma unroll
       for (int head = 0; head < 8; head++) outs[WARPS][head][d] = f;
@@ -201,6 +260,10 @@ template <int D> DEVICE void attention(const AttentionArguments& p) {
     sums[WARPS][threadIdx.x] = 0.f;
   }
   __syncthreads();
+  if (newest && warp < 2) {
+    u8* page = (u8*)(pages[position / PAGE] + p.layer_bytes);
+    keep<D, Q8>(warp ? new_value : new_key, page, p.kv_heads, kv, position % PAGE, warp);
+  }
 
   // The warps' parts, then the blocks': relative to the highest score of each head.
   float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * 8 * (D + 2);
@@ -275,11 +338,11 @@ struct RopeArguments {
 };
 
 // Many tokens of one row that begin at position `start`: a block a token.
-template <int D> DEVICE void rope_rows(const RopeArguments& p) {
+template <int D, bool Q8> DEVICE void rope_rows(const RopeArguments& p) {
   __shared__ u16 turned[8][D];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, position = p.start + blockIdx.x;
   u16* qkv = p.qkv + (size_t)blockIdx.x * (p.heads + 2 * p.kv_heads) * D;
-  u16* page = (u16*)(p.pages[position / PAGE] + p.layer_bytes);
+  u8* page = (u8*)(p.pages[position / PAGE] + p.layer_bytes);
   const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
   const Angles<D> angles = angles_of<D>(cosine, sine, p.rotary_half);
   for (int head = warp; head < p.heads + 2 * p.kv_heads; head += blockDim.x / 32) {
@@ -287,14 +350,11 @@ template <int D> DEVICE void rope_rows(const RopeArguments& p) {
     if (head < p.heads + p.kv_heads) {
       const bool key = head >= p.heads;
       rotate<D>(at, key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, turned[warp]);
-      for (int d = lane; d < D; d += 32) {
-        at[d] = turned[warp][d];
-        if (key) page[((size_t)(head - p.heads) * PAGE + position % PAGE) * D + d] = turned[warp][d];
-      }
+      for (int d = lane; d < D; d += 32) at[d] = turned[warp][d];
+      if (key) keep<D, Q8>(turned[warp], page, p.kv_heads, head - p.heads, position % PAGE, false);
       __syncwarp();
     } else {
-      const int kv = head - p.heads - p.kv_heads;
-      for (int d = lane; d < D; d += 32) page[((size_t)(p.kv_heads + kv) * D + d) * PAGE + position % PAGE] = at[d];
+      keep<D, Q8>(at, page, p.kv_heads, head - p.heads - p.kv_heads, position % PAGE, true);
     }
   }
 }
@@ -307,14 +367,20 @@ struct GatherArguments {
 };
 
 // A row's pages as two plain tensors, for the attention of a prompt's later chunks. A block a page and kv head.
-template <int D> DEVICE void gather_pages(const GatherArguments& p) {
+template <int D, bool Q8> DEVICE void gather_pages(const GatherArguments& p) {
+  typedef Place<D, Q8> At;
   __shared__ u16 turned[D][PAGE + 2];
   const int kv = blockIdx.y, first = blockIdx.x * PAGE, count = min(PAGE, p.tokens - first);
-  const u16* page = (const u16*)(p.pages[blockIdx.x] + p.layer_bytes);
-  const u16 *keys = page + (size_t)kv * PAGE * D, *values = page + ((size_t)p.kv_heads + kv) * PAGE * D;
+  const u8* page = (const u8*)(p.pages[blockIdx.x] + p.layer_bytes);
+  const u8 *keys = page + At::key(kv, 0), *values = page + At::value(p.kv_heads, kv, 0);
+  const u16* scales = (const u16*)(page + At::scales(p.kv_heads, kv, false));  // those of the values stand behind
+  auto number = [&](const u8* from, int at, int token) {
+    if constexpr (Q8) return to_half(((int)from[at] - 128) * to_float(scales[token]));
+    else return ((const u16*)from)[at];
+  };
   u16* to = p.keys + ((size_t)kv * p.tokens + first) * D;
-  for (int at = threadIdx.x; at < count * D; at += blockDim.x) to[at] = keys[at];
-  for (int at = threadIdx.x; at < PAGE * D; at += blockDim.x) turned[at / PAGE][at % PAGE] = values[at];
+  for (int at = threadIdx.x; at < count * D; at += blockDim.x) to[at] = number(keys, at, at / D);
+  for (int at = threadIdx.x; at < PAGE * D; at += blockDim.x) turned[at / PAGE][at % PAGE] = number(values, at, PAGE + at % PAGE);
   __syncthreads();
   to = p.values + ((size_t)kv * p.tokens + first) * D;
   for (int at = threadIdx.x; at < count * D; at += blockDim.x) to[at] = turned[at % D][at / D];

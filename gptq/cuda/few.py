@@ -9,19 +9,27 @@ from .weights import Weight
 
 MOST_ROWS = 64  # beyond, making the weight dense and cuBLAS are faster
 COLUMNS = (1, 2, 4, 8)  # of 8 rows each
-# (tiles, split, stages) by columns, the best first; the first that fits into a card's shared memory is taken
-_SPREADS = {
-    1: ((2, 8, 4), (2, 4, 4), (2, 4, 2)),
+# (tiles, split, stages) by columns, the best on an H200 first; the first that fits into a card's shared memory is taken.
+# Weights with many outputs have work for every processor at four tiles a block, the others at two.
+_WIDE = {
+    1: ((4, 8, 3), (2, 4, 4), (2, 4, 2)),
+    2: ((4, 4, 3), (2, 4, 3), (2, 4, 2)),
+    4: ((4, 4, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
+    8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
+}
+_NARROW = {
+    1: ((4, 8, 4), (2, 4, 4), (2, 4, 2)),
     2: ((2, 8, 4), (2, 4, 3), (2, 4, 2)),
     4: ((2, 8, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
     8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
+_SPREADS = {"PLAIN": {**_WIDE, 2: ((4, 8, 3), *_WIDE[2]), 4: ((4, 8, 3), *_WIDE[4])}, "SILU": _WIDE, "RESIDUAL": _NARROW}
 
 
 def variants(shape: Shape, epilogue: str, limit_bytes: int) -> dict[int, FewVariant]:
     """By columns, those that fit into `limit_bytes` of shared memory for a block."""
     found = {}
-    for columns, spreads in _SPREADS.items():
+    for columns, spreads in _SPREADS[epilogue].items():
         for tiles, split, stages in spreads:
             plan = FewVariant(shape, epilogue, columns, tiles, split, stages)
             if plan.shared_bytes <= limit_bytes:

@@ -141,7 +141,23 @@ class FewVariant:
 Variant = GemvVariant | FewVariant
 
 
-def source(variants: Iterable[Variant], shapes: Iterable[Shape], head_dims: Iterable[int], fixed: bool = False) -> str:
+@dataclass(frozen=True)
+class Cache:
+    """What the keys and values of a conversation are: heads of how many numbers, a byte or fp16 each."""
+
+    head_dim: int
+    q8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.head_dim}_q8" if self.q8 else f"{self.head_dim}"
+
+    def token_bytes(self, kv_heads: int) -> int:
+        """Of one token in one layer: keys, values and, with q8, their scales."""
+        return 2 * kv_heads * (self.head_dim + 2 if self.q8 else 2 * self.head_dim)
+
+
+def source(variants: Iterable[Variant], shapes: Iterable[Shape], caches: Iterable[Cache], fixed: bool = False) -> str:
     """CUDA C of what is named; with `fixed` also of the kernels that are the same for every model."""
     text = [(_HERE / name).read_text(encoding="utf-8") for name in (*_TEMPLATES, *(_FIXED if fixed else ()))]
 
@@ -160,10 +176,11 @@ def source(variants: Iterable[Variant], shapes: Iterable[Shape], head_dims: Iter
         else:
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
             kernel(each.name, "GemvArguments", f"gemv<{each.shape.arguments}, {numbers}>", each.threads)
-    for dim in sorted(set(head_dims)):
-        kernel(f"attention_{dim}", "AttentionArguments", f"attention<{dim}>", ATTENTION_THREADS)
-        kernel(f"rope_{dim}", "RopeArguments", f"rope_rows<{dim}>", 256)
-        kernel(f"gather_{dim}", "GatherArguments", f"gather_pages<{dim}>", 256)
+    for cache in sorted(set(caches), key=lambda each: each.name):
+        how = f"<{cache.head_dim}, {str(cache.q8).lower()}>"
+        kernel(f"attention_{cache.name}", "AttentionArguments", f"attention{how}", ATTENTION_THREADS)
+        kernel(f"rope_{cache.name}", "RopeArguments", f"rope_rows{how}", 256)
+        kernel(f"gather_{cache.name}", "GatherArguments", f"gather_pages{how}", 256)
     return "".join(text)
 
 
@@ -189,11 +206,11 @@ class Card:
         self,
         variants: Iterable[Variant] = (),
         shapes: Iterable[Shape] = (),
-        head_dims: Iterable[int] = (),
+        caches: Iterable[Cache] = (),
         fixed: bool = False,
     ) -> None:
         """Compile what is needed, or take it from the cache of an earlier start. Raises NoCompiler."""
-        text = source(variants, shapes, head_dims, fixed)
+        text = source(variants, shapes, caches, fixed)
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # torch has made the context by now
             self._modules.insert(0, Module(self._compiler.compile(text), self.capability))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..stepper import Memory
+from .kernels import Cache
 
 PAGE_TOKENS = 64
 _SLAB_PAGES = 16  # 1024 tokens at a time
@@ -17,8 +18,8 @@ _SLAB_PAGES = 16  # 1024 tokens at a time
 class Pages:
     """All pages of one model, taken and given back."""
 
-    def __init__(self, device: torch.device, layers: int, kv_heads: int, head_dim: int) -> None:
-        self.layer_bytes = 2 * kv_heads * PAGE_TOKENS * head_dim * 2  # keys and values, fp16
+    def __init__(self, device: torch.device, layers: int, kv_heads: int, cache: Cache) -> None:
+        self.layer_bytes = PAGE_TOKENS * cache.token_bytes(kv_heads)
         self.page_bytes = layers * self.layer_bytes
         self._device = device
         self._slabs: list[Tensor] = []

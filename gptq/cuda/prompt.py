@@ -57,7 +57,7 @@ class Prompt:
 
     def norm_into(self, h: Tensor, norm: Tensor, order: Tensor, out: Tensor) -> None:
         arguments = Norm(pointer(h), pointer(norm), pointer(out), pointer(order), self._step.hidden, out.shape[1], self._step.eps)
-        self._card.run("norm_rows", (h.shape[0],), 256, arguments, overlap=True)
+        self._card.run("norm_rows", (h.shape[0],), 512, arguments, self._step.hidden * 4 + 160, overlap=True)
 
     def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor:
         """x [T, padded] in engine order -> [T, N], the outputs in the order of the weight's rows."""
@@ -104,7 +104,7 @@ class Prompt:
             pointer(qkv), pointer(table), pointer(step.cosines), pointer(step.sines), pointer(layer.q_norm),
             pointer(layer.k_norm), layer_bytes, heads, kv, start, step.rotary_half, step.eps,
         )  # fmt: skip
-        self._card.run(f"rope_{dim}", (count,), 256, rope)
+        self._card.run(f"rope_{step.cache.name}", (count,), 256, rope)
         length = start + count
         split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
         queries = split[:heads]
@@ -112,7 +112,7 @@ class Prompt:
             keys = torch.empty(kv, length, dim, dtype=torch.float16, device=qkv.device)
             values = torch.empty_like(keys)
             gather = Gather(pointer(table), pointer(keys), pointer(values), layer_bytes, kv, length)
-            self._card.run(f"gather_{dim}", (-(-length // PAGE_TOKENS), kv), 256, gather)
+            self._card.run(f"gather_{step.cache.name}", (-(-length // PAGE_TOKENS), kv), 256, gather)
         else:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:

@@ -70,19 +70,27 @@ struct NormArguments {
   float eps;
 };
 
-// RMSNorm of many rows, into the order the next weight is stored in.
+// RMSNorm of many rows, into the order the next weight is stored in. A block a row; it stands in shared memory meanwhile.
 extern "C" __global__ void norm_rows(NormArguments p) {
-  __shared__ float scratch[36];
+  float* row = (float*)shared_words;
+  float* scratch = row + p.k;  // 33
   let_the_next_kernel_start();
   wait_for_the_kernel_ahead();
   const float* from = p.residual + (size_t)blockIdx.x * p.k;
   float sum = 0.f;
-  for (int at = threadIdx.x; at < p.k; at += blockDim.x) sum += from[at] * from[at];
+#pragma unroll 4
+  for (int at = threadIdx.x * 4; at < p.k; at += blockDim.x * 4) {
+    const float4 v = *(const float4*)(from + at);
+    *(float4*)(row + at) = v;
+    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  }
   const float scale = rsqrtf(block_sum(sum, scratch) / p.k + p.eps);
   u16* to = p.out + (size_t)blockIdx.x * p.padded;
-  for (int at = threadIdx.x; at < p.padded; at += blockDim.x) {
-    const int k = p.order[at];
-    to[at] = k < 0 ? 0 : to_half(from[k] * scale * to_float(p.norm[at]));
+#pragma unroll 4
+  for (int at = threadIdx.x * 2; at < p.padded; at += blockDim.x * 2) {
+    const int2 k = *(const int2*)(p.order + at);
+    const u32 w = *(const u32*)(p.norm + at);
+    *(u32*)(to + at) = to_half2(k.x < 0 ? 0.f : row[k.x] * scale * low_of(w), k.y < 0 ? 0.f : row[k.y] * scale * high_of(w));
   }
 }
 

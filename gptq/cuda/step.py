@@ -27,6 +27,7 @@ from .kernels import (
     HEAD_DIMS,
     MOST_SPLITS,
     Attention,
+    Cache,
     Card,
     Embed,
     Gemv,
@@ -64,6 +65,7 @@ class Layer:
 class CudaStep:
     """A model's weights, and the buffers of one token. Not thread-safe: one thread uses it.
 
+    With `q8` the keys and values of conversations are kept in a byte each.
     What draws tokens (`params` to `told`) has `slots` rows, since rows.py computes several conversations;
     the step of one token uses row 0. `table` has one row more, which is the prompts' (`prompt_row`).
     """
@@ -74,6 +76,7 @@ class CudaStep:
         context_tokens: int,
         *,
         slots: int = 1,
+        q8: bool = False,
         card: Card | None = None,
         tunings: dict[str, Tuning] | None = None,
         progress: Callable[[float], None] = lambda share: None,
@@ -86,6 +89,7 @@ class CudaStep:
         _require(parts)
         self.card = card or Card(self.device)
         self.heads, self.kv_heads, self.head_dim = parts.heads, parts.kv_heads, parts.head_dim
+        self.cache = Cache(self.head_dim, q8)
         self.eps = float(parts.eps)
         self.hidden = parts.embedding.shape[1]
         self.head: Tensor = parts.head.weight.data  # type: ignore[assignment]
@@ -93,7 +97,7 @@ class CudaStep:
         self.tunings = {**_TUNINGS, **(tunings or {})}
         shapes = [tuple(shape_of(each) for each in _products(layer)) for layer in parts.layers]
         several = few.every_variant(self.card, [pair for four in shapes for pair in zip(four, EPILOGUES, strict=True)])
-        self.card.add(several, {each for four in shapes for each in four}, [self.head_dim], fixed=True)
+        self.card.add(several, {each for four in shapes for each in four}, [self.cache], fixed=True)
         self.embedding = parts.embedding.data
         self.final_norm = parts.norm.data.half().contiguous()
         self.cosines, self.sines = parts.angles(context_tokens)
@@ -102,7 +106,7 @@ class CudaStep:
         for at, (layer, four) in enumerate(zip(parts.layers, shapes, strict=True)):
             self.layers.append(self._take(layer, four))
             progress((at + 1) / len(parts.layers))
-        self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.head_dim)
+        self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.cache)
         self._buffers()
         self.tune({})
         self.prompt = Prompt(self)
@@ -249,7 +253,7 @@ class CudaStep:
             math.log2(math.e) / math.sqrt(self.head_dim),
         )
         grid = (work.splits(rows), self.kv_heads * self.group_blocks, rows)
-        self.card.run(f"attention_{self.head_dim}", grid, ATTENTION_THREADS, arguments, overlap=True)
+        self.card.run(f"attention_{self.cache.name}", grid, ATTENTION_THREADS, arguments, overlap=True)
 
     def _head(self, x: Tensor, logits: Tensor) -> None:
         arguments = Head(

@@ -24,9 +24,9 @@ class CudaStepper(Stepper):
     name: ClassVar[str] = "cuda"
     chunk_tokens = 2048
 
-    def __init__(self, parts: LlamaParts, context_tokens: int, *, slots: int = 1) -> None:
+    def __init__(self, parts: LlamaParts, context_tokens: int, *, slots: int = 1, cache_type: str = "fp16") -> None:
         """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
-        self._step = CudaStep(parts, context_tokens, slots=slots)
+        self._step = CudaStep(parts, context_tokens, slots=slots, q8=cache_type == "q8")
         self.device = self._step.device
         self.slots = slots
         self._answers = Answers(self._step)
