@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..core.params import GenerationParams
 
-_OWN_SHAPE = ("max_new_tokens", "stop", "seed", "logit_bias", "logprobs")  # protocols spell these in their own ways
+_OWN_SHAPE = ("max_new_tokens", "stop", "seed", "logit_bias", "logprobs", "grammar")  # protocols spell these in their own ways
 
 
 class Open(BaseModel):
