@@ -18,14 +18,23 @@ ASK = [{"role": "user", "content": "Tell me about Paris as JSON with name, conti
 class City(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(max_length=20)
+    name: str = Field(max_length=8)
     continent: Literal["Europe", "Asia", "Africa"]
     population: int = Field(ge=0, le=99_999_999)
-    landmarks: list[str] = Field(max_length=2)
+    landmarks: list[str] = Field(max_length=1)
 
 
 SCHEMA = City.model_json_schema()
-SCHEMA["properties"]["landmarks"]["items"]["maxLength"] = 20
+SCHEMA["properties"]["landmarks"]["items"]["maxLength"] = 8
+
+
+class Short(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    capital: Literal["Paris", "London", "Rome"]
+
+
+SHORT = Short.model_json_schema()
 
 
 def form(schema=SCHEMA):
@@ -44,41 +53,42 @@ def openai_client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-@pytest.mark.parametrize("values", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.5, "seed": 4, "n": 2}])
+@pytest.mark.parametrize("values", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}])
 def test_the_answer_validates_against_its_schema(server, values):
     body = {"messages": ASK, "response_format": form(), "max_tokens": 200, **values}
+    (choice,) = server.http.post("/v1/chat/completions", json=body).json()["choices"]
+    City.model_validate_json(choice["message"]["content"])
+    assert choice["finish_reason"] == "stop"
+
+
+def test_two_answers_at_once_are_held_each_by_itself(server):
+    body = {"messages": ASK, "response_format": form(SHORT), "max_tokens": 60, "temperature": 1.5, "seed": 3, "n": 2}
     answer = server.http.post("/v1/chat/completions", json=body).json()
-    assert len(answer["choices"]) == values.get("n", 1)
-    for choice in answer["choices"]:
-        City.model_validate_json(choice["message"]["content"])
-        assert choice["finish_reason"] == "stop"
+    assert len(answer["choices"]) == 2
+    assert all(Short.model_validate_json(each["message"]["content"]) for each in answer["choices"])
 
 
 def test_openai_parses_into_a_model_of_its_own(openai_client):
-    class Capital(BaseModel):
-        capital: Literal["Paris", "London", "Rome"]
-        country: Literal["France", "England", "Italy"]
-
     ask = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = openai_client.chat.completions.parse(model="x", messages=ask, response_format=Capital, temperature=0, max_tokens=60)
-    assert answer.choices[0].message.parsed == Capital(capital="Paris", country="France")
+    answer = openai_client.chat.completions.parse(model="x", messages=ask, response_format=Short, temperature=0, max_tokens=60)
+    assert answer.choices[0].message.parsed == Short(capital="Paris")
 
 
 def test_a_stream_has_the_same_text_and_its_usage(server, openai_client):
-    asked = {"model": "x", "messages": ASK, "response_format": form(), "max_tokens": 200, "temperature": 0}
+    asked = {"model": "x", "messages": ASK, "response_format": form(SHORT), "max_tokens": 60, "temperature": 0}
     whole = openai_client.chat.completions.create(**asked)
     chunks = list(openai_client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     text = "".join(each.choices[0].delta.content or "" for each in chunks[:-1])
-    assert text == whole.choices[0].message.content and City.model_validate_json(text)
+    assert text == whole.choices[0].message.content and Short.model_validate_json(text)
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
 def test_any_object_for_json_object(server):
-    body = {"messages": ASK, "response_format": {"type": "json_object"}, "max_tokens": 300, "seed": 1}
+    body = {"messages": ASK, "response_format": {"type": "json_object"}, "max_tokens": 60, "seed": 1}
     choice = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]
     text, ended = choice["message"]["content"], choice["finish_reason"] == "stop"
-    assert text.startswith("{") and (isinstance(json.loads(text), dict) if ended else len(text) > 300)
+    assert text.startswith("{") and (isinstance(json.loads(text), dict) if ended else len(text) > 60)
 
 
 def test_a_cut_is_told_and_a_stop_string_still_ends(server):
@@ -91,9 +101,9 @@ def test_a_cut_is_told_and_a_stop_string_still_ends(server):
 
 
 def test_plain_completions_take_it_too(server):
-    body = {"prompt": "The capital of France:", "response_format": form(), "max_tokens": 200, "temperature": 0, "logprobs": 0}
+    body = {"prompt": "The capital of France:", "response_format": form(SHORT), "max_tokens": 60, "temperature": 0, "logprobs": 0}
     choice = server.http.post("/v1/completions", json=body).json()["choices"][0]
-    assert City.model_validate_json(choice["text"]) and "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert Short.model_validate_json(choice["text"]) and "".join(choice["logprobs"]["tokens"]) == choice["text"]
     body = {"prompt": "A number:", "grammar_string": "root ::= [1-9] [0-9]", "max_tokens": 9, "seed": 1}
     assert re.fullmatch(r"[1-9]\d", server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
 
@@ -102,25 +112,25 @@ def test_inference_clients_grammar(server):
     from huggingface_hub import InferenceClient
 
     client = InferenceClient(server.url)
-    text = client.text_generation("Paris as JSON:", grammar={"type": "json", "value": SCHEMA}, max_new_tokens=200)
-    assert City.model_validate_json(text)
+    text = client.text_generation("Paris as JSON:", grammar={"type": "json", "value": SHORT}, max_new_tokens=60)
+    assert Short.model_validate_json(text)
     pattern = r"\d{3}-\d{4}"
     pieces = client.text_generation(
         "My number is", grammar={"type": "regex", "value": pattern}, max_new_tokens=30, stream=True, details=True
     )
     last = list(pieces)[-1]
     assert re.fullmatch(pattern, last.generated_text) and last.details.finish_reason == "eos_token"
-    answer = client.chat_completion(ASK, response_format=form(), max_tokens=200, temperature=0)
-    assert City.model_validate_json(answer.choices[0].message.content)
+    answer = client.chat_completion(ASK, response_format=form(SHORT), max_tokens=60, temperature=0)
+    assert Short.model_validate_json(answer.choices[0].message.content)
 
 
 def test_tgis_own_forms_in_a_chat(server):
-    for asked in ({"type": "json", "value": SCHEMA}, {"type": "json_object", "value": json.dumps(SCHEMA)}):
-        body = {"messages": ASK, "response_format": asked, "max_tokens": 200, "temperature": 0}
+    for asked in ({"type": "json", "value": SHORT}, {"type": "json_object", "value": json.dumps(SHORT)}):
+        body = {"messages": ASK, "response_format": asked, "max_tokens": 60, "temperature": 0}
         answer = server.http.post("/v1/chat/completions", json=body).json()
-        assert City.model_validate_json(answer["choices"][0]["message"]["content"])
-    body = {"inputs": "Paris:", "parameters": {"grammar": {"type": "json_schema", "value": form()["json_schema"]}}}
-    assert City.model_validate_json(server.http.post("/generate", json=body).json()["generated_text"])
+        assert Short.model_validate_json(answer["choices"][0]["message"]["content"])
+    body = {"inputs": "Paris:", "parameters": {"grammar": {"type": "json_schema", "value": form(SHORT)["json_schema"]}}}
+    assert Short.model_validate_json(server.http.post("/generate", json=body).json()["generated_text"])
 
 
 def test_koboldcpps_rules(server):
