@@ -29,11 +29,14 @@ async def hold(
 
 
 def of_openai(asked: Any) -> tuple[Grammar | None, str]:
-    """(grammar, field) of `response_format`, or of `grammar_string`, which is text-generation-webui's. Raises Problem."""
-    form = asked.response_format
-    if form is None or form.type == "text":
-        return (_made("gbnf", asked.grammar_string, "grammar_string") if asked.grammar_string else None), "grammar_string"
-    return _of_format(form, "response_format"), "response_format"
+    """(grammar, its field): `response_format`, or what other programs send to the same address. Raises Problem."""
+    if asked.response_format is not None and asked.response_format.type != "text":
+        return _of_format(asked.response_format, "response_format"), "response_format"
+    if asked.json_schema:
+        return _schema(asked.json_schema, "json_schema"), "json_schema"
+    field = "grammar" if asked.grammar else "grammar_string"
+    text = getattr(asked, field)
+    return (_made("gbnf", text, field) if text else None), field
 
 
 def _of_format(form: Any, field: str) -> Grammar:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Constraint(Protocol):
-    """Of one answer. Raises AnswerFailed where the form cannot be followed any further."""
+    """Of one answer. Raises BadParameter where the form cannot be followed any further."""
 
     def allowed(self, size: int) -> Tensor:
         """Which of `size` ids may come next, bool [size], on the host. An end token only where the form may end."""

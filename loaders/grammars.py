@@ -1,16 +1,17 @@
 """Answers that are held to JSON, a schema, a pattern or a grammar: what llguidance allows, token by token.
 
-llguidance (Rust; transformers, vLLM and SGLang use it too) knows the forms and the tokenizer; it is an extra,
+llguidance (Rust; vLLM, SGLang and llama.cpp use it too) knows the forms and the tokenizer; it is an extra,
 `pip install "gptq-webui[json]"`. A form is compiled where the request is checked, and kept for the answer.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from ..core.errors import AnswerFailed, BadParameter
+from ..core.errors import BadParameter
 from ..core.grammar import Grammar
 
 _KEPT = 8  # compiled forms; a client asks for the same one again and again
@@ -71,13 +72,14 @@ def _compile(words: Any, grammar: Grammar) -> Any:
     from llguidance import LLMatcher, grammar_from
 
     try:
-        if grammar.kind in ("json", "json_schema"):
-            schema = grammar.text or '{"type": "object"}'
-            source = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE})
-        else:
-            source = grammar_from(grammar.kind, grammar.text)
-        matcher = LLMatcher(words, source, log_level=0)
-        first = b"" if matcher.is_error() else matcher.compute_bitmask()  # tells what no text can satisfy
+        with _no_panic():
+            if grammar.kind in ("json", "json_schema"):
+                schema = grammar.text or '{"type": "object"}'
+                source = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE})
+            else:
+                source = grammar_from(grammar.kind, grammar.text)
+            matcher = LLMatcher(words, source, log_level=0)
+            first = b"" if matcher.is_error() else matcher.compute_bitmask()  # tells what no text can satisfy
     except (ValueError, RuntimeError) as error:
         raise BadParameter(f"found {grammar.words} that is not valid: {_short(str(error))}") from None
     if matcher.is_error() or not any(first):
@@ -95,17 +97,19 @@ class Held:
         import numpy as np
         import torch
 
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with _no_panic():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._require()
         mask = np.zeros(size, np.uint8)
         known = np.unpackbits(bits, bitorder="little")[: min(size, self._count)]
         mask[: known.size] = known
         if not known.any():
-            raise AnswerFailed("No token of this model can follow in the form that was asked for. Ask for a simpler one.")
+            raise BadParameter("No token of this model can follow in the form that was asked for. Ask for a simpler one.")
         return torch.from_numpy(mask).bool()
 
     def take(self, id: int) -> None:
-        self._matcher.consume_token(id)
+        with _no_panic():
+            self._matcher.consume_token(id)
         self._require()
 
     @property
@@ -115,9 +119,20 @@ class Held:
     def _require(self) -> None:
         if self._matcher.is_error():
             why = _short(self._matcher.get_error())
-            raise AnswerFailed(
+            raise BadParameter(
                 f"The answer cannot be held to the form that was asked for any longer ({why}). Ask for a simpler one."
             )
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """A mistake in llguidance must not end the model's thread: its PanicException is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"llguidance made a mistake: {error}") from None
 
 
 def _short(text: str) -> str:

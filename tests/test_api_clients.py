@@ -278,6 +278,34 @@ def test_sillytavern_connects_streams_and_stops(server):
     assert http.get("/api/extra/perf").json()["last_token_count"] == finish.new_tokens
 
 
+def test_sillytavern_as_it_asks_koboldcpp_today(server):
+    """Its Text Completion connection: everything it has sliders for, at OpenAI's address."""
+    http, loaded = server.http, server.service.engine.loaded
+    assert http.get("/v1/models").json()["data"][0]["id"] == loaded.model.name
+    assert http.get("/props").json()["chat_template"]
+    prompt, stop = "You: What is the capital of France?\nBot:", ["\nYou:", "\n"]
+    body = {
+        "prompt": prompt, "max_new_tokens": 40, "max_tokens": 40, "logprobs": 10, "temperature": 0.5, "top_p": 1, "typical_p": 1,
+        "typical": 1, "sampler_seed": 3, "seed": 3, "min_p": 0.05, "repetition_penalty": 1.1, "frequency_penalty": 0,
+        "presence_penalty": 0, "top_k": -1, "skew": 0, "min_tokens": 0, "add_bos_token": True, "smoothing_factor": 0,
+        "dry_allowed_length": 2, "dry_multiplier": 0.8, "dry_base": 1.75, "dry_sequence_breakers": ["\n", ":"],
+        "stopping_strings": stop, "stop": stop, "truncation_length": 2048, "ban_eos_token": False, "skip_special_tokens": True,
+        "top_a": 0, "tfs": 1, "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1, "custom_token_bans": "",
+        "banned_strings": [], "api_type": "koboldcpp", "api_server": server.url, "sampler_order": [6, 0, 1, 3, 4, 2, 5],
+        "xtc_threshold": 0.1, "xtc_probability": 0, "trim_stop": True, "rep_pen": 1.1, "rep_pen_range": 64,
+        "repetition_penalty_range": 64, "guidance_scale": 1, "negative_prompt": "", "repeat_penalty": 1.1, "repeat_last_n": 64,
+        "n_predict": 40, "num_predict": 40, "num_ctx": 2048, "mirostat": 0, "ignore_eos": False, "rep_pen_slope": 1,
+        "stream": True,
+    }  # fmt: skip
+    lines = events(http.post("/v1/completions", json=body).text)
+    text = "".join(json.loads(each)["choices"][0]["text"] for each in lines[:-1])
+    values = {"repetition_penalty": 1.1, "repetition_range": 64, "temperature": 0.5, "min_p": 0.05, "top_k": 0, "top_p": 1}
+    wanted, _finish = solo(server, prompt, max_new_tokens=40, seed=3, stop=tuple(stop), **values)
+    assert text == wanted and lines[-1] == "[DONE]"
+    headers = {"content-type": "application/json"}
+    assert http.post("/api/extra/abort", headers=headers).json() == {"success": "false"}  # without a body
+
+
 # --- sixteen at once: `python tests/storm.py URL 300` does it for five minutes ----------------------
 
 

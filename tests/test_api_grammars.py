@@ -104,8 +104,11 @@ def test_plain_completions_take_it_too(server):
     body = {"prompt": "The capital of France:", "response_format": form(SHORT), "max_tokens": 60, "temperature": 0, "logprobs": 0}
     choice = server.http.post("/v1/completions", json=body).json()["choices"][0]
     assert Short.model_validate_json(choice["text"]) and "".join(choice["logprobs"]["tokens"]) == choice["text"]
-    body = {"prompt": "A number:", "grammar_string": "root ::= [1-9] [0-9]", "max_tokens": 9, "seed": 1}
-    assert re.fullmatch(r"[1-9]\d", server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+    for field in ("grammar", "grammar_string"):  # KoboldCpp's and text-generation-webui's programs
+        body = {"prompt": "A number:", field: "root ::= [1-9] [0-9]", "max_tokens": 9, "seed": 1}
+        assert re.fullmatch(r"[1-9]\d", server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+    body = {"prompt": "The capital of France:", "json_schema": SHORT, "max_tokens": 60}
+    assert Short.model_validate_json(server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
 
 
 def test_inference_clients_grammar(server):
@@ -164,6 +167,12 @@ def test_a_bad_form_is_refused_before_an_answer_begins(server, path, body, statu
     for stream in (False, True):
         answer = server.http.post(path, json={**body, "stream": stream})
         assert answer.status_code == status and words in answer.text, answer.text
+
+
+def test_rules_without_an_end_are_the_callers_mistake(server):
+    body = {"prompt": "x", "grammar": 'root ::= "a" root', "max_tokens": 9}
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 400 and "cannot be held to the form" in answer.json()["error"]["message"]
 
 
 def test_without_llguidance_it_says_what_to_install(server, monkeypatch):
