@@ -6,7 +6,6 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("llguidance")
 
@@ -177,25 +176,3 @@ def test_many_threads_ask_at_once(house):
     for thread in threads:
         thread.join(30)
     assert found == [1] * 24
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
-def test_on_a_card(tmp_path, monkeypatch):
-    from gptq_webui.core.models import LocalModel
-    from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
-
-    wide = {**tiny._COMMON, "hidden_size": 128, "intermediate_size": 160, "num_key_value_heads": 2}
-    monkeypatch.setitem(tiny.ARCHITECTURES, "llama", wide)
-    tiny.write(tmp_path / "model", "llama", shared_order=True)
-    tiny.write_tokenizer(tmp_path / "model")
-    model = TransformersLoader().load(LocalModel.read(tmp_path / "model"), TransformersOptions(), lambda share, text: None)
-    try:
-        assert model._stepper.name == "cuda", model.notes
-        for seed in range(3):
-            params = GenerationParams(grammar=schema(), seed=seed, temperature=1.0, max_new_tokens=200)
-            events = list(model.complete("abc", params, threading.Event()))
-            assert set(json.loads("".join(each.text for each in events[:-1]))) == set(SCHEMA["required"])
-            plain = GenerationParams(seed=seed, max_new_tokens=8)  # the card draws again afterwards
-            assert list(model.complete("abc", plain, threading.Event()))[-1].new_tokens > 0
-    finally:
-        model.close()
