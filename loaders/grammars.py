@@ -8,12 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from ..core.errors import BadParameter
 from ..core.grammar import Grammar
 
+_OLDEST = 1, 9
 _KEPT = 8  # compiled forms; a client asks for the same one again and again
 _WHITE = r"[ \n\r\t]{1,20}"  # between the parts of JSON: small models would go on with spaces for ever
 
@@ -49,6 +51,11 @@ class Grammars:
             raise BadParameter(
                 "An answer can be held to a form only with the package llguidance, which is not installed: "
                 'pip install "gptq-webui[json]"'
+            )
+        if tuple(int(each) for each in version("llguidance").split(".")[:2]) < _OLDEST:  # no limit to white space, one end token
+            raise BadParameter(
+                f"The package llguidance is {version('llguidance')} here; an answer that is held to a form needs "
+                f'{_OLDEST[0]}.{_OLDEST[1]}: pip install -U "gptq-webui[json]"'
             )
         from llguidance.hf import from_tokenizer
 

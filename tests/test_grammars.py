@@ -110,7 +110,7 @@ def test_white_space_cannot_run_on(house):
     held = house.held.begin(Grammar("json"), {END})
     held.take(house.tokenizer.convert_tokens_to_ids("{"))
     count = 0
-    while bool(held.allowed(288)[space]):
+    while count < 100 and bool(held.allowed(288)[space]):
         held.take(space)
         count += 1
     assert 8 <= count <= 80
@@ -155,6 +155,12 @@ def test_a_form_that_becomes_too_much_ends_the_answer_in_words(house):
 def test_without_the_package_it_is_named(house, monkeypatch):
     monkeypatch.setattr(grammars, "find_spec", lambda name: None)
     with pytest.raises(BadParameter, match=r'pip install "gptq-webui\[json\]"'):
+        house.held.begin(Grammar("json"), {END})
+
+
+def test_an_old_package_is_named_with_its_version(house, monkeypatch):
+    monkeypatch.setattr(grammars, "version", lambda name: "1.3.0")
+    with pytest.raises(BadParameter, match=r"llguidance is 1\.3\.0 here; .* pip install -U \"gptq-webui\[json\]\""):
         house.held.begin(Grammar("json"), {END})
 
 
