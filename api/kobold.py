@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ..core.chat import Finish, Token
 from ..core.params import GenerationParams
 from ..loaders.base import LoadedModel
-from . import kobold_settings
+from . import grammars, kobold_settings
 from .answers import EventStream, Running
 from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
 from .openai import bias_of
@@ -51,6 +51,7 @@ class GenerateRequest(Open):
     trim_stop: bool | None = None
     genkey: str | None = Field(None, max_length=200)
     logit_bias: dict[str, float] | None = None
+    grammar: str | None = Field(None, description="llama.cpp's GBNF")
     quiet: bool | None = None
     # text-generation-webui's of 2023
     max_new_tokens: int | None = Field(None, ge=1, le=32768)
@@ -221,7 +222,7 @@ def build(service: Service) -> APIRouter:
 async def _ask(service: Service, asked: GenerateRequest, request: Request) -> Running:
     loaded = await service.loaded()
     service.ignore(PROTOCOL, [*asked.unknown(), *(name for name in _HARMLESS if getattr(asked, name) is not None)])
-    params = _params(service, asked)
+    params = await grammars.hold(service, loaded, _params(service, asked), grammars.of_rules(asked.grammar), "grammar")
     length = asked.max_length or asked.max_new_tokens or service.kobold.get("max_length", _DEFAULT_LENGTH)
     measured = await _fitted(service, loaded, asked, length)
     wanted = {"genkey": asked.genkey or "", "client": service.client(request), "text": ""}

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from ..core.chat import Finish, Message, Token
 from ..core.params import GenerationParams
 from ..loaders.base import LoadedModel
+from . import grammars
 from .answers import EventStream, Whole
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import (
@@ -60,7 +61,7 @@ def build(service: Service) -> APIRouter:
         loaded = await answering(service, asked)
         _refuse_unable(asked)
         count = asked.top_logprobs if asked.logprobs else None
-        params = _params(service, loaded, asked, (count or 0) if asked.logprobs else None)
+        params = await _params(service, loaded, asked, (count or 0) if asked.logprobs else None)
         messages = messages_of(asked.messages)
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         measured = await service.measure(messages, limit)
@@ -96,7 +97,7 @@ def build(service: Service) -> APIRouter:
             raise Problem(
                 "unsupported", "The log-probabilities of a prompt are not computed here. Leave echo or logprobs out.", "echo"
             )
-        params = _params(service, loaded, asked, asked.logprobs)
+        params = await _params(service, loaded, asked, asked.logprobs)
         texts = _texts(loaded, asked.prompt)
         limit = 16 if asked.max_tokens is None else asked.max_tokens  # OpenAI's default
         prompts = [await service.measure(each, limit) for each in texts]
@@ -166,25 +167,20 @@ def _refuse_unable(asked: ChatCompletionRequest) -> None:
         raise Problem(
             "unsupported", "Tools are not supported here: the model cannot be made to call them. Leave `tools` out.", "tools"
         )
-    if asked.response_format is not None and asked.response_format.type != "text":
-        raise Problem(
-            "unsupported",
-            f"response_format {asked.response_format.type[:40]!r} cannot be guaranteed here, so it is refused; only 'text' is "
-            "taken. Ask for JSON in the prompt and check the answer.",
-            "response_format",
-        )
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Problem("invalid", "top_logprobs needs logprobs: true.", "top_logprobs")
 
 
-def _params(service: Service, loaded: LoadedModel, asked: Any, logprobs: int | None) -> GenerationParams:
+async def _params(service: Service, loaded: LoadedModel, asked: Any, logprobs: int | None) -> GenerationParams:
     if logprobs is not None and "logprobs" not in loaded.can:
         raise Problem("unsupported", f"{loaded.model.name} is loaded in a way that tells no log-probabilities.", "logprobs")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    given = {"seed": seed_of(asked.seed), "stop": tuple(each for each in stop if each), "logprobs": logprobs}
+    given: dict[str, Any] = {"seed": seed_of(asked.seed), "stop": tuple(each for each in stop if each), "logprobs": logprobs}
+    if asked.repetition_range is None and asked.repetition_penalty_range is not None:
+        given["repetition_range"] = max(0, min(asked.repetition_penalty_range, 32768))
     if asked.logit_bias:
         given["logit_bias"] = bias_of(asked.logit_bias)
-    return service.params({**wishes(asked), **given})
+    return await grammars.hold(service, loaded, service.params({**wishes(asked), **given}), *grammars.of_openai(asked))
 
 
 def bias_of(asked: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -26,7 +26,9 @@ class StreamOptions(Open):
 
 
 class ResponseFormat(Open):
-    type: str
+    type: str = Field(description="text, json_object, json_schema; as TGI also json and regex, with a value")
+    json_schema: dict[str, Any] | None = None
+    value: Any = None
 
 
 class _Asking(Sampling):
@@ -41,6 +43,11 @@ class _Asking(Sampling):
     logit_bias: dict[str, float] | None = None
     user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
+    json_schema: dict[str, Any] | None = Field(None, description="As llama.cpp and tabbyAPI take a schema")
+    grammar: str | None = Field(None, description="llama.cpp's rules (GBNF), as KoboldCpp's programs send them")
+    grammar_string: str | None = Field(None, description="The same from text-generation-webui's")
+    repetition_penalty_range: int | None = Field(None, description="repetition_range, as text-generation-webui calls it")
 
 
 class ChatCompletionRequest(_Asking):
@@ -48,7 +55,6 @@ class ChatCompletionRequest(_Asking):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..core.params import GenerationParams
 
-_OWN_SHAPE = ("max_new_tokens", "stop", "seed", "logit_bias", "logprobs")  # protocols spell these in their own ways
+_OWN_SHAPE = ("max_new_tokens", "stop", "seed", "logit_bias", "logprobs", "grammar")  # protocols spell these in their own ways
 
 
 class Open(BaseModel):
@@ -23,7 +23,8 @@ def _fields() -> dict[str, Any]:
     for name, limits, default in GenerationParams.limits():
         if name not in _OWN_SHAPE:
             kind = int if isinstance(default, int) else float
-            made[name] = (kind | None, Field(None, ge=limits.low, le=limits.high, description=limits.help))
+            low = -1 if name == "top_k" else limits.low  # vLLM's programs write "all" as -1
+            made[name] = (kind | None, Field(None, ge=low, le=limits.high, description=limits.help))
     return made
 
 
@@ -33,7 +34,8 @@ NAMES = tuple(_fields())
 
 def wishes(request: Any) -> dict[str, Any]:
     """What a request with the fields of `Sampling` says about sampling."""
-    return {name: getattr(request, name) for name in NAMES}
+    found = {name: getattr(request, name) for name in NAMES}
+    return found | {"top_k": None if found["top_k"] == -1 else found["top_k"]}
 
 
 def seed_of(value: int | None) -> int | None:

@@ -15,6 +15,7 @@ from ..core.chat import Finish
 from ..core.chat import Token as Event
 from ..core.params import GenerationParams
 from ..loaders.base import LoadedModel
+from . import grammars
 from .answers import EventStream, Running, Whole
 from .openai import messages_of
 from .openai_logprobs import number
@@ -143,9 +144,9 @@ class _Answer:
         return await self.service.measure(prompt, self.wish.max_new_tokens)
 
     async def whole(self, request: Request, *, listed: bool = False) -> Response:
-        measured = await self.measured()
+        measured, params = await self.measured(), await self._held()
         validated = time.perf_counter()
-        running = await self.service.ask(request, PROTOCOL, [measured], self.params, n=self.best_of)
+        running = await self.service.ask(request, PROTOCOL, [measured], params, n=self.best_of)
         answers = await running.whole()
         best = max(answers, key=_mean_logprob) if len(answers) > 1 else answers[0]
         text = best.text + best.finish.stop_string  # TGI leaves the stop sequence in
@@ -162,11 +163,14 @@ class _Answer:
     async def stream(self, request: Request) -> Response:
         if self.best_of > 1:
             raise Problem("invalid", "`best_of` != 1 is not supported when streaming tokens")
-        measured = await self.measured()
-        running = await self.service.ask(request, PROTOCOL, [measured], self.params)
+        measured, params = await self.measured(), await self._held()
+        running = await self.service.ask(request, PROTOCOL, [measured], params)
         await running.begun()
         said = _Said(self, measured)
         return EventStream(running, said.encode, failing=_failing, headers={"x-compute-type": self._compute_type()})
+
+    async def _held(self) -> GenerationParams:
+        return await grammars.hold(self.service, self.loaded, self.params, grammars.of_tgi(self.wish.grammar), "grammar")
 
     def _params(self) -> GenerationParams:
         wish = self.wish

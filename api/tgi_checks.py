@@ -32,8 +32,6 @@ def check(wish: Parameters) -> None:
         raise Problem("invalid", f"`top_n_tokens` must be >= 0 and <= {MAX_TOP_N_TOKENS}. Given: {wish.top_n_tokens}")
     if wish.truncate is not None and wish.truncate < 1:
         raise Problem("invalid", "`truncate` must be strictly positive")
-    if wish.grammar is not None:
-        raise Problem("unsupported", "grammar is not supported")
     if wish.decoder_input_details:
         raise Problem(
             "unsupported", "`decoder_input_details` is not supported: the prompt's log-probabilities are not computed here"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import BadParameter
+from .grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class GenerationParams:
         None, "Log-probabilities", "Tell each token's, and those of this many likeliest.", 0, 20, 1, drawn=False
     )
 
+    grammar: Grammar | None = _field(  # noqa: RUF009 (it is a field)
+        None, "Grammar", "What the answer must be made of: JSON, a schema, a pattern.", drawn=False
+    )
+
     def __post_init__(self) -> None:
         for name, limits, value in self.limits(self):
             if name == "stop":
@@ -81,6 +86,10 @@ class GenerationParams:
                 continue
             if name == "logit_bias":
                 object.__setattr__(self, name, _bias(value, limits))
+                continue
+            if name == "grammar":
+                if value is not None and not isinstance(value, Grammar):
+                    raise BadParameter(f"grammar must be a Grammar; found {value!r}.")
                 continue
             if value is None and name in _OPTIONAL:
                 continue

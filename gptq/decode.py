@@ -9,6 +9,7 @@ import torch
 
 from ..core.chat import Finish, Step
 from ..core.params import GenerationParams
+from .constraint import Constraint
 from .kv import PrefixCache
 from .stepper import Stepper, TransformersStepper
 
@@ -23,6 +24,7 @@ def generate(
     end_ids: Collection[int],
     context_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    constraint: Constraint | None = None,  # what the answer is held to
 ) -> Iterator[Step | Finish]:
     """Yields a Step for every token but the end token, then one Finish.
 
@@ -48,7 +50,9 @@ def generate(
             if cancel.is_set():
                 reason = "cancelled"
             elif logits is not None:
-                with closing(stepper.answer(memory, logits, ids, params)) as steps:
+                # a stepper that draws on its device runs ahead, and cannot ask after every token what may follow
+                drawn = stepper.answer(memory, logits, ids, params) if constraint is None else None
+                with closing(drawn or stepper.draw(memory, logits, ids, params, constraint)) as steps:
                     for step in steps:
                         if step.id in end_ids:
                             reason = "stop"
@@ -60,6 +64,8 @@ def generate(
                         if cancel.is_set():
                             reason = "cancelled"
                             break
+                if reason == "length" and constraint is not None and constraint.complete:
+                    reason = "stop"
         except GeneratorExit:
             prefix.keep(seen[: memory.length], memory)
             raise

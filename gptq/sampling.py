@@ -22,7 +22,7 @@ from ..core.params import GenerationParams
 CAN = frozenset(
     {
         "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "repetition_range", "seed", "stop", "logit_bias", "logprobs",
+        "frequency_penalty", "repetition_range", "seed", "stop", "logit_bias", "logprobs", "grammar",
     }
 )  # fmt: skip
 
@@ -50,9 +50,11 @@ class Sampler:
             self._repetition.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
         self._typical = TypicalLogitsWarper(max(params.typical_p, 1e-6)) if params.typical_p < 1 else None
 
-    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [1, V], ids so far [1, n] -> the next id [1, 1]."""
+    def __call__(self, logits: Tensor, ids: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """logits [1, V], ids so far [1, n], which may come next (bool [V]; None: all) -> the next id [1, 1]."""
         scores = self._changed(logits.float(), ids)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
         if self._greedy:
             return scores.argmax(-1, keepdim=True)
         kept, names = self._kept(scores / self._params.temperature)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.chat import Step
 from ..core.params import GenerationParams
+from .constraint import Constraint
 from .sampling import Sampler, log_probabilities
 
 
@@ -63,16 +64,27 @@ class Stepper(ABC):
         A Step is yielded before its token is put through. A stepper that draws on its device and runs
         ahead overrides this; what it has put through too much, it cuts from memory when it is closed.
         """
+        return self.draw(memory, logits, ids, params)
+
+    def draw(
+        self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, constraint: Constraint | None = None
+    ) -> Generator[Step, None, None]:
+        """As `answer`, drawn by torch one token at a time; held to `constraint`, and ended where nothing may follow."""
         sampler = Sampler(params, self.device, prompt_tokens=len(ids))
         seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
         while True:
-            token = sampler(logits, seen)
+            allowed = constraint.allowed(logits.shape[1]).to(logits.device) if constraint is not None else None
+            token = sampler(logits, seen, allowed)
             id = int(token)
+            if constraint is not None:
+                constraint.take(id)
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if params.logprobs is not None:
                 logprob, top = log_probabilities(logits, id, params.logprobs)
             yield Step(id, logprob, top)
+            if constraint is not None and constraint.complete:
+                return
             seen = torch.cat([seen, token.to(seen.device)], dim=1)
             logits = self.step(memory, id)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from ..core.chat import Finish, Message, Step, Token
+from ..core.errors import BadParameter
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from .chat_template import ChatTemplate
@@ -86,6 +87,17 @@ class LoadedModel(ABC):
         worker thread, ends within one token of `cancel`, leaves out the end token itself. With more
         than one slot, None says "nothing yet": the answers computed beside it may go on."""
 
+    def check(self, params: GenerationParams) -> None:
+        """Raises BadParameter for what would not be obeyed and cannot be left out: a form that the answer must have.
+
+        May take a second; it is done again when the answer begins, which then takes no time.
+        """
+        if params.grammar is not None and "grammar" not in self.can:
+            raise BadParameter(
+                f"{self.model.name} is loaded in a way that cannot hold an answer to a form. "
+                "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
+            )
+
     def close(self) -> None:
         """End what is running, wait for it, free the memory. Safe to call twice."""
         self._worker.close()
@@ -131,6 +143,7 @@ class LoadedModel(ABC):
 
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Stream[Step | Finish]:
         """Ids in, Steps out, one Finish last; the turn is taken now, the computing follows in order."""
+        self.check(params)
         asked = time.perf_counter()
         return self._worker.stream(lambda: _timed(self._steps(ids, params, cancel), asked), cancel, _cancelled(len(ids)))
 
@@ -152,7 +165,10 @@ class LoadedModel(ABC):
         template_stop: Sequence[str],
         strip: bool = False,  # white space before the first word belongs to the template, not to the answer
     ) -> Stream[Token | Finish]:
+        self.check(params)
         asked = time.perf_counter()
+        if params.grammar is not None:  # says itself where the answer begins and ends
+            template_stop, strip = (), False
         stop = (*params.stop, *(each for each in template_stop if each not in params.stop))
 
         ids = self._ids_of(prompt)

@@ -1,5 +1,6 @@
 """A model that other machines compute. It speaks text, so it has no tokenizer and no template of its own."""
 
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 from ..core.chat import Finish, FinishReason, Message, Step, Token
 from ..core.errors import AnswerFailed, BadParameter, PromptTooLong
+from ..core.grammar import Grammar
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from .base import LoadedModel
@@ -24,7 +26,7 @@ class RemoteModel(LoadedModel):
     can = frozenset(
         {
             "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "stop", "logit_bias",
+            "frequency_penalty", "seed", "stop", "logit_bias", "grammar",
         }
     )  # fmt: skip
     device = "other machines"
@@ -61,6 +63,10 @@ class RemoteModel(LoadedModel):
         super().close()
         self._loop.close(self._pool.close)
 
+    def check(self, params: GenerationParams) -> None:
+        if params.grammar is not None and params.grammar.kind not in ("json", "json_schema"):
+            raise BadParameter("An engine elsewhere is asked in OpenAI's protocol, which knows JSON and schemas, no other form.")
+
     @property
     def waiting(self) -> int:
         return self._loop.waiting
@@ -68,6 +74,7 @@ class RemoteModel(LoadedModel):
     def _answer(
         self, kind: str, body: dict[str, Any], params: GenerationParams, cancel: threading.Event, resume: bool
     ) -> Stream[Token | Finish]:
+        self.check(params)
         count = _Count()
 
         def answer() -> AsyncIterator[Token | Finish]:
@@ -161,6 +168,8 @@ def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str,
         given["frequency_penalty"] = params.frequency_penalty
     if params.logit_bias:
         given["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
+    if params.grammar is not None:  # never left out; in the body, since completions have it too
+        given["extra_body"] = {"response_format": response_format(params.grammar)}
     if strict:
         return given
     given["stream_options"] = {"include_usage": True}
@@ -169,7 +178,13 @@ def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str,
     more |= {"typical_p": params.typical_p} if params.typical_p < 1 else {}
     if resume:
         more |= {"continue_final_message": True, "add_generation_prompt": False, "continue_": True}
-    return given | {"extra_body": more}
+    return given | {"extra_body": given.get("extra_body", {}) | more}
+
+
+def response_format(grammar: Grammar) -> dict[str, Any]:
+    if grammar.kind == "json":
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(grammar.text), "strict": True}}
 
 
 class _Count:

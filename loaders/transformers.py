@@ -16,6 +16,7 @@ from ..core.params import GenerationParams
 from ..core.units import format_bytes
 from . import chat_template, fit, optimum
 from .base import LoadedModel, LoadProgress, Refusal, Remark
+from .grammars import Grammars
 from .machine import Machine, look
 from .refusals import not_in_gptq_layout, unreadable
 from .standard_folder import config_of
@@ -132,21 +133,29 @@ class TransformersModel(LoadedModel):
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
+        self._grammars = Grammars(tokenizer, self._tokenizing)
         stepper.take_over(hf, self._prefix)
         self._turns = Turns(hf, self._worker)
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
         from ..gptq.decode import generate
 
+        ends = self._end_ids | set(self.template.stop_ids)
         return generate(
             self._stepper,
             ids,
             params,
             cancel,
             prefix=self._prefix,
-            end_ids=self._end_ids | set(self.template.stop_ids),
+            end_ids=ends,
             context_tokens=self.context_tokens,
+            constraint=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
         )
+
+    def check(self, params: GenerationParams) -> None:
+        super().check(params)
+        if params.grammar is not None:
+            self._grammars.begin(params.grammar, self._end_ids | set(self.template.stop_ids))
 
     def close(self) -> None:
         super().close()

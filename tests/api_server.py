@@ -11,6 +11,9 @@ import uvicorn
 from gptq_webui.api import app as api_app
 from gptq_webui.api.service import Service
 from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.hub.library import Library
 
 
 class ApiServer:
@@ -48,6 +51,16 @@ class ApiServer:
                 while piece := line.recv(65536):
                     found += piece
             return found
+
+
+@contextlib.contextmanager
+def demo_server(demo_root, folder):
+    """A server with the demo's 4-bit model."""
+    engine = Engine(Library([demo_root]), Settings(folder / "settings.json"))
+    engine.load(next(each.name for each in engine.library.models() if "4bit" in each.name))
+    with ApiServer(engine) as server:
+        yield server
+    engine.unload()
 
 
 def events(text):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import httpx
 
@@ -51,6 +52,10 @@ def cases(tokens, prompts):
             ("chat stream", {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "stream": True, **common}),
             ("kobold", {"prompt": prompt, "max_length": tokens, "temperature": 0.8, "sampler_seed": seed}),
         ]
+        if find_spec("llguidance"):
+            found.append(
+                ("openai", {"prompt": prompt, "max_tokens": tokens, "response_format": {"type": "json_object"}, **common})
+            )
     return found
 
 

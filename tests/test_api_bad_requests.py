@@ -58,7 +58,12 @@ TGI = [  # (body, status, error_type, error)
     (tgi(best_of=2, do_sample=True, seed=1), 422, "validation", "`seed` must not be set when `best_of` > 1"),
     (tgi(stop=["a"] * 17), 422, "validation", "`stop` supports up to 16 stop sequences. Given: 17"),
     (tgi(top_n_tokens=6), 422, "validation", "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
-    (tgi(grammar={"type": "json", "value": "{}"}), 422, "validation", "grammar is not supported"),
+    (tgi(grammar={"type": "json", "value": "{}"}), 422, "validation", "grammar: TheBloke_Mistral"),
+    (tgi(grammar={"type": "json"}), 422, "validation", "grammar: a JSON schema is needed"),
+    (tgi(grammar={"type": "json", "value": "{"}), 422, "validation", "the schema is not JSON"),
+    (tgi(grammar={"type": "regex", "value": 5}), 422, "validation", "grammar: a text is needed"),
+    (tgi(grammar={"type": "regex", "value": "a" * 10_001}), 422, "validation", "up to 10,000 characters"),
+    (tgi(grammar={}), 422, "validation", "json_schema or regex"),
     (tgi(decoder_input_details=True), 422, "validation", "`decoder_input_details` is not supported"),
     (tgi(seed="x"), 422, "validation", "parameters.seed: Input should be a valid integer"),
     ({"inputs": "Hi " * 1500}, 422, "validation", "takes prompts of up to 1,000"),
@@ -136,10 +141,20 @@ OPENAI = [  # (path, body, status, type, param, code, words)
         {"messages": user(), "response_format": {"type": "json_schema"}},
         400,
         "invalid_request_error",
-        "response_format",
+        "response_format.json_schema.schema",
         None,
-        "cannot be",
+        "a JSON schema is needed",
     ),
+    *(
+        ("chat", {"messages": user(), "response_format": form}, 400, "invalid_request_error", param, None, words)
+        for form, param, words in (
+            ({"type": "json_object"}, "response_format", "cannot hold an answer to a form"),
+            ({"type": "yaml"}, "response_format", "json_schema or regex; found 'yaml'"),
+            ({"type": "regex"}, "response_format.value", "a text is needed"),
+            ({}, "response_format.type", "required"),
+        )
+    ),
+    ("text", {"prompt": "Hi", "grammar_string": "root ::= [a-z]"}, 400, "invalid_request_error", "grammar_string", None, "form"),
     ("chat", {"messages": user(), "logit_bias": {"x": 1}}, 400, "invalid_request_error", "logit_bias", None, "token ids"),
     ("chat", {"messages": user(), "logit_bias": {"5": 999}}, 400, "invalid_request_error", "logit_bias", None, "100"),
     ("chat", {"messages": user(), "presence_penalty": 3}, 400, "invalid_request_error", "presence_penalty", None, "2"),
@@ -153,6 +168,10 @@ OPENAI = [  # (path, body, status, type, param, code, words)
     ("text", {"prompt": ["a"] * 9, "n": 2}, 400, "invalid_request_error", "n", None, "At most 16"),
 ]
 
+NO_FORM = (
+    f"{MISTRAL} is loaded in a way that cannot hold an answer to a form. "
+    "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
+)
 KOBOLD = [  # (body, status, detail)
     ({}, 422, {"prompt": ["Field required"]}),
     ({"prompt": 5}, 422, {"prompt": ["Input should be a valid string"]}),
@@ -162,6 +181,7 @@ KOBOLD = [  # (body, status, detail)
     ({"prompt": "Hi", "top_p": 2}, 422, {"top_p": ["Input should be less than or equal to 1"]}),
     ({"prompt": "Hi", "temperature": "hot"}, 422, None),
     ({"prompt": "Hi", "temperature": -1}, 422, {"temperature": ["Input should be greater than or equal to 0"]}),
+    ({"prompt": "Hi", "grammar": "root ::= [a-z]"}, 501, {"msg": f"grammar: {NO_FORM}", "type": "not_implemented"}),
     ({"prompt": "Hi", "rep_pen": "x", "top_k": -5}, 422, None),
 ]
 

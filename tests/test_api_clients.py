@@ -1,16 +1,14 @@
-"""Real clients, unchanged, against the demo model: huggingface_hub, openai, text-generation."""
+"""Real clients, unchanged, against the demo model: huggingface_hub, openai, text-generation, Kobold's."""
 
+import json
 import math
 import threading
 
 import pytest
 
-from api_server import ApiServer, settled
+from api_server import demo_server, events, settled
 from gptq_webui.core.chat import Message
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.engine.engine import Engine
-from gptq_webui.engine.settings import Settings
-from gptq_webui.hub.library import Library
 from storm import storm
 
 pytestmark = pytest.mark.demo
@@ -20,11 +18,8 @@ CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def server(demo_root, tmp_path_factory):
-    engine = Engine(Library([demo_root]), Settings(tmp_path_factory.mktemp("settings") / "settings.json"))
-    engine.load(next(each.name for each in engine.library.models() if "4bit" in each.name))
-    with ApiServer(engine) as server:
+    with demo_server(demo_root, tmp_path_factory.mktemp("settings")) as server:
         yield server
-    engine.unload()
 
 
 def solo(server, prompt, **params):
@@ -198,8 +193,9 @@ def test_openai_errors_arrive_as_its_own(openai_client):
     with pytest.raises(openai.NotFoundError, match="not loaded"):
         others = [each.id for each in openai_client.models.list()][1:]
         openai_client.chat.completions.create(model=others[0], messages=CAPITAL)
-    with pytest.raises(openai.BadRequestError, match="cannot be guaranteed"):
-        openai_client.chat.completions.create(model="x", messages=CAPITAL, response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="Tools are not supported"):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        openai_client.chat.completions.create(model="x", messages=CAPITAL, tools=[tool])
 
 
 # --- text-generation -------------------------------------------------------------------------------
@@ -231,6 +227,83 @@ def test_text_generation_best_of_and_errors(tgi_client):
     assert mean >= sum(each.logprob for each in other.tokens) / len(other.tokens)
     with pytest.raises(ValidationError, match="best_of"):
         tgi_client.generate("Once", do_sample=True, best_of=9)
+
+
+# --- KoboldAI and SillyTavern: their request sequences as recorded ----------------------------------
+
+
+def test_a_united_client_connects_and_writes(server):
+    http, loaded = server.http, server.service.engine.loaded
+    assert http.get("/api/v1/model").json() == {"result": loaded.model.name}
+    assert http.get("/api/v1/info/version").json() == {"result": "1.2.6"}
+    assert http.get("/api/v1/config/soft_prompts_list").json() == {"values": []}
+    assert http.get("/api/v1/config/max_context_length").json() == {"value": loaded.context_tokens}
+    prompt = "The capital of France is"
+    body = {
+        "prompt": prompt, "use_story": False, "use_memory": False, "use_authors_note": False, "use_world_info": False,
+        "max_context_length": 1024, "max_length": 6, "rep_pen": 1.1, "rep_pen_range": 1024, "rep_pen_slope": 0.7,
+        "temperature": 0.65, "tfs": 0.9, "top_a": 0.0, "top_k": 0, "top_p": 0.9, "typical": 1.0, "sampler_seed": 7,
+        "sampler_order": [6, 0, 1, 2, 3, 4, 5], "frmttriminc": False, "frmtrmblln": False, "singleline": False, "n": 2,
+    }  # fmt: skip
+    answer = http.post("/api/v1/generate", json=body)
+    values = {"repetition_penalty": 1.1, "repetition_range": 1024, "temperature": 0.65, "top_p": 0.9, "top_k": 0}
+    wanted = [solo(server, prompt, max_new_tokens=6, seed=seed, **values)[0] for seed in (7, 8)]
+    assert answer.status_code == 200 and [each["text"] for each in answer.json()["results"]] == wanted
+
+
+def test_sillytavern_connects_streams_and_stops(server):
+    http, loaded = server.http, server.service.engine.loaded
+    assert http.get("/api/v1/info/version").json()["result"] >= "1.2.5"  # it takes stop sequences
+    assert http.get("/api/extra/version").json()["version"] >= "1.30"  # it takes streams
+    assert http.get("/api/v1/model").json() == {"result": loaded.model.name}
+    assert http.get("/api/extra/true_max_context_length").json() == {"value": loaded.context_tokens}
+    prompt = "You: What is the capital of France?\nBot:"
+    count = http.post("/api/extra/tokencount", json={"prompt": prompt}).json()
+    assert count["ids"] == loaded.encode(prompt) and count["value"] == len(count["ids"])
+    body = {
+        "prompt": prompt, "max_length": 40, "max_context_length": 2048, "quiet": True, "genkey": "KCPP1234", "rep_pen": 1.05,
+        "stop_sequence": ["\nYou:", "\n"], "temperature": 0.5, "min_p": 0.05, "top_k": 40, "sampler_seed": 3,
+        "dynatemp_range": 0.5, "smoothing_factor": 0.2, "mirostat": 0, "dry_multiplier": 0.8, "use_default_badwordsids": False,
+        "trim_stop": True, "sampler_order": [6, 0, 1, 3, 4, 2, 5],
+    }  # fmt: skip
+    found = [json.loads(each) for each in events(http.post("/api/extra/generate/stream", json=body).text)]
+    text = "".join(each["token"] for each in found)
+    values = {"repetition_penalty": 1.05, "temperature": 0.5, "min_p": 0.05, "top_k": 40, "top_p": 1, "seed": 3}
+    wanted, finish = solo(server, prompt, max_new_tokens=40, stop=("\nYou:", "\n"), **values)
+    assert text == wanted and len(found) > 2
+    assert found[-1]["finish_reason"] == finish.reason and all(each["finish_reason"] is None for each in found[:-1])
+    polled = http.post("/api/extra/generate/check", json={"genkey": "KCPP1234"})
+    assert polled.json() == {"results": [{"text": ""}]}  # nothing of it runs any more
+    assert http.post("/api/extra/abort", json={"genkey": "KCPP1234"}).json() == {"success": "false"}
+    assert http.get("/api/extra/perf").json()["last_token_count"] == finish.new_tokens
+
+
+def test_sillytavern_as_it_asks_koboldcpp_today(server):
+    """Its Text Completion connection: everything it has sliders for, at OpenAI's address."""
+    http, loaded = server.http, server.service.engine.loaded
+    assert http.get("/v1/models").json()["data"][0]["id"] == loaded.model.name
+    assert http.get("/props").json()["chat_template"]
+    prompt, stop = "You: What is the capital of France?\nBot:", ["\nYou:", "\n"]
+    body = {
+        "prompt": prompt, "max_new_tokens": 40, "max_tokens": 40, "logprobs": 10, "temperature": 0.5, "top_p": 1, "typical_p": 1,
+        "typical": 1, "sampler_seed": 3, "seed": 3, "min_p": 0.05, "repetition_penalty": 1.1, "frequency_penalty": 0,
+        "presence_penalty": 0, "top_k": -1, "skew": 0, "min_tokens": 0, "add_bos_token": True, "smoothing_factor": 0,
+        "dry_allowed_length": 2, "dry_multiplier": 0.8, "dry_base": 1.75, "dry_sequence_breakers": ["\n", ":"],
+        "stopping_strings": stop, "stop": stop, "truncation_length": 2048, "ban_eos_token": False, "skip_special_tokens": True,
+        "top_a": 0, "tfs": 1, "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1, "custom_token_bans": "",
+        "banned_strings": [], "api_type": "koboldcpp", "api_server": server.url, "sampler_order": [6, 0, 1, 3, 4, 2, 5],
+        "xtc_threshold": 0.1, "xtc_probability": 0, "trim_stop": True, "rep_pen": 1.1, "rep_pen_range": 64,
+        "repetition_penalty_range": 64, "guidance_scale": 1, "negative_prompt": "", "repeat_penalty": 1.1, "repeat_last_n": 64,
+        "n_predict": 40, "num_predict": 40, "num_ctx": 2048, "mirostat": 0, "ignore_eos": False, "rep_pen_slope": 1,
+        "stream": True,
+    }  # fmt: skip
+    lines = events(http.post("/v1/completions", json=body).text)
+    text = "".join(json.loads(each)["choices"][0]["text"] for each in lines[:-1])
+    values = {"repetition_penalty": 1.1, "repetition_range": 64, "temperature": 0.5, "min_p": 0.05, "top_k": 0, "top_p": 1}
+    wanted, _finish = solo(server, prompt, max_new_tokens=40, seed=3, stop=tuple(stop), **values)
+    assert text == wanted and lines[-1] == "[DONE]"
+    headers = {"content-type": "application/json"}
+    assert http.post("/api/extra/abort", headers=headers).json() == {"success": "false"}  # without a body
 
 
 # --- sixteen at once: `python tests/storm.py URL 300` does it for five minutes ----------------------

@@ -8,6 +8,7 @@ import pytest
 from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
+from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
@@ -94,6 +95,28 @@ def test_turns_are_fair_and_positions_are_told(slow):
     for thread in threads:
         thread.join(10)
     assert [name for name, _position in order] in (["many", "many", "one", "many"], ["many", "one", "many", "many"])
+
+
+@pytest.mark.parametrize(("parallel", "running"), [(None, 3), (2, 2), (9, 3)])
+def test_parallel_is_how_many_are_answered_at_once_where_the_model_can(tmp_path, parallel, running):
+    engine = Engine(Shelf(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
+    engine.loaded._worker.slots = engine.loaded.slots = 3
+    with ApiServer(engine, limits=Limits(parallel=parallel)) as server:
+        threads = [
+            threading.Thread(target=lambda: server.http.post("/generate_stream", json={"inputs": "Go"}).read()) for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        found, end = None, time.monotonic() + 5
+        while found != (running, 5 - running) and time.monotonic() < end:
+            queue = server.http.get("/v1/queue").json()
+            found = queue["running"], queue["waiting"]
+        time.sleep(0.2)
+        assert found == (running, 5 - running) == (server.service.line.running, server.service.line.waiting)
+        engine.unload()
+        for thread in threads:
+            thread.join(5)
 
 
 def test_a_model_that_is_unloaded_ends_every_stream_and_frees_the_line(slow):

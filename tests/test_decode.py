@@ -1,6 +1,7 @@
 """gptq/decode.py, kv.py and stepper.py: the loop from prompt to tokens on a tiny real model."""
 
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -37,6 +38,27 @@ def test_greedy_tokens_are_those_of_transformers_generate(model):
     found, finish = run(model, ids)
     assert found == by_transformers(model, ids, 12)
     assert finish.reason == "length" and finish.prompt_tokens == 25 and finish.cached_tokens == 0
+
+
+def test_a_constraint_is_asked_before_every_token_and_ends_the_answer(model):
+    class Odd:
+        """Odd ids only, four of them."""
+
+        taken: ClassVar[list] = []
+
+        def allowed(self, size):
+            return torch.arange(size) % 2 == 1
+
+        def take(self, id):
+            self.taken.append(id)
+
+        complete = property(lambda self: len(self.taken) == 4)
+
+    held, cancel = Odd(), threading.Event()
+    ask = {"prefix": PrefixCache(), "end_ids": (), "context_tokens": 200, "constraint": held}
+    events = list(generate(model, list(range(5, 30)), GREEDY, cancel, **ask))
+    assert [each.id for each in events[:-1]] == held.taken and len(held.taken) == 4
+    assert all(id % 2 for id in held.taken) and events[-1].reason == "stop"
 
 
 def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from gptq_webui.core.errors import BadParameter
+from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.params import PRESETS, GenerationParams
 
 
@@ -14,7 +15,9 @@ def test_defaults_are_those_of_the_model_card() -> None:
     assert (card.temperature, card.top_p, card.top_k, card.repetition_penalty, card.max_new_tokens) == (0.7, 0.95, 40, 1.1, 512)
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(GenerationParams) if each.name not in ("stop", "logit_bias")])
+@pytest.mark.parametrize(
+    "name", [each.name for each in fields(GenerationParams) if each.name not in ("stop", "logit_bias", "grammar")]
+)
 def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> None:
     limits = next(limits for each, limits, _ in GenerationParams.limits() if each == name)
     for value in (limits.low, limits.high):
@@ -36,6 +39,14 @@ def test_whole_numbers_stay_whole_and_sliders_may_send_floats() -> None:
     assert params.max_new_tokens == 64 and isinstance(params.max_new_tokens, int) and isinstance(params.temperature, float)
     with pytest.raises(BadParameter, match="top_k must be a whole number"):
         GenerationParams(top_k=1.5)  # type: ignore[arg-type]
+
+
+def test_a_grammar_is_one_and_not_endless() -> None:
+    assert GenerationParams(grammar=Grammar("json")).grammar == Grammar("json")
+    with pytest.raises(BadParameter, match="grammar must be"):
+        GenerationParams(grammar={"type": "json"})  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match=r"a pattern may have up to 10,000 characters; found 10,001"):
+        Grammar("regex", "a" * 10_001)
 
 
 def test_seed_minus_one_and_none_draw_a_new_one() -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("openai")
 
 from gptq_webui.core.chat import Finish, Message
 from gptq_webui.core.errors import AnswerFailed, BadParameter, LoadFailed
+from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.models import remote_model
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
@@ -67,6 +68,24 @@ def test_a_strict_engine_is_asked_again_without_what_it_refuses_and_only_once(op
     model = opened(server := OpenAIServer(strict=True))
     assert say(model)[0] == say(model)[0] == "The capital of France is Paris."
     assert ["top_k" in body for body in server.bodies] == [True, False, False]
+
+
+def test_json_is_asked_of_the_engine_also_of_a_strict_one_and_other_forms_are_refused(opened):
+    model = opened(server := OpenAIServer())
+    grammar = Grammar("json_schema", '{"type": "object"}')
+    say(model, params=GenerationParams(grammar=grammar))
+    list(model.complete("The capital", GenerationParams(grammar=Grammar("json")), threading.Event()))
+    asked = {"name": "answer", "schema": {"type": "object"}, "strict": True}
+    assert [body["response_format"] for body in server.bodies] == [
+        {"type": "json_schema", "json_schema": asked},
+        {"type": "json_object"},
+    ]
+    with pytest.raises(BadParameter, match="knows JSON and schemas"):
+        say(model, params=GenerationParams(grammar=Grammar("regex", "a")))
+    strict = opened(server := OpenAIServer(strict=True))
+    with pytest.raises(AnswerFailed, match="response_format"):
+        say(strict, params=GenerationParams(grammar=grammar))
+    assert all("response_format" in body for body in server.bodies)
 
 
 def test_stop_strings_end_the_answer_also_those_the_engine_was_not_told(opened):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.chat import Step
 from ...core.params import GenerationParams
+from ..constraint import Constraint
 from ..linear import GPTQLinear
 from ..llama import LlamaParts, parts_of
 from ..stepper import Memory, Stepper
@@ -192,11 +193,13 @@ class CpuStepper(Stepper):
             self._compute(memory, ids[at : at + CHUNK_TOKENS])
         return torch.from_numpy(self._logits[:1, : self._head_size])
 
-    def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
+    def draw(
+        self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, constraint: Constraint | None = None
+    ) -> Generator[Step, None, None]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # torch's own threads would spin on the cores that the next token needs
         try:
-            yield from super().answer(memory, logits, ids, params)
+            yield from super().draw(memory, logits, ids, params, constraint)
         finally:
             torch.set_num_threads(threads)
 

@@ -54,6 +54,8 @@ class CudaStepper(Stepper):
 
     def step(self, memory: Memory, id: int) -> Tensor:
         assert isinstance(memory, PagedMemory)
+        if self.slots > 1:  # row 0 may be another answer's
+            return self.prefill(memory, [id])
         self._step.use(memory, memory.length + 1)
         self._step.ids[0] = id
         self._step.positions[0] = memory.length
