@@ -1,6 +1,7 @@
 """Products of 2 to 64 rows: which kernel of few.cu computes them, and how it is launched."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ _NARROW = {
 _SPREADS = {"PLAIN": {**_WIDE, 2: ((4, 8, 3), *_WIDE[2]), 4: ((4, 8, 3), *_WIDE[4])}, "SILU": _WIDE, "RESIDUAL": _NARROW}
 
 
+@lru_cache(maxsize=256)
 def variants(shape: Shape, epilogue: str, limit_bytes: int) -> dict[int, FewVariant]:
     """By columns, those that fit into `limit_bytes` of shared memory for a block."""
     found = {}
@@ -47,10 +49,11 @@ def multiply(card: Card, weight: Weight, epilogue: str, x: Tensor, out: Tensor) 
     """x fp16 [T, padded] in engine order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), fp16 [T, N / 2] (SILU), or added
     to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
     plans = variants(weight.shape, epilogue, card.shared_limit_bytes)
-    most = 8 * max(plans)
-    for first in range(0, x.shape[0], most):
-        rows = min(most, x.shape[0] - first)
-        launch(card, weight, plans[min(each for each in plans if each * 8 >= rows)], x[first:], out[first:], rows)
+    most, rows = 8 * max(plans), x.shape[0]
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        plan = plans[next(each for each in plans if each * 8 >= count)]
+        launch(card, weight, plan, x[first:] if first else x, out[first:] if first else out, count)
 
 
 def launch(card: Card, weight: Weight, plan: FewVariant, x: Tensor, out: Tensor, rows: int) -> None:
@@ -69,6 +72,12 @@ def launch(card: Card, weight: Weight, plan: FewVariant, x: Tensor, out: Tensor,
         weight.unit_to_group,
         rows,
     )
-    at_once = max(1, min(card.shared_bytes // (plan.shared_bytes + 1024), 32 // plan.split))  # blocks on a processor
+    name, shared_bytes, at_once = _facts(plan, card.shared_bytes)
     blocks = min(-(-weight.tiles // plan.tiles), at_once * card.processors)
-    card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes, overlap=True)
+    card.run(name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
+
+
+@lru_cache(maxsize=256)
+def _facts(plan: FewVariant, processor_bytes: int) -> tuple[str, int, int]:
+    """(name, shared memory of a block, blocks on a processor at once)."""
+    return plan.name, plan.shared_bytes, max(1, min(processor_bytes // (plan.shared_bytes + 1024), 32 // plan.split))

@@ -7,6 +7,7 @@ structures mirror those of the .cu files, field by field.
 import ctypes
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,19 @@ def source(variants: Iterable[Variant], shapes: Iterable[Shape], caches: Iterabl
     return "".join(text)
 
 
+def programs(variants: Iterable[Variant], shapes: Iterable[Shape], caches: Iterable[Cache], fixed: bool) -> list[str]:
+    """The same as several programs, which compile side by side."""
+    parts: dict[Any, list[Variant]] = {}
+    for each in variants:
+        parts.setdefault(each.columns if isinstance(each, FewVariant) else 0, []).append(each)
+    shapes, caches = list(shapes), list(caches)
+    found = [source(part, [], []) for part in parts.values()]
+    found += [source([], [], [each]) for each in caches]
+    if shapes or fixed or not found:
+        found.append(source([], shapes, [], fixed))
+    return found
+
+
 class Card:
     """One graphics card: its compiler, its kernels, its limits. Make one per device and model."""
 
@@ -210,10 +224,12 @@ class Card:
         fixed: bool = False,
     ) -> None:
         """Compile what is needed, or take it from the cache of an earlier start. Raises NoCompiler."""
-        text = source(variants, shapes, caches, fixed)
+        texts = programs(variants, shapes, caches, fixed)
+        with ThreadPoolExecutor(len(texts)) as pool:  # the compiler lets go of the interpreter
+            binaries = list(pool.map(self._compiler.compile, texts))
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # torch has made the context by now
-            self._modules.insert(0, Module(self._compiler.compile(text), self.capability))
+            self._modules[:0] = [Module(each, self.capability) for each in binaries]
 
     def __getitem__(self, name: str) -> Kernel:
         found = self._kernels.get(name)
@@ -236,6 +252,9 @@ class Card:
         if shared_bytes > 48 * 1024 and shared_bytes > kernel.shared_allowed:
             kernel.allow_shared(shared_bytes)
         stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.current_device() == self.device.index:
+            kernel.launch(grid, threads, (arguments,), stream, shared_bytes=shared_bytes, overlap=overlap)
+            return
         with torch.cuda.device(self.device):
             kernel.launch(grid, threads, (arguments,), stream, shared_bytes=shared_bytes, overlap=overlap)
 
