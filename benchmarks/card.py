@@ -33,6 +33,7 @@ from gptq_webui.hub.library import Library  # noqa: E402
 
 TOKENS = 256
 PROMPT = 512
+TOGETHER = 16  # answers at once
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 CARD: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1, "seed": 1}
 found: dict[str, Any] = {}
@@ -55,7 +56,7 @@ def ours(folder: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     context = min(16384 + 512, model.context_tokens or 2048)
-    loaded: Any = engine.load(folder.name, "transformers", {"context_tokens": context})
+    loaded: Any = engine.load(folder.name, "transformers", {"context_tokens": context, "parallel": TOGETHER})
     say("load, seconds (page cache as it is)", time.perf_counter() - began)
     if loaded.notes:
         print("   ", *loaded.notes)
@@ -94,6 +95,21 @@ def ours(folder: Path) -> None:
             added = 1 / slower - 1 / base
             say(f"decode tokens/s at {length}", slower)
             say(f"conversation read at this share of copy bandwidth, to {length}", (length - PROMPT) * per_token / added / copy)
+
+    def together(count: int) -> float:
+        """Tokens of all answers in a second, of those in which all were being drawn."""
+        params = GenerationParams(max_new_tokens=TOKENS, **GREEDY)
+        streams = [loaded.generate(ids(PROMPT), params, threading.Event()) for _ in range(count)]
+        for each in streams:
+            next(each)
+        began = time.perf_counter()
+        tokens = sum(1 for each in streams for event in each if isinstance(event, Step))
+        return tokens / (time.perf_counter() - began)
+
+    if loaded.slots >= TOGETHER:
+        for count in (2, 4, 8, TOGETHER):
+            rate_of_all = median(lambda count=count: together(count))  # type: ignore[misc]
+            say(f"{count} answers at once, tokens/s together", rate_of_all, f"{rate_of_all / base:.2f}x of one")
     for length in (64, 512, 3840):
         if length >= context:
             continue

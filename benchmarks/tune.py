@@ -258,6 +258,33 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
     step.close()
 
 
+def layouts(card: Card, copy: float, layers: int) -> None:
+    """A token at position 512 in every layout, as a share of what reading its bytes takes."""
+    ways: list[dict[str, Any]] = [
+        {}, {"act_order": False}, {"group_size": 64}, {"group_size": 32}, {"group_size": -1, "act_order": False}, {"sym": False},
+        {"bits": 8}, {"bits": 8, "group_size": -1, "act_order": False}, {"bits": 3}, {"bits": 2},
+    ]  # fmt: skip
+    for how in ways:
+        step = CudaStep(random_parts(**{**MISTRAL_7B, "layers": layers, **how}), 1024, card=card)
+        step.params[0, :8] = torch.tensor([0.0, 1, 0, 1, 1, 0, 0, 0])
+        step.use(PagedMemory(step.pages), 600)
+
+        def run(step: CudaStep = step) -> None:
+            step.positions[0] = 512
+            for _ in range(64):
+                step.step()
+
+        took = seconds(run) / 64
+        size = sum(w.size_bytes for each in step.layers for w in each.weights) + step.head.numel() * 2
+        size += step.cache.token_bytes(step.kv_heads) * layers * 512
+        print(
+            f"    {how or 'g128 act-order'}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {size / took / copy:.0%} of the limit"
+        )
+        step.close()
+        del step
+        torch.cuda.empty_cache()
+
+
 def profile(run: Callable[[], object]) -> None:
     """What each kernel adds: from the end of the one before it to its own, mean over a few steps."""
     from torch.profiler import ProfilerActivity, profile
@@ -309,6 +336,8 @@ def main() -> None:
             products(card, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
         if "tunings" in given.what:
             whole(card, copy, given.layers, tunings=True)
+        if "layouts" in given.what:
+            layouts(card, copy, given.layers)
         if "q8" in given.what:
             whole(card, copy, given.layers, q8=True)
         if "whole" in given.what:
