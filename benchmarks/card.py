@@ -97,14 +97,10 @@ def ours(folder: Path) -> None:
             say(f"conversation read at this share of copy bandwidth, to {length}", (length - PROMPT) * per_token / added / copy)
 
     def together(count: int) -> float:
-        """Tokens of all answers in a second, of those in which all were being drawn."""
+        """The rates of answers that are drawn side by side, added up."""
         params = GenerationParams(max_new_tokens=TOKENS, **GREEDY)
         streams = [loaded.generate(ids(PROMPT), params, threading.Event()) for _ in range(count)]
-        for each in streams:
-            next(each)
-        began = time.perf_counter()
-        tokens = sum(1 for each in streams for event in each if isinstance(event, Step))
-        return tokens / (time.perf_counter() - began)
+        return sum(list(each)[-1].tokens_per_s for each in streams)
 
     if loaded.slots >= TOGETHER:
         for count in (2, 4, 8, TOGETHER):
