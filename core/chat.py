@@ -1,7 +1,7 @@
 """A conversation, and the events an answer is made of.
 
 An answer is a stream: `Step`s (ids) inside a loader, `Token`s (settled text) for everybody
-else, and one `Finish` at the end of either.
+else, and one `Finish` at the end of either. `Reading` is no event of it: who wants it asks.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,15 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far the prompt is read that an answer waits for."""
+
+    read_tokens: int
+    prompt_tokens: int
+    began: float  # on the clock of time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..core.chat import Finish, Message, Token
+from ..core.chat import Finish, Message, Reading, Token
 from ..core.errors import AnswerFailed, Busy, GptqWebuiError, NotLoaded, PromptTooLong
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
@@ -143,6 +143,11 @@ class Answer:
     def ahead(self) -> int:
         """Answers that are computed before this one; 0 once its turn has come."""
         return getattr(self._stream, "ahead", 0)
+
+    @property
+    def reading(self) -> Reading | None:
+        """How far its prompt is read; None where nobody says."""
+        return getattr(self._stream, "reading", None)
 
     def text(self) -> tuple[str, Finish]:
         """The whole answer at once."""

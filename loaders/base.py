@@ -98,6 +98,10 @@ class LoadedModel(ABC):
                 "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
             )
 
+    def _note_reading(self, read_tokens: int, prompt_tokens: int) -> None:
+        """For `_steps`: how much of its prompt is read by now, what was known already included."""
+        self._worker.note_reading(read_tokens, prompt_tokens)
+
     def close(self) -> None:
         """End what is running, wait for it, free the memory. Safe to call twice."""
         self._worker.close()

@@ -64,6 +64,7 @@ class ExLlamaV2Model(LoadedModel):
         )
         serial = generator.enqueue(job)
         arrived = self._arrived[serial] = deque()
+        self._note_reading(0, len(ids))
         done = False
         try:
             while True:
@@ -72,8 +73,10 @@ class ExLlamaV2Model(LoadedModel):
                     return
                 if not arrived:
                     for result in generator.iterate():
-                        if result["stage"] == "streaming" and result["serial"] in self._arrived:
+                        if result["stage"] in ("streaming", "prefill") and result["serial"] in self._arrived:
                             self._arrived[result["serial"]].append(result)
+                while arrived and arrived[0]["stage"] == "prefill":
+                    self._note_reading(int(arrived.popleft().get("curr_progress", 0)), len(ids))
                 if not arrived:
                     yield None  # a piece of the prompt was read, or others have the cache
                     continue

@@ -141,6 +141,7 @@ class TransformersModel(LoadedModel):
         from ..gptq.decode import generate
 
         ends = self._end_ids | set(self.template.stop_ids)
+        self._note_reading(0, len(ids))
         return generate(
             self._stepper,
             ids,
@@ -150,6 +151,7 @@ class TransformersModel(LoadedModel):
             end_ids=ends,
             context_tokens=self.context_tokens,
             constraint=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
+            progress=lambda read: self._note_reading(read, len(ids)),
         )
 
     def check(self, params: GenerationParams) -> None:

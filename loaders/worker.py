@@ -2,18 +2,21 @@
 
 CUDA streams, graphs and torch's inference mode belong to a thread, so the computing stays on
 one. A reader gets a `Stream` that only reads a queue: a reader that sleeps or leaves cannot
-hold the model, and closing a Stream sets its `cancel`.
+hold the model, and closing a Stream sets its `cancel`. How far a long prompt is read is
+noted beside the queue, so that only who asks for it hears of it.
 """
 
 import atexit
 import logging
 import queue
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from ..core.chat import Reading
 from ..core.errors import AnswerFailed, Busy, GptqWebuiError
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ class Job(Generic[T]):
         self.events: queue.SimpleQueue[T | BaseException | _End] = queue.SimpleQueue()
         self.started = threading.Event()
         self.computed = threading.Event()  # the worker has finished with it, read or not
+        self.began = 0.0  # on time.monotonic(), once it is started
+        self.reading: Reading | None = None  # of its prompt, as the worker noted it last
 
     def run(self) -> Iterator[None]:
         """On the worker thread: compute everything into the queue, and pause after every event.
@@ -49,6 +54,7 @@ class Job(Generic[T]):
             if self.cancel.is_set():
                 self.events.put(self.cancelled)
                 return
+            self.began = time.monotonic()
             self.started.set()
             for event in self.make():
                 if event is not None:
@@ -115,6 +121,11 @@ class Stream(Iterator[T], Generic[T]):
         """Answers that are computed before this one; 0 once its turn has come."""
         return self._ahead()
 
+    @property
+    def reading(self) -> Reading | None:
+        """How far its prompt was read when last heard of; None before, and where a back-end does not say."""
+        return self._job.reading
+
     def close(self) -> None:
         """Give up: the computing ends within one token."""
         self._done = True
@@ -139,6 +150,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: list[Job] = []
+        self._current: Job | None = None  # the one that is being computed just now
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._gone = False  # the thread ended without being told to
@@ -176,6 +188,11 @@ class Worker:
     def _ahead(self, job: Job) -> int:
         with self._lock:
             return self._open.index(job) if job in self._open and not job.started.is_set() else 0
+
+    def note_reading(self, read_tokens: int, prompt_tokens: int) -> None:
+        """On the worker's thread: how far the prompt of the answer is read that is being computed."""
+        if (job := self._current) is not None:
+            job.reading = Reading(read_tokens, prompt_tokens, job.began)
 
     def is_current(self) -> bool:
         """Whether the caller runs on the worker's thread."""
@@ -219,7 +236,10 @@ class Worker:
                     running.append((job, job.run()))
                 del job  # or the last answer would live until the next one
             for at in reversed(range(len(running))):
-                if next(running[at][1], _End) is _End:
+                self._current = running[at][0]
+                ended = next(running[at][1], _End) is _End
+                self._current = None  # or the last answer would live until the next one
+                if ended:
                     with self._lock:
                         self._open.remove(running[at][0])
                     del running[at]

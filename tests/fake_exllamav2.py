@@ -98,6 +98,8 @@ def install(monkeypatch, *, paged=True, fails=None):
                 same = next((at for at, (a, b) in enumerate(zip(self.last_ids, job.ids[:-1], strict=False)) if a != b), None)
                 job.cached_tokens = min(len(self.last_ids), len(job.ids) - 1) if same is None else same
                 results.append({"job": job, "stage": "started", "eos": False, "serial": job.serial})
+                read = {"curr_progress": len(job.ids) - 1, "max_progress": len(job.ids) - 1}
+                results.append({"job": job, "stage": "prefill", "eos": False, "serial": job.serial, **read})
             seen.most_at_once = max(seen.most_at_once, len(self.active))
             for job in list(self.active):
                 id = (job.ids[-1] + 1) % self.tokenizer.get_vocab_size()

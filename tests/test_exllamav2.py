@@ -91,6 +91,14 @@ def test_the_second_turn_tells_what_came_from_the_cache(folder, library):
     model.close()
 
 
+def test_how_far_the_prompt_is_read_is_told_beside_the_answer(folder, library):
+    model = load(folder)
+    stream = model.generate([10, 11, 12, 13], GREEDY, threading.Event())
+    assert all(isinstance(each, (Step, Finish)) for each in stream)
+    assert (stream.reading.read_tokens, stream.reading.prompt_tokens) == (3, 4)
+    model.close()
+
+
 def test_several_answers_are_computed_side_by_side(folder, library):
     model = load(folder, max_batch_size=3)
     assert model.slots == 3

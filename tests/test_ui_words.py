@@ -2,10 +2,11 @@
 
 import json
 import threading
+import time
 
 import pytest
 
-from gptq_webui.core.chat import Finish, Message, Token
+from gptq_webui.core.chat import Finish, Message, Reading, Token
 from gptq_webui.core.errors import AnswerFailed, BadParameter
 from gptq_webui.core.params import PRESETS, GenerationParams
 from gptq_webui.loaders import chat_template
@@ -98,6 +99,7 @@ class Stream:
 
     def __init__(self, *events, ahead=0):
         self.ahead = ahead
+        self.reading = None
         self.go = threading.Event()
         self._events = events
 
@@ -115,6 +117,10 @@ def test_a_reply_says_where_it_stands():
     assert reply.state == "waiting for another answer (2nd in line) …"
     stream.ahead = 0
     assert reply.state == "reading your prompt …"
+    stream.reading = Reading(3072, 12000, time.monotonic())
+    assert reply.state == "reading your prompt …" and reply.share is None  # it may be over in a moment
+    stream.reading = Reading(3072, 12000, time.monotonic() - 0.6)
+    assert reply.state == "Reading your prompt: 3,072 of 12,000 tokens" and reply.share == 0.256
     stream.go.set()
     assert reply.wait(5) and reply.text == "hello world" and reply.finish == Finish("stop")
 

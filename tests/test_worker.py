@@ -116,3 +116,40 @@ def test_closing_the_worker_ends_what_runs_and_refuses_what_comes():
     assert stream.computed.is_set() and worker.waiting == 0
     with pytest.raises(Busy):
         worker.stream(counting(cancel), cancel, "cancelled")
+
+
+def test_how_far_a_prompt_is_read_is_told_to_who_asks_and_is_no_event(worker):
+    seen = []
+
+    def reads(count):
+        def make():
+            for at in range(count):
+                worker.note_reading(at, count)
+                yield None
+            yield "text"
+
+        return make
+
+    answers = [worker.stream(reads(count), threading.Event(), "cancelled") for count in (3, 5)]
+    for answer in answers:
+        assert list(answer) == ["text"]
+        seen.append((answer.reading.read_tokens, answer.reading.prompt_tokens))
+    assert seen == [(2, 3), (4, 5)] and answers[0].reading.began <= answers[1].reading.began <= time.monotonic()
+
+
+def test_side_by_side_each_answer_has_its_own_reading():
+    worker = Worker(slots=2)
+
+    def reads(count):
+        def make():
+            for at in range(1, count + 1):
+                worker.note_reading(at, count)
+                yield None
+            yield count
+
+        return make
+
+    answers = [worker.stream(reads(count), threading.Event(), 0) for count in (20, 30)]
+    assert [list(each) for each in answers] == [[20], [30]]
+    assert [each.reading.prompt_tokens for each in answers] == [20, 30]
+    worker.close()

@@ -15,7 +15,7 @@ from . import compat
 from .access import Access
 from .browser_store import browser_store
 from .parameters_tab import ParametersTab
-from .parts import bad, notes, quiet
+from .parts import bad, notes, quiet, working
 from .reply import Reply, in_words
 from .template_box import about, draw_template
 from .transcript import Transcript
@@ -99,12 +99,12 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                 for words in _waking(engine, cancel):
                     yield {line: quiet(words), send: gr.update(visible=False), stop: gr.update(visible=True)}
                 reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
-                begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: quiet(reply.state)}
+                begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: _doing(reply)}
                 yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
                 for written, keep in _watch(reply, cancel):
                     if cancel in cleared:
                         break
-                    yield draw(chat.answered(written), keep) | {line: quiet(reply.state)}
+                    yield draw(chat.answered(written), keep) | {line: _doing(reply)}
                 if cancel in cleared:
                     cleared.discard(cancel)
                     if session not in running:  # an update that was on its way may have come after Clear
@@ -203,6 +203,12 @@ def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
     while thread.is_alive() and not cancel.is_set():
         yield f"loading the model again: {engine.status.text} …"
         thread.join(_LOAD_LOOK_S)
+
+
+def _doing(reply: Reply) -> str:
+    """HTML: what an answer is doing, with a bar while a long prompt is read."""
+    share = reply.share
+    return quiet(reply.state) if share is None else working(reply.state, share)
 
 
 def _watch(reply: Reply, cancel: threading.Event) -> Iterator[tuple[str, bool]]:

@@ -6,13 +6,16 @@ come, and one that falls asleep leaves nothing unread.
 
 import logging
 import threading
+import time
 
-from ..core.chat import Finish
+from ..core.chat import Finish, Reading
 from ..core.errors import GptqWebuiError
 from ..core.units import plural
 from ..engine.engine import Answer
 
 log = logging.getLogger(__name__)
+
+_QUICK_S = 0.5  # a prompt that is read sooner is not counted before the reader's eyes
 
 
 class Reply:
@@ -39,7 +42,23 @@ class Reply:
         if self.tokens:
             return f"writing … {plural(self.tokens, 'token')}"
         ahead = self._answer.ahead
-        return f"waiting for another answer ({_ordinal(ahead + 1)} in line) …" if ahead else "reading your prompt …"
+        if ahead:
+            return f"waiting for another answer ({_ordinal(ahead + 1)} in line) …"
+        if (reading := self._slow()) is not None:
+            return f"Reading your prompt: {reading.read_tokens:,} of {reading.prompt_tokens:,} tokens"
+        return "reading your prompt …"
+
+    @property
+    def share(self) -> float | None:
+        """Of a long prompt, how much is read; None while it does something else."""
+        if self.tokens or self._cancel.is_set() or (reading := self._slow()) is None:
+            return None
+        return reading.read_tokens / max(1, reading.prompt_tokens)
+
+    def _slow(self) -> Reading | None:
+        """The reading of the prompt, if it takes long enough to be told."""
+        reading = self._answer.reading
+        return reading if reading is not None and time.monotonic() - reading.began > _QUICK_S else None
 
     def _read(self) -> None:
         try:

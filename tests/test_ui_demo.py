@@ -1,0 +1,81 @@
+"""ui/: what only a model with weights can show: a long prompt that is being read, and a measured speed."""
+
+import re
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from browser import chromium
+from gptq_webui.core.chat import Message, Token
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine import demo
+from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.hub.library import Library
+from gptq_webui.ui import page as ui_page
+
+pytestmark = [pytest.mark.browser, pytest.mark.demo]
+
+LONG = "Tell me what this is about. " + "The old man and the boy walked along the river until it was dark. " * 200
+
+
+@pytest.fixture(scope="module")
+def house(demo_root, tmp_path_factory):
+    """The page over the demo model, which is loaded."""
+    library = Library([demo_root])
+    engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"))
+    engine.load(demo.folders(demo_root)[0].name)
+    page = ui_page.build(engine, Downloads(library), preset="Precise")
+    _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
+    yield SimpleNamespace(engine=engine, url=url)
+    page.close()
+    engine.unload()
+
+
+@pytest.fixture
+def tab(house):
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(30_000)
+        tab.goto(house.url)
+        tab.wait_for_selector("#gw-head:has-text('4bit')")
+        yield tab
+
+
+def idle(engine):
+    deadline = time.monotonic() + 10
+    while engine.loaded.waiting and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not engine.loaded.waiting
+
+
+def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab):
+    tab.fill("#gw-message textarea", LONG)
+    tab.press("#gw-message textarea", "Enter")
+    tab.wait_for_selector("#gw-line [role=progressbar]")
+    seen = set()
+    while len(seen) < 3:  # it moves
+        found = re.search(r"Reading your prompt: ([\d,]+) of ([\d,]+) tokens", tab.inner_text("#gw-line"))
+        assert found, tab.inner_text("#gw-line")
+        read, whole = (int(each.replace(",", "")) for each in found.groups())
+        assert read < whole and whole > 2500
+        seen.add(read)
+        time.sleep(0.05)
+    tab.click("#gw-stop")
+    tab.wait_for_selector("#gw-line:has-text('stopped before the first word')")
+    assert idle(house.engine)
+    read = house.engine.loaded._prefix._kept[-1].memory.length
+    assert max(seen) <= read < whole  # it ended in the middle, and what was read is kept
+    tab.click("#gw-regenerate")
+    tab.wait_for_selector("#gw-line:has-text('first word after')", timeout=60_000)
+
+
+def test_the_reading_is_no_event_of_an_answer(house):
+    engine = house.engine
+    answer = engine.chat([Message("user", LONG + "And now?")], GenerationParams(max_new_tokens=3), threading.Event())
+    events = list(answer)
+    assert all(isinstance(each, Token) for each in events[:-1]) and events[-1].new_tokens == 3
+    assert answer.reading.read_tokens == answer.reading.prompt_tokens == events[-1].prompt_tokens
