@@ -15,8 +15,8 @@ from . import doors, exit_codes, tgi_flags
 from .download_arguments import add_to as add_download
 
 COMMANDS = (
-    "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "doctor",
-    "keys", "host",
+    "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "benchmark",
+    "doctor", "keys", "host",
 )  # fmt: skip
 
 _WITH_BARS = ("download", "verify", "repair", "update")
@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_loading(ask)
     ask.set_defaults(run=_ask)
 
+    benchmark = commands.add_parser("benchmark", help="measure a model for a few seconds, and print one line to paste")
+    benchmark.add_argument("model", nargs="?", metavar="MODEL", help="its name (default: the last one used)")
+    _add_models(benchmark)
+    benchmark.add_argument("--demo", action="store_true", help="measure the demo model")
+    _add_loading(benchmark)
+    benchmark.set_defaults(run=_benchmark)
+
     keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
     keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
     keys.add_argument("name", nargs="?", metavar="NAME")
@@ -226,6 +233,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor(options)
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    from .commands import benchmark
+
+    return benchmark(options)
 
 
 def _ask(options: argparse.Namespace) -> int:

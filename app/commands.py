@@ -1,4 +1,4 @@
-"""The engine of this process, and `ask`. The answer goes to stdout, everything else to stderr."""
+"""The engine of this process, `ask` and `benchmark`. The answer goes to stdout, everything else to stderr."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from ..engine.engine import Engine, Status
 from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings, hosts_models_folders
 from ..hub.library import Library
+from ..loaders.base import LoadedModel
 
 
 def make_engine(options: argparse.Namespace) -> Engine:
@@ -64,10 +65,7 @@ def ask(options: argparse.Namespace) -> int:
     line = _Line()
     engine.watchers.append(lambda status: line.show(_in_line(status)))
     try:
-        if options.demo:
-            loaded = engine.load_demo(options.loader, load_options(options))
-        else:
-            loaded = engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
+        loaded = _load(engine, options)
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
@@ -88,6 +86,31 @@ def ask(options: argparse.Namespace) -> int:
     finally:
         line.end()
         engine.unload()
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    engine = make_engine(options)
+    line, cancel = _Line(), threading.Event()
+    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    try:
+        _load(engine, options)
+        from ..engine.benchmark import measure
+
+        measured = measure(engine, cancel, line.show)
+        line.end()
+        print(measured)
+        return 0
+    finally:
+        cancel.set()
+        line.end()
+        engine.unload()
+
+
+def _load(engine: Engine, options: argparse.Namespace) -> LoadedModel:
+    """--demo, --model, or what there is."""
+    if options.demo:
+        return engine.load_demo(options.loader, load_options(options))
+    return engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
 
 
 def _print(answer: Any) -> Finish:

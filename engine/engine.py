@@ -56,6 +56,11 @@ class Engine(Care):
             )
         return Answer(loaded, loaded.complete(prompt, params, cancel), 0, self._ended)
 
+    def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> "Answer":
+        """What follows token ids, as Steps in place of Tokens: for measuring. Raises NotLoaded, BadParameter."""
+        loaded = self._ready()
+        return Answer(loaded, loaded.generate(ids, params, cancel), 0, self._ended)
+
     def set_template(self, name: str | None) -> None:
         """Use a built-in chat template for the loaded model and remember that; None takes the model's own."""
         loaded = self._ready()

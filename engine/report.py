@@ -83,13 +83,13 @@ def _of_model(loaded: LoadedModel, choice: Choice) -> Iterator[str]:
     yield f"model: {model.name}, {model.badge}, {model.architecture}, {format_bytes(model.size_bytes)}"
     yield f"loaded with {choice.loader.name} on {loaded.device}: {choice.reason}"
     yield f"context: {loaded.context_tokens} tokens ({loaded.context_reason})"
-    if options := _options(choice.options):
+    if options := changed_options(choice.options):
         yield f"options: {options}"
     for note in loaded.notes:
         yield f"note: {note}"
 
 
-def _options(options: Any) -> str:
+def changed_options(options: Any) -> str:
     """What differs from the defaults; what is secret is left out."""
     if not is_dataclass(options):
         return ""

@@ -74,6 +74,7 @@ class LoadedModel(ABC):
     template: ChatTemplate
     notes: tuple[str, ...] = ()  # what the user should know about this load
     device: str = "cpu"
+    way: str = ""  # of computing, where the loader has several: "cuda"
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
@@ -176,7 +177,7 @@ class LoadedModel(ABC):
         stop = (*params.stop, *(each for each in template_stop if each not in params.stop))
 
         ids = self._ids_of(prompt)
-        inner = _StopFlag(cancel)
+        inner = StopFlag(cancel)
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = _timed(self._steps(ids, params, inner), asked)
@@ -209,7 +210,7 @@ class LoadedModel(ABC):
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class _StopFlag(threading.Event):
+class StopFlag(threading.Event):
     """Set by its parent or by us: a stop string ends the computing without touching the caller's flag."""
 
     def __init__(self, parent: threading.Event) -> None:

@@ -128,6 +128,7 @@ class TransformersModel(LoadedModel):
 
         self.model, self.hf, self.tokenizer = model, hf, tokenizer
         self._stepper = stepper
+        self.way = stepper.name if stepper.name != TransformersLoader.name else ""
         self.context_tokens, self.context_reason = context_tokens, context_reason
         self.notes, self.device, self.can = notes, device, CAN
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)

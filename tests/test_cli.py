@@ -57,6 +57,14 @@ def test_ask_prints_the_answer_to_stdout_and_all_else_to_stderr(shelf, capsys):
     assert run(capsys, *arguments)[1] == out  # greedy
 
 
+def test_benchmark_prints_one_line_to_stdout(shelf, capsys):
+    code, out, err = run(capsys, "benchmark", "tiny-chat", "--models-dir", shelf)
+    assert code == 0 and out.count("\n") == 1 and "round 2" in err
+    assert (
+        out.startswith("tiny-chat: GPTQ 4-bit, group 32, act-order | transformers") and " tokens/s after a prompt of 128 |" in out
+    )
+
+
 def test_ask_raw_leaves_the_template_out(shelf, capsys):
     arguments = ["--model", "tiny-chat", "--models-dir", shelf, "--temperature", "0", "--max-new-tokens", "8"]
     plain = run(capsys, "ask", "Hi", *arguments)[1]

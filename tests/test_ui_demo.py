@@ -19,7 +19,7 @@ from gptq_webui.ui import page as ui_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 
-LONG = "Tell me what this is about. " + "The old man and the boy walked along the river until it was dark. " * 200
+LONG = "Tell me what this is about. " + "The old man and the boy walked along the river until it was dark. " * 120
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab
         found = re.search(r"Reading your prompt: ([\d,]+) of ([\d,]+) tokens", tab.inner_text("#gw-line"))
         assert found, tab.inner_text("#gw-line")
         read, whole = (int(each.replace(",", "")) for each in found.groups())
-        assert read < whole and whole > 2500
+        assert read < whole and whole > 1500
         seen.add(read)
         time.sleep(0.05)
     tab.click("#gw-stop")
@@ -70,7 +70,9 @@ def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab
     read = house.engine.loaded._prefix._kept[-1].memory.length
     assert max(seen) <= read < whole  # it ended in the middle, and what was read is kept
     tab.click("#gw-regenerate")
-    tab.wait_for_selector("#gw-line:has-text('first word after')", timeout=60_000)
+    tab.wait_for_selector("#gw-line:has-text('writing')", timeout=60_000)
+    tab.click("#gw-stop")
+    tab.wait_for_selector("#gw-line:has-text('first word after')")
 
 
 def test_the_reading_is_no_event_of_an_answer(house):
@@ -79,3 +81,27 @@ def test_the_reading_is_no_event_of_an_answer(house):
     events = list(answer)
     assert all(isinstance(each, Token) for each in events[:-1]) and events[-1].new_tokens == 3
     assert answer.reading.read_tokens == answer.reading.prompt_tokens == events[-1].prompt_tokens
+
+
+LINE = (
+    r"gptq-webui_SmolLM2\S+: GPTQ 4-bit, group 32, act-order \| transformers[^|]* \| [^|]+ threads? \| [\d.,]+ tokens/s after a "
+    r"prompt of 512 \| reads [\d.,]+ tokens/s \| first token after [\d.]+ s \| [\d.]+ [MG]B of memory \| gptq-webui [\d.]+, "
+    r"Python .+, torch .+"
+)
+
+
+def test_the_benchmark_button_writes_a_line_to_copy_and_can_be_stopped(house, tab):
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=house.url.rstrip("/"))
+    tab.get_by_role("tab", name="Model").click()
+    tab.click("#gw-benchmark")
+    tab.wait_for_selector("#gw-benchmark-note [role=progressbar]")
+    tab.click("#gw-benchmark-stop")
+    tab.wait_for_selector("#gw-benchmark-note:has-text('Stopped before')")
+    assert idle(house.engine)
+    tab.click("#gw-benchmark")
+    tab.wait_for_selector("#gw-benchmark-line textarea", timeout=60_000)
+    line = tab.input_value("#gw-benchmark-line textarea")
+    assert re.fullmatch(LINE, line), line
+    tab.click("#gw-benchmark-copy")
+    tab.wait_for_selector("#gw-benchmark-copy:has-text('Copied')")
+    assert tab.evaluate("navigator.clipboard.readText()") == line

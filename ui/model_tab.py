@@ -19,6 +19,7 @@ from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from . import compat, facts
 from .access import Access
+from .benchmark_box import draw_benchmark
 from .branch_box import draw_branches
 from .care_box import draw_care
 from .download_box import draw_name, draw_queue
@@ -61,6 +62,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 rescue = draw_rescue(engine, access)
             with gr.Column(elem_classes="gw-card"):
                 panel = gr.HTML(elem_id="gw-facts")
+                speed = draw_benchmark(engine, access)
             with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
                 settings = draw_settings(engine, models, access)
             with gr.Accordion("Loaders: which can open this model, and why", open=False, elem_id="gw-loaders"):
@@ -181,7 +183,8 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         now = engine.status
         resting = now.text if engine.resting is not None else ""
         said = bad(now.text) if now.error else quiet(resting or engine.settings.warning)
-        yield listed(now.name or None) | state() | folders.values() | care.values() | hub.values() | {status: said}
+        boxes = folders.values() | care.values() | hub.values() | speed.values()
+        yield listed(now.name or None) | state() | boxes | {status: said}
         if busy():
             yield from watchers.watch(request, busy, progress, ended, _LOOK_S)
 
@@ -195,4 +198,4 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     for event in (*box.ended, *folders.changed, *library.changed):
         event.then(relist, models, outputs, **compat.EVENT)
     compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
-    return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs, *hub.outputs], rescue)
+    return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs, *hub.outputs, *speed.outputs], rescue)
