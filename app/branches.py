@@ -8,13 +8,15 @@ from typing import Any
 
 from ..core.refs import ModelRef
 from ..core.units import format_bytes
-from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Memory, Offer, advise, free_memory, gigabytes
+from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
+from ..engine.room import free_memory
 from ..hub.branches import read_branches
+from ..loaders.fit import Memory
 from .commands import make_engine
 
 _SHORT = ("Branch", "Bits", "GS", "Act Order", "Seq Len", "Size", "ExLlama", "Memory", "Fits", "Loader")
 _MORE = ("Damp %", "GPTQ dataset", "Description")
-_FITS = {"fits": "yes", "partly": "partly on the CPU", "not": "no", "no loader": "no loader"}
+_FITS = {"fits": "yes", "partly": "partly on the CPU", "tight": "tight", "not": "no", "no loader": "no loader"}
 
 
 def branches(options: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..core.errors import BadParameter
 from ..core.refs import ModelRef
-from ..engine.advice import fit_of_plan, free_memory
+from ..engine.advice import fit_of_plan
+from ..engine.room import free_memory
 from ..hub import wanted
 from ..hub.library import Library, Plan
 from ..hub.origins import cache_folder

@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
-from ..engine.advice import fit_of_plan, free_memory, torch_banner
+from ..engine.advice import fit_of_plan, torch_banner
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from ..engine.line import DEFAULT_LIMIT
+from ..engine.room import free_memory
 from . import doors, tgi_flags
 from .commands import asked_model, load_options, make_engine
 from .first_model import first_model
@@ -43,7 +44,7 @@ def serve(options: argparse.Namespace) -> int:
     if engine.settings.warning:
         _tell(engine.settings.warning)
     _tell(f"gptq-webui {__version__} is starting …")
-    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory()).text)
+    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory(engine.loaded)).text)
     downloads.find_unfinished()
     start = threading.Thread(target=_load_first, args=(engine, downloads, options), name="first load", daemon=True)
     start.start()  # torch and gradio are imported side by side

@@ -21,9 +21,10 @@ from ..core.quantize_config import QuantizeConfig
 from ..hub.branches import Branch, Branches
 from ..hub.library import Plan
 from ..hub.wanted import quantize_of
+from ..loaders import fit as counting
 from ..loaders.base import Loader
-from ..loaders.choose import choose, make_options
-from ..loaders.fit import ACTIVATIONS_BYTES, KEPT_FREE_BYTES, OVERHEAD_BYTES
+from ..loaders.choose import choose
+from ..loaders.fit import KEPT_FREE_BYTES, Memory
 from ..loaders.machine import has_nvidia_card
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -50,39 +51,11 @@ def torch_banner() -> str:
 
 
 DEFAULT_CONTEXT_TOKENS = 4096  # what the cards of 2023 were made for; every model has it
-_KEPT_FREE_BYTES = KEPT_FREE_BYTES + ACTIVATIONS_BYTES - OVERHEAD_BYTES  # beyond a loader's own estimate
 _COPY_BYTES_PER_S = 6e9  # main memory to card, pageable: every offloaded weight takes this way for every token
 _CARD_BYTES_PER_S = 200e9  # a modest card's own memory
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a model could have, in bytes."""
-
-    ram: int
-    card: int | None = None  # of the graphics card; None if there is none that torch can use
-
-    @property
-    def text(self) -> str:
-        return f"your {gigabytes(self.ram)} of memory" if self.card is None else f"your {gigabytes(self.card)}"
-
-
-def free_memory() -> Memory:
-    """Free now, what this process' own model holds on the card counted as free: it would make room."""
-    import psutil
-
-    ram = int(psutil.virtual_memory().available)
-    if not has_nvidia_card() or importlib.util.find_spec("torch") is None:
-        return Memory(ram)
-    import torch
-
-    if not torch.cuda.is_available():
-        return Memory(ram)
-    free, _total = torch.cuda.mem_get_info()
-    return Memory(ram, int(free) + torch.cuda.memory_reserved())
-
-
-State = Literal["fits", "partly", "not", "no loader"]
+State = Literal["fits", "partly", "tight", "not", "no loader"]
 
 
 @dataclass(frozen=True)
@@ -98,26 +71,29 @@ class Fit:
 
 
 def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Fit:
-    """Where the model would lie. Nothing of its weights is read."""
-    context_tokens = min(context_tokens, model.context_tokens or context_tokens)
-    asked = {"context_tokens": context_tokens}
+    """Where the model would lie, by the same count as a load (loaders/fit.py). Nothing of its weights is read."""
+    asked = {"context_tokens": min(context_tokens, model.context_tokens or context_tokens)}
     try:
         choice = choose(model, loaders, None, asked)
     except LoadRefused as error:
         return Fit("no loader", str(error))
-    needs = choice.loader.needs_bytes(model, make_options(choice.loader, asked))
-    found: dict[str, Any] = {"needs_bytes": needs, "loader": choice.loader.name, "reason": choice.reason}
-    room = (memory.ram if memory.card is None else memory.card) - _KEPT_FREE_BYTES
-    if needs <= room:
-        where = "" if memory.card is not None else ", on the processor"
-        return Fit("fits", f"Fits {memory.text}{where}", **found)
-    if memory.card is not None and needs <= room + memory.ram:
-        outside = min(needs - max(room, 0), model.size_bytes)
-        rate = 1 / (outside / _COPY_BYTES_PER_S + (model.size_bytes - outside) / _CARD_BYTES_PER_S)
+    counted = counting.of(model, choice.options, memory)
+    found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.reason}
+    yours = _yours(memory)
+    if counted.fits:
+        return Fit("fits", f"Fits {yours}{', on the processor' if memory.card is None else ''}", **found)
+    needs = f"needs {gigabytes(counted.needs_bytes + KEPT_FREE_BYTES)} of {yours}"
+    if counted.state == "partly":
+        inside = max(0, counted.free_bytes - KEPT_FREE_BYTES)
+        outside = min(counted.needs_bytes - inside, counted.weights_bytes)
+        rate = 1 / (outside / _COPY_BYTES_PER_S + (counted.weights_bytes - outside) / _CARD_BYTES_PER_S)
         shown = f"{rate:.0f}" if rate >= 2 else f"{rate:.1f}"
-        text = f"Partly on the CPU, about {shown} tokens/s: needs {gigabytes(needs + _KEPT_FREE_BYTES)} of {memory.text}"
-        return Fit("partly", text, tokens_per_s=rate, **found)
-    return Fit("not", f"Does not fit: needs {gigabytes(needs + _KEPT_FREE_BYTES)} of {memory.text}", **found)
+        return Fit("partly", f"Partly on the CPU, about {shown} tokens/s: {needs}", tokens_per_s=rate, **found)
+    return Fit(counted.state, f"{'Tight' if counted.state == 'tight' else 'Does not fit'}: {needs}", **found)
+
+
+def _yours(memory: Memory) -> str:
+    return f"your {gigabytes(memory.ram)} of memory" if memory.card is None else f"your {gigabytes(memory.card)}"
 
 
 @dataclass(frozen=True)
@@ -172,15 +148,15 @@ def _best(offers: Sequence[Offer], context_tokens: int, memory: Memory) -> tuple
     if fitting:
         best = max(fitting, key=_exactness)
         which = "the only branch that fits" if len(fitting) == 1 else f"the most exact of the {len(fitting)} that fit"
-        return best, f"{best.branch.name} is {which} {memory.text} {at}."
-    usable = [each for each in offers if each.fit.state == "partly"]
-    why = "of the smallest, the least would be computed from main memory"
+        return best, f"{best.branch.name} is {which} {_yours(memory)} {at}."
+    usable = [each for each in offers if each.fit.state in ("partly", "tight")]
+    why = "of the smallest, the least would be computed from main memory" if memory.card is not None else "the smallest"
     if not usable:
         usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "this is the smallest"
     if not usable:
         return None, "No loader on this machine opens any of them." if offers else ""
     best = min(usable, key=lambda each: (each.fit.needs_bytes, *(-value for value in _exactness(each))))
-    return best, f"No branch fits {memory.text} {at}. {best.branch.name}: {why}."
+    return best, f"No branch fits {_yours(memory)} {at}. {best.branch.name}: {why}."
 
 
 def _exactness(offer: Offer) -> tuple[int, int, int, int]:

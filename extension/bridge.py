@@ -14,10 +14,11 @@ from typing import Any
 
 from ..core.errors import GptqWebuiError, LoadFailed, LoadRefused
 from ..core.models import OPENED_BY, LocalModel
-from ..engine.advice import fit_of_plan, free_memory
+from ..engine.advice import fit_of_plan
 from ..engine.downloads import Downloads
 from ..engine.engine import Engine
 from ..engine.hub_settings import HubSettings
+from ..engine.room import free_memory
 from ..engine.settings import Settings
 from ..hub.library import Library, Plan
 from ..loaders.base import LoadedModel
@@ -143,7 +144,7 @@ class Bridge:
         self._hooks = faceless.hooks(self.engine, lambda: bool(self.host.shared.stop_everything))
 
     def _fit(self, plan: Plan) -> str:
-        return fit_of_plan(plan, self.engine.loaders, free_memory()).text
+        return fit_of_plan(plan, self.engine.loaders, free_memory(self.engine.loaded)).text
 
     def patch(self) -> None:
         self.host.patch(self)

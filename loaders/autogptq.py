@@ -9,7 +9,7 @@ import importlib
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
@@ -50,6 +50,10 @@ class AutoGPTQOptions:
         require_choice("backend", self.backend, _BACKENDS)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("dtype", self.dtype, ("auto", "fp16", "bf16", "fp32"))
+
+    def demand(self, model: LocalModel, card: bool) -> fit.Demand:
+        wide = self.dtype == "fp32"
+        return fit.Demand(self.context_tokens, number_bytes=4 if wide else 2, wide=wide, on_card=card and self.device != "cpu")
 
 
 class AutoGPTQLoader:
@@ -93,7 +97,7 @@ class AutoGPTQLoader:
         return Remark("with auto-gptq 0.7, which is no longer maintained" if library == "auto_gptq" else "with GPTQModel")
 
     def needs_bytes(self, model: LocalModel, options: AutoGPTQOptions) -> int:
-        return fit.needs_bytes(model, fit.wanted_context(model, options.context_tokens))
+        return fit.needs_bytes(model, options)
 
     def load(self, model: LocalModel, options: AutoGPTQOptions, progress: LoadProgress) -> TransformersModel:
         library, missing = _library(self._machine(), options)
@@ -114,9 +118,8 @@ class AutoGPTQLoader:
                 hf = open_folder(str(folder), kernel, dtype, device, options)
             notes = _retie(hf, model)
             progress(0.95, "Fitting the conversation into the memory")
-            context, reason = fit.fit_context(
-                model, options.context_tokens, dtype_bytes=dtype.itemsize, free_bytes=fit.free_bytes(device)
-            )
+            asks = replace(options.demand(model, device.type == "cuda"), number_bytes=dtype.itemsize)
+            context, reason = fit.fit_context(model, asks, fit.free_bytes(device))
         except BaseException as error:
             hf = None
             traceback.clear_frames(error.__traceback__)  # they hold tensors

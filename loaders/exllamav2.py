@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -83,6 +83,10 @@ class ExLlamaV2Options:
         """How many times longer than trained the context may be."""
         return max(self.alpha_value, self.compress_pos_emb)
 
+    def demand(self, model: LocalModel, card: bool) -> fit.Demand:
+        trained = int((model.context_tokens or fit.UNKNOWN_CONTEXT_TOKENS) * self.stretch)
+        return fit.Demand(self.asked_tokens, trained, _CACHES[self.cache_type][1])
+
 
 class ExLlamaV2Loader:
     name: ClassVar[str] = "exllamav2"
@@ -103,7 +107,7 @@ class ExLlamaV2Loader:
         return None
 
     def needs_bytes(self, model: LocalModel, options: ExLlamaV2Options) -> int:
-        return fit.needs_bytes(model, fit.wanted_context(model, options.asked_tokens), _CACHES[options.cache_type][1])
+        return fit.needs_bytes(model, options)
 
     def load(self, model: LocalModel, options: ExLlamaV2Options, progress: LoadProgress) -> "ExLlamaV2Model":
         remark = self.remark(model, options)
@@ -229,9 +233,7 @@ def _context(model: LocalModel, options: ExLlamaV2Options) -> tuple[int, str]:
             f"{model.name} needs {format_bytes(model.size_bytes)} and {format_bytes(free)} are free on the graphics card. "
             "Close other programs, choose a smaller branch, or use the loader transformers, which spreads over the machine."
         )
-    stretched = replace(model, context_tokens=int((model.context_tokens or 2048) * options.stretch))
-    left = free - model.size_bytes - fit.ACTIVATIONS_BYTES
-    tokens, reason = fit.fit_context(stretched, options.asked_tokens, dtype_bytes=_CACHES[options.cache_type][1], free_bytes=left)
+    tokens, reason = fit.fit_context(model, options.demand(model, True), free - model.size_bytes)
     return max(_PAGE_TOKENS, tokens // _PAGE_TOKENS * _PAGE_TOKENS), reason
 
 

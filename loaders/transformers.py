@@ -6,7 +6,6 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
@@ -19,7 +18,6 @@ from .base import LoadedModel, LoadProgress, Refusal, Remark
 from .grammars import Grammars
 from .machine import Machine, look
 from .refusals import not_in_gptq_layout, unreadable
-from .standard_folder import config_of
 from .tokenizer import end_ids, read_tokenizer
 from .transformers_options import TransformersOptions, device_of, dtype_of, free_beside, placement
 from .turns import Turns
@@ -50,7 +48,7 @@ class TransformersLoader:
         return optimum.remark(self._machine()) if options.kernel == "optimum" and model.kind == "gptq" else None
 
     def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
-        return fit.needs_bytes(model, fit.wanted_context(model, options.context_tokens))
+        return fit.needs_bytes(model, options)
 
     def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "TransformersModel":
         progress(0.02, "Starting torch and transformers")
@@ -92,13 +90,7 @@ class TransformersLoader:
             ) from None
         progress(0.95, "Fitting the conversation into the memory")
         try:
-            stretched = int((model.context_tokens or 2048) * options.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
-            context, reason = fit.fit_context(
-                replace(model, context_tokens=stretched),
-                options.context_tokens,
-                dtype_bytes=dtype.itemsize,
-                free_bytes=free_beside(hf, device),
-            )
+            context, reason = fit.fit_context(model, options.demand(model, device.type == "cuda"), free_beside(hf, device))
         except LoadFailed:
             del hf
             fit.give_back(device)

@@ -8,6 +8,7 @@ from ..core.errors import BadParameter
 from ..core.models import LocalModel
 from . import fit
 from .options import gigabytes, option, require_choice, require_context
+from .standard_folder import config_of
 
 if TYPE_CHECKING:
     from ..gptq.rope import Rope
@@ -65,6 +66,15 @@ class TransformersOptions:
 
         return Rope(self.compress_pos_emb, self.alpha_value, self.rope_freq_base)
 
+    def demand(self, model: LocalModel, card: bool) -> fit.Demand:
+        """What these options ask of the memory; `card`: there is one."""
+        on_card = card and self.device != "cpu"
+        wide = self.dtype == "fp32" or (self.dtype == "auto" and not on_card)
+        trained = model.context_tokens or fit.UNKNOWN_CONTEXT_TOKENS
+        if (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) != (1, 1, 0):
+            trained = int(trained * self.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
+        return fit.Demand(self.context_tokens, trained, 4 if wide else 2, wide, on_card)
+
 
 def device_of(options: TransformersOptions) -> Any:
     """The torch.device of the first weights. Raises BadParameter."""
@@ -97,21 +107,21 @@ def placement(
     given = gigabytes("gpu_memory", options.gpu_memory)
     if given:  # the user's own split is filled in the order it was written
         return "sequential", {**{at: int(size * 1e9) for at, size in enumerate(given)}, "cpu": ram}
-    rooms = _rooms(model, options, device, dtype)
+    rooms = _rooms(model, options, device)
     first = device.index or 0
-    if model.size_bytes <= rooms[first]:
+    if fit.weights_bytes(model, dtype.itemsize == 4) <= rooms[first]:
         return {"": device}, None
     return "auto", {**rooms, "cpu": ram}
 
 
-def _rooms(model: LocalModel, options: TransformersOptions, device: Any, dtype: Any) -> dict[int | str, int]:
+def _rooms(model: LocalModel, options: TransformersOptions, device: Any) -> dict[int | str, int]:
     """Bytes for weights on each card. Each holds the conversation of its own layers: of all, if it were alone."""
     import torch
 
     found = {}
     for at in range(torch.cuda.device_count()) if device.index is None else [device.index]:
         free = fit.free_bytes(torch.device("cuda", at))
-        found[at] = fit.room_for_weights(model, options.context_tokens, free_bytes=free, dtype_bytes=dtype.itemsize)
+        found[at] = fit.room_for_weights(model, options.demand(model, True), free)
     return dict(found)
 
 

@@ -237,8 +237,10 @@ class Worker:
                 del job  # or the last answer would live until the next one
             for at in reversed(range(len(running))):
                 self._current = running[at][0]
-                ended = next(running[at][1], _End) is _End
-                self._current = None  # or the last answer would live until the next one
+                try:
+                    ended = next(running[at][1], _End) is _End
+                finally:
+                    self._current = None  # or the last answer would live until the next one
                 if ended:
                     with self._lock:
                         self._open.remove(running[at][0])

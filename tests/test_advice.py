@@ -7,7 +7,8 @@ import card_repo
 import pytest
 
 from gptq_webui.engine import advice
-from gptq_webui.engine.advice import Memory, advise, free_memory
+from gptq_webui.engine.advice import Memory, advise
+from gptq_webui.engine.room import free_memory
 from gptq_webui.hub.branches import read_branches
 from gptq_webui.hub.repo import Hub
 from gptq_webui.loaders.base import Refusal

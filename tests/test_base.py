@@ -11,7 +11,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.loaders.built_in_templates import CHATML
 from gptq_webui.loaders.fake import FakeLoader, FakeOptions
-from gptq_webui.loaders.fit import fit_context
+from gptq_webui.loaders.fit import Demand, fit_context
 from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
 
 QUESTION = [Message("user", "What is the capital of France?")]
@@ -117,7 +117,7 @@ GIB = 2**30
         (4096, 0, 100 * GIB, 4096, "trained"),
         (32768, 16384, 100 * GIB, 16384, "asked"),
         (4096, 16384, 100 * GIB, 4096, "trained for 4096"),
-        (32768, 0, 1_000_000_000 + 300_000 * 512, 1024, "memory"),
+        (32768, 0, 1_300_000_000 + 300_000 * 512, 1024, "memory"),
     ],
 )
 def test_the_context_is_the_smallest_of_trained_default_and_fitting(trained, asked, free, tokens, reason, tmp_path):
@@ -126,7 +126,7 @@ def test_the_context_is_the_smallest_of_trained_default_and_fitting(trained, ask
         '{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}'
     )
     model = LocalModel(tmp_path, "gptq", None, 10, trained, "LlamaForCausalLM")
-    found, why = fit_context(model, asked, dtype_bytes=2, free_bytes=free)
+    found, why = fit_context(model, Demand(asked), free)
     assert found == tokens and reason in why
 
 
@@ -134,4 +134,4 @@ def test_no_room_for_a_conversation_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}')
     model = LocalModel(tmp_path, "gptq", None, 10, 4096, "LlamaForCausalLM")
     with pytest.raises(Exception, match="no room for a conversation"):
-        fit_context(model, 0, dtype_bytes=2, free_bytes=1_000_000_001)
+        fit_context(model, Demand(), 1_300_000_001)

@@ -20,35 +20,35 @@ def model(tmp_path):
 
 
 def test_what_is_needed_is_weights_conversation_and_overhead(model):
-    found = fit.estimate(model, 4096, free_bytes=12 * GB, place=fit.CARD)
-    assert found.needs_bytes == model.size_bytes + 4096 * PER_TOKEN + fit.OVERHEAD_BYTES
+    found = fit.estimate(model, fit.Demand(4096), free_bytes=12 * GB, place=fit.CARD)
+    assert found.needs_bytes == model.size_bytes + 4096 * PER_TOKEN + fit.COMPUTING_BYTES
     assert found.fits and not found.impossible and found.context_tokens == 4096
     assert str(found) == (
-        "Needs 5.30 GB: 4.16 GB of weights, 536.9 MB for 4096 tokens of conversation, 600.0 MB for computing. "
+        "Needs 5.00 GB: 4.16 GB of weights, 536.9 MB for 4096 tokens of conversation, 300.0 MB for computing. "
         "12.00 GB are free on the graphics card, of which 1.00 GB are kept for other programs. It fits."
     )
 
 
 def test_one_gigabyte_stays_free_so_the_context_gives_way_and_the_figure_is_told(model):
-    needed = model.size_bytes + 8192 * PER_TOKEN + fit.OVERHEAD_BYTES + GB
-    assert fit.estimate(model, 0, free_bytes=needed, place=fit.CARD).context_tokens == 8192
-    found = fit.estimate(model, 0, free_bytes=needed - 256 * PER_TOKEN, place=fit.CARD)
+    needed = model.size_bytes + 8192 * PER_TOKEN + fit.COMPUTING_BYTES + GB
+    assert fit.estimate(model, fit.Demand(), free_bytes=needed, place=fit.CARD).context_tokens == 8192
+    found = fit.estimate(model, fit.Demand(), free_bytes=needed - 256 * PER_TOKEN, place=fit.CARD)
     assert found.context_tokens == 7936 and found.fits and "shortened from 8192 to 7936 tokens" in str(found)
 
 
 def test_a_context_that_the_user_fixed_is_not_shortened(model):
-    found = fit.estimate(model, 8192, free_bytes=6 * GB, place=fit.CARD, spare_bytes=16 * GB)
+    found = fit.estimate(model, fit.Demand(8192), free_bytes=6 * GB, place=fit.CARD, spare_bytes=16 * GB)
     assert found.context_tokens == 8192 and not found.fits and "A part goes to the processor" in str(found)
 
 
 def test_an_eight_bit_cache_takes_half(model):
-    full = fit.estimate(model, 8192, free_bytes=12 * GB, place=fit.CARD)
-    half = fit.estimate(model, 8192, free_bytes=12 * GB, place=fit.CARD, dtype_bytes=1)
+    full = fit.estimate(model, fit.Demand(8192), free_bytes=12 * GB, place=fit.CARD)
+    half = fit.estimate(model, fit.Demand(8192, number_bytes=1), free_bytes=12 * GB, place=fit.CARD)
     assert half.conversation_bytes * 2 == full.conversation_bytes
 
 
 def test_what_fits_nowhere_is_impossible_and_says_so(model):
-    found = fit.estimate(model, 0, free_bytes=2 * GB, place=fit.CARD, spare_bytes=2 * GB)
+    found = fit.estimate(model, fit.Demand(), free_bytes=2 * GB, place=fit.CARD, spare_bytes=2 * GB)
     assert found.impossible and "does not fit. Choose a smaller branch" in str(found)
 
 
@@ -57,10 +57,10 @@ def test_what_fits_nowhere_is_impossible_and_says_so(model):
     [(12 * GB, 0, True), (6_200_000_000, 0, True), (6_200_000_000, 8192, False), (5 * GB, 0, False)],
 )
 def test_the_context_is_shortened_before_weights_leave_the_card(model, free, asked, whole):
-    room = fit.room_for_weights(model, asked, free_bytes=free)
+    room = fit.room_for_weights(model, fit.Demand(asked), free)
     assert (model.size_bytes <= room) == whole
     if whole:  # and what is left is still a useful conversation beside 1 GB
-        left = free - model.size_bytes - fit.KEPT_FREE_BYTES - fit.ACTIVATIONS_BYTES
+        left = free - model.size_bytes - fit.KEPT_FREE_BYTES - fit.COMPUTING_BYTES
         assert left >= fit.USEFUL_CONTEXT_TOKENS * PER_TOKEN
 
 

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
         library = Library([root / "models"])
         engine = Engine(library, Settings(root / "settings.json"))
         memory = [Memory(32 * GB, 8 * GB)]
-        before, branch_box.free_memory = branch_box.free_memory, lambda: memory[0]
+        before, branch_box.free_memory = branch_box.free_memory, lambda *_: memory[0]
         downloads = Downloads(library, lambda plan: fit_of_plan(plan, engine.loaders, memory[0]).text)
         page = ui_page.build(engine, downloads)
         _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())

@@ -9,8 +9,9 @@ import gradio as gr
 from ..core.errors import GptqWebuiError, WrongRepository
 from ..core.refs import ModelRef
 from ..core.units import format_bytes
-from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, free_memory, gigabytes
+from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
 from ..engine.engine import Engine
+from ..engine.room import free_memory
 from ..hub.branches import Branches, read_branches
 from . import compat, parts
 from .access import Access
@@ -21,6 +22,7 @@ _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 _FITS = {
     "fits": ("gw-yes", "Fits"),
     "partly": ("gw-partly", ""),
+    "tight": ("gw-partly", "Tight"),
     "not": ("gw-no", "Does not fit"),
     "no loader": ("gw-no", "No loader"),
 }
@@ -51,7 +53,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
     outputs = [note, sister, place, table, branch, fit, known, advised]
 
     def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> dict[Any, Any]:
-        advice = advise(found, engine.loaders, context_tokens, free_memory())
+        advice = advise(found, engine.loaders, context_tokens, free_memory(engine.loaded))
         names = [each.branch.name for each in advice.offers if each.branch.wanted]
         best = advice.best.branch.name if advice.best else None
         chosen = wanted if wanted in names else best
