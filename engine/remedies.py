@@ -53,7 +53,7 @@ def remedies(asked: Asked, loader: Loader, options: Any, context_tokens: int, mo
     """For a load that failed, or is too slow, with these options and this context; `models` are those on disk."""
     return (
         _context(asked.model, loader, options, context_tokens),
-        _cache(loader, options),
+        _cache(asked.model, loader, options),
         _branch(asked.model, models),
     )
 
@@ -68,7 +68,8 @@ def _context(model: LocalModel, loader: Loader, options: Any, context_tokens: in
     return Remedy("context", f"Smaller context ({half} tokens)", {name: half})
 
 
-def _cache(loader: Loader, options: Any) -> Remedy:
+def _cache(model: LocalModel, loader: Loader, options: Any) -> Remedy:
+    without_effect = getattr(loader, "without_effect", None)
     for each in fields(loader.options):
         choices = each.metadata.get("choices") or ()
         eight = next((choice for choice in choices if _EIGHT_BIT.search(str(choice))), None)
@@ -76,6 +77,8 @@ def _cache(loader: Loader, options: Any) -> Remedy:
             now = str(getattr(options, each.name, ""))
             if re.search(r"q[468]|int[48]|fp8", now, re.IGNORECASE):
                 return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: it is {now} already.")
+            if without_effect is not None and (why := without_effect(model, options).get(each.name)):
+                return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: {why}.")
             return Remedy("cache", "8-bit cache", {each.name: eight})
     return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: the loader {loader.name} has none.")
 

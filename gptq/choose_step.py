@@ -13,18 +13,25 @@ from .stepper import Stepper, TransformersStepper
 log = logging.getLogger(__name__)
 
 
-def stepper_for(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", slots: int = 1) -> tuple[Stepper, str]:
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
-    May take over the memory of the model's packed layers.
+    May take over the memory of the model's packed layers. `cache_type` ("fp16", "q8") and `slots` (answers at once)
+    are for the step on a card; the others compute one answer at a time and keep the conversation as they compute it.
     """
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
-        return _on_card(hf, context_tokens)
-    return _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
+        stepper, note = _on_card(hf, context_tokens, cache_type, slots)
+    else:
+        stepper, note = _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
+    if cache_type != "fp16" and stepper.name != "cuda":
+        width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
+        kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a graphics card."
+        note = f"{note} {kept}".strip()
+    return stepper, note
 
 
-def _on_card(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+def _on_card(hf: Any, context_tokens: int, cache_type: str, slots: int) -> tuple[Stepper, str]:
     from .cuda.linear import replace_layers
     from .cuda.stepper import CudaStepper
     from .cuda.weights import Unsuited
@@ -33,7 +40,7 @@ def _on_card(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         parts = parts_of(hf)
         if parts is None:
             raise Unsuited("this architecture, or its place on several devices, has no step of its own")
-        return CudaStepper(parts, context_tokens), ""
+        return CudaStepper(parts, context_tokens, slots=slots, cache_type=cache_type), ""
     except (Unsuited, GptqWebuiError) as error:
         why = str(error)
     log.info("the whole step is not used: %s", why)

@@ -5,7 +5,7 @@ recognised with certainty is not of the family: such a model takes the generic p
 transformers, which is slower and as right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class LlamaParts:
         """Every linear layer but the head."""
         for layer in self.layers:
             yield from (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+
+
+def is_of_family(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config.json may have a step of its own; what `parts_of` finds decides."""
+    return config.get("model_type") in _FAMILY and config.get("hidden_act", "silu") == "silu"
 
 
 def parts_of(hf: Any) -> LlamaParts | None:

@@ -46,7 +46,8 @@ class Remark:
 
 
 class Loader(Protocol):
-    """May also have `remark(model, options) -> Remark | None`, as fast as `refusal`."""
+    """May also have, as fast as `refusal`: `remark(model, options) -> Remark | None`, and `without_effect(model, options)`,
+    which tells of options that would change nothing for the model why that is so."""
 
     name: ClassVar[str]
     options: ClassVar[type]  # a dataclass; the panel and the saved settings are made from its fields

@@ -66,6 +66,7 @@ class ExLlamaV2Options:
     def __post_init__(self) -> None:
         require_context("max_seq_len", self.max_seq_len)
         require_context("context_tokens", self.context_tokens)
+        object.__setattr__(self, "cache_type", str(self.cache_type).upper())
         require_choice("cache_type", self.cache_type, tuple(_CACHES))
         gigabytes("gpu_split", self.gpu_split)
         for name, low, high in (("alpha_value", 1, 64), ("compress_pos_emb", 1, 64), ("rope_freq_base", 0, 1e9)):

@@ -6,6 +6,7 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
@@ -46,6 +47,11 @@ class TransformersLoader:
 
     def remark(self, model: LocalModel, options: TransformersOptions) -> Remark | None:
         return optimum.remark(self._machine()) if options.kernel == "optimum" and model.kind == "gptq" else None
+
+    def without_effect(self, model: LocalModel, options: TransformersOptions) -> dict[str, str]:
+        """Options that would change nothing for a model here -> why."""
+        why = options.no_cache_type(model, self._machine().cuda)
+        return {"cache_type": why} if why else {}
 
     def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
         return fit.needs_bytes(model, options)
@@ -96,7 +102,8 @@ class TransformersLoader:
             fit.give_back(device)
             raise
         progress(0.97, preparing(device))
-        stepper, note = (TransformersStepper(hf), "") if foreign else stepper_for(hf, context)
+        asked = partial(stepper_for, cache_type=options.cache_type)
+        stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
         loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
         return loaded

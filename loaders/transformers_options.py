@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 KERNELS = ("native", "optimum")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
+CACHE_TYPES = ("fp16", "q8")
+_NUMBER_BYTES = {"fp16": 2.0, "q8": 1.04}  # q8: a byte, and a scale of two bytes for every 64
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -34,6 +36,7 @@ class TransformersOptions:
         "", "Memory of the cards", "Gigabytes of weights for each card, for example 10,20; empty: what fits, the rest elsewhere."
     )
     cpu_memory: float = option(0.0, "Memory of the machine", "Gigabytes for weights that found no room on a card; 0: all.")
+    cache_type: str = option("fp16", "Cache type", "How the conversation is held on a graphics card; q8 takes half.", CACHE_TYPES)
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -47,6 +50,8 @@ class TransformersOptions:
         require_choice("device", self.device, DEVICES)
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("kernel", self.kernel, KERNELS)
+        object.__setattr__(self, "cache_type", _cache_type(self.cache_type))
+        require_choice("cache_type", self.cache_type, CACHE_TYPES)
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
         gigabytes("gpu_memory", self.gpu_memory)
         if isinstance(self.cpu_memory, bool) or not isinstance(self.cpu_memory, (int, float)) or not 0 <= self.cpu_memory < 1e6:
@@ -73,7 +78,30 @@ class TransformersOptions:
         trained = model.context_tokens or fit.UNKNOWN_CONTEXT_TOKENS
         if (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) != (1, 1, 0):
             trained = int(trained * self.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
-        return fit.Demand(self.context_tokens, trained, 4 if wide else 2, wide, on_card)
+        number_bytes = 4.0 if wide else 2.0
+        if self.cache_type != "fp16" and not self.no_cache_type(model, card):
+            number_bytes = _NUMBER_BYTES[self.cache_type]
+        return fit.Demand(self.context_tokens, trained, number_bytes, wide, on_card)
+
+    def no_cache_type(self, model: LocalModel, card: bool) -> str:
+        """Why another cache type than fp16 would change nothing for a model; "" if it would."""
+        if not card or self.device == "cpu":
+            return "it is for graphics cards"
+        if self.kernel != "native":
+            return f"the kernel {self.kernel} has none"
+        if self.dtype not in ("auto", "fp16"):
+            return f"it needs the number format fp16, not {self.dtype}"
+        if model.kind != "gptq":
+            return "it is for quantised models"
+        from ..gptq.llama import is_of_family
+
+        return "" if is_of_family(config_of(model)) else "models of this architecture are computed without it"
+
+
+def _cache_type(value: Any) -> Any:
+    """One name stands in saved settings for every loader: exllamav2 writes it in capitals and has smaller ones too."""
+    name = str(value).lower()
+    return "q8" if name in ("q6", "q4") else name if name in CACHE_TYPES else value
 
 
 def device_of(options: TransformersOptions) -> Any:

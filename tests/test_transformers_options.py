@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,17 @@ from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import BadCheckpoint, BadParameter
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.remedies import Asked, remedies
+from gptq_webui.gptq import choose_step
+from gptq_webui.gptq.cuda import stepper
 from gptq_webui.loaders import fit, transformers_options
+from gptq_webui.loaders.exllamav2 import ExLlamaV2Options
+from gptq_webui.loaders.machine import Machine
 from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
 from gptq_webui.loaders.transformers_options import placement
 
 CUDA = torch.device("cuda")
+CARD = Machine({"torch": "2.13"}, torch_for="cuda 13.0", card=True)
 
 
 def load(folder, **options):
@@ -38,6 +45,7 @@ def folder(tmp_path):
         ({"attn_implementation": "magic"}, "attn_implementation must be"),
         ({"trust_remote_code": "yes"}, "trust_remote_code must be true or false"),
         ({"alpha_value": 0.5}, "alpha_value must be between 1"),
+        ({"cache_type": "q3"}, "cache_type must be fp16 or q8"),
     ],
 )
 def test_bad_options_are_told(options, says):
@@ -111,4 +119,67 @@ def test_a_models_own_code_runs_only_when_asked_for_that_model(folder):
     assert type(model.hf).__name__ == "OwnModel"
     params = GenerationParams(temperature=0, max_new_tokens=3)
     assert list(model.chat([Message("user", "Hi")], params, threading.Event()))[-1].new_tokens <= 3
+    model.close()
+
+
+# the 8-bit cache
+
+
+@pytest.mark.parametrize(("given", "taken"), [("Q8", "q8"), ("FP16", "fp16"), ("Q4", "q8"), ("q8", "q8")])
+def test_the_cache_types_of_exllamav2_are_understood_for_one_name_is_saved_for_both(given, taken):
+    assert TransformersOptions(cache_type=given).cache_type == taken
+    assert ExLlamaV2Options(cache_type=given).cache_type == given.upper()
+
+
+def test_the_8_bit_cache_is_counted_where_it_would_be_used(folder):
+    model = LocalModel.read(folder)
+    usual = TransformersOptions().demand(model, card=True)
+    assert (usual.number_bytes, TransformersOptions(cache_type="q8").demand(model, card=True).number_bytes) == (2, 1.04)
+    assert TransformersOptions(cache_type="q8").demand(model, card=False).number_bytes == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "architecture", "why"),
+    [
+        ({}, CARD, "LlamaForCausalLM", None),
+        ({}, Machine(), "LlamaForCausalLM", "it is for graphics cards"),
+        ({"device": "cpu"}, CARD, "LlamaForCausalLM", "it is for graphics cards"),
+        ({"kernel": "optimum"}, CARD, "LlamaForCausalLM", "the kernel optimum has none"),
+        ({"dtype": "bf16"}, CARD, "LlamaForCausalLM", "it needs the number format fp16, not bf16"),
+        ({}, CARD, "falcon", "models of this architecture are computed without it"),
+    ],
+)
+def test_the_8_bit_cache_is_a_remedy_where_it_would_be_used(options, machine, architecture, why, folder):
+    if architecture == "falcon":
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "falcon"}))
+    loader, model = TransformersLoader(lambda: machine), LocalModel.read(folder)
+    given = TransformersOptions(**options)
+    found = remedies(Asked(model, None), loader, given, 256, [])[1]
+    assert (found.cannot or None) == (why and f"8-bit cache: {why}.")
+    assert why or found.options == {"cache_type": "q8"}
+    already = remedies(Asked(model, None), loader, TransformersOptions(cache_type="q8", **options), 256, [])[1]
+    assert already.cannot == "8-bit cache: it is q8 already."
+
+
+def test_what_is_asked_for_reaches_the_step_of_a_card(monkeypatch):
+    seen = {}
+
+    class Stepper:
+        name = "cuda"
+
+        def __init__(self, parts, context_tokens, **given):
+            seen.update(given, context=context_tokens)
+
+    monkeypatch.setattr(stepper, "CudaStepper", Stepper)
+    monkeypatch.setattr(choose_step, "parts_of", lambda _hf: "parts")
+    weight = SimpleNamespace(device=CUDA)
+    hf = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight), dtype=torch.float16)
+    made, note = choose_step.stepper_for(hf, 100, cache_type="q8", slots=3)
+    assert isinstance(made, Stepper) and note == "" and seen == {"cache_type": "q8", "slots": 3, "context": 100}
+
+
+def test_where_there_is_no_such_cache_a_note_says_what_is_kept(folder):
+    model = load(folder, cache_type="q8")
+    assert any("kept in 32-bit numbers" in note and "q8" in note for note in model.notes)
     model.close()

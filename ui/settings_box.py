@@ -12,6 +12,7 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from ..engine.saved import default, save_for
+from ..loaders.choose import make_options
 from . import compat
 from .access import Access
 from .parts import bad, good, quiet
@@ -73,7 +74,10 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         saved = engine.settings.for_model(name) if name else {}
         usable = engine.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
-        shown = {box: usable.get(option.name, default(option)) for pairs in drawn.values() for option, box in pairs}
+        shown: dict[Any, Any] = {}
+        for each in engine.loaders:
+            as_it_takes = make_options(each, usable)  # a name may stand for two loaders' options
+            shown |= {box: getattr(as_it_takes, option.name) for option, box in drawn[each.name]}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
 
     def rearrange(request: gr.Request, name: str | None, wanted: str) -> dict[Any, Any]:
