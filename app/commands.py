@@ -15,6 +15,7 @@ from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings, hosts_models_folders
 from ..hub.library import Library
 from ..loaders.base import LoadedModel
+from ..loaders.transformers_options import MOST_PARALLEL
 
 
 def make_engine(options: argparse.Namespace) -> Engine:
@@ -56,7 +57,9 @@ def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """--dtype, --context and --parallel as the loaders call them."""
-    given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": getattr(options, "parallel", None)}
+    parallel = getattr(options, "parallel", None)
+    given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": parallel}
+    given["parallel"] = None if parallel is None else min(parallel, MOST_PARALLEL)
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -102,7 +102,7 @@ class TransformersLoader:
             fit.give_back(device)
             raise
         progress(0.97, preparing(device))
-        asked = partial(stepper_for, cache_type=options.cache_type)
+        asked = partial(stepper_for, cache_type=options.cache_type, slots=options.parallel)
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
         loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
@@ -121,7 +121,7 @@ class TransformersModel(LoadedModel):
         notes: tuple[str, ...],
         device: str,
     ) -> None:
-        super().__init__()
+        super().__init__(getattr(stepper, "slots", 1))
         from ..gptq.kv import PrefixCache
         from ..gptq.sampling import CAN
 
@@ -137,7 +137,7 @@ class TransformersModel(LoadedModel):
         stepper.take_over(hf, self._prefix)
         self._turns = Turns(hf, self._worker)
 
-    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
         from ..gptq.decode import generate
 
         ends = self._end_ids | set(self.template.stop_ids)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 KERNELS = ("native", "optimum")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
+MOST_PARALLEL = 16
 CACHE_TYPES = ("fp16", "q8")
 _NUMBER_BYTES = {"fp16": 2.0, "q8": 1.04}  # q8: a byte, and a scale of two bytes for every 64
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -37,6 +38,7 @@ class TransformersOptions:
     )
     cpu_memory: float = option(0.0, "Memory of the machine", "Gigabytes for weights that found no room on a card; 0: all.")
     cache_type: str = option("fp16", "Cache type", "How the conversation is held on a graphics card; q8 takes half.", CACHE_TYPES)
+    parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a graphics card.")
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -52,6 +54,8 @@ class TransformersOptions:
         require_choice("kernel", self.kernel, KERNELS)
         object.__setattr__(self, "cache_type", _cache_type(self.cache_type))
         require_choice("cache_type", self.cache_type, CACHE_TYPES)
+        if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or not 1 <= self.parallel <= MOST_PARALLEL:
+            raise BadParameter(f"parallel must be 1 to {MOST_PARALLEL} answers at once; found {self.parallel!r}.")
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
         gigabytes("gpu_memory", self.gpu_memory)
         if isinstance(self.cpu_memory, bool) or not isinstance(self.cpu_memory, (int, float)) or not 0 <= self.cpu_memory < 1e6:

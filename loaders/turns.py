@@ -2,7 +2,8 @@
 
 A program written for transformers calls `model.generate` or `model(...)` from threads of its own
 (text-generation-webui does). These calls are passed to the model's worker thread, so they stand in
-the same line as our own answers, and closing the model waits for them.
+the same line as our own answers, and closing the model waits for them. They compute on what our answers
+compute on, so each is alone there: it begins when no answer is under way, and none begins beside it.
 """
 
 import threading
@@ -52,7 +53,7 @@ class Turns:
                     error.append(raised)
                 yield None
 
-            for _ in self._worker.stream(job, cancel, None):
+            for _ in self._worker.stream(job, cancel, None, alone=True):
                 pass
             if error:
                 raise error[0]

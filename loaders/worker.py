@@ -1,4 +1,4 @@
-"""One thread per loaded model, which computes every answer in the order they were asked for.
+"""One thread per loaded model, which begins every answer in the order they were asked for.
 
 CUDA streams, graphs and torch's inference mode belong to a thread, so the computing stays on
 one. A reader gets a `Stream` that only reads a queue: a reader that sleeps or leaves cannot
@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from ..core.chat import Reading
@@ -35,8 +35,11 @@ class _End:
 class Job(Generic[T]):
     """An answer as the worker holds it. The reader's Stream is another object, so that dropping it is noticed."""
 
-    def __init__(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> None:
+    def __init__(
+        self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T, alone: bool = False
+    ) -> None:
         self.make = make
+        self.alone = alone  # nothing else is computed while it is
         self.cancel = cancel
         self.cancelled = cancelled  # the event that ends an answer whose turn never came
         self.events: queue.SimpleQueue[T | BaseException | _End] = queue.SimpleQueue()
@@ -143,7 +146,11 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class Worker:
-    """Runs Streams on its own thread: one after another, or up to `slots` of them in turns, an event each."""
+    """Runs Streams on its own thread: one after another, or up to `slots` of them in turns, an event each.
+
+    A job that is to be `alone` begins when nothing runs any more, and nothing begins beside it. Jobs begin in the
+    order they came, so what comes after one that waits to be alone waits too: neither kind is passed over for ever.
+    """
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
@@ -156,12 +163,14 @@ class Worker:
         self._gone = False  # the thread ended without being told to
         _workers.add(self)
 
-    def stream(self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T) -> Stream[T]:
+    def stream(
+        self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T, *, alone: bool = False
+    ) -> Stream[T]:
         """Take a turn now. `make` is called on the worker thread when the turn comes.
 
         Raises Busy if the model is being unloaded, AnswerFailed if its thread has ended.
         """
-        job = Job(make, cancel, cancelled)
+        job = Job(make, cancel, cancelled, alone)
         with self._lock:
             if self._closing.is_set():
                 raise Busy("The model is being unloaded. Ask again when one is loaded.")
@@ -223,18 +232,22 @@ class Worker:
 
     def _serve(self) -> None:
         running: list[tuple[Job, Iterator[None]]] = []
+        next_one: Job | None = None  # taken out of the queue, not begun
         closing = False
-        while running or not closing:
-            while len(running) < self.slots and not closing:
-                try:
-                    job = self._jobs.get(block=not running)
-                except queue.Empty:
+        while running or next_one is not None or not closing:
+            while next_one is not None or not closing:
+                if next_one is None:
+                    try:
+                        next_one = self._jobs.get(block=not running)
+                    except queue.Empty:
+                        break
+                    if next_one is None:
+                        closing = True
+                        break
+                if not self._may_begin(next_one, [job for job, _events in running]):
                     break
-                if job is None:
-                    closing = True
-                else:
-                    running.append((job, job.run()))
-                del job  # or the last answer would live until the next one
+                running.append((next_one, next_one.run()))
+                next_one = None  # or the last answer would live until the next one
             for at in reversed(range(len(running))):
                 self._current = running[at][0]
                 try:
@@ -245,6 +258,11 @@ class Worker:
                     with self._lock:
                         self._open.remove(running[at][0])
                     del running[at]
+
+    def _may_begin(self, job: Job, running: Sequence[Job]) -> bool:
+        if job.cancel.is_set() or not running:  # one that was given up says so and is gone
+            return True
+        return len(running) < self.slots and not job.alone and not any(each.alone for each in running)
 
 
 @atexit.register

@@ -1,11 +1,13 @@
 """app/: the commands as a user types them, on a tiny model and a Hub on loopback."""
 
+import argparse
 import socket
 
 import pytest
 
 import tiny
 from gptq_webui.app.cli import main
+from gptq_webui.app.commands import load_options
 from gptq_webui.app.serve import free_port
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.loaders.built_in_templates import CHATML
@@ -125,3 +127,8 @@ def test_ports_and_hosts_that_cannot_be_are_sentences():
         free_port("127.0.0.1", 99999)
     with pytest.raises(BadParameter, match=r"no address|cannot be used"):
         free_port("no.such.host.invalid", 7860)
+
+
+def test_parallel_is_told_to_every_loader_by_its_own_name_and_within_its_limit():
+    options = argparse.Namespace(dtype=None, context=None, parallel=40)
+    assert load_options(options) == {"max_batch_size": 40, "parallel": 16}

@@ -153,3 +153,97 @@ def test_side_by_side_each_answer_has_its_own_reading():
     assert [list(each) for each in answers] == [[20], [30]]
     assert [each.reading.prompt_tokens for each in answers] == [20, 30]
     worker.close()
+
+
+# alone
+
+
+def pacing(log, name, count=4, gate=None):
+    """Writes its name for every event; waits for `gate` before the first."""
+
+    def make():
+        if gate is not None:
+            gate.wait(5)
+        for _ in range(count):
+            log.append(name)
+            yield name
+
+    return make
+
+
+def test_what_is_alone_begins_when_nothing_runs_and_nothing_begins_beside_it():
+    worker, log, gate = Worker(slots=3), [], threading.Event()
+    kinds = [("a", False), ("b", False), ("X", True), ("c", False), ("d", False), ("Y", True), ("Z", True), ("e", False)]
+    streams = [
+        worker.stream(pacing(log, name, gate=gate if name == "a" else None), threading.Event(), "", alone=alone)
+        for name, alone in kinds
+    ]
+    gate.set()  # all of them wait by now
+    assert [list(each) for each in streams] == [[name] * 4 for name, _alone in kinds]
+    told = "".join(log)
+    for name in "XYZ":
+        assert name * 4 in told, told  # in one piece
+    assert told.index("b") < told.rindex("a") and told.index("d") < told.rindex("c"), told  # the others in turns
+    first = [told.index(name) for name, _alone in kinds]
+    assert first[2] > first[0] and all(first[at] < first[at + 1] for at in (1, 2, 4, 5, 6)), told  # in the order they came
+    worker.close()
+
+
+def test_a_row_of_answers_does_not_keep_off_what_is_alone():
+    worker, log, over = Worker(slots=2), [], threading.Event()
+
+    def one(log, name):
+        def make():
+            for _ in range(5):
+                log.append(name)
+                time.sleep(0.002)
+                yield name
+
+        return make
+
+    def ask_again():
+        while not over.is_set():
+            list(worker.stream(one(log, "a"), threading.Event(), ""))
+
+    threads = [threading.Thread(target=ask_again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    began = time.perf_counter()
+    for _ in range(5):
+        list(worker.stream(one(log, "X"), threading.Event(), "", alone=True))
+    took = time.perf_counter() - began
+    over.set()
+    for thread in threads:
+        thread.join(5)
+    assert took < 3 and "".join(log).count("XXXXX") == 5
+    worker.close()
+
+
+def test_what_was_given_up_while_it_waited_to_be_alone_holds_nobody():
+    worker, log, hold = Worker(slots=2), [], threading.Event()
+
+    def held():
+        while not hold.is_set():
+            time.sleep(0.001)
+            yield None
+        yield "held"
+
+    first = worker.stream(held, threading.Event(), "")
+    cancel = threading.Event()
+    waits = worker.stream(pacing(log, "X"), cancel, "cancelled", alone=True)
+    behind = worker.stream(pacing(log, "b"), threading.Event(), "")
+    time.sleep(0.05)
+    assert log == [] and waits.ahead == 1
+    cancel.set()
+    assert list(waits) == ["cancelled"] and list(behind) == ["b"] * 4 and log == ["b"] * 4
+    hold.set()
+    assert list(first) == ["held"]
+    worker.close()
+
+
+def test_closing_ends_what_waits_to_be_alone():
+    worker, cancels = Worker(slots=2), [threading.Event() for _ in range(3)]
+    streams = [worker.stream(counting(flag, pause_s=0.002), flag, "cancelled", alone=bool(at)) for at, flag in enumerate(cancels)]
+    next(streams[0])
+    worker.close()
+    assert all(each.computed.is_set() for each in streams) and worker.waiting == 0
