@@ -34,7 +34,7 @@ def draw_benchmark(engine: Engine, access: Access) -> BenchmarkBox:
         stop = gr.Button("Stop", size="sm", min_width=110, visible=False, elem_id="gw-benchmark-stop")
         copy = gr.Button("Copy", size="sm", min_width=80, visible=False, elem_id="gw-benchmark-copy")
     note = gr.HTML(elem_id="gw-benchmark-note")
-    line = gr.Textbox(show_label=False, container=False, lines=3, max_lines=6, visible=False, elem_id="gw-benchmark-line")
+    line = gr.Textbox(show_label=False, container=False, lines=3, max_lines=12, visible=False, elem_id="gw-benchmark-line")
     outputs = [begin, stop, copy, note, line]
     running: dict[str, threading.Event] = {}  # by session
 
