@@ -28,11 +28,13 @@ def free_memory(loaded: LoadedModel | None = None) -> fit.Memory:
     torch = sys.modules.get("torch")
     if torch is None:
         ram -= fit.STARTING_BYTES
-    if card is not None:
-        started = torch is not None and torch.cuda.is_initialized()
-        card += int(torch.cuda.memory_allocated()) if torch is not None and started else -fit.STARTING_BYTES
-    if loaded is not None and loaded.tokenizer is not None and not loaded.device.startswith("cuda"):
-        ram += fit.weights_bytes(loaded.model)
+    if card is not None and (torch is None or not torch.cuda.is_initialized()):
+        card -= fit.STARTING_BYTES
+    if loaded is not None and loaded.tokenizer is not None:
+        if not loaded.device.startswith("cuda"):
+            ram += fit.weights_bytes(loaded.model)
+        elif card is not None and torch is not None:
+            card += int(torch.cuda.memory_allocated())
     return fit.Memory(ram, card)
 
 

@@ -1,6 +1,7 @@
 """The advice before a download, the figures before a load and the load itself: one formula, one room."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,4 +114,6 @@ def test_the_room_is_one_and_counts_what_torch_takes_at_its_start(monkeypatch):
     assert room.free_memory().card == 12 * GB - fit.STARTING_BYTES  # nvidia-smi has not seen our context yet
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * GB)
-    assert room.free_memory().card == room.free_bytes() == 17 * GB  # the model that is loaded makes way
+    assert room.free_memory().card == room.free_bytes() == 12 * GB  # what others in this process hold stays
+    loaded = SimpleNamespace(tokenizer="some", device="cuda:0")
+    assert room.free_memory(loaded).card == room.free_bytes(loaded) == 17 * GB  # the model that is loaded makes way
