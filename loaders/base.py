@@ -100,6 +100,10 @@ class LoadedModel(ABC):
                 "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
             )
 
+    def _is_alone(self, params: GenerationParams) -> bool:
+        """Whether an answer cannot be computed beside others."""
+        return False
+
     def _note_reading(self, read_tokens: int, prompt_tokens: int) -> None:
         """For `_steps`: how much of its prompt is read by now, what was known already included."""
         self._worker.note_reading(read_tokens, prompt_tokens)
@@ -151,7 +155,11 @@ class LoadedModel(ABC):
         """Ids in, Steps out, one Finish last; the turn is taken now, the computing follows in order."""
         self.check(params)
         asked = time.perf_counter()
-        return self._worker.stream(lambda: _timed(self._steps(ids, params, cancel), asked), cancel, _cancelled(len(ids)))
+
+        def make() -> Iterator[Step | Finish | None]:
+            return _timed(self._steps(ids, params, cancel), asked)
+
+        return self._worker.stream(make, cancel, _cancelled(len(ids)), alone=self._is_alone(params))
 
     def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         """The next assistant message (or the rest of it): Tokens of settled text, one Finish last."""
@@ -185,7 +193,7 @@ class LoadedModel(ABC):
             events = _settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
             return self._remembered(prompt, ids, _stripped(events) if strip else events)
 
-        return self._worker.stream(answer, cancel, _cancelled(len(ids)))
+        return self._worker.stream(answer, cancel, _cancelled(len(ids)), alone=self._is_alone(params))
 
     def _remembered(
         self, prompt: str, ids: list[int], events: Iterator[Token | Finish | None]

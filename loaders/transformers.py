@@ -154,6 +154,9 @@ class TransformersModel(LoadedModel):
             progress=lambda read: self._note_reading(read, len(ids)),
         )
 
+    def _is_alone(self, params: GenerationParams) -> bool:
+        return params.grammar is not None  # its tokens are put through one by one, on what the others share
+
     def check(self, params: GenerationParams) -> None:
         super().check(params)
         if params.grammar is not None:

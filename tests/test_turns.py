@@ -200,6 +200,13 @@ def test_a_caller_from_outside_is_never_computed_beside_answers_and_neither_wait
     assert slotted._stepper.most > 1
 
 
+def test_an_answer_that_is_held_to_a_form_is_computed_alone(slotted):
+    held = GenerationParams(max_new_tokens=5)
+    assert not slotted._is_alone(held)
+    object.__setattr__(held, "grammar", "some")
+    assert slotted._is_alone(held)
+
+
 def test_one_thread_is_left_in_no_mode_between_the_turns_of_answers(slotted):
     modes = set()
 

@@ -42,7 +42,8 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
     drawn: dict[str, list[tuple[Field, gr.components.Component]]] = {}
     panels: dict[str, gr.Row] = {}
     seen: set[str] = set()  # an id stands once in a page, an option's name in several loaders
-    for at, each in enumerate(engine.loaders):
+    drawn_for = tuple(engine.loaders)
+    for at, each in enumerate(drawn_for):
         with gr.Row(visible=at == 0, elem_classes="gw-fields", elem_id=f"gw-panel-{each.name}") as panels[each.name]:
             drawn[each.name] = [
                 (option, _draw(option, option.name if option.name not in seen else f"{each.name}-{option.name}"))
@@ -75,7 +76,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         usable = engine.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
         shown: dict[Any, Any] = {}
-        for each in engine.loaders:
+        for each in drawn_for:
             as_it_takes = make_options(each, usable)  # a name may stand for two loaders' options
             shown |= {box: getattr(as_it_takes, option.name) for option, box in drawn[each.name]}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
