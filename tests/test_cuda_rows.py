@@ -17,7 +17,7 @@ from gptq_webui.gptq.cuda.pages import PagedMemory
 from gptq_webui.gptq.cuda.rows import Rows
 from gptq_webui.gptq.cuda.step import CudaStep
 from gptq_webui.gptq.cuda.weights import repack, shape_of
-from gptq_webui.loaders.transformers import TransformersModel
+from gptq_webui.loaders.transformers import TransformersOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
@@ -103,19 +103,8 @@ DRAWN = GenerationParams(temperature=0.8, top_k=20, repetition_penalty=1.1, seed
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
     """A loaded model whose step computes several answers at once."""
-    from gptq_webui.gptq import choose_step
-    from gptq_webui.gptq.cuda.stepper import CudaStepper
-    from gptq_webui.gptq.llama import parts_of
-
-    monkeypatch.setattr(choose_step, "stepper_for", lambda hf, context, **_: (CudaStepper(parts_of(hf), context, slots=16), ""))
-    usual = TransformersModel.__init__
-
-    def wide(self, *args, **kwargs):
-        usual(self, *args, **kwargs)
-        self._worker.slots = self.slots = 16
-
-    monkeypatch.setattr(TransformersModel, "__init__", wide)
-    model, twin = load(tmp_path, "llama", monkeypatch)
+    model, twin = load(tmp_path, "llama", monkeypatch, TransformersOptions(parallel=16))
+    assert model.slots == 16
     model._end_ids, model.template = set(), replace(model.template, stop_ids=())
     yield model, twin
     model.close()

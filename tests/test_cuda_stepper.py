@@ -26,11 +26,13 @@ KINDS = {
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=24)
 
 
-def load(folder, kind, monkeypatch, **how):
+def load(folder, kind, monkeypatch, options=None, **how):
     monkeypatch.setitem(tiny.ARCHITECTURES, kind, KINDS[kind])
     twin = tiny.write(folder / "model", kind, **{"shared_order": True, **how})
     tiny.write_tokenizer(folder / "model")
-    model = TransformersLoader().load(LocalModel.read(folder / "model"), TransformersOptions(), lambda share, text: None)
+    model = TransformersLoader().load(
+        LocalModel.read(folder / "model"), options or TransformersOptions(), lambda share, text: None
+    )
     return model, twin.to("cuda", torch.float32)
 
 

@@ -53,9 +53,8 @@ class CudaStepper(Stepper):
         return hidden
 
     def step(self, memory: Memory, id: int) -> Tensor:
+        """As above, in row 0: no answer may be drawn beside it (loaders/worker.py gives such callers the thread alone)."""
         assert isinstance(memory, PagedMemory)
-        if self.slots > 1:  # row 0 may be another answer's
-            return self.prefill(memory, [id])
         self._step.use(memory, memory.length + 1)
         self._step.ids[0] = id
         self._step.positions[0] = memory.length
