@@ -114,7 +114,7 @@ def ours(folder: Path) -> None:
         say(f"prompt of {length}: tokens/s", length / took, f"{took * 1e3:.1f} ms to the first token")
         if length == 3840:
             kept = sum(each.memory.size_bytes for each in loaded._prefix._kept)
-            slabs = sum(each.numel() for each in step.pages._slabs)
+            slabs = step.pages.size_bytes
             peak = torch.cuda.max_memory_allocated() - max(kept, slabs)
             say("peak memory after a prompt of 3840, without conversations / file", peak / file_bytes)
 

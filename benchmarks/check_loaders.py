@@ -202,7 +202,7 @@ def over_two_cards(local: LocalModel) -> bool:
     if torch.cuda.device_count() < 2:
         print("  two cards: there is one")
         return True
-    half = max(0.05, local.size_bytes * 0.6e-9)
+    half = local.size_bytes * 0.6e-9
     engine, found = Engine(Library([local.folder.parent])), []
     loader = next(each for each in engine.loaders if each.name == "transformers")
     for options in ({}, {"gpu_memory": f"{half},{half * 2}"}):
@@ -212,8 +212,10 @@ def over_two_cards(local: LocalModel) -> bool:
         found.append([each.id for each in loaded.generate(prompt, GREEDY, threading.Event()) if isinstance(each, Step)])
         print(f"  native on {', '.join(places)}: {len(found[-1])} tokens")
         loaded.close()
-    print(f"  two cards: {'the same tokens' if found[0] == found[1] else 'DIFFERENT tokens'}")
-    return found[0] == found[1]
+    split = len(places) > 1
+    told = "the same tokens" if found[0] == found[1] else "DIFFERENT tokens"
+    print(f"  two cards: {told if split else 'the model was not split'}")
+    return split and found[0] == found[1]
 
 
 def main() -> int:

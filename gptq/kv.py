@@ -54,6 +54,9 @@ class PrefixCache:
         ):
             self._kept.pop(0)
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def clear(self) -> None:
         self._kept = []
 

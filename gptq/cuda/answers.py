@@ -116,9 +116,10 @@ class Answers:
                 self._step.use(answer.memory, answer.memory.length + 1, answer.at)
                 return True
             except torch.OutOfMemoryError as error:
-                answer.error = error
+                failed = error
                 if self.prefix is not None:
                     self.prefix.clear()
+        answer.error = failed
         return False
 
     # -- coming and going ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from .kernels import Card, Few, FewVariant, Shape, pointer
 from .weights import Weight
 
-MOST_ROWS = 64  # beyond, making the weight dense and cuBLAS are faster
+MOST_ROWS = 96  # beyond, making the weight dense and cuBLAS are faster (NOTES.md)
 COLUMNS = (1, 2, 4, 8)  # of 8 rows each
 # (tiles, split, stages) by columns, the best on an H200 first; the first that fits into a card's shared memory is taken.
 # Weights with many outputs have work for every processor at four tiles a block, the others at two.

@@ -5,6 +5,8 @@ conversations grow; nothing is ever moved, since the kernels are given addresses
 pages back.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..stepper import Memory
 from .kernels import Cache
 
 PAGE_TOKENS = 64
-_SLAB_PAGES = 16  # 1024 tokens at a time
+_SLAB_BYTES = 1 << 26  # allocated at once, at least a page; larger ones would not fit where little is left
 
 
 class Pages:
@@ -21,20 +23,23 @@ class Pages:
     def __init__(self, device: torch.device, layers: int, kv_heads: int, cache: Cache) -> None:
         self.layer_bytes = PAGE_TOKENS * cache.token_bytes(kv_heads)
         self.page_bytes = layers * self.layer_bytes
+        self._slab_pages = max(1, _SLAB_BYTES // self.page_bytes)
         self._device = device
-        self._slabs: list[Tensor] = []
+        self._slabs: dict[int, Tensor] = {}  # by number
+        self._next_slab = 0
         self._free: list[int] = []
         self._where: dict[int, tuple[int, int]] = {}  # address -> slab, page
 
     def take(self) -> int:
         """The address of a page. Raises torch.OutOfMemoryError if the card is full."""
         if not self._free:
-            slab = torch.zeros(_SLAB_PAGES, self.page_bytes, dtype=torch.uint8, device=self._device)  # see attention.cu
-            for page in reversed(range(_SLAB_PAGES)):
+            slab = torch.zeros(self._slab_pages, self.page_bytes, dtype=torch.uint8, device=self._device)  # see attention.cu
+            for page in reversed(range(self._slab_pages)):
                 address = slab.data_ptr() + page * self.page_bytes
-                self._where[address] = (len(self._slabs), page)
+                self._where[address] = (self._next_slab, page)
                 self._free.append(address)
-            self._slabs.append(slab)
+            self._slabs[self._next_slab] = slab
+            self._next_slab += 1
         return self._free.pop()
 
     def give_back(self, pages: list[int]) -> None:
@@ -43,9 +48,23 @@ class Pages:
     def copy(self, source: int, target: int) -> None:
         self._view(target).copy_(self._view(source))
 
+    def trim(self) -> int:
+        """Free the slabs of which no page is out; returns how many bytes."""
+        free = Counter(self._where[each][0] for each in self._free)
+        empty = {slab for slab, count in free.items() if count == self._slab_pages}
+        freed = sum(self._slabs.pop(each).numel() for each in empty)
+        self._free = [each for each in self._free if self._where[each][0] not in empty]
+        self._where = {address: place for address, place in self._where.items() if place[0] not in empty}
+        return freed
+
+    @property
+    def size_bytes(self) -> int:
+        """Allocated, whether a conversation holds it or not."""
+        return sum(each.numel() for each in self._slabs.values())
+
     def clear(self) -> None:
         """Free the card's memory; pages that are still out are worth nothing from now on."""
-        self._slabs, self._free, self._where = [], [], {}
+        self._slabs, self._free, self._where = {}, [], {}
 
     def _view(self, address: int) -> Tensor:
         slab, page = self._where[address]

@@ -1,6 +1,6 @@
 """Reading prompts on a card: many tokens of one conversation at once.
 
-Up to 64 tokens are multiplied with the packed weights (few.cu). For more, weights are made dense by tiles, and
+Up to 96 tokens are multiplied with the packed weights (few.cu). For more, weights are made dense by tiles, and
 cuBLAS multiplies; both leave keys and values in the conversation's pages.
 """
 

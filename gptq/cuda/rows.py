@@ -40,15 +40,13 @@ class Rows:
         """Compute the tokens in `ids` of the first rows and choose the next ones."""
         graph = self._graphs.get(rows)
         if graph is None:
-            device = self._step.device
-            self._head(1)  # cuBLAS makes its workspace outside of a recording
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._head(1)  # cuBLAS makes its handle outside of a recording
+
+            def run() -> None:
                 self.forward(rows)
                 self._step.sample(0, rows)
-            self._graphs[rows] = graph
+
+            graph = self._graphs[rows] = self._step.record(run)
         graph.replay()
 
     def forward(self, rows: int) -> None:

@@ -108,6 +108,8 @@ class CudaStep:
             progress((at + 1) / len(parts.layers))
         self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.cache)
         self._buffers()
+        self._recording = torch.cuda.Stream(self.device)
+        self._pool = torch.cuda.graph_pool_handle()
         self.tune({})
         self.prompt = Prompt(self)
         self._told_pages: list[list[int]] = [[] for _ in range(slots + 1)]
@@ -304,15 +306,24 @@ class CudaStep:
         """Compute the token in `ids` and choose the next one, or leave it at `logits`. Recorded at the first call."""
         graph = self._graphs.get(sample)
         if graph is None:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+            def run() -> None:
                 self.forward()
                 if sample:
                     self.sample()
-            self._graphs[sample] = graph
+
+            graph = self._graphs[sample] = self.record(run)
         graph.replay()
+
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What `run` launches, as a graph. All share one stream and one pool of memory: cuBLAS keeps a workspace for each
+        stream it has seen, and no two graphs run at once."""
+        stream = self._recording
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+        return graph
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ from .step import CudaStep
 log = logging.getLogger(__name__)
 
 
+SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the card is nearly full
+
+
 class CudaStepper(Stepper):
     name: ClassVar[str] = "cuda"
     chunk_tokens = 2048
@@ -40,8 +43,32 @@ class CudaStepper(Stepper):
         return PagedMemory(self._step.pages)
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        self.read(memory, ids)
+        at = 0
+        while at < len(ids):
+            piece = ids[at : at + self.chunk_tokens]
+            try:
+                self.read(memory, piece)
+                at += len(piece)
+                continue
+            except torch.OutOfMemoryError as error:
+                full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
+            if not self._make_room():
+                raise full
         return self._step.prompt_logits.clone()  # another prompt may be read before it is looked at
+
+    def _make_room(self) -> bool:
+        """Give up what earlier conversations left, or else read prompts in smaller pieces. False if neither is left."""
+        prefix = self._answers.prefix
+        if prefix is not None and len(prefix):
+            prefix.clear()
+        elif self.chunk_tokens > SMALLEST_CHUNK:
+            self.chunk_tokens //= 2
+            log.info("prompts are read in pieces of %d tokens: the card is nearly full", self.chunk_tokens)
+        else:
+            return False
+        self._step.pages.trim()
+        torch.cuda.empty_cache()
+        return True
 
     def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         """Put ids through -> fp32 [T, H] before the last norm; `prompt_logits` of the last one."""
