@@ -54,7 +54,9 @@ class PrefixCache:
         ):
             self._kept.pop(0)
 
-    def __len__(self) -> int:
+    @property
+    def conversations(self) -> int:
+        """How many are kept."""
         return len(self._kept)
 
     def clear(self) -> None:

@@ -98,7 +98,7 @@ def test_earlier_conversations_are_given_up_before_that():
     del earlier
     memory = stepper.begin()
     stepper.prefill(memory, range(1000))
-    assert memory.length == 1000 and len(stepper._answers.prefix) == 0 and stepper.chunk_tokens == 2048
+    assert memory.length == 1000 and stepper._answers.prefix.conversations == 0 and stepper.chunk_tokens == 2048
 
 
 def test_where_nothing_is_left_to_give_up_the_error_comes_and_loses_nothing():

@@ -59,7 +59,7 @@ class CudaStepper(Stepper):
     def _make_room(self) -> bool:
         """Give up what earlier conversations left, or else read prompts in smaller pieces. False if neither is left."""
         prefix = self._answers.prefix
-        if prefix is not None and len(prefix):
+        if prefix is not None and prefix.conversations:
             prefix.clear()
         elif self.chunk_tokens > SMALLEST_CHUNK:
             self.chunk_tokens //= 2
