@@ -90,8 +90,9 @@ def test_download_choose_and_chat(server):
         assert re.search(r"[\d.]+ tokens/s · first word after [\d.]+ s", page.inner_text("#gw-line"))
 
         page.get_by_role("tab", name="Parameters").click()
-        page.get_by_label("Max new tokens").first.fill("4000")  # or it ends before Stop is pressed
-        page.get_by_label("Max new tokens").first.press("Tab")
+        for label, value in (("Max new tokens", "4000"), ("Repetition penalty", "1")):  # or it ends before Stop is pressed
+            page.get_by_label(label).first.fill(value)
+            page.get_by_label(label).first.press("Tab")
         page.get_by_role("tab", name="Chat").click()
         page.fill("#gw-message textarea", "Write a long story about a fox and a hen.")
         page.press("#gw-message textarea", "Enter")
