@@ -259,6 +259,27 @@ def test_the_token_is_written_and_never_shown_again(tab, house):
     wait_for(tab, "#gw-hub-state", "without a token")
 
 
+def test_what_a_press_brings_up_is_in_sight(chrome, house):
+    context = chrome.new_context(viewport={"width": 1280, "height": 720})
+    tab = context.new_page()
+    tab.set_default_timeout(15_000)
+    tab.goto(house.url)
+    tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
+    tab.click("#gw-settings button >> nth=0")  # tall, as the facts of a loaded model are
+    tab.wait_for_selector("#gw-save", state="visible")
+    tab.evaluate("window.scrollTo(0, 0)")
+    in_sight = "at => [document.querySelector(at).getBoundingClientRect()].every(it => it.top > 0 && it.bottom <= innerHeight)"
+    name(tab, "Owner/Nowhere:main")
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-downloads .gw-bad", "There is no model Owner/Nowhere")
+    assert tab.evaluate(in_sight, "#gw-downloads .gw-bad")
+    assert tab.evaluate("document.querySelector('#gw-branches-box').getBoundingClientRect().top > innerHeight")
+    ask(tab, TINY)
+    wait_for(tab, "#gw-branch-fit", "Fits your")
+    tab.wait_for_function(in_sight, arg="#gw-branch-download")
+    context.close()
+
+
 def test_a_phone_scrolls_down_only_with_the_table_open(chrome, house):
     context = chrome.new_context(viewport={"width": 390, "height": 844})
     tab = context.new_page()

@@ -26,6 +26,8 @@ _FITS = {
     "not": ("gw-no", "Does not fit"),
     "no loader": ("gw-no", "No loader"),
 }
+# The table stands below both columns: with a model loaded, that is below the window's edge.
+_INTO_VIEW = "() => { document.querySelector('#gw-branches-box')?.scrollIntoView({block: 'nearest', behavior: 'smooth'}) }"
 _COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
 
 
@@ -117,7 +119,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
         yield from box.begin(str(ref), request)
 
     for trigger in (box.branches.click, box.ref.submit):
-        trigger(show, [box.ref, context], outputs, **compat.STREAM)
+        trigger(show, [box.ref, context], outputs, **compat.STREAM).then(None, None, None, js=_INTO_VIEW, **compat.EVENT)
     sister.click(show_sister, [sister, context], [box.ref, *outputs], **compat.STREAM)
     context.input(count_again, [known, context, branch], outputs, **compat.EVENT)
     branch.input(choose, [advised, branch], fit, **compat.EVENT)

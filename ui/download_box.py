@@ -57,7 +57,7 @@ def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
     pickle = gr.Checkbox(
         False,
         label="Also .bin and .pt weights",
-        info="They can run code when they are opened. The library converts them without running anything.",
+        info="Files of these old formats can run code when opened. The library converts them without running anything.",
         elem_id="gw-download-pickle",
     )
     return ref, branches, go, pickle

@@ -150,7 +150,7 @@ _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
 .gw-yes { color: var(--gw-good); } .gw-partly { color: var(--gw-note); } .gw-no { color: var(--gw-bad); }
 .gw-link { color: var(--gw-good); text-decoration: underline; }
 .gw-download { align-items: flex-start !important; border-top: 1px solid var(--gw-line); padding-top: 6px; }
-.gw-download-text { flex: 1 1 260px; min-width: 200px; }
+.gw-download-text { flex: 1 1 100%; }
 .gw-download button { flex: 0 0 auto !important; }
 #gw-branch-table details summary { cursor: pointer; color: var(--gw-soft); font-size: 14px; padding: 4px 0; }
 """

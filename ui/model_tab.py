@@ -69,15 +69,14 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 table = draw_loaders(engine)
         with gr.Column(scale=2, min_width=320):
             with gr.Column(elem_classes="gw-card"):
-                name = draw_name()
+                box = draw_queue(downloads, access, *draw_name())
             with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
                 folders = draw_folders(engine, access)
             with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
                 hub = draw_hub(engine, access)
-            with gr.Accordion("Idle and report", open=False, elem_id="gw-care"):
+            with gr.Accordion("Idle and report" if engine.can_rest else "Report", open=False, elem_id="gw-care"):
                 care = draw_care(engine, access)
-    with gr.Column(elem_classes="gw-wide"):
-        box = draw_queue(downloads, access, *name)
+    with gr.Column(elem_classes="gw-wide", elem_id="gw-branches-box"):
         draw_branches(engine, box, access)
     with gr.Accordion("Library: everything on disk", open=False, elem_id="gw-library"):
         library = draw_library(engine, access)
