@@ -26,7 +26,7 @@ from gptq_webui.gptq.cuda.kernels import Card, FewVariant, Gemv, GemvVariant, po
 from gptq_webui.gptq.cuda.pages import PagedMemory  # noqa: E402
 from gptq_webui.gptq.cuda.rows import Rows  # noqa: E402
 from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
-from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of, variant  # noqa: E402
+from gptq_webui.gptq.cuda.weights import Tuning, Weight, repack, shape_of, variant  # noqa: E402
 
 
 def seconds(run: Callable[[], object], repeat: int = 5) -> float:
@@ -73,16 +73,21 @@ ROLES = {
 }
 
 
+def cold(card: Card, role: str, bits: int, group_size: int, count: int) -> list[Weight]:
+    """So many weights of one shape that none is found in the card's cache when its turn comes again."""
+    k, n, _norm, _epilogue = ROLES[role]
+    rows = torch.randperm(k, device="cuda")
+    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(count)]
+    shape = shape_of(layers[:1])
+    card.add(shapes=[shape])
+    return [repack(card, [each], shape) for each in layers]
+
+
 def products(card: Card, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
     """Times of one product, weights cold (or hot: one small weight again and again), with every tuning."""
     k, n, norm, epilogue = ROLES[role]
     rotate = 1 if role.startswith("hot") else max(2, int(6e8 / (k * n * bits / 8)))
-    rows = torch.randperm(k, device="cuda")
-    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
-    shape = shape_of(layers[:1])
-    card.add(shapes=[shape])
-    weights = [repack(card, [each], shape) for each in layers]
-    del layers
+    weights = cold(card, role, bits, group_size, rotate)
     x = torch.randn(weights[0].padded, device="cuda").half()
     ones = torch.ones_like(x)
     out, residual = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
@@ -123,12 +128,8 @@ def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> N
     """Times of one product of several rows, with every spread, and of making the weight dense and cuBLAS."""
     k, n, _norm, epilogue = ROLES[role]
     rotate = max(2, int(3e8 / (k * n * bits / 8)))
-    rows = torch.randperm(k, device="cuda")
-    layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(rotate)]
-    shape = shape_of(layers[:1])
-    card.add(shapes=[shape])
-    weights = [repack(card, [each], shape) for each in layers]
-    del layers
+    weights = cold(card, role, bits, group_size, rotate)
+    shape = weights[0].shape
     x = torch.randn(few.MOST_ROWS, weights[0].padded, device="cuda").half()
     out = torch.zeros(few.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
     size = weights[0].size_bytes

@@ -73,7 +73,7 @@ def _events(
         while room > 0 and memory.length < len(ids) and not cancel.is_set():
             logits = stepper.prefill(memory, ids[memory.length : memory.length + stepper.chunk_tokens])
             progress(memory.length)
-            if getattr(stepper, "slots", 1) > 1:
+            if stepper.slots > 1:
                 yield None
         if cancel.is_set():
             reason = "cancelled"

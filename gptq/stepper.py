@@ -44,6 +44,7 @@ class Stepper(ABC):
 
     name: ClassVar[str]
     device: torch.device
+    slots: int = 1  # answers that may be drawn in turns
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod

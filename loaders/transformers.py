@@ -121,7 +121,7 @@ class TransformersModel(LoadedModel):
         notes: tuple[str, ...],
         device: str,
     ) -> None:
-        super().__init__(getattr(stepper, "slots", 1))
+        super().__init__(stepper.slots)
         from ..gptq.kv import PrefixCache
         from ..gptq.sampling import CAN
 

@@ -1,6 +1,7 @@
 """The memory of conversations on a card, and what is given up where it is full. Runs on any machine."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.cuda.answers import Answers
 from gptq_webui.gptq.cuda.kernels import Cache
 from gptq_webui.gptq.cuda.pages import PAGE_TOKENS, PagedMemory, Pages
-from gptq_webui.gptq.cuda.stepper import SMALLEST_CHUNK, CudaStepper
+from gptq_webui.gptq.cuda.stepper import SMALLEST_CHUNK, CudaStepper, HfFace
 from gptq_webui.gptq.decode import generate
 from gptq_webui.gptq.kv import PrefixCache
 
@@ -99,6 +100,12 @@ def test_earlier_conversations_are_given_up_before_that():
     memory = stepper.begin()
     stepper.prefill(memory, range(1000))
     assert memory.length == 1000 and stepper._answers.prefix.conversations == 0 and stepper.chunk_tokens == 2048
+
+
+def test_the_prompt_of_transformers_own_generate_is_read_so_too():
+    stepper = stepper_of(step := Step(room=4096, at_once=600))
+    face = HfFace(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper._answers.prefix)
+    assert face._read(list(range(1000)), None, 1).shape == (1, 1, 8) and step.read == [512, 488]
 
 
 def test_where_nothing_is_left_to_give_up_the_error_comes_and_loses_nothing():

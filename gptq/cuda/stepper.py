@@ -71,7 +71,7 @@ class CudaStepper(Stepper):
         return True
 
     def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        """Put ids through -> fp32 [T, H] before the last norm; `prompt_logits` of the last one."""
+        """Put ids through -> fp32 [T, H] before the last norm."""
         assert isinstance(memory, PagedMemory)
         row = self._step.prompt_row
         self._step.use(memory, memory.length + len(ids), row)
@@ -88,11 +88,6 @@ class CudaStepper(Stepper):
         self._step.step(sample=False)
         memory.length += 1
         return self._step.logits[:1]
-
-    @property
-    def prompt_logits(self) -> Tensor:
-        """fp32 [1, V] of the last token that was read; overwritten by the next prompt."""
-        return self._step.prompt_logits
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return self._step.all_logits(hidden)
@@ -185,14 +180,10 @@ class HfFace:
         if len(new) == 1:
             logits = stepper.step(memory, new[0])
             return logits[None, :]
-        rows: list[Tensor] = []
-        for start in range(0, len(new), stepper.chunk_tokens):
-            hidden = stepper.read(memory, new[start : start + stepper.chunk_tokens])
-            if keep != 1:
-                rows.append(stepper.logits_of(hidden))
-        if keep == 1:
-            return stepper.prompt_logits[None]
-        logits = torch.cat(rows)
+        if isinstance(keep, int) and keep == 1:
+            return stepper.prefill(memory, new)[None]
+        pieces = (new[start : start + stepper.chunk_tokens] for start in range(0, len(new), stepper.chunk_tokens))
+        logits = torch.cat([stepper.logits_of(stepper.read(memory, each)) for each in pieces])
         if isinstance(keep, int):
             return logits[None, -keep:] if keep else logits[None]
         return logits[None, keep]
