@@ -137,7 +137,7 @@ def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> N
     for columns in few.COLUMNS:
         plans = [
             FewVariant(shape, epilogue, columns, tiles, split, stages)
-            for tiles, split, stages in itertools.product((1, 2, 4), (4, 8), (2, 3, 4))
+            for tiles, split, stages in itertools.product((1, 2, 4, 8), (4, 8), (2, 3, 4))
             if columns * tiles <= 16
         ]
         plans = [each for each in plans if each.shared_bytes <= card.shared_limit_bytes]

@@ -18,7 +18,7 @@ struct AttentionArguments {
   const u16 *q_norm, *k_norm;    // fp16 [D] or null
   u16* out;                // fp16 [rows][padded], engine order of the output layer
   const int* places;       // [heads * D]
-  float* partial;          // fp32 [rows][blocks of heads][splits][8][D + 2]
+  float* partial;          // fp32 [rows][blocks of heads][splits][8][D + 4]: sums, the highest score, the sum of weights
   u32* done;               // [rows][blocks of heads], zero between launches
   u64 layer_bytes;         // from a page's start to this layer's keys
   int heads, kv_heads, max_pages, padded, window, rotary_half;
@@ -84,25 +84,41 @@ template <int D> DEVICE Angles<D> angles_of(const float* cosine, const float* si
   return r;
 }
 
-// A head's new query or key from qkv, normed and turned. One warp.
-template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angles<D>& angles, int half, float eps, u16* to) {
+// A head's new query or key as it comes from the product; a lane holds the pairs lane, lane + 32 …
+template <int D> struct Fresh { u32 pair[(D + 63) / 64]; };
+template <int D> DEVICE Fresh<D> fresh(const u16* from) {
+  Fresh<D> r;
+#pragma unroll
+  for (int i = 0; i < (D + 63) / 64; i++) {
+    const int at = i * 32 + threadIdx.x % 32;
+    r.pair[i] = at < D / 2 ? __ldcg((const u32*)from + at) : 0;
+  }
+  return r;
+}
+
+// The same, normed and turned. One warp.
+template <int D> DEVICE void turn(const Fresh<D>& from, const u16* norm, const Angles<D>& angles, int half, float eps, u16* to) {
   const int lane = threadIdx.x % 32;
-  float v[(D + 31) / 32], sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < (D + 31) / 32; i++) {
-    const int d = i * 32 + lane;
-    v[i] = d < D ? to_float(__ldcg(from + d)) : 0.f;
-    sum += v[i] * v[i];
-  }
+  float scale = 0.f;
   if (norm) {
-    const float scale = rsqrtf(warp_sum(sum) / D + eps);
 #pragma unroll
-    for (int i = 0; i < (D + 31) / 32; i++)
-      if (i * 32 + lane < D) v[i] = v[i] * scale * to_float(norm[i * 32 + lane]);
+    for (int i = 0; i < (D + 63) / 64; i++) {
+      const float a = low_of(from.pair[i]), b = high_of(from.pair[i]);
+      scale += a * a + b * b;
+    }
+    scale = rsqrtf(warp_sum(scale) / D + eps);
   }
 #pragma unroll
-  for (int i = 0; i < (D + 31) / 32; i++)
-    if (i * 32 + lane < D) to[i * 32 + lane] = to_half(v[i]);
+  for (int i = 0; i < (D + 63) / 64; i++) {
+    const int at = i * 32 + lane;
+    u32 both = from.pair[i];
+    if (at >= D / 2) continue;
+    if (norm) {
+      const u32 weight = ((const u32*)norm)[at];
+      both = to_half2(low_of(both) * scale * low_of(weight), high_of(both) * scale * high_of(weight));
+    }
+    ((u32*)to)[at] = both;
+  }
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < (D / 2 + 31) / 32; i++) {
@@ -116,12 +132,16 @@ template <int D> DEVICE void rotate(const u16* from, const u16* norm, const Angl
   __syncwarp();
 }
 
+DEVICE float4 scaled(const float4& v, float f) { return make_float4(v.x * f, v.y * f, v.z * f, v.w * f); }
+DEVICE void add_scaled(float4& to, const float4& v, float f) { to.x += v.x * f; to.y += v.y * f; to.z += v.z * f; to.w += v.w * f; }
+
 template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   constexpr int WARPS = ATTENTION_WARPS, STEPS = D / 16, PARTS = D / 32, TILES = D / 8;
   static_assert(D % 32 == 0, "a lane reads 8 dimensions of each 32");
   __shared__ __align__(16) u16 q[8][D];
-  __shared__ u16 new_key[D], new_value[D];
-  __shared__ float maxima[WARPS + 1][8], sums[WARPS + 1][8], outs[WARPS + 1][8][D];  // of each warp, and of the new token
+  __shared__ __align__(16) u16 new_key[D], new_value[D];
+  __shared__ float maxima[WARPS + 1][8], sums[WARPS + 1][8];  // of each warp, and of the new token
+  __shared__ __align__(16) float outs[WARPS][8][D];
   __shared__ u32 arrived;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int split = blockIdx.x, block = blockIdx.y, row = blockIdx.z;
@@ -141,6 +161,8 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
   const Angles<D> angles = angles_of<D>(p.cosines + (size_t)position * p.rotary_half, p.sines + (size_t)position * p.rotary_half, p.rotary_half);
+  const int* places = p.places + head0 * D;
+  if (threadIdx.x * 32 < count * D) ask_for(places + threadIdx.x * 32);
   typedef Place<D, Q8> At;
   typedef typename Stored<Q8>::Run Run;
 
@@ -170,12 +192,26 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
       }
     }
     if (first) {
+      for (int at = count * D + threadIdx.x; at < 8 * D; at += blockDim.x) q[0][at] = 0;
       wait_for_the_kernel_ahead();
+      // all of them are on their way before the first is used
+      Fresh<D> ours[2], key;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (warp + i * WARPS < count) ours[i] = fresh<D>(qkv + (head0 + warp + i * WARPS) * D);
+      if (newest) {
+        if (warp == WARPS - 1) key = fresh<D>(qkv + (p.heads + kv) * D);
+        if (threadIdx.x < D) new_value[threadIdx.x] = __ldcg(qkv + (p.heads + p.kv_heads + kv) * D + threadIdx.x);
+      }
 #pragma unroll 1
-      for (int head = warp; head < 9; head += WARPS) {
-        if (head < count) rotate<D>(qkv + (head0 + head) * D, p.q_norm, angles, p.rotary_half, p.eps, q[head]);
-        else if (head == 8 && newest) rotate<D>(qkv + (p.heads + kv) * D, p.k_norm, angles, p.rotary_half, p.eps, new_key);
-        else if (head < 8) for (int d = lane; d < D; d += 32) q[head][d] = 0;
+      for (int i = 0; i < 3; i++) {
+        const bool is_key = i == 2;
+        if (is_key ? newest && warp == WARPS - 1 : warp + i * WARPS < count) {
+          Fresh<D> from;
+#pragma unroll
+          for (int j = 0; j < (D + 63) / 64; j++) from.pair[j] = is_key ? key.pair[j] : i ? ours[1].pair[j] : ours[0].pair[j];
+          turn<D>(from, is_key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, is_key ? new_key : q[warp + i * WARPS & 7]);
+        }
       }
       __syncthreads();
 #pragma unroll
@@ -242,87 +278,95 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   // The new token: its score by a warp a head, its value as it is; both are kept in the page (every head block of
   // these keys writes the same).
   if (newest) {
-    for (int head = warp; head < 8; head += WARPS) {
+    for (int head = warp; head < count; head += WARPS) {
       float s = 0.f;
-      for (int d = lane; d < D; d += 32) s += to_float(q[head][d]) * to_float(new_key[d]);
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) s += to_float(q[head][i * 32 + lane]) * to_float(new_key[i * 32 + lane]);
       s = warp_sum(s) * p.scale;
       if (lane == 0) { maxima[WARPS][head] = s; sums[WARPS][head] = 1.f; }
-    }
-    for (int d = threadIdx.x; d < D; d += blockDim.x) {
-      const u16 value = __ldcg(qkv + (p.heads + p.kv_heads + kv) * D + d);
-      new_value[d] = value;
-      const float f = to_float(value);
-#pragma unroll
-      for (int head = 0; head < 8; head++) outs[WARPS][head][d] = f;
     }
   } else if (threadIdx.x < 8) {
     maxima[WARPS][threadIdx.x] = -1e30f;
     sums[WARPS][threadIdx.x] = 0.f;
   }
   __syncthreads();
-  if (newest && warp < 2) {
-    u8* page = (u8*)(pages[position / PAGE] + p.layer_bytes);
-    keep<D, Q8>(warp ? new_value : new_key, page, p.kv_heads, kv, position % PAGE, warp);
-  }
 
-  // The warps' parts, then the blocks': relative to the highest score of each head.
-  float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * 8 * (D + 2);
-  float* here = partial + (size_t)split * 8 * (D + 2);
+  // The warps' parts, then the blocks': relative to the highest score of each head. Four dimensions a thread.
+  constexpr int PART = D + 4;
+  float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * 8 * PART;
+  float* here = partial + (size_t)split * 8 * PART;
   u16* to = p.out + (size_t)row * p.padded;
-  const int* places = p.places + head0 * D;
-  const int parts = newest ? WARPS + 1 : WARPS;
 #pragma unroll 1
-  for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
+  for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
     const int head = at / D, d = at % D;
-    float highest = maxima[WARPS][head], total = 0.f;
+    const int4 place = *(const int4*)(places + at);
+    float highest = maxima[WARPS][head];
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w][head]);
-    float2 y = make_float2(0.f, 0.f);
-    for (int w = 0; w < parts; w++) {
+    const float newer = exp2f(maxima[WARPS][head] - highest);
+    float total = sums[WARPS][head] * newer;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (newest) {
+      const uint2 value = *(const uint2*)(new_value + d);
+      y = scaled(make_float4(low_of(value.x), high_of(value.x), low_of(value.y), high_of(value.y)), newer);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
       const float f = exp2f(maxima[w][head] - highest);
-      const float2 part = *(const float2*)&outs[w][head][d];
       total += sums[w][head] * f;
-      y.x += part.x * f;
-      y.y += part.y * f;
+      add_scaled(y, *(const float4*)&outs[w][head][d], f);
     }
     if (active == 1) {
-      to[places[at]] = to_half(y.x / total);
-      to[places[at + 1]] = to_half(y.y / total);
+      y = scaled(y, 1.f / total);
+      to[place.x] = to_half(y.x); to[place.y] = to_half(y.y); to[place.z] = to_half(y.z); to[place.w] = to_half(y.w);
     } else {
-      *(float2*)(here + head * (D + 2) + d) = y;
-      if (d == 0) *(float2*)(here + head * (D + 2) + D) = make_float2(highest, total);
+      *(float4*)(here + head * PART + d) = y;
+      if (d == 0) *(float2*)(here + head * PART + D) = make_float2(highest, total);
     }
   }
-  if (active == 1) return;
-  __threadfence();
+  auto keep_the_new_token = [&]() {
+    if (!newest || warp >= 2) return;
+    u8* page = (u8*)(pages[position / PAGE] + p.layer_bytes);
+    keep<D, Q8>(warp ? new_value : new_key, page, p.kv_heads, kv, position % PAGE, warp);
+  };
+  if (active == 1) { keep_the_new_token(); return; }
   __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(p.done + row * gridDim.y + block, 1);
+  if (threadIdx.x == 0) arrived = add_in_order(p.done + row * gridDim.y + block);
+  keep_the_new_token();
   __syncthreads();
   if (arrived != active - 1) return;
-  __threadfence();
-  float* factors = &outs[0][0][0];  // [active][8]: how much each block's part counts; then the sums likewise
-  for (int at = threadIdx.x; at < active * 8; at += blockDim.x) {
-    const float2 both = at % 8 < count ? __ldcg((const float2*)(partial + at * (D + 2) + D)) : make_float2(-1e30f, 0.f);
-    factors[at] = both.x;
-    factors[MOST_SPLITS * 8 + at] = both.y;
-  }
-  __syncthreads();
 #pragma unroll 1
-  for (int at = threadIdx.x * 2; at < count * D; at += blockDim.x * 2) {
+  for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
     const int head = at / D, d = at % D;
-    float m = -1e30f, z = 0.f;
-    for (int i = 0; i < active; i++) m = fmaxf(m, factors[i * 8 + head]);
-    float2 y = make_float2(0.f, 0.f);
-#pragma unroll 4
-    for (int i = 0; i < active; i++) {
-      const float2 part = __ldcg((const float2*)(partial + (i * 8 + head) * (D + 2) + d));
-      const float f = exp2f(factors[i * 8 + head] - m);
-      z += factors[MOST_SPLITS * 8 + i * 8 + head] * f;
-      y.x += part.x * f;
-      y.y += part.y * f;
+    const int4 place = *(const int4*)(places + at);
+    float highest = -1e30f, total = 0.f;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int first = 0; first < active; first += 8) {  // eight blocks' at a time, on their way together
+      float4 part[8];
+      float2 weight[8];  // the highest score, the sum of weights
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float* theirs = partial + ((first + i) * 8 + head) * PART;
+        part[i] = first + i < active ? __ldcg((const float4*)(theirs + d)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        weight[i] = first + i < active ? __ldcg((const float2*)(theirs + D)) : make_float2(-1e30f, 0.f);
+      }
+      float higher = highest;
+#pragma unroll
+      for (int i = 0; i < 8; i++) higher = fmaxf(higher, weight[i].x);
+      const float shrink = exp2f(highest - higher);
+      highest = higher;
+      total *= shrink;
+      y = scaled(y, shrink);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float f = exp2f(weight[i].x - highest);
+        total += weight[i].y * f;
+        add_scaled(y, part[i], f);
+      }
     }
-    to[places[at]] = to_half(y.x / z);
-    to[places[at + 1]] = to_half(y.y / z);
+    y = scaled(y, 1.f / total);
+    to[place.x] = to_half(y.x); to[place.y] = to_half(y.y); to[place.z] = to_half(y.z); to[place.w] = to_half(y.w);
   }
   if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
 }
@@ -339,7 +383,7 @@ struct RopeArguments {
 
 // Many tokens of one row that begin at position `start`: a block a token.
 template <int D, bool Q8> DEVICE void rope_rows(const RopeArguments& p) {
-  __shared__ u16 turned[8][D];
+  __shared__ __align__(16) u16 turned[8][D];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, position = p.start + blockIdx.x;
   u16* qkv = p.qkv + (size_t)blockIdx.x * (p.heads + 2 * p.kv_heads) * D;
   u8* page = (u8*)(p.pages[position / PAGE] + p.layer_bytes);
@@ -349,7 +393,7 @@ template <int D, bool Q8> DEVICE void rope_rows(const RopeArguments& p) {
     u16* at = qkv + head * D;
     if (head < p.heads + p.kv_heads) {
       const bool key = head >= p.heads;
-      rotate<D>(at, key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, turned[warp]);
+      turn<D>(fresh<D>(at), key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, turned[warp]);
       for (int d = lane; d < D; d += 32) at[d] = turned[warp][d];
       if (key) keep<D, Q8>(turned[warp], page, p.kv_heads, head - p.heads, position % PAGE, false);
       __syncwarp();

@@ -51,6 +51,15 @@ DEVICE u32 stream1(const void* p) {
   u32 v; asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v;
 }
 
+// Into the second cache, before it is read.
+DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Adds one and returns what was there. What the block wrote before is seen by whoever finds it counted, if barriers of
+// the block stand before and after.
+DEVICE u32 add_in_order(u32* at) {
+  u32 was; asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(was) : "l"(at) : "memory"); return was;
+}
+
 // From global to shared memory without a register in between (Ampere and newer; before, at once).
 template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
 #if __CUDA_ARCH__ >= 800

@@ -22,6 +22,8 @@ DEVICE void few(const FewArguments& p) {
   constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128, TILE_BYTES = CHUNK_BYTES + UNITS * SCALE_BYTES;
   constexpr int SLOT = MT * TILE_BYTES + NT * 1024, WIDTH = MT * 16 + 4;  // of a row of sums; 4 apart from the banks of the next
   constexpr int SCALE_PIECES = UNITS * SCALE_BYTES / 16;
+  constexpr int OUTS = EPILOGUE == SILU ? MT * 8 : MT * 16, ROUNDS = (NT * 8 * OUTS + KS * 32 - 1) / (KS * 32);
+  constexpr bool AHEAD = EPILOGUE == RESIDUAL && ROUNDS <= 4;  // more of them would be much code that runs once
   const int lane = threadIdx.x % 32, part = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   u8* ring = (u8*)shared_words + part * STAGES * SLOT;        // of this warp
   float* sums = (float*)((u8*)shared_words + KS * STAGES * SLOT);  // [KS][NT * 8][WIDTH]
@@ -70,6 +72,14 @@ DEVICE void few(const FewArguments& p) {
   int slot = 0;
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    float before[AHEAD ? ROUNDS : 1];  // what the sums are added to, on its way while they are made
+    if constexpr (AHEAD) {
+#pragma unroll
+      for (int i = 0; i < ROUNDS; i++) {
+        const int at = i * KS * 32 + threadIdx.x, row = at / OUTS, n = item * OUTS + at % OUTS;
+        before[i] = row < p.rows && n < p.n ? __ldcg(p.residual + (size_t)row * p.n + n) : 0.f;
+      }
+    }
     float y[MT][NT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -115,13 +125,11 @@ DEVICE void few(const FewArguments& p) {
 #pragma unroll
         for (int e = 0; e < 4; e++) mine[(t * 8 + c * 2 + e % 2) * WIDTH + m * 16 + r + e / 2 * 8] = y[m][t][e];
     __syncthreads();
-    constexpr int OUTS = EPILOGUE == SILU ? MT * 8 : MT * 16;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.rows * OUTS; i += KS * 32) {
+    auto finish = [&](int i, float begun) {
       const int row = i / OUTS, j = i % OUTS, at = EPILOGUE == SILU ? j / 8 * 16 + j % 8 : j;
       const int n = item * MT * 16 + at;
-      if (n >= p.n) continue;
-      float v = 0.f, up = 0.f;
+      if (row >= p.rows || n >= p.n) return;
+      float v = EPILOGUE == RESIDUAL && !AHEAD ? p.residual[(size_t)row * p.n + n] : begun, up = 0.f;
 #pragma unroll
       for (int w = 0; w < KS; w++) {
         const float* from = sums + (w * NT * 8 + row) * WIDTH + at;
@@ -133,8 +141,15 @@ DEVICE void few(const FewArguments& p) {
         if constexpr (EPILOGUE == SILU) up += to_float(p.bias[n + 8]);
       }
       if constexpr (EPILOGUE == SILU) p.out[(size_t)row * (p.n / 2) + item * MT * 8 + j] = to_half(v / (1.f + __expf(-v)) * up);
-      else if constexpr (EPILOGUE == RESIDUAL) p.residual[(size_t)row * p.n + n] += v;
+      else if constexpr (EPILOGUE == RESIDUAL) p.residual[(size_t)row * p.n + n] = v;
       else p.out[(size_t)row * p.n + n] = to_half(v);
+    };
+    if constexpr (AHEAD) {
+#pragma unroll
+      for (int i = 0; i < ROUNDS; i++) finish(i * KS * 32 + threadIdx.x, before[i]);
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < p.rows * OUTS; i += KS * 32) finish(i, 0.f);
     }
     __syncthreads();
   }

@@ -14,7 +14,7 @@ COLUMNS = (1, 2, 4, 8)  # of 8 rows each
 # Weights with many outputs have work for every processor at four tiles a block, the others at two.
 _WIDE = {
     1: ((4, 8, 3), (2, 4, 4), (2, 4, 2)),
-    2: ((4, 4, 3), (2, 4, 3), (2, 4, 2)),
+    2: ((8, 4, 3), (4, 4, 3), (2, 4, 3), (2, 4, 2)),
     4: ((4, 4, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
     8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }

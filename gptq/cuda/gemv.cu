@@ -127,6 +127,17 @@ DEVICE void gemv(const GemvArguments& p) {
   int slot = 0, adder = 0;
   for (int tile = blockIdx.x * teams + team, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
+    // what the sums are added to is on its way while they are made
+    const int at = lane % 16, n = tile * 16 + at;
+    float before = 0.f;
+    int place = 0;
+    if (part == adder) {
+      if (p.bias) before = to_float(p.bias[n]);
+      if (EPILOGUE == RESIDUAL && n < p.n) {
+        before += __ldcg(p.residual + n);
+        place = p.places[n];
+      }
+    }
     for (int chunk = first; chunk < end; chunk += BATCH) {
       wait_for_copies<STAGES - 2>();
       __syncwarp();  // scales were copied by other lanes
@@ -171,11 +182,9 @@ DEVICE void gemv(const GemvArguments& p) {
     if (KS == 1) __syncwarp();
     else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(KS * 32) : "memory");
     if (part == adder) {  // the warps take turns at this
-      const int at = lane % 16, n = tile * 16 + at;
-      float y = 0.f;
+      float y = before;
 #pragma unroll
       for (int i = 0; i < KS; i++) y += mine[i * 16 + at];
-      if (p.bias) y += to_float(p.bias[n]);
       if constexpr (EPILOGUE == SILU) {
         const float up = __shfl_sync(FULL, y, at | 8);
         if (lane < 8) ((u16*)p.out)[tile * 8 + lane] = to_half(y / (1.f + __expf(-y)) * up);
@@ -183,9 +192,8 @@ DEVICE void gemv(const GemvArguments& p) {
         if constexpr (EPILOGUE == PLAIN) ((u16*)p.out)[n] = to_half(y);
         if constexpr (EPILOGUE == FLOAT) ((float*)p.out)[n] = y;
         if constexpr (EPILOGUE == RESIDUAL) {
-          const float h = p.residual[n] + y;
-          p.residual[n] = h;
-          ((u16*)p.out)[p.places[n]] = to_half(h);
+          p.residual[n] = y;
+          ((u16*)p.out)[place] = to_half(y);
         }
       }
     }

@@ -386,12 +386,12 @@ class AttentionWork:
         self._blocks = step.kv_heads * step.group_blocks
         self._processors = step.card.processors
         parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
-        self.partial = torch.zeros(parts * 8 * (step.head_dim + 2), dtype=torch.float32, device=step.device)
+        self.partial = torch.zeros(parts * 8 * (step.head_dim + 4), dtype=torch.float32, device=step.device)
         self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=step.device)
 
     def splits(self, rows: int) -> int:
-        """Blocks that share one conversation's keys: enough of all rows together to fill the card twice."""
-        return max(1, min(MOST_SPLITS, -(-2 * self._processors // (self._blocks * rows))))
+        """Blocks that share one conversation's keys: two of all rows together on a processor, which is what fits at once."""
+        return max(1, min(MOST_SPLITS, 2 * self._processors // (self._blocks * rows)))
 
 
 def _products(layer: LayerParts) -> tuple[Sequence[GPTQLinear], ...]:
