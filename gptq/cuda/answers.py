@@ -62,6 +62,12 @@ class Answers:
             self._leave(answer)
             memory.length = min(memory.length, answer.prompt + max(0, told - 1))  # the last one told may not be the answer's
 
+    def close(self) -> None:
+        """Forget what is on its way, and the graphs."""
+        self._pending.clear()
+        self._active.clear()
+        self._rows = None
+
     # -- one step of all -------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:

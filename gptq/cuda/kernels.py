@@ -231,6 +231,15 @@ class Card:
             torch.cuda.current_stream().synchronize()  # torch has made the context by now
             self._modules[:0] = [Module(each, self.capability) for each in binaries]
 
+    def close(self) -> None:
+        """Give back the memory of the kernels; graphs that hold them must be gone."""
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            self._kernels.clear()
+            for each in self._modules:
+                each.close()
+            self._modules.clear()
+
     def __getitem__(self, name: str) -> Kernel:
         found = self._kernels.get(name)
         if found is None:

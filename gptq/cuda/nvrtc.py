@@ -209,6 +209,13 @@ class Module:
             self._kernels[name] = Kernel(self._driver, function, self._overlaps)
         return self._kernels[name]
 
+    def close(self) -> None:
+        """Give back what it holds on the card. None of its kernels may run any more, nor a graph of them exist."""
+        self._kernels.clear()
+        if self._module:
+            self._driver.cuModuleUnload(self._module)
+            self._module = ctypes.c_void_p()
+
 
 def _check_driver(library: Any, result: int) -> None:
     if result == 0:

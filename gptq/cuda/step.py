@@ -87,7 +87,7 @@ class CudaStep:
         self.context_tokens = context_tokens
         self.slots, self.prompt_row = slots, slots
         _require(parts)
-        self.card = card or Card(self.device)
+        self.card, self._own_card = card or Card(self.device), card is None
         self.heads, self.kv_heads, self.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         self.cache = Cache(self.head_dim, q8)
         self.eps = float(parts.eps)
@@ -367,6 +367,8 @@ class CudaStep:
         self._graphs.clear()
         self.pages.clear()
         self.layers.clear()
+        if self._own_card:
+            self.card.close()
 
 
 _ROLES = ("qkv", "o", "gate_up", "down")

@@ -104,6 +104,7 @@ class CudaStepper(Stepper):
         if self._face is not None:
             self._face.give_back()
             self._face = None
+        self._answers.close()
         self._step.close()
 
 
