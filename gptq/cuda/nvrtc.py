@@ -217,6 +217,19 @@ class Module:
             self._module = ctypes.c_void_p()
 
 
+class OwnStream:
+    """A stream of ours: torch makes 32 at once when it is first asked for one. Needs a current CUDA context."""
+
+    def __init__(self) -> None:
+        self._driver, self.handle = driver(), ctypes.c_void_p()
+        _check_driver(self._driver, self._driver.cuStreamCreate(ctypes.byref(self.handle), 1))  # not tied to the default stream
+
+    def close(self) -> None:
+        if self.handle:
+            self._driver.cuStreamDestroy_v2(self.handle)
+            self.handle = ctypes.c_void_p()
+
+
 def _check_driver(library: Any, result: int) -> None:
     if result == 0:
         return

@@ -36,6 +36,7 @@ from .kernels import (
     Sample,
     pointer,
 )
+from .nvrtc import OwnStream
 from .pages import PAGE_TOKENS, PagedMemory, Pages
 from .prompt import Prompt
 from .weights import Tuning, Unsuited, Weight, repack, shape_of, variant
@@ -108,7 +109,9 @@ class CudaStep:
             progress((at + 1) / len(parts.layers))
         self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.cache)
         self._buffers()
-        self._recording = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device):
+            self._own_stream = OwnStream()
+        self._recording = torch.cuda.ExternalStream(self._own_stream.handle.value, device=self.device)
         self._pool = torch.cuda.graph_pool_handle()
         self.tune({})
         self.prompt = Prompt(self)
@@ -367,6 +370,8 @@ class CudaStep:
         self._graphs.clear()
         self.pages.clear()
         self.layers.clear()
+        torch.cuda.synchronize(self.device)
+        self._own_stream.close()
         if self._own_card:
             self.card.close()
 
