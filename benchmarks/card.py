@@ -8,6 +8,7 @@ make_checkpoint.py makes a folder of any shape.
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -155,6 +156,25 @@ def ours(folder: Path) -> None:
     say("MB freed by unload, of", before / 1e6, f"{torch.cuda.memory_allocated() / 1e6:.0f} MB left")
 
 
+def start(folder: Path) -> None:
+    """A new process each time, until its first token is on the terminal: imports, load and prompt."""
+    script_py = str(Path(__file__).resolve().parents[1] / "script.py")
+    ask = [sys.executable, script_py, "ask", "--models-dir", str(folder.parent), "--model", folder.name]
+    ask += ["--loader", "transformers", "--temperature", "0", "--max-new-tokens", "8", "Hello"]
+
+    def once() -> float:
+        began = time.perf_counter()
+        with subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            if not process.stdout.read(1):
+                raise RuntimeError(" ".join(ask) + " said nothing")
+            took = time.perf_counter() - began
+            process.communicate()
+        return took
+
+    say("process start to first token, seconds", median(once), "(not the first start; Python must be allowed to keep its bytecode)")
+
+
 def exllamav2(folder: Path) -> None:
     from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer, __version__
     from exllamav2.generator import ExLlamaV2DynamicGenerator, ExLlamaV2Sampler
@@ -225,6 +245,10 @@ def main() -> None:
     given = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     ours(given.folder.resolve())
+    try:
+        start(given.folder.resolve())
+    except (OSError, RuntimeError) as error:
+        print(f"process start: {error}")
     try:
         exllamav2(given.folder.resolve())
     except Exception as error:

@@ -54,8 +54,8 @@ GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=TO
 WAYS = {
     "native": ("transformers", {"kernel": "native"}),
     "optimum": ("transformers", {"kernel": "optimum"}),
+    "autogptq": ("autogptq", {}),
     "gptqmodel": ("autogptq", {"backend": "gptqmodel"}),
-    "gptqmodel triton": ("autogptq", {"backend": "triton"}),
     "gptqmodel exllama_v2": ("autogptq", {"backend": "exllama_v2"}),
     "exllamav2": ("exllamav2", {}),
     "exllamav2 Q4 cache": ("exllamav2", {"cache_type": "Q4"}),

@@ -15,16 +15,15 @@ from typing import Any, ClassVar
 from ..core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
 from ..core.models import LocalModel, tensors_of
 from ..core.units import format_bytes
-from . import fit
+from . import fit, gptqmodel_kernels
 from .base import LoadProgress, Refusal, Remark
-from .machine import COMPILERS, Machine, look
+from .machine import Machine, look
 from .options import option, require_choice, require_context
 from .refusals import not_in_gptq_layout, unreadable
 from .standard_folder import standard_folder, tied_embedding
 from .tokenizer import read_tokenizer
 from .transformers import TransformersModel
 
-COMPILE_S = 60.0  # GPTQModel's kernels for a card took 30 to 177 s at their first use
 _KERNELS = ("torch", "triton", "exllama_v2", "marlin", "machete", "torch_int8", "torch_fused", "torch_aten", "bitblas")
 _BACKENDS = ("auto", "auto_gptq", "gptqmodel", *_KERNELS)
 _COMPILED = ("auto", "gptqmodel", "exllama_v2", "marlin", "machete")  # of these, what a card would run is compiled first
@@ -36,7 +35,8 @@ class AutoGPTQOptions:
     backend: str = option(
         "auto",
         "Backend",
-        "auto: auto-gptq if it can be imported, else GPTQModel, which chooses its kernel. A kernel's name is GPTQModel's.",
+        "auto: auto-gptq if it can be imported, else GPTQModel, on a card with its Triton kernel, which needs no compiling. "
+        "gptqmodel: it chooses its kernel. A kernel's name is GPTQModel's.",
         _BACKENDS,
     )
     device: str = option("auto", "Device", "auto uses the graphics card if there is one.", ("auto", "cpu", "cuda"))
@@ -82,25 +82,24 @@ class AutoGPTQLoader:
             return Refusal(f"auto-gptq reads the format gptq only; this model is in {quantize.checkpoint_format}")
         if options.device == "cuda" and not machine.cuda:
             return Refusal("there is no graphics card that torch can use", "choose the device auto or cpu")
-        if library == "gptqmodel" and _on_card(machine, options) and options.backend in _COMPILED and not machine.compilers:
-            return Refusal(
-                f"GPTQModel compiles its kernels for a card, which takes {COMPILERS}; not all of them are here",
-                "choose the backend triton or torch",
-            )
+        if library == "gptqmodel" and _on_card(machine, options) and _backend(machine, options, quantize.bits) in _COMPILED:
+            return gptqmodel_kernels.refusal(machine, "choose the backend triton or torch")
         return None
 
     def remark(self, model: LocalModel, options: AutoGPTQOptions) -> Remark | None:
         machine = self._machine()
         library, _missing = _library(machine, options)
-        if library == "gptqmodel" and _on_card(machine, options) and options.backend in _COMPILED:
-            return Remark("compiles its kernels for the card at their first use: half a minute to three minutes", COMPILE_S)
+        bits = model.quantize.bits if model.quantize is not None else 16
+        if library == "gptqmodel" and _on_card(machine, options) and _backend(machine, options, bits) in _COMPILED:
+            return gptqmodel_kernels.remark()
         return Remark("with auto-gptq 0.7, which is no longer maintained" if library == "auto_gptq" else "with GPTQModel")
 
     def needs_bytes(self, model: LocalModel, options: AutoGPTQOptions) -> int:
         return fit.needs_bytes(model, options)
 
     def load(self, model: LocalModel, options: AutoGPTQOptions, progress: LoadProgress) -> TransformersModel:
-        library, missing = _library(self._machine(), options)
+        machine = self._machine()
+        library, missing = _library(machine, options)
         if missing is not None:
             raise LoadFailed(str(missing))
         progress(0.02, "Starting torch and " + {"auto_gptq": "auto-gptq", "gptqmodel": "GPTQModel"}[library])
@@ -108,7 +107,7 @@ class AutoGPTQLoader:
 
         device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
         tokenizer = read_tokenizer(model)
-        kernel, dtype = _kernel(model, options, library, device)
+        kernel, dtype = _kernel(model, options, library, device, machine)
         fit.require_memory(model, device, dtype)
         open_folder = _open_auto_gptq if library == "auto_gptq" else _open_gptqmodel
         hf: Any = None
@@ -163,12 +162,20 @@ def _on_card(machine: Machine, options: AutoGPTQOptions) -> bool:
     return machine.cuda and options.device != "cpu"
 
 
-def _kernel(model: LocalModel, options: AutoGPTQOptions, library: str, device: Any) -> tuple[str, Any]:
+def _backend(machine: Machine, options: AutoGPTQOptions, bits: int) -> str:
+    """The backend that GPTQModel is asked for on a card."""
+    return (gptqmodel_kernels.at_once(machine, bits) or "auto") if options.backend == "auto" else options.backend
+
+
+def _kernel(model: LocalModel, options: AutoGPTQOptions, library: str, device: Any, machine: Machine) -> tuple[str, Any]:
     """(kernel, dtype). On a processor auto-gptq fails in fp16, and GPTQModel's own choice for 8 bits is 15 times too slow."""
     import torch
 
     named = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(options.dtype)
     kernel = options.backend if options.backend in _KERNELS else "auto"
+    if device.type == "cuda" and library == "gptqmodel" and model.quantize is not None:
+        asked = _backend(machine, options, model.quantize.bits)
+        kernel = asked if asked in _KERNELS else "auto"
     if device.type == "cuda":
         return kernel, named or torch.float16
     if library == "auto_gptq":

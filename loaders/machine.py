@@ -22,6 +22,7 @@ class Machine:
     torch_for: str = ""  # what torch was built for: "cuda 13.0", "rocm 7.0", "cpu"; "" without torch
     card: bool = False  # a graphics card that a driver serves
     compilers: bool = False  # what a CUDA extension needs to be compiled
+    c_compiler: bool = False  # what Triton needs
     compiled: frozenset[str] = frozenset()  # extensions that were compiled here before
 
     def has(self, package: str) -> bool:
@@ -40,7 +41,7 @@ class Machine:
 
 _ASKED_FOR = (
     "torch", "transformers", "accelerate", "optimum", "exllamav2", "exllamav2_ext", "flash_attn", "ninja", "gptqmodel",
-    "auto_gptq", "openai",
+    "auto_gptq", "triton", "openai",
 )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def look() -> Machine:
         torch_for=torch_build(),
         card=has_card(),
         compilers=has_compilers(),
+        c_compiler=has_c_compiler(),
         compiled=frozenset(name for name in ("exllamav2_ext",) if _was_compiled(name)),
     )
 
@@ -110,6 +112,11 @@ def has_compilers() -> bool:
     compiler = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
     ninja = importlib.util.find_spec("ninja") is not None or shutil.which("ninja") is not None
     return nvcc and bool(compiler) and ninja
+
+
+def has_c_compiler() -> bool:
+    """Whether Triton could build what starts its kernels (its wheel for Windows brings a compiler)."""
+    return sys.platform == "win32" or bool(os.environ.get("CC")) or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def _was_compiled(extension: str) -> bool:

@@ -5,11 +5,10 @@ from typing import Any
 
 from ..core.errors import LoadFailed
 from ..core.models import LocalModel
+from . import gptqmodel_kernels
 from .base import Refusal, Remark
-from .machine import COMPILERS, Machine
+from .machine import Machine, look
 from .standard_folder import config_of
-
-COMPILE_S = 60.0  # GPTQModel's kernels for a card took 30 to 177 s at their first use
 
 
 def refusal(model: LocalModel, machine: Machine) -> Refusal | None:
@@ -21,18 +20,16 @@ def refusal(model: LocalModel, machine: Machine) -> Refusal | None:
             return Refusal(f"the kernel optimum needs the package {package}", 'pip install "gptq-webui[optimum]"')
     if not model.quantize.sym and model.quantize.checkpoint_format == "gptq":
         return Refusal("GPTQModel refuses asymmetric models in the format gptq", "choose the kernel native")
-    if machine.cuda and not machine.compilers:
-        return Refusal(
-            f"GPTQModel compiles its kernels for a card, which takes {COMPILERS}; not all of them are here",
-            "choose the kernel native",
-        )
+    if machine.cuda and gptqmodel_kernels.at_once(machine, model.quantize.bits) is None:
+        return gptqmodel_kernels.refusal(machine, "choose the kernel native")
     return None
 
 
-def remark(machine: Machine) -> Remark | None:
-    if machine.cuda:
-        return Remark("compiles its kernels for the card at their first use: half a minute to three minutes", COMPILE_S)
-    return None
+def remark(model: LocalModel, machine: Machine) -> Remark | None:
+    if not machine.cuda or model.quantize is None:
+        return None
+    at_once = gptqmodel_kernels.at_once(machine, model.quantize.bits)
+    return Remark("with GPTQModel's Triton kernel") if at_once else gptqmodel_kernels.remark()
 
 
 def load(
@@ -62,6 +59,8 @@ def load(
     on_cpu = isinstance(device_map, dict) and {str(each) for each in device_map.values()} == {"cpu"}
     if on_cpu and model.quantize.bits == 8:  # its own choice is 15 times slower; this kernel wants bf16
         settings, dtype = {**settings, "backend": "gptq_torch_int8"}, torch.bfloat16
+    elif not on_cpu and (kernel := gptqmodel_kernels.at_once(look(), model.quantize.bits)) is not None:
+        settings = {**settings, "backend": f"gptq_{kernel}"}
     config.quantization_config = settings
     config.transformers_weights = checkpoint.weights_name(model)
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}

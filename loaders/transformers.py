@@ -46,7 +46,7 @@ class TransformersLoader:
         return refused or (optimum.refusal(model, machine) if options.kernel == "optimum" else None)
 
     def remark(self, model: LocalModel, options: TransformersOptions) -> Remark | None:
-        return optimum.remark(self._machine()) if options.kernel == "optimum" and model.kind == "gptq" else None
+        return optimum.remark(model, self._machine()) if options.kernel == "optimum" and model.kind == "gptq" else None
 
     def without_effect(self, model: LocalModel, options: TransformersOptions) -> dict[str, str]:
         """Options that would change nothing for a model here -> why."""

@@ -15,6 +15,7 @@ from gptq_webui.core.errors import BadParameter, LoadFailed, LoadRefused
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
+from gptq_webui.loaders import optimum
 from gptq_webui.loaders.autogptq import AutoGPTQLoader, AutoGPTQOptions
 from gptq_webui.loaders.choose import all_loaders, choose
 from gptq_webui.loaders.machine import Machine, look
@@ -122,3 +123,19 @@ def test_on_a_card_gptqmodel_is_told_to_compile_first_or_refused_without_a_compi
     with pytest.raises(LoadRefused, match="choose the backend triton or torch"):
         choose(local, bare, "autogptq")
     assert choose(local, bare, "autogptq", {"backend": "triton"}).loader.name == "autogptq"
+    quick = AutoGPTQLoader(lambda: Machine(ALONE | {"gptqmodel": "7.6.0", "triton": "3.6.0"}, **card, c_compiler=True))
+    assert quick.refusal(local, AutoGPTQOptions()) is None and quick.remark(local, AutoGPTQOptions()).wait_s == 0
+    assert "CUDA toolkit" in str(quick.refusal(local, AutoGPTQOptions(backend="gptqmodel")))
+
+
+def test_the_kernel_optimum_takes_tritons_kernel_where_marlin_would_be_compiled(tmp_path):
+    import tiny
+
+    tiny.write(tmp_path / "model")
+    local = LocalModel.read(tmp_path / "model")
+    here = {"versions": ALONE | {"gptqmodel": "7.6.0", "optimum": "2.3.0"}, "torch_for": "cuda 13.0", "card": True}
+    triton = {**here, "versions": here["versions"] | {"triton": "3.6.0"}, "c_compiler": True}
+    assert "CUDA toolkit" in str(optimum.refusal(local, Machine(**here)))
+    assert optimum.refusal(local, Machine(**triton)) is None and optimum.remark(local, Machine(**triton)).wait_s == 0
+    assert optimum.refusal(local, Machine(**here, compilers=True)) is None
+    assert optimum.remark(local, Machine(**here, compilers=True)).wait_s > 60
