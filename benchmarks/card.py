@@ -172,7 +172,11 @@ def start(folder: Path) -> None:
             process.communicate()
         return took
 
-    say("process start to first token, seconds", median(once), "(not the first start; Python must be allowed to keep its bytecode)")
+    say(
+        "process start to first token, seconds",
+        median(once),
+        "(not the first; with Python keeping its bytecode)",
+    )
 
 
 def exllamav2(folder: Path) -> None:

@@ -35,7 +35,9 @@ def main() -> int:
     torch.cuda.set_per_process_memory_fraction(given.gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     engine = Engine(Library([folder.parent]), Settings(Path("/tmp/gptq-webui-bench.json")))
     loaded = engine.load(folder.name, "transformers", {"context_tokens": given.context})
-    print(f"{torch.cuda.get_device_name()}: loaded, {torch.cuda.memory_allocated() / 1e9:.2f} GB, context {loaded.context_tokens}")
+    print(
+        f"{torch.cuda.get_device_name()}: loaded, {torch.cuda.memory_allocated() / 1e9:.2f} GB, context {loaded.context_tokens}"
+    )
     loaded._end_ids = set()  # type: ignore[attr-defined]  # random weights may say "end" at any time
     ids = torch.randint(300, 30000, (loaded.context_tokens - TOKENS - 6,)).tolist()
     params = GenerationParams(max_new_tokens=TOKENS, temperature=0.0, repetition_penalty=1.0)
