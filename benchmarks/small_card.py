@@ -45,7 +45,7 @@ def main() -> int:
     assert isinstance(finish, Finish)
     print(
         f"a prompt of {len(ids)} in {finish.prefill_s:.2f} s, {finish.new_tokens} tokens at {finish.tokens_per_s:.0f} tokens/s; "
-        f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated and {torch.cuda.max_memory_reserved() / 1e9:.2f} GB taken at most"
+        f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated, {torch.cuda.max_memory_reserved() / 1e9:.2f} taken at most"
     )
     return 0 if finish.new_tokens == TOKENS and loaded.context_tokens == given.context else 1
 

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gptq_webui.core.errors import LoadFailed
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.gptq import pack, quantize
-from gptq_webui.gptq.quantize import Packed, quantize_linear, quantize_model
+from gptq_webui.gptq import pack, quantize, solve
+from gptq_webui.gptq.quantize import quantize_model
+from gptq_webui.gptq.solve import Packed, quantize_linear
 
 K, N = 192, 64
 ACT_ORDER_4 = QuantizeConfig(4, 32, desc_act=True)
@@ -60,7 +61,7 @@ def test_plain_rounding_errs_by_half_a_step_at_most(
     bits: int, group_size: int, act_order: bool, sym: bool, checkpoint_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With independent inputs, weights that are not cut off, in every layout; 192 rows leave a short group of 128."""
-    monkeypatch.setattr(quantize, "_FEW_BITS", 0)
+    monkeypatch.setattr(solve, "_FEW_BITS", 0)
     weight, _ = correlated()
     config = QuantizeConfig(bits, group_size, act_order, sym, checkpoint_format)
     packed = quantize_linear(weight, torch.diag(torch.rand(K) + 0.5), config)
@@ -82,7 +83,7 @@ def test_few_bits_are_spent_with_care(bits: int, sym: bool, monkeypatch: pytest.
     weight, _ = correlated()
     config = QuantizeConfig(bits, 32, sym=sym)
     chosen = quantize_linear(weight, torch.eye(K), config)
-    monkeypatch.setattr(quantize, "_FEW_BITS", 0)
+    monkeypatch.setattr(solve, "_FEW_BITS", 0)
     whole_range = quantize_linear(weight, torch.eye(K), config)
     assert output_error(weight, torch.eye(K), chosen, config) < 0.95 * output_error(weight, torch.eye(K), whole_range, config)
 
@@ -134,7 +135,7 @@ def test_statistics_that_are_no_numbers_are_an_error_in_words() -> None:
 def test_configurations_solved_together_are_the_same_as_alone() -> None:
     weight, hessian = correlated()
     configs = [ACT_ORDER_4, QuantizeConfig(8, 64, desc_act=True), QuantizeConfig(3, -1, desc_act=False, damp_percent=0.1)]
-    together = quantize._quantize([weight.T[:, :32], weight.T[:, 32:]], hessian, configs)
+    together = solve.solve([weight.T[:, :32], weight.T[:, 32:]], hessian, configs)
     for config, pieces in zip(configs, together, strict=True):
         alone = dense(quantize_linear(weight, hessian, config), config)
         found = torch.cat([dense(piece, config) for piece in pieces])

@@ -5,127 +5,14 @@ of a prompt shares its rows out and meets. Keys lie [layer][kv head][position/16
 [layer][kv head][D/16][position][16], both halves, so that attention is products with dense tiles (tiles.py).
 """
 
-import numpy as np
-
 from .compiled import compiled
-from .kernels import (
-    BIAS,
-    CHUNK_ROWS,
-    CHUNKS,
-    ORDER,
-    SHARED,
-    SLOT,
-    TILES,
-    claim,
-    exp,
-    finish,
-    half_products,
-    norm_row,
-    product,
-    round_row,
-)
-from .tiles import store_half
+from .kernels import CHUNKS, TILES, claim, finish, norm_row
+from .pieces import attend, gated, multiply, remember, round_rows, share_of, turn
 
 # Columns of the table of layers: rows of the table of weights (-1: in the one before), then numbers.
 Q, K, V, OUT, GATE, UP, DOWN, WINDOW = range(8)
 # Places in `sizes`.
 HEADS, KV_HEADS, HEAD_DIM, HALF_ROTARY, K_COLUMN, V_COLUMN, UP_COLUMN, INNER, HEAD_ROW, HAS_QK_NORM = range(10)
-
-
-@compiled
-def _round(me, first, last, x, weights, row, orders, x8, x16, x_scales, x_sums):
-    """Round rows first to last of x [rows, K] for the weights in `row`; a dense weight needs none."""
-    table = weights[row]
-    if table[CHUNKS] == 0 or table[SHARED]:
-        return
-    slot = table[SLOT]
-    at, width = table[ORDER], table[CHUNKS] * table[CHUNK_ROWS]
-    order = orders[at : at + width] if at >= 0 else orders[:0]
-    for r in range(first, last):
-        round_row(
-            x[r], r, order, table[CHUNKS], table[CHUNK_ROWS], x8[me, slot], x16[me, slot], x_scales[me, slot], x_sums[me, slot]
-        )
-
-
-@compiled
-def _multiply(me, first, last, rows, x, weights, row, x8, x_scales, x_sums, y, column, biases):
-    """The tiles first … last, as far as it has them, of the product in `row`; y's columns begin at `column`."""
-    table = weights[row]
-    first, last = max(first, 0), min(last, table[TILES])
-    if first < last:
-        slot = table[SLOT]
-        bias = biases.ctypes.data + 4 * table[BIAS] if table[BIAS] >= 0 else 0
-        product(
-            table, first, last, rows, x.ctypes.data, x.strides[0], x8[me, slot].ctypes.data, x_scales[me, slot].ctypes.data,
-            x_sums[me, slot].ctypes.data, y.ctypes.data + 4 * column, y.strides[0], bias,
-        )  # fmt: skip
-
-
-@compiled
-def _item(at, items, count):
-    """(first, last) of the `at`-th of `items` even shares of `count`."""
-    return count * at // items, count * (at + 1) // items
-
-
-@compiled
-def _turn(x, start, head_dim, half, cos, sin, norm, eps):
-    """Norm (if there is one) and rotary position of one head, x [start : start + D], in place."""
-    if norm.size:
-        norm_row(x[start : start + head_dim], norm, eps, x[start : start + head_dim])
-    for i in range(half):
-        a, b = x[start + i], x[start + half + i]
-        x[start + i] = a * cos[i] - b * sin[i]
-        x[start + half + i] = b * cos[i] + a * sin[i]
-
-
-@compiled
-def _remember(row, k_at, v_at, position, head_dim, half, cos, sin, norm, eps, keys, values, scratch):
-    """Put one head's key and value into the memory. Two threads may do the same at once: they write the same."""
-    for i in range(head_dim):
-        scratch[i] = row[k_at + i]
-    _turn(scratch, 0, head_dim, half, cos, sin, norm, eps)
-    place = keys[position // 16].ctypes.data + 2 * (position % 16)
-    for i in range(head_dim):
-        store_half(place + 32 * i, scratch[i])
-    place = values.ctypes.data + 32 * position
-    for i in range(head_dim):
-        store_half(place + 32 * values.shape[1] * (i // 16) + 2 * (i % 16), row[v_at + i])
-
-
-@compiled
-def _attend(query, q_stride, out, o_stride, count, position, later, window, keys, values, capacity, head_dim, scores):
-    """`count` query rows of one head; row r stands at position + r * later. keys and values are that head's addresses."""
-    last = position + (count - 1) * later
-    begin = max(0, position - window + 1) // 16 if window > 0 else 0
-    tiles_ = last // 16 + 1 - begin
-    width = 16 * tiles_
-    mine, s_stride = scores.ctypes.data, scores.strides[0]
-    half_products(keys + begin * head_dim * 32, query, q_stride, head_dim, mine, s_stride, count, tiles_, head_dim * 32)
-    scale = np.float32(1.0) / np.sqrt(np.float32(head_dim))
-    for r in range(count):
-        row = scores[r]
-        high = position + r * later + 1 - 16 * begin
-        low = max(0, high - window) if window > 0 else 0
-        largest = row[low]
-        for i in range(low, high):
-            largest = max(largest, row[i])
-        total = np.float32(0.0)
-        for i in range(low, high):
-            value = exp((row[i] - largest) * scale)
-            row[i] = value
-            total += value
-        for i in range(low, high):
-            row[i] /= total
-        row[:low] = np.float32(0.0)
-        row[high:width] = np.float32(0.0)
-    half_products(values + begin * 512, mine, s_stride, width, out, o_stride, count, head_dim // 16, capacity * 32)
-
-
-@compiled
-def _gated(gate_up, up_column, out, inner):
-    for i in range(inner):
-        gate = gate_up[i]
-        out[i] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[up_column + i]
 
 
 @compiled
@@ -159,12 +46,12 @@ def forward(
             mine = 0
             at = claim(counters, phase)
             while at < row_items:
-                first, last = _item(at, row_items, rows)
+                first, last = share_of(at, row_items, rows)
                 for r in range(first, last):
                     norm_row(x[r], norms[2 * l], eps, hidden[r])
                 for one in range(3):
                     if layer[Q + one] >= 0:
-                        _round(me, first, last, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
+                        round_rows(me, first, last, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
                 mine += 1
                 at = claim(counters, phase)
             finish(counters, phase, mine, row_items)
@@ -180,15 +67,15 @@ def forward(
                 norm_row(x[0], norms[2 * l], eps, hidden[0])
                 for one in range(3):
                     if layer[Q + one] >= 0:
-                        _round(me, 0, 1, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
+                        round_rows(me, 0, 1, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
                 ready = True
-            first, last = _item(at, items, tiles_)
-            _multiply(me, first, last, rows, hidden, weights, layer[Q], x8, x_scales, x_sums, qkv, 0, biases)
+            first, last = share_of(at, items, tiles_)
+            multiply(me, first, last, rows, hidden, weights, layer[Q], x8, x_scales, x_sums, qkv, 0, biases)
             if k_tiles:
                 first, last = first - q_tiles, last - q_tiles
-                _multiply(me, first, last, rows, hidden, weights, layer[K], x8, x_scales, x_sums, qkv, k_column, biases)
+                multiply(me, first, last, rows, hidden, weights, layer[K], x8, x_scales, x_sums, qkv, k_column, biases)
                 first, last = first - k_tiles, last - k_tiles
-                _multiply(me, first, last, rows, hidden, weights, layer[V], x8, x_scales, x_sums, qkv, v_column, biases)
+                multiply(me, first, last, rows, hidden, weights, layer[V], x8, x_scales, x_sums, qkv, v_column, biases)
             mine += 1
             at = claim(counters, phase)
         finish(counters, phase, mine, items)
@@ -199,13 +86,13 @@ def forward(
             mine = 0
             at = claim(counters, phase)
             while at < row_items:
-                first, last = _item(at, row_items, rows)
+                first, last = share_of(at, row_items, rows)
                 for r in range(first, last):
                     position = start + r
                     for head in range(heads):
-                        _turn(qkv[r], head * head_dim, head_dim, half, cos[position], sin[position], q_norm, eps)
+                        turn(qkv[r], head * head_dim, head_dim, half, cos[position], sin[position], q_norm, eps)
                     for head in range(kv_heads):
-                        _remember(
+                        remember(
                             qkv[r], k_column + head * head_dim, v_column + head * head_dim, position, head_dim, half,
                             cos[position], sin[position], k_norm, eps, keys[l, head], values[l, head], scratch,
                         )  # fmt: skip
@@ -224,16 +111,16 @@ def forward(
                 head, r, taken, later = at * size, 0, size, 0
                 stride = out_stride = 4 * head_dim
                 for one in range(size):
-                    _turn(qkv[0], (head + one) * head_dim, head_dim, half, cos[start], sin[start], q_norm, eps)
+                    turn(qkv[0], (head + one) * head_dim, head_dim, half, cos[start], sin[start], q_norm, eps)
                 own = head // group
-                _remember(
+                remember(
                     qkv[0], k_column + own * head_dim, v_column + own * head_dim, start, head_dim, half,
                     cos[start], sin[start], k_norm, eps, keys[l, own], values[l, own], scratch,
                 )  # fmt: skip
             else:
                 head, r = at % heads, (items - 1 - at) // heads * 4  # the long rows first
                 taken, later, stride, out_stride = min(4, rows - r), 1, qkv.strides[0], mixed.strides[0]
-            _attend(
+            attend(
                 qkv[r].ctypes.data + 4 * head * head_dim, stride, mixed[r].ctypes.data + 4 * head * head_dim, out_stride, taken,
                 start + r, later, layer[WINDOW], keys[l, head // group].ctypes.data, values[l, head // group].ctypes.data,
                 capacity, head_dim, scores[tid],
@@ -249,8 +136,8 @@ def forward(
             mine = 0
             at = claim(counters, phase)
             while at < row_items:
-                first, last = _item(at, row_items, rows)
-                _round(me, first, last, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
+                first, last = share_of(at, row_items, rows)
+                round_rows(me, first, last, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
                 mine += 1
                 at = claim(counters, phase)
             finish(counters, phase, mine, row_items)
@@ -260,10 +147,10 @@ def forward(
         at = claim(counters, phase)
         while at < items:
             if not ready:
-                _round(me, 0, 1, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
+                round_rows(me, 0, 1, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
                 ready = True
-            first, last = _item(at, items, tiles_)
-            _multiply(me, first, last, rows, mixed, weights, layer[OUT], x8, x_scales, x_sums, gate_up, 0, biases)
+            first, last = share_of(at, items, tiles_)
+            multiply(me, first, last, rows, mixed, weights, layer[OUT], x8, x_scales, x_sums, gate_up, 0, biases)
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
                     x[r, i] += gate_up[r, i]
@@ -278,12 +165,12 @@ def forward(
             mine = 0
             at = claim(counters, phase)
             while at < row_items:
-                first, last = _item(at, row_items, rows)
+                first, last = share_of(at, row_items, rows)
                 for r in range(first, last):
                     norm_row(x[r], norms[2 * l + 1], eps, hidden[r])
                 for one in range(2):
                     if layer[GATE + one] >= 0:
-                        _round(me, first, last, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
+                        round_rows(me, first, last, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
                 mine += 1
                 at = claim(counters, phase)
             finish(counters, phase, mine, row_items)
@@ -297,13 +184,13 @@ def forward(
                 norm_row(x[0], norms[2 * l + 1], eps, hidden[0])
                 for one in range(2):
                     if layer[GATE + one] >= 0:
-                        _round(me, 0, 1, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
+                        round_rows(me, 0, 1, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
                 ready = True
-            first, last = _item(at, items, tiles_)
-            _multiply(me, first, last, rows, hidden, weights, layer[GATE], x8, x_scales, x_sums, gate_up, 0, biases)
+            first, last = share_of(at, items, tiles_)
+            multiply(me, first, last, rows, hidden, weights, layer[GATE], x8, x_scales, x_sums, gate_up, 0, biases)
             if layer[UP] >= 0:
                 first, last = first - gate_tiles, last - gate_tiles
-                _multiply(me, first, last, rows, hidden, weights, layer[UP], x8, x_scales, x_sums, gate_up, up_column, biases)
+                multiply(me, first, last, rows, hidden, weights, layer[UP], x8, x_scales, x_sums, gate_up, up_column, biases)
             mine += 1
             at = claim(counters, phase)
         finish(counters, phase, mine, items)
@@ -315,10 +202,10 @@ def forward(
             mine = 0
             at = claim(counters, phase)
             while at < row_items:
-                first, last = _item(at, row_items, rows)
+                first, last = share_of(at, row_items, rows)
                 for r in range(first, last):
-                    _gated(gate_up[r], up_column, inside[r], inner)
-                _round(me, first, last, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
+                    gated(gate_up[r], up_column, inside[r], inner)
+                round_rows(me, first, last, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
                 mine += 1
                 at = claim(counters, phase)
             finish(counters, phase, mine, row_items)
@@ -328,11 +215,11 @@ def forward(
         at = claim(counters, phase)
         while at < items:
             if not ready:
-                _gated(gate_up[0], up_column, inside[0], inner)
-                _round(me, 0, 1, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
+                gated(gate_up[0], up_column, inside[0], inner)
+                round_rows(me, 0, 1, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
                 ready = True
-            first, last = _item(at, items, tiles_)
-            _multiply(me, first, last, rows, inside, weights, layer[DOWN], x8, x_scales, x_sums, qkv, 0, biases)
+            first, last = share_of(at, items, tiles_)
+            multiply(me, first, last, rows, inside, weights, layer[DOWN], x8, x_scales, x_sums, qkv, 0, biases)
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
                     x[r, i] += qkv[r, i]
@@ -350,10 +237,10 @@ def forward(
     while at < items:
         if not ready:
             norm_row(x[rows - 1], norms[2 * layers.shape[0]], eps, own[0])
-            _round(tid, 0, 1, own, weights, sizes[HEAD_ROW], orders, head_x8, head_x16, head_scales, head_sums)
+            round_rows(tid, 0, 1, own, weights, sizes[HEAD_ROW], orders, head_x8, head_x16, head_scales, head_sums)
             ready = True
-        first, last = _item(at, items, tiles_)
-        _multiply(tid, first, last, 1, own, weights, sizes[HEAD_ROW], head_x8, head_scales, head_sums, logits, 0, biases)
+        first, last = share_of(at, items, tiles_)
+        multiply(tid, first, last, 1, own, weights, sizes[HEAD_ROW], head_x8, head_scales, head_sums, logits, 0, biases)
         mine += 1
         at = claim(counters, phase)
     finish(counters, phase, mine, items)
@@ -367,16 +254,16 @@ def linear(tid, threads, counters, rows, weights, order, bias, x, x8, x16, x_sca
     if table[CHUNKS]:
         at = claim(counters, 0)
         while at < row_items:
-            first, last = _item(at, row_items, rows)
-            _round(0, first, last, x, weights, 0, order, x8, x16, x_scales, x_sums)
+            first, last = share_of(at, row_items, rows)
+            round_rows(0, first, last, x, weights, 0, order, x8, x16, x_scales, x_sums)
             mine += 1
             at = claim(counters, 0)
         finish(counters, 0, mine, row_items)
     items, mine = min(table[TILES], 8 * threads), 0
     at = claim(counters, 1)
     while at < items:
-        first, last = _item(at, items, table[TILES])
-        _multiply(0, first, last, rows, x, weights, 0, x8, x_scales, x_sums, y, 0, bias)
+        first, last = share_of(at, items, table[TILES])
+        multiply(0, first, last, rows, x, weights, 0, x8, x_scales, x_sums, y, 0, bias)
         mine += 1
         at = claim(counters, 1)
     finish(counters, 1, mine, items)

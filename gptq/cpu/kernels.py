@@ -7,8 +7,9 @@ that the system has put aside delays nobody unless it holds one.
 import numpy as np
 
 from . import tiles
+from .atoms import add16, bits_of_float, fetch, fetch_add, float_of_bits, pause
 from .compiled import compiled
-from .tiles import LANES, X_TOP, add16, bits_of_float, fetch, fetch_add, float_of_bits, pause
+from .tiles import LANES, X_TOP
 
 WAY = tiles.best_way()
 _HALVES = tiles.WAYS[WAY].halves

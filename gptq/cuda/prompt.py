@@ -17,7 +17,8 @@ from .pages import PAGE_TOKENS
 from .weights import TILE, Weight
 
 if TYPE_CHECKING:
-    from .step import CudaStep, Layer
+    from .layers import Layer
+    from .step import CudaStep
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 

@@ -13,18 +13,14 @@ read in prompt.py; several conversations at once are computed in rows.py.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..linear import GPTQLinear
-from ..llama import LayerParts, LlamaParts
+from ..llama import LlamaParts
 from . import few
 from .kernels import (
     ATTENTION_THREADS,
-    HEAD_DIMS,
     MOST_SPLITS,
     Attention,
     Cache,
@@ -36,31 +32,15 @@ from .kernels import (
     Sample,
     pointer,
 )
+from .layers import Layer, products, require, take
 from .nvrtc import OwnStream
 from .pages import PAGE_TOKENS, PagedMemory, Pages
 from .prompt import Prompt
-from .weights import Tuning, Unsuited, Weight, repack, shape_of, variant
+from .weights import Tuning, Weight, shape_of, variant
 
 log = logging.getLogger(__name__)
 
 TOLD = 64  # tokens that the card tells ahead of being asked (sample.cu)
-
-
-@dataclass(frozen=True)
-class Layer:
-    qkv: Weight
-    o: Weight
-    gate_up: Weight
-    down: Weight
-    input_norm: Tensor  # fp16, engine order of qkv's input
-    post_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    window: int
-
-    @property
-    def weights(self) -> tuple[Weight, Weight, Weight, Weight]:
-        return self.qkv, self.o, self.gate_up, self.down
 
 
 class CudaStep:
@@ -87,7 +67,7 @@ class CudaStep:
         self.device = parts.device
         self.context_tokens = context_tokens
         self.slots, self.prompt_row = slots, slots
-        _require(parts)
+        require(parts)
         self.card, self._own_card = card or Card(self.device), card is None
         self.heads, self.kv_heads, self.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         self.cache = Cache(self.head_dim, q8)
@@ -96,7 +76,7 @@ class CudaStep:
         self.head: Tensor = parts.head.weight.data  # type: ignore[assignment]
         self.vocabulary = int(self.head.shape[0])
         self.tunings = {**_TUNINGS, **(tunings or {})}
-        shapes = [tuple(shape_of(each) for each in _products(layer)) for layer in parts.layers]
+        shapes = [tuple(shape_of(each) for each in products(layer)) for layer in parts.layers]
         several = few.every_variant(self.card, [pair for four in shapes for pair in zip(four, EPILOGUES, strict=True)])
         self.card.add(several, {each for four in shapes for each in four}, [self.cache], fixed=True)
         self.embedding = parts.embedding.data
@@ -105,7 +85,7 @@ class CudaStep:
         self.rotary_half = parts.rotary_dim // 2
         self.layers: list[Layer] = []
         for at, (layer, four) in enumerate(zip(parts.layers, shapes, strict=True)):
-            self.layers.append(self._take(layer, four))
+            self.layers.append(take(self.card, layer, four))
             progress((at + 1) / len(parts.layers))
         self.pages = Pages(self.device, len(self.layers), self.kv_heads, self.cache)
         self._buffers()
@@ -116,36 +96,6 @@ class CudaStep:
         self.tune({})
         self.prompt = Prompt(self)
         self._told_pages: list[list[int]] = [[] for _ in range(slots + 1)]
-
-    # -- loading ---------------------------------------------------------------------------------------------------
-
-    def _take(self, layer: LayerParts, shapes: Sequence[Any]) -> Layer:
-        qkv_layers, o_layers, gate_up_layers, down_layers = _products(layer)
-        qkv = repack(self.card, qkv_layers, shapes[0])
-        o = repack(self.card, o_layers, shapes[1])
-        # gate and up are stored so that their product comes out in the order of down's input
-        down = repack(self.card, down_layers, shapes[3])
-        inner = down.in_features
-        at = down.order.long().view(-1, 8)  # [tiles, 8], -1 where down's input is padding
-        up = torch.where(at >= 0, at + inner, -1)
-        gate_up = repack(self.card, gate_up_layers, shapes[2], torch.cat([at, up], dim=1).view(-1))
-        for each in (*qkv_layers, *o_layers, *gate_up_layers, *down_layers):
-            each.let_go()
-
-        def in_order(norm: Tensor, weight: Weight) -> Tensor:
-            return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
-
-        return Layer(
-            qkv,
-            o,
-            gate_up,
-            down,
-            in_order(layer.input_norm, qkv),
-            in_order(layer.post_norm, gate_up),
-            None if layer.q_norm is None else layer.q_norm.data.half().contiguous(),
-            None if layer.k_norm is None else layer.k_norm.data.half().contiguous(),
-            layer.window,
-        )
 
     def _buffers(self) -> None:
         first = self.layers[0]
@@ -399,27 +349,3 @@ class AttentionWork:
     def splits(self, rows: int) -> int:
         """Blocks that share one conversation's keys: two of all rows together on a processor, which is what fits at once."""
         return max(1, min(MOST_SPLITS, 2 * self._processors // (self._blocks * rows)))
-
-
-def _products(layer: LayerParts) -> tuple[Sequence[GPTQLinear], ...]:
-    four = (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))
-    for each in four:
-        for one in each:
-            if not isinstance(one, GPTQLinear):
-                raise Unsuited("a layer that is not packed")
-    return four  # type: ignore[return-value]
-
-
-def _require(parts: LlamaParts) -> None:
-    """Raises Unsuited for what the kernels cannot do."""
-    if parts.head_dim not in HEAD_DIMS:
-        raise Unsuited(f"heads of {parts.head_dim} dimensions")
-    if not isinstance(parts.head, nn.Linear) or parts.head.bias is not None:
-        raise Unsuited("a packed output layer")
-    if parts.head.weight.dtype != torch.float16 or parts.embedding.dtype != torch.float16:
-        raise Unsuited("numbers other than fp16")
-    if parts.embedding.shape[1] % 8:
-        raise Unsuited("a width that is no multiple of 8")
-    sizes = {(each.qkv[0].in_features, each.down.in_features, each.o.in_features) for each in parts.layers}
-    if len(sizes) != 1:
-        raise Unsuited("layers of different sizes")
