@@ -91,6 +91,27 @@ def test_a_load_shows_what_it_needs_and_can_be_stopped(visit, house):
     assert house.engine.loaded is None and tab.is_visible("#gw-back")
 
 
+def test_a_question_asked_during_a_load_waits_for_it_and_can_be_taken_back(visit, house):
+    tab = visit({})
+    model_tab(tab)
+    house.engine.settings.save_for_model(MISTRAL, options={"load_s": 4.0})
+    tab.click("#gw-reload")
+    wait_for(tab, "#gw-model-status", "are free on")
+    open_tab(tab, "Chat")
+    tab.fill("#gw-message textarea", "too early")
+    tab.press("#gw-message textarea", "Enter")
+    wait_for(tab, "#gw-line", "waits for the model")
+    assert tab.is_disabled("#gw-message textarea")
+    tab.click("#gw-stop")
+    wait_for(tab, "#gw-line", "stopped before the model was there")
+    assert tab.input_value("#gw-message textarea") == "too early" and house.engine.loaded is None
+    tab.press("#gw-message textarea", "Enter")
+    wait_for(tab, "#gw-line", "waits for the model")
+    wait_for(tab, "#gw-line", "tokens/s")
+    assert "too early" in tab.inner_text("#gw-chat") and tab.input_value("#gw-message textarea") == ""
+    assert tab.is_enabled("#gw-message textarea")
+
+
 def test_each_loader_says_whether_and_why_and_one_is_compiled_by_a_button(visit, house, loaders):
     tab = visit({})
     model_tab(tab)

@@ -85,6 +85,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
     def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., Iterator[dict[Any, Any]]]:
         def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> Iterator[dict[Any, Any]]:
             session, cancel = str(request.session_hash), threading.Event()
+            usual = {send: gr.update(visible=True), stop: gr.update(visible=False), box: gr.update(interactive=True)}
             flag = running.setdefault(session, cancel)
             if flag is not cancel and not flag.is_set():
                 yield {line: bad("An answer is still being written. Stop it, or wait for its end.")}
@@ -96,11 +97,16 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield {line: quiet(chat)}
                     return
                 params = parameters.params(values)
+                waits = {send: gr.update(visible=False), stop: gr.update(visible=True), box: gr.update(interactive=False)}
                 for words in _waking(engine, cancel):
-                    yield {line: quiet(words), send: gr.update(visible=False), stop: gr.update(visible=True)}
+                    yield {line: quiet(words)} | waits
+                    waits = {}
+                if cancel.is_set():
+                    yield {line: quiet("stopped before the model was there")} | usual
+                    return
                 reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
                 begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: _doing(reply)}
-                yield draw(chat) | begun | ({box: ""} if prepare is _ask else {})
+                yield draw(chat) | begun | {box: gr.update(interactive=True) | ({"value": ""} if prepare is _ask else {})}
                 for written, keep in _watch(reply, cancel):
                     if cancel in cleared:
                         break
@@ -122,7 +128,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                 cancel.set()  # also where the page has left and the generator is closed
                 if running.get(session) is cancel:
                     del running[session]
-            yield {send: gr.update(visible=True), stop: gr.update(visible=False)}
+            yield usual
 
         return handler
 
@@ -190,13 +196,20 @@ def _again(chat: Transcript, _text: str) -> Transcript | str:
 
 
 def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
-    """What to say while a model that was unloaded for want of use is loaded again; its failure is said by the answer."""
+    """What to say while a model is being loaded, or loaded again after it was unloaded for want of use: a question waits for it.
+    A failure is said by the answer."""
 
     def wake() -> None:
         with contextlib.suppress(GptqWebuiError):
             engine.wake()
 
-    if not engine.must_wake:
+    told = ""
+    while engine.loaded is None and engine.status.phase == "loading" and not cancel.is_set():
+        if engine.status.text != told:
+            told = engine.status.text
+            yield f"Your question waits for the model: {told} …"
+        cancel.wait(_LOAD_LOOK_S)
+    if not engine.must_wake or cancel.is_set():
         return
     thread = threading.Thread(target=wake, name="gptq-webui wake", daemon=True)
     thread.start()
