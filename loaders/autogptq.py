@@ -172,17 +172,16 @@ def _kernel(model: LocalModel, options: AutoGPTQOptions, library: str, device: A
     import torch
 
     named = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(options.dtype)
-    kernel = options.backend if options.backend in _KERNELS else "auto"
-    if device.type == "cuda" and library == "gptqmodel" and model.quantize is not None:
-        asked = _backend(machine, options, model.quantize.bits)
-        kernel = asked if asked in _KERNELS else "auto"
+    bits = model.quantize.bits if model.quantize is not None else 16
+    asked = _backend(machine, options, bits) if library == "gptqmodel" and device.type == "cuda" else options.backend
+    kernel = asked if asked in _KERNELS else "auto"
     if device.type == "cuda":
         return kernel, named or torch.float16
     if library == "auto_gptq":
         if named == torch.float16:
             raise BadParameter("auto-gptq cannot compute in fp16 on the processor. Choose the number format auto or fp32.")
         return kernel, named or torch.float32
-    if kernel == "auto" and model.quantize is not None and model.quantize.bits == 8:
+    if kernel == "auto" and bits == 8:
         kernel = "torch_int8"
     return kernel, named or torch.bfloat16
 

@@ -97,16 +97,20 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield {line: quiet(chat)}
                     return
                 params = parameters.params(values)
-                waits = {send: gr.update(visible=False), stop: gr.update(visible=True), box: gr.update(interactive=False)}
+                stoppable = {send: gr.update(visible=False), stop: gr.update(visible=True)}
                 for words in _waking(engine, cancel):
-                    yield {line: quiet(words)} | waits
-                    waits = {}
+                    yield {line: quiet(words), box: gr.update(interactive=False)} | stoppable
                 if cancel.is_set():
+                    cleared.discard(cancel)
                     yield {line: quiet("stopped before the model was there")} | usual
                     return
                 reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
-                begun = {send: gr.update(visible=False), stop: gr.update(visible=True), line: _doing(reply)}
-                yield draw(chat) | begun | {box: gr.update(interactive=True) | ({"value": ""} if prepare is _ask else {})}
+                yield (
+                    draw(chat)
+                    | stoppable
+                    | {line: _doing(reply)}
+                    | {box: gr.update(interactive=True) | ({"value": ""} if prepare is _ask else {})}
+                )
                 for written, keep in _watch(reply, cancel):
                     if cancel in cleared:
                         break
