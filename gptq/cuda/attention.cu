@@ -155,7 +155,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   const int first_strip = from / 32, strips = (position + 31) / 32 - first_strip;
   const int per_block = max((strips + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
   const int active = max(1, (strips + per_block - 1) / per_block);
-  if (split >= active) { wait_for_the_kernel_ahead(); return; }
+  if (split >= active) return;  // the others wait, which is enough for the kernels behind
   const int begin = first_strip + split * per_block, end = min(begin + per_block, first_strip + strips);
   const bool newest = split == active - 1;  // this block adds the new token
   const u64* pages = p.pages + (size_t)row * p.max_pages;

@@ -124,6 +124,8 @@ DEVICE void gemv(const GemvArguments& p) {
   wait_for_the_kernel_ahead();
   stage<NORM>(p.x, norm, xs, p.chunks * 64, p.k, p.eps, scratch);
 
+  // x as the matrix unit takes it: one column, which the first four lanes hold. The others stay zero and are never written.
+  uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
   int slot = 0, adder = 0;
   for (int tile = blockIdx.x * teams + team, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
@@ -148,8 +150,8 @@ DEVICE void gemv(const GemvArguments& p) {
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
         if (EVEN || chunk + i < end) {
-          uint4 b[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-          if (lane < 4) {  // the one column that is not zero
+          uint4 (&b)[2] = column[i % 2];
+          if (lane < 4) {
             const uint4* from = (const uint4*)(xs + (chunk + i) * 64 + lane * 16);
             b[0] = from[0]; b[1] = from[1];
           }
@@ -162,10 +164,11 @@ DEVICE void gemv(const GemvArguments& p) {
 #pragma unroll
           for (int s = 0; s < 4; s++) {
             const Scale<SYM>& own = scale[s * UNITS / 4];
-            if (s * UNITS % 4 == 0) c[0] = c[1] = c[2] = c[3] = 0.f;
             u32 a[4];
             fragment<BITS>(now, s, twice_low(own.z), twice_high(own.z), a);
-            mma(c, a, s < 2 ? bs[2 * s] : bt[2 * s - 4], s < 2 ? bs[2 * s + 1] : bt[2 * s - 3]);
+            const u32 b0 = s < 2 ? bs[2 * s] : bt[2 * s - 4], b1 = s < 2 ? bs[2 * s + 1] : bt[2 * s - 3];
+            if (s * UNITS % 4 == 0) mma_from_zero(c, a, b0, b1);
+            else mma(c, a, b0, b1);
             if ((s + 1) * UNITS % 4 == 0) {
               row += low_of(own.s) * c[0];
               row8 += high_of(own.s) * c[2];

@@ -92,7 +92,6 @@ class CudaStep:
         with torch.cuda.device(self.device):
             self._own_stream = OwnStream()
         self._recording = torch.cuda.ExternalStream(self._own_stream.handle.value, device=self.device)
-        self._pool = torch.cuda.graph_pool_handle()
         self.tune({})
         self.prompt = Prompt(self)
         self._told_pages: list[list[int]] = [[] for _ in range(slots + 1)]
@@ -142,6 +141,7 @@ class CudaStep:
         self.tunings = {**self.tunings, **tunings}
         self.card.add(variants={each for layer in self.layers for each in self._variants(layer)})
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # torch lets go of one with its last graph
 
     # -- one token -------------------------------------------------------------------------------------------------
 
@@ -329,9 +329,9 @@ class CudaStep:
 _ROLES = ("qkv", "o", "gate_up", "down")
 EPILOGUES = ("PLAIN", "RESIDUAL", "SILU", "RESIDUAL")
 _TUNINGS = {  # measured on an H100 and an H200
-    "qkv": Tuning(8, 4, 4, 1, 2),
+    "qkv": Tuning(4, 4, 3, 1, 4),
     "o": Tuning(8, 4, 3, 1, 2),
-    "gate_up": Tuning(8, 4, 3, 1, 3),
+    "gate_up": Tuning(8, 4, 4, 1, 2),
     "down": Tuning(16, 2, 3, 1, 2),
 }
 
