@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,19 +128,13 @@ class Compiler:
             raise NoCompiler(f"NVRTC failed: {self._lib.nvrtcGetErrorString(result).decode()}")
 
 
-class _Dim(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
-
-
 class _Attribute(ctypes.Structure):
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig
     _fields_ = [
-        ("grid", _Dim),
-        ("block", _Dim),
-        ("shared_bytes", ctypes.c_uint),
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
         ("attribute_count", ctypes.c_uint),
@@ -156,14 +149,18 @@ def driver() -> ctypes.CDLL:
         raise NoCompiler(f"The NVIDIA driver's library was not found ({error}).") from None
 
 
-@dataclass
 class Kernel:
-    """A function of a loaded module. `launch` takes the arguments as ctypes values or a ctypes structure."""
+    """A function of a loaded module. A prompt launches hundreds, so what a launch takes is made once and filled in."""
 
-    _driver: Any
-    _function: ctypes.c_void_p
-    _overlaps: bool  # the card can start a kernel before the one ahead has ended (Hopper and newer)
-    shared_allowed: int = 0  # bytes
+    def __init__(self, library: Any, function: ctypes.c_void_p, overlaps: bool) -> None:
+        """`overlaps`: the card can start a kernel before the one ahead has ended (Hopper and newer)."""
+        self._driver, self._function, self._overlaps = library, function, overlaps
+        self.shared_allowed = 0  # bytes
+        self._attribute = _Attribute(id=_PDL)
+        self._attribute.value[0] = 1
+        self._config = _Config(attributes=ctypes.pointer(self._attribute), block_y=1, block_z=1)
+        self._config_at, self._pointers = ctypes.byref(self._config), (ctypes.c_void_p * 1)()
+        self._lock = threading.Lock()
 
     def allow_shared(self, size_bytes: int) -> None:
         """Raise the limit of dynamic shared memory of a block, in bytes."""
@@ -174,7 +171,7 @@ class Kernel:
         self,
         grid: tuple[int, ...],
         threads: int,
-        arguments: Sequence[Any],
+        arguments: ctypes.Structure,
         stream: int,
         *,
         shared_bytes: int = 0,
@@ -182,13 +179,15 @@ class Kernel:
     ) -> None:
         """Queue the kernel on a stream (torch's `cuda_stream`). With `overlap` the kernel itself must wait
         (griddepcontrol.wait) before it touches what the one ahead of it writes."""
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
-        config = _Config(grid=_Dim(*(*grid, 1, 1)[:3]), block=_Dim(threads, 1, 1), shared_bytes=shared_bytes, stream=stream)
-        if overlap and self._overlaps:
-            attribute = _Attribute(id=_PDL)
-            attribute.value[0] = 1
-            config.attributes, config.attribute_count = ctypes.pointer(attribute), 1
-        _check_driver(self._driver, self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))
+        config = self._config
+        with self._lock:
+            config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
+            config.block_x, config.shared_bytes, config.stream = threads, shared_bytes, stream
+            config.attribute_count = 1 if overlap and self._overlaps else 0
+            self._pointers[0] = ctypes.addressof(arguments)
+            result = self._driver.cuLaunchKernelEx(self._config_at, self._function, self._pointers, None)
+        if result:
+            _check_driver(self._driver, result)
 
 
 class Module:
