@@ -21,12 +21,14 @@ script.register()
 
 from random_parts import MISTRAL_7B, random_layer, random_parts  # noqa: E402
 
-from gptq_webui.gptq.cuda import few  # noqa: E402
-from gptq_webui.gptq.cuda.kernels import Card, FewVariant, Gemv, GemvVariant, pointer  # noqa: E402
+from gptq_webui.gptq.cuda import few, gemv  # noqa: E402
+from gptq_webui.gptq.cuda.attention import attend  # noqa: E402
+from gptq_webui.gptq.cuda.gemv import Tuning  # noqa: E402
+from gptq_webui.gptq.cuda.kernels import Card, FewVariant, GemvVariant  # noqa: E402
 from gptq_webui.gptq.cuda.pages import PagedMemory  # noqa: E402
 from gptq_webui.gptq.cuda.rows import Rows  # noqa: E402
 from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
-from gptq_webui.gptq.cuda.weights import Tuning, Weight, repack, shape_of, variant  # noqa: E402
+from gptq_webui.gptq.cuda.weights import Weight, repack, shape_of  # noqa: E402
 
 
 def seconds(run: Callable[[], object], repeat: int = 5) -> float:
@@ -94,7 +96,7 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
     places = torch.arange(n, dtype=torch.int32, device="cuda")
     plans = {}
     for tuning in tunings:
-        plan = variant(weights[0], epilogue, norm, tuning)
+        plan = gemv.variant(weights[0], epilogue, norm, tuning)
         if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor <= 227 * 1024:
             plans[tuning] = plan
     card.add(variants=plans.values())
@@ -103,13 +105,10 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
 
         def run(at: int, plan: GemvVariant = plan, tuning: Tuning = tuning) -> None:
             w = weights[at % rotate]
-            arguments = Gemv(
-                weights=pointer(w.words), scales=pointer(w.scales), x=pointer(x), norm=pointer(ones), out=pointer(out),
-                residual=pointer(residual), places=pointer(places), n=n, tiles=w.tiles, chunks=w.chunks, groups=w.groups,
-                unit_to_group=w.unit_to_group, k=k, eps=1e-5,
+            gemv.launch(
+                card, w, plan, tuning.blocks_per_processor, x, out,
+                norm=ones, residual=residual, places=places, eps=1e-5, overlap=True,
             )  # fmt: skip
-            blocks = min(-(-w.tiles // plan.teams), tuning.blocks_per_processor * card.processors)
-            card.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes(w.chunks), overlap=True)
 
         try:
             times = max(16, rotate * 4)
@@ -205,8 +204,8 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
         print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
         step.positions[0] = position
         parts_of_it: dict[str, Callable[[int], object]] = {
-            "attention": lambda at: step.attention(
-                at % layers, step.layers[at % layers], step.qkv, step.attended, step.attention_work
+            "attention": lambda at: attend(
+                step, at % layers, step.layers[at % layers], step.qkv, step.attended, step.attention_work
             ),
             "head": lambda at: step._head(step.x_head, step.logits),
             "sample": lambda at: step.sample(),

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptq_webui.gptq.cuda import few, kernels
+from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.kernels import Cache, Card, Gather, Gemv, GemvVariant, Rope, pointer
 from gptq_webui.gptq.cuda.pages import PagedMemory, Pages
 from gptq_webui.gptq.cuda.step import CudaStep
-from gptq_webui.gptq.cuda.weights import Tuning, repack, shape_of
+from gptq_webui.gptq.cuda.weights import repack, shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
@@ -103,6 +105,46 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
             assert error(logits[0], wanted[at]) < 1e-2, at
         tops = [int(logits.argmax()) == int(wanted[at].argmax()) for at, logits in found]
         assert sum(tops) >= len(tops) - 2
+
+
+@pytest.mark.parametrize("change", [{}, {"bits": 8, "sym": False}, {"bias": True}, {"window": 40}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("first", [0, 30])
+def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch(card, change, first):
+    torch.manual_seed(2)
+    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
+    ids = torch.randint(0, SMALL["vocabulary"], (first + few.MOST_ROWS + 54,)).tolist()
+    with torch.inference_mode():
+        wanted = random_parts.plain_logits(parts, ids)[first:]
+        step = CudaStep(parts, 256, card=card)
+        step.use(PagedMemory(step.pages), len(ids))
+        if first:
+            step.prefill(ids[:first], 0)
+        found = step.all_logits(step.prefill(ids[first:], first))
+        assert error(found, wanted) < 1e-2
+        assert error(step.prompt_logits[0], wanted[-1]) < 1e-2
+
+
+def test_products_can_be_spread_anew_after_a_step_was_recorded(card):
+    torch.manual_seed(6)
+    step = CudaStep(random_parts.random_parts(**{**SMALL, "group_size": 64}), 256, card=card)
+    step.use(PagedMemory(step.pages), 2)
+    found = []
+    with torch.inference_mode():
+        for tuning in (Tuning(8, 4, 3, 1, 2), Tuning(4, 2, 4, 1, 4)):
+            step.tune({"qkv": tuning})
+            step.ids[0], step.positions[0] = 5, 0
+            step.step(sample=False)
+            found.append(step.logits.clone())
+    assert error(found[1], found[0]) < 1e-3
+
+
+def test_kernels_are_launched_on_the_stream_that_torch_uses(card, monkeypatch):
+    ways = [kernels._raw_stream, None]
+    assert ways[0] is not None
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        for way in ways:
+            monkeypatch.setattr(kernels, "_raw_stream", way)
+            assert kernels._stream_of(card.device) == torch.cuda.current_stream().cuda_stream != 0
 
 
 @pytest.mark.parametrize("change", [{}, {"head_dim": 128, "heads": 8, "kv_heads": 2}, {"window": 40}], ids=str)

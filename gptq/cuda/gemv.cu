@@ -164,11 +164,10 @@ DEVICE void gemv(const GemvArguments& p) {
 #pragma unroll
           for (int s = 0; s < 4; s++) {
             const Scale<SYM>& own = scale[s * UNITS / 4];
+            if (s * UNITS % 4 == 0) c[0] = c[1] = c[2] = c[3] = 0.f;
             u32 a[4];
             fragment<BITS>(now, s, twice_low(own.z), twice_high(own.z), a);
-            const u32 b0 = s < 2 ? bs[2 * s] : bt[2 * s - 4], b1 = s < 2 ? bs[2 * s + 1] : bt[2 * s - 3];
-            if (s * UNITS % 4 == 0) mma_from_zero(c, a, b0, b1);
-            else mma(c, a, b0, b1);
+            mma(c, a, s < 2 ? bs[2 * s] : bt[2 * s - 4], s < 2 ? bs[2 * s + 1] : bt[2 * s - 3]);
             if ((s + 1) * UNITS % 4 == 0) {
               row += low_of(own.s) * c[0];
               row8 += high_of(own.s) * c[2];

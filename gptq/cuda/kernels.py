@@ -47,7 +47,7 @@ Few = _structure(
 Unpack = _structure("Unpack", "p weights, p scales, p out, i first_tile, i tiles, i chunks, i groups, i unit_to_group")
 Head = _structure("Head", "p weights, p x, p norm, p out, i n, i k, f eps")
 Embed = _structure("Embed", "p table, p ids, p residual, p out, p places, i k, i padded")
-Norm = _structure("Norm", "p residual, p added, p norm, p out, p order, i k, i padded, f eps")
+Norm = _structure("Norm", "p residual, p rest, p norm, p out, p order, i k, i padded, f eps")
 Silu = _structure("Silu", "p gate_up, p out, i inner, i padded")
 Attention = _structure(
     "Attention",
@@ -268,10 +268,14 @@ class Card:
             kernel.launch(grid, threads, arguments, stream, shared_bytes=shared_bytes, overlap=overlap)
 
 
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def _stream_of(device: torch.device) -> int:
     """torch's current stream of a card: by the door that Triton uses, where torch has it, which costs a thirtieth."""
-    found = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return int(found(device.index) if found is not None else torch.cuda.current_stream(device).cuda_stream)
+    if _raw_stream is not None:
+        return int(_raw_stream(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import GPTQLinear
-from .kernels import Card, Gemv, GemvVariant, pointer
-from .weights import TILE, Tuning, Unsuited, Weight, repack, shape_of, variant
+from . import gemv
+from .kernels import Card, GemvVariant
+from .weights import TILE, Unsuited, Weight, repack, shape_of
 
 _SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
 
@@ -17,9 +18,7 @@ class CudaLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self._card, self._weight = card, weight
-        self._plan = variant(weight, "PLAIN", False, Tuning())
-        blocks = min(-(-weight.tiles // self._plan.teams), Tuning().blocks_per_processor * card.processors)
-        self._grid, self._shared = (blocks,), self._plan.shared_bytes(weight.chunks)
+        self._plan = gemv.variant(weight, "PLAIN", False, gemv.Tuning())
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
 
@@ -47,14 +46,8 @@ class CudaLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {shape.bits}-bit, bias={self._weight.bias is not None}"
 
     def _one(self, x: Tensor) -> Tensor:
-        weight = self._weight
         y = torch.empty(1, self.out_features, dtype=torch.float16, device=x.device)
-        arguments = Gemv(
-            weights=pointer(weight.words), scales=pointer(weight.scales), x=pointer(x), bias=pointer(weight.bias), out=pointer(y),
-            n=weight.out_features, tiles=weight.tiles, chunks=weight.chunks, groups=weight.groups,
-            unit_to_group=weight.unit_to_group, k=weight.in_features,
-        )  # fmt: skip
-        self._card.run(self._plan.name, self._grid, self._plan.threads, arguments, self._shared)
+        gemv.launch(self._card, self._weight, self._plan, gemv.Tuning().blocks_per_processor, x, y)
         return y
 
     def _many(self, x: Tensor) -> Tensor:

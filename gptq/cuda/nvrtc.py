@@ -160,7 +160,7 @@ class Kernel:
         self._attribute.value[0] = 1
         self._config = _Config(attributes=ctypes.pointer(self._attribute), block_y=1, block_z=1)
         self._config_at, self._pointers = ctypes.byref(self._config), (ctypes.c_void_p * 1)()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is filled in: other threads run while the driver reads it
 
     def allow_shared(self, size_bytes: int) -> None:
         """Raise the limit of dynamic shared memory of a block, in bytes."""

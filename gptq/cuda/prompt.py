@@ -41,26 +41,26 @@ class Prompt:
         if count > few.MOST_ROWS:
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=step.device)
         seen = self._seen(start, count)
-        more = None  # what is still to be added to h: the next norm does it
+        rest = None  # what is still to be added to h: the next norm does it
         for at, layer in enumerate(step.layers):
-            x = self._norm(h, more, layer.input_norm, layer.qkv)
+            x = self._norm(h, rest, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
             attended = self._attend(at, layer, qkv, start, count, table, seen)
-            more = self._added(h, _in_order(attended, layer.o), layer.o, scratch)
-            x = self._norm(h, more, layer.post_norm, layer.gate_up)
-            more = self._added(h, self._inner(x, layer, scratch), layer.down, scratch)
-        return h if more is None else h.add_(more)
+            rest = self._add(h, _in_order(attended, layer.o), layer.o, scratch)
+            x = self._norm(h, rest, layer.post_norm, layer.gate_up)
+            rest = self._add(h, self._inner(x, layer, scratch), layer.down, scratch)
+        return h if rest is None else h.add_(rest)
 
-    def _norm(self, h: Tensor, more: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
+    def _norm(self, h: Tensor, rest: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
         out = torch.empty(h.shape[0], weight.padded, dtype=torch.float16, device=h.device)
-        self.norm_into(h, norm, weight.order, out, more)
+        self.norm_into(h, norm, weight.order, out, rest)
         return out
 
-    def norm_into(self, h: Tensor, norm: Tensor, order: Tensor, out: Tensor, more: Tensor | None = None) -> None:
-        """Add `more` fp16 [T, H] to h fp32 [T, H]; RMSNorm of it -> out fp16 [T, padded] in the order of `order`."""
+    def norm_into(self, h: Tensor, norm: Tensor, order: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
+        """Add `rest` fp16 [T, H] to h fp32 [T, H]; RMSNorm of it -> out fp16 [T, padded] in the order of `order`."""
         step = self._step
         arguments = Norm(
-            pointer(h), pointer(more), pointer(norm), pointer(out), pointer(order), step.hidden, out.shape[1], step.eps
+            pointer(h), pointer(rest), pointer(norm), pointer(out), pointer(order), step.hidden, out.shape[1], step.eps
         )  # fmt: skip
         self._card.run("norm_rows", (h.shape[0],), 512, arguments, step.hidden * 4 + 160, overlap=True)
 
@@ -81,8 +81,8 @@ class Prompt:
             y += weight.bias
         return y if rows == weight.out_features else y[:, : weight.out_features].contiguous()
 
-    def _added(self, h: Tensor, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor | None:
-        """Add the product to h, or else return it, fp16 [T, H]: it is for the caller to add."""
+    def _add(self, h: Tensor, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor | None:
+        """Add the product to h, or else return it, fp16 [T, H]: the rest, for the next norm to add."""
         if scratch is not None:
             return self._product(x, weight, scratch)
         few.multiply(self._card, weight, "RESIDUAL", x, h)

@@ -63,7 +63,7 @@ extern "C" __global__ void embed(EmbedArguments p) {
 
 struct NormArguments {
   float* residual;        // fp32 [rows][k]
-  const u16* added;       // fp16 [rows][k], or null: what is added to it first
+  const u16* rest;        // fp16 [rows][k], or null: what is added to it first
   const u16* norm;        // fp16 [padded], in the order of `order`
   u16* out;               // fp16 [rows][padded]
   const int* order;       // [padded]: which input stands there, -1 for padding
@@ -71,20 +71,20 @@ struct NormArguments {
   float eps;
 };
 
-// RMSNorm of many rows, which `added` may join first, into the order the next weight is stored in. A block a row; it stands in shared memory meanwhile.
+// RMSNorm of many rows, into the order the next weight is stored in. A block a row; it stands in shared memory meanwhile.
 extern "C" __global__ void norm_rows(NormArguments p) {
   float* row = (float*)shared_words;
   float* scratch = row + p.k;  // 33
   let_the_next_kernel_start();
   wait_for_the_kernel_ahead();
   float* from = p.residual + (size_t)blockIdx.x * p.k;
-  const u16* added = p.added ? p.added + (size_t)blockIdx.x * p.k : nullptr;
+  const u16* rest = p.rest ? p.rest + (size_t)blockIdx.x * p.k : nullptr;
   float sum = 0.f;
 #pragma unroll 4
   for (int at = threadIdx.x * 4; at < p.k; at += blockDim.x * 4) {
     float4 v = *(const float4*)(from + at);
-    if (added) {
-      const uint2 more = *(const uint2*)(added + at);
+    if (rest) {
+      const uint2 more = *(const uint2*)(rest + at);
       v.x += low_of(more.x); v.y += high_of(more.x); v.z += low_of(more.y); v.w += high_of(more.y);
       *(float4*)(from + at) = v;
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import few
-from .step import AttentionWork
+from .attention import AttentionWork, attend
 
 if TYPE_CHECKING:
     from .step import CudaStep
@@ -57,7 +57,7 @@ class Rows:
         for at, layer in enumerate(step.layers):
             prompt.norm_into(residual, layer.input_norm, layer.qkv.order, x)
             few.multiply(step.card, layer.qkv, "PLAIN", x, self._qkv[:rows])
-            step.attention(at, layer, self._qkv, attended, self._work, rows)
+            attend(step, at, layer, self._qkv, attended, self._work, rows)
             few.multiply(step.card, layer.o, "RESIDUAL", attended, residual)
             prompt.norm_into(residual, layer.post_norm, layer.gate_up.order, x_mlp)
             few.multiply(step.card, layer.gate_up, "SILU", x_mlp, self._inner[:rows])

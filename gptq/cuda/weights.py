@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import pack
 from ..linear import GPTQLinear
-from .kernels import Card, GemvVariant, Repack, Shape, Unpack, pointer, unit_of
+from .kernels import Card, Repack, Shape, Unpack, pointer, unit_of
 
 TILE = 16
 CHUNK = 64
@@ -186,25 +186,3 @@ def repack(card: Card, layers: Sequence[GPTQLinear], shape: Shape, columns: Tens
         ]
         bias = torch.where(kept, torch.cat(whole)[source], 0)
     return Weight(shape, words, scales, order, places_of(order, first.in_features), bias, first.in_features, count, magic)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How the product of a single row is spread over a card."""
-
-    split: int = 8  # warps that share a tile
-    batch: int = 2  # chunks of 4 bits that travel together; half as many of 8 bits
-    stages: int = 4
-    teams: int = 1  # tiles a block works on at once
-    blocks_per_processor: int = 4
-
-
-def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVariant:
-    """The kernel for a weight. A norm needs enough threads for the whole input."""
-    split, teams, vectors = tuning.split, tuning.teams, 0
-    if norm:
-        while (vectors := -(-weight.padded // (8 * 32 * split * teams))) > 4:
-            split, teams = split * 2, 1
-    batch = max(1, tuning.batch // 2) if weight.shape.bits == 8 else tuning.batch
-    even = weight.chunks % (split * batch) == 0
-    return GemvVariant(weight.shape, epilogue, vectors, split, batch, tuning.stages, teams, even)
