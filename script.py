@@ -158,7 +158,7 @@ if __name__ == "__main__":
 
 try:  # importing the loaders is light: neither torch nor transformers
     register()
-    from gptq_webui.extension.params import defaults
+    from gptq_webui.extension.host_params import defaults
 
     params |= {name: default for name, default in defaults().items() if name not in params}
 except Exception as error:  # setup() says what is wrong here

@@ -13,14 +13,14 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
 from ..core.errors import GptqWebuiError
-from ..core.refs import ModelRef
-from ..loaders.built_in_templates import BUILT_IN
+from ..core.model_ref import ModelRef
+from ..loaders.text.built_in_templates import BUILT_IN
 from .openai import text_of
 from .problems import Problem, of_error
 from .routes import Json, admin, openai_error, route_class
-from .sampling import Open
+from .sampling_fields import Open
 from .service import Service, require_text
-from .tgwui import options_of
+from .tgwui_routes import options_of
 
 _LOOK_S = 0.2
 
@@ -35,7 +35,7 @@ class ModelParameters(BaseModel):
     desc_act: bool | None = None
 
 
-class ModelCard(BaseModel):
+class ListedModel(BaseModel):
     id: str
     object: str = "model"
     created: int
@@ -73,14 +73,14 @@ class TemplateRequest(Open):
 def build(service: Service) -> APIRouter:
     router = APIRouter(tags=["Administration"], route_class=route_class(service.keys, openai_error))
 
-    @router.get("/v1/model", response_model=ModelCard)
+    @router.get("/v1/model", response_model=ListedModel)
     async def current() -> Response:
         """The loaded model, as it is loaded."""
-        return Json((await _card(service)).model_dump())
+        return Json((await _gpu(service)).model_dump())
 
     @router.get("/v1/model/list")
     async def listed() -> Response:
-        cards = [ModelCard(id=each.name, created=int(service.began)).model_dump() for each in service.models()]
+        cards = [ListedModel(id=each.name, created=int(service.began)).model_dump() for each in service.models()]
         return Json({"object": "list", "data": cards})
 
     @router.post("/v1/model/load")
@@ -146,7 +146,7 @@ def build(service: Service) -> APIRouter:
         loaded = await service.loaded()
         settings = {"n_ctx": loaded.context_tokens}
         return Json(
-            {"total_slots": loaded.slots, "chat_template": loaded.template.jinja, "default_generation_settings": settings}
+            {"total_slots": loaded.parallel, "chat_template": loaded.template.jinja, "default_generation_settings": settings}
         )
 
     @router.post("/v1/token/encode")
@@ -183,19 +183,19 @@ def build(service: Service) -> APIRouter:
     return router
 
 
-async def _card(service: Service) -> ModelCard:
+async def _gpu(service: Service) -> ListedModel:
     loaded, choice = await service.loaded(), service.engine.choice
     quantize = loaded.model.quantize
     parameters = ModelParameters(
         max_seq_len=loaded.context_tokens,
-        max_batch_size=loaded.slots,
+        max_batch_size=loaded.parallel,
         prompt_template=loaded.template.name,
         loader=choice.loader.name if choice is not None else "",
         bits=quantize.bits if quantize else None,
         group_size=quantize.group_size if quantize else None,
         desc_act=quantize.desc_act if quantize else None,
     )
-    return ModelCard(id=loaded.model.name, created=int(service.began), parameters=parameters)
+    return ListedModel(id=loaded.model.name, created=int(service.began), parameters=parameters)
 
 
 def _event(body: dict[str, Any]) -> bytes:

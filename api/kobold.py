@@ -15,14 +15,14 @@ from starlette.responses import Response
 
 from ..core.chat import Finish, Token
 from ..core.params import GenerationParams
-from ..loaders.base import LoadedModel
-from . import grammars, kobold_settings
-from .answers import EventStream, Running
+from ..loaders.contract.base import LoadedModel
+from . import grammar_requests, kobold_settings
+from .answer_stream import EventStream, Running
 from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
 from .openai import bias_of
-from .prompts import last_tokens
+from .prompt_cutting import last_tokens
 from .routes import Json, admin, for_all, route_class
-from .sampling import Open
+from .sampling_fields import Open
 from .service import Measured, Service
 
 PROTOCOL = "kobold"
@@ -222,7 +222,9 @@ def build(service: Service) -> APIRouter:
 async def _ask(service: Service, asked: GenerateRequest, request: Request) -> Running:
     loaded = await service.loaded()
     service.ignore(PROTOCOL, [*asked.unknown(), *(name for name in _HARMLESS if getattr(asked, name) is not None)])
-    params = await grammars.hold(service, loaded, _params(service, asked), grammars.of_rules(asked.grammar), "grammar")
+    params = await grammar_requests.hold(
+        service, loaded, _params(service, asked), grammar_requests.of_rules(asked.grammar), "grammar"
+    )
     length = asked.max_length or asked.max_new_tokens or service.kobold.get("max_length", _DEFAULT_LENGTH)
     measured = await _fitted(service, loaded, asked, length)
     wanted = {"genkey": asked.genkey or "", "client": service.client(request), "text": ""}

@@ -9,12 +9,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ..core.chat import Finish, Token
-from .answers import EventStream
+from .answer_stream import EventStream
 from .openai import text_of
 from .problems import Problem
-from .prompts import last_tokens
+from .prompt_cutting import last_tokens
 from .routes import Json, openai_error, route_class
-from .sampling import Open, seed_of
+from .sampling_fields import Open, seed_of
 from .service import Service
 
 PROTOCOL = "lollms"

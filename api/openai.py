@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from ..core.chat import Finish, Message, Token
 from ..core.params import GenerationParams
-from ..loaders.base import LoadedModel
-from . import grammars
-from .answers import EventStream, Whole
+from ..loaders.contract.base import LoadedModel
+from . import grammar_requests
+from .answer_stream import EventStream, Whole
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import (
     FINGERPRINT,
@@ -36,7 +36,7 @@ from .openai_models import (
 )
 from .problems import Problem
 from .routes import Json, openai_error, route_class
-from .sampling import seed_of, wishes
+from .sampling_fields import seed_of, wishes
 from .service import Measured, Service
 
 PROTOCOL = "openai"
@@ -180,7 +180,9 @@ async def _params(service: Service, loaded: LoadedModel, asked: Any, logprobs: i
         given["repetition_range"] = max(0, min(asked.repetition_penalty_range, 32768))
     if asked.logit_bias:
         given["logit_bias"] = bias_of(asked.logit_bias)
-    return await grammars.hold(service, loaded, service.params({**wishes(asked), **given}), *grammars.of_openai(asked))
+    return await grammar_requests.hold(
+        service, loaded, service.params({**wishes(asked), **given}), *grammar_requests.of_openai(asked)
+    )
 
 
 def bias_of(asked: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.chat import Token
-from .pieces import Pieces
+from .token_text import Pieces
 
 _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI uses this number
 

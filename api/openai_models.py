@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from .. import __version__
-from .sampling import Open, Sampling
+from .sampling_fields import Open, Sampling
 
 FINGERPRINT = f"gptq-webui-{__version__}"  # a text: the text-generation package takes no null
 

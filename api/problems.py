@@ -13,13 +13,13 @@ from ..core.errors import (
     Busy,
     GptqWebuiError,
     HubError,
-    LineFull,
     LoadFailed,
     LoadRefused,
     ModelError,
     NoSuchModel,
     NotLoaded,
     PromptTooLong,
+    QueueFull,
 )
 
 Kind = Literal[
@@ -53,7 +53,7 @@ STATUS: dict[Kind, int] = {
 }
 
 _KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
-    (LineFull, "overloaded"),
+    (QueueFull, "overloaded"),
     (Busy, "busy"),
     (NotLoaded, "not_loaded"),
     (PromptTooLong, "too_long"),

@@ -18,18 +18,18 @@ from starlette.requests import Request
 from .. import __version__
 from ..core.chat import Finish, Message
 from ..core.errors import BadParameter, Busy
+from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
-from ..core.refs import ModelRef
-from ..engine.downloads import Downloads
+from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
-from ..engine.line import DEFAULT_LIMIT, Line
-from ..loaders.base import LoadedModel
-from .answers import Running, Start, Threads
+from ..engine.request_queue import DEFAULT_LIMIT, RequestQueue
+from ..loaders.contract.base import LoadedModel
+from .answer_stream import Running, Start, Threads
 from .auth import Keys
 from .metrics import Metrics
-from .pieces import Pieces
 from .problems import Problem
+from .token_text import Pieces
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Service:
         self.engine, self.downloads = engine, downloads
         self.keys = keys or Keys()
         self.limits = limits or Limits()
-        self.line = Line(self.limits.max_requests, self._width)
+        self.line = RequestQueue(self.limits.max_requests, self._width)
         self.began = time.time()
         self.metrics = Metrics(
             {
@@ -267,8 +267,8 @@ class Service:
 
     def _width(self) -> int:
         loaded = self.engine.loaded
-        slots = loaded.slots if loaded is not None else 1
-        return slots if self.limits.parallel is None else max(1, min(slots, self.limits.parallel))
+        parallel = loaded.parallel if loaded is not None else 1
+        return parallel if self.limits.parallel is None else max(1, min(parallel, self.limits.parallel))
 
 
 def require_text(text: str) -> None:

@@ -14,15 +14,15 @@ from starlette.responses import Response
 from ..core.chat import Finish
 from ..core.chat import Token as Event
 from ..core.params import GenerationParams
-from ..loaders.base import LoadedModel
-from . import grammars
-from .answers import EventStream, Running, Whole
+from ..loaders.contract.base import LoadedModel
+from . import grammar_requests
+from .answer_stream import EventStream, Running, Whole
 from .openai import messages_of
 from .openai_logprobs import number
 from .openai_models import ChatCompletionRequest
 from .problems import Kind, Problem
 from .routes import Json, for_all, route_class
-from .sampling import seed_of
+from .sampling_fields import seed_of
 from .service import Measured, Service, require_text
 from .tgi_checks import MAX_BEST_OF, MAX_STOP_SEQUENCES, check, tokens_of
 from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters, SimpleToken, TokenizeRequest
@@ -94,7 +94,7 @@ def build(service: Service) -> APIRouter:
     @for_all
     async def health() -> Response:
         """200 if a model is loaded, else 503. Asks for no key."""
-        if service.engine.loaded is not None or service.engine.must_wake:
+        if service.engine.loaded is not None or service.engine.must_reload_idle:
             return Json({"status": "healthy", "issues": []})
         said = "A model is being loaded." if service.engine.status.phase == "loading" else "No model is loaded."
         issues = [{"description": said}]
@@ -170,7 +170,9 @@ class _Answer:
         return EventStream(running, said.encode, failing=_failing, headers={"x-compute-type": self._compute_type()})
 
     async def _held(self) -> GenerationParams:
-        return await grammars.hold(self.service, self.loaded, self.params, grammars.of_tgi(self.wish.grammar), "grammar")
+        return await grammar_requests.hold(
+            self.service, self.loaded, self.params, grammar_requests.of_tgi(self.wish.grammar), "grammar"
+        )
 
     def _params(self) -> GenerationParams:
         wish = self.wish

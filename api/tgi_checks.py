@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..loaders.base import LoadedModel
+from ..loaders.contract.base import LoadedModel
 from .problems import Problem
 from .service import Service, require_text
 from .tgi_models import Parameters

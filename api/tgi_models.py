@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from .sampling import Open
+from .sampling_fields import Open
 
 
 class Parameters(Open):

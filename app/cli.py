@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import GptqWebuiError
-from . import doors, exit_codes, tgi_flags
+from . import access_flags, exit_codes, tgi_flags
 from .download_arguments import add_to as add_download
 
 COMMANDS = (
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     _add_loading(serve)
-    doors.add(serve)
+    access_flags.add(serve)
     tgi_flags.add(serve)
     serve.set_defaults(run=_serve)
 
@@ -199,32 +199,32 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _branches(options: argparse.Namespace) -> int:
-    from .branches import branches
+    from .branches_command import branches
 
     return branches(options)
 
 
 def _download(options: argparse.Namespace) -> int:
-    from .download import download
+    from .download_command import download
 
     return download(options)
 
 
 def _library(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        from . import library
+        from . import library_commands
 
-        return int(getattr(library, name)(options))
+        return int(getattr(library_commands, name)(options))
 
     return run
 
 
 def _keys(options: argparse.Namespace) -> int:
-    return doors.run_keys(options)
+    return access_flags.run_keys(options)
 
 
 def _host(options: argparse.Namespace) -> int:
-    from .host import run_host
+    from .host_launcher import run_host
 
     return run_host(options.arguments, options.folder)
 
@@ -236,12 +236,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    from .commands import benchmark
+    from .engine_commands import benchmark
 
     return benchmark(options)
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from .commands import ask
+    from .engine_commands import ask
 
     return ask(options)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..core.models import LocalModel
 from ..core.quantize_config import QuantizeConfig
-from ..engine import report
+from ..engine import support_report
 from ..engine.advice import torch_banner
 from ..loaders.choose import Row, survey
-from .commands import find_elsewhere, make_engine
+from .engine_commands import find_elsewhere, make_engine
 
 _WIDTH = 110
 
@@ -19,7 +19,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Print it. With --model, the loaders are asked about that model; else about what most GPTQ models are."""
     engine = make_engine(options)
     find_elsewhere(engine, options)
-    head, _loaders, _rest = report.report(engine).partition("\nloaders:\n")
+    head, _loaders, _rest = support_report.report(engine).partition("\nloaders:\n")
     print(head.rstrip())
     if banner := torch_banner():
         print("\n" + banner)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import DownloadFailed
+from ..core.model_ref import ModelRef
 from ..core.models import is_model_folder
-from ..core.refs import ModelRef
-from ..engine.downloads import Downloads
+from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 
 _LOOK_S = 0.5

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
 from ..engine.advice import fit_of_plan, torch_banner
-from ..engine.downloads import Downloads
+from ..engine.available_memory import free_memory
+from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
-from ..engine.line import DEFAULT_LIMIT
-from ..engine.room import free_memory
-from . import doors, tgi_flags
-from .commands import asked_model, load_options, make_engine
+from ..engine.request_queue import DEFAULT_LIMIT
+from . import access_flags, tgi_flags
+from .engine_commands import asked_model, load_options, make_engine
 from .first_model import first_model
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def serve(options: argparse.Namespace) -> int:
     """Open the page and stay until Ctrl+C."""
     stop = _Stop()
     tgi_flags.understand(options, _tell)
-    host, users = doors.host_of(options), doors.users(options)
+    host, users = access_flags.host_of(options), access_flags.users(options)
     port = free_port(host, options.port)
     api_port = free_port(host, options.api_port) if options.api_port is not None else None
-    keys = doors.keys(options, _tell)
+    keys = access_flags.keys(options, _tell)
     engine = make_engine(options)
     banner = torch_banner()
     if banner:
@@ -50,23 +50,23 @@ def serve(options: argparse.Namespace) -> int:
     start.start()  # torch and gradio are imported side by side
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from ..api import app as api
+    from ..api import application as api
     from ..api.service import Limits, Service
-    from ..ui import compat, page
+    from ..ui import gradio_compat, page
     from ..ui.access import Access, Share
     from ..ui.api_box import Api
-    from .web import Web
+    from .web_server import Web
 
     limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
     service = Service(engine, downloads, keys, limits)
-    panel = Api(lambda: keys.required, api_port) if compat.SIX else None
+    panel = Api(lambda: keys.required, api_port) if gradio_compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
     blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel)
-    names, origins = doors.hosts(options), options.cors or ()
+    names, origins = access_flags.hosts(options), options.cors or ()
     shown = page.application(blocks, users)
-    webs = [Web(api.build(service, page=shown, here=compat.SIX, hosts=names, origins=origins), host, port)]
+    webs = [Web(api.build(service, page=shown, here=gradio_compat.SIX, hosts=names, origins=origins), host, port)]
     if api_port is not None:
         webs.append(Web(api.build(service, hosts=names, origins=origins), host, api_port))
     for web in webs:
@@ -82,7 +82,7 @@ def serve(options: argparse.Namespace) -> int:
         _open_link("127.0.0.1" if host in _EVERYWHERE else host, port, share, users[-1])
         if share.info is not None:
             names.names.add(urlsplit(share.info.url).hostname or "")
-        names.names.discard(doors.SHARE_HOST)  # other people's links end alike
+        names.names.discard(access_flags.SHARE_HOST)  # other people's links end alike
     elif not options.no_browser and _has_display():
         import webbrowser
 

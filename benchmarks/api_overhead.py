@@ -62,13 +62,13 @@ def serve(port, tokens_per_s, words):
     import uvicorn
 
     register()
-    from gptq_webui.api import app
+    from gptq_webui.api import application
     from gptq_webui.api.service import Service
-    from gptq_webui.engine.downloads import Downloads
+    from gptq_webui.engine.download_queue import Downloads
 
     engine = make_engine(tokens_per_s, words)
     service = Service(engine, Downloads(engine.library))
-    uvicorn.run(app.build(service), host="127.0.0.1", port=port, log_level="critical", access_log=False)
+    uvicorn.run(application.build(service), host="127.0.0.1", port=port, log_level="critical", access_log=False)
 
 
 def wait(port):

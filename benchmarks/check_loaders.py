@@ -51,7 +51,7 @@ TOKENS = 64
 MIB = 1 << 20
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=TOKENS)
 # name -> (loader, options); tried in this order, all compared with the first
-WAYS = {
+ISAS = {
     "native": ("transformers", {"kernel": "native"}),
     "optimum": ("transformers", {"kernel": "optimum"}),
     "autogptq": ("autogptq", {}),
@@ -197,7 +197,7 @@ def check(local: LocalModel, ways: dict[str, tuple[str, dict]], compile_too: boo
     return well
 
 
-def over_two_cards(local: LocalModel) -> bool:
+def over_two_gpus(local: LocalModel) -> bool:
     """The native kernel, split over two cards, against one card."""
     if torch.cuda.device_count() < 2:
         print("  two cards: there is one")
@@ -207,21 +207,21 @@ def over_two_cards(local: LocalModel) -> bool:
     loader = next(each for each in engine.loaders if each.name == "transformers")
     for options in ({}, {"gpu_memory": f"{half},{half * 2}"}):
         loaded = loader.load(local, make_options(loader, options), lambda share, text: None)
-        places = sorted({str(each) for each in (getattr(loaded.hf, "hf_device_map", None) or {"": loaded.device}).values()})
+        permutation = sorted({str(each) for each in (getattr(loaded.hf, "hf_device_map", None) or {"": loaded.device}).values()})
         prompt = loaded.prompt_ids([Message("user", "Tell me about the sea.")])
         found.append([each.id for each in loaded.generate(prompt, GREEDY, threading.Event()) if isinstance(each, Step)])
-        print(f"  native on {', '.join(places)}: {len(found[-1])} tokens")
+        print(f"  native on {', '.join(permutation)}: {len(found[-1])} tokens")
         loaded.close()
-    split = len(places) > 1
-    told = "the same tokens" if found[0] == found[1] else "DIFFERENT tokens"
-    print(f"  two cards: {told if split else 'the model was not split'}")
+    split = len(permutation) > 1
+    host_tokens = "the same tokens" if found[0] == found[1] else "DIFFERENT tokens"
+    print(f"  two cards: {host_tokens if split else 'the model was not split'}")
     return split and found[0] == found[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models-dir", type=Path, help="a folder with the demo model's folders")
-    parser.add_argument("--only", help="ways with commas: " + ", ".join(WAYS))
+    parser.add_argument("--only", help="ways with commas: " + ", ".join(ISAS))
     parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled first")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -230,7 +230,7 @@ def main() -> int:
     used_bytes()  # CUDA's own context must exist before anything is measured
     torch.ones(1, device="cuda")
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, transformers {__import__('transformers').__version__}")
-    ways = {name: WAYS[name] for name in (options.only.split(",") if options.only else WAYS)}
+    ways = {name: ISAS[name] for name in (options.only.split(",") if options.only else ISAS)}
     root = options.models_dir or Path(tempfile.mkdtemp(prefix="check-loaders-"))
     folders = []
     for bits in (4, 8):
@@ -246,7 +246,7 @@ def main() -> int:
         well = check(local, ways, not options.no_compile) and well
         through_engine(root, local.name)
         if bits == 4:
-            well = over_two_cards(local) and well
+            well = over_two_gpus(local) and well
     print("well" if well else "NOT WELL")
     return 0 if well else 1
 

@@ -22,8 +22,8 @@ import torch
 from gptq_webui.core.chat import Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.decode import generate
-from gptq_webui.gptq.kv import PrefixCache
+from gptq_webui.gptq.generation import generate
+from gptq_webui.gptq.prefix_cache import PrefixCache
 
 Run = Callable[[Sequence[int], int], list[float]]
 
@@ -45,8 +45,8 @@ def versions_of(*packages: str) -> str:
 
 def ours(model: LocalModel, device: str, plain: bool = False) -> Run:
     from gptq_webui.gptq import checkpoint
-    from gptq_webui.gptq.choose_step import stepper_for
     from gptq_webui.gptq.stepper import TransformersStepper
+    from gptq_webui.gptq.stepper_choice import stepper_for
 
     dtype = torch.float32 if device == "cpu" else torch.float16
     hf, _notes = checkpoint.load(model, dtype=dtype, device_map={"": torch.device(device)})

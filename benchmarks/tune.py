@@ -19,16 +19,16 @@ import script  # noqa: E402
 
 script.register()
 
-from random_parts import MISTRAL_7B, random_layer, random_parts  # noqa: E402
+from random_models import MISTRAL_7B, random_layer, random_models  # noqa: E402
 
-from gptq_webui.gptq.cuda import few, gemv  # noqa: E402
+from gptq_webui.gptq.cuda import gemv, small_batch  # noqa: E402
 from gptq_webui.gptq.cuda.attention import attend  # noqa: E402
+from gptq_webui.gptq.cuda.batch_step import Rows  # noqa: E402
+from gptq_webui.gptq.cuda.cuda_kernels import GemvVariant, Gpu, SmallBatchVariant  # noqa: E402
+from gptq_webui.gptq.cuda.cuda_step import CudaStep  # noqa: E402
+from gptq_webui.gptq.cuda.cuda_weights import Weight, repack, shape_of  # noqa: E402
 from gptq_webui.gptq.cuda.gemv import Tuning  # noqa: E402
-from gptq_webui.gptq.cuda.kernels import Card, FewVariant, GemvVariant  # noqa: E402
-from gptq_webui.gptq.cuda.pages import PagedMemory  # noqa: E402
-from gptq_webui.gptq.cuda.rows import Rows  # noqa: E402
-from gptq_webui.gptq.cuda.step import CudaStep  # noqa: E402
-from gptq_webui.gptq.cuda.weights import Weight, repack, shape_of  # noqa: E402
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory  # noqa: E402
 
 
 def seconds(run: Callable[[], object], repeat: int = 5) -> float:
@@ -75,39 +75,39 @@ ROLES = {
 }
 
 
-def cold(card: Card, role: str, bits: int, group_size: int, count: int) -> list[Weight]:
+def cold(gpu: Gpu, role: str, bits: int, group_size: int, count: int) -> list[Weight]:
     """So many weights of one shape that none is found in the card's cache when its turn comes again."""
     k, n, _norm, _epilogue = ROLES[role]
     rows = torch.randperm(k, device="cuda")
     layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(count)]
     shape = shape_of(layers[:1])
-    card.add(shapes=[shape])
-    return [repack(card, [each], shape) for each in layers]
+    gpu.add(shapes=[shape])
+    return [repack(gpu, [each], shape) for each in layers]
 
 
-def products(card: Card, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
+def products(gpu: Gpu, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
     """Times of one product, weights cold (or hot: one small weight again and again), with every tuning."""
     k, n, norm, epilogue = ROLES[role]
     rotate = 1 if role.startswith("hot") else max(2, int(6e8 / (k * n * bits / 8)))
-    weights = cold(card, role, bits, group_size, rotate)
+    weights = cold(gpu, role, bits, group_size, rotate)
     x = torch.randn(weights[0].padded, device="cuda").half()
     ones = torch.ones_like(x)
     out, residual = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
-    places = torch.arange(n, dtype=torch.int32, device="cuda")
+    permutation = torch.arange(n, dtype=torch.int32, device="cuda")
     plans = {}
     for tuning in tunings:
         plan = gemv.variant(weights[0], epilogue, norm, tuning)
         if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor <= 227 * 1024:
             plans[tuning] = plan
-    card.add(variants=plans.values())
+    gpu.add(variants=plans.values())
     found = []
     for tuning, plan in plans.items():
 
         def run(at: int, plan: GemvVariant = plan, tuning: Tuning = tuning) -> None:
             w = weights[at % rotate]
             gemv.launch(
-                card, w, plan, tuning.blocks_per_processor, x, out,
-                norm=ones, residual=residual, places=places, eps=1e-5, overlap=True,
+                gpu, w, plan, tuning.blocks_per_processor, x, out,
+                norm=ones, residual=residual, permutation=permutation, eps=1e-5, overlap=True,
             )  # fmt: skip
 
         try:
@@ -123,43 +123,43 @@ def products(card: Card, role: str, bits: int, group_size: int, copy: float, tun
         print(f"    {took * 1e6:6.1f} us {size / took / copy:4.0%}  {tuning}")
 
 
-def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> None:
+def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> None:
     """Times of one product of several rows, with every spread, and of making the weight dense and cuBLAS."""
     k, n, _norm, epilogue = ROLES[role]
     rotate = max(2, int(3e8 / (k * n * bits / 8)))
-    weights = cold(card, role, bits, group_size, rotate)
+    weights = cold(gpu, role, bits, group_size, rotate)
     shape = weights[0].shape
-    x = torch.randn(few.MOST_ROWS, weights[0].padded, device="cuda").half()
-    out = torch.zeros(few.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
+    x = torch.randn(small_batch.MOST_ROWS, weights[0].padded, device="cuda").half()
+    out = torch.zeros(small_batch.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
     size = weights[0].size_bytes
     print(f"{role} {bits}-bit g{group_size}, limit of one row {size / copy * 1e6:.1f} us")
-    for columns in few.COLUMNS:
+    for columns in small_batch.COLUMNS:
         plans = [
-            FewVariant(shape, epilogue, columns, tiles, split, stages)
+            SmallBatchVariant(shape, epilogue, columns, tiles, split, stages)
             for tiles, split, stages in itertools.product((1, 2, 4, 8), (4, 8), (2, 3, 4))
             if columns * tiles <= 16
         ]
-        plans = [each for each in plans if each.shared_bytes <= card.shared_limit_bytes]
-        card.add(variants=plans)
+        plans = [each for each in plans if each.shared_bytes <= gpu.shared_limit_bytes]
+        gpu.add(variants=plans)
         found = []
         for plan in plans:
 
-            def one(at: int, plan: FewVariant = plan) -> None:
-                few.launch(card, weights[at % rotate], plan, x, out, plan.columns * 8)
+            def one(at: int, plan: SmallBatchVariant = plan) -> None:
+                small_batch.launch(gpu, weights[at % rotate], plan, x, out, plan.columns * 8)
 
             graph = graph_of(one, rotate * 2)
             found.append((seconds(graph.replay) / rotate / 2 * 1e6, (plan.tiles, plan.split, plan.stages)))
         found.sort()
-        chosen = few.variants(shape, epilogue, card.shared_limit_bytes)[columns]
+        chosen = small_batch.variants(shape, epilogue, gpu.shared_limit_bytes)[columns]
         now = next(took for took, spread in found if spread == (chosen.tiles, chosen.split, chosen.stages))
         best = ", ".join(f"{spread} {took:.1f}" for took, spread in found[:5])
         print(f"    {columns * 8:2} rows: {now:.1f} us now; {best}; worst {found[-1][0]:.1f}")
     scratch = torch.empty(k * n, dtype=torch.float16, device="cuda")
-    y = torch.empty(few.MOST_ROWS, n, dtype=torch.float16, device="cuda")
+    y = torch.empty(small_batch.MOST_ROWS, n, dtype=torch.float16, device="cuda")
 
     def dense(at: int) -> None:
         weight = weights[at % rotate]
-        torch.mm(x, weight.dense(card, 0, weight.tiles, scratch)[:n].T, out=y)
+        torch.mm(x, weight.dense(gpu, 0, weight.tiles, scratch)[:n].T, out=y)
 
     print(f"    64 rows by cuBLAS: {seconds(graph_of(dense, rotate).replay) / rotate * 1e6:.1f} us")
 
@@ -167,10 +167,10 @@ def several(card: Card, role: str, bits: int, group_size: int, copy: float) -> N
 _OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
 
 
-def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool = False, q8: bool = False, **how: Any) -> None:
-    parts = random_parts(**{**MISTRAL_7B, "layers": layers, **how})
+def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = False, q8: bool = False, **how: Any) -> None:
+    parts = random_models(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
-    step = CudaStep(parts, 16384 + 256, slots=16, card=card, q8=q8)
+    step = CudaStep(parts, 16384 + 256, parallel=16, gpu=gpu, q8=q8)
     torch.cuda.synchronize()
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
     size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
@@ -258,14 +258,14 @@ def whole(card: Card, copy: float, layers: int, repeat: int = 64, tunings: bool 
     step.close()
 
 
-def layouts(card: Card, copy: float, layers: int) -> None:
+def layouts(gpu: Gpu, copy: float, layers: int) -> None:
     """A token at position 512 in every layout, as a share of what reading its bytes takes."""
     ways: list[dict[str, Any]] = [
         {}, {"act_order": False}, {"group_size": 64}, {"group_size": 32}, {"group_size": -1, "act_order": False}, {"sym": False},
         {"bits": 8}, {"bits": 8, "group_size": -1, "act_order": False}, {"bits": 3}, {"bits": 2},
     ]  # fmt: skip
     for how in ways:
-        step = CudaStep(random_parts(**{**MISTRAL_7B, "layers": layers, **how}), 1024, card=card)
+        step = CudaStep(random_models(**{**MISTRAL_7B, "layers": layers, **how}), 1024, gpu=gpu)
         step.params[0, :8] = torch.tensor([0.0, 1, 0, 1, 1, 0, 0, 0])
         step.use(PagedMemory(step.pages), 600)
 
@@ -308,9 +308,9 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=32)
     options.add_argument("--what", nargs="*", default=["products", "whole"])
     given = options.parse_args()
-    card = Card(torch.device("cuda", 0))
+    gpu = Gpu(torch.device("cuda", 0))
     copy = copy_bandwidth()
-    print(f"{card.name}, torch {torch.__version__}, copy {copy / 1e12:.2f} TB/s")
+    print(f"{gpu.name}, torch {torch.__version__}, copy {copy / 1e12:.2f} TB/s")
     with torch.inference_mode():
         if "products" in given.what:
             tunings = [
@@ -319,13 +319,13 @@ def main() -> None:
                 if split * teams <= 16 and 16 <= split * teams * blocks <= 40
             ]
             for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")):
-                products(card, role, bits, 128, copy, tunings)
+                products(gpu, role, bits, 128, copy, tunings)
         for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")) if "few" in given.what else ():
-            several(card, role, bits, 128, copy)
+            several(gpu, role, bits, 128, copy)
         if "slope" in given.what:  # what a byte more costs, apart from start and end
             for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
                 products(
-                    card,
+                    gpu,
                     role,
                     4,
                     128,
@@ -333,15 +333,15 @@ def main() -> None:
                     [Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(8, 2, 4, 1, 2), Tuning(16, 2, 4, 1, 2)],
                 )
         if "one" in given.what:  # for a profiler
-            products(card, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
+            products(gpu, "gate_up", 4, 128, copy, [Tuning(8, 4, 3, 1, 3)])
         if "tunings" in given.what:
-            whole(card, copy, given.layers, tunings=True)
+            whole(gpu, copy, given.layers, tunings=True)
         if "layouts" in given.what:
-            layouts(card, copy, given.layers)
+            layouts(gpu, copy, given.layers)
         if "q8" in given.what:
-            whole(card, copy, given.layers, q8=True)
+            whole(gpu, copy, given.layers, q8=True)
         if "whole" in given.what:
-            whole(card, copy, given.layers)
+            whole(gpu, copy, given.layers)
 
 
 if __name__ == "__main__":

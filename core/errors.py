@@ -136,5 +136,5 @@ class Busy(GptqWebuiError):
     pass
 
 
-class LineFull(Busy):
+class QueueFull(Busy):
     pass

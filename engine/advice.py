@@ -19,13 +19,13 @@ from ..core.errors import BadQuantizeConfig, LoadRefused
 from ..core.models import Kind, LocalModel, architecture_and_context
 from ..core.quantize_config import QuantizeConfig
 from ..hub.branches import Branch, Branches
+from ..hub.file_selection import quantize_of
 from ..hub.library import Plan
-from ..hub.wanted import quantize_of
-from ..loaders import fit as counting
-from ..loaders.base import Loader
 from ..loaders.choose import choose
-from ..loaders.fit import KEPT_FREE_BYTES, Memory
-from ..loaders.machine import has_nvidia_card
+from ..loaders.contract.base import Loader
+from ..loaders.machine import memory_fit as counting
+from ..loaders.machine.capabilities import has_nvidia_gpu
+from ..loaders.machine.memory_fit import KEPT_FREE_BYTES, Memory
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
@@ -36,7 +36,7 @@ def torch_banner() -> str:
     Reads torch's version file instead of importing torch, which takes seconds.
     """
     found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None or not has_nvidia_card():
+    if found is None or found.origin is None or not has_nvidia_gpu():
         return ""
     try:
         version = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def torch_banner() -> str:
 
 DEFAULT_CONTEXT_TOKENS = 4096  # what the cards of 2023 were made for; every model has it
 _COPY_BYTES_PER_S = 6e9  # main memory to card, pageable: every offloaded weight takes this way for every token
-_CARD_BYTES_PER_S = 200e9  # a modest card's own memory
+_GPU_BYTES_PER_S = 200e9  # a modest card's own memory
 
 
 State = Literal["fits", "partly", "tight", "not", "no loader"]
@@ -71,7 +71,7 @@ class Fit:
 
 
 def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Fit:
-    """Where the model would lie, by the same count as a load (loaders/fit.py). Nothing of its weights is read."""
+    """Where the model would lie, by the same count as a load (loaders/machine/memory_fit.py). Nothing of its weights is read."""
     asked = {"context_tokens": min(context_tokens, model.context_tokens or context_tokens)}
     try:
         choice = choose(model, loaders, None, asked)
@@ -81,19 +81,19 @@ def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memor
     found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.reason}
     yours = _yours(memory)
     if counted.fits:
-        return Fit("fits", f"Fits {yours}{', on the processor' if memory.card is None else ''}", **found)
+        return Fit("fits", f"Fits {yours}{', on the processor' if memory.gpu is None else ''}", **found)
     needs = f"needs {gigabytes(counted.needs_bytes + KEPT_FREE_BYTES)} of {yours}"
     if counted.state == "partly":
         inside = max(0, counted.free_bytes - KEPT_FREE_BYTES)
         outside = min(counted.needs_bytes - inside, counted.weights_bytes)
-        rate = 1 / (outside / _COPY_BYTES_PER_S + (counted.weights_bytes - outside) / _CARD_BYTES_PER_S)
+        rate = 1 / (outside / _COPY_BYTES_PER_S + (counted.weights_bytes - outside) / _GPU_BYTES_PER_S)
         shown = f"{rate:.0f}" if rate >= 2 else f"{rate:.1f}"
         return Fit("partly", f"Partly on the CPU, about {shown} tokens/s: {needs}", tokens_per_s=rate, **found)
     return Fit(counted.state, f"{'Tight' if counted.state == 'tight' else 'Does not fit'}: {needs}", **found)
 
 
 def _yours(memory: Memory) -> str:
-    return f"your {gigabytes(memory.ram)} of memory" if memory.card is None else f"your {gigabytes(memory.card)}"
+    return f"your {gigabytes(memory.ram)} of memory" if memory.gpu is None else f"your {gigabytes(memory.gpu)}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _best(offers: Sequence[Offer], context_tokens: int, memory: Memory) -> tuple
         which = "the only branch that fits" if len(fitting) == 1 else f"the most exact of the {len(fitting)} that fit"
         return best, f"{best.branch.name} is {which} {_yours(memory)} {at}."
     usable = [each for each in offers if each.fit.state in ("partly", "tight")]
-    why = "of the smallest, the least would be computed from main memory" if memory.card is not None else "the smallest"
+    why = "of the smallest, the least would be computed from main memory" if memory.gpu is not None else "the smallest"
     if not usable:
         usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "this is the smallest"
     if not usable:

@@ -19,11 +19,11 @@ from ..core.chat import Finish
 from ..core.errors import AnswerFailed, BadParameter, Busy
 from ..core.params import GenerationParams
 from ..core.units import format_bytes, plural
-from ..loaders.base import LoadedModel, StopFlag
-from ..loaders.cards import cards
-from ..loaders.machine import version_of
+from ..loaders.contract.base import LoadedModel, StopFlag
+from ..loaders.machine.capabilities import version_of
+from ..loaders.machine.gpus import gpus
 from .engine import Answer, Engine
-from .report import changed_options
+from .support_report import changed_options
 
 PROMPT_TOKENS = 512
 _FIRST_TOKENS = 16  # of the first round, which tells how many are worth waiting for
@@ -122,7 +122,7 @@ def _watched(answer: Answer, loaded: LoadedModel, done: int, told: Told) -> tupl
     crowded = False
     try:
         for event in answer:
-            crowded |= loaded.slots > 1 and loaded.waiting > 1
+            crowded |= loaded.parallel > 1 and loaded.waiting > 1
             if isinstance(event, Finish):
                 return event, crowded
     finally:
@@ -185,7 +185,7 @@ def _memory(device: str) -> str:
 def _versions(device: str) -> tuple[str, ...]:
     found = [f"gptq-webui {__version__}", f"Python {platform.python_version()}"]
     found += [f"{name} {version}" for name in ("torch", "transformers") if (version := version_of(name)) is not None]
-    if device.startswith("cuda") and (here := cards()):
+    if device.startswith("cuda") and (here := gpus()):
         found.append(f"driver {here[0].driver}")
     return tuple(found)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..core.errors import GptqWebuiError, NotLoaded
 from ..core.units import plural
-from ..loaders.base import LoadedModel
-from . import failures, healing
-from .idle import Idle
+from ..loaders.contract.base import LoadedModel
+from . import load_failures, load_fallback
+from .idle_timer import Idle
 from .loads import Loads, Status
 from .remedies import Asked, Remedy
 
@@ -23,7 +23,7 @@ _FREE_WAIT_S = 60.0  # for a load that was told to stop
 class Care(Loads):
     """Between a load that ended and the next one."""
 
-    can_rest = True  # whether an unused model may be unloaded and loaded again on use
+    can_unload_idle = True  # whether an unused model may be unloaded and loaded again on use
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ class Care(Loads):
         self.idle = Idle(self.rest, lambda: self.loaded is None or self.loaded.waiting > 0)
         self.watchers.append(lambda _status: self.idle.touch())
         minutes = self.settings.get(IDLE, 0)
-        if isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and minutes > 0 and self.can_rest:
+        if isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and minutes > 0 and self.can_unload_idle:
             self.idle.minutes = minutes
 
     def cancel_load(self) -> None:
@@ -79,15 +79,15 @@ class Care(Loads):
     def rest(self) -> None:
         """Unload the model until it is used again."""
         asked = self._asked
-        if self.loaded is None or asked is None or not self.can_rest:
+        if self.loaded is None or asked is None or not self.can_unload_idle:
             return
         minutes = self.idle.minutes
         with self._change():
             if self.loaded is None or self.loaded.waiting:
                 return
             self._drop()
-            healing.free_memory(collect=False)  # closing the model has collected
-            self.resting = asked
+            load_fallback.free_memory(collect=False)  # closing the model has collected
+            self.idle_load = asked
             unused = f"{minutes:g} minutes" if minutes != 1 else plural(1, "minute")
             self._say(
                 Status(text=f"{asked.model.name} was unloaded after {unused} without use. The next message loads it again.")
@@ -99,14 +99,14 @@ class Care(Loads):
         self.idle.minutes = minutes
 
     @property
-    def must_wake(self) -> bool:
+    def must_reload_idle(self) -> bool:
         """Whether `wake` would bring a model: one rests, or is being woken by somebody else."""
-        return self.resting is not None or self._waking.locked()
+        return self.idle_load is not None or self._waking.locked()
 
-    def wake(self) -> LoadedModel | None:
+    def reload_idle(self) -> LoadedModel | None:
         """Load what rests. Who comes while it is being loaded waits for that load. Raises GptqWebuiError."""
         with self._waking:
-            if self.loaded is None and (asked := self.resting) is not None:
+            if self.loaded is None and (asked := self.idle_load) is not None:
                 return self._again(asked)
             return self.loaded
 
@@ -119,4 +119,4 @@ class Care(Loads):
 
     def forget_failures(self, name: str) -> None:
         """Let every loader be tried again with a model."""
-        failures.forget(self.settings, self.library.get(name))
+        load_failures.forget(self.settings, self.library.get(name))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import LoadFailed
+from ..core.model_ref import ModelRef
 from ..core.models import MARKER
 from ..core.quantize_config import QuantizeConfig
-from ..core.refs import ModelRef
-from ..hub.folder import Entry, Record, disk_full, disk_sentence, locked
+from ..hub.model_folder import Entry, Record, disk_full, disk_sentence, locked
 from .demo_source import (
     PACKAGE,
     SAMPLE_TOKENS,

@@ -17,10 +17,11 @@ from ..core.chat import Finish, Message, Reading, Token
 from ..core.errors import AnswerFailed, Busy, GptqWebuiError, NotLoaded, PromptTooLong
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
-from ..loaders import chat_template, fit
-from ..loaders.base import LoadedModel
-from ..loaders.cards import free_card_bytes
-from . import healing, speeds
+from ..loaders.contract.base import LoadedModel
+from ..loaders.machine import memory_fit
+from ..loaders.machine.gpus import available_gpu_bytes
+from ..loaders.text import chat_template
+from . import load_fallback, measured_speeds
 from .care import Care
 from .loads import Phase, Status
 
@@ -81,8 +82,8 @@ class Engine(Care):
         loaded = self.loaded
         if loaded is not None and not loaded.alive:
             raise AnswerFailed(self.lose(loaded))
-        if loaded is None and self.must_wake:
-            loaded = self.wake()
+        if loaded is None and self.must_reload_idle:
+            loaded = self.reload_idle()
         if loaded is None:
             if self.status.phase == "loading":
                 raise Busy(f"{self.status.name} is still being loaded. Ask again in a moment.")
@@ -97,17 +98,17 @@ class Engine(Care):
             return
         if isinstance(how, GptqWebuiError):
             self.last_error = "".join(traceback.format_exception(how))
-            if fit.is_out_of_memory(how):
-                healing.free_memory()
+            if memory_fit.is_out_of_memory(how):
+                load_fallback.free_memory()
                 self.trouble = self._trouble(str(how), self._asked, choice, loaded.context_tokens)
             return
         if loaded.tokenizer is None:
             return  # an engine elsewhere: neither its speed nor its memory is this machine's
-        best = speeds.measured(self.settings, loaded.model, self._place).get(choice.loader.name, 0.0)
-        free = free_card_bytes() if loaded.device.startswith("cuda") else None
-        if slow := speeds.collapsed(how, loaded.model.size_bytes, best, free, sys.platform == "win32"):
+        best = measured_speeds.measured(self.settings, loaded.model, self._place).get(choice.loader.name, 0.0)
+        free = available_gpu_bytes() if loaded.device.startswith("cuda") else None
+        if slow := measured_speeds.collapsed(how, loaded.model.size_bytes, best, free, sys.platform == "win32"):
             self.trouble = self._trouble(slow, self._asked, choice, loaded.context_tokens)
-        speeds.note(self.settings, loaded.model, choice.loader.name, how, self._place)
+        measured_speeds.note(self.settings, loaded.model, choice.loader.name, how, self._place)
 
 
 class Answer:

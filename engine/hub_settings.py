@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.errors import BadParameter
-from ..hub import wire
-from ..hub.repo import Hub
+from ..hub import hub_request
+from ..hub.repository import Hub
 from .settings import Settings
 
 _ENDPOINT = "hub_endpoint"
@@ -40,8 +40,8 @@ class HubSettings:
     @property
     def text(self) -> str:
         """Where is asked and how, in a sentence, with no secret in it."""
-        where = wire.host_of(self._hub.endpoint)
-        if offline := wire.offline_switch():
+        where = hub_request.host_of(self._hub.endpoint)
+        if offline := hub_request.offline_switch():
             return f"{offline} is set: nothing is asked of {where}. Models on disk work; unset it and start again to download."
         if self.has_token:
             return f"Asks {where} with the token that was saved here."

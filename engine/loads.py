@@ -16,13 +16,14 @@ from typing import Any, Literal
 from ..core.errors import Busy, GptqWebuiError, LoadCancelled, LoadFailed, LoadRefused, NotLoaded
 from ..core.models import LocalModel
 from ..hub.library import Library
-from ..loaders import chat_template, fit
-from ..loaders.base import LoadedModel, Loader
 from ..loaders.choose import Choice, Row, all_loaders, choose, survey
-from ..loaders.machine import Machine, look
-from . import demo, failures, healing, remedies, room, speeds
+from ..loaders.contract.base import LoadedModel, Loader
+from ..loaders.machine import memory_fit
+from ..loaders.machine.capabilities import Machine, look
+from ..loaders.text import chat_template
+from . import available_memory, demo, load_failures, load_fallback, measured_speeds, remedies
 from .remedies import Asked, Trouble
-from .saved import Saved, saved_for
+from .saved_options import Saved, saved_for
 from .settings import Settings, default_models_folder
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ class Loads:
         self.loaders = list(loaders) if loaders is not None else all_loaders(_Lately())
         self.loaded: LoadedModel | None = None
         self.choice: Choice | None = None  # how the loaded model was loaded
-        self.fit: fit.Fit | None = None  # what the model that is loading, or was loaded last, needs
+        self.fit: memory_fit.Fit | None = None  # what the model that is loading, or was loaded last, needs
         self.previous: Asked | None = None  # what was loaded before a load that failed
-        self.resting: Asked | None = None  # what is loaded again on use
+        self.idle_load: Asked | None = None  # what is loaded again on use
         self.trouble: Trouble | None = None  # memory was not enough, and what may help
         self.last_error = ""  # with its traceback, for the report
         self.status = Status()
@@ -88,15 +89,15 @@ class Loads:
 
         needed = None
         if choice.loader.needs_bytes(model, choice.options):  # an engine elsewhere needs nothing here
-            needed = room.fit_of(model, choice.options, self.loaded)
-            room.require_room(model, needed)
+            needed = available_memory.fit_of(model, choice.options, self.loaded)
+            available_memory.require_room(model, needed)
         with self._change():
             before, self._cancel = self._asked if self.loaded is not None else None, threading.Event()
-            self.fit, self.trouble, self.resting = needed, None, None
+            self.fit, self.trouble, self.idle_load = needed, None, None
             self._drop()
             self._say(Status("loading", model.name, "Starting"))
             try:
-                healed = healing.load(
+                healed = load_fallback.load(
                     model,
                     choice,
                     None if chosen else after,
@@ -110,7 +111,7 @@ class Loads:
                 self._say(Status())
                 raise
             loaded, choice = healed.loaded, healed.choice
-            self._place = failures.place(model)
+            self._place = load_failures.place(model)
             self._remember(model, healed, chosen)
             if saved.template:
                 try:
@@ -144,7 +145,7 @@ class Loads:
         saved = self.saved(model.name) if use_saved else Saved(None, {}, None)
         values = {**saved.options, **(options or {})}
         wanted = loader or (saved.loader if not without else None)
-        fast = speeds.measured(self.settings, model)
+        fast = measured_speeds.measured(self.settings, model)
         able = [each for each in self.loaders if each.name not in without]
         if wanted is None and (known := self.known_failures(model)):
             try:
@@ -158,7 +159,9 @@ class Loads:
     def survey(self, model: LocalModel) -> list[Row]:
         """Every loader with what it says to a model, as it would be loaded now; one is chosen, or none."""
         saved = self.saved(model.name)
-        rows = survey(model, self.loaders, saved.options, wanted=saved.loader, speeds=speeds.measured(self.settings, model))
+        rows = survey(
+            model, self.loaders, saved.options, wanted=saved.loader, speeds=measured_speeds.measured(self.settings, model)
+        )
         known = self.known_failures(model)
         if not known:
             return rows
@@ -182,7 +185,7 @@ class Loads:
 
     def known_failures(self, model: LocalModel) -> dict[str, str]:
         """Loader -> the sentence with which it failed here with this model."""
-        return failures.known(self.settings, model, lambda: room.free_bytes(self.loaded))
+        return load_failures.known(self.settings, model, lambda: available_memory.free_bytes(self.loaded))
 
     def load_demo(self, loader: str | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
         """Make the demo model on this machine if it is not there yet, and load its 4-bit variant."""
@@ -213,9 +216,9 @@ class Loads:
     def unload(self) -> None:
         """End the answers that run, free the memory. Does nothing if no model is loaded."""
         with self._change():
-            self.resting = self.trouble = None
+            self.idle_load = self.trouble = None
             self._drop()
-            healing.free_memory(collect=False)  # closing the model has collected
+            load_fallback.free_memory(collect=False)  # closing the model has collected
             self._say(Status())
 
     def reload(self) -> LoadedModel:
@@ -231,7 +234,7 @@ class Loads:
             self._say(Status("empty", text=str(error)))
             return
         self.last_error = "".join(traceback.format_exception(error))
-        if fit.is_out_of_memory(error):
+        if memory_fit.is_out_of_memory(error):
             context = self.fit.context_tokens if self.fit is not None else 0
             self.trouble = self._trouble(str(error), asked, choice, context)
         self._say(Status("empty", text=str(error), error=True))
@@ -246,17 +249,17 @@ class Loads:
         except (AttributeError, OSError):
             return []
 
-    def _remember(self, model: LocalModel, healed: healing.Healed, chosen: bool) -> None:
+    def _remember(self, model: LocalModel, healed: load_fallback.Healed, chosen: bool) -> None:
         if healed.failed:
             free = self.fit.free_bytes if self.fit is not None and healed.lacked_memory else None
-            failures.remember(self.settings, model, healed.failed, healed.why, free)
+            load_failures.remember(self.settings, model, healed.failed, healed.why, free)
             note = (
                 f"{healed.failed} failed with this model here ({healed.why.rstrip('.')}), so {healed.choice.loader.name} was "
                 f"taken instead. That is remembered; to try again, choose {healed.failed} under Custom settings."
             )
             healed.loaded.notes = (*healed.loaded.notes, note)
         elif chosen:
-            failures.forget(self.settings, model, healed.choice.loader.name)
+            load_failures.forget(self.settings, model, healed.choice.loader.name)
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ..core.models import MARKER, LocalModel
 from ..core.units import format_bytes
-from ..loaders import fit
-from ..loaders.base import Loader
+from ..loaders.contract.base import Loader
+from ..loaders.machine import memory_fit
 
 Kind = Literal["context", "cache", "branch"]
 CONTEXT_OPTIONS = ("context_tokens", "max_seq_len")  # a loader has its users' name for it
@@ -60,7 +60,7 @@ def remedies(asked: Asked, loader: Loader, options: Any, context_tokens: int, mo
 
 def _context(model: LocalModel, loader: Loader, options: Any, context_tokens: int) -> Remedy:
     name = next((each.name for each in fields(loader.options) if each.name in CONTEXT_OPTIONS), None)
-    tokens = context_tokens or fit.wanted_context(model, getattr(options, name, 0) if name else 0)
+    tokens = context_tokens or memory_fit.wanted_context(model, getattr(options, name, 0) if name else 0)
     half = max(_LEAST_TOKENS, tokens // 2 // 256 * 256)
     if name is None or half >= tokens:
         why = f"{loader.name} has no context to choose" if name is None else f"the context is {tokens} tokens already"

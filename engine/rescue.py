@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.errors import BadQuantizeConfig, ModelError
 from ..core.models import MARKER, LocalModel
 from ..core.quantize_config import read_json
-from ..hub.folder import Record
+from ..hub.model_folder import Record
 
 SETTINGS = "quantize_config.json"
 _OF_TENSORS = ("bits", "group_size", "desc_act", "sym", "quant_method", "checkpoint_format")

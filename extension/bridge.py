@@ -15,18 +15,18 @@ from typing import Any
 from ..core.errors import GptqWebuiError, LoadFailed, LoadRefused
 from ..core.models import OPENED_BY, LocalModel
 from ..engine.advice import fit_of_plan
-from ..engine.downloads import Downloads
+from ..engine.available_memory import free_memory
+from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.hub_settings import HubSettings
-from ..engine.room import free_memory
 from ..engine.settings import Settings
 from ..hub.library import Library, Plan
-from ..loaders.base import LoadedModel
 from ..loaders.choose import Choice
-from . import faceless
-from .params import chosen
-from .templates import template_for
-from .tgwui import Host
+from ..loaders.contract.base import LoadedModel
+from . import headless_model
+from .host_adapter import Host
+from .host_params import chosen
+from .host_templates import template_for
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _AUTOLOAD = "autoload_model"
 class HostEngine(Engine):
     """An Engine whose loads and unloads go through the host, so that both always mean the same model."""
 
-    can_rest = False  # the host has an idle unload of its own
+    can_unload_idle = False  # the host has an idle unload of its own
 
     def __init__(self, host: Host, settings: Settings) -> None:
         more = [each for each in settings.models_folders if each != host.models_folder and each.is_dir()]
@@ -97,9 +97,9 @@ class HostEngine(Engine):
         except GptqWebuiError as error:
             self.failed = str(error)
             raise
-        face = loaded.hf if loaded.hf is not None else faceless.Faceless(loaded)
+        face = loaded.hf if loaded.hf is not None else headless_model.Faceless(loaded)
         self._face, self.handing = weakref.ref(face), True
-        return face, loaded.tokenizer if loaded.hf is not None else faceless.tokenizer_for(loaded)
+        return face, loaded.tokenizer if loaded.hf is not None else headless_model.tokenizer_for(loaded)
 
     @property
     def in_host(self) -> bool:
@@ -141,7 +141,7 @@ class Bridge:
         self.downloads = Downloads(self.engine.library, self._fit)
         self.downloads.find_unfinished()
         self.started = False  # whether the model of the start was seen to: "Apply and restart" is no start
-        self._hooks = faceless.hooks(self.engine, lambda: bool(self.host.shared.stop_everything))
+        self._hooks = headless_model.hooks(self.engine, lambda: bool(self.host.shared.stop_everything))
 
     def _fit(self, plan: Plan) -> str:
         return fit_of_plan(plan, self.engine.loaders, free_memory(self.engine.loaded)).text

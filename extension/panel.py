@@ -6,18 +6,18 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
-from ..ui import compat, look, model_tab
-from ..ui.parts import bad, good
+from ..ui import gradio_compat, model_tab, theme
+from ..ui.html_snippets import bad, good
 from .bridge import Bridge
 
-CSS = look.HOST_CSS
+CSS = theme.HOST_CSS
 _NONE = "None"
 
 
 def draw(bridge: Bridge) -> None:
     """Draw the tab in the host's page and wire it, also to the host's own list of models."""
     engine = bridge.engine
-    tab = compat.enclosing_tab()
+    tab = gradio_compat.enclosing_tab()
     if bridge.host.multi_user:
         gr.Markdown(
             "text-generation-webui was started with --multi-user: its visitors choose no model. A GPTQ model is loaded at "
@@ -76,9 +76,9 @@ def draw(bridge: Bridge) -> None:
         else:
             yield from models.show(request)
 
-    start.input(keep, start, note, **compat.EVENT)
+    start.input(keep, start, note, **gradio_compat.EVENT)
     if tab is not None:
-        tab.select(look_again, models.outputs[0], [note, *models.outputs], **compat.STREAM)
-    compat.root().load(show, None, [start, *models.outputs], **compat.STREAM)
+        tab.select(look_again, models.outputs[0], [note, *models.outputs], **gradio_compat.STREAM)
+    gradio_compat.root().load(show, None, [start, *models.outputs], **gradio_compat.STREAM)
     for event in models.loaded if widgets else ():
-        event.then(in_host, None, list(widgets.values()), **compat.EVENT)
+        event.then(in_host, None, list(widgets.values()), **gradio_compat.EVENT)

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.units import plural
-from .pack import flooded_zeros
-from .packed import METHOD, PackedLayer, packed_layers, packed_modules, register
+from .bit_packing import flooded_zeros
+from .load_progress import Report, Watch
+from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
-from .watch import Report, Watch
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.(cos|sin)_cached$")

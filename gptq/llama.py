@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import GPTQLinear
+from .gptq_linear import GPTQLinear
 
 _FAMILY = {"llama", "mistral", "qwen2", "qwen3", "phi3"}  # config.model_type; Yi and most finetunes say llama or mistral
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # the angles of a position do not depend on the prompt's length

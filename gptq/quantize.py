@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import LoadFailed
 from ..core.quantize_config import QuantizeConfig
-from .solve import solve
+from .gptq_solver import solve
 
 _HESSIAN_BYTES = 2 << 30  # of Hessians at a time; a larger model is run through once for every such part
 _BATCH_TOKENS = 1024  # of calibration text at a time

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.chat import Step
 from ..core.params import GenerationParams
-from .constraint import Constraint
+from .grammar_mask import GrammarMask
 from .sampling import Sampler, log_probabilities
 
 
@@ -44,7 +44,7 @@ class Stepper(ABC):
 
     name: ClassVar[str]
     device: torch.device
-    slots: int = 1  # answers that may be drawn in turns
+    parallel: int = 1  # answers that may be drawn in turns
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod
@@ -68,23 +68,28 @@ class Stepper(ABC):
         return self.draw(memory, logits, ids, params)
 
     def draw(
-        self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, constraint: Constraint | None = None
+        self,
+        memory: Memory,
+        logits: Tensor,
+        ids: Sequence[int],
+        params: GenerationParams,
+        grammar_mask: GrammarMask | None = None,
     ) -> Generator[Step, None, None]:
         """As `answer`, drawn by torch one token at a time; held to `constraint`, and ended where nothing may follow."""
         sampler = Sampler(params, self.device, prompt_tokens=len(ids))
         seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
         while True:
-            allowed = constraint.allowed(logits.shape[1]).to(logits.device) if constraint is not None else None
+            allowed = grammar_mask.allowed(logits.shape[1]).to(logits.device) if grammar_mask is not None else None
             token = sampler(logits, seen, allowed)
             id = int(token)
-            if constraint is not None:
-                constraint.take(id)
+            if grammar_mask is not None:
+                grammar_mask.take(id)
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if params.logprobs is not None:
                 logprob, top = log_probabilities(logits, id, params.logprobs)
             yield Step(id, logprob, top)
-            if constraint is not None and constraint.complete:
+            if grammar_mask is not None and grammar_mask.complete:
                 return
             seen = torch.cat([seen, token.to(seen.device)], dim=1)
             logits = self.step(memory, id)

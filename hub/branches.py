@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadQuantizeConfig, WrongRepository
+from ..core.model_ref import ModelRef
 from ..core.models import choose_weights
 from ..core.quantize_config import BITS, QuantizeConfig
-from ..core.refs import ModelRef
 from ..core.safetensors_header import TensorInfo, read_beginning
-from . import wanted, wire
-from .card import Card, CardRow, read_card
-from .repo import Hub, Listing
-from .wanted import Wanted
+from . import file_selection, hub_request
+from .file_selection import Wanted
+from .model_card import ModelCard, ModelCardRow, read_model_card
+from .repository import Hub, Listing
 
 if TYPE_CHECKING:
     import httpx
@@ -39,7 +39,7 @@ class Branch:
     error: WrongRepository | None = None  # why it is refused
     quantize: QuantizeConfig | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and quantize_config.json
-    card: CardRow = field(default_factory=lambda: CardRow(""))
+    model_card: ModelCardRow = field(default_factory=lambda: ModelCardRow(""))
     notes: tuple[str, ...] = ()
 
     @property
@@ -53,18 +53,18 @@ class Branch:
 
     @property
     def dataset(self) -> str:
-        return self.card.dataset or (self.quantize.dataset if self.quantize else None) or ""
+        return self.model_card.dataset or (self.quantize.dataset if self.quantize else None) or ""
 
     @property
     def damp_percent(self) -> str:
         damp = self.quantize.damp_percent if self.quantize else None
-        return self.card.damp_percent if damp is None else f"{damp:g}"
+        return self.model_card.damp_percent if damp is None else f"{damp:g}"
 
     @property
     def exllama(self) -> str:
         """Yes or No: ExLlama's kernels know 4 bits, and whole columns or groups that are a power of two from 32 on."""
         if self.quantize is None:
-            return self.card.exllama
+            return self.model_card.exllama
         group = self.quantize.group_size
         return "Yes" if self.quantize.bits == 4 and (group == -1 or (group >= 32 and group & (group - 1) == 0)) else "No"
 
@@ -73,7 +73,7 @@ class Branch:
 class Branches:
     repo: str
     branches: tuple[Branch, ...]  # main first
-    card: Card
+    model_card: ModelCard
     notes: tuple[str, ...] = ()
 
 
@@ -84,21 +84,21 @@ def read_branches(hub: Hub, repo: str) -> Branches:
     used, with the GPTQ sister where there is one.
     """
     names = hub.branches(repo)
-    with wire.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
+    with hub_request.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
         listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name)), names[:SHOWN]))
         asked = _Asked(hub, client, pool)
         for listing in listings:
             asked.settings(listing)
         for listing in listings:
             asked.header(listing)
-        card = asked.card(listings[0]) if listings else Card()
-        found = [asked.branch(listing, card) for listing in listings]
+        model_card = asked.model_card(listings[0]) if listings else ModelCard()
+        found = [asked.branch(listing, model_card) for listing in listings]
     if not any(each.wanted for each in found):
         errors = {each.ref.branch: each.error for each in found if each.error}
         first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches."))
         raise with_sister(errors.get("main", first), hub)
     left = len(names) - SHOWN
-    return Branches(repo, tuple(found), card, (f"{left} more branches are not shown.",) if left > 0 else ())
+    return Branches(repo, tuple(found), model_card, (f"{left} more branches are not shown.",) if left > 0 else ())
 
 
 def with_sister(error: WrongRepository, hub: Hub) -> WrongRepository:
@@ -125,23 +125,23 @@ class _Asked:
         return self._jobs[key]
 
     def settings(self, listing: Listing) -> "Mapping[str, Future[bytes | None]]":
-        return {path: self._ask(listing, path) for path in wanted.settings_needed(listing)}
+        return {path: self._ask(listing, path) for path in file_selection.settings_needed(listing)}
 
     def header(self, listing: Listing) -> "Future[bytes | None] | None":
         name = _weights(listing)
         return self._ask(listing, name, (0, _HEADER_BYTES)) if name else None
 
-    def card(self, listing: Listing) -> Card:
+    def model_card(self, listing: Listing) -> ModelCard:
         data = self._ask(listing, "README.md").result()
-        return read_card(data.decode("utf-8", "replace")) if data else Card()
+        return read_model_card(data.decode("utf-8", "replace")) if data else ModelCard()
 
-    def branch(self, listing: Listing, card: Card) -> Branch:
-        row = card.rows.get(listing.ref.branch, CardRow(listing.ref.branch))
-        settings = {path: wanted.parse_settings(job.result()) for path, job in self.settings(listing).items()}
+    def branch(self, listing: Listing, model_card: ModelCard) -> Branch:
+        row = model_card.rows.get(listing.ref.branch, ModelCardRow(listing.ref.branch))
+        settings = {path: file_selection.parse_settings(job.result()) for path, job in self.settings(listing).items()}
         try:
-            chosen = wanted.choose(listing, settings)
+            chosen = file_selection.choose(listing, settings)
         except WrongRepository as error:
-            return Branch(listing.ref, listing.commit, None, error, settings=settings, card=row)
+            return Branch(listing.ref, listing.commit, None, error, settings=settings, model_card=row)
         tensors = read_beginning((job.result() if (job := self.header(listing)) else None) or b"")
         quantize, notes = self._quantize(listing, settings, tensors)
         return Branch(listing.ref, listing.commit, chosen, None, quantize, settings, row, (*chosen.notes, *notes))
@@ -152,7 +152,7 @@ class _Asked:
         """As the settings say, checked against the tensors; without settings, as the tensors and the names say."""
         seen = bits_and_group(tensors)
         try:
-            config = wanted.quantize_of(settings)
+            config = file_selection.quantize_of(settings)
         except BadQuantizeConfig:
             if seen is None:
                 return None, ()

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..core.models import PARTIAL
-from .folder import LOCK, PLAN, Record, disk_sentence, locked, size_of
-from .mover import Mover
-from .progress import Progress
-from .repo import Hub, Listing, RemoteFile, is_safe_path
+from .download_job import Mover
+from .download_progress import Progress
+from .model_folder import LOCK, PLAN, Record, disk_sentence, locked, size_of
+from .repository import Hub, Listing, RemoteFile, is_safe_path
 
 FILES_AT_ONCE = 4
 EVENT_S = 0.2  # between two Progress events

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ModelError, NoSuchModel, WrongRepository
+from ..core.model_ref import ModelRef
 from ..core.models import LocalModel, is_model_folder
-from ..core.refs import ModelRef
 from ..core.units import format_bytes
-from . import wanted
+from . import file_selection
 from .branches import with_sister
 from .download import FILES_AT_ONCE, bytes_present, fetch
-from .folder import is_locked
+from .download_progress import Progress
+from .file_selection import Wanted
+from .model_folder import is_locked
 from .origins import Cached, cache_folder, cached
-from .progress import Progress
-from .repo import Hub, Listing
-from .upkeep import Unfinished, discard, freed_bytes, unfinished
-from .wanted import Wanted
+from .repository import Hub, Listing
+from .verification import Unfinished, discard, freed_bytes, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +117,10 @@ class Library:
         Raises the HubErrors of Hub.listing, and WrongRepository.
         """
         listing = self.hub.listing(ref, commit)
-        needed = wanted.settings_needed(listing)
-        settings = {path: wanted.parse_settings(self.hub.small_file(listing, path)) for path in needed}
+        needed = file_selection.settings_needed(listing)
+        settings = {path: file_selection.parse_settings(self.hub.small_file(listing, path)) for path in needed}
         try:
-            chosen = wanted.choose(listing, settings, any_kind, allow_code, allow_pickle)
+            chosen = file_selection.choose(listing, settings, any_kind, allow_code, allow_pickle)
         except WrongRepository as error:
             raise with_sister(error, self.hub) from None
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadModelName
+from ..core.model_ref import ModelRef
 from ..core.models import MARKER
-from ..core.refs import ModelRef
-from .folder import PLAN, Entry, Record, size_of
-from .repo import is_safe_path
+from .model_folder import PLAN, Entry, Record, size_of
+from .repository import is_safe_path
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")

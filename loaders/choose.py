@@ -6,12 +6,12 @@ from typing import Any
 
 from ..core.errors import BadParameter, LoadRefused
 from ..core.models import LocalModel
-from .autogptq import AutoGPTQLoader
-from .base import Loader, Refusal, Remark
-from .exllamav2 import ExLlamaV2Loader
-from .machine import Machine, look
-from .remote import RemoteLoader
-from .transformers import TransformersLoader
+from .autogptq.autogptq_loader import AutoGPTQLoader
+from .contract.base import Loader, Refusal, Remark
+from .exllamav2.exllamav2_loader import ExLlamaV2Loader
+from .machine.capabilities import Machine, look
+from .remote.remote_loader import RemoteLoader
+from .transformers.transformers_loader import TransformersLoader
 
 _FASTER = 1.1  # a measured speed beats the order below if it is this many times that of the loader before it
 

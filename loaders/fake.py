@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from ..core.chat import Finish, Step
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
-from .base import LoadedModel, LoadProgress, Refusal
-from .built_in_templates import CHATML
-from .chat_template import ChatTemplate
+from .contract.base import LoadedModel, LoadProgress, Refusal
+from .text.built_in_templates import CHATML
+from .text.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)

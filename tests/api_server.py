@@ -8,9 +8,9 @@ import time
 import httpx
 import uvicorn
 
-from gptq_webui.api import app as api_app
+from gptq_webui.api import application as api_app
 from gptq_webui.api.service import Service
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library

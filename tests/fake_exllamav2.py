@@ -1,4 +1,4 @@
-"""As much of the library exllamav2 0.3.2 as loaders/exllamav2.py touches, for machines without CUDA.
+"""As much of the library exllamav2 0.3.2 as loaders/exllamav2/exllamav2_loader.py touches, for machines without CUDA.
 
 Jobs are computed like there: one prefill and one token for every active job in each `iterate`, at most
 `max_batch_size` side by side, results as dictionaries. The "model" counts: after id n comes n + 1.

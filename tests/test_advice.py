@@ -3,28 +3,28 @@
 import re
 from pathlib import Path
 
-import card_repo
 import pytest
 
+import model_card_repo
 from gptq_webui.engine import advice
 from gptq_webui.engine.advice import Memory, advise
-from gptq_webui.engine.room import free_memory
+from gptq_webui.engine.available_memory import free_memory
 from gptq_webui.hub.branches import read_branches
-from gptq_webui.hub.repo import Hub
-from gptq_webui.loaders.base import Refusal
+from gptq_webui.hub.repository import Hub
+from gptq_webui.loaders.contract.base import Refusal
 from gptq_webui.loaders.fake import FakeLoader
-from gptq_webui.loaders.transformers import TransformersLoader
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
 
 
 @pytest.fixture
 def torch_with(tmp_path, monkeypatch):
     """Pretend that the installed torch has this version file."""
 
-    def pretend(text: str, card: bool = True) -> None:
+    def pretend(text: str, gpu: bool = True) -> None:
         (tmp_path / "version.py").write_text(text)
         spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
         monkeypatch.setattr(advice.importlib.util, "find_spec", lambda name: spec)
-        monkeypatch.setattr(advice, "has_nvidia_card", lambda: card)
+        monkeypatch.setattr(advice, "has_nvidia_gpu", lambda: gpu)
 
     return pretend
 
@@ -42,14 +42,14 @@ def test_a_torch_with_cuda_or_rocm_is_not_told(torch_with):
 
 
 def test_without_a_card_nothing_is_told(torch_with):
-    torch_with("cuda: Optional[str] = None\n", card=False)
+    torch_with("cuda: Optional[str] = None\n", gpu=False)
     assert advice.torch_banner() == ""
 
 
 def test_the_real_version_file_of_torch_is_understood(monkeypatch):
     import torch
 
-    monkeypatch.setattr(advice, "has_nvidia_card", lambda: True)
+    monkeypatch.setattr(advice, "has_nvidia_gpu", lambda: True)
     assert Path(torch.__file__).with_name("version.py").is_file()
     assert bool(advice.torch_banner()) == (torch.version.cuda is None and torch.version.hip is None)
 
@@ -61,8 +61,8 @@ GB = 10**9
 
 @pytest.fixture
 def found(hub_server, tmp_path):
-    card_repo.add(hub_server, tmp_path)
-    return read_branches(Hub(), card_repo.REPO)
+    model_card_repo.add(hub_server, tmp_path)
+    return read_branches(Hub(), model_card_repo.REPO)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def found(hub_server, tmp_path):
     [
         (6, "main", ["main"]),
         (8, "gptq-4bit-32g-actorder_True", ["main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"]),
-        (12, "gptq-8bit-32g-actorder_True", [row[0] for row in card_repo.BRANCHES]),
-        (24, "gptq-8bit-32g-actorder_True", [row[0] for row in card_repo.BRANCHES]),
+        (12, "gptq-8bit-32g-actorder_True", [row[0] for row in model_card_repo.BRANCHES]),
+        (24, "gptq-8bit-32g-actorder_True", [row[0] for row in model_card_repo.BRANCHES]),
     ],
 )
 def test_the_most_exact_branch_that_fits_is_recommended(found, free_gb, best, fits):

@@ -5,9 +5,9 @@ or with msg and type. text-generation-webui and tabbyAPI: OpenAI's.
 """
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer
+from fake_library import MISTRAL, Shelf
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
+from fake_library import MISTRAL, Shelf
 from gptq_webui.api.auth import Keys
 from gptq_webui.api.guard import Hosts
 from gptq_webui.core.errors import BadParameter
@@ -369,7 +369,7 @@ def test_the_keys_command_makes_lists_and_removes(capsys):
 
 
 def test_listen_and_share_make_keys_and_a_password_if_there_are_none():
-    from gptq_webui.app import doors
+    from gptq_webui.app import access_flags
     from gptq_webui.app.cli import _parser
 
     def options(*more):
@@ -381,25 +381,25 @@ def test_listen_and_share_make_keys_and_a_password_if_there_are_none():
 
         tgi_flags.understand(given, lambda text: None)
         said = []
-        keys = doors.keys(given, said.append)
-        assert keys.required and len(doors.users(given)) >= 1 and len(said) == 3
+        keys = access_flags.keys(given, said.append)
+        assert keys.required and len(access_flags.users(given)) >= 1 and len(said) == 3
     for more in ([], ["--host", "localhost"], ["--host", "::1"]):
-        assert not doors.keys(options(*more), print).required and doors.users(options(*more)) == []
+        assert not access_flags.keys(options(*more), print).required and access_flags.users(options(*more)) == []
     given = options("--listen", "--no-auth")
-    assert not doors.keys(given, print).required and doors.users(given) == []
+    assert not access_flags.keys(given, print).required and access_flags.users(given) == []
     with pytest.raises(BadParameter):
-        doors.keys(options("--share", "--no-auth"), print)
+        access_flags.keys(options("--share", "--no-auth"), print)
     given = options("--api-key", USE)
     headers = SimpleNamespace(get=lambda name, default="": f"Bearer {USE}" if name == "authorization" else default)
-    assert not doors.keys(given, print).check(headers, "use").admin
+    assert not access_flags.keys(given, print).check(headers, "use").admin
 
 
 def test_a_key_may_come_from_the_environment(monkeypatch, engine):
-    from gptq_webui.app import doors
+    from gptq_webui.app import access_flags
     from gptq_webui.app.cli import _parser
 
     monkeypatch.setenv("GPTQ_WEBUI_ADMIN_KEY", ADMIN)
-    with ApiServer(engine, doors.keys(_parser().parse_args(["serve"]), print)) as server:
+    with ApiServer(engine, access_flags.keys(_parser().parse_args(["serve"]), print)) as server:
         assert server.http.get("/v1/models").status_code == 401
         assert httpx.get(f"{server.url}/v1/models", headers={"x-admin-key": ADMIN}, trust_env=False).status_code == 200
         assert json.loads(server.http.get("/api/extra/version").text)["protected"] is True

@@ -6,9 +6,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
+from fake_library import MISTRAL, Shelf
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader

@@ -1,16 +1,16 @@
-"""api/lollms.py, api/tgwui.py, api/admin.py, api/pages.py: each call as its clients make it."""
+"""api/lollms.py, api/tgwui_routes.py, api/admin.py, api/api_docs.py: each call as its clients make it."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, events
+from fake_library import MISTRAL, Shelf
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.base import Refusal
+from gptq_webui.loaders.contract.base import Refusal
 from gptq_webui.loaders.fake import FakeLoader
 
 ANSWER = "The capital of France is Paris."

@@ -8,23 +8,23 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer
 from browser import chromium
+from fake_library import MISTRAL, Shelf
 from gptq_webui.api.auth import Keys
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from gptq_webui.ui import compat
+from gptq_webui.ui import gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access
 from gptq_webui.ui.api_box import Api, calls
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not compat.SIX, reason="Gradio 4 has paths of ours; the API is on a port of its own there"),
+    pytest.mark.skipif(not gradio_compat.SIX, reason="Gradio 4 has paths of ours; the API is on a port of its own there"),
 ]
 KEY = "a-key-for-the-page-1"
 
@@ -169,7 +169,7 @@ def test_the_cards_command_line_of_tgi_serves(tmp_path):
     from pathlib import Path
 
     import tiny
-    from gptq_webui.loaders.built_in_templates import CHATML
+    from gptq_webui.loaders.text.built_in_templates import CHATML
 
     folder = tmp_path / "models" / "TheBloke_Tiny-GPTQ"
     tiny.write(folder)

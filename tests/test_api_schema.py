@@ -1,9 +1,9 @@
 """Our OpenAPI description, taken at its word by schemathesis: whatever fits it, and much that does not, is no 500."""
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
+from fake_library import MISTRAL, Shelf
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader

@@ -5,9 +5,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from api_server import ApiServer, settled
+from fake_library import MISTRAL, Shelf
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -101,7 +101,7 @@ def test_turns_are_fair_and_positions_are_told(slow):
 def test_parallel_is_how_many_are_answered_at_once_where_the_model_can(tmp_path, parallel, running):
     engine = Engine(Shelf(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
-    engine.loaded._worker.slots = engine.loaded.slots = 3
+    engine.loaded._worker.parallel = engine.loaded.parallel = 3
     with ApiServer(engine, limits=Limits(parallel=parallel)) as server:
         threads = [
             threading.Thread(target=lambda: server.http.post("/generate_stream", json={"inputs": "Go"}).read()) for _ in range(5)

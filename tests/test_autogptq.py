@@ -1,4 +1,4 @@
-"""loaders/autogptq.py and the kernel optimum: the real libraries load and answer. Only where they are installed.
+"""loaders/autogptq/autogptq_loader.py and the kernel optimum: the real libraries load and answer. Only where they are installed.
 
 They pin versions that do not fit beside the rest, so they have environments of their own:
 
@@ -15,11 +15,11 @@ from gptq_webui.core.errors import BadParameter, LoadFailed, LoadRefused
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
-from gptq_webui.loaders import optimum
-from gptq_webui.loaders.autogptq import AutoGPTQLoader, AutoGPTQOptions
+from gptq_webui.loaders.autogptq.autogptq_loader import AutoGPTQLoader, AutoGPTQOptions
 from gptq_webui.loaders.choose import all_loaders, choose
-from gptq_webui.loaders.machine import Machine, look
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.machine.capabilities import Machine, look
+from gptq_webui.loaders.transformers import optimum
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 ALONE = {"torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1"}
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=16)
@@ -54,7 +54,7 @@ def test_the_library_loads_the_demo_model_of_2023s_layout_and_answers(bits, demo
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_kernel_optimum_answers_also_while_our_entry_is_registered(bits, demo_root):
     import gptq_webui
-    from gptq_webui.gptq.linear import GPTQLinear
+    from gptq_webui.gptq.gptq_linear import GPTQLinear
 
     gptq_webui.register()
     try:
@@ -115,15 +115,15 @@ def test_on_a_card_gptqmodel_is_told_to_compile_first_or_refused_without_a_compi
 
     tiny.write(tmp_path / "model")
     local = LocalModel.read(tmp_path / "model")
-    card = {"torch_for": "cuda 13.0", "card": True}
-    machine = Machine(ALONE | {"gptqmodel": "7.6.0"}, **card, compilers=True)
+    gpu = {"torch_for": "cuda 13.0", "gpu": True}
+    machine = Machine(ALONE | {"gptqmodel": "7.6.0"}, **gpu, compilers=True)
     assert AutoGPTQLoader(lambda: machine).remark(local, AutoGPTQOptions()).wait_s > 0
     assert AutoGPTQLoader(lambda: machine).remark(local, AutoGPTQOptions(backend="triton")).wait_s == 0
-    bare = all_loaders(lambda: Machine(ALONE | {"gptqmodel": "7.6.0"}, **card))
+    bare = all_loaders(lambda: Machine(ALONE | {"gptqmodel": "7.6.0"}, **gpu))
     with pytest.raises(LoadRefused, match="choose the backend triton or torch"):
         choose(local, bare, "autogptq")
     assert choose(local, bare, "autogptq", {"backend": "triton"}).loader.name == "autogptq"
-    quick = AutoGPTQLoader(lambda: Machine(ALONE | {"gptqmodel": "7.6.0", "triton": "3.6.0"}, **card, c_compiler=True))
+    quick = AutoGPTQLoader(lambda: Machine(ALONE | {"gptqmodel": "7.6.0", "triton": "3.6.0"}, **gpu, c_compiler=True))
     assert quick.refusal(local, AutoGPTQOptions()) is None and quick.remark(local, AutoGPTQOptions()).wait_s == 0
     assert "CUDA toolkit" in str(quick.refusal(local, AutoGPTQOptions(backend="gptqmodel")))
 
@@ -133,7 +133,7 @@ def test_the_kernel_optimum_takes_tritons_kernel_where_marlin_would_be_compiled(
 
     tiny.write(tmp_path / "model")
     local = LocalModel.read(tmp_path / "model")
-    here = {"versions": ALONE | {"gptqmodel": "7.6.0", "optimum": "2.3.0"}, "torch_for": "cuda 13.0", "card": True}
+    here = {"versions": ALONE | {"gptqmodel": "7.6.0", "optimum": "2.3.0"}, "torch_for": "cuda 13.0", "gpu": True}
     triton = {**here, "versions": here["versions"] | {"triton": "3.6.0"}, "c_compiler": True}
     assert "CUDA toolkit" in str(optimum.refusal(local, Machine(**here)))
     assert optimum.refusal(local, Machine(**triton)) is None and optimum.remark(local, Machine(**triton)).wait_s == 0

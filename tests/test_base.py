@@ -1,4 +1,4 @@
-"""loaders/base.py: what every back-end is given, tried on the fake one and on a tiny real one."""
+"""loaders/contract/base.py: what every back-end is given, tried on the fake one and on a tiny real one."""
 
 import threading
 from pathlib import Path
@@ -9,10 +9,10 @@ import tiny
 from gptq_webui.core.chat import Finish, Message, Token
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.loaders.built_in_templates import CHATML
 from gptq_webui.loaders.fake import FakeLoader, FakeOptions
-from gptq_webui.loaders.fit import Demand, fit_context
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.machine.memory_fit import Demand, fit_context
+from gptq_webui.loaders.text.built_in_templates import CHATML
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 QUESTION = [Message("user", "What is the capital of France?")]
 

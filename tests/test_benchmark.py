@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from shelf import Folder
 
+from fake_library import Folder
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import BadParameter, NotLoaded
 from gptq_webui.core.models import LocalModel, remote_model

@@ -1,23 +1,23 @@
-"""hub/branches.py and hub/card.py: the model card's table, read from the repository itself."""
+"""hub/branches.py and hub/model_card.py: the model card's table, read from the repository itself."""
 
 import json
 import time
 
-import card_repo
 import pytest
 
+import model_card_repo
 import tiny
 from gptq_webui.core.errors import AccessDenied, NoSuchRepository, WrongRepository
 from gptq_webui.hub.branches import read_branches
-from gptq_webui.hub.card import read_card
-from gptq_webui.hub.repo import Hub
+from gptq_webui.hub.model_card import read_model_card
+from gptq_webui.hub.repository import Hub
 
 REPO = "Owner/Tiny-GPTQ"
 
 
 @pytest.fixture
-def card(hub_server, tmp_path):
-    card_repo.add(hub_server, tmp_path)
+def model_card(hub_server, tmp_path):
+    model_card_repo.add(hub_server, tmp_path)
     return hub_server
 
 
@@ -25,26 +25,26 @@ def by_name(found):
     return {each.name: each for each in found.branches}
 
 
-def test_the_cards_repository_is_read_as_its_card_says(card):
-    found = read_branches(Hub(), card_repo.REPO)
-    assert [each.name for each in found.branches] == [row[0] for row in card_repo.BRANCHES]
-    for (name, bits, group, size, text), branch in zip(card_repo.BRANCHES, found.branches, strict=True):
+def test_the_cards_repository_is_read_as_its_card_says(model_card):
+    found = read_branches(Hub(), model_card_repo.REPO)
+    assert [each.name for each in found.branches] == [row[0] for row in model_card_repo.BRANCHES]
+    for (name, bits, group, size, text), branch in zip(model_card_repo.BRANCHES, found.branches, strict=True):
         quantize = branch.quantize
         assert (branch.name, quantize.bits, quantize.group_size, quantize.desc_act) == (name, bits, group, True)
         assert (branch.size_bytes, branch.damp_percent, branch.dataset) == (size, "0.1", "VMware Open Instruct")
-        assert (branch.card.seq_len, branch.card.description) == ("4096", text)
+        assert (branch.model_card.seq_len, branch.model_card.description) == ("4096", text)
         assert branch.exllama == ("Yes" if bits == 4 else "No")
         assert branch.notes == ()
-    assert found.card.text("base_model") == "mistralai/Mistral-7B-Instruct-v0.2"
+    assert found.model_card.text("base_model") == "mistralai/Mistral-7B-Instruct-v0.2"
 
 
 def test_twelve_branches_take_less_than_two_seconds_and_a_few_hundred_kilobytes(hub_server, tmp_path):
-    card_repo.add(hub_server, tmp_path, more=6)
-    read_branches(Hub(), card_repo.REPO)  # imports the client once
+    model_card_repo.add(hub_server, tmp_path, more=6)
+    read_branches(Hub(), model_card_repo.REPO)  # imports the client once
     hub_server.latency_s, took = 0.1, []
     while len(took) < 3 and (not took or took[-1] >= 2):  # a busy machine gets another chance
         hub_server.bytes_answered, began = 0, time.monotonic()
-        found = read_branches(Hub(), card_repo.REPO)
+        found = read_branches(Hub(), model_card_repo.REPO)
         took.append(time.monotonic() - began)
         assert len(found.branches) == 12 and hub_server.bytes_answered < 400_000
     assert min(took) < 2, took
@@ -106,12 +106,12 @@ def test_gated_and_missing_repositories_say_so(hub_server, tiny_gptq):
 
 
 def test_a_card_without_a_table_or_with_damaged_front_matter_is_no_error():
-    assert read_card("").rows == {} and read_card("---\n: [\n---\n# x").rows == {}
-    assert read_card("| Branch | Size |\n| --- | --- |\n| main | 1 |\n").rows == {}
+    assert read_model_card("").rows == {} and read_model_card("---\n: [\n---\n# x").rows == {}
+    assert read_model_card("| Branch | Size |\n| --- | --- |\n| main | 1 |\n").rows == {}
 
 
 def test_a_table_with_other_columns_is_read_by_their_names():
-    rows = read_card(
+    rows = read_model_card(
         "| Branch | Bits | Group Size | Damp % | File |\n|---|---|---|---|---|\n| `main` | 4 | 128 | 0.01 | x |\n"
     ).rows
     assert (rows["main"].group_size, rows["main"].damp_percent, rows["main"].description) == ("128", "0.01", "")

@@ -1,11 +1,11 @@
-"""loaders/chat_template.py: the right template is found, and it renders as its makers wrote it."""
+"""loaders/text/chat_template.py: the right template is found, and it renders as its makers wrote it."""
 
 import pytest
 
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.loaders import chat_template
-from gptq_webui.loaders.built_in_templates import BUILT_IN, CHATML, PLAIN
+from gptq_webui.loaders.text import chat_template
+from gptq_webui.loaders.text.built_in_templates import BUILT_IN, CHATML, PLAIN
 
 CHAT = [Message("user", "U1"), Message("assistant", "A1"), Message("user", "U2")]
 

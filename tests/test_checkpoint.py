@@ -11,7 +11,7 @@ import tiny
 from gptq_webui.core.errors import BadCheckpoint, GptqWebuiError
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.linear import GPTQLinear
+from gptq_webui.gptq.gptq_linear import GPTQLinear
 
 
 def load(folder, dtype=torch.float32):

@@ -7,10 +7,10 @@ import pytest
 from gptq_webui.core.errors import BadParameter, LoadRefused
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.loaders.base import Refusal, Remark
 from gptq_webui.loaders.choose import all_loaders, choose, make_options, survey
+from gptq_webui.loaders.contract.base import Refusal, Remark
 from gptq_webui.loaders.fake import FakeLoader
-from gptq_webui.loaders.transformers import TransformersLoader
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
 
 
 def model(kind="gptq", form="gptq", weights="model.safetensors", problem=""):

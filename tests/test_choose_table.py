@@ -8,26 +8,26 @@ from gptq_webui.core.errors import LoadRefused
 from gptq_webui.core.models import LocalModel, remote_model
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.loaders.choose import all_loaders, choose, survey
-from gptq_webui.loaders.machine import Machine
+from gptq_webui.loaders.machine.capabilities import Machine
 
 _BASE = {"torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1.15.0"}
 _EXL = {"exllamav2": "0.3.2", "exllamav2_ext": "0.3.2"}
-CARD = {"torch_for": "cuda 13.0", "card": True}
+GPU = {"torch_for": "cuda 13.0", "gpu": True}
 
 MACHINES = {
     "processor": Machine(_BASE, "cpu"),
     "processor, all installed": Machine(
         _BASE | _EXL | {"gptqmodel": "7.6.0", "optimum": "2.3.0", "auto_gptq": "0.7.1", "openai": "3.0"}, "cpu"
     ),
-    "card": Machine(_BASE, **CARD),
-    "card, torch for the processor": Machine(_BASE | _EXL, "cpu", card=True),
-    "card, exllamav2": Machine(_BASE | _EXL | {"flash_attn": "2.8.0"}, **CARD),
-    "card, exllamav2 to compile": Machine(_BASE | {"exllamav2": "0.3.2"}, **CARD, compilers=True),
+    "card": Machine(_BASE, **GPU),
+    "card, torch for the processor": Machine(_BASE | _EXL, "cpu", gpu=True),
+    "card, exllamav2": Machine(_BASE | _EXL | {"flash_attn": "2.8.0"}, **GPU),
+    "card, exllamav2 to compile": Machine(_BASE | {"exllamav2": "0.3.2"}, **GPU, compilers=True),
     "card, exllamav2 compiled": Machine(
-        _BASE | {"exllamav2": "0.3.2"}, **CARD, compilers=True, compiled=frozenset({"exllamav2_ext"})
+        _BASE | {"exllamav2": "0.3.2"}, **GPU, compilers=True, compiled=frozenset({"exllamav2_ext"})
     ),
-    "card, exllamav2 without compiler": Machine(_BASE | {"exllamav2": "0.3.2"}, **CARD),
-    "card, gptqmodel, no transformers": Machine({"torch": "2.13.0", "gptqmodel": "7.6.0"}, **CARD),
+    "card, exllamav2 without compiler": Machine(_BASE | {"exllamav2": "0.3.2"}, **GPU),
+    "card, gptqmodel, no transformers": Machine({"torch": "2.13.0", "gptqmodel": "7.6.0"}, **GPU),
     "old transformers, auto-gptq": Machine(
         {"torch": "2.13.0", "transformers": "4.57.6", "accelerate": "1.1", "auto_gptq": "0.7.1"}, "cpu"
     ),

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import card_repo
 import pytest
 
+import model_card_repo
 from gptq_webui.app.cli import main
 
-REPO = card_repo.REPO
+REPO = model_card_repo.REPO
 SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
 NAME = "Mistral-7B-Instruct-v0.2-GPTQ"
 # the section "How to download from the command line" of the card, and its "More advanced" part
@@ -34,8 +34,8 @@ CARD = (
 def here(tmp_path, monkeypatch, hub_server, tiny_gptq):
     """An empty working folder, and the repository with small weights."""
     files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir()}
-    files |= {"README.md": card_repo.card(), "tokenizer.json": b"{}"}
-    for branch, *_rest in card_repo.BRANCHES[:3]:
+    files |= {"README.md": model_card_repo.card(), "tokenizer.json": b"{}"}
+    for branch, *_rest in model_card_repo.BRANCHES[:3]:
         hub_server.add(REPO, files, branch)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -93,7 +93,8 @@ def test_files_patterns_and_exclusions_bring_exactly_that(here, monkeypatch):
     type_line(CARD[7], monkeypatch)
     assert {path.name for path in here.glob("[!.]*")} == {"config.json", "tokenizer.json"}
     type_line(
-        f"huggingface-cli download {REPO}:{card_repo.BRANCHES[1][0]} --include '*.json' --exclude 'c*' --local-dir b", monkeypatch
+        f"huggingface-cli download {REPO}:{model_card_repo.BRANCHES[1][0]} --include '*.json' --exclude 'c*' --local-dir b",
+        monkeypatch,
     )
     assert {path.name for path in (here / "b").glob("[!.]*")} == {"quantize_config.json", "tokenizer.json"}
 
@@ -184,21 +185,21 @@ def test_offline_the_library_works_and_the_rest_says_why(here, monkeypatch, caps
     ("memory", "best"), [("6", "main"), ("8", "gptq-4bit-32g-actorder_True"), ("12", "gptq-8bit-32g-actorder_True")]
 )
 def test_branches_shows_the_cards_table_and_the_advice(hub_server, tmp_path, capsys, memory, best):
-    card_repo.add(hub_server, tmp_path)
+    model_card_repo.add(hub_server, tmp_path)
     assert main(["branches", REPO, "--memory", memory]) == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert [line.split()[0].lstrip("*") or line.split()[1] for line in lines[:1]] == ["Branch"] and len(lines) == 7
     (marked,) = [line for line in lines if line.startswith("*")]
     assert marked.split()[1] == best
-    for (branch, bits, group, size, text), line in zip(card_repo.BRANCHES, lines[1:], strict=True):
+    for (branch, bits, group, size, text), line in zip(model_card_repo.BRANCHES, lines[1:], strict=True):
         cells = [branch, str(bits), "None" if group == -1 else str(group), "Yes", "4096", f"{size / 1e9:.2f}", "GB"]
         assert line[2:].split()[:7] == cells and line.endswith(text)
     assert f"To take it: gptq-webui download {REPO}" in said.err and f"your {memory} GB" in said.err
     assert main(["branches", REPO, "--memory", memory, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["recommended"] == best and [each["size_bytes"] for each in told["branches"]] == [
-        row[3] for row in card_repo.BRANCHES
+        row[3] for row in model_card_repo.BRANCHES
     ]
     assert {each["damp_percent"] for each in told["branches"]} == {"0.1"}
 

@@ -13,16 +13,16 @@ pytest.importorskip("numba")
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.choose_step import stepper_for
-from gptq_webui.gptq.cpu import compiled, kernels, tiles, weights
-from gptq_webui.gptq.cpu.linear import CpuLinear
-from gptq_webui.gptq.cpu.step import CpuStepper
-from gptq_webui.gptq.cpu.team import Team
-from gptq_webui.gptq.decode import generate
-from gptq_webui.gptq.kv import PrefixCache
-from gptq_webui.gptq.linear import GPTQLinear
+from gptq_webui.gptq.cpu import cpu_kernels, cpu_weights, numba_compiler, tiles
+from gptq_webui.gptq.cpu.cpu_linear import CpuLinear
+from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+from gptq_webui.gptq.cpu.thread_team import Team
+from gptq_webui.gptq.generation import generate
+from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.llama import parts_of
+from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper import TransformersStepper
+from gptq_webui.gptq.stepper_choice import stepper_for
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def error(found, wanted):
 def test_a_packed_product_is_that_of_float64(bits, rows, cols, group, order, team):
     for sym, form in ((True, "gptq"), (False, "gptq_v2")):
         linear, dense = packed(rows, cols, bits, group, act_order=order, sym=sym, form=form, bias=True, seed=rows)
-        product = CpuLinear(weights.from_module(linear, kernels.WAY, team), team)
+        product = CpuLinear(cpu_weights.from_module(linear, cpu_kernels.ISA, team), team)
         for count in (1, 3, 4, 9):
             x = torch.randn(count, rows, generator=torch.Generator().manual_seed(count)) * 10 ** torch.randn(count, 1)
             wanted = x.double() @ dense.T + linear.bias.double()
@@ -72,7 +72,7 @@ def test_a_packed_product_is_that_of_float64(bits, rows, cols, group, order, tea
 
 def test_large_sums_do_not_run_over(team):
     linear, dense = packed(256, 32, 8, -1)
-    product = CpuLinear(weights.from_module(linear, kernels.WAY, team), team)
+    product = CpuLinear(cpu_weights.from_module(linear, cpu_kernels.ISA, team), team)
     x = torch.full((1, 256), 7.0)  # every product as large as it can be
     x[0, ::3] = -7.0
     assert float((product(x) - x.double() @ dense.T).abs().max() / (x.double().abs() @ dense.abs().T).max()) < 1e-5
@@ -83,8 +83,8 @@ def test_large_sums_do_not_run_over(team):
 def test_a_dense_product_keeps_every_number(kind, dtype, team):
     size = 1e-6 if kind == "bfloat16" else 1  # smaller than a half can be
     weight = (torch.randn(50, 72, generator=torch.Generator().manual_seed(1)) * size).to(dtype)
-    stored = weights.from_dense(weight.float(), torch.full((50,), 0.5) * size, kernels.WAY, team)
-    assert stored.kind == {"half": weights.HALF, "bfloat16": weights.BFLOAT16, "float": weights.FLOAT}[kind]
+    stored = cpu_weights.from_dense(weight.float(), torch.full((50,), 0.5) * size, cpu_kernels.ISA, team)
+    assert stored.kind == {"half": cpu_weights.HALF, "bfloat16": cpu_weights.BFLOAT16, "float": cpu_weights.FLOAT}[kind]
     for count in (1, 6):
         x = torch.randn(count, 72)
         assert error(CpuLinear(stored, team)(x), x.double() @ weight.double().T + 0.5 * size) < 1e-5
@@ -96,14 +96,14 @@ def test_a_head_that_came_from_eight_bits_goes_back_to_them(team):
     q[:, ::32] = 127  # each group has its largest
     scales = (torch.rand(64, 3) * 0.01 + 0.001).half().float()
     weight = (q * scales.repeat_interleave(32, 1)).half().float()
-    stored = weights.from_dense(weight, None, kernels.WAY, team)
+    stored = cpu_weights.from_dense(weight, None, cpu_kernels.ISA, team)
     assert stored.kind == 8 and stored.error < 1e-3
     x = torch.randn(2, 96)
     assert error(CpuLinear(stored, team)(x), x.double() @ weight.double().T) < 2e-3
 
 
-def other_ways():
-    return [way for way in ("avx2", "plain") if way != kernels.WAY and (way == "plain" or has("avx2"))]
+def other_isas():
+    return [way for way in ("avx2", "plain") if way != cpu_kernels.ISA and (way == "plain" or has("avx2"))]
 
 
 def has(feature):
@@ -112,20 +112,20 @@ def has(feature):
     return llvm.get_host_cpu_features().get(feature, False)
 
 
-@pytest.mark.parametrize("way", other_ways())
+@pytest.mark.parametrize("way", other_isas())
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
     from numba import njit
 
     linear, dense = packed(128, 32, bits, 64, sym=False, form="gptq_v2")
-    w = weights.from_module(linear, way, team)
+    w = cpu_weights.from_module(linear, way, team)
     rows = 4
     tile = tiles.packed_tile(bits, rows, way)
     x = torch.randn(rows, 128)
     parts = x.view(rows, 2, 64)
     scale = parts.abs().amax(-1) / tiles.X_TOP
     q = (parts / scale[..., None]).round().to(torch.int16)
-    xq = weights.aligned((rows, 128), np.int16)
+    xq = cpu_weights.aligned((rows, 128), np.int16)
     xq[...] = q.reshape(rows, 128).numpy()
     scales, sums = scale.numpy(), q.int().sum(-1).to(torch.int32).numpy()
     y = np.full((rows, 32), np.nan, np.float32)
@@ -142,7 +142,7 @@ def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
 def test_a_team_that_is_dropped_leaves_no_thread():
     before = threading.active_count()
     linear, dense = packed(64, 32, 4, 32)
-    product = CpuLinear(weights.from_module(linear, kernels.WAY, Team(3)), Team(4))
+    product = CpuLinear(cpu_weights.from_module(linear, cpu_kernels.ISA, Team(3)), Team(4))
     x = torch.randn(6, 64)
     assert error(product(x), x.double() @ dense.T) < 5e-4
     product._team.close()
@@ -156,7 +156,7 @@ def test_a_team_that_is_dropped_leaves_no_thread():
 
 def test_exp_is_exp():
     x = np.linspace(-87, 88, 5001, dtype=np.float32)
-    found = np.array([kernels.exp(each) for each in x], np.float64)
+    found = np.array([cpu_kernels.exp(each) for each in x], np.float64)
     assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
 
 
@@ -266,7 +266,7 @@ def test_layers_of_other_architectures_use_the_kernels_one_by_one(kind, tmp_path
 
 
 def test_machines_without_numba_take_the_plain_path(monkeypatch):
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(numba_compiler, "available", lambda: False)
     stepper, note = stepper_for(tiny.dense_model("llama"), 64)
     assert isinstance(stepper, TransformersStepper) and "pip install numba" in note
 
@@ -278,11 +278,11 @@ def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch):
 
 
 def test_machine_code_is_kept_outside_the_package():
-    assert compiled.cache_folder().is_absolute()
-    assert tiny.Path(__file__).parents[1] not in compiled.cache_folder().parents
+    assert numba_compiler.cache_folder().is_absolute()
+    assert tiny.Path(__file__).parents[1] not in numba_compiler.cache_folder().parents
     import gptq_webui.gptq.cpu.forward as forward
 
-    assert str(compiled.cache_folder(compiled_given())) in forward.forward._cache.cache_path
+    assert str(numba_compiler.cache_folder(compiled_given())) in forward.forward._cache.cache_path
 
 
 def compiled_given():

@@ -12,9 +12,9 @@ from gptq_webui.core.chat import Finish, Message
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.linear import GPTQLinear
-from gptq_webui.loaders.built_in_templates import CHATML
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.loaders.text.built_in_templates import CHATML
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
@@ -52,7 +52,7 @@ def test_a_model_answers_on_the_card_and_gives_its_memory_back(spread, tmp_path,
     if spread:
         device_map = {"model.embed_tokens": "cuda", "model.layers.0": "cuda", "model.layers.1": "cpu", "model.norm": "cpu"}
         device_map |= {"model.rotary_emb": "cuda", "lm_head": "cpu"}
-        monkeypatch.setattr("gptq_webui.loaders.transformers.placement", lambda *_: (device_map, None))
+        monkeypatch.setattr("gptq_webui.loaders.transformers.transformers_loader.placement", lambda *_: (device_map, None))
     model = TransformersLoader().load(LocalModel.read(tmp_path / "model"), TransformersOptions(), lambda share, text: None)
     params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
     events = list(model.chat([Message("user", "Hi")], params, threading.Event()))

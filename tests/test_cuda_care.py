@@ -4,18 +4,18 @@ import threading
 
 import pytest
 import torch
-from shelf import Folder
 
 import tiny
+from fake_library import Folder
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import AnswerFailed, NotEnoughMemory
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.available_memory import fit_of
 from gptq_webui.engine.engine import Engine
-from gptq_webui.engine.room import fit_of
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.built_in_templates import CHATML
-from gptq_webui.loaders.cards import cards, free_card_bytes
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.machine.gpus import available_gpu_bytes, gpus
+from gptq_webui.loaders.text.built_in_templates import CHATML
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
@@ -46,8 +46,8 @@ def answer(engine):
 def test_the_driver_and_torch_tell_the_same_memory():
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
-    (first, *_more) = cards()
-    assert abs(first.free_bytes - free_card_bytes()) < 300 * MIB and first.driver and first.compute
+    (first, *_more) = gpus()
+    assert abs(first.free_bytes - available_gpu_bytes()) < 300 * MIB and first.driver and first.compute
 
 
 def test_memory_comes_back_after_unload_and_after_ten_loads(engine):
@@ -64,7 +64,7 @@ def test_memory_comes_back_after_unload_and_after_ten_loads(engine):
 def test_a_card_that_is_full_is_said_before_loading_and_the_process_lives(engine):
     engine.load("tiny")
     engine.unload()
-    free = free_card_bytes()
+    free = available_gpu_bytes()
     hog = torch.empty(free - 500 * MIB, dtype=torch.uint8, device="cuda")
     try:
         found = fit_of(engine.library.get("tiny"), TransformersOptions())
@@ -83,7 +83,7 @@ def test_a_real_out_of_memory_in_an_answer_leaves_the_model_usable(engine):
     loaded = engine.load("tiny")
 
     def steps(*_args):
-        yield torch.empty(free_card_bytes() * 2, dtype=torch.uint8, device="cuda")
+        yield torch.empty(available_gpu_bytes() * 2, dtype=torch.uint8, device="cuda")
 
     loaded._steps = steps
     with pytest.raises(AnswerFailed, match="not enough memory"):

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("llguidance")
 
-from test_cuda_rows import GREEDY, first_doubt, ids_of, shared, solo  # noqa: F401 (a fixture)
+from test_cuda_batch_step import GREEDY, first_doubt, ids_of, shared, solo  # noqa: F401 (a fixture)
 from test_cuda_stepper import load
-from test_grammars import SCHEMA, schema
+from test_grammar_matcher import SCHEMA, schema
 
 from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.params import GenerationParams
@@ -51,9 +51,9 @@ def test_beside_others_neither_disturbs_the_other(shared):  # noqa: F811
     streams = [model.generate(*each, threading.Event()) for each in asked]
     found = [list(each) for each in streams]
     for at in (0, 2):
-        told = ids_of(found[at])
-        sure = min(first_doubt(twin, prompts[at], alone[at], GREEDY), len(told))
-        assert told[:sure] == alone[at][:sure]
+        host_tokens = ids_of(found[at])
+        sure = min(first_doubt(twin, prompts[at], alone[at], GREEDY), len(host_tokens))
+        assert host_tokens[:sure] == alone[at][:sure]
     letters = text_of(model, found[1])
     assert len(letters) == 30 and set(letters) <= set("abcdef") and found[1][-1].reason == "stop"
     assert set(json.loads(text_of(model, found[3]))) == set(SCHEMA["required"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import few, kernels
+from gptq_webui.gptq.cuda import cuda_kernels, small_batch
+from gptq_webui.gptq.cuda.cuda_weights import engine_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
-from gptq_webui.gptq.cuda.weights import engine_order, places_of, step_order
 
-FOLDER = Path(kernels.__file__).parent
+FOLDER = Path(cuda_kernels.__file__).parent
 FAMILIES = {"Turing": (7, 5), "Ampere": (8, 0), "Ampere (RTX 30)": (8, 6), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FAMILIES |= {"Blackwell (RTX 50)": (12, 0)}
 
@@ -25,12 +25,19 @@ def compiler(capability, cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_compile_for_every_family(family, tmp_path):
-    shapes = [kernels.Shape(4, True, 1), kernels.Shape(8, False, 2), kernels.Shape(3, False, 4), kernels.Shape(2, True, 1)]
-    variants = [kernels.GemvVariant(shapes[0], epilogue, norm, 8, 4, 3, 1, True) for epilogue, norm in
+    shapes = [
+        cuda_kernels.Shape(4, True, 1),
+        cuda_kernels.Shape(8, False, 2),
+        cuda_kernels.Shape(3, False, 4),
+        cuda_kernels.Shape(2, True, 1),
+    ]
+    variants = [cuda_kernels.GemvVariant(shapes[0], epilogue, norm, 8, 4, 3, 1, True) for epilogue, norm in
                 (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))]  # fmt: skip
-    variants += [each for columns in few.COLUMNS for each in few.variants(shapes[columns % 4], "SILU", 99 * 1024).values()]
-    caches = [kernels.Cache(64), kernels.Cache(128), kernels.Cache(128, q8=True)]
-    binary = compiler(FAMILIES[family], tmp_path).compile(kernels.source(variants, shapes, caches, fixed=True))
+    variants += [
+        each for columns in small_batch.COLUMNS for each in small_batch.variants(shapes[columns % 4], "SILU", 99 * 1024).values()
+    ]
+    caches = [cuda_kernels.Cache(64), cuda_kernels.Cache(128), cuda_kernels.Cache(128, q8=True)]
+    binary = compiler(FAMILIES[family], tmp_path).compile(cuda_kernels.source(variants, shapes, caches, fixed=True))
     for name in (
         *(each.name for each in variants),
         "repack_3",
@@ -72,10 +79,10 @@ def test_a_card_newer_than_the_compiler_gets_code_that_the_driver_translates(tmp
 @pytest.mark.parametrize(
     ("name", "structure"),
     [
-        ("RepackArguments", kernels.Repack), ("UnpackArguments", kernels.Unpack), ("GemvArguments", kernels.Gemv),
-        ("HeadArguments", kernels.Head), ("EmbedArguments", kernels.Embed), ("NormArguments", kernels.Norm),
-        ("SiluArguments", kernels.Silu), ("AttentionArguments", kernels.Attention), ("RopeArguments", kernels.Rope),
-        ("GatherArguments", kernels.Gather), ("SampleArguments", kernels.Sample),
+        ("RepackArguments", cuda_kernels.Repack), ("UnpackArguments", cuda_kernels.Unpack), ("GemvArguments", cuda_kernels.Gemv),
+        ("HeadArguments", cuda_kernels.Head), ("EmbedArguments", cuda_kernels.Embed), ("NormArguments", cuda_kernels.Norm),
+        ("SiluArguments", cuda_kernels.Silu), ("AttentionArguments", cuda_kernels.Attention), ("RopeArguments", cuda_kernels.Rope),
+        ("GatherArguments", cuda_kernels.Gather), ("SampleArguments", cuda_kernels.Sample),
     ],
 )  # fmt: skip
 def test_python_hands_over_the_fields_that_the_kernel_takes(name, structure):
@@ -99,9 +106,9 @@ def test_python_hands_over_the_fields_that_the_kernel_takes(name, structure):
 def test_engine_order_holds_every_input_once(k, act_order):
     rows = torch.randperm(k) if act_order else None
     order = engine_order(rows, k, torch.device("cpu"))
-    places = places_of(order, k)
+    permutation = permutation_of(order, k)
     assert order.numel() % 64 == 0 and (order < 0).sum() == order.numel() - k
-    assert torch.equal(order[places.long()].long(), torch.arange(k))
+    assert torch.equal(order[permutation.long()].long(), torch.arange(k))
     by_step = step_order(order)
     wanted = torch.arange(k) if rows is None else rows
     assert torch.equal(by_step[:k].long(), wanted), "before the swap of steps and columns the inputs are sorted by group"
@@ -112,12 +119,12 @@ def test_engine_order_holds_every_input_once(k, act_order):
 
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 192, 1024])
 def test_a_unit_finds_its_group_by_a_multiplication(group_size):
-    units, groups, magic = kernels.unit_of(group_size, 14336)
+    units, groups, magic = cuda_kernels.unit_of(group_size, 14336)
     for at in range(14336 // 64 * units):
         assert at * magic >> 16 == at * (64 // units) // group_size < groups
 
 
 def test_groups_that_no_unit_fits_are_left_to_the_plain_path():
     with pytest.raises(ValueError, match="no multiple of 16"):
-        kernels.unit_of(24, 4096)
-    assert kernels.unit_of(-1, 4096) == kernels.unit_of(4096, 4096) == (1, 1, 0)
+        cuda_kernels.unit_of(24, 4096)
+    assert cuda_kernels.unit_of(-1, 4096) == cuda_kernels.unit_of(4096, 4096) == (1, 1, 0)

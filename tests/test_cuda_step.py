@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import few, kernels
+from gptq_webui.gptq.cuda import cuda_kernels, small_batch
+from gptq_webui.gptq.cuda.cuda_kernels import Cache, Gather, Gemv, GemvVariant, Gpu, Rope, pointer
+from gptq_webui.gptq.cuda.cuda_step import CudaStep
+from gptq_webui.gptq.cuda.cuda_weights import repack, shape_of
 from gptq_webui.gptq.cuda.gemv import Tuning
-from gptq_webui.gptq.cuda.kernels import Cache, Card, Gather, Gemv, GemvVariant, Rope, pointer
-from gptq_webui.gptq.cuda.pages import PagedMemory, Pages
-from gptq_webui.gptq.cuda.step import CudaStep
-from gptq_webui.gptq.cuda.weights import repack, shape_of
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
-_spec = importlib.util.spec_from_file_location("random_parts", Path(__file__).parents[1] / "benchmarks" / "random_parts.py")
-random_parts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(random_parts)
+_spec = importlib.util.spec_from_file_location("random_models", Path(__file__).parents[1] / "benchmarks" / "random_models.py")
+random_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(random_models)
 
 SMALL = {"hidden": 320, "inner": 544, "heads": 6, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 515}
 
 
 @pytest.fixture(scope="module")
-def card():
-    return Card(torch.device("cuda", 0))
+def gpu():
+    return Gpu(torch.device("cuda", 0))
 
 
 def error(found, wanted):
@@ -35,23 +35,23 @@ def error(found, wanted):
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 64, 128])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
-def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_order, sym):
+def test_every_layout_multiplies_and_unpacks_right(gpu, bits, group_size, act_order, sym):
     torch.manual_seed(bits * 1000 + group_size)
     k, n = 736, 408  # no multiples of 64 and 16
     rows = torch.randperm(k, device="cuda") if act_order else None
-    layer = random_parts.random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=True)
+    layer = random_models.random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=True)
     wanted = layer.dequantize(torch.float64)  # [N, K]
     shape = shape_of([layer])
     assert shape.sym == sym
     tunings = (Tuning(8, 4, 3), Tuning(4, 2, 4, 2), Tuning(1, 1, 6, 4), Tuning(16, 2, 2))
     plans = [GemvVariant(shape, "FLOAT", 0, each.split, each.batch, each.stages, each.teams) for each in tunings]
-    card.add(plans, [shape])
-    weight = repack(card, [layer], shape)
+    gpu.add(plans, [shape])
+    weight = repack(gpu, [layer], shape)
     x = torch.randn(k, device="cuda").half()
     staged = torch.zeros(weight.padded, dtype=torch.float16, device="cuda")
-    staged[weight.places.long()] = x
+    staged[weight.permutation.long()] = x
     dense = weight.dense(
-        card, 0, weight.tiles, torch.full((weight.tiles * 16 * weight.padded,), torch.nan, dtype=torch.float16, device="cuda")
+        gpu, 0, weight.tiles, torch.full((weight.tiles * 16 * weight.padded,), torch.nan, dtype=torch.float16, device="cuda")
     )
     natural = torch.zeros(weight.tiles * 16, k, dtype=torch.float16, device="cuda")
     kept = weight.order >= 0
@@ -67,7 +67,7 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
         runs = []
         for _ in range(2):
             out.fill_(torch.nan)
-            card.run(plan.name, (7,), plan.threads, arguments, plan.shared_bytes(weight.chunks))
+            gpu.run(plan.name, (7,), plan.threads, arguments, plan.shared_bytes(weight.chunks))
             runs.append(out.clone())
         assert torch.equal(*runs)
         assert error(runs[0], wanted @ x.double() + layer.bias.double()) < 1e-3, plan
@@ -83,13 +83,13 @@ def test_every_layout_multiplies_and_unpacks_right(card, bits, group_size, act_o
     ],
     ids=str,
 )  # fmt: skip
-def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
+def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(gpu, change):
     torch.manual_seed(1)
-    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
     ids = torch.randint(0, SMALL["vocabulary"], (150,)).tolist()
     with torch.inference_mode():
-        wanted = random_parts.plain_logits(parts, ids)
-        step = CudaStep(parts, 256, card=card)
+        wanted = random_models.plain_logits(parts, ids)
+        step = CudaStep(parts, 256, gpu=gpu)
         memory = PagedMemory(step.pages)
         step.use(memory, len(ids))
         found = []
@@ -109,13 +109,13 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(card, change):
 
 @pytest.mark.parametrize("change", [{}, {"bits": 8, "sym": False}, {"bias": True}, {"window": 40}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("first", [0, 30])
-def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch(card, change, first):
+def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch(gpu, change, first):
     torch.manual_seed(2)
-    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
-    ids = torch.randint(0, SMALL["vocabulary"], (first + few.MOST_ROWS + 54,)).tolist()
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
+    ids = torch.randint(0, SMALL["vocabulary"], (first + small_batch.MOST_ROWS + 54,)).tolist()
     with torch.inference_mode():
-        wanted = random_parts.plain_logits(parts, ids)[first:]
-        step = CudaStep(parts, 256, card=card)
+        wanted = random_models.plain_logits(parts, ids)[first:]
+        step = CudaStep(parts, 256, gpu=gpu)
         step.use(PagedMemory(step.pages), len(ids))
         if first:
             step.prefill(ids[:first], 0)
@@ -124,9 +124,9 @@ def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch
         assert error(step.prompt_logits[0], wanted[-1]) < 1e-2
 
 
-def test_products_can_be_spread_anew_after_a_step_was_recorded(card):
+def test_products_can_be_spread_anew_after_a_step_was_recorded(gpu):
     torch.manual_seed(6)
-    step = CudaStep(random_parts.random_parts(**{**SMALL, "group_size": 64}), 256, card=card)
+    step = CudaStep(random_models.random_models(**{**SMALL, "group_size": 64}), 256, gpu=gpu)
     step.use(PagedMemory(step.pages), 2)
     found = []
     with torch.inference_mode():
@@ -138,23 +138,23 @@ def test_products_can_be_spread_anew_after_a_step_was_recorded(card):
     assert error(found[1], found[0]) < 1e-3
 
 
-def test_kernels_are_launched_on_the_stream_that_torch_uses(card, monkeypatch):
-    ways = [kernels._raw_stream, None]
+def test_kernels_are_launched_on_the_stream_that_torch_uses(gpu, monkeypatch):
+    ways = [cuda_kernels._raw_stream, None]
     assert ways[0] is not None
     with torch.cuda.stream(torch.cuda.Stream()) as _:
         for way in ways:
-            monkeypatch.setattr(kernels, "_raw_stream", way)
-            assert kernels._stream_of(card.device) == torch.cuda.current_stream().cuda_stream != 0
+            monkeypatch.setattr(cuda_kernels, "_raw_stream", way)
+            assert cuda_kernels._stream_of(gpu.device) == torch.cuda.current_stream().cuda_stream != 0
 
 
 @pytest.mark.parametrize("change", [{}, {"head_dim": 128, "heads": 8, "kv_heads": 2}, {"window": 40}], ids=str)
-def test_a_byte_for_each_number_of_the_conversation_changes_the_logits_little(card, change):
+def test_a_byte_for_each_number_of_the_conversation_changes_the_logits_little(gpu, change):
     torch.manual_seed(3)
-    parts = random_parts.random_parts(**{**SMALL, "group_size": 64, **change})
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
     ids = torch.randint(0, SMALL["vocabulary"], (200,)).tolist()
     with torch.inference_mode():
-        wanted = random_parts.plain_logits(parts, ids)
-        step = CudaStep(parts, 256, card=card, q8=True)
+        wanted = random_models.plain_logits(parts, ids)
+        step = CudaStep(parts, 256, gpu=gpu, q8=True)
         assert step.cache.token_bytes(step.kv_heads) < 0.54 * 2 * step.kv_heads * 2 * step.head_dim
         step.use(PagedMemory(step.pages), len(ids))
         errors = []
@@ -170,10 +170,10 @@ def test_a_byte_for_each_number_of_the_conversation_changes_the_logits_little(ca
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-def test_keys_and_values_are_kept_to_half_a_step_of_their_byte(card, head_dim):
+def test_keys_and_values_are_kept_to_half_a_step_of_their_byte(gpu, head_dim):
     torch.manual_seed(5)
     heads, kv, count = 4, 2, 100
-    own = Card(torch.device("cuda", 0))
+    own = Gpu(torch.device("cuda", 0))
     own.add(caches=[Cache(head_dim), Cache(head_dim, q8=True)])
     qkv = torch.randn(count, (heads + 2 * kv) * head_dim, device="cuda").half() * 3
     qkv[7] = 0
@@ -208,12 +208,12 @@ def test_keys_and_values_are_kept_to_half_a_step_of_their_byte(card, head_dim):
     assert bool(((bytes_ - wanted).abs() <= 0.52 * step + 2e-3 * wanted.abs()).all())
 
 
-def test_the_step_reads_nothing_that_it_did_not_write(card):
+def test_the_step_reads_nothing_that_it_did_not_write(gpu):
     torch.manual_seed(4)
-    parts = random_parts.random_parts(**{**SMALL, "group_size": 64})
+    parts = random_models.random_models(**{**SMALL, "group_size": 64})
     ids = torch.randint(0, SMALL["vocabulary"], (200,)).tolist()
     with torch.inference_mode():
-        step = CudaStep(parts, 256, card=card)
+        step = CudaStep(parts, 256, gpu=gpu)
         step.use(PagedMemory(step.pages), len(ids))
         step.prefill(ids[:-1], 0)
         step.ids[0], step.positions[0] = ids[-1], len(ids) - 1

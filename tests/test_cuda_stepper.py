@@ -11,7 +11,7 @@ from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.sampling import Sampler
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
 
@@ -60,10 +60,10 @@ def test_logits_equal_the_dense_twin_and_greedy_text_its_argmax(kind, bits, tmp_
         found = model.hf(torch.tensor([ids], device="cuda")).logits[0].double()
     assert float((found - wanted).norm() / wanted.norm()) < 1e-2
     model._end_ids = set()
-    told, _finish, _steps = answer(model, ids)
+    host_tokens, _finish, _steps = answer(model, ids)
     with torch.no_grad():
-        logits = twin(torch.tensor([ids + told], device="cuda")).logits[0]
-    for at, id in enumerate(told):
+        logits = twin(torch.tensor([ids + host_tokens], device="cuda")).logits[0]
+    for at, id in enumerate(host_tokens):
         row = logits[len(ids) + at - 1]
         assert float(row.max() - row[id]) < 0.05 * float(row.std()), at
     model.close()
@@ -198,9 +198,11 @@ def test_log_probabilities_are_those_of_the_model(llama):
     model, twin = llama
     model._end_ids = set()
     ids = [5, 6, 7, 8]
-    told, _finish, steps = answer(model, ids, GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=5, logprobs=3))
+    host_tokens, _finish, steps = answer(
+        model, ids, GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=5, logprobs=3)
+    )
     with torch.no_grad():
-        wanted = twin(torch.tensor([ids + told], device="cuda")).logits[0].log_softmax(-1)
+        wanted = twin(torch.tensor([ids + host_tokens], device="cuda")).logits[0].log_softmax(-1)
     for at, step in enumerate(steps):
         row = wanted[len(ids) + at - 1]
         assert abs(step.logprob - float(row[step.id])) < 0.02
@@ -252,8 +254,8 @@ def test_the_context_is_filled_to_its_end_and_no_further(llama):
     model, _twin = llama
     model._end_ids = set()
     ids = torch.randint(4, 288, (1, model.context_tokens - 5)).tolist()[0]
-    told, finish, _ = answer(model, ids, GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=100))
-    assert len(told) == 5 and finish.reason == "length"
+    host_tokens, finish, _ = answer(model, ids, GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=100))
+    assert len(host_tokens) == 5 and finish.reason == "length"
 
 
 def test_closing_gives_the_memory_back(tmp_path, monkeypatch):

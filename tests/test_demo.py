@@ -21,9 +21,9 @@ import torch
 from gptq_webui.core.errors import DiskFull, DownloadFailed, GptqWebuiError, HubUnreachable, LoadFailed
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import demo, demo_source
-from gptq_webui.gptq import checkpoint, pack
-from gptq_webui.gptq.linear import GPTQLinear
-from gptq_webui.hub.folder import locked
+from gptq_webui.gptq import bit_packing, checkpoint
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.hub.model_folder import locked
 
 HERE = Path(__file__).resolve().parent
 
@@ -123,7 +123,7 @@ def test_the_folders_are_what_they_say(demo_root: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(four.weights[0], "pt") as file:
-        assert not pack.g_idx_is_sorted(file.get_tensor("model.layers.3.mlp.down_proj.g_idx"))
+        assert not bit_packing.g_idx_is_sorted(file.get_tensor("model.layers.3.mlp.down_proj.g_idx"))
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (a file, not a dictionary)
     assert {path.name for path in demo_root.iterdir()} == {folder.name for folder in demo.folders(demo_root)}
 

@@ -1,10 +1,10 @@
-"""loaders/detokenize.py: never half a character, and the pieces are the whole text."""
+"""loaders/text/detokenize.py: never half a character, and the pieces are the whole text."""
 
 import pytest
 from transformers import AutoTokenizer
 
 import tiny
-from gptq_webui.loaders.detokenize import Detokenizer
+from gptq_webui.loaders.text.detokenize import Detokenizer
 
 TEXTS = ["Hello world", "naïve café — 日本語のテキスト", "🙂👩‍👩‍👧 flags 🇫🇷", "  two  spaces\n\ttab", ""]
 

@@ -4,7 +4,7 @@ import tiny
 from gptq_webui.app import doctor
 from gptq_webui.app.cli import main
 from gptq_webui.loaders.choose import all_loaders, survey
-from gptq_webui.loaders.machine import Machine
+from gptq_webui.loaders.machine.capabilities import Machine
 
 
 def shown(machine, bits=4):
@@ -19,9 +19,9 @@ def test_a_machine_without_a_card_is_told_what_is_missing_and_what_works():
 
 def test_what_must_be_compiled_says_so():
     base = {"torch": "2.13", "transformers": "5.23", "accelerate": "1", "exllamav2": "0.3.2"}
-    text = shown(Machine(base, "cuda 13.0", card=True, compilers=True))
+    text = shown(Machine(base, "cuda 13.0", gpu=True, compilers=True))
     assert "exllamav2     can     would compile for about two minutes" in text
-    assert "exllamav2     cannot  it reads 4-bit GPTQ only; this model has 8 bits." in shown(Machine(base, "cuda", card=True), 8)
+    assert "exllamav2     cannot  it reads 4-bit GPTQ only; this model has 8 bits." in shown(Machine(base, "cuda", gpu=True), 8)
 
 
 def test_the_command_speaks_of_this_machine_or_of_one_model(tmp_path, capsys):

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from gptq_webui.core.errors import AccessDenied, DiskFull, DownloadFailed, HubUnreachable, NoSuchRepository
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import MARKER, PARTIAL, LocalModel, is_model_folder
-from gptq_webui.core.refs import ModelRef
-from gptq_webui.hub import download, mover, receive, wire
+from gptq_webui.hub import download, download_job, file_download, hub_request
 from gptq_webui.hub.download import fetch
-from gptq_webui.hub.folder import LOCK, PLAN, Record, locked
-from gptq_webui.hub.progress import Meter, Progress
-from gptq_webui.hub.repo import Hub, Listing, RemoteFile
+from gptq_webui.hub.download_progress import Meter, Progress
+from gptq_webui.hub.model_folder import LOCK, PLAN, Record, locked
+from gptq_webui.hub.repository import Hub, Listing, RemoteFile
 from hub_server import Fault, http_date
 
 REF = ModelRef("me/model-GPTQ", "4bit")
@@ -35,8 +35,8 @@ FILES = {"config.json": b'{"model_type": "llama"}', "empty.json": b"", "sub/a.ji
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receive, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(receive, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(file_download, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(file_download, "LONGEST_PAUSE_S", 0.05)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_second_download_asks_for_no_file_and_ends_as_done(listing: Listing, f
 
 def test_a_complete_folder_is_not_hashed_again(listing: Listing, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(listing, folder)
-    monkeypatch.setattr(receive.Receiver, "hash", lambda *_: pytest.fail("hashed a file that the marker vouches for"))
+    monkeypatch.setattr(file_download.Receiver, "hash", lambda *_: pytest.fail("hashed a file that the marker vouches for"))
     run(listing, folder)
 
 
@@ -177,9 +177,9 @@ import importlib.util, sys, threading
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("door", sys.argv[1])
 door = importlib.util.module_from_spec(spec); spec.loader.exec_module(door); door.register()
-from gptq_webui.core.refs import ModelRef
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.hub.download import fetch
-from gptq_webui.hub.repo import Hub
+from gptq_webui.hub.repository import Hub
 listing = Hub().listing(ModelRef.parse(sys.argv[2]))
 for event in fetch(listing, listing.files, Path(sys.argv[3]), Hub(), threading.Event()):
     print(event.text, flush=True)
@@ -261,7 +261,7 @@ def test_retry_after_is_honoured_and_shown(listing: Listing, folder: Path, hub_s
 
 
 def test_giving_up_names_the_file_and_keeps_what_came(listing: Listing, folder: Path, hub_server: Any) -> None:
-    hub_server.faults = [Fault(502, host="cdn")] * receive.ATTEMPTS
+    hub_server.faults = [Fault(502, host="cdn")] * file_download.ATTEMPTS
     with pytest.raises(DownloadFailed, match=r"model\.safetensors .* 8 attempts .*the server answered 502"):
         list(events(listing, folder))
     assert (folder / "config.json").exists() and (folder / PLAN).exists() and not (folder / MARKER).exists()
@@ -337,7 +337,7 @@ def test_another_scheme_host_or_port_is_another_place(other: str) -> None:
 
     with (
         httpx.Client(transport=httpx.MockTransport(answer)) as client,
-        wire.get(client, "http://127.0.0.1:1/a", "http://127.0.0.1:1", "hf_good") as (_, own),
+        hub_request.get(client, "http://127.0.0.1:1/a", "http://127.0.0.1:1", "hf_good") as (_, own),
     ):
         assert not own
     assert [request.headers.get("Authorization") for request in asked] == ["Bearer hf_good", None]
@@ -402,7 +402,7 @@ def test_files_that_left_the_branch_leave_the_folder_and_the_users_own_stay(
 def test_an_update_that_is_interrupted_is_not_offered_as_ready(listing: Listing, folder: Path, hub_server: Any) -> None:
     run(listing, folder)
     hub_server.add(REF.repo, {"model.safetensors": BIG[::-1]}, REF.branch)
-    hub_server.faults = [Fault(502)] * receive.ATTEMPTS
+    hub_server.faults = [Fault(502)] * file_download.ATTEMPTS
     with pytest.raises(DownloadFailed):
         run(Hub().listing(REF), folder)
     assert LocalModel.read(folder).kind == "incomplete"
@@ -425,8 +425,8 @@ def test_stop_is_obeyed_within_a_fifth_of_a_second(
         run(listing, folder)
         (folder / MARKER).unlink()
         slow = SimpleNamespace(update=lambda _: time.sleep(0.01), hexdigest=lambda: "")
-        monkeypatch.setattr(receive, "_PIECE_BYTES", MIB // 64)
-        monkeypatch.setattr(mover, "digest_of", lambda _: slow)
+        monkeypatch.setattr(file_download, "_PIECE_BYTES", MIB // 64)
+        monkeypatch.setattr(download_job, "digest_of", lambda _: slow)
     else:
         monkeypatch.setattr(type(hub_server), "_link", lambda *_: time.sleep(5))
     cancel, asked_s = threading.Event(), [0.0]
@@ -475,11 +475,11 @@ def test_a_closed_iterator_stops_the_thread_and_frees_the_folder(listing: Listin
 
 
 def test_after_a_stop_the_thread_that_was_left_behind_changes_nothing(listing: Listing) -> None:
-    receiver = receive.Receiver(listing, Hub())
+    receiver = file_download.Receiver(listing, Hub())
     with receiver.changing():
         pass
     receiver.stop()
-    with pytest.raises(receive.Stopped), receiver.changing():
+    with pytest.raises(file_download.Stopped), receiver.changing():
         pytest.fail("changed the folder after a stop")
 
 
@@ -512,14 +512,14 @@ def test_only_what_is_missing_must_fit(listing: Listing, folder: Path, monkeypat
 def test_a_disk_that_fills_up_on_the_way_loses_nothing(
     listing: Listing, folder: Path, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = receive.Receiver._keep
+    keep = file_download.Receiver._keep
 
-    def full(self: receive.Receiver, file: RemoteFile, *rest: Any) -> None:
+    def full(self: file_download.Receiver, file: RemoteFile, *rest: Any) -> None:
         if self.have[file.path] > 2 * MIB:
             raise OSError(errno.ENOSPC, "No space left on device")
         keep(self, file, *rest)
 
-    monkeypatch.setattr(receive.Receiver, "_keep", full)
+    monkeypatch.setattr(file_download.Receiver, "_keep", full)
     with pytest.raises(DiskFull, match="still to be downloaded"):
         list(events(listing, folder))
     assert (folder / ("model.safetensors" + PARTIAL)).stat().st_size > 2 * MIB

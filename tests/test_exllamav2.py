@@ -1,4 +1,4 @@
-"""loaders/exllamav2.py against a stand-in for the library, which cannot be imported without CUDA."""
+"""loaders/exllamav2/exllamav2_loader.py against a stand-in for the library, which cannot be imported without CUDA."""
 
 import sys
 import threading
@@ -13,12 +13,12 @@ from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.errors import BadParameter, LoadFailed
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.loaders import exllamav2
-from gptq_webui.loaders.exllamav2 import ExLlamaV2Loader, ExLlamaV2Options
-from gptq_webui.loaders.exllamav2_model import settings_of
-from gptq_webui.loaders.machine import Machine
+from gptq_webui.loaders.exllamav2 import exllamav2_loader
+from gptq_webui.loaders.exllamav2.exllamav2_loader import ExLlamaV2Loader, ExLlamaV2Options
+from gptq_webui.loaders.exllamav2.exllamav2_model import settings_of
+from gptq_webui.loaders.machine.capabilities import Machine
 
-READY = Machine({"exllamav2": "0.3.2", "exllamav2_ext": "0.3.2", "flash_attn": "2.8.0"}, "cuda 13.0", card=True)
+READY = Machine({"exllamav2": "0.3.2", "exllamav2_ext": "0.3.2", "flash_attn": "2.8.0"}, "cuda 13.0", gpu=True)
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=5)
 
 
@@ -32,8 +32,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.setattr(exllamav2, "_context", lambda model, options: (512, "what fits into the free memory"))
-    monkeypatch.setattr(exllamav2, "_settle", lambda: None)
+    monkeypatch.setattr(exllamav2_loader, "_context", lambda model, options: (512, "what fits into the free memory"))
+    monkeypatch.setattr(exllamav2_loader, "_settle", lambda: None)
     return fake_exllamav2.install(monkeypatch)
 
 
@@ -101,7 +101,7 @@ def test_how_far_the_prompt_is_read_is_told_beside_the_answer(folder, library):
 
 def test_several_answers_are_computed_side_by_side(folder, library):
     model = load(folder, max_batch_size=3)
-    assert model.slots == 3
+    assert model.parallel == 3
     params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=100)
     streams = [model.generate([start], params, threading.Event()) for start in (10, 20, 30, 40)]
     ids = [[each.id for each in stream if isinstance(each, Step)] for stream in streams]
@@ -113,7 +113,7 @@ def test_several_answers_are_computed_side_by_side(folder, library):
 def test_without_flash_attn_there_is_one_answer_at_a_time_and_the_user_is_told(folder, monkeypatch, library):
     sys.modules["exllamav2.attn"].has_flash_attn_with_paged = False
     model = load(folder)
-    assert model.slots == 1 and "flash-attn" in model.notes[0]
+    assert model.parallel == 1 and "flash-attn" in model.notes[0]
     streams = [model.generate([start], GREEDY, threading.Event()) for start in (10, 20)]
     assert [[each.id for each in stream if isinstance(each, Step)] for stream in streams] == [
         [11, 12, 13, 14, 15],
@@ -159,7 +159,7 @@ def test_closing_ends_what_runs_and_unloads(folder, library):
     ],
 )
 def test_a_load_that_fails_is_a_sentence_and_leaves_nothing(folder, monkeypatch, error, says):
-    monkeypatch.setattr(exllamav2, "_context", lambda model, options: (512, ""))
+    monkeypatch.setattr(exllamav2_loader, "_context", lambda model, options: (512, ""))
     seen = fake_exllamav2.install(monkeypatch, fails=error)
     with pytest.raises(LoadFailed, match=says):
         load(folder)
@@ -179,10 +179,10 @@ def test_an_import_that_fails_is_a_sentence(folder, monkeypatch):
 
 
 def test_while_it_compiles_the_page_is_told_that_it_lives(monkeypatch):
-    monkeypatch.setattr(exllamav2.importlib, "import_module", lambda name: time.sleep(0.5) or SimpleNamespace())
-    monkeypatch.setattr(exllamav2, "_TICK_S", 0.1)
+    monkeypatch.setattr(exllamav2_loader.importlib, "import_module", lambda name: time.sleep(0.5) or SimpleNamespace())
+    monkeypatch.setattr(exllamav2_loader, "_TICK_S", 0.1)
     told = []
-    exllamav2._start("exllamav2", lambda share, text: told.append(text), 120.0)
+    exllamav2_loader._start("exllamav2", lambda share, text: told.append(text), 120.0)
     assert "about two minutes" in told[0] and "s so far" in told[-1]
 
 

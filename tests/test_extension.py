@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from gptq_webui.loaders.built_in_templates import CHATML
+from gptq_webui.loaders.text.built_in_templates import CHATML
 
 ROOT = Path(__file__).resolve().parents[1]
 

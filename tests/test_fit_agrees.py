@@ -8,18 +8,19 @@ import torch
 
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.engine import advice, room
-from gptq_webui.loaders import exllamav2, fit
-from gptq_webui.loaders.exllamav2 import ExLlamaV2Loader, ExLlamaV2Options
-from gptq_webui.loaders.fit import Memory
-from gptq_webui.loaders.machine import Machine
-from gptq_webui.loaders.transformers import TransformersLoader
-from gptq_webui.loaders.transformers_options import TransformersOptions, placement
+from gptq_webui.engine import advice, available_memory
+from gptq_webui.loaders.exllamav2 import exllamav2_loader
+from gptq_webui.loaders.exllamav2.exllamav2_loader import ExLlamaV2Loader, ExLlamaV2Options
+from gptq_webui.loaders.machine import memory_fit
+from gptq_webui.loaders.machine.capabilities import Machine
+from gptq_webui.loaders.machine.memory_fit import Memory
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
+from gptq_webui.loaders.transformers.transformers_options import TransformersOptions, placement
 
 GB = 10**9
 MISTRAL = '{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}'
-CUDA = Machine({"torch": "2.13", "transformers": "5.0", "accelerate": "1"}, torch_for="cuda 13.0", card=True)
-EXLLAMA = Machine({"torch": "2.13", "exllamav2": "0.3.2", "exllamav2_ext": "0"}, torch_for="cuda 13.0", card=True)
+CUDA = Machine({"torch": "2.13", "transformers": "5.0", "accelerate": "1"}, torch_for="cuda 13.0", gpu=True)
+EXLLAMA = Machine({"torch": "2.13", "exllamav2": "0.3.2", "exllamav2_ext": "0"}, torch_for="cuda 13.0", gpu=True)
 SIZES = (1_900_000_000, 4_160_000_000, 4_570_000_000, 7_680_000_000, 13_000_000_000)
 FREE = (2.5, 4, 5.5, 6, 6.1, 6.3, 8, 10, 12, 16, 24)
 CONTEXTS = (0, 2048, 4096, 16384)
@@ -32,13 +33,13 @@ def model_of(folder, size, kind="gptq"):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def gpu(monkeypatch):
     """torch, as if one card had this much free."""
 
     def with_free(free):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(fit, "free_bytes", lambda _device: free)
-        monkeypatch.setattr(fit, "free_ram_bytes", lambda: 64 * GB)
+        monkeypatch.setattr(memory_fit, "free_bytes", lambda _device: free)
+        monkeypatch.setattr(memory_fit, "available_ram_bytes", lambda: 64 * GB)
         return Memory(64 * GB, free)
 
     return with_free
@@ -46,21 +47,21 @@ def card(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype, tmp_path, card):
+def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype, tmp_path, gpu):
     loader = TransformersLoader(lambda: CUDA)
     options = TransformersOptions(context_tokens=context, dtype=dtype)
     torch_dtype = torch.float32 if dtype == "fp32" else torch.float16
     seen = set()
     for size, free in itertools.product(SIZES, FREE):
-        memory = card(int(free * GB))
+        memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
-        told = fit.of(model, options, memory)
+        told = memory_fit.of(model, options, memory)
         device = torch.device("cuda", 0)
         places, _limits = placement(model, options, device, torch_dtype)
         assert (places == {"": device}) == told.fits, (size, free)
         if told.fits:
             asks = options.demand(model, True)
-            assert fit.fit_context(model, asks, memory.card - size)[0] == told.context_tokens, (size, free)
+            assert memory_fit.fit_context(model, asks, memory.gpu - size)[0] == told.context_tokens, (size, free)
         if context and dtype == "auto":  # the advice counts with a context that was chosen
             advised = advice.fit(model, [loader], context, memory)
             assert (advised.state, advised.needs_bytes) == (told.state, told.needs_bytes), (size, free)
@@ -69,14 +70,14 @@ def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype
 
 
 @pytest.mark.parametrize("cache", ["FP16", "Q8", "Q4"])
-def test_what_the_advice_says_of_a_card_is_what_exllamav2_does(cache, tmp_path, card):
+def test_what_the_advice_says_of_a_card_is_what_exllamav2_does(cache, tmp_path, gpu):
     for size, free, context in itertools.product(SIZES, FREE, CONTEXTS):
-        memory = card(int(free * GB))
+        memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
         options = ExLlamaV2Options(context_tokens=context, cache_type=cache)
-        told = fit.of(model, options, memory)
+        told = memory_fit.of(model, options, memory)
         if told.fits:
-            assert exllamav2._context(model, options)[0] == told.context_tokens, (size, free, context)
+            assert exllamav2_loader._context(model, options)[0] == told.context_tokens, (size, free, context)
         if context and cache == "FP16":
             advised = advice.fit(model, [ExLlamaV2Loader(lambda: EXLLAMA)], context, memory)
             assert (advised.loader, advised.state) == ("exllamav2", told.state)
@@ -88,13 +89,13 @@ def test_on_the_processor_advice_and_load_count_32_bit_numbers(kind, tmp_path):
     loader = TransformersLoader(lambda: Machine({"torch": "2", "transformers": "5", "accelerate": "1"}, torch_for="cpu"))
     for free in (5, 6, 7, 8, 10, 12):
         memory = Memory(free * GB)
-        told = fit.of(model, TransformersOptions(context_tokens=4096), memory)
+        told = memory_fit.of(model, TransformersOptions(context_tokens=4096), memory)
         assert told.conversation_bytes == 4096 * 2 * 32 * 8 * 128 * 4
         assert told.weights_bytes == (8 if kind == "plain" else 4) * GB
         assert advice.fit(model, [loader], 4096, memory).state == told.state
         asks = TransformersOptions().demand(model, False)
-        if (free_form := fit.of(model, TransformersOptions(), memory)).fits:
-            assert fit.fit_context(model, asks, memory.ram - free_form.weights_bytes)[0] == free_form.context_tokens
+        if (free_form := memory_fit.of(model, TransformersOptions(), memory)).fits:
+            assert memory_fit.fit_context(model, asks, memory.ram - free_form.weights_bytes)[0] == free_form.context_tokens
 
 
 def test_a_stretched_rope_is_counted_before_the_load_as_in_it(tmp_path):
@@ -103,17 +104,21 @@ def test_a_stretched_rope_is_counted_before_the_load_as_in_it(tmp_path):
         TransformersOptions(alpha_value=2, context_tokens=50_000),
         ExLlamaV2Options(alpha_value=2, max_seq_len=50_000),
     ):
-        assert fit.of(model, options, Memory(64 * GB, 64 * GB)).context_tokens == 50_000
-    assert fit.of(model, TransformersOptions(context_tokens=50_000), Memory(64 * GB)).context_tokens == 32768
+        assert memory_fit.of(model, options, Memory(64 * GB, 64 * GB)).context_tokens == 50_000
+    assert memory_fit.of(model, TransformersOptions(context_tokens=50_000), Memory(64 * GB)).context_tokens == 32768
 
 
 def test_the_room_is_one_and_counts_what_torch_takes_at_its_start(monkeypatch):
-    monkeypatch.setattr(room, "look", lambda: CUDA)
-    monkeypatch.setattr(room, "free_card_bytes", lambda: 12 * GB)
+    monkeypatch.setattr(available_memory, "look", lambda: CUDA)
+    monkeypatch.setattr(available_memory, "available_gpu_bytes", lambda: 12 * GB)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert room.free_memory().card == 12 * GB - fit.STARTING_BYTES  # nvidia-smi has not seen our context yet
+    assert available_memory.free_memory().gpu == 12 * GB - memory_fit.STARTING_BYTES  # nvidia-smi has not seen our context yet
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * GB)
-    assert room.free_memory().card == room.free_bytes() == 12 * GB  # what others in this process hold stays
+    assert (
+        available_memory.free_memory().gpu == available_memory.free_bytes() == 12 * GB
+    )  # what others in this process hold stays
     loaded = SimpleNamespace(tokenizer="some", device="cuda:0")
-    assert room.free_memory(loaded).card == room.free_bytes(loaded) == 17 * GB  # the model that is loaded makes way
+    assert (
+        available_memory.free_memory(loaded).gpu == available_memory.free_bytes(loaded) == 17 * GB
+    )  # the model that is loaded makes way

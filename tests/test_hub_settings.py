@@ -6,10 +6,10 @@ import stat
 import pytest
 
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.core.refs import ModelRef
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.engine.hub_settings import HubSettings
 from gptq_webui.engine.settings import Settings
-from gptq_webui.hub.repo import Hub
+from gptq_webui.hub.repository import Hub
 from hub_server import HubServer
 
 SECRET = "hf_good"

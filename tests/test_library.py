@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from gptq_webui.core.errors import AccessDenied, ModelError, NoSuchModel, WrongRepository
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import LocalModel
-from gptq_webui.core.refs import ModelRef
-from gptq_webui.hub.folder import locked
 from gptq_webui.hub.library import Library
+from gptq_webui.hub.model_folder import locked
 
 GPTQ = b'{"bits": 4, "group_size": 32, "desc_act": true, "sym": true}'
 REPO = {"config.json": b"{}", "quantize_config.json": GPTQ, "gptq_model-4bit-32g.safetensors": b"\0" * 50_000, "README.md": b"hi"}

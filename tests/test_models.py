@@ -9,14 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gptq_webui.core.errors import BadCheckpoint
-from gptq_webui.core.models import (
-    MARKER,
-    PARTIAL,
-    LocalModel,
-    choose_weights,
-    is_model_folder,
-    require_safetensors,
-)
+from gptq_webui.core.models import MARKER, PARTIAL, LocalModel, choose_weights, is_model_folder, require_safetensors
 
 Q = "model.layers.0.self_attn.q_proj"
 SETTINGS = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "quant_method": "gptq"}

@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gptq_webui.core.errors import LoadFailed
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.gptq import pack, quantize, solve
+from gptq_webui.gptq import bit_packing, gptq_solver, quantize
+from gptq_webui.gptq.gptq_solver import Packed, quantize_linear
 from gptq_webui.gptq.quantize import quantize_model
-from gptq_webui.gptq.solve import Packed, quantize_linear
 
 K, N = 192, 64
 ACT_ORDER_4 = QuantizeConfig(4, 32, desc_act=True)
@@ -33,7 +33,7 @@ def correlated(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def dense(packed: Packed, config: QuantizeConfig) -> torch.Tensor:
     """[N, K] in fp64."""
     parts = (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
-    return pack.dequantize(*parts, config.bits, config.checkpoint_format, torch.float64).T
+    return bit_packing.dequantize(*parts, config.bits, config.checkpoint_format, torch.float64).T
 
 
 def output_error(weight: torch.Tensor, hessian: torch.Tensor, packed: Packed, config: QuantizeConfig) -> float:
@@ -61,7 +61,7 @@ def test_plain_rounding_errs_by_half_a_step_at_most(
     bits: int, group_size: int, act_order: bool, sym: bool, checkpoint_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With independent inputs, weights that are not cut off, in every layout; 192 rows leave a short group of 128."""
-    monkeypatch.setattr(solve, "_FEW_BITS", 0)
+    monkeypatch.setattr(gptq_solver, "_FEW_BITS", 0)
     weight, _ = correlated()
     config = QuantizeConfig(bits, group_size, act_order, sym, checkpoint_format)
     packed = quantize_linear(weight, torch.diag(torch.rand(K) + 0.5), config)
@@ -71,7 +71,7 @@ def test_plain_rounding_errs_by_half_a_step_at_most(
         assert (wrong <= step * 0.57).all()
     else:  # the zero is rounded too: the ends of a group may err by a whole step
         assert (wrong <= step * 1.1).all() and wrong.median() < step.median() / 2
-    groups = pack.group_count(K, group_size)
+    groups = bit_packing.group_count(K, group_size)
     assert packed.scales.shape == (groups, N) and packed.scales.dtype == torch.float16
     assert packed.qweight.shape == (K * bits // 32, N) and packed.qzeros.shape == (groups, N * bits // 32)
     assert packed.qweight.dtype == packed.qzeros.dtype == packed.g_idx.dtype == torch.int32
@@ -83,7 +83,7 @@ def test_few_bits_are_spent_with_care(bits: int, sym: bool, monkeypatch: pytest.
     weight, _ = correlated()
     config = QuantizeConfig(bits, 32, sym=sym)
     chosen = quantize_linear(weight, torch.eye(K), config)
-    monkeypatch.setattr(solve, "_FEW_BITS", 0)
+    monkeypatch.setattr(gptq_solver, "_FEW_BITS", 0)
     whole_range = quantize_linear(weight, torch.eye(K), config)
     assert output_error(weight, torch.eye(K), chosen, config) < 0.95 * output_error(weight, torch.eye(K), whole_range, config)
 
@@ -91,16 +91,16 @@ def test_few_bits_are_spent_with_care(bits: int, sym: bool, monkeypatch: pytest.
 def test_act_order_forms_groups_by_falling_diagonal() -> None:
     weight, hessian = correlated()
     packed = quantize_linear(weight, hessian, ACT_ORDER_4)
-    assert not pack.g_idx_is_sorted(packed.g_idx)
+    assert not bit_packing.g_idx_is_sorted(packed.g_idx)
     assert packed.g_idx.bincount().tolist() == [32] * 6
     ranks = hessian.diagonal().argsort(descending=True)
-    assert pack.g_idx_is_sorted(packed.g_idx[ranks])
+    assert bit_packing.g_idx_is_sorted(packed.g_idx[ranks])
 
 
 def test_without_act_order_g_idx_is_the_default() -> None:
     weight, hessian = correlated()
     packed = quantize_linear(weight, hessian, QuantizeConfig(4, 32, desc_act=False))
-    assert torch.equal(packed.g_idx, pack.default_g_idx(K, 32))
+    assert torch.equal(packed.g_idx, bit_packing.default_g_idx(K, 32))
 
 
 def test_symmetric_zeros_are_written_as_autogptq_does() -> None:
@@ -112,7 +112,7 @@ def test_an_asymmetric_file_of_format_gptq_has_no_zero_of_0() -> None:
     """Its stored form would be 2^bits - 1, which some readers take for 2^bits."""
     config = QuantizeConfig(4, 32, sym=False)
     packed = quantize_linear(correlated()[0].abs() + 0.01, torch.eye(K), config)
-    assert pack.true_zeros(packed.qzeros, 4, N, "gptq").min() == 1
+    assert bit_packing.true_zeros(packed.qzeros, 4, N, "gptq").min() == 1
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
@@ -135,7 +135,7 @@ def test_statistics_that_are_no_numbers_are_an_error_in_words() -> None:
 def test_configurations_solved_together_are_the_same_as_alone() -> None:
     weight, hessian = correlated()
     configs = [ACT_ORDER_4, QuantizeConfig(8, 64, desc_act=True), QuantizeConfig(3, -1, desc_act=False, damp_percent=0.1)]
-    together = solve.solve([weight.T[:, :32], weight.T[:, 32:]], hessian, configs)
+    together = gptq_solver.solve([weight.T[:, :32], weight.T[:, 32:]], hessian, configs)
     for config, pieces in zip(configs, together, strict=True):
         alone = dense(quantize_linear(weight, hessian, config), config)
         found = torch.cat([dense(piece, config) for piece in pieces])

@@ -1,4 +1,4 @@
-"""loaders/remote.py: a real engine on loopback answers; one that dies, refuses or is slow costs one sentence."""
+"""loaders/remote/remote_loader.py: a real engine on loopback answers; one that dies, refuses or is slow costs one sentence."""
 
 import threading
 import time
@@ -15,8 +15,8 @@ from gptq_webui.core.models import remote_model
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.hub.library import Library
-from gptq_webui.loaders import remote_pool
-from gptq_webui.loaders.remote import RemoteLoader, RemoteOptions
+from gptq_webui.loaders.remote import remote_pool
+from gptq_webui.loaders.remote.remote_loader import RemoteLoader, RemoteOptions
 from openai_server import OpenAIServer
 
 PARAMS = GenerationParams()

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from gptq_webui.core.errors import BadCheckpoint, DiskFull, ModelError, WrongRepository
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import LocalModel
-from gptq_webui.core.refs import ModelRef
 from gptq_webui.engine import rescue
 from gptq_webui.gptq import checkpoint
-from gptq_webui.hub import upkeep
+from gptq_webui.hub import verification
 from gptq_webui.hub.library import Library
 
 SETTINGS = "quantize_config.json"
@@ -82,11 +82,11 @@ def test_a_repaired_file_is_not_called_damaged_nor_fetched_over(folder, tmp_path
     plan = library.plan(ModelRef("Owner/Wrong-GPTQ"))
     list(library.fetch(plan, threading.Event()))
     rescue.write_settings(library.get(plan.folder.name))
-    *_, verdict = upkeep.verify(plan.folder, threading.Event())
+    *_, verdict = verification.verify(plan.folder, threading.Event())
     assert verdict.good and verdict.repaired == (SETTINGS,) and "was written here" in verdict.text
     list(library.fetch(library.plan(ModelRef("Owner/Wrong-GPTQ")), threading.Event()))
     assert json.loads((plan.folder / SETTINGS).read_text())["group_size"] == 32
-    *_, verdict = upkeep.verify(plan.folder, threading.Event())
+    *_, verdict = verification.verify(plan.folder, threading.Event())
     assert verdict.repaired == (SETTINGS,)
 
 

@@ -1,4 +1,4 @@
-"""loaders/standard_folder.py: other libraries find standard names and every fact; the user's folder is not touched."""
+"""loaders/contract/standard_folder.py: other libraries find standard names and every fact; the user's folder is not touched."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from safetensors import safe_open
 import tiny
 from gptq_webui.core.errors import LoadFailed
 from gptq_webui.core.models import LocalModel
-from gptq_webui.loaders.standard_folder import config_of, standard_folder
+from gptq_webui.loaders.contract.standard_folder import config_of, standard_folder
 
 
 def write(folder, **options):
@@ -65,7 +65,8 @@ def test_where_no_links_are_possible_the_user_is_told_and_nothing_stays(tmp_path
     model = write(tmp_path / "model")
     made = []
     monkeypatch.setattr(
-        "gptq_webui.loaders.standard_folder.tempfile.mkdtemp", lambda prefix: made.append(tmp_path / "view") or _make(made[0])
+        "gptq_webui.loaders.contract.standard_folder.tempfile.mkdtemp",
+        lambda prefix: made.append(tmp_path / "view") or _make(made[0]),
     )
 
     def no(*_):

@@ -1,8 +1,8 @@
-"""loaders/stop_strings.py: an answer ends before its stop string, however that arrives."""
+"""loaders/text/stop_strings.py: an answer ends before its stop string, however that arrives."""
 
 import pytest
 
-from gptq_webui.loaders.stop_strings import StopStrings
+from gptq_webui.loaders.text.stop_strings import StopStrings
 
 
 def feed(stop, pieces):

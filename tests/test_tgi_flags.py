@@ -1,14 +1,14 @@
 """app/tgi_flags.py and app/first_model.py: TGI's command line, as the model cards print it, in our words."""
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 import tiny
-from gptq_webui.app import doors, tgi_flags
+from fake_library import MISTRAL, Shelf
+from gptq_webui.app import access_flags, tgi_flags
 from gptq_webui.app.cli import _parser
 from gptq_webui.app.first_model import first_model
 from gptq_webui.core.errors import BadModelName, BadParameter, DownloadFailed
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
@@ -28,7 +28,7 @@ def understood(text):
 def test_the_cards_line_is_understood():
     options, said = understood(CARD)
     assert (options.port, options.context, options.max_input_length) == (3000, 4096, 3696)
-    assert doors.host_of(options) == "127.0.0.1" and not doors.is_wide(options)
+    assert access_flags.host_of(options) == "127.0.0.1" and not access_flags.is_wide(options)
     assert len(said) == 1 and "--max-batch-prefill-tokens" in said[0]
 
 
@@ -36,7 +36,7 @@ def test_more_of_tgis_flags_are_ours():
     options, _said = understood(
         "--model-id a/b --revision gptq-4bit --hostname 0.0.0.0 --max-concurrent-requests 7 --dtype float16"
     )
-    assert doors.host_of(options) == "0.0.0.0" and doors.is_wide(options)
+    assert access_flags.host_of(options) == "0.0.0.0" and access_flags.is_wide(options)
     assert (options.queue, options.dtype, options.revision) == (7, "fp16", "gptq-4bit")
 
 

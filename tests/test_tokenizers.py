@@ -10,7 +10,7 @@ import tiny
 from gptq_webui.core.chat import Message, Token
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 
 @pytest.fixture(scope="module")

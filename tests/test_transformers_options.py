@@ -1,4 +1,4 @@
-"""loaders/transformers_options.py and what the loader makes of it: attention, places, a model's own code only when asked for."""
+"""loaders/transformers/transformers_options.py and what the loader makes of it: attention, places, a model's own code only when asked for."""
 
 import json
 import threading
@@ -13,16 +13,17 @@ from gptq_webui.core.errors import BadCheckpoint, BadParameter
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.remedies import Asked, remedies
-from gptq_webui.gptq import choose_step
-from gptq_webui.gptq.cuda import stepper
-from gptq_webui.loaders import fit, transformers_options
-from gptq_webui.loaders.exllamav2 import ExLlamaV2Options
-from gptq_webui.loaders.machine import Machine
-from gptq_webui.loaders.transformers import TransformersLoader, TransformersOptions
-from gptq_webui.loaders.transformers_options import placement
+from gptq_webui.gptq import stepper_choice
+from gptq_webui.gptq.cuda import cuda_stepper
+from gptq_webui.loaders.exllamav2.exllamav2_loader import ExLlamaV2Options
+from gptq_webui.loaders.machine import memory_fit
+from gptq_webui.loaders.machine.capabilities import Machine
+from gptq_webui.loaders.transformers import transformers_options
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
+from gptq_webui.loaders.transformers.transformers_options import placement
 
 CUDA = torch.device("cuda")
-CARD = Machine({"torch": "2.13"}, torch_for="cuda 13.0", card=True)
+GPU = Machine({"torch": "2.13"}, torch_for="cuda 13.0", gpu=True)
 
 
 def load(folder, **options):
@@ -79,8 +80,8 @@ def test_a_rope_that_is_stretched_lengthens_the_context(folder):
 )
 def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(fit, "free_bytes", lambda device: int(cards[device.index or 0]))
-    monkeypatch.setattr(fit, "free_ram_bytes", lambda: 50_000_000_000)
+    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: int(cards[device.index or 0]))
+    monkeypatch.setattr(memory_fit, "available_ram_bytes", lambda: 50_000_000_000)
     model = LocalModel(tmp_path, "gptq", None, 4_000_000_000, 4096, "LlamaForCausalLM")
     device_map, memory = placement(model, TransformersOptions(**options), CUDA, torch.float16)
     assert device_map == wanted[0]
@@ -91,7 +92,7 @@ def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
 
 
 def test_the_conversation_is_measured_against_the_fullest_card(monkeypatch):
-    monkeypatch.setattr(fit, "free_bytes", lambda device: {0: 5, 1: 9}[device.index or 0])
+    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: {0: 5, 1: 9}[device.index or 0])
     hf = type("HF", (), {"hf_device_map": {"a": 0, "b": "cuda:1", "c": "cpu"}})()
     assert transformers_options.free_beside(hf, CUDA) == 10
     hf.hf_device_map = {"a": 0, "c": "cpu"}
@@ -135,20 +136,20 @@ def test_the_cache_types_of_exllamav2_are_understood_for_one_name_is_saved_for_b
 
 def test_the_8_bit_cache_is_counted_where_it_would_be_used(folder):
     model = LocalModel.read(folder)
-    usual = TransformersOptions().demand(model, card=True)
-    assert (usual.number_bytes, TransformersOptions(cache_type="q8").demand(model, card=True).number_bytes) == (2, 1.04)
-    assert TransformersOptions(cache_type="q8").demand(model, card=False).number_bytes == 4
+    usual = TransformersOptions().demand(model, gpu=True)
+    assert (usual.number_bytes, TransformersOptions(cache_type="q8").demand(model, gpu=True).number_bytes) == (2, 1.04)
+    assert TransformersOptions(cache_type="q8").demand(model, gpu=False).number_bytes == 4
 
 
 @pytest.mark.parametrize(
     ("options", "machine", "architecture", "why"),
     [
-        ({}, CARD, "LlamaForCausalLM", None),
+        ({}, GPU, "LlamaForCausalLM", None),
         ({}, Machine(), "LlamaForCausalLM", "it is for graphics cards"),
-        ({"device": "cpu"}, CARD, "LlamaForCausalLM", "it is for graphics cards"),
-        ({"kernel": "optimum"}, CARD, "LlamaForCausalLM", "the kernel optimum has none"),
-        ({"dtype": "bf16"}, CARD, "LlamaForCausalLM", "it needs the number format fp16, not bf16"),
-        ({}, CARD, "falcon", "models of this architecture are computed without it"),
+        ({"device": "cpu"}, GPU, "LlamaForCausalLM", "it is for graphics cards"),
+        ({"kernel": "optimum"}, GPU, "LlamaForCausalLM", "the kernel optimum has none"),
+        ({"dtype": "bf16"}, GPU, "LlamaForCausalLM", "it needs the number format fp16, not bf16"),
+        ({}, GPU, "falcon", "models of this architecture are computed without it"),
     ],
 )
 def test_the_8_bit_cache_is_a_remedy_where_it_would_be_used(options, machine, architecture, why, folder):
@@ -173,12 +174,12 @@ def test_what_is_asked_for_reaches_the_step_of_a_card(monkeypatch):
         def __init__(self, parts, context_tokens, **given):
             seen.update(given, context=context_tokens)
 
-    monkeypatch.setattr(stepper, "CudaStepper", Stepper)
-    monkeypatch.setattr(choose_step, "parts_of", lambda _hf: "parts")
+    monkeypatch.setattr(cuda_stepper, "CudaStepper", Stepper)
+    monkeypatch.setattr(stepper_choice, "parts_of", lambda _hf: "parts")
     weight = SimpleNamespace(device=CUDA)
     hf = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight), dtype=torch.float16)
-    made, note = choose_step.stepper_for(hf, 100, cache_type="q8", slots=3)
-    assert isinstance(made, Stepper) and note == "" and seen == {"cache_type": "q8", "slots": 3, "context": 100}
+    made, note = stepper_choice.stepper_for(hf, 100, cache_type="q8", parallel=3)
+    assert isinstance(made, Stepper) and note == "" and seen == {"cache_type": "q8", "parallel": 3, "context": 100}
 
 
 def test_where_there_is_no_such_cache_a_note_says_what_is_kept(folder):

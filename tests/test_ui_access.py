@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from shelf import MISTRAL, Shelf
 
-from gptq_webui.engine.downloads import Downloads
+from fake_library import MISTRAL, Shelf
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from gptq_webui.ui import compat
+from gptq_webui.ui import gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
 
@@ -34,7 +34,7 @@ def house(tmp_path_factory):
     users = [("anna", "a"), ("guest", "g")]
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, auth=users, **ui_page.launch_options())
     share.info = ShareInfo("https://example.gradio.live", "guest", "g")
-    yield SimpleNamespace(engine=engine, page=page, url=url.rstrip("/") + ("/gradio_api" if compat.SIX else ""), root=root)
+    yield SimpleNamespace(engine=engine, page=page, url=url.rstrip("/") + ("/gradio_api" if gradio_compat.SIX else ""), root=root)
     page.close()
 
 

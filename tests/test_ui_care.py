@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass, field
 
 import pytest
-from shelf import MISTRAL
 from test_ui_page import Loader, Options, ask, chrome, house, open_tab, served, visit, wait_for
 
-from gptq_webui.loaders.base import Refusal, Remark
+from fake_library import MISTRAL
+from gptq_webui.loaders.contract.base import Refusal, Remark
 
 pytestmark = pytest.mark.browser
 __all__ = ["chrome", "house", "served", "visit"]  # fixtures
@@ -128,7 +128,7 @@ def test_each_loader_says_whether_and_why_and_one_is_compiled_by_a_button(visit,
 @pytest.fixture
 def page_of_three(visit, house, tmp_path):
     """The page with the panels of three loaders: they are drawn when it is built."""
-    from gptq_webui.engine.downloads import Downloads
+    from gptq_webui.engine.download_queue import Downloads
     from gptq_webui.engine.engine import Engine
     from gptq_webui.engine.settings import Settings
     from gptq_webui.ui import page as ui_page

@@ -11,7 +11,7 @@ from browser import chromium
 from gptq_webui.core.chat import Message, Token
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library

@@ -6,12 +6,12 @@ import shutil
 import time
 from types import SimpleNamespace
 
-import card_repo
 import pytest
 
+import model_card_repo
 from browser import chromium
 from gptq_webui.engine.advice import Memory, fit_of_plan
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     for name in ("card", "models"):
         (root / name).mkdir()
     with HubServer() as server:
-        card_repo.add(server, root / "card")
+        model_card_repo.add(server, root / "card")
         library = Library([root / "models"])
         engine = Engine(library, Settings(root / "settings.json"))
         memory = [Memory(32 * GB, 8 * GB)]
@@ -116,12 +116,12 @@ def choose(tab, box, option):
 )
 def test_the_picker_shows_the_cards_table_and_preselects_what_fits(tab, house, free_gb, best, fitting):
     house.memory[0] = Memory(32 * GB, free_gb * GB)
-    ask(tab, card_repo.REPO)
+    ask(tab, model_card_repo.REPO)
     assert f"your {free_gb} GB with 4096 tokens" in wait_for(tab, "#gw-branches-note", best)
     rows = [[cell.inner_text() for cell in row.query_selector_all("td")] for row in tab.query_selector_all("#gw-branch-table tr")]
     rows = [row for row in rows if len(row) == 10]
     assert len(rows) == 6
-    for (branch, bits, group, size, text), row in zip(card_repo.BRANCHES, rows, strict=True):
+    for (branch, bits, group, size, text), row in zip(model_card_repo.BRANCHES, rows, strict=True):
         assert row[0].startswith(branch) and text in row[0] and ("recommended" in row[0]) == (branch == best)
         assert row[2].replace("\N{NO-BREAK SPACE}", " ") == f"{size / 1e9:.2f} GB"
         assert row[4:9] == [str(bits), "None" if group == -1 else str(group), "Yes", "4096", "Yes" if bits == 4 else "No"]
@@ -135,7 +135,7 @@ def test_the_picker_shows_the_cards_table_and_preselects_what_fits(tab, house, f
 
 def test_another_branch_and_a_longer_context_say_whether_they_fit(tab, house):
     house.memory[0] = Memory(32 * GB, 6 * GB)
-    ask(tab, card_repo.REPO)
+    ask(tab, model_card_repo.REPO)
     wait_for(tab, "#gw-branch-fit", "Fits your 6 GB")
     choose(tab, "#gw-branch", "gptq-8bit-32g-actorder_True")
     wait_for(tab, "#gw-branch-fit", "Partly on the CPU")
@@ -286,7 +286,7 @@ def test_a_phone_scrolls_down_only_with_the_table_open(chrome, house):
     tab.set_default_timeout(15_000)
     tab.goto(house.url)
     tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
-    ask(tab, card_repo.REPO)
+    ask(tab, model_card_repo.REPO)
     wait_for(tab, "#gw-branch-table", "actorder")
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
     context.close()

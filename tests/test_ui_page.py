@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from shelf import MISTRAL, Shelf
 
 from browser import chromium
+from fake_library import MISTRAL, Shelf
 from gptq_webui.core.models import OPENED_BY
-from gptq_webui.engine.downloads import Downloads
+from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.base import Refusal
+from gptq_webui.loaders.contract.base import Refusal
 from gptq_webui.loaders.fake import FakeLoader, FakeOptions
 from gptq_webui.ui import page as ui_page
 

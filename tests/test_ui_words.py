@@ -9,10 +9,10 @@ import pytest
 from gptq_webui.core.chat import Finish, Message, Reading, Token
 from gptq_webui.core.errors import AnswerFailed, BadParameter
 from gptq_webui.core.params import PRESETS, GenerationParams
-from gptq_webui.loaders import chat_template
-from gptq_webui.ui import facts, parts
+from gptq_webui.loaders.text import chat_template
+from gptq_webui.ui import html_snippets, model_facts
+from gptq_webui.ui.live_reply import Reply, in_words
 from gptq_webui.ui.parameters_tab import to_params, to_values
-from gptq_webui.ui.reply import Reply, in_words
 from gptq_webui.ui.template_box import describe
 from gptq_webui.ui.transcript import Transcript, without_html
 
@@ -135,8 +135,14 @@ def test_a_reply_that_breaks_keeps_its_text(error):
 
 def test_nothing_is_shown_unescaped():
     evil = "<script>alert(1)</script>"
-    drawn = [parts.quiet(evil), parts.good(evil), parts.bad(evil), parts.working(evil, 0.5, evil), parts.notes([evil])]
-    drawn.append(parts.facts([(evil, evil)]))
+    drawn = [
+        html_snippets.quiet(evil),
+        html_snippets.good(evil),
+        html_snippets.bad(evil),
+        html_snippets.working(evil, 0.5, evil),
+        html_snippets.notes([evil]),
+    ]
+    drawn.append(html_snippets.facts([(evil, evil)]))
     assert not any("<script" in each for each in drawn)
 
 
@@ -148,4 +154,4 @@ def test_the_template_is_named_with_its_source():
 
 
 def test_the_calibration_data_shows_no_path():
-    assert facts._dataset("wikitext2") == "wikitext2" and facts._dataset("/home/anna/secret.txt") == ""
+    assert model_facts._dataset("wikitext2") == "wikitext2" and model_facts._dataset("/home/anna/secret.txt") == ""

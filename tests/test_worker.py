@@ -1,4 +1,4 @@
-"""loaders/worker.py: one thread, answers in order, and no reader can hold the model."""
+"""loaders/contract/worker.py: one thread, answers in order, and no reader can hold the model."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 
 from gptq_webui.core.errors import AnswerFailed, Busy, PromptTooLong
-from gptq_webui.loaders.worker import Worker
+from gptq_webui.loaders.contract.worker import Worker
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_how_far_a_prompt_is_read_is_told_to_who_asks_and_is_no_event(worker):
 
 
 def test_side_by_side_each_answer_has_its_own_reading():
-    worker = Worker(slots=2)
+    worker = Worker(parallel=2)
 
     def reads(count):
         def make():
@@ -172,7 +172,7 @@ def pacing(log, name, count=4, gate=None):
 
 
 def test_what_is_alone_begins_when_nothing_runs_and_nothing_begins_beside_it():
-    worker, log, gate = Worker(slots=3), [], threading.Event()
+    worker, log, gate = Worker(parallel=3), [], threading.Event()
     kinds = [("a", False), ("b", False), ("X", True), ("c", False), ("d", False), ("Y", True), ("Z", True), ("e", False)]
     streams = [
         worker.stream(pacing(log, name, gate=gate if name == "a" else None), threading.Event(), "", alone=alone)
@@ -190,7 +190,7 @@ def test_what_is_alone_begins_when_nothing_runs_and_nothing_begins_beside_it():
 
 
 def test_a_row_of_answers_does_not_keep_off_what_is_alone():
-    worker, log, over = Worker(slots=2), [], threading.Event()
+    worker, log, over = Worker(parallel=2), [], threading.Event()
 
     def one(log, name):
         def make():
@@ -220,7 +220,7 @@ def test_a_row_of_answers_does_not_keep_off_what_is_alone():
 
 
 def test_what_was_given_up_while_it_waited_to_be_alone_holds_nobody():
-    worker, log, hold = Worker(slots=2), [], threading.Event()
+    worker, log, hold = Worker(parallel=2), [], threading.Event()
 
     def held():
         while not hold.is_set():
@@ -242,7 +242,7 @@ def test_what_was_given_up_while_it_waited_to_be_alone_holds_nobody():
 
 
 def test_closing_ends_what_waits_to_be_alone():
-    worker, cancels = Worker(slots=2), [threading.Event() for _ in range(3)]
+    worker, cancels = Worker(parallel=2), [threading.Event() for _ in range(3)]
     streams = [worker.stream(counting(flag, pause_s=0.002), flag, "cancelled", alone=bool(at)) for at, flag in enumerate(cancels)]
     next(streams[0])
     worker.close()

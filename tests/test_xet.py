@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import PARTIAL
-from gptq_webui.core.refs import ModelRef
-from gptq_webui.hub import receive, xet
+from gptq_webui.hub import file_download, xet
 from gptq_webui.hub.library import Library
 
 pytestmark = pytest.mark.skipif(not xet.is_available(), reason="hf-xet is not installed, or too old to begin in the middle")
@@ -20,7 +20,7 @@ FILES = {"config.json": b"{}", "quantize_config.json": b'{"bits": 4}', "model.sa
 
 @pytest.fixture
 def library(tmp_path, hub_server, monkeypatch):
-    monkeypatch.setattr(receive, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(file_download, "FIRST_PAUSE_S", 0.01)
     hub_server.add(NAME, FILES)
     hub_server.xet = "works"
     return Library([tmp_path / "models"])

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from ..engine.engine import Engine
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import quiet
+from .html_snippets import quiet
 
 QUESTION = "What is the capital of France?"
 _ORDER = ("curl", "Python: huggingface_hub", "Python: openai", "SillyTavern")
@@ -85,8 +85,8 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
         }
 
     outputs = [head, code, key]
-    program.change(show, program, outputs, **compat.EVENT)
-    button.click(None, key, answer, js=_TRY, **compat.EVENT)
+    program.change(show, program, outputs, **gradio_compat.EVENT)
+    button.click(None, key, answer, js=_TRY, **gradio_compat.EVENT)
     return ApiBox(show, [program], outputs)
 
 

@@ -11,9 +11,9 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..engine.benchmark import Measured, measure
 from ..engine.engine import Engine
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import bad, quiet, working
+from .html_snippets import bad, quiet, working
 from .share_box import copy_script
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def draw_benchmark(engine: Engine, access: Access) -> BenchmarkBox:
         if flag := running.get(str(request.session_hash)):
             flag.set()
 
-    begin.click(run, None, outputs, **compat.STREAM)
-    stop.click(end, None, None, **compat.NOW)
-    copy.click(None, line, None, js=copy_script("gw-benchmark-copy", "gw-benchmark-line", "Copy"), **compat.EVENT)
+    begin.click(run, None, outputs, **gradio_compat.STREAM)
+    stop.click(end, None, None, **gradio_compat.NOW)
+    copy.click(None, line, None, js=copy_script("gw-benchmark-copy", "gw-benchmark-line", "Copy"), **gradio_compat.EVENT)
     return BenchmarkBox(shown, outputs)

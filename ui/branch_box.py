@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError, WrongRepository
-from ..core.refs import ModelRef
+from ..core.model_ref import ModelRef
 from ..core.units import format_bytes
 from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
+from ..engine.available_memory import free_memory
 from ..engine.engine import Engine
-from ..engine.room import free_memory
 from ..hub.branches import Branches, read_branches
-from . import compat, parts
+from . import gradio_compat, html_snippets
 from .access import Access
 from .download_box import DownloadBox
 
@@ -61,7 +61,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
         chosen = wanted if wanted in names else best
         said = (*found.notes, *(text for each in advice.offers for text in each.branch.notes))
         return {
-            note: parts.quiet(advice.reason) + parts.notes(dict.fromkeys(said)),
+            note: html_snippets.quiet(advice.reason) + html_snippets.notes(dict.fromkeys(said)),
             sister: gr.update(visible=False),
             place: gr.update(visible=True),
             table: _table(advice),
@@ -77,18 +77,18 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
         try:
             ref = ModelRef.parse(text)
         except GptqWebuiError as error:
-            yield hidden | {note: parts.bad(str(error))}
+            yield hidden | {note: html_snippets.bad(str(error))}
             return
-        yield hidden | {note: parts.working(f"Asking the Hub about the branches of {ref.repo} …", None)}
+        yield hidden | {note: html_snippets.working(f"Asking the Hub about the branches of {ref.repo} …", None)}
         try:
             found = read_branches(engine.library.hub, ref.repo)
         except WrongRepository as error:
-            link = parts.link(f"{engine.library.hub.endpoint}/{error.sister}", error.sister) if error.sister else ""
+            link = html_snippets.link(f"{engine.library.hub.endpoint}/{error.sister}", error.sister) if error.sister else ""
             update = gr.update(visible=True, value=f"Show the branches of {error.sister}") if error.sister else gr.update()
-            yield {note: parts.bad(str(error)) + link, sister: update}
+            yield {note: html_snippets.bad(str(error)) + link, sister: update}
             return
         except GptqWebuiError as error:
-            yield {note: parts.bad(str(error))}
+            yield {note: html_snippets.bad(str(error))}
             return
         yield shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
 
@@ -109,7 +109,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
     def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
         access.require_owner(request)
         if advice is None or not chosen:
-            yield {box.outputs[1]: parts.bad("Choose a branch first.")}
+            yield {box.outputs[1]: html_snippets.bad("Choose a branch first.")}
             return
         ref = ModelRef(advice.found.repo, chosen)
         saved = engine.settings.for_model(ref.folder_name).get("options") or {}
@@ -119,11 +119,13 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
         yield from box.begin(str(ref), request)
 
     for trigger in (box.branches.click, box.ref.submit):
-        trigger(show, [box.ref, context], outputs, **compat.STREAM).then(None, None, None, js=_INTO_VIEW, **compat.EVENT)
-    sister.click(show_sister, [sister, context], [box.ref, *outputs], **compat.STREAM)
-    context.input(count_again, [known, context, branch], outputs, **compat.EVENT)
-    branch.input(choose, [advised, branch], fit, **compat.EVENT)
-    box.ended.append(take.click(download, [advised, branch], box.outputs, **compat.STREAM))
+        trigger(show, [box.ref, context], outputs, **gradio_compat.STREAM).then(
+            None, None, None, js=_INTO_VIEW, **gradio_compat.EVENT
+        )
+    sister.click(show_sister, [sister, context], [box.ref, *outputs], **gradio_compat.STREAM)
+    context.input(count_again, [known, context, branch], outputs, **gradio_compat.EVENT)
+    branch.input(choose, [advised, branch], fit, **gradio_compat.EVENT)
+    box.ended.append(take.click(download, [advised, branch], box.outputs, **gradio_compat.STREAM))
 
 
 def _fit(advice: Advice, chosen: str | None) -> str:
@@ -133,7 +135,7 @@ def _fit(advice: Advice, chosen: str | None) -> str:
         return ""
     loader = f" Opened by {offer.fit.loader} ({offer.fit.reason})." if offer.fit.loader else ""
     text = f"{offer.fit.text}. {offer.branch.wanted.summary}.{loader}"
-    return parts.good(text) if offer.fit.state == "fits" else parts.notes([text])
+    return html_snippets.good(text) if offer.fit.state == "fits" else html_snippets.notes([text])
 
 
 def _table(advice: Advice) -> str:
@@ -142,15 +144,15 @@ def _table(advice: Advice) -> str:
     origins = (
         (each.branch.name, each.branch.damp_percent, each.branch.dataset, each.branch.commit[:8]) for each in advice.offers
     )
-    more = parts.table(("Branch", "Damp %", "GPTQ dataset", "Commit"), origins)
-    front = advice.found.card
+    more = html_snippets.table(("Branch", "Damp %", "GPTQ dataset", "Commit"), origins)
+    front = advice.found.model_card
     keys = {"Base model": "base_model", "Licence": "license", "Quantised by": "quantized_by"}
     facts = [(name, front.text(key)) for name, key in keys.items()]
-    return parts.scrolling(head, body) + f"<details><summary>More</summary>{parts.facts(facts)}{more}</details>"
+    return html_snippets.scrolling(head, body) + f"<details><summary>More</summary>{html_snippets.facts(facts)}{more}</details>"
 
 
 def _row(offer: Offer, best: bool) -> str:
-    branch, quantize, card = offer.branch, offer.branch.quantize, offer.branch.card
+    branch, quantize, card = offer.branch, offer.branch.quantize, offer.branch.model_card
     if branch.wanted is None:
         said = escape(str(branch.error))
         return f'<tr><td class="gw-name">{escape(branch.name)}<small>{said}</small></td><td colspan="9"></td></tr>'

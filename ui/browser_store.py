@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import compat
+from . import gradio_compat
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BrowserStore:
     def on_load(self, fn: Callable[..., Any], outputs: Sequence[Any]) -> Any:
         """Call `fn` with what was kept ("" for nothing) when the page is opened; returns the event."""
         read = f"() => [localStorage.getItem({json.dumps(self.key)}) || '']"
-        return compat.root().load(fn, self.box, outputs, js=read, **compat.EVENT)
+        return gradio_compat.root().load(fn, self.box, outputs, js=read, **gradio_compat.EVENT)
 
 
 def browser_store(key: str) -> BrowserStore:
@@ -30,5 +30,5 @@ def browser_store(key: str) -> BrowserStore:
     box = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
     # a browser whose storage is full or forbidden loses the keeping, not the chat
     save = f"(text) => {{ try {{ localStorage.setItem({json.dumps(key)}, text) }} catch (error) {{ console.warn(error) }} }}"
-    box.change(None, box, None, js=save, **compat.EVENT)
+    box.change(None, box, None, js=save, **gradio_compat.EVENT)
     return BrowserStore(box, key)

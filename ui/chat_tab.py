@@ -11,15 +11,15 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
-from . import compat
+from . import gradio_compat
 from .access import Access
 from .browser_store import browser_store
+from .html_snippets import bad, notes, quiet, working
+from .job_watcher import Watchers
+from .live_reply import Reply, in_words
 from .parameters_tab import ParametersTab
-from .parts import bad, notes, quiet, working
-from .reply import Reply, in_words
 from .template_box import about, draw_template
 from .transcript import Transcript
-from .watch import Watchers
 
 _STORE_KEY = "gptq-webui chat"
 _LOOK_S = 1 / 15  # how often a running answer is drawn
@@ -40,7 +40,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
     """Draw the tab and wire it; return what keeps it up to date."""
     access = access or Access()
     head = gr.HTML(elem_id="gw-head")
-    bot = compat.chatbot(
+    bot = gradio_compat.chatbot(
         show_label=False,
         container=False,
         elem_id="gw-chat",
@@ -137,7 +137,7 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         return handler
 
     def draw(chat: Transcript, keep: bool = True) -> dict[Any, Any]:
-        return {bot: compat.to_display(chat.shown())} | ({store.box: chat.kept()} if keep else {})
+        return {bot: gradio_compat.to_display(chat.shown())} | ({store.box: chat.kept()} if keep else {})
 
     def stop_answer(request: gr.Request) -> None:
         if flag := running.get(str(request.session_hash)):
@@ -151,14 +151,14 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         if flag := running.pop(str(request.session_hash), None):
             cleared.add(flag)
             flag.set()
-        return compat.to_display([]), Transcript(system=system_text or "").kept(), ""
+        return gradio_compat.to_display([]), Transcript(system=system_text or "").kept(), ""
 
     def keep_system(kept: str, system_text: str) -> str:
         return replace(Transcript.read(kept), system=system_text or "").kept()
 
     def restore(kept: str) -> tuple[Any, str, str]:
         chat = Transcript.read(kept)
-        return compat.to_display(chat.shown()), chat.system, chat.kept()
+        return gradio_compat.to_display(chat.shown()), chat.system, chat.kept()
 
     def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
         def told() -> dict[Any, Any]:
@@ -174,14 +174,14 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
 
     shown = [head, *template.outputs]
     answered = [
-        trigger(turn(prepare), inputs, outputs, **compat.STREAM).then(show, None, shown, **compat.STREAM)
+        trigger(turn(prepare), inputs, outputs, **gradio_compat.STREAM).then(show, None, shown, **gradio_compat.STREAM)
         for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again))
     ]
-    stop.click(stop_answer, None, None, **compat.NOW)
-    clear.click(clear_chat, [store.box, system], [bot, store.box, line], **compat.NOW)
-    system.blur(keep_system, [store.box, system], store.box, **compat.EVENT)
-    template.choice.input(template.choose, template.choice, template.outputs, **compat.EVENT).then(
-        show, None, shown, **compat.STREAM
+    stop.click(stop_answer, None, None, **gradio_compat.NOW)
+    clear.click(clear_chat, [store.box, system], [bot, store.box, line], **gradio_compat.NOW)
+    system.blur(keep_system, [store.box, system], store.box, **gradio_compat.EVENT)
+    template.choice.input(template.choose, template.choice, template.outputs, **gradio_compat.EVENT).then(
+        show, None, shown, **gradio_compat.STREAM
     )
     store.on_load(restore, [bot, system, store.box])
     return ChatTab(show, shown, leave, answered)
@@ -203,9 +203,9 @@ def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
     """What to say while a model is being loaded, or loaded again after it was unloaded for want of use: a question waits for it.
     A failure is said by the answer."""
 
-    def wake() -> None:
+    def reload_idle() -> None:
         with contextlib.suppress(GptqWebuiError):
-            engine.wake()
+            engine.reload_idle()
 
     told = ""
     while engine.loaded is None and engine.status.phase == "loading" and not cancel.is_set():
@@ -213,9 +213,9 @@ def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
             told = engine.status.text
             yield f"Your question waits for the model: {told} …"
         cancel.wait(_LOAD_LOOK_S)
-    if not engine.must_wake or cancel.is_set():
+    if not engine.must_reload_idle or cancel.is_set():
         return
-    thread = threading.Thread(target=wake, name="gptq-webui wake", daemon=True)
+    thread = threading.Thread(target=reload_idle, name="gptq-webui wake", daemon=True)
     thread.start()
     while thread.is_alive() and not cancel.is_set():
         yield f"loading the model again: {engine.status.text} …"

@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
-from ..core.refs import ModelRef
-from ..engine.downloads import Downloads, DownloadStatus
-from . import compat
+from ..core.model_ref import ModelRef
+from ..engine.download_queue import Downloads, DownloadStatus
+from . import gradio_compat
 from .access import Access
-from .parts import bad, good, quiet, working
+from .html_snippets import bad, good, quiet, working
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
 SHOWN = 6  # downloads that have a place in the page; the others are counted
@@ -152,10 +152,10 @@ def draw_queue(
 
         return pressed
 
-    events = [go.click(start, [ref, pickle], outputs, **compat.STREAM)]
+    events = [go.click(start, [ref, pickle], outputs, **gradio_compat.STREAM)]
     for at, place in enumerate(places):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
-            events.append(button.click(press(what, at), shown, outputs, **compat.STREAM))
+            events.append(button.click(press(what, at), shown, outputs, **gradio_compat.STREAM))
     return DownloadBox(ref, branches, events, begin, resume, outputs)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 
 from ..engine.engine import Engine
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import bad, good
+from .html_snippets import bad, good
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def draw_folders(engine: Engine, access: Access) -> FoldersBox:
         return values() | {note: good(f"{chosen} is no longer listed. Its files are untouched.")}
 
     outputs = [folders, path, note]
-    changed = [trigger(add_folder, path, outputs, **compat.EVENT) for trigger in (add.click, path.submit)]
-    changed.append(remove.click(remove_folder, folders, outputs, **compat.EVENT))
+    changed = [trigger(add_folder, path, outputs, **gradio_compat.EVENT) for trigger in (add.click, path.submit)]
+    changed.append(remove.click(remove_folder, folders, outputs, **gradio_compat.EVENT))
     return FoldersBox(changed, values, outputs)
 
 

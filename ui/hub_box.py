@@ -9,9 +9,9 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from ..engine.hub_settings import HubSettings
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import bad, good, quiet
+from .html_snippets import bad, good, quiet
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def draw_hub(engine: Engine, access: Access) -> HubBox:
             return {note: bad(str(error))}
         return values() | {note: good("The token is forgotten here.")}
 
-    save.click(save_both, [endpoint, token], outputs, **compat.EVENT)
-    forget.click(forget_token, None, outputs, **compat.EVENT)
+    save.click(save_both, [endpoint, token], outputs, **gradio_compat.EVENT)
+    forget.click(forget_token, None, outputs, **gradio_compat.EVENT)
     return HubBox(values, outputs)

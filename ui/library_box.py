@@ -10,11 +10,11 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..core.units import format_bytes
-from ..engine import rescue, shelf
+from ..engine import disk_inventory, rescue
 from ..engine.engine import Engine
-from ..hub import care, upkeep
-from ..hub.upkeep import Verdict
-from . import compat, parts
+from ..hub import model_repair, verification
+from ..hub.verification import Verdict
+from . import gradio_compat, html_snippets
 from .access import Access
 
 log = logging.getLogger(__name__)
@@ -60,25 +60,25 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
     outputs = [table, place, model, advice, write, convert, sure, status]
 
     def listed(chosen: str | None) -> dict[Any, Any]:
-        items = shelf.items(engine.library, engine.settings)
+        items = disk_inventory.items(engine.library, engine.settings)
         names = [each.model.name for each in items]
         chosen = chosen if chosen in names else names[0] if names else None
         one = next((each for each in items if each.model.name == chosen), None)
         return {
-            table: _table(items) if items else parts.quiet("There is no model on this machine yet."),
+            table: _table(items) if items else html_snippets.quiet("There is no model on this machine yet."),
             place: gr.update(visible=bool(items)),
             model: gr.update(choices=names, value=chosen),
             sure: gr.update(visible=False),
         } | about(one)
 
-    def about(one: shelf.Item | None) -> dict[Any, Any]:
+    def about(one: disk_inventory.Item | None) -> dict[Any, Any]:
         said = [text for text in (one.model.problem, one.rescue) if text] if one else []
         if one is not None and one.convertible:
             said.append(
                 "Its weights are in a format that can run code when it is opened. Convert reads the tensors and runs nothing."
             )
         return {
-            advice: parts.notes(dict.fromkeys(said)),
+            advice: html_snippets.notes(dict.fromkeys(said)),
             write: gr.update(visible=bool(one and one.rescue)),
             convert: gr.update(visible=bool(one and one.convertible)),
         }
@@ -89,7 +89,7 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
 
     def choose(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
-        items = shelf.items(engine.library, engine.settings)
+        items = disk_inventory.items(engine.library, engine.settings)
         one = next((each for each in items if each.model.name == chosen), None)
         return about(one) | {status: "", sure: gr.update(visible=False)}
 
@@ -99,7 +99,7 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
         def run(chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
             access.require_owner(request)
             if not chosen:
-                yield {status: parts.quiet("Choose a model first.")}
+                yield {status: html_snippets.quiet("Choose a model first.")}
                 return
             job = _Job()
 
@@ -107,16 +107,18 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
                 try:
                     work(chosen, job)
                 except GptqWebuiError as error:
-                    job.said = parts.bad(str(error))
+                    job.said = html_snippets.bad(str(error))
                 except Exception as error:
                     log.exception("looking after %s failed", chosen)
-                    job.said = parts.bad(f"That did not work ({type(error).__name__}: {error}). The terminal has the details.")
+                    job.said = html_snippets.bad(
+                        f"That did not work ({type(error).__name__}: {error}). The terminal has the details."
+                    )
 
             thread = threading.Thread(target=guarded, name=f"care of {chosen}", daemon=True)
             thread.start()
             thread.join(_LOOK_S / 2)
             while thread.is_alive():
-                yield {status: parts.working(job.text, job.share)}
+                yield {status: html_snippets.working(job.text, job.share)}
                 thread.join(_LOOK_S)
             yield listed(chosen) | {status: job.said}
 
@@ -124,11 +126,11 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
 
     def look_for_update(name: str, job: _Job) -> None:
         job.text = "Asking the Hub"
-        found = care.check_update(engine.library, name)
+        found = model_repair.check_update(engine.library, name)
         job.said = (
-            parts.quiet(found.text)
+            html_snippets.quiet(found.text)
             if not found.changed
-            else parts.notes([f"{found.text} Enter {found.ref} above and press Download: only that is fetched."])
+            else html_snippets.notes([f"{found.text} Enter {found.ref} above and press Download: only that is fetched."])
         )
 
     def watch(events: Iterator[Any], job: _Job) -> Verdict | None:
@@ -141,69 +143,72 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
         return verdict
 
     def verify_all(name: str, job: _Job) -> None:
-        verdict = watch(upkeep.verify(engine.library.get(name).folder, threading.Event()), job)
+        verdict = watch(verification.verify(engine.library.get(name).folder, threading.Event()), job)
         if verdict is not None:
-            job.said = parts.good(verdict.text) if verdict.good else parts.bad(verdict.text)
+            job.said = html_snippets.good(verdict.text) if verdict.good else html_snippets.bad(verdict.text)
 
     def repair_all(name: str, job: _Job) -> None:
-        verdict = watch(care.repair(engine.library, name, threading.Event()), job)
+        verdict = watch(model_repair.repair(engine.library, name, threading.Event()), job)
         whole = f"{name} is whole again." if verdict is None or not verdict.good else verdict.text
-        job.said = parts.good(whole)
+        job.said = html_snippets.good(whole)
 
     def open_it(name: str, job: _Job) -> None:
-        shelf.open_folder(engine.library.get(name).folder)
-        job.said = parts.quiet("Opened on the machine this runs on.")
+        disk_inventory.open_folder(engine.library.get(name).folder)
+        job.said = html_snippets.quiet("Opened on the machine this runs on.")
 
     def write_settings(name: str, job: _Job) -> None:
         path = rescue.write_settings(engine.library.get(name))
-        job.said = parts.good(f"{path.name} was written as the tensors say. Load the model again for it to take effect.")
+        job.said = html_snippets.good(f"{path.name} was written as the tensors say. Load the model again for it to take effect.")
 
     def convert_it(name: str, job: _Job) -> None:
         def told(share: float, text: str) -> None:
             job.share, job.text = share, text
 
         written = rescue.convert(engine.library.get(name), told, threading.Event())
-        job.said = parts.good(f"Wrote {', '.join(path.name for path in written)}. The old files can be deleted by hand.")
+        job.said = html_snippets.good(f"Wrote {', '.join(path.name for path in written)}. The old files can be deleted by hand.")
 
     def ask(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
         if not chosen:
-            return {status: parts.quiet("Choose a model first.")}
+            return {status: html_snippets.quiet("Choose a model first.")}
         try:
             freed = engine.library.freed_bytes(chosen)
-            size = upkeep.size_on_disk(engine.library.get(chosen).folder)
+            size = verification.size_on_disk(engine.library.get(chosen).folder)
         except GptqWebuiError as error:
-            return {status: parts.bad(str(error))}
+            return {status: html_snippets.bad(str(error))}
         shared = f" of its {format_bytes(size)}; the rest is shared with other branches" if freed < size else ""
-        return {sure: gr.update(visible=True), status: parts.notes([f"Deleting {chosen} frees {format_bytes(freed)}{shared}."])}
+        return {
+            sure: gr.update(visible=True),
+            status: html_snippets.notes([f"Deleting {chosen} frees {format_bytes(freed)}{shared}."]),
+        }
 
     def delete_it(name: str, job: _Job) -> None:
         job.text = f"Deleting {name}"
         if engine.loaded is not None and engine.loaded.model.name == name:
-            job.said = parts.bad(f"{name} is loaded. Unload it first.")
+            job.said = html_snippets.bad(f"{name} is loaded. Unload it first.")
             return
         freed = engine.library.freed_bytes(name)
         engine.library.remove(name)
-        job.said = parts.good(f"{name} was deleted: {format_bytes(freed)} are free.")
+        job.said = html_snippets.good(f"{name} was deleted: {format_bytes(freed)} are free.")
 
     def keep(request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
         return {sure: gr.update(visible=False), status: ""}
 
-    refresh.click(show, model, outputs, **compat.EVENT)
-    model.input(choose, model, outputs, **compat.EVENT)
-    delete.click(ask, model, outputs, **compat.EVENT)
-    no.click(keep, None, outputs, **compat.EVENT)
+    refresh.click(show, model, outputs, **gradio_compat.EVENT)
+    model.input(choose, model, outputs, **gradio_compat.EVENT)
+    delete.click(ask, model, outputs, **gradio_compat.EVENT)
+    no.click(keep, None, outputs, **gradio_compat.EVENT)
     jobs = ((update, look_for_update), (verify, verify_all), (repair, repair_all), (folder, open_it), (write, write_settings),
             (convert, convert_it), (yes, delete_it))  # fmt: skip
-    events = {button: button.click(handler(work), model, outputs, **compat.STREAM) for button, work in jobs}
+    events = {button: button.click(handler(work), model, outputs, **gradio_compat.STREAM) for button, work in jobs}
     return LibraryBox([events[repair], events[write], events[convert], events[yes]])
 
 
-def _table(items: list[shelf.Item]) -> str:
+def _table(items: list[disk_inventory.Item]) -> str:
     rows = []
     for each in items:
         used, branch = each.used.strftime("%Y-%m-%d") if each.used else "", each.ref.branch if each.ref else ""
         kind, size = each.model.badge, format_bytes(each.size_bytes)
         rows.append((each.model.name, branch, each.commit[:8], kind, size, used, each.place))
-    return parts.table(_COLUMNS, rows)
+    return html_snippets.table(_COLUMNS, rows)

@@ -11,7 +11,7 @@ from ..core.errors import GptqWebuiError
 from ..core.units import format_duration
 from ..engine.engine import Engine
 from ..loaders.choose import Row
-from .parts import quiet
+from .html_snippets import quiet
 
 _NAMES = {"exllamav2": "ExLlamaV2", "autogptq": "AutoGPTQ", "transformers": "Transformers", "remote": "Remote"}
 

@@ -15,22 +15,22 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..core.units import format_duration
-from ..engine.downloads import Downloads
+from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
-from . import compat, facts
+from . import gradio_compat, model_facts
 from .access import Access
 from .benchmark_box import draw_benchmark
 from .branch_box import draw_branches
-from .care_box import draw_care
 from .download_box import draw_name, draw_queue
 from .folders_box import draw_folders
+from .html_snippets import bad, good, quiet, working
 from .hub_box import draw_hub
+from .idle_box import draw_care
+from .job_watcher import Watchers, changes
 from .library_box import draw_library
 from .loaders_box import draw_loaders, waiting
-from .parts import bad, good, quiet, working
 from .rescue_box import RescueBox, draw_rescue
 from .settings_box import draw_settings
-from .watch import Watchers, changes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 folders = draw_folders(engine, access)
             with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
                 hub = draw_hub(engine, access)
-            with gr.Accordion("Idle and report" if engine.can_rest else "Report", open=False, elem_id="gw-care"):
+            with gr.Accordion("Idle and report" if engine.can_unload_idle else "Report", open=False, elem_id="gw-care"):
                 care = draw_care(engine, access)
     with gr.Column(elem_classes="gw-wide", elem_id="gw-branches-box"):
         draw_branches(engine, box, access)
@@ -94,7 +94,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         """Everything that follows from what is loaded."""
         idle = engine.status.phase in ("empty", "ready")
         return {
-            panel: facts.panel(engine),
+            panel: model_facts.panel(engine),
             reload: gr.update(interactive=idle),
             unload: gr.update(interactive=idle and engine.loaded is not None),
             **rescue.values(),
@@ -180,21 +180,23 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             yield {status: ""}  # a handler that yields nothing would empty every output
             return
         now = engine.status
-        resting = now.text if engine.resting is not None else ""
-        said = bad(now.text) if now.error else quiet(resting or engine.settings.warning)
+        idle_load = now.text if engine.idle_load is not None else ""
+        said = bad(now.text) if now.error else quiet(idle_load or engine.settings.warning)
         boxes = folders.values() | care.values() | hub.values() | speed.values()
         yield listed(now.name or None) | state() | boxes | {status: said}
         if busy():
             yield from watchers.watch(request, busy, progress, ended, _LOOK_S)
 
     triggers = ((models.input, load), (reload.click, load), (settings.reload.click, load))
-    loaded = [trigger(handler, models, outputs, **compat.STREAM) for trigger, handler in triggers]
-    loaded.append(unload.click(unload_model, None, outputs, **compat.STREAM))
-    loaded.append(table.compile.click(compile_loader, models, outputs, **compat.STREAM))
+    loaded = [trigger(handler, models, outputs, **gradio_compat.STREAM) for trigger, handler in triggers]
+    loaded.append(unload.click(unload_model, None, outputs, **gradio_compat.STREAM))
+    loaded.append(table.compile.click(compile_loader, models, outputs, **gradio_compat.STREAM))
     loaded += rescue.wire(lambda job, name: run(job, ready, name), outputs, box.ref)
-    table.again.click(try_again, models, outputs, **compat.EVENT)
-    refresh.click(relist, models, outputs, **compat.EVENT)
+    table.again.click(try_again, models, outputs, **gradio_compat.EVENT)
+    refresh.click(relist, models, outputs, **gradio_compat.EVENT)
     for event in (*box.ended, *folders.changed, *library.changed):
-        event.then(relist, models, outputs, **compat.EVENT)
-    compat.root().load(box.resume, None, box.outputs, **compat.STREAM).then(relist_resumed, models, outputs, **compat.EVENT)
+        event.then(relist, models, outputs, **gradio_compat.EVENT)
+    gradio_compat.root().load(box.resume, None, box.outputs, **gradio_compat.STREAM).then(
+        relist_resumed, models, outputs, **gradio_compat.EVENT
+    )
     return ModelTab(loaded, show, [*outputs, *folders.outputs, *care.outputs, *hub.outputs, *speed.outputs], rescue)

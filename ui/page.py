@@ -6,10 +6,10 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
-from ..engine.downloads import Downloads
+from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
-from ..loaders.machine import look as look_at_machine
-from . import chat_tab, compat, look, model_tab, parameters_tab
+from ..loaders.machine.capabilities import look as look_at_machine
+from . import chat_tab, gradio_compat, model_tab, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .share_box import draw_share
@@ -32,11 +32,11 @@ def build(
     """
     access = access or Access()
     everybody = access.owners is None
-    with compat.blocks(look.TITLE, look.theme(), look.CSS) as page:
+    with gradio_compat.blocks(theme.TITLE, theme.theme(), theme.CSS) as page:
         with gr.Row(elem_id="gw-head-row"):
-            gr.HTML(f'<h1 id="gw-title">{look.TITLE}<span>chat with GPTQ models</span></h1>')
+            gr.HTML(f'<h1 id="gw-title">{theme.TITLE}<span>chat with GPTQ models</span></h1>')
             free = gr.Button(
-                "Free the card" if look_at_machine().card else "Free the memory",
+                "Free the card" if look_at_machine().gpu else "Free the memory",
                 size="sm",
                 min_width=110,
                 scale=0,
@@ -60,7 +60,7 @@ def build(
 
         def arrange(request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
-            empty = engine.status.phase == "empty" and engine.resting is None
+            empty = engine.status.phase == "empty" and engine.idle_load is None
             first = "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None
@@ -85,32 +85,34 @@ def build(
             shown = models.rescue.values()
             return shown if access.is_owner(request) else dict.fromkeys(list(shown)[:1], gr.update(visible=False))
 
-        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **compat.EVENT)
-        freed = free.click(free_card, None, None, **compat.STREAM).then(models.show, None, models.outputs, **compat.STREAM)
+        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **gradio_compat.EVENT)
+        freed = free.click(free_card, None, None, **gradio_compat.STREAM).then(
+            models.show, None, models.outputs, **gradio_compat.STREAM
+        )
         for event in chat.answered:
-            event.then(trouble, None, models.rescue.outputs, **compat.EVENT)
+            event.then(trouble, None, models.rescue.outputs, **gradio_compat.EVENT)
 
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
         if api is not None:
-            page.load(own_api, None, api_place, **compat.EVENT)
-            api_place.select(box.show, box.inputs, box.outputs, **compat.EVENT)
-        page.load(chat.show, None, chat.outputs, **compat.STREAM)
-        triggers = [page.load, model_place.select] if compat.LAZY_TABS else [page.load]
-        shown = [trigger(models.show, None, models.outputs, **compat.STREAM) for trigger in triggers]
+            page.load(own_api, None, api_place, **gradio_compat.EVENT)
+            api_place.select(box.show, box.inputs, box.outputs, **gradio_compat.EVENT)
+        page.load(chat.show, None, chat.outputs, **gradio_compat.STREAM)
+        triggers = [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]
+        shown = [trigger(models.show, None, models.outputs, **gradio_compat.STREAM) for trigger in triggers]
         for event in (*models.loaded, *shown, freed):
-            event.then(chat.show, None, chat.outputs, **compat.STREAM)
-        chat_place.select(chat.show, None, chat.outputs, **compat.STREAM)
+            event.then(chat.show, None, chat.outputs, **gradio_compat.STREAM)
+        chat_place.select(chat.show, None, chat.outputs, **gradio_compat.STREAM)
         page.unload(chat.leave)  # last: 4.37 looks at the last event alone to know whether a page that left is to be noticed
     return page
 
 
 def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` must be given for the page to look as it should."""
-    return compat.launch_options(look.theme(), look.CSS)
+    return gradio_compat.launch_options(theme.theme(), theme.CSS)
 
 
 def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
     """The page as an ASGI application; `users` are the (name, password) that may log in, None lets everybody in."""
-    return compat.mount(page, users, look.theme(), look.CSS)
+    return gradio_compat.mount(page, users, theme.theme(), theme.CSS)

@@ -9,9 +9,9 @@ import gradio as gr
 
 from ..core.errors import BadParameter
 from ..core.params import PRESETS, GenerationParams, Limits
-from . import compat
+from . import gradio_compat
 from .browser_store import BrowserStore, browser_store
-from .parts import bad
+from .html_snippets import bad
 
 OWN = "Your own"  # shown as the preset when the values are those of none
 _STORE_KEY = "gptq-webui parameters"
@@ -103,10 +103,10 @@ def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: Bro
             return [gr.update() for _ in fields]  # nothing kept, or by another version
         return to_values(params)
 
-    chosen = preset.input(use, preset, fields, **compat.NOW)
+    chosen = preset.input(use, preset, fields, **gradio_compat.NOW)
     restored = store.on_load(restore, fields)
     for event in (chosen, restored):
-        event.then(edited, fields, [preset, store.box, note], **compat.EVENT)
+        event.then(edited, fields, [preset, store.box, note], **gradio_compat.EVENT)
     for field in fields:
         if isinstance(field, (gr.Slider, gr.Number, gr.Textbox)):
-            field.input(edited, fields, [preset, store.box, note], **compat.EVENT)
+            field.input(edited, fields, [preset, store.box, note], **gradio_compat.EVENT)

@@ -11,9 +11,9 @@ import gradio as gr
 
 from ..engine.engine import Engine
 from ..engine.remedies import Remedy
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import quiet
+from .html_snippets import quiet
 
 _KINDS = ("context", "cache", "branch")
 Run = Callable[[Callable[[], object], str], Iterator[dict[Any, Any]]]  # a job that changes the model, drawn while it runs
@@ -83,9 +83,9 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
 
             return handler
 
-        cancel.click(stop_loading, None, None, **compat.NOW)
-        events = [back.click(go_back, None, outputs, **compat.STREAM)]
-        events += [buttons[kind].click(take(kind), None, [*outputs, ref], **compat.STREAM) for kind in _KINDS]
+        cancel.click(stop_loading, None, None, **gradio_compat.NOW)
+        events = [back.click(go_back, None, outputs, **gradio_compat.STREAM)]
+        events += [buttons[kind].click(take(kind), None, [*outputs, ref], **gradio_compat.STREAM) for kind in _KINDS]
         return events
 
     def remedy(kind: str) -> Remedy | None:

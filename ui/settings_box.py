@@ -11,11 +11,11 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
-from ..engine.saved import default, save_for
+from ..engine.saved_options import default, save_for
 from ..loaders.choose import make_options
-from . import compat
+from . import gradio_compat
 from .access import Access
-from .parts import bad, good, quiet
+from .html_snippets import bad, good, quiet
 
 _AUTOMATIC = ""
 
@@ -103,8 +103,8 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
             return {note: bad(str(error))}
         return {note: good(f"Saved for {name}. It takes effect when the model is loaded again: press Reload the model.")}
 
-    loader.input(rearrange, [models, loader], list(panels.values()), **compat.EVENT)
-    save.click(save_settings, [models, loader, *boxes], note, **compat.EVENT)
+    loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
+    save.click(save_settings, [models, loader, *boxes], note, **gradio_compat.EVENT)
     return SettingsBox(reload, values, [loader, *boxes, *panels.values(), note])
 
 

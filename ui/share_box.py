@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from . import compat
+from . import gradio_compat
 
 
 def copy_script(button: str, text: str, label: str) -> str:
@@ -47,5 +47,5 @@ def draw_share() -> ShareBox:
         )
         with gr.Row(elem_classes="gw-buttons"):
             copy = gr.Button("Copy", size="sm", min_width=96, elem_id="gw-share-copy")
-    copy.click(None, text, None, js=copy_script("gw-share-copy", "gw-share-text", "Copy"), **compat.EVENT)
+    copy.click(None, text, None, js=copy_script("gw-share-copy", "gw-share-text", "Copy"), **gradio_compat.EVENT)
     return ShareBox(place, text)

@@ -9,10 +9,10 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
-from ..loaders.base import LoadedModel
-from ..loaders.chat_template import BUILT_IN, PLAIN, ChatTemplate
+from ..loaders.contract.base import LoadedModel
+from ..loaders.text.chat_template import BUILT_IN, PLAIN, ChatTemplate
 from .access import Access
-from .parts import bad, working
+from .html_snippets import bad, working
 
 _AUTOMATIC = ""
 
@@ -61,10 +61,8 @@ def about(engine: Engine, owner: bool) -> str:
         return f'<div class="gw-who"><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
     if status.phase == "loading":
         return working(f"{status.name} is being loaded. You can write in the meantime.", status.share)
-    if (resting := engine.resting) is not None:
-        return (
-            f'<div class="gw-who"><b>{escape(resting.model.name)}</b> <span>rests; your next message loads it again</span></div>'
-        )
+    if (idle_load := engine.idle_load) is not None:
+        return f'<div class="gw-who"><b>{escape(idle_load.model.name)}</b> <span>rests; your next message loads it again</span></div>'
     cure = (
         "Open the Model tab: download one, or choose one that you have." if owner else "Ask the owner of this page to load one."
     )

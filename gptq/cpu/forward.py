@@ -5,9 +5,9 @@ of a prompt shares its rows out and meets. Keys lie [layer][kv head][position/16
 [layer][kv head][D/16][position][16], both halves, so that attention is products with dense tiles (tiles.py).
 """
 
-from .compiled import compiled
-from .kernels import CHUNKS, TILES, claim, finish, norm_row
-from .pieces import attend, gated, multiply, remember, round_rows, share_of, turn
+from .cpu_kernels import CHUNKS, TILES, claim, finish, norm_row
+from .numba_compiler import compiled
+from .row_ops import attend, gated, multiply, remember, round_rows, share_of, turn
 
 # Columns of the table of layers: rows of the table of weights (-1: in the one before), then numbers.
 Q, K, V, OUT, GATE, UP, DOWN, WINDOW = range(8)

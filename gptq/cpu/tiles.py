@@ -116,10 +116,10 @@ class _Plain:
     total = _Avx2.total
 
 
-WAYS: dict[str, Any] = {"vnni512": _Vnni512, "vnni256": _Vnni256, "avx2": _Avx2, "plain": _Plain}
+ISAS: dict[str, Any] = {"vnni512": _Vnni512, "vnni256": _Vnni256, "avx2": _Avx2, "plain": _Plain}
 
 
-def best_way() -> str:
+def best_isa() -> str:
     """The fastest of WAYS that this processor has."""
     import llvmlite.binding as llvm
 
@@ -137,7 +137,7 @@ def packed_tile(bits: int, rows: int, way: str) -> Any:
     The first six are addresses of a tile's data (int64), y of fp32; y_stride in bytes. x's rows lie
     2 * chunks * chunk_rows bytes apart, x_scales fp32 and x_sums int32 4 * chunks.
     """
-    how = WAYS[way]
+    how = ISAS[way]
     factor = {8: 4, 4: 8, 2: 16}[bits]  # rows of w in one 64-byte block
     blocks = UNIT // factor
 

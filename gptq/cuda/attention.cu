@@ -17,7 +17,7 @@ struct AttentionArguments {
   const float *cosines, *sines;  // fp32 [context][rotary / 2]
   const u16 *q_norm, *k_norm;    // fp16 [D] or null
   u16* out;                // fp16 [rows][padded], engine order of the output layer
-  const int* places;       // [heads * D]
+  const int* permutation;       // [heads * D]
   float* partial;          // fp32 [rows][blocks of heads][splits][8][D + 4]: sums, the highest score, the sum of weights
   u32* done;               // [rows][blocks of heads], zero between launches
   u64 layer_bytes;         // from a page's start to this layer's keys
@@ -161,8 +161,8 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
   const Angles<D> angles = angles_of<D>(p.cosines + (size_t)position * p.rotary_half, p.sines + (size_t)position * p.rotary_half, p.rotary_half);
-  const int* places = p.places + head0 * D;
-  if (threadIdx.x * 32 < count * D) ask_for(places + threadIdx.x * 32);
+  const int* permutation = p.permutation + head0 * D;
+  if (threadIdx.x * 32 < count * D) ask_for(permutation + threadIdx.x * 32);
   typedef Place<D, Q8> At;
   typedef typename Stored<Q8>::Run Run;
 
@@ -299,7 +299,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 #pragma unroll 1
   for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
     const int head = at / D, d = at % D;
-    const int4 place = *(const int4*)(places + at);
+    const int4 place = *(const int4*)(permutation + at);
     float highest = maxima[WARPS][head];
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w][head]);
@@ -338,7 +338,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 #pragma unroll 1
   for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
     const int head = at / D, d = at % D;
-    const int4 place = *(const int4*)(places + at);
+    const int4 place = *(const int4*)(permutation + at);
     float highest = -1e30f, total = 0.f;
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 1

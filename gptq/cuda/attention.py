@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .kernels import ATTENTION_THREADS, MOST_SPLITS, Attention, pointer
-from .layers import Layer
+from .cuda_kernels import ATTENTION_THREADS, MOST_SPLITS, Attention, pointer
+from .cuda_layers import Layer
 
 if TYPE_CHECKING:
-    from .step import CudaStep
+    from .cuda_step import CudaStep
 
 
 class AttentionWork:
@@ -18,7 +18,7 @@ class AttentionWork:
 
     def __init__(self, step: "CudaStep", rows: int) -> None:
         self._blocks = step.kv_heads * step.group_blocks
-        self._processors = step.card.processors
+        self._processors = step.gpu.processors
         parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
         self.partial = torch.zeros(parts * 8 * (step.head_dim + 4), dtype=torch.float32, device=step.device)
         self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=step.device)
@@ -42,7 +42,7 @@ def attend(step: "CudaStep", at: int, layer: Layer, qkv: Tensor, out: Tensor, wo
         pointer(layer.q_norm),
         pointer(layer.k_norm),
         pointer(out),
-        pointer(layer.o.places),
+        pointer(layer.o.permutation),
         pointer(work.partial),
         pointer(work.done),
         at * step.pages.layer_bytes,
@@ -57,4 +57,4 @@ def attend(step: "CudaStep", at: int, layer: Layer, qkv: Tensor, out: Tensor, wo
         math.log2(math.e) / math.sqrt(step.head_dim),
     )
     grid = (work.splits(rows), step.kv_heads * step.group_blocks, rows)
-    step.card.run(f"attention_{step.cache.name}", grid, ATTENTION_THREADS, arguments, overlap=True)
+    step.gpu.run(f"attention_{step.cache.name}", grid, ATTENTION_THREADS, arguments, overlap=True)

@@ -12,7 +12,7 @@ struct GemvArguments {
   const u16* bias;       // fp16 [tiles * 16] in the order of the rows, or null
   void* out;             // fp16 [n] (PLAIN), fp32 [n] (FLOAT), fp16 [n / 2] (SILU), fp16 engine order of the next input (RESIDUAL)
   float* residual;       // fp32 [n], RESIDUAL only
-  const int* places;     // [n]: where row n stands in the next input, RESIDUAL only
+  const int* permutation;     // [n]: where row n stands in the next input, RESIDUAL only
   int n, tiles, chunks, groups;
   u32 unit_to_group;     // group of unit u is u * unit_to_group >> 16; 0 for one group
   int k;                 // inputs without padding
@@ -137,7 +137,7 @@ DEVICE void gemv(const GemvArguments& p) {
       if (p.bias) before = to_float(p.bias[n]);
       if (EPILOGUE == RESIDUAL && n < p.n) {
         before += __ldcg(p.residual + n);
-        place = p.places[n];
+        place = p.permutation[n];
       }
     }
     for (int chunk = first; chunk < end; chunk += BATCH) {

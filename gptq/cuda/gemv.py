@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .kernels import Card, Gemv, GemvVariant, pointer
-from .weights import Weight
+from .cuda_kernels import Gemv, GemvVariant, Gpu, pointer
+from .cuda_weights import Weight
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVa
 
 
 def launch(
-    card: Card,
+    gpu: Gpu,
     weight: Weight,
     plan: GemvVariant,
     blocks: int,
@@ -40,7 +40,7 @@ def launch(
     *,
     norm: Tensor | None = None,
     residual: Tensor | None = None,
-    places: Tensor | None = None,
+    permutation: Tensor | None = None,
     eps: float = 0.0,
     overlap: bool = False,
 ) -> None:
@@ -57,7 +57,7 @@ def launch(
         pointer(weight.bias),
         pointer(out),
         pointer(residual),
-        pointer(places),
+        pointer(permutation),
         weight.out_features,
         weight.tiles,
         weight.chunks,
@@ -66,5 +66,5 @@ def launch(
         weight.in_features,
         eps,
     )
-    grid = min(-(-weight.tiles // plan.teams), blocks * card.processors)
-    card.run(plan.name, (grid,), plan.threads, arguments, plan.shared_bytes(weight.chunks), overlap)
+    grid = min(-(-weight.tiles // plan.teams), blocks * gpu.processors)
+    gpu.run(plan.name, (grid,), plan.threads, arguments, plan.shared_bytes(weight.chunks), overlap)

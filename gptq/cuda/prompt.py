@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from . import few
-from .kernels import Gather, Norm, Rope, Silu, pointer
-from .pages import PAGE_TOKENS
-from .weights import TILE, Weight
+from . import small_batch
+from .cuda_kernels import Gather, Norm, Rope, Silu, pointer
+from .cuda_weights import TILE, Weight
+from .kv_pages import PAGE_TOKENS
 
 if TYPE_CHECKING:
-    from .layers import Layer
-    from .step import CudaStep
+    from .cuda_layers import Layer
+    from .cuda_step import CudaStep
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
@@ -28,7 +28,7 @@ class Prompt:
 
     def __init__(self, step: "CudaStep") -> None:
         self._step = step
-        self._card = step.card
+        self._gpu = step.gpu
         self._largest = max(weight.tiles * TILE * weight.padded for layer in step.layers for weight in layer.weights)
 
     def read(self, ids: Sequence[int], start: int, table: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Prompt:
         count = tokens.numel()
         h = step.embedding[tokens].float()  # [T, H]
         scratch = None
-        if count > few.MOST_ROWS:
+        if count > small_batch.MOST_ROWS:
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=step.device)
         seen = self._seen(start, count)
         rest = None  # what is still to be added to h: the next norm does it
@@ -62,20 +62,20 @@ class Prompt:
         arguments = Norm(
             pointer(h), pointer(rest), pointer(norm), pointer(out), pointer(order), step.hidden, out.shape[1], step.eps
         )  # fmt: skip
-        self._card.run("norm_rows", (h.shape[0],), 512, arguments, step.hidden * 4 + 160, overlap=True)
+        self._gpu.run("norm_rows", (h.shape[0],), 512, arguments, step.hidden * 4 + 160, overlap=True)
 
     def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor:
         """x [T, padded] in engine order -> [T, N], the outputs in the order of the weight's rows."""
         if scratch is None:
             y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
-            few.multiply(self._card, weight, "PLAIN", x, y)
+            small_batch.multiply(self._gpu, weight, "PLAIN", x, y)
             return y
         rows = weight.tiles * TILE
         y = torch.empty(x.shape[0], rows, dtype=torch.float16, device=x.device)
         step = max(1, scratch.numel() // (TILE * weight.padded))
         for first in range(0, weight.tiles, step):
             tiles = min(step, weight.tiles - first)
-            dense = weight.dense(self._card, first, tiles, scratch)
+            dense = weight.dense(self._gpu, first, tiles, scratch)
             torch.mm(x, dense.T, out=y[:, first * TILE : (first + tiles) * TILE])
         if weight.bias is not None:
             y += weight.bias
@@ -85,18 +85,18 @@ class Prompt:
         """Add the product to h, or else return it, fp16 [T, H]: the rest, for the next norm to add."""
         if scratch is not None:
             return self._product(x, weight, scratch)
-        few.multiply(self._card, weight, "RESIDUAL", x, h)
+        small_batch.multiply(self._gpu, weight, "RESIDUAL", x, h)
         return None
 
     def _inner(self, x: Tensor, layer: "Layer", scratch: Tensor | None) -> Tensor:
         """SiLU(gate) * up, in the order of down's input."""
         out = torch.empty(x.shape[0], layer.down.padded, dtype=torch.float16, device=x.device)
         if scratch is None:
-            few.multiply(self._card, layer.gate_up, "SILU", x, out)
+            small_batch.multiply(self._gpu, layer.gate_up, "SILU", x, out)
             return out
         gate_up = self._product(x, layer.gate_up, scratch)
         arguments = Silu(pointer(gate_up), pointer(out), gate_up.shape[1] // 2, layer.down.padded)
-        self._card.run("silu_rows", (8, x.shape[0]), 256, arguments)
+        self._gpu.run("silu_rows", (8, x.shape[0]), 256, arguments)
         return out
 
     def _attend(
@@ -110,7 +110,7 @@ class Prompt:
             pointer(qkv), pointer(table), pointer(step.cosines), pointer(step.sines), pointer(layer.q_norm),
             pointer(layer.k_norm), layer_bytes, heads, kv, start, step.rotary_half, step.eps,
         )  # fmt: skip
-        self._card.run(f"rope_{step.cache.name}", (count,), 256, rope)
+        self._gpu.run(f"rope_{step.cache.name}", (count,), 256, rope)
         length = start + count
         split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
         queries = split[:heads]
@@ -118,7 +118,7 @@ class Prompt:
             keys = torch.empty(kv, length, dim, dtype=torch.float16, device=qkv.device)
             values = torch.empty_like(keys)
             gather = Gather(pointer(table), pointer(keys), pointer(values), layer_bytes, kv, length)
-            self._card.run(f"gather_{step.cache.name}", (-(-length // PAGE_TOKENS), kv), 256, gather)
+            self._gpu.run(f"gather_{step.cache.name}", (-(-length // PAGE_TOKENS), kv), 256, gather)
         else:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:

@@ -20,7 +20,7 @@ struct SampleArguments {
   const int* answer_from;      // [rows]: position of the answer's first token
   float* work;                 // fp32 [rows][vocabulary]
   int *ids, *positions;        // [rows]: the token just computed and its position; left as the next ones
-  volatile int* told;          // [rows][TOLD] in the host's memory: the token of position i at i % TOLD
+  volatile int* host_tokens;          // [rows][TOLD] in the host's memory: the token of position i at i % TOLD
   int vocabulary, context;
 };
 
@@ -52,7 +52,7 @@ DEVICE u32 mix(u32 a, u32 b, u32 c, u32 d) {  // Jarzynski & Olano 2020, pcg4d: 
 
 extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
   __shared__ float list[CANDIDATES];
-  __shared__ int places[CANDIDATES];
+  __shared__ int permutation[CANDIDATES];
   __shared__ u32 bins[BINS];
   __shared__ u64 scratch[32];
   __shared__ float best_value[32];
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
         const float z = work[i];
         if (by_k || by_p ? bin_of(z) > cut : z < floor) continue;
         const int place = atomicAdd(&filled, 1);
-        if (place < CANDIDATES) { list[place] = z; places[place] = i; }
+        if (place < CANDIDATES) { list[place] = z; permutation[place] = i; }
         mass += (u64)(__expf(z - peak) * ONE);
       }
       __syncthreads();
@@ -173,16 +173,16 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
     if (brief) {
       // Sorted, highest first, one candidate a thread; what stands before it is what is likelier.
       float z = tid < length ? list[tid] : -INFINITY;
-      int token = tid < length ? places[tid] : 0x7fffffff;
+      int token = tid < length ? permutation[tid] : 0x7fffffff;
       __syncthreads();
       for (int size = 2; size <= threads && size < 2 * length; size *= 2) {  // a bitonic network
         for (int apart = size / 2; apart; apart /= 2) {
           float other;
           int where;
           if (apart >= 32) {
-            list[tid] = z; places[tid] = token;
+            list[tid] = z; permutation[tid] = token;
             __syncthreads();
-            other = list[tid ^ apart]; where = places[tid ^ apart];
+            other = list[tid ^ apart]; where = permutation[tid ^ apart];
             __syncthreads();
           } else {
             other = __shfl_xor_sync(FULL, z, apart);
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
           if (before != first) { z = other; token = where; }
         }
       }
-      list[tid] = z; places[tid] = token;
+      list[tid] = z; permutation[tid] = token;
       __syncthreads();
       bool kept = tid < length && (!by_k || z >= list[min(params.top_k, length) - 1]);
       if (by_p) {
@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
       const float z = source[i];
       if (z == -INFINITY || key_of(z) < low) continue;
       if (by_typical && key_of(fabsf(-(z - peak - log_all) - expected)) > strange) continue;
-      const int token = near ? places[i] : i;
+      const int token = near ? permutation[i] : i;
       const float u = ((float)mix((u32)params.seed_low, (u32)params.seed_high, (u32)position, (u32)token) + 0.5f) * 2.3283064e-10f;
       const float noisy = z - __logf(-__logf(fminf(u, 0.99999994f)));
       if (noisy > high || (noisy == high && token < at_high)) { high = noisy; at_high = token; }
@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
     if (chosen >= n) chosen = 0;  // every logit was NaN; the caller looks at the logits
     p.ids[row] = chosen;
     p.positions[row] = next;
-    p.told[row * TOLD + next % TOLD] = chosen;
+    p.host_tokens[row * TOLD + next % TOLD] = chosen;
     if (next < p.context) {
       history[next] = chosen;
       seen[chosen]++;

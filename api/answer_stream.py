@@ -1,0 +1,266 @@
+"""An answer on its way from the model's thread to a program that asked over HTTP.
+
+One thread stands in line for the request and reads the engine's stream; the event loop takes what has come
+in batches. A client that leaves cancels: the model is free within one token, however slowly anybody reads.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..core.chat import Finish, Token
+from ..core.errors import AnswerFailed, GptqWebuiError
+from ..engine.engine import Answer
+from ..engine.request_queue import Ticket
+from .problems import Problem, of_error
+
+log = logging.getLogger(__name__)
+
+Start = Callable[[threading.Event], Answer]
+
+_HEADERS_S = 2.0  # after so long without a first token the answer's headers are sent all the same
+_KEEPALIVE_S = 10.0  # a comment line to a client that waits, so that nothing between us gives up
+_WRITE_S = 60.0  # a client that takes nothing for so long has gone
+
+
+@dataclass
+class Whole:
+    """One answer, complete."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)  # those with an id; texts as they became certain
+    finish: Finish = field(default_factory=lambda: Finish("cancelled"))
+
+    def add(self, event: Token | Finish) -> None:
+        if isinstance(event, Finish):
+            self.finish = event
+            return
+        self.text += event.text
+        if event.id >= 0:
+            self.tokens.append(event)
+        elif self.tokens and event.text:  # what was held back belongs to the last token
+            last = self.tokens[-1]
+            self.tokens[-1] = Token(last.id, last.text + event.text, last.logprob, last.top)
+
+
+class Threads:
+    """Threads that are used again: starting one makes the event loop wait. As many as there ever were answers at once."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def run(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._jobs.put(job)
+            if self._idle:
+                self._idle -= 1
+                return
+        threading.Thread(target=self._loop, name="gptq-webui answer", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            self._jobs.get()()
+            with self._lock:
+                self._idle += 1
+
+
+class Running:
+    """The answers to one request, computed one after another in one turn."""
+
+    def __init__(
+        self, starts: Sequence[Start], place: Ticket, threads: Threads, ended: Callable[["Running"], None], wanted: Any = None
+    ) -> None:
+        self.place = place
+        self._threads = threads
+        self.wanted = wanted  # what the request's protocol wants to remember
+        self.asked = time.perf_counter()
+        self.began: float | None = None  # when its turn came
+        self.finishes: list[Finish] = []
+        self.problem: Problem | None = None
+        self._starts = list(starts)
+        self._cancel = threading.Event()
+        self._ended = ended
+        self._events: deque[tuple[int, Token | Finish]] = deque()
+        self._texts: list[str] = []
+        self._over = False
+        self._waiting = False
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self._starts)
+
+    @property
+    def text(self) -> str:
+        """Of its first answer, so far."""
+        return "".join(self._texts)
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    def cancel(self) -> None:
+        """End it within one token; it ends in `cancelled` Finishes."""
+        self._cancel.set()
+        self.place.give_up()
+
+    def start(self, request: Request) -> "Running":
+        """Stand in line; cancel when the client leaves."""
+
+        async def look() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.cancel()
+
+        self._watcher = asyncio.create_task(look())
+        self._threads.run(self._read)
+        return self
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        if not self._over:
+            self.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def begun(self) -> None:
+        """Until there is something to say, or two seconds. Raises Problem if that is an error: it can still have its status."""
+        with contextlib.suppress(TimeoutError):
+            await self._something(_HEADERS_S)
+        if self._over and not self._events and self.problem is not None:
+            self.close()
+            raise self.problem
+
+    async def batch(self, timeout_s: float | None = None) -> list[tuple[int, Token | Finish]]:
+        """Everything that has come, (number of the answer, event); empty at the end. Raises TimeoutError, Problem."""
+        await self._something(timeout_s)
+        found: list[tuple[int, Token | Finish]] = []
+        while self._events:
+            found.append(self._events.popleft())
+        if not found and self.problem is not None:
+            raise self.problem
+        return found
+
+    async def whole(self) -> list[Whole]:
+        """All answers, complete. Raises Problem."""
+        answers = [Whole() for _ in self._starts]
+        try:
+            while batch := await self.batch():
+                for at, event in batch:
+                    answers[at].add(event)
+        finally:
+            self.close()
+        return answers
+
+    async def _something(self, timeout_s: float | None) -> None:
+        while not self._events and not self._over:
+            self._wake.clear()
+            self._waiting = True
+            if self._events or self._over:
+                return
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    def _read(self) -> None:
+        """On its own thread: wait for the turn, then compute."""
+        at = 0
+        try:
+            if self.place.wait():
+                self.began = time.perf_counter()
+                for at, start in enumerate(self._starts):
+                    if self._cancel.is_set():
+                        break
+                    for event in start(self._cancel):
+                        if isinstance(event, Finish):
+                            self.finishes.append(event)
+                        self._put(at, event)
+            for late in range(len(self.finishes), len(self._starts)):
+                self._put(late, Finish("cancelled"))
+        except GptqWebuiError as error:
+            self.problem = of_error(error)
+        except Exception as error:
+            log.exception("an answer over HTTP failed")
+            self.problem = of_error(AnswerFailed(f"The answer broke off ({type(error).__name__})."))
+        finally:
+            self.place.leave()
+            self._ended(self)
+            self._over = True
+            self._notify()
+
+    def _put(self, at: int, event: Token | Finish) -> None:
+        if at == 0 and isinstance(event, Token):
+            self._texts.append(event.text)
+        self._events.append((at, event))
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            with contextlib.suppress(RuntimeError):  # the server is stopping: its loop is closed
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+
+class EventStream(Response):
+    """Sends events as they come. `encode` gives the bytes of one; `closing` of the end, `failing` of an error on the way."""
+
+    def __init__(
+        self,
+        running: Running,
+        encode: Callable[[int, Token | Finish], bytes],
+        *,
+        opening: bytes = b"",
+        closing: Callable[[], bytes] = lambda: b"",
+        failing: Callable[[Problem], bytes],
+        media_type: str = "text/event-stream",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._running, self._encode = running, encode
+        self._opening, self._closing, self._failing = opening, closing, failing
+        self._comments = media_type == "text/event-stream"
+        position = {"x-queue-position": str(running.place.ahead)}
+        common = {"cache-control": "no-cache", "x-accel-buffering": "no", **position, **(headers or {})}
+        super().__init__(None, media_type=media_type, headers=common)
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def put(body: bytes, more: bool = True) -> None:
+            if body or not more:
+                async with asyncio.timeout(_WRITE_S):
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await put(self._opening)
+            while True:
+                try:
+                    batch = await self._running.batch(_KEEPALIVE_S)
+                except TimeoutError:
+                    if self._comments:
+                        await put(f": waiting, {self._running.place.ahead} ahead\n\n".encode())
+                    continue
+                except Problem as problem:
+                    await put(self._failing(problem))
+                    break
+                if not batch:
+                    await put(self._closing())
+                    break
+                await put(b"".join([self._encode(at, event) for at, event in batch]))
+            await put(b"", more=False)
+        except (OSError, TimeoutError):
+            log.info("a client took nothing for %.0f s and was left", _WRITE_S)
+        finally:
+            self._running.close()

@@ -1,0 +1,88 @@
+"""All protocols in one application, with the guard before it and the page behind it.
+
+`POST /` is TGI's and `GET /` the page's, so what the API has a route for goes to the API and everything else
+to the page.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from . import admin, api_docs, kobold, lollms, openai, tgi, tgwui_routes
+from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
+from .problems import Problem
+from .routes import openai_error
+from .service import Service
+
+_PROTOCOLS = (openai, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
+_OURS = ("/v1/", "/api/")  # nothing of the page is below these
+
+
+def build(
+    service: Service,
+    *,
+    page: Any = None,  # an ASGI application
+    here: bool = True,  # False: the page has paths of ours for itself (Gradio 4), so the API is on another port only
+    hosts: Hosts | None = None,
+    origins: Iterable[str] = (),
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+) -> Guard:
+    """The ASGI application to serve."""
+    api = FastAPI(
+        title="gptq-webui",
+        version=service.version,
+        description="The protocols that GPTQ users' programs speak, answered by the loaded model.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    routers = [protocol.build(service) for protocol in _PROTOCOLS]
+    for router in routers:
+        api.include_router(router)
+    api.add_exception_handler(404, _no_such_path)
+    front = _Front(api, page, [route for router in routers for route in router.routes] if here else [])
+    return Guard(front, front.is_api, hosts or Hosts(), origins, max_body_bytes)
+
+
+class _Front:
+    def __init__(self, api: FastAPI, page: Any, routes: Sequence[Any]) -> None:
+        self.api, self.page = api, page
+        self._methods: dict[str, set[str]] = {}
+        self._ours: tuple[str, ...] = _OURS if routes else ()
+        for route in [*routes, *(each for each in api.routes if routes and getattr(each, "methods", None))]:
+            self._methods.setdefault(route.path, set()).update(route.methods)
+
+    def is_api(self, method: str, path: str) -> bool:
+        if path.startswith(self._ours):
+            return True
+        methods = self._methods.get(path)
+        if methods is None:
+            return False
+        return path != "/" or method in methods  # GET / is the page
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await (self.page or self.api)(scope, receive, send)
+        elif scope["type"] != "http" or not self.is_api(scope["method"], scope["path"]):
+            await (self.page or _nothing)(scope, receive, send)
+        elif scope["path"] in self._methods and scope["method"] not in self._methods[scope["path"]]:
+            allowed = ", ".join(sorted(self._methods[scope["path"]]))
+            problem = Problem("invalid", f"{scope['path']} takes {allowed}, not {scope['method'][:20]}.")
+            response = openai_error(problem)
+            response.status_code = 405
+            response.headers["allow"] = allowed
+            await response(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    return openai_error(Problem("not_found", f"There is nothing at {request.url.path[:100]!r}: see /docs."))
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "http":
+        await openai_error(Problem("not_found", "There is no page at this port, only the API: see /docs."))(scope, receive, send)

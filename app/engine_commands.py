@@ -1,0 +1,172 @@
+"""The engine of this process, `ask` and `benchmark`. The answer goes to stdout, everything else to stderr."""
+
+import argparse
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..core.chat import Finish, Message
+from ..core.errors import NoSuchModel
+from ..core.params import GenerationParams
+from ..core.units import plural
+from ..engine.engine import Engine, Status
+from ..engine.hub_settings import HubSettings
+from ..engine.settings import Settings, hosts_models_folders
+from ..hub.library import Library
+from ..loaders.contract.base import LoadedModel
+from ..loaders.transformers.transformers_options import MOST_PARALLEL
+
+
+def make_engine(options: argparse.Namespace) -> Engine:
+    """The engine of this process, over the folders of --models-dir or those of the settings."""
+    settings = Settings()
+    folders = [Path(each).expanduser().resolve() for each in options.models_dir or ()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise NoSuchModel(f"There is no folder {folder}. Make it, or name another one with --models-dir.")
+    library = Library(folders or [*settings.models_folders, *hosts_models_folders()])
+    HubSettings(library.hub, settings)
+    return Engine(library, settings)
+
+
+def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
+    """List what the engines of --remote serve beside the models of the folders; returns the names. Raises LoadFailed."""
+    if not options.remote:
+        return []
+    from ..core.models import remote_model
+    from ..loaders.remote.remote_loader import RemoteLoader, RemoteOptions
+
+    asked = RemoteOptions(base_url=", ".join(options.remote))
+    found = {model.name: model for model in RemoteLoader().models(asked)}
+    unlisted = remote_model(options.model or "", served_by=asked.base_url)  # some engines do not list what they can load
+    if options.model and unlisted.name not in found and unlisted.name not in [each.name for each in engine.library.models()]:
+        found[unlisted.name] = unlisted
+    engine.library.elsewhere = tuple(found.values())
+    return list(found)
+
+
+def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
+    """The name in the library of --model, or of the only model of --remote; None if neither says which."""
+    elsewhere = find_elsewhere(engine, options)
+    if not options.model:
+        return elsewhere[0] if len(elsewhere) == 1 else None
+    name = options.model.replace("/", "_")
+    return name if name in elsewhere else options.model
+
+
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """--dtype, --context and --parallel as the loaders call them."""
+    parallel = getattr(options, "parallel", None)
+    given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": parallel}
+    given["parallel"] = None if parallel is None else min(parallel, MOST_PARALLEL)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def ask(options: argparse.Namespace) -> int:
+    engine = make_engine(options)
+    line = _Line()
+    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    try:
+        loaded = _load(engine, options)
+        line.end()
+        given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
+        params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
+        cancel = threading.Event()
+        if options.raw:
+            answer = engine.complete(options.question, params, cancel)
+        else:
+            if not loaded.template.is_chat:
+                print(f"{loaded.model.name} is not a chat model; it gets a plain transcript.", file=sys.stderr)
+            answer = engine.chat([Message("user", options.question)], params, cancel)
+        try:
+            finish = _print(answer)
+        except KeyboardInterrupt:
+            cancel.set()
+            raise
+        print(_last_line(finish), file=sys.stderr)
+        return 0
+    finally:
+        line.end()
+        engine.unload()
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    engine = make_engine(options)
+    line, cancel = _Line(), threading.Event()
+    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    try:
+        _load(engine, options)
+        from ..engine.benchmark import measure
+
+        measured = measure(engine, cancel, line.show)
+        line.end()
+        print(measured)
+        return 0
+    finally:
+        cancel.set()
+        line.end()
+        engine.unload()
+
+
+def _load(engine: Engine, options: argparse.Namespace) -> LoadedModel:
+    """--demo, --model, or what there is."""
+    if options.demo:
+        return engine.load_demo(options.loader, load_options(options))
+    return engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
+
+
+def _print(answer: Any) -> Finish:
+    finish = Finish("cancelled")
+    for event in answer:
+        if isinstance(event, Finish):
+            finish = event
+        else:
+            print(event.text, end="", flush=True)
+    print(flush=True)
+    return finish
+
+
+def _last_line(finish: Finish) -> str:
+    cut = "; stopped at the limit" if finish.reason == "length" else ""
+    count = plural(finish.new_tokens, "new token")
+    return f"{count}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
+
+
+def _name(engine: Engine, given: str | None) -> str:
+    """--model, or the last one used, or the only one there is. Raises NoSuchModel with the names there are."""
+    if given:
+        return given
+    names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain", "remote")]
+    if engine.settings.last_model in names:
+        return engine.settings.last_model
+    if len(names) == 1:
+        return names[0]
+    listed = f"There are: {', '.join(names)}." if names else "There is none yet: try --demo, or gptq-webui download REF."
+    raise NoSuchModel(f"Say which model with --model NAME. {listed}")
+
+
+def _in_line(status: Status) -> str:
+    return f"{status.name}: {status.text} ({status.share:.0%})" if status.phase == "loading" else ""
+
+
+class _Line:
+    """One line on stderr that is written over while it changes; plain lines where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        if not text or text == self._shown:
+            return
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif text.split("(")[0] != self._shown.split("(")[0] or not self._shown:
+            print(text, file=sys.stderr, flush=True)
+        self._shown = text
+
+    def end(self) -> None:
+        if self._terminal and self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._shown = ""

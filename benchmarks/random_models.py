@@ -1,0 +1,127 @@
+"""Models of any shape with random packed weights, made on the card: for kernels, where no file is needed."""
+
+import torch
+from torch import nn
+
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.llama import LayerParts, LlamaParts
+
+MISTRAL_7B = {"hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 32, "vocabulary": 32000}
+
+
+class Rotary(nn.Module):
+    rope_type = "default"
+
+    def __init__(self, head_dim: int, device: str) -> None:
+        super().__init__()
+        self.inv_freq = 1e6 ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.cat([positions[..., None] * self.inv_freq] * 2, -1)
+        return angles.cos(), angles.sin()
+
+
+def random_layer(
+    k: int, n: int, bits: int, group_size: int, *, sym: bool, rows: torch.Tensor | None, bias: bool = False
+) -> GPTQLinear:
+    """`rows` int64 [K]: the act-order, a permutation that layers of one input share."""
+    layer = GPTQLinear(k, n, bits, group_size, bias=bias, device="cuda")
+    size = k if group_size == -1 else group_size
+    groups = layer.scales.shape[0]
+    layer.qweight.data = torch.randint(-(2**31), 2**31 - 1, layer.qweight.shape, dtype=torch.int32, device="cuda")
+    if sym:
+        from gptq_webui.gptq import bit_packing
+
+        stored = torch.full((groups, n), (1 << (bits - 1)) - 1, dtype=torch.int64, device="cuda")
+        layer.qzeros.data = bit_packing.pack_columns(stored, bits)
+    else:
+        layer.qzeros.data = torch.randint(-(2**31), 2**31 - 1, layer.qzeros.shape, dtype=torch.int32, device="cuda")
+    layer.scales.data = ((torch.rand(groups, n, device="cuda") + 0.5) * 4 / 2**bits / k**0.5).half()
+    g_idx = torch.arange(k, device="cuda") // size
+    layer.g_idx.data = (g_idx if rows is None else g_idx[rows.argsort()]).int()
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(n, device="cuda").half() * 0.1, requires_grad=False)
+    return layer
+
+
+def random_models(
+    *, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, layers: int, vocabulary: int,
+    bits: int = 4, group_size: int = 128, act_order: bool = True, sym: bool = True, qk_norm: bool = False, bias: bool = False,
+    window: int = 0,
+) -> LlamaParts:  # fmt: skip
+    def rows(k: int) -> torch.Tensor | None:
+        return torch.randperm(k, device="cuda") if act_order else None
+
+    def norm(n: int) -> torch.Tensor:
+        return (torch.rand(n, device="cuda") + 0.5).half()
+
+    def packed(k: int, widths: list[int], bias: bool = False) -> tuple[GPTQLinear, ...]:
+        shared = rows(k)
+        return tuple(random_layer(k, n, bits, group_size, sym=sym, rows=shared, bias=bias) for n in widths)
+
+    made = []
+    for _ in range(layers):
+        made.append(
+            LayerParts(
+                input_norm=norm(hidden),
+                qkv=packed(hidden, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], bias),
+                q_norm=norm(head_dim) if qk_norm else None,
+                k_norm=norm(head_dim) if qk_norm else None,
+                o=packed(heads * head_dim, [hidden])[0],
+                post_norm=norm(hidden),
+                gate_up=packed(hidden, [inner, inner]),
+                down=packed(inner, [hidden])[0],
+                window=window,
+            )
+        )
+    head = nn.Linear(hidden, vocabulary, bias=False, device="cuda", dtype=torch.float16)
+    return LlamaParts(
+        embedding=torch.randn(vocabulary, hidden, device="cuda").half(),
+        layers=tuple(made),
+        norm=norm(hidden),
+        head=head,
+        eps=1e-5,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary=Rotary(head_dim, "cuda"),
+        rotary_dim=head_dim,
+    )
+
+
+def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
+    """The same forward in fp32 and plain PyTorch: logits [T, V]. Slow and simple."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + parts.eps) * weight.float()
+
+    def turned(x: torch.Tensor) -> torch.Tensor:  # [heads, T, D]
+        a, b = x[..., : parts.rotary_dim].chunk(2, -1)
+        c, s = cos[: len(ids)], sin[: len(ids)]
+        return torch.cat([a * c - b * s, b * c + a * s, x[..., parts.rotary_dim :]], -1)
+
+    cos, sin = parts.angles(len(ids))
+    h = parts.embedding[torch.tensor(ids, device="cuda")].float()
+    at = torch.arange(len(ids), device="cuda")
+    for layer in parts.layers:
+        x = norm(h, layer.input_norm)
+        q, k, v = (
+            torch.cat([each(x) for each in layer.qkv], -1)
+            .view(len(ids), -1, parts.head_dim)
+            .transpose(0, 1)
+            .split([parts.heads, parts.kv_heads, parts.kv_heads])
+        )
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
+        group = parts.heads // parts.kv_heads
+        k, v = turned(k).repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = turned(q) @ k.mT / parts.head_dim**0.5
+        hidden = at[None] > at[:, None]
+        if layer.window:
+            hidden |= at[None] <= at[:, None] - layer.window
+        attended = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        h = h + layer.o(attended.transpose(0, 1).reshape(len(ids), -1))
+        x = norm(h, layer.post_norm)
+        both = torch.cat([each(x) for each in layer.gate_up], -1).chunk(2, -1)
+        h = h + layer.down(nn.functional.silu(both[0]) * both[1])
+    return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Everything on disk, one line for each model: where it came from, its size, when it was last used; and opening its folder."""
+
+import datetime
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import BadModelName, ModelError
+from ..core.model_ref import ModelRef
+from ..core.models import LocalModel
+from ..hub.library import Library
+from ..hub.origins import origin
+from ..hub.verification import size_on_disk
+from .rescue import settings_wrong
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Item:
+    model: LocalModel
+    ref: ModelRef | None  # None if nobody noted where it came from
+    commit: str
+    size_bytes: int  # everything in the folder
+    used: datetime.datetime | None  # when it was last loaded here
+    place: str  # the folder it lies in, or "Hugging Face cache"
+    rescue: str = ""  # what is wrong with its settings and can be written anew
+
+    @property
+    def convertible(self) -> bool:
+        """Whether its weights are .bin or .pt."""
+        return any(path.suffix in (".bin", ".pt") for path in self.model.weights)
+
+
+def items(library: Library, settings: Settings) -> list[Item]:
+    """By name. Reads records and sizes, hashes nothing, asks nobody."""
+    found = []
+    for model in library.models():
+        if model.kind == "remote":
+            found.append(Item(model, None, "", 0, settings.last_used(model.name), model.served_by))
+            continue
+        record = origin(model.folder)
+        try:
+            ref = ModelRef.parse(record.ref) if record and record.ref else None
+        except BadModelName:
+            ref = None
+        place = "Hugging Face cache" if model.called else str(model.folder.parent)
+        used = settings.last_used(model.name)
+        size, commit = size_on_disk(model.folder), record.commit if record else ""
+        found.append(Item(model, ref, commit, size, used, place, settings_wrong(model)))
+    return found
+
+
+def open_folder(folder: Path) -> None:
+    """Show the folder in the file manager of the machine this runs on. Raises ModelError where there is none."""
+    if sys.platform == "win32":
+        os.startfile(folder)
+        return
+    if sys.platform != "darwin" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise ModelError(f"This machine has no desktop to show it on. The folder is {folder}")
+    command = "open" if sys.platform == "darwin" else "xdg-open"
+    try:
+        subprocess.Popen([command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError:
+        raise ModelError(f"No file manager was found. The folder is {folder}") from None

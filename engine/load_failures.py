@@ -1,0 +1,98 @@
+"""Which loader failed with which model on this machine, so that the next load does not try it again.
+
+Remembered per model, commit and machine: another commit, another driver, torch or loader version makes
+it a new question. A loader that lacked memory is asked again once more is free than was then.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..core.models import MARKER, LocalModel
+from ..loaders.machine.capabilities import look
+from .settings import Settings
+
+_KEY = "failed_loaders"
+_MORE = 1.1  # so many times the memory that was free when it was not enough
+
+
+def known(settings: Settings, model: LocalModel, free_bytes: Callable[[], int]) -> dict[str, str]:
+    """Loader -> the sentence with which it failed here; those that lacked memory only while no more is free."""
+    entry = _entry(settings, model)
+    found = {}
+    for name, failed in entry.items():
+        then = failed.get("free_bytes")
+        if not isinstance(then, int) or free_bytes() <= _MORE * then:
+            found[name] = str(failed.get("why", ""))
+    return found
+
+
+def remember(settings: Settings, model: LocalModel, loader: str, why: str, free_bytes: int | None) -> None:
+    """`free_bytes` only where memory was what lacked."""
+    failed: dict[str, Any] = {"why": why, "when": time.strftime("%Y-%m-%d")}
+    if free_bytes is not None:
+        failed["free_bytes"] = free_bytes
+    _put(settings, model, {**_entry(settings, model), loader: failed})
+
+
+def forget(settings: Settings, model: LocalModel, loader: str | None = None) -> None:
+    """After it worked, or when the user wants it tried again; without a loader, all of the model's."""
+    entry = _entry(settings, model)
+    left = {name: failed for name, failed in entry.items() if loader not in (None, name)}
+    if left != entry:
+        _put(settings, model, left)
+
+
+def place(model: LocalModel) -> dict[str, str]:
+    """What a measurement or a failure belongs to: this commit of the model on this machine as it is now."""
+    return {"commit": _commit(model), "machine": _machine()}
+
+
+def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
+    every = settings.get(_KEY, {})
+    entry = every.get(model.name, {}) if isinstance(every, Mapping) else {}
+    if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != place(model):
+        return {}
+    loaders = entry.get("loaders")
+    return {name: each for name, each in loaders.items() if isinstance(each, dict)} if isinstance(loaders, Mapping) else {}
+
+
+def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any]]) -> None:
+    every = settings.get(_KEY, {})
+    every = dict(every) if isinstance(every, Mapping) else {}
+    every.pop(model.name, None)
+    settings.put(_KEY, every | ({model.name: {**place(model), "loaders": loaders}} if loaders else {}))
+
+
+def _commit(model: LocalModel) -> str:
+    """Of the download's marker; without one, what can be told from the files' sizes."""
+    try:
+        found = json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("commit")
+        if found:
+            return str(found)
+    except (OSError, ValueError, AttributeError):
+        pass
+    return _short([[path.name, path.stat().st_size] for path in model.weights if path.is_file()])
+
+
+def _machine() -> str:
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        driver = ""
+    return _machine_of(platform.node(), driver)
+
+
+@lru_cache(maxsize=4)  # versions do not change under a running process
+def _machine_of(node: str, driver: str) -> str:
+    machine = look()
+    return _short([node, platform.machine(), driver, machine.versions, machine.torch_for, machine.gpu])
+
+
+def _short(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]

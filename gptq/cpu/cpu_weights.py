@@ -1,0 +1,177 @@
+"""Weights as the compiled kernels read them (layouts: tiles.py), made from a GPTQLinear or a dense Linear.
+
+Bits stay as they are in the file (3 bits take the room of 4); a scale and a zero go with every chunk of
+at most 128 rows. Nothing is rounded: what a dense layer is stored in holds its every number exactly.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import bit_packing
+from ..gptq_linear import GPTQLinear
+from . import cpu_kernels
+from .thread_team import Team
+from .tiles import ISAS, LANES, UNIT
+
+CHUNK_ROWS = 128
+_ALIGN = 64
+HALF, BFLOAT16, FLOAT = 16, 17, 32  # `kind` of a dense weight; that of a packed one is its bits
+
+
+@dataclass(frozen=True)
+class Weights:
+    """y [N] = x [K] W + bias."""
+
+    kind: int  # bits (2, 4, 8), or HALF, BFLOAT16, FLOAT
+    inputs: int  # K
+    outputs: int  # N
+    chunks: int  # C; 0 if dense
+    chunk_rows: int  # P
+    w: np.ndarray  # bytes, at an address that 64 divides
+    scales: np.ndarray | None  # half [T][C][16]
+    zeros: np.ndarray | None  # uint8 [T][C][16]
+    order: np.ndarray | None  # int32 [C * P]: which input each row takes, -1 none; None: the first K, as they come
+    bias: np.ndarray | None  # fp32 [N]
+    error: float = 0.0  # of the stored weights against those given, relative to the largest of each chunk
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.outputs // LANES)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(each.nbytes for each in (self.w, self.scales, self.zeros, self.order, self.bias) if each is not None)
+
+
+def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """Zeros at an address that 64 divides."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    room = np.zeros(size + _ALIGN, np.uint8)
+    start = -room.ctypes.data % _ALIGN
+    return room[start : start + size].view(kind).reshape(shape)
+
+
+def from_packed(linear: GPTQLinear, way: str, team: Team) -> Weights:
+    """Holds the same integers, zeros and scales; nothing is rounded unless a scale is no half (said in `error`)."""
+    zeros = bit_packing.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
+    groups = linear.g_idx.long().numpy()  # [K]
+    bias = None if linear.bias is None else linear.bias.detach().float().numpy()
+    return _packed(linear.qweight.detach().numpy(), zeros, linear.scales.detach(), groups, linear.bits, bias, way, team)
+
+
+def _packed(
+    words: np.ndarray,
+    zeros: np.ndarray,
+    scales: Tensor,
+    groups: np.ndarray,
+    bits: int,
+    bias: np.ndarray | None,
+    way: str,
+    team: Team,
+) -> Weights:
+    rows, columns = len(groups), words.shape[1]
+    order = np.argsort(groups, kind="stable")
+    counts = np.bincount(groups, minlength=len(zeros))
+    longest = int(counts.max())
+    pieces = math.ceil(longest / CHUNK_ROWS)
+    chunk_rows = math.ceil(longest / pieces / UNIT) * UNIT
+    table: list[np.ndarray] = []  # the rows of each chunk, -1 where there is none
+    owner: list[int] = []  # its group
+    start = 0
+    for group, count in enumerate(counts):
+        mine = order[start : start + count]
+        start += count
+        for at in range(0, count, chunk_rows):
+            padded = np.full(chunk_rows, -1, np.int64)
+            piece = mine[at : at + chunk_rows]
+            padded[: len(piece)] = piece
+            table.append(padded)
+            owner.append(group)
+    taken = np.concatenate(table)  # [C * P]
+    chunks = len(table)
+    kind = 4 if bits == 3 else bits
+    tiles = -(-columns // LANES)
+    w = aligned((tiles, chunks, chunk_rows * kind // 32, LANES, 4), np.uint8)
+    team.run(1, cpu_kernels.arrange, np.ascontiguousarray(words), bits, taken, np.array(ISAS[way].order, np.int64), kind, w)
+    full = tiles * LANES - columns
+    halves = scales.to(torch.float16)
+    error = float(((halves.float() - scales.float()).abs() / scales.float().abs().clamp(min=1e-30)).max())
+    s = aligned((tiles, chunks, LANES), np.float16)
+    s[...] = np.pad(halves.numpy()[owner], ((0, 0), (0, full))).reshape(chunks, tiles, LANES).transpose(1, 0, 2)
+    z = aligned((tiles, chunks, LANES), np.uint8)
+    z[...] = np.pad(zeros[owner], ((0, 0), (0, full))).reshape(chunks, tiles, LANES).transpose(1, 0, 2)
+    plain = np.array_equal(taken, np.arange(rows))
+    return Weights(
+        kind, rows, columns, chunks, chunk_rows, w.reshape(-1), s, z, None if plain else taken.astype(np.int32), bias, error
+    )
+
+
+def from_dense(weight: Tensor, bias: Tensor | None, way: str, team: Team) -> Weights:
+    """weight [N, K]. In 8 bits with a scale for 32 if that says the same (embeddings that came from an 8-bit
+    file), else in the shortest of half, bfloat16 and fp32 that holds every number."""
+    weight = weight.detach()
+    offset = None if bias is None else bias.detach().float().numpy()
+    eight = _as_eight_bits(weight)
+    if eight is not None:
+        q, scales, error = eight
+        zeros = np.full(scales.shape, 128, np.uint8)
+        groups = np.arange(weight.shape[1]) // 32
+        words = q.reshape(-1, 4, q.shape[1]).transpose(0, 2, 1).copy().view(np.int32)[..., 0]  # [K/4, N]
+        found = _packed(words, zeros, scales, groups, 8, offset, way, team)
+        return Weights(**{**vars(found), "error": error})
+    kind, stored = HALF, weight.to(torch.float16)
+    if not torch.equal(stored.to(weight.dtype), weight):
+        kind, stored = BFLOAT16, weight.to(torch.bfloat16)
+        if not torch.equal(stored.to(weight.dtype), weight):
+            kind, stored = FLOAT, weight.float()
+    columns, rows = weight.shape
+    tiles = -(-columns // LANES)
+    room = -(-rows // 4) * 4
+    numbers = np.int32 if kind == FLOAT else np.int16
+    w = aligned((tiles, room, LANES), numbers)
+    for start in range(0, tiles, 256):
+        part = stored[start * LANES : (start + 256) * LANES].contiguous().view(torch.int32 if kind == FLOAT else torch.int16)
+        padded = np.pad(part.numpy(), ((0, -part.shape[0] % LANES), (0, room - rows)))
+        w[start : start + 256] = padded.reshape(-1, LANES, room).transpose(0, 2, 1)
+    return Weights(kind, rows, columns, 0, room, w.reshape(-1).view(np.uint8), None, None, None, offset)
+
+
+def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
+    """(q uint8 [K, N], scales half [K/32, N], error) if no weight moves by more than half precision's own
+    rounding of the largest of its 32; else None."""
+    columns, rows = weight.shape
+    if rows % 32:
+        return None
+    q = np.empty((rows, columns), np.uint8)
+    scales = torch.empty(rows // 32, columns, dtype=torch.float16)
+    worst = 0.0
+    for start in range(0, columns, 4096):
+        part = weight[start : start + 4096].float().reshape(-1, rows // 32, 32)
+        largest = part.abs().amax(-1, keepdim=True)
+        middle = (largest / 127).half()
+        scale, numbers, error = middle.float(), torch.zeros_like(part), torch.full_like(largest, torch.inf)
+        for step in (0, 1, -1):  # the scale of the file it came from may be the next half
+            tried = (middle.view(torch.int16) + step).clamp_(min=0).view(torch.float16).float()
+            rounded = (part / tried.clamp(min=1e-30)).round_().clamp_(-127, 127)
+            off = (rounded * tried - part).abs().amax(-1, keepdim=True) / largest.clamp(min=1e-30)
+            better = off < error
+            scale, numbers = torch.where(better, tried, scale), torch.where(better, rounded, numbers)
+            error = torch.where(better, off, error)
+        worst = max(worst, float(error.max()))
+        if worst > 2**-10:
+            return None
+        q[:, start : start + 4096] = (numbers + 128).to(torch.uint8).reshape(-1, rows).T.numpy()
+        scales[:, start : start + 4096] = scale[..., 0].T.half()
+    return q, scales, worst
+
+
+def from_module(module: nn.Module, way: str, team: Team) -> Weights:
+    if isinstance(module, GPTQLinear):
+        return from_packed(module, way, team)
+    assert isinstance(module, nn.Linear)
+    return from_dense(module.weight, module.bias, way, team)

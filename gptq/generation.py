@@ -1,0 +1,101 @@
+"""Prompt ids in, sampled ids out: the loop over a Stepper, whichever it is."""
+
+import threading
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from ..core.chat import Finish, Step
+from ..core.params import GenerationParams
+from .grammar_mask import GrammarMask
+from .prefix_cache import PrefixCache
+from .stepper import Stepper, TransformersStepper
+
+_OVER = object()
+
+
+def generate(
+    model: Any,  # a Stepper, or a transformers causal LM in eval mode
+    ids: Sequence[int],
+    params: GenerationParams,
+    cancel: threading.Event,
+    *,
+    prefix: PrefixCache,
+    end_ids: Collection[int],
+    context_tokens: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+    grammar_mask: GrammarMask | None = None,  # what the answer is held to
+) -> Iterator[Step | Finish | None]:
+    """Yields a Step for every token but the end token, then one Finish. With a Stepper that computes several answers at
+    once also None after a chunk of the prompt: the others may go on.
+
+    Ends within one token of `cancel`; never computes past `context_tokens`. Must be iterated in
+    one thread; others may be iterated there in turns with it, where the Stepper can. `progress` hears
+    how many tokens of the prompt are read, after every chunk of it.
+    """
+    if not ids:
+        raise ValueError("a prompt has at least one token")
+    stepper = model if isinstance(model, Stepper) else TransformersStepper(model)
+    events = _events(stepper, ids, params, cancel, prefix, end_ids, context_tokens, progress, grammar_mask)
+    try:
+        while True:
+            with torch.inference_mode():  # belongs to the thread: left before another answer has its turn
+                event = next(events, _OVER)
+            if event is _OVER:
+                return
+            yield event  # type: ignore[misc]
+    finally:
+        with torch.inference_mode():
+            events.close()
+
+
+def _events(
+    stepper: Stepper,
+    ids: Sequence[int],
+    params: GenerationParams,
+    cancel: threading.Event,
+    prefix: PrefixCache,
+    end_ids: Collection[int],
+    context_tokens: int,
+    progress: Callable[[int], None],
+    grammar_mask: GrammarMask | None,
+) -> Generator[Step | Finish | None, None, None]:
+    room = min(params.max_new_tokens, context_tokens - len(ids))
+    memory, cached = prefix.take(ids)
+    if memory is None:
+        memory = stepper.begin()
+    seen = list(ids)
+    reason = "length"
+    try:
+        logits = None
+        while room > 0 and memory.length < len(ids) and not cancel.is_set():
+            logits = stepper.prefill(memory, ids[memory.length : memory.length + stepper.chunk_tokens])
+            progress(memory.length)
+            if stepper.parallel > 1:
+                yield None
+        if cancel.is_set():
+            reason = "cancelled"
+        elif logits is not None:
+            # a stepper that draws on its device runs ahead, and cannot ask after every token what may follow
+            drawn = stepper.answer(memory, logits, ids, params) if grammar_mask is None else None
+            with closing(drawn or stepper.draw(memory, logits, ids, params, grammar_mask)) as steps:
+                for step in steps:
+                    if step.id in end_ids:
+                        reason = "stop"
+                        break
+                    seen.append(step.id)
+                    yield step
+                    if len(seen) - len(ids) == room:
+                        break
+                    if cancel.is_set():
+                        reason = "cancelled"
+                        break
+            if reason == "length" and grammar_mask is not None and grammar_mask.complete:
+                reason = "stop"
+    except GeneratorExit:
+        prefix.keep(seen[: memory.length], memory)
+        raise
+    prefix.keep(seen[: memory.length], memory)
+    yield Finish(reason, prompt_tokens=len(ids), cached_tokens=cached)  # type: ignore[arg-type]

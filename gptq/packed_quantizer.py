@@ -1,0 +1,234 @@
+"""How transformers learns that some layers of a folder are packed: an HfQuantizer under our own method name.
+
+transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, and how, is read
+from the names and shapes of the tensors, never guessed from the settings.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..core.errors import BadCheckpoint
+from ..core.quantize_config import QuantizeConfig
+from ..core.safetensors_header import TensorInfo
+from .experts import PackedExperts, expert_shape, experts_of, is_dense_experts, require_complete
+from .gptq_linear import GPTQLinear
+
+METHOD = "gptq-webui"
+_PARTS = ("qweight", "qzeros", "scales")
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What the header of the file says about one quantised layer."""
+
+    bits: int
+    in_features: int
+    out_features: int
+    groups: int
+    group_size: int
+    checkpoint_format: str
+    scales_dtype: torch.dtype
+    has_bias: bool
+    has_g_idx: bool
+
+
+def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: QuantizeConfig) -> dict[str, PackedLayer]:
+    """Layer name -> layer, for every packed layer in the files.
+
+    Raises BadCheckpoint for a layer with a part missing or with shapes that no GPTQ layer has.
+    """
+    layers: dict[str, PackedLayer] = {}
+    found = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in ("qweight", "qzeros", "scales")}
+    for name in sorted(found):
+        missing = [part for part in _PARTS if f"{name}.{part}" not in tensors]
+        if missing:
+            raise BadCheckpoint(f"{name} has no {' and no '.join(missing)} in the files. Download the model again.")
+        (rows, columns), (groups, out), zeros = (tensors[f"{name}.{part}"][1].shape for part in ("qweight", "scales", "qzeros"))
+        bits = 32 * zeros[1] / out if out else 0
+        if bits not in (2, 3, 4, 8) or columns != out or zeros[0] != groups:
+            raise BadCheckpoint(
+                f"The tensors of {name} do not fit each other: qweight {rows}×{columns}, qzeros {zeros[0]}×{zeros[1]}, "
+                f"scales {groups}×{out}. They are not GPTQ's; download the model again."
+            )
+        in_features = rows * 32 // int(bits)
+        ordered = tensors.get(f"{name}.g_idx")
+        if ordered is not None and ordered[1].shape[0] != in_features:
+            raise BadCheckpoint(
+                f"The tensors of {name} do not fit each other: {in_features} inputs in qweight, {ordered[1].shape[0]} in g_idx. "
+                "Download the model again."
+            )
+        same = config.group_size > 0 and -(-in_features // config.group_size) == groups
+        layers[name] = PackedLayer(
+            bits=int(bits),
+            in_features=in_features,
+            out_features=out,
+            groups=groups,
+            group_size=config.group_size if same else -1 if groups == 1 else -(-in_features // groups),
+            checkpoint_format=config.checkpoint_format,
+            scales_dtype=_DTYPES.get(tensors[f"{name}.scales"][1].dtype, torch.float16),
+            has_bias=f"{name}.bias" in tensors,
+            has_g_idx=ordered is not None,
+        )
+    return layers
+
+
+class PackedWeights(QuantizationConfigMixin):
+    """Tells our quantizer which layers are packed. transformers wants it as a dictionary on the config."""
+
+    def __init__(self, layers: Mapping[str, PackedLayer] | None = None, see: Any = None, **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.layers = dict(layers or {})
+        self.see = see  # called with the model before it is filled; None if nobody wants to know
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
+
+
+class PackedQuantizer(HfQuantizer):
+    """Swaps the packed layers' Linears for GPTQLinears before transformers reads the weights."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        modules = dict(model.named_modules())
+        layers: dict[str, PackedLayer] = self.quantization_config.layers  # type: ignore[attr-defined]
+        places = _places(layers, model)
+        for owner in sorted({experts for place in places.values() if (experts := experts_of(place))}):
+            if is_dense_experts(modules.get(owner)):
+                packed = PackedExperts(modules[owner])
+                require_complete(packed, owner, places.values())
+                _replace(model, owner, packed)
+        for name, layer in layers.items():
+            place = places[name]
+            expert_owner = experts_of(place)
+            if place in modules:
+                shape = _dense_shape(modules[place], name)
+            elif expert_owner and is_dense_experts(modules.get(expert_owner)):
+                shape = expert_shape(modules[expert_owner], place)
+            else:
+                raise BadCheckpoint(
+                    f"The files hold packed weights for {name}, which a {type(model).__name__} does not have. "
+                    "They were made for another architecture, or the files are damaged."
+                )
+            if shape != (layer.in_features, layer.out_features):
+                raise BadCheckpoint(
+                    f"{name} is {layer.in_features}×{layer.out_features} in the files and {shape[0]}×{shape[1]} in config.json. "
+                    "The files belong to another model; download it again."
+                )
+            dense_bias = getattr(modules.get(place), "bias", None) is not None
+            parent = _replace(model, place, _packed(layer, layer.has_bias or dense_bias))
+            if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
+                # nothing of its own to initialise; transformers 5 would reach for our missing `weight` (GPT-2)
+                parent._is_hf_initialized = True  # type: ignore[assignment]
+
+        if self.quantization_config.see is not None:  # type: ignore[attr-defined]
+            self.quantization_config.see(model)  # type: ignore[attr-defined]
+        swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
+        self._dtypes = {
+            name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped
+        }
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32)."""
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype not in (wanted, torch.float32) and not parameter.is_meta:
+                parameter.data = parameter.data.to(wanted)
+        return model
+
+    def get_accelerator_warm_up_factor(self) -> int:
+        return 2  # transformers 4: our parameters have their real sizes already
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+def register() -> None:
+    """Once a process; a second copy of this package in the same process takes over."""
+    from transformers.quantizers import auto
+
+    if auto.AUTO_QUANTIZER_MAPPING.get(METHOD) is not PackedQuantizer:
+        auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+        register_quantizer(METHOD)(PackedQuantizer)
+        register_quantization_config(METHOD)(PackedWeights)
+
+
+def _places(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+    """Where each layer of the files belongs in the model: a file may leave out the base model's prefix
+    ("model.", "transformer."), have one too many, or use a name that transformers 5 changed."""
+    modules = {name for name, _module in model.named_modules()}
+    prefix = model.base_model_prefix
+    renamings = _renamings(model)
+    places = {}
+    for name in names:
+        key = f"{name}.qweight"
+        for renaming in renamings:
+            key, _pattern = renaming.rename_source_key(key)
+        candidates = [
+            candidate
+            for known in (name, key.removesuffix(".qweight"))
+            for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
+        ]
+        places[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), name)
+    return places
+
+
+def _renamings(model: PreTrainedModel) -> list[Any]:
+    """transformers' own renamings of keys (5.x), which its loader will apply."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return []
+    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+
+
+def _replace(model: PreTrainedModel, name: str, module: torch.nn.Module) -> torch.nn.Module:
+    """Put a module in the place of another; returns its parent."""
+    parent_name, _dot, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    return parent
+
+
+def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
+    """(in_features, out_features) of a Linear or Conv1D."""
+    weight = getattr(linear, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise BadCheckpoint(f"The files hold packed weights for {name}, which is a {type(linear).__name__} in this architecture.")
+    rows, columns = weight.shape
+    return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
+
+
+def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
+    return GPTQLinear(
+        layer.in_features,
+        layer.out_features,
+        layer.bits,
+        layer.group_size,
+        checkpoint_format=layer.checkpoint_format,
+        bias=bias,
+        dtype=layer.scales_dtype,
+        device="meta",
+    )
+
+
+def packed_modules(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[tuple[str, PackedLayer, GPTQLinear]]:
+    """(name in the file, layer, module) of every packed layer."""
+    modules = dict(loaded.named_modules())
+    places = _places(layers, loaded)
+    return [(name, layers[name], modules[own]) for name, own in places.items() if isinstance(modules.get(own), GPTQLinear)]

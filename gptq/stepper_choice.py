@@ -1,0 +1,81 @@
+"""Which way of computing tokens a loaded model takes, and why. Tried from the fastest to the most general."""
+
+import logging
+from typing import Any
+
+import torch
+
+from ..core.errors import GptqWebuiError
+from .cpu import numba_compiler
+from .llama import parts_of
+from .stepper import Stepper, TransformersStepper
+
+log = logging.getLogger(__name__)
+
+
+def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", parallel: int = 1) -> tuple[Stepper, str]:
+    """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
+
+    May take over the memory of the model's packed layers. `cache_type` ("fp16", "q8") and `slots` (answers at once)
+    are for the step on a card; the others compute one answer at a time and keep the conversation as they compute it.
+    """
+    device = hf.get_input_embeddings().weight.device
+    if device.type == "cuda":
+        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel)
+    else:
+        stepper, note = _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
+    if cache_type != "fp16" and stepper.name != "cuda":
+        width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
+        kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a graphics card."
+        note = f"{note} {kept}".strip()
+    return stepper, note
+
+
+def _on_gpu(hf: Any, context_tokens: int, cache_type: str, parallel: int) -> tuple[Stepper, str]:
+    from .cuda.cuda_linear import replace_layers
+    from .cuda.cuda_stepper import CudaStepper
+    from .cuda.cuda_weights import Unsuited
+
+    try:
+        parts = parts_of(hf)
+        if parts is None:
+            raise Unsuited("this architecture, or its place on several devices, has no step of its own")
+        return CudaStepper(parts, context_tokens, parallel=parallel, cache_type=cache_type), ""
+    except (Unsuited, GptqWebuiError) as error:
+        why = str(error)
+    log.info("the whole step is not used: %s", why)
+    try:
+        replaced, left = replace_layers(hf)
+    except GptqWebuiError as error:
+        return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {error}"
+    if not replaced:
+        return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {why}." if left else ""
+    rest = f"; {left} of {replaced + left} layers in plain PyTorch" if left else ""
+    return TransformersStepper(hf), f"Computed layer by layer, not in one step: {why}{rest}."
+
+
+def preparing(device: torch.device) -> str:
+    """What `stepper_for` is about to do on this device, in a user's words."""
+    if device.type == "cpu" and numba_compiler.available() and not numba_compiler.is_cached():
+        return "Compiling for this processor: about ten seconds, the first time only"
+    return "Preparing the fastest way to compute"
+
+
+def _on_processor(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+    if not numba_compiler.available():
+        return TransformersStepper(hf), "Answers would come faster with numba: pip install numba, then press Reload."
+    try:
+        from .cpu.cpu_linear import replace_layers
+        from .cpu.cpu_step import CpuStepper, compiles, refusal
+
+        compiles()
+    except Exception:
+        log.exception("compiling for this processor failed")
+        return TransformersStepper(hf), "The fast way to compute could not be compiled on this machine; answers take longer."
+    parts = parts_of(hf)
+    why = "this architecture has no step of its own" if parts is None else refusal(parts)
+    if parts is not None and not why:
+        return CpuStepper(parts, context_tokens, torch.get_num_threads()), ""
+    log.info("the compiled step for processors is not used: %s", why)
+    replace_layers(hf, torch.get_num_threads())
+    return TransformersStepper(hf), ""

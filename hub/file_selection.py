@@ -1,0 +1,279 @@
+"""Which files of a repository a GPTQ model needs, and which repositories hold something else.
+
+Pure: a listing and its settings files in, names and sizes out. The rules that tell the
+kinds apart and choose among weight files are those of core/models.py.
+"""
+
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import BadQuantizeConfig, WrongRepository
+from ..core.model_ref import ModelRef
+from ..core.models import OPENED_BY, Kind, choose_weights, declared_kind
+from ..core.quantize_config import QuantizeConfig
+from ..core.units import format_bytes, plural
+from .repository import Listing, RemoteFile, is_safe_path
+
+SETTINGS = ("config.json", "quant_config.json", "quantize_config.json")
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_TAKEN = re.compile(
+    r".+\.(json|jinja|model|tiktoken)|(vocab|merges).*\.txt|(README|LICEN[SC]E|NOTICE|USE_POLICY).*",
+    re.IGNORECASE,
+)
+_LEFT = re.compile(
+    r"\..*|.*\.index\.json|trainer_state\.json|training_args\.json|all_results\.json|(train|eval)_results\.json"
+    r"|measurement\.json|job_new\.json|cal_trace\.json"
+)
+_TEMPLATES = "additional_chat_templates/"
+_SETTING_LIMIT_BYTES = 100_000_000  # the largest tokenizer.json known has 33 MB
+_GGML = re.compile(r"\.(gguf|ggml)$|ggml.*\.bin$", re.IGNORECASE)
+_DATA = re.compile(r"\.(parquet|arrow|csv|tsv|jsonl|jsonl\.gz|zst)$", re.IGNORECASE)
+_GPTQ_NAME = re.compile(r"gptq|(^|[-_.])[2348]bit", re.IGNORECASE)
+_ENDING = re.compile(
+    r"[-_.](?:i1-)?(?:gguf|ggml|awq|exl[23]|[\d.]+bpw.*|fp16|bf16|hf)$", re.IGNORECASE
+)  # endings that name a kind, at the end of a repository's name
+
+
+@dataclass(frozen=True)
+class Wanted:
+    files: tuple[RemoteFile, ...]
+    kind: Kind
+    format: str  # "GPTQ 4-bit, group 32, act-order (safetensors)"
+    notes: tuple[str, ...] = ()  # what the user should know, in sentences
+    weights: tuple[str, ...] = ()  # which of the files hold the tensors
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files if file.path in self.weights)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def summary(self) -> str:
+        """'4.16 GB in 9 files, GPTQ 4-bit, group 32, act-order (safetensors)'."""
+        return f"{format_bytes(self.total_bytes)} in {plural(len(self.files), 'file')}, {self.format}"
+
+
+def settings_needed(listing: Listing) -> list[str]:
+    """The settings files that must be read to tell what it is; none if the names say it."""
+    if _kind_by_names(listing) is not None:
+        return []
+    return [file.path for file in listing.files if file.path in SETTINGS]
+
+
+def parse_settings(data: bytes | None) -> dict[str, Any]:
+    """A settings file as it came from the Hub; empty if it is no JSON object (LocalModel.read will say so)."""
+    try:
+        values = json.loads((data or b"{}").decode("utf-8-sig"))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def choose(
+    listing: Listing,
+    settings: Mapping[str, Mapping[str, Any]],
+    any_kind: bool = False,
+    allow_code: bool = False,
+    allow_pickle: bool = False,
+) -> Wanted:
+    """The files to download. `settings` holds what `settings_needed` asked for, by name.
+
+    Raises WrongRepository for anything but GPTQ weights in safetensors (with `any_kind`: for
+    GGUF and what holds no model), for unsafe file names and for missing shards.
+    """
+    ref, sizes = listing.ref, {file.path: file.size_bytes for file in listing.files if "/" not in file.path}
+    named = settings.get("quantize_config.json", {}).get("model_file_base_name")
+    kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
+    if kind == "gguf" or (kind in OPENED_BY and not any_kind):  # one of many .gguf files is wanted, and nobody says which
+        raise _wrong_kind(ref, kind, settings)
+    weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
+    if not weights:
+        raise WrongRepository(_no_weights(listing))
+    if kind != "gptq" and not any_kind:
+        raise _wrong_kind(ref, kind, settings)
+    if missing:
+        raise WrongRepository(f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref)}")
+    if kind == "gptq" and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
+        raise WrongRepository(
+            f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
+            "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle, in the page "
+            f"Also .bin and .pt weights) and convert it: that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
+        )
+    files = _files(listing, set(weights), allow_code)
+    form = f"{_format(kind, settings)} ({weights[0].rpartition('.')[2]})"
+    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
+
+
+def pick(listing: Listing, files: Sequence[str], include: Sequence[str], exclude: Sequence[str], among: Wanted | None) -> Wanted:
+    """Exactly what was asked for by name or pattern (as `hf download` understands them), whatever kind it is.
+
+    Without names and patterns to include, `among` is where `exclude` takes from.
+    Raises WrongRepository if nothing is left, a name is not there or would leave its folder.
+    """
+    known = {file.path: file for file in listing.files}
+    if missing := [path for path in files if path not in known]:
+        close = difflib.get_close_matches(missing[0], known, n=1)
+        raise WrongRepository(f"{listing.ref} has no file {missing[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    if files or include:
+        chosen = [known[path] for path in files] or [
+            file for file in listing.files if any(fnmatch.fnmatch(file.path, _pattern(each)) for each in include)
+        ]
+    else:
+        chosen = list(among.files if among else listing.files)
+    chosen = [file for file in chosen if not any(fnmatch.fnmatch(file.path, _pattern(each)) for each in exclude)]
+    if not chosen:
+        raise WrongRepository(f"Nothing of {listing.ref} is left to download: look at --include and --exclude.")
+    for file in chosen:
+        _require_safe(listing, file)
+    kept = tuple(file.path for file in chosen)
+    weights = tuple(path for path in (among.weights if among else ()) if path in kept)
+    form = among.format if among and weights == among.weights else "as you asked"
+    return Wanted(tuple(chosen), among.kind if among else "plain", form, among.notes if among else (), weights)
+
+
+def _pattern(text: str) -> str:
+    return text + "*" if text.endswith("/") else text
+
+
+def _require_safe(listing: Listing, file: RemoteFile) -> None:
+    if not is_safe_path(file.path):
+        raise WrongRepository(
+            f"{listing.ref} holds a file named {_short(file.path)!r}, which would not stay in its own folder or cannot exist on "
+            "every system. Nothing was downloaded."
+        )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "…"
+
+
+def _kind_by_names(listing: Listing) -> Kind | None:
+    """What file names alone say; None if settings must be read."""
+    names = {file.path for file in listing.files if "/" not in file.path}
+    weights = {name for name in names if name.endswith(_WEIGHTS) and not _GGML.search(name)}
+    everywhere = {file.path for file in listing.files}
+    if not weights and any(_GGML.search(name) for name in everywhere):
+        return "gguf"
+    if "adapter_config.json" in names and all(name.startswith(("adapter_", "training_")) for name in weights):
+        return "lora"
+    if "measurement.json" in names and "config.json" in names and any(name.startswith("output") for name in weights):
+        return "exl2"  # older than its entry in config.json
+    if not weights and "measurement.json" in names:
+        return "exl2"  # main of a repository whose branches hold the weights
+    return None
+
+
+def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]]) -> Kind:
+    config, quant_config, quantize_config = (settings.get(name, {}) for name in SETTINGS)
+    kind = declared_kind(config, quant_config, quantize_config)
+    if kind != "plain":
+        return kind
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and "gptq" in str(quantization.get("packing_format", "")).lower():
+        return "gptq"  # AutoRound, packed as GPTQ
+    if not quantization:
+        names = [file.path for file in listing.files if file.path.endswith(_WEIGHTS) and "/" not in file.path]
+        if any(_GPTQ_NAME.search(name) for name in names) or (names and re.search(r"[-_]gptq", listing.ref.repo, re.IGNORECASE)):
+            return "gptq"  # of early 2023, without any settings; the tensors will tell
+    return "plain"
+
+
+def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
+    """Names what it is and where the same model may be as GPTQ."""
+    owner, _, name = ref.repo.partition("/")
+    quantization = settings.get("config.json", {}).get("quantization_config")
+    if kind == "lora":
+        found = f"{ref}: {OPENED_BY[kind]}"
+    elif kind in OPENED_BY:
+        found = f"{ref} holds {kind.upper()} weights, not GPTQ. {OPENED_BY[kind]}"
+    elif quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        found = f"{ref} is quantised with {method or 'an unknown method'}, not GPTQ."
+    else:
+        found = f"{ref} is not quantised (16-bit weights); this program is for GPTQ models."
+    if "gptq" in name.lower():
+        return WrongRepository(f"{found} Nothing was downloaded.")
+    sister = _ENDING.sub("", name) + "-GPTQ"
+    candidates = tuple(dict.fromkeys(f"{each}/{sister}" for each in (owner, "TheBloke")))
+    text = f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(candidates)}."
+    return WrongRepository(text, candidates)
+
+
+def _no_weights(listing: Listing) -> str:
+    ref, paths = listing.ref, [file.path for file in listing.files]
+    if "model_index.json" in paths:
+        return f"{ref} holds a model for pictures (Diffusers), not for text. Nothing was downloaded."
+    if deeper := [path for path in paths if path.endswith(_WEIGHTS)]:
+        return f"{ref} has its weights in folders of their own ({deeper[0]}), which no loader here reads. Nothing was downloaded."
+    if data := [path for path in paths if _DATA.search(path)]:
+        return f"{ref} holds data ({data[0].rpartition('/')[2]}), not a model. Nothing was downloaded."
+    return f"{ref} holds no weights. {_other_branches(ref)}".strip()
+
+
+def _other_branches(ref: ModelRef) -> str:
+    return "" if ref.branch == "main" else f"Try {ref.repo} without a branch."
+
+
+def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[RemoteFile, ...]:
+    ending = ".bin.index.json" if any(name.endswith(".bin") for name in weights) else ".safetensors.index.json"
+    sharded = any("-of-" in name for name in weights)
+    chosen: dict[str, RemoteFile] = {}
+    for file in listing.files:
+        at_top = "/" not in file.path
+        setting = _TAKEN.fullmatch(file.path) and not _LEFT.fullmatch(file.path) and file.size_bytes <= _SETTING_LIMIT_BYTES
+        take = (
+            file.path in weights
+            or (sharded and at_top and file.path.endswith(ending))
+            or (allow_code and file.path.endswith(".py"))
+            or (setting and (at_top or file.path.startswith(_TEMPLATES)))
+        )
+        if not take:
+            continue
+        _require_safe(listing, file)
+        chosen.setdefault(file.path.lower(), file)  # Windows and macOS know one of README.md and readme.md
+    return tuple(chosen.values())
+
+
+def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    if kind != "gptq":
+        return {"plain": "16-bit", "lora": "LoRA"}.get(kind, kind.upper())
+    try:
+        return "GPTQ " + quantize_of(settings).summary
+    except BadQuantizeConfig:
+        return "GPTQ"
+
+
+def quantize_of(settings: Mapping[str, Mapping[str, Any]]) -> QuantizeConfig:
+    """How the settings say it was quantised. Raises BadQuantizeConfig if they do not."""
+    in_config = settings.get("config.json", {}).get("quantization_config")
+    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
+    return QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own})
+
+
+def _notes(
+    listing: Listing, settings: Mapping[str, Mapping[str, Any]], kind: Kind, weights: list[str], allow_code: bool
+) -> list[str]:
+    notes = []
+    code = [file.path for file in listing.files if file.path.endswith(".py")]
+    if code and "auto_map" in settings.get("config.json", {}) and not allow_code:
+        notes.append(
+            f"The model carries program code of its own ({', '.join(code[:3])}{', …' if len(code) > 3 else ''}), which is not "
+            "downloaded: it would run with all your rights."
+        )
+    spare = sum(file.size_bytes for file in listing.files if file.path not in weights and file.path.endswith(_WEIGHTS))
+    if spare:
+        notes.append(f"Other weights in the same branch, {format_bytes(spare)}, are left on the Hub.")
+    if kind == "gptq" and not (
+        settings.get("quantize_config.json") or settings.get("config.json", {}).get("quantization_config")
+    ):
+        notes.append("It has no settings of its quantisation; they are read from the tensors after the download.")
+    return notes

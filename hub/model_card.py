@@ -1,0 +1,86 @@
+"""What a model card tells about a repository's branches: its front matter and its table of "Provided files".
+
+A card is written by people: what cannot be read is left out, never an error. What the
+repository itself says counts more (branches.py).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+_RULE = re.compile(r"^\s*\|?\s*:?-{2,}")
+_EXPECTED = ("branch", "bits")  # the columns that tell this table from any other
+_COLUMNS = {
+    "branch": "branch", "bits": "bits", "gs": "group_size", "group size": "group_size", "act order": "act_order",
+    "damp %": "damp_percent", "damp": "damp_percent", "gptq dataset": "dataset", "dataset": "dataset", "seq len": "seq_len",
+    "size": "size", "exllama": "exllama", "exllama compatibility": "exllama", "desc": "description", "description": "description",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelCardRow:
+    """One line of the table, as it is written; "" for a column the card does not have."""
+
+    branch: str
+    bits: str = ""
+    group_size: str = ""
+    act_order: str = ""
+    damp_percent: str = ""
+    dataset: str = ""
+    seq_len: str = ""
+    size: str = ""
+    exllama: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    front: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, ModelCardRow] = field(default_factory=dict)  # by branch
+
+    def text(self, key: str) -> str:
+        """A value of the front matter that is plain text, else ""; the first of a list."""
+        value = self.front.get(key)
+        if isinstance(value, list) and value:
+            value = value[0]
+        return value.strip() if isinstance(value, str) else ""
+
+
+def read_model_card(text: str) -> ModelCard:
+    return ModelCard(_front_matter(text), {row.branch: row for row in _rows(text)})
+
+
+def _front_matter(text: str) -> Mapping[str, Any]:
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever stands there, the table below may still be read
+        return {}
+
+
+def _rows(text: str) -> list[ModelCardRow]:
+    lines = text.splitlines()
+    for at, line in enumerate(lines[:-1]):
+        names = [_COLUMNS.get(cell.lower(), "") for cell in _cells(line)]
+        if all(name in names for name in _EXPECTED) and _RULE.match(lines[at + 1]):
+            return _read_rows(names, lines[at + 2 :])
+    return []
+
+
+def _read_rows(names: Sequence[str], lines: Sequence[str]) -> list[ModelCardRow]:
+    rows = []
+    for line in lines:
+        if "|" not in line:
+            break
+        values = {name: cell for name, cell in zip(names, _cells(line), strict=False) if name}
+        if values.get("branch"):
+            rows.append(ModelCardRow(**values))
+    return rows
+
+
+def _cells(line: str) -> list[str]:
+    plain = _LINK.sub(r"\1", line).strip().strip("|")
+    return [cell.strip().strip("`*").strip() for cell in plain.split("|")]

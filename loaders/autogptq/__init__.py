@@ -1,0 +1,1 @@
+"""Back-end: auto-gptq, or GPTQModel, its maintained successor."""

@@ -1,0 +1,1 @@
+"""Back-end: ExLlamaV2, a CUDA library for 4-bit GPTQ models."""

@@ -1,0 +1,305 @@
+"""ExLlamaV2: a fast CUDA library for 4-bit GPTQ. When it can, and how a folder gets into it.
+
+It needs CUDA, and without a wheel that matches torch it compiles itself for two minutes at its first
+import. Written against exllamav2 0.3.2.
+"""
+
+import importlib
+import logging
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
+from ...core.models import LocalModel
+from ...core.quantize_config import read_json
+from ...core.units import format_bytes
+from ..contract.base import LoadProgress, Refusal, Remark
+from ..contract.options import gigabytes, option, require_choice, require_context
+from ..contract.refusals import not_in_gptq_layout, unreadable
+from ..contract.standard_folder import standard_folder
+from ..machine import memory_fit
+from ..machine.capabilities import COMPILERS, Machine, look
+from ..text.tokenizer import end_ids, read_tokenizer
+from .exllamav2_model import ExLlamaV2Model, Ids
+
+log = logging.getLogger(__name__)
+
+COMPILE_S = 120.0  # 102 to 115 s were measured on one machine
+_TICK_S = 1.0  # how often the page hears that it goes on
+_PAGE_TOKENS = 256  # of the library's cache; its length is a multiple of it
+_CACHES = {"FP16": ("ExLlamaV2Cache", 2.0), "Q8": ("ExLlamaV2Cache_Q8", 1.0625), "Q6": ("ExLlamaV2Cache_Q6", 0.8125),
+           "Q4": ("ExLlamaV2Cache_Q4", 0.5625)}  # fmt: skip  # class, bytes of one value with its share of scales
+# Those whose packed layers the library reads: it knows a few more, but with q, k and v (or gate and up) in one tensor,
+# which it cannot take apart when packed (exllamav2 0.3.2, architecture.py and module.py).
+ARCHITECTURES = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        "Llama", "Mistral", "Mixtral", "Yi", "Orion", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Starcoder2", "Cohere",
+        "Cohere2", "MiniCPM", "Index", "Granite",
+    )
+)  # fmt: skip
+_TIED_BY_ITSELF = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Starcoder2ForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM")
+
+
+@dataclass(frozen=True)
+class ExLlamaV2Options:
+    max_seq_len: int = option(
+        0, "Context length (max_seq_len)", "Tokens the model keeps in view; 0 chooses what fits, up to 8192."
+    )
+    autosplit: bool = option(True, "Autosplit", "Fill one card after the other. Off: the first card, or the split below.")
+    gpu_split: str = option("", "GPU split", "Gigabytes of weights for each card, for example 10,20; empty: automatic.")
+    cache_type: str = option("FP16", "Cache type", "How the conversation is held; Q4 takes a quarter.", tuple(_CACHES))
+    no_flash_attn: bool = option(False, "No flash-attn", "Do not use flash-attn; then one answer is computed at a time.")
+    alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK); 1 changes nothing, 1.75 gives half as much again.")
+    compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
+    rope_freq_base: float = option(0.0, "Rope base", "Base frequency of the rope; 0 takes the model's own.")
+    num_experts_per_token: int = option(0, "Experts per token", "For mixtures of experts; 0 takes the model's own.")
+    max_batch_size: int = option(4, "Answers at once", "Computed side by side; needs flash-attn.")
+    context_tokens: int = option(0)  # what faces call max_seq_len that know no loader's own names
+
+    def __post_init__(self) -> None:
+        require_context("max_seq_len", self.max_seq_len)
+        require_context("context_tokens", self.context_tokens)
+        object.__setattr__(self, "cache_type", str(self.cache_type).upper())
+        require_choice("cache_type", self.cache_type, tuple(_CACHES))
+        gigabytes("gpu_split", self.gpu_split)
+        for name, low, high in (("alpha_value", 1, 64), ("compress_pos_emb", 1, 64), ("rope_freq_base", 0, 1e9)):
+            if not low <= getattr(self, name) <= high:
+                raise BadParameter(f"{name} must be between {low:g} and {high:g}; found {getattr(self, name)!r}.")
+        if not 0 <= self.num_experts_per_token <= 64 or not 1 <= self.max_batch_size <= 64:
+            raise BadParameter("num_experts_per_token must be 0 to 64, max_batch_size 1 to 64.")
+
+    @property
+    def asked_tokens(self) -> int:
+        return self.max_seq_len or self.context_tokens
+
+    @property
+    def stretch(self) -> float:
+        """How many times longer than trained the context may be."""
+        return max(self.alpha_value, self.compress_pos_emb)
+
+    def demand(self, model: LocalModel, gpu: bool) -> memory_fit.Demand:
+        trained = int((model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS) * self.stretch)
+        return memory_fit.Demand(self.asked_tokens, trained, _CACHES[self.cache_type][1])
+
+
+class ExLlamaV2Loader:
+    name: ClassVar[str] = "exllamav2"
+    options: ClassVar[type] = ExLlamaV2Options
+
+    def __init__(self, machine: Callable[[], Machine] = look) -> None:
+        self._machine = machine
+
+    def refusal(self, model: LocalModel, options: ExLlamaV2Options) -> Refusal | None:
+        return unreadable(model) or not_in_gptq_layout(model) or _not_for_it(model) or _not_here(self._machine())
+
+    def remark(self, model: LocalModel, options: ExLlamaV2Options) -> Remark | None:
+        machine = self._machine()
+        if not (machine.has("exllamav2_ext") or "exllamav2_ext" in machine.compiled):
+            return Remark("would compile for about two minutes before its first load, once", COMPILE_S)
+        if not _pages(machine.versions.get("flash_attn", "")) or options.no_flash_attn:
+            return Remark("one answer at a time: several at once need flash-attn 2.5.7")
+        return None
+
+    def needs_bytes(self, model: LocalModel, options: ExLlamaV2Options) -> int:
+        return memory_fit.needs_bytes(model, options)
+
+    def load(self, model: LocalModel, options: ExLlamaV2Options, progress: LoadProgress) -> "ExLlamaV2Model":
+        remark = self.remark(model, options)
+        library = _start("exllamav2", progress, remark.wait_s if remark else 0.0)
+        progress(0.08, "Reading the tokenizer")
+        tokenizer = read_tokenizer(model)
+        context, reason = _context(model, options)
+        hf_config = read_json(model.folder / "config.json")
+        untie = model.architecture not in _TIED_BY_ITSELF
+        loaded: Any = None
+        try:
+            with standard_folder(model, untie=untie) as folder:
+                config = library.ExLlamaV2Config(str(folder))
+                config.arch_compat_overrides(quiet=True)
+                _apply(config, options, context)
+                loaded = library.ExLlamaV2(config)
+                cache = _load(library, loaded, options, lambda at, of: _layers(progress, at, of))
+            paged = bool(_attention().has_flash_attn_with_paged) and not config.no_flash_attn
+            parallel = options.max_batch_size if paged else 1
+            progress(0.96, "Starting the generator")
+            generator = importlib.import_module("exllamav2.generator").ExLlamaV2DynamicGenerator(
+                model=loaded,
+                cache=cache,
+                tokenizer=Ids(len(tokenizer)),
+                max_batch_size=parallel,
+                max_sampling_threads=min(parallel, 4),
+                filter_background_eval=False,
+                paged=paged,
+            )
+            _settle()
+        except BaseException as error:
+            cache = generator = None
+            if loaded is not None:
+                loaded.unload()
+            loaded = None
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            _free()
+            if isinstance(error, GptqWebuiError) or not isinstance(error, Exception):
+                raise
+            raise _in_words(error, model) from error
+        notes = () if paged else ("One answer is computed at a time: several at once need flash-attn 2.5.7.",)
+        ends = end_ids(tokenizer, read_json(model.folder / "generation_config.json"), hf_config)
+        progress(1.0, "Ready")
+        return ExLlamaV2Model(model, loaded, generator, tokenizer, context, reason, notes, parallel, ends)
+
+
+def _not_for_it(model: LocalModel) -> Refusal | None:
+    """What the library cannot read, wherever it runs."""
+    quantize = model.quantize
+    if quantize is None:
+        return Refusal("it is used for 4-bit GPTQ models; this one is not quantised")
+    if quantize.bits != 4:
+        return Refusal(f"it reads 4-bit GPTQ only; this model has {quantize.bits} bits")
+    size = quantize.group_size
+    if size != -1 and (size < 32 or size & (size - 1)):
+        return Refusal(f"group_size {size} is not {'a power of two' if size >= 32 else '32 or more'}, which it needs")
+    if model.architecture not in ARCHITECTURES:
+        return Refusal(f"it cannot read packed weights of the architecture {model.architecture or '(not named in config.json)'}")
+    return None
+
+
+def _not_here(machine: Machine) -> Refusal | None:
+    """What is missing on this machine."""
+    if not machine.has("torch"):
+        return Refusal("the package torch is not installed", "pip install torch")
+    if not machine.gpu:
+        return Refusal("it needs a graphics card, and there is none that this program may use")
+    if not machine.cuda:
+        return Refusal("the installed torch uses the processor only", "install a torch for your card")
+    if not machine.has("exllamav2"):
+        return Refusal("the package exllamav2 is not installed", "pip install exllamav2")
+    if not machine.has("exllamav2_ext") and not machine.compilers:
+        return Refusal(
+            f"it would have to be compiled, which takes {COMPILERS}; not all of them are here",
+            "install the exllamav2 wheel that matches your torch and CUDA, from its releases on GitHub",
+        )
+    return None
+
+
+def _pages(version: str) -> bool:
+    """Whether this flash-attn can serve several answers from one cache."""
+    numbers = [int(each) for each in version.split(".") if each.isdigit()]
+    return numbers >= [2, 5, 7]
+
+
+def _start(name: str, progress: LoadProgress, wait_s: float) -> ModuleType:
+    """Import the library, on a thread of its own so that the page sees it live. Raises LoadFailed."""
+    found: list[ModuleType] = []
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(importlib.import_module(name))
+        except Exception as error:  # OSError without CUDA, RuntimeError from the compiler, ImportError from another torch
+            failed.append(error)
+
+    began = time.monotonic()
+    thread = threading.Thread(target=work, name="import exllamav2", daemon=True)
+    progress(0.01, "Compiling ExLlamaV2, once: about two minutes" if wait_s else "Starting ExLlamaV2")
+    thread.start()
+    while thread.is_alive():
+        thread.join(_TICK_S)
+        passed = time.monotonic() - began
+        if thread.is_alive() and passed > 3 * _TICK_S:
+            share = 0.06 * (1 - math.exp(-passed / COMPILE_S))
+            progress(0.01 + share, f"Compiling ExLlamaV2, once: {passed:.0f} s so far, about two minutes in all")
+    if failed:
+        lines = str(failed[0]).strip().splitlines() or [""]
+        raise LoadFailed(
+            f"ExLlamaV2 cannot be started here ({type(failed[0]).__name__}: {lines[0]}). Use the loader transformers, "
+            "or install the exllamav2 wheel that matches your torch and CUDA."
+        ) from failed[0]
+    return found[0]
+
+
+def _context(model: LocalModel, options: ExLlamaV2Options) -> tuple[int, str]:
+    """(tokens, reason): a whole number of pages that fits beside the weights."""
+    import torch
+
+    free = sum(memory_fit.free_bytes(torch.device("cuda", at)) for at in range(torch.cuda.device_count()))
+    if model.size_bytes > free:
+        raise NotEnoughMemory(
+            f"{model.name} needs {format_bytes(model.size_bytes)} and {format_bytes(free)} are free on the graphics card. "
+            "Close other programs, choose a smaller branch, or use the loader transformers, which spreads over the machine."
+        )
+    tokens, reason = memory_fit.fit_context(model, options.demand(model, True), free - model.size_bytes)
+    return max(_PAGE_TOKENS, tokens // _PAGE_TOKENS * _PAGE_TOKENS), reason
+
+
+def _apply(config: Any, options: ExLlamaV2Options, context: int) -> None:
+    config.max_seq_len = context
+    config.max_input_len = min(config.max_input_len, context)
+    config.no_flash_attn = config.no_flash_attn or options.no_flash_attn or _is_old_gpu()
+    if options.alpha_value != 1:
+        config.scale_alpha_value = options.alpha_value
+    if options.compress_pos_emb != 1:
+        config.scale_pos_emb = options.compress_pos_emb
+    if options.rope_freq_base:
+        config.rotary_embedding_base = options.rope_freq_base
+    if options.num_experts_per_token and config.num_experts:
+        config.num_experts_per_token = min(options.num_experts_per_token, config.num_experts)
+
+
+def _load(library: ModuleType, loaded: Any, options: ExLlamaV2Options, layers: Callable[[int, int], None]) -> Any:
+    """Read the weights; returns the cache."""
+    import torch
+
+    make = getattr(library, _CACHES[options.cache_type][0])
+    split = gigabytes("gpu_split", options.gpu_split)
+    if split or not options.autosplit:
+        loaded.load(split or None, callback=layers)
+        return make(loaded, max_seq_len=loaded.config.max_seq_len)
+    cache = make(loaded, max_seq_len=loaded.config.max_seq_len, lazy=True)
+    kept = [memory_fit.KEPT_FREE_BYTES] + [256_000_000] * (torch.cuda.device_count() - 1)
+    loaded.load_autosplit(cache, reserve_vram=kept, last_id_only=True, callback=layers)
+    return cache
+
+
+def _layers(progress: LoadProgress, at: int, of: int) -> None:
+    progress(0.1 + 0.85 * at / max(1, of), f"Reading the weights: part {min(at + 1, of)} of {of}")
+
+
+def _is_old_gpu() -> bool:
+    """Whether a card here is older than Ampere: flash-attn 2 cannot compute on it."""
+    import torch
+
+    return any(torch.cuda.get_device_capability(at)[0] < 8 for at in range(torch.cuda.device_count()))
+
+
+def _attention() -> Any:
+    return importlib.import_module("exllamav2.attn")
+
+
+def _settle() -> None:
+    """Everything is on the card before another thread computes with it."""
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _free() -> None:
+    import torch
+
+    memory_fit.release(torch.device("cuda"))
+
+
+def _in_words(error: Exception, model: LocalModel) -> LoadFailed:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "out of memory" in str(error).lower() or "Insufficient" in text:
+        return NotEnoughMemory(
+            f"There is not enough memory on the graphics card for {model.name} ({format_bytes(model.size_bytes)}) with its "
+            "conversation. Choose a smaller max_seq_len, a smaller cache type, or a smaller branch."
+        )
+    return LoadFailed(f"ExLlamaV2 cannot open {model.name} ({type(error).__name__}: {text}). Use the loader transformers.")

@@ -1,0 +1,1 @@
+"""Back-end: engines on other machines that speak OpenAI's protocol."""

@@ -1,0 +1,244 @@
+"""A model that other machines compute. It speaks text, so it has no tokenizer and no template of its own."""
+
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from ...core.chat import Finish, FinishReason, Message, Step, Token
+from ...core.errors import AnswerFailed, BadParameter, PromptTooLong
+from ...core.grammar import Grammar
+from ...core.models import LocalModel
+from ...core.params import GenerationParams
+from ..contract.base import LoadedModel
+from ..contract.worker import Stream
+from ..text.chat_template import ChatTemplate
+from ..text.stop_strings import StopStrings
+from .remote_pool import Endpoint, Pool, in_words
+from .remote_thread import EventLoop
+
+_MOST_STOPS = 4  # that OpenAI and TGI take; the rest is looked for here
+_PARALLEL = 64  # answers under way at once; the engines do their own queueing
+
+
+class RemoteModel(LoadedModel):
+    can = frozenset(
+        {
+            "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "seed", "stop", "logit_bias", "grammar",
+        }
+    )  # fmt: skip
+    device = "other machines"
+
+    def __init__(
+        self,
+        model: LocalModel,
+        name: str,
+        pool: Pool,
+        loop: EventLoop,
+        context_tokens: int,
+        context_reason: str,
+        notes: tuple[str, ...],
+    ) -> None:
+        super().__init__(_PARALLEL)
+        self.model, self.name, self.notes = model, name, notes
+        self.context_tokens, self.context_reason = context_tokens, context_reason
+        self.template = ChatTemplate("", "the engine's own", pool.endpoints[0].url)
+        self._pool, self._loop = pool, loop
+        loop.spawn(pool.watch())
+
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
+        raise BadParameter("A model on another machine takes text, not token ids.")
+
+    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        resume = bool(messages) and messages[-1].role == "assistant"
+        body = {"messages": [{"role": each.role, "content": each.text} for each in messages]}
+        return self._answer("chat", body, params, cancel, resume)
+
+    def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        return self._answer("text", {"prompt": prompt}, params, cancel, False)
+
+    def close(self) -> None:
+        super().close()
+        self._loop.close(self._pool.close)
+
+    def check(self, params: GenerationParams) -> None:
+        if params.grammar is not None and params.grammar.kind not in ("json", "json_schema"):
+            raise BadParameter("An engine elsewhere is asked in OpenAI's protocol, which knows JSON and schemas, no other form.")
+
+    @property
+    def waiting(self) -> int:
+        return self._loop.waiting
+
+    def _answer(
+        self, kind: str, body: dict[str, Any], params: GenerationParams, cancel: threading.Event, resume: bool
+    ) -> Stream[Token | Finish]:
+        self.check(params)
+        count = _Count()
+
+        def answer() -> AsyncIterator[Token | Finish]:
+            return self._events(kind, body, params, resume, count)
+
+        return self._loop.stream(answer, cancel, lambda: count.finish("cancelled"))
+
+    async def _events(
+        self, kind: str, body: dict[str, Any], params: GenerationParams, resume: bool, count: "_Count"
+    ) -> AsyncIterator[Token | Finish]:
+        """The answer of the least busy engine; of the next one if the first cannot even begin."""
+        tried: list[Endpoint] = []
+        while True:
+            endpoint = await self._pool.least_busy(tried)
+            tried.append(endpoint)
+            endpoint.answering += 1
+            try:
+                async for event in self._of(endpoint, kind, body, params, resume, count):
+                    yield event
+                return
+            except AnswerFailed:
+                raise
+            except Exception as error:
+                if _is_ours(error):
+                    raise _asked_wrongly(error, endpoint) from error
+                endpoint.fail(error)
+                if count.tokens or count.began:
+                    rest = [each.url for each in self._pool.endpoints if each.well]
+                    then = f"The next answer goes to {rest[0]}." if rest else "No other engine is well; start it again."
+                    raise AnswerFailed(
+                        f"The engine at {endpoint.url} stopped in the middle of the answer ({in_words(error)}). {then}"
+                    ) from None
+            finally:
+                endpoint.answering -= 1
+
+    async def _of(
+        self, endpoint: Endpoint, kind: str, body: dict[str, Any], params: GenerationParams, resume: bool, count: "_Count"
+    ) -> AsyncIterator[Token | Finish]:
+        """One engine's answer. Raises what openai raises."""
+        stop = StopStrings(params.stop)
+        reason: FinishReason = "stop"
+        ended = False
+        count.asked()
+        async with await self._ask(endpoint, kind, body, params, resume) as stream:
+            async for chunk in stream:
+                count.usage(getattr(chunk, "usage", None))
+                if not chunk.choices or stop.found:
+                    continue
+                choice = chunk.choices[0]
+                text = choice.text if kind == "text" else choice.delta.content
+                if text:
+                    count.token()
+                    if (certain := stop.feed(text)) or not stop.found:
+                        yield Token(-1, certain)
+                if choice.finish_reason:
+                    ended = True
+                    reason = "length" if choice.finish_reason == "length" else "stop"
+                if stop.found:
+                    break
+        if not (ended or stop.found):
+            raise ConnectionError("the stream ended without a reason")
+        if rest := stop.end():
+            yield Token(-1, rest)
+        yield count.finish("stop" if stop.found else reason)
+
+    async def _ask(self, endpoint: Endpoint, kind: str, body: dict[str, Any], params: GenerationParams, resume: bool) -> Any:
+        """The open stream; a strict engine is asked again with OpenAI's own parameters only."""
+        from openai import BadRequestError, UnprocessableEntityError
+
+        create = endpoint.client.completions.create if kind == "text" else endpoint.client.chat.completions.create
+        for strict in (False, True) if not endpoint.strict else (True,):
+            try:
+                return await create(model=self.name, stream=True, **body, **arguments(params, resume, strict))
+            except (BadRequestError, UnprocessableEntityError) as error:
+                if strict or _is_too_long(error):
+                    raise
+                endpoint.strict = True
+        raise AssertionError("unreachable")
+
+
+def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str, Any]:
+    """What OpenAI's protocol calls the parameters; unless `strict`, with what vLLM, SGLang, TGI and llama.cpp add to it."""
+    given: dict[str, Any] = {"max_tokens": params.max_new_tokens, "temperature": params.temperature, "top_p": params.top_p}
+    if params.stop:
+        given["stop"] = list(params.stop[:_MOST_STOPS])
+    if params.seed is not None:
+        given["seed"] = params.seed
+    if params.presence_penalty:
+        given["presence_penalty"] = params.presence_penalty
+    if params.frequency_penalty:
+        given["frequency_penalty"] = params.frequency_penalty
+    if params.logit_bias:
+        given["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
+    if params.grammar is not None:  # never left out; in the body, since completions have it too
+        given["extra_body"] = {"response_format": response_format(params.grammar)}
+    if strict:
+        return given
+    given["stream_options"] = {"include_usage": True}
+    more: dict[str, Any] = {"repetition_penalty": params.repetition_penalty, "repeat_penalty": params.repetition_penalty}
+    more |= {"min_p": params.min_p} | ({"top_k": params.top_k} if params.top_k else {})
+    more |= {"typical_p": params.typical_p} if params.typical_p < 1 else {}
+    if resume:
+        more |= {"continue_final_message": True, "add_generation_prompt": False, "continue_": True}
+    return given | {"extra_body": given.get("extra_body", {}) | more}
+
+
+def response_format(grammar: Grammar) -> dict[str, Any]:
+    if grammar.kind == "json":
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(grammar.text), "strict": True}}
+
+
+class _Count:
+    """Times and tokens of one answer."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.began = False
+        self._asked = self._last = time.perf_counter()
+        self._wanted = self._asked
+        self._first: float | None = None
+        self._usage: Any = None
+
+    def asked(self) -> None:
+        self._asked = time.perf_counter()
+
+    def token(self) -> None:
+        self.tokens += 1
+        self.began = True
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+
+    def usage(self, usage: Any) -> None:
+        self._usage = usage or self._usage
+
+    def finish(self, reason: FinishReason) -> Finish:
+        usage = self._usage
+        details = getattr(usage, "prompt_tokens_details", None)
+        first = self._first or time.perf_counter()
+        return Finish(
+            reason,
+            prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
+            cached_tokens=getattr(details, "cached_tokens", 0) or 0,
+            new_tokens=getattr(usage, "completion_tokens", 0) or self.tokens,
+            prefill_s=first - self._asked,
+            generate_s=self._last - first if self._first else 0.0,
+            wait_s=self._asked - self._wanted,
+        )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the engine is well and what it was asked was wrong."""
+    status = getattr(error, "status_code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+
+
+def _is_too_long(error: Exception) -> bool:
+    text = str(error).lower()
+    return "context" in text and ("length" in text or "exceed" in text or "longer" in text or "maximum" in text)
+
+
+def _asked_wrongly(error: Exception, endpoint: Endpoint) -> AnswerFailed | PromptTooLong:
+    if _is_too_long(error):
+        return PromptTooLong(
+            f"The chat is too long for the engine at {endpoint.url} ({in_words(error)}). Clear the chat, or shorten it."
+        )
+    return AnswerFailed(f"The engine at {endpoint.url} refuses this request ({in_words(error)}).")

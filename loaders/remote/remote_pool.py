@@ -1,0 +1,94 @@
+"""Several engines that serve the same model: which are well, which is least busy. For one event loop."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...core.errors import AnswerFailed
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 10.0  # between two looks at every engine
+_CHECK_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Endpoint:
+    """One engine, with its openai client."""
+
+    url: str
+    client: Any
+    well: bool = False
+    answering: int = 0
+    wrong: str = ""  # what was the matter when it was last asked
+    strict: bool = False  # it refuses parameters that OpenAI does not have
+    models: list[Any] = field(default_factory=list)  # as it listed them
+
+    async def check(self) -> None:
+        """Ask for its models; never raises."""
+        try:
+            page = await self.client.with_options(timeout=_CHECK_TIMEOUT_S).models.list()
+            self.models = list(page.data or [])
+            self.well, self.wrong = True, ""
+        except Exception as error:
+            if getattr(error, "status_code", None) in (404, 405, 501):  # it is there, and does not list what it has
+                self.well, self.wrong = True, ""
+                return
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Leave it out until a check finds it well again."""
+        if self.well:
+            log.warning("the engine at %s does not answer (%s)", self.url, in_words(error))
+        self.well, self.wrong = False, in_words(error)
+
+
+class Pool:
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.endpoints = list(endpoints)
+
+    async def check(self) -> None:
+        await asyncio.gather(*(each.check() for each in self.endpoints))
+
+    async def watch(self) -> None:
+        """Look at every engine now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await self.check()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await asyncio.gather(*(each.client.close() for each in self.endpoints), return_exceptions=True)
+
+    async def least_busy(self, but: Sequence[Endpoint] = ()) -> Endpoint:
+        """The well one with the fewest answers under way. Raises AnswerFailed if there is none."""
+        if not (well := self._well(but)):
+            await self.check()
+            well = self._well(but)
+        if not well:
+            raise AnswerFailed(f"No engine answers: {self.troubles()}. Start one, or choose another model.")
+        return min(well, key=lambda each: each.answering)
+
+    def _well(self, but: Sequence[Endpoint]) -> list[Endpoint]:
+        return [each for each in self.endpoints if each.well and each not in but]
+
+    def troubles(self) -> str:
+        return "; ".join(f"{each.url}: {each.wrong or 'not asked yet'}" for each in self.endpoints)
+
+
+def in_words(error: Exception) -> str:
+    """What an openai or httpx error says, short, without our key."""
+    kind = type(error).__name__
+    if kind in ("APITimeoutError", "ReadTimeout", "TimeoutError"):
+        return "no answer in time"
+    if kind in ("APIConnectionError", "ConnectError", "ReadError", "RemoteProtocolError"):
+        return "no connection"
+    status = getattr(error, "status_code", None)
+    if status in (401, 403):
+        return "it refuses the key"
+    body = getattr(error, "body", None)
+    text = body.get("message") if isinstance(body, dict) else None
+    first = (str(text or error).strip().splitlines() or [kind])[0][:300]
+    return f"error {status}: {first}" if status else f"{kind}: {first}"

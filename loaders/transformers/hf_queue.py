@@ -1,0 +1,75 @@
+"""Callers from outside take their turn too.
+
+A program written for transformers calls `model.generate` or `model(...)` from threads of its own
+(text-generation-webui does). These calls are passed to the model's worker thread, so they stand in
+the same line as our own answers, and closing the model waits for them. They compute on what our answers
+compute on, so each is alone there: it begins when no answer is under way, and none begins beside it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..contract.worker import Worker
+
+
+class Turns:
+    """Puts `generate` and `forward` of a transformers model behind a worker, until `give_back`."""
+
+    def __init__(self, hf: Any, worker: Worker) -> None:
+        self._hf = hf
+        self._worker = worker
+        self._own = {name: vars(hf).get(name) for name in ("generate", "forward")}  # accelerate's hooks stand here too
+        for name in self._own:
+            setattr(hf, name, self._in_line(getattr(hf, name), stoppable=name == "generate"))
+
+    def release(self) -> None:
+        """Leave the model as it was."""
+        for name, own in self._own.items():
+            if own is None:
+                delattr(self._hf, name)
+            else:
+                setattr(self._hf, name, own)
+        self._hf, self._own = None, {}  # an accelerate hook in it would keep the weights alive
+
+    def _in_line(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._worker.is_current():
+                return function(*args, **kwargs)
+            import torch
+
+            gradients = torch.is_grad_enabled()  # a mode of the calling thread
+            result: list[Any] = []
+            error: list[BaseException] = []
+            cancel = threading.Event()
+            if stoppable:  # closing the model ends it within one token
+                kwargs["stopping_criteria"] = _with_stop(kwargs.get("stopping_criteria"), cancel)
+
+            def job() -> Iterator[None]:
+                try:
+                    with torch.set_grad_enabled(gradients):
+                        result.append(function(*args, **kwargs))
+                except BaseException as raised:  # whatever it is, it is the caller's
+                    error.append(raised)
+                yield None
+
+            for _ in self._worker.stream(job, cancel, None, alone=True):
+                pass
+            if error:
+                raise error[0]
+            if not result:
+                raise RuntimeError("The model was unloaded before its turn came.")
+            return result[0]
+
+        return call
+
+
+def _with_stop(criteria: Any, cancel: threading.Event) -> Any:
+    from transformers import StoppingCriteriaList
+
+    def stop(ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        return torch.full((ids.shape[0],), cancel.is_set(), dtype=torch.bool, device=ids.device)
+
+    return StoppingCriteriaList([*(criteria or ()), stop])

@@ -1,0 +1,191 @@
+"""Transformers with our own packed layers (gptq/): every GPTQ width and layout, and 16-bit models.
+
+Runs wherever torch does. torch and transformers are imported when a model is loaded, not before.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from ...core.chat import Finish, Step
+from ...core.errors import LoadFailed, NotEnoughMemory
+from ...core.models import LocalModel
+from ...core.params import GenerationParams
+from ...core.units import format_bytes
+from ..contract.base import LoadedModel, LoadProgress, Refusal, Remark
+from ..contract.refusals import not_in_gptq_layout, unreadable
+from ..machine import memory_fit
+from ..machine.capabilities import Machine, look
+from ..text import chat_template
+from ..text.grammar_matcher import Grammars
+from ..text.tokenizer import end_ids, read_tokenizer
+from . import optimum
+from .hf_queue import Turns
+from .transformers_options import TransformersOptions, device_of, dtype_of, free_beside, placement
+
+__all__ = ["TransformersLoader", "TransformersModel", "TransformersOptions"]
+
+log = logging.getLogger(__name__)
+
+
+class TransformersLoader:
+    name: ClassVar[str] = "transformers"
+    options: ClassVar[type] = TransformersOptions
+
+    def __init__(self, machine: Callable[[], Machine] = look) -> None:
+        self._machine = machine
+
+    def refusal(self, model: LocalModel, options: TransformersOptions) -> Refusal | None:
+        machine = self._machine()
+        for package in ("torch", "transformers", "accelerate"):
+            if not machine.has(package):
+                return Refusal(f"the package {package} is not installed", f"pip install {package}")
+        if options.device == "cuda" and not machine.cuda:
+            return Refusal("there is no graphics card that torch can use", "choose the device auto or cpu")
+        refused = unreadable(model) or not_in_gptq_layout(model)
+        return refused or (optimum.refusal(model, machine) if options.kernel == "optimum" else None)
+
+    def remark(self, model: LocalModel, options: TransformersOptions) -> Remark | None:
+        return optimum.remark(model, self._machine()) if options.kernel == "optimum" and model.kind == "gptq" else None
+
+    def without_effect(self, model: LocalModel, options: TransformersOptions) -> dict[str, str]:
+        """Options that would change nothing for a model here -> why."""
+        why = options.no_cache_type(model, self._machine().cuda)
+        return {"cache_type": why} if why else {}
+
+    def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
+        return memory_fit.needs_bytes(model, options)
+
+    def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "TransformersModel":
+        progress(0.02, "Starting torch and transformers")
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from ...gptq import checkpoint
+        from ...gptq.stepper import TransformersStepper
+        from ...gptq.stepper_choice import preparing, stepper_for
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        device = device_of(options)
+        dtype = dtype_of(options, device)
+        memory_fit.require_memory(model, device, dtype)
+        progress(0.1, "Reading the tokenizer")
+        tokenizer = read_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        progress(0.15, f"Reading {format_bytes(model.size_bytes)} of weights")
+        foreign = options.kernel == "optimum" and model.kind == "gptq"
+        try:
+            device_map, max_memory = placement(model, options, device, dtype)
+            hf, notes = (optimum.load if foreign else checkpoint.load)(
+                model,
+                dtype=dtype,
+                device_map=device_map,
+                max_memory=max_memory,
+                attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
+                rope=options.rope,
+                progress=_arrived(progress),
+                trust_remote_code=options.trust_remote_code,
+            )
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
+                raise
+            memory_fit.release(device)
+            raise NotEnoughMemory(
+                f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
+                "Close other programs, or choose a smaller branch (fewer bits, larger group)."
+            ) from None
+        progress(0.95, "Fitting the conversation into the memory")
+        try:
+            context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free_beside(hf, device))
+        except LoadFailed:
+            del hf
+            memory_fit.release(device)
+            raise
+        progress(0.97, preparing(device))
+        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel)
+        stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
+        loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
+        progress(1.0, "Ready")
+        return loaded
+
+
+class TransformersModel(LoadedModel):
+    def __init__(
+        self,
+        model: LocalModel,
+        hf: Any,
+        stepper: Any,  # gptq.stepper.Stepper
+        tokenizer: Any,
+        context_tokens: int,
+        context_reason: str,
+        notes: tuple[str, ...],
+        device: str,
+    ) -> None:
+        super().__init__(stepper.parallel)
+        from ...gptq.prefix_cache import PrefixCache
+        from ...gptq.sampling import CAN
+
+        self.model, self.hf, self.tokenizer = model, hf, tokenizer
+        self._stepper = stepper
+        self.way = stepper.name if stepper.name != TransformersLoader.name else ""
+        self.context_tokens, self.context_reason = context_tokens, context_reason
+        self.notes, self.device, self.can = notes, device, CAN
+        self.template = chat_template.find(model.folder, tokenizer, model.architecture)
+        self._prefix: Any = PrefixCache()
+        self._end_ids = end_ids(hf.generation_config, tokenizer)
+        self._grammars = Grammars(tokenizer, self._tokenizing)
+        stepper.take_over(hf, self._prefix)
+        self._turns = Turns(hf, self._worker)
+
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        from ...gptq.generation import generate
+
+        ends = self._end_ids | set(self.template.stop_ids)
+        self._note_reading(0, len(ids))
+        return generate(
+            self._stepper,
+            ids,
+            params,
+            cancel,
+            prefix=self._prefix,
+            end_ids=ends,
+            context_tokens=self.context_tokens,
+            grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
+            progress=lambda read: self._note_reading(read, len(ids)),
+        )
+
+    def _is_alone(self, params: GenerationParams) -> bool:
+        return params.grammar is not None  # its tokens are put through one by one, on what the others share
+
+    def check(self, params: GenerationParams) -> None:
+        super().check(params)
+        if params.grammar is not None:
+            self._grammars.begin(params.grammar, self._end_ids | set(self.template.stop_ids))
+
+    def close(self) -> None:
+        super().close()
+        if self.hf is None:
+            return
+        device = self.hf.device
+        self._turns.release()
+        self._prefix.clear()
+        self._stepper.close()
+        self.hf = self._stepper = None
+        memory_fit.release(device)
+
+
+def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:
+    """What gptq/load_progress.py reports, in a user's words."""
+
+    def report(done_bytes: int, all_bytes: int, done_layers: int, all_layers: int) -> None:
+        share = done_bytes / max(1, all_bytes)
+        text = f"Reading the weights: {format_bytes(done_bytes)} of {format_bytes(all_bytes)}"
+        progress(0.15 + 0.78 * share, text + (f", {done_layers} of {all_layers} layers" if all_layers else ""))
+
+    return report
+
+
+def _device_name(device: Any) -> str:
+    return "the graphics card" if device.type == "cuda" else "this machine"

@@ -1,0 +1,168 @@
+"""What can be set for the loader transformers, and what follows from it: device, number format, where the weights go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import BadParameter
+from ...core.models import LocalModel
+from ..contract.options import gigabytes, option, require_choice, require_context
+from ..contract.standard_folder import config_of
+from ..machine import memory_fit
+
+if TYPE_CHECKING:
+    from ...gptq.rope import Rope
+
+KERNELS = ("native", "optimum")
+DTYPES = ("auto", "fp16", "bf16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
+MOST_PARALLEL = 16
+CACHE_TYPES = ("fp16", "q8")
+_NUMBER_BYTES = {"fp16": 2.0, "q8": 1.04}  # q8: a byte, and a scale of two bytes for every 64
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class TransformersOptions:
+    context_tokens: int = option(0, "Context length", "Tokens the model keeps in view; 0 chooses what fits, up to 8192.")
+    device: str = option("auto", "Device", "auto uses the graphics card if there is one.", DEVICES)
+    dtype: str = option("auto", "Number format", "auto: 16-bit floats on a graphics card, 32-bit on the processor.", DTYPES)
+    kernel: str = option(
+        "native",
+        "GPTQ kernel",
+        "native: this program's own. optimum: transformers' own, with optimum and GPTQModel.",
+        KERNELS,
+    )
+    gpu_memory: str = option(
+        "", "Memory of the cards", "Gigabytes of weights for each card, for example 10,20; empty: what fits, the rest elsewhere."
+    )
+    cpu_memory: float = option(0.0, "Memory of the machine", "Gigabytes for weights that found no room on a card; 0: all.")
+    cache_type: str = option("fp16", "Cache type", "How the conversation is held on a graphics card; q8 takes half.", CACHE_TYPES)
+    parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a graphics card.")
+    attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
+    compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
+    alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
+    rope_freq_base: float = option(0.0, "Rope base", "Base frequency of the rope; 0 takes the model's own.")
+    trust_remote_code: bool = option(
+        False, "Run the model's own code", "Runs program files out of the model's folder. Only for models whose author you trust."
+    )
+
+    def __post_init__(self) -> None:
+        require_context("context_tokens", self.context_tokens)
+        require_choice("device", self.device, DEVICES)
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("kernel", self.kernel, KERNELS)
+        object.__setattr__(self, "cache_type", _cache_type(self.cache_type))
+        require_choice("cache_type", self.cache_type, CACHE_TYPES)
+        if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or not 1 <= self.parallel <= MOST_PARALLEL:
+            raise BadParameter(f"parallel must be 1 to {MOST_PARALLEL} answers at once; found {self.parallel!r}.")
+        require_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        gigabytes("gpu_memory", self.gpu_memory)
+        if isinstance(self.cpu_memory, bool) or not isinstance(self.cpu_memory, (int, float)) or not 0 <= self.cpu_memory < 1e6:
+            raise BadParameter(f"cpu_memory must be gigabytes, 0 for what is free; found {self.cpu_memory!r}.")
+        if not isinstance(self.trust_remote_code, bool):
+            raise BadParameter(f"trust_remote_code must be true or false; found {self.trust_remote_code!r}.")
+        for name in ("compress_pos_emb", "alpha_value"):
+            if not isinstance(value := getattr(self, name), (int, float)) or not 1 <= value <= 64:
+                raise BadParameter(f"{name} must be between 1 (changes nothing) and 64; found {value!r}.")
+        base = self.rope_freq_base
+        if not isinstance(base, (int, float)) or not (base == 0 or 100 <= base <= 1e9):
+            raise BadParameter(f"rope_freq_base must be 0 (as the model has it) or between 100 and 1e9; found {base!r}.")
+
+    @property
+    def rope(self) -> "Rope":
+        from ...gptq.rope import Rope
+
+        return Rope(self.compress_pos_emb, self.alpha_value, self.rope_freq_base)
+
+    def demand(self, model: LocalModel, gpu: bool) -> memory_fit.Demand:
+        """What these options ask of the memory; `card`: there is one."""
+        on_gpu = gpu and self.device != "cpu"
+        wide = self.dtype == "fp32" or (self.dtype == "auto" and not on_gpu)
+        trained = model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS
+        if (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) != (1, 1, 0):
+            trained = int(trained * self.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
+        number_bytes = 4.0 if wide else 2.0
+        if self.cache_type != "fp16" and not self.no_cache_type(model, gpu):
+            number_bytes = _NUMBER_BYTES[self.cache_type]
+        return memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
+
+    def no_cache_type(self, model: LocalModel, gpu: bool) -> str:
+        """Why another cache type than fp16 would change nothing for a model; "" if it would."""
+        if not gpu or self.device == "cpu":
+            return "it is for graphics cards"
+        if self.kernel != "native":
+            return f"the kernel {self.kernel} has none"
+        if self.dtype not in ("auto", "fp16"):
+            return f"it needs the number format fp16, not {self.dtype}"
+        if model.kind != "gptq":
+            return "it is for quantised models"
+        from ...gptq.llama import is_of_family
+
+        return "" if is_of_family(config_of(model)) else "models of this architecture are computed without it"
+
+
+def _cache_type(value: Any) -> Any:
+    """One name stands in saved settings for every loader: exllamav2 writes it in capitals and has smaller ones too."""
+    name = str(value).lower()
+    return "q8" if name in ("q6", "q4") else name if name in CACHE_TYPES else value
+
+
+def device_of(options: TransformersOptions) -> Any:
+    """The torch.device of the first weights. Raises BadParameter."""
+    import torch
+
+    if options.device != "auto":
+        if options.device.startswith("cuda") and not torch.cuda.is_available():
+            raise BadParameter("There is no graphics card that torch can use. Choose the device auto or cpu.")
+        return torch.device(options.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(options: TransformersOptions, device: Any) -> Any:
+    import torch
+
+    named = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return named.get(options.dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
+
+
+def placement(
+    model: LocalModel, options: TransformersOptions, device: Any, dtype: Any
+) -> tuple[Any, dict[int | str, int] | None]:
+    """(device_map, max_memory): the whole model on one device, or spread over the cards and the rest of the machine.
+
+    On the cards stay free: 1 GB for others, the conversation, and what computing takes.
+    """
+    if device.type != "cuda":
+        return {"": device}, None
+    ram = int(options.cpu_memory * 1e9) or memory_fit.available_ram_bytes()
+    given = gigabytes("gpu_memory", options.gpu_memory)
+    if given:  # the user's own split is filled in the order it was written
+        return "sequential", {**{at: int(size * 1e9) for at, size in enumerate(given)}, "cpu": ram}
+    rooms = _rooms(model, options, device)
+    first = device.index or 0
+    if memory_fit.weights_bytes(model, dtype.itemsize == 4) <= rooms[first]:
+        return {"": device}, None
+    return "auto", {**rooms, "cpu": ram}
+
+
+def _rooms(model: LocalModel, options: TransformersOptions, device: Any) -> dict[int | str, int]:
+    """Bytes for weights on each card. Each holds the conversation of its own layers: of all, if it were alone."""
+    import torch
+
+    found = {}
+    for at in range(torch.cuda.device_count()) if device.index is None else [device.index]:
+        free = memory_fit.free_bytes(torch.device("cuda", at))
+        found[at] = memory_fit.room_for_weights(model, options.demand(model, True), free)
+    return dict(found)
+
+
+def free_beside(hf: Any, device: Any) -> int:
+    """Bytes free for the conversation: of one device, or of the fullest card for each card that holds layers."""
+    import torch
+
+    places: Sequence[Any] = list((getattr(hf, "hf_device_map", None) or {}).values())
+    cards = sorted({int(str(each).rpartition(":")[2]) for each in places if str(each).rpartition(":")[2].isdigit()})
+    if device.type != "cuda" or len(cards) < 2:
+        return memory_fit.free_bytes(device)
+    return len(cards) * min(memory_fit.free_bytes(torch.device("cuda", at)) for at in cards)

@@ -1,0 +1,123 @@
+"""The memory of conversations on a card, and what is given up where it is full. Runs on any machine."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.cuda.cuda_kernels import Cache
+from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper, HfFace
+from gptq_webui.gptq.cuda.kv_pages import PAGE_TOKENS, PagedMemory, Pages
+from gptq_webui.gptq.cuda.running_answers import Answers
+from gptq_webui.gptq.generation import generate
+from gptq_webui.gptq.prefix_cache import PrefixCache
+
+CPU = torch.device("cpu")
+
+
+def test_memory_is_allocated_in_small_pieces_whatever_the_model():
+    small = Pages(CPU, 2, 2, Cache(64))
+    small.take()
+    assert small.size_bytes <= 1 << 26
+    large = Pages(CPU, 40, 40, Cache(128))  # a 13B: 52 MB a page
+    large.take()
+    assert large.size_bytes == large.page_bytes == 40 * 2 * 40 * 128 * 2 * PAGE_TOKENS
+
+
+def test_an_8_bit_conversation_takes_little_more_than_half():
+    plain, bytes_ = Pages(CPU, 32, 8, Cache(128)), Pages(CPU, 32, 8, Cache(128, q8=True))
+    assert 0.5 < bytes_.page_bytes / plain.page_bytes < 0.51
+
+
+def test_slabs_that_nobody_uses_are_freed_and_the_others_stay():
+    pages = Pages(CPU, 40, 40, Cache(128))  # a page a slab
+    first, second = PagedMemory(pages), PagedMemory(pages)
+    first.reserve(3 * PAGE_TOKENS)
+    second.reserve(PAGE_TOKENS)
+    kept = list(second.pages)
+    assert pages.trim() == 0
+    del first
+    assert pages.trim() == 3 * pages.page_bytes and pages.size_bytes == pages.page_bytes
+    second.reserve(2 * PAGE_TOKENS)
+    assert second.pages[:1] == kept and pages.size_bytes == 2 * pages.page_bytes
+    pages.copy(second.pages[0], second.pages[1])  # the addresses are still known
+
+
+class Step:
+    """A step whose card holds so many tokens of conversations, and prompts of so many tokens at a time."""
+
+    device, slots, prompt_row, context_tokens = CPU, 1, 1, 4096
+
+    def __init__(self, room: int, at_once: int) -> None:
+        self.room, self.at_once = room, at_once
+        self.pages = Pages(CPU, 1, 1, Cache(32))
+        self.prompt_logits = torch.zeros(1, 8)
+        self.read: list[int] = []
+        take = self.pages.take
+
+        def limited() -> int:
+            if not self.pages._free and self.pages.size_bytes >= self.room * self.pages.page_bytes // PAGE_TOKENS:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return take()
+
+        self.pages._slab_pages = 1
+        self.pages.take = limited
+
+    def use(self, memory, tokens, row):
+        memory.reserve(tokens)
+
+    def prefill(self, ids, start, row):
+        if len(ids) > self.at_once:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.read.append(len(ids))
+        return torch.zeros(len(ids), 4)
+
+
+def stepper_of(step):
+    stepper = object.__new__(CudaStepper)
+    stepper._step, stepper.slots, stepper.device = step, 1, CPU
+    stepper._answers = Answers(step)
+    stepper._answers.prefix = PrefixCache()
+    return stepper
+
+
+def test_a_prompt_that_does_not_fit_is_read_in_smaller_pieces_from_then_on():
+    stepper = stepper_of(step := Step(room=4096, at_once=600))
+    memory = stepper.begin()
+    stepper.prefill(memory, range(2000))
+    assert memory.length == 2000 and step.read == [512, 512, 512, 464]
+    assert stepper.chunk_tokens == 512 and CudaStepper.chunk_tokens == 2048
+
+
+def test_earlier_conversations_are_given_up_before_that():
+    stepper = stepper_of(Step(room=1024, at_once=4096))
+    earlier = stepper.begin()
+    stepper.prefill(earlier, range(700))
+    stepper._answers.prefix.keep(list(range(700)), earlier)
+    del earlier
+    memory = stepper.begin()
+    stepper.prefill(memory, range(1000))
+    assert memory.length == 1000 and stepper._answers.prefix.conversations == 0 and stepper.chunk_tokens == 2048
+
+
+def test_the_prompt_of_transformers_own_generate_is_read_so_too():
+    stepper = stepper_of(step := Step(room=4096, at_once=600))
+    face = HfFace(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper._answers.prefix)
+    assert face._read(list(range(1000)), None, 1).shape == (1, 1, 8) and step.read == [512, 488]
+
+
+def test_where_nothing_is_left_to_give_up_the_error_comes_and_loses_nothing():
+    stepper = stepper_of(Step(room=4096, at_once=SMALLEST_CHUNK // 2))
+    memory = stepper.begin()
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.prefill(memory, range(1000))
+    assert memory.length == 0 and stepper.chunk_tokens == SMALLEST_CHUNK
+    prefix = PrefixCache()
+    with pytest.raises(torch.OutOfMemoryError):
+        list(
+            generate(
+                stepper, list(range(1000)), GenerationParams(), threading.Event(), prefix=prefix, end_ids=(), context_tokens=4096
+            )
+        )

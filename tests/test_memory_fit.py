@@ -1,0 +1,105 @@
+"""loaders/machine/memory_fit.py and loaders/machine/gpus.py: what is needed, what is free, and in which words."""
+
+import subprocess
+
+import pytest
+
+from gptq_webui.core.errors import AnswerFailed, LoadFailed, NotEnoughMemory
+from gptq_webui.core.models import LocalModel
+from gptq_webui.loaders.machine import gpus, memory_fit
+
+GB = 10**9
+MISTRAL = '{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}'
+PER_TOKEN = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, numbers of a head, bytes: 131072
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(MISTRAL)
+    return LocalModel(tmp_path, "gptq", None, 4_160_000_000, 32768, "MistralForCausalLM")
+
+
+def test_what_is_needed_is_weights_conversation_and_overhead(model):
+    found = memory_fit.estimate(model, memory_fit.Demand(4096), free_bytes=12 * GB, place=memory_fit.GPU)
+    assert found.needs_bytes == model.size_bytes + 4096 * PER_TOKEN + memory_fit.COMPUTING_BYTES
+    assert found.fits and not found.impossible and found.context_tokens == 4096
+    assert str(found) == (
+        "Needs 5.00 GB: 4.16 GB of weights, 536.9 MB for 4096 tokens of conversation, 300.0 MB for computing. "
+        "12.00 GB are free on the graphics card, of which 1.00 GB are kept for other programs. It fits."
+    )
+
+
+def test_one_gigabyte_stays_free_so_the_context_gives_way_and_the_figure_is_told(model):
+    needed = model.size_bytes + 8192 * PER_TOKEN + memory_fit.COMPUTING_BYTES + GB
+    assert memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed, place=memory_fit.GPU).context_tokens == 8192
+    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed - 256 * PER_TOKEN, place=memory_fit.GPU)
+    assert found.context_tokens == 7936 and found.fits and "shortened from 8192 to 7936 tokens" in str(found)
+
+
+def test_a_context_that_the_user_fixed_is_not_shortened(model):
+    found = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=6 * GB, place=memory_fit.GPU, spare_bytes=16 * GB)
+    assert found.context_tokens == 8192 and not found.fits and "A part goes to the processor" in str(found)
+
+
+def test_an_eight_bit_cache_takes_half(model):
+    full = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=12 * GB, place=memory_fit.GPU)
+    half = memory_fit.estimate(model, memory_fit.Demand(8192, number_bytes=1), free_bytes=12 * GB, place=memory_fit.GPU)
+    assert half.conversation_bytes * 2 == full.conversation_bytes
+
+
+def test_what_fits_nowhere_is_impossible_and_says_so(model):
+    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=2 * GB, place=memory_fit.GPU, spare_bytes=2 * GB)
+    assert found.impossible and "does not fit. Choose a smaller branch" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "whole"),
+    [(12 * GB, 0, True), (6_200_000_000, 0, True), (6_200_000_000, 8192, False), (5 * GB, 0, False)],
+)
+def test_the_context_is_shortened_before_weights_leave_the_card(model, free, asked, whole):
+    room = memory_fit.room_for_weights(model, memory_fit.Demand(asked), free)
+    assert (model.size_bytes <= room) == whole
+    if whole:  # and what is left is still a useful conversation beside 1 GB
+        left = free - model.size_bytes - memory_fit.KEPT_FREE_BYTES - memory_fit.COMPUTING_BYTES
+        assert left >= memory_fit.USEFUL_CONTEXT_TOKENS * PER_TOKEN
+
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (NotEnoughMemory("x"), True),
+        (OutOfMemoryError("x"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), True),
+        (chained(AnswerFailed("There was a problem."), OutOfMemoryError("x")), True),
+        (LoadFailed("The file is damaged."), False),
+        (None, False),
+    ],
+)
+def test_lack_of_memory_is_recognised_in_every_back_ends_words(error, memory):
+    assert memory_fit.is_out_of_memory(error) == memory
+
+
+def test_the_driver_is_asked_for_every_card():
+    text = "NVIDIA GeForce RTX 3060, 12288, 11020, 580.65.06, 8.6\nNVIDIA Tesla, [N/A], [N/A], 580.65.06, 7.5\n"
+    assert gpus.read_answer(text) == [gpus.GpuInfo("NVIDIA GeForce RTX 3060", 12288 << 20, 11020 << 20, "580.65.06", "8.6")]
+
+
+@pytest.mark.parametrize("answer", [OSError("gone"), subprocess.TimeoutExpired("nvidia-smi", 5)])
+def test_a_driver_that_does_not_answer_is_no_card(monkeypatch, answer):
+    def run(*_args, **_kwargs):
+        raise answer
+
+    monkeypatch.setattr(gpus.shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(gpus.subprocess, "run", run)
+    assert gpus.gpus() == []

@@ -1,0 +1,58 @@
+"""Two small things of a long-running page: unload what nobody uses, and copy a report for where help is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..engine.engine import Engine
+from ..engine.support_report import report
+from . import gradio_compat
+from .access import Access
+from .html_snippets import bad, good
+from .share_box import copy_script
+
+_MOST_MINUTES = 10080  # a week
+
+
+@dataclass(frozen=True)
+class CareBox:
+    values: Callable[[], dict[Any, Any]]  # for `outputs`, when the page is opened
+    outputs: list[Any]
+
+
+def draw_care(engine: Engine, access: Access) -> CareBox:
+    """Draw and wire."""
+    minutes = gr.Number(
+        0,
+        label="Unload after so many idle minutes",
+        info="0 never unloads. The next message loads the model again.",
+        visible=engine.can_unload_idle,
+        elem_id="gw-idle",
+    )
+    note = gr.HTML(elem_id="gw-idle-note")
+    copy = gr.Button("Copy report", size="sm", min_width=120, elem_id="gw-report-copy")
+    gr.HTML('<p class="gw-quiet">Versions, card, driver, loaders and the last error, without tokens and without your paths.</p>')
+    text = gr.Textbox(show_label=False, container=False, lines=8, max_lines=8, visible=False, elem_id="gw-report-text")
+
+    def keep(value: float | None, request: gr.Request) -> str:
+        access.require_owner(request)
+        if value is None or not 0 <= value <= _MOST_MINUTES:
+            return bad(f"Minutes go from 0 (never) to {_MOST_MINUTES}.")
+        engine.set_idle(value)
+        return good(f"A model is unloaded after {value:g} minutes without use." if value else "A model stays loaded.")
+
+    def write(request: gr.Request) -> dict[Any, Any]:
+        access.require_owner(request)
+        return {text: gr.update(value=report(engine), visible=True)}
+
+    def values() -> dict[Any, Any]:
+        return {minutes: engine.idle.minutes, note: "", text: gr.update(value="", visible=False)}
+
+    for trigger in (minutes.submit, minutes.blur) if hasattr(minutes, "blur") else (minutes.submit,):
+        trigger(keep, minutes, note, **gradio_compat.EVENT)
+    copy.click(write, None, text, **gradio_compat.EVENT).then(
+        None, text, None, js=copy_script("gw-report-copy", "gw-report-text", "Copy report"), **gradio_compat.EVENT
+    )
+    return CareBox(values, [minutes, note, text])

@@ -1,0 +1,62 @@
+"""The panel of facts about a model: what its files say, and how it was loaded. Words are a user's."""
+
+from pathlib import Path
+
+from ..core.models import LocalModel
+from ..core.units import format_bytes
+from ..engine.engine import Engine
+from ..loaders.contract.base import LoadedModel
+from . import html_snippets
+
+
+def panel(engine: Engine) -> str:
+    """HTML about the loaded model; without one, what will stand here. Shows no path."""
+    loaded = engine.loaded
+    if loaded is None:
+        return html_snippets.quiet("The facts of the model stand here once one is loaded.")
+    choice = engine.choice
+    rows = [*of_files(loaded.model), *of_load(loaded)]
+    if choice is not None:
+        rows.append(("Loader", f"{choice.loader.name} ({choice.reason})"))
+    if engine.fit is not None:
+        rows.append(("Memory", str(engine.fit)))
+    return html_snippets.facts(rows) + html_snippets.notes(loaded.notes)
+
+
+def of_files(model: LocalModel) -> list[tuple[str, str]]:
+    """(name, value) of what the folder says; an empty value is not known."""
+    rows = [("Model", model.name), ("Kind", model.badge.split(",")[0] + (f" ({_family(model)})" if _family(model) else ""))]
+    if (quantize := model.quantize) is not None:
+        group = "one scale for a whole column" if quantize.group_size == -1 else f"{quantize.group_size} weights share a scale"
+        rows += [
+            ("Group size", group),
+            ("Act-order", "yes" if quantize.desc_act else "no"),
+            ("Symmetric", "yes" if quantize.sym else "no"),
+            ("Damp %", "" if quantize.damp_percent is None else f"{quantize.damp_percent:g}"),
+            ("Calibration data", _dataset(quantize.dataset)),
+            ("Quantised by", quantize.quantizer or ""),
+        ]
+    rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights" if model.kind != "remote" else "its weights are there"))
+    return rows
+
+
+def of_load(loaded: LoadedModel) -> list[tuple[str, str]]:
+    trained = loaded.model.context_tokens
+    more = f"; trained for {trained}" if trained and trained != loaded.context_tokens else ""
+    reason = f" ({loaded.context_reason}{more})" if loaded.context_reason or more else ""
+    return [("Context", f"{loaded.context_tokens} tokens{reason}"), ("Device", _device(loaded.device))]
+
+
+def _family(model: LocalModel) -> str:
+    return model.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+
+
+def _dataset(dataset: str | None) -> str:
+    """Its name; a local path says nothing to anybody else and is not shown."""
+    return dataset if dataset and not Path(dataset).is_absolute() else ""
+
+
+def _device(device: str) -> str:
+    if device.startswith("cuda"):
+        return f"graphics card ({device})"
+    return "processor" if device == "cpu" else device
