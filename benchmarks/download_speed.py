@@ -1,4 +1,4 @@
-"""Downloads at full size, on loopback: cuts, kills, speed and memory. `python benchmarks/download_speed.py [cut|kill|speed|memory]`
+"""Downloads at full size, on loopback: `python benchmarks/download_speed.py [cut|kill|speed|memory]`
 
 The server is tests/hub_server.py in a process of its own, the client the real command. Needs 3 GB of disk
 (20 GB for `memory`), a quiet machine for `speed`, and `hf` (huggingface-hub) beside this Python to compare with.

@@ -218,8 +218,8 @@ class Hub:
             return refused or HubUnreachable(_busy(endpoint, response.status_code))
         if isinstance(error, ValueError):
             return HubUnreachable(
-                f"{hub_request.host_of(endpoint)} sent an answer that cannot be read: it was cut short, or it comes from something in "
-                "between, such as the login page of a network. Try again."
+                f"{hub_request.host_of(endpoint)} sent an answer that cannot be read: it was cut short, or it comes "
+                "from something in between, such as the login page of a network. Try again."
             )
         return hub_request.unreachable(endpoint, error)
 

@@ -79,9 +79,11 @@ def test_a_card_newer_than_the_compiler_gets_code_that_the_driver_translates(tmp
 @pytest.mark.parametrize(
     ("name", "structure"),
     [
-        ("RepackArguments", cuda_kernels.Repack), ("UnpackArguments", cuda_kernels.Unpack), ("GemvArguments", cuda_kernels.Gemv),
+        ("RepackArguments", cuda_kernels.Repack), ("UnpackArguments", cuda_kernels.Unpack),
+        ("GemvArguments", cuda_kernels.Gemv),
         ("HeadArguments", cuda_kernels.Head), ("EmbedArguments", cuda_kernels.Embed), ("NormArguments", cuda_kernels.Norm),
-        ("SiluArguments", cuda_kernels.Silu), ("AttentionArguments", cuda_kernels.Attention), ("RopeArguments", cuda_kernels.Rope),
+        ("SiluArguments", cuda_kernels.Silu), ("AttentionArguments", cuda_kernels.Attention),
+        ("RopeArguments", cuda_kernels.Rope),
         ("GatherArguments", cuda_kernels.Gather), ("SampleArguments", cuda_kernels.Sample),
     ],
 )  # fmt: skip

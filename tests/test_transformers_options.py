@@ -1,4 +1,4 @@
-"""loaders/transformers/transformers_options.py and what the loader makes of it: attention, places, a model's own code only when asked for."""
+"""loaders/transformers/transformers_options.py: attention, devices, and a model's own code only with consent."""
 
 import json
 import threading

@@ -38,8 +38,8 @@ def _structure(name: str, fields: str) -> type[ctypes.Structure]:
 Repack = _structure("Repack", "p3 sources, i3 widths, p columns, p order, p out, i tiles, i chunks")
 Gemv = _structure(
     "Gemv",
-    "p weights, p scales, p x, p norm, p bias, p out, p residual, p permutation, i n, i tiles, i chunks, i groups, i unit_to_group, "
-    "i k, f eps",
+    "p weights, p scales, p x, p norm, p bias, p out, p residual, p permutation, i n, i tiles, i chunks, i groups, "
+    "i unit_to_group, i k, f eps",
 )
 SmallBatch = _structure(
     "SmallBatch", "p weights, p scales, p x, p bias, p out, p residual, i n, i tiles, i chunks, i groups, i unit_to_group, i rows"
@@ -51,8 +51,8 @@ Norm = _structure("Norm", "p residual, p rest, p norm, p out, p order, i k, i pa
 Silu = _structure("Silu", "p gate_up, p out, i inner, i padded")
 Attention = _structure(
     "Attention",
-    "p qkv, p pages, p positions, p cosines, p sines, p q_norm, p k_norm, p out, p permutation, p partial, p done, q layer_bytes, "
-    "i heads, i kv_heads, i max_pages, i padded, i window, i rotary_half, i head_blocks, f eps, f scale",
+    "p qkv, p pages, p positions, p cosines, p sines, p q_norm, p k_norm, p out, p permutation, p partial, p done, "
+    "q layer_bytes, i heads, i kv_heads, i max_pages, i padded, i window, i rotary_half, i head_blocks, f eps, f scale",
 )
 Rope = _structure(
     "Rope",

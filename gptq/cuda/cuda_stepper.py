@@ -80,7 +80,7 @@ class CudaStepper(Stepper):
         return hidden
 
     def step(self, memory: Memory, id: int) -> Tensor:
-        """As above, in row 0: no answer may be drawn beside it (loaders/contract/worker.py gives such callers the thread alone)."""
+        """As above, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
         assert isinstance(memory, PagedMemory)
         self._step.use(memory, memory.length + 1)
         self._step.ids[0] = id
