@@ -1,12 +1,9 @@
-"""Figures for Prometheus at /metrics, under the names TGI gives them where it has one.
+"""Figures for Prometheus at /metrics, under the names that TGI gives them where it has one."""
 
-The text format is a few lines; a client library would add `_total` to TGI's names.
-"""
+import re
+from collections.abc import Callable, Mapping
 
-import threading
-import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ..core.chat import Finish
 
@@ -15,101 +12,61 @@ _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _PER_TOKEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class Histogram:
-    def __init__(self, name: str, help: str, bounds: Iterable[float]) -> None:
-        self.name, self.help, self.bounds = name, help, tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def lines(self) -> Iterable[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} histogram"
-        total = 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            total += count
-            yield f'{self.name}_bucket{{le="{"+Inf" if bound == float("inf") else f"{bound:g}"}"}} {total}'
-        yield f"{self.name}_sum {self.sum:.6g}"
-        yield f"{self.name}_count {total}"
-
-
 class Metrics:
-    """Counts what happened; `gauges` are asked when somebody looks. Safe from several threads."""
+    """Counts events. The functions in `gauges`, by name with a help text, are called for each report. Thread-safe."""
 
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]] | None = None) -> None:
-        self._lock = threading.Lock()
-        self._gauges = dict(gauges or {})
-        self._began = time.time()
-        self._asked: dict[str, int] = {}  # by protocol
-        self._failed: dict[str, int] = {}  # by kind of problem
-        self._success = self._cancelled = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
-        self._duration = Histogram("tgi_request_duration", "Seconds from asking to the last token.", _SECONDS)
-        self._queued = Histogram("tgi_request_queue_duration", "Seconds in the line.", _SECONDS)
-        self._inference = Histogram("tgi_request_inference_duration", "Seconds of computing.", _SECONDS)
-        self._per_token = Histogram("tgi_request_mean_time_per_token_duration", "Seconds a token of one answer.", _PER_TOKEN)
-        self._first = Histogram("gptq_webui_time_to_first_token_seconds", "Seconds from asking to the first token.", _SECONDS)
-        self._input = Histogram("tgi_request_input_length", "Tokens of the prompt.", _TOKENS)
-        self._generated = Histogram("tgi_request_generated_tokens", "Tokens of the answer.", _TOKENS)
+        disable_created_metrics()  # otherwise each counter and histogram adds a `_created` line, which TGI does not have
+        self._registry = registry = CollectorRegistry()
+        self._asked = Counter("tgi_request_count", "Requests for an answer, by protocol.", ["protocol"], registry=registry)
+        self._failed = Counter("tgi_request_failure", "Requests that got an error, by kind.", ["err"], registry=registry)
+
+        def counter(name: str, help: str) -> Counter:
+            return Counter(name, help, registry=registry)
+
+        def histogram(name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+            return Histogram(name, help, buckets=bounds, registry=registry)
+
+        self._success = counter("tgi_request_success", "Completed answers.")
+        self._cancelled = counter("gptq_webui_request_cancelled", "Answers that the client ended.")
+        self._prompt_tokens = counter("gptq_webui_prompt_tokens", "Tokens of prompts.")
+        self._cached_tokens = counter("gptq_webui_cached_prompt_tokens", "Tokens of prompts that were not computed again.")
+        self._new_tokens = counter("gptq_webui_generated_tokens", "Tokens of answers.")
+        self._duration = histogram("tgi_request_duration", "Seconds from the request to the last token.", _SECONDS)
+        self._queued = histogram("tgi_request_queue_duration", "Seconds in the queue.", _SECONDS)
+        self._inference = histogram("tgi_request_inference_duration", "Seconds of computing.", _SECONDS)
+        self._per_token = histogram("tgi_request_mean_time_per_token_duration", "Mean seconds per token.", _PER_TOKEN)
+        self._first = histogram("gptq_webui_time_to_first_token_seconds", "Seconds to the first token.", _SECONDS)
+        self._input = histogram("tgi_request_input_length", "Tokens of the prompt.", _TOKENS)
+        self._generated = histogram("tgi_request_generated_tokens", "Tokens of the answer.", _TOKENS)
+        for name, (help, value) in (gauges or {}).items():
+            Gauge(name, help, registry=registry).set_function(value)
 
     def asked(self, protocol: str) -> None:
-        with self._lock:
-            self._asked[protocol] = self._asked.get(protocol, 0) + 1
+        self._asked.labels(protocol).inc()
 
     def failed(self, kind: str) -> None:
-        with self._lock:
-            self._failed[kind] = self._failed.get(kind, 0) + 1
+        self._failed.labels(kind).inc()
 
     def answered(self, finish: Finish, queue_s: float, total_s: float) -> None:
-        with self._lock:
-            self._prompt_tokens += finish.prompt_tokens
-            self._cached_tokens += finish.cached_tokens
-            self._new_tokens += finish.new_tokens
-            if finish.reason == "cancelled":
-                self._cancelled += 1
-                return
-            self._success += 1
-            self._duration.add(total_s)
-            self._queued.add(queue_s)
-            self._inference.add(finish.prefill_s + finish.generate_s)
-            self._first.add(queue_s + finish.first_token_s)
-            self._input.add(finish.prompt_tokens)
-            self._generated.add(finish.new_tokens)
-            if finish.new_tokens:
-                self._per_token.add((finish.prefill_s + finish.generate_s) / finish.new_tokens)
+        self._prompt_tokens.inc(finish.prompt_tokens)
+        self._cached_tokens.inc(finish.cached_tokens)
+        self._new_tokens.inc(finish.new_tokens)
+        if finish.reason == "cancelled":
+            self._cancelled.inc()
+            return
+        self._success.inc()
+        self._duration.observe(total_s)
+        self._queued.observe(queue_s)
+        self._inference.observe(finish.prefill_s + finish.generate_s)
+        self._first.observe(queue_s + finish.first_token_s)
+        self._input.observe(finish.prompt_tokens)
+        self._generated.observe(finish.new_tokens)
+        if finish.new_tokens:
+            self._per_token.observe((finish.prefill_s + finish.generate_s) / finish.new_tokens)
 
     def text(self) -> str:
-        lines: list[str] = []
-
-        def counter(name: str, help: str, values: Mapping[str, float]) -> None:
-            lines.extend((f"# HELP {name} {help}", f"# TYPE {name} counter"))
-            lines.extend(
-                f"{name}{labels} {value:g}" if value < 1e6 else f"{name}{labels} {int(value)}" for labels, value in values.items()
-            )
-
-        with self._lock:
-            asked = {f'{{protocol="{name}"}}': float(count) for name, count in sorted(self._asked.items())}
-            failed = {f'{{err="{name}"}}': float(count) for name, count in sorted(self._failed.items())}
-            counter("tgi_request_count", "Requests for an answer, by protocol.", asked)
-            counter("tgi_request_success", "Answers that were completed.", {"": self._success})
-            counter("tgi_request_failure", "Requests that got an error, by kind.", failed)
-            counter("gptq_webui_request_cancelled", "Answers that were ended by the one who asked.", {"": self._cancelled})
-            counter("gptq_webui_prompt_tokens", "Tokens of prompts.", {"": self._prompt_tokens})
-            counter("gptq_webui_cached_prompt_tokens", "Of these, not computed again.", {"": self._cached_tokens})
-            counter("gptq_webui_generated_tokens", "Tokens of answers.", {"": self._new_tokens})
-            histograms = (
-                self._duration,
-                self._queued,
-                self._inference,
-                self._per_token,
-                self._first,
-                self._input,
-                self._generated,
-            )
-            for each in histograms:
-                lines.extend(each.lines())
-        for name, (help, value) in self._gauges.items():
-            lines.extend((f"# HELP {name} {help}", f"# TYPE {name} gauge", f"{name} {value():.10g}"))
-        return "\n".join(lines) + "\n"
+        """The report in Prometheus' text format."""
+        report = generate_latest(self._registry).decode()
+        # The library ends every counter's name in `_total`, a custom collector's too; TGI's dashboards ask for the bare names.
+        return re.sub(r"^((?:# (?:HELP|TYPE) )?\w+)_total\b", r"\1", report, flags=re.MULTILINE)
