@@ -90,9 +90,10 @@ class Guard:
             await _answer(send, 413, f"The body has {int(length):,} bytes; at most {limit:,} are taken.", headers)
             return
         if api and scope["method"] not in ("GET", "HEAD"):
-            body = await _body(receive, limit)
-            if isinstance(body, str):
-                await _answer(send, 408 if body.startswith("The body did") else 413, body, headers)
+            try:
+                body = await _body(receive, limit)
+            except _BodyRefused as refusal:
+                await _answer(send, refusal.status, str(refusal), headers)
                 return
             if body is None:
                 return  # it left before it had said all
@@ -161,8 +162,14 @@ def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
-async def _body(receive: Receive, limit: int) -> bytes | str | None:
-    """The whole body; a sentence if it is too large or too slow; None if the client left."""
+class _BodyRefused(Exception):
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+async def _body(receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None if the client left. Raises _BodyRefused for one that is too large or too slow."""
     pieces: list[bytes] = []
     size = 0
     try:
@@ -174,12 +181,12 @@ async def _body(receive: Receive, limit: int) -> bytes | str | None:
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > limit:
-                    return f"The body has more than the {limit:,} bytes that are taken."
+                    raise _BodyRefused(413, f"The body has more than the {limit:,} bytes that are taken.")
                 pieces.append(piece)
                 if not message.get("more_body"):
                     return b"".join(pieces)
     except TimeoutError:
-        return f"The body did not arrive within {_BODY_S:.0f} seconds."
+        raise _BodyRefused(408, f"The body did not arrive within {_BODY_S:.0f} seconds.") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

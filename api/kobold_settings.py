@@ -15,6 +15,7 @@ KOBOLDCPP = "1.76"
 
 _TYPES: dict[Kind, tuple[int, str]] = {
     "failed": (500, "server_error"),
+    "no_memory": (507, "out_of_memory.gpu.cuda"),
     "overloaded": (503, "server_busy"),
     "not_loaded": (503, "service_unavailable"),
     "busy": (503, "service_unavailable"),
@@ -44,8 +45,6 @@ def error_of(problem: Problem) -> Response:
     """United lists what is wrong by field; anything else is a message with a type."""
     if problem.kind in _TYPES:
         status, kind = _TYPES[problem.kind]
-        if "out of memory" in problem.message or "not enough memory" in problem.message:
-            status, kind = 507, "out_of_memory.gpu.cuda"
         return Json({"detail": {"msg": problem.message, "type": kind}}, status)
     return Json({"detail": problem.fields or {"prompt": [problem.message]}}, 422)
 

@@ -21,6 +21,7 @@ from ..core.errors import (
     PromptTooLong,
     QueueFull,
 )
+from ..loaders.machine.memory_fit import is_out_of_memory
 
 Kind = Literal[
     "invalid",  # a field is not what it should be
@@ -34,6 +35,7 @@ Kind = Literal[
     "not_loaded",
     "busy",  # a model is being loaded or unloaded
     "failed",  # the model broke
+    "no_memory",  # the model, or an answer, does not fit into the memory
     "elsewhere",  # the Hub, or a download
 ]
 
@@ -49,6 +51,7 @@ STATUS: dict[Kind, int] = {
     "not_loaded": 503,
     "busy": 503,
     "failed": 500,
+    "no_memory": 500,
     "elsewhere": 502,
 }
 
@@ -88,9 +91,11 @@ class Problem(Exception):
 
 
 def of_error(error: GptqWebuiError) -> Problem:
-    kind = next((kind for family, kind in _KINDS if isinstance(error, family)), "failed")
+    kind: Kind = next((kind for family, kind in _KINDS if isinstance(error, family)), "failed")
+    if kind == "failed" and is_out_of_memory(error):
+        kind = "no_memory"
     message = "There is no model of that name on this server." if isinstance(error, NoSuchModel) else str(error)
-    return Problem(kind, message)  # type: ignore[arg-type]
+    return Problem(kind, message, error.field if isinstance(error, BadParameter) else None)
 
 
 def of_validation(errors: Sequence[Any]) -> Problem:

@@ -141,7 +141,7 @@ class Service:
         try:
             return GenerationParams(**values)
         except BadParameter as error:
-            raise Problem("invalid", str(error), str(error).split(" ", 1)[0]) from None
+            raise Problem("invalid", str(error), error.field) from None
 
     def ignore(self, protocol: str, names: Iterable[str]) -> None:
         """Say once for each name that it is not obeyed."""

@@ -30,6 +30,7 @@ from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse,
 PROTOCOL = "tgi"
 _TYPES: dict[Kind, tuple[int, str]] = {
     "failed": (424, "generation"),
+    "no_memory": (424, "generation"),
     "overloaded": (429, "overloaded"),
     "not_loaded": (503, "generation"),
     "busy": (503, "generation"),

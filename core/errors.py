@@ -63,11 +63,16 @@ class HubUnreachable(HubError):
 
 
 class WrongRepository(HubError):
-    """`sister` is the same model as GPTQ, "owner/name", once somebody has seen that it exists."""
+    """`candidates` are repositories that may hold the same model as GPTQ; `sister` is the one that exists, "owner/name"."""
 
-    def __init__(self, text: str, candidates: tuple[str, ...] = (), sister: str = "") -> None:
-        super().__init__(text)
-        self.candidates, self.sister = candidates, sister
+    def __init__(self, found: str, candidates: tuple[str, ...] = (), sister: str = "") -> None:
+        sentences = [found]
+        if sister:
+            sentences.append(f"The same model as GPTQ: {sister}.")
+        elif candidates:
+            sentences.append(f"A GPTQ sister may be {' or '.join(candidates)}.")
+        super().__init__(" ".join(sentences))
+        self.found, self.candidates, self.sister = found, candidates, sister
 
 
 class DiskFull(HubError):
@@ -129,7 +134,11 @@ class PromptTooLong(GptqWebuiError):
 
 
 class BadParameter(GptqWebuiError):
-    pass
+    """`field` is the parameter at fault, None if it is not one of them."""
+
+    def __init__(self, text: str, field: str | None = None) -> None:
+        super().__init__(text)
+        self.field = field
 
 
 class Busy(GptqWebuiError):

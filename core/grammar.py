@@ -23,7 +23,8 @@ class Grammar:
     def __post_init__(self) -> None:
         if len(self.text) > _LONGEST[self.kind]:
             raise BadParameter(
-                f"grammar: {self.words} may have up to {_LONGEST[self.kind]:,} characters; found {len(self.text):,}."
+                f"grammar: {self.words} may have up to {_LONGEST[self.kind]:,} characters; found {len(self.text):,}.",
+                "grammar",
             )
 
     @property

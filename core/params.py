@@ -81,7 +81,7 @@ class GenerationParams:
         for name, limits, value in self.limits(self):
             if name == "stop":
                 if isinstance(value, str) or not all(isinstance(each, str) and each for each in value):
-                    raise BadParameter(f"stop must be a list of texts, none of them empty; found {value!r}.")
+                    raise BadParameter(f"stop must be a list of texts, none of them empty; found {value!r}.", name)
                 object.__setattr__(self, "stop", tuple(value))
                 continue
             if name == "logit_bias":
@@ -89,17 +89,17 @@ class GenerationParams:
                 continue
             if name == "grammar":
                 if value is not None and not isinstance(value, Grammar):
-                    raise BadParameter(f"grammar must be a Grammar; found {value!r}.")
+                    raise BadParameter(f"grammar must be a Grammar; found {value!r}.", name)
                 continue
             if value is None and name in _OPTIONAL:
                 continue
             whole = isinstance(getattr(type(self), name), int) or name in _OPTIONAL
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise BadParameter(f"{name} must be a number; found {value!r}.")
+                raise BadParameter(f"{name} must be a number; found {value!r}.", name)
             if whole and value != int(value):
-                raise BadParameter(f"{name} must be a whole number; found {value!r}.")
+                raise BadParameter(f"{name} must be a whole number; found {value!r}.", name)
             if not limits.low <= value <= limits.high:
-                raise BadParameter(f"{name} must be between {limits.low:g} and {limits.high:g}; found {value!r}.")
+                raise BadParameter(f"{name} must be between {limits.low:g} and {limits.high:g}; found {value!r}.", name)
             object.__setattr__(self, name, int(value) if whole else float(value))
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
@@ -125,12 +125,13 @@ def _bias(value: Any, limits: Limits) -> tuple[tuple[int, float], ...]:
     try:
         pairs = sorted((int(id), float(bias)) for id, bias in (value.items() if isinstance(value, Mapping) else value))
     except (TypeError, ValueError):
-        raise BadParameter(f"logit_bias must be pairs of token id and number; found {value!r}.") from None
+        raise BadParameter(f"logit_bias must be pairs of token id and number; found {value!r}.", "logit_bias") from None
     for id, bias in pairs:
         if id < 0 or not limits.low <= bias <= limits.high:
             raise BadParameter(
                 f"logit_bias must be pairs of token id and a number between {limits.low:g} and {limits.high:g}; "
-                f"found {id}: {bias:g}."
+                f"found {id}: {bias:g}.",
+                "logit_bias",
             )
     return tuple(pairs)
 

@@ -69,7 +69,9 @@ class Sampler:
         if self._bias is not None:
             last = params.logit_bias[-1][0]
             if last >= scores.shape[1]:
-                raise BadParameter(f"logit_bias names token {last}; the model's tokens are 0 to {scores.shape[1] - 1}.")
+                raise BadParameter(
+                    f"logit_bias names token {last}; the model's tokens are 0 to {scores.shape[1] - 1}.", "logit_bias"
+                )
             scores = self._bias(ids, scores)
         recent = ids[:, -params.repetition_range :]  # a range of 0 is all of them
         scores = self._repetition(recent, scores)  # type: ignore[arg-type]

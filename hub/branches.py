@@ -105,8 +105,7 @@ def with_sister(error: WrongRepository, hub: Hub) -> WrongRepository:
     """The same refusal, knowing whether the GPTQ sister that it supposes is there."""
     for candidate in error.candidates:
         if hub.exists(candidate):
-            text = str(error).partition(" A GPTQ sister")[0]
-            return WrongRepository(f"{text} The same model as GPTQ: {candidate}.", error.candidates, candidate)
+            return WrongRepository(error.found, error.candidates, candidate)
     return error
 
 

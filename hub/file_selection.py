@@ -204,8 +204,7 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
         return WrongRepository(f"{found} Nothing was downloaded.")
     sister = _ENDING.sub("", name) + "-GPTQ"
     candidates = tuple(dict.fromkeys(f"{each}/{sister}" for each in (owner, "TheBloke")))
-    text = f"{found} Nothing was downloaded. A GPTQ sister may be {' or '.join(candidates)}."
-    return WrongRepository(text, candidates)
+    return WrongRepository(f"{found} Nothing was downloaded.", candidates)
 
 
 def _no_weights(listing: Listing) -> str:
