@@ -19,8 +19,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Print it. With --model, the loaders are asked about that model; else about what most GPTQ models are."""
     engine = make_engine(options)
     find_elsewhere(engine, options)
-    head, _loaders, _rest = support_report.report(engine).partition("\nloaders:\n")
-    print(head.rstrip())
+    print(support_report.machine())
     if banner := torch_banner():
         print("\n" + banner)
     if options.model:

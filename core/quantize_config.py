@@ -89,6 +89,7 @@ class QuantizeConfig:
         in_config = read_json(folder / "config.json").get("quantization_config")
         in_config = in_config if isinstance(in_config, dict) else {}
         notes: list[str] = []
+        is_guess = False
         merged = {**in_config, **{key: value for key, value in from_file.items() if value is not None}}
         for key in ("bits", "group_size", "desc_act", "sym"):
             if key in from_file and key in in_config and from_file[key] != in_config[key]:
@@ -99,9 +100,9 @@ class QuantizeConfig:
             if not tensors:
                 raise
             notes.append(f"read from the tensors: {error}")
-            config = cls(bits=4)
+            config, is_guess = cls(bits=4), True
         if tensors:
-            config = _check(config, tensors, notes)
+            config = _check(config, tensors, notes, is_guess)
         return dataclasses.replace(config, notes=tuple(notes))
 
     @property
@@ -112,7 +113,12 @@ class QuantizeConfig:
         return ", ".join(parts)
 
 
-def _check(config: QuantizeConfig, tensors: Mapping[str, tuple[Path, TensorInfo]], notes: list[str]) -> QuantizeConfig:
+def _check(
+    config: QuantizeConfig,
+    tensors: Mapping[str, tuple[Path, TensorInfo]],
+    notes: list[str],
+    is_guess: bool,  # no file says what `config` says: nothing to note where the tensors differ
+) -> QuantizeConfig:
     layers = [name[: -len(".qweight")] for name in tensors if name.endswith(".qweight")]
     layers = [name for name in layers if f"{name}.scales" in tensors and f"{name}.qzeros" in tensors]
     if not layers:
@@ -134,7 +140,7 @@ def _check(config: QuantizeConfig, tensors: Mapping[str, tuple[Path, TensorInfo]
         notes.append(f"the settings say {config.bits} bits, the tensors have {int(bits_found)}")
         config = dataclasses.replace(config, bits=int(bits_found))
     if len(seen_groups) == 1 and (group := seen_groups.pop()) != config.group_size:
-        if not any(note.startswith("read from") for note in notes):
+        if not is_guess:
             notes.append(f"the settings say group_size {config.group_size}, the tensors have {group}")
         config = dataclasses.replace(config, group_size=group)
     first = min(layers)

@@ -38,10 +38,15 @@ _IN_ADDRESSES = re.compile(r"(https?://)[^/\s:@]+:[^/\s@]+@")
 
 def report(engine: Loads) -> str:
     """Plain text, ready to paste."""
-    return without_secrets("\n".join(_lines(engine)).rstrip() + "\n")
+    return without_secrets("\n".join([*_machine(), "", *_state(engine)]).rstrip() + "\n")
 
 
-def _lines(engine: Loads) -> Iterator[str]:
+def machine() -> str:
+    """The part about the machine alone."""
+    return without_secrets("\n".join(_machine()))
+
+
+def _machine() -> Iterator[str]:
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     yield f"gptq-webui {__version__} · Python {platform.python_version()} · {system}"
     machine = look()
@@ -57,7 +62,9 @@ def _lines(engine: Loads) -> Iterator[str]:
     if not found:
         yield f"card: {'there is one, but nvidia-smi does not answer' if machine.gpu else 'none'}"
     yield f"memory: {format_bytes(memory_fit.available_ram_bytes())} free; processors: {os.cpu_count()}"
-    yield ""
+
+
+def _state(engine: Loads) -> Iterator[str]:
     yield "loaders:"
     model = engine.loaded.model if engine.loaded is not None else None
     if model is not None:
