@@ -1,0 +1,108 @@
+"""The documents are true where a test can tell: their links, the files and commands they name, and the length of the README."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
+    if path.name != "CHANGELOG.md"  # speaks of earlier versions
+)
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+
+# Files that the documents name and that are not in this repository: a model's, the user's, the host's.
+OTHERS = {
+    "README.md", "config.json", "quantize_config.json", "model.safetensors", "gptq_model-4bit-128g.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "settings.yaml", "settings.json", "gptq_webui.zip", "CMD_FLAGS.txt",
+    "user_data/CMD_FLAGS.txt", "cmd_linux.sh", "server.py",
+}  # fmt: skip
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked() -> set[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return {each for each in listed.split("\0") if each}
+
+
+def anchors(path: Path) -> set[str]:
+    """GitHub's anchors of the headings of a file."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def named_files(text: str) -> list[str]:
+    """The files and folders of this repository in backticks: `core/params.py`, `gptq/cuda/`, `loaders/choose.py:ORDER`."""
+    found = re.findall(r"`([\w.\-/<>]+?)(?:[:#][\w.]+)?(?:\(\))?`", FENCE.sub("", text))
+    endings = r"\.(py|cu|md|toml|json|txt|yaml|zip|sh|png|jinja|safetensors)$"
+    return [each for each in found if re.search(endings, each) or re.fullmatch(r"[\w.\-/]+/", each)]
+
+
+def commands(text: str) -> list[str]:
+    """The lines of blocks of code, and what is in backticks, that begin with our command."""
+    blocks = FENCE.findall(text) + re.findall(r"^ {4,}(.+)$", text, re.M)
+    lines = [line.strip() for block in blocks for line in re.split(r"\n|&&", block)] + re.findall(r"`([^`\n]+)`", text)
+    return [line for line in lines if re.match(r"gptq-webui( |$)", line)]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text(encoding="utf-8"))):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = unquote(link).partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_files_that_are_named_exist(path):
+    files = tracked()
+    known = files | {f"{parent.as_posix()}/" for each in files for parent in Path(each).parents}
+    named = [each for each in named_files(path.read_text(encoding="utf-8")) if each not in OTHERS and "<" not in each]
+    # A bare name is enough: no two files have one.
+    missing = [each for each in named if each not in known and not any(file.endswith(f"/{each}") for file in known)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_commands_are_understood(path, capsys):
+    from gptq_webui.app.cli import COMMANDS, _parser
+
+    for line in commands(path.read_text(encoding="utf-8")):
+        words = shlex.split(line, comments=True)[1:]
+        if words and words[0] == "COMMAND":
+            words[0] = "serve"
+        if not words or (words[0] not in COMMANDS and words[0] not in ("--help", "--version")):
+            words.insert(0, "serve")
+        try:
+            _parser().parse_args([each for each in words if each != "…"])
+        except SystemExit as end:
+            assert not end.code, f"{line}: {capsys.readouterr().err}"
+
+
+def test_the_rules_find_what_they_look_for():
+    assert named_files("`core/params.py` and `gptq/cuda/`, `loaders/choose.py:ORDER`, `model.generate()`, `owner/name`") == [
+        "core/params.py",
+        "gptq/cuda/",
+        "loaders/choose.py",
+    ]
+    assert commands("    gptq-webui ask x\n\n`gptq-webui doctor`\n\n```\npip install x && gptq-webui --demo\n```\n") == [
+        "gptq-webui --demo",
+        "gptq-webui ask x",
+        "gptq-webui doctor",
+    ]
+    assert "what-loads" in anchors(ROOT / "README.md")
