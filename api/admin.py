@@ -90,7 +90,8 @@ def build(service: Service) -> APIRouter:
         name = service.find(asked.model_name)
         options = options_of({**(asked.options or {}), "max_seq_len": asked.max_seq_len})
         service.ignore("load", asked.unknown())
-        service.engine.choose(service.engine.library.get(name), asked.loader, options)  # what is refused has its status
+        model = service.engine.library.get(name)
+        service.engine.planner.choose(model, asked.loader, options)  # a refusal has its own status
         return StreamingResponse(_load(service, name, asked, options), media_type="text/event-stream")
 
     @router.post("/v1/model/unload")

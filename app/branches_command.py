@@ -9,7 +9,7 @@ from typing import Any
 from ..core.model_ref import ModelRef
 from ..core.units import format_bytes
 from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
-from ..engine.available_memory import free_memory
+from ..engine.available_memory import available_memory
 from ..hub.branches import read_branches
 from ..loaders.machine.memory_fit import Memory
 from .engine_commands import make_engine
@@ -23,7 +23,7 @@ def branches(options: argparse.Namespace) -> int:
     """The table on stdout, the advice on stderr; with --json everything on stdout."""
     ref = ModelRef.parse(options.ref)
     engine = make_engine(options)
-    memory = Memory(int(options.memory * 1e9), int(options.memory * 1e9)) if options.memory else free_memory()
+    memory = Memory(int(options.memory * 1e9), int(options.memory * 1e9)) if options.memory else available_memory()
     context = options.context or DEFAULT_CONTEXT_TOKENS
     found = read_branches(engine.library.hub, ref.repo)
     advice = advise(found, engine.loaders, context, memory)

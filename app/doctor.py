@@ -25,7 +25,7 @@ def doctor(options: argparse.Namespace) -> int:
     if options.model:
         model = engine.library.get(options.model)
         print(f"\nLoaders, for {model.name} ({model.badge}):")
-        print("\n".join(lines(engine.survey(model))))
+        print("\n".join(lines(engine.planner.survey(model))))
         return 0
     for bits in (4, 8):
         model = usual_model(bits)

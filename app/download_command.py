@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import BadParameter
 from ..core.model_ref import ModelRef
 from ..engine.advice import fit_of_plan
-from ..engine.available_memory import free_memory
+from ..engine.available_memory import available_memory
 from ..hub import file_selection
 from ..hub.library import Library, Plan
 from ..hub.origins import cache_folder
@@ -39,7 +39,7 @@ def download(options: argparse.Namespace) -> int:
     for note in (plan.summary, *plan.notes):
         _say(options, note)
     if plan.wanted.weights:
-        _say(options, fit_of_plan(plan, engine.loaders, free_memory()).text)
+        _say(options, fit_of_plan(plan, engine.loaders, available_memory()).text)
     bars, cancel, received = Bars(options.quiet), threading.Event(), 0
     try:
         for progress in library.fetch(plan, cancel, **({"at_once": options.max_workers} if options.max_workers else {})):

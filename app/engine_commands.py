@@ -66,7 +66,7 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
 def ask(options: argparse.Namespace) -> int:
     engine = make_engine(options)
     line = _Line()
-    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    engine.slot.watchers.append(lambda status: line.show(_in_line(status)))
     try:
         loaded = _load(engine, options)
         line.end()
@@ -94,7 +94,7 @@ def ask(options: argparse.Namespace) -> int:
 def benchmark(options: argparse.Namespace) -> int:
     engine = make_engine(options)
     line, cancel = _Line(), threading.Event()
-    engine.watchers.append(lambda status: line.show(_in_line(status)))
+    engine.slot.watchers.append(lambda status: line.show(_in_line(status)))
     try:
         _load(engine, options)
         from ..engine.benchmark import measure

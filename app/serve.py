@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
 from ..engine.advice import fit_of_plan, torch_banner
-from ..engine.available_memory import free_memory
+from ..engine.available_memory import available_memory
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
@@ -44,7 +44,7 @@ def serve(options: argparse.Namespace) -> int:
     if engine.settings.warning:
         _tell(engine.settings.warning)
     _tell(f"gptq-webui {__version__} is starting …")
-    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, free_memory(engine.loaded)).text)
+    downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, available_memory(engine.loaded)).text)
     downloads.find_unfinished()
     start = threading.Thread(target=_load_first, args=(engine, downloads, options), name="first load", daemon=True)
     start.start()  # torch and gradio are imported side by side
@@ -159,7 +159,7 @@ def _load_first(engine: Engine, downloads: Downloads, options: argparse.Namespac
         assert engine.loaded is not None
         _tell(f"{engine.loaded.model.name} is loaded.")
     except GptqWebuiError as error:
-        engine.report(str(error))
+        engine.slot.report(str(error))
         _tell(str(error))
 
 

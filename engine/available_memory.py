@@ -13,7 +13,7 @@ from ..loaders.machine.gpus import available_gpu_bytes
 
 def fit_of(model: LocalModel, options: Any, loaded: LoadedModel | None = None) -> memory_fit.Fit:
     """The fit with a loader's options. What `loaded` holds counts as free: it makes room."""
-    return memory_fit.of(model, options, free_memory(loaded))
+    return memory_fit.of(model, options, available_memory(loaded))
 
 
 def has_gpu() -> bool:
@@ -21,7 +21,7 @@ def has_gpu() -> bool:
     return look().cuda and available_gpu_bytes() is not None
 
 
-def free_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
+def available_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
     """Free for a model, what `loaded` holds and what torch will take at its start counted in and out."""
     ram = memory_fit.available_ram_bytes()
     gpu = available_gpu_bytes() if look().cuda else None
@@ -40,7 +40,7 @@ def free_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
 
 def free_bytes(loaded: LoadedModel | None = None) -> int:
     """Of the place where a model would go by itself."""
-    found = free_memory(loaded)
+    found = available_memory(loaded)
     return found.ram if found.gpu is None else found.gpu
 
 

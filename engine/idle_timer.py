@@ -1,4 +1,4 @@
-"""Gives the card back when nobody has used the model for a while. The engine loads it again on use."""
+"""Calls back when the model has not been used for a while, so that its memory can be freed."""
 
 import logging
 import threading
@@ -10,12 +10,15 @@ log = logging.getLogger(__name__)
 _LOOK_S = 5.0
 
 
-class Idle:
-    """Calls `rest` once after `minutes` without a `touch`; 0 minutes never do."""
+class IdleTimer:
+    """Calls `expired` once after `minutes` without a `touch`; 0 minutes: never.
 
-    def __init__(self, rest: Callable[[], object], busy: Callable[[], bool]) -> None:
-        self._rest = rest
-        self._busy = busy  # an answer is being computed: as good as a touch
+    `in_use` counts as a touch. Its thread runs while minutes are set, whatever the callbacks raise.
+    """
+
+    def __init__(self, expired: Callable[[], object], in_use: Callable[[], bool]) -> None:
+        self._expired = expired
+        self._in_use = in_use
         self._minutes = 0.0
         self._touched = time.monotonic()
         self._lock = threading.Lock()
@@ -37,6 +40,7 @@ class Idle:
                 self._thread.start()
 
     def touch(self) -> None:
+        """The model has just been used."""
         self._touched = time.monotonic()
 
     def _watch(self) -> None:
@@ -47,13 +51,21 @@ class Idle:
                     return
                 limit_s = self._minutes * 60
                 self._changed.clear()
-            if self._busy():
+            try:
+                left_s = self._look(limit_s)
+            except Exception:  # a load or unload that runs at this moment; the next look comes soon
+                log.debug("the idle model was not unloaded", exc_info=True)
                 self.touch()
-            left = limit_s - (time.monotonic() - self._touched)
-            if left <= 0:
-                try:
-                    self._rest()
-                except Exception:  # a load that is just being made; the next look will do
-                    log.debug("the model was not unloaded", exc_info=True)
-                self.touch()
-            self._changed.wait(min(_LOOK_S, max(0.05, left if left > 0 else _LOOK_S)))
+                left_s = limit_s
+            self._changed.wait(min(_LOOK_S, max(0.05, left_s)))
+
+    def _look(self, limit_s: float) -> float:
+        """Seconds until the next look."""
+        if self._in_use():
+            self.touch()
+        left_s = limit_s - (time.monotonic() - self._touched)
+        if left_s > 0:
+            return left_s
+        self._expired()
+        self.touch()
+        return _LOOK_S

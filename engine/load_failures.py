@@ -48,7 +48,7 @@ def forget(settings: Settings, model: LocalModel, loader: str | None = None) -> 
         _put(settings, model, left)
 
 
-def place(model: LocalModel) -> dict[str, str]:
+def fingerprint(model: LocalModel) -> dict[str, str]:
     """What a measurement or a failure belongs to: this commit of the model on this machine as it is now."""
     return {"commit": _commit(model), "machine": _machine()}
 
@@ -56,7 +56,7 @@ def place(model: LocalModel) -> dict[str, str]:
 def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
     every = settings.get(_KEY, {})
     entry = every.get(model.name, {}) if isinstance(every, Mapping) else {}
-    if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != place(model):
+    if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != fingerprint(model):
         return {}
     loaders = entry.get("loaders")
     return {name: each for name, each in loaders.items() if isinstance(each, dict)} if isinstance(loaders, Mapping) else {}
@@ -66,7 +66,7 @@ def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any
     every = settings.get(_KEY, {})
     every = dict(every) if isinstance(every, Mapping) else {}
     every.pop(model.name, None)
-    settings.put(_KEY, every | ({model.name: {**place(model), "loaders": loaders}} if loaders else {}))
+    settings.put(_KEY, every | ({model.name: {**fingerprint(model), "loaders": loaders}} if loaders else {}))
 
 
 def _commit(model: LocalModel) -> str:

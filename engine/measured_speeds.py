@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ..core.chat import Finish
 from ..core.models import LocalModel
-from .load_failures import place
+from .load_failures import fingerprint
 from .settings import Settings
 
 _KEY = "speeds"
@@ -20,10 +20,10 @@ _FULL_BYTES = 400_000_000  # a card with less than this free is full
 
 
 def measured(settings: Settings, model: LocalModel, at: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Loader -> its best tokens/s with this commit of the model on this machine (`at`: what `place` says, if known)."""
+    """Loader -> its best tokens/s with this commit of the model on this machine (`at`: what `fingerprint` returns, if known)."""
     every = settings.get(_KEY, {})
     entry = every.get(model.name) if isinstance(every, Mapping) else None
-    if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != (at or place(model)):
+    if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != (at or fingerprint(model)):
         return {}
     found = entry.get("loaders")
     numbers = found.items() if isinstance(found, Mapping) else ()

@@ -1,6 +1,6 @@
-"""What to do where memory lacks: a smaller context, an 8-bit cache, a smaller branch. Each is one click.
+"""What helps when memory is not enough: a smaller context, an 8-bit cache, a smaller branch. Each is one click.
 
-They are made from what was tried, so each says what it would do, or why it can do nothing.
+Each remedy says what it would do, or why it can do nothing for this model.
 """
 
 import json
@@ -13,6 +13,7 @@ from ..core.models import MARKER, LocalModel
 from ..core.units import format_bytes
 from ..loaders.contract.base import Loader
 from ..loaders.machine import memory_fit
+from .load_request import LoadRequest
 
 Kind = Literal["context", "cache", "branch"]
 CONTEXT_OPTIONS = ("context_tokens", "max_seq_len")  # a loader has its users' name for it
@@ -22,39 +23,32 @@ _LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A load that was asked for: enough to ask for it again."""
-
-    model: LocalModel
-    loader: str | None  # None: automatic
-    options: Mapping[str, Any] = field(default_factory=dict)  # given beside what is saved
-
-
-@dataclass(frozen=True)
 class Remedy:
     kind: Kind
     label: str  # of its button
-    options: Mapping[str, Any] = field(default_factory=dict)  # that the same model is loaded with
-    name: str = ""  # of another model that is loaded instead
-    repo: str = ""  # whose branches are to be looked at
+    options: Mapping[str, Any] = field(default_factory=dict)  # to load the same model with
+    name: str = ""  # another model to load instead
+    repo: str = ""  # a repository whose branches the user should look at
     cannot: str = ""  # why it can do nothing here
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Memory was not enough: told in words, with what may help."""
+    """A load or an answer for which memory was not enough, and what may help."""
 
     text: str
-    asked: Asked
+    request: LoadRequest
     remedies: tuple[Remedy, ...]
 
 
-def remedies(asked: Asked, loader: Loader, options: Any, context_tokens: int, models: Sequence[LocalModel]) -> tuple[Remedy, ...]:
-    """For a load that failed, or is too slow, with these options and this context; `models` are those on disk."""
+def remedies(
+    request: LoadRequest, loader: Loader, options: Any, context_tokens: int, models: Sequence[LocalModel]
+) -> tuple[Remedy, ...]:
+    """For a load that failed or is too slow with these options and this context. `models` are those on disk."""
     return (
-        _context(asked.model, loader, options, context_tokens),
-        _cache(asked.model, loader, options),
-        _branch(asked.model, models),
+        _context(request.model, loader, options, context_tokens),
+        _cache(request.model, loader, options),
+        _branch(request.model, models),
     )
 
 
@@ -99,7 +93,7 @@ def _branch(model: LocalModel, models: Sequence[LocalModel]) -> Remedy:
 
 
 def repo_of(model: LocalModel) -> str:
-    """owner/name a folder was downloaded from, as its marker says; "" if it does not."""
+    """The owner/name that a folder was downloaded from, by its marker; "" if unknown."""
     try:
         ref = str(json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("ref") or "")
     except (OSError, ValueError, AttributeError):

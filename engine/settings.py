@@ -12,11 +12,13 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def config_folder() -> Path:
@@ -46,8 +48,7 @@ class Settings:
     @property
     def models_folders(self) -> list[Path]:
         """Folders to look for models in; new ones are downloaded into the first."""
-        found = self._values.get("models_folders", [])
-        folders = [Path(each) for each in found if isinstance(each, str)] if isinstance(found, list) else []
+        folders = [Path(each) for each in self.get("models_folders", []) if isinstance(each, str)]
         return folders or [default_models_folder()]
 
     @models_folders.setter
@@ -56,7 +57,7 @@ class Settings:
 
     @property
     def last_model(self) -> str:
-        return str(self._values.get("last_model", ""))
+        return self.get("last_model", "")
 
     @last_model.setter
     def last_model(self, name: str) -> None:
@@ -72,22 +73,26 @@ class Settings:
 
     def for_model(self, name: str) -> dict[str, Any]:
         """What was saved for a model: loader, its options, chat template, sampling. Empty if nothing was."""
-        found = self._values.get("models", {}).get(name, {})
+        found = self.get("models", {}).get(name)
         return dict(found) if isinstance(found, dict) else {}
 
     def save_for_model(self, name: str, **values: Any) -> None:
         """Merge into what is saved for a model; a value of None takes the key out."""
         with self._lock:
             self._values = self._read() or self._values  # another process may have saved meanwhile
-            models = {**self._values.get("models", {})}
+            models = dict(self.get("models", {}))
             before = models.get(name)
             merged = {**(before if isinstance(before, dict) else {}), **values}
             models[name] = {key: value for key, value in merged.items() if value is not None}
             self._values = {**self._values, "models": models}
             self._write()
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
+    def get(self, key: str, default: T) -> T:
+        """The value of a key; the default if it is missing or of another type (an int may be a float, never a bool)."""
+        value = self._values.get(key, default)
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        return value if type(value) is type(default) else default
 
     def put(self, key: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
@@ -100,7 +105,7 @@ class Settings:
     def _read(self) -> dict[str, Any]:
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or not isinstance(values.get("models", {}), dict):
+            if not isinstance(values, dict):
                 raise ValueError("it holds no settings")
             return values
         except FileNotFoundError:

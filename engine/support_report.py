@@ -21,7 +21,7 @@ from ..loaders.contract.base import LoadedModel
 from ..loaders.machine import memory_fit
 from ..loaders.machine.capabilities import look
 from ..loaders.machine.gpus import gpus
-from .loads import Loads
+from .engine import Engine
 from .saved_options import default
 
 _PACKAGES = (
@@ -36,7 +36,7 @@ _HOMES = re.compile(r"(?i)([a-z]:[\\/]+users[\\/]+|/home/|/Users/)([^/\\\n\"',:]
 _IN_ADDRESSES = re.compile(r"(https?://)[^/\s:@]+:[^/\s@]+@")
 
 
-def report(engine: Loads) -> str:
+def report(engine: Engine) -> str:
     """Plain text, ready to paste."""
     return without_secrets("\n".join([*_machine(), "", *_state(engine)]).rstrip() + "\n")
 
@@ -64,11 +64,11 @@ def _machine() -> Iterator[str]:
     yield f"memory: {format_bytes(memory_fit.available_ram_bytes())} free; processors: {os.cpu_count()}"
 
 
-def _state(engine: Loads) -> Iterator[str]:
+def _state(engine: Engine) -> Iterator[str]:
     yield "loaders:"
     model = engine.loaded.model if engine.loaded is not None else None
     if model is not None:
-        for row in engine.survey(model):
+        for row in engine.planner.survey(model):
             state = str(row.refusal) if row.refusal is not None else "can" + (f"; {row.note}" if row.note else "")
             yield f"  {row.loader}: {state}" + (f" (chosen: {row.reason})" if row.chosen else "")
     else:
@@ -77,12 +77,12 @@ def _state(engine: Loads) -> Iterator[str]:
     yield f"state: {engine.status.phase}" + (f" ({engine.status.text})" if engine.status.text else "")
     if engine.loaded is not None and engine.choice is not None:
         yield from _of_model(engine.loaded, engine.choice)
-    elif engine.fit is not None:
-        yield f"last load: {engine.fit}"
-    if engine.last_error:
+    elif engine.slot.fit is not None:
+        yield f"last load: {engine.slot.fit}"
+    if engine.recovery.last_error:
         yield ""
         yield "last error:"
-        yield engine.last_error
+        yield engine.recovery.last_error
 
 
 def _of_model(loaded: LoadedModel, choice: Choice) -> Iterator[str]:

@@ -19,7 +19,7 @@ _PIECE = re.compile(r"\s?\w{1,5}|\s|[^\w\s]")  # about one token each
 _HOST_NAMES = {"repetition_range": "repetition_penalty_range"}  # where the host's differ from ours
 
 
-class Faceless:
+class HeadlessModel:
     """Stands in `shared.model`, so that the host knows that a model is loaded."""
 
     def __init__(self, loaded: LoadedModel) -> None:

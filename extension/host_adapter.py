@@ -6,9 +6,6 @@ not GPTQ goes to what stood there before. Every replacement remembers the origin
 also after "Apply and restart".
 """
 
-import contextlib
-import ctypes
-import gc
 import logging
 import re
 import sys
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.models import LocalModel
+from ..loaders.machine.memory_release import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +24,16 @@ _FALLBACK_TEMPLATE = "Alpaca"  # what it writes prompts as where it found no tem
 _ORIGINAL = "_gptq_webui_original"
 
 
-class Ours(Protocol):
-    """What answers for the GPTQ folders that the host is asked for."""
+class Provider(Protocol):
+    """Loads the GPTQ folders that the host is asked for."""
 
     def load(self, model: LocalModel) -> tuple[Any, Any]: ...
-    def handed_over(self) -> None: ...
-    def lost(self) -> None: ...
-    def release(self, model: Any) -> bool: ...
-    def tidy(self) -> bool: ...
+    def load_finished(self) -> None: ...
+    def load_failed(self) -> None: ...
+    def unloads(self, model: Any) -> bool: ...
+    def release_orphan(self) -> bool: ...
     def context_tokens(self) -> int | None: ...
-    def error(self) -> str: ...
+    def take_error(self) -> str: ...
     def template(self, model: LocalModel, own: bool) -> str | None: ...
 
 
@@ -72,16 +70,16 @@ class Host:
         """Whether the host keeps its visitors from changing the model."""
         return bool(getattr(self.shared.args, "multi_user", False))
 
-    def patch(self, ours: Ours) -> None:
-        """Hand GPTQ folders, and everything that follows from one being loaded, to `ours`."""
+    def patch(self, provider: Provider) -> None:
+        """Hand GPTQ folders, and everything that follows from one being loaded, to `provider`."""
         import modules.models_settings as models_settings
 
         for name in _LOADERS:
             if hasattr(self._models, name):
-                _replace(self._models, name, lambda before: self._loader(before, ours))
-        _replace(self._models, "load_model", lambda before: self._load_model(before, ours))
-        _replace(self._models, "unload_model", lambda before: self._unloader(before, ours))
-        _replace(models_settings, "get_model_metadata", lambda before: self._with_template(before, ours))
+                _replace(self._models, name, lambda before: self._loader(before, provider))
+        _replace(self._models, "load_model", lambda before: self._load_model(before, provider))
+        _replace(self._models, "unload_model", lambda before: self._unloader(before, provider))
+        _replace(models_settings, "get_model_metadata", lambda before: self._with_template(before, provider))
         if getattr(self.shared.args, "nowebui", False):
             return  # its Model tab would bring Gradio along
         try:
@@ -89,9 +87,9 @@ class Host:
         except Exception as problem:
             log.debug("the host's Model tab is not there: %s", problem)
             return
-        _replace(menu, "load_model_wrapper", lambda before: self._in_words(before, ours))
+        _replace(menu, "load_model_wrapper", lambda before: self._in_words(before, provider))
         if hasattr(menu, "update_truncation_length"):
-            _replace(menu, "update_truncation_length", lambda before: _at_most(before, ours.context_tokens))
+            _replace(menu, "update_truncation_length", lambda before: _at_most(before, provider.context_tokens))
 
     def load(self, name: str) -> None:
         """As the host's own Load button does it. Raises what the loader raises."""
@@ -122,33 +120,33 @@ class Host:
 
         return list(get_available_models())
 
-    def _loader(self, before: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    def _loader(self, before: Callable[..., Any], provider: Provider) -> Callable[..., Any]:
         def loader(model_name: str, *args: Any, **kwargs: Any) -> Any:
             model = self.find(model_name)
-            return ours.load(model) if model is not None else before(model_name, *args, **kwargs)
+            return provider.load(model) if model is not None else before(model_name, *args, **kwargs)
 
         return loader
 
-    def _load_model(self, before: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    def _load_model(self, before: Callable[..., Any], provider: Provider) -> Callable[..., Any]:
         def load_model(model_name: str, loader: Any = None, *args: Any, **kwargs: Any) -> Any:
-            ours.tidy()
+            provider.release_orphan()
             if self.find(model_name) is None:
                 return before(model_name, loader, *args, **kwargs)
             named = self.shared.model_name
             try:
                 loaded = before(model_name, _TAKEN_AS, *args, **kwargs)
             except BaseException:
-                ours.lost()
+                provider.load_failed()
                 self.shared.model_name = named if self.shared.model is not None else "None"
                 raise
-            if (tokens := ours.context_tokens()) is not None:
+            if (tokens := provider.context_tokens()) is not None:
                 self.shared.settings["truncation_length"] = tokens  # the host cuts its prompts to this
-            ours.handed_over()
+            provider.load_finished()
             return loaded
 
         return load_model
 
-    def _with_template(self, before: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    def _with_template(self, before: Callable[..., Any], provider: Provider) -> Callable[..., Any]:
         """Where the host found no chat template in a GPTQ folder, ours stands in its place, unless the user named one there."""
 
         def get_model_metadata(model: str, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +156,7 @@ class Host:
                 if folder is None or self._named_template(folder.name):
                     return found
                 own = found.get("instruction_template") not in (None, _FALLBACK_TEMPLATE)
-                if jinja := ours.template(folder, own):
+                if jinja := provider.template(folder, own):
                     found["instruction_template"] = "Custom (obtained from model metadata)"
                     found["instruction_template_str"] = jinja
             except Exception:
@@ -172,28 +170,28 @@ class Host:
         settings = {**getattr(self.shared, "model_config", {}), **getattr(self.shared, "user_config", {})}
         return any("instruction_template" in values and re.match(key.lower(), name.lower()) for key, values in settings.items())
 
-    def _in_words(self, before: Callable[..., Iterator[str]], ours: Ours) -> Callable[..., Iterator[str]]:
+    def _in_words(self, before: Callable[..., Iterator[str]], provider: Provider) -> Callable[..., Iterator[str]]:
         """The host shows a traceback where a load failed; where the failure was ours, our sentence stands there."""
 
         def load_model_wrapper(selected_model: str, loader: Any, autoload: bool = False) -> Iterator[str]:
-            if not autoload and selected_model == self.shared.model_name and ours.context_tokens() is not None:
+            if not autoload and selected_model == self.shared.model_name and provider.context_tokens() is not None:
                 yield f"Successfully loaded `{selected_model}`."  # chosen in its list by our tab, which loaded it
                 return
-            ours.error()  # what an earlier load said
+            provider.take_error()  # what an earlier load said
             for text in before(selected_model, loader, autoload=autoload):
-                sentence = ours.error() if "Traceback" in text or text.startswith("Failed") else ""
+                sentence = provider.take_error() if "Traceback" in text or text.startswith("Failed") else ""
                 yield sentence or text
 
         return load_model_wrapper
 
-    def _unloader(self, before: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    def _unloader(self, before: Callable[..., Any], provider: Provider) -> Callable[..., Any]:
         def unload_model(*args: Any, **kwargs: Any) -> Any:
             model = self.shared.model
-            freed = model is not None and ours.release(model)
+            freed = model is not None and provider.unloads(model)
             del model
             result = before(*args, **kwargs)
-            if ours.tidy() or freed:
-                _release()
+            if provider.release_orphan() or freed:
+                free_memory()
             return result
 
         return unload_model
@@ -209,14 +207,6 @@ def _replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
     for other in list(sys.modules.values()):  # the host's own, server.py itself, and other extensions
         if getattr(other, "__dict__", {}).get(name) is found:
             setattr(other, name, replacement)
-
-
-def _release() -> None:
-    """Freed memory goes back to the system; glibc would keep hundreds of megabytes of it for later."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _at_most(before: Callable[..., Any], context_tokens: Callable[[], int | None]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import pytest
 import model_card_repo
 from gptq_webui.engine import advice
 from gptq_webui.engine.advice import Memory, advise
-from gptq_webui.engine.available_memory import free_memory
+from gptq_webui.engine.available_memory import available_memory
 from gptq_webui.hub.branches import read_branches
 from gptq_webui.hub.repository import Hub
 from gptq_webui.loaders.contract.base import Refusal
@@ -117,5 +117,5 @@ def test_a_branch_that_no_loader_opens_says_why(found):
     assert advice.best is None and "never opens anything" in advice.offers[0].fit.text
 
 
-def test_free_memory_of_this_machine_is_a_number():
-    assert free_memory().ram > 10**8
+def test_available_memory_of_this_machine_is_a_number():
+    assert available_memory().ram > 10**8

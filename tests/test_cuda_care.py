@@ -71,7 +71,7 @@ def test_a_card_that_is_full_is_said_before_loading_and_the_process_lives(engine
         assert not found.fits and "on the graphics card" in str(found)
         with pytest.raises(NotEnoughMemory):
             engine.load("tiny", options={"context_tokens": 0, "device": "cuda"})
-        assert engine.trouble is not None and len(engine.trouble.remedies) == 3
+        assert engine.recovery.trouble is not None and len(engine.recovery.trouble.remedies) == 3
     finally:
         del hog
         torch.cuda.empty_cache()
@@ -88,6 +88,6 @@ def test_a_real_out_of_memory_in_an_answer_leaves_the_model_usable(engine):
     loaded._steps = steps
     with pytest.raises(AnswerFailed, match="not enough memory"):
         answer(engine)
-    assert engine.trouble is not None
+    assert engine.recovery.trouble is not None
     del loaded._steps
     assert answer(engine) > 0

@@ -42,7 +42,7 @@ def test_a_chat_without_a_model_says_what_to_do(engine):
 
 def test_load_chat_unload(engine):
     seen = []
-    engine.watchers.append(lambda status: seen.append(status.phase))
+    engine.slot.watchers.append(lambda status: seen.append(status.phase))
     engine.load("one")
     assert engine.chat(HELLO, GenerationParams(), threading.Event()).text()[0] == "The capital of France is Paris."
     engine.unload()

@@ -112,13 +112,15 @@ def test_the_room_is_one_and_counts_what_torch_takes_at_its_start(monkeypatch):
     monkeypatch.setattr(available_memory, "look", lambda: CUDA)
     monkeypatch.setattr(available_memory, "available_gpu_bytes", lambda: 12 * GB)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert available_memory.free_memory().gpu == 12 * GB - memory_fit.STARTING_BYTES  # nvidia-smi has not seen our context yet
+    assert (
+        available_memory.available_memory().gpu == 12 * GB - memory_fit.STARTING_BYTES
+    )  # nvidia-smi has not seen our context yet
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * GB)
     assert (
-        available_memory.free_memory().gpu == available_memory.free_bytes() == 12 * GB
+        available_memory.available_memory().gpu == available_memory.free_bytes() == 12 * GB
     )  # what others in this process hold stays
     loaded = SimpleNamespace(tokenizer="some", device="cuda:0")
     assert (
-        available_memory.free_memory(loaded).gpu == available_memory.free_bytes(loaded) == 17 * GB
+        available_memory.available_memory(loaded).gpu == available_memory.free_bytes(loaded) == 17 * GB
     )  # the model that is loaded makes way

@@ -147,7 +147,7 @@ def test_a_fault_ends_in_a_model_on_the_next_loader_which_is_told(plant, words, 
     faulty = Faulty(plant)
     engine = start(faulty, TransformersLoader())
     seen = []
-    engine.watchers.append(lambda status: seen.append(status.text))
+    engine.slot.watchers.append(lambda status: seen.append(status.text))
     loaded = engine.load("tiny")
     assert engine.choice.loader.name == "transformers" and answer(engine)[1].new_tokens == 4
     assert any("Trying transformers instead" in text for text in seen)
@@ -172,7 +172,7 @@ def test_a_fault_without_another_loader_ends_in_an_empty_usable_engine_and_a_sen
     assert engine.loaded is None and engine.status.error and engine.status.text == str(caught.value)
     assert "Traceback" not in str(caught.value)
     caught = None
-    engine.last_error = ""
+    engine.recovery.last_error = ""
     assert faulty.held == []
     assert workers() <= before
     faulty.plant = lambda loaded: None
@@ -255,7 +255,7 @@ def test_a_load_can_be_stopped_and_the_model_before_is_one_call_away(start, fold
     assert engine.loaded is None and not engine.status.error and "was stopped" in engine.status.text
     assert engine.loaders[0].held == []
     del engine.loaders[0]
-    assert engine.back().context_tokens == 100 and engine.previous is None
+    assert engine.load_previous().context_tokens == 100 and engine.slot.previous is None
 
 
 def test_a_stop_is_heard_while_weights_are_read(start, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_stop_is_heard_while_weights_are_read(start, monkeypatch):
     def slow(self, name, value):
         if isinstance(value, torch.nn.Parameter) and not value.is_meta:
             time.sleep(0.05)  # 26 tensors and more: over a second
-            if not engine._cancel.is_set():
+            if not engine.slot._cancel.is_set():
                 engine.cancel_load()
         setting(self, name, value)
 
@@ -285,8 +285,8 @@ def test_memory_that_runs_out_in_an_answer_leaves_the_process_the_model_and_thre
     memory_in_a_layer(loaded)
     with pytest.raises(AnswerFailed, match="not enough memory"):
         answer(engine)
-    assert [each.kind for each in engine.trouble.remedies] == ["context", "cache", "branch"]
-    assert engine.trouble.remedies[1].cannot and "out of memory" in engine.last_error
+    assert [each.kind for each in engine.recovery.trouble.remedies] == ["context", "cache", "branch"]
+    assert engine.recovery.trouble.remedies[1].cannot and "out of memory" in engine.recovery.last_error
     del loaded.hf.model.layers[1].mlp.forward
     assert answer(engine)[1].new_tokens == 4
 
@@ -299,7 +299,7 @@ def test_a_worker_killed_in_an_answer_is_a_sentence_and_a_way_back(start):
     with pytest.raises(AnswerFailed, match="its memory is free"):
         answer(engine)
     assert engine.loaded is None and engine.status.error
-    engine.back()
+    engine.load_previous()
     assert answer(engine)[1].new_tokens == 4
 
 
@@ -307,11 +307,11 @@ def test_a_smaller_context_is_loaded_and_saved(start):
     engine = start(Faulty(memory_in_a_layer))
     with pytest.raises(NotEnoughMemory):
         engine.load("tiny", options={"context_tokens": 2048, "alpha_value": 8})  # it was trained for 256
-    smaller = engine.trouble.remedies[0]
+    smaller = engine.recovery.trouble.remedies[0]
     assert smaller.label == "Smaller context (1024 tokens)"
     engine.loaders[0].plant = lambda loaded: None
-    engine.remedy(smaller)
-    assert engine.trouble is None and engine.settings.for_model("tiny")["options"] == {"context_tokens": 1024}
+    engine.apply(smaller)
+    assert engine.recovery.trouble is None and engine.settings.for_model("tiny")["options"] == {"context_tokens": 1024}
 
 
 def test_what_cannot_fit_anywhere_is_refused_before_the_loaded_model_is_touched(start, folder, monkeypatch):
@@ -327,14 +327,14 @@ def test_what_cannot_fit_anywhere_is_refused_before_the_loaded_model_is_touched(
 def test_an_unused_model_rests_and_wakes_on_use_for_everybody_who_waits(start):
     engine = start(TransformersLoader())
     engine.load("tiny", options={"context_tokens": 100})
-    engine.set_idle(0.002)
+    engine.set_idle_minutes(0.002)
     deadline = time.monotonic() + 10
     while engine.loaded is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     while engine.status.phase != "empty" and time.monotonic() < deadline:
         time.sleep(0.02)
     assert engine.loaded is None and "without use" in engine.status.text and not engine.status.error
-    engine.set_idle(0)
+    engine.set_idle_minutes(0)
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(answer(engine)[1].new_tokens)) for _ in range(3)]
     for thread in threads:

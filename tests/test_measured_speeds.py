@@ -9,7 +9,8 @@ import pytest
 from gptq_webui.core.chat import Finish
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import load_failures, measured_speeds
-from gptq_webui.engine.remedies import Asked, remedies
+from gptq_webui.engine.load_request import LoadRequest
+from gptq_webui.engine.remedies import remedies
 from gptq_webui.engine.settings import Settings
 
 SIZE = 4_000_000_000
@@ -29,7 +30,7 @@ def model(folder, name="m", size=SIZE, repo=""):
 
 def test_the_best_speed_of_a_loader_is_remembered_for_this_commit(tmp_path):
     settings, found = Settings(), model(tmp_path, repo="a/b:main")
-    at = load_failures.place(found)
+    at = load_failures.fingerprint(found)
     for speed in (40, 50, 20):
         measured_speeds.note(settings, found, "exllamav2", answer(speed), at)
     measured_speeds.note(settings, found, "transformers", answer(500, tokens=3), at)  # too short to say anything
@@ -69,7 +70,7 @@ def test_each_remedy_says_what_it_would_do(tmp_path):
     here = model(tmp_path, "big", repo="a/b:big")
     others = [model(tmp_path, "small", SIZE // 4, "a/b:small"), model(tmp_path, "less", SIZE // 2, "a/b:less")]
     others.append(model(tmp_path, "foreign", SIZE - 1, "c/d"))
-    context, cache, branch = remedies(Asked(here, None), Loader, Options(), 8192, [here, *others])
+    context, cache, branch = remedies(LoadRequest(here, None), Loader, Options(), 8192, [here, *others])
     assert context.label == "Smaller context (4096 tokens)" and context.options == {"max_seq_len": 4096}
     assert cache.options == {"cache_type": "Q8"}
     assert branch.name == "less" and "2.00 GB" in branch.label
@@ -77,13 +78,13 @@ def test_each_remedy_says_what_it_would_do(tmp_path):
 
 def test_a_remedy_that_cannot_help_says_why(tmp_path):
     here = model(tmp_path, "m")
-    context, cache, branch = remedies(Asked(here, None), Loader, Options(512, "Q4"), 512, [here])
+    context, cache, branch = remedies(LoadRequest(here, None), Loader, Options(512, "Q4"), 512, [here])
     assert "512 tokens already" in context.cannot and "Q4 already" in cache.cannot and "does not say" in branch.cannot
 
 
 def test_without_a_smaller_branch_on_disk_the_repository_is_named(tmp_path):
     here = model(tmp_path, "m", repo="TheBloke/Mistral-7B-GPTQ:gptq-8bit")
-    branch = remedies(Asked(here, None), Loader, Options(), 8192, [here])[2]
+    branch = remedies(LoadRequest(here, None), Loader, Options(), 8192, [here])[2]
     assert branch.repo == "TheBloke/Mistral-7B-GPTQ" and not branch.cannot
 
 

@@ -12,7 +12,8 @@ from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import BadCheckpoint, BadParameter
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.engine.remedies import Asked, remedies
+from gptq_webui.engine.load_request import LoadRequest
+from gptq_webui.engine.remedies import remedies
 from gptq_webui.gptq import stepper_choice
 from gptq_webui.gptq.cuda import cuda_stepper
 from gptq_webui.loaders.exllamav2.exllamav2_loader import ExLlamaV2Options
@@ -158,10 +159,10 @@ def test_the_8_bit_cache_is_a_remedy_where_it_would_be_used(options, machine, ar
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "falcon"}))
     loader, model = TransformersLoader(lambda: machine), LocalModel.read(folder)
     given = TransformersOptions(**options)
-    found = remedies(Asked(model, None), loader, given, 256, [])[1]
+    found = remedies(LoadRequest(model, None), loader, given, 256, [])[1]
     assert (found.cannot or None) == (why and f"8-bit cache: {why}.")
     assert why or found.options == {"cache_type": "q8"}
-    already = remedies(Asked(model, None), loader, TransformersOptions(cache_type="q8", **options), 256, [])[1]
+    already = remedies(LoadRequest(model, None), loader, TransformersOptions(cache_type="q8", **options), 256, [])[1]
     assert already.cannot == "8-bit cache: it is q8 already."
 
 

@@ -184,8 +184,8 @@ def test_a_report_is_written_and_an_unused_model_comes_back_with_the_next_messag
     tab.press("#gw-idle input", "Enter")
     wait_for(tab, "#gw-idle-note", "after 30 minutes")
     assert house.engine.idle.minutes == 30
-    house.engine.rest()
-    house.engine.set_idle(0)
+    house.engine.unload_idle()
+    house.engine.set_idle_minutes(0)
     tab.reload()
     tab.wait_for_selector("#gw-head:has-text('rests')")
     time.sleep(0.2)
@@ -197,7 +197,7 @@ def test_a_report_is_written_and_an_unused_model_comes_back_with_the_next_messag
 def test_an_answer_that_was_much_too_slow_points_to_what_may_help(visit, house):
     tab = visit({})
     engine = house.engine
-    engine.trouble = engine._trouble("The card's memory is full.", engine._asked, engine.choice, 2048)
+    engine.recovery.note_trouble("The card's memory is full.", engine.slot.plan, engine.choice, 2048)
     ask(tab, "Quick!")
     wait_for(tab, "#gw-line", "What may help stands in the Model tab")
     open_tab(tab, "Model")

@@ -10,7 +10,7 @@ from ..core.errors import GptqWebuiError, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.units import format_bytes
 from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
-from ..engine.available_memory import free_memory
+from ..engine.available_memory import available_memory
 from ..engine.engine import Engine
 from ..hub.branches import Branches, read_branches
 from . import gradio_compat, html_snippets
@@ -55,7 +55,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
     outputs = [note, sister, place, table, branch, fit, known, advised]
 
     def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> dict[Any, Any]:
-        advice = advise(found, engine.loaders, context_tokens, free_memory(engine.loaded))
+        advice = advise(found, engine.loaders, context_tokens, available_memory(engine.loaded))
         names = [each.branch.name for each in advice.offers if each.branch.wanted]
         best = advice.best.branch.name if advice.best else None
         chosen = wanted if wanted in names else best

@@ -123,8 +123,8 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
                     words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
-                    if engine.trouble is not None and reply.finish:
-                        words += notes([f"{engine.trouble.text} What may help stands in the Model tab."])
+                    if engine.recovery.trouble is not None and reply.finish:
+                        words += notes([f"{engine.recovery.trouble.text} What may help stands in the Model tab."])
                     yield draw(chat.answered(reply.text)) | {line: bad(reply.error) if reply.error else words}
             except GptqWebuiError as error:
                 yield {line: bad(str(error))}

@@ -28,7 +28,7 @@ def draw_care(engine: Engine, access: Access) -> CareBox:
         0,
         label="Unload after so many idle minutes",
         info="0 never unloads. The next message loads the model again.",
-        visible=engine.can_unload_idle,
+        visible=engine.slot.can_unload_idle,
         elem_id="gw-idle",
     )
     note = gr.HTML(elem_id="gw-idle-note")
@@ -40,7 +40,7 @@ def draw_care(engine: Engine, access: Access) -> CareBox:
         access.require_owner(request)
         if value is None or not 0 <= value <= _MOST_MINUTES:
             return bad(f"Minutes go from 0 (never) to {_MOST_MINUTES}.")
-        engine.set_idle(value)
+        engine.set_idle_minutes(value)
         return good(f"A model is unloaded after {value:g} minutes without use." if value else "A model stays loaded.")
 
     def write(request: gr.Request) -> dict[Any, Any]:

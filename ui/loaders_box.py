@@ -37,8 +37,8 @@ def draw_loaders(engine: Engine) -> LoadersBox:
             return hidden | {table: quiet("Choose a model to see which loaders can open it.")}
         try:
             model = engine.library.get(name)
-            rows = engine.survey(model)
-            failed = engine.known_failures(model)
+            rows = engine.planner.survey(model)
+            failed = engine.planner.known_failures(model)
         except GptqWebuiError as error:
             return hidden | {table: quiet(str(error))}
         slow = waiting(rows)

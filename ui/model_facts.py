@@ -18,8 +18,8 @@ def panel(engine: Engine) -> str:
     rows = [*of_files(loaded.model), *of_load(loaded)]
     if choice is not None:
         rows.append(("Loader", f"{choice.loader.name} ({choice.reason})"))
-    if engine.fit is not None:
-        rows.append(("Memory", str(engine.fit)))
+    if engine.slot.fit is not None:
+        rows.append(("Memory", str(engine.slot.fit)))
     return html_snippets.facts(rows) + html_snippets.notes(loaded.notes)
 
 

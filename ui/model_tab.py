@@ -74,7 +74,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
                 folders = draw_folders(engine, access)
             with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
                 hub = draw_hub(engine, access)
-            with gr.Accordion("Idle and report" if engine.can_unload_idle else "Report", open=False, elem_id="gw-care"):
+            with gr.Accordion("Idle and report" if engine.slot.can_unload_idle else "Report", open=False, elem_id="gw-care"):
                 care = draw_care(engine, access)
     with gr.Column(elem_classes="gw-wide", elem_id="gw-branches-box"):
         draw_branches(engine, box, access)
@@ -105,7 +105,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
         now = engine.status
         doing = "Unloading" if now.phase == "unloading" else "Loading"
         told = working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)
-        needs = quiet(str(engine.fit)) if engine.fit is not None and now.phase == "loading" else ""
+        needs = quiet(str(engine.slot.fit)) if engine.slot.fit is not None and now.phase == "loading" else ""
         return {status: told + needs} | state()
 
     def run(job: Callable[[], object], done: Callable[[float], str], wanted: str | None) -> Iterator[dict[Any, Any]]:
@@ -145,7 +145,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     def compile_loader(name: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Compiling is what its first load does."""
         access.require_owner(request)
-        row = waiting(engine.survey(engine.library.get(name))) if name else None
+        row = waiting(engine.planner.survey(engine.library.get(name))) if name else None
         if not name or row is None:
             yield {status: quiet("There is nothing to compile.")}
             return
@@ -154,7 +154,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
     def try_again(name: str | None, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
         if name:
-            engine.forget_failures(name)
+            engine.planner.forget_failures(engine.library.get(name))
         return listed(name) | {status: quiet("Every loader is tried again at the next load: press Reload.")}
 
     def unload_model(request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -180,7 +180,7 @@ def build(engine: Engine, downloads: Downloads, access: Access | None = None) ->
             yield {status: ""}  # a handler that yields nothing would empty every output
             return
         now = engine.status
-        idle_load = now.text if engine.idle_load is not None else ""
+        idle_load = now.text if engine.slot.idle_load is not None else ""
         said = bad(now.text) if now.error else quiet(idle_load or engine.settings.warning)
         boxes = folders.values() | care.values() | hub.values() | speed.values()
         yield listed(now.name or None) | state() | boxes | {status: said}

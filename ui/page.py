@@ -60,7 +60,7 @@ def build(
 
         def arrange(request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
-            empty = engine.status.phase == "empty" and engine.idle_load is None
+            empty = engine.status.phase == "empty" and engine.slot.idle_load is None
             first = "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None

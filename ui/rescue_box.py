@@ -37,7 +37,7 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
         }
 
     def values() -> dict[Any, Any]:
-        status, trouble, previous = engine.status, engine.trouble, engine.previous
+        status, trouble, previous = engine.status, engine.recovery.trouble, engine.slot.previous
         loading = status.phase == "loading"
         shown: dict[Any, Any] = {
             cancel: gr.update(visible=loading),
@@ -64,8 +64,8 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
 
         def go_back(request: gr.Request) -> Iterator[dict[Any, Any]]:
             access.require_owner(request)
-            if (previous := engine.previous) is not None:
-                yield from run(engine.back, previous.model.name)
+            if (previous := engine.slot.previous) is not None:
+                yield from run(engine.load_previous, previous.model.name)
             else:
                 yield values()
 
@@ -73,13 +73,13 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
             def handler(request: gr.Request) -> Iterator[dict[Any, Any]]:
                 access.require_owner(request)
                 found = remedy(kind)
-                if found is None or found.cannot or engine.trouble is None:
+                if found is None or found.cannot or engine.recovery.trouble is None:
                     yield values()
                 elif found.repo:
                     words = "Its name stands in the download box now: choose a branch with fewer bits or a larger group."
                     yield values() | {ref: found.repo, told: gr.update(value=quiet(words), visible=True)}
                 else:
-                    yield from run(lambda: engine.remedy(found), found.name or engine.trouble.asked.model.name)
+                    yield from run(lambda: engine.apply(found), found.name or engine.recovery.trouble.request.model.name)
 
             return handler
 
@@ -89,7 +89,7 @@ def draw_rescue(engine: Engine, access: Access) -> RescueBox:
         return events
 
     def remedy(kind: str) -> Remedy | None:
-        trouble = engine.trouble
+        trouble = engine.recovery.trouble
         return next((each for each in trouble.remedies if each.kind == kind), None) if trouble is not None else None
 
     return RescueBox(values, [cancel, back, told, row, *buttons.values()], wire)

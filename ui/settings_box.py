@@ -62,7 +62,9 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         if wanted != _AUTOMATIC:
             return wanted
         try:
-            chosen = next((row.loader for row in engine.survey(engine.library.get(name)) if row.chosen), "") if name else ""
+            chosen = (
+                next((row.loader for row in engine.planner.survey(engine.library.get(name)) if row.chosen), "") if name else ""
+            )
         except GptqWebuiError:
             chosen = ""
         return chosen or names[0]
@@ -73,7 +75,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
 
     def values(name: str | None) -> dict[Any, Any]:
         saved = engine.settings.for_model(name) if name else {}
-        usable = engine.saved(name).options if name else {}
+        usable = engine.planner.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
         shown: dict[Any, Any] = {}
         for each in drawn_for:

@@ -21,6 +21,7 @@ from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..contract.standard_folder import standard_folder, tied_embedding
 from ..machine import gptqmodel_kernels, memory_fit
 from ..machine.capabilities import Machine, look
+from ..machine.memory_release import free_memory
 from ..text.tokenizer import read_tokenizer
 from ..transformers.transformers_loader import TransformersModel
 
@@ -124,7 +125,7 @@ class AutoGPTQLoader:
         except BaseException as error:
             hf = None
             traceback.clear_frames(error.__traceback__)  # they hold tensors
-            memory_fit.release(device)
+            free_memory(device)
             if isinstance(error, GptqWebuiError) or not isinstance(error, Exception):
                 raise
             raise _in_words(error, model, library) from error

@@ -25,6 +25,7 @@ from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..contract.standard_folder import standard_folder
 from ..machine import memory_fit
 from ..machine.capabilities import COMPILERS, Machine, look
+from ..machine.memory_release import free_memory
 from ..text.tokenizer import end_ids, read_tokenizer
 from .exllamav2_model import ExLlamaV2Model, Ids
 
@@ -292,7 +293,7 @@ def _settle() -> None:
 def _free() -> None:
     import torch
 
-    memory_fit.release(torch.device("cuda"))
+    free_memory(torch.device("cuda"))
 
 
 def _in_words(error: Exception, model: LocalModel) -> LoadFailed:

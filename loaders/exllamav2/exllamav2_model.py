@@ -14,7 +14,7 @@ from ...core.chat import Finish, Step
 from ...core.models import LocalModel
 from ...core.params import GenerationParams
 from ..contract.base import LoadedModel
-from ..machine import memory_fit
+from ..machine.memory_release import free_memory
 from ..text import chat_template
 
 
@@ -105,7 +105,7 @@ class ExLlamaV2Model(LoadedModel):
         self._generator = None
         self._loaded.unload()
         self._loaded = None
-        memory_fit.release(_gpu())
+        free_memory(_gpu())
 
 
 class Ids:

@@ -5,7 +5,6 @@ page can show it beside what is free. The advice before a download and the load 
 function, `of`. torch is imported only to ask a graphics card.
 """
 
-import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,14 +237,3 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def release(device: Any) -> None:
-    """Hand memory that nothing uses any more back to the system."""
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        if (forget := getattr(torch._C, "_cuda_clearCublasWorkspaces", None)) is not None:
-            forget()  # 32 MB a stream that nothing else gives back
-        torch.cuda.empty_cache()

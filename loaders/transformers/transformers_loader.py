@@ -18,6 +18,7 @@ from ..contract.base import LoadedModel, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..machine import memory_fit
 from ..machine.capabilities import Machine, look
+from ..machine.memory_release import free_memory
 from ..text import chat_template
 from ..text.grammar_matcher import Grammars
 from ..text.tokenizer import end_ids, read_tokenizer
@@ -91,7 +92,7 @@ class TransformersLoader:
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
-            memory_fit.release(device)
+            free_memory(device)
             raise NotEnoughMemory(
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
@@ -101,7 +102,7 @@ class TransformersLoader:
             context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free_beside(hf, device))
         except LoadFailed:
             del hf
-            memory_fit.release(device)
+            free_memory(device)
             raise
         progress(0.97, preparing(device))
         asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel)
@@ -173,7 +174,7 @@ class TransformersModel(LoadedModel):
         self._prefix.clear()
         self._stepper.close()
         self.hf = self._stepper = None
-        memory_fit.release(device)
+        free_memory(device)
 
 
 def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:

@@ -103,8 +103,8 @@ def answer(command):
         from gptq_webui.extension.bridge import bridge
         from gptq_webui.loaders.fake import FakeLoader
 
-        bridge().engine.loaders = [FakeLoader()]
-        bridge().engine.defaults = command["options"]
+        bridge().engine.loaders[:] = [FakeLoader()]
+        bridge().engine.planner.default_options = command["options"]
         return {}
     if do == "stop soon":  # the page's Stop, half a second from now
         threading.Timer(0.5, lambda: setattr(shared, "stop_everything", True)).start()
