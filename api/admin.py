@@ -179,7 +179,7 @@ def build(service: Service) -> APIRouter:
 
     @router.get("/v1/auth/permission")
     async def permission(request: Request) -> Response:
-        return Json({"permission": "admin" if request.state.who.admin else "api"})
+        return Json({"permission": "admin" if request.state.caller.admin else "api"})
 
     return router
 

@@ -21,6 +21,7 @@ _TYPES: dict[Kind, tuple[int, str]] = {
     "busy": (503, "service_unavailable"),
     "unsupported": (501, "not_implemented"),
     "no_key": (401, "unauthorized"),
+    "guessing": (429, "too_many_requests"),
     "forbidden": (403, "forbidden"),
     "not_found": (404, "not_found"),
     "too_large": (413, "too_large"),

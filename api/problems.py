@@ -3,6 +3,7 @@
 Only sentences leave this house: a traceback, a path or a key is never part of an answer.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ Kind = Literal[
     "too_long",  # the prompt, with the answer, does not fit into the context
     "too_large",  # the body
     "no_key",
+    "guessing",  # too many wrong keys
     "forbidden",  # the key is right and may not do this
     "not_found",
     "overloaded",  # the line is full
@@ -45,6 +47,7 @@ STATUS: dict[Kind, int] = {
     "too_long": 400,
     "too_large": 413,
     "no_key": 401,
+    "guessing": 429,
     "forbidden": 403,
     "not_found": 404,
     "overloaded": 429,
@@ -72,10 +75,18 @@ _KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
 
 
 class Problem(Exception):
-    def __init__(self, kind: Kind, message: str, field: str | None = None, fields: dict[str, list[str]] | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        message: str,
+        field: str | None = None,
+        fields: dict[str, list[str]] | None = None,
+        retry_after_s: float = 5.0,  # for kinds that pass
+    ) -> None:
         super().__init__(message)
         self.kind: Kind = kind
         self.message = message
+        self._retry_after_s = retry_after_s
         self.field = field  # the one that is wrong, if it is one
         self.fields = fields or ({field: [message]} if field else {})  # sentences by field, as Kobold lists them
 
@@ -85,8 +96,8 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        if self.kind == "overloaded":
-            return {"retry-after": "5"}
+        if self.kind in ("overloaded", "guessing"):
+            return {"retry-after": str(math.ceil(self._retry_after_s))}
         return {"www-authenticate": "Bearer"} if self.kind == "no_key" else {}
 
 

@@ -50,7 +50,7 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
 
             async def handler(request: Request) -> Response:
                 try:
-                    request.state.who = keys.check(request.headers, needs)
+                    request.state.caller = keys.check(request.headers, needs, request.client.host if request.client else "")
                     response: Response = await inner(request)
                     return response
                 except Problem as problem:
@@ -75,9 +75,12 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
 
 def openai_error(problem: Problem) -> Response:
     """The shape of OpenAI's errors, which most clients can show."""
-    code = {"too_long": "context_length_exceeded", "no_key": "invalid_api_key", "overloaded": "rate_limit_exceeded"}.get(
-        problem.kind
-    )
+    code = {
+        "too_long": "context_length_exceeded",
+        "no_key": "invalid_api_key",
+        "overloaded": "rate_limit_exceeded",
+        "guessing": "rate_limit_exceeded",
+    }.get(problem.kind)
     kind = "server_error" if problem.status >= 500 else "invalid_request_error"
     param = problem.field if problem.field != "body" else None
     return Json({"error": {"message": problem.message, "type": kind, "param": param, "code": code}}, problem.status)

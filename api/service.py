@@ -132,7 +132,7 @@ class Service:
 
     def client(self, request: Request) -> str:
         """Who stands in line: a key's name, else an address."""
-        who = request.state.who.name
+        who = request.state.caller.name
         return f"key {who}" if who else str(request.client.host if request.client else "")
 
     def params(self, wishes: Mapping[str, Any], base: Mapping[str, Any] = NEUTRAL) -> GenerationParams:

@@ -35,6 +35,7 @@ _TYPES: dict[Kind, tuple[int, str]] = {
     "not_loaded": (503, "generation"),
     "busy": (503, "generation"),
     "no_key": (401, "validation"),
+    "guessing": (429, "overloaded"),
     "forbidden": (403, "validation"),
     "not_found": (404, "validation"),
     "too_large": (413, "validation"),

@@ -218,7 +218,7 @@ def options_of(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop(service: Service, request: Request) -> None:
-    if request.state.who.admin:
+    if request.state.caller.admin:
         service.stop_all()
         return
     client = service.client(request)

@@ -23,7 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     group.add_argument("--listen", action="store_true", help="listen on every network (0.0.0.0), with a password and API keys")
     group.add_argument("--share", action="store_true", help="make a public link, with a password for you and one for guests")
-    group.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this user and password on the page")
+    group.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="ask for this user and password on the page, and for a key at the API"
+    )
     group.add_argument("--api-key", metavar="KEY", help="ask API clients for this key (or GPTQ_WEBUI_API_KEY)")
     group.add_argument("--admin-key", metavar="KEY", help="a key that may load and download, too (or GPTQ_WEBUI_ADMIN_KEY)")
     group.add_argument("--no-auth", action="store_true", help="ask nobody for a password or a key, even on every network")
@@ -71,7 +73,8 @@ def users(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def keys(options: argparse.Namespace, tell: Callable[[str], None], path: Path | None = None) -> Keys:
-    """The keys that are asked for. A server that others can reach gets some for its run if there are none."""
+    """The keys that API requests need. A server that others can reach, or whose page has a password, gets some for its run if
+    there are none: a password before the page alone would leave the same model open at the same address."""
     found = Keys(None if options.no_auth else path or keys_file())
     given = options.api_key or os.environ.get("GPTQ_WEBUI_API_KEY")
     admin = options.admin_key or os.environ.get("GPTQ_WEBUI_ADMIN_KEY")
@@ -82,14 +85,14 @@ def keys(options: argparse.Namespace, tell: Callable[[str], None], path: Path | 
             )
         return found
     if given:
-        found.give(given, "--api-key", admin=False)
+        found.add_for_run(given, "--api-key", admin=False)
     if admin:
-        found.give(admin, "--admin-key", admin=True)
-    if (is_wide(options) or options.share) and not found.required:
+        found.add_for_run(admin, "--admin-key", admin=True)
+    if (is_wide(options) or options.share or options.auth) and not found.required:
         made = {"to use the model": "gw-" + secrets.token_urlsafe(24), "to change it, too": "gw-" + secrets.token_urlsafe(24)}
         tell("API keys of this run (`gptq-webui keys new NAME` makes lasting ones):")
         for at, (what, key) in enumerate(made.items()):
-            found.give(key, "admin of this run" if at else "this run", admin=bool(at))
+            found.add_for_run(key, "admin of this run" if at else "this run", admin=bool(at))
             tell(f"  {key}  {what}")
     return found
 

@@ -1,5 +1,6 @@
 """Each door of the API, attacked on loopback: names, origins, keys, bodies, paths, secrets."""
 
+import errno
 import io
 import json
 import logging
@@ -62,8 +63,8 @@ def served(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
     keys = Keys()
-    keys.give(USE, "use", admin=False)
-    keys.give(ADMIN, "admin", admin=True)
+    keys.add_for_run(USE, "use", admin=False)
+    keys.add_for_run(ADMIN, "admin", admin=True)
     with ApiServer(engine, origins=["https://lite.koboldai.net"]) as free, ApiServer(engine, keys) as locked:
         yield SimpleNamespace(engine=engine, root=root, open=free, locked=locked)
     engine.unload()
@@ -209,10 +210,62 @@ def test_keys_are_kept_as_hashes_and_heard_of_at_once(tmp_path, engine):
         assert server.http.get("/v1/models").status_code == 401  # locked, not open
 
 
+def test_a_server_that_was_locked_stays_locked(tmp_path, engine):
+    file = tmp_path / "api_keys.json"
+    key = Keys(file).make("laptop", admin=True)
+    with ApiServer(engine, Keys(file)) as server:
+        Keys(file).remove("laptop")  # before the first request
+        for gone in (lambda: None, lambda: Keys(file).make("other", admin=False), file.unlink, tmp_path.rmdir):
+            gone()
+            for path in ("/v1/models", "/v1/model", "/metrics"):
+                answer = server.http.get(path, headers={"x-api-key": key})
+                assert answer.status_code == 401, path
+        assert "All keys were removed" in server.http.get("/v1/models").json()["error"]["message"]
+        assert server.service.keys.required
+
+
+def test_a_file_of_keys_that_cannot_be_reached_lets_nobody_in(tmp_path, engine):
+    (tmp_path / "folder").write_text("a file where the folder should be")
+    with ApiServer(engine, Keys(tmp_path / "folder" / "api_keys.json")) as server:
+        assert server.http.get("/v1/models").status_code == 401
+
+
+def test_keys_that_cannot_be_saved_are_named_with_a_cure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "folder").write_text("a file where the folder should be")
+    with pytest.raises(BadParameter, match="cannot be read"):
+        Keys(tmp_path / "folder" / "api_keys.json").make("laptop", admin=False)
+    (tmp_path / "locked").mkdir()
+    keys = Keys(tmp_path / "locked" / "api_keys.json")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(BadParameter, match="could not be saved .*No space left.*nothing was changed"):
+        keys.make("laptop", admin=False)
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+def test_guessing_keys_is_slowed_and_a_program_with_an_old_key_is_no_guesser(engine):
+    keys = Keys()
+    keys.add_for_run(USE, "use", admin=False)
+    with ApiServer(engine, keys) as server:
+
+        def status(key):
+            return server.http.get("/v1/models", headers={"x-api-key": key}).status_code
+
+        assert [status("an-old-key") for _ in range(60)] == [401] * 60 and status(USE) == 200
+        found = [status(f"guess-number-{at}") for at in range(60)]
+        assert found.count(401) <= 21 and found[-1] == 429
+        answer = server.http.get("/v1/models", headers={"x-api-key": "guess"})
+        assert "Wait" in answer.json()["error"]["message"] and int(answer.headers["retry-after"]) >= 1
+        assert status(USE) == 429  # or a right guess would be known at once
+        assert server.http.get("/health", headers={"x-api-key": "guess"}).status_code == 200
+
+
 def test_a_key_that_can_be_guessed_is_refused():
     for key in ("", "short", "with a space", "ключ-ключ-ключ"):
         with pytest.raises(BadParameter):
-            Keys().give(key, "x", admin=False)
+            Keys().add_for_run(key, "x", admin=False)
 
 
 # --- bodies, prompts, paths ------------------------------------------------------------------------
@@ -375,7 +428,7 @@ def test_listen_and_share_make_keys_and_a_password_if_there_are_none():
     def options(*more):
         return _parser().parse_args(["serve", *more])
 
-    for more in (["--listen"], ["--share"], ["--host", "0.0.0.0"], ["--hostname", "0.0.0.0"]):
+    for more in (["--listen"], ["--share"], ["--host", "0.0.0.0"], ["--hostname", "0.0.0.0"], ["--auth", "me:secret-word"]):
         given = options(*more)
         from gptq_webui.app import tgi_flags
 

@@ -101,7 +101,7 @@ def test_with_a_login_a_guest_sees_neither_the_tab_nor_another_page(house):
 
 
 def test_with_keys_the_tab_asks_for_one_and_says_what_is_wrong(house):
-    house.keys.give(KEY, "page", admin=False)
+    house.keys.add_for_run(KEY, "page", admin=False)
     try:
         page = open_tab(house)
         page.click("#gw-api-try")

@@ -1,0 +1,88 @@
+"""Slows down those who guess passwords and keys: each address for itself, and all of them together.
+
+Whoever came in before is not stopped by the guesses of others, or anybody could lock the owner out.
+"""
+
+import ipaddress
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_MOST_ADDRESSES = 4096  # that are remembered; the ones seen last
+
+
+class _Bucket:
+    """Tokens that come back with time: one guess costs one."""
+
+    def __init__(self, size: float, per_s: float, now: float) -> None:
+        self.size, self.per_s = size, per_s
+        self.left, self.at = size, now
+
+    def wait_s(self, now: float) -> float:
+        self.left, self.at = min(self.size, self.left + (now - self.at) * self.per_s), now
+        return max(0.0, (1 - self.left) / self.per_s)
+
+
+class GuessLimit:
+    """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all addresses."""
+
+    def __init__(
+        self,
+        guesses: int = 5,
+        every_s: float = 10.0,
+        total_guesses: int = 60,
+        total_every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._guesses, self._every_s, self._clock = guesses, every_s, clock
+        self._all = _Bucket(total_guesses, 1 / total_every_s, clock())
+        self._each: OrderedDict[str, _Bucket] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()  # addresses that came in
+        self._lock = threading.Lock()
+
+    def attempt(self, address: str) -> float:
+        """Count an attempt. 0 if it may be checked, else the seconds after which the next one may.
+
+        It counts before it is checked: otherwise a thousand attempts at the same moment would all pass.
+        """
+        address, now = _network(address), self._clock()
+        with self._lock:
+            own = self._each.get(address) or _Bucket(self._guesses, 1 / self._every_s, now)
+            _remember(self._each, address, own)
+            buckets = [own] if address in self._known else [own, self._all]
+            if (wait_s := max(each.wait_s(now) for each in buckets)) > 0:
+                return wait_s
+            for each in buckets:
+                each.left -= 1
+            return 0.0
+
+    def succeeded(self, address: str) -> None:
+        """The attempt that was just counted was right: it is given back."""
+        address = _network(address)
+        with self._lock:
+            _remember(self._known, address, None)
+            if (own := self._each.get(address)) is not None:
+                own.left += 1
+            self._all.left = min(self._all.size, self._all.left + 1)
+
+
+def _remember(kept: OrderedDict[str, T], address: str, value: T) -> None:
+    kept[address] = value
+    kept.move_to_end(address)
+    if len(kept) > _MOST_ADDRESSES:
+        kept.popitem(last=False)
+
+
+def _network(address: str) -> str:
+    """IPv6 gives everybody 2**64 addresses: they count as one."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))

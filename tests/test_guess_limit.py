@@ -1,0 +1,68 @@
+"""engine/guess_limit.py: how fast passwords and keys can be guessed."""
+
+from gptq_webui.engine.guess_limit import GuessLimit
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def limit(**options):
+    clock = Clock()
+    return GuessLimit(clock=clock, **{"guesses": 5, "every_s": 10, "total_guesses": 20, "total_every_s": 1, **options}), clock
+
+
+def tries(found, address, times=1000):
+    return sum(found.attempt(address) == 0 for _ in range(times))
+
+
+def test_an_address_gets_a_few_guesses_and_then_one_from_time_to_time():
+    found, clock = limit()
+    assert tries(found, "10.0.0.1") == 5
+    assert found.attempt("10.0.0.1") == 10
+    clock.now = 9.9
+    assert tries(found, "10.0.0.1") == 0
+    clock.now = 3600
+    assert tries(found, "10.0.0.1") == 5  # an hour's rest gives no more than the first time
+
+
+def test_many_addresses_together_are_slowed_too():
+    found, clock = limit()
+    assert sum(tries(found, f"10.0.{at}.1") for at in range(200)) == 20
+    clock.now = 10
+    assert sum(tries(found, f"10.1.{at}.1") for at in range(200)) == 10
+
+
+def test_whoever_came_in_before_is_not_stopped_by_others():
+    found, _clock = limit()
+    assert found.attempt("10.0.0.9") == 0
+    found.succeeded("10.0.0.9")
+    assert sum(tries(found, f"10.0.{at}.1") for at in range(200)) == 20
+    assert found.attempt("10.0.0.9") == 0
+    found.succeeded("10.0.0.9")
+    assert tries(found, "10.0.0.9") == 5  # its own limit holds all the same
+
+
+def test_a_right_attempt_costs_nothing():
+    found, _clock = limit()
+    for _ in range(100):
+        assert found.attempt("10.0.0.1") == 0
+        found.succeeded("10.0.0.1")
+
+
+def test_the_addresses_of_one_ipv6_network_are_one():
+    found, _clock = limit()
+    assert sum(tries(found, f"2001:db8::{at:x}") for at in range(1, 200)) == 5
+    assert tries(found, "2001:db8:0:1::1") == 5
+    assert tries(found, "10.0.0.1") + tries(found, "::ffff:10.0.0.1") == 5
+
+
+def test_memory_has_a_limit():
+    found, _clock = limit()
+    for at in range(20_000):
+        found.attempt(f"{at >> 8}.{at & 255}.0.1")
+        found.succeeded(f"{at >> 8}.{at & 255}.0.1")
+    assert len(found._each) <= 4096 and len(found._known) <= 4096
