@@ -240,7 +240,7 @@ def test_keys_that_cannot_be_saved_are_named_with_a_cure(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     keys = Keys(tmp_path / "locked" / "api_keys.json")
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(BadParameter, match="could not be saved .*No space left.*nothing was changed"):
+    with pytest.raises(BadParameter, match=r"could not be saved .*No space left.*nothing was changed"):
         keys.make("laptop", admin=False)
     assert list((tmp_path / "locked").iterdir()) == []
 
