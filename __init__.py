@@ -1,21 +1,21 @@
 """gptq-webui: download, load and chat with GPTQ models.
 
-The package is the repository itself, known as `gptq_webui` in all its guises: a pip
-package, a folder inside text-generation-webui, and `python script.py`. This file has no
-import, so that each of them can load it before anything heavy is there.
+The repository is the package `gptq_webui`. It runs in three ways: as a pip package, as a
+folder inside text-generation-webui, and as `python script.py`. This file has no import, so
+that each of them can load it before the heavy packages.
 
     import gptq_webui
 
     gptq_webui.register()
 
-makes plain transformers code open GPTQ models through this package's layers, until
+lets plain transformers code open GPTQ models with this package's layers, until
 `gptq_webui.unregister()`.
 """
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name):  # type: ignore[no-untyped-def]  # what would need an import is fetched when it is asked for
+def __getattr__(name):  # type: ignore[no-untyped-def]  # imports on first use
     if name in ("register", "unregister"):
-        return getattr(__import__(f"{__name__}.gptq.registered", fromlist=[name]), name)
+        return getattr(__import__(f"{__name__}.gptq.transformers_patch", fromlist=[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""pyproject.toml and the door agree with the folders; nothing heavy runs at import."""
+"""pyproject.toml and script.py agree with the folders; nothing heavy is imported early."""
 
 import subprocess
 import sys
@@ -32,23 +32,23 @@ def test_the_hosts_requirements_name_no_package():
 
 
 _REGISTER = (
-    "import importlib.util, sys; spec = importlib.util.spec_from_file_location('door', sys.argv[1]); "
-    "door = importlib.util.module_from_spec(spec); spec.loader.exec_module(door); door.register(); "
+    "import importlib.util, sys; spec = importlib.util.spec_from_file_location('entry', sys.argv[1]); "
+    "entry = importlib.util.module_from_spec(spec); spec.loader.exec_module(entry); entry.register(); "
 )
 
 
-def test_importing_the_door_loads_nothing_heavy():
+def test_importing_the_script_loads_nothing_heavy():
     heavy = "print([name for name in ('torch', 'gradio', 'transformers', 'huggingface_hub') if name in sys.modules])"
     done = run(_REGISTER + "import gptq_webui.app.cli; " + heavy, str(ROOT / "script.py"))
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_door_does_not_touch_the_search_path():
+def test_the_script_does_not_touch_the_search_path():
     done = run("import sys; before = list(sys.path); " + _REGISTER + "print(before == sys.path)", str(ROOT / "script.py"))
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_two_copies_are_told_apart():
+def test_two_copies_are_recognised():
     code = "import sys, types; other = types.ModuleType('gptq_webui'); other.__file__ = '/elsewhere/__init__.py'; "
     done = run(code + "sys.modules['gptq_webui'] = other; " + _REGISTER, str(ROOT / "script.py"))
     assert "Two copies" in done.stderr
