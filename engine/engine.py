@@ -133,8 +133,8 @@ class Engine:
         if remedy.name:
             return self.load(remedy.name)
         name = trouble.request.model.name
-        saved = self.settings.for_model(name).get("options")
-        self.settings.save_for_model(name, options={**(saved if isinstance(saved, Mapping) else {}), **remedy.options})
+        saved = self.settings.for_model(name).get("options", {})
+        self.settings.save_for_model(name, options={**saved, **remedy.options})
         return self.load_again(replace(trouble.request, options={**trouble.request.options, **remedy.options}))
 
     def cancel_load(self) -> None:

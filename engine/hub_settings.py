@@ -1,7 +1,7 @@
-"""Which Hub, and as whom: a mirror's address and an access token, as set in the page.
+"""Which Hub is used, and with which access token, as set in the page.
 
-The token is written and never read back by any face. It lies in a file of its own that only the user may read,
-together with the place it is for: another place never gets it.
+No front end can read the token back. It is in a file of its own that only the user may read, together with the address
+that it is for: no other address gets it.
 """
 
 import json
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from ..core.errors import BadParameter
 from ..hub import hub_request
 from ..hub.repository import Hub
-from .settings import Settings
+from .settings import Settings, read_json
 
 _ENDPOINT = "hub_endpoint"
 
@@ -29,41 +29,40 @@ class HubSettings:
 
     @property
     def endpoint(self) -> str:
-        """The mirror that was set; "" for the environment's, or the Hub itself."""
-        return str(self._settings.get(_ENDPOINT, "") or "")
+        """The mirror that was set; "": the one of the environment, or the Hub itself."""
+        address = self._settings.get(_ENDPOINT, "")
+        try:
+            return _checked(address)
+        except BadParameter as error:
+            log.warning("the saved address of the Hub is ignored: %s", error)
+            return ""
 
     @property
     def has_token(self) -> bool:
-        """Whether one was saved here for the place that is asked now."""
+        """Whether a token is saved for the address that is used now."""
         return bool(self._tokens().get(self._hub.endpoint))
 
     @property
     def text(self) -> str:
-        """Where is asked and how, in a sentence, with no secret in it."""
+        """The address and the kind of login in a sentence, without a secret."""
         where = hub_request.host_of(self._hub.endpoint)
         if offline := hub_request.offline_switch():
-            return f"{offline} is set: nothing is asked of {where}. Models on disk work; unset it and start again to download."
+            return f"{offline} is set, so {where} is not used. Models on disk work. To download, unset it and start again."
         if self.has_token:
-            return f"Asks {where} with the token that was saved here."
+            return f"Uses {where} with the token that was saved here."
         login = " with the token of HF_TOKEN or `hf auth login`" if self._hub.token() else " without a token"
-        return f"Asks {where}{login}."
+        return f"Uses {where}{login}."
 
     def set_endpoint(self, address: str) -> None:
-        """Use a mirror; "" goes back. Raises BadParameter for what is no address."""
-        address = address.strip().rstrip("/")
-        parts = urlsplit(address)
-        if address and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
-            raise BadParameter("A mirror is an address like https://hf-mirror.com, without anything after it.")
-        if "@" in parts.netloc:
-            raise BadParameter("Write the address without a name or password in it; a token belongs into its own box.")
-        self._settings.put(_ENDPOINT, address)
+        """Use a mirror; "": the Hub itself again. Raises BadParameter for what is no address."""
+        self._settings.put(_ENDPOINT, _checked(address))
         self._apply()
 
     def set_token(self, token: str) -> None:
-        """Save a token for the place that is asked now; "" forgets it. Raises BadParameter, which does not repeat it."""
+        """Save a token for the address that is used now; "" removes it. Raises BadParameter, which does not quote it."""
         token = token.strip()
         if any(not 33 <= ord(each) <= 126 for each in token):
-            raise BadParameter("That is not a token: it holds spaces or letters that no token has. It was not saved.")
+            raise BadParameter("That is not a token: it has spaces or letters that no token has. It was not saved.")
         tokens = self._tokens()
         tokens.pop(self._hub.endpoint, None)
         if token:
@@ -81,12 +80,12 @@ class HubSettings:
 
     def _tokens(self) -> dict[str, str]:
         try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            return {str(place): str(token) for place, token in values.items()}
+            values = read_json(self._path)
+            return {address: token for address, token in values.items() if isinstance(token, str)}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError):
-            log.warning("the saved tokens could not be read; enter yours again")
+            log.warning("the saved tokens could not be read; enter your token again")
             return {}
 
     def _write(self, tokens: dict[str, str]) -> None:
@@ -102,3 +101,19 @@ class HubSettings:
             os.replace(draft, self._path)
         except OSError as error:
             raise BadParameter(f"The token could not be saved ({error.strerror}).") from None
+
+
+def _checked(address: str) -> str:
+    """A mirror's address without a slash at its end. Raises BadParameter."""
+    address = address.strip().rstrip("/")
+    wanted = "A mirror is an address like https://hf-mirror.com, without anything after it."
+    try:
+        parts = urlsplit(address)
+        _port = parts.port  # raises for what is no number
+    except ValueError:
+        raise BadParameter(f"{address[:80]!r} is not an address. {wanted}") from None
+    if address and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
+        raise BadParameter(wanted)
+    if "@" in parts.netloc:
+        raise BadParameter("Write the address without a name or password in it; a token belongs into its own box.")
+    return address

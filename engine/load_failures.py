@@ -1,7 +1,7 @@
 """Which loader failed with which model on this machine, so that the next load does not try it again.
 
-Remembered per model, commit and machine: another commit, another driver, torch or loader version makes
-it a new question. A loader that lacked memory is asked again once more is free than was then.
+A failure belongs to one commit of the model on one machine: after another download, or with another version of the
+driver, torch or a loader, every loader is tried again. A loader that lacked memory is tried again when more is free.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from ..loaders.machine.capabilities import look
 from .settings import Settings
 
 _KEY = "failed_loaders"
-_MORE = 1.1  # so many times the memory that was free when it was not enough
+_MORE = 1.1  # times the memory that was free when it was not enough
 
 
 def known(settings: Settings, model: LocalModel, free_bytes: Callable[[], int]) -> dict[str, str]:
-    """Loader -> the sentence with which it failed here; those that lacked memory only while no more is free."""
+    """Loader -> the message with which it failed; a loader that lacked memory is left out once more is free."""
     entry = _entry(settings, model)
     found = {}
     for name, failed in entry.items():
@@ -33,7 +33,7 @@ def known(settings: Settings, model: LocalModel, free_bytes: Callable[[], int]) 
 
 
 def remember(settings: Settings, model: LocalModel, loader: str, why: str, free_bytes: int | None) -> None:
-    """`free_bytes` only where memory was what lacked."""
+    """Save a failure. `free_bytes` is given if memory was not enough: what was free then."""
     failed: dict[str, Any] = {"why": why, "when": time.strftime("%Y-%m-%d")}
     if free_bytes is not None:
         failed["free_bytes"] = free_bytes
@@ -41,7 +41,7 @@ def remember(settings: Settings, model: LocalModel, loader: str, why: str, free_
 
 
 def forget(settings: Settings, model: LocalModel, loader: str | None = None) -> None:
-    """After it worked, or when the user wants it tried again; without a loader, all of the model's."""
+    """Remove the failure of one loader, or of all: it worked, or the user wants it tried again."""
     entry = _entry(settings, model)
     left = {name: failed for name, failed in entry.items() if loader not in (None, name)}
     if left != entry:
@@ -49,13 +49,12 @@ def forget(settings: Settings, model: LocalModel, loader: str | None = None) -> 
 
 
 def fingerprint(model: LocalModel) -> dict[str, str]:
-    """What a measurement or a failure belongs to: this commit of the model on this machine as it is now."""
+    """Identifies this commit of the model on this machine; a measurement or a failure is valid for it alone."""
     return {"commit": _commit(model), "machine": _machine()}
 
 
 def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
-    every = settings.get(_KEY, {})
-    entry = every.get(model.name, {}) if isinstance(every, Mapping) else {}
+    entry = settings.get(_KEY, {}).get(model.name)
     if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != fingerprint(model):
         return {}
     loaders = entry.get("loaders")
@@ -63,14 +62,12 @@ def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
 
 
 def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any]]) -> None:
-    every = settings.get(_KEY, {})
-    every = dict(every) if isinstance(every, Mapping) else {}
-    every.pop(model.name, None)
-    settings.put(_KEY, every | ({model.name: {**fingerprint(model), "loaders": loaders}} if loaders else {}))
+    others = {name: entry for name, entry in settings.get(_KEY, {}).items() if name != model.name}
+    settings.put(_KEY, others | ({model.name: {**fingerprint(model), "loaders": loaders}} if loaders else {}))
 
 
 def _commit(model: LocalModel) -> str:
-    """Of the download's marker; without one, what can be told from the files' sizes."""
+    """From the marker of the download; without one, a hash of the files' sizes."""
     try:
         found = json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("commit")
         if found:

@@ -1,7 +1,7 @@
-"""What is saved for a model, made safe to use, and how a panel's values become what is saved.
+"""The saved settings of a model, checked before use, and how a panel's values are saved.
 
-Only what differs from a loader's default is kept. What nobody here knows (a key of a newer version, of
-a loader that is not installed) stays in the file and is passed over.
+Only values that differ from a loader's default are kept. Keys of a newer version, or of a loader that is not installed,
+stay in the file and are ignored.
 """
 
 import logging
@@ -25,39 +25,37 @@ class Saved:
 
 
 def saved_for(settings: Settings, name: str, loaders: Sequence[Loader]) -> Saved:
-    """What may be used of what is saved; a value of the wrong type or outside its limits is passed over with a warning."""
+    """The usable part of what is saved. A value of the wrong type or outside its limits is ignored with a warning."""
     values = settings.for_model(name)
-    loader, template = values.get("loader"), values.get("template")
-    options = values.get("options")
-    options = dict(options) if isinstance(options, Mapping) else {}
+    loader, options = values.get("loader"), dict(values.get("options", {}))
     for key, value in list(options.items()):
         if not all(_takes(each, key, value) for each in loaders):
-            log.warning("the saved %s=%r of %s is not usable and was passed over", key, value, name)
+            log.warning("the saved %s=%r of %s is not usable and is ignored", key, value, name)
             del options[key]
     return Saved(
-        loader if isinstance(loader, str) and any(each.name == loader for each in loaders) else None,
+        loader if any(each.name == loader for each in loaders) else None,
         options,
-        template if isinstance(template, str) else None,
+        values.get("template"),
     )
 
 
 def save_for(
     settings: Settings, name: str, loaders: Sequence[Loader], loader: str | None, given: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Save a panel's values, `given` by loader and option, for a model. Raises BadParameter for what a loader would not take."""
+    """Save a panel's values for a model, `given` by loader and option. Raises BadParameter for a value that a loader refuses."""
     options: dict[str, Any] = {}
     shown: set[str] = set()
     for each in loaders:
         if each.name in given and loader in (None, each.name):
             shown |= set(given[each.name])
             options |= changed(each, given[each.name])
-    before = settings.for_model(name).get("options")
-    kept = {key: value for key, value in before.items() if key not in shown} if isinstance(before, Mapping) else {}
+    before = settings.for_model(name).get("options", {})
+    kept = {key: value for key, value in before.items() if key not in shown}
     settings.save_for_model(name, loader=loader, options={**kept, **options} or None)
 
 
 def changed(loader: Loader, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults. Raises BadParameter for what the loader would not take."""
+    """The values that differ from the defaults. Raises BadParameter for a value that the loader refuses."""
     known = [option for option in fields(loader.options) if given.get(option.name) is not None]
     make_options(loader, {option.name: given[option.name] for option in known})
     return {option.name: given[option.name] for option in known if given[option.name] != default(option)}
@@ -68,7 +66,7 @@ def default(option: "Field[Any]") -> Any:
 
 
 def _takes(loader: Loader, key: str, value: Any) -> bool:
-    """Whether a loader can be given a saved value; one that does not know the name can."""
+    """Whether a loader accepts a saved value; a loader that does not know the name does."""
     option = next((each for each in fields(loader.options) if each.name == key), None)
     if option is None:
         return True

@@ -1,7 +1,7 @@
-"""What is remembered between runs: the models folders, and settings per model. One JSON file.
+"""What is remembered between runs: the models folders, and settings for each model. One JSON file.
 
-It lives in the user's configuration folder, never in the package's. A damaged file costs the
-settings and one warning; keys of other versions are kept.
+It is in the user's configuration folder, never in the package's. A value of the wrong type costs that value, a file that
+is not JSON costs the settings; each gives one warning. Keys of other versions are kept.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import datetime
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ import platformdirs
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_MOST_BYTES = 50_000_000
+_MOST_LEVELS = 50  # of lists and objects within each other
+_OF_A_MODEL: dict[str, type] = {"loader": str, "options": dict, "template": str, "sampling": dict}
 
 
 def config_folder() -> Path:
@@ -30,26 +34,28 @@ def default_models_folder() -> Path:
 
 
 def hosts_models_folders() -> list[Path]:
-    """Models folders of text-generation-webui where people usually put it: found without being told."""
-    places = [Path.home() / "text-generation-webui", Path.cwd() / "text-generation-webui", Path.cwd()]
-    inside = [place / sub for place in places for sub in ("user_data/models", "models") if (place / "modules").is_dir()]
+    """Models folders of text-generation-webui in the usual locations."""
+    homes = [Path.home() / "text-generation-webui", Path.cwd() / "text-generation-webui", Path.cwd()]
+    inside = [home / sub for home in homes for sub in ("user_data/models", "models") if (home / "modules").is_dir()]
     return list(dict.fromkeys(each for each in inside if each.is_dir()))
 
 
 class Settings:
-    """Read once, written on every change, atomically. Safe from several threads."""
+    """Read once, written on every change, atomically. Safe from several threads and processes."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or config_folder() / "settings.json"
         self._lock = threading.Lock()
-        self.warning = ""  # to show once, if the file was damaged
+        self.warning = ""  # for the page, if the file was damaged
+        self._unreadable = False  # the file is there but may not be read: it is not written either
+        self._ignored: set[str] = set()  # keys that were warned of
         self._values = self._read()
 
     @property
     def models_folders(self) -> list[Path]:
-        """Folders to look for models in; new ones are downloaded into the first."""
-        folders = [Path(each) for each in self.get("models_folders", []) if isinstance(each, str)]
-        return folders or [default_models_folder()]
+        """Folders to look for models in. Downloads go to the first."""
+        named = [each for each in self.get("models_folders", []) if isinstance(each, str) and each and "\0" not in each]
+        return [Path(each) for each in named] or [default_models_folder()]
 
     @models_folders.setter
     def models_folders(self, folders: list[Path]) -> None:
@@ -66,18 +72,25 @@ class Settings:
     def last_used(self, name: str) -> datetime.datetime | None:
         """When the model of that name was last loaded; None if it never was."""
         moment = self.get("used", {}).get(name)
-        return datetime.datetime.fromtimestamp(moment) if isinstance(moment, (int, float)) else None
+        if not isinstance(moment, (int, float)) or isinstance(moment, bool):
+            return None
+        try:
+            return datetime.datetime.fromtimestamp(moment)
+        except (OverflowError, OSError, ValueError):  # no moment that a calendar knows
+            return None
 
     def note_used(self, name: str) -> None:
         self.put("used", {**self.get("used", {}), name: int(time.time())})
 
     def for_model(self, name: str) -> dict[str, Any]:
-        """What was saved for a model: loader, its options, chat template, sampling. Empty if nothing was."""
+        """What is saved for a model: loader, options, template, sampling. A value of the wrong type is left out."""
         found = self.get("models", {}).get(name)
-        return dict(found) if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        return {key: value for key, value in found.items() if isinstance(value, _OF_A_MODEL.get(key, object))}
 
     def save_for_model(self, name: str, **values: Any) -> None:
-        """Merge into what is saved for a model; a value of None takes the key out."""
+        """Merge into what is saved for a model; a value of None removes the key."""
         with self._lock:
             self._values = self._read() or self._values  # another process may have saved meanwhile
             models = dict(self.get("models", {}))
@@ -91,8 +104,14 @@ class Settings:
         """The value of a key; the default if it is missing or of another type (an int may be a float, never a bool)."""
         value = self._values.get(key, default)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        return value if type(value) is type(default) else default
+            with contextlib.suppress(OverflowError):
+                value = float(value)
+        if type(value) is type(default):
+            return value
+        if key not in self._ignored:
+            self._ignored.add(key)
+            log.warning("%r in %s should be like %r. It is ignored.", key, self.path, default)
+        return default
 
     def put(self, key: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
@@ -103,31 +122,61 @@ class Settings:
                 self._write()
 
     def _read(self) -> dict[str, Any]:
+        self._unreadable = False
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
+            values = read_json(self.path)
             if not isinstance(values, dict):
                 raise ValueError("it holds no settings")
             return values
         except FileNotFoundError:
             return {}
         except OSError as error:
+            self._unreadable = True
             log.warning("the settings could not be read (%s)", error)
             return {}
         except ValueError as error:
             aside = self.path.with_suffix(".damaged.json")
             self.warning = (
-                f"The settings file could not be read ({error}); it was put aside as {aside.name} and the settings start anew."
+                f"The settings file could not be read ({error}). It was renamed to {aside.name}, and the settings start anew."
             )
-            log.warning(self.warning)
+            log.warning("%s", self.warning)
             with contextlib.suppress(OSError):
                 os.replace(self.path, aside)
             return {}
 
     def _write(self) -> None:
+        if self._unreadable:
+            log.warning("the settings were not saved: %s is there but could not be read", self.path)
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft = self.path.with_suffix(f".{os.getpid()}.draft")
-            draft.write_text(json.dumps(self._values, indent=2, ensure_ascii=False), encoding="utf-8")
+            draft.write_text(json.dumps(self._values, indent=2), encoding="utf-8")  # ASCII: a name may hold half a character
             os.replace(draft, self.path)  # a crash leaves the old file whole
         except OSError as error:
             log.warning("the settings could not be saved (%s)", error)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of ours. Raises OSError, or ValueError with a reason."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise OSError(f"{path} is not a file")
+    if found.st_size > _MOST_BYTES:
+        raise ValueError(f"it has {found.st_size} bytes")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if _levels(value) > _MOST_LEVELS:
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _levels(value: Any) -> int:
+    """How many lists and objects are within each other; stops counting past the limit."""
+    level, inside = 0, [value]
+    while level <= _MOST_LEVELS and (inside := [each for each in inside if isinstance(each, (list, dict))]):
+        level += 1
+        inside = [inner for each in inside for inner in (each.values() if isinstance(each, dict) else each)]
+    return level

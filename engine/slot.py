@@ -105,8 +105,8 @@ class Slot:
             if plan.template is not None:
                 try:
                     outcome.loaded.template = plan.template.bound(outcome.loaded.tokenizer)
-                except GptqWebuiError as error:
-                    log.warning("%s", error)
+                except Exception as error:
+                    log.warning("the saved chat template of %s cannot be used (%s)", model.name, error)
             self.loaded, self.choice, self.plan = outcome.loaded, outcome.choice, plan  # last: a failed load leaves nothing
             self.previous = None
             self.say(Status("ready", model.name, "Ready", 1.0))

@@ -14,7 +14,7 @@ def template_for(settings: Settings, model: LocalModel, own: bool) -> str | None
     """Jinja, or None to leave the choice to the host. `own`: the folder has a template that the host found."""
     try:
         if saved := settings.for_model(model.name).get("template"):
-            return chat_template.named(str(saved)).jinja
+            return chat_template.named(saved).jinja
         if own:
             return None
         found = chat_template.find(model.folder, None, model.architecture)

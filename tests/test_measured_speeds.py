@@ -42,7 +42,7 @@ def test_the_best_speed_of_a_loader_is_remembered_for_this_commit(tmp_path):
 @pytest.mark.parametrize(
     ("speed", "best", "free", "windows", "told"),
     [
-        (3, 40, 100_000_000, False, "once wrote 40"),
+        (3, 40, 100_000_000, False, "once had 40"),
         (3, 40, 5_000_000_000, False, ""),  # slow, but the card is not full: another program computes
         (30, 40, 100_000_000, True, ""),
         (1.5, 0, 100_000_000, True, "into the system's memory"),
