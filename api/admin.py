@@ -135,7 +135,7 @@ def build(service: Service) -> APIRouter:
     @router.get("/v1/queue")
     async def queue() -> Response:
         """How many requests are answered, wait, and may wait."""
-        line = service.line
+        line = service.queue
         running = [
             {"client": "" if service.keys.required else each.place.client, "ahead": each.place.ahead}
             for each in service.answers()

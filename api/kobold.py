@@ -209,8 +209,8 @@ def build(service: Service) -> APIRouter:
                 "last_seed": -1,
                 "total_gens": service.answered,
                 "stop_reason": {"length": 0, "stop": 1}.get(last.reason, -1) if last else -1,
-                "queue": service.line.waiting,
-                "idle": int(service.line.running == 0),
+                "queue": service.queue.waiting,
+                "idle": int(service.queue.running == 0),
                 "uptime": round(time.time() - service.began),
             }
         )

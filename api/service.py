@@ -23,7 +23,7 @@ from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams
 from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
-from ..engine.request_queue import DEFAULT_LIMIT, RequestQueue
+from ..engine.request_queue import DEFAULT_LIMIT
 from ..loaders.contract.base import LoadedModel
 from .answer_stream import Running, Start, Threads
 from .auth import Keys
@@ -64,12 +64,13 @@ class Service:
         self.engine, self.downloads = engine, downloads
         self.keys = keys or Keys()
         self.limits = limits or Limits()
-        self.line = RequestQueue(self.limits.max_requests, self._width)
+        self.queue = engine.queue
+        self.queue.limit, self.queue.most_parallel = self.limits.max_requests, self.limits.parallel
         self.began = time.time()
         self.metrics = Metrics(
             {
-                "tgi_queue_size": ("Requests that wait.", lambda: self.line.waiting),
-                "tgi_batch_current_size": ("Requests that are being answered.", lambda: self.line.running),
+                "tgi_queue_size": ("Requests that wait.", lambda: self.queue.waiting),
+                "tgi_batch_current_size": ("Requests that are being answered.", lambda: self.queue.running),
                 "gptq_webui_model_loaded": ("1 if a model is loaded.", lambda: float(engine.loaded is not None)),
                 "gptq_webui_context_tokens": (
                     "Of the loaded model.",
@@ -206,7 +207,7 @@ class Service:
         self.ignore(f"{loaded.model.name}", _unheard(params, loaded))
         self.metrics.asked(protocol)
         try:
-            place = self.line.join(self.client(request))
+            place = self.queue.join(self.client(request))
         except Busy:
             self.metrics.failed("overloaded")
             raise
@@ -264,11 +265,6 @@ class Service:
             self.metrics.answered(finish, queue_s, now - running.asked)
         if running.problem is not None:
             self.metrics.failed(running.problem.kind)
-
-    def _width(self) -> int:
-        loaded = self.engine.loaded
-        parallel = loaded.parallel if loaded is not None else 1
-        return parallel if self.limits.parallel is None else max(1, min(parallel, self.limits.parallel))
 
 
 def require_text(text: str) -> None:

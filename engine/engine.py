@@ -1,8 +1,8 @@
 """The one loaded model, and everything that the front ends do with it.
 
 The page, the HTTP API, the command line and text-generation-webui all talk to one Engine. It has a slot (the loaded
-model), a planner (which loader), a recovery (what failed and what helps) and an idle timer, and joins them with the
-settings and the library.
+model), a planner (which loader), a recovery (what failed and what helps), a queue of requests and an idle timer, and joins
+them with the settings and the library.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from .load_planner import LoadPlanner, RecentLook
 from .load_request import LoadRequest
 from .recovery import Recovery
 from .remedies import Remedy
+from .request_queue import RequestQueue
 from .settings import Settings, default_models_folder
 from .slot import Phase, Slot, Status
 
@@ -55,6 +56,7 @@ class Engine:
         self.planner = LoadPlanner(self.settings, found, lambda: self.slot.loaded)
         self.recovery = Recovery(self.settings, self._models_on_disk)
         self.idle = IdleTimer(self.unload_idle, self._in_use)
+        self.queue = RequestQueue(parallel=self._parallel)  # for the API
         self._reloading = threading.Lock()  # an idle model is loaded once for everybody who waits
         self.slot.watchers.append(self._status_changed)
         minutes = self.settings.get(_IDLE_MINUTES, 0.0)
@@ -267,6 +269,10 @@ class Engine:
     @property
     def loaders(self) -> list[Loader]:
         return self.planner.loaders
+
+    def _parallel(self) -> int:
+        loaded = self.loaded
+        return loaded.parallel if loaded is not None else 1
 
     def _status_changed(self, status: Status) -> None:
         self.idle.touch()

@@ -1,8 +1,8 @@
-"""Whose turn it is among the programs that ask over HTTP: a fair line with a limit.
+"""Whose turn it is among the programs that send requests over HTTP: a fair queue with a limit.
 
-Turns go round the clients, not the requests: a program that sends fifty at once does not keep another
-one's single question waiting for all of them. The page does not stand in this line: it asks the model
-directly, and waits for one answer of it at most.
+Turns go round the clients, not the requests: a program that sends fifty requests at once does not make another one's
+single request wait for all of them. The page does not use this queue: it asks the model directly, and waits for at most
+one of the queue's answers.
 """
 
 import threading
@@ -11,49 +11,54 @@ from collections.abc import Callable
 
 from ..core.errors import QueueFull
 
-DEFAULT_LIMIT = 128  # requests that are answered or wait
+DEFAULT_LIMIT = 128  # requests that run or wait
 
 
 class Ticket:
-    """One request in the line. `wait` for the turn, `leave` when the model is free again."""
+    """One request in the queue. `wait` for the turn, `leave` when the answer is complete."""
 
-    def __init__(self, line: "RequestQueue", client: str) -> None:
+    def __init__(self, queue: "RequestQueue", client: str) -> None:
         self.client = client
-        self._line = line
+        self._queue = queue
         self._called = threading.Event()
         self._given_up = False
 
     def wait(self) -> bool:
-        """Until the turn has come (True) or the request was given up (False)."""
+        """Block until its turn (True) or until it is given up (False)."""
         self._called.wait()
         return not self._given_up
 
     def give_up(self) -> None:
-        """Wake `wait`; the place is still to be left."""
+        """Make `wait` return. The ticket must still `leave`."""
         self._given_up = True
         self._called.set()
 
     def leave(self) -> None:
-        """Make room for the next one. Safe to call twice."""
-        self._line._leave(self)
+        """Give the turn to the next one. Safe to call twice."""
+        self._queue._leave(self)
 
     @property
     def ahead(self) -> int:
         """Requests that are answered before this one; 0 once its turn has come."""
-        return self._line._ahead(self)
+        return self._queue._ahead(self)
 
 
 class RequestQueue:
-    def __init__(self, limit: int = DEFAULT_LIMIT, width: Callable[[], int] = lambda: 1) -> None:
-        """`width` tells how many requests are answered at once. One client may hold half of `limit`."""
+    """Tickets by client. One client may hold half of `limit`.
+
+    `parallel` returns how many answers the loaded model computes at once; `most_parallel` lowers it.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT, parallel: Callable[[], int] = lambda: 1) -> None:
         self.limit = limit
-        self._width = width
+        self.most_parallel: int | None = None
+        self._parallel = parallel
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next one first
         self._running: list[Ticket] = []
 
     def join(self, client: str) -> Ticket:
-        """Take a place. Raises LineFull."""
+        """A new ticket. Raises QueueFull."""
         with self._lock:
             total = len(self._running) + self._count()
             own = len(self._waiting.get(client, ())) + sum(1 for each in self._running if each.client == client)
@@ -62,10 +67,10 @@ class RequestQueue:
                 raise QueueFull(f"{total} requests are being answered or wait, which is the limit. Ask again in a moment.")
             if own >= share:
                 raise QueueFull(f"{own} of your requests are being answered or wait; one client may have {share}. Wait for them.")
-            place = Ticket(self, client)
-            self._waiting.setdefault(client, deque()).append(place)
+            ticket = Ticket(self, client)
+            self._waiting.setdefault(client, deque()).append(ticket)
             self._call()
-        return place
+        return ticket
 
     @property
     def waiting(self) -> int:
@@ -82,35 +87,36 @@ class RequestQueue:
 
     def _call(self) -> None:
         """Give turns while there are any. Holds the lock."""
-        while self._waiting and len(self._running) < max(1, self._width()):
-            client, places = self._waiting.popitem(last=False)
-            place = places.popleft()
-            if places:
-                self._waiting[client] = places  # to the end: the others come first now
-            self._running.append(place)
-            place._called.set()
+        parallel = self._parallel() if self.most_parallel is None else min(self._parallel(), self.most_parallel)
+        while self._waiting and len(self._running) < max(1, parallel):
+            client, tickets = self._waiting.popitem(last=False)
+            ticket = tickets.popleft()
+            if tickets:
+                self._waiting[client] = tickets  # to the end: the others come first now
+            self._running.append(ticket)
+            ticket._called.set()
 
-    def _leave(self, place: Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         with self._lock:
-            if place in self._running:
-                self._running.remove(place)
-            elif place.client in self._waiting:
-                places = self._waiting[place.client]
-                if place in places:
-                    places.remove(place)
-                if not places:
-                    del self._waiting[place.client]
+            if ticket in self._running:
+                self._running.remove(ticket)
+            elif ticket.client in self._waiting:
+                tickets = self._waiting[ticket.client]
+                if ticket in tickets:
+                    tickets.remove(ticket)
+                if not tickets:
+                    del self._waiting[ticket.client]
             self._call()
 
-    def _ahead(self, place: Ticket) -> int:
+    def _ahead(self, ticket: Ticket) -> int:
         with self._lock:
-            places = self._waiting.get(place.client)
-            if places is None or place not in places:
+            tickets = self._waiting.get(ticket.client)
+            if tickets is None or ticket not in tickets:
                 return 0
-            own = places.index(place)
+            own = tickets.index(ticket)
             before, count = True, own + len(self._running)
             for client, others in self._waiting.items():
-                if client == place.client:
+                if client == ticket.client:
                     before = False
                 else:
                     count += min(len(others), own + before)

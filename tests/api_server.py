@@ -72,7 +72,7 @@ def settled(service, seconds=5):
     """Whether nobody is in the line any more, after at most so long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not service.line.running and not service.line.waiting:
+        if not service.queue.running and not service.queue.waiting:
             return True
         time.sleep(0.01)
     return False

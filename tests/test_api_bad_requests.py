@@ -267,7 +267,7 @@ def test_without_a_model_each_protocol_says_so_in_its_way(house):
 
 
 def test_a_full_line_is_429_in_each_protocols_way(server):
-    line = server.service.line
+    line = server.service.queue
     limit, line.limit = line.limit, 1
     place = line.join("somebody")
     try:

@@ -406,7 +406,7 @@ def test_a_client_that_sends_half_a_request_holds_nobody(open_server):
         line.sendall(f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{open_server.port}\r\nContent-Length: 50\r\n\r\n{{".encode())
         lines.append(line)
     assert open_server.http.post("/generate", json={"inputs": "x"}).status_code == 200
-    assert open_server.service.line.running == 0 and settled(open_server.service)
+    assert open_server.service.queue.running == 0 and settled(open_server.service)
     for line in lines:
         line.close()
 

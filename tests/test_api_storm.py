@@ -37,7 +37,7 @@ STREAMS = [
 def test_a_client_that_leaves_frees_its_turn_within_a_token(slow, path, body):
     with slow.http.stream("POST", path, json=body) as answer:
         next(answer.iter_bytes())
-        assert slow.service.line.running == 1
+        assert slow.service.queue.running == 1
     assert settled(slow.service, 1.0)
     before = slow.engine.loaded.computed_tokens
     time.sleep(0.1)
@@ -60,9 +60,9 @@ def test_one_that_leaves_while_it_waits_is_not_answered_at_all(slow):
         with pytest.raises(httpx.ReadTimeout):
             slow.http.post("/generate", json={"inputs": "Go"}, timeout=0.3)
         end = time.monotonic() + 1
-        while slow.service.line.waiting and time.monotonic() < end:
+        while slow.service.queue.waiting and time.monotonic() < end:
             time.sleep(0.01)
-        assert (slow.service.line.running, slow.service.line.waiting) == (1, 0)
+        assert (slow.service.queue.running, slow.service.queue.waiting) == (1, 0)
 
 
 def test_a_client_that_reads_nothing_does_not_hold_the_model(slow):
@@ -113,7 +113,7 @@ def test_parallel_is_how_many_are_answered_at_once_where_the_model_can(tmp_path,
             queue = server.http.get("/v1/queue").json()
             found = queue["running"], queue["waiting"]
         time.sleep(0.2)
-        assert found == (running, 5 - running) == (server.service.line.running, server.service.line.waiting)
+        assert found == (running, 5 - running) == (server.service.queue.running, server.service.queue.waiting)
         engine.unload()
         for thread in threads:
             thread.join(5)
