@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.errors import BadParameter
-from ..hub import hub_request
+from ..hub import hub_errors, hub_request
 from ..hub.repository import Hub
 from .settings import Settings, read_json
 
@@ -45,7 +45,7 @@ class HubSettings:
     @property
     def text(self) -> str:
         """The address and the kind of login in a sentence, without a secret."""
-        where = hub_request.host_of(self._hub.endpoint)
+        where = hub_errors.host_of(self._hub.endpoint)
         if offline := hub_request.offline_switch():
             return f"{offline} is set, so {where} is not used. Models on disk work. To download, unset it and start again."
         if self.has_token:

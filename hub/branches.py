@@ -85,14 +85,18 @@ def read_branches(hub: Hub, repo: str) -> Branches:
     """
     names = hub.branches(repo)
     with hub_request.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
-        listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name)), names[:SHOWN]))
-        asked = _Asked(hub, client, pool)
-        for listing in listings:
-            asked.settings(listing)
-        for listing in listings:
-            asked.header(listing)
-        model_card = asked.model_card(listings[0]) if listings else ModelCard()
-        found = [asked.branch(listing, model_card) for listing in listings]
+        try:
+            listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name), client=client), names[:SHOWN]))
+            asked = _Asked(hub, client, pool)
+            for listing in listings:
+                asked.settings(listing)
+            for listing in listings:
+                asked.header(listing)
+            model_card = asked.model_card(listings[0]) if listings else ModelCard()
+            found = [asked.branch(listing, model_card) for listing in listings]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else the error waits for every request that is left
+            raise
     if not any(each.wanted for each in found):
         errors = {each.ref.branch: each.error for each in found if each.error}
         first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches."))

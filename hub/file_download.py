@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..core.errors import DownloadFailed
 from ..core.units import format_bytes, format_duration, plural
-from . import hub_request, xet
+from . import hub_errors, hub_request, xet
 from .download_progress import Stage
 from .repository import Hub, Listing, RemoteFile
 
@@ -173,7 +173,7 @@ class Receiver:
                 why = "the server is silent" if isinstance(error, httpx.TimeoutException) else why
                 why = "no connection" if isinstance(error, httpx.ConnectError) else why
             except httpx.InvalidURL as error:
-                raise hub_request.unreachable(self._hub.endpoint, error) from None
+                raise hub_errors.unreachable(self._hub.endpoint, error) from None
             if self.have[file.path] >= file.size_bytes:
                 return
             if self.stopped.is_set():
@@ -188,7 +188,7 @@ class Receiver:
             attempts += 1
             if attempts >= ATTEMPTS:
                 if isinstance(failure, httpx.ConnectError):
-                    raise hub_request.unreachable(self._hub.endpoint, failure)
+                    raise hub_errors.unreachable(self._hub.endpoint, failure)
                 raise DownloadFailed(
                     f"{file.path} of {self.listing.ref} does not get on: {plural(attempts, 'attempt')} in a row brought nothing "
                     f"({why}). What has arrived is kept; press Download again later and it goes on from there."
@@ -214,10 +214,10 @@ class Receiver:
             if offers:
                 return self._by_xet(file, out, digest, offers[0], token)
             if status not in (200, 206):
-                sentence = hub_request.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
+                sentence = hub_errors.refusal(status, headers, self.listing.ref.repo, endpoint, bool(token)) if own else None
                 if sentence is not None:
                     raise sentence
-                raise _Again(f"the server answered {status}", hub_request.asked_pause_s(headers.get("Retry-After")))
+                raise _Again(f"the server answered {status}", hub_request.retry_after_s(headers.get("Retry-After")))
             # A server that knows no Range sends the whole file again: what we have is passed over, not thrown away.
             at = _first_byte(headers.get("Content-Range")) if status == 206 else 0
             if at is None or at > start:

@@ -1,21 +1,25 @@
-"""One request to the Hub for bytes: redirects followed by hand, refusals turned into sentences.
+"""Requests to the Hub: redirects followed one by one, and whole answers with limits of size and time.
 
 The token goes to the Hub's own scheme, host and port and nowhere else: large files are
-redirected to a storage host, whose signed link needs no token. It stands in no error and
-in no log. httpx is imported where it is used, because importing it takes time.
+redirected to a storage host, whose signed link needs no token. It is in no error and in
+no log. httpx is imported where it is used, because importing it takes time.
 """
 
 import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from .. import __version__
-from ..core.errors import AccessDenied, DownloadFailed, HubError, HubUnreachable, NoSuchRepository
+from ..core.errors import HubUnreachable, WrongRepository
+from . import hub_errors
 
 if TYPE_CHECKING:
     import httpx
@@ -23,10 +27,16 @@ if TYPE_CHECKING:
 USER_AGENT = f"gptq-webui/{__version__}"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
-SILENCE_S = 15.0  # without a byte, after which a connection is given up and the next one made
-LONGEST_ASKED_PAUSE_S = 300.0  # of what a server may ask for by Retry-After
+SILENCE_S = 15.0  # a connection without a byte for so long is given up
+ANSWER_S = 60.0  # for one whole answer (read), however slowly it drips
+PAUSES_S = (0.5, 1.0, 2.0)  # between the attempts at a Hub that is busy (read)
+LONGEST_PAUSE_S = 20.0  # of what a busy Hub may ask read to wait; the user gets a sentence instead
+LONGEST_ASKED_PAUSE_S = 300.0  # of what retry_after_s returns
 _REDIRECTS = 10
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface-hub's own reading of its switches
+_SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+
+_Result = TypeVar("_Result")
 
 
 def endpoint_from_environment() -> str:
@@ -34,87 +44,29 @@ def endpoint_from_environment() -> str:
 
 
 def require_online(endpoint: str) -> None:
-    """Raises HubUnreachable if the user asked for no network."""
+    """Raises HubUnreachable if the user has switched the network off."""
     if name := offline_switch():
         raise HubUnreachable(
-            f"{name} is set, so nothing is asked of {host_of(endpoint)}. Models on disk still work; "
+            f"{name} is set, so nothing is asked of {hub_errors.host_of(endpoint)}. Models on disk still work; "
             f"unset {name} and start again to download."
         )
 
 
 def offline_switch() -> str:
-    """The name of the switch by which the user asked for no network; "" if they did not."""
+    """The name of the switch by which the user has switched the network off; "" without one."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return next((name for name in names if os.environ.get(name, "").upper() in _TRUE), "")
-
-
-def host_of(endpoint: str) -> str:
-    return urlsplit(endpoint).netloc.rpartition("@")[2] or endpoint
 
 
 def file_address(endpoint: str, repo: str, commit: str, path: str) -> str:
     return f"{endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
 
-def unreachable(endpoint: str, error: BaseException) -> HubUnreachable:
-    """`error` gives the reason by its type alone: its text can hold an address with a secret in it."""
-    cure = f" HF_ENDPOINT is set to {endpoint}: is that right?" if os.environ.get("HF_ENDPOINT") else ""
-    return HubUnreachable(
-        f"{host_of(endpoint)} cannot be reached ({type(error).__name__}). Look at your network connection and proxy settings, "
-        f"then try again; models on disk still work.{cure}"
-    )
-
-
-def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, with_token: bool) -> HubError | None:
-    """The sentence for a refusal by the Hub itself; None for a status that may pass if it is asked again."""
-    code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
-    page = f"{endpoint}/{repo}"
-    if code == "GatedRepo":
-        if with_token:
-            return AccessDenied(
-                f"{repo} is gated and the account of your token has no access to it. Open {page} while logged in, accept its "
-                "conditions (some owners answer after a while), see that the token may read gated repositories, and try again."
-            )
-        return AccessDenied(
-            f"{repo} is gated: its conditions must be accepted first. Open {page} while logged in and accept them, "
-            "then give gptq-webui a token: run `hf auth login`, or set HF_TOKEN."
-        )
-    if code in ("RevisionNotFound", "EntryNotFound"):
-        return DownloadFailed(
-            f"{repo} no longer has what its list of files names: it was changed in the meantime. Press Download again."
-        )
-    if "disabled" in message:
-        return AccessDenied(f"{repo} has been disabled by the Hub or its owner; see {page}.")
-    if status == 401 and with_token and code != "RepoNotFound":
-        return AccessDenied(
-            f"{host_of(endpoint)} does not accept your token; it may have expired or been revoked. "
-            "Run `hf auth login` again, or correct or unset HF_TOKEN."
-        )
-    if code == "RepoNotFound" or status in (401, 404):
-        if with_token:
-            return NoSuchRepository(
-                f"There is no model {repo} at {host_of(endpoint)}, or it is private and your token may not read it. "
-                f"Look at the spelling, and at {page}."
-            )
-        return NoSuchRepository(
-            f"There is no model {repo} at {host_of(endpoint)}, or it is private. Look at the spelling; if it is private, "
-            "give gptq-webui a token that may read it: run `hf auth login`, or set HF_TOKEN."
-        )
-    if status == 403:
-        return AccessDenied(
-            f"{host_of(endpoint)} does not let you read {repo}. Open {page} while logged in and see what it asks for, then "
-            "run `hf auth login`, or set HF_TOKEN to a token that may read it."
-        )
-    if 400 <= status < 500 and status not in (408, 416, 425, 429):
-        return DownloadFailed(f"{host_of(endpoint)} refused a request for {repo} with status {status}. {message}".rstrip())
-    return None
-
-
 def new_client(connections: int = 8) -> "httpx.Client":
     import httpx
 
     if (logger := logging.getLogger("httpx")).level == logging.NOTSET:
-        logger.setLevel(logging.WARNING)  # it tells every address at INFO, and a storage link is the key to its file
+        logger.setLevel(logging.WARNING)  # at INFO it logs every address, and a storage link is the key to its file
     return httpx.Client(
         timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
         follow_redirects=False,
@@ -134,12 +86,12 @@ def get(
     connected: Callable[[Any], None] | None = None,
     stay: Callable[["httpx.Response"], bool] | None = None,
 ) -> Iterator[tuple["httpx.Response", bool]]:
-    """(response, whether it comes from the Hub itself), body unread. Wanted are the bytes from `start` to before `stop`.
+    """(response, whether it comes from the Hub itself), body unread, for the bytes from `start` to before `stop`.
 
-    `stay` may end the walk at a redirect of the Hub's: the redirect itself is the answer then.
-    `connected` is told httpcore's network stream of every new connection, before anything is sent.
+    `stay` may end the walk at a redirect of the Hub's own: the redirect itself is the answer then.
+    `connected` gets httpcore's network stream of every new connection, before anything is sent.
 
-    Raises httpx.HTTPError for what went wrong on the way.
+    Raises httpx.HTTPError and httpx.InvalidURL for what goes wrong on the way.
     """
     import httpx
 
@@ -158,21 +110,108 @@ def get(
             if not moved or (own and stay is not None and stay(response)):
                 yield response, own
                 return
-            if int(response.headers.get("Content-Length") or 1 << 30) < 65536:
+            length = response.headers.get("Content-Length", "")
+            if length.isdecimal() and len(length) < 6:
                 response.read()  # so that the connection can be used again
             url = url.join(response.headers["Location"])
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
 
 
-def asked_pause_s(retry_after: str | None) -> float:
-    """0 if nothing was asked for. Retry-After holds seconds or a date (RFC 9110, section 10.2.3)."""
-    if not retry_after:
-        return 0.0
-    try:
-        pause_s = float(retry_after)
-    except ValueError:
+def read(
+    address: str,
+    endpoint: str,
+    token: str | None,
+    repo: str,
+    limit_bytes: int,
+    *,
+    client: "httpx.Client | None" = None,
+    part: tuple[int, int] | None = None,
+) -> bytes:
+    """One whole answer of at most `limit_bytes`, or `part` of it: from the first byte to before the second.
+
+    A busy Hub is asked again, after the pause that it asks for or a little longer each time. `client` is one to share.
+    Raises the HubErrors of hub_errors; WrongRepository for an answer above the limit.
+    """
+    import httpx
+
+    require_online(endpoint)
+    start, stop = part or (0, None)
+
+    def attempt(until_s: float) -> bytes | tuple[int, float]:
+        """The answer, or (status, pause that the server asks for) if it may pass at the next attempt."""
+        with (
+            nullcontext(client) if client is not None else new_client() as asking,
+            get(asking, address, endpoint, token, start, stop) as (response, own),
+        ):
+            status, headers = response.status_code, response.headers
+            if status != 206 and (status != 200 or start):
+                refused = hub_errors.refusal(status, headers, repo, endpoint, bool(token)) if own else None
+                if refused is not None:
+                    raise refused
+                return status, retry_after_s(headers.get("Retry-After"))
+            data = bytearray()
+            for piece in response.iter_bytes():
+                data += piece
+                if stop is not None and len(data) >= stop - start:  # a server that knows no Range would send all of it
+                    return bytes(data[: stop - start])
+                if len(data) > limit_bytes:
+                    name = address.partition("?")[0].rpartition("/")[2]
+                    raise WrongRepository(
+                        f"{name} of {repo} is larger than such a file should be (over {limit_bytes // 1_000_000} MB); "
+                        "nothing was downloaded."
+                    )
+                if time.monotonic() > until_s:
+                    raise hub_errors.too_slow(endpoint, ANSWER_S)
+            return bytes(data)
+
+    for pause_s in (*PAUSES_S, None):
+        asked_s = 0.0
         try:
-            pause_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
-            return 0.0
+            answer = _within(ANSWER_S, attempt, endpoint)
+            if isinstance(answer, bytes):
+                return answer
+            status, asked_s = answer
+            if pause_s is None or asked_s > LONGEST_PAUSE_S:
+                raise hub_errors.busy(endpoint, status)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
+                raise hub_errors.unreachable(endpoint, error) from None
+        time.sleep(max(pause_s, asked_s))
+    raise AssertionError("the last round returns or raises")
+
+
+def _within(limit_s: float, work: Callable[[float], _Result], endpoint: str) -> _Result:
+    """What `work` returns or raises, given the time of its end. A server can drip headers for hours, which no timeout
+    of httpx limits: then the work is left behind on its thread, and HubUnreachable raised."""
+    done: list[_Result] = []
+    failed: list[BaseException] = []
+    until_s = time.monotonic() + limit_s
+
+    def run() -> None:
+        try:
+            done.append(work(until_s))
+        except BaseException as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=run, name="hub request", daemon=True)
+    worker.start()
+    worker.join(limit_s)
+    if done:
+        return done[0]
+    raise failed[0] if failed else hub_errors.too_slow(endpoint, limit_s)
+
+
+def retry_after_s(value: str | None) -> float:
+    """Seconds to wait, 0 to LONGEST_ASKED_PAUSE_S, as a Retry-After header asks; 0 for none and for one that means nothing.
+
+    The header holds seconds in digits, or a date (RFC 9110, section 10.2.3). `nan`, `inf` and signs are neither.
+    """
+    text = (value or "").strip()
+    if _SECONDS.fullmatch(text):
+        return min(float(text), LONGEST_ASKED_PAUSE_S)
+    try:
+        date = parsedate_to_datetime(text)
+        pause_s = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):
+        return 0.0
     return min(max(pause_s, 0.0), LONGEST_ASKED_PAUSE_S)

@@ -1,33 +1,32 @@
 """What a repository on the Hub holds: branches, files, sizes and hashes, at one commit.
 
-Thin over huggingface-hub, which knows logins and the Hub's answers; its errors leave here
-as sentences. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the saved login are read at each
-call. Bytes of models are not fetched here (download.py), only small settings files.
+The Hub's API is asked directly (https://huggingface.co/docs/hub/api), because huggingface-hub's client limits neither the
+time nor the size of an answer. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the saved login are read at each
+call. Bytes of models are not fetched here (file_download.py), only small settings files.
 """
 
 import difflib
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from ..core.errors import GptqWebuiError, HubUnreachable, NoSuchBranch, WrongRepository
+from ..core.errors import GptqWebuiError, NoSuchBranch
 from ..core.model_ref import ModelRef
 from ..core.models import PARTIAL
-from . import hub_request
+from . import hub_errors, hub_request
 
 if TYPE_CHECKING:
     import httpx
-    from huggingface_hub import HfApi
 
-_ASK_S = 15.0
 _SMALL_BYTES = 16_000_000
+_LIST_BYTES = 64_000_000  # a repository of 100,000 files takes about 20 MB
+_LARGEST_BYTES = 1 << 50  # of one file
 _SHOWN_BRANCHES = 24
-_PAUSES_S = (0.5, 1.0, 2.0)  # between the attempts at a Hub that is busy
-_LONGEST_PAUSE_S = 20.0  # of what it may ask for by Retry-After; then the user is told instead
-
-_Answer = TypeVar("_Answer")
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class RemoteFile:
 
     @property
     def fingerprint(self) -> str:
-        """Tells one content from another: 'sha256:…' or 'git:…'; empty if the Hub gave neither."""
+        """Identifies the content: 'sha256:…' or 'git:…'; empty if the Hub gave neither."""
         return f"sha256:{self.sha256}" if self.sha256 else f"git:{self.blob_id}" if self.blob_id else ""
 
 
@@ -74,12 +73,12 @@ class Hub:
         self.use(endpoint, token)
 
     def use(self, endpoint: str | None, token: str | None) -> None:
-        """Ask this place, with this token. A place given here never gets the token of the environment or the saved login."""
+        """Ask this endpoint, with this token. It never gets the token of the environment or of the saved login."""
         self._endpoint = endpoint.rstrip("/") if endpoint else None
         self._token = token
 
     def use_token(self, token: str) -> None:
-        """Another token for the place that is asked anyway."""
+        """Another token, for the same endpoint."""
         self._token = token
 
     @property
@@ -96,20 +95,22 @@ class Hub:
 
         return get_token()
 
-    def listing(self, ref: ModelRef, commit: str = "") -> Listing:
-        """Every file of the branch, at the commit it points to now, or at the one that is given.
+    def listing(self, ref: ModelRef, commit: str = "", client: "httpx.Client | None" = None) -> Listing:
+        """Every file of the branch, at the commit it points to now, or at the given one. `client` is one to share.
 
         Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
         """
-        api = self._api()
-        info = self._ask(
-            lambda: api.model_info(ref.repo, revision=commit or ref.branch, files_metadata=True, timeout=_ASK_S), ref
-        )
-        files = tuple(
-            RemoteFile(each.rfilename, int(each.size or 0), each.lfs.sha256 if each.lfs else None, each.blob_id)
-            for each in info.siblings or ()
-        )
-        return Listing(ref, str(info.sha), files, str(info.gated or ""))
+        try:
+            values = self._ask(f"{ref.repo}/revision/{quote(commit or ref.branch, safe='')}?blobs=true", ref.repo, client)
+        except hub_errors.NoSuchRevision:
+            raise self._no_such_branch(ref) from None
+        try:
+            files = tuple(_remote_file(each) for each in values.get("siblings") or ())
+            if not _COMMIT.fullmatch(sha := values["sha"]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise hub_errors.unreadable(self.endpoint) from None
+        return Listing(ref, sha, files, str(values.get("gated") or ""))
 
     def branches(self, repo: str) -> list[str]:
         """Names of the branches, main first. Raises as `listing`."""
@@ -118,14 +119,17 @@ class Hub:
 
     def heads(self, repo: str) -> Mapping[str, str]:
         """Branch -> commit, in the Hub's order. Raises as `listing`."""
-        api = self._api()
-        return {each.name: each.target_commit for each in self._ask(lambda: api.list_repo_refs(repo), ModelRef(repo)).branches}
+        values = self._ask(f"{repo}/refs", repo)
+        try:
+            return {str(each["name"]): str(each["targetCommit"]) for each in values["branches"]}
+        except (KeyError, TypeError):
+            raise hub_errors.unreadable(self.endpoint) from None
 
     def exists(self, repo: str) -> bool:
         """Whether there is such a model that we may see; False also if nobody answers."""
         try:
-            return bool(self._api().repo_exists(repo))
-        except Exception:
+            return bool(self.heads(repo))
+        except GptqWebuiError:
             return False
 
     def small_file(
@@ -133,95 +137,24 @@ class Hub:
     ) -> bytes | None:
         """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one.
 
-        `part` asks for the bytes from here to before there, of a file of any size. `client` is one to share.
+        `part` is (first byte, byte after the last) of a file of any size. `client` is one to share.
         """
         if all(each.path != path for each in listing.files):
             return None
-        import httpx
+        address = hub_request.file_address(self.endpoint, listing.ref.repo, listing.commit, path)
+        return hub_request.read(address, self.endpoint, self.token(), listing.ref.repo, _SMALL_BYTES, client=client, part=part)
 
-        endpoint, token = self.endpoint, self.token()
-        hub_request.require_online(endpoint)
-        address = hub_request.file_address(endpoint, listing.ref.repo, listing.commit, path)
-        start, stop = part or (0, None)
-        for pause_s in (*_PAUSES_S, None):
-            asked_s = 0.0
-            try:
-                with (
-                    nullcontext(client) if client is not None else hub_request.new_client() as asking,
-                    hub_request.get(asking, address, endpoint, token, start, stop) as (response, own),
-                ):
-                    status = response.status_code
-                    if status == 206 or (status == 200 and not start):
-                        return self._read(response, path, None if stop is None else stop - start)
-                    refused = (
-                        hub_request.refusal(status, response.headers, listing.ref.repo, endpoint, bool(token)) if own else None
-                    )
-                    if refused is not None:
-                        raise refused
-                    asked_s = hub_request.asked_pause_s(response.headers.get("Retry-After"))
-                    if pause_s is None or asked_s > _LONGEST_PAUSE_S:
-                        raise HubUnreachable(_busy(endpoint, status))
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
-                    raise hub_request.unreachable(endpoint, error) from None
-            time.sleep(max(pause_s, asked_s))
-        raise AssertionError("the last round returns or raises")
-
-    @staticmethod
-    def _read(response: "httpx.Response", path: str, limit: int | None = None) -> bytes:
-        data = bytearray()
-        for piece in response.iter_bytes():
-            data += piece
-            if limit is not None and len(data) >= limit:  # a server that knows no Range would send all of it
-                return bytes(data[:limit])
-            if len(data) > _SMALL_BYTES:
-                raise WrongRepository(f"{path} is larger than a settings file should be; nothing was downloaded.")
-        return bytes(data)
-
-    def _ask(self, question: Callable[[], _Answer], ref: ModelRef) -> _Answer:
-        """The answer, asked for again while the Hub is busy, as long as it says or a little longer each time."""
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                return question()
-            except Exception as error:
-                response: Any = getattr(error, "response", None)
-                busy = response is not None and (response.status_code == 429 or response.status_code >= 500)
-                asked_s = hub_request.asked_pause_s(response.headers.get("Retry-After")) if busy else 0.0
-                if not busy or pause_s is None or asked_s > _LONGEST_PAUSE_S:
-                    raise self._sentence(error, ref) from None
-                time.sleep(max(pause_s, asked_s))
-        raise AssertionError("the last round returns or raises")
-
-    def _api(self) -> "HfApi":
-        hub_request.require_online(self.endpoint)
-        from huggingface_hub import HfApi
-
-        token = self.token() or False  # False: none, and no look at the saved login
-        return HfApi(endpoint=self.endpoint, token=token, library_name="gptq-webui", library_version=hub_request.__version__)
-
-    def _sentence(self, error: Exception, ref: ModelRef) -> GptqWebuiError:
-        if isinstance(error, GptqWebuiError):
-            return error
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-        endpoint = self.endpoint
-        if isinstance(error, OfflineModeIsEnabled):
-            return HubUnreachable(
-                f"HF_HUB_OFFLINE was set when gptq-webui started, so nothing is asked of {hub_request.host_of(endpoint)}. "
-                "Unset it and start again to download."
-            )
-        response = getattr(error, "response", None)
-        if isinstance(error, HfHubHTTPError) and response is not None:
-            if response.headers.get("X-Error-Code") == "RevisionNotFound":
-                return self._no_such_branch(ref)
-            refused = hub_request.refusal(response.status_code, response.headers, ref.repo, endpoint, bool(self.token()))
-            return refused or HubUnreachable(_busy(endpoint, response.status_code))
-        if isinstance(error, ValueError):
-            return HubUnreachable(
-                f"{hub_request.host_of(endpoint)} sent an answer that cannot be read: it was cut short, or it comes "
-                "from something in between, such as the login page of a network. Try again."
-            )
-        return hub_request.unreachable(endpoint, error)
+    def _ask(self, question: str, repo: str, client: "httpx.Client | None" = None) -> dict[str, Any]:
+        """The JSON object that the Hub's API answers about models."""
+        address = f"{self.endpoint}/api/models/{question}"
+        data = hub_request.read(address, self.endpoint, self.token(), repo, _LIST_BYTES, client=client)
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise hub_errors.unreadable(self.endpoint)
+        return values
 
     def _no_such_branch(self, ref: ModelRef) -> GptqWebuiError:
         try:
@@ -235,6 +168,16 @@ class Hub:
         return NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r}.{hint} It has {shown}{more}.")
 
 
-def _busy(endpoint: str, status: int) -> str:
-    wait = "asks to wait" if status == 429 else "has a problem of its own"
-    return f"{hub_request.host_of(endpoint)} {wait} (status {status}). Try again in a few minutes."
+def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
+    """One of the API's "siblings". Raises KeyError, TypeError, ValueError, AttributeError for what is none."""
+    size = entry.get("size") or 0
+    large = entry.get("lfs") or {}
+    sha256, blob_id = large.get("sha256"), entry.get("blobId")
+    if not isinstance(size, int) or not 0 <= size < _LARGEST_BYTES or not isinstance(entry["rfilename"], str):
+        raise ValueError
+    return RemoteFile(
+        entry["rfilename"],
+        size,
+        sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None,
+        blob_id if isinstance(blob_id, str) and _COMMIT.fullmatch(blob_id) else None,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptq_webui.app.cli import main
-from gptq_webui.hub import file_download, repository
+from gptq_webui.hub import file_download, hub_request
 from hub_server import Fault, HubServer
 
 NAME = "Owner/M-GPTQ"
@@ -90,7 +90,7 @@ def test_what_the_hub_may_answer(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(file_download, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(repository, "_PAUSES_S", (0.01, 0.02, 0.04))
+    monkeypatch.setattr(hub_request, "PAUSES_S", (0.01, 0.02, 0.04))
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         server.add(NAME, FILES)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from gptq_webui.core.errors import AccessDenied, HubError, HubUnreachable, NoSuchBranch, NoSuchRepository
 from gptq_webui.core.model_ref import ModelRef
-from gptq_webui.hub import repository
+from gptq_webui.hub import hub_request
 from gptq_webui.hub.repository import Hub, is_safe_path
 
 REPO = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ"
@@ -19,7 +19,7 @@ FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 5000, "README.m
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "_PAUSES_S", (0.01, 0.02, 0.04))
+    monkeypatch.setattr(hub_request, "PAUSES_S", (0.01, 0.02, 0.04))
 
 
 @pytest.fixture
