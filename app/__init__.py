@@ -1,1 +1,1 @@
-"""Floor 6: where the faces meet: the command line, the one server process, the launcher of the host."""
+"""Floor 6: the command line, the one server process where page and API meet, and the launcher of the host."""

@@ -1,4 +1,4 @@
-"""Who may come in, from the command line: addresses, page passwords, API keys, other sites."""
+"""Access from the command line: addresses, page passwords, API keys, other sites."""
 
 import argparse
 import os
@@ -19,21 +19,19 @@ SHARE_HOST = ".gradio.live"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("who may come in")
+    group = parser.add_argument_group("access")
     group.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     group.add_argument("--listen", action="store_true", help="listen on every network (0.0.0.0), with a password and API keys")
     group.add_argument("--share", action="store_true", help="make a public link, with a password for you and one for guests")
+    group.add_argument("--auth", metavar="USER:PASSWORD", help="the page asks for this user and password, and the API for a key")
+    group.add_argument("--api-key", metavar="KEY", help="API clients must send this key (or GPTQ_WEBUI_API_KEY)")
+    group.add_argument("--admin-key", metavar="KEY", help="a key that may also load and download (or GPTQ_WEBUI_ADMIN_KEY)")
+    group.add_argument("--no-auth", action="store_true", help="no password and no key, even on every network")
     group.add_argument(
-        "--auth", metavar="USER:PASSWORD", help="ask for this user and password on the page, and for a key at the API"
-    )
-    group.add_argument("--api-key", metavar="KEY", help="ask API clients for this key (or GPTQ_WEBUI_API_KEY)")
-    group.add_argument("--admin-key", metavar="KEY", help="a key that may load and download, too (or GPTQ_WEBUI_ADMIN_KEY)")
-    group.add_argument("--no-auth", action="store_true", help="ask nobody for a password or a key, even on every network")
-    group.add_argument(
-        "--allowed-host", action="append", metavar="NAME", help="a name this server answers to, besides its addresses"
+        "--allowed-host", action="append", metavar="NAME", help="another name that this server answers to, besides its addresses"
     )
     group.add_argument(
-        "--cors", "--cors-allow-origin", action="append", metavar="ADDRESS", help="a site whose pages may call the API, or *"
+        "--cors", "--cors-allow-origin", action="append", metavar="ADDRESS", help="a web site whose pages may call the API, or *"
     )
 
 
@@ -63,7 +61,7 @@ def users(options: argparse.Namespace) -> list[tuple[str, str]]:
     if options.auth:
         name, colon, password = options.auth.partition(":")
         if not colon or not name or not password:
-            raise BadParameter("--auth wants USER:PASSWORD, for example --auth me:correct-horse.")
+            raise BadParameter("--auth needs USER:PASSWORD, for example --auth me:correct-horse.")
         found.append((name, password))
     elif options.share or (is_wide(options) and not options.no_auth):
         found.append(("owner", secrets.token_urlsafe(9)))
@@ -72,16 +70,19 @@ def users(options: argparse.Namespace) -> list[tuple[str, str]]:
     return found
 
 
-def keys(options: argparse.Namespace, tell: Callable[[str], None], path: Path | None = None) -> Keys:
-    """The keys that API requests need. A server that others can reach, or whose page has a password, gets some for its run if
-    there are none: a password before the page alone would leave the same model open at the same address."""
+def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | None = None) -> Keys:
+    """The keys that API requests need.
+
+    A server that others can reach, or whose page has a password, makes keys for its run if there are none: a password
+    for the page alone would leave the same model open at the same address.
+    """
     found = Keys(None if options.no_auth else path or keys_file())
     given = options.api_key or os.environ.get("GPTQ_WEBUI_API_KEY")
     admin = options.admin_key or os.environ.get("GPTQ_WEBUI_ADMIN_KEY")
     if options.no_auth:
         if options.share or given or admin:
             raise BadParameter(
-                "--no-auth asks for no key and no password; it cannot stand beside --share, --api-key or --admin-key."
+                "--no-auth means no key and no password. It cannot be combined with --share, --api-key or --admin-key."
             )
         return found
     if given:
@@ -89,11 +90,11 @@ def keys(options: argparse.Namespace, tell: Callable[[str], None], path: Path | 
     if admin:
         found.add_for_run(admin, "--admin-key", admin=True)
     if (is_wide(options) or options.share or options.auth) and not found.required:
-        made = {"to use the model": "gw-" + secrets.token_urlsafe(24), "to change it, too": "gw-" + secrets.token_urlsafe(24)}
-        tell("API keys of this run (`gptq-webui keys new NAME` makes lasting ones):")
+        made = {"to use the model": "gw-" + secrets.token_urlsafe(24), "to change it as well": "gw-" + secrets.token_urlsafe(24)}
+        say("API keys of this run (`gptq-webui keys new NAME` makes permanent ones):")
         for at, (what, key) in enumerate(made.items()):
             found.add_for_run(key, "admin of this run" if at else "this run", admin=bool(at))
-            tell(f"  {key}  {what}")
+            say(f"  {key}  {what}")
     return found
 
 
@@ -103,8 +104,7 @@ def run_keys(options: argparse.Namespace) -> int:
     if options.action == "new":
         key = found.make(_named(options), admin=options.admin)
         print(key)
-        tell = "It is shown once and kept as a hash. From now on every API request needs a key."
-        print(tell, file=sys.stderr)
+        print("This key is shown only once; a hash of it is kept. From now on every API request needs a key.", file=sys.stderr)
     elif options.action == "remove":
         found.remove(_named(options))
     else:
@@ -115,5 +115,5 @@ def run_keys(options: argparse.Namespace) -> int:
 
 def _named(options: argparse.Namespace) -> str:
     if not options.name:
-        raise BadParameter(f"Say which key: gptq-webui keys {options.action} NAME.")
+        raise BadParameter(f"The name of the key is missing: gptq-webui keys {options.action} NAME.")
     return str(options.name)

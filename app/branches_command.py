@@ -1,4 +1,4 @@
-"""`gptq-webui branches owner/name`: the model card's table, and what only this machine knows about each branch."""
+"""`gptq-webui branches owner/name`: the model card's table, and how each branch fits this machine."""
 
 import argparse
 import json
@@ -37,34 +37,34 @@ def branches(options: argparse.Namespace) -> int:
     for line in (*found.notes, *(note for offer in advice.offers for note in notes(offer)), advice.reason):
         print(line, file=sys.stderr)
     if advice.best is not None:
-        print(f"To take it: gptq-webui download {advice.best.branch.ref}", file=sys.stderr)
+        print(f"To download it: gptq-webui download {advice.best.branch.ref}", file=sys.stderr)
     return 0
 
 
 def cells(offer: Offer, context_tokens: int) -> dict[str, str]:
-    """One line of the table, by column; "" where nothing is known."""
+    """One row of the table, by column; "" for what is unknown."""
     branch, quantize = offer.branch, offer.branch.quantize
-    card = branch.model_card
-    group = card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
+    model_card = branch.model_card
+    group = model_card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
     return {
         "Branch": branch.name,
-        "Bits": card.bits if quantize is None else str(quantize.bits),
+        "Bits": model_card.bits if quantize is None else str(quantize.bits),
         "GS": group,
-        "Act Order": card.act_order if quantize is None else "Yes" if quantize.desc_act else "No",
-        "Seq Len": card.seq_len,
-        "Size": format_bytes(branch.size_bytes) if branch.wanted else card.size,
+        "Act Order": model_card.act_order if quantize is None else "Yes" if quantize.desc_act else "No",
+        "Seq Len": model_card.seq_len,
+        "Size": format_bytes(branch.size_bytes) if branch.wanted else model_card.size,
         "ExLlama": branch.exllama,
         "Memory": gigabytes(offer.fit.needs_bytes) if offer.fit.needs_bytes else "",
         "Fits": _FITS[offer.fit.state] if branch.wanted else "",
         "Loader": offer.fit.loader,
         "Damp %": branch.damp_percent,
         "GPTQ dataset": branch.dataset,
-        "Description": card.description if branch.wanted else str(branch.error or ""),
+        "Description": model_card.description if branch.wanted else str(branch.error or ""),
     }
 
 
 def notes(offer: Offer) -> tuple[str, ...]:
-    """What the user should know about a branch beside its line in the table."""
+    """What the user should know about a branch, in addition to its row."""
     return offer.branch.notes + ((f"{offer.branch.name}: {offer.fit.text}",) if offer.fit.state == "no loader" else ())
 
 
@@ -107,7 +107,7 @@ def as_json(advice: Advice) -> dict[str, Any]:
 
 
 def table(names: tuple[str, ...], rows: list[list[str]], best: list[bool], width: int | None) -> str:
-    """Aligned columns, "*" before the recommended line; cut at `width` only in the last column."""
+    """Aligned columns, "*" before the recommended row. A row that is longer than `width` is cut at its end."""
     widths = [max(len(each) for each in column) for column in zip(names, *rows, strict=True)]
     lines = []
     for mark, row in zip((" ", *("*" if each else " " for each in best)), (list(names), *rows), strict=True):

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
     if given[0] in _WITH_BARS and not options.verbose:
-        logging.getLogger("gptq_webui.hub").setLevel(logging.WARNING)  # a line of the log would tear the bars
+        logging.getLogger("gptq_webui.hub").setLevel(logging.WARNING)  # a line of the log would break the bars
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe on Windows has no encoding for an emoji
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: `| head`
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptq-webui",
         description="Downloads GPTQ models, loads them and chats. Without a command it opens the web page.",
-        epilog="gptq-webui COMMAND --help tells more. `gptq-webui --demo` tries everything with a small model.",
+        epilog="`gptq-webui COMMAND --help` lists its options. `gptq-webui --demo` tries everything with a small model.",
     )
     parser.add_argument("--version", action="version", version=f"gptq-webui {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -65,14 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="open the web page (the default)")
     _add_models(serve, several=True)
     serve.add_argument("--model", metavar="NAME", help="load this model at the start")
-    serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine, once, and load it")
+    serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine (once) and load it")
     serve.add_argument("--port", type=int, help="port of the page and the API (default: 7860, or the next free one)")
     serve.add_argument(
-        "--api-port", type=int, metavar="PORT", help="the API alone on another port, too; text-generation-webui's is 5000"
+        "--api-port", type=int, metavar="PORT", help="the API alone on one more port; text-generation-webui uses 5000"
     )
-    serve.add_argument("--queue", type=int, metavar="N", help="API requests that are answered or wait (default: 128)")
+    serve.add_argument("--queue", type=int, metavar="N", help="API requests that run or wait, at most (default: 128)")
     serve.add_argument(
-        "--parallel", type=int, metavar="N", help="answers at once, where the loaded model can (default: what it can)"
+        "--parallel", type=int, metavar="N", help="answers at the same time, if the loaded model can (default: what it can)"
     )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     _add_loading(serve)
@@ -80,16 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     tgi_flags.add(serve)
     serve.set_defaults(run=_serve)
 
-    branches = commands.add_parser("branches", help="compare the branches of a model, and say which one fits this machine")
+    branches = commands.add_parser("branches", help="compare the branches of a model, and show which one fits this machine")
     branches.add_argument("ref", metavar="REF", help="owner/name, for example TheBloke/Mistral-7B-Instruct-v0.2-GPTQ")
-    branches.add_argument("--context", type=int, metavar="TOKENS", help="context length to count with (default: 4096)")
-    branches.add_argument("--memory", type=float, metavar="GB", help="free memory of another graphics card, to ask for that")
-    branches.add_argument("--more", action="store_true", help="also the damping and the calibration data")
+    branches.add_argument("--context", type=int, metavar="TOKENS", help="context length for the comparison (default: 4096)")
+    branches.add_argument("--memory", type=float, metavar="GB", help="free memory of another GPU, to compare for that one")
+    branches.add_argument("--more", action="store_true", help="show the damping and the calibration data too")
     branches.add_argument("--json", action="store_true", help="everything as JSON on stdout")
     _add_models(branches)
     branches.set_defaults(run=_branches)
 
-    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch", epilog=exit_codes.TOLD)
+    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch", epilog=exit_codes.HELP)
     add_download(download)
     _add_models(download)
     download.set_defaults(run=_download)
@@ -100,20 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_remote(models)
     models.set_defaults(run=_library("models"), model=None)
 
-    for name, run, told in (
+    for name, run, summary in (
         ("verify", "verify", "hash every file of a model again"),
         ("repair", "repair", "verify, and fetch only what is wrong or missing"),
-        ("update", "update", "has the branch moved since?"),
-        ("remove", "remove", "delete a model, and say the space that frees"),
-        ("rescue", "rescue_settings", "write a missing or wrong quantize_config.json as the tensors say"),
+        ("update", "update", "check whether the branch has moved"),
+        ("remove", "remove", "delete a model, and show how much space that frees"),
+        ("rescue", "rescue_settings", "write a missing or wrong quantize_config.json from the tensors"),
         ("convert", "convert", "make safetensors of .bin or .pt weights, without running what is in them"),
     ):
-        keeping = commands.add_parser(name, help=told, epilog=exit_codes.TOLD)
+        keeping = commands.add_parser(name, help=summary, epilog=exit_codes.HELP)
         keeping.add_argument("name", metavar="NAME", help="as `gptq-webui models` lists it")
         if name in ("verify", "update"):
-            keeping.add_argument("--json", action="store_true", help="tell the outcome as JSON on stdout")
+            keeping.add_argument("--json", action="store_true", help="write the result as JSON on stdout")
         if name == "update":
-            keeping.add_argument("--download", action="store_true", help="bring what has changed")
+            keeping.add_argument("--download", action="store_true", help="download what has changed")
         if name == "remove":
             keeping.add_argument("--yes", action="store_true", help="do not ask")
         if name == "convert":
@@ -126,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(ask)
     ask.add_argument("--model", metavar="NAME", help="the model to ask (default: the last one used)")
     ask.add_argument("--demo", action="store_true", help="ask the demo model")
-    ask.add_argument("--temperature", type=float, help="0 always takes the likeliest word")
+    ask.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     ask.add_argument("--max-new-tokens", type=int, metavar="N", help="cut the answer after N tokens")
     ask.add_argument("--seed", type=int, help="the same seed gives the same answer")
-    ask.add_argument("--raw", action="store_true", help="give the text to the model as it is, without its chat template")
+    ask.add_argument("--raw", action="store_true", help="send the text unchanged, without the chat template")
     _add_loading(ask)
     ask.set_defaults(run=_ask)
 
@@ -143,29 +143,29 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
     keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
     keys.add_argument("name", nargs="?", metavar="NAME")
-    keys.add_argument("--admin", action="store_true", help="a key that may load and download, too")
+    keys.add_argument("--admin", action="store_true", help="a key that may also load and download")
     keys.set_defaults(run=_keys, verbose=False)
 
-    doctor = commands.add_parser("doctor", help="tell what this machine has and which loader can work on it")
+    doctor = commands.add_parser("doctor", help="show what this machine has and which loaders can work on it")
     _add_models(doctor, several=True)
     _add_remote(doctor)
-    doctor.add_argument("--model", metavar="NAME", help="ask the loaders about this model")
+    doctor.add_argument("--model", metavar="NAME", help="show it for this model")
     doctor.set_defaults(run=_doctor)
 
-    host = commands.add_parser("host", help="start text-generation-webui so that its --model may be a GPTQ folder")
+    host = commands.add_parser("host", help="start text-generation-webui so that its --model can be a GPTQ folder")
     host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
-    host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="what its server.py is given")
+    host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="the arguments of its server.py")
     host.set_defaults(run=_host, verbose=False)
     return parser
 
 
 def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """`several` folders may follow one flag only where nothing else follows."""
+    """With `several`, more than one folder may follow one flag. Only for commands that have no other positional argument."""
     action: dict[str, Any] = {"action": "extend", "nargs": "+"} if several else {"action": "append"}
     parser.add_argument(
         "--models-dir", type=Path, metavar="DIR", help="folders with models; downloads go into the first", **action
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more on the terminal")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show more on the terminal")
 
 
 def _add_remote(parser: argparse.ArgumentParser) -> None:
@@ -173,19 +173,19 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
         "--remote",
         action="append",
         metavar="URL",
-        help="also use the models of this engine elsewhere (vLLM, TGI …); again for several that share the work",
+        help="also use the models of this engine on another machine (vLLM, TGI …); repeat it for engines that share the work",
     )
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     _add_remote(parser)
-    parser.add_argument("--dtype", type=_dtype, help="number format of the computing: auto, fp16, bf16, fp32")
+    parser.add_argument("--dtype", type=_dtype, help="number format for computing: auto, fp16, bf16, fp32")
     parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
 
 
 def _dtype(text: str) -> str:
-    """TGI says float16 where we say fp16."""
+    """TGI's float16 is our fp16."""
     name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(text, text)
     if name not in ("auto", "fp16", "bf16", "fp32"):
         raise argparse.ArgumentTypeError(f"{text!r}: choose from auto, fp16, bf16, fp32")

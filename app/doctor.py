@@ -1,4 +1,4 @@
-"""`gptq-webui doctor`: what this machine has, and which loader can work on it, why not, and what would change that."""
+"""`gptq-webui doctor`: what this machine has, which loaders can work on it, why the others cannot, and what would change that."""
 
 import argparse
 import textwrap
@@ -16,7 +16,7 @@ _WIDTH = 110
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print it. With --model, the loaders are asked about that model; else about what most GPTQ models are."""
+    """Print it. With --model, the loaders judge that model; without, a usual GPTQ model."""
     engine = make_engine(options)
     find_elsewhere(engine, options)
     print(support_report.machine())
@@ -36,14 +36,14 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def usual_model(bits: int) -> LocalModel:
-    """A model that is nowhere, as TheBloke made thousands."""
+    """A model like thousands of TheBloke's; it does not exist on disk."""
     folder = Path("usual")
     quantize = QuantizeConfig(bits, 128, desc_act=True)
     return LocalModel(folder, "gptq", quantize, 0, 4096, "LlamaForCausalLM", (folder / "model.safetensors",))
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """A loader a paragraph: can or cannot, why, and what would change it."""
+    """One paragraph for each loader: can or cannot, why, and what would change it."""
     widest = max(len(row.loader) for row in rows)
     for row in rows:
         if row.refusal is not None:

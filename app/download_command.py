@@ -1,6 +1,6 @@
-"""`gptq-webui download`, with every flag that model cards of 2023 tell users to type.
+"""`gptq-webui download`, with every flag that model cards of 2023 use.
 
-Their `huggingface-cli download …` works with the name exchanged. What no longer means anything is said in one line.
+Their `huggingface-cli download …` works with the name exchanged. Flags without a meaning are named in one line each.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def download(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         cancel.set()
         bars.end()
-        _say(options, "Stopped. What arrived is kept: the same command goes on from there.")
+        _say(options, "Stopped. What arrived is kept; the same command continues from there.")
         return INTERRUPTED
     finally:
         bars.end()
@@ -105,12 +105,12 @@ def _point_to(plan: Plan) -> None:
 
 
 def _without_meaning(options: argparse.Namespace) -> list[str]:
-    """One line for each thing that was typed and no longer means anything."""
+    """One line for each given flag or variable that no longer has a meaning."""
     lines = []
     if options.local_dir_use_symlinks is not None:
-        lines.append("--local-dir-use-symlinks is ignored: files always lie in their folder itself.")
+        lines.append("--local-dir-use-symlinks is ignored: files are always in their folder, never links.")
     if options.resume_download:
-        lines.append("--resume-download is ignored: a download always goes on where it stopped.")
+        lines.append("--resume-download is ignored: a download always continues where it stopped.")
     if options.force_download:
         lines.append("--force-download is ignored: `gptq-webui repair NAME` checks every byte and fetches what is wrong.")
     if os.environ.get("HF_HUB_ENABLE_HF_TRANSFER"):

@@ -31,7 +31,7 @@ def make_engine(options: argparse.Namespace) -> Engine:
 
 
 def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
-    """List what the engines of --remote serve beside the models of the folders; returns the names. Raises LoadFailed."""
+    """Add the models that the engines of --remote serve to the library. Returns their names. Raises LoadFailed."""
     if not options.remote:
         return []
     from ..core.models import remote_model
@@ -46,8 +46,8 @@ def find_elsewhere(engine: Engine, options: argparse.Namespace) -> list[str]:
     return list(found)
 
 
-def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
-    """The name in the library of --model, or of the only model of --remote; None if neither says which."""
+def requested_model(engine: Engine, options: argparse.Namespace) -> str | None:
+    """The library's name for --model, or for the only model of --remote; None if neither names one."""
     elsewhere = find_elsewhere(engine, options)
     if not options.model:
         return elsewhere[0] if len(elsewhere) == 1 else None
@@ -56,7 +56,7 @@ def asked_model(engine: Engine, options: argparse.Namespace) -> str | None:
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
-    """--dtype, --context and --parallel as the loaders call them."""
+    """--dtype, --context and --parallel under the names that the loaders use."""
     parallel = getattr(options, "parallel", None)
     given = {"dtype": options.dtype, "context_tokens": options.context, "max_batch_size": parallel}
     given["parallel"] = None if parallel is None else min(parallel, MOST_PARALLEL)
@@ -65,8 +65,8 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def ask(options: argparse.Namespace) -> int:
     engine = make_engine(options)
-    line = _Line()
-    engine.slot.watchers.append(lambda status: line.show(_in_line(status)))
+    line = _StatusLine()
+    engine.slot.watchers.append(lambda status: line.show(_in_one_line(status)))
     try:
         loaded = _load(engine, options)
         line.end()
@@ -84,7 +84,7 @@ def ask(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             cancel.set()
             raise
-        print(_last_line(finish), file=sys.stderr)
+        print(_summary(finish), file=sys.stderr)
         return 0
     finally:
         line.end()
@@ -93,8 +93,8 @@ def ask(options: argparse.Namespace) -> int:
 
 def benchmark(options: argparse.Namespace) -> int:
     engine = make_engine(options)
-    line, cancel = _Line(), threading.Event()
-    engine.slot.watchers.append(lambda status: line.show(_in_line(status)))
+    line, cancel = _StatusLine(), threading.Event()
+    engine.slot.watchers.append(lambda status: line.show(_in_one_line(status)))
     try:
         _load(engine, options)
         from ..engine.benchmark import measure
@@ -110,10 +110,10 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def _load(engine: Engine, options: argparse.Namespace) -> LoadedModel:
-    """--demo, --model, or what there is."""
+    """Load --demo, --model, or the only model there is."""
     if options.demo:
         return engine.load_demo(options.loader, load_options(options))
-    return engine.load(_name(engine, asked_model(engine, options)), options.loader, load_options(options))
+    return engine.load(_name(engine, requested_model(engine, options)), options.loader, load_options(options))
 
 
 def _print(answer: Any) -> Finish:
@@ -127,14 +127,14 @@ def _print(answer: Any) -> Finish:
     return finish
 
 
-def _last_line(finish: Finish) -> str:
+def _summary(finish: Finish) -> str:
     cut = "; stopped at the limit" if finish.reason == "length" else ""
     count = plural(finish.new_tokens, "new token")
     return f"{count}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
 
 
 def _name(engine: Engine, given: str | None) -> str:
-    """--model, or the last one used, or the only one there is. Raises NoSuchModel with the names there are."""
+    """--model, else the last one used, else the only one. Raises NoSuchModel, which lists the names."""
     if given:
         return given
     names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain", "remote")]
@@ -143,15 +143,15 @@ def _name(engine: Engine, given: str | None) -> str:
     if len(names) == 1:
         return names[0]
     listed = f"There are: {', '.join(names)}." if names else "There is none yet: try --demo, or gptq-webui download REF."
-    raise NoSuchModel(f"Say which model with --model NAME. {listed}")
+    raise NoSuchModel(f"Name a model with --model NAME. {listed}")
 
 
-def _in_line(status: Status) -> str:
+def _in_one_line(status: Status) -> str:
     return f"{status.name}: {status.text} ({status.share:.0%})" if status.phase == "loading" else ""
 
 
-class _Line:
-    """One line on stderr that is written over while it changes; plain lines where that is no terminal."""
+class _StatusLine:
+    """One line on stderr that is overwritten while it changes; plain lines if stderr is no terminal."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

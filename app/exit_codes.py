@@ -1,4 +1,4 @@
-"""The exit codes, on which scripts may rely. 2 is argparse's own for wrong usage, 130 is Ctrl+C."""
+"""The exit codes. Scripts may rely on them. 2 is argparse's own for wrong usage, 130 is Ctrl+C."""
 
 from ..core.errors import (
     AccessDenied,
@@ -21,7 +21,7 @@ _OF: dict[type[GptqWebuiError], int] = {
     DiskFull: 7,
     DownloadFailed: DAMAGED,
 }
-TOLD = (
+HELP = (
     "exit codes: 0 done, 1 another error, 2 wrong usage, 3 no such repository or branch, 4 access denied (gated, private, "
     "token), 5 no network or HF_HUB_OFFLINE, 6 not a GPTQ model, 7 the disk is full, 8 a file is damaged or does not arrive, "
     "130 Ctrl+C"

@@ -1,4 +1,4 @@
-"""TGI's --model-id: a model of the models folders, a folder, or a repository that is downloaded first."""
+"""TGI's --model-id: a model in the models folders, any folder, or a repository that is downloaded first."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..engine.engine import Engine
 _LOOK_S = 0.5
 
 
-def first_model(engine: Engine, downloads: Downloads, text: str, branch: str | None, tell: Callable[[str], None]) -> str:
+def first_model(engine: Engine, downloads: Downloads, text: str, branch: str | None, say: Callable[[str], None]) -> str:
     """The name to load. Raises BadModelName, HubError."""
     names = {each.name: each for each in engine.library.models()}
     if text in names:
@@ -28,7 +28,7 @@ def first_model(engine: Engine, downloads: Downloads, text: str, branch: str | N
     found = names.get(ref.folder_name)
     if found is not None and found.kind != "incomplete":
         return ref.folder_name
-    tell(f"Downloading {ref} …")
+    say(f"Downloading {ref} …")
     downloads.start(str(ref))
     while True:
         status = downloads.status(ref)

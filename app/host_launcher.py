@@ -1,6 +1,6 @@
-"""`gptq-webui host -- <server.py arguments>`: text-generation-webui with GPTQ folders handed to us from its first moment.
+"""`gptq-webui host -- <server.py arguments>`: starts text-generation-webui and gives us its GPTQ folders from the start.
 
-The host loads its --model before any extension; started through here, that may be a GPTQ folder.
+The host loads its --model before any extension. Started this way, that can be a GPTQ folder.
 """
 
 import os
@@ -22,7 +22,7 @@ def run_host(arguments: Sequence[str], folder: Path | None = None) -> int:
     if not server.is_file() or not (home / "modules" / "shared.py").is_file():
         raise BadParameter(
             f"{home} is not the folder of text-generation-webui: there is no server.py with its modules. "
-            "Go there first, or name it with --folder."
+            "Change to that folder first, or name it with --folder."
         )
     given = list(arguments)
     if given[:1] == ["--"]:

@@ -1,4 +1,4 @@
-"""The commands that look after models on disk: models, verify, repair, update, remove, rescue, convert."""
+"""The commands for models on disk: models, verify, repair, update, remove, rescue, convert."""
 
 import argparse
 import json
@@ -58,12 +58,12 @@ def repair(options: argparse.Namespace) -> int:
     if verdict is not None and verdict.good:
         print(f"{options.name}: {verdict.text}", file=sys.stderr)
     else:
-        print(f"{options.name} is whole again.", file=sys.stderr)
+        print(f"{options.name} is complete and right again.", file=sys.stderr)
     return 0
 
 
 def update(options: argparse.Namespace) -> int:
-    """Say whether the branch has moved; --download brings it here."""
+    """Check whether the branch has moved; --download fetches the change."""
     library = make_engine(options).library
     found = model_repair.check_update(library, options.name)
     if options.json:
@@ -82,13 +82,13 @@ def update(options: argparse.Namespace) -> int:
 
 
 def remove(options: argparse.Namespace) -> int:
-    """Delete a model after a question, or at once with --yes."""
+    """Delete a model after a question, or without one with --yes."""
     library = make_engine(options).library
     model = library.get(options.name)
     freed = format_bytes(library.freed_bytes(options.name))
     if not options.yes:
         if not sys.stdin.isatty():
-            raise ModelError(f"Removing {options.name} frees {freed}. Add --yes to do it without a question.")
+            raise ModelError(f"Removing {options.name} frees {freed}. Add --yes to delete it without a question.")
         print(f"Delete {model.folder}? It frees {freed}. [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was deleted.", file=sys.stderr)
@@ -99,7 +99,7 @@ def remove(options: argparse.Namespace) -> int:
 
 
 def rescue_settings(options: argparse.Namespace) -> int:
-    """Write quantize_config.json as the tensors say."""
+    """Write quantize_config.json from the tensors."""
     model = make_engine(options).library.get(options.name)
     wrong = rescue.settings_wrong(model)
     if not wrong:

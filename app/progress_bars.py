@@ -1,4 +1,4 @@
-"""What a long job shows on stderr: bars on a terminal, now and then a plain line in a log."""
+"""The progress of a long job on stderr: bars on a terminal, a plain line every ten seconds elsewhere."""
 
 import shutil
 import sys
@@ -12,12 +12,12 @@ _BAR = 24
 
 
 class Bars:
-    """One line for the whole and one for each file in hand, written over while they change."""
+    """One line for the whole job and one for each current file, overwritten while they change."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._terminal, self._quiet = sys.stderr.isatty(), quiet
         self._lines = 0  # on the terminal now
-        self._told_s = float("-inf")
+        self._logged_s = float("-inf")
         self._stage = ""
 
     def show(self, progress: Progress) -> None:
@@ -30,8 +30,8 @@ class Bars:
             self._draw(lines)
             return
         now_s = time.monotonic()
-        if progress.stage != self._stage or now_s - self._told_s >= _LOG_EVERY_S:
-            self._told_s, self._stage = now_s, progress.stage
+        if progress.stage != self._stage or now_s - self._logged_s >= _LOG_EVERY_S:
+            self._logged_s, self._stage = now_s, progress.stage
             print(f"{share:.0%} {progress.text}", file=sys.stderr, flush=True)
 
     def end(self) -> None:

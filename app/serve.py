@@ -1,4 +1,4 @@
-"""The one server process: engine, page, and where its address is told."""
+"""The one server process: it makes the engine, the page and the API, prints their addresses, and stops at Ctrl+C."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
 from . import access_flags, tgi_flags
-from .engine_commands import asked_model, load_options, make_engine
+from .engine_commands import load_options, make_engine, requested_model
 from .first_model import first_model
 
 if TYPE_CHECKING:
@@ -32,18 +32,18 @@ _TRIED_PORTS = 100
 def serve(options: argparse.Namespace) -> int:
     """Open the page and stay until Ctrl+C."""
     stop = _Stop()
-    tgi_flags.understand(options, _tell)
+    tgi_flags.understand(options, _say)
     host, users = access_flags.host_of(options), access_flags.users(options)
     port = free_port(host, options.port)
     api_port = free_port(host, options.api_port) if options.api_port is not None else None
-    keys = access_flags.keys(options, _tell)
+    keys = access_flags.keys(options, _say)
     engine = make_engine(options)
     banner = torch_banner()
     if banner:
-        _tell(banner)
+        _say(banner)
     if engine.settings.warning:
-        _tell(engine.settings.warning)
-    _tell(f"gptq-webui {__version__} is starting …")
+        _say(engine.settings.warning)
+    _say(f"gptq-webui {__version__} is starting …")
     downloads = Downloads(engine.library, lambda plan: fit_of_plan(plan, engine.loaders, available_memory(engine.loaded)).text)
     downloads.find_unfinished()
     start = threading.Thread(target=_load_first, args=(engine, downloads, options), name="first load", daemon=True)
@@ -55,29 +55,29 @@ def serve(options: argparse.Namespace) -> int:
     from ..ui import gradio_compat, page
     from ..ui.access import Access, Share
     from ..ui.api_box import Api
-    from .web_server import Web
+    from .web_server import WebServer
 
     limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
     service = Service(engine, downloads, keys, limits)
     panel = Api(lambda: keys.required, api_port) if gradio_compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
-    preset = "Precise" if options.demo else "Model card"  # drawing lots leads a model this small astray
+    preset = "Precise" if options.demo else "Model card"  # random choices mislead a model this small
     blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel)
     names, origins = access_flags.hosts(options), options.cors or ()
     shown = page.application(blocks, users)
-    webs = [Web(api.build(service, page=shown, here=gradio_compat.SIX, hosts=names, origins=origins), host, port)]
+    webs = [WebServer(api.build(service, page=shown, here=gradio_compat.SIX, hosts=names, origins=origins), host, port)]
     if api_port is not None:
-        webs.append(Web(api.build(service, hosts=names, origins=origins), host, api_port))
+        webs.append(WebServer(api.build(service, hosts=names, origins=origins), host, api_port))
     for web in webs:
         web.start()
     address = _address(host, port)
-    _tell(f"The page is at {address}, the API at the same address: {address}/docs")
+    _say(f"The page is at {address}, the API at the same address: {address}/docs")
     if api_port is not None:
-        _tell(f"The API is also at {_address(host, api_port)}")
+        _say(f"The API is also at {_address(host, api_port)}")
     for name, password in users:
         said = "the password you gave" if options.auth and name == users[0][0] else f"password {password}"
-        _tell(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {said}")
+        _say(f"  {'owner' if name == users[0][0] else 'guests'}: user {name}, {said}")
     if share is not None:
         _open_link("127.0.0.1" if host in _EVERYWHERE else host, port, share, users[-1])
         if share.info is not None:
@@ -88,7 +88,7 @@ def serve(options: argparse.Namespace) -> int:
 
         webbrowser.open(address)
     stop.wait()
-    _tell("Stopping …")
+    _say("Stopping …")
     service.stop_all()
     for web in webs:
         web.stop()
@@ -108,20 +108,20 @@ class _Stop:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
-        self._before = {each: signal.signal(each, self._hear) for each in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {each: signal.signal(each, self._received) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def wait(self) -> None:
-        while not self._asked.wait(0.5):  # without a limit, Windows would not hear Ctrl+C
+        while not self._asked.wait(0.5):  # without a timeout, Windows does not deliver Ctrl+C
             pass
 
-    def _hear(self, *_: object) -> None:
+    def _received(self, *_: object) -> None:
         self._asked.set()
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
 
 def free_port(host: str, asked: int | None) -> int:
-    """The port that was asked for, else 7860 or the next free one. Raises BadParameter if it is taken."""
+    """The given port, else 7860 or the next free one. Raises BadParameter if the given one is taken."""
     for port in [asked] if asked is not None else range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             if os.name != "nt":  # there the option lets two programs share a port
@@ -130,10 +130,10 @@ def free_port(host: str, asked: int | None) -> int:
                 probe.bind((host, port))
                 return port
             except OverflowError:
-                raise BadParameter(f"{port} is no port; ports go from 1 to 65535.") from None
+                raise BadParameter(f"{port} is not a port: ports are numbers from 1 to 65535.") from None
             except socket.gaierror:
                 raise BadParameter(
-                    f"{host!r} is no address of this machine. Use 127.0.0.1, or 0.0.0.0 for every network."
+                    f"{host!r} is not an address of this machine. Use 127.0.0.1, or 0.0.0.0 for every network."
                 ) from None
             except OSError as error:
                 if asked is not None:
@@ -144,47 +144,47 @@ def free_port(host: str, asked: int | None) -> int:
 
 
 def _load_first(engine: Engine, downloads: Downloads, options: argparse.Namespace) -> None:
-    """--remote, --demo, --model or --model-id, in the background; the page shows how far it is."""
+    """Load --remote, --demo, --model or --model-id in the background; the page shows the progress."""
     try:
-        name, given = asked_model(engine, options), load_options(options)
+        name, given = requested_model(engine, options), load_options(options)
         if options.demo:
             engine.load_demo(options.loader, given)
         elif options.model_id and not options.model:
-            name = first_model(engine, downloads, options.model_id, options.revision, _tell)
+            name = first_model(engine, downloads, options.model_id, options.revision, _say)
             engine.load(name, options.loader, given)
         elif name:
             engine.load(name, options.loader, given)
         else:
             return
         assert engine.loaded is not None
-        _tell(f"{engine.loaded.model.name} is loaded.")
+        _say(f"{engine.loaded.model.name} is loaded.")
     except GptqWebuiError as error:
         engine.slot.report(str(error))
-        _tell(str(error))
+        _say(str(error))
 
 
 def _open_link(host: str, port: int, share: "Share", guest: tuple[str, str]) -> None:
-    """Make the public link, or say in one sentence why there is none; the local page goes on."""
+    """Make the public link, or say in one sentence why there is none; the local page keeps running."""
     from gradio import networking
 
     from ..ui.access import ShareInfo
 
-    _tell("Making a public link …")
+    _say("Making a public link …")
     try:
         url = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
-        _tell(
+        _say(
             f"No public link could be made ({(str(error).strip().splitlines() or [type(error).__name__])[0]}). "
             "A closed network or an antivirus program can be the reason; the page on this machine works."
         )
         return
     share.info = ShareInfo(url, *guest)
-    _tell(f"Public link: {url}")
+    _say(f"Public link: {url}")
 
 
 def _has_display() -> bool:
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

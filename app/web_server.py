@@ -1,4 +1,4 @@
-"""A port of this process with an application behind it, on a thread of its own."""
+"""One port of this process, which serves an application on a thread of its own."""
 
 import contextlib
 import threading
@@ -9,17 +9,17 @@ import uvicorn
 
 from ..core.errors import BadParameter
 
-_STOP_S = 3  # streams that still run are cut after so long
+_STOP_S = 3  # then streams that still run are cut
 
 
-class Web:
+class WebServer:
     def __init__(self, application: Any, host: str, port: int) -> None:
         self.host, self.port = host, port
         config = uvicorn.Config(
             application,
             host=host,
             port=port,
-            log_level="critical",  # what a client does wrong is not news
+            log_level="critical",  # mistakes of clients are not logged
             access_log=False,
             server_header=False,
             ws="none",
@@ -29,7 +29,7 @@ class Web:
         self._thread = threading.Thread(target=self._run, name=f"gptq-webui port {port}", daemon=True)
 
     def start(self) -> None:
-        """Returns once it listens. Raises BadParameter if it cannot."""
+        """Start, and return when the port listens. Raises BadParameter if it cannot."""
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():

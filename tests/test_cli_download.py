@@ -195,7 +195,7 @@ def test_branches_shows_the_cards_table_and_the_advice(hub_server, tmp_path, cap
     for (branch, bits, group, size, text), line in zip(model_card_repo.BRANCHES, lines[1:], strict=True):
         cells = [branch, str(bits), "None" if group == -1 else str(group), "Yes", "4096", f"{size / 1e9:.2f}", "GB"]
         assert line[2:].split()[:7] == cells and line.endswith(text)
-    assert f"To take it: gptq-webui download {REPO}" in said.err and f"your {memory} GB" in said.err
+    assert f"To download it: gptq-webui download {REPO}" in said.err and f"your {memory} GB" in said.err
     assert main(["branches", REPO, "--memory", memory, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["recommended"] == best and [each["size_bytes"] for each in told["branches"]] == [
