@@ -1,6 +1,6 @@
-"""The figures of the README for one card: `python benchmarks/gpu.py FOLDER [--json FILE]`.
+"""The figures of the README for one GPU: `python benchmarks/gpu.py FOLDER [--json FILE]`.
 
-Decoding, prompts, memory, chat turns and the transformers face of one GPTQ folder, beside the exllamav2
+Decoding, prompts, memory, chat turns and transformers' own generate on one GPTQ folder, beside the exllamav2
 library where it can be imported. Every ratio is of one run; every figure the median of three or more.
 make_checkpoint.py makes a folder of any shape.
 """
@@ -36,7 +36,7 @@ TOKENS = 256
 PROMPT = 512
 TOGETHER = 16  # answers at once
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
-CARD: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1, "seed": 1}
+MODEL_CARD: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1, "seed": 1}
 found: dict[str, Any] = {}
 
 
@@ -82,11 +82,11 @@ def ours(folder: Path) -> None:
 
     base = rate(PROMPT)
     say("decode tokens/s, greedy, prompt 512", base)
-    say("decode tokens/s, the card's sampling, prompt 512", rate(PROMPT, **CARD))
+    say("decode tokens/s, the model card's sampling, prompt 512", rate(PROMPT, **MODEL_CARD))
     copy = copy_bandwidth()
     head = loaded.hf.get_output_embeddings().weight.numel() * 2
     step = loaded._stepper._step
-    weights = head + sum(w.size_bytes for layer in step.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    weights = head + sum(each.size_bytes for layer in step.weights.layers for each in layer.weights)
     per_token = step.pages.page_bytes / 64
     say("copy bandwidth, TB/s", copy / 1e12)
     say("share of the limit (weights + conversation over copy bandwidth)", base * (weights + PROMPT * per_token) / copy)
@@ -98,7 +98,7 @@ def ours(folder: Path) -> None:
             say(f"conversation read at this share of copy bandwidth, to {length}", (length - PROMPT) * per_token / added / copy)
 
     def together(count: int) -> float:
-        """The rates of answers that are drawn side by side, added up."""
+        """The rates of answers that run side by side, added up."""
         params = GenerationParams(max_new_tokens=TOKENS, **GREEDY)
         streams = [loaded.generate(ids(PROMPT), params, threading.Event()) for _ in range(count)]
         return sum(list(each)[-1].tokens_per_s for each in streams)
@@ -148,7 +148,7 @@ def ours(folder: Path) -> None:
     took = median(lambda: generate(TOKENS) - generate(1))
     say(
         "transformers' generate with its processors / Engine",
-        (TOKENS - 1) / took / found["decode tokens/s, the card's sampling, prompt 512"],
+        (TOKENS - 1) / took / found["decode tokens/s, the model card's sampling, prompt 512"],
     )
     before = torch.cuda.memory_allocated()
     engine.unload()
@@ -157,7 +157,7 @@ def ours(folder: Path) -> None:
 
 
 def start(folder: Path) -> None:
-    """A new process each time, until its first token is on the terminal: imports, load and prompt."""
+    """A new process each time, from its start to its first token on the terminal: imports, load and prompt."""
     script_py = str(Path(__file__).resolve().parents[1] / "script.py")
     ask = [sys.executable, script_py, "ask", "--models-dir", str(folder.parent), "--model", folder.name]
     ask += ["--loader", "transformers", "--temperature", "0", "--max-new-tokens", "8", "Hello"]
@@ -237,8 +237,8 @@ def exllamav2(folder: Path) -> None:
         return (len(came) - 1) / (came[-1] - came[0])
 
     theirs = median(dynamic)
-    ratio = found["decode tokens/s, the card's sampling, prompt 512"] / theirs
-    say("exllamav2 dynamic generator, the card's sampling, tokens/s", theirs, f"ours is {ratio:.2f}x")
+    ratio = found["decode tokens/s, the model card's sampling, prompt 512"] / theirs
+    say("exllamav2 dynamic generator, the model card's sampling, tokens/s", theirs, f"ours is {ratio:.2f}x")
     model.unload()
 
 

@@ -1,4 +1,4 @@
-"""Models of any shape with random packed weights, made on the card: for kernels, where no file is needed."""
+"""Models of any shape with random packed weights, made on the GPU: for kernels, where no file is needed."""
 
 import torch
 from torch import nn
@@ -22,42 +22,42 @@ class Rotary(nn.Module):
 
 
 def random_layer(
-    k: int, n: int, bits: int, group_size: int, *, sym: bool, rows: torch.Tensor | None, bias: bool = False
+    k: int, n: int, bits: int, group_size: int, *, sym: bool, rows: torch.Tensor | None, bias: bool = False, device: str = "cuda"
 ) -> GPTQLinear:
     """`rows` int64 [K]: the act-order, a permutation that layers of one input share."""
-    layer = GPTQLinear(k, n, bits, group_size, bias=bias, device="cuda")
+    layer = GPTQLinear(k, n, bits, group_size, bias=bias, device=device)
     size = k if group_size == -1 else group_size
     groups = layer.scales.shape[0]
-    layer.qweight.data = torch.randint(-(2**31), 2**31 - 1, layer.qweight.shape, dtype=torch.int32, device="cuda")
+    layer.qweight.data = torch.randint(-(2**31), 2**31 - 1, layer.qweight.shape, dtype=torch.int32, device=device)
     if sym:
         from gptq_webui.gptq import bit_packing
 
-        stored = torch.full((groups, n), (1 << (bits - 1)) - 1, dtype=torch.int64, device="cuda")
+        stored = torch.full((groups, n), (1 << (bits - 1)) - 1, dtype=torch.int64, device=device)
         layer.qzeros.data = bit_packing.pack_columns(stored, bits)
     else:
-        layer.qzeros.data = torch.randint(-(2**31), 2**31 - 1, layer.qzeros.shape, dtype=torch.int32, device="cuda")
-    layer.scales.data = ((torch.rand(groups, n, device="cuda") + 0.5) * 4 / 2**bits / k**0.5).half()
-    g_idx = torch.arange(k, device="cuda") // size
+        layer.qzeros.data = torch.randint(-(2**31), 2**31 - 1, layer.qzeros.shape, dtype=torch.int32, device=device)
+    layer.scales.data = ((torch.rand(groups, n, device=device) + 0.5) * 4 / 2**bits / k**0.5).half()
+    g_idx = torch.arange(k, device=device) // size
     layer.g_idx.data = (g_idx if rows is None else g_idx[rows.argsort()]).int()
     if bias:
-        layer.bias = nn.Parameter(torch.randn(n, device="cuda").half() * 0.1, requires_grad=False)
+        layer.bias = nn.Parameter(torch.randn(n, device=device).half() * 0.1, requires_grad=False)
     return layer
 
 
 def random_models(
     *, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, layers: int, vocabulary: int,
     bits: int = 4, group_size: int = 128, act_order: bool = True, sym: bool = True, qk_norm: bool = False, bias: bool = False,
-    window: int = 0,
+    window: int = 0, device: str = "cuda",
 ) -> LlamaParts:  # fmt: skip
     def rows(k: int) -> torch.Tensor | None:
-        return torch.randperm(k, device="cuda") if act_order else None
+        return torch.randperm(k, device=device) if act_order else None
 
     def norm(n: int) -> torch.Tensor:
-        return (torch.rand(n, device="cuda") + 0.5).half()
+        return (torch.rand(n, device=device) + 0.5).half()
 
     def packed(k: int, widths: list[int], bias: bool = False) -> tuple[GPTQLinear, ...]:
         shared = rows(k)
-        return tuple(random_layer(k, n, bits, group_size, sym=sym, rows=shared, bias=bias) for n in widths)
+        return tuple(random_layer(k, n, bits, group_size, sym=sym, rows=shared, bias=bias, device=device) for n in widths)
 
     made = []
     for _ in range(layers):
@@ -74,9 +74,9 @@ def random_models(
                 window=window,
             )
         )
-    head = nn.Linear(hidden, vocabulary, bias=False, device="cuda", dtype=torch.float16)
+    head = nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=torch.float16)
     return LlamaParts(
-        embedding=torch.randn(vocabulary, hidden, device="cuda").half(),
+        embedding=torch.randn(vocabulary, hidden, device=device).half(),
         layers=tuple(made),
         norm=norm(hidden),
         head=head,
@@ -84,7 +84,7 @@ def random_models(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary=Rotary(head_dim, "cuda"),
+        rotary=Rotary(head_dim, device),
         rotary_dim=head_dim,
     )
 
@@ -101,8 +101,8 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
         return torch.cat([a * c - b * s, b * c + a * s, x[..., parts.rotary_dim :]], -1)
 
     cos, sin = parts.angles(len(ids))
-    h = parts.embedding[torch.tensor(ids, device="cuda")].float()
-    at = torch.arange(len(ids), device="cuda")
+    h = parts.embedding[torch.tensor(ids, device=parts.device)].float()
+    at = torch.arange(len(ids), device=parts.device)
     for layer in parts.layers:
         x = norm(h, layer.input_norm)
         q, k, v = (

@@ -1,6 +1,6 @@
-"""What a small card would do: `python benchmarks/small_gpu.py FOLDER --gb 11.5 [--context 4096]`.
+"""What a small GPU would do: `python benchmarks/small_gpu.py FOLDER --gb 11.5 [--context 4096]`.
 
-This process may take so much of the card's memory and no more; the folder is loaded with that context, reads a prompt that
+This process may take so much of the GPU's memory and no more. It loads the folder with that context, reads a prompt that
 nearly fills it, and answers. `make_checkpoint.py DIR --shape llama-13b` makes a folder. Exit code 1 if it did not answer.
 """
 
@@ -28,7 +28,7 @@ TOKENS = 190
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--gb", type=float, default=11.5, help="a card of 12 GB has so much left beside its desktop")
+    parser.add_argument("--gb", type=float, default=11.5, help="a GPU of 12 GB has so much left beside its desktop")
     parser.add_argument("--context", type=int, default=4096)
     given = parser.parse_args()
     folder = given.folder.resolve()

@@ -1,6 +1,6 @@
-"""Checks and times the kernels of one card: `python benchmarks/tune.py [--layers N] [--what …]`.
+"""Times the kernels of one GPU: `python benchmarks/tune.py [--layers N] [--what …]`.
 
-Prints the copy bandwidth, the products of a layer with several ways to spread them, and the whole step.
+Prints the copy bandwidth, the products of a layer with several spreads over warps and blocks, and the whole step.
 """
 
 import argparse
@@ -21,14 +21,17 @@ script.register()
 
 from random_models import MISTRAL_7B, random_layer, random_models  # noqa: E402
 
+from gptq_webui.core.params import GenerationParams  # noqa: E402
 from gptq_webui.gptq.cuda import gemv, small_batch  # noqa: E402
 from gptq_webui.gptq.cuda.attention import attend  # noqa: E402
-from gptq_webui.gptq.cuda.batch_step import Rows  # noqa: E402
-from gptq_webui.gptq.cuda.cuda_kernels import GemvVariant, Gpu, SmallBatchVariant  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_step import CudaStep  # noqa: E402
-from gptq_webui.gptq.cuda.cuda_weights import Weight, repack, shape_of  # noqa: E402
-from gptq_webui.gptq.cuda.gemv import Tuning  # noqa: E402
+from gptq_webui.gptq.cuda.cuda_weights import Weight, packing_of, repack  # noqa: E402
+from gptq_webui.gptq.cuda.gemv import Plan, Tuning  # noqa: E402
+from gptq_webui.gptq.cuda.gpu_kernels import Gpu  # noqa: E402
+from gptq_webui.gptq.cuda.kernel_source import SmallBatchVariant  # noqa: E402
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory  # noqa: E402
+from gptq_webui.gptq.cuda.row_kernels import embed, head  # noqa: E402
+from gptq_webui.gptq.cuda.sample import packed_params, sample  # noqa: E402
 
 
 def seconds(run: Callable[[], object], repeat: int = 5) -> float:
@@ -47,7 +50,7 @@ def seconds(run: Callable[[], object], repeat: int = 5) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy on the card."""
+    """Bytes read and written per second by a large copy on the GPU."""
     a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.numel() / seconds(lambda: b.copy_(a), 9)
@@ -76,39 +79,36 @@ ROLES = {
 
 
 def cold(gpu: Gpu, role: str, bits: int, group_size: int, count: int) -> list[Weight]:
-    """So many weights of one shape that none is found in the card's cache when its turn comes again."""
+    """So many weights of one shape that none is in the GPU's cache when its turn comes again."""
     k, n, _norm, _epilogue = ROLES[role]
     rows = torch.randperm(k, device="cuda")
     layers = [random_layer(k, n, bits, group_size, sym=True, rows=rows) for _ in range(count)]
-    shape = shape_of(layers[:1])
-    gpu.add(shapes=[shape])
-    return [repack(gpu, [each], shape) for each in layers]
+    packing = packing_of(layers[:1])
+    gpu.add(packings=[packing])
+    return [repack(gpu, [each], packing) for each in layers]
 
 
 def products(gpu: Gpu, role: str, bits: int, group_size: int, copy: float, tunings: list[Tuning], shown: int = 5) -> None:
-    """Times of one product, weights cold (or hot: one small weight again and again), with every tuning."""
+    """Times of one product with every tuning, weights cold (or hot: one small weight again and again)."""
     k, n, norm, epilogue = ROLES[role]
     rotate = 1 if role.startswith("hot") else max(2, int(6e8 / (k * n * bits / 8)))
     weights = cold(gpu, role, bits, group_size, rotate)
     x = torch.randn(weights[0].padded, device="cuda").half()
-    ones = torch.ones_like(x)
-    out, residual = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
-    permutation = torch.arange(n, dtype=torch.int32, device="cuda")
+    extra: dict[str, Any] = {"norm": torch.ones_like(x), "eps": 1e-5} if norm else {}
+    out = torch.zeros(n, device="cuda")
+    if epilogue == "RESIDUAL":
+        extra |= {"residual": torch.zeros(n, device="cuda"), "permutation": torch.arange(n, dtype=torch.int32, device="cuda")}
     plans = {}
     for tuning in tunings:
-        plan = gemv.variant(weights[0], epilogue, norm, tuning)
-        if plan.shared_bytes(weights[0].chunks) * tuning.blocks_per_processor <= 227 * 1024:
+        plan = Plan.of(gpu, weights[0], epilogue, norm, tuning)
+        if plan.shared_bytes * tuning.blocks_per_processor <= 227 * 1024:
             plans[tuning] = plan
-    gpu.add(variants=plans.values())
+    gpu.add(variants={each.variant for each in plans.values()})
     found = []
     for tuning, plan in plans.items():
 
-        def run(at: int, plan: GemvVariant = plan, tuning: Tuning = tuning) -> None:
-            w = weights[at % rotate]
-            gemv.launch(
-                gpu, w, plan, tuning.blocks_per_processor, x, out,
-                norm=ones, residual=residual, permutation=permutation, eps=1e-5, overlap=True,
-            )  # fmt: skip
+        def run(at: int, plan: Plan = plan) -> None:
+            gemv.launch(gpu, weights[at % rotate], plan, x=x, out=out, overlap=True, **extra)
 
         try:
             times = max(16, rotate * 4)
@@ -128,14 +128,14 @@ def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> Non
     k, n, _norm, epilogue = ROLES[role]
     rotate = max(2, int(3e8 / (k * n * bits / 8)))
     weights = cold(gpu, role, bits, group_size, rotate)
-    shape = weights[0].shape
+    packing = weights[0].packing
     x = torch.randn(small_batch.MOST_ROWS, weights[0].padded, device="cuda").half()
     out = torch.zeros(small_batch.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
     size = weights[0].size_bytes
     print(f"{role} {bits}-bit g{group_size}, limit of one row {size / copy * 1e6:.1f} us")
     for columns in small_batch.COLUMNS:
         plans = [
-            SmallBatchVariant(shape, epilogue, columns, tiles, split, stages)
+            SmallBatchVariant(packing, epilogue, columns, tiles, split, stages)
             for tiles, split, stages in itertools.product((1, 2, 4, 8), (4, 8), (2, 3, 4))
             if columns * tiles <= 16
         ]
@@ -145,12 +145,12 @@ def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> Non
         for plan in plans:
 
             def one(at: int, plan: SmallBatchVariant = plan) -> None:
-                small_batch.launch(gpu, weights[at % rotate], plan, x, out, plan.columns * 8)
+                small_batch.launch(gpu, weights[at % rotate], plan, x=x, out=out, rows=plan.columns * 8)
 
             graph = graph_of(one, rotate * 2)
             found.append((seconds(graph.replay) / rotate / 2 * 1e6, (plan.tiles, plan.split, plan.stages)))
         found.sort()
-        chosen = small_batch.variants(shape, epilogue, gpu.shared_limit_bytes)[columns]
+        chosen = small_batch.variants(packing, epilogue, gpu.shared_limit_bytes)[columns]
         now = next(took for took, spread in found if spread == (chosen.tiles, chosen.split, chosen.stages))
         best = ", ".join(f"{spread} {took:.1f}" for took, spread in found[:5])
         print(f"    {columns * 8:2} rows: {now:.1f} us now; {best}; worst {found[-1][0]:.1f}")
@@ -167,22 +167,29 @@ def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> Non
 _OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
 
 
+OFF: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # greedy, without filters
+
+
+def bytes_of_a_token(step: CudaStep) -> int:
+    """Weights that a token reads, the output layer among them."""
+    return sum(each.size_bytes for layer in step.weights.layers for each in layer.weights) + step.weights.head.numel() * 2
+
+
 def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = False, q8: bool = False, **how: Any) -> None:
     parts = random_models(**{**MISTRAL_7B, "layers": layers, **how})
     began = time.perf_counter()
     step = CudaStep(parts, 16384 + 256, parallel=16, gpu=gpu, q8=q8)
+    shape, weights, sequences, here = step.shape, step.weights, step.sequences, step.buffers
     torch.cuda.synchronize()
     print(f"{how}: repacked in {time.perf_counter() - began:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
-    size = sum(w.size_bytes for each in step.layers for w in (each.qkv, each.o, each.gate_up, each.down)) + step.head.numel() * 2
+    size = bytes_of_a_token(step)
 
     def choose(**values: float) -> None:
-        usual = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition": 1.0}
-        step.params[0, :8] = torch.tensor([*(values.get(name, each) for name, each in usual.items()), 0, 0, 0])
-        step.params.view(torch.int32)[0, 8] = int(values.get("top_k", 0))
+        sequences.set_params(0, packed_params(GenerationParams(**{**OFF, **values}), 0))  # type: ignore[arg-type]
 
     def steps(position: int) -> float:
         def run() -> None:
-            step.positions[0] = position
+            sequences.positions[0] = position
             for _ in range(repeat):
                 step.step()
 
@@ -190,7 +197,7 @@ def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = 
 
     choose()
     memory = PagedMemory(step.pages)
-    step.use(memory, 16384)
+    sequences.use(memory, 16384)
     base = step.tunings
     for role, other in itertools.product(base, _OTHERS) if tunings else ():
         step.tune({**base, role: other})
@@ -199,26 +206,28 @@ def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = 
         return
     for position in (10, 100, 512, 1024, 4096, 16000):
         took = steps(position)
-        kv = step.cache.token_bytes(step.kv_heads) * layers * position
+        kv = shape.kv.token_bytes(shape.kv_heads) * layers * position
         share = (size + kv) / took / copy
         print(f"    at {position}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {share:.0%} of {(size + kv) / 1e9:.2f} GB")
-        step.positions[0] = position
+        sequences.positions[0] = position
         parts_of_it: dict[str, Callable[[int], object]] = {
             "attention": lambda at: attend(
-                step, at % layers, step.layers[at % layers], step.qkv, step.attended, step.attention_work
+                gpu, shape, weights, at % layers, sequences, step.attention_work, qkv=here.qkv, out=here.attended
             ),
-            "head": lambda at: step._head(step.x_head, step.logits),
-            "sample": lambda at: step.sample(),
-            "embed": lambda at: step.embed(step.residual, step.x),
+            "head": lambda at: head(gpu, weights.head, here.x_head, weights.final_norm, sequences.logits, shape.eps),
+            "sample": lambda at: sample(gpu, sequences),
+            "embed": lambda at: embed(
+                gpu, weights.embedding, sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x
+            ),
         }
         for name, run in parts_of_it.items():
             if name != "attention" and position != 512:
                 continue
-            step.positions[0] = position
+            sequences.positions[0] = position
             graph = graph_of(run, 32)
             print(f"        {name}: {seconds(graph.replay) / 32 * 1e6:.1f} us each")
         if position == 512:
-            step.positions[0] = position
+            sequences.positions[0] = position
             profile(step.step)
     ids = torch.randint(0, 32000, (3840,)).tolist()
     for length in (8, 16, 64, 512, 3840):
@@ -231,28 +240,27 @@ def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = 
         print(f"    prompt of {length}: {took * 1e3:.1f} ms, {length / took:.0f} tokens/s")
     took = seconds(lambda: step.prefill(ids[:64], 1024), 3)
     print(f"    prompt of 64 after 1024: {took * 1e3:.1f} ms")
-    rows = Rows(step)
     memories = [memory, *(PagedMemory(step.pages) for _ in range(15))]
     for row, each in enumerate(memories):
-        step.use(each, 1024, row)
+        sequences.use(each, 1024, row)
     for count in (1, 2, 4, 8, 12, 16):
 
         def many(count: int = count) -> None:
-            step.positions[:count] = 512
+            sequences.positions[:count] = 512
             for _ in range(8):
-                rows.step(count)
+                step.batch.step(count)
 
         took = seconds(many, 3) / 8
         ratio = count * steps(512) / took
         print(f"    {count} rows at 512: {took * 1e6:.0f} us, {count / took:.0f} tokens/s, {ratio:.2f}x of one row")
         if count == 16:
-            profile(lambda: rows.step(16))
-    draws: dict[str, dict[str, Any]] = {
-        "greedy": {},
-        "card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition": 1.1}, "top p": {"temperature": 1, "top_p": 0.9},
-        "min p": {"temperature": 1, "min_p": 0.05}, "plain": {"temperature": 1}, "typical": {"temperature": 1, "typical_p": 0.9},
+            profile(lambda: step.batch.step(16))
+    samplers: dict[str, dict[str, Any]] = {
+        "greedy": {}, "model card": {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1},
+        "top p": {"temperature": 1.0, "top_p": 0.9}, "min p": {"temperature": 1.0, "min_p": 0.05}, "plain": {"temperature": 1.0},
+        "typical": {"temperature": 1.0, "typical_p": 0.9},
     }  # fmt: skip
-    for name, values in draws.items():
+    for name, values in samplers.items():
         choose(**values)
         print(f"    {name}: {steps(512) * 1e6:.0f} us a step")
     step.close()
@@ -260,23 +268,22 @@ def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = 
 
 def layouts(gpu: Gpu, copy: float, layers: int) -> None:
     """A token at position 512 in every layout, as a share of what reading its bytes takes."""
-    ways: list[dict[str, Any]] = [
+    formats: list[dict[str, Any]] = [
         {}, {"act_order": False}, {"group_size": 64}, {"group_size": 32}, {"group_size": -1, "act_order": False}, {"sym": False},
         {"bits": 8}, {"bits": 8, "group_size": -1, "act_order": False}, {"bits": 3}, {"bits": 2},
     ]  # fmt: skip
-    for how in ways:
+    for how in formats:
         step = CudaStep(random_models(**{**MISTRAL_7B, "layers": layers, **how}), 1024, gpu=gpu)
-        step.params[0, :8] = torch.tensor([0.0, 1, 0, 1, 1, 0, 0, 0])
-        step.use(PagedMemory(step.pages), 600)
+        step.sequences.set_params(0, packed_params(GenerationParams(**OFF), 0))
+        step.sequences.use(PagedMemory(step.pages), 600)
 
         def run(step: CudaStep = step) -> None:
-            step.positions[0] = 512
+            step.sequences.positions[0] = 512
             for _ in range(64):
                 step.step()
 
         took = seconds(run) / 64
-        size = sum(w.size_bytes for each in step.layers for w in each.weights) + step.head.numel() * 2
-        size += step.cache.token_bytes(step.kv_heads) * layers * 512
+        size = bytes_of_a_token(step) + step.shape.kv.token_bytes(step.shape.kv_heads) * layers * 512
         print(
             f"    {how or 'g128 act-order'}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {size / took / copy:.0%} of the limit"
         )
@@ -286,7 +293,7 @@ def layouts(gpu: Gpu, copy: float, layers: int) -> None:
 
 
 def profile(run: Callable[[], object]) -> None:
-    """What each kernel adds: from the end of the one before it to its own, mean over a few steps."""
+    """What each kernel adds: from the end of the previous one to its own, mean over a few steps."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -320,7 +327,7 @@ def main() -> None:
             ]
             for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")):
                 products(gpu, role, bits, 128, copy, tunings)
-        for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")) if "few" in given.what else ():
+        for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")) if "small_batch" in given.what else ():
             several(gpu, role, bits, 128, copy)
         if "slope" in given.what:  # what a byte more costs, apart from start and end
             for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):

@@ -34,7 +34,7 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
 def _on_gpu(hf: Any, context_tokens: int, cache_type: str, parallel: int) -> tuple[Stepper, str]:
     from .cuda.cuda_linear import replace_layers
     from .cuda.cuda_stepper import CudaStepper
-    from .cuda.cuda_weights import Unsuited
+    from .cuda.kernel_source import Unsuited
 
     try:
         parts = parts_of(hf)

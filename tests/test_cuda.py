@@ -1,4 +1,4 @@
-"""What only a graphics card can show. Skipped where there is none."""
+"""What only a GPU can show. Skipped without one."""
 
 import gc
 import threading
@@ -16,14 +16,14 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 100])
-def test_a_layer_on_the_card_equals_its_float64_reference(bits, group_size, act_order, rows):
+def test_a_layer_on_the_gpu_equals_its_float64_reference(bits, group_size, act_order, rows):
     generator = torch.Generator().manual_seed(bits)
     tensors, dense = tiny.random_layer(256, 192, bits, group_size, act_order=act_order, sym=False, generator=generator)
     layer = GPTQLinear(256, 192, bits, group_size, bias=False, device="cuda")
@@ -36,7 +36,7 @@ def test_a_layer_on_the_card_equals_its_float64_reference(bits, group_size, act_
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
-def test_packed_logits_on_the_card_equal_those_of_the_dense_twin(kind, tmp_path):
+def test_packed_logits_on_the_gpu_equal_those_of_the_dense_twin(kind, tmp_path):
     twin = tiny.write(tmp_path / "model", kind, sym=False)
     packed, _notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float32, device_map={"": "cuda"})
     ids = torch.randint(0, 288, (1, 24))
@@ -45,8 +45,8 @@ def test_packed_logits_on_the_card_equal_those_of_the_dense_twin(kind, tmp_path)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread over card and machine"])
-def test_a_model_answers_on_the_card_and_gives_its_memory_back(spread, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread over GPU and machine"])
+def test_a_model_answers_on_the_gpu_and_releases_its_memory(spread, tmp_path, monkeypatch):
     tiny.write(tmp_path / "model")
     tiny.write_tokenizer(tmp_path / "model", "{{ bos_token }}" + CHATML)
     if spread:

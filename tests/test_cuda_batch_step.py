@@ -1,4 +1,4 @@
-"""Several rows at once on a card: products, short prompts, and the answers of several conversations. Skipped without a card."""
+"""Several rows at once on a GPU: products, short prompts, and the answers of several conversations. Skipped without a GPU."""
 
 import threading
 from dataclasses import replace
@@ -12,14 +12,14 @@ from gptq_webui.core.chat import Step
 from gptq_webui.core.errors import AnswerFailed
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.cuda import small_batch
-from gptq_webui.gptq.cuda.batch_step import Rows
-from gptq_webui.gptq.cuda.cuda_kernels import Gpu
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
-from gptq_webui.gptq.cuda.cuda_weights import repack, shape_of
-from gptq_webui.gptq.cuda.kv_pages import PAGE_TOKENS, PagedMemory
+from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
+from gptq_webui.gptq.cuda.gpu_kernels import Gpu
+from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 from gptq_webui.loaders.transformers.transformers_loader import TransformersOptions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,15 @@ def gpu():
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
-def test_a_few_rows_are_multiplied_right_in_every_layout(gpu, bits, group_size, act_order, sym):
+def test_small_batches_are_multiplied_right_in_every_layout(gpu, bits, group_size, act_order, sym):
     torch.manual_seed(bits * 1000 + group_size)
     k, n = 736, 416  # k no multiple of 64
     rows = torch.randperm(k, device="cuda") if act_order else None
     layer = random_models.random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=True)
     wanted = layer.dequantize(torch.float64)
-    shape = shape_of([layer])
-    gpu.add(small_batch.every_variant(gpu, [(shape, each) for each in ("PLAIN", "RESIDUAL", "SILU")]), [shape])
-    weight = repack(gpu, [layer], shape)
+    packing = packing_of([layer])
+    gpu.add(small_batch.every_variant(gpu, [(packing, each) for each in ("PLAIN", "RESIDUAL", "SILU")]), [packing])
+    weight = repack(gpu, [layer], packing)
     x = torch.randn(131, k, device="cuda").half()
     staged = torch.zeros(131, weight.padded, dtype=torch.float16, device="cuda")
     staged[:, weight.permutation.long()] = x
@@ -81,23 +81,22 @@ def test_short_prompts_and_rows_give_the_logits_of_plain_pytorch(gpu, change):
         for row, (text, length, memory) in enumerate(zip(texts, lengths, memories, strict=True)):
             for start in range(0, length, 30):  # short ones, after the first on top of others
                 end = min(length, start + 30)
-                step.use(memory, end, step.prompt_row)
-                step.prefill(text[start:end], start, step.prompt_row)
+                step.sequences.use(memory, end, step.sequences.prompt_row)
+                step.prefill(text[start:end], start, step.sequences.prompt_row)
                 assert error(step.prompt_logits[0], wanted[row][end - 1]) < 1e-2, (row, end)
-            step.use(memory, length + 6, row)
-        rows = Rows(step)
+            step.sequences.use(memory, length + 6, row)
         for at in range(6):
             for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-                step.ids[row], step.positions[row] = text[length + at], length + at
-            rows.forward(len(lengths))
+                step.sequences.ids[row], step.sequences.positions[row] = text[length + at], length + at
+            step.batch.forward(len(lengths))
             for row, length in enumerate(lengths):
-                assert error(step.logits[row], wanted[row][length + at]) < 1e-2, (row, at)
+                assert error(step.sequences.logits[row], wanted[row][length + at]) < 1e-2, (row, at)
 
 
 # --- answers ------------------------------------------------------------------------------------------------------------
 
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
-DRAWN = GenerationParams(temperature=0.8, top_k=20, repetition_penalty=1.1, seed=7, max_new_tokens=40)
+SAMPLED = GenerationParams(temperature=0.8, top_k=20, repetition_penalty=1.1, seed=7, max_new_tokens=40)
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def solo(model, prompt, params):
 
 
 def first_doubt(twin, prompt, host_tokens, params):
-    """The first drawn position at which the best two logits differ by less than 0.05; there rounding may decide."""
+    """The first position at which the best two logits differ by less than 0.05; there rounding may decide."""
     with torch.no_grad():
         logits = twin(torch.tensor([prompt + host_tokens], device="cuda")).logits[0, len(prompt) - 1 :]
     best = logits.topk(2).values
@@ -150,7 +149,7 @@ def test_twenty_runs_of_a_seed_are_equal_beside_others(shared):
     runs = []
     for _ in range(20):
         model._prefix.clear()
-        streams = [model.generate(each, DRAWN, threading.Event()) for each in (prompt, other, other[:7])]
+        streams = [model.generate(each, SAMPLED, threading.Event()) for each in (prompt, other, other[:7])]
         runs.append([ids_of(each) for each in streams])
     assert all(each == runs[0] for each in runs)
 
@@ -173,7 +172,7 @@ def test_answers_come_and_go_in_the_middle_of_others(shared):
         sure = first_doubt(twin, prompts[row], alone[row], GREEDY)
         assert host_tokens[row][:sure] == alone[row][:sure], row
     assert list(streams[1])[-1].reason == "cancelled"
-    again = solo(model, prompts[1], GREEDY)  # nothing is left of what was broken off
+    again = solo(model, prompts[1], GREEDY)  # nothing is left of the answer that was cancelled
     assert again == alone[1]
 
 
@@ -190,7 +189,7 @@ def test_log_probabilities_and_a_full_context_beside_others(shared):
     assert len(ids_of(plain)) == 40
 
 
-def test_pages_that_run_out_end_one_answer_with_words_and_no_other(shared, monkeypatch):
+def test_pages_that_run_out_end_one_answer_with_a_sentence_and_no_other(shared, monkeypatch):
     model, _twin = shared
     model._prefix.clear()
     reserve = PagedMemory.reserve

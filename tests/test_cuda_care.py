@@ -1,4 +1,4 @@
-"""What only a graphics card can show about memory: counted, short, given back. Skipped where there is none."""
+"""What only a GPU can show about memory: counted, short, released. Skipped without one."""
 
 import threading
 
@@ -17,7 +17,7 @@ from gptq_webui.loaders.machine.gpus import available_gpu_bytes, gpus
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 MIB = 2**20
 SHORT = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=8)
@@ -43,7 +43,7 @@ def answer(engine):
     return engine.chat([Message("user", "hello")], SHORT, threading.Event()).text()[1].new_tokens
 
 
-def test_the_driver_and_torch_tell_the_same_memory():
+def test_the_driver_and_torch_report_the_same_memory():
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
     (first, *_more) = gpus()
@@ -61,7 +61,7 @@ def test_memory_comes_back_after_unload_and_after_ten_loads(engine):
     assert used() - before < 200
 
 
-def test_a_card_that_is_full_is_said_before_loading_and_the_process_lives(engine):
+def test_a_full_gpu_is_reported_before_loading_and_the_process_lives(engine):
     engine.load("tiny")
     engine.unload()
     free = available_gpu_bytes()

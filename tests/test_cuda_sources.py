@@ -1,16 +1,21 @@
-"""The CUDA C, where there is no card: it compiles for every family we name, and Python says the same of it."""
+"""The CUDA C, without a GPU: it compiles for every family that we name, and Python says the same of it."""
 
 import re
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import cuda_kernels, small_batch
-from gptq_webui.gptq.cuda.cuda_weights import engine_order, permutation_of, step_order
+from gptq_webui.gptq.cuda import gemv, kernel_arguments, kernel_source, small_batch
+from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
+from gptq_webui.gptq.cuda.gemv import Tuning
+from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat, Packing, Unsuited, groups_of
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
+from gptq_webui.gptq.cuda.row_kernels import head_threads
 
-FOLDER = Path(cuda_kernels.__file__).parent
+FOLDER = Path(kernel_source.__file__).parent
 FAMILIES = {"Turing": (7, 5), "Ampere": (8, 0), "Ampere (RTX 30)": (8, 6), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FAMILIES |= {"Blackwell (RTX 50)": (12, 0)}
 
@@ -25,29 +30,20 @@ def compiler(capability, cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_compile_for_every_family(family, tmp_path):
-    shapes = [
-        cuda_kernels.Shape(4, True, 1),
-        cuda_kernels.Shape(8, False, 2),
-        cuda_kernels.Shape(3, False, 4),
-        cuda_kernels.Shape(2, True, 1),
+    packings = [Packing(4, True, 1), Packing(8, False, 2), Packing(3, False, 4), Packing(2, True, 1)]
+    variants = [
+        GemvVariant(packings[0], epilogue, norm, 8, 4, 3, 1, True)
+        for epilogue, norm in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))
     ]
-    variants = [cuda_kernels.GemvVariant(shapes[0], epilogue, norm, 8, 4, 3, 1, True) for epilogue, norm in
-                (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))]  # fmt: skip
     variants += [
-        each for columns in small_batch.COLUMNS for each in small_batch.variants(shapes[columns % 4], "SILU", 99 * 1024).values()
+        each
+        for columns in small_batch.COLUMNS
+        for each in small_batch.variants(packings[columns % 4], "SILU", 99 * 1024).values()
     ]
-    caches = [cuda_kernels.Cache(64), cuda_kernels.Cache(128), cuda_kernels.Cache(128, q8=True)]
-    binary = compiler(FAMILIES[family], tmp_path).compile(cuda_kernels.source(variants, shapes, caches, fixed=True))
-    for name in (
-        *(each.name for each in variants),
-        "repack_3",
-        "unpack_8_asym_2",
-        "attention_128",
-        "sample",
-        "head",
-        "rope_64",
-        "attention_128_q8",
-    ):
+    formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
+    binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
+    fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")
+    for name in (*(each.name for each in variants), *fixed):
         assert name.encode() in binary
 
 
@@ -60,73 +56,158 @@ def test_a_compiled_program_is_kept_for_the_next_start(tmp_path):
     assert compiler((8, 6), tmp_path).compile(source) != b"kept"
 
 
-def test_a_mistake_in_a_kernel_is_told_in_the_compilers_words(tmp_path):
+def test_a_mistake_in_a_kernel_is_reported_with_the_compilers_message(tmp_path):
     with pytest.raises(NoCompiler, match="no_such_thing"):
         compiler((9, 0), tmp_path).compile('extern "C" __global__ void f() { no_such_thing(); }')
 
 
-def test_a_card_too_old_is_a_sentence(tmp_path):
+def test_a_gpu_too_old_is_a_sentence(tmp_path):
     with pytest.raises(NoCompiler, match=r"compute capability 6\.1; the fast kernels need 7\.5"):
         Compiler((6, 1), cache=tmp_path)
 
 
-def test_a_card_newer_than_the_compiler_gets_code_that_the_driver_translates(tmp_path):
+def test_a_gpu_newer_than_the_compiler_gets_code_that_the_driver_translates(tmp_path):
     made = compiler((19, 0), tmp_path)
     assert made.target == f"compute_{made.architectures()[-1]}"
     assert b".version" in made.compile('extern "C" __global__ void nothing() {}')
 
 
-@pytest.mark.parametrize(
-    ("name", "structure"),
-    [
-        ("RepackArguments", cuda_kernels.Repack), ("UnpackArguments", cuda_kernels.Unpack),
-        ("GemvArguments", cuda_kernels.Gemv),
-        ("HeadArguments", cuda_kernels.Head), ("EmbedArguments", cuda_kernels.Embed), ("NormArguments", cuda_kernels.Norm),
-        ("SiluArguments", cuda_kernels.Silu), ("AttentionArguments", cuda_kernels.Attention),
-        ("RopeArguments", cuda_kernels.Rope),
-        ("GatherArguments", cuda_kernels.Gather), ("SampleArguments", cuda_kernels.Sample),
-    ],
-)  # fmt: skip
-def test_python_hands_over_the_fields_that_the_kernel_takes(name, structure):
+# --- argument structures --------------------------------------------------------------------------------------------------
+
+SIZES = {"int": 4, "u32": 4, "float": 4, "u64": 8}
+
+
+@pytest.mark.parametrize("structure", kernel_arguments.EVERY, ids=lambda each: each.name)
+def test_a_launch_fills_the_fields_that_the_kernel_declares(structure):
+    """The C text is read here once more, as a compiler lays it out, and every field is looked up in the packed bytes."""
+    body = re.sub(r"//[^\n]*", "", re.search(rf"struct {structure.name} {{(.*?)}};", structure.c_text, re.S)[1])
+    given, wanted, at = {}, [], 0
+    for number, declaration in enumerate(filter(None, (each.strip() for each in body.split(";"))), 1):
+        kind, name, count = re.match(r"(.*?)(\w+)(?:\[(\d)\])?$", declaration).groups()
+        size = 8 if "*" in kind else SIZES[kind.strip()]
+        at = -(-at // size) * size
+        values = [number * 16 + each for each in range(int(count or 1))]
+        if "*" in kind:
+            own = [SimpleNamespace(data_ptr=lambda each=each: each) for each in values]
+        else:
+            own = [float(each) if "float" in kind else each for each in values]
+        given[name] = own if count else own[0]
+        for value in values:
+            wanted.append((at, "Q" if size == 8 else "f" if "float" in kind else "i", value))
+            at += size
+    packed = structure.pack(**given)
+    assert structure.fields == list(given)
+    for offset, code, value in wanted:
+        assert struct.unpack_from(code, packed, offset) == (value,)
+    assert len(packed) <= structure.size_bytes <= 256, "cuda_driver.py keeps so much room"
+
+
+def test_the_compiler_itself_compares_the_layout(tmp_path):
+    text = kernel_source.source([], [], [])
+    size = kernel_arguments.GEMV.size_bytes
+    wrong = text.replace(f"sizeof(GemvArguments) == {size}", f"sizeof(GemvArguments) == {size + 8}")
+    assert wrong != text
+    with pytest.raises(NoCompiler, match="as Python does"):
+        compiler((9, 0), tmp_path).compile(wrong)
+
+
+@pytest.mark.parametrize("change", ["a field too many", "a field too few"])
+def test_a_launch_names_every_field(change):
+    fields = dict.fromkeys(kernel_arguments.SILU.fields, 0) | {"gate_up": None, "out": None}
+    if change == "a field too many":
+        fields["rows"] = 1
+    else:
+        del fields["inner"]
+    with pytest.raises(TypeError, match="rows" if change == "a field too many" else "inner"):
+        kernel_arguments.SILU.pack(**fields)
+
+
+def test_every_kernel_takes_one_structure_of_the_list():
     text = "".join(path.read_text() for path in sorted(FOLDER.glob("*.cu")))
-    body = re.sub(r"//[^\n]*", "", re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1])
-    fields = []
-    for declaration in filter(None, (each.strip() for each in body.split(";"))):
-        kind, names = re.match(r"(.*?)([*\s]\w+(?:\[\d\])?(?:\s*,\s*\**\w+(?:\[\d\])?)*)$", declaration).groups()
-        pointer = "*" in declaration
-        for each in names.lstrip("* ").split(","):
-            field, count = re.match(r"\s*\**(\w+)(?:\[(\d)\])?", each).groups()
-            size = 8 if pointer or "u64" in kind else 4
-            fields.append((field, size * int(count or 1)))
-    assert [(field, kind) for field, kind in fields] == [
-        (field, getattr(structure, field).size) for field, _kind in structure._fields_
-    ]
+    taken = set(re.findall(r"\b(\w+Arguments|SampleParams)\b", text)) - {"kernel_arguments"}
+    assert taken == {each.name for each in kernel_arguments.EVERY}
+    for structure in kernel_arguments.EVERY:
+        missing = [field for field in structure.fields if not re.search(rf"[.>]\s*{field}\b", text)]
+        assert not missing, f"no kernel reads {missing} of {structure.name}"
+
+
+# --- orders, groups and limits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [64, 100, 736])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_engine_order_holds_every_input_once(k, act_order):
+def test_fragment_order_holds_every_input_once(k, act_order):
     rows = torch.randperm(k) if act_order else None
-    order = engine_order(rows, k, torch.device("cpu"))
+    order = fragment_order(rows, k, torch.device("cpu"))
     permutation = permutation_of(order, k)
     assert order.numel() % 64 == 0 and (order < 0).sum() == order.numel() - k
     assert torch.equal(order[permutation.long()].long(), torch.arange(k))
     by_step = step_order(order)
     wanted = torch.arange(k) if rows is None else rows
-    assert torch.equal(by_step[:k].long(), wanted), "before the swap of steps and columns the inputs are sorted by group"
-    # input 16 s + 4 c + j of a chunk stands at 16 c + 4 s + j
+    assert torch.equal(by_step[:k].long(), wanted), "before steps and columns are swapped the inputs are sorted by group"
+    # input 16 s + 4 c + j of a chunk is at 16 c + 4 s + j
     s, c, j = 2, 1, 3
     assert order[16 * c + 4 * s + j] == wanted[16 * s + 4 * c + j]
 
 
+def group_of_every_unit(group_size, in_features):
+    """What the kernel computes, and what is right."""
+    groups = groups_of(group_size, in_features)
+    units = -(-in_features // 64) * groups.units
+    found = [unit * groups.unit_to_group >> 16 for unit in range(units)]
+    right = [unit * (64 // groups.units) // group_size for unit in range(units)]
+    return groups, found, list(range(units)) if groups.units_stored else right
+
+
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 192, 1024])
 def test_a_unit_finds_its_group_by_a_multiplication(group_size):
-    units, groups, magic = cuda_kernels.unit_of(group_size, 14336)
-    for at in range(14336 // 64 * units):
-        assert at * magic >> 16 == at * (64 // units) // group_size < groups
+    groups, found, right = group_of_every_unit(group_size, 14336)
+    assert found == right and max(found) < groups.count and not groups.units_stored
+
+
+def test_every_group_size_finds_its_groups_exactly():
+    """2416 inputs a group of a wide layer once found the wrong one: a factor of 16 bits is not fine enough there."""
+    assert groups_of(2416, 28672).units_stored and not groups_of(2416, 4096).units_stored
+    for in_features in (4096, 11008, 28672, 53248):
+        for group_size in range(16, in_features, 16 if in_features < 12000 else 400):
+            groups, found, right = group_of_every_unit(group_size, in_features)
+            assert found == right and max(found) < groups.count, (in_features, group_size)
 
 
 def test_groups_that_no_unit_fits_are_left_to_the_plain_path():
-    with pytest.raises(ValueError, match="no multiple of 16"):
-        cuda_kernels.unit_of(24, 4096)
-    assert cuda_kernels.unit_of(-1, 4096) == cuda_kernels.unit_of(4096, 4096) == (1, 1, 0)
+    with pytest.raises(Unsuited, match=r"groups of 24 inputs .* multiple of 16"):
+        groups_of(24, 4096)
+    assert groups_of(-1, 4096) == groups_of(4096, 4096) == kernel_source.Groups(1, 1, 0)
+
+
+LIMITS = {"Turing": 64, "Ampere (RTX 30)": 99, "Ampere": 163, "Hopper": 227}  # KB of shared memory for a block
+
+
+@pytest.mark.parametrize("family", LIMITS)
+@pytest.mark.parametrize("in_features", [4096, 12288, 14336, 28672])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_product_fits_into_the_shared_memory_of_every_family(family, in_features, norm):
+    limit = LIMITS[family] * 1024
+    for tuning in (Tuning(), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 4, 1, 2)):
+        try:
+            found = gemv.variant(Packing(4, True, 1), in_features, "PLAIN", norm, tuning, limit)
+        except Unsuited as error:
+            assert family == "Turing" and in_features == 28672 and "shared memory" in str(error)
+            continue
+        assert found.shared_bytes(-(-in_features // 64)) <= limit
+        assert not norm or found.norm * 8 * found.threads >= in_features
+
+
+def test_a_norm_wider_than_a_block_is_refused_in_words():
+    assert gemv.variant(Packing(4, True, 1), 32768, "PLAIN", True, Tuning(), 227 * 1024).threads == 1024
+    with pytest.raises(Unsuited, match="a norm over 32832 inputs"):
+        gemv.variant(Packing(4, True, 1), 32832, "PLAIN", True, Tuning(), 227 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "threads"), [(4096, 256), (8192, 256), (8448, 512), (12288, 512), (16384, 512), (32768, 1024)]
+)
+def test_the_output_layer_stages_every_input(hidden, threads):
+    assert head_threads(hidden) == threads and 4 * 8 * threads >= hidden
+    with pytest.raises(ValueError, match="32776 inputs"):
+        head_threads(32776)

@@ -1,6 +1,7 @@
-"""The card's step behind its two faces: our own answers, and a transformers model. Skipped where there is no card."""
+"""The GPU's step in our own answers and in the place of a transformers model's forward. Skipped without a GPU."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ import tiny
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.cuda.kernel_arguments import SAMPLE_PARAMS
+from gptq_webui.gptq.cuda.sample import packed_params, sample
+from gptq_webui.gptq.cuda.sequences import Sequences
 from gptq_webui.gptq.sampling import Sampler
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card that torch can use")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
 WIDE = {**tiny._COMMON, "hidden_size": 128, "intermediate_size": 160, "num_key_value_heads": 2}
 KINDS = {
@@ -40,6 +44,11 @@ def answer(model, ids, params=GREEDY):
     events = list(model.generate(ids, params, threading.Event()))
     assert isinstance(events[-1], Finish)
     return [each.id for each in events if isinstance(each, Step)], events[-1], [each for each in events if isinstance(each, Step)]
+
+
+def set_seed(sequences, seed):
+    """Of row 0, without the rest of its parameters."""
+    sequences.params.view(torch.int32)[0, SAMPLE_PARAMS.offset("seed_low") // 4] = seed
 
 
 @pytest.fixture
@@ -123,9 +132,10 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(llama):
     ],
     ids=str,
 )  # fmt: skip
-def test_tokens_are_drawn_from_the_distribution_of_the_plain_sampler(llama, values):
+def test_tokens_are_sampled_from_the_distribution_of_the_plain_sampler(llama, values):
     model, _twin = llama
     step = model._stepper._step
+    sequences = step.sequences
     ids = [5, 6, 7, 8, 5, 5]
     params = GenerationParams(temperature=0.8, **{"repetition_penalty": 1.0, **values})
     generator = torch.Generator("cuda").manual_seed(1)
@@ -143,14 +153,14 @@ def test_tokens_are_drawn_from_the_distribution_of_the_plain_sampler(llama, valu
         for seed in range(draws):
             if seed == 0:
                 model._stepper._answers._prepare(0, ids, params)
-                seen, answered = step.seen.clone(), step.answered.clone()
-            step.logits.copy_(logits)
-            step.seen.copy_(seen), step.answered.copy_(answered)
-            step.positions.fill_(len(ids) - 1)
-            step.params.view(torch.int32)[0, 10] = seed
-            step.sample()
-            count[step.ids[:1].long()] += 1
-    assert bool((count[wanted == 0] == 0).all()), "a token was drawn that a filter drops"
+                seen, answered = sequences.seen.clone(), sequences.answered.clone()
+            sequences.logits.copy_(logits)
+            sequences.seen.copy_(seen), sequences.answered.copy_(answered)
+            sequences.positions.fill_(len(ids) - 1)
+            set_seed(sequences, seed)
+            sample(step.gpu, sequences)
+            count[sequences.ids[:1].long()] += 1
+    assert bool((count[wanted == 0] == 0).all()), "a token was sampled that a filter drops"
     expected = wanted * draws
     likely = expected >= 5
     chi2 = float(((count - expected)[likely] ** 2 / expected[likely]).sum())
@@ -168,7 +178,6 @@ def test_a_large_and_flat_vocabulary_is_filtered_right(llama, values):
     n = 50000
     params = GenerationParams(temperature=1, repetition_penalty=1.0, **values)
     logits = torch.randn(1, n, device="cuda", generator=torch.Generator("cuda").manual_seed(2)) * 0.5
-    own = {name: getattr(step, name) for name in ("logits", "seen", "answered", "bias", "work", "vocabulary")}
     with torch.inference_mode():
         sampler = Sampler(params, step.device)
         kept, names = sampler._kept(logits.clone())
@@ -176,22 +185,17 @@ def test_a_large_and_flat_vocabulary_is_filtered_right(llama, values):
             kept = sampler._typical(None, kept)
         wanted = torch.zeros(n, device="cuda")
         wanted[names[0] if names is not None else slice(None)] = kept.softmax(-1)[0]
-        step.vocabulary, step.logits, step.work = n, logits.clone(), torch.zeros_like(logits)
-        step.seen, step.answered = (
-            torch.zeros(1, n, dtype=torch.int16, device="cuda"),
-            torch.zeros(1, n, dtype=torch.int16, device="cuda"),
-        )
-        step.bias = torch.zeros_like(logits)
-        model._stepper._answers._prepare(0, [1], params)
+        sequences = Sequences(step.device, replace(step.shape, vocabulary=n, embedding_rows=n), 1)
+        sequences.set_params(0, packed_params(params, 0))
+        sequences.set_history(0, torch.tensor([1], device="cuda"), 0)
+        sequences.logits.copy_(logits)
         hits = 0
         for seed in range(300):
-            step.positions.fill_(0)
-            step.params.view(torch.int32)[0, 10] = seed
-            step.sample()
-            hits += bool(wanted[int(step.ids[0])] > 0)
-        for name, value in own.items():
-            setattr(step, name, value)
-    assert hits >= 299  # one token may stand on the edge
+            sequences.positions.fill_(0)
+            set_seed(sequences, seed)
+            sample(step.gpu, sequences)
+            hits += bool(wanted[int(sequences.ids[0])] > 0)
+    assert hits >= 299  # one token may be on the edge
 
 
 def test_log_probabilities_are_those_of_the_model(llama):

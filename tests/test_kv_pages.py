@@ -1,4 +1,4 @@
-"""The memory of conversations on a card, and what is given up where it is full. Runs on any machine."""
+"""The memory of conversations on a GPU, and what is released where it is full. Runs on any machine."""
 
 import threading
 from types import SimpleNamespace
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cuda.cuda_kernels import Cache
 from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper, HfFace
-from gptq_webui.gptq.cuda.kv_pages import PAGE_TOKENS, PagedMemory, Pages
+from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
+from gptq_webui.gptq.cuda.kernel_source import KvFormat
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
 from gptq_webui.gptq.cuda.running_answers import Answers
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.prefix_cache import PrefixCache
@@ -18,21 +19,21 @@ CPU = torch.device("cpu")
 
 
 def test_memory_is_allocated_in_small_pieces_whatever_the_model():
-    small = Pages(CPU, 2, 2, Cache(64))
+    small = Pages(CPU, 2, 2, KvFormat(64))
     small.take()
     assert small.size_bytes <= 1 << 26
-    large = Pages(CPU, 40, 40, Cache(128))  # a 13B: 52 MB a page
+    large = Pages(CPU, 40, 40, KvFormat(128))  # a 13B: 52 MB a page
     large.take()
     assert large.size_bytes == large.page_bytes == 40 * 2 * 40 * 128 * 2 * PAGE_TOKENS
 
 
 def test_an_8_bit_conversation_takes_little_more_than_half():
-    plain, bytes_ = Pages(CPU, 32, 8, Cache(128)), Pages(CPU, 32, 8, Cache(128, q8=True))
+    plain, bytes_ = Pages(CPU, 32, 8, KvFormat(128)), Pages(CPU, 32, 8, KvFormat(128, q8=True))
     assert 0.5 < bytes_.page_bytes / plain.page_bytes < 0.51
 
 
-def test_slabs_that_nobody_uses_are_freed_and_the_others_stay():
-    pages = Pages(CPU, 40, 40, Cache(128))  # a page a slab
+def test_unused_slabs_are_freed_and_the_others_stay():
+    pages = Pages(CPU, 40, 40, KvFormat(128))  # a page a slab
     first, second = PagedMemory(pages), PagedMemory(pages)
     first.reserve(3 * PAGE_TOKENS)
     second.reserve(PAGE_TOKENS)
@@ -46,14 +47,13 @@ def test_slabs_that_nobody_uses_are_freed_and_the_others_stay():
 
 
 class Step:
-    """A step whose card holds so many tokens of conversations, and prompts of so many tokens at a time."""
-
-    device, slots, prompt_row, context_tokens = CPU, 1, 1, 4096
+    """A step whose GPU holds so many tokens of conversations, and prompts of so many tokens at a time."""
 
     def __init__(self, room: int, at_once: int) -> None:
         self.room, self.at_once = room, at_once
-        self.pages = Pages(CPU, 1, 1, Cache(32))
+        self.pages = Pages(CPU, 1, 1, KvFormat(32))
         self.prompt_logits = torch.zeros(1, 8)
+        self.sequences = SimpleNamespace(prompt_row=1, use=lambda memory, tokens, row: memory.reserve(tokens))
         self.read: list[int] = []
         take = self.pages.take
 
@@ -65,9 +65,6 @@ class Step:
         self.pages._slab_pages = 1
         self.pages.take = limited
 
-    def use(self, memory, tokens, row):
-        memory.reserve(tokens)
-
     def prefill(self, ids, start, row):
         if len(ids) > self.at_once:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -77,7 +74,7 @@ class Step:
 
 def stepper_of(step):
     stepper = object.__new__(CudaStepper)
-    stepper._step, stepper.slots, stepper.device = step, 1, CPU
+    stepper._step, stepper.parallel, stepper.device = step, 1, CPU
     stepper._answers = Answers(step)
     stepper._answers.prefix = PrefixCache()
     return stepper
@@ -91,7 +88,7 @@ def test_a_prompt_that_does_not_fit_is_read_in_smaller_pieces_from_then_on():
     assert stepper.chunk_tokens == 512 and CudaStepper.chunk_tokens == 2048
 
 
-def test_earlier_conversations_are_given_up_before_that():
+def test_earlier_conversations_are_released_before_that():
     stepper = stepper_of(Step(room=1024, at_once=4096))
     earlier = stepper.begin()
     stepper.prefill(earlier, range(700))
@@ -102,13 +99,13 @@ def test_earlier_conversations_are_given_up_before_that():
     assert memory.length == 1000 and stepper._answers.prefix.conversations == 0 and stepper.chunk_tokens == 2048
 
 
-def test_the_prompt_of_transformers_own_generate_is_read_so_too():
+def test_a_prompt_of_transformers_generate_is_read_in_smaller_pieces_too():
     stepper = stepper_of(step := Step(room=4096, at_once=600))
     face = HfFace(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper._answers.prefix)
     assert face._read(list(range(1000)), None, 1).shape == (1, 1, 8) and step.read == [512, 488]
 
 
-def test_where_nothing_is_left_to_give_up_the_error_comes_and_loses_nothing():
+def test_where_nothing_is_left_to_release_the_error_is_raised_and_nothing_is_lost():
     stepper = stepper_of(Step(room=4096, at_once=SMALLEST_CHUNK // 2))
     memory = stepper.begin()
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,60 +1,103 @@
-"""Attention of one new token a row (attention.cu): where its blocks leave their parts, and how it is launched."""
+"""Launching attention.cu: the attention of new tokens, and what a prompt's attention needs of keys and values."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .cuda_kernels import ATTENTION_THREADS, MOST_SPLITS, Attention, pointer
-from .cuda_layers import Layer
+from .cuda_layers import ModelWeights
+from .gpu_kernels import Gpu
+from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, PAGE_TOKENS, ROPE, ROPE_WARPS
+from .model_shape import ModelShape
+from .sequences import Sequences
 
-if TYPE_CHECKING:
-    from .cuda_step import CudaStep
+_MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
 
 
 class AttentionWork:
-    """Where the blocks of an attention leave their parts, for up to so many rows."""
+    """Where the blocks of an attention leave their parts, for up to `rows` sequences."""
 
-    def __init__(self, step: "CudaStep", rows: int) -> None:
-        self._blocks = step.kv_heads * step.group_blocks
-        self._processors = step.gpu.processors
+    def __init__(self, gpu: Gpu, shape: ModelShape, rows: int) -> None:
+        self.rows = rows
+        self._blocks, self._processors = shape.attention_blocks, gpu.processors
         parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
-        self.partial = torch.zeros(parts * 8 * (step.head_dim + 4), dtype=torch.float32, device=step.device)
-        self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=step.device)
+        self.partial = torch.zeros(parts * ATTENTION_HEADS * (shape.head_dim + 4), dtype=torch.float32, device=gpu.device)
+        self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=gpu.device)
 
     def splits(self, rows: int) -> int:
-        """Blocks that share one conversation's keys: two of all rows together on a processor, which is what fits at once."""
-        return max(1, min(MOST_SPLITS, 2 * self._processors // (self._blocks * rows)))
+        """Blocks that share one sequence's keys. Of all rows together two are on a processor, which is what fits at once."""
+        return max(1, min(_MOST_SPLITS, 2 * self._processors // (self._blocks * rows)))
 
 
-def attend(step: "CudaStep", at: int, layer: Layer, qkv: Tensor, out: Tensor, work: AttentionWork, rows: int = 1) -> None:
-    """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order.
-
-    `at` is the number of the layer.
-    """
-    arguments = Attention(
-        pointer(qkv),
-        pointer(step.table),
-        pointer(step.positions),
-        pointer(step.cosines),
-        pointer(step.sines),
-        pointer(layer.q_norm),
-        pointer(layer.k_norm),
-        pointer(out),
-        pointer(layer.o.permutation),
-        pointer(work.partial),
-        pointer(work.done),
-        at * step.pages.layer_bytes,
-        step.heads,
-        step.kv_heads,
-        step.max_pages,
-        out.shape[-1],
-        layer.window,
-        step.rotary_half,
-        step.group_blocks,
-        step.eps,
-        math.log2(math.e) / math.sqrt(step.head_dim),
+def attend(
+    gpu: Gpu,
+    shape: ModelShape,
+    weights: ModelWeights,
+    layer: int,
+    sequences: Sequences,
+    work: AttentionWork,
+    *,
+    qkv: Tensor,
+    out: Tensor,
+) -> None:
+    """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order."""
+    rows, own = qkv.shape[0], weights.layers[layer]
+    if rows > work.rows or rows > sequences.parallel:
+        raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.parallel)}.")
+    if qkv.shape[1] != shape.qkv_width or out.shape[1] != own.o.padded:
+        raise ValueError(f"Queries of {qkv.shape[1]} and outputs of {out.shape[1]} numbers are not those of the model.")
+    arguments = ATTENTION.pack(
+        qkv=qkv,
+        pages=sequences.table,
+        positions=sequences.positions,
+        cosines=weights.cosines,
+        sines=weights.sines,
+        q_norm=own.q_norm,
+        k_norm=own.k_norm,
+        out=out,
+        permutation=own.o.permutation,
+        partial=work.partial,
+        done=work.done,
+        layer_bytes=layer * shape.kv_layer_bytes,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        max_pages=shape.max_pages,
+        padded=out.shape[1],
+        window=own.window,
+        rotary_half=shape.rotary_half,
+        group_blocks=shape.group_blocks,
+        eps=shape.eps,
+        scale=math.log2(math.e) / math.sqrt(shape.head_dim),
     )
-    grid = (work.splits(rows), step.kv_heads * step.group_blocks, rows)
-    step.gpu.run(f"attention_{step.cache.name}", grid, ATTENTION_THREADS, arguments, overlap=True)
+    grid = (work.splits(rows), shape.attention_blocks, rows)
+    gpu.run(f"attention_{shape.kv.name}", grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
+
+
+def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *, qkv: Tensor, table: Tensor, start: int) -> None:
+    """Norm and rotate queries and keys of qkv [T, (heads + 2 kv heads) * D] in place, and keep keys and values in the pages of
+    `table` [pages]. The first token has position `start`."""
+    own = weights.layers[layer]
+    arguments = ROPE.pack(
+        qkv=qkv,
+        pages=table,
+        cosines=weights.cosines,
+        sines=weights.sines,
+        q_norm=own.q_norm,
+        k_norm=own.k_norm,
+        layer_bytes=layer * shape.kv_layer_bytes,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        start=start,
+        rotary_half=shape.rotary_half,
+        eps=shape.eps,
+    )
+    gpu.run(f"rope_{shape.kv.name}", (qkv.shape[0],), 32 * ROPE_WARPS, arguments)
+
+
+def gather_pages(gpu: Gpu, shape: ModelShape, layer: int, *, table: Tensor, keys: Tensor, values: Tensor) -> None:
+    """The first L tokens in the pages of `table` -> keys and values fp16 [kv heads, L, D]."""
+    kv_heads, tokens, _dim = keys.shape
+    arguments = GATHER.pack(
+        pages=table, keys=keys, values=values, layer_bytes=layer * shape.kv_layer_bytes, kv_heads=kv_heads, tokens=tokens
+    )  # fmt: skip
+    gpu.run(f"gather_{shape.kv.name}", (-(-tokens // PAGE_TOKENS), kv_heads), 256, arguments)

@@ -1,40 +1,32 @@
-"""The next token of several conversations in one step: row i of the buffers is the i-th conversation.
+"""The next token of several sequences in one step: row i of the buffers is the i-th sequence.
 
-Seven kernels a layer where one conversation takes five (step.py): norms are kernels of their own, and products are those
-of few.cu. The weights are read once for all rows. A graph is recorded for each number of rows when it first occurs.
+Seven kernels a layer where one sequence takes five (cuda_step.py): norms are kernels of their own, and products are those
+of small_batch.cu. The weights are read once for all rows. A graph is recorded for each number of rows when it first occurs.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import small_batch
 from .attention import AttentionWork, attend
+from .buffers import Buffers
+from .cuda_layers import ModelWeights
+from .gpu_kernels import Gpu
+from .graphs import GraphRecorder
+from .model_shape import ModelShape
+from .row_kernels import embed, norm_rows
+from .sample import sample
+from .sequences import Sequences
 
-if TYPE_CHECKING:
-    from .cuda_step import CudaStep
 
+class BatchStep:
+    """Up to `sequences.parallel` sequences of one model."""
 
-class Rows:
-    """Up to `step.slots` conversations of one CudaStep; its buffers are made at the first step of more than one."""
-
-    def __init__(self, step: "CudaStep") -> None:
-        self._step = step
+    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, sequences: Sequences, recorder: GraphRecorder) -> None:
+        self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        first, rows = step.layers[0], step.parallel
-
-        def zeros(width: int, of: torch.dtype = torch.float16) -> Tensor:
-            return torch.zeros(rows, width, dtype=of, device=step.device)
-
-        self._residual = zeros(step.hidden, torch.float32)
-        self._x = zeros(first.qkv.padded)
-        self._x_mlp = zeros(first.gate_up.padded)
-        self._qkv = zeros(first.qkv.out_features)
-        self._attended = zeros(first.o.padded)
-        self._inner = zeros(first.down.padded)
-        self._x_head = zeros(step.hidden)
-        self._work = AttentionWork(step, rows)
+        self._buffers = Buffers.of(shape, weights.layers[0], sequences.parallel)
+        self._work = AttentionWork(gpu, shape, sequences.parallel)
 
     def step(self, rows: int) -> None:
         """Compute the tokens in `ids` of the first rows and choose the next ones."""
@@ -44,30 +36,32 @@ class Rows:
 
             def run() -> None:
                 self.forward(rows)
-                self._step.sample(0, rows)
+                sample(self._gpu, self._sequences, 0, rows)
 
-            graph = self._graphs[rows] = self._step.record(run)
+            graph = self._graphs[rows] = self._recorder.record(run)
         graph.replay()
 
     def forward(self, rows: int) -> None:
         """From `ids` at `positions` to `logits` of the first rows, on the current stream."""
-        step, prompt = self._step, self._step.prompt
-        residual, x, x_mlp, attended = self._residual[:rows], self._x[:rows], self._x_mlp[:rows], self._attended[:rows]
-        step.embed(residual, x, rows)
-        for at, layer in enumerate(step.layers):
-            prompt.norm_into(residual, layer.input_norm, layer.qkv.order, x)
-            small_batch.multiply(step.gpu, layer.qkv, "PLAIN", x, self._qkv[:rows])
-            attend(step, at, layer, self._qkv, attended, self._work, rows)
-            small_batch.multiply(step.gpu, layer.o, "RESIDUAL", attended, residual)
-            prompt.norm_into(residual, layer.post_norm, layer.gate_up.order, x_mlp)
-            small_batch.multiply(step.gpu, layer.gate_up, "SILU", x_mlp, self._inner[:rows])
-            small_batch.multiply(step.gpu, layer.down, "RESIDUAL", self._inner[:rows], residual)
-        prompt.norm_into(residual, step.final_norm, step.identity, self._x_head[:rows])
+        gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
+        here = self._buffers.first(rows)
+        embed(gpu, weights.embedding, sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
+        for at, layer in enumerate(weights.layers):
+            norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
+            small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
+            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
+            small_batch.multiply(gpu, layer.o, "RESIDUAL", here.attended, here.residual)
+            norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
+            small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)
+            small_batch.multiply(gpu, layer.down, "RESIDUAL", here.inner, here.residual)
+        norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, eps)
         self._head(rows)
 
     def _head(self, rows: int) -> None:
-        step = self._step
-        step.logits[:rows] = _product(self._x_head[:rows], step.head)
+        self._sequences.logits[:rows] = _product(self._buffers.x_head[:rows], self._weights.head)
+
+    def close(self) -> None:
+        self._graphs.clear()
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

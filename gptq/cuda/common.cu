@@ -1,8 +1,10 @@
-// What every kernel here uses. No headers: NVRTC has none to give. A pair of fp16 numbers is a 32-bit word (`half2`).
+// What every kernel uses. There are no headers, because NVRTC ships none. A pair of fp16 numbers is a 32-bit word (`half2`).
 //
-// Engine order. A weight is cut into tiles of 16 rows (outputs) and chunks of 64 inputs. Within a chunk, input k is
-// step s = k / 16, lane column c = k % 16 / 4, j = k % 4, and stands at c * 16 + s * 4 + j: what one lane of a
+// Fragment order. A weight is cut into tiles of 16 rows (outputs) and chunks of 64 inputs. Within a chunk, input k has
+// step s = k / 16, lane column c = k % 16 / 4 and j = k % 4. Its position is c * 16 + s * 4 + j: what one lane of a
 // matrix product m16n8k16 reads for its four steps is then one run of 32 bytes.
+//
+// The argument structures and the numbers in capitals (TILE, CHUNK …) come from kernel_arguments.py.
 
 typedef unsigned char u8;
 typedef unsigned short u16;  // one fp16 number
@@ -10,6 +12,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE static __device__ __forceinline__
+#define METHOD __device__ __forceinline__  // of a structure
 #define FULL 0xffffffffu
 #define INFINITY __int_as_float(0x7f800000)
 
@@ -40,7 +43,7 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #endif
 }
 
-// Weights are read once: past the first cache.
+// Weights are read once, so they bypass the first cache.
 DEVICE uint4 stream4(const void* p) {
   uint4 v; asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v;
 }
@@ -51,16 +54,15 @@ DEVICE u32 stream1(const void* p) {
   u32 v; asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v;
 }
 
-// Into the second cache, before it is read.
-DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Adds one and returns what was there. What the block wrote before is seen by whoever finds it counted, if barriers of
-// the block stand before and after.
-DEVICE u32 add_in_order(u32* at) {
-  u32 was; asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(was) : "l"(at) : "memory"); return was;
+// Adds one and returns the value before. A block that finds this one counted also sees what it wrote earlier. Both blocks
+// need a barrier before and after.
+DEVICE u32 count_arrival(u32* counter) {
+  u32 before; asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory"); return before;
 }
 
-// From global to shared memory without a register in between (Ampere and newer; before, at once).
+// From global to shared memory without a register in between. Before Ampere the copy is made at once.
 template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
 #if __CUDA_ARCH__ >= 800
   const u32 at = (u32)__cvta_generic_to_shared(to);
@@ -83,14 +85,14 @@ template <int PENDING> DEVICE void wait_for_copies() {
 #endif
 }
 
-// The kernel ahead may still run when this one starts (Hopper and newer, if launched so). Every kernel of the chain
-// waits before it touches anything another one writes; weights may be read before.
-DEVICE void wait_for_the_kernel_ahead() {
+// On Hopper and newer the previous kernel may still run when this one starts (programmatic dependent launch). Every
+// kernel waits before it touches anything that another one writes. Weights may be read before that.
+DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-DEVICE void let_the_next_kernel_start() {
+DEVICE void allow_next_kernel_to_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -104,7 +106,7 @@ DEVICE float warp_sum(float v) {
 
 extern __shared__ uint4 shared_words[];
 
-// Over a block of up to 1024 threads; `scratch` holds 33 floats. The same order every time.
+// The sum over a block of up to 1024 threads, added in the same order every time. `scratch` holds 33 floats.
 DEVICE float block_sum(float v, float* scratch) {
   const int warps = (blockDim.x + 31) / 32, lane = threadIdx.x % 32;
   v = warp_sum(v);

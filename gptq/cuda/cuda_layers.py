@@ -1,15 +1,21 @@
-"""A Llama-family model's layers as the kernels read them: what they can be made of, and making them."""
+"""A Llama-family model's weights as the kernels read them, and making them from its packed layers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gptq_linear import GPTQLinear
 from ..llama import LayerParts, LlamaParts
-from .cuda_kernels import HEAD_DIMS, Gpu, Shape
-from .cuda_weights import Unsuited, Weight, repack
+from .cuda_weights import Weight, packing_of, repack
+from .gpu_kernels import Gpu
+from .kernel_source import Packing, Unsuited
+from .model_shape import ModelShape
+
+ROLES = ("qkv", "o", "gate_up", "down")  # the four products of a layer
+EPILOGUES = {"qkv": "PLAIN", "o": "RESIDUAL", "gate_up": "SILU", "down": "RESIDUAL"}
+NORMED = ("qkv", "gate_up")  # their input is normed first
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Layer:
     o: Weight
     gate_up: Weight
     down: Weight
-    input_norm: Tensor  # fp16, engine order of qkv's input
+    input_norm: Tensor  # fp16, fragment order of qkv's input
     post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -26,59 +32,89 @@ class Layer:
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight, Weight]:
+        """In the order of ROLES."""
         return self.qkv, self.o, self.gate_up, self.down
 
 
-def take(gpu: Gpu, layer: LayerParts, shapes: Sequence[Shape]) -> Layer:
-    """Repack a layer's weights, and let go of the packed tensors they came from. `shapes` are those of `products`."""
-    qkv_layers, o_layers, gate_up_layers, down_layers = products(layer)
-    qkv = repack(gpu, qkv_layers, shapes[0])
-    o = repack(gpu, o_layers, shapes[1])
+@dataclass(frozen=True)
+class ModelWeights:
+    """What the kernels read and never write."""
+
+    embedding: Tensor  # fp16 [rows, H]
+    head: Tensor  # fp16 [V, H]
+    final_norm: Tensor  # fp16 [H]
+    cosines: Tensor  # fp32 [context, rotary_half]
+    sines: Tensor
+    identity: Tensor  # int32 [H]: the natural order, as a permutation
+    layers: list[Layer] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: LlamaParts, shape: ModelShape) -> "ModelWeights":
+        """All but the layers."""
+        cosines, sines = parts.angles(shape.context_tokens)
+        return cls(
+            embedding=parts.embedding.data.contiguous(),
+            head=parts.head.weight.data.contiguous(),  # type: ignore[union-attr, operator]
+            final_norm=parts.norm.data.half().contiguous(),
+            cosines=cosines,
+            sines=sines,
+            identity=torch.arange(shape.hidden, dtype=torch.int32, device=parts.device),
+        )
+
+    def take_layers(self, gpu: Gpu, parts: LlamaParts, packings: Sequence["Packings"], progress: Callable[[float], None]) -> None:
+        """Repack layer by layer, so that the GPU never holds both forms of a model."""
+        for at, (layer, four) in enumerate(zip(parts.layers, packings, strict=True)):
+            self.layers.append(_take(gpu, layer, four))
+            progress((at + 1) / len(parts.layers))
+
+
+Packings = dict[str, Packing]  # by role
+
+
+def packings_of(layer: LayerParts) -> Packings:
+    """The formats of a layer's four weights. Raises Unsuited if the kernels cannot read one of them."""
+    return {role: packing_of(layers) for role, layers in _products(layer).items()}
+
+
+def inputs_of(layer: LayerParts) -> dict[str, int]:
+    """By role, the inputs of the product."""
+    return {role: layers[0].in_features for role, layers in _products(layer).items()}
+
+
+def _products(layer: LayerParts) -> dict[str, Sequence[GPTQLinear]]:
+    """By role, the packed layers that become one weight. Raises Unsuited if one is not packed."""
+    found = dict(zip(ROLES, (layer.qkv, (layer.o,), layer.gate_up, (layer.down,)), strict=True))
+    if not all(isinstance(one, GPTQLinear) for each in found.values() for one in each):
+        raise Unsuited("a layer that is not packed")
+    return found  # type: ignore[return-value]
+
+
+def _take(gpu: Gpu, layer: LayerParts, packings: Packings) -> Layer:
+    """Repack a layer's weights, and release the packed tensors that they came from."""
+    sources = _products(layer)
+    qkv = repack(gpu, sources["qkv"], packings["qkv"])
+    o = repack(gpu, sources["o"], packings["o"])
     # gate and up are stored so that their product comes out in the order of down's input
-    down = repack(gpu, down_layers, shapes[3])
+    down = repack(gpu, sources["down"], packings["down"])
     inner = down.in_features
     at = down.order.long().view(-1, 8)  # [tiles, 8], -1 where down's input is padding
     up = torch.where(at >= 0, at + inner, -1)
-    gate_up = repack(gpu, gate_up_layers, shapes[2], torch.cat([at, up], dim=1).view(-1))
-    for each in (*qkv_layers, *o_layers, *gate_up_layers, *down_layers):
-        each.release()
+    gate_up = repack(gpu, sources["gate_up"], packings["gate_up"], torch.cat([at, up], dim=1).view(-1))
+    for each in sources.values():
+        for one in each:
+            one.release()
 
     def in_order(norm: Tensor, weight: Weight) -> Tensor:
         return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
 
     return Layer(
-        qkv,
-        o,
-        gate_up,
-        down,
-        in_order(layer.input_norm, qkv),
-        in_order(layer.post_norm, gate_up),
-        None if layer.q_norm is None else layer.q_norm.data.half().contiguous(),
-        None if layer.k_norm is None else layer.k_norm.data.half().contiguous(),
-        layer.window,
+        qkv=qkv,
+        o=o,
+        gate_up=gate_up,
+        down=down,
+        input_norm=in_order(layer.input_norm, qkv),
+        post_norm=in_order(layer.post_norm, gate_up),
+        q_norm=None if layer.q_norm is None else layer.q_norm.data.half().contiguous(),
+        k_norm=None if layer.k_norm is None else layer.k_norm.data.half().contiguous(),
+        window=layer.window,
     )
-
-
-def products(layer: LayerParts) -> tuple[Sequence[GPTQLinear], ...]:
-    """The packed layers of qkv, o, gate and up, down. Raises Unsuited if one is not packed."""
-    four = (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))
-    for each in four:
-        for one in each:
-            if not isinstance(one, GPTQLinear):
-                raise Unsuited("a layer that is not packed")
-    return four  # type: ignore[return-value]
-
-
-def require(parts: LlamaParts) -> None:
-    """Raises Unsuited for what the kernels cannot do."""
-    if parts.head_dim not in HEAD_DIMS:
-        raise Unsuited(f"heads of {parts.head_dim} dimensions")
-    if not isinstance(parts.head, nn.Linear) or parts.head.bias is not None:
-        raise Unsuited("a packed output layer")
-    if parts.head.weight.dtype != torch.float16 or parts.embedding.dtype != torch.float16:
-        raise Unsuited("numbers other than fp16")
-    if parts.embedding.shape[1] % 8:
-        raise Unsuited("a width that is no multiple of 8")
-    sizes = {(each.qkv[0].in_features, each.down.in_features, each.o.in_features) for each in parts.layers}
-    if len(sizes) != 1:
-        raise Unsuited("layers of different sizes")

@@ -1,4 +1,4 @@
-"""The card's step behind the common face, and behind the face of a transformers model."""
+"""The GPU's step as a Stepper, and in the place of a transformers model's forward."""
 
 import inspect
 import logging
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.chat import Step
+from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..llama import LlamaParts
 from ..prefix_cache import PrefixCache
@@ -20,7 +21,7 @@ from .running_answers import Answers
 log = logging.getLogger(__name__)
 
 
-SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the card is nearly full
+SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly full
 
 
 class CudaStepper(Stepper):
@@ -54,16 +55,16 @@ class CudaStepper(Stepper):
                 full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
             if not self._make_room():
                 raise full
-        return self._step.prompt_logits.clone()  # another prompt may be read before it is looked at
+        return self._step.prompt_logits.clone()  # another prompt may be read before these are used
 
     def _make_room(self) -> bool:
-        """Give up what earlier conversations left, or else read prompts in smaller pieces. False if neither is left."""
+        """Release earlier conversations, or else read prompts in smaller pieces. False if neither is left."""
         prefix = self._answers.prefix
         if prefix is not None and prefix.conversations:
             prefix.clear()
         elif self.chunk_tokens > SMALLEST_CHUNK:
             self.chunk_tokens //= 2
-            log.info("prompts are read in pieces of %d tokens: the card is nearly full", self.chunk_tokens)
+            log.info("prompts are read in pieces of %d tokens: the GPU is nearly full", self.chunk_tokens)
         else:
             return False
         self._step.pages.trim()
@@ -73,21 +74,24 @@ class CudaStepper(Stepper):
     def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         """Put ids through -> fp32 [T, H] before the last norm."""
         assert isinstance(memory, PagedMemory)
-        row = self._step.prompt_row
-        self._step.use(memory, memory.length + len(ids), row)
+        row = self._step.sequences.prompt_row
+        self._step.sequences.use(memory, memory.length + len(ids), row)
         hidden = self._step.prefill(ids, memory.length, row)
         memory.length += len(ids)
         return hidden
 
     def step(self, memory: Memory, id: int) -> Tensor:
-        """As above, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
+        """One id, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
         assert isinstance(memory, PagedMemory)
-        self._step.use(memory, memory.length + 1)
-        self._step.ids[0] = id
-        self._step.positions[0] = memory.length
-        self._step.step(sample=False)
+        if not 0 <= id < self._step.shape.embedding_rows:
+            raise BadParameter(f"Token {id} was to be computed; the model's are 0 to {self._step.shape.embedding_rows - 1}.")
+        sequences = self._step.sequences
+        sequences.use(memory, memory.length + 1)
+        sequences.ids[0] = id
+        sequences.positions[0] = memory.length
+        self._step.step(sample_next=False)
         memory.length += 1
-        return self._step.logits[:1]
+        return sequences.logits[:1]
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return self._step.all_logits(hidden)
@@ -109,10 +113,10 @@ class CudaStepper(Stepper):
 
 
 class HfFace:
-    """Puts the step in the place of a transformers model's forward: `generate`, processors and logits work as before.
+    """The step in the place of a transformers model's forward: `generate`, processors and logits work as before.
 
-    The conversation is recognised by the cache object that generate hands on; what was read for an earlier one
-    serves a later one that begins alike.
+    The cache object that generate passes on identifies the conversation. What was read for an earlier conversation is used
+    for a later one that begins alike.
     """
 
     def __init__(self, hf: Any, stepper: CudaStepper, prefix: PrefixCache) -> None:
@@ -129,15 +133,15 @@ class HfFace:
             inputs_embeds: Any = None, labels: Any = None, use_cache: Any = None, logits_to_keep: Any = 0, cache: Any = None,
             **_: Any,
         ) -> Any:  # fmt: skip
-            held = past_key_values if past_key_values is not None else cache  # the name it has since transformers 5.24
-            return self._forward(input_ids, attention_mask, held, inputs_embeds, labels, logits_to_keep)
+            own = past_key_values if past_key_values is not None else cache  # its name since transformers 5.24
+            return self._forward(input_ids, attention_mask, own, inputs_embeds, labels, logits_to_keep)
 
         forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         hf.forward = forward
         self._hf = hf
 
     def release(self) -> None:
-        """Let go of everything; the model cannot compute any more."""
+        """Release everything; the model cannot compute any more."""
         self._memory = self._cache = None
         if self._hf is not None:
             vars(self._hf).pop("forward", None)
@@ -147,7 +151,7 @@ class HfFace:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         if ids is None or embeds is not None or labels is not None:
-            raise ValueError("This model computes from input_ids only, without labels: it answers, it is not trained.")
+            raise ValueError("This model computes from input_ids only, without inputs_embeds and labels: it cannot be trained.")
         if ids.shape[0] != 1:
             raise ValueError(f"This model computes one row at a time; {ids.shape[0]} were given.")
         row = ids[0].tolist()
@@ -167,12 +171,12 @@ class HfFace:
             wanted = keep if isinstance(keep, int) else None
             memory = None
             if wanted == 1:  # logits of all positions need all positions computed
-                memory, _held = self._prefix.take(row)
+                memory, _cached = self._prefix.take(row)
             self._memory = memory if isinstance(memory, PagedMemory) else stepper.begin()
             self._ids, self._cache = [], cache
             if cache is not None:
                 own = self._memory
-                cache.get_seq_length = lambda *_: own.length  # what generate asks to know what is new
+                cache.get_seq_length = lambda *_: own.length  # generate reads from it which ids are new
         memory = self._memory
         assert memory is not None
         before = len(self._ids)

@@ -1,6 +1,6 @@
-"""Packed layers in the order the kernels read them: made once from the file's tensors, which are then let go.
+"""Packed layers in the order that the kernels read them, made once from the file's tensors, which are then released.
 
-Inputs are sorted by group (act-order costs nothing later) and stand in engine order (common.cu). Layers that share
+Inputs are sorted by group, so act-order costs nothing later, and are kept in fragment order (common.cu). Layers that share
 their input are one weight: q, k and v; gate and up.
 """
 
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from .. import bit_packing
 from ..gptq_linear import GPTQLinear
-from .cuda_kernels import Gpu, Repack, Shape, Unpack, pointer, unit_of
+from .gpu_kernels import Gpu
+from .kernel_arguments import CHUNK, REPACK, TILE, UNPACK
+from .kernel_source import BITS, Groups, Packing, Unsuited, groups_of
 
-TILE = 16
-CHUNK = 64
+_SOURCES = 3  # layers that one weight is made of, at most
+_MOST_COLUMNS = 1 << 28  # outputs of a layer: 28 bits of a word name one
 
 
-def engine_order(rows: Tensor | None, in_features: int, device: torch.device) -> Tensor:
-    """int32 [padded]: the input at each position of engine order; -1 where it is padding.
+def fragment_order(rows: Tensor | None, in_features: int, device: torch.device) -> Tensor:
+    """int32 [padded]: the input at each position of fragment order; -1 where it is padding.
 
     `rows` int64 [K] lists the inputs sorted by group; None for their own order.
     """
@@ -30,12 +32,12 @@ def engine_order(rows: Tensor | None, in_features: int, device: torch.device) ->
 
 
 def step_order(order: Tensor) -> Tensor:
-    """Undo the last step of `engine_order`: [chunk, column, step, j] -> [chunk, step, column, j]."""
+    """Undo the last step of `fragment_order`: [chunk, column, step, j] -> [chunk, step, column, j]."""
     return order.view(-1, 4, 4, 4).transpose(1, 2).reshape(-1)
 
 
 def permutation_of(order: Tensor, in_features: int) -> Tensor:
-    """int32 [K]: where each input stands in engine order."""
+    """int32 [K]: the position of each input in fragment order."""
     permutation = torch.empty(in_features, dtype=torch.int32, device=order.device)
     at = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
     kept = order >= 0
@@ -45,13 +47,13 @@ def permutation_of(order: Tensor, in_features: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """One or several layers over the same input. n outputs in tiles of 16 rows, K inputs in chunks of 64."""
+    """One or several layers over the same input. N outputs in tiles of 16 rows, K inputs in chunks of 64."""
 
-    shape: Shape
+    packing: Packing
     words: Tensor  # uint8 [tiles, chunks, bits * 128]
     scales: Tensor  # int32 [tiles, groups, 8] of fp16 pairs, or [tiles, groups, 8, 2] with the zeros
-    order: Tensor  # int32 [chunks * 64], engine order: see engine_order
-    permutation: Tensor  # int32 [K], where each input stands in it
+    order: Tensor  # int32 [chunks * 64]: see fragment_order
+    permutation: Tensor  # int32 [K], the position of each input in it
     bias: Tensor | None  # fp16 [tiles * 16], in the order of the rows
     in_features: int
     out_features: int  # rows that count; the last tile may hold more
@@ -71,7 +73,7 @@ class Weight:
 
     @property
     def padded(self) -> int:
-        """Length of an input row in engine order."""
+        """Length of an input row in fragment order."""
         return self.chunks * CHUNK
 
     @property
@@ -79,43 +81,44 @@ class Weight:
         return self.words.numel() + self.scales.numel() * 4
 
     def dense(self, gpu: Gpu, first_tile: int, tiles: int, out: Tensor) -> Tensor:
-        """The rows of some tiles as fp16 [tiles * 16, padded], inputs in engine order, written into `out`."""
+        """The rows of some tiles as fp16 [tiles * 16, padded], inputs in fragment order, written into `out`."""
         out = out[: tiles * TILE * self.padded].view(tiles * TILE, self.padded)
-        arguments = Unpack(
-            pointer(self.words),
-            pointer(self.scales),
-            pointer(out),
-            first_tile,
-            tiles,
-            self.chunks,
-            self.groups,
-            self.unit_to_group,
+        arguments = UNPACK.pack(
+            weights=self.words,
+            scales=self.scales,
+            out=out,
+            first_tile=first_tile,
+            tiles=tiles,
+            chunks=self.chunks,
+            groups=self.groups,
+            unit_to_group=self.unit_to_group,
         )
-        gpu.run(f"unpack_{self.shape.name}", (-(-tiles * self.chunks // 8),), 256, arguments)
+        gpu.run(f"unpack_{self.packing.name}", (-(-tiles * self.chunks // 8),), 256, arguments)
         return out
 
 
-class Unsuited(Exception):
-    """A layer that the kernels cannot read, with the reason; the plain path can."""
-
-
-def shape_of(layers: Sequence[GPTQLinear]) -> Shape:
-    """Of layers that become one weight. Raises Unsuited if they cannot."""
+def packing_of(layers: Sequence[GPTQLinear]) -> Packing:
+    """The format of layers that become one weight. Raises Unsuited if the kernels cannot read them as one."""
     first = layers[0]
+    if first.bits not in BITS:
+        raise Unsuited(f"weights of {first.bits} bits (the kernels read {', '.join(map(str, BITS))})")
     for each in layers:
         if (each.bits, each.group_size, each.in_features) != (first.bits, first.group_size, first.in_features):
-            raise Unsuited("layers that share their input are packed in different ways")
+            raise Unsuited("layers that share their input are packed in different formats")
         if sorted_rows(each) is not None and not torch.equal(each.g_idx, first.g_idx):
             raise Unsuited("layers that share their input have different act-orders")
-    try:
-        units, _groups, _magic = unit_of(first.group_size, first.in_features)
-    except ValueError as error:
-        raise Unsuited(str(error)) from None
-    return Shape(first.bits, all(symmetric(each) for each in layers), units)
+    if len(layers) > _SOURCES or any(each.out_features >= _MOST_COLUMNS for each in layers):
+        raise Unsuited("more layers, or wider ones, than a weight is made of")
+    groups = groups_of(first.group_size, first.in_features)
+    packing = Packing(first.bits, all(symmetric(each) for each in layers), groups.units)
+    tiles = -(-sum(each.out_features for each in layers) // TILE)
+    if tiles * groups.count * packing.scale_bytes >= 1 << 31:  # the kernels count them in an int
+        raise Unsuited("more scales than the kernels can address")
+    return packing
 
 
 def sorted_rows(layer: GPTQLinear) -> Tensor | None:
-    """int64 [K]: the inputs sorted by group, None if they are. Raises Unsuited if groups have uneven sizes."""
+    """int64 [K]: the inputs sorted by group, None if they are already. Raises Unsuited if groups have uneven sizes."""
     g_idx = layer.g_idx.long()
     size = layer.in_features if layer.group_size == -1 else layer.group_size
     wanted = torch.arange(layer.in_features, device=g_idx.device) // size
@@ -136,9 +139,12 @@ def _zeros(layer: GPTQLinear) -> Tensor:
     return bit_packing.true_zeros(layer.qzeros, layer.bits, layer.out_features, layer.checkpoint_format)
 
 
-def repack(gpu: Gpu, layers: Sequence[GPTQLinear], shape: Shape, columns: Tensor | None = None) -> Weight:
-    """`layers` as one weight. `columns` int64 lists its rows: the output of the first, second … layer (counted on from
-    one layer to the next) that stands there, -1 for a row of zeros; by default all outputs in their order."""
+def repack(gpu: Gpu, layers: Sequence[GPTQLinear], packing: Packing, columns: Tensor | None = None) -> Weight:
+    """`layers` as one weight, in their common `packing`.
+
+    `columns` int64 lists its rows: for each the number of an output, counted from the first layer's through the last
+    layer's, or -1 for a row of zeros. By default all outputs in their order.
+    """
     device = gpu.device
     widths = [each.out_features for each in layers]
     starts = [sum(widths[:at]) for at in range(len(widths) + 1)]
@@ -148,34 +154,42 @@ def repack(gpu: Gpu, layers: Sequence[GPTQLinear], shape: Shape, columns: Tensor
     tiles = -(-count // TILE)
     columns = torch.nn.functional.pad(columns, (0, tiles * TILE - count), value=-1)
     first = layers[0]
-    order = engine_order(sorted_rows(first), first.in_features, device)
+    order = fragment_order(sorted_rows(first), first.in_features, device)
     chunks = order.numel() // CHUNK
-    _units, groups, magic = unit_of(first.group_size, first.in_features)
+    groups = groups_of(first.group_size, first.in_features)
 
     coded = torch.full_like(columns, -1)
     for at, start in enumerate(starts[:-1]):
         own = (columns >= start) & (columns < starts[at + 1])
         coded = torch.where(own, columns - start + (at << 28), coded)
     coded = coded.int()
-    words = torch.empty(tiles, chunks, shape.bits * 128, dtype=torch.uint8, device=device)
-    packed = [each.qweight for each in layers]
+    words = torch.empty(tiles, chunks, packing.bits * 128, dtype=torch.uint8, device=device)
+    missing = (None,) * (_SOURCES - len(layers))
     by_step = step_order(order)
-    arguments = Repack(columns=pointer(coded), order=pointer(by_step), out=pointer(words), tiles=tiles, chunks=chunks)
-    for at, each in enumerate(packed):
-        arguments.sources[at], arguments.widths[at] = each.data_ptr(), each.shape[1]
-    gpu.run(f"repack_{shape.bits}", (-(-tiles * chunks * 32 // 256),), 256, arguments)
+    packed = [each.qweight for each in layers]
+    arguments = REPACK.pack(
+        sources=(*packed, *missing),
+        widths=(*(each.shape[1] for each in packed), *(0 for _ in missing)),
+        columns=coded,
+        order=by_step,
+        out=words,
+        tiles=tiles,
+        chunks=chunks,
+    )
+    gpu.run(f"repack_{packing.bits}", (-(-tiles * chunks * 32 // 256),), 256, arguments)
 
     kept = columns >= 0
     source = columns.clamp(min=0)
 
     def by_tile(values: Tensor) -> Tensor:
         """fp16 [G, rows of all layers] -> int32 [tiles, groups, 8], the pairs (r, r + 8); zeros for padding."""
-        picked = torch.zeros(groups, tiles * TILE, dtype=torch.float16, device=device)
-        picked[: values.shape[0]] = torch.where(kept, values[:, source], 0)
-        return picked.view(groups, tiles, 2, 8).permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(-1)
+        stored = _stored(values, groups, first.group_size, chunks)
+        picked = torch.zeros(groups.count, tiles * TILE, dtype=torch.float16, device=device)
+        picked[: stored.shape[0]] = torch.where(kept, stored[:, source], 0)
+        return picked.view(groups.count, tiles, 2, 8).permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(-1)
 
     scales = by_tile(torch.cat([each.scales.to(torch.float16) for each in layers], dim=1))
-    if not shape.sym:
+    if not packing.sym:
         zeros = torch.cat([_zeros(each).to(torch.float16) + 1024 for each in layers], dim=1)
         scales = torch.stack([scales, by_tile(zeros)], dim=-1).contiguous()
     bias = None
@@ -185,4 +199,14 @@ def repack(gpu: Gpu, layers: Sequence[GPTQLinear], shape: Shape, columns: Tensor
             for each in layers
         ]
         bias = torch.where(kept, torch.cat(whole)[source], 0)
-    return Weight(shape, words, scales, order, permutation_of(order, first.in_features), bias, first.in_features, count, magic)
+    permutation = permutation_of(order, first.in_features)
+    return Weight(packing, words, scales, order, permutation, bias, first.in_features, count, groups.unit_to_group)
+
+
+def _stored(values: Tensor, groups: Groups, group_size: int, chunks: int) -> Tensor:
+    """[G, N], a row for each group -> a row for each unit where units are what is stored; else as it is."""
+    if not groups.units_stored:
+        return values
+    unit = CHUNK // groups.units
+    group = torch.arange(chunks * groups.units, device=values.device) * unit // group_size
+    return values[group.clamp(max=values.shape[0] - 1)]

@@ -1,70 +1,112 @@
 """Products of a single row: which kernel of gemv.cu computes them, and how it is launched."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
-from .cuda_kernels import Gemv, GemvVariant, Gpu, pointer
 from .cuda_weights import Weight
+from .gpu_kernels import Gpu
+from .kernel_arguments import CHUNK, GEMV, NORM_RUNS
+from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing, Unsuited
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the product of a single row is spread over a card."""
+    """How the product of a single row is spread over a GPU."""
 
     split: int = 8  # warps that share a tile
     batch: int = 2  # chunks of 4 bits that travel together; half as many of 8 bits
     stages: int = 4
-    teams: int = 1  # tiles a block works on at once
+    teams: int = 1  # tiles that a block works on at once
     blocks_per_processor: int = 4
 
 
-def variant(weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> GemvVariant:
-    """The kernel for a weight. A norm needs enough threads for the whole input."""
-    split, teams, vectors = tuning.split, tuning.teams, 0
+@lru_cache(maxsize=256)
+def variant(packing: Packing, in_features: int, epilogue: str, norm: bool, tuning: Tuning, limit_bytes: int) -> GemvVariant:
+    """The kernel for a product. A norm needs enough threads for the whole input; where the tuning asks for more shared
+    memory than the `limit_bytes` of a block, fewer chunks travel together. Raises Unsuited if nothing fits."""
+    chunks = -(-in_features // CHUNK)
+    split, teams, runs = tuning.split, tuning.teams, 0
     if norm:
-        while (vectors := -(-weight.padded // (8 * 32 * split * teams))) > 4:
-            split, teams = split * 2, 1
-    batch = max(1, tuning.batch // 2) if weight.shape.bits == 8 else tuning.batch
-    even = weight.chunks % (split * batch) == 0
-    return GemvVariant(weight.shape, epilogue, vectors, split, batch, tuning.stages, teams, even)
+        if chunks * CHUNK > NORM_INPUTS:
+            raise Unsuited(f"a norm over {in_features} inputs (a block norms {NORM_INPUTS} at most)")
+        while (runs := -(-chunks * CHUNK // (8 * 32 * split * teams))) > NORM_RUNS:
+            split, teams = min(split * 2, BLOCK_THREADS // 32), 1
+    batch = max(1, tuning.batch // 2) if packing.bits == 8 else tuning.batch
+    stages = tuning.stages
+    while True:
+        even = chunks % (split * batch) == 0
+        plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even)
+        if plan.shared_bytes(chunks) <= limit_bytes:
+            return plan
+        if stages > 2:
+            stages -= 1
+        elif batch > 1:
+            batch //= 2
+        elif teams > 1 and not norm:
+            teams //= 2
+        elif split > 1 and not norm:
+            split //= 2
+        else:
+            needed = plan.shared_bytes(chunks)
+            raise Unsuited(f"a product of {in_features} inputs ({needed} bytes of shared memory; a block has {limit_bytes})")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A weight's kernel and its launch."""
+
+    variant: GemvVariant
+    name: str
+    blocks: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> "Plan":
+        """Raises Unsuited if the GPU cannot compute the product."""
+        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes)
+        blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
+        return cls(found, found.name, blocks, found.shared_bytes(weight.chunks))
 
 
 def launch(
     gpu: Gpu,
     weight: Weight,
-    plan: GemvVariant,
-    blocks: int,
+    plan: Plan,
+    *,
     x: Tensor,
     out: Tensor,
-    *,
     norm: Tensor | None = None,
     residual: Tensor | None = None,
     permutation: Tensor | None = None,
     eps: float = 0.0,
     overlap: bool = False,
 ) -> None:
-    """x fp16 [padded] in engine order -> out, as the epilogue of `plan` says (gemv.cu), which must be compiled.
+    """x fp16 [padded] in fragment order -> out, as the plan's epilogue says (GEMV.out). Its variant must be compiled.
 
-    `blocks`: at most so many on a processor. `norm` fp16 [padded], `residual` fp32 [N] and `places` int32 [N] go with plans that
-    want them; `overlap` as in `Kernel.launch`.
+    `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for RESIDUAL. `overlap` as
+    in `Kernel.launch`.
     """
-    arguments = Gemv(
-        pointer(weight.words),
-        pointer(weight.scales),
-        pointer(x),
-        pointer(norm),
-        pointer(weight.bias),
-        pointer(out),
-        pointer(residual),
-        pointer(permutation),
-        weight.out_features,
-        weight.tiles,
-        weight.chunks,
-        weight.groups,
-        weight.unit_to_group,
-        weight.in_features,
-        eps,
+    if x.numel() != weight.padded:
+        raise ValueError(f"The input has {x.numel()} numbers; the weight takes {weight.padded}.")
+    if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
+        raise ValueError(f"{plan.name} was given other tensors than it takes.")
+    arguments = GEMV.pack(
+        weights=weight.words,
+        scales=weight.scales,
+        x=x,
+        norm=norm,
+        bias=weight.bias,
+        out=out,
+        residual=residual,
+        permutation=permutation,
+        n=weight.out_features,
+        tiles=weight.tiles,
+        chunks=weight.chunks,
+        groups=weight.groups,
+        unit_to_group=weight.unit_to_group,
+        k=weight.in_features,
+        eps=eps,
     )
-    grid = min(-(-weight.tiles // plan.teams), blocks * gpu.processors)
-    gpu.run(plan.name, (grid,), plan.threads, arguments, plan.shared_bytes(weight.chunks), overlap)
+    gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap)

@@ -1,8 +1,8 @@
-"""The memory of conversations on a card: pages of 64 tokens, taken when they are needed.
+"""The memory of conversations on a GPU: pages of 64 tokens, taken when they are needed.
 
-A page holds the keys and values of all layers (attention.cu tells how). Pages come from slabs that are allocated as
-conversations grow; nothing is ever moved, since the kernels are given addresses. A memory that is dropped gives its
-pages back.
+A page holds the keys and values of all layers (attention.cu says how). Pages come from slabs that are allocated as
+conversations grow. Nothing is ever moved, because the kernels are given addresses. A memory that is dropped releases its
+pages.
 """
 
 from collections import Counter
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ..stepper import Memory
-from .cuda_kernels import Cache
+from .kernel_arguments import PAGE_TOKENS
+from .kernel_source import KvFormat
 
-PAGE_TOKENS = 64
 _SLAB_BYTES = 1 << 26  # allocated at once, at least a page; larger ones would not fit where little is left
 
 
 class Pages:
-    """All pages of one model, taken and given back."""
+    """All pages of one model."""
 
-    def __init__(self, device: torch.device, layers: int, kv_heads: int, cache: Cache) -> None:
-        self.layer_bytes = PAGE_TOKENS * cache.token_bytes(kv_heads)
+    def __init__(self, device: torch.device, layers: int, kv_heads: int, kv: KvFormat) -> None:
+        self.layer_bytes = PAGE_TOKENS * kv.token_bytes(kv_heads)
         self.page_bytes = layers * self.layer_bytes
         self._slab_pages = max(1, _SLAB_BYTES // self.page_bytes)
         self._device = device
@@ -31,9 +31,11 @@ class Pages:
         self._where: dict[int, tuple[int, int]] = {}  # address -> slab, page
 
     def take(self) -> int:
-        """The address of a page. Raises torch.OutOfMemoryError if the card is full."""
+        """The address of a page. Raises torch.OutOfMemoryError if the GPU is full."""
         if not self._free:
-            slab = torch.zeros(self._slab_pages, self.page_bytes, dtype=torch.uint8, device=self._device)  # see attention.cu
+            slab = torch.zeros(
+                self._slab_pages, self.page_bytes, dtype=torch.uint8, device=self._device
+            )  # attention.cu reads past the end
             for page in reversed(range(self._slab_pages)):
                 address = slab.data_ptr() + page * self.page_bytes
                 self._where[address] = (self._next_slab, page)
@@ -49,21 +51,21 @@ class Pages:
         self._view(target).copy_(self._view(source))
 
     def trim(self) -> int:
-        """Free the slabs of which no page is out; returns how many bytes."""
+        """Free the slabs of which no page is in use; returns how many bytes."""
         free = Counter(self._where[each][0] for each in self._free)
         empty = {slab for slab, count in free.items() if count == self._slab_pages}
         freed = sum(self._slabs.pop(each).numel() for each in empty)
         self._free = [each for each in self._free if self._where[each][0] not in empty]
-        self._where = {address: place for address, place in self._where.items() if place[0] not in empty}
+        self._where = {address: (slab, page) for address, (slab, page) in self._where.items() if slab not in empty}
         return freed
 
     @property
     def size_bytes(self) -> int:
-        """Allocated, whether a conversation holds it or not."""
+        """Allocated, whether a conversation uses it or not."""
         return sum(each.numel() for each in self._slabs.values())
 
     def clear(self) -> None:
-        """Free the card's memory; pages that are still out are worth nothing from now on."""
+        """Free the memory; pages that are still in use are invalid from now on."""
         self._slabs, self._free, self._where = {}, [], {}
 
     def _view(self, address: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""CUDA C to a running kernel, in this process: NVRTC compiles, the driver loads and launches.
+"""CUDA C to machine code, in this process, with NVIDIA's run-time compiler NVRTC.
 
-Both are reached through their public C interfaces with ctypes: `cuda-core` would be a package more to
-match, and torch's own door to the same library is private. NVRTC comes with every CUDA build of torch,
-so nothing is to be installed: no nvcc, no gcc, no headers, no Triton.
+NVRTC is called through its public C interface with ctypes: `cuda-core` would be one more package to match, and torch's
+own interface to it is private. Every CUDA build of torch contains NVRTC, so nothing has to be installed: no nvcc, no
+gcc, no headers, no Triton.
 """
 
 import ctypes
@@ -14,7 +14,6 @@ import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
@@ -22,13 +21,11 @@ from ...core.errors import GptqWebuiError
 
 log = logging.getLogger(__name__)
 
-OLDEST = (7, 5)  # Turing: the first card with the fp16 matrix unit that the kernels use
-_PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+OLDEST = (7, 5)  # Turing: the first with the fp16 matrix unit that the kernels use
 
 
 class NoCompiler(GptqWebuiError):
-    """Kernels cannot be compiled or loaded here; the plain PyTorch path still works."""
+    """Kernels cannot be compiled, loaded or launched here; the plain PyTorch path still works."""
 
 
 def find_nvrtc(cuda_major: int | None = None) -> ctypes.CDLL:
@@ -53,11 +50,11 @@ class Compiler:
     """Compiles CUDA C for one architecture, with a cache of binaries in the user's cache folder."""
 
     def __init__(self, capability: tuple[int, int], cuda_major: int | None = None, cache: Path | None = None) -> None:
-        """Raises NoCompiler if NVRTC is missing or does not know the card."""
+        """Raises NoCompiler if NVRTC is missing or does not know the GPU."""
         if capability < OLDEST:
             raise NoCompiler(
-                f"The card has compute capability {capability[0]}.{capability[1]}; the fast kernels need "
-                f"{OLDEST[0]}.{OLDEST[1]} (Turing, 2018) or newer. Pascal and older cards use the plain path."
+                f"This GPU has compute capability {capability[0]}.{capability[1]}; the fast kernels need "
+                f"{OLDEST[0]}.{OLDEST[1]} (Turing, 2018) or newer. Pascal and older GPUs use the plain path."
             )
         self._lib = find_nvrtc(cuda_major)
         self.capability = capability
@@ -69,12 +66,12 @@ class Compiler:
         fitting = [each for each in known if each <= number]
         if not fitting:
             raise NoCompiler(f"NVRTC {self.version} does not compile for compute capability {capability[0]}.{capability[1]}.")
-        # machine code where NVRTC knows the card; else PTX of the newest it knows, which the driver translates
+        # machine code where NVRTC knows the GPU; else PTX of the newest that it knows, which the driver translates
         self.target = f"sm_{number}" if number in known else f"compute_{fitting[-1]}"
         self._cache = cache if cache is not None else Path(platformdirs.user_cache_dir("gptq-webui", appauthor=False)) / "kernels"
 
     def architectures(self) -> list[int]:
-        """What this NVRTC compiles for, as 75, 80, 86 …, ascending."""
+        """The compute capabilities that this NVRTC compiles for, as 75, 80, 86 …, ascending."""
         count = ctypes.c_int()
         self._check(self._lib.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         found = (ctypes.c_int * count.value)()
@@ -82,7 +79,7 @@ class Compiler:
         return sorted(found)
 
     def compile(self, source: str, defines: Sequence[str] = ()) -> bytes:
-        """CUDA C with `extern "C"` kernels -> cubin or PTX. Raises NoCompiler with NVRTC's own words."""
+        """CUDA C with `extern "C"` kernels -> cubin or PTX, kept for the next start. Raises NoCompiler with NVRTC's message."""
         options = [f"--gpu-architecture={self.target}", "--std=c++17", "-default-device", "--use_fast_math", *defines]
         key = hashlib.sha256("\0".join([self.version, *options, source]).encode()).hexdigest()[:32]
         kept = self._cache / f"{key}.bin"
@@ -126,112 +123,3 @@ class Compiler:
         if result != 0:
             self._lib.nvrtcGetErrorString.restype = ctypes.c_char_p
             raise NoCompiler(f"NVRTC failed: {self._lib.nvrtcGetErrorString(result).decode()}")
-
-
-class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
-
-
-class _Config(ctypes.Structure):  # CUlaunchConfig
-    _fields_ = [
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    ]
-
-
-def driver() -> ctypes.CDLL:
-    """The driver's library, which torch has loaded long before."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError as error:
-        raise NoCompiler(f"The NVIDIA driver's library was not found ({error}).") from None
-
-
-class Kernel:
-    """A function of a loaded module. A prompt launches hundreds, so what a launch takes is made once and filled in."""
-
-    def __init__(self, library: Any, function: ctypes.c_void_p, overlaps: bool) -> None:
-        """`overlaps`: the card can start a kernel before the one ahead has ended (Hopper and newer)."""
-        self._driver, self._function, self._overlaps = library, function, overlaps
-        self.shared_allowed = 0  # bytes
-        self._attribute = _Attribute(id=_PDL)
-        self._attribute.value[0] = 1
-        self._config = _Config(attributes=ctypes.pointer(self._attribute), block_y=1, block_z=1)
-        self._config_at, self._pointers = ctypes.byref(self._config), (ctypes.c_void_p * 1)()
-        self._lock = threading.Lock()  # of what is filled in: other threads run while the driver reads it
-
-    def allow_shared(self, size_bytes: int) -> None:
-        """Raise the limit of dynamic shared memory of a block, in bytes."""
-        _check_driver(self._driver, self._driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, size_bytes))
-        self.shared_allowed = size_bytes
-
-    def launch(
-        self,
-        grid: tuple[int, ...],
-        threads: int,
-        arguments: ctypes.Structure,
-        stream: int,
-        *,
-        shared_bytes: int = 0,
-        overlap: bool = False,
-    ) -> None:
-        """Queue the kernel on a stream (torch's `cuda_stream`). With `overlap` the kernel itself must wait
-        (griddepcontrol.wait) before it touches what the one ahead of it writes."""
-        config = self._config
-        with self._lock:
-            config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
-            config.block_x, config.shared_bytes, config.stream = threads, shared_bytes, stream
-            config.attribute_count = 1 if overlap and self._overlaps else 0
-            self._pointers[0] = ctypes.addressof(arguments)
-            result = self._driver.cuLaunchKernelEx(self._config_at, self._function, self._pointers, None)
-        if result:
-            _check_driver(self._driver, result)
-
-
-class Module:
-    """Compiled kernels, loaded into the current CUDA context. Names are those of the `extern "C"` functions."""
-
-    def __init__(self, binary: bytes, capability: tuple[int, int]) -> None:
-        self._driver = driver()
-        self._binary = binary  # the driver may read it later
-        self._module = ctypes.c_void_p()
-        self._overlaps = capability >= (9, 0)
-        _check_driver(self._driver, self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
-        self._kernels: dict[str, Kernel] = {}
-
-    def __getitem__(self, name: str) -> Kernel:
-        if name not in self._kernels:
-            function = ctypes.c_void_p()
-            _check_driver(self._driver, self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
-            self._kernels[name] = Kernel(self._driver, function, self._overlaps)
-        return self._kernels[name]
-
-    def close(self) -> None:
-        """Give back what it holds on the card. None of its kernels may run any more, nor a graph of them exist."""
-        self._kernels.clear()
-        if self._module:
-            self._driver.cuModuleUnload(self._module)
-            self._module = ctypes.c_void_p()
-
-
-class OwnStream:
-    """A stream of ours: torch makes 32 at once when it is first asked for one. Needs a current CUDA context."""
-
-    def __init__(self) -> None:
-        self._driver, self.handle = driver(), ctypes.c_void_p()
-        _check_driver(self._driver, self._driver.cuStreamCreate(ctypes.byref(self.handle), 1))  # not tied to the default stream
-
-    def close(self) -> None:
-        if self.handle:
-            self._driver.cuStreamDestroy_v2(self.handle)
-            self.handle = ctypes.c_void_p()
-
-
-def _check_driver(library: Any, result: int) -> None:
-    if result == 0:
-        return
-    text = ctypes.c_char_p()
-    library.cuGetErrorString(result, ctypes.byref(text))
-    raise NoCompiler(f"The CUDA driver failed: {text.value.decode() if text.value else result}")

@@ -1,71 +1,69 @@
-"""Reading prompts on a card: many tokens of one conversation at once.
+"""Reading prompts on a GPU: many tokens of one sequence at once.
 
-Up to 96 tokens are multiplied with the packed weights (few.cu). For more, weights are made dense by tiles, and
-cuBLAS multiplies; both leave keys and values in the conversation's pages.
+Up to 96 tokens are multiplied with the packed weights (small_batch.cu). For more, weights are made dense by tiles, and
+cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from ...core.errors import BadParameter
 from . import small_batch
-from .cuda_kernels import Gather, Norm, Rope, Silu, pointer
-from .cuda_weights import TILE, Weight
-from .kv_pages import PAGE_TOKENS
-
-if TYPE_CHECKING:
-    from .cuda_layers import Layer
-    from .cuda_step import CudaStep
+from .attention import gather_pages, rope_rows
+from .cuda_layers import Layer, ModelWeights
+from .cuda_weights import Weight
+from .gpu_kernels import Gpu
+from .kernel_arguments import TILE
+from .model_shape import ModelShape
+from .row_kernels import norm_rows, silu_rows
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
 class Prompt:
-    """The prompts of one CudaStep."""
+    """Reads the prompts of one model."""
 
-    def __init__(self, step: "CudaStep") -> None:
-        self._step = step
-        self._gpu = step.gpu
-        self._largest = max(weight.tiles * TILE * weight.padded for layer in step.layers for weight in layer.weights)
+    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights) -> None:
+        self._gpu, self._shape, self._weights = gpu, shape, weights
+        self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
     def read(self, ids: Sequence[int], start: int, table: Tensor) -> Tensor:
         """Compute tokens that follow `start` tokens in the pages of `table` [pages] -> fp32 [T, H], before the last norm."""
-        step = self._step
-        tokens = torch.tensor(list(ids), device=step.device)
-        count = tokens.numel()
-        h = step.embedding[tokens].float()  # [T, H]
+        residual = self._embedded(ids)
+        count = residual.shape[0]
         scratch = None
         if count > small_batch.MOST_ROWS:
-            scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=step.device)
-        seen = self._seen(start, count)
-        rest = None  # what is still to be added to h: the next norm does it
-        for at, layer in enumerate(step.layers):
-            x = self._norm(h, rest, layer.input_norm, layer.qkv)
+            scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
+        visible = self._visible(start, count)
+        addend = None  # a product that is still to be added to the residual: the next norm does it
+        for at, layer in enumerate(self._weights.layers):
+            x = self._norm(residual, addend, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
-            attended = self._attend(at, layer, qkv, start, count, table, seen)
-            rest = self._add(h, _in_order(attended, layer.o), layer.o, scratch)
-            x = self._norm(h, rest, layer.post_norm, layer.gate_up)
-            rest = self._add(h, self._inner(x, layer, scratch), layer.down, scratch)
-        return h if rest is None else h.add_(rest)
+            attended = self._attend(at, layer, qkv, start, table, visible)
+            addend = self._add(residual, _in_order(attended, layer.o), layer.o, scratch)
+            x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
+            addend = self._add(residual, self._inner(x, layer, scratch), layer.down, scratch)
+        return residual if addend is None else residual.add_(addend)
 
-    def _norm(self, h: Tensor, rest: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
-        out = torch.empty(h.shape[0], weight.padded, dtype=torch.float16, device=h.device)
-        self.norm_into(h, norm, weight.order, out, rest)
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
+        """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
+        tokens = torch.tensor(ids if isinstance(ids, list) else list(ids))
+        low, high = (int(each) for each in tokens.aminmax())
+        if low < 0 or high >= self._shape.embedding_rows:
+            wrong = low if low < 0 else high
+            raise BadParameter(f"The prompt has token {wrong}; the model's tokens are 0 to {self._shape.embedding_rows - 1}.")
+        return self._weights.embedding[tokens.to(self._weights.embedding.device)].float()
+
+    def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
+        out = torch.empty(residual.shape[0], weight.padded, dtype=torch.float16, device=residual.device)
+        norm_rows(self._gpu, residual, norm, weight.order, out, self._shape.eps, addend)
         return out
 
-    def norm_into(self, h: Tensor, norm: Tensor, order: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
-        """Add `rest` fp16 [T, H] to h fp32 [T, H]; RMSNorm of it -> out fp16 [T, padded] in the order of `order`."""
-        step = self._step
-        arguments = Norm(
-            pointer(h), pointer(rest), pointer(norm), pointer(out), pointer(order), step.hidden, out.shape[1], step.eps
-        )  # fmt: skip
-        self._gpu.run("norm_rows", (h.shape[0],), 512, arguments, step.hidden * 4 + 160, overlap=True)
-
     def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor:
-        """x [T, padded] in engine order -> [T, N], the outputs in the order of the weight's rows."""
+        """x [T, padded] in fragment order -> [T, N], the outputs in the order of the weight's rows."""
         if scratch is None:
             y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
             small_batch.multiply(self._gpu, weight, "PLAIN", x, y)
@@ -81,48 +79,37 @@ class Prompt:
             y += weight.bias
         return y if rows == weight.out_features else y[:, : weight.out_features].contiguous()
 
-    def _add(self, h: Tensor, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor | None:
-        """Add the product to h, or else return it, fp16 [T, H]: the rest, for the next norm to add."""
+    def _add(self, residual: Tensor, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor | None:
+        """Add the product to the residual, or else return it, fp16 [T, H], for the next norm to add."""
         if scratch is not None:
             return self._product(x, weight, scratch)
-        small_batch.multiply(self._gpu, weight, "RESIDUAL", x, h)
+        small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
         return None
 
-    def _inner(self, x: Tensor, layer: "Layer", scratch: Tensor | None) -> Tensor:
+    def _inner(self, x: Tensor, layer: Layer, scratch: Tensor | None) -> Tensor:
         """SiLU(gate) * up, in the order of down's input."""
         out = torch.empty(x.shape[0], layer.down.padded, dtype=torch.float16, device=x.device)
         if scratch is None:
             small_batch.multiply(self._gpu, layer.gate_up, "SILU", x, out)
-            return out
-        gate_up = self._product(x, layer.gate_up, scratch)
-        arguments = Silu(pointer(gate_up), pointer(out), gate_up.shape[1] // 2, layer.down.padded)
-        self._gpu.run("silu_rows", (8, x.shape[0]), 256, arguments)
+        else:
+            silu_rows(self._gpu, self._product(x, layer.gate_up, scratch), out)
         return out
 
-    def _attend(
-        self, at: int, layer: "Layer", qkv: Tensor, start: int, count: int, table: Tensor, seen: dict[int, Tensor]
-    ) -> Tensor:
+    def _attend(self, at: int, layer: Layer, qkv: Tensor, start: int, table: Tensor, visible: dict[int, Tensor]) -> Tensor:
         """[T, (heads + 2 kv heads) * D], its keys and values kept -> [T, heads * D]."""
-        step = self._step
-        heads, kv, dim = step.heads, step.kv_heads, step.head_dim
-        layer_bytes = at * step.pages.layer_bytes
-        rope = Rope(
-            pointer(qkv), pointer(table), pointer(step.cosines), pointer(step.sines), pointer(layer.q_norm),
-            pointer(layer.k_norm), layer_bytes, heads, kv, start, step.rotary_half, step.eps,
-        )  # fmt: skip
-        self._gpu.run(f"rope_{step.cache.name}", (count,), 256, rope)
-        length = start + count
+        shape, count = self._shape, qkv.shape[0]
+        heads, kv, dim, length = shape.heads, shape.kv_heads, shape.head_dim, start + count
+        rope_rows(self._gpu, shape, self._weights, at, qkv=qkv, table=table, start=start)
         split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
         queries = split[:heads]
         if start:
             keys = torch.empty(kv, length, dim, dtype=torch.float16, device=qkv.device)
             values = torch.empty_like(keys)
-            gather = Gather(pointer(table), pointer(keys), pointer(values), layer_bytes, kv, length)
-            self._gpu.run(f"gather_{step.cache.name}", (-(-length // PAGE_TOKENS), kv), 256, gather)
+            gather_pages(self._gpu, shape, at, table=table, keys=keys, values=values)
         else:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:
-            out = _masked_attention(queries[None], keys[None], values[None], seen[layer.window])
+            out = _masked_attention(queries[None], keys[None], values[None], visible[layer.window])
         else:
             mask = causal_lower_right(count, length) if start else None
             out = nn.functional.scaled_dot_product_attention(
@@ -130,24 +117,24 @@ class Prompt:
             )
         return out[0].transpose(0, 1).reshape(count, heads * dim)
 
-    def _seen(self, start: int, count: int) -> dict[int, Tensor]:
-        """By window, bool [T, L]: what each token sees, for the windows that cut something off."""
-        length = start + count
-        windows = {layer.window for layer in self._step.layers if layer.window and length > layer.window}
-        rows = torch.arange(start, length, device=self._step.device)[:, None]
-        columns = torch.arange(length, device=self._step.device)[None]
+    def _visible(self, start: int, count: int) -> dict[int, Tensor]:
+        """By window, bool [T, L]: what each token sees, for the windows that hide something."""
+        length, device = start + count, self._weights.embedding.device
+        windows = {layer.window for layer in self._weights.layers if layer.window and length > layer.window}
+        rows = torch.arange(start, length, device=device)[:, None]
+        columns = torch.arange(length, device=device)[None]
         return {each: (columns <= rows) & (columns > rows - each) for each in windows}
 
 
 def _in_order(x: Tensor, weight: Weight) -> Tensor:
-    """[T, K] -> [T, padded] in engine order, zeros for padding."""
+    """[T, K] -> [T, padded] in fragment order, zeros for padding."""
     if weight.padded == weight.in_features:
         return x.index_select(1, weight.order)
     return nn.functional.pad(x, (0, 1)).index_select(1, torch.where(weight.order < 0, weight.in_features, weight.order))
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """q [1, heads, T, D], k and v [1, kv heads, L, D], seen bool [T, L] -> [1, heads, T, D]."""
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """q [1, heads, T, D], k and v [1, kv heads, L, D], visible bool [T, L] -> [1, heads, T, D]."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)

@@ -1,13 +1,4 @@
-// The file's words -> tiles and chunks. Done once, when a model is loaded: a thread gathers the words of one lane.
-
-struct RepackArguments {
-  const u32* sources[3];  // qweight of up to three layers that share their input, [k * bits / 32][widths[i]]
-  int widths[3];
-  const int* columns;     // [tiles * 16]: source << 28 | column, or -1 for a row of padding
-  const int* order;       // [chunks * 64]: which input stands at (chunk, step, lane column, j); -1 for padding
-  u8* out;
-  int tiles, chunks;
-};
+// The file's words -> tiles and chunks, once, when a model is loaded; and back to dense weights.
 
 template <int BITS> DEVICE u32 value_at(const u32* words, int width, int k, int column) {
   const int bit = k * BITS, word = bit / 32, shift = bit % 32;
@@ -16,7 +7,30 @@ template <int BITS> DEVICE u32 value_at(const u32* words, int width, int k, int 
   return v & ((1 << BITS) - 1);
 }
 
+// Put the value of step s, lane column element j and row half `high` where fragment() expects it (unpack.cu).
+template <int BITS> DEVICE void place_value(u32 (&words)[BITS], u32 v, int s, int j, int high) {
+  const int reg = j / 2 * 2 + high, half = j % 2;  // the register of the fragment, and which half of it
+  if constexpr (BITS == 4) words[s] |= v << (4 * (reg + 4 * half));
+  else if constexpr (BITS == 8) words[2 * s + reg / 2] |= v << (8 * (reg % 2 * 2 + half));
+  else {
+    words[s / 2] |= (v & 3) << (s % 2 * 8 + 2 * reg + 16 * half);
+    if constexpr (BITS == 3) words[2] |= (v >> 2) << (s * 4 + reg + 16 * half);
+  }
+}
+
+template <int BITS> DEVICE void store_words(const u32 (&words)[BITS], u8* chunk, int lane) {
+#pragma unroll
+  for (int i = 0; i < BITS; i++) {
+    if constexpr (BITS == 3) *(u32*)(i < 2 ? chunk + lane * 8 + i * 4 : chunk + 256 + lane * 4) = words[i];
+    else if constexpr (BITS == 2) *(u32*)(chunk + lane * 8 + i * 4) = words[i];
+    else *(u32*)(chunk + i / 4 * 512 + lane * 16 + i % 4 * 4) = words[i];
+  }
+}
+
+// A thread gathers the words of one lane for one chunk of one tile.
 template <int BITS> DEVICE void repack_tiles(const RepackArguments& p) {
+  static_assert(BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8, "words of other widths are packed in other ways");
+  static_assert(TILE == 16 && CHUNK == 64, "a lane holds rows r and r + 8, and four steps of four inputs");
   const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= (size_t)p.tiles * p.chunks * 32) return;
   const int lane = at % 32, chunk = at / 32 % p.chunks, tile = at / 32 / p.chunks;
@@ -25,7 +39,7 @@ template <int BITS> DEVICE void repack_tiles(const RepackArguments& p) {
   for (int i = 0; i < BITS; i++) words[i] = 0;
 #pragma unroll
   for (int high = 0; high < 2; high++) {
-    const int from = p.columns[tile * 16 + high * 8 + lane / 4];
+    const int from = p.columns[tile * TILE + high * 8 + lane / 4];
     if (from < 0) continue;
     const u32* source = p.sources[from >> 28];
     const int width = p.widths[from >> 28], column = from & 0x0fffffff;
@@ -33,34 +47,12 @@ template <int BITS> DEVICE void repack_tiles(const RepackArguments& p) {
     for (int s = 0; s < 4; s++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int k = p.order[chunk * 64 + s * 16 + lane % 4 * 4 + j];
-        if (k < 0) continue;
-        const u32 v = value_at<BITS>(source, width, k, column);
-        const int reg = j / 2 * 2 + high, half = j % 2;  // which number of the fragment it becomes: see unpack.cu
-        if constexpr (BITS == 4) words[s] |= v << (4 * (reg + 4 * half));
-        else if constexpr (BITS == 8) words[2 * s + reg / 2] |= v << (8 * (reg % 2 * 2 + half));
-        else {
-          words[s / 2] |= (v & 3) << (s % 2 * 8 + 2 * reg + 16 * half);
-          if constexpr (BITS == 3) words[2] |= (v >> 2) << (s * 4 + reg + 16 * half);
-        }
+        const int k = p.order[chunk * CHUNK + s * 16 + lane % 4 * 4 + j];
+        if (k >= 0) place_value<BITS>(words, value_at<BITS>(source, width, k, column), s, j, high);
       }
   }
-  u8* to = p.out + ((size_t)tile * p.chunks + chunk) * (BITS * 128);
-#pragma unroll
-  for (int i = 0; i < BITS; i++) {
-    if constexpr (BITS == 3) *(u32*)(i < 2 ? to + lane * 8 + i * 4 : to + 256 + lane * 4) = words[i];
-    else if constexpr (BITS == 2) *(u32*)(to + lane * 8 + i * 4) = words[i];
-    else *(u32*)(to + i / 4 * 512 + lane * 16 + i % 4 * 4) = words[i];
-  }
+  store_words<BITS>(words, p.out + ((size_t)tile * p.chunks + chunk) * (BITS * 128), lane);
 }
-
-struct UnpackArguments {
-  const u8* weights;
-  const u32* scales;
-  u16* out;  // fp16 [tiles * 16][chunks * 64], inputs in engine order
-  int first_tile, tiles, chunks, groups;
-  u32 unit_to_group;
-};
 
 // Packed -> dense, for products of many rows. A warp takes a chunk of a tile.
 template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackArguments& p) {
@@ -70,7 +62,7 @@ template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackAr
   const int tile = at / p.chunks, chunk = at % p.chunks;
   const size_t stored = (size_t)(p.first_tile + tile) * p.chunks + chunk;
   const Words<BITS> words = load_words<BITS>(p.weights + stored * chunk_bytes<BITS>(), lane);
-  u32 row[8], row8[8];
+  u32 row[8], row8[8];  // of rows r and r + 8
 #pragma unroll
   for (int s = 0; s < 4; s++) {
     const int unit = chunk * UNITS + s * UNITS / 4;
@@ -84,8 +76,8 @@ template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackAr
     row8[s * 2] = to_half2(low_of(a[1]) * f8, high_of(a[1]) * f8);
     row8[s * 2 + 1] = to_half2(low_of(a[3]) * f8, high_of(a[3]) * f8);
   }
-  u16* to = p.out + ((size_t)tile * 16 + lane / 4) * p.chunks * 64 + chunk * 64 + lane % 4 * 16;
-  u16* to8 = to + (size_t)8 * p.chunks * 64;
+  u16* to = p.out + ((size_t)tile * TILE + lane / 4) * p.chunks * CHUNK + chunk * CHUNK + lane % 4 * 16;
+  u16* to8 = to + (size_t)8 * p.chunks * CHUNK;
   *(uint4*)to = *(uint4*)row;
   *(uint4*)(to + 8) = *(uint4*)(row + 4);
   *(uint4*)to8 = *(uint4*)row8;

@@ -1,22 +1,14 @@
-// What is not a packed product: the embedding, norms, activations, the output head with its dense fp16 weights.
+// What is not a packed product: the embedding, norms, activations, and the output head with its dense fp16 weights.
 
-struct HeadArguments {
-  const u16* weights;  // fp16 [n][k]
-  const u16* x;        // fp16 [k], natural order
-  const u16* norm;     // fp16 [k]: weight of the last RMSNorm
-  float* out;          // fp32 [n]
-  int n, k;
-  float eps;
-};
-
-// y = norm(x) W^T, one row; a warp takes two outputs at a time, the sums are fp32.
-extern "C" __global__ void head(HeadArguments p) {
+// y = norm(x) W^T, one row. A warp takes two outputs at a time; the sums are fp32. The block stages the whole input, so it
+// must have enough threads: NORM_RUNS * 8 * threads >= k. `k` is a multiple of 8.
+extern "C" __global__ void __launch_bounds__(1024) head(HeadArguments p) {
   u16* xs = (u16*)shared_words;
   float* scratch = (float*)(xs + (p.k + 7) / 8 * 8);
-  let_the_next_kernel_start();
-  const Norm<4> norm = norm_weight<4>(p.norm, p.k);
-  wait_for_the_kernel_ahead();
-  stage<4>(p.x, norm, xs, p.k, p.k, p.eps, scratch);
+  allow_next_kernel_to_start();
+  const NormWeight<NORM_RUNS> norm = load_norm_weight<NORM_RUNS>(p.norm, p.k);
+  wait_for_previous_kernel();
+  stage_input<NORM_RUNS>(p.x, norm, xs, p.k, p.k, p.eps, scratch);
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int n = (blockIdx.x * warps + threadIdx.x / 32) * 2; n < p.n; n += gridDim.x * warps * 2) {
     const bool two = n + 1 < p.n;
@@ -41,18 +33,10 @@ extern "C" __global__ void head(HeadArguments p) {
   }
 }
 
-struct EmbedArguments {
-  const u16* table;     // fp16 [vocabulary][k]
-  const int* ids;       // [rows]
-  float* residual;      // fp32 [rows][k]
-  u16* out;             // fp16 [rows][padded], engine order of the first layer's input
-  const int* permutation;    // [k]
-  int k, padded;
-};
-
+// The embedding of each row's id, as the residual and as the first layer's input. A block for 256 numbers of a row.
 extern "C" __global__ void embed(EmbedArguments p) {
-  let_the_next_kernel_start();
-  wait_for_the_kernel_ahead();
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
   const int row = blockIdx.y;
   const u16* from = p.table + (size_t)p.ids[row] * p.k;
   for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < p.k; at += gridDim.x * blockDim.x) {
@@ -61,30 +45,21 @@ extern "C" __global__ void embed(EmbedArguments p) {
   }
 }
 
-struct NormArguments {
-  float* residual;        // fp32 [rows][k]
-  const u16* rest;        // fp16 [rows][k], or null: what is added to it first
-  const u16* norm;        // fp16 [padded], in the order of `order`
-  u16* out;               // fp16 [rows][padded]
-  const int* order;       // [padded]: which input stands there, -1 for padding
-  int k, padded;
-  float eps;
-};
-
-// RMSNorm of many rows, into the order the next weight is stored in. A block a row; it stands in shared memory meanwhile.
+// RMSNorm of many rows, into the order that the next weight is stored in. A block takes a row and keeps it in shared memory.
+// `k` is a multiple of 4, `padded` of 2.
 extern "C" __global__ void norm_rows(NormArguments p) {
   float* row = (float*)shared_words;
   float* scratch = row + p.k;  // 33
-  let_the_next_kernel_start();
-  wait_for_the_kernel_ahead();
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
   float* from = p.residual + (size_t)blockIdx.x * p.k;
-  const u16* rest = p.rest ? p.rest + (size_t)blockIdx.x * p.k : nullptr;
+  const u16* addend = p.addend ? p.addend + (size_t)blockIdx.x * p.k : nullptr;
   float sum = 0.f;
 #pragma unroll 4
   for (int at = threadIdx.x * 4; at < p.k; at += blockDim.x * 4) {
     float4 v = *(const float4*)(from + at);
-    if (rest) {
-      const uint2 more = *(const uint2*)(rest + at);
+    if (addend) {
+      const uint2 more = *(const uint2*)(addend + at);
       v.x += low_of(more.x); v.y += high_of(more.x); v.z += low_of(more.y); v.w += high_of(more.y);
       *(float4*)(from + at) = v;
     }
@@ -101,12 +76,7 @@ extern "C" __global__ void norm_rows(NormArguments p) {
   }
 }
 
-struct SiluArguments {
-  const u16* gate_up;  // fp16 [rows][tiles * 16]: 8 gates, their 8 ups, and so on
-  u16* out;            // fp16 [rows][padded]
-  int inner, padded;   // outputs of the gate; length of a row of `out`
-};
-
+// SiLU(gate) * up of many rows. Blocks share a row.
 extern "C" __global__ void silu_rows(SiluArguments p) {
   const u16* from = p.gate_up + (size_t)blockIdx.y * (p.inner * 2);
   u16* to = p.out + (size_t)blockIdx.y * p.padded;

@@ -1,35 +1,58 @@
-// From logits to the next token, on the card: a block a row, the whole choice in one kernel.
+// From logits to the next token, on the GPU: a block for each row, the whole choice in one kernel.
 //
 // The order is that of transformers' generate: bias, penalties, temperature, top k, top p, min p, typical p. Every filter
-// is a threshold, read off a sorted short list or found by bisection over the bits of a float; masses are added as
-// integers, so their order cannot matter. The draw is the largest of logit + Gumbel noise (Gumbel-max: the same distribution as drawing from the
-// softmax), noise a function of seed, position and token: the same in every run and beside any other row.
-
-struct SampleParams {   // of one row, in device memory
-  float temperature, top_p, min_p, typical_p;
-  float repetition, presence, frequency, biased;
-  int top_k, range, seed_low, seed_high;
-};
-
-struct SampleArguments {
-  const float* logits;         // fp32 [rows][vocabulary], as the model gave them
-  const SampleParams* params;  // [rows]
-  const float* bias;           // fp32 [rows][vocabulary], read where `biased` is set
-  u16 *seen, *answered;        // [rows][vocabulary]: how often in the penalties' range; in the answer within it
-  int* history;                // [rows][context]: every token so far
-  const int* answer_from;      // [rows]: position of the answer's first token
-  float* work;                 // fp32 [rows][vocabulary]
-  int *ids, *positions;        // [rows]: the token just computed and its position; left as the next ones
-  volatile int* host_tokens;          // [rows][TOLD] in the host's memory: the token of position i at i % TOLD
-  int vocabulary, context;
-};
+// is a threshold, read from a sorted short list or found by bisection over the bits of a float. Masses are added as
+// integers, so their order cannot matter. The token is the largest of logit + Gumbel noise (Gumbel-max: the same
+// distribution as sampling from the softmax). The noise is a function of seed, position and token, so a seed gives the same
+// token in every run and beside any other row.
 
 #define CANDIDATES 4096
 #define BINS 2048
-#define TOLD 64
+#define BINS_PER_FOLD 64.f  // bins for each e-fold of probability, from the peak down
 #define ONE 1099511627776.f  // a mass of 1 as an integer: 2^40
 
+static_assert(SAMPLE_THREADS % 32 == 0 && SAMPLE_THREADS <= 1024, "a block has at most 32 warps");
+static_assert(CANDIDATES >= SAMPLE_THREADS, "the sort writes one candidate a thread");
+static_assert((SAMPLE_THREADS & (SAMPLE_THREADS - 1)) == 0, "a bitonic network sorts powers of two");
+static_assert(BINS % 32 == 0, "a lane adds up as many bins as every other");
+static_assert(BINS * sizeof(u32) >= 33 * sizeof(float), "block_sum borrows the bins");
+
+struct SampleShared {
+  float list[CANDIDATES];  // the short list: logits and their tokens
+  int tokens[CANDIDATES];
+  u32 bins[BINS];
+  u64 scratch[32];
+  float best_value[32], largest;
+  int best_token[32], found_bin, filled;
+};
+
+// One row, and which of its filters are on.
+struct SampleRow {
+  const SampleParams params;
+  float* work;
+  int n, position;
+  float peak, floor;  // the highest logit; the lowest that min p keeps
+  bool by_k, by_p, by_min, by_typical;
+};
+
+// What may still be chosen: the whole vocabulary, or the short list.
+struct Candidates {
+  const float* logits;
+  int length;
+  bool listed;
+  u64 everything;  // the mass of the vocabulary, where top p without top k needs it
+};
+
+// Which candidates the filters keep: keys not below `low`, and no further than `strange` from the expected surprise.
+struct Thresholds {
+  u32 low, strange;
+  float expected, log_all;
+};
+
+// -- helpers -----------------------------------------------------------------------------------------------------------
+
 DEVICE u32 key_of(float f) { u32 u = __float_as_uint(f); return u & 0x80000000u ? ~u : u | 0x80000000u; }  // keeps the order
+DEVICE u64 mass_of(float exponent) { return (u64)(__expf(exponent) * ONE); }
 
 DEVICE u64 block_sum_u64(u64 v, u64* scratch) {
 #pragma unroll
@@ -42,6 +65,27 @@ DEVICE u64 block_sum_u64(u64 v, u64* scratch) {
   return total;
 }
 
+// The token with the largest value, of equals the first; the value is left in `shared.largest`.
+DEVICE int block_largest(SampleShared& shared, float value, int token) {
+  const int tid = threadIdx.x;
+#pragma unroll
+  for (int at = 16; at; at >>= 1) {
+    const float other = __shfl_xor_sync(FULL, value, at);
+    const int where = __shfl_xor_sync(FULL, token, at);
+    if (other > value || (other == value && where < token)) { value = other; token = where; }
+  }
+  if (tid % 32 == 0) { shared.best_value[tid / 32] = value; shared.best_token[tid / 32] = token; }
+  __syncthreads();
+  for (int i = 0; i < blockDim.x / 32; i++)
+    if (shared.best_value[i] > value || (shared.best_value[i] == value && shared.best_token[i] < token)) {
+      value = shared.best_value[i];
+      token = shared.best_token[i];
+    }
+  if (tid == 0) shared.largest = value;
+  __syncthreads();
+  return token;
+}
+
 DEVICE u32 mix(u32 a, u32 b, u32 c, u32 d) {  // Jarzynski & Olano 2020, pcg4d: four counters to one well-mixed word
   a = a * 1664525u + 1013904223u; b = b * 1664525u + 1013904223u; c = c * 1664525u + 1013904223u; d = d * 1664525u + 1013904223u;
   a += b * d; b += c * a; c += a * b; d += b * c;
@@ -50,252 +94,276 @@ DEVICE u32 mix(u32 a, u32 b, u32 c, u32 d) {  // Jarzynski & Olano 2020, pcg4d: 
   return a;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) sample(SampleArguments p) {
-  __shared__ float list[CANDIDATES];
-  __shared__ int permutation[CANDIDATES];
-  __shared__ u32 bins[BINS];
-  __shared__ u64 scratch[32];
-  __shared__ float best_value[32];
-  __shared__ int best_place[32], found_bin, filled;
-  __shared__ float shared_max;
-  const int tid = threadIdx.x, row = blockIdx.x, threads = blockDim.x, n = p.vocabulary;
-  let_the_next_kernel_start();
-  wait_for_the_kernel_ahead();
-  const SampleParams params = p.params[row];
-  const float* logits = p.logits + (size_t)row * n;
-  const float* bias = p.bias + (size_t)row * n;
-  u16 *seen = p.seen + (size_t)row * n, *answered = p.answered + (size_t)row * n;
-  float* work = p.work + (size_t)row * n;
-  const bool greedy = params.temperature == 0.f;
-  const float cooler = greedy ? 1.f : 1.f / params.temperature;
+// -- the phases --------------------------------------------------------------------------------------------------------
+
+// Logits with bias, penalties and temperature, into `work`. Returns the likeliest token; its logit is `shared.largest`.
+DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const SampleRow& row, int at_row) {
+  const SampleParams& params = row.params;
+  const float* logits = p.logits + (size_t)at_row * row.n;
+  const float* bias = p.bias + (size_t)at_row * row.n;
+  const u16 *seen = p.seen + (size_t)at_row * row.n, *answered = p.answered + (size_t)at_row * row.n;
+  const float cooler = params.temperature == 0.f ? 1.f : 1.f / params.temperature;
   const bool penalties = params.repetition != 1.f, counts = params.presence != 0.f || params.frequency != 0.f;
-  const int position = p.positions[row];
-
-  auto largest = [&](float value, int place) {  // over the block; of equals the first
-#pragma unroll
-    for (int at = 16; at; at >>= 1) {
-      const float other = __shfl_xor_sync(FULL, value, at);
-      const int where = __shfl_xor_sync(FULL, place, at);
-      if (other > value || (other == value && where < place)) { value = other; place = where; }
-    }
-    if (tid % 32 == 0) { best_value[tid / 32] = value; best_place[tid / 32] = place; }
-    __syncthreads();
-    for (int i = 0; i < threads / 32; i++)
-      if (best_value[i] > value || (best_value[i] == value && best_place[i] < place)) { value = best_value[i]; place = best_place[i]; }
-    if (tid == 0) shared_max = value;
-    __syncthreads();
-    return place;
-  };
-
   float high = -INFINITY;
   int at_high = 0x7fffffff;
 #pragma unroll 4
-  for (int i = tid; i < n; i += threads) {
+  for (int i = threadIdx.x; i < row.n; i += blockDim.x) {
     float z = logits[i];
     if (params.biased != 0.f) z += bias[i];
     if (penalties && seen[i]) z = z < 0.f ? z * params.repetition : z / params.repetition;
     if (counts && answered[i]) z -= params.presence + params.frequency * answered[i];
     z *= cooler;
-    work[i] = z;
+    row.work[i] = z;
     if (z > high) { high = z; at_high = i; }
   }
-  int chosen = largest(high, at_high);
-  const float peak = shared_max;
+  return block_largest(shared, high, at_high);
+}
+
+// The last bin that the short list takes: by top k the first with k tokens down to its end, else the last that still fits.
+DEVICE int last_bin(SampleShared& shared, const SampleRow& row) {
+  const int tid = threadIdx.x;
+  if (tid < 32) {
+    u32 mine = 0;
+    for (int i = 0; i < BINS / 32; i++) mine += shared.bins[tid * (BINS / 32) + i];
+    u32 before = mine;
+#pragma unroll
+    for (int at = 1; at < 32; at <<= 1) { const u32 other = __shfl_up_sync(FULL, before, at); if (tid >= at) before += other; }
+    before -= mine;
+    int found = row.by_k ? BINS - 1 : -1;
+    u32 sum = before;
+    for (int i = 0; i < BINS / 32; i++) {
+      sum += shared.bins[tid * (BINS / 32) + i];
+      if (row.by_k && sum >= row.params.top_k) { found = tid * (BINS / 32) + i; break; }
+      if (!row.by_k && sum <= CANDIDATES) found = tid * (BINS / 32) + i;
+    }
+#pragma unroll
+    for (int at = 16; at; at >>= 1) { const int other = __shfl_xor_sync(FULL, found, at); found = row.by_k ? min(found, other) : max(found, other); }
+    if (tid == 0) shared.found_bin = found;
+  }
   __syncthreads();
+  return shared.found_bin;
+}
 
-  if (!greedy) {
-    const bool by_k = params.top_k > 0 && params.top_k < n, by_p = params.top_p < 1.f, by_typical = params.typical_p < 1.f;
-    const bool by_min = params.min_p > 0.f;
-    const float floor = by_min ? peak + __logf(params.min_p) : -INFINITY;
-    const float* source = work;
-    int length = n;
-    u64 everything = 0;  // the mass of the vocabulary, where top p needs it
-    auto bin_of = [&](float z) { return min(BINS - 1, (int)((peak - z) * 64.f)); };  // 1/64 of an e-fold each, from the peak down
-
-    // Whatever the first filter can keep is gathered into a short list, so that the bisections are short.
-    if (by_k || by_p || by_min) {
-      for (int i = tid; i < BINS; i += threads) bins[i] = 0;
-      if (tid == 0) filled = 0;
-      __syncthreads();
-      int cut = BINS - 1;
-      if (by_k || by_p) {
-        u64 mass = 0;
-        for (int i = tid; i < n; i += threads) {
-          const float z = work[i];
-          atomicAdd(&bins[bin_of(z)], 1);
-          if (!by_k) mass += (u64)(__expf(z - peak) * ONE);
-        }
-        if (!by_k) everything = block_sum_u64(mass, scratch);
-        __syncthreads();
-        if (tid < 32) {  // a lane looks at 64 bins
-          u32 mine = 0;
-          for (int i = 0; i < BINS / 32; i++) mine += bins[tid * (BINS / 32) + i];
-          u32 before = mine;
-#pragma unroll
-          for (int at = 1; at < 32; at <<= 1) { const u32 other = __shfl_up_sync(FULL, before, at); if (tid >= at) before += other; }
-          before -= mine;
-          int found = by_k ? BINS - 1 : -1;  // the first bin with top_k above its end; the last with a list's length above it
-          u32 sum = before;
-          for (int i = 0; i < BINS / 32; i++) {
-            sum += bins[tid * (BINS / 32) + i];
-            if (by_k && sum >= params.top_k) { found = tid * (BINS / 32) + i; break; }
-            if (!by_k && sum <= CANDIDATES) found = tid * (BINS / 32) + i;
-          }
-#pragma unroll
-          for (int at = 16; at; at >>= 1) { const int other = __shfl_xor_sync(FULL, found, at); found = by_k ? min(found, other) : max(found, other); }
-          if (tid == 0) found_bin = found;
-        }
-        __syncthreads();
-        cut = found_bin;
-      }
-      u64 mass = 0;
-      for (int i = tid; i < n; i += threads) {
-        const float z = work[i];
-        if (by_k || by_p ? bin_of(z) > cut : z < floor) continue;
-        const int place = atomicAdd(&filled, 1);
-        if (place < CANDIDATES) { list[place] = z; permutation[place] = i; }
-        mass += (u64)(__expf(z - peak) * ONE);
-      }
-      __syncthreads();
-      bool enough = filled > 0 && filled <= CANDIDATES;
-      if (by_p && !by_k) {  // top p may keep more than the list holds, where the distribution is flat
-        mass = block_sum_u64(mass, scratch);
-        enough = enough && (double)mass >= (double)params.top_p * (double)everything;
-      }
-      if (enough) { source = list; length = filled; }
-      __syncthreads();
+// Whatever the first filter can keep goes into the short list, if the list is long enough for it.
+DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row) {
+  const int tid = threadIdx.x, threads = blockDim.x;
+  Candidates found = {row.work, row.n, false, 0};
+  if (!row.by_k && !row.by_p && !row.by_min) return found;
+  auto bin_of = [&](float z) { return min(BINS - 1, (int)((row.peak - z) * BINS_PER_FOLD)); };
+  for (int i = tid; i < BINS; i += threads) shared.bins[i] = 0;
+  if (tid == 0) shared.filled = 0;
+  __syncthreads();
+  int cut = BINS - 1;
+  if (row.by_k || row.by_p) {
+    u64 mass = 0;
+    for (int i = tid; i < row.n; i += threads) {
+      const float z = row.work[i];
+      atomicAdd(&shared.bins[bin_of(z)], 1);
+      if (!row.by_k) mass += mass_of(z - row.peak);
     }
-    const bool near = source == list;
-    u32 low = 0;  // keys below are dropped
-    u32 strange = 0xffffffffu;  // typical p: how far from the expected surprise a kept token may be
-    float expected = 0.f, log_all = 0.f;
-    const bool brief = near && length <= threads && !by_typical;
-    if (brief) {
-      // Sorted, highest first, one candidate a thread; what stands before it is what is likelier.
-      float z = tid < length ? list[tid] : -INFINITY;
-      int token = tid < length ? permutation[tid] : 0x7fffffff;
-      __syncthreads();
-      for (int size = 2; size <= threads && size < 2 * length; size *= 2) {  // a bitonic network
-        for (int apart = size / 2; apart; apart /= 2) {
-          float other;
-          int where;
-          if (apart >= 32) {
-            list[tid] = z; permutation[tid] = token;
-            __syncthreads();
-            other = list[tid ^ apart]; where = permutation[tid ^ apart];
-            __syncthreads();
-          } else {
-            other = __shfl_xor_sync(FULL, z, apart);
-            where = __shfl_xor_sync(FULL, token, apart);
-          }
-          const bool before = z > other || (z == other && token < where);
-          const bool first = ((tid & apart) == 0) == ((tid & size) == 0);
-          if (before != first) { z = other; token = where; }
-        }
-      }
-      list[tid] = z; permutation[tid] = token;
-      __syncthreads();
-      bool kept = tid < length && (!by_k || z >= list[min(params.top_k, length) - 1]);
-      if (by_p) {
-        u64 mass = kept ? (u64)(__expf(z - peak) * ONE) : 0, before = mass;
-#pragma unroll
-        for (int at = 1; at < 32; at <<= 1) { const u64 other = __shfl_up_sync(FULL, before, at); if (tid % 32 >= at) before += other; }
-        if (tid % 32 == 31) scratch[tid / 32] = before;
-        __syncthreads();
-        u64 all = 0;
-        for (int i = 0; i < threads / 32; i++) { if (i < tid / 32) before += scratch[i]; all += scratch[i]; }
-        if (!by_k) all = everything;
-        before -= mass;
-        kept = kept && (tid == 0 || (double)before < (double)params.top_p * (double)all);
-      }
-      if (by_min) kept = kept && (tid == 0 || z >= floor);
-      if (!kept) list[tid] = -INFINITY;
-      length = min(length, threads);
-      __syncthreads();
-    } else {
-    auto mass_above = [&](u32 key, bool equal, u32 low) {  // of what is above `key` (or equal) and not below `low`
-      u64 sum = 0;
-      for (int i = tid; i < length; i += threads) {
-        const u32 k = key_of(source[i]);
-        if ((equal ? k >= key : k > key) && k >= low) sum += (u64)(__expf(source[i] - peak) * ONE);
-      }
-      return block_sum_u64(sum, scratch);
-    };
-    if (by_k) {
-      u32 key = 0;
-      for (int bit = 31; bit >= 0; bit--) {  // the largest key that still has top_k above it or equal
-        const u32 tried = key | 1u << bit;
-        u64 count = 0;
-        for (int i = tid; i < length; i += threads) count += key_of(source[i]) >= tried;
-        if (block_sum_u64(count, scratch) >= params.top_k) key = tried;
-      }
-      low = key;
-    }
-    if (by_p) {
-      const u64 all = by_k ? mass_above(0, true, low) : everything;
-      const u64 wanted = (u64)((double)params.top_p * (double)all);
-      // the lowest key with less than the wanted mass above it
-      u32 key = 0;
-      for (int bit = 31; bit >= 0; bit--) {
-        const u32 tried = key | ((1u << bit) - 1);  // can the threshold lie at or below this?
-        if (mass_above(tried, false, low) >= max(wanted, (u64)1)) key |= 1u << bit;
-      }
-      low = max(low, key);
-    }
-    if (by_min) low = max(low, key_of(floor));
-    low = min(low, key_of(peak));
-    if (by_typical) {
-      const u64 all = mass_above(0, true, low);
-      log_all = __logf((float)((double)all / 1099511627776.0));
-      float sum = 0.f;
-      for (int i = tid; i < length; i += threads)
-        if (key_of(source[i]) >= low) { const float l = source[i] - peak - log_all; sum -= __expf(l) * l; }
-      expected = block_sum(sum, (float*)bins);
-      const u64 wanted = (u64)((double)params.typical_p * (double)all);
-      u32 key = 0;
-      for (int bit = 31; bit >= 0; bit--) {  // the highest distance with less than the wanted mass nearer than it
-        const u32 tried = key | 1u << bit;
-        u64 nearer = 0;
-        for (int i = tid; i < length; i += threads) {
-          if (key_of(source[i]) < low) continue;
-          const float l = source[i] - peak - log_all;
-          if (key_of(fabsf(-l - expected)) < tried) nearer += (u64)(__expf(l + log_all) * ONE);
-        }
-        if (block_sum_u64(nearer, scratch) < wanted) key = tried;
-      }
-      strange = key;
-    }
-    }
-    high = -INFINITY;
-    at_high = 0x7fffffff;
-    for (int i = tid; i < length; i += threads) {
-      const float z = source[i];
-      if (z == -INFINITY || key_of(z) < low) continue;
-      if (by_typical && key_of(fabsf(-(z - peak - log_all) - expected)) > strange) continue;
-      const int token = near ? permutation[i] : i;
-      const float u = ((float)mix((u32)params.seed_low, (u32)params.seed_high, (u32)position, (u32)token) + 0.5f) * 2.3283064e-10f;
-      const float noisy = z - __logf(-__logf(fminf(u, 0.99999994f)));
-      if (noisy > high || (noisy == high && token < at_high)) { high = noisy; at_high = token; }
-    }
-    chosen = largest(high, at_high);
+    if (!row.by_k) found.everything = block_sum_u64(mass, shared.scratch);
+    __syncthreads();
+    cut = last_bin(shared, row);
   }
+  u64 mass = 0;
+  for (int i = tid; i < row.n; i += threads) {
+    const float z = row.work[i];
+    if (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor) continue;
+    const int place = atomicAdd(&shared.filled, 1);
+    if (place < CANDIDATES) { shared.list[place] = z; shared.tokens[place] = i; }
+    mass += mass_of(z - row.peak);
+  }
+  __syncthreads();
+  bool enough = shared.filled > 0 && shared.filled <= CANDIDATES;
+  if (row.by_p && !row.by_k) {  // where the distribution is flat, top p may keep more than the list holds
+    mass = block_sum_u64(mass, shared.scratch);
+    enough = enough && (double)mass >= (double)row.params.top_p * (double)found.everything;
+  }
+  if (enough) { found.logits = shared.list; found.length = shared.filled; found.listed = true; }
+  __syncthreads();
+  return found;
+}
 
-  if (tid == 0) {
-    int* history = p.history + (size_t)row * p.context;
-    const int next = position + 1, from = p.answer_from[row];
-    if (chosen >= n) chosen = 0;  // every logit was NaN; the caller looks at the logits
-    p.ids[row] = chosen;
-    p.positions[row] = next;
-    p.host_tokens[row * TOLD + next % TOLD] = chosen;
-    if (next < p.context) {
-      history[next] = chosen;
-      seen[chosen]++;
-      answered[chosen]++;
-      const int left = next - params.range;  // the token that the penalties no longer see
-      if (params.range > 0 && left >= 0) {
-        seen[history[left]]--;
-        if (left >= from) answered[history[left]]--;
+// Sort the short list, one candidate a thread, the likeliest first; of equals the first token. A bitonic network.
+DEVICE float sort_candidates(SampleShared& shared, int length) {
+  const int tid = threadIdx.x, threads = blockDim.x;
+  float z = tid < length ? shared.list[tid] : -INFINITY;
+  int token = tid < length ? shared.tokens[tid] : 0x7fffffff;
+  __syncthreads();
+  for (int size = 2; size <= threads && size < 2 * length; size *= 2) {
+    for (int apart = size / 2; apart; apart /= 2) {
+      float other;
+      int where;
+      if (apart >= 32) {
+        shared.list[tid] = z; shared.tokens[tid] = token;
+        __syncthreads();
+        other = shared.list[tid ^ apart]; where = shared.tokens[tid ^ apart];
+        __syncthreads();
+      } else {
+        other = __shfl_xor_sync(FULL, z, apart);
+        where = __shfl_xor_sync(FULL, token, apart);
       }
+      const bool before = z > other || (z == other && token < where);
+      const bool first = ((tid & apart) == 0) == ((tid & size) == 0);
+      if (before != first) { z = other; token = where; }
     }
   }
+  shared.list[tid] = z; shared.tokens[tid] = token;
+  __syncthreads();
+  return z;
+}
+
+// The filters on a short list of at most one candidate a thread: what they drop becomes -infinity.
+DEVICE void filter_sorted(SampleShared& shared, const SampleRow& row, Candidates& candidates) {
+  const int tid = threadIdx.x, threads = blockDim.x, length = candidates.length;
+  const float z = sort_candidates(shared, length), lowest = row.by_k ? shared.list[min(row.params.top_k, length) - 1] : -INFINITY;
+  __syncthreads();  // the list is read before it is written again
+  bool kept = tid < length && z >= lowest;
+  if (row.by_p) {
+    u64 mass = kept ? mass_of(z - row.peak) : 0, before = mass;  // of this one; of those that are likelier
+#pragma unroll
+    for (int at = 1; at < 32; at <<= 1) { const u64 other = __shfl_up_sync(FULL, before, at); if (tid % 32 >= at) before += other; }
+    if (tid % 32 == 31) shared.scratch[tid / 32] = before;
+    __syncthreads();
+    u64 all = 0;
+    for (int i = 0; i < threads / 32; i++) { if (i < tid / 32) before += shared.scratch[i]; all += shared.scratch[i]; }
+    if (!row.by_k) all = candidates.everything;
+    before -= mass;
+    kept = kept && (tid == 0 || (double)before < (double)row.params.top_p * (double)all);
+  }
+  if (row.by_min) kept = kept && (tid == 0 || z >= row.floor);
+  if (!kept) shared.list[tid] = -INFINITY;
+  candidates.length = min(length, threads);
+  __syncthreads();
+}
+
+// The largest key that has `wanted` candidates at or above it.
+DEVICE u32 key_by_count(SampleShared& shared, const Candidates& candidates, u64 wanted) {
+  u32 key = 0;
+  for (int bit = 31; bit >= 0; bit--) {
+    const u32 tried = key | 1u << bit;
+    u64 count = 0;
+    for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) count += key_of(candidates.logits[i]) >= tried;
+    if (block_sum_u64(count, shared.scratch) >= wanted) key = tried;
+  }
+  return key;
+}
+
+// The mass of the candidates above `key` (or also equal to it) and not below `low`.
+DEVICE u64 mass_above(SampleShared& shared, const SampleRow& row, const Candidates& candidates, u32 key, bool equal, u32 low) {
+  u64 sum = 0;
+  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+    const u32 k = key_of(candidates.logits[i]);
+    if ((equal ? k >= key : k > key) && k >= low) sum += mass_of(candidates.logits[i] - row.peak);
+  }
+  return block_sum_u64(sum, shared.scratch);
+}
+
+// The lowest key with less than the wanted mass above it.
+DEVICE u32 key_by_mass(SampleShared& shared, const SampleRow& row, const Candidates& candidates, u64 wanted, u32 low) {
+  u32 key = 0;
+  for (int bit = 31; bit >= 0; bit--) {
+    const u32 tried = key | ((1u << bit) - 1);  // can the threshold lie at or below this?
+    if (mass_above(shared, row, candidates, tried, false, low) >= max(wanted, (u64)1)) key |= 1u << bit;
+  }
+  return key;
+}
+
+// Typical p (Meister et al. 2022): the largest distance from the expected surprise with less than the wanted mass nearer.
+DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candidates& candidates, Thresholds& t) {
+  const u64 all = mass_above(shared, row, candidates, 0, true, t.low);
+  t.log_all = __logf((float)((double)all / 1099511627776.0));
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x)
+    if (key_of(candidates.logits[i]) >= t.low) { const float l = candidates.logits[i] - row.peak - t.log_all; sum -= __expf(l) * l; }
+  t.expected = block_sum(sum, (float*)shared.bins);
+  const u64 wanted = (u64)((double)row.params.typical_p * (double)all);
+  u32 key = 0;
+  for (int bit = 31; bit >= 0; bit--) {
+    const u32 tried = key | 1u << bit;
+    u64 nearer = 0;
+    for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+      if (key_of(candidates.logits[i]) < t.low) continue;
+      const float l = candidates.logits[i] - row.peak - t.log_all;
+      if (key_of(fabsf(-l - t.expected)) < tried) nearer += mass_of(l + t.log_all);
+    }
+    if (block_sum_u64(nearer, shared.scratch) < wanted) key = tried;
+  }
+  t.strange = key;
+}
+
+// The filters on any number of candidates, as thresholds.
+DEVICE Thresholds find_thresholds(SampleShared& shared, const SampleRow& row, const Candidates& candidates) {
+  Thresholds t = {0, 0xffffffffu, 0.f, 0.f};
+  if (row.by_k) t.low = key_by_count(shared, candidates, row.params.top_k);
+  if (row.by_p) {
+    const u64 all = row.by_k ? mass_above(shared, row, candidates, 0, true, t.low) : candidates.everything;
+    t.low = max(t.low, key_by_mass(shared, row, candidates, (u64)((double)row.params.top_p * (double)all), t.low));
+  }
+  if (row.by_min) t.low = max(t.low, key_of(row.floor));
+  t.low = min(t.low, key_of(row.peak));  // the likeliest token is never dropped
+  if (row.by_typical) find_typical(shared, row, candidates, t);
+  return t;
+}
+
+// Gumbel-max over what is kept.
+DEVICE int draw_token(SampleShared& shared, const SampleRow& row, const Candidates& candidates, const Thresholds& t) {
+  float high = -INFINITY;
+  int at_high = 0x7fffffff;
+  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+    const float z = candidates.logits[i];
+    if (z == -INFINITY || key_of(z) < t.low) continue;
+    if (row.by_typical && key_of(fabsf(-(z - row.peak - t.log_all) - t.expected)) > t.strange) continue;
+    const int token = candidates.listed ? shared.tokens[i] : i;
+    const u32 word = mix((u32)row.params.seed_low, (u32)row.params.seed_high, (u32)row.position, (u32)token);
+    const float u = ((float)word + 0.5f) * 2.3283064e-10f;
+    const float noisy = z - __logf(-__logf(fminf(u, 0.99999994f)));
+    if (noisy > high || (noisy == high && token < at_high)) { high = noisy; at_high = token; }
+  }
+  return block_largest(shared, high, at_high);
+}
+
+// The token becomes the next one, for the model, the penalties and the host. One thread.
+DEVICE void record_token(const SampleArguments& p, const SampleRow& row, int at_row, int chosen) {
+  u16 *seen = p.seen + (size_t)at_row * row.n, *answered = p.answered + (size_t)at_row * row.n;
+  int* history = p.history + (size_t)at_row * p.context;
+  const int next = row.position + 1, from = p.answer_from[at_row];
+  if (chosen >= row.n) chosen = 0;  // every logit was NaN; the caller looks at the logits
+  p.ids[at_row] = chosen;
+  p.positions[at_row] = next;
+  p.host_tokens[at_row * HOST_TOKENS + next % HOST_TOKENS] = chosen;
+  if (next >= p.context) return;
+  history[next] = chosen;
+  seen[chosen]++;
+  answered[chosen]++;
+  const int left = next - row.params.range;  // the token that the penalties no longer see
+  if (row.params.range > 0 && left >= 0) {
+    seen[history[left]]--;
+    if (left >= from) answered[history[left]]--;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(SampleArguments p) {
+  __shared__ SampleShared shared;
+  const int at_row = blockIdx.x;
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  SampleRow row = {p.params[at_row], p.work + (size_t)at_row * p.vocabulary, p.vocabulary, p.positions[at_row]};
+  const SampleParams& params = row.params;
+  int chosen = adjust_logits(p, shared, row, at_row);
+  row.peak = shared.largest;
+  __syncthreads();
+  if (params.temperature != 0.f) {
+    row.by_k = params.top_k > 0 && params.top_k < row.n;
+    row.by_p = params.top_p < 1.f;
+    row.by_min = params.min_p > 0.f;
+    row.by_typical = params.typical_p < 1.f;
+    row.floor = row.by_min ? row.peak + __logf(params.min_p) : -INFINITY;
+    Candidates candidates = collect_candidates(shared, row);
+    Thresholds thresholds = {0, 0xffffffffu, 0.f, 0.f};
+    if (candidates.listed && candidates.length <= blockDim.x && !row.by_typical) filter_sorted(shared, row, candidates);
+    else thresholds = find_thresholds(shared, row, candidates);
+    chosen = draw_token(shared, row, candidates, thresholds);
+  }
+  if (threadIdx.x == 0) record_token(p, row, at_row, chosen);
 }

@@ -1,8 +1,8 @@
 // The packed words of one lane for one chunk (64 inputs of the rows r = lane / 4 and r + 8) -> fp16 fragments.
 //
-// A word's small integers become fp16 by logic alone: q | 0x6400 is the number 1024 + q. Offset and zero are
-// subtracted before anything is multiplied, exactly; integers at higher bits (1024 + 4q, + 16q, + 64q) are brought down
-// by a fused multiply-add. The trick is that of Kim et al., "Who says elephants can't run" (2022), section 3.
+// A word's small integers become fp16 by logic alone: q | 0x6400 is the number 1024 + q. Offset and zero are subtracted
+// exactly, before anything is multiplied. A fused multiply-add scales integers at higher bits down (1024 + 4q, + 16q,
+// + 64q). The method is that of Kim et al., "Who says elephants can't run" (2022), section 3.
 
 #define ONE_QUARTER 0x34003400u
 #define ONE_16TH 0x2C002C00u
@@ -22,7 +22,7 @@ template <int BITS> DEVICE Words<BITS> load_words(const u8* chunk, int lane) {
   if constexpr (BITS == 2) {
     uint2 a = stream2(chunk + lane * 8);
     r.w[0] = a.x; r.w[1] = a.y;
-  } else if constexpr (BITS == 3) {  // two low bits of every weight, then the third of every weight
+  } else if constexpr (BITS == 3) {  // the two low bits of every weight, then the third bit of every weight
     uint2 a = stream2(chunk + lane * 8);
     r.w[0] = a.x; r.w[1] = a.y; r.w[2] = stream1(chunk + 256 + lane * 4);
   } else {
@@ -35,7 +35,7 @@ template <int BITS> DEVICE Words<BITS> load_words(const u8* chunk, int lane) {
   return r;
 }
 
-// The same by way of shared memory: every lane copies and reads its own bytes.
+// The same through shared memory: every lane copies and reads its own bytes.
 template <int BITS> DEVICE void copy_words(const u8* chunk, u8* to, int lane) {
   if constexpr (BITS < 4) {
     copy_async<8>(chunk + lane * 8, to + lane * 8);

@@ -1,0 +1,90 @@
+"""The kernels of one GPU: compiled when a model is loaded, launched on torch's current stream."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .cuda_driver import Kernel, Module
+from .kernel_source import KvFormat, Packing, Variant, programs
+from .nvrtc import Compiler, NoCompiler
+
+
+class Gpu:
+    """One GPU: its compiler, its kernels, its limits. Make one per device and model."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises NoCompiler if kernels cannot be compiled for this GPU."""
+        if torch.version.cuda is None:
+            raise NoCompiler("The fast kernels are written for NVIDIA GPUs.")
+        self.device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.capability = (properties.major, properties.minor)
+        self.processors = properties.multi_processor_count
+        self.name = properties.name
+        self.shared_limit_bytes = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)  # of a block
+        self.shared_bytes = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024)  # of a processor
+        self._compiler = Compiler(self.capability, int(torch.version.cuda.split(".")[0]))
+        self._modules: list[Module] = []
+        self._kernels: dict[str, Kernel] = {}
+
+    def add(
+        self,
+        variants: Iterable[Variant] = (),
+        packings: Iterable[Packing] = (),
+        formats: Iterable[KvFormat] = (),
+        fixed: bool = False,
+    ) -> None:
+        """Compile what is needed, or take it from the cache of an earlier start. Raises NoCompiler."""
+        texts = programs(variants, packings, formats, fixed)
+        with ThreadPoolExecutor(len(texts)) as pool:  # the compiler releases Python's lock
+            binaries = list(pool.map(self._compiler.compile, texts))
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # torch has made the context by now
+            self._modules[:0] = [Module(each, self.capability) for each in binaries]
+
+    def close(self) -> None:
+        """Free the memory of the kernels. Graphs that hold them must be gone."""
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            self._kernels.clear()
+            for each in self._modules:
+                each.close()
+            self._modules.clear()
+
+    def __getitem__(self, name: str) -> Kernel:
+        found = self._kernels.get(name)
+        if found is None:
+            for module in self._modules:
+                try:
+                    found = self._kernels[name] = module[name]
+                    break
+                except NoCompiler:
+                    continue
+            else:
+                raise NoCompiler(f"The kernel {name} was not compiled.")
+        return found
+
+    def run(
+        self, name: str, grid: tuple[int, ...], threads: int, arguments: bytes, shared_bytes: int = 0, overlap: bool = False
+    ) -> None:
+        """Launch on torch's current stream with a packed argument structure (kernel_arguments.py). Raises NoCompiler."""
+        kernel = self._kernels.get(name) or self[name]
+        if shared_bytes > kernel.shared_allowed:
+            kernel.allow_shared(shared_bytes)
+        stream = _stream_of(self.device)
+        if torch.cuda.current_device() == self.device.index:
+            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap)
+            return
+        with torch.cuda.device(self.device):
+            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap)
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream_of(device: torch.device) -> int:
+    """torch's current stream of a GPU, by the call that Triton uses where torch has it: it costs a thirtieth."""
+    if _raw_stream is not None:
+        return int(_raw_stream(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)

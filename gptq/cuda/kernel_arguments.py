@@ -1,0 +1,286 @@
+"""What each kernel is given: every argument structure, described once.
+
+A description is written as the fields of a C structure. The C text that the kernel is compiled with and the bytes
+that a launch hands over both come from it, so they cannot disagree. The numbers that C and Python share are here too.
+"""
+
+import re
+import struct
+from collections.abc import Callable
+
+CONSTANTS = {
+    "TILE": 16,  # outputs of a packed weight that stay together
+    "CHUNK": 64,  # inputs of a packed weight that stay together
+    "NORM_RUNS": 4,  # runs of 8 inputs that a thread norms, at most
+    "PAGE_TOKENS": 64,  # tokens of a page of keys and values
+    "ATTENTION_WARPS": 4,
+    "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
+    "ROPE_WARPS": 8,
+    "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read
+    "SAMPLE_THREADS": 1024,
+}
+TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "CHUNK", "PAGE_TOKENS", "HOST_TOKENS"))
+ATTENTION_WARPS, ATTENTION_HEADS, ROPE_WARPS = (CONSTANTS[name] for name in ("ATTENTION_WARPS", "ATTENTION_HEADS", "ROPE_WARPS"))
+NORM_RUNS, SAMPLE_THREADS = CONSTANTS["NORM_RUNS"], CONSTANTS["SAMPLE_THREADS"]
+
+_CODES = {"int": "i", "u32": "I", "float": "f", "u64": "Q"}  # of Python's struct; every pointer is "P"
+_FIELD = re.compile(r"(?P<type>[\w ]+?\**) *(?P<name>\w+)(?:\[(?P<count>\d+)\])?$")
+
+
+class Arguments:
+    """One argument structure. `fields`: a line each, `type name` or `type name[count]`, and a comment after `//`."""
+
+    def __init__(self, name: str, fields: str) -> None:
+        self.name = name
+        self.fields: list[str] = []
+        codes: list[str] = []
+        values: list[str] = []
+        lines: list[str] = []
+        self._offsets: dict[str, int] = {}
+        for line in filter(None, (each.strip() for each in fields.splitlines())):
+            declaration, _slashes, comment = (each.strip() for each in line.partition("//"))
+            found = _FIELD.match(declaration)
+            if found is None:
+                raise ValueError(f"{name}: {line!r} is not `type name` or `type name[count]`")
+            field, pointer = found["name"], found["type"].endswith("*")
+            code, count = "P" if pointer else _CODES[found["type"]], int(found["count"] or 0)
+            # a field begins after those before it, aligned as its own kind is
+            self._offsets[field] = struct.calcsize("@" + "".join(codes) + "0" + code)
+            codes.append(f"{count or ''}{code}")
+            self.fields.append(field)
+            value = f"({field}.data_ptr() if {field} is not None else 0)" if pointer else field
+            if count:
+                value = f"*(each.data_ptr() if each is not None else 0 for each in {field})" if pointer else f"*{field}"
+            values.append(value)
+            lines.append(f"  {declaration};" + (f"  // {comment}" if comment else ""))
+        layout = struct.Struct("@" + "".join(codes))
+        # The structure ends where its widest field may begin again.
+        widest = "Q" if any(each.endswith(("P", "Q")) for each in codes) else "I"
+        self.size_bytes = struct.calcsize("@" + "".join(codes) + "0" + widest)
+        self.c_text = f"struct {name} {{\n" + "\n".join(lines) + "\n};\n" + self._checks()
+        # A function of the fields by keyword, made once as dataclasses make theirs: filling a ctypes structure takes
+        # nearly twice as long, and a prompt launches hundreds of kernels.
+        scope: dict[str, Callable[..., bytes]] = {"pack_into_bytes": layout.pack}
+        exec(f"def pack(*, {', '.join(self.fields)}):\n    return pack_into_bytes({', '.join(values)})\n", scope)
+        self.pack: Callable[..., bytes] = scope["pack"]
+        """The fields by keyword, every one of them, tensors (or None) for pointers -> what a launch hands over."""
+
+    def offset(self, field: str) -> int:
+        """Bytes from the start of the structure to a field."""
+        return self._offsets[field]
+
+    def _checks(self) -> str:
+        """The compiler agrees on where each field is."""
+        text = "the compiler lays the structure out as Python does"
+        checks = [f'static_assert(sizeof({self.name}) == {self.size_bytes}, "{text}");\n']
+        for field in self.fields:
+            checks.append(f'static_assert(__builtin_offsetof({self.name}, {field}) == {self._offsets[field]}, "{text}");\n')
+        return "".join(checks)
+
+
+REPACK = Arguments(
+    "RepackArguments",
+    """
+    const u32* sources[3]  // qweight of up to three layers that share their input, [k * bits / 32][widths[i]]
+    int widths[3]
+    const int* columns     // [tiles * TILE]: source << 28 | column, or -1 for a row of padding
+    const int* order       // [chunks * CHUNK]: the input at (chunk, step, lane column, j); -1 for padding
+    u8* out                // [tiles][chunks][bits * 128]
+    int tiles
+    int chunks
+    """,
+)
+UNPACK = Arguments(
+    "UnpackArguments",
+    """
+    const u8* weights      // [tiles of the weight][chunks][bits * 128]
+    const u32* scales      // [tiles of the weight][groups][8]: see load_scale
+    u16* out               // fp16 [tiles * TILE][chunks * CHUNK], inputs in fragment order
+    int first_tile
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group      // the group of unit u is u * unit_to_group >> 16; 0 for one group
+    """,
+)
+GEMV = Arguments(
+    "GemvArguments",
+    """
+    const u8* weights      // [tiles][chunks][bits * 128]
+    const u32* scales      // [tiles][groups][8]: see load_scale
+    const u16* x           // fp16 [chunks * CHUNK], fragment order
+    const u16* norm        // fp16 [chunks * CHUNK], fragment order: weight of the RMSNorm before, NORM only
+    const u16* bias        // fp16 [tiles * TILE] in the order of the rows, or null
+    void* out              // fp16 [n] (PLAIN), fp32 [n] (FLOAT), fp16 [n / 2] (SILU), fp16 in the next input's order (RESIDUAL)
+    float* residual        // fp32 [n], RESIDUAL only
+    const int* permutation // [n]: the position of row n in the next input, RESIDUAL only
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group      // the group of unit u is u * unit_to_group >> 16; 0 for one group
+    int k                  // inputs without padding
+    float eps
+    """,
+)
+SMALL_BATCH = Arguments(
+    "SmallBatchArguments",
+    """
+    const u8* weights      // as of GemvArguments
+    const u32* scales
+    const u16* x           // fp16 [rows][chunks * CHUNK], fragment order
+    const u16* bias        // fp16 [tiles * TILE], or null
+    u16* out               // fp16 [rows][n] (PLAIN), [rows][n / 2] (SILU); not used by RESIDUAL
+    float* residual        // fp32 [rows][n], RESIDUAL only
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group
+    int rows
+    """,
+)
+HEAD = Arguments(
+    "HeadArguments",
+    """
+    const u16* weights     // fp16 [n][k]
+    const u16* x           // fp16 [k], natural order
+    const u16* norm        // fp16 [k]: weight of the last RMSNorm
+    float* out             // fp32 [n]
+    int n
+    int k
+    float eps
+    """,
+)
+EMBED = Arguments(
+    "EmbedArguments",
+    """
+    const u16* table       // fp16 [rows of the embedding][k]
+    const int* ids         // [rows]
+    float* residual        // fp32 [rows][k]
+    u16* out               // fp16 [rows][padded], fragment order of the first layer's input
+    const int* permutation // [k]
+    int k
+    int padded
+    """,
+)
+NORM = Arguments(
+    "NormArguments",
+    """
+    float* residual        // fp32 [rows][k]
+    const u16* addend      // fp16 [rows][k], or null: added to the residual first
+    const u16* norm        // fp16 [padded], in the order of `order`
+    u16* out               // fp16 [rows][padded]
+    const int* order       // [padded]: the input at each position, -1 for padding
+    int k
+    int padded
+    float eps
+    """,
+)
+SILU = Arguments(
+    "SiluArguments",
+    """
+    const u16* gate_up     // fp16 [rows][tiles * TILE]: 8 gates, their 8 ups, and so on
+    u16* out               // fp16 [rows][padded]
+    int inner              // outputs of the gate
+    int padded
+    """,
+)
+ATTENTION = Arguments(
+    "AttentionArguments",
+    """
+    const u16* qkv         // fp16 [rows][(heads + 2 kv_heads) * D]
+    const u64* pages       // [rows][max_pages]: addresses
+    const int* positions   // [rows]: of the new token
+    const float* cosines   // fp32 [context][rotary_half]
+    const float* sines
+    const u16* q_norm      // fp16 [D], or null
+    const u16* k_norm
+    u16* out               // fp16 [rows][padded], fragment order of the output layer
+    const int* permutation // [heads * D]
+    float* partial         // fp32 [rows][head blocks][splits][8][D + 4]: sums, the highest score, the sum of weights
+    u32* done              // [rows][head blocks], zero between launches
+    u64 layer_bytes        // from a page's start to this layer's keys
+    int heads
+    int kv_heads
+    int max_pages
+    int padded
+    int window             // tokens that a position sees, itself included; 0 for all
+    int rotary_half        // dimension i is rotated with dimension i + rotary_half
+    int group_blocks       // blocks of up to 8 heads that share keys, for each kv head
+    float eps
+    float scale            // log2(e) / sqrt(D)
+    """,
+)
+ROPE = Arguments(
+    "RopeArguments",
+    """
+    u16* qkv               // fp16 [tokens][(heads + 2 kv_heads) * D]; queries and keys are rotated in place
+    const u64* pages       // [max_pages] of this sequence
+    const float* cosines   // fp32 [context][rotary_half]
+    const float* sines
+    const u16* q_norm      // fp16 [D], or null
+    const u16* k_norm
+    u64 layer_bytes
+    int heads
+    int kv_heads
+    int start              // position of the first token
+    int rotary_half
+    float eps
+    """,
+)
+GATHER = Arguments(
+    "GatherArguments",
+    """
+    const u64* pages       // [max_pages] of this sequence
+    u16* keys              // fp16 [kv_heads][tokens][D]
+    u16* values
+    u64 layer_bytes
+    int kv_heads
+    int tokens
+    """,
+)
+SAMPLE_PARAMS = Arguments(
+    "SampleParams",  # of one row, in device memory
+    """
+    float temperature      // 0: the likeliest token
+    float top_p
+    float min_p
+    float typical_p
+    float repetition
+    float presence
+    float frequency
+    float biased           // whether `bias` counts
+    int top_k
+    int range              // tokens that the penalties look back at; 0 for all
+    int seed_low
+    int seed_high
+    """,
+)
+SAMPLE = Arguments(
+    "SampleArguments",
+    """
+    const float* logits    // fp32 [rows][vocabulary], as the model gave them
+    const SampleParams* params  // [rows]
+    const float* bias      // fp32 [rows][vocabulary], read where `biased` is set
+    u16* seen              // [rows][vocabulary]: how often a token is in the penalties' range
+    u16* answered          // [rows][vocabulary]: how often it is in the part of the answer within that range
+    int* history           // [rows][context]: every token so far
+    const int* answer_from // [rows]: position of the answer's first token
+    float* work            // fp32 [rows][vocabulary]
+    int* ids               // [rows]: the token just computed; replaced by the next one
+    int* positions         // [rows]: its position; replaced by that of the next one
+    volatile int* host_tokens  // [rows][HOST_TOKENS] in the host's memory: the token of position i at i % HOST_TOKENS
+    int vocabulary
+    int context
+    """,
+)
+EVERY = (
+    REPACK, UNPACK, GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
+)  # fmt: skip
+
+
+def c_text() -> str:
+    """The shared numbers and every structure, as C."""
+    defines = "".join(f"#define {name} {value}\n" for name, value in CONSTANTS.items())
+    return defines + "\n" + "\n".join(each.c_text for each in EVERY) + "\n"

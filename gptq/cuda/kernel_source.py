@@ -1,0 +1,196 @@
+"""The CUDA C of a model's kernels: which variants there are, and the programs that they are compiled in.
+
+A kernel template is compiled for a packed weight's format, an epilogue and a spread over warps and blocks. A model needs
+few of the variants, and they are compiled together when it is loaded.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import kernel_arguments
+from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, ROPE_WARPS, TILE
+
+_HERE = Path(__file__).resolve().parent
+_TEMPLATES = ("unpack.cu", "repack.cu", "gemv.cu", "small_batch.cu", "attention.cu")
+_FIXED = ("row_kernels.cu", "sample.cu")  # the same for every model
+BITS = (2, 3, 4, 8)
+HEAD_DIMS = (32, 64, 96, 128)
+UNIT_INPUTS = 16  # the fewest inputs that share a scale
+BLOCK_THREADS = 1024  # of a block, at most, on every GPU
+NORM_INPUTS = NORM_RUNS * 8 * BLOCK_THREADS  # inputs that one block norms, at most
+
+
+class Unsuited(Exception):
+    """What the kernels cannot compute, as a reason; a more general path can."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The format of a packed weight, for which its kernels are compiled."""
+
+    bits: int
+    sym: bool
+    units: int  # changes of scale possible in a chunk of 64 inputs: 1, 2, 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits}_{'sym' if self.sym else 'asym'}_{self.units}"
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the 16 rows of a tile, for one group: scales, and with asymmetric weights zeros."""
+        return 32 if self.sym else 64
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a chunk of one tile with its scales."""
+        return 128 * self.bits + self.units * self.scale_bytes
+
+    @property
+    def arguments(self) -> str:
+        return f"{self.bits}, {str(self.sym).lower()}, {self.units}"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How the kernel finds the scale of an input: the group of unit u is u * unit_to_group >> 16."""
+
+    units: int  # in a chunk
+    count: int  # groups that are stored, with those of the padding
+    unit_to_group: int
+    units_stored: bool = False  # a scale is stored for every unit, because no factor gives the group of each unit exactly
+
+
+def groups_of(group_size: int, in_features: int) -> Groups:
+    """Units are of 64, 32 or 16 inputs. Raises Unsuited for groups that are no multiple of 16."""
+    padded = -(-in_features // CHUNK) * CHUNK
+    if group_size == -1 or group_size >= in_features:
+        return Groups(1, 1, 0)
+    unit = math.gcd(group_size, CHUNK)
+    if unit < UNIT_INPUTS:
+        raise Unsuited(f"groups of {group_size} inputs (the kernels need a multiple of {UNIT_INPUTS})")
+    count, per_group = padded // unit, group_size // unit
+    factor = -(-65536 // per_group)
+    excess = factor * per_group - 65536  # of the quotient of unit u, excess * u / (65536 * per_group) is too much
+    if (count - 1) * excess >= 65536:
+        return Groups(CHUNK // unit, count, 65536, units_stored=True)
+    return Groups(CHUNK // unit, -(-padded // group_size), factor)
+
+
+@dataclass(frozen=True)
+class GemvVariant:
+    packing: Packing
+    epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL
+    norm: int  # runs of 8 inputs that a thread norms; 0: no norm
+    split: int  # warps that share a tile
+    batch: int  # chunks that travel together
+    stages: int  # batches on their way or being multiplied
+    teams: int = 1  # tiles that a block works on at once
+    even: bool = False  # every warp has whole batches
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.norm <= NORM_RUNS or self.threads > BLOCK_THREADS or self.teams > 15:  # of 16 barriers one is taken
+            raise ValueError(f"no block can be {self}")
+
+    @property
+    def name(self) -> str:
+        norm = f"norm{self.norm}" if self.norm else "plain"
+        numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}"
+        return f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.split * self.teams
+
+    def shared_bytes(self, chunks: int) -> int:
+        slot = self.batch * self.packing.tile_bytes
+        ring = self.split * self.teams * self.stages * slot
+        return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE)
+
+
+@dataclass(frozen=True)
+class SmallBatchVariant:
+    """How the product of up to `columns` * 8 rows is computed (small_batch.cu)."""
+
+    packing: Packing
+    epilogue: str  # PLAIN, SILU, RESIDUAL
+    columns: int  # of 8 rows each: 1, 2, 4, 8
+    tiles: int  # of a block at a time
+    split: int  # warps that share them
+    stages: int  # chunks on their way or being multiplied
+
+    @property
+    def name(self) -> str:
+        return f"small_batch_{self.packing.name}_{self.epilogue.lower()}_{self.columns}_{self.tiles}_{self.split}_{self.stages}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.split
+
+    @property
+    def shared_bytes(self) -> int:
+        slot = self.tiles * self.packing.tile_bytes + self.columns * 8 * CHUNK * 2
+        return self.split * (self.stages * slot + self.columns * 8 * (self.tiles * TILE + 4) * 4)
+
+
+Variant = GemvVariant | SmallBatchVariant
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """How the keys and values of a conversation are kept: heads of so many numbers, a byte or fp16 each."""
+
+    head_dim: int
+    q8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.head_dim}_q8" if self.q8 else f"{self.head_dim}"
+
+    def token_bytes(self, kv_heads: int) -> int:
+        """Of one token in one layer: keys, values and, with q8, their scales."""
+        return 2 * kv_heads * (self.head_dim + 2 if self.q8 else 2 * self.head_dim)
+
+
+def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: Iterable[KvFormat], fixed: bool = False) -> str:
+    """CUDA C of what is named; with `fixed` also of the kernels that are the same for every model."""
+    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("common.cu", *_TEMPLATES, *(_FIXED if fixed else ()))}
+    text = [files.pop("common.cu"), kernel_arguments.c_text(), *files.values()]
+
+    def kernel(name: str, arguments: str, call: str, threads: int = 0) -> None:
+        bounds = f"__launch_bounds__({threads}) " if threads else ""
+        text.append(f'extern "C" __global__ void {bounds}{name}({arguments} p) {{ {call}(p); }}\n')
+
+    for bits in sorted({each.bits for each in packings}):
+        kernel(f"repack_{bits}", "RepackArguments", f"repack_tiles<{bits}>")
+    for packing in sorted(set(packings), key=lambda each: each.name):
+        kernel(f"unpack_{packing.name}", "UnpackArguments", f"unpack_tiles<{packing.arguments}>")
+    for each in sorted(set(variants), key=lambda each: each.name):
+        if isinstance(each, SmallBatchVariant):
+            numbers = f"{each.tiles}, {each.columns}, {each.split}, {each.stages}, {each.epilogue}"
+            kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
+        else:
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
+            kernel(each.name, "GemvArguments", f"gemv<{each.packing.arguments}, {numbers}>", each.threads)
+    for kv in sorted(set(formats), key=lambda each: each.name):
+        numbers = f"<{kv.head_dim}, {str(kv.q8).lower()}>"
+        kernel(f"attention_{kv.name}", "AttentionArguments", f"attention{numbers}", 32 * ATTENTION_WARPS)
+        kernel(f"rope_{kv.name}", "RopeArguments", f"rope_rows{numbers}", 32 * ROPE_WARPS)
+        kernel(f"gather_{kv.name}", "GatherArguments", f"gather_pages{numbers}", 256)
+    return "".join(text)
+
+
+def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: Iterable[KvFormat], fixed: bool) -> list[str]:
+    """The same as several programs, which are compiled side by side."""
+    parts: dict[Any, list[Variant]] = {}
+    for each in variants:
+        parts.setdefault(each.columns if isinstance(each, SmallBatchVariant) else 0, []).append(each)
+    packings, formats = list(packings), list(formats)
+    found = [source(part, [], []) for part in parts.values()]
+    found += [source([], [], [each]) for each in formats]
+    if packings or fixed or not found:
+        found.append(source([], packings, [], fixed))
+    return found

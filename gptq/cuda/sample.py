@@ -1,0 +1,52 @@
+"""From logits to the next tokens, on the GPU (sample.cu): its parameters and its launch."""
+
+from ...core.params import GenerationParams
+from .gpu_kernels import Gpu
+from .kernel_arguments import SAMPLE, SAMPLE_PARAMS, SAMPLE_THREADS
+from .sequences import Sequences
+
+
+def packed_params(params: GenerationParams, seed: int) -> bytes:
+    """What the kernel takes of an answer's parameters. `seed` has 64 bits."""
+    return SAMPLE_PARAMS.pack(
+        temperature=params.temperature,
+        top_p=max(params.top_p, 1e-6),
+        min_p=params.min_p,
+        typical_p=max(params.typical_p, 1e-6),
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        biased=float(bool(params.logit_bias)),
+        top_k=params.top_k,
+        range=params.repetition_range,
+        seed_low=_word(seed),
+        seed_high=_word(seed >> 32),
+    )
+
+
+def _word(value: int) -> int:
+    """The low 32 bits as a signed number."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def sample(gpu: Gpu, sequences: Sequences, first: int = 0, rows: int = 1) -> None:
+    """From the `logits` of some rows to their next tokens in `ids`, with their `params`."""
+    if first + rows > sequences.parallel:
+        raise ValueError(f"rows {first} to {first + rows - 1} were to be sampled; there are {sequences.parallel}.")
+    arguments = SAMPLE.pack(
+        logits=sequences.logits[first],
+        params=sequences.params[first],
+        bias=sequences.bias[first],
+        seen=sequences.seen[first],
+        answered=sequences.answered[first],
+        history=sequences.history[first],
+        answer_from=sequences.answer_from[first],
+        work=sequences.work[first],
+        ids=sequences.ids[first],
+        positions=sequences.positions[first],
+        host_tokens=sequences.host_tokens[first],
+        vocabulary=sequences.logits.shape[1],
+        context=sequences.history.shape[1],
+    )
+    gpu.run("sample", (rows,), SAMPLE_THREADS, arguments, overlap=True)
