@@ -25,6 +25,7 @@ _TYPES: dict[Kind, tuple[int, str]] = {
     "forbidden": (403, "forbidden"),
     "not_found": (404, "not_found"),
     "too_large": (413, "too_large"),
+    "too_slow": (408, "too_slow"),
 }
 
 

@@ -29,6 +29,7 @@ Kind = Literal[
     "unsupported",  # understood, and this server cannot do it
     "too_long",  # the prompt, with the answer, does not fit into the context
     "too_large",  # the body
+    "too_slow",  # the body
     "no_key",
     "guessing",  # too many wrong keys
     "forbidden",  # the key is right and may not do this
@@ -46,6 +47,7 @@ STATUS: dict[Kind, int] = {
     "unsupported": 400,
     "too_long": 400,
     "too_large": 413,
+    "too_slow": 408,
     "no_key": 401,
     "guessing": 429,
     "forbidden": 403,

@@ -1,4 +1,4 @@
-"""How a protocol's routes behave: the key is looked at before the body, and errors have the protocol's shape."""
+"""How a protocol's routes behave: the key is checked before the body is read, and errors have the protocol's shape."""
 
 import json
 import logging
@@ -13,16 +13,46 @@ from starlette.responses import Response
 
 from ..core.errors import GptqWebuiError
 from .auth import Keys, Right
-from .problems import Problem, of_error, of_validation
+from .problems import Kind, Problem, of_error, of_validation
 
 log = logging.getLogger(__name__)
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 Render = Callable[[Problem], Response]
 
+_KINDS: dict[int, Kind] = {404: "not_found", 408: "too_slow", 413: "too_large"}  # statuses that come as HTTPException
+
+
+class _JsonRequest(Request):
+    """Reads JSON strictly. Raises HTTPException 400 for NaN, for half a character (a lone surrogate) and for what is no JSON."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            found = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
+            if b"\\u" in body:
+                json.dumps(found, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise HTTPException(400, "The body contains half of a character (a lone surrogate). Send whole ones.") from None
+        except _NotANumber as error:
+            raise HTTPException(400, f"The body contains {error}, which JSON does not have. Send a number.") from None
+        except UnicodeDecodeError:
+            raise HTTPException(400, "The body is not UTF-8. Send JSON in UTF-8.") from None
+        except (ValueError, RecursionError):
+            raise HTTPException(400, "The body is not JSON.") from None
+        return found
+
+
+class _NotANumber(Exception):
+    pass
+
+
+def _no_constant(name: str) -> Any:
+    raise _NotANumber(name)
+
 
 class Json(Response):
-    """Any JSON, in ASCII: a text with half a character in it can be told, too."""
+    """Any JSON, in ASCII: so that a text with half a character in it can be sent, too."""
 
     media_type = "application/json"
 
@@ -31,13 +61,13 @@ class Json(Response):
 
 
 def admin(endpoint: Endpoint) -> Endpoint:
-    """For owners of an admin key, where keys are asked for."""
+    """Needs an admin key, where keys are needed."""
     endpoint.needs = "admin"  # type: ignore[attr-defined]
     return endpoint
 
 
 def for_all(endpoint: Endpoint) -> Endpoint:
-    """Without a key."""
+    """Needs no key."""
     endpoint.needs = "nobody"  # type: ignore[attr-defined]
     return endpoint
 
@@ -51,7 +81,7 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
             async def handler(request: Request) -> Response:
                 try:
                     request.state.caller = keys.check(request.headers, needs, request.client.host if request.client else "")
-                    response: Response = await inner(request)
+                    response: Response = await inner(_JsonRequest(request.scope, request.receive))
                     return response
                 except Problem as problem:
                     found = problem
@@ -60,10 +90,10 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
                 except GptqWebuiError as error:
                     found = of_error(error)
                 except HTTPException as error:
-                    found = Problem("not_found" if error.status_code == 404 else "invalid", str(error.detail))
+                    found = Problem(_KINDS.get(error.status_code, "invalid"), str(error.detail), "body")
                 except Exception:
                     log.exception("%s %s failed", request.method, request.url.path)
-                    found = Problem("failed", "The server made a mistake; its log says more.")
+                    found = Problem("failed", "The server failed; its log says why.")
                 response = render(found)
                 response.headers.update(found.headers)
                 return response

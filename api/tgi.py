@@ -39,6 +39,7 @@ _TYPES: dict[Kind, tuple[int, str]] = {
     "forbidden": (403, "validation"),
     "not_found": (404, "validation"),
     "too_large": (413, "validation"),
+    "too_slow": (408, "validation"),
 }
 
 

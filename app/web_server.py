@@ -1,15 +1,68 @@
 """One port of this process, which serves an application on a thread of its own."""
 
+import asyncio
 import contextlib
+import ipaddress
 import threading
 import time
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..core.errors import BadParameter
 
 _STOP_S = 3  # then streams that still run are cut
+
+_HEAD_S = 30.0  # the time that the head of a request may take
+_MOST_CONNECTIONS = 512  # fewer than the 1,024 files that a process may open on most systems
+_MOST_OF_ONE = 128  # connections of one address; this machine, where proxies run, has no limit of its own
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which waits for ever for the rest of a request's head, and for any number of them at once."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        own = sum(each.client is not None and each.client[0] == address for each in self.connections)
+        if len(self.connections) > _MOST_CONNECTIONS or (own > _MOST_OF_ONE and not _is_here(address)):
+            transport.abort()
+            return
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Close the connection if no request begins in time. Bytes that come meanwhile win no time."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+def _is_here(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 class WebServer:
@@ -19,6 +72,7 @@ class WebServer:
             application,
             host=host,
             port=port,
+            http=_Connection,
             log_level="critical",  # mistakes of clients are not logged
             access_log=False,
             server_header=False,

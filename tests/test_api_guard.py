@@ -13,6 +13,7 @@ import pytest
 
 from api_server import ApiServer, settled
 from fake_library import MISTRAL, Shelf
+from gptq_webui.api import guard
 from gptq_webui.api.auth import Keys
 from gptq_webui.api.guard import Hosts
 from gptq_webui.core.errors import BadParameter
@@ -278,6 +279,55 @@ def test_a_body_past_the_limit_is_not_read(open_server):
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     answer = open_server.raw(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk * 80)
     assert b"413" in answer[:20] or answer == b""  # cut while it was still sending
+
+
+def test_a_body_that_comes_in_pieces_is_counted_as_it_comes(open_server):
+    head = f"Host: 127.0.0.1:{open_server.port}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    for path in ("/generate", "/v1/chat/completions", "/api/v1/generate"):
+        with socket.create_connection(("127.0.0.1", open_server.port), timeout=10) as line:
+            line.sendall(f"POST {path} HTTP/1.1\r\n{head}".encode())
+            with pytest.raises(OSError):
+                for _ in range(400):  # 25 MB
+                    line.sendall(piece)
+
+
+def test_without_a_key_no_body_is_waited_for(locked):
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{locked.port}\r\nContent-Length: 4000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=5) as line:
+        line.sendall(head.encode())
+        assert line.recv(65536).split()[1] == b"401"
+
+
+def test_a_slow_body_is_cut(open_server, monkeypatch):
+    monkeypatch.setattr(guard, "_BODY_S", 0.3)
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{open_server.port}\r\nContent-Length: 50\r\n\r\n{{"
+    answer = open_server.raw(head.encode())
+    assert answer.split()[1] == b"408" and b"within" in answer and answer.endswith(b"}")  # and the connection is closed
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"inputs": "\\ud800"}', "lone surrogate"),
+        (b'{"inputs": "x", "parameters": {"stop": ["\\udc00"]}}', "lone surrogate"),
+        (b'{"inputs": "x", "anything": {"else": "\\ud83d"}}', "lone surrogate"),
+        (b'{"inputs": "x", "\\udead": 1}', "lone surrogate"),
+        (b'{"inputs": "x", "parameters": {"temperature": NaN}}', "NaN"),
+        (b'{"inputs": "x", "parameters": {"temperature": -Infinity}}', "-Infinity"),
+        (b'{"inputs": "\xff"}', "not UTF-8"),
+        (b'{"inputs": "x"', "not JSON"),
+    ],
+)
+def test_what_is_no_json_is_named(open_server, body, said):
+    for path, status in (("/generate", 422), ("/v1/completions", 400), ("/api/v1/generate", 422), ("/lollms_generate", 400)):
+        answer = open_server.http.post(path, content=body)
+        assert answer.status_code == status and said in answer.text, (path, answer.text)
+
+
+def test_whole_characters_in_escapes_are_taken(open_server):
+    assert open_server.http.post("/generate", content=b'{"inputs": "\\ud83d\\ude00 \\\\ud800"}').status_code == 200
+    assert open_server.http.post("/generate", content=b'\xef\xbb\xbf{"inputs": "x"}').status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def test_with_keys_the_tab_asks_for_one_and_says_what_is_wrong(house):
         page.wait_for_function("document.querySelector('#gw-api-answer textarea').value.includes('Paris')")
         assert "YOUR_KEY" in page.inner_text("#gw-api-code") and KEY not in page.inner_text("#gw-api-code")
     finally:
-        house.keys._given.clear()
+        house.keys._of_run.clear()
+        house.keys._locked = False
 
 
 def test_the_python_call_runs_as_it_is_pasted(house):

@@ -1,0 +1,99 @@
+"""app/web_server.py: connections that send nothing, or half of something, do not stay."""
+
+import contextlib
+import socket
+import time
+
+import pytest
+
+from gptq_webui.app import web_server
+from gptq_webui.app.web_server import WebServer
+
+
+async def application(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    message = await receive()
+    while message.get("more_body"):
+        message = await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+def port(monkeypatch):
+    monkeypatch.setattr(web_server, "_HEAD_S", 0.5)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    web = WebServer(application, "127.0.0.1", port)
+    web.start()
+    yield port
+    web.stop()
+
+
+def answer(line):
+    found = b""
+    while not found.endswith(b"ok") and (piece := line.recv(65536)):
+        found += piece
+    return found
+
+
+def ended_after(line, wait_s=5.0):
+    """Seconds until the server closed the connection."""
+    began = time.monotonic()
+    line.settimeout(wait_s)
+    with contextlib.suppress(ConnectionError):
+        while line.recv(65536):
+            pass
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: "], ids=["nothing", "half a head"])
+def test_a_connection_that_begins_no_request_is_closed(port, sent):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(sent)
+        assert 0.3 < ended_after(line) < 3
+
+
+def test_dripping_a_head_byte_by_byte_wins_no_time(port):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 5:
+                line.sendall(b"a")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 3
+
+
+def test_half_a_second_request_is_closed_like_a_first_one(port):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).endswith(b"ok")
+        line.sendall(b"GET / HT")  # uvicorn's keep-alive timer ends here
+        assert ended_after(line) < 3
+
+
+def test_a_slow_body_and_a_kept_connection_are_not_cut(port):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab")
+        time.sleep(1)
+        line.sendall(b"cd")
+        assert answer(line).endswith(b"ok")
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).endswith(b"ok")
+
+
+def test_more_connections_than_the_limit_are_refused_and_the_server_goes_on(port, monkeypatch):
+    monkeypatch.setattr(web_server, "_MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(web_server, "_HEAD_S", 30.0)
+    lines = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+    for line in lines[30:]:
+        assert ended_after(line) < 2
+    for line in lines:
+        line.close()
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).endswith(b"ok")
