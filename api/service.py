@@ -200,7 +200,7 @@ class Service:
         n: int = 1,  # answers to each prompt
         wanted: Any = None,
     ) -> Running:
-        """Take a place in the line and begin when its turn comes. Raises Problem, LineFull, NotLoaded, Busy."""
+        """Join the queue, and begin at its turn. Raises Problem, QueueFull, NotLoaded, Busy."""
         loaded = await self.loaded()
         if n * len(prompts) > MAX_ANSWERS:
             raise Problem("invalid", f"At most {MAX_ANSWERS} answers can be asked for at once; found {n * len(prompts)}.", "n")

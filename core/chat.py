@@ -1,7 +1,7 @@
 """A conversation, and the events an answer is made of.
 
-An answer is a stream: `Step`s (ids) inside a loader, `Token`s (settled text) for everybody
-else, and one `Finish` at the end of either. `Reading` is no event of it: who wants it asks.
+An answer is a stream: `Step`s (ids) inside a loader, `Token`s (certain text) for everybody
+else, and one `Finish` at the end of either. `Reading` is not an event of the stream: read it when you need it.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class Step:
 
     id: int
     logprob: float | None = None  # natural log, of the model's own distribution: before penalties and temperature
-    top: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest, likeliest first; both only if asked for
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first; both only with `logprobs`
 
 
 @dataclass(frozen=True)
 class Token:
     """One sampled token and the text that became certain with it (often its own, sometimes none)."""
 
-    id: int  # -1: no token of its own, the text that was held back until the end
+    id: int  # -1: text without a token, which was kept back until the end
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
@@ -38,7 +38,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Reading:
-    """How far the prompt is read that an answer waits for."""
+    """How much of an answer's prompt is read."""
 
     read_tokens: int
     prompt_tokens: int
@@ -66,5 +66,5 @@ class Finish:
 
     @property
     def first_token_s(self) -> float:
-        """Seconds from asking to the first token."""
+        """Seconds from the request to the first token."""
         return self.wait_s + self.prefill_s

@@ -1,10 +1,10 @@
-"""Every error this project raises on purpose. Each says what was found and what to do.
+"""Every error that this project raises on purpose. Each says what was found and what to do.
 
 GptqWebuiError
 ├── BadModelName            the text is not owner/name[:branch]
-├── HubError                anything between us and the Hub
+├── HubError                anything between this program and the Hub
 │   ├── NoSuchRepository
-│   ├── NoSuchBranch        names the branches there are
+│   ├── NoSuchBranch        names the branches that exist
 │   ├── AccessDenied        gated or private: where to accept, how to set the token
 │   ├── HubUnreachable      no network, or HF_HUB_OFFLINE is set
 │   ├── WrongRepository     GGUF, AWQ, EXL2, unquantised … recognised from the listing
@@ -23,14 +23,14 @@ GptqWebuiError
 ├── PromptTooLong           one message alone is longer than the context
 ├── BadParameter            a sampling parameter outside its limits
 └── Busy                    the model is being loaded or unloaded
-    └── LineFull            too many requests wait already
+    └── QueueFull           too many requests wait already
 """
 
 from pathlib import Path
 
 
 class GptqWebuiError(Exception):
-    """A sentence for the user. Nothing else is ever shown to them."""
+    """Its text is a sentence for the user, who sees nothing else of it."""
 
 
 class BadModelName(GptqWebuiError):
@@ -70,17 +70,17 @@ class WrongRepository(HubError):
         if sister:
             sentences.append(f"The same model as GPTQ: {sister}.")
         elif candidates:
-            sentences.append(f"A GPTQ sister may be {' or '.join(candidates)}.")
+            sentences.append(f"It may exist as GPTQ: {' or '.join(candidates)}.")
         super().__init__(" ".join(sentences))
         self.found, self.candidates, self.sister = found, candidates, sister
 
 
 class DiskFull(HubError):
-    """Refused before the first byte, or (`begun`) met on the way: then it can go on once there is room."""
+    """The disk is too small: found before the first byte, or during the download (`begun`), which can continue later."""
 
     def __init__(self, text: str, missing_bytes: int = 0, folder: Path | None = None, begun: bool = False) -> None:
         super().__init__(text)
-        self.missing_bytes = missing_bytes  # still to be written, what others have reserved included
+        self.missing_bytes = missing_bytes  # still to be written, including what other downloads have reserved
         self.folder, self.begun = folder, begun
 
 

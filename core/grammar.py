@@ -1,6 +1,6 @@
 """What an answer must be made of: JSON, JSON of a schema, a pattern, or a llama.cpp grammar.
 
-Only what was asked for; a loader that obeys it (`grammar` in its `can`) knows how, and checks it.
+This is only the request. A loader that obeys it (`grammar` in its `can`) checks and applies it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _LONGEST = {"json": 0, "json_schema": 200_000, "regex": 10_000, "gbnf": 10_000} 
 
 @dataclass(frozen=True)
 class Grammar:
-    """Raises BadParameter for a text that is far too long."""
+    """A request for a form of answer. Raises BadParameter for a text that is too long."""
 
     kind: Kind  # json: any object
     text: str = ""  # the schema as JSON, the pattern, the rules

@@ -1,7 +1,7 @@
-"""`owner/name:branch`, the one way this project names a model on the Hub.
+"""`owner/name:branch`, how this project names a model on the Hub.
 
-A text box is where people paste things, so `parse` also takes the Hub's own addresses and
-stray spaces; what it cannot read it refuses with an example of what it can.
+People paste into text boxes, so `parse` also accepts addresses of the Hub and extra spaces.
+An error shows an example of what it accepts.
 """
 
 import re
@@ -36,7 +36,7 @@ class ModelRef:
         else:
             repo, _, branch = given.partition(":")
             if ":" in given and not branch.strip():
-                raise BadModelName(text, "nothing stands after the colon")
+                raise BadModelName(text, "there is nothing after the colon")
         repo, branch = repo.strip().strip("/"), branch.strip().strip("/") or "main"
         owner, slash, name = repo.partition("/")
         if not slash:

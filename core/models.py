@@ -1,7 +1,7 @@
-"""A model on disk: what kind it is, seen from its file names, settings and tensor names.
+"""A model on disk: its kind, from its file names, settings and tensor names.
 
-Kinds are told apart here, once, so that nobody else guesses: AWQ uses GPTQ's tensor names
-with another layout, and a GPTQ folder read as something else gives random weights.
+Only this file decides the kind. AWQ uses GPTQ's tensor names with another layout, and a GPTQ
+folder that is read as another kind gives random weights.
 """
 
 import re
@@ -62,7 +62,7 @@ class LocalModel:
 
     @classmethod
     def read(cls, folder: Path) -> "LocalModel":
-        """Look at a folder. A damaged one is `incomplete` with its problem in words; never raises for content."""
+        """Look at a folder. A damaged one is `incomplete` and its `problem` is a sentence; never raises for content."""
         try:
             return _read(folder)
         except (GptqWebuiError, OSError) as error:
@@ -73,13 +73,13 @@ class LocalModel:
 
 
 def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
-    """A model that an engine elsewhere serves under this name; there is no folder of it here."""
+    """A model that an engine on another machine serves under this name. It has no folder here."""
     folder = Path(name.replace("/", "_") or "remote")
     return LocalModel(folder, "remote", None, 0, context_tokens, "", served_by=served_by, served_as=name)
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether a folder looks like a model at all, complete or not."""
+    """Whether a folder looks like a model, complete or not."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except OSError:
@@ -191,7 +191,7 @@ def _read(folder: Path) -> LocalModel:
     if any(name.endswith(PARTIAL) for name in names):
         return found(
             "incomplete",
-            problem="Its download is not finished. Enter its name again and press Download: it goes on from where it stopped.",
+            problem="Its download is not finished. Enter its name again and press Download: it continues where it stopped.",
         )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

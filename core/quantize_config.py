@@ -1,8 +1,9 @@
-"""How a GPTQ model was quantised, whoever wrote it down.
+"""How a GPTQ model was quantised: read from a folder's JSON files and checked against its tensors.
 
-The facts stand in quantize_config.json (AutoGPTQ), in config.json's quantization_config
+The facts are in quantize_config.json (AutoGPTQ), in config.json's quantization_config
 (Transformers, GPTQModel), in both or in neither, and they can be wrong. The tensors are
-the truth: what a file says is checked against them, and `notes` tells what was amended.
+right: a value that differs from them is corrected, and `notes` says so. A byte order mark (BOM)
+at the start of a JSON file is accepted (`read_json`).
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class QuantizeConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "QuantizeConfig":
-        """From either file's dictionary. Raises BadQuantizeConfig for values nobody could load."""
+        """From either file's dictionary. Raises BadQuantizeConfig for values that no loader accepts."""
         bits = values.get("bits", values.get("w_bit"))
         if not isinstance(bits, int) or bits not in BITS:
             raise BadQuantizeConfig(f"bits is {bits!r} in the quantisation settings; GPTQ models have 2, 3, 4 or 8.")

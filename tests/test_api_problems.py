@@ -40,6 +40,6 @@ def test_kobold_answers_507_where_memory_was_missing_and_500_elsewhere():
 
 def test_a_refusal_can_be_said_again_with_the_sister_that_exists():
     supposed = WrongRepository("a/b is not GPTQ.", ("a/b-GPTQ", "TheBloke/b-GPTQ"))
-    assert str(supposed) == "a/b is not GPTQ. A GPTQ sister may be a/b-GPTQ or TheBloke/b-GPTQ."
+    assert str(supposed) == "a/b is not GPTQ. It may exist as GPTQ: a/b-GPTQ or TheBloke/b-GPTQ."
     known = WrongRepository(supposed.found, supposed.candidates, "TheBloke/b-GPTQ")
     assert str(known) == "a/b is not GPTQ. The same model as GPTQ: TheBloke/b-GPTQ."

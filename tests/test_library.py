@@ -167,7 +167,7 @@ def test_an_unfinished_download_is_listed_as_incomplete_and_its_plan_knows_what_
         if event.file_bytes > 200_000:
             cancel.set()
     (model,) = library.models()
-    assert model.kind == "incomplete" and "goes on from where it stopped" in model.problem
+    assert model.kind == "incomplete" and "continues where it stopped" in model.problem
     again = library.plan(ModelRef("TheBloke/M-GPTQ"))
     assert 200_000 < again.present_bytes < again.wanted.total_bytes and "are here already" in again.summary
 

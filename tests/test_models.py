@@ -150,7 +150,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 def test_an_unfinished_download_is_said(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", GPTQ, quantize_config=SETTINGS)
     (folder / f"model-2.safetensors{PARTIAL}").write_bytes(b"")
-    assert "goes on from where it stopped" in incomplete(folder)
+    assert "continues where it stopped" in incomplete(folder)
 
 
 @pytest.mark.parametrize(
