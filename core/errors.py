@@ -11,6 +11,7 @@ GptqWebuiError
 │   ├── DiskFull            both figures
 │   └── DownloadFailed      cut too often, or a file that is not what the Hub says it is
 ├── ModelError              a folder on disk
+│   ├── BadFile             one small file of it: no regular file, no JSON, a Git LFS pointer …
 │   ├── BadQuantizeConfig
 │   ├── BadCheckpoint       the tensors do not fit the model, or a file is cut short
 │   └── NoSuchModel
@@ -89,6 +90,10 @@ class DownloadFailed(HubError):
 
 
 class ModelError(GptqWebuiError):
+    pass
+
+
+class BadFile(ModelError):
     pass
 
 

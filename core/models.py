@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import BadCheckpoint, GptqWebuiError
-from .quantize_config import QuantizeConfig, read_json
+from .folder_files import read_json
+from .quantize_config import QuantizeConfig
 from .safetensors_header import TensorInfo, read_header
 
 Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "plain", "lora", "incomplete", "remote"]
@@ -67,7 +68,7 @@ class LocalModel:
             return _read(folder)
         except (GptqWebuiError, OSError) as error:
             return cls(folder, "incomplete", None, 0, None, "", (), str(error))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error, RecursionError) as error:
             problem = f"Its settings or weights are not what they should be ({error!r}). Download the model again."
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
 

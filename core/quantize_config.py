@@ -8,7 +8,6 @@ at the start of a JSON file is accepted (`read_json`).
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadQuantizeConfig
+from .folder_files import read_json
 from .safetensors_header import TensorInfo, read_int32
 
 BITS = (2, 3, 4, 8)
@@ -84,7 +84,7 @@ class QuantizeConfig:
     def read(cls, folder: Path, tensors: Mapping[str, tuple[Path, TensorInfo]] | None = None) -> "QuantizeConfig":
         """From a folder's files, checked against its `tensors` (name -> file and header entry).
 
-        Raises BadQuantizeConfig if neither the files nor the tensors say how to read the weights.
+        Raises BadFile for a damaged file, BadQuantizeConfig if neither the files nor the tensors say how to read the weights.
         """
         from_file = read_json(folder / "quantize_config.json")
         in_config = read_json(folder / "config.json").get("quantization_config")
@@ -174,17 +174,3 @@ def _repeated(value: int, bits: int) -> list[int]:
     """`value` packed 32 times, low bits first: `bits` words."""
     stream = sum(value << (bits * at) for at in range(32))
     return [(stream >> (32 * at)) & 0xFFFFFFFF for at in range(bits)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file. Raises BadQuantizeConfig if it is damaged."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            values = json.load(file)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise BadQuantizeConfig(f"{path.name} cannot be read ({error}). Download it again.") from None
-    if not isinstance(values, dict):
-        raise BadQuantizeConfig(f"{path.name} holds no JSON object. Download it again.")
-    return values

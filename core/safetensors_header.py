@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadCheckpoint
+from .folder_files import is_lfs_pointer_file, lfs_sentence, open_regular, printable, shown_name
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -34,8 +35,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     try:
         size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+        with open_regular(path) as file:
+            first = file.read(8)
+            if first == b"version " and is_lfs_pointer_file(path):
+                raise BadCheckpoint(lfs_sentence(path))
+            (length,) = struct.unpack("<Q", first)
             if length > min(_HEADER_LIMIT_BYTES, size_bytes):
                 raise ValueError
             header = json.loads(file.read(length))
@@ -45,14 +49,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 start, end = entry["data_offsets"]
                 shape = tuple(int(each) for each in entry["shape"])
                 tensors[name] = TensorInfo(str(entry["dtype"]), shape, 8 + length + start, end - start)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadCheckpoint(
-            f"{path.name} is not a safetensors file or was cut short. Delete it and download the model again."
+            f"{shown_name(path)} is not a safetensors file or was cut short. Delete it and download the model again."
         ) from None
     for name, info in tensors.items():
         if (end := info.start + info.size_bytes) > size_bytes:
             raise BadCheckpoint(
-                f"{path.name} was cut short: {name} should end at byte {end}, the file has {size_bytes}. "
+                f"{shown_name(path)} was cut short: {printable(name)} should end at byte {end}, the file has {size_bytes}. "
                 "Download the model again; what is complete is kept."
             )
     return tensors

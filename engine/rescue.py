@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.errors import BadQuantizeConfig, ModelError
+from ..core.errors import BadFile, ModelError
+from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
-from ..core.quantize_config import read_json
 from ..hub.model_folder import Record
 
 SETTINGS = "quantize_config.json"
@@ -27,7 +27,7 @@ def settings_wrong(model: LocalModel) -> str:
     try:
         own = read_json(model.folder / SETTINGS)
         in_config = read_json(model.folder / "config.json").get("quantization_config")
-    except BadQuantizeConfig as error:
+    except BadFile as error:
         return str(error) if any(path.suffix == ".safetensors" for path in model.folder.glob("*")) else ""
     if model.quantize is None:
         return ""
@@ -41,11 +41,11 @@ def settings_wrong(model: LocalModel) -> str:
 
 
 def write_settings(model: LocalModel) -> Path:
-    """Write quantize_config.json as the tensors say; the old one stays beside it. Raises ModelError, BadQuantizeConfig."""
+    """Write quantize_config.json as the tensors say; the old one stays beside it. Raises ModelError."""
     path = model.folder / SETTINGS
     try:
         old = read_json(path)
-    except BadQuantizeConfig:
+    except BadFile:
         old = {}
     aside = path.with_suffix(".json.old")
     try:

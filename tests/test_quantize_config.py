@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gptq_webui.core.errors import BadQuantizeConfig
+from gptq_webui.core.errors import BadFile, BadQuantizeConfig
+from gptq_webui.core.folder_files import read_json
 from gptq_webui.core.models import tensors_of
-from gptq_webui.core.quantize_config import QuantizeConfig, read_json
+from gptq_webui.core.quantize_config import QuantizeConfig
 
 AUTOGPTQ = {"bits": 4, "group_size": 32, "damp_percent": 0.1, "desc_act": True, "sym": True, "true_sequential": True}
 IN, OUT = 128, 64  # in- and out-features of the one layer
@@ -159,6 +160,6 @@ def test_tensors_of_no_known_shape_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
 def test_a_damaged_settings_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "quantize_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(BadQuantizeConfig, match=r"quantize_config\.json"):
+    with pytest.raises(BadFile, match=r"quantize_config\.json"):
         read_json(tmp_path / "quantize_config.json")
     assert read_json(tmp_path / "missing.json") == {}

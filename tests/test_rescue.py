@@ -62,7 +62,7 @@ def test_wrong_settings_are_made_right_and_the_rest_is_kept(folder, wrong):
 
 def test_a_damaged_settings_file_is_replaced(folder):
     (folder / SETTINGS).write_text('{"bits": 4,')
-    assert "cannot be read" in rescue.settings_wrong(read(folder))
+    assert "is not JSON" in rescue.settings_wrong(read(folder))
     rescue.write_settings(read(folder))
     assert read(folder).kind == "gptq" and read(folder).quantize.group_size == 32
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import LoadFailed
+from ...core.folder_files import read_json
 from ...core.models import MARKER, LocalModel, tensors_of
-from ...core.quantize_config import read_json
 
 _WEIGHTS = re.compile(r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|gguf)$")
 _OURS = ("config.json", "quantize_config.json", "quant_config.json", MARKER)

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
+from ...core.folder_files import read_json
 from ...core.models import LocalModel
-from ...core.quantize_config import read_json
 from ...core.units import format_bytes
 from ..contract.base import LoadProgress, Refusal, Remark
 from ..contract.options import gigabytes, option, require_choice, require_context
