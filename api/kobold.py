@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..core.chat import Finish, Token
-from ..core.params import GenerationParams
+from ..core.params import GenerationParams, read_request
 from ..loaders.contract.base import LoadedModel
 from . import grammar_requests, kobold_settings
 from .answer_stream import EventStream, Running
@@ -22,28 +22,21 @@ from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
 from .openai import bias_of
 from .prompt_cutting import last_tokens
 from .routes import Json, admin, for_all, route_class
-from .sampling_fields import Open
+from .sampling_fields import Open, fields_of, seed_of, wishes_of
 from .service import Measured, Service
 
 PROTOCOL = "kobold"
+_Sampling: Any = fields_of("kobold")
 
 
-class GenerateRequest(Open):
+class GenerateRequest(_Sampling):
     prompt: str
     max_length: int | None = Field(None, ge=1, le=32768)
     max_context_length: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=5)
-    rep_pen: float | None = Field(None, ge=0)
-    rep_pen_range: int | None = Field(None, ge=0)
     rep_pen_slope: float | None = Field(None, ge=0)
-    presence_penalty: float | None = None
-    top_k: int | None = Field(None, ge=0)
     top_a: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
     tfs: float | None = Field(None, ge=0, le=1)
-    typical: float | None = Field(None, ge=0, le=1)
-    temperature: float | None = Field(None, ge=0)
     sampler_order: list[int] | None = None
     sampler_seed: int | None = None
     sampler_full_determinism: bool | None = None
@@ -56,8 +49,6 @@ class GenerateRequest(Open):
     # text-generation-webui's of 2023
     max_new_tokens: int | None = Field(None, ge=1, le=32768)
     stopping_strings: list[str] | None = None
-    repetition_penalty: float | None = None
-    typical_p: float | None = None
     seed: int | None = None
     do_sample: bool | None = None
     truncation_length: int | None = Field(None, ge=1)
@@ -243,30 +234,18 @@ async def _fitted(service: Service, loaded: LoadedModel, asked: GenerateRequest,
 
 
 def _params(service: Service, asked: GenerateRequest) -> GenerationParams:
-    penalty = asked.rep_pen if asked.rep_pen is not None else asked.repetition_penalty
-    temperature = 0.0 if asked.do_sample is False else asked.temperature
-    seed = asked.sampler_seed if asked.sampler_seed is not None else asked.seed
+    settings = read_request("kobold", service.kobold)
     stop = [*(asked.stop_sequence or ()), *(asked.stopping_strings or ())]
-    settings = service.kobold
-    wishes = {
-        "temperature": _most(temperature, 5.0, settings.get("temperature")),
-        "top_k": _most(asked.top_k, 1000, settings.get("top_k")),
-        "top_p": asked.top_p if asked.top_p is not None else settings.get("top_p"),
-        "min_p": asked.min_p,
-        "typical_p": asked.typical if asked.typical is not None else asked.typical_p,
-        "repetition_penalty": max(0.5, min(2.0, penalty)) if penalty else settings.get("rep_pen"),
-        "repetition_range": _most(asked.rep_pen_range, 32768, None),
-        "presence_penalty": asked.presence_penalty,
-        "logit_bias": bias_of(asked.logit_bias) if asked.logit_bias else None,
-        "seed": None if seed is None or seed < 0 else seed % 2**31,
-        "stop": tuple(dict.fromkeys(each for each in stop if each)),
-    }
-    return service.params(wishes)
-
-
-def _most(value: Any, limit: Any, default: Any) -> Any:
-    """Sliders of other programs go further than ours; past the end is as good as the end."""
-    return default if value is None else min(value, limit)
+    wishes = settings | wishes_of("kobold", asked)
+    wishes |= {"temperature": 0.0} if asked.do_sample is False else {}
+    return service.params(
+        {
+            **wishes,
+            "logit_bias": bias_of(asked.logit_bias) if asked.logit_bias else None,
+            "seed": seed_of(asked.sampler_seed if asked.sampler_seed is not None else asked.seed),
+            "stop": tuple(dict.fromkeys(each for each in stop if each)),
+        }
+    )
 
 
 def _is_mine(running: Running, client: str, genkey: str) -> bool:

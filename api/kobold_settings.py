@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from ..core.params import GenerationParams
 from .problems import Kind, Problem
 from .routes import Json, admin
 from .service import Service
@@ -33,14 +34,11 @@ class Value(BaseModel):
     value: Any
 
 
-_LIMITS: dict[str, tuple[type, float, float]] = {
-    "max_length": (int, 1, 32768),
-    "temperature": (float, 0, 5),
-    "top_p": (float, 0, 1),
-    "top_k": (int, 0, 1000),
-    "rep_pen": (float, 0.5, 2),
-}
-_FIRST: dict[str, Any] = {"max_length": 80, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "rep_pen": 1.0}
+_ROWS = {theirs: row for _name, row, _default in GenerationParams.table() for theirs in row.names.get("kobold", ())}
+_SETTINGS = ("temperature", "top_p", "top_k", "rep_pen")
+_LIMITS: dict[str, tuple[type, float, float]] = {"max_length": (int, 1, 32768)}
+_LIMITS |= {name: (int if _ROWS[name].kind == "whole" else float, _ROWS[name].low, _ROWS[name].high) for name in _SETTINGS}
+_FIRST: dict[str, Any] = {"max_length": 80} | {name: _ROWS[name].neutral for name in _SETTINGS}
 
 
 def error_of(problem: Problem) -> Response:

@@ -4,8 +4,9 @@ Its other bindings (`elf`, `vLLM`, `open_ai`, `litellm`) speak OpenAI's. Its `TG
 posts a fixed question and cannot be used with any server.
 """
 
+from typing import Any
+
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from ..core.chat import Finish, Token
@@ -14,23 +15,19 @@ from .openai import text_of
 from .problems import Problem
 from .prompt_cutting import last_tokens
 from .routes import Json, openai_error, route_class
-from .sampling_fields import Open, seed_of
+from .sampling_fields import Open, fields_of, seed_of, wishes_of
 from .service import Service
 
 PROTOCOL = "lollms"
+_Sampling: Any = fields_of("lollms")
 
 
-class GenerateRequest(Open):
+class GenerateRequest(_Sampling):
     prompt: str
     model_name: str | None = None
     personality: int | None = -1
     n_predict: int | None = None
     stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=5)
-    top_k: int | None = Field(None, ge=0, le=1000)
-    top_p: float | None = Field(None, ge=0, le=1)
-    repeat_penalty: float | None = Field(None, ge=0)
-    repeat_last_n: int | None = Field(None, ge=0, le=32768)
     seed: int | None = None
     n_threads: int | None = None
 
@@ -61,17 +58,7 @@ def build(service: Service) -> APIRouter:
         """What follows the prompt: plain text in pieces with `stream`, else one JSON string."""
         loaded = await service.loaded()
         service.ignore(PROTOCOL, asked.unknown())
-        penalty = asked.repeat_penalty
-        params = service.params(
-            {
-                "temperature": asked.temperature,
-                "top_k": asked.top_k,
-                "top_p": asked.top_p,
-                "repetition_penalty": max(0.5, min(2.0, penalty)) if penalty else None,
-                "repetition_range": asked.repeat_last_n,
-                "seed": seed_of(asked.seed),
-            }
-        )
+        params = service.params({**wishes_of("lollms", asked), "seed": seed_of(asked.seed)})
         length = asked.n_predict if asked.n_predict is not None and asked.n_predict > 0 else None
         prompt = asked.prompt
         if loaded.tokenizer is not None and prompt:  # its clients send the whole discussion

@@ -176,8 +176,6 @@ async def _params(service: Service, loaded: LoadedModel, asked: Any, logprobs: i
         raise Problem("unsupported", f"{loaded.model.name} is loaded in a way that tells no log-probabilities.", "logprobs")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     given: dict[str, Any] = {"seed": seed_of(asked.seed), "stop": tuple(each for each in stop if each), "logprobs": logprobs}
-    if asked.repetition_range is None and asked.repetition_penalty_range is not None:
-        given["repetition_range"] = max(0, min(asked.repetition_penalty_range, 32768))
     if asked.logit_bias:
         given["logit_bias"] = bias_of(asked.logit_bias)
     return await grammar_requests.hold(

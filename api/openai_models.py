@@ -47,7 +47,6 @@ class _Asking(Sampling):
     json_schema: dict[str, Any] | None = Field(None, description="As llama.cpp and tabbyAPI take a schema")
     grammar: str | None = Field(None, description="llama.cpp's rules (GBNF), as KoboldCpp's programs send them")
     grammar_string: str | None = Field(None, description="The same from text-generation-webui's")
-    repetition_penalty_range: int | None = Field(None, description="repetition_range, as text-generation-webui calls it")
 
 
 class ChatCompletionRequest(_Asking):

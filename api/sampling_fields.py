@@ -1,12 +1,10 @@
-"""The sampling parameters as fields of a request, made from core/params.py: a new one there is a new one here."""
+"""The sampling parameters as fields of a request, made from the table in core/params.py: a new row there is a new field here."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..core.params import GenerationParams
-
-_OWN_SHAPE = ("max_new_tokens", "stop", "seed", "logit_bias", "logprobs", "grammar")  # protocols spell these in their own ways
+from ..core.params import GenerationParams, Protocol, SamplingField, names_in, read_request
 
 
 class Open(BaseModel):
@@ -18,26 +16,54 @@ class Open(BaseModel):
         return [name for name, value in (self.model_extra or {}).items() if value not in (None, False, 0, "", [], {})]
 
 
-def _fields() -> dict[str, Any]:
+def _own_fields() -> dict[str, Any]:
+    """Under our own names and within our own limits. What is no sampler's number (stop, seed …) each protocol spells itself."""
     made: dict[str, Any] = {}
-    for name, limits, default in GenerationParams.limits():
-        if name not in _OWN_SHAPE:
-            kind = int if isinstance(default, int) else float
-            low = -1 if name == "top_k" else limits.low  # vLLM's programs write "all" as -1
-            made[name] = (kind | None, Field(None, ge=low, le=limits.high, description=limits.help))
+    for name, row, _default in GenerationParams.table():
+        if row.in_kernel:
+            low = min(row.low, *row.unset) if row.unset else row.low
+            made[name] = (_type(row) | None, Field(None, ge=low, le=row.high, description=row.help))
     return made
 
 
-Sampling: Any = create_model("Sampling", __base__=Open, **_fields())
-NAMES = tuple(_fields())
+def _named_fields(protocol: Protocol, checked: bool) -> dict[str, Any]:
+    """Under a protocol's names. Values past our limits are accepted (`read_request`), but no share over 1 and none below 0."""
+    made: dict[str, Any] = {}
+    rows = {name: row for name, row, _default in GenerationParams.table()}
+    for name, theirs in names_in(protocol).items():
+        row = rows[name]
+        limits = {"ge": min(row.low, 0), "le": 1 if row.high == 1 else None} if checked else {}
+        for each in theirs:
+            made[each] = (_type(row) | None, Field(None, description=row.help if each == name else name, **limits))
+    return made
+
+
+def _type(row: SamplingField) -> Any:
+    return int if row.kind == "whole" else float
+
+
+def fields_of(protocol: Protocol, checked: bool = True) -> Any:
+    """A base class for the requests of a protocol: its sampling fields."""
+    return create_model(f"{protocol.title()}Sampling", __base__=Open, **_named_fields(protocol, checked))
+
+
+Sampling: Any = create_model("Sampling", __base__=Open, **_own_fields(), **_named_fields("openai", checked=False))
+_OWN_NAMES = tuple(_own_fields())
 
 
 def wishes(request: Any) -> dict[str, Any]:
-    """What a request with the fields of `Sampling` says about sampling."""
-    found = {name: getattr(request, name) for name in NAMES}
+    """What a request with the fields of `Sampling` says about sampling; our own name counts before another."""
+    found = {name: getattr(request, name) for name in _OWN_NAMES}
+    others = wishes_of("openai", request)
+    found = {name: others.get(name) if value is None else value for name, value in found.items()}
     return found | {"top_k": None if found["top_k"] == -1 else found["top_k"]}
 
 
+def wishes_of(protocol: Protocol, request: BaseModel) -> dict[str, Any]:
+    """What a request with the fields of `fields_of` says about sampling, under our names and within our limits."""
+    return read_request(protocol, request.model_dump(include={each for theirs in names_in(protocol).values() for each in theirs}))
+
+
 def seed_of(value: int | None) -> int | None:
-    """Any whole number as a seed of ours; a negative one draws anew."""
+    """Any whole number as a seed of ours; a negative one asks for a new one."""
     return None if value is None or value < 0 else value % 2**31

@@ -20,7 +20,7 @@ from ..core.chat import Finish, Message
 from ..core.errors import BadParameter, Busy
 from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, LocalModel
-from ..core.params import GenerationParams
+from ..core.params import GenerationParams, neutral_values
 from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
 from ..engine.request_queue import DEFAULT_LIMIT
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Prompt = str | Sequence[Message]
 
-NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # the model as it is
-_NEUTRAL_VALUES = [(name, value) for name, _limits, value in GenerationParams.limits(GenerationParams(**NEUTRAL))]
+NEUTRAL = neutral_values()  # the model as it is
+_NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
 _AT_ONCE = 2000  # characters; shorter texts are cut into tokens in less time than a thread needs to begin
 _LONGEST_TOKEN = 128  # characters; a text of more than that times the context need not be cut into tokens
 MAX_ANSWERS = 16  # to one request

@@ -22,7 +22,7 @@ from .openai_logprobs import number
 from .openai_models import ChatCompletionRequest
 from .problems import Kind, Problem
 from .routes import Json, for_all, route_class
-from .sampling_fields import seed_of
+from .sampling_fields import seed_of, wishes_of
 from .service import Measured, Service, require_text
 from .tgi_checks import MAX_BEST_OF, MAX_STOP_SEQUENCES, check, tokens_of
 from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters, SimpleToken, TokenizeRequest
@@ -196,12 +196,8 @@ class _Answer:
             logprobs = 0
         return self.service.params(
             {
-                "temperature": (wish.temperature if wish.temperature is not None else 1.0) if sampling else 0.0,
-                "top_k": wish.top_k,
-                "top_p": wish.top_p,
-                "typical_p": wish.typical_p,
-                "repetition_penalty": wish.repetition_penalty,
-                "frequency_penalty": wish.frequency_penalty,
+                **wishes_of("tgi", wish),
+                **({} if sampling else {"temperature": 0.0}),
                 "seed": seed_of(wish.seed),
                 "stop": tuple(each for each in wish.stop or () if each),
                 "logprobs": logprobs,

@@ -4,17 +4,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from .sampling_fields import Open
+from .sampling_fields import Open, fields_of
+
+_Sampling: Any = fields_of("tgi", checked=False)  # tgi_checks.py has its words
 
 
-class Parameters(Open):
+class Parameters(_Sampling):
     best_of: int | None = None
-    temperature: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
     do_sample: bool | None = None
     max_new_tokens: int | None = None
     return_full_text: bool | None = None

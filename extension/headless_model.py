@@ -11,12 +11,11 @@ from typing import Any
 
 from ..core.chat import Token
 from ..core.errors import GptqWebuiError, LoadFailed
-from ..core.params import GenerationParams
+from ..core.params import GenerationParams, read_request
 from ..engine.engine import Engine
 from ..loaders.contract.base import LoadedModel
 
 _PIECE = re.compile(r"\s?\w{1,5}|\s|[^\w\s]")  # about one token each
-_HOST_NAMES = {"repetition_range": "repetition_penalty_range"}  # where the host's differ from ours
 
 
 class HeadlessModel:
@@ -109,13 +108,10 @@ def hooks(engine: Engine, stopped: Callable[[], bool]) -> dict[str, Callable[...
 
 def to_params(state: Mapping[str, Any], stopping_strings: Any) -> GenerationParams:
     """The host's state as our parameters; what is outside of our limits is brought to the nearest that is not."""
-    values: dict[str, Any] = {}
-    for name, limits, default in GenerationParams.limits():
-        found = state.get(_HOST_NAMES.get(name, name))
-        if name == "max_new_tokens" and state.get("auto_max_new_tokens"):
-            found = limits.high  # the engine ends where the context does
-        if name not in ("stop", "logprobs") and isinstance(found, (int, float)) and not isinstance(found, bool):
-            values[name] = type(default or 0)(min(max(found, limits.low), limits.high))
+    values = read_request("host", state)
+    if state.get("auto_max_new_tokens"):
+        rows = {name: row for name, row, _default in GenerationParams.table()}
+        values["max_new_tokens"] = int(rows["max_new_tokens"].high)  # the engine ends where the context does
     if state.get("do_sample") is False:
         values["temperature"] = 0.0
     stop = stopping_strings if isinstance(stopping_strings, list) else []

@@ -1,8 +1,8 @@
 """From logits to the next token, in plain PyTorch, for every device.
 
-The steps and their order are those of transformers' `generate`. Top k, top p and min p each keep the
-likeliest few, so they are worked out on a short sorted list instead of the whole vocabulary: sorting
-that would cost as much as half a small model.
+The steps and their order are those of transformers' `generate`. Top k, top p and min p each keep only some of
+the likeliest tokens, so they work on a short sorted list. To sort the whole vocabulary would cost as much as
+half a small model.
 """
 
 from typing import Any
@@ -19,21 +19,15 @@ from transformers.generation.logits_process import (
 from ..core.errors import BadParameter
 from ..core.params import GenerationParams
 
-CAN = frozenset(
-    {
-        "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "repetition_range", "seed", "stop", "logit_bias", "logprobs", "grammar",
-    }
-)  # fmt: skip
-
 _SHORT_LISTS = 256, 4096  # likeliest tokens that are sorted first; if top p or min p reach further, all are
+_LEAST = {name: row.least for name, row, _default in GenerationParams.table()}
 
 
 class Sampler:
-    """Draws tokens for one answer. The same seed, prompt and parameters draw the same tokens."""
+    """Samples the tokens of one answer. The same seed, prompt and parameters give the same tokens."""
 
     def __init__(self, params: GenerationParams, device: torch.device, prompt_tokens: int = 0) -> None:
-        """The first `prompt_tokens` ids are the prompt: presence and frequency are counted after them."""
+        """`prompt_tokens`: so many of the ids are the prompt. Presence and frequency count only what follows them."""
         self._params = params
         self._prompt_tokens = prompt_tokens
         self._greedy = params.temperature == 0
@@ -48,10 +42,14 @@ class Sampler:
         self._repetition = LogitsProcessorList()
         if params.repetition_penalty != 1:
             self._repetition.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        self._typical = TypicalLogitsWarper(max(params.typical_p, 1e-6)) if params.typical_p < 1 else None
+        self._typical = TypicalLogitsWarper(max(params.typical_p, _LEAST["typical_p"])) if params.typical_p < 1 else None
 
     def __call__(self, logits: Tensor, ids: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """logits [1, V], ids so far [1, n], which may come next (bool [V]; None: all) -> the next id [1, 1]."""
+        """The next id [1, 1], from logits [1, V] and the ids so far [1, n].
+
+        `allowed` bool [V] says which ids may come next; None allows all.
+        Raises BadParameter if logit_bias names a token that the model does not have.
+        """
         scores = self._changed(logits.float(), ids)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
@@ -60,11 +58,11 @@ class Sampler:
         kept, names = self._kept(scores / self._params.temperature)
         if self._typical is not None:
             kept = self._typical(ids, kept)
-        at = _draw(kept, torch.rand(1, 1, generator=self._generator, device=kept.device, dtype=torch.float64))
+        at = _sample(kept, torch.rand(1, 1, generator=self._generator, device=kept.device, dtype=torch.float64))
         return at if names is None else names.gather(1, at)
 
     def _changed(self, scores: Tensor, ids: Tensor) -> Tensor:
-        """Logit bias and penalties. Returns other memory than it was given if it changes anything."""
+        """Scores [1, V] with logit bias and penalties; a new tensor if anything changes."""
         params = self._params
         if self._bias is not None:
             last = params.logit_bias[-1][0]
@@ -82,7 +80,7 @@ class Sampler:
         return scores
 
     def _kept(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """scores [1, V] -> those that may be drawn [1, n], and their ids [1, n] (None: of all)."""
+        """scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""
         params, size = self._params, scores.shape[1]
         top_k = min(params.top_k, size)
         if not top_k and params.top_p >= 1 and params.min_p == 0:
@@ -92,7 +90,7 @@ class Sampler:
             # Top p counts what top k has left.
             total = (values if top_k else scores).logsumexp(-1, keepdim=True)
             shares = (values - total).exp()
-            keep = shares.cumsum(-1) - shares < max(params.top_p, 1e-6)  # up to the one that reaches it
+            keep = shares.cumsum(-1) - shares < max(params.top_p, _LEAST["top_p"])  # up to the one that reaches it
             if params.min_p > 0:
                 keep &= shares >= params.min_p * shares[:, :1]
             keep[:, 0] = True
@@ -101,15 +99,18 @@ class Sampler:
         return values.masked_fill(~keep, float("-inf")), names
 
 
-def _draw(scores: Tensor, lot: Tensor) -> Tensor:
-    """scores [1, n], lot in [0, 1) fp64 [1, 1] -> index [1, 1], drawn from their softmax."""
+def _sample(scores: Tensor, uniform: Tensor) -> Tensor:
+    """An index [1, 1] sampled from the softmax of scores [1, n], by inversion of a uniform number in [0, 1), fp64 [1, 1]."""
     reached = scores.double().softmax(-1).cumsum(-1)
-    at = torch.searchsorted(reached, lot * reached[:, -1:], right=True)
+    at = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
     return at.clamp_(max=scores.shape[1] - 1)
 
 
 def log_probabilities(logits: Tensor, id: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Of the model's own distribution, logits [1, V]: that of `id`, and (id, logprob) of the `count` likeliest."""
+    """The log-probability of `id`, and (id, log-probability) of the `count` likeliest.
+
+    Of the model's own distribution, from its logits [1, V]: before penalties, temperature and filters.
+    """
     found = logits[0].float().log_softmax(-1)
     values, ids = found.topk(min(count, found.shape[0]))
     return float(found[id]), tuple(zip(ids.tolist(), values.tolist(), strict=True))

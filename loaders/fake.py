@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ..core.chat import Finish, Step
 from ..core.models import LocalModel
-from ..core.params import GenerationParams
+from ..core.params import GenerationParams, obeyed_by
 from .contract.base import LoadedModel, LoadProgress, Refusal
 from .text.built_in_templates import CHATML
 from .text.chat_template import ChatTemplate
@@ -84,7 +84,7 @@ class FakeLoader:
 
 
 class FakeModel(LoadedModel):
-    can = frozenset({"max_new_tokens", "stop"})
+    can = obeyed_by("fake")
 
     def __init__(self, model: LocalModel, options: FakeOptions) -> None:
         super().__init__()

@@ -1,12 +1,21 @@
 """The one list of sampling parameters: limits, types, and what is passed over."""
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.grammar import Grammar
-from gptq_webui.core.params import PRESETS, GenerationParams
+from gptq_webui.core.params import (
+    PRESETS,
+    GenerationParams,
+    Protocol,
+    changed_in,
+    names_in,
+    neutral_values,
+    read_request,
+)
 
 
 def test_defaults_are_those_of_the_model_card() -> None:
@@ -19,10 +28,10 @@ def test_defaults_are_those_of_the_model_card() -> None:
     "name", [each.name for each in fields(GenerationParams) if each.name not in ("stop", "logit_bias", "grammar")]
 )
 def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> None:
-    limits = next(limits for each, limits, _ in GenerationParams.limits() if each == name)
-    for value in (limits.low, limits.high):
+    row = next(row for each, row, _ in GenerationParams.table() if each == name)
+    for value in (row.low, row.high):
         GenerationParams(**{name: value})
-    for value in (limits.low - 1, limits.high + 1):
+    for value in (row.low - 1, row.high + 1):
         with pytest.raises(BadParameter, match=rf"{name} must be between"):
             GenerationParams(**{name: value})
 
@@ -69,8 +78,44 @@ def test_saved_settings_of_other_versions_are_passed_over() -> None:
 
 
 def test_every_field_has_a_label_and_help_in_words() -> None:
-    for name, limits, _ in GenerationParams.limits():
-        assert limits.label and limits.help.endswith("."), name
+    for name, row, _ in GenerationParams.table():
+        assert row.label and row.help.endswith("."), name
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-7, 5e-7, 9e-5])
+def test_a_temperature_too_low_to_compute_with_is_greedy(value: float) -> None:
+    assert GenerationParams(temperature=value).temperature == 0
+    assert GenerationParams(temperature=1e-4).temperature == 1e-4
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_of_any_size_is_refused_in_words(value: int) -> None:
+    with pytest.raises(BadParameter, match="top_k must be between"):
+        GenerationParams(top_k=value)
+
+
+def test_a_request_of_another_program_is_read_under_its_names_and_brought_within_the_limits() -> None:
+    given = {"rep_pen": 0, "repetition_penalty": 1.3, "typical": 0.5, "typical_p": 0.9, "top_k": 5000, "rep_pen_range": None}
+    assert read_request("kobold", given) == {"repetition_penalty": 1.3, "typical_p": 0.5, "top_k": 1000}
+    assert read_request("kobold", {"temperature": True, "top_p": "1", "min_p": float("nan")}) == {}
+    assert read_request("kobold", {"top_k": 10**400}) == {"top_k": 1000}
+
+
+def test_what_changes_nothing_is_not_sent_to_an_engine_elsewhere() -> None:
+    params = GenerationParams(top_k=0, typical_p=0.9, presence_penalty=0.5)
+    assert changed_in("remote_extra", params) == {"typical_p": 0.9}
+    assert changed_in("remote", params) == {"presence_penalty": 0.5}
+
+
+def test_neutral_values_are_accepted_and_lie_within_the_limits() -> None:
+    assert GenerationParams(**neutral_values()).top_k == 0
+    assert {name for name, row, _ in GenerationParams.table() if row.in_kernel} == set(neutral_values())
+
+
+def test_a_name_of_a_protocol_means_one_parameter() -> None:
+    for protocol in get_args(Protocol):
+        theirs = [each for names in names_in(protocol).values() for each in names]
+        assert len(theirs) == len(set(theirs)), protocol
 
 
 def test_logit_bias_is_pairs_or_a_mapping_within_its_limits() -> None:

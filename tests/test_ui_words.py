@@ -59,20 +59,20 @@ def test_a_preset_survives_the_fields(name):
     assert to_params(json.loads(json.dumps(to_values(PRESETS[name])))) == PRESETS[name]
 
 
-def drawn_values():
-    names = [name for name, limits, _value in GenerationParams.limits() if limits.drawn]
+def shown_values():
+    names = [name for name, row, _value in GenerationParams.table() if row.shown]
     return dict(zip(names, to_values(GenerationParams()), strict=True))
 
 
 def test_stop_strings_are_one_a_line_and_an_empty_seed_is_a_new_one():
-    values = drawn_values()
+    values = shown_values()
     params = to_params(list((values | {"stop": "###\n\nUser: ", "seed": None}).values()))
     assert params.stop == ("###", "User: ") and params.seed is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 9), ("temperature", None), ("max_new_tokens", 0), ("top_k", 0.5)])
 def test_a_wrong_value_is_a_sentence(name, value):
-    values = drawn_values()
+    values = shown_values()
     with pytest.raises(BadParameter):
         to_params(list((values | {name: value}).values()))
 

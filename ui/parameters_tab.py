@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import BadParameter
-from ..core.params import PRESETS, GenerationParams, Limits
+from ..core.params import PRESETS, GenerationParams, SamplingField
 from . import gradio_compat
 from .browser_store import BrowserStore, browser_store
 from .html_snippets import bad
@@ -37,9 +37,9 @@ def build(first: str = next(iter(PRESETS))) -> ParametersTab:
         info="Model card: the values that the models' own pages recommend.",
         elem_id="gw-preset",
     )
-    limits = list(_drawn(PRESETS[first]))
+    rows = list(_shown_fields(PRESETS[first]))
     with gr.Row(elem_classes="gw-fields"):
-        fields = [_draw(name, each, default) for name, each, default in limits]
+        fields = [_draw(name, each, default) for name, each, default in rows]
     note = gr.HTML(elem_id="gw-parameters-note")
     store = browser_store(_STORE_KEY)
     _wire(preset, fields, store, note)
@@ -49,15 +49,15 @@ def build(first: str = next(iter(PRESETS))) -> ParametersTab:
 def to_params(values: Sequence[Any]) -> GenerationParams:
     """The values of the fields, in order. Raises BadParameter, which names the field by its label."""
     given: dict[str, Any] = {}
-    for (name, limits, _default), value in zip(_drawn(), values, strict=True):
-        if name == "stop":
+    for (name, row, _default), value in zip(_shown_fields(), values, strict=True):
+        if row.kind == "texts":
             given[name] = tuple(line for line in str(value or "").splitlines() if line)
-        elif name == "seed":
+        elif row.optional:
             given[name] = value  # empty: a new one each time
         elif value is None:
-            raise BadParameter(f"{limits.label} is empty. Write a number from {limits.low:g} to {limits.high:g}.")
-        elif not limits.low <= value <= limits.high:
-            raise BadParameter(f"{limits.label} must be between {limits.low:g} and {limits.high:g}; found {value:g}.")
+            raise BadParameter(f"{row.label} is empty. Write a number from {row.low:g} to {row.high:g}.")
+        elif not row.low <= value <= row.high:
+            raise BadParameter(f"{row.label} must be between {row.low:g} and {row.high:g}; found {value:g}.")
         else:
             given[name] = value
     return GenerationParams.from_dict(given)
@@ -66,22 +66,22 @@ def to_params(values: Sequence[Any]) -> GenerationParams:
 def to_values(params: GenerationParams) -> list[Any]:
     """What the fields show for these parameters."""
     shown = []
-    for name, _limits, value in _drawn(params):
-        shown.append("\n".join(value) if name == "stop" else -1 if value is None else value)
+    for _name, row, value in _shown_fields(params):
+        shown.append("\n".join(value) if row.kind == "texts" else -1 if value is None else value)
     return shown
 
 
-def _drawn(params: GenerationParams | None = None) -> Iterator[tuple[str, Limits, Any]]:
-    return (each for each in GenerationParams.limits(params) if each[1].drawn)
+def _shown_fields(params: GenerationParams | None = None) -> Iterator[tuple[str, SamplingField, Any]]:
+    return (each for each in GenerationParams.table(params) if each[1].shown)
 
 
-def _draw(name: str, limits: Limits, default: Any) -> gr.components.Component:
-    common: dict[str, Any] = {"label": limits.label, "info": limits.help, "elem_id": f"gw-{name}", "min_width": 260}
-    if name == "stop":
+def _draw(name: str, row: SamplingField, default: Any) -> gr.components.Component:
+    common: dict[str, Any] = {"label": row.label, "info": row.help, "elem_id": f"gw-{name}", "min_width": 260}
+    if row.kind == "texts":
         return gr.Textbox("\n".join(default), lines=2, max_lines=6, **common)
-    if (limits.high - limits.low) / limits.step > _WIDEST_SLIDER_STEPS:
+    if (row.high - row.low) / row.step > _WIDEST_SLIDER_STEPS:
         return gr.Number(-1 if default is None else default, precision=0, **common)
-    return gr.Slider(limits.low, limits.high, value=default, step=limits.step, **common)
+    return gr.Slider(row.low, row.high, value=default, step=row.step, **common)
 
 
 def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: BrowserStore, note: gr.HTML) -> None:

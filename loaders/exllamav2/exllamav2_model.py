@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core.chat import Finish, Step
 from ...core.models import LocalModel
-from ...core.params import GenerationParams
+from ...core.params import GenerationParams, obeyed_by
 from ..contract.base import LoadedModel
 from ..machine.memory_release import free_memory
 from ..text import chat_template
@@ -21,12 +21,7 @@ from ..text import chat_template
 class ExLlamaV2Model(LoadedModel):
     """One generator on the worker thread: each of its steps serves every answer that is being computed."""
 
-    can = frozenset(
-        {
-            "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "repetition_range", "seed", "stop", "logit_bias",
-        }
-    )  # fmt: skip
+    can = obeyed_by("exllamav2")
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from ...core.chat import Finish, FinishReason, Message, Step, Token
 from ...core.errors import AnswerFailed, BadParameter, PromptTooLong
 from ...core.grammar import Grammar
 from ...core.models import LocalModel
-from ...core.params import GenerationParams
+from ...core.params import GenerationParams, changed_in, obeyed_by
 from ..contract.base import LoadedModel
 from ..contract.worker import Stream
 from ..text.chat_template import ChatTemplate
@@ -23,12 +23,7 @@ _PARALLEL = 64  # answers under way at once; the engines do their own queueing
 
 
 class RemoteModel(LoadedModel):
-    can = frozenset(
-        {
-            "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "stop", "logit_bias", "grammar",
-        }
-    )  # fmt: skip
+    can = obeyed_by("remote")
     device = "other machines"
 
     def __init__(
@@ -162,10 +157,7 @@ def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str,
         given["stop"] = list(params.stop[:_MOST_STOPS])
     if params.seed is not None:
         given["seed"] = params.seed
-    if params.presence_penalty:
-        given["presence_penalty"] = params.presence_penalty
-    if params.frequency_penalty:
-        given["frequency_penalty"] = params.frequency_penalty
+    given |= changed_in("remote", params)
     if params.logit_bias:
         given["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
     if params.grammar is not None:  # never left out; in the body, since completions have it too
@@ -174,8 +166,7 @@ def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str,
         return given
     given["stream_options"] = {"include_usage": True}
     more: dict[str, Any] = {"repetition_penalty": params.repetition_penalty, "repeat_penalty": params.repetition_penalty}
-    more |= {"min_p": params.min_p} | ({"top_k": params.top_k} if params.top_k else {})
-    more |= {"typical_p": params.typical_p} if params.typical_p < 1 else {}
+    more |= {"min_p": params.min_p, **changed_in("remote_extra", params)}
     if resume:
         more |= {"continue_final_message": True, "add_generation_prompt": False, "continue_": True}
     return given | {"extra_body": given.get("extra_body", {}) | more}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ...core.chat import Finish, Step
 from ...core.errors import LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel
-from ...core.params import GenerationParams
+from ...core.params import GenerationParams, obeyed_by
 from ...core.units import format_bytes
 from ..contract.base import LoadedModel, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
@@ -126,13 +126,12 @@ class TransformersModel(LoadedModel):
     ) -> None:
         super().__init__(stepper.parallel)
         from ...gptq.prefix_cache import PrefixCache
-        from ...gptq.sampling import CAN
 
         self.model, self.hf, self.tokenizer = model, hf, tokenizer
         self._stepper = stepper
         self.way = stepper.name if stepper.name != TransformersLoader.name else ""
         self.context_tokens, self.context_reason = context_tokens, context_reason
-        self.notes, self.device, self.can = notes, device, CAN
+        self.notes, self.device, self.can = notes, device, obeyed_by("own")
         self.template = chat_template.find(model.folder, tokenizer, model.architecture)
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
