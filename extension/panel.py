@@ -8,6 +8,7 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..ui import gradio_compat, model_tab, theme
 from ..ui.html_snippets import bad, good
+from ..ui.job_watcher import Drawn, Pages, Watcher
 from .bridge import Bridge
 
 CSS = theme.HOST_CSS
@@ -25,7 +26,8 @@ def draw(bridge: Bridge) -> None:
         )
         return
     with gr.Column(elem_id="gptq-webui"):
-        models = model_tab.build(engine, bridge.downloads)
+        watcher = Watcher()
+        models = model_tab.build(engine, bridge.downloads, watcher)
         with gr.Accordion("When the web UI starts", open=False, elem_id="gw-start"):
             start = gr.Dropdown(
                 [_NONE],
@@ -36,14 +38,16 @@ def draw(bridge: Bridge) -> None:
             )
             note = gr.HTML()
     widgets = bridge.host.widgets()
+    loaded_on: Pages[str] = Pages()  # the model that each page shows as loaded
 
-    def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def name_of_loaded() -> str:
+        return engine.loaded.model.name if engine.loaded is not None else ""
+
+    def show(request: gr.Request) -> Drawn:
         names = [_NONE, *(each.name for each in engine.library.models() if each.kind == "gptq")]
         chosen = bridge.autoload_model or _NONE
-        first = {start: gr.update(choices=names if chosen in names else [*names, chosen], value=chosen)}
-        for update in models.show(request):
-            yield first | update
-            first = {}
+        loaded_on.set(request, name_of_loaded())
+        return {start: gr.update(choices=names if chosen in names else [*names, chosen], value=chosen)} | models.show(request)
 
     def keep(name: str) -> str:
         try:
@@ -69,16 +73,28 @@ def draw(bridge: Bridge) -> None:
         }
         return [updates[name] for name in widgets]
 
-    def look_again(chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        """The host may have loaded or unloaded a model meanwhile; what is being typed in our tab stays if it did not."""
-        if (engine.loaded.model.name if engine.loaded is not None else None) == (chosen or None):
-            yield {note: gr.update()}
-        else:
-            yield from models.show(request)
+    def look(request: gr.Request) -> Iterator[Drawn]:
+        """The host's own page follows what our tab loads; for the watcher."""
+        busy = True
+        while busy:
+            busy = engine.status.phase in ("loading", "unloading")
+            if not busy and loaded_on.get(request) != name_of_loaded():
+                yield dict(zip(widgets.values(), in_host(), strict=True))
+                loaded_on.set(request, name_of_loaded())
+            else:
+                yield {}
+
+    def look_again(chosen: str | None, request: gr.Request) -> Drawn:
+        """The host may have loaded or unloaded a model meanwhile. If it did not, what is being typed in our tab stays."""
+        if name_of_loaded() == (chosen or ""):
+            return {note: gr.update()}
+        loaded_on.set(request, name_of_loaded())
+        return models.show(request)
 
     start.input(keep, start, note, **gradio_compat.EVENT)
     if tab is not None:
-        tab.select(look_again, models.outputs[0], [note, *models.outputs], **gradio_compat.STREAM)
-    gradio_compat.root().load(show, None, [start, *models.outputs], **gradio_compat.STREAM)
-    for event in models.loaded if widgets else ():
-        event.then(in_host, None, list(widgets.values()), **gradio_compat.EVENT)
+        watcher.after(tab.select(look_again, models.outputs[0], [note, *models.outputs], **gradio_compat.SHOW))
+    watcher.after(gradio_compat.root().load(show, None, [start, *models.outputs], **gradio_compat.SHOW))
+    if widgets:
+        watcher.add(look, list(widgets.values()))
+    watcher.wire()

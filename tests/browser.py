@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+WAIT_MS = 45_000  # for something to appear; a busy machine needs long
+
 _OPTIONS = [
     "--headless",
     "--no-sandbox",

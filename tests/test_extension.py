@@ -450,7 +450,7 @@ def test_our_tab_in_the_hosts_page(place):
         page.wait_for_selector("#gw-model-status:has-text('Ready')")
         assert "32 weights share a scale" in page.inner_text("#gw-facts")
         assert host("state")["name"] == "tiny-2023"
-        assert page.inner_text("#gw-care button >> nth=0").startswith("Report")  # the idle unload is the host's own
+        assert page.inner_text("#gw-idle-box button >> nth=0").startswith("Report")  # the idle unload is the host's own
         page.get_by_role("tab", name="Model", exact=True).click()
         page.wait_for_selector("#host-status:has-text('Successfully loaded')")
         assert page.input_value("#host-menu input") == "tiny-2023"

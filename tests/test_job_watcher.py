@@ -1,30 +1,132 @@
-"""Watchers of a load: one of each page, drawn when something has changed."""
+"""ui/job_watcher.py: jobs of a page, and the one watcher that shows them."""
 
+import asyncio
+import threading
 from types import SimpleNamespace
 
-from gptq_webui.ui.job_watcher import Watchers, changes
+from gptq_webui.core.errors import BadParameter
+from gptq_webui.ui import job_watcher
+from gptq_webui.ui.job_watcher import Job, Jobs, Pages, Watcher
 
 
-def test_drawn_only_when_something_has_changed():
-    left = iter([True] * 6 + [False])
-    seen = iter(["a", "a", "b", "b", "b", "a"])
-    assert list(changes(lambda: next(left), lambda: {"box": next(seen)}, 0)) == [{"box": "a"}, {"box": "b"}, {"box": "a"}]
+def page(name="one"):
+    return SimpleNamespace(session_hash=name)
 
 
-def test_a_newer_watcher_of_the_page_ends_the_older_and_speaks_the_last_word():
-    watchers, busy, counts = Watchers(), [True], iter(range(1000))
+async def all_of(watch):
+    return [drawn async for drawn in watch]
 
-    def watch(session: str):
-        return watchers.watch(
-            SimpleNamespace(session_hash=session), lambda: bool(busy), lambda: {"n": next(counts)}, lambda: {"n": "end"}, 0
-        )
 
-    pages = [watch("one") for _ in range(30)]
-    other = watch("two")
-    for each in (*pages, other):
-        next(each)
-    assert [list(each) for each in pages[:-1]] == [[]] * 29  # somebody who keeps pressing Enter gathers no watchers
-    next(pages[-1])
-    busy.clear()
-    assert list(pages[-1]) == [{"n": "end"}]
-    assert list(other) == [{"n": "end"}]
+def watcher_of(*parts):
+    watcher = Watcher()
+    for part in parts:
+        watcher.add(part, ["box"])
+    return watcher
+
+
+def test_only_what_has_changed_is_drawn(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    looks = [{"box": "a"}, {"box": "a"}, {}, {"box": "b"}, {"box": "b"}, {"box": "a"}]
+    watcher = watcher_of(lambda request: iter(looks))
+    assert asyncio.run(all_of(watcher.watch(page()))) == [{"box": "a"}, {"box": "b"}, {"box": "a"}]
+
+
+def test_it_ends_when_every_part_has_ended_and_a_part_that_breaks_does_not_stop_the_others(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+
+    def broken(request):
+        yield {"one": 1}
+        raise RuntimeError("no")
+
+    watcher = watcher_of(broken, lambda request: iter([{}, {}, {"two": 2}]))
+    assert asyncio.run(all_of(watcher.watch(page()))) == [{"one": 1}, {"two": 2}]
+
+
+def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0.001)
+    busy = threading.Event()
+
+    def part(request):
+        count = 0
+        while not busy.is_set():
+            yield {"count": (count := count + 1)}
+        yield {"count": "end"}
+
+    watcher = watcher_of(part)
+
+    async def scene():
+        pages = []
+        for _ in range(30):  # somebody who keeps pressing Enter gathers no watchers
+            pages.append(asyncio.create_task(all_of(watcher.watch(page()))))
+            await asyncio.sleep(0.005)
+        other = asyncio.create_task(all_of(watcher.watch(page("two"))))
+        await asyncio.wait_for(asyncio.gather(*pages[:-1]), 5)
+        busy.set()
+        return [each.result()[-1] for each in pages[:-1]], await pages[-1], await other
+
+    older, newest, other = asyncio.run(scene())
+    assert {"count": "end"} not in older
+    assert newest[-1] == {"count": "end"} and other[-1] == {"count": "end"}
+
+
+def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):
+    """Gradio looks for its visitor when a handler yields."""
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0.001)
+    monkeypatch.setattr(job_watcher, "_ALIVE_S", 0.01)
+    watcher = watcher_of(lambda request: iter([{"box": 1}, *[{}] * 100]))
+    assert len(asyncio.run(all_of(watcher.watch(page())))) > 3
+
+
+def test_a_job_is_drawn_while_it_runs_and_once_at_its_end():
+    jobs, go = Jobs(), threading.Event()
+    look = jobs.part(lambda job: {"box": job.text}, lambda job, request: {"box": job.error or job.result})
+    assert list(look(page())) == []
+    assert jobs.start(page(), "Counting", lambda job: go.wait(5) and "three") is None
+    looking = look(page())
+    assert next(looking) == {"box": "Counting"}
+    go.set()
+    jobs.of(page()).wait(5)
+    assert next(look(page())) == {"box": "three"}  # the newer watcher, while the older has not looked again
+    assert list(looking) == [{"box": "three"}] and list(look(page())) == []
+
+
+def test_a_page_has_one_job_and_a_question_about_something_else_may_replace_it():
+    jobs, go = Jobs(), threading.Event()
+    try:
+        for name in "abc":
+            assert jobs.start(page(), name, lambda job: go.wait(5), replace=True) is None
+        assert jobs.start(page(), "c", lambda job: None, replace=True).what == "c"  # it runs already
+        assert jobs.start(page(), "d", lambda job: None).what == "c"
+        assert jobs.start(page("two"), "d", lambda job: None) is None
+        for at in range(20):
+            jobs.start(page(), str(at), lambda job: go.wait(5), replace=True)
+        assert sum(thread.name.startswith("gptq-webui") for thread in threading.enumerate()) < 10
+    finally:
+        go.set()
+
+
+def test_shared_jobs_run_one_at_a_time_for_all_pages():
+    jobs, go = Jobs(shared=True), threading.Event()
+    jobs.start(page(), "Verifying", lambda job: go.wait(5))
+    assert jobs.start(page("two"), "Deleting", lambda job: None) is jobs.running()
+    jobs.attach(page("two"), jobs.running())
+    jobs.stop(page("two"))
+    assert jobs.of(page()).cancel.is_set()
+    go.set()
+
+
+def test_what_a_job_raises_becomes_a_sentence_without_the_name_of_a_class():
+    def refuse(job):
+        raise BadParameter("Write a number.")
+
+    assert Job("Loading", refuse).wait(5).error == "Write a number."
+    said = Job("Loading", lambda job: {}["missing"]).wait(5).error
+    assert said.startswith("Loading failed because of a mistake in this program.") and "KeyError" not in said
+
+
+def test_pages_that_nobody_closes_do_not_fill_the_memory():
+    pages = Pages(3)
+    for at in range(10):
+        pages.set(page(str(at)), at)
+    assert [pages.get(page(str(at))) for at in range(10)] == [None] * 7 + [7, 8, 9]
+    assert pages.pop(page("9")) == 9 and pages.get(page("9")) is None

@@ -100,13 +100,13 @@ def test_a_question_asked_during_a_load_waits_for_it_and_can_be_taken_back(visit
     open_tab(tab, "Chat")
     tab.fill("#gw-message textarea", "too early")
     tab.press("#gw-message textarea", "Enter")
-    wait_for(tab, "#gw-line", "waits for the model")
+    wait_for(tab, "#gw-line", "Your message waits for the model")
     assert tab.is_disabled("#gw-message textarea")
     tab.click("#gw-stop")
-    wait_for(tab, "#gw-line", "stopped before the model was there")
+    wait_for(tab, "#gw-line", "Stopped before the model was ready")
     assert tab.input_value("#gw-message textarea") == "too early" and house.engine.loaded is None
     tab.press("#gw-message textarea", "Enter")
-    wait_for(tab, "#gw-line", "waits for the model")
+    wait_for(tab, "#gw-line", "Your message waits for the model")
     wait_for(tab, "#gw-line", "tokens/s")
     assert "too early" in tab.inner_text("#gw-chat") and tab.input_value("#gw-message textarea") == ""
     assert tab.is_enabled("#gw-message textarea")
@@ -199,7 +199,7 @@ def test_an_answer_that_was_much_too_slow_points_to_what_may_help(visit, house):
     engine = house.engine
     engine.recovery.note_trouble("The card's memory is full.", engine.slot.plan, engine.choice, 2048)
     ask(tab, "Quick!")
-    wait_for(tab, "#gw-line", "What may help stands in the Model tab")
+    wait_for(tab, "#gw-line", "The Model tab shows what may help")
     open_tab(tab, "Model")
     wait_for(tab, "#gw-trouble", "The card's memory is full.")
     assert tab.is_visible("#gw-remedy-context")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from browser import chromium
+from browser import WAIT_MS, chromium
 from gptq_webui.core.chat import Message, Token
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
@@ -39,7 +39,7 @@ def house(demo_root, tmp_path_factory):
 def tab(house):
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.set_default_timeout(30_000)
+        tab.set_default_timeout(WAIT_MS)
         tab.goto(house.url)
         tab.wait_for_selector("#gw-head:has-text('4bit')")
         yield tab
@@ -58,7 +58,7 @@ def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab
     tab.wait_for_selector("#gw-line [role=progressbar]")
     seen = set()
     while len(seen) < 3:  # it moves
-        found = re.search(r"Reading your prompt: ([\d,]+) of ([\d,]+) tokens", tab.inner_text("#gw-line"))
+        found = re.search(r"Reading your message: ([\d,]+) of ([\d,]+) tokens", tab.inner_text("#gw-line"))
         assert found, tab.inner_text("#gw-line")
         read, whole = (int(each.replace(",", "")) for each in found.groups())
         assert read < whole and whole > 1500
@@ -70,7 +70,7 @@ def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab
     read = house.engine.loaded._prefix._kept[-1].memory.length
     assert max(seen) <= read < whole  # it ended in the middle, and what was read is kept
     tab.click("#gw-regenerate")
-    tab.wait_for_selector("#gw-line:has-text('writing')", timeout=120_000)
+    tab.wait_for_selector("#gw-line:has-text('Writing')", timeout=120_000)
     tab.click("#gw-stop")
     tab.wait_for_selector("#gw-line:has-text('first word after')")
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import model_card_repo
-from browser import chromium
+from browser import WAIT_MS, chromium
 from gptq_webui.engine.advice import Memory, fit_of_plan
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
@@ -75,7 +75,7 @@ def house(place, tmp_path, monkeypatch, tiny_gptq):
 def tab(chrome, house):
     context = chrome.new_context(viewport={"width": 1280, "height": 1100})
     tab = context.new_page()
-    tab.set_default_timeout(15_000)
+    tab.set_default_timeout(WAIT_MS)
     tab.goto(house.url)
     tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
     yield tab
@@ -262,7 +262,7 @@ def test_the_token_is_written_and_never_shown_again(tab, house):
 def test_what_a_press_brings_up_is_in_sight(chrome, house):
     context = chrome.new_context(viewport={"width": 1280, "height": 720})
     tab = context.new_page()
-    tab.set_default_timeout(15_000)
+    tab.set_default_timeout(WAIT_MS)
     tab.goto(house.url)
     tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
     tab.click("#gw-settings button >> nth=0")  # tall, as the facts of a loaded model are
@@ -283,7 +283,7 @@ def test_what_a_press_brings_up_is_in_sight(chrome, house):
 def test_a_phone_scrolls_down_only_with_the_table_open(chrome, house):
     context = chrome.new_context(viewport={"width": 390, "height": 844})
     tab = context.new_page()
-    tab.set_default_timeout(15_000)
+    tab.set_default_timeout(WAIT_MS)
     tab.goto(house.url)
     tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Model')")
     ask(tab, model_card_repo.REPO)

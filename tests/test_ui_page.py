@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from browser import chromium
+from browser import WAIT_MS, chromium
 from fake_library import MISTRAL, Shelf
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.download_queue import Downloads
@@ -73,7 +73,7 @@ def visit(chrome, house):
             house.engine.load(MISTRAL, options=options)
         contexts.append(chrome.new_context(viewport={"width": width, "height": height}))
         tab = contexts[-1].new_page()
-        tab.set_default_timeout(10_000)
+        tab.set_default_timeout(WAIT_MS)
         tab.goto(house.url)
         settled(tab, house)
         return tab
@@ -212,7 +212,7 @@ def test_two_pages_wait_for_each_other(visit, house):
     ask(tab, "First")
     wait_for(tab, "#gw-chat", "word5")
     ask(second, "Second")
-    wait_for(second, "#gw-line", "waiting for another answer (2nd in line)")
+    wait_for(second, "#gw-line", "Waiting for another answer to end (2nd in the queue)")
     tab.click("#gw-stop")
     wait_for(second, "#gw-chat", "word5")
 

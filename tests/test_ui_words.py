@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gptq_webui.core.chat import Finish, Message, Reading, Token
-from gptq_webui.core.errors import AnswerFailed, BadParameter
+from gptq_webui.core.errors import AnswerFailed, BadParameter, NotLoaded
 from gptq_webui.core.params import PRESETS, GenerationParams
 from gptq_webui.loaders.text import chat_template
 from gptq_webui.ui import html_snippets, model_facts
@@ -82,7 +82,7 @@ def test_a_wrong_value_is_a_sentence(name, value):
     [
         (Finish("stop", 10, 0, 112, 0.75, 4.74), "23.4 tokens/s · first word after 0.8 s · 112 tokens"),
         (Finish("length", new_tokens=512), "stopped at the limit of 512 tokens: press Continue"),
-        (Finish("length", new_tokens=100), "the memory for the conversation is full"),
+        (Finish("length", new_tokens=100), "the context is full. Press Continue"),
         (Finish("cancelled", new_tokens=3), "3 tokens · stopped"),
         (Finish("cancelled"), "stopped before the first word"),
         (Finish("stop"), "the model had nothing to add"),
@@ -111,26 +111,43 @@ class Stream:
             yield event
 
 
-def test_a_reply_says_where_it_stands():
+def test_a_reply_says_what_it_is_doing():
     stream = Stream(Token(1, " world"), Finish("stop"), ahead=1)
-    reply = Reply(stream, threading.Event(), "hello")
-    assert reply.state == "waiting for another answer (2nd in line) …"
+    reply = Reply(lambda: stream, threading.Event(), "hello")
+    while not reply.accepted:
+        time.sleep(0.01)
+    assert reply.state == "Waiting for another answer to end (2nd in the queue) …"
     stream.ahead = 0
-    assert reply.state == "reading your prompt …"
+    assert reply.state == "Reading your message …"
     stream.reading = Reading(3072, 12000, time.monotonic())
-    assert reply.state == "reading your prompt …" and reply.share is None  # it may be over in a moment
+    assert reply.state == "Reading your message …" and reply.share is None  # it may be over in a moment
     stream.reading = Reading(3072, 12000, time.monotonic() - 0.6)
-    assert reply.state == "Reading your prompt: 3,072 of 12,000 tokens" and reply.share == 0.256
+    assert reply.state == "Reading your message: 3,072 of 12,000 tokens" and reply.share == 0.256
     stream.go.set()
     assert reply.wait(5) and reply.text == "hello world" and reply.finish == Finish("stop")
 
 
-@pytest.mark.parametrize("error", [AnswerFailed("The model stopped."), RuntimeError("shape")])
-def test_a_reply_that_breaks_keeps_its_text(error):
-    stream = Stream(Token(1, "hello"), error)
+def test_a_reply_that_breaks_keeps_its_text_and_says_why():
+    stream = Stream(Token(1, "hello"), AnswerFailed("The model stopped."))
     stream.go.set()
-    reply = Reply(stream, threading.Event())
-    assert reply.wait(5) and reply.text == "hello" and str(error) in reply.error
+    reply = Reply(lambda: stream, threading.Event())
+    assert reply.wait(5) and reply.text == "hello" and reply.error == "The model stopped."
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_without_the_name_of_a_class():
+    stream = Stream(Token(1, "hello"), RuntimeError("shape"))
+    stream.go.set()
+    reply = Reply(lambda: stream, threading.Event())
+    assert reply.wait(5) and reply.text == "hello" and reply.error.startswith("The answer broke off")
+    assert "RuntimeError" not in reply.error
+
+
+def test_a_question_that_the_engine_refuses_is_a_reply_with_an_error():
+    def refuse():
+        raise NotLoaded
+
+    reply = Reply(refuse, threading.Event())
+    assert reply.wait(5) and reply.accepted and "No model is loaded" in reply.error
 
 
 def test_nothing_is_shown_unescaped():

@@ -52,7 +52,7 @@ class ApiBox:
 
 def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
     """Draw it; `show` fills it for the one who looks."""
-    with gr.Column(elem_classes="gw-card", elem_id="gw-api"):
+    with gr.Column(elem_classes="gw-panel", elem_id="gw-api"):
         head = gr.HTML(elem_id="gw-api-head")
         program = gr.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
         code = gr.Code(value="", language="shell", interactive=False, label="To paste", lines=4, elem_id="gw-api-code")

@@ -1,8 +1,6 @@
 """The branches of a repository, as the model card's table shows them, with what only this machine knows: which fits."""
 
-from collections.abc import Iterator
 from html import escape
-from typing import Any
 
 import gradio as gr
 
@@ -16,6 +14,7 @@ from ..hub.branches import Branches, read_branches
 from . import gradio_compat, html_snippets
 from .access import Access
 from .download_box import DownloadBox
+from .job_watcher import Drawn, Job, Jobs, Watcher
 
 _AUTOMATIC = 8192  # the context a loader takes by itself
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
@@ -31,12 +30,12 @@ _INTO_VIEW = "() => { document.querySelector('#gw-branches-box')?.scrollIntoView
 _COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
 
 
-def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
+def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Watcher) -> None:
     """Draw the table and the choice under it, hidden until branches are asked for, and wire them."""
     note = gr.HTML(elem_id="gw-branches-note")
     with gr.Row(elem_classes="gw-buttons"):
         sister = gr.Button("", size="sm", visible=False, elem_id="gw-sister")
-    with gr.Column(visible=False, elem_id="gw-branch-choice", elem_classes="gw-card") as place:
+    with gr.Column(visible=False, elem_id="gw-branch-choice", elem_classes="gw-panel") as place:
         table = gr.HTML(elem_id="gw-branch-table")
         with gr.Row(elem_classes="gw-fields"):
             branch = gr.Dropdown([], label="Branch", elem_id="gw-branch", min_width=260, scale=2)
@@ -53,8 +52,9 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
     known = gr.State(None)  # what the Hub said: the context can change without asking again
     advised = gr.State(None)
     outputs = [note, sister, place, table, branch, fit, known, advised]
+    asking = Jobs()
 
-    def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> dict[Any, Any]:
+    def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> Drawn:
         advice = advise(found, engine.loaders, context_tokens, available_memory(engine.loaded))
         names = [each.branch.name for each in advice.offers if each.branch.wanted]
         best = advice.best.branch.name if advice.best else None
@@ -71,61 +71,65 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access) -> None:
             advised: advice,
         }
 
-    def show(text: str, context_tokens: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def show(text: str, context_tokens: int, request: gr.Request) -> Drawn:
+        """Ask the Hub; the watcher shows the answer."""
         access.require_owner(request)
         hidden = {place: gr.update(visible=False), sister: gr.update(visible=False), known: None, advised: None}
         try:
-            ref = ModelRef.parse(text)
+            ref = ModelRef.parse(text or "")
         except GptqWebuiError as error:
-            yield hidden | {note: html_snippets.bad(str(error))}
-            return
-        yield hidden | {note: html_snippets.working(f"Asking the Hub about the branches of {ref.repo} …", None)}
+            return hidden | {note: html_snippets.bad(str(error))}
+        what = f"Asking the Hub about the branches of {ref.repo}"
+        asking.start(request, what, lambda _job: ask(ref, context_tokens), replace=True)
+        return hidden
+
+    def ask(ref: ModelRef, context_tokens: int) -> Drawn:
         try:
             found = read_branches(engine.library.hub, ref.repo)
         except WrongRepository as error:
             link = html_snippets.link(f"{engine.library.hub.endpoint}/{error.sister}", error.sister) if error.sister else ""
             update = gr.update(visible=True, value=f"Show the branches of {error.sister}") if error.sister else gr.update()
-            yield {note: html_snippets.bad(str(error)) + link, sister: update}
-            return
-        except GptqWebuiError as error:
-            yield {note: html_snippets.bad(str(error))}
-            return
-        yield shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
+            return {note: html_snippets.bad(str(error)) + link, sister: update}
+        return shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
 
-    def show_sister(label: str, context_tokens: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def running(job: Job) -> Drawn:
+        return {note: html_snippets.working(f"{job.what} …", None)}
+
+    def ended(job: Job, _request: gr.Request) -> Drawn:
+        return {note: html_snippets.bad(job.error)} if job.error else job.result
+
+    def show_sister(label: str, context_tokens: int, request: gr.Request) -> Drawn:
         access.require_owner(request)
         name = label.rpartition(" ")[2]
-        for update in show(name, context_tokens, request):
-            yield {box.ref: name} | update
+        return {box.ref: name} | show(name, context_tokens, request)
 
-    def count_again(found: Branches | None, context_tokens: int, chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+    def count_again(found: Branches | None, context_tokens: int, chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
         return shown(found, context_tokens, chosen) if found is not None else {note: gr.update()}
 
-    def choose(advice: Advice | None, chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+    def choose(advice: Advice | None, chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
         return {fit: _fit(advice, chosen) if advice is not None else ""}
 
-    def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
         if advice is None or not chosen:
-            yield {box.outputs[1]: html_snippets.bad("Choose a branch first.")}
-            return
+            return {box.status: html_snippets.bad("Choose a branch first.")}
         ref = ModelRef(advice.found.repo, chosen)
         saved = engine.settings.for_model(ref.folder_name).get("options") or {}
         if advice.context_tokens != _AUTOMATIC and "context_tokens" not in saved:
             # what was counted with is what will be loaded; the loaders' own choice is 8192
             engine.settings.save_for_model(ref.folder_name, options={**saved, "context_tokens": advice.context_tokens})
-        yield from box.begin(str(ref), request)
+        return box.begin(str(ref), request)
 
+    watcher.add(asking.part(running, ended), outputs)
     for trigger in (box.branches.click, box.ref.submit):
-        trigger(show, [box.ref, context], outputs, **gradio_compat.STREAM).then(
-            None, None, None, js=_INTO_VIEW, **gradio_compat.EVENT
-        )
-    sister.click(show_sister, [sister, context], [box.ref, *outputs], **gradio_compat.STREAM)
+        watcher.after(trigger(show, [box.ref, context], outputs, **gradio_compat.PRESS))
+    watcher.after(sister.click(show_sister, [sister, context], [box.ref, *outputs], **gradio_compat.PRESS))
+    table.change(None, None, None, js=_INTO_VIEW, **gradio_compat.EVENT)
     context.input(count_again, [known, context, branch], outputs, **gradio_compat.EVENT)
     branch.input(choose, [advised, branch], fit, **gradio_compat.EVENT)
-    box.ended.append(take.click(download, [advised, branch], box.outputs, **gradio_compat.STREAM))
+    watcher.after(take.click(download, [advised, branch], box.status, **gradio_compat.PRESS))
 
 
 def _fit(advice: Advice, chosen: str | None) -> str:

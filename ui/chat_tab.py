@@ -1,21 +1,26 @@
-"""The Chat tab. The chat itself lives in the visitor's browser; the server keeps only a flag per running answer."""
+"""The Chat tab. The chat itself lives in the visitor's browser; the server keeps only a flag for each running answer.
 
+Answers are asynchronous generators: while one waits for text, it holds no thread of Gradio.
+"""
+
+import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
+from ..core.chat import Message
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from . import gradio_compat
 from .access import Access
 from .browser_store import browser_store
 from .html_snippets import bad, notes, quiet, working
-from .job_watcher import Watchers
+from .job_watcher import Drawn, Watcher
 from .live_reply import Reply, in_words
 from .parameters_tab import ParametersTab
 from .template_box import about, draw_template
@@ -24,20 +29,18 @@ from .transcript import Transcript
 _STORE_KEY = "gptq-webui chat"
 _LOOK_S = 1 / 15  # how often a running answer is drawn
 _LOAD_LOOK_S = 0.3
+_ACCEPT_S = 0.01  # the engine takes most questions within this
 _KEEP_S = 1.0  # how often the browser keeps it
 _STOP_WAIT_S = 2.0  # the model is given so long to say its last word after Stop
 
 
 @dataclass(frozen=True)
 class ChatTab:
-    show: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # who is loaded, for `outputs`: after a load, on opening the tab
-    outputs: list[Any]
     leave: Callable[[gr.Request], None]  # for `Blocks.unload`: ends the answer of a page that was closed
-    answered: list[Any]  # events after an answer has ended
 
 
-def build(engine: Engine, parameters: ParametersTab, access: Access | None = None) -> ChatTab:
-    """Draw the tab and wire it; return what keeps it up to date."""
+def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: Access | None = None) -> ChatTab:
+    """Draw the tab and wire it; `watcher` shows which model answers."""
     access = access or Access()
     head = gr.HTML(elem_id="gw-head")
     bot = gradio_compat.chatbot(
@@ -80,15 +83,14 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
     store = browser_store(_STORE_KEY)
     running: dict[str, threading.Event] = {}  # by session: the flag that ends its answer
     cleared: set[threading.Event] = set()  # flags of answers that Clear ended
-    watchers = Watchers()
 
-    def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., Iterator[dict[Any, Any]]]:
-        def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> Iterator[dict[Any, Any]]:
+    def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., AsyncIterator[Drawn]]:
+        async def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> AsyncIterator[Drawn]:
             session, cancel = str(request.session_hash), threading.Event()
             usual = {send: gr.update(visible=True), stop: gr.update(visible=False), box: gr.update(interactive=True)}
             flag = running.setdefault(session, cancel)
             if flag is not cancel and not flag.is_set():
-                yield {line: bad("An answer is still being written. Stop it, or wait for its end.")}
+                yield {line: bad("An answer is still being written. Press Stop, or wait for its end.")}
                 return
             running[session] = cancel
             try:
@@ -98,23 +100,28 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     return
                 params = parameters.params(values)
                 stoppable = {send: gr.update(visible=False), stop: gr.update(visible=True)}
-                for words in _waking(engine, cancel):
+                async for words in _waking(engine, cancel):
                     yield {line: quiet(words), box: gr.update(interactive=False)} | stoppable
                 if cancel.is_set():
                     cleared.discard(cancel)
-                    yield {line: quiet("stopped before the model was there")} | usual
+                    yield {line: quiet("Stopped before the model was ready.")} | usual
                     return
-                reply = Reply(engine.chat(chat.prompt(), params, cancel), cancel, chat.last_answer)
-                yield (
-                    draw(chat)
-                    | stoppable
-                    | {line: _doing(reply)}
-                    | {box: gr.update(interactive=True) | ({"value": ""} if prepare is _ask else {})}
-                )
-                for written, keep in _watch(reply, cancel):
+                prompt = chat.prompt()
+                reply = Reply(lambda: engine.chat(prompt, params, cancel), cancel, chat.last_answer)
+                while not reply.accepted and not cancel.is_set():
+                    await asyncio.sleep(_ACCEPT_S)
+                earlier = chat.unanswered().shown()  # made ready once: only the last message changes
+                if not reply.error:
+                    yield (
+                        draw(chat)
+                        | stoppable
+                        | {line: _doing(reply)}
+                        | {box: gr.update(interactive=True) | ({"value": ""} if prepare is _ask else {})}
+                    )
+                async for written, keep in _watch(reply, cancel):
                     if cancel in cleared:
                         break
-                    yield draw(chat.answered(written), keep) | {line: _doing(reply)}
+                    yield draw(chat.answered(written), keep, earlier) | {line: _doing(reply)}
                 if cancel in cleared:
                     cleared.discard(cancel)
                     if session not in running:  # an update that was on its way may have come after Clear
@@ -123,9 +130,9 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
                     words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
-                    if engine.recovery.trouble is not None and reply.finish:
-                        words += notes([f"{engine.recovery.trouble.text} What may help stands in the Model tab."])
-                    yield draw(chat.answered(reply.text)) | {line: bad(reply.error) if reply.error else words}
+                    if engine.recovery.trouble is not None and reply.finish and access.is_owner(request):
+                        words += notes([f"{engine.recovery.trouble.text} The Model tab shows what may help."])
+                    yield draw(chat.answered(reply.text), True, earlier) | {line: bad(reply.error) if reply.error else words}
             except GptqWebuiError as error:
                 yield {line: bad(str(error))}
             finally:
@@ -136,14 +143,16 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
 
         return handler
 
-    def draw(chat: Transcript, keep: bool = True) -> dict[Any, Any]:
-        return {bot: gradio_compat.to_display(chat.shown())} | ({store.box: chat.kept()} if keep else {})
+    def draw(chat: Transcript, keep: bool = True, earlier: Sequence[Message] = ()) -> Drawn:
+        shown = [*earlier, *chat.shown(len(earlier))]
+        return {bot: gradio_compat.to_display(shown)} | ({store.box: chat.kept()} if keep else {})
 
     def stop_answer(request: gr.Request) -> None:
         if flag := running.get(str(request.session_hash)):
             flag.set()
 
     def leave(request: gr.Request) -> None:
+        watcher.leave(request)
         if flag := running.pop(str(request.session_hash), None):
             flag.set()
 
@@ -160,31 +169,25 @@ def build(engine: Engine, parameters: ParametersTab, access: Access | None = Non
         chat = Transcript.read(kept)
         return gradio_compat.to_display(chat.shown()), chat.system, chat.kept()
 
-    def show(request: gr.Request) -> Iterator[dict[Any, Any]]:
-        def told() -> dict[Any, Any]:
-            return {head: about(engine, access.is_owner(request))}
-
-        def busy() -> bool:
-            return engine.status.phase in ("loading", "unloading")
-
-        yield from watchers.watch(request, busy, told, lambda: told() | template.values(request), _LOAD_LOOK_S)
+    def look(request: gr.Request) -> Iterator[Drawn]:
+        """Which model answers; for the watcher."""
+        busy = True
+        while busy:
+            busy = engine.status.phase in ("loading", "unloading")
+            yield {head: about(engine, access.is_owner(request))} | ({} if busy else template.values(request))
 
     inputs = [store.box, box, system, *parameters.fields]
     outputs = [bot, store.box, line, box, send, stop]
 
-    shown = [head, *template.outputs]
-    answered = [
-        trigger(turn(prepare), inputs, outputs, **gradio_compat.STREAM).then(show, None, shown, **gradio_compat.STREAM)
-        for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again))
-    ]
+    watcher.add(look, [head, *template.outputs])
+    for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again)):
+        watcher.after(trigger(turn(prepare), inputs, outputs, **gradio_compat.ANSWER))
     stop.click(stop_answer, None, None, **gradio_compat.NOW)
     clear.click(clear_chat, [store.box, system], [bot, store.box, line], **gradio_compat.NOW)
     system.blur(keep_system, [store.box, system], store.box, **gradio_compat.EVENT)
-    template.choice.input(template.choose, template.choice, template.outputs, **gradio_compat.EVENT).then(
-        show, None, shown, **gradio_compat.STREAM
-    )
+    watcher.after(template.choice.input(template.choose, template.choice, template.outputs, **gradio_compat.EVENT))
     store.on_load(restore, [bot, system, store.box])
-    return ChatTab(show, shown, leave, answered)
+    return ChatTab(leave)
 
 
 def _ask(chat: Transcript, text: str) -> Transcript | str:
@@ -199,27 +202,27 @@ def _again(chat: Transcript, _text: str) -> Transcript | str:
     return chat.unanswered() if chat.messages else "There is no answer to write again yet."
 
 
-def _waking(engine: Engine, cancel: threading.Event) -> Iterator[str]:
-    """What to say while a model is being loaded, or loaded again after it was unloaded for want of use: a question waits for it.
-    A failure is said by the answer."""
+async def _waking(engine: Engine, cancel: threading.Event) -> AsyncIterator[str]:
+    """What to say while the question waits: a model is being loaded, or loaded again after it was unloaded as idle.
+    A load that fails is reported by the answer."""
 
     def reload_idle() -> None:
         with contextlib.suppress(GptqWebuiError):
             engine.reload_idle()
 
-    told = ""
+    shown = ""
     while engine.loaded is None and engine.status.phase == "loading" and not cancel.is_set():
-        if engine.status.text != told:
-            told = engine.status.text
-            yield f"Your question waits for the model: {told} …"
-        cancel.wait(_LOAD_LOOK_S)
+        if engine.status.text != shown:
+            shown = engine.status.text
+            yield f"Your message waits for the model: {shown} …"
+        await asyncio.sleep(_LOAD_LOOK_S)
     if not engine.must_reload_idle or cancel.is_set():
         return
-    thread = threading.Thread(target=reload_idle, name="gptq-webui wake", daemon=True)
+    thread = threading.Thread(target=reload_idle, name="gptq-webui idle reload", daemon=True)
     thread.start()
     while thread.is_alive() and not cancel.is_set():
-        yield f"loading the model again: {engine.status.text} …"
-        thread.join(_LOAD_LOOK_S)
+        yield f"The idle model is loaded again: {engine.status.text} …"
+        await asyncio.sleep(_LOAD_LOOK_S)
 
 
 def _doing(reply: Reply) -> str:
@@ -228,10 +231,11 @@ def _doing(reply: Reply) -> str:
     return quiet(reply.state) if share is None else working(reply.state, share)
 
 
-def _watch(reply: Reply, cancel: threading.Event) -> Iterator[tuple[str, bool]]:
+async def _watch(reply: Reply, cancel: threading.Event) -> AsyncIterator[tuple[str, bool]]:
     """(the answer so far, whether to keep it) whenever there is something new to draw, until it is over."""
     drawn, kept_at, stopped_at = "", time.monotonic(), None
-    while not reply.wait(_LOOK_S):
+    while not reply.over:
+        await asyncio.sleep(_LOOK_S)
         now = time.monotonic()
         if cancel.is_set():
             stopped_at = stopped_at or now

@@ -1,6 +1,5 @@
 """The queue of downloads: what runs, waits, is paused or done, each with its own buttons. It only looks at `Downloads`."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +12,18 @@ from ..engine.download_queue import Downloads, DownloadStatus
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, quiet, working
+from .job_watcher import Drawn, Watcher
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
 SHOWN = 6  # downloads that have a place in the page; the others are counted
-_LOOK_S = 0.25
 
 
 @dataclass(frozen=True)
 class DownloadBox:
     ref: gr.Textbox  # what is to be downloaded
     branches: gr.Button
-    ended: list[Any]  # events after which the list of models may be longer
-    begin: Callable[..., Iterator[dict[Any, Any]]]  # a handler for `outputs` that downloads what the given text names
-    resume: Callable[[gr.Request], Iterator[dict[Any, Any]]]  # for `outputs` on page load: looks on at what runs
-    outputs: list[Any]
+    status: gr.HTML
+    begin: Callable[..., Drawn]  # downloads what the given text names; returns values for `status`
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,13 @@ def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
 
 
 def draw_queue(
-    downloads: Downloads, access: Access, ref: gr.Textbox, branches: gr.Button, go: gr.Button, pickle: gr.Checkbox
+    downloads: Downloads,
+    access: Access,
+    watcher: Watcher,
+    ref: gr.Textbox,
+    branches: gr.Button,
+    go: gr.Button,
+    pickle: gr.Checkbox,
 ) -> DownloadBox:
     """Draw the places of the queue and wire them."""
     status = gr.HTML(elem_id="gw-download-status")
@@ -79,13 +82,13 @@ def draw_queue(
             places.append(_Place(row, text, pause, resume_one, cancel))
         more = gr.HTML(elem_id="gw-downloads-more")
     shown = gr.State([])  # the references in the places, as this page sees them
-    outputs = [ref, status, shown, more, *(each for place in places for each in place.outputs)]
+    outputs = [shown, more, *(each for place in places for each in place.outputs)]
 
-    def draw() -> dict[Any, Any]:
-        """Every place as it should be now. What goes on by itself comes first, then the newest."""
+    def draw() -> Drawn:
+        """Every place as it should be now. What is active comes first, then the newest."""
         listed = downloads.all()[::-1]
         listed = [each for each in listed if each.active][::-1] + [each for each in listed if not each.active]
-        updates: dict[Any, Any] = {shown: [str(each.ref) for each in listed[:SHOWN]]}
+        updates: Drawn = {shown: [str(each.ref) for each in listed[:SHOWN]]}
         for at, place in enumerate(places):
             if at >= len(listed):
                 updates[place.row] = gr.update(visible=False)
@@ -102,61 +105,48 @@ def draw_queue(
         updates[more] = quiet(f"{left} more in the list.") if left > 0 else ""
         return updates
 
-    def look_on() -> Iterator[dict[Any, Any]]:
-        """Draw until nothing goes on by itself any more."""
-        drawn: dict[Any, Any] = {}
-        running = True
+    def look(request: gr.Request) -> Iterator[Drawn]:
+        """The queue, until nothing in it goes on without a press; for the watcher."""
+        running = access.is_owner(request)
         while running:
             running = bool(downloads.active())
-            now = draw()
-            if changed := {key: value for key, value in now.items() if drawn.get(key) != value}:
-                yield changed
-            drawn = now
-            if running:
-                time.sleep(_LOOK_S)
+            yield draw()
 
-    def begin(text: str, request: gr.Request, **options: Any) -> Iterator[dict[Any, Any]]:
+    def begin(text: str, request: gr.Request, **options: Any) -> Drawn:
         access.require_owner(request)
         try:
             downloads.start(text, **options)
         except GptqWebuiError as error:
-            yield {status: bad(str(error))}
-            return
-        yield {status: ""}
-        yield from look_on()
+            return {status: bad(str(error))}
+        return {status: ""}
 
-    def start(text: str, old_formats: bool, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield from begin(text, request, **({"allow_pickle": True} if old_formats else {}))
+    def start(text: str, old_formats: bool, request: gr.Request) -> Drawn:
+        return begin(text or "", request, **({"allow_pickle": True} if old_formats else {}))
 
-    def resume(request: gr.Request) -> Iterator[dict[Any, Any]]:
-        if not access.is_owner(request):
-            yield {status: ""}
-            return
-        yield from look_on()
-
-    def press(what: str, at: int) -> Callable[[list[str], gr.Request], Iterator[dict[Any, Any]]]:
-        def pressed(refs: list[str], request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def press(what: str, at: int) -> Callable[[list[str], gr.Request], None]:
+        def pressed(refs: list[str], request: gr.Request) -> None:
             access.require_owner(request)
-            if at < len(refs):
-                named = ModelRef.parse(refs[at])
-                now = downloads.status(named)
-                if what == "cancel" and now is not None and not now.can_cancel:
-                    downloads.forget(named)
-                elif what == "cancel":
-                    downloads.cancel(named)
-                elif what == "pause":
-                    downloads.pause(named)
-                else:
-                    downloads.resume(named)
-            yield from look_on()
+            if at >= len(refs):
+                return
+            named = ModelRef.parse(refs[at])
+            now = downloads.status(named)
+            if what == "cancel" and now is not None and not now.can_cancel:
+                downloads.forget(named)
+            elif what == "cancel":
+                downloads.cancel(named)
+            elif what == "pause":
+                downloads.pause(named)
+            else:
+                downloads.resume(named)
 
         return pressed
 
-    events = [go.click(start, [ref, pickle], outputs, **gradio_compat.STREAM)]
+    watcher.add(look, outputs)
+    watcher.after(go.click(start, [ref, pickle], status, **gradio_compat.PRESS))
     for at, place in enumerate(places):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
-            events.append(button.click(press(what, at), shown, outputs, **gradio_compat.STREAM))
-    return DownloadBox(ref, branches, events, begin, resume, outputs)
+            watcher.after(button.click(press(what, at), shown, None, **gradio_compat.PRESS))
+    return DownloadBox(ref, branches, status, begin)
 
 
 def _draw(status: DownloadStatus) -> str:

@@ -17,9 +17,19 @@ LAZY_TABS = SIX
 
 # For every event. Handlers are the page's own business: they are named nowhere and shown in no API page.
 EVENT: dict[str, Any] = {"show_progress": "hidden"} | ({"api_visibility": "private"} if SIX else {"api_name": False})
-# For events that last: nobody waits for another page, and a second click is not swallowed.
-STREAM: dict[str, Any] = EVENT | {"concurrency_limit": None, "trigger_mode": "multiple"}
-# For events that must not wait behind one that lasts.
+
+
+def _kind(name: str, limit: int) -> dict[str, Any]:
+    """Options of events that share `limit` places. A second click is not swallowed."""
+    return EVENT | {"concurrency_limit": limit, "concurrency_id": f"gptq-webui {name}", "trigger_mode": "multiple"}
+
+
+# Gradio runs 40 events at a time. Each kind has its own share, so that none can take the places of the others.
+PRESS = _kind("press", 6)  # starts a job and returns
+SHOW = _kind("show", 6)  # fills a page that was opened
+WATCH = _kind("watch", 10)  # lasts as long as something changes without a press; one of each page
+ANSWER = _kind("answer", 12)  # lasts as long as the answer; one of each page
+# For events that must not wait behind others, and are over in a moment.
 NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
 
 

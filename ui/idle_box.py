@@ -17,12 +17,12 @@ _MOST_MINUTES = 10080  # a week
 
 
 @dataclass(frozen=True)
-class CareBox:
+class IdleBox:
     values: Callable[[], dict[Any, Any]]  # for `outputs`, when the page is opened
     outputs: list[Any]
 
 
-def draw_care(engine: Engine, access: Access) -> CareBox:
+def draw_idle(engine: Engine, access: Access) -> IdleBox:
     """Draw and wire."""
     minutes = gr.Number(
         0,
@@ -55,4 +55,4 @@ def draw_care(engine: Engine, access: Access) -> CareBox:
     copy.click(write, None, text, **gradio_compat.EVENT).then(
         None, text, None, js=copy_script("gw-report-copy", "gw-report-text", "Copy report"), **gradio_compat.EVENT
     )
-    return CareBox(values, [minutes, note, text])
+    return IdleBox(values, [minutes, note, text])

@@ -1,42 +1,223 @@
-"""Watching a long job for a page: drawn when something has changed, and by one watcher of each page.
+"""Long jobs of a page, and the one watcher of each page that shows how far they are.
 
-Every event that ends in "and show how far it is" begins a watcher. Without this, somebody who presses Enter while a
-model is being loaded would gather them, until drawing takes the time that the loading needs.
+A press starts a `Job` on a thread of its own and returns at once. Gradio runs at most 40 events at a time, in both
+versions: a handler that stayed until its job ended would keep one of these places, and 40 presses would end the page.
 """
 
+import asyncio
+import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import gradio as gr
 
-Drawn = dict[Any, Any]  # what a handler yields: component -> value
+from ..core.errors import GptqWebuiError
+from . import gradio_compat
+
+log = logging.getLogger(__name__)
+
+Drawn = dict[Any, Any]  # what a handler returns: component -> value
+Part = Callable[[gr.Request], Iterator[Drawn]]  # one look at each `next`, {} for no change; ends when only a press changes it
+
+LOOK_S = 0.2  # between two looks of a watcher
+_REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
+_ALIVE_S = 5.0  # Gradio notices that a page has left when its handler yields
+_MOST_REPLACED = 4  # questions to a slow Hub that nobody waits for any more
+_MOST_PAGES = 256  # remembered; who opens more pages than that loses sight of the oldest, not of its jobs
+
+T = TypeVar("T")
 
 
-def changes(busy: Callable[[], bool], draw: Callable[[], Drawn], every_s: float) -> Iterator[Drawn]:
-    """What `draw` returns, whenever that is something else than before, while `busy`."""
-    before: Drawn | None = None
-    while busy():
-        now = draw()
-        if now != before:
-            before = now
-            yield now
-        time.sleep(every_s)
+class Pages(Generic[T]):
+    """A value for each open page. The oldest are forgotten, so that nobody fills the memory by opening pages."""
+
+    def __init__(self, most: int = _MOST_PAGES) -> None:
+        self._most = most
+        self._values: OrderedDict[str, T] = OrderedDict()  # by session
+        self._lock = threading.Lock()
+
+    def get(self, request: gr.Request) -> T | None:
+        return self._values.get(str(request.session_hash))
+
+    def set(self, request: gr.Request, value: T) -> None:
+        with self._lock:
+            self._values[str(request.session_hash)] = value
+            self._values.move_to_end(str(request.session_hash))
+            while len(self._values) > self._most:
+                self._values.popitem(last=False)
+
+    def pop(self, request: gr.Request) -> T | None:
+        with self._lock:
+            return self._values.pop(str(request.session_hash), None)
 
 
-class Watchers:
-    """One of each page at most: a newer one ends the older."""
+class Job:
+    """One piece of work on a thread of its own, begun at once. What it raises becomes a sentence."""
+
+    def __init__(self, what: str, work: Callable[["Job"], object]) -> None:
+        """`what` names the work at the start of a sentence: "Verifying Llama"."""
+        self.what = what
+        self.text = what  # what it is doing now
+        self.share: float | None = None  # done, 0..1; None where nobody can say
+        self.result: Any = None  # what `work` returned
+        self.error = ""  # why it failed
+        self.cancel = threading.Event()  # set by whoever wants it to stop
+        self.began = time.monotonic()
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=f"gptq-webui {what}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, seconds: float = _REFUSAL_S) -> "Job":
+        """Until it has ended, but not longer than this."""
+        self._thread.join(seconds)
+        return self
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work(self)
+        except GptqWebuiError as error:
+            self.error = str(error)
+        except Exception:
+            log.exception("%s failed", self.what)
+            self.error = unexpected(self.what)
+
+
+def unexpected(what: str) -> str:
+    """The sentence for an error that nobody foresaw; its details are in the log."""
+    return (
+        f"{what} failed because of a mistake in this program. Try it again; if it fails again, the terminal shows the "
+        "details and the Model tab's report can be sent to its authors."
+    )
+
+
+class Jobs:
+    """The job of each page, one at a time."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        """With `shared`, one job at a time for all pages together."""
+        self._shared = shared
+        self._pages: Pages[Job] = Pages()
+        self._last: Job | None = None  # of any page
+        self._replaced: list[Job] = []  # nobody waits for their results any more
+        self._lock = threading.Lock()
+
+    def start(self, request: gr.Request, what: str, work: Callable[[Job], object], *, replace: bool = False) -> Job | None:
+        """Begin, and wait a moment for a refusal. Returns the job that still runs and is in the way, else None.
+
+        With `replace`, a job with another name gives way.
+        """
+        with self._lock:
+            before = self._last if self._shared else self._pages.get(request)
+            if before is not None and before.alive:
+                self._replaced = [each for each in self._replaced if each.alive]
+                if not replace or before.what == what or len(self._replaced) >= _MOST_REPLACED:
+                    return before
+                before.cancel.set()
+                self._replaced.append(before)
+            self._last = job = Job(what, work)
+            self._pages.set(request, job)
+        job.wait()
+        return None
+
+    def stop(self, request: gr.Request) -> None:
+        """End the job that this page can see."""
+        job = self._last if self._shared else self._pages.get(request)
+        if job is not None:
+            job.cancel.set()
+
+    def running(self) -> Job | None:
+        """The last job of any page, if it still runs."""
+        return self._last if self._last is not None and self._last.alive else None
+
+    def attach(self, request: gr.Request, job: Job) -> None:
+        """Show this job on the page, too."""
+        self._pages.set(request, job)
+
+    def of(self, request: gr.Request) -> Job | None:
+        """The job that runs, or has ended and was not shown yet."""
+        return self._pages.get(request)
+
+    def shown(self, request: gr.Request, job: Job | None) -> None:
+        """The page has shown how this job ended."""
+        if job is not None and self.of(request) is job:
+            self._pages.pop(request)
+
+    def part(self, running: Callable[[Job], Drawn], ended: Callable[[Job, gr.Request], Drawn]) -> Part:
+        """For a Watcher: draws the page's job while it runs, and once when it has ended."""
+
+        def look(request: gr.Request) -> Iterator[Drawn]:
+            while (job := self.of(request)) is not None:
+                if job.alive:
+                    yield running(job)
+                    continue
+                yield ended(job, request)
+                self.shown(request, job)
+
+        return look
+
+
+class Watcher:
+    """Shows what changes on a page without a press. Every page has one at most: a newer one takes over.
+
+    Tabs add their parts while they are drawn; `wire` comes last, when all parts are known.
+    """
 
     def __init__(self) -> None:
-        self._newest: dict[str, object] = {}  # by session
+        self._parts: list[Part] = []
+        self.outputs: list[Any] = []
+        self._events: list[Any] = []
+        self._newest: Pages[object] = Pages()
 
-    def watch(
-        self, request: gr.Request, busy: Callable[[], bool], draw: Callable[[], Drawn], last: Callable[[], Drawn], every_s: float
-    ) -> Iterator[Drawn]:
-        """`changes`, then `last` once, unless a newer watcher of the same page has taken over."""
-        session, mine = str(request.session_hash), object()
-        self._newest[session] = mine
-        yield from changes(lambda: busy() and self._newest.get(session) is mine, draw, every_s)
-        if self._newest.get(session) is mine:
-            del self._newest[session]
-            yield last()
+    def add(self, part: Part, outputs: list[Any]) -> None:
+        self._parts.append(part)
+        self.outputs += [each for each in outputs if not any(each is known for known in self.outputs)]
+
+    def after(self, *events: Any) -> None:
+        """Watch when one of these events has ended."""
+        self._events += events
+
+    def wire(self) -> None:
+        for event in self._events:
+            event.then(self.watch, None, self.outputs, **gradio_compat.WATCH)
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self._newest.pop(request)
+
+    async def watch(self, request: gr.Request) -> AsyncIterator[Drawn]:
+        """Draw what has changed, until nothing more changes without a press or a newer watcher takes over."""
+        mine = object()
+        self._newest.set(request, mine)
+        looks = [part(request) for part in self._parts]
+        drawn: Drawn = {}
+        yielded_at = 0.0
+        while looks and self._newest.get(request) is mine:
+            now = await asyncio.to_thread(_look, looks)  # a look may read the disk
+            changed = {box: value for box, value in now.items() if box not in drawn or drawn[box] != value}
+            if changed or time.monotonic() - yielded_at > _ALIVE_S:
+                drawn |= changed
+                yielded_at = time.monotonic()
+                yield changed or {self.outputs[0]: gr.update()}  # a handler that yields nothing would empty every output
+            if looks:
+                await asyncio.sleep(LOOK_S)
+
+
+def _look(looks: list[Iterator[Drawn]]) -> Drawn:
+    """One look at every part; those that have ended leave the list."""
+    drawn: Drawn = {}
+    for look in list(looks):
+        try:
+            drawn |= next(look)
+        except StopIteration:
+            looks.remove(look)
+        except Exception:  # one part that cannot be drawn must not blind the page
+            log.exception("a part of the page could not be drawn")
+            looks.remove(look)
+    return drawn

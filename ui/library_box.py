@@ -1,9 +1,6 @@
 """Everything on disk, and what can be done with it: look for an update, verify, repair, rescue, convert, delete, open."""
 
-import logging
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -16,29 +13,17 @@ from ..hub import model_repair, verification
 from ..hub.verification import Verdict
 from . import gradio_compat, html_snippets
 from .access import Access
+from .job_watcher import Drawn, Job, Jobs, Pages, Watcher
 
-log = logging.getLogger(__name__)
-
-_LOOK_S = 0.2
+Work = Callable[[str, Job], str]  # does something with the model of that name; returns HTML that says how it ended
 _COLUMNS = ("Model", "Branch", "Commit", "Kind", "Size", "Last used", "Where")
 
 
-@dataclass(frozen=True)
-class LibraryBox:
-    changed: list[Any]  # events after which other models may be listed
+def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Callable[[gr.Request], Drawn]) -> None:
+    """Draw the table and the buttons under it and wire them. The disk is read when a button is pressed.
 
-
-@dataclass
-class _Job:
-    """What a long job says while it runs on its own thread; the page only looks on."""
-
-    text: str = "Starting"
-    share: float | None = None
-    said: str = ""  # HTML, at the end
-
-
-def draw_library(engine: Engine, access: Access) -> LibraryBox:
-    """Draw the table and the buttons under it and wire them. Nothing is read until it is asked for."""
+    `changed` redraws what else lists models, after a job that changed one.
+    """
     with gr.Row(elem_classes="gw-buttons"):
         refresh = gr.Button("Show what is on disk", size="sm", min_width=170, elem_id="gw-library-show")
     table = gr.HTML(elem_id="gw-library-table")
@@ -56,10 +41,14 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
         with gr.Row(visible=False, elem_classes="gw-buttons") as sure:
             yes = gr.Button("Yes, delete it", variant="stop", size="sm", min_width=120, elem_id="gw-library-yes")
             no = gr.Button("Keep it", size="sm", min_width=90, elem_id="gw-library-no")
+    with gr.Row(elem_classes="gw-buttons"):
+        stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-library-stop")
     status = gr.HTML(elem_id="gw-library-status")
     outputs = [table, place, model, advice, write, convert, sure, status]
+    jobs = Jobs(shared=True)
+    chosen_on: Pages[str] = Pages()
 
-    def listed(chosen: str | None) -> dict[Any, Any]:
+    def listed(chosen: str | None) -> Drawn:
         items = disk_inventory.items(engine.library, engine.settings)
         names = [each.model.name for each in items]
         chosen = chosen if chosen in names else names[0] if names else None
@@ -71,7 +60,7 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
             sure: gr.update(visible=False),
         } | about(one)
 
-    def about(one: disk_inventory.Item | None) -> dict[Any, Any]:
+    def about(one: disk_inventory.Item | None) -> Drawn:
         said = [text for text in (one.model.problem, one.rescue) if text] if one else []
         if one is not None and one.convertible:
             said.append(
@@ -83,57 +72,53 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
             convert: gr.update(visible=bool(one and one.convertible)),
         }
 
-    def show(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+    def show(chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
+        if (job := jobs.running()) is not None:  # another page began it
+            jobs.attach(request, job)
         return listed(chosen) | {status: ""}
 
-    def choose(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+    def choose(chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
         items = disk_inventory.items(engine.library, engine.settings)
         one = next((each for each in items if each.model.name == chosen), None)
         return about(one) | {status: "", sure: gr.update(visible=False)}
 
-    def handler(work: Callable[[str, _Job], None]) -> Callable[[str | None, gr.Request], Iterator[dict[Any, Any]]]:
-        """Runs `work` beside the page; what it raises becomes a sentence."""
+    def handler(doing: str, work: Work, changes: bool) -> Callable[[str | None, gr.Request], Drawn]:
+        """Begins `work`. One at a time for all pages: two would change the same files."""
 
-        def run(chosen: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        def run(chosen: str | None, request: gr.Request) -> Drawn:
             access.require_owner(request)
             if not chosen:
-                yield {status: html_snippets.quiet("Choose a model first.")}
-                return
-            job = _Job()
-
-            def guarded() -> None:
-                try:
-                    work(chosen, job)
-                except GptqWebuiError as error:
-                    job.said = html_snippets.bad(str(error))
-                except Exception as error:
-                    log.exception("looking after %s failed", chosen)
-                    job.said = html_snippets.bad(
-                        f"That did not work ({type(error).__name__}: {error}). The terminal has the details."
-                    )
-
-            thread = threading.Thread(target=guarded, name=f"care of {chosen}", daemon=True)
-            thread.start()
-            thread.join(_LOOK_S / 2)
-            while thread.is_alive():
-                yield {status: html_snippets.working(job.text, job.share)}
-                thread.join(_LOOK_S)
-            yield listed(chosen) | {status: job.said}
+                return {status: html_snippets.quiet("Choose a model first.")}
+            chosen_on.set(request, chosen)
+            busy = jobs.start(request, f"{doing} {chosen}", lambda job: (work(chosen, job), changes))
+            if busy is not None:
+                return {status: html_snippets.bad(f"{busy.what} is not done yet. Wait for it, or press Stop.")}
+            return {sure: gr.update(visible=False)}
 
         return run
 
-    def look_for_update(name: str, job: _Job) -> None:
-        job.text = "Asking the Hub"
-        found = model_repair.check_update(engine.library, name)
-        job.said = (
-            html_snippets.quiet(found.text)
-            if not found.changed
-            else html_snippets.notes([f"{found.text} Enter {found.ref} above and press Download: only that is fetched."])
-        )
+    def running(job: Job) -> Drawn:
+        return {status: html_snippets.working(f"{job.text} …", job.share), stop: gr.update(visible=True)}
 
-    def watch(events: Iterator[Any], job: _Job) -> Verdict | None:
+    def ended(job: Job, request: gr.Request) -> Drawn:
+        said, changes = (html_snippets.bad(job.error), True) if job.error else job.result
+        over = {status: said, stop: gr.update(visible=False)}
+        return listed(chosen_on.get(request)) | over | (changed(request) if changes else {})
+
+    def stop_it(request: gr.Request) -> None:
+        access.require_owner(request)
+        jobs.stop(request)
+
+    def look_for_update(name: str, _job: Job) -> str:
+        found = model_repair.check_update(engine.library, name)
+        if not found.changed:
+            return html_snippets.quiet(found.text)
+        return html_snippets.notes([f"{found.text} Enter {found.ref} above and press Download: only what changed is fetched."])
+
+    def follow(events: Iterator[Any], job: Job) -> Verdict | None:
+        """Read the progress of a check to its end."""
         verdict = None
         for event in events:
             if isinstance(event, Verdict):
@@ -142,32 +127,34 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
                 job.text, job.share = event.text, event.done_bytes / event.total_bytes if event.total_bytes else None
         return verdict
 
-    def verify_all(name: str, job: _Job) -> None:
-        verdict = watch(verification.verify(engine.library.get(name).folder, threading.Event()), job)
-        if verdict is not None:
-            job.said = html_snippets.good(verdict.text) if verdict.good else html_snippets.bad(verdict.text)
+    def verify_all(name: str, job: Job) -> str:
+        verdict = follow(verification.verify(engine.library.get(name).folder, job.cancel), job)
+        if verdict is None:
+            return html_snippets.quiet("Stopped.")
+        return html_snippets.good(verdict.text) if verdict.good else html_snippets.bad(verdict.text)
 
-    def repair_all(name: str, job: _Job) -> None:
-        verdict = watch(model_repair.repair(engine.library, name, threading.Event()), job)
-        whole = f"{name} is whole again." if verdict is None or not verdict.good else verdict.text
-        job.said = html_snippets.good(whole)
+    def repair_all(name: str, job: Job) -> str:
+        verdict = follow(model_repair.repair(engine.library, name, job.cancel), job)
+        if job.cancel.is_set():
+            return html_snippets.quiet("Stopped. What was repaired so far is kept.")
+        return html_snippets.good(f"{name} is whole again." if verdict is None or not verdict.good else verdict.text)
 
-    def open_it(name: str, job: _Job) -> None:
+    def open_it(name: str, _job: Job) -> str:
         disk_inventory.open_folder(engine.library.get(name).folder)
-        job.said = html_snippets.quiet("Opened on the machine this runs on.")
+        return html_snippets.quiet("The folder is open on the computer that runs gptq-webui.")
 
-    def write_settings(name: str, job: _Job) -> None:
+    def write_settings(name: str, _job: Job) -> str:
         path = rescue.write_settings(engine.library.get(name))
-        job.said = html_snippets.good(f"{path.name} was written as the tensors say. Load the model again for it to take effect.")
+        return html_snippets.good(f"{path.name} was written from what the tensors show. Load the model again to use it.")
 
-    def convert_it(name: str, job: _Job) -> None:
-        def told(share: float, text: str) -> None:
+    def convert_it(name: str, job: Job) -> str:
+        def progress(share: float, text: str) -> None:
             job.share, job.text = share, text
 
-        written = rescue.convert(engine.library.get(name), told, threading.Event())
-        job.said = html_snippets.good(f"Wrote {', '.join(path.name for path in written)}. The old files can be deleted by hand.")
+        written = rescue.convert(engine.library.get(name), progress, job.cancel)
+        return html_snippets.good(f"Wrote {', '.join(path.name for path in written)}. You can delete the old files by hand.")
 
-    def ask(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
+    def ask(chosen: str | None, request: gr.Request) -> Drawn:
         access.require_owner(request)
         if not chosen:
             return {status: html_snippets.quiet("Choose a model first.")}
@@ -182,27 +169,34 @@ def draw_library(engine: Engine, access: Access) -> LibraryBox:
             status: html_snippets.notes([f"Deleting {chosen} frees {format_bytes(freed)}{shared}."]),
         }
 
-    def delete_it(name: str, job: _Job) -> None:
-        job.text = f"Deleting {name}"
+    def delete_it(name: str, _job: Job) -> str:
         if engine.loaded is not None and engine.loaded.model.name == name:
-            job.said = html_snippets.bad(f"{name} is loaded. Unload it first.")
-            return
+            return html_snippets.bad(f"{name} is loaded. Unload it first.")
         freed = engine.library.freed_bytes(name)
         engine.library.remove(name)
-        job.said = html_snippets.good(f"{name} was deleted: {format_bytes(freed)} are free.")
+        return html_snippets.good(f"{name} was deleted: {format_bytes(freed)} are free.")
 
-    def keep(request: gr.Request) -> dict[Any, Any]:
+    def keep(request: gr.Request) -> Drawn:
         access.require_owner(request)
         return {sure: gr.update(visible=False), status: ""}
 
-    refresh.click(show, model, outputs, **gradio_compat.EVENT)
+    watcher.add(jobs.part(running, ended), [*outputs, stop])
+    watcher.after(refresh.click(show, model, outputs, **gradio_compat.EVENT))
     model.input(choose, model, outputs, **gradio_compat.EVENT)
     delete.click(ask, model, outputs, **gradio_compat.EVENT)
     no.click(keep, None, outputs, **gradio_compat.EVENT)
-    jobs = ((update, look_for_update), (verify, verify_all), (repair, repair_all), (folder, open_it), (write, write_settings),
-            (convert, convert_it), (yes, delete_it))  # fmt: skip
-    events = {button: button.click(handler(work), model, outputs, **gradio_compat.STREAM) for button, work in jobs}
-    return LibraryBox([events[repair], events[write], events[convert], events[yes]])
+    stop.click(stop_it, None, None, **gradio_compat.NOW)
+    works = (
+        (update, "Looking for an update of", look_for_update, False),
+        (verify, "Verifying", verify_all, False),
+        (repair, "Repairing", repair_all, True),
+        (folder, "Opening the folder of", open_it, False),
+        (write, "Writing the settings of", write_settings, True),
+        (convert, "Converting", convert_it, True),
+        (yes, "Deleting", delete_it, True),
+    )
+    for button, doing, work, changes in works:
+        watcher.after(button.click(handler(doing, work, changes), model, [status, sure], **gradio_compat.PRESS))
 
 
 def _table(items: list[disk_inventory.Item]) -> str:

@@ -12,6 +12,7 @@ from ..loaders.machine.capabilities import look as look_at_machine
 from . import chat_tab, gradio_compat, model_tab, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
+from .job_watcher import Watcher
 from .share_box import draw_share
 
 
@@ -32,6 +33,7 @@ def build(
     """
     access = access or Access()
     everybody = access.owners is None
+    watcher = Watcher()
     with gradio_compat.blocks(theme.TITLE, theme.theme(), theme.CSS) as page:
         with gr.Row(elem_id="gw-head-row"):
             gr.HTML(f'<h1 id="gw-title">{theme.TITLE}<span>chat with GPTQ models</span></h1>')
@@ -49,14 +51,14 @@ def build(
             with gr.Tab("Chat", id="chat") as chat_place:
                 chat_at = gr.Column()
             with gr.Tab("Model", id="model", visible=everybody) as model_place:
-                models = model_tab.build(engine, downloads, access)
+                models = model_tab.build(engine, downloads, watcher, access)
             with gr.Tab("Parameters", id="parameters"):
                 parameters = parameters_tab.build(preset)
             if api is not None:
                 with gr.Tab("API", id="api", visible=everybody) as api_place:
                     box = draw_api(engine, api, access)
         with chat_at:
-            chat = chat_tab.build(engine, parameters, access)
+            chat = chat_tab.build(engine, parameters, watcher, access)
 
         def arrange(request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
@@ -73,7 +75,7 @@ def build(
                 link.text: info.invitation if info is not None else "",
             }
 
-        def free_card(request: gr.Request) -> None:
+        def free_memory(request: gr.Request) -> None:
             access.require_owner(request)
             try:
                 engine.free()
@@ -81,29 +83,18 @@ def build(
                 raise gr.Error(str(error)) from None
             gr.Info("The model is unloaded and its memory is free.")
 
-        def trouble(request: gr.Request) -> dict[Any, Any]:
-            shown = models.rescue.values()
-            return shown if access.is_owner(request) else dict.fromkeys(list(shown)[:1], gr.update(visible=False))
-
-        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **gradio_compat.EVENT)
-        freed = free.click(free_card, None, None, **gradio_compat.STREAM).then(
-            models.show, None, models.outputs, **gradio_compat.STREAM
-        )
-        for event in chat.answered:
-            event.then(trouble, None, models.rescue.outputs, **gradio_compat.EVENT)
-
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
+        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **gradio_compat.SHOW)
         if api is not None:
-            page.load(own_api, None, api_place, **gradio_compat.EVENT)
-            api_place.select(box.show, box.inputs, box.outputs, **gradio_compat.EVENT)
-        page.load(chat.show, None, chat.outputs, **gradio_compat.STREAM)
-        triggers = [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]
-        shown = [trigger(models.show, None, models.outputs, **gradio_compat.STREAM) for trigger in triggers]
-        for event in (*models.loaded, *shown, freed):
-            event.then(chat.show, None, chat.outputs, **gradio_compat.STREAM)
-        chat_place.select(chat.show, None, chat.outputs, **gradio_compat.STREAM)
+            page.load(own_api, None, api_place, **gradio_compat.SHOW)
+            api_place.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
+        for trigger in [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]:
+            watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
+        watcher.after(free.click(free_memory, None, None, **gradio_compat.EVENT))
+        chat_place.select(watcher.watch, None, watcher.outputs, **gradio_compat.WATCH)
+        watcher.wire()
         page.unload(chat.leave)  # last: 4.37 looks at the last event alone to know whether a page that left is to be noticed
     return page
 

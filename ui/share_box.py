@@ -36,7 +36,7 @@ class ShareBox:
 
 def draw_share() -> ShareBox:
     """Draw the box, hidden and empty."""
-    with gr.Column(visible=False, elem_id="gw-share", elem_classes="gw-card") as place:
+    with gr.Column(visible=False, elem_id="gw-share", elem_classes="gw-panel") as place:
         text = gr.Textbox(
             label="Link for guests",
             info="Guests can chat and nothing else. Send them these lines.",

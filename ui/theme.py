@@ -117,14 +117,14 @@ _WORDS = """ /* parts.py */
 
 _MODEL = """
 .gw-columns { align-items: flex-start !important; }
-.gw-card {
+.gw-panel {
   background: var(--block-background-fill); border: 1px solid var(--gw-line) !important; border-radius: 8px;
   padding: 14px 16px !important; gap: 10px !important; flex-grow: 0 !important;
 }
-.gw-card .form { border: none !important; background: none !important; box-shadow: none !important; }
-.gw-card .block:not(.gw-hidden) { border: none !important; background: none; padding: 0 !important; }
-.gw-card .block { overflow: visible !important; }
-.gw-card input, .gw-card textarea { text-overflow: ellipsis; }
+.gw-panel .form { border: none !important; background: none !important; box-shadow: none !important; }
+.gw-panel .block:not(.gw-hidden) { border: none !important; background: none; padding: 0 !important; }
+.gw-panel .block { overflow: visible !important; }
+.gw-panel input, .gw-panel textarea { text-overflow: ellipsis; }
 .gw-buttons { gap: 8px !important; }
 .gw-buttons button { flex: 0 1 auto; }
 #gw-load-stop, #gw-back, #gw-report-copy { align-self: flex-start; width: auto !important; flex-grow: 0 !important; }

@@ -55,9 +55,9 @@ class Transcript:
         """The answer at the end, "" if the user spoke last."""
         return self.messages[-1].text if self.messages and self.messages[-1].role == "assistant" else ""
 
-    def shown(self) -> list[Message]:
-        """Ready for a Chatbot, which renders Markdown."""
-        return [replace(each, text=without_html(each.text)) for each in self.messages]
+    def shown(self, first: int = 0) -> list[Message]:
+        """The messages from `first` on, ready for a Chatbot, which renders Markdown."""
+        return [replace(each, text=without_html(each.text)) for each in self.messages[first:]]
 
 
 def without_html(markdown: str) -> str:
