@@ -1,26 +1,23 @@
 """ui/access.py: what a guest gets who does not use the page but calls its handlers over HTTP."""
 
-import json
-import secrets
 from types import SimpleNamespace
 
-import httpx
 import pytest
+from gradio_events import Visitor
 
 from fake_library import MISTRAL, Shelf
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
-from gptq_webui.ui import gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
-    "rescue_box", "care_box", "page",
+    "rescue_box", "idle_box", "benchmark_box", "page",
 )  # fmt: skip
-FOR_ALL = ("show", "resume", "relist_resumed", "arrange", "trouble")  # called by every page load, they tell a guest nothing
+FOR_ALL = ("show", "arrange")  # called by every page load, they show a guest nothing
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +31,14 @@ def house(tmp_path_factory):
     users = [("anna", "a"), ("guest", "g")]
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, auth=users, **ui_page.launch_options())
     share.info = ShareInfo("https://example.gradio.live", "guest", "g")
-    yield SimpleNamespace(engine=engine, page=page, url=url.rstrip("/") + ("/gradio_api" if gradio_compat.SIX else ""), root=root)
+    yield SimpleNamespace(engine=engine, page=page, url=url, root=root)
     page.close()
 
 
 def call(house, name, password, index, data):
     """(final message of the queue, everything that came) of one event, as the page asks for it."""
-    with httpx.Client(base_url=house.url, trust_env=False, timeout=10) as client:
-        base = house.url.removesuffix("/gradio_api")
-        assert client.post(f"{base}/login", data={"username": name, "password": password}).status_code == 200
-        session = secrets.token_hex(5)
-        body = {"data": data, "fn_index": index, "session_hash": session}
-        joined = client.post("/queue/join", json=body)
-        assert joined.status_code == 200, joined.text
-        seen = ""
-        with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
-            for line in stream.iter_lines():
-                seen += line
-                if line.startswith("data:") and (message := json.loads(line[5:]))["msg"] == "process_completed":
-                    return message, seen
-    raise AssertionError(seen)
+    with Visitor(house.url, name, password) as visitor:
+        return visitor.call(index, data)
 
 
 def handlers(house, names):
@@ -68,21 +53,21 @@ def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
     refused = []
     for index, each in handlers(house, OWNERS_ONLY):
         message, _seen = call(house, "guest", "g", index, [None] * len(each.inputs))
-        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in ("model_tab", "download_box", "page"):
+        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in ("model_tab", "page"):
             assert message["success"], each.fn  # or every guest is greeted with an error
             continue
         assert not message["success"], each.fn
         assert "Only the owner of this page may do that" in message["output"]["error"], each.fn
         refused.append(each.fn.__name__)
     named = {"load", "unload_model", "start", "pressed", "add_folder", "remove_folder", "save_settings", "choose", "run"}
-    named |= {"free_card", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
+    named |= {"free_memory", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
     assert named | {"show", "show_sister", "download", "ask", "save_both", "forget_token"} <= set(refused)
     assert house.engine.loaded is None and len(house.engine.library.roots) == 1
 
 
 def test_a_guest_sees_no_path_and_no_password(house):
     for index, each in house.page.fns.items():
-        if any(trigger == "load" for _block, trigger in each.targets) and each.fn is not None:
+        if each.fn is not None and (each.fn.__name__ == "watch" or any(trigger == "load" for _block, trigger in each.targets)):
             _message, seen = call(house, "guest", "g", index, [None] * len(each.inputs))
             for secret in (str(house.root), "/home/anna", "gradio.live", MISTRAL):
                 assert secret not in seen, each.fn

@@ -94,7 +94,7 @@ def test_a_load_shows_what_it_needs_and_can_be_stopped(visit, house):
 def test_a_question_asked_during_a_load_waits_for_it_and_can_be_taken_back(visit, house):
     tab = visit({})
     model_tab(tab)
-    house.engine.settings.save_for_model(MISTRAL, options={"load_s": 4.0})
+    house.engine.settings.save_for_model(MISTRAL, options={"load_s": 12.0})
     tab.click("#gw-reload")
     wait_for(tab, "#gw-model-status", "are free on")
     open_tab(tab, "Chat")
@@ -187,7 +187,7 @@ def test_a_report_is_written_and_an_unused_model_comes_back_with_the_next_messag
     house.engine.unload_idle()
     house.engine.set_idle_minutes(0)
     tab.reload()
-    tab.wait_for_selector("#gw-head:has-text('rests')")
+    tab.wait_for_selector("#gw-head:has-text('is idle')")
     time.sleep(0.2)
     ask(tab, "And now?")
     wait_for(tab, "#gw-chat", "on the Seine.")

@@ -25,8 +25,9 @@ _FITS = {
     "not": ("gw-no", "Does not fit"),
     "no loader": ("gw-no", "No loader"),
 }
-# The table stands below both columns: with a model loaded, that is below the window's edge.
-_INTO_VIEW = "() => { document.querySelector('#gw-branches-box')?.scrollIntoView({block: 'nearest', behavior: 'smooth'}) }"
+# The table is below both columns: with a model loaded, that is below the window's edge. It is laid out a moment later.
+_INTO_VIEW = """() => { setTimeout(() =>
+  document.querySelector('#gw-branches-box')?.scrollIntoView({block: 'nearest', behavior: 'smooth'}), 150) }"""
 _COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
 
 

@@ -1,5 +1,6 @@
 """The differences between Gradio 4.37 (the host's) and 6 (ours). No other file asks which one is installed."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
 
 def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
     """The page itself. In 6 the look is given to `launch`: see `launch_options`."""
+    # After every event, 6 sorts the last 10,000 with pandas for a statistics page that is closed here.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     if SIX:
         return gr.Blocks(title=title, analytics_enabled=False, fill_height=True)
     return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css)
