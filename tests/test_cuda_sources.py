@@ -102,12 +102,24 @@ def test_a_launch_fills_the_fields_that_the_kernel_declares(structure):
     assert len(packed) <= structure.size_bytes <= 256, "cuda_driver.py keeps so much room"
 
 
-def test_the_compiler_itself_compares_the_layout(tmp_path):
+def test_the_compiler_puts_every_field_where_python_does(tmp_path):
+    made = compiler((9, 0), tmp_path)
+    if tuple(map(int, made.version.split("."))) < (13, 5):
+        pytest.skip(f"NVRTC {made.version} has no __builtin_offsetof")
+    checks = "".join(
+        f'static_assert(__builtin_offsetof({each.name}, {field}) == {each.offset(field)}, "{field}");\n'
+        for each in kernel_arguments.EVERY
+        for field in each.fields
+    )
+    assert made.compile(kernel_source.source([], [], []) + checks)
+
+
+def test_a_structure_of_another_size_is_not_compiled(tmp_path):
     text = kernel_source.source([], [], [])
     size = kernel_arguments.GEMV.size_bytes
     wrong = text.replace(f"sizeof(GemvArguments) == {size}", f"sizeof(GemvArguments) == {size + 8}")
     assert wrong != text
-    with pytest.raises(NoCompiler, match="as Python does"):
+    with pytest.raises(NoCompiler, match="lays GemvArguments out as Python does"):
         compiler((9, 0), tmp_path).compile(wrong)
 
 

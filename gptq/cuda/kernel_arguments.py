@@ -57,7 +57,8 @@ class Arguments:
         # The structure ends where its widest field may begin again.
         widest = "Q" if any(each.endswith(("P", "Q")) for each in codes) else "I"
         self.size_bytes = struct.calcsize("@" + "".join(codes) + "0" + widest)
-        self.c_text = f"struct {name} {{\n" + "\n".join(lines) + "\n};\n" + self._checks()
+        check = f'static_assert(sizeof({name}) == {self.size_bytes}, "the compiler lays {name} out as Python does");\n'
+        self.c_text = f"struct {name} {{\n" + "\n".join(lines) + "\n};\n" + check
         # A function of the fields by keyword, made once as dataclasses make theirs: filling a ctypes structure takes
         # nearly twice as long, and a prompt launches hundreds of kernels.
         scope: dict[str, Callable[..., bytes]] = {"pack_into_bytes": layout.pack}
@@ -68,14 +69,6 @@ class Arguments:
     def offset(self, field: str) -> int:
         """Bytes from the start of the structure to a field."""
         return self._offsets[field]
-
-    def _checks(self) -> str:
-        """The compiler agrees on where each field is."""
-        text = "the compiler lays the structure out as Python does"
-        checks = [f'static_assert(sizeof({self.name}) == {self.size_bytes}, "{text}");\n']
-        for field in self.fields:
-            checks.append(f'static_assert(__builtin_offsetof({self.name}, {field}) == {self._offsets[field]}, "{text}");\n')
-        return "".join(checks)
 
 
 REPACK = Arguments(
