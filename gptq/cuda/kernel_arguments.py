@@ -8,6 +8,8 @@ import re
 import struct
 from collections.abc import Callable
 
+from .. import sampler_structure
+
 CONSTANTS = {
     "TILE": 16,  # outputs of a packed weight that stay together
     "CHUNK": 64,  # inputs of a packed weight that stay together
@@ -233,23 +235,7 @@ GATHER = Arguments(
     int tokens
     """,
 )
-SAMPLE_PARAMS = Arguments(
-    "SampleParams",  # of one row, in device memory
-    """
-    float temperature      // 0: the likeliest token
-    float top_p
-    float min_p
-    float typical_p
-    float repetition
-    float presence
-    float frequency
-    float biased           // whether `bias` counts
-    int top_k
-    int range              // tokens that the penalties look back at; 0 for all
-    int seed_low
-    int seed_high
-    """,
-)
+SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
 SAMPLE = Arguments(
     "SampleArguments",
     """

@@ -103,15 +103,15 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
   const float* bias = p.bias + (size_t)at_row * row.n;
   const u16 *seen = p.seen + (size_t)at_row * row.n, *answered = p.answered + (size_t)at_row * row.n;
   const float cooler = params.temperature == 0.f ? 1.f : 1.f / params.temperature;
-  const bool penalties = params.repetition != 1.f, counts = params.presence != 0.f || params.frequency != 0.f;
+  const bool penalties = params.repetition_penalty != 1.f, counts = params.presence_penalty != 0.f || params.frequency_penalty != 0.f;
   float high = -INFINITY;
   int at_high = 0x7fffffff;
 #pragma unroll 4
   for (int i = threadIdx.x; i < row.n; i += blockDim.x) {
     float z = logits[i];
-    if (params.biased != 0.f) z += bias[i];
-    if (penalties && seen[i]) z = z < 0.f ? z * params.repetition : z / params.repetition;
-    if (counts && answered[i]) z -= params.presence + params.frequency * answered[i];
+    if (params.biased) z += bias[i];
+    if (penalties && seen[i]) z = z < 0.f ? z * params.repetition_penalty : z / params.repetition_penalty;
+    if (counts && answered[i]) z -= params.presence_penalty + params.frequency_penalty * answered[i];
     z *= cooler;
     row.work[i] = z;
     if (z > high) { high = z; at_high = i; }
@@ -336,8 +336,8 @@ DEVICE void record_token(const SampleArguments& p, const SampleRow& row, int at_
   history[next] = chosen;
   seen[chosen]++;
   answered[chosen]++;
-  const int left = next - row.params.range;  // the token that the penalties no longer see
-  if (row.params.range > 0 && left >= 0) {
+  const int left = next - row.params.repetition_range;  // the token that the penalties no longer see
+  if (row.params.repetition_range > 0 && left >= 0) {
     seen[history[left]]--;
     if (left >= from) answered[history[left]]--;
   }

@@ -1,6 +1,7 @@
 """From logits to the next tokens, on the GPU (sample.cu): its parameters and its launch."""
 
 from ...core.params import GenerationParams
+from ..sampler_structure import values_of
 from .gpu_kernels import Gpu
 from .kernel_arguments import SAMPLE, SAMPLE_PARAMS, SAMPLE_THREADS
 from .sequences import Sequences
@@ -8,26 +9,7 @@ from .sequences import Sequences
 
 def packed_params(params: GenerationParams, seed: int) -> bytes:
     """What the kernel takes of an answer's parameters. `seed` has 64 bits."""
-    return SAMPLE_PARAMS.pack(
-        temperature=params.temperature,
-        top_p=max(params.top_p, 1e-6),
-        min_p=params.min_p,
-        typical_p=max(params.typical_p, 1e-6),
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        biased=float(bool(params.logit_bias)),
-        top_k=params.top_k,
-        range=params.repetition_range,
-        seed_low=_word(seed),
-        seed_high=_word(seed >> 32),
-    )
-
-
-def _word(value: int) -> int:
-    """The low 32 bits as a signed number."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
+    return SAMPLE_PARAMS.pack(**values_of(params, seed))
 
 
 def sample(gpu: Gpu, sequences: Sequences, first: int = 0, rows: int = 1) -> None:
