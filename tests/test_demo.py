@@ -20,7 +20,7 @@ import torch
 
 from gptq_webui.core.errors import DiskFull, DownloadFailed, GptqWebuiError, HubUnreachable, LoadFailed
 from gptq_webui.core.models import MARKER, LocalModel
-from gptq_webui.engine import demo, demo_source
+from gptq_webui.engine import demo, demo_calibration, demo_source
 from gptq_webui.gptq import bit_packing, checkpoint
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.hub.model_folder import locked
@@ -160,7 +160,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Stand-in for the making itself; returns the names that were asked for, call by call."""
     calls: list[list[str]] = []
 
-    def make(missing: dict[Path, Any], build: Path, source: Path, tell: demo.Progress) -> None:
+    def make(missing: dict[Path, Any], build: Path, source: Path, step: demo.Progress) -> None:
         calls.append([folder.name for folder in missing])
         for folder in missing:
             folder.mkdir(exist_ok=True)
@@ -264,5 +264,5 @@ def test_calibration_text_is_made_of_whole_pieces() -> None:
         def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
             return json.dumps(messages)
 
-    pieces = demo_source.calibration(Words())  # type: ignore[arg-type]
+    pieces = demo_calibration.calibration(Words())  # type: ignore[arg-type]
     assert len(pieces) == 9 and {len(piece) for piece in pieces} == {256}
