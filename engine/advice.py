@@ -1,7 +1,7 @@
-"""What the user should know about this machine before they wonder: its torch, and which branch of a model fits it.
+"""Advice about this machine: whether its torch can use the GPU, and which branch of a model fits.
 
-Joins what hub/ read of a repository with what loaders/ would do with it. A loader looks at a
-folder, so a branch that is not here yet is shown to it as a folder that holds its settings only.
+Joins what hub/ reads from a repository with what loaders/ would do with it. A loader judges a folder, so a branch that is
+not downloaded yet becomes a temporary folder with its settings only.
 """
 
 import importlib.util
@@ -31,9 +31,9 @@ CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
 
 def torch_banner() -> str:
-    """A sentence with its cure if a graphics card is here and the installed torch cannot use it, else "".
+    """A warning with its cure if there is a GPU and the installed torch cannot use it, else "".
 
-    Reads torch's version file instead of importing torch, which takes seconds.
+    Reads torch's version file, because importing torch takes seconds.
     """
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None or not has_nvidia_gpu():
@@ -45,14 +45,14 @@ def torch_banner() -> str:
     if re.search(r"^cuda\b.*=\s*['\"]", version, re.MULTILINE) or re.search(r"^hip\b.*=\s*['\"]", version, re.MULTILINE):
         return ""
     return (
-        "This machine has an NVIDIA graphics card, but the installed torch only uses the processor. "
-        f'For the card: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
+        "This machine has an NVIDIA graphics card (GPU), but the installed torch only uses the processor. "
+        f'To use the GPU: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
     )
 
 
-DEFAULT_CONTEXT_TOKENS = 4096  # what the cards of 2023 were made for; every model has it
-_COPY_BYTES_PER_S = 6e9  # main memory to card, pageable: every offloaded weight takes this way for every token
-_GPU_BYTES_PER_S = 200e9  # a modest card's own memory
+DEFAULT_CONTEXT_TOKENS = 4096  # the context that model cards of 2023 assume; every model has it
+_COPY_BYTES_PER_S = 6e9  # main memory to GPU, pageable: every offloaded weight is copied for every token
+_GPU_BYTES_PER_S = 200e9  # the memory of a modest GPU
 
 
 State = Literal["fits", "partly", "tight", "not", "no loader"]
@@ -60,21 +60,21 @@ State = Literal["fits", "partly", "tight", "not", "no loader"]
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a model fits this machine at a context, and what would open it."""
+    """Whether a model fits this machine at a context, and which loader opens it."""
 
     state: State
     text: str  # "Fits your 12 GB", before every download
     needs_bytes: int = 0
     loader: str = ""
     reason: str = ""  # why this loader
-    tokens_per_s: float | None = None  # only where part of it lies outside of the card
+    tokens_per_s: float | None = None  # only if a part of the model is outside of the GPU
 
 
 def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Fit:
-    """Where the model would lie, by the same count as a load (loaders/machine/memory_fit.py). Nothing of its weights is read."""
-    asked = {"context_tokens": min(context_tokens, model.context_tokens or context_tokens)}
+    """The fit, counted as a load counts it (loaders/machine/memory_fit.py). No weights are read."""
+    options = {"context_tokens": min(context_tokens, model.context_tokens or context_tokens)}
     try:
-        choice = choose(model, loaders, None, asked)
+        choice = choose(model, loaders, None, options)
     except LoadRefused as error:
         return Fit("no loader", str(error))
     counted = counting.of(model, choice.options, memory)
@@ -104,20 +104,20 @@ class Offer:
 
 @dataclass(frozen=True)
 class Advice:
-    """The branches of a repository as this machine sees them."""
+    """The branches of a repository, and which one this machine should take."""
 
     found: Branches
     offers: tuple[Offer, ...]
     best: Offer | None  # None if nothing can be downloaded
-    reason: str  # why this one, a sentence
+    reason: str  # why this one, in a sentence
     memory: Memory
     context_tokens: int
 
 
 def advise(found: Branches, loaders: Sequence[Loader], context_tokens: int, memory: Memory) -> Advice:
-    """Which branch to take: of those that fit whole, the one nearest to the unquantised model.
+    """Choose a branch: of those that fit completely, the one closest to the unquantised model.
 
-    More bits come first, then smaller groups, then act-order, then a smaller file: the order of the cards' own advice.
+    More bits come first, then smaller groups, then act-order, then a smaller file, as model cards advise.
     """
     offers = []
     for branch in found.branches:
@@ -125,20 +125,22 @@ def advise(found: Branches, loaders: Sequence[Loader], context_tokens: int, memo
             offers.append(Offer(branch, Fit("not", "Cannot be downloaded")))
             continue
         name, weights = branch.ref.folder_name, branch.wanted.weights
-        with shown_as_folder(name, branch.settings, branch.size_bytes, branch.quantize, weights) as model:
+        with as_temporary_folder(name, branch.settings, branch.size_bytes, branch.quantize, weights) as model:
             offers.append(Offer(branch, fit(model, loaders, context_tokens, memory)))
     best, reason = _best(offers, context_tokens, memory)
     return Advice(found, tuple(offers), best, reason, memory, context_tokens)
 
 
 def fit_of_plan(plan: Plan, loaders: Sequence[Loader], memory: Memory, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Fit:
-    """The same for one download that is about to begin."""
+    """The fit of one download before it begins."""
     try:
         quantize = quantize_of(plan.settings)
     except BadQuantizeConfig:
         quantize = None
     chosen = plan.wanted
-    with shown_as_folder(plan.folder.name, plan.settings, chosen.weights_bytes, quantize, chosen.weights, chosen.kind) as model:
+    with as_temporary_folder(
+        plan.folder.name, plan.settings, chosen.weights_bytes, quantize, chosen.weights, chosen.kind
+    ) as model:
         return fit(model, loaders, context_tokens, memory)
 
 
@@ -150,13 +152,13 @@ def _best(offers: Sequence[Offer], context_tokens: int, memory: Memory) -> tuple
         which = "the only branch that fits" if len(fitting) == 1 else f"the most exact of the {len(fitting)} that fit"
         return best, f"{best.branch.name} is {which} {_yours(memory)} {at}."
     usable = [each for each in offers if each.fit.state in ("partly", "tight")]
-    why = "of the smallest, the least would be computed from main memory" if memory.gpu is not None else "the smallest"
+    why = "it is the smallest, so the least of it is read from main memory" if memory.gpu is not None else "it is the smallest"
     if not usable:
-        usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "this is the smallest"
+        usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "it is the smallest"
     if not usable:
         return None, "No loader on this machine opens any of them." if offers else ""
     best = min(usable, key=lambda each: (each.fit.needs_bytes, *(-value for value in _exactness(each))))
-    return best, f"No branch fits {_yours(memory)} {at}. {best.branch.name}: {why}."
+    return best, f"No branch fits {_yours(memory)} {at}. {best.branch.name} is offered because {why}."
 
 
 def _exactness(offer: Offer) -> tuple[int, int, int, int]:
@@ -168,7 +170,7 @@ def _exactness(offer: Offer) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def shown_as_folder(
+def as_temporary_folder(
     name: str,
     settings: Mapping[str, Mapping[str, Any]],
     size_bytes: int,
@@ -176,9 +178,9 @@ def shown_as_folder(
     weights: Sequence[str],
     kind: Kind = "gptq",
 ) -> Iterator[LocalModel]:
-    """A model that is not here yet, as a loader can judge it: its settings in a folder, its weights as names only."""
-    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as place:
-        folder = Path(place) / name
+    """A temporary folder from which a loader judges a model that is not downloaded: settings, and names of weights."""
+    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as temporary:
+        folder = Path(temporary) / name
         folder.mkdir()
         for path, values in settings.items():
             (folder / path).write_text(json.dumps(values), encoding="utf-8")

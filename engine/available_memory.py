@@ -1,4 +1,4 @@
-"""What is free on this machine for a model, now. The one answer for the advice before a download and for a load."""
+"""How much memory a model could have on this machine now. The advice before a download and a load use the same figures."""
 
 import sys
 from typing import Any
@@ -12,17 +12,17 @@ from ..loaders.machine.gpus import available_gpu_bytes
 
 
 def fit_of(model: LocalModel, options: Any, loaded: LoadedModel | None = None) -> memory_fit.Fit:
-    """The fit with a loader's options. What `loaded` holds counts as free: it makes room."""
+    """The fit with a loader's options. The memory of `loaded` counts as free, since a load replaces it."""
     return memory_fit.of(model, options, available_memory(loaded))
 
 
 def has_gpu() -> bool:
-    """Whether torch can compute on a card whose memory can be asked."""
+    """Whether torch can compute on a GPU whose free memory is known."""
     return look().cuda and available_gpu_bytes() is not None
 
 
 def available_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
-    """Free for a model, what `loaded` holds and what torch will take at its start counted in and out."""
+    """Free memory for a model: the memory of `loaded` is added, and what torch takes at its start is subtracted."""
     ram = memory_fit.available_ram_bytes()
     gpu = available_gpu_bytes() if look().cuda else None
     torch = sys.modules.get("torch")
@@ -39,12 +39,12 @@ def available_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
 
 
 def free_bytes(loaded: LoadedModel | None = None) -> int:
-    """Of the place where a model would go by itself."""
+    """Available bytes on the device that a load uses by default."""
     found = available_memory(loaded)
     return found.ram if found.gpu is None else found.gpu
 
 
 def require_room(model: LocalModel, needed: memory_fit.Fit) -> None:
-    """Refuse what cannot fit anywhere, before anything else makes room for it. Raises NotEnoughMemory."""
+    """Refuse a model that cannot fit, before another one is unloaded for it. Raises NotEnoughMemory."""
     if needed.impossible:
         raise NotEnoughMemory(f"{model.name} does not fit. {needed}")

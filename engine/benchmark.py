@@ -1,7 +1,7 @@
-"""How fast the loaded model is on this machine, in one line to paste. A few seconds, through the Engine like any answer.
+"""The speed of the loaded model on this machine, as one line to paste. Takes a few seconds.
 
-The rounds stand in line with everybody's answers, one at a time, and each reads a prompt of its own: what was read
-for an earlier one would not be read again.
+Each round is an ordinary answer of the Engine and waits for its turn like any other. Each has a different prompt, since
+the model does not read again what it has read before.
 """
 
 import platform
@@ -26,17 +26,17 @@ from .engine import Answer, Engine
 from .support_report import changed_options
 
 PROMPT_TOKENS = 512
-_FIRST_TOKENS = 16  # of the first round, which tells how many are worth waiting for
+_FIRST_TOKENS = 16  # of the first round, which shows how many tokens fit into _ROUND_S
 _MOST_TOKENS = 256
 _ROUND_S = 1.2  # of writing
 _ROUNDS = 4
-_ENOUGH_S = 5.0  # no further round is begun after this
+_ENOUGH_S = 5.0  # no further round begins after this
 _PASSAGE = (
     "The sun rises in the east and sets in the west. In the morning people get up, wash themselves, have breakfast and go "
     "to work. In the evening they come home, eat dinner with their family, read a book and go to bed. "
 )
 
-Told = Callable[[str], None]
+Progress = Callable[[str], None]  # hears the current step
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Measured:
 
     model: str
     badge: str  # "GPTQ 4-bit, group 32, act-order"
-    loader: str  # with its way of computing and the options that differ
-    device: str  # name of the card or the processor
+    loader: str  # with its kernel and the options that differ from their defaults
+    device: str  # name of the GPU or the processor
     tokens_per_s: float
     prompt_tokens: int
     prompt_tokens_per_s: float
-    first_token_s: float  # without the wait for others
+    first_token_s: float  # without waiting for other answers
     memory: str
     versions: tuple[str, ...]
     rounds: int = 1
-    shared: bool = False  # other answers were computed meanwhile
+    shared: bool = False  # other answers were computed at the same time
 
     def __str__(self) -> str:
         parts = [
@@ -70,11 +70,11 @@ class Measured:
         return " | ".join([*parts, *(["while other answers were computed"] if self.shared else [])])
 
 
-def measure(engine: Engine, cancel: threading.Event, told: Told = lambda text: None) -> Measured | None:
-    """None if `cancel` ended it. `told` hears what is being done. Raises NotLoaded, BadParameter, Busy, AnswerFailed."""
+def measure(engine: Engine, cancel: threading.Event, progress: Progress = lambda text: None) -> Measured | None:
+    """Measure the loaded model; None if cancelled. Raises NotLoaded, BadParameter, Busy, AnswerFailed."""
     loaded = engine.ready()
     if loaded.tokenizer is None:
-        raise BadParameter(f"{loaded.model.name} is computed on another machine: its speed is not this machine's.")
+        raise BadParameter(f"{loaded.model.name} is computed on another machine, so its speed is not this machine's.")
     ended = time.monotonic() + _ENOUGH_S
     finishes: list[Finish] = []
     shared = False
@@ -83,18 +83,20 @@ def measure(engine: Engine, cancel: threading.Event, told: Told = lambda text: N
         if engine.loaded is not loaded:
             raise Busy("Another model was loaded while this one was measured. Measure again.")
         params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=count)
-        answer = engine.generate(_prompt(loaded), params, StopFlag(cancel))  # a round's own: its end is not the user's
-        finish, crowded = _watched(answer, loaded, len(finishes), told)
+        answer = engine.generate(
+            _prompt(loaded), params, StopFlag(cancel)
+        )  # its own flag: the end of a round is not a cancel of the user
+        finish, crowded = _run_round(answer, loaded, len(finishes), progress)
         shared |= crowded
         if finish.reason == "cancelled":
             return None
         finishes.append(finish)
         count = max(_FIRST_TOKENS, min(_MOST_TOKENS, int(_ROUND_S * finish.tokens_per_s)))
-    return _summed(engine, loaded, finishes[1:] or finishes, shared)
+    return _summary(engine, loaded, finishes[1:] or finishes, shared)
 
 
 def _prompt(loaded: LoadedModel) -> list[int]:
-    """Ids of a text that begins as no other does."""
+    """Ids of a text with a random beginning, so that no earlier prompt shares a prefix with it."""
     tokens = min(PROMPT_TOKENS, max(loaded.context_tokens - _MOST_TOKENS, loaded.context_tokens // 2))
     text = f"{random.randrange(10**9)} " + _PASSAGE
     while len(ids := loaded.encode(text)) < tokens:
@@ -102,23 +104,23 @@ def _prompt(loaded: LoadedModel) -> list[int]:
     return ids[:tokens]
 
 
-def _watched(answer: Answer, loaded: LoadedModel, done: int, told: Told) -> tuple[Finish, bool]:
-    """(its end, whether others were computed beside it). Tells meanwhile how far it is."""
+def _run_round(answer: Answer, loaded: LoadedModel, done: int, progress: Progress) -> tuple[Finish, bool]:
+    """(the Finish, whether other answers were computed at the same time). Reports the progress meanwhile."""
     over = threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         while True:
             reading = answer.reading
             if answer.ahead:
-                told("Waiting for another answer")
+                progress("Waiting for another answer")
             elif reading is not None and reading.read_tokens < reading.prompt_tokens and done == 0:
-                told(f"Reading a prompt: {reading.read_tokens:,} of {reading.prompt_tokens:,} tokens")
+                progress(f"Reading a prompt: {reading.read_tokens:,} of {reading.prompt_tokens:,} tokens")
             else:
-                told(f"Measuring, round {done + 1} of up to {_ROUNDS}")
+                progress(f"Measuring, round {done + 1} of up to {_ROUNDS}")
             if over.wait(0.2):
                 return
 
-    threading.Thread(target=tell, name="gptq-webui benchmark", daemon=True).start()
+    threading.Thread(target=report, name="gptq-webui benchmark", daemon=True).start()
     crowded = False
     try:
         for event in answer:
@@ -128,13 +130,13 @@ def _watched(answer: Answer, loaded: LoadedModel, done: int, told: Told) -> tupl
     finally:
         over.set()
         answer.close()
-    raise AnswerFailed("The measuring ended without a result. Press Reload in the Model tab.")
+    raise AnswerFailed("The measurement ended without a result. Press Reload in the Model tab.")
 
 
-def _summed(engine: Engine, loaded: LoadedModel, finishes: list[Finish], shared: bool) -> Measured:
+def _summary(engine: Engine, loaded: LoadedModel, finishes: list[Finish], shared: bool) -> Measured:
     rates = [each.tokens_per_s for each in finishes if each.tokens_per_s]
     if not rates:
-        raise AnswerFailed(f"{loaded.model.name} ended its answers at once, so there is no speed to tell.")
+        raise AnswerFailed(f"{loaded.model.name} ended its answers at once, so its speed could not be measured. Try again.")
     first = statistics.median(each.prefill_s for each in finishes)
     read = statistics.median((each.prompt_tokens - each.cached_tokens) / max(each.prefill_s, 1e-9) for each in finishes)
     choice = engine.choice
@@ -176,7 +178,7 @@ def _memory(device: str) -> str:
     torch = sys.modules.get("torch")
     if device.startswith("cuda") and torch is not None:
         taken = sum(torch.cuda.memory_reserved(at) for at in range(torch.cuda.device_count()))
-        return f"{format_bytes(int(taken))} of the card's memory"
+        return f"{format_bytes(int(taken))} of the GPU's memory"
     import psutil
 
     return f"{format_bytes(int(psutil.Process().memory_info().rss))} of memory"

@@ -1,4 +1,4 @@
-"""Everything on disk, one line for each model: where it came from, its size, when it was last used; and opening its folder."""
+"""The models on disk: origin, size, last use; and opening a folder in the file manager."""
 
 import datetime
 import os
@@ -20,12 +20,12 @@ from .settings import Settings
 @dataclass(frozen=True)
 class Item:
     model: LocalModel
-    ref: ModelRef | None  # None if nobody noted where it came from
+    ref: ModelRef | None  # None if its origin is unknown
     commit: str
-    size_bytes: int  # everything in the folder
+    size_bytes: int  # of all files in the folder
     used: datetime.datetime | None  # when it was last loaded here
-    place: str  # the folder it lies in, or "Hugging Face cache"
-    rescue: str = ""  # what is wrong with its settings and can be written anew
+    location: str  # its parent folder, "Hugging Face cache", or the address of another machine
+    rescue: str = ""  # what is wrong with its settings and can be repaired
 
     @property
     def convertible(self) -> bool:
@@ -34,7 +34,7 @@ class Item:
 
 
 def items(library: Library, settings: Settings) -> list[Item]:
-    """By name. Reads records and sizes, hashes nothing, asks nobody."""
+    """Every model, by name. Reads markers and sizes; hashes nothing and does not use the network."""
     found = []
     for model in library.models():
         if model.kind == "remote":
@@ -45,20 +45,20 @@ def items(library: Library, settings: Settings) -> list[Item]:
             ref = ModelRef.parse(record.ref) if record and record.ref else None
         except BadModelName:
             ref = None
-        place = "Hugging Face cache" if model.called else str(model.folder.parent)
+        location = "Hugging Face cache" if model.called else str(model.folder.parent)
         used = settings.last_used(model.name)
         size, commit = size_on_disk(model.folder), record.commit if record else ""
-        found.append(Item(model, ref, commit, size, used, place, settings_wrong(model)))
+        found.append(Item(model, ref, commit, size, used, location, settings_wrong(model)))
     return found
 
 
 def open_folder(folder: Path) -> None:
-    """Show the folder in the file manager of the machine this runs on. Raises ModelError where there is none."""
+    """Show the folder in the file manager of this machine. Raises ModelError if there is none."""
     if sys.platform == "win32":
         os.startfile(folder)
         return
     if sys.platform != "darwin" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ModelError(f"This machine has no desktop to show it on. The folder is {folder}")
+        raise ModelError(f"This machine has no desktop, so no window can open. The folder is {folder}")
     command = "open" if sys.platform == "darwin" else "xdg-open"
     try:
         subprocess.Popen([command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

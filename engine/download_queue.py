@@ -1,7 +1,7 @@
-"""The queue of downloads. Each lives on a thread of its own, whoever looks at it, and is looked at from anywhere.
+"""The queue of downloads. A running download has a thread of its own; pages only read its status.
 
-Nothing of the queue is kept in a file of its own: what is unfinished is seen from the folders (their
-plan), so a restart, or another program, finds the same state. Only `cancel` throws bytes away.
+The queue has no file. An unfinished download is found by the plan in its folder, so a restart, or another program, finds
+the same state. Only `cancel` deletes what has arrived.
 """
 
 import logging
@@ -19,12 +19,12 @@ from ..core.units import format_bytes, format_duration
 from ..hub.download_progress import FileProgress, Progress
 from ..hub.library import Library
 
-AT_ONCE = 2  # downloads; the others wait in line
-SPACE_POLL_S = 2.0  # between two looks at a disk that was full
+AT_ONCE = 2  # downloads that run; the others wait
+SPACE_POLL_S = 2.0  # seconds between two looks at a disk that was full
 
 log = logging.getLogger(__name__)
 
-State = Literal["queued", "asking", "running", "full", "paused", "done", "failed", "cancelled"]
+State = Literal["queued", "asking", "running", "full", "paused", "done", "failed", "cancelling", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class DownloadStatus:
     summary: str = ""  # size and format, known before the first byte
     fit: str = ""  # "Fits your 12 GB", known before the first byte
     folder: str = ""  # the model's name in the library
-    files: tuple[FileProgress, ...] = ()  # those in hand
+    files: tuple[FileProgress, ...] = ()  # that are being downloaded
 
     @property
     def active(self) -> bool:
-        """Whether it goes on by itself."""
-        return self.state in ("queued", "asking", "running", "full")
+        """Whether it continues without the user."""
+        return self.state in ("queued", "asking", "running", "full", "cancelling")
 
     @property
     def can_pause(self) -> bool:
-        return self.active
+        return self.active and self.state != "cancelling"
 
     @property
     def can_resume(self) -> bool:
@@ -53,37 +53,36 @@ class DownloadStatus:
 
     @property
     def can_cancel(self) -> bool:
-        return self.active or self.can_resume
+        return self.can_pause or self.can_resume
 
 
 class Downloads:
-    """At most one download of each reference at a time, `AT_ONCE` side by side, the others in line.
+    """At most one download of each reference at a time; `AT_ONCE` run, the others wait.
 
-    `fit` says in a sentence whether what is planned fits this machine.
+    `fit` says in a sentence whether a planned model fits this machine. Every method returns at once, however long the
+    Hub, the disk or a download takes.
     """
 
     def __init__(self, library: Library, fit: Callable[[Any], str] | None = None) -> None:
         self._library, self._fit = library, fit
         self._lock = threading.RLock()
-        self._line: list[ModelRef] = []  # waiting for their turn
-        self._running: dict[ModelRef, threading.Event] = {}  # with what stops them
-        self._status: dict[ModelRef, DownloadStatus] = {}  # in the order they were asked for
+        self._waiting: list[ModelRef] = []  # for their turn
+        self._running: dict[ModelRef, threading.Event] = {}  # with the flag that stops each
+        self._status: dict[ModelRef, DownloadStatus] = {}  # in the order of their start
         self._options: dict[ModelRef, dict[str, Any]] = {}  # of Library.plan
         self._discard: set[ModelRef] = set()  # cancelled while they ran
+        self._deleting: set[ModelRef] = set()
 
     def start(self, text: str, **options: Any) -> ModelRef:
-        """Begin, or go on where an earlier one stopped. Raises BadModelName for what is no name.
-
-        `options` are those of Library.plan.
-        """
+        """Begin a download, or continue an earlier one. `options` are those of Library.plan. Raises BadModelName."""
         ref = ModelRef.parse(text)
         with self._lock:
             if options:
                 self._options[ref] = options
             self._discard.discard(ref)
-            if ref in self._line or ref in self._running:
+            if ref in self._waiting or ref in self._running:
                 return ref
-            self._line.append(ref)
+            self._waiting.append(ref)
             self._set(DownloadStatus(ref, "queued", "Waits for another download to end."))
             self._next()
         return ref
@@ -92,31 +91,32 @@ class Downloads:
         self.start(str(ref))
 
     def pause(self, ref: ModelRef | None = None) -> None:
-        """Stop one download, or all. What arrived is kept."""
+        """Stop one download, or all. What has arrived is kept."""
         with self._lock:
             for each in list(self._status) if ref is None else [ref]:
                 if each in self._running:
                     self._running[each].set()
-                elif (status := self._status.get(each)) is not None and status.active:
-                    if each in self._line:
-                        self._line.remove(each)
+                elif (status := self._status.get(each)) is not None and status.can_pause:
+                    if each in self._waiting:
+                        self._waiting.remove(each)
                     self._set(replace(status, state="paused", text="Paused. What has arrived is kept."))
 
     def cancel(self, ref: ModelRef) -> None:
-        """Stop one download and delete what arrived of it. A model that was there before stays."""
+        """Stop one download and delete what has arrived. A complete model that was there before stays."""
         with self._lock:
             if ref in self._running:
                 self._discard.add(ref)
                 self._running[ref].set()
+                self._set(replace(self._status[ref], state="cancelling", text="Stops, then deletes what has arrived."))
                 return
             if (status := self._status.get(ref)) is None or not status.can_cancel:
                 return
-            if ref in self._line:
-                self._line.remove(ref)
-        self._throw_away(ref)
+            if ref in self._waiting:
+                self._waiting.remove(ref)
+            self._begin_delete(ref)
 
     def forget(self, ref: ModelRef | None = None) -> None:
-        """Take what has ended out of the list, on disk nothing changes."""
+        """Remove ended downloads from the list. Nothing changes on disk."""
         with self._lock:
             for each, status in list(self._status.items()):
                 if (ref is None or each == ref) and status.state in ("done", "cancelled", "failed"):
@@ -129,25 +129,26 @@ class Downloads:
                 if left.ref not in self._status:
                     amount = f"{format_bytes(left.present_bytes)} of {format_bytes(left.total_bytes)}"
                     share = left.present_bytes / left.total_bytes if left.total_bytes else 0.0
-                    text = f"Paused at {amount}: it was not finished the last time."
+                    text = f"Paused at {amount} in an earlier run."
                     self._set(DownloadStatus(left.ref, "paused", text, share, folder=left.folder.name))
 
     def status(self, ref: ModelRef) -> DownloadStatus | None:
         return self._status.get(ref)
 
     def all(self) -> list[DownloadStatus]:
-        """In the order they were asked for."""
+        """In the order of their start."""
         return list(self._status.values())
 
     def active(self) -> list[DownloadStatus]:
         return [status for status in self.all() if status.active]
 
-    # what runs on the threads
+    # --- on the threads of the downloads -----------------------------------------------------------
 
     def _next(self) -> None:
-        """Begin those whose turn it is. The lock is held."""
-        while self._line and len(self._running) < AT_ONCE:
-            ref = self._line.pop(0)
+        """Begin the next downloads while there is room. The caller holds the lock."""
+        ready = [ref for ref in self._waiting if ref not in self._deleting]
+        for ref in ready[: max(0, AT_ONCE - len(self._running))]:
+            self._waiting.remove(ref)
             cancel = self._running[ref] = threading.Event()
             self._set(DownloadStatus(ref, "asking", f"Asking the Hub about {ref} …"))
             threading.Thread(target=self._run, args=(ref, cancel), name=f"download {ref}", daemon=True).start()
@@ -158,22 +159,21 @@ class Downloads:
         except DiskFull as error:
             ended = self._ended(ref, "full" if error.begun else "failed", str(error))
             if ended.state == "full":
-                ended = replace(ended, text=f"{ended.text} It goes on by itself when there is room.")
+                ended = replace(ended, text=f"{ended.text} It continues automatically when there is room.")
                 threading.Thread(target=self._await_space, args=(ref, error), name=f"space for {ref}", daemon=True).start()
         except GptqWebuiError as error:
             ended = self._ended(ref, "failed", str(error))
         except Exception as error:
             log.exception("downloading %s failed", ref)
-            said = f"The download of {ref} stopped ({type(error).__name__}: {error}). Press Download: it goes on from there."
-            ended = self._ended(ref, "failed", said)
+            text = f"The download of {ref} stopped ({type(error).__name__}: {error}). Press Download to continue it."
+            ended = self._ended(ref, "failed", text)
         with self._lock:
             del self._running[ref]
-            thrown = ref in self._discard
-            self._discard.discard(ref)
             self._set(ended)
+            if ref in self._discard:
+                self._discard.discard(ref)
+                self._begin_delete(ref)
             self._next()
-        if thrown:
-            self._throw_away(ref)
 
     def _fetch(self, ref: ModelRef, cancel: threading.Event) -> DownloadStatus:
         began = time.perf_counter()
@@ -185,7 +185,8 @@ class Downloads:
         for last in self._library.fetch(plan, cancel):
             share = last.done_bytes / last.total_bytes if last.total_bytes else 1.0
             shown = replace(shown, text=last.text, share=share, files=last.files)
-            self._set(shown)
+            if ref not in self._discard:
+                self._set(shown)
         if last is not None and last.stage == "stopped":
             amount = f"{format_bytes(last.done_bytes)} of {format_bytes(last.total_bytes)}"
             return replace(shown, state="paused", text=f"Paused at {amount}.", files=())
@@ -202,17 +203,32 @@ class Downloads:
             with self._lock:
                 status = self._status.get(ref)
                 if status is None or status.state != "full":
-                    return  # paused, cancelled, or begun again by hand
-                if _free_bytes(error.folder) > error.missing_bytes:
-                    self.start(str(ref))
-                    return
+                    return  # paused, cancelled, or started again by the user
+            if _free_bytes(error.folder) > error.missing_bytes:
+                self.start(str(ref))
+                return
 
-    def _throw_away(self, ref: ModelRef) -> None:
+    def _begin_delete(self, ref: ModelRef) -> None:
+        """The caller holds the lock. Deleting gigabytes takes seconds on some disks, so it has a thread."""
+        self._deleting.add(ref)
+        self._set(replace(self._status[ref], state="cancelling", text="What has arrived is being deleted.", files=()))
+        threading.Thread(target=self._delete, args=(ref,), name=f"delete {ref}", daemon=True).start()
+
+    def _delete(self, ref: ModelRef) -> None:
+        state: State = "cancelled"
+        text = "Cancelled. What had arrived was deleted."
         try:
             self._library.discard(ref)
-            self._set(replace(self._status[ref], state="cancelled", text="Cancelled. What had arrived was deleted.", share=0.0))
         except GptqWebuiError as error:
-            self._set(replace(self._status[ref], state="failed", text=str(error)))
+            state, text = "failed", str(error)
+        except Exception as error:
+            log.exception("deleting what arrived of %s failed", ref)
+            state, text = "failed", f"What arrived of {ref} could not be deleted ({error}). Delete its folder by hand."
+        with self._lock:
+            self._deleting.discard(ref)
+            if ref not in self._waiting:  # unless it was started again meanwhile
+                self._set(replace(self._status[ref], state=state, text=text, share=0.0))
+            self._next()
 
     def _set(self, status: DownloadStatus) -> None:
         self._status[status.ref] = status

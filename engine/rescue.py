@@ -1,6 +1,6 @@
-"""Folders whose settings are missing or wrong, and weights in a format that can run code: both can be made right.
+"""Repairs for folders with missing or wrong settings, and for weights in a format that can run code.
 
-The tensors are the truth (core/quantize_config.py); what they say is written down where other programs look for it.
+The tensors are the truth (core/quantize_config.py). Their values are written to the file where other programs look.
 """
 
 import json
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def settings_wrong(model: LocalModel) -> str:
-    """What is wrong with the settings of a folder that could be written anew, in a sentence; "" if nothing is."""
+    """A sentence about settings that are wrong and can be written again; "" if nothing is wrong."""
     try:
         own = read_json(model.folder / SETTINGS)
         in_config = read_json(model.folder / "config.json").get("quantization_config")
@@ -32,16 +32,16 @@ def settings_wrong(model: LocalModel) -> str:
     if model.quantize is None:
         return ""
     if not own and not in_config:
-        return f"There is no {SETTINGS}: the tensors say {model.quantize.summary}."
+        return f"There is no {SETTINGS}. The tensors are {model.quantize.summary}."
     if own.get("sym") is False and model.quantize.sym:
-        return "The settings are wrong: they say asymmetric, the tensors are symmetric."
+        return "The settings are wrong: they claim asymmetric weights, the tensors are symmetric."
     if model.quantize.notes:
         return f"The settings are wrong: {'; '.join(model.quantize.notes)}."
     return ""
 
 
 def write_settings(model: LocalModel) -> Path:
-    """Write quantize_config.json as the tensors say; the old one stays beside it. Raises ModelError."""
+    """Write quantize_config.json from the tensors; the old file is kept as .json.old. Raises ModelError."""
     path = model.folder / SETTINGS
     try:
         old = read_json(path)
@@ -51,7 +51,7 @@ def write_settings(model: LocalModel) -> Path:
     try:
         if path.exists():
             os.replace(path, aside)
-        read = LocalModel.read(model.folder)  # without the file that is wrong, from config.json and the tensors
+        read = LocalModel.read(model.folder)  # from config.json and the tensors, without the wrong file
         if read.quantize is None:
             raise ModelError(f"{model.name} cannot be repaired: {read.problem or 'its tensors are not those of a GPTQ model'}")
         right = read.quantize.to_json()
@@ -74,7 +74,7 @@ def write_settings(model: LocalModel) -> Path:
 def convert(
     model: LocalModel, progress: Callable[[float, str], None], cancel: threading.Event, delete_original: bool = False
 ) -> list[Path]:
-    """.bin and .pt weights as safetensors, beside them. Nothing in them is run. Raises GptqWebuiError."""
+    """Write .bin and .pt weights as safetensors files in the same folder. No code in them is run. Raises GptqWebuiError."""
     from ..gptq.convert import convert as run
 
     if not model.weights or all(path.suffix == ".safetensors" for path in model.weights):
@@ -87,7 +87,7 @@ def convert(
 
 
 def _note(folder: Path) -> None:
-    """The marker remembers that this file is ours, so that a verification does not call it damaged."""
+    """Note in the marker that this file was repaired, so that a verification does not report it as damaged."""
     record = Record.read(folder / MARKER)
     if record is not None and SETTINGS in record.files:
         repaired = tuple(sorted({*record.repaired, SETTINGS}))

@@ -1,7 +1,8 @@
-"""Two seconds of distrust after a load: does the model compute numbers, and does it write more than one token?
+"""A check of two seconds after a load: does the model compute numbers, and does it write more than one token?
 
-A broken kernel seldom raises; it gives NaN, or the same token for ever. What is sure (NaN, infinite or
-constant logits) is told apart from what only looks wrong, since small models loop and foreign ones puzzle.
+A broken kernel seldom raises: it computes NaN, or the same token for ever. The check distinguishes what is certainly
+broken (NaN, infinite or constant logits) from what only looks wrong: small models repeat themselves, and models of other
+languages find English unlikely.
 """
 
 import logging
@@ -20,10 +21,10 @@ from ..loaders.machine.memory_fit import is_out_of_memory
 log = logging.getLogger(__name__)
 
 _LIMIT_S = 2.0
-_TOKENS = 12  # of the same kind in a row, for both prompts, look wrong
+_TOKENS = 12  # as many equal tokens in a row, for both prompts, look wrong
 _QUICK_S = 0.3  # a first forward slower than this leaves no time for the passage
 _ODD_PERPLEXITY = 1000.0
-_TOP = 1  # log-probabilities that are asked for, where they can be
+_TOP = 1  # log-probabilities to request, if the loader has them
 _PROMPTS = ("The capital of France is", "Once upon a time there were 1 2 3 4 5 6 7")
 _PASSAGE = (
     "The sun rises in the east and sets in the west. In the morning people get up, wash themselves, have breakfast and go "
@@ -33,15 +34,15 @@ _PASSAGE = (
 
 @dataclass(frozen=True)
 class Verdict:
-    broken: str = ""  # what is surely wrong: "its logits are not numbers (NaN)"
-    suspect: str = ""  # what looks wrong: "it writes one token again and again"
-    note: str = ""  # what is odd but may be right
+    broken: str = ""  # certainly wrong: "its logits are not numbers (NaN)"
+    suspect: str = ""  # looks wrong: "it writes one token again and again"
+    note: str = ""  # unusual, but may be right
 
 
 def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
-    """Raises what the model's computing raises; takes about two seconds at most, a single forward aside."""
+    """Check a loaded model. Raises what computing raises. Takes two seconds at most, unless one forward takes longer."""
     if loaded.tokenizer is None:
-        return Verdict()  # an engine elsewhere: its weights are not ours to judge
+        return Verdict()  # an engine on another machine: its weights are not checked here
     began = time.monotonic()
     prompts = [loaded.encode(text)[: max(1, loaded.context_tokens - _TOKENS - 1)] for text in _PROMPTS]
     repeated: list[int | None] = []
@@ -58,25 +59,25 @@ def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
     suspect = ""
     if len(repeated) == len(prompts) and repeated[0] is not None and len(set(repeated)) == 1:
         suspect = f"it writes one token ({_shown(loaded, repeated[0])}) again and again"
-    broken, note = _seen_by_transformers(loaded, prompts[0], began, cancel)
+    broken, note = _check_logits(loaded, prompts[0], began, cancel)
     return Verdict(broken, suspect, note)
 
 
-def _seen_by_transformers(loaded: LoadedModel, prompt: Sequence[int], began: float, cancel: threading.Event) -> tuple[str, str]:
-    """(what is broken, a note) out of the logits, where there is a transformers model to ask for them."""
+def _check_logits(loaded: LoadedModel, prompt: Sequence[int], began: float, cancel: threading.Event) -> tuple[str, str]:
+    """(what is broken, a note) from the logits, if there is a transformers model that has them."""
     if loaded.hf is None or cancel.is_set():
         return "", ""
-    asked = time.monotonic()
+    started = time.monotonic()
     try:
         if broken := _wrong(_logits(loaded.hf, prompt)):
             return broken, ""
-        if time.monotonic() - asked < _QUICK_S and asked - began < _LIMIT_S / 2:
-            return "", _puzzled(loaded)
+        if time.monotonic() - started < _QUICK_S and started - began < _LIMIT_S / 2:
+            return "", _perplexity_note(loaded)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # it has just written tokens by its own way; that this face of it cannot compute harms nobody yet
-        log.info("the logits of %s could not be looked at (%s)", loaded.model.name, str(error))
+        # It has just written tokens with its own kernels, so it is usable even if its transformers model cannot compute.
+        log.info("the logits of %s could not be checked (%s)", loaded.model.name, str(error))
     return "", ""
 
 
@@ -101,8 +102,8 @@ def _wrong(logits: Any) -> str:
     return ""
 
 
-def _puzzled(loaded: LoadedModel) -> str:
-    """A note if plain English surprises the model beyond measure; "" if it does not, or if that cannot be told."""
+def _perplexity_note(loaded: LoadedModel) -> str:
+    """A note if plain English has an extreme perplexity; "" if it does not, or if it cannot be measured."""
     import torch
 
     ids = loaded.encode(_PASSAGE)[: loaded.context_tokens]
@@ -114,15 +115,15 @@ def _puzzled(loaded: LoadedModel) -> str:
     if perplexity < _ODD_PERPLEXITY:
         return ""
     return (
-        f"Plain English surprises this model (perplexity {perplexity:.3g}). That is right for a model of another language "
-        "or kind; else its files or the loader are at fault."
+        f"Plain English is very unlikely for this model (perplexity {perplexity:.3g}). For a model of another language or "
+        "kind that is normal; otherwise its files or the loader are broken."
     )
 
 
 def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, cancel: threading.Event) -> tuple[int | None, str]:
-    """(the token that all of an answer consists of, what is broken).
+    """(the token, if an answer consists of one token only, what is broken).
 
-    None as soon as there is a second token, or if the answer ended early.
+    The token is None if there is a second one, or if the answer ends early.
     """
     logprobs = _TOP if "logprobs" in loaded.can else None
     params = GenerationParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=_TOKENS, logprobs=logprobs)
@@ -144,5 +145,5 @@ def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, canc
 def _shown(loaded: LoadedModel, token: int) -> str:
     try:
         return repr(str(loaded.tokenizer.decode([token])))
-    except Exception:  # a tokenizer that cannot even say this is not the point here
+    except Exception:  # a broken tokenizer is not checked here
         return f"number {token}"

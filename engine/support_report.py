@@ -1,6 +1,6 @@
-"""What to paste where help is asked for: versions, card, driver, loaders, the last error. No token, no path of the user's.
+"""A report to paste into a request for help: versions, GPU, driver, loaders, the last error. No token, no private path.
 
-Everything is asked without importing what is not imported already.
+Nothing is imported that is not imported already.
 """
 
 import getpass
@@ -56,11 +56,11 @@ def _machine() -> Iterator[str]:
     found = gpus()
     for gpu in found:
         yield (
-            f"card: {gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free, driver {gpu.driver}"
+            f"GPU: {gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free, driver {gpu.driver}"
             + (f", compute {gpu.compute}" if gpu.compute else "")
         )
     if not found:
-        yield f"card: {'there is one, but nvidia-smi does not answer' if machine.gpu else 'none'}"
+        yield f"GPU: {'present, but nvidia-smi does not answer' if machine.gpu else 'none'}"
     yield f"memory: {format_bytes(memory_fit.available_ram_bytes())} free; processors: {os.cpu_count()}"
 
 
@@ -97,7 +97,7 @@ def _of_model(loaded: LoadedModel, choice: Choice) -> Iterator[str]:
 
 
 def changed_options(options: Any) -> str:
-    """What differs from the defaults; what is secret is left out."""
+    """The options that differ from their defaults, without secrets."""
     if not is_dataclass(options):
         return ""
     return ", ".join(
@@ -116,20 +116,20 @@ def _versions() -> Iterator[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Tokens, passwords, the user's name and the way to their folders taken out of a text."""
+    """A text without tokens, passwords, the user's name and the paths of their folders."""
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name) and len(value) >= 6:
             text = text.replace(value, "(secret)")
     text = _IN_ADDRESSES.sub(r"\1(secret)@", _SECRETS.sub("(secret)", text))
-    for known, shown in _places():
+    for known, shown in _known_folders():
         text = text.replace(known, shown).replace(known.replace("\\", "/"), shown).replace(known.replace("\\", "\\\\"), shown)
     text = _HOMES.sub(r"\1(user)", text)
     user = _user()
     return re.sub(rf"\b{re.escape(user)}\b", "(user)", text) if len(user) > 3 and user != "root" else text
 
 
-def _places() -> list[tuple[str, str]]:
-    """(a folder of this machine, what stands for it), the longest first."""
+def _known_folders() -> list[tuple[str, str]]:
+    """(a folder of this machine, its placeholder), the longest first."""
     package = Path(__file__).resolve().parents[1]
     known = {str(package): "(gptq_webui)", str(Path.home()): "~", sys.prefix: "(python)", sys.base_prefix: "(python)"}
     known |= {str(Path.cwd()): "(here)"}

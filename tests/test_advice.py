@@ -29,19 +29,19 @@ def torch_with(tmp_path, monkeypatch):
     return pretend
 
 
-def test_a_card_with_a_processor_only_torch_is_told_with_one_line_to_type(torch_with):
+def test_a_gpu_with_a_processor_only_torch_gives_a_warning_and_one_line_to_type(torch_with):
     torch_with("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n")
     assert "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/" in advice.torch_banner()
 
 
-def test_a_torch_with_cuda_or_rocm_is_not_told(torch_with):
+def test_a_torch_with_cuda_or_rocm_gives_no_warning(torch_with):
     torch_with("cuda: Optional[str] = '13.0'\n")
     assert advice.torch_banner() == ""
     torch_with("cuda: Optional[str] = None\nhip: Optional[str] = '7.0'\n")
     assert advice.torch_banner() == ""
 
 
-def test_without_a_card_nothing_is_told(torch_with):
+def test_without_a_gpu_there_is_no_warning(torch_with):
     torch_with("cuda: Optional[str] = None\n", gpu=False)
     assert advice.torch_banner() == ""
 
@@ -82,7 +82,7 @@ def test_the_most_exact_branch_that_fits_is_recommended(found, free_gb, best, fi
     assert all(each.fit.text == f"Fits your {free_gb} GB" for each in advice.offers if each.fit.state == "fits")
 
 
-def test_what_does_not_fit_the_card_is_said_with_its_speed_or_refused(found):
+def test_what_does_not_fit_the_gpu_is_reported_with_its_speed_or_refused(found):
     small = advise(found, [TransformersLoader()], 4096, Memory(32 * GB, 4 * GB))
     assert {each.fit.state for each in small.offers} == {"partly"} and small.best.branch.name == "main"
     assert all(
@@ -100,7 +100,7 @@ def test_a_longer_context_needs_more_and_may_change_the_advice(found):
     assert at[4096].offers[0].fit.state == "fits" and at[8192].offers[0].fit.state == "partly"
 
 
-def test_without_a_card_it_is_counted_with_main_memory(found):
+def test_without_a_gpu_it_is_counted_with_main_memory(found):
     advice = advise(found, [TransformersLoader()], 4096, Memory(16 * GB))
     assert advice.offers[0].fit.text == "Fits your 16 GB of memory, on the processor"
 

@@ -31,7 +31,7 @@ def engine(tmp_path):
     engine.unload()
 
 
-def test_the_speed_told_is_that_of_the_answers(engine):
+def test_the_reported_speed_is_that_of_the_answers(engine):
     engine.load("m", options={"answer": WORDS, "tokens_per_s": 200})
     doing = []
     found = benchmark.measure(engine, threading.Event(), doing.append)

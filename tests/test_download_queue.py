@@ -1,12 +1,16 @@
 """engine/download_queue.py: a download lives on its own, whoever looks at it."""
 
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tiny
-from gptq_webui.core.errors import BadModelName
-from gptq_webui.engine.download_queue import Downloads
+from gptq_webui.core.errors import BadModelName, HubUnreachable
+from gptq_webui.core.model_ref import ModelRef
+from gptq_webui.engine.download_queue import AT_ONCE, Downloads
 from gptq_webui.hub.library import Library
 
 NAME = "Owner/Tiny-GPTQ:gptq-4bit-32g"
@@ -75,7 +79,7 @@ def states(downloads):
     return [status.state for status in downloads.all()]
 
 
-def test_two_run_and_the_others_wait_in_line(downloads, slow, hub_server):
+def test_two_run_and_the_others_wait(downloads, slow, hub_server):
     refs = [slow(branch) for branch in "abcd"]
     until(lambda: states(downloads) == ["running", "running", "queued", "queued"])
     downloads.pause(refs[0])
@@ -119,7 +123,7 @@ def test_a_restart_finds_what_was_not_finished(downloads, slow, hub_server, tmp_
     again = Downloads(Library([tmp_path / "models"]))
     again.find_unfinished()
     (status,) = again.all()
-    assert status.ref == ref and status.state == "paused" and status.share > 0.2 and "not finished" in status.text
+    assert status.ref == ref and status.state == "paused" and status.share > 0.2 and "earlier run" in status.text
     hub_server.rate_bytes_per_s = None
     again.resume(ref)
     assert wait(again, ref).state == "done"
@@ -134,3 +138,55 @@ def test_whether_it_fits_is_said_before_the_first_byte(tmp_path, hub_server, dow
 
     fitting = Downloads(Library([tmp_path / "models"]), fit)
     assert wait(fitting, fitting.start(NAME)).fit == "Fits your 12 GB" and asked == [False]
+
+
+class Stuck:
+    """A library whose Hub and whose disk never answer, until they are released."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def plan(self, ref, **_):
+        self.released.wait(30)
+        raise HubUnreachable(f"{ref}: no answer")
+
+    def discard(self, ref):
+        self.released.wait(30)
+
+    def unfinished(self):
+        return [SimpleNamespace(ref=ModelRef("a/left"), present_bytes=1, total_bytes=2, folder=Path("left"))]
+
+
+@pytest.fixture
+def stuck():
+    library = Stuck()
+    yield Downloads(library)
+    library.released.set()
+
+
+def downloading():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("download ")]
+
+
+def test_a_press_returns_at_once_and_holds_no_thread_whatever_the_hub_does(stuck):
+    before = len(downloading())
+    began = time.monotonic()
+    for at in range(100):
+        stuck.start("a/same")
+        ref = stuck.start(f"a/other{at}")
+    stuck.pause(ref)
+    stuck.cancel(ref)
+    assert time.monotonic() - began < 2
+    assert len(downloading()) - before == AT_ONCE and len(stuck.all()) == 101
+
+
+def test_a_cancel_returns_at_once_however_long_deleting_takes(stuck):
+    stuck.find_unfinished()
+    began = time.monotonic()
+    stuck.cancel(ModelRef("a/left"))
+    status = stuck.status(ModelRef("a/left"))
+    assert time.monotonic() - began < 1 and status.state == "cancelling" and not status.can_cancel and status.active
+    stuck.start("a/left")  # waits until its files are deleted
+    assert stuck.status(ModelRef("a/left")).state == "queued"
+    stuck._library.released.set()
+    until(lambda: stuck.status(ModelRef("a/left")).state == "failed")

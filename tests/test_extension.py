@@ -166,15 +166,15 @@ def ui():
 """
 
 
-@pytest.mark.parametrize("way", ["neighbour unloads", "drop"])
-def test_a_model_that_goes_by_another_way_is_freed_too(place, way):
+@pytest.mark.parametrize("command", ["neighbour unloads", "drop"])
+def test_a_model_that_goes_by_another_way_is_freed_too(place, command):
     put(place, "extensions")
     (place / "extensions" / "neighbour").mkdir()
     (place / "extensions" / "neighbour" / "script.py").write_text(NEIGHBOUR)
     host = Host(place, "--extensions", "neighbour", "gptq_webui")
     host("load", name="tiny-2023")
     assert host("ask", text="Hello")["texts"] > 5 and host("state")["threads"] == 1
-    host(way)
+    host(command)
     host("load", name="plain")
     assert host("state")["threads"] == 0
     host("load", name="tiny-2023")
@@ -285,7 +285,7 @@ def test_the_options_of_every_loader_can_stand_in_settings_yaml(one):
     assert "context_tokens in settings.yaml should be" in host.said()
 
 
-def test_a_loader_of_settings_yaml_that_is_none_is_told_in_words(one):
+def test_an_unknown_loader_in_settings_yaml_gives_a_message(one):
     host = one("--settings", json.dumps({"gptq_webui-loader": "exllama"}))
     said = host("load", name="tiny-2023")["said"][-1]
     assert said.startswith("There is no loader called 'exllama'")
@@ -357,7 +357,7 @@ def test_a_package_that_is_missing_never_stops_the_host(names, one, tmp_path):
         assert "portable" in host.said()
 
 
-def test_a_package_that_is_too_old_is_told_and_harmless(one, tmp_path):
+def test_a_package_that_is_too_old_gives_a_message_and_is_harmless(one, tmp_path):
     package, version = "torch", "2.2.1+cu121"
     (tmp_path / "old").mkdir()
     lines = ["import importlib.metadata as metadata", "real = metadata.version"]
@@ -368,7 +368,7 @@ def test_a_package_that_is_too_old_is_told_and_harmless(one, tmp_path):
     assert f"found {version}. Update text-generation-webui." in host.said()
 
 
-def test_another_copy_of_the_package_is_told_and_harmless(one, tmp_path):
+def test_another_copy_of_the_package_gives_a_message_and_is_harmless(one, tmp_path):
     (tmp_path / "other").mkdir()
     lines = ["import sys, types", "copy = types.ModuleType('gptq_webui')", "copy.__file__ = '/elsewhere/__init__.py'"]
     lines.append("sys.modules['gptq_webui'] = copy")

@@ -1,4 +1,4 @@
-"""engine/load_fallback.py and what stands on it: planted faults end in a model on the next loader, or an empty, usable engine."""
+"""engine/load_fallback.py: planted faults end in a model on the next loader, or in an empty, usable engine."""
 
 import gc
 import threading
@@ -143,7 +143,7 @@ def answer(engine):
 
 
 @pytest.mark.parametrize(("plant", "words"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_ends_in_a_model_on_the_next_loader_which_is_told(plant, words, start):
+def test_a_fault_ends_in_a_model_on_the_next_loader_with_a_note(plant, words, start):
     faulty = Faulty(plant)
     engine = start(faulty, TransformersLoader())
     seen = []
@@ -151,8 +151,8 @@ def test_a_fault_ends_in_a_model_on_the_next_loader_which_is_told(plant, words, 
     loaded = engine.load("tiny")
     assert engine.choice.loader.name == "transformers" and answer(engine)[1].new_tokens == 4
     assert any("Trying transformers instead" in text for text in seen)
-    told = [note for note in loaded.notes if "faulty failed" in note]
-    assert len(told) == 1 and words in told[0] and faulty.held == []
+    notes = [note for note in loaded.notes if "faulty failed" in note]
+    assert len(notes) == 1 and words in notes[0] and faulty.held == []
 
 
 def test_what_failed_is_remembered_in_the_next_run(start):
@@ -324,7 +324,7 @@ def test_what_cannot_fit_anywhere_is_refused_before_the_loaded_model_is_touched(
     assert engine.loaded is loaded and answer(engine)[1].new_tokens == 4
 
 
-def test_an_unused_model_rests_and_wakes_on_use_for_everybody_who_waits(start):
+def test_an_unused_model_is_unloaded_and_comes_back_for_everybody_who_waits(start):
     engine = start(TransformersLoader())
     engine.load("tiny", options={"context_tokens": 100})
     engine.set_idle_minutes(0.002)
@@ -344,7 +344,7 @@ def test_an_unused_model_rests_and_wakes_on_use_for_everybody_who_waits(start):
     assert answers == [4, 4, 4] and engine.loaded.context_tokens == 100
 
 
-def test_freeing_the_card_stops_a_load_and_ends_an_answer(start):
+def test_freeing_the_memory_ends_an_answer(start):
     engine = start(TransformersLoader())
     engine.load("tiny")
     weights = [weakref.ref(parameter) for parameter in engine.loaded.hf.parameters()]

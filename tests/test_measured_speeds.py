@@ -1,4 +1,4 @@
-"""engine/measured_speeds.py and engine/remedies.py: what is learnt from answers, and what helps where memory lacks."""
+"""engine/measured_speeds.py and engine/remedies.py: what is learnt from answers, and what helps when memory is not enough."""
 
 import json
 from dataclasses import dataclass, field
@@ -40,19 +40,19 @@ def test_the_best_speed_of_a_loader_is_remembered_for_this_commit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("speed", "best", "free", "windows", "told"),
+    ("speed", "best", "free", "windows", "expected"),
     [
         (3, 40, 100_000_000, False, "once had 40"),
-        (3, 40, 5_000_000_000, False, ""),  # slow, but the card is not full: another program computes
+        (3, 40, 5_000_000_000, False, ""),  # slow, but the GPU is not full: another program computes
         (30, 40, 100_000_000, True, ""),
         (1.5, 0, 100_000_000, True, "into the system's memory"),
         (1.5, 0, 100_000_000, False, ""),  # Linux raises an error instead
-        (1.5, 0, None, True, ""),  # no card
+        (1.5, 0, None, True, ""),  # no GPU
     ],
 )
-def test_a_collapsed_speed_on_a_full_card_is_noticed(speed, best, free, windows, told):
-    words = measured_speeds.collapsed(answer(speed), SIZE, best, free, windows)
-    assert (told in words) if told else words == ""
+def test_a_collapsed_speed_on_a_full_gpu_is_noticed(speed, best, free, windows, expected):
+    text = measured_speeds.collapsed(answer(speed), SIZE, best, free, windows)
+    assert (expected in text) if expected else text == ""
 
 
 @dataclass(frozen=True)

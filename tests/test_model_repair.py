@@ -189,7 +189,7 @@ def test_a_model_in_the_hugging_face_cache_is_used_where_it_lies(library, hub_se
     assert verify(model.folder).good and len(verify(model.folder).checked) == 3
     assert model_repair.check_update(library, FOLDER).moved is False
     (item,) = disk_inventory.items(library, Settings())
-    assert (item.place, str(item.ref), item.commit) == ("Hugging Face cache", NAME, hub_server.repos[NAME].branches["main"])
+    assert (item.location, str(item.ref), item.commit) == ("Hugging Face cache", NAME, hub_server.repos[NAME].branches["main"])
     with pytest.raises(ModelError, match="Hugging Face cache"):
         repair(library)
     assert library.freed_bytes(FOLDER) > 100_000

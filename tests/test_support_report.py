@@ -27,7 +27,7 @@ def engine(tmp_path):
     engine.unload()
 
 
-def test_versions_card_driver_loaders_and_the_model_are_told(engine, monkeypatch):
+def test_versions_gpu_driver_loaders_and_the_model_are_there(engine, monkeypatch):
     monkeypatch.setattr(
         "gptq_webui.engine.support_report.gpus", lambda: [GpuInfo("NVIDIA H200", 150 * 10**9, 140 * 10**9, "580.1", "9.0")]
     )
@@ -37,7 +37,7 @@ def test_versions_card_driver_loaders_and_the_model_are_told(engine, monkeypatch
         assert part in text
 
 
-def test_the_last_error_is_told_without_token_name_or_path(engine, monkeypatch):
+def test_the_last_error_is_there_without_token_name_or_path(engine, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     monkeypatch.setenv("MY_API_KEY", "open-sesame-1234")
     home = Path.home()

@@ -204,5 +204,5 @@ def _table(items: list[disk_inventory.Item]) -> str:
     for each in items:
         used, branch = each.used.strftime("%Y-%m-%d") if each.used else "", each.ref.branch if each.ref else ""
         kind, size = each.model.badge, format_bytes(each.size_bytes)
-        rows.append((each.model.name, branch, each.commit[:8], kind, size, used, each.place))
+        rows.append((each.model.name, branch, each.commit[:8], kind, size, used, each.location))
     return html_snippets.table(_COLUMNS, rows)
