@@ -1,4 +1,4 @@
-"""engine/advice.py: a card that torch cannot use is told with its cure, a branch that fits is found."""
+"""engine/advice.py: a GPU that torch cannot use gives a warning with its cure, and a branch that fits is found."""
 
 import re
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_load_chat_unload(engine):
     ("load", "error"),
     [
         (lambda engine: engine.load("three"), NoSuchModel),
-        (lambda engine: engine.load("two", options={"refuse": "needs a card"}), LoadRefused),
+        (lambda engine: engine.load("two", options={"refuse": "needs a GPU"}), LoadRefused),
         (lambda engine: engine.load("two", "exllama9"), LoadRefused),
     ],
 )
@@ -117,7 +117,7 @@ def test_answers_come_in_the_order_they_were_asked_for(engine):
     for at in range(5):
         threads.append(threading.Thread(target=ask, args=(at,)))
         threads[-1].start()
-        while loaded.waiting + len(ended) <= at:  # it stands in the line
+        while loaded.waiting + len(ended) <= at:  # it waits in the queue
             time.sleep(0.001)
     for thread in threads:
         thread.join()
