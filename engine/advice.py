@@ -23,7 +23,6 @@ from ..hub.file_selection import quantize_of
 from ..hub.library import Plan
 from ..loaders.choose import choose
 from ..loaders.contract.base import Loader
-from ..loaders.machine import memory_fit as counting
 from ..loaders.machine.capabilities import has_nvidia_gpu
 from ..loaders.machine.memory_fit import KEPT_FREE_BYTES, Memory
 
@@ -77,7 +76,7 @@ def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memor
         choice = choose(model, loaders, None, options)
     except LoadRefused as error:
         return Fit("no loader", str(error))
-    counted = counting.of(model, choice.options, memory)
+    counted = choice.loader.fit(model, choice.options, memory)
     found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.reason}
     yours = _yours(memory)
     if counted.fits:

@@ -5,15 +5,15 @@ from typing import Any
 
 from ..core.errors import NotEnoughMemory
 from ..core.models import LocalModel
-from ..loaders.contract.base import LoadedModel
+from ..loaders.contract.base import LoadedModel, Loader
 from ..loaders.machine import memory_fit
 from ..loaders.machine.capabilities import look
 from ..loaders.machine.gpus import available_gpu_bytes
 
 
-def fit_of(model: LocalModel, options: Any, loaded: LoadedModel | None = None) -> memory_fit.Fit:
+def fit_of(model: LocalModel, loader: Loader, options: Any, loaded: LoadedModel | None = None) -> memory_fit.Fit:
     """The fit with a loader's options. The memory of `loaded` counts as free, since a load replaces it."""
-    return memory_fit.of(model, options, available_memory(loaded))
+    return loader.fit(model, options, available_memory(loaded))
 
 
 def has_gpu() -> bool:
@@ -30,7 +30,7 @@ def available_memory(loaded: LoadedModel | None = None) -> memory_fit.Memory:
         ram -= memory_fit.STARTING_BYTES
     if gpu is not None and (torch is None or not torch.cuda.is_initialized()):
         gpu -= memory_fit.STARTING_BYTES
-    if loaded is not None and loaded.tokenizer is not None:
+    if loaded is not None and not loaded.is_remote:
         if not loaded.device.startswith("cuda"):
             ram += memory_fit.weights_bytes(loaded.model)
         elif gpu is not None and torch is not None:

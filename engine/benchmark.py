@@ -73,7 +73,7 @@ class Measured:
 def measure(engine: Engine, cancel: threading.Event, progress: Progress = lambda text: None) -> Measured | None:
     """Measure the loaded model; None if cancelled. Raises NotLoaded, BadParameter, Busy, AnswerFailed."""
     loaded = engine.ready()
-    if loaded.tokenizer is None:
+    if loaded.is_remote:
         raise BadParameter(f"{loaded.model.name} is computed on another machine, so its speed is not this machine's.")
     ended = time.monotonic() + _ENOUGH_S
     finishes: list[Finish] = []
@@ -141,7 +141,14 @@ def _summary(engine: Engine, loaded: LoadedModel, finishes: list[Finish], shared
     read = statistics.median((each.prompt_tokens - each.cached_tokens) / max(each.prefill_s, 1e-9) for each in finishes)
     choice = engine.choice
     name = choice.loader.name if choice is not None else "?"
-    more = [each for each in (loaded.way, changed_options(choice.options) if choice is not None else "") if each]
+    more = [
+        each
+        for each in (
+            loaded.kernel if loaded.kernel != name else "",
+            changed_options(choice.options) if choice is not None else "",
+        )
+        if each
+    ]
     return Measured(
         loaded.model.name,
         loaded.model.badge,

@@ -16,7 +16,6 @@ from ..loaders.machine import memory_fit
 from .load_request import LoadRequest
 
 Kind = Literal["context", "cache", "branch"]
-CONTEXT_OPTIONS = ("context_tokens", "max_seq_len")  # a loader has its users' name for it
 _CACHE_OPTIONS = ("cache_type", "kv_cache", "cache")
 _EIGHT_BIT = re.compile(r"q8|int8|fp8|8[ -]?bit", re.IGNORECASE)
 _LEAST_TOKENS = 512
@@ -53,25 +52,24 @@ def remedies(
 
 
 def _context(model: LocalModel, loader: Loader, options: Any, context_tokens: int) -> Remedy:
-    name = next((each.name for each in fields(loader.options) if each.name in CONTEXT_OPTIONS), None)
-    tokens = context_tokens or memory_fit.wanted_context(model, getattr(options, name, 0) if name else 0)
+    name = loader.context_option
+    tokens = context_tokens or memory_fit.wanted_context(model, loader.demand(model, options, False).requested_tokens)
     half = max(_LEAST_TOKENS, tokens // 2 // 256 * 256)
-    if name is None or half >= tokens:
-        why = f"{loader.name} has no context to choose" if name is None else f"the context is {tokens} tokens already"
+    if not name or half >= tokens:
+        why = f"{loader.name} has no context to choose" if not name else f"the context is {tokens} tokens already"
         return Remedy("context", "Smaller context", cannot=f"Smaller context: {why}.")
     return Remedy("context", f"Smaller context ({half} tokens)", {name: half})
 
 
 def _cache(model: LocalModel, loader: Loader, options: Any) -> Remedy:
-    without_effect = getattr(loader, "without_effect", None)
     for each in fields(loader.options):
         choices = each.metadata.get("choices") or ()
         eight = next((choice for choice in choices if _EIGHT_BIT.search(str(choice))), None)
         if each.name in _CACHE_OPTIONS and eight is not None:
-            now = str(getattr(options, each.name, ""))
+            now = str(getattr(options, each.name))
             if re.search(r"q[468]|int[48]|fp8", now, re.IGNORECASE):
                 return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: it is {now} already.")
-            if without_effect is not None and (why := without_effect(model, options).get(each.name)):
+            if why := loader.without_effect(model, options).get(each.name):
                 return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: {why}.")
             return Remedy("cache", "8-bit cache", {each.name: eight})
     return Remedy("cache", "8-bit cache", cannot=f"8-bit cache: the loader {loader.name} has none.")

@@ -41,7 +41,7 @@ class Verdict:
 
 def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
     """Check a loaded model. Raises what computing raises. Takes two seconds at most, unless one forward takes longer."""
-    if loaded.tokenizer is None:
+    if loaded.is_remote:
         return Verdict()  # an engine on another machine: its weights are not checked here
     began = time.monotonic()
     prompts = [loaded.encode(text)[: max(1, loaded.context_tokens - _TOKENS - 1)] for text in _PROMPTS]
@@ -144,6 +144,6 @@ def _only_token(loaded: LoadedModel, prompt: Sequence[int], seconds: float, canc
 
 def _shown(loaded: LoadedModel, token: int) -> str:
     try:
-        return repr(str(loaded.tokenizer.decode([token])))
+        return repr(loaded.decode([token], special=True))
     except Exception:  # a broken tokenizer is not checked here
         return f"number {token}"

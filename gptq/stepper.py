@@ -42,7 +42,7 @@ class Memory(ABC):
 class Stepper(ABC):
     """Computes logits. Everything runs on one thread, in torch's inference mode, which the caller sets."""
 
-    name: ClassVar[str]
+    kernel: ClassVar[str]
     device: torch.device
     parallel: int = 1  # answers that may be drawn in turns
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
@@ -165,7 +165,7 @@ class TransformersMemory(Memory):
 class TransformersStepper(Stepper):
     """The forward of transformers itself: every architecture, every placement."""
 
-    name = "transformers"
+    kernel = "transformers"
 
     def __init__(self, model: Any) -> None:
         self._model = model  # a transformers causal LM in eval mode

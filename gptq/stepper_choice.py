@@ -24,7 +24,7 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
         stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel)
     else:
         stepper, note = _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
-    if cache_type != "fp16" and stepper.name != "cuda":
+    if cache_type != "fp16" and stepper.kernel != "cuda":
         width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
         kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a graphics card."
         note = f"{note} {kept}".strip()

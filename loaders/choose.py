@@ -1,5 +1,6 @@
 """Which loader opens a model, and why. One ordered list; every refusal is a sentence."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,36 +9,28 @@ from ..core.errors import BadParameter, LoadRefused
 from ..core.models import LocalModel
 from .autogptq.autogptq_loader import AutoGPTQLoader
 from .contract.base import Loader, Refusal, Remark
+from .contract.plugins import plugin_loaders
 from .exllamav2.exllamav2_loader import ExLlamaV2Loader
 from .machine.capabilities import Machine, look
 from .remote.remote_loader import RemoteLoader
 from .transformers.transformers_loader import TransformersLoader
 
-_FASTER = 1.1  # a measured speed beats the order below if it is this many times that of the loader before it
+log = logging.getLogger(__name__)
 
+_FASTER = 1.1  # a loader whose measured speed is this many times that of the one before it goes first
 
-@dataclass(frozen=True)
-class Place:
-    """A loader's place in the order."""
-
-    make: Callable[[Callable[[], Machine]], Loader]
-    reason: str  # why it is taken where nothing before it can be
-    by_itself: bool = True  # False: only when the user asks for it
-
-
-# AutoGPTQ stands behind Transformers: auto-gptq has had no release since 2024 and cannot work with transformers 5, and
-# GPTQModel, its successor, compiles for a card first and refuses layouts that the native kernel reads.
-ORDER: tuple[Place, ...] = (
-    Place(ExLlamaV2Loader, "made for 4-bit GPTQ models on a graphics card"),
-    Place(TransformersLoader, "reads every GPTQ layout and 16-bit models, with nothing to compile"),
-    Place(AutoGPTQLoader, "opens it with the kernels of AutoGPTQ or its successor"),
-    Place(RemoteLoader, "computed on other machines", by_itself=False),
-)
+# AutoGPTQ comes after Transformers: auto-gptq has had no release since 2024 and cannot work with transformers 5, and
+# GPTQModel, its successor, compiles for a GPU first and refuses layouts that the native kernel reads.
+BUILT_IN: tuple[type[Loader], ...] = (ExLlamaV2Loader, TransformersLoader, AutoGPTQLoader, RemoteLoader)
 
 
 def all_loaders(machine: Callable[[], Machine] = look) -> list[Loader]:
-    """Every loader there is, in the order they are tried."""
-    return [place.make(machine) for place in ORDER]
+    """Every loader there is, in the order they are tried: ours, then those of installed packages."""
+    built_in = [make(machine) for make in BUILT_IN]
+    others, problems = plugin_loaders(machine, {each.name for each in built_in})
+    for problem in problems:
+        log.warning("%s", problem)
+    return [*built_in, *others]
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ def survey(
     wanted: str | None = None,
     speeds: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """Every loader with what it says to the model, in the order they are tried; one of them is chosen, or none.
+    """What every loader says about the model, in the order they are tried. One of them is chosen, or none.
 
     Fast, and never raises for a bad option: that is its loader's refusal. Arguments as for `choose`.
     """
@@ -95,16 +88,16 @@ def choose(
     *,
     speeds: Mapping[str, float] | None = None,
 ) -> Choice:
-    """The first loader that takes the model; with `wanted`, that one or nothing.
+    """The first loader that can open the model; with `wanted`, that one or none.
 
-    `options` are passed to the loader's options class; names it does not know are left out. `speeds`
-    are tokens/s of loaders measured on this machine with this model: a faster one goes first.
-    Raises LoadRefused with every reason, BadParameter for a value that one of these loaders does not take.
+    `options` are passed to the loader's options class; names it does not know are left out. `speeds` are tokens/s of
+    loaders measured on this machine with this model: a faster one goes first. Raises LoadRefused with every reason,
+    BadParameter for a value that one of these loaders does not take.
     """
     if wanted is not None and wanted not in (names := [loader.name for loader in loaders]):
         raise LoadRefused(f"There is no loader called {wanted!r}. There are: {', '.join(names)}.")
-    asked = [each for each in loaders if each.name == wanted or (wanted is None and _by_itself(each, model))]
-    found = [_ask(loader, model, options or {}) for loader in asked]
+    candidates = [each for each in loaders if each.name == wanted or (wanted is None and _is_automatic(each, model))]
+    found = [_ask(loader, model, options or {}) for loader in candidates]
     for each in found:
         if each.error is not None:
             raise each.error
@@ -121,14 +114,14 @@ def choose(
 
 
 def make_options(loader: Loader, values: Mapping[str, Any]) -> Any:
-    """The loader's options from a dictionary, passing over names of other loaders."""
+    """The loader's options from a dictionary. Names of other loaders are ignored. Raises BadParameter."""
     known = {each.name for each in fields(loader.options)}
     return loader.options(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A loader and its answer."""
+class _Answer:
+    """What a loader says about a model."""
 
     loader: Loader
     options: Any
@@ -137,29 +130,37 @@ class _Asked:
     error: BadParameter | None = None
 
     @property
-    def waits(self) -> bool:
+    def must_wait(self) -> bool:
         return self.remark is not None and self.remark.wait_s > 0
 
 
-def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Asked:
+def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Answer:
     try:
         options = make_options(loader, values)
     except BadParameter as error:
-        return _Asked(loader, None, Refusal(str(error)), error=error)
-    refusal = loader.refusal(model, options)
-    remark = getattr(loader, "remark", None)
-    return _Asked(loader, options, refusal, remark(model, options) if remark and refusal is None else None)
+        return _Answer(loader, None, Refusal(str(error)), error=error)
+    if isinstance(loader, BUILT_IN):
+        refusal = loader.refusal(model, options)
+        return _Answer(loader, options, refusal, loader.remark(model, options) if refusal is None else None)
+    try:  # of another package: its mistakes cost only itself
+        refusal = loader.refusal(model, options)
+        return _Answer(loader, options, refusal, loader.remark(model, options) if refusal is None else None)
+    except Exception as error:
+        log.exception("the loader %s failed while it looked at %s", loader.name, model.name)
+        return _Answer(
+            loader, options, Refusal(f"it failed with an error ({type(error).__name__}: {error})", "update its package")
+        )
 
 
 def _pick(
-    found: Sequence[_Asked], model: LocalModel, wanted: str | None, speeds: Mapping[str, float]
-) -> tuple[_Asked | None, str]:
+    found: Sequence[_Answer], model: LocalModel, wanted: str | None, speeds: Mapping[str, float]
+) -> tuple[_Answer | None, str]:
     """(the chosen one, why); (None, "") if there is none."""
     if wanted is not None:
         named = next((each for each in found if each.loader.name == wanted and each.refusal is None), None)
         return named, "your choice" if named else ""
-    able = [each for each in found if each.refusal is None and _by_itself(each.loader, model)]
-    ready = [each for each in able if not each.waits] or able[:1]
+    able = [each for each in found if each.refusal is None and _is_automatic(each.loader, model)]
+    ready = [each for each in able if not each.must_wait] or able[:1]
     if not ready:
         return None, ""
     first = ready[0]
@@ -170,21 +171,16 @@ def _pick(
         if fast > _FASTER * slow:
             return fastest, f"{fast:.0f} tokens/s on this machine, {slow:.0f} with {first.loader.name}"
     if model.kind == "remote":
-        return first, _place(first.loader).reason
+        return first, first.loader.reason
     before = found[: found.index(first)]
-    passed = {each.loader.name: each.refusal or (each.remark and each.remark.text) or "only when asked" for each in before}
-    return first, _listed(passed) if passed else _place(first.loader).reason
+    passed = {each.loader.name: each.refusal or (each.remark and each.remark.text) or "only if you choose it" for each in before}
+    return first, _listed(passed) if passed else first.loader.reason
 
 
-def _by_itself(loader: Loader, model: LocalModel) -> bool:
-    """Whether it may be chosen without being asked for."""
-    return _place(loader).by_itself or model.kind == "remote"
+def _is_automatic(loader: Loader, model: LocalModel) -> bool:
+    """Whether it may be chosen automatically."""
+    return loader.automatic or model.kind == "remote"
 
 
 def _listed(reasons: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())
-
-
-def _place(loader: Loader) -> Place:
-    """Its place in ORDER; a loader from elsewhere stands where its list has it."""
-    return next((place for place in ORDER if place.make is type(loader)), Place(type(loader), "takes this model"))

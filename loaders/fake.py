@@ -1,7 +1,7 @@
 """A loader without weights, for tests of everything above it.
 
-It answers with the words it was given, at a steady rate, through the same worker, detokeniser
-and stop strings as the real ones. Words are its tokens.
+It answers with the words of its options, at a steady rate, through the same worker, detokeniser and stop strings as
+the real ones. Words are its tokens.
 """
 
 import threading
@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from ..core.chat import Finish, Step
 from ..core.models import LocalModel
 from ..core.params import GenerationParams, obeyed_by
-from .contract.base import LoadedModel, LoadProgress, Refusal
+from .contract.base import LoadedModel, Loader, LoadProgress, Refusal
+from .machine.memory_fit import Demand
 from .text.built_in_templates import CHATML
 from .text.chat_template import ChatTemplate
 
@@ -64,12 +65,16 @@ class FakeTokenizer:
         return self._ids[word]
 
 
-class FakeLoader:
+class FakeLoader(Loader):
     name: ClassVar[str] = "fake"
     options: ClassVar[type] = FakeOptions
+    context_option: ClassVar[str] = "context_tokens"
 
     def refusal(self, model: LocalModel, options: FakeOptions) -> Refusal | None:
         return Refusal(options.refuse, "choose another model") if options.refuse else None
+
+    def demand(self, model: LocalModel, options: FakeOptions, gpu: bool) -> Demand:
+        return Demand(options.context_tokens, on_gpu=gpu)
 
     def needs_bytes(self, model: LocalModel, options: FakeOptions) -> int:
         return model.size_bytes
@@ -87,12 +92,13 @@ class FakeModel(LoadedModel):
     can = obeyed_by("fake")
 
     def __init__(self, model: LocalModel, options: FakeOptions) -> None:
-        super().__init__()
-        self.model = model
-        self.tokenizer = FakeTokenizer()
-        self.context_tokens = options.context_tokens
-        self.context_reason = "asked for"
-        self.template = ChatTemplate(CHATML, "ChatML", "the fake loader", ("<|im_end|>", "<|im_start|>"))
+        super().__init__(
+            model,
+            FakeTokenizer(),
+            ChatTemplate(CHATML, "ChatML", "the fake loader", ("<|im_end|>", "<|im_start|>")),
+            context_tokens=options.context_tokens,
+            context_reason="as you asked",
+        )
         self._options = options
         self.computed_tokens = 0  # over all answers, read or not
 

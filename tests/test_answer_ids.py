@@ -1,4 +1,4 @@
-"""loaders/text/answer_ids.py: an answer keeps the ids it was drawn with, as long as its text is unedited."""
+"""loaders/text/answer_ids.py: an answer keeps the ids that were sampled, as long as its text is unedited."""
 
 import threading
 from pathlib import Path
@@ -9,7 +9,7 @@ from gptq_webui.core.chat import Finish, Message, Step, Token
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.loaders.contract.base import LoadedModel
-from gptq_webui.loaders.text.answer_ids import Spoken
+from gptq_webui.loaders.text.answer_ids import EarlierAnswers
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.text.chat_template import ChatTemplate
 
@@ -35,16 +35,15 @@ def tokenizer():
 
 
 class Says(LoadedModel):
-    """Answers with the ids it is told, whatever it is asked."""
+    """Answers with its own ids to every prompt."""
 
     can = frozenset({"max_new_tokens", "stop"})
-    context_tokens = 500
 
     def __init__(self, tokenizer, ids):
-        super().__init__()
-        self.model = LocalModel(Path("/nowhere/says"), "gptq", None, 10, 500, "LlamaForCausalLM")
-        self.tokenizer, self.ids, self.asked = tokenizer, ids, []
-        self.template = ChatTemplate(CHATML, "ChatML", "the test", ("<|im_end|>",))
+        model = LocalModel(Path("/nowhere/says"), "gptq", None, 10, 500, "LlamaForCausalLM")
+        template = ChatTemplate(CHATML, "ChatML", "the test", ("<|im_end|>",))
+        super().__init__(model, tokenizer, template, context_tokens=500)
+        self.ids, self.asked = ids, []
 
     def _steps(self, ids, params, cancel):
         self.asked.append(list(ids))
@@ -109,7 +108,7 @@ def test_white_space_that_a_template_cuts_off_is_no_edit(says, tokenizer):
     assert says.asked[1][: len(says.asked[0]) + 4] == [*says.asked[0], 4, A, B, 4]
 
 
-def test_what_a_stop_string_swallowed_is_not_spoken(says):
+def test_what_a_stop_string_swallowed_is_not_earlier(says):
     first = [Message("user", "a")]
     says.ids = [A, B, A, A, B, B]
     text = ask(says, first, stop=("bb",))
@@ -118,9 +117,18 @@ def test_what_a_stop_string_swallowed_is_not_spoken(says):
     assert says.asked[1][: len(says.asked[0]) + 5] == [*says.asked[0], A, B, A, A, SPECIAL.index("<|im_end|>")]
 
 
-def test_a_token_that_reaches_over_the_end_of_the_answer_is_not_cut():
-    spoken = Spoken()
-    spoken.remember("p", [1], [2, 3], "xy", lambda ids: "xy")
-    assert spoken.spliced("pxyz", [9, 8], [0, 2]) is None  # no token begins at 3
-    assert spoken.spliced("pxyz", [9, 8, 7], [0, 2, 3]) == [1, 2, 3, 7]
-    assert spoken.spliced("qxyz", [9, 8, 7], [0, 2, 3]) is None
+def test_a_prompt_begins_with_an_earlier_prompt_and_its_answer():
+    earlier = EarlierAnswers()
+    earlier.remember("p", [1], [2, 3], "xy", lambda ids: "xy")
+    assert earlier.beginnings("pxyz") == [([1, 2, 3], 3)] and earlier.beginnings("qxyz") == []
+
+
+def test_a_token_that_reaches_over_the_end_of_an_answer_is_not_cut(says):
+    says.template = ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no marks", "the test")
+    first = [Message("user", "b")]
+    says.ids = [B, A]
+    text = ask(says, first)
+    ask(says, [*first, Message("assistant", text), Message("user", "b")])
+    assert says.asked[1] == [B, B, AB]
+    ask(says, [*first, Message("assistant", text), Message("user", "a")])
+    assert says.asked[2] == [B, B, A, A]

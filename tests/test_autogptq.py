@@ -77,7 +77,7 @@ def test_auto_gptq_gives_the_tokens_of_the_native_kernel(demo_root):
         (TransformersLoader(), TransformersOptions(device="cpu", dtype="fp32")),
     ):
         model = loader.load(local, options, lambda share, text: None)
-        ids = model.prompt_ids([Message("user", "Name three colours.")])
+        ids = list(model.prompt([Message("user", "Name three colours.")]).ids)
         found.append([each.id for each in model.generate(ids, GREEDY, threading.Event()) if isinstance(each, Step)])
         model.close()
     assert found[0] == found[1]

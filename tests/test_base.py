@@ -83,7 +83,7 @@ def tiny_model(tmp_path_factory):
 
 
 def test_a_prompt_begins_with_exactly_one_bos(tiny_model):
-    for ids in (tiny_model.prompt_ids(QUESTION), tiny_model.encode("plain text"), tiny_model.encode("<s>begun")):
+    for ids in (list(tiny_model.prompt(QUESTION).ids), tiny_model.encode("plain text"), tiny_model.encode("<s>begun")):
         assert ids[0] == 0 and ids.count(0) == 1
 
 
@@ -115,7 +115,7 @@ GIB = 2**30
     [
         (32768, 0, 100 * GIB, 8192, "default"),
         (4096, 0, 100 * GIB, 4096, "trained"),
-        (32768, 16384, 100 * GIB, 16384, "asked"),
+        (32768, 16384, 100 * GIB, 16384, "as you set it"),
         (4096, 16384, 100 * GIB, 4096, "trained for 4096"),
         (32768, 0, 1_300_000_000 + 300_000 * 512, 1024, "memory"),
     ],

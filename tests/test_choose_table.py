@@ -45,15 +45,15 @@ PLAIN = LocalModel(Path("/m/name"), "plain", None, 10**9, 4096, "LlamaForCausalL
 
 # (machine, model, loader, what the reason says)
 TABLE = [
-    ("processor", model(), "transformers", "exllamav2: it needs a graphics card"),
-    ("processor, all installed", model(), "transformers", "exllamav2: it needs a graphics card"),
+    ("processor", model(), "transformers", "exllamav2: it needs a GPU"),
+    ("processor, all installed", model(), "transformers", "exllamav2: it needs a GPU"),
     ("card", model(), "transformers", "exllamav2: the package exllamav2 is not installed (pip install exllamav2)"),
     ("card, torch for the processor", model(), "transformers", "exllamav2: the installed torch uses the processor only"),
-    ("card, exllamav2", model(), "exllamav2", "made for 4-bit GPTQ models on a graphics card"),
+    ("card, exllamav2", model(), "exllamav2", "made for 4-bit GPTQ models on a GPU"),
     ("card, exllamav2 compiled", model(), "exllamav2", "made for 4-bit GPTQ models"),
     ("card, exllamav2 to compile", model(), "transformers", "exllamav2: would compile for about two minutes"),
     ("card, exllamav2 without compiler", model(), "transformers", "exllamav2: it would have to be compiled, which takes"),
-    ("old transformers, auto-gptq", model(), "transformers", "exllamav2: it needs a graphics card"),
+    ("old transformers, auto-gptq", model(), "transformers", "exllamav2: it needs a GPU"),
     # everything the files may say, on a machine where ExLlamaV2 runs
     *(("card, exllamav2", model(bits=bits), "transformers", f"exllamav2: it reads 4-bit GPTQ only; this model has {bits} bits")
       for bits in (2, 3, 8)),
@@ -85,7 +85,7 @@ REFUSED = [
     ("processor, all installed", model(sym=False), "autogptq", "GPTQModel refuses asymmetric models in the format gptq"),
     ("old transformers, auto-gptq", model(form="gptq_v2"), "autogptq", "auto-gptq reads the format gptq only"),
     ("processor, all installed", model(form="marlin"), "autogptq", "marlin layout"),
-    ("processor, all installed", model(), "exllamav2", "needs a graphics card"),
+    ("processor, all installed", model(), "exllamav2", "needs a GPU"),
     ("processor, all installed", model(), "remote", "no engine elsewhere is named"),
     ("card", model(), "remote", "the package openai is not installed"),
     ("processor, all installed", PLAIN, "autogptq", "this one is not quantised"),

@@ -68,7 +68,7 @@ def test_a_full_gpu_is_reported_before_loading_and_the_process_lives(engine):
     hog = torch.empty(free - 500 * MIB, dtype=torch.uint8, device="cuda")
     try:
         found = fit_of(engine.library.get("tiny"), TransformersOptions())
-        assert not found.fits and "on the graphics card" in str(found)
+        assert not found.fits and "on the GPU" in str(found)
         with pytest.raises(NotEnoughMemory):
             engine.load("tiny", options={"context_tokens": 0, "device": "cuda"})
         assert engine.recovery.trouble is not None and len(engine.recovery.trouble.remedies) == 3

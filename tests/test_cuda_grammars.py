@@ -31,7 +31,7 @@ def text_of(model, events):
 def test_alone_and_the_gpu_samples_again_afterwards(tmp_path, monkeypatch):
     model, _twin = load(tmp_path, "llama", monkeypatch)
     try:
-        assert model._stepper.name == "cuda", model.notes
+        assert model._stepper.kernel == "cuda", model.notes
         before = solo(model, [5, 6, 7, 8], GREEDY)
         for seed in range(3):
             events = list(model.generate([5, 6, 7, 8], with_grammar(schema(), seed), threading.Event()))

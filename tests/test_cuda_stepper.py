@@ -62,7 +62,7 @@ def llama(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_logits_equal_the_dense_twin_and_greedy_text_its_argmax(kind, bits, tmp_path, monkeypatch):
     model, twin = load(tmp_path, kind, monkeypatch, bits=bits, sym=False)
-    assert model._stepper.name == "cuda", model.notes
+    assert model._stepper.kernel == "cuda", model.notes
     ids = torch.randint(4, 288, (1, 40)).tolist()[0]
     with torch.no_grad():
         wanted = twin(torch.tensor([ids], device="cuda")).logits[0].double()
@@ -82,7 +82,7 @@ def test_logits_equal_the_dense_twin_and_greedy_text_its_argmax(kind, bits, tmp_
 def test_other_models_are_computed_layer_by_layer(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, kind, tiny.ARCHITECTURES[kind])
     model, twin = load(tmp_path, kind, monkeypatch, shared_order=False, bits=4)
-    assert model._stepper.name == "transformers" and any("layer by layer" in each for each in model.notes)
+    assert model._stepper.kernel == "transformers" and any("layer by layer" in each for each in model.notes)
     assert any(type(each).__name__ == "CudaLinear" for each in model.hf.modules())
     ids = torch.randint(4, 288, (1, 30), device="cuda")
     with torch.no_grad():

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.setattr(exllamav2_loader, "_context", lambda model, options: (512, "what fits into the free memory"))
+    monkeypatch.setattr(exllamav2_loader, "_context", lambda model, options: (512, "what fits in the available memory"))
     monkeypatch.setattr(exllamav2_loader, "_settle", lambda: None)
     return fake_exllamav2.install(monkeypatch)
 
@@ -154,7 +154,7 @@ def test_closing_ends_what_runs_and_unloads(folder, library):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (RuntimeError("Insufficient VRAM for model and cache"), "not enough memory on the graphics card"),
+        (RuntimeError("Insufficient VRAM for model and cache"), "not enough memory on the GPU"),
         (AssertionError("model.layers.0 has no bias but bias expected"), "ExLlamaV2 cannot open model"),
     ],
 )

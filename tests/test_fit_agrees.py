@@ -38,7 +38,7 @@ def gpu(monkeypatch):
 
     def with_free(free):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(memory_fit, "free_bytes", lambda _device: free)
+        monkeypatch.setattr(memory_fit, "available_bytes", lambda _device: free)
         monkeypatch.setattr(memory_fit, "available_ram_bytes", lambda: 64 * GB)
         return Memory(64 * GB, free)
 
@@ -55,13 +55,13 @@ def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype
     for size, free in itertools.product(SIZES, FREE):
         memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
-        told = memory_fit.of(model, options, memory)
+        told = loader.fit(model, options, memory)
         device = torch.device("cuda", 0)
         places, _limits = placement(model, options, device, torch_dtype)
         assert (places == {"": device}) == told.fits, (size, free)
         if told.fits:
-            asks = options.demand(model, True)
-            assert memory_fit.fit_context(model, asks, memory.gpu - size)[0] == told.context_tokens, (size, free)
+            demand = options.demand(model, True)
+            assert memory_fit.fit_context(model, demand, memory.gpu - size)[0] == told.context_tokens, (size, free)
         if context and dtype == "auto":  # the advice counts with a context that was chosen
             advised = advice.fit(model, [loader], context, memory)
             assert (advised.state, advised.needs_bytes) == (told.state, told.needs_bytes), (size, free)
@@ -71,15 +71,16 @@ def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype
 
 @pytest.mark.parametrize("cache", ["FP16", "Q8", "Q4"])
 def test_what_the_advice_says_of_a_card_is_what_exllamav2_does(cache, tmp_path, gpu):
+    loader = ExLlamaV2Loader(lambda: EXLLAMA)
     for size, free, context in itertools.product(SIZES, FREE, CONTEXTS):
         memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
         options = ExLlamaV2Options(context_tokens=context, cache_type=cache)
-        told = memory_fit.of(model, options, memory)
+        told = loader.fit(model, options, memory)
         if told.fits:
             assert exllamav2_loader._context(model, options)[0] == told.context_tokens, (size, free, context)
         if context and cache == "FP16":
-            advised = advice.fit(model, [ExLlamaV2Loader(lambda: EXLLAMA)], context, memory)
+            advised = advice.fit(model, [loader], context, memory)
             assert (advised.loader, advised.state) == ("exllamav2", told.state)
 
 
@@ -89,23 +90,24 @@ def test_on_the_processor_advice_and_load_count_32_bit_numbers(kind, tmp_path):
     loader = TransformersLoader(lambda: Machine({"torch": "2", "transformers": "5", "accelerate": "1"}, torch_for="cpu"))
     for free in (5, 6, 7, 8, 10, 12):
         memory = Memory(free * GB)
-        told = memory_fit.of(model, TransformersOptions(context_tokens=4096), memory)
+        told = loader.fit(model, TransformersOptions(context_tokens=4096), memory)
         assert told.conversation_bytes == 4096 * 2 * 32 * 8 * 128 * 4
         assert told.weights_bytes == (8 if kind == "plain" else 4) * GB
         assert advice.fit(model, [loader], 4096, memory).state == told.state
-        asks = TransformersOptions().demand(model, False)
-        if (free_form := memory_fit.of(model, TransformersOptions(), memory)).fits:
-            assert memory_fit.fit_context(model, asks, memory.ram - free_form.weights_bytes)[0] == free_form.context_tokens
+        demand = TransformersOptions().demand(model, False)
+        if (free_form := loader.fit(model, TransformersOptions(), memory)).fits:
+            assert memory_fit.fit_context(model, demand, memory.ram - free_form.weights_bytes)[0] == free_form.context_tokens
 
 
 def test_a_stretched_rope_is_counted_before_the_load_as_in_it(tmp_path):
     model = model_of(tmp_path, 4 * GB)
-    for options in (
-        TransformersOptions(alpha_value=2, context_tokens=50_000),
-        ExLlamaV2Options(alpha_value=2, max_seq_len=50_000),
+    for loader, options in (
+        (TransformersLoader(), TransformersOptions(alpha_value=2, context_tokens=50_000)),
+        (ExLlamaV2Loader(), ExLlamaV2Options(alpha_value=2, max_seq_len=50_000)),
     ):
-        assert memory_fit.of(model, options, Memory(64 * GB, 64 * GB)).context_tokens == 50_000
-    assert memory_fit.of(model, TransformersOptions(context_tokens=50_000), Memory(64 * GB)).context_tokens == 32768
+        assert loader.fit(model, options, Memory(64 * GB, 64 * GB)).context_tokens == 50_000
+    unstretched = TransformersLoader().fit(model, TransformersOptions(context_tokens=50_000), Memory(64 * GB))
+    assert unstretched.context_tokens == 32768
 
 
 def test_the_room_is_one_and_counts_what_torch_takes_at_its_start(monkeypatch):
@@ -120,7 +122,7 @@ def test_the_room_is_one_and_counts_what_torch_takes_at_its_start(monkeypatch):
     assert (
         available_memory.available_memory().gpu == available_memory.free_bytes() == 12 * GB
     )  # what others in this process hold stays
-    loaded = SimpleNamespace(tokenizer="some", device="cuda:0")
+    loaded = SimpleNamespace(is_remote=False, device="cuda:0")
     assert (
         available_memory.available_memory(loaded).gpu == available_memory.free_bytes(loaded) == 17 * GB
     )  # the model that is loaded makes way

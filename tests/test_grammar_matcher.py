@@ -1,4 +1,4 @@
-"""loaders/text/grammar_matcher.py and the loop below it: whatever the model is, its answer has the form that was asked for."""
+"""loaders/text/grammar_matcher.py and the loop below it: whatever the model is, its answer obeys the grammar."""
 
 import json
 import re
@@ -19,6 +19,7 @@ from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper import TransformersStepper
 from gptq_webui.loaders.text import grammar_matcher
 from gptq_webui.loaders.text.grammar_matcher import Grammars
+from gptq_webui.loaders.text.token_codec import TokenCodec
 
 END = 1
 SCHEMA = {
@@ -44,7 +45,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
     tiny.write_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return SimpleNamespace(model=tiny.dense_model("llama"), tokenizer=tokenizer, held=Grammars(tokenizer, threading.Lock()))
+    return SimpleNamespace(model=tiny.dense_model("llama"), tokenizer=tokenizer, held=Grammars(TokenCodec(tokenizer)))
 
 
 def answer(house, grammar, stepper=None, ends=(END,), **values):
@@ -53,7 +54,7 @@ def answer(house, grammar, stepper=None, ends=(END,), **values):
     events = list(
         generate(
             stepper or house.model, list(range(5, 20)), params, threading.Event(), prefix=PrefixCache(), end_ids=set(ends),
-            context_tokens=250, constraint=house.held.begin(grammar, ends),
+            context_tokens=250, grammar_mask=house.held.begin(grammar, ends),
         )
     )  # fmt: skip
     assert isinstance(events[-1], Finish)
@@ -125,7 +126,7 @@ def test_a_stepper_that_runs_ahead_is_asked_token_by_token(house):
 
 
 BAD = [
-    (schema({"type": "nonsense"}), "JSON schema that cannot be obeyed: Invalid type: nonsense"),
+    (schema({"type": "nonsense"}), "JSON schema that no answer can obey: Invalid type: nonsense"),
     (schema({"type": "object", "not": {}}), "not"),
     (schema({"$ref": "https://example.com/x.json"}), "does not fetch"),
     (schema({"$ref": "#"}), "no text can satisfy it"),
@@ -148,7 +149,7 @@ def test_a_form_that_cannot_be_had_is_refused_in_words(house, grammar, words):
 
 def test_a_form_that_becomes_too_much_ends_the_answer_in_words(house):
     many = schema({"type": "integer", "multipleOf": 1000003, "minimum": -99999999999, "maximum": 9999999999999999})
-    with pytest.raises(BadParameter, match="cannot be held to the form that was asked for any longer"):
+    with pytest.raises(BadParameter, match="cannot obey this grammar any longer"):
         answer(house, many, seed=1)
 
 
@@ -167,11 +168,11 @@ def test_an_old_package_is_named_with_its_version(house, monkeypatch):
 def test_a_tokenizer_that_cannot_be_read_is_told():
     slow = type("Slow", (), {"__len__": lambda self: 3})()
     with pytest.raises(BadParameter, match="cannot read its tokenizer"):
-        Grammars(slow, threading.Lock()).begin(Grammar("json"), {END})
+        Grammars(TokenCodec(slow)).begin(Grammar("json"), {END})
 
 
 def test_many_threads_ask_at_once(house):
-    held, found = Grammars(house.tokenizer, threading.Lock()), []
+    held, found = Grammars(TokenCodec(house.tokenizer)), []
 
     def ask(at):
         found.append(int(held.begin(Grammar("regex", f"{chr(97 + at)}x"), {END}).allowed(288).sum()))

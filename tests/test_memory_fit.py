@@ -20,35 +20,35 @@ def model(tmp_path):
 
 
 def test_what_is_needed_is_weights_conversation_and_overhead(model):
-    found = memory_fit.estimate(model, memory_fit.Demand(4096), free_bytes=12 * GB, place=memory_fit.GPU)
+    found = memory_fit.estimate(model, memory_fit.Demand(4096), free_bytes=12 * GB, device=memory_fit.GPU)
     assert found.needs_bytes == model.size_bytes + 4096 * PER_TOKEN + memory_fit.COMPUTING_BYTES
     assert found.fits and not found.impossible and found.context_tokens == 4096
     assert str(found) == (
         "Needs 5.00 GB: 4.16 GB of weights, 536.9 MB for 4096 tokens of conversation, 300.0 MB for computing. "
-        "12.00 GB are free on the graphics card, of which 1.00 GB are kept for other programs. It fits."
+        "12.00 GB are free on the GPU, of which 1.00 GB are kept for other programs. It fits."
     )
 
 
 def test_one_gigabyte_stays_free_so_the_context_gives_way_and_the_figure_is_told(model):
     needed = model.size_bytes + 8192 * PER_TOKEN + memory_fit.COMPUTING_BYTES + GB
-    assert memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed, place=memory_fit.GPU).context_tokens == 8192
-    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed - 256 * PER_TOKEN, place=memory_fit.GPU)
+    assert memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed, device=memory_fit.GPU).context_tokens == 8192
+    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed - 256 * PER_TOKEN, device=memory_fit.GPU)
     assert found.context_tokens == 7936 and found.fits and "shortened from 8192 to 7936 tokens" in str(found)
 
 
 def test_a_context_that_the_user_fixed_is_not_shortened(model):
-    found = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=6 * GB, place=memory_fit.GPU, spare_bytes=16 * GB)
+    found = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=6 * GB, device=memory_fit.GPU, spare_bytes=16 * GB)
     assert found.context_tokens == 8192 and not found.fits and "A part goes to the processor" in str(found)
 
 
 def test_an_eight_bit_cache_takes_half(model):
-    full = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=12 * GB, place=memory_fit.GPU)
-    half = memory_fit.estimate(model, memory_fit.Demand(8192, number_bytes=1), free_bytes=12 * GB, place=memory_fit.GPU)
+    full = memory_fit.estimate(model, memory_fit.Demand(8192), free_bytes=12 * GB, device=memory_fit.GPU)
+    half = memory_fit.estimate(model, memory_fit.Demand(8192, number_bytes=1), free_bytes=12 * GB, device=memory_fit.GPU)
     assert half.conversation_bytes * 2 == full.conversation_bytes
 
 
 def test_what_fits_nowhere_is_impossible_and_says_so(model):
-    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=2 * GB, place=memory_fit.GPU, spare_bytes=2 * GB)
+    found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=2 * GB, device=memory_fit.GPU, spare_bytes=2 * GB)
     assert found.impossible and "does not fit. Choose a smaller branch" in str(found)
 
 

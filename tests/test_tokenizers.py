@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 
 def test_the_prompt_has_one_bos_and_comes_back(model):
-    ids = model.prompt_ids([Message("user", "the capital")])
+    ids = list(model.prompt([Message("user", "the capital")]).ids)
     assert ids[0] == 1 and ids.count(1) == 1
     assert model.tokenizer.decode(ids, skip_special_tokens=True).strip() == "[INST] the capital [/INST]"
 

@@ -81,7 +81,7 @@ def test_a_rope_that_is_stretched_lengthens_the_context(folder):
 )
 def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: int(cards[device.index or 0]))
+    monkeypatch.setattr(memory_fit, "available_bytes", lambda device: int(cards[device.index or 0]))
     monkeypatch.setattr(memory_fit, "available_ram_bytes", lambda: 50_000_000_000)
     model = LocalModel(tmp_path, "gptq", None, 4_000_000_000, 4096, "LlamaForCausalLM")
     device_map, memory = placement(model, TransformersOptions(**options), CUDA, torch.float16)
@@ -93,7 +93,7 @@ def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
 
 
 def test_the_conversation_is_measured_against_the_fullest_card(monkeypatch):
-    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: {0: 5, 1: 9}[device.index or 0])
+    monkeypatch.setattr(memory_fit, "available_bytes", lambda device: {0: 5, 1: 9}[device.index or 0])
     hf = type("HF", (), {"hf_device_map": {"a": 0, "b": "cuda:1", "c": "cpu"}})()
     assert transformers_options.free_beside(hf, CUDA) == 10
     hf.hf_device_map = {"a": 0, "c": "cpu"}
@@ -146,8 +146,8 @@ def test_the_8_bit_cache_is_counted_where_it_would_be_used(folder):
     ("options", "machine", "architecture", "why"),
     [
         ({}, GPU, "LlamaForCausalLM", None),
-        ({}, Machine(), "LlamaForCausalLM", "it is for graphics cards"),
-        ({"device": "cpu"}, GPU, "LlamaForCausalLM", "it is for graphics cards"),
+        ({}, Machine(), "LlamaForCausalLM", "it is for GPUs"),
+        ({"device": "cpu"}, GPU, "LlamaForCausalLM", "it is for GPUs"),
         ({"kernel": "optimum"}, GPU, "LlamaForCausalLM", "the kernel optimum has none"),
         ({"dtype": "bf16"}, GPU, "LlamaForCausalLM", "it needs the number format fp16, not bf16"),
         ({}, GPU, "falcon", "models of this architecture are computed without it"),
@@ -170,7 +170,7 @@ def test_what_is_asked_for_reaches_the_step_of_a_card(monkeypatch):
     seen = {}
 
     class Stepper:
-        name = "cuda"
+        kernel = "cuda"
 
         def __init__(self, parts, context_tokens, **given):
             seen.update(given, context=context_tokens)

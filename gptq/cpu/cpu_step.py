@@ -84,7 +84,7 @@ class _Buffers:
 
 
 class CpuStepper(Stepper):
-    name = "cpu"
+    kernel = "cpu"
     chunk_tokens = CHUNK_TOKENS
 
     def __init__(self, parts: LlamaParts, context_tokens: int, threads: int) -> None:

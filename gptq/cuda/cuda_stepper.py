@@ -25,7 +25,7 @@ SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly fu
 
 
 class CudaStepper(Stepper):
-    name: ClassVar[str] = "cuda"
+    kernel: ClassVar[str] = "cuda"
     chunk_tokens = 2048
 
     def __init__(self, parts: LlamaParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:

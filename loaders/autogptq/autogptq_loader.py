@@ -8,22 +8,23 @@ import contextlib
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel, tensors_of
 from ...core.units import format_bytes
-from ..contract.base import LoadProgress, Refusal, Remark
+from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.options import option, require_choice, require_context
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..contract.standard_folder import standard_folder, tied_embedding
-from ..machine import gptqmodel_kernels, memory_fit
-from ..machine.capabilities import Machine, look
+from ..machine import memory_fit
+from ..machine.capabilities import Machine
 from ..machine.memory_release import free_memory
+from ..pretrained import gptqmodel_kernels
+from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
-from ..transformers.transformers_loader import TransformersModel
 
 _KERNELS = ("torch", "triton", "exllama_v2", "marlin", "machete", "torch_int8", "torch_fused", "torch_aten", "bitblas")
 _BACKENDS = ("auto", "auto_gptq", "gptqmodel", *_KERNELS)
@@ -40,7 +41,7 @@ class AutoGPTQOptions:
         "gptqmodel: it chooses its kernel. A kernel's name is GPTQModel's.",
         _BACKENDS,
     )
-    device: str = option("auto", "Device", "auto uses the graphics card if there is one.", ("auto", "cpu", "cuda"))
+    device: str = option("auto", "Device", "auto uses the GPU if there is one.", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "Number format", "auto: what the kernel is best at.", ("auto", "fp16", "bf16", "fp32"))
     use_triton: bool = option(False, "Triton", "auto-gptq only: compute with Triton.")
     disable_exllama: bool = option(False, "No ExLlama kernel", "auto-gptq only.")
@@ -59,12 +60,11 @@ class AutoGPTQOptions:
         )
 
 
-class AutoGPTQLoader:
+class AutoGPTQLoader(Loader):
     name: ClassVar[str] = "autogptq"
     options: ClassVar[type] = AutoGPTQOptions
-
-    def __init__(self, machine: Callable[[], Machine] = look) -> None:
-        self._machine = machine
+    reason: ClassVar[str] = "opens it with the kernels of AutoGPTQ or its successor"
+    context_option: ClassVar[str] = "context_tokens"
 
     def refusal(self, model: LocalModel, options: AutoGPTQOptions) -> Refusal | None:
         machine = self._machine()
@@ -84,7 +84,7 @@ class AutoGPTQLoader:
         if library == "auto_gptq" and quantize.checkpoint_format != "gptq":
             return Refusal(f"auto-gptq reads the format gptq only; this model is in {quantize.checkpoint_format}")
         if options.device == "cuda" and not machine.cuda:
-            return Refusal("there is no graphics card that torch can use", "choose the device auto or cpu")
+            return Refusal("there is no GPU that torch can use", "choose the device auto or cpu")
         if library == "gptqmodel" and _on_gpu(machine, options) and _backend(machine, options, quantize.bits) in _COMPILED:
             return gptqmodel_kernels.refusal(machine, "choose the backend triton or torch")
         return None
@@ -97,10 +97,10 @@ class AutoGPTQLoader:
             return gptqmodel_kernels.remark()
         return Remark("with auto-gptq 0.7, which is no longer maintained" if library == "auto_gptq" else "with GPTQModel")
 
-    def needs_bytes(self, model: LocalModel, options: AutoGPTQOptions) -> int:
-        return memory_fit.needs_bytes(model, options)
+    def demand(self, model: LocalModel, options: AutoGPTQOptions, gpu: bool) -> memory_fit.Demand:
+        return options.demand(model, gpu)
 
-    def load(self, model: LocalModel, options: AutoGPTQOptions, progress: LoadProgress) -> TransformersModel:
+    def load(self, model: LocalModel, options: AutoGPTQOptions, progress: LoadProgress) -> PretrainedModel:
         machine = self._machine()
         library, missing = _library(machine, options)
         if missing is not None:
@@ -121,7 +121,7 @@ class AutoGPTQLoader:
             notes = _retie(hf, model)
             progress(0.95, "Fitting the conversation into the memory")
             asks = replace(options.demand(model, device.type == "cuda"), number_bytes=dtype.itemsize)
-            context, reason = memory_fit.fit_context(model, asks, memory_fit.free_bytes(device))
+            context, reason = memory_fit.fit_context(model, asks, memory_fit.available_bytes(device))
         except BaseException as error:
             hf = None
             traceback.clear_frames(error.__traceback__)  # they hold tensors
@@ -135,7 +135,7 @@ class AutoGPTQLoader:
 
         progress(1.0, "Ready")
         hf = hf.eval()
-        return TransformersModel(model, hf, TransformersStepper(hf), tokenizer, context, reason, (used, *notes), str(device))
+        return PretrainedModel(model, hf, TransformersStepper(hf), tokenizer, context, reason, (used, *notes), str(device))
 
 
 def _library(machine: Machine, options: AutoGPTQOptions) -> tuple[str, Refusal | None]:

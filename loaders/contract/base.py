@@ -1,36 +1,43 @@
 """The contract between a back-end and everything above it.
 
-A back-end writes two small classes: a `Loader` (can it, how much memory, load) and a
-`LoadedModel` with `_steps`, which turns token ids into token ids on the worker thread.
-Templates, text, stop strings, queueing and timing are given here once. An engine that
-speaks text itself (remote) overrides `chat` and `complete` instead.
+A back-end writes two small classes: a `Loader` (can it open the model, how much memory, load) and a `LoadedModel`
+with `_steps`, which turns token ids into token ids on the worker thread. Templates, text, stop strings, queueing
+and timing are given here once. An engine that speaks text itself (remote) overrides `prompt` and `answer` instead.
 """
 
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ...core.chat import Finish, Message, Step, Token
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
 from ...core.params import GenerationParams
-from ..text.answer_ids import Spoken, offsets
+from ..machine import memory_fit
+from ..machine.capabilities import Machine, look
+from ..text.answer_ids import EarlierAnswers
 from ..text.chat_template import ChatTemplate
 from ..text.detokenize import Detokenizer
 from ..text.stop_strings import StopStrings
+from ..text.token_codec import TokenCodec
+from .answer_events import StopFlag, cancelled, settled, timed, without_leading_space
+from .prompt import Prompt
 from .worker import Stream, Worker
 
+__all__ = ["LoadProgress", "LoadedModel", "Loader", "Prompt", "Refusal", "Remark", "StopFlag"]
+
 LoadProgress = Callable[[float, str], None]  # share done in 0..1, what is being done in a user's words
+_EVERYTHING = memory_fit.Memory(1 << 60, 1 << 60)
 
 
 @dataclass(frozen=True)
 class Refusal:
     """Why a loader does not take a model, and what would change that."""
 
-    reason: str  # "needs an NVIDIA card"
+    reason: str  # "needs an NVIDIA GPU"
     cure: str = ""  # "pip install exllamav2"
 
     def __str__(self) -> str:
@@ -39,73 +46,105 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Remark:
-    """What the user should know before a loader is used that can open the model."""
+    """What the user should know before a loader that can open the model is used."""
 
     text: str  # "would compile for about two minutes first"
-    wait_s: float = 0.0  # before the first load; a loader that has to wait is not chosen by itself while another need not
+    wait_s: float = 0.0  # before the first load; such a loader is not chosen automatically while another need not wait
 
 
-class Loader(Protocol):
-    """May also have, as fast as `refusal`: `remark(model, options) -> Remark | None`, and `without_effect(model, options)`,
-    which tells of options that would change nothing for the model why that is so."""
+class Loader(ABC):
+    """A back-end. Everything but `load` is fast: it looks at files and at what is installed, and imports no CUDA."""
 
     name: ClassVar[str]
-    options: ClassVar[type]  # a dataclass; the panel and the saved settings are made from its fields
+    options: ClassVar[type]  # a frozen dataclass; the panel and the saved settings are made from its fields
+    reason: ClassVar[str] = "opens this model"  # why it is chosen where no loader before it can open the model
+    automatic: ClassVar[bool] = True  # False: used only when the user chooses it
+    context_option: ClassVar[str] = ""  # its option for the length of the context, if it has one
 
+    def __init__(self, machine: Callable[[], Machine] = look) -> None:
+        self._machine = machine
+
+    @abstractmethod
     def refusal(self, model: LocalModel, options: Any) -> Refusal | None:
-        """Fast: looks at files and at what is installed (`find_spec`), imports no CUDA."""
+        """Why it cannot open the model with these options; None if it can."""
 
-    def needs_bytes(self, model: LocalModel, options: Any) -> int:
-        """Memory for weights, conversation and overhead, in bytes, before loading."""
-
+    @abstractmethod
     def load(self, model: LocalModel, options: Any, progress: LoadProgress) -> "LoadedModel":
         """Raises GptqWebuiError with a sentence; leaves nothing behind if it does."""
+
+    def remark(self, model: LocalModel, options: Any) -> Remark | None:
+        """What the user should know before it opens the model."""
+        return None
+
+    def without_effect(self, model: LocalModel, options: Any) -> dict[str, str]:
+        """Options that would change nothing for this model -> why."""
+        return {}
+
+    def demand(self, model: LocalModel, options: Any, gpu: bool) -> memory_fit.Demand:
+        """What these options need of the memory. `gpu`: there is one."""
+        return memory_fit.Demand(on_gpu=gpu)
+
+    def fit(self, model: LocalModel, options: Any, memory: memory_fit.Memory) -> memory_fit.Fit:
+        """What the model needs with these options, beside what `memory` has, before a byte is loaded."""
+        return memory_fit.of(model, self.demand(model, options, memory.gpu is not None), memory)
+
+    def needs_bytes(self, model: LocalModel, options: Any) -> int:
+        """Memory for weights, conversation and computing, in bytes, before loading; 0 for a remote engine."""
+        return self.fit(model, options, _EVERYTHING).needs_bytes
 
 
 class LoadedModel(ABC):
     """A model in memory. Every method may be called from any thread; the computing happens on one."""
 
-    model: LocalModel
-    tokenizer: Any = None  # a transformers tokenizer, or None
-    context_tokens: int
-    context_reason: str = ""  # why it is not longer: "fits in the free memory"
-    parallel: int = 1  # answers computed at once
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
-    hf: Any = None  # a PreTrainedModel face, or None
-    template: ChatTemplate
-    notes: tuple[str, ...] = ()  # what the user should know about this load
-    device: str = "cpu"
-    way: str = ""  # of computing, where the loader has several: "cuda"
+    hf: Any = None  # a PreTrainedModel, or None
+    is_remote: ClassVar[bool] = False  # computed elsewhere: no tokenizer, no memory of this machine
 
-    def __init__(self, parallel: int = 1) -> None:
-        self.parallel = parallel
+    def __init__(
+        self,
+        model: LocalModel,
+        tokenizer: Any,  # a transformers tokenizer; None only if `is_remote`
+        template: ChatTemplate,
+        *,
+        context_tokens: int,
+        context_reason: str = "",  # why it is not longer: "what fits in the available memory"
+        notes: Sequence[str] = (),  # what the user should know about this load
+        device: str = "cpu",
+        kernel: str = "",  # how it computes, where the loader has several ways: "cuda"
+        parallel: int = 1,  # answers computed at the same time
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.context_tokens, self.context_reason = context_tokens, context_reason
+        self.notes, self.device, self.kernel, self.parallel = tuple(notes), device, kernel, parallel
+        self._codec = TokenCodec(tokenizer) if tokenizer is not None else None
         self._worker = Worker(parallel)
-        self._tokenizing = threading.Lock()  # fast tokenizers raise "Already borrowed" when shared
-        self._spoken = Spoken()
+        self._earlier = EarlierAnswers()
 
     @abstractmethod
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
-        """Tokens for a prompt of ids, then one Finish with reason and token counts. Runs on the
-        worker thread, ends within one token of `cancel`, leaves out the end token itself. With more
-        than one slot, None says "nothing yet": the answers computed beside it may go on."""
+        """Tokens for a prompt of ids, then one Finish with reason and token counts.
+
+        Runs on the worker thread, ends within one token of `cancel`, leaves out the end token itself. With more than
+        one answer in parallel, None says "nothing yet": the answers computed at the same time may go on.
+        """
 
     def check(self, params: GenerationParams) -> None:
-        """Raises BadParameter for what would not be obeyed and cannot be left out: a form that the answer must have.
+        """Raises BadParameter for a parameter that must not be ignored and that this model does not obey: a grammar.
 
-        May take a second; it is done again when the answer begins, which then takes no time.
+        May take a second. It runs again when the answer begins, which then takes no time.
         """
         if params.grammar is not None and "grammar" not in self.can:
             raise BadParameter(
-                f"{self.model.name} is loaded in a way that cannot hold an answer to a form. "
-                "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
+                f"{self.model.name} is loaded with a loader that does not support grammars. "
+                "Load it with the loader transformers, or describe the grammar in the prompt and check the answer."
             )
 
     def _is_alone(self, params: GenerationParams) -> bool:
-        """Whether an answer cannot be computed beside others."""
+        """Whether an answer cannot be computed at the same time as others."""
         return False
 
     def _note_reading(self, read_tokens: int, prompt_tokens: int) -> None:
-        """For `_steps`: how much of its prompt is read by now, what was known already included."""
+        """For `_steps`: how much of its prompt is read by now, cached tokens included."""
         self._worker.note_reading(read_tokens, prompt_tokens)
 
     def close(self) -> None:
@@ -119,162 +158,104 @@ class LoadedModel(ABC):
 
     @property
     def waiting(self) -> int:
-        """Answers asked for and not finished."""
+        """Answers that are not finished."""
         return self._worker.waiting
 
+    @property
+    def codec(self) -> TokenCodec:
+        """Its tokenizer, for any thread. Raises BadParameter for a remote engine."""
+        if self._codec is None:
+            raise BadParameter("The tokens of the loaded model are not known here: it runs in another program.")
+        return self._codec
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Text to ids. With `bos`, exactly one beginning-of-sequence token if the model uses one."""
-        with self._tokenizing:
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            first = self._bos_id() if bos else None
-        if first is not None and ids[:1] != [first]:
-            ids.insert(0, first)
-        return ids
+        """Text to ids. With `bos`, exactly one beginning-of-sequence token if the model uses one. Raises BadParameter."""
+        return self.codec.encode(text, bos=bos)
 
-    def _bos_id(self) -> int | None:
-        """The id this tokenizer begins a sequence with, None if it does not."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        begins = self.tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
-        return bos if bos is not None and (begins or getattr(self.tokenizer, "add_bos_token", False)) else None
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Ids to text. With `special`, special tokens are part of it. Raises BadParameter."""
+        return self.codec.decode(ids, special=special)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as the model was taught to read it. Ending in an assistant's message, it is continued.
+    def count(self, source: str | Sequence[Message]) -> int:
+        """Tokens of a text or a conversation as the model reads it. Raises BadParameter."""
+        return len(self.prompt(source).ids)
 
-        Answers of this model that stand in it unedited keep the ids they were drawn with.
+    def prompt(self, source: str | Sequence[Message]) -> Prompt:
+        """A plain text, or a conversation as its template shows it: rendered once, tokenised once.
+
+        A conversation that ends in an assistant's message is continued. Earlier answers of this model that are
+        unedited in it keep the ids they were sampled with. Raises BadParameter.
         """
-        return self._ids_of(self.template.render(messages, self.tokenizer))
+        if isinstance(source, str):
+            return Prompt(source, tuple(self._ids(source)))
+        template = self.template
+        text = template.render(source, self.tokenizer)
+        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop)
 
-    def _ids_of(self, prompt: str) -> list[int]:
-        """As `encode`, with the ids of what the model said itself."""
-        with self._tokenizing:
-            found = offsets(self.tokenizer, prompt)
-        spliced = self._spoken.spliced(prompt, *found) if found is not None else None
-        return spliced if spliced is not None else self.encode(prompt)
+    def _ids(self, text: str) -> list[int]:
+        """As `encode`, with the ids of earlier answers."""
+        own: tuple[list[int], list[tuple[int, int]]] | None = None
+        for ids, end in self._earlier.beginnings(text):
+            if end == len(text):
+                return ids
+            if self.codec.splits(text, end):
+                return ids + self.encode(text[end:], bos=False)
+            if own is None and (own := self.codec.encode_with_offsets(text)) is None:
+                break
+            starts = [start for start, _end in own[1]]
+            if end in starts:  # else a token of the text reaches over the end of the answer
+                return ids + own[0][starts.index(end) :]
+        return self.encode(text) if own is None else self.codec.with_bos(own[0])
 
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Stream[Step | Finish]:
-        """Ids in, Steps out, one Finish last; the turn is taken now, the computing follows in order."""
+        """Ids in, Steps out, one Finish last. Joins the queue now; the computing follows in order. Raises BadParameter."""
         self.check(params)
-        asked = time.perf_counter()
+        requested = time.perf_counter()
 
         def make() -> Iterator[Step | Finish | None]:
-            return _timed(self._steps(ids, params, cancel), asked)
+            return timed(self._steps(ids, params, cancel), requested)
 
-        return self._worker.stream(make, cancel, _cancelled(len(ids)), alone=self._is_alone(params))
+        return self._worker.stream(make, cancel, cancelled(len(ids)), alone=self._is_alone(params))
 
     def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
-        """The next assistant message (or the rest of it): Tokens of settled text, one Finish last."""
-        fresh = not messages or messages[-1].role != "assistant"
-        prompt = self.template.render(messages, self.tokenizer)
-        return self._text(prompt, params, cancel, self.template.stop, strip=fresh)
+        """The next assistant message (or the rest of it): Tokens of settled text, one Finish last. Raises BadParameter."""
+        return self.answer(self.prompt(messages), params, cancel)
 
-    def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
-        """What follows a plain text, without a template."""
-        return self._text(prompt, params, cancel, ())
+    def complete(self, text: str, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        """What follows a plain text, without a template. Raises BadParameter."""
+        return self.answer(self.prompt(text), params, cancel)
 
-    def _text(
-        self,
-        prompt: str,
-        params: GenerationParams,
-        cancel: threading.Event,
-        template_stop: Sequence[str],
-        strip: bool = False,  # white space before the first word belongs to the template, not to the answer
-    ) -> Stream[Token | Finish]:
+    def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        """What follows a prompt: Tokens of settled text, one Finish last. Raises BadParameter."""
         self.check(params)
-        asked = time.perf_counter()
-        if params.grammar is not None:  # says itself where the answer begins and ends
-            template_stop, strip = (), False
-        stop = (*params.stop, *(each for each in template_stop if each not in params.stop))
-
-        ids = self._ids_of(prompt)
+        requested = time.perf_counter()
+        stop, strip = (*params.stop, *(each for each in prompt.stop if each not in params.stop)), prompt.begins_answer
+        if params.grammar is not None:  # it says where the answer begins and ends
+            stop, strip = params.stop, False
         inner = StopFlag(cancel)
 
+        ids = list(prompt.ids)
+
         def answer() -> Iterator[Token | Finish | None]:
-            steps = _timed(self._steps(ids, params, inner), asked)
-            events = _settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
-            return self._remembered(prompt, ids, _stripped(events) if strip else events)
+            steps = timed(self._steps(ids, params, inner), requested)
+            events = settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
+            return self._remembered(prompt, without_leading_space(events) if strip else events)
 
-        return self._worker.stream(answer, cancel, _cancelled(len(ids)), alone=self._is_alone(params))
+        return self._worker.stream(answer, cancel, cancelled(len(prompt.ids)), alone=self._is_alone(params))
 
-    def _remembered(
-        self, prompt: str, ids: list[int], events: Iterator[Token | Finish | None]
-    ) -> Iterator[Token | Finish | None]:
-        """Pass an answer on, and keep its ids for the prompts that will hold it."""
-        said: list[int] = []
+    def _remembered(self, prompt: Prompt, events: Iterator[Token | Finish | None]) -> Iterator[Token | Finish | None]:
+        """Pass an answer on, and keep its ids for the prompts that will contain it."""
+        ids: list[int] = []
         shown: list[str] = []
         try:
             for event in events:
                 if isinstance(event, Token):
                     shown.append(event.text)
                     if event.id >= 0:
-                        said.append(event.id)
-                elif isinstance(event, Finish) and said:
-                    self._spoken.remember(prompt, ids, said, "".join(shown), self._decode)
+                        ids.append(event.id)
+                elif isinstance(event, Finish) and ids:
+                    self._earlier.remember(prompt.text, prompt.ids, ids, "".join(shown), self.decode)
                 yield event
         finally:
             if hasattr(events, "close"):
                 events.close()
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        with self._tokenizing:
-            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-class StopFlag(threading.Event):
-    """Set by its parent or by us: a stop string ends the computing without touching the caller's flag."""
-
-    def __init__(self, parent: threading.Event) -> None:
-        super().__init__()
-        self._parent = parent
-
-    def is_set(self) -> bool:
-        return super().is_set() or self._parent.is_set()
-
-
-def _cancelled(prompt_tokens: int) -> Finish:
-    return Finish("cancelled", prompt_tokens=prompt_tokens)
-
-
-def _timed(steps: Iterator[Step | Finish | None], asked: float) -> Iterator[Step | Finish | None]:
-    """Fill in the Finish's times and count. Runs on the worker, so that a slow reader costs nothing."""
-    began = last = time.perf_counter()
-    first: float | None = None
-    count = 0
-    for event in steps:
-        if isinstance(event, Finish):
-            prefill_s = (first if first is not None else time.perf_counter()) - began
-            generate_s = last - first if first is not None else 0.0
-            yield replace(event, new_tokens=count, prefill_s=prefill_s, generate_s=generate_s, wait_s=began - asked)
-            return
-        if event is not None:
-            count += 1
-            last = time.perf_counter()
-            first = last if first is None else first
-        yield event
-
-
-def _settled(
-    steps: Iterator[Step | Finish | None], text: Detokenizer, stop: StopStrings, ended: threading.Event
-) -> Iterator[Token | Finish | None]:
-    """Ids to text. Text that may still become a stop string or half a character is held back."""
-    for event in steps:
-        if event is None:
-            yield None
-        elif isinstance(event, Step):
-            if not stop.found:
-                yield Token(event.id, stop.feed(text.feed(event.id)), event.logprob, event.top)
-                if stop.found:
-                    ended.set()
-        else:
-            rest = stop.feed(text.end()) + stop.end()
-            if rest:
-                yield Token(-1, rest)
-            yield replace(event, reason="stop", stop_string=stop.found) if stop.found else event
-
-
-def _stripped(events: Iterator[Token | Finish | None]) -> Iterator[Token | Finish | None]:
-    begun = False
-    for event in events:
-        if isinstance(event, Token) and not begun:
-            event = replace(event, text=event.text.lstrip())
-            begun = bool(event.text)
-        yield event

@@ -19,12 +19,12 @@ from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMe
 from ...core.folder_files import read_json
 from ...core.models import LocalModel
 from ...core.units import format_bytes
-from ..contract.base import LoadProgress, Refusal, Remark
+from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.options import gigabytes, option, require_choice, require_context
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..contract.standard_folder import standard_folder
 from ..machine import memory_fit
-from ..machine.capabilities import COMPILERS, Machine, look
+from ..machine.capabilities import COMPILERS, Machine
 from ..machine.memory_release import free_memory
 from ..text.tokenizer import end_ids, read_tokenizer
 from .exllamav2_model import ExLlamaV2Model, Ids
@@ -90,12 +90,11 @@ class ExLlamaV2Options:
         return memory_fit.Demand(self.asked_tokens, trained, _CACHES[self.cache_type][1])
 
 
-class ExLlamaV2Loader:
+class ExLlamaV2Loader(Loader):
     name: ClassVar[str] = "exllamav2"
     options: ClassVar[type] = ExLlamaV2Options
-
-    def __init__(self, machine: Callable[[], Machine] = look) -> None:
-        self._machine = machine
+    reason: ClassVar[str] = "made for 4-bit GPTQ models on a GPU"
+    context_option: ClassVar[str] = "max_seq_len"
 
     def refusal(self, model: LocalModel, options: ExLlamaV2Options) -> Refusal | None:
         return unreadable(model) or not_in_gptq_layout(model) or _not_for_it(model) or _not_here(self._machine())
@@ -108,8 +107,8 @@ class ExLlamaV2Loader:
             return Remark("one answer at a time: several at once need flash-attn 2.5.7")
         return None
 
-    def needs_bytes(self, model: LocalModel, options: ExLlamaV2Options) -> int:
-        return memory_fit.needs_bytes(model, options)
+    def demand(self, model: LocalModel, options: ExLlamaV2Options, gpu: bool) -> memory_fit.Demand:
+        return options.demand(model, gpu)
 
     def load(self, model: LocalModel, options: ExLlamaV2Options, progress: LoadProgress) -> "ExLlamaV2Model":
         remark = self.remark(model, options)
@@ -176,7 +175,7 @@ def _not_here(machine: Machine) -> Refusal | None:
     if not machine.has("torch"):
         return Refusal("the package torch is not installed", "pip install torch")
     if not machine.gpu:
-        return Refusal("it needs a graphics card, and there is none that this program may use")
+        return Refusal("it needs a GPU, and there is none that this program may use")
     if not machine.cuda:
         return Refusal("the installed torch uses the processor only", "install a torch for your card")
     if not machine.has("exllamav2"):
@@ -229,10 +228,10 @@ def _context(model: LocalModel, options: ExLlamaV2Options) -> tuple[int, str]:
     """(tokens, reason): a whole number of pages that fits beside the weights."""
     import torch
 
-    free = sum(memory_fit.free_bytes(torch.device("cuda", at)) for at in range(torch.cuda.device_count()))
+    free = sum(memory_fit.available_bytes(torch.device("cuda", at)) for at in range(torch.cuda.device_count()))
     if model.size_bytes > free:
         raise NotEnoughMemory(
-            f"{model.name} needs {format_bytes(model.size_bytes)} and {format_bytes(free)} are free on the graphics card. "
+            f"{model.name} needs {format_bytes(model.size_bytes)} and {format_bytes(free)} are free on the GPU. "
             "Close other programs, choose a smaller branch, or use the loader transformers, which spreads over the machine."
         )
     tokens, reason = memory_fit.fit_context(model, options.demand(model, True), free - model.size_bytes)
@@ -300,7 +299,7 @@ def _in_words(error: Exception, model: LocalModel) -> LoadFailed:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "out of memory" in str(error).lower() or "Insufficient" in text:
         return NotEnoughMemory(
-            f"There is not enough memory on the graphics card for {model.name} ({format_bytes(model.size_bytes)}) with its "
+            f"There is not enough memory on the GPU for {model.name} ({format_bytes(model.size_bytes)}) with its "
             "conversation. Choose a smaller max_seq_len, a smaller cache type, or a smaller branch."
         )
     return LoadFailed(f"ExLlamaV2 cannot open {model.name} ({type(error).__name__}: {text}). Use the loader transformers.")

@@ -35,10 +35,16 @@ class ExLlamaV2Model(LoadedModel):
         parallel: int,
         ends: set[int],
     ) -> None:
-        super().__init__(parallel)
-        self.model, self.tokenizer, self.notes, self.device = model, tokenizer, notes, "cuda"
-        self.context_tokens, self.context_reason = context_tokens, context_reason
-        self.template = chat_template.find(model.folder, tokenizer, model.architecture)
+        super().__init__(
+            model,
+            tokenizer,
+            chat_template.find(model.folder, tokenizer, model.architecture),
+            context_tokens=context_tokens,
+            context_reason=context_reason,
+            notes=notes,
+            device="cuda",
+            parallel=parallel,
+        )
         self._loaded, self._generator, self._ends = loaded, generator, ends
         self._arrived: dict[int, deque[dict[str, Any]]] = {}  # serial of a job -> its results, not yet passed on
 

@@ -20,7 +20,7 @@ COMPILERS = "the CUDA toolkit (nvcc), a C++ compiler and ninja"
 class Machine:
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that loaders ask for; absent: not installed
     torch_for: str = ""  # what torch was built for: "cuda 13.0", "rocm 7.0", "cpu"; "" without torch
-    gpu: bool = False  # a graphics card that a driver serves
+    gpu: bool = False  # a GPU that a driver serves
     compilers: bool = False  # what a CUDA extension needs to be compiled
     c_compiler: bool = False  # what Triton needs
     compiled: frozenset[str] = frozenset()  # extensions that were compiled here before

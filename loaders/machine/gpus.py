@@ -1,4 +1,4 @@
-"""The graphics cards of this machine and their free memory, asked of the driver without torch.
+"""The GPUs of this machine and their free memory, asked of the driver without torch.
 
 torch would take 300 MB of the card only to be asked; nvidia-smi counts every program's memory,
 also before anything is imported.

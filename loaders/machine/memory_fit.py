@@ -1,8 +1,8 @@
-"""Does it fit? The one place where memory is counted: weights, the conversation at a context, and what computing takes.
+"""Does a model fit? The one place that counts memory: weights, the conversation at a context, and what computing takes.
 
-Every figure is an estimate from file sizes and config.json, made before a byte is loaded, so that a
-page can show it beside what is free. The advice before a download and the load itself ask the same
-function, `of`. torch is imported only to ask a graphics card.
+Every figure is an estimate from file sizes and config.json, made before a byte is loaded, so that a page can show it
+beside what is free. The advice before a download and the load itself use the same function, `of`. torch is imported
+only to ask a GPU.
 """
 
 import json
@@ -14,13 +14,18 @@ from ...core.errors import NotEnoughMemory
 from ...core.models import LocalModel
 from ...core.units import format_bytes
 
-DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; the options may ask for more
+DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; an option sets more
 UNKNOWN_CONTEXT_TOKENS = 2048  # of a model that does not say what it was trained for
 SMALLEST_CONTEXT_TOKENS = 256
-_LACKED = ("out of memory", "can't allocate memory", "insufficient vram", "not enough memory")  # as back-ends say it
-USEFUL_CONTEXT_TOKENS = 2048  # a context is shortened to this before a part of the weights leaves the card
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "insufficient vram",
+    "not enough memory",
+)  # in the words of the back-ends
+USEFUL_CONTEXT_TOKENS = 2048  # a context is shortened to this before a part of the weights leaves the GPU
 COMPUTING_BYTES = 300_000_000  # activations of one chunk of a prompt, buffers of the kernels
-STARTING_BYTES = 300_000_000  # torch and CUDA's context take this of a place before the first weight
+STARTING_BYTES = 300_000_000  # torch and CUDA's context take this before the first weight
 KEPT_FREE_BYTES = 1_000_000_000  # for the desktop and other programs
 
 
@@ -29,17 +34,17 @@ class Memory:
     """What a model could have, in bytes, once torch is started there."""
 
     ram: int
-    gpu: int | None = None  # of the graphics card; None if there is none that torch can use
+    gpu: int | None = None  # of the GPU; None if there is none that torch can use
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a loader's options ask of the memory."""
+    """What a loader's options need of the memory."""
 
-    asked_tokens: int = 0  # of context; 0: what fits
+    requested_tokens: int = 0  # of context; 0: what fits
     trained_tokens: int = 0  # how long the context may be; 0: as the model says
     number_bytes: float = 2  # of one number of keys and values
-    wide: bool = False  # computes in 32 bits
+    wide: bool = False  # computes with 32-bit numbers
     on_gpu: bool = True
 
 
@@ -60,25 +65,15 @@ def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2) -> int:
     return int(2 * layers * kv_heads * head_dim * dtype_bytes)
 
 
-def wanted_context(model: LocalModel, asked_tokens: int = 0, trained_tokens: int = 0) -> int:
-    """The context a load aims at: what was asked for, else 8192; never more than what the model was trained for."""
+def wanted_context(model: LocalModel, requested_tokens: int = 0, trained_tokens: int = 0) -> int:
+    """The context a load aims at: the requested one, else 8192; never more than what the model was trained for."""
     trained = trained_tokens or model.context_tokens or UNKNOWN_CONTEXT_TOKENS
-    return min(asked_tokens or DEFAULT_CONTEXT_TOKENS, trained)
+    return min(requested_tokens or DEFAULT_CONTEXT_TOKENS, trained)
 
 
 def weights_bytes(model: LocalModel, wide: bool = False) -> int:
-    """In memory: packed weights as they are in the file, those of a 16-bit model in the format of the computing."""
+    """In memory: packed weights as they are in the file, those of a 16-bit model in the number format of the computing."""
     return model.size_bytes * (2 if wide and model.kind == "plain" else 1)
-
-
-def demand(model: LocalModel, options: Any, gpu: bool) -> Demand:
-    """What a loader's options ask for; `card`: there is one. Options that have a `demand` of their own know best."""
-    own = getattr(options, "demand", None)
-    if own is not None:
-        found: Demand = own(model, gpu)
-        return found
-    asked = getattr(options, "context_tokens", 0)
-    return Demand(asked if isinstance(asked, int) else 0, on_gpu=gpu)
 
 
 State = Literal["fits", "partly", "tight", "not"]
@@ -92,8 +87,8 @@ class Fit:
     conversation_bytes: int
     context_tokens: int
     wanted_tokens: int  # more than context_tokens where it was shortened to fit
-    free_bytes: int  # of the place it goes to
-    place: str  # "the graphics card", "this machine"
+    free_bytes: int  # of the device it goes to
+    device: str  # "the GPU", "this machine"
     spare_bytes: int = 0  # elsewhere, for what does not fit there
 
     @property
@@ -106,15 +101,15 @@ class Fit:
 
     @property
     def impossible(self) -> bool:
-        """Not even the weights alone have room anywhere."""
+        """Not even the weights alone fit anywhere."""
         return self.weights_bytes > max(0, self.free_bytes) + self.spare_bytes
 
     @property
     def state(self) -> State:
-        """partly: some of the weights lie outside of the card. tight: only without what is kept for other programs."""
+        """partly: some of the weights are outside the GPU. tight: only without what is kept for other programs."""
         if self.fits or self.impossible:
             return "fits" if self.fits else "not"
-        return "tight" if self.place == MACHINE else "partly"
+        return "tight" if self.device == MACHINE else "partly"
 
     def __str__(self) -> str:
         parts = f"{format_bytes(self.weights_bytes)} of weights"
@@ -130,63 +125,57 @@ class Fit:
         if self.fits and self.context_tokens < self.wanted_tokens:
             verdict = f"The context is shortened from {self.wanted_tokens} to {self.context_tokens} tokens so that it fits."
         return (
-            f"Needs {format_bytes(self.needs_bytes)}: {parts}. {format_bytes(max(0, self.free_bytes))} are free on {self.place}, "
-            f"of which {format_bytes(KEPT_FREE_BYTES)} are kept for other programs. {verdict}"
+            f"Needs {format_bytes(self.needs_bytes)}: {parts}. {format_bytes(max(0, self.free_bytes))} are free on "
+            f"{self.device}, of which {format_bytes(KEPT_FREE_BYTES)} are kept for other programs. {verdict}"
         )
 
 
-MACHINE, GPU = "this machine", "the graphics card"
+MACHINE, GPU = "this machine", "the GPU"
 
 
-def of(model: LocalModel, options: Any, memory: Memory) -> Fit:
-    """The fit of a model with a loader's options."""
-    asks = demand(model, options, memory.gpu is not None)
-    if memory.gpu is None or not asks.on_gpu:
-        return estimate(model, asks, free_bytes=memory.ram, place=MACHINE)
-    return estimate(model, asks, free_bytes=memory.gpu, place=GPU, spare_bytes=memory.ram)
+def of(model: LocalModel, demand: Demand, memory: Memory) -> Fit:
+    """The fit of a model with what a loader's options need."""
+    if memory.gpu is None or not demand.on_gpu:
+        return estimate(model, demand, free_bytes=memory.ram, device=MACHINE)
+    return estimate(model, demand, free_bytes=memory.gpu, device=GPU, spare_bytes=memory.ram)
 
 
-def estimate(model: LocalModel, asks: Demand, *, free_bytes: int, place: str, spare_bytes: int = 0) -> Fit:
-    """The formula. Without a context that was asked for, it is shortened where that makes the model fit."""
-    weights = weights_bytes(model, asks.wide)
-    wanted = wanted_context(model, asks.asked_tokens, asks.trained_tokens)
-    per_token = conversation_bytes_per_token(model.folder, asks.number_bytes)
+def estimate(model: LocalModel, demand: Demand, *, free_bytes: int, device: str, spare_bytes: int = 0) -> Fit:
+    """The formula. A context that nobody requested is shortened where that makes the model fit."""
+    weights = weights_bytes(model, demand.wide)
+    wanted = wanted_context(model, demand.requested_tokens, demand.trained_tokens)
+    per_token = conversation_bytes_per_token(model.folder, demand.number_bytes)
     context = wanted
-    if not asks.asked_tokens and per_token:
+    if not demand.requested_tokens and per_token:
         fitting = (free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - weights) // per_token
         if min(wanted, USEFUL_CONTEXT_TOKENS) <= fitting < wanted:
             context = int(fitting // 256 * 256) or wanted
-    return Fit(weights, context * per_token, context, wanted, free_bytes, place, spare_bytes)
+    return Fit(weights, context * per_token, context, wanted, free_bytes, device, spare_bytes)
 
 
-def room_for_weights(model: LocalModel, asks: Demand, free_bytes: int) -> int:
-    """Bytes of a card that weights may take, so that 1 GB, the conversation and the computing have room beside them.
+def room_for_weights(model: LocalModel, demand: Demand, free_bytes: int) -> int:
+    """Bytes of a GPU that weights may take, so that 1 GB, the conversation and the computing fit beside them.
 
-    The conversation gives way down to 2048 tokens before weights have to leave the card, unless the
-    user fixed its length.
+    The conversation is shortened down to 2048 tokens before weights have to leave the GPU, unless the user set its
+    length.
     """
-    conversation = estimate(model, asks, free_bytes=free_bytes, place=GPU).conversation_bytes
+    conversation = estimate(model, demand, free_bytes=free_bytes, device=GPU).conversation_bytes
     return max(0, free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - conversation)
 
 
-def needs_bytes(model: LocalModel, options: Any) -> int:
-    """Weights, conversation and computing, in bytes, where there is room for all of it."""
-    return of(model, options, Memory(1 << 60, 1 << 60)).needs_bytes
+def fit_context(model: LocalModel, demand: Demand, free_bytes: int) -> tuple[int, str]:
+    """(tokens, reason) for a model whose weights are loaded, from what is free now; agrees with `estimate`.
 
-
-def fit_context(model: LocalModel, asks: Demand, free_bytes: int) -> tuple[int, str]:
-    """(tokens, reason) beside weights that are in their place, as `estimate` told before, from what is free now.
-
-    A length the user asked for is only cut to what the model was trained for. Raises NotEnoughMemory
-    if not even a short conversation fits.
+    A length that the user set is only cut to what the model was trained for. Raises NotEnoughMemory if not even a short
+    conversation fits.
     """
-    trained = asks.trained_tokens or model.context_tokens or UNKNOWN_CONTEXT_TOKENS
-    tokens = wanted_context(model, asks.asked_tokens, asks.trained_tokens)
-    if asks.asked_tokens:
-        cut = f"the model was trained for {trained}; you asked for {asks.asked_tokens}"
-        return tokens, "as you asked" if tokens == asks.asked_tokens else cut
-    reason = "the default; more can be asked for" if tokens < trained else "what the model was trained for"
-    per_token = conversation_bytes_per_token(model.folder, asks.number_bytes)
+    trained = demand.trained_tokens or model.context_tokens or UNKNOWN_CONTEXT_TOKENS
+    tokens = wanted_context(model, demand.requested_tokens, demand.trained_tokens)
+    if demand.requested_tokens:
+        cut = f"the model was trained for {trained}; you set {demand.requested_tokens}"
+        return tokens, "as you set it" if tokens == demand.requested_tokens else cut
+    reason = "the default; the options can set more" if tokens < trained else "what the model was trained for"
+    per_token = conversation_bytes_per_token(model.folder, demand.number_bytes)
     if per_token:
         fits = int((free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES) // per_token)
         if fits < SMALLEST_CONTEXT_TOKENS:
@@ -195,12 +184,12 @@ def fit_context(model: LocalModel, asks: Demand, free_bytes: int) -> tuple[int, 
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             )
         if fits < tokens:
-            tokens, reason = fits // 256 * 256, "what fits into the free memory"
+            tokens, reason = fits // 256 * 256, "what fits in the available memory"
     return tokens, reason
 
 
-def free_bytes(device: Any) -> int:
-    """Free memory of a torch.device, what torch holds in reserve counted as free."""
+def available_bytes(device: Any) -> int:
+    """Free memory of a torch.device. What torch holds in reserve counts as free."""
     if device.type == "cuda":
         import torch
 
@@ -210,15 +199,16 @@ def free_bytes(device: Any) -> int:
 
 
 def available_ram_bytes() -> int:
+    """Free memory of this machine."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
 def require_memory(model: LocalModel, device: Any, dtype: Any) -> None:
-    """Refuse before the first byte is read what cannot fit anywhere. Raises NotEnoughMemory."""
+    """Refuse what cannot fit anywhere, before the first byte is read. Raises NotEnoughMemory."""
     needed = weights_bytes(model, dtype.itemsize == 4)
-    free = available_ram_bytes() + (free_bytes(device) if device.type == "cuda" else 0)
+    free = available_ram_bytes() + (available_bytes(device) if device.type == "cuda" else 0)
     if needed > free:
         raise NotEnoughMemory(
             f"{model.name} needs {format_bytes(needed)} and {format_bytes(free)} are free. "
@@ -227,13 +217,13 @@ def require_memory(model: LocalModel, device: Any, dtype: Any) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was what was lacking, in whatever words a back-end said it; looks at what led to the error too."""
+    """Whether there was not enough memory, in the words of any back-end. Looks at the causes of the error too."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, (MemoryError, NotEnoughMemory)) or type(error).__name__ == "OutOfMemoryError":
             return True
-        if any(words in str(error).lower() for words in _LACKED):
+        if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False

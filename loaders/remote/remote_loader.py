@@ -7,16 +7,15 @@ is streamed. Used only when it is asked for.
 import asyncio
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from ...core.errors import BadParameter, LoadFailed
 from ...core.models import LocalModel, remote_model
-from ..contract.base import LoadProgress, Refusal
+from ..contract.base import Loader, LoadProgress, Refusal
 from ..contract.options import option, require_context
-from ..machine.capabilities import Machine, look
 from .remote_model import RemoteModel
 from .remote_pool import Endpoint, Pool
 from .remote_thread import EventLoop
@@ -53,12 +52,11 @@ class RemoteOptions:
         return self if self.base_url or not model.served_by else replace(self, base_url=model.served_by)
 
 
-class RemoteLoader:
+class RemoteLoader(Loader):
     name: ClassVar[str] = "remote"
     options: ClassVar[type] = RemoteOptions
-
-    def __init__(self, machine: Callable[[], Machine] = look) -> None:
-        self._machine = machine
+    reason: ClassVar[str] = "computed on other machines"
+    automatic: ClassVar[bool] = False
 
     def refusal(self, model: LocalModel, options: RemoteOptions) -> Refusal | None:
         if not self._machine().has("openai"):

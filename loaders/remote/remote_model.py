@@ -12,6 +12,7 @@ from ...core.grammar import Grammar
 from ...core.models import LocalModel
 from ...core.params import GenerationParams, changed_in, obeyed_by
 from ..contract.base import LoadedModel
+from ..contract.prompt import Prompt
 from ..contract.worker import Stream
 from ..text.chat_template import ChatTemplate
 from ..text.stop_strings import StopStrings
@@ -24,7 +25,7 @@ _PARALLEL = 64  # answers under way at once; the engines do their own queueing
 
 class RemoteModel(LoadedModel):
     can = obeyed_by("remote")
-    device = "other machines"
+    is_remote = True
 
     def __init__(
         self,
@@ -36,23 +37,30 @@ class RemoteModel(LoadedModel):
         context_reason: str,
         notes: tuple[str, ...],
     ) -> None:
-        super().__init__(_PARALLEL)
-        self.model, self.name, self.notes = model, name, notes
-        self.context_tokens, self.context_reason = context_tokens, context_reason
-        self.template = ChatTemplate("", "the engine's own", pool.endpoints[0].url)
-        self._pool, self._loop = pool, loop
+        super().__init__(
+            model,
+            None,
+            ChatTemplate("", "the engine's own", pool.endpoints[0].url),
+            context_tokens=context_tokens,
+            context_reason=context_reason,
+            notes=notes,
+            device="other machines",
+            parallel=_PARALLEL,
+        )
+        self.name, self._pool, self._loop = name, pool, loop
         loop.spawn(pool.watch())
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
         raise BadParameter("A model on another machine takes text, not token ids.")
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
-        resume = bool(messages) and messages[-1].role == "assistant"
-        body = {"messages": [{"role": each.role, "content": each.text} for each in messages]}
-        return self._answer("chat", body, params, cancel, resume)
+    def prompt(self, source: str | Sequence[Message]) -> Prompt:
+        return Prompt(source) if isinstance(source, str) else Prompt("", messages=tuple(source))
 
-    def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
-        return self._answer("text", {"prompt": prompt}, params, cancel, False)
+    def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        if prompt.messages is None:
+            return self._answer("text", {"prompt": prompt.text}, params, cancel, False)
+        body = {"messages": [{"role": each.role, "content": each.text} for each in prompt.messages]}
+        return self._answer("chat", body, params, cancel, not prompt.begins_answer)
 
     def close(self) -> None:
         super().close()

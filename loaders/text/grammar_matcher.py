@@ -1,7 +1,7 @@
-"""Answers that are held to JSON, a schema, a pattern or a grammar: what llguidance allows, token by token.
+"""Grammars: which tokens may come next so that an answer is JSON, or obeys a schema, a pattern or rules.
 
-llguidance (Rust; vLLM, SGLang and llama.cpp use it too) knows the forms and the tokenizer; it is an extra,
-`pip install "gptq-webui[json]"`. A form is compiled where the request is checked, and kept for the answer.
+llguidance (Rust; vLLM, SGLang and llama.cpp use it too) compiles grammars for a tokenizer. It is an extra,
+`pip install "gptq-webui[json]"`. A grammar is compiled when the request is checked, and kept for the answer.
 """
 
 import threading
@@ -14,30 +14,30 @@ from typing import Any
 
 from ...core.errors import BadParameter
 from ...core.grammar import Grammar
+from .token_codec import TokenCodec
 
 _OLDEST = 1, 9
-_KEPT = 8  # compiled forms; a client asks for the same one again and again
-_WHITE = r"[ \n\r\t]{1,20}"  # between the parts of JSON: small models would go on with spaces for ever
+_KEPT = 8  # compiled grammars; a client sends the same one again and again
+_WHITE = r"[ \n\r\t]{1,20}"  # between the parts of JSON: small models would write spaces without end
 
 
 class Grammars:
     """Of one loaded model. Any thread may ask."""
 
-    def __init__(self, tokenizer: Any, tokenizing: threading.Lock) -> None:
-        """`tokenizing` is held while the tokenizer is read."""
-        self._tokenizer, self._tokenizing = tokenizer, tokenizing
+    def __init__(self, codec: TokenCodec) -> None:
+        self._codec = codec
         self._ends: frozenset[int] = frozenset()
         self._words: Any = None  # llguidance's tokenizer; made when it is first needed: 0.3 s for 50,000 tokens
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def begin(self, grammar: Grammar, ends: Collection[int]) -> "GrammarState":
-        """For one answer that one of `ends` ends. Raises BadParameter, which says what is wrong with the form."""
+        """For one answer, which one of the ids `ends` ends. Raises BadParameter, which says what is wrong with the grammar."""
         words = self._words_of(frozenset(ends))
         with self._lock:
             made = self._compiled.get(grammar)
         if made is None:
-            made = _compile(words, grammar)  # beside the lock: the model's thread must not wait for another one's form
+            made = _compile(words, grammar)  # outside the lock: the model's thread must not wait for another answer's grammar
         with self._lock:
             if self._words is words:
                 self._compiled[grammar] = made
@@ -49,26 +49,26 @@ class Grammars:
     def _words_of(self, ends: frozenset[int]) -> Any:
         if find_spec("llguidance") is None:
             raise BadParameter(
-                "An answer can be held to a form only with the package llguidance, which is not installed: "
-                'pip install "gptq-webui[json]"'
+                'Grammars and JSON answers need the package llguidance, which is not installed: pip install "gptq-webui[json]"'
             )
         if tuple(int(each) for each in version("llguidance").split(".")[:2]) < _OLDEST:  # no limit to white space, one end token
             raise BadParameter(
-                f"The package llguidance is {version('llguidance')} here; an answer that is held to a form needs "
+                f"The package llguidance is {version('llguidance')} here; grammars and JSON answers need "
                 f'{_OLDEST[0]}.{_OLDEST[1]}: pip install -U "gptq-webui[json]"'
             )
         from llguidance.hf import from_tokenizer
 
         with self._lock:
             if self._words is None or self._ends != ends:  # not yet, or another template
-                size = len(self._tokenizer)
+                size = self._codec.size
                 try:
-                    with self._tokenizing:
-                        self._words = from_tokenizer(self._tokenizer, eos_token=sorted(id for id in ends if id < size) or None)
+                    with self._codec.lock:
+                        self._words = from_tokenizer(
+                            self._codec.tokenizer, eos_token=sorted(id for id in ends if id < size) or None
+                        )
                 except Exception as error:
                     raise BadParameter(
-                        "This model's answers cannot be held to a form: llguidance cannot read its tokenizer "
-                        f"({_short(str(error))})."
+                        f"Grammars do not work with this model: llguidance cannot read its tokenizer ({_short(str(error))})."
                     ) from None
                 self._ends = ends
                 self._compiled.clear()
@@ -86,16 +86,16 @@ def _compile(words: Any, grammar: Grammar) -> Any:
             else:
                 source = grammar_from(grammar.kind, grammar.text)
             matcher = LLMatcher(words, source, log_level=0)
-            first = b"" if matcher.is_error() else matcher.compute_bitmask()  # tells what no text can satisfy
+            first = b"" if matcher.is_error() else matcher.compute_bitmask()  # reports what no text can satisfy
     except (ValueError, RuntimeError) as error:
         raise BadParameter(f"found {grammar.words} that is not valid: {_short(str(error))}") from None
     if matcher.is_error() or not any(first):
-        raise BadParameter(f"found {grammar.words} that cannot be obeyed: {_short(matcher.get_error())}")
+        raise BadParameter(f"found {grammar.words} that no answer can obey: {_short(matcher.get_error())}")
     return matcher
 
 
 class GrammarState:
-    """A gptq.constraint.Constraint."""
+    """A gptq.grammar_mask.GrammarMask."""
 
     def __init__(self, matcher: Any, words: int) -> None:
         self._matcher, self._count = matcher, words
@@ -111,7 +111,7 @@ class GrammarState:
         known = np.unpackbits(bits, bitorder="little")[: min(size, self._count)]
         mask[: known.size] = known
         if not known.any():
-            raise BadParameter("No token of this model can follow in the form that was asked for. Ask for a simpler one.")
+            raise BadParameter("No token of this model can follow in this grammar. Use a simpler one.")
         return torch.from_numpy(mask).bool()
 
     def take(self, id: int) -> None:
@@ -126,20 +126,18 @@ class GrammarState:
     def _require(self) -> None:
         if self._matcher.is_error():
             why = _short(self._matcher.get_error())
-            raise BadParameter(
-                f"The answer cannot be held to the form that was asked for any longer ({why}). Ask for a simpler one."
-            )
+            raise BadParameter(f"The answer cannot obey this grammar any longer ({why}). Use a simpler one.")
 
 
 @contextmanager
 def _no_panic() -> Iterator[None]:
-    """A mistake in llguidance must not end the model's thread: its PanicException is no Exception."""
+    """A bug in llguidance must not end the model's thread: its PanicException is no Exception."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise RuntimeError(f"llguidance made a mistake: {error}") from None
+        raise RuntimeError(f"llguidance failed: {error}") from None
 
 
 def _short(text: str) -> str:

@@ -7,8 +7,8 @@ from ...core.errors import LoadFailed
 from ...core.models import LocalModel
 from ..contract.base import Refusal, Remark
 from ..contract.standard_folder import config_of
-from ..machine import gptqmodel_kernels
 from ..machine.capabilities import Machine, look
+from ..pretrained import gptqmodel_kernels
 
 
 def refusal(model: LocalModel, machine: Machine) -> Refusal | None:

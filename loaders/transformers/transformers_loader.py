@@ -4,39 +4,32 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 """
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-from ...core.chat import Finish, Step
 from ...core.errors import LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel
-from ...core.params import GenerationParams, obeyed_by
 from ...core.units import format_bytes
-from ..contract.base import LoadedModel, LoadProgress, Refusal, Remark
+from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..machine import memory_fit
-from ..machine.capabilities import Machine, look
 from ..machine.memory_release import free_memory
-from ..text import chat_template
-from ..text.grammar_matcher import Grammars
-from ..text.tokenizer import end_ids, read_tokenizer
+from ..pretrained.pretrained_model import PretrainedModel
+from ..text.tokenizer import read_tokenizer
 from . import optimum
-from .hf_queue import Turns
 from .transformers_options import TransformersOptions, device_of, dtype_of, free_beside, placement
 
-__all__ = ["TransformersLoader", "TransformersModel", "TransformersOptions"]
+__all__ = ["TransformersLoader", "TransformersOptions"]
 
 log = logging.getLogger(__name__)
 
 
-class TransformersLoader:
+class TransformersLoader(Loader):
     name: ClassVar[str] = "transformers"
     options: ClassVar[type] = TransformersOptions
-
-    def __init__(self, machine: Callable[[], Machine] = look) -> None:
-        self._machine = machine
+    reason: ClassVar[str] = "reads every GPTQ layout and 16-bit models, with nothing to compile"
+    context_option: ClassVar[str] = "context_tokens"
 
     def refusal(self, model: LocalModel, options: TransformersOptions) -> Refusal | None:
         machine = self._machine()
@@ -44,7 +37,7 @@ class TransformersLoader:
             if not machine.has(package):
                 return Refusal(f"the package {package} is not installed", f"pip install {package}")
         if options.device == "cuda" and not machine.cuda:
-            return Refusal("there is no graphics card that torch can use", "choose the device auto or cpu")
+            return Refusal("there is no GPU that torch can use", "choose the device auto or cpu")
         refused = unreadable(model) or not_in_gptq_layout(model)
         return refused or (optimum.refusal(model, machine) if options.kernel == "optimum" else None)
 
@@ -56,10 +49,10 @@ class TransformersLoader:
         why = options.no_cache_type(model, self._machine().cuda)
         return {"cache_type": why} if why else {}
 
-    def needs_bytes(self, model: LocalModel, options: TransformersOptions) -> int:
-        return memory_fit.needs_bytes(model, options)
+    def demand(self, model: LocalModel, options: TransformersOptions, gpu: bool) -> memory_fit.Demand:
+        return options.demand(model, gpu)
 
-    def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "TransformersModel":
+    def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "PretrainedModel":
         progress(0.02, "Starting torch and transformers")
         import torch
         from transformers.utils import logging as transformers_logging
@@ -107,73 +100,9 @@ class TransformersLoader:
         progress(0.97, preparing(device))
         asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel)
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
-        loaded = TransformersModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
+        loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
         return loaded
-
-
-class TransformersModel(LoadedModel):
-    def __init__(
-        self,
-        model: LocalModel,
-        hf: Any,
-        stepper: Any,  # gptq.stepper.Stepper
-        tokenizer: Any,
-        context_tokens: int,
-        context_reason: str,
-        notes: tuple[str, ...],
-        device: str,
-    ) -> None:
-        super().__init__(stepper.parallel)
-        from ...gptq.prefix_cache import PrefixCache
-
-        self.model, self.hf, self.tokenizer = model, hf, tokenizer
-        self._stepper = stepper
-        self.way = stepper.name if stepper.name != TransformersLoader.name else ""
-        self.context_tokens, self.context_reason = context_tokens, context_reason
-        self.notes, self.device, self.can = notes, device, obeyed_by("own")
-        self.template = chat_template.find(model.folder, tokenizer, model.architecture)
-        self._prefix: Any = PrefixCache()
-        self._end_ids = end_ids(hf.generation_config, tokenizer)
-        self._grammars = Grammars(tokenizer, self._tokenizing)
-        stepper.take_over(hf, self._prefix)
-        self._turns = Turns(hf, self._worker)
-
-    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
-        from ...gptq.generation import generate
-
-        ends = self._end_ids | set(self.template.stop_ids)
-        self._note_reading(0, len(ids))
-        return generate(
-            self._stepper,
-            ids,
-            params,
-            cancel,
-            prefix=self._prefix,
-            end_ids=ends,
-            context_tokens=self.context_tokens,
-            grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
-            progress=lambda read: self._note_reading(read, len(ids)),
-        )
-
-    def _is_alone(self, params: GenerationParams) -> bool:
-        return params.grammar is not None  # its tokens are put through one by one, on what the others share
-
-    def check(self, params: GenerationParams) -> None:
-        super().check(params)
-        if params.grammar is not None:
-            self._grammars.begin(params.grammar, self._end_ids | set(self.template.stop_ids))
-
-    def close(self) -> None:
-        super().close()
-        if self.hf is None:
-            return
-        device = self.hf.device
-        self._turns.release()
-        self._prefix.clear()
-        self._stepper.close()
-        self.hf = self._stepper = None
-        free_memory(device)
 
 
 def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:
@@ -188,4 +117,4 @@ def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:
 
 
 def _device_name(device: Any) -> str:
-    return "the graphics card" if device.type == "cuda" else "this machine"
+    return "the GPU" if device.type == "cuda" else "this machine"

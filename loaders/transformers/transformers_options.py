@@ -25,8 +25,8 @@ ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 @dataclass(frozen=True)
 class TransformersOptions:
     context_tokens: int = option(0, "Context length", "Tokens the model keeps in view; 0 chooses what fits, up to 8192.")
-    device: str = option("auto", "Device", "auto uses the graphics card if there is one.", DEVICES)
-    dtype: str = option("auto", "Number format", "auto: 16-bit floats on a graphics card, 32-bit on the processor.", DTYPES)
+    device: str = option("auto", "Device", "auto uses the GPU if there is one.", DEVICES)
+    dtype: str = option("auto", "Number format", "auto: 16-bit floats on a GPU, 32-bit on the processor.", DTYPES)
     kernel: str = option(
         "native",
         "GPTQ kernel",
@@ -37,8 +37,8 @@ class TransformersOptions:
         "", "Memory of the cards", "Gigabytes of weights for each card, for example 10,20; empty: what fits, the rest elsewhere."
     )
     cpu_memory: float = option(0.0, "Memory of the machine", "Gigabytes for weights that found no room on a card; 0: all.")
-    cache_type: str = option("fp16", "Cache type", "How the conversation is held on a graphics card; q8 takes half.", CACHE_TYPES)
-    parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a graphics card.")
+    cache_type: str = option("fp16", "Cache type", "How the conversation is held on a GPU; q8 takes half.", CACHE_TYPES)
+    parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a GPU.")
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -90,7 +90,7 @@ class TransformersOptions:
     def no_cache_type(self, model: LocalModel, gpu: bool) -> str:
         """Why another cache type than fp16 would change nothing for a model; "" if it would."""
         if not gpu or self.device == "cpu":
-            return "it is for graphics cards"
+            return "it is for GPUs"
         if self.kernel != "native":
             return f"the kernel {self.kernel} has none"
         if self.dtype not in ("auto", "fp16"):
@@ -114,7 +114,7 @@ def device_of(options: TransformersOptions) -> Any:
 
     if options.device != "auto":
         if options.device.startswith("cuda") and not torch.cuda.is_available():
-            raise BadParameter("There is no graphics card that torch can use. Choose the device auto or cpu.")
+            raise BadParameter("There is no GPU that torch can use. Choose the device auto or cpu.")
         return torch.device(options.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -152,7 +152,7 @@ def _rooms(model: LocalModel, options: TransformersOptions, device: Any) -> dict
 
     found = {}
     for at in range(torch.cuda.device_count()) if device.index is None else [device.index]:
-        free = memory_fit.free_bytes(torch.device("cuda", at))
+        free = memory_fit.available_bytes(torch.device("cuda", at))
         found[at] = memory_fit.room_for_weights(model, options.demand(model, True), free)
     return dict(found)
 
@@ -164,5 +164,5 @@ def free_beside(hf: Any, device: Any) -> int:
     places: Sequence[Any] = list((getattr(hf, "hf_device_map", None) or {}).values())
     cards = sorted({int(str(each).rpartition(":")[2]) for each in places if str(each).rpartition(":")[2].isdigit()})
     if device.type != "cuda" or len(cards) < 2:
-        return memory_fit.free_bytes(device)
-    return len(cards) * min(memory_fit.free_bytes(torch.device("cuda", at)) for at in cards)
+        return memory_fit.available_bytes(device)
+    return len(cards) * min(memory_fit.available_bytes(torch.device("cuda", at)) for at in cards)

@@ -1,9 +1,9 @@
-"""Callers from outside take their turn too.
+"""Calls of other programs wait in the queue too.
 
 A program written for transformers calls `model.generate` or `model(...)` from threads of its own
-(text-generation-webui does). These calls are passed to the model's worker thread, so they stand in
-the same line as our own answers, and closing the model waits for them. They compute on what our answers
-compute on, so each is alone there: it begins when no answer is under way, and none begins beside it.
+(text-generation-webui does). These calls are passed to the model's worker thread, so they wait in the same queue as
+our own answers, and closing the model waits for them. They compute in the same memory as our answers, so each runs
+alone: it begins when no answer is under way, and none begins while it runs.
 """
 
 import threading
@@ -13,15 +13,15 @@ from typing import Any
 from ..contract.worker import Worker
 
 
-class Turns:
-    """Puts `generate` and `forward` of a transformers model behind a worker, until `give_back`."""
+class QueuedCalls:
+    """Puts `generate` and `forward` of a transformers model behind a worker, until `release`."""
 
     def __init__(self, hf: Any, worker: Worker) -> None:
         self._hf = hf
         self._worker = worker
-        self._own = {name: vars(hf).get(name) for name in ("generate", "forward")}  # accelerate's hooks stand here too
+        self._own = {name: vars(hf).get(name) for name in ("generate", "forward")}  # accelerate puts its hooks there too
         for name in self._own:
-            setattr(hf, name, self._in_line(getattr(hf, name), stoppable=name == "generate"))
+            setattr(hf, name, self._queued(getattr(hf, name), stoppable=name == "generate"))
 
     def release(self) -> None:
         """Leave the model as it was."""
@@ -32,7 +32,7 @@ class Turns:
                 setattr(self._hf, name, own)
         self._hf, self._own = None, {}  # an accelerate hook in it would keep the weights alive
 
-    def _in_line(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
+    def _queued(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._worker.is_current():
                 return function(*args, **kwargs)
@@ -49,7 +49,7 @@ class Turns:
                 try:
                     with torch.set_grad_enabled(gradients):
                         result.append(function(*args, **kwargs))
-                except BaseException as raised:  # whatever it is, it is the caller's
+                except BaseException as raised:  # it belongs to the caller, whatever it is
                     error.append(raised)
                 yield None
 
@@ -58,7 +58,7 @@ class Turns:
             if error:
                 raise error[0]
             if not result:
-                raise RuntimeError("The model was unloaded before its turn came.")
+                raise RuntimeError("The model was unloaded before this call began.")
             return result[0]
 
         return call

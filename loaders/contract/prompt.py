@@ -1,0 +1,18 @@
+"""What a model reads before it answers: made once for a request, then counted, queued and answered as it is."""
+
+from dataclasses import dataclass
+
+from ...core.chat import Message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    ids: tuple[int, ...] = ()  # empty for a remote engine, which makes its own
+    messages: tuple[Message, ...] | None = None  # what the text was rendered from; None: a plain text
+    stop: tuple[str, ...] = ()  # role markers of the template: text that ends the answer
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the answer starts a new message: white space before its first word belongs to the template."""
+        return self.messages is not None and (not self.messages or self.messages[-1].role != "assistant")

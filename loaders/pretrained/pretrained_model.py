@@ -1,0 +1,90 @@
+"""A transformers PreTrainedModel that answers through one of gptq's steppers, and through calls of other programs."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...core.chat import Finish, Step
+from ...core.models import LocalModel
+from ...core.params import GenerationParams, obeyed_by
+from ..contract.base import LoadedModel
+from ..machine.memory_release import free_memory
+from ..text import chat_template
+from ..text.grammar_matcher import Grammars
+from ..text.tokenizer import end_ids
+from .hf_queue import QueuedCalls
+
+
+class PretrainedModel(LoadedModel):
+    can = obeyed_by("own")
+
+    def __init__(
+        self,
+        model: LocalModel,
+        hf: Any,
+        stepper: Any,  # gptq.stepper.Stepper
+        tokenizer: Any,
+        context_tokens: int,
+        context_reason: str,
+        notes: Sequence[str],
+        device: str,
+    ) -> None:
+        from ...gptq.prefix_cache import PrefixCache
+
+        super().__init__(
+            model,
+            tokenizer,
+            chat_template.find(model.folder, tokenizer, model.architecture),
+            context_tokens=context_tokens,
+            context_reason=context_reason,
+            notes=notes,
+            device=device,
+            kernel=stepper.kernel,
+            parallel=stepper.parallel,
+        )
+        self.hf = hf
+        self._stepper = stepper
+        self._prefix: Any = PrefixCache()
+        self._end_ids = end_ids(hf.generation_config, tokenizer)
+        self._grammars = Grammars(self.codec)
+        stepper.take_over(hf, self._prefix)
+        self._calls = QueuedCalls(hf, self._worker)
+
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        from ...gptq.generation import generate
+
+        ends = self._ends()
+        self._note_reading(0, len(ids))
+        return generate(
+            self._stepper,
+            ids,
+            params,
+            cancel,
+            prefix=self._prefix,
+            end_ids=ends,
+            context_tokens=self.context_tokens,
+            grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
+            progress=lambda read: self._note_reading(read, len(ids)),
+        )
+
+    def _is_alone(self, params: GenerationParams) -> bool:
+        return params.grammar is not None  # its tokens are computed one by one, in buffers that the other answers share
+
+    def check(self, params: GenerationParams) -> None:
+        super().check(params)
+        if params.grammar is not None:
+            self._grammars.begin(params.grammar, self._ends())
+
+    def close(self) -> None:
+        super().close()
+        if self.hf is None:
+            return
+        device = self.hf.device
+        self._calls.release()
+        self._prefix.clear()
+        self._stepper.close()
+        self.hf = self._stepper = None
+        free_memory(device)
+
+    def _ends(self) -> set[int]:
+        return self._end_ids | set(self.template.stop_ids)

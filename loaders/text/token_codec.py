@@ -1,0 +1,102 @@
+"""A tokenizer that several threads may use: text to ids and back, and the facts about single tokens.
+
+A fast tokenizer raises "Already borrowed" when one thread sets it up while another uses it, so every call takes
+one lock. Errors of the Rust library that are no `Exception` (PanicException) become BadParameter here.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...core.errors import BadParameter
+from .segments import Segments
+
+
+class TokenCodec:
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: a transformers tokenizer, or anything that is called and decodes like one."""
+        self.tokenizer = tokenizer
+        self.lock = threading.Lock()  # for other users of the same tokenizer
+        self.special_ids: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", ()) or ())
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.end_id: int | None = int(end) if end is not None else None
+        self._bos_id = self._find_bos_id()
+        self._segments = Segments(tokenizer, self._encode_all)
+
+    @property
+    def size(self) -> int:
+        """Ids go from 0 to size - 1."""
+        return len(self.tokenizer)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it knows where in the text a token begins."""
+        return bool(getattr(self.tokenizer, "is_fast", False))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another thread uses it now, perhaps on a long text."""
+        return self.lock.locked()
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Text to ids. With `bos`, exactly one beginning-of-sequence token if the model uses one. Raises BadParameter."""
+        ids = self._segments.ids(text)
+        return self.with_bos(ids) if bos else ids
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        with self._borrowed():
+            found = self.tokenizer(texts[0] if len(texts) == 1 else texts, add_special_tokens=False)["input_ids"]
+        return [list(found)] if len(texts) == 1 else [list(each) for each in found]
+
+    def splits(self, text: str, at: int) -> bool:
+        """Whether what comes before a character of the text and what begins there may be encoded separately."""
+        return self._segments.splits(text, at)
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The same ids, with the beginning-of-sequence token in front if the model uses one and it is not there."""
+        return [self._bos_id, *ids] if self._bos_id is not None and ids[:1] != [self._bos_id] else ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """(ids without added special tokens, the characters [start, end) of each); None from a slow tokenizer."""
+        if not self.is_fast:
+            return None
+        with self._borrowed():
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), [(int(start), int(end)) for start, end in found["offset_mapping"]]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Ids to text. With `special`, special tokens are part of it."""
+        with self._borrowed():
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+    def name(self, id: int) -> str | None:
+        """The token's name in the vocabulary ("Ġhello", "<0xE2>"); None if the tokenizer does not say."""
+        convert = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        if convert is None:
+            return None
+        with self._borrowed():
+            found = convert(id)
+        return found if isinstance(found, str) else None
+
+    def _find_bos_id(self) -> int | None:
+        """The id that begins a sequence, None if this tokenizer begins none with one. Asked once: it costs a tokenisation."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            return None
+        with self._borrowed():
+            begins = list(self.tokenizer("a", add_special_tokens=True)["input_ids"][:1]) == [bos]
+        return int(bos) if begins or getattr(self.tokenizer, "add_bos_token", False) else None
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        with self.lock:
+            try:
+                yield
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # pyo3's is no Exception: it would end the thread
+                    raise
+                why = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+                raise BadParameter(
+                    f"The tokenizer of this model cannot read this text ({why}). Change the text, or download another model."
+                ) from None
