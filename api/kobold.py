@@ -224,7 +224,7 @@ async def _ask(service: Service, asked: GenerateRequest, request: Request) -> Ru
 
 async def _fitted(service: Service, loaded: LoadedModel, asked: GenerateRequest, length: int) -> Measured:
     """The end of the prompt that leaves room for the answer."""
-    if loaded.tokenizer is None:
+    if loaded.is_remote:
         return await service.measure(asked.prompt, length)
     context = min(loaded.context_tokens, asked.max_context_length or asked.truncation_length or loaded.context_tokens)
     length = min(length, max(1, context - 1))

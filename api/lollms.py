@@ -61,7 +61,7 @@ def build(service: Service) -> APIRouter:
         params = service.params({**wishes_of("lollms", asked), "seed": seed_of(asked.seed)})
         length = asked.n_predict if asked.n_predict is not None and asked.n_predict > 0 else None
         prompt = asked.prompt
-        if loaded.tokenizer is not None and prompt:  # its clients send the whole discussion
+        if not loaded.is_remote and prompt:  # its clients send the whole discussion
             reserve = min(length or loaded.context_tokens // 4, loaded.context_tokens - 1)
             prompt = await service.run(last_tokens, loaded, prompt, max(1, loaded.context_tokens - reserve))
         measured = await service.measure(prompt, length, trim=True)

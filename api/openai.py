@@ -16,6 +16,7 @@ from starlette.responses import Response
 from ..core.chat import Finish, Message, Token
 from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
+from ..loaders.contract.prompt import Prompt
 from . import grammar_requests
 from .answer_stream import EventStream, Whole
 from .openai_logprobs import chat_logprobs, text_logprobs
@@ -204,13 +205,12 @@ def _texts(loaded: LoadedModel, prompt: Any) -> list[str]:
 
 def text_of(loaded: LoadedModel, ids: Sequence[int]) -> str:
     """Raises Problem for ids that the model does not have."""
-    if loaded.tokenizer is None:
+    if loaded.is_remote:
         raise Problem("unsupported", "The loaded model takes text, not token ids.")
-    size = len(loaded.tokenizer) if hasattr(loaded.tokenizer, "__len__") else 1 << 31
+    size = loaded.codec.size
     if any(not 0 <= each < size for each in ids):
         raise Problem("invalid", f"Token ids of this model go from 0 to {size - 1}.")
-    with loaded._tokenizing:
-        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return loaded.decode(ids, special=True)
 
 
 def reason(finish: Finish) -> str:
@@ -271,7 +271,7 @@ def _chat_stream(service: Service, loaded: LoadedModel, running: Any, said: _Say
         return piece(at, {"content": event.text}, logprobs) if event.text or logprobs else b""
 
     def closing() -> bytes:
-        usage = _usage([Measured([], 0, 1)], finishes)
+        usage = _usage([Measured(Prompt(""), 0, 1)], finishes)
         last = said.chunk([], {"usage": usage.model_dump()}) if with_usage else b""
         return last + b"data: [DONE]\n\n"
 
@@ -301,7 +301,7 @@ def _text_stream(
         return piece(at, event.text, logprobs) if event.text or logprobs else b""
 
     def closing() -> bytes:
-        usage = _usage([Measured("", 0, 1)] * (len(before) // (asked.n or 1)), finishes)
+        usage = _usage([Measured(Prompt(""), 0, 1)] * (len(before) // (asked.n or 1)), finishes)
         last = said.chunk([], {"usage": usage.model_dump()}) if with_usage else b""
         return last + b"data: [DONE]\n\n"
 

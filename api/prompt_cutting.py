@@ -11,12 +11,9 @@ def last_tokens(loaded: LoadedModel, text: str, most: int) -> str:
         text = text[-most * 128 :]
     ids = loaded.encode(text)
     while len(ids) > most:
-        with loaded._tokenizing:
-            plain = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-            keep = most - (len(ids) - len(plain))
-            text = str(
-                loaded.tokenizer.decode(plain[-max(1, keep) :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            )
+        plain = loaded.encode(text, bos=False)
+        keep = most - (len(ids) - len(plain))
+        text = loaded.decode(plain[-max(1, keep) :], special=True)
         most_before = len(ids)
         ids = loaded.encode(text)
         if len(ids) >= most_before:  # a text whose tokens grow when they are read again

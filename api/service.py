@@ -25,6 +25,7 @@ from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
 from ..engine.request_queue import DEFAULT_LIMIT
 from ..loaders.contract.base import LoadedModel
+from ..loaders.contract.prompt import Prompt
 from .answer_stream import Running, Start, Threads
 from .auth import Keys
 from .metrics import Metrics
@@ -34,7 +35,7 @@ from .token_text import Pieces
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Prompt = str | Sequence[Message]
+Source = str | Sequence[Message] | Prompt  # what a request asks about: a text, a conversation, or its prompt once it is made
 
 NEUTRAL = neutral_values()  # the model as it is
 _NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
@@ -55,7 +56,7 @@ class Measured:
     """A prompt that fits."""
 
     prompt: Prompt
-    tokens: int  # 0 where only the engine elsewhere can count
+    tokens: int  # 0 where only a remote engine can count
     max_new_tokens: int
 
 
@@ -152,28 +153,29 @@ class Service:
             self._named.update(f"{protocol} {name}" for name in new)
             log.info("%s: ignored, not known here: %s", protocol, ", ".join(new))
 
-    async def measure(self, prompt: Prompt, max_new_tokens: int | None, *, trim: bool = False) -> Measured:
+    async def measure(self, source: Source, max_new_tokens: int | None, *, trim: bool = False) -> Measured:
         """How long a prompt is and how long its answer may become; with `trim`, the answer is cut to what is left.
 
         None for `max_new_tokens` is all that is left. Raises Problem too_long, NotLoaded, Busy, BadParameter.
         """
         loaded = await self.loaded()
-        size = len(prompt) if isinstance(prompt, str) else sum(len(each.text) for each in prompt)
-        if size < _AT_ONCE and not loaded._tokenizing.locked():
-            return self._measure(loaded, prompt, max_new_tokens, trim)
-        return await self.run(self._measure, loaded, prompt, max_new_tokens, trim)
+        if isinstance(source, str) and len(source) < _AT_ONCE and not loaded.is_remote and not loaded.codec.is_busy:
+            return self._measure(loaded, source, max_new_tokens, trim)
+        return await self.run(self._measure, loaded, source, max_new_tokens, trim)
 
-    def _measure(self, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int | None, trim: bool) -> Measured:
-        text = prompt if isinstance(prompt, str) else "".join(each.text for each in prompt)
+    def _measure(self, loaded: LoadedModel, source: Source, max_new_tokens: int | None, trim: bool) -> Measured:
+        made = source if isinstance(source, Prompt) else None
+        text = made.text if made else source if isinstance(source, str) else "".join(each.text for each in source)
         require_text(text)
-        if loaded.tokenizer is None:
-            return Measured(prompt, 0, max_new_tokens or 512)
+        if loaded.is_remote:
+            return Measured(made or loaded.prompt(source), 0, max_new_tokens or 512)
         context = loaded.context_tokens
         if len(text) > context * _LONGEST_TOKEN:
             raise Problem(
                 "too_long", f"The prompt has {len(text):,} characters; a context of {context:,} tokens cannot hold them."
             )
-        count = len(loaded.encode(prompt) if isinstance(prompt, str) else loaded.prompt_ids(prompt))
+        prompt = made or loaded.prompt(source)
+        count = len(prompt.ids)
         if count == 0:
             raise Problem("invalid", "The prompt is empty.", "prompt")
         if self.limits.max_input_tokens is not None and count > self.limits.max_input_tokens:
@@ -225,7 +227,7 @@ class Service:
     async def encode(self, loaded: LoadedModel, text: str, *, bos: bool = True) -> list[int]:
         """Raises Problem for what cannot be encoded, or is far too long."""
         require_text(text)
-        if loaded.tokenizer is None:
+        if loaded.is_remote:
             raise Problem("unsupported", "The loaded model's tokens are not known here: it runs in another program.")
         return await self.run(lambda: loaded.encode(text, bos=bos))
 
@@ -248,9 +250,7 @@ class Service:
         def start(cancel: threading.Event) -> Answer:
             if self.engine.loaded is not loaded:
                 raise Busy("The model was changed while this request waited. Ask again.")
-            if isinstance(measured.prompt, str):
-                return self.engine.complete(measured.prompt, own, cancel)
-            return self.engine.chat(measured.prompt, own, cancel, whole=True)
+            return self.engine.answer(measured.prompt, own, cancel)
 
         return start
 

@@ -115,8 +115,7 @@ def build(service: Service) -> APIRouter:
         """A conversation as the model reads it, and its tokens."""
         loaded = await service.loaded()
         messages = messages_of(asked.messages)
-        await service.measure(messages, None, trim=True)
-        text = loaded.template.render(messages, loaded.tokenizer)
+        text = (await service.measure(messages, None, trim=True)).prompt.text
         return Json({"tokenize_response": tokens_of(service, loaded, text, True), "templated_text": text})
 
     return router
@@ -139,11 +138,10 @@ class _Answer:
         require_text(prompt)
         if not prompt:
             raise Problem("invalid", "`inputs` cannot be empty")
-        if self.wish.truncate is not None and self.loaded.tokenizer is not None:
+        if self.wish.truncate is not None and not self.loaded.is_remote:
             ids = self.loaded.encode(prompt, bos=False)
             if len(ids) >= self.wish.truncate:
-                with self.loaded._tokenizing:
-                    prompt = self.loaded.tokenizer.decode(ids[-max(1, self.wish.truncate - 1) :], skip_special_tokens=False)
+                prompt = self.loaded.decode(ids[-max(1, self.wish.truncate - 1) :], special=True)
         return await self.service.measure(prompt, self.wish.max_new_tokens)
 
     async def whole(self, request: Request, *, listed: bool = False) -> Response:
@@ -260,7 +258,7 @@ class _Said:
         if isinstance(event, Finish):
             return self._last(event)
         self._text += event.text
-        if event.id < 0 and self._answer.loaded.tokenizer is not None:  # what was held back belongs to the last token
+        if event.id < 0 and not self._answer.loaded.is_remote:  # what was held back belongs to the last token
             held = self._held
             self._held = Event(held.id, held.text + event.text, held.logprob, held.top) if held else event
             return b""

@@ -44,20 +44,18 @@ def check(wish: Parameters) -> None:
 
 def tokens_of(service: Service, loaded: LoadedModel, text: str, special: bool) -> Sequence[dict[str, Any]]:
     """Ids, texts and places. A token that is part of a character has that character's place."""
-    if loaded.tokenizer is None:
+    if loaded.is_remote:
         raise Problem("unsupported", "The loaded model's tokens are not known here: it runs in another program.")
     require_text(text)
-    if getattr(loaded.tokenizer, "is_fast", False):
-        with loaded._tokenizing:
-            found = loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]]
+    if (found := loaded.codec.encode_with_offsets(text)) is not None:
+        ids, places = found
     else:
         ids, places, at = loaded.encode(text, bos=False), [], 0
         for id in ids:
             length = len(service.pieces(loaded).text(id))
             places.append((min(at, len(text)), min(at + length, len(text))))
             at += length
-    whole = loaded.encode(text) if special else ids
+    whole = loaded.codec.with_bos(ids) if special else ids
     tokens = [{"id": id, "text": text[a:b], "start": a, "stop": b} for id, (a, b) in zip(ids, places, strict=True)]
     added = whole[: len(whole) - len(ids)]
     return [*({"id": id, "text": service.pieces(loaded).text(id), "start": 0, "stop": 0} for id in added), *tokens]

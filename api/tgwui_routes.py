@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..core.chat import Message
-from ..engine.engine import fit_messages
 from ..loaders.contract.base import LoadedModel
 from .openai import messages_of, text_of
 from .openai_models import ChatCompletionRequest
@@ -125,10 +124,8 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/internal/chat-prompt")
     async def chat_prompt(asked: ChatCompletionRequest) -> Response:
         """The conversation as the model reads it."""
-        loaded = await service.loaded()
-        messages = messages_of(asked.messages)
-        await service.measure(messages, None, trim=True)
-        return Json({"prompt": loaded.template.render(messages, loaded.tokenizer)})
+        measured = await service.measure(messages_of(asked.messages), None, trim=True)
+        return Json({"prompt": measured.prompt.text})
 
     @router.post("/v1/internal/stop-generation")
     async def stop_generation(request: Request) -> Response:
@@ -249,8 +246,9 @@ async def _old_chat(service: Service, asked: Any, request: Request) -> Response:
     params = service.params(wishes(LogitsRequest(prompt="", **known)))
     most = values.get("max_new_tokens")
     most = most if isinstance(most, int) and not isinstance(most, bool) and 0 < most <= 32768 else 200
-    kept, _dropped = await service.run(fit_messages, loaded, [*messages, Message("user", text)], most)
-    measured = await service.measure(kept, most, trim=True)
+    chat = [*messages, Message("user", text)]
+    window = await service.run(service.engine.conversation.window, loaded, chat, most)
+    measured = await service.measure(window.prompt, most, trim=True)
     running = await service.ask(request, PROTOCOL, [measured], params)
     answer = (await running.whole())[0].text
     turns = [*pairs, [text, answer]]

@@ -1,17 +1,15 @@
 """The text of a single token, for log-probabilities and token lists. Often less than a character: then its bytes."""
 
 from functools import lru_cache
-from typing import Any
 
 from ..loaders.contract.base import LoadedModel
 
 
 class Pieces:
     def __init__(self, loaded: LoadedModel) -> None:
-        self._tokenizer = loaded.tokenizer
-        self._lock = loaded._tokenizing
-        self.special = frozenset(getattr(loaded.tokenizer, "all_special_ids", ()) or ())
-        self.end_id = int(getattr(loaded.tokenizer, "eos_token_id", None) or 0)
+        self._codec = None if loaded.is_remote else loaded.codec
+        self.special = self._codec.special_ids if self._codec is not None else frozenset()
+        self.end_id = (self._codec.end_id if self._codec is not None else None) or 0
         self._of = lru_cache(maxsize=4096)(self._bytes)
 
     def text(self, id: int) -> str:
@@ -21,26 +19,14 @@ class Pieces:
         return self._of(id)
 
     def _bytes(self, id: int) -> bytes:
-        if self._tokenizer is None:
-            return b""  # an engine elsewhere: its ids mean nothing here
-        with self._lock:
-            text = _decode(self._tokenizer, [id])
-            name = _name(self._tokenizer, id)
-            if "\ufffd" in text or not text:  # part of a character
-                return _raw(name) if name is not None else text.encode("utf-8", "replace")
-            if name is not None and name[:1] == "▁" and not text.startswith(" "):
-                text = " " + text  # SentencePiece drops the space of a first word
-            return text.encode("utf-8", "replace")
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _name(tokenizer: Any, id: int) -> str | None:
-    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
-    found = convert(id) if convert is not None else None
-    return found if isinstance(found, str) else None
+        if self._codec is None:
+            return b""  # the ids of a remote engine mean nothing here
+        text, name = self._codec.decode([id], special=True), self._codec.name(id)
+        if "\ufffd" in text or not text:  # part of a character
+            return _raw(name) if name is not None else text.encode("utf-8", "replace")
+        if name is not None and name[:1] == "▁" and not text.startswith(" "):
+            text = " " + text  # SentencePiece drops the space of a first word
+        return text.encode("utf-8", "replace")
 
 
 def _raw(name: str) -> bytes:

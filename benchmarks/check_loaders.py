@@ -171,7 +171,7 @@ def check(local: LocalModel, ways: dict[str, tuple[str, dict]], compile_too: boo
             well = False
             continue
         load_s, after = time.perf_counter() - began, used_bytes()
-        prompt = loaded.prompt_ids([Message("user", "Tell me about the sea.")])
+        prompt = list(loaded.prompt([Message("user", "Tell me about the sea.")]).ids)
         ids: list[int] = []
         for _round in range(2):  # the first may compile or tune
             events = list(loaded.generate(prompt, GREEDY, threading.Event()))
@@ -208,7 +208,7 @@ def over_two_gpus(local: LocalModel) -> bool:
     for options in ({}, {"gpu_memory": f"{half},{half * 2}"}):
         loaded = loader.load(local, make_options(loader, options), lambda share, text: None)
         permutation = sorted({str(each) for each in (getattr(loaded.hf, "hf_device_map", None) or {"": loaded.device}).values()})
-        prompt = loaded.prompt_ids([Message("user", "Tell me about the sea.")])
+        prompt = list(loaded.prompt([Message("user", "Tell me about the sea.")]).ids)
         found.append([each.id for each in loaded.generate(prompt, GREEDY, threading.Event()) if isinstance(each, Step)])
         print(f"  native on {', '.join(permutation)}: {len(found[-1])} tokens")
         loaded.close()

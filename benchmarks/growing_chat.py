@@ -52,7 +52,7 @@ def main() -> None:
     if len(turns) > 2:
         print(f"time to first token, last turn against turn 2: {turns[-1].prefill_s / turns[1].prefill_s:.2f}x")
     chat, bare = [], []
-    ids = loaded.prompt_ids([Message("user", QUESTION)])
+    ids = list(loaded.prompt([Message("user", QUESTION)]).ids)
     for _ in range(5):
         chat.append(engine.chat([Message("user", QUESTION)], params, threading.Event()).text()[1].tokens_per_s)
         came = [time.perf_counter() for event in loaded.generate(ids, params, threading.Event()) if isinstance(event, Step)]

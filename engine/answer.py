@@ -52,12 +52,12 @@ class Answer:
     @property
     def ahead(self) -> int:
         """Answers that are computed before this one; 0 once its turn has come."""
-        return getattr(self._stream, "ahead", 0)
+        return self._stream.ahead
 
     @property
     def reading(self) -> Reading | None:
         """How much of its prompt is read; None if the loader does not report it."""
-        return getattr(self._stream, "reading", None)
+        return self._stream.reading
 
     def text(self) -> tuple[str, Finish]:
         """The whole answer at once."""

@@ -20,9 +20,11 @@ from ..core.units import plural
 from ..hub.library import Library
 from ..loaders.choose import Choice, all_loaders
 from ..loaders.contract.base import LoadedModel, Loader
+from ..loaders.contract.prompt import Prompt
 from ..loaders.text import chat_template
 from . import demo
 from .answer import Answer
+from .conversation import Conversation
 from .idle_timer import IdleTimer
 from .load_planner import LoadPlanner, RecentLook
 from .load_request import LoadRequest
@@ -32,7 +34,7 @@ from .request_queue import RequestQueue
 from .settings import Settings, default_models_folder
 from .slot import Phase, Slot, Status
 
-__all__ = ["Answer", "Engine", "Phase", "Status", "fit_messages"]
+__all__ = ["Answer", "Engine", "Phase", "Status"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Engine:
         found = loaders if loaders is not None else all_loaders(RecentLook())
         self.planner = LoadPlanner(self.settings, found, lambda: self.slot.loaded)
         self.recovery = Recovery(self.settings, self._models_on_disk)
+        self.conversation = Conversation()
         self.idle = IdleTimer(self.unload_idle, self._in_use)
         self.queue = RequestQueue(parallel=self._parallel)  # for the API
         self._reloading = threading.Lock()  # an idle model is loaded once for everybody who waits
@@ -186,9 +189,7 @@ class Engine:
 
     # --- answers -----------------------------------------------------------------------------------
 
-    def chat(
-        self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event, *, whole: bool = False
-    ) -> Answer:
+    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Answer:
         """The next assistant message, streamed. Ending in an assistant's message, the chat is continued.
 
         A chat longer than the context loses its oldest turns (the Finish says how many), never the
@@ -196,19 +197,22 @@ class Engine:
         PromptTooLong, BadParameter.
         """
         loaded = self.ready()
-        kept, dropped = (list(messages), 0) if whole else fit_messages(loaded, messages, params.max_new_tokens)
-        return Answer(loaded, loaded.chat(kept, params, cancel), dropped, self._answered)
+        window = self.conversation.window(loaded, messages, params.max_new_tokens)
+        return Answer(loaded, loaded.answer(window.prompt, params, cancel), window.dropped_turns, self._answered)
 
-    def complete(self, prompt: str, params: GenerationParams, cancel: threading.Event) -> Answer:
-        """What follows a plain text, streamed. Raises NotLoaded, PromptTooLong."""
+    def complete(self, text: str, params: GenerationParams, cancel: threading.Event) -> Answer:
+        """What follows a plain text, streamed. Raises NotLoaded, PromptTooLong, BadParameter."""
+        return self.answer(self.ready().prompt(text), params, cancel)
+
+    def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Answer:
+        """What follows a prompt of the loaded model, streamed. Raises NotLoaded, PromptTooLong, BadParameter."""
         loaded = self.ready()
-        length = len(loaded.encode(prompt)) if loaded.tokenizer is not None else 0
-        if length >= loaded.context_tokens:
+        if len(prompt.ids) >= loaded.context_tokens:
             raise PromptTooLong(
-                f"The text has {length} tokens, the context {loaded.context_tokens}. "
+                f"The prompt has {len(prompt.ids)} tokens, the context {loaded.context_tokens}. "
                 "Shorten it, or load the model with a longer context."
             )
-        return Answer(loaded, loaded.complete(prompt, params, cancel), 0, self._answered)
+        return Answer(loaded, loaded.answer(prompt, params, cancel), 0, self._answered)
 
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Answer:
         """What follows token ids, as Steps instead of Tokens: for measuring. Raises NotLoaded, BadParameter."""
@@ -284,36 +288,3 @@ class Engine:
             return list(self.library.models())
         except (AttributeError, OSError):
             return []
-
-
-def fit_messages(loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
-    """(messages that fit, messages left out): whole oldest turns go, the system prompt and the last turn stay.
-
-    Room is kept for the answer, but for at most a quarter of the context. Raises PromptTooLong if
-    the last message alone does not fit.
-    """
-    if loaded.tokenizer is None:
-        return list(messages), 0
-    reserve = max(1, min(max_new_tokens, loaded.context_tokens // 4))
-    system = [each for each in messages[:1] if each.role == "system"]
-    turns = list(messages[len(system) :])
-    starts = [at for at, each in enumerate(turns) if each.role == "user"] or [0]
-    if turns and turns[0].role != "user":
-        starts = sorted({0, *starts})
-    length = 0
-    for start in starts:
-        kept = [*system, *turns[start:]]
-        length = len(loaded.prompt_ids(kept))
-        if length + reserve <= loaded.context_tokens:
-            return kept, start
-    if length < loaded.context_tokens:  # the last turn fits, with less room for the answer
-        return kept, starts[-1]
-    if messages[-1].role == "assistant":
-        raise PromptTooLong(
-            f"This answer fills the context of {loaded.context_tokens} tokens; there is no room to continue it. "
-            "Clear the chat, or load the model with a longer context."
-        )
-    raise PromptTooLong(
-        f"Your message has {length} tokens with the system prompt, the context {loaded.context_tokens}. "
-        "Shorten it, or load the model with a longer context."
-    )

@@ -50,7 +50,7 @@ class LoadPlanner:
 
         fit = None
         if choice.loader.needs_bytes(model, choice.options):
-            fit = available_memory.fit_of(model, choice.options, self._loaded())
+            fit = available_memory.fit_of(model, choice.loader, choice.options, self._loaded())
             available_memory.require_room(model, fit)
         template = _template(saved.template)
         return LoadPlan(request, choice, None if chosen else alternative, fit, template, load_failures.fingerprint(model))

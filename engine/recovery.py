@@ -55,7 +55,7 @@ class Recovery:
 
     def answer_ended(self, finish: Finish, loaded: LoadedModel, plan: LoadPlan, choice: Choice) -> None:
         """Remember the speed, and notice a GPU whose memory overflows into the system's."""
-        if loaded.tokenizer is None:
+        if loaded.is_remote:
             return  # an engine elsewhere: neither its speed nor its memory is this machine's
         settings, model, name = self._settings, loaded.model, choice.loader.name
         best = measured_speeds.measured(settings, model, plan.fingerprint).get(name, 0.0)

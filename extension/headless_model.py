@@ -64,7 +64,7 @@ class RoughTokenizer:
 
 def tokenizer_for(loaded: LoadedModel) -> Any:
     """One with the `encode` and `decode` that the host calls."""
-    return loaded.tokenizer if hasattr(loaded.tokenizer, "encode") else RoughTokenizer()
+    return RoughTokenizer() if loaded.is_remote else loaded.tokenizer
 
 
 def hooks(engine: Engine, stopped: Callable[[], bool]) -> dict[str, Callable[..., Any]]:
@@ -96,7 +96,7 @@ def hooks(engine: Engine, stopped: Callable[[], bool]) -> dict[str, Callable[...
 
     def custom_tokenized_length(prompt: str) -> int:
         loaded = engine.loaded
-        if loaded is not None and loaded.tokenizer is not None:
+        if loaded is not None and not loaded.is_remote:
             try:
                 return len(loaded.encode(prompt))
             except GptqWebuiError:

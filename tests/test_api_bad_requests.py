@@ -148,7 +148,7 @@ OPENAI = [  # (path, body, status, type, param, code, words)
     *(
         ("chat", {"messages": user(), "response_format": form}, 400, "invalid_request_error", param, None, words)
         for form, param, words in (
-            ({"type": "json_object"}, "response_format", "cannot hold an answer to a form"),
+            ({"type": "json_object"}, "response_format", "does not support grammars"),
             ({"type": "yaml"}, "response_format", "json_schema or regex; found 'yaml'"),
             ({"type": "regex"}, "response_format.value", "a text is needed"),
             ({}, "response_format.type", "required"),
@@ -169,8 +169,8 @@ OPENAI = [  # (path, body, status, type, param, code, words)
 ]
 
 NO_FORM = (
-    f"{MISTRAL} is loaded in a way that cannot hold an answer to a form. "
-    "Load it with the loader transformers, or ask for the form in the prompt and check the answer."
+    f"{MISTRAL} is loaded with a loader that does not support grammars. "
+    "Load it with the loader transformers, or describe the grammar in the prompt and check the answer."
 )
 KOBOLD = [  # (body, status, detail)
     ({}, 422, {"prompt": ["Field required"]}),

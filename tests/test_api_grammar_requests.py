@@ -154,7 +154,7 @@ def test_koboldcpps_rules(server):
             "/v1/chat/completions",
             {"messages": ASK, "response_format": form({"not": {}})},
             400,
-            "JSON schema that cannot be obeyed",
+            "JSON schema that no answer can obey",
         ),
         ("/v1/completions", {"prompt": "x", "response_format": {"type": "regex", "value": "(("}}, 400, "unclosed group"),
         ("/v1/completions", {"prompt": "x", "grammar_string": "root ::= ("}, 400, "grammar_string: found a grammar"),
@@ -172,7 +172,7 @@ def test_a_bad_form_is_refused_before_an_answer_begins(server, path, body, statu
 def test_rules_without_an_end_are_the_callers_mistake(server):
     body = {"prompt": "x", "grammar": 'root ::= "a" root', "max_tokens": 9}
     answer = server.http.post("/v1/completions", json=body)
-    assert answer.status_code == 400 and "cannot be held to the form" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "cannot obey this grammar" in answer.json()["error"]["message"]
 
 
 def test_without_llguidance_it_says_what_to_install(server, monkeypatch):

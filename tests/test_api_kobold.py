@@ -146,13 +146,13 @@ def test_united_keeps_the_stop_sequence_in_the_text(http):
 def test_a_prompt_that_is_too_long_loses_its_beginning(http, house):
     prompt = "".join(f" w{at}" for at in range(5000))
     asked = []
-    real = house.engine.complete
-    house.engine.complete = lambda text, params, cancel: asked.append(text) or real(text, params, cancel)
+    real = house.engine.answer
+    house.engine.answer = lambda prompt, params, cancel: asked.append(prompt.text) or real(prompt, params, cancel)
     try:
         body = {"prompt": prompt, "max_length": 100, "max_context_length": 1000}
         assert http.post("/api/v1/generate", json=body).status_code == 200
     finally:
-        del house.engine.complete
+        del house.engine.answer
     assert asked[0].endswith(" w4999") and len(asked[0].split()) == 900
 
 

@@ -67,7 +67,7 @@ def test_a_full_gpu_is_reported_before_loading_and_the_process_lives(engine):
     free = available_gpu_bytes()
     hog = torch.empty(free - 500 * MIB, dtype=torch.uint8, device="cuda")
     try:
-        found = fit_of(engine.library.get("tiny"), TransformersOptions())
+        found = fit_of(engine.library.get("tiny"), TransformersLoader(), TransformersOptions())
         assert not found.fits and "on the GPU" in str(found)
         with pytest.raises(NotEnoughMemory):
             engine.load("tiny", options={"context_tokens": 0, "device": "cuda"})

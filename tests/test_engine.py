@@ -20,7 +20,7 @@ from gptq_webui.core.errors import (
 )
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.engine.engine import Engine, fit_messages
+from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
 
@@ -133,34 +133,6 @@ def test_a_closed_tab_delays_the_next_chat_by_at_most_one_answer(engine):
     engine.chat(HELLO, GenerationParams(max_new_tokens=1), threading.Event()).text()
     assert time.perf_counter() - asked < 40 / 200 + 0.2
     assert loaded.waiting == 0
-
-
-def chat(turns, words=10):
-    messages = [Message("system", "be brief")]
-    for at in range(turns):
-        messages += [
-            Message("user", f"question {at} " + "word " * words),
-            Message("assistant", f"answer {at} " + "word " * words),
-        ]
-    return [*messages, Message("user", "last question")]
-
-
-def test_a_full_chat_drops_whole_oldest_turns_and_says_how_many(engine):
-    loaded = engine.load("one", options={"context_tokens": 200})
-    messages = chat(20)
-    kept, dropped = fit_messages(loaded, messages, 50)
-    assert kept[0] == messages[0] and kept[-1] == messages[-1]
-    assert kept[1].role == "user" and kept[1:] == messages[1 + dropped :] and dropped > 0 and dropped % 2 == 0
-    assert len(loaded.prompt_ids(kept)) + 50 <= 200
-    one_more = [messages[0], *messages[1 + dropped - 2 :]]
-    assert len(loaded.prompt_ids(one_more)) + 50 > 200  # no more than needed
-    _text, finish = engine.chat(messages, GenerationParams(max_new_tokens=50), threading.Event()).text()
-    assert finish.dropped_turns == dropped
-
-
-def test_a_chat_that_fits_is_left_alone(engine):
-    loaded = engine.load("one")
-    assert fit_messages(loaded, chat(3), 512) == (chat(3), 0)
 
 
 def test_one_message_longer_than_the_context_is_a_sentence(engine):
