@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ..core.chat import Finish, Message, Token
 from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
-from ..loaders.contract.prompt import Prompt
+from ..loaders.contract.model_prompt import Prompt
 from . import grammar_requests
 from .answer_stream import EventStream, Whole
 from .openai_logprobs import chat_logprobs, text_logprobs

@@ -25,7 +25,7 @@ from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
 from ..engine.request_queue import DEFAULT_LIMIT
 from ..loaders.contract.base import LoadedModel
-from ..loaders.contract.prompt import Prompt
+from ..loaders.contract.model_prompt import Prompt
 from .answer_stream import Running, Start, Threads
 from .auth import Keys
 from .metrics import Metrics

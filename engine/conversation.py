@@ -16,7 +16,7 @@ from itertools import pairwise
 from ..core.chat import Message
 from ..core.errors import PromptTooLong
 from ..loaders.contract.base import LoadedModel
-from ..loaders.contract.prompt import Prompt
+from ..loaders.contract.model_prompt import Prompt
 
 _KEPT_SHARE = 0.7  # of the room for a prompt, that a chat is cut to once it does not fit
 _WINDOWS = 256  # chats whose beginning is remembered

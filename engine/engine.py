@@ -20,7 +20,7 @@ from ..core.units import plural
 from ..hub.library import Library
 from ..loaders.choose import Choice, all_loaders
 from ..loaders.contract.base import LoadedModel, Loader
-from ..loaders.contract.prompt import Prompt
+from ..loaders.contract.model_prompt import Prompt
 from ..loaders.text import chat_template
 from . import demo
 from .answer import Answer

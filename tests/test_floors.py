@@ -20,8 +20,8 @@ CODE = sorted(
 # Rooms (folders and files) inside a folder, lowest first; rooms of one number are strangers.
 ROOMS = {
     "loaders": {
-        "machine": 0, "text": 0, "contract": 1,
-        "transformers": 2, "exllamav2": 2, "autogptq": 2, "remote": 2, "fake": 2, "choose": 3,
+        "machine": 0, "text": 0, "contract": 1, "pretrained": 2,
+        "transformers": 3, "exllamav2": 3, "autogptq": 3, "remote": 3, "fake": 3, "choose": 4,
     },
     "gptq": {"cpu": 0, "cuda": 0},
 }  # fmt: skip
@@ -50,8 +50,6 @@ LONG = {
 # Removed as the rooms land.
 KNOWN = {
     "gptq/cuda/attention.py", "gptq/cuda/prompt.py", "gptq/cuda/cuda_step.py",
-    "loaders/machine/capabilities.py: loaders/contract", "loaders/machine/gptqmodel_kernels.py: loaders/contract",
-    "loaders/autogptq/autogptq_loader.py: loaders/transformers",
 }  # fmt: skip
 
 
@@ -230,7 +228,7 @@ def test_loaders_are_few_rooms_with_few_arrows():
         floors.update({each: 1 + max((floors[other] for other in arrows[each]), default=0) for each in ready})
     found = len(arrows), max(floors.values()), sum(map(len, arrows.values()))
     print("loaders/: {} rooms, {} floors, {} arrows".format(*found))
-    assert all(each <= most for each, most in zip(found, (9, 6, 23), strict=True)), found
+    assert all(each <= most for each, most in zip(found, (10, 5, 27), strict=True)), found
 
 
 def test_a_file_over_300_lines_has_its_reason():

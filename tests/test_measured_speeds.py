@@ -12,6 +12,8 @@ from gptq_webui.engine import load_failures, measured_speeds
 from gptq_webui.engine.load_request import LoadRequest
 from gptq_webui.engine.remedies import remedies
 from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.machine.memory_fit import Demand
 
 SIZE = 4_000_000_000
 
@@ -61,16 +63,20 @@ class Options:
     cache_type: str = field(default="FP16", metadata={"choices": ("FP16", "Q8", "Q6", "Q4")})
 
 
-class Loader:
+class Other(FakeLoader):
     name = "exllamav2"
     options = Options
+    context_option = "max_seq_len"
+
+    def demand(self, model, options, gpu):
+        return Demand(options.max_seq_len, on_gpu=gpu)
 
 
 def test_each_remedy_says_what_it_would_do(tmp_path):
     here = model(tmp_path, "big", repo="a/b:big")
     others = [model(tmp_path, "small", SIZE // 4, "a/b:small"), model(tmp_path, "less", SIZE // 2, "a/b:less")]
     others.append(model(tmp_path, "foreign", SIZE - 1, "c/d"))
-    context, cache, branch = remedies(LoadRequest(here, None), Loader, Options(), 8192, [here, *others])
+    context, cache, branch = remedies(LoadRequest(here, None), Other(), Options(), 8192, [here, *others])
     assert context.label == "Smaller context (4096 tokens)" and context.options == {"max_seq_len": 4096}
     assert cache.options == {"cache_type": "Q8"}
     assert branch.name == "less" and "2.00 GB" in branch.label
@@ -78,13 +84,13 @@ def test_each_remedy_says_what_it_would_do(tmp_path):
 
 def test_a_remedy_that_cannot_help_says_why(tmp_path):
     here = model(tmp_path, "m")
-    context, cache, branch = remedies(LoadRequest(here, None), Loader, Options(512, "Q4"), 512, [here])
+    context, cache, branch = remedies(LoadRequest(here, None), Other(), Options(512, "Q4"), 512, [here])
     assert "512 tokens already" in context.cannot and "Q4 already" in cache.cannot and "does not say" in branch.cannot
 
 
 def test_without_a_smaller_branch_on_disk_the_repository_is_named(tmp_path):
     here = model(tmp_path, "m", repo="TheBloke/Mistral-7B-GPTQ:gptq-8bit")
-    branch = remedies(LoadRequest(here, None), Loader, Options(), 8192, [here])[2]
+    branch = remedies(LoadRequest(here, None), Other(), Options(), 8192, [here])[2]
     assert branch.repo == "TheBloke/Mistral-7B-GPTQ" and not branch.cannot
 
 

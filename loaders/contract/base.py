@@ -24,7 +24,7 @@ from ..text.detokenize import Detokenizer
 from ..text.stop_strings import StopStrings
 from ..text.token_codec import TokenCodec
 from .answer_events import StopFlag, cancelled, settled, timed, without_leading_space
-from .prompt import Prompt
+from .model_prompt import Prompt
 from .worker import Stream, Worker
 
 __all__ = ["LoadProgress", "LoadedModel", "Loader", "Prompt", "Refusal", "Remark", "StopFlag"]

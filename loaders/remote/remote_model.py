@@ -12,7 +12,7 @@ from ...core.grammar import Grammar
 from ...core.models import LocalModel
 from ...core.params import GenerationParams, changed_in, obeyed_by
 from ..contract.base import LoadedModel
-from ..contract.prompt import Prompt
+from ..contract.model_prompt import Prompt
 from ..contract.worker import Stream
 from ..text.chat_template import ChatTemplate
 from ..text.stop_strings import StopStrings
