@@ -37,7 +37,6 @@ NEEDS = {
     "jinja2": (3,),
     "httpx": (0, 27),
     "psutil": (5,),
-    "platformdirs": (3,),
 }
 
 _problem = ""  # why the extension does not work here, in a sentence

@@ -203,6 +203,6 @@ def _hash(key: str) -> str:
 
 def keys_file() -> Path:
     """Where the keys that were made are kept: in the user's configuration folder."""
-    from ..engine.settings import config_folder
+    from ..core.user_folders import config_folder
 
     return config_folder() / "api_keys.json"

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-import platformdirs
+from ..core.user_folders import config_folder, data_folder
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,8 @@ _MOST_LEVELS = 50  # of lists and objects within each other
 _OF_A_MODEL: dict[str, type] = {"loader": str, "options": dict, "template": str, "sampling": dict}
 
 
-def config_folder() -> Path:
-    return Path(platformdirs.user_config_dir("gptq-webui", appauthor=False))
-
-
 def default_models_folder() -> Path:
-    return Path(platformdirs.user_data_dir("gptq-webui", appauthor=False)) / "models"
+    return data_folder() / "models"
 
 
 def hosts_models_folders() -> list[Path]:

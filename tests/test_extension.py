@@ -347,7 +347,7 @@ PathFinder.find_spec = find_spec
 """
 
 
-@pytest.mark.parametrize("names", [("torch",), ("transformers",), ("safetensors",), ("platformdirs",)], ids=str)
+@pytest.mark.parametrize("names", [("torch",), ("transformers",), ("safetensors",)], ids=str)
 def test_a_package_that_is_missing_never_stops_the_host(names, one, tmp_path):
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "sitecustomize.py").write_text(_WITHOUT.format(names=names))

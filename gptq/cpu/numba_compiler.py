@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import platformdirs
+from ...core import user_folders
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ def cache_folder(given: str = "") -> Path:
     """In `given`, what NUMBA_CACHE_DIR says, or in the user's cache folder."""
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:12]
-    return Path(given or platformdirs.user_cache_dir("gptq-webui")) / "compiled" / digest
+    return Path(given or user_folders.cache_folder()) / "compiled" / digest
 
 
 def is_cached() -> bool:

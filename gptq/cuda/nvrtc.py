@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import platformdirs
-
 from ...core.errors import GptqWebuiError
+from ...core.user_folders import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Compiler:
             raise NoCompiler(f"NVRTC {self.version} does not compile for compute capability {capability[0]}.{capability[1]}.")
         # machine code where NVRTC knows the GPU; else PTX of the newest that it knows, which the driver translates
         self.target = f"sm_{number}" if number in known else f"compute_{fitting[-1]}"
-        self._cache = cache if cache is not None else Path(platformdirs.user_cache_dir("gptq-webui", appauthor=False)) / "kernels"
+        self._cache = cache if cache is not None else cache_folder() / "kernels"
 
     def architectures(self) -> list[int]:
         """The compute capabilities that this NVRTC compiles for, as 75, 80, 86 …, ascending."""
