@@ -1,6 +1,7 @@
 """loaders/contract/base.py: what every back-end is given, tried on the fake one and on a tiny real one."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import tiny
 from gptq_webui.core.chat import Finish, Message, Token
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.loaders.fake import FakeLoader, FakeOptions
-from gptq_webui.loaders.machine.memory_fit import Demand, fit_context
+from gptq_webui.loaders.contract.base import Loader, StopFlag
+from gptq_webui.loaders.fake import FakeLoader, FakeModel, FakeOptions
+from gptq_webui.loaders.machine.memory_fit import Demand, Memory, fit_context
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
@@ -135,3 +137,47 @@ def test_no_room_for_a_conversation_is_a_sentence(tmp_path):
     model = LocalModel(tmp_path, "gptq", None, 10, 4096, "LlamaForCausalLM")
     with pytest.raises(Exception, match="no room for a conversation"):
         fit_context(model, Demand(), 1_300_000_001)
+
+
+def test_a_flag_that_is_waited_for_is_set_by_its_parent_too():
+    parent = threading.Event()
+    flag = StopFlag(parent)
+    assert not flag.wait(0.01)
+    threading.Timer(0.05, parent.set).start()
+    began = time.perf_counter()
+    assert flag.wait(5) and time.perf_counter() - began < 2
+    alone = StopFlag(threading.Event())
+    threading.Timer(0.05, alone.set).start()
+    assert alone.wait() and not alone._parent.is_set()
+
+
+def test_a_loader_needs_two_methods_and_has_defaults_for_the_rest(tmp_path):
+    class Least(Loader):
+        name, options = "least", FakeOptions
+
+        def refusal(self, model, options):
+            return None
+
+        def load(self, model, options, progress):
+            return FakeModel(model, options)
+
+    loader, model = Least(), LocalModel(tmp_path, "gptq", None, 10**9, 2048, "LlamaForCausalLM")
+    options = loader.options()
+    assert loader.remark(model, options) is None and loader.without_effect(model, options) == {}
+    assert loader.fit(model, options, Memory(10**10)).fits and not loader.fit(model, options, Memory(10**8)).fits
+    assert loader.needs_bytes(model, options) > 10**9 and loader.automatic and not loader.context_option
+
+
+def test_text_and_ids_and_how_many(tiny_model):
+    ids = tiny_model.encode("plain text", bos=False)
+    assert tiny_model.decode(ids) == "plain text"
+    assert tiny_model.count("plain text") == len(ids) + 1
+    assert tiny_model.decode(tiny_model.encode("plain"), special=True) == "<s>plain"
+    assert tiny_model.count(QUESTION) == len(tiny_model.prompt(QUESTION).ids) and not tiny_model.is_remote
+
+
+def test_a_prompt_that_was_made_before_gives_the_same_answer(tiny_model):
+    params = GenerationParams(temperature=0, max_new_tokens=8)
+    prompt = tiny_model.prompt(QUESTION)
+    text = "".join(event.text for event in tiny_model.answer(prompt, params, threading.Event()) if isinstance(event, Token))
+    assert text == ask(tiny_model, params)[0]

@@ -29,7 +29,7 @@ def plugin_loaders(machine: Callable[[], Machine], taken: Collection[str]) -> tu
             if loader.name in taken or loader.name in found:
                 raise ValueError(f"another loader is called {loader.name!r}")
             found[loader.name] = loader
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = entry.dist.name if entry.dist is not None else "unknown"
             problems.append(
                 f"The loader plug-in {entry.name!r} ({entry.value}, of the package {package}) cannot be used: "
