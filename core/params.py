@@ -99,6 +99,11 @@ class GenerationParams:
         0.0, "Min p", "Drop tokens less likely than this share of the likeliest one; 0 drops none.", 0.0, 1.0, 0.01,
         neutral=0.0, back_ends=_EVERY, names={"kobold": "min_p", "host": "min_p"},
     )  # fmt: skip
+    top_n_sigma: float = _sampler(
+        0.0, "Top n-sigma", "Drop tokens whose logit is more than this many standard deviations under the highest; 0 drops none.",
+        0.0, 10.0, 0.01, neutral=0.0, unset=(-1,), back_ends=("own", "remote"),
+        names={"kobold": "nsigma", "host": "top_n_sigma", "remote_extra": "top_n_sigma"},
+    )  # fmt: skip
     typical_p: float = _sampler(
         1.0, "Typical p", "Keep the tokens nearest to the expected surprise that reach this probability; 1 keeps all.", 0.0, 1.0,
         neutral=1.0, least=1e-6, back_ends=_EVERY,

@@ -82,6 +82,8 @@ class Sampler:
     def _kept(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""
         params, size = self._params, scores.shape[1]
+        if params.top_n_sigma > 0:
+            scores = _top_n_sigma(scores, params.top_n_sigma)
         top_k = min(params.top_k, size)
         if not top_k and params.top_p >= 1 and params.min_p == 0:
             return scores, None
@@ -97,6 +99,15 @@ class Sampler:
             if top_k or length == size or not bool(keep[0, -1]):
                 break
         return values.masked_fill(~keep, float("-inf")), names
+
+
+def _top_n_sigma(scores: Tensor, n: float) -> Tensor:
+    """Scores [1, V] without those more than n standard deviations under the highest (Tang et al. 2025, arXiv 2411.07641).
+
+    As llama.cpp computes it: the deviation is that of the tokens that are still allowed. Temperature changes nothing in it.
+    """
+    allowed = scores[scores > float("-inf")]
+    return scores.masked_fill(scores < scores.amax() - n * allowed.std(correction=0), float("-inf"))
 
 
 def _sample(scores: Tensor, uniform: Tensor) -> Tensor:

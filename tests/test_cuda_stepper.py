@@ -125,6 +125,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(llama):
     "values",
     [
         {}, {"top_k": 7, "top_p": 1}, {"top_p": 0.6, "top_k": 0}, {"min_p": 0.2, "top_k": 0, "top_p": 1}, {"typical_p": 0.5},
+        {"top_n_sigma": 1.0, "top_k": 0, "top_p": 1}, {"top_n_sigma": 1.0, "top_k": 0, "top_p": 0.6}, {"top_n_sigma": 0.5},
         {"typical_p": 0.5, "top_k": 0, "top_p": 1}, {"top_k": 0, "top_p": 1}, {"repetition_penalty": 1.8},
         {"top_k": 3, "min_p": 0.3},
         {"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"logit_bias": {9: 5.0, 10: -50.0}},
@@ -169,7 +170,13 @@ def test_tokens_are_sampled_from_the_distribution_of_the_plain_sampler(llama, va
 
 
 @pytest.mark.parametrize(
-    "values", [{"top_p": 0.9, "top_k": 0}, {"typical_p": 0.9, "top_k": 0, "top_p": 1}, {"top_k": 1000, "top_p": 1}]
+    "values",
+    [
+        {"top_p": 0.9, "top_k": 0},
+        {"typical_p": 0.9, "top_k": 0, "top_p": 1},
+        {"top_k": 1000, "top_p": 1},
+        {"top_n_sigma": 2.0, "top_k": 0, "top_p": 0.9},
+    ],
 )
 def test_a_large_and_flat_vocabulary_is_filtered_right(llama, values):
     """More candidates than the short list holds: the bisection over all of them."""

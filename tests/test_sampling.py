@@ -31,8 +31,10 @@ def shares(found, size, count):
     return torch.bincount(torch.tensor(found), minlength=size) / count
 
 
-def by_transformers(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
-    """The distribution that transformers' generate draws from."""
+def by_transformers(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, top_n_sigma=0.0):
+    """The distribution that transformers' generate samples from; top n sigma is that of llama.cpp, before the others."""
+    if top_n_sigma:
+        logits = logits.masked_fill(logits < logits.max() - top_n_sigma * logits.std(correction=0), float("-inf"))
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -56,6 +58,8 @@ CASES = [
     {"min_p": 0.05},
     {"min_p": 0.001, "temperature": 2.0},
     {"typical_p": 0.6},
+    {"top_n_sigma": 1.0},
+    {"top_n_sigma": 0.7, "temperature": 2.5, "top_p": 0.8, "top_k": 20},
     {"top_k": 30, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.8, "temperature": 1.3},
 ]
 
@@ -118,6 +122,14 @@ def test_nothing_of_this_changes_the_logits_it_was_given():
     values = {"repetition_penalty": 1.3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {1: 3}, "top_k": 2}
     sampler(**values)(logits, torch.tensor([[1, 2]]))
     assert torch.equal(logits, kept)
+
+
+def test_top_n_sigma_keeps_the_same_tokens_at_every_temperature_and_counts_only_those_that_are_allowed():
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(5)) * 3
+    kept = [sampler(top_n_sigma=1.0)._kept(logits / each)[0] > float("-inf") for each in (0.1, 1.0, 4.0)]
+    assert 1 < int(kept[0].sum()) < 500 and torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[2])
+    banned = torch.cat([logits, torch.full((1, 9000), float("-inf"))], dim=1)
+    assert torch.equal(sampler(top_n_sigma=1.0)._kept(banned)[0][:, :500] > float("-inf"), kept[1])
 
 
 def test_infinite_logits_are_never_drawn():

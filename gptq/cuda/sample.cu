@@ -1,6 +1,6 @@
 // From logits to the next token, on the GPU: a block for each row, the whole choice in one kernel.
 //
-// The order is that of transformers' generate: bias, penalties, temperature, top k, top p, min p, typical p. Every filter
+// The order is that of transformers' generate: bias, penalties, temperature, top n sigma, top k, top p, min p, typical p. Every filter
 // is a threshold, read from a sorted short list or found by bisection over the bits of a float. Masses are added as
 // integers, so their order cannot matter. The token is the largest of logit + Gumbel noise (Gumbel-max: the same
 // distribution as sampling from the softmax). The noise is a function of seed, position and token, so a seed gives the same
@@ -31,8 +31,9 @@ struct SampleRow {
   const SampleParams params;
   float* work;
   int n, position;
-  float peak, floor;  // the highest logit; the lowest that min p keeps
-  bool by_k, by_p, by_min, by_typical;
+  float peak, floor;  // the highest logit; the lowest that top n sigma and min p keep
+  float sigma_floor;  // the lowest that top n sigma keeps: it comes before top p, whose share is of what is left
+  bool by_k, by_p, by_floor, by_typical;
 };
 
 // What may still be chosen: the whole vocabulary, or the short list.
@@ -119,6 +120,19 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
   return block_largest(shared, high, at_high);
 }
 
+// The standard deviation of the finite logits in `work`.
+DEVICE float deviation(SampleShared& shared, const SampleRow& row) {
+  float* scratch = (float*)shared.bins;
+  float sum = 0.f, count = 0.f, squares = 0.f;
+  for (int i = threadIdx.x; i < row.n; i += blockDim.x)
+    if (row.work[i] > -INFINITY) { sum += row.work[i]; count += 1.f; }
+  count = block_sum(count, scratch);
+  const float mean = block_sum(sum, scratch) / count;
+  for (int i = threadIdx.x; i < row.n; i += blockDim.x)
+    if (row.work[i] > -INFINITY) { const float off = row.work[i] - mean; squares += off * off; }
+  return sqrtf(block_sum(squares, scratch) / count);
+}
+
 // The last bin that the short list takes: by top k the first with k tokens down to its end, else the last that still fits.
 DEVICE int last_bin(SampleShared& shared, const SampleRow& row) {
   const int tid = threadIdx.x;
@@ -148,7 +162,7 @@ DEVICE int last_bin(SampleShared& shared, const SampleRow& row) {
 DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row) {
   const int tid = threadIdx.x, threads = blockDim.x;
   Candidates found = {row.work, row.n, false, 0};
-  if (!row.by_k && !row.by_p && !row.by_min) return found;
+  if (!row.by_k && !row.by_p && !row.by_floor) return found;
   auto bin_of = [&](float z) { return min(BINS - 1, (int)((row.peak - z) * BINS_PER_FOLD)); };
   for (int i = tid; i < BINS; i += threads) shared.bins[i] = 0;
   if (tid == 0) shared.filled = 0;
@@ -159,7 +173,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
     for (int i = tid; i < row.n; i += threads) {
       const float z = row.work[i];
       atomicAdd(&shared.bins[bin_of(z)], 1);
-      if (!row.by_k) mass += mass_of(z - row.peak);
+      if (!row.by_k && z >= row.sigma_floor) mass += mass_of(z - row.peak);
     }
     if (!row.by_k) found.everything = block_sum_u64(mass, shared.scratch);
     __syncthreads();
@@ -218,7 +232,7 @@ DEVICE void filter_sorted(SampleShared& shared, const SampleRow& row, Candidates
   const int tid = threadIdx.x, threads = blockDim.x, length = candidates.length;
   const float z = sort_candidates(shared, length), lowest = row.by_k ? shared.list[min(row.params.top_k, length) - 1] : -INFINITY;
   __syncthreads();  // the list is read before it is written again
-  bool kept = tid < length && z >= lowest;
+  bool kept = tid < length && z >= lowest && z >= row.sigma_floor;
   if (row.by_p) {
     u64 mass = kept ? mass_of(z - row.peak) : 0, before = mass;  // of this one; of those that are likelier
 #pragma unroll
@@ -231,7 +245,7 @@ DEVICE void filter_sorted(SampleShared& shared, const SampleRow& row, Candidates
     before -= mass;
     kept = kept && (tid == 0 || (double)before < (double)row.params.top_p * (double)all);
   }
-  if (row.by_min) kept = kept && (tid == 0 || z >= row.floor);
+  if (row.by_floor) kept = kept && (tid == 0 || z >= row.floor);
   if (!kept) shared.list[tid] = -INFINITY;
   candidates.length = min(length, threads);
   __syncthreads();
@@ -296,11 +310,12 @@ DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candi
 DEVICE Thresholds find_thresholds(SampleShared& shared, const SampleRow& row, const Candidates& candidates) {
   Thresholds t = {0, 0xffffffffu, 0.f, 0.f};
   if (row.by_k) t.low = key_by_count(shared, candidates, row.params.top_k);
+  t.low = max(t.low, key_of(row.sigma_floor));
   if (row.by_p) {
     const u64 all = row.by_k ? mass_above(shared, row, candidates, 0, true, t.low) : candidates.everything;
     t.low = max(t.low, key_by_mass(shared, row, candidates, (u64)((double)row.params.top_p * (double)all), t.low));
   }
-  if (row.by_min) t.low = max(t.low, key_of(row.floor));
+  if (row.by_floor) t.low = max(t.low, key_of(row.floor));
   t.low = min(t.low, key_of(row.peak));  // the likeliest token is never dropped
   if (row.by_typical) find_typical(shared, row, candidates, t);
   return t;
@@ -356,9 +371,10 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(SampleArgume
   if (params.temperature != 0.f) {
     row.by_k = params.top_k > 0 && params.top_k < row.n;
     row.by_p = params.top_p < 1.f;
-    row.by_min = params.min_p > 0.f;
     row.by_typical = params.typical_p < 1.f;
-    row.floor = row.by_min ? row.peak + __logf(params.min_p) : -INFINITY;
+    row.sigma_floor = params.top_n_sigma > 0.f ? row.peak - params.top_n_sigma * deviation(shared, row) : -INFINITY;
+    row.floor = params.min_p > 0.f ? max(row.sigma_floor, row.peak + __logf(params.min_p)) : row.sigma_floor;
+    row.by_floor = row.floor > -INFINITY;
     Candidates candidates = collect_candidates(shared, row);
     Thresholds thresholds = {0, 0xffffffffu, 0.f, 0.f};
     if (candidates.listed && candidates.length <= blockDim.x && !row.by_typical) filter_sorted(shared, row, candidates);
