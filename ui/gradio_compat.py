@@ -1,12 +1,14 @@
 """The differences between Gradio 4.37 (the host's) and 6 (ours). No other file asks which one is installed."""
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from gradio.context import Context
+from gradio.routes import App
 
 from ..core.chat import Message
 
@@ -52,9 +54,63 @@ def launch_options(theme: gr.Theme, css: str) -> dict[str, Any]:
 
 
 def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme, css: str) -> FastAPI:
-    """The page as an application for a server of ours, at its root."""
+    """The page as an application for a server of ours, at its root. Wrap it: see page_gate.py."""
     look = {key: value for key, value in launch_options(theme, css).items() if key != "show_api"}
+    if "run_history" in inspect.signature(gr.mount_gradio_app).parameters:
+        look["run_history"] = False  # it keeps chats in a second place, and can send them to the Hub
+    page.state_session_capacity = MOST_SESSIONS
+    page._queue.ANALYTICS_MAX_EVENTS = 50  # 6 makes a table of all of them after each event; 10,000 by default
     return gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", auth=users or None, show_error=False, **look)
+
+
+MOST_SESSIONS = 256  # open pages whose values the server keeps, about 0.1 MB each
+
+
+class Server:
+    """What Gradio's server knows of its visitors."""
+
+    def __init__(self, mounted: FastAPI) -> None:
+        """`mounted`: from `mount`."""
+        self._app: App = next(each.app for each in mounted.routes if isinstance(getattr(each, "app", None), App))
+        self._queue: Any = self._app.get_blocks()._queue
+
+    @property
+    def needs_login(self) -> bool:
+        return self._app.auth is not None
+
+    def user(self, cookies: Mapping[str, str]) -> str | None:
+        """Who is logged in, None if nobody."""
+        names = (f"access-token-{self._app.cookie_id}", f"access-token-unsecure-{self._app.cookie_id}")
+        token = next((cookies[name] for name in names if cookies.get(name)), None)
+        found: str | None = self._app.tokens.get(token)
+        return found
+
+    def trim_logins(self, most: int) -> None:
+        """Forget the oldest logins."""
+        while len(self._app.tokens) > most:
+            del self._app.tokens[next(iter(self._app.tokens))]
+
+    def pending(self, session: str) -> int:
+        """Events of a session whose result nobody fetched."""
+        return len(self._queue.pending_event_ids_session.get(session, ()))
+
+    def pending_bytes(self) -> int:
+        """Of all requests whose event waits or runs; as `BYTES` in their scope says."""
+        waiting = [event for queue in self._queue.event_queue_per_concurrency_id.values() for event in queue.queue]
+        running = [event for job in self._queue.active_jobs for event in job or ()]
+        return sum(each.request.scope.get(BYTES, 0) for each in (*waiting, *running))
+
+    async def forget(self, session: str) -> None:
+        """Cancel the events of a session and drop what is kept of it."""
+        await self._queue.clean_events(session_hash=session)
+        self._queue.pending_messages_per_session.pop(session, None)
+        self._queue.pending_event_ids_session.pop(session, None)
+        holder = self._app.state_holder
+        holder.session_data.pop(session, None)
+        holder.time_last_used.pop(session, None)
+
+
+BYTES = "gptq_webui_body_bytes"  # in a request's scope: the size of its body
 
 
 def root() -> gr.Blocks:

@@ -13,6 +13,7 @@ from . import chat_tab, gradio_compat, model_tab, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
+from .page_gate import PageGate
 from .share_box import draw_share
 
 
@@ -106,4 +107,5 @@ def launch_options() -> dict[str, Any]:
 
 def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
     """The page as an ASGI application; `users` are the (name, password) that may log in, None lets everybody in."""
-    return gradio_compat.mount(page, users, theme.theme(), theme.CSS)
+    mounted = gradio_compat.mount(page, users, theme.theme(), theme.CSS)
+    return PageGate(mounted, gradio_compat.Server(mounted))

@@ -1,0 +1,214 @@
+"""ui/page_gate.py: what a visitor of the page can reach of Gradio's server, on a real port."""
+
+import contextlib
+import re
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from api_server import ApiServer
+from fake_library import Shelf
+from gptq_webui.engine.download_queue import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.guess_limit import GuessLimit
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.ui import gradio_compat, page_gate
+from gptq_webui.ui import page as ui_page
+from gptq_webui.ui.access import Access
+
+PREFIX = "/gradio_api" if gradio_compat.SIX else ""
+USED = {  # what a browser asks for, with a session of its own
+    ("GET", "/"), ("HEAD", "/"), ("GET", "/theme.css"), ("GET", f"{PREFIX}/theme.css"), ("GET", "/favicon.ico"),
+    ("GET", "/robots.txt"), ("POST", "/login"), ("POST", "/login/"), ("GET", "/config"),
+    ("GET", f"{PREFIX}/startup-events"), ("GET", f"{PREFIX}/heartbeat/{{session_hash}}"), ("GET", f"{PREFIX}/queue/data"),
+    ("POST", f"{PREFIX}/queue/join"), ("POST", f"{PREFIX}/cancel"), ("POST", f"{PREFIX}/reset"),
+    ("GET", "/assets/{path:path}"), ("GET", "/static/{path:path}"), ("GET", "/svelte/{path:path}"),
+}  # fmt: skip
+OWNER, GUEST = ("anna", "right-password"), ("guest", "guest-password")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """The page with a login and without, and what reached Gradio."""
+    root = tmp_path_factory.mktemp("models")
+    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    reached = []
+
+    def gate(users):
+        blocks = ui_page.build(engine, Downloads(engine.library), access=Access(frozenset({"anna"}) if users else None))
+        found = ui_page.application(blocks, users)
+        inner = found._app
+
+        async def spied(scope, receive, send):
+            if scope["type"] == "http":
+                reached.append((scope["method"], scope["path"], scope["query_string"]))
+            await inner(scope, receive, send)
+
+        found._app = spied
+        return found
+
+    locked, free = gate([OWNER, GUEST]), gate(None)
+    with ApiServer(engine, page=locked, here=False) as server, ApiServer(engine, page=free, here=False) as unlocked:
+        yield SimpleNamespace(server=server, gate=locked, open=unlocked, open_gate=free, reached=reached)
+
+
+@pytest.fixture(autouse=True)
+def fresh(house):
+    house.gate._guesses = GuessLimit()
+    house.reached.clear()
+
+
+@contextlib.contextmanager
+def client(house, user=None):
+    """A browser without a browser: it keeps its cookies."""
+    with httpx.Client(base_url=house.server.url, trust_env=False, timeout=20) as found:
+        if user is not None:
+            assert found.post("/login", data={"username": user[0], "password": user[1]}).status_code == 200
+        house.reached.clear()
+        yield found
+
+
+def routes(app):
+    """(method, path) of everything that Gradio serves."""
+    for route in app.routes:
+        inner = getattr(route, "app", None) or getattr(route, "original_router", None) or getattr(route, "router", None)
+        if hasattr(inner, "routes"):
+            yield from routes(inner)
+        for method in getattr(route, "methods", None) or ():
+            yield method, route.path
+
+
+def test_only_what_the_page_uses_reaches_gradio(house):
+    app = house.gate._server._app
+    found = {(method, path) for method, path in routes(app)}
+    assert len(found) > 40 and any("upload" in path for _method, path in found)
+    with client(house, OWNER) as http:
+        for method, path in sorted(found - USED):
+            concrete = re.sub(r"\{[^}]*\}", "x", path)
+            if concrete.endswith("/") and (method, path.rstrip("/")) in USED:
+                continue
+            answer = http.request(method, concrete, json={} if method == "POST" else None)
+            assert answer.status_code in (404, 405) and house.reached == [], (method, path, answer.status_code)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/runs", "/run-history/buckets", "/run-history/records", "/upload", "/proxy=https://huggingface.co/x",
+     "/file=/etc/passwd", "/file=https://example.org/x.png", "/file/x", "/deep_link", "/monitoring", "/monitoring/summary",
+     "/token", "/user", "/info", "/dev/reload", "/vibe-edit", "/process_recording", "/stream/x", "/call/x", "/component_server"],
+)  # fmt: skip
+def test_calls_with_the_owners_token_files_or_memory_are_closed(house, path):
+    with client(house, GUEST) as http:
+        for prefix in ("/gradio_api", ""):
+            for method in ("GET", "POST", "HEAD", "PUT"):
+                assert http.request(method, prefix + path).status_code in (404, 405)
+    assert house.reached == []
+
+
+def test_nothing_is_kept_for_those_who_are_not_logged_in(house):
+    with client(house) as http:
+        for at in range(50):
+            body = {"fn_index": 0, "data": [], "session_hash": f"fresh{at}"}
+            assert http.get(f"{PREFIX}/heartbeat/fresh{at}").status_code == 401
+            assert http.get(f"{PREFIX}/queue/data?session_hash=fresh{at}").status_code == 401
+            for path in ("queue/join", "run/predict", "cancel", "reset"):
+                assert http.post(f"{PREFIX}/{path}", json=body).status_code == 401
+    assert house.reached == [] and not house.gate._sessions
+    assert not house.gate._server._app.state_holder.session_data
+
+
+def test_the_login_page_itself_is_for_everybody_and_says_nothing_of_the_model(house):
+    with client(house) as http:
+        page = http.get("/?deep_link=../../secret&page=x")
+        assert page.status_code == 200 and "auth_required" in page.text and "gw-model" not in page.text
+    assert house.reached == [("GET", "/", b"")]
+
+
+def test_passwords_cannot_be_guessed_fast_not_even_many_at_once(house):
+    with client(house) as http, ThreadPoolExecutor(16) as pool:
+        guesses = [{"username": "anna", "password": f"guess {at}"} for at in range(100)]
+        found = list(pool.map(lambda each: http.post("/login", data=each).status_code, guesses))
+    assert found.count(400) <= 6 and found.count(429) >= 94
+    assert sum(path == "/login" for _method, path, _query in house.reached) == found.count(400)
+    with client(house) as http:
+        late = http.post("/login", data={"username": OWNER[0], "password": OWNER[1]})
+        assert late.status_code == 429 and int(late.headers["retry-after"]) > 0
+        named = http.post(
+            "/login", data={"username": OWNER[0], "password": OWNER[1]}, headers={"host": f"localhost:{house.server.port}"}
+        )
+        assert named.status_code == 429  # another name of this machine is no other address
+
+
+def test_visitors_of_a_public_link_do_not_lock_out_the_owner_at_the_machine():
+    def address(host):
+        return page_gate._address({"headers": [(b"host", host)], "client": ("127.0.0.1", 5)})
+
+    assert address(b"abc.gradio.live") != address(b"127.0.0.1:7860") == address(b"localhost:7860") == address(b"[::1]:7860")
+
+
+def test_a_login_is_short_and_logins_do_not_pile_up(house):
+    with client(house) as http:
+        assert http.post("/login", data={"username": "x" * 20_000, "password": "y"}).status_code == 413
+        for _ in range(20):
+            assert http.post("/login", data={"username": GUEST[0], "password": GUEST[1]}).status_code == 200
+    house.gate._server.trim_logins(5)
+    assert len(house.gate._server._app.tokens) == 5
+
+
+def test_fresh_sessions_do_not_fill_the_memory(house):
+    server = house.open_gate._server
+    with httpx.Client(base_url=house.open.url, trust_env=False, timeout=20) as http:
+        for at in range(gradio_compat.MOST_SESSIONS + 100):
+            body = {"fn_index": 0, "data": [], "session_hash": f"fresh{at}", "event_data": None, "trigger_id": None}
+            assert http.post(f"{PREFIX}/queue/join", json=body).status_code == 200
+    assert len(house.open_gate._sessions) == gradio_compat.MOST_SESSIONS
+    for kept in (server._app.state_holder.session_data, server._queue.pending_event_ids_session):
+        assert len(kept) <= gradio_compat.MOST_SESSIONS
+    assert len(server._queue.pending_messages_per_session) <= gradio_compat.MOST_SESSIONS
+
+
+def test_a_session_that_fetches_nothing_cannot_start_events_for_ever(house):
+    with httpx.Client(base_url=house.open.url, trust_env=False, timeout=20) as http:
+        body = {"fn_index": 0, "data": [], "session_hash": "one", "event_data": None, "trigger_id": None}
+        found = [http.post(f"{PREFIX}/queue/join", json=body).status_code for _ in range(100)]
+    assert found.count(200) == 64 and found[-1] == 429
+
+
+def test_a_session_has_few_streams_and_belongs_to_one_user(house):
+    with client(house, OWNER) as owner, client(house, GUEST) as guest, owner.stream("GET", f"{PREFIX}/heartbeat/mine") as one:
+        assert one.status_code == 200
+        assert guest.get(f"{PREFIX}/queue/data?session_hash=mine").status_code == 403
+        for _ in range(3):
+            more = owner.send(owner.build_request("GET", f"{PREFIX}/heartbeat/mine"), stream=True)
+            assert more.status_code == 200
+        assert owner.get(f"{PREFIX}/heartbeat/mine").status_code == 429
+
+
+@pytest.mark.parametrize("session", ["", "x" * 65, "a/b", "../x", "a b", None, 5, ["x"]])
+def test_a_session_has_a_short_name(house, session):
+    with client(house, OWNER) as http:
+        answer = http.post(f"{PREFIX}/queue/join", json={"fn_index": 0, "data": [], "session_hash": session})
+        assert answer.status_code == 400 and house.reached == []
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/login"])
+def test_a_guest_cannot_store_a_body_without_end(house, path):
+    with client(house, GUEST) as http:
+        cookie = "; ".join(f"{name}={value}" for name, value in http.cookies.items())
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{house.server.port}\r\nCookie: {cookie}\r\nTransfer-Encoding: chunked\r\n"
+    piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    answers = []
+    with socket.create_connection(("127.0.0.1", house.server.port), timeout=10) as line, contextlib.suppress(OSError):
+        reader = threading.Thread(target=lambda: answers.append(line.recv(100)), daemon=True)
+        reader.start()
+        line.sendall(f"{head}\r\n".encode())
+        for _ in range(200):  # 13 MB
+            line.sendall(piece)
+    reader.join(10)
+    assert answers[0].split()[1] in (b"404", b"413")
+    assert house.reached == []
