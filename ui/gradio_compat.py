@@ -59,7 +59,6 @@ def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme,
     if "run_history" in inspect.signature(gr.mount_gradio_app).parameters:
         look["run_history"] = False  # it keeps chats in a second place, and can send them to the Hub
     page.state_session_capacity = MOST_SESSIONS
-    page._queue.ANALYTICS_MAX_EVENTS = 50  # 6 makes a table of all of them after each event; 10,000 by default
     return gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", auth=users or None, show_error=False, **look)
 
 
