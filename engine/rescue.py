@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.errors import BadFile, ModelError
 from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
-from ..hub.model_folder import Record
+from ..hub.model_folder import FolderRecord
 
 SETTINGS = "quantize_config.json"
 _OF_TENSORS = ("bits", "group_size", "desc_act", "sym", "quant_method", "checkpoint_format")
@@ -88,7 +88,7 @@ def convert(
 
 def _note(folder: Path) -> None:
     """Note in the marker that this file was repaired, so that a verification does not report it as damaged."""
-    record = Record.read(folder / MARKER)
+    record = FolderRecord.read(folder / MARKER)
     if record is not None and SETTINGS in record.files:
         repaired = tuple(sorted({*record.repaired, SETTINGS}))
         replace(record, repaired=repaired).write(folder / MARKER)

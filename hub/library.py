@@ -21,11 +21,11 @@ from ..core.models import LocalModel, is_model_folder
 from ..core.units import format_bytes
 from . import file_selection
 from .branches import with_sister
-from .download import FILES_AT_ONCE, bytes_present, fetch
+from .download import bytes_present, fetch
 from .download_progress import Progress
 from .file_selection import Wanted
 from .model_folder import is_locked
-from .origins import Cached, cache_folder, cached
+from .origins import CachedSnapshot, cache_folder, cached
 from .repository import Hub, Listing
 from .verification import Unfinished, discard, freed_bytes, unfinished
 
@@ -133,7 +133,7 @@ class Library:
         folder = folder or self.roots[0] / plan.ref.folder_name
         return replace(plan, folder=folder, present_bytes=bytes_present(plan.wanted.files, folder))
 
-    def fetch(self, plan: Plan, cancel: threading.Event, at_once: int = FILES_AT_ONCE) -> Iterator[Progress]:
+    def fetch(self, plan: Plan, cancel: threading.Event, at_once: int | None = None) -> Iterator[Progress]:
         """Download what the plan says; the last event is `done` or, after `cancel`, `stopped`. Raises as download.fetch."""
         yield from fetch(plan.listing, plan.wanted.files, plan.folder, self.hub, cancel, at_once)
 
@@ -196,7 +196,7 @@ class Library:
             if is_model_folder(each.folder):
                 yield each.name, each.folder
 
-    def _cached(self, folder: Path) -> Cached | None:
+    def _cached(self, folder: Path) -> CachedSnapshot | None:
         return next((each for each in cached(cache_folder()) if each.folder == folder), None)
 
     def _read(self, name: str, folder: Path) -> LocalModel | None:
@@ -212,7 +212,7 @@ class Library:
         return replace(model, called=name) if model.kind == "gptq" else None
 
 
-def _cache_deletion(cached: Cached) -> Any:
+def _cache_deletion(cached: CachedSnapshot) -> Any:
     """How huggingface-hub would delete that snapshot: blobs that other snapshots point to stay."""
     from huggingface_hub import scan_cache_dir
 

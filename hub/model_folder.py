@@ -1,4 +1,4 @@
-"""A model's folder while a download works in it: its two records, its lock, its disk.
+"""What this program keeps in a model's folder: two records and a lock; and sentences for a disk that fails.
 
 `.gptq-webui.json` (MARKER of core/models.py) is written last: every file it names is complete and verified.
 `.gptq-webui.partial` (PLAN) exists while a download is unfinished: it says which content the
@@ -11,75 +11,103 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..core.errors import DiskFull, DownloadFailed, HubError
+from ..core.errors import BadFile, DiskFull, DownloadFailed, HubError
+from ..core.folder_files import read_json
 from ..core.models import PARTIAL
 from ..core.units import format_bytes
 
 PLAN = ".gptq-webui" + PARTIAL
 LOCK = ".gptq-webui.lock"
 _FORMAT = 1
+_LINES_UP_TO = 1000  # files, one line for each value
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileRecord:
     """One file as it was left. If size and time are unchanged, so is the content: nothing is hashed twice."""
 
     size_bytes: int
     fingerprint: str  # RemoteFile.fingerprint
     mtime_ns: int  # 0: not complete yet
 
+    def describes(self, path: Path) -> bool:
+        """Whether the file is as it was left."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (self.size_bytes, self.mtime_ns)
+
 
 @dataclass(frozen=True)
-class Record:
+class FolderRecord:
     ref: str
     commit: str
-    files: Mapping[str, Entry]  # by path
+    files: Mapping[str, FileRecord]  # by path
     repaired: tuple[str, ...] = ()  # files that were rewritten here on purpose: other bytes than the Hub's are right
 
     @classmethod
-    def read(cls, path: Path) -> "Record | None":
+    def read(cls, path: Path) -> "FolderRecord | None":
         """None if there is none, it is damaged, or another version of this program wrote it."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format"] != _FORMAT:
+            values = read_json(path)
+            if values.get("format") != _FORMAT:
                 return None
             files = {
-                str(name): Entry(int(each["size_bytes"]), str(each["fingerprint"]), int(each["mtime_ns"]))
+                str(name): FileRecord(max(0, int(each["size_bytes"])), str(each["fingerprint"]), int(each["mtime_ns"]))
                 for name, each in values["files"].items()
             }
             repaired = tuple(str(name) for name in values.get("repaired", ()))
             return cls(str(values["ref"]), str(values["commit"]), files, repaired)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (BadFile, ArithmeticError, ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s could not be read; the files beside it are checked again", path)
             return None
 
     def write(self, path: Path) -> None:
-        files = {name: vars(entry) for name, entry in self.files.items()}
+        files = {name: vars(record) for name, record in self.files.items()}
         values: dict[str, Any] = {"format": _FORMAT, "ref": self.ref, "commit": self.commit, "files": files}
         if self.repaired:
             values["repaired"] = list(self.repaired)
         draft = path.with_name(path.name + ".new")
+        data = json.dumps(values, indent=1 if len(files) < _LINES_UP_TO else None).encode()  # indented takes 20 times as long
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(values, file, indent=1)
-                file.flush()
+            with suppress(FileNotFoundError):
+                draft.unlink()
+            with open_for_writing(draft) as file:
+                file.write(data)
                 os.fsync(file.fileno())
             os.replace(draft, path)  # a crash leaves the old record whole
         except OSError:
             with suppress(OSError):
                 draft.unlink()
             raise
+
+
+def open_for_writing(path: Path) -> BinaryIO:
+    """Open to append and read, unbuffered; made if it is not there. Raises DownloadFailed for a link, a FIFO or a device."""
+    only_regular = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | only_regular | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
+            raise
+        handle = -1
+    if handle < 0 or not stat.S_ISREG(os.fstat(handle).st_mode):
+        if handle >= 0:
+            os.close(handle)
+        raise DownloadFailed(f"{path} is a link or no regular file, so nothing is written to it. Delete it and try again.")
+    return os.fdopen(handle, "ab+", buffering=0)
 
 
 @contextmanager
@@ -90,17 +118,17 @@ def locked(folder: Path) -> Iterator[None]:
     nothing. A file system without locks is used without.
     """
     path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         held = _lock(handle)
-        for _ in range(10):  # somebody who only looks (is_locked) holds it for a moment
+        for _ in range(10):  # is_locked of another process holds it for a moment
             if not held:
                 time.sleep(0.02)
                 held = _lock(handle)
         if not held or not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-            # held, or let go and removed at this very moment, which leaves us with a file nobody else sees
+            # held, or released and removed at this very moment, which leaves us with a file nobody else sees
             raise DownloadFailed(
-                f"Another download into {folder.name} is under way, here or in another gptq-webui. Wait for it, or stop it."
+                f"Another download into {folder.name} is running, here or in another gptq-webui. Wait for it, or stop it."
             )
         try:
             yield
@@ -109,7 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
     finally:
         os.close(handle)
-        if os.name == "nt":  # which removes no open file
+        if os.name == "nt":  # Windows removes no open file
             with suppress(OSError):
                 path.unlink()
 
@@ -126,16 +154,16 @@ def is_locked(folder: Path) -> bool:
 
 
 def reserved_bytes(folder: Path) -> int:
-    """What the downloads that run now into the folders beside this one still have to write, of whatever process."""
+    """What the downloads into the folders beside this one, of any process, still have to write."""
     still_bytes = 0
     with suppress(OSError):
         for other in folder.parent.iterdir():
             if other == folder or not (other / PLAN).exists() or not is_locked(other):
                 continue
-            plan = Record.read(other / PLAN)
-            for name, entry in (plan.files if plan else {}).items():
-                have = max(size_of(other / name), size_of(other / (name + PARTIAL)))
-                still_bytes += max(0, entry.size_bytes - have)
+            plan = FolderRecord.read(other / PLAN)
+            for name, record in (plan.files if plan else {}).items():
+                present_bytes = max(size_of(other / name), size_of(other / (name + PARTIAL)))
+                still_bytes += max(0, record.size_bytes - present_bytes)
     return still_bytes
 
 
@@ -160,15 +188,16 @@ def _lock(handle: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        log.info("this file system has no locks; two downloads into one folder would not notice each other")
+        log.info("this file system has no locks: two downloads into one folder would not notice each other")
     return True
 
 
-def disk_full(missing_bytes: int, free_bytes: int, folder: Path, reserved_bytes: int = 0, begun: bool = False) -> DiskFull:
+def disk_full(missing_bytes: int, available_bytes: int, folder: Path, reserved_bytes: int = 0, begun: bool = False) -> DiskFull:
     others = f", {format_bytes(reserved_bytes)} for other downloads," if reserved_bytes else ""
     return DiskFull(
-        f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded{others} and {format_bytes(free_bytes)} "
-        f"are free at {folder}. Make room, or choose another models folder; what has arrived is kept.",
+        f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded{others} and "
+        f"{format_bytes(available_bytes)} are free at {folder}. "
+        "Make room, or choose another models folder; what has arrived is kept.",
         missing_bytes + reserved_bytes,
         folder,
         begun,
@@ -181,7 +210,7 @@ def disk_sentence(error: OSError, folder: Path, missing_bytes: int = 0) -> HubEr
     if isinstance(error, PermissionError):
         return DownloadFailed(
             f"{error.filename or folder} cannot be written. If its model is loaded, unload it; "
-            "else look at the folder's permissions or choose another models folder."
+            "else check the folder's permissions or choose another models folder."
         )
     return DownloadFailed(
         f"Writing into {folder} failed: {error.strerror or error}. What has arrived is kept; press Download again."

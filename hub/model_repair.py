@@ -11,7 +11,7 @@ from ..core.models import MARKER
 from ..core.units import format_bytes, plural
 from .download_progress import Progress
 from .library import Library
-from .model_folder import PLAN, Record, locked
+from .model_folder import PLAN, FolderRecord, locked
 from .origins import origin
 from .verification import Verdict, verify
 
@@ -40,7 +40,7 @@ class Update:
         return f"{self.ref} has moved to commit {self.commit_there[:8]}: an update brings {what}."
 
 
-def known(library: Library, name: str) -> tuple[Path, ModelRef, Record]:
+def known(library: Library, name: str) -> tuple[Path, ModelRef, FolderRecord]:
     """(folder, reference, record) of a model. Raises ModelError if nobody noted where it came from."""
     folder = library.get(name).folder
     record = origin(folder)
@@ -92,7 +92,7 @@ def repair(library: Library, name: str, cancel: threading.Event) -> Iterator[Pro
 def distrust(folder: Path, names: tuple[str, ...]) -> None:
     """Note that these files are wrong: the next download looks at them again. Until it has them they stay as they are."""
     with locked(folder):
-        record = Record.read(folder / MARKER)
+        record = FolderRecord.read(folder / MARKER)
         if record is not None:
             files = {path: replace(entry, mtime_ns=0) if path in names else entry for path, entry in record.files.items()}
             replace(record, files=files).write(folder / MARKER)

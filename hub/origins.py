@@ -1,4 +1,4 @@
-"""Where a folder came from, whoever downloaded it: we, text-generation-webui, or huggingface-hub.
+"""Where a folder came from, whichever program downloaded it: this one, text-generation-webui, or huggingface-hub.
 
 Each of them leaves notes: our marker, the host's huggingface-metadata.txt, the layout of the Hugging
 Face cache (a file's blob is named after its hash), and .cache/huggingface of `hf download --local-dir`.
@@ -11,19 +11,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import BadModelName
+from ..core.errors import BadFile, BadModelName
+from ..core.folder_files import read_text
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER
-from .model_folder import PLAN, Entry, Record, size_of
+from .model_folder import PLAN, FileRecord, FolderRecord, size_of
 from .repository import is_safe_path
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _HOSTS_NOTE = "huggingface-metadata.txt"
+_NOTE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Cached:
+class CachedSnapshot:
     """One snapshot in the Hugging Face cache."""
 
     ref: ModelRef
@@ -44,7 +46,7 @@ def cache_folder() -> Path:
     return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
-def cached(cache: Path) -> Iterator[Cached]:
+def cached(cache: Path) -> Iterator[CachedSnapshot]:
     """Every snapshot of a model in a Hugging Face cache. One that no branch points to is named by its commit."""
     try:
         places = sorted(cache.glob("models--*--*"))
@@ -57,27 +59,27 @@ def cached(cache: Path) -> Iterator[Cached]:
             continue
         branches: dict[str, str] = {}
         for path in sorted((place / "refs").rglob("*")):
-            with suppress(OSError):
-                branches.setdefault(path.read_text(encoding="utf-8").strip(), path.relative_to(place / "refs").as_posix())
+            with suppress(OSError, BadFile):
+                branches.setdefault(read_text(path, _NOTE_BYTES).strip(), path.relative_to(place / "refs").as_posix())
         with suppress(OSError):
             for folder in sorted((place / "snapshots").iterdir()):
                 if folder.is_dir() and _SHA1.fullmatch(folder.name):
                     branch = branches.get(folder.name, folder.name[:8])
-                    yield Cached(ModelRef(repo, branch), folder.name, folder)
+                    yield CachedSnapshot(ModelRef(repo, branch), folder.name, folder)
 
 
-def origin(folder: Path) -> Record | None:
-    """What is known about where the folder came from and what its files should be; None if nobody noted it."""
+def origin(folder: Path) -> FolderRecord | None:
+    """Where the folder came from and what its files should be; None if there is no note of it."""
     return (
-        Record.read(folder / MARKER)
-        or Record.read(folder / PLAN)
+        FolderRecord.read(folder / MARKER)
+        or FolderRecord.read(folder / PLAN)
         or _of_cache(folder)
         or _of_host(folder)
         or _of_local_dir(folder)
     )
 
 
-def _of_cache(folder: Path) -> Record | None:
+def _of_cache(folder: Path) -> FolderRecord | None:
     if folder.parent.name != "snapshots" or not _SHA1.fullmatch(folder.name):
         return None
     cache = folder.parents[2]
@@ -88,14 +90,14 @@ def _of_cache(folder: Path) -> Record | None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and (fingerprint := _fingerprint(os.path.realpath(path).rpartition(os.sep)[2])):
-            files[name] = Entry(size_of(path), fingerprint, path.stat().st_mtime_ns)
-    return Record(str(found.ref), found.commit, files)
+            files[name] = FileRecord(size_of(path), fingerprint, path.stat().st_mtime_ns)
+    return FolderRecord(str(found.ref), found.commit, files)
 
 
-def _of_host(folder: Path) -> Record | None:
+def _of_host(folder: Path) -> FolderRecord | None:
     try:
-        text = (folder / _HOSTS_NOTE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(folder / _HOSTS_NOTE, _NOTE_BYTES)
+    except (OSError, BadFile):
         return None
     url, branch = re.search(r"^url: (\S+)", text, re.MULTILINE), re.search(r"^branch: (\S+)", text, re.MULTILINE)
     if url is None:
@@ -107,20 +109,20 @@ def _of_host(folder: Path) -> Record | None:
     files = {}
     for sha256, name in re.findall(r"^\s+([0-9a-f]{64}) (.+)$", text, re.MULTILINE):
         if is_safe_path(name):
-            files[name] = Entry(size_of(folder / name), f"sha256:{sha256}", 0)
-    return Record(str(ref), "", files)
+            files[name] = FileRecord(size_of(folder / name), f"sha256:{sha256}", 0)
+    return FolderRecord(str(ref), "", files)
 
 
-def _of_local_dir(folder: Path) -> Record | None:
+def _of_local_dir(folder: Path) -> FolderRecord | None:
     notes = folder / ".cache" / "huggingface" / "download"
     files, commit = {}, ""
     for path in sorted(notes.rglob("*.metadata")):
         name = path.relative_to(notes).as_posix().removesuffix(".metadata")
-        with suppress(OSError, ValueError):
-            commit, etag, *_ = path.read_text(encoding="utf-8").splitlines()
+        with suppress(OSError, BadFile, ValueError):
+            commit, etag, *_ = read_text(path, _NOTE_BYTES).splitlines()
             if fingerprint := _fingerprint(etag):
-                files[name] = Entry(size_of(folder / name), fingerprint, 0)
-    return Record("", commit, files) if files else None
+                files[name] = FileRecord(size_of(folder / name), fingerprint, 0)
+    return FolderRecord("", commit, files) if files else None
 
 
 def _fingerprint(etag: str) -> str:

@@ -1,4 +1,4 @@
-"""Looking after models on disk: is every byte still right, what would deleting free, what is unfinished.
+"""Checks of models on disk: whether every byte is still right, what deleting would free, what is unfinished.
 
 Reads a folder's own records; nothing here asks the Hub, so all of it works without a network.
 """
@@ -11,12 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import BadModelName, ModelError
+from ..core.errors import BadFile, BadModelName, ModelError
+from ..core.folder_files import open_regular
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER, PARTIAL
 from .download_progress import Progress
-from .file_download import digest_of, is_right
-from .model_folder import LOCK, PLAN, Entry, Record, is_locked, locked, size_of
+from .file_digest import digest_of, is_right
+from .model_folder import LOCK, PLAN, FileRecord, FolderRecord, is_locked, locked, size_of
 from .origins import origin
 from .repository import RemoteFile, is_safe_path
 
@@ -35,12 +36,12 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verification found; the paths are the folder's own names."""
+    """The result of a verification; the paths are relative to the folder."""
 
     checked: tuple[str, ...]
     wrong: tuple[str, ...]  # other bytes than the Hub's
     missing: tuple[str, ...]
-    repaired: tuple[str, ...] = ()  # changed here on purpose (rescue), so other bytes than the Hub's are right
+    repaired: tuple[str, ...] = ()  # changed here on purpose (engine/rescue.py), so other bytes than the Hub's are right
 
     @property
     def good(self) -> bool:
@@ -50,16 +51,16 @@ class Verdict:
     def text(self) -> str:
         """A sentence or two."""
         if self.good:
-            mended = f" {', '.join(self.repaired)} was written here in place of the Hub's." if self.repaired else ""
-            return f"All {len(self.checked)} files are what the Hub says they are.{mended}"
+            rewritten = f" {', '.join(self.repaired)} was written here in place of the Hub's." if self.repaired else ""
+            return f"All {len(self.checked)} files are what the Hub says they are.{rewritten}"
         parts = [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {what}" for names, what in
                  ((self.wrong, "not what the Hub says"), (self.missing, "missing")) if names]  # fmt: skip
         return f"{' and '.join(parts)}. Repair fetches only that."
 
 
 def unfinished(folder: Path) -> Unfinished | None:
-    """What an earlier download left in the folder, if none works there now."""
-    plan = Record.read(folder / PLAN)
+    """What an earlier download left in the folder; None if there is nothing, or a download is running there."""
+    plan = FolderRecord.read(folder / PLAN)
     if plan is None or is_locked(folder):
         return None
     try:
@@ -74,7 +75,7 @@ def unfinished(folder: Path) -> Unfinished | None:
 
 
 def verify(folder: Path, cancel: threading.Event) -> Iterator[Progress | Verdict]:
-    """Hash every file again; Progress on the way, the Verdict last. Ends early, without one, after `cancel`.
+    """Hash every file again; yields Progress, and the Verdict last. Ends early, without it, after `cancel`.
 
     Raises ModelError if nothing says what the files should be.
     """
@@ -93,17 +94,17 @@ def verify(folder: Path, cancel: threading.Event) -> Iterator[Progress | Verdict
         if not is_safe_path(name):
             continue
         checked.append(name)
-        file, path = _remote(name, entry), folder / name
+        file, path = _remote_file(name, entry), folder / name
         digest = digest_of(file)
         try:
-            with path.open("rb") as content:
+            with open_regular(path) as content:
                 while piece := content.read(_PIECE_BYTES):
                     if cancel.is_set():
                         return
                     digest.update(piece)
                     done += len(piece)
                     yield Progress("checking", name, 0, entry.size_bytes, min(done, total), total)
-        except OSError:
+        except (OSError, BadFile):
             missing.append(name)
             continue
         if size_of(path) == entry.size_bytes and is_right(file, digest):
@@ -113,20 +114,20 @@ def verify(folder: Path, cancel: threading.Event) -> Iterator[Progress | Verdict
 
 
 def discard(folder: Path) -> None:
-    """Delete what an unfinished download brought. Files of others, and a model that was whole before, stay."""
+    """Delete what an unfinished download brought. Files of other origin, and a model that was whole before, stay."""
     if not folder.is_dir():
         return
     try:
         with locked(folder):
-            plan, marker = Record.read(folder / PLAN), Record.read(folder / MARKER)
+            plan, marker = FolderRecord.read(folder / PLAN), FolderRecord.read(folder / MARKER)
             before = marker.files if marker else {}
             for partial in list(folder.rglob("*" + PARTIAL)):
                 if partial.name != PLAN:
                     partial.unlink()
             for name, entry in (plan.files if plan else {}).items():
-                if name not in before and is_safe_path(name) and _untouched(folder / name, entry):
+                if name not in before and is_safe_path(name) and entry.describes(folder / name):
                     (folder / name).unlink()
-            if all(_untouched(folder / name, entry) for name, entry in before.items()):
+            if all(entry.describes(folder / name) for name, entry in before.items()):
                 (folder / PLAN).unlink(missing_ok=True)  # else files of two commits are mixed: it stays unfinished
             for sub in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
                 with suppress(OSError):
@@ -140,7 +141,7 @@ def discard(folder: Path) -> None:
 
 
 def freed_bytes(folder: Path) -> int:
-    """What deleting the folder frees: a file that another folder links to, or points to, stays on the disk."""
+    """What deleting the folder frees. A file that another folder links to, or a link points to, stays on the disk."""
     links: dict[tuple[int, int], list[int]] = {}
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -152,22 +153,14 @@ def freed_bytes(folder: Path) -> int:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Of everything in the folder, whoever else shares it; links are followed."""
+    """Of everything in the folder, shared files included; links are followed."""
     total = 0
     for place, _folders, names in os.walk(folder):
         total += sum(size_of(Path(place) / name) for name in names)
     return total
 
 
-def _untouched(path: Path, entry: Entry) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return (stat.st_size, stat.st_mtime_ns) == (entry.size_bytes, entry.mtime_ns)
-
-
-def _remote(name: str, entry: Entry) -> RemoteFile:
-    """A record's entry as the Hub told it."""
-    kind, _, value = entry.fingerprint.partition(":")
-    return RemoteFile(name, entry.size_bytes, value if kind == "sha256" else None, value if kind == "git" else None)
+def _remote_file(name: str, record: FileRecord) -> RemoteFile:
+    """The file as the Hub listed it, from its record."""
+    kind, _, value = record.fingerprint.partition(":")
+    return RemoteFile(name, record.size_bytes, value if kind == "sha256" else None, value if kind == "git" else None)
