@@ -27,7 +27,7 @@ params = {
     "loader": "",  # "": the first that can open the model
 }
 
-# What the package imports, and since when it can use it.
+# The packages that are needed, with their oldest versions.
 NEEDS = {
     "torch": (2, 6),
     "transformers": (4, 56),
@@ -39,7 +39,7 @@ NEEDS = {
     "psutil": (5,),
 }
 
-_problem = ""  # why the extension does not work here, in a sentence
+_problem = ""  # a sentence about why the extension does not work here
 
 
 def register() -> ModuleType:
@@ -64,8 +64,8 @@ def register() -> ModuleType:
 
 
 def _lacking() -> str:
-    """Why this installation of text-generation-webui cannot serve GPTQ models, in a sentence; "" if it can."""
-    if sys.version_info < (3, 11):  # noqa: UP036 (pip would refuse; dropped into an older host, nobody does)
+    """A sentence about why GPTQ models do not work in this text-generation-webui; "" if they do."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (pip refuses an older Python; a folder copied into a host does not)
         return f"The GPTQ extension needs Python 3.11 or newer; text-generation-webui runs on {sys.version.split()[0]} here."
     for package, oldest in NEEDS.items():
         if importlib.util.find_spec(package) is None:
@@ -90,11 +90,22 @@ def _lacking() -> str:
     return ""
 
 
+def _show_log() -> None:
+    """Print our log lines, each once: text-generation-webui's root logger discards everything."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s gptq-webui: %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
 def setup() -> None:
     """text-generation-webui: after its settings, before its page."""
     global _problem
     _problem = ""
     try:
+        _show_log()
         _problem = _lacking()
         if _problem:
             log.warning(_problem)
@@ -102,14 +113,14 @@ def setup() -> None:
         register()
         from gptq_webui.extension import bridge
 
-        bridge.setup(params)
+        bridge.setup(params, Path(__file__).parent.name)  # as the host calls it, also if the folder is a link
     except Exception as error:
         _problem = f"The GPTQ extension cannot work here ({type(error).__name__}: {error})."
         log.exception(_problem)
 
 
 def ui() -> None:
-    """text-generation-webui: draw our tab."""
+    """text-generation-webui: make our tab."""
     try:
         import gradio as gr
 
@@ -141,7 +152,7 @@ def custom_css() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """What is there only while a model of ours is loaded that transformers cannot drive: `custom_generate_reply` and its like."""
+    """`custom_generate_reply` and `custom_tokenized_length`, only while a loaded model of ours has no transformers model."""
     bridge = None if name.startswith("__") else sys.modules.get("gptq_webui.extension.bridge")
     hook = bridge.hook(name) if bridge is not None else None
     if hook is None:

@@ -3,6 +3,7 @@
 The host loads its --model before any extension. Started this way, that can be a GPTQ folder.
 """
 
+import logging
 import os
 import runpy
 import sys
@@ -13,9 +14,9 @@ from ..core.errors import BadParameter
 
 
 def run_host(arguments: Sequence[str], folder: Path | None = None) -> int:
-    """Patch, then run the host's server.py in `folder` (the current one by default) with its own arguments.
+    """Patch the host, then run its server.py in `folder` (by default the current one) with its own arguments.
 
-    Raises BadParameter if there is no text-generation-webui in the folder.
+    Raises BadParameter if the folder is not that of text-generation-webui.
     """
     home = (folder or Path.cwd()).resolve()
     server = home / "server.py"
@@ -30,8 +31,18 @@ def run_host(arguments: Sequence[str], folder: Path | None = None) -> int:
     os.chdir(home)
     sys.argv = ["server.py", *given]  # the host's modules.shared reads it at its import
     sys.path.insert(0, str(home))
+    _leave_root_logger_to_the_host()
     from ..extension import bridge
 
     bridge.patch()
     runpy.run_path(str(server), run_name="__main__")
     return 0
+
+
+def _leave_root_logger_to_the_host() -> None:
+    """Our command's handlers show our own log only: on the root logger they would print the host's lines a second time."""
+    root, ours = logging.getLogger(), logging.getLogger("gptq_webui")
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        ours.addHandler(handler)
+    ours.propagate = False

@@ -4,6 +4,7 @@ A failure belongs to one commit of the model on one machine: after another downl
 driver, torch or a loader, every loader is tried again. A loader that lacked memory is tried again when more is free.
 """
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -13,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import BadFile
+from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
 from ..loaders.machine.capabilities import look
 from .settings import Settings
@@ -68,12 +71,9 @@ def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any
 
 def _commit(model: LocalModel) -> str:
     """From the marker of the download; without one, a hash of the files' sizes."""
-    try:
-        found = json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("commit")
-        if found:
+    with contextlib.suppress(BadFile):
+        if found := read_json(model.folder / MARKER).get("commit"):
             return str(found)
-    except (OSError, ValueError, AttributeError):
-        pass
     return _short([[path.name, path.stat().st_size] for path in model.weights if path.is_file()])
 
 

@@ -3,12 +3,13 @@
 Each remedy says what it would do, or why it can do nothing for this model.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from ..core.errors import BadFile
+from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
 from ..core.units import format_bytes
 from ..loaders.contract.base import Loader
@@ -93,7 +94,7 @@ def _branch(model: LocalModel, models: Sequence[LocalModel]) -> Remedy:
 def repo_of(model: LocalModel) -> str:
     """The owner/name that a folder was downloaded from, by its marker; "" if unknown."""
     try:
-        ref = str(json.loads((model.folder / MARKER).read_text(encoding="utf-8")).get("ref") or "")
-    except (OSError, ValueError, AttributeError):
+        ref = str(read_json(model.folder / MARKER).get("ref") or "")
+    except BadFile:
         return ""
     return ref.partition(":")[0] if "/" in ref else ""

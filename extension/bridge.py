@@ -20,7 +20,7 @@ from ..engine.settings import Settings
 from ..hub.library import Library, Plan
 from . import headless_model
 from .host_adapter import Host
-from .host_params import chosen
+from .host_params import chosen, unknown_keys
 from .host_slot import HostSlot
 from .host_templates import template_for
 
@@ -41,17 +41,27 @@ class Bridge:
         HubSettings(self.engine.library.hub, settings)
         self.downloads = Downloads(self.engine.library, self._fit)
         self.downloads.find_unfinished()
+        self._hinted: set[str] = set()  # messages about settings.yaml that were logged
         self.started = False  # "Apply and restart" calls setup() again, but is no start: nothing is loaded then
         self._hooks = headless_model.hooks(self.engine, lambda: bool(self.host.shared.stop_everything))
 
     def patch(self) -> None:
         self.host.patch(self)
 
+    def hint(self, text: str) -> None:
+        """Log a message about the user's settings, once in the life of the process."""
+        if text not in self._hinted:
+            self._hinted.add(text)
+            log.warning("%s", text)
+
     # --- what the host calls -----------------------------------------------------------------------
 
     def load(self, model: LocalModel) -> tuple[Any, Any]:
         """(model, tokenizer) of a GPTQ folder. Raises GptqWebuiError."""
         return self.slot.supply(model, self.engine.load_folder)
+
+    def load_begins(self) -> None:
+        self.slot.host_begins()
 
     def load_finished(self) -> None:
         self.slot.host_loaded()
@@ -75,8 +85,15 @@ class Bridge:
         loaded = self.engine.loaded
         return loaded.context_tokens if loaded is not None and self.slot.in_host else None
 
+    def loading(self) -> str:
+        """A sentence about the load that runs now; "" if there is none."""
+        status = self.engine.status
+        if status.phase not in ("loading", "unloading"):
+            return ""
+        return f"{status.name} is being {'loaded' if status.phase == 'loading' else 'unloaded'}: {status.text or 'Starting'}."
+
     def take_error(self) -> str:
-        """Why our last load failed, returned once; "" if it did not."""
+        """Why our last load or unload failed, returned once; "" if it did not."""
         failed, self.slot.failed = self.slot.failed, ""
         return failed
 
@@ -124,11 +141,16 @@ def patch() -> Bridge:
     return made
 
 
-def setup(params: Mapping[str, Any]) -> None:
-    """The host's setup(): patch, take over the values of settings.yaml, load the model of the start."""
+def setup(params: Mapping[str, Any], name: str = "") -> None:
+    """The host's setup(): patch, take over the values of settings.yaml, load the model of the start.
+
+    `name` is the extension's in the host, with which its keys in settings.yaml begin.
+    """
     made = patch()
     engine = made.engine
-    options = chosen(params)
+    options, problems = chosen(params)
+    for problem in [*problems, *unknown_keys(made.host.shared.settings, name, params)]:
+        made.hint(problem)
     if made.host.processor_only:
         options.setdefault("device", "cpu")
     engine.planner.default_options = options
@@ -136,14 +158,14 @@ def setup(params: Mapping[str, Any]) -> None:
     if made.started:
         return
     made.started = True
-    name = str(params.get(_AUTOLOAD) or made.autoload_model)
-    if name and made.host.shared.model is None and made.host.shared.model_name in (None, "None", name):
+    model = str(params.get(_AUTOLOAD) or made.autoload_model)
+    if model and made.host.shared.model is None and made.host.shared.model_name in (None, "None", model):
         try:
-            engine.load(name)
-            log.info("loaded %s at the start", name)
+            engine.load(model)
         except GptqWebuiError as error:
-            engine.slot.report(f"{name} was to be loaded at the start: {error}")
-            log.error("%s was to be loaded at the start: %s", name, error)
+            text = f"{model} could not be loaded at the start. {error}"
+            engine.slot.report(text)
+            log.error("%s", text)
 
 
 def hook(name: str) -> Callable[..., Any] | None:

@@ -1,7 +1,7 @@
-"""A model that transformers cannot drive, as text-generation-webui sees it: it asks us for whole answers.
+"""A model without a transformers model, inside text-generation-webui: the host asks us for whole answers.
 
-Its own samplers and logits need a transformers model. While one of ours without that face is loaded, the hooks
-`custom_generate_reply` and `custom_tokenized_length` answer in their place, and only then.
+The host's own samplers and logits need a transformers model. While a loaded model of ours has none, and only then, the
+hooks `custom_generate_reply` and `custom_tokenized_length` answer instead.
 """
 
 import re
@@ -19,22 +19,24 @@ _PIECE = re.compile(r"\s?\w{1,5}|\s|[^\w\s]")  # about one token each
 
 
 class HeadlessModel:
-    """Stands in `shared.model`, so that the host knows that a model is loaded."""
+    """The value of the host's `shared.model`, which shows it that a model is loaded."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         import torch
 
         self.name = loaded.model.name
-        self.device = torch.device("cpu")  # where the host puts the ids of a prompt that it counts
+        self.device = torch.device("cpu")  # to which the host moves the ids of a prompt that it counts
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        raise LoadFailed(f"{self.name} is run by an engine that shows no logits. Load it with the loader transformers for that.")
+        raise LoadFailed(
+            f"{self.name} is loaded with a loader that has no logits. Load it with the loader transformers for that."
+        )
 
     generate = __call__
 
 
 class RoughTokenizer:
-    """Counts the tokens of a model whose tokenizer is not here: good enough to cut a prompt that is too long."""
+    """Estimates token counts for a model whose tokenizer is elsewhere; enough to cut a prompt that is too long."""
 
     bos_token_id = None
     eos_token_id = None
@@ -63,21 +65,21 @@ class RoughTokenizer:
 
 
 def tokenizer_for(loaded: LoadedModel) -> Any:
-    """One with the `encode` and `decode` that the host calls."""
+    """A tokenizer with the `encode` and `decode` that the host calls."""
     return RoughTokenizer() if loaded.is_remote else loaded.tokenizer
 
 
 def hooks(engine: Engine, stopped: Callable[[], bool]) -> dict[str, Callable[..., Any]]:
-    """The host's hooks by name. `stopped` says whether its page's Stop was pressed."""
+    """The host's hooks by name. `stopped` returns whether Stop was pressed in the host's page."""
 
     def custom_generate_reply(
         question: str, original_question: str, state: Mapping[str, Any], stopping_strings: Any = None, is_chat: bool = False
     ) -> Iterator[str]:
-        """The whole answer so far, again and again, as the host wants it."""
+        """Yields the whole answer so far, each time it grows."""
         cancel = threading.Event()
         over = threading.Event()
 
-        def watch() -> None:  # Stop counts also while no token comes: in a queue, or before the first word
+        def watch() -> None:  # so that Stop works before the first token too
             while not over.wait(0.1):
                 if stopped() or ((event := state.get("stop_event")) is not None and event.is_set()):
                     cancel.set()

@@ -1,20 +1,18 @@
-"""The loaders' options as text-generation-webui's params, so that its settings.yaml can hold them.
+"""The loaders' options as text-generation-webui's params, so that its settings.yaml can set them.
 
 Made from the options' dataclasses: a new option of a loader is a new param. Imports neither torch nor transformers.
 """
 
-import logging
+import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from ..loaders.choose import all_loaders
 
-log = logging.getLogger(__name__)
-
 
 def defaults() -> dict[str, Any]:
-    """Every option of every loader with its default; where two loaders share a name, the first one's."""
+    """Every option of every loader with its default. If two loaders share a name, the first one's counts."""
     found: dict[str, Any] = {}
     for loader in all_loaders():
         for each in fields(loader.options):
@@ -23,9 +21,10 @@ def defaults() -> dict[str, Any]:
     return found
 
 
-def chosen(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that settings.yaml set to something else than their default. One of a wrong type is told and left out."""
+def chosen(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the options that settings.yaml changes, a sentence for each value of the wrong type, which is left out)."""
     found: dict[str, Any] = {}
+    problems = []
     for name, default in defaults().items():
         value = params.get(name, default)
         if value is None or value == default:
@@ -33,7 +32,20 @@ def chosen(params: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(default):
-            log.warning("%s in settings.yaml should be like %r; found %r. It is not used.", name, default, value)
+            problems.append(f"{name} in settings.yaml should be like {default!r}; found {value!r}. It is not used.")
             continue
         found[name] = value
-    return found
+    return found, problems
+
+
+def unknown_keys(settings: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> list[str]:
+    """A sentence for each key of settings.yaml that begins with the extension's name and is none of its params."""
+    prefix = f"{name}-"
+    problems = []
+    for key in settings:
+        if not name or not key.startswith(prefix) or (given := key.removeprefix(prefix)) in params:
+            continue
+        similar = difflib.get_close_matches(given, params, 1)
+        cure = f"Did you mean {prefix}{similar[0]}?" if similar else f"There are: {', '.join(sorted(params))}."
+        problems.append(f"{key} in settings.yaml is not a setting of this extension. {cure}")
+    return problems

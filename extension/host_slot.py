@@ -1,18 +1,20 @@
 """The slot inside text-generation-webui, where the host owns the model.
 
-`shared.model` of the host is the transformers face of the model in this slot. A load of ours goes through the host's
-own load, and an unload through its unload, so that the host and the engine always mean the same model.
+`shared.model` of the host is the transformers model in this slot, or a stand-in for one. A load of ours goes through the
+host's own load, and an unload through its unload, so that the host and the engine always mean the same model.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from ..core.errors import GptqWebuiError, LoadCancelled, LoadFailed, LoadRefused
+from ..core.errors import Busy, GptqWebuiError, LoadCancelled, LoadFailed, LoadRefused
 from ..core.models import OPENED_BY, LocalModel
 from ..engine.load_fallback import LoadOutcome
 from ..engine.load_request import LoadPlan
-from ..engine.slot import Slot
+from ..engine.slot import Slot, Status
 from ..loaders.machine.memory_release import free_memory
 from . import headless_model
 from .host_adapter import Host
@@ -26,15 +28,16 @@ class HostSlot(Slot):
     def __init__(self, host: Host) -> None:
         super().__init__()
         self.host = host
-        self.failed = ""  # why the host's last load of a GPTQ folder failed
+        self.failed = ""  # why the host's last load or unload of a GPTQ folder failed
         self._planned: LoadPlan | None = None  # the load that the host carries out for us
         self._outcome: LoadOutcome | None = None  # of that load
         self._for_host = False  # whether a load began in the host and not with us
-        self._face: weakref.ref[Any] | None = None  # of the model that the host has from us
-        self._host_is_loading = False  # from our return of a model to the end of the host's load
+        self._host_model: weakref.ref[Any] | None = None  # what the host has from us as its model
+        self._host_loads: dict[int, bool] = {}  # thread in the host's load of a GPTQ folder -> whether it has our model
+        self._ready: Status | None = None  # to say when the host has the model
 
     def load(self, plan: LoadPlan) -> LoadOutcome:
-        """Load through the host, which comes back for the model with `supply`."""
+        """Load through the host, which calls `supply` for the model."""
         with self.change() as cancel:
             if self._for_host:
                 return super().load(plan)
@@ -53,11 +56,11 @@ class HostSlot(Slot):
                 self.previous = before
                 if isinstance(error, GptqWebuiError):
                     raise
-                raise LoadFailed(
-                    f"text-generation-webui could not load {model.name} ({type(error).__name__}: {error})."
-                ) from error
+                reason = f"{type(error).__name__}: {error}"
+                raise LoadFailed(f"text-generation-webui could not load {model.name} ({reason}).") from error
             finally:
                 self._planned = None
+            self._say_ready()
             return self._outcome
 
     def supply(self, model: LocalModel, load: Callable[[LocalModel], object]) -> tuple[Any, Any]:
@@ -83,9 +86,11 @@ class HostSlot(Slot):
             self.failed = str(error)
             raise
         assert loaded is not None
-        face = loaded.hf if loaded.hf is not None else headless_model.HeadlessModel(loaded)
-        self._face, self._host_is_loading = weakref.ref(face), True
-        return face, loaded.tokenizer if loaded.hf is not None else headless_model.tokenizer_for(loaded)
+        host_model = loaded.hf if loaded.hf is not None else headless_model.HeadlessModel(loaded)
+        self._host_model = weakref.ref(host_model)
+        if (thread := threading.get_ident()) in self._host_loads:
+            self._host_loads[thread] = True
+        return host_model, loaded.tokenizer if loaded.hf is not None else headless_model.tokenizer_for(loaded)
 
     def unload(self) -> None:
         with self.change():
@@ -93,35 +98,60 @@ class HostSlot(Slot):
                 self.release()
             self.host.unload()
 
+    def say(self, status: Status) -> None:
+        """As every slot, but "ready" waits until the host has the model too."""
+        if status.phase == "ready" and threading.get_ident() in self._host_loads:
+            self._ready = status
+            status = replace(status, phase="loading", text="Passing the model to text-generation-webui")
+        super().say(status)
+
     @property
     def in_host(self) -> bool:
         """Whether the model that the host has loaded, or is about to have, is ours."""
-        return self._face is not None and (self._host_is_loading or self._face() is self.host.shared.model)
+        if self._host_model is None:
+            return False
+        return bool(self._host_loads) or self._host_model() is self.host.shared.model
 
     @property
     def orphaned(self) -> bool:
         """Whether the host dropped our model in a way that we did not see."""
-        return self.loaded is not None and self._face is not None and not self.in_host
+        return self.loaded is not None and self._host_model is not None and not self.in_host
+
+    def host_begins(self) -> None:
+        """The host begins to load a GPTQ folder, on this thread."""
+        self._host_loads[threading.get_ident()] = False
 
     def host_loaded(self) -> None:
         """The host's load is complete: it has our model."""
-        self._host_is_loading = False
+        self._host_loads.pop(threading.get_ident(), None)
+        if self._planned is None:  # a load of ours says so itself, a moment later
+            self._say_ready()
 
     def host_failed(self) -> None:
-        """The host's load failed after we returned a model."""
-        if self._host_is_loading:
+        """The host's load failed, perhaps after we returned a model."""
+        if self._host_loads.pop(threading.get_ident(), False):
+            self._ready = None
             self.release()
 
     def host_unloads(self, model: Any) -> bool:
         """The host unloads a model. If it is ours, end the running answers, free its memory and return True."""
-        if self._face is None or self._face() is not model:
+        if self._host_model is None or self._host_model() is not model:
             return False
         self.host.stop_everything()
-        self.release()
+        try:
+            self.release()
+        except Busy as error:
+            self.failed = str(error)
+            raise
         return True
 
     def release(self) -> None:
-        """Free our model, whatever the host believes."""
-        self._face, self._host_is_loading = None, False
+        """Free our model, whatever the host believes. Raises Busy."""
         super().unload()
+        self._host_model = None
         free_memory()
+
+    def _say_ready(self) -> None:
+        ready, self._ready = self._ready, None
+        if ready is not None and self.loaded is not None:
+            self.say(ready)

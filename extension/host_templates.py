@@ -1,7 +1,7 @@
 """The chat template of a GPTQ folder for text-generation-webui's own chat.
 
-Most folders of 2023 carry none, and the host then writes every prompt as Alpaca. We know more: what the user saved in
-our settings, the model card, the model's name.
+Most folders of 2023 have none, and the host then uses Alpaca for every prompt. We have more sources: the template that
+the user saved in our settings, the model card, and the model's name.
 """
 
 from ..core.errors import GptqWebuiError
@@ -11,7 +11,7 @@ from ..loaders.text import chat_template
 
 
 def template_for(settings: Settings, model: LocalModel, own: bool) -> str | None:
-    """Jinja, or None to leave the choice to the host. `own`: the folder has a template that the host found."""
+    """A Jinja template, or None for the host's choice. `own`: the host found a template in the folder."""
     try:
         if saved := settings.for_model(model.name).get("template"):
             return chat_template.named(saved).jinja

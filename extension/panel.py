@@ -1,4 +1,4 @@
-"""Our tab inside text-generation-webui: the same Model tab as on our own page, and the model of the start."""
+"""Our tab inside text-generation-webui: the Model tab of our own page, and the choice of a model for the start."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +10,7 @@ from ..ui import gradio_compat, model_tab, theme
 from ..ui.html_snippets import bad, good
 from ..ui.job_watcher import Drawn, Pages, Watcher
 from .bridge import Bridge
+from .host_adapter import loaded_text
 
 CSS = theme.HOST_CSS
 _NONE = "None"
@@ -21,8 +22,8 @@ def draw(bridge: Bridge) -> None:
     tab = gradio_compat.enclosing_tab()
     if bridge.host.multi_user:
         gr.Markdown(
-            "text-generation-webui was started with --multi-user: its visitors choose no model. A GPTQ model is loaded at "
-            "the start, or through the API."
+            "text-generation-webui was started with --multi-user, so visitors cannot choose a model. A GPTQ model can be "
+            "loaded at the start, or through the API."
         )
         return
     with gr.Column(elem_id="gptq-webui"):
@@ -33,7 +34,7 @@ def draw(bridge: Bridge) -> None:
                 [_NONE],
                 value=_NONE,
                 label="Load this model when the web UI starts",
-                info="text-generation-webui loads its own --model before any extension; a GPTQ model is named here instead.",
+                info="text-generation-webui loads its own --model before any extension, so choose a GPTQ model here instead.",
                 elem_id="gw-autoload",
             )
             note = gr.HTML()
@@ -60,7 +61,7 @@ def draw(bridge: Bridge) -> None:
         """What the host's own page shows about the model, after our tab changed it."""
         shared = bridge.host.shared
         loaded = engine.loaded
-        told = f"Successfully loaded `{shared.model_name}`." if loaded is not None else "Model unloaded"
+        text = "Model unloaded" if loaded is None else loaded_text(shared.model_name, loaded.context_tokens)
         menu = gr.update()  # after an unload it keeps its choice, as after the host's own: Load brings that back
         if loaded is not None:
             names = bridge.host.model_names()
@@ -68,8 +69,9 @@ def draw(bridge: Bridge) -> None:
             menu = gr.update(choices=names if known else [*names, shared.model_name], value=shared.model_name)
         updates = {
             "model_menu": menu,
-            "model_status": told,
+            "model_status": text,
             "truncation_length": gr.update() if loaded is None else loaded.context_tokens,
+            "ctx_size": gr.update() if loaded is None else loaded.context_tokens,
         }
         return [updates[name] for name in widgets]
 

@@ -1,111 +1,22 @@
 """The extension in a stand-in for text-generation-webui (tests/host): both ways in, and no way to hurt it."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 import zipfile
-from pathlib import Path
 
 import pytest
+from host_process import ROOT, Host, host, one, place, put
 
-import tiny
-from gptq_webui.loaders.text.built_in_templates import CHATML
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Host:
-    """A running stand-in that obeys one command a line."""
-
-    def __init__(self, folder: Path, *arguments: str, environment=None, start=("server.py",)):
-        self.folder = folder
-        self.log = (folder / "log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, *start, *arguments],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        self.ready = self._read()
-
-    def __call__(self, do: str, **command):
-        self.process.stdin.write(json.dumps({"do": do, **command}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def said(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def close(self):
-        self.process.stdin.close()
-        try:
-            assert self.process.wait(20) == 0, self.said()
-        finally:
-            self.process.kill()
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else None
-
-
-@pytest.fixture
-def place(tmp_path):
-    """The stand-in's folder, with a GPTQ model of each kind that fails in the host today, and a plain one."""
-    folder = tmp_path / "text-generation-webui"
-    shutil.copytree(ROOT / "tests" / "host", folder)
-    models = folder / "user_data" / "models"
-    for name, options in (
-        ("tiny-config", {"settings": "config"}),
-        ("tiny-2023", {"weights": "gptq_model-4bit-32g"}),
-        ("tiny-random-in-the-host", {"weights": "model"}),
-    ):
-        tiny.write(models / name, **options)
-        tiny.write_tokenizer(models / name, "{{ bos_token }}" + CHATML)
-    plain = tiny.dense_model("llama")
-    plain.save_pretrained(models / "plain")
-    tiny.write_tokenizer(models / "plain", "{{ bos_token }}" + CHATML)
-    return folder
-
-
-def put(folder: Path, where: str, name: str = "gptq_webui") -> None:
-    (folder / where).mkdir(parents=True, exist_ok=True)
-    (folder / where / name).symlink_to(ROOT)
-
-
-@pytest.fixture(params=["extensions/gptq_webui", "user_data/extensions/GPTQ-main"])
-def host(request, place):
-    where, name = request.param.rsplit("/", 1)
-    put(place, where, name)
-    running = Host(place, "--extensions", name)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def one(place):
-    """In `extensions/`, started by the test with what it wants."""
-    put(place, "extensions")
-    started = []
-
-    def start(*arguments, **options):
-        started.append(Host(place, "--extensions", "gptq_webui", *arguments, **options))
-        return started[-1]
-
-    yield start
-    for running in started:
-        running.close()
+__all__ = ["host", "one", "place"]  # fixtures
 
 
 @pytest.mark.parametrize("name", ["tiny-config", "tiny-2023", "tiny-random-in-the-host"])
 def test_what_fails_in_the_host_today_loads_and_answers(host, name):
-    assert host("load", name=name)["said"][-1] == f"Successfully loaded `{name}`."
+    assert host("load", name=name)["said"][-1] == f"Successfully loaded `{name}`. Its context is 256 tokens."
     assert "HOST LOADER" not in host.said()
     state = host("state")
     assert state["model"] == "LlamaForCausalLM" and state["truncation"] == 256 and not state["custom"]
@@ -226,6 +137,46 @@ def test_two_chats_at_once_are_both_right(one):
         assert found["ours"].strip() == alone.strip()
 
 
+def test_the_hosts_log_and_ctx_size_agree_with_what_was_loaded(one):
+    host = one("--settings", json.dumps({"gptq_webui-context_tokens": 128}))
+    said = host("load", name="tiny-2023")["said"][-1]
+    state = host("state")
+    assert "128 tokens" in said and (state["truncation"], state["ctx_size"]) == (128, 128)
+    assert [line for line in host.said().splitlines() if "CONTEXT LENGTH" in line] == ["HOST CONTEXT LENGTH: 128"]
+    host("load", name="plain")
+    assert host("state")["ctx_size"] == 8192  # the host's own value comes back with the host's own model
+
+
+def test_the_host_says_loaded_when_it_has_the_model_and_not_before(one):
+    host = one()
+    host("use fake", options={"load_s": 1.5})
+    host("our tab loads", name="tiny-2023")
+    during = host("choose", name="tiny-2023")["said"][-1]
+    assert during.startswith("tiny-2023 is being loaded") and "Successfully" not in during
+    pressed = host("load", name="tiny-2023")["said"][-1]
+    assert pressed.startswith("tiny-2023 is being loaded") and "Traceback" not in pressed
+    statuses = host("wait for our tab")["statuses"]
+    assert [phase for phase, _in_host in statuses if phase == "ready"] == ["ready"]
+    assert all(in_host for phase, in_host in statuses if phase == "ready")
+    assert host("choose", name="tiny-2023")["said"][-1].startswith("Successfully loaded `tiny-2023`.")
+    assert "Click" in host("choose", name="tiny-config")["said"][-1]
+
+
+def test_a_load_of_the_host_is_ready_in_our_tab_when_it_ends(one):
+    host = one()
+    host("load", name="tiny-2023")
+    assert host("our status") == {"phase": "ready", "name": "tiny-2023"}
+
+
+def test_a_failed_load_of_our_tab_says_why_and_knows_the_way_back(one):
+    host = one()
+    host("load", name="tiny-config")
+    host("use fake", options={"fail": "boom"})
+    host("our tab loads", name="tiny-2023")
+    assert host("wait for our tab")["statuses"][-1][0] == "empty"
+    assert host("our status")["phase"] == "empty" and host("state")["name"] == "None"
+
+
 def test_apply_and_restart_twice_changes_nothing(host):
     host("load", name="tiny-2023")
     first = host("ask", text="Hello")
@@ -251,56 +202,6 @@ def test_a_folder_whose_tensors_do_not_fit_says_why_in_words(one, place):
     assert "Successfully" in host("load", name="tiny-config")["said"][-1]
 
 
-def test_started_through_us_the_hosts_own_model_may_be_gptq(place):
-    put(place, "user_data/extensions")
-    through_us = (str(ROOT / "script.py"), "host", "--")
-    host = Host(place, "--model", "tiny-2023", "--extensions", "gptq_webui", start=through_us)
-    assert host("state")["name"] == "tiny-2023" and "HOST LOADER" not in host.said()
-    assert host("ask", text="Hello")["texts"] > 5
-    host("restart")
-    host("unload")
-    assert host("state")["threads"] == 0
-    host.close()
-
-
-def test_the_launcher_says_where_it_must_be_started(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "script.py"), "host"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "is not the folder of text-generation-webui" in done.stderr
-
-
-def test_a_model_of_settings_yaml_is_loaded_at_the_start(one):
-    host = one("--settings", json.dumps({"gptq_webui-autoload_model": "tiny-2023", "gptq_webui-context_tokens": 128}))
-    state = host("state")
-    assert state["name"] == "tiny-2023" and state["truncation"] == 128
-
-
-def test_the_options_of_every_loader_can_stand_in_settings_yaml(one):
-    host = one(
-        "--settings",
-        json.dumps({"gptq_webui-dtype": "bf16", "gptq_webui-context_tokens": "many", "gptq_webui-loader": "transformers"}),
-    )
-    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
-    options = host("options")
-    assert options["dtype"] == "bf16" and options["device"] == "cpu" and options["context_tokens"] == 0
-    assert "context_tokens in settings.yaml should be" in host.said()
-
-
-def test_an_unknown_loader_in_settings_yaml_gives_a_message(one):
-    host = one("--settings", json.dumps({"gptq_webui-loader": "exllama"}))
-    said = host("load", name="tiny-2023")["said"][-1]
-    assert said.startswith("There is no loader called 'exllama'")
-
-
-def test_restarting_is_no_start(place):
-    put(place, "user_data/extensions")
-    host = Host(place, "--extensions", "gptq_webui", "--settings", json.dumps({"gptq_webui-autoload_model": "tiny-2023"}))
-    assert host("state")["name"] == "tiny-2023"
-    host("unload")
-    host("restart")
-    assert host("state")["model"] == "NoneType"
-    host.close()
-
-
 def test_a_folder_without_a_chat_template_gets_ours_in_the_hosts_chat(one, place):
     models = place / "user_data" / "models"
     for name in ("TheBloke_vicuna-7B-v1.5-GPTQ", "TheBloke_Llama-2-7B-GPTQ"):
@@ -324,57 +225,6 @@ def test_a_folder_without_a_chat_template_gets_ours_in_the_hosts_chat(one, place
     assert "<|im_start|>" in own and own == template("plain")
     host("save template", name="tiny-2023", template="Vicuna")
     assert "USER: " in template("tiny-2023")
-
-
-def test_without_a_page_the_hosts_page_is_not_imported(one):
-    host = one("--nowebui")
-    assert host("api load", name="tiny-2023") == {} and host("ask", text="Hello")["texts"] > 5
-    assert not host("state")["menu"]
-
-
-def test_a_model_of_the_start_that_is_gone_does_not_stop_the_host(one):
-    host = one("--settings", json.dumps({"gptq_webui-autoload_model": "nobody"}))
-    assert host.ready == {"ready": True} and "nobody" in host.said()
-    assert "Successfully" in host("load", name="tiny-2023")["said"][-1]
-
-
-_WITHOUT = """
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.split(".")[0] in {names!r} else find(name, path, target)
-PathFinder.find_spec = find_spec
-"""
-
-
-@pytest.mark.parametrize("names", [("torch",), ("transformers",), ("safetensors",)], ids=str)
-def test_a_package_that_is_missing_never_stops_the_host(names, one, tmp_path):
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "sitecustomize.py").write_text(_WITHOUT.format(names=names))
-    host = one(environment={"PYTHONPATH": str(tmp_path / "without")})
-    assert host.ready == {"ready": True}
-    if names == ("torch",):
-        assert "portable" in host.said()
-
-
-def test_a_package_that_is_too_old_gives_a_message_and_is_harmless(one, tmp_path):
-    package, version = "torch", "2.2.1+cu121"
-    (tmp_path / "old").mkdir()
-    lines = ["import importlib.metadata as metadata", "real = metadata.version"]
-    lines.append(f"metadata.version = lambda name: {version!r} if name == {package!r} else real(name)")
-    (tmp_path / "old" / "sitecustomize.py").write_text("\n".join(lines))
-    host = one(environment={"PYTHONPATH": str(tmp_path / "old")})
-    assert host.ready == {"ready": True}
-    assert f"found {version}. Update text-generation-webui." in host.said()
-
-
-def test_another_copy_of_the_package_gives_a_message_and_is_harmless(one, tmp_path):
-    (tmp_path / "other").mkdir()
-    lines = ["import sys, types", "copy = types.ModuleType('gptq_webui')", "copy.__file__ = '/elsewhere/__init__.py'"]
-    lines.append("sys.modules['gptq_webui'] = copy")
-    (tmp_path / "other" / "sitecustomize.py").write_text("\n".join(lines))
-    host = one(environment={"PYTHONPATH": str(tmp_path / "other")})
-    assert host.ready == {"ready": True} and "Two copies" in host.said()
 
 
 def test_nothing_is_written_into_the_hosts_files_or_ours(one, place):
@@ -427,7 +277,7 @@ def test_visitors_of_a_host_for_several_users_choose_no_model(place):
     port = free_port()
     host = Host(place, "--extensions", "gptq_webui", "--multi-user", "--listen-port", str(port))
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/config").read().decode()
-    assert "its visitors choose no model" in page and '"elem_id":"gw-models"' not in page
+    assert "visitors cannot choose a model" in page and '"elem_id":"gw-models"' not in page
     host.close()
 
 

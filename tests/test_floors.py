@@ -42,7 +42,6 @@ LONG = {
     "tests/test_api_guard.py": "?",
     "tests/test_cpu.py": "?",
     "tests/test_download.py": "?",
-    "tests/test_extension.py": "?",
     "tests/test_load_fallback.py": "?",
     "tests/test_ui_page.py": "?",
 }

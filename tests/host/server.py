@@ -52,6 +52,8 @@ def create_interface():
 
 
 page = create_interface()
+loads: list[threading.Thread] = []  # that our tab began
+statuses: list[tuple[str, bool]] = []  # of our slot: the phase, and whether the host has a model then
 
 
 def answer(command):
@@ -106,6 +108,42 @@ def answer(command):
         bridge().engine.loaders[:] = [FakeLoader()]
         bridge().engine.planner.default_options = command["options"]
         return {}
+    if do == "choose":  # in the host's list of models, without Load
+        from modules import ui_model_menu
+
+        return {"said": list(ui_model_menu.load_model_wrapper(command["name"], "Transformers", False))}
+    if do == "our tab loads":  # on a thread of its own, as our tab does; returns when the load has begun
+        from gptq_webui.extension.bridge import bridge
+
+        engine = bridge().engine
+        begun = threading.Event()
+
+        def watch(status):
+            statuses.append((status.phase, shared.model is not None))
+            if status.text == "Pretending to read the weights":
+                begun.set()
+
+        def load():
+            try:
+                engine.load(command["name"])
+            except Exception as error:
+                print("OUR TAB", error, file=sys.stderr)
+            finally:
+                begun.set()
+
+        statuses.clear()
+        engine.slot.watchers.append(watch)
+        loads.append(threading.Thread(target=load))
+        loads[-1].start()
+        begun.wait(20)
+        return {}
+    if do == "wait for our tab":
+        loads[-1].join(20)
+        return {"statuses": statuses}
+    if do == "our status":
+        from gptq_webui.extension.bridge import bridge
+
+        return {"phase": bridge().engine.status.phase, "name": bridge().engine.status.name}
     if do == "stop soon":  # the page's Stop, half a second from now
         threading.Timer(0.5, lambda: setattr(shared, "stop_everything", True)).start()
         return {}
@@ -146,6 +184,7 @@ def answer(command):
             "model": type(shared.model).__name__,
             "name": shared.model_name,
             "truncation": shared.settings["truncation_length"],
+            "ctx_size": shared.args.ctx_size,
             "custom": extensions.first_attribute("custom_generate_reply") is not None,
             "weights": weights,
             "menu": "modules.ui_model_menu" in sys.modules,

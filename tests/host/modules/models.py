@@ -4,6 +4,7 @@ import gc
 import sys
 
 import modules.shared as shared
+from modules.logging_colors import logger
 from modules.models_settings import get_model_metadata
 from modules.utils import resolve_model_path
 
@@ -17,6 +18,7 @@ def load_model(model_name, loader=None):
     if model is None:
         return None, None
     shared.settings.update({key: value for key, value in metadata.items() if key in shared.settings})
+    logger.info("CONTEXT LENGTH: %s", shared.settings["truncation_length"])
     return model, tokenizer
 
 

@@ -7,6 +7,9 @@ from modules.models import load_model, unload_model
 
 
 def load_model_wrapper(selected_model, loader, autoload=False):
+    if not autoload:  # chosen in the list, not loaded
+        yield f'### {selected_model}\n\n- Settings updated: Click "Load" to load the model'
+        return
     try:
         yield f"Loading `{selected_model}`..."
         unload_model()
