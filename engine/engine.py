@@ -192,9 +192,8 @@ class Engine:
     def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Answer:
         """The next assistant message, streamed. Ending in an assistant's message, the chat is continued.
 
-        A chat longer than the context loses its oldest turns (the Finish says how many), never the
-        system prompt; with `whole` it loses none: the caller has measured it. Raises NotLoaded,
-        PromptTooLong, BadParameter.
+        A chat longer than the context loses its oldest turns (the Finish says how many), never the system prompt.
+        Raises NotLoaded, PromptTooLong, BadParameter.
         """
         loaded = self.ready()
         window = self.conversation.window(loaded, messages, params.max_new_tokens)
