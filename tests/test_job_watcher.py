@@ -4,6 +4,8 @@ import asyncio
 import threading
 from types import SimpleNamespace
 
+import gradio as gr
+
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.ui import job_watcher
 from gptq_webui.ui.job_watcher import Job, Jobs, Pages, Watcher
@@ -17,10 +19,13 @@ async def all_of(watch):
     return [drawn async for drawn in watch]
 
 
+BOXES = ["box", "one", "two", "count"]
+
+
 def watcher_of(*parts):
     watcher = Watcher()
     for part in parts:
-        watcher.add(part, ["box"])
+        watcher.add(part, [], live=BOXES)
     return watcher
 
 
@@ -75,6 +80,27 @@ def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):
     monkeypatch.setattr(job_watcher, "_ALIVE_S", 0.01)
     watcher = watcher_of(lambda request: iter([{"box": 1}, *[{}] * 100]))
     assert len(asyncio.run(all_of(watcher.watch(page())))) > 3
+
+
+def test_what_seldom_changes_is_delivered_when_the_bell_rings(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    watcher, few, many = Watcher(), "few", ["many", "more"]
+    watcher.add(lambda request: iter([{few: 1, "many": 1}, {few: 2}, {"more": 2}]), [few, *many], live=[few])
+
+    first, second, third = asyncio.run(all_of(watcher.watch(page())))
+    assert (first, second, third) == ({few: 1, watcher.bell: "1"}, {few: 2}, {watcher.bell: "2"})
+    assert watcher.deliver(page()) == {"many": 1, "more": 2}
+    assert watcher.deliver(page()) == {few: gr.update()}  # a handler must return something
+
+
+def test_what_a_page_shows_already_is_not_drawn_again_by_its_next_watcher(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    watcher = Watcher()
+    watcher.add(lambda request: iter([{"box": 1, "one": 1}]), [], live=BOXES, kept=["box"])
+    drawn = [asyncio.run(all_of(watcher.watch(page(name)))) for name in ("a", "a", "b")]
+    watcher.forget(page("a"))
+    drawn.append(asyncio.run(all_of(watcher.watch(page("a")))))
+    assert drawn == [[{"box": 1, "one": 1}], [{"one": 1}], [{"box": 1, "one": 1}], [{"box": 1, "one": 1}]]
 
 
 def test_a_job_is_drawn_while_it_runs_and_once_at_its_end():

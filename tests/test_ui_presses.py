@@ -66,6 +66,13 @@ def chat(served, text="What is the capital of France?") -> tuple[float, str]:
         return time.monotonic() - began, seen
 
 
+def until(done) -> None:
+    deadline = time.monotonic() + 60
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert done()
+
+
 PRESSED = [
     ("download_box", "start", 0, ["Owner/Name-{at}", False], 1),
     ("download_box", "start", 0, ["Owner/Other-{at}", False], PRESSES),
@@ -112,7 +119,7 @@ def test_a_load_that_lasts_leaves_the_page_alive(served):
             visitor.press(press, [MISTRAL])
             visitor.press(watch, [])
             visitor.stay()
-        assert served.engine.status.phase == "loading"
+        until(lambda: served.engine.status.phase == "loading")
         (edited, *_others) = indexes(served.page, "parameters_tab", "edited")
         began = time.monotonic()
         with Visitor(served.url) as other:
@@ -121,9 +128,7 @@ def test_a_load_that_lasts_leaves_the_page_alive(served):
         assert time.monotonic() - began < SOON_S and served.engine.status.phase == "loading"
     finally:
         served.engine.settings.save_for_model(MISTRAL, options=None)
-        deadline = time.monotonic() + 30
-        while served.engine.status.phase == "loading" and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: served.engine.status.phase == "ready")
         for visitor in visitors:
             visitor.__exit__()
     assert "Paris" in chat(served)[1]

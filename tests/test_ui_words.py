@@ -14,7 +14,7 @@ from gptq_webui.ui import html_snippets, model_facts
 from gptq_webui.ui.live_reply import Reply, in_words
 from gptq_webui.ui.parameters_tab import to_params, to_values
 from gptq_webui.ui.template_box import describe
-from gptq_webui.ui.transcript import Transcript, without_html
+from gptq_webui.ui.transcript import MOST_CHARACTERS, Transcript
 
 
 def test_a_chat_comes_back_as_it_was_kept():
@@ -23,13 +23,34 @@ def test_a_chat_comes_back_as_it_was_kept():
     assert [each.role for each in chat.prompt()] == ["system", "user", "assistant"]
 
 
+CHAT = '{"messages": [%s], "system": ""}'
+
+
 @pytest.mark.parametrize(
     "kept",
-    ["", "{", "[]", "null", '{"messages": 3}', '{"messages": [{"role": "system", "text": "x"}], "system": ""}',
-     '{"messages": [{"role": "user", "text": 5}], "system": ""}', '{"messages": [5], "system": ""}'],
+    ["", "{", "[]", "null", "3", "NaN", '{"messages": 3}', '{"messages": [5], "system": ""}', '{"messages": {}}', "[" * 100_000,
+     CHAT % '{"role": "system", "text": "x"}', CHAT % '{"role": "user", "text": 5}', CHAT % '{"role": "user", "text": null}',
+     CHAT % '{"role": ["user"], "text": "x"}', CHAT % '{"role": "user"}', '{"a":' * 50_000, '{"messages": ' + "[" * 5000],
 )  # fmt: skip
 def test_whatever_else_the_browser_kept_is_an_empty_chat(kept):
     assert Transcript.read(kept) == Transcript()
+
+
+def test_halves_of_characters_do_not_reach_the_model():
+    chat = Transcript.read(CHAT % r'{"role": "user", "text": "a\ud800b \ud83d\ude00"}').asked("c\udfff")
+    assert [each.text for each in chat.messages] == [
+        "a\N{REPLACEMENT CHARACTER}b \N{GRINNING FACE}",
+        "c\N{REPLACEMENT CHARACTER}",
+    ]
+    chat.kept().encode()
+
+
+def test_a_chat_that_is_too_long_loses_its_oldest_messages():
+    chat = Transcript()
+    for at in range(10):
+        chat = chat.asked(f"{at}" + "x" * 1_000_000)
+    read = Transcript.read(chat.kept())
+    assert [each.text[0] for each in read.messages] == ["9"] and len(read.kept()) < MOST_CHARACTERS + 100
 
 
 def test_an_answer_takes_the_place_of_the_one_before_and_of_none():
@@ -37,20 +58,6 @@ def test_an_answer_takes_the_place_of_the_one_before_and_of_none():
     assert asked.answered("a").answered("ab").messages == (Message("user", "Hello"), Message("assistant", "ab"))
     assert asked.answered("a").answered("") == asked and asked.unanswered() == asked
     assert asked.answered("a").last_answer == "a" and asked.last_answer == ""
-
-
-@pytest.mark.parametrize(
-    ("markdown", "shown"),
-    [
-        ("<b>x</b>", "&lt;b>x&lt;/b>"),
-        ("`<b>` and <b>", "`<b>` and &lt;b>"),
-        ("```c\n#include <stdio.h>\n```\n<i>", "```c\n#include <stdio.h>\n```\n&lt;i>"),
-        ("<i> ```\n<b> not closed yet", "&lt;i> ```\n<b> not closed yet"),
-        ("2 ` 3 <b>\n` <i>", "2 ` 3 &lt;b>\n` &lt;i>"),
-    ],
-)
-def test_tags_are_shown_and_code_is_left_alone(markdown, shown):
-    assert without_html(markdown) == shown
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,6 @@
-"""Who may do what: owners everything, guests chat and nothing else.
+"""Who may do what: owners may do everything, guests may chat.
 
-Hiding a tab is courtesy, not protection: a guest can call any handler over HTTP. So every handler
+A hidden tab is a courtesy, not a protection: a guest can call any handler over HTTP. So every handler
 that touches models, downloads, folders or settings begins with `access.require_owner(request)`.
 """
 
@@ -11,13 +11,13 @@ import gradio as gr
 
 @dataclass(frozen=True)
 class Access:
-    owners: frozenset[str] | None = None  # names that log in as owners; None: nobody logs in, everybody is one
+    owners: frozenset[str] | None = None  # names of owners who log in; None: there is no login, and every visitor is an owner
 
     def is_owner(self, request: gr.Request) -> bool:
         return self.owners is None or getattr(request, "username", None) in self.owners
 
     def require_owner(self, request: gr.Request) -> None:
-        """Raises gr.Error, which the page and the API client both get as a sentence."""
+        """Raises gr.Error with a sentence for the page and for clients."""
         if not self.is_owner(request):
             raise gr.Error("Only the owner of this page may do that. As a guest you can chat.")
 
@@ -30,12 +30,12 @@ class ShareInfo:
 
     @property
     def invitation(self) -> str:
-        """What is sent to a guest."""
+        """The lines to send to a guest."""
         return f"{self.url}\nName: {self.guest_name}\nPassword: {self.guest_password}"
 
 
 @dataclass
 class Share:
-    """Where the door puts the link: it is known only after the page was launched."""
+    """The public link. The server fills it in after the launch, when the link is known."""
 
     info: ShareInfo | None = None

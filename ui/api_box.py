@@ -1,7 +1,6 @@
-"""The API tab: calls that can be pasted, for the loaded model and this page's own address, and a button that makes one.
+"""The API tab: example calls for the loaded model and this page's address, and a button that tries one.
 
-The call of the button goes from the browser to the server as any program's would, and the key that is typed
-here goes nowhere else.
+The button calls the server from the browser, as any program would. The key that is typed here goes nowhere else.
 """
 
 import json
@@ -31,16 +30,16 @@ _TRY = """async (key) => {
     if (!answer.ok) return answer.status + ' after ' + took + ': ' + said.error.message;
     const count = said.usage.completion_tokens;
     return said.choices[0].message.content.trim() + '\\n\\n' + answer.status + ' after ' + took + ', ' + count + ' tokens';
-  } catch (error) { return 'The server did not answer (' + error + ').'; }
+  } catch (error) { return 'The server did not answer. Check that it is running, then reload this page.'; }
 }""".replace("QUESTION", json.dumps(QUESTION))
 
 
 @dataclass(frozen=True)
 class Api:
-    """What the door knows of the API."""
+    """What the server knows about its API."""
 
-    locked: Callable[[], bool]  # whether a key is asked for
-    port: int | None = None  # where it is besides the page's own
+    locked: Callable[[], bool]  # whether a key is needed
+    port: int | None = None  # a port of its own, besides the page's
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ class ApiBox:
 
 
 def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
-    """Draw it; `show` fills it for the one who looks."""
+    """Draw it; `show` fills it for an owner."""
     with gr.Column(elem_classes="gw-panel", elem_id="gw-api"):
         head = gr.HTML(elem_id="gw-api-head")
         program = gr.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
-        code = gr.Code(value="", language="shell", interactive=False, label="To paste", lines=4, elem_id="gw-api-code")
+        code = gr.Code(value="", language="shell", interactive=False, label="Copy this", lines=4, elem_id="gw-api-code")
         key = gr.Textbox(
             label="API key",
-            info="For the button below. It stays in this browser.",
+            info="Only for the button below. It stays in this browser.",
             type="password",
             visible=False,
             elem_id="gw-api-key",
@@ -73,11 +72,13 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
         address = address_of(request)
         name = engine.loaded.model.name if engine.loaded is not None else ""
         language, text = calls(address, name, api.locked())[wanted]
-        also = f" Programs that expect text-generation-webui find it on port {api.port}, too." if api.port is not None else ""
+        also = f" Programs made for text-generation-webui can use port {api.port}." if api.port is not None else ""
         said = (
-            f"{name} answers programs at {address}." if name else f"Programs reach this server at {address}; load a model first."
+            f"Other programs can use {name} at {address}."
+            if name
+            else f"Other programs reach this server at {address}. Load a model first."
         )
-        link = '<a href="docs" target="_blank" rel="noopener">Every call, with its fields</a>'
+        link = '<a href="docs" target="_blank" rel="noopener">All calls and their fields</a>'
         return {
             head: quiet(said + also).replace("</p>", f"<br>{link}</p>"),
             code: gr.update(value=text, language=language),
@@ -91,7 +92,7 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
 
 
 def address_of(request: gr.Request) -> str:
-    """The address the visitor's browser used."""
+    """The address that the visitor's browser used."""
     headers = request.headers
     host = headers.get("host", "127.0.0.1:7860")
     scheme = headers.get("x-forwarded-proto") or getattr(getattr(request.request, "url", None), "scheme", "http")
@@ -99,7 +100,7 @@ def address_of(request: gr.Request) -> str:
 
 
 def calls(address: str, model: str, locked: bool) -> dict[str, tuple[str, str]]:
-    """Program -> (language, text to paste)."""
+    """Program -> (language, example to copy)."""
     model = model or "the-loaded-model"
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
     header = '  -H "Authorization: Bearer YOUR_KEY" \\\n' if locked else ""

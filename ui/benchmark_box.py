@@ -1,4 +1,4 @@
-"""The Benchmark button: measures the loaded model for a few seconds and writes one line to copy."""
+"""The Benchmark button: measures the loaded model for a few seconds and shows one line to copy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def draw_benchmark(engine: Engine, access: Access, watcher: Watcher) -> Benchmar
         access.require_owner(request)
         jobs.stop(request)
 
-    watcher.add(jobs.part(running, ended), outputs)
+    watcher.add(jobs.part(running, ended), outputs, live=[note])
     watcher.after(begin.click(run, None, None, **gradio_compat.PRESS))
     stop.click(end, None, None, **gradio_compat.NOW)
     copy.click(None, line, None, js=copy_script("gw-benchmark-copy", "gw-benchmark-line", "Copy"), **gradio_compat.EVENT)

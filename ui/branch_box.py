@@ -1,4 +1,4 @@
-"""The branches of a repository, as the model card's table shows them, with what only this machine knows: which fits."""
+"""The branches of a repository, as in the model card's table, and which of them fit this machine."""
 
 from html import escape
 
@@ -16,7 +16,7 @@ from .access import Access
 from .download_box import DownloadBox
 from .job_watcher import Drawn, Job, Jobs, Watcher
 
-_AUTOMATIC = 8192  # the context a loader takes by itself
+_AUTOMATIC = 8192  # the context length that loaders choose automatically
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 _FITS = {
     "fits": ("gw-yes", "Fits"),
@@ -32,7 +32,7 @@ _COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq 
 
 
 def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Watcher) -> None:
-    """Draw the table and the choice under it, hidden until branches are asked for, and wire them."""
+    """Draw and wire the table and the choice under it. Both are hidden until a press of Show branches."""
     note = gr.HTML(elem_id="gw-branches-note")
     with gr.Row(elem_classes="gw-buttons"):
         sister = gr.Button("", size="sm", visible=False, elem_id="gw-sister")
@@ -43,7 +43,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             context = gr.Dropdown(
                 [(f"{each} tokens", each) for each in _CONTEXTS],
                 value=DEFAULT_CONTEXT_TOKENS,
-                label="Context to count with",
+                label="Context length to plan for",
                 elem_id="gw-branch-context",
                 min_width=160,
             )
@@ -119,11 +119,11 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
         ref = ModelRef(advice.found.repo, chosen)
         saved = engine.settings.for_model(ref.folder_name).get("options") or {}
         if advice.context_tokens != _AUTOMATIC and "context_tokens" not in saved:
-            # what was counted with is what will be loaded; the loaders' own choice is 8192
+            # the planned length is the one that will be loaded; the loaders' own choice is 8192
             engine.settings.save_for_model(ref.folder_name, options={**saved, "context_tokens": advice.context_tokens})
         return box.begin(str(ref), request)
 
-    watcher.add(asking.part(running, ended), outputs)
+    watcher.add(asking.part(running, ended), outputs, live=[note])
     for trigger in (box.branches.click, box.ref.submit):
         watcher.after(trigger(show, [box.ref, context], outputs, **gradio_compat.PRESS))
     watcher.after(sister.click(show_sister, [sister, context], [box.ref, *outputs], **gradio_compat.PRESS))
@@ -134,11 +134,11 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
 
 
 def _fit(advice: Advice, chosen: str | None) -> str:
-    """What stands before the download: whether the chosen branch fits, and how much it brings."""
+    """HTML for the chosen branch: whether it fits, and how much there is to download."""
     offer = next((each for each in advice.offers if each.branch.name == chosen), None)
     if offer is None or offer.branch.wanted is None:
         return ""
-    loader = f" Opened by {offer.fit.loader} ({offer.fit.reason})." if offer.fit.loader else ""
+    loader = f" Loader: {offer.fit.loader} ({offer.fit.reason})." if offer.fit.loader else ""
     text = f"{offer.fit.text}. {offer.branch.wanted.summary}.{loader}"
     return html_snippets.good(text) if offer.fit.state == "fits" else html_snippets.notes([text])
 

@@ -1,7 +1,7 @@
-"""A text that the browser keeps: it survives a reload, a new session and a restart of the server.
+"""A text that the browser keeps over reloads, new sessions and restarts of the server.
 
 Gradio 4.37 has nothing of the kind and 6 encrypts its own with a key that a restart may change,
-so both use localStorage through a field that is drawn but not shown.
+so both use localStorage through a hidden field.
 """
 
 import json
@@ -20,15 +20,15 @@ class BrowserStore:
     key: str
 
     def on_load(self, fn: Callable[..., Any], outputs: Sequence[Any]) -> Any:
-        """Call `fn` with what was kept ("" for nothing) when the page is opened; returns the event."""
+        """Call `fn` with the kept text ("" if there is none) when the page is opened; returns the event."""
         read = f"() => [localStorage.getItem({json.dumps(self.key)}) || '']"
         return gradio_compat.root().load(fn, self.box, outputs, js=read, **gradio_compat.EVENT)
 
 
 def browser_store(key: str) -> BrowserStore:
-    """Draw the field and wire its saving."""
+    """Draw the hidden field; a change of its text is saved in the browser."""
     box = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
-    # a browser whose storage is full or forbidden loses the keeping, not the chat
+    # if the browser's storage is full or forbidden, the chat goes on without being kept
     save = f"(text) => {{ try {{ localStorage.setItem({json.dumps(key)}, text) }} catch (error) {{ console.warn(error) }} }}"
     box.change(None, box, None, js=save, **gradio_compat.EVENT)
     return BrowserStore(box, key)

@@ -27,16 +27,16 @@ from .template_box import about, draw_template
 from .transcript import Transcript
 
 _STORE_KEY = "gptq-webui chat"
-_LOOK_S = 1 / 15  # how often a running answer is drawn
+_LOOK_S = 1 / 15  # between two updates of a running answer
 _LOAD_LOOK_S = 0.3
 _ACCEPT_S = 0.01  # the engine takes most questions within this
-_KEEP_S = 1.0  # how often the browser keeps it
-_STOP_WAIT_S = 2.0  # the model is given so long to say its last word after Stop
+_KEEP_S = 1.0  # between two savings of a running answer in the browser
+_STOP_WAIT_S = 2.0  # after Stop, wait this long for the model's last words
 
 
 @dataclass(frozen=True)
 class ChatTab:
-    leave: Callable[[gr.Request], None]  # for `Blocks.unload`: ends the answer of a page that was closed
+    leave: Callable[[gr.Request], None]  # for `Blocks.unload`: ends the answer of a closed page
 
 
 def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: Access | None = None) -> ChatTab:
@@ -50,7 +50,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
         render_markdown=True,
         sanitize_html=True,
         layout="bubble",
-        placeholder="Ask something.<br>Enter sends, Shift+Enter begins a new line.",
+        placeholder="Ask something.<br>Press Enter to send, Shift+Enter for a new line.",
     )
     line = gr.HTML(elem_id="gw-line")
     with gr.Row(elem_id="gw-ask"):
@@ -74,7 +74,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
     with gr.Accordion("System prompt and template", open=False, elem_id="gw-setting"):
         system = gr.Textbox(
             label="System prompt",
-            info="What the model is told before the first message; it never leaves the conversation.",
+            info="Instructions that the model reads before your messages. A long chat never loses them.",
             lines=2,
             max_lines=8,
             elem_id="gw-system",
@@ -110,7 +110,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
                 reply = Reply(lambda: engine.chat(prompt, params, cancel), cancel, chat.last_answer)
                 while not reply.accepted and not cancel.is_set():
                     await asyncio.sleep(_ACCEPT_S)
-                earlier = chat.unanswered().shown()  # made ready once: only the last message changes
+                earlier = chat.unanswered().shown()  # prepared once: only the last message changes
                 if not reply.error:
                     yield (
                         draw(chat)
@@ -124,9 +124,9 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
                     yield draw(chat.answered(written), keep, earlier) | {line: _doing(reply)}
                 if cancel in cleared:
                     cleared.discard(cancel)
-                    if session not in running:  # an update that was on its way may have come after Clear
+                    if session not in running:  # an update that was on its way may have arrived after Clear
                         yield draw(Transcript(system=chat.system)) | {line: ""}
-                elif reply.error and prepare is _ask and not reply.tokens:  # nothing came: the question returns to its box
+                elif reply.error and prepare is _ask and not reply.tokens:  # no answer: the question returns to its box
                     yield draw(replace(chat, messages=chat.messages[:-1])) | {line: bad(reply.error), box: text}
                 else:
                     words = quiet(in_words(reply.finish, params.max_new_tokens) if reply.finish else "stopped")
@@ -136,7 +136,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
             except GptqWebuiError as error:
                 yield {line: bad(str(error))}
             finally:
-                cancel.set()  # also where the page has left and the generator is closed
+                cancel.set()  # also when the page has left and the generator is closed
                 if running.get(session) is cancel:
                     del running[session]
             yield usual
@@ -170,7 +170,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
         return gradio_compat.to_display(chat.shown()), chat.system, chat.kept()
 
     def look(request: gr.Request) -> Iterator[Drawn]:
-        """Which model answers; for the watcher."""
+        """The model that answers; for the watcher."""
         busy = True
         while busy:
             busy = engine.status.phase in ("loading", "unloading")
@@ -179,7 +179,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
     inputs = [store.box, box, system, *parameters.fields]
     outputs = [bot, store.box, line, box, send, stop]
 
-    watcher.add(look, [head, *template.outputs])
+    watcher.add(look, [], live=[head, *template.outputs])
     for trigger, prepare in ((send.click, _ask), (box.submit, _ask), (more.click, _continue), (again.click, _again)):
         watcher.after(trigger(turn(prepare), inputs, outputs, **gradio_compat.ANSWER))
     stop.click(stop_answer, None, None, **gradio_compat.NOW)
@@ -199,7 +199,7 @@ def _continue(chat: Transcript, _text: str) -> Transcript | str:
 
 
 def _again(chat: Transcript, _text: str) -> Transcript | str:
-    return chat.unanswered() if chat.messages else "There is no answer to write again yet."
+    return chat.unanswered() if chat.messages else "There is no answer to regenerate yet."
 
 
 async def _waking(engine: Engine, cancel: threading.Event) -> AsyncIterator[str]:

@@ -1,4 +1,4 @@
-"""The queue of downloads: what runs, waits, is paused or done, each with its own buttons. It only looks at `Downloads`."""
+"""The queue of downloads, each with its own buttons. The downloads themselves belong to `Downloads`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from .html_snippets import bad, good, quiet, working
 from .job_watcher import Drawn, Watcher
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
-SHOWN = 6  # downloads that have a place in the page; the others are counted
+SHOWN = 6  # downloads that are shown; the others are counted
 
 
 @dataclass(frozen=True)
 class DownloadBox:
-    ref: gr.Textbox  # what is to be downloaded
+    ref: gr.Textbox  # the name of the model to download
     branches: gr.Button
     status: gr.HTML
     begin: Callable[..., Drawn]  # downloads what the given text names; returns values for `status`
@@ -40,10 +40,10 @@ class _Place:
 
 
 def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
-    """The line where a model is named, its two buttons, and the permission for old formats."""
+    """The box for a model's name, its two buttons, and the permission for old formats."""
     ref = gr.Textbox(
         label="Download a model",
-        info="owner/name shows its branches and which fits; owner/name:branch downloads that one",
+        info="Type owner/name and press Show branches to see which version fits, or type owner/name:branch.",
         placeholder=EXAMPLE,
         max_lines=1,
         elem_id="gw-download-ref",
@@ -53,8 +53,8 @@ def draw_name() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
         go = gr.Button("Download", min_width=110, elem_id="gw-download")
     pickle = gr.Checkbox(
         False,
-        label="Also .bin and .pt weights",
-        info="Files of these old formats can run code when opened. The library converts them without running anything.",
+        label="Allow .bin and .pt weights",
+        info="Old formats that can run code when opened. Library, below, converts them to safetensors and runs nothing.",
         elem_id="gw-download-pickle",
     )
     return ref, branches, go, pickle
@@ -69,7 +69,7 @@ def draw_queue(
     go: gr.Button,
     pickle: gr.Checkbox,
 ) -> DownloadBox:
-    """Draw the places of the queue and wire them."""
+    """Draw and wire the rows of the queue."""
     status = gr.HTML(elem_id="gw-download-status")
     places = []
     with gr.Column(elem_id="gw-downloads"):
@@ -81,7 +81,7 @@ def draw_queue(
                 cancel = gr.Button("Cancel", size="sm", min_width=80, elem_id=f"gw-cancel-{at}", visible=False)
             places.append(_Place(row, text, pause, resume_one, cancel))
         more = gr.HTML(elem_id="gw-downloads-more")
-    shown = gr.State([])  # the references in the places, as this page sees them
+    shown = gr.State([])  # the downloads in the rows of this page
     outputs = [shown, more, *(each for place in places for each in place.outputs)]
 
     def draw() -> Drawn:
@@ -102,11 +102,11 @@ def draw_queue(
                 place.cancel: gr.update(visible=True, value="Cancel" if now.can_cancel else "Clear"),
             }
         left = len(listed) - SHOWN
-        updates[more] = quiet(f"{left} more in the list.") if left > 0 else ""
+        updates[more] = quiet(f"{left} more downloads are not shown.") if left > 0 else ""
         return updates
 
     def look(request: gr.Request) -> Iterator[Drawn]:
-        """The queue, until nothing in it goes on without a press; for the watcher."""
+        """The queue, as long as something in it is active; for the watcher."""
         running = access.is_owner(request)
         while running:
             running = bool(downloads.active())
@@ -141,7 +141,7 @@ def draw_queue(
 
         return pressed
 
-    watcher.add(look, outputs)
+    watcher.add(look, outputs, live=[place.text for place in places], kept=outputs)
     watcher.after(go.click(start, [ref, pickle], status, **gradio_compat.PRESS))
     for at, place in enumerate(places):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
@@ -157,7 +157,7 @@ def _draw(status: DownloadStatus) -> str:
         details = [status.summary, status.fit, *(each.text for each in status.files[:4])] if status.text != status.summary else []
         return working(f"{name}: {status.text}", status.share, *details)
     if status.state == "done":
-        return good(status.text) + quiet("Choose it in the list of models: it loads by itself.")
+        return good(status.text) + quiet("Choose it in the list of models to load it.")
     if status.state in ("failed", "full"):
         return bad(f"{name}: {status.text}")
     if status.share:

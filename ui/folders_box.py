@@ -1,4 +1,4 @@
-"""The list of models folders: shown, added to, taken from, remembered."""
+"""The list of models folders: show, add, remove. Changes are saved."""
 
 import os
 from collections.abc import Callable
@@ -13,26 +13,28 @@ from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good
 
+_SYSTEM = ("proc", "sys", "dev")
+
 
 @dataclass(frozen=True)
 class FoldersBox:
-    changed: list[Any]  # events after which other models may be listed
+    changed: list[Any]  # events that change which models are listed
     values: Callable[[], dict[Any, Any]]  # for `outputs`; only for owners
     outputs: list[Any]
 
 
 def draw_folders(engine: Engine, access: Access) -> FoldersBox:
-    """Draw the list and wire it. Empty until a page load shows that an owner looks."""
+    """Draw and wire the list. It stays empty until an owner opens the page."""
     folders = gr.Radio(
         [],
-        label="Where models are looked for",
-        info="Downloads go into the first.",
+        label="Folders with models",
+        info="Downloads go into the first one.",
         elem_id="gw-folders",
     )
-    path = gr.Textbox(label="Another folder", placeholder=_example(), max_lines=1, elem_id="gw-folder")
+    path = gr.Textbox(label="Add a folder", placeholder=_example(), max_lines=1, elem_id="gw-folder")
     with gr.Row(elem_classes="gw-buttons"):
         add = gr.Button("Add folder", size="sm", min_width=110, elem_id="gw-folder-add")
-        remove = gr.Button("Take out of the list", size="sm", min_width=110, elem_id="gw-folder-remove")
+        remove = gr.Button("Remove from the list", size="sm", min_width=110, elem_id="gw-folder-remove")
     note = gr.HTML(elem_id="gw-folder-note")
 
     def values() -> dict[Any, Any]:
@@ -50,13 +52,13 @@ def draw_folders(engine: Engine, access: Access) -> FoldersBox:
     def remove_folder(chosen: str | None, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
         if not chosen:
-            return {note: bad("Choose the folder to take out of the list first.")}
+            return {note: bad("Choose a folder in the list first.")}
         left = tuple(each for each in engine.library.roots if str(each) != chosen)
         if not left:
-            return {note: bad("One folder must stay: downloads go there. Add another one first.")}
+            return {note: bad("Downloads need one folder. Add another one before you remove this one.")}
         engine.library.roots = left
         engine.settings.models_folders = [each for each in engine.settings.models_folders if str(each) != chosen] or list(left)
-        return values() | {note: good(f"{chosen} is no longer listed. Its files are untouched.")}
+        return values() | {note: good(f"{chosen} was removed from the list. Its files are untouched.")}
 
     outputs = [folders, path, note]
     changed = [trigger(add_folder, path, outputs, **gradio_compat.EVENT) for trigger in (add.click, path.submit)]
@@ -67,15 +69,27 @@ def draw_folders(engine: Engine, access: Access) -> FoldersBox:
 def _refusal(text: str, folder: Path, engine: Engine) -> str:
     """Why this folder cannot be added, "" if it can."""
     if not (text or "").strip():
-        return "Write the path of a folder first."
+        return "Type the path of a folder first."
     if folder in engine.library.roots:
-        return f"{folder} is in the list already."
+        return f"{folder} is already in the list."
     if not folder.exists():
         return f"There is no folder {folder}. Check the spelling, or create it first."
     if not folder.is_dir():
-        return f"{folder} is a file. Write the path of the folder that holds your models."
+        return f"{folder} is a file. Type the path of the folder that holds your models."
+    if refused := _no_place(folder):
+        return refused
     if not os.access(folder, os.R_OK | os.X_OK):
         return f"{folder} cannot be read. Check its permissions."
+    return ""
+
+
+def _no_place(folder: Path) -> str:
+    """Why no models can be here: whole disks and the folders of the operating system take minutes to search, or hang."""
+    real = folder.resolve()
+    if real == Path(real.anchor):
+        return f"{folder} is a whole disk. Type the path of the folder that holds your models, for example {_example()}."
+    if os.name != "nt" and len(real.parts) > 1 and real.parts[1] in _SYSTEM:
+        return f"{folder} belongs to the operating system. Type the path of a folder with models, for example {_example()}."
     return ""
 
 

@@ -14,11 +14,11 @@ from ..core.chat import Message
 
 SIX = int(gr.__version__.split(".")[0]) >= 6
 
-# 6 draws a tab only when it is opened, and forgets what its lists were filled with before. 4.37 draws all at once,
-# and a list that is filled while it is open shows only what is chosen already: there it must not be filled again.
+# 6 draws a tab when it is opened and forgets the choices that its lists got before. 4.37 draws all tabs at once; a list
+# that gets its choices while it is open shows only the chosen one, so there it must not be filled again.
 LAZY_TABS = SIX
 
-# For every event. Handlers are the page's own business: they are named nowhere and shown in no API page.
+# For every event. Handlers belong to the page: they have no names for clients and are on no API page.
 EVENT: dict[str, Any] = {"show_progress": "hidden"} | ({"api_visibility": "private"} if SIX else {"api_name": False})
 
 
@@ -125,6 +125,17 @@ def enclosing_tab() -> gr.Tab | None:
     while block is not None and not isinstance(block, gr.Tab):
         block = block.parent
     return block
+
+
+def slider(*limits: float, **options: Any) -> gr.Slider:
+    """A Slider whose number box may hold anything: who handles the event says what is wrong with it.
+
+    6 refuses a value past the limits with a text that does not name the slider, and fails on an empty box.
+    (A class of its own would make Gradio write a file beside this one.)
+    """
+    drawn = gr.Slider(*limits, **options)
+    setattr(drawn, "preprocess", lambda payload: payload)  # noqa: B010 (a method, to a type checker)
+    return drawn
 
 
 def chatbot(**options: Any) -> gr.Chatbot:

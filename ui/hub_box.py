@@ -1,4 +1,4 @@
-"""Which Hub, and as whom: the address of a mirror and an access token, which is written here and never shown again."""
+"""The address of the Hub and the access token. The token is typed here and never shown again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,26 +21,26 @@ class HubBox:
 
 
 def draw_hub(engine: Engine, access: Access) -> HubBox:
-    """Draw the boxes and wire them. Empty until a page load shows that an owner looks."""
+    """Draw and wire the boxes. They stay empty until an owner opens the page."""
     hub = HubSettings(engine.library.hub, engine.settings)
     state = gr.HTML(elem_id="gw-hub-state")
     endpoint = gr.Textbox(
         label="Mirror",
-        info="Empty asks huggingface.co, or what HF_ENDPOINT says.",
+        info="Leave this empty for huggingface.co, or for the address in the variable HF_ENDPOINT.",
         placeholder="https://hf-mirror.com",
         max_lines=1,
         elem_id="gw-hub-endpoint",
     )
     token = gr.Textbox(
         label="Access token",
-        info="For gated and private models. It is kept in a file that only you may read, and sent to this one place only.",
+        info="For gated and private models. It is saved in a file that only you can read, and sent to the Hub only.",
         type="password",
         max_lines=1,
         elem_id="gw-hub-token",
     )
     with gr.Row(elem_classes="gw-buttons"):
         save = gr.Button("Save", size="sm", min_width=80, elem_id="gw-hub-save")
-        forget = gr.Button("Forget the token", size="sm", min_width=130, elem_id="gw-hub-forget")
+        forget = gr.Button("Delete the token", size="sm", min_width=130, elem_id="gw-hub-forget")
     note = gr.HTML(elem_id="gw-hub-note")
     outputs = [state, endpoint, token, note]
 
@@ -63,7 +63,7 @@ def draw_hub(engine: Engine, access: Access) -> HubBox:
             hub.set_token("")
         except GptqWebuiError as error:
             return {note: bad(str(error))}
-        return values() | {note: good("The token is forgotten here.")}
+        return values() | {note: good("The token was deleted here.")}
 
     save.click(save_both, [endpoint, token], outputs, **gradio_compat.EVENT)
     forget.click(forget_token, None, outputs, **gradio_compat.EVENT)

@@ -1,4 +1,4 @@
-"""Two small things of a long-running page: unload what nobody uses, and copy a report for where help is asked for."""
+"""Two helpers: unload an idle model, and copy a report for a request for help."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,22 +26,24 @@ def draw_idle(engine: Engine, access: Access) -> IdleBox:
     """Draw and wire."""
     minutes = gr.Number(
         0,
-        label="Unload after so many idle minutes",
+        label="Unload the model after this many idle minutes",
         info="0 never unloads. The next message loads the model again.",
         visible=engine.slot.can_unload_idle,
         elem_id="gw-idle",
     )
     note = gr.HTML(elem_id="gw-idle-note")
     copy = gr.Button("Copy report", size="sm", min_width=120, elem_id="gw-report-copy")
-    gr.HTML('<p class="gw-quiet">Versions, card, driver, loaders and the last error, without tokens and without your paths.</p>')
+    gr.HTML(
+        '<p class="gw-quiet">To ask for help: versions, GPU, driver, loaders and the last error. No access tokens, no paths.</p>'
+    )
     text = gr.Textbox(show_label=False, container=False, lines=8, max_lines=8, visible=False, elem_id="gw-report-text")
 
     def keep(value: float | None, request: gr.Request) -> str:
         access.require_owner(request)
         if value is None or not 0 <= value <= _MOST_MINUTES:
-            return bad(f"Minutes go from 0 (never) to {_MOST_MINUTES}.")
+            return bad(f"Type a number of minutes from 0 (never) to {_MOST_MINUTES} (a week).")
         engine.set_idle_minutes(value)
-        return good(f"A model is unloaded after {value:g} minutes without use." if value else "A model stays loaded.")
+        return good(f"An idle model is unloaded after {value:g} minutes." if value else "The model stays loaded.")
 
     def write(request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)

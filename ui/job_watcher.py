@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import gradio as gr
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Drawn = dict[Any, Any]  # what a handler returns: component -> value
 Part = Callable[[gr.Request], Iterator[Drawn]]  # one look at each `next`, {} for no change; ends when only a press changes it
 
-LOOK_S = 0.2  # between two looks of a watcher
+LOOK_S = 0.25  # between two looks of a watcher
 _REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
 _ALIVE_S = 5.0  # Gradio notices that a page has left when its handler yields
 _MOST_REPLACED = 4  # questions to a slow Hub that nobody waits for any more
@@ -167,46 +167,91 @@ class Watcher:
     """Shows what changes on a page without a press. Every page has one at most: a newer one takes over.
 
     Tabs add their parts while they are drawn; `wire` comes last, when all parts are known.
+
+    Gradio 6 makes every output of a handler anew at each yield, about 1 ms each, also those that stay as they are. So the
+    watcher itself draws the few that change all the time, and rings a bell for the others: a handler of their own.
     """
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
-        self.outputs: list[Any] = []
+        self._live: list[Any] = []
+        self._others: list[Any] = []
+        self._kept: set[int] = set()  # ids of outputs that keep their value between two watchers of a page
         self._events: list[Any] = []
+        self._triggers: list[Callable[..., Any]] = []
         self._newest: Pages[object] = Pages()
+        self._drawn: Pages[Drawn] = Pages()  # the kept outputs, as each page shows them
+        self._waiting: Pages[Drawn] = Pages()  # for the bell
+        self._rung = 0
+        self.bell = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
 
-    def add(self, part: Part, outputs: list[Any]) -> None:
+    def add(self, part: Part, outputs: list[Any], *, live: Sequence[Any] = (), kept: Sequence[Any] = ()) -> None:
+        """`live` are the outputs that change all the time; nobody but this watcher draws the `kept` ones."""
         self._parts.append(part)
-        self.outputs += [each for each in outputs if not any(each is known for known in self.outputs)]
+        self._live += [each for each in live if not _among(each, self._live)]
+        self._others += [each for each in outputs if not _among(each, self._others)]
+        self._kept |= {id(each) for each in kept}
 
     def after(self, *events: Any) -> None:
         """Watch when one of these events has ended."""
         self._events += events
 
+    def on(self, trigger: Callable[..., Any]) -> None:
+        """Watch when this happens."""
+        self._triggers.append(trigger)
+
     def wire(self) -> None:
-        for event in self._events:
-            event.then(self.watch, None, self.outputs, **gradio_compat.WATCH)
+        self._others = [each for each in self._others if not _among(each, self._live)]
+        outputs = [self.bell, *self._live]
+        for trigger in (*self._triggers, *(event.then for event in self._events)):
+            trigger(self.watch, None, outputs, **gradio_compat.WATCH)
+        self.bell.change(self.deliver, None, self._others, **gradio_compat.SHOW)
+
+    def forget(self, request: gr.Request) -> None:
+        """Something else has drawn the kept outputs of this page."""
+        self._drawn.pop(request)
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        self._newest.pop(request)
+        for pages in (self._newest, self._drawn, self._waiting):
+            pages.pop(request)
 
     async def watch(self, request: gr.Request) -> AsyncIterator[Drawn]:
         """Draw what has changed, until nothing more changes without a press or a newer watcher takes over."""
         mine = object()
         self._newest.set(request, mine)
         looks = [part(request) for part in self._parts]
-        drawn: Drawn = {}
+        drawn = dict(self._drawn.get(request) or {})
         yielded_at = 0.0
-        while looks and self._newest.get(request) is mine:
+        while looks:
             now = await asyncio.to_thread(_look, looks)  # a look may read the disk
+            if self._newest.get(request) is not mine:
+                return
             changed = {box: value for box, value in now.items() if box not in drawn or drawn[box] != value}
             if changed or time.monotonic() - yielded_at > _ALIVE_S:
                 drawn |= changed
+                self._drawn.set(request, {box: value for box, value in drawn.items() if id(box) in self._kept})
                 yielded_at = time.monotonic()
-                yield changed or {self.outputs[0]: gr.update()}  # a handler that yields nothing would empty every output
+                yield self._ring(request, changed)
             if looks:
                 await asyncio.sleep(LOOK_S)
+
+    def _ring(self, request: gr.Request, changed: Drawn) -> Drawn:
+        """The live part of the changes; the others wait for the bell."""
+        live = {box: value for box, value in changed.items() if _among(box, self._live)}
+        others = {box: value for box, value in changed.items() if not _among(box, self._live)}
+        if not others:
+            return live or {self.bell: gr.update()}  # a handler that yields nothing would empty every output
+        self._waiting.set(request, (self._waiting.get(request) or {}) | others)
+        self._rung += 1
+        return live | {self.bell: str(self._rung)}
+
+    def deliver(self, request: gr.Request) -> Drawn:
+        return self._waiting.pop(request) or {self._others[0]: gr.update()}
+
+
+def _among(box: Any, boxes: Sequence[Any]) -> bool:
+    return any(box is each for each in boxes)
 
 
 def _look(looks: list[Iterator[Drawn]]) -> Drawn:

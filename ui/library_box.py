@@ -1,4 +1,4 @@
-"""Everything on disk, and what can be done with it: look for an update, verify, repair, rescue, convert, delete, open."""
+"""All models on disk, and what can be done with them: check for updates, verify, repair, rescue, convert, delete, open."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +31,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         model = gr.Dropdown([], label="Model", elem_id="gw-library-model", filterable=True)
         advice = gr.HTML(elem_id="gw-library-advice")
         with gr.Row(elem_classes="gw-buttons"):
-            update = gr.Button("Look for an update", size="sm", min_width=140, elem_id="gw-library-update")
+            update = gr.Button("Check for an update", size="sm", min_width=140, elem_id="gw-library-update")
             verify = gr.Button("Verify", size="sm", min_width=80, elem_id="gw-library-verify")
             repair = gr.Button("Repair", size="sm", min_width=80, elem_id="gw-library-repair")
             folder = gr.Button("Open folder", size="sm", min_width=110, elem_id="gw-library-open")
@@ -54,7 +54,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         chosen = chosen if chosen in names else names[0] if names else None
         one = next((each for each in items if each.model.name == chosen), None)
         return {
-            table: _table(items) if items else html_snippets.quiet("There is no model on this machine yet."),
+            table: _table(items) if items else html_snippets.quiet("There are no models on this machine yet."),
             place: gr.update(visible=bool(items)),
             model: gr.update(choices=names, value=chosen),
             sure: gr.update(visible=False),
@@ -64,7 +64,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         said = [text for text in (one.model.problem, one.rescue) if text] if one else []
         if one is not None and one.convertible:
             said.append(
-                "Its weights are in a format that can run code when it is opened. Convert reads the tensors and runs nothing."
+                "Its weights are in an old format that can run code when opened. Convert reads the numbers and runs nothing."
             )
         return {
             advice: html_snippets.notes(dict.fromkeys(said)),
@@ -180,14 +180,14 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         access.require_owner(request)
         return {sure: gr.update(visible=False), status: ""}
 
-    watcher.add(jobs.part(running, ended), [*outputs, stop])
+    watcher.add(jobs.part(running, ended), [*outputs, stop], live=[status])
     watcher.after(refresh.click(show, model, outputs, **gradio_compat.EVENT))
     model.input(choose, model, outputs, **gradio_compat.EVENT)
     delete.click(ask, model, outputs, **gradio_compat.EVENT)
     no.click(keep, None, outputs, **gradio_compat.EVENT)
     stop.click(stop_it, None, None, **gradio_compat.NOW)
     works = (
-        (update, "Looking for an update of", look_for_update, False),
+        (update, "Checking for an update of", look_for_update, False),
         (verify, "Verifying", verify_all, False),
         (repair, "Repairing", repair_all, True),
         (folder, "Opening the folder of", open_it, False),

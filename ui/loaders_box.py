@@ -1,4 +1,4 @@
-"""Which loader can open the chosen model, which cannot and why, and what would change it."""
+"""Which loaders can open the chosen model, which cannot and why, and what would change that."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ _NAMES = {"exllamav2": "ExLlamaV2", "autogptq": "AutoGPTQ", "transformers": "Tra
 
 @dataclass(frozen=True)
 class LoadersBox:
-    values: Callable[[str | None], dict[Any, Any]]  # for `outputs`: of the model of that name
+    values: Callable[[str | None], dict[Any, Any]]  # for `outputs`, about the model of that name
     outputs: list[Any]
-    compile: gr.Button  # loads the chosen model with the loader that has to be compiled first
-    again: gr.Button  # lets loaders that failed here before be tried again
+    compile: gr.Button  # loads the chosen model with a loader that must be compiled first
+    again: gr.Button  # forgets which loaders failed with the model here
 
 
 def draw_loaders(engine: Engine) -> LoadersBox:
@@ -66,7 +66,7 @@ def drawn(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         can = "yes" if row.refusal is None else "no"
-        state = "taken" if row.chosen else "can" if row.refusal is None else "cannot"
+        state = "used" if row.chosen else "can" if row.refusal is None else "cannot"
         if row.refusal is None:
             why, cure = "; ".join(text for text in (row.reason, row.note) if text), ""
         else:

@@ -1,4 +1,4 @@
-"""The panel of facts about a model: what its files say, and how it was loaded. Words are a user's."""
+"""The panel of facts about a model: from its files, and from the load. In a user's words."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from . import html_snippets
 
 
 def panel(engine: Engine) -> str:
-    """HTML about the loaded model; without one, what will stand here. Shows no path."""
+    """HTML about the loaded model, or a line that says what will be here. Shows no path."""
     loaded = engine.loaded
     if loaded is None:
-        return html_snippets.quiet("The facts of the model stand here once one is loaded.")
+        return html_snippets.quiet("Facts about the model appear here when one is loaded.")
     choice = engine.choice
     rows = [*of_files(loaded.model), *of_load(loaded)]
     if choice is not None:
@@ -24,7 +24,7 @@ def panel(engine: Engine) -> str:
 
 
 def of_files(model: LocalModel) -> list[tuple[str, str]]:
-    """(name, value) of what the folder says; an empty value is not known."""
+    """(name, value) of facts from the folder; the value is empty if it is not known."""
     rows = [("Model", model.name), ("Kind", model.badge.split(",")[0] + (f" ({_family(model)})" if _family(model) else ""))]
     if (quantize := model.quantize) is not None:
         group = "one scale for a whole column" if quantize.group_size == -1 else f"{quantize.group_size} weights share a scale"
@@ -36,7 +36,7 @@ def of_files(model: LocalModel) -> list[tuple[str, str]]:
             ("Calibration data", _dataset(quantize.dataset)),
             ("Quantised by", quantize.quantizer or ""),
         ]
-    rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights" if model.kind != "remote" else "its weights are there"))
+    rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights" if model.kind != "remote" else "on the other server"))
     return rows
 
 
@@ -52,11 +52,11 @@ def _family(model: LocalModel) -> str:
 
 
 def _dataset(dataset: str | None) -> str:
-    """Its name; a local path says nothing to anybody else and is not shown."""
+    """Its name. A local path is not shown."""
     return dataset if dataset and not Path(dataset).is_absolute() else ""
 
 
 def _device(device: str) -> str:
     if device.startswith("cuda"):
-        return f"graphics card ({device})"
-    return "processor" if device == "cpu" else device
+        return f"GPU ({device})"
+    return "CPU" if device == "cpu" else device

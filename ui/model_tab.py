@@ -43,7 +43,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         with gr.Column(scale=3, min_width=320):
             with gr.Column(elem_classes="gw-panel"):
                 models = gr.Dropdown(
-                    [], value=None, label="Model", info="Choosing one loads it.", elem_id="gw-models", filterable=True
+                    [], value=None, label="Model", info="Choose one to load it.", elem_id="gw-models", filterable=True
                 )
                 with gr.Row(elem_classes="gw-buttons"):
                     refresh = gr.Button("Refresh", size="sm", min_width=96, elem_id="gw-refresh")
@@ -201,12 +201,13 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         if not busy():
             status_on.set(request, now)
         done_on.set(request, done())
+        watcher.forget(request)
         return listed(request, now.name or None) | state() | boxes | {status: said}
 
     def begin(request: gr.Request, name: str, job: Callable[[], object]) -> Drawn:
         return run(request, f"Loading {name}", job, ready, name)
 
-    watcher.add(look, outputs)
+    watcher.add(look, outputs, live=[status])
     watcher.add(arrived, [models])
     for trigger in (models.input, reload.click, settings.reload.click):
         watcher.after(trigger(load, models, status, **gradio_compat.PRESS))

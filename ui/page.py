@@ -1,4 +1,4 @@
-"""The whole page: the tabs, the banner, what a visitor may see. Any Gradio of compat.py can draw it."""
+"""The whole page: the tabs, the banner, and what a visitor may see."""
 
 from html import escape
 from typing import Any
@@ -29,22 +29,22 @@ def build(
 ) -> gr.Blocks:
     """Draw and wire the page; launch it with `launch_options()`.
 
-    `banner` is for owners: what is wrong with this machine and how to cure it. `preset` is that of the
-    Parameters tab for a browser that kept none. `share` may be filled after the launch.
+    `banner` is for owners: a problem of this machine and its cure. `preset` is the first choice of the
+    Parameters tab in a browser that has kept none. `share` may be filled after the launch.
     """
     access = access or Access()
     everybody = access.owners is None
-    watcher = Watcher()
     with gradio_compat.blocks(theme.TITLE, theme.theme(), theme.CSS) as page:
+        watcher = Watcher()
         with gr.Row(elem_id="gw-head-row"):
             gr.HTML(f'<h1 id="gw-title">{theme.TITLE}<span>chat with GPTQ models</span></h1>')
             free = gr.Button(
-                "Free the card" if look_at_machine().gpu else "Free the memory",
+                "Free GPU memory" if look_at_machine().gpu else "Free memory",
                 size="sm",
                 min_width=110,
                 scale=0,
                 visible=everybody,
-                elem_id="gw-free",  # in sight on every tab
+                elem_id="gw-free",  # visible on every tab
             )
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
@@ -94,18 +94,18 @@ def build(
         for trigger in [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(free_memory, None, None, **gradio_compat.EVENT))
-        chat_place.select(watcher.watch, None, watcher.outputs, **gradio_compat.WATCH)
+        watcher.on(chat_place.select)
         watcher.wire()
-        page.unload(chat.leave)  # last: 4.37 looks at the last event alone to know whether a page that left is to be noticed
+        page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it
     return page
 
 
 def launch_options() -> dict[str, Any]:
-    """What `Blocks.launch` must be given for the page to look as it should."""
+    """Arguments for `Blocks.launch`: the look of the page."""
     return gradio_compat.launch_options(theme.theme(), theme.CSS)
 
 
 def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
-    """The page as an ASGI application; `users` are the (name, password) that may log in, None lets everybody in."""
+    """The page as an ASGI application. `users` are the (name, password) pairs that may log in; None: no login."""
     mounted = gradio_compat.mount(page, users, theme.theme(), theme.CSS)
     return PageGate(mounted, gradio_compat.Server(mounted))

@@ -1,4 +1,4 @@
-"""The Parameters tab: how answers are sampled. Drawn from `GenerationParams`, for each visitor alone."""
+"""The Parameters tab: how answers are sampled. It is drawn from `GenerationParams`; each visitor has values of their own."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,9 @@ from . import gradio_compat
 from .browser_store import BrowserStore, browser_store
 from .html_snippets import bad
 
-OWN = "Your own"  # shown as the preset when the values are those of none
+OWN = "Your own"  # shown when the values are those of no preset
 _STORE_KEY = "gptq-webui parameters"
-_WIDEST_SLIDER_STEPS = 2000  # finer than that, a hand cannot hit a value
+_WIDEST_SLIDER_STEPS = 2000  # a hand cannot hit a value on a finer slider
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class ParametersTab:
 def build(first: str = next(iter(PRESETS))) -> ParametersTab:
     """Draw the tab and wire it; return what the Chat tab needs to gather the values.
 
-    `first` is the preset that a browser starts with which kept none.
+    `first` is the preset for a browser that has kept no values.
     """
-    gr.HTML('<p class="gw-quiet">How the next answers are written. These values are yours alone and stay in this browser.</p>')
+    gr.HTML('<p class="gw-quiet">These settings shape the next answers. They are yours alone and stay in this browser.</p>')
     preset = gr.Dropdown(
         [*PRESETS, OWN],
         value=first,
         label="Preset",
-        info="Model card: the values that the models' own pages recommend.",
+        info="Model card: the values that most model cards recommend.",
         elem_id="gw-preset",
     )
     rows = list(_shown_fields(PRESETS[first]))
@@ -52,14 +52,10 @@ def to_params(values: Sequence[Any]) -> GenerationParams:
     for (name, row, _default), value in zip(_shown_fields(), values, strict=True):
         if row.kind == "texts":
             given[name] = tuple(line for line in str(value or "").splitlines() if line)
-        elif row.optional:
-            given[name] = value  # empty: a new one each time
-        elif value is None:
-            raise BadParameter(f"{row.label} is empty. Write a number from {row.low:g} to {row.high:g}.")
-        elif not row.low <= value <= row.high:
-            raise BadParameter(f"{row.label} must be between {row.low:g} and {row.high:g}; found {value:g}.")
+        elif value is None and not row.optional:
+            raise BadParameter(f"{row.label} is empty. Type a number from {row.low:g} to {row.high:g}.")
         else:
-            given[name] = value
+            given[name] = row.check(row.label, value)
     return GenerationParams.from_dict(given)
 
 
@@ -81,7 +77,7 @@ def _draw(name: str, row: SamplingField, default: Any) -> gr.components.Componen
         return gr.Textbox("\n".join(default), lines=2, max_lines=6, **common)
     if (row.high - row.low) / row.step > _WIDEST_SLIDER_STEPS:
         return gr.Number(-1 if default is None else default, precision=0, **common)
-    return gr.Slider(row.low, row.high, value=default, step=row.step, **common)
+    return gradio_compat.slider(row.low, row.high, value=default, step=row.step, **common)
 
 
 def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: BrowserStore, note: gr.HTML) -> None:
@@ -99,7 +95,7 @@ def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: Bro
     def restore(kept: str) -> list[Any]:
         try:
             params = to_params(json.loads(kept))
-        except (BadParameter, ValueError, TypeError):
+        except (BadParameter, ValueError, TypeError, RecursionError):
             return [gr.update() for _ in fields]  # nothing kept, or by another version
         return to_values(params)
 

@@ -97,5 +97,5 @@ def draw_rescue(engine: Engine, access: Access, watcher: Watcher) -> RescueBox:
         return next((each for each in trouble.remedies if each.kind == kind), None) if trouble is not None else None
 
     outputs = [cancel, back, details, row, *buttons.values()]
-    watcher.add(look, outputs)
+    watcher.add(look, outputs, kept=outputs)
     return RescueBox(values, outputs, wire)

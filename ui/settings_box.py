@@ -1,6 +1,6 @@
-"""Custom settings: the panels of the loaders' options, drawn from their dataclasses. What is saved, is saved for one model.
+"""Custom settings: a panel for each loader, drawn from the dataclass of its options. They are saved for one model.
 
-Only the panel of the loader that would open the chosen model is shown.
+The page shows the panel of the loader that would open the chosen model.
 """
 
 from collections.abc import Callable
@@ -23,25 +23,25 @@ _AUTOMATIC = ""
 @dataclass(frozen=True)
 class SettingsBox:
     reload: gr.Button
-    values: Callable[[str | None], dict[Any, Any]]  # for `outputs`: what is saved for the model of that name
+    values: Callable[[str | None], dict[Any, Any]]  # for `outputs`: the settings of the model of that name
     outputs: list[Any]
 
 
 def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> SettingsBox:
-    """Draw the panel; its values belong to the model that is chosen in `models`."""
-    gr.HTML(quiet("GPTQ parameters are read from the files; there is nothing to set. These are for the rest."))
+    """Draw the panels; their values belong to the model that is chosen in `models`."""
+    gr.HTML(quiet("Bits, group size and the like are read from the model's files: there is no need to set them."))
     names = [each.name for each in engine.loaders]
     loader = gr.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in names)],
         value=_AUTOMATIC,
         label="Loader",
-        info="The program that opens the model. Automatic takes the first that can.",
+        info="The program that runs the model. Automatic uses the first one that can.",
         visible=len(names) > 1,
         elem_id="gw-loader",
     )
     drawn: dict[str, list[tuple[Field, gr.components.Component]]] = {}
     panels: dict[str, gr.Row] = {}
-    seen: set[str] = set()  # an id stands once in a page, an option's name in several loaders
+    seen: set[str] = set()  # an id is unique in a page, but several loaders may have an option of the same name
     drawn_for = tuple(engine.loaders)
     for at, each in enumerate(drawn_for):
         with gr.Row(visible=at == 0, elem_classes="gw-fields", elem_id=f"gw-panel-{each.name}") as panels[each.name]:
@@ -58,7 +58,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
     boxes = [box for pairs in drawn.values() for _option, box in pairs]
 
     def effective(name: str | None, wanted: str) -> str:
-        """The loader whose panel is shown: the one chosen here, else the one that would open the model."""
+        """The loader whose panel is shown: the one that is chosen here, else the one that would open the model."""
         if wanted != _AUTOMATIC:
             return wanted
         try:
@@ -79,7 +79,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
         shown: dict[Any, Any] = {}
         for each in drawn_for:
-            as_it_takes = make_options(each, usable)  # a name may stand for two loaders' options
+            as_it_takes = make_options(each, usable)  # two loaders may have an option of the same name
             shown |= {box: getattr(as_it_takes, option.name) for option, box in drawn[each.name]}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
 
@@ -103,7 +103,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
             )
         except GptqWebuiError as error:
             return {note: bad(str(error))}
-        return {note: good(f"Saved for {name}. It takes effect when the model is loaded again: press Reload the model.")}
+        return {note: good(f"Saved for {name}. To use the new settings, press Reload the model.")}
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
     save.click(save_settings, [models, loader, *boxes], note, **gradio_compat.EVENT)

@@ -1,4 +1,4 @@
-"""The box with the public link and the guest's password, for the owner to send on."""
+"""The box with the public link and the guest's password, for the owner to copy."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from . import gradio_compat
 def copy_script(button: str, text: str, label: str) -> str:
     """JavaScript for a button that copies a Textbox; both by their ids.
 
-    The clipboard is closed to pages that came over plain http, hence the second way.
+    Browsers close the clipboard to pages that came over plain http, hence the fallback.
     """
     return (
         """(text) => {

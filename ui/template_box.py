@@ -1,4 +1,4 @@
-"""Who is loaded and how a chat is put to it: the head of the Chat tab, and the choice of its template."""
+"""The head of the Chat tab: the loaded model, and the choice of its chat template."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ _AUTOMATIC = ""
 class TemplateBox:
     choice: gr.Dropdown
     outputs: list[Any]
-    values: Callable[[gr.Request], dict[Any, Any]]  # for `outputs`, as things stand
+    values: Callable[[gr.Request], dict[Any, Any]]  # for `outputs`: the present choice
     choose: Callable[..., dict[Any, Any]]
 
 
 def draw_template(engine: Engine, access: Access) -> TemplateBox:
-    """Draw the choice and say what it does; the Chat tab wires it."""
+    """Draw the choice; the Chat tab wires it."""
     choice = gr.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in (*BUILT_IN, PLAIN))],
         value=_AUTOMATIC,
         label="Chat template",
-        info="How messages are put to the model. Remembered for each model.",
+        info="The format in which messages reach the model. Saved for each model.",
         elem_id="gw-template",
         visible=access.owners is None,
     )
@@ -55,17 +55,15 @@ def draw_template(engine: Engine, access: Access) -> TemplateBox:
 
 
 def about(engine: Engine, owner: bool) -> str:
-    """The model that answers, in HTML; what to do if there is none."""
+    """HTML: the model that answers, or what to do if there is none."""
     loaded, status = engine.loaded, engine.status
     if loaded is not None:
         return f'<div class="gw-who"><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
     if status.phase == "loading":
-        return working(f"{status.name} is being loaded. You can write in the meantime.", status.share)
+        return working(f"{status.name} is being loaded. You can already write your message.", status.share)
     if (idle_load := engine.slot.idle_load) is not None:
         return f'<div class="gw-who"><b>{escape(idle_load.model.name)}</b> <span>is idle; your next message loads it</span></div>'
-    cure = (
-        "Open the Model tab: download one, or choose one that you have." if owner else "Ask the owner of this page to load one."
-    )
+    cure = "Open the Model tab to download or choose one." if owner else "Ask the owner of this page to load one."
     return f'<div class="gw-who"><b>No model is loaded</b> <span>{cure}</span></div>'
 
 

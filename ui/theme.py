@@ -1,4 +1,4 @@
-"""How the page looks: a theme and the style sheet over it. System fonts only: nothing is fetched from elsewhere."""
+"""How the page looks: a theme and a style sheet. It uses system fonts, so nothing is fetched from elsewhere."""
 
 import gradio as gr
 
@@ -86,7 +86,7 @@ footer { display: none !important; }
 #gw-title span { color: var(--gw-soft); font-weight: 400; font-size: 14px; margin-left: 8px; letter-spacing: 0; }
 """
 
-_WORDS = """ /* parts.py */
+_WORDS = """ /* html_snippets.py */
 .gw-hidden { display: none !important; }
 .gw-quiet, .gw-good, .gw-bad, .gw-working p { margin: 4px 0; line-height: 1.5; overflow-wrap: anywhere; }
 .gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; }
@@ -155,7 +155,7 @@ _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
 #gw-branch-table details summary { cursor: pointer; color: var(--gw-soft); font-size: 14px; padding: 4px 0; }
 """
 
-_CHAT = """ /* the conversation takes what the rest leaves of the window */
+_CHAT = """ /* the conversation fills the rest of the window */
 .gw-who { line-height: 1.5; overflow-wrap: anywhere; }
 .gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
 #gw-chat {
@@ -180,4 +180,4 @@ _CHAT = """ /* the conversation takes what the rest leaves of the window */
 """
 
 CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT
-HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in a page of somebody else: touches nothing but our own classes
+HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes

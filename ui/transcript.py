@@ -1,47 +1,54 @@
-"""A chat as the browser keeps it, and as it is shown."""
+"""A chat as the browser keeps it, and as the page shows it."""
 
 import json
-import re
 from dataclasses import dataclass, replace
 
 from ..core.chat import Message
+from .safe_markdown import safe_markdown
 
-_CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`)", re.DOTALL)
+MOST_CHARACTERS = 2_000_000  # of a chat; browsers keep about 5 MB
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """Messages of user and assistant, and the system prompt beside them."""
+    """The messages of user and assistant, and the system prompt."""
 
     messages: tuple[Message, ...] = ()
     system: str = ""
 
     @classmethod
     def read(cls, kept: str) -> "Transcript":
-        """From what the browser kept; whatever is not a chat is an empty one."""
+        """From the text that the browser kept. Anything that is not a chat becomes an empty one; the oldest messages of
+        one that is too long are left out."""
         try:
             values = json.loads(kept)
-            messages = tuple(Message(each["role"], each["text"]) for each in values["messages"])
-            if all(each.role in ("user", "assistant") and isinstance(each.text, str) for each in messages):
-                return cls(messages, str(values["system"]))
-        except (ValueError, TypeError, KeyError):
-            pass
-        return cls()
+            messages = [Message(each["role"], whole(each["text"])) for each in values["messages"]]
+            system = whole(str(values["system"]))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return cls()
+        if not all(each.role in ("user", "assistant") for each in messages):
+            return cls()
+        length = len(system)
+        for at in range(len(messages) - 1, -1, -1):
+            length += len(messages[at].text)
+            if length > MOST_CHARACTERS:
+                return cls(tuple(messages[at + 1 :]), system[:MOST_CHARACTERS])
+        return cls(tuple(messages), system)
 
     def kept(self) -> str:
         messages = [{"role": each.role, "text": each.text} for each in self.messages]
         return json.dumps({"messages": messages, "system": self.system}, ensure_ascii=False)
 
     def prompt(self) -> list[Message]:
-        """What the engine is given."""
+        """The messages for the engine."""
         system = [Message("system", self.system.strip())] if self.system.strip() else []
         return [*system, *self.messages]
 
     def asked(self, text: str) -> "Transcript":
-        return replace(self, messages=(*self.messages, Message("user", text)))
+        return replace(self, messages=(*self.messages, Message("user", whole(text))))
 
     def answered(self, text: str) -> "Transcript":
-        """With `text` as the last answer, in place of the one that stands there; without one if it is empty."""
+        """With `text` as the last answer, in place of the present one. An empty `text` removes it."""
         answer = (Message("assistant", text),) if text else ()
         return replace(self, messages=(*self.unanswered().messages, *answer))
 
@@ -57,10 +64,9 @@ class Transcript:
 
     def shown(self, first: int = 0) -> list[Message]:
         """The messages from `first` on, ready for a Chatbot, which renders Markdown."""
-        return [replace(each, text=without_html(each.text)) for each in self.messages[first:]]
+        return [replace(each, text=safe_markdown(each.text)) for each in self.messages[first:]]
 
 
-def without_html(markdown: str) -> str:
-    """The same Markdown with tags shown as they were written: they must not run, and `<stdio.h>` must not vanish."""
-    parts = _CODE.split(markdown)  # code at the odd places, where Markdown escapes by itself
-    return "".join(part if at % 2 else part.replace("<", "&lt;") for at, part in enumerate(parts))
+def whole(text: str) -> str:
+    """Text without halves of characters, which no encoding can write. Raises AttributeError for anything but a text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

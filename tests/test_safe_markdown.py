@@ -1,0 +1,81 @@
+"""ui/safe_markdown.py: nothing in a message runs or is fetched, and code looks like code."""
+
+import random
+import re
+import time
+
+import pytest
+
+from gptq_webui.ui.safe_markdown import safe_markdown
+
+OUTSIDE = "http://outside.invalid/x.png"
+
+
+@pytest.mark.parametrize(
+    ("markdown", "shown"),
+    [
+        ("plain *text*", "plain *text*"),
+        ("<b>x</b>", "&lt;b>x&lt;/b>"),
+        ("`<b>` and <b>", "<code>&#60;b&#62;</code> and &lt;b>"),
+        ("``a ` <b>`` <b>", "<code>a &#96; &#60;b&#62;</code> &lt;b>"),
+        ("```c\n#include <stdio.h>\n```\n<i>", "```c\n#include <stdio.h>\n```\n&lt;i>"),
+        ("~~~\n<i>\n~~~\n<i>", "~~~\n<i>\n~~~\n&lt;i>"),
+        ("- one\n\n  ```c\n  #include <stdio.h>\n  ```\n", "- one\n\n  ```c\n  #include <stdio.h>\n  ```\n"),
+        ("```\n<b> not closed yet", "```\n<b> not closed yet"),
+        ("2 ` 3 <b>\n` <i>", "2 ` 3 &lt;b>\n` &lt;i>"),
+        ("$$ a < b $$ and a < b", r"$$ a \lt  b $$ and a &lt; b"),
+        (f"![a cat]({OUTSIDE})", f"[Image: a cat]({OUTSIDE})"),
+        (f"`![a]({OUTSIDE})`", "<code>&#33;&#91;a&#93;&#40;http&#58;&#47;&#47;outside&#46;invalid&#47;x&#46;png&#41;</code>"),
+        ("![a][b]", r"!\[a][b]"),
+        ("Wow![1]", r"Wow!\[1]"),
+    ],
+)
+def test_a_message_keeps_its_look(markdown, shown):
+    assert safe_markdown(markdown) == shown
+
+
+@pytest.mark.parametrize(
+    "markdown",
+    [
+        "<i> ``` <img src=x> ```",  # a fence begins a line
+        "text ```\n<img src=x>",
+        r"\`<img src=x>\`",
+        "- item\n\n  ```\n<img src=x>\n  ```",  # the line ends the item, and the code with it
+        "> ```\n<img src=x>\n> ```",
+        "```\n$$\n<img src=x>\n```\n$$",
+        "$$\n```\n$$\n<img src=x>\n```",
+        "$$ <img src=x> $$",
+        "```a`b\n<img src=x>\n```",
+        "````\n<b>\n```\n````\n<img src=x>",
+        "```\n```~\n<img src=x>",
+        "    ```\n<img src=x>",
+        "```\r<b>\r```\r<img src=x>",
+        "\u2028```\n<img src=x>",
+        "\t```\n<img src=x>",
+    ],
+)
+def test_a_tag_that_only_looks_like_code_is_escaped(markdown):
+    assert "<img" not in safe_markdown(markdown)
+
+
+def test_no_tag_and_no_image_outside_of_blocks_that_every_parser_takes_for_code():
+    """Against a parser of the CommonMark standard, with random texts of the pieces that matter."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    pieces = ["```", "~~~", "`", "``", "$$", "<img src=x>", "![a](b)", "![a][b]", "a", "\\"]
+    pieces += ["\n", "\n\n", "  ", "    ", "- ", "> ", "1. "]
+    chance = random.Random(0)
+    for _ in range(3000):
+        text = "".join(chance.choice(pieces) for _ in range(chance.randrange(1, 25)))
+        for token in parser.parse(safe_markdown(text)):
+            inside = [token, *(token.children or [])]
+            assert not any(each.type == "image" for each in inside), text
+            html = "".join(each.content for each in inside if each.type in ("html_inline", "html_block"))
+            assert not re.sub(r"</?code>", "", html), text
+
+
+@pytest.mark.parametrize("piece", ["`", "``a`", " ```x\n", "![", "$$", "<", "```\n", "\\`", " ~~~a\n", "[", "!["])
+def test_a_hostile_megabyte_takes_less_than_a_moment(piece):
+    text = piece * (1_000_000 // len(piece)) + "\n<x"
+    began = time.process_time()
+    safe_markdown(text)
+    assert time.process_time() - began < 3
