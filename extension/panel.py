@@ -30,7 +30,7 @@ def draw(bridge: Bridge) -> None:
         watcher = Watcher()
         models = model_tab.build(engine, bridge.downloads, watcher)
         with gr.Accordion("When the web UI starts", open=False, elem_id="gw-start"):
-            start = gr.Dropdown(
+            start = gradio_compat.Dropdown(
                 [_NONE],
                 value=_NONE,
                 label="Load this model when the web UI starts",

@@ -53,7 +53,7 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
     """Draw it; `show` fills it for an owner."""
     with gr.Column(elem_classes="gw-panel", elem_id="gw-api"):
         head = gr.HTML(elem_id="gw-api-head")
-        program = gr.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
+        program = gradio_compat.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
         code = gr.Code(value="", language="shell", interactive=False, label="Copy this", lines=4, elem_id="gw-api-code")
         key = gr.Textbox(
             label="API key",
@@ -71,7 +71,7 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
             return {head: ""}
         address = address_of(request)
         name = engine.loaded.model.name if engine.loaded is not None else ""
-        language, text = calls(address, name, api.locked())[wanted]
+        language, text = calls(address, name, api.locked()).get(wanted, ("shell", ""))
         also = f" Programs made for text-generation-webui can use port {api.port}." if api.port is not None else ""
         said = (
             f"Other programs can use {name} at {address}."

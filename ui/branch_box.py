@@ -39,8 +39,8 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
     with gr.Column(visible=False, elem_id="gw-branch-choice", elem_classes="gw-panel") as place:
         table = gr.HTML(elem_id="gw-branch-table")
         with gr.Row(elem_classes="gw-fields"):
-            branch = gr.Dropdown([], label="Branch", elem_id="gw-branch", min_width=260, scale=2)
-            context = gr.Dropdown(
+            branch = gradio_compat.Dropdown([], label="Branch", elem_id="gw-branch", min_width=260, scale=2)
+            context = gradio_compat.Dropdown(
                 [(f"{each} tokens", each) for each in _CONTEXTS],
                 value=DEFAULT_CONTEXT_TOKENS,
                 label="Context length to plan for",

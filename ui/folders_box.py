@@ -25,7 +25,7 @@ class FoldersBox:
 
 def draw_folders(engine: Engine, access: Access) -> FoldersBox:
     """Draw and wire the list. It stays empty until an owner opens the page."""
-    folders = gr.Radio(
+    folders = gradio_compat.Radio(
         [],
         label="Folders with models",
         info="Downloads go into the first one.",

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,20 @@ WATCH = _kind("watch", 10)  # lasts as long as something changes without a press
 ANSWER = _kind("answer", 12)  # lasts as long as the answer; one of each page
 # For events that must not wait behind others, and are over in a moment.
 NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
+
+
+def _tolerant(component: Any) -> Any:
+    """The component, passing on whatever the browser sent: who handles the event says what is wrong with it.
+
+    6 refuses a number past the limits or a choice that is not in its list with texts that name neither, and fails on an
+    empty box. A list also counts as empty there after a restart of the server. (Without ABCMeta, Gradio would write a
+    file of types beside this one.)
+    """
+    changes = {"preprocess": lambda self, payload: payload, "is_template": True, "__module__": __name__}
+    return ABCMeta.__new__(type(component), component.__name__, (component,), changes)
+
+
+Dropdown, Number, Radio, Slider = (_tolerant(each) for each in (gr.Dropdown, gr.Number, gr.Radio, gr.Slider))
 
 
 def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
@@ -125,17 +140,6 @@ def enclosing_tab() -> gr.Tab | None:
     while block is not None and not isinstance(block, gr.Tab):
         block = block.parent
     return block
-
-
-def slider(*limits: float, **options: Any) -> gr.Slider:
-    """A Slider whose number box may hold anything: who handles the event says what is wrong with it.
-
-    6 refuses a value past the limits with a text that does not name the slider, and fails on an empty box.
-    (A class of its own would make Gradio write a file beside this one.)
-    """
-    drawn = gr.Slider(*limits, **options)
-    setattr(drawn, "preprocess", lambda payload: payload)  # noqa: B010 (a method, to a type checker)
-    return drawn
 
 
 def chatbot(**options: Any) -> gr.Chatbot:

@@ -24,7 +24,7 @@ class IdleBox:
 
 def draw_idle(engine: Engine, access: Access) -> IdleBox:
     """Draw and wire."""
-    minutes = gr.Number(
+    minutes = gradio_compat.Number(
         0,
         label="Unload the model after this many idle minutes",
         info="0 never unloads. The next message loads the model again.",

@@ -28,7 +28,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         refresh = gr.Button("Show what is on disk", size="sm", min_width=170, elem_id="gw-library-show")
     table = gr.HTML(elem_id="gw-library-table")
     with gr.Column(visible=False) as place:
-        model = gr.Dropdown([], label="Model", elem_id="gw-library-model", filterable=True)
+        model = gradio_compat.Dropdown([], label="Model", elem_id="gw-library-model", filterable=True)
         advice = gr.HTML(elem_id="gw-library-advice")
         with gr.Row(elem_classes="gw-buttons"):
             update = gr.Button("Check for an update", size="sm", min_width=140, elem_id="gw-library-update")

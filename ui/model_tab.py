@@ -42,7 +42,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     with gr.Row(elem_classes="gw-columns"):
         with gr.Column(scale=3, min_width=320):
             with gr.Column(elem_classes="gw-panel"):
-                models = gr.Dropdown(
+                models = gradio_compat.Dropdown(
                     [], value=None, label="Model", info="Choose one to load it.", elem_id="gw-models", filterable=True
                 )
                 with gr.Row(elem_classes="gw-buttons"):

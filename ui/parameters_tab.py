@@ -30,7 +30,7 @@ def build(first: str = next(iter(PRESETS))) -> ParametersTab:
     `first` is the preset for a browser that has kept no values.
     """
     gr.HTML('<p class="gw-quiet">These settings shape the next answers. They are yours alone and stay in this browser.</p>')
-    preset = gr.Dropdown(
+    preset = gradio_compat.Dropdown(
         [*PRESETS, OWN],
         value=first,
         label="Preset",
@@ -76,8 +76,8 @@ def _draw(name: str, row: SamplingField, default: Any) -> gr.components.Componen
     if row.kind == "texts":
         return gr.Textbox("\n".join(default), lines=2, max_lines=6, **common)
     if (row.high - row.low) / row.step > _WIDEST_SLIDER_STEPS:
-        return gr.Number(-1 if default is None else default, precision=0, **common)
-    return gradio_compat.slider(row.low, row.high, value=default, step=row.step, **common)
+        return gradio_compat.Number(-1 if default is None else default, precision=0, **common)
+    return gradio_compat.Slider(row.low, row.high, value=default, step=row.step, **common)
 
 
 def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: BrowserStore, note: gr.HTML) -> None:

@@ -31,7 +31,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
     """Draw the panels; their values belong to the model that is chosen in `models`."""
     gr.HTML(quiet("Bits, group size and the like are read from the model's files: there is no need to set them."))
     names = [each.name for each in engine.loaders]
-    loader = gr.Dropdown(
+    loader = gradio_compat.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in names)],
         value=_AUTOMATIC,
         label="Loader",
@@ -120,7 +120,7 @@ def _draw(option: Field, name: str) -> gr.components.Component:
     }
     usual = default(option)
     if choices:
-        return gr.Dropdown(list(choices), value=usual, **common)
+        return gradio_compat.Dropdown(list(choices), value=usual, **common)
     if isinstance(usual, bool):
         return gr.Checkbox(usual, **common)
     if isinstance(usual, (int, float)):

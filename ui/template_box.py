@@ -11,6 +11,7 @@ from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from ..loaders.contract.base import LoadedModel
 from ..loaders.text.chat_template import BUILT_IN, PLAIN, ChatTemplate
+from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, working
 
@@ -27,7 +28,7 @@ class TemplateBox:
 
 def draw_template(engine: Engine, access: Access) -> TemplateBox:
     """Draw the choice; the Chat tab wires it."""
-    choice = gr.Dropdown(
+    choice = gradio_compat.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in (*BUILT_IN, PLAIN))],
         value=_AUTOMATIC,
         label="Chat template",
