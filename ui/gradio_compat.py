@@ -74,7 +74,33 @@ def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme,
     if "run_history" in inspect.signature(gr.mount_gradio_app).parameters:
         look["run_history"] = False  # it keeps chats in a second place, and can send them to the Hub
     page.state_session_capacity = MOST_SESSIONS
-    return gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", auth=users or None, show_error=False, **look)
+    app = FastAPI(openapi_url=None)
+    app.add_middleware(_OwnOrigin)
+    return gr.mount_gradio_app(app, page, "/", auth=users or None, show_error=False, **look)
+
+
+# The page loads nothing from other servers, whatever a message or a model says. Gradio needs code in the page itself.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+class _OwnOrigin:
+    """Adds the policy to every answer of an ASGI application."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"content-security-policy", _POLICY.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
 MOST_SESSIONS = 256  # open pages whose values the server keeps, about 0.1 MB each
