@@ -17,9 +17,9 @@ TOKENS = 500
 
 def register():
     spec = importlib.util.spec_from_file_location("gptq_webui_script", ROOT / "script.py")
-    door = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(door)
-    door.register()
+    entry = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(entry)
+    entry.register()
 
 
 def make_engine(tokens_per_s, words):
@@ -135,7 +135,7 @@ def main():
     engine = make_engine(500.0, TOKENS)
     figures = {name: [] for name in ["bare", *streams]}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:
-        for _ in range(5):  # in turns: the machine's mood is shared
+        for _ in range(5):  # in turns: other load on the machine is shared
             figures["bare"].append(bare(engine, TOKENS)[0])
             for name, call in streams.items():
                 figures[name].append(streamed(http, *call)[0])

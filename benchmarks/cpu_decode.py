@@ -1,6 +1,6 @@
 """Tokens per second of one answer, ours against what else is installed: `python benchmarks/cpu_decode.py FOLDER [--gguf FILE]`.
 
-All are opened first, then take turns, so that what else the machine does falls on each alike; told is the median of the
+All are opened first, then take turns, so that other load on the machine is shared; the result is the median of the
 rounds and the best, and the ratio of ours to each of them round by round.
 """
 

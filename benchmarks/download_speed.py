@@ -28,7 +28,7 @@ GB = 10**9
 
 
 def serve(folder: Path, pipe: Any, knobs: dict[str, Any]) -> None:
-    """The server's process: tells its address, then how many bytes it has served each time it is asked."""
+    """The server's process: sends its address, then the bytes that it has served, at each request."""
     sys.path.insert(0, str(ROOT / "tests"))
     from hub_server import HubServer
 
@@ -43,7 +43,7 @@ def serve(folder: Path, pipe: Any, knobs: dict[str, Any]) -> None:
 
 @contextmanager
 def hub(folder: Path, **knobs: Any) -> Iterator[tuple[str, Any]]:
-    """(address, a function that gives bytes served and connections cut)."""
+    """(address, a function that returns bytes served and connections cut)."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.Process(target=serve, args=(folder, there, knobs), daemon=True)
     process.start()
@@ -63,11 +63,11 @@ def hub(folder: Path, **knobs: Any) -> Iterator[tuple[str, Any]]:
 def branch(folder: Path, files: int = 8, size: int = 125 * MB) -> int:
     """Random weights; returns their bytes."""
     folder.mkdir(parents=True)
-    lots = random.Random(0)
+    generator = random.Random(0)
     for at in range(files):
         with (folder / f"model-{at + 1:05}-of-{files:05}.safetensors").open("wb") as file:
             for start in range(0, size, 25 * MB):
-                file.write(lots.randbytes(min(25 * MB, size - start)))
+                file.write(generator.randbytes(min(25 * MB, size - start)))
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     (folder / "config.json").write_text("{}")
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -96,14 +96,14 @@ def cut(work: Path) -> None:
 
 def kill(work: Path) -> None:
     total = branch(work / "source")
-    lots = random.Random(1)
+    generator = random.Random(1)
     with hub(work / "source", cut_between=(1 * MB, 20 * MB), rate_bytes_per_s=40e6) as (url, served):
         for _ in range(5):
             process = start(url, work / "target")
             before = arrived(work / "target")
             while arrived(work / "target") <= before:
                 time.sleep(0.05)
-            time.sleep(lots.uniform(0.1, 1.0))
+            time.sleep(generator.uniform(0.1, 1.0))
             process.send_signal(signal.SIGKILL)
             process.wait()
             print(f"  killed at {arrived(work / 'target') / GB:.3f} GB")

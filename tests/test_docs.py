@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from test_floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -20,10 +21,18 @@ FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 OTHERS = {
     "README.md", "config.json", "quantize_config.json", "model.safetensors", "gptq_model-4bit-128g.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "settings.yaml", "settings.json", "gptq_webui.zip", "CMD_FLAGS.txt",
-    "user_data/CMD_FLAGS.txt", "cmd_linux.sh", "server.py", "extensions/", "user_data/extensions/",
+    ".gptq-webui.json", "user_data/CMD_FLAGS.txt", "cmd_linux.sh", "server.py", "extensions/", "user_data/extensions/",
 }  # fmt: skip
 # Files that the reader of docs/contributing/ makes.
-MADE = {"tests/test_notes_tab.py", "ui/notes_tab.py", "tests/test_api_plain.py", "api/plain.py"}
+MADE = {
+    "../echo-loader/pyproject.toml",
+    "../echo-loader/test_echo_loader.py",
+    "tests/test_cuda_gelu.py",
+    "tests/test_notes_tab.py",
+    "ui/notes_tab.py",
+    "tests/test_api_plain.py",
+    "api/plain.py",
+}
 
 
 def name(path: Path) -> str:
@@ -94,6 +103,13 @@ def test_commands_are_understood(path, capsys):
             _parser().parse_args([each for each in words if each != "…"])
         except SystemExit as end:
             assert not end.code, f"{line}: {capsys.readouterr().err}"
+
+
+def test_the_map_names_every_file():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    files = [each for each in tracked() if each.split("/")[0] in FLOORS and each.endswith((".py", ".cu"))]
+    missing = [each for each in files if not each.endswith("__init__.py") and f"`{each}`" not in text]
+    assert sorted(missing) == [], "give it a place in a table of ARCHITECTURE.md"
 
 
 def test_the_rules_find_what_they_look_for():
