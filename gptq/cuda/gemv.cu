@@ -141,18 +141,14 @@ template <int BITS, bool SYM, int UNITS> DEVICE void multiply_chunk(const u8* wo
 
 // -- the sums of a tile ------------------------------------------------------------------------------------------------
 
-// What the sums are added to, loaded while they are made. Lane `lane` finishes output n.
-template <int EPILOGUE> struct Addend {
-  float value;
-  int place;  // of the output in the next input
-  METHOD void load(const GemvArguments& p, int n) {
-    if (p.bias) value = to_float(p.bias[n]);
-    if (EPILOGUE == RESIDUAL && n < p.n) {
-      value += __ldcg(p.residual + n);
-      place = p.permutation[n];
-    }
+// What the sum of output n is added to, and the place of that output in the next input. Loaded while the sums are made.
+template <int EPILOGUE> DEVICE void load_addend(const GemvArguments& p, int n, float& addend, int& place) {
+  if (p.bias) addend = to_float(p.bias[n]);
+  if (EPILOGUE == RESIDUAL && n < p.n) {
+    addend += __ldcg(p.residual + n);
+    place = p.permutation[n];
   }
-};
+}
 
 template <int KS> DEVICE void exchange_sums(float* mine, int part, int team, int lane, float row, float row8) {
   if (lane % 4 == 0) {
@@ -163,9 +159,9 @@ template <int KS> DEVICE void exchange_sums(float* mine, int part, int team, int
   else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(KS * 32) : "memory");
 }
 
-template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p, const float* mine, const Addend<EPILOGUE>& addend, int tile, int lane) {
+template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p, const float* mine, float addend, int place, int tile, int lane) {
   const int at = lane % TILE, n = tile * TILE + at;
-  float y = addend.value;
+  float y = addend;
 #pragma unroll
   for (int i = 0; i < KS; i++) y += mine[i * TILE + at];
   if constexpr (EPILOGUE == SILU) {
@@ -176,7 +172,7 @@ template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p
     if constexpr (EPILOGUE == FLOAT) ((float*)p.out)[n] = y;
     if constexpr (EPILOGUE == RESIDUAL) {
       p.residual[n] = y;
-      ((u16*)p.out)[addend.place] = to_half(y);
+      ((u16*)p.out)[place] = to_half(y);
     }
   }
 }
@@ -209,8 +205,16 @@ DEVICE void gemv(const GemvArguments& p) {
   int slot = 0, adder = 0;  // the part that adds the sums of the tile: the warps take turns
   for (int tile = first_tile, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
-    Addend<EPILOGUE> addend = {0.f, 0};
-    if (part == adder) addend.load(p, tile * TILE + lane % TILE);
+    float addend = 0.f;
+    int place = 0;
+    const int n = tile * TILE + lane % TILE;
+    if (part == adder) {
+      if (p.bias) addend = to_float(p.bias[n]);
+      if (EPILOGUE == RESIDUAL && n < p.n) {
+        addend += __ldcg(p.residual + n);
+        place = p.permutation[n];
+      }
+    }
     for (int chunk = first; chunk < end; chunk += BATCH) {
       wait_for_copies<STAGES - 2>();
       __syncwarp();  // other lanes copied the scales
@@ -232,7 +236,7 @@ DEVICE void gemv(const GemvArguments& p) {
     }
     float* mine = sums + parity * KS * TILE;
     exchange_sums<KS>(mine, part, team, lane, row, row8);
-    if (part == adder) write_outputs<KS>(p, mine, addend, tile, lane);
+    if (part == adder) write_outputs<KS, EPILOGUE>(p, mine, addend, place, tile, lane);
     adder = adder + 1 == KS ? 0 : adder + 1;
   }
 }

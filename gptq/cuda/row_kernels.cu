@@ -2,7 +2,7 @@
 
 // y = norm(x) W^T, one row. A warp takes two outputs at a time; the sums are fp32. The block stages the whole input, so it
 // must have enough threads: NORM_RUNS * 8 * threads >= k. `k` is a multiple of 8.
-extern "C" __global__ void __launch_bounds__(1024) head(HeadArguments p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) head(HeadArguments p) {
   u16* xs = (u16*)shared_words;
   float* scratch = (float*)(xs + (p.k + 7) / 8 * 8);
   allow_next_kernel_to_start();

@@ -11,7 +11,7 @@
 #define BINS_PER_FOLD 64.f  // bins for each e-fold of probability, from the peak down
 #define ONE 1099511627776.f  // a mass of 1 as an integer: 2^40
 
-static_assert(SAMPLE_THREADS % 32 == 0 && SAMPLE_THREADS <= 1024, "a block has at most 32 warps");
+static_assert(SAMPLE_THREADS == 1024, "a block has at most 32 warps");
 static_assert(CANDIDATES >= SAMPLE_THREADS, "the sort writes one candidate a thread");
 static_assert((SAMPLE_THREADS & (SAMPLE_THREADS - 1)) == 0, "a bitonic network sorts powers of two");
 static_assert(BINS % 32 == 0, "a lane adds up as many bins as every other");
@@ -61,7 +61,9 @@ DEVICE u64 block_sum_u64(u64 v, u64* scratch) {
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();
   u64 total = 0;
-  for (int i = 0; i < blockDim.x / 32; i++) total += scratch[i];
+  total = scratch[threadIdx.x % 32];
+#pragma unroll
+  for (int at = 16; at; at >>= 1) total += __shfl_xor_sync(FULL, total, at);
   __syncthreads();
   return total;
 }
@@ -170,6 +172,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
   int cut = BINS - 1;
   if (row.by_k || row.by_p) {
     u64 mass = 0;
+#pragma unroll 4
     for (int i = tid; i < row.n; i += threads) {
       const float z = row.work[i];
       atomicAdd(&shared.bins[bin_of(z)], 1);
@@ -180,6 +183,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
     cut = last_bin(shared, row);
   }
   u64 mass = 0;
+#pragma unroll 4
   for (int i = tid; i < row.n; i += threads) {
     const float z = row.work[i];
     if (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor) continue;
@@ -257,6 +261,7 @@ DEVICE u32 key_by_count(SampleShared& shared, const Candidates& candidates, u64 
   for (int bit = 31; bit >= 0; bit--) {
     const u32 tried = key | 1u << bit;
     u64 count = 0;
+#pragma unroll 4
     for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) count += key_of(candidates.logits[i]) >= tried;
     if (block_sum_u64(count, shared.scratch) >= wanted) key = tried;
   }
@@ -266,6 +271,7 @@ DEVICE u32 key_by_count(SampleShared& shared, const Candidates& candidates, u64 
 // The mass of the candidates above `key` (or also equal to it) and not below `low`.
 DEVICE u64 mass_above(SampleShared& shared, const SampleRow& row, const Candidates& candidates, u32 key, bool equal, u32 low) {
   u64 sum = 0;
+#pragma unroll 4
   for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
     const u32 k = key_of(candidates.logits[i]);
     if ((equal ? k >= key : k > key) && k >= low) sum += mass_of(candidates.logits[i] - row.peak);
@@ -288,6 +294,7 @@ DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candi
   const u64 all = mass_above(shared, row, candidates, 0, true, t.low);
   t.log_all = __logf((float)((double)all / 1099511627776.0));
   float sum = 0.f;
+#pragma unroll 4
   for (int i = threadIdx.x; i < candidates.length; i += blockDim.x)
     if (key_of(candidates.logits[i]) >= t.low) { const float l = candidates.logits[i] - row.peak - t.log_all; sum -= __expf(l) * l; }
   t.expected = block_sum(sum, (float*)shared.bins);
@@ -296,6 +303,7 @@ DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candi
   for (int bit = 31; bit >= 0; bit--) {
     const u32 tried = key | 1u << bit;
     u64 nearer = 0;
+#pragma unroll 4
     for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
       if (key_of(candidates.logits[i]) < t.low) continue;
       const float l = candidates.logits[i] - row.peak - t.log_all;
@@ -325,6 +333,7 @@ DEVICE Thresholds find_thresholds(SampleShared& shared, const SampleRow& row, co
 DEVICE int draw_token(SampleShared& shared, const SampleRow& row, const Candidates& candidates, const Thresholds& t) {
   float high = -INFINITY;
   int at_high = 0x7fffffff;
+#pragma unroll 4
   for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
     const float z = candidates.logits[i];
     if (z == -INFINITY || key_of(z) < t.low) continue;
@@ -358,7 +367,7 @@ DEVICE void record_token(const SampleArguments& p, const SampleRow& row, int at_
   }
 }
 
-extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(SampleArguments p) {
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1) sample(SampleArguments p) {
   __shared__ SampleShared shared;
   const int at_row = blockIdx.x;
   allow_next_kernel_to_start();

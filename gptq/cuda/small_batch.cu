@@ -21,74 +21,11 @@ template <int BITS, bool SYM, int UNITS, int MT, int NT, int KS, int STAGES, int
   static_assert(SLOT % 16 == 0 && TILE_BYTES % 16 == 0, "copies of 16 bytes are aligned");
 };
 
-// The ring of one warp: its chunks of the weights, and of x beside them.
-template <int BITS, bool SYM, int UNITS, int MT, int NT, int STAGES, typename Sizes> struct SmallBatchRing {
-  const SmallBatchArguments& p;
-  u8* ring;
-  int lane, first, end, items;
-  int w_item, w_chunk, w_slot, x_chunk, x_slot;  // of the next fetch
-
-  METHOD void fetch_weights() {
-    u8* to = ring + w_slot * Sizes::SLOT;
-    if (w_item < items && w_chunk < end) {
-#pragma unroll
-      for (int m = 0; m < MT; m++) {
-        const int tile = w_item * MT + m;
-        if (tile < p.tiles) copy_words<BITS>(p.weights + ((size_t)tile * p.chunks + w_chunk) * Sizes::CHUNK_BYTES, to + m * Sizes::TILE_BYTES, lane);
-      }
-#pragma unroll
-      for (int i = lane; i < MT * Sizes::SCALE_PIECES; i += 32) {
-        const int m = i / Sizes::SCALE_PIECES, at = i % Sizes::SCALE_PIECES, tile = w_item * MT + m;
-        const int unit = w_chunk * UNITS + at / (Sizes::SCALE_BYTES / 16);
-        const u8* scale = (const u8*)p.scales + ((size_t)tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * Sizes::SCALE_BYTES;
-        if (tile < p.tiles) copy_async<16>(scale + at % (Sizes::SCALE_BYTES / 16) * 16, to + m * Sizes::TILE_BYTES + Sizes::CHUNK_BYTES + at * 16);
-      }
-    }
-    w_slot = w_slot + 1 == STAGES ? 0 : w_slot + 1;
-    if (++w_chunk >= end) { w_chunk = first; w_item += gridDim.x; }
-  }
-
-  METHOD void fetch_x() {  // a row's 8 pieces of 16 bytes; those of odd rows are swapped in pairs, for the banks
-    u8* to = ring + x_slot * Sizes::SLOT + MT * Sizes::TILE_BYTES;
-#pragma unroll
-    for (int t = 0; t < NT * 2; t++) {
-      const int row = t * 4 + lane / 8, piece = lane % 8;
-      if (row < p.rows && x_chunk < end)
-        copy_async<16>(p.x + (size_t)row * (p.chunks * CHUNK) + x_chunk * CHUNK + piece * 8, to + row * 128 + (piece ^ row & 1) * 16);
-    }
-    commit_copies();
-    x_slot = x_slot + 1 == STAGES ? 0 : x_slot + 1;
-    if (++x_chunk >= end) x_chunk = first;
-  }
-};
-
-// Add the products of one chunk to the sums of MT tiles and NT columns of rows.
-template <int BITS, bool SYM, int UNITS, int MT, int NT, typename Sizes>
-DEVICE void multiply_small_batch(const u8* here, int lane, float (&y)[MT][NT][4]) {
-  const int r = lane / 4, c = lane % 4;
-  const u8* xs = here + MT * Sizes::TILE_BYTES;
-  Words<BITS> words[MT];
-#pragma unroll
-  for (int m = 0; m < MT; m++) words[m] = read_words<BITS>(here + m * Sizes::TILE_BYTES, lane);
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    uint4 b[NT];
-#pragma unroll
-    for (int t = 0; t < NT; t++) b[t] = *(const uint4*)(xs + (t * 8 + r) * 128 + (2 * c + half ^ r & 1) * 16);
-#pragma unroll
-    for (int s = half * 2; s < half * 2 + 2; s++) {
-#pragma unroll
-      for (int m = 0; m < MT; m++) {
-        const Scale<SYM> own = read_scale<BITS, SYM>(here + m * Sizes::TILE_BYTES + Sizes::CHUNK_BYTES + s * UNITS / 4 * Sizes::SCALE_BYTES, lane);
-        const u32 low = twice_low(own.s), high = twice_high(own.s);
-        u32 a[4];
-        fragment<BITS>(words[m], s, twice_low(own.z), twice_high(own.z), a);
-        a[0] = mul2(a[0], low); a[1] = mul2(a[1], high); a[2] = mul2(a[2], low); a[3] = mul2(a[3], high);
-#pragma unroll
-        for (int t = 0; t < NT; t++) mma(y[m][t], a, s % 2 ? b[t].z : b[t].x, s % 2 ? b[t].w : b[t].y);
-      }
-    }
-  }
+// Step s of a chunk as the matrix unit takes it, times the scales of rows r and r + 8.
+template <int BITS, bool SYM> DEVICE void scaled_fragment(const Words<BITS>& words, int s, const Scale<SYM>& scale, u32 (&a)[4]) {
+  const u32 low = twice_low(scale.s), high = twice_high(scale.s);
+  fragment<BITS>(words, s, twice_low(scale.z), twice_high(scale.z), a);
+  a[0] = mul2(a[0], low); a[1] = mul2(a[1], high); a[2] = mul2(a[2], low); a[3] = mul2(a[3], high);
 }
 
 template <int MT, int NT, typename Sizes> DEVICE void store_sums(const float (&y)[MT][NT][4], float* mine, int lane) {
@@ -126,19 +63,50 @@ DEVICE void write_output(const SmallBatchArguments& p, const float* sums, int it
 template <int BITS, bool SYM, int UNITS, int MT, int NT, int KS, int STAGES, int EPILOGUE>
 DEVICE void small_batch(const SmallBatchArguments& p) {
   typedef SmallBatchSizes<BITS, SYM, UNITS, MT, NT, KS, STAGES, EPILOGUE> Sizes;
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, part = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   float* sums = (float*)((u8*)shared_words + KS * STAGES * Sizes::SLOT);  // [KS][NT * 8][WIDTH]
   const int per = (p.chunks + KS - 1) / KS, first = min(part * per, p.chunks), end = min(first + per, p.chunks);
-  const int items = (p.tiles + MT - 1) / MT;
-  SmallBatchRing<BITS, SYM, UNITS, MT, NT, STAGES, Sizes> ring = {
-      p, (u8*)shared_words + part * STAGES * Sizes::SLOT, lane, first, end, items, (int)blockIdx.x, first, 0, first, 0};
+  const int items = (p.tiles + MT - 1) / MT, padded = p.chunks * CHUNK;
+  u8* ring = (u8*)shared_words + part * STAGES * Sizes::SLOT;  // of this warp: its chunks of the weights, and of x beside them
+
+  int w_item = blockIdx.x, w_chunk = first, w_slot = 0, x_chunk = first, x_slot = 0;
+  auto fetch_weights = [&]() {
+    u8* to = ring + w_slot * Sizes::SLOT;
+    if (w_item < items && w_chunk < end) {
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        const int tile = w_item * MT + m;
+        if (tile < p.tiles) copy_words<BITS>(p.weights + ((size_t)tile * p.chunks + w_chunk) * Sizes::CHUNK_BYTES, to + m * Sizes::TILE_BYTES, lane);
+      }
+#pragma unroll
+      for (int i = lane; i < MT * Sizes::SCALE_PIECES; i += 32) {
+        const int m = i / Sizes::SCALE_PIECES, at = i % Sizes::SCALE_PIECES, tile = w_item * MT + m;
+        const int unit = w_chunk * UNITS + at / (Sizes::SCALE_BYTES / 16);
+        const u8* scale = (const u8*)p.scales + ((size_t)tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * Sizes::SCALE_BYTES;
+        if (tile < p.tiles) copy_async<16>(scale + at % (Sizes::SCALE_BYTES / 16) * 16, to + m * Sizes::TILE_BYTES + Sizes::CHUNK_BYTES + at * 16);
+      }
+    }
+    w_slot = w_slot + 1 == STAGES ? 0 : w_slot + 1;
+    if (++w_chunk >= end) { w_chunk = first; w_item += gridDim.x; }
+  };
+  auto fetch_x = [&]() {  // a row's 8 pieces of 16 bytes; those of odd rows are swapped in pairs, for the banks
+    u8* to = ring + x_slot * Sizes::SLOT + MT * Sizes::TILE_BYTES;
+#pragma unroll
+    for (int t = 0; t < NT * 2; t++) {
+      const int row = t * 4 + lane / 8, piece = lane % 8;
+      if (row < p.rows && x_chunk < end) copy_async<16>(p.x + (size_t)row * padded + x_chunk * CHUNK + piece * 8, to + row * 128 + (piece ^ row & 1) * 16);
+    }
+    commit_copies();
+    x_slot = x_slot + 1 == STAGES ? 0 : x_slot + 1;
+    if (++x_chunk >= end) x_chunk = first;
+  };
 
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) ring.fetch_weights();
+  for (int i = 0; i < STAGES - 1; i++) fetch_weights();
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) ring.fetch_x();
+  for (int i = 0; i < STAGES - 1; i++) fetch_x();
 
   int slot = 0;
 #pragma unroll 1
@@ -160,10 +128,31 @@ DEVICE void small_batch(const SmallBatchArguments& p) {
     for (int chunk = first; chunk < end; chunk++) {
       wait_for_copies<STAGES - 2>();
       __syncwarp();  // other lanes copied scales and rows of x
-      ring.fetch_weights();
-      ring.fetch_x();
-      multiply_small_batch<BITS, SYM, UNITS, MT, NT, Sizes>(ring.ring + slot * Sizes::SLOT, lane, y);
+      fetch_weights();
+      fetch_x();
+      const u8* here = ring + slot * Sizes::SLOT;
+      const u8* xs = here + MT * Sizes::TILE_BYTES;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      Words<BITS> words[MT];
+#pragma unroll
+      for (int m = 0; m < MT; m++) words[m] = read_words<BITS>(here + m * Sizes::TILE_BYTES, lane);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {  // two steps of the four
+        uint4 b[NT];
+#pragma unroll
+        for (int t = 0; t < NT; t++) b[t] = *(const uint4*)(xs + (t * 8 + r) * 128 + (2 * c + half ^ r & 1) * 16);
+#pragma unroll
+        for (int s = half * 2; s < half * 2 + 2; s++) {
+#pragma unroll
+          for (int m = 0; m < MT; m++) {
+            const u8* scales = here + m * Sizes::TILE_BYTES + Sizes::CHUNK_BYTES + s * UNITS / 4 * Sizes::SCALE_BYTES;
+            u32 a[4];
+            scaled_fragment<BITS, SYM>(words[m], s, read_scale<BITS, SYM>(scales, lane), a);
+#pragma unroll
+            for (int t = 0; t < NT; t++) mma(y[m][t], a, s % 2 ? b[t].z : b[t].x, s % 2 ? b[t].w : b[t].y);
+          }
+        }
+      }
     }
     store_sums<MT, NT, Sizes>(y, sums + part * NT * 8 * Sizes::WIDTH, lane);
     __syncthreads();
