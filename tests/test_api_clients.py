@@ -30,7 +30,7 @@ def solo(server, prompt, **params):
 # --- huggingface_hub: the model card's example -----------------------------------------------------
 
 
-def test_the_cards_example_verbatim(server, capsys):
+def test_the_model_cards_example_verbatim(server, capsys):
     from huggingface_hub import InferenceClient
 
     endpoint_url = server.url

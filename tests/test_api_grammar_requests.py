@@ -91,7 +91,7 @@ def test_any_object_for_json_object(server):
     assert text.startswith("{") and (isinstance(json.loads(text), dict) if ended else len(text) > 60)
 
 
-def test_a_cut_is_told_and_a_stop_string_still_ends(server):
+def test_a_cut_is_reported_and_a_stop_string_still_ends(server):
     body = {"messages": ASK, "response_format": form(), "temperature": 0}
     cut = server.http.post("/v1/chat/completions", json={**body, "max_tokens": 4}).json()["choices"][0]
     assert cut["finish_reason"] == "length" and cut["message"]["content"].startswith("{")

@@ -163,7 +163,7 @@ def free_ports(count):
     return found
 
 
-def test_the_cards_command_line_of_tgi_serves(tmp_path):
+def test_the_model_cards_command_line_of_tgi_serves(tmp_path):
     """As TheBloke's cards print it for TGI's image, with the API on a second port and keys from the environment."""
     import os
     import signal

@@ -72,7 +72,7 @@ def test_a_client_that_reads_nothing_does_not_hold_the_model(slow):
         assert slow.http.post("/generate", json={"inputs": "Go", "parameters": {"max_new_tokens": 3}}).status_code == 200
 
 
-def test_turns_are_fair_and_positions_are_told(slow):
+def test_turns_are_fair_and_positions_are_reported(slow):
     slow.engine.load(MISTRAL, options={"answer": "word " * 30, "tokens_per_s": 60})
     order, lock = [], threading.Lock()
     slow.service.client = lambda request: request.headers["x-client"]  # as if they came from several machines

@@ -83,7 +83,7 @@ def test_auto_gptq_gives_the_tokens_of_the_native_kernel(demo_root):
     assert found[0] == found[1]
 
 
-def test_auto_gptq_in_fp16_on_the_processor_is_told_before_it_fails(tmp_path):
+def test_auto_gptq_in_fp16_on_the_processor_is_reported_before_it_fails(tmp_path):
     import tiny
 
     if importlib.util.find_spec("auto_gptq") is None:
@@ -110,7 +110,7 @@ def test_a_library_that_cannot_be_imported_is_a_sentence(tmp_path):
         loader.load(LocalModel.read(tmp_path / "model"), AutoGPTQOptions(device="cpu"), lambda share, text: None)
 
 
-def test_on_a_card_gptqmodel_is_told_to_compile_first_or_refused_without_a_compiler(tmp_path):
+def test_on_a_gpu_gptqmodel_is_said_to_compile_first_or_refused_without_a_compiler(tmp_path):
     import tiny
 
     tiny.write(tmp_path / "model")

@@ -69,7 +69,7 @@ def test_stop_ends_within_one_token():
     assert model.computed_tokens <= computed + 1
 
 
-def test_times_are_told():
+def test_times_are_reported():
     _text, finish = ask(fake(tokens_per_s=100))
     assert 0.005 < finish.prefill_s < 0.2 and 50 < finish.tokens_per_s < 101 and finish.wait_s >= 0
 

@@ -25,7 +25,7 @@ def by_name(found):
     return {each.name: each for each in found.branches}
 
 
-def test_the_cards_repository_is_read_as_its_card_says(model_card):
+def test_the_model_cards_repository_is_read_as_its_model_card_says(model_card):
     found = read_branches(Hub(), model_card_repo.REPO)
     assert [each.name for each in found.branches] == [row[0] for row in model_card_repo.BRANCHES]
     for (name, bits, group, size, text), branch in zip(model_card_repo.BRANCHES, found.branches, strict=True):
@@ -105,7 +105,7 @@ def test_gated_and_missing_repositories_say_so(hub_server, tiny_gptq):
         read_branches(Hub(), "Owner/Nothing-GPTQ")
 
 
-def test_a_card_without_a_table_or_with_damaged_front_matter_is_no_error():
+def test_a_model_card_without_a_table_or_with_damaged_front_matter_is_no_error():
     assert read_model_card("").rows == {} and read_model_card("---\n: [\n---\n# x").rows == {}
     assert read_model_card("| Branch | Size |\n| --- | --- |\n| main | 1 |\n").rows == {}
 

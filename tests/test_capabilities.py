@@ -34,7 +34,7 @@ def test_looking_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("given", ["", "-1"])
-def test_cards_that_are_hidden_from_the_process_are_none(given, monkeypatch):
+def test_gpus_that_are_hidden_from_the_process_are_none(given, monkeypatch):
     monkeypatch.setattr(capabilities, "has_nvidia_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert not capabilities.has_gpu()
@@ -54,5 +54,5 @@ def test_an_extension_compiled_before_is_found_where_torch_keeps_it(tmp_path, mo
     assert look().compiled == {"exllamav2_ext"}
 
 
-def test_a_torch_for_the_processor_uses_no_card():
+def test_a_torch_for_the_processor_uses_no_gpu():
     assert not Machine(torch_for="cpu", gpu=True).cuda and Machine(torch_for="rocm 7.0", gpu=True).cuda

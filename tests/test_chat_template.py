@@ -19,7 +19,7 @@ def render(name, messages=CHAT):
     return chat_template.named(name).render(messages, LlamaTokenizer())
 
 
-def test_the_mistral_cards_conversation_renders_as_in_the_card():
+def test_the_mistral_model_cards_conversation_renders_as_in_the_model_card():
     condiment = "Well, I'm quite partial to a squeeze of fresh lemon juice."
     found = render(
         "Mistral [INST]",
@@ -119,13 +119,13 @@ def card(folder, template):
     return folder
 
 
-def test_the_card_comes_before_the_name(tmp_path):
+def test_the_model_card_comes_before_the_name(tmp_path):
     folder = card(tmp_path / "vicuna-13b", "### Instruction:\n{prompt}\n\n### Response:\n")
     found = chat_template.find(folder, LlamaTokenizer(), "LlamaForCausalLM")
     assert (found.name, found.source) == ("Alpaca", "the model card")
 
 
-def test_a_card_of_no_known_family_becomes_a_template_of_its_own(tmp_path):
+def test_a_model_card_of_no_known_family_becomes_a_template_of_its_own(tmp_path):
     folder = card(tmp_path / "model", "You are kind.\n\nHUMAN: {prompt}\nBOT:")
     found = chat_template.find(folder, LlamaTokenizer(), "LlamaForCausalLM")
     assert found.render(CHAT, LlamaTokenizer()) == "<s>You are kind.\n\nHUMAN: U1\nBOT:A1</s>\nHUMAN: U2\nBOT:"

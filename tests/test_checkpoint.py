@@ -185,7 +185,7 @@ def test_zeros_that_their_writer_damaged_are_reported(tmp_path):
     assert any("damaged" in note for note in notes)
 
 
-def test_settings_that_the_tensors_contradict_are_amended_and_told(tmp_path):
+def test_settings_that_the_tensors_contradict_are_amended_and_reported(tmp_path):
     folder = tmp_path / "model"
     twin = tiny.write(folder)
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": 128, "desc_act": False}))

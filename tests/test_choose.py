@@ -36,7 +36,7 @@ def test_gptq_goes_to_transformers():
         (model(weights="model.bin"), "can run code"),
     ],
 )
-def test_what_cannot_be_opened_is_told_why(local, says):
+def test_what_cannot_be_opened_gets_a_reason(local, says):
     with pytest.raises(LoadRefused, match=says):
         choose(local, all_loaders())
 
@@ -63,7 +63,7 @@ def test_a_loader_that_does_not_exist_is_a_sentence():
         choose(model(), all_loaders(), "exllama9")
 
 
-def test_options_of_other_loaders_are_passed_over_and_bad_ones_told():
+def test_options_of_other_loaders_are_passed_over_and_bad_ones_reported():
     assert make_options(TransformersLoader(), {"dtype": "fp32", "gpu_split": "1,2"}).dtype == "fp32"
     with pytest.raises(BadParameter, match="fp16"):
         make_options(TransformersLoader(), {"dtype": "int3"})

@@ -109,7 +109,7 @@ def test_the_kernel_optimum_says_what_it_needs():
         choose(model(sym=False), loaders, "transformers", {"kernel": "optimum"})
 
 
-def test_auto_gptq_beside_transformers_5_is_told_its_cure():
+def test_auto_gptq_beside_transformers_5_gets_its_cure():
     machine = Machine(_BASE | {"auto_gptq": "0.7.1"}, "cpu")
     row = next(row for row in survey(model(), all_loaders(lambda: machine)) if row.loader == "autogptq")
     assert "cannot work with transformers 5.23.0" in row.refusal.reason and "gptq-webui[autogptq]" in row.refusal.cure

@@ -111,7 +111,7 @@ def test_download_ends_in_a_model_that_models_lists(shelf, tmp_path, hub_server,
     assert run(capsys, "models", "--models-dir", target)[1].startswith("Owner_Tiny-GPTQ_gptq-4bit-32g\tGPTQ 4-bit")
 
 
-def test_a_port_that_is_taken_is_passed_over_or_told():
+def test_a_port_that_is_taken_is_passed_over_or_reported():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -129,6 +129,6 @@ def test_ports_and_hosts_that_cannot_be_are_sentences():
         free_port("no.such.host.invalid", 7860)
 
 
-def test_parallel_is_told_to_every_loader_by_its_own_name_and_within_its_limit():
+def test_parallel_reaches_every_loader_by_its_own_name_and_within_its_limit():
     options = argparse.Namespace(dtype=None, context=None, parallel=40)
     assert load_options(options) == {"max_batch_size": 40, "parallel": 16}

@@ -52,7 +52,7 @@ def type_line(line, monkeypatch):
 
 
 @pytest.mark.parametrize("line", CARD, ids=range(len(CARD)))
-def test_the_cards_lines_run(line, here, monkeypatch, capsys):
+def test_the_model_cards_lines_run(line, here, monkeypatch, capsys):
     assert type_line(line, monkeypatch) == 0
     said = capsys.readouterr()
     assert "Traceback" not in said.err and "unrecognized" not in said.err
@@ -99,7 +99,7 @@ def test_files_patterns_and_exclusions_bring_exactly_that(here, monkeypatch):
     assert {path.name for path in (here / "b").glob("[!.]*")} == {"quantize_config.json", "tokenizer.json"}
 
 
-def test_a_name_that_is_not_there_is_told_with_the_nearest(capsys):
+def test_a_name_that_is_not_there_is_reported_with_the_nearest(capsys):
     assert main(["download", REPO, "confg.json", "--local-dir", "x"]) == 6
     assert "Did you mean 'config.json'?" in capsys.readouterr().err
 
@@ -184,7 +184,7 @@ def test_offline_the_library_works_and_the_rest_says_why(here, monkeypatch, caps
 @pytest.mark.parametrize(
     ("memory", "best"), [("6", "main"), ("8", "gptq-4bit-32g-actorder_True"), ("12", "gptq-8bit-32g-actorder_True")]
 )
-def test_branches_shows_the_cards_table_and_the_advice(hub_server, tmp_path, capsys, memory, best):
+def test_branches_shows_the_model_cards_table_and_the_advice(hub_server, tmp_path, capsys, memory, best):
     model_card_repo.add(hub_server, tmp_path)
     assert main(["branches", REPO, "--memory", memory]) == 0
     said = capsys.readouterr()

@@ -91,7 +91,7 @@ def test_the_second_turn_tells_what_came_from_the_cache(folder, library):
     model.close()
 
 
-def test_how_far_the_prompt_is_read_is_told_beside_the_answer(folder, library):
+def test_how_far_the_prompt_is_read_is_shown_beside_the_answer(folder, library):
     model = load(folder)
     stream = model.generate([10, 11, 12, 13], GREEDY, threading.Event())
     assert all(isinstance(each, (Step, Finish)) for each in stream)
@@ -110,7 +110,7 @@ def test_several_answers_are_computed_side_by_side(folder, library):
     model.close()
 
 
-def test_without_flash_attn_there_is_one_answer_at_a_time_and_the_user_is_told(folder, monkeypatch, library):
+def test_without_flash_attn_there_is_one_answer_at_a_time_and_the_user_is_warned(folder, monkeypatch, library):
     sys.modules["exllamav2.attn"].has_flash_attn_with_paged = False
     model = load(folder)
     assert model.parallel == 1 and "flash-attn" in model.notes[0]
@@ -178,7 +178,7 @@ def test_an_import_that_fails_is_a_sentence(folder, monkeypatch):
         load(folder)
 
 
-def test_while_it_compiles_the_page_is_told_that_it_lives(monkeypatch):
+def test_while_it_compiles_the_page_sees_that_it_lives(monkeypatch):
     monkeypatch.setattr(exllamav2_loader.importlib, "import_module", lambda name: time.sleep(0.5) or SimpleNamespace())
     monkeypatch.setattr(exllamav2_loader, "_TICK_S", 0.1)
     told = []
@@ -198,6 +198,6 @@ def test_parameters_become_the_librarys():
 @pytest.mark.parametrize(
     ("options", "says"), [({"cache_type": "FP8"}, "FP16"), ({"gpu_split": "a"}, "gigabytes"), ({"alpha_value": 0}, "alpha_value")]
 )
-def test_bad_options_are_told(options, says):
+def test_bad_options_are_reported(options, says):
     with pytest.raises(BadParameter, match=says):
         ExLlamaV2Options(**options)

@@ -71,7 +71,7 @@ def test_of_several_weight_files_the_named_one_is_taken() -> None:
     assert names(chosen(found)) == {"a-128g.safetensors", *SETTINGS}
 
 
-def test_code_is_left_without_consent_and_the_user_is_told() -> None:
+def test_code_is_left_without_consent_and_the_user_is_warned() -> None:
     found = listing("model.safetensors", *SETTINGS, "modeling_x.py", "deep/er.py")
     settings = {"quantize_config.json": GPTQ, "config.json": {"auto_map": {"AutoModel": "modeling_x.X"}}}
     without = choose(found, settings)

@@ -47,7 +47,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype, tmp_path, gpu):
+def test_what_the_advice_says_of_a_gpu_is_what_transformers_does(context, dtype, tmp_path, gpu):
     loader = TransformersLoader(lambda: CUDA)
     options = TransformersOptions(context_tokens=context, dtype=dtype)
     torch_dtype = torch.float32 if dtype == "fp32" else torch.float16
@@ -70,7 +70,7 @@ def test_what_the_advice_says_of_a_card_is_what_transformers_does(context, dtype
 
 
 @pytest.mark.parametrize("cache", ["FP16", "Q8", "Q4"])
-def test_what_the_advice_says_of_a_card_is_what_exllamav2_does(cache, tmp_path, gpu):
+def test_what_the_advice_says_of_a_gpu_is_what_exllamav2_does(cache, tmp_path, gpu):
     loader = ExLlamaV2Loader(lambda: EXLLAMA)
     for size, free, context in itertools.product(SIZES, FREE, CONTEXTS):
         memory = gpu(int(free * GB))

@@ -40,7 +40,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(model):
     assert finish.reason == "length" and finish.prompt_tokens == 25 and finish.cached_tokens == 0
 
 
-def test_a_constraint_is_asked_before_every_token_and_ends_the_answer(model):
+def test_a_grammar_is_asked_before_every_token_and_ends_the_answer(model):
     class Odd:
         """Odd ids only, four of them."""
 

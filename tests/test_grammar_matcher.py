@@ -165,7 +165,7 @@ def test_an_old_package_is_named_with_its_version(house, monkeypatch):
         house.held.begin(Grammar("json"), {END})
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told():
+def test_a_tokenizer_that_cannot_be_read_is_reported():
     slow = type("Slow", (), {"__len__": lambda self: 3})()
     with pytest.raises(BadParameter, match="cannot read its tokenizer"):
         Grammars(TokenCodec(slow)).begin(Grammar("json"), {END})

@@ -53,7 +53,7 @@ def test_a_root_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     assert Library([tmp_path / "nowhere", tmp_path]).models() == []
 
 
-def test_of_one_name_in_two_roots_the_first_wins_and_the_other_is_told_once(
+def test_of_one_name_in_two_roots_the_first_wins_and_the_other_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path / "a", "model")

@@ -11,7 +11,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint, load_progress
 
 
-def test_bytes_and_layers_are_told_while_a_real_model_is_read(tmp_path, monkeypatch):
+def test_bytes_and_layers_are_reported_while_a_real_model_is_read(tmp_path, monkeypatch):
     tiny.write(tmp_path / "model")
     monkeypatch.setattr(load_progress, "_LOOK_S", 0.0005)
     slowly(monkeypatch)

@@ -29,7 +29,7 @@ def test_what_is_needed_is_weights_conversation_and_overhead(model):
     )
 
 
-def test_one_gigabyte_stays_free_so_the_context_gives_way_and_the_figure_is_told(model):
+def test_one_gigabyte_stays_free_so_the_context_gives_way_and_the_figure_is_shown(model):
     needed = model.size_bytes + 8192 * PER_TOKEN + memory_fit.COMPUTING_BYTES + GB
     assert memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed, device=memory_fit.GPU).context_tokens == 8192
     found = memory_fit.estimate(model, memory_fit.Demand(), free_bytes=needed - 256 * PER_TOKEN, device=memory_fit.GPU)
@@ -56,7 +56,7 @@ def test_what_fits_nowhere_is_impossible_and_says_so(model):
     ("free", "asked", "whole"),
     [(12 * GB, 0, True), (6_200_000_000, 0, True), (6_200_000_000, 8192, False), (5 * GB, 0, False)],
 )
-def test_the_context_is_shortened_before_weights_leave_the_card(model, free, asked, whole):
+def test_the_context_is_shortened_before_weights_leave_the_gpu(model, free, asked, whole):
     room = memory_fit.room_for_weights(model, memory_fit.Demand(asked), free)
     assert (model.size_bytes <= room) == whole
     if whole:  # and what is left is still a useful conversation beside 1 GB
@@ -90,13 +90,13 @@ def test_lack_of_memory_is_recognised_in_every_back_ends_words(error, memory):
     assert memory_fit.is_out_of_memory(error) == memory
 
 
-def test_the_driver_is_asked_for_every_card():
+def test_the_driver_is_asked_for_every_gpu():
     text = "NVIDIA GeForce RTX 3060, 12288, 11020, 580.65.06, 8.6\nNVIDIA Tesla, [N/A], [N/A], 580.65.06, 7.5\n"
     assert gpus.read_answer(text) == [gpus.GpuInfo("NVIDIA GeForce RTX 3060", 12288 << 20, 11020 << 20, "580.65.06", "8.6")]
 
 
 @pytest.mark.parametrize("answer", [OSError("gone"), subprocess.TimeoutExpired("nvidia-smi", 5)])
-def test_a_driver_that_does_not_answer_is_no_card(monkeypatch, answer):
+def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch, answer):
     def run(*_args, **_kwargs):
         raise answer
 

@@ -122,7 +122,7 @@ def test_without_settings_the_tensors_tell(tmp_path: Path, bits: int, group_size
         ({}, {"bits": 4, "group_size": 32, "v2": True}, "the settings say format gptq, the tensors are gptq_v2"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_amended_and_told(tmp_path: Path, wrong: Any, tensors: Any, note: str) -> None:
+def test_wrong_settings_are_amended_and_reported(tmp_path: Path, wrong: Any, tensors: Any, note: str) -> None:
     config = read(tmp_path, layer(**tensors), {**AUTOGPTQ, "desc_act": False, **wrong})
     assert note in config.notes
     truth = {"bits": config.bits, "group_size": config.group_size}
@@ -134,7 +134,7 @@ def test_settings_in_config_json_alone_are_enough(tmp_path: Path) -> None:
     assert config.summary == "4-bit, group 32" and config.notes == ()
 
 
-def test_two_files_that_disagree_are_told_and_the_tensors_decide(tmp_path: Path) -> None:
+def test_two_files_that_disagree_are_reported_and_the_tensors_decide(tmp_path: Path) -> None:
     config = read(tmp_path, layer(4, 32), {**AUTOGPTQ, "group_size": 128}, {**AUTOGPTQ, "group_size": 32})
     assert config.group_size == 32
     assert "group_size is 128 in quantize_config.json and 32 in config.json" in config.notes

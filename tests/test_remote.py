@@ -58,7 +58,7 @@ def test_an_answer_streams_with_its_counts_and_the_context_is_the_engines(opened
     assert model.context_tokens == 4096
 
 
-def test_plain_text_is_completed_and_a_limit_is_told(opened):
+def test_plain_text_is_completed_and_a_limit_is_respected(opened):
     model = opened(OpenAIServer(finish="length"))
     events = list(model.complete("The capital", PARAMS, threading.Event()))
     assert events[0].text == "The" and events[-1].reason == "length"
@@ -88,7 +88,7 @@ def test_json_is_asked_of_the_engine_also_of_a_strict_one_and_other_forms_are_re
     assert all("response_format" in body for body in server.bodies)
 
 
-def test_stop_strings_end_the_answer_also_those_the_engine_was_not_told(opened):
+def test_stop_strings_end_the_answer_also_those_that_the_engine_did_not_get(opened):
     model = opened(OpenAIServer())
     text, finish = say(model, params=GenerationParams(stop=("1", "2", "3", "4", "Fran")))
     assert text == "The capital of " and finish.reason == "stop"
@@ -138,7 +138,7 @@ def test_answers_at_once_go_to_the_least_busy(opened):
     assert (len(one.bodies), len(two.bodies)) == (2, 2) and one.most_at_once == 2
 
 
-def test_a_key_is_sent_from_the_option_or_the_environment_and_never_told(opened, monkeypatch):
+def test_a_key_is_sent_from_the_option_or_the_environment_and_never_shown(opened, monkeypatch):
     assert say(opened(OpenAIServer(key="s3cret"), api_key="s3cret"))[1].reason == "stop"
     monkeypatch.setenv("GPTQ_WEBUI_REMOTE_KEY", "s3cret")
     assert say(opened(OpenAIServer(key="s3cret")))[1].reason == "stop"
@@ -152,7 +152,7 @@ def test_nobody_there_is_a_sentence():
         RemoteLoader().load(remote_model("x"), RemoteOptions(base_url="http://127.0.0.1:9"), lambda share, text: None)
 
 
-def test_a_model_that_nobody_serves_is_told_with_those_that_are():
+def test_a_model_that_nobody_serves_is_reported_with_those_that_are():
     with OpenAIServer() as server:
         options = RemoteOptions(base_url=server.url, model="other")
         with pytest.raises(LoadFailed, match="tiny/model"):
@@ -192,7 +192,7 @@ def test_ask_and_models_take_the_address_of_an_engine(tmp_path, capsys):
         assert capsys.readouterr().out == "The capital of France is Paris.\n"
 
 
-def test_an_engine_that_lists_nothing_is_told_the_models_name(tmp_path, capsys):
+def test_an_engine_that_lists_nothing_gets_the_models_name(tmp_path, capsys):
     from gptq_webui.app.cli import main
 
     with OpenAIServer(model=None) as server:
@@ -218,7 +218,7 @@ def test_unloading_ends_what_runs(opened):
 
 
 @pytest.mark.parametrize("url", ["10.0.0.1:8000", "ftp://x/v1", "http://"])
-def test_what_is_no_address_is_told(url):
+def test_what_is_no_address_is_reported(url):
     with pytest.raises(BadParameter, match=r"http://192\.168"):
         RemoteOptions(base_url=url)
 

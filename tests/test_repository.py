@@ -141,7 +141,7 @@ def test_offline_switch_is_read_at_each_call_and_named(hub: Hub, hub_server: Any
     assert len(hub_server.seen) == asked
 
 
-def test_a_hub_in_trouble_is_told_apart_from_no_network(hub: Hub, hub_server: Any) -> None:
+def test_a_hub_in_trouble_is_distinguished_from_no_network(hub: Hub, hub_server: Any) -> None:
     hub_server.down = True
     assert "status 503" in refused(HubUnreachable, hub, REPO)
 

@@ -61,7 +61,7 @@ def test_a_tied_model_gets_its_output_layer_for_libraries_that_know_no_ties(tmp_
         assert not (folder / "lm_head.safetensors").exists()
 
 
-def test_where_no_links_are_possible_the_user_is_told_and_nothing_stays(tmp_path, monkeypatch):
+def test_where_no_links_are_possible_the_user_is_warned_and_nothing_stays(tmp_path, monkeypatch):
     model = write(tmp_path / "model")
     made = []
     monkeypatch.setattr(

@@ -25,7 +25,7 @@ def understood(text):
     return options, said
 
 
-def test_the_cards_line_is_understood():
+def test_the_model_cards_line_is_understood():
     options, said = understood(CARD)
     assert (options.port, options.context, options.max_input_length) == (3000, 4096, 3696)
     assert access_flags.host_of(options) == "127.0.0.1" and not access_flags.is_wide(options)

@@ -52,7 +52,7 @@ def folder(tmp_path):
         ({"parallel": 17}, "parallel must be 1 to 16"),
     ],
 )
-def test_bad_options_are_told(options, says):
+def test_bad_options_are_reported(options, says):
     with pytest.raises(BadParameter, match=says):
         TransformersOptions(**options)
 
@@ -92,7 +92,7 @@ def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
         assert all(0 < size < cards[place] - 1e9 for place, size in memory.items() if place != "cpu")
 
 
-def test_the_conversation_is_measured_against_the_fullest_card(monkeypatch):
+def test_the_conversation_is_measured_against_the_fullest_gpu(monkeypatch):
     monkeypatch.setattr(memory_fit, "available_bytes", lambda device: {0: 5, 1: 9}[device.index or 0])
     hf = type("HF", (), {"hf_device_map": {"a": 0, "b": "cuda:1", "c": "cpu"}})()
     assert transformers_options.free_beside(hf, CUDA) == 10
@@ -166,7 +166,7 @@ def test_the_8_bit_cache_is_a_remedy_where_it_would_be_used(options, machine, ar
     assert already.cannot == "8-bit cache: it is q8 already."
 
 
-def test_what_is_asked_for_reaches_the_step_of_a_card(monkeypatch):
+def test_what_is_asked_for_reaches_the_step_of_a_gpu(monkeypatch):
     seen = {}
 
     class Stepper:

@@ -42,7 +42,7 @@ def test_plain_transformers_code_gives_the_logits_of_the_dense_twin(written, tmp
     assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
-def test_generate_and_pipeline_run_as_the_card_writes_them(tmp_path, registered):
+def test_generate_and_pipeline_run_as_the_model_card_writes_them(tmp_path, registered):
     from transformers import AutoTokenizer, pipeline
 
     tiny.write(tmp_path / "model", settings="config")
@@ -82,7 +82,7 @@ print(type(model.model.layers[0].self_attn.q_proj).__name__, "optimum" in sys.mo
 """
 
 
-def test_the_cards_example_runs_from_the_hub_with_a_branch(tmp_path, hub_server):
+def test_the_model_cards_example_runs_from_the_hub_with_a_branch(tmp_path, hub_server):
     tiny.write(tmp_path / "model", settings="config")
     tiny.write_tokenizer(tmp_path / "model")
     hub_server.add("TheBloke/Tiny-7B-GPTQ", tmp_path / "model", "gptq-4bit-32g-actorder_True")

@@ -161,7 +161,7 @@ def test_only_the_panel_of_the_loader_that_opens_the_model_is_shown_and_saved(pa
     assert engine.settings.for_model(MISTRAL) == {"loader": "exllamav2", "options": {"max_seq_len": 512}}
 
 
-def test_the_card_is_freed_from_the_chat_tab(visit, house):
+def test_the_gpu_is_freed_from_the_chat_tab(visit, house):
     tab = visit({})
     ask(tab, "What is the capital of France?")
     wait_for(tab, "#gw-chat", "on the Seine.")

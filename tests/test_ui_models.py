@@ -114,7 +114,7 @@ def choose(tab, box, option):
         (24, "gptq-8bit-32g-actorder_True", 6),
     ],
 )
-def test_the_picker_shows_the_cards_table_and_preselects_what_fits(tab, house, free_gb, best, fitting):
+def test_the_picker_shows_the_model_cards_table_and_preselects_what_fits(tab, house, free_gb, best, fitting):
     house.memory[0] = Memory(32 * GB, free_gb * GB)
     ask(tab, model_card_repo.REPO)
     assert f"your {free_gb} GB with 4096 tokens" in wait_for(tab, "#gw-branches-note", best)

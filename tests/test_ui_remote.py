@@ -133,7 +133,7 @@ def test_a_message_fetches_nothing_and_its_image_is_a_link(visit, served, outsid
     assert outside.seen[:1] == ["/markdown"]
 
 
-def test_the_browser_itself_is_told_to_fetch_nothing_from_elsewhere(visit, served, outside):
+def test_the_browser_itself_must_fetch_nothing_from_elsewhere(visit, served, outside):
     """Should something get past the text of a message: the page's policy is the second wall."""
     tab = visit()
     tab.wait_for_selector("#gw-title")

@@ -118,7 +118,7 @@ def test_closing_the_worker_ends_what_runs_and_refuses_what_comes():
         worker.stream(counting(cancel), cancel, "cancelled")
 
 
-def test_how_far_a_prompt_is_read_is_told_to_who_asks_and_is_no_event(worker):
+def test_how_far_a_prompt_is_read_is_read_beside_the_answer_and_is_no_event(worker):
     seen = []
 
     def reads(count):
