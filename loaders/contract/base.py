@@ -115,7 +115,8 @@ class LoadedModel(ABC):
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.context_tokens, self.context_reason = context_tokens, context_reason
-        self.notes, self.device, self.kernel, self.parallel = tuple(notes), device, kernel, parallel
+        self.notes = (*notes, template.note) if template.note else tuple(notes)
+        self.device, self.kernel, self.parallel = device, kernel, parallel
         self._codec = TokenCodec(tokenizer) if tokenizer is not None else None
         self._worker = Worker(parallel)
         self._earlier = EarlierAnswers()
@@ -150,6 +151,7 @@ class LoadedModel(ABC):
     def close(self) -> None:
         """End what is running, wait for it, free the memory. Safe to call twice."""
         self._worker.close()
+        self.template.close()
 
     @property
     def alive(self) -> bool:

@@ -1,20 +1,24 @@
 """How a conversation becomes the one text that a model was taught to read.
 
-Looked for in this order: the tokenizer's own template (chat_template.jinja or
-tokenizer_config.json), the `prompt_template` in the front matter of the folder's README.md
-(TheBloke's cards), the model's name, its architecture. A model with none of them is no chat
-model; it gets a plain transcript and is labelled so.
+The template comes from the first of: the tokenizer's own (chat_template.jinja or tokenizer_config.json), the
+`prompt_template` in the front matter of the folder's README.md (TheBloke's model cards), the model's name, its
+architecture. A model with none of them is no chat model. It gets a plain transcript and a label that says so.
 """
 
 import re
+import secrets
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...core.chat import Message
 from ...core.errors import BadParameter
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
+from .renderers import LIMIT_S, LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit
+
+_TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
 
 
 @dataclass(frozen=True)
@@ -25,49 +29,115 @@ class ChatTemplate:
     stop: tuple[str, ...] = ()  # role markers: text that means the model speaks for somebody else
     stop_ids: tuple[int, ...] = ()  # the same where they are special tokens
     is_chat: bool = True  # False: the model was not taught to chat
+    note: str = ""  # what the user should know about it
+    renderer: Renderer = field(default_factory=OwnRenderer, repr=False, compare=False)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether rendering never waits: the template is ours, not the folder's."""
+        return self.renderer.is_quick
 
     def render(self, messages: Sequence[Message], tokenizer: Any = None) -> str:
         """The prompt for the next assistant message; one that ends in an assistant's message is continued.
 
-        A template that knows no system role gets the system text before the first user message.
-        Raises BadParameter if the template cannot show the conversation.
+        A template that refuses system messages, or a chat that an assistant opens, gets one in which user and assistant
+        alternate. Takes two seconds at most. Raises BadParameter if the template cannot show the conversation.
         """
+        until = time.monotonic() + LIMIT_S
         chat = _merged(messages)
-        resume = bool(chat) and chat[-1]["role"] == "assistant"
+        task = Task(self.jinja, chat, _tokens(tokenizer), bool(chat) and chat[-1]["role"] == "assistant")
         try:
-            return _render(self.jinja, chat, tokenizer, resume)
-        except Exception as first:
             try:
-                return _render(self.jinja, _system_into_user(chat), tokenizer, resume)
-            except Exception:
-                raise BadParameter(
-                    f"The chat template of this model ({self.name}) cannot show this conversation: {first}. "
-                    "Choose another template in the Chat tab."
-                ) from None
+                return self.renderer.render(task)
+            except TemplateFault as first:
+                try:
+                    folded = replace(task, chat=_alternating(chat))
+                    return self.renderer.render(folded, max(0.1, until - time.monotonic()))
+                except TemplateFault:
+                    raise first from None
+        except (TemplateFault, TemplateLimit) as error:
+            raise BadParameter(
+                f"The chat template of this model ({self.name}) cannot show this conversation: {error}. "
+                "Choose another template in the Chat tab."
+            ) from None
 
     def bound(self, tokenizer: Any) -> "ChatTemplate":
         """With the role markers of this template as this tokenizer sees them."""
         stop, ids = _markers(self, tokenizer)
         return replace(self, stop=stop, stop_ids=ids)
 
+    def close(self) -> None:
+        """End the processes that it was rendered in. It can be used again."""
+        self.renderer.close()
+
 
 def find(folder: Path, tokenizer: Any, architecture: str) -> ChatTemplate:
-    """The template of a model folder; its `source` says where it came from."""
-    own = getattr(tokenizer, "chat_template", None)
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()), None)
-    if own:
-        source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
-        return ChatTemplate(own, "the model's own", source).bound(tokenizer)
-    if gpu := card_template(folder):
-        return from_card(gpu).bound(tokenizer)
+    """The template of a model folder. Its `source` says where it came from, its `note` why the folder's own is not used."""
+    own, why = _own(folder, tokenizer)
+    if own is not None:
+        return own.bound(tokenizer)
+    found = _other(folder, architecture)
+    return replace(found, note=f"{why} {found.name} is used instead." if why else "").bound(tokenizer)
+
+
+def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
+    """(the template that the folder brings, None if it cannot be used; then a sentence that says why, "" without one)."""
+    given = getattr(tokenizer, "chat_template", None)
+    note = ""
+    if isinstance(given, dict):
+        known = {name: text for name, text in given.items() if isinstance(text, str) and text}
+        name = "default" if "default" in known else next(iter(known), "")
+        given = known.get(name)
+        if given and name != "default":
+            note = f"The folder has chat templates called {', '.join(known)}, and none called default: {name} is used."
+    if not isinstance(given, str) or not given:
+        return None, ""
+    source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
+    template = ChatTemplate(given, "the model's own", source, note=note, renderer=LimitedRenderer())
+    if problem := _problem(template, tokenizer):
+        template.close()
+        return None, f"The chat template of the folder ({source}) cannot be used: {problem}."
+    return template, ""
+
+
+def _problem(template: ChatTemplate, tokenizer: Any) -> str:
+    """Why a template is no use, tried on a few conversations; "" if it is.
+
+    The words are drawn anew each time, so that no template knows that it is being tried.
+    """
+    until = time.monotonic() + _TRIAL_S
+    words = [f"{secrets.choice(('What', 'How', 'Why'))} {secrets.token_hex(4)}?" for _ in range(5)]
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]
+    system = {"role": "system", "content": secrets.token_hex(4)}
+    for chat in (turns[:1], turns[:2], turns[:3], turns, [system, *turns[:1]]):
+        try:
+            task = Task(template.jinja, chat, _tokens(tokenizer), chat[-1]["role"] == "assistant")
+            text = template.renderer.render(task, max(0.1, until - time.monotonic()))
+        except TemplateLimit as error:
+            count = "one message" if len(chat) == 1 else f"{len(chat)} messages"
+            return f"{error}, for {count}"
+        except TemplateFault as error:
+            if len(chat) == 1:
+                return f"it cannot show one message ({error})"
+            continue  # many refuse a system prompt, or an answer that is continued
+        if len(chat) == 1 and not text.strip():
+            return "its prompt for one message is empty"
+        if len(chat) == 1 and words[0] not in text:
+            return "its prompt for one message does not contain the message"
+    return ""
+
+
+def _other(folder: Path, architecture: str) -> ChatTemplate:
+    """The template that the model card, the name or the architecture of a folder point to."""
+    if text := card_template(folder):
+        return from_card(text)
     name = folder.name.lower()
     for pattern, built_in in BY_NAME:
         if re.search(pattern, name):
-            return named(built_in, "the model's name").bound(tokenizer)
+            return named(built_in, "the model's name")
     if architecture in BY_ARCHITECTURE and re.search(r"chat|instruct", name):
-        return named(BY_ARCHITECTURE[architecture], "the model's architecture").bound(tokenizer)
-    return ChatTemplate(PLAIN_JINJA, PLAIN, "none found: not a chat model", is_chat=False).bound(tokenizer)
+        return named(BY_ARCHITECTURE[architecture], "the model's architecture")
+    return ChatTemplate(PLAIN_JINJA, PLAIN, "none found: not a chat model", is_chat=False)
 
 
 def named(name: str, source: str = "your choice") -> ChatTemplate:
@@ -81,24 +151,24 @@ def named(name: str, source: str = "your choice") -> ChatTemplate:
 
 def card_template(folder: Path) -> str | None:
     """`prompt_template` from the front matter of README.md, None if there is none."""
-    gpu = folder / "README.md"
-    if not gpu.is_file():
+    path = folder / "README.md"
+    if not path.is_file():
         return None
     from huggingface_hub import metadata_load
 
     try:
-        template = (metadata_load(gpu) or {}).get("prompt_template")
+        template = (metadata_load(path) or {}).get("prompt_template")
     except Exception:
-        return None  # a card that cannot be read is a card without a template
+        return None  # a model card that cannot be read has no template
     return template if isinstance(template, str) and "{prompt}" in template else None
 
 
-def from_card(gpu: str) -> ChatTemplate:
-    """A card's `… {prompt} …` as a template for whole conversations."""
+def from_card(text: str) -> ChatTemplate:
+    """A model card's `… {prompt} …` as a template for whole conversations."""
     for marks, built_in in BY_CARD:
-        if all(mark in gpu for mark in marks):
+        if all(mark in text for mark in marks):
             return named(built_in, "the model card")
-    before, _, after = gpu.partition("{prompt}")
+    before, _, after = text.partition("{prompt}")
     before = before.removeprefix("<s>")
     head, cut, user = before.rstrip("\n").rpartition("\n")
     user = (user if cut else before.rstrip("\n")) + before[len(before.rstrip("\n")) :]
@@ -107,8 +177,7 @@ def from_card(gpu: str) -> ChatTemplate:
     between = after[: len(after) - len(answer)]
     default = "" if "{s}" in head else head.strip()
     system = head if "{s}" in head else "{s}\n\n"
-    jinja = labelled(system, user, answer, between, default)
-    return ChatTemplate(jinja, "the card's own", "the model card")
+    return ChatTemplate(labelled(system, user, answer, between, default), "the model card's own", "the model card")
 
 
 def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -122,44 +191,34 @@ def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
     return chat
 
 
-def _system_into_user(chat: list[dict[str, str]]) -> list[dict[str, str]]:
-    if not chat or chat[0]["role"] != "system":
-        return chat
-    system, rest = chat[0]["content"], [dict(each) for each in chat[1:]]
-    for each in rest:
-        if each["role"] == "user":
-            each["content"] = f"{system}\n\n{each['content']}"
-            break
-    return rest
+def _alternating(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same words as user, assistant, user …: system messages become the user's; a greeting follows an empty message."""
+    messages = [Message("user" if each["role"] == "system" else each["role"], each["content"]) for each in chat]  # type: ignore[arg-type]
+    if messages and messages[0].role == "assistant":
+        messages.insert(0, Message("user", ""))
+    return _merged(messages)
 
 
-def _render(jinja: str, chat: list[dict[str, str]], tokenizer: Any, resume: bool) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def _tokens(tokenizer: Any) -> dict[str, str]:
+    """Special tokens by name, as templates call them."""
     special = getattr(tokenizer, "special_tokens_map", None) or {}
-    tokens: dict[str, Any] = {name: str(value) for name, value in special.items() if isinstance(value, str)}
+    tokens = {name: value for name, value in special.items() if isinstance(value, str)}
     for name in ("bos_token", "eos_token"):
         tokens.setdefault(name, str(getattr(tokenizer, name, "") or ""))
-    rendered: Any = render_jinja_template(
-        conversations=[chat],
-        chat_template=jinja,
-        add_generation_prompt=not resume,
-        continue_final_message=resume,
-        **tokens,
-    )
-    return str(rendered[0][0])  # (one text a conversation, masks)
+    return {name: str(value) for name, value in tokens.items()}
 
 
 def _markers(template: ChatTemplate, tokenizer: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """What stands between the messages of a probe conversation: there the model must stop."""
-    probe = [Message("user", "Aa1q"), Message("assistant", "Bb2q"), Message("user", "Cc3q")]
+    """What is between the messages of a probe conversation: there the model must stop."""
+    probe = [Message(role, f"Q{secrets.token_hex(4)}") for role in ("user", "assistant", "user")]  # type: ignore[arg-type]
     try:
         text = template.render(probe, tokenizer)
     except BadParameter:
         return (), ()
     if not all(each.text in text for each in probe):
         return (), ()
-    gaps = (text.split("Bb2q", 1)[1].split("Cc3q", 1)[0], text.split("Cc3q", 1)[1])
+    _before, after = text.split(probe[1].text, 1)
+    gaps = after.split(probe[2].text, 1)
     special = {str(name): id for name, id in _special_tokens(tokenizer).items()}
     stop: list[str] = []
     ids: list[int] = []
