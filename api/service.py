@@ -39,7 +39,6 @@ Source = str | Sequence[Message] | Prompt  # what a request asks about: a text, 
 
 NEUTRAL = neutral_values()  # the model as it is
 _NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
-_AT_ONCE = 2000  # characters; shorter texts are cut into tokens in less time than a thread needs to begin
 _LONGEST_TOKEN = 128  # characters; a text of more than that times the context need not be cut into tokens
 MAX_ANSWERS = 16  # to one request
 
@@ -159,9 +158,7 @@ class Service:
         None for `max_new_tokens` is all that is left. Raises Problem too_long, NotLoaded, Busy, BadParameter.
         """
         loaded = await self.loaded()
-        if isinstance(source, str) and len(source) < _AT_ONCE and not loaded.is_remote and not loaded.codec.is_busy:
-            return self._measure(loaded, source, max_new_tokens, trim)
-        return await self.run(self._measure, loaded, source, max_new_tokens, trim)
+        return await self.run(self._measure, loaded, source, max_new_tokens, trim)  # a template or tokenizer may take seconds
 
     def _measure(self, loaded: LoadedModel, source: Source, max_new_tokens: int | None, trim: bool) -> Measured:
         made = source if isinstance(source, Prompt) else None

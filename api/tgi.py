@@ -108,7 +108,7 @@ def build(service: Service) -> APIRouter:
         """The tokens of a text, with their places in it."""
         loaded = await service.loaded()
         await service.measure(asked.inputs, None, trim=True)
-        return Json(tokens_of(service, loaded, asked.inputs, asked.add_special_tokens))
+        return Json(await service.run(tokens_of, service, loaded, asked.inputs, asked.add_special_tokens))
 
     @router.post("/chat_tokenize")
     async def chat_tokenize(asked: ChatCompletionRequest) -> Response:
@@ -116,7 +116,8 @@ def build(service: Service) -> APIRouter:
         loaded = await service.loaded()
         messages = messages_of(asked.messages)
         text = (await service.measure(messages, None, trim=True)).prompt.text
-        return Json({"tokenize_response": tokens_of(service, loaded, text, True), "templated_text": text})
+        tokens = await service.run(tokens_of, service, loaded, text, True)
+        return Json({"tokenize_response": tokens, "templated_text": text})
 
     return router
 
@@ -139,7 +140,7 @@ class _Answer:
         if not prompt:
             raise Problem("invalid", "`inputs` cannot be empty")
         if self.wish.truncate is not None and not self.loaded.is_remote:
-            ids = self.loaded.encode(prompt, bos=False)
+            ids = await self.service.run(lambda: self.loaded.encode(self.inputs, bos=False))
             if len(ids) >= self.wish.truncate:
                 prompt = self.loaded.decode(ids[-max(1, self.wish.truncate - 1) :], special=True)
         return await self.service.measure(prompt, self.wish.max_new_tokens)

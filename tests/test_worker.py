@@ -247,3 +247,16 @@ def test_closing_ends_what_waits_to_be_alone():
     next(streams[0])
     worker.close()
     assert all(each.computed.is_set() for each in streams) and worker.waiting == 0
+
+
+def test_a_panic_of_a_rust_library_ends_the_answer_and_not_the_thread(worker):
+    class PanicException(BaseException):
+        pass
+
+    def panics():
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+        yield
+
+    with pytest.raises(AnswerFailed, match="unwrap"):
+        list(worker.stream(panics, threading.Event(), "cancelled"))
+    assert worker.alive and list(worker.stream(lambda: iter([7]), threading.Event(), "cancelled")) == [7]

@@ -72,8 +72,11 @@ class Job(Generic[T]):
             traceback.clear_frames(error.__traceback__)  # they hold what may have been too much for the memory
             failed.__cause__ = error
             self.events.put(failed)
-        except BaseException:  # the thread itself ends
-            self.events.put(AnswerFailed(_GONE))
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of a library in Rust: no Exception, and no reason to end the thread
+                self.events.put(AnswerFailed(_in_words(error)))
+                return
+            self.events.put(AnswerFailed(_GONE))  # the thread itself ends
             raise
         finally:
             self.end()
@@ -272,7 +275,7 @@ def _end_all() -> None:
         worker.close(_EXIT_S)
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower():
         return "There was not enough memory for this answer. Choose a smaller context in the Model tab and press Reload."
     first = str(error).strip().splitlines()[:1]

@@ -1,16 +1,15 @@
 """Ids to text, one token at a time, never half a character.
 
-A token's text can depend on its neighbours (SentencePiece spaces, bytes of one UTF-8
-character), so the new text is the difference of two decodings of a short window: the method
-of Hugging Face's text-generation-inference. The window starts inside the prompt, so that an
-answer's first token keeps its leading space where it has one.
+The text of a token can depend on its neighbours (SentencePiece spaces, bytes of one UTF-8 character), so the new text
+is the difference of two decodings of a short window: the method of Hugging Face's text-generation-inference. The
+window starts inside the prompt, so that the first token of an answer keeps its leading space where it has one.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 _WINDOW_TOKENS = 6
-_LONGEST_CHARACTER_TOKENS = 8  # bytes of an emoji sequence; past this a � is what the model meant
+_LONGEST_CHARACTER_TOKENS = 8  # bytes of an emoji sequence; after these, a � is what the model wrote
 
 
 class Detokenizer:
@@ -18,7 +17,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_WINDOW_TOKENS:])
         self._before = 0  # start of the window
-        self._read = len(self._ids)  # ids whose text was given out
+        self._read = len(self._ids)  # ids whose text was returned
 
     def feed(self, id: int) -> str:
         """The text that became certain with this id; empty while a character is incomplete."""

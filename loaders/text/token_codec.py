@@ -1,7 +1,8 @@
 """A tokenizer that several threads may use: text to ids and back, and the facts about single tokens.
 
-A fast tokenizer raises "Already borrowed" when one thread sets it up while another uses it, so every call takes
-one lock. Errors of the Rust library that are no `Exception` (PanicException) become BadParameter here.
+A fast tokenizer raises "Already borrowed" when one thread sets it up while another uses it, so every call that may set
+it up takes one lock. Reading ids never waits for a long text. Errors of the Rust library that are no `Exception`
+(PanicException) become BadParameter here.
 """
 
 import threading
@@ -34,11 +35,6 @@ class TokenCodec:
         """Whether it knows where in the text a token begins."""
         return bool(getattr(self.tokenizer, "is_fast", False))
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether another thread uses it now, perhaps on a long text."""
-        return self.lock.locked()
-
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Text to ids. With `bos`, exactly one beginning-of-sequence token if the model uses one. Raises BadParameter."""
         ids = self._segments.ids(text)
@@ -67,7 +63,7 @@ class TokenCodec:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Ids to text. With `special`, special tokens are part of it."""
-        with self._borrowed():
+        with _in_words():
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
     def name(self, id: int) -> str | None:
@@ -75,7 +71,7 @@ class TokenCodec:
         convert = getattr(self.tokenizer, "convert_ids_to_tokens", None)
         if convert is None:
             return None
-        with self._borrowed():
+        with _in_words():
             found = convert(id)
         return found if isinstance(found, str) else None
 
@@ -90,13 +86,18 @@ class TokenCodec:
 
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
-        with self.lock:
-            try:
-                yield
-            except BaseException as error:
-                if type(error).__name__ != "PanicException":  # pyo3's is no Exception: it would end the thread
-                    raise
-                why = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-                raise BadParameter(
-                    f"The tokenizer of this model cannot read this text ({why}). Change the text, or download another model."
-                ) from None
+        with self.lock, _in_words():
+            yield
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's is no Exception: it would end the thread
+            raise
+        why = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise BadParameter(
+            f"The tokenizer of this model cannot read this text ({why}). Change the text, or use another model."
+        ) from None

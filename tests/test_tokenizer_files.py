@@ -1,0 +1,134 @@
+"""loaders/text/tokenizer.py and tokenizer_trial.py: the files of a tokenizer, whoever wrote them, are read or a sentence."""
+
+import json
+import time
+
+import pytest
+
+import tiny
+from gptq_webui.core.errors import BadParameter, GptqWebuiError
+from gptq_webui.core.models import LocalModel
+from gptq_webui.loaders.text import tokenizer_trial
+from gptq_webui.loaders.text.token_codec import TokenCodec
+from gptq_webui.loaders.text.tokenizer import read_tokenizer
+
+REDOS = r"(a+)+$|(x+x+)+y|(\w+\s?)+!"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 493443\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.write_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    return folder
+
+
+def read(folder):
+    return read_tokenizer(LocalModel(folder, "gptq", None, 10, 100, "LlamaForCausalLM"))
+
+
+def edit(path, change):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def split_by(folder, pattern):
+    edit(
+        folder / "tokenizer.json",
+        lambda values: values.update(
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        ),
+    )
+
+
+# Files of strangers
+
+
+def test_a_tokenizer_is_tried_once(folder, monkeypatch):
+    assert read(folder).encode("hello")
+    monkeypatch.setattr(tokenizer_trial, "Child", None)  # not started again
+    assert read(folder).encode("hello")
+    edit(folder / "tokenizer.json", lambda values: values.update(truncation=None, version="1.0", more=1))
+    with pytest.raises(TypeError):
+        read(folder)
+
+
+def test_a_pattern_that_explodes_is_a_sentence(folder):
+    split_by(folder, REDOS)
+    for _ in range(2):  # the second time from the verdict that was kept
+        began = time.perf_counter()
+        with pytest.raises(GptqWebuiError, match=r"damaged, or made to do harm: .*retry-limit.*another author") as caught:
+            read(folder)
+        assert "Panic" not in str(caught.value)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_a_file_that_takes_all_memory_or_time_is_a_sentence(folder, monkeypatch):
+    monkeypatch.setattr(tokenizer_trial, "_MEMORY_BYTES", 150 << 20)
+    edit(
+        folder / "tokenizer.json",
+        lambda values: values["model"]["vocab"].update({f"token number {at}": 1000 + at for at in range(900_000)}),
+    )
+    with pytest.raises(GptqWebuiError, match="made to do harm"):
+        read(folder)
+    monkeypatch.setattr(tokenizer_trial, "_READ_S", 0.01)
+    edit(folder / "tokenizer.json", lambda values: values.update(other=2))
+    with pytest.raises(GptqWebuiError, match="it took too long"):
+        read(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": ' * 100_000, "\x00" * 100, '{"version": "1.0"}'])
+def test_a_damaged_file_is_a_sentence(text, folder):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(GptqWebuiError, match=r"tokenizer\.json .*ownload the model again"):
+        read(folder)
+
+
+def test_a_panic_in_this_process_is_a_sentence(folder):
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = read(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(REDOS), "isolated")
+    codec = TokenCodec(tokenizer)
+    with pytest.raises(BadParameter, match=r"cannot read this text \(.*retry-limit"):
+        codec.encode("word " * 30)
+    assert codec.encode("hi") and not codec.lock.locked()
+
+
+# Files that libraries do not read
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_byte_order_mark_is_left_off(name, folder):
+    expected = read(folder).encode("hello world")
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert read(folder).encode("hello world") == expected
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # the user's folder is not written to
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_special_tokens_may_be_objects(name, folder):
+    objects = [
+        {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False} for text in ("<s>", "</s>")
+    ]
+    path = folder / name
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**values, "additional_special_tokens": objects}))
+    assert read(folder).encode("hello")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_git_lfs_pointer_is_named_as_one(name, folder):
+    (folder / name).write_text(LFS)
+    with pytest.raises(GptqWebuiError, match=rf"{name} is a Git LFS pointer"):
+        read(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(GptqWebuiError, match="cannot be read"):
+        read(tmp_path)
