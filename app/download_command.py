@@ -38,7 +38,7 @@ def download(options: argparse.Namespace) -> int:
     plan = _plan(options, library, ref)
     for note in (plan.summary, *plan.notes):
         _say(options, note)
-    if plan.wanted.weights:
+    if plan.selection.weights:
         _say(options, fit_of_plan(plan, engine.loaders, available_memory()).text)
     bars, cancel, received = Bars(options.quiet), threading.Event(), 0
     try:
@@ -57,8 +57,8 @@ def download(options: argparse.Namespace) -> int:
     _say(options, f"Done: {plan.folder}")
     if options.json:
         outcome = {"ref": str(ref), "commit": plan.listing.commit, "folder": str(plan.folder)}
-        sizes = {"total_bytes": plan.wanted.total_bytes, "received_bytes": received}
-        files = {file.path: {"size_bytes": file.size_bytes, "hash": file.fingerprint} for file in plan.wanted.files}
+        sizes = {"total_bytes": plan.selection.total_bytes, "received_bytes": received}
+        files = {file.path: {"size_bytes": file.size_bytes, "hash": file.fingerprint} for file in plan.selection.files}
         print(json.dumps({**outcome, **sizes, "files": files}, indent=1))
     elif options.local_dir or options.cache_dir:
         print(plan.folder)  # as huggingface-cli does, for scripts
@@ -82,14 +82,16 @@ def _plan(options: argparse.Namespace, library: Library, ref: ModelRef) -> Plan:
     folder = options.local_dir.expanduser().absolute() if options.local_dir else None
     if options.files or options.include:
         listing = library.hub.listing(ref, commit)
-        plan = Plan(listing, file_selection.pick(listing, options.files, options.include, options.exclude, None), Path(), 0)
+        plan = Plan(
+            listing, file_selection.select_by_name(listing, options.files, options.include, options.exclude, None), Path(), 0
+        )
     else:
         plan = library.plan(ref, options.any_kind, allow_pickle=options.allow_pickle, commit=commit)
         if options.exclude:
-            plan = replace(plan, wanted=file_selection.pick(plan.listing, (), (), options.exclude, plan.wanted))
+            plan = replace(plan, selection=file_selection.select_by_name(plan.listing, (), (), options.exclude, plan.selection))
     if folder is None and options.cache_dir:
         folder = _snapshot(options.cache_dir.expanduser().absolute(), ref, plan.listing.commit)
-    return library.into(plan, folder)
+    return library.with_folder(plan, folder)
 
 
 def _snapshot(cache: Path, ref: ModelRef, commit: str) -> Path:

@@ -73,7 +73,7 @@ def update(options: argparse.Namespace) -> int:
     print(found.text, file=sys.stderr)
     if options.download and found.moved:
         cancel = threading.Event()
-        plan = library.into(library.plan(found.ref, any_kind=True), library.get(options.name).folder)
+        plan = library.with_folder(library.plan(found.ref, any_kind=True), library.get(options.name).folder)
         _watch(lambda: library.fetch(plan, cancel), cancel)
         if cancel.is_set():
             return INTERRUPTED

@@ -120,10 +120,10 @@ def advise(found: Branches, loaders: Sequence[Loader], context_tokens: int, memo
     """
     offers = []
     for branch in found.branches:
-        if branch.wanted is None:
+        if branch.selection is None:
             offers.append(Offer(branch, Fit("not", "Cannot be downloaded")))
             continue
-        name, weights = branch.ref.folder_name, branch.wanted.weights
+        name, weights = branch.ref.folder_name, branch.selection.weights
         with as_temporary_folder(name, branch.settings, branch.size_bytes, branch.quantize, weights) as model:
             offers.append(Offer(branch, fit(model, loaders, context_tokens, memory)))
     best, reason = _best(offers, context_tokens, memory)
@@ -136,7 +136,7 @@ def fit_of_plan(plan: Plan, loaders: Sequence[Loader], memory: Memory, context_t
         quantize = quantize_of(plan.settings)
     except BadQuantizeConfig:
         quantize = None
-    chosen = plan.wanted
+    chosen = plan.selection
     with as_temporary_folder(
         plan.folder.name, plan.settings, chosen.weights_bytes, quantize, chosen.weights, chosen.kind
     ) as model:
@@ -153,7 +153,7 @@ def _best(offers: Sequence[Offer], context_tokens: int, memory: Memory) -> tuple
     usable = [each for each in offers if each.fit.state in ("partly", "tight")]
     why = "it is the smallest, so the least of it is read from main memory" if memory.gpu is not None else "it is the smallest"
     if not usable:
-        usable, why = [each for each in offers if each.fit.state == "not" and each.branch.wanted], "it is the smallest"
+        usable, why = [each for each in offers if each.fit.state == "not" and each.branch.selection], "it is the smallest"
     if not usable:
         return None, "No loader on this machine opens any of them." if offers else ""
     best = min(usable, key=lambda each: (each.fit.needs_bytes, *(-value for value in _exactness(each))))

@@ -1,8 +1,8 @@
-"""Every branch of a repository with what distinguishes it, asked for at once and in a few hundred kilobytes.
+"""Every branch of a repository with its bits, group size and the rest, in parallel requests of a few hundred kilobytes.
 
 Facts come from the repository itself (sizes, settings, the first bytes of the weights) and are
-filled from the model card where it is silent. Knows nothing of this machine: whether a branch
-fits is said by engine/advice.py.
+filled from the model card where it has none. Knows nothing of this machine: engine/advice.py
+judges whether a branch fits.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from ..core.models import choose_weights
 from ..core.quantize_config import BITS, QuantizeConfig
 from ..core.safetensors_header import TensorInfo, read_beginning
 from . import file_selection, hub_request
-from .file_selection import Wanted
+from .file_selection import FileSelection
 from .model_card import ModelCard, ModelCardRow, read_model_card
 from .repository import Hub, Listing
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import httpx
 
 AT_ONCE = 16  # requests
-SHOWN = 64  # branches; more are left out, and said to be
+SHOWN = 64  # branches; a note says how many more there are
 _HEADER_BYTES = 16_384  # of the weights: the first layers' names and shapes
 
 
@@ -35,7 +35,7 @@ _HEADER_BYTES = 16_384  # of the weights: the first layers' names and shapes
 class Branch:
     ref: ModelRef
     commit: str
-    wanted: Wanted | None  # what a download would bring; None if it is refused
+    selection: FileSelection | None  # what a download would fetch; None if it is refused
     error: WrongRepository | None = None  # why it is refused
     quantize: QuantizeConfig | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and quantize_config.json
@@ -48,8 +48,8 @@ class Branch:
 
     @property
     def size_bytes(self) -> int:
-        """Of the weights, which is what the card's table tells too."""
-        return self.wanted.weights_bytes if self.wanted else 0
+        """Of the weights, as in the model card's table."""
+        return self.selection.weights_bytes if self.selection else 0
 
     @property
     def dataset(self) -> str:
@@ -62,7 +62,7 @@ class Branch:
 
     @property
     def exllama(self) -> str:
-        """Yes or No: ExLlama's kernels know 4 bits, and whole columns or groups that are a power of two from 32 on."""
+        """Yes or No: ExLlama's kernels take 4 bits, with whole columns or groups of a power of two from 32 on."""
         if self.quantize is None:
             return self.model_card.exllama
         group = self.quantize.group_size
@@ -78,49 +78,49 @@ class Branches:
 
 
 def read_branches(hub: Hub, repo: str) -> Branches:
-    """Ask the Hub for everything at once: the lists, then every file that tells something.
+    """Read the lists of all branches, then their settings and the first bytes of their weights, many at once.
 
     Raises the HubErrors of Hub.listing and Hub.small_file; WrongRepository if no branch can be
-    used, with the GPTQ sister where there is one.
+    used, with the GPTQ version of the model where there is one.
     """
     names = hub.branches(repo)
     with hub_request.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
         try:
             listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name), client=client), names[:SHOWN]))
-            asked = _Asked(hub, client, pool)
+            requests = _Requests(hub, client, pool)
             for listing in listings:
-                asked.settings(listing)
+                requests.settings(listing)
             for listing in listings:
-                asked.header(listing)
-            model_card = asked.model_card(listings[0]) if listings else ModelCard()
-            found = [asked.branch(listing, model_card) for listing in listings]
+                requests.header(listing)
+            model_card = requests.model_card(listings[0]) if listings else ModelCard()
+            found = [requests.branch(listing, model_card) for listing in listings]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # else the error waits for every request that is left
             raise
-    if not any(each.wanted for each in found):
+    if not any(each.selection for each in found):
         errors = {each.ref.branch: each.error for each in found if each.error}
         first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches."))
-        raise with_sister(errors.get("main", first), hub)
+        raise with_gptq_version(errors.get("main", first), hub)
     left = len(names) - SHOWN
     return Branches(repo, tuple(found), model_card, (f"{left} more branches are not shown.",) if left > 0 else ())
 
 
-def with_sister(error: WrongRepository, hub: Hub) -> WrongRepository:
-    """The same refusal, knowing whether the GPTQ sister that it supposes is there."""
+def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
+    """The same refusal; it names the GPTQ version of the model if one of its candidates exists."""
     for candidate in error.candidates:
         if hub.exists(candidate):
             return WrongRepository(error.found, error.candidates, candidate)
     return error
 
 
-class _Asked:
-    """The requests that are under way. A content that several branches share is asked for once."""
+class _Requests:
+    """The running requests. A file that several branches share is requested once."""
 
     def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor) -> None:
         self._hub, self._client, self._pool = hub, client, pool
         self._jobs: dict[tuple[str, tuple[int, int] | None], Future[bytes | None]] = {}
 
-    def _ask(self, listing: Listing, path: str, part: tuple[int, int] | None = None) -> "Future[bytes | None]":
+    def _read(self, listing: Listing, path: str, part: tuple[int, int] | None = None) -> "Future[bytes | None]":
         content = next((each.fingerprint for each in listing.files if each.path == path), "")
         key = (content or f"{listing.commit}/{path}", part)
         if key not in self._jobs:
@@ -128,21 +128,21 @@ class _Asked:
         return self._jobs[key]
 
     def settings(self, listing: Listing) -> "Mapping[str, Future[bytes | None]]":
-        return {path: self._ask(listing, path) for path in file_selection.settings_needed(listing)}
+        return {path: self._read(listing, path) for path in file_selection.settings_needed(listing)}
 
     def header(self, listing: Listing) -> "Future[bytes | None] | None":
         name = _weights(listing)
-        return self._ask(listing, name, (0, _HEADER_BYTES)) if name else None
+        return self._read(listing, name, (0, _HEADER_BYTES)) if name else None
 
     def model_card(self, listing: Listing) -> ModelCard:
-        data = self._ask(listing, "README.md").result()
+        data = self._read(listing, "README.md").result()
         return read_model_card(data.decode("utf-8", "replace")) if data else ModelCard()
 
     def branch(self, listing: Listing, model_card: ModelCard) -> Branch:
         row = model_card.rows.get(listing.ref.branch, ModelCardRow(listing.ref.branch))
         settings = {path: file_selection.parse_settings(job.result()) for path, job in self.settings(listing).items()}
         try:
-            chosen = file_selection.choose(listing, settings)
+            chosen = file_selection.select_files(listing, settings)
         except WrongRepository as error:
             return Branch(listing.ref, listing.commit, None, error, settings=settings, model_card=row)
         tensors = read_beginning((job.result() if (job := self.header(listing)) else None) or b"")
@@ -152,7 +152,7 @@ class _Asked:
     def _quantize(
         self, listing: Listing, settings: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo]
     ) -> tuple[QuantizeConfig | None, tuple[str, ...]]:
-        """As the settings say, checked against the tensors; without settings, as the tensors and the names say."""
+        """From the settings, checked against the tensors; without settings, from the tensors alone."""
         seen = bits_and_group(tensors)
         try:
             config = file_selection.quantize_of(settings)
@@ -162,16 +162,18 @@ class _Asked:
             return QuantizeConfig(*seen, desc_act=self._act_order(listing, tensors)), ()
         if seen is None or seen == (config.bits, config.group_size):
             return config, ()
-        said = f"its settings say {config.bits} bits and group size {config.group_size}, its tensors {seen[0]} and {seen[1]}"
-        return replace(config, bits=seen[0], group_size=seen[1]), (f"{listing.ref.branch}: {said}; the tensors are right.",)
+        difference = (
+            f"its settings say {config.bits} bits and group size {config.group_size}, its tensors {seen[0]} and {seen[1]}"
+        )
+        return replace(config, bits=seen[0], group_size=seen[1]), (f"{listing.ref.branch}: {difference}; the tensors are right.",)
 
     def _act_order(self, listing: Listing, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Act-order is in the tensors only: the first g_idx is not sorted."""
+        """Whether the first g_idx is unsorted: only the tensors show act-order."""
         found = next((info for name, info in tensors.items() if name.endswith(".g_idx")), None)
         if found is None:
             return False
         part = (found.start, found.start + found.size_bytes // 4 * 4)
-        data = self._ask(listing, _weights(listing), part).result() or b""
+        data = self._read(listing, _weights(listing), part).result() or b""
         values = struct.unpack(f"<{len(data) // 4}i", data[: len(data) // 4 * 4])
         return any(a > b for a, b in itertools.pairwise(values))
 
@@ -192,7 +194,7 @@ def bits_and_group(tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
 
 
 def _weights(listing: Listing) -> str:
-    """The file whose beginning tells most; "" if there is none."""
+    """The safetensors file to read the beginning of; "" if there is none."""
     sizes = {file.path: file.size_bytes for file in listing.files if "/" not in file.path}
     names, _missing = choose_weights(sizes)
     return names[0] if names and names[0].endswith(".safetensors") else ""

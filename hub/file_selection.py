@@ -1,7 +1,7 @@
 """Which files of a repository a GPTQ model needs, and which repositories hold something else.
 
-Pure: a listing and its settings files in, names and sizes out. The rules that tell the
-kinds apart and choose among weight files are those of core/models.py.
+Without side effects: a listing and its settings files in, names and sizes out. The rules that
+distinguish the kinds and choose among weight files are those of core/models.py.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes, plural
 from .repository import Listing, RemoteFile, is_safe_path
 
+MOST_FILES = 1000  # of one model; the largest ones have 200 shards
 SETTINGS = ("config.json", "quant_config.json", "quantize_config.json")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -41,11 +42,11 @@ _ENDING = re.compile(
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileSelection:
     files: tuple[RemoteFile, ...]
     kind: Kind
     format: str  # "GPTQ 4-bit, group 32, act-order (safetensors)"
-    notes: tuple[str, ...] = ()  # what the user should know, in sentences
+    notes: tuple[str, ...] = ()  # for the user, in sentences
     weights: tuple[str, ...] = ()  # which of the files hold the tensors
 
     @property
@@ -63,37 +64,39 @@ class Wanted:
 
 
 def settings_needed(listing: Listing) -> list[str]:
-    """The settings files that must be read to tell what it is; none if the names say it."""
+    """The settings files that must be read to find the kind; none if the file names show it."""
     if _kind_by_names(listing) is not None:
         return []
     return [file.path for file in listing.files if file.path in SETTINGS]
 
 
 def parse_settings(data: bytes | None) -> dict[str, Any]:
-    """A settings file as it came from the Hub; empty if it is no JSON object (LocalModel.read will say so)."""
+    """A settings file as it came from the Hub; empty if it is no JSON object (LocalModel.read reports that)."""
     try:
         values = json.loads((data or b"{}").decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def choose(
+def select_files(
     listing: Listing,
     settings: Mapping[str, Mapping[str, Any]],
     any_kind: bool = False,
     allow_code: bool = False,
     allow_pickle: bool = False,
-) -> Wanted:
-    """The files to download. `settings` holds what `settings_needed` asked for, by name.
+) -> FileSelection:
+    """The files to download. `settings` holds the files that `settings_needed` names.
 
     Raises WrongRepository for anything but GPTQ weights in safetensors (with `any_kind`: for
-    GGUF and what holds no model), for unsafe file names and for missing shards.
+    GGUF and what holds no model), for unsafe file names, missing shards and more than MOST_FILES files.
     """
     ref, sizes = listing.ref, {file.path: file.size_bytes for file in listing.files if "/" not in file.path}
     named = settings.get("quantize_config.json", {}).get("model_file_base_name")
     kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
-    if kind == "gguf" or (kind in OPENED_BY and not any_kind):  # one of many .gguf files is wanted, and nobody says which
+    if kind == "gguf" or (
+        kind in OPENED_BY and not any_kind
+    ):  # of many .gguf files the user wants one, and the name does not say which
         raise _wrong_kind(ref, kind, settings)
     weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
     if not weights:
@@ -109,14 +112,21 @@ def choose(
             f"Also .bin and .pt weights) and convert it: that reads the tensors and runs nothing. {_other_branches(ref)}".rstrip()
         )
     files = _files(listing, set(weights), allow_code)
+    if len(files) > MOST_FILES:
+        raise WrongRepository(
+            f"{ref} has {len(files)} files that could belong to a model; a model has a few dozen, at most {MOST_FILES}. "
+            "Nothing was downloaded. Name the files that you need: gptq-webui download REF FILE …, or --include."
+        )
     form = f"{_format(kind, settings)} ({weights[0].rpartition('.')[2]})"
-    return Wanted(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
+    return FileSelection(files, kind, form, tuple(_notes(listing, settings, kind, weights, allow_code)), tuple(weights))
 
 
-def pick(listing: Listing, files: Sequence[str], include: Sequence[str], exclude: Sequence[str], among: Wanted | None) -> Wanted:
-    """Exactly what was asked for by name or pattern (as `hf download` understands them), whatever kind it is.
+def select_by_name(
+    listing: Listing, files: Sequence[str], include: Sequence[str], exclude: Sequence[str], among: FileSelection | None
+) -> FileSelection:
+    """Exactly the files of these names or patterns (as `hf download` reads them), whatever the kind.
 
-    Without names and patterns to include, `among` is where `exclude` takes from.
+    Without names and patterns to include, `exclude` removes files from `among`.
     Raises WrongRepository if nothing is left, a name is not there or would leave its folder.
     """
     known = {file.path: file for file in listing.files}
@@ -131,13 +141,13 @@ def pick(listing: Listing, files: Sequence[str], include: Sequence[str], exclude
         chosen = list(among.files if among else listing.files)
     chosen = [file for file in chosen if not any(fnmatch.fnmatch(file.path, _pattern(each)) for each in exclude)]
     if not chosen:
-        raise WrongRepository(f"Nothing of {listing.ref} is left to download: look at --include and --exclude.")
+        raise WrongRepository(f"Nothing of {listing.ref} is left to download. Check --include and --exclude.")
     for file in chosen:
         _require_safe(listing, file)
     kept = tuple(file.path for file in chosen)
     weights = tuple(path for path in (among.weights if among else ()) if path in kept)
     form = among.format if among and weights == among.weights else "as you asked"
-    return Wanted(tuple(chosen), among.kind if among else "plain", form, among.notes if among else (), weights)
+    return FileSelection(tuple(chosen), among.kind if among else "plain", form, among.notes if among else (), weights)
 
 
 def _pattern(text: str) -> str:
@@ -157,7 +167,7 @@ def _short(name: str) -> str:
 
 
 def _kind_by_names(listing: Listing) -> Kind | None:
-    """What file names alone say; None if settings must be read."""
+    """The kind, if file names alone show it; None if settings must be read."""
     names = {file.path for file in listing.files if "/" not in file.path}
     weights = {name for name in names if name.endswith(_WEIGHTS) and not _GGML.search(name)}
     everywhere = {file.path for file in listing.files}
@@ -183,12 +193,12 @@ def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]
     if not quantization:
         names = [file.path for file in listing.files if file.path.endswith(_WEIGHTS) and "/" not in file.path]
         if any(_GPTQ_NAME.search(name) for name in names) or (names and re.search(r"[-_]gptq", listing.ref.repo, re.IGNORECASE)):
-            return "gptq"  # of early 2023, without any settings; the tensors will tell
+            return "gptq"  # of early 2023, without any settings; the tensors will show it
     return "plain"
 
 
 def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
-    """Names what it is and where the same model may be as GPTQ."""
+    """The refusal, which says what it is and where the same model may be as GPTQ."""
     owner, _, name = ref.repo.partition("/")
     quantization = settings.get("config.json", {}).get("quantization_config")
     if kind == "lora":
@@ -202,8 +212,8 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
         found = f"{ref} is not quantised (16-bit weights); this program is for GPTQ models."
     if "gptq" in name.lower():
         return WrongRepository(f"{found} Nothing was downloaded.")
-    sister = _ENDING.sub("", name) + "-GPTQ"
-    candidates = tuple(dict.fromkeys(f"{each}/{sister}" for each in (owner, "TheBloke")))
+    gptq_name = _ENDING.sub("", name) + "-GPTQ"
+    candidates = tuple(dict.fromkeys(f"{each}/{gptq_name}" for each in (owner, "TheBloke")))
     return WrongRepository(f"{found} Nothing was downloaded.", candidates)
 
 
@@ -238,7 +248,7 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
         if not take:
             continue
         _require_safe(listing, file)
-        chosen.setdefault(file.path.lower(), file)  # Windows and macOS know one of README.md and readme.md
+        chosen.setdefault(file.path.lower(), file)  # on Windows and macOS README.md and readme.md are one file
     return tuple(chosen.values())
 
 
@@ -252,7 +262,7 @@ def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def quantize_of(settings: Mapping[str, Mapping[str, Any]]) -> QuantizeConfig:
-    """How the settings say it was quantised. Raises BadQuantizeConfig if they do not."""
+    """The quantisation that the settings describe. Raises BadQuantizeConfig if they do not."""
     in_config = settings.get("config.json", {}).get("quantization_config")
     own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
     return QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own})
@@ -265,7 +275,7 @@ def _notes(
     code = [file.path for file in listing.files if file.path.endswith(".py")]
     if code and "auto_map" in settings.get("config.json", {}) and not allow_code:
         notes.append(
-            f"The model carries program code of its own ({', '.join(code[:3])}{', …' if len(code) > 3 else ''}), which is not "
+            f"The model has program code of its own ({', '.join(code[:3])}{', …' if len(code) > 3 else ''}), which is not "
             "downloaded: it would run with all your rights."
         )
     spare = sum(file.size_bytes for file in listing.files if file.path not in weights and file.path.endswith(_WEIGHTS))
@@ -274,5 +284,5 @@ def _notes(
     if kind == "gptq" and not (
         settings.get("quantize_config.json") or settings.get("config.json", {}).get("quantization_config")
     ):
-        notes.append("It has no settings of its quantisation; they are read from the tensors after the download.")
+        notes.append("It has no quantisation settings; they are read from the tensors after the download.")
     return notes

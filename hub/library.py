@@ -1,8 +1,8 @@
 """The models folders: what is in them, and downloads into the first of them.
 
 A model is a folder directly in one of the roots, or a root itself, or a GPTQ snapshot in the
-Hugging Face cache, used where it lies. If two places hold models of one name, the earlier wins
-and the other is not listed.
+Hugging Face cache, used where it is. Of two models with the same name the one of the earlier
+folder is listed, the other is not.
 """
 
 import logging
@@ -20,10 +20,10 @@ from ..core.model_ref import ModelRef
 from ..core.models import LocalModel, is_model_folder
 from ..core.units import format_bytes
 from . import file_selection
-from .branches import with_sister
+from .branches import with_gptq_version
 from .download import bytes_present, fetch
 from .download_progress import Progress
-from .file_selection import Wanted
+from .file_selection import FileSelection
 from .model_folder import is_locked
 from .origins import CachedSnapshot, cache_folder, cached
 from .repository import Hub, Listing
@@ -36,13 +36,13 @@ _Signature = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a download would bring, known before its first byte."""
+    """What a download would fetch, known before its first byte."""
 
     listing: Listing
-    wanted: Wanted
+    selection: FileSelection
     folder: Path
-    present_bytes: int  # of wanted.total_bytes, on disk already
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and its like, as read from the Hub
+    present_bytes: int  # of selection.total_bytes, on disk already
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # config.json and the like, as read from the Hub
 
     @property
     def ref(self) -> ModelRef:
@@ -50,13 +50,13 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self.wanted.notes
+        return self.selection.notes
 
     @property
     def summary(self) -> str:
-        """'4.16 GB in 9 files, GPTQ 4-bit, group 32, act-order (safetensors)', and what is here of it."""
+        """'4.16 GB in 9 files, GPTQ 4-bit, group 32, act-order (safetensors)', and how much of it is here."""
         present = f"; {format_bytes(self.present_bytes)} of it are here already" if self.present_bytes else ""
-        return self.wanted.summary + present
+        return self.selection.summary + present
 
 
 class Library:
@@ -67,38 +67,38 @@ class Library:
         if not self.roots:
             raise ValueError("a library needs at least one models folder")
         self.hub = hub or Hub()
-        self.elsewhere: tuple[LocalModel, ...] = ()  # no folders: models that engines on other machines compute
+        self.elsewhere: tuple[LocalModel, ...] = ()  # models without a folder, which engines on other machines run
         self._seen: dict[Path, tuple[_Signature, LocalModel]] = {}
-        self._told: set[Path] = set()
+        self._warned: set[Path] = set()
 
     def models(self) -> list[LocalModel]:
-        """Every model of the roots, whole or not, and GPTQ models of the Hugging Face cache, by name.
+        """Every model of the roots, complete or not, and GPTQ models of the Hugging Face cache, sorted by name.
 
         Cheap: a folder is read again only after it has changed.
         """
         found: dict[str, LocalModel] = {}
-        for name, folder in self._everything():
+        for name, folder in self._candidates():
             if name not in found:
                 if (model := self._read(name, folder)) is not None:
                     found[name] = model
-            elif folder not in self._told:
-                self._told.add(folder)
+            elif folder not in self._warned:
+                self._warned.add(folder)
                 log.warning("%s is not listed: %s has the same name and comes first", folder, found[name].folder)
-        for gone in set(self._seen) - {folder for _name, folder in self._everything()}:
+        for gone in set(self._seen) - {folder for _name, folder in self._candidates()}:
             self._seen.pop(gone, None)
         found = {each.name: each for each in self.elsewhere} | found
         return sorted(found.values(), key=lambda model: (model.name.lower(), model.name))
 
     def get(self, name: str) -> LocalModel:
-        """The model of that name. Raises NoSuchModel, which says where it looked."""
-        for known, folder in self._everything():
+        """The model of that name. Raises NoSuchModel, which names the folders."""
+        for known, folder in self._candidates():
             if known == name and (model := self._read(name, folder)) is not None:
                 return model
         for model in self.elsewhere:
             if model.name == name:
                 return model
-        places = " and ".join(str(root) for root in self.roots)
-        raise NoSuchModel(f"There is no model {name!r} in {places}. Download it, or add the folder that holds it.")
+        folders = " and ".join(str(root) for root in self.roots)
+        raise NoSuchModel(f"There is no model {name!r} in {folders}. Download it, or add the folder that holds it.")
 
     def plan(
         self,
@@ -110,7 +110,7 @@ class Library:
         commit: str = "",
         folder: Path | None = None,
     ) -> Plan:
-        """Ask the Hub what a download would bring; nothing is written.
+        """Find out at the Hub what a download would fetch; nothing is written.
 
         `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files, `allow_pickle`
         GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest.
@@ -120,35 +120,35 @@ class Library:
         needed = file_selection.settings_needed(listing)
         settings = {path: file_selection.parse_settings(self.hub.small_file(listing, path)) for path in needed}
         try:
-            chosen = file_selection.choose(listing, settings, any_kind, allow_code, allow_pickle)
+            chosen = file_selection.select_files(listing, settings, any_kind, allow_code, allow_pickle)
         except WrongRepository as error:
-            raise with_sister(error, self.hub) from None
+            raise with_gptq_version(error, self.hub) from None
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not
             self.hub.small_file(listing, min(chosen.files, key=lambda file: file.size_bytes).path)
         folder = folder or self.roots[0] / ref.folder_name
         return Plan(listing, chosen, folder, bytes_present(chosen.files, folder), settings)
 
-    def into(self, plan: Plan, folder: Path | None = None) -> Plan:
-        """The same download into another folder; without one, into the model's own."""
+    def with_folder(self, plan: Plan, folder: Path | None = None) -> Plan:
+        """The same download into another folder; without one, into the model's own folder."""
         folder = folder or self.roots[0] / plan.ref.folder_name
-        return replace(plan, folder=folder, present_bytes=bytes_present(plan.wanted.files, folder))
+        return replace(plan, folder=folder, present_bytes=bytes_present(plan.selection.files, folder))
 
     def fetch(self, plan: Plan, cancel: threading.Event, at_once: int | None = None) -> Iterator[Progress]:
         """Download what the plan says; the last event is `done` or, after `cancel`, `stopped`. Raises as download.fetch."""
-        yield from fetch(plan.listing, plan.wanted.files, plan.folder, self.hub, cancel, at_once)
+        yield from fetch(plan.listing, plan.selection.files, plan.folder, self.hub, cancel, at_once)
 
     def unfinished(self) -> list[Unfinished]:
-        """Downloads that ended before they were done, and that nobody goes on with now."""
+        """Downloads that ended early and are not running now."""
         return [left for folder in self._folders() if (left := unfinished(folder)) is not None]
 
     def discard(self, ref: ModelRef) -> None:
-        """Delete what an unfinished download of this model brought. Raises ModelError."""
+        """Delete what an unfinished download of this model has fetched. Raises ModelError."""
         for folder in self._folders():
             if (left := unfinished(folder)) is not None and str(left.ref).lower() == str(ref).lower():
                 discard(folder)
 
     def freed_bytes(self, name: str) -> int:
-        """What `remove` would free: files that other folders share stay on the disk. Raises NoSuchModel."""
+        """What `remove` would free; files that other folders share stay on the disk. Raises NoSuchModel."""
         folder = self.get(name).folder
         if (cached := self._cached(folder)) is not None:
             return int(_cache_deletion(cached).expected_freed_size)
@@ -167,28 +167,28 @@ class Library:
         aside = folder.with_name(f".{name}.removed")
         try:
             if folder.is_symlink():
-                folder.unlink()  # what it points to is not ours
+                folder.unlink()  # the folder that it points to stays
                 return
             if aside.exists():
                 shutil.rmtree(aside)
-            os.replace(folder, aside)  # at once: a removal cut short leaves no half model in the list
+            os.replace(folder, aside)  # one step: a removal that is cut short leaves no half model in the list
             shutil.rmtree(aside)
         except OSError as error:
             raise ModelError(
-                f"{name} could not be removed ({error.strerror or error}). If it is loaded, unload it; else look at {folder}."
+                f"{name} could not be removed ({error.strerror or error}). If it is loaded, unload it; else check {folder}."
             ) from None
         log.info("removed %s", folder)
 
     def _folders(self) -> Iterator[Path]:
         for root in self.roots:
-            if (root / "config.json").is_file() and is_model_folder(root):  # loose .gguf files do not make it one
+            if (root / "config.json").is_file() and is_model_folder(root):  # loose .gguf files do not make a root a model
                 yield root
-            with suppress(OSError):  # not there yet, or a drive that is not plugged in
+            with suppress(OSError):  # not made yet, or a drive that is not connected
                 for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
                     if not entry.name.startswith(".") and entry.is_dir() and is_model_folder(root / entry.name):
                         yield root / entry.name
 
-    def _everything(self) -> Iterator[tuple[str, Path]]:
+    def _candidates(self) -> Iterator[tuple[str, Path]]:
         """(name, folder) of what may be a model: in the roots, then in the Hugging Face cache."""
         for folder in self._folders():
             yield folder.name, folder
@@ -200,7 +200,7 @@ class Library:
         return next((each for each in cached(cache_folder()) if each.folder == folder), None)
 
     def _read(self, name: str, folder: Path) -> LocalModel | None:
-        """None for what is in the Hugging Face cache and is no GPTQ model: that is none of our business."""
+        """None for a model of the Hugging Face cache that is not GPTQ: it belongs to other programs."""
         signature = _signature(folder)
         seen = self._seen.get(folder)
         if seen is None or seen[0] != signature:

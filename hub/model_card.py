@@ -1,7 +1,7 @@
-"""What a model card tells about a repository's branches: its front matter and its table of "Provided files".
+"""The facts of a model card about a repository's branches: its front matter and its table of "Provided files".
 
-A card is written by people: what cannot be read is left out, never an error. What the
-repository itself says counts more (branches.py).
+People write model cards: what cannot be read is left out, never an error. The
+repository's own files count more (branches.py).
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 _RULE = re.compile(r"^\s*\|?\s*:?-{2,}")
-_EXPECTED = ("branch", "bits")  # the columns that tell this table from any other
+_EXPECTED = ("branch", "bits")  # the columns by which this table is recognised
 _COLUMNS = {
     "branch": "branch", "bits": "bits", "gs": "group_size", "group size": "group_size", "act order": "act_order",
     "damp %": "damp_percent", "damp": "damp_percent", "gptq dataset": "dataset", "dataset": "dataset", "seq len": "seq_len",
@@ -21,7 +21,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class ModelCardRow:
-    """One line of the table, as it is written; "" for a column the card does not have."""
+    """One line of the table, as it is written; "" for a column that the table does not have."""
 
     branch: str
     bits: str = ""
@@ -57,7 +57,7 @@ def _front_matter(text: str) -> Mapping[str, Any]:
 
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # whatever stands there, the table below may still be read
+    except Exception:  # whatever is in it, the table below may still be readable
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Repair, update and look for updates: what upkeep.py found on disk, made right from the Hub."""
+"""Repair a model from the Hub after a verification, and look for a newer version of it."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,12 +18,12 @@ from .verification import Verdict, verify
 
 @dataclass(frozen=True)
 class Update:
-    """What the Hub has now, beside what is here."""
+    """What the Hub has now, compared with what is here."""
 
     ref: ModelRef
-    commit_here: str  # "" if nobody noted it
+    commit_here: str  # "" if there is no note of it
     commit_there: str
-    changed: tuple[str, ...] = ()  # files that an update would bring
+    changed: tuple[str, ...] = ()  # files that an update would fetch
     changed_bytes: int = 0
 
     @property
@@ -37,31 +37,31 @@ class Update:
         if not self.changed:
             return f"{self.ref} has moved to commit {self.commit_there[:8]}, but no file that you have has changed."
         what = f"{plural(len(self.changed), 'file')}, {format_bytes(self.changed_bytes)}"
-        return f"{self.ref} has moved to commit {self.commit_there[:8]}: an update brings {what}."
+        return f"{self.ref} has moved to commit {self.commit_there[:8]}: an update fetches {what}."
 
 
-def known(library: Library, name: str) -> tuple[Path, ModelRef, FolderRecord]:
-    """(folder, reference, record) of a model. Raises ModelError if nobody noted where it came from."""
+def folder_and_origin(library: Library, name: str) -> tuple[Path, ModelRef, FolderRecord]:
+    """(folder, reference, record) of a model. Raises ModelError if there is no note of where it came from."""
     folder = library.get(name).folder
     record = origin(folder)
     if record is None or not record.ref:
         raise ModelError(
             f"Nothing in {name} says where it came from. Enter its owner/name:branch and press Download: "
-            "into its own folder, what is right is kept."
+            "in its own folder, correct files are kept."
         )
     return folder, ModelRef.parse(record.ref), record
 
 
 def check_update(library: Library, name: str) -> Update:
-    """Whether the branch has moved. Raises ModelError, and the HubErrors of Hub.listing."""
-    _folder, ref, record = known(library, name)
+    """Whether the branch has a newer commit. Raises ModelError, and the HubErrors of Hub.listing."""
+    _folder, ref, record = folder_and_origin(library, name)
     there = library.hub.heads(ref.repo).get(ref.branch)
     if there is None:
         raise NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r} any more. What you have still works.")
     if there == record.commit:
         return Update(ref, record.commit, there)
     plan = library.plan(ref, any_kind=True)
-    changed = [file for file in plan.wanted.files if _fingerprint(record.files, file.path) != file.fingerprint]
+    changed = [file for file in plan.selection.files if _fingerprint(record.files, file.path) != file.fingerprint]
     size = sum(file.size_bytes for file in changed)
     return Update(ref, record.commit, plan.listing.commit, tuple(file.path for file in changed), size)
 
@@ -71,11 +71,9 @@ def repair(library: Library, name: str, cancel: threading.Event) -> Iterator[Pro
 
     Yields Progress, and the Verdict once it is known. Raises as `verify` and Library.fetch.
     """
-    folder, ref, record = known(library, name)
+    folder, ref, record = folder_and_origin(library, name)
     if folder.parent not in library.roots and folder not in library.roots:
-        raise ModelError(
-            f"{name} lies in the Hugging Face cache, which huggingface-hub looks after. Remove it and download it again."
-        )
+        raise ModelError(f"{name} is in the Hugging Face cache, which huggingface-hub manages. Remove it and download it again.")
     commit = record.commit
     if not (folder / PLAN).exists() and (folder / MARKER).exists():
         verdict = None
@@ -84,13 +82,13 @@ def repair(library: Library, name: str, cancel: threading.Event) -> Iterator[Pro
             yield event
         if verdict is None or verdict.good:
             return
-        distrust(folder, verdict.wrong)
+        mark_as_wrong(folder, verdict.wrong)
     plan = library.plan(ref, any_kind=True, commit=commit, folder=folder)
     yield from library.fetch(plan, cancel)
 
 
-def distrust(folder: Path, names: tuple[str, ...]) -> None:
-    """Note that these files are wrong: the next download looks at them again. Until it has them they stay as they are."""
+def mark_as_wrong(folder: Path, names: tuple[str, ...]) -> None:
+    """Note that these files are wrong, so that the next download checks them again. Until it has new ones they stay."""
     with locked(folder):
         record = FolderRecord.read(folder / MARKER)
         if record is not None:

@@ -1,7 +1,7 @@
-"""The Hub's own fast transfer (Xet), where it offers it: the same bytes, gathered from deduplicated chunks.
+"""The Hub's fast transfer (Xet), for files that have it: the same bytes, put together from deduplicated chunks.
 
-huggingface-hub begins such a file from zero each time; the library under it, hf-xet, can begin at any
-byte, and that is what resumes here. Whatever goes wrong with it, the plain road (receive.py) goes on from
+huggingface-hub starts such a file from zero each time; the library under it, hf-xet, can start at any
+byte, so a download can resume. If it fails, plain requests (file_download.py) continue from
 the same byte, and the hash of the whole file is compared in any case. HF_HUB_DISABLE_XET=1 turns it off.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-SMALLEST_BYTES = 10_000_000  # below, asking for chunks takes longer than sending them
+SMALLEST_BYTES = 10_000_000  # for smaller files, the request for chunks takes longer than the bytes
 _TRUE = ("1", "ON", "YES", "TRUE")
-# hf-xet's own defaults keep gigabytes in memory, and wait for minutes before the plain road gets its turn
+# hf-xet's defaults keep gigabytes in memory, and wait for minutes before they report an error
 _LIMITS = {
     "reconstruction.download_buffer_size": 64_000_000,
     "reconstruction.download_buffer_perfile_size": 32_000_000,
@@ -27,14 +27,14 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Pointer:
-    """Where the chunks of a file are asked for, as the Hub told it."""
+    """Where the chunks of a file are, as the Hub answered."""
 
     hash: str
-    refresh_address: str  # of the Hub itself, where the chunks' own token comes from
+    refresh_address: str  # of the Hub itself, which gives the token for the chunks
 
 
 def pointer(headers: Mapping[str, str], links: Mapping[Any, Any], endpoint: str) -> Pointer | None:
-    """From the Hub's answer to a question for a file; None if it offers no Xet, or would send the token elsewhere."""
+    """From the Hub's answer for a file; None if it offers no Xet, or names another host, which must not get the token."""
     found = headers.get("X-Xet-Hash", "")
     route = str(links.get("xet-auth", {}).get("url") or headers.get("X-Xet-Refresh-Route") or "")
     address, home = urljoin(endpoint + "/", route), urlsplit(endpoint)
@@ -47,7 +47,7 @@ def pointer(headers: Mapping[str, str], links: Mapping[Any, Any], endpoint: str)
 
 
 def is_available() -> bool:
-    """Whether the library is there in a version that can begin in the middle, and nobody turned it off."""
+    """Whether the library is installed in a version that can start in the middle, and not turned off."""
     if os.environ.get("HF_HUB_DISABLE_XET", "").upper() in _TRUE or importlib.util.find_spec("hf_xet") is None:
         return False
     import hf_xet

@@ -72,7 +72,7 @@ def test_a_branch_without_weights_is_listed_with_its_reason(hub_server, tiny_gpt
     hub_server.add(REPO, tiny_gptq)
     hub_server.add(REPO, {"README.md": b"nothing here"}, "empty")
     branch = by_name(read_branches(Hub(), REPO))["empty"]
-    assert branch.wanted is None and "no weights" in str(branch.error)
+    assert branch.selection is None and "no weights" in str(branch.error)
 
 
 @pytest.mark.parametrize("sister", ["bartowski/M-GPTQ", "TheBloke/M-GPTQ", ""])
@@ -82,7 +82,7 @@ def test_a_gguf_repository_names_the_gptq_sister_that_is_there(hub_server, tmp_p
         hub_server.add(sister, {"config.json": b"{}"})
     with pytest.raises(WrongRepository, match="GGUF") as caught:
         read_branches(Hub(), "bartowski/M-GGUF")
-    assert caught.value.sister == sister and (sister or "may be") in str(caught.value)
+    assert caught.value.sister == sister and (sister or "may exist") in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from gptq_webui.core.errors import WrongRepository
 from gptq_webui.core.model_ref import ModelRef
-from gptq_webui.hub.file_selection import Wanted, choose, parse_settings, settings_needed
+from gptq_webui.hub.file_selection import FileSelection, parse_settings, select_by_name, select_files, settings_needed
 from gptq_webui.hub.repository import Listing, RemoteFile
 
 GPTQ = {"bits": 4, "group_size": 32, "desc_act": True, "damp_percent": 0.1, "sym": True}
@@ -24,17 +24,17 @@ def listing(*names: str, ref: str = "TheBloke/Model-7B-GPTQ", **sizes: int) -> L
     return Listing(ModelRef.parse(ref), "c" * 40, files)
 
 
-def chosen(found: Listing, settings: dict[str, Any] | None = None, **how: bool) -> Wanted:
-    return choose(found, settings or {"quantize_config.json": GPTQ, "config.json": {}}, **how)
+def chosen(found: Listing, settings: dict[str, Any] | None = None, **how: bool) -> FileSelection:
+    return select_files(found, settings or {"quantize_config.json": GPTQ, "config.json": {}}, **how)
 
 
-def names(wanted: Wanted) -> set[str]:
-    return {file.path for file in wanted.files}
+def names(selection: FileSelection) -> set[str]:
+    return {file.path for file in selection.files}
 
 
 def refused(found: Listing, settings: dict[str, Any] | None = None) -> str:
     with pytest.raises(WrongRepository) as caught:
-        choose(found, settings or {})
+        select_files(found, settings or {})
     return str(caught.value)
 
 
@@ -67,16 +67,16 @@ def test_a_missing_shard_on_the_hub_is_said() -> None:
 def test_of_several_weight_files_the_named_one_is_taken() -> None:
     found = listing("a-128g.safetensors", "b-32g.safetensors", *SETTINGS, a=9000)
     settings = {"quantize_config.json": {**GPTQ, "model_file_base_name": "b-32g"}}
-    assert names(choose(found, settings)) == {"b-32g.safetensors", *SETTINGS}
+    assert names(select_files(found, settings)) == {"b-32g.safetensors", *SETTINGS}
     assert names(chosen(found)) == {"a-128g.safetensors", *SETTINGS}
 
 
 def test_code_is_left_without_consent_and_the_user_is_warned() -> None:
     found = listing("model.safetensors", *SETTINGS, "modeling_x.py", "deep/er.py")
     settings = {"quantize_config.json": GPTQ, "config.json": {"auto_map": {"AutoModel": "modeling_x.X"}}}
-    without = choose(found, settings)
+    without = select_files(found, settings)
     assert not any(name.endswith(".py") for name in names(without)) and "modeling_x.py" in without.notes[0]
-    consented = choose(found, settings, allow_code=True)
+    consented = select_files(found, settings, allow_code=True)
     assert {"modeling_x.py", "deep/er.py"} <= names(consented) and not consented.notes
 
 
@@ -132,7 +132,7 @@ def test_other_kinds_are_named_and_not_fetched(
     ],
 )  # fmt: skip
 def test_gptq_is_recognised_wherever_it_is_written(files: list[str], settings: dict[str, Any]) -> None:
-    assert choose(listing(*files, ref="u/Model"), settings).kind == "gptq"
+    assert select_files(listing(*files, ref="u/Model"), settings).kind == "gptq"
 
 
 def test_a_plain_name_without_hints_is_not_taken_for_gptq() -> None:
@@ -140,13 +140,13 @@ def test_a_plain_name_without_hints_is_not_taken_for_gptq() -> None:
 
 
 def test_any_kind_takes_unquantised_weights() -> None:
-    wanted = choose(listing("model.safetensors", "config.json", ref="u/Model"), {"config.json": {}}, any_kind=True)
-    assert wanted.kind == "plain" and wanted.format == "16-bit (safetensors)"
+    selection = select_files(listing("model.safetensors", "config.json", ref="u/Model"), {"config.json": {}}, any_kind=True)
+    assert selection.kind == "plain" and selection.format == "16-bit (safetensors)"
 
 
 def test_any_kind_does_not_take_what_holds_no_model() -> None:
     with pytest.raises(WrongRepository):
-        choose(listing("README.md", "data/x.parquet"), {}, any_kind=True)
+        select_files(listing("README.md", "data/x.parquet"), {}, any_kind=True)
 
 
 def test_settings_are_asked_for_only_when_names_do_not_settle_it() -> None:
@@ -173,3 +173,10 @@ def test_names_that_climb_are_never_taken() -> None:
 def test_settings_that_are_no_json_count_as_empty() -> None:
     assert parse_settings(b"\xff\xfe") == parse_settings(b"[1]") == parse_settings(None) == {}
     assert parse_settings(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+def test_a_repository_of_thousands_of_small_files_is_refused_with_the_way_to_choose() -> None:
+    found = listing("model.safetensors", "config.json", *(f"part-{at}.json" for at in range(30_000)), ref="Owner/M-GPTQ")
+    text = refused(found)
+    assert "30002 files" in text and "at most 1000" in text and "--include" in text and "Nothing was downloaded" in text
+    assert len(select_by_name(found, (), ["part-1*.json"], (), None).files) > 1000, "whoever names them gets them"

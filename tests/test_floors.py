@@ -29,8 +29,6 @@ ROOMS = {
 MOST_LINES = 300
 LONG = {
     "gptq/cuda/attention.cu": "one kernel with its phases; NVRTC compiles a file at a time",
-    "hub/download_job.py": "?",
-    "hub/file_download.py": "?",
     "api/openai.py": "?",
     "api/tgi.py": "?",
     "gptq/cuda/sample.cu": "?",

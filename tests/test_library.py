@@ -153,7 +153,7 @@ def test_from_a_name_to_a_folder_that_is_listed(library: Library, hub_server: An
     assert [event.stage for event in library.fetch(plan, threading.Event())][-1] == "done"
     assert {path.name for path in plan.folder.iterdir()} == {*REPO, ".gptq-webui.json"}
     assert [model.name for model in library.models()] == ["TheBloke_M-GPTQ"]
-    assert library.plan(ModelRef("TheBloke/M-GPTQ")).present_bytes == plan.wanted.total_bytes
+    assert library.plan(ModelRef("TheBloke/M-GPTQ")).present_bytes == plan.selection.total_bytes
 
 
 def test_an_unfinished_download_is_listed_as_incomplete_and_its_plan_knows_what_is_there(
@@ -169,7 +169,7 @@ def test_an_unfinished_download_is_listed_as_incomplete_and_its_plan_knows_what_
     (model,) = library.models()
     assert model.kind == "incomplete" and "continues where it stopped" in model.problem
     again = library.plan(ModelRef("TheBloke/M-GPTQ"))
-    assert 200_000 < again.present_bytes < again.wanted.total_bytes and "are here already" in again.summary
+    assert 200_000 < again.present_bytes < again.selection.total_bytes and "are here already" in again.summary
 
 
 def test_every_moment_of_a_download_is_incomplete_until_it_is_done(
@@ -200,7 +200,7 @@ def test_unquantised_weights_come_only_when_asked_for(library: Library, hub_serv
     hub_server.add("mistralai/M", {"config.json": b"{}", "model.safetensors": b"\0" * 1000})
     with pytest.raises(WrongRepository, match="16-bit"):
         library.plan(ModelRef("mistralai/M"))
-    assert library.plan(ModelRef("mistralai/M"), any_kind=True).wanted.format == "16-bit (safetensors)"
+    assert library.plan(ModelRef("mistralai/M"), any_kind=True).selection.format == "16-bit (safetensors)"
 
 
 @pytest.mark.parametrize("with_settings", [True, False])

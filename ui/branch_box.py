@@ -57,7 +57,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
 
     def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> Drawn:
         advice = advise(found, engine.loaders, context_tokens, available_memory(engine.loaded))
-        names = [each.branch.name for each in advice.offers if each.branch.wanted]
+        names = [each.branch.name for each in advice.offers if each.branch.selection]
         best = advice.best.branch.name if advice.best else None
         chosen = wanted if wanted in names else best
         said = (*found.notes, *(text for each in advice.offers for text in each.branch.notes))
@@ -136,10 +136,10 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
 def _fit(advice: Advice, chosen: str | None) -> str:
     """HTML for the chosen branch: whether it fits, and how much there is to download."""
     offer = next((each for each in advice.offers if each.branch.name == chosen), None)
-    if offer is None or offer.branch.wanted is None:
+    if offer is None or offer.branch.selection is None:
         return ""
     loader = f" Loader: {offer.fit.loader} ({offer.fit.reason})." if offer.fit.loader else ""
-    text = f"{offer.fit.text}. {offer.branch.wanted.summary}.{loader}"
+    text = f"{offer.fit.text}. {offer.branch.selection.summary}.{loader}"
     return html_snippets.good(text) if offer.fit.state == "fits" else html_snippets.notes([text])
 
 
@@ -158,7 +158,7 @@ def _table(advice: Advice) -> str:
 
 def _row(offer: Offer, best: bool) -> str:
     branch, quantize, card = offer.branch, offer.branch.quantize, offer.branch.model_card
-    if branch.wanted is None:
+    if branch.selection is None:
         said = escape(str(branch.error))
         return f'<tr><td class="gw-name">{escape(branch.name)}<small>{said}</small></td><td colspan="9"></td></tr>'
     group = card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
