@@ -126,10 +126,12 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
 DEVICE float deviation(SampleShared& shared, const SampleRow& row) {
   float* scratch = (float*)shared.bins;
   float sum = 0.f, count = 0.f, squares = 0.f;
+#pragma unroll 4
   for (int i = threadIdx.x; i < row.n; i += blockDim.x)
     if (row.work[i] > -INFINITY) { sum += row.work[i]; count += 1.f; }
   count = block_sum(count, scratch);
   const float mean = block_sum(sum, scratch) / count;
+#pragma unroll 4
   for (int i = threadIdx.x; i < row.n; i += blockDim.x)
     if (row.work[i] > -INFINITY) { const float off = row.work[i] - mean; squares += off * off; }
   return sqrtf(block_sum(squares, scratch) / count);
