@@ -97,7 +97,7 @@ class FakeModel(LoadedModel):
             FakeTokenizer(),
             ChatTemplate(CHATML, "ChatML", "the fake loader", ("<|im_end|>", "<|im_start|>")),
             context_tokens=options.context_tokens,
-            context_reason="as you asked",
+            context_reason="as you set it",
         )
         self._options = options
         self.computed_tokens = 0  # over all answers, read or not

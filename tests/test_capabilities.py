@@ -21,9 +21,9 @@ def test_this_machine_is_seen_as_its_packages_say():
 
 
 def test_looking_imports_nothing_heavy():
-    door = Path(capabilities.__file__).parents[2] / "script.py"
+    script = Path(capabilities.__file__).parents[2] / "script.py"
     code = (
-        f"import importlib.util as u, sys; s = u.spec_from_file_location('d', {str(door)!r}); m = u.module_from_spec(s); "
+        f"import importlib.util as u, sys; s = u.spec_from_file_location('d', {str(script)!r}); m = u.module_from_spec(s); "
         "s.loader.exec_module(m); m.register(); from gptq_webui.loaders import choose; "
         "from gptq_webui.app.doctor import usual_model; "
         "choose.survey(usual_model(4), choose.all_loaders()); "
@@ -47,8 +47,8 @@ def test_an_extension_compiled_before_is_found_where_torch_keeps_it(tmp_path, mo
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     assert look().compiled == frozenset()
     ask = "import torch.utils.cpp_extension as it; print(it._get_build_directory('exllamav2_ext', False))"
-    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)  # torch's own answer
-    folder = Path(told.stdout.strip())
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)  # torch's own answer
+    folder = Path(answer.stdout.strip())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "exllamav2_ext.so").touch()
     assert look().compiled == {"exllamav2_ext"}

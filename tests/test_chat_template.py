@@ -59,8 +59,8 @@ def test_vicuna_begins_with_its_system_text():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_template_shows_the_whole_conversation_in_order(name):
     text = render(name, [Message("system", "S0"), *CHAT])
-    places = [text.index(part) for part in ("S0", "U1", "A1", "U2")]
-    assert places == sorted(places)
+    positions = [text.index(part) for part in ("S0", "U1", "A1", "U2")]
+    assert positions == sorted(positions)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -111,7 +111,7 @@ def test_the_name_tells_the_template(folder, wanted, tmp_path):
     assert found.is_chat == (wanted != PLAIN)
 
 
-def card(folder, template):
+def model_card(folder, template):
     import json
 
     folder.mkdir(exist_ok=True)
@@ -120,13 +120,13 @@ def card(folder, template):
 
 
 def test_the_model_card_comes_before_the_name(tmp_path):
-    folder = card(tmp_path / "vicuna-13b", "### Instruction:\n{prompt}\n\n### Response:\n")
+    folder = model_card(tmp_path / "vicuna-13b", "### Instruction:\n{prompt}\n\n### Response:\n")
     found = chat_template.find(folder, LlamaTokenizer(), "LlamaForCausalLM")
     assert (found.name, found.source) == ("Alpaca", "the model card")
 
 
 def test_a_model_card_of_no_known_family_becomes_a_template_of_its_own(tmp_path):
-    folder = card(tmp_path / "model", "You are kind.\n\nHUMAN: {prompt}\nBOT:")
+    folder = model_card(tmp_path / "model", "You are kind.\n\nHUMAN: {prompt}\nBOT:")
     found = chat_template.find(folder, LlamaTokenizer(), "LlamaForCausalLM")
     assert found.render(CHAT, LlamaTokenizer()) == "<s>You are kind.\n\nHUMAN: U1\nBOT:A1</s>\nHUMAN: U2\nBOT:"
     assert found.stop == ("HUMAN:", "BOT:")
@@ -136,7 +136,7 @@ def test_the_models_own_template_comes_first(tmp_path):
     class Own(LlamaTokenizer):
         chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
-    folder = card(tmp_path / "mistral-instruct", "USER: {prompt} ASSISTANT:")
+    folder = model_card(tmp_path / "mistral-instruct", "USER: {prompt} ASSISTANT:")
     found = chat_template.find(folder, Own(), "MistralForCausalLM")
     assert found.name == "the model's own" and found.render(CHAT, Own()) == "<user>U1<assistant>A1<user>U2"
 

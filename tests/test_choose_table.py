@@ -86,7 +86,7 @@ REFUSED = [
     ("old transformers, auto-gptq", model(form="gptq_v2"), "autogptq", "auto-gptq reads the format gptq only"),
     ("processor, all installed", model(form="marlin"), "autogptq", "marlin layout"),
     ("processor, all installed", model(), "exllamav2", "needs a GPU"),
-    ("processor, all installed", model(), "remote", "no engine elsewhere is named"),
+    ("processor, all installed", model(), "remote", "no remote engine is named"),
     ("card", model(), "remote", "the package openai is not installed"),
     ("processor, all installed", PLAIN, "autogptq", "this one is not quantised"),
     ("card, gptqmodel, no transformers", model(), "transformers", "transformers is not installed"),

@@ -132,8 +132,8 @@ def test_cancel_ends_the_job_within_a_token_and_the_others_go_on(folder, library
     stream = model.generate([10], params, cancel)
     seen = [next(stream) for _ in range(3)]
     cancel.set()
-    rest = list(stream)
-    assert isinstance(rest[-1], Finish) and rest[-1].reason == "cancelled" and len(seen) == 3
+    last = list(stream)
+    assert isinstance(last[-1], Finish) and last[-1].reason == "cancelled" and len(seen) == 3
     deadline = time.monotonic() + 5
     while not library.cancelled and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -181,9 +181,9 @@ def test_an_import_that_fails_is_a_sentence(folder, monkeypatch):
 def test_while_it_compiles_the_page_sees_that_it_lives(monkeypatch):
     monkeypatch.setattr(exllamav2_loader.importlib, "import_module", lambda name: time.sleep(0.5) or SimpleNamespace())
     monkeypatch.setattr(exllamav2_loader, "_TICK_S", 0.1)
-    told = []
-    exllamav2_loader._start("exllamav2", lambda share, text: told.append(text), 120.0)
-    assert "about two minutes" in told[0] and "s so far" in told[-1]
+    reports = []
+    exllamav2_loader._start("exllamav2", lambda share, text: reports.append(text), 120.0)
+    assert "about two minutes" in reports[0] and "s so far" in reports[-1]
 
 
 def test_parameters_become_the_librarys():

@@ -55,17 +55,17 @@ def test_what_the_advice_says_of_a_gpu_is_what_transformers_does(context, dtype,
     for size, free in itertools.product(SIZES, FREE):
         memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
-        told = loader.fit(model, options, memory)
+        fit = loader.fit(model, options, memory)
         device = torch.device("cuda", 0)
-        places, _limits = placement(model, options, device, torch_dtype)
-        assert (places == {"": device}) == told.fits, (size, free)
-        if told.fits:
+        device_map, _limits = placement(model, options, device, torch_dtype)
+        assert (device_map == {"": device}) == fit.fits, (size, free)
+        if fit.fits:
             demand = options.demand(model, True)
-            assert memory_fit.fit_context(model, demand, memory.gpu - size)[0] == told.context_tokens, (size, free)
+            assert memory_fit.fit_context(model, demand, memory.gpu - size)[0] == fit.context_tokens, (size, free)
         if context and dtype == "auto":  # the advice counts with a context that was chosen
             advised = advice.fit(model, [loader], context, memory)
-            assert (advised.state, advised.needs_bytes) == (told.state, told.needs_bytes), (size, free)
-        seen.add(told.state)
+            assert (advised.state, advised.needs_bytes) == (fit.state, fit.needs_bytes), (size, free)
+        seen.add(fit.state)
     assert seen >= {"fits", "partly"}
 
 
@@ -76,12 +76,12 @@ def test_what_the_advice_says_of_a_gpu_is_what_exllamav2_does(cache, tmp_path, g
         memory = gpu(int(free * GB))
         model = model_of(tmp_path, size)
         options = ExLlamaV2Options(context_tokens=context, cache_type=cache)
-        told = loader.fit(model, options, memory)
-        if told.fits:
-            assert exllamav2_loader._context(model, options)[0] == told.context_tokens, (size, free, context)
+        fit = loader.fit(model, options, memory)
+        if fit.fits:
+            assert exllamav2_loader._context(model, options)[0] == fit.context_tokens, (size, free, context)
         if context and cache == "FP16":
             advised = advice.fit(model, [loader], context, memory)
-            assert (advised.loader, advised.state) == ("exllamav2", told.state)
+            assert (advised.loader, advised.state) == ("exllamav2", fit.state)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "plain"])
@@ -90,10 +90,10 @@ def test_on_the_processor_advice_and_load_count_32_bit_numbers(kind, tmp_path):
     loader = TransformersLoader(lambda: Machine({"torch": "2", "transformers": "5", "accelerate": "1"}, torch_for="cpu"))
     for free in (5, 6, 7, 8, 10, 12):
         memory = Memory(free * GB)
-        told = loader.fit(model, TransformersOptions(context_tokens=4096), memory)
-        assert told.conversation_bytes == 4096 * 2 * 32 * 8 * 128 * 4
-        assert told.weights_bytes == (8 if kind == "plain" else 4) * GB
-        assert advice.fit(model, [loader], 4096, memory).state == told.state
+        fit = loader.fit(model, TransformersOptions(context_tokens=4096), memory)
+        assert fit.conversation_bytes == 4096 * 2 * 32 * 8 * 128 * 4
+        assert fit.weights_bytes == (8 if kind == "plain" else 4) * GB
+        assert advice.fit(model, [loader], 4096, memory).state == fit.state
         demand = TransformersOptions().demand(model, False)
         if (free_form := loader.fit(model, TransformersOptions(), memory)).fits:
             assert memory_fit.fit_context(model, demand, memory.ram - free_form.weights_bytes)[0] == free_form.context_tokens

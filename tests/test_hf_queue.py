@@ -107,32 +107,32 @@ class Slotted(TransformersStepper):
 
     def __init__(self, hf):
         super().__init__(hf)
-        self.under_way, self.most, self.modes = 0, 0, set()
+        self.running, self.most, self.modes = 0, 0, set()
         self.chunk_tokens = 2
         usual = hf.generate
 
         def generate(*args, **kwargs):
-            assert self.under_way == 0
-            self.under_way = 100  # an answer that began now would be seen
+            assert self.running == 0
+            self.running = 100  # an answer that began now would be seen
             time.sleep(0.01)
             try:
                 return usual(*args, **kwargs)
             finally:
-                assert self.under_way == 100
-                self.under_way = 0
+                assert self.running == 100
+                self.running = 0
 
         hf.generate = generate
 
     def answer(self, *args):
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
+        self.running += 1
+        self.most = max(self.most, self.running)
         try:
             for step in super().answer(*args):
                 self.modes.add(torch.is_inference_mode_enabled())
-                assert self.under_way <= self.parallel
+                assert self.running <= self.parallel
                 yield step
         finally:
-            self.under_way -= 1
+            self.running -= 1
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_a_caller_from_outside_is_never_computed_beside_answers_and_neither_wait
     def outside():
         try:
             for _ in range(4):
-                told = slotted.hf.generate(
+                answer = slotted.hf.generate(
                     prompt, max_new_tokens=20, do_sample=False, eos_token_id=[], pad_token_id=0, repetition_penalty=1.1
                 )
-                found.append(told[0, prompt.shape[1] :].tolist())
+                found.append(answer[0, prompt.shape[1] :].tolist())
                 with torch.enable_grad():
                     assert not torch.is_inference_mode_enabled()
                     slotted.hf(prompt)

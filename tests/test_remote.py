@@ -80,7 +80,7 @@ def test_json_is_asked_of_the_engine_also_of_a_strict_one_and_other_forms_are_re
         {"type": "json_schema", "json_schema": asked},
         {"type": "json_object"},
     ]
-    with pytest.raises(BadParameter, match="knows JSON and schemas"):
+    with pytest.raises(BadParameter, match="has JSON and schemas"):
         say(model, params=GenerationParams(grammar=Grammar("regex", "a")))
     strict = opened(server := OpenAIServer(strict=True))
     with pytest.raises(AnswerFailed, match="response_format"):
@@ -107,9 +107,9 @@ def test_cancel_closes_the_request(opened):
 
 def test_an_engine_killed_in_mid_answer_is_one_sentence_and_the_next_message_goes_to_the_healthy_one(opened):
     model = opened(dying := OpenAIServer(die_after=3), healthy := OpenAIServer())
-    with pytest.raises(AnswerFailed, match="stopped in the middle of the answer") as told:
+    with pytest.raises(AnswerFailed, match="stopped in the middle of the answer") as caught:
         say(model)
-    assert healthy.url in str(told.value) and "Traceback" not in str(told.value)
+    assert healthy.url in str(caught.value) and "Traceback" not in str(caught.value)
     assert say(model)[0] == "The capital of France is Paris." and len(dying.bodies) == 1 and len(healthy.bodies) == 1
 
 
@@ -142,9 +142,9 @@ def test_a_key_is_sent_from_the_option_or_the_environment_and_never_shown(opened
     assert say(opened(OpenAIServer(key="s3cret"), api_key="s3cret"))[1].reason == "stop"
     monkeypatch.setenv("GPTQ_WEBUI_REMOTE_KEY", "s3cret")
     assert say(opened(OpenAIServer(key="s3cret")))[1].reason == "stop"
-    with pytest.raises(LoadFailed, match="refuses the key") as told:
+    with pytest.raises(LoadFailed, match="refuses the key") as caught:
         opened(OpenAIServer(key="s3cret"), api_key="wr0ng")
-    assert "wr0ng" not in str(told.value)
+    assert "wr0ng" not in str(caught.value)
 
 
 def test_nobody_there_is_a_sentence():

@@ -70,18 +70,18 @@ def test_a_rope_that_is_stretched_lengthens_the_context(folder):
 
 
 @pytest.mark.parametrize(
-    ("cards", "options", "wanted"),
+    ("gpus", "options", "wanted"),
     [
         ([24e9], {}, ({"": CUDA}, None)),
         ([3e9], {}, ("auto", {0: "room", "cpu": 50_000_000_000})),
         ([3e9, 3e9], {"cpu_memory": 8}, ("auto", {0: "room", 1: "room", "cpu": 8_000_000_000})),
         ([24e9, 24e9], {"gpu_memory": "2,3"}, ("sequential", {0: 2_000_000_000, 1: 3_000_000_000, "cpu": 50_000_000_000})),
     ],
-    ids=["fits on one", "too big for the only one", "over two cards", "the user's own split"],
+    ids=["fits on one", "too big for the only one", "over two gpus", "the user's own split"],
 )
-def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(memory_fit, "available_bytes", lambda device: int(cards[device.index or 0]))
+def test_where_the_weights_go(gpus, options, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(memory_fit, "available_bytes", lambda device: int(gpus[device.index or 0]))
     monkeypatch.setattr(memory_fit, "available_ram_bytes", lambda: 50_000_000_000)
     model = LocalModel(tmp_path, "gptq", None, 4_000_000_000, 4096, "LlamaForCausalLM")
     device_map, memory = placement(model, TransformersOptions(**options), CUDA, torch.float16)
@@ -89,7 +89,7 @@ def test_where_the_weights_go(cards, options, wanted, tmp_path, monkeypatch):
     shown = memory and {place: "room" if wanted[1][place] == "room" else size for place, size in memory.items()}
     assert shown == wanted[1]
     if memory and device_map == "auto":
-        assert all(0 < size < cards[place] - 1e9 for place, size in memory.items() if place != "cpu")
+        assert all(0 < size < gpus[place] - 1e9 for place, size in memory.items() if place != "cpu")
 
 
 def test_the_conversation_is_measured_against_the_fullest_gpu(monkeypatch):

@@ -180,12 +180,14 @@ def test_what_is_alone_begins_when_nothing_runs_and_nothing_begins_beside_it():
     ]
     gate.set()  # all of them wait by now
     assert [list(each) for each in streams] == [[name] * 4 for name, _alone in kinds]
-    told = "".join(log)
+    log_text = "".join(log)
     for name in "XYZ":
-        assert name * 4 in told, told  # in one piece
-    assert told.index("b") < told.rindex("a") and told.index("d") < told.rindex("c"), told  # the others in turns
-    first = [told.index(name) for name, _alone in kinds]
-    assert first[2] > first[0] and all(first[at] < first[at + 1] for at in (1, 2, 4, 5, 6)), told  # in the order they came
+        assert name * 4 in log_text, log_text  # in one piece
+    assert log_text.index("b") < log_text.rindex("a") and log_text.index("d") < log_text.rindex("c"), (
+        log_text
+    )  # the others in turns
+    first = [log_text.index(name) for name, _alone in kinds]
+    assert first[2] > first[0] and all(first[at] < first[at + 1] for at in (1, 2, 4, 5, 6)), log_text  # in the order they came
     worker.close()
 
 

@@ -1,7 +1,7 @@
 """AutoGPTQ: the library that made these models, where it can still be imported, else GPTQModel, its maintained successor.
 
-It stands behind Transformers in the order: auto-gptq has had no release since 2024 and cannot work
-with transformers 5, and GPTQModel compiles its kernels for a card at their first use.
+It comes after Transformers in the order: auto-gptq has had no release since 2024 and cannot work with transformers 5, and
+GPTQModel compiles its kernels for a GPU at their first use.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from ..text.tokenizer import read_tokenizer
 
 _KERNELS = ("torch", "triton", "exllama_v2", "marlin", "machete", "torch_int8", "torch_fused", "torch_aten", "bitblas")
 _BACKENDS = ("auto", "auto_gptq", "gptqmodel", *_KERNELS)
-_COMPILED = ("auto", "gptqmodel", "exllama_v2", "marlin", "machete")  # of these, what a card would run is compiled first
+_COMPILED = ("auto", "gptqmodel", "exllama_v2", "marlin", "machete")  # on a GPU, these are compiled first
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AutoGPTQOptions:
     backend: str = option(
         "auto",
         "Backend",
-        "auto: auto-gptq if it can be imported, else GPTQModel, on a card with its Triton kernel, which needs no compiling. "
+        "auto: auto-gptq if it can be imported, else GPTQModel, on a GPU with its Triton kernel, which needs no compiling. "
         "gptqmodel: it chooses its kernel. A kernel's name is GPTQModel's.",
         _BACKENDS,
     )
@@ -166,7 +166,7 @@ def _on_gpu(machine: Machine, options: AutoGPTQOptions) -> bool:
 
 
 def _backend(machine: Machine, options: AutoGPTQOptions, bits: int) -> str:
-    """The backend that GPTQModel is asked for on a card."""
+    """The backend that GPTQModel uses on a GPU."""
     return (gptqmodel_kernels.at_once(machine, bits) or "auto") if options.backend == "auto" else options.backend
 
 

@@ -72,9 +72,9 @@ def settled(
                 if stop.found:
                     ended.set()
         else:
-            rest = stop.feed(text.end()) + stop.end()
-            if rest:
-                yield Token(-1, rest)
+            left = stop.feed(text.end()) + stop.end()
+            if left:
+                yield Token(-1, left)
             yield replace(event, reason="stop", stop_string=stop.found) if stop.found else event
 
 

@@ -85,7 +85,7 @@ class Loader(ABC):
         return memory_fit.Demand(on_gpu=gpu)
 
     def fit(self, model: LocalModel, options: Any, memory: memory_fit.Memory) -> memory_fit.Fit:
-        """What the model needs with these options, beside what `memory` has, before a byte is loaded."""
+        """What the model needs with these options, compared with `memory`, before a byte is loaded."""
         return memory_fit.of(model, self.demand(model, options, memory.gpu is not None), memory)
 
     def needs_bytes(self, model: LocalModel, options: Any) -> int:
@@ -98,7 +98,7 @@ class LoadedModel(ABC):
 
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
     hf: Any = None  # a PreTrainedModel, or None
-    is_remote: ClassVar[bool] = False  # computed elsewhere: no tokenizer, no memory of this machine
+    is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
 
     def __init__(
         self,

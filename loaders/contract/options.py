@@ -1,4 +1,4 @@
-"""One option of a loader: its default, and how the panel draws it. Options without a label are not drawn."""
+"""One option of a loader: its default, and how the panel shows it. Options without a label are not shown."""
 
 from dataclasses import field
 from typing import Any
@@ -15,13 +15,13 @@ def option(default: Any, label: str = "", help: str = "", choices: tuple[str, ..
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises BadParameter with the choices there are."""
+    """Raises BadParameter, which names the choices."""
     if value not in choices:
         raise BadParameter(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}; found {value!r}.")
 
 
 def require_context(name: str, value: Any) -> None:
-    """Raises BadParameter for a context length nobody could load."""
+    """Raises BadParameter for a context length that nobody could load."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1 << 20:
         raise BadParameter(f"{name} must be 0 (automatic) or up to {1 << 20}; found {value!r}.")
 
@@ -33,5 +33,5 @@ def gigabytes(name: str, text: str) -> list[float]:
     except ValueError:
         values = [-1.0]
     if any(not 0 <= value < 1e6 for value in values):
-        raise BadParameter(f"{name} must be gigabytes for each card, with commas, for example 20 or 16,20; found {text!r}.")
+        raise BadParameter(f"{name} must be gigabytes for each GPU, with commas, for example 20 or 16,20; found {text!r}.")
     return values

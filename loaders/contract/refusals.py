@@ -1,4 +1,4 @@
-"""What no loader of local files takes, in one place: other formats, unfinished downloads, files that can run code."""
+"""What no loader of local files opens: other formats, unfinished downloads, files that can run code."""
 
 from ...core.models import OPENED_BY, LocalModel
 from .base import Refusal
@@ -21,7 +21,7 @@ def unreadable(model: LocalModel) -> Refusal | None:
 
 
 def not_in_gptq_layout(model: LocalModel) -> Refusal | None:
-    """Marlin's and other layouts, which only their own kernels read."""
+    """Why a layout such as Marlin's cannot be opened: only its own kernels read it."""
     if model.quantize is None or model.quantize.checkpoint_format in ("gptq", "gptq_v2"):
         return None
     return Refusal(

@@ -1,7 +1,7 @@
-"""A model folder as other libraries want it: standard names, every fact in config.json. Made of links, in a temporary place.
+"""A model folder as other libraries want it: standard names, every fact in config.json. A temporary folder of links.
 
-Libraries read config.json only, glob for *.safetensors, and know neither the file names of 2023 nor
-what transformers 5 calls the rope settings. The user's folder is never written to.
+Libraries read config.json only, glob for *.safetensors, and know neither the file names of 2023 nor the names that
+transformers 5 gives the rope settings. The user's folder is never written to.
 """
 
 import json
@@ -90,7 +90,7 @@ def _weights_names(files: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def _link(path: Path, name: Path, *, small: bool = False) -> None:
-    target = path.resolve()  # what stands in the Hub's cache is a link itself
+    target = path.resolve()  # a file in the Hub's cache is a link itself
     for make in (os.symlink, os.link, *((shutil.copy,) if small else ())):
         try:
             make(target, name)

@@ -1,9 +1,8 @@
-"""One thread per loaded model, which begins every answer in the order they were asked for.
+"""One thread per loaded model, which begins the answers in the order of the requests.
 
-CUDA streams, graphs and torch's inference mode belong to a thread, so the computing stays on
-one. A reader gets a `Stream` that only reads a queue: a reader that sleeps or leaves cannot
-hold the model, and closing a Stream sets its `cancel`. How far a long prompt is read is
-noted beside the queue, so that only who asks for it hears of it.
+CUDA streams, graphs and torch's inference mode belong to a thread, so the computing stays on one. A reader gets a
+`Stream` that only reads a queue: a reader that sleeps or leaves cannot hold the model, and closing a Stream sets its
+`cancel`. How far a long prompt is read is no event of the queue: `Stream.reading` says it.
 """
 
 import atexit
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _EXIT_S = 5.0  # a program that ends waits so long for the token that is being computed
 _workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
-_GONE = "The model's thread has ended by an accident. Press Reload in the Model tab."
+_GONE = "The model's thread ended because of an error. Press Reload in the Model tab."
 _POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
 
 
@@ -51,7 +50,7 @@ class Job(Generic[T]):
     def run(self) -> Iterator[None]:
         """On the worker thread: compute everything into the queue, and pause after every event.
 
-        An answer's None means "nothing yet": others that are computed beside it may go on.
+        A None of an answer means "nothing yet": the others that are computed at the same time may go on.
         """
         try:
             if self.cancel.is_set():
@@ -129,7 +128,7 @@ class Stream(Iterator[T], Generic[T]):
 
     @property
     def reading(self) -> Reading | None:
-        """How far its prompt was read when last heard of; None before, and where a back-end does not say."""
+        """How far its prompt is read; None before it begins, and where a back-end does not say."""
         return self._job.reading
 
     def close(self) -> None:
@@ -149,10 +148,10 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class Worker:
-    """Runs Streams on its own thread: one after another, or up to `slots` of them in turns, an event each.
+    """Runs Streams on its own thread: one after another, or up to `parallel` of them in turns, an event each.
 
-    A job that is to be `alone` begins when nothing runs any more, and nothing begins beside it. Jobs begin in the
-    order they came, so what comes after one that waits to be alone waits too: neither kind is passed over for ever.
+    A job that must run `alone` begins when nothing else runs, and nothing begins while it runs. Jobs begin in the order
+    they came, so what comes after a job that waits to be alone waits too: neither kind waits for ever.
     """
 
     def __init__(self, parallel: int = 1) -> None:
@@ -163,13 +162,13 @@ class Worker:
         self._current: Job | None = None  # the one that is being computed just now
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        self._gone = False  # the thread ended without being told to
+        self._gone = False  # the thread ended unexpectedly
         _workers.add(self)
 
     def stream(
         self, make: Callable[[], Iterator[T | None]], cancel: threading.Event, cancelled: T, *, alone: bool = False
     ) -> Stream[T]:
-        """Take a turn now. `make` is called on the worker thread when the turn comes.
+        """Join the queue now. `make` is called on the worker thread when the turn comes.
 
         Raises Busy if the model is being unloaded, AnswerFailed if its thread has ended.
         """
@@ -188,12 +187,12 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can still compute: false once its thread has ended by an accident."""
+        """Whether it can still compute: false once its thread has ended because of an error."""
         return not self._gone
 
     @property
     def waiting(self) -> int:
-        """Answers asked for and not finished."""
+        """Answers that are not finished."""
         with self._lock:
             return len(self._open)
 
@@ -263,14 +262,14 @@ class Worker:
                     del running[at]
 
     def _may_begin(self, job: Job, running: Sequence[Job]) -> bool:
-        if job.cancel.is_set() or not running:  # one that was given up says so and is gone
+        if job.cancel.is_set() or not running:  # a cancelled one ends at once
             return True
         return len(running) < self.parallel and not job.alone and not any(each.alone for each in running)
 
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that is inside torch while the interpreter goes away takes the process down with an abort."""
+    """A thread that is inside torch while the interpreter ends aborts the process."""
     for worker in list(_workers):
         worker.close(_EXIT_S)
 

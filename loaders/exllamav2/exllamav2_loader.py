@@ -1,7 +1,7 @@
-"""ExLlamaV2: a fast CUDA library for 4-bit GPTQ. When it can, and how a folder gets into it.
+"""ExLlamaV2: a fast CUDA library for 4-bit GPTQ. Which models it can open, and how a folder is loaded with it.
 
-It needs CUDA, and without a wheel that matches torch it compiles itself for two minutes at its first
-import. Written against exllamav2 0.3.2.
+It needs CUDA. Without a wheel that matches torch, it compiles itself for two minutes at its first import. Written for
+exllamav2 0.3.2.
 """
 
 import importlib
@@ -32,7 +32,7 @@ from .exllamav2_model import ExLlamaV2Model, Ids
 log = logging.getLogger(__name__)
 
 COMPILE_S = 120.0  # 102 to 115 s were measured on one machine
-_TICK_S = 1.0  # how often the page hears that it goes on
+_TICK_S = 1.0  # between two reports of progress
 _PAGE_TOKENS = 256  # of the library's cache; its length is a multiple of it
 _CACHES = {"FP16": ("ExLlamaV2Cache", 2.0), "Q8": ("ExLlamaV2Cache_Q8", 1.0625), "Q6": ("ExLlamaV2Cache_Q6", 0.8125),
            "Q4": ("ExLlamaV2Cache_Q4", 0.5625)}  # fmt: skip  # class, bytes of one value with its share of scales
@@ -45,7 +45,13 @@ ARCHITECTURES = frozenset(
         "Cohere2", "MiniCPM", "Index", "Granite",
     )
 )  # fmt: skip
-_TIED_BY_ITSELF = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Starcoder2ForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM")
+_TIED_BY_THE_LIBRARY = (
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Starcoder2ForCausalLM",
+    "CohereForCausalLM",
+    "Cohere2ForCausalLM",
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +59,16 @@ class ExLlamaV2Options:
     max_seq_len: int = option(
         0, "Context length (max_seq_len)", "Tokens the model keeps in view; 0 chooses what fits, up to 8192."
     )
-    autosplit: bool = option(True, "Autosplit", "Fill one card after the other. Off: the first card, or the split below.")
-    gpu_split: str = option("", "GPU split", "Gigabytes of weights for each card, for example 10,20; empty: automatic.")
-    cache_type: str = option("FP16", "Cache type", "How the conversation is held; Q4 takes a quarter.", tuple(_CACHES))
+    autosplit: bool = option(True, "Autosplit", "Fill one GPU after the other. Off: the first GPU, or the split below.")
+    gpu_split: str = option("", "GPU split", "Gigabytes of weights for each GPU, for example 10,20; empty: automatic.")
+    cache_type: str = option("FP16", "Cache type", "How the conversation is stored; Q4 takes a quarter.", tuple(_CACHES))
     no_flash_attn: bool = option(False, "No flash-attn", "Do not use flash-attn; then one answer is computed at a time.")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK); 1 changes nothing, 1.75 gives half as much again.")
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     rope_freq_base: float = option(0.0, "Rope base", "Base frequency of the rope; 0 takes the model's own.")
     num_experts_per_token: int = option(0, "Experts per token", "For mixtures of experts; 0 takes the model's own.")
     max_batch_size: int = option(4, "Answers at once", "Computed side by side; needs flash-attn.")
-    context_tokens: int = option(0)  # what faces call max_seq_len that know no loader's own names
+    context_tokens: int = option(0)  # max_seq_len for front ends that do not know the names of this loader
 
     def __post_init__(self) -> None:
         require_context("max_seq_len", self.max_seq_len)
@@ -117,7 +123,7 @@ class ExLlamaV2Loader(Loader):
         tokenizer = read_tokenizer(model)
         context, reason = _context(model, options)
         hf_config = read_json(model.folder / "config.json")
-        untie = model.architecture not in _TIED_BY_ITSELF
+        untie = model.architecture not in _TIED_BY_THE_LIBRARY
         loaded: Any = None
         try:
             with standard_folder(model, untie=untie) as folder:
@@ -177,7 +183,7 @@ def _not_here(machine: Machine) -> Refusal | None:
     if not machine.gpu:
         return Refusal("it needs a GPU, and there is none that this program may use")
     if not machine.cuda:
-        return Refusal("the installed torch uses the processor only", "install a torch for your card")
+        return Refusal("the installed torch uses the processor only", "install a torch for your GPU")
     if not machine.has("exllamav2"):
         return Refusal("the package exllamav2 is not installed", "pip install exllamav2")
     if not machine.has("exllamav2_ext") and not machine.compilers:
@@ -272,7 +278,7 @@ def _layers(progress: LoadProgress, at: int, of: int) -> None:
 
 
 def _is_old_gpu() -> bool:
-    """Whether a card here is older than Ampere: flash-attn 2 cannot compute on it."""
+    """Whether a GPU is older than Ampere: flash-attn 2 cannot compute on it."""
     import torch
 
     return any(torch.cuda.get_device_capability(at)[0] < 8 for at in range(torch.cuda.device_count()))
@@ -283,7 +289,7 @@ def _attention() -> Any:
 
 
 def _settle() -> None:
-    """Everything is on the card before another thread computes with it."""
+    """Wait until everything is on the GPU: another thread computes with it."""
     import torch
 
     torch.cuda.synchronize()

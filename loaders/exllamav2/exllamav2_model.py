@@ -1,6 +1,6 @@
 """A model loaded with ExLlamaV2: ids in, ids out, several answers in one step where the library can.
 
-Text is ours (tokenizer, template, stop strings). Written against exllamav2 0.3.2, generator/dynamic.py
+Text is ours (tokenizer, template, stop strings). Written for exllamav2 0.3.2, generator/dynamic.py
 and generator/sampler.py.
 """
 
@@ -80,7 +80,7 @@ class ExLlamaV2Model(LoadedModel):
                 while arrived and arrived[0]["stage"] == "prefill":
                     self._note_reading(int(arrived.popleft().get("curr_progress", 0)), len(ids))
                 if not arrived:
-                    yield None  # a piece of the prompt was read, or others have the cache
+                    yield None  # a part of the prompt was read, or other answers use the cache
                     continue
                 result = arrived.popleft()
                 done = bool(result["eos"])
@@ -110,7 +110,7 @@ class ExLlamaV2Model(LoadedModel):
 
 
 class Ids:
-    """Stands where the library wants its own tokenizer: text is not its matter, only how many ids there are."""
+    """In place of the library's own tokenizer: the library never sees text, only how many ids there are."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,7 +1,6 @@
-"""What this machine offers the loaders: packages, torch's build, a card, a compiler. Asked without importing any of them.
+"""What this machine offers the loaders: packages, torch's build, a GPU, a compiler. Found without importing any of them.
 
-A loader that refuses says so at once, so nothing here may cost seconds or start CUDA. Tests hand the
-loaders a Machine of their own.
+A loader refuses at once, so nothing here may cost seconds or start CUDA. Tests give the loaders a Machine of their own.
 """
 
 import importlib.metadata
@@ -18,7 +17,7 @@ COMPILERS = "the CUDA toolkit (nvcc), a C++ compiler and ninja"
 
 @dataclass(frozen=True)
 class Machine:
-    versions: dict[str, str] = field(default_factory=dict)  # of the packages that loaders ask for; absent: not installed
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that loaders need; absent: not installed
     torch_for: str = ""  # what torch was built for: "cuda 13.0", "rocm 7.0", "cpu"; "" without torch
     gpu: bool = False  # a GPU that a driver serves
     compilers: bool = False  # what a CUDA extension needs to be compiled
@@ -35,7 +34,7 @@ class Machine:
 
     @property
     def cuda(self) -> bool:
-        """Whether torch can compute on a card here."""
+        """Whether torch can compute on a GPU here."""
         return self.gpu and self.torch_for.startswith(("cuda", "rocm"))
 
 
@@ -58,7 +57,7 @@ def look() -> Machine:
 
 
 def version_of(package: str) -> str | None:
-    """Its version without importing it; "0" if it does not tell, None if it is not installed."""
+    """Its version without importing it; "0" if it does not say, None if it is not installed."""
     try:
         if importlib.util.find_spec(package) is None:
             return None
@@ -88,7 +87,7 @@ def torch_build() -> str:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver with a card is on this machine, asked without any library."""
+    """Whether this machine has an NVIDIA driver with a GPU. Needs no library."""
     if sys.platform == "win32":
         return (Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
     gpus = Path("/proc/driver/nvidia/gpus")
@@ -98,7 +97,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether a card is here that this process may use."""
+    """Whether there is a GPU that this process may use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return has_nvidia_gpu() or Path("/dev/kfd").exists()  # the latter is AMD's

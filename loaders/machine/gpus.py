@@ -1,7 +1,7 @@
-"""The GPUs of this machine and their free memory, asked of the driver without torch.
+"""The GPUs of this machine and their free memory, from the driver and without torch.
 
-torch would take 300 MB of the card only to be asked; nvidia-smi counts every program's memory,
-also before anything is imported.
+torch would take 300 MB of the GPU only to answer. nvidia-smi counts the memory of every program, also before anything
+is imported.
 """
 
 import shutil
@@ -24,7 +24,7 @@ class GpuInfo:
 
 
 def gpus() -> list[GpuInfo]:
-    """Every NVIDIA card, as `nvidia-smi` tells; empty where there is none or the driver does not answer."""
+    """Every NVIDIA GPU that `nvidia-smi` lists; empty if there is none or the driver does not answer."""
     program = shutil.which("nvidia-smi") or _windows_place()
     if program is None:
         return []
@@ -42,7 +42,7 @@ def gpus() -> list[GpuInfo]:
 
 
 def read_answer(text: str) -> list[GpuInfo]:
-    """nvidia-smi's lines, memory in MiB; a line that says [N/A] somewhere it matters is passed over."""
+    """nvidia-smi's lines, memory in MiB; a line with [N/A] for the memory is skipped."""
     found = []
     for line in text.splitlines():
         parts = [each.strip() for each in line.split(",")]
@@ -52,7 +52,7 @@ def read_answer(text: str) -> list[GpuInfo]:
 
 
 def available_gpu_bytes() -> int | None:
-    """Free memory of the first card that torch would use, None without one; what torch holds in reserve is free to us."""
+    """Free memory of the first GPU that torch would use, None without one. What torch holds in reserve counts as free."""
     torch = sys.modules.get("torch")
     if torch is not None:
         if not torch.cuda.is_available():

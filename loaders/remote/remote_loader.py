@@ -1,7 +1,7 @@
-"""Engines on other machines: vLLM, SGLang, TGI, text-generation-webui, whatever speaks OpenAI's protocol.
+"""Engines on other machines: vLLM, SGLang, TGI, text-generation-webui, or any that speaks OpenAI's protocol.
 
-For users who outgrow one machine. No weights are touched here: the conversation is sent, the answer
-is streamed. Used only when it is asked for.
+For users who need more than one machine. No weights are read here: the conversation is sent, the answer is streamed.
+Used only if the user chooses it.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from .remote_pool import Endpoint, Pool
 from .remote_thread import EventLoop
 
 KEY_VARIABLE = "GPTQ_WEBUI_REMOTE_KEY"
-_DEFAULT_CONTEXT_TOKENS = 8192  # shown where the engine does not tell; the engine itself says when a chat is too long
+_DEFAULT_CONTEXT_TOKENS = 8192  # shown if the engine does not report one; the engine refuses a chat that is too long
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RemoteOptions:
     base_url: str = option("", "Addresses", "For example http://192.168.1.5:8000/v1; several with commas share the work.")
     api_key: str = option("", "Key", f"The engine's API key; empty: the variable {KEY_VARIABLE}, or none.", secret=True)
     model: str = option("", "Model", "Its name there; empty: the one that is called as the folder, or the only one.")
-    context_tokens: int = option(0)  # what is shown; 0: what the engine tells
-    timeout_s: int = option(600, "Patience", "Seconds without a token until an engine counts as gone.")
+    context_tokens: int = option(0)  # what is shown; 0: what the engine reports
+    timeout_s: int = option(600, "Patience", "Seconds without a token until an engine counts as lost.")
 
     def __post_init__(self) -> None:
         require_context("context_tokens", self.context_tokens)
@@ -39,7 +39,7 @@ class RemoteOptions:
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.netloc:
-                raise BadParameter(f"{url!r} is no address of an engine. Write it like http://192.168.1.5:8000/v1.")
+                raise BadParameter(f"{url!r} is not the address of an engine. Write it like http://192.168.1.5:8000/v1.")
 
     @property
     def urls(self) -> list[str]:
@@ -62,7 +62,7 @@ class RemoteLoader(Loader):
         if not self._machine().has("openai"):
             return Refusal("the package openai is not installed", 'pip install "gptq-webui[remote]"')
         if not options.serving(model).urls:
-            return Refusal("no engine elsewhere is named", "write its address into base_url")
+            return Refusal("no remote engine is named", "write its address into base_url")
         return None
 
     def needs_bytes(self, model: LocalModel, options: RemoteOptions) -> int:
@@ -102,12 +102,14 @@ class RemoteLoader(Loader):
         except BaseException:
             loop.close()
             raise
-        told = next((context for each in listed if (context := _context(each))), None)
-        context = options.context_tokens or told or _DEFAULT_CONTEXT_TOKENS
-        reason = "as you asked" if options.context_tokens else "what the engine tells" if told else "the engine does not tell"
-        asleep = [each for each in pool.endpoints if not each.well]
+        reported = next((context for each in listed if (context := _context(each))), None)
+        context = options.context_tokens or reported or _DEFAULT_CONTEXT_TOKENS
+        reason = (
+            "as you set it" if options.context_tokens else "what the engine reports" if reported else "the engine reports none"
+        )
+        missing = [each for each in pool.endpoints if not each.well]
         notes = [f"{name}, computed by {', '.join(each.url for each in pool.endpoints if each.well)}."]
-        notes += [f"The engine at {each.url} is left out until it answers ({each.wrong})." for each in asleep]
+        notes += [f"The engine at {each.url} is left out until it answers ({each.wrong})." for each in missing]
         progress(1.0, "Ready")
         return RemoteModel(model, name, pool, loop, context, reason, tuple(notes))
 
@@ -153,7 +155,7 @@ def _name(model: LocalModel, options: RemoteOptions, well: Sequence[Endpoint]) -
     if not names and model.served_as:
         return model.served_as
     if not names:
-        raise LoadFailed("The engine does not tell what it serves. Write the model's name there into the option model.")
+        raise LoadFailed("The engine does not say what it serves. Write the model's name there into the option model.")
     raise LoadFailed(f"The engines serve {', '.join(names)}. Write which of them you want into the option model.")
 
 

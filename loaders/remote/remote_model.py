@@ -1,4 +1,4 @@
-"""A model that other machines compute. It speaks text, so it has no tokenizer and no template of its own."""
+"""A model on other machines. It takes and returns text, so it has no tokenizer and no template of its own."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ from ..text.stop_strings import StopStrings
 from .remote_pool import Endpoint, Pool, in_words
 from .remote_thread import EventLoop
 
-_MOST_STOPS = 4  # that OpenAI and TGI take; the rest is looked for here
+_MOST_STOPS = 4  # that OpenAI and TGI take; the others are found here
 _PARALLEL = 64  # answers under way at once; the engines do their own queueing
 
 
@@ -68,7 +68,7 @@ class RemoteModel(LoadedModel):
 
     def check(self, params: GenerationParams) -> None:
         if params.grammar is not None and params.grammar.kind not in ("json", "json_schema"):
-            raise BadParameter("An engine elsewhere is asked in OpenAI's protocol, which knows JSON and schemas, no other form.")
+            raise BadParameter("A remote engine is asked in OpenAI's protocol, which has JSON and schemas, and no other grammar.")
 
     @property
     def waiting(self) -> int:
@@ -105,8 +105,8 @@ class RemoteModel(LoadedModel):
                     raise _asked_wrongly(error, endpoint) from error
                 endpoint.fail(error)
                 if count.tokens or count.began:
-                    rest = [each.url for each in self._pool.endpoints if each.well]
-                    then = f"The next answer goes to {rest[0]}." if rest else "No other engine is well; start it again."
+                    others = [each.url for each in self._pool.endpoints if each.well]
+                    then = f"The next answer goes to {others[0]}." if others else "No other engine answers; start it again."
                     raise AnswerFailed(
                         f"The engine at {endpoint.url} stopped in the middle of the answer ({in_words(error)}). {then}"
                     ) from None
@@ -139,8 +139,8 @@ class RemoteModel(LoadedModel):
                     break
         if not (ended or stop.found):
             raise ConnectionError("the stream ended without a reason")
-        if rest := stop.end():
-            yield Token(-1, rest)
+        if left := stop.end():
+            yield Token(-1, left)
         yield count.finish("stop" if stop.found else reason)
 
     async def _ask(self, endpoint: Endpoint, kind: str, body: dict[str, Any], params: GenerationParams, resume: bool) -> Any:
@@ -225,7 +225,7 @@ class _Count:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether the engine is well and what it was asked was wrong."""
+    """Whether the engine works and the request was wrong."""
     status = getattr(error, "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
 

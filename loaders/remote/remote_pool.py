@@ -1,4 +1,4 @@
-"""Several engines that serve the same model: which are well, which is least busy. For one event loop."""
+"""Several engines that serve the same model: which of them answer, which is least busy. For one event loop."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ class Endpoint:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Leave it out until a check finds it well again."""
+        """Leave it out until it answers a check again."""
         if self.well:
             log.warning("the engine at %s does not answer (%s)", self.url, in_words(error))
         self.well, self.wrong = False, in_words(error)
@@ -63,7 +63,7 @@ class Pool:
         await asyncio.gather(*(each.client.close() for each in self.endpoints), return_exceptions=True)
 
     async def least_busy(self, but: Sequence[Endpoint] = ()) -> Endpoint:
-        """The well one with the fewest answers under way. Raises AnswerFailed if there is none."""
+        """The engine with the fewest answers under way, of those that work. Raises AnswerFailed if there is none."""
         if not (well := self._well(but)):
             await self.check()
             well = self._well(but)

@@ -1,4 +1,4 @@
-"""One thread with an event loop, where all answers of engines elsewhere are awaited side by side.
+"""One thread with an event loop, where all answers of remote engines are awaited at the same time.
 
 A reader gets the same kind of Stream as from a model of this machine.
 """
@@ -90,7 +90,7 @@ class EventLoop:
         except GptqWebuiError as error:
             job.events.put(error)
         except Exception as error:
-            log.exception("an answer of an engine elsewhere failed")
+            log.exception("an answer of a remote engine failed")
             job.events.put(AnswerFailed(f"The answer ended with an error ({type(error).__name__}: {error}). Ask again."))
         finally:
             with suppress(Exception):

@@ -118,7 +118,7 @@ BY_ARCHITECTURE = {
     "MixtralForCausalLM": "Mistral [INST]",
     "LlamaForCausalLM": "Llama-2 [INST]",
 }
-BY_CARD: tuple[tuple[tuple[str, ...], str], ...] = (  # marks in a card's prompt_template
+BY_MODEL_CARD: tuple[tuple[tuple[str, ...], str], ...] = (  # marks in a card's prompt_template
     (("<|im_start|>",), "ChatML"),
     (("<|start_header_id|>",), "Llama-3"),
     (("<<SYS>>",), "Llama-2 [INST]"),

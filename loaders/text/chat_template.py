@@ -15,7 +15,7 @@ from typing import Any
 
 from ...core.chat import Message
 from ...core.errors import BadParameter
-from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
+from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
 from .renderers import LIMIT_S, LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit
 
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
@@ -103,7 +103,7 @@ def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
 def _problem(template: ChatTemplate, tokenizer: Any) -> str:
     """Why a template is no use, tried on a few conversations; "" if it is.
 
-    The words are drawn anew each time, so that no template knows that it is being tried.
+    The words are random, so that no template can recognise the trial.
     """
     until = time.monotonic() + _TRIAL_S
     words = [f"{secrets.choice(('What', 'How', 'Why'))} {secrets.token_hex(4)}?" for _ in range(5)]
@@ -129,8 +129,8 @@ def _problem(template: ChatTemplate, tokenizer: Any) -> str:
 
 def _other(folder: Path, architecture: str) -> ChatTemplate:
     """The template that the model card, the name or the architecture of a folder point to."""
-    if text := card_template(folder):
-        return from_card(text)
+    if text := model_card_template(folder):
+        return from_model_card(text)
     name = folder.name.lower()
     for pattern, built_in in BY_NAME:
         if re.search(pattern, name):
@@ -149,7 +149,7 @@ def named(name: str, source: str = "your choice") -> ChatTemplate:
     return ChatTemplate(BUILT_IN[name], name, source)
 
 
-def card_template(folder: Path) -> str | None:
+def model_card_template(folder: Path) -> str | None:
     """`prompt_template` from the front matter of README.md, None if there is none."""
     path = folder / "README.md"
     if not path.is_file():
@@ -163,9 +163,9 @@ def card_template(folder: Path) -> str | None:
     return template if isinstance(template, str) and "{prompt}" in template else None
 
 
-def from_card(text: str) -> ChatTemplate:
+def from_model_card(text: str) -> ChatTemplate:
     """A model card's `… {prompt} …` as a template for whole conversations."""
-    for marks, built_in in BY_CARD:
+    for marks, built_in in BY_MODEL_CARD:
         if all(mark in text for mark in marks):
             return named(built_in, "the model card")
     before, _, after = text.partition("{prompt}")

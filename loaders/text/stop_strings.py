@@ -29,8 +29,8 @@ class StopStrings:
 
     def end(self) -> str:
         """What was held back when the answer ends for another reason."""
-        rest, self._held = self._held, ""
-        return rest
+        left, self._held = self._held, ""
+        return left
 
 
 def _overlap(text: str, stop: str) -> int:

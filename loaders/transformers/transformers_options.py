@@ -34,10 +34,10 @@ class TransformersOptions:
         KERNELS,
     )
     gpu_memory: str = option(
-        "", "Memory of the cards", "Gigabytes of weights for each card, for example 10,20; empty: what fits, the rest elsewhere."
+        "", "GPU memory", "Gigabytes of weights for each GPU, for example 10,20; empty: what fits, the rest in main memory."
     )
-    cpu_memory: float = option(0.0, "Memory of the machine", "Gigabytes for weights that found no room on a card; 0: all.")
-    cache_type: str = option("fp16", "Cache type", "How the conversation is held on a GPU; q8 takes half.", CACHE_TYPES)
+    cpu_memory: float = option(0.0, "Main memory", "Gigabytes for weights that do not fit on a GPU; 0: all.")
+    cache_type: str = option("fp16", "Cache type", "How the conversation is stored on a GPU; q8 takes half.", CACHE_TYPES)
     parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a GPU.")
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
@@ -76,7 +76,7 @@ class TransformersOptions:
         return Rope(self.compress_pos_emb, self.alpha_value, self.rope_freq_base)
 
     def demand(self, model: LocalModel, gpu: bool) -> memory_fit.Demand:
-        """What these options ask of the memory; `card`: there is one."""
+        """What these options need of the memory. `gpu`: there is one."""
         on_gpu = gpu and self.device != "cpu"
         wide = self.dtype == "fp32" or (self.dtype == "auto" and not on_gpu)
         trained = model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS
@@ -103,7 +103,7 @@ class TransformersOptions:
 
 
 def _cache_type(value: Any) -> Any:
-    """One name stands in saved settings for every loader: exllamav2 writes it in capitals and has smaller ones too."""
+    """Saved settings hold one name for every loader: exllamav2 writes it in capitals and has smaller types too."""
     name = str(value).lower()
     return "q8" if name in ("q6", "q4") else name if name in CACHE_TYPES else value
 
@@ -129,9 +129,9 @@ def dtype_of(options: TransformersOptions, device: Any) -> Any:
 def placement(
     model: LocalModel, options: TransformersOptions, device: Any, dtype: Any
 ) -> tuple[Any, dict[int | str, int] | None]:
-    """(device_map, max_memory): the whole model on one device, or spread over the cards and the rest of the machine.
+    """(device_map, max_memory): the whole model on one device, or spread over the GPUs and main memory.
 
-    On the cards stay free: 1 GB for others, the conversation, and what computing takes.
+    On each GPU stay free: 1 GB for other programs, the conversation, and what computing takes.
     """
     if device.type != "cuda":
         return {"": device}, None
@@ -147,7 +147,7 @@ def placement(
 
 
 def _rooms(model: LocalModel, options: TransformersOptions, device: Any) -> dict[int | str, int]:
-    """Bytes for weights on each card. Each holds the conversation of its own layers: of all, if it were alone."""
+    """Bytes for weights on each GPU. Each holds the conversation of its own layers; counted is that of all layers."""
     import torch
 
     found = {}
@@ -158,11 +158,11 @@ def _rooms(model: LocalModel, options: TransformersOptions, device: Any) -> dict
 
 
 def free_beside(hf: Any, device: Any) -> int:
-    """Bytes free for the conversation: of one device, or of the fullest card for each card that holds layers."""
+    """Bytes free for the conversation: of one device, or of the fullest GPU times the GPUs that hold layers."""
     import torch
 
-    places: Sequence[Any] = list((getattr(hf, "hf_device_map", None) or {}).values())
-    cards = sorted({int(str(each).rpartition(":")[2]) for each in places if str(each).rpartition(":")[2].isdigit()})
-    if device.type != "cuda" or len(cards) < 2:
+    devices: Sequence[Any] = list((getattr(hf, "hf_device_map", None) or {}).values())
+    gpus = sorted({int(str(each).rpartition(":")[2]) for each in devices if str(each).rpartition(":")[2].isdigit()})
+    if device.type != "cuda" or len(gpus) < 2:
         return memory_fit.available_bytes(device)
-    return len(cards) * min(memory_fit.available_bytes(torch.device("cuda", at)) for at in cards)
+    return len(gpus) * min(memory_fit.available_bytes(torch.device("cuda", at)) for at in gpus)
