@@ -1,10 +1,10 @@
-"""Every loader on one card: the same folder, 64 greedy tokens from each, the card's memory before, after and after unloading.
+"""Every loader on one GPU: the same folder, 64 greedy tokens from each, the GPU's memory before, after and after unloading.
 
     python benchmarks/check_loaders.py                      a demo-like folder is made (random weights, 4 and 8 bits)
     python benchmarks/check_loaders.py --models-dir DIR     the demo model's own folders, if they are there
     python benchmarks/check_loaders.py --only native,exllamav2
 
-Needs a CUDA card; a loader whose library is missing is told and left out. Where two differ, the first
+Needs a CUDA GPU; a loader whose library is missing is named and left out. Where two differ, the first
 differing token is printed with both its candidates' logits as the native kernel sees them, and how much the
 model itself enlarges a small error of its weights there (a random model has such places: two tokens between which
 its attention hardly decides). Exit code 1 if a loader failed, gave memory back late (more than 200 MiB) or differs
@@ -25,16 +25,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _door() -> None:
+def _register() -> None:
     spec = importlib.util.spec_from_file_location("gptq_webui_script", ROOT / "script.py")
     assert spec is not None and spec.loader is not None
-    door = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = door
-    spec.loader.exec_module(door)
-    door.register()
+    entry = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = entry
+    spec.loader.exec_module(entry)
+    entry.register()
 
 
-_door()
+_register()
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
@@ -61,7 +61,7 @@ ISAS = {
     "exllamav2 Q4 cache": ("exllamav2", {"cache_type": "Q4"}),
 }
 TIE = 0.15  # logits nearer than this may go either way in fp16
-SHAKY = 20.0  # where the model itself makes an error so many times larger than elsewhere, neither way is wrong
+SHAKY = 20.0  # where the model itself makes an error so many times larger than elsewhere, neither token is wrong
 
 
 def make_folder(folder: Path, bits: int) -> None:
@@ -77,7 +77,7 @@ def make_folder(folder: Path, bits: int) -> None:
 
 
 def used_bytes() -> int:
-    """What every program holds on the first card; CUDA's own context counts once it exists."""
+    """What every program holds on the first GPU; CUDA's own context counts once it exists."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -146,20 +146,20 @@ def through_engine(root: Path, name: str) -> None:
     print(f"  after unload {(used_bytes() - before) / MIB:+.0f} MiB")
 
 
-def check(local: LocalModel, ways: dict[str, tuple[str, dict]], compile_too: bool) -> bool:
+def check(local: LocalModel, cases: dict[str, tuple[str, dict]], compile_too: bool) -> bool:
     engine = Engine(Library([local.folder.parent]))
     loaders = {each.name: each for each in engine.loaders}
     reference: list[int] = []
     logits: dict[int, torch.Tensor] = {}
     shaky: list[float] = []
     well = True
-    for way, (name, options) in ways.items():
+    for case, (name, options) in cases.items():
         row = next(row for row in survey(local, engine.loaders, options, wanted=name) if row.loader == name)
         if row.refusal is not None:
-            print(f"  {way:22} left out: {row.refusal}")
+            print(f"  {case:22} left out: {row.refusal}")
             continue
         if row.wait_s and not compile_too:
-            print(f"  {way:22} left out: {row.note}")
+            print(f"  {case:22} left out: {row.note}")
             continue
         before = used_bytes()
         began = time.perf_counter()
@@ -167,7 +167,7 @@ def check(local: LocalModel, ways: dict[str, tuple[str, dict]], compile_too: boo
             loaded = loaders[name].load(local, make_options(loaders[name], options), lambda share, text: None)
         except Exception as error:
             traceback.print_exc(limit=-3)
-            print(f"  {way:22} FAILED: {error}")
+            print(f"  {case:22} FAILED: {error}")
             well = False
             continue
         load_s, after = time.perf_counter() - began, used_bytes()
@@ -191,16 +191,16 @@ def check(local: LocalModel, ways: dict[str, tuple[str, dict]], compile_too: boo
         fine = fine and left <= 200 * MIB
         well = well and fine
         print(
-            f"  {way:22} load {load_s:6.1f} s, card {before / MIB:.0f} -> {after / MIB:.0f} -> {(before + left) / MIB:.0f} MiB, "
+            f"  {case:22} load {load_s:6.1f} s, GPU {before / MIB:.0f} -> {after / MIB:.0f} -> {(before + left) / MIB:.0f} MiB, "
             f"{finish.tokens_per_s:7.1f} tokens/s; {said}{'' if fine else '   <-- NOT WELL'}"
         )
     return well
 
 
 def over_two_gpus(local: LocalModel) -> bool:
-    """The native kernel, split over two cards, against one card."""
+    """The native kernel, split over two GPUs, against one GPU."""
     if torch.cuda.device_count() < 2:
-        print("  two cards: there is one")
+        print("  two GPUs: there is one")
         return True
     half = local.size_bytes * 0.6e-9
     engine, found = Engine(Library([local.folder.parent])), []
@@ -214,14 +214,14 @@ def over_two_gpus(local: LocalModel) -> bool:
         loaded.close()
     split = len(permutation) > 1
     host_tokens = "the same tokens" if found[0] == found[1] else "DIFFERENT tokens"
-    print(f"  two cards: {host_tokens if split else 'the model was not split'}")
+    print(f"  two GPUs: {host_tokens if split else 'the model was not split'}")
     return split and found[0] == found[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models-dir", type=Path, help="a folder with the demo model's folders")
-    parser.add_argument("--only", help="ways with commas: " + ", ".join(ISAS))
+    parser.add_argument("--only", help="loaders with commas: " + ", ".join(ISAS))
     parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled first")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -230,7 +230,7 @@ def main() -> int:
     used_bytes()  # CUDA's own context must exist before anything is measured
     torch.ones(1, device="cuda")
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, transformers {__import__('transformers').__version__}")
-    ways = {name: ISAS[name] for name in (options.only.split(",") if options.only else ISAS)}
+    cases = {name: ISAS[name] for name in (options.only.split(",") if options.only else ISAS)}
     root = options.models_dir or Path(tempfile.mkdtemp(prefix="check-loaders-"))
     folders = []
     for bits in (4, 8):
@@ -243,7 +243,7 @@ def main() -> int:
     for bits, folder in folders:
         local = LocalModel.read(folder)
         print(f"{local.name}: {local.badge}, {json.loads((folder / 'config.json').read_text())['model_type']}")
-        well = check(local, ways, not options.no_compile) and well
+        well = check(local, cases, not options.no_compile) and well
         through_engine(root, local.name)
         if bits == 4:
             well = over_two_gpus(local) and well

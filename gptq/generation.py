@@ -79,8 +79,8 @@ def _events(
             reason = "cancelled"
         elif logits is not None:
             # a stepper that draws on its device runs ahead, and cannot ask after every token what may follow
-            drawn = stepper.answer(memory, logits, ids, params) if grammar_mask is None else None
-            with closing(drawn or stepper.draw(memory, logits, ids, params, grammar_mask)) as steps:
+            running = stepper.answer(memory, logits, ids, params) if grammar_mask is None else None
+            with closing(running or stepper.draw(memory, logits, ids, params, grammar_mask)) as steps:
                 for step in steps:
                     if step.id in end_ids:
                         reason = "stop"

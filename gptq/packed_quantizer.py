@@ -101,14 +101,14 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = dict(model.named_modules())
         layers: dict[str, PackedLayer] = self.quantization_config.layers  # type: ignore[attr-defined]
-        places = _places(layers, model)
-        for owner in sorted({experts for place in places.values() if (experts := experts_of(place))}):
+        modules_of = _module_names(layers, model)
+        for owner in sorted({experts for place in modules_of.values() if (experts := experts_of(place))}):
             if is_dense_experts(modules.get(owner)):
                 packed = PackedExperts(modules[owner])
-                require_complete(packed, owner, places.values())
+                require_complete(packed, owner, modules_of.values())
                 _replace(model, owner, packed)
         for name, layer in layers.items():
-            place = places[name]
+            place = modules_of[name]
             expert_owner = experts_of(place)
             if place in modules:
                 shape = _dense_shape(modules[place], name)
@@ -167,13 +167,13 @@ def register() -> None:
         register_quantization_config(METHOD)(PackedWeights)
 
 
-def _places(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+def _module_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     """Where each layer of the files belongs in the model: a file may leave out the base model's prefix
     ("model.", "transformer."), have one too many, or use a name that transformers 5 changed."""
     modules = {name for name, _module in model.named_modules()}
     prefix = model.base_model_prefix
     renamings = _renamings(model)
-    places = {}
+    modules_of = {}
     for name in names:
         key = f"{name}.qweight"
         for renaming in renamings:
@@ -183,8 +183,8 @@ def _places(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
             for known in (name, key.removesuffix(".qweight"))
             for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
         ]
-        places[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), name)
-    return places
+        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), name)
+    return modules_of
 
 
 def _renamings(model: PreTrainedModel) -> list[Any]:
@@ -230,5 +230,5 @@ def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
 def packed_modules(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[tuple[str, PackedLayer, GPTQLinear]]:
     """(name in the file, layer, module) of every packed layer."""
     modules = dict(loaded.named_modules())
-    places = _places(layers, loaded)
-    return [(name, layers[name], modules[own]) for name, own in places.items() if isinstance(modules.get(own), GPTQLinear)]
+    modules_of = _module_names(layers, loaded)
+    return [(name, layers[name], modules[own]) for name, own in modules_of.items() if isinstance(modules.get(own), GPTQLinear)]

@@ -49,10 +49,10 @@ def cache_folder() -> Path:
 def cached(cache: Path) -> Iterator[CachedSnapshot]:
     """Every snapshot of a model in a Hugging Face cache. One that no branch points to is named by its commit."""
     try:
-        places = sorted(cache.glob("models--*--*"))
+        folders = sorted(cache.glob("models--*--*"))
     except OSError:
         return
-    for place in places:
+    for place in folders:
         try:
             repo = ModelRef.parse("/".join(place.name.removeprefix("models--").split("--", 1))).repo
         except BadModelName:

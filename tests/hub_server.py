@@ -362,8 +362,8 @@ class _Cdn(_Handler):
         from_chunk, to_chunk = int(first) // PIECE_BYTES, -(-stop // PIECE_BYTES)
         chunks = {"start": from_chunk, "end": to_chunk}
         size = min(to_chunk * PIECE_BYTES, found.size_bytes)
-        places = {"start": from_chunk * (PIECE_BYTES + 8), "end": size + 8 * to_chunk - 1}
-        fetch = [{"range": chunks, "url": f"{self.hub.cdn_url}/xorb/{found.sha256}", "url_range": places}]
+        addresses = {"start": from_chunk * (PIECE_BYTES + 8), "end": size + 8 * to_chunk - 1}
+        fetch = [{"range": chunks, "url": f"{self.hub.cdn_url}/xorb/{found.sha256}", "url_range": addresses}]
         term = {"hash": found.sha256, "unpacked_length": size - from_chunk * PIECE_BYTES, "range": chunks}
         offset = int(first) - from_chunk * PIECE_BYTES
         return self.answer_json({"offset_into_first_range": offset, "terms": [term], "fetch_info": {found.sha256: fetch}})

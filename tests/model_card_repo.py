@@ -30,7 +30,7 @@ _LAYER = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024), "s
           "mlp.down_proj": (14336, 4096)}  # fmt: skip
 
 
-def card(repo: str = REPO) -> bytes:
+def model_card(repo: str = REPO) -> bytes:
     rows = "".join(
         f"| [{branch}](https://huggingface.co/{repo}/tree/{branch}) | {bits} | {'None' if group < 0 else group} | Yes | 0.1 | "
         f"[VMware Open Instruct](https://huggingface.co/datasets/VMware/open-instruct/viewer/) | 4096 | {size / 1e9:.2f} GB | "
@@ -79,7 +79,7 @@ def settings(bits: int, group: int) -> dict[str, Any]:
 
 def add(server: HubServer, folder: Path, repo: str = REPO, more: int = 0) -> None:
     """Put the six branches on the server, and `more` copies of the last under other names. Nothing of the holes is hashed."""
-    readme = card(repo)
+    readme = model_card(repo)
     every = [*BRANCHES, *((f"more-{at}", *BRANCHES[-1][1:]) for at in range(more))]
     for branch, bits, group, size, _text in every:
         path = folder / f"{bits}-{group}.safetensors"

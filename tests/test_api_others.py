@@ -124,8 +124,8 @@ def test_loading_tells_its_progress(http):
     with http.stream("POST", "/v1/model/load", json={"model_name": MISTRAL, "max_seq_len": 777}) as answer:
         lines = events(answer.read().decode())
     assert '"status": "processing"' in lines[0] and '"status": "finished"' in lines[-1]
-    card = said(http.get("/v1/model"))
-    assert card["id"] == MISTRAL and card["parameters"]["max_seq_len"] == 777 and card["parameters"]["bits"] == 4
+    shown = said(http.get("/v1/model"))
+    assert shown["id"] == MISTRAL and shown["parameters"]["max_seq_len"] == 777 and shown["parameters"]["bits"] == 4
 
 
 def test_what_cannot_be_loaded_is_refused_before_200_and_the_loaded_model_stays(http):

@@ -176,10 +176,10 @@ def test_the_model_cards_command_line_of_tgi_serves(tmp_path):
     tiny.write(folder)
     tiny.write_tokenizer(folder, "{{ bos_token }}" + CHATML)
     port, second = free_ports(2)
-    card = "--model-id TheBloke/Tiny-GPTQ --quantize gptq --max-input-length 100 --max-total-tokens 128"
-    card += " --max-batch-prefill-tokens 4096"
+    gpu = "--model-id TheBloke/Tiny-GPTQ --quantize gptq --max-input-length 100 --max-total-tokens 128"
+    gpu += " --max-batch-prefill-tokens 4096"
     root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, str(root / "script.py"), "serve", *card.split(), "--port", str(port), "--api-port", str(second)]
+    command = [sys.executable, str(root / "script.py"), "serve", *gpu.split(), "--port", str(port), "--api-port", str(second)]
     env = {**os.environ, "GPTQ_WEBUI_API_KEY": KEY}
     log = (tmp_path / "log").open("w")
     more = ["--models-dir", str(tmp_path / "models"), "--no-browser"]

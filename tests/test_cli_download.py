@@ -16,7 +16,7 @@ REPO = model_card_repo.REPO
 SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
 NAME = "Mistral-7B-Instruct-v0.2-GPTQ"
 # the section "How to download from the command line" of the card, and its "More advanced" part
-CARD = (
+MODEL_CARD = (
     f"huggingface-cli download {REPO} --local-dir {NAME} --local-dir-use-symlinks False",
     f"huggingface-cli download {REPO} --revision gptq-4bit-32g-actorder_True --local-dir {NAME} --local-dir-use-symlinks False",
     f"HF_HUB_ENABLE_HF_TRANSFER=1 huggingface-cli download {REPO} --local-dir {NAME} --local-dir-use-symlinks False",
@@ -34,7 +34,7 @@ CARD = (
 def here(tmp_path, monkeypatch, hub_server, tiny_gptq):
     """An empty working folder, and the repository with small weights."""
     files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir()}
-    files |= {"README.md": model_card_repo.card(), "tokenizer.json": b"{}"}
+    files |= {"README.md": model_card_repo.model_card(), "tokenizer.json": b"{}"}
     for branch, *_rest in model_card_repo.BRANCHES[:3]:
         hub_server.add(REPO, files, branch)
     (tmp_path / "here").mkdir()
@@ -51,27 +51,27 @@ def type_line(line, monkeypatch):
     return main(words)
 
 
-@pytest.mark.parametrize("line", CARD, ids=range(len(CARD)))
+@pytest.mark.parametrize("line", MODEL_CARD, ids=range(len(MODEL_CARD)))
 def test_the_model_cards_lines_run(line, here, monkeypatch, capsys):
     assert type_line(line, monkeypatch) == 0
     said = capsys.readouterr()
     assert "Traceback" not in said.err and "unrecognized" not in said.err
     for words in ("--local-dir-use-symlinks", "HF_HUB_ENABLE_HF_TRANSFER", "--resume-download"):
-        told = [each for each in said.err.splitlines() if each.startswith(words)]
-        assert len(told) == (words in line) and all("ignored" in each for each in told)
+        lines = [each for each in said.err.splitlines() if each.startswith(words)]
+        assert len(lines) == (words in line) and all("ignored" in each for each in lines)
     assert "hf_good" not in said.err + said.out
 
 
 def test_local_dir_holds_the_files_themselves(here, monkeypatch, capsys):
     (here / NAME).mkdir()  # the card's line before
-    assert type_line(CARD[1], monkeypatch) == 0
+    assert type_line(MODEL_CARD[1], monkeypatch) == 0
     assert {path.name for path in (here / NAME).iterdir()} >= {"model.safetensors", "config.json", "quantize_config.json"}
     assert not any(path.is_symlink() for path in (here / NAME).iterdir())
     assert capsys.readouterr().out.strip() == str(here / NAME)
 
 
 def test_one_line_as_a_shell_runs_it(here, hub_server):
-    line = f"mkdir {NAME}\n" + CARD[2].replace("huggingface-cli", f"{sys.executable} {SCRIPT}")
+    line = f"mkdir {NAME}\n" + MODEL_CARD[2].replace("huggingface-cli", f"{sys.executable} {SCRIPT}")
     done = subprocess.run(["sh", "-ec", line], capture_output=True, text=True, env=os.environ | {"HF_ENDPOINT": hub_server.url})
     assert done.returncode == 0 and done.stdout.strip() == str(here / NAME), done.stderr
     assert any(line.startswith("100% ") for line in done.stderr.splitlines()), "a log gets plain lines"
@@ -81,7 +81,7 @@ def test_one_line_as_a_shell_runs_it(here, hub_server):
 def test_cache_dir_is_a_cache_that_huggingface_hub_reads(here, monkeypatch):
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    assert type_line(CARD[6], monkeypatch) == 0
+    assert type_line(MODEL_CARD[6], monkeypatch) == 0
     revision = "gptq-4bit-32g-actorder_True"
     found = try_to_load_from_cache(REPO, "model.safetensors", cache_dir=here / "cache", revision=revision)
     assert isinstance(found, str) and Path(found).is_file()
@@ -90,7 +90,7 @@ def test_cache_dir_is_a_cache_that_huggingface_hub_reads(here, monkeypatch):
 
 
 def test_files_patterns_and_exclusions_bring_exactly_that(here, monkeypatch):
-    type_line(CARD[7], monkeypatch)
+    type_line(MODEL_CARD[7], monkeypatch)
     assert {path.name for path in here.glob("[!.]*")} == {"config.json", "tokenizer.json"}
     type_line(
         f"huggingface-cli download {REPO}:{model_card_repo.BRANCHES[1][0]} --include '*.json' --exclude 'c*' --local-dir b",
@@ -135,12 +135,12 @@ def test_a_commit_is_a_revision_too(here, hub_server):
 def test_json_tells_what_came(here, capsys):
     assert main(["download", REPO, "--local-dir", "x", "--json", "--quiet"]) == 0
     said = capsys.readouterr()
-    told = json.loads(said.out)
-    assert said.err == "" and told["ref"] == REPO and told["folder"] == str(here / "x")
-    assert told["received_bytes"] == told["total_bytes"] and told["files"]["model.safetensors"]["hash"].startswith("sha256:")
+    lines = json.loads(said.out)
+    assert said.err == "" and lines["ref"] == REPO and lines["folder"] == str(here / "x")
+    assert lines["received_bytes"] == lines["total_bytes"] and lines["files"]["model.safetensors"]["hash"].startswith("sha256:")
     assert main(["download", "Owner/No-GPTQ", "--json", "--quiet"]) == 3
-    told = json.loads(capsys.readouterr().out)
-    assert (told["kind"], told["exit_code"]) == ("NoSuchRepository", 3) and "no model" in told["error"]
+    lines = json.loads(capsys.readouterr().out)
+    assert (lines["kind"], lines["exit_code"]) == ("NoSuchRepository", 3) and "no model" in lines["error"]
 
 
 def test_the_commands_of_the_library(here, capsys, hub_server):
@@ -197,11 +197,11 @@ def test_branches_shows_the_model_cards_table_and_the_advice(hub_server, tmp_pat
         assert line[2:].split()[:7] == cells and line.endswith(text)
     assert f"To download it: gptq-webui download {REPO}" in said.err and f"your {memory} GB" in said.err
     assert main(["branches", REPO, "--memory", memory, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["recommended"] == best and [each["size_bytes"] for each in told["branches"]] == [
+    lines = json.loads(capsys.readouterr().out)
+    assert lines["recommended"] == best and [each["size_bytes"] for each in lines["branches"]] == [
         row[3] for row in model_card_repo.BRANCHES
     ]
-    assert {each["damp_percent"] for each in told["branches"]} == {"0.1"}
+    assert {each["damp_percent"] for each in lines["branches"]} == {"0.1"}
 
 
 def test_branches_of_a_gguf_repository_name_the_sister(hub_server, capsys):

@@ -165,8 +165,8 @@ def test_when_later_turns_are_deleted_the_whole_chat_comes_back(loaded):
     left = [*messages[: dropped + 3], Message("user", "short")]
     assert loaded.context_tokens < len(loaded.prompt(left).ids)  # still too long: the window stays
     assert conversation.window(loaded, left, 100).dropped_turns == dropped
-    few = [*messages[:7], Message("user", "short")]
-    assert conversation.window(loaded, few, 100).dropped_turns == 0
+    short = [*messages[:7], Message("user", "short")]
+    assert conversation.window(loaded, short, 100).dropped_turns == 0
 
 
 def test_another_model_begins_anew(loaded, tokenizer):

@@ -103,7 +103,7 @@ def test_a_head_that_came_from_eight_bits_goes_back_to_them(team):
 
 
 def other_isas():
-    return [way for way in ("avx2", "plain") if way != cpu_kernels.ISA and (way == "plain" or has("avx2"))]
+    return [isa for isa in ("avx2", "plain") if isa != cpu_kernels.ISA and (isa == "plain" or has("avx2"))]
 
 
 def has(feature):
@@ -112,15 +112,15 @@ def has(feature):
     return llvm.get_host_cpu_features().get(feature, False)
 
 
-@pytest.mark.parametrize("way", other_isas())
+@pytest.mark.parametrize("isa", other_isas())
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernels_of_other_processors_give_the_same(way, bits, team):
+def test_the_kernels_of_other_processors_give_the_same(isa, bits, team):
     from numba import njit
 
     linear, dense = packed(128, 32, bits, 64, sym=False, form="gptq_v2")
-    w = cpu_weights.from_module(linear, way, team)
+    w = cpu_weights.from_module(linear, isa, team)
     rows = 4
-    tile = tiles.packed_tile(bits, rows, way)
+    tile = tiles.packed_tile(bits, rows, isa)
     x = torch.randn(rows, 128)
     parts = x.view(rows, 2, 64)
     scale = parts.abs().amax(-1) / tiles.X_TOP

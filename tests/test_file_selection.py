@@ -15,7 +15,7 @@ TOKENIZER = [
     "merges.txt", "vocab.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/tool_use.jinja",
 ]  # fmt: skip
-CARD = ["README.md", "LICENSE.txt", "LICENSE", "Notice"]
+MODEL_CARD = ["README.md", "LICENSE.txt", "LICENSE", "Notice"]
 SETTINGS = ["config.json", "generation_config.json", "quantize_config.json"]
 
 
@@ -39,7 +39,7 @@ def refused(found: Listing, settings: dict[str, Any] | None = None) -> str:
 
 
 def test_every_tokenizer_template_and_settings_file_is_taken() -> None:
-    every = ["gptq_model-4bit-32g.safetensors", *SETTINGS, *TOKENIZER, *CARD]
+    every = ["gptq_model-4bit-32g.safetensors", *SETTINGS, *TOKENIZER, *MODEL_CARD]
     assert names(chosen(listing(*every))) == set(every)
 
 

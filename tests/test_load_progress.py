@@ -16,7 +16,7 @@ def test_bytes_and_layers_are_reported_while_a_real_model_is_read(tmp_path, monk
     monkeypatch.setattr(load_progress, "_LOOK_S", 0.0005)
     slowly(monkeypatch)
     seen = []
-    load(tmp_path, lambda *told: seen.append(told))
+    load(tmp_path, lambda *reported: seen.append(reported))
     shares = [here / total for here, total, _layers, _of in seen]
     assert any(0 < share < 1 for share in shares), shares
     assert shares == sorted(shares) and {of for *_, of in seen} == {2}

@@ -5,33 +5,33 @@ import pytest
 from gptq_webui.core.errors import BadModelName
 from gptq_webui.core.model_ref import ModelRef
 
-CARD = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ"
+MODEL_CARD = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ"
 BRANCH = "gptq-4bit-32g-actorder_True"
 
 
 @pytest.mark.parametrize(
     ("text", "repo", "branch"),
     [
-        (CARD, CARD, "main"),
-        (f"{CARD}:{BRANCH}", CARD, BRANCH),
-        (f"  {CARD} : {BRANCH} \n", CARD, BRANCH),
-        (f'"{CARD}"', CARD, "main"),
-        (f"{CARD}:main", CARD, "main"),
-        (f"{CARD}/", CARD, "main"),
+        (MODEL_CARD, MODEL_CARD, "main"),
+        (f"{MODEL_CARD}:{BRANCH}", MODEL_CARD, BRANCH),
+        (f"  {MODEL_CARD} : {BRANCH} \n", MODEL_CARD, BRANCH),
+        (f'"{MODEL_CARD}"', MODEL_CARD, "main"),
+        (f"{MODEL_CARD}:main", MODEL_CARD, "main"),
+        (f"{MODEL_CARD}/", MODEL_CARD, "main"),
         ("a/b:feature/x", "a/b", "feature/x"),
         ("a/b:refs/pr/1", "a/b", "refs/pr/1"),
         ("A_1/b.c-d", "A_1/b.c-d", "main"),
-        (f"https://huggingface.co/{CARD}", CARD, "main"),
-        (f"https://huggingface.co/{CARD}/", CARD, "main"),
-        (f"http://www.huggingface.co/{CARD}?library=transformers#files", CARD, "main"),
-        (f"https://hf.co/{CARD}/tree/{BRANCH}", CARD, BRANCH),
-        (f"huggingface.co/{CARD}/tree/main", CARD, "main"),
+        (f"https://huggingface.co/{MODEL_CARD}", MODEL_CARD, "main"),
+        (f"https://huggingface.co/{MODEL_CARD}/", MODEL_CARD, "main"),
+        (f"http://www.huggingface.co/{MODEL_CARD}?library=transformers#files", MODEL_CARD, "main"),
+        (f"https://hf.co/{MODEL_CARD}/tree/{BRANCH}", MODEL_CARD, BRANCH),
+        (f"huggingface.co/{MODEL_CARD}/tree/main", MODEL_CARD, "main"),
         ("https://huggingface.co/a/b/tree/feature%2Fx", "a/b", "feature/x"),
         ("https://huggingface.co/a/b/tree/feature/x", "a/b", "feature/x"),
-        (f"https://huggingface.co/{CARD}/blob/{BRANCH}/config.json", CARD, BRANCH),
-        (f"https://huggingface.co/{CARD}/resolve/{BRANCH}/model.safetensors", CARD, BRANCH),
-        (f"https://huggingface.co/{CARD}/discussions/3", CARD, "main"),
-        (f"https://my-mirror.example:8443/{CARD}/tree/{BRANCH}", CARD, BRANCH),
+        (f"https://huggingface.co/{MODEL_CARD}/blob/{BRANCH}/config.json", MODEL_CARD, BRANCH),
+        (f"https://huggingface.co/{MODEL_CARD}/resolve/{BRANCH}/model.safetensors", MODEL_CARD, BRANCH),
+        (f"https://huggingface.co/{MODEL_CARD}/discussions/3", MODEL_CARD, "main"),
+        (f"https://my-mirror.example:8443/{MODEL_CARD}/tree/{BRANCH}", MODEL_CARD, BRANCH),
     ],
 )
 def test_what_is_read(text: str, repo: str, branch: str) -> None:
@@ -90,7 +90,7 @@ def test_a_refusal_of_a_very_long_text_is_short() -> None:
     [
         (ModelRef("a/b"), "a_b"),
         (ModelRef("a/b", "main"), "a_b"),
-        (ModelRef(CARD, BRANCH), f"TheBloke_Mistral-7B-Instruct-v0.2-GPTQ_{BRANCH}"),
+        (ModelRef(MODEL_CARD, BRANCH), f"TheBloke_Mistral-7B-Instruct-v0.2-GPTQ_{BRANCH}"),
         (ModelRef("a/b", "feature/x"), "a_b_feature_x"),
         (ModelRef("a/b", 'x"y|z'), "a_b_x_y_z"),
     ],

@@ -19,9 +19,15 @@ from gptq_webui.core.params import (
 
 
 def test_defaults_are_those_of_the_model_card() -> None:
-    card = PRESETS["Model card"]
-    assert card == GenerationParams()
-    assert (card.temperature, card.top_p, card.top_k, card.repetition_penalty, card.max_new_tokens) == (0.7, 0.95, 40, 1.1, 512)
+    defaults = PRESETS["Model card"]
+    assert defaults == GenerationParams()
+    assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.repetition_penalty, defaults.max_new_tokens) == (
+        0.7,
+        0.95,
+        40,
+        1.1,
+        512,
+    )
 
 
 @pytest.mark.parametrize(

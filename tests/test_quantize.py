@@ -165,10 +165,10 @@ def test_writes_autogptqs_layout(tmp_path: Path) -> None:
     four, eight = tmp_path / "four", tmp_path / "eight"
     four.mkdir()
     eight.mkdir()
-    told: list[float] = []
+    reported: list[float] = []
     configs = {four: ACT_ORDER_4, eight: QuantizeConfig(8, -1, sym=False)}
-    quantize_model(model, None, texts(), configs, lambda share, text: told.append(share))
-    assert told == sorted(told) and told[0] == 0 and told[-1] == 1
+    quantize_model(model, None, texts(), configs, lambda share, text: reported.append(share))
+    assert reported == sorted(reported) and reported[0] == 0 and reported[-1] == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     settings = json.loads((four / "quantize_config.json").read_text())

@@ -13,7 +13,7 @@ from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.fake import FakeLoader
 
-CARD = (  # the last lines of TheBloke's cards under "Serving this model from TGI"
+MODEL_CARD = (  # the last lines of TheBloke's cards under "Serving this model from TGI"
     "--model-id TheBloke/Mistral-7B-Instruct-v0.2-GPTQ --port 3000 --quantize gptq "
     "--max-input-length 3696 --max-total-tokens 4096 --max-batch-prefill-tokens 4096"
 )
@@ -26,7 +26,7 @@ def understood(text):
 
 
 def test_the_model_cards_line_is_understood():
-    options, said = understood(CARD)
+    options, said = understood(MODEL_CARD)
     assert (options.port, options.context, options.max_input_length) == (3000, 4096, 3696)
     assert access_flags.host_of(options) == "127.0.0.1" and not access_flags.is_wide(options)
     assert len(said) == 1 and "--max-batch-prefill-tokens" in said[0]

@@ -86,10 +86,10 @@ def test_the_model_cards_example_runs_from_the_hub_with_a_branch(tmp_path, hub_s
     tiny.write(tmp_path / "model", settings="config")
     tiny.write_tokenizer(tmp_path / "model")
     hub_server.add("TheBloke/Tiny-7B-GPTQ", tmp_path / "model", "gptq-4bit-32g-actorder_True")
-    door = str(Path(gptq_webui.__file__).parent / "script.py")
+    entry = str(Path(gptq_webui.__file__).parent / "script.py")
     environment = {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", GPU, door], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+        [sys.executable, "-c", GPU, entry], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
     )
     assert done.stdout.split() == ["6", "GPTQLinear", "False", "False"], done.stderr[-2000:]
 
@@ -138,7 +138,7 @@ def test_asking_the_package_for_it_imports_nothing_before(tmp_path):
         "print(hasattr(gptq_webui, 'nothing'))"
     )
     root = str(Path(gptq_webui.__file__).parent)
-    door = f"import importlib.util as u; s = u.spec_from_file_location('d', {root!r} + '/script.py'); "
-    door += "m = u.module_from_spec(s); s.loader.exec_module(m); m.register(); "
-    done = subprocess.run([sys.executable, "-c", door + code], capture_output=True, text=True, timeout=120)
+    entry = f"import importlib.util as u; s = u.spec_from_file_location('d', {root!r} + '/script.py'); "
+    entry += "m = u.module_from_spec(s); s.loader.exec_module(m); m.register(); "
+    done = subprocess.run([sys.executable, "-c", entry + code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "True", "False"], done.stderr

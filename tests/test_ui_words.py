@@ -159,15 +159,15 @@ def test_a_question_that_the_engine_refuses_is_a_reply_with_an_error():
 
 def test_nothing_is_shown_unescaped():
     evil = "<script>alert(1)</script>"
-    drawn = [
+    shown = [
         html_snippets.quiet(evil),
         html_snippets.good(evil),
         html_snippets.bad(evil),
         html_snippets.working(evil, 0.5, evil),
         html_snippets.notes([evil]),
     ]
-    drawn.append(html_snippets.facts([(evil, evil)]))
-    assert not any("<script" in each for each in drawn)
+    shown.append(html_snippets.facts([(evil, evil)]))
+    assert not any("<script" in each for each in shown)
 
 
 def test_the_template_is_named_with_its_source():

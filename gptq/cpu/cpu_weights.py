@@ -56,12 +56,12 @@ def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
     return room[start : start + size].view(kind).reshape(shape)
 
 
-def from_packed(linear: GPTQLinear, way: str, team: Team) -> Weights:
+def from_packed(linear: GPTQLinear, isa: str, team: Team) -> Weights:
     """Holds the same integers, zeros and scales; nothing is rounded unless a scale is no half (said in `error`)."""
     zeros = bit_packing.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
     groups = linear.g_idx.long().numpy()  # [K]
     bias = None if linear.bias is None else linear.bias.detach().float().numpy()
-    return _packed(linear.qweight.detach().numpy(), zeros, linear.scales.detach(), groups, linear.bits, bias, way, team)
+    return _packed(linear.qweight.detach().numpy(), zeros, linear.scales.detach(), groups, linear.bits, bias, isa, team)
 
 
 def _packed(
@@ -71,7 +71,7 @@ def _packed(
     groups: np.ndarray,
     bits: int,
     bias: np.ndarray | None,
-    way: str,
+    isa: str,
     team: Team,
 ) -> Weights:
     rows, columns = len(groups), words.shape[1]
@@ -97,7 +97,7 @@ def _packed(
     kind = 4 if bits == 3 else bits
     tiles = -(-columns // LANES)
     w = aligned((tiles, chunks, chunk_rows * kind // 32, LANES, 4), np.uint8)
-    team.run(1, cpu_kernels.arrange, np.ascontiguousarray(words), bits, taken, np.array(ISAS[way].order, np.int64), kind, w)
+    team.run(1, cpu_kernels.arrange, np.ascontiguousarray(words), bits, taken, np.array(ISAS[isa].order, np.int64), kind, w)
     full = tiles * LANES - columns
     halves = scales.to(torch.float16)
     error = float(((halves.float() - scales.float()).abs() / scales.float().abs().clamp(min=1e-30)).max())
@@ -111,7 +111,7 @@ def _packed(
     )
 
 
-def from_dense(weight: Tensor, bias: Tensor | None, way: str, team: Team) -> Weights:
+def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Weights:
     """weight [N, K]. In 8 bits with a scale for 32 if that says the same (embeddings that came from an 8-bit
     file), else in the shortest of half, bfloat16 and fp32 that holds every number."""
     weight = weight.detach()
@@ -122,7 +122,7 @@ def from_dense(weight: Tensor, bias: Tensor | None, way: str, team: Team) -> Wei
         zeros = np.full(scales.shape, 128, np.uint8)
         groups = np.arange(weight.shape[1]) // 32
         words = q.reshape(-1, 4, q.shape[1]).transpose(0, 2, 1).copy().view(np.int32)[..., 0]  # [K/4, N]
-        found = _packed(words, zeros, scales, groups, 8, offset, way, team)
+        found = _packed(words, zeros, scales, groups, 8, offset, isa, team)
         return Weights(**{**vars(found), "error": error})
     kind, stored = HALF, weight.to(torch.float16)
     if not torch.equal(stored.to(weight.dtype), weight):
@@ -170,8 +170,8 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     return q, scales, worst
 
 
-def from_module(module: nn.Module, way: str, team: Team) -> Weights:
+def from_module(module: nn.Module, isa: str, team: Team) -> Weights:
     if isinstance(module, GPTQLinear):
-        return from_packed(module, way, team)
+        return from_packed(module, isa, team)
     assert isinstance(module, nn.Linear)
-    return from_dense(module.weight, module.bias, way, team)
+    return from_dense(module.weight, module.bias, isa, team)

@@ -131,13 +131,13 @@ def best_isa() -> str:
     return "avx2" if features.get("avx2") else "plain"
 
 
-def packed_tile(bits: int, rows: int, way: str) -> Any:
+def packed_tile(bits: int, rows: int, isa: str) -> Any:
     """An intrinsic f(w, scales, zeros, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride): y[r, 0:16] of `rows` rows.
 
     The first six are addresses of a tile's data (int64), y of fp32; y_stride in bytes. x's rows lie
     2 * chunks * chunk_rows bytes apart, x_scales fp32 and x_sums int32 4 * chunks.
     """
-    how = ISAS[way]
+    how = ISAS[isa]
     factor = {8: 4, 4: 8, 2: 16}[bits]  # rows of w in one 64-byte block
     blocks = UNIT // factor
 
@@ -193,20 +193,20 @@ def packed_tile(bits: int, rows: int, way: str) -> Any:
     def tile(typing: Any, w: Any, s: Any, z: Any, x: Any, xs: Any, xz: Any, c: Any, p: Any, y: Any, ys: Any) -> Any:
         return types.void(*[types.int64] * 10), generate
 
-    tile.__name__ = f"packed_tile_{bits}_{rows}_{way}"
+    tile.__name__ = f"packed_tile_{bits}_{rows}_{isa}"
     return intrinsic(tile)
 
 
 DENSE = {"half": F16, "bfloat16": I16, "float": F32}
 
 
-def dense_tile(kind: str, rows: int, way: str) -> Any:
+def dense_tile(kind: str, rows: int, isa: str) -> Any:
     """An intrinsic f(w, x, x_stride, count, y, y_stride): y[r, 0:16] = sum over k < count of x[r, k] * w[k, 0:16].
 
     Addresses (int64), strides in bytes, count a multiple of four.
     """
     # Sums that do not wait for each other; as many for one row as for several, so that these give the same bits.
-    chains = 4 if way == "vnni512" else 2  # AVX-512 has registers for more
+    chains = 4 if isa == "vnni512" else 2  # AVX-512 has registers for more
     size = {"half": 2, "bfloat16": 2, "float": 4}[kind]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -34,7 +34,7 @@ class CudaStepper(Stepper):
         self.device = self._step.device
         self.parallel = parallel
         self._answers = Answers(self._step)
-        self._face: HfFace | None = None
+        self._patch: ForwardPatch | None = None
 
     @property
     def describes(self) -> str:
@@ -102,17 +102,17 @@ class CudaStepper(Stepper):
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
         self._answers.prefix = prefix
-        self._face = HfFace(hf, self, prefix)
+        self._patch = ForwardPatch(hf, self, prefix)
 
     def close(self) -> None:
-        if self._face is not None:
-            self._face.release()
-            self._face = None
+        if self._patch is not None:
+            self._patch.release()
+            self._patch = None
         self._answers.close()
         self._step.close()
 
 
-class HfFace:
+class ForwardPatch:
     """The step in the place of a transformers model's forward: `generate`, processors and logits work as before.
 
     The cache object that generate passes on identifies the conversation. What was read for an earlier conversation is used
