@@ -93,6 +93,20 @@ def test_what_seldom_changes_is_delivered_when_the_bell_rings(monkeypatch):
     assert watcher.deliver(page()) == {few: gr.update()}  # a handler must return something
 
 
+def test_an_update_that_gradio_empties_is_still_the_same(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    watcher = watcher_of(lambda request: iter([{"box": gr.update(value="a", visible=True)} for _ in range(9)]))
+
+    async def scene():
+        count = 0
+        async for drawn in watcher.watch(page()):
+            drawn["box"].clear()
+            count += 1
+        return count
+
+    assert asyncio.run(scene()) == 1
+
+
 def test_what_a_page_shows_already_is_not_drawn_again_by_its_next_watcher(monkeypatch):
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
     watcher = Watcher()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, Generic, TypeVar
 
 import gradio as gr
@@ -229,7 +230,7 @@ class Watcher:
                 return
             changed = {box: value for box, value in now.items() if box not in drawn or drawn[box] != value}
             if changed or time.monotonic() - yielded_at > _ALIVE_S:
-                drawn |= changed
+                drawn |= {box: copy(value) for box, value in changed.items()}  # Gradio empties the updates it is given
                 self._drawn.set(request, {box: value for box, value in drawn.items() if id(box) in self._kept})
                 yielded_at = time.monotonic()
                 yield self._ring(request, changed)
