@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel, tensors_of
 from ...core.units import format_bytes
+from ..contract import superhot
 from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.options import option, require_choice, require_context
 from ..contract.refusals import not_in_gptq_layout, unreadable
@@ -73,6 +74,10 @@ class AutoGPTQLoader(Loader):
             return wrong
         if model.quantize is None:
             return Refusal("it opens GPTQ models; this one is not quantised")
+        if superhot.compression(model) > 1:
+            return Refusal(
+                "its context is stretched by code in its folder (SuperHOT), which is not run", "use the loader transformers"
+            )
         library, missing = _library(machine, options)
         if missing is not None:
             return missing

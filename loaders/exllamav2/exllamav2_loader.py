@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMe
 from ...core.folder_files import read_json
 from ...core.models import LocalModel
 from ...core.units import format_bytes
+from ..contract import superhot
 from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.options import gigabytes, option, require_choice, require_context
 from ..contract.refusals import not_in_gptq_layout, unreadable
@@ -91,8 +92,18 @@ class ExLlamaV2Options:
         """How many times longer than trained the context may be."""
         return max(self.alpha_value, self.compress_pos_emb)
 
+    def for_model(self, model: LocalModel) -> "ExLlamaV2Options":
+        """With the positions compressed as the code of a SuperHOT folder does, unless the user changed the rope."""
+        untouched = (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) == (1, 1, 0)
+        if not untouched or (factor := superhot.compression(model)) == 1:
+            return self
+        return replace(self, compress_pos_emb=factor)
+
     def demand(self, model: LocalModel, gpu: bool) -> memory_fit.Demand:
-        trained = int((model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS) * self.stretch)
+        trained = model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS
+        if superhot.compression(model) > 1:  # its config.json may have the stretched length already
+            trained = min(trained, superhot.TRAINED_TOKENS)
+        trained = int(trained * self.stretch)
         return memory_fit.Demand(self.asked_tokens, trained, _CACHES[self.cache_type][1])
 
 
@@ -114,9 +125,10 @@ class ExLlamaV2Loader(Loader):
         return None
 
     def demand(self, model: LocalModel, options: ExLlamaV2Options, gpu: bool) -> memory_fit.Demand:
-        return options.demand(model, gpu)
+        return options.for_model(model).demand(model, gpu)
 
     def load(self, model: LocalModel, options: ExLlamaV2Options, progress: LoadProgress) -> "ExLlamaV2Model":
+        given, options = options, options.for_model(model)
         remark = self.remark(model, options)
         library = _start("exllamav2", progress, remark.wait_s if remark else 0.0)
         progress(0.08, "Reading the tokenizer")
@@ -155,7 +167,8 @@ class ExLlamaV2Loader(Loader):
             if isinstance(error, GptqWebuiError) or not isinstance(error, Exception):
                 raise
             raise _in_words(error, model) from error
-        notes = () if paged else ("One answer is computed at a time: several at once need flash-attn 2.5.7.",)
+        notes = [] if paged else ["One answer is computed at a time: several at once need flash-attn 2.5.7."]
+        notes += [superhot.note(options.compress_pos_emb)] if options != given else []
         ends = end_ids(tokenizer, read_json(model.folder / "generation_config.json"), hf_config)
         progress(1.0, "Ready")
         return ExLlamaV2Model(model, loaded, generator, tokenizer, context, reason, notes, parallel, ends)

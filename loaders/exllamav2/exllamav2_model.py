@@ -31,7 +31,7 @@ class ExLlamaV2Model(LoadedModel):
         tokenizer: Any,
         context_tokens: int,
         context_reason: str,
-        notes: tuple[str, ...],
+        notes: Sequence[str],
         parallel: int,
         ends: set[int],
     ) -> None:

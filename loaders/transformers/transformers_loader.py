@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from ...core.errors import LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel
 from ...core.units import format_bytes
+from ..contract import superhot
 from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..machine import memory_fit
@@ -50,10 +51,11 @@ class TransformersLoader(Loader):
         return {"cache_type": why} if why else {}
 
     def demand(self, model: LocalModel, options: TransformersOptions, gpu: bool) -> memory_fit.Demand:
-        return options.demand(model, gpu)
+        return options.for_model(model).demand(model, gpu)
 
     def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "PretrainedModel":
         progress(0.02, "Starting torch and transformers")
+        given, options = options, options.for_model(model)
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -90,6 +92,8 @@ class TransformersLoader(Loader):
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
+        if options != given:
+            notes = (*notes, superhot.note(options.compress_pos_emb))
         progress(0.95, "Fitting the conversation into the memory")
         try:
             context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free_beside(hf, device))

@@ -1,11 +1,12 @@
 """What can be set for the loader transformers, and what follows from it: device, number format, where the weights go."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
+from ..contract import superhot
 from ..contract.options import gigabytes, option, require_choice, require_context
 from ..contract.standard_folder import config_of
 from ..machine import memory_fit
@@ -75,11 +76,20 @@ class TransformersOptions:
 
         return Rope(self.compress_pos_emb, self.alpha_value, self.rope_freq_base)
 
+    def for_model(self, model: LocalModel) -> "TransformersOptions":
+        """With the positions compressed as the code of a SuperHOT folder does, unless the user changed the rope."""
+        untouched = (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) == (1, 1, 0)
+        if not untouched or self.trust_remote_code or (factor := superhot.compression(model)) == 1:
+            return self
+        return replace(self, compress_pos_emb=factor)
+
     def demand(self, model: LocalModel, gpu: bool) -> memory_fit.Demand:
         """What these options need of the memory. `gpu`: there is one."""
         on_gpu = gpu and self.device != "cpu"
         wide = self.dtype == "fp32" or (self.dtype == "auto" and not on_gpu)
         trained = model.context_tokens or memory_fit.UNKNOWN_CONTEXT_TOKENS
+        if superhot.compression(model) > 1:  # its config.json may have the stretched length already
+            trained = min(trained, superhot.TRAINED_TOKENS)
         if (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) != (1, 1, 0):
             trained = int(trained * self.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
         number_bytes = 4.0 if wide else 2.0
