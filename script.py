@@ -131,12 +131,12 @@ def ui() -> None:
                 panel.draw(bridge.bridge())
                 return
         except Exception as error:
-            log.exception("the GPTQ tab could not be drawn")
-            gr.Markdown(f"This tab could not be drawn ({type(error).__name__}: {error}). The terminal has the details.")
+            log.exception("the GPTQ tab could not be shown")
+            gr.Markdown(f"This tab could not be shown ({type(error).__name__}: {error}). The terminal has the details.")
             return
         gr.Markdown(_problem)
     except Exception:
-        log.exception("the GPTQ tab could not be drawn")
+        log.exception("the GPTQ tab could not be shown")
 
 
 def custom_css() -> str:

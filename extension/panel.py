@@ -8,7 +8,7 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..ui import gradio_compat, model_tab, theme
 from ..ui.html_snippets import bad, good
-from ..ui.job_watcher import Drawn, Pages, Watcher
+from ..ui.job_watcher import Pages, Updates, Watcher
 from .bridge import Bridge
 from .host_adapter import loaded_text
 
@@ -44,7 +44,7 @@ def draw(bridge: Bridge) -> None:
     def name_of_loaded() -> str:
         return engine.loaded.model.name if engine.loaded is not None else ""
 
-    def show(request: gr.Request) -> Drawn:
+    def show(request: gr.Request) -> Updates:
         names = [_NONE, *(each.name for each in engine.library.models() if each.kind == "gptq")]
         chosen = bridge.autoload_model or _NONE
         loaded_on.set(request, name_of_loaded())
@@ -75,7 +75,7 @@ def draw(bridge: Bridge) -> None:
         }
         return [updates[name] for name in widgets]
 
-    def look(request: gr.Request) -> Iterator[Drawn]:
+    def look(request: gr.Request) -> Iterator[Updates]:
         """The host's own page follows what our tab loads; for the watcher."""
         busy = True
         while busy:
@@ -86,7 +86,7 @@ def draw(bridge: Bridge) -> None:
             else:
                 yield {}
 
-    def look_again(chosen: str | None, request: gr.Request) -> Drawn:
+    def look_again(chosen: str | None, request: gr.Request) -> Updates:
         """The host may have loaded or unloaded a model meanwhile. If it did not, what is being typed in our tab stays."""
         if name_of_loaded() == (chosen or ""):
             return {note: gr.update()}

@@ -16,7 +16,7 @@ def page(name="one"):
 
 
 async def all_of(watch):
-    return [drawn async for drawn in watch]
+    return [updates async for updates in watch]
 
 
 BOXES = ["box", "one", "two", "count"]
@@ -84,13 +84,13 @@ def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):
 
 def test_what_seldom_changes_is_delivered_when_the_bell_rings(monkeypatch):
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
-    watcher, few, many = Watcher(), "few", ["many", "more"]
-    watcher.add(lambda request: iter([{few: 1, "many": 1}, {few: 2}, {"more": 2}]), [few, *many], live=[few])
+    watcher, small, many = Watcher(), "few", ["many", "more"]
+    watcher.add(lambda request: iter([{small: 1, "many": 1}, {small: 2}, {"more": 2}]), [small, *many], live=[small])
 
     first, second, third = asyncio.run(all_of(watcher.watch(page())))
-    assert (first, second, third) == ({few: 1, watcher.bell: "1"}, {few: 2}, {watcher.bell: "2"})
+    assert (first, second, third) == ({small: 1, watcher.bell: "1"}, {small: 2}, {watcher.bell: "2"})
     assert watcher.deliver(page()) == {"many": 1, "more": 2}
-    assert watcher.deliver(page()) == {few: gr.update()}  # a handler must return something
+    assert watcher.deliver(page()) == {small: gr.update()}  # a handler must return something
 
 
 def test_an_update_that_gradio_empties_is_still_the_same(monkeypatch):
@@ -111,10 +111,10 @@ def test_what_a_page_shows_already_is_not_drawn_again_by_its_next_watcher(monkey
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
     watcher = Watcher()
     watcher.add(lambda request: iter([{"box": 1, "one": 1}]), [], live=BOXES, kept=["box"])
-    drawn = [asyncio.run(all_of(watcher.watch(page(name)))) for name in ("a", "a", "b")]
+    updates = [asyncio.run(all_of(watcher.watch(page(name)))) for name in ("a", "a", "b")]
     watcher.forget(page("a"))
-    drawn.append(asyncio.run(all_of(watcher.watch(page("a")))))
-    assert drawn == [[{"box": 1, "one": 1}], [{"one": 1}], [{"box": 1, "one": 1}], [{"box": 1, "one": 1}]]
+    updates.append(asyncio.run(all_of(watcher.watch(page("a")))))
+    assert updates == [[{"box": 1, "one": 1}], [{"one": 1}], [{"box": 1, "one": 1}], [{"box": 1, "one": 1}]]
 
 
 def test_a_job_is_drawn_while_it_runs_and_once_at_its_end():

@@ -14,12 +14,40 @@ GLOSSARY = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n#
 # A sentence may use these: the names of tests are sentences.
 ORDINARY = {"few", "places", "drawn", "way", "ways", "face", "faces", "wake", "door"}
 
-UNFINISHED = pytest.mark.xfail(reason="removed when every room follows the glossary")
-
-# What belongs to others and may be missing there: (attribute, whose it is).
+# What belongs to others and may be missing: attribute -> whose it is.
 FOREIGN = {
-    "abiflags": "sys, absent on Windows",
-    "add_bos_token": "a tokenizer of transformers",
+    "CREATE_NO_WINDOW": "subprocess, on Windows only",
+    "_cuda_clearCublasWorkspaces": "torch, not part of its public interface",
+    "abiflags": "sys, not on Windows",
+    "add_bos_token": "tokenizers of some families",
+    "added_tokens_decoder": "tokenizers of transformers; the tests' fakes are simpler",
+    "all_special_ids": "the same",
+    "bos_token_id": "the same",
+    "convert_ids_to_tokens": "the same",
+    "eos_token_id": "the same",
+    "is_fast": "the same",
+    "special_tokens_map": "the same",
+    "split_special_tokens": "the same",
+    "chat_template": "tokenizers of transformers, since 4.34",
+    "app": "Gradio's server, absent before the launch",
+    "blur": "a Gradio component of some versions",
+    "body": "errors of the package openai",
+    "status_code": "the same",
+    "cached_tokens": "answers of an engine on another machine: each leaves out what it does not know",
+    "completion_tokens": "the same",
+    "prompt_tokens": "the same",
+    "prompt_tokens_details": "the same",
+    "usage": "the same",
+    "model_extra": "the same",
+    "close": "a generator; a plain iterator has none",
+    "dtype": "a model of transformers, or None",
+    "hf_device_map": "a model that accelerate has spread",
+    "methods": "routes of Starlette; mounts have none",
+    "needs": "a mark that api/routes.py puts on a handler",
+    "sampling_pool": "exllamav2's generator, since 0.2",
+    "scheme": "an address in a request of Gradio",
+    "url": "the same",
+    "username": "requests of Gradio with a login",
 }
 
 
@@ -74,7 +102,7 @@ def names_of(path: Path) -> Iterator[str]:
             yield node.asname
 
 
-@UNFINISHED
+@pytest.mark.xfail(reason="api and cpu land soon")
 def test_no_name_uses_a_retired_word():
     found = [
         f"{name(path)}: {each} ({word.text})"
@@ -119,7 +147,6 @@ def guessed(path: Path) -> Iterator[str]:
             yield node.args[1].value
 
 
-@UNFINISHED
 def test_nothing_of_ours_is_found_by_getattr():
     """A part that may be missing has a default in its base class."""
     rooms = [path for path in CODE if name(path).split("/")[0] in ("loaders", "engine", "api", "ui") and path.suffix == ".py"]
@@ -128,7 +155,6 @@ def test_nothing_of_ours_is_found_by_getattr():
     assert set(FOREIGN) - set(found) == set(), "no longer looked for: take it out of FOREIGN"
 
 
-@UNFINISHED
 def test_one_function_frees_memory():
     sources = [path for path in CODE if path.suffix == ".py" and not name(path).startswith("tests/")]
     assert len([path for path in sources if re.search(r"^\s*def free_memory\(", path.read_text(encoding="utf-8"), re.M)]) == 1

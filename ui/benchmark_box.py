@@ -11,13 +11,13 @@ from ..engine.engine import Engine
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, quiet, working
-from .job_watcher import Drawn, Job, Jobs, Watcher
+from .job_watcher import Job, Jobs, Updates, Watcher
 from .share_box import copy_script
 
 
 @dataclass(frozen=True)
 class BenchmarkBox:
-    values: Callable[[], Drawn]  # for `outputs`, when the page is opened
+    values: Callable[[], Updates]  # for `outputs`, when the page is opened
     outputs: list[Any]
 
 
@@ -32,7 +32,7 @@ def draw_benchmark(engine: Engine, access: Access, watcher: Watcher) -> Benchmar
     outputs = [begin, stop, copy, note, line]
     jobs = Jobs()
 
-    def shown(text: str = "", said: str = "") -> Drawn:
+    def shown(text: str = "", said: str = "") -> Updates:
         return {
             begin: gr.update(visible=True),
             stop: gr.update(visible=False),
@@ -41,10 +41,10 @@ def draw_benchmark(engine: Engine, access: Access, watcher: Watcher) -> Benchmar
             note: said,
         }
 
-    def running(job: Job) -> Drawn:
+    def running(job: Job) -> Updates:
         return shown(said=working(f"{job.text} …", None)) | {begin: gr.update(visible=False), stop: gr.update(visible=True)}
 
-    def ended(job: Job, _request: gr.Request) -> Drawn:
+    def ended(job: Job, _request: gr.Request) -> Updates:
         if job.error:
             return shown(said=bad(job.error))
         return shown(str(job.result)) if job.result is not None else shown(said=quiet("Stopped before there was a result."))

@@ -14,7 +14,7 @@ from ..hub.branches import Branches, read_branches
 from . import gradio_compat, html_snippets
 from .access import Access
 from .download_box import DownloadBox
-from .job_watcher import Drawn, Job, Jobs, Watcher
+from .job_watcher import Job, Jobs, Updates, Watcher
 
 _AUTOMATIC = 8192  # the context length that loaders choose automatically
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
@@ -55,7 +55,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
     outputs = [note, sister, place, table, branch, fit, known, advised]
     asking = Jobs()
 
-    def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> Drawn:
+    def shown(found: Branches, context_tokens: int, wanted: str | None = None) -> Updates:
         advice = advise(found, engine.loaders, context_tokens, available_memory(engine.loaded))
         names = [each.branch.name for each in advice.offers if each.branch.selection]
         best = advice.best.branch.name if advice.best else None
@@ -72,7 +72,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             advised: advice,
         }
 
-    def show(text: str, context_tokens: int, request: gr.Request) -> Drawn:
+    def show(text: str, context_tokens: int, request: gr.Request) -> Updates:
         """Ask the Hub; the watcher shows the answer."""
         access.require_owner(request)
         hidden = {place: gr.update(visible=False), sister: gr.update(visible=False), known: None, advised: None}
@@ -84,7 +84,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
         asking.start(request, what, lambda _job: ask(ref, context_tokens), replace=True)
         return hidden
 
-    def ask(ref: ModelRef, context_tokens: int) -> Drawn:
+    def ask(ref: ModelRef, context_tokens: int) -> Updates:
         try:
             found = read_branches(engine.library.hub, ref.repo)
         except WrongRepository as error:
@@ -93,26 +93,26 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             return {note: html_snippets.bad(str(error)) + link, sister: update}
         return shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
 
-    def running(job: Job) -> Drawn:
+    def running(job: Job) -> Updates:
         return {note: html_snippets.working(f"{job.what} …", None)}
 
-    def ended(job: Job, _request: gr.Request) -> Drawn:
+    def ended(job: Job, _request: gr.Request) -> Updates:
         return {note: html_snippets.bad(job.error)} if job.error else job.result
 
-    def show_sister(label: str, context_tokens: int, request: gr.Request) -> Drawn:
+    def show_sister(label: str, context_tokens: int, request: gr.Request) -> Updates:
         access.require_owner(request)
         name = label.rpartition(" ")[2]
         return {box.ref: name} | show(name, context_tokens, request)
 
-    def count_again(found: Branches | None, context_tokens: int, chosen: str | None, request: gr.Request) -> Drawn:
+    def count_again(found: Branches | None, context_tokens: int, chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         return shown(found, context_tokens, chosen) if found is not None else {note: gr.update()}
 
-    def choose(advice: Advice | None, chosen: str | None, request: gr.Request) -> Drawn:
+    def choose(advice: Advice | None, chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         return {fit: _fit(advice, chosen) if advice is not None else ""}
 
-    def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Drawn:
+    def download(advice: Advice | None, chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         if advice is None or not chosen:
             return {box.status: html_snippets.bad("Choose a branch first.")}
@@ -157,25 +157,25 @@ def _table(advice: Advice) -> str:
 
 
 def _row(offer: Offer, best: bool) -> str:
-    branch, quantize, card = offer.branch, offer.branch.quantize, offer.branch.model_card
+    branch, quantize, model_card = offer.branch, offer.branch.quantize, offer.branch.model_card
     if branch.selection is None:
         said = escape(str(branch.error))
         return f'<tr><td class="gw-name">{escape(branch.name)}<small>{said}</small></td><td colspan="9"></td></tr>'
-    group = card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
+    group = model_card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
     kind, words = _FITS[offer.fit.state]
     words = words or offer.fit.text.partition(":")[0]
     cells = (
         format_bytes(branch.size_bytes).replace(" ", "\N{NO-BREAK SPACE}"),
         gigabytes(offer.fit.needs_bytes) if offer.fit.needs_bytes else "",
-        card.bits if quantize is None else str(quantize.bits),
+        model_card.bits if quantize is None else str(quantize.bits),
         group,
-        card.act_order if quantize is None else "Yes" if quantize.desc_act else "No",
-        card.seq_len,
+        model_card.act_order if quantize is None else "Yes" if quantize.desc_act else "No",
+        model_card.seq_len,
         branch.exllama,
         offer.fit.loader,
     )
     tag = ' <span class="gw-tag">recommended</span>' if best else ""
-    name = f"{escape(branch.name)}{tag}<small>{escape(card.description)}</small>"
+    name = f"{escape(branch.name)}{tag}<small>{escape(model_card.description)}</small>"
     row = "".join(f"<td>{escape(each)}</td>" for each in cells)
     mark = ' class="gw-best"' if best else ""
     return f'<tr{mark}><td class="gw-name">{name}</td><td class="{kind}">{escape(words)}</td>{row}</tr>'

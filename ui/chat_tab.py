@@ -20,7 +20,7 @@ from . import gradio_compat
 from .access import Access
 from .browser_store import browser_store
 from .html_snippets import bad, notes, quiet, working
-from .job_watcher import Drawn, Watcher
+from .job_watcher import Updates, Watcher
 from .live_reply import Reply, in_words
 from .parameters_tab import ParametersTab
 from .template_box import about, draw_template
@@ -84,8 +84,8 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
     running: dict[str, threading.Event] = {}  # by session: the flag that ends its answer
     cleared: set[threading.Event] = set()  # flags of answers that Clear ended
 
-    def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., AsyncIterator[Drawn]]:
-        async def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> AsyncIterator[Drawn]:
+    def turn(prepare: Callable[[Transcript, str], Transcript | str]) -> Callable[..., AsyncIterator[Updates]]:
+        async def handler(request: gr.Request, kept: str, text: str, system_text: str, *values: Any) -> AsyncIterator[Updates]:
             session, cancel = str(request.session_hash), threading.Event()
             usual = {send: gr.update(visible=True), stop: gr.update(visible=False), box: gr.update(interactive=True)}
             flag = running.setdefault(session, cancel)
@@ -143,7 +143,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
 
         return handler
 
-    def draw(chat: Transcript, keep: bool = True, earlier: Sequence[Message] = ()) -> Drawn:
+    def draw(chat: Transcript, keep: bool = True, earlier: Sequence[Message] = ()) -> Updates:
         shown = [*earlier, *chat.shown(len(earlier))]
         return {bot: gradio_compat.to_display(shown)} | ({store.box: chat.kept()} if keep else {})
 
@@ -169,7 +169,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
         chat = Transcript.read(kept)
         return gradio_compat.to_display(chat.shown()), chat.system, chat.kept()
 
-    def look(request: gr.Request) -> Iterator[Drawn]:
+    def look(request: gr.Request) -> Iterator[Updates]:
         """The model that answers; for the watcher."""
         busy = True
         while busy:
@@ -233,7 +233,7 @@ def _doing(reply: Reply) -> str:
 
 async def _watch(reply: Reply, cancel: threading.Event) -> AsyncIterator[tuple[str, bool]]:
     """(the answer so far, whether to keep it) whenever there is something new to draw, until it is over."""
-    drawn, kept_at, stopped_at = "", time.monotonic(), None
+    shown, kept_at, stopped_at = "", time.monotonic(), None
     while not reply.over:
         await asyncio.sleep(_LOOK_S)
         now = time.monotonic()
@@ -241,7 +241,7 @@ async def _watch(reply: Reply, cancel: threading.Event) -> AsyncIterator[tuple[s
             stopped_at = stopped_at or now
             if now - stopped_at > _STOP_WAIT_S:
                 return
-        if (state := reply.text + reply.state) != drawn:
-            drawn, keep = state, now - kept_at > _KEEP_S
+        if (state := reply.text + reply.state) != shown:
+            shown, keep = state, now - kept_at > _KEEP_S
             kept_at = now if keep else kept_at
             yield reply.text, keep

@@ -12,7 +12,7 @@ from ..engine.download_queue import Downloads, DownloadStatus
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, quiet, working
-from .job_watcher import Drawn, Watcher
+from .job_watcher import Updates, Watcher
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
 SHOWN = 6  # downloads that are shown; the others are counted
@@ -23,11 +23,11 @@ class DownloadBox:
     ref: gr.Textbox  # the name of the model to download
     branches: gr.Button
     status: gr.HTML
-    begin: Callable[..., Drawn]  # downloads what the given text names; returns values for `status`
+    begin: Callable[..., Updates]  # downloads what the given text names; returns values for `status`
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Entry:
     row: gr.Row
     text: gr.HTML
     pause: gr.Button
@@ -71,7 +71,7 @@ def draw_queue(
 ) -> DownloadBox:
     """Draw and wire the rows of the queue."""
     status = gr.HTML(elem_id="gw-download-status")
-    places = []
+    entries = []
     with gr.Column(elem_id="gw-downloads"):
         for at in range(SHOWN):
             with gr.Row(visible=False, elem_classes="gw-download") as row:
@@ -79,17 +79,17 @@ def draw_queue(
                 pause = gr.Button("Pause", size="sm", min_width=80, elem_id=f"gw-pause-{at}", visible=False)
                 resume_one = gr.Button("Resume", size="sm", min_width=80, elem_id=f"gw-resume-{at}", visible=False)
                 cancel = gr.Button("Cancel", size="sm", min_width=80, elem_id=f"gw-cancel-{at}", visible=False)
-            places.append(_Place(row, text, pause, resume_one, cancel))
+            entries.append(_Entry(row, text, pause, resume_one, cancel))
         more = gr.HTML(elem_id="gw-downloads-more")
     shown = gr.State([])  # the downloads in the rows of this page
-    outputs = [shown, more, *(each for place in places for each in place.outputs)]
+    outputs = [shown, more, *(each for place in entries for each in place.outputs)]
 
-    def draw() -> Drawn:
+    def draw() -> Updates:
         """Every place as it should be now. What is active comes first, then the newest."""
         listed = downloads.all()[::-1]
         listed = [each for each in listed if each.active][::-1] + [each for each in listed if not each.active]
-        updates: Drawn = {shown: [str(each.ref) for each in listed[:SHOWN]]}
-        for at, place in enumerate(places):
+        updates: Updates = {shown: [str(each.ref) for each in listed[:SHOWN]]}
+        for at, place in enumerate(entries):
             if at >= len(listed):
                 updates[place.row] = gr.update(visible=False)
                 continue
@@ -105,14 +105,14 @@ def draw_queue(
         updates[more] = quiet(f"{left} more downloads are not shown.") if left > 0 else ""
         return updates
 
-    def look(request: gr.Request) -> Iterator[Drawn]:
+    def look(request: gr.Request) -> Iterator[Updates]:
         """The queue, as long as something in it is active; for the watcher."""
         running = access.is_owner(request)
         while running:
             running = bool(downloads.active())
             yield draw()
 
-    def begin(text: str, request: gr.Request, **options: Any) -> Drawn:
+    def begin(text: str, request: gr.Request, **options: Any) -> Updates:
         access.require_owner(request)
         try:
             downloads.start(text, **options)
@@ -120,7 +120,7 @@ def draw_queue(
             return {status: bad(str(error))}
         return {status: ""}
 
-    def start(text: str, old_formats: bool, request: gr.Request) -> Drawn:
+    def start(text: str, old_formats: bool, request: gr.Request) -> Updates:
         return begin(text or "", request, **({"allow_pickle": True} if old_formats else {}))
 
     def press(what: str, at: int) -> Callable[[list[str], gr.Request], None]:
@@ -141,9 +141,9 @@ def draw_queue(
 
         return pressed
 
-    watcher.add(look, outputs, live=[place.text for place in places], kept=outputs)
+    watcher.add(look, outputs, live=[place.text for place in entries], kept=outputs)
     watcher.after(go.click(start, [ref, pickle], status, **gradio_compat.PRESS))
-    for at, place in enumerate(places):
+    for at, place in enumerate(entries):
         for what, button in (("pause", place.pause), ("resume", place.resume), ("cancel", place.cancel)):
             watcher.after(button.click(press(what, at), shown, None, **gradio_compat.PRESS))
     return DownloadBox(ref, branches, status, begin)

@@ -20,8 +20,8 @@ from . import gradio_compat
 
 log = logging.getLogger(__name__)
 
-Drawn = dict[Any, Any]  # what a handler returns: component -> value
-Part = Callable[[gr.Request], Iterator[Drawn]]  # one look at each `next`, {} for no change; ends when only a press changes it
+Updates = dict[Any, Any]  # what a handler returns: component -> value
+Part = Callable[[gr.Request], Iterator[Updates]]  # one look at each `next`, {} for no change; ends when only a press changes it
 
 LOOK_S = 0.25  # between two looks of a watcher
 _REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
@@ -150,10 +150,10 @@ class Jobs:
         if job is not None and self.of(request) is job:
             self._pages.pop(request)
 
-    def part(self, running: Callable[[Job], Drawn], ended: Callable[[Job, gr.Request], Drawn]) -> Part:
+    def part(self, running: Callable[[Job], Updates], ended: Callable[[Job, gr.Request], Updates]) -> Part:
         """For a Watcher: draws the page's job while it runs, and once when it has ended."""
 
-        def look(request: gr.Request) -> Iterator[Drawn]:
+        def look(request: gr.Request) -> Iterator[Updates]:
             while (job := self.of(request)) is not None:
                 if job.alive:
                     yield running(job)
@@ -181,8 +181,8 @@ class Watcher:
         self._events: list[Any] = []
         self._triggers: list[Callable[..., Any]] = []
         self._newest: Pages[object] = Pages()
-        self._drawn: Pages[Drawn] = Pages()  # the kept outputs, as each page shows them
-        self._waiting: Pages[Drawn] = Pages()  # for the bell
+        self._shown_values: Pages[Updates] = Pages()  # the kept outputs, as each page shows them
+        self._waiting: Pages[Updates] = Pages()  # for the bell
         self._rung = 0
         self.bell = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
 
@@ -210,34 +210,34 @@ class Watcher:
 
     def forget(self, request: gr.Request) -> None:
         """Something else has drawn the kept outputs of this page."""
-        self._drawn.pop(request)
+        self._shown_values.pop(request)
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        for pages in (self._newest, self._drawn, self._waiting):
+        for pages in (self._newest, self._shown_values, self._waiting):
             pages.pop(request)
 
-    async def watch(self, request: gr.Request) -> AsyncIterator[Drawn]:
+    async def watch(self, request: gr.Request) -> AsyncIterator[Updates]:
         """Draw what has changed, until nothing more changes without a press or a newer watcher takes over."""
         mine = object()
         self._newest.set(request, mine)
         looks = [part(request) for part in self._parts]
-        drawn = dict(self._drawn.get(request) or {})
+        known = dict(self._shown_values.get(request) or {})
         yielded_at = 0.0
         while looks:
             now = await asyncio.to_thread(_look, looks)  # a look may read the disk
             if self._newest.get(request) is not mine:
                 return
-            changed = {box: value for box, value in now.items() if box not in drawn or drawn[box] != value}
+            changed = {box: value for box, value in now.items() if box not in known or known[box] != value}
             if changed or time.monotonic() - yielded_at > _ALIVE_S:
-                drawn |= {box: copy(value) for box, value in changed.items()}  # Gradio empties the updates it is given
-                self._drawn.set(request, {box: value for box, value in drawn.items() if id(box) in self._kept})
+                known |= {box: copy(value) for box, value in changed.items()}  # Gradio empties the updates it is given
+                self._shown_values.set(request, {box: value for box, value in known.items() if id(box) in self._kept})
                 yielded_at = time.monotonic()
                 yield self._ring(request, changed)
             if looks:
                 await asyncio.sleep(LOOK_S)
 
-    def _ring(self, request: gr.Request, changed: Drawn) -> Drawn:
+    def _ring(self, request: gr.Request, changed: Updates) -> Updates:
         """The live part of the changes; the others wait for the bell."""
         live = {box: value for box, value in changed.items() if _among(box, self._live)}
         others = {box: value for box, value in changed.items() if not _among(box, self._live)}
@@ -247,7 +247,7 @@ class Watcher:
         self._rung += 1
         return live | {self.bell: str(self._rung)}
 
-    def deliver(self, request: gr.Request) -> Drawn:
+    def deliver(self, request: gr.Request) -> Updates:
         return self._waiting.pop(request) or {self._others[0]: gr.update()}
 
 
@@ -255,15 +255,15 @@ def _among(box: Any, boxes: Sequence[Any]) -> bool:
     return any(box is each for each in boxes)
 
 
-def _look(looks: list[Iterator[Drawn]]) -> Drawn:
+def _look(looks: list[Iterator[Updates]]) -> Updates:
     """One look at every part; those that have ended leave the list."""
-    drawn: Drawn = {}
+    known: Updates = {}
     for look in list(looks):
         try:
-            drawn |= next(look)
+            known |= next(look)
         except StopIteration:
             looks.remove(look)
         except Exception:  # one part that cannot be drawn must not blind the page
-            log.exception("a part of the page could not be drawn")
+            log.exception("a part of the page could not be shown")
             looks.remove(look)
-    return drawn
+    return known

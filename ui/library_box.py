@@ -13,13 +13,13 @@ from ..hub import model_repair, verification
 from ..hub.verification import Verdict
 from . import gradio_compat, html_snippets
 from .access import Access
-from .job_watcher import Drawn, Job, Jobs, Pages, Watcher
+from .job_watcher import Job, Jobs, Pages, Updates, Watcher
 
 Work = Callable[[str, Job], str]  # does something with the model of that name; returns HTML that says how it ended
 _COLUMNS = ("Model", "Branch", "Commit", "Kind", "Size", "Last used", "Where")
 
 
-def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Callable[[gr.Request], Drawn]) -> None:
+def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Callable[[gr.Request], Updates]) -> None:
     """Draw the table and the buttons under it and wire them. The disk is read when a button is pressed.
 
     `changed` redraws what else lists models, after a job that changed one.
@@ -48,7 +48,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
     jobs = Jobs(shared=True)
     chosen_on: Pages[str] = Pages()
 
-    def listed(chosen: str | None) -> Drawn:
+    def listed(chosen: str | None) -> Updates:
         items = disk_inventory.items(engine.library, engine.settings)
         names = [each.model.name for each in items]
         chosen = chosen if chosen in names else names[0] if names else None
@@ -60,7 +60,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
             sure: gr.update(visible=False),
         } | about(one)
 
-    def about(one: disk_inventory.Item | None) -> Drawn:
+    def about(one: disk_inventory.Item | None) -> Updates:
         said = [text for text in (one.model.problem, one.rescue) if text] if one else []
         if one is not None and one.convertible:
             said.append(
@@ -72,22 +72,22 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
             convert: gr.update(visible=bool(one and one.convertible)),
         }
 
-    def show(chosen: str | None, request: gr.Request) -> Drawn:
+    def show(chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         if (job := jobs.running()) is not None:  # another page began it
             jobs.attach(request, job)
         return listed(chosen) | {status: ""}
 
-    def choose(chosen: str | None, request: gr.Request) -> Drawn:
+    def choose(chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         items = disk_inventory.items(engine.library, engine.settings)
         one = next((each for each in items if each.model.name == chosen), None)
         return about(one) | {status: "", sure: gr.update(visible=False)}
 
-    def handler(doing: str, work: Work, changes: bool) -> Callable[[str | None, gr.Request], Drawn]:
+    def handler(doing: str, work: Work, changes: bool) -> Callable[[str | None, gr.Request], Updates]:
         """Begins `work`. One at a time for all pages: two would change the same files."""
 
-        def run(chosen: str | None, request: gr.Request) -> Drawn:
+        def run(chosen: str | None, request: gr.Request) -> Updates:
             access.require_owner(request)
             if not chosen:
                 return {status: html_snippets.quiet("Choose a model first.")}
@@ -99,10 +99,10 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
 
         return run
 
-    def running(job: Job) -> Drawn:
+    def running(job: Job) -> Updates:
         return {status: html_snippets.working(f"{job.text} …", job.share), stop: gr.update(visible=True)}
 
-    def ended(job: Job, request: gr.Request) -> Drawn:
+    def ended(job: Job, request: gr.Request) -> Updates:
         said, changes = (html_snippets.bad(job.error), True) if job.error else job.result
         over = {status: said, stop: gr.update(visible=False)}
         return listed(chosen_on.get(request)) | over | (changed(request) if changes else {})
@@ -154,7 +154,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         written = rescue.convert(engine.library.get(name), progress, job.cancel)
         return html_snippets.good(f"Wrote {', '.join(path.name for path in written)}. You can delete the old files by hand.")
 
-    def ask(chosen: str | None, request: gr.Request) -> Drawn:
+    def ask(chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         if not chosen:
             return {status: html_snippets.quiet("Choose a model first.")}
@@ -176,7 +176,7 @@ def draw_library(engine: Engine, access: Access, watcher: Watcher, changed: Call
         engine.library.remove(name)
         return html_snippets.good(f"{name} was deleted: {format_bytes(freed)} are free.")
 
-    def keep(request: gr.Request) -> Drawn:
+    def keep(request: gr.Request) -> Updates:
         access.require_owner(request)
         return {sure: gr.update(visible=False), status: ""}
 

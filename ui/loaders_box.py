@@ -44,7 +44,7 @@ def draw_loaders(engine: Engine) -> LoadersBox:
         slow = waiting(rows)
         minutes = "" if slow is None else format_duration(slow.wait_s).replace(" min 0 s", " minutes")
         return {
-            table: drawn(rows),
+            table: as_html(rows),
             compiling: gr.update(visible=slow is not None, value=f"Compile {shown(slow.loader)} ({minutes})" if slow else ""),
             again: gr.update(visible=bool(failed)),
         }
@@ -61,7 +61,7 @@ def shown(loader: str) -> str:
     return _NAMES.get(loader, loader)
 
 
-def drawn(rows: Sequence[Row]) -> str:
+def as_html(rows: Sequence[Row]) -> str:
     """An HTML table of the loaders, escaped."""
     lines = []
     for row in rows:

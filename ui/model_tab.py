@@ -23,7 +23,7 @@ from .folders_box import draw_folders
 from .html_snippets import bad, good, quiet, working
 from .hub_box import draw_hub
 from .idle_box import draw_idle
-from .job_watcher import Drawn, Job, Jobs, Pages, Watcher
+from .job_watcher import Job, Jobs, Pages, Updates, Watcher
 from .library_box import draw_library
 from .loaders_box import draw_loaders, waiting
 from .rescue_box import draw_rescue
@@ -32,7 +32,7 @@ from .settings_box import draw_settings
 
 @dataclass(frozen=True)
 class ModelTab:
-    show: Callable[[gr.Request], Drawn]  # for `outputs` on page load; nothing for guests
+    show: Callable[[gr.Request], Updates]  # for `outputs` on page load; nothing for guests
     outputs: list[Any]
 
 
@@ -80,7 +80,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     def choices() -> list[tuple[str, str]]:
         return [(f"{each.name} — {each.badge}", each.name) for each in engine.library.models()]
 
-    def listed(request: gr.Request, chosen: str | None) -> Drawn:
+    def listed(request: gr.Request, chosen: str | None) -> Updates:
         """The list of models with `chosen` in it, else the loaded one, and the settings of that."""
         chosen = chosen or engine.status.name  # a page that is just opening has chosen nothing yet
         found = choices()
@@ -88,7 +88,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         chosen_on.set(request, known)
         return {models: gr.update(choices=found, value=known), **settings.values(known), **table.values(known)}
 
-    def state() -> Drawn:
+    def state() -> Updates:
         """Everything that follows from what is loaded."""
         idle = engine.status.phase in ("empty", "ready")
         return {
@@ -98,7 +98,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             **rescue.values(),
         }
 
-    def progress() -> Drawn:
+    def progress() -> Updates:
         """How far a load or an unload is, whoever began it."""
         now = engine.status
         doing = "Unloading" if now.phase == "unloading" else "Loading"
@@ -106,7 +106,9 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         needs = quiet(str(engine.slot.fit)) if engine.slot.fit is not None and now.phase == "loading" else ""
         return {status: bar + needs} | state()
 
-    def run(request: gr.Request, what: str, job: Callable[[], object], done: Callable[[float], str], wanted: str | None) -> Drawn:
+    def run(
+        request: gr.Request, what: str, job: Callable[[], object], done: Callable[[float], str], wanted: str | None
+    ) -> Updates:
         """Begin what changes the loaded model; the watcher shows how far it is."""
         chosen_on.set(request, wanted)
 
@@ -120,7 +122,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     def busy() -> bool:
         return engine.status.phase in ("loading", "unloading")
 
-    def look(request: gr.Request) -> Iterator[Drawn]:
+    def look(request: gr.Request) -> Iterator[Updates]:
         """Loads and unloads, whoever began them; for the watcher."""
         if not access.is_owner(request):
             return
@@ -135,7 +137,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
                 status_on.set(request, now)
                 jobs.shown(request, job)
 
-    def ended(request: gr.Request, job: Job | None, now: Status) -> Drawn:
+    def ended(request: gr.Request, job: Job | None, now: Status) -> Updates:
         wanted = engine.loaded.model.name if engine.loaded is not None else now.name or chosen_on.get(request)
         if job is None:
             said = bad(now.text) if now.error else good("Ready.") if engine.loaded is not None else quiet(now.text)
@@ -145,7 +147,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             said = good(job.result)
         return listed(request, wanted) | state() | {status: said}
 
-    def arrived(request: gr.Request) -> Iterator[Drawn]:
+    def arrived(request: gr.Request) -> Iterator[Updates]:
         """Models that have just been downloaded join the list; for the watcher."""
         active = access.is_owner(request)
         while active:
@@ -163,13 +165,13 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         name = engine.loaded.model.name if engine.loaded is not None else "Nothing"
         return f"Ready. {name} was loaded in {format_duration(took)}."
 
-    def load(name: str | None, request: gr.Request) -> Drawn:
+    def load(name: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         if not name:
             return {status: quiet("Choose a model first.")}
         return run(request, f"Loading {name}", lambda: engine.load(name), ready, name)
 
-    def compile_loader(name: str | None, request: gr.Request) -> Drawn:
+    def compile_loader(name: str | None, request: gr.Request) -> Updates:
         """Compiling is what its first load does."""
         access.require_owner(request)
         row = waiting(engine.planner.survey(engine.library.get(name))) if name else None
@@ -177,21 +179,21 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             return {status: quiet("There is nothing to compile.")}
         return run(request, f"Loading {name}", lambda: engine.load(name, row.loader), ready, name)
 
-    def try_again(name: str | None, request: gr.Request) -> Drawn:
+    def try_again(name: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         if name:
             engine.planner.forget_failures(engine.library.get(name))
         return listed(request, name) | {status: quiet("The next load tries every loader again: press Reload.")}
 
-    def unload_model(request: gr.Request) -> Drawn:
+    def unload_model(request: gr.Request) -> Updates:
         access.require_owner(request)
         return run(request, "Unloading", engine.unload, lambda _took: "Unloaded. The memory is free.", None)
 
-    def relist(chosen: str | None, request: gr.Request) -> Drawn:
+    def relist(chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
         return listed(request, chosen)
 
-    def show(request: gr.Request) -> Drawn:
+    def show(request: gr.Request) -> Updates:
         if not access.is_owner(request):
             return {status: ""}  # a handler that returns nothing would empty every output
         now = engine.status
@@ -204,7 +206,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         watcher.forget(request)
         return listed(request, now.name or None) | state() | boxes | {status: said}
 
-    def begin(request: gr.Request, name: str, job: Callable[[], object]) -> Drawn:
+    def begin(request: gr.Request, name: str, job: Callable[[], object]) -> Updates:
         return run(request, f"Loading {name}", job, ready, name)
 
     watcher.add(look, outputs, live=[status])

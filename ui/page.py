@@ -76,7 +76,7 @@ def build(
                 link.text: info.invitation if info is not None else "",
             }
 
-        def free_memory(request: gr.Request) -> None:
+        def release_model(request: gr.Request) -> None:
             access.require_owner(request)
             try:
                 engine.free()
@@ -93,7 +93,7 @@ def build(
             api_place.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
-        watcher.after(free.click(free_memory, None, None, **gradio_compat.EVENT))
+        watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
         watcher.on(chat_place.select)
         watcher.wire()
         page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it

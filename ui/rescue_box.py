@@ -14,15 +14,15 @@ from ..engine.remedies import Remedy
 from . import gradio_compat
 from .access import Access
 from .html_snippets import quiet
-from .job_watcher import Drawn, Watcher
+from .job_watcher import Updates, Watcher
 
 _KINDS = ("context", "cache", "branch")
-Begin = Callable[[gr.Request, str, Callable[[], object]], Drawn]  # starts loading the model of that name
+Begin = Callable[[gr.Request, str, Callable[[], object]], Updates]  # starts loading the model of that name
 
 
 @dataclass(frozen=True)
 class RescueBox:
-    values: Callable[[], Drawn]  # for `outputs`: what can be done now
+    values: Callable[[], Updates]  # for `outputs`: what can be done now
     outputs: list[Any]
     wire: Callable[[Begin, gr.HTML, gr.Textbox], None]
 
@@ -37,10 +37,10 @@ def draw_rescue(engine: Engine, access: Access, watcher: Watcher) -> RescueBox:
             kind: gr.Button("…", size="sm", min_width=120, variant="primary", elem_id=f"gw-remedy-{kind}") for kind in _KINDS
         }
 
-    def values() -> Drawn:
+    def values() -> Updates:
         status, trouble, previous = engine.status, engine.recovery.trouble, engine.slot.previous
         loading = status.phase == "loading"
-        shown: Drawn = {
+        shown: Updates = {
             cancel: gr.update(visible=loading),
             back: gr.update(visible=previous is not None and not loading, value=f"Back to {previous.model.name}")
             if previous is not None
@@ -58,7 +58,7 @@ def draw_rescue(engine: Engine, access: Access, watcher: Watcher) -> RescueBox:
             shown[buttons[each.kind]] = gr.update(value=each.label, interactive=not each.cannot)
         return shown
 
-    def look(request: gr.Request) -> Iterator[Drawn]:
+    def look(request: gr.Request) -> Iterator[Updates]:
         """For the watcher: an answer may have run out of memory."""
         if access.is_owner(request):
             yield values()
@@ -68,14 +68,14 @@ def draw_rescue(engine: Engine, access: Access, watcher: Watcher) -> RescueBox:
             access.require_owner(request)
             engine.cancel_load()
 
-        def go_back(request: gr.Request) -> Drawn:
+        def go_back(request: gr.Request) -> Updates:
             access.require_owner(request)
             if (previous := engine.slot.previous) is not None:
                 return begin(request, previous.model.name, engine.load_previous)
             return {status: gr.update()}
 
-        def take(kind: str) -> Callable[..., Drawn]:
-            def handler(request: gr.Request) -> Drawn:
+        def take(kind: str) -> Callable[..., Updates]:
+            def handler(request: gr.Request) -> Updates:
                 access.require_owner(request)
                 found, trouble = remedy(kind), engine.recovery.trouble
                 if found is None or found.cannot or trouble is None:

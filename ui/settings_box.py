@@ -39,23 +39,23 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         visible=len(names) > 1,
         elem_id="gw-loader",
     )
-    drawn: dict[str, list[tuple[Field, gr.components.Component]]] = {}
+    boxes_of: dict[str, list[tuple[Field, gr.components.Component]]] = {}
     panels: dict[str, gr.Row] = {}
     seen: set[str] = set()  # an id is unique in a page, but several loaders may have an option of the same name
-    drawn_for = tuple(engine.loaders)
-    for at, each in enumerate(drawn_for):
+    loaders = tuple(engine.loaders)
+    for at, each in enumerate(loaders):
         with gr.Row(visible=at == 0, elem_classes="gw-fields", elem_id=f"gw-panel-{each.name}") as panels[each.name]:
-            drawn[each.name] = [
+            boxes_of[each.name] = [
                 (option, _draw(option, option.name if option.name not in seen else f"{each.name}-{option.name}"))
                 for option in fields(each.options)
                 if "label" in option.metadata
             ]
-        seen |= {option.name for option, _box in drawn[each.name]}
+        seen |= {option.name for option, _box in boxes_of[each.name]}
     with gr.Row(elem_classes="gw-buttons"):
         save = gr.Button("Save settings for this model", size="sm", min_width=180, elem_id="gw-save")
         reload = gr.Button("Reload the model", size="sm", min_width=140, elem_id="gw-reload-settings")
     note = gr.HTML(elem_id="gw-settings-note")
-    boxes = [box for pairs in drawn.values() for _option, box in pairs]
+    boxes = [box for pairs in boxes_of.values() for _option, box in pairs]
 
     def effective(name: str | None, wanted: str) -> str:
         """The loader whose panel is shown: the one that is chosen here, else the one that would open the model."""
@@ -78,9 +78,9 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         usable = engine.planner.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
         shown: dict[Any, Any] = {}
-        for each in drawn_for:
+        for each in loaders:
             as_it_takes = make_options(each, usable)  # two loaders may have an option of the same name
-            shown |= {box: getattr(as_it_takes, option.name) for option, box in drawn[each.name]}
+            shown |= {box: getattr(as_it_takes, option.name) for option, box in boxes_of[each.name]}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
 
     def rearrange(request: gr.Request, name: str | None, wanted: str) -> dict[Any, Any]:
@@ -99,7 +99,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
                 name,
                 engine.loaders,
                 wanted or None,
-                {shown: {option.name: asked[box] for option, box in drawn[shown]}},
+                {shown: {option.name: asked[box] for option, box in boxes_of[shown]}},
             )
         except GptqWebuiError as error:
             return {note: bad(str(error))}
