@@ -1,1 +1,1 @@
-"""Floor 4: the HTTP face. One file per protocol; app.py puts them together."""
+"""Floor 4: the HTTP API. One file per protocol; application.py puts them together."""

@@ -1,10 +1,11 @@
-"""Loading, unloading and downloading over HTTP, in tabbyAPI's words. They need an admin key where keys are asked for.
+"""Loading, unloading and downloading over HTTP, with tabbyAPI's names. They need an admin key where keys are needed.
 
-Names from outside are compared with the names of the models folders and are never used as paths.
+Names in requests are compared with those of the models folders and never used as paths.
 """
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,14 +16,16 @@ from starlette.responses import Response, StreamingResponse
 from ..core.errors import GptqWebuiError
 from ..core.model_ref import ModelRef
 from ..loaders.text.built_in_templates import BUILT_IN
-from .openai import text_of
+from . import prompt_fit
 from .problems import Problem, of_error
 from .routes import Json, admin, openai_error, route_class
 from .sampling_fields import Open
-from .service import Service, require_text
+from .service import Service
 from .tgwui_routes import options_of
 
-_LOOK_S = 0.2
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.2  # between looks at how far a load or a download is
 
 
 class ModelParameters(BaseModel):
@@ -48,13 +51,13 @@ class LoadRequest(Open):
     max_seq_len: int | None = Field(None, ge=1)
     prompt_template: str | None = None
     loader: str | None = None
-    options: dict[str, Any] | None = Field(None, description="As the loader's options are called: dtype, device …")
+    options: dict[str, Any] | None = Field(None, description="Options of the loader, by name: dtype, device …")
 
 
 class DownloadRequest(Open):
     repo_id: str = Field(description="owner/name or owner/name:branch")
     revision: str | None = None
-    stream: bool = Field(False, description="Tell the progress as server-sent events")
+    stream: bool = Field(False, description="Send the progress as server-sent events")
 
 
 class EncodeRequest(Open):
@@ -75,42 +78,40 @@ def build(service: Service) -> APIRouter:
 
     @router.get("/v1/model", response_model=ListedModel)
     async def current() -> Response:
-        """The loaded model, as it is loaded."""
-        return Json((await _gpu(service)).model_dump())
+        """The loaded model and how it is loaded."""
+        return Json((await _loaded_model(service)).model_dump())
 
     @router.get("/v1/model/list")
     async def listed() -> Response:
-        cards = [ListedModel(id=each.name, created=int(service.began)).model_dump() for each in service.models()]
-        return Json({"object": "list", "data": cards})
+        models = [ListedModel(id=each.name, created=int(service.began)).model_dump() for each in await service.models()]
+        return Json({"object": "list", "data": models})
 
     @router.post("/v1/model/load")
     @admin
-    async def load(asked: LoadRequest) -> Response:
-        """In place of the loaded model; the progress comes as server-sent events."""
-        name = service.find(asked.model_name)
-        options = options_of({**(asked.options or {}), "max_seq_len": asked.max_seq_len})
-        service.ignore("load", asked.unknown())
-        model = service.engine.library.get(name)
-        service.engine.planner.choose(model, asked.loader, options)  # a refusal has its own status
-        return StreamingResponse(_load(service, name, asked, options), media_type="text/event-stream")
+    async def load(body: LoadRequest) -> Response:
+        """Load a model in place of the loaded one. The progress comes as server-sent events, an error as the last one."""
+        name = await service.find(body.model_name)
+        options = options_of({**(body.options or {}), "max_seq_len": body.max_seq_len})
+        service.ignore("load", body.unknown())
+        await service.run(_require_loader, service, name, body.loader, options)
+        return StreamingResponse(_load(service, name, body, options), media_type="text/event-stream")
 
     @router.post("/v1/model/unload")
     @admin
     async def unload() -> Response:
-        await service.run(service.engine.unload)
+        await service.unload()
         return Json({"status": "ok"})
 
     @router.post("/v1/download")
     @admin
-    async def download(asked: DownloadRequest) -> Response:
-        """Into the first models folder. Waits for the end, or streams the progress."""
-        if (asked.model_extra or {}).get("token"):
-            raise Problem("unsupported", "A token is not taken over HTTP. Set HF_TOKEN where the server runs.", "token")
-        service.ignore("download", asked.unknown())
-        require_text(asked.repo_id + (asked.revision or ""))
-        text = f"{asked.repo_id}:{asked.revision}" if asked.revision and ":" not in asked.repo_id else asked.repo_id
+    async def download(body: DownloadRequest) -> Response:
+        """Download into the first models folder. Waits for the end; with `stream`, sends the progress."""
+        if (body.model_extra or {}).get("token"):
+            raise Problem("unsupported", "This server takes no token over HTTP. Set HF_TOKEN where it runs.", "token")
+        service.ignore("download", body.unknown())
+        text = f"{body.repo_id}:{body.revision}" if body.revision and ":" not in body.repo_id else body.repo_id
         ref = service.downloads.start(text)
-        if asked.stream:
+        if body.stream:
             return StreamingResponse(_progress(service, ref), media_type="text/event-stream")
         async for _line in _progress(service, ref):
             pass
@@ -122,25 +123,25 @@ def build(service: Service) -> APIRouter:
     @router.get("/v1/download")
     @admin
     async def downloads() -> Response:
-        """The downloads that run."""
+        """The running downloads."""
         return Json({"data": [_download(each) for each in service.downloads.active()]})
 
     @router.post("/v1/download/stop")
     @admin
     async def stop_downloads() -> Response:
-        """Stop them; what arrived is kept."""
+        """Stop them; what has arrived is kept."""
         service.downloads.pause()
         return Json({"status": "ok"})
 
     @router.get("/v1/queue")
     async def queue() -> Response:
-        """How many requests are answered, wait, and may wait."""
-        line = service.queue
-        running = [
-            {"client": "" if service.keys.required else each.place.client, "ahead": each.place.ahead}
+        """How many requests run, wait, and may wait."""
+        found = service.queue
+        requests = [
+            {"client": "" if service.keys.required else each.ticket.client, "ahead": each.ticket.ahead}
             for each in service.answers()
         ]
-        return Json({"running": line.running, "waiting": line.waiting, "limit": line.limit, "requests": running})
+        return Json({"running": found.running, "waiting": found.waiting, "limit": found.limit, "requests": requests})
 
     @router.get("/props")
     async def props() -> Response:
@@ -151,13 +152,14 @@ def build(service: Service) -> APIRouter:
         )
 
     @router.post("/v1/token/encode")
-    async def encode(asked: EncodeRequest) -> Response:
-        ids = await service.encode((await service.loaded()), asked.text, bos=asked.add_bos_token)
+    async def encode(body: EncodeRequest, request: Request) -> Response:
+        loaded = await service.loaded()
+        ids = await service.run_for(request, lambda: prompt_fit.encode(loaded, body.text, bos=body.add_bos_token))
         return Json({"tokens": ids, "length": len(ids)})
 
     @router.post("/v1/token/decode")
-    async def decode(asked: DecodeRequest) -> Response:
-        return Json({"text": text_of((await service.loaded()), asked.tokens)})
+    async def decode(body: DecodeRequest, request: Request) -> Response:
+        return Json({"text": await service.run_for(request, prompt_fit.decode, await service.loaded(), body.tokens)})
 
     @router.get("/v1/template/list")
     async def templates() -> Response:
@@ -165,16 +167,16 @@ def build(service: Service) -> APIRouter:
 
     @router.post("/v1/template/switch")
     @admin
-    async def switch(asked: TemplateRequest) -> Response:
-        """Use one of the built-in chat templates for the loaded model, and remember that."""
-        service.engine.set_template(asked.prompt_template_name)
+    async def switch(body: TemplateRequest) -> Response:
+        """Use a built-in chat template for the loaded model, and remember it."""
+        await service.set_template(body.prompt_template_name)
         return Json({"status": "ok"})
 
     @router.post("/v1/template/unload")
     @admin
     async def back() -> Response:
-        """The model's own template again."""
-        service.engine.set_template(None)
+        """Use the model's own template again."""
+        await service.set_template(None)
         return Json({"status": "ok"})
 
     @router.get("/v1/auth/permission")
@@ -184,7 +186,7 @@ def build(service: Service) -> APIRouter:
     return router
 
 
-async def _gpu(service: Service) -> ListedModel:
+async def _loaded_model(service: Service) -> ListedModel:
     loaded, choice = await service.loaded(), service.engine.choice
     quantize = loaded.model.quantize
     parameters = ModelParameters(
@@ -203,46 +205,58 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
-async def _load(service: Service, name: str, asked: LoadRequest, options: dict[str, Any]) -> AsyncIterator[bytes]:
-    """It is not ended by a client that leaves: half a load is no model."""
-    job = asyncio.create_task(service.load(name, asked.loader, options))
-    job.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, even if nobody listens any more
-    told = -1
+def _require_loader(service: Service, name: str, loader: str | None, options: dict[str, Any]) -> None:
+    """Raises LoadRefused, whose status a stream could not have any more."""
+    service.engine.planner.choose(service.engine.library.get(name), loader, options)
+
+
+async def _load(service: Service, name: str, body: LoadRequest, options: dict[str, Any]) -> AsyncIterator[bytes]:
+    """A client that leaves does not end the load: half a load is no model."""
+
+    async def load() -> None:
+        await service.load(name, body.loader, options)
+        if body.prompt_template:
+            await service.set_template(body.prompt_template)
+
+    def event(percent: int, status: str, text: str) -> bytes:
+        return _event({"model_type": "model", "module": percent, "modules": 100, "status": status, "text": text})
+
+    job = asyncio.create_task(load())
+    job.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio reports an error that nobody fetched
+    sent = -1
     while not job.done():
-        share = round(service.engine.status.share * 100)
-        if share != told:
-            told = share
-            yield _event(
-                {
-                    "model_type": "model",
-                    "module": share,
-                    "modules": 100,
-                    "status": "processing",
-                    "text": service.engine.status.text,
-                }
-            )
-        await asyncio.wait([job], timeout=_LOOK_S)
-    try:
-        job.result()
-        if asked.prompt_template:
-            service.engine.set_template(asked.prompt_template)
-        yield _event({"model_type": "model", "module": 100, "modules": 100, "status": "finished"})
-    except GptqWebuiError as error:
-        yield b"data: " + openai_error(of_error(error)).body + b"\n\n"
+        status = service.engine.status
+        percent = round(status.share * 100)
+        if percent != sent:
+            sent = percent
+            yield event(percent, "processing", status.text)
+        await asyncio.wait([job], timeout=_POLL_S)
+    error = job.exception()  # also what is no Exception: a panic in a tokenizer's library
+    if error is None:
+        yield event(100, "finished", service.engine.status.text)
+    else:
+        yield b"data: " + openai_error(_load_problem(error)).body + b"\n\n"
+
+
+def _load_problem(error: BaseException) -> Problem:
+    if isinstance(error, GptqWebuiError):
+        return of_error(error)
+    log.error("a load over HTTP failed", exc_info=error)
+    return Problem("failed", "The model could not be loaded; the server's log says why. Nothing is loaded now.")
 
 
 async def _progress(service: Service, ref: ModelRef) -> AsyncIterator[bytes]:
-    told = ""
+    sent = ""
     while True:
         status = service.downloads.status(ref)
         if status is None:
             return
-        if status.text != told:
-            told = status.text
+        if status.text != sent:
+            sent = status.text
             yield _event(_download(status))
         if not status.active:
             return
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def _download(status: Any) -> dict[str, Any]:

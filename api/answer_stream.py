@@ -1,7 +1,7 @@
-"""An answer on its way from the model's thread to a program that asked over HTTP.
+"""An answer on its way from the model's thread to a client of the HTTP API.
 
-One thread stands in line for the request and reads the engine's stream; the event loop takes what has come
-in batches. A client that leaves cancels: the model is free within one token, however slowly anybody reads.
+For each request one thread waits in the queue and reads the engine's stream; the event loop takes in batches what has
+arrived. A client that leaves cancels its answers: the model is free within one token, however slowly anybody reads.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 
 Start = Callable[[threading.Event], Answer]
 
-_HEADERS_S = 2.0  # after so long without a first token the answer's headers are sent all the same
-_KEEPALIVE_S = 10.0  # a comment line to a client that waits, so that nothing between us gives up
-_WRITE_S = 60.0  # a client that takes nothing for so long has gone
+_HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a first token
+_KEEPALIVE_S = 10.0  # between comment lines to a client that waits, so that no proxy gives up
+_WRITE_S = 60.0  # a client that reads nothing for so long is gone
 
 
 @dataclass
-class Whole:
+class WholeAnswer:
     """One answer, complete."""
 
     text: str = ""
-    tokens: list[Token] = field(default_factory=list)  # those with an id; texts as they became certain
+    tokens: list[Token] = field(default_factory=list)  # those with an id; each has the text that became certain with it
     finish: Finish = field(default_factory=lambda: Finish("cancelled"))
 
     def add(self, event: Token | Finish) -> None:
@@ -48,13 +48,17 @@ class Whole:
         self.text += event.text
         if event.id >= 0:
             self.tokens.append(event)
-        elif self.tokens and event.text:  # what was held back belongs to the last token
+        elif self.tokens and event.text:  # text that was held back belongs to the last token
             last = self.tokens[-1]
             self.tokens[-1] = Token(last.id, last.text + event.text, last.logprob, last.top)
 
 
 class Threads:
-    """Threads that are used again: starting one makes the event loop wait. As many as there ever were answers at once."""
+    """Daemon threads that are used again, because starting one makes the event loop wait.
+
+    There are as many as there ever were requests at the same time. The standard library's pool is no choice: the process
+    would wait for its threads at its end.
+    """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -80,12 +84,12 @@ class Running:
     """The answers to one request, computed one after another in one turn."""
 
     def __init__(
-        self, starts: Sequence[Start], place: Ticket, threads: Threads, ended: Callable[["Running"], None], wanted: Any = None
+        self, starts: Sequence[Start], ticket: Ticket, threads: Threads, ended: Callable[["Running"], None], note: Any = None
     ) -> None:
-        self.place = place
+        self.ticket = ticket
+        self.note = note  # of the request's protocol
         self._threads = threads
-        self.wanted = wanted  # what the request's protocol wants to remember
-        self.asked = time.perf_counter()
+        self.requested = time.perf_counter()
         self.began: float | None = None  # when its turn came
         self.finishes: list[Finish] = []
         self.problem: Problem | None = None
@@ -106,7 +110,7 @@ class Running:
 
     @property
     def text(self) -> str:
-        """Of its first answer, so far."""
+        """Text of the first answer so far."""
         return "".join(self._texts)
 
     @property
@@ -114,31 +118,31 @@ class Running:
         return self._over
 
     def cancel(self) -> None:
-        """End it within one token; it ends in `cancelled` Finishes."""
+        """End it within one token, with `cancelled` Finishes."""
         self._cancel.set()
-        self.place.give_up()
+        self.ticket.give_up()
 
     def start(self, request: Request) -> "Running":
-        """Stand in line; cancel when the client leaves."""
+        """Wait for the turn; cancel when the client leaves."""
 
-        async def look() -> None:
+        async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
             self.cancel()
 
-        self._watcher = asyncio.create_task(look())
+        self._watcher = asyncio.create_task(watch())
         self._threads.run(self._read)
         return self
 
     def close(self) -> None:
-        """Nobody reads it any more."""
+        """For a reader that has read enough."""
         if not self._over:
             self.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
 
     async def begun(self) -> None:
-        """Until there is something to say, or two seconds. Raises Problem if that is an error: it can still have its status."""
+        """Wait for the first event, two seconds at most. Raises Problem if it is an error, which can still have its status."""
         with contextlib.suppress(TimeoutError):
             await self._something(_HEADERS_S)
         if self._over and not self._events and self.problem is not None:
@@ -146,7 +150,7 @@ class Running:
             raise self.problem
 
     async def batch(self, timeout_s: float | None = None) -> list[tuple[int, Token | Finish]]:
-        """Everything that has come, (number of the answer, event); empty at the end. Raises TimeoutError, Problem."""
+        """All events that have arrived, as (number of the answer, event); empty at the end. Raises TimeoutError, Problem."""
         await self._something(timeout_s)
         found: list[tuple[int, Token | Finish]] = []
         while self._events:
@@ -155,9 +159,9 @@ class Running:
             raise self.problem
         return found
 
-    async def whole(self) -> list[Whole]:
+    async def whole(self) -> list[WholeAnswer]:
         """All answers, complete. Raises Problem."""
-        answers = [Whole() for _ in self._starts]
+        answers = [WholeAnswer() for _ in self._starts]
         try:
             while batch := await self.batch():
                 for at, event in batch:
@@ -176,10 +180,10 @@ class Running:
                 await self._wake.wait()
 
     def _read(self) -> None:
-        """On its own thread: wait for the turn, then compute."""
+        """On its own thread: wait for the turn, then read the answers."""
         at = 0
         try:
-            if self.place.wait():
+            if self.ticket.wait():
                 self.began = time.perf_counter()
                 for at, start in enumerate(self._starts):
                     if self._cancel.is_set():
@@ -192,11 +196,11 @@ class Running:
                 self._put(late, Finish("cancelled"))
         except GptqWebuiError as error:
             self.problem = of_error(error)
-        except Exception as error:
+        except Exception:
             log.exception("an answer over HTTP failed")
-            self.problem = of_error(AnswerFailed(f"The answer broke off ({type(error).__name__})."))
+            self.problem = of_error(AnswerFailed("The answer failed; the server's log says why. Send the request again."))
         finally:
-            self.place.leave()
+            self.ticket.leave()
             self._ended(self)
             self._over = True
             self._notify()
@@ -215,7 +219,11 @@ class Running:
 
 
 class EventStream(Response):
-    """Sends events as they come. `encode` gives the bytes of one; `closing` of the end, `failing` of an error on the way."""
+    """Sends events as they arrive.
+
+    `encode` returns the bytes of one event, `closing` those of the end, `failing` those of an error after the headers. With
+    `run`, `encode` is called on a thread: for one that asks the tokenizer.
+    """
 
     def __init__(
         self,
@@ -227,11 +235,12 @@ class EventStream(Response):
         failing: Callable[[Problem], bytes],
         media_type: str = "text/event-stream",
         headers: dict[str, str] | None = None,
+        run: Callable[[Callable[[], bytes]], Awaitable[bytes]] | None = None,
     ) -> None:
-        self._running, self._encode = running, encode
+        self._running, self._encode, self._run = running, encode, run
         self._opening, self._closing, self._failing = opening, closing, failing
         self._comments = media_type == "text/event-stream"
-        position = {"x-queue-position": str(running.place.ahead)}
+        position = {"x-queue-position": str(running.ticket.ahead)}
         common = {"cache-control": "no-cache", "x-accel-buffering": "no", **position, **(headers or {})}
         super().__init__(None, media_type=media_type, headers=common)
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
@@ -250,7 +259,7 @@ class EventStream(Response):
                     batch = await self._running.batch(_KEEPALIVE_S)
                 except TimeoutError:
                     if self._comments:
-                        await put(f": waiting, {self._running.place.ahead} ahead\n\n".encode())
+                        await put(f": waiting, {self._running.ticket.ahead} ahead\n\n".encode())
                     continue
                 except Problem as problem:
                     await put(self._failing(problem))
@@ -258,9 +267,15 @@ class EventStream(Response):
                 if not batch:
                     await put(self._closing())
                     break
-                await put(b"".join([self._encode(at, event) for at, event in batch]))
+                await put(await self._encoded(batch))
             await put(b"", more=False)
         except (OSError, TimeoutError):
-            log.info("a client took nothing for %.0f s and was left", _WRITE_S)
+            log.info("closed the stream of a client that read nothing for %.0f s", _WRITE_S)
         finally:
             self._running.close()
+
+    async def _encoded(self, batch: list[tuple[int, Token | Finish]]) -> bytes:
+        def join() -> bytes:
+            return b"".join([self._encode(at, event) for at, event in batch])
+
+        return join() if self._run is None else await self._run(join)

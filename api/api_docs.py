@@ -1,4 +1,4 @@
-"""What is read rather than asked: /metrics for Prometheus, /docs for people. Nothing on that page comes from elsewhere."""
+"""/metrics for Prometheus and /docs for people. The docs page loads nothing from other servers."""
 
 from html import escape
 from typing import Any
@@ -18,24 +18,27 @@ h1 { font-size: 20px } h2 { font-size: 17px; margin-top: 28px; border-bottom: 1p
 summary { cursor: pointer; padding: 4px 0; overflow-wrap: anywhere; }
 code, .method { font-family: "Cascadia Mono", Menlo, Consolas, monospace; font-size: 14px; }
 .method { color: var(--accent); display: inline-block; width: 4em; }
-.say, td:nth-child(2) { color: var(--soft); }
+.text, td:nth-child(2) { color: var(--soft); }
 table { border-collapse: collapse; margin: 4px 0 12px 4em; } td { padding: 2px 14px 2px 0; vertical-align: top; }
-@media (max-width: 640px) { table { margin-left: 0; } .say { display: block; } }
+@media (max-width: 640px) { table { margin-left: 0; } .text { display: block; } }
 """
 
 
 def build(service: Service) -> APIRouter:
-    router = APIRouter(tags=["Looking in"], route_class=route_class(service.keys, openai_error))
+    router = APIRouter(tags=["Monitoring"], route_class=route_class(service.keys, openai_error))
+    made = ""
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Figures for Prometheus, under TGI's names where it has one."""
+        """Figures for Prometheus, under TGI's names where it has them."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     @for_all
     async def docs(request: Request) -> Response:
-        return HTMLResponse(page(request.app.openapi()))
+        nonlocal made
+        made = made or await service.run(lambda: page(request.app.openapi()))  # it takes a while, and needs no key
+        return HTMLResponse(made)
 
     return router
 
@@ -56,10 +59,10 @@ def page(openapi: dict[str, Any]) -> str:
 
 
 def _call(openapi: dict[str, Any], method: str, path: str, call: dict[str, Any]) -> str:
-    said = escape(call.get("description") or "").replace("\n", " ")
+    text = escape(call.get("description") or "").replace("\n", " ")
     body = call.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     rows = "".join(_field(name, field, required) for name, field, required in _fields(openapi, body))
-    head = f"<span class=method>{method}</span> <code>{escape(path)}</code> <span class=say>{said}</span>"
+    head = f"<span class=method>{method}</span> <code>{escape(path)}</code> <span class=text>{text}</span>"
     return f"<details><summary>{head}</summary><table>{rows}</table></details>" if rows else f"<div>{head}</div>"
 
 
@@ -67,9 +70,9 @@ def _fields(openapi: dict[str, Any], schema: dict[str, Any]) -> list[tuple[str, 
     schema = next((each for each in schema.get("anyOf", [schema]) if each.get("type") != "null"), schema)
     if "$ref" in schema:
         schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-    needed = schema.get("required", [])
-    found = [(name, field, name in needed) for name, field in schema.get("properties", {}).items()]
-    return sorted(found, key=lambda each: not each[2])  # what is needed comes first
+    required = schema.get("required", [])
+    found = [(name, field, name in required) for name, field in schema.get("properties", {}).items()]
+    return sorted(found, key=lambda each: not each[2])  # required fields come first
 
 
 def _field(name: str, field: dict[str, Any], required: bool) -> str:
@@ -77,9 +80,9 @@ def _field(name: str, field: dict[str, Any], required: bool) -> str:
     limits: dict[str, Any] = next((each for each in field.get("anyOf", [field]) if "minimum" in each or "maximum" in each), {})
     low, high = (f"{limits[name]:g}" if name in limits else "" for name in ("minimum", "maximum"))
     span = f", {low} to {high}" if low and high else f", {low} or more" if low else f", up to {high}" if high else ""
-    needed = " (needed)" if required else ""
-    said = escape(f"{' or '.join(kinds)}{span}{needed}")
-    return f"<tr><td><code>{escape(name)}</code></td><td>{said}</td><td>{escape(field.get('description', ''))}</td></tr>"
+    mark = " (required)" if required else ""
+    kind = escape(f"{' or '.join(kinds)}{span}{mark}")
+    return f"<tr><td><code>{escape(name)}</code></td><td>{kind}</td><td>{escape(field.get('description', ''))}</td></tr>"
 
 
 def _kind(schema: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""All protocols in one application, with the guard before it and the page behind it.
+"""All protocols in one application, behind the guard and in front of the page.
 
-`POST /` is TGI's and `GET /` the page's, so what the API has a route for goes to the API and everything else
-to the page.
+`POST /` is TGI's and `GET /` the page's: what the API has a route for goes to the API, everything else to the page.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,14 +17,14 @@ from .routes import openai_error
 from .service import Service
 
 _PROTOCOLS = (openai, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
-_OURS = ("/v1/", "/api/")  # nothing of the page is below these
+_API_FOLDERS = ("/v1/", "/api/")  # the page has nothing below these
 
 
 def build(
     service: Service,
     *,
     page: Any = None,  # an ASGI application
-    here: bool = True,  # False: the page has paths of ours for itself (Gradio 4), so the API is on another port only
+    here: bool = True,  # False: the page uses paths of the API (Gradio 4), which is then on another port only
     hosts: Hosts | None = None,
     origins: Iterable[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
@@ -34,7 +33,7 @@ def build(
     api = FastAPI(
         title="gptq-webui",
         version=service.version,
-        description="The protocols that GPTQ users' programs speak, answered by the loaded model.",
+        description="The loaded model, in the protocols that programs for GPTQ models use.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -51,12 +50,12 @@ class _Front:
     def __init__(self, api: FastAPI, page: Any, routes: Sequence[Any]) -> None:
         self.api, self.page = api, page
         self._methods: dict[str, set[str]] = {}
-        self._ours: tuple[str, ...] = _OURS if routes else ()
+        self._folders: tuple[str, ...] = _API_FOLDERS if routes else ()
         for route in [*routes, *(each for each in api.routes if routes and getattr(each, "methods", None))]:
             self._methods.setdefault(route.path, set()).update(route.methods)
 
     def is_api(self, method: str, path: str) -> bool:
-        if path.startswith(self._ours):
+        if path.startswith(self._folders):
             return True
         methods = self._methods.get(path)
         if methods is None:
@@ -70,7 +69,7 @@ class _Front:
             await (self.page or _nothing)(scope, receive, send)
         elif scope["path"] in self._methods and scope["method"] not in self._methods[scope["path"]]:
             allowed = ", ".join(sorted(self._methods[scope["path"]]))
-            problem = Problem("invalid", f"{scope['path']} takes {allowed}, not {scope['method'][:20]}.")
+            problem = Problem("invalid", f"{scope['path']} takes {allowed}; found {scope['method'][:20]}.")
             response = openai_error(problem)
             response.status_code = 405
             response.headers["allow"] = allowed
@@ -80,9 +79,9 @@ class _Front:
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
-    return openai_error(Problem("not_found", f"There is nothing at {request.url.path[:100]!r}: see /docs."))
+    return openai_error(Problem("not_found", f"This server has no {request.url.path[:100]!r}. See /docs for what it has."))
 
 
 async def _nothing(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "http":
-        await openai_error(Problem("not_found", "There is no page at this port, only the API: see /docs."))(scope, receive, send)
+        await openai_error(Problem("not_found", "This port has no page, only the API. See /docs."))(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What an answer must be made of, as each protocol asks for it: OpenAI's response_format, TGI's grammar, llama.cpp's rules."""
+"""The grammar of an answer, as each protocol names it: OpenAI's response_format, TGI's grammar, llama.cpp's GBNF."""
 
 import json
 from dataclasses import replace
@@ -14,10 +14,10 @@ from .service import Service
 _KINDS = "text, json_object, json_schema or regex"
 
 
-async def hold(
+async def with_grammar(
     service: Service, loaded: LoadedModel, params: GenerationParams, grammar: Grammar | None, field: str
 ) -> GenerationParams:
-    """Have the answer held to it. Raises Problem about `field`, before anything was sent."""
+    """Parameters with that grammar, once the model has accepted it. Raises Problem about `field`, before anything is sent."""
     if grammar is None:
         return params
     params = replace(params, grammar=grammar)
@@ -28,34 +28,35 @@ async def hold(
     return params
 
 
-def of_openai(asked: Any) -> tuple[Grammar | None, str]:
+def of_openai(body: Any) -> tuple[Grammar | None, str]:
     """(grammar, its field): `response_format`, or what other programs send to the same address. Raises Problem."""
-    if asked.response_format is not None and asked.response_format.type != "text":
-        return _of_format(asked.response_format, "response_format"), "response_format"
-    if asked.json_schema:
-        return _schema(asked.json_schema, "json_schema"), "json_schema"
-    field = "grammar" if asked.grammar else "grammar_string"
-    text = getattr(asked, field)
+    if body.response_format is not None and body.response_format.type != "text":
+        return _of_format(body.response_format, "response_format"), "response_format"
+    if body.json_schema:
+        return _schema(body.json_schema, "json_schema"), "json_schema"
+    field = "grammar" if body.grammar else "grammar_string"
+    text = getattr(body, field)
     return (_made("gbnf", text, field) if text else None), field
 
 
-def _of_format(form: Any, field: str) -> Grammar:
-    extra = form.model_extra or {}
-    if form.type == "json_schema":
-        return _schema(_inner(form.json_schema if form.json_schema is not None else form.value), f"{field}.json_schema.schema")
-    if form.type == "regex":
-        return _made("regex", form.value, f"{field}.value")
-    if form.type in ("json_object", "json"):  # TGI and llama.cpp take a schema with it
-        schema = form.value if form.value is not None else extra.get("schema")
+def _of_format(response_format: Any, field: str) -> Grammar:
+    extra = response_format.model_extra or {}
+    if response_format.type == "json_schema":
+        found = response_format.json_schema if response_format.json_schema is not None else response_format.value
+        return _schema(_inner(found), f"{field}.json_schema.schema")
+    if response_format.type == "regex":
+        return _made("regex", response_format.value, f"{field}.value")
+    if response_format.type in ("json_object", "json"):  # TGI and llama.cpp take a schema with it
+        schema = response_format.value if response_format.value is not None else extra.get("schema")
         return Grammar("json") if schema is None else _schema(schema, f"{field}.value")
-    raise Problem("invalid", f"{field}: type is one of {_KINDS}; found {form.type[:40]!r}.", field)
+    raise Problem("invalid", f"{field}: type must be one of {_KINDS}; found {response_format.type[:40]!r}.", field)
 
 
-def of_tgi(asked: dict[str, Any] | None) -> Grammar | None:
+def of_tgi(found: dict[str, Any] | None) -> Grammar | None:
     """From `parameters.grammar`. Raises Problem."""
-    if asked is None:
+    if found is None:
         return None
-    kind, value = asked.get("type"), asked.get("value")
+    kind, value = found.get("type"), found.get("value")
     if kind == "json":
         return _schema(value, "grammar")
     if kind == "json_schema":
@@ -65,9 +66,9 @@ def of_tgi(asked: dict[str, Any] | None) -> Grammar | None:
     raise Problem("invalid", "`grammar` needs a `type` of json, json_schema or regex, and a `value`", "grammar")
 
 
-def of_rules(asked: str | None) -> Grammar | None:
-    """KoboldCpp's `grammar`: GBNF, as llama.cpp writes it. Raises Problem."""
-    return _made("gbnf", asked, "grammar") if asked else None
+def of_gbnf(text: str | None) -> Grammar | None:
+    """KoboldCpp's `grammar`: GBNF, as llama.cpp has it. Raises Problem."""
+    return _made("gbnf", text, "grammar") if text else None
 
 
 def _inner(value: Any) -> Any:
@@ -82,7 +83,7 @@ def _schema(value: Any, field: str) -> Grammar:
         except (ValueError, RecursionError):
             raise Problem("invalid", f"{field}: the schema is not JSON.", field) from None
     if not isinstance(value, dict):
-        raise Problem("invalid", f"{field}: a JSON schema is needed, as an object.", field)
+        raise Problem("invalid", f"{field} must be a JSON schema, as an object.", field)
     try:
         return _made("json_schema", json.dumps(value, allow_nan=False), field)
     except (ValueError, RecursionError):
@@ -91,7 +92,7 @@ def _schema(value: Any, field: str) -> Grammar:
 
 def _made(kind: Any, text: Any, field: str) -> Grammar:
     if not isinstance(text, str) or not text:
-        raise Problem("invalid", f"{field}: a text is needed.", field)
+        raise Problem("invalid", f"{field} must be a text.", field)
     try:
         return Grammar(kind, text)
     except BadParameter as error:

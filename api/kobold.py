@@ -1,12 +1,12 @@
 """KoboldAI United's protocol, and the additions of KoboldCpp that its clients look for.
 
-Both cut a prompt that is too long at its beginning, as their clients expect. KoboldAI keeps the stop
-sequence in the text. `POST /api/v1/generate` was text-generation-webui's of 2023, too: its field names are
-taken besides.
+Both cut off the beginning of a prompt that is too long, as their clients expect. KoboldAI leaves the stop sequence in the
+text. `POST /api/v1/generate` was also text-generation-webui's of 2023, whose field names are accepted, too.
 """
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,14 +16,14 @@ from starlette.responses import Response
 from ..core.chat import Finish, Token
 from ..core.params import GenerationParams, read_request
 from ..loaders.contract.base import LoadedModel
-from . import grammar_requests, kobold_settings
+from . import grammar_requests, kobold_settings, prompt_fit
 from .answer_stream import EventStream, Running
 from .kobold_settings import KOBOLD, KOBOLDCPP, error_of
 from .openai import bias_of
-from .prompt_cutting import last_tokens
+from .prompt_fit import FittedPrompt
 from .routes import Json, admin, for_all, route_class
-from .sampling_fields import Open, fields_of, seed_of, wishes_of
-from .service import Measured, Service
+from .sampling_fields import Open, fields_of, read_protocol_sampling, seed_of
+from .service import Service
 
 PROTOCOL = "kobold"
 _Sampling: Any = fields_of("kobold")
@@ -79,7 +79,15 @@ class ModelName(Open):
     model: str
 
 
-_HARMLESS = ("sampler_order", "sampler_full_determinism", "rep_pen_slope", "top_a", "tfs")  # known, and not obeyed
+@dataclass(frozen=True)
+class _Note:
+    """By what a client finds its answer."""
+
+    genkey: str
+    client: str
+
+
+_NOT_OBEYED = ("sampler_order", "sampler_full_determinism", "rep_pen_slope", "top_a", "tfs")
 _DEFAULT_LENGTH = 80
 
 
@@ -87,7 +95,7 @@ def build(service: Service) -> APIRouter:
     router = APIRouter(tags=["KoboldAI"], route_class=route_class(service.keys, error_of))
 
     def both(method: Any, path: str, **options: Any) -> Any:
-        """A United route under its two prefixes."""
+        """A route of United under its two prefixes."""
 
         def decorate(endpoint: Any) -> Any:
             method(f"/api/latest{path}", include_in_schema=False)(endpoint)
@@ -96,11 +104,11 @@ def build(service: Service) -> APIRouter:
         return decorate
 
     @both(router.post, "/generate", response_model=Results)
-    async def generate(asked: GenerateRequest, request: Request) -> Response:
-        """What follows the prompt, the stop sequence with it."""
-        running = await _ask(service, asked, request)
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """What follows the prompt, including the stop sequence."""
+        running = await _answer(service, body, request)
         answers = await running.whole()
-        keep = not asked.trim_stop
+        keep = not body.trim_stop
         return Json({"results": [{"text": each.text + (each.finish.stop_string if keep else "")} for each in answers]})
 
     @both(router.get, "/model")
@@ -111,9 +119,9 @@ def build(service: Service) -> APIRouter:
 
     @both(router.put, "/model")
     @admin
-    async def change_model(asked: ModelName) -> Response:
+    async def change_model(body: ModelName) -> Response:
         """Load a model of the models folders."""
-        await service.load(service.find(asked.model))
+        await service.load(await service.find(body.model))
         return Json({})
 
     @both(router.get, "/info/version")
@@ -132,11 +140,11 @@ def build(service: Service) -> APIRouter:
         return Json({"results": [KOBOLD]})
 
     @router.post("/api/extra/generate/stream")
-    async def stream(asked: GenerateRequest, request: Request) -> Response:
+    async def stream(body: GenerateRequest, request: Request) -> Response:
         """KoboldCpp's: the answer as server-sent events."""
-        running = await _ask(service, asked, request)
+        running = await _answer(service, body, request)
         await running.begun()
-        keep = not asked.trim_stop
+        keep = not body.trim_stop
 
         def message(token: str, reason: str | None) -> bytes:
             return f"event: message\ndata: {json.dumps({'token': token, 'finish_reason': reason})}\n\n".encode()
@@ -154,33 +162,33 @@ def build(service: Service) -> APIRouter:
         return EventStream(running, encode, failing=failing)
 
     @router.post("/api/extra/abort")
-    async def abort(request: Request, asked: GenKey | None = None) -> Response:
-        """End the answer of that genkey, or, without one, those of the same client."""
-        client, genkey = service.client(request), asked.genkey if asked else ""
+    async def abort(request: Request, body: GenKey | None = None) -> Response:
+        """End the answer of that genkey; without one, all answers of the same client."""
+        client, genkey = service.client(request), body.genkey if body else ""
         found = [each for each in service.answers() if _is_mine(each, client, genkey)]
         for each in found:
             each.cancel()
         return Json({"success": "true" if found else "false"})
 
     @router.get("/api/extra/generate/check", response_model=Results)
-    async def look(request: Request) -> Response:
+    async def check(request: Request) -> Response:
         """The text so far of this client's answer."""
         return Json({"results": [{"text": _so_far(service, request, "")}]})
 
     @router.post("/api/extra/generate/check", response_model=Results)
-    async def look_with_key(request: Request, asked: GenKey | None = None) -> Response:
+    async def check_with_key(request: Request, body: GenKey | None = None) -> Response:
         """The text so far of the answer of that genkey."""
-        return Json({"results": [{"text": _so_far(service, request, asked.genkey if asked else "")}]})
+        return Json({"results": [{"text": _so_far(service, request, body.genkey if body else "")}]})
 
     @router.post("/api/extra/tokencount", response_model=TokenCount)
-    async def count(asked: Prompt) -> Response:
+    async def count(body: Prompt, request: Request) -> Response:
         loaded = await service.loaded()
-        ids = await service.encode(loaded, asked.prompt)
+        ids = await service.run_for(request, prompt_fit.encode, loaded, body.prompt)
         return Json({"value": len(ids), "ids": ids})
 
     @router.get("/api/extra/true_max_context_length")
     async def context() -> Response:
-        """The context of the loaded model, as it is."""
+        """The context of the loaded model."""
         return Json({"value": (await service.loaded()).context_tokens})
 
     @router.get("/api/extra/version")
@@ -210,49 +218,55 @@ def build(service: Service) -> APIRouter:
     return router
 
 
-async def _ask(service: Service, asked: GenerateRequest, request: Request) -> Running:
+async def _answer(service: Service, body: GenerateRequest, request: Request) -> Running:
     loaded = await service.loaded()
-    service.ignore(PROTOCOL, [*asked.unknown(), *(name for name in _HARMLESS if getattr(asked, name) is not None)])
-    params = await grammar_requests.hold(
-        service, loaded, _params(service, asked), grammar_requests.of_rules(asked.grammar), "grammar"
+    service.ignore(PROTOCOL, [*body.unknown(), *(name for name in _NOT_OBEYED if getattr(body, name) is not None)])
+    params = await grammar_requests.with_grammar(
+        service, loaded, _params(service, loaded, body), grammar_requests.of_gbnf(body.grammar), "grammar"
     )
-    length = asked.max_length or asked.max_new_tokens or service.kobold.get("max_length", _DEFAULT_LENGTH)
-    measured = await _fitted(service, loaded, asked, length)
-    wanted = {"genkey": asked.genkey or "", "client": service.client(request), "text": ""}
-    return await service.ask(request, PROTOCOL, [measured], params, n=asked.n or 1, wanted=wanted)
+    length = body.max_length or body.max_new_tokens or service.kobold_settings.get("max_length", _DEFAULT_LENGTH)
+    prompt = await _fit(service, request, loaded, body, length)
+    note = _Note(body.genkey or "", service.client(request))
+    return await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1, note=note)
 
 
-async def _fitted(service: Service, loaded: LoadedModel, asked: GenerateRequest, length: int) -> Measured:
+async def _fit(service: Service, request: Request, loaded: LoadedModel, body: GenerateRequest, length: int) -> FittedPrompt:
     """The end of the prompt that leaves room for the answer."""
     if loaded.is_remote:
-        return await service.measure(asked.prompt, length)
-    context = min(loaded.context_tokens, asked.max_context_length or asked.truncation_length or loaded.context_tokens)
+        return await service.fit(request, body.prompt, length, loaded=loaded)
+    context = min(loaded.context_tokens, body.max_context_length or body.truncation_length or loaded.context_tokens)
     length = min(length, max(1, context - 1))
     most = max(1, min(context - length, service.limits.max_input_tokens or context))
-    prompt = await service.run(last_tokens, loaded, asked.prompt, most)
-    return await service.measure(prompt, length, trim=True)
+    text = await service.run_for(request, prompt_fit.last_tokens, loaded, body.prompt, most)
+    return await service.fit(request, text, length, trim=True, loaded=loaded)
 
 
-def _params(service: Service, asked: GenerateRequest) -> GenerationParams:
-    settings = read_request("kobold", service.kobold)
-    stop = [*(asked.stop_sequence or ()), *(asked.stopping_strings or ())]
-    wishes = settings | wishes_of("kobold", asked)
-    wishes |= {"temperature": 0.0} if asked.do_sample is False else {}
+def _params(service: Service, loaded: LoadedModel, body: GenerateRequest) -> GenerationParams:
+    settings = read_request("kobold", service.kobold_settings)
+    stop = [*(body.stop_sequence or ()), *(body.stopping_strings or ())]
+    sampling = settings | read_protocol_sampling("kobold", body)
+    sampling |= {"temperature": 0.0} if body.do_sample is False else {}
     return service.params(
         {
-            **wishes,
-            "logit_bias": bias_of(asked.logit_bias) if asked.logit_bias else None,
-            "seed": seed_of(asked.sampler_seed if asked.sampler_seed is not None else asked.seed),
+            **sampling,
+            "logit_bias": _bias(loaded, body.logit_bias) if body.logit_bias else None,
+            "seed": seed_of(body.sampler_seed if body.sampler_seed is not None else body.seed),
             "stop": tuple(dict.fromkeys(each for each in stop if each)),
         }
     )
 
 
+def _bias(loaded: LoadedModel, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Without the ids that this model does not have: clients keep the biases of other models."""
+    found = bias_of(biases)
+    return found if loaded.is_remote else tuple(each for each in found if 0 <= each[0] < loaded.codec.size)
+
+
 def _is_mine(running: Running, client: str, genkey: str) -> bool:
-    wanted = running.wanted
-    if not isinstance(wanted, dict) or "genkey" not in wanted:
+    note = running.note
+    if not isinstance(note, _Note):
         return False
-    return bool(genkey and wanted["genkey"] == genkey) or (not genkey and wanted["client"] == client)
+    return note.genkey == genkey if genkey else note.client == client
 
 
 def _so_far(service: Service, request: Request, genkey: str) -> str:

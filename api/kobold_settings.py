@@ -1,4 +1,4 @@
-"""KoboldAI's settings over HTTP, as far as they mean something here: defaults for requests that leave them out."""
+"""KoboldAI's settings over HTTP, those that have a meaning here: defaults for requests that leave them out."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .problems import Kind, Problem
 from .routes import Json, admin
 from .service import Service
 
-KOBOLD = "1.2.6"  # the version of the United API that is spoken
+KOBOLD = "1.2.6"  # the version of the United API
 KOBOLDCPP = "1.76"
 
 _TYPES: dict[Kind, tuple[int, str]] = {
@@ -38,11 +38,11 @@ _ROWS = {theirs: row for _name, row, _default in GenerationParams.table() for th
 _SETTINGS = ("temperature", "top_p", "top_k", "rep_pen")
 _LIMITS: dict[str, tuple[type, float, float]] = {"max_length": (int, 1, 32768)}
 _LIMITS |= {name: (int if _ROWS[name].kind == "whole" else float, _ROWS[name].low, _ROWS[name].high) for name in _SETTINGS}
-_FIRST: dict[str, Any] = {"max_length": 80} | {name: _ROWS[name].neutral for name in _SETTINGS}
+_DEFAULTS: dict[str, Any] = {"max_length": 80} | {name: _ROWS[name].neutral for name in _SETTINGS}
 
 
 def error_of(problem: Problem) -> Response:
-    """United lists what is wrong by field; anything else is a message with a type."""
+    """United lists wrong values by field; everything else is a message with a type."""
     if problem.kind in _TYPES:
         status, kind = _TYPES[problem.kind]
         return Json({"detail": {"msg": problem.message, "type": kind}}, status)
@@ -54,14 +54,14 @@ def add(router: APIRouter, both: Any, service: Service) -> None:
         kind, low, high = _LIMITS[name]
 
         async def read() -> Response:
-            return Json({"value": service.kobold.get(name, _FIRST[name])})
+            return Json({"value": service.kobold_settings.get(name, _DEFAULTS[name])})
 
         @admin
-        async def write(asked: Value) -> Response:
-            value = asked.value
+        async def write(body: Value) -> Response:
+            value = body.value
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value != kind(value):
                 raise Problem("invalid", f"Must be between {low:g} and {high:g}.", "value")
-            service.kobold[name] = kind(value)
+            service.kobold_settings[name] = kind(value)
             return Json({})
 
         read.__name__, write.__name__ = f"read_{name}", f"write_{name}"
@@ -73,15 +73,15 @@ def add(router: APIRouter, both: Any, service: Service) -> None:
 
     @both(router.get, "/config/max_context_length")
     async def read_context() -> Response:
-        """The loaded context; 2048 while nothing is loaded, as KoboldAI says."""
+        """The context of the loaded model; 2048 while none is loaded, as KoboldAI says."""
         loaded = service.engine.loaded
         return Json({"value": loaded.context_tokens if loaded is not None else 2048})
 
     @both(router.put, "/config/max_context_length")
     @admin
-    async def write_context(asked: Value) -> Response:
-        """Clients send it before they ask. The context is a matter of loading; a smaller one is taken with each request."""
-        if isinstance(asked.value, bool) or not isinstance(asked.value, int) or asked.value < 1:
+    async def write_context(body: Value) -> Response:
+        """Has no effect; clients send it first. The context is set by the load; a request may name a shorter one."""
+        if isinstance(body.value, bool) or not isinstance(body.value, int) or body.value < 1:
             raise Problem("invalid", "Must be a whole number above 0.", "value")
         return Json({})
 
@@ -95,7 +95,7 @@ def add(router: APIRouter, both: Any, service: Service) -> None:
 
     @both(router.put, "/config/soft_prompt")
     @admin
-    async def write_soft_prompt(asked: Value) -> Response:
-        if asked.value:
-            raise Problem("unsupported", "There are no soft prompts here.")
+    async def write_soft_prompt(body: Value) -> Response:
+        if body.value:
+            raise Problem("unsupported", "This server has no soft prompts. Leave it empty.")
         return Json({})

@@ -1,7 +1,7 @@
 """LoLLMS's own remote protocol, which its `lollms` and `remote_lollms` bindings speak.
 
-Its other bindings (`elf`, `vLLM`, `open_ai`, `litellm`) speak OpenAI's. Its `TGI` binding is a stub that
-posts a fixed question and cannot be used with any server.
+Its other bindings (`elf`, `vLLM`, `open_ai`, `litellm`) speak OpenAI's protocol. Its `TGI` binding is a stub that sends a
+fixed question and works with no server.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..core.chat import Finish, Token
+from ..loaders.contract.base import LoadedModel
+from . import prompt_fit
 from .answer_stream import EventStream
-from .openai import text_of
 from .problems import Problem
-from .prompt_cutting import last_tokens
 from .routes import Json, openai_error, route_class
-from .sampling_fields import Open, fields_of, seed_of, wishes_of
+from .sampling_fields import Open, fields_of, read_protocol_sampling, seed_of
 from .service import Service
 
 PROTOCOL = "lollms"
@@ -47,26 +47,26 @@ def build(service: Service) -> APIRouter:
 
     @router.get("/list_models", response_model=list[str])
     async def list_models() -> Response:
-        return Json([each.name for each in service.models()])
+        return Json([each.name for each in await service.models()])
 
     @router.get("/get_available_models", response_model=list[str])
     async def available_models() -> Response:
-        return Json([each.name for each in service.models()])
+        return Json([each.name for each in await service.models()])
 
     @router.post("/lollms_generate", response_model=str)
-    async def generate(asked: GenerateRequest, request: Request) -> Response:
-        """What follows the prompt: plain text in pieces with `stream`, else one JSON string."""
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """What follows the prompt: with `stream` plain text as it is written, else one JSON string."""
         loaded = await service.loaded()
-        service.ignore(PROTOCOL, asked.unknown())
-        params = service.params({**wishes_of("lollms", asked), "seed": seed_of(asked.seed)})
-        length = asked.n_predict if asked.n_predict is not None and asked.n_predict > 0 else None
-        prompt = asked.prompt
-        if not loaded.is_remote and prompt:  # its clients send the whole discussion
+        service.ignore(PROTOCOL, body.unknown())
+        params = service.params({**read_protocol_sampling("lollms", body), "seed": seed_of(body.seed)})
+        length = body.n_predict if body.n_predict is not None and body.n_predict > 0 else None
+        text = body.prompt
+        if not loaded.is_remote and text:  # its clients send the whole discussion
             reserve = min(length or loaded.context_tokens // 4, loaded.context_tokens - 1)
-            prompt = await service.run(last_tokens, loaded, prompt, max(1, loaded.context_tokens - reserve))
-        measured = await service.measure(prompt, length, trim=True)
-        running = await service.ask(request, PROTOCOL, [measured], params)
-        if not asked.stream:
+            text = await service.run_for(request, prompt_fit.last_tokens, loaded, text, max(1, loaded.context_tokens - reserve))
+        prompt = await service.fit(request, text, length, trim=True, loaded=loaded)
+        running = await service.answer(request, PROTOCOL, [prompt], params)
+        if not body.stream:
             return Json((await running.whole())[0].text)
         await running.begun()
 
@@ -79,19 +79,30 @@ def build(service: Service) -> APIRouter:
         return EventStream(running, encode, failing=failing, media_type="text/plain")
 
     @router.post("/lollms_tokenize")
-    async def tokenize(asked: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Ids; with `return_named`, pairs of text and id."""
         loaded = await service.loaded()
-        ids = await service.encode(loaded, asked.prompt, bos=False)
-        pieces = service.pieces(loaded)
-        return Json([[pieces.text(id), id] for id in ids] if asked.return_named else ids)
+
+        def pairs() -> list[Any]:
+            ids = prompt_fit.encode(loaded, body.prompt, bos=False)
+            return _named(service, loaded, ids) if body.return_named else list(ids)
+
+        return Json(await service.run_for(request, pairs))
 
     @router.post("/lollms_detokenize")
-    async def detokenize(asked: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text; with `return_named`, pairs of text and id."""
         loaded = await service.loaded()
-        text = text_of(loaded, asked.tokens)
-        pieces = service.pieces(loaded)
-        return Json([[pieces.text(id), id] for id in asked.tokens] if asked.return_named else text)
+
+        def text() -> Any:
+            whole = prompt_fit.decode(loaded, body.tokens)
+            return _named(service, loaded, body.tokens) if body.return_named else whole
+
+        return Json(await service.run_for(request, text))
 
     return router
+
+
+def _named(service: Service, loaded: LoadedModel, ids: list[int]) -> list[Any]:
+    texts = service.token_texts(loaded)
+    return [[texts.text(id), id] for id in ids]

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.chat import Token
-from .token_text import Pieces
+from .token_texts import TokenTexts
 
 _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI uses this number
 
 
 def number(logprob: float | None) -> float | None:
-    """As JSON can hold it."""
+    """As JSON can contain it."""
     return None if logprob is None else max(_LOWEST, min(0.0, logprob))
 
 
-def chat_logprobs(pieces: Pieces, tokens: Sequence[Token]) -> dict[str, Any]:
+def chat_logprobs(texts: TokenTexts, tokens: Sequence[Token]) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
-        raw = pieces.raw(id)
+        raw = texts.raw(id)
         return {"token": raw.decode("utf-8", "replace"), "logprob": number(logprob), "bytes": list(raw)}
 
     content = [
@@ -25,15 +25,15 @@ def chat_logprobs(pieces: Pieces, tokens: Sequence[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(pieces: Pieces, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
-    texts = [pieces.text(each.id) for each in tokens]
+def text_logprobs(texts: TokenTexts, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    tokens_as_text = [texts.text(each.id) for each in tokens]
     offsets: list[int] = []
-    for text in texts:
+    for text in tokens_as_text:
         offsets.append(offset)
         offset += len(text)
     return {
-        "tokens": texts,
+        "tokens": tokens_as_text,
         "token_logprobs": [number(each.logprob) for each in tokens],
-        "top_logprobs": [{pieces.text(id): number(logprob) for id, logprob in each.top} for each in tokens],
+        "top_logprobs": [{texts.text(id): number(logprob) for id, logprob in each.top} for each in tokens],
         "text_offset": offsets,
     }

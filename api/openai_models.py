@@ -1,4 +1,4 @@
-"""The requests and answers of OpenAI's API, with its field names. Sampling fields of ours are taken besides."""
+"""The requests and answers of OpenAI's API, with its field names. Requests may also have our own sampling fields."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from .. import __version__
 from .sampling_fields import Open, Sampling
 
-FINGERPRINT = f"gptq-webui-{__version__}"  # a text: the text-generation package takes no null
+FINGERPRINT = f"gptq-webui-{__version__}"  # a text, as the text-generation package takes no null
 
 
 class ContentPart(Open):
@@ -31,9 +31,9 @@ class ResponseFormat(Open):
     value: Any = None
 
 
-class _Asking(Sampling):
+class _AnswerRequest(Sampling):
     model: str | None = Field(
-        None, description="Answered by the loaded model, whatever is named, but for a local one not loaded."
+        None, description="The loaded model answers, whatever the name. A local model that is not loaded is refused."
     )
     n: int | None = Field(None, ge=1, le=16)
     seed: int | None = None
@@ -44,12 +44,12 @@ class _Asking(Sampling):
     user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
-    json_schema: dict[str, Any] | None = Field(None, description="As llama.cpp and tabbyAPI take a schema")
-    grammar: str | None = Field(None, description="llama.cpp's rules (GBNF), as KoboldCpp's programs send them")
-    grammar_string: str | None = Field(None, description="The same from text-generation-webui's")
+    json_schema: dict[str, Any] | None = Field(None, description="A JSON schema, as llama.cpp and tabbyAPI take it")
+    grammar: str | None = Field(None, description="llama.cpp's grammar (GBNF), as KoboldCpp's programs send it")
+    grammar_string: str | None = Field(None, description="The same, as text-generation-webui's programs send it")
 
 
-class ChatCompletionRequest(_Asking):
+class ChatCompletionRequest(_AnswerRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -59,7 +59,7 @@ class ChatCompletionRequest(_Asking):
     functions: list[Any] | None = None
 
 
-class CompletionRequest(_Asking):
+class CompletionRequest(_AnswerRequest):
     prompt: str | list[str] | list[int] | list[list[int]] = ""
     suffix: str | None = None
     echo: bool | None = None

@@ -1,6 +1,6 @@
-"""What can be wrong with a request, in kinds. Each protocol gives a kind its own status and shape.
+"""What can be wrong with a request, by kind. Each protocol has its own status and shape for a kind.
 
-Only sentences leave this house: a traceback, a path or a key is never part of an answer.
+Only sentences go into an answer, never a traceback, a path or a key.
 """
 
 import math
@@ -25,20 +25,20 @@ from ..core.errors import (
 from ..loaders.machine.memory_fit import is_out_of_memory
 
 Kind = Literal[
-    "invalid",  # a field is not what it should be
-    "unsupported",  # understood, and this server cannot do it
+    "invalid",  # a field has a wrong value
+    "unsupported",  # a known request that this server cannot do
     "too_long",  # the prompt, with the answer, does not fit into the context
     "too_large",  # the body
     "too_slow",  # the body
     "no_key",
     "guessing",  # too many wrong keys
-    "forbidden",  # the key is right and may not do this
+    "forbidden",  # the key is known but may not do this
     "not_found",
-    "overloaded",  # the line is full
+    "overloaded",  # the queue is full
     "not_loaded",
     "busy",  # a model is being loaded or unloaded
-    "failed",  # the model broke
-    "no_memory",  # the model, or an answer, does not fit into the memory
+    "failed",  # the model or the server failed
+    "no_memory",  # the model or an answer does not fit into the memory
     "elsewhere",  # the Hub, or a download
 ]
 
@@ -60,7 +60,7 @@ STATUS: dict[Kind, int] = {
     "elsewhere": 502,
 }
 
-_KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that fits
+_KINDS: list[tuple[type[GptqWebuiError], Kind]] = [  # the first that matches
     (QueueFull, "overloaded"),
     (Busy, "busy"),
     (NotLoaded, "not_loaded"),
@@ -89,8 +89,8 @@ class Problem(Exception):
         self.kind: Kind = kind
         self.message = message
         self._retry_after_s = retry_after_s
-        self.field = field  # the one that is wrong, if it is one
-        self.fields = fields or ({field: [message]} if field else {})  # sentences by field, as Kobold lists them
+        self.field = field  # the wrong one, if there is one
+        self.fields = fields or ({field: [message]} if field else {})  # sentences by field, as KoboldAI lists them
 
     @property
     def status(self) -> int:
@@ -112,13 +112,13 @@ def of_error(error: GptqWebuiError) -> Problem:
 
 
 def of_validation(errors: Sequence[Any]) -> Problem:
-    """What pydantic found: the place and the sentence, never the value that was sent."""
+    """What pydantic found: the field and the sentence, never the value that was sent."""
     fields: dict[str, list[str]] = {}
     for each in errors:
-        place = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
+        field = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
         if each.get("type") == "json_invalid":
             return Problem("invalid", "The body is not JSON.", "body")
-        fields.setdefault(place, []).append(str(each.get("msg", "is not valid")))
+        fields.setdefault(field, []).append(str(each.get("msg", "is not valid")))
     first = next(iter(fields), "body")
-    message = "; ".join(f"{place}: {', '.join(dict.fromkeys(texts))}" for place, texts in list(fields.items())[:5])
+    message = "; ".join(f"{field}: {', '.join(dict.fromkeys(texts))}" for field, texts in list(fields.items())[:5])
     return Problem("invalid", message or "The request is not valid.", first, fields)

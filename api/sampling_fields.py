@@ -8,7 +8,7 @@ from ..core.params import GenerationParams, Protocol, SamplingField, names_in, r
 
 
 class Open(BaseModel):
-    """A request that may hold fields we do not know; they are named once and ignored."""
+    """A request that may have fields that are not known here; they are named once and ignored."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -51,15 +51,15 @@ Sampling: Any = create_model("Sampling", __base__=Open, **_own_fields(), **_name
 _OWN_NAMES = tuple(_own_fields())
 
 
-def wishes(request: Any) -> dict[str, Any]:
+def read_sampling(request: Any) -> dict[str, Any]:
     """What a request with the fields of `Sampling` says about sampling; our own name counts before another."""
     found = {name: getattr(request, name) for name in _OWN_NAMES}
-    others = wishes_of("openai", request)
+    others = read_protocol_sampling("openai", request)
     found = {name: others.get(name) if value is None else value for name, value in found.items()}
     return found | {"top_k": None if found["top_k"] == -1 else found["top_k"]}
 
 
-def wishes_of(protocol: Protocol, request: BaseModel) -> dict[str, Any]:
+def read_protocol_sampling(protocol: Protocol, request: BaseModel) -> dict[str, Any]:
     """What a request with the fields of `fields_of` says about sampling, under our names and within our limits."""
     return read_request(protocol, request.model_dump(include={each for theirs in names_in(protocol).values() for each in theirs}))
 

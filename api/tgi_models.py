@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from .sampling_fields import Open, fields_of
 
-_Sampling: Any = fields_of("tgi", checked=False)  # tgi_checks.py has its words
+_Sampling: Any = fields_of("tgi", checked=False)  # tgi_checks.py checks them
 
 
 class Parameters(_Sampling):
@@ -42,7 +42,7 @@ class TokenizeRequest(Open):
 class Token(BaseModel):
     id: int
     text: str
-    logprob: float | None = Field(description="null where the loaded model tells none, and of the end token")
+    logprob: float | None = Field(description="null where the loaded model reports none, and for the end token")
     special: bool
 
 

@@ -1,8 +1,9 @@
-"""What text-generation-webui's API has besides OpenAI's: /v1/internal/*, and of its API of 2023 the calls that do not stream.
+"""What text-generation-webui's API adds to OpenAI's: /v1/internal/*, and the calls of its API of 2023 that do not stream.
 
 Its programs look for it on port 5000: `--api-port 5000`.
 """
 
+import math
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -10,12 +11,12 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..core.chat import Message
-from ..loaders.contract.base import LoadedModel
-from .openai import messages_of, text_of
+from . import prompt_fit
+from .openai import messages_of
 from .openai_models import ChatCompletionRequest
 from .problems import Problem
 from .routes import Json, admin, for_all, openai_error, route_class
-from .sampling_fields import Open, Sampling, wishes
+from .sampling_fields import Open, Sampling, read_sampling
 from .service import Service
 
 PROTOCOL = "tgwui"
@@ -79,7 +80,18 @@ class OldPrompt(Open):
     prompt: str
 
 
-_MOST_LOGITS = 20  # that the loaded model tells of one place
+class OldHistory(Open):
+    internal: list[list[str]] = Field(default_factory=list)
+
+
+class OldChatRequest(Sampling):
+    user_input: str = Field(min_length=1)
+    history: OldHistory = Field(default_factory=OldHistory)
+    max_new_tokens: int | None = Field(None, ge=1, le=32768)
+
+
+_OLD_CHAT_TOKENS = 200
+_MOST_LOGITS = 20  # that the loaded model reports for one position
 
 
 def build(service: Service) -> APIRouter:
@@ -91,45 +103,44 @@ def build(service: Service) -> APIRouter:
         return Json({"status": "ok"})
 
     @router.post("/v1/internal/encode", response_model=EncodeAnswer)
-    async def encode(asked: EncodeRequest) -> Response:
-        ids = await service.encode((await service.loaded()), asked.text)
+    async def encode(body: EncodeRequest, request: Request) -> Response:
+        ids = await service.run_for(request, prompt_fit.encode, await service.loaded(), body.text)
         return Json({"tokens": ids, "length": len(ids)})
 
     @router.post("/v1/internal/decode", response_model=DecodeAnswer)
-    async def decode(asked: DecodeRequest) -> Response:
-        return Json({"text": text_of((await service.loaded()), asked.tokens)})
+    async def decode(body: DecodeRequest, request: Request) -> Response:
+        return Json({"text": await service.run_for(request, prompt_fit.decode, await service.loaded(), body.tokens)})
 
     @router.post("/v1/internal/token-count", response_model=CountAnswer)
-    async def token_count(asked: EncodeRequest) -> Response:
-        return Json({"length": len(await service.encode((await service.loaded()), asked.text))})
+    async def token_count(body: EncodeRequest, request: Request) -> Response:
+        ids = await service.run_for(request, prompt_fit.encode, await service.loaded(), body.text)
+        return Json({"length": len(ids)})
 
     @router.post("/v1/internal/logits")
-    async def logits(asked: LogitsRequest, request: Request) -> Response:
+    async def logits(body: LogitsRequest, request: Request) -> Response:
         """The likeliest next tokens and their probabilities, at most 20."""
         loaded = await service.loaded()
         if "logprobs" not in loaded.can:
-            raise Problem("unsupported", f"{loaded.model.name} is loaded in a way that tells no log-probabilities.")
-        if asked.use_samplers:
-            raise Problem(
-                "unsupported", "The probabilities are those of the model itself. Leave use_samplers out.", "use_samplers"
-            )
-        measured = await service.measure(asked.prompt, 1)
-        params = service.params({"temperature": 0.0, "logprobs": min(asked.top_logits, _MOST_LOGITS)})
-        running = await service.ask(request, PROTOCOL, [measured], params)
+            raise Problem("unsupported", f"The loader of {loaded.model.name} reports no log-probabilities.")
+        if body.use_samplers:
+            text = "The probabilities are those of the model before the samplers. Leave use_samplers out."
+            raise Problem("unsupported", text, "use_samplers")
+        prompt = await service.fit(request, body.prompt, 1, loaded=loaded)
+        params = service.params({"temperature": 0.0, "logprobs": min(body.top_logits, _MOST_LOGITS)})
+        running = await service.answer(request, PROTOCOL, [prompt], params)
         answer = (await running.whole())[0]
-        pieces = service.pieces(loaded)
-        top = answer.tokens[0].top if answer.tokens else ()
-        return Json({"logits": {pieces.text(id): round(2.718281828459045**logprob, 5) for id, logprob in top}})
+        texts, top = service.token_texts(loaded), answer.tokens[0].top if answer.tokens else ()
+        return Json({"logits": await service.run(lambda: {texts.text(id): round(math.exp(each), 5) for id, each in top})})
 
     @router.post("/v1/internal/chat-prompt")
-    async def chat_prompt(asked: ChatCompletionRequest) -> Response:
+    async def chat_prompt(body: ChatCompletionRequest, request: Request) -> Response:
         """The conversation as the model reads it."""
-        measured = await service.measure(messages_of(asked.messages), None, trim=True)
-        return Json({"prompt": measured.prompt.text})
+        prompt = await service.fit(request, messages_of(body.messages), None, trim=True)
+        return Json({"prompt": prompt.prompt.text})
 
     @router.post("/v1/internal/stop-generation")
     async def stop_generation(request: Request) -> Response:
-        """End the answers of this client; an owner of an admin key ends all."""
+        """End the answers of this client; an admin key ends all answers."""
         stop(service, request)
         return Json("OK")
 
@@ -140,23 +151,25 @@ def build(service: Service) -> APIRouter:
     @router.get("/v1/internal/model/list", response_model=ModelList)
     @admin
     async def model_list() -> Response:
-        return Json({"model_names": [each.name for each in service.models()]})
+        return Json({"model_names": [each.name for each in await service.models()]})
 
     @router.post("/v1/internal/model/load")
     @admin
-    async def model_load(asked: LoadRequest) -> Response:
-        args = dict(asked.args or {})
-        if asked.instruction_template_str:
-            raise Problem("unsupported", "A template given as text is not taken; name one of ours as instruction_template.")
-        await service.load(service.find(asked.model_name), None, options_of(args))
-        if asked.instruction_template:
-            service.engine.set_template(asked.instruction_template)
+    async def model_load(body: LoadRequest) -> Response:
+        args = dict(body.args or {})
+        if body.instruction_template_str:
+            raise Problem(
+                "unsupported", "This server takes no template as text. Name one of /v1/template/list as instruction_template."
+            )
+        await service.load(await service.find(body.model_name), None, options_of(args))
+        if body.instruction_template:
+            await service.set_template(body.instruction_template)
         return Json("OK")
 
     @router.post("/v1/internal/model/unload")
     @admin
     async def model_unload() -> Response:
-        await service.run(service.engine.unload)
+        await service.unload()
         return Json("OK")
 
     @router.get("/v1/internal/lora/list")
@@ -166,8 +179,8 @@ def build(service: Service) -> APIRouter:
 
     @router.post("/v1/internal/lora/load")
     @admin
-    async def lora_load(asked: LoraRequest) -> Response:
-        raise Problem("unsupported", "LoRA adapters are not loaded here.")
+    async def lora_load(body: LoraRequest) -> Response:
+        raise Problem("unsupported", "This server loads no LoRA adapters.")
 
     @router.post("/v1/internal/lora/unload")
     @admin
@@ -175,12 +188,14 @@ def build(service: Service) -> APIRouter:
         return Json("OK")
 
     @router.post("/api/v1/chat", include_in_schema=False)
-    async def old_chat(asked: Open, request: Request) -> Response:
-        return await _old_chat(service, asked, request)
+    async def old_chat(body: OldChatRequest, request: Request) -> Response:
+        """A message and a history of pairs; returns the history with the answer."""
+        return await _old_chat(service, body, request)
 
     @router.post("/api/v1/token-count", include_in_schema=False)
-    async def old_count(asked: OldPrompt) -> Response:
-        return Json({"results": [{"tokens": len(await service.encode((await service.loaded()), asked.prompt))}]})
+    async def old_count(body: OldPrompt, request: Request) -> Response:
+        ids = await service.run_for(request, prompt_fit.encode, await service.loaded(), body.prompt)
+        return Json({"results": [{"tokens": len(ids)}]})
 
     @router.post("/api/v1/stop-stream", include_in_schema=False)
     async def old_stop(request: Request) -> Response:
@@ -188,16 +203,16 @@ def build(service: Service) -> APIRouter:
         return Json({"results": "success"})
 
     @router.post("/api/v1/model", include_in_schema=False)
-    async def old_model(asked: OldModelRequest, request: Request) -> Response:
-        if asked.action == "info":
+    async def old_model(body: OldModelRequest, request: Request) -> Response:
+        if body.action == "info":
             return Json({"result": {**_info(service), "shared.settings": {}, "shared.args": {}}})
-        if asked.action == "list":
-            return Json({"result": [each.name for each in service.models()]})
-        service.keys.check(request.headers, "admin")
-        if asked.action == "load":
-            await service.load(service.find(asked.model_name or ""))
+        if body.action == "list":
+            return Json({"result": [each.name for each in await service.models()]})
+        service.keys.check(request.headers, "admin", request.client.host if request.client else "")
+        if body.action == "load":
+            await service.load(await service.find(body.model_name or ""))
         else:
-            await service.run(service.engine.unload)
+            await service.unload()
         return Json({"result": _info(service)})
 
     return router
@@ -220,7 +235,7 @@ def stop(service: Service, request: Request) -> None:
         return
     client = service.client(request)
     for each in service.answers():
-        if each.place.client == client:
+        if each.ticket.client == client:
             each.cancel()
 
 
@@ -230,26 +245,19 @@ def _info(service: Service) -> dict[str, Any]:
     return {"model_name": name, "lora_names": [], "loader": choice.loader.name if choice is not None else None}
 
 
-async def _old_chat(service: Service, asked: Any, request: Request) -> Response:
-    """user_input and a history of pairs in, the history with the answer out."""
-    loaded: LoadedModel = await service.loaded()
-    values: dict[str, Any] = asked.model_extra or {}
-    history = values.get("history") if isinstance(values.get("history"), dict) else {}
-    pairs = [pair for pair in (history or {}).get("internal", []) if isinstance(pair, list) and len(pair) == 2]
-    text = values.get("user_input")
-    if not isinstance(text, str) or not text:
-        raise Problem("invalid", "user_input: a text is needed", "user_input")
-    messages = [Message(role, str(each)) for pair in pairs for role, each in zip(("user", "assistant"), pair, strict=True)]  # type: ignore[arg-type]
-    known = {
-        name: values[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty", "typical_p") if name in values
-    }
-    params = service.params(wishes(LogitsRequest(prompt="", **known)))
-    most = values.get("max_new_tokens")
-    most = most if isinstance(most, int) and not isinstance(most, bool) and 0 < most <= 32768 else 200
-    chat = [*messages, Message("user", text)]
-    window = await service.run(service.engine.conversation.window, loaded, chat, most)
-    measured = await service.measure(window.prompt, most, trim=True)
-    running = await service.ask(request, PROTOCOL, [measured], params)
+async def _old_chat(service: Service, body: OldChatRequest, request: Request) -> Response:
+    loaded = await service.loaded()
+    pairs = [pair for pair in body.history.internal if len(pair) == 2]
+    messages = [
+        Message(role, text)  # type: ignore[arg-type]
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    most = body.max_new_tokens or _OLD_CHAT_TOKENS
+    chat = [*messages, Message("user", body.user_input)]
+    window = await service.run_for(request, service.engine.conversation.window, loaded, chat, most)
+    prompt = await service.fit(request, window.prompt, most, trim=True, loaded=loaded)
+    running = await service.answer(request, PROTOCOL, [prompt], service.params(read_sampling(body)))
     answer = (await running.whole())[0].text
-    turns = [*pairs, [text, answer]]
+    turns = [*pairs, [body.user_input, answer]]
     return Json({"results": [{"history": {"internal": turns, "visible": turns}}]})

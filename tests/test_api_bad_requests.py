@@ -59,9 +59,9 @@ TGI = [  # (body, status, error_type, error)
     (tgi(stop=["a"] * 17), 422, "validation", "`stop` supports up to 16 stop sequences. Given: 17"),
     (tgi(top_n_tokens=6), 422, "validation", "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
     (tgi(grammar={"type": "json", "value": "{}"}), 422, "validation", "grammar: TheBloke_Mistral"),
-    (tgi(grammar={"type": "json"}), 422, "validation", "grammar: a JSON schema is needed"),
+    (tgi(grammar={"type": "json"}), 422, "validation", "grammar must be a JSON schema"),
     (tgi(grammar={"type": "json", "value": "{"}), 422, "validation", "the schema is not JSON"),
-    (tgi(grammar={"type": "regex", "value": 5}), 422, "validation", "grammar: a text is needed"),
+    (tgi(grammar={"type": "regex", "value": 5}), 422, "validation", "grammar must be a text"),
     (tgi(grammar={"type": "regex", "value": "a" * 10_001}), 422, "validation", "up to 10,000 characters"),
     (tgi(grammar={}), 422, "validation", "json_schema or regex"),
     (tgi(decoder_input_details=True), 422, "validation", "`decoder_input_details` is not supported"),
@@ -133,7 +133,7 @@ OPENAI = [  # (path, body, status, type, param, code, words)
         "invalid_request_error",
         "logprobs",
         None,
-        "tells no log-probabilities",
+        "reports no log-probabilities",
     ),
     ("chat", {"messages": user(), "tools": [{"type": "function"}]}, 400, "invalid_request_error", "tools", None, "not supported"),
     (
@@ -143,14 +143,14 @@ OPENAI = [  # (path, body, status, type, param, code, words)
         "invalid_request_error",
         "response_format.json_schema.schema",
         None,
-        "a JSON schema is needed",
+        "must be a JSON schema",
     ),
     *(
         ("chat", {"messages": user(), "response_format": form}, 400, "invalid_request_error", param, None, words)
         for form, param, words in (
             ({"type": "json_object"}, "response_format", "does not support grammars"),
             ({"type": "yaml"}, "response_format", "json_schema or regex; found 'yaml'"),
-            ({"type": "regex"}, "response_format.value", "a text is needed"),
+            ({"type": "regex"}, "response_format.value", "must be a text"),
             ({}, "response_format.type", "required"),
         )
     ),
@@ -164,8 +164,8 @@ OPENAI = [  # (path, body, status, type, param, code, words)
     ("text", {"prompt": [99999999]}, 400, "invalid_request_error", None, None, "Token ids"),
     ("text", {"prompt": "Hi", "suffix": "x"}, 400, "invalid_request_error", "suffix", None, "suffix"),
     ("text", {"prompt": "Hi", "best_of": 3}, 400, "invalid_request_error", "best_of", None, "equal to n"),
-    ("text", {"prompt": "Hi", "echo": True, "logprobs": 1}, 400, "invalid_request_error", "echo", None, "not computed"),
-    ("text", {"prompt": ["a"] * 9, "n": 2}, 400, "invalid_request_error", "n", None, "At most 16"),
+    ("text", {"prompt": "Hi", "echo": True, "logprobs": 1}, 400, "invalid_request_error", "echo", None, "does not compute"),
+    ("text", {"prompt": ["a"] * 9, "n": 2}, 400, "invalid_request_error", "n", None, "may have 16 answers"),
 ]
 
 NO_FORM = (

@@ -1,11 +1,13 @@
-"""The text of a single token, for log-probabilities and token lists. Often less than a character: then its bytes."""
+"""The text of a single token, for log-probabilities and token lists. It is often less than a character: then its bytes."""
 
 from functools import lru_cache
 
 from ..loaders.contract.base import LoadedModel
 
 
-class Pieces:
+class TokenTexts:
+    """Asks the tokenizer, which may be busy with a long text: not for the event loop."""
+
     def __init__(self, loaded: LoadedModel) -> None:
         self._codec = None if loaded.is_remote else loaded.codec
         self.special = self._codec.special_ids if self._codec is not None else frozenset()

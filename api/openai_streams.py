@@ -1,0 +1,103 @@
+"""OpenAI's answers as server-sent events: chunks of a chat message, chunks of a text."""
+
+import json
+import secrets
+import time
+from typing import Any
+
+from ..core.chat import Finish, Token
+from ..loaders.contract.base import LoadedModel
+from .answer_stream import EventStream, Running, WholeAnswer
+from .openai_logprobs import chat_logprobs, text_logprobs
+from .openai_models import FINGERPRINT, Usage
+from .problems import Problem
+from .routes import openai_error
+from .service import Service
+
+
+class AnswerHead:
+    """What all chunks of an answer begin with."""
+
+    def __init__(self, prefix: str, kind: str, model: str) -> None:
+        self.id = prefix + secrets.token_hex(12)
+        self.created = int(time.time())
+        self.kind, self.model = kind, model
+
+    def chunk(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:
+        head = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model}
+        body = {**head, "system_fingerprint": FINGERPRINT, "choices": choices, **extra}
+        return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _Chunks:
+    """The events of a stream as chunks, and the usage at its end."""
+
+    def __init__(self, head: AnswerHead, body: Any, prompts: int) -> None:
+        self._head, self._prompts = head, prompts
+        self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._extra: dict[str, Any] = {"usage": None} if self._with_usage else {}
+        self._finishes: list[WholeAnswer] = []
+
+    def choice(self, at: int, content: dict[str, Any], logprobs: Any = None, finish: Finish | None = None) -> bytes:
+        if finish is not None:
+            self._finishes.append(WholeAnswer(finish=finish))
+        reason = finish_reason(finish) if finish is not None else None
+        return self._head.chunk([{"index": at, **content, "logprobs": logprobs, "finish_reason": reason}], self._extra)
+
+    def closing(self) -> bytes:
+        usage = {"usage": usage_of(self._prompts, self._finishes).model_dump()}
+        return (self._head.chunk([], usage) if self._with_usage else b"") + b"data: [DONE]\n\n"
+
+
+def chat_stream(service: Service, loaded: LoadedModel, running: Running, head: AnswerHead, body: Any) -> EventStream:
+    head.kind = "chat.completion.chunk"
+    chunks = _Chunks(head, body, 1)
+
+    def encode(at: int, event: Token | Finish) -> bytes:
+        if isinstance(event, Finish):
+            return chunks.choice(at, {"delta": {}}, finish=event)
+        logprobs = chat_logprobs(service.token_texts(loaded), [event]) if body.logprobs and event.id >= 0 else None
+        return chunks.choice(at, {"delta": {"content": event.text}}, logprobs) if event.text or logprobs else b""
+
+    opening = b"".join(chunks.choice(at, {"delta": {"role": "assistant", "content": ""}}) for at in range(running.count))
+    run = service.run if body.logprobs else None
+    return EventStream(running, encode, opening=opening, closing=chunks.closing, failing=_failing, run=run)
+
+
+def text_stream(
+    service: Service, loaded: LoadedModel, running: Running, head: AnswerHead, body: Any, before: list[str], prompts: int
+) -> EventStream:
+    """`before` is what each answer begins with: the prompt, with `echo`."""
+    chunks = _Chunks(head, body, prompts)
+    lengths = [0] * len(before)
+
+    def encode(at: int, event: Token | Finish) -> bytes:
+        if isinstance(event, Finish):
+            return chunks.choice(at, {"text": ""}, finish=event)
+        logprobs = None
+        if body.logprobs is not None and event.id >= 0:
+            logprobs = text_logprobs(service.token_texts(loaded), [event], lengths[at])
+            lengths[at] += len(logprobs["tokens"][0])
+        return chunks.choice(at, {"text": event.text}, logprobs) if event.text or logprobs else b""
+
+    opening = b"".join(chunks.choice(at, {"text": text}) for at, text in enumerate(before) if text)
+    run = service.run if body.logprobs is not None else None
+    return EventStream(running, encode, opening=opening, closing=chunks.closing, failing=_failing, run=run)
+
+
+def finish_reason(finish: Finish) -> str:
+    return "length" if finish.reason == "length" else "stop"
+
+
+def usage_of(prompts: int, answers: list[WholeAnswer]) -> Usage:
+    """The tokens of so many prompts and of all their answers."""
+    finishes = [each.finish for each in answers]
+    step = max(1, len(answers) // max(1, prompts))  # n answers to a prompt count its tokens once
+    prompt = sum(each.prompt_tokens for each in finishes[::step])
+    new = sum(each.new_tokens for each in finishes)
+    cached = {"cached_tokens": sum(each.cached_tokens for each in finishes[::step])}
+    return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new, prompt_tokens_details=cached)
+
+
+def _failing(problem: Problem) -> bytes:
+    return b"data: " + openai_error(problem).body + b"\n\ndata: [DONE]\n\n"
