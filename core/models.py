@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 from .errors import BadCheckpoint, GptqWebuiError
 from .folder_files import read_json
+from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
 from .quantize_config import QuantizeConfig
 from .safetensors_header import TensorInfo, read_header
 
-Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "plain", "lora", "incomplete", "remote"]
+Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "gptq_p", "plain", "lora", "incomplete", "remote"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MARKER = ".gptq-webui.json"  # written last by a download: its ref, commit and files
@@ -27,6 +28,7 @@ OPENED_BY: dict[Kind, str] = {
     "exl2": "EXL2 weights are opened by ExLlamaV2's own programs (tabbyAPI); look for the model's -GPTQ sister.",
     "exl3": "EXL3 weights are opened by ExLlamaV3 (tabbyAPI, text-generation-webui); look for the model's -GPTQ sister.",
     "gguf": "GGUF files are opened by llama.cpp, Ollama or LM Studio; look for the model's -GPTQ sister.",
+    "gptq_p": "GPTQ weights of 5 or 6 bits (format gptq_p) are opened by GPTQModel; choose a branch of 2, 3, 4 or 8 bits.",
     "lora": "This is a LoRA adapter, not a model; it changes a base model and cannot be opened alone.",
 }
 
@@ -46,6 +48,7 @@ class LocalModel:
     problem: str = ""  # why it is incomplete, in a sentence
     served_by: str = ""  # addresses of the engines that compute it; only where kind is remote
     served_as: str = ""  # its name there, "owner/name"
+    format: str = ""  # name of the weights' format where kind does not say it: "FP8", "bitsandbytes 4-bit", "32-bit"
     called: str = ""  # where the folder's own name says nothing: in the Hugging Face cache it is a commit
 
     @property
@@ -57,6 +60,8 @@ class LocalModel:
         """What a list shows beside the name: '4-bit, group 32, act-order' or 'AWQ'."""
         if self.quantize is not None:
             return f"GPTQ {self.quantize.summary}"
+        if self.format:
+            return self.format
         return {"plain": "16-bit", "lora": "LoRA", "remote": "on another machine"}.get(
             self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete"
         )
@@ -68,8 +73,8 @@ class LocalModel:
             return _read(folder)
         except (GptqWebuiError, OSError) as error:
             return cls(folder, "incomplete", None, 0, None, "", (), str(error))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error, RecursionError) as error:
-            problem = f"Its settings or weights are not what they should be ({error!r}). Download the model again."
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error, RecursionError):
+            problem = "Its settings or weights are not what they should be . Download the model again."
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
 
 
@@ -186,8 +191,8 @@ def _read(folder: Path) -> LocalModel:
     files, missing = weight_files(folder)
     size_bytes = sum(path.stat().st_size for path in files)
 
-    def found(kind: Kind, quantize: QuantizeConfig | None = None, problem: str = "") -> LocalModel:
-        return LocalModel(folder, kind, quantize, size_bytes, context, architecture, tuple(files), problem)
+    def found(kind: Kind, quantize: QuantizeConfig | None = None, problem: str = "", form: str = "") -> LocalModel:
+        return LocalModel(folder, kind, quantize, size_bytes, context, architecture, tuple(files), problem, format=form)
 
     if any(name.endswith(PARTIAL) for name in names):
         return found(
@@ -206,7 +211,10 @@ def _read(folder: Path) -> LocalModel:
         return found("lora")
     if not config:
         return found("incomplete", problem="config.json is missing. Download the model again; what is complete is kept.")
-    kind = declared_kind(config, read_json(folder / "quant_config.json"), read_json(folder / "quantize_config.json"))
+    quantize_config = read_json(folder / "quantize_config.json")
+    kind = declared_kind(config, read_json(folder / "quant_config.json"), quantize_config)
+    if kind == "gptq_p":
+        return found(kind, form=name_of_gptq_p(_gptq_settings(config, quantize_config)))
     tensors = tensors_of(files)
     by_tensors = kind_of_tensors(tensors) if tensors else None
     if kind == "gptq" and by_tensors == "plain":
@@ -219,7 +227,15 @@ def _read(folder: Path) -> LocalModel:
         kind = by_tensors  # the tensors are the truth
     if kind == "gptq":
         return found("gptq", QuantizeConfig.read(folder, tensors))
+    if kind == "plain":
+        largest = max(tensors.values(), key=lambda each: each[1].size_bytes, default=None)
+        return found(kind, form=name_of_method(config) or (name_of_dtype(largest[1].dtype) if largest else ""))
     return found(kind)
+
+
+def _gptq_settings(config: Mapping[str, Any], quantize_config: Mapping[str, Any]) -> dict[str, Any]:
+    in_config = config.get("quantization_config")
+    return {**(in_config if isinstance(in_config, Mapping) else {}), **quantize_config}
 
 
 def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], quantize_config: Mapping[str, Any]) -> Kind:
@@ -229,6 +245,8 @@ def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], qu
     method = str(quantization.get("quant_method") or "").lower()
     if not method and quantization.get("bits") and "group_size" in quantization:
         method = "gptq"  # early AutoGPTQ wrote no method into config.json
+    if (method == "gptq" or (quantize_config and not method)) and name_of_gptq_p(_gptq_settings(config, quantize_config)):
+        return "gptq_p"
     if method in ("awq", "exl2", "exl3", "gptq"):
         return method  # type: ignore[return-value]
     if quant_config.get("w_bit"):

@@ -15,6 +15,7 @@ from typing import Any
 from ..core.errors import BadQuantizeConfig, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, Kind, choose_weights, declared_kind
+from ..core.other_formats import name_of_method
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes, plural
 from .repository import Listing, RemoteFile, is_safe_path
@@ -200,14 +201,14 @@ def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]
 def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
     """The refusal, which says what it is and where the same model may be as GPTQ."""
     owner, _, name = ref.repo.partition("/")
-    quantization = settings.get("config.json", {}).get("quantization_config")
-    if kind == "lora":
+    config = settings.get("config.json", {})
+    quantization = name_of_method(config)
+    if kind in ("lora", "gptq_p"):
         found = f"{ref}: {OPENED_BY[kind]}"
     elif kind in OPENED_BY:
         found = f"{ref} holds {kind.upper()} weights, not GPTQ. {OPENED_BY[kind]}"
     elif quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        found = f"{ref} is quantised with {method or 'an unknown method'}, not GPTQ."
+        found = f"{ref} holds weights of another format ({quantization}), not GPTQ."
     else:
         found = f"{ref} is not quantised (16-bit weights); this program is for GPTQ models."
     if "gptq" in name.lower():
@@ -254,7 +255,8 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
 
 def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
     if kind != "gptq":
-        return {"plain": "16-bit", "lora": "LoRA"}.get(kind, kind.upper())
+        plain = name_of_method(settings.get("config.json", {})) or "16-bit"
+        return {"plain": plain, "lora": "LoRA"}.get(kind, kind.upper())
     try:
         return "GPTQ " + quantize_of(settings).summary
     except BadQuantizeConfig:

@@ -104,7 +104,7 @@ def test_summary_says_size_files_and_format() -> None:
         ("plain", "mistralai/Model-7B", ["model.safetensors", "config.json"], {"config.json": {}},
          "is not quantised (16-bit", "mistralai/Model-7B-GPTQ or TheBloke/Model-7B-GPTQ"),
         ("other method", "unsloth/Model-bnb", ["model.safetensors", "config.json"],
-         {"config.json": {"quantization_config": {"quant_method": "bitsandbytes"}}}, "quantised with bitsandbytes", "GPTQ"),
+         {"config.json": {"quantization_config": {"quant_method": "bitsandbytes"}}}, "another format (bitsandbytes)", "GPTQ"),
         ("lora", "u/adapter", ["adapter_config.json", "adapter_model.safetensors"], {}, "LoRA adapter", ""),
         ("data", "u/set", ["README.md", "data/train-0001.parquet"], {}, "holds data (train-0001", ""),
         ("pictures", "u/sdxl", ["model_index.json", "unet/model.safetensors"], {}, "pictures", ""),
