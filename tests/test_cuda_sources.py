@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import gemv, kernel_arguments, kernel_source, small_batch
+from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, small_batch
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat, Packing, Unsuited, groups_of
@@ -43,7 +43,9 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")
-    for name in (*(each.name for each in variants), *fixed):
+    names = gpu_kernels._KERNEL.findall(kernel_source.source(variants, packings, formats, fixed=True))
+    assert {each.name for each in variants} | set(fixed) <= set(names)
+    for name in names:
         assert name.encode() in binary
 
 

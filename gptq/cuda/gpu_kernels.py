@@ -1,5 +1,6 @@
 """The kernels of one GPU: compiled when a model is loaded, launched on torch's current stream."""
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,8 @@ import torch
 from .cuda_driver import Kernel, Module
 from .kernel_source import KvFormat, Packing, Variant, programs
 from .nvrtc import Compiler, NoCompiler
+
+_KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(")  # in CUDA C: the name of a kernel
 
 
 class Gpu:
@@ -26,6 +29,7 @@ class Gpu:
         self.shared_bytes = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024)  # of a processor
         self._compiler = Compiler(self.capability, int(torch.version.cuda.split(".")[0]))
         self._modules: list[Module] = []
+        self._module_of: dict[str, Module] = {}  # by the name of a kernel
         self._kernels: dict[str, Kernel] = {}
 
     def add(
@@ -41,13 +45,17 @@ class Gpu:
             binaries = list(pool.map(self._compiler.compile, texts))
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # torch has made the context by now
-            self._modules[:0] = [Module(each, self.capability) for each in binaries]
+            for text, binary in zip(texts, binaries, strict=True):
+                module = Module(binary, self.capability)
+                self._modules.append(module)
+                self._module_of |= dict.fromkeys(_KERNEL.findall(text), module)
 
     def close(self) -> None:
         """Free the memory of the kernels. Graphs that hold them must be gone."""
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             self._kernels.clear()
+            self._module_of.clear()
             for each in self._modules:
                 each.close()
             self._modules.clear()
@@ -55,14 +63,9 @@ class Gpu:
     def __getitem__(self, name: str) -> Kernel:
         found = self._kernels.get(name)
         if found is None:
-            for module in self._modules:
-                try:
-                    found = self._kernels[name] = module[name]
-                    break
-                except NoCompiler:
-                    continue
-            else:
+            if name not in self._module_of:
                 raise NoCompiler(f"The kernel {name} was not compiled.")
+            found = self._kernels[name] = self._module_of[name][name]
         return found
 
     def run(

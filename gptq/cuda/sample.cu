@@ -79,7 +79,7 @@ DEVICE int block_largest(SampleShared& shared, float value, int token) {
   }
   if (tid % 32 == 0) { shared.best_value[tid / 32] = value; shared.best_token[tid / 32] = token; }
   __syncthreads();
-  for (int i = 0; i < blockDim.x / 32; i++)
+  for (int i = 0; i < SAMPLE_THREADS / 32; i++)
     if (shared.best_value[i] > value || (shared.best_value[i] == value && shared.best_token[i] < token)) {
       value = shared.best_value[i];
       token = shared.best_token[i];
@@ -110,7 +110,7 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
   float high = -INFINITY;
   int at_high = 0x7fffffff;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < row.n; i += blockDim.x) {
+  for (int i = threadIdx.x; i < row.n; i += SAMPLE_THREADS) {
     float z = logits[i];
     if (params.biased) z += bias[i];
     if (penalties && seen[i]) z = z < 0.f ? z * params.repetition_penalty : z / params.repetition_penalty;
@@ -127,12 +127,12 @@ DEVICE float deviation(SampleShared& shared, const SampleRow& row) {
   float* scratch = (float*)shared.bins;
   float sum = 0.f, count = 0.f, squares = 0.f;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < row.n; i += blockDim.x)
+  for (int i = threadIdx.x; i < row.n; i += SAMPLE_THREADS)
     if (row.work[i] > -INFINITY) { sum += row.work[i]; count += 1.f; }
   count = block_sum(count, scratch);
   const float mean = block_sum(sum, scratch) / count;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < row.n; i += blockDim.x)
+  for (int i = threadIdx.x; i < row.n; i += SAMPLE_THREADS)
     if (row.work[i] > -INFINITY) { const float off = row.work[i] - mean; squares += off * off; }
   return sqrtf(block_sum(squares, scratch) / count);
 }
@@ -164,7 +164,7 @@ DEVICE int last_bin(SampleShared& shared, const SampleRow& row) {
 
 // Whatever the first filter can keep goes into the short list, if the list is long enough for it.
 DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row) {
-  const int tid = threadIdx.x, threads = blockDim.x;
+  const int tid = threadIdx.x, threads = SAMPLE_THREADS;
   Candidates found = {row.work, row.n, false, 0};
   if (!row.by_k && !row.by_p && !row.by_floor) return found;
   auto bin_of = [&](float z) { return min(BINS - 1, (int)((row.peak - z) * BINS_PER_FOLD)); };
@@ -206,7 +206,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
 
 // Sort the short list, one candidate a thread, the likeliest first; of equals the first token. A bitonic network.
 DEVICE float sort_candidates(SampleShared& shared, int length) {
-  const int tid = threadIdx.x, threads = blockDim.x;
+  const int tid = threadIdx.x, threads = SAMPLE_THREADS;
   float z = tid < length ? shared.list[tid] : -INFINITY;
   int token = tid < length ? shared.tokens[tid] : 0x7fffffff;
   __syncthreads();
@@ -235,7 +235,7 @@ DEVICE float sort_candidates(SampleShared& shared, int length) {
 
 // The filters on a short list of at most one candidate a thread: what they drop becomes -infinity.
 DEVICE void filter_sorted(SampleShared& shared, const SampleRow& row, Candidates& candidates) {
-  const int tid = threadIdx.x, threads = blockDim.x, length = candidates.length;
+  const int tid = threadIdx.x, threads = SAMPLE_THREADS, length = candidates.length;
   const float z = sort_candidates(shared, length), lowest = row.by_k ? shared.list[min(row.params.top_k, length) - 1] : -INFINITY;
   __syncthreads();  // the list is read before it is written again
   bool kept = tid < length && z >= lowest && z >= row.sigma_floor;
@@ -264,7 +264,7 @@ DEVICE u32 key_by_count(SampleShared& shared, const Candidates& candidates, u64 
     const u32 tried = key | 1u << bit;
     u64 count = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) count += key_of(candidates.logits[i]) >= tried;
+    for (int i = threadIdx.x; i < candidates.length; i += SAMPLE_THREADS) count += key_of(candidates.logits[i]) >= tried;
     if (block_sum_u64(count, shared.scratch) >= wanted) key = tried;
   }
   return key;
@@ -274,7 +274,7 @@ DEVICE u32 key_by_count(SampleShared& shared, const Candidates& candidates, u64 
 DEVICE u64 mass_above(SampleShared& shared, const SampleRow& row, const Candidates& candidates, u32 key, bool equal, u32 low) {
   u64 sum = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+  for (int i = threadIdx.x; i < candidates.length; i += SAMPLE_THREADS) {
     const u32 k = key_of(candidates.logits[i]);
     if ((equal ? k >= key : k > key) && k >= low) sum += mass_of(candidates.logits[i] - row.peak);
   }
@@ -297,7 +297,7 @@ DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candi
   t.log_all = __logf((float)((double)all / 1099511627776.0));
   float sum = 0.f;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x)
+  for (int i = threadIdx.x; i < candidates.length; i += SAMPLE_THREADS)
     if (key_of(candidates.logits[i]) >= t.low) { const float l = candidates.logits[i] - row.peak - t.log_all; sum -= __expf(l) * l; }
   t.expected = block_sum(sum, (float*)shared.bins);
   const u64 wanted = (u64)((double)row.params.typical_p * (double)all);
@@ -306,7 +306,7 @@ DEVICE void find_typical(SampleShared& shared, const SampleRow& row, const Candi
     const u32 tried = key | 1u << bit;
     u64 nearer = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+    for (int i = threadIdx.x; i < candidates.length; i += SAMPLE_THREADS) {
       if (key_of(candidates.logits[i]) < t.low) continue;
       const float l = candidates.logits[i] - row.peak - t.log_all;
       if (key_of(fabsf(-l - t.expected)) < tried) nearer += mass_of(l + t.log_all);
@@ -336,7 +336,7 @@ DEVICE int draw_token(SampleShared& shared, const SampleRow& row, const Candidat
   float high = -INFINITY;
   int at_high = 0x7fffffff;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < candidates.length; i += blockDim.x) {
+  for (int i = threadIdx.x; i < candidates.length; i += SAMPLE_THREADS) {
     const float z = candidates.logits[i];
     if (z == -INFINITY || key_of(z) < t.low) continue;
     if (row.by_typical && key_of(fabsf(-(z - row.peak - t.log_all) - t.expected)) > t.strange) continue;
@@ -388,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1) sample(SampleArg
     row.by_floor = row.floor > -INFINITY;
     Candidates candidates = collect_candidates(shared, row);
     Thresholds thresholds = {0, 0xffffffffu, 0.f, 0.f};
-    if (candidates.listed && candidates.length <= blockDim.x && !row.by_typical) filter_sorted(shared, row, candidates);
+    if (candidates.listed && candidates.length <= SAMPLE_THREADS && !row.by_typical) filter_sorted(shared, row, candidates);
     else thresholds = find_thresholds(shared, row, candidates);
     chosen = draw_token(shared, row, candidates, thresholds);
   }
