@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled first")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("There is no graphics card that torch can use.")
+        print("There is no GPU that torch can use.")
         return 1
     used_bytes()  # CUDA's own context must exist before anything is measured
     torch.ones(1, device="cuda")
