@@ -32,7 +32,6 @@ LONG = {
     "api/openai.py": "?",
     "api/tgi.py": "?",
     "gptq/cuda/sample.cu": "?",
-    "loaders/exllamav2/exllamav2_loader.py": "?",
     "benchmarks/tune.py": "?",
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",
     "tests/test_api_bad_requests.py": "?",
