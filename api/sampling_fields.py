@@ -32,7 +32,7 @@ def _named_fields(protocol: Protocol, checked: bool) -> dict[str, Any]:
     rows = {name: row for name, row, _default in GenerationParams.table()}
     for name, theirs in names_in(protocol).items():
         row = rows[name]
-        limits = {"ge": min(row.low, 0), "le": 1 if row.high == 1 else None} if checked else {}
+        limits: dict[str, Any] = {"ge": min(row.low, 0), "le": 1 if row.high == 1 else None} if checked else {}
         for each in theirs:
             made[each] = (_type(row) | None, Field(None, description=row.help if each == name else name, **limits))
     return made

@@ -27,7 +27,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
-        own = sum(each.client is not None and each.client[0] == address for each in self.connections)
+        own = sum(each.client is not None and each.client[0] == address for each in self.connections)  # type: ignore[union-attr]
         if len(self.connections) > _MOST_CONNECTIONS or (own > _MOST_OF_ONE and not _is_here(address)):
             transport.abort()
             return

@@ -185,7 +185,7 @@ def whole(gpu: Gpu, copy: float, layers: int, repeat: int = 64, tunings: bool = 
     size = bytes_of_a_token(step)
 
     def choose(**values: float) -> None:
-        sequences.set_params(0, packed_params(GenerationParams(**{**OFF, **values}), 0))  # type: ignore[arg-type]
+        sequences.set_params(0, packed_params(GenerationParams(**{**OFF, **values}), 0))
 
     def steps(position: int) -> float:
         def run() -> None:

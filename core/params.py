@@ -59,7 +59,7 @@ class SamplingField:
 def _row(default: Any, label: str, help: str, *limits: float, names: Mapping[Protocol, Any] | None = None, **rest: Any) -> Any:
     """`limits` are low, high and step; `names` are written as "one" or ("first", "second")."""
     all_names = {protocol: (each,) if isinstance(each, str) else tuple(each) for protocol, each in (names or {}).items()}
-    row = SamplingField(label, help, *limits, names=all_names, **rest)
+    row = SamplingField(label, help, **dict(zip(("low", "high", "step"), limits, strict=False)), names=all_names, **rest)
     return field(default=default, metadata={"row": row})
 
 
@@ -198,7 +198,7 @@ def read_request(protocol: Protocol, given: Mapping[str, Any]) -> dict[str, Any]
     for name, row, _default in GenerationParams.table():
         for theirs in row.names.get(protocol, ()):
             value = given.get(theirs)
-            if name not in found and _is_number(value) and value not in row.unset:
+            if name not in found and value is not None and _is_number(value) and value not in row.unset:
                 found[name] = int(row.clamp(value)) if row.kind == "whole" else float(row.clamp(value))
     return found
 

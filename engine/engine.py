@@ -216,7 +216,8 @@ class Engine:
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Answer:
         """What follows token ids, as Steps instead of Tokens: for measuring. Raises NotLoaded, BadParameter."""
         loaded = self.ready()
-        return Answer(loaded, loaded.generate(ids, params, cancel), 0, self._answered)
+        stream: Any = loaded.generate(ids, params, cancel)
+        return Answer(loaded, stream, 0, self._answered)
 
     def set_template(self, name: str | None) -> None:
         """Use a built-in chat template for the loaded model and remember that; None: the model's own."""

@@ -18,7 +18,7 @@ from ..core.errors import BadFile
 from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
 from ..loaders.machine.capabilities import look
-from .settings import Settings
+from .settings import Settings, no_entries
 
 _KEY = "failed_loaders"
 _MORE = 1.1  # times the memory that was free when it was not enough
@@ -57,7 +57,7 @@ def fingerprint(model: LocalModel) -> dict[str, str]:
 
 
 def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
-    entry = settings.get(_KEY, {}).get(model.name)
+    entry = settings.get(_KEY, no_entries()).get(model.name)
     if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != fingerprint(model):
         return {}
     loaders = entry.get("loaders")
@@ -65,7 +65,7 @@ def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
 
 
 def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any]]) -> None:
-    others = {name: entry for name, entry in settings.get(_KEY, {}).items() if name != model.name}
+    others = {name: entry for name, entry in settings.get(_KEY, no_entries()).items() if name != model.name}
     settings.put(_KEY, others | ({model.name: {**fingerprint(model), "loaders": loaders}} if loaders else {}))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ..core.chat import Finish
 from ..core.models import LocalModel
 from .load_failures import fingerprint
-from .settings import Settings
+from .settings import Settings, no_entries
 
 _KEY = "speeds"
 _FEWEST_TOKENS = 16  # a shorter answer says nothing about the speed
@@ -22,7 +22,7 @@ _FULL_BYTES = 400_000_000  # a GPU with less than this free is full
 
 def measured(settings: Settings, model: LocalModel, at: Mapping[str, str] | None = None) -> dict[str, float]:
     """Loader -> its best tokens/s with this commit of the model on this machine (`at`: its fingerprint, if known)."""
-    entry = settings.get(_KEY, {}).get(model.name)
+    entry = settings.get(_KEY, no_entries()).get(model.name)
     if not isinstance(entry, Mapping) or {name: entry.get(name) for name in ("commit", "machine")} != (at or fingerprint(model)):
         return {}
     found = entry.get("loaders")
@@ -37,7 +37,9 @@ def note(settings: Settings, model: LocalModel, loader: str, finish: Finish, at:
         return
     before = measured(settings, model, at)
     if speed > _BETTER * before.get(loader, 0.0):
-        settings.put(_KEY, {**settings.get(_KEY, {}), model.name: {**at, "loaders": {**before, loader: round(speed, 2)}}})
+        settings.put(
+            _KEY, {**settings.get(_KEY, no_entries()), model.name: {**at, "loaders": {**before, loader: round(speed, 2)}}}
+        )
 
 
 def collapsed(finish: Finish, size_bytes: int, best: float, free_bytes: int | None, windows: bool) -> str:

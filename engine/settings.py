@@ -36,6 +36,15 @@ def hosts_models_folders() -> list[Path]:
     return list(dict.fromkeys(each for each in inside if each.is_dir()))
 
 
+def no_entries() -> dict[str, Any]:
+    """The default of a key that holds a dictionary."""
+    return {}
+
+
+def _no_list() -> list[Any]:
+    return []
+
+
 class Settings:
     """Read once, written on every change, atomically. Safe from several threads and processes."""
 
@@ -50,7 +59,7 @@ class Settings:
     @property
     def models_folders(self) -> list[Path]:
         """Folders to look for models in. Downloads go to the first."""
-        named = [each for each in self.get("models_folders", []) if isinstance(each, str) and each and "\0" not in each]
+        named = [each for each in self.get("models_folders", _no_list()) if isinstance(each, str) and each and "\0" not in each]
         return [Path(each) for each in named] or [default_models_folder()]
 
     @models_folders.setter
@@ -67,7 +76,7 @@ class Settings:
 
     def last_used(self, name: str) -> datetime.datetime | None:
         """When the model of that name was last loaded; None if it never was."""
-        moment = self.get("used", {}).get(name)
+        moment = self.get("used", no_entries()).get(name)
         if not isinstance(moment, (int, float)) or isinstance(moment, bool):
             return None
         try:
@@ -76,11 +85,11 @@ class Settings:
             return None
 
     def note_used(self, name: str) -> None:
-        self.put("used", {**self.get("used", {}), name: int(time.time())})
+        self.put("used", {**self.get("used", no_entries()), name: int(time.time())})
 
     def for_model(self, name: str) -> dict[str, Any]:
         """What is saved for a model: loader, options, template, sampling. A value of the wrong type is left out."""
-        found = self.get("models", {}).get(name)
+        found = self.get("models", no_entries()).get(name)
         if not isinstance(found, dict):
             return {}
         return {key: value for key, value in found.items() if isinstance(value, _OF_A_MODEL.get(key, object))}
@@ -89,7 +98,7 @@ class Settings:
         """Merge into what is saved for a model; a value of None removes the key."""
         with self._lock:
             self._values = self._read() or self._values  # another process may have saved meanwhile
-            models = dict(self.get("models", {}))
+            models = dict(self.get("models", no_entries()))
             before = models.get(name)
             merged = {**(before if isinstance(before, dict) else {}), **values}
             models[name] = {key: value for key, value in merged.items() if value is not None}

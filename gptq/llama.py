@@ -48,6 +48,12 @@ class LlamaParts:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H], of a head that is an nn.Linear."""
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        return weight
+
     def angles(self, positions: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) of every position, fp32 [positions, rotary_dim/2], with the model's own scaling."""
         at = torch.arange(positions, device=self.device)[None]

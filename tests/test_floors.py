@@ -29,8 +29,6 @@ ROOMS = {
 MOST_LINES = 300
 LONG = {
     "gptq/cuda/attention.cu": "one kernel with its phases; NVRTC compiles a file at a time",
-    "api/openai.py": "?",
-    "api/tgi.py": "?",
     "gptq/cuda/sample.cu": "?",
     "benchmarks/tune.py": "?",
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",

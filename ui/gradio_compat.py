@@ -111,7 +111,8 @@ class Server:
 
     def __init__(self, mounted: FastAPI) -> None:
         """`mounted`: from `mount`."""
-        self._app: App = next(each.app for each in mounted.routes if isinstance(getattr(each, "app", None), App))
+        apps: list[Any] = [getattr(each, "app", None) for each in mounted.routes]
+        self._app: App = next(each for each in apps if isinstance(each, App))
         self._queue: Any = self._app.get_blocks()._queue
 
     @property

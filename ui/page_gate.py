@@ -108,7 +108,7 @@ class PageGate:
             raise _Refusal(400, "The body is not JSON.") from None
         session = found.get("session_hash") if isinstance(found, dict) else None
         await self._touch(session, user)
-        if self._server.pending(session) >= _MOST_PENDING:
+        if self._server.pending(str(session)) >= _MOST_PENDING:
             raise _Refusal(429, "This page started too much at once. Reload it.")
         if len(body) + self._server.pending_bytes() > _MOST_PENDING_BYTES:
             raise _Refusal(429, "Too much is being sent to this server at once. Try again in a moment.")

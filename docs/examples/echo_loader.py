@@ -4,10 +4,15 @@
 echo = "echo_loader:EchoLoader"
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
+from typing import Any
 
 from gptq_webui.core.chat import Finish, Step
-from gptq_webui.loaders.contract.base import LoadedModel, Loader, Refusal
+from gptq_webui.core.models import LocalModel
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.loaders.contract.base import LoadedModel, Loader, LoadProgress, Refusal
 from gptq_webui.loaders.contract.options import option
 from gptq_webui.loaders.text import chat_template, tokenizer
 
@@ -22,10 +27,10 @@ class EchoLoader(Loader):
     options = EchoOptions
     automatic = False  # used only when the user chooses it
 
-    def refusal(self, model, options):
+    def refusal(self, model: LocalModel, options: EchoOptions) -> Refusal | None:
         return None if (model.folder / "tokenizer.json").is_file() else Refusal("it needs a tokenizer.json")
 
-    def load(self, model, options, progress):
+    def load(self, model: LocalModel, options: EchoOptions, progress: LoadProgress) -> LoadedModel:
         progress(0.5, "Reading the tokenizer")
         return EchoModel(model, tokenizer.read_tokenizer(model), options.words)
 
@@ -33,12 +38,13 @@ class EchoLoader(Loader):
 class EchoModel(LoadedModel):
     can = frozenset({"max_new_tokens", "stop"})
 
-    def __init__(self, model, words, most):
+    def __init__(self, model: LocalModel, words: Any, most: int) -> None:
         template = chat_template.find(model.folder, words, model.architecture)
         super().__init__(model, words, template, context_tokens=model.context_tokens or 2048)
         self.most = most
 
-    def _steps(self, ids, params, cancel):  # on the model's own thread; stop strings and text are done for us
+    def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: Event) -> Iterator[Step | Finish | None]:
+        """Runs on the model's own thread. Text and stop strings are done by LoadedModel."""
         for id in ids[-min(self.most, params.max_new_tokens) :]:
             if cancel.is_set():
                 break

@@ -54,7 +54,7 @@ class ModelWeights:
         cosines, sines = parts.angles(shape.context_tokens)
         return cls(
             embedding=parts.embedding.data.contiguous(),
-            head=parts.head.weight.data.contiguous(),  # type: ignore[union-attr, operator]
+            head=parts.head_weight.data.contiguous(),
             final_norm=parts.norm.data.half().contiguous(),
             cosines=cosines,
             sines=sines,

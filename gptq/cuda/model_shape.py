@@ -36,7 +36,7 @@ class ModelShape:
             kv_heads=parts.kv_heads,
             head_dim=parts.head_dim,
             rotary_half=parts.rotary_dim // 2,
-            vocabulary=parts.head.weight.shape[0],  # type: ignore[union-attr, index]
+            vocabulary=parts.head_weight.shape[0],
             embedding_rows=parts.embedding.shape[0],
             context_tokens=context_tokens,
             eps=float(parts.eps),
@@ -99,7 +99,7 @@ def _require_fp16(parts: LlamaParts) -> None:
 
 def _uneven(parts: LlamaParts, shape: ModelShape) -> str:
     """What does not fit together among the layers; empty if all do."""
-    if parts.head.weight.shape[1] != shape.hidden:  # type: ignore[union-attr, index]
+    if parts.head_weight.shape[1] != shape.hidden:
         return "an output layer that is not as wide as the embedding"
     sizes = {(each.qkv[0].in_features, each.o.in_features, each.down.in_features) for each in parts.layers}
     if len(sizes) != 1:

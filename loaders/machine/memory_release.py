@@ -17,7 +17,7 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
     """
     if collect:
         gc.collect()
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and (device is None or device.type == "cuda")
     if on_gpu and torch.cuda.is_available() and torch.cuda.is_initialized():
         if device is not None and (clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None)) is not None:

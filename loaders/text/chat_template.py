@@ -210,7 +210,7 @@ def _tokens(tokenizer: Any) -> dict[str, str]:
 
 def _markers(template: ChatTemplate, tokenizer: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """What is between the messages of a probe conversation: there the model must stop."""
-    probe = [Message(role, f"Q{secrets.token_hex(4)}") for role in ("user", "assistant", "user")]  # type: ignore[arg-type]
+    probe = [Message(role, f"Q{secrets.token_hex(4)}") for role in ("user", "assistant", "user")]
     try:
         text = template.render(probe, tokenizer)
     except BadParameter:
