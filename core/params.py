@@ -59,7 +59,8 @@ class SamplingField:
 def _row(default: Any, label: str, help: str, *limits: float, names: Mapping[Protocol, Any] | None = None, **rest: Any) -> Any:
     """`limits` are low, high and step; `names` are written as "one" or ("first", "second")."""
     all_names = {protocol: (each,) if isinstance(each, str) else tuple(each) for protocol, each in (names or {}).items()}
-    row = SamplingField(label, help, **dict(zip(("low", "high", "step"), limits, strict=False)), names=all_names, **rest)
+    bounds: dict[str, Any] = dict(zip(("low", "high", "step"), limits, strict=False))
+    row = SamplingField(label, help, **bounds, names=all_names, **rest)
     return field(default=default, metadata={"row": row})
 
 

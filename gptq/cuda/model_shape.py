@@ -111,7 +111,7 @@ def _uneven(parts: LlamaParts, shape: ModelShape) -> str:
     for each in parts.layers:
         inner = {one.out_features for one in each.gate_up}
         both = sum(one.out_features for one in each.gate_up)  # type: ignore[misc]
-        if len(inner) != 1 or both != 2 * each.down.in_features or each.gate_up[0].in_features != shape.hidden:
+        if len(inner) != 1 or both != 2 * each.down.in_features or each.gate_up[0].in_features != shape.hidden:  # type: ignore[operator]
             return "layers whose gate and up are not as wide as the input of down"
         if each.o.out_features != shape.hidden or each.down.out_features != shape.hidden:
             return "layers whose outputs are not as wide as the residual"
