@@ -12,7 +12,7 @@ lets plain transformers code open GPTQ models with this package's layers, until
 `gptq_webui.unregister()`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name):  # type: ignore[no-untyped-def]  # imports on first use

@@ -67,10 +67,10 @@ def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):
         other = asyncio.create_task(all_of(watcher.watch(page("two"))))
         await asyncio.wait_for(asyncio.gather(*pages[:-1]), 5)
         busy.set()
-        return [each.result()[-1] for each in pages[:-1]], await pages[-1], await other
+        return [each.result()[-1:] for each in pages[:-1]], await pages[-1], await other
 
     older, newest, other = asyncio.run(scene())
-    assert {"count": "end"} not in older
+    assert [{"count": "end"}] not in older
     assert newest[-1] == {"count": "end"} and other[-1] == {"count": "end"}
 
 
@@ -99,8 +99,8 @@ def test_an_update_that_gradio_empties_is_still_the_same(monkeypatch):
 
     async def scene():
         count = 0
-        async for drawn in watcher.watch(page()):
-            drawn["box"].clear()
+        async for updates in watcher.watch(page()):
+            updates["box"].clear()
             count += 1
         return count
 

@@ -102,7 +102,6 @@ def names_of(path: Path) -> Iterator[str]:
             yield node.asname
 
 
-@pytest.mark.xfail(reason="api and cpu land soon")
 def test_no_name_uses_a_retired_word():
     found = [
         f"{name(path)}: {each} ({word.text})"

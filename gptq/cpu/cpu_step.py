@@ -136,7 +136,7 @@ class CpuStepper(Stepper):
         }
         self._x_width = max((each.chunks * each.chunk_rows for each in self.weights), default=0)
         self._x_chunks = max((each.chunks for each in self.weights), default=0)
-        self._slots = 1 + max(slot for slot, _shared in rows)
+        self._inputs = 1 + max(slot for slot, _shared in rows)
         self._one = self._buffers(1, self.team.size)
         self._many: _Buffers | None = None
         self._scores = np.zeros((self.team.size, 4, 16), np.float32)
@@ -165,15 +165,15 @@ class CpuStepper(Stepper):
 
     def _buffers(self, rows: int, copies: int) -> _Buffers:
         w = self._widths
-        x8 = aligned((copies, self._slots, rows * self._x_width * 2), np.int8)
+        x8 = aligned((copies, self._inputs, rows * self._x_width * 2), np.int8)
         x16 = x8.view(np.int16)
         return _Buffers(
             x=aligned((rows, w["x"]), np.float32),
             h=aligned((copies, rows, w["x"]), np.float32),
             x8=x8,
             x16=x16,
-            x_scales=aligned((copies, self._slots, rows * self._x_chunks), np.float32),
-            x_sums=aligned((copies, self._slots, rows * self._x_chunks), np.int32),
+            x_scales=aligned((copies, self._inputs, rows * self._x_chunks), np.float32),
+            x_sums=aligned((copies, self._inputs, rows * self._x_chunks), np.int32),
             qkv=aligned((rows, w["qkv"]), np.float32),
             mixed=aligned((rows, w["mixed"]), np.float32),
             gate_up=aligned((rows, w["gate_up"]), np.float32),
