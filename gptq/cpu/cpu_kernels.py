@@ -1,13 +1,13 @@
-"""The pieces of a forward that are compiled: rounding x, a matrix product, norms, exp, waiting for each other.
+"""Compiled parts of a forward: rounding x, a matrix product, norms, exp, and how threads divide the work.
 
-They take arrays and addresses only. Threads share the work of a phase by claiming items of it, so a thread
-that the system has put aside delays nobody unless it holds one.
+They take arrays and addresses only. Threads claim items of a phase one by one, so a thread that the system has
+suspended delays the others only while it holds an item.
 """
 
 import numpy as np
 
 from . import tiles
-from .numba_compiler import compiled
+from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import add16, bits_of_float, fetch, fetch_add, float_of_bits, pause
 from .tiles import LANES, X_TOP
 
@@ -17,8 +17,17 @@ _TOP = np.float32(X_TOP)
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, which its low bits then hold
 _ROUND_BITS = np.int32(0x4B400000)
 
-# Columns of a table of weights, one row each.
-KIND, INPUTS, TILES, CHUNKS, CHUNK_ROWS, W, SCALES, ZEROS, ORDER, BIAS, SLOT, SHARED = range(12)
+# Columns of the table of weights, which has a row for each weight (weight_table.py fills it).
+KIND = 0  # bits of a packed weight (2, 4, 8); cpu_weights.HALF, BFLOAT16 or FLOAT of a dense one
+INPUTS = 1  # K
+TILES = 2  # T: outputs by sixteens
+CHUNKS = 3  # C; 0 of a dense weight
+CHUNK_ROWS = 4  # P; of a dense weight the rows of w
+WEIGHT_ADDRESS, SCALE_ADDRESS, ZERO_ADDRESS = 5, 6, 7  # 0 where there is none
+ORDER_START, BIAS_START = 8, 9  # in the arrays of all orders and biases; -1 where there is none
+ROUNDED_BUFFER = 10  # which buffer of RoundedInput holds its input
+ROUNDED_BEFORE = 11  # 1: a weight before it in the same product rounds the same input into that buffer
+WEIGHT_COLUMNS = 12
 
 _packed8_1, _packed8_4 = tiles.packed_tile(8, 1, ISA), tiles.packed_tile(8, 4, ISA)
 _packed4_1, _packed4_4 = tiles.packed_tile(4, 1, ISA), tiles.packed_tile(4, 4, ISA)
@@ -29,25 +38,37 @@ _bfloat_1, _bfloat_4 = tiles.dense_tile("bfloat16", 1, ISA), tiles.dense_tile("b
 _float_1, _float_4 = tiles.dense_tile("float", 1, ISA), tiles.dense_tile("float", 4, ISA)
 
 
-@compiled
+@compiled_part
 def claim(counters, phase):
-    """The next item of a phase that nobody has; counters int64 [phases, 16], zero before the first."""
+    """The next item of a phase that no thread has; counters int64 [phases, 16], zero before the first."""
     return fetch_add(counters.ctypes.data + 128 * phase, 1)
 
 
-@compiled
+@compiled_part
 def finish(counters, phase, mine, total):
-    """Tell that `mine` items are done, and wait until all are."""
+    """Report that `mine` items are done, and wait until all are."""
     address = counters.ctypes.data + 128 * phase + 64
     if mine:
         fetch_add(address, mine)
     spins = 0
     while fetch(address) < total:
         spins += 1
-        pause(1 if spins > 256 else 0)  # let others run: perhaps the one we wait for
+        pause(1 if spins > 256 else 0)  # let other threads run: one of them may hold the last item
 
 
-@compiled
+@compiled_part
+def shares(counters, phase, items):
+    """The items of a phase that fall to this thread. The loop ends when all items of all threads are done."""
+    mine = 0
+    at = claim(counters, phase)
+    while at < items:
+        yield at
+        mine += 1
+        at = claim(counters, phase)
+    finish(counters, phase, mine, items)
+
+
+@compiled_part
 def exp(x):
     """fp32, relative error below 3e-7 (Cephes' polynomial, as in its expf)."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
@@ -64,9 +85,9 @@ def exp(x):
     return p * float_of_bits((power + np.int32(127)) << np.int32(23))
 
 
-@compiled
+@compiled_part
 def round_row(x, row, order, chunks, chunk_rows, x8, x16, x_scales, x_sums):
-    """x fp32 [K] -> 16 bits with a scale for each chunk, in the places of `row` (x8 and x16 are one memory)."""
+    """Round x fp32 [K] to 16 bits with a scale for each chunk, and store it as row `row` (x8 and x16 are the same memory)."""
     gathered = np.empty(128, np.float32)
     width = chunks * chunk_rows
     for c in range(chunks):
@@ -103,11 +124,11 @@ def round_row(x, row, order, chunks, chunk_rows, x8, x16, x_scales, x_sums):
         x_sums[row * chunks + c] = total
 
 
-@compiled
+@compiled_part
 def product(table, first, last, rows, x, x_stride, x8, x_scales, x_sums, y, y_stride, bias):
-    """The tiles first … last of x W + bias for one row of a table of weights; all but `table` are numbers, x … bias addresses.
+    """Tiles first … last of x W + bias. `table` is a row of the table of weights; x … bias are addresses.
 
-    x fp32 [rows, K] for dense weights; for packed ones what `round_row` made of it, in x8, x_scales, x_sums.
+    Dense weights take x fp32 [rows, K]. Packed ones take x8, x_scales, x_sums, which `round_row` made from x.
     """
     kind, chunks, chunk_rows = table[KIND], table[CHUNKS], table[CHUNK_ROWS]
     packed = kind <= 8
@@ -115,8 +136,8 @@ def product(table, first, last, rows, x, x_stride, x8, x_scales, x_sums, y, y_st
     if packed:
         x, x_stride = x8, 2 * chunks * chunk_rows
     for t in range(first, last):
-        w = table[W] + t * tile_bytes
-        s, z = table[SCALES] + t * chunks * 2 * LANES, table[ZEROS] + t * chunks * LANES
+        w = table[WEIGHT_ADDRESS] + t * tile_bytes
+        s, z = table[SCALE_ADDRESS] + t * chunks * 2 * LANES, table[ZERO_ADDRESS] + t * chunks * LANES
         r = 0
         while r < rows:
             to, xr = y + 64 * t + r * y_stride, x + r * x_stride
@@ -155,7 +176,7 @@ def product(table, first, last, rows, x, x_stride, x8, x_scales, x_sums, y, y_st
                 add16(y + 64 * t + r * y_stride, bias + 64 * t)
 
 
-@compiled
+@compiled_part
 def norm_row(x, weight, eps, out):
     """RMSNorm of x [H] into out."""
     total = np.float32(0.0)
@@ -166,7 +187,7 @@ def norm_row(x, weight, eps, out):
         out[i] = x[i] * factor * weight[i]
 
 
-@compiled
+@compiled_part
 def half_products(w, x, x_stride, count, y, y_stride, rows, tiles_, w_stride):
     """y[:rows, 16 t : 16 t + 16] of tiles of halves w_stride bytes apart, `rows` rows of x; addresses."""
     for t in range(tiles_):
@@ -188,16 +209,17 @@ def half_products(w, x, x_stride, count, y, y_stride, rows, tiles_, w_stride):
 
 @compiled
 def arrange(tid, threads, counters, words, bits, taken, order, kind, w):
-    """GPTQ's words int32 [K * bits / 32, N] -> w uint8 [T][C][P/F][16][4] (tiles.py), row k of a chunk being row taken[k]
-    of the file, -1 for none. `order` is the way's, `kind` the bits they take in w."""
+    """Copy GPTQ's words int32 [K * bits / 32, N] into tiles w uint8 [T][C][P/F][16][4] (tiles.py).
+
+    Row k of a tile is row taken[k] of the file, none for -1. `order` is that of the instruction set; `kind` the bits
+    of a number in w.
+    """
     pieces = 8 // kind
     factor = 4 * pieces
     mask = np.int64(2**bits - 1)
     columns = words.shape[1]
     line = np.zeros(16, np.uint8)
-    tiles_, mine = w.shape[0], 0
-    t = claim(counters, 0)
-    while t < tiles_:
+    for t in shares(counters, 0, w.shape[0]):
         left = 16 * t
         width = min(16, columns - left)
         for c in range(w.shape[1]):
@@ -217,6 +239,3 @@ def arrange(tid, threads, counters, words, bits, taken, order, kind, w):
                             line[n] |= np.uint8(((value >> shift) & mask) << (kind * piece))
                     for n in range(16):
                         w[t, c, block, n, j] = line[n]
-        mine += 1
-        t = claim(counters, 0)
-    finish(counters, 0, mine, tiles_)

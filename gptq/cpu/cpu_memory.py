@@ -1,4 +1,4 @@
-"""Keys and values of one conversation, as forward.py reads them; grows as the conversation does."""
+"""Keys and values of one conversation, in the layout of forward.py. The arrays grow with the conversation."""
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class CpuMemory(Memory):
         return int(self.keys.nbytes + self.values.nbytes)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for that many more: by half at least, so that growing costs little in all."""
+        """Make room for so many more tokens. Grows by half at least, so that the copies cost little in all."""
         need = self._length + tokens
         if need > self.capacity:
             limit = -(-self._context_tokens // 16) * 16

@@ -1,7 +1,6 @@
-"""A Stepper for Llama-family models on the processor: one compiled function from embedding to logits."""
+"""A Stepper for Llama-family models on the CPU: one compiled function from embedding to logits."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,29 @@ from ..grammar_mask import GrammarMask
 from ..llama import LlamaParts, parts_of
 from ..stepper import Memory, Stepper
 from . import cpu_kernels as k
-from . import forward as f
+from . import forward_arguments as f
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
 from .cpu_weights import Weights, aligned, from_module
+from .forward import PHASES_PER_LAYER, forward
+from .forward_arguments import FORWARD, Arguments
 from .thread_team import Team
-from .weight_table import table_of
+from .weight_table import tables_of
 
 CHUNK_TOKENS = 256  # of a prompt at once
 
 
 def refusal(parts: LlamaParts) -> str:
-    """Why this model cannot take this path; empty if it can."""
+    """Why this stepper cannot compute the model; empty if it can."""
     if parts.device.type != "cpu":
-        return "it is not on the processor"
+        return "it is not on the CPU"
     if parts.head_dim % 16:
         return f"its heads are {parts.head_dim} numbers wide, which 16 does not divide"
     return ""
 
 
 def compiles() -> None:
-    """Compile, and try a model of one layer on this processor, before weights are handed over. Raises if that fails."""
+    """Compile, and try a model of one layer on this CPU, before weights are released. Raises if that fails."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -64,23 +65,7 @@ def compiles() -> None:
         found = stepper.step(memory, ids[-1])[0]
         stepper.close()
     if not float((found - wanted).norm()) < 0.01 * float(wanted.norm()):
-        raise RuntimeError("the compiled step gives other numbers than PyTorch on this processor")
-
-
-@dataclass
-class _Buffers:
-    """What a forward writes into; h … act are there once for each thread if it is for a step of one token."""
-
-    x: np.ndarray
-    h: np.ndarray
-    x8: np.ndarray
-    x16: np.ndarray
-    x_scales: np.ndarray
-    x_sums: np.ndarray
-    qkv: np.ndarray
-    mixed: np.ndarray
-    gate_up: np.ndarray
-    act: np.ndarray
+        raise RuntimeError("the compiled step gives other numbers than PyTorch on this CPU")
 
 
 class CpuStepper(Stepper):
@@ -94,90 +79,126 @@ class CpuStepper(Stepper):
         self._embedding = parts.embedding.detach()
         self._shape = (len(parts.layers), parts.kv_heads, parts.head_dim)
         self.weights: list[Weights] = []
-        rows: list[list[int]] = []
-        layers = []
-        for layer in parts.layers:
-            at = [self._add(rows, group) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
-            q, key, value = at[0] if len(at[0]) == 3 else (at[0][0], -1, -1)
-            gate, up = at[2] if len(at[2]) == 2 else (at[2][0], -1)
-            layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window])
-        head = self._add(rows, (parts.head,))[0]
-        self._layers = np.array(layers, np.int64)
-        self._head_size = self.weights[head].outputs
-        self._table, self._orders, self._biases = table_of(self.weights, rows)
-        first = self.weights[layers[0][f.Q]]
-        q_width, kv_width = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
-        fused = layers[0][f.K] < 0
-        k_column = q_width if fused else first.tiles * 16
-        v_column = k_column + (kv_width if fused else self.weights[layers[0][f.K]].tiles * 16)
-        inner = self.weights[layers[0][f.DOWN]].inputs
-        up_column = inner if layers[0][f.UP] < 0 else self.weights[layers[0][f.GATE]].tiles * 16
-        has_norm = parts.layers[0].q_norm is not None
-        self._sizes = np.array(
-            [
-                parts.heads, parts.kv_heads, parts.head_dim, parts.rotary_dim // 2, k_column, v_column, up_column, inner, head,
-                int(has_norm),
-            ],
-            np.int64,
-        )  # fmt: skip
-        self._eps = np.float32(parts.eps)
-        norms = [each for layer in parts.layers for each in (layer.input_norm, layer.post_norm)]
-        self._norms = _stack([*norms, parts.norm])
-        qk = [each for layer in parts.layers for each in (layer.q_norm, layer.k_norm) if each is not None]
-        self._qk_norms = _stack(qk) if has_norm else np.zeros((1, 1), np.float32)
-        cos, sin = parts.angles(-(-context_tokens // 16) * 16)
-        self._cos, self._sin = cos.numpy(), sin.numpy()
-        self._widths = {
-            "x": _up(self._embedding.shape[1]),
-            "qkv": max(v_column + _up(kv_width), _up(self._embedding.shape[1])),  # also what `down` gives
-            "mixed": _up(q_width),
-            "gate_up": max(up_column + _up(inner), _up(self._embedding.shape[1])),
-            "act": _up(inner),
-        }
-        self._x_width = max((each.chunks * each.chunk_rows for each in self.weights), default=0)
-        self._x_chunks = max((each.chunks for each in self.weights), default=0)
-        self._inputs = 1 + max(slot for slot, _shared in rows)
-        self._one = self._buffers(1, self.team.size)
-        self._many: _Buffers | None = None
+        self._model = self._take_in(parts, context_tokens)
+        head = self.weights[self._model["head_row"]]
+        self._head_size = head.outputs
+        self._logits = np.zeros((1 + self.team.size, max(head.tiles * 16, self._model["hidden_width"])), np.float32)
         self._scores = np.zeros((self.team.size, 4, 16), np.float32)
-        self._logits = np.zeros((1 + self.team.size, max(self.weights[head].tiles * 16, self._widths["x"])), np.float32)
+        self._head_rounded = self._rounded(1, self.team.size)
+        self._one = self._arguments(1, self.team.size)
+        self._many: Arguments | None = None
 
         self.prefill(self.begin(), [0])  # compiles what is not compiled, before the first answer waits for it
 
-    def _add(self, rows: list[list[int]], modules: Sequence[nn.Module]) -> list[int]:
-        """Take in modules that read the same input; returns their rows of the table."""
+    def _take_in(self, parts: LlamaParts, context_tokens: int) -> dict[str, Any]:
+        """Build the kernels' weights from the model's modules. Returns the fields of FORWARD that describe the model."""
+        buffers: list[tuple[int, int]] = []
+        layers = []
+        for layer in parts.layers:
+            at = [self._add(buffers, group) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
+            q, key, value = at[0] if len(at[0]) == 3 else (at[0][0], -1, -1)
+            gate, up = at[2] if len(at[2]) == 2 else (at[2][0], -1)
+            layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window])
+        head = self._add(buffers, (parts.head,))[0]
+        self._rounded_buffers = 1 + max(buffer for buffer, _rounded_before in buffers)
+        first = layers[0]
+        fused_qkv, fused_gate_up = first[f.K] < 0, first[f.UP] < 0
+        q_width, kv_width = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
+        hidden, inner = _up(self._embedding.shape[1]), self.weights[first[f.DOWN]].inputs
+        columns = np.zeros((4, 3), np.int64)
+        columns[f.QKV_PRODUCT, 1] = q_width if fused_qkv else self.weights[first[f.Q]].tiles * 16
+        columns[f.QKV_PRODUCT, 2] = columns[f.QKV_PRODUCT, 1] + (kv_width if fused_qkv else self.weights[first[f.K]].tiles * 16)
+        columns[f.GATE_UP_PRODUCT, 1] = inner if fused_gate_up else self.weights[first[f.GATE]].tiles * 16
+        qk_norms = [each for layer in parts.layers for each in (layer.q_norm, layer.k_norm) if each is not None]
+        cos, sin = parts.angles(-(-context_tokens // 16) * 16)
+        return {
+            "layer_count": len(layers),
+            "heads": parts.heads,
+            "kv_heads": parts.kv_heads,
+            "head_dim": parts.head_dim,
+            "half_rotary": parts.rotary_dim // 2,
+            "hidden_width": hidden,
+            "inner": inner,
+            "head_row": head,
+            "has_qk_norm": int(bool(qk_norms)),
+            "eps": parts.eps,
+            "layers": np.array(layers, np.int64),
+            "columns": columns,
+            "norms": _stack([*(each for layer in parts.layers for each in (layer.input_norm, layer.post_norm)), parts.norm]),
+            "norm_width": self._embedding.shape[1],
+            "qk_norms": _stack(qk_norms) if qk_norms else np.zeros((1, 1), np.float32),
+            "cos": cos.numpy(),
+            "sin": sin.numpy(),
+            "tables": tables_of(self.weights, buffers),
+            "qkv_width": max(int(columns[f.QKV_PRODUCT, 2]) + _up(kv_width), hidden),
+            "attended_width": _up(q_width),
+            "gate_up_width": max(int(columns[f.GATE_UP_PRODUCT, 1]) + _up(inner), hidden),
+            "gated_width": _up(inner),
+        }
+
+    def _add(self, buffers: list[tuple[int, int]], modules: Sequence[nn.Module]) -> list[int]:
+        """Take in modules that read the same input; returns their rows of the table of weights.
+
+        Adds the buffer that holds each one's rounded input, and whether a weight before it fills that buffer.
+        """
         found: list[int] = []
         for module in modules:
             weights = from_module(module, k.ISA, self.team)
             if isinstance(module, GPTQLinear):
                 module.release(CpuLinear(weights, self.team))  # so that they are not held twice
-            slot, shared = 0, 0
+            buffer, rounded_before = 0, 0
             for earlier in found:
-                other = self.weights[earlier]
-                if _rounds_alike(weights, other):
-                    slot, shared = rows[earlier][0], 1
+                if _round_alike(weights, self.weights[earlier]):
+                    buffer, rounded_before = buffers[earlier][0], 1
                     break
-                slot = max(slot, rows[earlier][0] + 1)
+                buffer = max(buffer, buffers[earlier][0] + 1)
             found.append(len(self.weights))
             self.weights.append(weights)
-            rows.append([slot, shared])
+            buffers.append((buffer, rounded_before))
         return found
 
-    def _buffers(self, rows: int, copies: int) -> _Buffers:
-        w = self._widths
-        x8 = aligned((copies, self._inputs, rows * self._x_width * 2), np.int8)
-        x16 = x8.view(np.int16)
-        return _Buffers(
-            x=aligned((rows, w["x"]), np.float32),
-            h=aligned((copies, rows, w["x"]), np.float32),
-            x8=x8,
-            x16=x16,
-            x_scales=aligned((copies, self._inputs, rows * self._x_chunks), np.float32),
-            x_sums=aligned((copies, self._inputs, rows * self._x_chunks), np.int32),
-            qkv=aligned((rows, w["qkv"]), np.float32),
-            mixed=aligned((rows, w["mixed"]), np.float32),
-            gate_up=aligned((rows, w["gate_up"]), np.float32),
-            act=aligned((copies, rows, w["act"]), np.float32),
+    def _rounded(self, rows: int, owners: int) -> dict[str, Any]:
+        """The record ROUNDED for inputs of up to `rows` rows."""
+        chunks = rows * max(each.chunks for each in self.weights)
+        input_bytes = rows * max(each.chunks * each.chunk_rows for each in self.weights) * 2
+        return {
+            "x": aligned((owners, self._rounded_buffers, input_bytes), np.int8),
+            "scales": aligned((owners, self._rounded_buffers, chunks), np.float32),
+            "sums": aligned((owners, self._rounded_buffers, chunks), np.int32),
+            "buffers": self._rounded_buffers,
+            "input_bytes": input_bytes,
+            "chunks": chunks,
+        }
+
+    def _arguments(self, rows: int, owners: int) -> Arguments:
+        """For forwards of up to `rows` rows. Each of `owners` threads has its own inputs of the products."""
+        model = self._model
+
+        def floats(*shape: int) -> np.ndarray:
+            return aligned(shape, np.float32)
+
+        nothing = np.zeros(1, np.int16)  # keys and values come with each call
+        return Arguments(
+            FORWARD,
+            **model,
+            rows=rows,
+            start=0,
+            x=floats(rows, model["hidden_width"]),
+            hidden=floats(owners, rows, model["hidden_width"]),
+            hidden_rows=rows,
+            qkv=floats(rows, model["qkv_width"]),
+            attended=floats(rows, model["attended_width"]),
+            gate_up=floats(rows, model["gate_up_width"]),
+            gated=floats(owners, rows, model["gated_width"]),
+            rounded=self._rounded(rows, owners),
+            head_rounded=self._head_rounded,
+            keys=nothing,
+            values=nothing,
+            capacity=0,
+            scores=self._scores,
+            score_width=self._scores.shape[2],
+            logits=self._logits,
+            logits_width=self._logits.shape[1],
         )
 
     @property
@@ -213,17 +234,23 @@ class CpuStepper(Stepper):
         rows = len(ids)
         memory.reserve(rows)
         if rows > 1 and self._many is None:
-            self._many = self._buffers(CHUNK_TOKENS, 1)
-        b = self._many if rows > 1 and self._many is not None else self._one
-        if self._scores.shape[2] < memory.capacity:
-            self._scores = np.zeros((self.team.size, 4, memory.capacity), np.float32)
-        b.x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(list(ids))].float().numpy()
-        self.team.run(
-            10 * len(self._layers) + 1, f.forward, rows, memory.length, self._sizes, self._eps, self._table, self._layers,
-            self._orders, self._biases, self._norms, self._qk_norms, self._cos, self._sin, memory.keys, memory.values,
-            b.x, b.h, b.x8, b.x16, b.x_scales, b.x_sums, b.qkv, b.mixed, b.gate_up, b.act, self._scores, self._logits,
-            self._one.x8, self._one.x16, self._one.x_scales, self._one.x_sums,
-        )  # fmt: skip
+            self._many = self._arguments(CHUNK_TOKENS, 1)
+        arguments = self._many if rows > 1 and self._many is not None else self._one
+        needed = max(memory.capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
+        if self._scores.shape[2] < needed:
+            self._scores = np.zeros((self.team.size, 4, needed), np.float32)
+        x = arguments.kept["x"]
+        x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(list(ids))].float().numpy()
+        arguments.set(
+            rows=rows,
+            start=memory.length,
+            keys=memory.keys,
+            values=memory.values,
+            capacity=memory.capacity,
+            scores=self._scores,
+            score_width=self._scores.shape[2],
+        )
+        self.team.run(PHASES_PER_LAYER * self._model["layer_count"] + 1, forward, arguments.array)
         memory.grown(rows)
 
     def close(self) -> None:
@@ -234,7 +261,7 @@ def _up(count: int) -> int:
     return -(-count // 16) * 16
 
 
-def _rounds_alike(a: Weights, b: Weights) -> bool:
+def _round_alike(a: Weights, b: Weights) -> bool:
     if not a.chunks or (a.chunks, a.chunk_rows) != (b.chunks, b.chunk_rows) or (a.order is None) != (b.order is None):
         return False
     return a.order is None or b.order is None or bool(np.array_equal(a.order, b.order))

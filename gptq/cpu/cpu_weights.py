@@ -1,7 +1,7 @@
-"""Weights as the compiled kernels read them (layouts: tiles.py), made from a GPTQLinear or a dense Linear.
+"""Weights in the layouts of the compiled kernels (tiles.py), made from a GPTQLinear or a dense Linear.
 
-Bits stay as they are in the file (3 bits take the room of 4); a scale and a zero go with every chunk of
-at most 128 rows. Nothing is rounded: what a dense layer is stored in holds its every number exactly.
+Integers keep their bits (3 bits are stored in 4). Every chunk of at most 128 rows has its scales and zeros. Nothing is
+rounded: a dense layer is stored in the shortest type that holds each of its numbers exactly.
 """
 
 import math
@@ -35,9 +35,9 @@ class Weights:
     w: np.ndarray  # bytes, at an address that 64 divides
     scales: np.ndarray | None  # half [T][C][16]
     zeros: np.ndarray | None  # uint8 [T][C][16]
-    order: np.ndarray | None  # int32 [C * P]: which input each row takes, -1 none; None: the first K, as they come
+    order: np.ndarray | None  # int32 [C * P]: the input of each row, -1 for none; None: inputs 0 to K - 1 in order
     bias: np.ndarray | None  # fp32 [N]
-    error: float = 0.0  # of the stored weights against those given, relative to the largest of each chunk
+    error: float = 0.0  # of the stored weights, relative to the largest of each chunk
 
     @property
     def tiles(self) -> int:
@@ -57,7 +57,7 @@ def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
 
 
 def from_packed(linear: GPTQLinear, isa: str, team: Team) -> Weights:
-    """Holds the same integers, zeros and scales; nothing is rounded unless a scale is no half (said in `error`)."""
+    """The same integers, zeros and scales. Only scales that are no halves are rounded; `error` says by how much."""
     zeros = bit_packing.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
     groups = linear.g_idx.long().numpy()  # [K]
     bias = None if linear.bias is None else linear.bias.detach().float().numpy()
@@ -112,8 +112,8 @@ def _packed(
 
 
 def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Weights:
-    """weight [N, K]. In 8 bits with a scale for 32 if that says the same (embeddings that came from an 8-bit
-    file), else in the shortest of half, bfloat16 and fp32 that holds every number."""
+    """From weight [N, K]: in 8 bits with a scale for every 32 numbers, if that loses nothing (embeddings that came from
+    an 8-bit file); else in the shortest of half, bfloat16 and fp32 that holds every number."""
     weight = weight.detach()
     offset = None if bias is None else bias.detach().float().numpy()
     eight = _as_eight_bits(weight)
@@ -142,8 +142,8 @@ def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Wei
 
 
 def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
-    """(q uint8 [K, N], scales half [K/32, N], error) if no weight moves by more than half precision's own
-    rounding of the largest of its 32; else None."""
+    """(q uint8 [K, N], scales half [K/32, N], error), if no weight changes by more than half precision would round the
+    largest of its 32; else None."""
     columns, rows = weight.shape
     if rows % 32:
         return None
@@ -155,7 +155,7 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
         largest = part.abs().amax(-1, keepdim=True)
         middle = (largest / 127).half()
         scale, numbers, error = middle.float(), torch.zeros_like(part), torch.full_like(largest, torch.inf)
-        for step in (0, 1, -1):  # the scale of the file it came from may be the next half
+        for step in (0, 1, -1):  # the scale in the original file may be the next half
             tried = (middle.view(torch.int16) + step).clamp_(min=0).view(torch.float16).float()
             rounded = (part / tried.clamp(min=1e-30)).round_().clamp_(-127, 127)
             off = (rounded * tried - part).abs().amax(-1, keepdim=True) / largest.clamp(min=1e-30)

@@ -1,269 +1,253 @@
-"""The whole forward of a Llama-family model as one compiled function, run by every thread at once.
+"""The whole forward of a Llama-family model as one compiled function, which all threads run together.
 
-A step of one token rounds and normalises in every thread for itself (that is cheaper than meeting); a chunk
-of a prompt shares its rows out and meets. Keys lie [layer][kv head][position/16][D][16], values
-[layer][kv head][D/16][position][16], both halves, so that attention is products with dense tiles (tiles.py).
+The work is divided into phases: `shares` gives each thread the next item of a phase that no other has, and ends
+when all items of all threads are done. A step of one token normalises and rounds its row in every thread, which is
+cheaper than one more phase; a chunk of a prompt divides its rows among the threads. `f` is a record with the fields
+FORWARD of forward_arguments.py.
 """
 
-from .cpu_kernels import CHUNKS, TILES, claim, finish, norm_row
-from .numba_compiler import compiled
-from .row_ops import attend, gated, multiply, remember, round_rows, share_of, turn
+from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, norm_row, shares
+from .forward_arguments import (
+    DOWN_PRODUCT,
+    FIRST_WEIGHT,
+    GATE_UP_PRODUCT,
+    LAYER_COLUMNS,
+    OUT_PRODUCT,
+    PRODUCTS,
+    QKV_PRODUCT,
+    WEIGHTS,
+    WINDOW,
+)
+from .numba_compiler import compiled, compiled_part
+from .numba_intrinsics import float_rows, floats, integers
+from .row_ops import attend, gate_row, multiply, rotate, round_rows, share_of, store_key_value
 
-# Columns of the table of layers: rows of the table of weights (-1: in the one before), then numbers.
-Q, K, V, OUT, GATE, UP, DOWN, WINDOW = range(8)
-# Places in `sizes`.
-HEADS, KV_HEADS, HEAD_DIM, HALF_ROTARY, K_COLUMN, V_COLUMN, UP_COLUMN, INNER, HEAD_ROW, HAS_QK_NORM = range(10)
+PHASES_PER_LAYER = 10  # at most
+# Each thread gets several items of a phase, so that one that the system has suspended delays the others little.
+ROW_ITEMS, LINEAR_ITEMS, HEAD_ITEMS = 4, 8, 16
+PRODUCT_ITEMS = (4, 4, 6, 4)
 
 
 @compiled
-def forward(
-    tid, threads, counters, rows, start, sizes, eps, weights, layers, orders, biases, norms, qk_norms, cos, sin,
-    keys, values, x, h, x8, x16, x_scales, x_sums, qkv, mixed, gate_up, act, scores, logits,
-    head_x8, head_x16, head_scales, head_sums,
-):  # fmt: skip
-    """Put x [rows, H] (embeddings) at positions start … through the model; the last row's logits into logits [1, V].
+def forward(tid, threads, counters, arguments):
+    """Compute the rows of the record `arguments` [1]; the last row's logits are left in its `logits`."""
+    f = arguments[0]
+    phase = 0
+    for layer in range(f.layer_count):
+        for product in range(PRODUCTS):  # numba would compile `multiply_layer` again for each constant
+            if product == OUT_PRODUCT:
+                if f.rows > 1:
+                    phase = store_positions(tid, threads, counters, phase, f, layer)
+                phase = attend_layer(tid, threads, counters, phase, f, layer)
+            phase = multiply_layer(tid, threads, counters, phase, f, layer, product)
+    multiply_head(tid, threads, counters, phase, f)
 
-    h, x8 … x_sums, act exist once for every thread if rows is one, else once; head_… for every thread.
-    """
-    heads, kv_heads, head_dim, half = sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM], sizes[HALF_ROTARY]
-    k_column, v_column, up_column, inner = sizes[K_COLUMN], sizes[V_COLUMN], sizes[UP_COLUMN], sizes[INNER]
-    group = heads // kv_heads
-    capacity = values.shape[3]
+
+@compiled_part
+def column_of(f, product, weight):
+    """Where a weight's part of a product begins."""
+    return integers(f.columns, 12)[3 * product + weight]
+
+
+@compiled_part
+def source_of(f, me, product):
+    """The input of a product [rows][its width]."""
+    if product == OUT_PRODUCT:
+        return float_rows(f.attended, f.rows, f.attended_width)
+    if product == DOWN_PRODUCT:
+        return float_rows(f.gated + 4 * me * f.hidden_rows * f.gated_width, f.rows, f.gated_width)
+    return float_rows(f.hidden + 4 * me * f.hidden_rows * f.hidden_width, f.rows, f.hidden_width)
+
+
+@compiled_part
+def target_of(f, product):
+    """Where a product goes [rows][its width]."""
+    if product in (QKV_PRODUCT, DOWN_PRODUCT):
+        return float_rows(f.qkv, f.rows, f.qkv_width)
+    return float_rows(f.gate_up, f.rows, f.gate_up_width)
+
+
+@compiled_part
+def weight_rows(f, layer, product):
+    """Rows of the table of weights that a product multiplies with; -1 for none."""
+    return integers(f.layers + 8 * (layer * LAYER_COLUMNS + FIRST_WEIGHT[product]), WEIGHTS[product])
+
+
+@compiled_part
+def norm_of(f, at):
+    """One of the norms [H]: 2 * layer for what comes before attention, 2 * layer + 1 for what comes after."""
+    return floats(f.norms + 4 * at * f.norm_width, f.norm_width)
+
+
+@compiled_part
+def prepare_rows(me, first, last, f, layer, product):
+    """Compute the input of a product, rows first to last, and round it for the product's weights."""
+    source = source_of(f, me, product)
+    if product == DOWN_PRODUCT:
+        gate_up = float_rows(f.gate_up, f.rows, f.gate_up_width)
+        for r in range(first, last):
+            gate_row(gate_up[r], column_of(f, GATE_UP_PRODUCT, 1), source[r], f.inner)
+    elif product != OUT_PRODUCT:
+        x = float_rows(f.x, f.rows, f.hidden_width)
+        norm = norm_of(f, 2 * layer + (1 if product == GATE_UP_PRODUCT else 0))
+        for r in range(first, last):
+            norm_row(x[r], norm, f.eps, source[r])
+    for row in weight_rows(f, layer, product):
+        if row >= 0:
+            round_rows(me, first, last, source, f.tables, row, f.rounded)
+
+
+@compiled_part
+def multiply_layer(tid, threads, counters, phase, f, layer, product):
+    """One of a layer's four products, with what comes before it and (out, down) the addition to x. Returns the next phase."""
+    rows = f.rows
     alone = rows == 1
     me = tid if alone else 0
-    hidden, inside = h[me], act[me]
-    row_items = min(rows, 4 * threads)
-    scratch = scores[tid, 0]
-    no_norm = qk_norms[0, :0]
-    phase = 0
-    for l in range(layers.shape[0]):  # noqa: E741
-        layer = layers[l]
-        q_norm, k_norm = (qk_norms[2 * l], qk_norms[2 * l + 1]) if sizes[HAS_QK_NORM] else (no_norm, no_norm)
-
-        # --- attention: norm, q, k, v
-        ready = not alone
-        if not alone:
-            mine = 0
-            at = claim(counters, phase)
-            while at < row_items:
-                first, last = share_of(at, row_items, rows)
-                for r in range(first, last):
-                    norm_row(x[r], norms[2 * l], eps, hidden[r])
-                for one in range(3):
-                    if layer[Q + one] >= 0:
-                        round_rows(me, first, last, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
-                mine += 1
-                at = claim(counters, phase)
-            finish(counters, phase, mine, row_items)
-            phase += 1
-        q_tiles = weights[layer[Q], TILES]
-        k_tiles = weights[layer[K], TILES] if layer[K] >= 0 else 0
-        v_tiles = weights[layer[V], TILES] if layer[V] >= 0 else 0
-        tiles_ = q_tiles + k_tiles + v_tiles
-        items, mine = min(tiles_, 4 * threads), 0
-        at = claim(counters, phase)
-        while at < items:
-            if not ready:
-                norm_row(x[0], norms[2 * l], eps, hidden[0])
-                for one in range(3):
-                    if layer[Q + one] >= 0:
-                        round_rows(me, 0, 1, hidden, weights, layer[Q + one], orders, x8, x16, x_scales, x_sums)
-                ready = True
-            first, last = share_of(at, items, tiles_)
-            multiply(me, first, last, rows, hidden, weights, layer[Q], x8, x_scales, x_sums, qkv, 0, biases)
-            if k_tiles:
-                first, last = first - q_tiles, last - q_tiles
-                multiply(me, first, last, rows, hidden, weights, layer[K], x8, x_scales, x_sums, qkv, k_column, biases)
-                first, last = first - k_tiles, last - k_tiles
-                multiply(me, first, last, rows, hidden, weights, layer[V], x8, x_scales, x_sums, qkv, v_column, biases)
-            mine += 1
-            at = claim(counters, phase)
-        finish(counters, phase, mine, items)
+    if not alone:
+        items = min(rows, ROW_ITEMS * threads)
+        for at in shares(counters, phase, items):
+            first, last = share_of(at, items, rows)
+            prepare_rows(me, first, last, f, layer, product)
         phase += 1
-
-        # --- positions, memory
-        if not alone:
-            mine = 0
-            at = claim(counters, phase)
-            while at < row_items:
-                first, last = share_of(at, row_items, rows)
-                for r in range(first, last):
-                    position = start + r
-                    for head in range(heads):
-                        turn(qkv[r], head * head_dim, head_dim, half, cos[position], sin[position], q_norm, eps)
-                    for head in range(kv_heads):
-                        remember(
-                            qkv[r], k_column + head * head_dim, v_column + head * head_dim, position, head_dim, half,
-                            cos[position], sin[position], k_norm, eps, keys[l, head], values[l, head], scratch,
-                        )  # fmt: skip
-                mine += 1
-                at = claim(counters, phase)
-            finish(counters, phase, mine, row_items)
-            phase += 1
-
-        # --- attention proper: heads with the same keys, or rows of one head, as the rows of a product
-        size = 4 if not alone or group % 4 == 0 else group if group < 4 else 1
-        items = heads // size if alone else heads * ((rows + 3) // 4)
-        mine = 0
-        at = claim(counters, phase)
-        while at < items:
-            if alone:
-                head, r, taken, later = at * size, 0, size, 0
-                stride = out_stride = 4 * head_dim
-                for one in range(size):
-                    turn(qkv[0], (head + one) * head_dim, head_dim, half, cos[start], sin[start], q_norm, eps)
-                own = head // group
-                remember(
-                    qkv[0], k_column + own * head_dim, v_column + own * head_dim, start, head_dim, half,
-                    cos[start], sin[start], k_norm, eps, keys[l, own], values[l, own], scratch,
-                )  # fmt: skip
-            else:
-                head, r = at % heads, (items - 1 - at) // heads * 4  # the long rows first
-                taken, later, stride, out_stride = min(4, rows - r), 1, qkv.strides[0], mixed.strides[0]
-            attend(
-                qkv[r].ctypes.data + 4 * head * head_dim, stride, mixed[r].ctypes.data + 4 * head * head_dim, out_stride, taken,
-                start + r, later, layer[WINDOW], keys[l, head // group].ctypes.data, values[l, head // group].ctypes.data,
-                capacity, head_dim, scores[tid],
-            )  # fmt: skip
-            mine += 1
-            at = claim(counters, phase)
-        finish(counters, phase, mine, items)
-        phase += 1
-
-        # --- o, added to x
-        ready = not alone
-        if not alone:
-            mine = 0
-            at = claim(counters, phase)
-            while at < row_items:
-                first, last = share_of(at, row_items, rows)
-                round_rows(me, first, last, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
-                mine += 1
-                at = claim(counters, phase)
-            finish(counters, phase, mine, row_items)
-            phase += 1
-        tiles_ = weights[layer[OUT], TILES]
-        items, mine = min(tiles_, 4 * threads), 0
-        at = claim(counters, phase)
-        while at < items:
-            if not ready:
-                round_rows(me, 0, 1, mixed, weights, layer[OUT], orders, x8, x16, x_scales, x_sums)
-                ready = True
-            first, last = share_of(at, items, tiles_)
-            multiply(me, first, last, rows, mixed, weights, layer[OUT], x8, x_scales, x_sums, gate_up, 0, biases)
+    x, source, target = float_rows(f.x, rows, f.hidden_width), source_of(f, me, product), target_of(f, product)
+    weights = weight_rows(f, layer, product)
+    tiles = 0
+    for row in weights:
+        if row >= 0:
+            tiles += integers(f.tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
+    items = min(tiles, PRODUCT_ITEMS[product] * threads)
+    ready = not alone
+    for at in shares(counters, phase, items):
+        if not ready:
+            prepare_rows(me, 0, 1, f, layer, product)
+            ready = True
+        first, last = share_of(at, items, tiles)
+        before = 0  # tiles of the weights that come first
+        for one in range(weights.size):
+            row = weights[one]
+            if row >= 0:
+                column = column_of(f, product, one)
+                before += multiply(me, first - before, last - before, rows, source, f.tables, row, f.rounded, target, column)
+        if product in (OUT_PRODUCT, DOWN_PRODUCT):
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
-                    x[r, i] += gate_up[r, i]
-            mine += 1
-            at = claim(counters, phase)
-        finish(counters, phase, mine, items)
-        phase += 1
+                    x[r, i] += target[r, i]
+    return phase + 1
 
-        # --- gate and up
-        ready = not alone
-        if not alone:
-            mine = 0
-            at = claim(counters, phase)
-            while at < row_items:
-                first, last = share_of(at, row_items, rows)
-                for r in range(first, last):
-                    norm_row(x[r], norms[2 * l + 1], eps, hidden[r])
-                for one in range(2):
-                    if layer[GATE + one] >= 0:
-                        round_rows(me, first, last, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
-                mine += 1
-                at = claim(counters, phase)
-            finish(counters, phase, mine, row_items)
-            phase += 1
-        gate_tiles = weights[layer[GATE], TILES]
-        tiles_ = gate_tiles + (weights[layer[UP], TILES] if layer[UP] >= 0 else 0)
-        items, mine = min(tiles_, 6 * threads), 0
-        at = claim(counters, phase)
-        while at < items:
-            if not ready:
-                norm_row(x[0], norms[2 * l + 1], eps, hidden[0])
-                for one in range(2):
-                    if layer[GATE + one] >= 0:
-                        round_rows(me, 0, 1, hidden, weights, layer[GATE + one], orders, x8, x16, x_scales, x_sums)
-                ready = True
-            first, last = share_of(at, items, tiles_)
-            multiply(me, first, last, rows, hidden, weights, layer[GATE], x8, x_scales, x_sums, gate_up, 0, biases)
-            if layer[UP] >= 0:
-                first, last = first - gate_tiles, last - gate_tiles
-                multiply(me, first, last, rows, hidden, weights, layer[UP], x8, x_scales, x_sums, gate_up, up_column, biases)
-            mine += 1
-            at = claim(counters, phase)
-        finish(counters, phase, mine, items)
-        phase += 1
 
-        # --- SiLU(gate) * up, down, added to x
-        ready = not alone
-        if not alone:
-            mine = 0
-            at = claim(counters, phase)
-            while at < row_items:
-                first, last = share_of(at, row_items, rows)
-                for r in range(first, last):
-                    gated(gate_up[r], up_column, inside[r], inner)
-                round_rows(me, first, last, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
-                mine += 1
-                at = claim(counters, phase)
-            finish(counters, phase, mine, row_items)
-            phase += 1
-        tiles_ = weights[layer[DOWN], TILES]
-        items, mine = min(tiles_, 4 * threads), 0
-        at = claim(counters, phase)
-        while at < items:
-            if not ready:
-                gated(gate_up[0], up_column, inside[0], inner)
-                round_rows(me, 0, 1, inside, weights, layer[DOWN], orders, x8, x16, x_scales, x_sums)
-                ready = True
-            first, last = share_of(at, items, tiles_)
-            multiply(me, first, last, rows, inside, weights, layer[DOWN], x8, x_scales, x_sums, qkv, 0, biases)
-            for r in range(rows):
-                for i in range(16 * first, 16 * last):
-                    x[r, i] += qkv[r, i]
-            mine += 1
-            at = claim(counters, phase)
-        finish(counters, phase, mine, items)
-        phase += 1
+@compiled_part
+def rotate_head(f, layer, is_key, position, x, start):
+    """Normalise one head of a query or key, x [start : start + head_dim], and rotate it to its position. In place."""
+    at = 4 * position * f.half_rotary
+    cos, sin = floats(f.cos + at, f.half_rotary), floats(f.sin + at, f.half_rotary)
+    norm = floats(f.qk_norms + 4 * (2 * layer + is_key) * f.head_dim, f.head_dim if f.has_qk_norm else 0)
+    rotate(x, start, f.head_dim, f.half_rotary, cos, sin, norm, f.eps)
 
-    # --- the last row's logits; every thread that helps rounds its norm for itself
+
+@compiled_part
+def store_head(tid, f, layer, r, head):
+    """Keep the key and the value of one head of row r. Two threads may store the same one at once: they write the same bits."""
+    qkv, position = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width), f.start + r
+    k_start = column_of(f, QKV_PRODUCT, 1) + head * f.head_dim
+    v_start = column_of(f, QKV_PRODUCT, 2) + head * f.head_dim
+    key = scores_of(f, tid)[0]  # a copy to rotate: another head of the group may still need the row
+    for i in range(f.head_dim):
+        key[i] = qkv[k_start + i]
+    rotate_head(f, layer, 1, position, key, 0)
+    store_key_value(key, qkv, v_start, position, f.head_dim, f.capacity, keys_of(f, layer, head), values_of(f, layer, head))
+
+
+@compiled_part
+def keys_of(f, layer, head):
+    """Address of one head's keys."""
+    return f.keys + 2 * (layer * f.kv_heads + head) * f.capacity * f.head_dim
+
+
+@compiled_part
+def values_of(f, layer, head):
+    """Address of one head's values."""
+    return f.values + 2 * (layer * f.kv_heads + head) * f.capacity * f.head_dim
+
+
+@compiled_part
+def scores_of(f, tid):
+    """A thread's scores [4][score_width]."""
+    return float_rows(f.scores + 16 * tid * f.score_width, 4, f.score_width)
+
+
+@compiled_part
+def store_positions(tid, threads, counters, phase, f, layer):
+    """Rotate the queries of every row of a prompt and keep its keys and values. Returns the next phase."""
+    items = min(f.rows, ROW_ITEMS * threads)
+    for at in shares(counters, phase, items):
+        first, last = share_of(at, items, f.rows)
+        for r in range(first, last):
+            qkv = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width)
+            for head in range(f.heads):
+                rotate_head(f, layer, 0, f.start + r, qkv, head * f.head_dim)
+            for head in range(f.kv_heads):
+                store_head(tid, f, layer, r, head)
+    return phase + 1
+
+
+@compiled_part
+def attend_layer(tid, threads, counters, phase, f, layer):
+    """Attention. One product computes several heads that share keys (one token), or several rows of a head (a prompt)."""
+    rows, head_dim = f.rows, f.head_dim
+    alone = rows == 1
+    group = f.heads // f.kv_heads
+    window = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[WINDOW]
+    size = 4 if not alone or group % 4 == 0 else group if group < 4 else 1
+    items = f.heads // size if alone else f.heads * ((rows + 3) // 4)
+    for at in shares(counters, phase, items):
+        if alone:
+            head, r, count, later = at * size, 0, size, 0
+            stride = out_stride = 4 * head_dim
+            for one in range(size):
+                rotate_head(f, layer, 0, f.start, floats(f.qkv, f.qkv_width), (head + one) * head_dim)
+            store_head(tid, f, layer, 0, head // group)
+        else:
+            head, r = at % f.heads, (items - 1 - at) // f.heads * 4  # the long rows first
+            count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.qkv_width, 4 * f.attended_width
+        query = f.qkv + 4 * (r * f.qkv_width + head * head_dim)
+        out = f.attended + 4 * (r * f.attended_width + head * head_dim)
+        attend(
+            query, stride, out, out_stride, count, f.start + r, later, window, keys_of(f, layer, head // group),
+            values_of(f, layer, head // group), f.capacity, head_dim, scores_of(f, tid),
+        )  # fmt: skip
+    return phase + 1
+
+
+@compiled_part
+def multiply_head(tid, threads, counters, phase, f):
+    """The last row's logits. Every thread that takes part normalises and rounds the row for itself."""
+    logits = float_rows(f.logits, 1 + threads, f.logits_width)
     own = logits[1 + tid : 2 + tid]
     ready = False
-    tiles_ = weights[sizes[HEAD_ROW], TILES]
-    items, mine = min(tiles_, 16 * threads), 0
-    at = claim(counters, phase)
-    while at < items:
+    tiles = integers(f.tables.weights + 8 * f.head_row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
+    items = min(tiles, HEAD_ITEMS * threads)
+    for at in shares(counters, phase, items):
         if not ready:
-            norm_row(x[rows - 1], norms[2 * layers.shape[0]], eps, own[0])
-            round_rows(tid, 0, 1, own, weights, sizes[HEAD_ROW], orders, head_x8, head_x16, head_scales, head_sums)
+            x = floats(f.x + 4 * (f.rows - 1) * f.hidden_width, f.hidden_width)
+            norm_row(x, norm_of(f, 2 * f.layer_count), f.eps, own[0])
+            round_rows(tid, 0, 1, own, f.tables, f.head_row, f.head_rounded)
             ready = True
-        first, last = share_of(at, items, tiles_)
-        multiply(tid, first, last, 1, own, weights, sizes[HEAD_ROW], head_x8, head_scales, head_sums, logits, 0, biases)
-        mine += 1
-        at = claim(counters, phase)
-    finish(counters, phase, mine, items)
+        first, last = share_of(at, items, tiles)
+        multiply(tid, first, last, 1, own, f.tables, f.head_row, f.head_rounded, logits, 0)
 
 
 @compiled
-def linear(tid, threads, counters, rows, weights, order, bias, x, x8, x16, x_scales, x_sums, y):
-    """y [rows, N] = x [rows, K] W + bias for one row of a table of weights, alone."""
-    table = weights[0]
-    row_items, mine = min(rows, 4 * threads), 0
-    if table[CHUNKS]:
-        at = claim(counters, 0)
-        while at < row_items:
-            first, last = share_of(at, row_items, rows)
-            round_rows(0, first, last, x, weights, 0, order, x8, x16, x_scales, x_sums)
-            mine += 1
-            at = claim(counters, 0)
-        finish(counters, 0, mine, row_items)
-    items, mine = min(table[TILES], 8 * threads), 0
-    at = claim(counters, 1)
-    while at < items:
-        first, last = share_of(at, items, table[TILES])
-        multiply(0, first, last, rows, x, weights, 0, x8, x_scales, x_sums, y, 0, bias)
-        mine += 1
-        at = claim(counters, 1)
-    finish(counters, 1, mine, items)
+def linear(tid, threads, counters, arguments):
+    """One product alone; `arguments` [1] is a record with the fields LINEAR."""
+    f = arguments[0]
+    weight = integers(f.tables.weights, WEIGHT_COLUMNS)
+    x, y = float_rows(f.x, f.rows, f.x_width), float_rows(f.y, f.rows, f.y_width)
+    if weight[CHUNKS]:
+        items = min(f.rows, ROW_ITEMS * threads)
+        for at in shares(counters, 0, items):
+            first, last = share_of(at, items, f.rows)
+            round_rows(0, first, last, x, f.tables, 0, f.rounded)
+    items = min(weight[TILES], LINEAR_ITEMS * threads)
+    for at in shares(counters, 1, items):
+        first, last = share_of(at, items, weight[TILES])
+        multiply(0, first, last, f.rows, x, f.tables, 0, f.rounded, y, 0)

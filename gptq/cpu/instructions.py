@@ -1,4 +1,4 @@
-"""LLVM instructions that more than one kernel is written of, a line each: vectors, memory by address, a loop."""
+"""LLVM instructions that several kernels use: vectors, memory by address, a loop."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
 
 
 def loop(builder: Any, count: Any, name: str, start: list[Any], body: Any) -> list[Any]:
-    """for i in range(count): values = body(builder, i, values); count is at least one."""
+    """Emit: for i in range(count): values = body(builder, i, values). `count` is at least one."""
     before = builder.block
     block = builder.append_basic_block(name)
     after = builder.append_basic_block(f"{name}.end")

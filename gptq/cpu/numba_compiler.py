@@ -1,6 +1,6 @@
-"""numba's compiler, with its files where they belong: in the user's cache folder, never in the package.
+"""numba's compiler, which keeps its files in the user's cache folder, never in the package.
 
-The folder's name holds a digest of every source here, so that a new version never runs old machine code.
+The folder's name contains a digest of all sources here, so that a new version never runs old machine code.
 """
 
 import hashlib
@@ -21,16 +21,19 @@ def available() -> bool:
 
 
 def cache_folder(given: str = "") -> Path:
-    """In `given`, what NUMBA_CACHE_DIR says, or in the user's cache folder."""
+    """Where the machine code is kept: in `given` (the value of NUMBA_CACHE_DIR), or in the user's cache folder."""
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:12]
     return Path(given or user_folders.cache_folder()) / "compiled" / digest
 
 
 def is_cached() -> bool:
-    """Whether the machine code of an earlier start is there, so that nothing has to be compiled."""
+    """Whether an earlier start left its machine code, so that nothing has to be compiled."""
     folder = cache_folder(os.environ.get("NUMBA_CACHE_DIR", ""))
     return folder.is_dir() and any(folder.rglob("forward.forward-*.nbc"))
+
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 
 
 def compiled(function: F) -> F:
@@ -41,7 +44,15 @@ def compiled(function: F) -> F:
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder(before))
     try:
-        made: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+        made: Any = numba.njit(cache=True, **_OPTIONS)
         return made(function)
     finally:
         config.CACHE_DIR = before
+
+
+def compiled_part(function: F) -> F:
+    """The same without files of its own, for generators: numba cannot use one that it loads from a file."""
+    import numba
+
+    made: Any = numba.njit(**_OPTIONS)
+    return made(function)

@@ -1,4 +1,4 @@
-"""What numba cannot say of single numbers: their bits, halves, and the counter that threads share."""
+"""What numba has no words for: arrays at an address, the bits of a number, halves, and the counter that threads share."""
 
 import platform
 import sys
@@ -7,8 +7,50 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 from .instructions import F16, F32, I32, I64, V16F, call, load, store
+
+
+def _array_at(builder: Any, context: Any, kind: Any, address: Any, shape: tuple[Any, ...]) -> Any:
+    """An array without gaps at an address. It holds no reference: whoever filled the record with addresses does."""
+    array = make_array(kind)(context, builder)
+    size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    strides = [size]
+    for length in reversed(shape[1:]):
+        strides.insert(0, builder.mul(strides[0], length))
+    pointer = builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
+    populate_array(array, data=pointer, shape=shape, strides=tuple(strides), itemsize=size, meminfo=None)
+    return array._getvalue()
+
+
+def _vector_of(kind: Any) -> Any:
+    """An intrinsic (address, count) -> the array [count] of that kind."""
+
+    def vector(typing: Any, address: Any, count: Any) -> Any:
+        array = types.Array(kind, 1, "C")
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return _array_at(builder, context, array, arguments[0], (arguments[1],))
+
+        return array(types.int64, types.int64), generate
+
+    return intrinsic(vector)
+
+
+floats, integers = _vector_of(types.float32), _vector_of(types.int64)
+integers8, integers16, integers32 = _vector_of(types.int8), _vector_of(types.int16), _vector_of(types.int32)
+
+
+@intrinsic
+def float_rows(typing: Any, address: Any, rows: Any, width: Any) -> Any:
+    """The fp32 array [rows][width] at an address."""
+    array = types.Array(types.float32, 2, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _array_at(builder, context, array, arguments[0], tuple(arguments[1:]))
+
+    return array(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -33,7 +75,7 @@ def bits_of_float(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def store_half(typing: Any, address: Any, value: Any) -> Any:
-    """Write an fp32 as a half."""
+    """Store an fp32 as a half."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         store(builder, builder.fptrunc(arguments[1], F16), arguments[0], 2)
@@ -56,7 +98,7 @@ def add16(typing: Any, to: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch_add(typing: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 there, for every thread to see; what it was before."""
+    """Add to the int64 at an address, atomically. Returns its value before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], I64.as_pointer())
@@ -67,7 +109,7 @@ def fetch_add(typing: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def fetch(typing: Any, address: Any) -> Any:
-    """The int64 there, as the other threads left it."""
+    """The int64 at an address, as other threads last wrote it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], I64.as_pointer())
@@ -78,7 +120,7 @@ def fetch(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def pause(typing: Any, long: Any) -> Any:
-    """Wait a moment: a hint to the processor, or (long) one's turn given to whoever else wants to run."""
+    """Wait a moment: a hint to the CPU, or (`long`) yield to any other thread that can run."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if sys.platform != "win32":

@@ -1,50 +1,74 @@
-"""Parts of a layer that a thread computes by itself: rounding, products, rotary positions, attention, the gate."""
+"""Compiled parts of a layer that one thread computes alone: rounding, products, rotary positions, attention, the gate."""
 
 import numpy as np
 
-from .cpu_kernels import BIAS, CHUNK_ROWS, CHUNKS, ORDER, SHARED, SLOT, TILES, exp, half_products, norm_row, product, round_row
-from .numba_compiler import compiled
-from .numba_intrinsics import store_half
+from .cpu_kernels import (
+    BIAS_START,
+    CHUNK_ROWS,
+    CHUNKS,
+    ORDER_START,
+    ROUNDED_BEFORE,
+    ROUNDED_BUFFER,
+    TILES,
+    WEIGHT_COLUMNS,
+    exp,
+    half_products,
+    norm_row,
+    product,
+    round_row,
+)
+from .numba_compiler import compiled_part
+from .numba_intrinsics import floats, integers, integers8, integers16, integers32, store_half
 
 
-@compiled
-def round_rows(me, first, last, x, weights, row, orders, x8, x16, x_scales, x_sums):
-    """Round rows first to last of x [rows, K] for the weights in `row`; a dense weight needs none."""
-    table = weights[row]
-    if table[CHUNKS] == 0 or table[SHARED]:
+@compiled_part
+def round_rows(me, first, last, x, tables, row, rounded):
+    """Round rows first to last of x [rows, K] for the weight in `row` of the table; a dense weight needs no rounding.
+
+    `tables` and `rounded` are records (TABLES, ROUNDED of forward_arguments.py), `me` is the owner of what is rounded.
+    """
+    weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
+    chunks, chunk_rows, start = weight[CHUNKS], weight[CHUNK_ROWS], weight[ORDER_START]
+    if chunks == 0 or weight[ROUNDED_BEFORE]:
         return
-    slot = table[SLOT]
-    at, width = table[ORDER], table[CHUNKS] * table[CHUNK_ROWS]
-    order = orders[at : at + width] if at >= 0 else orders[:0]
+    order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
+    at = me * rounded.buffers + weight[ROUNDED_BUFFER]
+    address = rounded.x + at * rounded.input_bytes
+    x8, x16 = integers8(address, rounded.input_bytes), integers16(address, rounded.input_bytes // 2)
+    scales = floats(rounded.scales + 4 * at * rounded.chunks, rounded.chunks)
+    sums = integers32(rounded.sums + 4 * at * rounded.chunks, rounded.chunks)
     for r in range(first, last):
-        round_row(
-            x[r], r, order, table[CHUNKS], table[CHUNK_ROWS], x8[me, slot], x16[me, slot], x_scales[me, slot], x_sums[me, slot]
-        )
+        round_row(x[r], r, order, chunks, chunk_rows, x8, x16, scales, sums)
 
 
-@compiled
-def multiply(me, first, last, rows, x, weights, row, x8, x_scales, x_sums, y, column, biases):
-    """The tiles first … last, as far as it has them, of the product in `row`; y's columns begin at `column`."""
-    table = weights[row]
-    first, last = max(first, 0), min(last, table[TILES])
+@compiled_part
+def multiply(me, first, last, rows, x, tables, row, rounded, y, column):
+    """Tiles first … last, as far as the weight in `row` has them, of its product; they begin at y's `column`.
+
+    Returns how many tiles the weight has.
+    """
+    weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
+    first, last = max(first, 0), min(last, weight[TILES])
     if first < last:
-        slot = table[SLOT]
-        bias = biases.ctypes.data + 4 * table[BIAS] if table[BIAS] >= 0 else 0
+        at = me * rounded.buffers + weight[ROUNDED_BUFFER]
+        bias = tables.biases + 4 * weight[BIAS_START] if weight[BIAS_START] >= 0 else 0
         product(
-            table, first, last, rows, x.ctypes.data, x.strides[0], x8[me, slot].ctypes.data, x_scales[me, slot].ctypes.data,
-            x_sums[me, slot].ctypes.data, y.ctypes.data + 4 * column, y.strides[0], bias,
+            weight, first, last, rows, x.ctypes.data, x.strides[0], rounded.x + at * rounded.input_bytes,
+            rounded.scales + 4 * at * rounded.chunks, rounded.sums + 4 * at * rounded.chunks, y.ctypes.data + 4 * column,
+            y.strides[0], bias,
         )  # fmt: skip
+    return weight[TILES]
 
 
-@compiled
+@compiled_part
 def share_of(at, items, count):
     """(first, last) of the `at`-th of `items` even shares of `count`."""
     return count * at // items, count * (at + 1) // items
 
 
-@compiled
-def turn(x, start, head_dim, half, cos, sin, norm, eps):
-    """Norm (if there is one) and rotary position of one head, x [start : start + D], in place."""
+@compiled_part
+def rotate(x, start, head_dim, half, cos, sin, norm, eps):
+    """Normalise one head, x [start : start + D], if `norm` is not empty, and rotate it to its position. In place."""
     if norm.size:
         norm_row(x[start : start + head_dim], norm, eps, x[start : start + head_dim])
     for i in range(half):
@@ -53,23 +77,20 @@ def turn(x, start, head_dim, half, cos, sin, norm, eps):
         x[start + half + i] = b * cos[i] + a * sin[i]
 
 
-@compiled
-def remember(row, k_at, v_at, position, head_dim, half, cos, sin, norm, eps, keys, values, scratch):
-    """Put one head's key and value into the memory. Two threads may do the same at once: they write the same."""
+@compiled_part
+def store_key_value(key, row, v_start, position, head_dim, capacity, keys, values):
+    """Store a head's key [head_dim] and its value, row [v_start …], at the addresses of that head's keys and values."""
+    at = keys + 32 * head_dim * (position // 16) + 2 * (position % 16)
     for i in range(head_dim):
-        scratch[i] = row[k_at + i]
-    turn(scratch, 0, head_dim, half, cos, sin, norm, eps)
-    place = keys[position // 16].ctypes.data + 2 * (position % 16)
+        store_half(at + 32 * i, key[i])
+    at = values + 32 * position
     for i in range(head_dim):
-        store_half(place + 32 * i, scratch[i])
-    place = values.ctypes.data + 32 * position
-    for i in range(head_dim):
-        store_half(place + 32 * values.shape[1] * (i // 16) + 2 * (i % 16), row[v_at + i])
+        store_half(at + 32 * capacity * (i // 16) + 2 * (i % 16), row[v_start + i])
 
 
-@compiled
+@compiled_part
 def attend(query, q_stride, out, o_stride, count, position, later, window, keys, values, capacity, head_dim, scores):
-    """`count` query rows of one head; row r stands at position + r * later. keys and values are that head's addresses."""
+    """Attention of `count` queries; query r is at position + r * later. keys and values are addresses of one head's."""
     last = position + (count - 1) * later
     begin = max(0, position - window + 1) // 16 if window > 0 else 0
     tiles_ = last // 16 + 1 - begin
@@ -96,8 +117,9 @@ def attend(query, q_stride, out, o_stride, count, position, later, window, keys,
     half_products(values + begin * 512, mine, s_stride, width, out, o_stride, count, head_dim // 16, capacity * 32)
 
 
-@compiled
-def gated(gate_up, up_column, out, inner):
+@compiled_part
+def gate_row(gate_up, up_column, out, inner):
+    """out [inner] = SiLU(gate) * up; up begins at up_column."""
     for i in range(inner):
         gate = gate_up[i]
         out[i] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[up_column + i]

@@ -1,6 +1,6 @@
 """Threads that run one compiled function together, each with its own number.
 
-numba's own parallel loops are not used: they start and end a team some hundred times a token, and its
+numba's own parallel loops are not used: they start and end a team some hundred times per token, and numba's
 default team ends the process when two threads use it at once.
 """
 
@@ -14,7 +14,7 @@ _Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 class Team:
-    """`run` may be called from any thread; one runs at a time. Its threads end when it is closed or dropped."""
+    """`run` may be called from any thread; one call runs at a time. The threads end when the team is closed or collected."""
 
     def __init__(self, size: int) -> None:
         self.size = max(1, size)
@@ -23,13 +23,15 @@ class Team:
         self._go = [threading.Semaphore(0) for _ in range(self.size - 1)]
         self._done = threading.Semaphore(0)
         for tid, go in enumerate(self._go, 1):
-            # the thread must not know the team, or nobody could drop it
+            # the thread holds no reference to the team, or the team would never be collected
             arguments = (tid, go, self._done, self._job)
             threading.Thread(target=_help, args=arguments, name=f"gptq-webui cpu {tid}", daemon=True).start()
 
     def run(self, phases: int, function: Callable[..., Any], *arguments: Any) -> None:
-        """function(tid, threads, counters, *arguments) in every thread, with counters for that many phases
-        (kernels.claim); returns when all are through."""
+        """Call function(tid, threads, counters, *arguments) in every thread; returns when all calls have.
+
+        `counters` have room for that many phases (cpu_kernels.shares).
+        """
         with self._turn:
             counters = np.zeros((phases, 16), np.int64)
             self._job[0] = (function, (self.size, counters, *arguments))
@@ -41,7 +43,7 @@ class Team:
             self._job[0] = None
 
     def close(self) -> None:
-        """End the threads; `run` then works alone. Safe to call twice."""
+        """End the threads; `run` then uses only its caller's thread. Safe to call twice."""
         with self._turn:
             helpers, self._go = self._go, []
             for each in helpers:
@@ -60,5 +62,5 @@ def _help(tid: int, go: threading.Semaphore, done: threading.Semaphore, box: lis
         function, arguments = job
         del job
         function(tid, *arguments)
-        del function, arguments  # or an unloaded model would live on here
+        del function, arguments  # or they would keep an unloaded model in memory
         done.release()

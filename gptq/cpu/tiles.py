@@ -1,18 +1,18 @@
 """Sixteen outputs of a matrix product at a time, written as LLVM instructions for numba.
 
-A vector's lanes are output columns, so nothing is ever added across lanes, scales are vectors too, and a
-group of any size costs only the length of a loop. Packed layout (T tiles of 16 columns, C chunks of P rows,
-P a multiple of 32 and at most 128; a chunk lies inside one group):
+The lanes of a vector are output columns. So nothing is added across lanes, scales are vectors too, and the size of
+a group is only the length of a loop. Packed layout (T tiles of 16 columns, C chunks of P rows, P a multiple of 32
+and at most 128; a chunk lies inside one group):
 
     w       [T][C][P/F][16][4] bytes: byte j of a column holds the unsigned integers of rows order[j],
             order[j] + 4 … of a block of F rows (4 at 8 bits, 8 at 4 bits, 16 at 2 bits; low bits first)
     scales  half [T][C][16]     zeros uint8 [T][C][16]
     x       2 bytes a number, [rows][C * P]; fp32 scale and int32 sum of each chunk [rows][C]
 
-x is rounded to 16 bits (X_TOP steps to the largest of its chunk) and the products are summed exactly in
-int32, so the only errors are that rounding and fp32's.
+x is rounded to 16 bits (the largest of a chunk becomes X_TOP). The products are summed exactly in int32, so the
+only errors are that rounding and those of fp32.
 
-Dense layout: w [T][K][16] of half, bfloat16 or fp32; x fp32. Attention's two products have this form too.
+Dense layout: w [T][K][16] of half, bfloat16 or fp32; x fp32. The two products of attention use it too.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ class _Vnni512:
 
 
 class _Vnni256(_Vnni512):
-    """AVX-VNNI, the same in two halves."""
+    """AVX-VNNI: the same in two halves."""
 
     @staticmethod
     def multiply(builder: Any, sums: list[Any], w: Any, x: Any, k: int) -> list[Any]:
@@ -67,7 +67,7 @@ class _Vnni256(_Vnni512):
 
 
 class _Avx2:
-    """AVX2: bytes of w widened to 16 bits where they lie, first the even, then the odd ones, times pairs of x."""
+    """AVX2: bytes of w, widened in place to 16 bits (the even ones, then the odd ones), times pairs of x."""
 
     sums = 1
     halves = False
@@ -120,7 +120,7 @@ ISAS: dict[str, Any] = {"vnni512": _Vnni512, "vnni256": _Vnni256, "avx2": _Avx2,
 
 
 def best_isa() -> str:
-    """The fastest of WAYS that this processor has."""
+    """The fastest of ISAS that this CPU has."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
@@ -170,16 +170,16 @@ def packed_tile(bits: int, rows: int, isa: str) -> Any:
 
             none = [constant(V16I, 0)] * (rows * how.sums)
             sums = loop(builder, units, "unit", none, unit)
-            place = builder.mul(c, number(LANES))
-            halves = load(builder, builder.add(scales, builder.mul(place, number(2))), vector(F16, 16), 32)
+            column = builder.mul(c, number(LANES))
+            halves = load(builder, builder.add(scales, builder.mul(column, number(2))), vector(F16, 16), 32)
             scale = builder.fpext(halves, V16F)
-            zero = builder.zext(load(builder, builder.add(zeros, place), vector(I8, 16), 16), V16I)
+            zero = builder.zext(load(builder, builder.add(zeros, column), vector(I8, 16), 16), V16I)
             out = []
             for r in range(rows):
                 mine = sums[r * how.sums : (r + 1) * how.sums]
-                side = builder.add(builder.mul(s_stride, number(r)), builder.mul(c, number(4)))
-                x_sum = splat(builder, load(builder, builder.add(x_sums, side), I32, 4), 16)
-                x_scale = splat(builder, load(builder, builder.add(x_scales, side), F32, 4), 16)
+                chunk_at = builder.add(builder.mul(s_stride, number(r)), builder.mul(c, number(4)))
+                x_sum = splat(builder, load(builder, builder.add(x_sums, chunk_at), I32, 4), 16)
+                x_scale = splat(builder, load(builder, builder.add(x_scales, chunk_at), F32, 4), 16)
                 exact = builder.sub(how.total(builder, mine), builder.mul(zero, x_sum))
                 value = builder.fmul(builder.sitofp(exact, V16F), builder.fmul(scale, x_scale))
                 out.append(builder.fadd(totals[r], value, flags=("contract",)))
@@ -205,7 +205,7 @@ def dense_tile(kind: str, rows: int, isa: str) -> Any:
 
     Addresses (int64), strides in bytes, count a multiple of four.
     """
-    # Sums that do not wait for each other; as many for one row as for several, so that these give the same bits.
+    # Independent sums. One row has as many as several rows, so that both give the same bits.
     chains = 4 if isa == "vnni512" else 2  # AVX-512 has registers for more
     size = {"half": 2, "bfloat16": 2, "float": 4}[kind]
 
@@ -224,8 +224,8 @@ def dense_tile(kind: str, rows: int, isa: str) -> Any:
                 elif kind == "bfloat16":
                     found = builder.bitcast(builder.shl(builder.zext(found, V16I), constant(V16I, 16)), V16F)
                 for r in range(rows):
-                    place = builder.add(builder.mul(x_stride, number(r)), number(4 * k))
-                    value = splat(builder, load(builder, builder.add(x_four, place), F32, 4), 16)
+                    offset = builder.add(builder.mul(x_stride, number(r)), number(4 * k))
+                    value = splat(builder, load(builder, builder.add(x_four, offset), F32, 4), 16)
                     mine = r * chains + k % chains
                     product = builder.fmul(found, value, flags=("contract",))
                     sums[mine] = builder.fadd(sums[mine], product, flags=("contract",))

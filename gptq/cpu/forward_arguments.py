@@ -1,0 +1,142 @@
+"""What the compiled functions are given: records of numbers and of addresses of arrays.
+
+A record is described once, below. `Arguments` fills one, checks that each array is of the type described, and keeps
+the arrays alive; compiled code reads its fields by name. (numba also takes tuples of arrays, but counts a reference
+for every array at every call, and needs minutes to compile functions that pass such tuples on.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Columns of the table of layers: rows of the table of weights (-1: part of the weight before), then a number of tokens.
+Q, K, V, OUT, GATE, UP, DOWN, WINDOW = range(8)
+LAYER_COLUMNS = 8
+
+# The four products of a layer, in their order, and which columns of the table of layers are theirs.
+PRODUCTS = 4
+QKV_PRODUCT, OUT_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT = range(PRODUCTS)
+FIRST_WEIGHT = (Q, OUT, GATE, DOWN)
+WEIGHTS = (3, 1, 2, 1)
+
+Fields = Mapping[str, Any]  # name -> int, float, the element type of an array, or the Fields of a record inside
+
+TABLES: Fields = {  # weights as numbers and addresses (weight_table.py)
+    "weights": np.int64,  # [weights][WEIGHT_COLUMNS], see cpu_kernels.py
+    "orders": np.int32,  # the orders of all weights, one after the other
+    "biases": np.float32,  # the biases of all weights, one after the other, each as long as its tiles
+}
+
+# Inputs of packed weights, rounded to 16 bits with a scale for each chunk (cpu_kernels.round_row).
+# An owner is a thread, where every thread rounds for itself; else there is one. A buffer is a way to cut the same
+# input into chunks: the weights of one product may differ in it.
+ROUNDED: Fields = {
+    "x": np.int8,  # [owners][buffers][input_bytes]
+    "scales": np.float32,  # [owners][buffers][chunks]
+    "sums": np.int32,  # [owners][buffers][chunks]
+    "buffers": int,
+    "input_bytes": int,  # of all rows
+    "chunks": int,  # of all rows
+}
+
+FORWARD: Fields = {  # one forward of a model (forward.forward)
+    # the model
+    "layer_count": int,
+    "heads": int,
+    "kv_heads": int,
+    "head_dim": int,
+    "half_rotary": int,  # pairs of numbers of a head that are rotated
+    "hidden_width": int,  # of x, a whole number of tiles
+    "inner": int,  # numbers of the gate
+    "head_row": int,  # of the output head in the table of weights
+    "has_qk_norm": int,  # 1: query and key of each head are normalised
+    "eps": float,  # of every norm
+    "layers": np.int64,  # [layer_count][LAYER_COLUMNS]
+    "columns": np.int64,  # [4 products][3 weights]: where each weight's part of a product begins
+    "norms": np.float32,  # [2 * layer_count + 1][norm_width]: each layer's input norm and post norm, then the last one
+    "norm_width": int,  # H
+    "qk_norms": np.float32,  # [2 * layer_count][head_dim]: each layer's norm of the query, of the key
+    "cos": np.float32,  # [positions][half_rotary]
+    "sin": np.float32,
+    "tables": TABLES,
+    # the rows
+    "rows": int,
+    "start": int,  # position of the first row
+    # what is computed, each row as wide as named
+    "x": np.float32,  # [rows][hidden_width]: the embeddings, then the residual stream
+    "hidden": np.float32,  # [owners][hidden_rows][hidden_width]: x after a norm
+    "hidden_rows": int,  # also of `gated`
+    "qkv": np.float32,  # [rows][qkv_width]: query, key, value; also the product `down`
+    "qkv_width": int,
+    "attended": np.float32,  # [rows][attended_width]: what attention gives
+    "attended_width": int,
+    "gate_up": np.float32,  # [rows][gate_up_width]: gate and up; also the product `out`
+    "gate_up_width": int,
+    "gated": np.float32,  # [owners][hidden_rows][gated_width]: SiLU(gate) * up
+    "gated_width": int,
+    "rounded": ROUNDED,
+    "head_rounded": ROUNDED,  # for the output head, one row: every thread is an owner
+    # keys and values of the conversation, halves
+    "keys": np.int16,  # [layer_count][kv_heads][capacity / 16][head_dim][16]
+    "values": np.int16,  # [layer_count][kv_heads][head_dim / 16][capacity][16]
+    "capacity": int,  # positions, a multiple of 16
+    "scores": np.float32,  # [threads][4][score_width]
+    "score_width": int,
+    "logits": np.float32,  # [1 + threads][logits_width]: the result, then scratch of each thread
+    "logits_width": int,
+}
+
+LINEAR: Fields = {  # y [rows][N] = x [rows][K] W + bias, for the only weight of its tables (forward.linear)
+    "tables": TABLES,
+    "rows": int,
+    "x": np.float32,
+    "x_width": int,
+    "rounded": ROUNDED,
+    "y": np.float32,
+    "y_width": int,
+}
+
+
+class Arguments:
+    """A filled record. `array` [1] is what compiled code takes; `kept` holds the arrays that it points to, by field."""
+
+    def __init__(self, fields: Fields, **values: Any) -> None:
+        """Raises ValueError for a field without a value, or the reverse, and TypeError for an array of another type."""
+        self._fields = fields
+        self.kept: dict[str, Any] = {}
+        self.array = np.zeros(1, _record_type(fields))
+        if missing := set(fields) - set(values):
+            raise ValueError(f"fields without a value: {', '.join(sorted(missing))}")
+        self.set(**values)
+
+    def set(self, **values: Any) -> None:
+        """Change some fields. A record inside is given as a mapping."""
+        if unknown := set(values) - set(self._fields):
+            raise ValueError(f"there is no field {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            self._put(self.array, self._fields, name, value, name)
+
+    def _put(self, record: np.ndarray, fields: Fields, name: str, value: Any, path: str) -> None:
+        kind = fields[name]
+        if isinstance(kind, Mapping):
+            if set(value) != set(kind):
+                raise ValueError(f"{path} has the fields {', '.join(kind)}; found {', '.join(value)}")
+            for inner, each in value.items():
+                self._put(record[name], kind, inner, each, f"{path}.{inner}")
+        elif kind in (int, float):
+            record[name] = value
+        else:
+            if value.dtype != kind or not value.flags.c_contiguous:
+                raise TypeError(f"{path} is an array of {np.dtype(kind)} without gaps; found {value.dtype}, {value.strides}")
+            record[name] = value.ctypes.data
+            self.kept[path] = value
+
+
+def _record_type(fields: Fields) -> np.dtype:
+    """Every number and address takes eight bytes but a float, which is fp32."""
+    kinds = [
+        (name, _record_type(kind) if isinstance(kind, Mapping) else np.float32 if kind is float else np.int64)
+        for name, kind in fields.items()
+    ]
+    return np.dtype(kinds, align=True)
