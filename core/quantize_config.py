@@ -39,12 +39,17 @@ class QuantizeConfig:
         """From either file's dictionary. Raises BadQuantizeConfig for values that no loader accepts."""
         bits = values.get("bits", values.get("w_bit"))
         if not isinstance(bits, int) or bits not in BITS:
-            raise BadQuantizeConfig(f"bits is {bits!r} in the quantisation settings; GPTQ models have 2, 3, 4 or 8.")
+            raise BadQuantizeConfig(
+                f"bits is {bits!r} in the quantisation settings; it must be 2, 3, 4 or 8. Correct the file, or download it again."
+            )
         group = values.get("group_size")
         if group is None:
             group = -1 if "quant_method" not in values else 128  # AutoGPTQ's default, and the others'
         if not isinstance(group, int) or (group != -1 and group <= 0):
-            raise BadQuantizeConfig(f"group_size is {group!r}; it must be -1 or a positive number of weights.")
+            raise BadQuantizeConfig(
+                f"group_size is {group!r} in the quantisation settings; it must be -1 or a positive number of weights. "
+                "Correct the file, or download it again."
+            )
         form = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
         if values.get("is_marlin_format"):
             form = "marlin"

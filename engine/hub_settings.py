@@ -106,12 +106,13 @@ class HubSettings:
 def _checked(address: str) -> str:
     """A mirror's address without a slash at its end. Raises BadParameter."""
     address = address.strip().rstrip("/")
-    wanted = "A mirror is an address like https://hf-mirror.com, without anything after it."
+    shown = f"{address[:80]!r} is not the address of a mirror."
+    wanted = f"{shown} Write one like https://hf-mirror.com, without anything after it."
     try:
         parts = urlsplit(address)
         _port = parts.port  # raises for what is no number
     except ValueError:
-        raise BadParameter(f"{address[:80]!r} is not an address. {wanted}") from None
+        raise BadParameter(wanted) from None
     if address and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
         raise BadParameter(wanted)
     if "@" in parts.netloc:

@@ -60,7 +60,7 @@ def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
         assert "Only the owner of this page may do that" in message["output"]["error"], each.fn
         refused.append(each.fn.__name__)
     named = {"load", "unload_model", "start", "pressed", "add_folder", "remove_folder", "save_settings", "choose", "run"}
-    named |= {"free_memory", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
+    named |= {"release_model", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
     assert named | {"show", "show_sister", "download", "ask", "save_both", "forget_token"} <= set(refused)
     assert house.engine.loaded is None and len(house.engine.library.roots) == 1
 

@@ -117,7 +117,7 @@ def test_each_loader_says_whether_and_why_and_one_is_compiled_by_a_button(visit,
     model_tab(tab)
     tab.get_by_role("button", name="Loaders: which can open").click()
     rows = wait_for(tab, "#gw-loaders-table", "AutoGPTQ")
-    for part in ("would compile for about two minutes", "taken", "is <b>installed</b>", "pip install gptqmodel"):
+    for part in ("would compile for about two minutes", "used", "is <b>installed</b>", "pip install gptqmodel"):
         assert part in rows
     assert "Compile ExLlamaV2 (2 minutes)" in wait_for(tab, "#gw-compile", "Compile")
     tab.click("#gw-compile")
@@ -179,7 +179,7 @@ def test_a_report_is_written_and_an_unused_model_comes_back_with_the_next_messag
     assert "gptq-webui " in tab.input_value("#gw-report-text textarea")
     tab.fill("#gw-idle input", "-1")
     tab.press("#gw-idle input", "Enter")
-    wait_for(tab, "#gw-idle-note", "Minutes go from 0")
+    wait_for(tab, "#gw-idle-note", "Type a number of minutes from 0")
     tab.fill("#gw-idle input", "30")
     tab.press("#gw-idle input", "Enter")
     wait_for(tab, "#gw-idle-note", "after 30 minutes")

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
         library = Library([root / "models"])
         engine = Engine(library, Settings(root / "settings.json"))
         memory = [Memory(32 * GB, 8 * GB)]
-        before, branch_box.free_memory = branch_box.free_memory, lambda *_: memory[0]
+        before, branch_box.available_memory = branch_box.available_memory, lambda *_: memory[0]
         downloads = Downloads(library, lambda plan: fit_of_plan(plan, engine.loaders, memory[0]).text)
         page = ui_page.build(engine, downloads)
         _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
@@ -51,7 +51,7 @@ def place(tmp_path_factory):
             server=server, library=library, engine=engine, memory=memory, downloads=downloads, url=url, root=root
         )
         page.close()
-        branch_box.free_memory = before
+        branch_box.available_memory = before
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_the_token_is_written_and_never_shown_again(tab, house):
     assert "no weights" in wait_for(tab, "#gw-branches-note", "no weights"), "the token opened it"
     tab.fill("#gw-hub-endpoint input, #gw-hub-endpoint textarea", "no address")
     tab.click("#gw-hub-save")
-    wait_for(tab, "#gw-hub-note .gw-bad", "A mirror is an address like")
+    wait_for(tab, "#gw-hub-note .gw-bad", "is not the address of a mirror")
     tab.click("#gw-hub-forget")
     wait_for(tab, "#gw-hub-state", "without a token")
 

@@ -58,7 +58,7 @@ def served(tmp_path_factory):
 def house(served, tmp_path):
     """The same, with nothing loaded and nothing remembered."""
     served.shelf.__init__(tmp_path)
-    served.engine.settings = Settings(tmp_path / "settings.json")
+    served.engine.settings.__init__(tmp_path / "settings.json")  # its parts hold the same
     yield served
     served.engine.unload()
 

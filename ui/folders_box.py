@@ -42,8 +42,8 @@ def draw_folders(engine: Engine, access: Access) -> FoldersBox:
 
     def add_folder(text: str, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
-        found = Path(os.path.abspath(Path((text or "").strip().strip("'\"")).expanduser()))
-        if refused := _refusal(text, found, engine):
+        found, refused = refusal(text or "", engine)
+        if refused:
             return {note: bad(refused)}
         engine.library.roots = (*engine.library.roots, found)
         engine.settings.models_folders = [*(each for each in engine.settings.models_folders if each != found), found]
@@ -66,10 +66,19 @@ def draw_folders(engine: Engine, access: Access) -> FoldersBox:
     return FoldersBox(changed, values, outputs)
 
 
-def _refusal(text: str, folder: Path, engine: Engine) -> str:
-    """Why this folder cannot be added, "" if it can."""
-    if not (text or "").strip():
-        return "Type the path of a folder first."
+def refusal(text: str, engine: Engine) -> tuple[Path, str]:
+    """(the folder that was typed, why it cannot be added: "" if it can)."""
+    if not text.strip():
+        return Path(), "Type the path of a folder first."
+    try:
+        folder = Path(os.path.abspath(Path(text.strip().strip("'\"")).expanduser()))
+        return folder, _refusal(folder, engine)
+    except (OSError, ValueError, RuntimeError):  # no such user, a name that is too long, a zero byte
+        shown = text if len(text) <= 120 else text[:117] + "…"
+        return Path(), f"{shown!r} is no path on this computer. Check the spelling, or copy the path from your file manager."
+
+
+def _refusal(folder: Path, engine: Engine) -> str:
     if folder in engine.library.roots:
         return f"{folder} is already in the list."
     if not folder.exists():
