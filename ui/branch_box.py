@@ -123,7 +123,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             engine.settings.save_for_model(ref.folder_name, options={**saved, "context_tokens": advice.context_tokens})
         return box.begin(str(ref), request)
 
-    watcher.add(asking.part(running, ended), outputs, live=[note])
+    watcher.add(asking.part(running, ended), outputs)
     for trigger in (box.branches.click, box.ref.submit):
         watcher.after(trigger(show, [box.ref, context], outputs, **gradio_compat.PRESS))
     watcher.after(sister.click(show_sister, [sister, context], [box.ref, *outputs], **gradio_compat.PRESS))
