@@ -48,7 +48,7 @@ def open_tab(house, width=1280, **context):
     page.wait_for_selector("#gw-head:has-text('GPTQ')")
     time.sleep(0.5)  # the page has chosen its first tab
     page.get_by_role("tab", name="API").click()
-    page.wait_for_selector("#gw-api-head:has-text('answers programs')")
+    page.wait_for_selector("#gw-api-head:has-text('can use')")
     return page
 
 
