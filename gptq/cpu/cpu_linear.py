@@ -45,8 +45,8 @@ class CpuLinear:
                 LINEAR, tables=self._tables, rows=rows, x=part, x_width=part.shape[1], rounded=rounded, y=y, y_width=y.shape[1]
             )
             self._team.run(2, f.linear, arguments.array)
-        y = torch.from_numpy(out)[:, : w.outputs]
-        return y.to(x.dtype).reshape(*x.shape[:-1], w.outputs)
+        whole = torch.from_numpy(out)[:, : w.outputs]
+        return whole.to(x.dtype).reshape(*x.shape[:-1], w.outputs)
 
 
 def replace_layers(model: nn.Module, threads: int) -> int:
