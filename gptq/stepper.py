@@ -75,7 +75,7 @@ class Stepper(ABC):
         params: GenerationParams,
         grammar_mask: GrammarMask | None = None,
     ) -> Generator[Step, None, None]:
-        """As `answer`, drawn by torch one token at a time; held to `constraint`, and ended where nothing may follow."""
+        """As `answer`, sampled by torch token by token. Only what `grammar_mask` allows; ends where nothing may follow."""
         sampler = Sampler(params, self.device, prompt_tokens=len(ids))
         seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
         while True:

@@ -48,7 +48,7 @@ def test_nothing_loaded_is_refused_in_words(engine):
 
 def test_a_model_elsewhere_is_refused_in_words(engine):
     engine.load("m")
-    engine.loaded.tokenizer, engine.loaded.model = None, remote_model("far", served_by="http://x")
+    engine.loaded.is_remote, engine.loaded.model = True, remote_model("far", served_by="http://x")
     with pytest.raises(BadParameter, match="not this machine's"):
         benchmark.measure(engine, threading.Event())
 

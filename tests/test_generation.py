@@ -54,11 +54,11 @@ def test_a_grammar_is_asked_before_every_token_and_ends_the_answer(model):
 
         complete = property(lambda self: len(self.taken) == 4)
 
-    held, cancel = Odd(), threading.Event()
-    ask = {"prefix": PrefixCache(), "end_ids": (), "context_tokens": 200, "constraint": held}
+    mask, cancel = Odd(), threading.Event()
+    ask = {"prefix": PrefixCache(), "end_ids": (), "context_tokens": 200, "grammar_mask": mask}
     events = list(generate(model, list(range(5, 30)), GREEDY, cancel, **ask))
-    assert [each.id for each in events[:-1]] == held.taken and len(held.taken) == 4
-    assert all(id % 2 for id in held.taken) and events[-1].reason == "stop"
+    assert [each.id for each in events[:-1]] == mask.taken and len(mask.taken) == 4
+    assert all(id % 2 for id in mask.taken) and events[-1].reason == "stop"
 
 
 def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch):

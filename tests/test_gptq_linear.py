@@ -144,7 +144,7 @@ def test_symmetric_zeros_that_are_not_the_middle() -> None:
 
 
 def test_wide_layers_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptq_webui.gptq.gptq_linear._FEW_CHUNK", 5000)
+    monkeypatch.setattr("gptq_webui.gptq.gptq_linear._LOW_BITS_CHUNK", 5000)
     monkeypatch.setattr("gptq_webui.gptq.gptq_linear._CHUNK", 9000)
     for file in (make_file(4, 32, True, True, "gptq", n=200), make_file(3, 64, True, False, "gptq", n=200, bias=True)):
         check(file, file.layer())

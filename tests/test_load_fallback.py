@@ -80,7 +80,7 @@ FAULTS = {
     "logits that are no numbers": (not_numbers, "NaN"),
     "a failing import": (failing_import, "CUDA_HOME"),
     "a broken kernel": (failing_kernel, "illegal instruction"),
-    "a killed worker": (dead_thread, "thread has ended"),
+    "a killed worker": (dead_thread, "thread ended because"),
 }
 
 
@@ -294,7 +294,7 @@ def test_memory_that_runs_out_in_an_answer_leaves_the_process_the_model_and_thre
 def test_a_worker_killed_in_an_answer_is_a_sentence_and_a_way_back(start):
     engine = start(TransformersLoader())
     dead_thread(engine.load("tiny"))
-    with pytest.raises(AnswerFailed, match="accident"):
+    with pytest.raises(AnswerFailed, match="thread ended because of an error"):
         answer(engine)
     with pytest.raises(AnswerFailed, match="its memory is free"):
         answer(engine)

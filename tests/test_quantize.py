@@ -61,7 +61,7 @@ def test_plain_rounding_errs_by_half_a_step_at_most(
     bits: int, group_size: int, act_order: bool, sym: bool, checkpoint_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With independent inputs, weights that are not cut off, in every layout; 192 rows leave a short group of 128."""
-    monkeypatch.setattr(gptq_solver, "_FEW_BITS", 0)
+    monkeypatch.setattr(gptq_solver, "_LOW_BITS", 0)
     weight, _ = correlated()
     config = QuantizeConfig(bits, group_size, act_order, sym, checkpoint_format)
     packed = quantize_linear(weight, torch.diag(torch.rand(K) + 0.5), config)
@@ -83,7 +83,7 @@ def test_few_bits_are_spent_with_care(bits: int, sym: bool, monkeypatch: pytest.
     weight, _ = correlated()
     config = QuantizeConfig(bits, 32, sym=sym)
     chosen = quantize_linear(weight, torch.eye(K), config)
-    monkeypatch.setattr(gptq_solver, "_FEW_BITS", 0)
+    monkeypatch.setattr(gptq_solver, "_LOW_BITS", 0)
     whole_range = quantize_linear(weight, torch.eye(K), config)
     assert output_error(weight, torch.eye(K), chosen, config) < 0.95 * output_error(weight, torch.eye(K), whole_range, config)
 
