@@ -246,7 +246,7 @@ class _Download:
 
     def _share(self, file: RemoteFile) -> bool:
         """Link the file of another branch on this disk that has the same content, so that it is stored once."""
-        path, partial = self._folder.path(file), self._folder.partial(file)
+        partial = self._folder.partial(file)
         if partial.exists() or (same := self._shared.find(file.fingerprint)) is None:
             return False
         with self._receiver.changing():
@@ -262,13 +262,12 @@ class _Download:
                 self._receiver.present_bytes[file.path] = 0
                 partial.unlink()
                 return False
-            os.replace(partial, path)
-        self._folder.save(file)
+            self._folder.complete(file)
         return True
 
     def _receive(self, file: RemoteFile, client: "httpx.Client") -> bool:
         """Download the rest of one file and give it its name; False, with nothing kept, if its hash is wrong."""
-        path, partial = self._folder.path(file), self._folder.partial(file)
+        partial = self._folder.partial(file)
         small = file.size_bytes < SMALL_FILE_BYTES
         digest = digest_of(file) if small else BackgroundDigest(digest_of(file))
         try:
@@ -290,6 +289,5 @@ class _Download:
                 partial.unlink()
                 self._receiver.present_bytes[file.path] = 0
                 return False
-            os.replace(partial, path)
-        self._folder.save(file)
+            self._folder.complete(file)
         return True

@@ -4,6 +4,7 @@ Every change of the folder happens inside `Receiver.changing`, so that after a s
 """
 
 import logging
+import os
 import shutil
 import stat
 import time
@@ -60,17 +61,17 @@ class DownloadFolder:
             self._require_space(plan is not None)
         return missing
 
-    def save(self, file: RemoteFile) -> None:
-        """Note that the file has its name and the right content."""
-        record = FileRecord(file.size_bytes, file.fingerprint, self.path(file).stat().st_mtime_ns)
-        with self._receiver.changing():
-            self._verified[file.path] = record
-            self._unsaved = True
-            if file.size_bytes >= _SAVED_AT_ONCE_BYTES or time.monotonic() >= self._next_save_s:
-                self._write_plan()
+    def complete(self, file: RemoteFile) -> None:
+        """Give the partial file, whose content is right, its name, and note that. Called inside of the receiver's `changing()`,
+        so that a stop falls before both or after both."""
+        os.replace(self.partial(file), self.path(file))
+        self._verified[file.path] = FileRecord(file.size_bytes, file.fingerprint, self.path(file).stat().st_mtime_ns)
+        self._unsaved = True
+        if file.size_bytes >= _SAVED_AT_ONCE_BYTES or time.monotonic() >= self._next_save_s:
+            self._write_plan()
 
     def save_rest(self) -> None:
-        """Note what `save` has put off. For the thread that has stopped all others, and still holds the folder's lock."""
+        """Note what `complete` has put off. For the thread that has stopped all others, and still holds the folder's lock."""
         if self._unsaved and (self.folder / PLAN).exists():
             self._write_plan()
 
