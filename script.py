@@ -1,4 +1,4 @@
-"""The door: `python script.py`, and text-generation-webui's extension hooks.
+"""The entry point: `python script.py`, and text-generation-webui's extension hooks.
 
 Registers its own folder as the package `gptq_webui`, whatever the folder is called, and
 never touches sys.path. Imports neither torch nor gradio. In text-generation-webui nothing

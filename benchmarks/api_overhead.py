@@ -30,7 +30,7 @@ def make_engine(tokens_per_s, words):
 
     folder = Path(tempfile.mkdtemp())
 
-    class Shelf:
+    class Library:
         roots = (folder,)
 
         def models(self):
@@ -39,7 +39,7 @@ def make_engine(tokens_per_s, words):
         def get(self, name):
             return LocalModel(folder / name, "gptq", None, 10, 4096, "LlamaForCausalLM")
 
-    engine = Engine(Shelf(), Settings(folder / "settings.json"), [FakeLoader()])
+    engine = Engine(Library(), Settings(folder / "settings.json"), [FakeLoader()])
     engine.load("fake", options={"answer": "word " * words, "tokens_per_s": tokens_per_s, "context_tokens": 4096})
     return engine
 

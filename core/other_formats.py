@@ -35,9 +35,9 @@ def name_of_method(config: Mapping[str, Any]) -> str:
 
 def name_of_gptq_p(settings: Mapping[str, Any]) -> str:
     """'GPTQ 5-bit (gptq_p)' if the settings of a GPTQ model name that format or its bits, else ""."""
-    form = str(settings.get("checkpoint_format") or settings.get("format") or "").lower()
+    name = str(settings.get("checkpoint_format") or settings.get("format") or "").lower()
     bits = settings.get("bits")
-    if form != "gptq_p" and not (isinstance(bits, int) and bits in GPTQ_P_BITS):
+    if name != "gptq_p" and not (isinstance(bits, int) and bits in GPTQ_P_BITS):
         return ""
     return f"{_with_bits('GPTQ', bits)} (gptq_p)"
 

@@ -44,7 +44,7 @@ def torch_banner() -> str:
     if re.search(r"^cuda\b.*=\s*['\"]", version, re.MULTILINE) or re.search(r"^hip\b.*=\s*['\"]", version, re.MULTILINE):
         return ""
     return (
-        "This machine has an NVIDIA graphics card (GPU), but the installed torch only uses the processor. "
+        "This machine has an NVIDIA GPU, but the installed torch only uses the processor. "
         f'To use the GPU: "{sys.executable}" -m pip install --force-reinstall torch --index-url {CUDA_INDEX}'
     )
 

@@ -2,7 +2,7 @@
 
 A chat that outgrows the context loses its oldest turns in blocks. A window that slid with every turn would begin
 with other tokens each time, and nothing of the cached conversation could be reused; after a block is dropped, many
-turns fit behind the same beginning.
+turns fit after the same beginning.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ class LoadOutcome:
 
 
 def load(plan: LoadPlan, progress: LoadProgress, cancel: threading.Event) -> LoadOutcome:
-    """Load as planned; if that fails, load with the alternative. Raises GptqWebuiError and leaves no memory behind."""
+    """Load as planned; if that fails, load with the alternative. Raises GptqWebuiError and frees all memory."""
     model, choice = plan.model, plan.choice
     name = choice.loader.name
     second = _alternative(plan)

@@ -81,7 +81,7 @@ class Settings:
             return None
         try:
             return datetime.datetime.fromtimestamp(moment)
-        except (OverflowError, OSError, ValueError):  # no moment that a calendar knows
+        except (OverflowError, OSError, ValueError):  # outside of the calendar's range
             return None
 
     def note_used(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """The slot that holds the one loaded model: load, cancel, unload, and the status that every page shows.
 
-The slot knows nothing of settings, of a library or of conversations. One change runs at a time. State is filled last,
+The slot has no access to settings, the library or conversations. One change runs at a time. State is filled last,
 so a load that fails leaves an empty, usable slot.
 """
 
@@ -23,7 +23,7 @@ from .load_request import LoadPlan, LoadRequest
 
 log = logging.getLogger(__name__)
 
-_FREE_WAIT_S = 60.0  # for a load that was told to stop
+_FREE_WAIT_S = 60.0  # for a load that was asked to stop
 _FREE_LOOK_S = 0.2
 
 Phase = Literal["empty", "loading", "ready", "unloading"]

@@ -102,7 +102,7 @@ class Bridge:
         return template_for(self.engine.settings, model, own)
 
     def hook(self, name: str) -> Callable[..., Any] | None:
-        """One of the host's hooks, only while the loaded model has no transformers face."""
+        """One of the host's hooks, only while the loaded model is no transformers model."""
         loaded = self.engine.loaded
         return self._hooks.get(name) if loaded is not None and loaded.hf is None and self.slot.in_host else None
 
@@ -169,5 +169,5 @@ def setup(params: Mapping[str, Any], name: str = "") -> None:
 
 
 def hook(name: str) -> Callable[..., Any] | None:
-    """The host's hook of that name, only while the loaded model has no transformers face."""
+    """The host's hook of that name, only while the loaded model is no transformers model."""
     return _bridge.hook(name) if _bridge is not None else None

@@ -1,1 +1,1 @@
-"""Floor 1: from packed GPTQ weights to logits and tokens. Knows tensors, no web, no hub."""
+"""Floor 1: from packed GPTQ weights to logits and tokens. Handles tensors; no web, no Hub."""

@@ -77,7 +77,7 @@ def load(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
-        auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not tell
+        auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not say
         with watch:
             loaded, info = auto.from_pretrained(
                 model.folder,
@@ -135,7 +135,7 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
     """Every tensor of the files has a place, every place has a tensor."""
     without_order = {name for name, layer in layers.items() if not layer.has_g_idx}
     missing = [key for key in _keys(info, "missing_keys") if not _ends_layer(key, without_order, "g_idx")]
-    # a Linear with a bias whose packed form has none was saved without it because it is zero
+    # a Linear with a bias whose packed layer has none was saved without it because it is zero
     without_bias = {name for name, layer in layers.items() if not layer.has_bias}
     missing = [key for key in missing if not _ends_layer(key, without_bias, "bias")]
     unexpected = [key for key in _keys(info, "unexpected_keys") if not _HARMLESS.search(key)]

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def convert(files: Sequence[Path], progress: Callable[[float, str], None], cancel: threading.Event) -> list[Path]:
     """Write each file as safetensors beside it and compare them tensor by tensor; returns what was written.
 
-    After `cancel` nothing is left behind and the list is empty. Raises BadCheckpoint, DiskFull.
+    After `cancel` no file remains and the list is empty. Raises BadCheckpoint, DiskFull.
     """
     folder = files[0].parent
     need, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free

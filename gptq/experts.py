@@ -14,7 +14,7 @@ _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)$")
 
 
 class PackedExperts(nn.Module):
-    """Stands in for transformers' experts modules. Children are named as in the files: `0.w1`, `0.w2` …"""
+    """Replaces transformers' experts modules. Children are named as in the files: `0.w1`, `0.w2` …"""
 
     def __init__(self, dense: nn.Module) -> None:
         """`dense` is the module to replace: its activation and its number of experts are kept."""

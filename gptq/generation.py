@@ -26,7 +26,7 @@ def generate(
     end_ids: Collection[int],
     context_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
-    grammar_mask: GrammarMask | None = None,  # what the answer is held to
+    grammar_mask: GrammarMask | None = None,  # what the answer must follow
 ) -> Iterator[Step | Finish | None]:
     """Yields a Step for every token but the end token, then one Finish. With a Stepper that computes several answers at
     once also None after a chunk of the prompt: the others may go on.
@@ -78,9 +78,9 @@ def _events(
         if cancel.is_set():
             reason = "cancelled"
         elif logits is not None:
-            # a stepper that draws on its device runs ahead, and cannot ask after every token what may follow
+            # a stepper that samples on its device runs ahead, and cannot ask after every token what may follow
             running = stepper.answer(memory, logits, ids, params) if grammar_mask is None else None
-            with closing(running or stepper.draw(memory, logits, ids, params, grammar_mask)) as steps:
+            with closing(running or stepper.sample(memory, logits, ids, params, grammar_mask)) as steps:
                 for step in steps:
                     if step.id in end_ids:
                         reason = "stop"

@@ -1,8 +1,8 @@
 """A linear layer whose weights stay packed: the file's own tensors, in plain PyTorch.
 
 It is right on every device and every layout of the format; it is not the fastest on a GPU. It
-stands in for torch.nn.Linear and for transformers' Conv1D (GPT-2), which only differ in how they
-hold a dense weight. The tensors are Parameters, not buffers: accelerate leaves buffers on the card
+replaces torch.nn.Linear and for transformers' Conv1D (GPT-2), which only differ in how they
+hold a dense weight. The tensors are Parameters, not buffers: accelerate leaves buffers on the GPU
 when it offloads a layer.
 """
 

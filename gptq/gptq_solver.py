@@ -183,7 +183,7 @@ def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Ten
             torch.div(row, scale, out=value).add_(zero).round_()
             torch.clamp(value, none, top, out=value)
             q[start + at] = value
-            value.sub_(zero).mul_(scale)  # what the rounded row stands for
+            value.sub_(zero).mul_(scale)  # the value of the rounded row
             torch.sub(row, value, out=error).div_(diagonal[start + at])
             if at + 1 < end - start:
                 block[at + 1 :].addr_(factor[start + at, start + at + 1 : end], error, alpha=-1)

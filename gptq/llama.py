@@ -97,7 +97,7 @@ def parts_of(hf: Any) -> LlamaParts | None:
             rotary_dim=2 * rotary.inv_freq.numel(),
         )
     except AttributeError:
-        return None  # a class of the family with other modules: a quirk we do not know
+        return None  # a class of the family with other modules: a variant that is not supported here
     if getattr(rotary, "rope_type", "default") not in _FIXED_ROPES:
         return None
     if any(p.device != parts.device or p.is_meta for p in hf.parameters()):

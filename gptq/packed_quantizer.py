@@ -87,7 +87,7 @@ class PackedWeights(QuantizationConfigMixin):
     def __init__(self, layers: Mapping[str, PackedLayer] | None = None, see: Any = None, **_: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = dict(layers or {})
-        self.see = see  # called with the model before it is filled; None if nobody wants to know
+        self.see = see  # called with the model before it is filled; None if nobody asks
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}

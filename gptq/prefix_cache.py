@@ -1,6 +1,6 @@
 """The last conversations' memories, kept so that what a prompt begins with is not computed again.
 
-A chat sends its whole prompt every turn. Knows only ids and the face of a Memory (stepper.py).
+A chat sends its whole prompt every turn. Uses only ids and the interface of a Memory (stepper.py).
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ class PrefixCache:
 
     def __init__(self, conversations: int = KEPT_CONVERSATIONS, size_bytes: int = KEPT_BYTES) -> None:
         self._conversations, self._size_bytes = conversations, size_bytes
-        self._kept: list[_Kept] = []  # the one used last stands last
+        self._kept: list[_Kept] = []  # in order of use, the newest last
 
     def take(self, ids: Sequence[int]) -> tuple[Memory | None, int]:
         """(memory, how many of `ids` it holds); (None, 0) if none begins alike. At least one id is left to compute.
 
-        The memory is the caller's until `keep` gives it back: an answer that fails leaves none. A
+        The memory belongs to the caller until `keep` returns it: an answer that fails leaves none. A
         conversation that shares less than half of itself (another chat with the same system prompt)
         is copied from, not cut short.
         """

@@ -1,6 +1,6 @@
 """A context longer than a model was trained for, by turning its rotary position embedding (RoPE) slower.
 
-Three knobs under the names that users of GPTQ models know: compress_pos_emb divides every position
+Three options under the names that users of GPTQ models know: compress_pos_emb divides every position
 (Chen et al. 2023, position interpolation), alpha_value raises the base (the "NTK-aware" rule of
 2023), rope_freq_base sets the base outright. They change a transformers config before the model is
 made from it, so whatever computes from that config obeys.

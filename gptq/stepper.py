@@ -1,7 +1,7 @@
-"""The face that every way of computing tokens has: plain transformers, our own step on the CPU, on a card.
+"""The interface of everything that computes logits: plain transformers, our own step on the CPU, on a GPU.
 
 A Stepper holds no conversation. What it has read is in a Memory (keys and values), which its caller keeps,
-cuts, forks and gives back with the next call; so several conversations can stay in reach of one model.
+cuts, forks and passes in with the next call; so one model can continue several conversations.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class Stepper(ABC):
 
     kernel: ClassVar[str]
     device: torch.device
-    parallel: int = 1  # answers that may be drawn in turns
+    parallel: int = 1  # answers that may be sampled in turns
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod
@@ -60,14 +60,14 @@ class Stepper(ABC):
         return self.prefill(memory, [id])
 
     def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
-        """Draw the token after the prompt `ids` from its last logits, put it through, draw the next … without an end.
+        """Sample the token after the prompt `ids` from its last logits, compute its logits, sample the next … without an end.
 
-        A Step is yielded before its token is put through. A stepper that draws on its device and runs
-        ahead overrides this; what it has put through too much, it cuts from memory when it is closed.
+        A Step is yielded before its token is computed. A stepper that samples on its device and runs
+        ahead overrides this; what it has computed too much, it cuts from memory when it is closed.
         """
-        return self.draw(memory, logits, ids, params)
+        return self.sample(memory, logits, ids, params)
 
-    def draw(
+    def sample(
         self,
         memory: Memory,
         logits: Tensor,

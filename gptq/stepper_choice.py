@@ -17,7 +17,7 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
     May take over the memory of the model's packed layers. `cache_type` ("fp16", "q8") and `slots` (answers at once)
-    are for the step on a card; the others compute one answer at a time and keep the conversation as they compute it.
+    are for the step on a GPU; the others compute one answer at a time and keep the conversation as they compute it.
     """
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
@@ -26,7 +26,7 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
         stepper, note = _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
     if cache_type != "fp16" and stepper.kernel != "cuda":
         width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
-        kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a graphics card."
+        kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a GPU."
         note = f"{note} {kept}".strip()
     return stepper, note
 

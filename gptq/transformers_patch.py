@@ -21,7 +21,7 @@ from .packed_quantizer import PackedLayer, PackedQuantizer, PackedWeights, packe
 
 _ENTRY = "gptq"
 _lock = threading.RLock()
-_original: Any = None  # transformers' own quantizer, while ours stands in its place
+_original: Any = None  # transformers' own quantizer, while ours replaces it
 
 
 def register() -> None:
@@ -92,7 +92,7 @@ class RegisteredQuantizer(PackedQuantizer):
 
 
 def _weight_files(model: PreTrainedModel, given: Any) -> tuple[Path, ...]:
-    """The files transformers is about to read; 4.57 does not tell, so there they are looked for again."""
+    """The files transformers is about to read; 4.57 does not pass them on, so there they are looked for again."""
     files = tuple(Path(each) for each in given) if given else _found_again(model)
     wrong = next((each for each in files if each.suffix != ".safetensors"), None)
     if wrong is not None:

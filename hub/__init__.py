@@ -1,1 +1,1 @@
-"""Floor 1: from `owner/name:branch` to verified files on disk. Knows HTTP and folders, no tensors."""
+"""Floor 1: from `owner/name:branch` to verified files on disk. Handles HTTP and folders; no tensors."""

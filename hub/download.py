@@ -3,7 +3,7 @@
 Every byte that arrives is written at once to `<name>.partial`; whatever ends a download
 (a cut, Stop, a killed process), the next attempt asks for the rest with a Range request.
 A file gets its name only after its hash was right, the folder its marker only after its
-last file. Knows nothing of which files a model needs (file_selection.py).
+last file. Which files a model needs is decided elsewhere (file_selection.py).
 """
 
 import logging
@@ -89,7 +89,7 @@ def bytes_present(files: Sequence[RemoteFile], folder: Path) -> int:
 def _delete_what_never_began(folder: Path) -> None:
     """If not one byte came, the folder must not be listed as an unfinished download."""
     for partial in list(folder.rglob("*" + PARTIAL)):
-        with suppress(OSError):  # Windows: the thread that was left behind may still have it open
+        with suppress(OSError):  # Windows: the abandoned thread may still have it open
             if partial.lstat().st_size == 0:
                 partial.unlink()
                 partial.parent.rmdir()  # a subfolder that is empty now; never one with files

@@ -1,7 +1,7 @@
 """The bytes of one file, over as many connections as it takes.
 
 Each attempt asks the Hub for what is missing (Range, RFC 9110 section 14) and writes every
-piece as it arrives. Knows no folder and no marker: download.py opens the file and names it.
+piece as it arrives. Handles no folder and no marker: download.py opens the file and names it.
 """
 
 import logging
@@ -163,7 +163,7 @@ class Receiver:
                 if sentence is not None:
                     raise sentence
                 raise _AttemptFailed(f"the server answered {status}", hub_request.retry_after_s(headers.get("Retry-After")))
-            # A server that knows no Range sends the whole file again: what is here already is skipped.
+            # A server without Range support sends the whole file again: what is here already is skipped.
             at = _first_byte(headers.get("Content-Range")) if status == 206 else 0
             if at is None or at > start:
                 raise _AttemptFailed("the server sent another part of the file than requested")

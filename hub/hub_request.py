@@ -152,7 +152,7 @@ def read(
             data = bytearray()
             for piece in response.iter_bytes():
                 data += piece
-                if stop is not None and len(data) >= stop - start:  # a server that knows no Range would send all of it
+                if stop is not None and len(data) >= stop - start:  # a server without Range support would send all of it
                     return bytes(data[: stop - start])
                 if len(data) > limit_bytes:
                     name = address.partition("?")[0].rpartition("/")[2]
@@ -182,7 +182,7 @@ def read(
 
 def _within(limit_s: float, work: Callable[[float], _Result], endpoint: str) -> _Result:
     """What `work` returns or raises, given the time of its end. A server can drip headers for hours, which no timeout
-    of httpx limits: then the work is left behind on its thread, and HubUnreachable raised."""
+    of httpx limits: then the thread is abandoned, and HubUnreachable raised."""
     done: list[_Result] = []
     failed: list[BaseException] = []
     until_s = time.monotonic() + limit_s

@@ -14,7 +14,7 @@ from gptq_webui.loaders.text.built_in_templates import CHATML
 
 
 @pytest.fixture
-def shelf(tmp_path):
+def folder_of_models(tmp_path):
     """A models folder with one tiny chat model and one AWQ folder."""
     tiny.write(tmp_path / "models" / "tiny-chat")
     tiny.write_tokenizer(tmp_path / "models" / "tiny-chat", "{{ bos_token }}" + CHATML)
@@ -31,20 +31,20 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_models_lists_names_badges_and_sizes(shelf, capsys):
-    code, out, err = run(capsys, "models", "--models-dir", shelf)
+def test_models_lists_names_badges_and_sizes(folder_of_models, capsys):
+    code, out, err = run(capsys, "models", "--models-dir", folder_of_models)
     assert code == 0 and "2 models in" in err
     assert any(line.startswith("tiny-chat\tGPTQ 4-bit, group 32, act-order\t") for line in out.splitlines())
 
 
-def test_ask_prints_the_answer_to_stdout_and_all_else_to_stderr(shelf, capsys):
+def test_ask_prints_the_answer_to_stdout_and_all_else_to_stderr(folder_of_models, capsys):
     arguments = [
         "ask",
         "Hi",
         "--model",
         "tiny-chat",
         "--models-dir",
-        shelf,
+        folder_of_models,
         "--temperature",
         "0",
         "--max-new-tokens",
@@ -59,16 +59,16 @@ def test_ask_prints_the_answer_to_stdout_and_all_else_to_stderr(shelf, capsys):
     assert run(capsys, *arguments)[1] == out  # greedy
 
 
-def test_benchmark_prints_one_line_to_stdout(shelf, capsys):
-    code, out, err = run(capsys, "benchmark", "tiny-chat", "--models-dir", shelf)
+def test_benchmark_prints_one_line_to_stdout(folder_of_models, capsys):
+    code, out, err = run(capsys, "benchmark", "tiny-chat", "--models-dir", folder_of_models)
     assert code == 0 and out.count("\n") == 1 and "round 2" in err
     assert (
         out.startswith("tiny-chat: GPTQ 4-bit, group 32, act-order | transformers") and " tokens/s after a prompt of 128 |" in out
     )
 
 
-def test_ask_raw_leaves_the_template_out(shelf, capsys):
-    arguments = ["--model", "tiny-chat", "--models-dir", shelf, "--temperature", "0", "--max-new-tokens", "8"]
+def test_ask_raw_leaves_the_template_out(folder_of_models, capsys):
+    arguments = ["--model", "tiny-chat", "--models-dir", folder_of_models, "--temperature", "0", "--max-new-tokens", "8"]
     plain = run(capsys, "ask", "Hi", *arguments)[1]
     raw = run(capsys, "ask", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "--raw", *arguments)[1]
     assert raw.strip() == plain.strip()
@@ -85,16 +85,16 @@ def test_ask_raw_leaves_the_template_out(shelf, capsys):
         (["serve", "--auth", "nopassword", "--no-browser"], "USER:PASSWORD"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_1(arguments, says, shelf, capsys):
-    folders = [] if "--models-dir" in arguments else ["--models-dir", shelf]
+def test_mistakes_are_one_sentence_and_exit_code_1(arguments, says, folder_of_models, capsys):
+    folders = [] if "--models-dir" in arguments else ["--models-dir", folder_of_models]
     code, out, err = run(capsys, *arguments, *folders)
     assert code == 1 and out == "" and says in err and "gptq-webui: " in err
 
 
-def test_a_folder_before_the_question_does_not_swallow_it(shelf, capsys):
-    code, out, _err = run(capsys, "ask", "--models-dir", shelf, "--max-new-tokens", "2", "--model", "tiny-chat", "Hi")
+def test_a_folder_before_the_question_does_not_swallow_it(folder_of_models, capsys):
+    code, out, _err = run(capsys, "ask", "--models-dir", folder_of_models, "--max-new-tokens", "2", "--model", "tiny-chat", "Hi")
     assert code == 0 and out
-    assert run(capsys, "ask", "--models-dir", shelf, "Hi", "--model", "nobody")[0] == 1
+    assert run(capsys, "ask", "--models-dir", folder_of_models, "Hi", "--model", "nobody")[0] == 1
 
 
 def test_ask_without_a_name_takes_the_only_model_or_says_which_there_are(tmp_path, capsys):
@@ -102,8 +102,8 @@ def test_ask_without_a_name_takes_the_only_model_or_says_which_there_are(tmp_pat
     assert code == 1 and "There is none yet" in err
 
 
-def test_download_ends_in_a_model_that_models_lists(shelf, tmp_path, hub_server, capsys):
-    hub_server.add("Owner/Tiny-GPTQ", shelf / "tiny-chat", "gptq-4bit-32g")
+def test_download_ends_in_a_model_that_models_lists(folder_of_models, tmp_path, hub_server, capsys):
+    hub_server.add("Owner/Tiny-GPTQ", folder_of_models / "tiny-chat", "gptq-4bit-32g")
     target = tmp_path / "target"
     target.mkdir()
     code, _out, err = run(capsys, "download", "Owner/Tiny-GPTQ:gptq-4bit-32g", "--models-dir", target)

@@ -38,7 +38,7 @@ def schema(value=SCHEMA):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def random_model(tmp_path_factory):
     """A model of random weights: only the form can make its answers right. It has more ids than the tokenizer."""
     from transformers import AutoTokenizer
 
@@ -48,47 +48,47 @@ def house(tmp_path_factory):
     return SimpleNamespace(model=tiny.dense_model("llama"), tokenizer=tokenizer, held=Grammars(TokenCodec(tokenizer)))
 
 
-def answer(house, grammar, stepper=None, ends=(END,), **values):
+def answer(random_model, grammar, stepper=None, ends=(END,), **values):
     """(text, Finish)"""
     params = GenerationParams(**{"temperature": 1.0, "repetition_penalty": 1, "top_p": 1, "top_k": 0} | values)
     events = list(
         generate(
-            stepper or house.model, list(range(5, 20)), params, threading.Event(), prefix=PrefixCache(), end_ids=set(ends),
-            context_tokens=250, grammar_mask=house.held.begin(grammar, ends),
+            stepper or random_model.model, list(range(5, 20)), params, threading.Event(), prefix=PrefixCache(), end_ids=set(ends),
+            context_tokens=250, grammar_mask=random_model.held.begin(grammar, ends),
         )
     )  # fmt: skip
     assert isinstance(events[-1], Finish)
-    return house.tokenizer.decode([each.id for each in events[:-1]]), events[-1]
+    return random_model.tokenizer.decode([each.id for each in events[:-1]]), events[-1]
 
 
 @pytest.mark.parametrize(
     "values", [{}, {"top_k": 5}, {"temperature": 0}, {"min_p": 0.3}, {"typical_p": 0.5}, {"top_p": 0.2}], ids=str
 )
-def test_a_random_models_answer_fits_the_schema(house, values):
+def test_a_random_models_answer_fits_the_schema(random_model, values):
     for seed in range(3):
-        text, finish = answer(house, schema(), seed=seed, max_new_tokens=230, **values)
+        text, finish = answer(random_model, schema(), seed=seed, max_new_tokens=230, **values)
         found = json.loads(text)
         assert set(found) == set(SCHEMA["required"]) and finish.reason == "stop"
         assert isinstance(found["name"], str) and len(found["name"]) <= 3 and 0 <= found["age"] <= 150
 
 
-def test_patterns_and_rules_hold_too(house):
-    text, finish = answer(house, Grammar("regex", r"[a-c]{3}-(yes|no)"), seed=1)
+def test_patterns_and_rules_hold_too(random_model):
+    text, finish = answer(random_model, Grammar("regex", r"[a-c]{3}-(yes|no)"), seed=1)
     assert re.fullmatch(r"[a-c]{3}-(yes|no)", text) and finish.reason == "stop"
-    text, _finish = answer(house, Grammar("gbnf", 'root ::= ("x" | num) "!"\nnum ::= [0-9] [0-9]'), seed=1)
+    text, _finish = answer(random_model, Grammar("gbnf", 'root ::= ("x" | num) "!"\nnum ::= [0-9] [0-9]'), seed=1)
     assert re.fullmatch(r"(x|\d\d)!", text)
 
 
-def test_an_answer_that_is_complete_ends_there_also_on_its_last_token(house):
-    text, finish = answer(house, Grammar("regex", "abc"), max_new_tokens=3)
+def test_an_answer_that_is_complete_ends_there_also_on_its_last_token(random_model):
+    text, finish = answer(random_model, Grammar("regex", "abc"), max_new_tokens=3)
     assert (text, finish.reason) == ("abc", "stop")
-    text, finish = answer(house, Grammar("regex", "abcd"), max_new_tokens=3)
+    text, finish = answer(random_model, Grammar("regex", "abcd"), max_new_tokens=3)
     assert (text, finish.reason) == ("abc", "length")
 
 
-def test_the_end_token_comes_only_where_the_form_may_end(house):
-    held = house.held.begin(Grammar("regex", "ab+"), {END})
-    a, b = house.tokenizer.convert_tokens_to_ids(["a", "b"])
+def test_the_end_token_comes_only_where_the_form_may_end(random_model):
+    held = random_model.held.begin(Grammar("regex", "ab+"), {END})
+    a, b = random_model.tokenizer.convert_tokens_to_ids(["a", "b"])
     assert held.allowed(288).nonzero().flatten().tolist() == [a]
     held.take(a)
     assert held.allowed(288).nonzero().flatten().tolist() == [b] and not held.complete
@@ -98,18 +98,18 @@ def test_the_end_token_comes_only_where_the_form_may_end(house):
     assert held.complete
 
 
-def test_the_ends_are_those_of_the_template_that_is_set(house):
-    a = house.tokenizer.convert_tokens_to_ids("a")
+def test_the_ends_are_those_of_the_template_that_is_set(random_model):
+    a = random_model.tokenizer.convert_tokens_to_ids("a")
     for ends in ({1}, {1, 3}, {3}):
-        held = house.held.begin(Grammar("regex", "a*"), ends)
+        held = random_model.held.begin(Grammar("regex", "a*"), ends)
         assert set(held.allowed(288).nonzero().flatten().tolist()) == {*ends, a}
         held.take(min(ends))
 
 
-def test_white_space_cannot_run_on(house):
-    space = house.tokenizer.convert_tokens_to_ids("Ġ")
-    held = house.held.begin(Grammar("json"), {END})
-    held.take(house.tokenizer.convert_tokens_to_ids("{"))
+def test_white_space_cannot_run_on(random_model):
+    space = random_model.tokenizer.convert_tokens_to_ids("Ġ")
+    held = random_model.held.begin(Grammar("json"), {END})
+    held.take(random_model.tokenizer.convert_tokens_to_ids("{"))
     count = 0
     while count < 100 and bool(held.allowed(288)[space]):
         held.take(space)
@@ -117,12 +117,14 @@ def test_white_space_cannot_run_on(house):
     assert 8 <= count <= 80
 
 
-def test_a_stepper_that_runs_ahead_is_asked_token_by_token(house):
+def test_a_stepper_that_runs_ahead_is_asked_token_by_token(random_model):
     class Ahead(TransformersStepper):
         def answer(self, *_):
             raise AssertionError("it draws on its device and cannot be held")
 
-    assert answer(house, Grammar("regex", "(ab)+c"), Ahead(house.model), seed=1, max_new_tokens=200)[0].endswith("abc")
+    assert answer(random_model, Grammar("regex", "(ab)+c"), Ahead(random_model.model), seed=1, max_new_tokens=200)[0].endswith(
+        "abc"
+    )
 
 
 BAD = [
@@ -141,28 +143,28 @@ BAD = [
 
 
 @pytest.mark.parametrize(("grammar", "words"), BAD, ids=lambda each: str(each)[:60])
-def test_a_form_that_cannot_be_had_is_refused_in_words(house, grammar, words):
+def test_a_form_that_cannot_be_had_is_refused_in_words(random_model, grammar, words):
     with pytest.raises(BadParameter, match=words) as caught:
-        house.held.begin(grammar, {END})
+        random_model.held.begin(grammar, {END})
     assert len(str(caught.value)) < 300 and "<state>" not in str(caught.value)
 
 
-def test_a_form_that_becomes_too_much_ends_the_answer_in_words(house):
+def test_a_form_that_becomes_too_much_ends_the_answer_in_words(random_model):
     many = schema({"type": "integer", "multipleOf": 1000003, "minimum": -99999999999, "maximum": 9999999999999999})
     with pytest.raises(BadParameter, match="cannot obey this grammar any longer"):
-        answer(house, many, seed=1)
+        answer(random_model, many, seed=1)
 
 
-def test_without_the_package_it_is_named(house, monkeypatch):
+def test_without_the_package_it_is_named(random_model, monkeypatch):
     monkeypatch.setattr(grammar_matcher, "find_spec", lambda name: None)
     with pytest.raises(BadParameter, match=r'pip install "gptq-webui\[json\]"'):
-        house.held.begin(Grammar("json"), {END})
+        random_model.held.begin(Grammar("json"), {END})
 
 
-def test_an_old_package_is_named_with_its_version(house, monkeypatch):
+def test_an_old_package_is_named_with_its_version(random_model, monkeypatch):
     monkeypatch.setattr(grammar_matcher, "version", lambda name: "1.3.0")
     with pytest.raises(BadParameter, match=r"llguidance is 1\.3\.0 here; .* pip install -U \"gptq-webui\[json\]\""):
-        house.held.begin(Grammar("json"), {END})
+        random_model.held.begin(Grammar("json"), {END})
 
 
 def test_a_tokenizer_that_cannot_be_read_is_reported():
@@ -171,8 +173,8 @@ def test_a_tokenizer_that_cannot_be_read_is_reported():
         Grammars(TokenCodec(slow)).begin(Grammar("json"), {END})
 
 
-def test_many_threads_ask_at_once(house):
-    held, found = Grammars(TokenCodec(house.tokenizer)), []
+def test_many_threads_ask_at_once(random_model):
+    held, found = Grammars(TokenCodec(random_model.tokenizer)), []
 
     def ask(at):
         found.append(int(held.begin(Grammar("regex", f"{chr(97 + at)}x"), {END}).allowed(288).sum()))

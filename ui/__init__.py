@@ -1,1 +1,1 @@
-"""Floor 4: the Gradio face, one file per tab. compat.py alone knows which Gradio is installed."""
+"""Floor 4: the Gradio page, one file for each tab. gradio_compat.py alone knows which Gradio is installed."""

@@ -36,7 +36,7 @@ _TRY = """async (key) => {
 
 @dataclass(frozen=True)
 class Api:
-    """What the server knows about its API."""
+    """What the server says about its API."""
 
     locked: Callable[[], bool]  # whether a key is needed
     port: int | None = None  # a port of its own, besides the page's

@@ -107,7 +107,7 @@ MOST_SESSIONS = 256  # open pages whose values the server keeps, about 0.1 MB ea
 
 
 class Server:
-    """What Gradio's server knows of its visitors."""
+    """What Gradio's server holds for its visitors."""
 
     def __init__(self, mounted: FastAPI) -> None:
         """`mounted`: from `mount`."""

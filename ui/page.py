@@ -49,14 +49,14 @@ def build(
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
         with gr.Tabs(selected="chat", elem_id="gw-tabs") as tabs:
-            with gr.Tab("Chat", id="chat") as chat_place:
+            with gr.Tab("Chat", id="chat") as chat_tab_item:
                 chat_at = gr.Column()
-            with gr.Tab("Model", id="model", visible=everybody) as model_place:
+            with gr.Tab("Model", id="model", visible=everybody) as model_tab_item:
                 models = model_tab.build(engine, downloads, watcher, access)
             with gr.Tab("Parameters", id="parameters"):
                 parameters = parameters_tab.build(preset)
             if api is not None:
-                with gr.Tab("API", id="api", visible=everybody) as api_place:
+                with gr.Tab("API", id="api", visible=everybody) as api_tab_item:
                     box = draw_api(engine, api, access)
         with chat_at:
             chat = chat_tab.build(engine, parameters, watcher, access)
@@ -69,7 +69,7 @@ def build(
             info = share.info if share is not None and owner else None
             return {
                 tabs: gr.update(selected=first),
-                model_place: gr.update(visible=owner),
+                model_tab_item: gr.update(visible=owner),
                 free: gr.update(visible=owner),
                 notice: gr.update(value=warning, visible=bool(warning)),
                 link.place: gr.update(visible=info is not None),
@@ -87,14 +87,14 @@ def build(
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
-        page.load(arrange, None, [tabs, model_place, free, notice, link.place, link.text], **gradio_compat.SHOW)
+        page.load(arrange, None, [tabs, model_tab_item, free, notice, link.place, link.text], **gradio_compat.SHOW)
         if api is not None:
-            page.load(own_api, None, api_place, **gradio_compat.SHOW)
-            api_place.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
-        for trigger in [page.load, model_place.select] if gradio_compat.LAZY_TABS else [page.load]:
+            page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
+            api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
+        for trigger in [page.load, model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
-        watcher.on(chat_place.select)
+        watcher.on(chat_tab_item.select)
         watcher.wire()
         page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it
     return page

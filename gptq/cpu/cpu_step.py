@@ -214,7 +214,7 @@ class CpuStepper(Stepper):
             self._compute(memory, ids[at : at + CHUNK_TOKENS])
         return torch.from_numpy(self._logits[:1, : self._head_size])
 
-    def draw(
+    def sample(
         self,
         memory: Memory,
         logits: Tensor,
@@ -225,7 +225,7 @@ class CpuStepper(Stepper):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # torch's own threads would spin on the cores that the next token needs
         try:
-            yield from super().draw(memory, logits, ids, params, grammar_mask)
+            yield from super().sample(memory, logits, ids, params, grammar_mask)
         finally:
             torch.set_num_threads(threads)
 

@@ -220,7 +220,7 @@ def attend_layer(tid, threads, counters, phase, f, layer):
 
 @compiled_part
 def multiply_head(tid, threads, counters, phase, f):
-    """The last row's logits. Every thread that takes part normalises and rounds the row for itself."""
+    """The last row's logits. Every thread normalises and rounds the row for itself."""
     logits = float_rows(f.logits, 1 + threads, f.logits_width)
     own = logits[1 + tid : 2 + tid]
     ready = False

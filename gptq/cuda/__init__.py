@@ -1,1 +1,1 @@
-"""GPTQ on NVIDIA cards: kernels in CUDA C, compiled in this process by the NVRTC that torch carries."""
+"""GPTQ on NVIDIA GPUs: kernels in CUDA C, compiled in this process by the NVRTC that torch carries."""

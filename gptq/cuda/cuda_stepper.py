@@ -98,7 +98,7 @@ class CudaStepper(Stepper):
 
     def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
         assert isinstance(memory, PagedMemory)
-        yield from self._answers.draw(memory, logits, ids, params)
+        yield from self._answers.sample(memory, logits, ids, params)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
         self._answers.prefix = prefix

@@ -1,7 +1,7 @@
 """What each kernel is given: every argument structure, described once.
 
 A description is written as the fields of a C structure. The C text that the kernel is compiled with and the bytes
-that a launch hands over both come from it, so they cannot disagree. The numbers that C and Python share are here too.
+that a launch passes both come from it, so they cannot disagree. The numbers that C and Python share are here too.
 """
 
 import re
@@ -66,7 +66,7 @@ class Arguments:
         scope: dict[str, Callable[..., bytes]] = {"pack_into_bytes": layout.pack}
         exec(f"def pack(*, {', '.join(self.fields)}):\n    return pack_into_bytes({', '.join(values)})\n", scope)
         self.pack: Callable[..., bytes] = scope["pack"]
-        """The fields by keyword, every one of them, tensors (or None) for pointers -> what a launch hands over."""
+        """The fields by keyword, every one of them, tensors (or None) for pointers -> what a launch passes."""
 
     def offset(self, field: str) -> int:
         """Bytes from the start of the structure to a field."""

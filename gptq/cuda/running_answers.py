@@ -43,8 +43,8 @@ class Answers:
         self._pending: deque[tuple[torch.cuda.Event, list[tuple[Answer, int]]]] = deque()  # sampled, not yet read by the host
         self.prefix: PrefixCache | None = None  # what may be released for pages
 
-    def draw(self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Iterator[Step]:
-        """Steps without an end, until the context is full. Others may be drawn in turns with it. Close it."""
+    def sample(self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Iterator[Step]:
+        """Steps without an end, until the context is full. Others may be sampled in turns with it. Close it."""
         answer = self._join(memory, logits, ids, params)
         host_tokens = 0
         try:

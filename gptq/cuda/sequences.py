@@ -1,4 +1,4 @@
-"""What the GPU knows of each sequence that is being continued: row i of every tensor is the i-th sequence."""
+"""The state on the GPU of each sequence that is being continued: row i of every tensor is the i-th sequence."""
 
 import torch
 from torch import Tensor

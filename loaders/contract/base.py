@@ -70,7 +70,7 @@ class Loader(ABC):
 
     @abstractmethod
     def load(self, model: LocalModel, options: Any, progress: LoadProgress) -> "LoadedModel":
-        """Raises GptqWebuiError with a sentence; leaves nothing behind if it does."""
+        """Raises GptqWebuiError with a sentence; frees everything if it does."""
 
     def remark(self, model: LocalModel, options: Any) -> Remark | None:
         """What the user should know before it opens the model."""

@@ -85,7 +85,7 @@ class _Generation(Extension):
 
 
 class _PlainDict:
-    """`dict` without a class behind it."""
+    """`dict` without its class."""
 
     def __call__(self, *values: Any, **named: Any) -> dict[Any, Any]:
         return dict(*values, **named)

@@ -32,7 +32,7 @@ class TokenCodec:
 
     @property
     def is_fast(self) -> bool:
-        """Whether it knows where in the text a token begins."""
+        """Whether it reports where in the text a token begins."""
         return bool(getattr(self.tokenizer, "is_fast", False))
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
