@@ -29,6 +29,7 @@ ROOMS = {
 MOST_LINES = 300
 LONG = {
     "benchmarks/tune.py": "one tool, with a flag for each group of kernels",
+    "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",
