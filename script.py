@@ -100,6 +100,14 @@ def _show_log() -> None:
         log.propagate = False
 
 
+def _words(error: Exception) -> str:
+    try:
+        from gptq_webui.core.foreign_errors import in_words
+    except Exception:  # the package itself cannot be imported
+        return "its own code cannot be started"
+    return in_words(error)
+
+
 def setup() -> None:
     """text-generation-webui: after its settings, before its page."""
     global _problem
@@ -115,7 +123,7 @@ def setup() -> None:
 
         bridge.setup(params, Path(__file__).parent.name)  # as the host calls it, also if the folder is a link
     except Exception as error:
-        _problem = f"The GPTQ extension cannot work here ({type(error).__name__}: {error})."
+        _problem = f"The GPTQ extension cannot work here: {_words(error)}. Update its packages, then start again."
         log.exception(_problem)
 
 
@@ -132,7 +140,7 @@ def ui() -> None:
                 return
         except Exception as error:
             log.exception("the GPTQ tab could not be shown")
-            gr.Markdown(f"This tab could not be shown ({type(error).__name__}: {error}). The terminal has the details.")
+            gr.Markdown(f"This tab could not be shown: {_words(error)}. Look into the terminal, which has the details.")
             return
         gr.Markdown(_problem)
     except Exception:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from .. import __version__
 from ..core.errors import BadParameter, GptqWebuiError
+from ..core.foreign_errors import in_words
 from ..engine.advice import fit_of_plan, torch_banner
 from ..engine.available_memory import available_memory
 from ..engine.download_queue import Downloads
@@ -174,7 +175,7 @@ def _open_link(host: str, port: int, share: "Share", guest: tuple[str, str]) -> 
         url = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
         _say(
-            f"No public link could be made ({(str(error).strip().splitlines() or [type(error).__name__])[0]}). "
+            f"No public link could be made ({in_words(error)}). "
             "A closed network or an antivirus program can be the reason; the page on this machine works."
         )
         return

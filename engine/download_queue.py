@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import DiskFull, GptqWebuiError
+from ..core.foreign_errors import in_words
 from ..core.model_ref import ModelRef
 from ..core.units import format_bytes, format_duration
 from ..hub.download_progress import FileProgress, Progress
@@ -165,7 +166,7 @@ class Downloads:
             ended = self._ended(ref, "failed", str(error))
         except Exception as error:
             log.exception("downloading %s failed", ref)
-            text = f"The download of {ref} stopped ({type(error).__name__}: {error}). Press Download to continue it."
+            text = f"The download of {ref} stopped: {in_words(error)}. Press Download to continue it."
             ended = self._ended(ref, "failed", text)
         with self._lock:
             del self._running[ref]
@@ -223,7 +224,7 @@ class Downloads:
             state, text = "failed", str(error)
         except Exception as error:
             log.exception("deleting what arrived of %s failed", ref)
-            state, text = "failed", f"What arrived of {ref} could not be deleted ({error}). Delete its folder by hand."
+            state, text = "failed", f"What arrived of {ref} could not be deleted ({in_words(error)}). Delete its folder by hand."
         with self._lock:
             self._deleting.discard(ref)
             if ref not in self._waiting:  # unless it was started again meanwhile

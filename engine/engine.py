@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.chat import Finish, Message
 from ..core.errors import AnswerFailed, Busy, GptqWebuiError, LoadFailed, NotLoaded, PromptTooLong
+from ..core.foreign_errors import in_words
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
 from ..core.units import plural
@@ -119,7 +120,7 @@ class Engine:
                 raise
             except Exception as error:
                 log.exception("making the demo model failed")
-                raise LoadFailed(f"The demo model could not be made ({type(error).__name__}: {error}).") from error
+                raise LoadFailed(f"The demo model could not be made: {in_words(error)}. Try again.") from error
             if root not in self.library.roots:
                 self.library.roots = (*self.library.roots, root)
             return self.load(folders[0].name, loader, options)

@@ -20,6 +20,7 @@ from ..core.errors import (
     ModelError,
     NotEnoughMemory,
 )
+from ..core.foreign_errors import in_words, trace
 from ..core.models import LocalModel
 from ..loaders.choose import Choice
 from ..loaders.contract.base import LoadedModel, LoadProgress
@@ -135,10 +136,11 @@ def _as_message(model: LocalModel, choice: Choice, error: BaseException, cancel:
     if isinstance(error, GptqWebuiError) and not isinstance(error, AnswerFailed):
         return error
     error = error.__cause__ if isinstance(error, AnswerFailed) and error.__cause__ is not None else error
-    details = "".join(traceback.format_exception(error))  # as text: a log record that kept the error would keep its tensors
-    log.error("loading %s with %s failed\n%s", model.name, choice.loader.name, details)
-    why = (str(error).strip().splitlines() or ["no message"])[0]
-    return LoadFailed(f"{model.name} could not be loaded with {choice.loader.name} ({type(error).__name__}: {why}).")
+    log.error("loading %s with %s failed\n%s", model.name, choice.loader.name, trace(error))
+    return LoadFailed(
+        f"{model.name} could not be loaded with {choice.loader.name}: {in_words(error)}. Choose another loader, or download "
+        "the model again; the log has the details."
+    )
 
 
 def _may_fall_back(error: GptqWebuiError) -> bool:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.foreign_errors import in_words
 from ..core.user_folders import config_folder, data_folder
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class Settings:
         except ValueError as error:
             aside = self.path.with_suffix(".damaged.json")
             self.warning = (
-                f"The settings file could not be read ({error}). It was renamed to {aside.name}, and the settings start anew."
+                f"The settings file could not be read ({in_words(error)}). "
+                f"It was renamed to {aside.name}, and the settings start anew."
             )
             log.warning("%s", self.warning)
             with contextlib.suppress(OSError):

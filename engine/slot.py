@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.errors import Busy, GptqWebuiError, LoadCancelled, LoadFailed
+from ..core.foreign_errors import in_words
 from ..loaders.choose import Choice
 from ..loaders.contract.base import LoadedModel, LoadProgress
 from ..loaders.machine.memory_fit import Fit
@@ -79,7 +80,7 @@ class Slot:
             except Exception as error:
                 log.exception("changing the loaded model failed")
                 name = self.status.name or "The model"
-                text = f"{name} could not be loaded or unloaded ({type(error).__name__}: {error}). Try again."
+                text = f"{name} could not be loaded or unloaded: {in_words(error)}. Try again."
                 self._settle(text, error=True)
                 raise LoadFailed(text) from error
             except BaseException:  # Ctrl+C

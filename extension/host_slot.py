@@ -4,6 +4,7 @@
 host's own load, and an unload through its unload, so that the host and the engine always mean the same model.
 """
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.errors import Busy, GptqWebuiError, LoadCancelled, LoadFailed, LoadRefused
+from ..core.foreign_errors import in_words, trace
 from ..core.models import OPENED_BY, LocalModel
 from ..engine.load_fallback import LoadOutcome
 from ..engine.load_request import LoadPlan
@@ -18,6 +20,8 @@ from ..engine.slot import Slot, Status
 from ..loaders.machine.memory_release import free_memory
 from . import headless_model
 from .host_adapter import Host
+
+log = logging.getLogger(__name__)
 
 
 class HostSlot(Slot):
@@ -56,8 +60,8 @@ class HostSlot(Slot):
                 self.previous = before
                 if isinstance(error, GptqWebuiError):
                     raise
-                reason = f"{type(error).__name__}: {error}"
-                raise LoadFailed(f"text-generation-webui could not load {model.name} ({reason}).") from error
+                log.error("text-generation-webui could not load %s\n%s", model.name, trace(error))
+                raise LoadFailed(f"text-generation-webui could not load {model.name}: {in_words(error)}. Try again.") from error
             finally:
                 self._planned = None
             self._say_ready()

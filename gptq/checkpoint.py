@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
+from ..core.foreign_errors import in_words
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.units import plural
 from .bit_packing import flooded_zeros
@@ -94,7 +95,9 @@ def load(
     except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         if "out of memory" in str(error).lower():
             raise
-        raise BadCheckpoint(f"transformers cannot open {model.name}: {_first_line(error)}") from error
+        raise BadCheckpoint(
+            f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
+        ) from error
     _check_report(model, info, layers)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
@@ -113,7 +116,8 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
             ) from None
         raise BadCheckpoint(
             f"The installed transformers does not know the architecture of {model.name} "
-            f"({model.architecture or 'not named in config.json'}): {_first_line(error)}"
+            f"({model.architecture or 'not named in config.json'}): {in_words(error)}. "
+            "Update transformers, or choose another model."
         ) from None
 
 
@@ -203,8 +207,3 @@ def _restore_scales(paths: Iterable[Path], loaded: PreTrainedModel, layers: Mapp
             with safe_open(path, framework="pt") as file:
                 scales = file.get_tensor(f"{name}.scales").to(module.scales.device)
             module.scales = torch.nn.Parameter(scales, requires_grad=False)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

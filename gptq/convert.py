@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadCheckpoint, DiskFull
+from ..core.foreign_errors import in_words, trace
 from ..core.units import format_bytes
 
 _DRAFT = ".converting"
@@ -90,7 +91,8 @@ def _read(path: Path) -> Mapping[str, Any]:
                 f"{path.name} holds more than tensors: program code or objects of some library. It was not opened. "
                 "Look for a branch with .safetensors files."
             ) from None
-        raise BadCheckpoint(f"{path.name} cannot be read ({type(error).__name__}). Download it again.") from None
+        log.info("%s cannot be read\n%s", path.name, trace(error))
+        raise BadCheckpoint(f"{path.name} cannot be read: {in_words(error)}. Download it again.") from None
     for key in _NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

@@ -182,7 +182,9 @@ class _Download:
             return disk_sentence(error, self._folder.folder, self._folder.missing_bytes())
         # a bug of ours must not look like the end of a download
         log.error("the download of %s failed", self._listing.ref, exc_info=error)
-        return DownloadFailed(f"The download ended with an unexpected {type(error).__name__}; the terminal shows where.")
+        return DownloadFailed(
+            "The download ended with an error that it was not made for; the log has the details. Press Download to continue it."
+        )
 
     def _run(self) -> None:
         started_s = time.monotonic()

@@ -9,6 +9,21 @@ from urllib.parse import urlsplit
 
 from ..core.errors import AccessDenied, DownloadFailed, HubError, HubUnreachable, NoSuchRepository
 
+_KINDS = (  # part of a class's name, the words for it
+    ("Timeout", "no answer in time"),
+    ("Proxy", "the proxy refuses"),
+    ("ConnectError", "no connection"),
+    ("ConnectionRefused", "no connection"),
+    ("gaierror", "there is no computer of that name"),
+    ("InvalidURL", "its address is not valid"),
+    ("UnsupportedProtocol", "its address is not valid"),
+    ("TooManyRedirects", "it sends in circles"),
+    ("Protocol", "the connection was cut"),
+    ("ReadError", "the connection was cut"),
+    ("WriteError", "the connection was cut"),
+    ("ConnectionReset", "the connection was cut"),
+)
+
 
 class NoSuchRevision(DownloadFailed):
     """The Hub has no such branch or commit, or no longer has a file that its list names."""
@@ -20,12 +35,20 @@ def host_of(endpoint: str) -> str:
 
 
 def unreachable(endpoint: str, error: BaseException) -> HubUnreachable:
-    """Only the type of `error` is shown: its text can hold an address with a secret in it."""
+    """Only the kind of `error` is shown: its text can hold an address with a secret in it."""
     hint = f" HF_ENDPOINT is set to {endpoint}: is that right?" if os.environ.get("HF_ENDPOINT") else ""
     return HubUnreachable(
-        f"{host_of(endpoint)} cannot be reached ({type(error).__name__}). Check your network connection and proxy settings, "
+        f"{host_of(endpoint)} cannot be reached ({_kind(error)}). Check your network connection and proxy settings, "
         f"then try again; models on disk still work.{hint}"
     )
+
+
+def _kind(error: BaseException) -> str:
+    """What happened, by the error's class: httpx, hf-xet and the system each have their own."""
+    if "certificate" in str(error).lower():
+        return "its certificate is not accepted"
+    name = type(error).__name__
+    return next((words for part, words in _KINDS if part in name), "the connection failed")
 
 
 def busy(endpoint: str, status: int) -> HubUnreachable:

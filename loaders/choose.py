@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..core.errors import BadParameter, LoadRefused
+from ..core.foreign_errors import in_words
 from ..core.models import LocalModel
 from .autogptq.autogptq_loader import AutoGPTQLoader
 from .contract.base import Loader, Refusal, Remark
@@ -147,9 +148,7 @@ def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Answe
         return _Answer(loader, options, refusal, loader.remark(model, options) if refusal is None else None)
     except Exception as error:
         log.exception("the loader %s failed while it looked at %s", loader.name, model.name)
-        return _Answer(
-            loader, options, Refusal(f"it failed with an error ({type(error).__name__}: {error})", "update its package")
-        )
+        return _Answer(loader, options, Refusal(f"it failed with an error: {in_words(error)}", "update its package"))
 
 
 def _pick(

@@ -6,6 +6,7 @@ GPTQModel compiles its kernels for a GPU at their first use.
 
 import contextlib
 import importlib
+import logging
 import os
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...core.errors import BadParameter, GptqWebuiError, LoadFailed, NotEnoughMemory
+from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel, tensors_of
 from ...core.units import format_bytes
 from ..contract import superhot
@@ -26,6 +28,8 @@ from ..machine.memory_release import free_memory
 from ..pretrained import gptqmodel_kernels
 from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
+
+log = logging.getLogger(__name__)
 
 _KERNELS = ("torch", "triton", "exllama_v2", "marlin", "machete", "torch_int8", "torch_fused", "torch_aten", "bitblas")
 _BACKENDS = ("auto", "auto_gptq", "gptqmodel", *_KERNELS)
@@ -260,5 +264,5 @@ def _in_words(error: Exception, model: LocalModel, library: str) -> LoadFailed:
             f"There is not enough memory for {model.name} ({format_bytes(model.size_bytes)}). "
             "Close other programs, or choose a smaller branch (fewer bits, larger group)."
         )
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return LoadFailed(f"{name} cannot open {model.name} ({type(error).__name__}: {text}). Use the loader transformers.")
+    log.error("%s cannot open %s\n%s", name, model.name, trace(error))
+    return LoadFailed(f"{name} cannot open {model.name}: {in_words(error)}. Use the loader transformers.")

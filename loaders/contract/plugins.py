@@ -13,6 +13,7 @@ from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from ...core.foreign_errors import in_words
 from ..machine.capabilities import Machine
 from .base import Loader
 
@@ -33,7 +34,7 @@ def plugin_loaders(machine: Callable[[], Machine], taken: Collection[str]) -> tu
             package = entry.dist.name if entry.dist is not None else "unknown"
             problems.append(
                 f"The loader plug-in {entry.name!r} ({entry.value}, of the package {package}) cannot be used: "
-                f"{type(error).__name__}: {error}. Update or uninstall that package; the other loaders work without it."
+                f"{in_words(error)}. Update or uninstall that package; the other loaders work without it."
             )
     return [found[name] for name in sorted(found)], problems
 

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 from ...core.chat import Reading
 from ...core.errors import AnswerFailed, Busy, GptqWebuiError
+from ...core.foreign_errors import in_words, trace
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,14 @@ class Job(Generic[T]):
             self.events.put(error)
         except Exception as error:
             # as text: a log record that kept the error would keep its frames, and these the tensors
-            log.error("an answer failed\n%s", "".join(traceback.format_exception(error)))
+            log.error("an answer failed\n%s", trace(error))
             failed = AnswerFailed(_in_words(error))
             traceback.clear_frames(error.__traceback__)  # they hold what may have been too much for the memory
             failed.__cause__ = error
             self.events.put(failed)
         except BaseException as error:
             if type(error).__name__ == "PanicException":  # of a library in Rust: no Exception, and no reason to end the thread
+                log.error("a library panicked\n%s", trace(error))
                 self.events.put(AnswerFailed(_in_words(error)))
                 return
             self.events.put(AnswerFailed(_GONE))  # the thread itself ends
@@ -277,6 +279,4 @@ def _end_all() -> None:
 def _in_words(error: BaseException) -> str:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower():
         return "There was not enough memory for this answer. Choose a smaller context in the Model tab and press Reload."
-    first = str(error).strip().splitlines()[:1]
-    why = f"{type(error).__name__}: {first[0] if first else 'no message'}"
-    return f"The model stopped with an error ({why}). Press Reload in the Model tab."
+    return f"The model stopped with an error: {in_words(error)}. Press Reload in the Model tab."

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from ...core.errors import GptqWebuiError, LoadFailed, NotEnoughMemory
 from ...core.folder_files import read_json
+from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
 from ...core.units import format_bytes
 from ..contract import superhot
@@ -181,9 +182,9 @@ def _start(name: str, progress: LoadProgress, wait_s: float) -> ModuleType:
             share = 0.06 * (1 - math.exp(-passed / COMPILE_S))
             progress(0.01 + share, f"Compiling ExLlamaV2, once: {passed:.0f} s so far, about two minutes in all")
     if failed:
-        lines = str(failed[0]).strip().splitlines() or [""]
+        log.error("ExLlamaV2 cannot be started\n%s", trace(failed[0]))
         raise LoadFailed(
-            f"ExLlamaV2 cannot be started here ({type(failed[0]).__name__}: {lines[0]}). Use the loader transformers, "
+            f"ExLlamaV2 cannot be started here: {in_words(failed[0])}. Use the loader transformers, "
             "or install the exllamav2 wheel that matches your torch and CUDA."
         ) from failed[0]
     return found[0]
@@ -261,10 +262,10 @@ def _free() -> None:
 
 
 def _in_words(error: Exception, model: LocalModel) -> LoadFailed:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "out of memory" in str(error).lower() or "Insufficient" in text:
+    if "out of memory" in str(error).lower() or "Insufficient" in str(error):
         return NotEnoughMemory(
             f"There is not enough memory on the GPU for {model.name} ({format_bytes(model.size_bytes)}) with its "
             "conversation. Choose a smaller max_seq_len, a smaller cache type, or a smaller branch."
         )
-    return LoadFailed(f"ExLlamaV2 cannot open {model.name} ({type(error).__name__}: {text}). Use the loader transformers.")
+    log.error("ExLlamaV2 cannot open %s\n%s", model.name, trace(error))
+    return LoadFailed(f"ExLlamaV2 cannot open {model.name}: {in_words(error)}. Use the loader transformers.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...core import foreign_errors
 from ...core.errors import AnswerFailed
 
 log = logging.getLogger(__name__)
@@ -90,5 +91,5 @@ def in_words(error: Exception) -> str:
         return "it refuses the key"
     body = getattr(error, "body", None)
     text = body.get("message") if isinstance(body, dict) else None
-    first = (str(text or error).strip().splitlines() or [kind])[0][:300]
-    return f"error {status}: {first}" if status else f"{kind}: {first}"
+    first = foreign_errors.in_words(AnswerFailed(text) if isinstance(text, str) and text else error)
+    return f"error {status}: {first}" if status else first

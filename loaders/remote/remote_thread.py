@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from ...core.errors import AnswerFailed, Busy, GptqWebuiError
+from ...core.foreign_errors import in_words
 from ..contract.worker import Job, Stream
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class EventLoop:
             job.events.put(error)
         except Exception as error:
             log.exception("an answer of a remote engine failed")
-            job.events.put(AnswerFailed(f"The answer ended with an error ({type(error).__name__}: {error}). Ask again."))
+            job.events.put(AnswerFailed(f"The answer ended with an error: {in_words(error)}. Ask again."))
         finally:
             with suppress(Exception):
                 await events.aclose()  # type: ignore[attr-defined]

@@ -131,7 +131,7 @@ def main(memory_bytes: int) -> None:
         except OutputTooLong as error:
             answer = {"output": str(error)}
         except Exception as error:
-            answer = {"error": str(error)[:500] or type(error).__name__}
+            answer = {"error": str(error)[:500] or "no reason was given"}
         done()
         print(json.dumps(answer), flush=True)
 

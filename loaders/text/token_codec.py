@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...core.errors import BadParameter
+from ...core.foreign_errors import in_words
 from .segments import Segments
 
 
@@ -97,7 +98,6 @@ def _in_words() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3's is no Exception: it would end the thread
             raise
-        why = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise BadParameter(
-            f"The tokenizer of this model cannot read this text ({why}). Change the text, or use another model."
+            f"The tokenizer of this model cannot read this text: {in_words(error)}. Change the text, or use another model."
         ) from None

@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, for every loader that works with ids."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -11,8 +12,11 @@ from typing import Any
 
 from ...core import folder_files
 from ...core.errors import BadCheckpoint, BadFile
+from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
 from . import tokenizer_trial
+
+log = logging.getLogger(__name__)
 
 _JSON = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -38,9 +42,10 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's is no Exception
             raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.error("the tokenizer of %s cannot be read\n%s", model.name, trace(error))
         raise BadCheckpoint(
-            f"The tokenizer of {model.name} cannot be read ({why}). Download the model again; what is complete is kept."
+            f"The tokenizer of {model.name} cannot be read: {in_words(error)}. "
+            "Download the model again; what is complete is kept."
         ) from error
 
 

@@ -29,7 +29,7 @@ def main(memory_bytes: int) -> None:
         except MemoryError:
             answer = {"error": "it takes too much memory"}
         except BaseException as error:  # PanicException is no Exception
-            answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0][:300]}
+            answer = {"error": str(error)[:2000]}
         print(json.dumps(answer), flush=True)
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...core import folder_files, user_folders
+from ...core.foreign_errors import in_words
 from . import tokenizer_probe
 from .child_process import Child, ChildEnded
 
@@ -62,7 +63,7 @@ def _tried(path: Path) -> tuple[str, bool]:
         for request, limit_s in [({"file": str(path)}, _READ_S), *(({"text": text}, _TEXT_S) for text in _TEXTS)]:
             answer = child.ask(request, limit_s, 10_000)
             if "error" in answer:
-                return str(answer["error"]), True
+                return in_words(ValueError(str(answer["error"]))), True
     except ChildEnded as error:
         return str(error), "too long" not in str(error)
     finally:

@@ -1,14 +1,18 @@
 """The kernel `optimum` of the loader transformers: transformers' own GPTQ integration, through optimum and GPTQModel."""
 
+import logging
 import os
 from typing import Any
 
 from ...core.errors import LoadFailed
+from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
 from ..contract.base import Refusal, Remark
 from ..contract.standard_folder import config_of
 from ..machine.capabilities import Machine, look
 from ..pretrained import gptqmodel_kernels
+
+log = logging.getLogger(__name__)
 
 
 def refusal(model: LocalModel, machine: Machine) -> Refusal | None:
@@ -80,9 +84,8 @@ def load(
     except Exception as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise
-        text = (str(error).strip().splitlines() or [""])[0]
+        log.error("transformers' own GPTQ integration cannot open %s\n%s", model.name, trace(error))
         raise LoadFailed(
-            f"transformers' own GPTQ integration cannot open {model.name} ({type(error).__name__}: {text}). "
-            "Choose the kernel native."
+            f"transformers' own GPTQ integration cannot open {model.name}: {in_words(error)}. Choose the kernel native."
         ) from error
     return hf.eval(), (*notes, "Computed by transformers' own GPTQ integration (optimum and GPTQModel).")
