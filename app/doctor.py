@@ -9,7 +9,7 @@ from ..core.models import LocalModel
 from ..core.quantize_config import QuantizeConfig
 from ..engine import support_report
 from ..engine.advice import torch_banner
-from ..loaders.choose import Row, survey
+from ..loaders.choose import Row, plugin_problems, survey
 from .engine_commands import find_elsewhere, make_engine
 
 _WIDTH = 110
@@ -22,6 +22,8 @@ def doctor(options: argparse.Namespace) -> int:
     print(support_report.machine())
     if banner := torch_banner():
         print("\n" + banner)
+    for problem in plugin_problems():
+        print("\n" + textwrap.fill(problem, _WIDTH, break_on_hyphens=False))
     if options.model:
         model = engine.library.get(options.model)
         print(f"\nLoaders, for {model.name} ({model.badge}):")

@@ -9,6 +9,7 @@ import json
 import re
 import traceback
 from collections.abc import Mapping
+from types import ModuleType
 
 from .errors import GptqWebuiError
 from .folder_files import printable
@@ -57,8 +58,8 @@ _OF_CODE: Mapping[type[BaseException], str] = {
     TimeoutError: "there was no answer in time",
     ConnectionError: "the connection was cut",
     EOFError: "a file ends too early",
-    ZeroDivisionError: "a number that must not be 0 is 0",
     OverflowError: "a number is too large",
+    SystemExit: "it ended by itself",
     AssertionError: _UNFORESEEN,
 }
 _CODE = re.compile(
@@ -80,6 +81,8 @@ def in_words(error: BaseException) -> str:
         return str(error).rstrip(". ")
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {printable(error.name.partition('.')[0])} is not installed"
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        return f"there is no {printable(str(error.name))[:80]} in {printable(error.obj.__name__)}"
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return _of_the_system(error)

@@ -34,6 +34,11 @@ def all_loaders(machine: Callable[[], Machine] = look) -> list[Loader]:
     return [*built_in, *others]
 
 
+def plugin_problems(machine: Callable[[], Machine] = look) -> list[str]:
+    """A sentence for each loader of another package that cannot be used."""
+    return plugin_loaders(machine, {make.name for make in BUILT_IN})[1]
+
+
 @dataclass(frozen=True)
 class Row:
     """One loader as the user sees it for one model."""

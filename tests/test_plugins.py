@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from gptq_webui.app.cli import main
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import LoadRefused
 from gptq_webui.core.models import LocalModel
@@ -72,10 +73,10 @@ def test_an_engine_loads_a_model_with_it(install, model):
 
 
 BROKEN = {
-    "a module that is not there": ("", "broken_elsewhere:Loader", "ModuleNotFoundError"),
+    "a module that is not there": ("", "broken_elsewhere:Loader", "the package broken_elsewhere is not installed"),
     "an import that fails": ("raise RuntimeError('no CUDA here')", "broken:Loader", "no CUDA here"),
-    "an exit": ("raise SystemExit(3)", "broken:Loader", "SystemExit"),
-    "no such class": ("", "broken:Loader", "AttributeError"),
+    "an exit": ("raise SystemExit(3)", "broken:Loader", "it ended by itself"),
+    "no such class": ("", "broken:Loader", "there is no Loader in broken"),
     "no loader": ("class Loader: pass", "broken:Loader", "must name a subclass"),
     "options that are none": (
         "from gptq_webui.loaders.fake import FakeLoader\nclass Loader(FakeLoader):\n    name = 'x'\n    options = dict",
@@ -105,6 +106,14 @@ def test_a_broken_plug_in_costs_only_itself_and_is_reported(kind, install, model
     assert [each.name for each in loaders] == ["exllamav2", "transformers", "autogptq", "remote", "echo"]
     (line,) = [each.getMessage() for each in caplog.records if "plug-in" in each.getMessage()]
     assert "'broken'" in line and says in line and "the other loaders work without it" in line
+
+
+def test_doctor_names_a_broken_plug_in(install, tmp_path, capsys):
+    install("broken", "raise RuntimeError('no CUDA here')", "broken:Loader")
+    (tmp_path / "models").mkdir()
+    assert main(["doctor", "--models-dir", str(tmp_path / "models")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The loader plug-in 'broken' (broken:Loader, of the package broken) cannot be used: no CUDA here." in said
 
 
 def test_a_plug_in_that_fails_while_it_looks_at_a_model_refuses_it(install, model):

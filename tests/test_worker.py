@@ -83,7 +83,7 @@ def test_an_error_reaches_its_reader_in_words_and_the_thread_lives(worker):
 
     stream = worker.stream(fails, threading.Event(), "cancelled")
     assert next(stream) == 1
-    with pytest.raises(AnswerFailed, match="illegal memory access") as caught:
+    with pytest.raises(AnswerFailed, match="the GPU stopped at an error") as caught:
         next(stream)
     assert "\n" not in str(caught.value)
     assert list(worker.stream(lambda: iter([7]), threading.Event(), "cancelled")) == [7]

@@ -8,14 +8,17 @@ A package declares one in its pyproject.toml:
 docs/examples/echo_loader.py is a whole one. A plug-in that cannot be used costs only itself.
 """
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ...core.foreign_errors import in_words
+from ...core.foreign_errors import in_words, trace
 from ..machine.capabilities import Machine
 from .base import Loader
+
+log = logging.getLogger(__name__)
 
 GROUP = "gptq_webui.loaders"
 
@@ -31,6 +34,7 @@ def plugin_loaders(machine: Callable[[], Machine], taken: Collection[str]) -> tu
                 raise ValueError(f"another loader is called {loader.name!r}")
             found[loader.name] = loader
         except (Exception, SystemExit) as error:
+            log.info("the entry point %s failed\n%s", entry.name, trace(error))
             package = entry.dist.name if entry.dist is not None else "unknown"
             problems.append(
                 f"The loader plug-in {entry.name!r} ({entry.value}, of the package {package}) cannot be used: "
