@@ -4,7 +4,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..core.params import GenerationParams, Protocol, SamplingField, names_in, read_request
+from ..core.params import GenerationParams, names_in, read_request
+from ..core.sampling_field import Protocol, SamplingField
+
+_TYPES: dict[str, Any] = {
+    "number": float,
+    "whole": int,
+    "switch": bool,
+    "ids": list[int] | str,  # text-generation-webui sends lists as texts
+    "texts": list[str] | str,
+}
+_DYNAMIC = {  # the ends of a dynamic temperature, as text-generation-webui and tabbyAPI name them
+    "dynamic_temperature": (bool | None, None),
+    **dict.fromkeys(("dynatemp_low", "dynatemp_high", "min_temp", "max_temp"), (float | None, None)),
+}
 
 
 class Open(BaseModel):
@@ -20,9 +33,10 @@ def _own_fields() -> dict[str, Any]:
     """Under our own names and within our own limits. What is no sampler's number (stop, seed …) each protocol spells itself."""
     made: dict[str, Any] = {}
     for name, row, _default in GenerationParams.table():
-        if row.in_kernel:
+        if row.in_requests:
             low = min(row.low, *row.unset) if row.unset else row.low
-            made[name] = (_type(row) | None, Field(None, ge=low, le=row.high, description=row.help))
+            limits: dict[str, Any] = {"ge": low, "le": row.high} if row.kind in ("number", "whole") else {}
+            made[name] = (_type(row) | None, Field(None, description=row.help, **limits))
     return made
 
 
@@ -32,36 +46,37 @@ def _named_fields(protocol: Protocol, checked: bool) -> dict[str, Any]:
     rows = {name: row for name, row, _default in GenerationParams.table()}
     for name, theirs in names_in(protocol).items():
         row = rows[name]
-        limits: dict[str, Any] = {"ge": min(row.low, 0), "le": 1 if row.high == 1 else None} if checked else {}
+        numbers = row.kind in ("number", "whole")
+        limits: dict[str, Any] = {"ge": min(row.low, 0), "le": 1 if row.high == 1 else None} if checked and numbers else {}
         for each in theirs:
             made[each] = (_type(row) | None, Field(None, description=row.help if each == name else name, **limits))
     return made
 
 
 def _type(row: SamplingField) -> Any:
-    return int if row.kind == "whole" else float
+    return _TYPES[row.kind]
 
 
 def fields_of(protocol: Protocol, checked: bool = True) -> Any:
     """A base class for the requests of a protocol: its sampling fields."""
-    return create_model(f"{protocol.title()}Sampling", __base__=Open, **_named_fields(protocol, checked))
+    return create_model(f"{protocol.title()}Sampling", __base__=Open, **_named_fields(protocol, checked), **_DYNAMIC)
 
 
-Sampling: Any = create_model("Sampling", __base__=Open, **_own_fields(), **_named_fields("openai", checked=False))
+Sampling: Any = create_model("Sampling", __base__=Open, **_own_fields(), **_named_fields("openai", checked=False), **_DYNAMIC)
 _OWN_NAMES = tuple(_own_fields())
+_ROWS = {name: row for name, row, _default in GenerationParams.table()}
 
 
 def read_sampling(request: Any) -> dict[str, Any]:
     """What a request with the fields of `Sampling` says about sampling; our own name counts before another."""
-    found = {name: getattr(request, name) for name in _OWN_NAMES}
-    others = read_protocol_sampling("openai", request)
-    found = {name: others.get(name) if value is None else value for name, value in found.items()}
-    return found | {"top_k": None if found["top_k"] == -1 else found["top_k"]}
+    found = {name: _ROWS[name].read(value) for name in _OWN_NAMES if (value := getattr(request, name)) is not None}
+    return read_protocol_sampling("openai", request) | {name: value for name, value in found.items() if value is not None}
 
 
 def read_protocol_sampling(protocol: Protocol, request: BaseModel) -> dict[str, Any]:
     """What a request with the fields of `fields_of` says about sampling, under our names and within our limits."""
-    return read_request(protocol, request.model_dump(include={each for theirs in names_in(protocol).values() for each in theirs}))
+    names = {each for theirs in names_in(protocol).values() for each in theirs}
+    return read_request(protocol, request.model_dump(include={*names, *_DYNAMIC}))
 
 
 def seed_of(value: int | None) -> int | None:

@@ -1,72 +1,38 @@
 """How an answer is sampled: the one table of sampling fields.
 
-Each row below is a `SamplingField`. From it come the checks, the sliders of the page, the fields of the HTTP
-protocols under their own names, the parameter structure of the GPU sampler, and what each back-end obeys.
-To add a parameter, add a row here and use it in the samplers (gptq/sampling.py, gptq/cuda/sample.cu).
+Each row below is a `SamplingField` (core/sampling_field.py). From it come the checks, the sliders of the page, the fields
+of the HTTP protocols under their own names, the parameter structure of the GPU sampler, what the GPU's kernel leaves to
+PyTorch (`by_torch`), and what each back-end obeys. To add a parameter, add a row here and use it in the samplers
+(gptq/sampling.py, gptq/cuda/sample.cu).
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-from .errors import BadParameter
 from .grammar import Grammar
-
-BackEnd = Literal["own", "exllamav2", "remote", "fake"]  # "own": the samplers of this project (gptq/)
-Protocol = Literal[
-    "openai",  # besides the field's own name, which that protocol always takes
-    "kobold",
-    "lollms",
-    "tgi",
-    "host",  # the state of text-generation-webui
-    "remote",  # sent to an engine elsewhere: OpenAI's own parameters
-    "remote_extra",  # the same: what vLLM, SGLang, TGI and llama.cpp add to them
-]
+from .sampling_field import BackEnd, Protocol, SamplingField, row_of
 
 
-@dataclass(frozen=True)
-class SamplingField:
-    """One row of the table. `low` and `high` bound every accepted value; a slider ends there too."""
-
-    label: str
-    help: str
-    low: float = 0.0
-    high: float = 1.0
-    step: float = 0.01
-    kind: Literal["number", "whole", "texts", "bias", "grammar"] = "number"
-    optional: bool = False  # may be None
-    shown: bool = True  # on the page; False: for programs only
-    neutral: Any = None  # this value changes nothing; None: there is no such value
-    zero_below: float = 0.0  # a smaller value is taken as 0
-    least: float = 0.0  # a sampler computes with this where the value is lower
-    unset: tuple[float, ...] = ()  # other programs write these and mean: not set
-    in_kernel: bool = False  # a member of the GPU sampler's parameter structure, of the same name
-    back_ends: tuple[BackEnd, ...] = ()  # that obey it
-    names: Mapping[Protocol, tuple[str, ...]] = field(default_factory=dict)  # in each protocol; the first that is set counts
-
-    def check(self, name: str, value: Any) -> Any:
-        """`value` as GenerationParams holds it. Raises BadParameter, which says what is wrong."""
-        if value is None and self.optional:
-            return None
-        return _CHECKS[self.kind](self, name, value)
-
-    def clamp(self, value: float) -> float:
-        """The nearest value that is accepted."""
-        return min(max(value, self.low), self.high)
-
-
-def _row(default: Any, label: str, help: str, *limits: float, names: Mapping[Protocol, Any] | None = None, **rest: Any) -> Any:
-    """`limits` are low, high and step; `names` are written as "one" or ("first", "second")."""
-    all_names = {protocol: (each,) if isinstance(each, str) else tuple(each) for protocol, each in (names or {}).items()}
-    bounds: dict[str, Any] = dict(zip(("low", "high", "step"), limits, strict=False))
-    row = SamplingField(label, help, **bounds, names=all_names, **rest)
-    return field(default=default, metadata={"row": row})
-
-
-def _sampler(default: Any, label: str, help: str, *limits: float, names: Mapping[Protocol, Any], **rest: Any) -> Any:
+def _sampler(default: Any, label: str, help: str, *limits: float, **rest: Any) -> Any:
     """A number that the samplers compute with: in the structure of the kernel."""
-    return _row(default, label, help, *limits, names=names, in_kernel=True, **rest)
+    return row_of(default, label, help, *limits, in_kernel=True, in_requests=True, **rest)
+
+
+def _program(default: Any, label: str, help: str, *limits: float, **rest: Any) -> Any:
+    """What programs send and the page does not show."""
+    return row_of(default, label, help, *limits, shown=False, in_requests=True, **rest)
+
+
+def _torch(
+    name: str, default: Any, label: str, help: str, *limits: float, also: Mapping[Protocol, Any] | None = None, **rest: Any
+) -> Any:
+    """Of a sampler that PyTorch computes. Most programs have one name for it; `also`: what others call it."""
+    programs: tuple[Protocol, ...] = ("kobold", "host", "remote_extra")
+    return _program(
+        default, label, help, *limits, names=dict.fromkeys(programs, name) | dict(also or {}),
+        neutral=rest.pop("neutral", default), back_ends=("own", "remote"), **rest,
+    )  # fmt: skip
 
 
 _EVERY: tuple[BackEnd, ...] = ("own", "exllamav2", "remote")
@@ -76,7 +42,7 @@ _EVERY: tuple[BackEnd, ...] = ("own", "exllamav2", "remote")
 class GenerationParams:
     """Raises BadParameter, which names the field and its limits, for a value outside them."""
 
-    max_new_tokens: int = _row(
+    max_new_tokens: int = row_of(
         512, "Max new tokens", "The answer is cut after this many tokens (about ¾ of a word each).", 1, 32768, 1,
         kind="whole", back_ends=(*_EVERY, "fake"), names={"host": "max_new_tokens"},
     )  # fmt: skip
@@ -136,22 +102,97 @@ class GenerationParams:
             "host": "repetition_penalty_range",
         },
     )  # fmt: skip
-    seed: int | None = _row(
+    seed: int | None = row_of(
         None, "Seed", "The same seed gives the same answer; -1 or empty takes a new one each time.", -1, 2**31 - 1, 1,
         kind="whole", optional=True, back_ends=_EVERY, names={"host": "seed"},
     )  # fmt: skip
-    stop: tuple[str, ...] = _row(
+    stop: tuple[str, ...] = row_of(
         (), "Stop strings", "The answer ends before the first of these; one a line.", kind="texts", back_ends=(*_EVERY, "fake")
     )
-    logit_bias: tuple[tuple[int, float], ...] = _row(
+    logit_bias: tuple[tuple[int, float], ...] = row_of(
         (), "Logit bias", "(token id, what is added to its logit) for some tokens.", -100.0, 100.0,
         kind="bias", shown=False, back_ends=_EVERY,
     )  # fmt: skip
-    logprobs: int | None = _row(
+    logprobs: int | None = row_of(
         None, "Log-probabilities", "Report each token's, and those of this many likeliest.", 0, 20, 1,
         kind="whole", optional=True, shown=False, back_ends=("own",),
     )  # fmt: skip
-    grammar: Grammar | None = _row(  # noqa: RUF009 (it is a field)
+    min_tokens: int = _program(
+        0, "Min tokens", "The answer does not end by itself before it has this many tokens.", 0, 32768, 1,
+        kind="whole", neutral=0, by_torch=True, back_ends=("own", "remote"),
+        names={"openai": "min_length", "kobold": ("min_length", "min_tokens"), "remote_extra": "min_tokens"},
+    )  # fmt: skip
+    ignore_eos: bool = _program(
+        False, "Ignore the end token", "The answer does not end by itself at all.", kind="switch", neutral=False,
+        back_ends=("own", "remote"),
+        names={
+            "openai": "ban_eos_token", "host": "ban_eos_token", "remote_extra": "ignore_eos",
+            "kobold": ("use_default_badwordsids", "ban_eos_token", "ignore_eos"),  # KoboldCpp's name for it
+        },
+    )  # fmt: skip
+    stop_token_ids: tuple[int, ...] = _program(
+        (), "Stop tokens", "Ids that end the answer, besides the model's own.", kind="ids", neutral=(),
+        back_ends=("own", "remote"), names={"kobold": "stop_token_ids", "remote_extra": "stop_token_ids"},
+    )  # fmt: skip
+    custom_token_bans: tuple[int, ...] = _program(
+        (), "Banned tokens", "Ids that are never sampled.", kind="ids", neutral=(), back_ends=("own",),
+        names={"openai": "banned_tokens", "kobold": "custom_token_bans", "host": "custom_token_bans"},
+    )  # fmt: skip
+    bad_words: tuple[str, ...] = _program(
+        (), "Banned words", "Words whose last token may not follow the others.", kind="texts", neutral=(), by_torch=True,
+        back_ends=("own", "remote"), names={"kobold": "bad_words", "remote_extra": "bad_words"},
+    )  # fmt: skip
+    banned_strings: tuple[str, ...] = _program(
+        (), "Banned texts", "Texts that do not occur: an answer goes back to where one began.", kind="texts", neutral=(),
+        by_torch=True, back_ends=("own",), names={"kobold": ("banned_strings", "banned_tokens"), "host": "banned_strings"},
+    )  # fmt: skip
+    dry_multiplier: float = _torch(
+        "dry_multiplier", 0.0, "DRY multiplier", "How much a token loses that would go on with a repetition; 0: nothing.",
+        0.0, 10.0, 0.01, by_torch=True,
+    )  # fmt: skip
+    dry_base: float = _torch(
+        "dry_base", 1.75, "DRY base", "The loss grows by this factor for each token of a repetition.", 1.0, 8.0, 0.01
+    )
+    dry_allowed_length: int = _torch(
+        "dry_allowed_length", 2, "DRY allowed length", "Repetitions shorter than this many tokens lose nothing.", 1, 100, 1,
+        kind="whole",
+    )  # fmt: skip
+    dry_penalty_last_n: int = _torch(
+        "dry_penalty_last_n", 0, "DRY range", "DRY looks at this many last tokens; 0 looks at all.", 0, 32768, 1,
+        kind="whole", unset=(-1,), also={"openai": "dry_range", "kobold": ("dry_penalty_last_n", "dry_range")},
+    )  # fmt: skip
+    dry_sequence_breakers: tuple[str, ...] = _torch(
+        "dry_sequence_breakers", ("\n", ":", '"', "*"), "DRY sequence breakers", "Texts that a repetition does not reach over.",
+        kind="texts",
+    )  # fmt: skip
+    xtc_probability: float = _torch(
+        "xtc_probability", 0.0, "XTC probability", "How often the likeliest tokens are left out; 0 never.", 0.0, 1.0, 0.01,
+        by_torch=True,
+    )  # fmt: skip
+    xtc_threshold: float = _torch(
+        "xtc_threshold", 0.1, "XTC threshold", "Of the tokens that reach this probability, only the least likely stays.", 0.0, 1.0
+    )
+    dynatemp_range: float = _torch(
+        "dynatemp_range", 0.0, "Dynamic temperature range", "The temperature follows the uncertainty, up to so much off.",
+        0.0, 5.0, 0.01, by_torch=True,
+    )  # fmt: skip
+    dynatemp_exponent: float = _torch(
+        "dynatemp_exponent", 1.0, "Dynamic temperature exponent", "How fast it rises with the uncertainty.", 0.01, 10.0, 0.01
+    )
+    smoothing_factor: float = _torch(
+        "smoothing_factor", 0.0, "Smoothing factor", "Logits fall with their squared distance from the highest; 0: as they are.",
+        0.0, 10.0, 0.01, by_torch=True,
+    )  # fmt: skip
+    smoothing_curve: float = _torch(
+        "smoothing_curve", 1.0, "Smoothing curve", "Above 1, far logits fall faster.", 1.0, 10.0, 0.01
+    )
+    mirostat: int = _torch(
+        "mirostat", 0, "Mirostat", "1 or 2: this version keeps the surprise at tau, in place of the other filters.", 0, 2, 1,
+        kind="whole", by_torch=True, also={"openai": "mirostat_mode", "host": "mirostat_mode"},
+    )  # fmt: skip
+    mirostat_tau: float = _torch("mirostat_tau", 5.0, "Mirostat tau", "The surprise of a token, in bits.", 0.0, 20.0, 0.01)
+    mirostat_eta: float = _torch("mirostat_eta", 0.1, "Mirostat eta", "How fast it is corrected.", 0.0, 1.0, 0.01)
+    grammar: Grammar | None = row_of(  # noqa: RUF009 (it is a field)
         None, "Grammar", "What the answer must be made of: JSON, a schema, a pattern.",
         kind="grammar", optional=True, shown=False, back_ends=("own", "remote"),
     )  # fmt: skip
@@ -174,6 +215,12 @@ class GenerationParams:
         known = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether the GPU's kernel does all of it. Otherwise PyTorch samples from its logits."""
+        left = [name for name, row, value in self.table(self) if row.by_torch and value != row.neutral]
+        return not left or (left == ["min_tokens"] and self.min_tokens >= self.max_new_tokens)  # end tokens are banned throughout
+
 
 def obeyed_by(back_end: BackEnd) -> frozenset[str]:
     """Names of the parameters that a back-end obeys."""
@@ -193,15 +240,27 @@ def names_in(protocol: Protocol) -> dict[str, tuple[str, ...]]:
 def read_request(protocol: Protocol, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a request of another program says about the parameters, under our names.
 
-    A value past the limits becomes the nearest within: sliders of other programs go further than ours.
+    A number past the limits becomes the nearest within: sliders of other programs go further than ours.
     """
     found: dict[str, Any] = {}
     for name, row, _default in GenerationParams.table():
         for theirs in row.names.get(protocol, ()):
             value = given.get(theirs)
-            if name not in found and value is not None and _is_number(value) and value not in row.unset:
-                found[name] = int(row.clamp(value)) if row.kind == "whole" else float(row.clamp(value))
-    return found
+            if name not in found and value is not None and (read := row.read(value)) is not None:
+                found[name] = read
+    return found | _dynamic_temperature(given)
+
+
+def _dynamic_temperature(given: Mapping[str, Any]) -> dict[str, float]:
+    """text-generation-webui and tabbyAPI name the two ends of a dynamic temperature."""
+    if given.get("dynamic_temperature"):
+        ends = given.get("dynatemp_low"), given.get("dynatemp_high")
+    else:
+        ends = given.get("min_temp"), given.get("max_temp")
+    low, high = (_ROWS["temperature"].read(each) if each is not None else None for each in ends)
+    if low is None or high is None or high <= low:
+        return {}
+    return {"temperature": (low + high) / 2, "dynatemp_range": (high - low) / 2}
 
 
 def changed_in(protocol: Protocol, params: GenerationParams) -> dict[str, Any]:
@@ -214,74 +273,11 @@ def changed_in(protocol: Protocol, params: GenerationParams) -> dict[str, Any]:
     }
 
 
-# --- the checks, one for each kind of value --------------------------------------------------------
-
-
-def _brief(value: Any) -> str:
-    """As Python writes it, cut short: a request may hold megabytes."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of more than 4,300 digits, a deep list
-        return f"a very large {type(value).__name__}"
-    return text if len(text) <= 100 else text[:99] + "…"
-
-
-def _is_number(value: Any) -> bool:
-    """True for an int of any size (JSON has no limit) and a finite float."""
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _check_number(row: SamplingField, name: str, value: Any) -> float:
-    if not _is_number(value):
-        raise BadParameter(f"{name} must be a number; found {_brief(value)}.", name)
-    if row.kind == "whole" and value != int(value):
-        raise BadParameter(f"{name} must be a whole number; found {_brief(value)}.", name)
-    if not row.low <= value <= row.high:
-        raise BadParameter(f"{name} must be between {row.low:g} and {row.high:g}; found {_brief(value)}.", name)
-    if row.kind == "whole":
-        return int(value)
-    return 0.0 if value < row.zero_below else float(value)
-
-
-def _check_texts(_row: SamplingField, name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) and each for each in value):
-        raise BadParameter(f"{name} must be a list of texts, none of them empty; found {_brief(value)}.", name)
-    return tuple(value)
-
-
-def _check_bias(row: SamplingField, name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Pairs, or a mapping, of token id and bias -> pairs sorted by id."""
-    try:
-        pairs = sorted((int(id), float(bias)) for id, bias in (value.items() if isinstance(value, Mapping) else value))
-    except (TypeError, ValueError):
-        raise BadParameter(f"{name} must be pairs of token id and number; found {_brief(value)}.", name) from None
-    for id, bias in pairs:
-        if id < 0 or not row.low <= bias <= row.high:
-            raise BadParameter(
-                f"{name} must be pairs of token id and a number between {row.low:g} and {row.high:g}; found {id}: {bias:g}.",
-                name,
-            )
-    return tuple(pairs)
-
-
-def _check_grammar(_row: SamplingField, name: str, value: Any) -> Grammar:
-    if not isinstance(value, Grammar):
-        raise BadParameter(f"{name} must be a Grammar; found {_brief(value)}.", name)
-    return value
-
-
-_CHECKS: dict[str, Callable[[SamplingField, str, Any], Any]] = {
-    "number": _check_number,
-    "whole": _check_number,
-    "texts": _check_texts,
-    "bias": _check_bias,
-    "grammar": _check_grammar,
-}
-
-
 PRESETS: dict[str, GenerationParams] = {
     "Model card": GenerationParams(),  # what TheBloke's model cards show: 0.7, 0.95, 40, 1.1, 512
     "Precise": GenerationParams(temperature=0.0, top_p=1.0, top_k=0),  # the penalty keeps long answers from looping
     "Balanced": GenerationParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.05),
     "Creative": GenerationParams(temperature=1.1, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.1),
 }
+
+_ROWS = {name: row for name, row, _default in GenerationParams.table()}

@@ -6,12 +6,15 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.chat import Finish, Step
 from ..core.params import GenerationParams
+from .banned_texts import sample_without
 from .grammar_mask import GrammarMask
 from .prefix_cache import PrefixCache
-from .stepper import Stepper, TransformersStepper
+from .stepper import Memory, Stepper, TransformersStepper
+from .token_rules import TokenRules
 
 _OVER = object()
 
@@ -27,6 +30,7 @@ def generate(
     context_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
     grammar_mask: GrammarMask | None = None,  # what the answer must follow
+    rules: TokenRules | None = None,  # its `ends` count in place of `end_ids`
 ) -> Iterator[Step | Finish | None]:
     """Yields a Step for every token but the end token, then one Finish. With a Stepper that computes several answers at
     once also None after a chunk of the prompt: the others may go on.
@@ -38,7 +42,9 @@ def generate(
     if not ids:
         raise ValueError("a prompt has at least one token")
     stepper = model if isinstance(model, Stepper) else TransformersStepper(model)
-    events = _events(stepper, ids, params, cancel, prefix, end_ids, context_tokens, progress, grammar_mask)
+    events = _events(
+        stepper, ids, params, cancel, prefix, context_tokens, progress, grammar_mask, rules or TokenRules(frozenset(end_ids))
+    )
     try:
         while True:
             with torch.inference_mode():  # belongs to the thread: left before another answer has its turn
@@ -57,10 +63,10 @@ def _events(
     params: GenerationParams,
     cancel: threading.Event,
     prefix: PrefixCache,
-    end_ids: Collection[int],
     context_tokens: int,
     progress: Callable[[int], None],
     grammar_mask: GrammarMask | None,
+    rules: TokenRules,
 ) -> Generator[Step | Finish | None, None, None]:
     room = min(params.max_new_tokens, context_tokens - len(ids))
     memory, cached = prefix.take(ids)
@@ -78,14 +84,13 @@ def _events(
         if cancel.is_set():
             reason = "cancelled"
         elif logits is not None:
-            # a stepper that samples on its device runs ahead, and cannot ask after every token what may follow
-            running = stepper.answer(memory, logits, ids, params) if grammar_mask is None else None
-            with closing(running or stepper.sample(memory, logits, ids, params, grammar_mask)) as steps:
+            with closing(_sampled(stepper, memory, logits, ids, params, grammar_mask, rules, room)) as steps:
                 for step in steps:
-                    if step.id in end_ids:
-                        reason = "stop"
-                        break
-                    seen.append(step.id)
+                    if step is not None:
+                        if step.id in rules.ends:
+                            reason = "stop"
+                            break
+                        seen.append(step.id)
                     yield step
                     if len(seen) - len(ids) == room:
                         break
@@ -99,3 +104,22 @@ def _events(
         raise
     prefix.keep(seen[: memory.length], memory)
     yield Finish(reason, prompt_tokens=len(ids), cached_tokens=cached)  # type: ignore[arg-type]
+
+
+def _sampled(
+    stepper: Stepper,
+    memory: Memory,
+    logits: Tensor,
+    ids: Sequence[int],
+    params: GenerationParams,
+    grammar_mask: GrammarMask | None,
+    rules: TokenRules,
+    room: int,
+) -> Generator[Step | None, None, None]:
+    if grammar_mask is not None:  # it is asked after every token what may follow
+        return stepper.sample(memory, logits, ids, params, grammar_mask, rules)
+    if rules.texts is not None:
+        return sample_without(stepper, memory, logits, ids, params, rules, rules.texts, room)
+    if not params.in_one_pass:
+        return stepper.sample(memory, logits, ids, params, rules=rules)
+    return stepper.answer(memory, logits, ids, params, rules)

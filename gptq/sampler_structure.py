@@ -19,10 +19,10 @@ def c_fields() -> str:
     return "\n".join(f"{kind} {name}" for name, kind in FIELDS)
 
 
-def values_of(params: GenerationParams, seed: int) -> dict[str, float | int]:
-    """The members for one answer; `seed` has up to 64 bits."""
+def values_of(params: GenerationParams, seed: int, banned: bool = False) -> dict[str, float | int]:
+    """The members for one answer; `seed` has up to 64 bits. `banned`: some tokens have a bias of -infinity."""
     found: dict[str, float | int] = {name: max(getattr(params, name), row.least) for name, row in _ROWS}
-    return found | {"biased": int(bool(params.logit_bias)), "seed_low": _signed(seed), "seed_high": _signed(seed >> 32)}
+    return found | {"biased": int(banned or bool(params.logit_bias)), "seed_low": _signed(seed), "seed_high": _signed(seed >> 32)}
 
 
 def _signed(value: int) -> int:

@@ -1,8 +1,9 @@
 """From logits to the next token, in plain PyTorch, for every device.
 
-The steps and their order are those of transformers' `generate`. Top k, top p and min p each keep only some of
-the likeliest tokens, so they work on a short sorted list. To sort the whole vocabulary would cost as much as
-half a small model.
+The steps and their order are those of transformers' `generate`, and, for what that does not have, of
+text-generation-webui: bias and bans, penalties, DRY, top n sigma, (dynamic) temperature, smoothing, top k, top p, min p,
+typical p or mirostat, XTC. Top k, top p and min p each keep only some of the likeliest tokens, so they work on a short
+sorted list. To sort the whole vocabulary would cost as much as half a small model.
 """
 
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadParameter
 from ..core.params import GenerationParams
+from . import sampling_extras as extras
+from .token_rules import NO_RULES, TokenRules
 
 _SHORT_LISTS = 256, 4096  # likeliest tokens that are sorted first; if top p or min p reach further, all are
 _LEAST = {name: row.least for name, row, _default in GenerationParams.table()}
@@ -26,9 +29,14 @@ _LEAST = {name: row.least for name, row, _default in GenerationParams.table()}
 class Sampler:
     """Samples the tokens of one answer. The same seed, prompt and parameters give the same tokens."""
 
-    def __init__(self, params: GenerationParams, device: torch.device, prompt_tokens: int = 0) -> None:
+    def __init__(
+        self, params: GenerationParams, device: torch.device, prompt_tokens: int = 0, rules: TokenRules = NO_RULES
+    ) -> None:
         """`prompt_tokens`: so many of the ids are the prompt. Presence and frequency count only what follows them."""
-        self._params = params
+        self._params, self._rules = params, rules
+        self._banned = torch.tensor(sorted(rules.banned), dtype=torch.long, device=device)
+        self._ends = torch.tensor(sorted(rules.ends), dtype=torch.long, device=device)
+        self._mirostat = extras.Mirostat(params) if params.mirostat else None
         self._prompt_tokens = prompt_tokens
         self._greedy = params.temperature == 0
         self._generator = torch.Generator(device)
@@ -50,16 +58,37 @@ class Sampler:
         `allowed` bool [V] says which ids may come next; None allows all.
         Raises BadParameter if logit_bias names a token that the model does not have.
         """
+        params = self._params
         scores = self._changed(logits.float(), ids)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         if self._greedy:
             return scores.argmax(-1, keepdim=True)
-        kept, names = self._kept(scores / self._params.temperature)
-        if self._typical is not None:
-            kept = self._typical(ids, kept)
-        at = _sample(kept, torch.rand(1, 1, generator=self._generator, device=kept.device, dtype=torch.float64))
+        if self._mirostat is not None:
+            return self._mirostat(self._shaped(scores), self._uniform(scores.device))
+        kept, names = self._filtered(scores)
+        if params.xtc_probability > 0 and float(self._uniform(kept.device)) < params.xtc_probability:
+            kept = extras.without_top_choices(kept, params.xtc_threshold)
+        at = sample(kept, self._uniform(kept.device))
         return at if names is None else names.gather(1, at)
+
+    def _shaped(self, scores: Tensor) -> Tensor:
+        """Scores [1, V] after top n sigma, temperature and smoothing."""
+        params = self._params
+        if params.top_n_sigma > 0:
+            scores = _top_n_sigma(scores, params.top_n_sigma)
+        scores = extras.tempered(scores, params)
+        if params.smoothing_factor > 0:
+            scores = extras.smoothed(scores, params.smoothing_factor, params.smoothing_curve)
+        return scores
+
+    def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""
+        kept, names = self._kept(self._shaped(scores))
+        return (kept if self._typical is None else self._typical(None, kept)), names  # type: ignore[arg-type]
+
+    def _uniform(self, device: torch.device) -> Tensor:
+        return torch.rand(1, 1, generator=self._generator, device=device, dtype=torch.float64)
 
     def _changed(self, scores: Tensor, ids: Tensor) -> Tensor:
         """Scores [1, V] with logit bias and penalties; a new tensor if anything changes."""
@@ -71,19 +100,37 @@ class Sampler:
                     f"logit_bias names token {last}; the model's tokens are 0 to {scores.shape[1] - 1}.", "logit_bias"
                 )
             scores = self._bias(ids, scores)
+        scores = self._without_banned(scores, ids)
         recent = ids[:, -params.repetition_range :]  # a range of 0 is all of them
         scores = self._repetition(recent, scores)  # type: ignore[arg-type]
         if params.presence_penalty or params.frequency_penalty:
             answer = ids[:, self._prompt_tokens :][:, -params.repetition_range :]
             counts = torch.bincount(answer[0], minlength=scores.shape[1])[None]  # [1, V]
             scores = scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+        if params.dry_multiplier > 0:
+            losses = extras.dry_losses(ids[0, -params.dry_penalty_last_n :].tolist(), params, self._rules.breakers)
+            if losses:
+                scores = scores.clone()
+                names = torch.tensor(list(losses), device=scores.device)
+                scores[0, names] -= torch.tensor(list(losses.values()), dtype=scores.dtype, device=scores.device)
         return scores
+
+    def _without_banned(self, scores: Tensor, ids: Tensor) -> Tensor:
+        banned = [self._banned] if self._banned.numel() else []
+        answered = ids.shape[1] - self._prompt_tokens
+        if answered < self._params.min_tokens:
+            banned.append(self._ends)
+        if self._rules.bad_words:
+            found = extras.completing(ids[0, self._prompt_tokens :].tolist(), self._rules.bad_words)
+            banned.append(torch.tensor(found, dtype=torch.long, device=scores.device))
+        if not banned:
+            return scores
+        names = torch.cat(banned)
+        return scores.index_fill(1, names[names < scores.shape[1]], float("-inf"))
 
     def _kept(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""
         params, size = self._params, scores.shape[1]
-        if params.top_n_sigma > 0:
-            scores = _top_n_sigma(scores, params.top_n_sigma)
         top_k = min(params.top_k, size)
         if not top_k and params.top_p >= 1 and params.min_p == 0:
             return scores, None
@@ -110,7 +157,7 @@ def _top_n_sigma(scores: Tensor, n: float) -> Tensor:
     return scores.masked_fill(scores < scores.amax() - n * allowed.std(correction=0), float("-inf"))
 
 
-def _sample(scores: Tensor, uniform: Tensor) -> Tensor:
+def sample(scores: Tensor, uniform: Tensor) -> Tensor:
     """An index [1, 1] sampled from the softmax of scores [1, n], by inversion of a uniform number in [0, 1), fp64 [1, 1]."""
     reached = scores.double().softmax(-1).cumsum(-1)
     at = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)

@@ -6,6 +6,7 @@ cuts, forks and passes in with the next call; so one model can continue several 
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from ..core.chat import Step
 from ..core.params import GenerationParams
 from .grammar_mask import GrammarMask
 from .sampling import Sampler, log_probabilities
+from .token_rules import NO_RULES, TokenRules
 
 
 class Memory(ABC):
@@ -59,13 +61,15 @@ class Stepper(ABC):
         """Put one id through -> logits [1, V]. They may be overwritten by the next call."""
         return self.prefill(memory, [id])
 
-    def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
+    def answer(
+        self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES
+    ) -> Generator[Step, None, None]:
         """Sample the token after the prompt `ids` from its last logits, compute its logits, sample the next … without an end.
 
         A Step is yielded before its token is computed. A stepper that samples on its device and runs
         ahead overrides this; what it has computed too much, it cuts from memory when it is closed.
         """
-        return self.sample(memory, logits, ids, params)
+        return self.sample(memory, logits, ids, params, rules=rules)
 
     def sample(
         self,
@@ -74,25 +78,31 @@ class Stepper(ABC):
         ids: Sequence[int],
         params: GenerationParams,
         grammar_mask: GrammarMask | None = None,
+        rules: TokenRules = NO_RULES,
     ) -> Generator[Step, None, None]:
         """As `answer`, sampled by torch token by token. Only what `grammar_mask` allows; ends where nothing may follow."""
-        sampler = Sampler(params, self.device, prompt_tokens=len(ids))
-        seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
-        while True:
-            allowed = grammar_mask.allowed(logits.shape[1]).to(logits.device) if grammar_mask is not None else None
-            token = sampler(logits, seen, allowed)
-            id = int(token)
-            if grammar_mask is not None:
-                grammar_mask.take(id)
-            logprob: float | None = None
-            top: tuple[tuple[int, float], ...] = ()
-            if params.logprobs is not None:
-                logprob, top = log_probabilities(logits, id, params.logprobs)
-            yield Step(id, logprob, top)
-            if grammar_mask is not None and grammar_mask.complete:
-                return
-            seen = torch.cat([seen, token.to(seen.device)], dim=1)
-            logits = self.step(memory, id)
+        with self.while_sampling():
+            sampler = Sampler(params, self.device, prompt_tokens=len(ids), rules=rules)
+            seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
+            while True:
+                allowed = grammar_mask.allowed(logits.shape[1]).to(logits.device) if grammar_mask is not None else None
+                token = sampler(logits, seen, allowed)
+                id = int(token)
+                if grammar_mask is not None:
+                    grammar_mask.take(id)
+                logprob: float | None = None
+                top: tuple[tuple[int, float], ...] = ()
+                if params.logprobs is not None:
+                    logprob, top = log_probabilities(logits, id, params.logprobs)
+                yield Step(id, logprob, top)
+                if grammar_mask is not None and grammar_mask.complete:
+                    return
+                seen = torch.cat([seen, token.to(seen.device)], dim=1)
+                logits = self.step(memory, id)
+
+    def while_sampling(self) -> AbstractContextManager[None]:
+        """Entered while tokens are sampled by torch."""
+        return nullcontext()
 
     def take_over(self, hf: Any, prefix: Any) -> None:  # noqa: B027
         """Put this way of computing in the place of a transformers model's forward, where that is another one.

@@ -1,6 +1,5 @@
 """The one list of sampling parameters: limits, types, and what is passed over."""
 
-from dataclasses import fields
 from typing import get_args
 
 import pytest
@@ -30,9 +29,7 @@ def test_defaults_are_those_of_the_model_card() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", [each.name for each in fields(GenerationParams) if each.name not in ("stop", "logit_bias", "grammar")]
-)
+@pytest.mark.parametrize("name", [name for name, row, _default in GenerationParams.table() if row.kind in ("number", "whole")])
 def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> None:
     row = next(row for each, row, _ in GenerationParams.table() if each == name)
     for value in (row.low, row.high):
@@ -115,7 +112,8 @@ def test_what_changes_nothing_is_not_sent_to_an_engine_elsewhere() -> None:
 
 def test_neutral_values_are_accepted_and_lie_within_the_limits() -> None:
     assert GenerationParams(**neutral_values()).top_k == 0
-    assert {name for name, row, _ in GenerationParams.table() if row.in_kernel} == set(neutral_values())
+    assert {name for name, row, _ in GenerationParams.table() if row.in_requests} == set(neutral_values())
+    assert GenerationParams(**neutral_values()).in_one_pass
 
 
 def test_a_name_of_a_protocol_means_one_parameter() -> None:
@@ -129,3 +127,48 @@ def test_logit_bias_is_pairs_or_a_mapping_within_its_limits() -> None:
     for bad in ({"x": 1}, {-1: 0}, {1: 101}, 5, [(1,)]):
         with pytest.raises(BadParameter, match="logit_bias must be pairs"):
             GenerationParams(logit_bias=bad)  # type: ignore[arg-type]
+
+
+def test_what_the_kernel_leaves_to_torch_is_said_in_the_table() -> None:
+    by_torch = {name for name, row, _default in GenerationParams.table() if row.by_torch}
+    assert by_torch == {
+        "min_tokens", "bad_words", "banned_strings", "dry_multiplier", "xtc_probability", "dynatemp_range", "smoothing_factor",
+        "mirostat",
+    }  # fmt: skip
+    assert not GenerationParams(xtc_probability=0.1).in_one_pass and GenerationParams(xtc_threshold=0.5).in_one_pass
+    assert GenerationParams(ignore_eos=True, custom_token_bans=(3,), stop_token_ids=(4,)).in_one_pass
+    assert not GenerationParams(min_tokens=5).in_one_pass
+    assert GenerationParams(min_tokens=5, max_new_tokens=5).in_one_pass  # the end tokens are banned throughout
+
+
+def test_lists_of_other_programs_are_read_as_they_write_them() -> None:
+    assert read_request("host", {"custom_token_bans": "5, 3,x"}) == {"custom_token_bans": (5, 3)}
+    assert read_request("kobold", {"dry_sequence_breakers": '"\\n", ":"'}) == {"dry_sequence_breakers": ("\n", ":")}
+    assert read_request("kobold", {"dry_sequence_breakers": '["\\n"]'}) == {"dry_sequence_breakers": ("\n",)}
+    assert read_request("kobold", {"banned_tokens": ["ministrations", ""]}) == {"banned_strings": ("ministrations",)}
+    assert read_request("kobold", {"banned_tokens": "shivers"}) == {"banned_strings": ("shivers",)}
+    assert read_request("kobold", {"use_default_badwordsids": True}) == {"ignore_eos": True}
+    assert read_request("openai", {"banned_tokens": [3, -1, "x"]}) == {"custom_token_bans": (3,)}
+
+
+def test_the_two_ends_of_a_dynamic_temperature_are_its_middle_and_its_range() -> None:
+    given = {"dynamic_temperature": True, "dynatemp_low": 0.5, "dynatemp_high": 1.5, "temperature": 3}
+    assert read_request("host", given) == {"temperature": 1.0, "dynatemp_range": 0.5}
+    assert read_request("host", given | {"dynamic_temperature": False}) == {"temperature": 3.0}
+    assert read_request("openai", {"min_temp": 1, "max_temp": 2}) == {"temperature": 1.5, "dynatemp_range": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ignore_eos", 1), ("stop_token_ids", [-1]), ("stop_token_ids", "5"), ("stop_token_ids", [True]),
+        ("custom_token_bans", list(range(5000))), ("bad_words", ["x" * 501]), ("banned_strings", ["x"] * 513),
+    ],
+)  # fmt: skip
+def test_lists_and_switches_of_programs_have_limits(name: str, value: object) -> None:
+    with pytest.raises(BadParameter, match=name):
+        GenerationParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_ids_are_sorted_and_each_is_there_once() -> None:
+    assert GenerationParams(stop_token_ids=[5, 3, 5]).stop_token_ids == (3, 5)  # type: ignore[arg-type]

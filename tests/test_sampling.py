@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.sampling import Sampler, log_probabilities
+from gptq_webui.gptq.sampling import Sampler, _top_n_sigma, log_probabilities
 
 CPU = torch.device("cpu")
 PLAIN = {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1}
@@ -68,10 +68,7 @@ CASES = [
 @pytest.mark.parametrize("size", [50, 3000])
 def test_the_distribution_is_that_of_transformers(values, size):
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size)) * 3
-    draw = sampler(**values)
-    kept, names = draw._kept(logits / draw._params.temperature)
-    if draw._typical is not None:
-        kept = draw._typical(None, kept)
+    kept, names = sampler(**values)._filtered(logits)
     found = torch.zeros(1, size)
     found.scatter_(1, names if names is not None else torch.arange(size)[None], kept.softmax(-1))
     assert torch.allclose(found[0], by_transformers(logits, **values), atol=1e-5)
@@ -126,10 +123,10 @@ def test_nothing_of_this_changes_the_logits_it_was_given():
 
 def test_top_n_sigma_keeps_the_same_tokens_at_every_temperature_and_counts_only_those_that_are_allowed():
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(5)) * 3
-    kept = [sampler(top_n_sigma=1.0)._kept(logits / each)[0] > float("-inf") for each in (0.1, 1.0, 4.0)]
+    kept = [_top_n_sigma(logits / each, 1.0) > float("-inf") for each in (0.1, 1.0, 4.0)]
     assert 1 < int(kept[0].sum()) < 500 and torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[2])
     banned = torch.cat([logits, torch.full((1, 9000), float("-inf"))], dim=1)
-    assert torch.equal(sampler(top_n_sigma=1.0)._kept(banned)[0][:, :500] > float("-inf"), kept[1])
+    assert torch.equal(_top_n_sigma(banned, 1.0)[:, :500] > float("-inf"), kept[1])
 
 
 def test_infinite_logits_are_never_drawn():

@@ -1,16 +1,14 @@
 """A Stepper for Llama-family models on the CPU: one compiled function from embedding to logits."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...core.chat import Step
-from ...core.params import GenerationParams
 from ..gptq_linear import GPTQLinear
-from ..grammar_mask import GrammarMask
 from ..llama import LlamaParts, parts_of
 from ..stepper import Memory, Stepper
 from . import cpu_kernels as k
@@ -214,18 +212,12 @@ class CpuStepper(Stepper):
             self._compute(memory, ids[at : at + CHUNK_TOKENS])
         return torch.from_numpy(self._logits[:1, : self._head_size])
 
-    def sample(
-        self,
-        memory: Memory,
-        logits: Tensor,
-        ids: Sequence[int],
-        params: GenerationParams,
-        grammar_mask: GrammarMask | None = None,
-    ) -> Generator[Step, None, None]:
+    @contextmanager
+    def while_sampling(self) -> Iterator[None]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # torch's own threads would spin on the cores that the next token needs
         try:
-            yield from super().sample(memory, logits, ids, params, grammar_mask)
+            yield
         finally:
             torch.set_num_threads(threads)
 

@@ -14,6 +14,7 @@ from ...core.params import GenerationParams
 from ..llama import LlamaParts
 from ..prefix_cache import PrefixCache
 from ..stepper import Memory, Stepper, cache_name
+from ..token_rules import NO_RULES, TokenRules
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .running_answers import Answers
@@ -96,9 +97,14 @@ class CudaStepper(Stepper):
     def logits_of(self, hidden: Tensor) -> Tensor:
         return self._step.all_logits(hidden)
 
-    def answer(self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Generator[Step, None, None]:
+    def answer(
+        self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES
+    ) -> Generator[Step, None, None]:
+        """Raises ValueError for parameters that the kernel cannot do in its one pass: `sample` can."""
+        if not params.in_one_pass:
+            raise ValueError("these parameters need the sampler of PyTorch")
         assert isinstance(memory, PagedMemory)
-        yield from self._answers.sample(memory, logits, ids, params)
+        yield from self._answers.sample(memory, logits, ids, params, rules.banned)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
         self._answers.prefix = prefix

@@ -4,8 +4,9 @@ Tokens are sampled on the GPU, and the next ones are computed while the host rea
 Python. What was computed too much is cut off when an answer ends.
 """
 
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ class Answers:
         self._pending: deque[tuple[torch.cuda.Event, list[tuple[Answer, int]]]] = deque()  # sampled, not yet read by the host
         self.prefix: PrefixCache | None = None  # what may be released for pages
 
-    def sample(self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Iterator[Step]:
+    def sample(
+        self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams, banned: Collection[int] = ()
+    ) -> Iterator[Step]:
         """Steps without an end, until the context is full. Others may be sampled in turns with it. Close it."""
-        answer = self._join(memory, logits, ids, params)
+        answer = self._join(memory, logits, ids, params, banned)
         host_tokens = 0
         try:
             while True:
@@ -125,10 +128,12 @@ class Answers:
 
     # -- joining and leaving ---------------------------------------------------------------------------------------
 
-    def _join(self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams) -> Answer:
+    def _join(
+        self, memory: PagedMemory, logits: Tensor, ids: Sequence[int], params: GenerationParams, banned: Collection[int]
+    ) -> Answer:
         answer = Answer(memory, len(ids), params, len(self._active))
         sequences = self._step.sequences
-        self._prepare(answer.row, ids, params)
+        self._prepare(answer.row, ids, params, banned)
         sequences.use(memory, memory.length, answer.row)
         sequences.logits[answer.row].copy_(logits[0])
         sample(self._step.gpu, sequences, answer.row)
@@ -155,7 +160,7 @@ class Answers:
             self._step.sequences.move(last.row, answer.row)
             last.row = answer.row
 
-    def _prepare(self, row: int, ids: Sequence[int], params: GenerationParams) -> None:
+    def _prepare(self, row: int, ids: Sequence[int], params: GenerationParams, banned: Collection[int]) -> None:
         """Give the GPU an answer's parameters and what precedes it. Raises BadParameter for a bias on no token."""
         sequences = self._step.sequences
         vocabulary, device = self._step.shape.vocabulary, sequences.bias.device
@@ -164,9 +169,10 @@ class Answers:
                 f"logit_bias names token {params.logit_bias[-1][0]}; the model's tokens are 0 to {vocabulary - 1}."
             )
         seed = params.seed if params.seed is not None else int(torch.randint(0, 2**62, ()))
-        sequences.set_params(row, packed_params(params, seed))
-        if params.logit_bias:
+        biases = dict(params.logit_bias) | {id: -math.inf for id in banned if id < vocabulary}
+        sequences.set_params(row, packed_params(params, seed, bool(banned)))
+        if biases:
             sequences.bias[row].zero_()
-            tokens, values = zip(*params.logit_bias, strict=True)
-            sequences.bias[row, torch.tensor(tokens, device=device)] = torch.tensor(values, device=device)
+            tokens = torch.tensor(list(biases), device=device)
+            sequences.bias[row, tokens] = torch.tensor(list(biases.values()), device=device)
         sequences.set_history(row, torch.tensor(list(ids), device=device), params.repetition_range)

@@ -7,9 +7,9 @@ from .kernel_arguments import SAMPLE, SAMPLE_PARAMS, SAMPLE_THREADS
 from .sequences import Sequences
 
 
-def packed_params(params: GenerationParams, seed: int) -> bytes:
-    """What the kernel takes of an answer's parameters. `seed` has 64 bits."""
-    return SAMPLE_PARAMS.pack(**values_of(params, seed))
+def packed_params(params: GenerationParams, seed: int, banned: bool = False) -> bytes:
+    """What the kernel takes of an answer's parameters. `seed` has 64 bits; `banned`: some tokens have a bias of -infinity."""
+    return SAMPLE_PARAMS.pack(**values_of(params, seed, banned))
 
 
 def sample(gpu: Gpu, sequences: Sequences, first: int = 0, rows: int = 1) -> None:

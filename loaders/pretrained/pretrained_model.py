@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...core.chat import Finish, Step
+from ...core.errors import BadParameter
 from ...core.models import LocalModel
 from ...core.params import GenerationParams, obeyed_by
 from ..contract.base import LoadedModel
 from ..machine.memory_release import free_memory
 from ..text import chat_template
+from ..text.answer_rules import rules_of
 from ..text.grammar_matcher import Grammars
 from ..text.tokenizer import end_ids
 from .hf_queue import QueuedCalls
@@ -54,6 +56,7 @@ class PretrainedModel(LoadedModel):
         from ...gptq.generation import generate
 
         ends = self._ends()
+        rules = rules_of(self.codec, params, ends, ids)
         self._note_reading(0, len(ids))
         return generate(
             self._stepper,
@@ -62,17 +65,20 @@ class PretrainedModel(LoadedModel):
             cancel,
             prefix=self._prefix,
             end_ids=ends,
+            rules=rules,
             context_tokens=self.context_tokens,
             grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
             progress=lambda read: self._note_reading(read, len(ids)),
         )
 
     def _is_alone(self, params: GenerationParams) -> bool:
-        return params.grammar is not None  # its tokens are computed one by one, in buffers that the other answers share
+        return params.grammar is not None or not params.in_one_pass  # computed one by one, in buffers that all answers share
 
     def check(self, params: GenerationParams) -> None:
         super().check(params)
         if params.grammar is not None:
+            if params.banned_strings:
+                raise BadParameter("banned_strings and a grammar exclude each other. Leave one out.", "banned_strings")
             self._grammars.begin(params.grammar, self._ends())
 
     def close(self) -> None:
