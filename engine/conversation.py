@@ -17,6 +17,7 @@ from ..core.chat import Message
 from ..core.errors import PromptTooLong
 from ..loaders.contract.base import LoadedModel
 from ..loaders.contract.model_prompt import Prompt
+from ..loaders.text.renderers import one_call
 
 _KEPT_SHARE = 0.7  # of the room for a prompt, that a chat is cut to once it does not fit
 _WINDOWS = 256  # chats whose beginning is remembered
@@ -47,6 +48,10 @@ class Conversation:
         """
         if loaded.is_remote:
             return Window(loaded.prompt(messages))
+        with one_call():  # a template of strangers that is slow is not slow once for each prompt that is tried
+            return self._window(loaded, messages, max_new_tokens)
+
+    def _window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int) -> Window:
         limit = loaded.context_tokens - max(1, min(max_new_tokens, loaded.context_tokens // 4))
         system = [each for each in messages[:1] if each.role == "system"]
         turns = list(messages[len(system) :])

@@ -16,7 +16,7 @@ from gptq_webui.loaders.text import chat_template
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.text.chat_template import ChatTemplate
 from gptq_webui.loaders.text.child_process import Child, ChildEnded
-from gptq_webui.loaders.text.renderers import LimitedRenderer
+from gptq_webui.loaders.text.renderers import LimitedRenderer, one_call
 
 CHAT = [Message("user", "U1"), Message("assistant", "A1"), Message("user", "U2")]
 SHOW = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -251,3 +251,36 @@ def test_of_several_templates_without_a_default_the_first_is_used_and_said(tmp_p
     assert found.jinja == SHOW and "called tool_use, rag, and none called default: tool_use is used" in found.note
     assert not chat_template.find(tmp_path, Tokenizer({"rag": "x", "default": SHOW}), "LlamaForCausalLM").note
     assert chat_template.find(tmp_path, Tokenizer({"rag": 3}), "LlamaForCausalLM").name == "Plain transcript"
+
+
+# In one call of a chat
+
+
+SLOW = "{% for i in range(99) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + SHOW  # a tenth of a second
+
+
+def test_all_prompts_of_one_call_share_its_limit(limited):
+    template = template_of(SLOW, limited)
+    began = time.perf_counter()
+    with pytest.raises(BadParameter, match=r"it took too long|keep it busy"), one_call():
+        for _ in range(100):
+            template.render(CHAT)
+    assert time.perf_counter() - began < 3  # 2 s where nothing else computes
+
+
+def test_after_a_process_was_ended_the_next_one_waits_already(limited):
+    with pytest.raises(BadParameter):
+        template_of(HOSTILE["a loop in a loop"], limited).render(CHAT)
+    until = time.monotonic() + 10
+    while not limited._ready and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(limited._ready) == 1 and limited._ready[0].alive
+
+
+def test_a_process_that_starts_while_the_renderer_is_closed_ends(limited):
+    limited._replace()
+    limited.close()
+    until = time.monotonic() + 10
+    while any(each.name == "gptq-webui child" for each in threading.enumerate()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not limited._ready

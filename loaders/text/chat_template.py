@@ -16,7 +16,7 @@ from typing import Any
 from ...core.chat import Message
 from ...core.errors import BadParameter
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
-from .renderers import LIMIT_S, LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit
+from .renderers import LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit, one_call
 
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
 
@@ -43,7 +43,10 @@ class ChatTemplate:
         A template that refuses system messages, or a chat that an assistant opens, gets one in which user and assistant
         alternate. Takes two seconds at most. Raises BadParameter if the template cannot show the conversation.
         """
-        until = time.monotonic() + LIMIT_S
+        with one_call():
+            return self._render(messages, tokenizer)
+
+    def _render(self, messages: Sequence[Message], tokenizer: Any) -> str:
         chat = _merged(messages)
         task = Task(self.jinja, chat, _tokens(tokenizer), bool(chat) and chat[-1]["role"] == "assistant")
         try:
@@ -52,7 +55,7 @@ class ChatTemplate:
             except TemplateFault as first:
                 try:
                     folded = replace(task, chat=_alternating(chat))
-                    return self.renderer.render(folded, max(0.1, until - time.monotonic()))
+                    return self.renderer.render(folded)
                 except TemplateFault:
                     raise first from None
         except (TemplateFault, TemplateLimit) as error:
@@ -105,6 +108,10 @@ def _problem(template: ChatTemplate, tokenizer: Any) -> str:
 
     The words are random, so that no template can recognise the trial.
     """
+    try:
+        template.renderer.start()
+    except TemplateLimit as error:
+        return str(error)
     until = time.monotonic() + _TRIAL_S
     words = [f"{secrets.choice(('What', 'How', 'Why'))} {secrets.token_hex(4)}?" for _ in range(5)]
     turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_START_S = 10.0  # Python and the imports of the program, on a busy machine
+START_S = 10.0  # Python and the imports of the program, on a busy machine
 _POLL_S = 0.05  # between two looks at the memory
 _PASSED_ON = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # no token among them
 
@@ -25,7 +25,7 @@ class ChildEnded(Exception):
 class Child:
     """A program that answers a line of JSON with a line of JSON. For one thread at a time."""
 
-    def __init__(self, program: Path, packages: Sequence[str], memory_bytes: int, *, start_s: float = _START_S) -> None:
+    def __init__(self, program: Path, packages: Sequence[str], memory_bytes: int, *, start_s: float = START_S) -> None:
         """`packages` are those that the program imports. Raises ChildEnded if it cannot be started."""
         self._memory_bytes = memory_bytes
         folders = [str(Path(spec.origin).parents[1]) for name in packages if (spec := find_spec(name)) and spec.origin]

@@ -4,21 +4,43 @@ A template is a program. One that loops, grows or recurses on some conversation 
 ever or take all memory, and no Python thread can be ended. A child can.
 """
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from . import jinja_render
-from .child_process import Child, ChildEnded
+from .child_process import START_S, Child, ChildEnded
 from .jinja_render import Chat
 
-LIMIT_S = 1.5  # for one prompt, waiting included; real templates take milliseconds
-_LEAST_S = 1.0  # for the rendering itself, however long the start of a process took
+LIMIT_S = 1.5  # for all prompts of one call, waiting included; real templates take milliseconds
+_LEAST_S = 0.25  # for the rendering itself, however long the start of a process took
 _MEMORY_BYTES = 512 << 20
 _MOST_PROCESSES = 4  # so that a template that loops on one conversation does not hold the others
 _PROGRAM = Path(jinja_render.__file__)
+
+
+_until: ContextVar[float | None] = ContextVar("until", default=None)  # when the call that renders must have ended
+
+
+@contextlib.contextmanager
+def one_call(limit_s: float = LIMIT_S) -> Iterator[None]:
+    """All that is rendered in this block takes so long together. In a block of the same kind, the outer limit holds."""
+    mine = _until.set(time.monotonic() + limit_s) if _until.get() is None else None
+    try:
+        yield
+    finally:
+        if mine is not None:
+            _until.reset(mine)
+
+
+def _left_s(limit_s: float) -> float:
+    until = _until.get()
+    return limit_s if until is None else max(0.0, min(limit_s, until - time.monotonic()))
 
 
 class TemplateFault(Exception):
@@ -48,6 +70,8 @@ class Renderer(Protocol):
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
         """Raises TemplateFault, TemplateLimit."""
 
+    def start(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -62,23 +86,30 @@ class OwnRenderer:
         except Exception as error:
             raise TemplateFault(str(error)) from None
 
+    def start(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 class LimitedRenderer:
-    """In child processes, started when they are needed; one stays ready. Any thread may call."""
+    """In child processes; one stays ready. Any thread may call.
+
+    After a process that was ended, the next one is started at once: its start must not cost the next conversation time.
+    """
 
     is_quick = False
 
     def __init__(self) -> None:
         self._ready: list[Child] = []
+        self._closed = 0  # times
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(_MOST_PROCESSES)
 
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
-        until = time.monotonic() + limit_s
-        if not self._turns.acquire(timeout=limit_s):
+        until = time.monotonic() + _left_s(limit_s)
+        if not self._turns.acquire(timeout=max(0.0, until - time.monotonic())):
             raise TemplateLimit("other conversations keep it busy")
         try:
             question = {
@@ -88,13 +119,15 @@ class LimitedRenderer:
                 "resume": task.resume,
                 "most_characters": task.most_characters,
             }
-            child = self._child()
+            child = self._child(max(2 * _LEAST_S, until - time.monotonic() - _LEAST_S))
             answer = child.ask(question, max(_LEAST_S, until - time.monotonic()), 12 * task.most_characters)
             if "memory" in answer:  # what it holds now is not known: another one goes on
                 child.close()
+                self._replace()
                 raise TemplateLimit("it took too much memory")
-            self._keep(child)
+            self._keep(child, self._closed)
         except ChildEnded as error:
+            self._replace()
             raise TemplateLimit(str(error)) from None
         finally:
             self._turns.release()
@@ -104,23 +137,45 @@ class LimitedRenderer:
             raise TemplateFault(str(answer.get("error", "no text")))
         return str(answer["text"])
 
+    def start(self) -> None:
+        """Have a process ready, however long that takes on a busy machine. Raises TemplateLimit if there can be none."""
+        try:
+            self._keep(self._child(START_S), self._closed)
+        except ChildEnded as error:
+            raise TemplateLimit(str(error)) from None
+
     def close(self) -> None:
         with self._lock:
             ready, self._ready = self._ready, []
+            self._closed += 1
         for child in ready:
             child.close()
 
-    def _child(self) -> Child:
+    def _child(self, start_s: float) -> Child:
         with self._lock:
             while self._ready:
                 child = self._ready.pop()
                 if child.alive:
                     return child
-        return Child(_PROGRAM, ("jinja2", "markupsafe"), _MEMORY_BYTES)
+        return Child(_PROGRAM, ("jinja2", "markupsafe"), _MEMORY_BYTES, start_s=start_s)
 
-    def _keep(self, child: Child) -> None:
+    def _replace(self) -> None:
+        """Start a process for the next conversation, on a thread of its own."""
+        closed = self._closed
+
+        def start() -> None:
+            with contextlib.suppress(ChildEnded):
+                self._keep(Child(_PROGRAM, ("jinja2", "markupsafe"), _MEMORY_BYTES), closed)
+
         with self._lock:
-            if not self._ready:
+            if self._ready:
+                return
+        threading.Thread(target=start, name="gptq-webui child", daemon=True).start()
+
+    def _keep(self, child: Child, closed: int) -> None:
+        """For the next conversation, unless one is ready or the renderer was closed meanwhile."""
+        with self._lock:
+            if not self._ready and closed == self._closed:
                 self._ready.append(child)
                 return
         child.close()
