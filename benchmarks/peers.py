@@ -45,8 +45,8 @@ def versions_of(*packages: str) -> str:
 
 def ours(model: LocalModel, device: str, plain: bool = False) -> Run:
     from gptq_webui.gptq import checkpoint
-    from gptq_webui.gptq.stepper import TransformersStepper
     from gptq_webui.gptq.stepper_choice import stepper_for
+    from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
     dtype = torch.float32 if device == "cpu" else torch.float16
     hf, _notes = checkpoint.load(model, dtype=dtype, device_map={"": torch.device(device)})

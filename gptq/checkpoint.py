@@ -75,6 +75,8 @@ def load(
     if weights not in _STANDARD_NAMES and weights.endswith((".safetensors", ".json")):
         config.transformers_weights = weights
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
+    if attn_implementation is None and _caps_scores(config):
+        attn_implementation = "eager"  # transformers before 5.24 leaves the cap out of its fused attention, and says nothing
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
@@ -119,6 +121,12 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
             f"({model.architecture or 'not named in config.json'}): {in_words(error)}. "
             "Update transformers, or choose another model."
         ) from None
+
+
+def _caps_scores(config: Any) -> bool:
+    """Whether attention scores are kept within a soft cap (Gemma 2)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "attn_logit_softcapping", None) is not None
 
 
 def weights_name(model: LocalModel) -> str:

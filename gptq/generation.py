@@ -13,8 +13,9 @@ from ..core.params import GenerationParams
 from .banned_texts import sample_without
 from .grammar_mask import GrammarMask
 from .prefix_cache import PrefixCache
-from .stepper import Memory, Stepper, TransformersStepper
+from .stepper import Memory, Stepper
 from .token_rules import TokenRules
+from .transformers_stepper import TransformersStepper
 
 _OVER = object()
 

@@ -7,7 +7,6 @@ cuts, forks and passes in with the next call; so one model can continue several 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -112,91 +111,3 @@ class Stepper(ABC):
 
     def close(self) -> None:  # noqa: B027 (most have nothing to do)
         """Free what is not freed by being dropped (threads, graphs). Safe to call twice."""
-
-
-def cache_name() -> str:
-    """What transformers calls its cache, as an argument and in its output: another name since 5.24."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    return "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
-
-
-class TransformersMemory(Memory):
-    """A DynamicCache made without a config: every layer keeps its full length, also those with a sliding window."""
-
-    def __init__(self, cache: Any = None) -> None:
-        from transformers import DynamicCache
-
-        self.cache: Any = cache if cache is not None else DynamicCache()
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    def grown(self, tokens: int) -> None:
-        self._length += tokens
-
-    @property
-    def size_bytes(self) -> int:
-        found = [getattr(layer, name, None) for layer in getattr(self.cache, "layers", ()) for name in ("keys", "values")]
-        return sum(each.numel() * each.element_size() for each in found if isinstance(each, Tensor))
-
-    def cut(self, length: int) -> bool:
-        if not self._can_hold(length):
-            return False
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
-        self._length = length
-        return True
-
-    def fork(self, length: int) -> "Memory | None":
-        if not self._can_hold(length):
-            return None
-        other = TransformersMemory()
-        for at, layer in enumerate(self.cache.layers):
-            other.cache.update(layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone(), at)
-        other._length = length
-        return other
-
-    def _can_hold(self, length: int) -> bool:
-        """False if a layer does not hold that many tokens or is of another kind."""
-        layers = getattr(self.cache, "layers", None)
-        if not layers:
-            return False
-        for layer in layers:
-            keys = getattr(layer, "keys", None)
-            if keys is None or keys.dim() != 4 or keys.shape[-2] < length:
-                return False
-        return True
-
-
-class TransformersStepper(Stepper):
-    """The forward of transformers itself: every architecture, every placement."""
-
-    kernel = "transformers"
-
-    def __init__(self, model: Any) -> None:
-        self._model = model  # a transformers causal LM in eval mode
-        self._cache = cache_name()
-        self.device = model.get_input_embeddings().weight.device
-
-    def begin(self) -> Memory:
-        return TransformersMemory()
-
-    def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        assert isinstance(memory, TransformersMemory)
-        output = self._model(
-            input_ids=torch.tensor([list(ids)], device=self.device),
-            attention_mask=torch.ones((1, memory.length + len(ids)), dtype=torch.long, device=self.device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache: memory.cache},
-        )
-        memory.grown(len(ids))
-        logits: Tensor = output.logits[:, -1, :]
-        return logits
-
-    def close(self) -> None:
-        self._model = None

@@ -8,7 +8,8 @@ import torch
 from ..core.errors import GptqWebuiError
 from .cpu import numba_compiler
 from .llama import parts_of
-from .stepper import Stepper, TransformersStepper
+from .stepper import Stepper
+from .transformers_stepper import TransformersStepper
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,24 @@ def _on_gpu(hf: Any, context_tokens: int, cache_type: str, parallel: int) -> tup
     if not replaced:
         return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {why}." if left else ""
     rest = f"; {left} of {replaced + left} layers in plain PyTorch" if left else ""
-    return TransformersStepper(hf), f"Computed layer by layer, not in one step: {why}{rest}."
+    stepper, graph = _with_graph(hf, context_tokens)
+    return stepper, f"Computed layer by layer, not in one step: {why}{rest}.{graph}"
+
+
+def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+    """transformers' forward recorded as a CUDA graph, or without one if it cannot be; what to say of that."""
+    from .cuda.graphs import GraphRecorder
+    from .graph_stepper import GraphStepper
+
+    device = hf.get_input_embeddings().weight.device
+    if any(each.device != device for each in hf.parameters()):
+        return TransformersStepper(hf), ""
+    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device))
+    stepper.trial()
+    if not stepper.why:
+        return stepper, ""
+    log.info("no CUDA graph: %s", stepper.why)
+    return stepper.without_graph(), " It could not be recorded as a CUDA graph, so every token waits for the processor."
 
 
 def preparing(device: torch.device) -> str:

@@ -21,8 +21,8 @@ from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.llama import parts_of
 from gptq_webui.gptq.prefix_cache import PrefixCache
-from gptq_webui.gptq.stepper import TransformersStepper
 from gptq_webui.gptq.stepper_choice import stepper_for
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.prefix_cache import PrefixCache
-from gptq_webui.gptq.stepper import TransformersStepper
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 from gptq_webui.loaders.text import grammar_matcher
 from gptq_webui.loaders.text.grammar_matcher import Grammars
 from gptq_webui.loaders.text.token_codec import TokenCodec

@@ -12,7 +12,7 @@ from gptq_webui.core.errors import Busy
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import stepper_choice
-from gptq_webui.gptq.stepper import TransformersStepper
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 

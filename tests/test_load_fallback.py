@@ -16,7 +16,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.gptq.stepper import TransformersStepper
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
 

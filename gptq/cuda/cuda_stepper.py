@@ -13,8 +13,9 @@ from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..llama import LlamaParts
 from ..prefix_cache import PrefixCache
-from ..stepper import Memory, Stepper, cache_name
+from ..stepper import Memory, Stepper
 from ..token_rules import NO_RULES, TokenRules
+from ..transformers_stepper import cache_name
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .running_answers import Answers

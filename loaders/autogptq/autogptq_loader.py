@@ -140,7 +140,7 @@ class AutoGPTQLoader(Loader):
             raise _in_words(error, model, library) from error
         hf.config.name_or_path = str(model.folder)
         used = f"Computed by {_used_kernel(hf)} of {'auto-gptq' if library == 'auto_gptq' else 'GPTQModel'}."
-        from ...gptq.stepper import TransformersStepper
+        from ...gptq.transformers_stepper import TransformersStepper
 
         progress(1.0, "Ready")
         hf = hf.eval()

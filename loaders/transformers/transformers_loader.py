@@ -60,8 +60,8 @@ class TransformersLoader(Loader):
         from transformers.utils import logging as transformers_logging
 
         from ...gptq import checkpoint
-        from ...gptq.stepper import TransformersStepper
         from ...gptq.stepper_choice import preparing, stepper_for
+        from ...gptq.transformers_stepper import TransformersStepper
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

@@ -1,0 +1,152 @@
+"""A model's own forward, recorded once as a CUDA graph and replayed for every token.
+
+Without a graph the processor launches a thousand small operations for each token, and the GPU waits for it. Prompts are read
+as they are without a graph. What cannot be recorded (an operation that asks the host, a cache that grows) is computed without
+one, and `why` says so.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .static_cache import FIRST_CAPACITY, NotStatic, StaticRoom
+from .stepper import Memory, Stepper
+from .transformers_stepper import TransformersMemory, TransformersStepper
+
+log = logging.getLogger(__name__)
+
+_TRIAL = (1, 2, 3, 4)  # ids of the prompt that a model is tried with
+_CLOSE = 0.02  # relative difference of the logits with and without a graph, at most
+
+
+class Recorder(Protocol):
+    """Records what is launched; see cuda/graphs.py."""
+
+    def record(self, run: Callable[[], None]) -> Any: ...
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class GraphStepper(Stepper):
+    kernel: ClassVar[str] = "graph"
+
+    def __init__(self, model: Any, context_tokens: int, recorder: Recorder) -> None:
+        self._prompts = TransformersStepper(model)
+        self._model = model
+        self._context_tokens = context_tokens
+        self._recorder = recorder
+        self.device = self._prompts.device
+        self.chunk_tokens = self._prompts.chunk_tokens
+        self._room: StaticRoom | None = None
+        self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
+        self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._logits: Tensor | None = None
+        self.why = ""  # no graph is used, for this reason
+
+    def begin(self) -> TransformersMemory:
+        return self._prompts.begin()
+
+    def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        logits = self._prompts.prefill(memory, ids)
+        self.chunk_tokens = self._prompts.chunk_tokens
+        return logits
+
+    def step(self, memory: Memory, id: int) -> Tensor:
+        assert isinstance(memory, TransformersMemory)
+        if self.why or memory.length == 0:
+            return self._prompts.step(memory, id)
+        try:
+            graph = self._graph(memory)
+        except (NotStatic, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+            self._give_up(error)
+            return self._prompts.step(memory, id)
+        self._ids.fill_(id)
+        graph.replay()
+        memory.grown(1)
+        assert self._logits is not None
+        return self._logits
+
+    def trial(self) -> None:
+        """Record a graph and compare it with the forward without one; `why` tells if it cannot be used."""
+        with torch.inference_mode():
+            memory = self.begin()
+            self._prompts.prefill(memory, _TRIAL[:-1])
+            found = self.step(memory, _TRIAL[-1]).float()
+            if self.why:
+                return
+            wanted = self._prompts.prefill(self.begin(), _TRIAL).float()
+        difference = float((found - wanted).norm() / wanted.norm())
+        if not difference < _CLOSE:
+            self._give_up(NotStatic(f"a recorded step gives other results (they differ by {difference:.3f})"))
+
+    def without_graph(self) -> TransformersStepper:
+        """The stepper that computes without a graph; this one is not used any more."""
+        self._graphs.clear()
+        self._room = self._logits = None
+        self._recorder.close()
+        return self._prompts
+
+    def close(self) -> None:
+        self._graphs.clear()
+        self._room = self._logits = None
+        self._recorder.close()
+        self._prompts.close()
+        self._model = None
+
+    def _graph(self, memory: TransformersMemory) -> Any:
+        """The graph for the next token of `memory`, which enters the room."""
+        needed = memory.length + 1
+        room = self._room
+        if room is None or room.capacity < needed:
+            capacity = FIRST_CAPACITY
+            while capacity < needed:
+                capacity *= 2
+            capacity = max(needed, min(capacity, -(-self._context_tokens // 64) * 64))
+            new = StaticRoom(memory, capacity)  # makes what is in the old room leave it, if it is this memory
+            if room is not None:
+                room.leave()
+            self._graphs.clear()
+            self._recorder.reset()
+            room = self._room = new
+        room.enter(memory)
+        shown = min(room.capacity, FIRST_CAPACITY)
+        while shown < needed:
+            shown = min(room.capacity, shown * 2)
+        graph = self._graphs.get(shown)
+        if graph is None:
+            graph = self._graphs[shown] = self._record(room, shown, memory.length)
+        return graph
+
+    def _record(self, room: StaticRoom, shown: int, length: int) -> Any:
+        room.show(shown)
+        states = room.kept_states()
+        given = {self._prompts.cache_argument: room.cache}
+
+        def run() -> None:
+            output = self._model(input_ids=self._ids, use_cache=True, **given)
+            logits = output.logits[:, -1, :]
+            if self._logits is None:
+                self._logits = torch.empty_like(logits)
+            self._logits.copy_(logits)
+            room.count.add_(1)
+
+        for _ in range(2):  # libraries choose and load their kernels
+            run()
+            room.restore(states, length)
+        graph = self._recorder.record(run)
+        room.restore(states, length)  # a recorder that runs what it records has changed it
+        return graph
+
+    def _give_up(self, error: BaseException) -> None:
+        lines = str(error).strip().splitlines()
+        self.why = lines[0] if lines else type(error).__name__
+        log.info("no graph is used: %s", self.why)
+        if self._room is not None:
+            self._room.leave()
+        self._graphs.clear()
+        self._room = self._logits = None

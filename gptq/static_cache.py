@@ -1,0 +1,166 @@
+"""A transformers cache at fixed addresses, for one conversation at a time: what a CUDA graph of a model's own forward needs.
+
+A graph replays the same launches with the same addresses. So keys and values have room for the longest conversation, a
+counter on the device says how many tokens there are, and the model's masks hide the rest. A conversation enters before its
+first single token and leaves when something else asks for its cache.
+"""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from .transformers_stepper import TransformersMemory, states_of
+
+FIRST_CAPACITY = 1024  # tokens
+
+
+class NotStatic(Exception):
+    """Why a cache cannot have fixed addresses, as a reason."""
+
+
+class StaticKeys(cache_utils.StaticLayer):
+    """Keys and values [1, heads, capacity, D] of one layer. Every layer shares the counter of tokens."""
+
+    keys: Any  # Tensor; None in the base, until the first update
+    values: Any
+
+    def __init__(self, like: Any, capacity: int, count: Tensor) -> None:
+        super().__init__(capacity)
+        self.count = count  # int64 [1]
+        self.batch_size = self.max_batch_size = 1
+        self.num_heads = like.keys.shape[1]
+        self.k_head_dim, self.v_head_dim = like.keys.shape[-1], like.values.shape[-1]
+        self.dtype, self.device = like.keys.dtype, like.keys.device
+        self.keys = like.keys.new_zeros(1, self.num_heads, capacity, self.k_head_dim)
+        self.values = like.values.new_zeros(1, self.num_heads, capacity, self.v_head_dim)
+        self.is_initialized = True
+        self.shown = capacity  # tokens that the model gets to see, of the capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.count, key_states)
+        self.values.index_copy_(2, self.count, value_states)
+        return self.keys[:, :, : self.shown], self.values[:, :, : self.shown]
+
+    def get_seq_length(self, *_: Any, **__: Any) -> Any:
+        return self.count[0]
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return self.shown, 0
+
+
+def _with_states(like: Any, capacity: int, count: Tensor) -> StaticKeys:
+    """A layer that also has the states of linear attention or of convolutions."""
+
+    class StaticKeysAndStates(cache_utils.LinearAttentionLayer, StaticKeys):  # type: ignore[misc, override]
+        def __init__(self) -> None:
+            StaticKeys.__init__(self, like, capacity, count)
+            own = set(vars(self))
+            vars(self).update({name: _cloned(value) for name, value in vars(like).items() if name not in own})
+
+    return StaticKeysAndStates()
+
+
+class StaticRoom:
+    """Where a conversation is while it is continued token by token."""
+
+    def __init__(self, memory: TransformersMemory, capacity: int) -> None:
+        """Room for conversations of the same model as `memory`. Raises NotStatic."""
+        if type(memory.cache).__name__ != "DynamicCache":
+            raise NotStatic("its cache is of a class of its own")
+        held = [layer for layer in memory.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+        held += [layer for layer in memory.layers if states_of(layer)]
+        if not held:
+            raise NotStatic("its cache is empty")
+        device = held[0].keys.device if isinstance(getattr(held[0], "keys", None), Tensor) else states_of(held[0])[0].device
+        self.capacity = capacity
+        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        self.cache = copy.copy(memory.cache)
+        self.cache.layers = [self._static(layer) for layer in memory.layers]
+        self._resident: weakref.ref[TransformersMemory] | None = None
+
+    def _static(self, layer: Any) -> Any:
+        kind = type(layer).__name__
+        if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
+            return StaticKeys(layer, self.capacity, self.count)
+        if kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer.keys, Tensor):
+            return _with_states(layer, self.capacity, self.count)
+        if kind == "LinearAttentionLayer":
+            other = copy.copy(layer)
+            other.__dict__ = {name: _cloned(value) for name, value in layer.__dict__.items()}
+            return other
+        if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
+            return copy.copy(layer)
+        raise NotStatic(f"layers of the kind {kind} grow with every token")
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(2 * each.keys.numel() * each.keys.element_size() // self.capacity for each in self._keys())
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(each.numel() * each.element_size() for each in self._states())
+
+    def _keys(self) -> list[StaticKeys]:
+        return [each for each in self.cache.layers if isinstance(each, StaticKeys)]
+
+    def _states(self) -> list[Tensor]:
+        return [state for layer in self.cache.layers for state in states_of(layer)]
+
+    def show(self, tokens: int) -> None:
+        """Let the model see so many tokens of the capacity."""
+        for each in self._keys():
+            each.shown = tokens
+
+    def holds(self, memory: TransformersMemory) -> bool:
+        return memory.elsewhere is self
+
+    def enter(self, memory: TransformersMemory) -> None:
+        """Take over the tensors of `memory`, after those of another one have left. Raises NotStatic."""
+        if self.holds(memory):
+            return
+        self.leave()
+        layers = list(memory.layers)
+        if len(layers) != len(self.cache.layers) or memory.length > self.capacity:
+            raise NotStatic("its layers differ from one conversation to the next")
+        self.count.fill_(memory.length)
+        for own, layer in zip(self.cache.layers, layers, strict=True):
+            if isinstance(own, StaticKeys):
+                own.keys[:, :, : memory.length].copy_(layer.keys)
+                own.values[:, :, : memory.length].copy_(layer.values)
+                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+            for state, source in zip(states_of(own), states_of(layer), strict=True):
+                state.copy_(source)
+        memory.elsewhere = self
+        self._resident = weakref.ref(memory)
+
+    def leave(self) -> None:
+        memory = self._resident() if self._resident is not None else None
+        self._resident = None
+        if memory is None:  # none was here, or it is forgotten
+            return
+        memory.elsewhere = None
+        for own, layer in zip(self.cache.layers, memory.layers, strict=True):
+            if isinstance(own, StaticKeys):
+                layer.keys = own.keys[:, :, : memory.length].clone()
+                layer.values = own.values[:, :, : memory.length].clone()
+            for state, source in zip(states_of(own), states_of(layer), strict=True):
+                source.copy_(state)
+
+    def kept_states(self) -> list[Tensor]:
+        """Copies of what a forward changes other than by adding tokens at the end."""
+        return [each.clone() for each in self._states()]
+
+    def restore(self, states: list[Tensor], length: int) -> None:
+        for own, kept in zip(self._states(), states, strict=True):
+            own.copy_(kept)
+        self.count.fill_(length)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return {key: _cloned(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,294 @@
+"""The forward of transformers itself as a Stepper: every architecture, every placement.
+
+What a model keeps of a conversation is a cache of transformers, made from the model's config: keys and values, states of
+convolutions and of linear attention, or both. A layer with a sliding window keeps its full length, so that a conversation
+can be cut anywhere; a state cannot be cut, only kept or begun again.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .stepper import Memory, Stepper
+
+log = logging.getLogger(__name__)
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls a cache, the newest name first
+GPU_CHUNK_TOKENS = 4096  # of a prompt at a time on a GPU, where its memory allows
+SMALLEST_CHUNK_TOKENS = 128
+_TRIAL = (5, 9, 2, 7, 3, 8, 4, 6)  # ids that an architecture is tried with
+_FAR = 0.1  # relative difference of logits that no rounding makes
+_STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
+
+
+def cache_name() -> str:
+    """What transformers calls its cache, as an argument and in its output: another name since 5.24."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def new_cache(config: Any) -> Any:
+    """An empty cache for a model of this config, whose sliding windows keep their full length. None if the model must make
+    its own in its first forward."""
+    from transformers import DynamicCache, cache_utils
+
+    try:
+        cache = DynamicCache(config=config)
+    except (TypeError, AttributeError, KeyError, ValueError):
+        return DynamicCache()  # of a version, or with a config, that tells nothing of its layers
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        return DynamicCache()
+    for at, layer in enumerate(layers):
+        kind = type(layer).__name__
+        if kind == "DynamicSlidingWindowLayer":
+            layers[at] = cache_utils.DynamicLayer()
+        elif kind == "LinearAttentionAndSlidingWindowAttentionLayer":
+            layers[at] = cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return cache
+
+
+def only_keys(cache: Any) -> bool:
+    """Whether a new cache is of keys and values alone, which every architecture continues rightly."""
+    layers = getattr(cache, "layers", None) or ()
+    return type(cache).__name__ == "DynamicCache" and all(
+        type(each).__name__ in ("DynamicLayer", "DummyLayer") for each in layers
+    )
+
+
+def states_of(layer: Any) -> list[Tensor]:
+    """The states of a layer of a cache that are no keys and values."""
+    found: list[Tensor] = []
+    for name in _STATES:
+        states = getattr(layer, name, None)
+        values = states.values() if isinstance(states, dict) else () if states is None else (states,)
+        found += [each for each in values if isinstance(each, Tensor)]
+    return found
+
+
+class Elsewhere(Protocol):
+    """What holds the tensors of a memory for a while (static_cache.py)."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token."""
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of the states, which do not grow."""
+
+    def leave(self) -> None:
+        """Put the tensors back into the memory."""
+
+
+class TransformersMemory(Memory):
+    """A cache of transformers and how many tokens it holds. `config`: of the model (its text part)."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._cache: Any = new_cache(config)
+        self._length = 0
+        self.ids: list[int] = []  # every token, of a model that keeps no cache at all and computes all of them each time
+        self.elsewhere: Elsewhere | None = None  # who holds the tensors while the cache is empty
+
+    @property
+    def cache(self) -> Any:
+        """None for one that the model makes in its first forward. What is held elsewhere comes back first."""
+        if self.elsewhere is not None:
+            self.elsewhere.leave()
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._cache = cache
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def grown(self, tokens: int) -> None:
+        self._length += tokens
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        return getattr(self.cache, "layers", None) or ()
+
+    @property
+    def size_bytes(self) -> int:
+        if self.elsewhere is not None:
+            return self._length * self.elsewhere.token_bytes + self.elsewhere.fixed_bytes
+        found = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
+        held = [each for each in found if isinstance(each, Tensor)] + [each for layer in self.layers for each in states_of(layer)]
+        return sum(each.numel() * each.element_size() for each in held)
+
+    def cut(self, length: int) -> bool:
+        if length == self._length:
+            return True
+        if self.ids:
+            del self.ids[length:]
+            self._length = length
+            return True
+        if not self._can_hold(length):
+            return False
+        for layer in self.layers:
+            if _held(layer):
+                layer.keys = layer.keys[..., :length, :]
+                layer.values = layer.values[..., :length, :]
+        self._length = length
+        return True
+
+    def fork(self, length: int) -> "Memory | None":
+        if not self._can_hold(length):
+            return None
+        other = TransformersMemory(self._config)
+        for at, layer in enumerate(self.layers):
+            if _held(layer):
+                other.cache.update(layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone(), at)
+        other._length = length
+        return other
+
+    def _can_hold(self, length: int) -> bool:
+        """Whether every layer is keys and values of at least that many tokens, or holds nothing."""
+        if type(self.cache).__name__ != "DynamicCache":  # of a class of the model's own: not known what it holds
+            return False
+        if not self.layers or not any(_held(layer) for layer in self.layers):
+            return False
+        for layer in self.layers:
+            keys: Any = getattr(layer, "keys", None)
+            if states_of(layer) or getattr(layer, "indexer_keys", None) is not None:
+                return False
+            if _held(layer) and (keys.dim() != 4 or keys.shape[-2] < length):
+                return False
+            if not _held(layer) and type(layer).__name__ not in ("DummyLayer", "LinearAttentionLayer", "DynamicLayer"):
+                return False
+        return True
+
+
+def _held(layer: Any) -> bool:
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, Tensor) and keys.numel() > 0
+
+
+class TransformersStepper(Stepper):
+    kernel: ClassVar[str] = "transformers"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model  # a transformers causal LM in eval mode
+        self.device = model.get_input_embeddings().weight.device
+        config = model.config
+        self._config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        taken = inspect.signature(model.forward).parameters
+        self.cache_argument = next((each for each in CACHE_NAMES if each in taken), cache_name())
+        self._keeps_cache = self.cache_argument in taken
+        self._keeps_some = "logits_to_keep" in taken
+        own = getattr(model, "_supports_default_dynamic_cache", None)
+        self._own_cache = own is not None and not own()  # of a class that only the model's own forward makes
+        if self.device.type == "cuda":
+            self.chunk_tokens = GPU_CHUNK_TOKENS
+        self._in_pieces = True  # several tokens can be put through at once after others
+        if (
+            self._own_cache
+            or not self._keeps_cache
+            or getattr(model, "_is_stateful", False)
+            or not only_keys(self.begin()._cache)
+        ):
+            with torch.inference_mode():
+                self._learn_what_continues()
+
+    def _learn_what_continues(self) -> None:
+        """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
+        be told from another. Then tokens follow one by one, or all are computed again each time."""
+        whole = self.prefill(self.begin(), _TRIAL).double()
+
+        def difference(first: int) -> float:
+            memory = self.begin()
+            self.prefill(memory, _TRIAL[:first])
+            self.prefill(self.begin(), _TRIAL[::-1])  # another conversation in between
+            found = self.prefill(memory, _TRIAL[first:]).double()
+            return float((found - whole).norm() / whole.norm())
+
+        if not self._keeps_cache:
+            return
+        try:
+            one = difference(len(_TRIAL) - 1)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            log.info("a conversation cannot be continued: %s", error)
+            one = float("inf")
+        if not one < _FAR:
+            log.info("all tokens are computed again for each: continuing differs by %.3g", one)
+            self._keeps_cache = False
+        elif not (several := difference(len(_TRIAL) - 3)) < 10 * one + 1e-5:
+            log.info("tokens are put through one by one after a conversation: together they differ by %.3g", several)
+            self._in_pieces = False
+            self.chunk_tokens = 1 << 30
+
+    def begin(self) -> TransformersMemory:
+        return TransformersMemory(self._config)
+
+    def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        assert isinstance(memory, TransformersMemory)
+        if self._own_cache and memory.length == 0:
+            memory.cache = None
+        if not self._keeps_cache:
+            memory.ids += ids
+            memory.grown(len(ids))
+            return self._all_again(memory.ids)
+        if not self._in_pieces and memory.length > 0:
+            return [self._forward(memory, [id]) for id in ids][-1]
+        if self.device.type != "cuda":
+            return self._forward(memory, ids)
+        at = 0
+        logits: Tensor | None = None
+        while at < len(ids):
+            piece = ids[at : at + self.chunk_tokens]
+            held = memory.length
+            try:
+                logits = self._forward(memory, piece)
+                at += len(piece)
+                continue
+            except torch.OutOfMemoryError as error:
+                full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
+            if len(piece) <= SMALLEST_CHUNK_TOKENS or not _undone(memory, held):
+                raise full
+            self.chunk_tokens = max(SMALLEST_CHUNK_TOKENS, len(piece) // 2)
+            torch.cuda.empty_cache()
+        assert logits is not None
+        return logits
+
+    def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
+        given: dict[str, Any] = {self.cache_argument: memory.cache}
+        if self._keeps_some:
+            given["logits_to_keep"] = 1
+        output = self._model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **given)
+        if memory.cache is None:
+            memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+            if memory.cache is None:  # the model keeps what it has read under another name, or not at all
+                self._keeps_cache = False
+                memory.ids += ids
+        memory.grown(len(ids))
+        logits: Tensor = output.logits[:, -1, :]
+        return logits
+
+    def _all_again(self, ids: Sequence[int]) -> Tensor:
+        logits: Tensor = self._model(input_ids=torch.tensor([list(ids)], device=self.device)).logits[:, -1, :]
+        return logits
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _undone(memory: TransformersMemory, length: int) -> bool:
+    """Take back what a forward that ran out of memory had already added; False where a layer cannot be put back."""
+    for layer in memory.layers:
+        if states_of(layer):
+            return False
+        if _held(layer):
+            layer.keys = layer.keys[..., :length, :]
+            layer.values = layer.values[..., :length, :]
+    return True

@@ -1,0 +1,63 @@
+"""A tiny random model of any causal architecture that the installed transformers knows."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+_ENCODERS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "roberta",
+    "roberta-prelayernorm", "rembert", "xlm-roberta", "xlm-roberta-xl", "xlm", "xmod", "roformer", "qdqbert", "roc_bert",
+    "xlnet", "reformer", "musicgen", "musicgen_melody", "git", "blt", "prophetnet", "bart", "mbart", "pegasus", "marian", "mvp",
+    "plbart", "blenderbot", "blenderbot-small", "bigbird_pegasus", "trocr", "speech_to_text_2", "whisper", "emu3", "mllama",
+    "phi4_multimodal", "dory", "gemma4_assistant", "gemma4_unified_assistant",
+}  # fmt: skip
+KINDS = tuple(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in _ENCODERS)
+
+# Every name that configs use for a size; a config takes those that it knows.
+_SIZES = {
+    "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "n_embd": 64, "n_layer": 4, "n_head": 4,
+    "n_inner": 128, "n_positions": 256, "d_model": 64, "n_layers": 4, "n_heads": 4, "num_layers": 4, "num_heads": 4,
+    "ffn_dim": 128, "word_embed_proj_dim": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "sliding_window": 8,
+    "attention_chunk_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1, "mamba_d_state": 16, "mamba_n_heads": 4,
+    "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_ssm": 128, "state_size": 16, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32,
+    "moe_num_experts": 4, "moe_k": 2, "rotary_dim": 8, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 288,
+    "num_kv_shared_layers": 0, "lru_width": 64, "attention_window_size": 16, "n_shared_experts": 1, "n_mamba_heads": 4,
+    "mamba_headdim": 32, "mamba_ngroups": 1, "laurel_rank": 8, "index_n_heads": 2, "index_head_dim": 16,
+}  # fmt: skip
+
+
+def tiny_config(kind, **changes):
+    """Four layers, one of each type that the architecture has. `changes` come on top."""
+    base = AutoConfig.for_model(kind)
+    known = base.get_text_config() if hasattr(base, "get_text_config") else base
+    sizes = {name: size for name, size in _SIZES.items() if hasattr(known, name)}
+    if getattr(known, "sliding_window", 0) is None:
+        sizes.pop("sliding_window", None)
+    if hasattr(known, "qk_rope_head_dim"):  # MLA: a key for each head
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = 4
+    types = list(dict.fromkeys(getattr(known, "layer_types", None) or ()))
+    if types:
+        if kind.startswith("granitemoehybrid"):
+            types.append("full_attention")
+        sizes["layer_types"] = (types * 4)[:4]
+    for name, size in list(sizes.items()):
+        try:
+            setattr(known, name, size)
+        except Exception:  # computed from others
+            del sizes[name]
+    return type(known)(**{**sizes, **changes})
+
+
+def tiny_model(kind, seed=0, **changes):
+    """fp32, in eval mode, with weights large enough that every part shows in the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+    return model
