@@ -121,6 +121,13 @@ def test_special_tokens_may_be_objects(name, folder):
     assert read(folder).encode("hello")
 
 
+def test_a_list_of_extra_tokens_is_read_by_either_transformers(folder):
+    edit(folder / "tokenizer_config.json", lambda values: values.update(extra_special_tokens=["<s>", "</s>"]))
+    tokenizer = read(folder)
+    text = tokenizer.decode(tokenizer.convert_tokens_to_ids(["<s>", "</s>"]), skip_special_tokens=True)
+    assert text == ""
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
 def test_a_git_lfs_pointer_is_named_as_one(name, folder):
     (folder / name).write_text(LFS)

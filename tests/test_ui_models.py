@@ -272,7 +272,7 @@ def test_what_a_press_brings_up_is_in_sight(chrome, house):
     name(tab, "Owner/Nowhere:main")
     tab.click("#gw-download")
     wait_for(tab, "#gw-downloads .gw-bad", "There is no model Owner/Nowhere")
-    assert tab.evaluate(in_sight, "#gw-downloads .gw-bad")
+    tab.wait_for_function(in_sight, arg="#gw-downloads .gw-bad")
     assert tab.evaluate("document.querySelector('#gw-branches-box').getBoundingClientRect().top > innerHeight")
     ask(tab, TINY)
     wait_for(tab, "#gw-branch-fit", "Fits your")

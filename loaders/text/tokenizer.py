@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ def _changed_files(folder: Path) -> dict[str, str]:
             changed[name] = data[len(_BOM) :].decode("utf-8", "surrogateescape")
         if name in ("tokenizer_config.json", "special_tokens_map.json"):
             values = folder_files.read_json(path)
-            if any(isinstance(each, dict) and "__type" not in each for key in _LISTS for each in _items(values.get(key))):
-                plain = {key: [_text(each) for each in _items(values[key])] for key in _LISTS if key in values}
-                changed[name] = json.dumps({**values, **plain})
+            if (readable := _with_readable_lists(values)) != values:
+                changed[name] = json.dumps(readable)
         elif folder_files.is_lfs_pointer(data[:1024]):
             raise BadFile(folder_files.lfs_sentence(path))
     for path in folder.glob("*.model"):
@@ -75,8 +75,25 @@ def _changed_files(folder: Path) -> dict[str, str]:
     return changed
 
 
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _with_readable_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with their lists of special tokens as the installed transformers reads them.
+
+    Tokens as objects become texts. transformers 4 wants names in `extra_special_tokens`: a list there, as transformers 5
+    writes it, belongs to the additional ones.
+    """
+    lists = {key: values[key] for key in _LISTS if isinstance(values.get(key), list)}
+    if not lists:
+        return values
+    changed = values | {key: [each if _is_added_token(each) else _text(each) for each in tokens] for key, tokens in lists.items()}
+    if "extra_special_tokens" in lists and version("transformers").startswith("4."):
+        more = changed.pop("extra_special_tokens")
+        kept = [each for each in changed.get("additional_special_tokens") or [] if each not in more]
+        changed["additional_special_tokens"] = kept + more
+    return changed
+
+
+def _is_added_token(token: Any) -> bool:
+    return isinstance(token, dict) and "__type" in token
 
 
 def _text(token: Any) -> Any:
