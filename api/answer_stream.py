@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from ..core.chat import Finish, Token
 from ..core.errors import AnswerFailed, GptqWebuiError
+from ..core.tools import ToolCall
 from ..engine.engine import Answer
 from ..engine.request_queue import Ticket
 from .problems import Problem, of_error
@@ -39,11 +40,18 @@ class WholeAnswer:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # those with an id; each has the text that became certain with it
+    calls: list[ToolCall] = field(default_factory=list)  # of tools; the last one may be cut off by the limit of tokens
     finish: Finish = field(default_factory=lambda: Finish("cancelled"))
 
     def add(self, event: Token | Finish) -> None:
         if isinstance(event, Finish):
             self.finish = event
+            return
+        if (part := event.call) is not None:
+            if part.index == len(self.calls):
+                self.calls.append(ToolCall(part.name, "", part.id))
+            call = self.calls[part.index]
+            self.calls[part.index] = ToolCall(call.name, call.arguments + part.arguments, call.id)
             return
         self.text += event.text
         if event.id >= 0:

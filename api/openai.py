@@ -13,7 +13,8 @@ from starlette.responses import Response
 from ..core.chat import Message
 from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
-from . import grammar_requests
+from . import grammar_requests, tool_requests
+from .answer_stream import WholeAnswer
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import (
     ChatAnswer,
@@ -28,7 +29,7 @@ from .openai_models import (
     Models,
     TextChoice,
 )
-from .openai_streams import AnswerHead, chat_stream, finish_reason, text_stream, usage_of
+from .openai_streams import AnswerHead, chat_stream, finish_reason, is_older, text_stream, usage_of
 from .problems import Problem
 from .prompt_fit import Source, prompt_of
 from .routes import Json, openai_error, route_class
@@ -56,10 +57,12 @@ def build(service: Service) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """The next message of a conversation. One that ends with an assistant's message is continued."""
         loaded = await _answering_model(service, body)
-        _refuse_unable(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Problem("invalid", "top_logprobs needs logprobs: true.", "top_logprobs")
+        tools = tool_requests.of_openai(body)
         params = await _params(service, loaded, body, (body.top_logprobs or 0) if body.logprobs else None)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded)
+        prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools)
         running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1)
         head = AnswerHead("chatcmpl-", "chat.completion", loaded.model.name)
         if body.stream:
@@ -70,15 +73,19 @@ def build(service: Service) -> APIRouter:
         choices = [
             ChatChoice(
                 index=at,
-                message=ChatAnswer(content=each.text),
+                message=_chat_answer(each, is_older(body)),
                 logprobs=logprobs[at] if logprobs else None,
-                finish_reason=finish_reason(each.finish),
+                finish_reason=finish_reason(each.finish, is_older(body)),
             )
             for at, each in enumerate(answers)
         ]
         usage = usage_of(1, answers)
-        answer = ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage)
-        return Json(answer.model_dump())
+        answer = ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage).model_dump()
+        for choice in answer["choices"]:  # fields that clients take for a call if they are there
+            for name in ("tool_calls", "function_call"):
+                if choice["message"][name] is None:
+                    del choice["message"][name]
+        return Json(answer)
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -135,29 +142,26 @@ async def _answering_model(service: Service, body: Any) -> LoadedModel:
 
 
 def messages_of(body: Sequence[ChatMessage]) -> list[Message]:
-    """Raises Problem for what is not text, and for the results of tools."""
+    """Raises Problem for what is not text."""
     found: list[Message] = []
     for at, each in enumerate(body):
-        if each.role in ("tool", "function"):
-            text = "Tools are not supported by this server. Leave the messages of tools out."
-            raise Problem("unsupported", text, f"messages.{at}.role")
         parts = [each.content] if isinstance(each.content, str) else []
         for part in each.content if isinstance(each.content, list) else []:
             if part.type not in ("text", "input_text") or part.text is None:
                 text = f"This model reads text only; found a part of type {part.type[:40]!r}."
                 raise Problem("unsupported", text, f"messages.{at}.content")
             parts.append(part.text)
-        role = "system" if each.role == "developer" else each.role
-        found.append(Message(role, "\n".join(parts)))  # type: ignore[arg-type]
+        found.append(tool_requests.message_of(each.role, "\n".join(parts), each, f"messages.{at}"))
     return found
 
 
-def _refuse_unable(body: ChatCompletionRequest) -> None:
-    if (body.tools or body.functions) and body.tool_choice != "none":
-        text = "Tools are not supported by this server: it cannot make the model call them. Leave `tools` out."
-        raise Problem("unsupported", text, "tools")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise Problem("invalid", "top_logprobs needs logprobs: true.", "top_logprobs")
+def _chat_answer(answer: WholeAnswer, older: bool) -> ChatAnswer:
+    if not answer.calls:
+        return ChatAnswer(content=answer.text)
+    calls = tool_requests.whole(answer.calls)
+    if older:
+        return ChatAnswer(content=answer.text or None, function_call=calls[0]["function"])
+    return ChatAnswer(content=answer.text or None, tool_calls=calls)
 
 
 async def _params(service: Service, loaded: LoadedModel, body: Any, logprobs: int | None) -> GenerationParams:

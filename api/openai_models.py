@@ -19,6 +19,21 @@ class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = Field(None, description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool's message: the call that it answers")
+    function_call: dict[str, Any] | None = None
+
+
+class Function(Open):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    arguments: dict[str, Any] | None = Field(None, description="the same, as TGI calls it")
+
+
+class ToolField(Open):
+    type: str = "function"
+    function: Function | None = None
 
 
 class StreamOptions(Open):
@@ -54,9 +69,11 @@ class ChatCompletionRequest(_AnswerRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
+    tools: list[ToolField] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or the one function to call")
+    parallel_tool_calls: bool | None = None
+    functions: list[Function] | None = Field(None, description="as tools, in OpenAI's older protocol")
+    function_call: str | dict[str, Any] | None = None
 
 
 class CompletionRequest(_AnswerRequest):
@@ -89,8 +106,10 @@ class Usage(BaseModel):
 
 class ChatAnswer(BaseModel):
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class ChatChoice(BaseModel):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.chat import Finish, Token
 from ..loaders.contract.base import LoadedModel
+from . import tool_requests
 from .answer_stream import EventStream, Running, WholeAnswer
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import FINGERPRINT, Usage
@@ -32,16 +33,17 @@ class AnswerHead:
 class _Chunks:
     """The events of a stream as chunks, and the usage at its end."""
 
-    def __init__(self, head: AnswerHead, body: Any, prompts: int) -> None:
+    def __init__(self, head: AnswerHead, body: Any, prompts: int, older: bool = False) -> None:
         self._head, self._prompts = head, prompts
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._extra: dict[str, Any] = {"usage": None} if self._with_usage else {}
         self._finishes: list[WholeAnswer] = []
+        self._older = older
 
     def choice(self, at: int, content: dict[str, Any], logprobs: Any = None, finish: Finish | None = None) -> bytes:
         if finish is not None:
             self._finishes.append(WholeAnswer(finish=finish))
-        reason = finish_reason(finish) if finish is not None else None
+        reason = finish_reason(finish, self._older) if finish is not None else None
         return self._head.chunk([{"index": at, **content, "logprobs": logprobs, "finish_reason": reason}], self._extra)
 
     def closing(self) -> bytes:
@@ -51,11 +53,15 @@ class _Chunks:
 
 def chat_stream(service: Service, loaded: LoadedModel, running: Running, head: AnswerHead, body: Any) -> EventStream:
     head.kind = "chat.completion.chunk"
-    chunks = _Chunks(head, body, 1)
+    older = is_older(body)
+    chunks = _Chunks(head, body, 1, older)
 
     def encode(at: int, event: Token | Finish) -> bytes:
         if isinstance(event, Finish):
             return chunks.choice(at, {"delta": {}}, finish=event)
+        if (part := event.call) is not None:
+            piece = tool_requests.delta(part)
+            return chunks.choice(at, {"delta": {"function_call": piece["function"]} if older else {"tool_calls": [piece]}})
         logprobs = chat_logprobs(service.token_texts(loaded), [event]) if body.logprobs and event.id >= 0 else None
         return chunks.choice(at, {"delta": {"content": event.text}}, logprobs) if event.text or logprobs else b""
 
@@ -85,7 +91,14 @@ def text_stream(
     return EventStream(running, encode, opening=opening, closing=chunks.closing, failing=_failing, run=run)
 
 
-def finish_reason(finish: Finish) -> str:
+def is_older(body: Any) -> bool:
+    """Whether a request for a chat names its tools as OpenAI did in 2023: `functions`."""
+    return body.functions is not None and body.tools is None
+
+
+def finish_reason(finish: Finish, older: bool = False) -> str:
+    if finish.reason == "tool_calls":
+        return "function_call" if older else "tool_calls"
     return "length" if finish.reason == "length" else "stop"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.chat import Message
+from ..core.tools import ToolUse
 from ..loaders.contract.base import LoadedModel
 from ..loaders.contract.model_prompt import Prompt
 from .problems import Problem
@@ -31,19 +32,27 @@ class FittedPrompt:
 
 
 def fit(
-    loaded: LoadedModel, source: Source, max_new_tokens: int | None, *, trim: bool = False, max_input_tokens: int | None = None
+    loaded: LoadedModel,
+    source: Source,
+    max_new_tokens: int | None,
+    *,
+    trim: bool = False,
+    max_input_tokens: int | None = None,
+    tools: ToolUse | None = None,
 ) -> FittedPrompt:
-    """Make a prompt. With `trim`, the answer is cut to the room that is left; `max_new_tokens` None is all of that room.
+    """Make a prompt; of a conversation, with the tools that the answer may call.
+
+    With `trim`, the answer is cut to the room that is left; `max_new_tokens` None is all of that room.
 
     Raises Problem too_long, or invalid for an empty prompt; BadParameter if the template cannot show the conversation.
     """
     if loaded.is_remote:
-        prompt = source if isinstance(source, Prompt) else loaded.prompt(source)
+        prompt = source if isinstance(source, Prompt) else loaded.prompt(source, tools)
         return FittedPrompt(loaded, prompt, max_new_tokens or _REMOTE_NEW_TOKENS)
     context = loaded.context_tokens
     if not isinstance(source, Prompt):
-        require_length(loaded, source if isinstance(source, str) else "".join(each.text for each in source), context)
-        source = loaded.prompt(source)
+        require_length(loaded, source if isinstance(source, str) else _words(source, tools), context)
+        source = loaded.prompt(source, tools)
     count = len(source.ids)
     if count == 0:
         raise Problem("invalid", "The prompt is empty.", "prompt")
@@ -59,6 +68,13 @@ def fit(
             "Shorten one of them, or load the model with a longer context.",
         )
     return FittedPrompt(loaded, source, max(1, min(wanted, room, MOST_NEW_TOKENS)))
+
+
+def _words(messages: Sequence[Message], tools: ToolUse | None) -> str:
+    """All that the template will show."""
+    calls = [call.arguments for each in messages for call in each.tool_calls]
+    offered = [each.description + each.parameters for each in tools.tools] if tools is not None else []
+    return "".join([*(each.text for each in messages), *calls, *offered])
 
 
 def require_length(loaded: LoadedModel, text: str, most_tokens: int) -> None:

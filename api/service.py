@@ -24,6 +24,7 @@ from ..core.errors import BadParameter, Busy, GptqWebuiError
 from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, LocalModel
 from ..core.params import GenerationParams, neutral_values
+from ..core.tools import ToolUse
 from ..engine.download_queue import Downloads
 from ..engine.engine import Answer, Engine
 from ..engine.request_queue import DEFAULT_LIMIT
@@ -177,11 +178,12 @@ class Service:
         *,
         trim: bool = False,
         loaded: LoadedModel | None = None,
+        tools: ToolUse | None = None,
     ) -> FittedPrompt:
         """As `prompt_fit.fit`, within this server's limit for prompts. Raises Problem, NotLoaded, Busy, BadParameter."""
         made_by, most = loaded or await self.loaded(), self.limits.max_input_tokens
         return await self.run_for(
-            request, lambda: prompt_fit.fit(made_by, source, max_new_tokens, trim=trim, max_input_tokens=most)
+            request, lambda: prompt_fit.fit(made_by, source, max_new_tokens, trim=trim, max_input_tokens=most, tools=tools)
         )
 
     async def answer(
@@ -198,6 +200,11 @@ class Service:
         if n * len(prompts) > MOST_ANSWERS:
             raise Problem("invalid", f"One request may have {MOST_ANSWERS} answers; found {n * len(prompts)}.", "n")
         loaded = prompts[0].loaded
+        if (calls := prompts[0].prompt.calls) is not None and calls.grammar is not None and "grammar" in loaded.can:
+            try:
+                await self.run(loaded.check, replace(params, grammar=calls.grammar))
+            except BadParameter as error:
+                raise Problem("invalid", f"tools: {error}", "tools") from None
         self.ignore(loaded.model.name, _not_obeyed(params, loaded))
         self.metrics.asked(protocol)
         try:

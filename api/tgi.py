@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ..core.chat import Finish, Token
 from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
-from . import grammar_requests, prompt_fit
+from . import grammar_requests, prompt_fit, tool_requests
 from .answer_stream import EventStream, Running, WholeAnswer
 from .openai import messages_of
 from .openai_logprobs import number
@@ -112,7 +112,8 @@ def build(service: Service) -> APIRouter:
     @router.post("/chat_tokenize")
     async def chat_tokenize(body: ChatCompletionRequest, request: Request) -> Response:
         """A conversation as the model reads it, and its tokens."""
-        prompt = await service.fit(request, messages_of(body.messages), None, trim=True)
+        tools = tool_requests.of_openai(body)
+        prompt = await service.fit(request, messages_of(body.messages), None, trim=True, tools=tools)
         tokens = await service.run_for(request, tokens_of, service, prompt, True)
         return Json({"tokenize_response": tokens, "templated_text": prompt.prompt.text})
 

@@ -7,14 +7,19 @@ else, and one `Finish` at the end of either. `Reading` is not an event of the st
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length", "cancelled"]
+from .tools import CallPart, ToolCall
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 @dataclass(frozen=True)
 class Message:
     role: Role
     text: str
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool's message: the call that it answers
+    name: str = ""  # of a tool's message: the tool
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    call: CallPart | None = None  # a piece of a tool call instead of text; only where the prompt offered tools
 
 
 @dataclass(frozen=True)

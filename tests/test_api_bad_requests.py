@@ -77,12 +77,12 @@ OPENAI = [  # (path, body, status, type, param, code, words)
     ("chat", {"messages": [{"role": "king", "content": "x"}]}, 400, "invalid_request_error", "messages.0.role", None, "'system'"),
     (
         "chat",
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [*user(), {"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]}]},
         400,
         "invalid_request_error",
-        "messages.0.role",
+        "messages.1.tool_calls.0",
         None,
-        "not supported",
+        "with its name",
     ),
     (
         "chat",
@@ -135,7 +135,25 @@ OPENAI = [  # (path, body, status, type, param, code, words)
         None,
         "reports no log-probabilities",
     ),
-    ("chat", {"messages": user(), "tools": [{"type": "function"}]}, 400, "invalid_request_error", "tools", None, "not supported"),
+    *(
+        ("chat", {"messages": user(), **body}, 400, "invalid_request_error", param, None, words)
+        for body, param, words in [
+            ({"tools": [{"type": "function"}]}, "tools.0.type", "with a `function`"),
+            ({"tools": [{"type": "web_search"}]}, "tools.0.type", "of the type function"),
+            ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools.0.function.name", "required"),
+            ({"tools": [{"type": "function", "function": {"name": " "}}]}, "tools.0.function.name", "the name of a function"),
+            (
+                {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
+                "tools.0.function.parameters",
+                "dict",
+            ),
+            ({"tools": "f"}, "tools", "list"),
+            ({"tool_choice": "required"}, "tool_choice", "has no tools"),
+            ({"tools": [{"function": {"name": "f"}}], "tool_choice": "g"}, "tool_choice", "names 'g'"),
+            ({"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "x"}}, "tool_choice", "must be"),
+            ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call", "names 'g'"),
+        ]
+    ),
     (
         "chat",
         {"messages": user(), "response_format": {"type": "json_schema"}},

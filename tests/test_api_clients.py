@@ -193,9 +193,10 @@ def test_openai_errors_arrive_as_its_own(openai_client):
     with pytest.raises(openai.NotFoundError, match="not loaded"):
         others = [each.id for each in openai_client.models.list()][1:]
         openai_client.chat.completions.create(model=others[0], messages=CAPITAL)
-    with pytest.raises(openai.BadRequestError, match="Tools are not supported"):
+    with pytest.raises(openai.BadRequestError, match="names 'g', which is not among the tools"):
         tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        openai_client.chat.completions.create(model="x", messages=CAPITAL, tools=[tool])
+        choice = {"type": "function", "function": {"name": "g"}}
+        openai_client.chat.completions.create(model="x", messages=CAPITAL, tools=[tool], tool_choice=choice)
 
 
 # --- text-generation -------------------------------------------------------------------------------

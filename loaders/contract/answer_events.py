@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...core.chat import Finish, Step, Token
 from ..text.detokenize import Detokenizer
 from ..text.stop_strings import StopStrings
+from ..text.tool_calls import CallReader, Piece
 
 _POLL_S = 0.02  # how soon a waiting thread notices that the parent flag is set
 
@@ -86,3 +87,23 @@ def without_leading_space(events: Iterator[Token | Finish | None]) -> Iterator[T
             event = replace(event, text=event.text.lstrip())
             begun = bool(event.text)
         yield event
+
+
+def with_calls(events: Iterator[Token | Finish | None], reader: CallReader) -> Iterator[Token | Finish | None]:
+    """The same events with the calls of tools as pieces of calls instead of text."""
+    for event in events:
+        if isinstance(event, Token):
+            pieces = reader.feed(event.text)
+            text = "".join(each for each in pieces[:1] if isinstance(each, str))
+            yield replace(event, text=text)
+            yield from _tokens(pieces[1:] if text else pieces)
+        elif isinstance(event, Finish):
+            yield from _tokens(reader.end())
+            yield replace(event, reason="tool_calls") if reader.count and event.reason == "stop" else event
+        else:
+            yield event
+
+
+def _tokens(pieces: list[Piece]) -> Iterator[Token]:
+    for each in pieces:
+        yield Token(-1, each) if isinstance(each, str) else Token(-1, "", call=each)

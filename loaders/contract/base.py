@@ -9,21 +9,23 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...core.chat import Finish, Message, Step, Token
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
 from ...core.params import GenerationParams
+from ...core.tools import ToolUse
 from ..machine import memory_fit
 from ..machine.capabilities import Machine, look
+from ..text import tool_prompts
 from ..text.answer_ids import EarlierAnswers
 from ..text.chat_template import ChatTemplate
 from ..text.detokenize import Detokenizer
 from ..text.stop_strings import StopStrings
 from ..text.token_codec import TokenCodec
-from .answer_events import StopFlag, cancelled, settled, timed, without_leading_space
+from .answer_events import StopFlag, cancelled, settled, timed, with_calls, without_leading_space
 from .model_prompt import Prompt
 from .worker import Stream, Worker
 
@@ -182,8 +184,10 @@ class LoadedModel(ABC):
         """Tokens of a text or a conversation as the model reads it. Raises BadParameter."""
         return len(self.prompt(source).ids)
 
-    def prompt(self, source: str | Sequence[Message]) -> Prompt:
+    def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
         """A plain text, or a conversation as its template shows it: rendered once, tokenised once.
+
+        `tools` are those that the answer may call, or has to: then the prompt ends where the call begins.
 
         A conversation that ends in an assistant's message is continued. Earlier answers of this model that are
         unedited in it keep the ids they were sampled with. Raises BadParameter.
@@ -191,8 +195,10 @@ class LoadedModel(ABC):
         if isinstance(source, str):
             return Prompt(source, tuple(self._ids(source)))
         template = self.template
-        text = template.render(source, self.tokenizer)
-        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop)
+        shown = template.show(source, self.tokenizer, tools.tools if tools is not None else ())
+        calls = tool_prompts.prompt_of(tools, template.tool_format, shown.has_skill) if tools is not None else None
+        text = shown.text + (calls.opening if calls is not None else "")
+        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop, calls)
 
     def _ids(self, text: str) -> list[int]:
         """As `encode`, with the ids of earlier answers."""
@@ -229,6 +235,8 @@ class LoadedModel(ABC):
 
     def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         """What follows a prompt: Tokens of settled text, one Finish last. Raises BadParameter."""
+        if prompt.calls is not None and prompt.calls.grammar is not None and "grammar" in self.can:
+            params = replace(params, grammar=prompt.calls.grammar)
         self.check(params)
         requested = time.perf_counter()
         stop, strip = (*params.stop, *(each for each in prompt.stop if each not in params.stop)), prompt.begins_answer
@@ -240,8 +248,10 @@ class LoadedModel(ABC):
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = timed(self._steps(ids, params, inner), requested)
-            events = settled(steps, Detokenizer(self.tokenizer, ids), StopStrings(stop), inner)
-            return self._remembered(prompt, without_leading_space(events) if strip else events)
+            kept = self.codec.special_texts(prompt.calls.format.special) if prompt.calls is not None else {}
+            events = settled(steps, Detokenizer(self.tokenizer, ids, kept), StopStrings(stop), inner)
+            events = self._remembered(prompt, without_leading_space(events) if strip else events)
+            return events if prompt.calls is None else with_calls(events, prompt.calls.reader(params.grammar is not None))
 
         return self._worker.stream(answer, cancel, cancelled(len(prompt.ids)), alone=self._is_alone(params))
 

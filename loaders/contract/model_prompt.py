@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ...core.chat import Message
+from ..text.tool_prompts import ToolPrompt
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,7 @@ class Prompt:
     ids: tuple[int, ...] = ()  # empty for a remote engine, which makes its own
     messages: tuple[Message, ...] | None = None  # what the text was rendered from; None: a plain text
     stop: tuple[str, ...] = ()  # role markers of the template: text that ends the answer
+    calls: ToolPrompt | None = None  # the tools that the answer may call
 
     @property
     def begins_answer(self) -> bool:

@@ -11,6 +11,7 @@ from ...core.errors import AnswerFailed, BadParameter, PromptTooLong
 from ...core.grammar import Grammar
 from ...core.models import LocalModel
 from ...core.params import GenerationParams, changed_in, obeyed_by
+from ...core.tools import ToolUse
 from ..contract.base import LoadedModel
 from ..contract.model_prompt import Prompt
 from ..contract.worker import Stream
@@ -53,7 +54,7 @@ class RemoteModel(LoadedModel):
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
         raise BadParameter("A model on another machine takes text, not token ids.")
 
-    def prompt(self, source: str | Sequence[Message]) -> Prompt:
+    def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
         return Prompt(source) if isinstance(source, str) else Prompt("", messages=tuple(source))
 
     def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:

@@ -1,7 +1,7 @@
 """The chat templates that models of 2023 were taught, for folders that carry none, and how to recognise which.
 
 Each is Jinja with the variables of transformers' chat templates: messages, bos_token,
-eos_token, add_generation_prompt.
+eos_token, add_generation_prompt. What one cannot show as its model was taught, it refuses: then message_order.py folds it.
 """
 
 CHATML = (
@@ -12,6 +12,14 @@ CHATML = (
 _SYSTEM_FIRST = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('system messages are at the beginning only') }}"
+    "{% elif not loop.first and m['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('user and assistant alternate') }}{% endif %}{% endfor %}"
+)
+_USER_FIRST = (
+    "{% if system and rest and rest[0]['role'] != 'user' %}"
+    "{{ raise_exception('the system message is part of the first message of the user') }}{% endif %}"
 )
 _SYSTEM_INTO_FIRST = "(system + '\\n\\n' if system and loop.first else '')"
 
@@ -39,12 +47,12 @@ def _after_answer(user: str) -> str:
 
 
 _MISTRAL = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{{ bos_token }}" + _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
     "{{ '[INST] ' + " + _SYSTEM_INTO_FIRST + " + m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
 )  # the conversation of Mistral-7B-Instruct's model card
 _LLAMA2 = (
-    _SYSTEM_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
+    _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.first else '') }}"
     "{{ m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
@@ -59,7 +67,7 @@ _ZEPHYR = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 _GEMMA = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for m in rest %}"
+    "{{ bos_token }}" + _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\\n' }}"
     "{{ " + _SYSTEM_INTO_FIRST + " + m['content'] + '<end_of_turn>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"

@@ -5,20 +5,34 @@ The template comes from the first of: the tokenizer's own (chat_template.jinja o
 architecture. A model with none of them is no chat model. It gets a plain transcript and a label that says so.
 """
 
+import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...core.chat import Message
 from ...core.errors import BadParameter
+from ...core.tools import Tool
+from . import tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
+from .message_order import orders, without_empty_end
 from .renderers import LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit, one_call
+from .tool_formats import MISTRAL, ToolFormat
 
+log = logging.getLogger(__name__)
+
+_MOST_NOTES = 20
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
+
+
+@dataclass(frozen=True)
+class Shown:
+    text: str
+    has_skill: bool  # the template showed the tools itself
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,9 @@ class ChatTemplate:
     stop_ids: tuple[int, ...] = ()  # the same where they are special tokens
     is_chat: bool = True  # False: the model was not taught to chat
     note: str = ""  # what the user should know about it
+    tool_jinja: str = ""  # another template, for chats with tools
     renderer: Renderer = field(default_factory=OwnRenderer, repr=False, compare=False)
+    _noted: set[str] = field(default_factory=set, repr=False, compare=False)  # what the log has
 
     @property
     def is_quick(self) -> bool:
@@ -38,31 +54,65 @@ class ChatTemplate:
         return self.renderer.is_quick
 
     def render(self, messages: Sequence[Message], tokenizer: Any = None) -> str:
+        """The prompt for the next assistant message, as `show` makes it."""
+        return self.show(messages, tokenizer).text
+
+    def show(self, messages: Sequence[Message], tokenizer: Any = None, tools: Sequence[Tool] = ()) -> "Shown":
         """The prompt for the next assistant message; one that ends in an assistant's message is continued.
 
-        A template that refuses system messages, or a chat that an assistant opens, gets one in which user and assistant
-        alternate. Takes two seconds at most. Raises BadParameter if the template cannot show the conversation.
+        The template is given the chat as it is. One that refuses it gets the same words in fewer messages, until user and
+        assistant alternate; one that knows no tools gets them in the system prompt. Takes two seconds at most. Raises
+        BadParameter if the template cannot show the conversation.
         """
         with one_call():
-            return self._render(messages, tokenizer)
+            return self._show(messages, tokenizer, tools)
 
-    def _render(self, messages: Sequence[Message], tokenizer: Any) -> str:
-        chat = _merged(messages)
-        task = Task(self.jinja, chat, _tokens(tokenizer), bool(chat) and chat[-1]["role"] == "assistant")
+    def _show(self, messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool]) -> Shown:
+        first: TemplateFault | None = None
         try:
-            try:
-                return self.renderer.render(task)
-            except TemplateFault as first:
+            for at, (task, has_skill) in enumerate(self._tasks(messages, _tokens(tokenizer), tools)):
                 try:
-                    folded = replace(task, chat=_alternating(chat))
-                    return self.renderer.render(folded)
-                except TemplateFault:
-                    raise first from None
+                    text = self.renderer.render(task)
+                except TemplateFault as fault:
+                    first = first or fault
+                    continue
+                if has_skill and not all(each.name in text for each in tools):
+                    continue  # it names `tools` and does not show these
+                if at and first is not None:
+                    self._note(str(first))
+                return Shown(text, has_skill)
+            raise first or TemplateFault("there is no message")
         except (TemplateFault, TemplateLimit) as error:
             raise BadParameter(
                 f"The chat template of this model ({self.name}) cannot show this conversation: {error}. "
                 "Choose another template in the Chat tab."
             ) from None
+
+    def _tasks(self, messages: Sequence[Message], tokens: dict[str, str], tools: Sequence[Tool]) -> Iterator[tuple[Task, bool]]:
+        """What to try, in order; and whether the template itself is given the tools."""
+        messages = without_empty_end(messages)
+        calls = any(each.tool_calls for each in messages)
+        uses_tools = bool(tools) or tool_prompts.uses_tools(messages)
+        if uses_tools and self.tool_format is not None:
+            shown = tuple(each.described() for each in tools)
+            for order in orders(messages):
+                for as_text in (False, True) if calls else (False,):
+                    chat = tool_prompts.as_given(order, arguments_as_text=as_text, short_ids=self.tool_format is MISTRAL)
+                    yield Task(self.tool_jinja or self.jinja, chat, tokens, _is_continued(order), shown), True
+        for order in orders(tool_prompts.described(messages, tools) if uses_tools else messages):
+            chat = [{"role": each.role, "content": each.text} for each in order]
+            yield Task(self.jinja, chat, tokens, _is_continued(order)), False
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model was taught to write calls; None if its template teaches none that is known here."""
+        jinja = self.tool_jinja or self.jinja
+        return tool_formats.of_template(jinja) if tool_prompts.knows_tools(jinja) else None
+
+    def _note(self, why: str) -> None:
+        if why not in self._noted and len(self._noted) < _MOST_NOTES:
+            self._noted.add(why)
+            log.info("the chat template (%s) refuses such a chat (%s): its messages were folded", self.name, why)
 
     def bound(self, tokenizer: Any) -> "ChatTemplate":
         """With the role markers of this template as this tokenizer sees them."""
@@ -86,17 +136,17 @@ def find(folder: Path, tokenizer: Any, architecture: str) -> ChatTemplate:
 def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
     """(the template that the folder brings, None if it cannot be used; then a sentence that says why, "" without one)."""
     given = getattr(tokenizer, "chat_template", None)
-    note = ""
+    note, tool_jinja = "", ""
     if isinstance(given, dict):
         known = {name: text for name, text in given.items() if isinstance(text, str) and text}
         name = "default" if "default" in known else next(iter(known), "")
-        given = known.get(name)
+        given, tool_jinja = known.get(name), known.get("tool_use", "")
         if given and name != "default":
             note = f"The folder has chat templates called {', '.join(known)}, and none called default: {name} is used."
     if not isinstance(given, str) or not given:
         return None, ""
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
-    template = ChatTemplate(given, "the model's own", source, note=note, renderer=LimitedRenderer())
+    template = ChatTemplate(given, "the model's own", source, note=note, tool_jinja=tool_jinja, renderer=LimitedRenderer())
     if problem := _problem(template, tokenizer):
         template.close()
         return None, f"The chat template of the folder ({source}) cannot be used: {problem}."
@@ -187,23 +237,8 @@ def from_model_card(text: str) -> ChatTemplate:
     return ChatTemplate(labelled(system, user, answer, between, default), "the model card's own", "the model card")
 
 
-def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Neighbours of one role become one message: templates insist that roles alternate."""
-    chat: list[dict[str, str]] = []
-    for message in messages:
-        if chat and chat[-1]["role"] == message.role:
-            chat[-1]["content"] += "\n\n" + message.text
-        else:
-            chat.append({"role": message.role, "content": message.text})
-    return chat
-
-
-def _alternating(chat: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same words as user, assistant, user …: system messages become the user's; a greeting follows an empty message."""
-    messages = [Message("user" if each["role"] == "system" else each["role"], each["content"]) for each in chat]  # type: ignore[arg-type]
-    if messages and messages[0].role == "assistant":
-        messages.insert(0, Message("user", ""))
-    return _merged(messages)
+def _is_continued(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
 def _tokens(tokenizer: Any) -> dict[str, str]:

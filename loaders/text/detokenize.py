@@ -5,7 +5,7 @@ is the difference of two decodings of a short window: the method of Hugging Face
 window starts inside the prompt, so that the first token of an answer keeps its leading space where it has one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _WINDOW_TOKENS = 6
@@ -13,14 +13,20 @@ _LONGEST_CHARACTER_TOKENS = 8  # bytes of an emoji sequence; after these, a � 
 
 
 class Detokenizer:
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), shown: Mapping[int, str] | None = None) -> None:
+        """`shown`: special tokens that are part of the text, with what they are there."""
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._ids = list(prompt[-_WINDOW_TOKENS:])
         self._before = 0  # start of the window
         self._read = len(self._ids)  # ids whose text was returned
 
     def feed(self, id: int) -> str:
         """The text that became certain with this id; empty while a character is incomplete."""
+        if id in self._shown:
+            text = self.end() + self._shown[id]
+            self._ids, self._before, self._read = [], 0, 0
+            return text
         self._ids.append(id)
         return self._advance(len(self._ids) - self._read > _LONGEST_CHARACTER_TOKENS)
 

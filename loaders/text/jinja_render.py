@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that the model goes on with
 _AFTER_S = 5  # processor time that one request may take, in case nobody is left to end the child
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
 
 
 class OutputTooLong(ValueError):
@@ -33,14 +33,17 @@ class NotContinued(ValueError):
     pass
 
 
-def render(source: str, chat: Chat, tokens: dict[str, str], resume: bool, most_characters: int) -> str:
+def render(
+    source: str, chat: Chat, tokens: dict[str, str], resume: bool, most_characters: int, tools: list[Any] | None = None
+) -> str:
     """The prompt for the next assistant message; with `resume`, one that ends inside of the last message.
 
-    `tokens` are the special tokens by name ("bos_token"). Raises whatever a template raises, OutputTooLong, NotContinued.
+    `tokens` are the special tokens by name ("bos_token"), `tools` the functions that the model may
+    call, as OpenAI has them. Raises whatever a template raises, OutputTooLong, NotContinued.
     """
     if resume:
         chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _CONTINUED}]
-    values = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": not resume, **tokens}
+    values = {"messages": chat, "tools": tools, "documents": None, "add_generation_prompt": not resume, **tokens}
     parts: list[str] = []
     left = most_characters
     for part in _compiled(source).generate(values):

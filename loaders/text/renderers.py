@@ -5,13 +5,14 @@ ever or take all memory, and no Python thread can be ended. A child can.
 """
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import jinja_render
 from .child_process import START_S, Child, ChildEnded
@@ -57,11 +58,14 @@ class Task:
     chat: Chat
     tokens: dict[str, str]  # special tokens by name
     resume: bool  # the last message is continued
+    tools: tuple[dict[str, Any], ...] = ()  # that the template shows
 
     @property
     def most_characters(self) -> int:
         """Of the prompt: what no template that shows each message once comes near to."""
-        return 200_000 + 4 * sum(len(each["content"]) for each in self.chat)
+        more = len(json.dumps(self.tools)) if self.tools else 0
+        calls = sum(len(json.dumps(each["tool_calls"])) for each in self.chat if "tool_calls" in each)
+        return 200_000 + 4 * (sum(len(each["content"]) for each in self.chat) + calls + more)
 
 
 class Renderer(Protocol):
@@ -82,7 +86,9 @@ class OwnRenderer:
 
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
         try:
-            return jinja_render.render(task.source, task.chat, task.tokens, task.resume, task.most_characters)
+            return jinja_render.render(
+                task.source, task.chat, task.tokens, task.resume, task.most_characters, list(task.tools) or None
+            )
         except Exception as error:
             raise TemplateFault(str(error)) from None
 
@@ -118,6 +124,7 @@ class LimitedRenderer:
                 "tokens": task.tokens,
                 "resume": task.resume,
                 "most_characters": task.most_characters,
+                "tools": list(task.tools) or None,
             }
             child = self._child(max(2 * _LEAST_S, until - time.monotonic() - _LEAST_S))
             answer = child.ask(question, max(_LEAST_S, until - time.monotonic()), 12 * task.most_characters)

@@ -6,7 +6,7 @@ it up takes one lock. Reading ids never waits for a long text. Errors of the Rus
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,12 @@ class TokenCodec:
         """Ids to text. With `special`, special tokens are part of it."""
         with _in_words():
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+    def special_texts(self, texts: Iterable[str]) -> dict[int, str]:
+        """Id -> text, for those of some texts that are special tokens: decoding leaves them out."""
+        wanted = set(texts)
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        return {id: token.content for id, token in added.items() if token.special and token.content in wanted}
 
     def name(self, id: int) -> str | None:
         """The token's name in the vocabulary ("Ġhello", "<0xE2>"); None if the tokenizer does not say."""

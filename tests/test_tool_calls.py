@@ -1,0 +1,162 @@
+"""loaders/text/tool_calls.py, tool_formats.py: what is text of an answer and what are calls, however the pieces arrive."""
+
+import json
+
+import pytest
+
+from gptq_webui.core.tools import CallPart, Tool, ToolUse
+from gptq_webui.loaders.text import tool_formats
+from gptq_webui.loaders.text.tool_calls import ChannelCalls, ForcedCalls, MarkedCalls
+from gptq_webui.loaders.text.tool_prompts import prompt_of
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+TOOLS = (Tool("weather", "", json.dumps(SCHEMA)), Tool("now"))
+PARIS, ROME = ("weather", {"city": "Paris", "days": 2}), ("weather", {"city": "Rome"})
+JSON_PARIS = '{"name": "weather", "arguments": {"city": "Paris", "days": 2}}'
+JSON_ROME = '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+
+def read(reader, text, step):
+    """(text, calls as name and arguments) of an answer that arrives in pieces of so many characters."""
+    pieces = [piece for at in range(0, len(text), step) for piece in reader.feed(text[at : at + step])] + reader.end()
+    calls = {}
+    for each in pieces:
+        if isinstance(each, CallPart):
+            first = each.index not in calls
+            assert bool(each.id) == bool(each.name) == first
+            name, arguments = calls.get(each.index, (each.name, ""))
+            calls[each.index] = name, arguments + each.arguments
+    assert list(calls) == list(range(reader.count))
+    shown = "".join(each for each in pieces if isinstance(each, str))
+    return shown, [(name, json.loads(arguments)) for name, arguments in calls.values()]
+
+
+ANSWERS = {
+    "Hermes": [
+        (f"<tool_call>\n{JSON_PARIS}\n</tool_call>", "", [PARIS]),
+        (f"I look.\n<tool_call>{JSON_PARIS}</tool_call>\n<tool_call>\n{JSON_ROME}\n</tool_call>\n", "I look.", [PARIS, ROME]),
+        (f"<tool_call>[{JSON_PARIS}, {JSON_ROME}]</tool_call>", "", [PARIS, ROME]),
+        (f"<tool_call>{JSON_PARIS}", "", [PARIS]),  # its end was an end token
+        ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
+        ('<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', "", [("now", {})]),
+        ("1 < 2 <tool> and so on \n", "1 < 2 <tool> and so on \n", []),
+        ("<tool_call>{broken</tool_call> after", "<tool_call>{broken</tool_call> after", []),
+        ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"name": "now", "arguments": 1}</tool_call>', '<tool_call>{"name": "now", "arguments": 1}</tool_call>', []),
+    ],
+    "Qwen3-Coder": [
+        (
+            "Yes.\n<tool_call>\n<function=weather>\n<parameter=city>\nPa<b>\nris\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+            "</function>\n</tool_call>",
+            "Yes.",
+            [("weather", {"city": "Pa<b>\nris", "days": 2})],
+        ),
+        ("<function=now>\n</function>", "", [("now", {})]),
+    ],
+    "GLM-4.5": [
+        (
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
+            "<arg_value>2</arg_value>\n</tool_call>",
+            "",
+            [PARIS],
+        ),
+        ("<tool_call>now</tool_call>", "", [("now", {})]),
+    ],
+    "GLM-4": [('weather\n{"city": "Rome"}', "", [ROME]), ("weather is nice", "weather is nice", [])],
+    "Mistral": [
+        (f"[TOOL_CALLS] [{JSON_PARIS}, {JSON_ROME}]", "", [PARIS, ROME]),
+        ('[TOOL_CALLS]weather[ARGS]{"city": "Rome"}', "", [ROME]),
+        ('Look.[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{"city": "Rome"}[TOOL_CALLS]now{}', "Look.", [ROME, ("now", {})]),
+        ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+        ("[TOOL_CALLS]", "[TOOL_CALLS]", []),
+    ],
+    "Llama 3": [
+        ('{"name": "weather", "parameters": {"city": "Rome"}}', "", [ROME]),
+        ('<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "now"}', "", [ROME, ("now", {})]),
+        ('<function=weather>{"city": "Rome"}</function>', "", [ROME]),
+        ('{"a": 1}', '{"a": 1}', []),
+        ("It is {nice}", "It is {nice}", []),
+    ],
+    "Llama 4": [
+        ('[weather(city="Paris", days=2), now()]', "", [PARIS, ("now", {})]),
+        ("<|python_start|>[weather(city='Rome')]<|python_end|>", "", [ROME]),
+        ("[1, 2]", "[1, 2]", []),
+        ("[weather(city=open('x'))]", "[weather(city=open('x'))]", []),  # nothing of it is run
+    ],
+    "DeepSeek": [
+        (
+            "Well.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+            '{"city": "Rome"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "Well.",
+            [ROME, ("now", {})],
+        ),
+        (
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome"}'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "",
+            [ROME],
+        ),
+    ],
+    "Granite": [(f"<|tool_call|>[{JSON_ROME}]", "", [ROME]), (f"<|tool_call|>[{JSON_ROME}]<|/tool_call|>", "", [ROME])],
+}  # fmt: skip
+FORMATS = {
+    each.name: each
+    for each in vars(tool_formats).values()
+    if isinstance(each, tool_formats.ToolFormat) and not each.is_channels
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, each in ANSWERS.items() for at in range(len(each))])
+def test_an_answer_is_text_and_calls(name, at, step):
+    text, shown, calls = ANSWERS[name][at]
+    assert read(MarkedCalls(FORMATS[name], TOOLS), text, step) == (shown, calls)
+
+
+def test_every_format_has_an_answer_here():
+    assert set(FORMATS) == set(ANSWERS)
+
+
+@pytest.mark.parametrize("step", [1, 9, 10_000])
+def test_channels_are_thinking_answer_and_calls(step):
+    text = (
+        "<|channel|>analysis<|message|>Hm <b>.<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        '<|constrain|>json<|message|>{"city": "Rome"}<|call|>'
+    )
+    tools = {each.name: each for each in TOOLS}
+    assert read(ChannelCalls(tools), text, step) == ("", [ROME])
+    assert read(ChannelCalls(tools), "<|channel|>final<|message|>1 < 2 and\n so<|return|>", step) == ("1 < 2 and\n so", [])
+    assert read(ChannelCalls(tools), "<|channel|>commentary to=functions.rm<|message|>{}<|call|>", step) == ("{}", [])
+
+
+@pytest.mark.parametrize("step", [1, 5, 10_000])
+def test_the_json_that_a_grammar_makes_is_passed_on_while_it_comes(step):
+    tricky = ("weather", {"city": 'a "}{]\\" b', "deep": {"x": [1, {"y": {}}]}})
+    one = json.dumps({"name": tricky[0], "arguments": tricky[1]})
+    assert read(ForcedCalls(), one, step) == ("", [tricky])
+    assert read(ForcedCalls(), f'[ {one},\n{{"name" : "now", "parameters": {{}} }}]', step) == ("", [tricky, ("now", {})])
+    reader = ForcedCalls()
+    cut = "".join(each.arguments for each in reader.feed(one[:40]))
+    assert cut and json.dumps(tricky[1]).startswith(cut)
+
+
+def test_without_parallel_calls_only_the_first_counts():
+    reader = MarkedCalls(tool_formats.HERMES, TOOLS, parallel=False)
+    assert read(reader, f"<tool_call>{JSON_PARIS}</tool_call><tool_call>{JSON_ROME}</tool_call>", 3) == ("", [PARIS])
+
+
+def test_a_forced_call_without_a_grammar_begins_in_the_prompt():
+    def reader():
+        return prompt_of(ToolUse(TOOLS, must=True), tool_formats.HERMES, True).reader(by_grammar=False)
+
+    assert read(reader(), f"{JSON_PARIS}\n</tool_call>", 4) == ("", [PARIS])
+    assert read(reader(), "I cannot.", 4) == ("I cannot.", [])  # what the prompt has is not part of the answer
+
+
+def test_arguments_come_in_pieces():
+    text = "x" * 1000
+    reader = MarkedCalls(tool_formats.HERMES, TOOLS)
+    call = json.dumps({"name": "weather", "arguments": {"city": text}})
+    pieces = reader.feed(f"<tool_call>{call}</tool_call>")
+    assert len(pieces) > 3 and json.loads("".join(each.arguments for each in pieces)) == {"city": text}
