@@ -1,6 +1,8 @@
 """The grammar of an answer, as each protocol names it: OpenAI's response_format, TGI's grammar, llama.cpp's GBNF."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from .problems import Problem
 from .service import Service
 
 _KINDS = "text, json_object, json_schema or regex"
+_SPECIAL = re.compile(r"[\\.^$|?*+()\[\]{}]")  # in a pattern
 
 
 async def with_grammar(
@@ -34,9 +37,35 @@ def of_openai(body: Any) -> tuple[Grammar | None, str]:
         return _of_format(body.response_format, "response_format"), "response_format"
     if body.json_schema:
         return _schema(body.json_schema, "json_schema"), "json_schema"
-    field = "grammar" if body.grammar else "grammar_string"
-    text = getattr(body, field)
-    return (_made("gbnf", text, field) if text else None), field
+    if body.structured_outputs is not None:
+        return _of_kinds(body.structured_outputs, "structured_outputs."), "structured_outputs"
+    guided = {"json": body.guided_json, "regex": body.guided_regex, "choice": body.guided_choice, "grammar": body.guided_grammar}
+    if any(value is not None for value in guided.values()):
+        name = next(name for name, value in guided.items() if value is not None)
+        return _of_kinds(guided, "guided_"), f"guided_{name}"
+    if body.regex:
+        return _made("regex", body.regex, "regex"), "regex"
+    for field, text in (("grammar", body.grammar), ("grammar_string", body.grammar_string), ("ebnf", body.ebnf)):
+        if text:
+            return _made("gbnf", text, field), field
+    return None, "grammar"
+
+
+def _of_kinds(found: dict[str, Any], before: str) -> Grammar | None:
+    """vLLM's kinds, of which a request may have one. Raises Problem."""
+    given = {name: value for name, value in found.items() if name in _KINDS_OF_VLLM and value not in (None, False)}
+    if len(given) > 1:
+        names = ", ".join(before + name for name in given)
+        raise Problem("invalid", f"A request may ask for one form of answer; found {names}.", before + next(iter(given)))
+    for name, value in given.items():
+        return _KINDS_OF_VLLM[name](value, before + name)
+    return None
+
+
+def _choice(value: Any, field: str) -> Grammar:
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each for each in value):
+        raise Problem("invalid", f"{field} must be a list of texts, none of them empty.", field)
+    return _made("regex", "|".join(_SPECIAL.sub(r"\\\g<0>", each) for each in value), field)
 
 
 def _of_format(response_format: Any, field: str) -> Grammar:
@@ -97,3 +126,12 @@ def _made(kind: Any, text: Any, field: str) -> Grammar:
         return Grammar(kind, text)
     except BadParameter as error:
         raise Problem("invalid", str(error), field) from None
+
+
+_KINDS_OF_VLLM: dict[str, Callable[[Any, str], Grammar]] = {
+    "json": _schema,
+    "json_object": lambda value, field: Grammar("json"),
+    "regex": lambda value, field: _made("regex", value, field),
+    "choice": _choice,
+    "grammar": lambda value, field: _made("gbnf", value, field),  # llguidance takes Lark's rules too
+}

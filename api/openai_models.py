@@ -59,9 +59,16 @@ class _AnswerRequest(Sampling):
     user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
-    json_schema: dict[str, Any] | None = Field(None, description="A JSON schema, as llama.cpp and tabbyAPI take it")
+    json_schema: dict[str, Any] | str | None = Field(None, description="A JSON schema, as llama.cpp, SGLang and tabbyAPI take it")
     grammar: str | None = Field(None, description="llama.cpp's grammar (GBNF), as KoboldCpp's programs send it")
     grammar_string: str | None = Field(None, description="The same, as text-generation-webui's programs send it")
+    ebnf: str | None = Field(None, description="The same, as SGLang's programs send it")
+    regex: str | None = Field(None, description="A pattern that the answer matches, as SGLang's programs send it")
+    guided_json: Any = Field(None, description="A JSON schema, as programs for vLLM send it")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, description="The answer is one of these texts")
+    guided_grammar: str | None = Field(None, description="llama.cpp's grammar, or Lark's")
+    structured_outputs: dict[str, Any] | None = Field(None, description="json, json_object, regex, choice or grammar, as vLLM")
 
 
 class ChatCompletionRequest(_AnswerRequest):

@@ -136,6 +136,30 @@ def test_tgis_own_forms_in_a_chat(server):
     assert Short.model_validate_json(server.http.post("/generate", json=body).json()["generated_text"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"guided_choice": ["a.b (c)", "d|e"]}, r"a\.b \(c\)|d\|e"),
+        ({"guided_regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"guided_grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+        ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+        ({"guided_json": SHORT}, '{"capital": ?"[A-Z][a-z]+"}'),
+        ({"guided_json": json.dumps(SHORT)}, '{"capital": ?"[A-Z][a-z]+"}'),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
+        ({"structured_outputs": {"regex": "x{4}"}}, "x{4}"),
+        ({"structured_outputs": {"json": SHORT}}, '{"capital": ?"[A-Z][a-z]+"}'),
+        ({"regex": "x{4}"}, "x{4}"),
+        ({"ebnf": 'root ::= "yes" | "no"'}, "yes|no"),
+        ({"json_schema": json.dumps(SHORT)}, '{"capital": ?"[A-Z][a-z]+"}'),
+    ],
+    ids=str,
+)
+def test_the_forms_of_vllm_and_sglang(server, asked, pattern):
+    body = {"messages": ASK, "max_tokens": 60, "temperature": 0, **asked}
+    choice = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert re.fullmatch(pattern, choice["message"]["content"]) and choice["finish_reason"] == "stop", choice
+
+
 def test_koboldcpps_rules(server):
     rules = 'root ::= "Answer: " ("yes" | "no")\n'
     body = {"prompt": "Is the sky blue?", "max_length": 20, "grammar": rules, "temperature": 0.5}
@@ -158,6 +182,12 @@ def test_koboldcpps_rules(server):
         ),
         ("/v1/completions", {"prompt": "x", "response_format": {"type": "regex", "value": "(("}}, 400, "unclosed group"),
         ("/v1/completions", {"prompt": "x", "grammar_string": "root ::= ("}, 400, "grammar_string: found a grammar"),
+        ("/v1/completions", {"prompt": "x", "guided_choice": []}, 400, "guided_choice must be a list of texts"),
+        ("/v1/completions", {"prompt": "x", "guided_json": [1]}, 400, "guided_json must be a JSON schema"),
+        ("/v1/completions", {"prompt": "x", "guided_regex": "(("}, 400, "guided_regex: found a pattern"),
+        ("/v1/completions", {"prompt": "x", "guided_regex": "a", "guided_choice": ["a"]}, 400, "one form of answer"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": 1}}, 400, "structured_outputs.choice must be"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": 1}, 400, "dictionary"),
         ("/generate", {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "(("}}}, 422, "unclosed group"),
         ("/api/v1/generate", {"prompt": "x", "grammar": "root ::= ("}, 422, "Expected ')'"),
     ],
@@ -179,5 +209,5 @@ def test_without_llguidance_it_says_what_to_install(server, monkeypatch):
     monkeypatch.setattr("gptq_webui.loaders.text.grammar_matcher.find_spec", lambda name: None)
     answer = server.http.post("/v1/chat/completions", json={"messages": ASK, "response_format": {"type": "json_object"}})
     error = answer.json()["error"]
-    assert answer.status_code == 400 and 'pip install "gptq-webui[json]"' in error["message"]
+    assert answer.status_code == 400 and "pip install llguidance" in error["message"]
     assert error["param"] == "response_format"

@@ -157,13 +157,13 @@ def test_a_form_that_becomes_too_much_ends_the_answer_in_words(random_model):
 
 def test_without_the_package_it_is_named(random_model, monkeypatch):
     monkeypatch.setattr(grammar_matcher, "find_spec", lambda name: None)
-    with pytest.raises(BadParameter, match=r'pip install "gptq-webui\[json\]"'):
+    with pytest.raises(BadParameter, match="pip install llguidance"):
         random_model.held.begin(Grammar("json"), {END})
 
 
 def test_an_old_package_is_named_with_its_version(random_model, monkeypatch):
     monkeypatch.setattr(grammar_matcher, "version", lambda name: "1.3.0")
-    with pytest.raises(BadParameter, match=r"llguidance is 1\.3\.0 here; .* pip install -U \"gptq-webui\[json\]\""):
+    with pytest.raises(BadParameter, match=r"llguidance is 1\.3\.0 here; .* pip install -U llguidance"):
         random_model.held.begin(Grammar("json"), {END})
 
 

@@ -1,7 +1,7 @@
 """Grammars: which tokens may come next so that an answer is JSON, or obeys a schema, a pattern or rules.
 
-llguidance (Rust; vLLM, SGLang and llama.cpp use it too) compiles grammars for a tokenizer. It is an extra,
-`pip install "gptq-webui[json]"`. A grammar is compiled when the request is checked, and kept for the answer.
+llguidance (Rust; vLLM, SGLang and llama.cpp use it too) compiles grammars for a tokenizer. It comes with this package;
+in another program's environment it may be missing. A grammar is compiled when the request is checked, and kept for the answer.
 """
 
 import threading
@@ -49,12 +49,12 @@ class Grammars:
     def _words_of(self, ends: frozenset[int]) -> Any:
         if find_spec("llguidance") is None:
             raise BadParameter(
-                'Grammars and JSON answers need the package llguidance, which is not installed: pip install "gptq-webui[json]"'
+                "Grammars and JSON answers need the package llguidance, which is not installed: pip install llguidance"
             )
         if tuple(int(each) for each in version("llguidance").split(".")[:2]) < _OLDEST:  # no limit to white space, one end token
             raise BadParameter(
                 f"The package llguidance is {version('llguidance')} here; grammars and JSON answers need "
-                f'{_OLDEST[0]}.{_OLDEST[1]}: pip install -U "gptq-webui[json]"'
+                f"{_OLDEST[0]}.{_OLDEST[1]}: pip install -U llguidance"
             )
         from llguidance.hf import from_tokenizer
 
