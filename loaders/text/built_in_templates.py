@@ -18,7 +18,7 @@ _SYSTEM_FIRST = (
     "{{ raise_exception('user and assistant alternate') }}{% endif %}{% endfor %}"
 )
 _USER_FIRST = (
-    "{% if system and rest and rest[0]['role'] != 'user' %}"
+    "{% if system and (not rest or rest[0]['role'] != 'user') %}"
     "{{ raise_exception('the system message is part of the first message of the user') }}{% endif %}"
 )
 _SYSTEM_INTO_FIRST = "(system + '\\n\\n' if system and loop.first else '')"

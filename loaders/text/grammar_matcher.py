@@ -4,6 +4,7 @@ llguidance (Rust; vLLM, SGLang and llama.cpp use it too) compiles grammars for a
 in another program's environment it may be missing. A grammar is compiled when the request is checked, and kept for the answer.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...core.errors import BadParameter
-from ...core.grammar import Grammar
+from ...core.grammar import Grammar, closed
 from .token_codec import TokenCodec
 
 _OLDEST = 1, 9
@@ -81,7 +82,7 @@ def _compile(words: Any, grammar: Grammar) -> Any:
     try:
         with _no_panic():
             if grammar.kind in ("json", "json_schema"):
-                schema = grammar.text or '{"type": "object"}'
+                schema = _closed_text(grammar.text) if grammar.text else '{"type": "object"}'
                 source = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE})
             else:
                 source = grammar_from(grammar.kind, grammar.text)
@@ -92,6 +93,14 @@ def _compile(words: Any, grammar: Grammar) -> Any:
     if matcher.is_error() or not any(first):
         raise BadParameter(f"found {grammar.words} that no answer can obey: {_short(matcher.get_error())}")
     return matcher
+
+
+def _closed_text(schema: str) -> str:
+    """A schema that is no JSON, or too deep, stays as it is: llguidance says what is wrong."""
+    try:
+        return json.dumps(closed(json.loads(schema)))
+    except (ValueError, RecursionError):
+        return schema
 
 
 class GrammarState:

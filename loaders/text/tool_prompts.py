@@ -146,7 +146,7 @@ def _schema(use: ToolUse, format: ToolFormat, has_skill: bool) -> dict[str, Any]
     definitions: dict[str, Any] = {}
     for at, tool in enumerate(use.callable):
         place = f"tool{at}"
-        definitions[place] = _moved(_closed(tool.schema), f"#/$defs/{place}")
+        definitions[place] = _moved(tool.schema, f"#/$defs/{place}")
         properties = {"name": {"const": tool.name}, format.arguments: {"$ref": f"#/$defs/{place}"}}
         kinds.append({"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False})
     call = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
@@ -155,23 +155,6 @@ def _schema(use: ToolUse, format: ToolFormat, has_skill: bool) -> dict[str, Any]
         return {**call, "$defs": definitions}
     most = _MOST_CALLS if several else 1
     return {"type": "array", "items": call, "minItems": 1, "maxItems": most, "$defs": definitions}
-
-
-def _closed(schema: Any, depth: int = 0) -> Any:
-    """The schema without the properties that it allows and does not name: a small model would make them up without end."""
-    if not isinstance(schema, dict) or depth > 50:
-        return schema
-    found = dict(schema)
-    if isinstance(found.get("properties"), dict):
-        found["properties"] = {name: _closed(each, depth + 1) for name, each in found["properties"].items()}
-        if not found.keys() & {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}:
-            found["additionalProperties"] = False
-    if "items" in found:
-        found["items"] = _closed(found["items"], depth + 1)
-    for place in ("$defs", "definitions"):
-        if isinstance(found.get(place), dict):
-            found[place] = {name: _closed(each, depth + 1) for name, each in found[place].items()}
-    return found
 
 
 def _moved(value: Any, place: str) -> Any:
