@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 _KNOWN = {
     "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "stop", "seed",
-    "presence_penalty", "frequency_penalty", "logit_bias",
+    "presence_penalty", "frequency_penalty", "logit_bias", "tools", "tool_choice", "parallel_tool_calls",
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class OpenAIServer:
 
             def _event(self, chat, text, finish):
                 choice = {"index": 0, "finish_reason": finish}
-                choice |= {"delta": {"content": text}} if chat else {"text": text}
+                choice |= {"delta": text if isinstance(text, dict) else {"content": text}} if chat else {"text": text}
                 self._send({"id": "x", "object": "chunk", "created": 0, "model": server.model, "choices": [choice]})
 
             def _send(self, value):

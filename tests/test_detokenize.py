@@ -53,3 +53,15 @@ def test_a_space_that_belongs_to_a_word_is_kept(words_tokenizer):
 def test_special_tokens_have_no_text(bytes_tokenizer):
     out = Detokenizer(bytes_tokenizer)
     assert [out.feed(3), out.feed(1), out.end()] == ["", "", ""]
+
+
+def test_a_special_token_that_is_part_of_the_text_is_shown():
+    class Calls:
+        names = ("</s>", "[CALL]", "▁Hi", "{", "}")
+
+        def decode(self, ids, skip_special_tokens=False, **_):
+            text = "".join(self.names[id] for id in ids if id > 1 or not skip_special_tokens).replace("▁", " ")
+            return text.removeprefix(" ")  # as SentencePiece does
+
+    out = Detokenizer(Calls(), [0], {1: "[CALL]"})
+    assert [out.feed(id) for id in (2, 0, 1, 3, 4, 1, 2)] == ["Hi", "", "[CALL]", "{", "}", "[CALL]", "Hi"] and out.end() == ""

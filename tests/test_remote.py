@@ -13,6 +13,7 @@ from gptq_webui.core.errors import AnswerFailed, BadParameter, LoadFailed
 from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.models import remote_model
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.core.tools import Tool, ToolCall, ToolUse
 from gptq_webui.engine.engine import Engine
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders.remote import remote_pool
@@ -86,6 +87,35 @@ def test_json_is_asked_of_the_engine_also_of_a_strict_one_and_other_forms_are_re
     with pytest.raises(AnswerFailed, match="response_format"):
         say(strict, params=GenerationParams(grammar=grammar))
     assert all("response_format" in body for body in server.bodies)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tools_are_offered_to_the_engine_and_its_calls_are_passed_on(opened, strict):
+    def piece(index, arguments, **first):
+        name = {"name": first.pop("name")} if first else {}
+        return {"tool_calls": [{"index": index, **first, "function": {"arguments": arguments, **name}}]}
+
+    words = [
+        piece(0, "", id="c1", name="weather"),
+        piece(0, '{"city":'),
+        piece(0, ' "Rome"}'),
+        piece(1, "{}", id="c2", name="now"),
+    ]
+    model = opened(server := OpenAIServer(words, finish="tool_calls", strict=strict))
+    earlier = ToolCall("now", "{}", "c0")
+    messages = [*ASK, Message("assistant", "", (earlier,)), Message("tool", "noon", tool_call_id="c0")]
+    use = ToolUse((Tool("weather"), Tool("now")), only="weather", parallel=True)
+    events = list(model.answer(model.prompt(messages, use), PARAMS, threading.Event()))
+    parts = [each.call for each in events[:-1] if each.call]
+    assert [(each.index, each.id, each.name, each.arguments) for each in parts] == [
+        (0, "c1", "weather", ""), (0, "", "", '{"city":'), (0, "", "", ' "Rome"}'), (1, "c2", "now", "{}"),
+    ]  # fmt: skip
+    assert events[-1].reason == "tool_calls"
+    body = server.bodies[-1]
+    assert [each["function"]["name"] for each in body["tools"]] == ["weather", "now"] and body["parallel_tool_calls"] is True
+    assert body["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    assert body["messages"][1]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    assert body["messages"][2] == {"role": "tool", "content": "noon", "tool_call_id": "c0", "name": "now"}
 
 
 def test_stop_strings_end_the_answer_also_those_that_the_engine_did_not_get(opened):

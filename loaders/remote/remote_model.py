@@ -17,8 +17,11 @@ from ..contract.model_prompt import Prompt
 from ..contract.worker import Stream
 from ..text.chat_template import ChatTemplate
 from ..text.stop_strings import StopStrings
+from ..text.tool_formats import GENERAL
+from ..text.tool_prompts import ToolPrompt
 from .remote_pool import Endpoint, Pool, in_words
 from .remote_thread import EventLoop
+from .remote_tools import RemoteCalls, fields_of, messages_of
 
 _MOST_STOPS = 4  # that OpenAI and TGI take; the others are found here
 _PARALLEL = 64  # answers under way at once; the engines do their own queueing
@@ -55,12 +58,15 @@ class RemoteModel(LoadedModel):
         raise BadParameter("A model on another machine takes text, not token ids.")
 
     def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
-        return Prompt(source) if isinstance(source, str) else Prompt("", messages=tuple(source))
+        if isinstance(source, str):
+            return Prompt(source)
+        return Prompt("", messages=tuple(source), calls=ToolPrompt(tools, GENERAL, True) if tools is not None else None)
 
     def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         if prompt.messages is None:
             return self._answer("text", {"prompt": prompt.text}, params, cancel, False)
-        body = {"messages": [{"role": each.role, "content": each.text} for each in prompt.messages]}
+        offered = fields_of(prompt.calls.use if prompt.calls is not None else None)
+        body = {"messages": messages_of(prompt.messages), **offered}
         return self._answer("chat", body, params, cancel, not prompt.begins_answer)
 
     def close(self) -> None:
@@ -121,6 +127,7 @@ class RemoteModel(LoadedModel):
         stop = StopStrings(params.stop)
         reason: FinishReason = "stop"
         ended = False
+        calls = RemoteCalls()
         count.asked()
         async with await self._ask(endpoint, kind, body, params, resume) as stream:
             async for chunk in stream:
@@ -128,6 +135,9 @@ class RemoteModel(LoadedModel):
                 if not chunk.choices or stop.found:
                     continue
                 choice = chunk.choices[0]
+                for event in calls.tokens((kind == "chat" and choice.delta.tool_calls) or ()):
+                    count.token()
+                    yield event
                 text = choice.text if kind == "text" else choice.delta.content
                 if text:
                     count.token()
@@ -135,7 +145,7 @@ class RemoteModel(LoadedModel):
                         yield Token(-1, certain)
                 if choice.finish_reason:
                     ended = True
-                    reason = "length" if choice.finish_reason == "length" else "stop"
+                    reason = choice.finish_reason if choice.finish_reason in ("length", "tool_calls") else "stop"
                 if stop.found:
                     break
         if not (ended or stop.found):
