@@ -13,9 +13,9 @@ from starlette.responses import Response
 from ..core.chat import Message
 from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
-from . import grammar_requests, tool_requests
+from . import grammar_requests, openai_completions, tool_requests
 from .answer_stream import WholeAnswer
-from .openai_logprobs import chat_logprobs, text_logprobs
+from .openai_logprobs import chat_logprobs
 from .openai_models import (
     ChatAnswer,
     ChatChoice,
@@ -27,11 +27,10 @@ from .openai_models import (
     Error,
     Model,
     Models,
-    TextChoice,
 )
-from .openai_streams import AnswerHead, chat_stream, finish_reason, is_older, text_stream, usage_of
+from .openai_prompts import limit_of
+from .openai_streams import AnswerHead, chat_stream, finish_reason, is_older, said, usage_of
 from .problems import Problem
-from .prompt_fit import Source, prompt_of
 from .routes import Json, openai_error, route_class
 from .sampling_fields import read_sampling, seed_of
 from .service import Service
@@ -61,7 +60,8 @@ def build(service: Service) -> APIRouter:
             raise Problem("invalid", "top_logprobs needs logprobs: true.", "top_logprobs")
         tools = tool_requests.of_openai(body)
         params = await _params(service, loaded, body, (body.top_logprobs or 0) if body.logprobs else None)
-        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        limit = limit_of(given, None)
         prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools)
         running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1)
         head = AnswerHead("chatcmpl-", "chat.completion", loaded.model.name)
@@ -73,9 +73,10 @@ def build(service: Service) -> APIRouter:
         choices = [
             ChatChoice(
                 index=at,
-                message=_chat_answer(each, is_older(body)),
+                message=_chat_answer(each, body),
                 logprobs=logprobs[at] if logprobs else None,
                 finish_reason=finish_reason(each.finish, is_older(body)),
+                **({"token_ids": [token.id for token in each.tokens]} if body.return_token_ids else {}),
             )
             for at, each in enumerate(answers)
         ]
@@ -85,44 +86,14 @@ def build(service: Service) -> APIRouter:
             for name in ("tool_calls", "function_call"):
                 if choice["message"][name] is None:
                     del choice["message"][name]
-        return Json(answer)
+        return Json(answer | ({"prompt_token_ids": list(prompt.prompt.ids)} if body.return_token_ids else {}))
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, without a chat template."""
         loaded = await _answering_model(service, body)
-        if body.suffix:
-            raise Problem("unsupported", "This server cannot fill in before a suffix. Leave `suffix` out.", "suffix")
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise Problem("unsupported", "This server takes best_of only if it is equal to n. Leave it out.", "best_of")
-        if body.echo and body.logprobs is not None:
-            text = "This server does not compute the log-probabilities of a prompt. Leave echo or logprobs out."
-            raise Problem("unsupported", text, "echo")
         params = await _params(service, loaded, body, body.logprobs)
-        limit = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-        sources = await service.run_for(request, _sources, loaded, body.prompt)
-        prompts = [await service.fit(request, each, limit, loaded=loaded) for each in sources]
-        running = await service.answer(request, PROTOCOL, prompts, params, n=body.n or 1)
-        head = AnswerHead("cmpl-", "text_completion", loaded.model.name)
-        before = [each.prompt.text if body.echo else "" for each in prompts for _ in range(body.n or 1)]
-        if body.stream:
-            await running.begun()
-            return text_stream(service, loaded, running, head, body, before, len(prompts))
-        answers = await running.whole()
-        with_logprobs = body.logprobs is not None
-        logprobs = await service.run(_each_logprobs, text_logprobs, service, loaded, answers) if with_logprobs else None
-        choices = [
-            TextChoice(
-                index=at,
-                text=before[at] + each.text,
-                logprobs=logprobs[at] if logprobs else None,
-                finish_reason=finish_reason(each.finish),
-            )
-            for at, each in enumerate(answers)
-        ]
-        usage = usage_of(len(prompts), answers)
-        answer = Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage)
-        return Json(answer.model_dump())
+        return await openai_completions.complete(service, request, PROTOCOL, loaded, params, body)
 
     return router
 
@@ -155,11 +126,11 @@ def messages_of(body: Sequence[ChatMessage]) -> list[Message]:
     return found
 
 
-def _chat_answer(answer: WholeAnswer, older: bool) -> ChatAnswer:
+def _chat_answer(answer: WholeAnswer, body: ChatCompletionRequest) -> ChatAnswer:
     if not answer.calls:
-        return ChatAnswer(content=answer.text)
+        return ChatAnswer(content=said(answer, body))
     calls = tool_requests.whole(answer.calls)
-    if older:
+    if is_older(body):
         return ChatAnswer(content=answer.text or None, function_call=calls[0]["function"])
     return ChatAnswer(content=answer.text or None, tool_calls=calls)
 
@@ -182,18 +153,6 @@ def bias_of(body: dict[str, float]) -> tuple[tuple[int, float], ...]:
         return tuple((int(id), bias) for id, bias in body.items())
     except ValueError:
         raise Problem("invalid", "logit_bias must map token ids to numbers from -100 to 100.", "logit_bias") from None
-
-
-def _sources(loaded: LoadedModel, prompt: Any) -> list[Source]:
-    """The prompts of a request: texts, or lists of token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise Problem("invalid", "The prompt is empty.", "prompt")
-    if isinstance(prompt[0], str):
-        return list(prompt)
-    lists = [prompt] if isinstance(prompt[0], int) else prompt
-    return [prompt_of(loaded, each) for each in lists]
 
 
 def _each_logprobs(logprobs: Any, service: Service, loaded: LoadedModel, answers: Sequence[Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,15 @@ def chat_logprobs(texts: TokenTexts, tokens: Sequence[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(texts: TokenTexts, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+def text_logprobs(texts: TokenTexts, tokens: Sequence[Token], offset: int = 0, *, own: bool = False) -> dict[str, Any]:
+    """`own`: each token is among the likeliest even where it is not one, and one without a number has none."""
+
+    def likeliest(each: Token) -> dict[str, float | None] | None:
+        if own and each.logprob is None:
+            return None
+        pairs = [*each.top, *([(each.id, each.logprob)] if own and each.id not in {id for id, _ in each.top} else [])]
+        return {texts.text(id): number(logprob) for id, logprob in reversed(pairs)}  # of equal texts the likeliest counts
+
     tokens_as_text = [texts.text(each.id) for each in tokens]
     offsets: list[int] = []
     for text in tokens_as_text:
@@ -34,6 +42,6 @@ def text_logprobs(texts: TokenTexts, tokens: Sequence[Token], offset: int = 0) -
     return {
         "tokens": tokens_as_text,
         "token_logprobs": [number(each.logprob) for each in tokens],
-        "top_logprobs": [{texts.text(id): number(logprob) for id, logprob in each.top} for each in tokens],
+        "top_logprobs": [likeliest(each) for each in tokens],
         "text_offset": offsets,
     }

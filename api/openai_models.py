@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from .sampling_fields import Open, Sampling
@@ -57,7 +57,9 @@ class _AnswerRequest(Sampling):
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=-1, description="-1: as many as fit into the context")
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = Field(None, description="The ids of the prompt and of the answer, as vLLM gives them")
     response_format: ResponseFormat | None = None
     json_schema: dict[str, Any] | str | None = Field(None, description="A JSON schema, as llama.cpp, SGLang and tabbyAPI take it")
     grammar: str | None = Field(None, description="llama.cpp's grammar (GBNF), as KoboldCpp's programs send it")
@@ -89,6 +91,7 @@ class CompletionRequest(_AnswerRequest):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=16)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="vLLM's: of each token of the prompt")
 
 
 class Model(BaseModel):
@@ -120,6 +123,8 @@ class ChatAnswer(BaseModel):
 
 
 class ChatChoice(BaseModel):
+    model_config = ConfigDict(extra="allow")  # token_ids, where they were asked for
+
     index: int
     message: ChatAnswer
     logprobs: dict[str, Any] | None = None
@@ -137,6 +142,8 @@ class ChatCompletion(BaseModel):
 
 
 class TextChoice(BaseModel):
+    model_config = ConfigDict(extra="allow")  # token_ids, prompt_token_ids and prompt_logprobs, where they were asked for
+
     index: int
     text: str
     logprobs: dict[str, Any] | None = None

@@ -58,12 +58,14 @@ def chat_stream(service: Service, loaded: LoadedModel, running: Running, head: A
 
     def encode(at: int, event: Token | Finish) -> bytes:
         if isinstance(event, Finish):
-            return chunks.choice(at, {"delta": {}}, finish=event)
+            kept = event.stop_string if body.include_stop_str_in_output else ""
+            return chunks.choice(at, {"delta": {"content": kept} if kept else {}}, finish=event)
         if (part := event.call) is not None:
             piece = tool_requests.delta(part)
             return chunks.choice(at, {"delta": {"function_call": piece["function"]} if older else {"tool_calls": [piece]}})
         logprobs = chat_logprobs(service.token_texts(loaded), [event]) if body.logprobs and event.id >= 0 else None
-        return chunks.choice(at, {"delta": {"content": event.text}}, logprobs) if event.text or logprobs else b""
+        ids = {"token_ids": [event.id]} if body.return_token_ids and event.id >= 0 else {}
+        return chunks.choice(at, {"delta": {"content": event.text}, **ids}, logprobs) if event.text or logprobs or ids else b""
 
     opening = b"".join(chunks.choice(at, {"delta": {"role": "assistant", "content": ""}}) for at in range(running.count))
     run = service.run if body.logprobs else None
@@ -71,24 +73,40 @@ def chat_stream(service: Service, loaded: LoadedModel, running: Running, head: A
 
 
 def text_stream(
-    service: Service, loaded: LoadedModel, running: Running, head: AnswerHead, body: Any, before: list[str], prompts: int
+    service: Service,
+    loaded: LoadedModel,
+    running: Running,
+    head: AnswerHead,
+    body: Any,
+    before: list[dict[str, Any]],
+    prompts: int,
 ) -> EventStream:
-    """`before` is what each answer begins with: the prompt, with `echo`."""
+    """`before` is what each answer begins with: `text` and `logprobs` of the prompt with `echo`, its ids."""
     chunks = _Chunks(head, body, prompts)
-    lengths = [0] * len(before)
+    lengths = [len(each["text"]) for each in before]
 
     def encode(at: int, event: Token | Finish) -> bytes:
         if isinstance(event, Finish):
-            return chunks.choice(at, {"text": ""}, finish=event)
+            return chunks.choice(at, {"text": event.stop_string if body.include_stop_str_in_output else ""}, finish=event)
         logprobs = None
         if body.logprobs is not None and event.id >= 0:
             logprobs = text_logprobs(service.token_texts(loaded), [event], lengths[at])
             lengths[at] += len(logprobs["tokens"][0])
-        return chunks.choice(at, {"text": event.text}, logprobs) if event.text or logprobs else b""
+        ids = {"token_ids": [event.id]} if body.return_token_ids and event.id >= 0 else {}
+        return chunks.choice(at, {"text": event.text, **ids}, logprobs) if event.text or logprobs or ids else b""
 
-    opening = b"".join(chunks.choice(at, {"text": text}) for at, text in enumerate(before) if text)
+    opening = b"".join(
+        chunks.choice(at, {name: value for name, value in each.items() if name != "logprobs"}, each.get("logprobs"))
+        for at, each in enumerate(before)
+        if each["text"] or len(each) > 1
+    )
     run = service.run if body.logprobs is not None else None
     return EventStream(running, encode, opening=opening, closing=chunks.closing, failing=_failing, run=run)
+
+
+def said(answer: WholeAnswer, body: Any) -> str:
+    """The text of an answer; with the stop string that ended it where the request wants that."""
+    return answer.text + (answer.finish.stop_string if body.include_stop_str_in_output else "")
 
 
 def is_older(body: Any) -> bool:

@@ -60,7 +60,7 @@ def fit(
         raise Problem("too_long", f"The prompt has {count:,} tokens; this server takes prompts of up to {max_input_tokens:,}.")
     room = context - count
     wanted = max_new_tokens if max_new_tokens is not None else room
-    if room < 1 or (wanted > room and not trim):
+    if room < min(1, wanted) or (wanted > room and not trim):
         requested = f" and {max_new_tokens:,} are requested" if max_new_tokens is not None else ""
         raise Problem(
             "too_long",

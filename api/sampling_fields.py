@@ -14,7 +14,7 @@ _TYPES: dict[str, Any] = {
     "ids": list[int] | str,  # text-generation-webui sends lists as texts
     "texts": list[str] | str,
 }
-_DYNAMIC = {  # the ends of a dynamic temperature, as text-generation-webui and tabbyAPI name them
+_DYNAMIC: dict[str, Any] = {  # the ends of a dynamic temperature, as text-generation-webui and tabbyAPI name them
     "dynamic_temperature": (bool | None, None),
     **dict.fromkeys(("dynatemp_low", "dynatemp_high", "min_temp", "max_temp"), (float | None, None)),
 }

@@ -194,6 +194,7 @@ class Service:
         params: GenerationParams,
         *,
         n: int = 1,  # answers to each prompt
+        scored: int | None = None,  # in place of answers: the prompts' own log-probabilities, with so many of the likeliest
         note: Any = None,  # what the protocol wants to find in `answers()`
     ) -> Running:
         """Join the queue; the answers begin at their turn. Raises Problem, QueueFull."""
@@ -214,18 +215,20 @@ class Service:
             raise
         if n > 1 and params.seed is None:
             params = replace(params, seed=random.getrandbits(31))
-        starts = [self._start(each, params, at) for each in prompts for at in range(n)]
+        starts = [self._start(each, params, at, scored) for each in prompts for at in range(n)]
         running = Running(starts, ticket, self._threads, self._ended, note)
         self._running.add(running)
         return running.start(request)
 
-    def _start(self, prompt: FittedPrompt, params: GenerationParams, at: int) -> Start:
+    def _start(self, prompt: FittedPrompt, params: GenerationParams, at: int, scored: int | None) -> Start:
         seed = (params.seed + at) % 2**31 if params.seed is not None else None
         own = replace(params, max_new_tokens=prompt.max_new_tokens, seed=seed)
 
         def start(cancel: threading.Event) -> Answer:
             if self.engine.loaded is not prompt.loaded:
                 raise Busy("The model was changed while this request waited. Send it again.")
+            if scored is not None:
+                return self.engine.score(prompt.prompt.ids, scored, cancel)
             return self.engine.answer(prompt.prompt, own, cancel)
 
         return start

@@ -18,6 +18,7 @@ from .answer_stream import EventStream, Running, WholeAnswer
 from .openai import messages_of
 from .openai_logprobs import number
 from .openai_models import ChatCompletionRequest
+from .openai_prompts import mean_logprob
 from .problems import Kind, Problem
 from .prompt_fit import FittedPrompt
 from .routes import Json, for_all, route_class
@@ -137,14 +138,29 @@ class _Answer:
         validated = time.perf_counter()
         running = await self.service.answer(request, PROTOCOL, [prompt], params, n=self.best_of)
         answers = await running.whole()
-        best = max(answers, key=_mean_logprob) if len(answers) > 1 else answers[0]
+        best = max(answers, key=mean_logprob) if len(answers) > 1 else answers[0]
         body: dict[str, Any] = {"generated_text": self._before + best.text + best.finish.stop_string}
-        if self.parameters.details:
-            body["details"] = await self.service.run(self._details, best, [each for each in answers if each is not best])
+        if self.parameters.details or self.parameters.decoder_input_details:
+            prefill = await self._prefill(request, prompt)
+            others = [each for each in answers if each is not best]
+            body["details"] = await self.service.run(self._details, best, others) | {"prefill": prefill}
         headers = self._headers(best.finish, validated, running)
         return Json([body] if listed else body, headers=headers)
 
+    async def _prefill(self, request: Request, prompt: FittedPrompt) -> list[dict[str, Any]]:
+        """The tokens of the prompt with their log-probabilities, where they are wanted."""
+        if not self.parameters.decoder_input_details:
+            return []
+        self._require_logprobs("decoder_input_details")
+        running = await self.service.answer(request, PROTOCOL, [prompt], self.params, scored=0)
+        tokens, texts = (await running.whole())[0].tokens, self.service.token_texts(self.loaded)
+        return await self.service.run(
+            lambda: [{"id": each.id, "text": texts.text(each.id), "logprob": number(each.logprob)} for each in tokens]
+        )
+
     async def stream(self, request: Request) -> Response:
+        if self.parameters.decoder_input_details:
+            raise Problem("invalid", "`decoder_input_details` == true is not supported when streaming tokens")
         if self.best_of > 1:
             raise Problem("invalid", "`best_of` != 1 is not supported when streaming tokens")
         prompt, params = await self._fit(request), await self._with_grammar()
@@ -270,8 +286,3 @@ class _Answer:
 
 def _failing(problem: Problem) -> bytes:
     return b"data:" + error_of(problem).body + b"\n\n"
-
-
-def _mean_logprob(answer: WholeAnswer) -> float:
-    found = [each.logprob for each in answer.tokens if each.logprob is not None]
-    return sum(found) / len(found) if found else float("-inf")

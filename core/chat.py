@@ -63,6 +63,7 @@ class Finish:
     generate_s: float = 0.0  # from the first token to the last
     wait_s: float = 0.0  # in the queue, before the first computation
     dropped_turns: int = 0  # oldest messages that no longer fitted and were left out of the prompt
+    end: Step | None = None  # the end token that was sampled; its text is no part of the answer
     stop_string: str = ""  # the one that ended the answer; it is not part of the text
 
     @property

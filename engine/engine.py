@@ -220,6 +220,11 @@ class Engine:
         stream: Any = loaded.generate(ids, params, cancel)
         return Answer(loaded, stream, 0, self._answered)
 
+    def score(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Answer:
+        """What the loaded model makes of a text: each id's log-probability, as Tokens. Raises NotLoaded, BadParameter."""
+        loaded = self.ready()
+        return Answer(loaded, loaded.score(ids, top, cancel), 0, self._answered)
+
     def set_template(self, name: str | None) -> None:
         """Use a built-in chat template for the loaded model and remember that; None: the model's own."""
         loaded = self.ready()

@@ -42,7 +42,7 @@ def sample_without(
             seen = torch.tensor([[*ids, *(each.id for each in answer)]], device=stepper.device)
             id = int(sampler(logits, seen, _allowed(logits, refused.get(at, set()))))
             found = log_probabilities(logits, id, params.logprobs) if params.logprobs is not None else ()
-            answer.append(Step(id, *found))  # type: ignore[misc]
+            answer.append(Step(id, *found))
             begins, certain = texts.begins([each.id for each in answer])
             if begins is not None:
                 begins, returns = max(begins, passed), returns + 1

@@ -74,7 +74,7 @@ def _events(
     if memory is None:
         memory = stepper.begin()
     seen = list(ids)
-    reason = "length"
+    reason, end = "length", None
     try:
         logits = None
         while room > 0 and memory.length < len(ids) and not cancel.is_set():
@@ -89,7 +89,7 @@ def _events(
                 for step in steps:
                     if step is not None:
                         if step.id in rules.ends:
-                            reason = "stop"
+                            reason, end = "stop", step
                             break
                         seen.append(step.id)
                     yield step
@@ -104,7 +104,7 @@ def _events(
         prefix.keep(seen[: memory.length], memory)
         raise
     prefix.keep(seen[: memory.length], memory)
-    yield Finish(reason, prompt_tokens=len(ids), cached_tokens=cached)  # type: ignore[arg-type]
+    yield Finish(reason, prompt_tokens=len(ids), cached_tokens=cached, end=end)  # type: ignore[arg-type]
 
 
 def _sampled(

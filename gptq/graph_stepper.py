@@ -56,6 +56,12 @@ class GraphStepper(Stepper):
         self.chunk_tokens = self._prompts.chunk_tokens
         return logits
 
+    def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self._prompts.all_logits(memory, ids)
+
+    def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self._prompts.hidden(memory, ids)
+
     def step(self, memory: Memory, id: int) -> Tensor:
         assert isinstance(memory, TransformersMemory)
         if self.why or memory.length == 0:

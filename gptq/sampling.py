@@ -85,7 +85,7 @@ class Sampler:
     def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""
         kept, names = self._kept(self._shaped(scores))
-        return (kept if self._typical is None else self._typical(None, kept)), names  # type: ignore[arg-type]
+        return (kept if self._typical is None else self._typical(None, kept)), names
 
     def _uniform(self, device: torch.device) -> Tensor:
         return torch.rand(1, 1, generator=self._generator, device=device, dtype=torch.float64)

@@ -56,6 +56,14 @@ class Stepper(ABC):
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         """Put ids through after those in memory -> logits of the last one [1, V]."""
 
+    @abstractmethod
+    def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        """Put ids through after those in memory -> logits of each [T, V]. The caller keeps T small."""
+
+    @abstractmethod
+    def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        """Put ids through after those in memory -> last hidden states after the last norm [T, H]."""
+
     def step(self, memory: Memory, id: int) -> Tensor:
         """Put one id through -> logits [1, V]. They may be overwritten by the next call."""
         return self.prefill(memory, [id])

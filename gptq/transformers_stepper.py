@@ -261,10 +261,28 @@ class TransformersStepper(Stepper):
         assert logits is not None
         return logits
 
-    def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
-        given: dict[str, Any] = {self.cache_argument: memory.cache}
+    def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self._each(memory, ids, len(ids)).logits[0][-len(ids) :]
+
+    def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self._each(memory, ids, 1, output_hidden_states=True).hidden_states[-1][0][-len(ids) :]
+
+    def _each(self, memory: Memory, ids: Sequence[int], keep: int, **more: Any) -> Any:
+        """The model's output for ids that follow those in memory, and where it must be for the earlier ones too."""
+        assert isinstance(memory, TransformersMemory)
+        if self._keeps_cache and (self._in_pieces or memory.length == 0):
+            if not self._in_pieces:
+                memory.ids += ids
+            return self._output(memory, ids, keep, **more)
+        memory.ids += ids
+        memory.grown(len(ids))
+        kept = {"logits_to_keep": keep} if self._keeps_some else {}
+        return self._model(input_ids=torch.tensor([list(memory.ids)], device=self.device), **kept, **more)
+
+    def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
+        given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
         if self._keeps_some:
-            given["logits_to_keep"] = 1
+            given["logits_to_keep"] = keep
         output = self._model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
@@ -272,7 +290,10 @@ class TransformersStepper(Stepper):
                 self._keeps_cache = False
                 memory.ids += ids
         memory.grown(len(ids))
-        logits: Tensor = output.logits[:, -1, :]
+        return output
+
+    def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
+        logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
         return logits
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:

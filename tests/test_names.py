@@ -24,6 +24,7 @@ FOREIGN = {
     "all_special_ids": "the same",
     "bos_token_id": "the same",
     "convert_ids_to_tokens": "the same",
+    "convert_tokens_to_ids": "the same",
     "eos_token_id": "the same",
     "is_fast": "the same",
     "special_tokens_map": "the same",

@@ -75,6 +75,8 @@ class CpuStepper(Stepper):
         self.team = Team(threads)
         self._context_tokens = context_tokens
         self._embedding = parts.embedding.detach()
+        self._head, self._norm, self._eps = parts.head, parts.norm.detach().float(), parts.eps
+        self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self._shape = (len(parts.layers), parts.kv_heads, parts.head_dim)
         self.weights: list[Weights] = []
         self._model = self._take_in(parts, context_tokens)
@@ -211,6 +213,21 @@ class CpuStepper(Stepper):
         for at in range(0, len(ids), CHUNK_TOKENS):
             self._compute(memory, ids[at : at + CHUNK_TOKENS])
         return torch.from_numpy(self._logits[:1, : self._head_size])
+
+    def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        logits: Tensor = self._head(self.hidden(memory, ids).to(self._head_dtype))
+        return logits.float()
+
+    def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        found = []
+        for at in range(0, len(ids), CHUNK_TOKENS):
+            rows = ids[at : at + CHUNK_TOKENS]
+            self._compute(memory, rows)
+            kept = self._one if len(rows) == 1 or self._many is None else self._many
+            found.append(torch.from_numpy(kept.kept["x"][: len(rows), : self._embedding.shape[1]].copy()))
+        states = torch.cat(found)
+        scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self._eps)
+        return states * scale * self._norm
 
     @contextmanager
     def while_sampling(self) -> Iterator[None]:

@@ -170,9 +170,12 @@ class CudaStep:
 
     def all_logits(self, hidden: Tensor) -> Tensor:
         """What `prefill` returned -> fp32 [T, V]."""
+        return (self.normed(hidden).half() @ self.weights.head.T).float()
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What `prefill` returned, after the last norm: fp32 [T, H]."""
         scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.shape.eps)
-        x = hidden * scale * self.weights.final_norm.float()
-        return (x.half() @ self.weights.head.T).float()
+        return hidden * scale * self.weights.final_norm.float()
 
     def close(self) -> None:
         self._graphs.clear()

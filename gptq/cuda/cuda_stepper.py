@@ -95,6 +95,12 @@ class CudaStepper(Stepper):
         memory.length += 1
         return sequences.logits[:1]
 
+    def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self.logits_of(self.read(memory, ids))
+
+    def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        return self._step.normed(self.read(memory, ids))
+
     def logits_of(self, hidden: Tensor) -> Tensor:
         return self._step.all_logits(hidden)
 

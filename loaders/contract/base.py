@@ -99,6 +99,7 @@ class LoadedModel(ABC):
     """A model in memory. Every method may be called from any thread; the computing happens on one."""
 
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
+    can_embed: ClassVar[bool] = False  # it gives out its hidden states
     hf: Any = None  # a PreTrainedModel, or None
     is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
 
@@ -130,6 +131,14 @@ class LoadedModel(ABC):
         Runs on the worker thread, ends within one token of `cancel`, leaves out the end token itself. With more than
         one answer in parallel, None says "nothing yet": the answers computed at the same time may go on.
         """
+
+    def _scores(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        """For a model that `can` logprobs: a Step for each id of a text, with its log-probability, then one Finish."""
+        raise NotImplementedError
+
+    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> list[float]:
+        """For a model that `can_embed`: the last hidden states of a text as one vector of length 1."""
+        raise NotImplementedError
 
     def check(self, params: GenerationParams) -> None:
         """Raises BadParameter for a parameter that must not be ignored and that this model does not obey: a grammar.
@@ -224,6 +233,33 @@ class LoadedModel(ABC):
             return timed(self._steps(ids, params, cancel), requested)
 
         return self._worker.stream(make, cancel, cancelled(len(ids)), alone=self._is_alone(params))
+
+    def score(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Stream[Token | Finish]:
+        """The log-probability of each id of a text after those before it, as Tokens without text; the first has none.
+
+        `top`: how many of the likeliest come with each. One Finish last. Raises BadParameter.
+        """
+        self._require("logprobs" in self.can and not self.is_remote, "reports no log-probabilities")
+
+        def make() -> Iterator[Token | Finish | None]:
+            for event in self._scores(ids, top, cancel):
+                yield Token(event.id, "", event.logprob, event.top) if isinstance(event, Step) else event
+
+        return self._worker.stream(make, cancel, cancelled(len(ids)), alone=True)
+
+    def embed(self, texts: Sequence[Sequence[int]], pooling: str, cancel: threading.Event) -> list[list[float]]:
+        """Vectors of texts, given as ids: `pooling` mean or last. Waits for its turn. Raises BadParameter."""
+        self._require(self.can_embed, "gives out no hidden states")
+
+        def make() -> Iterator[list[float] | None]:
+            for each in texts:
+                yield self._vector(each, pooling, cancel)
+
+        return list(self._worker.stream(make, cancel, [], alone=True))
+
+    def _require(self, able: bool, words: str) -> None:
+        if not able:
+            raise BadParameter(f"The loader of {self.model.name} {words}. Load the model with the loader transformers.")
 
     def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         """The next assistant message (or the rest of it): Tokens of settled text, one Finish last. Raises BadParameter."""

@@ -19,6 +19,7 @@ from .hf_queue import QueuedCalls
 
 class PretrainedModel(LoadedModel):
     can = obeyed_by("own")
+    can_embed = True
 
     def __init__(
         self,
@@ -70,6 +71,16 @@ class PretrainedModel(LoadedModel):
             grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
             progress=lambda read: self._note_reading(read, len(ids)),
         )
+
+    def _scores(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        from ...gptq.prompt_scores import score
+
+        return score(self._stepper, ids, top, cancel, lambda read: self._note_reading(read, len(ids)))
+
+    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> list[float]:
+        from ...gptq.prompt_scores import embed
+
+        return embed(self._stepper, ids, pooling, cancel)
 
     def _is_alone(self, params: GenerationParams) -> bool:
         return params.grammar is not None or not params.in_one_pass  # computed one by one, in buffers that all answers share

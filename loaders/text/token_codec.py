@@ -82,6 +82,14 @@ class TokenCodec:
             found = convert(id)
         return found if isinstance(found, str) else None
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None if there is none."""
+        convert = getattr(self.tokenizer, "convert_tokens_to_ids", None)
+        if convert is None:
+            return None
+        found = convert(name)
+        return found if isinstance(found, int) and self.name(found) == name else None
+
     def _find_bos_id(self) -> int | None:
         """The id that begins a sequence, None if this tokenizer begins none with one. Asked once: it costs a tokenisation."""
         bos = getattr(self.tokenizer, "bos_token_id", None)

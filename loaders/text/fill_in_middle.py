@@ -1,0 +1,43 @@
+"""The prompt of a model that can fill in a text before a suffix: its own marks around what comes before and after."""
+
+from dataclasses import dataclass
+
+from ...core.errors import BadParameter
+from .token_codec import TokenCodec
+
+
+@dataclass(frozen=True)
+class _Marks:
+    before: str
+    after: str
+    middle: str  # the answer follows it; empty: it follows what comes before
+    suffix_first: bool = False
+
+
+_FAMILIES = (
+    _Marks("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    _Marks("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite, StableCode
+    _Marks("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    _Marks("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+    _Marks("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
+    _Marks("[PREFIX]", "[SUFFIX]", "", suffix_first=True),  # Codestral
+)
+_ENDS = ("▁<EOT>", "<EOT>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator|>", "<|repo_name|>")  # what follows a filled gap
+
+
+def fill_in_middle(codec: TokenCodec, before: str, after: str) -> tuple[list[int], tuple[int, ...]]:
+    """(ids of the prompt, ids that end the answer besides the model's own). Raises BadParameter for a model without the marks."""
+    for marks in _FAMILIES:
+        names = [each for each in (marks.before, marks.after, marks.middle) if each]
+        found = {each: codec.id_of(each) for each in names}
+        if any(id is None for id in found.values()):
+            continue
+        first = [found[marks.before], *codec.encode(before, bos=False)]
+        second = [found[marks.after], *codec.encode(after, bos=False)]
+        parts = [*second, *first] if marks.suffix_first else [*first, *second, found[marks.middle]]
+        ends = tuple(id for each in _ENDS if (id := codec.id_of(each)) is not None)
+        return codec.with_bos([id for id in parts if id is not None]), ends
+    raise BadParameter(
+        "This model cannot fill in before a suffix: its tokenizer has no marks for it. Leave `suffix` out, or load a code model.",
+        "suffix",
+    )
