@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 
 from .errors import BadCheckpoint, GptqWebuiError
 from .folder_files import read_json
+from .model_claims import problem_of, type_problem
 from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
-from .quantize_config import QuantizeConfig
+from .quantize_config import QuantizeConfig, is_auto_round
 from .safetensors_header import TensorInfo, read_header
 
 Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "gptq_p", "plain", "lora", "incomplete", "remote"]
@@ -168,6 +169,8 @@ def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
             scales, zeros = tensors.get(f"{base}.scales"), tensors.get(f"{base}.qzeros")
             if scales is None or zeros is None:
                 continue
+            if any(len(each[1].shape) != 2 for each in (tensors[name], scales, zeros)):
+                return "gptq"  # no format has such; layout_of says what is wrong
             columns = tensors[name][1].shape[1]
             if columns == scales[1].shape[1]:
                 return "gptq"
@@ -180,7 +183,8 @@ def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None
     """What config.json says: ("MistralForCausalLM" or "", tokens it was trained for or None)."""
     inner = config.get("text_config")
     both = (config, inner if isinstance(inner, Mapping) else {})
-    context = next((int(each[key]) for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int)), None)
+    found = (each[key] for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int))
+    context = next((each for each in found if each > 0), None)
     return str((config.get("architectures") or [""])[0]), context
 
 
@@ -225,8 +229,13 @@ def _read(folder: Path) -> LocalModel:
         )
     if by_tensors not in (None, "plain") and kind in ("gptq", "awq", "plain"):
         kind = by_tensors  # the tensors are the truth
+    if kind in ("gptq", "plain") and (problem := problem_of(config, tensors)):
+        return found("incomplete", problem=problem)
     if kind == "gptq":
-        return found("gptq", QuantizeConfig.read(folder, tensors))
+        quantize = QuantizeConfig.read(folder, tensors)
+        if problem := type_problem(tensors):
+            return found("incomplete", problem=problem)
+        return found("gptq", quantize)
     if kind == "plain":
         largest = max(tensors.values(), key=lambda each: each[1].size_bytes, default=None)
         return found(kind, form=name_of_method(config) or (name_of_dtype(largest[1].dtype) if largest else ""))
@@ -247,6 +256,9 @@ def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], qu
         method = "gptq"  # early AutoGPTQ wrote no method into config.json
     if (method == "gptq" or (quantize_config and not method)) and name_of_gptq_p(_gptq_settings(config, quantize_config)):
         return "gptq_p"
+    if is_auto_round(quantization):
+        packing = str(quantization.get("packing_format") or "").lower()
+        return "awq" if "awq" in packing else "gptq" if packing in ("", "auto_round") or "gptq" in packing else "plain"
     if method in ("awq", "exl2", "exl3", "gptq"):
         return method  # type: ignore[return-value]
     if quant_config.get("w_bit"):

@@ -8,7 +8,7 @@ at the start of a JSON file is accepted (`read_json`).
 
 import dataclasses
 import itertools
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,13 @@ from typing import Any
 
 from .errors import BadQuantizeConfig
 from .folder_files import read_json
-from .safetensors_header import TensorInfo, read_int32
+from .packed_layout import BITS, PARTS, Layout, layout_of, packed_names
+from .safetensors_header import TensorInfo, read_integers
 
-BITS = (2, 3, 4, 8)
+WORDS = "gptq_words"  # zeros as format gptq of GPTQModel holds them, see `zeros_format`
+WORD_OFFSETS = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # by bits, what is subtracted from a word of 32
+_AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
+_V2_OF_AUTO_ROUND = ("auto_round", "auto_round:gptqmodel")  # auto_round 0.16: inference/backend.py, GPTQ_FORMAT_NO_ZP
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class QuantizeConfig:
     dataset: str | None = None  # calibration text
     quantizer: str | None = None  # program and version that wrote the weights
     weights_name: str | None = None  # model_file_base_name: the weights file without its ending
+    pack_dtype: str | None = None  # int8, int16 or int64: the type of the words; None for int32
+    mixed_bits: tuple[int, ...] = ()  # of its layers, where they differ
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was wrong in the files
 
     @classmethod
@@ -51,8 +57,12 @@ class QuantizeConfig:
                 "Correct the file, or download it again."
             )
         form = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
+        if is_auto_round(values):
+            packing = str(values.get("packing_format") or "auto_round:auto_gptq").lower()
+            form = "gptq_v2" if packing in _V2_OF_AUTO_ROUND else "gptq"
         if values.get("is_marlin_format"):
             form = "marlin"
+        pack_dtype = str(values.get("pack_dtype") or "int32").lower().removeprefix("torch.")
         meta = values.get("meta") if isinstance(values.get("meta"), Mapping) else {}
         assert isinstance(meta, Mapping)
         damp = values.get("damp_percent", meta.get("damp_percent"))
@@ -67,6 +77,7 @@ class QuantizeConfig:
             dataset=dataset if isinstance(dataset, str) else None,
             quantizer=", ".join(map(str, quantizer)) if isinstance(quantizer, list) else quantizer,
             weights_name=values.get("model_file_base_name") or None,
+            pack_dtype=None if pack_dtype == "int32" else pack_dtype,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +94,7 @@ class QuantizeConfig:
             "model_file_base_name": self.weights_name,
             "quant_method": "gptq",
             "checkpoint_format": self.checkpoint_format,
+            **({"pack_dtype": self.pack_dtype} if self.pack_dtype else {}),
         }
 
     @classmethod
@@ -112,11 +124,32 @@ class QuantizeConfig:
         return dataclasses.replace(config, notes=tuple(notes))
 
     @property
+    def zeros_format(self) -> str:
+        """How the zero points are stored: gptq (each less one), gptq_v2 (as they are), or WORDS.
+
+        GPTQModel (0.9 and later) writes format gptq by subtracting one from every zero in a whole word at once, so that
+        a zero of 0 borrows from its neighbour (its utils/model.py, convert_gptq_v2_to_v1_format_module). Other programs
+        subtract from each number.
+        """
+        version = re.search(r"gptqmodel(?::(\d+)\.(\d+))?", str(self.quantizer or "").lower())
+        if self.checkpoint_format != "gptq" or version is None:
+            return self.checkpoint_format
+        old = version[1] is not None and (int(version[1]), int(version[2])) < (0, 9)
+        return self.checkpoint_format if old else WORDS
+
+    @property
     def summary(self) -> str:
-        """'4-bit, group 32, act-order'."""
+        """'4-bit, group 32, act-order'; '4- and 8-bit, …' where layers differ."""
         group = "no group" if self.group_size == -1 else f"group {self.group_size}"
-        parts = [f"{self.bits}-bit", group] + ["act-order"] * self.desc_act + ["asymmetric"] * (not self.sym)
+        *others, last = self.mixed_bits or (self.bits,)
+        bits = f"{', '.join(f'{each}-' for each in others)} and {last}-bit" if others else f"{last}-bit"
+        parts = [bits, group] + ["act-order"] * self.desc_act + ["asymmetric"] * (not self.sym)
         return ", ".join(parts)
+
+
+def is_auto_round(values: Mapping[str, Any]) -> bool:
+    """Whether AutoRound wrote these settings."""
+    return str(values.get("quant_method") or "").lower() in _AUTO_ROUND
 
 
 def _check(
@@ -125,57 +158,71 @@ def _check(
     notes: list[str],
     is_guess: bool,  # no file says what `config` says: nothing to note where the tensors differ
 ) -> QuantizeConfig:
-    layers = [name[: -len(".qweight")] for name in tensors if name.endswith(".qweight")]
-    layers = [name for name in layers if f"{name}.scales" in tensors and f"{name}.qzeros" in tensors]
-    if not layers:
+    names = [name for name in packed_names(tensors) if all(f"{name}.{part}" in tensors for part in PARTS)]
+    if not names:
         return config
-    seen_bits, seen_groups = set(), set()
-    for name in layers:
-        rows = tensors[f"{name}.qweight"][1].shape[0]
-        groups, columns = tensors[f"{name}.scales"][1].shape
-        bits = 32 * tensors[f"{name}.qzeros"][1].shape[1] / columns
-        seen_bits.add(bits)
-        if bits in BITS:
-            in_features = int(rows * 32 // bits)
-            fits = config.group_size > 0 and math.ceil(in_features / config.group_size) == groups
-            seen_groups.add(config.group_size if fits else -1 if groups == 1 else math.ceil(in_features / groups))
-    bits_found = min(seen_bits, key=lambda each: (each != config.bits, each))
-    if bits_found not in BITS:
-        raise BadQuantizeConfig(f"The tensors of {layers[0]} do not have the shapes of 2, 3, 4 or 8-bit GPTQ weights.")
-    if bits_found != config.bits:
-        notes.append(f"the settings say {config.bits} bits, the tensors have {int(bits_found)}")
-        config = dataclasses.replace(config, bits=int(bits_found))
+    layouts = {name: layout_of(name, tensors, config.bits, config.pack_dtype) for name in names}
+    seen_bits = sorted({each.bits for each in layouts.values()})
+    if config.bits not in seen_bits:
+        if not is_guess:
+            notes.append(f"the settings say {config.bits} bits, the tensors have {' and '.join(map(str, seen_bits))}")
+        counted = [each.bits for each in layouts.values()]
+        config = dataclasses.replace(config, bits=max(seen_bits, key=counted.count))
+    config = dataclasses.replace(config, mixed_bits=tuple(seen_bits) if len(seen_bits) > 1 else ())
+    word_bits = layouts[names[0]].word_bits
+    config = dataclasses.replace(config, pack_dtype=None if word_bits == 32 else f"int{word_bits}")
+    seen_groups = {each.group_size(config.group_size) for each in layouts.values()}
     if len(seen_groups) == 1 and (group := seen_groups.pop()) != config.group_size:
         if not is_guess:
             notes.append(f"the settings say group_size {config.group_size}, the tensors have {group}")
         config = dataclasses.replace(config, group_size=group)
-    first = min(layers)
+    first = names[0]
     if (stored := tensors.get(f"{first}.g_idx")) is not None and config.group_size != -1:
-        g_idx = read_int32(*stored)
+        g_idx = read_integers(*stored)
         unsorted = any(a > b for a, b in itertools.pairwise(g_idx))
         if unsorted and not config.desc_act:
             notes.append("the settings say no act-order, the tensors have it")
             config = dataclasses.replace(config, desc_act=True)
-    return _check_zeros(config, read_int32(*tensors[f"{first}.qzeros"]), notes)
+    firsts = [next(name for name in names if layouts[name].bits == bits) for bits in seen_bits]
+    return _check_zeros(config, [(layouts[name], *tensors[f"{name}.qzeros"]) for name in firsts], notes)
 
 
-def _check_zeros(config: QuantizeConfig, words: tuple[int, ...], notes: list[str]) -> QuantizeConfig:
-    middle = 1 << (config.bits - 1)
-    repeated = {form: _repeated(middle - offset, config.bits) for form, offset in (("gptq", 1), ("gptq_v2", 0))}
-    unsigned = [word & 0xFFFFFFFF for word in words]
-    for form, pattern in repeated.items():
-        if all(word == pattern[at % len(pattern)] for at, word in enumerate(unsigned)):
-            if form != config.checkpoint_format and config.checkpoint_format in repeated:
-                notes.append(f"the settings say format {config.checkpoint_format}, the tensors are {form}")
-                return dataclasses.replace(config, checkpoint_format=form, sym=True)
-            return dataclasses.replace(config, sym=True)
-    if config.sym and config.checkpoint_format in repeated:
+def _check_zeros(config: QuantizeConfig, stored: list[tuple[Layout, Path, TensorInfo]], notes: list[str]) -> QuantizeConfig:
+    """Symmetry and format, from the zeros of one layer of each width: each is judged by its own bits."""
+    forms = ("gptq", "gptq_v2")
+    found = [_symmetric_form(*each, writer=config.zeros_format) for each in stored]
+    if all(form is not None for form in found):
+        form = found[0] if len(set(found)) == 1 else config.checkpoint_format
+        if form != config.checkpoint_format and config.checkpoint_format in forms and form is not None:
+            notes.append(f"the settings say format {config.checkpoint_format}, the tensors are {form}")
+            return dataclasses.replace(config, checkpoint_format=form, sym=True)
+        return dataclasses.replace(config, sym=True)
+    if config.sym and config.checkpoint_format in forms:
         notes.append("the settings say symmetric, the tensors are not")
         config = dataclasses.replace(config, sym=False)
     return config
 
 
-def _repeated(value: int, bits: int) -> list[int]:
-    """`value` packed 32 times, low bits first: `bits` words."""
-    stream = sum(value << (bits * at) for at in range(32))
-    return [(stream >> (32 * at)) & 0xFFFFFFFF for at in range(bits)]
+def _symmetric_form(layout: Layout, path: Path, zeros: TensorInfo, writer: str) -> str | None:
+    """The format in which every zero is the middle of the range; None if there is none: the layer is asymmetric."""
+    with path.open("rb") as file:
+        file.seek(zeros.start)
+        data = file.read(zeros.size_bytes)
+    length = len(data) // layout.groups
+    used = (1 << layout.bits * layout.out_features) - 1  # bits; the last word may have some left over
+    rows = {int.from_bytes(data[at : at + length], "little") & used for at in range(0, len(data), length)}
+    middle = 1 << (layout.bits - 1)
+    for form in ("gptq", "gptq_v2"):
+        if rows == {_row_of(middle - (form == "gptq"), layout.bits, length) & used}:
+            return form
+    if writer == WORDS and layout.word_bits == 64 and layout.bits in WORD_OFFSETS:
+        words = _row_of(middle, layout.bits, 8) - WORD_OFFSETS[layout.bits]  # it subtracts from the lower half only
+        if rows == {int.from_bytes(words.to_bytes(8, "little") * (length // 8), "little") & used}:
+            return "gptq"
+    return None
+
+
+def _row_of(value: int, bits: int, length: int) -> int:
+    """A row of `length` bytes that holds `value` everywhere, as a number: eight values fill `bits` bytes."""
+    eight = sum(value << bits * at for at in range(8)).to_bytes(bits, "little")
+    return int.from_bytes((eight * -(-length // bits))[:length], "little")

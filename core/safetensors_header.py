@@ -87,12 +87,13 @@ def read_beginning(data: bytes) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_int32(path: Path, tensor: TensorInfo) -> tuple[int, ...]:
-    """The values of a small I32 tensor, flat. For g_idx and zeros, not for weights."""
+def read_integers(path: Path, tensor: TensorInfo) -> tuple[int, ...]:
+    """The values of a small tensor of integers, flat. For g_idx, not for weights."""
     with path.open("rb") as file:
         file.seek(tensor.start)
         data = file.read(tensor.size_bytes)
-    return struct.unpack(f"<{len(data) // 4}i", data)
+    code, size = {"I8": ("b", 1), "I16": ("h", 2), "I64": ("q", 8)}.get(tensor.dtype, ("i", 4))
+    return struct.unpack(f"<{len(data) // size}{code}", data)
 
 
 def item_bytes(dtype: str) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadCheckpoint
+from ..core.quantize_config import WORD_OFFSETS, WORDS
 
 _BYTE = 8  # values are packed by eights: they fill exactly `bits` bytes
 
 
-def packed_length(count: int, bits: int) -> int:
-    """int32 words that hold `count` values; the last word may have bits left over."""
-    return -(-count * bits // 32)
+def packed_length(count: int, bits: int, word_bits: int = 32) -> int:
+    """Words that hold `count` values; the last word may have bits left over."""
+    return -(-count * bits // word_bits)
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -36,6 +37,17 @@ def default_g_idx(in_features: int, group_size: int, device: torch.device | str 
 def g_idx_is_sorted(g_idx: Tensor) -> bool:
     """False for a model quantised with act-order. Waits for the device."""
     return bool((g_idx[1:] >= g_idx[:-1]).all())
+
+
+def g_idx_is_possible(g_idx: Tensor, groups: int) -> bool:
+    """Whether all groups have as many rows and only the last has fewer: every GPTQ program makes them so. Waits for the device.
+
+    True for a g_idx that names a group there is none of: GPTQLinear.prepare refuses it.
+    """
+    if groups == 1 or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        return True
+    rows = torch.bincount(g_idx.long(), minlength=groups)
+    return bool((rows[:-1] == rows[0]).all()) and 0 < int(rows[-1]) <= int(rows[0])
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -96,6 +108,24 @@ def unpack_columns(words: Tensor, bits: int, cols: int) -> Tensor:
     return unpack(words.T.contiguous(), bits, cols).T
 
 
+def as_int32(words: Tensor, dim: int) -> Tensor:
+    """Words of int8, int16 or int64 -> the same stream of bits in int32, along `dim` (0 or 1); zeros fill the last word."""
+    if words.dtype == torch.int32:
+        return words
+    lines = (words.T if dim == 0 else words).contiguous().view(torch.uint8)  # [lines, bytes], little-endian
+    lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % 4)).view(torch.int32)
+    return (lines.T if dim == 0 else lines).contiguous()
+
+
+def words_to_v2(qzeros: Tensor, bits: int) -> Tensor:
+    """qzeros of the format WORDS, in words of any type -> those of gptq_v2. Bits 2, 4 or 8.
+
+    GPTQModel subtracts the same 32-bit number from words of 64 bits.
+    """
+    offset = WORD_OFFSETS[bits] & (2 ** (8 * qzeros.element_size()) - 1)
+    return qzeros + offset
+
+
 def zeros_to_stored(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     """True zeros -> the numbers a file holds: format gptq (v1) holds zero - 1, gptq_v2 the zero itself."""
     return (zeros - _zero_offset(checkpoint_format)) & (2**bits - 1)
@@ -116,7 +146,15 @@ def _zero_offset(checkpoint_format: str) -> int:
 
 
 def true_zeros(qzeros: Tensor, bits: int, cols: int, checkpoint_format: str) -> Tensor:
-    """qzeros int32 [G, ceil(N*bits/32)] -> the true zeros, uint8 [G, N]."""
+    """qzeros int32 [G, ceil(N*bits/32)] -> the true zeros, uint8 [G, N].
+
+    `checkpoint_format` is gptq, gptq_v2, or WORDS (core/quantize_config.py): there the offset is added to whole words, which
+    takes back what a zero of 0 has borrowed from the numbers above it.
+    """
+    if checkpoint_format == WORDS:
+        if bits not in WORD_OFFSETS:
+            return true_zeros(qzeros, bits, cols, "gptq")
+        return unpack_columns(qzeros + WORD_OFFSETS[bits], bits, cols)  # int32 wraps
     return zeros_from_stored(unpack_columns(qzeros, bits, cols), bits, checkpoint_format)
 
 

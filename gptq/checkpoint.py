@@ -19,11 +19,12 @@ from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.units import plural
-from .bit_packing import flooded_zeros
+from .bit_packing import flooded_zeros, g_idx_is_possible
 from .load_progress import Report, Watch
 from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
+from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.(cos|sin)_cached$")
@@ -69,11 +70,14 @@ def load(
         if any(name.endswith(("lm_head", "embed_out")) for name in layers):
             config.tie_word_embeddings = False
         notes += [f"In its files: {note}." for note in model.quantize.notes]
+    elif model.kind == "incomplete":
+        raise BadCheckpoint(model.problem)
     elif model.kind != "plain":
         raise BadCheckpoint(f"{model.name} is of the kind {model.kind}, which this engine does not read.")
-    weights = weights_name(model)
-    if weights not in _STANDARD_NAMES and weights.endswith((".safetensors", ".json")):
-        config.transformers_weights = weights
+    source = weights_source(model)
+    if source.weights not in _STANDARD_NAMES:
+        config.transformers_weights = source.weights
+    notes += [source.note] if source.note else []
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
     if attn_implementation is None and _caps_scores(config):
         attn_implementation = "eager"  # transformers before 5.24 leaves the cap out of its fused attention, and says nothing
@@ -83,7 +87,7 @@ def load(
         auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not say
         with watch:
             loaded, info = auto.from_pretrained(
-                model.folder,
+                source.folder,
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
@@ -100,6 +104,7 @@ def load(
         raise BadCheckpoint(
             f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
         ) from error
+    vars(loaded)["weights_source"] = source  # its links must live as long
     _check_report(model, info, layers)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
@@ -127,20 +132,6 @@ def _caps_scores(config: Any) -> bool:
     """Whether attention scores are kept within a soft cap (Gemma 2)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "attn_logit_softcapping", None) is not None
-
-
-def weights_name(model: LocalModel) -> str:
-    """The weights file, or the index of a sharded one, as transformers wants it named."""
-    if len(model.weights) == 1:
-        return model.weights[0].name
-    stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", model.weights[0].name)
-    for name in (f"{stem}.safetensors.index.json", "model.safetensors.index.json"):
-        if (model.folder / name).is_file():
-            return name
-    raise BadCheckpoint(
-        f"{model.name} has its weights in {plural(len(model.weights), 'file')} but no {stem}.safetensors.index.json, "
-        "which tells where each tensor is. Download the model again; what is complete is kept."
-    )
 
 
 def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer]) -> None:
@@ -190,20 +181,41 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     if len(packed) != len(layers):
         raise BadCheckpoint(f"{len(layers)} packed layers are in the files and {len(packed)} in the model. Nothing was loaded.")
     flooded = 0
-    for _name, layer, module in packed:
+    ignored: list[str] = []
+    for name, layer, module in packed:
+        if layer.word_bits != 32 and module.qweight.is_meta:
+            raise BadCheckpoint(
+                f"{name} is packed in words of {layer.word_bits} bits, which cannot be moved between processor and GPU while the "
+                "model computes. Load it on one device: set the device, or choose a smaller model."
+            )
         if not layer.has_g_idx:
             module.fill_g_idx()
+        elif not module.g_idx.is_meta and not g_idx_is_possible(module.g_idx, layer.groups):
+            if layer.act_order:
+                raise BadCheckpoint(
+                    f"{name} says which group each of its {layer.in_features} inputs belongs to (g_idx), and the {layer.groups} "
+                    "groups come out with sizes that no GPTQ program makes. The model was quantised with act-order, so the "
+                    "right order cannot be told. Download the model again."
+                )
+            module.fill_g_idx()
+            ignored.append(name)
         if not layer.has_bias and module.bias is not None:
             module.bias.data.zero_()
         if not module.qzeros.is_meta:  # it is while it is offloaded
             flooded += flooded_zeros(module.qzeros, layer.bits) if layer.checkpoint_format == "gptq" else 0
             module.prepare()
+    notes = []
+    if ignored:
+        notes.append(
+            f"The order of the inputs (g_idx) of {plural(len(ignored), 'layer')} is impossible, {ignored[0]} first, and was "
+            "ignored: the model has no act-order, so the inputs are in their own order."
+        )
     if flooded:
-        return [
+        notes.append(
             f"{plural(flooded, 'zero point')} look damaged by the program that quantised this model (a known fault of AutoGPTQ "
             "with asymmetric models); answers may suffer."
-        ]
-    return []
+        )
+    return notes
 
 
 def _restore_scales(paths: Iterable[Path], loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> None:

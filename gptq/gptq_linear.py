@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint, BadQuantizeConfig
-from ..core.quantize_config import BITS
+from ..core.packed_layout import BITS
+from ..core.quantize_config import WORD_OFFSETS, WORDS
 from . import bit_packing
 
+_WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 _SMALL_BATCH_ROWS = 8  # up to here x is multiplied with the integers and scaled afterwards: less work for each weight
 _LOW_BITS_CHUNK = 1 << 21  # weights widened at once on a CPU: more leaves its cache, less pays for more calls
 _CHUNK = 1 << 24  # weights widened at once otherwise: 64 MB of fp32
@@ -54,8 +56,10 @@ class GPTQLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        word_bits: int = 32,
     ) -> None:
-        """`dtype` is that of scales and bias. Raises BadQuantizeConfig for bits other than 2, 3, 4, 8."""
+        """`dtype` is that of scales and bias. `word_bits` are those of the file's words (8, 16, 32, 64); `prepare` makes them
+        int32. Raises BadQuantizeConfig for bits other than 2, 3, 4, 8."""
         super().__init__()
         if bits not in BITS:
             raise BadQuantizeConfig(f"A layer has {bits!r} bits; GPTQ models have 2, 3, 4 or 8.")
@@ -69,8 +73,9 @@ class GPTQLinear(nn.Module):
         def empty(*shape: int, of: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=of, device=device), requires_grad=False)
 
-        self.qweight = empty(bit_packing.packed_length(in_features, bits), out_features, of=torch.int32)
-        self.qzeros = empty(groups, bit_packing.packed_length(out_features, bits), of=torch.int32)
+        word = _WORDS[word_bits]
+        self.qweight = empty(bit_packing.packed_length(in_features, bits, word_bits), out_features, of=word)
+        self.qzeros = empty(groups, bit_packing.packed_length(out_features, bits, word_bits), of=word)
         self.scales = empty(groups, out_features, of=dtype)
         self.g_idx = empty(in_features, of=torch.int32)
         self.bias = empty(out_features, of=dtype) if bias else None
@@ -92,12 +97,14 @@ class GPTQLinear(nn.Module):
     def prepare(self) -> None:
         """Learn the row order and the zero point from the loaded tensors. Call again if they change.
 
-        Waits for the device. Does nothing while the tensors are on meta (an offloaded layer: its
-        first forward prepares it). Raises BadCheckpoint if g_idx names a group there is none of.
+        Words of another type become int32 first. Waits for the device. Does nothing while the tensors are on meta (an
+        offloaded layer: its first forward prepares it). Raises BadCheckpoint if g_idx names a group there is none of.
         """
         if self.g_idx.is_meta or self.qzeros.is_meta:
             self._facts = None
             return
+        if self.qweight.dtype != torch.int32:
+            self._widen()
         with torch.no_grad():
             count = self.scales.shape[0]
             groups = self.g_idx.long()
@@ -116,6 +123,14 @@ class GPTQLinear(nn.Module):
             zeros = bit_packing.true_zeros(self.qzeros, self.bits, self.out_features, self.checkpoint_format)
             zero = int(zeros[0, 0])
             self._facts = _Facts(order, None if even else groups, zero if bool((zeros == zero).all()) else None)
+
+    def _widen(self) -> None:
+        """Make int32 words of those that the file has."""
+        zeros = self.qzeros.data
+        if self.checkpoint_format == WORDS and self.bits in WORD_OFFSETS:
+            zeros, self.checkpoint_format = bit_packing.words_to_v2(zeros, self.bits), "gptq_v2"
+        self.qzeros = nn.Parameter(bit_packing.as_int32(zeros, 1), requires_grad=False)
+        self.qweight = nn.Parameter(bit_packing.as_int32(self.qweight.data, 0), requires_grad=False)
 
     def release(self, replacement: Callable[[Tensor], Tensor] | None = None) -> None:
         """Free the packed tensors: another object holds the weights now, in a layout for its kernel.

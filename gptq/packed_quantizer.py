@@ -16,13 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.errors import BadCheckpoint
+from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
 from .experts import PackedExperts, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
 
 METHOD = "gptq-webui"
-_PARTS = ("qweight", "qzeros", "scales")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -35,48 +35,34 @@ class PackedLayer:
     out_features: int
     groups: int
     group_size: int
-    checkpoint_format: str
+    checkpoint_format: str  # how its zeros are stored: see QuantizeConfig.zeros_format
     scales_dtype: torch.dtype
     has_bias: bool
     has_g_idx: bool
+    word_bits: int = 32  # of qweight and qzeros
+    act_order: bool = False  # the model was quantised with it
 
 
 def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: QuantizeConfig) -> dict[str, PackedLayer]:
     """Layer name -> layer, for every packed layer in the files.
 
-    Raises BadCheckpoint for a layer with a part missing or with shapes that no GPTQ layer has.
+    Raises BadCheckpoint for a layer with a part missing or with types or shapes that no GPTQ layer has.
     """
     layers: dict[str, PackedLayer] = {}
-    found = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in ("qweight", "qzeros", "scales")}
-    for name in sorted(found):
-        missing = [part for part in _PARTS if f"{name}.{part}" not in tensors]
-        if missing:
-            raise BadCheckpoint(f"{name} has no {' and no '.join(missing)} in the files. Download the model again.")
-        (rows, columns), (groups, out), zeros = (tensors[f"{name}.{part}"][1].shape for part in ("qweight", "scales", "qzeros"))
-        bits = 32 * zeros[1] / out if out else 0
-        if bits not in (2, 3, 4, 8) or columns != out or zeros[0] != groups:
-            raise BadCheckpoint(
-                f"The tensors of {name} do not fit each other: qweight {rows}×{columns}, qzeros {zeros[0]}×{zeros[1]}, "
-                f"scales {groups}×{out}. They are not GPTQ's; download the model again."
-            )
-        in_features = rows * 32 // int(bits)
-        ordered = tensors.get(f"{name}.g_idx")
-        if ordered is not None and ordered[1].shape[0] != in_features:
-            raise BadCheckpoint(
-                f"The tensors of {name} do not fit each other: {in_features} inputs in qweight, {ordered[1].shape[0]} in g_idx. "
-                "Download the model again."
-            )
-        same = config.group_size > 0 and -(-in_features // config.group_size) == groups
+    for name in packed_names(tensors):
+        layout = layout_of(name, tensors, config.bits, config.pack_dtype)
         layers[name] = PackedLayer(
-            bits=int(bits),
-            in_features=in_features,
-            out_features=out,
-            groups=groups,
-            group_size=config.group_size if same else -1 if groups == 1 else -(-in_features // groups),
-            checkpoint_format=config.checkpoint_format,
-            scales_dtype=_DTYPES.get(tensors[f"{name}.scales"][1].dtype, torch.float16),
-            has_bias=f"{name}.bias" in tensors,
-            has_g_idx=ordered is not None,
+            bits=layout.bits,
+            in_features=layout.in_features,
+            out_features=layout.out_features,
+            groups=layout.groups,
+            group_size=layout.group_size(config.group_size),
+            checkpoint_format=config.zeros_format,
+            scales_dtype=_DTYPES[layout.scales_dtype],
+            has_bias=layout.has_bias,
+            has_g_idx=layout.has_g_idx,
+            word_bits=layout.word_bits,
+            act_order=config.desc_act,
         )
     return layers
 
@@ -224,6 +210,7 @@ def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
         bias=bias,
         dtype=layer.scales_dtype,
         device="meta",
+        word_bits=layer.word_bits,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from gptq_webui.core.errors import BadCheckpoint, GptqWebuiError
+from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.gptq_linear import GPTQLinear
@@ -194,16 +194,38 @@ def test_settings_that_the_tensors_contradict_are_amended_and_reported(tmp_path)
     assert len(notes) == 3  # bits, group size, act-order
 
 
-@pytest.mark.parametrize("name", ["config.json", "gptq_model.safetensors.index.json"])
-def test_a_missing_file_is_a_sentence(name, tmp_path):
+def test_a_missing_config_is_a_sentence(tmp_path):
     folder = tmp_path / "model"
     tiny.write(folder, weights="gptq_model", shards=2)
-    (folder / name).unlink()
-    model = LocalModel.read(folder)
-    assert model.problem or name != "config.json"
-    if not model.problem:
-        with pytest.raises(GptqWebuiError, match="index"):
-            load(folder)
+    (folder / "config.json").unlink()
+    assert "config.json" in LocalModel.read(folder).problem
+
+
+@pytest.mark.parametrize("weights", ["model", "gptq_model-4bit-32g"])
+@pytest.mark.parametrize("listed", [None, {}, {"lm_head.weight": "model-00001-of-00009.safetensors"}])
+def test_a_missing_or_stale_index_is_made_from_the_files(weights, listed, tmp_path):
+    folder = tmp_path / "model"
+    twin = tiny.write(folder, weights=weights, shards=3)
+    index = folder / f"{weights}.safetensors.index.json"
+    index.unlink()
+    if listed is not None:
+        index.write_text(json.dumps({"weight_map": listed}))
+    packed, notes = load(folder)
+    assert difference(packed, twin) < 1e-5
+    assert any("files themselves were read" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "C:\\x.safetensors", 5])
+def test_an_index_that_leaves_the_folder_is_refused(name, tmp_path):
+    folder = tmp_path / "model"
+    tiny.write(folder, shards=2)
+    shutil.copy(folder / "model-00002-of-00002.safetensors", tmp_path / "outside.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(BadCheckpoint, match="not in the model's folder"):
+        load(folder)
 
 
 def test_code_in_a_model_folder_is_not_run(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gptq_webui.core.errors import BadFile, BadQuantizeConfig
+from gptq_webui.core.errors import BadCheckpoint, BadFile, BadQuantizeConfig
 from gptq_webui.core.folder_files import read_json
 from gptq_webui.core.models import tensors_of
 from gptq_webui.core.quantize_config import QuantizeConfig
@@ -153,7 +153,7 @@ def test_neither_settings_nor_tensors_is_one_sentence(tmp_path: Path) -> None:
 def test_tensors_of_no_known_shape_are_refused(tmp_path: Path) -> None:
     tensors = layer(4, 32)
     tensors["model.layers.0.self_attn.q_proj.qzeros"] = np.zeros((4, 10), np.int32)
-    with pytest.raises(BadQuantizeConfig, match="do not have the shapes"):
+    with pytest.raises(BadCheckpoint, match="do not have the shapes"):
         read(tmp_path, tensors, AUTOGPTQ)
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gptq_webui.core.errors import BadCheckpoint
-from gptq_webui.core.safetensors_header import item_bytes, read_header, read_int32
+from gptq_webui.core.safetensors_header import item_bytes, read_header, read_integers
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_names_types_and_shapes_without_metadata(path: Path) -> None:
 
 
 def test_values_of_a_small_tensor(path: Path) -> None:
-    assert read_int32(path, read_header(path)["a"]) == tuple(range(-3, 9))
+    assert read_integers(path, read_header(path)["a"]) == tuple(range(-3, 9))
 
 
 def test_a_truncated_file_says_what_is_missing(path: Path) -> None:

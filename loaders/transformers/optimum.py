@@ -55,6 +55,7 @@ def load(
 
     from ...gptq import checkpoint, transformers_patch
     from ...gptq.rope import apply
+    from ...gptq.weights_index import weights_source
 
     assert model.quantize is not None
     config = checkpoint.read_config(model, trust_remote_code)
@@ -66,14 +67,16 @@ def load(
     elif not on_cpu and (kernel := gptqmodel_kernels.at_once(look(), model.quantize.bits)) is not None:
         settings = {**settings, "backend": f"gptq_{kernel}"}
     config.quantization_config = settings
-    config.transformers_weights = checkpoint.weights_name(model)
+    source = weights_source(model)
+    config.transformers_weights = source.weights
+    notes += [source.note] if source.note else []
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
         with transformers_patch.original():
             hf = AutoModelForCausalLM.from_pretrained(
-                model.folder,
+                source.folder,
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
@@ -88,4 +91,5 @@ def load(
         raise LoadFailed(
             f"transformers' own GPTQ integration cannot open {model.name}: {in_words(error)}. Choose the kernel native."
         ) from error
+    vars(hf)["weights_source"] = source  # its links must live as long
     return hf.eval(), (*notes, "Computed by transformers' own GPTQ integration (optimum and GPTQModel).")

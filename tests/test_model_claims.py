@@ -1,0 +1,79 @@
+"""config.json against itself and against the files: every contradiction is a sentence, before anything is built."""
+
+import json
+import shutil
+import struct
+
+import pytest
+
+from gptq_webui.core.model_claims import problem_of
+from gptq_webui.core.models import LocalModel
+
+LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 288}
+
+
+@pytest.mark.parametrize(("claims", "says"), [
+    ({"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 16}, "3 attention heads"),
+    ({"num_attention_heads": 5, "num_key_value_heads": 1}, "hidden size of 64 for 5 heads"),
+    ({"partial_rotary_factor": 64}, "partial_rotary_factor 64"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 2}}, "partial_rotary_factor 2"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 64.0}}}, "partial_rotary_factor 64"),
+    ({"partial_rotary_factor": 0.2}, "3 of them would be rotated"),
+    ({"partial_rotary_factor": 0.01}, "none of them would be rotated"),
+    ({"rotary_dim": 32}, "rotary_dim 32"),
+    ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor -2"),
+    ({"rope_theta": float("nan")}, "rope_theta nan"),
+    ({"num_hidden_layers": 1000000}, "num_hidden_layers 1000000"),
+    ({"num_hidden_layers": 3}, "says 3 layers, the files hold 2"),
+    ({"max_position_embeddings": -2048}, "max_position_embeddings -2048"),
+    ({"hidden_size": "64"}, "hidden_size '64'"),
+    ({"vocab_size": True}, "vocab_size True"),
+    ({"vocab_size": 289}, "vocab_size 289, the embedding in the files has 288 rows"),
+    ({"head_dim": 0}, "head_dim 0"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06"),
+    ({"sliding_window": 0}, "sliding_window 0"),
+    ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers 1000000"),
+])  # fmt: skip
+def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gptq, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **LLAMA, "head_dim": None, **claims}))
+    model = LocalModel.read(folder)
+    assert model.kind == "incomplete" and says in model.problem
+    assert "config.json" in model.problem and model.problem.endswith("download the model again.")
+
+
+@pytest.mark.parametrize("claims", [
+    {}, {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
+    {"sliding_window": 0, "use_sliding_window": False}, {"num_key_value_heads": None}, {"n_inner": None},
+    {"hidden_size": 7168, "num_attention_heads": 60, "num_key_value_heads": 60, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}},
+    {"num_key_value_heads": [1, 2]},
+])  # fmt: skip
+def test_what_real_models_say_is_no_contradiction(claims):
+    assert problem_of({**LLAMA, **claims}, {}) == ""
+
+
+def test_a_deeply_nested_header_spoils_its_own_folder_only(tiny_gptq, tmp_path):
+    shutil.copytree(tiny_gptq, tmp_path / "good")
+    shutil.copytree(tiny_gptq, tmp_path / "bad")
+    nested = b"[" * 200_000 + b"]" * 200_000
+    (tmp_path / "bad" / "model.safetensors").write_bytes(struct.pack("<Q", len(nested)) + nested)
+    from gptq_webui.hub.library import Library
+
+    found = {each.name: each for each in Library([tmp_path]).models()}
+    assert found["good"].kind == "gptq" and found["bad"].kind == "incomplete" and "model.safetensors" in found["bad"].problem
+
+
+def test_the_command_line_refuses_with_both_numbers(tiny_gptq, tmp_path, capsys):
+    """3 heads with 2 key heads once ended in `double free or corruption`."""
+    from gptq_webui.app.cli import main
+
+    shutil.copytree(tiny_gptq, tmp_path / "heads3")
+    path = tmp_path / "heads3" / "config.json"
+    claims = {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 16}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **claims}))
+    assert main(["ask", "Hi", "--model", "heads3", "--models-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "3 attention heads" in said and "2 key heads" in said and "Traceback" not in said
