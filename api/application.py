@@ -10,13 +10,13 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import admin, api_docs, kobold, lollms, openai, tgi, tgwui_routes
+from . import admin, api_docs, embeddings, kobold, lollms, ollama, openai, tgi, tgwui_routes
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
 from .problems import Problem
 from .routes import openai_error
 from .service import Service
 
-_PROTOCOLS = (openai, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
+_PROTOCOLS = (openai, embeddings, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
 _API_FOLDERS = ("/v1/", "/api/")  # the page has nothing below these
 
 
