@@ -24,6 +24,10 @@ class PackedExperts(nn.Module):
         for at in range(self.num_experts):
             self.add_module(str(at), nn.Module())
 
+    def roles(self, at: int) -> dict[str, nn.Module]:
+        """The layers of one expert: "gate", "up" and "down"."""
+        return {_ROLES[name]: layer for name, layer in self.get_submodule(str(at)).named_children()}
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H]."""
         out = torch.zeros_like(hidden_states)
@@ -31,7 +35,7 @@ class PackedExperts(nn.Module):
             if at >= self.num_experts:
                 continue  # a choice that was masked out
             token, choice = torch.where(top_k_index == at)
-            roles = {_ROLES[name]: layer for name, layer in self.get_submodule(str(at)).named_children()}
+            roles = self.roles(at)
             x = hidden_states[token]
             y = roles["down"](self.act_fn(roles["gate"](x)) * roles["up"](x))
             out.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out.dtype))

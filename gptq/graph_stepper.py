@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .static_cache import FIRST_CAPACITY, NotStatic, StaticRoom
 from .stepper import Memory, Stepper
@@ -30,6 +31,18 @@ class Recorder(Protocol):
     def reset(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _NumbersMadeThere(TorchFunctionMode):
+    """`torch.tensor(0.0, device=…)` copies a number from the host, which cannot be recorded; `torch.full` makes it there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.tensor and len(args) == 1 and type(args[0]) in (int, float) and given.get("device") is not None:
+            if given.get("dtype") is None:
+                given["dtype"] = torch.long if type(args[0]) is int else torch.get_default_dtype()
+            return torch.full((), args[0], **given)
+        return func(*args, **given)
 
 
 class GraphStepper(Stepper):
@@ -144,7 +157,8 @@ class GraphStepper(Stepper):
         for _ in range(2):  # libraries choose and load their kernels
             run()
             room.restore(states, length)
-        graph = self._recorder.record(run)
+        with _NumbersMadeThere():
+            graph = self._recorder.record(run)
         room.restore(states, length)  # a recorder that runs what it records has changed it
         return graph
 

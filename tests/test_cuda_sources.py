@@ -40,6 +40,7 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for columns in small_batch.COLUMNS
         for each in small_batch.variants(packings[columns % 4], "SILU", 99 * 1024).values()
     ]
+    variants.append(GemvVariant(packings[1], "PLAIN", 0, 8, 2, 3, experts=True))
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
 from . import gemv
+from .cuda_experts import replace_experts
 from .cuda_weights import Weight, packing_of, repack
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
@@ -66,8 +67,9 @@ class CudaLinear(nn.Module):
 
 def replace_layers(model: nn.Module) -> tuple[int, int]:
     """Put CudaLinears in the place of the GPTQLinears on GPUs; (replaced, left as they are). Raises NoCompiler."""
-    found = [(name, each) for name, each in model.named_modules() if isinstance(each, GPTQLinear)]
     gpus: dict[torch.device, Gpu] = {}
+    of_experts = replace_experts(model, gpus)
+    found = [(name, each) for name, each in model.named_modules() if isinstance(each, GPTQLinear)]
     packings: dict[str, Packing] = {}
     for name, layer in found:
         device = layer.qweight.device
@@ -81,7 +83,7 @@ def replace_layers(model: nn.Module) -> tuple[int, int]:
             continue
         packings[name] = packing
     for device, gpu in gpus.items():
-        gpu.add(packings={packings[name] for name, each in found if name in packings and each.qweight.device == device})
+        gpu.add_missing(packings={packings[name] for name, each in found if name in packings and each.qweight.device == device})
     made: dict[torch.device, list[CudaLinear]] = {device: [] for device in gpus}
     for name, layer in found:
         if name not in packings:
@@ -97,6 +99,6 @@ def replace_layers(model: nn.Module) -> tuple[int, int]:
         layer.release()
         made[device].append(new)
     for device, layers in made.items():
-        gpus[device].add(variants={each.variant for each in layers})
+        gpus[device].add_missing(variants={each.variant for each in layers})
     replaced = sum(len(each) for each in made.values())
-    return replaced, len(found) - replaced
+    return replaced + of_experts, len(found) - replaced

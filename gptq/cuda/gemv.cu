@@ -240,3 +240,20 @@ DEVICE void gemv(const GemvArguments& p) {
     adder = adder + 1 == KS ? 0 : adder + 1;
   }
 }
+
+// -- the same for chosen experts ---------------------------------------------------------------------------------------
+
+// A row of blocks for each choice: its expert's weights are read where they lie, so no one else has to know which it is.
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN>
+DEVICE void expert_gemv(const ExpertGemvArguments& e) {
+  static_assert(EPILOGUE == PLAIN && NORM == 0, "experts take no norm and give plain sums");
+  const u64 asked = e.chosen[blockIdx.y], last = e.experts - 1;
+  const u64 expert = asked < last ? asked : last;
+  GemvArguments p = {};
+  p.weights = e.weights + expert * e.weight_bytes;
+  p.scales = (const u32*)((const u8*)e.scales + expert * e.scale_bytes);
+  p.x = e.x + (size_t)blockIdx.y * e.chunks * CHUNK;
+  p.out = e.out + (size_t)blockIdx.y * e.n;
+  p.n = e.n; p.tiles = e.tiles; p.chunks = e.chunks; p.groups = e.groups; p.unit_to_group = e.unit_to_group; p.k = e.k;
+  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN>(p);
+}

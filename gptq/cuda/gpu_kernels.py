@@ -50,6 +50,13 @@ class Gpu:
                 self._modules.append(module)
                 self._module_of |= dict.fromkeys(_KERNEL.findall(text), module)
 
+    def add_missing(self, variants: Iterable[Variant] = (), packings: Iterable[Packing] = ()) -> None:
+        """As `add`, of those that are not there yet."""
+        variants = [each for each in variants if each.name not in self._module_of]
+        packings = [each for each in packings if f"unpack_{each.name}" not in self._module_of]
+        if variants or packings:
+            self.add(variants, packings)
+
     def close(self) -> None:
         """Free the memory of the kernels. Graphs that hold them must be gone."""
         with torch.cuda.device(self.device):

@@ -118,6 +118,25 @@ GEMV = Arguments(
     float eps
     """,
 )
+EXPERT_GEMV = Arguments(
+    "ExpertGemvArguments",
+    """
+    const u8* weights      // [experts][tiles][chunks][bits * 128]
+    const u32* scales      // [experts][tiles][groups][8]
+    const u64* chosen      // [choices]: the expert of each choice
+    const u16* x           // fp16 [choices][chunks * CHUNK], fragment order of its expert
+    u16* out               // fp16 [choices][n]
+    u64 weight_bytes       // from one expert's weights to the next one's
+    u64 scale_bytes
+    int experts
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group
+    int k
+    """,
+)
 SMALL_BATCH = Arguments(
     "SmallBatchArguments",
     """
@@ -255,7 +274,7 @@ SAMPLE = Arguments(
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
 )  # fmt: skip
 
 

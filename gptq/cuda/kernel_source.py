@@ -90,6 +90,7 @@ class GemvVariant:
     stages: int  # batches on their way or being multiplied
     teams: int = 1  # tiles that a block works on at once
     even: bool = False  # every warp has whole batches
+    experts: bool = False  # of stacked weights, which the device chooses from
 
     def __post_init__(self) -> None:
         if not 0 <= self.norm <= NORM_RUNS or self.threads > BLOCK_THREADS or self.teams > 15:  # of 16 barriers one is taken
@@ -99,7 +100,9 @@ class GemvVariant:
     def name(self) -> str:
         norm = f"norm{self.norm}" if self.norm else "plain"
         numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}"
-        return f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}"
+        return (
+            f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}{'_experts' * self.experts}"
+        )
 
     @property
     def threads(self) -> int:
@@ -174,7 +177,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
         else:
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
-            kernel(each.name, "GemvArguments", f"gemv<{each.packing.arguments}, {numbers}>", each.threads)
+            given, call = ("ExpertGemvArguments", "expert_gemv") if each.experts else ("GemvArguments", "gemv")
+            kernel(each.name, given, f"{call}<{each.packing.arguments}, {numbers}>", each.threads)
     for kv in sorted(set(formats), key=lambda each: each.name):
         numbers = f"<{kv.head_dim}, {str(kv.q8).lower()}>"
         kernel(f"attention_{kv.name}", "AttentionArguments", f"attention{numbers}", 32 * ATTENTION_WARPS)

@@ -1,0 +1,58 @@
+"""gptq/cuda/cuda_experts.py and graph_stepper.py on a GPU: experts and whole models against plain PyTorch."""
+
+import pytest
+import torch
+
+import tiny
+from gptq_webui.core.models import LocalModel
+from gptq_webui.gptq import checkpoint
+from gptq_webui.gptq.cuda.cuda_experts import MOST_CHOICES, CudaExperts
+from gptq_webui.gptq.cuda.cuda_linear import replace_layers
+from gptq_webui.gptq.experts import PackedExperts
+from gptq_webui.gptq.stepper_choice import stepper_for
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+
+
+def error(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
+    tiny.write(tmp_path / "model", "mixtral", act_order=False, sym=sym, bits=bits)
+    model, _notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float16, device_map={"": "cuda"})
+    plain = [each for each in model.modules() if isinstance(each, PackedExperts)]
+    if not plain:
+        pytest.skip("this transformers keeps experts as a list")
+    generator = torch.Generator("cuda").manual_seed(0)
+    cases = []
+    for tokens in (1, 7, MOST_CHOICES // 2, MOST_CHOICES):
+        x = torch.randn(tokens, 64, generator=generator, device="cuda").half()
+        chosen = torch.rand(tokens, 4, generator=generator, device="cuda").argsort(1)[:, :2]
+        weights = torch.rand(tokens, 2, generator=generator, device="cuda").half()
+        cases.append((x, chosen, weights, plain[0](x.float(), chosen, weights.float())))
+    replaced, left = replace_layers(model)
+    assert replaced and not left
+    experts = [each for each in model.modules() if isinstance(each, CudaExperts)]
+    for x, chosen, weights, wanted in cases:
+        assert error(experts[0](x, chosen, weights), wanted) < 3e-3
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_a_recorded_model_continues_as_its_dense_twin(kind, tmp_path):
+    twin = tiny.write(tmp_path / "model", kind, act_order=False)
+    model, _notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float16, device_map={"": "cuda"})
+    stepper, note = stepper_for(model, 64)
+    ids = torch.randint(0, 288, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        wanted = twin(torch.tensor([ids])).logits[0].cuda()
+        memory = stepper.begin()
+        assert error(stepper.prefill(memory, ids[:20])[0], wanted[19]) < 1e-2
+        for at in range(20, 40):
+            assert error(stepper.step(memory, ids[at])[0], wanted[at]) < 1e-2
+        assert memory.cut(25)
+        assert error(stepper.step(memory, ids[25])[0], wanted[25]) < 1e-2
+    assert stepper.kernel == "graph", note
+    stepper.close()
