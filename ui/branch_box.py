@@ -26,8 +26,10 @@ _FITS = {
     "no loader": ("gw-no", "No loader"),
 }
 # The table is below both columns: with a model loaded, that is below the window's edge. It is laid out a moment later.
-_INTO_VIEW = """() => { setTimeout(() =>
-  document.querySelector('#gw-branches-box')?.scrollIntoView({block: 'nearest', behavior: 'smooth'}), 150) }"""
+# Gradio 4.37 reports a change also for a table that stays empty: then the page keeps its place.
+_INTO_VIEW = """() => { setTimeout(() => {
+  const box = document.querySelector('#gw-branches-box');
+  if (box?.querySelector('table')) box.scrollIntoView({block: 'nearest', behavior: 'smooth'}) }, 150) }"""
 _COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
 
 
