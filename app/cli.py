@@ -13,10 +13,11 @@ from .. import __version__
 from ..core.errors import GptqWebuiError
 from . import access_flags, exit_codes, tgi_flags
 from .download_arguments import add_to as add_download
+from .quantize_arguments import add_to as add_quantize
 
 COMMANDS = (
     "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "benchmark",
-    "doctor", "keys", "host",
+    "quantize", "evaluate", "doctor", "keys", "host",
 )  # fmt: skip
 
 _WITH_BARS = ("download", "verify", "repair", "update")
@@ -140,6 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_loading(benchmark)
     benchmark.set_defaults(run=_benchmark)
 
+    quantize = commands.add_parser("quantize", help="make GPTQ folders of a 16-bit model", epilog=exit_codes.HELP)
+    add_quantize(quantize)
+    _add_models(quantize)
+    quantize.set_defaults(run=_quantize)
+
+    evaluate = commands.add_parser("evaluate", help="perplexity of a model, and how near it is to another")
+    evaluate.add_argument("model", metavar="MODEL", help="its name or folder")
+    evaluate.add_argument("--against", metavar="OTHER", help="the model to compare with, for example the 16-bit original")
+    evaluate.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8 (default: Python's manual)")
+    evaluate.add_argument("--window", type=int, default=512, metavar="TOKENS", help="tokens read at once (default: 512)")
+    evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of text, at most (default: 4096)")
+    evaluate.add_argument("--json", action="store_true", help="write the result as JSON on stdout")
+    _add_models(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
     keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
     keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
     keys.add_argument("name", nargs="?", metavar="NAME")
@@ -233,6 +249,18 @@ def _doctor(options: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor(options)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from .quantize_command import quantize
+
+    return quantize(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate_command import evaluate
+
+    return evaluate(options)
 
 
 def _benchmark(options: argparse.Namespace) -> int:

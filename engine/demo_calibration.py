@@ -11,24 +11,28 @@ SAMPLE_TOKENS, SAMPLES = 256, 9
 
 def calibration(tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
     """Token ids of SAMPLES pieces, each SAMPLE_TOKENS long. Every Python installation has the manual."""
-    from pydoc_data.topics import topics
-
-    texts = [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}], tokenize=False
-            )
-        )
-        for ask, answer in _CONVERSATIONS
-    ]
+    texts = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations()]
     chat = tokenizer("".join(texts))["input_ids"]
     pieces = list(_pieces(chat))
     # The longest topics are prose rather than grammar; one piece of each.
-    for name in sorted(topics, key=lambda each: -len(topics[each])):
+    for topic in manual():
         if len(pieces) >= SAMPLES:
             break
-        pieces += list(_pieces(tokenizer(topics[name][: SAMPLE_TOKENS * 8])["input_ids"]))[:1]
+        pieces += list(_pieces(tokenizer(topic[: SAMPLE_TOKENS * 8])["input_ids"]))[:1]
     return pieces
+
+
+def conversations() -> Iterator[list[dict[str, str]]]:
+    """As messages, shortest form: a question and its answer."""
+    for ask, answer in _CONVERSATIONS:
+        yield [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+
+
+def manual() -> Iterator[str]:
+    """Topics of Python's manual, the longest first."""
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics, key=lambda each: -len(topics[each])))
 
 
 def _pieces(ids: Sequence[int]) -> Iterator[list[int]]:

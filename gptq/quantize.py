@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import LoadFailed
 from ..core.quantize_config import QuantizeConfig
 from .gptq_solver import solve
+from .hessians import InputHessians, as_rows
 
 _HESSIAN_BYTES = 2 << 30  # of Hessians at a time; a larger model is run through once for every such part
 _BATCH_TOKENS = 1024  # of calibration text at a time
@@ -36,7 +37,7 @@ def quantize_model(
     read the same input (q, k, v; gate, up) share one and are solved together.
     Raises LoadFailed if the model has no such layers.
     """
-    layers = _layers_to_pack(model)
+    layers = layers_to_pack(model)
     packed: dict[Path, dict[str, Tensor]] = {folder: {} for folder in configs}
     parts = list(_parts(layers))
     done = 0
@@ -47,7 +48,7 @@ def quantize_model(
         hessians = _collect(model, part, calibration, functools.partial(_tell, progress, reading, before, share / 2))
         for index, (names, hessian) in enumerate(hessians):
             progress(before + share * (0.5 + index / len(hessians) / 2), f"Rounding weights ({done} of {len(layers)} layers)")
-            weights = [_as_rows(layers[name]) for name in names]
+            weights = [as_rows(layers[name]) for name in names]
             for folder, results in zip(configs, solve(weights, hessian, list(configs.values())), strict=True):
                 for name, result in zip(names, results, strict=True):
                     packed[folder] |= {f"{name}.{field}": value for field, value in vars(result).items()}
@@ -64,16 +65,27 @@ def _tell(progress: ProgressCallback, text: str, before: float, share: float, do
 # --- the layers of a model -----------------------------------------------------------------------
 
 
-def _layers_to_pack(model: nn.Module) -> dict[str, nn.Module]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder layers: the list that holds most of the model; experts are lists inside it.
+
+    Raises LoadFailed if the model has no list of layers.
+    """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found: dict[str, nn.Module] = {}
-    if lists:  # the decoder layers are the list that holds most of the model; experts are lists inside it
-        prefix, decoder = max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
-        for name, module in decoder.named_modules():
-            if _is_linear(module) and all(size % 32 == 0 for size in module.weight.shape):
-                found[f"{prefix}.{name}"] = module
+    if not lists:
+        raise LoadFailed("The model has no list of decoder layers; it cannot be quantised.")
+    return max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
+
+
+def layers_to_pack(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv1D inside the decoder layers whose sizes are multiples of 32, by name. LoadFailed if none is."""
+    prefix, decoder = decoder_layers(model)
+    found = {
+        f"{prefix}.{name}": module
+        for name, module in decoder.named_modules()
+        if _is_linear(module) and all(size % 32 == 0 for size in module.weight.shape)
+    }
     if not found:
-        raise LoadFailed(f"{type(model).__name__} has no linear layers inside decoder layers; it cannot be quantised.")
+        raise LoadFailed("The model has no linear layers inside its decoder layers; it cannot be quantised.")
     return found
 
 
@@ -81,17 +93,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _as_rows(module: nn.Module) -> Tensor:
-    """The weight [K, N], input rows first: a Conv1D holds it so, an nn.Linear its transpose."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    return weight.T if isinstance(module, nn.Linear) else weight
-
-
 def _parts(layers: Mapping[str, nn.Module]) -> Iterable[dict[str, nn.Module]]:
     part: dict[str, nn.Module] = {}
     size_bytes = 0
     for name, module in layers.items():
-        needs = 4 * _as_rows(module).shape[0] ** 2
+        needs = 4 * as_rows(module).shape[0] ** 2
         if part and size_bytes + needs > _HESSIAN_BYTES:
             yield part
             part, size_bytes = {}, 0
@@ -108,42 +114,14 @@ def _collect(
     model: Any, layers: Mapping[str, nn.Module], calibration: Sequence[Sequence[int]], progress: Callable[[float], None]
 ) -> list[tuple[list[str], Tensor]]:
     """(names of the layers that share an input, Hessian fp32 [K, K] of that input), over all of the text."""
-    hessians: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}  # layer -> the first layer with the same input
-    seen: list[tuple[Tensor, str]] = []  # inputs of one run, kept so that identity means something
-
-    def hook(name: str) -> Callable[..., None]:
-        def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            first = next((other for tensor, other in seen if tensor is x), None)
-            if first is not None and name not in hessians:
-                shared[name] = first
-                return
-            seen[:] = [*seen[-1:], (x, name)]  # an input is shared by layers that run one after the other
-            rows = x.reshape(-1, x.shape[-1]).float()  # [tokens, K]
-            if name not in hessians:
-                hessians[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            hessians[name].addmm_(rows.T, rows)
-
-        return collect
-
-    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     device = model.get_input_embeddings().weight.device
-    try:
+    with InputHessians(layers) as collected:
         batches = list(_batches(calibration))
         for at, batch in enumerate(batches):
             progress(at / len(batches))
-            seen.clear()
+            collected.start_batch()
             model.base_model(input_ids=torch.tensor(batch, device=device), use_cache=False)  # no logits: they are not needed
-    finally:
-        for each in hooks:
-            each.remove()
-    groups: dict[str, list[str]] = {}
-    for name, module in layers.items():
-        groups.setdefault(shared.get(name, name), []).append(name)
-        if shared.get(name, name) not in hessians:  # an expert that no token reached: every input counts the same
-            hessians[name] = torch.eye(_as_rows(module).shape[0])
-    return [(names, hessians[first]) for first, names in groups.items()]
+    return collected.groups()
 
 
 def _batches(calibration: Sequence[Sequence[int]]) -> Iterable[list[list[int]]]:
@@ -164,13 +142,7 @@ def _write(
 ) -> None:
     """quantize_config.json, gptq_model-4bit-32g.safetensors, config.json without quantization_config: the layout of 2023."""
     name = config.weights_name or f"gptq_model-{config.bits}bit-{config.group_size}g"
-    tensors = dict(packed)
-    written: set[int] = set()  # a tied tensor is written once, under its first name
-    for key, value in model.state_dict().items():
-        if key.removesuffix(".weight") in layers or (value.data_ptr() in written and value.numel()):
-            continue
-        written.add(value.data_ptr())
-        tensors[key] = value.half().contiguous() if value.is_floating_point() else value.contiguous()
+    tensors = packed | dense_tensors(model, layers)
     save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
     _write_json(folder / "quantize_config.json", dataclasses.replace(config, weights_name=name).to_json())
     _write_json(folder / "config.json", _config_json(model))
@@ -178,6 +150,19 @@ def _write(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def dense_tensors(model: Any, packed: Iterable[str]) -> dict[str, Tensor]:
+    """What a folder holds beside the packed layers, in fp16. A tied tensor is there once, under its first name."""
+    layers = set(packed)
+    written: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if key.removesuffix(".weight") in layers or (value.data_ptr() in written and value.numel()):
+            continue
+        written.add(value.data_ptr())
+        tensors[key] = value.half().contiguous() if value.is_floating_point() else value.contiguous()
+    return tensors
 
 
 def _config_json(model: Any) -> dict[str, Any]:

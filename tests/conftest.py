@@ -84,6 +84,7 @@ def demo_root(test_cache: Path) -> Path:
         "engine/demo_gguf.py",
         "engine/demo_calibration.py",
         "gptq/quantize.py",
+        "gptq/hessians.py",
         "gptq/gptq_solver.py",
         "gptq/bit_packing.py",
     )

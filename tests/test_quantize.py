@@ -215,7 +215,7 @@ def test_layers_with_one_input_share_their_order(tmp_path: Path) -> None:
 
 def test_hessians_are_those_of_the_inputs() -> None:
     model = tiny_llama()
-    layers = quantize._layers_to_pack(model)
+    layers = quantize.layers_to_pack(model)
     inputs: list[torch.Tensor] = []
     down = model.model.layers[1].mlp.down_proj
     hook = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].reshape(-1, 128)))

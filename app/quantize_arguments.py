@@ -1,0 +1,38 @@
+"""The arguments of `gptq-webui quantize`, without a heavy import."""
+
+import argparse
+from pathlib import Path
+
+from ..core.quantize_config import BITS
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("source", metavar="SOURCE", help="a 16-bit folder, a model's name, or owner/name to download")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="bits of a weight (default: 4)")
+    parser.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="weights of one scale; -1: no groups (default: 128)"
+    )
+    parser.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the most active inputs first (default: yes)",
+    )
+    parser.add_argument("--damp", type=float, default=0.1, metavar="SHARE", help="damping of the Hessian (default: 0.1)")
+    parser.add_argument(
+        "--dataset",
+        default="built-in",
+        metavar="FILE",
+        help="calibration text, .txt or .jsonl (default: built-in)",
+    )
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="TOKENS", help="tokens of a sample (default: 2048)")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="samples, at most (default: 128)")
+    parser.add_argument(
+        "--branches",
+        metavar="LIST",
+        help="several in one pass: gptq-4bit-32g-actorder_True,…; or: all",
+    )
+    parser.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="layout of the zero points (default: gptq)")
+    parser.add_argument("--asymmetric", action="store_true", help="a zero point for every group")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders are made (default: the models folder)")

@@ -1,0 +1,95 @@
+"""How good a model is on a text, and how near to another model, for example to the 16-bit one that it was made from."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import BadParameter, LoadRefused
+from ..core.models import LocalModel
+from ..core.units import plural
+from .demo_calibration import manual
+
+if TYPE_CHECKING:
+    from ..gptq.quality import Difference
+
+_MOST_CHARACTERS = 8  # of a text file, for each token that is wanted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    tokens: int  # of text
+    perplexity: float
+    against_perplexity: float | None = None  # of the other model
+    difference: "Difference | None" = None
+
+    @property
+    def text(self) -> str:
+        """One sentence for each figure."""
+        lines = [f"Perplexity {self.perplexity:.4f} over {self.tokens} tokens."]
+        if self.difference is not None and self.against_perplexity is not None:
+            lines[0] = lines[0][:-1] + f"; the other model's is {self.against_perplexity:.4f}."
+            lines.append(f"KL divergence to the other model: {self.difference.kl:.6f} nats per token.")
+            lines.append(f"The same likeliest token at {self.difference.same_top:.2%} of the positions.")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: LocalModel, against: LocalModel | None, text: Path | None, window: int, tokens: int, say: Callable[[str], None]
+) -> Evaluation:
+    """Measure `model` on the first `tokens` tokens of a UTF-8 file (without one: of Python's manual), in windows of `window`.
+
+    Both models are read with plain packed layers, one after the other, and `model`'s tokenizer makes the ids of both.
+    Raises BadParameter (no text, or too short), LoadRefused, and what loading raises.
+    """
+    if window < 2 or tokens < window:
+        raise BadParameter("--window must be 2 tokens or more, and --tokens at least one window.")
+    for each in (model, against):
+        if each is not None and each.kind not in ("gptq", "plain"):
+            raise LoadRefused(f"{each.name} is {each.badge}; only GPTQ and 16-bit folders on this machine can be measured.")
+    import torch
+
+    from ..gptq import checkpoint, quality
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    windows = _windows(read_tokenizer(model), text, window, tokens)
+
+    def opened(each: LocalModel) -> Any:
+        say(f"Reading {each.name}")
+        return checkpoint.load(each, dtype=torch.float16 if device == "cuda" else torch.float32, device_map=device)[0]
+
+    def progress(done: int, count: int) -> None:
+        if done == count or done % 10 == 0:
+            say(f"{done} of {count} windows")
+
+    count = sum(len(each) for each in windows)
+    if against is None:
+        return Evaluation(count, quality.measure(opened(model), windows, None, progress)[0])
+    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as folder:
+        other_perplexity = quality.store(opened(against), windows, Path(folder), progress)
+        perplexity, difference = quality.measure(opened(model), windows, Path(folder), progress)
+    return Evaluation(count, perplexity, other_perplexity, difference)
+
+
+def _windows(tokenizer: Any, path: Path | None, window: int, tokens: int) -> list[list[int]]:
+    ids: list[int] = []
+    for part in _file(path, tokens) if path is not None else reversed(list(manual())):  # calibration takes the other end
+        ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    found = [ids[at : at + window] for at in range(0, min(len(ids), tokens) - window + 1, window)]
+    if not found:
+        raise BadParameter(f"The text has {plural(len(ids), 'token')}; one window needs {window}. Give a longer text (--text).")
+    return found
+
+
+def _file(path: Path, tokens: int) -> Iterator[str]:
+    if not path.is_file():
+        raise BadParameter(f"There is no file {path} for --text.")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file.read(tokens * _MOST_CHARACTERS)
+    except UnicodeDecodeError:
+        raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None

@@ -1,0 +1,232 @@
+"""From a 16-bit folder to GPTQ folders, one for each branch, named as TheBloke named branches.
+
+Everything of an unfinished run is in one hidden work folder beside the results. Its name is a digest of the model, the text and
+the settings: the same command finds it again and goes on, another command never touches it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..core.errors import BadParameter, LoadRefused
+from ..core.folder_files import read_json
+from ..core.models import MARKER, LocalModel
+from ..core.quantize_config import BITS, QuantizeConfig
+from ..core.units import format_bytes
+from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
+from .calibration_text import BUILT_IN, samples_of
+
+USUAL_BRANCHES = (
+    "gptq-4bit-128g-actorder_True",
+    "gptq-4bit-32g-actorder_True",
+    "gptq-8bit-128g-actorder_True",
+    "gptq-8bit--1g-actorder_True",
+)
+_BRANCH = re.compile(r"gptq-(\d)bit-(-1|\d+)g-actorder_(True|False)")
+_NOT_COPIED = ("config.json", "quantize_config.json", "README.md")
+_COPIED = re.compile(r"(.*\.(json|jinja|model|txt|tiktoken)|LICENSE.*|NOTICE.*|USE_POLICY.*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    source: LocalModel  # of kind plain
+    output: Path  # the folders of the branches are made in it
+    branches: Sequence[QuantizeConfig]
+    dataset: str = BUILT_IN
+    sample_tokens: int = 2048
+    samples: int = 128
+
+    def folder(self, config: QuantizeConfig) -> Path:
+        """Where a branch is when it is finished."""
+        return self.output / f"{self.source.name}-GPTQ_{branch_name(config)}"
+
+
+def branch_name(config: QuantizeConfig) -> str:
+    """'gptq-4bit-128g-actorder_True'."""
+    return f"gptq-{config.bits}bit-{config.group_size}g-actorder_{config.desc_act}"
+
+
+def parse_branch(name: str, base: QuantizeConfig) -> QuantizeConfig:
+    """A branch's name as a configuration; the rest is taken from `base`. Raises BadParameter."""
+    found = _BRANCH.fullmatch(name.strip())
+    if not found or int(found[1]) not in BITS or found[2] == "0":
+        raise BadParameter(f"{name!r} is not the name of a branch. Write it as {USUAL_BRANCHES[0]}, with 2, 3, 4 or 8 bits.")
+    return dataclasses.replace(base, bits=int(found[1]), group_size=int(found[2]), desc_act=found[3] == "True")
+
+
+def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], None]) -> list[Path]:
+    """Make the folders; `report` hears a LayerDone for every decoder layer, `say` a sentence for every other step.
+
+    What `report` raises ends the run; the same job goes on where it ended. Raises LoadRefused (the source is not a 16-bit
+    model), BadParameter, LoadFailed, BadCheckpoint, DiskFull or DownloadFailed (another process makes the same).
+    """
+    _check(job)
+    import torch
+
+    from ..gptq import checkpoint, layerwise_quantize
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(job.source)
+    samples, text = samples_of(job.dataset, tokenizer, job.sample_tokens, job.samples)
+    say(f"Calibration: {text}, {len(samples)} of {job.samples} samples of {job.sample_tokens} tokens.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    digest = _digest(job, samples, device.type)
+    wanted = [each for each in job.branches if not _is_finished(job.folder(each), digest)]
+    if not wanted:
+        say("Everything is there already.")
+        return _finish(job, text, len(samples))
+    job.output.mkdir(parents=True, exist_ok=True)
+    needs_bytes = sum(2 * job.source.size_bytes * each.bits // 16 for each in wanted) + job.source.size_bytes // 4
+    if (free := shutil.disk_usage(job.output).free) < needs_bytes:
+        raise disk_full(needs_bytes, free, job.output)
+    work = job.output / f".gptq-webui-quantize-{digest}"
+    work.mkdir(exist_ok=True)
+    with locked(work):
+        say(f"Reading {job.source.name} ({format_bytes(job.source.size_bytes)}).")
+        model, _notes = checkpoint.load(job.source, dtype=_dtype(job.source), device_map="cpu")
+        named = {branch_name(each): each for each in wanted}
+        layerwise_quantize.quantize_layers(model, samples, named, work, device, report)
+        for name, config in named.items():
+            say(f"Writing {job.folder(config).name}")
+            draft = work / f"{name}.finished"
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            layerwise_quantize.write_weights(model, work / name, draft / "model.safetensors")
+            _write_settings(job, config, text, draft)
+            _publish(job, config, digest, draft)
+    shutil.rmtree(work, ignore_errors=True)
+    return _finish(job, text, len(samples))
+
+
+def _finish(job: QuantizeJob, text: str, samples: int) -> list[Path]:
+    """Write the model cards, which give the sizes of all branches."""
+    for config in job.branches:
+        _write_model_card(job, config, text, samples)
+    return [job.folder(each) for each in job.branches]
+
+
+def _check(job: QuantizeJob) -> None:
+    if job.source.kind != "plain":
+        problem = f" ({job.source.problem})" if job.source.problem else ""
+        raise LoadRefused(
+            f"{job.source.name} is {job.source.badge}, not a 16-bit model{problem}. "
+            "Only weights of 16 or 32 bits can be quantised; download the model they were made from."
+        )
+    for config in job.branches:
+        if config.group_size != -1 and (config.group_size <= 0 or config.group_size % 32):
+            raise BadParameter(
+                f"A group size of {config.group_size} is not possible; choose 32, 64, 128 or another multiple of 32, or -1."
+            )
+    if job.sample_tokens < 1 or job.samples < 1:
+        raise BadParameter("--seq-len and --samples must be 1 or more.")
+    if job.source.context_tokens and job.sample_tokens > job.source.context_tokens:
+        raise BadParameter(
+            f"--seq-len {job.sample_tokens} is longer than the {job.source.context_tokens} tokens that the model reads."
+        )
+
+
+def _digest(job: QuantizeJob, samples: Sequence[Sequence[int]], device: str) -> str:
+    import torch
+
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in job.source.weights]
+    branches = [each.to_json() for each in job.branches]
+    facts = [str(job.source.folder.resolve()), weights, branches, samples, device, torch.__version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _is_finished(folder: Path, digest: str) -> bool:
+    """Raises BadParameter if another run, or a download, has made it."""
+    if not folder.exists():
+        return False
+    record = FolderRecord.read(folder / MARKER)
+    if record is not None and record.commit.endswith(digest):
+        return True
+    raise BadParameter(
+        f"{folder} is there already, made from another model, text or settings. Remove it (gptq-webui remove {folder.name}) or "
+        "choose another folder with --output."
+    )
+
+
+def _dtype(source: LocalModel) -> Any:
+    import torch
+
+    config = read_json(source.folder / "config.json")
+    names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    return names.get(str(config.get("torch_dtype", config.get("dtype"))), torch.float32)
+
+
+# --- the files of a branch ---------------------------------------------------------------------------
+
+
+def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path) -> None:
+    for path in sorted(job.source.folder.iterdir()):
+        copied = _COPIED.fullmatch(path.name) and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+        if copied and not path.name.startswith(".") and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    settings = dataclasses.replace(config, weights_name="model").to_json()
+    settings["meta"] = {"quantizer": [f"gptq-webui:{__version__}"]}
+    _write_json(folder / "quantize_config.json", settings | {"dataset": text})
+    del settings["model_file_base_name"], settings["model_name_or_path"]
+    values = read_json(job.source.folder / "config.json")
+    values.pop("dtype", None)
+    _write_json(folder / "config.json", values | {"torch_dtype": "float16", "quantization_config": settings})
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish(job: QuantizeJob, config: QuantizeConfig, digest: str, draft: Path) -> None:
+    folder = job.folder(config)
+    files = {path.name: FileRecord(path.stat().st_size, "", path.stat().st_mtime_ns) for path in sorted(draft.iterdir())}
+    ref = f"{job.source.name}-GPTQ:{branch_name(config)}"
+    FolderRecord(ref, f"made on this machine {digest}", files).write(draft / MARKER)
+    os.replace(draft, folder)
+
+
+def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, samples: int) -> None:
+    front, licence = _front_matter(job.source.folder / "README.md")
+    rows = "\n".join(_row(job, each, text) for each in job.branches)
+    model_card = f"""---
+{front}---
+# {job.source.name}, GPTQ
+
+GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{licence}
+
+## Provided files
+
+| Branch | Bits | GS | Act Order | Damp % | GPTQ Dataset | Seq Len | Size | Desc |
+| ------ | ---- | -- | --------- | ------ | ------------ | ------- | ---- | ---- |
+{rows}
+
+Calibrated with {samples} samples of {job.sample_tokens} tokens. Every layer was solved with the inputs of the unquantised model.
+"""
+    (job.folder(config) / "README.md").write_text(model_card, encoding="utf-8")
+
+
+def _row(job: QuantizeJob, config: QuantizeConfig, text: str) -> str:
+    size = format_bytes((job.folder(config) / "model.safetensors").stat().st_size)
+    group = "None" if config.group_size == -1 else str(config.group_size)
+    order = "Yes" if config.desc_act else "No"
+    cells = [branch_name(config), str(config.bits), group, order, str(config.damp_percent), text, str(job.sample_tokens), size]
+    return f"| {' | '.join(cells)} | {config.summary} |"
+
+
+def _front_matter(readme: Path) -> tuple[str, str]:
+    """(front matter of the new model card, a sentence about the licence)."""
+    head = ""
+    if readme.is_file():
+        beginning = readme.read_text(encoding="utf-8", errors="replace")[:20_000]
+        found = re.match(r"---\n(.*?)\n---", beginning, re.DOTALL)
+        head = found[1] if found else ""
+    kept = re.findall(r"^(?:license|license_name|license_link|language): *\S.*$", head, re.MULTILINE)
+    sentence = "" if any(line.startswith("license:") for line in kept) else " Its licence is that of the original model."
+    return "\n".join([*kept, "library_name: transformers", "tags: [gptq]", "quantized_by: gptq-webui"]) + "\n", sentence

@@ -1,0 +1,92 @@
+"""`gptq-webui evaluate`, against figures that numpy computes from the models' own logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from gptq_webui.app.cli import main
+from gptq_webui.core.models import LocalModel
+from gptq_webui.gptq import checkpoint
+
+TEXT = "The harbour was quiet, and the old boats lay side by side. " * 6
+WINDOW = 40
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """packed (4-bit), and other, a dense model with other weights."""
+    tiny.write(tmp_path / "models" / "packed")
+    tiny.write_tokenizer(tmp_path / "models" / "packed")
+    tiny.dense_model("llama", seed=3).save_pretrained(tmp_path / "models" / "other")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "models"
+
+
+def run(capsys: Any, models: Path, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(each) for each in ("evaluate", *arguments, "--models-dir", models)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def log_probabilities(folder: Path, windows: list[list[int]]) -> np.ndarray:
+    """fp64 [windows, tokens, vocabulary], by numpy's own arithmetic."""
+    model, _ = checkpoint.load(LocalModel.read(folder), dtype=torch.float32, device_map="cpu")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor(windows)).logits.double().numpy()
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_agrees_with_an_independent_computation(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    arguments = ("packed", "--against", "other", "--text", models.parent / "text.txt", "--window", WINDOW, "--json")
+    code, out, err = run(capsys, models, *arguments)
+    assert code == 0, err
+    found = json.loads(out)
+
+    ids = AutoTokenizer.from_pretrained(models / "packed")(TEXT, add_special_tokens=False)["input_ids"]
+    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    q, p = log_probabilities(models / "packed", windows), log_probabilities(models / "other", windows)
+    assert found["tokens"] == len(windows) * WINDOW
+
+    def perplexity(of: np.ndarray) -> float:
+        chosen = [of[w, t - 1, windows[w][t]] for w in range(len(windows)) for t in range(1, WINDOW)]
+        return float(np.exp(-np.mean(chosen)))
+
+    assert found["perplexity"] == pytest.approx(perplexity(q), rel=1e-5)
+    assert found["against_perplexity"] == pytest.approx(perplexity(p), rel=1e-5)
+    assert found["difference"]["kl"] == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found["difference"]["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).mean()), abs=0.02)
+
+
+def test_a_model_is_no_distance_from_itself(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, models, "packed", "--against", models / "packed", "--window", 32, "--tokens", 64)
+    assert code == 0, err
+    assert "KL divergence to the other model: 0.000000" in out and "at 100.00% of the positions" in out
+    assert "over 64 tokens" in out and "2 of 2 windows" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        (("packed", "--text", "nowhere.txt"), "There is no file nowhere.txt"),
+        (("packed", "--window", "1"), "--window must be 2 tokens or more"),
+        (("nothing",), "There is no model 'nothing'"),
+    ),
+)
+def test_what_cannot_be_is_said(arguments: tuple[str, ...], words: str, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, models, *arguments)
+    assert code == 1 and words in err and not out
+
+
+def test_a_short_text(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (models.parent / "text.txt").write_text("short")
+    code, _, err = run(capsys, models, "packed", "--text", models.parent / "text.txt")
+    assert code == 1 and "The text has 5 tokens; one window needs 512" in err

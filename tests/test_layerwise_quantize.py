@@ -1,0 +1,122 @@
+"""Quantising layer by layer: against the whole model at once, and after kills."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from gptq_webui.core.errors import BadParameter, LoadFailed
+from gptq_webui.core.quantize_config import QuantizeConfig
+from gptq_webui.gptq import bit_packing, layerwise_quantize
+from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers
+from gptq_webui.gptq.quantize import quantize_model
+
+FOUR = QuantizeConfig(4, 32, desc_act=True, damp_percent=0.1)
+EIGHT = QuantizeConfig(8, -1, damp_percent=0.1)
+CPU = torch.device("cpu")
+
+
+def texts(count: int = 70) -> list[list[int]]:
+    """Two batches of two sizes: 2048 tokens, and the rest."""
+    return torch.randint(0, 260, (count, 32), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def layers(folder: Path, count: int = 2) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for index in range(count):
+        found |= load_file(layer_file(folder, index))
+    return found
+
+
+def dense(tensors: dict[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:
+    return bit_packing.dequantize(*(tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")), bits)
+
+
+@pytest.mark.parametrize("kind", [each for each in tiny.ARCHITECTURES if each != "mixtral"])
+def test_the_same_as_the_whole_model_at_once(kind: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    quantize_model(tiny.dense_model(kind), None, texts(), {whole: FOUR})
+    quantize_layers(tiny.dense_model(kind), texts(), {"four": FOUR}, tmp_path, CPU)
+    at_once, by_layer = load_file(whole / "gptq_model-4bit-32g.safetensors"), layers(tmp_path / "four")
+    packed = {name for name in at_once if name.endswith(".qweight")}
+    assert packed == {name for name in by_layer if name.endswith(".qweight")}
+    for name in packed:
+        layer = name.removesuffix(".qweight")
+        same = (dense(at_once, layer, 4) - dense(by_layer, layer, 4)).abs() < 1e-6
+        assert same.float().mean() > 0.97, layer  # sums in another order: a rounding may tip over
+
+
+def test_killed_at_any_layer_the_result_is_the_same(tmp_path: Path) -> None:
+    def model() -> torch.nn.Module:
+        return tiny.AutoModelForCausalLM.from_config(
+            tiny.dense_model("llama").config.__class__(**{**tiny.ARCHITECTURES["llama"], "num_hidden_layers": 4})
+        ).eval()
+
+    def seeded() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return model()
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    branches = {"four": FOUR, "eight": EIGHT}
+    undisturbed.mkdir()
+    killed.mkdir()
+    reports: list[LayerDone] = []
+    quantize_layers(seeded(), texts(), branches, undisturbed, CPU, reports.append)
+    assert [each.index for each in reports] == [0, 1, 2, 3] and not any(each.resumed for each in reports)
+    assert all(0 < each.errors["eight"] < each.errors["four"] < 0.05 for each in reports)
+
+    for last in range(4):
+
+        def stop(done: LayerDone, last: int = last) -> None:
+            assert done.resumed == (done.index < last)
+            if done.index == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize_layers(seeded(), texts(), branches, killed, CPU, stop)
+    (layer_file(killed / "eight", 2)).unlink()  # as if the kill came between two files of one layer
+    again: list[LayerDone] = []
+    quantize_layers(seeded(), texts(), branches, killed, CPU, again.append)
+    assert [each.resumed for each in again] == [True, True, False, True]
+    assert [each.errors for each in again] == [each.errors for each in reports]
+    for branch in branches:
+        for index in range(4):
+            assert layer_file(killed / branch, index).read_bytes() == layer_file(undisturbed / branch, index).read_bytes()
+
+
+def test_the_error_of_a_layer_is_that_of_its_outputs(tmp_path: Path) -> None:
+    model = tiny.dense_model("llama")
+    inputs: dict[str, list[torch.Tensor]] = {}
+    down = "model.layers.1.mlp.down_proj"
+    hook = model.get_submodule(down).register_forward_pre_hook(lambda module, args: inputs.setdefault(down, []).append(args[0]))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor(texts()))
+    hook.remove()
+    x = torch.cat([each.reshape(-1, each.shape[-1]) for each in inputs[down]]).double()
+    weight = model.get_submodule(down).weight.detach().T.contiguous()
+    packed = layerwise_quantize.solve([weight], (x.T @ x).float(), [FOUR])[0][0]
+    wrong = bit_packing.dequantize(packed.qweight, packed.qzeros, packed.scales, packed.g_idx, 4).double() - weight.double()
+    expected = float((x @ wrong).square().sum() / (x @ weight.double()).square().sum())
+    assert layerwise_quantize.output_error(weight, (x.T @ x).float(), packed, FOUR) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(BadParameter, match=r"does not divide the .* Choose 32 or -1"):
+        quantize_layers(tiny.dense_model("llama"), texts(), {"g": QuantizeConfig(4, 64)}, tmp_path, CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = tiny.dense_model("mixtral")
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        pytest.skip("this transformers keeps experts apart")
+    with pytest.raises(LoadFailed, match="experts in one tensor"):
+        quantize_layers(model, texts(), {"four": FOUR}, tmp_path, CPU)
+
+
+def test_texts_of_several_lengths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadParameter, match="several lengths"):
+        quantize_layers(tiny.dense_model("llama"), [[1, 2], [3]], {"four": FOUR}, tmp_path, CPU)

@@ -1,0 +1,150 @@
+"""`gptq-webui quantize` as a user types it, on tiny 16-bit models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from gptq_webui.app.cli import main
+from gptq_webui.core.models import MARKER, LocalModel
+from gptq_webui.engine import quantize_job
+from gptq_webui.gptq import checkpoint
+from gptq_webui.loaders.text.built_in_templates import CHATML
+
+FOUR, EIGHT = "gptq-4bit-32g-actorder_True", "gptq-8bit--1g-actorder_False"
+SMALL = ("--seq-len", "16", "--samples", "20")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "tiny-16"
+    tiny.dense_model("llama").half().save_pretrained(folder)
+    tiny.write_tokenizer(folder, CHATML)
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\nwidget: []\n---\n# Tiny\n")
+    return folder
+
+
+def run(capsys: Any, source: object, *arguments: object) -> tuple[int, str, str]:
+    folder = str(Path(str(source)).parent if isinstance(source, Path) else source)
+    code = main([str(each) for each in ("quantize", source, *SMALL, *arguments, "--models-dir", folder)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, notes = checkpoint.load(LocalModel.read(folder), dtype=torch.float32, device_map="cpu")
+    assert not notes
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(4, 40)[None]).logits
+
+
+def test_two_branches_in_one_pass(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, source, "--branches", f"{FOUR},{EIGHT}")
+    assert code == 0, err
+    four, eight = (source.parent / f"tiny-16-GPTQ_{name}" for name in (FOUR, EIGHT))
+    assert out.splitlines() == [str(four), str(eight)]
+    assert f"Layer 1 of 2: error {FOUR} " in err and "20 of 20 samples of 16 tokens" in err and " left" in err
+    assert not list(source.parent.glob(".gptq-webui-quantize-*"))
+
+    expected = logits(source)
+    assert (logits(eight) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (logits(four) - expected).abs().mean() < 0.2 * expected.abs().mean()
+    read = LocalModel.read(four)
+    assert read.quantize is not None and read.quantize.summary == "4-bit, group 32, act-order" and not read.quantize.notes
+    assert (four / MARKER).is_file() and (four / "tokenizer.json").is_file()
+
+    config = json.loads((four / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq" and config["torch_dtype"] == "float16"
+    assert "rope_theta" in json.dumps(config) and config["architectures"] == ["LlamaForCausalLM"]
+    settings = json.loads((four / "quantize_config.json").read_text())
+    assert settings["model_file_base_name"] == "model" and settings["damp_percent"] == 0.1
+    for key in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
+        assert settings[key] == config["quantization_config"][key]
+    readme = (eight / "README.md").read_text()
+    assert readme.startswith("---\nlicense: mit\nlanguage: en\nlibrary_name: transformers\n")
+    assert f"| {FOUR} | 4 | 32 | Yes | 0.1 |" in readme and f"| {EIGHT} | 8 | None | No |" in readme and "widget" not in readme
+
+
+def test_stopped_and_typed_again_it_goes_on(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, source, "--group-size", 32, "--output", tmp_path / "undisturbed")
+    real = quantize_job._publish
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize_job, "_publish", stop)
+    code, _, err = run(capsys, source, "--group-size", 32, "--output", tmp_path / "out")
+    assert code == 130 and "the same command continues" in err
+    monkeypatch.setattr(quantize_job, "_publish", real)
+    code, _, err = run(capsys, source, "--group-size", 32, "--output", tmp_path / "out")
+    assert code == 0 and err.count("made by an earlier run") == 2
+    name = f"tiny-16-GPTQ_{FOUR}/model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+    code, _, err = run(capsys, source, "--group-size", 32, "--output", tmp_path / "out")
+    assert code == 0 and "there already" in err
+    code, _, err = run(capsys, source, "--group-size", 32, "--damp", 0.2, "--output", tmp_path / "out")
+    assert code == 1 and "made from another model, text or settings" in err
+
+
+def test_text_of_the_user(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = tmp_path / "chats.jsonl"
+    lines = [{"text": "Rain falls on the old harbour."}, {"messages": [{"role": "user", "content": "What is rain?"}]}]
+    chats.write_text("\n".join(json.dumps(each) for each in lines) + "\n")
+    code, out, err = run(capsys, source, "--group-size", 32, "--dataset", chats)
+    assert code == 0, err
+    assert "Calibration: chats.jsonl, " in err
+    assert "| chats.jsonl | 16 |" in (Path(out.strip()) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        (("--dataset", "nowhere.txt"), "There is no file nowhere.txt"),
+        (("--group-size", "31"), "A group size of 31 is not possible"),
+        (("--group-size", "64"), "does not divide the 96 inputs"),
+        (("--branches", "main"), "'main' is not the name of a branch"),
+        (("--seq-len", "300"), "longer than the 256 tokens"),
+        (("--samples", "0"), "must be 1 or more"),
+    ),
+)
+def test_what_cannot_be_is_said_before(
+    arguments: tuple[str, ...], words: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, source, *arguments)
+    assert code == 1 and words in err and not out
+    assert not list(source.parent.glob("tiny-16-GPTQ*"))
+
+
+def test_short_and_damaged_texts(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.jsonl"
+    for line, words in (
+        ('{"text": "short"}', "one sample needs 16"),
+        ("{", "Line 1 of text.jsonl is not JSON"),
+        ('{"prompt": "x"}', "neither text nor messages"),
+    ):
+        text.write_text(line)
+        code, _, err = run(capsys, source, "--dataset", text)
+        assert code == 1 and words in err
+
+
+def test_a_gptq_model_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write(source.parent / "packed")
+    code, _, err = run(capsys, source.parent / "packed")
+    assert code == 1 and "packed is GPTQ 4-bit" in err and "not a 16-bit model" in err
+
+
+def test_a_repository_is_downloaded(source: Path, tmp_path: Path, hub_server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    hub_server.add("someone/tiny", files)
+    (tmp_path / "models2").mkdir()
+    code = main(["quantize", "someone/tiny", *SMALL, "--group-size", "32", "--models-dir", str(tmp_path / "models2")])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert Path(captured.out.strip()).name == f"someone_tiny-GPTQ_{FOUR}"
