@@ -24,6 +24,7 @@ from .load_progress import Report, Watch
 from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
+from .token_ids import drop_unknown_ids
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
@@ -50,7 +51,7 @@ def load(
     """
     require_safetensors(model)
     config = read_config(model, trust_remote_code)
-    notes = [*rope_apply(config, rope)] if rope is not None else []
+    notes = [*drop_unknown_ids(config), *(rope_apply(config, rope) if rope is not None else ())]
     watch = Watch(progress) if progress is not None else nullcontext()
     layers: dict[str, PackedLayer] = {}
     if model.kind == "gptq":

@@ -101,6 +101,7 @@ class LoadedModel(ABC):
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
     can_embed: ClassVar[bool] = False  # it gives out its hidden states
     hf: Any = None  # a PreTrainedModel, or None
+    embedding_rows: int | None = None  # ids from 0 to this can be computed; None where the engine checks them itself
     is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
 
     def __init__(
@@ -149,6 +150,16 @@ class LoadedModel(ABC):
             raise BadParameter(
                 f"{self.model.name} is loaded with a loader that does not support grammars. "
                 "Load it with the loader transformers, or describe the grammar in the prompt and check the answer."
+            )
+
+    def _require_ids(self, ids: Sequence[int]) -> None:
+        """Raises BadParameter for a token that the model has no embedding of: on a GPU, computing it ends every later answer."""
+        rows = self.embedding_rows
+        wrong = next((id for id in ids if not 0 <= id < rows), None) if rows is not None else None
+        if wrong is not None:
+            raise BadParameter(
+                f"The prompt has token {wrong}; the model's tokens are 0 to {(rows or 0) - 1}. The tokenizer in its folder knows "
+                "tokens that the model was not made with, such as [PAD]: leave them out."
             )
 
     def _is_alone(self, params: GenerationParams) -> bool:
@@ -227,6 +238,7 @@ class LoadedModel(ABC):
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Stream[Step | Finish]:
         """Ids in, Steps out, one Finish last. Joins the queue now; the computing follows in order. Raises BadParameter."""
         self.check(params)
+        self._require_ids(ids)
         requested = time.perf_counter()
 
         def make() -> Iterator[Step | Finish | None]:
@@ -274,6 +286,7 @@ class LoadedModel(ABC):
         if prompt.calls is not None and prompt.calls.grammar is not None and "grammar" in self.can:
             params = replace(params, grammar=prompt.calls.grammar)
         self.check(params)
+        self._require_ids(prompt.ids)
         requested = time.perf_counter()
         stop, strip = (*params.stop, *(each for each in prompt.stop if each not in params.stop)), prompt.begins_answer
         if params.grammar is not None:  # it says where the answer begins and ends

@@ -46,6 +46,7 @@ class PretrainedModel(LoadedModel):
             parallel=stepper.parallel,
         )
         self.hf = hf
+        self.embedding_rows = int(hf.get_input_embeddings().weight.shape[0])
         self._stepper = stepper
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
