@@ -141,7 +141,9 @@ async def _answer(service: Service, request: Request, body: Any, source: Any, wr
             return json.dumps(line("", event)).encode() + b"\n"
         return json.dumps(line(event.text)).encode() + b"\n" if event.text else b""
 
-    return EventStream(running, encode, failing=lambda problem: error_of(problem).body + b"\n", media_type="application/x-ndjson")
+    return EventStream(
+        running, encode, failing=lambda problem: bytes(error_of(problem).body) + b"\n", media_type="application/x-ndjson"
+    )
 
 
 def _counts(finish: Finish, began: float) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def _as_sillytavern(source: Source) -> str:
     info, path, tree = source
     lines: list[dict[str, Any]] = [{"user_name": "You", "character_name": "Assistant", "chat_metadata": {"title": info.title}}]
     for each in path:
-        line = {"name": "You" if each.role == "user" else "Assistant", "is_user": each.role == "user", "mes": each.text}
+        line: dict[str, Any] = {"name": "You" if each.role == "user" else "Assistant", "is_user": each.role == "user"}
+        line["mes"] = each.text
         if each.role == "assistant":
             versions = [other for other in tree if other.parent == each.parent and other.role == each.role]
             line["swipes"] = [other.text for other in versions]

@@ -267,7 +267,8 @@ class LoadedModel(ABC):
             for each in texts:
                 yield self._vector(each, pooling, cancel)
 
-        return list(self._worker.stream(make, cancel, [], alone=True))
+        nothing: list[float] = []
+        return list(self._worker.stream(make, cancel, nothing, alone=True))
 
     def _require(self, able: bool, words: str) -> None:
         if not able:
