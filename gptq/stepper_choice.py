@@ -1,6 +1,7 @@
 """Which way of computing tokens a loaded model takes, and why. Tried from the fastest to the most general."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,17 @@ from .transformers_stepper import TransformersStepper
 log = logging.getLogger(__name__)
 
 
-def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", parallel: int = 1) -> tuple[Stepper, str]:
+_ADAPTED = "a LoRA adapter is added to single layers"
+
+
+def stepper_for(
+    hf: Any,
+    context_tokens: int,
+    *,
+    cache_type: str = "fp16",
+    parallel: int = 1,
+    adapt: Callable[[], object] | None = None,  # changes layers once they have their kernels; only layer by layer
+) -> tuple[Stepper, str]:
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
     May take over the memory of the model's packed layers. `cache_type` ("fp16", "q8") and `slots` (answers at once)
@@ -22,9 +33,12 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
     """
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
-        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel)
+        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt)
     else:
-        stepper, note = _on_processor(hf, context_tokens) if device.type == "cpu" else (TransformersStepper(hf), "")
+        if device.type == "cpu":
+            stepper, note = _on_processor(hf, context_tokens, adapt)
+        else:
+            stepper, note = _plain(hf, "", adapt)
     if cache_type != "fp16" and stepper.kernel != "cuda":
         width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
         kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a GPU."
@@ -32,13 +46,23 @@ def stepper_for(hf: Any, context_tokens: int, *, cache_type: str = "fp16", paral
     return stepper, note
 
 
-def _on_gpu(hf: Any, context_tokens: int, cache_type: str, parallel: int) -> tuple[Stepper, str]:
+def _plain(hf: Any, note: str, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
+    if adapt is not None:
+        adapt()
+    return TransformersStepper(hf), note
+
+
+def _on_gpu(
+    hf: Any, context_tokens: int, cache_type: str, parallel: int, adapt: Callable[[], object] | None
+) -> tuple[Stepper, str]:
     from .cuda.cuda_linear import replace_layers
     from .cuda.cuda_stepper import CudaStepper
     from .cuda.kernel_source import Unsuited
 
     try:
         parts = parts_of(hf)
+        if adapt is not None:
+            raise Unsuited(_ADAPTED)
         if parts is None:
             raise Unsuited("this architecture, or its place on several devices, has no step of its own")
         return CudaStepper(parts, context_tokens, parallel=parallel, cache_type=cache_type), ""
@@ -48,10 +72,12 @@ def _on_gpu(hf: Any, context_tokens: int, cache_type: str, parallel: int) -> tup
     try:
         replaced, left = replace_layers(hf)
     except GptqWebuiError as error:
-        return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {error}"
+        return _plain(hf, f"Computed in plain PyTorch, slowly: {error}", adapt)
     if not replaced:
-        return TransformersStepper(hf), f"Computed in plain PyTorch, slowly: {why}." if left else ""
+        return _plain(hf, f"Computed in plain PyTorch, slowly: {why}." if left else "", adapt)
     rest = f"; {left} of {replaced + left} layers in plain PyTorch" if left else ""
+    if adapt is not None:
+        adapt()
     stepper, graph = _with_graph(hf, context_tokens)
     return stepper, f"Computed layer by layer, not in one step: {why}{rest}.{graph}"
 
@@ -79,9 +105,9 @@ def preparing(device: torch.device) -> str:
     return "Preparing the fastest way to compute"
 
 
-def _on_processor(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+def _on_processor(hf: Any, context_tokens: int, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
     if not numba_compiler.available():
-        return TransformersStepper(hf), "Answers would come faster with numba: pip install numba, then press Reload."
+        return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
     try:
         from .cpu.cpu_linear import replace_layers
         from .cpu.cpu_step import CpuStepper, compiles, refusal
@@ -89,11 +115,12 @@ def _on_processor(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         compiles()
     except Exception:
         log.exception("compiling for this processor failed")
-        return TransformersStepper(hf), "The fast way to compute could not be compiled on this machine; answers take longer."
+        return _plain(hf, "The fast way to compute could not be compiled on this machine; answers take longer.", adapt)
     parts = parts_of(hf)
     why = "this architecture has no step of its own" if parts is None else refusal(parts)
+    why = _ADAPTED if adapt is not None else why
     if parts is not None and not why:
         return CpuStepper(parts, context_tokens, torch.get_num_threads()), ""
     log.info("the compiled step for processors is not used: %s", why)
     replace_layers(hf, torch.get_num_threads())
-    return TransformersStepper(hf), ""
+    return _plain(hf, f"Computed layer by layer, not in one step: {why}." if adapt is not None else "", adapt)

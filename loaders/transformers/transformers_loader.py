@@ -59,12 +59,13 @@ class TransformersLoader(Loader):
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from ...gptq import checkpoint
+        from ...gptq import checkpoint, lora
         from ...gptq.stepper_choice import preparing, stepper_for
         from ...gptq.transformers_stepper import TransformersStepper
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        adapter = options.adapter(model)
         device = device_of(options)
         dtype = dtype_of(options, device)
         memory_fit.require_memory(model, device, dtype)
@@ -102,7 +103,10 @@ class TransformersLoader(Loader):
             free_memory(device)
             raise
         progress(0.97, preparing(device))
-        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel)
+        adapt = None if adapter is None else partial(lora.attach, hf, adapter)
+        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel, adapt=adapt)
+        if foreign and adapt is not None:
+            adapt()
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
         loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")

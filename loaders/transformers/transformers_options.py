@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadParameter
@@ -44,6 +45,7 @@ class TransformersOptions:
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
     rope_freq_base: float = option(0.0, "Rope base", "Base frequency of the rope; 0 takes the model's own.")
+    lora: str = option("", "LoRA adapter", "A PEFT folder, or the name of one beside the model; empty: none.")
     trust_remote_code: bool = option(
         False, "Run the model's own code", "Runs program files out of the model's folder. Only for models whose author you trust."
     )
@@ -58,6 +60,8 @@ class TransformersOptions:
         if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or not 1 <= self.parallel <= MOST_PARALLEL:
             raise BadParameter(f"parallel must be 1 to {MOST_PARALLEL} answers at once; found {self.parallel!r}.")
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        if not isinstance(self.lora, str):
+            raise BadParameter(f"lora must be the name of a folder; found {self.lora!r}.")
         gigabytes("gpu_memory", self.gpu_memory)
         if isinstance(self.cpu_memory, bool) or not isinstance(self.cpu_memory, (int, float)) or not 0 <= self.cpu_memory < 1e6:
             raise BadParameter(f"cpu_memory must be gigabytes, 0 for what is free; found {self.cpu_memory!r}.")
@@ -69,6 +73,15 @@ class TransformersOptions:
         base = self.rope_freq_base
         if not isinstance(base, (int, float)) or not (base == 0 or 100 <= base <= 1e9):
             raise BadParameter(f"rope_freq_base must be 0 (as the model has it) or between 100 and 1e9; found {base!r}.")
+
+    def adapter(self, model: LocalModel) -> Path | None:
+        """The folder of the LoRA adapter. Raises BadParameter if it is not there."""
+        if not self.lora.strip():
+            return None
+        folder = model.folder.parent / Path(self.lora.strip()).expanduser()  # an absolute path stays what it is
+        if not folder.is_dir():
+            raise BadParameter(f"There is no folder {folder} for the LoRA adapter. Download it, or leave the setting empty.")
+        return folder
 
     @property
     def rope(self) -> "Rope":
