@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.chat import Finish
 from ..core.errors import BadParameter, Busy, GptqWebuiError
 from ..core.model_ref import ModelRef
-from ..core.models import OPENED_BY, LocalModel
+from ..core.models import LocalModel
 from ..core.params import GenerationParams, neutral_values
 from ..core.tools import ToolUse
 from ..engine.download_queue import Downloads
@@ -115,7 +115,7 @@ class Service:
     async def models(self) -> list[LocalModel]:
         """Every local model that can be loaded, the loaded one first."""
         loaded, models = self.engine.loaded, await self.run(self.engine.library.models)
-        found = [each for each in models if each.kind != "incomplete" and each.kind not in OPENED_BY]
+        found = [each for each in models if each.kind != "incomplete" and not each.is_foreign]
         if loaded is not None:
             found = [loaded.model, *(each for each in found if each.folder != loaded.model.folder)]
         return found

@@ -137,7 +137,7 @@ def _name(engine: Engine, given: str | None) -> str:
     """--model, else the last one used, else the only one. Raises NoSuchModel, which lists the names."""
     if given:
         return given
-    names = [model.name for model in engine.library.models() if model.kind in ("gptq", "plain", "remote")]
+    names = [model.name for model in engine.library.models() if model.is_packed or model.kind in ("plain", "remote")]
     if engine.settings.last_model in names:
         return engine.settings.last_model
     if len(names) == 1:

@@ -11,25 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import BadCheckpoint, GptqWebuiError
+from .errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from .folder_files import read_json
 from .model_claims import problem_of, type_problem
+from .neighbour_layouts import NEIGHBOURS, name_of, read_settings
 from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
 from .quantize_config import QuantizeConfig, is_auto_round
 from .safetensors_header import TensorInfo, read_header
 
-Kind = Literal["gptq", "awq", "exl2", "exl3", "gguf", "gptq_p", "plain", "lora", "incomplete", "remote"]
+Kind = Literal["gptq", "awq", "compressed-tensors", "exl2", "exl3", "gguf", "gptq_p", "plain", "lora", "incomplete", "remote"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MARKER = ".gptq-webui.json"  # written last by a download: its ref, commit and files
 PARTIAL = ".partial"  # ending of a file that is still being downloaded
 
-OPENED_BY: dict[Kind, str] = {
-    "awq": "AWQ weights are opened by vLLM or by Transformers with autoawq; look for the model's -GPTQ sister.",
+OPENED_BY: dict[Kind, str] = {  # AWQ and compressed-tensors only where `quantize` is None
+    "awq": "AWQ weights of this layout are opened by vLLM or Transformers with autoawq; look for the model's -GPTQ sister.",
+    "compressed-tensors": "These compressed-tensors weights are opened by vLLM; look for the model's -GPTQ sister.",
     "exl2": "EXL2 weights are opened by ExLlamaV2's own programs (tabbyAPI); look for the model's -GPTQ sister.",
     "exl3": "EXL3 weights are opened by ExLlamaV3 (tabbyAPI, text-generation-webui); look for the model's -GPTQ sister.",
     "gguf": "GGUF files are opened by llama.cpp, Ollama or LM Studio; look for the model's -GPTQ sister.",
-    "gptq_p": "GPTQ weights of 5 or 6 bits (format gptq_p) are opened by GPTQModel; choose a branch of 2, 3, 4 or 8 bits.",
+    "gptq_p": "GPTQ weights in the planar format gptq_p (3, 5, 6, 7 bits) are opened by GPTQModel; choose one of 2, 4 or 8 bits.",
     "lora": "This is a LoRA adapter, not a model; it changes a base model and cannot be opened alone.",
 }
 
@@ -41,7 +43,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length"
 class LocalModel:
     folder: Path
     kind: Kind
-    quantize: QuantizeConfig | None  # only where kind is gptq
+    quantize: QuantizeConfig | None  # where the packed weights can be read: kinds gptq, awq, compressed-tensors
     size_bytes: int  # of its weight files
     context_tokens: int | None  # it was trained for; None if the settings do not say
     architecture: str  # as in config.json, "MistralForCausalLM"; "" if unknown
@@ -57,8 +59,20 @@ class LocalModel:
         return self.called or self.folder.name
 
     @property
+    def is_packed(self) -> bool:
+        """Whether its weights are packed and can be read: GPTQ, or a neighbour that is repacked while it loads."""
+        return self.kind == "gptq" or (self.kind in NEIGHBOURS and self.quantize is not None)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is of a format that no loader here reads; `OPENED_BY` says what does."""
+        return self.kind in OPENED_BY and not self.is_packed
+
+    @property
     def badge(self) -> str:
         """What a list shows beside the name: '4-bit, group 32, act-order' or 'AWQ'."""
+        if self.quantize is not None and self.kind in NEIGHBOURS:
+            return name_of(self.quantize)
         if self.quantize is not None:
             return f"GPTQ {self.quantize.summary}"
         if self.format:
@@ -215,8 +229,8 @@ def _read(folder: Path) -> LocalModel:
         return found("lora")
     if not config:
         return found("incomplete", problem="config.json is missing. Download the model again; what is complete is kept.")
-    quantize_config = read_json(folder / "quantize_config.json")
-    kind = declared_kind(config, read_json(folder / "quant_config.json"), quantize_config)
+    quantize_config, quant_config = read_json(folder / "quantize_config.json"), read_json(folder / "quant_config.json")
+    kind = declared_kind(config, quant_config, quantize_config)
     if kind == "gptq_p":
         return found(kind, form=name_of_gptq_p(_gptq_settings(config, quantize_config)))
     tensors = tensors_of(files)
@@ -229,13 +243,18 @@ def _read(folder: Path) -> LocalModel:
         )
     if by_tensors not in (None, "plain") and kind in ("gptq", "awq", "plain"):
         kind = by_tensors  # the tensors are the truth
-    if kind in ("gptq", "plain") and (problem := problem_of(config, tensors)):
+    if kind in ("gptq", "plain", *NEIGHBOURS) and (problem := problem_of(config, tensors)):
         return found("incomplete", problem=problem)
     if kind == "gptq":
         quantize = QuantizeConfig.read(folder, tensors)
         if problem := type_problem(tensors):
             return found("incomplete", problem=problem)
         return found("gptq", quantize)
+    if kind in NEIGHBOURS:
+        try:
+            return found(kind, read_settings(kind, config, {**quantize_config, **quant_config}, tensors))
+        except BadQuantizeConfig as error:
+            return found(kind, problem=str(error), form=name_of_method(config))
     if kind == "plain":
         largest = max(tensors.values(), key=lambda each: each[1].size_bytes, default=None)
         return found(kind, form=name_of_method(config) or (name_of_dtype(largest[1].dtype) if largest else ""))
@@ -259,7 +278,7 @@ def declared_kind(config: Mapping[str, Any], quant_config: Mapping[str, Any], qu
     if is_auto_round(quantization):
         packing = str(quantization.get("packing_format") or "").lower()
         return "awq" if "awq" in packing else "gptq" if packing in ("", "auto_round") or "gptq" in packing else "plain"
-    if method in ("awq", "exl2", "exl3", "gptq"):
+    if method in ("awq", "compressed-tensors", "exl2", "exl3", "gptq"):
         return method  # type: ignore[return-value]
     if quant_config.get("w_bit"):
         return "awq"

@@ -5,7 +5,8 @@ from typing import Any
 
 from .folder_files import printable
 
-GPTQ_P_BITS = (5, 6)  # GPTQModel's planar format, which this program does not read
+GPTQ_P_BITS = (5, 6, 7)  # widths that exist only in GPTQModel's planar format, which this program does not read
+_SAME_BITS = (2, 4, 8)  # widths whose planar words are those of gptq_v2 (GPTQModel 7.7, utils/planar_packing.py)
 _NAMES = {
     "aqlm": "AQLM", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
     "eetq": "EETQ", "fbgemm_fp8": "FP8", "finegrained_fp8": "FP8", "fp8": "FP8", "fp_quant": "FP-Quant", "higgs": "HIGGS",
@@ -37,9 +38,18 @@ def name_of_gptq_p(settings: Mapping[str, Any]) -> str:
     """'GPTQ 5-bit (gptq_p)' if the settings of a GPTQ model name that format or its bits, else ""."""
     name = str(settings.get("checkpoint_format") or settings.get("format") or "").lower()
     bits = settings.get("bits")
+    if name == "gptq_p" and bits in _SAME_BITS and all(each in _SAME_BITS for each in _bits_of_layers(settings)):
+        return ""  # read as gptq_v2
     if name != "gptq_p" and not (isinstance(bits, int) and bits in GPTQ_P_BITS):
         return ""
     return f"{_with_bits('GPTQ', bits)} (gptq_p)"
+
+
+def _bits_of_layers(settings: Mapping[str, Any]) -> list[Any]:
+    """The widths that GPTQModel's `dynamic` gives to layers of their own."""
+    dynamic = settings.get("dynamic")
+    layers = dynamic.values() if isinstance(dynamic, Mapping) else ()
+    return [each["bits"] for each in layers if isinstance(each, Mapping) and "bits" in each]
 
 
 def name_of_dtype(dtype: str) -> str:

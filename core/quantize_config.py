@@ -57,6 +57,8 @@ class QuantizeConfig:
                 "Correct the file, or download it again."
             )
         form = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
+        if form == "gptq_p" and bits in (2, 4, 8):
+            form = "gptq_v2"  # planar words of these widths are the same, and zeros are stored as they are
         if is_auto_round(values):
             packing = str(values.get("packing_format") or "auto_round:auto_gptq").lower()
             form = "gptq_v2" if packing in _V2_OF_AUTO_ROUND else "gptq"

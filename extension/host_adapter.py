@@ -67,7 +67,7 @@ class Host:
         if not folder.is_dir():
             return None
         model = LocalModel.read(folder.absolute())
-        return model if model.kind == "gptq" or (model.kind == "incomplete" and _was_gptq(folder)) else None
+        return model if model.is_packed or (model.kind == "incomplete" and _was_gptq(folder)) else None
 
     @property
     def multi_user(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.errors import Busy, GptqWebuiError, LoadCancelled, LoadFailed, LoadRefused
 from ..core.foreign_errors import in_words, trace
-from ..core.models import OPENED_BY, LocalModel
+from ..core.models import LocalModel
 from ..engine.load_fallback import LoadOutcome
 from ..engine.load_request import LoadPlan
 from ..engine.slot import Slot, Status
@@ -46,7 +46,7 @@ class HostSlot(Slot):
             if self._for_host:
                 return super().load(plan)
             model = plan.model
-            if model.kind != "gptq" and model.kind not in OPENED_BY and model.kind != "incomplete":
+            if not model.is_packed and not model.is_foreign and model.kind != "incomplete":
                 raise LoadRefused(f"{model.name} is not a GPTQ model. Load it in text-generation-webui's own Model tab.")
             if cancel.is_set():
                 raise LoadCancelled(f"Loading {model.name} was stopped.")

@@ -45,7 +45,7 @@ def draw(bridge: Bridge) -> None:
         return engine.loaded.model.name if engine.loaded is not None else ""
 
     def show(request: gr.Request) -> Updates:
-        names = [_NONE, *(each.name for each in engine.library.models() if each.kind == "gptq")]
+        names = [_NONE, *(each.name for each in engine.library.models() if each.is_packed)]
         chosen = bridge.autoload_model or _NONE
         loaded_on.set(request, name_of_loaded())
         return {start: gr.update(choices=names if chosen in names else [*names, chosen], value=chosen)} | models.show(request)

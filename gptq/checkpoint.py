@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..core.models import LocalModel, require_safetensors, tensors_of
+from ..core.neighbour_layouts import NEIGHBOURS
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
 from .load_progress import Report, Watch
+from .neighbours import repack
 from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
@@ -54,10 +56,10 @@ def load(
     notes = [*drop_unknown_ids(config), *(rope_apply(config, rope) if rope is not None else ())]
     watch = Watch(progress) if progress is not None else nullcontext()
     layers: dict[str, PackedLayer] = {}
-    if model.kind == "gptq":
+    if model.is_packed:
         if model.quantize is None:
             raise BadQuantizeConfig(f"{model.name} does not say how it was quantised.")
-        if model.quantize.checkpoint_format not in ("gptq", "gptq_v2"):
+        if model.quantize.checkpoint_format not in ("gptq", "gptq_v2", *NEIGHBOURS):
             raise BadQuantizeConfig(
                 f"{model.name} is stored in the {model.quantize.checkpoint_format} layout, which only its own kernel reads. "
                 "Choose a branch in GPTQ's own layout."
@@ -74,7 +76,7 @@ def load(
     elif model.kind == "incomplete":
         raise BadCheckpoint(model.problem)
     elif model.kind != "plain":
-        raise BadCheckpoint(f"{model.name} is of the kind {model.kind}, which this engine does not read.")
+        raise BadCheckpoint(model.problem or f"{model.name} is of the kind {model.kind}, which this engine does not read.")
     source = weights_source(model)
     if source.weights not in _STANDARD_NAMES:
         config.transformers_weights = source.weights
@@ -137,7 +139,7 @@ def _caps_scores(config: Any) -> bool:
 
 def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer]) -> None:
     """Every tensor of the files has a place, every place has a tensor."""
-    without_order = {name for name, layer in layers.items() if not layer.has_g_idx}
+    without_order = {name for name, layer in layers.items() if not layer.has_g_idx and not layer.neighbour}
     missing = [key for key in _keys(info, "missing_keys") if not _ends_layer(key, without_order, "g_idx")]
     # a Linear with a bias whose packed layer has none was saved without it because it is zero
     without_bias = {name for name, layer in layers.items() if not layer.has_bias}
@@ -184,6 +186,8 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     flooded = 0
     ignored: list[str] = []
     for name, layer, module in packed:
+        if layer.parts is not None:
+            repack(module, layer.neighbour, layer.parts, name)
         if layer.word_bits != 32 and module.qweight.is_meta:
             raise BadCheckpoint(
                 f"{name} is packed in words of {layer.word_bits} bits, which cannot be moved between processor and GPU while the "
@@ -223,7 +227,7 @@ def _restore_scales(paths: Iterable[Path], loaded: PreTrainedModel, layers: Mapp
     """transformers 4 casts scales to the model's type; in bf16 that costs three of their bits. Read those again."""
     files = tensors_of(paths) if layers else {}
     for name, layer, module in packed_modules(loaded, layers):
-        if module.scales.dtype == torch.bfloat16 != layer.scales_dtype and not module.scales.is_meta:
+        if layer.parts is None and module.scales.dtype == torch.bfloat16 != layer.scales_dtype and not module.scales.is_meta:
             path = files[f"{name}.scales"][0]
             with safe_open(path, framework="pt") as file:
                 scales = file.get_tensor(f"{name}.scales").to(module.scales.device)

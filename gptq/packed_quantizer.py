@@ -16,11 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.errors import BadCheckpoint
+from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_names
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
 from .experts import PackedExperts, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
+from .neighbours import Parts, expect, parts_of
 
 METHOD = "gptq-webui"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -41,6 +43,8 @@ class PackedLayer:
     has_g_idx: bool
     word_bits: int = 32  # of qweight and qzeros
     act_order: bool = False  # the model was quantised with it
+    neighbour: str = ""  # awq or compressed-tensors: repacked once it is read
+    parts: Parts | None = None  # of a neighbour: the tensors of its files
 
 
 def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: QuantizeConfig) -> dict[str, PackedLayer]:
@@ -49,20 +53,25 @@ def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: Quanti
     Raises BadCheckpoint for a layer with a part missing or with types or shapes that no GPTQ layer has.
     """
     layers: dict[str, PackedLayer] = {}
-    for name in packed_names(tensors):
-        layout = layout_of(name, tensors, config.bits, config.pack_dtype)
+    neighbour = config.checkpoint_format if config.checkpoint_format in NEIGHBOURS else ""
+    for name in neighbour_names(tensors, neighbour) if neighbour else packed_names(tensors):
+        layout = (
+            neighbour_layout(name, tensors, config) if neighbour else layout_of(name, tensors, config.bits, config.pack_dtype)
+        )
         layers[name] = PackedLayer(
             bits=layout.bits,
             in_features=layout.in_features,
             out_features=layout.out_features,
             groups=layout.groups,
             group_size=layout.group_size(config.group_size),
-            checkpoint_format=config.zeros_format,
+            checkpoint_format="gptq_v2" if neighbour else config.zeros_format,
             scales_dtype=_DTYPES[layout.scales_dtype],
             has_bias=layout.has_bias,
             has_g_idx=layout.has_g_idx,
             word_bits=layout.word_bits,
             act_order=config.desc_act,
+            neighbour=neighbour,
+            parts=parts_of(neighbour, name, tensors) if neighbour else None,
         )
     return layers
 
@@ -201,7 +210,7 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
 
 
 def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
-    return GPTQLinear(
+    module = GPTQLinear(
         layer.in_features,
         layer.out_features,
         layer.bits,
@@ -212,6 +221,9 @@ def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
         device="meta",
         word_bits=layer.word_bits,
     )
+    if layer.parts is not None:
+        expect(module, layer.parts)
+    return module
 
 
 def packed_modules(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[tuple[str, PackedLayer, GPTQLinear]]:

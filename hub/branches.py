@@ -65,6 +65,8 @@ class Branch:
         """Yes or No: ExLlama's kernels take 4 bits, with whole columns or groups of a power of two from 32 on."""
         if self.quantize is None:
             return self.model_card.exllama
+        if self.quantize.checkpoint_format not in ("gptq", "gptq_v2"):
+            return "No"
         group = self.quantize.group_size
         return "Yes" if self.quantize.bits == 4 and (group == -1 or (group >= 32 and group & (group - 1) == 0)) else "No"
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..core.errors import BadQuantizeConfig, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, Kind, choose_weights, declared_kind
+from ..core.neighbour_layouts import NEIGHBOURS, name_of, settings_of, why_unreadable
 from ..core.other_formats import name_of_method
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes, plural
@@ -96,17 +97,17 @@ def select_files(
     named = settings.get("quantize_config.json", {}).get("model_file_base_name")
     kind = _kind_by_names(listing) or _kind_by_settings(listing, settings)
     if kind == "gguf" or (
-        kind in OPENED_BY and not any_kind
+        kind in OPENED_BY and not any_kind and not _is_packed(kind, settings)
     ):  # of many .gguf files the user wants one, and the name does not say which
         raise _wrong_kind(ref, kind, settings)
     weights, missing = choose_weights({name: size for name, size in sizes.items() if not _GGML.search(name)}, named)
     if not weights:
         raise WrongRepository(_no_weights(listing))
-    if kind != "gptq" and not any_kind:
+    if not any_kind and not _is_packed(kind, settings):
         raise _wrong_kind(ref, kind, settings)
     if missing:
         raise WrongRepository(f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref)}")
-    if kind == "gptq" and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
+    if _is_packed(kind, settings) and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
         raise WrongRepository(
             f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
             "Choose a branch or repository with .safetensors files, or ask for it (--allow-pickle, in the page "
@@ -198,12 +199,25 @@ def _kind_by_settings(listing: Listing, settings: Mapping[str, Mapping[str, Any]
     return "plain"
 
 
+def _is_packed(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the native engine reads weights that these settings describe."""
+    return kind == "gptq" or (kind in NEIGHBOURS and not why_unreadable(kind, *_both(settings)))
+
+
+def _both(settings: Mapping[str, Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """config.json, and the two files of settings as one."""
+    config, quant_config, quantize_config = (settings.get(name, {}) for name in SETTINGS)
+    return config, {**quantize_config, **quant_config}
+
+
 def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> WrongRepository:
     """The refusal, which says what it is and where the same model may be as GPTQ."""
     owner, _, name = ref.repo.partition("/")
     config = settings.get("config.json", {})
     quantization = name_of_method(config)
-    if kind in ("lora", "gptq_p"):
+    if kind in NEIGHBOURS:
+        found = f"{ref} cannot be read. {why_unreadable(kind, *_both(settings))}"
+    elif kind in ("lora", "gptq_p"):
         found = f"{ref}: {OPENED_BY[kind]}"
     elif kind in OPENED_BY:
         found = f"{ref} holds {kind.upper()} weights, not GPTQ. {OPENED_BY[kind]}"
@@ -254,6 +268,8 @@ def _files(listing: Listing, weights: set[str], allow_code: bool) -> tuple[Remot
 
 
 def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    if kind in NEIGHBOURS and _is_packed(kind, settings):
+        return name_of(quantize_of(settings))
     if kind != "gptq":
         plain = name_of_method(settings.get("config.json", {})) or "16-bit"
         return {"plain": plain, "lora": "LoRA"}.get(kind, kind.upper())
@@ -265,8 +281,12 @@ def _format(kind: Kind, settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 def quantize_of(settings: Mapping[str, Mapping[str, Any]]) -> QuantizeConfig:
     """The quantisation that the settings describe. Raises BadQuantizeConfig if they do not."""
-    in_config = settings.get("config.json", {}).get("quantization_config")
-    own = {key: value for key, value in settings.get("quantize_config.json", {}).items() if value is not None}
+    config, quant_config, quantize_config = (settings.get(name, {}) for name in SETTINGS)
+    kind = declared_kind(config, quant_config, quantize_config)
+    if kind in NEIGHBOURS:
+        return settings_of(kind, *_both(settings))
+    in_config = config.get("quantization_config")
+    own = {key: value for key, value in quantize_config.items() if value is not None}
     return QuantizeConfig.from_json({**(in_config if isinstance(in_config, Mapping) else {}), **own})
 
 

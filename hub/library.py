@@ -209,7 +209,7 @@ class Library:
         model = seen[1]
         if name == folder.name:
             return model
-        return replace(model, called=name) if model.kind == "gptq" else None
+        return replace(model, called=name) if model.is_packed else None
 
 
 def _cache_deletion(cached: CachedSnapshot) -> Any:

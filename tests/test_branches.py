@@ -86,7 +86,7 @@ def test_a_gguf_repository_names_the_gptq_sister_that_is_there(hub_server, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("M-AWQ", {"quant_method": "awq", "bits": 4}), ("M-exl2", {"quant_method": "exl2"})]
+    ("name", "config"), [("M-AWQ", {"quant_method": "awq", "bits": 4, "version": "gemv"}), ("M-exl2", {"quant_method": "exl2"})]
 )
 def test_awq_and_exl2_are_refused_with_the_sister(hub_server, name, config):
     files = {"config.json": json.dumps({"quantization_config": config}).encode(), "model.safetensors": b"x" * 100}

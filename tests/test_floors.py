@@ -32,6 +32,7 @@ LONG = {
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
+    "hub/file_selection.py": "one list of rules: which files of a repository, and which kinds",
     "gptq/transformers_stepper.py": "one forward for every architecture, however it keeps its state",
     "loaders/contract/base.py": "the contract: the two classes that every back-end fills in",
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",

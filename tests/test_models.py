@@ -57,18 +57,17 @@ def quantised(values: dict[str, Any]) -> dict[str, Any]:
         (GPTQ, {"config": quantised(SETTINGS)}, "gptq", "GPTQ 4-bit, group 32"),
         (GPTQ, {"config": quantised({"bits": 4, "group_size": 32})}, "gptq", "GPTQ 4-bit, group 32"),
         (GPTQ, {}, "gptq", "GPTQ 4-bit, group 32"),
-        (AWQ, {"config": quantised({"quant_method": "awq", "bits": 4})}, "awq", "AWQ"),
-        (AWQ, {"quant_config": {"w_bit": 4, "q_group_size": 32}}, "awq", "AWQ"),
-        (AWQ, {"quantize_config": {"bits": 4, "group_size": 32}}, "awq", "AWQ"),
-        (AWQ, {"config": quantised({"quant_method": "gptq", "bits": 4})}, "awq", "AWQ"),
-        (AWQ, {}, "awq", "AWQ"),
+        (AWQ, {"config": quantised({"quant_method": "awq", "bits": 4})}, "awq", "AWQ 4-bit g32"),
+        (AWQ, {"quant_config": {"w_bit": 4, "q_group_size": 32}}, "awq", "AWQ 4-bit g32"),
+        (AWQ, {"quantize_config": {"bits": 4, "group_size": 32}}, "awq", "AWQ 4-bit g32"),
+        (AWQ, {"config": quantised({"quant_method": "gptq", "bits": 4})}, "awq", "AWQ 4-bit g32"),
+        (AWQ, {}, "awq", "AWQ 4-bit g32"),
         (EXL2, {"config": quantised({"quant_method": "exl2", "bits": 4.0})}, "exl2", "EXL2"),
         (EXL2, {}, "exl2", "EXL2"),
         (EXL3, {}, "exl3", "EXL3"),
         (PLAIN, {}, "plain", "16-bit"),
         ({f"{Q}.weight": np.zeros((32, 64), np.float32)}, {}, "plain", "32-bit"),
         *((PLAIN, {"config": quantised(values)}, "plain", badge) for values, badge in (
-            ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
             ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit"),
             ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
             ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
@@ -82,14 +81,14 @@ def quantised(values: dict[str, Any]) -> dict[str, Any]:
         (PLAIN, {"config": {**CONFIG, "quantization": {"group_size": 64, "bits": 4}}}, "plain", "MLX 4-bit"),
         (PLAIN, {"config": quantised({"quant_method": "gptq", "bits": 5, "group_size": 32})}, "gptq_p", "GPTQ 5-bit (gptq_p)"),
         (PLAIN, {"quantize_config": {**SETTINGS, "bits": 6}}, "gptq_p", "GPTQ 6-bit (gptq_p)"),
-        (GPTQ, {"config": quantised({**SETTINGS, "format": "gptq_p"})}, "gptq_p", "GPTQ 4-bit (gptq_p)"),
+        (GPTQ, {"config": quantised({**SETTINGS, "format": "gptq_p"})}, "gptq", "GPTQ 4-bit, group 32"),
         (PLAIN, {"config": None, "adapter_config": {"r": 8}}, "lora", "LoRA"),
     ],
 )  # fmt: skip
 def test_kind_and_badge(tmp_path: Path, tensors: dict[str, np.ndarray], files: dict[str, Any], kind: str, badge: str) -> None:
     model = read(make(tmp_path / "m", tensors, **files))
     assert (model.kind, model.badge, model.problem) == (kind, badge, "")
-    assert (model.quantize is not None) == (kind == "gptq")
+    assert (model.quantize is not None) == model.is_packed
 
 
 def test_marlin_files_are_gptq_of_another_layout(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ def unreadable(model: LocalModel) -> Refusal | None:
         return Refusal(model.problem)
     if model.kind == "remote":
         return Refusal("its weights are on another machine", "use the loader remote")
-    if model.kind in OPENED_BY:
-        return Refusal(OPENED_BY[model.kind])
+    if model.is_foreign:
+        return Refusal(model.problem or OPENED_BY[model.kind])
     if any(path.suffix != ".safetensors" for path in model.weights):
         return Refusal(
             f"the weights are in {model.weights[0].name}, a format that can run code when it is opened",
@@ -24,6 +24,8 @@ def not_in_gptq_layout(model: LocalModel) -> Refusal | None:
     """Why a layout such as Marlin's cannot be opened: only its own kernels read it."""
     if model.quantize is None or model.quantize.checkpoint_format in ("gptq", "gptq_v2"):
         return None
+    if model.kind != "gptq":
+        return Refusal(f"it reads GPTQ's own layout, and the weights are {model.badge}", "use the loader transformers")
     return Refusal(
         f"the weights are in the {model.quantize.checkpoint_format} layout, which only its own kernel reads",
         "choose a branch in GPTQ's own layout",

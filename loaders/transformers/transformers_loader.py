@@ -39,7 +39,7 @@ class TransformersLoader(Loader):
                 return Refusal(f"the package {package} is not installed", f"pip install {package}")
         if options.device == "cuda" and not machine.cuda:
             return Refusal("there is no GPU that torch can use", "choose the device auto or cpu")
-        refused = unreadable(model) or not_in_gptq_layout(model)
+        refused = unreadable(model) or (not_in_gptq_layout(model) if model.kind == "gptq" else None)
         return refused or (optimum.refusal(model, machine) if options.kernel == "optimum" else None)
 
     def remark(self, model: LocalModel, options: TransformersOptions) -> Remark | None:

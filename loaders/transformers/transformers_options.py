@@ -118,7 +118,7 @@ class TransformersOptions:
             return f"the kernel {self.kernel} has none"
         if self.dtype not in ("auto", "fp16"):
             return f"it needs the number format fp16, not {self.dtype}"
-        if model.kind != "gptq":
+        if not model.is_packed:
             return "it is for quantised models"
         from ...gptq.llama import is_of_family
 
