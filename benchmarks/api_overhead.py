@@ -26,7 +26,7 @@ def make_engine(tokens_per_s, words):
     from gptq_webui.core.models import LocalModel
     from gptq_webui.engine.engine import Engine
     from gptq_webui.engine.settings import Settings
-    from gptq_webui.loaders.fake import FakeLoader
+    from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
     folder = Path(tempfile.mkdtemp())
 

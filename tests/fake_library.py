@@ -13,7 +13,7 @@ from gptq_webui.hub.repository import Hub
 MISTRAL = "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ"
 
 
-class Shelf:
+class FakeLibrary:
     def __init__(self, root):
         self.roots = (root,)
         self.hub = Hub()

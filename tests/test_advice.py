@@ -12,7 +12,7 @@ from gptq_webui.engine.available_memory import available_memory
 from gptq_webui.hub.branches import read_branches
 from gptq_webui.hub.repository import Hub
 from gptq_webui.loaders.contract.base import Refusal
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
 
 

@@ -7,17 +7,17 @@ or with msg and type. text-generation-webui and tabbyAPI: OpenAI's.
 import pytest
 
 from api_server import ApiServer
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     with ApiServer(engine, limits=Limits(max_input_tokens=1000)) as server:
         yield server
     engine.unload()

@@ -12,14 +12,14 @@ import httpx
 import pytest
 
 from api_server import ApiServer, settled
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api import guard
 from gptq_webui.api.auth import Keys
 from gptq_webui.api.guard import Hosts
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 USE, ADMIN = "use-key-1234567890", "admin-key-1234567890"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -62,7 +62,7 @@ OPEN = {  # calls that ask for no key: they tell nothing about the model or its 
 def served(tmp_path_factory):
     """One engine behind two servers: one is open, one asks for keys."""
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     keys = Keys()
     keys.add_for_run(USE, "use", admin=False)
     keys.add_for_run(ADMIN, "admin", admin=True)

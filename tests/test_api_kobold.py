@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from api_server import ApiServer, settled
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 ANSWER = "The capital of France is Paris."
 
@@ -19,7 +19,7 @@ ANSWER = "The capital of France is Paris."
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     with ApiServer(engine) as server:
         yield SimpleNamespace(engine=engine, server=server, http=server.http)
     engine.unload()

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from api_server import ApiServer, events
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.contract.base import Refusal
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 ANSWER = "The capital of France is Paris."
 
@@ -24,18 +24,18 @@ class Loader(FakeLoader):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    shelf = Shelf(root)
-    shelf.pause_s = 0.01
-    engine = Engine(shelf, Settings(root / "settings.json"), [Loader()])
+    library = FakeLibrary(root)
+    library.pause_s = 0.01
+    engine = Engine(library, Settings(root / "settings.json"), [Loader()])
     with ApiServer(engine) as server:
-        yield SimpleNamespace(engine=engine, server=server, http=server.http, shelf=shelf)
+        yield SimpleNamespace(engine=engine, server=server, http=server.http, library=library)
     engine.unload()
 
 
 @pytest.fixture
 def http(house):
-    house.shelf.__init__(house.shelf.roots[0])
-    house.shelf.pause_s = 0.01
+    house.library.__init__(house.library.roots[0])
+    house.library.pause_s = 0.01
     house.engine.load(MISTRAL, options={"answer": ANSWER})
     return house.http
 

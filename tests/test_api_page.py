@@ -11,12 +11,12 @@ import pytest
 
 from api_server import ApiServer
 from browser import chromium
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api.auth import Keys
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access
@@ -32,7 +32,7 @@ KEY = "a-key-for-the-page-1"
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     keys = Keys()
     page = ui_page.build(engine, Downloads(engine.library), api=Api(lambda: keys.required, 5000))
     engine.load(MISTRAL)

@@ -3,10 +3,10 @@
 import pytest
 
 from api_server import ApiServer, settled
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 schemathesis = pytest.importorskip("schemathesis", reason="the newest environment has it")
 hypothesis = pytest.importorskip("hypothesis")
@@ -17,9 +17,9 @@ EXAMPLES = 2  # of each call; by hand 100 and more: GPTQ_WEBUI_EXAMPLES
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    shelf = Shelf(root)
-    shelf.pause_s = 0.0
-    engine = Engine(shelf, Settings(root / "settings.json"), [FakeLoader()])
+    library = FakeLibrary(root)
+    library.pause_s = 0.0
+    engine = Engine(library, Settings(root / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL)
     with ApiServer(engine) as server:
         yield server

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from api_server import ApiServer, settled
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 
 @pytest.fixture
 def slow(tmp_path):
     """A model that writes 100 words a second for 20 seconds."""
-    engine = Engine(Shelf(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
     with ApiServer(engine) as server:
         yield SimpleNamespace(engine=engine, server=server, http=server.http, service=server.service)
@@ -99,7 +99,7 @@ def test_turns_are_fair_and_positions_are_reported(slow):
 
 @pytest.mark.parametrize(("parallel", "running"), [(None, 3), (2, 2), (9, 3)])
 def test_parallel_is_how_many_are_answered_at_once_where_the_model_can(tmp_path, parallel, running):
-    engine = Engine(Shelf(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
     engine.loaded._worker.parallel = engine.loaded.parallel = 3
     with ApiServer(engine, limits=Limits(parallel=parallel)) as server:

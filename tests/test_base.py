@@ -11,7 +11,7 @@ from gptq_webui.core.chat import Finish, Message, Token
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.loaders.contract.base import Loader, StopFlag
-from gptq_webui.loaders.fake import FakeLoader, FakeModel, FakeOptions
+from gptq_webui.loaders.contract.fake_loader import FakeLoader, FakeModel, FakeOptions
 from gptq_webui.loaders.machine.memory_fit import Demand, Memory, fit_context
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions

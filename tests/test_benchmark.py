@@ -14,19 +14,19 @@ from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import benchmark
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 WORDS = " ".join(f"w{at}" for at in range(2000))
 
 
-class Shelf(Folder):
+class FakeLibrary(Folder):
     def get(self, name):
         return LocalModel(Path.home() / "models" / name, "gptq", None, 10, 2048, "LlamaForCausalLM")
 
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = Engine(Shelf(tmp_path), Settings(), [FakeLoader()])
+    engine = Engine(FakeLibrary(tmp_path), Settings(), [FakeLoader()])
     yield engine
     engine.unload()
 

@@ -9,7 +9,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.loaders.choose import all_loaders, choose, make_options, survey
 from gptq_webui.loaders.contract.base import Refusal, Remark
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader
 
 

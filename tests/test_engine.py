@@ -17,12 +17,12 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 HELLO = [Message("user", "hello")]
 
 
-class Shelf:
+class FakeLibrary:
     """A library of models that are only names."""
 
     roots: tuple[Path, ...] = ()
@@ -30,12 +30,12 @@ class Shelf:
     def get(self, name):
         if name not in ("one", "two"):
             raise NoSuchModel(f"There is no {name}.")
-        return LocalModel(Path(f"/shelf/{name}"), "gptq", None, 10, 2048, "LlamaForCausalLM")
+        return LocalModel(Path(f"/library/{name}"), "gptq", None, 10, 2048, "LlamaForCausalLM")
 
 
 @pytest.fixture
 def engine():
-    engine = Engine(Shelf(), Settings(), [FakeLoader()])
+    engine = Engine(FakeLibrary(), Settings(), [FakeLoader()])
     yield engine
     engine.unload()
 

@@ -21,7 +21,7 @@ CODE = sorted(
 ROOMS = {
     "loaders": {
         "machine": 0, "text": 0, "contract": 1, "pretrained": 2,
-        "transformers": 3, "exllamav2": 3, "autogptq": 3, "remote": 3, "fake": 3, "choose": 4,
+        "transformers": 3, "exllamav2": 3, "autogptq": 3, "remote": 3, "choose": 4,
     },
     "gptq": {"cpu": 0, "cuda": 0},
 }  # fmt: skip
@@ -189,7 +189,7 @@ def test_rooms_inside_a_folder_import_downwards_and_strangers_do_not_meet():
     ("file", "target"),
     [
         ("gptq/cpu/forward.py", "gptq/cuda/nvrtc.py"),
-        ("loaders/fake.py", "loaders/choose.py"),
+        ("loaders/contract/fake_loader.py", "loaders/choose.py"),
         ("loaders/text/tokenizer.py", "loaders/contract/base.py"),
         ("loaders/remote/remote_loader.py", "loaders/exllamav2/exllamav2_loader.py"),
         ("loaders/contract/base.py", "loaders/choose.py"),

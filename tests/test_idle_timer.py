@@ -10,13 +10,13 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.idle_timer import IdleTimer
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
-MODEL = LocalModel(Path("/shelf/one"), "gptq", None, 10, 2048, "LlamaForCausalLM")
+MODEL = LocalModel(Path("/library/one"), "gptq", None, 10, 2048, "LlamaForCausalLM")
 SOON = 0.001  # minutes
 
 
-class Shelf:
+class FakeLibrary:
     roots: tuple[Path, ...] = ()
 
     def get(self, name):
@@ -93,7 +93,7 @@ class UnloadedBetween(Engine):
 
 
 def test_an_unload_between_two_looks_at_the_model_does_not_end_the_watch():
-    engine = UnloadedBetween(Shelf(), Settings(), [FakeLoader()])
+    engine = UnloadedBetween(FakeLibrary(), Settings(), [FakeLoader()])
     engine.load("one")
     engine.set_idle_minutes(0.01)
     wait_for(lambda: engine.reads > 4)
@@ -103,7 +103,7 @@ def test_an_unload_between_two_looks_at_the_model_does_not_end_the_watch():
 
 
 def test_an_idle_model_is_unloaded_and_comes_back_on_use():
-    engine = Engine(Shelf(), Settings(), [FakeLoader()])
+    engine = Engine(FakeLibrary(), Settings(), [FakeLoader()])
     engine.load("one", options={"context_tokens": 100})
     engine.set_idle_minutes(SOON)
     wait_for(lambda: engine.status.phase == "empty" and engine.loaded is None)

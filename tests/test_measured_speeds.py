@@ -12,7 +12,7 @@ from gptq_webui.engine import load_failures, measured_speeds
 from gptq_webui.engine.load_request import LoadRequest
 from gptq_webui.engine.remedies import remedies
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.loaders.machine.memory_fit import Demand
 
 SIZE = 4_000_000_000

@@ -245,10 +245,10 @@ def test_the_hosts_models_folder_is_found(user_folder):
     assert hosts_models_folders() == [host / "user_data" / "models"]
 
 
-# the shelf
+# the library
 
 
-def test_the_shelf_tells_branch_commit_size_and_last_use(library, folder):
+def test_the_library_says_branch_commit_size_and_last_use(library, folder):
     settings = Settings()
     (item,) = disk_inventory.items(library, settings)
     assert str(item.ref) == NAME and len(item.commit) == 40 and item.used is None

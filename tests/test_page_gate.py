@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from api_server import ApiServer
-from fake_library import Shelf
+from fake_library import FakeLibrary
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.guess_limit import GuessLimit
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import gradio_compat, page_gate
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access
@@ -36,7 +36,7 @@ OWNER, GUEST = ("anna", "right-password"), ("guest", "guest-password")
 def house(tmp_path_factory):
     """The page with a login and without, and what reached Gradio."""
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     reached = []
 
     def gate(users):

@@ -79,17 +79,19 @@ BROKEN = {
     "no such class": ("", "broken:Loader", "there is no Loader in broken"),
     "no loader": ("class Loader: pass", "broken:Loader", "must name a subclass"),
     "options that are none": (
-        "from gptq_webui.loaders.fake import FakeLoader\nclass Loader(FakeLoader):\n    name = 'x'\n    options = dict",
+        "from gptq_webui.loaders.contract.fake_loader import FakeLoader\n"
+        "class Loader(FakeLoader):\n    name = 'x'\n    options = dict",
         "broken:Loader",
         "`options` a dataclass",
     ),
     "a name that is taken": (
-        "from gptq_webui.loaders.fake import FakeLoader\nclass Loader(FakeLoader):\n    name = 'transformers'",
+        "from gptq_webui.loaders.contract.fake_loader import FakeLoader\nclass Loader(FakeLoader):\n    name = 'transformers'",
         "broken:Loader",
         "another loader is called 'transformers'",
     ),
     "a part that is missing": (
-        "from gptq_webui.loaders.contract.base import Loader as L\nfrom gptq_webui.loaders.fake import FakeOptions\n"
+        "from gptq_webui.loaders.contract.base import Loader as L\n"
+        "from gptq_webui.loaders.contract.fake_loader import FakeOptions\n"
         "class Loader(L):\n    name = 'x'\n    options = FakeOptions",
         "broken:Loader",
         "abstract",
@@ -119,7 +121,7 @@ def test_doctor_names_a_broken_plug_in(install, tmp_path, capsys):
 def test_a_plug_in_that_fails_while_it_looks_at_a_model_refuses_it(install, model):
     install(
         "broken",
-        "from gptq_webui.loaders.fake import FakeLoader\nclass Loader(FakeLoader):\n    name = 'broken'\n"
+        "from gptq_webui.loaders.contract.fake_loader import FakeLoader\nclass Loader(FakeLoader):\n    name = 'broken'\n"
         "    def refusal(self, model, options):\n        return 1 / 0\n",
         "broken:Loader",
     )

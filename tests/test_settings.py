@@ -17,7 +17,7 @@ from gptq_webui.engine.load_failures import fingerprint
 from gptq_webui.engine.settings import Settings
 from gptq_webui.extension.host_templates import template_for
 from gptq_webui.hub.repository import Hub
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 
 def test_what_is_saved_is_there_in_the_next_run(tmp_path):
@@ -72,7 +72,7 @@ def test_nothing_is_written_into_the_package():
     assert not Settings().path.is_relative_to(Path(gptq_webui.__file__).parent)
 
 
-MODEL = LocalModel(Path("/shelf/one"), "gptq", None, 10, 2048, "LlamaForCausalLM")
+MODEL = LocalModel(Path("/library/one"), "gptq", None, 10, 2048, "LlamaForCausalLM")
 JSON_VALUES = [None, True, False, 0, -3, 7, 1.5, -1e308, float("inf"), float("nan"), 10**400, "", "text", "\0", "\ud800", [], [1],
                ["\0", "", None], {}, {"one": None}, {"one": 3}, {"one": {"loaders": 5}}, {"": []}]  # fmt: skip
 GOOD = {
@@ -88,7 +88,7 @@ GOOD = {
 }
 
 
-class Shelf:
+class FakeLibrary:
     """A library with one model."""
 
     roots: tuple[Path, ...] = ()
@@ -135,7 +135,7 @@ def test_a_value_of_any_type_costs_that_value_only(path):
         if path[0] != "models":
             assert settings.for_model("one")["template"] == "Vicuna"
         assert all(isinstance(each, Path) and not each.is_file() for each in settings.models_folders)
-        engine = Engine(Shelf(), settings, [FakeLoader()])
+        engine = Engine(FakeLibrary(), settings, [FakeLoader()])
         engine.load("one", options={"answer": "given"})
         assert engine.status.phase == "ready", wrong
         answer = engine.chat([Message("user", "hello")], GenerationParams(), threading.Event()).text()[0]

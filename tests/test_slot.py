@@ -12,12 +12,12 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 HELLO = [Message("user", "hello")]
 
 
-class Shelf:
+class FakeLibrary:
     """A library of models that are only names."""
 
     roots: tuple[Path, ...] = ()
@@ -25,12 +25,12 @@ class Shelf:
     def get(self, name):
         if name not in ("one", "two"):
             raise NoSuchModel(f"There is no {name}.")
-        return LocalModel(Path(f"/shelf/{name}"), "gptq", None, 10, 2048, "LlamaForCausalLM")
+        return LocalModel(Path(f"/library/{name}"), "gptq", None, 10, 2048, "LlamaForCausalLM")
 
 
 @pytest.fixture
 def engine():
-    engine = Engine(Shelf(), Settings(), [FakeLoader()])
+    engine = Engine(FakeLibrary(), Settings(), [FakeLoader()])
     yield engine
     engine.unload()
 
@@ -93,7 +93,7 @@ def making_the_demo(engine, monkeypatch, step_s=0.02):
             progress(0.1, f"Step {at}")
             begun.set()
             time.sleep(step_s)
-        return [Path("/shelf/one")]
+        return [Path("/library/one")]
 
     def run():
         try:
@@ -137,7 +137,7 @@ def test_a_stop_between_the_demo_and_its_load_is_not_lost(engine, monkeypatch):
     def ensure(root, progress, cancel):
         progress(1.0, "The demo model is ready")
         engine.cancel_load()
-        return [Path("/shelf/one")]
+        return [Path("/library/one")]
 
     monkeypatch.setattr("gptq_webui.engine.demo.ensure", ensure)
     with pytest.raises(LoadCancelled):

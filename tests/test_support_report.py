@@ -11,18 +11,18 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.engine.support_report import report, without_secrets
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.loaders.machine.gpus import GpuInfo
 
 
-class Shelf(Folder):
+class FakeLibrary(Folder):
     def get(self, name):
         return LocalModel(Path.home() / "models" / name, "gptq", None, 10, 2048, "LlamaForCausalLM")
 
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = Engine(Shelf(tmp_path), Settings(), [FakeLoader()])
+    engine = Engine(FakeLibrary(tmp_path), Settings(), [FakeLoader()])
     yield engine
     engine.unload()
 

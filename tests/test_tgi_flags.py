@@ -3,7 +3,7 @@
 import pytest
 
 import tiny
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.app import access_flags, tgi_flags
 from gptq_webui.app.cli import _parser
 from gptq_webui.app.first_model import first_model
@@ -11,7 +11,7 @@ from gptq_webui.core.errors import BadModelName, BadParameter, DownloadFailed
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
 MODEL_CARD = (  # the last lines of TheBloke's cards under "Serving this model from TGI"
     "--model-id TheBloke/Mistral-7B-Instruct-v0.2-GPTQ --port 3000 --quantize gptq "
@@ -55,10 +55,10 @@ def test_what_cannot_be_is_a_sentence(line, words):
 
 @pytest.fixture
 def house(tmp_path):
-    shelf = Shelf(tmp_path)
-    shelf.pause_s = 0.0
-    engine = Engine(shelf, Settings(tmp_path / "settings.json"), [FakeLoader()])
-    return engine, Downloads(shelf)
+    library = FakeLibrary(tmp_path)
+    library.pause_s = 0.0
+    engine = Engine(library, Settings(tmp_path / "settings.json"), [FakeLoader()])
+    return engine, Downloads(library)
 
 
 def test_a_model_that_is_here_is_not_downloaded(house):

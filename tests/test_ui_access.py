@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from gradio_events import Visitor
 
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
 
@@ -23,7 +23,7 @@ FOR_ALL = ("show", "arrange")  # called by every page load, they show a guest no
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("secret-models")
-    engine = Engine(Shelf(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     share = Share()
     page = ui_page.build(
         engine, Downloads(engine.library), access=Access(frozenset({"anna"})), banner="Look at /home/anna.", share=share

@@ -133,8 +133,8 @@ def page_of_three(visit, house, tmp_path):
     from gptq_webui.engine.settings import Settings
     from gptq_webui.ui import page as ui_page
 
-    engine = Engine(house.shelf, Settings(tmp_path / "three.json"), [Compiling(), Loader(), Refusing()])
-    page = ui_page.build(engine, Downloads(house.shelf))
+    engine = Engine(house.library, Settings(tmp_path / "three.json"), [Compiling(), Loader(), Refusing()])
+    page = ui_page.build(engine, Downloads(house.library))
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
     tab = visit()
     tab.goto(url)

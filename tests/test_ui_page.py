@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from browser import WAIT_MS, chromium
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.contract.base import Refusal
-from gptq_webui.loaders.fake import FakeLoader, FakeOptions
+from gptq_webui.loaders.contract.fake_loader import FakeLoader, FakeOptions
 from gptq_webui.ui import page as ui_page
 
 pytestmark = pytest.mark.browser
@@ -46,18 +46,18 @@ def chrome():
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The page, served once for all tests, and what is behind it."""
-    shelf = Shelf(tmp_path_factory.mktemp("models"))
-    engine = Engine(shelf, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [Loader()])
-    page = ui_page.build(engine, Downloads(shelf), banner="A card is present & unused.")
+    library = FakeLibrary(tmp_path_factory.mktemp("models"))
+    engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [Loader()])
+    page = ui_page.build(engine, Downloads(library), banner="A card is present & unused.")
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
-    yield SimpleNamespace(engine=engine, shelf=shelf, url=url)
+    yield SimpleNamespace(engine=engine, library=library, url=url)
     page.close()
 
 
 @pytest.fixture
 def house(served, tmp_path):
     """The same, with nothing loaded and nothing remembered."""
-    served.shelf.__init__(tmp_path)
+    served.library.__init__(tmp_path)
     served.engine.settings.__init__(tmp_path / "settings.json")  # its parts hold the same
     yield served
     served.engine.unload()
@@ -252,7 +252,7 @@ def test_parameters_reach_the_answer_and_survive_a_reload(visit, house):
 
 def test_download_pause_reload_resume_done_refresh(visit, house):
     tab = visit()
-    house.shelf.pause_s = 1.0
+    house.library.pause_s = 1.0
     tab.fill("#gw-download-ref textarea, #gw-download-ref input", "owner/nowhere")
     tab.click("#gw-download")
     wait_for(tab, "#gw-downloads .gw-bad", "There is no repository owner/nowhere")
@@ -264,7 +264,7 @@ def test_download_pause_reload_resume_done_refresh(visit, house):
     wait_for(tab, "#gw-downloads", "left")  # found again
     tab.click("#gw-pause-0")
     wait_for(tab, "#gw-downloads", "Paused at")
-    house.shelf.pause_s = 0.02
+    house.library.pause_s = 0.02
     tab.click("#gw-resume-0")
     wait_for(tab, "#gw-downloads", "Done. owner_name_4bit is ready")
     choose(tab, "#gw-models", re.compile("owner_name_4bit — GPTQ"))
@@ -283,11 +283,11 @@ def test_folders_and_settings_are_remembered(visit, house, tmp_path):
     tab.fill("#gw-folder textarea, #gw-folder input", str(other))
     tab.click("#gw-folder-add")
     wait_for(tab, "#gw-folder-note", "was added and is remembered")
-    assert house.shelf.roots == (tmp_path, other) and other in house.engine.settings.models_folders
+    assert house.library.roots == (tmp_path, other) and other in house.engine.settings.models_folders
     tab.get_by_label(str(other)).click()
     tab.click("#gw-folder-remove")
     wait_for(tab, "#gw-folder-note", "Its files are untouched")
-    assert house.shelf.roots == (tmp_path,)
+    assert house.library.roots == (tmp_path,)
     tab = visit({})
     open_tab(tab, "Model")
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")

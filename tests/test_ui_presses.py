@@ -8,13 +8,13 @@ import pytest
 from gradio_events import Visitor, indexes
 
 from browser import WAIT_MS, chromium
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.errors import AnswerFailed
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub import model_repair, verification
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import benchmark_box, branch_box, gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.parameters_tab import to_values
@@ -43,11 +43,11 @@ def served(tmp_path_factory):
     patch.setattr(verification, "verify", hanging)
     patch.setattr(model_repair, "repair", hanging)
     patch.setattr(model_repair, "check_update", hang)
-    shelf = Shelf(tmp_path_factory.mktemp("models"))
-    patch.setattr(shelf, "plan", hang)
-    engine = Engine(shelf, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [FakeLoader()])
+    library = FakeLibrary(tmp_path_factory.mktemp("models"))
+    patch.setattr(library, "plan", hang)
+    engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL)
-    downloads = Downloads(shelf)
+    downloads = Downloads(library)
     page = ui_page.build(engine, downloads)
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
     place.__dict__.update(engine=engine, page=page, url=url, downloads=downloads)

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from browser import WAIT_MS, chromium
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.app.web_server import WebServer
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.transcript import Transcript
 
@@ -57,12 +57,12 @@ def chrome():
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, outside):
     """The page as the server process serves it, with a model whose every text is hostile."""
-    shelf = Shelf(tmp_path_factory.mktemp("models"))
+    library = FakeLibrary(tmp_path_factory.mktemp("models"))
     quantize = QuantizeConfig(4, 32, True, dataset=f"<img src={outside.url}/dataset>", quantizer=f"<img src={outside.url}/q>")
     evil = f"<img src={outside.url.replace('/', chr(0x2215))}>"  # no name of a folder has a slash
-    shelf._models.append(LocalModel(tmp_path_factory.mktemp("x") / evil, "gptq", quantize, 10**9, 4096, "LlamaForCausalLM"))
-    engine = Engine(shelf, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [FakeLoader()])
-    page = ui_page.build(engine, Downloads(shelf), banner=f"<img src={outside.url}/banner> ![x]({outside.url}/banner)")
+    library._models.append(LocalModel(tmp_path_factory.mktemp("x") / evil, "gptq", quantize, 10**9, 4096, "LlamaForCausalLM"))
+    engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [FakeLoader()])
+    page = ui_page.build(engine, Downloads(library), banner=f"<img src={outside.url}/banner> ![x]({outside.url}/banner)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

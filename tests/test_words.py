@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fake_library import MISTRAL, Shelf
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import GptqWebuiError, NotLoaded
 from gptq_webui.core.model_ref import ModelRef
@@ -23,7 +23,7 @@ from gptq_webui.engine.hub_settings import HubSettings
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders.choose import all_loaders
-from gptq_webui.loaders.fake import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import folders_box
 from gptq_webui.ui.job_watcher import unexpected
 from gptq_webui.ui.parameters_tab import to_params, to_values
@@ -43,7 +43,7 @@ CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"
 
 
 def engine_of(folder):
-    return Engine(Shelf(folder), Settings(folder / "settings.json"), [FakeLoader()])
+    return Engine(FakeLibrary(folder), Settings(folder / "settings.json"), [FakeLoader()])
 
 
 def asked(folder, text, **options):

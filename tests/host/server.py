@@ -103,7 +103,7 @@ def answer(command):
         return found
     if do == "use fake":  # a loader whose models transformers cannot drive
         from gptq_webui.extension.bridge import bridge
-        from gptq_webui.loaders.fake import FakeLoader
+        from gptq_webui.loaders.contract.fake_loader import FakeLoader
 
         bridge().engine.loaders[:] = [FakeLoader()]
         bridge().engine.planner.default_options = command["options"]

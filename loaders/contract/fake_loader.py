@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.chat import Finish, Step
-from ..core.models import LocalModel
-from ..core.params import GenerationParams, obeyed_by
-from .contract.base import LoadedModel, Loader, LoadProgress, Refusal
-from .machine.memory_fit import Demand
-from .text.built_in_templates import CHATML
-from .text.chat_template import ChatTemplate
+from ...core.chat import Finish, Step
+from ...core.models import LocalModel
+from ...core.params import GenerationParams, obeyed_by
+from ..machine.memory_fit import Demand
+from ..text.built_in_templates import CHATML
+from ..text.chat_template import ChatTemplate
+from .base import LoadedModel, Loader, LoadProgress, Refusal
 
 
 @dataclass(frozen=True)
