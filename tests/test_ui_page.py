@@ -146,7 +146,7 @@ def test_a_model_of_another_kind_says_what_opens_it_and_the_loaded_one_stays(vis
     open_tab(tab, "Model")
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
     choose(tab, "#gw-models", "zephyr-AWQ — AWQ")
-    assert "vLLM" in wait_for(tab, "#gw-model-status .gw-bad", "AWQ weights are opened by")
+    assert "vLLM" in wait_for(tab, "#gw-model-status .gw-bad", "AWQ weights of this layout are opened by")
     assert house.engine.loaded.model.name == MISTRAL
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
 
