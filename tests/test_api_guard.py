@@ -55,6 +55,7 @@ OPEN = {  # calls that ask for no key: they tell nothing about the model or its 
     "/api/v1/info/version/latest",
     "/api/v1/info/version/list",
     "/api/extra/version",
+    "/api/version",
 }
 
 
