@@ -6,7 +6,8 @@ one, and `why` says so.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -43,6 +44,20 @@ class _NumbersMadeThere(TorchFunctionMode):
                 given["dtype"] = torch.long if type(args[0]) is int else torch.get_default_dtype()
             return torch.full((), args[0], **given)
         return func(*args, **given)
+
+
+@contextmanager
+def _refusing_to_wait(device: torch.device) -> Iterator[None]:
+    """What makes the host wait for the GPU raises RuntimeError here: inside a recording it would break the CUDA context."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class GraphStepper(Stepper):
@@ -154,9 +169,11 @@ class GraphStepper(Stepper):
             self._logits.copy_(logits)
             room.count.add_(1)
 
-        for _ in range(2):  # libraries choose and load their kernels
+        run()  # libraries choose and load their kernels
+        room.restore(states, length)
+        with _NumbersMadeThere(), _refusing_to_wait(self.device):
             run()
-            room.restore(states, length)
+        room.restore(states, length)
         with _NumbersMadeThere():
             graph = self._recorder.record(run)
         room.restore(states, length)  # a recorder that runs what it records has changed it
