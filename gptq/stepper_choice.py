@@ -8,6 +8,7 @@ import torch
 
 from ..core.errors import GptqWebuiError
 from .cpu import numba_compiler
+from .experts import PackedExperts
 from .llama import parts_of
 from .stepper import Stepper
 from .transformers_stepper import TransformersStepper
@@ -90,6 +91,8 @@ def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
     device = hf.get_input_embeddings().weight.device
     if any(each.device != device for each in hf.parameters()):
         return TransformersStepper(hf), ""
+    if any(isinstance(each, PackedExperts) for each in hf.modules()):  # they ask the host which experts are chosen
+        return TransformersStepper(hf), " Experts of several orders are chosen by the processor, so every token waits for it."
     stepper = GraphStepper(hf, context_tokens, GraphRecorder(device))
     stepper.trial()
     if not stepper.why:
