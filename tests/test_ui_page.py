@@ -124,8 +124,8 @@ def test_choose_a_model_ask_and_come_back(visit, house):
     wait_for(tab, "#gw-banner", "A card is present & unused.")
     choose(tab, "#gw-models", re.compile("GPTQ 4-bit, group 32, act-order"))
     wait_for(tab, "#gw-model-status", "Ready.")
-    facts = tab.inner_text("#gw-facts")
-    assert "32 weights share a scale" in facts and "4.57 GB" in facts and "2048 tokens" in facts
+    facts = wait_for(tab, "#gw-facts", "32 weights share a scale")
+    assert "4.57 GB" in facts and "2048 tokens" in facts
     open_tab(tab, "Chat")
     assert "Template: ChatML" in wait_for(tab, "#gw-head", MISTRAL)
     ask(tab, "What is the capital of France?")
