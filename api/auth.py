@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..core.errors import BadParameter
 from ..engine.guess_limit import GuessLimit
@@ -25,9 +25,11 @@ from .problems import Problem
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Right = Literal["nobody", "use", "admin"]  # what an endpoint requires; an admin may also use
 
 SHORTEST_KEY = 8
+_LONG_KEY = 16  # characters from which on nobody can guess a key, however fast: those of `keys new` have 46
 _NOBODY = ""  # no key has this hash
 _WRONG_KEYS = 256  # hashes of wrong keys that are remembered: a program with an old key repeats it and guesses nothing
 
@@ -59,6 +61,7 @@ class Keys:
         self._locked = False
         self._guesses = GuessLimit(guesses=20, every_s=3.0, total_guesses=200, total_every_s=0.5)
         self._wrong: dict[str, None] = {}
+        self._came_in: dict[tuple[str, str], None] = {}  # (address, hash) of keys that were right
         _ = self.required  # keys that were there at the start count, even if they are gone at the first request
 
     @property
@@ -118,20 +121,25 @@ class Keys:
         return Caller(found.name, found.admin)
 
     def _find(self, key: str, address: str) -> Key | None:
-        """Raises Problem guessing for an address that tried too many keys."""
+        """Raises Problem guessing for a wrong key from an address that tried too many.
+
+        Many people may share an address. A right key is let in all the same, except for the first use there of a short
+        one: that might be a guess.
+        """
         digest = _hash(key)
-        if digest in self._wrong and digest not in self._read():
+        found = self._of_run.get(digest) or self._read().get(digest)
+        if found is not None and (_is_long(key) or (address, digest) in self._came_in):
+            return found
+        if digest in self._wrong and found is None:
             return None
         if (wait_s := self._guesses.attempt(address)) > 0:
             text = f"Too many wrong API keys came from this address. Wait {wait_s:.0f} seconds, then send the right one."
             raise Problem("guessing", text, retry_after_s=wait_s)
-        found = self._of_run.get(digest) or self._read().get(digest)
         if found is not None:
             self._guesses.succeeded(address)
+            _remember(self._came_in, (address, digest), 1024)
             return found
-        self._wrong[digest] = None
-        if len(self._wrong) > _WRONG_KEYS:
-            del self._wrong[next(iter(self._wrong))]
+        _remember(self._wrong, digest, _WRONG_KEYS)
         return None
 
     def _read(self) -> dict[str, Key]:
@@ -166,6 +174,16 @@ class Keys:
                 f"The keys could not be saved in {self.path.parent} ({error.strerror}); nothing was changed. "
                 "Make room there, or make the folder writable, and try again."
             ) from None
+
+
+def _remember(kept: dict[T, None], value: T, most: int) -> None:
+    kept[value] = None
+    if len(kept) > most:
+        kept.pop(next(iter(kept)), None)
+
+
+def _is_long(key: str) -> bool:
+    return len(key) >= _LONG_KEY and len(set(key)) >= _LONG_KEY // 2
 
 
 def _load(path: Path) -> dict[str, Key]:

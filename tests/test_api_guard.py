@@ -249,19 +249,37 @@ def test_keys_that_cannot_be_saved_are_named_with_a_cure(tmp_path, monkeypatch):
 
 def test_guessing_keys_is_slowed_and_a_program_with_an_old_key_is_no_guesser(engine):
     keys = Keys()
-    keys.add_for_run(USE, "use", admin=False)
+    keys.add_for_run("short-ky", "use", admin=False)
+    keys.add_for_run("other-ky", "use", admin=False)
     with ApiServer(engine, keys) as server:
 
         def status(key):
             return server.http.get("/v1/models", headers={"x-api-key": key}).status_code
 
-        assert [status("an-old-key") for _ in range(60)] == [401] * 60 and status(USE) == 200
+        assert [status("an-old-key") for _ in range(60)] == [401] * 60 and status("short-ky") == 200
         found = [status(f"guess-number-{at}") for at in range(60)]
         assert found.count(401) <= 21 and found[-1] == 429
         answer = server.http.get("/v1/models", headers={"x-api-key": "guess"})
         assert "Wait" in answer.json()["error"]["message"] and int(answer.headers["retry-after"]) >= 1
-        assert status(USE) == 429  # or a right guess would be known at once
+        assert status("other-ky") == 429  # or a right guess of a short key would be known at once
+        assert status("short-ky") == 200  # it came in before
         assert server.http.get("/health", headers={"x-api-key": "guess"}).status_code == 200
+
+
+def test_wrong_keys_never_stop_the_right_keys_of_others_at_the_same_address(tmp_path, engine):
+    file = tmp_path / "api_keys.json"
+    key = Keys(file).make("laptop", admin=True)
+    with ApiServer(engine, Keys(file)) as server:
+
+        def status(key):
+            return server.http.get("/v1/models", headers={"x-api-key": key}).status_code
+
+        assert [status(f"guess-number-{at}") for at in range(300)][-1] == 429
+        assert [status(key) for _ in range(50)] == [200] * 50  # also the first time
+        later = Keys(file).make("phone", admin=False)
+        assert status(later) == 200 and status("guess") == 429
+        Keys(file).remove("phone")
+        assert status(later) == 429  # gone: it is a wrong one now
 
 
 def test_a_key_that_can_be_guessed_is_refused():
