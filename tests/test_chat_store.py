@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -188,7 +189,7 @@ def test_threads_write_at_once(store):
 
 def test_a_killed_process_loses_nothing_that_was_saved(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import runpy, sys; runpy.run_path(sys.argv[1])['register']()\n"
         "from gptq_webui.engine.chat_store import ChatStore\n"
         "from pathlib import Path\n"
         "store = ChatStore(Path(sys.argv[2])); id = store.create('').id\n"
@@ -197,9 +198,9 @@ def test_a_killed_process_loses_nothing_that_was_saved(tmp_path):
     )
     import gptq_webui
 
-    root = os.path.dirname(os.path.dirname(gptq_webui.__file__ or ""))
+    entry = str(Path(gptq_webui.__file__ or "").parent / "script.py")
     path = tmp_path / "chats.sqlite3"
-    process = subprocess.Popen([sys.executable, "-c", code, root, str(path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, entry, str(path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert process.stdout is not None
     id = process.stdout.readline().decode().strip()
     os.kill(process.pid, signal.SIGKILL)

@@ -1,7 +1,11 @@
 """ui/gradio_compat.py: one conversation, shown by the Gradio that is installed."""
 
+import asyncio
+import threading
+
 import gradio as gr
 import pytest
+from gradio_events import Visitor
 
 from gptq_webui.core.chat import Message
 from gptq_webui.ui import gradio_compat
@@ -26,3 +30,24 @@ def test_an_answer_without_a_question_is_shown():
 def test_a_tab_outside_of_a_page_is_refused():
     with pytest.raises(RuntimeError, match=r"with gr\.Blocks"):
         gradio_compat.root()
+
+
+def test_events_work_on_a_page_that_was_built_where_an_event_loop_has_ended():
+    """asyncio.run leaves a thread without a loop; Gradio 4.37 then makes its queue without a lock."""
+    answers = []
+
+    def build() -> None:
+        asyncio.run(asyncio.sleep(0))
+        with gradio_compat.blocks("test", gr.themes.Default(), "") as page:
+            gr.Button().click(lambda: None, None, None, **gradio_compat.EVENT)
+        _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True)
+        try:
+            with Visitor(url) as visitor:
+                answers.append(visitor.call(next(iter(page.fns)), [])[0]["success"])
+        finally:
+            page.close()
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join()
+    assert answers == [True]

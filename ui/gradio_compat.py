@@ -1,5 +1,6 @@
 """The differences between Gradio 4.37 (the host's) and 6 (ours). No other file asks which one is installed."""
 
+import asyncio
 import inspect
 import os
 from abc import ABCMeta
@@ -58,6 +59,10 @@ def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     if SIX:
         return gr.Blocks(title=title, analytics_enabled=False, fill_height=True)
+    try:
+        asyncio.get_event_loop()
+    except RuntimeError:  # without a loop, as after asyncio.run, 4.37 makes its queue without a lock: each event fails
+        asyncio.set_event_loop(asyncio.new_event_loop())
     return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css)
 
 
