@@ -96,6 +96,7 @@ class Running:
     ) -> None:
         self.ticket = ticket
         self.note = note  # of the request's protocol
+        self.request_id = ""  # in the log
         self._threads = threads
         self.requested = time.perf_counter()
         self.began: float | None = None  # when its turn came
@@ -132,6 +133,7 @@ class Running:
 
     def start(self, request: Request) -> "Running":
         """Wait for the turn; cancel when the client leaves."""
+        self.request_id = str(getattr(request.state, "request_id", ""))
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -205,7 +207,7 @@ class Running:
         except GptqWebuiError as error:
             self.problem = of_error(error)
         except Exception:
-            log.exception("an answer over HTTP failed")
+            log.exception("an answer over HTTP failed (request %s)", self.request_id)
             self.problem = of_error(AnswerFailed("The answer failed; the server's log says why. Send the request again."))
         finally:
             self.ticket.leave()
@@ -270,6 +272,7 @@ class EventStream(Response):
                         await put(f": waiting, {self._running.ticket.ahead} ahead\n\n".encode())
                     continue
                 except Problem as problem:
+                    log.warning("a stream ended with an error: %s (request %s)", problem.message, self._running.request_id)
                     await put(self._failing(problem))
                     break
                 if not batch:

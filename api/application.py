@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..engine import allowed_origins
 from . import admin, api_docs, embeddings, kobold, lollms, ollama, openai, tgi, tgwui_routes
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
 from .problems import Problem
@@ -43,7 +44,8 @@ def build(
         api.include_router(router)
     api.add_exception_handler(404, _no_such_path)
     front = _Front(api, page, [route for router in routers for route in router.routes] if here else [])
-    return Guard(front, front.is_api, hosts or Hosts(), origins, max_body_bytes)
+    settings = service.engine.settings
+    return Guard(front, front.is_api, hosts or Hosts(), origins, lambda: allowed_origins.kept(settings), max_body_bytes)
 
 
 class _Front:

@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import json
 import re
+import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,8 +20,13 @@ from starlette.exceptions import HTTPException
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 _PAGE_BODY_BYTES = 8 << 20  # a long chat goes up and down with every click; a browser keeps 5 million characters of it
 _BODY_S = 30.0  # the time a body may take
-_OTHER_SITE = "This request comes from another site's page. To allow it, start the server with --cors ADDRESS."
+_OTHER_SITE = (
+    "This request comes from another site's page. To allow it, add the site's address in the tab API, or start the server with "
+    "--cors ADDRESS."
+)
 _UNREAD = (408, 413)  # statuses after which the rest of the body is not read
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -60,10 +66,12 @@ class Guard:
         is_api: Callable[[str, str], bool],  # (method, path)
         hosts: Hosts,
         origins: Iterable[str] = (),  # other sites whose pages may call the API; "*" for all
+        more_origins: Callable[[], Iterable[str]] = tuple,  # the same, asked for each request
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     ) -> None:
         self._app, self._is_api, self._hosts = app, is_api, hosts
         self._origins = frozenset(each.rstrip("/").lower() for each in origins)
+        self._more_origins = more_origins
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,10 +83,16 @@ class Guard:
             return
         api = self._is_api(scope["method"], scope["path"])
         headers, refusal = self._refusal(scope, api)
+        if api:
+            headers.append(("x-request-id", _request_id(scope)))
         if refusal is not None:
-            await _answer(send, 403, refusal)
+            await _answer(send, 403, refusal, headers)
             return
-        if scope["method"] == "OPTIONS" and headers and _header(scope, b"access-control-request-method"):
+        if (
+            scope["method"] == "OPTIONS"
+            and any(name.startswith("access-control") for name, _ in headers)
+            and _header(scope, b"access-control-request-method")
+        ):
             await _answer(send, 204, None, [*headers, *_preflight(scope)])
             return
         limit = self._max_body_bytes if api else _PAGE_BODY_BYTES
@@ -89,6 +103,7 @@ class Guard:
         if api:  # `curl -d` calls everything a form
             others = [each for each in scope["headers"] if each[0] != b"content-type"]
             scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+            scope["state"] = {**scope.get("state", {}), "request_id": headers[-1][1]}
         await self._app(scope, _limited(receive, limit), _adding(send, headers))
 
     def _refusal(self, scope: Scope, api: bool) -> tuple[list[tuple[str, str]], str | None]:
@@ -107,9 +122,10 @@ class Guard:
             return [], None
         if _same(origin, hosts[0]) or self._hosts.names.intersection((_host_of(origin),)):
             return [], None  # the second: through a proxy that has a name of ours
-        if api and (origin.lower() in self._origins or "*" in self._origins):
-            exposed = "x-queue-position, x-generated-tokens, x-prompt-tokens, retry-after"
-            allowed = "*" if "*" in self._origins else origin
+        sites = {*self._origins, *self._more_origins()} if api else set()
+        if origin.lower() in sites or "*" in sites:
+            exposed = "x-queue-position, x-generated-tokens, x-prompt-tokens, x-request-id, retry-after"
+            allowed = "*" if "*" in sites else origin
             return [
                 ("access-control-allow-origin", allowed),
                 ("vary", "Origin"),
@@ -148,6 +164,12 @@ def _same(origin: str, host: str) -> bool:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _request_id(scope: Scope) -> str:
+    """The id that a program or a proxy gave its request, else a new one. It names the request in the log, too."""
+    given = _header(scope, b"x-request-id") or ""
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def _preflight(scope: Scope) -> list[tuple[str, str]]:

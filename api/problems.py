@@ -98,7 +98,7 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        if self.kind in ("overloaded", "guessing"):
+        if self.status in (429, 503):
             return {"retry-after": str(math.ceil(self._retry_after_s))}
         return {"www-authenticate": "Bearer"} if self.kind == "no_key" else {}
 

@@ -92,8 +92,10 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
                 except HTTPException as error:
                     found = Problem(_KINDS.get(error.status_code, "invalid"), str(error.detail), "body")
                 except Exception:
-                    log.exception("%s %s failed", request.method, request.url.path)
+                    log.exception("%s %s failed (request %s)", request.method, request.url.path, request_id(request))
                     found = Problem("failed", "The server failed; its log says why.")
+                if found.kind in ("failed", "no_memory"):
+                    log.warning("%s %s: %s (request %s)", request.method, request.url.path, found.message, request_id(request))
                 response = render(found)
                 response.headers.update(found.headers)
                 return response
@@ -101,6 +103,11 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
             return handler
 
     return Route
+
+
+def request_id(request: Request) -> str:
+    """The id of a request in `X-Request-Id` and in the log; empty where no guard is in front."""
+    return str(getattr(request.state, "request_id", ""))
 
 
 def openai_error(problem: Problem) -> Response:

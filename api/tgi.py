@@ -102,7 +102,11 @@ def build(service: Service) -> APIRouter:
             return Json({"status": "healthy", "issues": []})
         text = "A model is being loaded." if service.engine.status.phase == "loading" else "No model is loaded."
         issues = [{"description": text}]
-        return Json({"error": "unhealthy", "error_type": "healthcheck", "status": "unhealthy", "issues": issues}, 503)
+        return Json(
+            {"error": "unhealthy", "error_type": "healthcheck", "status": "unhealthy", "issues": issues},
+            503,
+            {"retry-after": "5"},
+        )
 
     @router.post("/tokenize", response_model=list[SimpleToken])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:

@@ -15,6 +15,7 @@ from ..core.errors import BadParameter
 _STOP_S = 3  # then streams that still run are cut
 
 _HEAD_S = 30.0  # the time that the head of a request may take
+_KEEP_ALIVE_S = 75  # a connection without a request stays open for so long; programs keep theirs for the next one
 _MOST_CONNECTIONS = 512  # fewer than the 1,024 files that a process may open on most systems
 _MOST_OF_ONE = 128  # connections of one address; this machine, where proxies run, has no limit of its own
 
@@ -37,16 +38,12 @@ class _Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Close the connection if no request begins in time. Bytes that come meanwhile win no time."""
+        """Close the connection if a request's head is not complete in time. Bytes that come meanwhile win no time."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._unwatch()
         elif self._late is None and not self.transport.is_closing():
@@ -77,6 +74,7 @@ class WebServer:
             access_log=False,
             server_header=False,
             ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_STOP_S,
         )
         self._server = uvicorn.Server(config)

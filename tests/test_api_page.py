@@ -206,3 +206,22 @@ def test_the_model_cards_command_line_of_tgi_serves(tmp_path):
         process.wait(20)
     said = (tmp_path / "log").read_text()
     assert KEY not in said and "Traceback" not in said and "--max-batch-prefill-tokens" in said
+
+
+def test_a_site_is_added_and_removed_in_the_page(house):
+    page = open_tab(house)
+    page.click("#gw-origins-box > button")
+    page.fill("#gw-origin input, #gw-origin textarea", "https://chat.example/page")
+    page.click("#gw-origin-add")
+    page.wait_for_selector("#gw-origins:has-text('https://chat.example')")
+    call = {"json": {"messages": [{"role": "user", "content": "Hi"}]}, "headers": {"origin": "https://chat.example"}}
+    assert house.server.http.post("/v1/chat/completions", **call).status_code == 200
+    page.fill("#gw-origin input, #gw-origin textarea", "no address at all")
+    page.click("#gw-origin-add")
+    page.wait_for_selector("#gw-origin-note:has-text('Type the address')")
+    again = open_tab(house)  # another visit shows what is kept
+    again.click("#gw-origins-box > button")
+    again.get_by_label("https://chat.example", exact=True).check()
+    again.click("#gw-origin-remove")
+    again.wait_for_selector("#gw-origin-note:has-text('no longer')")
+    assert house.server.http.post("/v1/chat/completions", **call).status_code == 403

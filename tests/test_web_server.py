@@ -85,6 +85,32 @@ def test_a_slow_body_and_a_kept_connection_are_not_cut(port):
         assert answer(line).endswith(b"ok")
 
 
+def test_an_idle_connection_stays_for_the_next_request(port):
+    assert web_server._KEEP_ALIVE_S == 75
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).endswith(b"ok")
+        time.sleep(1.2)  # longer than a head may take
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).endswith(b"ok")
+
+
+def test_an_idle_connection_ends_at_last(monkeypatch):
+    monkeypatch.setattr(web_server, "_KEEP_ALIVE_S", 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    web = WebServer(application, "127.0.0.1", port)
+    web.start()
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer(line).endswith(b"ok")
+            assert 0.5 < ended_after(line, 20) < 15
+    finally:
+        web.stop()
+
+
 def test_more_connections_than_the_limit_are_refused_and_the_server_goes_on(port, monkeypatch):
     monkeypatch.setattr(web_server, "_MOST_CONNECTIONS", 20)
     monkeypatch.setattr(web_server, "_HEAD_S", 30.0)

@@ -13,6 +13,7 @@ from . import chat_tab, gradio_compat, model_tab, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
+from .origins_box import draw_origins
 from .page_gate import PageGate
 from .share_box import draw_share
 
@@ -58,6 +59,8 @@ def build(
             if api is not None:
                 with gr.Tab("API", id="api", visible=everybody) as api_tab_item:
                     box = draw_api(engine, api, access)
+                    with gr.Accordion("Web sites that may call the API", open=False, elem_id="gw-origins-box"):
+                        origins = draw_origins(engine, access)
         with chat_at:
             chat = chat_tab.build(engine, parameters, watcher, access)
 
@@ -90,6 +93,8 @@ def build(
         page.load(arrange, None, [tabs, model_tab_item, free, notice, link.place, link.text], **gradio_compat.SHOW)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
+            for trigger in [page.load, api_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
+                trigger(origins.show, None, origins.outputs, **gradio_compat.SHOW)
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [page.load, model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
