@@ -133,7 +133,7 @@ class Running:
 
     def start(self, request: Request) -> "Running":
         """Wait for the turn; cancel when the client leaves."""
-        self.request_id = str(getattr(request.state, "request_id", ""))
+        self.request_id = request.headers.get("x-request-id", "")
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":

@@ -84,7 +84,8 @@ class Guard:
         api = self._is_api(scope["method"], scope["path"])
         headers, refusal = self._refusal(scope, api)
         if api:
-            headers.append(("x-request-id", _request_id(scope)))
+            request_id = _request_id(scope)
+            headers.append(("x-request-id", request_id))
         if refusal is not None:
             await _answer(send, 403, refusal, headers)
             return
@@ -101,9 +102,9 @@ class Guard:
             await _answer(send, 413, _too_large(limit), headers)
             return
         if api:  # `curl -d` calls everything a form
-            others = [each for each in scope["headers"] if each[0] != b"content-type"]
-            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-            scope["state"] = {**scope.get("state", {}), "request_id": headers[-1][1]}
+            others = [each for each in scope["headers"] if each[0] not in (b"content-type", b"x-request-id")]
+            ours = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+            scope = {**scope, "headers": [*others, *ours]}
         await self._app(scope, _limited(receive, limit), _adding(send, headers))
 
     def _refusal(self, scope: Scope, api: bool) -> tuple[list[tuple[str, str]], str | None]:

@@ -106,8 +106,8 @@ def route_class(keys: Keys, render: Render) -> type[APIRoute]:
 
 
 def request_id(request: Request) -> str:
-    """The id of a request in `X-Request-Id` and in the log; empty where no guard is in front."""
-    return str(getattr(request.state, "request_id", ""))
+    """The id of a request in `X-Request-Id` and in the log, as the guard has set it."""
+    return request.headers.get("x-request-id", "")
 
 
 def openai_error(problem: Problem) -> Response:
