@@ -175,6 +175,58 @@ class ChatStore:
         with self._change():
             self._file.execute("UPDATE message SET text = ? WHERE id = ? AND conversation = ?", (whole(text), message, id))
 
+    def save_running(self, message: int, text: str | None, details: Mapping[str, Any]) -> None:
+        """As `save_text`, with what its writer says of itself; a `text` of None is as it was."""
+        with self._change():
+            query = "UPDATE message SET text = coalesce(?, text), details = ? WHERE id = ? AND writing"
+            self._file.execute(query, (whole(text) if text is not None else None, json.dumps(dict(details)), message))
+
+    def open_answers(self) -> Sequence[tuple[str, str, StoredMessage]]:
+        """(owner, conversation, message) of every answer that is marked as being written."""
+        with self._lock:
+            query = (
+                "SELECT owner, conversation.id, message.id, role, text, parent, details, writing FROM message "
+                "JOIN conversation ON conversation.id = message.conversation WHERE writing"
+            )
+            return [(row[0], row[1], read_message(row[2:])) for row in self._file.execute(query)]
+
+    def written(self, id: str) -> int | None:
+        """The message of a conversation that is being written."""
+        with self._lock:
+            query = "SELECT max(id) FROM message WHERE conversation = ? AND writing AND NOT deleted"
+            found = self._file.execute(query, (id,)).fetchone()[0]
+            return int(found) if found is not None else None
+
+    def message(self, owner: str, id: str, message: int) -> StoredMessage:
+        """One message. Raises NoSuchChat."""
+        with self._lock:
+            self.get(owner, id)
+            query = f"SELECT {MESSAGE} FROM message WHERE id = ? AND conversation = ? AND NOT deleted"
+            row = self._file.execute(query, (message, id)).fetchone()
+            if row is None:
+                raise NoSuchChat
+            return read_message(row)
+
+    def ask_to_stop(self, message: int) -> None:
+        """Ask the process that writes this message to end it."""
+        with self._change():
+            self._file.execute("UPDATE message SET writing = 2 WHERE id = ? AND writing", (message,))
+
+    def is_asked_to_stop(self, message: int) -> bool:
+        with self._lock:
+            row = self._file.execute("SELECT writing FROM message WHERE id = ?", (message,)).fetchone()
+            return row is not None and row[0] == 2
+
+    def withdraw(self, owner: str, id: str, message: int) -> None:
+        """A question that got no answer becomes the draft again, before what was typed since. Raises NoSuchChat."""
+        with self._change():
+            info = self.get(owner, id)
+            found = self.message(owner, id, message)
+            self._leave(id, message)
+            draft = "\n".join(each for each in (found.text, info.draft) if each)
+            self._file.execute("UPDATE conversation SET draft = ? WHERE id = ?", (draft, id))
+            self._touch(id)
+
     def end(self, owner: str, id: str, message: int, text: str, details: Mapping[str, Any]) -> None:
         """An answer has ended. One without a word disappears, and the version before it is shown again."""
         with self._change():

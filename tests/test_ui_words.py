@@ -9,9 +9,9 @@ import pytest
 from gptq_webui.core.chat import Finish, Message, Reading, Token
 from gptq_webui.core.errors import AnswerFailed, BadParameter, NotLoaded
 from gptq_webui.core.params import PRESETS, GenerationParams
+from gptq_webui.engine.running_answer import RunningAnswer, in_words
 from gptq_webui.loaders.text import chat_template
 from gptq_webui.ui import html_snippets, model_facts
-from gptq_webui.ui.live_reply import Reply, in_words
 from gptq_webui.ui.parameters_tab import to_params, to_values
 from gptq_webui.ui.template_box import describe
 from gptq_webui.ui.transcript import MOST_CHARACTERS, Transcript
@@ -102,7 +102,7 @@ def test_how_an_answer_ended_in_words(finish, words):
 
 
 class Stream:
-    """An Answer, as far as Reply looks at it."""
+    """An Answer, as far as RunningAnswer looks at it."""
 
     def __init__(self, *events, ahead=0):
         self.ahead = ahead
@@ -120,7 +120,7 @@ class Stream:
 
 def test_a_reply_says_what_it_is_doing():
     stream = Stream(Token(1, " world"), Finish("stop"), ahead=1)
-    reply = Reply(lambda: stream, threading.Event(), "hello")
+    reply = RunningAnswer(lambda _: stream, before="hello").start()
     while not reply.accepted:
         time.sleep(0.01)
     assert reply.state == "Waiting for another answer to end (2nd in the queue) …"
@@ -137,23 +137,23 @@ def test_a_reply_says_what_it_is_doing():
 def test_a_reply_that_breaks_keeps_its_text_and_says_why():
     stream = Stream(Token(1, "hello"), AnswerFailed("The model stopped."))
     stream.go.set()
-    reply = Reply(lambda: stream, threading.Event())
+    reply = RunningAnswer(lambda _: stream).start()
     assert reply.wait(5) and reply.text == "hello" and reply.error == "The model stopped."
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_without_the_name_of_a_class():
     stream = Stream(Token(1, "hello"), RuntimeError("shape"))
     stream.go.set()
-    reply = Reply(lambda: stream, threading.Event())
+    reply = RunningAnswer(lambda _: stream).start()
     assert reply.wait(5) and reply.text == "hello" and reply.error.startswith("The answer broke off")
     assert "RuntimeError" not in reply.error
 
 
 def test_a_question_that_the_engine_refuses_is_a_reply_with_an_error():
-    def refuse():
+    def refuse(_answer):
         raise NotLoaded
 
-    reply = Reply(refuse, threading.Event())
+    reply = RunningAnswer(refuse).start()
     assert reply.wait(5) and reply.accepted and "No model is loaded" in reply.error
 
 

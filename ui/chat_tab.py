@@ -16,12 +16,12 @@ import gradio as gr
 from ..core.chat import Message
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
+from ..engine.running_answer import RunningAnswer, in_words
 from . import gradio_compat
 from .access import Access
 from .browser_store import browser_store
 from .html_snippets import bad, notes, quiet, working
 from .job_watcher import Updates, Watcher
-from .live_reply import Reply, in_words
 from .parameters_tab import ParametersTab
 from .template_box import about, draw_template
 from .transcript import Transcript
@@ -107,7 +107,7 @@ def build(engine: Engine, parameters: ParametersTab, watcher: Watcher, access: A
                     yield {line: quiet("Stopped before the model was ready.")} | usual
                     return
                 prompt = chat.prompt()
-                reply = Reply(lambda: engine.chat(prompt, params, cancel), cancel, chat.last_answer)
+                reply = RunningAnswer(lambda _: engine.chat(prompt, params, cancel), cancel, chat.last_answer).start()
                 while not reply.accepted and not cancel.is_set():
                     await asyncio.sleep(_ACCEPT_S)
                 earlier = chat.unanswered().shown()  # prepared once: only the last message changes
@@ -225,13 +225,13 @@ async def _waking(engine: Engine, cancel: threading.Event) -> AsyncIterator[str]
         await asyncio.sleep(_LOAD_LOOK_S)
 
 
-def _doing(reply: Reply) -> str:
+def _doing(reply: RunningAnswer) -> str:
     """HTML: what an answer is doing, with a bar while a long prompt is read."""
     share = reply.share
     return quiet(reply.state) if share is None else working(reply.state, share)
 
 
-async def _watch(reply: Reply, cancel: threading.Event) -> AsyncIterator[tuple[str, bool]]:
+async def _watch(reply: RunningAnswer, cancel: threading.Event) -> AsyncIterator[tuple[str, bool]]:
     """(the answer so far, whether to keep it) whenever there is something new to draw, until it is over."""
     shown, kept_at, stopped_at = "", time.monotonic(), None
     while not reply.over:
