@@ -348,14 +348,14 @@ class ChatService:
             time.sleep(SAVE_S)
             with self._lock:
                 running = list(self._answers.values())
-                places = dict(self._messages)
+                written = dict(self._messages)
                 if not running:
                     self._keeper = None
                     return
             for answer in running:
                 if answer.cancelled_at is not None and time.monotonic() - answer.cancelled_at > _STOP_WAIT_S:
                     answer.give_up()
-                elif (place := places.get(answer)) is not None and not answer.over:
+                elif (place := written.get(answer)) is not None and not answer.over:
                     try:
                         if self.store.is_asked_to_stop(place[1]):
                             answer.stop()
@@ -364,7 +364,7 @@ class ChatService:
                         self.store.save_running(place[1], text, mark_of_writer())
                     except Exception:  # a full disk: the answer goes on, and its end is saved or says so
                         log.exception("an answer could not be saved while it was written")
-            saved = {answer: stamp for answer, stamp in saved.items() if answer in places}
+            saved = {answer: stamp for answer, stamp in saved.items() if answer in written}
 
 
 def _quietly(work: Callable[[], object]) -> Callable[[], None]:

@@ -29,6 +29,7 @@ ROOMS = {
 MOST_LINES = 300
 LONG = {
     "benchmarks/tune.py": "one tool, with a flag for each group of kernels",
+    "engine/chat_service.py": "every change of a running answer takes one lock",
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
@@ -39,6 +40,7 @@ LONG = {
     "tests/test_api_bad_requests.py": "one list of bad requests for every protocol",
     "tests/test_api_clients.py": "one server for the real clients of every protocol",
     "tests/test_api_guard.py": "one server for everything that is checked before a request",
+    "tests/test_chat_service.py": "one engine and one store for everything that is asked",
     "tests/test_cpu.py": "every kernel, compared on the same models",
     "tests/test_download.py": "every fault of a download, against one hub",
     "tests/test_load_fallback.py": "every way in which a load fails, on one engine",
