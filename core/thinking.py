@@ -1,0 +1,117 @@
+"""Finds what a model thought before it answered, by the marks of today's reasoning models.
+
+An opening mark counts at the beginning of a line and outside of fenced code; elsewhere it is a word that somebody writes
+about. Some templates open the thought in the prompt: the answer then holds the closing mark alone.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_CLOSING = {  # by the opening mark; from the models' chat templates
+    "<think>": "</think>",  # DeepSeek R1, Qwen3, GLM, MiniMax …
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",  # Seed-OSS
+    "<longcat_think>": "</longcat_think>",
+    "[THINK]": "[/THINK]",  # Magistral
+    "◁think▷": "◁/think▷",  # Kimi
+    "<|channel>thought": "<channel|>",  # Gemma 4
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+    "<|channel|>analysis<|message|>": "<|end|>",  # GPT-OSS
+    "<|channel|>commentary<|message|>": "<|end|>",
+}
+_AROUND = re.compile(  # around what is said, and no part of it
+    r"<\|start\|>assistant|<\|channel\|>final(?: ?<\|constrain\|>\w+)?<\|message\|>|<\|return\|>"
+    r"|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>"
+)
+
+
+def _any_of(marks: Sequence[str]) -> str:
+    return "|".join(re.escape(each) for each in marks)
+
+
+_MARK = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})"
+    rf"|(?:^[ \t]*|(?<=[>\]▷])\s*|(?<=<\|start\|>assistant))(?P<opening>{_any_of(list(_CLOSING))})"
+    rf"|(?<![`'\"])(?P<closing>{_any_of([each for each in _CLOSING.values() if each != '<|end|>'])})",
+    re.M,
+)
+_HINT = re.compile("|".join(("think", "THINK", "hought", "easoning", r"\|>", r"\|channel>", "channel", "inner_")))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an answer."""
+
+    text: str
+    is_thought: bool = False
+    is_open: bool = False  # a thought that has not ended
+
+
+def begun_by(prompt: str) -> bool:
+    """Whether a prompt ends inside of a thought, so that the answer begins with it."""
+    return prompt.rstrip().endswith(tuple(_CLOSING))
+
+
+def parts_of(text: str, *, begun: bool = False) -> list[Part]:
+    """The thoughts of an answer and what it says, in order; empty ones are left out.
+
+    `begun`: the prompt has opened a thought.
+    """
+    found: list[Part] = []
+    at = 0
+    first = next(_marks(text, 0), None) if begun or _HINT.search(text) else None
+    if first is not None and first["closing"]:
+        at = _add_thought(text, 0, first["closing"], found)
+    elif begun and (first is None or text[: first.start()].strip()):
+        at = _add_thought(text, 0, "</think>", found)
+    while at < len(text):
+        opening = next((each for each in _marks(text, at) if each["opening"]), None) if first is not None else None
+        _add_words(text[at : opening.start() if opening else len(text)], found)
+        at = _add_thought(text, opening.end(), _CLOSING[opening["opening"]], found) if opening else len(text)
+    return found
+
+
+def without_thoughts(text: str, *, begun: bool = False) -> str:
+    """What an answer says."""
+    return "\n\n".join(each.text.strip() for each in parts_of(text, begun=begun) if not each.is_thought)
+
+
+def _marks(text: str, at: int) -> Iterator[re.Match[str]]:
+    """The marks outside of fenced code, from a place on."""
+    while (mark := _MARK.search(text, at)) is not None:
+        at = mark.end()
+        if not (sign := mark["fence"]):
+            yield mark
+            continue
+        end = re.compile(rf"^ {{0,3}}{sign}{sign[0]}*[ \t]*$", re.M).search(text, at)
+        if end is None:
+            return
+        at = end.end()
+
+
+def _add_thought(text: str, at: int, closing: str, found: list[Part]) -> int:
+    """The thought that begins there; returns where it has ended."""
+    end = text.find(closing, at)
+    if end >= 0:
+        if thought := text[at:end].strip():
+            found.append(Part(thought, True))
+        return end + len(closing)
+    found.append(Part(_without_half(text[at:], closing).strip(), True, True))
+    return len(text)
+
+
+def _without_half(text: str, closing: str) -> str:
+    """Without the beginning of a closing mark that is still being written."""
+    length = next((each for each in range(len(closing) - 1, 0, -1) if text.endswith(closing[:each])), 0)
+    return text[: len(text) - length]
+
+
+def _add_words(text: str, found: list[Part]) -> None:
+    text = _AROUND.sub("", text)
+    if text.strip():
+        found.append(Part(text.lstrip("\n") if found else text))
