@@ -8,6 +8,7 @@ import pytest
 
 from gptq_webui.ui.safe_markdown import safe_markdown
 
+IN, OUT, SHOW, WELL = "\ue7f0", "\ue7f1", "\ue7f2", "\ue7f3"
 OUTSIDE = "http://outside.invalid/x.png"
 
 
@@ -22,8 +23,20 @@ OUTSIDE = "http://outside.invalid/x.png"
         ("~~~\n<i>\n~~~\n<i>", "~~~\n<i>\n~~~\n&lt;i>"),
         ("- one\n\n  ```c\n  #include <stdio.h>\n  ```\n", "- one\n\n  ```c\n  #include <stdio.h>\n  ```\n"),
         ("```\n<b> not closed yet", "```\n<b> not closed yet"),
+        ("- item\n\n  ```\n<b>\n  ```\n<b>", "- item\n\n```\n<b>\n```\n&lt;b>"),  # the line ends the item, and so the code
+        ("```\n```~\n<b>", "```\n```\n&lt;b>"),
+        ("~~~a~`b\n<b>", "~~~ab\n<b>"),
         ("2 ` 3 <b>\n` <i>", "2 ` 3 &lt;b>\n` &lt;i>"),
-        ("$$ a < b $$ and a < b", r"$$ a \lt  b $$ and a &lt; b"),
+        ("$$ a < b $$ and a < b", f"{SHOW}a &#60; b{WELL} and a &lt; b"),
+        ("\\[\na_1\n\\]", f"{SHOW}a&#95;1{WELL}"),
+        ("$x^2$ and \\(y\\)", f"{IN}x&#94;2{OUT} and {IN}y{OUT}"),
+        ("It costs $5 and $10, or US$5/A$6.", "It costs $5 and $10, or US$5/A$6."),
+        ("`$x$` and $y$", f"<code>&#36;x&#36;</code> and {IN}y{OUT}"),
+        ("```sh\necho $$ $HOME \\( $x$ \\)\n```", "```sh\necho $$ $HOME \\( $x$ \\)\n```"),
+        ("$$\n```\n$$\n<b>\n```", "$$\n```\n$$\n<b>\n```"),
+        ("a \\$x$ b", "a \\$x$ b"),
+        ("$$ a\n\n b $$", "$$ a\n\n b $$"),
+        (f"{IN}\\href{{javascript:x}}{{y}}{OUT}", "\\href{javascript:x}{y}"),
         (f"![a cat]({OUTSIDE})", f"[Image: a cat]({OUTSIDE})"),
         (f"`![a]({OUTSIDE})`", "<code>&#33;&#91;a&#93;&#40;http&#58;&#47;&#47;outside&#46;invalid&#47;x&#46;png&#41;</code>"),
         ("![a][b]", r"!\[a][b]"),
@@ -40,14 +53,11 @@ def test_a_message_keeps_its_look(markdown, shown):
         "<i> ``` <img src=x> ```",  # a fence begins a line
         "text ```\n<img src=x>",
         r"\`<img src=x>\`",
-        "- item\n\n  ```\n<img src=x>\n  ```",  # the line ends the item, and the code with it
         "> ```\n<img src=x>\n> ```",
-        "```\n$$\n<img src=x>\n```\n$$",
-        "$$\n```\n$$\n<img src=x>\n```",
         "$$ <img src=x> $$",
         "```a`b\n<img src=x>\n```",
         "````\n<b>\n```\n````\n<img src=x>",
-        "```\n```~\n<img src=x>",
+        "```<b>````x````\n<img src=x>",
         "    ```\n<img src=x>",
         "```\r<b>\r```\r<img src=x>",
         "\u2028```\n<img src=x>",
@@ -61,7 +71,7 @@ def test_a_tag_that_only_looks_like_code_is_escaped(markdown):
 def test_no_tag_and_no_image_outside_of_blocks_that_every_parser_takes_for_code():
     """Against a parser of the CommonMark standard, with random texts of the pieces that matter."""
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
-    pieces = ["```", "~~~", "`", "``", "$$", "<img src=x>", "![a](b)", "![a][b]", "a", "\\"]
+    pieces = ["```", "~~~", "`", "``", "$$", "$", "\\(", "\\)", "<img src=x>", "![a](b)", "![a][b]", "a", "\\"]
     pieces += ["\n", "\n\n", "  ", "    ", "- ", "> ", "1. "]
     chance = random.Random(0)
     for _ in range(3000):
@@ -73,7 +83,11 @@ def test_no_tag_and_no_image_outside_of_blocks_that_every_parser_takes_for_code(
             assert not re.sub(r"</?code>", "", html), text
 
 
-@pytest.mark.parametrize("piece", ["`", "``a`", " ```x\n", "![", "$$", "<", "```\n", "\\`", " ~~~a\n", "[", "!["])
+@pytest.mark.parametrize(
+    "piece",
+    ["`", "``a`", "$", "$a", "$a ", "$ a", "\\(", "\\[ \\] ", "$$a", "\\", " ```x\n", "![", "$$", "<",
+     "```\n", "\\`", " ~~~a\n", "[", "!["],
+)  # fmt: skip
 def test_a_hostile_megabyte_takes_less_than_a_moment(piece):
     text = piece * (1_000_000 // len(piece)) + "\n<x"
     began = time.process_time()

@@ -25,7 +25,10 @@ from gptq_webui.core.thinking import Part, begun_by, parts_of, without_thoughts
 )
 def test_every_mark_is_read(text):
     parts = parts_of(text)
-    assert [(each.text.strip(), each.is_thought, each.is_open) for each in parts] == [("hm", True, False), ("Paris.", False, False)]
+    assert [(each.text.strip(), each.is_thought, each.is_open) for each in parts] == [
+        ("hm", True, False),
+        ("Paris.", False, False),
+    ]
     assert without_thoughts(text) == "Paris."
 
 
@@ -66,7 +69,7 @@ def test_several_thoughts_in_one_answer():
     assert [each.is_thought for each in parts_of(text)] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</think>", "<think>a</think>\n", "```\n", "~~~~\n```\n", "<|", "[THINK]", "\n \n<"])
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<think>a</think>\n", "```\n", "~~~~\n```\n", "<|", "[THINK]"])
 def test_a_hostile_megabyte_takes_less_than_a_moment(piece):
     began = time.process_time()
     parts_of(piece * (1_000_000 // len(piece)))

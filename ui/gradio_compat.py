@@ -13,6 +13,7 @@ from gradio.context import Context
 from gradio.routes import App
 
 from ..core.chat import Message
+from .safe_markdown import DELIMITERS
 
 SIX = int(gr.__version__.split(".")[0]) >= 6
 
@@ -175,7 +176,8 @@ def enclosing_tab() -> gr.Tab | None:
 
 
 def chatbot(**options: Any) -> gr.Chatbot:
-    """A Chatbot that shows `to_display` and copies its messages."""
+    """A Chatbot that shows `to_display` and copies its messages. Its formulas are those of safe_markdown.py."""
+    options["latex_delimiters"] = [{"left": left, "right": right, "display": alone} for left, right, alone in DELIMITERS]
     four: dict[str, Any] = {"show_copy_button": True, "bubble_full_width": False}
     return gr.Chatbot(**({"buttons": ["copy"], "allow_tags": False} if SIX else four), **options)
 

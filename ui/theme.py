@@ -179,5 +179,19 @@ _CHAT = """ /* the conversation fills the rest of the window */
 }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT
+_MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
+.gw-think { border-left: 3px solid var(--gw-line); padding: 0 0 0 12px; margin: 2px 0 12px; }
+.gw-think, .gw-think p, .gw-think li { color: var(--gw-soft) !important; }
+.gw-think > summary { cursor: pointer; font-size: 14px; padding: 3px 0; }
+.message .code_wrap { max-width: 100%; }
+.message .code_wrap pre { white-space: pre-wrap !important; overflow-wrap: anywhere; max-width: 100%; }
+.message .code_wrap code { white-space: inherit !important; }
+.message code[class*="language-"]::before { /* the language: the class without "language-" */
+  content: attr(class); display: block; overflow: hidden; white-space: nowrap; text-indent: -9ch;
+  color: var(--gw-soft); font-size: 12px; line-height: 1.2; padding-bottom: 6px; user-select: none;
+}
+.message .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
+"""
+
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT + _MESSAGES
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 
 from ..core.chat import Message
+from .message_markdown import message_markdown
 from .safe_markdown import safe_markdown
 
 MOST_CHARACTERS = 2_000_000  # of a chat; browsers keep about 5 MB
@@ -64,9 +65,13 @@ class Transcript:
 
     def shown(self, first: int = 0) -> list[Message]:
         """The messages from `first` on, ready for a Chatbot, which renders Markdown."""
-        return [replace(each, text=safe_markdown(each.text)) for each in self.messages[first:]]
+        return [replace(each, text=_shown(each)) for each in self.messages[first:]]
 
 
 def whole(text: str) -> str:
     """Text without halves of characters, which no encoding can write. Raises AttributeError for anything but a text."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _shown(message: Message) -> str:
+    return message_markdown(message.text) if message.role == "assistant" else safe_markdown(message.text)
