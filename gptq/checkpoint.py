@@ -19,6 +19,7 @@ from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
+from ..core.readable_folder import readable, without_bom
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
 from .load_progress import Report, Watch
@@ -116,7 +117,10 @@ def load(
 def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it. Raises BadCheckpoint with a sentence."""
     try:
-        return AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with readable(model.folder, without_bom(model.folder)) as folder:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config.name_or_path = str(model.folder)
+        return config
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise BadCheckpoint(

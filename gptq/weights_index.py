@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from ..core.errors import BadCheckpoint
 from ..core.folder_files import is_plain_name, printable, read_json
 from ..core.models import LocalModel, tensors_of
+from ..core.readable_folder import without_bom, write
 
 INDEX = "model.safetensors.index.json"
 
@@ -30,7 +31,7 @@ class WeightsSource:
 def weights_source(model: LocalModel) -> WeightsSource:
     """Raises BadCheckpoint for an index that names a file outside its folder."""
     if len(model.weights) == 1:
-        return WeightsSource(model.folder, model.weights[0].name)
+        return _readable(model, model.weights[0].name)
     stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", model.weights[0].name)
     held = {name: path.name for name, (path, _info) in tensors_of(model.weights).items()}
     wrong = ""
@@ -38,7 +39,7 @@ def weights_source(model: LocalModel) -> WeightsSource:
         if (model.folder / name).is_file():
             listed = _weight_map(model.folder / name)
             if listed == held:
-                return WeightsSource(model.folder, name)
+                return _readable(model, name)
             wrong = wrong or name
     said = (
         f"{wrong} does not name the tensors of the files beside it"
@@ -46,7 +47,19 @@ def weights_source(model: LocalModel) -> WeightsSource:
         else "The list of the tensors in the files is missing"
     )
     note = f"{said}; the files themselves were read instead."
-    return _linked(model, held, note)
+    links = _linked(model)
+    for stale in Path(links.name).glob("*.index.json"):
+        stale.unlink()
+    (Path(links.name) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": held}), encoding="utf-8")
+    return WeightsSource(Path(links.name), INDEX, note, links)
+
+
+def _readable(model: LocalModel, weights: str) -> WeightsSource:
+    """The folder, or links where transformers cannot read one of its settings files."""
+    if not without_bom(model.folder):
+        return WeightsSource(model.folder, weights)
+    links = _linked(model)
+    return WeightsSource(Path(links.name), weights, "", links)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -63,15 +76,16 @@ def _weight_map(path: Path) -> dict[str, str]:
     return dict(listed)
 
 
-def _linked(model: LocalModel, held: Mapping[str, str], note: str) -> WeightsSource:
-    """A temporary folder with links to the model's files and an index of what they hold."""
+def _linked(model: LocalModel) -> TemporaryDirectory[str]:
+    """A temporary folder with links to the model's files, and with its settings files as libraries can read them."""
     links = TemporaryDirectory(prefix="gptq-webui-", ignore_cleanup_errors=True)
-    folder = Path(links.name)
+    folder, changed = Path(links.name), without_bom(model.folder)
     for entry in sorted(model.folder.iterdir()):
-        if entry.is_file() and not entry.name.endswith(".index.json"):
+        if entry.name in changed:
+            write(folder / entry.name, changed[entry.name])
+        elif entry.is_file():
             try:
                 os.symlink(entry.resolve(), folder / entry.name)
             except OSError:
                 os.link(entry.resolve(), folder / entry.name)  # Windows, without the right to make symbolic links
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(held)}), encoding="utf-8")
-    return WeightsSource(folder, INDEX, note, links)
+    return links

@@ -17,6 +17,7 @@ from typing import Any
 from ...core.errors import LoadFailed
 from ...core.folder_files import read_json
 from ...core.models import MARKER, LocalModel, tensors_of
+from ...core.readable_folder import without_bom, write
 
 _WEIGHTS = re.compile(r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|gguf)$")
 _OURS = ("config.json", "quantize_config.json", "quant_config.json", MARKER)
@@ -33,8 +34,11 @@ def standard_folder(model: LocalModel, *, untie: bool = False) -> Iterator[Path]
     """
     folder = Path(tempfile.mkdtemp(prefix="gptq-webui-"))
     try:
+        changed = without_bom(model.folder)
         for entry in sorted(model.folder.iterdir()):
-            if entry.is_file() and entry.name not in _OURS and not _WEIGHTS.search(entry.name):
+            if entry.name in changed and entry.name not in _OURS and not _WEIGHTS.search(entry.name):
+                write(folder / entry.name, changed[entry.name])
+            elif entry.is_file() and entry.name not in _OURS and not _WEIGHTS.search(entry.name):
                 _link(entry, folder / entry.name, small=True)
         names = _weights_names(model.weights)
         for path, name in names.items():

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,14 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, question: Any, limit_s: float, most_bytes: int) -> Any:
-        """The answer. Raises ChildEnded; the child is gone then."""
+    def ask(self, question: Any, limit_s: float, most_bytes: int, slow: tuple[float, Callable[[], bool]] | None = None) -> Any:
+        """The answer. Raises ChildEnded; the child is gone then.
+
+        `slow` is (seconds, function): where the answer takes longer than that, the function says if it may go on.
+        """
         assert self._process.stdin is not None
         line = json.dumps(question).encode("ascii") + b"\n"
-        with self._watched(limit_s):
+        with _Watch(self, limit_s, slow):
             try:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
@@ -67,7 +70,7 @@ class Child:
 
     def _read(self, limit_s: float | None, most_bytes: int) -> Any:
         assert self._process.stdout is not None
-        with self._watched(limit_s) if limit_s is not None else contextlib.nullcontext():
+        with _Watch(self, limit_s) if limit_s is not None else contextlib.nullcontext():
             line = self._process.stdout.readline(most_bytes)
         if line.endswith(b"\n"):
             try:
@@ -86,9 +89,6 @@ class Child:
             return "it crashed" if -code in (6, 11) else f"it was ended by signal {-code}"
         return "it ended without an answer"
 
-    def _watched(self, limit_s: float) -> "_Watch":
-        return _Watch(self, limit_s)
-
     def _stop(self, why: str) -> None:
         self._why = why
         self._process.kill()
@@ -97,8 +97,8 @@ class Child:
 class _Watch:
     """Ends the child at the limit of time or memory, on a thread of its own."""
 
-    def __init__(self, child: Child, limit_s: float) -> None:
-        self._child, self._limit_s = child, limit_s
+    def __init__(self, child: Child, limit_s: float, slow: tuple[float, Callable[[], bool]] | None = None) -> None:
+        self._child, self._limit_s, self._slow = child, limit_s, slow
         self._over = threading.Event()
 
     def __enter__(self) -> None:
@@ -111,10 +111,16 @@ class _Watch:
         self._thread.join()
 
     def _watch(self) -> None:
+        began, slow = time.monotonic(), self._slow
         while not self._over.wait(min(_POLL_S, max(0.001, self._until - time.monotonic()))):
             if time.monotonic() >= self._until:
                 self._child._stop("it took too long")
                 return
+            if slow is not None and time.monotonic() - began >= slow[0]:
+                if not slow[1]():
+                    self._child._stop("it took too long")
+                    return
+                slow = None
             if _resident_bytes(self._child._process.pid) > self._child._memory_bytes:
                 self._child._stop("it took too much memory")
                 return

@@ -21,7 +21,9 @@ from .jinja_render import Chat
 LIMIT_S = 1.5  # for all prompts of one call, waiting included; real templates take milliseconds
 _LEAST_S = 0.25  # for the rendering itself, however long the start of a process took
 _MEMORY_BYTES = 512 << 20
-_MOST_PROCESSES = 4  # so that a template that loops on one conversation does not hold the others
+_MOST_PROCESSES = 4  # that render at once
+_QUICK_S = 0.25  # then another conversation may take its turn; real templates take milliseconds
+_MOST_SLOW = 2  # that may go on for longer than that, so that templates that loop do not hold other conversations
 _PROGRAM = Path(jinja_render.__file__)
 
 
@@ -112,11 +114,21 @@ class LimitedRenderer:
         self._closed = 0  # times
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(_MOST_PROCESSES)
+        self._slow_turns = threading.BoundedSemaphore(_MOST_SLOW)
 
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
         until = time.monotonic() + _left_s(limit_s)
         if not self._turns.acquire(timeout=max(0.0, until - time.monotonic())):
             raise TemplateLimit("other conversations keep it busy")
+        turn = [self._turns]  # the one that is held
+
+        def go_on() -> bool:
+            if not self._slow_turns.acquire(blocking=False):
+                return False
+            turn.append(self._slow_turns)
+            turn.pop(0).release()
+            return True
+
         try:
             question = {
                 "source": task.source,
@@ -127,7 +139,8 @@ class LimitedRenderer:
                 "tools": list(task.tools) or None,
             }
             child = self._child(max(2 * _LEAST_S, until - time.monotonic() - _LEAST_S))
-            answer = child.ask(question, max(_LEAST_S, until - time.monotonic()), 12 * task.most_characters)
+            left_s = max(_LEAST_S, until - time.monotonic())
+            answer = child.ask(question, left_s, 12 * task.most_characters, (_QUICK_S, go_on))
             if "memory" in answer:  # what it holds now is not known: another one goes on
                 child.close()
                 self._replace()
@@ -137,7 +150,7 @@ class LimitedRenderer:
             self._replace()
             raise TemplateLimit(str(error)) from None
         finally:
-            self._turns.release()
+            turn.pop().release()
         if "output" in answer:
             raise TemplateLimit(answer["output"])
         if "text" not in answer:

@@ -2,11 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,21 +10,20 @@ from ...core import folder_files
 from ...core.errors import BadCheckpoint, BadFile
 from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
+from ...core.readable_folder import readable, without_bom
 from . import tokenizer_trial
 
 log = logging.getLogger(__name__)
 
 _JSON = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
-_BOM = b"\xef\xbb\xbf"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any:
     """A transformers tokenizer. Raises BadFile or BadCheckpoint with a sentence."""
     changed = _changed_files(model.folder)
     if (model.folder / "tokenizer.json").is_file():
-        with _folder(model.folder, {name: text for name, text in changed.items() if name == "tokenizer.json"}) as folder:
+        with readable(model.folder, {name: text for name, text in changed.items() if name == "tokenizer.json"}) as folder:
             if problem := tokenizer_trial.problem(folder / "tokenizer.json"):
                 raise BadCheckpoint(
                     f"The tokenizer.json of {model.name} is damaged, or made to do harm: {problem}. "
@@ -38,7 +32,7 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
     from transformers import AutoTokenizer
 
     try:
-        with _folder(model.folder, changed) as folder:
+        with readable(model.folder, changed) as folder:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's is no Exception
@@ -55,14 +49,12 @@ def _changed_files(folder: Path) -> dict[str, str]:
 
     A byte order mark is left off; special tokens as objects, as transformers wrote them in 2023, become what it reads now.
     """
-    changed: dict[str, str] = {}
+    changed = {name: text for name, text in without_bom(folder).items() if name in _JSON}
     for name in _JSON:
         path = folder / name
         if not path.is_file():
             continue
         data = folder_files.read_bytes(path, 4 * folder_files.SMALL_FILE_BYTES)
-        if data.startswith(_BOM):
-            changed[name] = data[len(_BOM) :].decode("utf-8", "surrogateescape")
         if name in ("tokenizer_config.json", "special_tokens_map.json"):
             values = folder_files.read_json(path)
             if (readable := _with_readable_lists(values)) != values:
@@ -98,31 +90,6 @@ def _is_added_token(token: Any) -> bool:
 
 def _text(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) and isinstance(token.get("content"), str) else token
-
-
-@contextmanager
-def _folder(folder: Path, changed: dict[str, str]) -> Iterator[Path]:
-    """The folder itself, or a temporary one with some of its files changed and without weights, until the block ends."""
-    if not changed:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as temporary:
-        for path in folder.iterdir():
-            if path.name in changed:
-                (Path(temporary) / path.name).write_text(changed[path.name], encoding="utf-8", errors="surrogateescape")
-            elif path.is_dir():
-                if path.name == "additional_chat_templates":
-                    shutil.copytree(path, Path(temporary) / path.name)
-            elif path.is_file() and path.suffix not in _WEIGHTS:
-                _link(path.resolve(), Path(temporary) / path.name)
-        yield Path(temporary)
-
-
-def _link(path: Path, name: Path) -> None:
-    try:
-        os.symlink(path, name)
-    except OSError:  # Windows without Developer Mode
-        shutil.copyfile(path, name)
 
 
 def end_ids(*sources: Any) -> set[int]:
