@@ -32,6 +32,7 @@ class Tokenizer:
 @pytest.fixture
 def limited():
     renderer = LimitedRenderer()
+    renderer.start()  # as a load does: on a busy machine it takes longer than a render may
     yield renderer
     renderer.close()
 
@@ -113,14 +114,13 @@ def test_where_every_process_is_busy_a_call_ends_too(limited):
     for thread in threads:
         thread.join()
     assert time.perf_counter() - began < 6 and len(failed) == 10
-    assert any("other conversations keep it busy" in each for each in failed)
+    assert all("other conversations keep it busy" in each or "it took too long" in each for each in failed)
 
 
 def test_a_chat_waits_a_moment_for_any_number_of_loops(limited):
     """Of those that loop, two may go on for longer than a quarter of a second; the others are ended there."""
     jinja = "{% if messages|length > 2 %}" + HOSTILE["a loop in a loop"] + "{% endif %}" + SHOW
     template = template_of(jinja, limited)
-    limited.start()
     over = threading.Event()
 
     def loop():
