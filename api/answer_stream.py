@@ -231,8 +231,9 @@ class Running:
 class EventStream(Response):
     """Sends events as they arrive.
 
-    `encode` returns the bytes of one event, `closing` those of the end, `failing` those of an error after the headers. With
-    `run`, `encode` is called on a thread: for one that asks the tokenizer.
+    `encode` returns the bytes of one event, `closing` those of the end, `failing` those of an error after the headers,
+    `waiting` those for a client that waits behind so many others. With `run`, `encode` is called on a thread: for one that
+    asks the tokenizer.
     """
 
     def __init__(
@@ -243,13 +244,14 @@ class EventStream(Response):
         opening: bytes = b"",
         closing: Callable[[], bytes] = lambda: b"",
         failing: Callable[[Problem], bytes],
+        waiting: Callable[[int], bytes] | None = None,
         media_type: str = "text/event-stream",
         headers: dict[str, str] | None = None,
         run: Callable[[Callable[[], bytes]], Awaitable[bytes]] | None = None,
     ) -> None:
         self._running, self._encode, self._run = running, encode, run
         self._opening, self._closing, self._failing = opening, closing, failing
-        self._comments = media_type == "text/event-stream"
+        self._waiting = waiting or (_comment if media_type == "text/event-stream" else lambda _ahead: b"")
         position = {"x-queue-position": str(running.ticket.ahead)}
         common = {"cache-control": "no-cache", "x-accel-buffering": "no", **position, **(headers or {})}
         super().__init__(None, media_type=media_type, headers=common)
@@ -268,8 +270,7 @@ class EventStream(Response):
                 try:
                     batch = await self._running.batch(_KEEPALIVE_S)
                 except TimeoutError:
-                    if self._comments:
-                        await put(f": waiting, {self._running.ticket.ahead} ahead\n\n".encode())
+                    await put(self._waiting(self._running.ticket.ahead))
                     continue
                 except Problem as problem:
                     log.warning("a stream ended with an error: %s (request %s)", problem.message, self._running.request_id)
@@ -290,3 +291,7 @@ class EventStream(Response):
             return b"".join([self._encode(at, event) for at, event in batch])
 
         return join() if self._run is None else await self._run(join)
+
+
+def _comment(ahead: int) -> bytes:
+    return f": waiting, {ahead} ahead\n\n".encode()

@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine import allowed_origins
-from . import admin, api_docs, embeddings, kobold, lollms, ollama, openai, tgi, tgwui_routes
+from . import admin, anthropic, api_docs, embeddings, kobold, lollms, ollama, openai, tgi, tgwui_routes
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
 from .problems import Problem
-from .routes import openai_error
+from .routes import ApiRoute, Render, openai_error
 from .service import Service
 
-_PROTOCOLS = (openai, embeddings, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
+_PROTOCOLS = (openai, embeddings, anthropic, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
 _API_FOLDERS = ("/v1/", "/api/")  # the page has nothing below these
 
 
@@ -52,6 +52,7 @@ class _Front:
     def __init__(self, api: FastAPI, page: Any, routes: Sequence[Any]) -> None:
         self.api, self.page = api, page
         self._methods: dict[str, set[str]] = {}
+        self._renders: dict[str, Render] = {each.path: each.render for each in routes if isinstance(each, ApiRoute)}
         self._folders: tuple[str, ...] = _API_FOLDERS if routes else ()
         for route in [*routes, *(each for each in api.routes if routes and getattr(each, "methods", None))]:
             self._methods.setdefault(route.path, set()).update(route.methods)
@@ -72,7 +73,7 @@ class _Front:
         elif scope["path"] in self._methods and scope["method"] not in self._methods[scope["path"]]:
             allowed = ", ".join(sorted(self._methods[scope["path"]]))
             problem = Problem("invalid", f"{scope['path']} takes {allowed}; found {scope['method'][:20]}.")
-            response = openai_error(problem)
+            response = self._renders.get(scope["path"], openai_error)(problem)
             response.status_code = 405
             response.headers["allow"] = allowed
             await response(scope, receive, send)

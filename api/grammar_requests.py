@@ -36,7 +36,7 @@ def of_openai(body: Any) -> tuple[Grammar | None, str]:
     if body.response_format is not None and body.response_format.type != "text":
         return _of_format(body.response_format, "response_format"), "response_format"
     if body.json_schema:
-        return _schema(body.json_schema, "json_schema"), "json_schema"
+        return of_schema(body.json_schema, "json_schema"), "json_schema"
     if body.structured_outputs is not None:
         return _of_kinds(body.structured_outputs, "structured_outputs."), "structured_outputs"
     guided = {"json": body.guided_json, "regex": body.guided_regex, "choice": body.guided_choice, "grammar": body.guided_grammar}
@@ -72,12 +72,12 @@ def _of_format(response_format: Any, field: str) -> Grammar:
     extra = response_format.model_extra or {}
     if response_format.type == "json_schema":
         found = response_format.json_schema if response_format.json_schema is not None else response_format.value
-        return _schema(_inner(found), f"{field}.json_schema.schema")
+        return of_schema(_inner(found), f"{field}.json_schema.schema")
     if response_format.type == "regex":
         return _made("regex", response_format.value, f"{field}.value")
     if response_format.type in ("json_object", "json"):  # TGI and llama.cpp take a schema with it
         schema = response_format.value if response_format.value is not None else extra.get("schema")
-        return Grammar("json") if schema is None else _schema(schema, f"{field}.value")
+        return Grammar("json") if schema is None else of_schema(schema, f"{field}.value")
     raise Problem("invalid", f"{field}: type must be one of {_KINDS}; found {response_format.type[:40]!r}.", field)
 
 
@@ -87,9 +87,9 @@ def of_tgi(found: dict[str, Any] | None) -> Grammar | None:
         return None
     kind, value = found.get("type"), found.get("value")
     if kind == "json":
-        return _schema(value, "grammar")
+        return of_schema(value, "grammar")
     if kind == "json_schema":
-        return _schema(_inner(value), "grammar")
+        return of_schema(_inner(value), "grammar")
     if kind == "regex":
         return _made("regex", value, "grammar")
     raise Problem("invalid", "`grammar` needs a `type` of json, json_schema or regex, and a `value`", "grammar")
@@ -105,7 +105,8 @@ def _inner(value: Any) -> Any:
     return value.get("schema") if isinstance(value, dict) else None
 
 
-def _schema(value: Any, field: str) -> Grammar:
+def of_schema(value: Any, field: str) -> Grammar:
+    """From a JSON schema, as an object or a text. Raises Problem about `field`."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -129,7 +130,7 @@ def _made(kind: Any, text: Any, field: str) -> Grammar:
 
 
 _KINDS_OF_VLLM: dict[str, Callable[[Any, str], Grammar]] = {
-    "json": _schema,
+    "json": of_schema,
     "json_object": lambda value, field: Grammar("json"),
     "regex": lambda value, field: _made("regex", value, field),
     "choice": _choice,

@@ -226,7 +226,8 @@ def _adding(send: Send, headers: list[tuple[str, str]]) -> Send:
 async def _answer(send: Send, status: int, text: str | None, headers: Iterable[tuple[str, str]] = ()) -> None:
     """A refusal. Its protocol is not known yet, so it has the fields of all of them."""
     error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
-    body = json.dumps({"error": error, "error_type": "validation", "detail": text}).encode() if text is not None else b""
+    fields = {"type": "error", "error": error, "error_type": "validation", "detail": text}
+    body = json.dumps(fields).encode() if text is not None else b""
     start = [(b"content-length", str(len(body)).encode()), *((name.encode(), value.encode("latin-1")) for name, value in headers)]
     if body:
         start.append((b"content-type", b"application/json"))

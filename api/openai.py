@@ -1,8 +1,4 @@
-"""OpenAI's protocol: models, chat and text completions, streamed or whole.
-
-The loaded model answers, whatever name a request gives: programs send names like gpt-4. Only the name of a local model
-that is not loaded is refused, since another model than the chosen one would answer.
-"""
+"""OpenAI's protocol: models, chat and text completions, streamed or whole. Which model answers: api/model_turns.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +11,7 @@ from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
 from . import grammar_requests, openai_completions, tool_requests
 from .answer_stream import WholeAnswer
+from .model_turns import model_for
 from .openai_logprobs import chat_logprobs
 from .openai_models import (
     ChatAnswer,
@@ -99,17 +96,8 @@ def build(service: Service) -> APIRouter:
 
 
 async def _answering_model(service: Service, body: Any) -> LoadedModel:
-    """Raises Problem if the request names another local model than the loaded one."""
-    loaded = await service.loaded()
     service.ignore(PROTOCOL, body.unknown())
-    name = body.model
-    if name and name != loaded.model.name and name in {each.name for each in await service.models()}:
-        raise Problem(
-            "not_found",
-            f"{name} is on this machine but not loaded; {loaded.model.name} is. Load it on the page or with POST /v1/model/load.",
-            "model",
-        )
-    return loaded
+    return await model_for(service, body.model)
 
 
 def messages_of(body: Sequence[ChatMessage]) -> list[Message]:

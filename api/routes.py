@@ -72,8 +72,19 @@ def for_all(endpoint: Endpoint) -> Endpoint:
     return endpoint
 
 
-def route_class(keys: Keys, render: Render) -> type[APIRoute]:
-    class Route(APIRoute):
+class ApiRoute(APIRoute):
+    @staticmethod
+    def render(problem: Problem) -> Response:
+        """A problem in the shape of the route's protocol."""
+        return openai_error(problem)
+
+
+def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
+    class Route(ApiRoute):
+        @staticmethod
+        def render(problem: Problem) -> Response:
+            return render(problem)
+
         def get_route_handler(self) -> Callable[[Request], Any]:
             inner = super().get_route_handler()
             needs: Right = getattr(self.endpoint, "needs", "use")

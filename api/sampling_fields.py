@@ -1,5 +1,6 @@
 """The sampling parameters as fields of a request, made from the table in core/params.py: a new row there is a new field here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -77,6 +78,19 @@ def read_protocol_sampling(protocol: Protocol, request: BaseModel) -> dict[str, 
     """What a request with the fields of `fields_of` says about sampling, under our names and within our limits."""
     names = {each for theirs in names_in(protocol).values() for each in theirs}
     return read_request(protocol, request.model_dump(include={*names, *_DYNAMIC}))
+
+
+def read_named(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Sampling values under our names; a number past the limits becomes the nearest within, None means not set.
+
+    `names`: our name -> that of the request, for those that differ.
+    """
+    found: dict[str, Any] = {}
+    for name, row in _ROWS.items():
+        value = given.get((names or {}).get(name, name)) if row.in_requests else None
+        if value is not None and (read := row.read(value)) is not None:
+            found[name] = read
+    return found
 
 
 def seed_of(value: int | None) -> int | None:

@@ -1,0 +1,132 @@
+"""What the protocols for chats refuse: a table for each, and every field of every request with values that do not fit.
+
+A refusal is a sentence in the protocol's own shape, with a status from 400 on; no request is a 500.
+"""
+
+import json
+
+import pytest
+
+from api_server import ApiServer, settled
+from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.api.service import Limits
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine.load(MISTRAL)
+    with ApiServer(engine, limits=Limits(max_input_tokens=1000)) as server:
+        yield server
+    engine.unload()
+
+
+def deep(levels):
+    found = "x"
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def anthropic(answer):
+    body = answer.json()
+    assert (body["type"] == "error" and body["error"]["type"].endswith("_error")) or body["error"]["type"] == "request_too_large"
+    return body["error"]["message"]
+
+
+VALID = {  # path: (a body that is answered, the sentence of an error's body)
+    "/v1/messages": ({"model": "x", "max_tokens": 5, "messages": USER}, anthropic),
+    "/v1/messages/count_tokens": ({"model": "x", "messages": USER}, anthropic),
+}
+
+
+def said(blocks, role="user"):
+    return {"messages": [{"role": role, "content": blocks}]}
+
+
+REFUSED = [  # (path, what is added to the valid body, words)
+    ("/v1/messages", {"messages": []}, "at least 1"),
+    ("/v1/messages", {"messages": "Hi"}, "list"),
+    ("/v1/messages", {"messages": [{"role": "king", "content": "x"}]}, "'user'"),
+    ("/v1/messages", {"max_tokens": 0}, "greater than or equal to 1"),
+    ("/v1/messages", {"max_tokens": None}, "max_tokens"),
+    ("/v1/messages", {"temperature": 3}, "less than or equal to 2"),
+    ("/v1/messages", {"stop_sequences": [1]}, "stop_sequences.0"),
+    ("/v1/messages", said("Hi " * 1500), "takes prompts of up to 1,000"),
+    ("/v1/messages", said([{"type": "text"}]), "needs its `text`"),
+    ("/v1/messages", said([{"type": "image", "source": {}}]), "reads text only; found a block of type 'image'"),
+    ("/v1/messages", said([{"type": "tool_use", "id": "a", "name": "f", "input": {}}]), "'tool_use'"),
+    ("/v1/messages", said([{"type": "tool_use", "input": {}}], "assistant"), "the id and the name of a call"),
+    ("/v1/messages", said([{"type": "tool_use", "id": "a", "name": "f", "input": []}], "assistant"), "input"),
+    ("/v1/messages", said([{"type": "tool_result", "content": "x"}]), "tool_use_id"),
+    ("/v1/messages", said([{"type": "tool_result", "tool_use_id": "a", "content": 5}]), "a text or a list of blocks"),
+    ("/v1/messages", said([{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}]), "'image'"),
+    ("/v1/messages", said([{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": 1}]}]), "a text"),
+    ("/v1/messages", {"system": [{"type": "image"}]}, "'image'"),
+    ("/v1/messages", {"tools": [{"name": "f", "type": "web_search_20250305"}]}, "no tools of its own"),
+    ("/v1/messages", {"tools": [{"name": " ", "input_schema": {}}]}, "the name of a function"),
+    ("/v1/messages", {"tools": [{"name": "f", "input_schema": 1}]}, "input_schema"),
+    ("/v1/messages", {"tool_choice": {"type": "any"}}, "has no tools"),
+    ("/v1/messages", {"tools": [{"name": "f"}], "tool_choice": {"type": "tool"}}, "needs the `name`"),
+    ("/v1/messages", {"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "g"}}, "names 'g'"),
+    ("/v1/messages", {"tools": [{"name": "f"}], "tool_choice": {"type": "all"}}, "tool_choice.type"),
+    ("/v1/messages", {"output_config": {"format": {"type": "yaml"}}}, "must be json_schema"),
+    ("/v1/messages", {"output_format": {"type": "json_schema"}}, "must be a JSON schema"),
+    ("/v1/messages", {"output_format": {"type": "json_schema", "schema": {}}}, "does not support grammars"),
+    ("/v1/messages/count_tokens", {"messages": []}, "at least 1"),
+    ("/v1/messages/count_tokens", {"tools": [{"name": "f", "input_schema": "x"}]}, "input_schema"),
+]
+
+
+def post(server, path, body):
+    return server.http.post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(("path", "body", "words"), REFUSED, ids=lambda each: str(each)[:60])
+def test_a_refusal_is_a_sentence_in_the_protocols_shape(server, path, body, words):
+    valid, sentence = VALID[path]
+    answer = post(server, path, valid | body)
+    assert answer.status_code == 400, answer.text
+    assert words in sentence(answer)
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_what_is_no_proper_json_is_refused(server, path):
+    _valid, sentence = VALID[path]
+    nested = b"[" * 50_000 + b"]" * 50_000
+    for body in (b"{", b"[]", b"5", b'"x"', b"\xff", b'{"model": NaN}', b'{"model": "\\ud800"}', b'{"model": ' + nested + b"}"):
+        answer = server.http.post(path, content=body)
+        assert answer.status_code == 400 and sentence(answer), body[:20]
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_no_value_of_any_field_is_a_500(server, path):
+    valid, sentence = VALID[path]
+    assert post(server, path, valid).status_code == 200
+    schema = server.http.get("/openapi.json").json()
+    body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+    values = (None, True, -1, 1 << 70, 1e308, "x", "\x00", [], {}, [{}], [[]], {"type": "function"}, {"x": deep(400)}, deep(400))
+    refused = 0
+    for field in fields:
+        for value in values:
+            answer = post(server, path, valid | {field: value})
+            assert answer.status_code < 500, (field, str(value)[:40], answer.text[:200])
+            if answer.status_code != 200:
+                refused += 1
+                assert sentence(answer)
+    assert refused > len(fields)
+    assert settled(server.service)
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_a_wrong_method_is_refused_in_the_protocols_shape(server, path):
+    answer = server.http.put(path)
+    assert answer.status_code == 405 and "takes" in VALID[path][1](answer)
