@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine import allowed_origins
-from . import admin, anthropic, api_docs, embeddings, kobold, lollms, ollama, openai, tgi, tgwui_routes
+from . import admin, anthropic, api_docs, embeddings, kobold, lollms, ollama, openai, responses, tgi, tgwui_routes
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
 from .problems import Problem
 from .routes import ApiRoute, Render, openai_error
 from .service import Service
 
-_PROTOCOLS = (openai, embeddings, anthropic, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
+_PROTOCOLS = (openai, responses, embeddings, anthropic, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
 _API_FOLDERS = ("/v1/", "/api/")  # the page has nothing below these
 
 

@@ -49,7 +49,7 @@ def of_openai(body: Any) -> ToolUse | None:
     """`tools` and `tool_choice`, or the older `functions` and `function_call`. Raises Problem."""
     if body.tools is None and body.functions is not None:
         tools = [tool(each.name, each.description, each.parameters, f"functions.{at}") for at, each in enumerate(body.functions)]
-        must, only = _choice(body.function_call, "function_call")
+        must, only = choice_of(body.function_call, "function_call")
         return None if body.function_call == "none" else use(tools, "function_call", must=must, only=only, parallel=False)
     tools = []
     for at, each in enumerate(body.tools or ()):
@@ -59,13 +59,13 @@ def of_openai(body: Any) -> ToolUse | None:
         function = each.function
         given = function.parameters if function.parameters is not None else function.arguments
         tools.append(tool(function.name, function.description, given, f"tools.{at}.function"))
-    must, only = _choice(body.tool_choice, "tool_choice")
+    must, only = choice_of(body.tool_choice, "tool_choice")
     found = use(tools, "tool_choice", must=must, only=only, parallel=body.parallel_tool_calls)
     return None if body.tool_choice == "none" else found
 
 
-def _choice(value: Any, field: str) -> tuple[bool, str]:
-    """(a call is wanted, the one tool that is). TGI names a tool by a plain text."""
+def choice_of(value: Any, field: str) -> tuple[bool, str]:
+    """(a call is wanted, the one tool that is). TGI names a tool by a plain text. Raises Problem about `field`."""
     if value in (None, "auto", "none"):
         return False, ""
     if value in ("required", "any"):

@@ -32,6 +32,7 @@ def deep(levels):
     return found
 
 
+WEATHER = {"type": "function", "name": "f", "parameters": {}}
 USER = [{"role": "user", "content": "Hi"}]
 
 
@@ -41,9 +42,16 @@ def anthropic(answer):
     return body["error"]["message"]
 
 
+def openai(answer):
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+    return error["message"]
+
+
 VALID = {  # path: (a body that is answered, the sentence of an error's body)
     "/v1/messages": ({"model": "x", "max_tokens": 5, "messages": USER}, anthropic),
     "/v1/messages/count_tokens": ({"model": "x", "messages": USER}, anthropic),
+    "/v1/responses": ({"input": "Hi", "max_output_tokens": 5}, openai),
 }
 
 
@@ -81,6 +89,28 @@ REFUSED = [  # (path, what is added to the valid body, words)
     ("/v1/messages", {"output_format": {"type": "json_schema"}}, "must be a JSON schema"),
     ("/v1/messages", {"output_format": {"type": "json_schema", "schema": {}}}, "does not support grammars"),
     ("/v1/messages/count_tokens", {"messages": []}, "at least 1"),
+    ("/v1/responses", {"input": []}, "input is empty"),
+    ("/v1/responses", {"input": 5}, "input"),
+    ("/v1/responses", {"input": "Hi " * 1500}, "takes prompts of up to 1,000"),
+    ("/v1/responses", {"input": [{"role": "king", "content": "x"}]}, "'user'"),
+    ("/v1/responses", {"input": [{"content": "x"}]}, "role must be"),
+    ("/v1/responses", {"input": [{"type": "web_search_call"}]}, "items of the type 'web_search_call'"),
+    ("/v1/responses", {"input": [{"type": "function_call"}]}, "the call_id and the name"),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "a"}]}, "the output of a call"),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input_image'"),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "needs its `text`"),
+    ("/v1/responses", {"max_output_tokens": 0}, "greater than or equal to 1"),
+    ("/v1/responses", {"top_p": 2}, "less than or equal to 1"),
+    ("/v1/responses", {"background": True}, "does not do `background`"),
+    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "no tools of its own"),
+    ("/v1/responses", {"tools": [{"type": "function"}]}, "the name of a function"),
+    ("/v1/responses", {"tool_choice": "required"}, "has no tools"),
+    ("/v1/responses", {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "g"}}, "names 'g'"),
+    ("/v1/responses", {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "required"}}, "has no tools"),
+    ("/v1/responses", {"text": {"format": {"type": "yaml"}}}, "found 'yaml'"),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema"}}}, "must be a JSON schema"),
+    ("/v1/responses", {"text": {"format": {"type": "json_object"}}}, "does not support grammars"),
+    ("/v1/responses", {"metadata": {"a": 1}}, "metadata.a"),
     ("/v1/messages/count_tokens", {"tools": [{"name": "f", "input_schema": "x"}]}, "input_schema"),
 ]
 
@@ -130,3 +160,13 @@ def test_no_value_of_any_field_is_a_500(server, path):
 def test_a_wrong_method_is_refused_in_the_protocols_shape(server, path):
     answer = server.http.put(path)
     assert answer.status_code == 405 and "takes" in VALID[path][1](answer)
+
+
+def test_a_response_that_is_not_here(server):
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
+        answer = server.http.request(method, f"/v1/responses/resp_nobody{path}")
+        assert answer.status_code == 404 and "There is no response 'resp_nobody'" in openai(answer)
+    answer = post(server, "/v1/responses", {"input": "Hi", "previous_response_id": "resp_nobody"})
+    assert answer.status_code == 404 and openai(answer)
+    found = post(server, "/v1/responses", {"input": "Hi"}).json()["id"]
+    assert "not streamed again" in openai(server.http.get(f"/v1/responses/{found}?stream=true"))
