@@ -9,6 +9,7 @@ from ..core.chat import Message
 from ..core.chat_record import ChatInfo, StoredMessage
 from ..core.errors import BadParameter
 from ..core.params import GenerationParams
+from . import character_prompt
 from .answer import Answer
 from .engine import Engine
 
@@ -17,9 +18,9 @@ _MARK = "\N{WHITE SQUARE}user\N{WHITE SQUARE}line\N{WHITE SQUARE}"  # no templat
 
 
 def messages_of(info: ChatInfo, path: Iterable[StoredMessage]) -> list[Message]:
-    """The messages for the engine."""
-    system = [Message("system", info.system.strip())] if info.system.strip() else []
-    return [*system, *(Message(each.role, with_files(each.text, each.details)) for each in path)]
+    """The messages for the engine, with what the conversation's character adds to them."""
+    chat = [Message(each.role, with_files(each.text, each.details)) for each in path]
+    return character_prompt.messages(info.character, info.system, chat)
 
 
 def with_files(text: str, details: Mapping[str, Any]) -> str:
