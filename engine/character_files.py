@@ -20,7 +20,7 @@ from typing import Any
 from ..core.character import BadCharacter, Character, Lorebook, read_book, text_of, whole_number
 
 MOST_BYTES = 20_000_000  # of a picture
-_MOST_CARD = 4_000_000  # bytes of the text in it, and of a JSON file
+_MOST_JSON = 4_000_000  # bytes of the text in it, and of a JSON file
 _MOST_YAML = 300_000  # characters; the parser is slow
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HINT = (
@@ -51,7 +51,7 @@ def read_lorebook(name: str, content: bytes) -> Lorebook:
     return book
 
 
-def card(character: Character) -> dict[str, Any]:
+def as_v2(character: Character) -> dict[str, Any]:
     """The character as a card V2, which other programs read."""
     entries = [
         {
@@ -89,8 +89,8 @@ def _value(name: str, content: bytes) -> Mapping[str, Any]:
         return _json(_from_zip(content))
     if content[:3] == b"\xff\xd8\xff" or content[:4] in (b"RIFF", b"GIF8"):
         raise _bad("The picture is no PNG; other pictures carry no character.")
-    if len(content) > _MOST_CARD:
-        raise _bad(f"The file has {len(content):,} bytes; a text may have {_MOST_CARD:,}.")
+    if len(content) > _MOST_JSON:
+        raise _bad(f"The file has {len(content):,} bytes; a text may have {_MOST_JSON:,}.")
     text = _utf8(content).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     if text.lstrip()[:1] == "{":
         return _json(text)
@@ -161,8 +161,8 @@ def _png_text(content: bytes) -> str:
         decoded = base64.b64decode(text, validate=False)
     except (binascii.Error, ValueError):
         raise _bad("The character in the picture is damaged.") from None
-    if len(decoded) > _MOST_CARD:
-        raise _bad(f"The character in the picture has {len(decoded):,} bytes; {_MOST_CARD:,} are the limit.")
+    if len(decoded) > _MOST_JSON:
+        raise _bad(f"The character in the picture has {len(decoded):,} bytes; {_MOST_JSON:,} are the limit.")
     return _utf8(decoded)
 
 
@@ -188,11 +188,11 @@ def _chunk_text(kind: bytes, rest: bytes) -> bytes:
         return rest
     unpacker = zlib.decompressobj()
     try:
-        text = unpacker.decompress(rest, 2 * _MOST_CARD)
+        text = unpacker.decompress(rest, 2 * _MOST_JSON)
     except zlib.error:
         raise _bad("The character in the picture is damaged.") from None
     if unpacker.unconsumed_tail:
-        raise _bad(f"The character in the picture is longer than {_MOST_CARD:,} bytes when unpacked.")
+        raise _bad(f"The character in the picture is longer than {_MOST_JSON:,} bytes when unpacked.")
     return text
 
 
@@ -200,11 +200,11 @@ def _from_zip(content: bytes) -> str:
     """card.json of a CHARX file."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open("card.json") as file:
-            text = file.read(_MOST_CARD + 1)
+            text = file.read(_MOST_JSON + 1)
     except (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError, ValueError):
         raise _bad("The archive holds no card.json that can be read.") from None
-    if len(text) > _MOST_CARD:
-        raise _bad(f"The character in the archive is longer than {_MOST_CARD:,} bytes.")
+    if len(text) > _MOST_JSON:
+        raise _bad(f"The character in the archive is longer than {_MOST_JSON:,} bytes.")
     return _utf8(text)
 
 
@@ -215,9 +215,9 @@ def _character(value: Mapping[str, Any]) -> Character:
     data = value.get("data")
     if isinstance(data, dict) and ("name" in data or str(value.get("spec", "")).startswith("chara_card")):
         value = data  # V2 and V3; the fields beside it are there for programs that know V1 only
-    is_card = any(each in value for each in ("first_mes", "mes_example", "personality", "description"))
+    is_tavern = any(each in value for each in ("first_mes", "mes_example", "personality", "description"))
     is_tgwui = any(each in value for each in ("greeting", "context", "bot", "char_name", "char_persona"))
-    if not is_card and not is_tgwui and "name" not in value:
+    if not is_tavern and not is_tgwui and "name" not in value:
         raise _bad("The file holds no character.")
     first = _first(value, "first_mes", "greeting", "char_greeting")
     others = value.get("alternate_greetings")

@@ -15,7 +15,7 @@ from gptq_webui.core.character import BadCharacter, Character, Lorebook, LoreEnt
 from gptq_webui.core.chat import Message
 from gptq_webui.core.chat_record import ChatInfo
 from gptq_webui.engine import character_prompt, chat_prompt, lorebook
-from gptq_webui.engine.character_files import card, read_character, read_lorebook
+from gptq_webui.engine.character_files import as_v2, read_character, read_lorebook
 from gptq_webui.engine.character_store import CharacterStore
 from gptq_webui.engine.chat_store import ChatStore
 
@@ -94,7 +94,7 @@ def test_v3_comes_before_v2_in_one_picture_and_every_field_is_kept():
     assert (found.book.scan_depth, found.book.token_budget, len(found.book.entries)) == (2, 50, 4)
     assert found.book.entries[0].place == "after" and found.book.entries[2].content == "It is morning."
     assert Character.read(json.loads(json.dumps(found.as_json()))) == found
-    assert read_character("again.json", json.dumps(card(found)).encode()) == found
+    assert read_character("again.json", json.dumps(as_v2(found)).encode()) == found
 
 
 def test_a_world_info_file_is_a_lorebook():
@@ -220,7 +220,7 @@ def test_what_the_model_reads_of_a_character():
     assert [each.role for each in continued] == ["system", "assistant", "user", "system", "assistant"]
 
 
-def test_without_a_character_the_persona_is_told_and_a_system_prompt_stays_as_it_is():
+def test_without_a_character_the_persona_is_there_and_a_system_prompt_stays_as_it_is():
     chat = [Message("user", "Hi")]
     assert character_prompt.messages({}, " Be {{user}}. ", chat) == [Message("system", "Be {{user}}."), *chat]
     assert character_prompt.messages({}, "", chat) == chat
