@@ -13,11 +13,12 @@ from .. import __version__
 from ..core.errors import GptqWebuiError
 from . import access_flags, exit_codes, tgi_flags
 from .download_arguments import add_to as add_download
+from .perplexity_arguments import add_to as add_perplexity
 from .quantize_arguments import add_to as add_quantize
 
 COMMANDS = (
     "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "benchmark",
-    "quantize", "evaluate", "doctor", "keys", "host",
+    "quantize", "evaluate", "perplexity", "doctor", "keys", "host",
 )  # fmt: skip
 
 _WITH_BARS = ("download", "verify", "repair", "update")
@@ -156,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    perplexity = commands.add_parser("perplexity", help="how well a model predicts texts, as it answers on this machine")
+    add_perplexity(perplexity)
+    _add_models(perplexity)
+    _add_loading(perplexity)
+    perplexity.set_defaults(run=_perplexity)
+
     keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
     keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
     keys.add_argument("name", nargs="?", metavar="NAME")
@@ -261,6 +268,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from .evaluate_command import evaluate
 
     return evaluate(options)
+
+
+def _perplexity(options: argparse.Namespace) -> int:
+    from .perplexity_command import perplexity
+
+    return perplexity(options)
 
 
 def _benchmark(options: argparse.Namespace) -> int:

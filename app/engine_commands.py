@@ -65,10 +65,10 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def ask(options: argparse.Namespace) -> int:
     engine = make_engine(options)
-    line = _StatusLine()
-    engine.slot.watchers.append(lambda status: line.show(_in_one_line(status)))
+    line = StatusLine()
+    engine.slot.watchers.append(lambda status: line.show(loading_line(status)))
     try:
-        loaded = _load(engine, options)
+        loaded = load_model(engine, options)
         line.end()
         given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
@@ -93,10 +93,10 @@ def ask(options: argparse.Namespace) -> int:
 
 def benchmark(options: argparse.Namespace) -> int:
     engine = make_engine(options)
-    line, cancel = _StatusLine(), threading.Event()
-    engine.slot.watchers.append(lambda status: line.show(_in_one_line(status)))
+    line, cancel = StatusLine(), threading.Event()
+    engine.slot.watchers.append(lambda status: line.show(loading_line(status)))
     try:
-        _load(engine, options)
+        load_model(engine, options)
         from ..engine.benchmark import measure
 
         measured = measure(engine, cancel, line.show)
@@ -109,7 +109,7 @@ def benchmark(options: argparse.Namespace) -> int:
         engine.unload()
 
 
-def _load(engine: Engine, options: argparse.Namespace) -> LoadedModel:
+def load_model(engine: Engine, options: argparse.Namespace) -> LoadedModel:
     """Load --demo, --model, or the only model there is."""
     if options.demo:
         return engine.load_demo(options.loader, load_options(options))
@@ -146,11 +146,11 @@ def _name(engine: Engine, given: str | None) -> str:
     raise NoSuchModel(f"Name a model with --model NAME. {listed}")
 
 
-def _in_one_line(status: Status) -> str:
+def loading_line(status: Status) -> str:
     return f"{status.name}: {status.text} ({status.share:.0%})" if status.phase == "loading" else ""
 
 
-class _StatusLine:
+class StatusLine:
     """One line on stderr that is overwritten while it changes; plain lines if stderr is no terminal."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """How good a model is on a text, and how near to another model, for example to the 16-bit one that it was made from."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import BadParameter, LoadRefused
 from ..core.models import LocalModel
 from ..core.units import plural
+from ..gptq.text_windows import windows_of
+from ..loaders.text.token_codec import TokenCodec
 from .demo_calibration import manual
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def evaluate(
         if done == count or done % 10 == 0:
             say(f"{done} of {count} windows")
 
-    count = sum(len(each) for each in windows)
+    count = sum(len(each) - 1 for each in windows)  # each first token is context only
     if against is None:
         return Evaluation(count, quality.measure(opened(model), windows, None, progress)[0])
     with tempfile.TemporaryDirectory(prefix="gptq-webui-") as folder:
@@ -73,23 +75,31 @@ def evaluate(
     return Evaluation(count, perplexity, other_perplexity, difference)
 
 
+def default_text() -> str:
+    """Python's manual: it is on every machine. The beginning is not what calibration takes first."""
+    return "\n\n".join(reversed(list(manual())))
+
+
+def read_text(path: Path, of: str, most_characters: int = -1) -> str:
+    """A file in UTF-8. Raises BadParameter, which says what it is the file `of`."""
+    if not path.is_file():
+        raise BadParameter(f"There is no file {path} for {of}.")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(most_characters)
+    except UnicodeDecodeError:
+        raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None
+
+
 def _windows(tokenizer: Any, path: Path | None, window: int, tokens: int) -> list[list[int]]:
+    """Side by side, each of the whole length, with the beginning-of-sequence token where the model uses one."""
     ids: list[int] = []
-    for part in _file(path, tokens) if path is not None else reversed(list(manual())):  # calibration takes the other end
+    for part in [read_text(path, "--text", tokens * _MOST_CHARACTERS)] if path is not None else reversed(list(manual())):
         ids += tokenizer(part, add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             break
-    found = [ids[at : at + window] for at in range(0, min(len(ids), tokens) - window + 1, window)]
+    begin = TokenCodec(tokenizer).with_bos([])
+    found = [list(each.ids) for each in windows_of(ids[:tokens], window, window, begin) if len(each.ids) == window]
     if not found:
         raise BadParameter(f"The text has {plural(len(ids), 'token')}; one window needs {window}. Give a longer text (--text).")
     return found
-
-
-def _file(path: Path, tokens: int) -> Iterator[str]:
-    if not path.is_file():
-        raise BadParameter(f"There is no file {path} for --text.")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield file.read(tokens * _MOST_CHARACTERS)
-    except UnicodeDecodeError:
-        raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None

@@ -3,7 +3,6 @@
 The other model's logits are written to disk first, so the two are never in memory together.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadParameter
+from .text_windows import perplexity_of
 
 Progress = Callable[[int, int], None]  # windows done, of all
 _ROWS = 256  # positions whose logits are widened at once
@@ -78,4 +78,4 @@ def _surprise(logits: Tensor, ids: Sequence[int]) -> float:
 
 
 def _perplexity(total: float, windows: Sequence[Sequence[int]]) -> float:
-    return math.exp(min(700.0, total / sum(len(each) - 1 for each in windows)))
+    return perplexity_of(-total, sum(len(each) - 1 for each in windows))

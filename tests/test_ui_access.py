@@ -15,7 +15,7 @@ from gptq_webui.ui.access import Access, Share, ShareInfo
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
-    "rescue_box", "idle_box", "benchmark_box", "origins_box", "page",
+    "rescue_box", "idle_box", "benchmark_box", "origins_box", "perplexity_box", "page",
 )  # fmt: skip
 FOR_ALL = ("show", "arrange")  # called by every page load, they show a guest nothing
 

@@ -13,6 +13,7 @@ from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.perplexity import measure
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library
 from gptq_webui.ui import page as ui_page
@@ -105,3 +106,19 @@ def test_the_benchmark_button_writes_a_line_to_copy_and_can_be_stopped(house, ta
     tab.click("#gw-benchmark-copy")
     tab.wait_for_selector("#gw-benchmark-copy:has-text('Copied')")
     assert tab.evaluate("navigator.clipboard.readText()") == line
+
+
+def test_the_perplexity_of_a_text_is_measured_in_the_page(house, tab):
+    tab.get_by_role("tab", name="Model").click()
+    tab.click("#gw-perplexity-box > button")
+    text = "The sun rises in the east and sets in the west."
+    tab.fill("#gw-perplexity-text textarea", text)
+    tab.click("#gw-perplexity")
+    tab.wait_for_selector("#gw-perplexity-line textarea", timeout=120_000)
+    shown = tab.input_value("#gw-perplexity-line textarea")
+    found = re.search(r"perplexity ([\d.]+) over (\d+) tokens of your text", shown)
+    wanted = measure(house.engine, text, "the same", threading.Event())
+    assert found and (float(found[1]), int(found[2])) == (pytest.approx(wanted.perplexity, rel=1e-3), wanted.tokens)
+    tab.fill("#gw-perplexity-text textarea", "x")
+    tab.click("#gw-perplexity")
+    tab.wait_for_selector("#gw-perplexity-note:has-text('too few to predict one')")

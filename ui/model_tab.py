@@ -26,6 +26,7 @@ from .idle_box import draw_idle
 from .job_watcher import Job, Jobs, Pages, Updates, Watcher
 from .library_box import draw_library
 from .loaders_box import draw_loaders, waiting
+from .perplexity_box import draw_perplexity
 from .rescue_box import draw_rescue
 from .settings_box import draw_settings
 
@@ -54,6 +55,8 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             with gr.Column(elem_classes="gw-panel"):
                 panel = gr.HTML(elem_id="gw-facts")
                 speed = draw_benchmark(engine, access, watcher)
+            with gr.Accordion("Perplexity: how well the model predicts a text", open=False, elem_id="gw-perplexity-box"):
+                perplexity = draw_perplexity(engine, access, watcher)
             with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
                 settings = draw_settings(engine, models, access)
             with gr.Accordion("Loaders: which can open this model, and why", open=False, elem_id="gw-loaders"):
@@ -199,7 +202,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         now = engine.status
         idle_load = now.text if engine.slot.idle_load is not None else ""
         said = bad(now.text) if now.error else quiet(idle_load or engine.settings.warning)
-        boxes = folders.values() | idle.values() | hub.values() | speed.values()
+        boxes = folders.values() | idle.values() | hub.values() | speed.values() | perplexity.values()
         if not busy():
             status_on.set(request, now)
         done_on.set(request, done())
@@ -220,4 +223,4 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     watcher.after(refresh.click(relist, models, outputs, **gradio_compat.EVENT))
     for event in folders.changed:
         event.then(relist, models, outputs, **gradio_compat.EVENT)
-    return ModelTab(show, [*outputs, *folders.outputs, *idle.outputs, *hub.outputs, *speed.outputs])
+    return ModelTab(show, [*outputs, *folders.outputs, *idle.outputs, *hub.outputs, *speed.outputs, *perplexity.outputs])
