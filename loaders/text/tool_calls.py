@@ -84,6 +84,7 @@ class MarkedCalls:
         self._held = begun
         self._hidden = len(begun)  # characters that are no part of the answer
         self._closing: str | None = "" if begun else None  # of the call that is being read; "": the end; None: text
+        self._looked = 0  # how far that call was searched for its end
 
     @property
     def count(self) -> int:
@@ -108,12 +109,11 @@ class MarkedCalls:
     def _step(self, found: list[Piece]) -> bool:
         """Read on by one text or one call. Returns whether there may be more."""
         if self._closing is not None:
-            end = self._held.find(self._closing, 1) if self._closing else -1
+            end = self._end_of_call(self._closing) if self._closing else -1
             if end < 0:
                 return False
-            end += len(self._closing)
             region, self._held = self._held[:end], self._held[end:]
-            self._closing = None
+            self._closing, self._looked = None, 0
             self._read(region, found)
             return True
         if not self._text.begun and not self.count and self._leads:
@@ -134,6 +134,14 @@ class MarkedCalls:
         found += self._text.pieces(self._held[:cut])
         self._held = self._held[cut:]
         return False
+
+    def _end_of_call(self, closing: str) -> int:
+        """Where the call that is being read ends; -1: not yet. A mark inside of an argument does not end it."""
+        while (at := self._held.find(closing, max(1, self._looked))) >= 0:
+            if not self._format.is_open(self._held[:at]):
+                return at + len(closing)
+            self._looked = at + len(closing)
+        return -1
 
     def _read(self, region: str, found: list[Piece]) -> None:
         hidden, self._hidden = self._hidden, 0

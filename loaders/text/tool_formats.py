@@ -34,6 +34,9 @@ class ToolFormat:
     arguments: str = "arguments"  # their name in the JSON of a call
     inner: tuple[str, ...] = ()  # more special tokens of its calls
     is_channels: bool = False  # the whole answer is written in channels
+    is_open: Callable[[str], bool] = lambda text: (
+        False
+    )  # whether a mark at the end of `text` belongs to an argument, not to the call
 
     @property
     def special(self) -> tuple[str, ...]:
@@ -92,6 +95,62 @@ def _values(text: str) -> list[Any]:
     return found
 
 
+def _in_string(text: str) -> bool:
+    """Whether a JSON text ends inside of a string, so that a mark there is a part of an argument."""
+    inside = escaped = False
+    for letter in text:
+        if escaped:
+            escaped = False
+        elif letter == "\\":
+            escaped = inside
+        elif letter == '"':
+            inside = not inside
+    return inside
+
+
+def _json_open(text: str) -> bool:
+    """`text` ends before a closing mark. Only what begins like JSON is compared with it."""
+    at = text.find("{")
+    return at >= 0 and _in_string(text[at:])
+
+
+def _python_open(text: str) -> bool:
+    """The same for a Python text, which has two kinds of quotes."""
+    quote = ""
+    escaped = False
+    for letter in text:
+        if escaped:
+            escaped = False
+        elif letter == "\\":
+            escaped = bool(quote)
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+    return bool(quote)
+
+
+def _tags_open(opening: str, closing: str) -> Callable[[str], bool]:
+    """For arguments between tags of their own; the same models fall back to JSON."""
+
+    def is_open(text: str) -> bool:
+        if (at := text.rfind(opening)) < 0:
+            return _json_open(text) if opening not in text else False
+        return text.find(closing, at) < 0
+
+    return is_open
+
+
+def _next_json(text: str) -> tuple[Any, str]:
+    """(the JSON value that a text begins with, what follows it). Raises NoCall."""
+    text = text.lstrip()
+    try:
+        value, end = _LOOSE.raw_decode(text)
+    except (ValueError, RecursionError):
+        raise NoCall(text[:80]) from None
+    return value, text[end:]
+
+
 def _between(text: str, opening: str, closing: str) -> str:
     text = text.strip().removeprefix(opening)
     return text.strip().removesuffix(closing) if closing else text
@@ -115,7 +174,7 @@ def _read_hermes(text: str, tools: Tools) -> Calls:
     return _of_json(_json(_between(text, "<tool_call>", "</tool_call>")), tools)
 
 
-_XML_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_XML_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)  # one that is cut off is no call
 _XML_PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 
 
@@ -139,9 +198,11 @@ _KEY_VALUE = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value
 def _read_glm(text: str, tools: Tools) -> Calls:
     """GLM-4.5: the name, then <arg_key> and <arg_value>."""
     body = _between(text, "<tool_call>", "</tool_call>").strip()
-    name = body.partition("<arg_key>")[0].strip()
-    if name.startswith("{"):
+    if body.startswith("{"):
         return _read_hermes(text, tools)
+    if not text.rstrip().endswith("</tool_call>"):
+        raise NoCall("cut off")
+    name = body.partition("<arg_key>")[0].strip()
     values = {key.strip(): _typed(tools, name, key.strip(), value) for key, value in _KEY_VALUE.findall(body)}
     return [_call(name, values, tools)]
 
@@ -149,7 +210,7 @@ def _read_glm(text: str, tools: Tools) -> Calls:
 def _read_named_line(text: str, tools: Tools) -> Calls:
     """GLM-4: the name alone on a line, then JSON."""
     name, _, body = text.strip().partition("\n")
-    return [_call(name.strip(), _json(body) if body.strip() else {}, tools)]
+    return [_call(name.strip(), _json(body), tools)]
 
 
 _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\])?\s*", re.ASCII)
@@ -158,28 +219,37 @@ _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARG
 def _read_mistral(text: str, tools: Tools) -> Calls:
     """[TOOL_CALLS] and a list of calls; newer models write [TOOL_CALLS]NAME[ARGS]{…} for each."""
     calls: Calls = []
-    for part in text.split("[TOOL_CALLS]"):
-        if not part.strip():
-            continue
-        if part.lstrip()[0] in "[{":
-            calls += _of_json(_json(part), tools)
-        elif match := _MISTRAL_NAME.match(part):
-            calls.append(_call(match[1], _json(part[match.end() :]), tools))
-        else:
-            raise NoCall(part[:80])
-    if not calls:
+    rest = text
+    while rest := rest.strip().removeprefix("[TOOL_CALLS]").strip(" \n\r\t;"):
+        if rest[0] in "[{" and not rest.startswith("[TOOL_CALLS]"):
+            value, rest = _next_json(rest)
+            calls += _of_json(value, tools)
+        elif match := _MISTRAL_NAME.match(rest):
+            value, rest = _next_json(rest[match.end() :])
+            calls.append(_call(match[1], value, tools))
+        elif not rest.startswith("[TOOL_CALLS]"):
+            raise NoCall(rest[:80])
+    return calls or _none(text)
+
+
+def _read_functions(text: str, tools: Tools) -> Calls:
+    """<function=NAME>{…}</function>, one or several."""
+    calls: Calls = []
+    while text.startswith("<function="):
+        name, _, text = text.removeprefix("<function=").partition(">")
+        value, text = ({}, text.lstrip()) if text.lstrip().startswith("</function>") else _next_json(text)
+        calls.append(_call(name.strip(), value, tools))
+        text = text.lstrip().removeprefix("</function>").lstrip(" \n\r\t;")
+    if text:
         raise NoCall(text[:80])
     return calls
 
 
-_LLAMA_FUNCTION = re.compile(r"<function=([^>]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-
-
 def _read_llama(text: str, tools: Tools) -> Calls:
     """Llama 3: {"name": …, "parameters": …}, several with `;` between; or <function=NAME>{…}</function>."""
-    text = text.replace("<|python_tag|>", "").strip()
+    text = text.strip().removeprefix("<|python_tag|>").strip()
     if text.startswith("<function="):
-        return [_call(name.strip(), body, tools) for name, body in _LLAMA_FUNCTION.findall(text)]
+        return _read_functions(text, tools)
     return [call for value in _values(text) for call in _of_json(value, tools)] or _none(text)
 
 
@@ -189,7 +259,7 @@ def _none(text: str) -> Calls:
 
 def _read_pythonic(text: str, tools: Tools) -> Calls:
     """Llama 4: a Python list of calls with literals, [f(a=1), g(b="x")]. It is parsed, never run."""
-    text = text.replace("<|python_start|>", "").replace("<|python_end|>", "").strip()
+    text = text.strip().removeprefix("<|python_start|>").removesuffix("<|python_end|>").strip()
     try:
         tree = ast.parse(text, mode="eval").body
         nodes = tree.elts if isinstance(tree, ast.List) else [tree]
@@ -214,23 +284,28 @@ def _literal(node: ast.expr) -> Any:
 
 def _read_marked_list(text: str, tools: Tools) -> Calls:
     """Granite and Phi-4-mini: <|tool_call|> and a list of calls."""
-    return _of_json(_json(text.replace("<|tool_call|>", "").replace("<|/tool_call|>", "")), tools)
+    return _of_json(_json(text.strip().removeprefix("<|tool_call|>").strip().removesuffix("<|/tool_call|>")), tools)
 
 
-_DEEPSEEK_CALL = re.compile(
-    r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|(?=<｜tool▁call▁begin｜>)|\Z)", re.DOTALL
-)
-_FENCED = re.compile(r"\s*([^\n]*)\n```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
+_DEEPSEEK_CALL = re.compile(r"\s*<｜tool▁call▁begin｜>([^<{]*)<｜tool▁sep｜>")
+_FENCE = re.compile(r"\s*([^\n{]*)\n```(?:json)?\s*")
+_DEEPSEEK_END = re.compile(r"\s*(?:```)?\s*(?:<｜tool▁call▁end｜>)?")
 
 
 def _read_deepseek(text: str, tools: Tools) -> Calls:
     """V3 and R1: function, the name, then JSON in a fence; V3.1: the name, then JSON."""
     calls: Calls = []
-    for kind, body in _DEEPSEEK_CALL.findall(text.removesuffix("<｜tool▁calls▁end｜>")):
-        if match := _FENCED.match(body):
-            calls.append(_call(match[1].strip(), match[2], tools))
-        else:
-            calls.append(_call(kind.strip(), body, tools))
+    rest = text.strip().removeprefix("<｜tool▁calls▁begin｜>").removesuffix("<｜tool▁calls▁end｜>")
+    while match := _DEEPSEEK_CALL.match(rest):
+        name, rest = match[1].strip(), rest[match.end() :]
+        if match := _FENCE.match(rest):
+            name, rest = match[1].strip(), rest[match.end() :]
+        value, rest = _next_json(rest)
+        calls.append(_call(name, value, tools))
+        if match := _DEEPSEEK_END.match(rest):
+            rest = rest[match.end() :]
+    if rest.strip():
+        raise NoCall(text[:80])
     return calls or _none(text)
 
 
@@ -240,29 +315,45 @@ _CHANNEL_CALL = re.compile(r"to=(?:functions\.)?([\w.-]+)")
 def read_channel(header: str, body: str, tools: Tools) -> Calls:
     """GPT-OSS: the header of a channel names the tool, `commentary to=functions.NAME`; its message is JSON. Raises NoCall."""
     match = _CHANNEL_CALL.search(header)
-    return [_call(match[1], body, tools)] if match else _none(header)
+    return [_call(match[1], body, tools)] if match and body.strip() else _none(header)
 
 
-HERMES = ToolFormat("Hermes", _read_hermes, {"<tool_call>": "</tool_call>"}, forced="<tool_call>\n")
+HERMES = ToolFormat("Hermes", _read_hermes, {"<tool_call>": "</tool_call>"}, forced="<tool_call>\n", is_open=_json_open)
 QWEN_CODER = ToolFormat(
-    "Qwen3-Coder", _read_xml, {"<tool_call>": "</tool_call>", "<function=": "</function>"}, forced="<tool_call>\n"
+    "Qwen3-Coder",
+    _read_xml,
+    {"<tool_call>": "</tool_call>", "<function=": "</function>"},
+    forced="<tool_call>\n",
+    is_open=_tags_open("<parameter=", "</parameter>"),
 )
 GLM = ToolFormat(
-    "GLM-4.5", _read_glm, {"<tool_call>": "</tool_call>"}, inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    "GLM-4.5",
+    _read_glm,
+    {"<tool_call>": "</tool_call>"},
+    inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    is_open=_tags_open("<arg_value>", "</arg_value>"),
 )
 GLM_4 = ToolFormat("GLM-4", _read_named_line, leads=lambda names: tuple(f"{each}\n" for each in names))
 MISTRAL = ToolFormat(
     "Mistral", _read_mistral, {"[TOOL_CALLS]": ""}, forced="[TOOL_CALLS] ", listed=True, inner=("[ARGS]", "[CALL_ID]")
 )
 LLAMA_3 = ToolFormat(
-    "Llama 3", _read_llama, {"<|python_tag|>": "", "<function=": "</function>"}, lambda names: ("{",), arguments="parameters"
+    "Llama 3",
+    _read_llama,
+    {"<|python_tag|>": "", "<function=": "</function>"},
+    lambda names: ("{",),
+    arguments="parameters",
+    is_open=_json_open,
 )
-LLAMA_4 = ToolFormat("Llama 4", _read_pythonic, {"<|python_start|>": "<|python_end|>"}, lambda names: ("[",))
+LLAMA_4 = ToolFormat(
+    "Llama 4", _read_pythonic, {"<|python_start|>": "<|python_end|>"}, lambda names: ("[",), is_open=_python_open
+)
 DEEPSEEK = ToolFormat(
     "DeepSeek",
     _read_deepseek,
     {"<｜tool▁calls▁begin｜>": "<｜tool▁calls▁end｜>"},
     inner=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    is_open=_json_open,
 )
 GPT_OSS = ToolFormat(
     "GPT-OSS",
