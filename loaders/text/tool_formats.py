@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.tools import Tool, ToolCall
+from .open_arguments import json_open, python_open, tags_open
 
 Calls = list[ToolCall]
 Tools = Mapping[str, Tool]  # the offered ones, by name
@@ -93,52 +94,6 @@ def _values(text: str) -> list[Any]:
         found.append(value)
         rest = rest[end:].lstrip(" \r\n\t;,")
     return found
-
-
-def _in_string(text: str) -> bool:
-    """Whether a JSON text ends inside of a string, so that a mark there is a part of an argument."""
-    inside = escaped = False
-    for letter in text:
-        if escaped:
-            escaped = False
-        elif letter == "\\":
-            escaped = inside
-        elif letter == '"':
-            inside = not inside
-    return inside
-
-
-def _json_open(text: str) -> bool:
-    """`text` ends before a closing mark. Only what begins like JSON is compared with it."""
-    at = text.find("{")
-    return at >= 0 and _in_string(text[at:])
-
-
-def _python_open(text: str) -> bool:
-    """The same for a Python text, which has two kinds of quotes."""
-    quote = ""
-    escaped = False
-    for letter in text:
-        if escaped:
-            escaped = False
-        elif letter == "\\":
-            escaped = bool(quote)
-        elif quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-    return bool(quote)
-
-
-def _tags_open(opening: str, closing: str) -> Callable[[str], bool]:
-    """For arguments between tags of their own; the same models fall back to JSON."""
-
-    def is_open(text: str) -> bool:
-        if (at := text.rfind(opening)) < 0:
-            return _json_open(text) if opening not in text else False
-        return text.find(closing, at) < 0
-
-    return is_open
 
 
 def _next_json(text: str) -> tuple[Any, str]:
@@ -318,20 +273,20 @@ def read_channel(header: str, body: str, tools: Tools) -> Calls:
     return [_call(match[1], body, tools)] if match and body.strip() else _none(header)
 
 
-HERMES = ToolFormat("Hermes", _read_hermes, {"<tool_call>": "</tool_call>"}, forced="<tool_call>\n", is_open=_json_open)
+HERMES = ToolFormat("Hermes", _read_hermes, {"<tool_call>": "</tool_call>"}, forced="<tool_call>\n", is_open=json_open)
 QWEN_CODER = ToolFormat(
     "Qwen3-Coder",
     _read_xml,
     {"<tool_call>": "</tool_call>", "<function=": "</function>"},
     forced="<tool_call>\n",
-    is_open=_tags_open("<parameter=", "</parameter>"),
+    is_open=tags_open("<parameter=", "</parameter>"),
 )
 GLM = ToolFormat(
     "GLM-4.5",
     _read_glm,
     {"<tool_call>": "</tool_call>"},
     inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-    is_open=_tags_open("<arg_value>", "</arg_value>"),
+    is_open=tags_open("<arg_value>", "</arg_value>"),
 )
 GLM_4 = ToolFormat("GLM-4", _read_named_line, leads=lambda names: tuple(f"{each}\n" for each in names))
 MISTRAL = ToolFormat(
@@ -343,17 +298,15 @@ LLAMA_3 = ToolFormat(
     {"<|python_tag|>": "", "<function=": "</function>"},
     lambda names: ("{",),
     arguments="parameters",
-    is_open=_json_open,
+    is_open=json_open,
 )
-LLAMA_4 = ToolFormat(
-    "Llama 4", _read_pythonic, {"<|python_start|>": "<|python_end|>"}, lambda names: ("[",), is_open=_python_open
-)
+LLAMA_4 = ToolFormat("Llama 4", _read_pythonic, {"<|python_start|>": "<|python_end|>"}, lambda names: ("[",), is_open=python_open)
 DEEPSEEK = ToolFormat(
     "DeepSeek",
     _read_deepseek,
     {"<｜tool▁calls▁begin｜>": "<｜tool▁calls▁end｜>"},
     inner=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
-    is_open=_json_open,
+    is_open=json_open,
 )
 GPT_OSS = ToolFormat(
     "GPT-OSS",
