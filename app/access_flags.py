@@ -1,6 +1,7 @@
 """Access from the command line: addresses, page passwords, API keys, other sites."""
 
 import argparse
+import json
 import os
 import secrets
 import sys
@@ -8,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..api.auth import Keys, keys_file
 from ..core.errors import BadParameter
 
 if TYPE_CHECKING:
+    from ..api.auth import Keys
     from ..api.guard import Hosts
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -70,12 +71,14 @@ def users(options: argparse.Namespace) -> list[tuple[str, str]]:
     return found
 
 
-def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | None = None) -> Keys:
+def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | None = None) -> "Keys":
     """The keys that API requests need.
 
     A server that others can reach, or whose page has a password, makes keys for its run if there are none: a password
     for the page alone would leave the same model open at the same address.
     """
+    from ..api.auth import Keys, keys_file
+
     found = Keys(None if options.no_auth else path or keys_file())
     given = options.api_key or os.environ.get("GPTQ_WEBUI_API_KEY")
     admin = options.admin_key or os.environ.get("GPTQ_WEBUI_ADMIN_KEY")
@@ -100,13 +103,17 @@ def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | N
 
 def run_keys(options: argparse.Namespace) -> int:
     """`gptq-webui keys`: list, make, remove."""
+    from ..api.auth import Keys, keys_file
+
     found = Keys(keys_file())
     if options.action == "new":
         key = found.make(_named(options), admin=options.admin)
-        print(key)
+        print(json.dumps({"name": options.name, "key": key}) if options.json else key)
         print("This key is shown only once; a hash of it is kept. From now on every API request needs a key.", file=sys.stderr)
     elif options.action == "remove":
         found.remove(_named(options))
+    elif options.json:
+        print(json.dumps([{"name": each.name, "admin": each.admin, "made": each.made} for each in found.stored()]))
     else:
         for each in found.stored():
             print(f"{each.name}\t{'admin' if each.admin else 'use'}\t{each.made}")

@@ -28,7 +28,7 @@ def branches(options: argparse.Namespace) -> int:
     found = read_branches(engine.library.hub, ref.repo)
     advice = advise(found, engine.loaders, context, memory)
     if options.json:
-        print(json.dumps(as_json(advice), indent=1, ensure_ascii=False))
+        print(json.dumps(as_json(advice), indent=1))
         return 0
     names = (*_SHORT, *_MORE) if options.more else (*_SHORT, _MORE[-1])
     rows = [[cells(offer, context)[name] for name in names] for offer in advice.offers]

@@ -1,44 +1,45 @@
 """The command line: `gptq-webui [serve|branches|download|models|…]`. Answers --help without a heavy import."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
 from ..core.errors import GptqWebuiError
 from . import access_flags, exit_codes, tgi_flags
+from .chat_arguments import add_to as add_chat
+from .command_parser import CommandParser, add_json, add_loading, add_models, add_remote, parse
 from .download_arguments import add_to as add_download
 from .perplexity_arguments import add_to as add_perplexity
 from .quantize_arguments import add_to as add_quantize
+from .safe_terminal import safe_streams
 
-COMMANDS = (
-    "serve", "branches", "download", "models", "verify", "repair", "update", "remove", "rescue", "convert", "ask", "benchmark",
-    "quantize", "evaluate", "perplexity", "doctor", "keys", "host",
-)  # fmt: skip
-
-_WITH_BARS = ("download", "verify", "repair", "update")
+_QUIET = {  # a line of these logs would break bars or a chat
+    **dict.fromkeys(("download", "verify", "repair", "update"), "gptq_webui.hub"),
+    "chat": "gptq_webui",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, as exit_codes.py lists them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        given.insert(0, "serve")
-    options = _parser().parse_args(given)
+    with contextlib.nullcontext() if given[:1] == ["host"] else safe_streams():  # the host colours its own lines
+        return _run(given)
+
+
+def _run(given: Sequence[str]) -> int:
+    command, options = parse(*parsers(), given)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("gptq_webui").setLevel(logging.INFO)
-    if given[0] in _WITH_BARS and not options.verbose:
-        logging.getLogger("gptq_webui.hub").setLevel(logging.WARNING)  # a line of the log would break the bars
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a pipe on Windows has no encoding for an emoji
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    if command in _QUIET and not options.verbose:
+        logging.getLogger(_QUIET[command]).setLevel(logging.WARNING)
     try:
         return int(options.run(options))
     except GptqWebuiError as error:
@@ -49,23 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: `| head`
-        return 1
+        return exit_codes.OTHER
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return exit_codes.INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
+    """The parser, and that of each command."""
+    parser = CommandParser(
         prog="gptq-webui",
         description="Downloads GPTQ models, loads them and chats. Without a command it opens the web page.",
-        epilog="`gptq-webui COMMAND --help` lists its options. `gptq-webui --demo` tries everything with a small model.",
+        epilog="`gptq-webui COMMAND --help` lists its options. `gptq-webui --demo` tries everything with a small model. "
+        + exit_codes.HELP,
     )
     parser.add_argument("--version", action="version", version=f"gptq-webui {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     serve = commands.add_parser("serve", help="open the web page (the default)")
-    _add_models(serve, several=True)
+    add_models(serve, several=True)
     serve.add_argument("--model", metavar="NAME", help="load this model at the start")
     serve.add_argument("--demo", action="store_true", help="make a small GPTQ model on this machine (once) and load it")
     serve.add_argument("--port", type=int, help="port of the page and the API (default: 7860, or the next free one)")
@@ -77,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel", type=int, metavar="N", help="answers at the same time, if the loaded model can (default: what it can)"
     )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    _add_loading(serve)
+    add_loading(serve)
     access_flags.add(serve)
     tgi_flags.add(serve)
     serve.set_defaults(run=_serve)
@@ -87,19 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     branches.add_argument("--context", type=int, metavar="TOKENS", help="context length for the comparison (default: 4096)")
     branches.add_argument("--memory", type=float, metavar="GB", help="free memory of another GPU, to compare for that one")
     branches.add_argument("--more", action="store_true", help="show the damping and the calibration data too")
-    branches.add_argument("--json", action="store_true", help="everything as JSON on stdout")
-    _add_models(branches)
+    add_json(branches)
+    add_models(branches)
     branches.set_defaults(run=_branches)
 
-    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch", epilog=exit_codes.HELP)
+    download = commands.add_parser("download", help="download a model: owner/name or owner/name:branch")
     add_download(download)
-    _add_models(download)
+    add_models(download)
     download.set_defaults(run=_download)
 
     models = commands.add_parser("models", help="list the models on this machine")
-    models.add_argument("--json", action="store_true", help="everything as JSON on stdout")
-    _add_models(models, several=True)
-    _add_remote(models)
+    add_json(models)
+    add_models(models, several=True)
+    add_remote(models)
     models.set_defaults(run=_library("models"), model=None)
 
     for name, run, summary in (
@@ -110,41 +113,49 @@ def _parser() -> argparse.ArgumentParser:
         ("rescue", "rescue_settings", "write a missing or wrong quantize_config.json from the tensors"),
         ("convert", "convert", "make safetensors of .bin or .pt weights, without running what is in them"),
     ):
-        keeping = commands.add_parser(name, help=summary, epilog=exit_codes.HELP)
+        keeping = commands.add_parser(name, help=summary)
         keeping.add_argument("name", metavar="NAME", help="as `gptq-webui models` lists it")
         if name in ("verify", "update"):
-            keeping.add_argument("--json", action="store_true", help="write the result as JSON on stdout")
+            add_json(keeping)
         if name == "update":
             keeping.add_argument("--download", action="store_true", help="download what has changed")
         if name == "remove":
             keeping.add_argument("--yes", action="store_true", help="do not ask")
         if name == "convert":
             keeping.add_argument("--delete-original", action="store_true", help="delete the old files afterwards")
-        _add_models(keeping)
+        add_models(keeping)
         keeping.set_defaults(run=_library(run))
+
+    chat = commands.add_parser("chat", help="chat in the terminal, or answer each line of a pipe")
+    add_chat(chat)
+    add_models(chat)
+    add_loading(chat)
+    chat.set_defaults(run=_chat)
 
     ask = commands.add_parser("ask", help="ask one question and print the answer")
     ask.add_argument("question", metavar="QUESTION")
-    _add_models(ask)
+    add_models(ask)
     ask.add_argument("--model", metavar="NAME", help="the model to ask (default: the last one used)")
     ask.add_argument("--demo", action="store_true", help="ask the demo model")
     ask.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     ask.add_argument("--max-new-tokens", type=int, metavar="N", help="cut the answer after N tokens")
     ask.add_argument("--seed", type=int, help="the same seed gives the same answer")
     ask.add_argument("--raw", action="store_true", help="send the text unchanged, without the chat template")
-    _add_loading(ask)
+    add_json(ask)
+    add_loading(ask)
     ask.set_defaults(run=_ask)
 
     benchmark = commands.add_parser("benchmark", help="measure a model for a few seconds, and print one line to paste")
     benchmark.add_argument("model", nargs="?", metavar="MODEL", help="its name (default: the last one used)")
-    _add_models(benchmark)
+    add_models(benchmark)
     benchmark.add_argument("--demo", action="store_true", help="measure the demo model")
-    _add_loading(benchmark)
+    add_json(benchmark)
+    add_loading(benchmark)
     benchmark.set_defaults(run=_benchmark)
 
-    quantize = commands.add_parser("quantize", help="make GPTQ folders of a 16-bit model", epilog=exit_codes.HELP)
+    quantize = commands.add_parser("quantize", help="make GPTQ folders of a 16-bit model")
     add_quantize(quantize)
-    _add_models(quantize)
+    add_models(quantize)
     quantize.set_defaults(run=_quantize)
 
     evaluate = commands.add_parser("evaluate", help="perplexity of a model, and how near it is to another")
@@ -153,66 +164,35 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8 (default: Python's manual)")
     evaluate.add_argument("--window", type=int, default=512, metavar="TOKENS", help="tokens read at once (default: 512)")
     evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of text, at most (default: 4096)")
-    evaluate.add_argument("--json", action="store_true", help="write the result as JSON on stdout")
-    _add_models(evaluate)
+    add_json(evaluate)
+    add_models(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     perplexity = commands.add_parser("perplexity", help="how well a model predicts texts, as it answers on this machine")
     add_perplexity(perplexity)
-    _add_models(perplexity)
-    _add_loading(perplexity)
+    add_models(perplexity)
+    add_loading(perplexity)
     perplexity.set_defaults(run=_perplexity)
 
     keys = commands.add_parser("keys", help="API keys: list them, make or remove one")
     keys.add_argument("action", nargs="?", choices=("list", "new", "remove"), default="list")
     keys.add_argument("name", nargs="?", metavar="NAME")
+    add_json(keys)
     keys.add_argument("--admin", action="store_true", help="a key that may also load and download")
     keys.set_defaults(run=_keys, verbose=False)
 
     doctor = commands.add_parser("doctor", help="show what this machine has and which loaders can work on it")
-    _add_models(doctor, several=True)
-    _add_remote(doctor)
+    add_models(doctor, several=True)
+    add_remote(doctor)
     doctor.add_argument("--model", metavar="NAME", help="show it for this model")
+    add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
     host = commands.add_parser("host", help="start text-generation-webui so that its --model can be a GPTQ folder")
     host.add_argument("--folder", type=Path, help="where text-generation-webui is (default: this folder)")
     host.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="the arguments of its server.py")
     host.set_defaults(run=_host, verbose=False)
-    return parser
-
-
-def _add_models(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """With `several`, more than one folder may follow one flag. Only for commands that have no other positional argument."""
-    action: dict[str, Any] = {"action": "extend", "nargs": "+"} if several else {"action": "append"}
-    parser.add_argument(
-        "--models-dir", type=Path, metavar="DIR", help="folders with models; downloads go into the first", **action
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="show more on the terminal")
-
-
-def _add_remote(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--remote",
-        action="append",
-        metavar="URL",
-        help="also use the models of this engine on another machine (vLLM, TGI …); repeat it for engines that share the work",
-    )
-
-
-def _add_loading(parser: argparse.ArgumentParser) -> None:
-    _add_remote(parser)
-    parser.add_argument("--dtype", type=_dtype, help="number format for computing: auto, fp16, bf16, fp32")
-    parser.add_argument("--loader", metavar="NAME", help="open the model with this loader, for example transformers")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="context length (default: what fits, up to 8192)")
-
-
-def _dtype(text: str) -> str:
-    """TGI's float16 is our fp16."""
-    name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(text, text)
-    if name not in ("auto", "fp16", "bf16", "fp32"):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from auto, fp16, bf16, fp32")
-    return name
+    return parser, dict(commands.choices)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -280,6 +260,12 @@ def _benchmark(options: argparse.Namespace) -> int:
     from .engine_commands import benchmark
 
     return benchmark(options)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from .chat_command import chat
+
+    return chat(options)
 
 
 def _ask(options: argparse.Namespace) -> int:

@@ -1,9 +1,11 @@
 """`gptq-webui doctor`: what this machine has, which loaders can work on it, why the others cannot, and what would change that."""
 
 import argparse
+import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core.models import LocalModel
 from ..core.quantize_config import QuantizeConfig
@@ -19,6 +21,12 @@ def doctor(options: argparse.Namespace) -> int:
     """Print it. With --model, the loaders judge that model; without, a usual GPTQ model."""
     engine = make_engine(options)
     find_elsewhere(engine, options)
+    if options.json:
+        judged = [engine.library.get(options.model)] if options.model else [usual_model(bits) for bits in (4, 8)]
+        models = [{"model": each.name, "badge": each.badge, "loaders": as_json(engine.planner.survey(each))} for each in judged]
+        notes = [each for each in (torch_banner(), *plugin_problems()) if each]
+        print(json.dumps({"machine": support_report.machine().splitlines(), "notes": notes, "models": models}, indent=1))
+        return 0
     print(support_report.machine())
     if banner := torch_banner():
         print("\n" + banner)
@@ -42,6 +50,18 @@ def usual_model(bits: int) -> LocalModel:
     folder = Path("usual")
     quantize = QuantizeConfig(bits, 128, desc_act=True)
     return LocalModel(folder, "gptq", quantize, 0, 4096, "LlamaForCausalLM", (folder / "model.safetensors",))
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each loader, whether it can, why not, and what would change that."""
+    return [
+        {
+            "loader": row.loader, "can": row.refusal is None, "chosen": row.chosen, "reason": row.reason or None,
+            "note": row.note or None, "why_not": row.refusal.reason if row.refusal else None,
+            "cure": row.refusal.cure or None if row.refusal else None,
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

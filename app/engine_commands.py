@@ -1,6 +1,8 @@
 """The engine of this process, `ask` and `benchmark`. The answer goes to stdout, everything else to stderr."""
 
 import argparse
+import dataclasses
+import json
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 from ..core.chat import Finish, Message
 from ..core.errors import NoSuchModel
+from ..core.folder_files import printable
 from ..core.params import GenerationParams
 from ..core.units import plural
 from ..engine.engine import Engine, Status
@@ -16,6 +19,7 @@ from ..engine.settings import Settings, hosts_models_folders
 from ..hub.library import Library
 from ..loaders.contract.base import LoadedModel
 from ..loaders.transformers.transformers_options import MOST_PARALLEL
+from .safe_terminal import raw
 
 
 def make_engine(options: argparse.Namespace) -> Engine:
@@ -63,15 +67,22 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def params_of(options: argparse.Namespace) -> dict[str, Any]:
+    """--temperature, --max-new-tokens and --seed, where they are given. Raises BadParameter."""
+    given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
+    found = {name: value for name, value in given.items() if value is not None}
+    GenerationParams(**found)
+    return found
+
+
 def ask(options: argparse.Namespace) -> int:
+    params = GenerationParams(**params_of(options))  # before the load: a mistake must not cost a minute
     engine = make_engine(options)
     line = StatusLine()
     engine.slot.watchers.append(lambda status: line.show(loading_line(status)))
     try:
         loaded = load_model(engine, options)
         line.end()
-        given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
-        params = GenerationParams(**{name: value for name, value in given.items() if value is not None})
         cancel = threading.Event()
         if options.raw:
             answer = engine.complete(options.question, params, cancel)
@@ -80,11 +91,13 @@ def ask(options: argparse.Namespace) -> int:
                 print(f"{loaded.model.name} is not a chat model; it gets a plain transcript.", file=sys.stderr)
             answer = engine.chat([Message("user", options.question)], params, cancel)
         try:
-            finish = _print(answer)
+            text, finish = answer.text() if options.json else ("", _print(answer))
         except KeyboardInterrupt:
             cancel.set()
             raise
-        print(_summary(finish), file=sys.stderr)
+        if options.json:
+            print(json.dumps({"model": loaded.model.name, "answer": text, **finish_as_json(finish)}))
+        print(summary(finish), file=sys.stderr)
         return 0
     finally:
         line.end()
@@ -101,7 +114,10 @@ def benchmark(options: argparse.Namespace) -> int:
 
         measured = measure(engine, cancel, line.show)
         line.end()
-        print(measured)
+        if options.json:
+            print(json.dumps(dataclasses.asdict(measured) if measured is not None else None))
+        else:
+            print(measured)
         return 0
     finally:
         cancel.set()
@@ -113,7 +129,7 @@ def load_model(engine: Engine, options: argparse.Namespace) -> LoadedModel:
     """Load --demo, --model, or the only model there is."""
     if options.demo:
         return engine.load_demo(options.loader, load_options(options))
-    return engine.load(_name(engine, requested_model(engine, options)), options.loader, load_options(options))
+    return engine.load(name_of(engine, requested_model(engine, options)), options.loader, load_options(options))
 
 
 def _print(answer: Any) -> Finish:
@@ -127,13 +143,22 @@ def _print(answer: Any) -> Finish:
     return finish
 
 
-def _summary(finish: Finish) -> str:
+def finish_as_json(finish: Finish) -> dict[str, Any]:
+    """Why an answer ended and what it cost, for scripts."""
+    counts = {"prompt_tokens": finish.prompt_tokens, "cached_tokens": finish.cached_tokens, "new_tokens": finish.new_tokens}
+    return {
+        "reason": finish.reason, **counts, "tokens_per_s": round(finish.tokens_per_s, 2),
+        "first_token_s": round(finish.first_token_s, 4),
+    }  # fmt: skip
+
+
+def summary(finish: Finish) -> str:
     cut = "; stopped at the limit" if finish.reason == "length" else ""
     count = plural(finish.new_tokens, "new token")
     return f"{count}, {finish.tokens_per_s:.1f} tokens/s, first token after {finish.first_token_s:.2f} s{cut}"
 
 
-def _name(engine: Engine, given: str | None) -> str:
+def name_of(engine: Engine, given: str | None) -> str:
     """--model, else the last one used, else the only one. Raises NoSuchModel, which lists the names."""
     if given:
         return given
@@ -161,12 +186,12 @@ class StatusLine:
         if not text or text == self._shown:
             return
         if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{printable(text)}", end="", file=raw(sys.stderr), flush=True)
         elif text.split("(")[0] != self._shown.split("(")[0] or not self._shown:
             print(text, file=sys.stderr, flush=True)
         self._shown = text
 
     def end(self) -> None:
         if self._terminal and self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K", end="", file=raw(sys.stderr), flush=True)
         self._shown = ""

@@ -1,7 +1,9 @@
-"""The exit codes. Scripts may rely on them. 2 is argparse's own for wrong usage, 130 is Ctrl+C."""
+"""The exit codes. Scripts may rely on them. argparse has the same 2 for wrong usage."""
 
 from ..core.errors import (
     AccessDenied,
+    BadModelName,
+    BadParameter,
     DiskFull,
     DownloadFailed,
     GptqWebuiError,
@@ -13,6 +15,8 @@ from ..core.errors import (
 
 DONE, OTHER, USAGE, DAMAGED, INTERRUPTED = 0, 1, 2, 8, 130
 _OF: dict[type[GptqWebuiError], int] = {
+    BadParameter: USAGE,
+    BadModelName: USAGE,
     NoSuchRepository: 3,
     NoSuchBranch: 3,
     AccessDenied: 4,

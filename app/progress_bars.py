@@ -4,7 +4,9 @@ import shutil
 import sys
 import time
 
+from ..core.folder_files import printable
 from ..hub.download_progress import Progress
+from .safe_terminal import raw
 
 _LOG_EVERY_S = 10.0
 _FILES_SHOWN = 4
@@ -41,8 +43,8 @@ class Bars:
     def _draw(self, lines: list[str]) -> None:
         width = max(20, shutil.get_terminal_size().columns - 1)
         up = f"\x1b[{self._lines}F" if self._lines else ""
-        shown = "".join(f"{line[:width]}\x1b[K\n" for line in lines)
-        print(f"{up}{shown}\x1b[J", end="", file=sys.stderr, flush=True)
+        shown = "".join(f"{printable(line)[:width]}\x1b[K\n" for line in lines)
+        print(f"{up}{shown}\x1b[J", end="", file=raw(sys.stderr), flush=True)
         self._lines = len(lines)
 
 

@@ -492,10 +492,10 @@ def test_the_keys_command_makes_lists_and_removes(capsys):
 
 def test_listen_and_share_make_keys_and_a_password_if_there_are_none():
     from gptq_webui.app import access_flags
-    from gptq_webui.app.cli import _parser
+    from gptq_webui.app.cli import parsers
 
     def options(*more):
-        return _parser().parse_args(["serve", *more])
+        return parsers()[0].parse_args(["serve", *more])
 
     for more in (["--listen"], ["--share"], ["--host", "0.0.0.0"], ["--hostname", "0.0.0.0"], ["--auth", "me:secret-word"]):
         given = options(*more)
@@ -518,10 +518,10 @@ def test_listen_and_share_make_keys_and_a_password_if_there_are_none():
 
 def test_a_key_may_come_from_the_environment(monkeypatch, engine):
     from gptq_webui.app import access_flags
-    from gptq_webui.app.cli import _parser
+    from gptq_webui.app.cli import parsers
 
     monkeypatch.setenv("GPTQ_WEBUI_ADMIN_KEY", ADMIN)
-    with ApiServer(engine, access_flags.keys(_parser().parse_args(["serve"]), print)) as server:
+    with ApiServer(engine, access_flags.keys(parsers()[0].parse_args(["serve"]), print)) as server:
         assert server.http.get("/v1/models").status_code == 401
         assert httpx.get(f"{server.url}/v1/models", headers={"x-admin-key": ADMIN}, trust_env=False).status_code == 200
         assert json.loads(server.http.get("/api/extra/version").text)["protected"] is True

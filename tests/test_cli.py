@@ -1,6 +1,7 @@
 """app/: the commands as a user types them, on a tiny model and a Hub on loopback."""
 
 import argparse
+import json
 import socket
 
 import pytest
@@ -67,6 +68,27 @@ def test_benchmark_prints_one_line_to_stdout(folder_of_models, capsys):
     )
 
 
+def test_ask_and_benchmark_and_doctor_write_json_for_scripts(folder_of_models, capsys):
+    given = ["--model", "tiny-chat", "--models-dir", folder_of_models, "--json"]
+    code, out, _err = run(capsys, "ask", "Hi", *given, "--max-new-tokens", "3")
+    found = json.loads(out)
+    assert code == 0 and (found["model"], found["new_tokens"], found["reason"]) == ("tiny-chat", 3, "length")
+    (judged,) = json.loads(run(capsys, "doctor", *given)[1])["models"]
+    assert judged["model"] == "tiny-chat" and [each["loader"] for each in judged["loaders"] if each["chosen"]] == ["transformers"]
+    assert json.loads(run(capsys, "benchmark", "tiny-chat", *given[2:])[1])["tokens_per_s"] > 0
+    assert run(capsys, "keys", "new", "mine")[0] == 0
+    assert [each["name"] for each in json.loads(run(capsys, "keys", "--json")[1])] == ["mine"]
+
+
+def test_names_of_folders_cannot_steer_the_terminal(folder_of_models, capsys):
+    (folder_of_models / "tiny-chat").rename(folder_of_models / "tiny\x1b[2Jchat\x9b\r")
+    code, out, err = run(capsys, "models", "--models-dir", folder_of_models)
+    assert code == 0 and "tiny\\x1b[2Jchat\\x9b\\r\tGPTQ" in out and not set("\x1b\x9b\r") & set(out + err)
+    code, out, err = run(capsys, "ask", "Hi", "--models-dir", folder_of_models, "--max-new-tokens", "1")
+    assert "tiny\\x1b[2Jchat" in err and not set("\x1b\x9b\r") & set(out + err)
+    assert "\x9b" not in run(capsys, "models", "--json", "--models-dir", folder_of_models)[1]
+
+
 def test_ask_raw_leaves_the_template_out(folder_of_models, capsys):
     arguments = ["--model", "tiny-chat", "--models-dir", folder_of_models, "--temperature", "0", "--max-new-tokens", "8"]
     plain = run(capsys, "ask", "Hi", *arguments)[1]
@@ -75,20 +97,25 @@ def test_ask_raw_leaves_the_template_out(folder_of_models, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "expected", "says"),
     [
-        (["ask", "Hi", "--model", "nobody"], "nobody"),
-        (["ask", "Hi", "--model", "tiny-chat", "--temperature", "9"], "temperature must be between 0 and 5"),
-        (["ask", "Hi", "--model", "tiny-chat", "--loader", "exllama9"], "There are: exllamav2, transformers, autogptq, remote"),
-        (["models", "--models-dir", "/no/such/folder"], "There is no folder"),
-        (["download", "not a name"], "Write owner/name"),
-        (["serve", "--auth", "nopassword", "--no-browser"], "USER:PASSWORD"),
+        (["ask", "Hi", "--model", "nobody"], 1, "nobody"),
+        (["ask", "Hi", "--model", "nobody", "--temperature", "-3"], 2, "temperature must be between 0 and 5; found -3"),
+        (["ask", "Hi", "--model", "nobody", "--seed", "-7"], 2, "seed must be between"),
+        (
+            ["ask", "Hi", "--model", "tiny-chat", "--loader", "exllama9"],
+            1,
+            "There are: exllamav2, transformers, autogptq, remote",
+        ),
+        (["models", "--models-dir", "/no/such/folder"], 1, "There is no folder"),
+        (["download", "not a name"], 2, "Write owner/name"),
+        (["serve", "--auth", "nopassword", "--no-browser"], 2, "USER:PASSWORD"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_1(arguments, says, folder_of_models, capsys):
+def test_mistakes_are_one_sentence_with_an_exit_code(arguments, expected, says, folder_of_models, capsys):
     folders = [] if "--models-dir" in arguments else ["--models-dir", folder_of_models]
     code, out, err = run(capsys, *arguments, *folders)
-    assert code == 1 and out == "" and says in err and "gptq-webui: " in err
+    assert code == expected and out == "" and says in err and "gptq-webui: " in err
 
 
 def test_a_folder_before_the_question_does_not_swallow_it(folder_of_models, capsys):

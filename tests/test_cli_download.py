@@ -108,7 +108,7 @@ def test_a_name_that_is_not_there_is_reported_with_the_nearest(capsys):
     ("arguments", "code", "says"),
     [
         (["--revision", "gptq-8bit"], 3, "has no branch"),
-        (["--repo-type", "dataset"], 1, "models only"),
+        (["--repo-type", "dataset"], 2, "models only"),
         (["--include", "*.onnx"], 6, "--include"),
         (["--max-workers", "x"], 2, "invalid int"),
     ],
@@ -122,7 +122,7 @@ def test_mistakes_have_their_exit_codes(arguments, code, says, capsys):
 
 
 def test_two_branches_at_once_are_a_question(capsys):
-    assert main(["download", f"{REPO}:main2", "--revision", "other"]) == 1
+    assert main(["download", f"{REPO}:main2", "--revision", "other"]) == 2
     assert "Give one of them" in capsys.readouterr().err
 
 

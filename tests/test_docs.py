@@ -91,16 +91,15 @@ def test_files_that_are_named_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_commands_are_understood(path, capsys):
-    from gptq_webui.app.cli import COMMANDS, _parser
+    from gptq_webui.app.cli import parsers
+    from gptq_webui.app.command_parser import parse
 
     for line in commands(path.read_text(encoding="utf-8")):
-        words = shlex.split(line, comments=True)[1:]
+        words = [each for each in shlex.split(line, comments=True)[1:] if each not in ("…", "|")]
         if words and words[0] == "COMMAND":
             words[0] = "serve"
-        if not words or (words[0] not in COMMANDS and words[0] not in ("--help", "--version")):
-            words.insert(0, "serve")
         try:
-            _parser().parse_args([each for each in words if each != "…"])
+            parse(*parsers(), words)
         except SystemExit as end:
             assert not end.code, f"{line}: {capsys.readouterr().err}"
 

@@ -54,7 +54,7 @@ def test_two_copies_are_recognised():
     assert "Two copies" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["chat", "--help"], ["--version"]])
 def test_help_answers_in_half_a_second(arguments):
     fastest = 9.0
     for _ in range(3):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.app import access_flags, tgi_flags
-from gptq_webui.app.cli import _parser
+from gptq_webui.app.cli import parsers
 from gptq_webui.app.first_model import first_model
 from gptq_webui.core.errors import BadModelName, BadParameter, DownloadFailed
 from gptq_webui.engine.download_queue import Downloads
@@ -20,7 +20,7 @@ MODEL_CARD = (  # the last lines of TheBloke's cards under "Serving this model f
 
 
 def understood(text):
-    options, said = _parser().parse_args(["serve", *text.split()]), []
+    options, said = parsers()[0].parse_args(["serve", *text.split()]), []
     tgi_flags.understand(options, said.append)
     return options, said
 
