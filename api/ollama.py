@@ -1,60 +1,48 @@
-"""Ollama's protocol: chats and texts as lines of JSON, the list of models, and vectors. Without tools."""
+"""Ollama's protocol: chats with tools and texts as lines of JSON, the list of models, and vectors."""
 
-import json
-import time
+import hashlib
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
-from ..core.chat import Finish, Message, Token
+from ..core.chat import Message
+from ..core.models import LocalModel
 from ..core.params import GenerationParams
+from ..core.thinking import begun_by
+from ..core.tools import ToolUse
+from ..loaders.contract.base import LoadedModel
 from .answer_stream import EventStream
 from .embeddings import vectors_of
-from .grammar_requests import of_tgi, with_grammar
+from .grammar_requests import with_grammar
+from .model_turns import model_for
+from .ollama_models import (
+    OllamaChat,
+    OllamaEmbed,
+    OllamaEmbedding,
+    OllamaGenerate,
+    OllamaModel,
+    OllamaRequest,
+    grammar_of,
+    limit_of,
+    local_name,
+    messages_of,
+    refuse_images,
+    sampling_of,
+    tools_of,
+    unknown_in,
+)
+from .ollama_stream import OllamaAnswer, now, of_chat, of_generate
+from .openai_prompts import sources_of
 from .problems import Problem
 from .routes import Json, for_all, route_class
-from .sampling_fields import Open, seed_of
 from .service import Service
 
 PROTOCOL = "ollama"
 VERSION = "0.9.0"  # of the protocol, as programs ask for it
-_ROWS = {name: row for name, row, _default in GenerationParams.table() if row.in_requests}
-_NAMES = {name: name for name in _ROWS} | {"repetition_penalty": "repeat_penalty", "repetition_range": "repeat_last_n"}
-
-
-class OllamaMessage(Open):
-    role: Literal["system", "user", "assistant"]
-    content: str = ""
-
-
-class _Request(Open):
-    model: str = ""
-    stream: bool = True
-    options: dict[str, Any] | None = None
-    format: str | dict[str, Any] | None = None
-
-
-class OllamaChat(_Request):
-    messages: list[OllamaMessage] = Field(min_length=1)
-
-
-class OllamaGenerate(_Request):
-    prompt: str = ""
-    system: str | None = None
-    raw: bool = False
-
-
-class OllamaEmbed(Open):
-    model: str = ""
-    input: str | list[str] = Field(min_length=1)
-
-
-class OllamaModel(Open):
-    model: str | None = None
-    name: str | None = None
+_SAMPLING = {name for name, row, _default in GenerationParams.table() if row.in_requests} | {"repeat_penalty", "repeat_last_n"}
 
 
 def error_of(problem: Problem) -> Response:
@@ -66,30 +54,50 @@ def build(service: Service) -> APIRouter:
 
     @router.post("/api/chat")
     async def chat(body: OllamaChat, request: Request) -> Response:
-        """The next message of a conversation, as lines of JSON."""
-        messages = [Message(each.role, each.content) for each in body.messages]
-        return await _answer(service, request, body, messages, lambda text: {"message": {"role": "assistant", "content": text}})
+        """The next message of a conversation, as lines of JSON. Without messages, the model is only loaded (or unloaded)."""
+        tools = tools_of(body)
+        source = messages_of(body) if body.messages else None
+        return await _answer(service, request, body, source, of_chat, tools)
 
     @router.post("/api/generate")
     async def generate(body: OllamaGenerate, request: Request) -> Response:
-        """The answer to a prompt; with `raw`, what follows it without a chat template."""
-        source: Any = body.prompt
-        if not body.raw:
+        """The answer to a prompt; with `raw`, what follows it without a chat template; with `suffix`, what fills the gap."""
+        refuse_images(body.images, "images")
+        source: Any = body.prompt or None
+        if source and not body.raw and not body.suffix:
             system = [Message("system", body.system)] if body.system else []
             source = [*system, Message("user", body.prompt)]
-        return await _answer(service, request, body, source, lambda text: {"response": text})
+        return await _answer(service, request, body, source, of_generate)
 
     @router.get("/api/tags")
     async def tags() -> Response:
         """Every local model that can be loaded, the loaded one first."""
         return Json({"models": [_described(each) for each in await service.models()]})
 
+    @router.get("/api/ps")
+    async def running() -> Response:
+        """The loaded model."""
+        loaded = service.engine.loaded
+        if loaded is None:
+            return Json({"models": []})
+        described = _described(loaded.model)
+        on_gpu = described["size"] if str(loaded.device).startswith("cuda") else 0
+        more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": on_gpu, "context_length": loaded.context_tokens}
+        return Json({"models": [{**described, **more}]})
+
     @router.post("/api/show")
     async def show(body: OllamaModel) -> Response:
-        """One of the local models."""
-        name = await service.find((body.model or body.name or "").removesuffix(":latest"))
-        found = next(each for each in await service.models() if each.name == name)
-        return Json({**_described(found), "model_info": {}, "capabilities": ["completion"]})
+        """One of the local models; of the loaded one also the template."""
+        name, loaded = await service.find(body.named), service.engine.loaded
+        found = next((each for each in await service.models() if each.name == name), None)
+        if found is None:
+            raise Problem("not_found", f"{name[:80]} is no model that can be loaded here.", "model")
+        described, family = _described(found), found.architecture or "unknown"
+        info: dict[str, Any] = {"general.architecture": family, f"{family}.context_length": found.context_tokens}
+        template = loaded.template.jinja if loaded is not None and loaded.model.name == name else ""
+        can = ["completion", "tools", *(["thinking"] if _thinks(template) else [])]
+        about = {name: described[name] for name in ("modified_at", "details")}
+        return Json({**about, "template": template, "parameters": "", "model_info": info, "capabilities": can})
 
     @router.get("/api/version")
     @for_all
@@ -99,85 +107,79 @@ def build(service: Service) -> APIRouter:
     @router.post("/api/embed")
     async def embed(body: OllamaEmbed, request: Request) -> Response:
         """Vectors of texts. The loaded model was not made for it."""
+        loaded = await model_for(service, local_name(body.model))
         vectors, tokens = await vectors_of(service, request, body.input, "mean")
-        return Json({"model": (await service.loaded()).model.name, "embeddings": vectors, "prompt_eval_count": tokens})
+        return Json({"model": body.model or loaded.model.name, "embeddings": vectors, "prompt_eval_count": tokens})
+
+    @router.post("/api/embeddings")
+    async def embedding(body: OllamaEmbedding, request: Request) -> Response:
+        """The vector of one text, as older programs ask for it."""
+        await model_for(service, local_name(body.model))
+        vectors, _tokens = await vectors_of(service, request, body.prompt, "mean")
+        return Json({"embedding": vectors[0]})
 
     return router
 
 
-def _described(model: Any) -> dict[str, Any]:
-    details = {"format": model.kind, "family": model.architecture or "", "parameter_size": "", "quantization_level": ""}
-    modified = datetime.fromtimestamp(model.folder.stat().st_mtime, UTC).isoformat() if model.folder.exists() else _now()
+def _described(model: LocalModel) -> dict[str, Any]:
+    family = model.architecture or ""
+    bits = f"{model.quantize.bits}-bit" if model.quantize is not None else ""
+    kinds = {"parent_model": "", "format": model.kind, "family": family, "families": [family]}
+    details = {**kinds, "parameter_size": "", "quantization_level": bits}
+    modified = datetime.fromtimestamp(model.folder.stat().st_mtime, UTC).isoformat() if model.folder.exists() else now()
+    digest = hashlib.sha256(model.name.encode("utf-8", "surrogatepass")).hexdigest()  # of the name: programs compare digests
     named = {"name": model.name, "model": model.name, "modified_at": modified}
-    return {**named, "size": model.size_bytes, "digest": "", "details": details}
+    return {**named, "size": model.size_bytes, "digest": digest, "details": details}
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+def _thinks(template: str) -> bool:
+    return "think" in template.lower() or "<|channel|>" in template
 
 
-async def _answer(service: Service, request: Request, body: Any, source: Any, written: Any) -> Response:
-    loaded, options, began = await service.loaded(), body.options or {}, time.perf_counter()
-    service.ignore(PROTOCOL, [*body.unknown(), *(each for each in options if each not in _KNOWN)])
-    params = service.params(_sampling(options))
-    if body.format:
-        form = {"type": "json", "value": {"type": "object"} if body.format == "json" else body.format}
-        params = await with_grammar(service, loaded, params, of_tgi(form), "format")
-    limit = _whole(options, "num_predict")
-    prompt = await service.fit(request, source, limit if limit and limit > 0 else None, loaded=loaded)
+async def _answer(
+    service: Service, request: Request, body: OllamaRequest, source: Any, write: Any, tools: ToolUse | None = None
+) -> Response:
+    """`source` None: only the model is wanted."""
+    name, options = local_name(body.model), body.options or {}
+    if source is None:
+        return await _load(service, request, body, name, write)
+    loaded = await model_for(service, name)
+    service.ignore(PROTOCOL, [*body.unknown(), *unknown_in(options, _SAMPLING)])
+    params = await with_grammar(service, loaded, service.params(sampling_of(options)), grammar_of(body), "format")
+    if isinstance(body, OllamaGenerate) and body.suffix:
+        (source,), ends = await service.run_for(request, sources_of, loaded, body)
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+    prompt = await service.fit(request, source, limit_of(options), loaded=loaded, tools=tools)
+    think = _think(loaded, body.think)
     running = await service.answer(request, PROTOCOL, [prompt], params)
-
-    def line(text: str, finish: Finish | None = None) -> dict[str, Any]:
-        head = {"model": body.model or loaded.model.name, "created_at": _now(), **written(text), "done": finish is not None}
-        return head if finish is None else head | _counts(finish, began)
-
-    if not body.stream:
-        answer = (await running.whole())[0]
-        return Json(line(answer.text, answer.finish))
+    answer = OllamaAnswer(body.model or loaded.model.name, write, think, begun_by(prompt.prompt.text))
+    if body.stream is False:
+        return Json(answer.whole((await running.whole())[0]))
     await running.begun()
 
-    def encode(_at: int, event: Token | Finish) -> bytes:
-        if isinstance(event, Finish):
-            return json.dumps(line("", event)).encode() + b"\n"
-        return json.dumps(line(event.text)).encode() + b"\n" if event.text else b""
+    def failing(problem: Problem) -> bytes:
+        return bytes(error_of(problem).body) + b"\n"
 
-    return EventStream(
-        running, encode, failing=lambda problem: bytes(error_of(problem).body) + b"\n", media_type="application/x-ndjson"
-    )
+    return EventStream(running, answer.encode, failing=failing, media_type="application/x-ndjson")
 
 
-def _counts(finish: Finish, began: float) -> dict[str, Any]:
-    return {
-        "done_reason": "length" if finish.reason == "length" else "stop",
-        "total_duration": int((time.perf_counter() - began) * 1e9),
-        "load_duration": 0,
-        "prompt_eval_count": finish.prompt_tokens,
-        "prompt_eval_duration": int(finish.prefill_s * 1e9),
-        "eval_count": finish.new_tokens,
-        "eval_duration": int(finish.generate_s * 1e9),
-    }
+def _think(loaded: LoadedModel, wanted: bool | str | None) -> bool | None:
+    """Raises Problem for a model that was not taught to think aloud."""
+    if wanted is None or wanted is False:
+        return wanted
+    if not _thinks(loaded.template.jinja):
+        raise Problem("unsupported", f"{loaded.model.name} does not think aloud. Leave `think` out.", "think")
+    return True
 
 
-_KNOWN = {*_NAMES.values(), "num_predict", "seed", "stop", "num_ctx"}
-
-
-def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    found = {
-        name: read
-        for name, theirs in _NAMES.items()
-        if (value := options.get(theirs)) is not None and (read := _ROWS[name].read(value)) is not None
-    }
-    stop = options.get("stop") or []
-    texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
-        raise Problem("invalid", "options.stop must be a text or a list of texts.", "options.stop")
-    return {**found, "stop": tuple(each for each in texts if each), "seed": seed_of(_whole(options, "seed"))}
-
-
-def _whole(options: dict[str, Any], name: str) -> int | None:
-    value = options.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Problem("invalid", f"options.{name} must be a whole number.", f"options.{name}")
-    return value
+async def _load(service: Service, request: Request, body: OllamaRequest, name: str, write: Any) -> Response:
+    """Ollama's programs load a model with an empty request, and unload it with one whose keep_alive is 0. Raises Problem."""
+    unload = body.keep_alive in (0, "0", "0s", "0m")
+    if unload:
+        if not request.state.caller.admin:
+            raise Problem("forbidden", "This API key may use the model but not unload it. An admin key may.", "keep_alive")
+        await service.unload()
+    else:
+        name = (await model_for(service, name)).model.name
+    head = {"model": body.model or name, "created_at": now(), **write({"content": ""})}
+    return Json({**head, "done": True, "done_reason": "unload" if unload else "load"})

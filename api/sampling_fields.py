@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..core.params import GenerationParams, names_in, read_request
 from ..core.sampling_field import Protocol, SamplingField
+from .problems import Problem
 
 _TYPES: dict[str, Any] = {
     "number": float,
@@ -14,6 +15,13 @@ _TYPES: dict[str, Any] = {
     "switch": bool,
     "ids": list[int] | str,  # text-generation-webui sends lists as texts
     "texts": list[str] | str,
+}
+_TYPE_NAMES = {
+    "number": "a number",
+    "whole": "a whole number",
+    "switch": "true or false",
+    "ids": "a list of token ids",
+    "texts": "a list of texts",
 }
 _DYNAMIC: dict[str, Any] = {  # the ends of a dynamic temperature, as text-generation-webui and tabbyAPI name them
     "dynamic_temperature": (bool | None, None),
@@ -80,16 +88,22 @@ def read_protocol_sampling(protocol: Protocol, request: BaseModel) -> dict[str, 
     return read_request(protocol, request.model_dump(include={*names, *_DYNAMIC}))
 
 
-def read_named(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def read_named(given: Mapping[str, Any], names: Mapping[str, str] | None = None, within: str = "") -> dict[str, Any]:
     """Sampling values under our names; a number past the limits becomes the nearest within, None means not set.
 
-    `names`: our name -> that of the request, for those that differ.
+    `names`: our name -> that of the request, for those that differ. Raises Problem for a value of another type, about the
+    field `within` + its name.
     """
     found: dict[str, Any] = {}
     for name, row in _ROWS.items():
-        value = given.get((names or {}).get(name, name)) if row.in_requests else None
-        if value is not None and (read := row.read(value)) is not None:
+        theirs = (names or {}).get(name, name)
+        value = given.get(theirs) if row.in_requests else None
+        if value is None:
+            continue
+        if (read := row.read(value)) is not None:
             found[name] = read
+        elif isinstance(value, bool) or value not in row.unset:
+            raise Problem("invalid", f"{within}{theirs} must be {_TYPE_NAMES[row.kind]}.", within + theirs)
     return found
 
 

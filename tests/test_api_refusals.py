@@ -48,10 +48,19 @@ def openai(answer):
     return error["message"]
 
 
+def ollama(answer):
+    (name,) = answer.json()
+    assert name == "error"
+    return answer.json()["error"]
+
+
 VALID = {  # path: (a body that is answered, the sentence of an error's body)
     "/v1/messages": ({"model": "x", "max_tokens": 5, "messages": USER}, anthropic),
     "/v1/messages/count_tokens": ({"model": "x", "messages": USER}, anthropic),
     "/v1/responses": ({"input": "Hi", "max_output_tokens": 5}, openai),
+    "/api/chat": ({"messages": USER, "stream": False}, ollama),
+    "/api/generate": ({"prompt": "Hi", "stream": False}, ollama),
+    "/api/show": ({"model": MISTRAL}, ollama),
 }
 
 
@@ -89,6 +98,25 @@ REFUSED = [  # (path, what is added to the valid body, words)
     ("/v1/messages", {"output_format": {"type": "json_schema"}}, "must be a JSON schema"),
     ("/v1/messages", {"output_format": {"type": "json_schema", "schema": {}}}, "does not support grammars"),
     ("/v1/messages/count_tokens", {"messages": []}, "at least 1"),
+    ("/api/chat", {"messages": "Hi"}, "list"),
+    ("/api/chat", {"messages": [{"role": "king", "content": "x"}]}, "'system'"),
+    ("/api/chat", {"messages": [{**USER[0], "images": ["AAAA"]}]}, "reads text only; found images"),
+    ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "with its name"),
+    ("/api/chat", {"tools": [{}]}, "with a `function`"),
+    ("/api/chat", {"tools": [{"function": {}}]}, "the name of a function"),
+    ("/api/chat", {"tools": [{"function": {"name": "f", "parameters": 1}}]}, "must be a JSON schema"),
+    ("/api/chat", {"format": "yaml"}, 'must be "json"'),
+    ("/api/chat", {"format": "json"}, "does not support grammars"),
+    ("/api/chat", {"options": {"temperature": "hot"}}, "options.temperature must be a number"),
+    ("/api/chat", {"options": {"num_predict": 1.5}}, "options.num_predict must be a whole number"),
+    ("/api/chat", {"options": {"num_predict": 1 << 70}}, "2,048 tokens"),
+    ("/api/chat", {"options": {"stop": {"a": 1}}}, "list of texts"),
+    ("/api/chat", {"options": []}, "options"),
+    ("/api/chat", {"think": True}, "does not think aloud"),
+    ("/api/generate", {"images": ["AAAA"]}, "found images"),
+    ("/api/generate", {"prompt": 5}, "prompt"),
+    ("/api/generate", {"prompt": "Hi " * 1500}, "takes prompts of up to 1,000"),
+    ("/api/generate", {"suffix": "x"}, "no marks for it"),
     ("/v1/responses", {"input": []}, "input is empty"),
     ("/v1/responses", {"input": 5}, "input"),
     ("/v1/responses", {"input": "Hi " * 1500}, "takes prompts of up to 1,000"),
