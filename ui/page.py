@@ -9,7 +9,7 @@ from ..core.errors import GptqWebuiError
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
-from . import chat_tab, gradio_compat, model_tab, parameters_tab, theme
+from . import chat_tab, gradio_compat, model_tab, notebook_tab, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
@@ -56,6 +56,8 @@ def build(
                 models = model_tab.build(engine, downloads, watcher, access)
             with gr.Tab("Parameters", id="parameters"):
                 parameters = parameters_tab.build(preset)
+            with gr.Tab("Notebook", id="notebook") as notebook_tab_item:
+                notebook = notebook_tab.build(engine, parameters)
             if api is not None:
                 with gr.Tab("API", id="api", visible=everybody) as api_tab_item:
                     box = draw_api(engine, api, access)
@@ -99,6 +101,9 @@ def build(
         for trigger in [page.load, model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
+        notebook_tab_item.select(notebook.show, None, notebook.outputs, **gradio_compat.WATCH)
+        if not gradio_compat.LAZY_TABS:
+            page.load(notebook.show, None, notebook.outputs, **gradio_compat.WATCH)
         watcher.on(chat_tab_item.select)
         watcher.wire()
         page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it

@@ -179,6 +179,16 @@ _CHAT = """ /* the conversation fills the rest of the window */
 }
 """
 
+_NOTEBOOK = """ /* notebook_tab.py */
+#gw-notebook-text textarea { line-height: 1.6; }
+#gw-notebook-table td { white-space: nowrap; }
+#gw-notebook-table th small { display: block; font-weight: 400; max-width: 240px; overflow: hidden; text-overflow: ellipsis; }
+#gw-notebook-table td small { display: inline; margin-left: 6px; }
+.gw-share { display: inline-block; width: 72px; height: 8px; border-radius: 4px; background: var(--gw-line); overflow: hidden; }
+.gw-share i { display: block; height: 100%; background: var(--primary-600); }
+.gw-soft { color: var(--gw-soft); }
+"""
+
 _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 .gw-think { border-left: 3px solid var(--gw-line); padding: 0 0 0 12px; margin: 2px 0 12px; }
 .gw-think, .gw-think p, .gw-think li { color: var(--gw-soft) !important; }
@@ -193,5 +203,5 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 .message .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT + _MESSAGES
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT + _NOTEBOOK + _MESSAGES
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes
