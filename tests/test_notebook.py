@@ -1,6 +1,7 @@
 """engine/notebook.py and ui/notebook_tab.py: a text that the model goes on with, kept for each login, on a real page."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -159,7 +160,7 @@ def test_the_tab_writes_from_the_cursor_undoes_counts_and_survives_a_reload(page
     rows = tab.locator("#gw-notebook-table tbody tr")
     rows.nth(2).wait_for()
     assert "</s>" in rows.nth(0).inner_text() and "·<img" in rows.nth(1).inner_text() and "60.65 %" in rows.nth(0).inner_text()
-    engine.loaded.model = SimpleNamespace(name="Other model", badge="", folder=engine.loaded.model.folder)
+    engine.loaded.model = replace(engine.loaded.model, folder=engine.loaded.model.folder.with_name("Other model"))
     tab.click("#gw-notebook-next")
     tab.wait_for_selector(f"#gw-notebook-table th:has-text('Before: {MISTRAL}')")
     assert "+0.00" in rows.nth(0).inner_text() and "Other model" in tab.inner_text("#gw-notebook-table thead")
@@ -169,7 +170,7 @@ def test_the_tab_writes_from_the_cursor_undoes_counts_and_survives_a_reload(page
 
 @pytest.mark.browser
 def test_a_reload_while_the_model_writes_finds_it_going_on_and_stop_ends_it(page, engine):
-    engine.load(MISTRAL, options={"answer": "word " * 900, "tokens_per_s": 20.0})
+    engine.load(MISTRAL, options={"answer": "word " * 900, "tokens_per_s": 4.0})
     open_notebook(page)
     page.tab.fill(AREA, "Go")
     page.tab.click("#gw-notebook-write")

@@ -45,10 +45,16 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
     """Draw the tab and wire it."""
     books = notebooks or Notebooks(engine)
     gr.HTML(
-        '<p class="gw-quiet">The model goes on from the cursor, without a chat template. What stands after the cursor stays.</p>'
+        '<p class="gw-quiet">The model goes on from the cursor, without a chat template. The text after the cursor stays.</p>'
     )
     text = gr.Textbox(
-        lines=14, max_lines=24, show_label=False, container=False, placeholder="Once upon a time", elem_id="gw-notebook-text"
+        label="Notebook",
+        lines=14,
+        max_lines=24,
+        show_label=False,
+        container=False,
+        placeholder="Once upon a time",
+        elem_id="gw-notebook-text",
     )
     with gr.Row(elem_classes="gw-buttons", elem_id="gw-notebook-buttons"):
         button: dict[str, Any] = {"size": "sm", "min_width": 84}
