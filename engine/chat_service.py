@@ -199,13 +199,10 @@ class ChatService:
         elsewhere = AnswerElsewhere(self.store, owner, id, message)
         return None if elsewhere.over else elsewhere
 
-    def message_of(self, answer: Running) -> int | None:
-        """The message that an answer writes; None for a line of the user (impersonate) and for one that is over."""
-        if isinstance(answer, AnswerElsewhere):
-            return answer.message
+    def running_ids(self, owner: str) -> frozenset[str]:
+        """The conversations of an owner in which this process writes."""
         with self._lock:
-            found = self._messages.get(answer)
-        return found[1] if found is not None else None
+            return frozenset(id for of, id in self._answers if of == owner)
 
     def last(self, owner: str, id: str) -> RunningAnswer | None:
         """The last answer of a conversation that ended in this process: its error and figures."""
@@ -299,6 +296,7 @@ class ChatService:
 
         answer = RunningAnswer(ask, before=before, ended=ended)
         self._answers[owner, id] = answer
+        answer.message = message
         self._messages[answer] = id, message
         self._last.pop((owner, id), None)
         self._watch()

@@ -40,18 +40,18 @@ class Conversation:
         self._dropped: OrderedDict[bytes, int] = OrderedDict()  # digest of what was dropped -> about how many tokens it had
         self._lock = threading.Lock()
 
-    def window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int) -> Window:
+    def window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, *, remember: bool = True) -> Window:
         """The chat, or what fits of it: whole oldest turns go; the system prompt and the last turn stay.
 
         Room is kept for the answer, but for at most a quarter of the context. Raises PromptTooLong if the last message
-        alone does not fit, BadParameter if the template cannot show the chat.
+        alone does not fit, BadParameter if the template cannot show the chat. With `remember` off, it is only a question.
         """
         if loaded.is_remote:
             return Window(loaded.prompt(messages))
         with one_call():  # a template of strangers that is slow is not slow once for each prompt that is tried
-            return self._window(loaded, messages, max_new_tokens)
+            return self._window(loaded, messages, max_new_tokens, remember)
 
-    def _window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int) -> Window:
+    def _window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, remember: bool) -> Window:
         limit = loaded.context_tokens - max(1, min(max_new_tokens, loaded.context_tokens // 4))
         system = [each for each in messages[:1] if each.role == "system"]
         turns = list(messages[len(system) :])
@@ -70,7 +70,7 @@ class Conversation:
             prompt = shorter
         if len(prompt.ids) >= loaded.context_tokens:
             raise _too_long(loaded, messages, len(prompt.ids))
-        if at:
+        if at and remember:
             self._remember(digests[starts[at]], dropped_tokens)
         return Window(prompt, starts[at])
 

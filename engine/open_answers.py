@@ -41,7 +41,8 @@ class AnswerElsewhere:
     before = ""
 
     def __init__(self, store: ChatStore, owner: str, id: str, message: int) -> None:
-        self._store, self._owner, self._id, self.message = store, owner, id, message
+        self._store, self._owner, self._id = store, owner, id
+        self.message = self.number = message
         self.text = ""
         self.stamp = 0
         self._looked_at = 0.0

@@ -4,6 +4,7 @@ A page that falls asleep, is reloaded or never comes back changes nothing about 
 """
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ class RunningAnswer:
     ) -> None:
         """`ask` returns the answer, or None if it was stopped before; it may take its time and raise. `before` is the beginning
         that is continued. `ended` is called once, before the answer counts as over."""
+        self.number = secrets.randbits(48)  # tells answers apart
+        self.message: int | None = None  # the stored message that it writes
         self.text = before
         self.before = before
         self.tokens = 0

@@ -10,6 +10,8 @@ from gradio_events import Visitor, indexes
 from browser import WAIT_MS, chromium
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.errors import AnswerFailed
+from gptq_webui.engine.chat_service import ChatService
+from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -18,7 +20,6 @@ from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import benchmark_box, branch_box, gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.parameters_tab import to_values
-from gptq_webui.ui.transcript import Transcript
 
 PRESSES = 60
 SOON_S = 2.0  # more than on a quiet page
@@ -48,9 +49,10 @@ def served(tmp_path_factory):
     engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"), [FakeLoader()])
     engine.load(MISTRAL)
     downloads = Downloads(library)
-    page = ui_page.build(engine, downloads)
+    chats = ChatService(engine, ChatStore(tmp_path_factory.mktemp("chats") / "chats.sqlite3"))
+    page = ui_page.build(engine, downloads, chats=chats)
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
-    place.__dict__.update(engine=engine, page=page, url=url, downloads=downloads)
+    place.__dict__.update(engine=engine, page=page, url=url, downloads=downloads, chats=chats)
     yield place
     place.go.set()
     page.close()
@@ -59,13 +61,17 @@ def served(tmp_path_factory):
 
 
 def chat(served, text="What is the capital of France?") -> tuple[float, str]:
-    """(seconds, all messages) of one question, asked by another visitor."""
-    index = indexes(served.page, "chat_tab", "handler")[0]
+    """(seconds, what the page gets at the end) of one question, asked by another visitor."""
+    send = indexes(served.page, "chat_actions", "handle")[0]
+    (follow,) = indexes(served.page, "chat_tab", "follow")
+    settle = next(at for at, each in served.page.fns.items() if each.trigger_after == follow)
+    values = to_values(ui_page.parameters_tab.PRESETS["Precise"])
     with Visitor(served.url) as visitor:
         began = time.monotonic()
-        _message, seen = visitor.call(
-            index, [Transcript().kept(), text, "", *to_values(ui_page.parameters_tab.PRESETS["Precise"])]
-        )
+        visitor.call(send, ["[]", "", "", "", text, "", "", *values])
+        id = served.chats.store.listed("")[0].id
+        visitor.call(follow, [f"{id} x"])
+        _message, seen = visitor.call(settle, ["", id, "", "", "", "", "", *values])
         return time.monotonic() - began, seen
 
 
@@ -179,7 +185,7 @@ def test_sixty_presses_in_a_real_page(served):
 
 
 def ask(tab) -> float:
-    tab.click("#gw-clear")
+    tab.click("#gw-new")
     tab.wait_for_function("!document.querySelector('#gw-chat').innerText.includes('Paris')")
     tab.fill("#gw-message textarea", "What is the capital of France?")
     began = time.monotonic()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gptq_webui.core.chat import Finish, Message, Reading, Token
+from gptq_webui.core.chat import Finish, Reading, Token
 from gptq_webui.core.errors import AnswerFailed, BadParameter, NotLoaded
 from gptq_webui.core.params import PRESETS, GenerationParams
 from gptq_webui.engine.running_answer import RunningAnswer, in_words
@@ -14,50 +14,6 @@ from gptq_webui.loaders.text import chat_template
 from gptq_webui.ui import html_snippets, model_facts
 from gptq_webui.ui.parameters_tab import to_params, to_values
 from gptq_webui.ui.template_box import describe
-from gptq_webui.ui.transcript import MOST_CHARACTERS, Transcript
-
-
-def test_a_chat_comes_back_as_it_was_kept():
-    chat = Transcript(system="Be brief.").asked("Hello “you”").answered("Hi <b>")
-    assert Transcript.read(chat.kept()) == chat
-    assert [each.role for each in chat.prompt()] == ["system", "user", "assistant"]
-
-
-CHAT = '{"messages": [%s], "system": ""}'
-
-
-@pytest.mark.parametrize(
-    "kept",
-    ["", "{", "[]", "null", "3", "NaN", '{"messages": 3}', '{"messages": [5], "system": ""}', '{"messages": {}}', "[" * 100_000,
-     CHAT % '{"role": "system", "text": "x"}', CHAT % '{"role": "user", "text": 5}', CHAT % '{"role": "user", "text": null}',
-     CHAT % '{"role": ["user"], "text": "x"}', CHAT % '{"role": "user"}', '{"a":' * 50_000, '{"messages": ' + "[" * 5000],
-)  # fmt: skip
-def test_whatever_else_the_browser_kept_is_an_empty_chat(kept):
-    assert Transcript.read(kept) == Transcript()
-
-
-def test_halves_of_characters_do_not_reach_the_model():
-    chat = Transcript.read(CHAT % r'{"role": "user", "text": "a\ud800b \ud83d\ude00"}').asked("c\udfff")
-    assert [each.text for each in chat.messages] == [
-        "a\N{REPLACEMENT CHARACTER}b \N{GRINNING FACE}",
-        "c\N{REPLACEMENT CHARACTER}",
-    ]
-    chat.kept().encode()
-
-
-def test_a_chat_that_is_too_long_loses_its_oldest_messages():
-    chat = Transcript()
-    for at in range(10):
-        chat = chat.asked(f"{at}" + "x" * 1_000_000)
-    read = Transcript.read(chat.kept())
-    assert [each.text[0] for each in read.messages] == ["9"] and len(read.kept()) < MOST_CHARACTERS + 100
-
-
-def test_an_answer_takes_the_place_of_the_one_before_and_of_none():
-    asked = Transcript().asked("Hello")
-    assert asked.answered("a").answered("ab").messages == (Message("user", "Hello"), Message("assistant", "ab"))
-    assert asked.answered("a").answered("") == asked and asked.unanswered() == asked
-    assert asked.answered("a").last_answer == "a" and asked.last_answer == ""
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -176,10 +176,15 @@ def enclosing_tab() -> gr.Tab | None:
 
 
 def chatbot(**options: Any) -> gr.Chatbot:
-    """A Chatbot that shows `to_display` and copies its messages. Its formulas are those of safe_markdown.py."""
-    options["latex_delimiters"] = [{"left": left, "right": right, "display": alone} for left, right, alone in DELIMITERS]
-    four: dict[str, Any] = {"show_copy_button": True, "bubble_full_width": False}
-    return gr.Chatbot(**({"buttons": ["copy"], "allow_tags": False} if SIX else four), **options)
+    """A Chatbot that shows `to_display`; whoever fills it gives its messages buttons of their own."""
+    four: dict[str, Any] = {"show_copy_button": False, "bubble_full_width": False}
+    options["latex_delimiters"] = math_delimiters()
+    return gr.Chatbot(**({"buttons": [], "allow_tags": False, "autoscroll": False} if SIX else four), **options)
+
+
+def math_delimiters() -> list[dict[str, Any]]:
+    """Of Chatbots and Markdowns: formulas are those of safe_markdown.py."""
+    return [{"left": left, "right": right, "display": alone} for left, right, alone in DELIMITERS]
 
 
 def to_display(messages: Sequence[Message]) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
+from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
@@ -27,11 +28,13 @@ def build(
     preset: str = "Model card",
     share: Share | None = None,
     api: Api | None = None,
+    chats: ChatService | None = None,
 ) -> gr.Blocks:
     """Draw and wire the page; launch it with `launch_options()`.
 
     `banner` is for owners: a problem of this machine and its cure. `preset` is the first choice of the
     Parameters tab in a browser that has kept none. `share` may be filled after the launch.
+    `chats` are those in the user's data folder if none are given.
     """
     access = access or Access()
     everybody = access.owners is None
@@ -64,7 +67,7 @@ def build(
                     with gr.Accordion("Web sites that may call the API", open=False, elem_id="gw-origins-box"):
                         origins = draw_origins(engine, access)
         with chat_at:
-            chat = chat_tab.build(engine, parameters, watcher, access)
+            chat = chat_tab.build(engine, parameters, watcher, access, chats)
 
         def arrange(request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)

@@ -2,6 +2,8 @@
 
 import gradio as gr
 
+from . import chat_style
+
 TITLE = "gptq-webui"
 
 
@@ -73,7 +75,7 @@ _FRAME = """
 .dark { --color-accent: var(--primary-400); }
 .gradio-container { max-width: none !important; padding: 0 !important; }
 .gradio-container > .main {
-  width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; padding: 12px 20px 20px !important;
+  width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; padding: 12px 20px 20px !important;
 }
 .wrap.min-h-screen { background: none !important; } /* the login page of 6 */
 footer { display: none !important; }
@@ -155,30 +157,6 @@ _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
 #gw-branch-table details summary { cursor: pointer; color: var(--gw-soft); font-size: 14px; padding: 4px 0; }
 """
 
-_CHAT = """ /* the conversation fills the rest of the window */
-.gw-who { line-height: 1.5; overflow-wrap: anywhere; }
-.gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
-#gw-chat {
-  height: calc(100dvh - 340px) !important; min-height: 260px !important; max-height: none !important;
-  border: 1px solid var(--gw-line); border-radius: 8px;
-}
-#gw-chat .icon-button-wrapper.top-panel { display: none !important; }
-#gw-chat table, #gw-chat th, #gw-chat td { border-color: var(--gw-line) !important; }
-.dark .token.comment { color: #94a3b8 !important; }
-#gw-message textarea { resize: none; }
-#gw-more button { flex: 0 1 auto; }
-
-@media (max-width: 640px) {
-  .gradio-container > .main { padding: 8px 12px 12px !important; }
-  #gw-title span { display: none; }
-  #gw-chat { height: calc(100dvh - 372px) !important; }
-  #gw-ask, #gw-more { flex-wrap: nowrap !important; gap: 8px !important; }
-  #gw-ask > :first-child { flex: 1 1 0 !important; }
-  #gw-ask button { flex: 0 0 84px !important; min-width: 84px !important; }
-  #gw-more button { flex: 1 1 0; min-width: 0 !important; }
-}
-"""
-
 _NOTEBOOK = """ /* notebook_tab.py */
 #gw-notebook-text textarea { line-height: 1.6; }
 #gw-notebook-table td { white-space: nowrap; }
@@ -193,15 +171,15 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 .gw-think { border-left: 3px solid var(--gw-line); padding: 0 0 0 12px; margin: 2px 0 12px; }
 .gw-think, .gw-think p, .gw-think li { color: var(--gw-soft) !important; }
 .gw-think > summary { cursor: pointer; font-size: 14px; padding: 3px 0; }
-.message .code_wrap { max-width: 100%; }
-.message .code_wrap pre { white-space: pre-wrap !important; overflow-wrap: anywhere; max-width: 100%; }
-.message .code_wrap code { white-space: inherit !important; }
-.message code[class*="language-"]::before { /* the language: the class without "language-" */
+:is(.message, #gw-live) .code_wrap { max-width: 100%; }
+:is(.message, #gw-live) .code_wrap pre { white-space: pre-wrap !important; overflow-wrap: anywhere; max-width: 100%; }
+:is(.message, #gw-live) .code_wrap code { white-space: inherit !important; }
+:is(.message, #gw-live) code[class*="language-"]::before { /* the language: the class without "language-" */
   content: attr(class); display: block; overflow: hidden; white-space: nowrap; text-indent: -9ch;
   color: var(--gw-soft); font-size: 12px; line-height: 1.2; padding-bottom: 6px; user-select: none;
 }
-.message .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
+:is(.message, #gw-live) .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + _CHAT + _NOTEBOOK + _MESSAGES
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + chat_style.CSS + _NOTEBOOK + _MESSAGES
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes

@@ -1,0 +1,336 @@
+"""ui/: the conversations of the Chat tab in a real browser. What was done is read from the page and from the database."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from test_ui_page import LONG, Loader, ask, chrome, wait_for
+
+from browser import WAIT_MS
+from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.engine.chat_service import ChatService
+from gptq_webui.engine.chat_store import ChatStore
+from gptq_webui.engine.download_queue import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.ui import page as ui_page
+
+pytestmark = pytest.mark.browser
+__all__ = ["chrome"]  # a fixture
+
+EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    engine = Engine(FakeLibrary(folder), Settings(folder / "settings.json"), [Loader()])
+    chats = ChatService(engine, ChatStore(folder / "chats.sqlite3"))
+    page = ui_page.build(engine, Downloads(engine.library), chats=chats)
+    _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
+    yield SimpleNamespace(engine=engine, chats=chats, store=chats.store, url=url)
+    chats.close()
+    page.close()
+    engine.unload()
+
+
+@pytest.fixture
+def visit(chrome, served):
+    """Opens the page for a fresh visitor, whose every conversation is there, with a loaded model."""
+    contexts = []
+    for info in served.store.listed(""):
+        served.chats.stop("", info.id, 10)
+        served.store.delete("", info.id)
+
+    def open_page(width=1280, before="", context=None, **options):
+        if options or served.engine.loaded is None:
+            served.engine.load(MISTRAL, options={"answer": "Paris.", "load_s": 0.0, **options})
+        if context is None:
+            contexts.append(chrome.new_context(viewport={"width": width, "height": 844}))
+            context = contexts[-1]
+        if before:
+            context.add_init_script(before)
+        tab = context.new_page()
+        tab.set_default_timeout(WAIT_MS)
+        tab.goto(served.url)
+        tab.wait_for_selector(f"#gw-head:has-text('{MISTRAL}')")
+        tab.wait_for_function("window.gwChat && document.querySelector('#gw-list .gw-chats')")
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def answered(tab, text, count=1):
+    """Ask, and wait until so many answers stand there complete."""
+    ask(tab, text)
+    tab.wait_for_function(f"document.querySelectorAll('#gw-past .gw-of-assistant').length == {count}")
+    tab.wait_for_selector("#gw-send:visible")
+
+
+def press(tab, icon, role="assistant", which=-1):
+    """One of the small buttons below a message."""
+    tab.locator(f"#gw-past .gw-of-{role} .gw-icon-{icon}").nth(which).click(force=True)
+
+
+def menu(tab, title, name):
+    """An entry of the menu of a conversation in the list."""
+    item = tab.locator(".gw-item", has_text=title)
+    item.hover()
+    item.locator("summary").click()
+    item.get_by_role("button", name=name, exact=True).click()
+
+
+def titles(tab):
+    return [each.strip() for each in tab.locator(".gw-open").all_inner_texts()]
+
+
+def until_titles(tab, expected):
+    tab.wait_for_function("expected => [...document.querySelectorAll('.gw-open')].map(e => e.textContent).join('|') == expected",
+                          arg="|".join(expected))  # fmt: skip
+
+
+def paths(served):
+    """Title -> the texts that are shown of it, from the database."""
+    return {each.title: [line.text for line in served.store.path("", each.id)] for each in served.store.listed("")}
+
+
+def test_the_list_names_finds_pins_tags_deletes_and_brings_back(visit, served):
+    tab = visit()
+    answered(tab, "About bread and butter")
+    tab.click("#gw-new")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
+    answered(tab, f"Second {EVIL}")
+    until_titles(tab, [f"Second {EVIL}"[:60].rpartition(" ")[0] + " …", "About bread and butter"])
+    menu(tab, "Second", "Rename")
+    tab.fill(".gw-rename", "Water <b>")
+    tab.press(".gw-rename", "Enter")
+    until_titles(tab, ["Water <b>", "About bread and butter"])
+    menu(tab, "About bread", "Pin")
+    until_titles(tab, ["About bread and butter", "Water <b>"])
+    menu(tab, "About bread", "Tags")
+    tab.fill(".gw-rename", f"food, {EVIL}")
+    tab.press(".gw-rename", "Enter")
+    tab.wait_for_selector(".gw-tags button:has-text('food')")
+    tab.click(".gw-tags button:has-text('food')")
+    until_titles(tab, ["About bread and butter"])
+    tab.click(".gw-tags button:has-text('food')")
+    tab.fill("#gw-search textarea, #gw-search input", "wate")
+    until_titles(tab, ["Water <b>"])
+    tab.fill("#gw-search textarea, #gw-search input", "")
+    until_titles(tab, ["About bread and butter", "Water <b>"])
+    menu(tab, "About bread", "Delete")
+    until_titles(tab, ["Water <b>"])
+    assert list(paths(served)) == ["Water <b>"]
+    tab.click(".gw-undelete button")
+    until_titles(tab, ["About bread and butter", "Water <b>"])
+    (bread,) = [each for each in served.store.listed("") if each.pinned]
+    assert bread.tags == ("food", EVIL[:40]) and paths(served)["About bread and butter"] == ["About bread and butter", "Paris."]
+    wait_for(tab, "#gw-chat", "About bread and butter")  # what was brought back is shown
+    assert tab.evaluate("window.hacked") is None
+
+
+def test_versions_edits_branches_and_undo(visit, served):
+    tab = visit()
+    answered(tab, "First question")
+    answered(tab, "Second question", 2)
+    press(tab, "again")
+    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    press(tab, "back")
+    tab.wait_for_selector(".gw-versions:has-text('1/2')")
+    press(tab, "edit", "user", 0)
+    assert tab.input_value("#gw-edit-text textarea") == "First question"
+    tab.fill("#gw-edit-text textarea", "First, but better")
+    tab.click("#gw-edit-send")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 1")
+    wait_for(tab, "#gw-chat", "First, but better")
+    (shown,) = paths(served).values()
+    assert shown == ["First, but better", "Paris."]
+    press(tab, "back", "user", 0)
+    wait_for(tab, "#gw-chat", "Second question")
+    press(tab, "edit", "assistant", 0)
+    tab.fill("#gw-edit-text textarea", "It is **Lyon**")
+    tab.click("#gw-edit-keep")
+    tab.wait_for_selector("#gw-chat strong:has-text('Lyon')")
+    tab.click("#gw-undo:has-text('Undo the edit')")
+    tab.wait_for_function("!document.querySelector('#gw-chat').innerText.includes('Lyon')")
+    press(tab, "remove", "user", 0)
+    tab.wait_for_function("!document.querySelector('#gw-chat').innerText.includes('First question')")
+    assert next(iter(paths(served).values())) == ["Second question", "Paris."]
+    tab.click("#gw-undo:has-text('Undo the deletion')")
+    wait_for(tab, "#gw-chat", "First question")
+    press(tab, "branch", "assistant", 0)
+    wait_for(tab, "#gw-line", "new conversation with the same beginning")
+    answered(tab, "Another way", 2)
+    assert sorted(map(len, paths(served).values())) == [4, 4]
+    tab.click("#gw-clear")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-below').length == 0")
+    tab.click("#gw-undo:has-text('Undo Clear')")
+    wait_for(tab, "#gw-chat", "Another way")
+
+
+def test_an_edited_answer_is_continued(visit, served):
+    tab = visit()
+    answered(tab, "Question")
+    press(tab, "edit")
+    tab.fill("#gw-edit-text textarea", "The answer begins so:")
+    tab.click("#gw-edit-send")
+    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    press(tab, "more")
+    tab.wait_for_selector("#gw-past:has-text('The answer begins so:Paris.')")
+    assert next(iter(paths(served).values()))[-1] == "The answer begins so:Paris."
+
+
+def test_figures_copy_and_what_the_model_gets(visit, served):
+    tab = visit()
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=served.url.rstrip("/"))
+    tab.get_by_role("button", name="Conversation settings").click()
+    tab.fill("#gw-system textarea", "Be brief.")
+    tab.fill("#gw-start-reply textarea", "Sure: ")
+    answered(tab, "Where is `it`?")
+    figures = wait_for(tab, ".gw-figures", "ended by itself")
+    assert re.search(r"first word after [\d.]+ s · 1 token · prompt of \d+ tokens", figures)
+    press(tab, "copy", "user")
+    wait_for(tab, "#gw-toast", "Copied")
+    assert tab.evaluate("navigator.clipboard.readText()") == "Where is `it`?"
+    meter = wait_for(tab, "#gw-meter", "of 2,048 tokens")
+    tab.fill("#gw-message textarea", "and a few more words")
+    tab.wait_for_function("before => document.querySelector('#gw-meter').innerText != before", arg=meter)
+    tab.click("button.gw-meter")
+    prompt = wait_for(tab, "#gw-prompt pre", "and a few more words")
+    assert "Be brief." in prompt and "<|im_start|>user" in prompt and prompt.endswith("<|im_start|>assistant\n")
+    (info,) = served.store.listed("")
+    assert (info.system, info.reply_start) == ("Be brief.", "Sure: ")
+    assert [line.text for line in served.store.path("", info.id)][-1].startswith("Sure: Paris")
+
+
+def test_the_meter_says_what_will_be_left_out_before_it_is(visit, served):
+    tab = visit(context_tokens=100)
+    for at in range(2):
+        answered(tab, " ".join(["word"] * 20), at + 1)
+    wait_for(tab, "#gw-meter", "more tokens, the oldest messages are left out")
+    tab.fill("#gw-message textarea", " ".join(["more"] * 30))
+    wait_for(tab, "#gw-meter", "The model no longer reads the oldest 2 messages")
+    tab.press("#gw-message textarea", "Enter")
+    wait_for(tab, "#gw-past", "2 oldest messages no longer fit and were left out")
+
+
+def test_a_second_device_sees_the_answer_live_and_may_stop_it(visit, served):
+    tab = visit(answer=LONG, tokens_per_s=15)
+    ask(tab, "Talk")
+    wait_for(tab, "#gw-live", "word3")
+    other = visit()
+    other.click(".gw-open:has-text('Talk')")
+    wait_for(other, "#gw-live", "word9")
+    other.click("#gw-stop")
+    for each in (tab, other):
+        each.wait_for_selector("#gw-send:visible")
+        wait_for(each, "#gw-past .gw-figures", "stopped")
+        assert each.inner_text("#gw-live").strip() == ""
+    assert tab.inner_text("#gw-past") == other.inner_text("#gw-past")
+    served.engine.load(MISTRAL, options={"answer": "Paris.", "load_s": 0.0})
+    answered(other, "What one asks here", 2)
+    wait_for(tab, "#gw-past", "What one asks here")  # appears there
+
+
+def test_two_tabs_show_two_conversations_and_keep_their_drafts(visit, served):
+    tab = visit()
+    answered(tab, "In the first")
+    second = visit(context=tab.context)
+    answered(second, "In the second")
+    tab.fill("#gw-message textarea", "typed, not sent")
+    tab.click(".gw-open:has-text('In the second')")
+    wait_for(tab, "#gw-past", "In the second")
+    assert tab.input_value("#gw-message textarea") == ""
+    tab.click(".gw-open:has-text('In the first')")
+    tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'typed, not sent'")
+    tab.reload()
+    tab.wait_for_function("document.querySelector('#gw-message textarea')?.value == 'typed, not sent'")
+    wait_for(tab, "#gw-past", "In the first")
+    second.reload()
+    wait_for(second, "#gw-past", "In the second")
+
+
+def test_a_line_of_the_user_is_written_by_the_model(visit, served):
+    tab = visit(answer="And of Spain?")
+    answered(tab, "What is the capital of France?")
+    tab.click("#gw-write")
+    tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'And of Spain?'")
+    assert len(next(iter(paths(served).values()))) == 2
+
+
+def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
+    (tmp_path / "notes.txt").write_text("The code word is <b>blue</b>.")
+    (tmp_path / "picture.png").write_bytes(bytes(range(256)) * 20)
+    history = {"internal": [["Old question", "Old answer"]], "visible": [["Old question", "Old answer"]]}
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    (tmp_path / "broken.json").write_text('{"what": 1}')
+    tab = visit()
+    for name in ("picture.png", "notes.txt"):
+        with tab.expect_file_chooser() as chooser:
+            tab.click("#gw-more .gw-icon-clip")
+        chooser.value.set_files(tmp_path / name)
+        tab.wait_for_selector("#gw-toast:has-text('is not a text file')" if name == "picture.png" else "#gw-files .gw-chip")
+    answered(tab, "What is the code word?")
+    tab.wait_for_selector("#gw-past .gw-chip:has-text('notes.txt')")
+    tab.wait_for_selector("#gw-files .gw-chip", state="detached")
+    tab.click("button.gw-meter")
+    assert "The code word is <b>blue</b>." in wait_for(tab, "#gw-prompt pre", "notes.txt")
+    for name, words in (("broken.json", "JSON, but no conversation"), ("history.json", "")):
+        tab.click("#gw-side-actions summary")
+        with tab.expect_file_chooser() as chooser:
+            tab.click("#gw-side-actions button[value=import]")
+        chooser.value.set_files(tmp_path / name)
+        wait_for(tab, "#gw-line .gw-bad", words) if words else wait_for(tab, "#gw-past", "Old answer")
+    assert paths(served)["Old question"] == ["Old question", "Old answer"]
+    with tab.expect_download() as download:
+        menu(tab, "Old question", "Export: Markdown")
+    assert "Old answer" in download.value.path().read_text() and download.value.suggested_filename == "Old question.md"
+    with tab.expect_download() as download:
+        tab.click("#gw-side-actions summary")
+        tab.click("#gw-side-actions button[value=export-all]")
+    assert len(json.loads(download.value.path().read_text())["chats"]) == 2
+
+
+def test_what_the_browser_kept_before_is_imported_once(visit, served):
+    kept = json.dumps(
+        {"messages": [{"role": "user", "text": "From the old page"}, {"role": "assistant", "text": "Yes"}], "system": "S"}
+    )
+    before = (
+        f"if (!localStorage.getItem('x')) {{ localStorage.setItem('x', 1); localStorage.setItem('gptq-webui chat', {kept!r}) }}"
+    )
+    tab = visit(before=before)
+    wait_for(tab, "#gw-past", "From the old page")
+    tab.reload()
+    wait_for(tab, "#gw-past", "From the old page")
+    assert paths(served) == {"From the old page": ["From the old page", "Yes"]}
+    assert served.store.listed("")[0].system == "S"
+
+
+def test_a_long_conversation_shows_its_end_and_the_rest_with_a_click(visit, served):
+    id = served.store.create("").id
+    parent = None
+    for at in range(130):
+        parent = served.store.add("", id, parent, "assistant" if at % 2 else "user", f"message {at}.")
+    tab = visit()
+    tab.click(".gw-open >> nth=0")
+    wait_for(tab, "#gw-past", "message 129.")
+    assert "message 20." not in tab.inner_text("#gw-past")
+    tab.click(".gw-earlier")
+    wait_for(tab, "#gw-past", "message 0.")
+
+
+def test_on_a_phone_the_list_is_a_drawer(visit, served):
+    tab = visit(width=390)
+    answered(tab, "On the phone")
+    assert not tab.is_visible("#gw-side")
+    tab.click("#gw-drawer button")
+    tab.wait_for_selector("#gw-side:visible")
+    tab.click("#gw-new")
+    tab.click("#gw-drawer button")
+    tab.click(".gw-open:has-text('On the phone')")
+    wait_for(tab, "#gw-past", "Paris.")
+    tab.wait_for_selector("#gw-side", state="hidden")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390

@@ -1,0 +1,210 @@
+"""The script of the Chat tab: it passes clicks on plain HTML buttons to the server, and keeps the view at the newest words.
+
+Both Gradios run it when the page is loaded. A button of class gw-act holds an action in its value: words with spaces
+between them, or a JSON list. The script puts it where the hidden button #gw-act finds it, and presses that button.
+"""
+
+INSTALL = r"""
+() => {
+  if (window.gwChat) return;
+  const gw = window.gwChat = {actions: [], files: [], stick: true, drafting: 0, measuring: 0};
+  const find = (selector, within) => (within || document).querySelector(selector);
+  const press = (id) => {
+    const found = find('#' + id);
+    if (found) (found.tagName === 'BUTTON' ? found : find('button', found)).click();
+  };
+  const phone = () => matchMedia('(max-width: 760px)').matches;
+  const menus = () => [...document.querySelectorAll('details.gw-menu[open]')];
+  const box = () => find('#gw-message textarea');
+  gw.act = (...words) => { gw.actions.push(JSON.stringify(words)); press('gw-act'); };
+  gw.take = () => gw.actions.shift() || '[]';
+  gw.attached = () => JSON.stringify(gw.files);
+  gw.opened = () => {
+    let id = '';
+    try { id = sessionStorage.getItem('gptq-webui chat') || ''; } catch (error) {}
+    let old = '';
+    try {
+      old = localStorage.getItem('gptq-webui chat') || '';
+      if (old) { localStorage.removeItem('gptq-webui chat'); localStorage.setItem('gptq-webui chat (imported)', old); }
+    } catch (error) {}
+    return [id, old];
+  };
+  gw.keep = (id) => { try { sessionStorage.setItem('gptq-webui chat', id); } catch (error) {} };
+  const focus = () => { const at = box(); if (at && !phone() && !find('#gw-edit textarea')) at.focus(); };
+  gw.drawer = (open) => { const at = find('#gw-house'); if (at) at.classList.toggle('gw-drawer-open', open); };
+  const root = () => find('.gradio-container') || document.body;
+
+  // what the server wants the browser to do
+  gw.obey = async (text) => {
+    if (!text) return;
+    const it = JSON.parse(text);
+    if (it.copy !== undefined) gw.copy(it.copy);
+    if (it.download) {
+      const link = document.createElement('a');
+      link.href = URL.createObjectURL(new Blob([it.download[1]], {type: 'text/plain;charset=utf-8'}));
+      link.download = it.download[0];
+      document.body.append(link); link.click(); link.remove();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    }
+    if (it.sent) { gw.files = []; gw.chips(); }
+    if (it.bottom) { gw.stick = true; gw.down(); }
+    if (it.focus) setTimeout(focus, 60);
+  };
+  gw.copy = async (text) => {
+    try { await navigator.clipboard.writeText(text); gw.say('Copied.'); return; } catch (error) {}
+    const area = document.createElement('textarea');
+    area.value = text; area.style.position = 'fixed'; area.style.opacity = '0';
+    document.body.append(area); area.select();
+    const done = document.execCommand('copy'); area.remove();
+    gw.say(done ? 'Copied.' : 'The browser did not allow copying. Select the text and copy it.');
+  };
+  gw.say = (words) => {
+    let note = find('#gw-toast');
+    if (!note) {
+      note = document.createElement('div'); note.id = 'gw-toast'; note.setAttribute('role', 'status');
+      root().append(note);
+    }
+    note.textContent = words; note.classList.add('gw-on');
+    clearTimeout(gw.toast); gw.toast = setTimeout(() => note.classList.remove('gw-on'), 1800);
+  };
+
+  // files of the user
+  const pick = (many, done) => {
+    const input = document.createElement('input');
+    input.type = 'file'; input.multiple = many; input.className = 'gw-file'; input.style.display = 'none';
+    input.onchange = async () => {
+      for (const file of input.files) {
+        if (file.size > 20000000) { gw.say(file.name + ' is larger than 20 MB.'); continue; }
+        done(file.name, await file.text());
+      }
+      input.remove();
+    };
+    document.body.append(input); input.click();
+  };
+  gw.attach = (name, text) => {
+    if (text.includes('\u0000') || (text.match(/\uFFFD/g) || []).length > text.length / 50) {
+      gw.say(name + ' is not a text file.'); return;
+    }
+    gw.files.push([name, text]); gw.chips(); gw.measure();
+  };
+  gw.chips = () => {
+    const at = find('#gw-files'); if (!at) return;
+    let row = find('.gw-chips', at);
+    if (!row) { row = document.createElement('div'); row.className = 'gw-chips'; at.append(row); }
+    row.replaceChildren(...gw.files.map(([name, text], index) => {
+      const chip = document.createElement('button');
+      chip.type = 'button'; chip.className = 'gw-chip'; chip.title = 'Take ' + name + ' away';
+      chip.textContent = name + ' · ' + Math.max(1, Math.round(text.length / 1024)) + ' KB ×';
+      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); };
+      return chip;
+    }));
+  };
+
+  // a name or tags, typed in the list
+  const type = (button, kind, id) => {
+    const item = button.closest('.gw-item'); const old = find('.gw-open', item);
+    const input = document.createElement('input');
+    input.className = 'gw-rename'; input.maxLength = 120;
+    input.value = kind === 'rename' ? old.textContent : (item.dataset.tags || '');
+    input.setAttribute('aria-label', kind === 'rename' ? 'Name of the conversation' : 'Tags, with commas between them');
+    input.placeholder = kind === 'rename' ? 'Name' : 'Tags, with commas between them';
+    let over = false;
+    const end = (keep) => {
+      if (over) return;
+      over = true;
+      const value = input.value;
+      input.replaceWith(old);
+      if (keep) gw.act(kind, id, value);
+    };
+    input.onkeydown = (event) => { if (event.key === 'Enter') end(true); if (event.key === 'Escape') end(false); };
+    input.onblur = () => end(true);
+    menus().forEach((open) => { open.open = false; });
+    old.replaceWith(input); input.focus(); input.select();
+  };
+
+  document.addEventListener('click', (event) => {
+    const button = event.target.closest && event.target.closest('button.gw-act');
+    menus().forEach((open) => { if (!open.contains(event.target) || button) open.open = false; });
+    if (event.target.id === 'gw-shade') gw.drawer(false);
+    if (!button) return;
+    event.preventDefault();
+    const words = button.value.startsWith('[') ? JSON.parse(button.value) : button.value.split(' ');
+    if (words[0] === 'drawer') return gw.drawer(!find('#gw-house').classList.contains('gw-drawer-open'));
+    if (words[0] === 'attach') return pick(true, gw.attach);
+    if (words[0] === 'import') return pick(true, (name, text) => gw.act('import', name, text));
+    if (words[0] === 'rename' || words[0] === 'tags') return type(button, words[0], words[1]);
+    if (['open', 'new', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
+    gw.act(...words);
+  });
+  document.addEventListener('keydown', (event) => {
+    if (event.key !== 'Escape') return;
+    gw.drawer(false);
+    menus().forEach((open) => { open.open = false; });
+  });
+
+  // drafts, and the meter while one types
+  document.addEventListener('input', (event) => {
+    if (event.target !== box()) return;
+    clearTimeout(gw.drafting); gw.drafting = setTimeout(() => press('gw-draft'), 800);
+    gw.measure(700);
+  });
+  gw.sending = () => { clearTimeout(gw.drafting); gw.stick = true; };
+  gw.measure = (wait) => { clearTimeout(gw.measuring); gw.measuring = setTimeout(() => press('gw-measure'), wait || 120); };
+
+  // the newest words stay in sight, unless one has scrolled up
+  gw.down = () => { const talk = find('#gw-chat'); if (talk) talk.scrollTop = talk.scrollHeight; };
+  const watch = () => {
+    const talk = find('#gw-chat');
+    if (!talk || talk.gwWatched) return;
+    talk.gwWatched = true;
+    const near = () => talk.scrollHeight - talk.scrollTop - talk.clientHeight < 90;
+    talk.addEventListener('scroll', () => { gw.stick = near(); }, {passive: true});
+    let asked = false;
+    new MutationObserver(() => {
+      if (asked) return;
+      asked = true;
+      for (const [who, name] of [['user', 'Your message'], ['bot', 'Answer']])  // Gradio reads out the HTML
+        for (const at of talk.querySelectorAll(`[data-testid=${who}][aria-label*="<"]`)) at.setAttribute('aria-label', name);
+      requestAnimationFrame(() => { asked = false; if (gw.stick) gw.down(); });
+    }).observe(talk, {childList: true, subtree: true, characterData: true});
+    gw.down();
+  };
+
+  gw.lost = (is) => {
+    const note = find('#gw-lost');
+    if (is && !note) {
+      const made = document.createElement('div');
+      made.id = 'gw-lost'; made.setAttribute('role', 'alert');
+      made.textContent = 'The server does not answer. What is on this page stays, and goes on when the server is back.';
+      root().append(made);
+    }
+    if (!is && note) note.remove();
+  };
+
+  // what other pages and devices did
+  const look = async () => {
+    watch();
+    const main = find('#gw-main');
+    if (document.visibilityState !== 'visible' || !main || !main.offsetParent || gw.looking) return;
+    gw.looking = true;
+    try {
+      await fetch(window.location.pathname, {method: 'HEAD', cache: 'no-store'});
+      gw.lost(false);
+      press('gw-look');
+    } catch (error) {
+      gw.lost(true);
+    } finally { gw.looking = false; }
+  };
+  setInterval(look, 1500);
+  document.addEventListener('visibilitychange', look);
+  setTimeout(watch, 50);
+}
+"""
+
+OPEN = "() => { (" + INSTALL + ")(); return window.gwChat.opened(); }"
+TAKE = "(...given) => [window.gwChat.take(), ...given.slice(1)]"
+SEND = "(...given) => { window.gwChat.sending(); return [window.gwChat.attached(), ...given.slice(1)]; }"
+ATTACHED = "(...given) => [window.gwChat.attached(), ...given.slice(1)]"
+KEEP = "(id) => { window.gwChat.keep(id); }"
+OBEY = "(text) => { window.gwChat.obey(text); }"
+MEASURE = "() => { window.gwChat.measure(); }"
