@@ -15,6 +15,7 @@ from ..core.errors import BadParameter, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..engine.advice import fit_of_plan, torch_banner
 from ..engine.available_memory import available_memory
+from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
@@ -64,7 +65,8 @@ def serve(options: argparse.Namespace) -> int:
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # random choices mislead a model this small
-    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel)
+    chats = ChatService(engine)
+    blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel, chats=chats)
     names, origins = access_flags.hosts(options), options.cors or ()
     shown = page.application(blocks, users)
     webs = [WebServer(api.build(service, page=shown, here=gradio_compat.SIX, hosts=names, origins=origins), host, port)]
@@ -91,6 +93,7 @@ def serve(options: argparse.Namespace) -> int:
     stop.wait()
     _say("Stopping …")
     service.stop_all()
+    chats.close()
     for web in webs:
         web.stop()
     if start.is_alive():  # a thread inside torch while the interpreter goes away would end in an abort

@@ -1,17 +1,22 @@
 """ui/access.py: what a guest gets who does not use the page but calls its handlers over HTTP."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from gradio_events import Visitor
 
 from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.chat_service import ChatService
+from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access, Share, ShareInfo
+from gptq_webui.ui.parameters_tab import to_values
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
@@ -25,13 +30,13 @@ def house(tmp_path_factory):
     root = tmp_path_factory.mktemp("secret-models")
     engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
     share = Share()
-    page = ui_page.build(
-        engine, Downloads(engine.library), access=Access(frozenset({"anna"})), banner="Look at /home/anna.", share=share
-    )
+    chats = ChatService(engine, ChatStore(root / "chats.sqlite3"))
+    access = Access(frozenset({"anna"}))
+    page = ui_page.build(engine, Downloads(engine.library), access=access, banner="Look at /home/anna.", share=share, chats=chats)
     users = [("anna", "a"), ("guest", "g")]
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, auth=users, **ui_page.launch_options())
     share.info = ShareInfo("https://example.gradio.live", "guest", "g")
-    yield SimpleNamespace(engine=engine, page=page, url=url, root=root)
+    yield SimpleNamespace(engine=engine, page=page, url=url, root=root, chats=chats)
     page.close()
 
 
@@ -81,3 +86,44 @@ def test_the_owner_gets_all_of_it(house):
     (load, *_more) = [index for index, each in handlers(house, ("model_tab",)) if each.fn.__name__ == "load"]
     message, _seen = call(house, "anna", "a", load, [None])
     assert message["success"]
+
+
+SECRETS = ("bank-account", "typed-and-not-sent", "my-own-rules", "half-written")
+
+
+def test_nobody_gets_a_conversation_of_another_login(house):
+    """A guest calls every handler of the Chat tab with the id of the owner's conversation, and with the owner's session."""
+    store = house.chats.store
+    id = store.create("anna", title="bank-account", system="my-own-rules", draft="typed-and-not-sent").id
+    question = store.add("anna", id, None, "user", "bank-account")
+    answer = store.add("anna", id, question, "assistant", "half-written")
+    before = (store.get("anna", id), store.path("anna", id))
+    acts = [
+        ["open", id], ["rename", id, "x"], ["pin", id, "1"], ["tags", id, "x"], ["delete", id], ["undelete", id],
+        ["export", id, "Markdown"], ["export-all"], ["version", str(answer), "-1"], ["copy", str(answer)], ["edit", str(answer)],
+        ["again", str(answer)], ["continue", str(answer)], ["branch", str(answer)], ["remove", str(question)], ["prompt"],
+    ]  # fmt: skip
+    called = set()
+    with Visitor(house.url, "guest", "g") as visitor:
+        visitor.session = "the-owners-session"
+        for index, each in handlers(house, ("chat_actions", "chat_tab")):
+            name, inputs = each.fn.__name__, len(each.inputs)
+            pressed = {house.page.blocks[block].elem_id for block, _trigger in each.targets}
+            if name == "handle":
+                given = [json.dumps(act) for act in acts] if "gw-act" in pressed else ["[]"]
+                data = [[one, id, "", "", "text", "system", "", *parameters()] for one in given]
+            elif name == "save":
+                data = [["text", str(answer), "", id, "", "", "text", "", "", *parameters()]]
+            else:
+                data = [[f"{id} x" if name == "follow" else id, ""][:inputs]]
+            for values in data:
+                _message, seen = visitor.call(index, values)
+                assert not any(secret in seen for secret in SECRETS), (name, values)
+            called |= {name, *pressed}
+    assert {"handle", "save", "opened", "follow", "gw-act", "gw-send", "gw-measure", "gw-undo", "gw-clear"} <= called
+    assert (store.get("anna", id), store.path("anna", id)) == before
+    assert all(info.id != id for info in store.listed("guest"))
+
+
+def parameters():
+    return to_values(GenerationParams())
