@@ -45,6 +45,7 @@ LONG = {
     "tests/test_cpu.py": "every kernel, compared on the same models",
     "tests/test_download.py": "every fault of a download, against one hub",
     "tests/test_load_fallback.py": "every way in which a load fails, on one engine",
+    "tests/test_ui_chats.py": "one browser and one page for every feature of the chat",
     "tests/test_ui_page.py": "one browser and one page for all of its tests",
 }
 

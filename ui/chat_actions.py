@@ -5,7 +5,6 @@ import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -14,15 +13,15 @@ from ..core.chat import Message
 from ..core.errors import GptqWebuiError
 from ..core.params import GenerationParams
 from ..engine import chat_export, chat_formats
-from ..engine.chat_context import ContextUse, context_use, prompt_pieces
+from ..engine.chat_context import context_use, prompt_pieces
 from ..engine.chat_prompt import messages_of, own_params, with_files
 from ..engine.chat_service import ChatService
 from .chat_view import ChatView, Known, owner_of
+from .context_meter import meter_html, prompt_html
 from .html_snippets import bad, quiet
 from .job_watcher import Updates
 
 _MOST_TAGS = 20
-_MOST_PROMPT = 400_000  # characters that are shown of a prompt
 
 
 @dataclass(frozen=True)
@@ -336,41 +335,6 @@ class ChatActions:
             sent = next((each.text for each in reversed(path) if each.role == "user"), None)
             if text.strip() != sent:  # it may have been sent while this was on its way
                 store.set(asked.owner, asked.id, draft=text)
-
-
-def meter_html(use: ContextUse | None) -> str:
-    """A bar and numbers; a click shows the prompt."""
-    if use is None:
-        return ""
-    if use.too_long:
-        words, kind = use.too_long, "gw-full"
-    elif use.left_out:
-        words = f"The model no longer reads the oldest {use.left_out} messages: they do not fit into its context."
-        kind = "gw-full"
-    elif use.used and use.room < 0.15 * use.limit:
-        words, kind = f"After about {use.room:,} more tokens, the oldest messages are left out.", "gw-nearly"
-    else:
-        words, kind = f"Room for about {use.room:,} more tokens before the oldest messages are left out.", ""
-    said = f'<span class="gw-meter-words">{escape(words)}</span>' if kind else ""
-    title = escape(f"{words} Press to see the prompt as the model gets it.")
-    return (
-        f'{said}<button class="gw-act gw-meter {kind}" value="prompt" title="{title}">'
-        f'<span class="gw-meter-bar"><i style="width:{use.share:.0%}"></i></span>{use.used:,} of {use.context:,} tokens</button>'
-    )
-
-
-def prompt_html(pieces: list[tuple[str, bool]]) -> str:
-    """The prompt as the model gets it; special tokens stand out."""
-    left = _MOST_PROMPT
-    parts = []
-    for text, is_special in pieces:
-        shown = escape(text[: max(0, left)])
-        left -= len(text)
-        parts.append(f'<mark title="special token">{shown}</mark>' if is_special else shown)
-    cut = f"<p>{-left:,} more characters are not shown.</p>" if left < 0 else ""
-    close = '<button class="gw-act" value="close-prompt">Close</button>'
-    head = f'<div class="gw-prompt-head"><b>The prompt as the model gets it</b>{close}</div>'
-    return f'<div class="gw-prompt">{head}<pre tabindex="0">{"".join(parts)}</pre>{cut}</div>'
 
 
 def _words(given: str) -> list[str]:

@@ -195,7 +195,7 @@ INSTALL = r"""
       gw.lost(true);
     } finally { gw.looking = false; }
   };
-  setInterval(look, 1500);
+  setInterval(look, 2000);
   document.addEventListener('visibilitychange', look);
   setTimeout(watch, 50);
 }
