@@ -33,6 +33,7 @@ LONG = {
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
+    "ui/chat_actions.py": "one handler for each button of the chat, all on one view",
     "hub/file_selection.py": "one list of rules: which files of a repository, and which kinds",
     "gptq/transformers_stepper.py": "one forward for every architecture, however it keeps its state",
     "loaders/text/tool_formats.py": "one table: how each kind of model writes a call, and how it is read",

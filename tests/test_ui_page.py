@@ -157,6 +157,7 @@ def test_clear_in_the_middle_of_an_answer_clears(visit, house):
     wait_for(tab, "#gw-chat", "word3")
     tab.click("#gw-clear")
     tab.wait_for_selector("#gw-send", state="visible")
+    tab.wait_for_function("!document.querySelector('#gw-chat').innerText.includes('word3')")
     time.sleep(1)
     assert "word3" not in tab.inner_text("#gw-chat")
     tab.reload()
