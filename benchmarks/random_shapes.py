@@ -37,11 +37,11 @@ from gptq_webui.gptq.cuda.cuda_linear import CudaLinear  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_step import CudaStep  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack  # noqa: E402
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu  # noqa: E402
-from gptq_webui.gptq.cuda.kernel_source import Unsuited  # noqa: E402
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory  # noqa: E402
 from gptq_webui.gptq.cuda.model_shape import ModelShape  # noqa: E402
 from gptq_webui.gptq.cuda.sample import packed_params, sample  # noqa: E402
 from gptq_webui.gptq.gptq_linear import GPTQLinear  # noqa: E402
+from gptq_webui.gptq.suitability import Unsuited  # noqa: E402
 
 TOLERANCE = 2e-2  # of the logits of one layer, relative; the kernels compute in fp16
 GREEDY = GenerationParams(temperature=0.0, repetition_penalty=1.0)

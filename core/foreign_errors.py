@@ -29,7 +29,8 @@ _KNOWN = tuple(
          "the GPU stopped at an error; it works again after a restart of this program"),
         (r"Torch not compiled with CUDA|no NVIDIA driver|CUDA driver version|libcuda|CUDA is not available|no CUDA GPUs",
          "no GPU can be used: the driver is missing, or this torch was built without GPUs"),
-        (r"ignore_mismatched_sizes|size mismatch for|shape '?\[.*is invalid for input|shapes? .*(?:do not|don't|cannot) .*match",
+        (r"ignore_mismatched_sizes|size mismatch for|shape '?\[.*is invalid for input|shapes? .*(?:do not|don't|cannot) .*match"
+         r"|broadcast a dimension|must match the size of tensor",
          "tensors in its files have other shapes than config.json says; one of them belongs to another model"),
         (r"Unrecognized configuration class", "the type of model that config.json names writes no text"),
         (r"Unrecognized model in|does not recognize this architecture|should have a .?model_type",
@@ -66,6 +67,7 @@ _CODE = re.compile(
     r"<class|<function|<bound method| object at 0x|NoneType|has no attribute|not subscriptable|not callable|not iterable"
     r"|positional argument|keyword argument|unsupported operand|unhashable|argument of type|referenced before assignment"
     r"|is not defined|\b(?:List|Union|Dict|Optional)\[|\bself\.|__\w+__"
+    r"|has no setter|\b[A-Z]\w*Config\b"
     r"|takes (?:\d+|at|from|no|exactly) |missing \d+ required|local variable"
 )
 _CLASS = re.compile(r"\b(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Warning|Panic|Interrupt)\b:?\s*")
@@ -92,9 +94,9 @@ def in_words(error: BaseException) -> str:
     for kind, words in _OF_CODE.items():
         if isinstance(error, kind):
             return words
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and not (error.args and " " in str(error.args[0]).strip()):
         return f"{printable(str(error.args[0]))[:80]!r} is missing" if error.args else _SILENT
-    return _first_line(text)
+    return _first_line(str(error.args[0]) if isinstance(error, KeyError) else text)
 
 
 def trace(error: BaseException) -> str:

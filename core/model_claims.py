@@ -4,21 +4,20 @@ A library that builds a model from such numbers believes them: 3 heads on 2 key 
 exhausted memory. Each contradiction is a sentence here, before anything is built.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .config_numbers import HEADS, HIDDEN, first, is_number, shown
 from .folder_files import printable
 from .packed_layout import Tensors
+from .rope_claims import rope_problems
 
 _CURE = "Correct config.json, or download the model again."
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_HIDDEN = ("hidden_size", "n_embd", "d_model")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 _MOST = {  # far beyond every model there is; a larger number is damage
-    **dict.fromkeys(_LAYERS, 10_000), **dict.fromkeys(_HEADS, 1 << 16), **dict.fromkeys(_HIDDEN, 1 << 20),
+    **dict.fromkeys(_LAYERS, 10_000), **dict.fromkeys(HEADS, 1 << 16), **dict.fromkeys(HIDDEN, 1 << 20),
     **dict.fromkeys(_CONTEXT, 1 << 31), "num_key_value_heads": 1 << 16, "head_dim": 1 << 14, "vocab_size": 1 << 24,
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
@@ -32,7 +31,7 @@ def problem_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     """The first contradiction as a sentence; "" if there is none. `tensors` may be empty: then only config.json is judged."""
     inner = config.get("text_config")
     numbers = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    for check in (_absurd, _heads, _rope):
+    for check in (_absurd, _heads, rope_problems):
         if found := next(check(numbers), ""):
             return f"{found}. {_CURE}"
     return next(_files(numbers, tensors), "")
@@ -61,94 +60,39 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
         if value is None or isinstance(value, list):  # a list: one number for each layer
             continue
         if not isinstance(value, int) or isinstance(value, bool):
-            yield f"config.json says {name} {_shown(value)}; a whole number was expected"
+            yield f"config.json says {name} {shown(value)}; a whole number was expected"
         elif not 0 < value <= most:
-            yield f"config.json says {name} {_shown(value)}; a number from 1 to {most} was expected"
+            yield f"config.json says {name} {shown(value)}; a number from 1 to {most} was expected"
     for name in _EPSILONS:
         value = config.get(name)
-        if value is not None and not (_is_number(value) and 0 <= value < 1):
-            yield f"config.json says {name} {_shown(value)}; a small positive number such as 1e-6 was expected"
+        if value is not None and not (is_number(value) and 0 <= value < 1):
+            yield f"config.json says {name} {shown(value)}; a small positive number such as 1e-6 was expected"
     window = config.get("sliding_window")
     positive = isinstance(window, int) and not isinstance(window, bool) and window > 0
     if window is not None and config.get("use_sliding_window") is not False and not positive:
-        yield f"config.json says sliding_window {_shown(window)}; a positive number of tokens or null was expected"
+        yield f"config.json says sliding_window {shown(window)}; a positive number of tokens or null was expected"
 
 
 def _heads(config: Mapping[str, Any]) -> Iterator[str]:
-    heads, keys = _first(config, _HEADS), config.get("num_key_value_heads")
+    heads, keys = first(config, HEADS), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
         yield (
             f"config.json says {heads} attention heads (num_attention_heads) that share {keys} key heads "
             "(num_key_value_heads); each key head must serve a whole number of heads"
         )
-    hidden = _first(config, _HIDDEN)
+    hidden = first(config, HIDDEN)
     named = any("head_dim" in name and value is not None for name, value in config.items())
     if isinstance(heads, int) and isinstance(hidden, int) and not named and hidden % heads:
         yield f"config.json says a hidden size of {hidden} for {heads} heads and no head_dim; the heads cannot divide it evenly"
 
 
-def _rope(config: Mapping[str, Any]) -> Iterator[str]:
-    head_dim = _head_dim(config)
-    for each in (config, *_rope_settings(config)):
-        for name in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"):
-            share = each.get(name)
-            if share is None:
-                continue
-            if not _is_number(share) or not 0 < share <= 1:
-                yield f"config.json says {name} {_shown(share)}: the share of a head that is rotated is at most 1 and more than 0"
-            elif head_dim and "qk_rope_head_dim" not in config and int(head_dim * share) % 2:
-                yield (
-                    f"config.json says {name} {_shown(share)} with heads of {head_dim} numbers: {int(head_dim * share)} of them "
-                    "would be rotated, which must be an even number"
-                )
-            elif head_dim and int(head_dim * share) < 2:
-                yield f"config.json says {name} {_shown(share)} with heads of {head_dim} numbers: none of them would be rotated"
-        for name in ("rope_theta", "original_max_position_embeddings", *(() if each is config else ("factor",))):
-            value = each.get(name)
-            if value is not None and not isinstance(value, (list, Mapping)) and not (_is_number(value) and value > 0):
-                yield f"config.json says {name} {_shown(value)} for the rotary positions; a positive number was expected"
-    rotary = config.get("rotary_dim")
-    if isinstance(rotary, int) and head_dim and not (0 < rotary <= head_dim and rotary % 2 == 0):
-        yield f"config.json says rotary_dim {rotary} for heads of {head_dim}; an even number, at most that, was expected"
-
-
-def _rope_settings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for name in ("rope_scaling", "rope_parameters"):
-        given = config.get(name)
-        if isinstance(given, Mapping):
-            yield given
-            yield from (each for each in given.values() if isinstance(each, Mapping))  # one for each kind of layer
-
-
 def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     if not tensors:
         return
-    layers = _first(config, _LAYERS)
+    layers = first(config, _LAYERS)
     found = max((int(number) for name in tensors for number in _LAYER.findall(name) if len(number) < 6), default=-1) + 1
     if isinstance(layers, int) and found and layers > found:
         yield f"config.json says {layers} layers, the files hold {found}. {_CURE}"
     rows, vocabulary = embedding_rows(tensors), config.get("vocab_size")
     if rows and isinstance(vocabulary, int) and vocabulary not in rows and "padded_vocab_size" not in config:
         yield f"config.json says vocab_size {vocabulary}, the embedding in the files has {rows[0]} rows. {_CURE}"
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    """Numbers of a head; 0 if config.json does not tell."""
-    given = config.get("head_dim")
-    if isinstance(given, int):
-        return given
-    heads, hidden = _first(config, _HEADS), _first(config, _HIDDEN)
-    return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else 0
-
-
-def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((config[name] for name in names if config.get(name) is not None), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    text = printable(repr(value))
-    return text if len(text) <= 40 else text[:39] + "…"

@@ -119,8 +119,9 @@ class QuantizeConfig:
         except BadQuantizeConfig as error:
             if not tensors:
                 raise
-            notes.append(f"read from the tensors: {error}")
-            config, is_guess = cls(bits=4), True
+            notes.append(f"read from the tensors: {str(error).rstrip('.')}")
+            good = {key: value for key, value in merged.items() if key not in ("bits", "w_bit", "group_size")}
+            config, is_guess = cls.from_json({**good, "bits": 4, "group_size": -1}), True
         if tensors:
             config = _check(config, tensors, notes, is_guess)
         return dataclasses.replace(config, notes=tuple(notes))
@@ -163,13 +164,11 @@ def _check(
     names = [name for name in packed_names(tensors) if all(f"{name}.{part}" in tensors for part in PARTS)]
     if not names:
         return config
-    layouts = {name: layout_of(name, tensors, config.bits, config.pack_dtype) for name in names}
+    bits, layouts = _most_alike(names, tensors, config)
     seen_bits = sorted({each.bits for each in layouts.values()})
-    if config.bits not in seen_bits:
-        if not is_guess:
-            notes.append(f"the settings say {config.bits} bits, the tensors have {' and '.join(map(str, seen_bits))}")
-        counted = [each.bits for each in layouts.values()]
-        config = dataclasses.replace(config, bits=max(seen_bits, key=counted.count))
+    if config.bits not in seen_bits and not is_guess:
+        notes.append(f"the settings say {config.bits} bits, the tensors have {' and '.join(map(str, seen_bits))}")
+    config = dataclasses.replace(config, bits=bits)
     config = dataclasses.replace(config, mixed_bits=tuple(seen_bits) if len(seen_bits) > 1 else ())
     word_bits = layouts[names[0]].word_bits
     config = dataclasses.replace(config, pack_dtype=None if word_bits == 32 else f"int{word_bits}")
@@ -187,6 +186,21 @@ def _check(
             config = dataclasses.replace(config, desc_act=True)
     firsts = [next(name for name in names if layouts[name].bits == bits) for bits in seen_bits]
     return _check_zeros(config, [(layouts[name], *tensors[f"{name}.qzeros"]) for name in firsts], notes)
+
+
+def _most_alike(
+    names: list[str], tensors: Mapping[str, tuple[Path, TensorInfo]], config: QuantizeConfig
+) -> tuple[int, dict[str, Layout]]:
+    """(bits, layouts): a small layer may fit several bits; then it has those that most layers can have."""
+
+    def read_as(bits: int) -> dict[str, Layout]:
+        return {name: layout_of(name, tensors, bits, config.pack_dtype) for name in names}
+
+    found = read_as(config.bits)
+    if all(each.bits == config.bits for each in found.values()):
+        return config.bits, found
+    every = {config.bits: found} | {bits: read_as(bits) for bits in BITS if bits != config.bits}
+    return max(every.items(), key=lambda each: sum(layout.bits == each[0] for layout in each[1].values()))
 
 
 def _check_zeros(config: QuantizeConfig, stored: list[tuple[Layout, Path, TensorInfo]], notes: list[str]) -> QuantizeConfig:

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..core.config_numbers import shown
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
+from ..core.folder_files import read_json
 from ..core.foreign_errors import in_words
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
@@ -102,8 +105,8 @@ def load(
             )
     except GptqWebuiError:
         raise
-    except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        if "out of memory" in str(error).lower():
+    except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise
         raise BadCheckpoint(
             f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
@@ -120,19 +123,50 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
         with readable(model.folder, without_bom(model.folder)) as folder:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         config.name_or_path = str(model.folder)
-        return config
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+    except Exception as error:  # transformers 5 checks the types of a config, with errors of no common class
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise BadCheckpoint(
                 f"{model.name} brings its own program code for its architecture ({model.architecture or 'unnamed'}), "
                 "and the installed transformers does not know it. Code out of model folders is not run, unless you turn on "
                 "trust_remote_code for this model."
             ) from None
+        raise BadCheckpoint(_bad_config(model, error)) from None
+    if unknown := _unknown_rope(config):
         raise BadCheckpoint(
+            f"config.json of {model.name} names the kind of rotary positions {unknown}, which the installed transformers does "
+            "not know. Update transformers, or choose another model."
+        )
+    return config
+
+
+def _bad_config(model: LocalModel, error: BaseException) -> str:
+    """Why transformers makes no config of config.json, as a sentence."""
+    values = read_json(model.folder / "config.json")
+    known = values.get("model_type")
+    if not isinstance(known, str) or known not in CONFIG_MAPPING:
+        return (
             f"The installed transformers does not know the architecture of {model.name} "
             f"({model.architecture or 'not named in config.json'}): {in_words(error)}. "
             "Update transformers, or choose another model."
-        ) from None
+        )
+    if field := re.search(r"field '(\w+)'", str(error)):
+        said = f"says {field[1]} {shown(values.get(field[1]))}, which is of another type than transformers expects"
+    else:
+        said = f"describes no model that transformers can make: {in_words(error.__cause__ or error)}"
+    return f"config.json of {model.name} {said}. Correct config.json, or download the model again."
+
+
+def _unknown_rope(config: Any) -> str:
+    """The kind of rotary positions that transformers does not have; "" if it has it."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(text, name, None)
+        groups = [given, *given.values()] if isinstance(given, Mapping) else []
+        for each in groups:
+            kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
+            if kind is not None and kind not in (*ROPE_INIT_FUNCTIONS, "default", "su", "mrope"):
+                return shown(kind)
+    return ""
 
 
 def _caps_scores(config: Any) -> bool:
@@ -153,13 +187,14 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
     errors = [*_keys(info, "error_msgs"), *_keys(info, "conversion_errors")]
     if missing:
         raise BadCheckpoint(
-            f"The files of {model.name} lack {plural(len(missing), 'tensor')} that {model.architecture or 'the model'} needs, "
+            f"The files of {model.name} lack {plural(len(missing), 'tensor')} that its config.json asks for, "
             f"{missing[0]} first. Nothing was loaded; download the model again."
         )
     if unexpected:
         raise BadCheckpoint(
-            f"The files of {model.name} hold {plural(len(unexpected), 'tensor')} that {model.architecture or 'the model'} "
-            f"has no place for, {unexpected[0]} first. Nothing was loaded: the files are damaged or of another architecture."
+            f"The files of {model.name} hold {plural(len(unexpected), 'tensor')} that the model of its "
+            f"config.json has no place for, {unexpected[0]} first. Nothing was loaded: the files are damaged or of another "
+            "architecture."
         )
     if mismatched or errors:
         raise BadCheckpoint(

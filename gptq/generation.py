@@ -70,9 +70,9 @@ def _events(
     rules: TokenRules,
 ) -> Generator[Step | Finish | None, None, None]:
     room = min(params.max_new_tokens, context_tokens - len(ids))
-    memory, cached = prefix.take(ids)
+    memory, cached = prefix.take(ids, stepper.angles_of(len(ids)))
     if memory is None:
-        memory = stepper.begin()
+        memory = stepper.begin_text(len(ids))
     seen = list(ids)
     reason, end = "length", None
     try:

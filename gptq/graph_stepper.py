@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .static_cache import FIRST_CAPACITY, NotStatic, StaticRoom
 from .stepper import Memory, Stepper
+from .token_ids import require_known
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
 log = logging.getLogger(__name__)
@@ -68,16 +69,20 @@ class GraphStepper(Stepper):
         self._model = model
         self._context_tokens = context_tokens
         self._recorder = recorder
-        self.device = self._prompts.device
+        self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
         self.chunk_tokens = self._prompts.chunk_tokens
         self._room: StaticRoom | None = None
         self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._logits: Tensor | None = None
-        self.why = ""  # no graph is used, for this reason
+        # no graph is used, for this reason
+        self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
 
     def begin(self) -> TransformersMemory:
         return self._prompts.begin()
+
+    def angles_of(self, tokens: int) -> int:
+        return self._prompts.angles_of(tokens)
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         logits = self._prompts.prefill(memory, ids)
@@ -92,6 +97,7 @@ class GraphStepper(Stepper):
 
     def step(self, memory: Memory, id: int) -> Tensor:
         assert isinstance(memory, TransformersMemory)
+        require_known((id,), self.embedding_rows)
         if self.why or memory.length == 0:
             return self._prompts.step(memory, id)
         try:

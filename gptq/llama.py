@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gptq_linear import GPTQLinear
+from .rope_length import kind_of, tables
 
 _FAMILY = {"llama", "mistral", "qwen2", "qwen3", "phi3"}  # config.model_type; Yi and most finetunes say llama or mistral
-_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # the angles of a position do not depend on the prompt's length
+_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # the angles of a position do not depend on the text's length
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,22 @@ class LlamaParts:
         return self.embedding.device
 
     @property
+    def length_dependent(self) -> bool:
+        """Whether the angles of a position depend on the length of the text."""
+        return bool(kind_of(self.rotary))
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, H], of a head that is an nn.Linear."""
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         return weight
 
-    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of every position, fp32 [positions, rotary_dim/2], with the model's own scaling."""
-        at = torch.arange(positions, device=self.device)[None]
-        like = torch.zeros(1, dtype=torch.float32, device=self.device)
-        cos, sin = self.rotary(like, at)  # [1, positions, rotary_dim]: the second half repeats the first
-        half = self.rotary_dim // 2
-        return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+    def angles(self, positions: int, *, start: int = 0, of_set: int = 0) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions from `start`, fp32 [positions, rotary_dim/2], with the model's own scaling.
+
+        `of_set`: the set of angles, where they depend on the length of the text (rope_length.py).
+        """
+        return tables(self.rotary, start, positions, of_set, self.rotary_dim // 2, self.device)
 
     def linears(self) -> Iterator[nn.Module]:
         """Every linear layer but the head."""
@@ -74,7 +78,7 @@ def is_of_family(config: Mapping[str, Any]) -> bool:
 
 
 def parts_of(hf: Any) -> LlamaParts | None:
-    """The parts of a transformers causal LM, None if it is not of the family or lies on several devices."""
+    """The parts of a transformers causal LM, None if it is not of the family. suitability.py compares them with each other."""
     config = hf.config
     if config.model_type not in _FAMILY or getattr(config, "hidden_act", "silu") != "silu":
         return None
@@ -98,12 +102,7 @@ def parts_of(hf: Any) -> LlamaParts | None:
         )
     except AttributeError:
         return None  # a class of the family with other modules: a variant that is not supported here
-    if getattr(rotary, "rope_type", "default") not in _FIXED_ROPES:
-        return None
-    if any(p.device != parts.device or p.is_meta for p in hf.parameters()):
-        return None
-    known = (GPTQLinear, nn.Linear)
-    if not all(isinstance(each, known) for each in (*parts.linears(), parts.head)):
+    if getattr(rotary, "rope_type", "default") not in _FIXED_ROPES and not kind_of(rotary):
         return None
     return parts
 

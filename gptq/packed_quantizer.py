@@ -111,8 +111,8 @@ class PackedQuantizer(HfQuantizer):
                 shape = expert_shape(modules[expert_owner], place)
             else:
                 raise BadCheckpoint(
-                    f"The files hold packed weights for {name}, which a {type(model).__name__} does not have. "
-                    "They were made for another architecture, or the files are damaged."
+                    f"The files hold packed weights for {name}, which the model of its config.json does not have. "
+                    "They were made for another architecture, or the files are damaged: download the model again."
                 )
             if shape != (layer.in_features, layer.out_features):
                 raise BadCheckpoint(
@@ -204,7 +204,10 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
     """(in_features, out_features) of a Linear or Conv1D."""
     weight = getattr(linear, "weight", None)
     if weight is None or weight.dim() != 2:
-        raise BadCheckpoint(f"The files hold packed weights for {name}, which is a {type(linear).__name__} in this architecture.")
+        raise BadCheckpoint(
+            f"The files hold packed weights for {name}, which is no linear layer in this architecture. "
+            "They were made for another one; download the model again."
+        )
     rows, columns = weight.shape
     return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
 

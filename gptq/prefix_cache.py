@@ -25,8 +25,10 @@ class PrefixCache:
         self._conversations, self._size_bytes = conversations, size_bytes
         self._kept: list[_Kept] = []  # in order of use, the newest last
 
-    def take(self, ids: Sequence[int]) -> tuple[Memory | None, int]:
+    def take(self, ids: Sequence[int], angles: int = 0) -> tuple[Memory | None, int]:
         """(memory, how many of `ids` it holds); (None, 0) if none begins alike. At least one id is left to compute.
+
+        `angles`: the set of rotary angles of `ids` (rope_length.py); keys of another set are of no use to them.
 
         The memory belongs to the caller until `keep` returns it: an answer that fails leaves none. A
         conversation that shares less than half of itself (another chat with the same system prompt)
@@ -34,7 +36,7 @@ class PrefixCache:
         """
         best, same = None, 0
         for kept in reversed(self._kept):
-            found = _common(kept.ids, ids[:-1])
+            found = min(_common(kept.ids, ids[:-1]), kept.memory.rotated_with(angles))
             if found > same:
                 best, same = kept, found
         if best is None:
@@ -42,9 +44,13 @@ class PrefixCache:
         if 2 * same < len(best.ids) and self._conversations > 1:
             memory = best.memory.fork(same)
             if memory is not None:
+                memory.angles, memory.read = angles, best.memory.read[:same]
                 return memory, same
         self._kept.remove(best)
-        return (best.memory, same) if best.memory.cut(same) else (None, 0)
+        if not best.memory.cut(same):
+            return None, 0
+        best.memory.angles, best.memory.one_set = angles, None
+        return best.memory, same
 
     def keep(self, ids: Sequence[int], memory: Memory) -> None:
         """`ids` are those whose keys and values are in `memory`, in order."""

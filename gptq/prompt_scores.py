@@ -26,7 +26,7 @@ def score(
 
     In a memory of its own: nothing is taken from earlier conversations, whose logits are not kept.
     """
-    memory, at, before = stepper.begin(), 0, None
+    memory, at, before = stepper.begin_text(len(ids)), 0, None
     yield Step(ids[0])
     while at < len(ids) and not cancel.is_set():
         with torch.inference_mode():
@@ -58,7 +58,7 @@ def _steps(found: Tensor, ids: Sequence[int], top: int) -> list[Step]:
 
 def embed(stepper: Stepper, ids: Sequence[int], pooling: str, cancel: threading.Event) -> list[float]:
     """The last hidden states of a text as one vector of length 1: their mean, or that of the last token (`pooling` last)."""
-    memory, total, last = stepper.begin(), None, None
+    memory, total, last = stepper.begin_text(len(ids)), None, None
     for at in range(0, len(ids), stepper.chunk_tokens):
         if cancel.is_set():
             break

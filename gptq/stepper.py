@@ -22,6 +22,12 @@ from .token_rules import NO_RULES, TokenRules
 class Memory(ABC):
     """Keys and values of the tokens of one conversation."""
 
+    angles = 0  # the set of rotary angles that its last keys were rotated with (rope_length.py)
+    one_set: tuple[int, int] | None = None  # (a set, how many of the first keys have it), where later ones have others
+
+    def __init__(self) -> None:
+        self.read: list[int] = []  # its ids, where the set may change and they must be read again
+
     @property
     @abstractmethod
     def length(self) -> int:
@@ -39,18 +45,40 @@ class Memory(ABC):
     def fork(self, length: int) -> "Memory | None":
         """A second memory that begins with the first `length` tokens of this one, which stays as it is; or None."""
 
+    def restart(self) -> None:
+        """Forget everything."""
+        self.cut(0)
+
+    def rotated_with(self, angles: int) -> int:
+        """How many of the first tokens have keys of this set of rotary angles."""
+        own, count = self.one_set or (self.angles, self.length)
+        return count if own == angles else 0
+
 
 class Stepper(ABC):
     """Computes logits. Everything runs on one thread, in torch's inference mode, which the caller sets."""
 
     kernel: ClassVar[str]
     device: torch.device
+    embedding_rows: int | None = (
+        None  # ids from 0 to this can be computed; every method that computes raises BadParameter for others
+    )
     parallel: int = 1  # answers that may be sampled in turns
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod
     def begin(self) -> Memory:
         """An empty memory."""
+
+    def begin_text(self, tokens: int) -> Memory:
+        """An empty memory for a text of so many tokens, which may be read in pieces."""
+        memory = self.begin()
+        memory.angles = self.angles_of(tokens)
+        return memory
+
+    def angles_of(self, tokens: int) -> int:
+        """The set of rotary angles of a text of so many tokens; 0 where it does not depend on the length."""
+        return 0
 
     @abstractmethod
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from .cpu import numba_compiler
 from .experts import PackedExperts
 from .llama import parts_of
 from .stepper import Stepper
+from .suitability import Unsuited, require_sound
 from .transformers_stepper import TransformersStepper
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,11 @@ def stepper_for(
 ) -> tuple[Stepper, str]:
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
-    May take over the memory of the model's packed layers. `cache_type` ("fp16", "q8") and `slots` (answers at once)
+    Raises BadCheckpoint for packed layers that are not what they claim. May take over the memory of packed layers.
+    `cache_type` ("fp16", "q8") and `slots` (answers at once)
     are for the step on a GPU; the others compute one answer at a time and keep the conversation as they compute it.
     """
+    require_sound(hf)
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
         stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt)
@@ -58,7 +61,6 @@ def _on_gpu(
 ) -> tuple[Stepper, str]:
     from .cuda.cuda_linear import replace_layers
     from .cuda.cuda_stepper import CudaStepper
-    from .cuda.kernel_source import Unsuited
 
     try:
         parts = parts_of(hf)
@@ -113,17 +115,21 @@ def _on_processor(hf: Any, context_tokens: int, adapt: Callable[[], object] | No
         return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
     try:
         from .cpu.cpu_linear import replace_layers
-        from .cpu.cpu_step import CpuStepper, compiles, refusal
+        from .cpu.cpu_step import CpuStepper, compiles
 
         compiles()
     except Exception:
         log.exception("compiling for this processor failed")
         return _plain(hf, "The fast way to compute could not be compiled on this machine; answers take longer.", adapt)
-    parts = parts_of(hf)
-    why = "this architecture has no step of its own" if parts is None else refusal(parts)
-    why = _ADAPTED if adapt is not None else why
-    if parts is not None and not why:
+    try:
+        parts = parts_of(hf)
+        if adapt is not None:
+            raise Unsuited(_ADAPTED)
+        if parts is None:
+            raise Unsuited("this architecture has no step of its own")
         return CpuStepper(parts, context_tokens, torch.get_num_threads()), ""
+    except Unsuited as error:
+        why = str(error)
     log.info("the compiled step for processors is not used: %s", why)
     replace_layers(hf, torch.get_num_threads())
     return _plain(hf, f"Computed layer by layer, not in one step: {why}." if adapt is not None else "", adapt)

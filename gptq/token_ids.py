@@ -1,6 +1,12 @@
-"""Token ids that config.json names and the embedding has no row for: "[PAD]" of 2023's models, one past the last row."""
+"""Token ids that the embedding has no row for: "[PAD]" of 2023's models, one past the last row; ids of a request.
 
+On a processor, computing one is an IndexError or worse; on a GPU, every later answer of the process fails.
+"""
+
+from collections.abc import Sequence
 from typing import Any
+
+from ..core.errors import BadParameter
 
 _NAMES = {"pad_token_id": "padding", "bos_token_id": "beginning", "eos_token_id": "end"}
 
@@ -26,3 +32,14 @@ def drop_unknown_ids(config: Any) -> tuple[str, ...]:
             setattr(each, name, kept if isinstance(given, list) and kept else None)
             notes.append(f"config.json names token {wrong} as {what} ({name}); the model has 0 to {rows - 1}, so it was ignored.")
     return tuple(dict.fromkeys(notes))
+
+
+def require_known(ids: Sequence[int], rows: int | None) -> None:
+    """Raises BadParameter for an id outside 0 to rows - 1; `rows` None: the engine checks them itself."""
+    if rows is None or not len(ids) or (min(ids) >= 0 and max(ids) < rows):
+        return
+    wrong = next(id for id in ids if not 0 <= id < rows)
+    raise BadParameter(
+        f"The prompt has token {wrong}; the model's tokens are 0 to {rows - 1}. The tokenizer in its folder knows "
+        "tokens that the model was not made with, such as [PAD]: leave them out."
+    )

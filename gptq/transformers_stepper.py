@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .rope_length import RopeLength
 from .stepper import Memory, Stepper
+from .token_ids import require_known
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class TransformersMemory(Memory):
     """A cache of transformers and how many tokens it holds. `config`: of the model (its text part)."""
 
     def __init__(self, config: Any) -> None:
+        super().__init__()
         self._config = config
         self._cache: Any = new_cache(config)
         self._length = 0
@@ -153,6 +156,12 @@ class TransformersMemory(Memory):
         other._length = length
         return other
 
+    def restart(self) -> None:
+        if self.elsewhere is not None:
+            self.elsewhere.leave()
+        self._cache, self._length = new_cache(self._config), 0
+        self.ids.clear()
+
     def _can_hold(self, length: int) -> bool:
         """Whether every layer is keys and values of at least that many tokens, or holds nothing."""
         if type(self.cache).__name__ != "DynamicCache":  # of a class of the model's own: not known what it holds
@@ -180,7 +189,8 @@ class TransformersStepper(Stepper):
 
     def __init__(self, model: Any) -> None:
         self._model = model  # a transformers causal LM in eval mode
-        self.device = model.get_input_embeddings().weight.device
+        embedding = model.get_input_embeddings().weight
+        self.device, self.embedding_rows = embedding.device, embedding.shape[0]
         config = model.config
         self._config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         taken = inspect.signature(model.forward).parameters
@@ -191,6 +201,8 @@ class TransformersStepper(Stepper):
         self._own_cache = own is not None and not own()  # of a class that only the model's own forward makes
         if self.device.type == "cuda":
             self.chunk_tokens = GPU_CHUNK_TOKENS
+        self._rope = RopeLength(model)
+        self._rope.wrap()
         self._in_pieces = True  # several tokens can be put through at once after others
         if (
             self._own_cache
@@ -231,7 +243,21 @@ class TransformersStepper(Stepper):
     def begin(self) -> TransformersMemory:
         return TransformersMemory(self._config)
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether the model's rotary angles depend on the length of the text."""
+        return bool(self._rope.kind)
+
+    def angles_of(self, tokens: int) -> int:
+        return self._rope.of(tokens)
+
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        require_known(ids, self.embedding_rows)
+        ids = self._rope.ready(memory, ids)
+        with self._rope.using(memory.angles):
+            return self._prefill(memory, ids)
+
+    def _prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         assert isinstance(memory, TransformersMemory)
         if self._own_cache and memory.length == 0:
             memory.cache = None
@@ -269,6 +295,12 @@ class TransformersStepper(Stepper):
 
     def _each(self, memory: Memory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         """The model's output for ids that follow those in memory, and where it must be for the earlier ones too."""
+        require_known(ids, self.embedding_rows)
+        ids = self._rope.ready(memory, ids)
+        with self._rope.using(memory.angles):
+            return self._each_with(memory, ids, keep, **more)
+
+    def _each_with(self, memory: Memory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         assert isinstance(memory, TransformersMemory)
         if self._keeps_cache and (self._in_pieces or memory.length == 0):
             if not self._in_pieces:
@@ -277,13 +309,13 @@ class TransformersStepper(Stepper):
         memory.ids += ids
         memory.grown(len(ids))
         kept = {"logits_to_keep": keep} if self._keeps_some else {}
-        return self._model(input_ids=torch.tensor([list(memory.ids)], device=self.device), **kept, **more)
+        return self._model(input_ids=self._input(memory.ids), **kept, **more)
 
     def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
         if self._keeps_some:
             given["logits_to_keep"] = keep
-        output = self._model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **given)
+        output = self._model(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
             if memory.cache is None:  # the model keeps what it has read under another name, or not at all
@@ -292,12 +324,16 @@ class TransformersStepper(Stepper):
         memory.grown(len(ids))
         return output
 
+    def _input(self, ids: Sequence[int]) -> Tensor:
+        """[1, T] on the model's device."""
+        return torch.tensor([list(ids)], device=self.device)
+
     def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
         logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
         return logits
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._model(input_ids=torch.tensor([list(ids)], device=self.device)).logits[:, -1, :]
+        logits: Tensor = self._model(input_ids=self._input(ids)).logits[:, -1, :]
         return logits
 
     def close(self) -> None:

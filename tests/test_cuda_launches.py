@@ -13,12 +13,12 @@ from gptq_webui.gptq.cuda import batch_step, cuda_step, gemv, small_batch
 from gptq_webui.gptq.cuda.attention import AttentionWork, attend
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
-from gptq_webui.gptq.cuda.kernel_source import Unsuited
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 from gptq_webui.gptq.cuda.model_shape import ModelShape
 from gptq_webui.gptq.cuda.row_kernels import head_threads
 from gptq_webui.gptq.cuda.sample import sample
 from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.suitability import Unsuited
 
 _spec = importlib.util.spec_from_file_location("random_models", Path(__file__).parents[1] / "benchmarks" / "random_models.py")
 random_models = importlib.util.module_from_spec(_spec)

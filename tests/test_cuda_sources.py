@@ -11,9 +11,10 @@ import torch
 from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, small_batch
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
-from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat, Packing, Unsuited, groups_of
+from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat, Packing, groups_of
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
 from gptq_webui.gptq.cuda.row_kernels import head_threads
+from gptq_webui.gptq.suitability import Unsuited
 
 FOLDER = Path(kernel_source.__file__).parent
 FAMILIES = {"Turing": (7, 5), "Ampere": (8, 0), "Ampere (RTX 30)": (8, 6), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}

@@ -10,6 +10,7 @@ _GROW_TOKENS = 256
 
 class CpuMemory(Memory):
     def __init__(self, layers: int, kv_heads: int, head_dim: int, context_tokens: int) -> None:
+        super().__init__()
         self._shape = (layers, kv_heads, head_dim)
         self._context_tokens = context_tokens
         self._length = 0

@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import BadParameter
 from ..gptq_linear import GPTQLinear
 from ..llama import LlamaParts, parts_of
+from ..rope_length import RopeLength, border_of
 from ..stepper import Memory, Stepper
+from ..suitability import Limits, Shape, shape_of
+from ..token_ids import require_known
 from . import cpu_kernels as k
 from . import forward_arguments as f
 from .cpu_linear import CpuLinear
@@ -22,15 +26,10 @@ from .thread_team import Team
 from .weight_table import tables_of
 
 CHUNK_TOKENS = 256  # of a prompt at once
+_ANY = -1  # in the place of a set of angles: a table of which some rows are filled for each forward
 
 
-def refusal(parts: LlamaParts) -> str:
-    """Why this stepper cannot compute the model; empty if it can."""
-    if parts.device.type != "cpu":
-        return "it is not on the CPU"
-    if parts.head_dim % 16:
-        return f"its heads are {parts.head_dim} numbers wide, which 16 does not divide"
-    return ""
+LIMITS = Limits(head_dim_step=16, length_dependent=True)
 
 
 def compiles() -> None:
@@ -71,15 +70,19 @@ class CpuStepper(Stepper):
     chunk_tokens = CHUNK_TOKENS
 
     def __init__(self, parts: LlamaParts, context_tokens: int, threads: int) -> None:
+        """Raises Unsuited, and then leaves the model as it was."""
+        self._shape = shape_of(parts, LIMITS)
+        self.embedding_rows = self._shape.embedding_rows
         self.device = torch.device("cpu")
         self.team = Team(threads)
         self._context_tokens = context_tokens
+        self._parts_angles = parts.angles
+        self._rope = RopeLength(parts.rotary)
         self._embedding = parts.embedding.detach()
         self._head, self._norm, self._eps = parts.head, parts.norm.detach().float(), parts.eps
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
-        self._shape = (len(parts.layers), parts.kv_heads, parts.head_dim)
         self.weights: list[Weights] = []
-        self._model = self._take_in(parts, context_tokens)
+        self._model = self._take_in(parts, self._shape, context_tokens)
         head = self.weights[self._model["head_row"]]
         self._head_size = head.outputs
         self._logits = np.zeros((1 + self.team.size, max(head.tiles * 16, self._model["hidden_width"])), np.float32)
@@ -90,7 +93,7 @@ class CpuStepper(Stepper):
 
         self.prefill(self.begin(), [0])  # compiles what is not compiled, before the first answer waits for it
 
-    def _take_in(self, parts: LlamaParts, context_tokens: int) -> dict[str, Any]:
+    def _take_in(self, parts: LlamaParts, shape: Shape, context_tokens: int) -> dict[str, Any]:
         """Build the kernels' weights from the model's modules. Returns the fields of FORWARD that describe the model."""
         buffers: list[tuple[int, int]] = []
         layers = []
@@ -103,32 +106,36 @@ class CpuStepper(Stepper):
         self._rounded_buffers = 1 + max(buffer for buffer, _rounded_before in buffers)
         first = layers[0]
         fused_qkv, fused_gate_up = first[f.K] < 0, first[f.UP] < 0
-        q_width, kv_width = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
-        hidden, inner = _up(self._embedding.shape[1]), self.weights[first[f.DOWN]].inputs
+        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        hidden, inner = _up(shape.hidden), shape.inner
         columns = np.zeros((4, 3), np.int64)
         columns[f.QKV_PRODUCT, 1] = q_width if fused_qkv else self.weights[first[f.Q]].tiles * 16
         columns[f.QKV_PRODUCT, 2] = columns[f.QKV_PRODUCT, 1] + (kv_width if fused_qkv else self.weights[first[f.K]].tiles * 16)
         columns[f.GATE_UP_PRODUCT, 1] = inner if fused_gate_up else self.weights[first[f.GATE]].tiles * 16
         qk_norms = [each for layer in parts.layers for each in (layer.q_norm, layer.k_norm) if each is not None]
-        cos, sin = parts.angles(-(-context_tokens // 16) * 16)
+        self._positions = _up(context_tokens)
+        # longer texts than the first set of angles is for have others, which `_turn` puts in their place
+        first_set = min(self._positions, border_of(parts.rotary)) if self._rope.kind else self._positions
+        cos, sin = (_lengthened(each, self._positions) for each in parts.angles(first_set))
+        self._angles: dict[int, tuple[np.ndarray, ...]] = {0: (cos, sin)}
         return {
             "layer_count": len(layers),
-            "heads": parts.heads,
-            "kv_heads": parts.kv_heads,
-            "head_dim": parts.head_dim,
-            "half_rotary": parts.rotary_dim // 2,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "half_rotary": shape.rotary_half,
             "hidden_width": hidden,
             "inner": inner,
             "head_row": head,
             "has_qk_norm": int(bool(qk_norms)),
-            "eps": parts.eps,
+            "eps": shape.eps,
             "layers": np.array(layers, np.int64),
             "columns": columns,
             "norms": _stack([*(each for layer in parts.layers for each in (layer.input_norm, layer.post_norm)), parts.norm]),
-            "norm_width": self._embedding.shape[1],
+            "norm_width": shape.hidden,
             "qk_norms": _stack(qk_norms) if qk_norms else np.zeros((1, 1), np.float32),
-            "cos": cos.numpy(),
-            "sin": sin.numpy(),
+            "cos": cos,
+            "sin": sin,
             "tables": tables_of(self.weights, buffers),
             "qkv_width": max(int(columns[f.QKV_PRODUCT, 2]) + _up(kv_width), hidden),
             "attended_width": _up(q_width),
@@ -207,9 +214,28 @@ class CpuStepper(Stepper):
         return sum(each.size_bytes for each in self.weights)
 
     def begin(self) -> Memory:
-        return CpuMemory(*self._shape, self._context_tokens)
+        return CpuMemory(self._shape.layers, self._shape.kv_heads, self._shape.head_dim, self._context_tokens)
+
+    def angles_of(self, tokens: int) -> int:
+        return self._rope.of(tokens)
+
+    def _turn(self, arguments: Arguments, start: int, rows: int, angles: int) -> None:
+        """Give the forward the angles of its rows' positions."""
+        if angles not in self._angles and self._rope.kind == "longrope":
+            self._angles[angles] = tuple(each.numpy() for each in self._parts_angles(self._positions, of_set=angles))
+        found = self._angles.get(angles)
+        if found is None:  # a set of its own for each length: only these rows are filled
+            if _ANY not in self._angles:
+                self._angles[_ANY] = tuple(np.zeros_like(each) for each in self._angles[0])
+            found = self._angles[_ANY]
+            for table, part in zip(found, self._parts_angles(rows, start=start, of_set=angles), strict=True):
+                table[start : start + rows] = part.numpy()
+        cos, sin = found
+        arguments.set(cos=cos, sin=sin)
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        require_known(ids, self.embedding_rows)
+        ids = self._rope.ready(memory, ids)
         for at in range(0, len(ids), CHUNK_TOKENS):
             self._compute(memory, ids[at : at + CHUNK_TOKENS])
         return torch.from_numpy(self._logits[:1, : self._head_size])
@@ -219,13 +245,15 @@ class CpuStepper(Stepper):
         return logits.float()
 
     def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        require_known(ids, self.embedding_rows)
+        wanted, ids = len(ids), self._rope.ready(memory, ids)
         found = []
         for at in range(0, len(ids), CHUNK_TOKENS):
             rows = ids[at : at + CHUNK_TOKENS]
             self._compute(memory, rows)
             kept = self._one if len(rows) == 1 or self._many is None else self._many
             found.append(torch.from_numpy(kept.kept["x"][: len(rows), : self._embedding.shape[1]].copy()))
-        states = torch.cat(found)
+        states = torch.cat(found)[-wanted:]
         scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self._eps)
         return states * scale * self._norm
 
@@ -241,6 +269,11 @@ class CpuStepper(Stepper):
     def _compute(self, memory: Memory, ids: Sequence[int]) -> None:
         assert isinstance(memory, CpuMemory)
         rows = len(ids)
+        if memory.length + rows > self._positions:
+            raise BadParameter(
+                f"The conversation would have {memory.length + rows} tokens; the model is loaded for {self._context_tokens}. "
+                "Shorten it, or load the model with a longer context."
+            )
         memory.reserve(rows)
         if rows > 1 and self._many is None:
             self._many = self._arguments(CHUNK_TOKENS, 1)
@@ -248,6 +281,8 @@ class CpuStepper(Stepper):
         needed = max(memory.capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
         if self._scores.shape[2] < needed:
             self._scores = np.zeros((self.team.size, 4, needed), np.float32)
+        if self._rope.kind:
+            self._turn(arguments, memory.length, rows, memory.angles)
         x = arguments.kept["x"]
         x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(list(ids))].float().numpy()
         arguments.set(
@@ -268,6 +303,11 @@ class CpuStepper(Stepper):
 
 def _up(count: int) -> int:
     return -(-count // 16) * 16
+
+
+def _lengthened(table: Tensor, positions: int) -> np.ndarray:
+    """A table of angles with rows of zeros up to `positions`."""
+    return torch.nn.functional.pad(table, (0, 0, 0, positions - table.shape[0])).numpy()
 
 
 def _round_alike(a: Weights, b: Weights) -> bool:

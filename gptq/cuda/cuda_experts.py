@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..experts import PackedExperts
 from ..gptq_linear import GPTQLinear
+from ..suitability import Unsuited
 from . import gemv
 from .cuda_weights import Weight, packing_of, repack
 from .gpu_kernels import Gpu
 from .kernel_arguments import EXPERT_GEMV, TILE
-from .kernel_source import GemvVariant, Packing, Unsuited
+from .kernel_source import GemvVariant, Packing
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
 _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of fp16

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..gptq_linear import GPTQLinear
 from ..llama import LayerParts, LlamaParts
+from ..suitability import Unsuited
 from .cuda_weights import Weight, packing_of, repack
 from .gpu_kernels import Gpu
-from .kernel_source import Packing, Unsuited
+from .kernel_source import Packing
 from .model_shape import ModelShape
 
 ROLES = ("qkv", "o", "gate_up", "down")  # the four products of a layer

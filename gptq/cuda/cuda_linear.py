@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
+from ..suitability import Unsuited
 from . import gemv
 from .cuda_experts import replace_experts
 from .cuda_weights import Weight, packing_of, repack
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
-from .kernel_source import GemvVariant, Packing, Unsuited
+from .kernel_source import GemvVariant, Packing
 
 _SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
 

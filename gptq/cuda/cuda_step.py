@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..llama import LlamaParts
+from ..suitability import Unsuited
 from . import gemv, small_batch
 from .attention import AttentionWork, attend
 from .batch_step import BatchStep
@@ -26,7 +27,6 @@ from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, input
 from .gemv import Tuning
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
-from .kernel_source import Unsuited
 from .kv_pages import Pages
 from .model_shape import ModelShape
 from .prompt import Prompt

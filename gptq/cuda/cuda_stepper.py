@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...core.chat import Step
-from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..llama import LlamaParts
 from ..prefix_cache import PrefixCache
 from ..stepper import Memory, Stepper
+from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
 from ..transformers_stepper import cache_name
 from .cuda_step import CudaStep
@@ -33,7 +33,7 @@ class CudaStepper(Stepper):
     def __init__(self, parts: LlamaParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
         """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
         self._step = CudaStep(parts, context_tokens, parallel=parallel, q8=cache_type == "q8")
-        self.device = self._step.device
+        self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows
         self.parallel = parallel
         self._answers = Answers(self._step)
         self._patch: ForwardPatch | None = None
@@ -85,8 +85,7 @@ class CudaStepper(Stepper):
     def step(self, memory: Memory, id: int) -> Tensor:
         """One id, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
         assert isinstance(memory, PagedMemory)
-        if not 0 <= id < self._step.shape.embedding_rows:
-            raise BadParameter(f"Token {id} was to be computed; the model's are 0 to {self._step.shape.embedding_rows - 1}.")
+        require_known((id,), self.embedding_rows)
         sequences = self._step.sequences
         sequences.use(memory, memory.length + 1)
         sequences.ids[0] = id

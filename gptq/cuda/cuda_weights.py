@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import bit_packing
 from ..gptq_linear import GPTQLinear
+from ..suitability import Unsuited
 from .gpu_kernels import Gpu
 from .kernel_arguments import CHUNK, REPACK, TILE, UNPACK
-from .kernel_source import BITS, Groups, Packing, Unsuited, groups_of
+from .kernel_source import BITS, Groups, Packing, groups_of
 
 _SOURCES = 3  # layers that one weight is made of, at most
 _MOST_COLUMNS = 1 << 28  # outputs of a layer: 28 bits of a word name one

@@ -5,10 +5,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from ..suitability import Unsuited
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
 from .kernel_arguments import CHUNK, GEMV, NORM_RUNS
-from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing, Unsuited
+from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..suitability import Unsuited
 from . import kernel_arguments
 from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, ROPE_WARPS, TILE
 
@@ -21,10 +22,6 @@ HEAD_DIMS = (32, 64, 96, 128)
 UNIT_INPUTS = 16  # the fewest inputs that share a scale
 BLOCK_THREADS = 1024  # of a block, at most, on every GPU
 NORM_INPUTS = NORM_RUNS * 8 * BLOCK_THREADS  # inputs that one block norms, at most
-
-
-class Unsuited(Exception):
-    """What the kernels cannot compute, as a reason; a more general path can."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ class PagedMemory(Memory):
     """One conversation's pages, in order."""
 
     def __init__(self, pool: Pages) -> None:
+        super().__init__()
         self._pool = pool
         self.pages: list[int] = []
         self._length = 0

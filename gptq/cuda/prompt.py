@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from ...core.errors import BadParameter
+from ..token_ids import require_known
 from . import small_batch
 from .attention import gather_pages, rope_rows
 from .cuda_layers import Layer, ModelWeights
@@ -50,11 +50,8 @@ class Prompt:
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
+        require_known(ids, self._shape.embedding_rows)
         tokens = torch.tensor(ids if isinstance(ids, list) else list(ids))
-        low, high = (int(each) for each in tokens.aminmax())
-        if low < 0 or high >= self._shape.embedding_rows:
-            wrong = low if low < 0 else high
-            raise BadParameter(f"The prompt has token {wrong}; the model's tokens are 0 to {self._shape.embedding_rows - 1}.")
         return self._weights.embedding[tokens.to(self._weights.embedding.device)].float()
 
     def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:

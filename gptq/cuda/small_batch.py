@@ -5,10 +5,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from ..suitability import Unsuited
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
 from .kernel_arguments import SMALL_BATCH
-from .kernel_source import Packing, SmallBatchVariant, Unsuited
+from .kernel_source import Packing, SmallBatchVariant
 
 MOST_ROWS = 96  # beyond, making the weight dense and cuBLAS are faster (NOTES.md)
 COLUMNS = (1, 2, 4, 8)  # of 8 rows each

@@ -17,6 +17,7 @@ from ...core.errors import BadParameter
 from ...core.models import LocalModel
 from ...core.params import GenerationParams
 from ...core.tools import ToolUse
+from ...gptq.token_ids import require_known
 from ..machine import memory_fit
 from ..machine.capabilities import Machine, look
 from ..text import tool_prompts
@@ -154,13 +155,7 @@ class LoadedModel(ABC):
 
     def _require_ids(self, ids: Sequence[int]) -> None:
         """Raises BadParameter for a token that the model has no embedding of: on a GPU, computing it ends every later answer."""
-        rows = self.embedding_rows
-        wrong = next((id for id in ids if not 0 <= id < rows), None) if rows is not None else None
-        if wrong is not None:
-            raise BadParameter(
-                f"The prompt has token {wrong}; the model's tokens are 0 to {(rows or 0) - 1}. The tokenizer in its folder knows "
-                "tokens that the model was not made with, such as [PAD]: leave them out."
-            )
+        require_known(ids, self.embedding_rows)
 
     def _is_alone(self, params: GenerationParams) -> bool:
         """Whether an answer cannot be computed at the same time as others."""
@@ -252,6 +247,7 @@ class LoadedModel(ABC):
         `top`: how many of the likeliest come with each. One Finish last. Raises BadParameter.
         """
         self._require("logprobs" in self.can and not self.is_remote, "reports no log-probabilities")
+        self._require_ids(ids)
 
         def make() -> Iterator[Token | Finish | None]:
             for event in self._scores(ids, top, cancel):
@@ -262,6 +258,8 @@ class LoadedModel(ABC):
     def embed(self, texts: Sequence[Sequence[int]], pooling: str, cancel: threading.Event) -> list[list[float]]:
         """Vectors of texts, given as ids: `pooling` mean or last. Waits for its turn. Raises BadParameter."""
         self._require(self.can_embed, "gives out no hidden states")
+        for each in texts:
+            self._require_ids(each)
 
         def make() -> Iterator[list[float] | None]:
             for each in texts:
