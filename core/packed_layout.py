@@ -35,10 +35,17 @@ class Layout:
     has_g_idx: bool
 
     def group_size(self, claimed: int) -> int:
-        """Weights that share a scale; `claimed` where it fits (the last group may be short), -1 for a whole column."""
+        """Weights that share a scale; `claimed` where it fits (the last group may be short), -1 for a whole column.
+
+        Else groups of one size, or of a power of two with a short last group, if there are such.
+        """
         if claimed > 0 and -(-self.in_features // claimed) == self.groups:
             return claimed
-        return -1 if self.groups == 1 else -(-self.in_features // self.groups)
+        if self.groups == 1:
+            return -1
+        least = -(-self.in_features // self.groups)
+        power = 1 << (least - 1).bit_length()
+        return power if self.in_features % self.groups and -(-self.in_features // power) == self.groups else least
 
 
 def packed_names(tensors: Iterable[str]) -> list[str]:

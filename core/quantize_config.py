@@ -120,11 +120,20 @@ class QuantizeConfig:
             if not tensors:
                 raise
             notes.append(f"read from the tensors: {str(error).rstrip('.')}")
-            good = {key: value for key, value in merged.items() if key not in ("bits", "w_bit", "group_size")}
-            config, is_guess = cls.from_json({**good, "bits": 4, "group_size": -1}), True
+            config, is_guess = cls._without_bad(merged), True
         if tensors:
             config = _check(config, tensors, notes, is_guess)
         return dataclasses.replace(config, notes=tuple(notes))
+
+    @classmethod
+    def _without_bad(cls, values: Mapping[str, Any]) -> "QuantizeConfig":
+        """From settings of which bits, group_size or both are no such numbers."""
+        for good in ({**values, "bits": 4}, {**values, "group_size": -1}, {**values, "bits": 4, "group_size": -1}):
+            try:
+                return cls.from_json(good)
+            except BadQuantizeConfig as error:
+                failed = error
+        raise failed
 
     @property
     def zeros_format(self) -> str:

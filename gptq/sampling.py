@@ -126,7 +126,7 @@ class Sampler:
         if not banned:
             return scores
         names = torch.cat(banned)
-        return scores.index_fill(1, names[names < scores.shape[1]], float("-inf"))
+        return scores.index_fill(1, names[(names >= 0) & (names < scores.shape[1])], float("-inf"))
 
     def _kept(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""

@@ -115,7 +115,8 @@ def _on_processor(hf: Any, context_tokens: int, adapt: Callable[[], object] | No
         return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
     try:
         from .cpu.cpu_linear import replace_layers
-        from .cpu.cpu_step import CpuStepper, compiles
+        from .cpu.cpu_step import CpuStepper
+        from .cpu.kernel_trial import compiles
 
         compiles()
     except Exception:

@@ -113,10 +113,12 @@ def _uneven(parts: LlamaParts, shape: Shape) -> str:
         return "an output layer that is not as wide as the embedding"
     if len({(_inputs(each.qkv[0]), _inputs(each.o), _inputs(each.down)) for each in parts.layers}) != 1:
         return "layers of different sizes"
+    if found := next((found for each in parts.layers if (found := _uneven_layer(each, shape))), ""):
+        return found
     first = parts.layers[0]
     if any((len(each.qkv), len(each.gate_up)) != (len(first.qkv), len(first.gate_up)) for each in parts.layers):
         return "layers that are made of different parts"
-    return next((found for each in parts.layers if (found := _uneven_layer(each, shape))), "") or _wrong_norm(parts, shape)
+    return _wrong_norm(parts, shape)
 
 
 def _uneven_layer(layer: LayerParts, shape: Shape) -> str:
@@ -170,8 +172,8 @@ def _unsound(layer: GPTQLinear) -> Iterator[str]:
         "g_idx": ((k,), (torch.int32, torch.int64)),
         "bias": ((n,), _FLOATS),
     }
-    if layer.qweight.dtype != torch.int32:  # words of another type become int32 when the layer is prepared
-        layer.prepare()
+    if layer.qweight.dtype == layer.qzeros.dtype and layer.qweight.dtype in (torch.int8, torch.int16, torch.int64):
+        layer.prepare()  # makes int32 words of them
     for part, (shape, dtypes) in wanted.items():
         tensor = getattr(layer, part)
         if tensor is None:

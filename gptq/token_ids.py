@@ -34,11 +34,16 @@ def drop_unknown_ids(config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notes))
 
 
-def require_known(ids: Sequence[int], rows: int | None) -> None:
-    """Raises BadParameter for an id outside 0 to rows - 1; `rows` None: the engine checks them itself."""
+def require_known(ids: Sequence[int], rows: int | None, parameter: str = "") -> None:
+    """Raises BadParameter for an id outside 0 to rows - 1; `rows` None: only the engine knows them.
+
+    `parameter` names ids that a request's parameter holds; else they are a prompt's.
+    """
     if rows is None or not len(ids) or (min(ids) >= 0 and max(ids) < rows):
         return
     wrong = next(id for id in ids if not 0 <= id < rows)
+    if parameter:
+        raise BadParameter(f"{parameter} names token {wrong}; the model's tokens are 0 to {rows - 1}. Leave it out.", parameter)
     raise BadParameter(
         f"The prompt has token {wrong}; the model's tokens are 0 to {rows - 1}. The tokenizer in its folder knows "
         "tokens that the model was not made with, such as [PAD]: leave them out."

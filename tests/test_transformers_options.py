@@ -178,7 +178,8 @@ def test_what_is_asked_for_reaches_the_step_of_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_stepper, "CudaStepper", Stepper)
     monkeypatch.setattr(stepper_choice, "parts_of", lambda _hf: "parts")
     weight = SimpleNamespace(device=CUDA)
-    hf = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight), dtype=torch.float16)
+    embeddings = SimpleNamespace(weight=weight)
+    hf = SimpleNamespace(get_input_embeddings=lambda: embeddings, dtype=torch.float16, named_modules=tuple)
     made, note = stepper_choice.stepper_for(hf, 100, cache_type="q8", parallel=3)
     assert isinstance(made, Stepper) and note == "" and seen == {"cache_type": "q8", "parallel": 3, "context": 100}
 

@@ -62,7 +62,11 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
         names = [each.branch.name for each in advice.offers if each.branch.selection]
         best = advice.best.branch.name if advice.best else None
         chosen = wanted if wanted in names else best
-        said = (*found.notes, *(text for each in advice.offers for text in each.branch.notes))
+        wrong = wanted is not None and wanted not in names
+        none_such = (
+            (f"There is no branch {wanted} to download here. Choose one in the table; {chosen} is proposed.",) if wrong else ()
+        )
+        said = (*none_such, *found.notes, *(text for each in advice.offers for text in each.branch.notes))
         return {
             note: html_snippets.quiet(advice.reason) + html_snippets.notes(dict.fromkeys(said)),
             sister: gr.update(visible=False),

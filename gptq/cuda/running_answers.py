@@ -169,7 +169,7 @@ class Answers:
                 f"logit_bias names token {params.logit_bias[-1][0]}; the model's tokens are 0 to {vocabulary - 1}."
             )
         seed = params.seed if params.seed is not None else int(torch.randint(0, 2**62, ()))
-        biases = dict(params.logit_bias) | {id: -math.inf for id in banned if id < vocabulary}
+        biases = dict(params.logit_bias) | {id: -math.inf for id in banned if 0 <= id < vocabulary}
         sequences.set_params(row, packed_params(params, seed, bool(banned)))
         if biases:
             sequences.bias[row].zero_()

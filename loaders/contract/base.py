@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...core.chat import Finish, Message, Step, Token
-from ...core.errors import BadParameter
-from ...core.models import LocalModel
+from ...core.errors import BadParameter, GptqWebuiError
+from ...core.model_claims import embedding_rows
+from ...core.models import LocalModel, tensors_of
 from ...core.params import GenerationParams
 from ...core.tools import ToolUse
 from ...gptq.token_ids import require_known
@@ -102,7 +103,7 @@ class LoadedModel(ABC):
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
     can_embed: ClassVar[bool] = False  # it gives out its hidden states
     hf: Any = None  # a PreTrainedModel, or None
-    embedding_rows: int | None = None  # ids from 0 to this can be computed; None where the engine checks them itself
+    embedding_rows: int | None = None  # ids below this can be computed; None where only the engine knows
     is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
 
     def __init__(
@@ -124,6 +125,7 @@ class LoadedModel(ABC):
         self.device, self.kernel, self.parallel = device, kernel, parallel
         self._codec = TokenCodec(tokenizer) if tokenizer is not None else None
         self._worker = Worker(parallel)
+        self.embedding_rows = None if self.is_remote else _embedding_rows(model)
         self._earlier = EarlierAnswers()
 
     @abstractmethod
@@ -153,8 +155,10 @@ class LoadedModel(ABC):
                 "Load it with the loader transformers, or describe the grammar in the prompt and check the answer."
             )
 
-    def _require_ids(self, ids: Sequence[int]) -> None:
+    def _require_ids(self, ids: Sequence[int], params: GenerationParams | None = None) -> None:
         """Raises BadParameter for a token that the model has no embedding of: on a GPU, computing it ends every later answer."""
+        if params is not None and params.logit_bias:
+            require_known([id for id, _bias in params.logit_bias], self.embedding_rows, "logit_bias")
         require_known(ids, self.embedding_rows)
 
     def _is_alone(self, params: GenerationParams) -> bool:
@@ -233,7 +237,7 @@ class LoadedModel(ABC):
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Stream[Step | Finish]:
         """Ids in, Steps out, one Finish last. Joins the queue now; the computing follows in order. Raises BadParameter."""
         self.check(params)
-        self._require_ids(ids)
+        self._require_ids(ids, params)
         requested = time.perf_counter()
 
         def make() -> Iterator[Step | Finish | None]:
@@ -285,7 +289,7 @@ class LoadedModel(ABC):
         if prompt.calls is not None and prompt.calls.grammar is not None and "grammar" in self.can:
             params = replace(params, grammar=prompt.calls.grammar)
         self.check(params)
-        self._require_ids(prompt.ids)
+        self._require_ids(prompt.ids, params)
         requested = time.perf_counter()
         stop, strip = (*params.stop, *(each for each in prompt.stop if each not in params.stop)), prompt.begins_answer
         if params.grammar is not None:  # it says where the answer begins and ends
@@ -319,3 +323,12 @@ class LoadedModel(ABC):
         finally:
             if hasattr(events, "close"):
                 events.close()
+
+
+def _embedding_rows(model: LocalModel) -> int | None:
+    """Of the token embeddings in a model's files; None where they do not tell."""
+    try:
+        rows = set(embedding_rows(tensors_of(model.weights)))
+    except (GptqWebuiError, OSError):
+        return None
+    return rows.pop() if len(rows) == 1 else None

@@ -99,6 +99,7 @@ class FakeModel(LoadedModel):
             context_tokens=options.context_tokens,
             context_reason="as you set it",
         )
+        self.embedding_rows = None  # the ids of its tokenizer are its own
         self._options = options
         self.computed_tokens = 0  # over all answers, read or not
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ...gptq.token_ids import require_known
 from ..contract.worker import Worker
 
 
@@ -32,12 +33,20 @@ class QueuedCalls:
                 setattr(self._hf, name, own)
         self._hf, self._own = None, {}  # an accelerate hook in it would keep the weights alive
 
+    def _require_known(self, ids: Any) -> None:
+        """Raises BadParameter for a token that the model has no embedding of: on a GPU it would end every later answer."""
+        import torch
+
+        if isinstance(ids, torch.Tensor) and ids.numel() and not ids.is_floating_point():
+            require_known([int(each) for each in ids.aminmax()], int(self._hf.get_input_embeddings().weight.shape[0]))
+
     def _queued(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._worker.is_current():
                 return function(*args, **kwargs)
             import torch
 
+            self._require_known(kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)))
             gradients = torch.is_grad_enabled()  # a mode of the calling thread
             result: list[Any] = []
             error: list[BaseException] = []
