@@ -129,7 +129,7 @@ def one(seed: int, number: int, path: Path) -> tuple[str, str]:
     """(the lies, what came of them)."""
     folder = lying(seed, number)
     kernel = ("step", "layers", "step", "plain", "step", "layers", "step")[number % 7]
-    said = f"{folder.kind} by {kernel}: {', '.join(folder.told) or 'the truth'}"
+    said = f"{folder.kind} by {kernel}: {', '.join(folder.lies) or 'the truth'}"
     try:
         return said, checked(folder, path, kernel)
     except Exception as error:  # anything else would be a traceback in the page
@@ -174,7 +174,7 @@ def run(seed: int, numbers: list[int], shown: bool = True) -> dict[int, tuple[st
             results |= {number: (lies, what) for number, lies, what in (each for each in lines if len(each) == 3)}
             begun = [each[0] for each in lines]
             if status and begun and begun[-1] not in results:
-                results[begun[-1]] = (", ".join(lying(seed, begun[-1]).told), f"CRASHED with {status}")
+                results[begun[-1]] = (", ".join(lying(seed, begun[-1]).lies), f"CRASHED with {status}")
             elif status and not begun:
                 raise RuntimeError(f"a child ended with {status} before its first folder")
             todo = [each for each in todo if each not in results]

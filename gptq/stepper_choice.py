@@ -43,6 +43,8 @@ def stepper_for(
             stepper, note = _on_processor(hf, context_tokens, adapt)
         else:
             stepper, note = _plain(hf, "", adapt)
+    if isinstance(stepper, TransformersStepper):
+        stepper.require_a_forward()
     if cache_type != "fp16" and stepper.kernel != "cuda":
         width = "32-bit" if getattr(hf, "dtype", None) == torch.float32 else "16-bit"
         kept = f"The conversation is kept in {width} numbers: the cache type {cache_type} is for our own step on a GPU."

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..core.errors import BadCheckpoint
+from ..core.foreign_errors import in_words
 from .rope_length import RopeLength
 from .stepper import Memory, Stepper
 from .token_ids import require_known
@@ -186,6 +188,7 @@ def _held(layer: Any) -> bool:
 
 class TransformersStepper(Stepper):
     kernel: ClassVar[str] = "transformers"
+    embedding_rows: int
 
     def __init__(self, model: Any) -> None:
         self._model = model  # a transformers causal LM in eval mode
@@ -239,6 +242,19 @@ class TransformersStepper(Stepper):
             log.info("tokens are put through one by one after a conversation: together they differ by %.3g", several)
             self._in_pieces = False
             self.chunk_tokens = 1 << 30
+
+    def require_a_forward(self) -> None:
+        """Compute two tokens. Raises BadCheckpoint if the numbers of config.json let the model's own code fail."""
+        try:
+            with torch.inference_mode():
+                self.prefill(self.begin(), (0, min(1, self.embedding_rows - 1)))
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+            if "out of memory" in str(error).lower():
+                raise
+            log.exception("the first forward failed")
+            raise BadCheckpoint(
+                f"transformers cannot compute this model: {in_words(error)}. Correct config.json, or download the model again."
+            ) from error
 
     def begin(self) -> TransformersMemory:
         return TransformersMemory(self._config)

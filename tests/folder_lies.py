@@ -217,7 +217,7 @@ def lying(seed: int, number: int) -> Folder:
             lie = lie_in_config
         with suppress(RuntimeError, IndexError, ValueError, TypeError, KeyError):  # it cannot be told after those before it
             if said := lie(folder, rng):
-                folder.told.append(said)
+                folder.lies.append(said)
     return folder
 
 

@@ -32,7 +32,7 @@ class Folder:
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
     cut_bytes: int = 0  # taken from the end of the weights
-    told: list[str] = field(default_factory=list)  # the lies
+    lies: list[str] = field(default_factory=list)  # the lies
 
     def write(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

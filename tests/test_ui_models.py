@@ -144,15 +144,6 @@ def test_another_branch_and_a_longer_context_say_whether_they_fit(tab, house):
     assert chosen(tab) == "gptq-8bit-32g-actorder_True", "the user's choice stays"
 
 
-def test_a_branch_that_is_not_there_is_said(tab, house):
-    house.memory[0] = Memory(32 * GB, 6 * GB)
-    ask(tab, f"{model_card_repo.REPO}:gptq-5bit")
-    wait_for(
-        tab, "#gw-branches-note", "There is no branch gptq-5bit to download here. Choose one in the table; main is proposed."
-    )
-    assert chosen(tab) == "main"
-
-
 def test_a_gguf_repository_leads_to_its_gptq_sister(tab, house, tiny_gptq):
     house.server.add("Owner/M-GGUF", {"m.gguf": b"x"})
     house.server.add("Owner/M-GPTQ", tiny_gptq)
@@ -170,6 +161,11 @@ def test_errors_of_the_picker_are_sentences(tab, house, monkeypatch):
     wait_for(tab, "#gw-branches-note .gw-bad", "Write owner/name")
     ask(tab, "Owner/Nothing-GPTQ")
     wait_for(tab, "#gw-branches-note .gw-bad", "There is no model Owner/Nothing-GPTQ")
+    house.memory[0] = Memory(32 * GB, 6 * GB)
+    ask(tab, f"{model_card_repo.REPO}:gptq-5bit")
+    wait_for(
+        tab, "#gw-branches-note", "There is no branch gptq-5bit to download here. Choose one in the table; main is proposed."
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     ask(tab, TINY)
     wait_for(tab, "#gw-branches-note .gw-bad", "HF_HUB_OFFLINE is set")
