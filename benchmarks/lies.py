@@ -76,11 +76,16 @@ def wanted_of(model: Any, ids: list[int], prompt: int) -> list[torch.Tensor]:
         return [model(torch.tensor([ids[:end]])).logits[0, -1].float() for end in range(prompt, len(ids) + 1)]
 
 
-def stepper_of(hf: Any, kernel: str) -> Any:
+def stepper_of(hf: Any, kernel: str, device: str) -> Any:
     if kernel == "plain":
         return TransformersStepper(hf)
     if kernel == "layers":
-        cpu_linear.replace_layers(hf, 1)
+        if device == "cpu":
+            cpu_linear.replace_layers(hf, 1)
+        else:
+            from gptq_webui.gptq.cuda import cuda_linear
+
+            cuda_linear.replace_layers(hf)
         return TransformersStepper(hf)
     stepper, note = stepper_choice.stepper_for(hf, 64)
     if "could not be compiled" in note:
@@ -88,15 +93,16 @@ def stepper_of(hf: Any, kernel: str) -> Any:
     return stepper
 
 
-def checked(folder: Folder, path: Path, kernel: str) -> str:
-    """ "right", "refused: …", or what is wrong."""
+def checked(folder: Folder, path: Path, kernel: str, device: str = "cpu", tolerance: float = TOLERANCE) -> str:
+    """What came of a folder: "right: …", "refused: …", or what is wrong. `kernel`: step, layers or plain."""
     folder.write(path)
     model = LocalModel.read(path)
     try:
         if model.kind != "gptq":
             raise GptqWebuiError(model.problem or f"It is of the kind {model.kind}. Choose another.")
-        hf, notes = checkpoint.load(model, dtype=torch.float32, device_map={"": "cpu"})
-        stepper = stepper_of(hf, kernel)
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        hf, notes = checkpoint.load(model, dtype=dtype, device_map={"": device})
+        stepper = stepper_of(hf, kernel, device)
     except GptqWebuiError as error:
         said = str(error)
         shown = said.replace(f"({model.architecture})", "")  # what config.json says may be repeated
@@ -120,18 +126,18 @@ def checked(folder: Folder, path: Path, kernel: str) -> str:
         return f"NO TWIN, but loaded: {type(error).__name__} {str(error)[:160]}"
     for at, (a, b) in enumerate(zip(found, wanted, strict=True)):
         off = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9))
-        if torch.isfinite(b).all() and not off < TOLERANCE:
+        if torch.isfinite(b).all() and not off < tolerance:
             return f"WRONG by {off:.1e} at {at} of prompt {prompt} ({name}), {'; '.join(notes)}"
     return f"right: {name}"
 
 
-def one(seed: int, number: int, path: Path) -> tuple[str, str]:
+def one(seed: int, number: int, path: Path, device: str = "cpu", tolerance: float = TOLERANCE) -> tuple[str, str]:
     """(the lies, what came of them)."""
     folder = lying(seed, number)
     kernel = ("step", "layers", "step", "plain", "step", "layers", "step")[number % 7]
     said = f"{folder.kind} by {kernel}: {', '.join(folder.lies) or 'the truth'}"
     try:
-        return said, checked(folder, path, kernel)
+        return said, checked(folder, path, kernel, device, tolerance)
     except Exception as error:  # anything else would be a traceback in the page
         where = traceback.extract_tb(error.__traceback__)[-1]
         return said, f"RAISED {type(error).__name__} {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})"

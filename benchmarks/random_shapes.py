@@ -6,14 +6,16 @@
 A third of the models has a shape or a format that some kernel cannot compute (heads that share no whole number of key
 heads, odd group sizes, hidden sizes that are no multiple of 8 …). A model that is taken must give the logits of plain
 PyTorch for a prompt in two pieces, for single tokens and for several rows at once, and the sampler must take its likeliest
-token. A packed layer alone is multiplied too. Exit code 1 if one is neither right nor refused. GPTQ_WEBUI_SEED is the
-seed where --seed is not given.
+token. A packed layer alone is multiplied too. With --lies, so many folders of lies.py are loaded onto the GPU as well and
+compared with their dequantised twins (`--count 0 --lies 300` for these alone). Exit code 1 if one is neither right nor
+refused. GPTQ_WEBUI_SEED is the seed where --seed is not given.
 """
 
 import argparse
 import os
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -138,9 +140,27 @@ def check_layer(gpu: Gpu, rng: random.Random) -> str:
     return ", ".join(problems)
 
 
+def check_lies(seed: int, count: int) -> list[str]:
+    """What is wrong with the folders 0 to count - 1 of a seed, as lies.py checks them on a processor."""
+    import lies
+
+    lies.logging_off()
+    counted, failed = Counter[str](), []
+    with tempfile.TemporaryDirectory() as room:
+        for number in range(count):
+            said, what = lies.one(seed, number, Path(room) / str(number), "cuda:0", 3 * TOLERANCE)
+            counted[what.partition(":")[0] if what.startswith(("right", "refused")) else "WRONG"] += 1
+            if not what.startswith(("right", "refused")):
+                failed.append(f"lie {number}, {said}: {what}")
+                print(failed[-1], flush=True)
+    print(f"seed {seed}: " + ", ".join(f"{times} lies {what}" for what, times in sorted(counted.items())))
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="models; as many layers are multiplied too")
+    parser.add_argument("--lies", type=int, default=0, help="folders with random lies that are loaded onto the GPU")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("GPTQ_WEBUI_SEED", "0")))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after so long")
     given = parser.parse_args()
@@ -172,6 +192,7 @@ def main() -> int:
     print(f"seed {given.seed}, {took:.0f} s: " + ", ".join(f"{count} {what}" for what, count in sorted(counted.items())))
     for reason, times in reasons.most_common(20):
         print(f"    {times:3} {reason}")
+    failed += check_lies(given.seed, given.lies) if given.lies else []
     return 1 if failed else 0
 
 

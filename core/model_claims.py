@@ -22,7 +22,7 @@ _MOST = {  # far beyond every model there is; a larger number is damage
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _NOT_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2")
 
@@ -50,7 +50,7 @@ def type_problem(tensors: Tensors) -> str:
 
 def embedding_rows(tensors: Tensors) -> list[int]:
     """Rows of the token embeddings in the files."""
-    found = [info.shape for name, (_path, info) in tensors.items() if name.endswith(_EMBEDDINGS)]
+    found = [info.shape for name, (_path, info) in tensors.items() if name.endswith(EMBEDDINGS)]
     return [shape[0] for shape in found if len(shape) == 2]
 
 

@@ -96,5 +96,21 @@ def read_integers(path: Path, tensor: TensorInfo) -> tuple[int, ...]:
     return struct.unpack(f"<{len(data) // size}{code}", data)
 
 
+def same_bytes(one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) -> bool:
+    """Whether two tensors, each given with its file, hold the same numbers of one type."""
+    if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
+        return False
+    with one[0].open("rb") as first, other[0].open("rb") as second:
+        first.seek(one[1].start)
+        second.seek(other[1].start)
+        left = one[1].size_bytes
+        while left > 0:
+            piece = min(left, 1 << 22)
+            if first.read(piece) != second.read(piece):
+                return False
+            left -= piece
+    return True
+
+
 def item_bytes(dtype: str) -> int:
     return _ITEM_BYTES.get(dtype, 4)

@@ -20,9 +20,11 @@ from ..core.config_numbers import shown
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.folder_files import read_json
 from ..core.foreign_errors import in_words
+from ..core.model_claims import EMBEDDINGS
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
 from ..core.readable_folder import readable, without_bom
+from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
 from .load_progress import Report, Watch
@@ -81,6 +83,7 @@ def load(
         raise BadCheckpoint(model.problem)
     elif model.kind != "plain":
         raise BadCheckpoint(model.problem or f"{model.name} is of the kind {model.kind}, which this engine does not read.")
+    notes += _untied(config, tensors_of(model.weights))
     source = weights_source(model)
     if source.weights not in _STANDARD_NAMES:
         config.transformers_weights = source.weights
@@ -167,6 +170,21 @@ def _unknown_rope(config: Any) -> str:
             if kind is not None and kind not in (*ROPE_INIT_FUNCTIONS, "default", "su", "mrope"):
                 return shown(kind)
     return ""
+
+
+def _untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[str]:
+    """Where config.json says that the output layer is the embedding and the files hold another one, the files are right.
+
+    transformers 4 would compute with the embedding, and say nothing. Changes `config`; returns notes.
+    """
+    head = next((name for name in tensors if name.endswith(("lm_head.weight", "embed_out.weight"))), None)
+    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
+    if not getattr(config, "tie_word_embeddings", False) or head is None or embedding is None:
+        return []
+    if same_bytes(tensors[head], tensors[embedding]):
+        return []
+    config.tie_word_embeddings = False
+    return [f"config.json says that the output layer is the embedding; the files hold another one ({head}), which is used."]
 
 
 def _caps_scores(config: Any) -> bool:

@@ -262,3 +262,26 @@ def test_a_16_bit_folder_loads_too(tmp_path):
     packed, notes = load(tmp_path / "model")
     assert not notes and difference(packed, twin.float()) < 1e-5
     shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize("what", ["another head", "the embedding again", "none"])
+def test_the_files_decide_whether_the_output_layer_is_the_embedding(what, tmp_path):
+    """config.json says that it is. transformers 4 believes that, whatever the files hold."""
+    twin = tiny.write(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    state = load_file(path)
+    twin.lm_head.weight = torch.nn.Parameter(state["lm_head.weight"].float())
+    if what != "another head":
+        twin.lm_head.weight = torch.nn.Parameter(twin.model.embed_tokens.weight.detach().clone())
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if what == "none":
+        del state["lm_head.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+    settings = tmp_path / "model" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tie_word_embeddings": True}))
+    packed, notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float32, device_map="cpu")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        found, wanted = packed(ids).logits, twin(ids).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert any("lm_head.weight), which is used" in note for note in notes) == (what == "another head")
