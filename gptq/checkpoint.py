@@ -36,7 +36,7 @@ from .token_ids import drop_unknown_ids
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.(cos|sin)_cached$")
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
 _STANDARD_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
