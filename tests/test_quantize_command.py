@@ -90,7 +90,7 @@ def test_stopped_and_typed_again_it_goes_on(
     code, _, err = run(capsys, source, "--group-size", 32, "--output", tmp_path / "out")
     assert code == 0 and "there already" in err
     code, _, err = run(capsys, source, "--group-size", 32, "--damp", 0.2, "--output", tmp_path / "out")
-    assert code == 1 and "made from another model, text or settings" in err
+    assert code == 2 and "made from another model, text or settings" in err
 
 
 def test_text_of_the_user(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said_before(
     arguments: tuple[str, ...], words: str, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(capsys, source, *arguments)
-    assert code == 1 and words in err and not out
+    assert code == 2 and words in err and not out
     assert not list(source.parent.glob("tiny-16-GPTQ*"))
 
 
@@ -131,7 +131,7 @@ def test_short_and_damaged_texts(source: Path, tmp_path: Path, capsys: pytest.Ca
     ):
         text.write_text(line)
         code, _, err = run(capsys, source, "--dataset", text)
-        assert code == 1 and words in err
+        assert code == 2 and words in err
 
 
 def test_a_gptq_model_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
