@@ -90,8 +90,9 @@ class GPTQLinear(nn.Module):
 
     def fill_g_idx(self) -> None:
         """Give g_idx the values of files that have none, on the device it is on. Undoes `prepare`."""
-        with torch.no_grad():
-            self.g_idx.copy_(bit_packing.default_g_idx(self.in_features, self.group_size, self.g_idx.device))
+        if not self.g_idx.is_meta:  # there are no values there, and torch would import its compiler to divide them
+            with torch.no_grad():
+                self.g_idx.copy_(bit_packing.default_g_idx(self.in_features, self.group_size, self.g_idx.device))
         self._facts = None
 
     def prepare(self) -> None:

@@ -142,6 +142,9 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
 
         return handler
 
+    def stop_writing(request: gr.Request) -> None:  # by its type, Gradio knows that it wants the request
+        books.stop(owner_of(request))
+
     def next_tokens(first: str, _rest: str, kept: str) -> tuple[str, str, str]:
         try:
             found = books.next_tokens(first or "")
@@ -155,7 +158,7 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
     write.click(generate, [before, after, *parameters.fields], outputs, js=_AT_CURSOR, **gradio_compat.ANSWER).then(
         None, after, None, js=_CURSOR_BACK, **gradio_compat.EVENT
     )
-    stop.click(lambda request: books.stop(owner_of(request)), None, None, **gradio_compat.NOW)
+    stop.click(stop_writing, None, None, **gradio_compat.NOW)
     text.input(save, text, [line, undo, redo], **gradio_compat.EVENT | {"trigger_mode": "always_last"})
     text.focus(None, None, None, js=_ENTERED, **gradio_compat.EVENT)
     undo.click(go(books.undo), None, outputs, **gradio_compat.PRESS)

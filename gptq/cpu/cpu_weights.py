@@ -20,6 +20,7 @@ from .tiles import ISAS, LANES, UNIT
 
 CHUNK_ROWS = 128
 _ALIGN = 64
+_CACHED_ROWS = 512  # of a dense weight at once: what is made of them stays in the processor's cache
 HALF, BFLOAT16, FLOAT = 16, 17, 32  # `kind` of a dense weight; that of a packed one is its bits
 
 
@@ -147,27 +148,29 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     columns, rows = weight.shape
     if rows % 32:
         return None
-    q = np.empty((rows, columns), np.uint8)
+    q = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows // 32, columns, dtype=torch.float16)
     worst = 0.0
-    for start in range(0, columns, 4096):
-        part = weight[start : start + 4096].float().reshape(-1, rows // 32, 32)
-        largest = part.abs().amax(-1, keepdim=True)
+    for start in range(0, columns, _CACHED_ROWS):
+        part = weight[start : start + _CACHED_ROWS].float().reshape(-1, rows // 32, 32)
+        largest = torch.maximum(part.amax(-1, keepdim=True), -part.amin(-1, keepdim=True))
         middle = (largest / 127).half()
-        scale, numbers, error = middle.float(), torch.zeros_like(part), torch.full_like(largest, torch.inf)
+        scale, error = middle.float(), torch.full_like(largest, torch.inf)
+        numbers, off_by = torch.empty_like(part), torch.empty_like(part)
         for step in (0, 1, -1):  # the scale in the original file may be the next half
             tried = (middle.view(torch.int16) + step).clamp_(min=0).view(torch.float16).float()
-            rounded = (part / tried.clamp(min=1e-30)).round_().clamp_(-127, 127)
-            off = (rounded * tried - part).abs().amax(-1, keepdim=True) / largest.clamp(min=1e-30)
+            torch.div(part, tried.clamp(min=1e-30), out=numbers).round_().clamp_(-127, 127)
+            torch.mul(numbers, tried, out=off_by).sub_(part).abs_()
+            off = off_by.amax(-1, keepdim=True) / largest.clamp(min=1e-30)
             better = off < error
-            scale, numbers = torch.where(better, tried, scale), torch.where(better, rounded, numbers)
-            error = torch.where(better, off, error)
+            scale, error = torch.where(better, tried, scale), torch.where(better, off, error)
         worst = max(worst, float(error.max()))
         if worst > 2**-10:
             return None
-        q[:, start : start + 4096] = (numbers + 128).to(torch.uint8).reshape(-1, rows).T.numpy()
-        scales[:, start : start + 4096] = scale[..., 0].T.half()
-    return q, scales, worst
+        torch.div(part, scale.clamp(min=1e-30), out=numbers).round_().clamp_(-127, 127).add_(128)
+        q[:, start : start + _CACHED_ROWS] = numbers.view(-1, rows).to(torch.uint8).T
+        scales[:, start : start + _CACHED_ROWS] = scale[..., 0].T.half()
+    return q.numpy(), scales, worst
 
 
 def from_module(module: nn.Module, isa: str, team: Team) -> Weights:
