@@ -43,7 +43,7 @@ class GenerateRequest(_Sampling):
     stop_sequence: list[str] | None = None
     trim_stop: bool | None = None
     genkey: str | None = Field(None, max_length=200)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | list[tuple[int, float]] | None = Field(None, description="a mapping, or pairs of id and bias")
     grammar: str | None = Field(None, description="llama.cpp's GBNF")
     quiet: bool | None = None
     # text-generation-webui's of 2023
@@ -256,9 +256,10 @@ def _params(service: Service, loaded: LoadedModel, body: GenerateRequest) -> Gen
     )
 
 
-def _bias(loaded: LoadedModel, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    """Without the ids that this model does not have: clients keep the biases of other models."""
-    found = bias_of(biases)
+def _bias(loaded: LoadedModel, biases: dict[str, float] | list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Within our limits, and without the ids that this model does not have: clients keep the biases of other models."""
+    pairs = bias_of(biases) if isinstance(biases, dict) else biases
+    found = tuple((id, max(-100.0, min(100.0, bias))) for id, bias in pairs)
     return found if loaded.is_remote else tuple(each for each in found if 0 <= each[0] < loaded.codec.size)
 
 

@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 NEUTRAL = neutral_values()  # the model as it is
 _NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
-MOST_ANSWERS = 16  # to one request
+MOST_ANSWERS = 256  # to one request, of all its prompts; lm-eval sends many in one
 _THREADS = 32  # for all requests; FastAPI and Gradio have others
 _THREADS_OF_ONE = 8  # for the prompts of one client
 

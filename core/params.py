@@ -31,7 +31,7 @@ def _torch(
     programs: tuple[Protocol, ...] = ("kobold", "host", "remote_extra")
     return _program(
         default, label, help, *limits, names=dict.fromkeys(programs, name) | dict(also or {}),
-        neutral=rest.pop("neutral", default), back_ends=("own", "remote"), **rest,
+        neutral=rest.pop("neutral", default), **{"back_ends": ("own", "remote"), **rest},
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ class GenerationParams:
     )  # fmt: skip
     ignore_eos: bool = _program(
         False, "Ignore the end token", "The answer does not end by itself at all.", kind="switch", neutral=False,
-        back_ends=("own", "remote"),
+        back_ends=_EVERY,
         names={
             "openai": "ban_eos_token", "host": "ban_eos_token", "remote_extra": "ignore_eos",
             "kobold": ("use_default_badwordsids", "ban_eos_token", "ignore_eos"),  # KoboldCpp's name for it
@@ -132,10 +132,10 @@ class GenerationParams:
     )  # fmt: skip
     stop_token_ids: tuple[int, ...] = _program(
         (), "Stop tokens", "Ids that end the answer, besides the model's own.", kind="ids", neutral=(),
-        back_ends=("own", "remote"), names={"kobold": "stop_token_ids", "remote_extra": "stop_token_ids"},
+        back_ends=_EVERY, names={"kobold": "stop_token_ids", "remote_extra": "stop_token_ids"},
     )  # fmt: skip
     custom_token_bans: tuple[int, ...] = _program(
-        (), "Banned tokens", "Ids that are never sampled.", kind="ids", neutral=(), back_ends=("own",),
+        (), "Banned tokens", "Ids that are never sampled.", kind="ids", neutral=(), back_ends=("own", "exllamav2"),
         names={"openai": "banned_tokens", "kobold": "custom_token_bans", "host": "custom_token_bans"},
     )  # fmt: skip
     bad_words: tuple[str, ...] = _program(
@@ -167,10 +167,16 @@ class GenerationParams:
     )  # fmt: skip
     xtc_probability: float = _torch(
         "xtc_probability", 0.0, "XTC probability", "How often the likeliest tokens are left out; 0 never.", 0.0, 1.0, 0.01,
-        by_torch=True,
+        by_torch=True, back_ends=_EVERY,
     )  # fmt: skip
     xtc_threshold: float = _torch(
-        "xtc_threshold", 0.1, "XTC threshold", "Of the tokens that reach this probability, only the least likely stays.", 0.0, 1.0
+        "xtc_threshold",
+        0.1,
+        "XTC threshold",
+        "Of the tokens that reach this probability, only the least likely stays.",
+        0.0,
+        1.0,
+        back_ends=_EVERY,
     )
     dynatemp_range: float = _torch(
         "dynatemp_range", 0.0, "Dynamic temperature range", "The temperature follows the uncertainty, up to so much off.",

@@ -140,3 +140,49 @@ def test_max_tokens_of_minus_one_is_all_the_room_and_best_of_chooses(server):
     found = server.http.post("/v1/completions", json=body).json()["choices"]
     means = [sum(each["logprobs"]["token_logprobs"]) / len(each["logprobs"]["token_logprobs"]) for each in found]
     assert len(found) == 2 and means == sorted(means, reverse=True)
+
+
+QUESTION, CHOICES = "The capital of France is", (" Paris", " London", " a banana", " évening 日")
+
+
+def lm_eval_reads(choice, context):
+    """(sum over the continuation, whether each of its tokens is the likeliest), as lm-eval 0.4.13 reads a choice."""
+    lists = choice["logprobs"]
+    own, top = lists["token_logprobs"][context:-1], lists["top_logprobs"][context:-1]
+    likeliest = [max(each, key=each.get) for each in top]
+    return sum(own), likeliest == lists["tokens"][context:-1]
+
+
+@pytest.mark.parametrize("kind", ["ids", "text"])
+def test_the_requests_of_lm_eval_for_multiple_choice(server, kind):
+    """Recorded from lm-eval 0.4.13, `--model local-completions`: a batch of ids (20 of them), or one text each."""
+    loaded = server.service.engine.loaded
+    context = len(loaded.encode(QUESTION))
+    wholes = [loaded.encode(QUESTION + each) for each in CHOICES]
+    fixed = {"model": loaded.model.name, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    if kind == "ids":
+        answer = server.http.post("/v1/completions", json={**fixed, "prompt": wholes * 5})
+        assert answer.status_code == 200, answer.text
+        choices = sorted(answer.json()["choices"], key=lambda each: each["index"])
+        assert len(choices) == 20
+    else:
+        choices = [complete(server, **fixed, prompt=QUESTION + each) for each in CHOICES]
+    for ids, choice in zip(wholes * 5, choices, strict=False):
+        with torch.inference_mode():
+            every = loaded.hf(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        wanted = sum(float(every[at - 1, ids[at]]) for at in range(context, len(ids)))
+        greedy = all(int(every[at - 1].argmax()) == ids[at] for at in range(context, len(ids)))
+        found, is_greedy = lm_eval_reads(choice, context)
+        assert found == pytest.approx(wanted, abs=1e-3) and is_greedy == greedy
+
+
+def test_the_requests_of_lm_eval_for_generate_until(server):
+    """Recorded: prompts as ids, several in one request, with the end token's text among the stop strings."""
+    loaded = server.service.engine.loaded
+    body = {"model": loaded.model.name, "max_tokens": 8, "temperature": 0.0, "stop": ["\n", ".", "<|im_end|>"], "seed": 1234}
+    prompts = [loaded.encode(each) for each in ("One, two, three,", "A B C D")]
+    answer = server.http.post("/v1/completions", json={**body, "prompt": prompts}).json()
+    assert [each["index"] for each in answer["choices"]] == [0, 1]
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        assert choice["text"] == complete(server, **body, prompt=loaded.decode(ids))["text"]
+        assert not any(each in choice["text"] for each in body["stop"])

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -201,3 +202,20 @@ def test_parameters_become_the_librarys():
 def test_bad_options_are_reported(options, says):
     with pytest.raises(BadParameter, match=says):
         ExLlamaV2Options(**options)
+
+
+def test_ends_bans_and_xtc_become_the_librarys():
+    bans = GenerationParams(ignore_eos=True, custom_token_bans=(4, 99), xtc_probability=0.5, xtc_threshold=0.2)
+    settings = settings_of(SimpleNamespace, bans, 32, ends={2})
+    assert settings.token_bias.tolist()[:6] == [0, 0, float("-inf"), 0, float("-inf"), 0]
+    assert (settings.xtc_probability, settings.xtc_threshold) == (0.5, 0.2)
+    assert settings_of(SimpleNamespace, replace(bans, temperature=0.0), 32).xtc_probability == 0.0
+
+
+def test_an_answer_ends_at_the_ids_that_the_request_names(folder, library):
+    model = load(folder)
+    run(model, [5, 6], replace(GREEDY, stop_token_ids=(9,)))
+    named, usual = set(library.jobs[-1].stop), model._ends | set(model.template.stop_ids)
+    run(model, [5, 6], replace(GREEDY, ignore_eos=True))
+    assert usual and named == {9, *usual} and library.jobs[-1].stop == []
+    model.close()

@@ -7,7 +7,7 @@ and generator/sampler.py.
 import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from ...core.chat import Finish, Step
@@ -57,12 +57,13 @@ class ExLlamaV2Model(LoadedModel):
         if room <= 0:
             yield Finish("length", prompt_tokens=len(ids))
             return
+        ends = self._ends | set(self.template.stop_ids)
         job = library.ExLlamaV2DynamicJob(
             input_ids=torch.tensor([list(ids)], dtype=torch.long),
             max_new_tokens=room,
-            gen_settings=settings_of(library.ExLlamaV2Sampler.Settings, params, generator.padded_vocab_size),
+            gen_settings=settings_of(library.ExLlamaV2Sampler.Settings, params, generator.padded_vocab_size, ends),
             seed=params.seed,
-            stop_conditions=sorted(self._ends | set(self.template.stop_ids)),
+            stop_conditions=sorted((set() if params.ignore_eos else ends) | set(params.stop_token_ids)),
         )
         serial = generator.enqueue(job)
         arrived = self._arrived[serial] = deque()
@@ -126,8 +127,8 @@ class Ids:
         return [""]
 
 
-def settings_of(make: Callable[..., Any], params: GenerationParams, vocabulary: int) -> Any:
-    """The library's sampler settings. Its penalties look at the prompt too, not at the answer only."""
+def settings_of(make: Callable[..., Any], params: GenerationParams, vocabulary: int, ends: Collection[int] = ()) -> Any:
+    """The library's sampler settings; `ends` are the ids that end an answer. Its penalties look at the prompt too."""
     settings = make(
         temperature=params.temperature or 1.0,
         top_k=params.top_k if params.temperature else 1,
@@ -138,12 +139,15 @@ def settings_of(make: Callable[..., Any], params: GenerationParams, vocabulary: 
         token_repetition_range=params.repetition_range or -1,
         token_presence_penalty=params.presence_penalty,
         token_frequency_penalty=params.frequency_penalty,
+        xtc_probability=params.xtc_probability if params.temperature else 0.0,
+        xtc_threshold=params.xtc_threshold,
     )
-    if params.logit_bias:
+    banned = {*params.custom_token_bans, *(ends if params.ignore_eos else ())}
+    if params.logit_bias or banned:
         import torch
 
         settings.token_bias = torch.zeros(vocabulary, dtype=torch.float)
-        for id, bias in params.logit_bias:
+        for id, bias in (*params.logit_bias, *((each, float("-inf")) for each in banned)):
             if id < vocabulary:
                 settings.token_bias[id] = bias
     return settings
