@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,12 @@ from starlette.responses import Response
 from ..core.chat import Finish, Token
 from ..core.errors import AnswerFailed, GptqWebuiError
 from ..core.tools import ToolCall
-from ..engine.engine import Answer
 from ..engine.request_queue import Ticket
 from .problems import Problem, of_error
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[threading.Event], Answer]
+Start = Callable[[threading.Event], Iterable[Token | Finish]]
 
 _HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a first token
 _KEEPALIVE_S = 10.0  # between comment lines to a client that waits, so that no proxy gives up
@@ -39,6 +38,7 @@ class WholeAnswer:
     """One answer, complete."""
 
     text: str = ""
+    thought: str = ""  # where it was told apart
     tokens: list[Token] = field(default_factory=list)  # those with an id; each has the text that became certain with it
     calls: list[ToolCall] = field(default_factory=list)  # of tools; the last one may be cut off by the limit of tokens
     finish: Finish = field(default_factory=lambda: Finish("cancelled"))
@@ -54,6 +54,7 @@ class WholeAnswer:
             self.calls[part.index] = ToolCall(call.name, call.arguments + part.arguments, call.id)
             return
         self.text += event.text
+        self.thought += event.thought
         if event.id >= 0:
             self.tokens.append(event)
         elif self.tokens and event.text:  # text that was held back belongs to the last token

@@ -80,7 +80,7 @@ def build(service: Service) -> APIRouter:
         usage = usage_of(1, answers)
         answer = ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage).model_dump()
         for choice in answer["choices"]:  # fields that clients take for a call if they are there
-            for name in ("tool_calls", "function_call"):
+            for name in ("tool_calls", "function_call", "reasoning_content"):
                 if choice["message"][name] is None:
                     del choice["message"][name]
         return Json(answer | ({"prompt_token_ids": list(prompt.prompt.ids)} if body.return_token_ids else {}))
@@ -116,7 +116,7 @@ def messages_of(body: Sequence[ChatMessage]) -> list[Message]:
 
 def _chat_answer(answer: WholeAnswer, body: ChatCompletionRequest) -> ChatAnswer:
     if not answer.calls:
-        return ChatAnswer(content=said(answer, body))
+        return ChatAnswer(content=said(answer, body), reasoning_content=answer.thought or None)
     calls = tool_requests.whole(answer.calls)
     if is_older(body):
         return ChatAnswer(content=answer.text or None, function_call=calls[0]["function"])

@@ -40,6 +40,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     call: CallPart | None = None  # a piece of a tool call instead of text; only where the prompt offered tools
+    thought: str = ""  # what the model thinks before it answers, where it was told apart from the text
 
 
 @dataclass(frozen=True)

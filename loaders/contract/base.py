@@ -297,10 +297,12 @@ class LoadedModel(ABC):
         inner = StopFlag(cancel)
 
         ids = list(prompt.ids)
+        channels = self.template.channels if prompt.messages is not None else None
+        marked = prompt.calls.format if prompt.calls is not None else channels  # thoughts are told apart by their marks
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = timed(self._steps(ids, params, inner), requested)
-            kept = self.codec.special_texts(prompt.calls.format.special) if prompt.calls is not None else {}
+            kept = self.codec.special_texts(marked.special) if marked is not None else {}
             events = settled(steps, Detokenizer(self.tokenizer, ids, kept), StopStrings(stop), inner)
             events = self._remembered(prompt, without_leading_space(events) if strip else events)
             return events if prompt.calls is None else with_calls(events, prompt.calls.reader(params.grammar is not None))

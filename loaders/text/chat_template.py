@@ -21,7 +21,7 @@ from . import tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
 from .message_order import orders, without_empty_end
 from .renderers import LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit, one_call
-from .tool_formats import MISTRAL, ToolFormat
+from .tool_formats import CHANNELS_END, MISTRAL, ToolFormat
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,12 @@ class ChatTemplate:
         jinja = self.tool_jinja or self.jinja
         return tool_formats.of_template(jinja) if tool_prompts.knows_tools(jinja) else None
 
+    @property
+    def channels(self) -> ToolFormat | None:
+        """Its format, where the model writes every answer in channels (GPT-OSS)."""
+        format = self.tool_format if "<|channel|>" in self.jinja else None
+        return format if format is not None and format.is_channels else None
+
     def _note(self, why: str) -> None:
         if why not in self._noted and len(self._noted) < _MOST_NOTES:
             self._noted.add(why)
@@ -116,6 +122,9 @@ class ChatTemplate:
 
     def bound(self, tokenizer: Any) -> "ChatTemplate":
         """With the role markers of this template as this tokenizer sees them."""
+        if self.channels is not None:  # what is between two messages is between two channels of one answer, too
+            special = _special_tokens(tokenizer)
+            return replace(self, stop=(), stop_ids=tuple(special[each] for each in CHANNELS_END if each in special))
         stop, ids = _markers(self, tokenizer)
         return replace(self, stop=stop, stop_ids=ids)
 

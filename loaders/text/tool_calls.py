@@ -214,13 +214,14 @@ _TAG = re.compile(r"<\|(channel|message|start|end|call|return|constrain)\|>")
 class ChannelCalls:
     """GPT-OSS writes <|channel|>NAME<|message|>text<|end|>: `final` is the answer, `commentary to=functions.X` a call.
 
-    `analysis`, its thinking, is left out.
+    `analysis`, its thinking, is left out of the text; `take_thought` gives what is new of it.
     """
 
     tools: Tools
     _calls: _Calls = field(default_factory=_Calls)
     _held: str = ""
     _header: str | None = None  # of the channel; None outside
+    _thought: str = ""
     _body: str | None = None  # of a message, as far as it is not passed on; None: not begun
 
     @property
@@ -248,6 +249,11 @@ class ChannelCalls:
         self._close(found)
         return found
 
+    def take_thought(self) -> str:
+        """What was thought since the last call."""
+        thought, self._thought = self._thought, ""
+        return thought
+
     def _tag(self, tag: str, found: list[Piece]) -> None:
         if tag == "constrain":
             return
@@ -267,8 +273,10 @@ class ChannelCalls:
         if self._is_shown():
             if text:
                 found.append(text)
-        else:
+        elif "to=" in (self._header or ""):
             self._body += text
+        else:
+            self._thought += text
 
     def _is_shown(self) -> bool:
         header = self._header or ""

@@ -308,6 +308,7 @@ DEEPSEEK = ToolFormat(
     inner=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
     is_open=json_open,
 )
+CHANNELS_END = ("<|return|>", "<|call|>")  # tokens that end an answer in channels; <|end|> only ends one of them
 GPT_OSS = ToolFormat(
     "GPT-OSS",
     lambda text, tools: _none(text),
