@@ -35,7 +35,7 @@ from .auth import Keys
 from .metrics import Metrics
 from .problems import Problem
 from .prompt_fit import FittedPrompt, Source
-from .thoughts import ThoughtsApart
+from .thoughts import ThoughtsApart, has_channels
 from .token_texts import TokenTexts
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ T = TypeVar("T")
 NEUTRAL = neutral_values()  # the model as it is
 _NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
 MOST_ANSWERS = 256  # to one request, of all its prompts; lm-eval sends many in one
-_READ_MARKS = ("ollama",)  # protocols that tell thoughts apart by their marks themselves
 _THREADS = 32  # for all requests; FastAPI and Gradio have others
 _THREADS_OF_ONE = 8  # for the prompts of one client
 
@@ -225,8 +224,7 @@ class Service:
     def _start(self, protocol: str, prompt: FittedPrompt, params: GenerationParams, at: int, scored: int | None) -> Start:
         seed = (params.seed + at) % 2**31 if params.seed is not None else None
         own = replace(params, max_new_tokens=prompt.max_new_tokens, seed=seed)
-        marked = prompt.prompt.messages is not None and prompt.prompt.calls is None and params.grammar is None
-        apart = marked and prompt.loaded.template.channels is not None and protocol not in _READ_MARKS
+        apart = has_channels(protocol, prompt, params)
 
         def start(cancel: threading.Event) -> Answer | ThoughtsApart:
             if self.engine.loaded is not prompt.loaded:

@@ -4,8 +4,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..core.chat import Finish, Token
+from ..core.params import GenerationParams
 from ..engine.engine import Answer
-from ..loaders.text.tool_calls import ChannelCalls
+from ..loaders.text.channel_calls import ChannelCalls
+from .prompt_fit import FittedPrompt
+
+_READ_MARKS = ("ollama",)  # protocols that tell thoughts apart by their marks themselves
+
+
+def has_channels(protocol: str, prompt: FittedPrompt, params: GenerationParams) -> bool:
+    """Whether the answer to a prompt comes in channels that nobody else reads."""
+    chat = prompt.prompt.messages is not None and prompt.prompt.calls is None and params.grammar is None
+    return chat and prompt.loaded.template.channels is not None and protocol not in _READ_MARKS
 
 
 class ThoughtsApart:

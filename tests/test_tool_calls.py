@@ -6,7 +6,8 @@ import pytest
 
 from gptq_webui.core.tools import CallPart, Tool, ToolUse
 from gptq_webui.loaders.text import tool_formats
-from gptq_webui.loaders.text.tool_calls import ChannelCalls, ForcedCalls, MarkedCalls
+from gptq_webui.loaders.text.channel_calls import ChannelCalls
+from gptq_webui.loaders.text.tool_calls import ForcedCalls, MarkedCalls
 from gptq_webui.loaders.text.tool_prompts import prompt_of
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}

@@ -11,7 +11,8 @@ import pytest
 
 from gptq_webui.core.tools import CallPart, Tool
 from gptq_webui.loaders.text import tool_formats
-from gptq_webui.loaders.text.tool_calls import ChannelCalls, ForcedCalls, MarkedCalls
+from gptq_webui.loaders.text.channel_calls import ChannelCalls
+from gptq_webui.loaders.text.tool_calls import ForcedCalls, MarkedCalls
 
 SCHEMA = {
     "type": "object",

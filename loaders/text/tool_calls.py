@@ -1,18 +1,18 @@
 """An answer while it streams: what is text of it, and what are calls of tools.
 
 Three readers with one interface: of calls between marks (`MarkedCalls`), of an answer that a grammar holds to the JSON of
-calls (`ForcedCalls`), and of an answer in channels (`ChannelCalls`). A call of a model that is free to write anything is
+calls (`ForcedCalls`), and of an answer in channels (channel_calls.py). A call of a model that is free to write anything is
 passed on when it is complete and read; until then nothing says that it is one. What cannot be read becomes text again.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from ...core.tools import CallPart, Tool, ToolCall, new_call_id
-from .tool_formats import NoCall, ToolFormat, Tools, read_channel
+from .tool_formats import NoCall, ToolFormat, Tools
 
 Piece = str | CallPart
 _PIECE = 256  # characters of arguments in one piece
@@ -31,7 +31,7 @@ class CallReader(Protocol):
 
 
 @dataclass
-class _Calls:
+class NumberedCalls:
     """Numbers the calls of an answer and gives them as pieces."""
 
     count: int = 0
@@ -80,7 +80,7 @@ class MarkedCalls:
         self._format, self._parallel = format, parallel
         self._tools: Tools = {each.name: each for each in tools}
         self._leads = format.leads(tuple(self._tools))
-        self._calls, self._text = _Calls(), _Text()
+        self._calls, self._text = NumberedCalls(), _Text()
         self._held = begun
         self._hidden = len(begun)  # characters that are no part of the answer
         self._closing: str | None = "" if begun else None  # of the call that is being read; "": the end; None: text
@@ -205,93 +205,6 @@ class ForcedCalls:
         elif character in "}]":
             self._depth -= 1
         return self._depth == 0
-
-
-_TAG = re.compile(r"<\|(channel|message|start|end|call|return|constrain)\|>")
-
-
-@dataclass
-class ChannelCalls:
-    """GPT-OSS writes <|channel|>NAME<|message|>text<|end|>: `final` is the answer, `commentary to=functions.X` a call.
-
-    `analysis`, its thinking, is left out of the text; `take_thought` gives what is new of it.
-    """
-
-    tools: Tools
-    _calls: _Calls = field(default_factory=_Calls)
-    _held: str = ""
-    _header: str | None = None  # of the channel; None outside
-    _thought: str = ""
-    _body: str | None = None  # of a message, as far as it is not passed on; None: not begun
-
-    @property
-    def count(self) -> int:
-        return self._calls.count
-
-    def feed(self, text: str) -> list[Piece]:
-        self._held += text
-        found: list[Piece] = []
-        while match := _TAG.search(self._held):
-            self._take(self._held[: match.start()], found)
-            self._held = self._held[match.end() :]
-            self._tag(match[1], found)
-        cut = self._held.rfind("<")
-        if cut < 0 or len(self._held) - cut > len("<|constrain|>"):
-            cut = len(self._held)
-        self._take(self._held[:cut], found)
-        self._held = self._held[cut:]
-        return found
-
-    def end(self) -> list[Piece]:
-        found: list[Piece] = []
-        self._take(self._held, found)
-        self._held = ""
-        self._close(found)
-        return found
-
-    def take_thought(self) -> str:
-        """What was thought since the last call."""
-        thought, self._thought = self._thought, ""
-        return thought
-
-    def _tag(self, tag: str, found: list[Piece]) -> None:
-        if tag == "constrain":
-            return
-        if tag == "message":
-            self._body = ""
-            return
-        self._close(found)
-        self._header = "" if tag in ("channel", "start") else None
-
-    def _take(self, text: str, found: list[Piece]) -> None:
-        if self._body is None:
-            if self._header is not None:
-                self._header += text
-            elif text.strip():
-                found.append(text)
-            return
-        if self._is_shown():
-            if text:
-                found.append(text)
-        elif "to=" in (self._header or ""):
-            self._body += text
-        else:
-            self._thought += text
-
-    def _is_shown(self) -> bool:
-        header = self._header or ""
-        return "to=" not in header and "analysis" not in header
-
-    def _close(self, found: list[Piece]) -> None:
-        """The end of a message."""
-        body, header = self._body, self._header or ""
-        self._body = None
-        if body is None or self._is_shown() or "to=" not in header:
-            return
-        try:
-            found += self._calls.pieces(read_channel(header, body, self.tools))
-        except NoCall:
-            found.append(body)
 
 
 MakeReader = Callable[[], CallReader]

@@ -15,7 +15,8 @@ from typing import Any
 from ...core.chat import Message
 from ...core.grammar import Grammar
 from ...core.tools import Tool, ToolUse
-from .tool_calls import CallReader, ChannelCalls, ForcedCalls, MarkedCalls
+from .channel_calls import ChannelCalls
+from .tool_calls import CallReader, ForcedCalls, MarkedCalls
 from .tool_formats import GENERAL, ToolFormat
 
 _MOST_CALLS = 8  # in one answer that has to be calls
