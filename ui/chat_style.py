@@ -86,7 +86,8 @@ _LIST = """
   box-shadow: 0 8px 24px rgb(0 0 0 / .18);
 }
 .gw-menu.gw-up > div { top: auto; bottom: 100%; left: 0; right: auto; }
-.gw-menu > div button { padding: 7px 10px !important; white-space: nowrap; font-size: 14px !important; }
+.gw-menu > div button { padding: 7px 10px !important; font-size: 13px !important; }
+.gw-item > .gw-menu > div { width: 226px; }
 .gw-danger { color: var(--gw-bad) !important; }
 .gw-rename { flex: 1 1 auto; min-width: 0; width: 100%; margin: 3px; padding: 5px 8px; border: 1px solid var(--primary-500);
   border-radius: 6px; background: var(--input-background-fill); color: inherit; font-size: 14px; }
