@@ -78,9 +78,17 @@ def press(tab, icon, role="assistant", which=-1):
 def menu(tab, title, name):
     """An entry of the menu of a conversation in the list."""
     item = tab.locator(".gw-item", has_text=title)
-    item.hover()
-    item.locator("summary").click()
-    item.get_by_role("button", name=name, exact=True).click()
+    entry = item.get_by_role("button", name=name, exact=True)
+    for _again in range(5):  # the list may be drawn anew at this very moment
+        item.hover()
+        if not entry.is_visible():
+            item.locator("summary").click()
+        try:
+            entry.click(timeout=5000)
+            return
+        except Exception:
+            continue
+    entry.click()
 
 
 def titles(tab):

@@ -71,7 +71,7 @@ def _item(chat: ChatInfo, is_shown: bool, is_running: bool) -> str:
     classes = "gw-item gw-now" if is_shown else "gw-item"
     current = ' aria-current="true"' if is_shown else ""
     return (
-        f'<div class="{classes}" data-tags="{escape(", ".join(chat.tags))}">'
+        f'<div class="{classes}" data-id="{id}" data-tags="{escape(", ".join(chat.tags))}">'
         f'<button class="gw-act gw-open" value="open {id}" title="{escape(title)}"{current}>{escape(title)}</button>{live}{tags}'
         f'<details class="gw-menu"><summary title="Pin, rename, tags, export, delete" aria-label="More about {escape(title)}">'
         f"⋯</summary><div>{menu}</div></details></div>"

@@ -142,6 +142,18 @@ INSTALL = r"""
     menus().forEach((open) => { open.open = false; });
   });
 
+  // a list that is drawn anew keeps its open menu
+  document.addEventListener('toggle', (event) => {
+    const item = event.target.closest && event.target.closest('.gw-item');
+    if (!item) return;
+    if (event.target.open) gw.menu = item.dataset.id;
+    else if (gw.menu === item.dataset.id) gw.menu = '';
+  }, true);
+  const reopen = () => {
+    const item = gw.menu && find(`.gw-item[data-id="${gw.menu}"] > details`);
+    if (item && !item.open) item.open = true;
+  };
+
   // drafts, and the meter while one types
   document.addEventListener('input', (event) => {
     if (event.target !== box()) return;
@@ -168,6 +180,8 @@ INSTALL = r"""
       requestAnimationFrame(() => { asked = false; if (gw.stick) gw.down(); });
     }).observe(talk, {childList: true, subtree: true, characterData: true});
     gw.down();
+    const list = find('#gw-list');
+    if (list) new MutationObserver(reopen).observe(list, {childList: true, subtree: true});
   };
 
   gw.lost = (is) => {
