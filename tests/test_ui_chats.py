@@ -217,7 +217,7 @@ def test_figures_copy_and_what_the_model_gets(visit, served):
 def test_the_meter_says_what_will_be_left_out_before_it_is(visit, served):
     tab = visit(context_tokens=100)
     for at in range(2):
-        answered(tab, " ".join(["word"] * 20), at + 1)
+        answered(tab, " ".join(["word"] * 30), at + 1)
     wait_for(tab, "#gw-meter", "more tokens, the oldest messages are left out")
     tab.fill("#gw-message textarea", " ".join(["more"] * 30))
     wait_for(tab, "#gw-meter", "The model no longer reads the oldest 2 messages")
