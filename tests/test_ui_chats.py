@@ -226,7 +226,7 @@ def test_the_meter_says_what_will_be_left_out_before_it_is(visit, served):
 
 
 def test_a_second_device_sees_the_answer_live_and_may_stop_it(visit, served):
-    tab = visit(answer=LONG, tokens_per_s=15)
+    tab = visit(answer=LONG, tokens_per_s=4)
     ask(tab, "Talk")
     wait_for(tab, "#gw-live", "word3")
     other = visit()

@@ -152,7 +152,7 @@ def test_a_model_of_another_kind_says_what_opens_it_and_the_loaded_one_stays(vis
 
 
 def test_clear_in_the_middle_of_an_answer_clears(visit, house):
-    tab = visit({"answer": LONG, "tokens_per_s": 15})
+    tab = visit({"answer": LONG, "tokens_per_s": 5})
     ask(tab, "Count")
     wait_for(tab, "#gw-chat", "word3")
     tab.click("#gw-clear")
@@ -166,7 +166,7 @@ def test_clear_in_the_middle_of_an_answer_clears(visit, house):
 
 
 def test_stop_keeps_what_was_written_continue_goes_on(visit, house):
-    tab = visit({"answer": LONG, "tokens_per_s": 15})
+    tab = visit({"answer": LONG, "tokens_per_s": 5})
     ask(tab, "Talk")
     wait_for(tab, "#gw-chat", "word5")
     tab.click("#gw-stop")
@@ -198,19 +198,19 @@ def test_the_answer_of_a_page_that_is_closed_goes_on_and_is_found_in_the_list(vi
 
 
 def test_a_reload_in_the_middle_of_an_answer_finds_it_going_on(visit, house):
-    tab = visit({"answer": LONG, "tokens_per_s": 15})
+    tab = visit({"answer": LONG, "tokens_per_s": 5})
     ask(tab, "Talk")
-    wait_for(tab, "#gw-chat", "word50")
+    wait_for(tab, "#gw-chat", "word10")
     tab.reload()
     settled(tab, house)
-    assert "word5 " in wait_for(tab, "#gw-chat", "word90")
+    assert "word5 " in wait_for(tab, "#gw-chat", "word25")
     tab.click("#gw-stop")
     tab.wait_for_selector("#gw-send:visible")
-    assert "Talk" in tab.inner_text("#gw-chat") and "word50" in tab.inner_text("#gw-chat")
+    assert "Talk" in tab.inner_text("#gw-chat") and "word25" in tab.inner_text("#gw-chat")
 
 
 def test_two_pages_wait_for_each_other(visit, house):
-    tab = visit({"answer": LONG, "tokens_per_s": 15})
+    tab = visit({"answer": LONG, "tokens_per_s": 5})
     second = visit()
     ask(tab, "First")
     wait_for(tab, "#gw-chat", "word5")
