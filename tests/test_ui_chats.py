@@ -44,7 +44,7 @@ def visit(chrome, served):
         served.store.delete("", info.id)
 
     def open_page(width=1280, before="", context=None, **options):
-        if options or served.engine.loaded is None:
+        if options or not contexts:
             served.engine.load(MISTRAL, options={"answer": "Paris.", "load_s": 0.0, **options})
         if context is None:
             contexts.append(chrome.new_context(viewport={"width": width, "height": 844}))

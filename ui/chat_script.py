@@ -123,6 +123,7 @@ INSTALL = r"""
   };
 
   document.addEventListener('click', (event) => {
+    if (!event.isTrusted) return; // the script itself presses hidden buttons
     const button = event.target.closest && event.target.closest('button.gw-act');
     menus().forEach((open) => { if (!open.contains(event.target) || button) open.open = false; });
     if (event.target.id === 'gw-shade') gw.drawer(false);
