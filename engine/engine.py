@@ -23,6 +23,7 @@ from ..loaders.choose import Choice, all_loaders
 from ..loaders.contract.base import LoadedModel, Loader
 from ..loaders.contract.model_prompt import Prompt
 from ..loaders.text import chat_template
+from ..loaders.text.built_in_templates import is_jinja
 from . import demo
 from .answer import Answer
 from .conversation import Conversation
@@ -226,14 +227,17 @@ class Engine:
         return Answer(loaded, loaded.score(ids, top, cancel), 0, self._answered)
 
     def set_template(self, name: str | None) -> None:
-        """Use a built-in chat template for the loaded model and remember that; None: the model's own."""
+        """Use a built-in chat template, or one given as Jinja, for the loaded model and remember that; None: the model's own."""
         loaded = self.ready()
         template = (
             chat_template.named(name)
             if name
             else chat_template.find(loaded.model.folder, loaded.tokenizer, loaded.model.architecture)
         )
-        loaded.template = template.bound(loaded.tokenizer)
+        if name and is_jinja(name):
+            chat_template.require_usable(template, loaded.tokenizer)
+        before, loaded.template = loaded.template, template.bound(loaded.tokenizer)
+        before.close()
         self.settings.save_for_model(loaded.model.name, template=name)
 
     def ready(self) -> LoadedModel:

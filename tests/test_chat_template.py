@@ -2,8 +2,12 @@
 
 import pytest
 
+from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import BadParameter
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.loaders.text import chat_template
 from gptq_webui.loaders.text.built_in_templates import BUILT_IN, CHATML, PLAIN
 
@@ -167,3 +171,18 @@ def test_a_template_cannot_reach_python():
         chat_template.ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", "evil", "test").render(
             CHAT, LlamaTokenizer()
         )
+
+
+def test_a_template_of_ones_own_is_used_remembered_and_refused_in_words(tmp_path):
+    engine = Engine(FakeLibrary(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine.load(MISTRAL)
+    own = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    engine.set_template(own)
+    assert engine.loaded.prompt([Message("user", "Hi")]).text == "<user>Hi<bot>"
+    engine.reload()
+    assert engine.loaded.template.name == "your own" and engine.loaded.prompt([Message("user", "Hi")]).text == "<user>Hi<bot>"
+    for bad, words in (("{% for %}", "cannot be used"), ("{{ 1 }}", "does not contain"), ("{% set x = 1 %}" * 20_000, "limit")):
+        with pytest.raises(BadParameter, match=words):
+            engine.set_template(bad)
+    assert engine.loaded.prompt([Message("user", "Hi")]).text == "<user>Hi<bot>"
+    engine.unload()

@@ -164,6 +164,7 @@ def test_the_tab_writes_from_the_cursor_undoes_counts_and_survives_a_reload(page
     tab.click("#gw-notebook-next")
     tab.wait_for_selector(f"#gw-notebook-table th:has-text('Before: {MISTRAL}')")
     assert "+0.00" in rows.nth(0).inner_text() and "Other model" in tab.inner_text("#gw-notebook-table thead")
+    engine.loaded.model = replace(engine.loaded.model, folder=engine.loaded.model.folder.with_name(MISTRAL))
     open_notebook(page)
     has_text(page, f"Once{ANSWER} THE END")
 

@@ -10,10 +10,11 @@ import gradio as gr
 from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from ..loaders.contract.base import LoadedModel
-from ..loaders.text.chat_template import BUILT_IN, PLAIN, ChatTemplate
+from ..loaders.text.built_in_templates import BUILT_IN, OWN, PLAIN, is_jinja
+from ..loaders.text.chat_template import ChatTemplate
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, working
+from .html_snippets import bad, good, working
 
 _AUTOMATIC = ""
 
@@ -29,30 +30,55 @@ class TemplateBox:
 def draw_template(engine: Engine, access: Access) -> TemplateBox:
     """Draw the choice; the Chat tab wires it."""
     choice = gradio_compat.Dropdown(
-        [("Automatic", _AUTOMATIC), *((name, name) for name in (*BUILT_IN, PLAIN))],
+        [("Automatic", _AUTOMATIC), *((name, name) for name in (*BUILT_IN, PLAIN)), ("Your own …", OWN)],
         value=_AUTOMATIC,
         label="Chat template",
         info="The format in which messages reach the model. Saved for each model.",
         elem_id="gw-template",
         visible=access.owners is None,
     )
-    note = gr.HTML()
+    with gr.Column(visible=False, elem_id="gw-template-own") as place:
+        own = gr.Textbox(
+            label="Your own template",
+            info="Jinja, as in tokenizer_config.json: messages, bos_token, eos_token, add_generation_prompt.",
+            lines=6,
+            max_lines=20,
+            elem_id="gw-template-text",
+        )
+        use = gr.Button("Use this template", size="sm", elem_id="gw-template-use")
+    note = gr.HTML(elem_id="gw-template-note")
 
     def values(request: gr.Request) -> dict[Any, Any]:
         loaded = engine.loaded
         saved = engine.settings.for_model(loaded.model.name).get("template") if loaded else None
-        known = saved if saved in BUILT_IN or saved == PLAIN else _AUTOMATIC
-        return {choice: gr.update(value=known, visible=access.is_owner(request)), note: ""}
+        known = saved if saved in BUILT_IN or saved == PLAIN else OWN if saved and is_jinja(saved) else _AUTOMATIC
+        shown = {place: gr.update(visible=known == OWN and access.is_owner(request))}
+        shown |= {own: saved} if known == OWN and access.is_owner(request) else {}
+        return shown | {choice: gr.update(value=known, visible=access.is_owner(request)), note: ""}
 
     def choose(name: str, request: gr.Request) -> dict[Any, Any]:
         access.require_owner(request)
+        if name == OWN:  # it begins as the present one
+            loaded = engine.loaded
+            return {place: gr.update(visible=True), own: loaded.template.jinja if loaded is not None else "", note: ""}
         try:
             engine.set_template(name or None)
         except GptqWebuiError as error:
             return {note: bad(str(error))}
-        return {note: ""}
+        return {place: gr.update(visible=False), note: ""}
 
-    return TemplateBox(choice, [choice, note], values, choose)
+    def use_own(text: str, request: gr.Request) -> str:
+        access.require_owner(request)
+        if not is_jinja(text or ""):
+            return bad("The text is no Jinja template: it contains neither {{ nor {%.")
+        try:
+            engine.set_template(text)
+        except GptqWebuiError as error:
+            return bad(str(error))
+        return good("The template is used from now on and saved for this model.")
+
+    use.click(use_own, own, note, **gradio_compat.PRESS)
+    return TemplateBox(choice, [choice, place, own, note], values, choose)
 
 
 def about(engine: Engine, owner: bool) -> str:

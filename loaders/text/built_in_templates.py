@@ -4,6 +4,14 @@ Each is Jinja with the variables of transformers' chat templates: messages, bos_
 eos_token, add_generation_prompt. What one cannot show as its model was taught, it refuses: then message_order.py folds it.
 """
 
+OWN = "your own"  # the name of a template that somebody wrote
+
+
+def is_jinja(name: str) -> bool:
+    """Whether what somebody chose is a template, and not the name of one."""
+    return "{{" in name or "{%" in name
+
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

@@ -18,13 +18,14 @@ from ...core.chat import Message
 from ...core.errors import BadParameter
 from ...core.tools import Tool
 from . import tool_formats, tool_prompts
-from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, PLAIN, PLAIN_JINJA, labelled
+from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, OWN, PLAIN, PLAIN_JINJA, is_jinja, labelled
 from .message_order import orders, without_empty_end
 from .renderers import LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit, one_call
 from .tool_formats import CHANNELS_END, MISTRAL, ToolFormat
 
 log = logging.getLogger(__name__)
 
+_MOST_OWN = 200_000  # characters
 _MOST_NOTES = 20
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
 
@@ -206,8 +207,19 @@ def _other(folder: Path, architecture: str) -> ChatTemplate:
     return ChatTemplate(PLAIN_JINJA, PLAIN, "none found: not a chat model", is_chat=False)
 
 
+def require_usable(template: ChatTemplate, tokenizer: Any) -> None:
+    """Raises BadParameter for a template that cannot show the simplest conversation; takes a second at most."""
+    if problem := _problem(template, tokenizer):
+        template.close()
+        raise BadParameter(f"This chat template cannot be used: {problem}. Correct it, or choose another one.")
+
+
 def named(name: str, source: str = "your choice") -> ChatTemplate:
-    """One of the built-in templates. Raises BadParameter if there is none of that name."""
+    """A built-in template by its name, or the text of a Jinja template. Raises BadParameter if there is none."""
+    if is_jinja(name):
+        if len(name) > _MOST_OWN:
+            raise BadParameter(f"The chat template has {len(name):,} characters; {_MOST_OWN:,} are the limit. Shorten it.")
+        return ChatTemplate(name, OWN, source, renderer=LimitedRenderer())
     if name == PLAIN:
         return ChatTemplate(PLAIN_JINJA, PLAIN, source, is_chat=False)
     if name not in BUILT_IN:
