@@ -8,6 +8,7 @@ import gradio as gr
 from ..engine.engine import Engine
 from . import gradio_compat
 from .access import Access
+from .character_parts import CharacterParts
 from .chat_list import ACTIONS, DRAWER
 from .template_box import TemplateBox, draw_template
 
@@ -40,6 +41,7 @@ class ChatParts:
     system: gr.Textbox
     start: gr.Textbox
     template: TemplateBox
+    characters: CharacterParts
     shown: gr.Textbox  # the id of the conversation; "" for a new one. The browser keeps it for each of its tabs
     known: gr.Textbox  # what the page shows, so that only changes are sent
     news: gr.Textbox  # changes when somebody else changed what is shown
@@ -117,6 +119,7 @@ def draw(engine: Engine, access: Access) -> ChatParts:
                     elem_id="gw-start-reply",
                 )
                 widgets["template"] = draw_template(engine, access)
+                widgets["characters"] = CharacterParts()
     for name in ("shown", "known", "news", "bell", "out", "given", "edit_id"):
         widgets[name] = _text(elem_classes="gw-hidden", elem_id=f"gw-{name.replace('_', '-')}")
     for name in ("act", "look", "draft", "measure"):

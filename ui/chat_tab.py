@@ -10,10 +10,12 @@ from typing import Any
 
 import gradio as gr
 
+from ..engine.character_store import CharacterStore
 from ..engine.chat_service import ChatService
 from ..engine.engine import Engine
 from . import chat_script, gradio_compat
 from .access import Access
+from .character_box import CharacterBox
 from .chat_actions import Asked, ChatActions
 from .chat_parts import ChatParts, draw
 from .chat_view import ChatView
@@ -40,6 +42,7 @@ def build(
     actions = ChatActions(view, parameters.params)
     inputs = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start, *parameters.fields]
     now = gradio_compat.NOW
+    CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs)
 
     def wire(trigger: Callable[..., Any], work: Callable[[Asked, Any], Updates], outputs: Any = None, **options: Any) -> Any:
         return trigger(actions.handler(work), inputs, outputs or view.outputs, **{**now, **options})

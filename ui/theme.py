@@ -167,6 +167,11 @@ _NOTEBOOK = """ /* notebook_tab.py */
 .gw-soft { color: var(--gw-soft); }
 """
 
+_CHARACTERS = """ /* character_parts.py */
+#gw-character-editor .form { display: flex; flex-direction: column; gap: 10px !important; }
+#gw-character-editor, #gw-persona-box { margin-top: 4px; }
+"""
+
 _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 .gw-think { border-left: 3px solid var(--gw-line); padding: 0 0 0 12px; margin: 2px 0 12px; }
 .gw-think, .gw-think p, .gw-think li { color: var(--gw-soft) !important; }
@@ -181,5 +186,5 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 :is(.message, #gw-live) .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + chat_style.CSS + _NOTEBOOK + _MESSAGES
+CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + chat_style.CSS + _NOTEBOOK + _CHARACTERS + _MESSAGES
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes
