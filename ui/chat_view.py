@@ -7,7 +7,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from typing import Any
@@ -210,7 +210,7 @@ class ChatView:
         what = self.chats.store.can_undo(owner, info.id) if info.id else ""
         return updates | {at.undo: gr.update(visible=bool(what), value=f"Undo {what}")}
 
-    def _end(self, request: gr.Request, owner: str, info: ChatInfo, path: list[StoredMessage], box: str | None) -> Updates:
+    def _end(self, request: gr.Request, owner: str, info: ChatInfo, path: Sequence[StoredMessage], box: str | None) -> Updates:
         """How the last answer ended; a question that got none, and a line that the model wrote, come into the box."""
         at = self.parts
         updates: Updates = {at.box: info.draft} if info.draft and not (box or "").strip() else {}
