@@ -36,7 +36,8 @@ def host_of(endpoint: str) -> str:
 
 def unreachable(endpoint: str, error: BaseException) -> HubUnreachable:
     """Only the kind of `error` is shown: its text can hold an address with a secret in it."""
-    hint = f" HF_ENDPOINT is set to {endpoint}: is that right?" if os.environ.get("HF_ENDPOINT") else ""
+    shown = endpoint.replace(urlsplit(endpoint).netloc, host_of(endpoint))  # without a password
+    hint = f" HF_ENDPOINT is set to {shown}: is that right?" if os.environ.get("HF_ENDPOINT") else ""
     return HubUnreachable(
         f"{host_of(endpoint)} cannot be reached ({_kind(error)}). Check your network connection and proxy settings, "
         f"then try again; models on disk still work.{hint}"

@@ -24,6 +24,8 @@ from . import hub_errors
 if TYPE_CHECKING:
     import httpx
 
+log = logging.getLogger(__name__)
+
 USER_AGENT = f"gptq-webui/{__version__}"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
@@ -164,19 +166,23 @@ def read(
                     raise hub_errors.too_slow(endpoint, ANSWER_S)
             return bytes(data)
 
-    for pause_s in (*PAUSES_S, None):
-        asked_s = 0.0
-        try:
-            answer = _within(ANSWER_S, attempt, endpoint)
-            if isinstance(answer, bytes):
-                return answer
-            status, asked_s = answer
-            if pause_s is None or asked_s > LONGEST_PAUSE_S:
-                raise hub_errors.busy(endpoint, status)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
-                raise hub_errors.unreachable(endpoint, error) from None
-        time.sleep(max(pause_s, asked_s))
+    try:
+        for pause_s in (*PAUSES_S, None):
+            asked_s = 0.0
+            try:
+                answer = _within(ANSWER_S, attempt, endpoint)
+                if isinstance(answer, bytes):
+                    return answer
+                status, asked_s = answer
+                if pause_s is None or asked_s > LONGEST_PAUSE_S:
+                    raise hub_errors.busy(endpoint, status)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                if pause_s is None or isinstance(error, (httpx.InvalidURL, httpx.ConnectError)):
+                    raise hub_errors.unreachable(endpoint, error) from None
+            time.sleep(max(pause_s, asked_s))
+    except HubUnreachable as error:
+        log.info("nothing of %s was read: %s", repo, error)  # the page may show the sentence for a moment only
+        raise
     raise AssertionError("the last round returns or raises")
 
 

@@ -179,3 +179,14 @@ def test_hashes_that_are_none_are_left_out() -> None:
     with hostile(lambda connection: connection.sendall(answer)) as address:
         (found,) = Hub(address).listing(ModelRef(REPO)).files
     assert found.fingerprint == ""
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://user:secret@127.0.0.1:{port}")
+    caplog.set_level("INFO", "gptq_webui.hub")
+    with pytest.raises(HubUnreachable, match="HF_ENDPOINT is set to http://127"):
+        Hub().listing(ModelRef(REPO))
+    (line,) = (each.getMessage() for each in caplog.records if each.name.startswith("gptq_webui.hub"))
+    assert REPO in line and "no connection" in line and "secret" not in line

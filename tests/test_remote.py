@@ -1,8 +1,10 @@
 """loaders/remote/remote_loader.py: a real engine on loopback answers; one that dies, refuses or is slow costs one sentence."""
 
+import asyncio
 import threading
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
@@ -180,6 +182,37 @@ def test_a_key_is_sent_from_the_option_or_the_environment_and_never_shown(opened
 def test_nobody_there_is_a_sentence():
     with pytest.raises(LoadFailed, match="No engine answers"):
         RemoteLoader().load(remote_model("x"), RemoteOptions(base_url="http://127.0.0.1:9"), lambda share, text: None)
+
+
+def test_an_engine_that_is_away_and_comes_back_is_a_line_of_the_log_each(caplog):
+    async def looked_at():
+        answers = iter([OSError("away"), OSError("away"), None, OSError("away")])
+
+        class Client:
+            def with_options(self, **_):
+                return self
+
+            @property
+            def models(self):
+                return self
+
+            async def list(self):
+                if error := next(answers):
+                    raise error
+                return SimpleNamespace(data=[])
+
+        endpoint = remote_pool.Endpoint("http://127.0.0.1:1/v1", Client())
+        for _ in range(4):
+            await endpoint.check()
+
+    caplog.set_level("INFO", "gptq_webui.loaders.remote")
+    asyncio.run(looked_at())
+    lines = [each.getMessage() for each in caplog.records if each.name.startswith("gptq_webui.loaders.remote")]
+    assert [line.partition(" (")[0].partition("v1 ")[2] for line in lines] == [
+        "does not answer",
+        "answers again",
+        "does not answer",
+    ]
 
 
 def test_a_model_that_nobody_serves_is_reported_with_those_that_are():

@@ -75,7 +75,7 @@ class RemoteLoader(Loader):
             async with _pool(options) as pool:
                 await pool.check()
                 if not any(each.well for each in pool.endpoints):
-                    raise LoadFailed(f"No engine answers: {pool.troubles()}.")
+                    raise _nobody(pool)
                 found = {each.id: each for endpoint in pool.endpoints for each in endpoint.models}
                 return [remote_model(name, _context(found[name]), options.base_url) for name in sorted(found)]
 
@@ -92,7 +92,7 @@ class RemoteLoader(Loader):
             pool = loop.run(_open(options))
             well = [each for each in pool.endpoints if each.well]
             if not well:
-                raise LoadFailed(f"No engine answers: {pool.troubles()}. Is it running, and is the address right?")
+                raise _nobody(pool)
             name = _name(model, options, well)
             listed = [each for endpoint in well for each in endpoint.models if each.id == name]
             for endpoint in well:
@@ -112,6 +112,13 @@ class RemoteLoader(Loader):
         notes += [f"The engine at {each.url} is left out until it answers ({each.wrong})." for each in missing]
         progress(1.0, "Ready")
         return RemoteModel(model, name, pool, loop, context, reason, tuple(notes))
+
+
+def _nobody(pool: Pool) -> LoadFailed:
+    return LoadFailed(
+        f"No engine answers: {pool.troubles()}. Is it running, and is the address right? Start it, or correct the address, "
+        "then try again."
+    )
 
 
 class _pool:
@@ -147,7 +154,7 @@ def _name(model: LocalModel, options: RemoteOptions, well: Sequence[Endpoint]) -
     names = list(dict.fromkeys(each.id for endpoint in well for each in endpoint.models))
     if options.model:
         if names and options.model not in names:
-            raise LoadFailed(f"No engine serves {options.model!r}. They serve: {', '.join(names)}.")
+            raise LoadFailed(f"No engine serves {options.model!r}. They serve: {', '.join(names)}. Choose one of these.")
         return options.model
     same = [each for each in names if model.served_as == each or each.rpartition("/")[2] == model.name]
     if same or len(names) == 1:

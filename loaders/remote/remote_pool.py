@@ -22,6 +22,7 @@ class Endpoint:
     url: str
     client: Any
     well: bool = False
+    asked: bool = False  # at least once
     answering: int = 0
     wrong: str = ""  # what was the matter when it was last asked
     strict: bool = False  # it refuses parameters that OpenAI does not have
@@ -32,18 +33,23 @@ class Endpoint:
         try:
             page = await self.client.with_options(timeout=_CHECK_TIMEOUT_S).models.list()
             self.models = list(page.data or [])
-            self.well, self.wrong = True, ""
         except Exception as error:
-            if getattr(error, "status_code", None) in (404, 405, 501):  # it is there, and does not list what it has
-                self.well, self.wrong = True, ""
+            if getattr(error, "status_code", None) not in (
+                404,
+                405,
+                501,
+            ):  # with these it is there, and does not list what it has
+                self.fail(error)
                 return
-            self.fail(error)
+        if self.asked and not self.well:
+            log.info("the engine at %s answers again", self.url)
+        self.well, self.asked, self.wrong = True, True, ""
 
     def fail(self, error: Exception) -> None:
         """Leave it out until it answers a check again."""
-        if self.well:
+        if self.well or not self.asked:
             log.warning("the engine at %s does not answer (%s)", self.url, in_words(error))
-        self.well, self.wrong = False, in_words(error)
+        self.well, self.asked, self.wrong = False, True, in_words(error)
 
 
 class Pool:
