@@ -72,7 +72,9 @@ class _Front:
             await (self.page or _nothing)(scope, receive, send)
         elif scope["path"] in self._methods and scope["method"] not in self._methods[scope["path"]]:
             allowed = ", ".join(sorted(self._methods[scope["path"]]))
-            problem = Problem("invalid", f"{scope['path']} takes {allowed}; found {scope['method'][:20]}.")
+            problem = Problem(
+                "invalid", f"{scope['path']} takes {allowed}; found {scope['method'][:20]}. See /docs for what it has."
+            )
             response = self._renders.get(scope["path"], openai_error)(problem)
             response.status_code = 405
             response.headers["allow"] = allowed

@@ -42,7 +42,7 @@ async def vectors_of(service: Service, request: Request, texts: object, pooling:
     loaded = await service.loaded()
     sources, _ends = await service.run_for(request, sources_of, loaded, _Texts(texts))
     if len(sources) > _MOST_TEXTS:
-        raise Problem("invalid", f"One request may have {_MOST_TEXTS} texts; found {len(sources)}.", "input")
+        raise Problem("invalid", f"One request may have up to {_MOST_TEXTS} texts; found {len(sources)}.", "input")
     prompts = [await service.fit(request, each, 0, loaded=loaded) for each in sources]
     ids = [each.prompt.ids for each in prompts]
     found = await service.run_for(request, loaded.embed, ids, pooling, threading.Event())

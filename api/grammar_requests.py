@@ -92,7 +92,7 @@ def of_tgi(found: dict[str, Any] | None) -> Grammar | None:
         return of_schema(_inner(value), "grammar")
     if kind == "regex":
         return _made("regex", value, "grammar")
-    raise Problem("invalid", "`grammar` needs a `type` of json, json_schema or regex, and a `value`", "grammar")
+    raise Problem("invalid", "`grammar` needs a `type` of json, json_schema or regex, and a `value`.", "grammar")
 
 
 def of_gbnf(text: str | None) -> Grammar | None:
@@ -111,13 +111,13 @@ def of_schema(value: Any, field: str) -> Grammar:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise Problem("invalid", f"{field}: the schema is not JSON.", field) from None
+            raise Problem("invalid", f"{field}: the schema is not JSON. Send a JSON object.", field) from None
     if not isinstance(value, dict):
         raise Problem("invalid", f"{field} must be a JSON schema, as an object.", field)
     try:
         return _made("json_schema", json.dumps(value, allow_nan=False), field)
     except (ValueError, RecursionError):
-        raise Problem("invalid", f"{field}: the schema is not JSON, or too deep.", field) from None
+        raise Problem("invalid", f"{field}: the schema is not JSON, or too deep. Send a JSON object.", field) from None
 
 
 def _made(kind: Any, text: Any, field: str) -> Grammar:

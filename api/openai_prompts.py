@@ -28,7 +28,7 @@ def sources_of(loaded: LoadedModel, body: Any) -> tuple[list[Source], tuple[int,
     if isinstance(prompt, str):
         return [prompt], ()
     if not prompt:
-        raise Problem("invalid", "The prompt is empty.", "prompt")
+        raise Problem("invalid", "The prompt is empty. Send some text.", "prompt")
     if isinstance(prompt[0], str):
         return list(prompt), ()
     lists = [prompt] if isinstance(prompt[0], int) else prompt
@@ -53,7 +53,11 @@ async def scores_of(
 ) -> list[list[Token]]:
     """The tokens of each prompt with their log-probabilities. Raises Problem."""
     if "logprobs" not in prompts[0].loaded.can:
-        raise Problem("unsupported", f"The loader of {prompts[0].loaded.model.name} reports no log-probabilities.", "logprobs")
+        raise Problem(
+            "unsupported",
+            f"The loader of {prompts[0].loaded.model.name} reports no log-probabilities. Leave them out.",
+            "logprobs",
+        )
     running = await service.answer(request, protocol, prompts, params, scored=top)
     return [each.tokens for each in await running.whole()]
 

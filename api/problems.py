@@ -117,7 +117,7 @@ def of_validation(errors: Sequence[Any]) -> Problem:
     for each in errors:
         field = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
         if each.get("type") == "json_invalid":
-            return Problem("invalid", "The body is not JSON.", "body")
+            return Problem("invalid", "The body is not JSON. Send a JSON object.", "body")
         fields.setdefault(field, []).append(str(each.get("msg", "is not valid")))
     first = next(iter(fields), "body")
     message = "; ".join(f"{field}: {', '.join(dict.fromkeys(texts))}" for field, texts in list(fields.items())[:5])

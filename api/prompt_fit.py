@@ -55,7 +55,7 @@ def fit(
         source = loaded.prompt(source, tools)
     count = len(source.ids)
     if count == 0:
-        raise Problem("invalid", "The prompt is empty.", "prompt")
+        raise Problem("invalid", "The prompt is empty. Send some text.", "prompt")
     if max_input_tokens is not None and count > max_input_tokens:
         raise Problem("too_long", f"The prompt has {count:,} tokens; this server takes prompts of up to {max_input_tokens:,}.")
     room = context - count
@@ -105,7 +105,7 @@ def encode(loaded: LoadedModel, text: str, *, bos: bool = True) -> list[int]:
 def decode(loaded: LoadedModel, ids: Sequence[int]) -> str:
     """The text of ids, special tokens included. Raises Problem for ids that the model does not have, or far too many."""
     if loaded.is_remote:
-        raise Problem("unsupported", "The loaded model takes text, not token ids.")
+        raise Problem("unsupported", "The loaded model takes text, not token ids. Send the text.")
     if len(ids) > loaded.context_tokens * _COUNTED_CONTEXTS:
         raise Problem("too_long", f"{len(ids):,} token ids are more than {_COUNTED_CONTEXTS} contexts. Send fewer.")
     size = loaded.codec.size

@@ -200,7 +200,7 @@ class Service:
     ) -> Running:
         """Join the queue; the answers begin at their turn. Raises Problem, QueueFull."""
         if n * len(prompts) > MOST_ANSWERS:
-            raise Problem("invalid", f"One request may have {MOST_ANSWERS} answers; found {n * len(prompts)}.", "n")
+            raise Problem("invalid", f"One request may have up to {MOST_ANSWERS} answers; found {n * len(prompts)}.", "n")
         loaded = prompts[0].loaded
         if (calls := prompts[0].prompt.calls) is not None and calls.grammar is not None and "grammar" in loaded.can:
             try:

@@ -121,7 +121,10 @@ def build(service: Service) -> APIRouter:
         """The likeliest next tokens and their probabilities, at most 20."""
         loaded = await service.loaded()
         if "logprobs" not in loaded.can:
-            raise Problem("unsupported", f"The loader of {loaded.model.name} reports no log-probabilities.")
+            raise Problem(
+                "unsupported",
+                f"The loader of {loaded.model.name} reports no log-probabilities. Load the model with transformers.",
+            )
         if body.use_samplers:
             text = "The probabilities are those of the model before the samplers. Leave use_samplers out."
             raise Problem("unsupported", text, "use_samplers")
@@ -159,7 +162,8 @@ def build(service: Service) -> APIRouter:
         args = dict(body.args or {})
         if body.instruction_template_str:
             raise Problem(
-                "unsupported", "This server takes no template as text. Name one of /v1/template/list as instruction_template."
+                "unsupported",
+                "This server takes no template as text. Write the name of one of /v1/template/list as instruction_template.",
             )
         await service.load(await service.find(body.model_name), None, options_of(args))
         if body.instruction_template:
@@ -180,7 +184,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/internal/lora/load")
     @admin
     async def lora_load(body: LoraRequest) -> Response:
-        raise Problem("unsupported", "This server loads no LoRA adapters.")
+        raise Problem("unsupported", "This server loads no LoRA adapters over HTTP. Set the adapter (lora) in the Model tab.")
 
     @router.post("/v1/internal/lora/unload")
     @admin

@@ -25,7 +25,9 @@ def tool(name: Any, description: Any, parameters: Any, field: str) -> Tool:
     try:
         text = json.dumps(parameters, ensure_ascii=False, allow_nan=False) if parameters else ""
     except (ValueError, RecursionError):
-        raise Problem("invalid", f"{field}.parameters: the schema is not JSON, or too deep.", f"{field}.parameters") from None
+        raise Problem(
+            "invalid", f"{field}.parameters: the schema is not JSON, or too deep. Send a JSON object.", f"{field}.parameters"
+        ) from None
     return Tool(name, description or "", text)
 
 
@@ -35,12 +37,12 @@ def use(tools: Sequence[Tool], field: str, *, must: bool = False, only: str = ""
     Raises Problem for a tool that has to be called and is not offered.
     """
     if len(tools) > _MOST_TOOLS:
-        raise Problem("invalid", f"One request may offer {_MOST_TOOLS} tools; found {len(tools)}.", "tools")
+        raise Problem("invalid", f"One request may offer up to {_MOST_TOOLS} tools; found {len(tools)}.", "tools")
     if only and only not in {each.name for each in tools}:
-        raise Problem("invalid", f"{field} names {only[:80]!r}, which is not among the tools of this request.", field)
+        raise Problem("invalid", f"{field} names {only[:80]!r}, which is not among its tools. Name one of them.", field)
     if not tools:
         if must:
-            raise Problem("invalid", f"{field} asks for a call, and the request has no tools.", field)
+            raise Problem("invalid", f"{field} asks for a call, and the request has no tools. Add them to `tools`.", field)
         return None
     return ToolUse(tuple({each.name: each for each in tools}.values()), must, only, parallel)
 

@@ -85,7 +85,8 @@ def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | N
     if options.no_auth:
         if options.share or given or admin:
             raise BadParameter(
-                "--no-auth means no key and no password. It cannot be combined with --share, --api-key or --admin-key."
+                "--no-auth means no key and no password. It cannot be combined with --share, --api-key or --admin-key: "
+                "leave one out."
             )
         return found
     if given:
@@ -122,5 +123,5 @@ def run_keys(options: argparse.Namespace) -> int:
 
 def _named(options: argparse.Namespace) -> str:
     if not options.name:
-        raise BadParameter(f"The name of the key is missing: gptq-webui keys {options.action} NAME.")
+        raise BadParameter(f"The name of the key is missing. Write: gptq-webui keys {options.action} NAME.")
     return str(options.name)

@@ -27,90 +27,11 @@ from pathlib import Path
 CLIENTS = 8
 REQUEST_S = 30.0  # the limit of one request
 STUCK_S = 90.0  # of one step of a client
-ANSWER = "The capital of France is Paris. It lies on the Seine and has two million people."
-BOMB = (
-    "{% if 'bomb' in messages[-1]['content'] %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
 QUESTIONS = ("What is the capital of France?", "Name a colour of the sea.", "Write about bread and butter.")
 
 
 def say(text):
     print(time.strftime("%H:%M:%S"), text, flush=True)
-
-
-# --- the server's process --------------------------------------------------------------------------
-
-
-def serve(options):
-    """Page, login, keys and API on one port, until the process is ended."""
-    from bootstrap import register
-
-    register()
-    from gptq_webui.api import application as api
-    from gptq_webui.api.auth import Keys
-    from gptq_webui.api.service import Service
-    from gptq_webui.app.web_server import WebServer
-    from gptq_webui.engine.download_queue import Downloads
-    from gptq_webui.ui import gradio_compat, page
-    from gptq_webui.ui.access import Access
-
-    folder = Path(options.serve)
-    engine = real_engine(options, folder) if options.models_dir else fake_engine(folder)
-    downloads = Downloads(engine.library)
-    service = Service(engine, downloads, Keys(folder / "api_keys.json"))
-    blocks = page.build(engine, downloads, access=Access(frozenset({"owner"})))
-    shown = page.application(blocks, [("owner", secrets.token_urlsafe(9))])
-    web = WebServer(api.build(service, page=shown, here=gradio_compat.SIX), "127.0.0.1", options.port)
-    web.start()
-    print("ready", flush=True)
-    sys.stdin.read()  # it ends with whoever started it
-
-
-def looping_template():
-    from gptq_webui.loaders.text.chat_template import ChatTemplate
-    from gptq_webui.loaders.text.renderers import LimitedRenderer
-
-    renderer = LimitedRenderer()
-    renderer.start()
-    return ChatTemplate(BOMB, "the model's own", "the soak", ("<|im_end|>", "<|im_start|>"), renderer=renderer)
-
-
-def fake_engine(folder):
-    from gptq_webui.core.models import LocalModel
-    from gptq_webui.engine.engine import Engine
-    from gptq_webui.engine.settings import Settings
-    from gptq_webui.hub.repository import Hub
-    from gptq_webui.loaders.contract.fake_loader import FakeLoader
-
-    class Library:
-        roots, hub = (folder,), Hub()
-
-        def models(self):
-            return [self.get("fake")]
-
-        def get(self, name):
-            return LocalModel(folder / "fake", "gptq", None, 10, 4096, "LlamaForCausalLM")
-
-        def unfinished(self):
-            return []
-
-    engine = Engine(Library(), Settings(folder / "settings.json"), [FakeLoader()])
-    loaded = engine.load("fake", options={"answer": ANSWER, "tokens_per_s": 200.0, "context_tokens": 512})
-    loaded.template = looping_template()
-    return engine
-
-
-def real_engine(options, folder):
-    from gptq_webui.engine.engine import Engine
-    from gptq_webui.engine.settings import Settings
-    from gptq_webui.hub.library import Library
-
-    engine = Engine(Library([Path(options.models_dir)]), Settings(folder / "settings.json"))
-    loaded = engine.load(options.model or engine.library.models()[0].name)
-    loaded.template = looping_template()
-    return engine
 
 
 # --- its clients -----------------------------------------------------------------------------------
@@ -377,9 +298,8 @@ def attack(options, folder):
         port = free.getsockname()[1]
     keys = Keys(folder / "api_keys.json")
     keys.make("first", admin=True)  # the server is locked from its start
-    command = [sys.executable, __file__, "--serve", str(folder), "--port", str(port)]
-    if options.models_dir:
-        command += ["--models-dir", options.models_dir, *(["--model", options.model] if options.model else [])]
+    command = [sys.executable, str(Path(__file__).with_name("soak_server.py")), str(folder), str(port)]
+    command += [options.models_dir] * bool(options.models_dir) + [options.model] * bool(options.models_dir and options.model)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     threading.Timer(300, lambda: ready or process.kill()).start()
     ready = []
@@ -427,12 +347,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--models-dir", help="a folder with models, instead of a model without weights")
     parser.add_argument("--model", help="its name")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve(options)
-        return 0
     faulthandler.dump_traceback_later(options.minutes * 60 + 600, exit=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         return attack(options, Path(folder))

@@ -20,7 +20,7 @@ def add(settings: Settings, text: str) -> str:
     """Remember the origin of an address that somebody typed, and return it. Raises BadParameter."""
     found, before = origin_of(text), kept(settings)
     if found in before:
-        raise BadParameter(f"{found} is already in the list.")
+        raise BadParameter(f"{found} is already in the list. Nothing needs to change.")
     if len(before) >= _MOST:
         raise BadParameter(f"The list has {_MOST} sites, which is its limit. Remove one first.")
     settings.put(_KEY, [*before, found])

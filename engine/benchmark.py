@@ -74,7 +74,10 @@ def measure(engine: Engine, cancel: threading.Event, progress: Progress = lambda
     """Measure the loaded model; None if cancelled. Raises NotLoaded, BadParameter, Busy, AnswerFailed."""
     loaded = engine.ready()
     if loaded.is_remote:
-        raise BadParameter(f"{loaded.model.name} is computed on another machine, so its speed is not this machine's.")
+        raise BadParameter(
+            f"{loaded.model.name} is computed on another machine, so its speed is not this machine's. "
+            "Load a model on this machine."
+        )
     ended = time.monotonic() + _ENOUGH_S
     finishes: list[Finish] = []
     shared = False

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadParameter
+from ..core.foreign_errors import in_words
 from ..core.units import plural
 from .demo_calibration import conversations, manual
 
@@ -76,7 +77,10 @@ def _of_line(line: str, tokenizer: Any, where: str) -> str:
     try:
         return _rendered(messages, tokenizer)
     except Exception as error:  # a template of strangers raises what it likes
-        raise BadParameter(f"{where}: the model's chat template refuses these messages ({error}).") from None
+        raise BadParameter(
+            f"{where}: the model's chat template refuses these messages ({in_words(error)}). "
+            "Correct them, or choose another model."
+        ) from None
 
 
 def _is_message(value: Any) -> bool:

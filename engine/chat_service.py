@@ -119,7 +119,7 @@ class ChatService:
                 next((each for each in path if each.id == message), None) if message is not None else path[-1] if path else None
             )
             if found is None:
-                raise GptqWebuiError("There is no answer to regenerate yet.")
+                raise GptqWebuiError("There is no answer to regenerate yet. Send a message first.")
             self._answer_after(owner, id, found.id if found.role == "user" else found.parent, params)
 
     def go_on(self, owner: str, id: str, params: GenerationParams) -> None:
@@ -128,7 +128,7 @@ class ChatService:
             self._require_quiet(owner, id)
             path = self.store.path(owner, id)
             if not path:
-                raise GptqWebuiError("There is no answer to continue yet.")
+                raise GptqWebuiError("There is no answer to continue yet. Send a message first.")
             if path[-1].role == "user":
                 self._answer_after(owner, id, path[-1].id, params)
                 return

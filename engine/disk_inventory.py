@@ -58,9 +58,9 @@ def open_folder(folder: Path) -> None:
         os.startfile(folder)
         return
     if sys.platform != "darwin" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ModelError(f"This machine has no desktop, so no window can open. The folder is {folder}")
+        raise ModelError(f"This machine has no desktop, so no window can open. Look into the folder {folder} yourself.")
     command = "open" if sys.platform == "darwin" else "xdg-open"
     try:
         subprocess.Popen([command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except OSError:
-        raise ModelError(f"No file manager was found. The folder is {folder}") from None
+        raise ModelError(f"No file manager was found. Look into the folder {folder} yourself.") from None

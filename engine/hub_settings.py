@@ -62,7 +62,10 @@ class HubSettings:
         """Save a token for the address that is used now; "" removes it. Raises BadParameter, which does not quote it."""
         token = token.strip()
         if any(not 33 <= ord(each) <= 126 for each in token):
-            raise BadParameter("That is not a token: it has spaces or letters that no token has. It was not saved.")
+            raise BadParameter(
+                "That is not a token: it has spaces or letters that no token has. It was not saved. "
+                "Copy it again from the Hub's settings."
+            )
         tokens = self._tokens()
         tokens.pop(self._hub.endpoint, None)
         if token:
@@ -100,7 +103,9 @@ class HubSettings:
                 json.dump(tokens, file)
             os.replace(draft, self._path)
         except OSError as error:
-            raise BadParameter(f"The token could not be saved ({error.strerror}).") from None
+            raise BadParameter(
+                f"The token could not be saved ({error.strerror}). Free space on the disk, or make the folder writable."
+            ) from None
 
 
 def _checked(address: str) -> str:

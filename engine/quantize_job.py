@@ -129,7 +129,8 @@ def _check(job: QuantizeJob) -> None:
         raise BadParameter("--seq-len and --samples must be 1 or more.")
     if job.source.context_tokens and job.sample_tokens > job.source.context_tokens:
         raise BadParameter(
-            f"--seq-len {job.sample_tokens} is longer than the {job.source.context_tokens} tokens that the model reads."
+            f"--seq-len {job.sample_tokens} is longer than the {job.source.context_tokens} tokens that the model "
+            "reads. Give a smaller one."
         )
 
 

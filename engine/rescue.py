@@ -53,7 +53,10 @@ def write_settings(model: LocalModel) -> Path:
             os.replace(path, aside)
         read = LocalModel.read(model.folder)  # from config.json and the tensors, without the wrong file
         if read.quantize is None:
-            raise ModelError(f"{model.name} cannot be repaired: {read.problem or 'its tensors are not those of a GPTQ model'}")
+            raise ModelError(
+                f"{model.name} cannot be repaired: "
+                f"{read.problem or 'its tensors are not those of a GPTQ model. Download the model again.'}"
+            )
         right = read.quantize.to_json()
         name = read.weights[0].stem if len(read.weights) == 1 else None
         values = {**right, **old, **{key: right[key] for key in _OF_TENSORS}, "model_file_base_name": name}
@@ -62,7 +65,9 @@ def write_settings(model: LocalModel) -> Path:
         draft.write_text(json.dumps(values, indent=2), encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
-        raise ModelError(f"{path} could not be written ({error.strerror or error}).") from None
+        raise ModelError(
+            f"{path} could not be written ({error.strerror or error}). Make the folder writable, or free space on its disk."
+        ) from None
     finally:
         if not path.exists() and aside.exists():
             os.replace(aside, path)

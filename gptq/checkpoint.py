@@ -64,7 +64,9 @@ def load(
     layers: dict[str, PackedLayer] = {}
     if model.is_packed:
         if model.quantize is None:
-            raise BadQuantizeConfig(f"{model.name} does not say how it was quantised.")
+            raise BadQuantizeConfig(
+                f"{model.name} does not say how it was quantised. Download its quantize_config.json, or choose another branch."
+            )
         if model.quantize.checkpoint_format not in ("gptq", "gptq_v2", *NEIGHBOURS):
             raise BadQuantizeConfig(
                 f"{model.name} is stored in the {model.quantize.checkpoint_format} layout, which only its own kernel reads. "
@@ -216,7 +218,8 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
         )
     if mismatched or errors:
         raise BadCheckpoint(
-            f"The files of {model.name} do not fit its config.json: {(mismatched or errors)[0]}. Nothing was loaded."
+            f"The files of {model.name} do not fit its config.json: {(mismatched or errors)[0]}. Nothing was loaded; "
+            "download the model again."
         )
 
 
@@ -239,7 +242,9 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     """Complete what the file left out and look for damage; returns notes."""
     packed = packed_modules(loaded, layers)
     if len(packed) != len(layers):
-        raise BadCheckpoint(f"{len(layers)} packed layers are in the files and {len(packed)} in the model. Nothing was loaded.")
+        raise BadCheckpoint(
+            f"{len(layers)} packed layers are in the files and {len(packed)} in the model. Nothing was loaded; download it again."
+        )
     flooded = 0
     ignored: list[str] = []
     for name, layer, module in packed:

@@ -73,7 +73,10 @@ def _write(path: Path, draft: Path) -> list[str]:
     with safe_open(draft, "pt") as written:
         for name in written.keys():  # noqa: SIM118 (it is no dictionary)
             if not torch.equal(_bits(written.get_tensor(name)), _bits(tensors[name])):
-                raise BadCheckpoint(f"{path.name} was not converted: {name} differs after writing. Is the disk in order?")
+                raise BadCheckpoint(
+                    f"{path.name} was not converted: {name} differs after writing. "
+                    "Is the disk in order? Check it, then try again."
+                )
     return list(tensors)
 
 
@@ -97,7 +100,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
-        raise BadCheckpoint(f"{path.name} does not hold named tensors; it is no model's weights.")
+        raise BadCheckpoint(
+            f"{path.name} does not hold named tensors; it is no model's weights. "
+            "Download the model again, or choose another branch."
+        )
     return state
 
 

@@ -62,7 +62,7 @@ class GPTQLinear(nn.Module):
         int32. Raises BadQuantizeConfig for bits other than 2, 3, 4, 8."""
         super().__init__()
         if bits not in BITS:
-            raise BadQuantizeConfig(f"A layer has {bits!r} bits; GPTQ models have 2, 3, 4 or 8.")
+            raise BadQuantizeConfig(f"A layer has {bits!r} bits; GPTQ models have 2, 3, 4 or 8. Choose another branch.")
         self.in_features = in_features  # K
         self.out_features = out_features  # N
         self.bits = bits

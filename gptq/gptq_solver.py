@@ -96,7 +96,10 @@ def _factor(hessian: Tensor, act_order: bool, damp_percent: float) -> tuple[Tens
         lower, failed = torch.linalg.cholesky_ex((hessian + unit * (damp * mean)).flip(0, 1))
         if not failed:
             return order, torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), dead
-    raise LoadFailed("The sample text gave no usable statistics for a layer (NaN or infinity in the model's activations).")
+    raise LoadFailed(
+        "The sample text gave no usable statistics for a layer (NaN or infinity in the model's activations). "
+        "Choose another text, or another model."
+    )
 
 
 @dataclass

@@ -137,7 +137,9 @@ def _start(
         first, received = _trace(model, decoder, batch)
         hidden.append(first)
         if _differ(calls.setdefault(len(batch), received), received):
-            raise LoadFailed("Each layer of this model reads the text itself; it cannot be quantised layer by layer.")
+            raise LoadFailed(
+                "Each layer of this model reads the text itself; it cannot be quantised layer by layer. Choose another model."
+            )
     return hidden, calls
 
 
@@ -164,7 +166,10 @@ def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, lis
         for layer in decoder:
             del layer.forward
     if len(calls) != len(decoder):
-        raise LoadFailed("The model does not run its decoder layers one after the other; it cannot be quantised layer by layer.")
+        raise LoadFailed(
+            "The model does not run its decoder layers one after the other; it cannot be quantised layer by layer. "
+            "Choose another model."
+        )
     return hidden[0], calls
 
 

@@ -32,13 +32,17 @@ def attach(model: nn.Module, folder: Path) -> int:
             f"{folder} is not a LoRA adapter: it needs an adapter_config.json that says LORA, and an adapter_model.safetensors."
         )
     if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("modules_to_save"):
-        raise BadCheckpoint(f"The adapter {folder.name} changes more than LoRA does (DoRA, biases, whole modules).")
+        raise BadCheckpoint(
+            f"The adapter {folder.name} changes more than LoRA does (DoRA, biases, whole modules). Choose another adapter."
+        )
     tensors = load_file(file)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if not found:
-            raise BadCheckpoint(f"The adapter {folder.name} holds {key}, which is no part of LoRA on a linear layer.")
+            raise BadCheckpoint(
+                f"The adapter {folder.name} holds {key}, which is no part of LoRA on a linear layer. Choose another adapter."
+            )
         pairs.setdefault(found[1], {})[found[2]] = value
     modules = dict(model.named_modules())
     ready: list[tuple[nn.Module, Tensor, Tensor, float]] = []
@@ -47,7 +51,10 @@ def attach(model: nn.Module, folder: Path) -> int:
         inner, outer = pair.get("A"), pair.get("B")  # [rank, K], [N, rank]
         sizes = _sizes(module)
         if module is None or inner is None or outer is None or (inner.shape[1], outer.shape[0]) != sizes:
-            raise BadCheckpoint(f"The adapter {folder.name} does not fit at {name}: it is for another base model.")
+            raise BadCheckpoint(
+                f"The adapter {folder.name} does not fit at {name}: it is for another base model. "
+                "Load that model, or choose another adapter."
+            )
         ready.append((module, inner, outer, _scale(config, name, inner.shape[0])))
     for module, inner, outer, scale in ready:
         module.register_forward_hook(_adding(inner, outer * scale))

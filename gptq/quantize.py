@@ -72,7 +72,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise LoadFailed("The model has no list of decoder layers; it cannot be quantised.")
+        raise LoadFailed("The model has no list of decoder layers; it cannot be quantised. Choose another model.")
     return max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
 
 
@@ -85,7 +85,9 @@ def layers_to_pack(model: nn.Module) -> dict[str, nn.Module]:
         if _is_linear(module) and all(size % 32 == 0 for size in module.weight.shape)
     }
     if not found:
-        raise LoadFailed("The model has no linear layers inside its decoder layers; it cannot be quantised.")
+        raise LoadFailed(
+            "The model has no linear layers inside its decoder layers; it cannot be quantised. Choose another model."
+        )
     return found
 
 

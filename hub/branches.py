@@ -101,7 +101,7 @@ def read_branches(hub: Hub, repo: str) -> Branches:
             raise
     if not any(each.selection for each in found):
         errors = {each.ref.branch: each.error for each in found if each.error}
-        first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches."))
+        first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches. Check the name."))
         raise with_gptq_version(errors.get("main", first), hub)
     left = len(names) - SHOWN
     return Branches(repo, tuple(found), model_card, (f"{left} more branches are not shown.",) if left > 0 else ())

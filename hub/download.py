@@ -243,7 +243,8 @@ class _Download:
             return
         raise DownloadFailed(
             f"{file.path} of {self._listing.ref} was downloaded twice and both times is not what the Hub lists "
-            "(wrong hash). Something on the way changes it: a proxy, a mirror (HF_ENDPOINT) or the disk."
+            "(wrong hash). Something on the way changes it: a proxy, a mirror (HF_ENDPOINT) or the disk. "
+            "Change that, then press Download."
         )
 
     def _share(self, file: RemoteFile) -> bool:

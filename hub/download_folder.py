@@ -96,7 +96,10 @@ class DownloadFolder:
             if path.parent.resolve().is_relative_to(self.folder.resolve()):
                 self._parents.add(path.parent)
                 return path
-        raise DownloadFailed(f"{self._listing.ref} names a file {file.path!r} outside of its own folder; it was not downloaded.")
+        raise DownloadFailed(
+            f"{self._listing.ref} names a file {file.path!r} outside of its own folder; it was not downloaded. "
+            "Choose another repository."
+        )
 
     def partial(self, file: RemoteFile) -> Path:
         """Where the file is until it is complete."""

@@ -21,6 +21,7 @@ from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes, plural
 from .repository import Listing, RemoteFile, is_safe_path
 
+_OTHER = "Choose another repository."
 MOST_FILES = 1000  # of one model; the largest ones have 200 shards
 SETTINGS = ("config.json", "quant_config.json", "quantize_config.json")
 
@@ -106,7 +107,9 @@ def select_files(
     if not any_kind and not _is_packed(kind, settings):
         raise _wrong_kind(ref, kind, settings)
     if missing:
-        raise WrongRepository(f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref)}")
+        raise WrongRepository(
+            f"{ref} is incomplete on the Hub: {', '.join(missing[:3])} is not there. {_other_branches(ref) or _OTHER}"
+        )
     if _is_packed(kind, settings) and not weights[0].endswith(".safetensors") and not (any_kind or allow_pickle):
         raise WrongRepository(
             f"{ref} has its GPTQ weights only as {weights[0]}, a format that can run code when it is opened. "
@@ -134,7 +137,9 @@ def select_by_name(
     known = {file.path: file for file in listing.files}
     if missing := [path for path in files if path not in known]:
         close = difflib.get_close_matches(missing[0], known, n=1)
-        raise WrongRepository(f"{listing.ref} has no file {missing[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        raise WrongRepository(
+            f"{listing.ref} has no file {missing[0]!r}." + (f" Did you mean {close[0]!r}?" if close else " Check the name.")
+        )
     if files or include:
         chosen = [known[path] for path in files] or [
             file for file in listing.files if any(fnmatch.fnmatch(file.path, _pattern(each)) for each in include)
@@ -160,7 +165,7 @@ def _require_safe(listing: Listing, file: RemoteFile) -> None:
     if not is_safe_path(file.path):
         raise WrongRepository(
             f"{listing.ref} holds a file named {_short(file.path)!r}, which would not stay in its own folder or cannot exist on "
-            "every system. Nothing was downloaded."
+            "every system. Nothing was downloaded; choose another repository."
         )
 
 
@@ -235,12 +240,15 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
 def _no_weights(listing: Listing) -> str:
     ref, paths = listing.ref, [file.path for file in listing.files]
     if "model_index.json" in paths:
-        return f"{ref} holds a model for pictures (Diffusers), not for text. Nothing was downloaded."
+        return f"{ref} holds a model for pictures (Diffusers), not for text. Nothing was downloaded. {_OTHER}"
     if deeper := [path for path in paths if path.endswith(_WEIGHTS)]:
-        return f"{ref} has its weights in folders of their own ({deeper[0]}), which no loader here reads. Nothing was downloaded."
+        return (
+            f"{ref} has its weights in folders of their own ({deeper[0]}), which no loader here reads. "
+            f"Nothing was downloaded. {_OTHER}"
+        )
     if data := [path for path in paths if _DATA.search(path)]:
-        return f"{ref} holds data ({data[0].rpartition('/')[2]}), not a model. Nothing was downloaded."
-    return f"{ref} holds no weights. {_other_branches(ref)}".strip()
+        return f"{ref} holds data ({data[0].rpartition('/')[2]}), not a model. Nothing was downloaded. {_OTHER}"
+    return f"{ref} holds no weights. {_other_branches(ref) or _OTHER}"
 
 
 def _other_branches(ref: ModelRef) -> str:

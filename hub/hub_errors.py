@@ -89,7 +89,7 @@ def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, w
     if code in ("RevisionNotFound", "EntryNotFound"):
         return NoSuchRevision(f"{repo} no longer has what its list of files names: it has just changed. Press Download again.")
     if "disabled" in message:
-        return AccessDenied(f"{repo} has been disabled by the Hub or its owner; see {page}.")
+        return AccessDenied(f"{repo} has been disabled by the Hub or its owner. Look at {page}, or choose another repository.")
     if status == 401 and with_token and code != "RepoNotFound":
         return AccessDenied(
             f"{host_of(endpoint)} does not accept your token; it may have expired or been revoked. "
@@ -111,5 +111,8 @@ def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, w
             "run `hf auth login`, or set HF_TOKEN to a token that may read it."
         )
     if 400 <= status < 500 and status not in (408, 416, 425, 429):
-        return DownloadFailed(f"{host_of(endpoint)} refused a request for {repo} with status {status}. {message}".rstrip())
+        said = f" ({message})" if message else ""
+        return DownloadFailed(
+            f"{host_of(endpoint)} refused a request for {repo} with status {status}{said}. Check the name, or try again later."
+        )
     return None

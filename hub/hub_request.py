@@ -160,7 +160,7 @@ def read(
                     name = address.partition("?")[0].rpartition("/")[2]
                     raise WrongRepository(
                         f"{name} of {repo} is larger than such a file should be (over {limit_bytes // 1_000_000} MB); "
-                        "nothing was downloaded."
+                        "nothing was downloaded. Choose another repository."
                     )
                 if time.monotonic() > until_s:
                     raise hub_errors.too_slow(endpoint, ANSWER_S)

@@ -57,7 +57,9 @@ def check_update(library: Library, name: str) -> Update:
     _folder, ref, record = folder_and_origin(library, name)
     there = library.hub.heads(ref.repo).get(ref.branch)
     if there is None:
-        raise NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r} any more. What you have still works.")
+        raise NoSuchBranch(
+            f"{ref.repo} has no branch {ref.branch!r} any more. What you have still works; choose another branch to update."
+        )
     if there == record.commit:
         return Update(ref, record.commit, there)
     plan = library.plan(ref, any_kind=True)

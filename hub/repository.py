@@ -165,7 +165,7 @@ class Hub:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         shown = ", ".join(names[:_SHOWN_BRANCHES])
         more = f" and {len(names) - _SHOWN_BRANCHES} more" if len(names) > _SHOWN_BRANCHES else ""
-        return NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r}.{hint} It has {shown}{more}.")
+        return NoSuchBranch(f"{ref.repo} has no branch {ref.branch!r}.{hint} Choose one of {shown}{more}.")
 
 
 def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:

@@ -12,7 +12,7 @@ __all__ = ["limited"]  # a fixture
 
 
 def test_a_chat_waits_a_moment_for_any_number_of_loops(limited):
-    """Of those that loop, two may go on for longer than a quarter of a second; the others are ended there."""
+    """Of those that loop, two may go on for longer than a tenth of a second; the others are ended there."""
     jinja = "{% if messages|length > 2 %}" + HOSTILE["a loop in a loop"] + "{% endif %}" + SHOW
     template = template_of(jinja, limited)
     over = threading.Event()

@@ -188,7 +188,7 @@ class LoadedModel(ABC):
     def codec(self) -> TokenCodec:
         """Its tokenizer, for any thread. Raises BadParameter for a remote engine."""
         if self._codec is None:
-            raise BadParameter("The tokens of the loaded model are not known here: it runs in another program.")
+            raise BadParameter("The tokens of the loaded model are not known here: it runs in another program. Send text.")
         return self._codec
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:

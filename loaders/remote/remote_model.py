@@ -55,7 +55,7 @@ class RemoteModel(LoadedModel):
         loop.spawn(pool.watch())
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
-        raise BadParameter("A model on another machine takes text, not token ids.")
+        raise BadParameter("A model on another machine takes text, not token ids. Send the text.")
 
     def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
         if isinstance(source, str):
@@ -75,7 +75,10 @@ class RemoteModel(LoadedModel):
 
     def check(self, params: GenerationParams) -> None:
         if params.grammar is not None and params.grammar.kind not in ("json", "json_schema"):
-            raise BadParameter("A remote engine is asked in OpenAI's protocol, which has JSON and schemas, and no other grammar.")
+            raise BadParameter(
+                "A remote engine is asked in OpenAI's protocol, which has JSON and schemas, and no other grammar. "
+                "Use one of these."
+            )
 
     @property
     def waiting(self) -> int:
@@ -251,4 +254,6 @@ def _asked_wrongly(error: Exception, endpoint: Endpoint) -> AnswerFailed | Promp
         return PromptTooLong(
             f"The chat is too long for the engine at {endpoint.url} ({in_words(error)}). Clear the chat, or shorten it."
         )
-    return AnswerFailed(f"The engine at {endpoint.url} refuses this request ({in_words(error)}).")
+    return AnswerFailed(
+        f"The engine at {endpoint.url} refuses this request ({in_words(error)}). Change the request, or load another model."
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 START_S = 10.0  # Python and the imports of the program, on a busy machine
 _POLL_S = 0.05  # between two looks at the memory
+_STARVED_S = 5.0  # more, for a process that the machine hardly lets run
 _PASSED_ON = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # no token among them
 
 
@@ -52,7 +53,8 @@ class Child:
     def ask(self, question: Any, limit_s: float, most_bytes: int, slow: tuple[float, Callable[[], bool]] | None = None) -> Any:
         """The answer. Raises ChildEnded; the child is gone then.
 
-        `slow` is (seconds, function): where the answer takes longer than that, the function says if it may go on.
+        `slow` is (seconds, function): once the answer has taken so much time of the processor, the function says if it
+        may go on. One that has not taken as much at the limit only waits for a busy machine: it gets some seconds more.
         """
         assert self._process.stdin is not None
         line = json.dumps(question).encode("ascii") + b"\n"
@@ -111,19 +113,32 @@ class _Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        began, slow = time.monotonic(), self._slow
-        while not self._over.wait(min(_POLL_S, max(0.001, self._until - time.monotonic()))):
-            if time.monotonic() >= self._until:
-                self._child._stop("it took too long")
-                return
-            if slow is not None and time.monotonic() - began >= slow[0]:
+        slow, more_s = self._slow, _STARVED_S if self._slow is not None else 0.0
+        begun_s = None  # of the processor, at the first look: most answers are there before it
+        while not self._over.wait(_POLL_S if time.monotonic() >= self._until else min(_POLL_S, self._until - time.monotonic())):
+            taken_s = _processor_s(self._child._process.pid)
+            begun_s = taken_s if begun_s is None else begun_s
+            if slow is not None and taken_s - begun_s >= slow[0]:
                 if not slow[1]():
                     self._child._stop("it took too long")
                     return
-                slow = None
+                slow, more_s = None, 0.0
+            if time.monotonic() >= self._until + more_s:
+                self._child._stop("it took too long")
+                return
             if _resident_bytes(self._child._process.pid) > self._child._memory_bytes:
                 self._child._stop("it took too much memory")
                 return
+
+
+def _processor_s(pid: int) -> float:
+    import psutil
+
+    try:
+        taken = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(taken.user + taken.system)
 
 
 def _resident_bytes(pid: int) -> int:

@@ -69,7 +69,8 @@ class Grammars:
                         )
                 except Exception as error:
                     raise BadParameter(
-                        f"Grammars do not work with this model: llguidance cannot read its tokenizer ({_short(str(error))})."
+                        f"Grammars do not work with this model: llguidance cannot read its tokenizer ({_short(str(error))}). "
+                        "Ask without."
                     ) from None
                 self._ends = ends
                 self._compiled.clear()
@@ -89,9 +90,9 @@ def _compile(words: Any, grammar: Grammar) -> Any:
             matcher = LLMatcher(words, source, log_level=0)
             first = b"" if matcher.is_error() else matcher.compute_bitmask()  # reports what no text can satisfy
     except (ValueError, RuntimeError) as error:
-        raise BadParameter(f"found {grammar.words} that is not valid: {_short(str(error))}") from None
+        raise BadParameter(f"found {grammar.words} that is not valid: {_short(str(error))}. Correct it.") from None
     if matcher.is_error() or not any(first):
-        raise BadParameter(f"found {grammar.words} that no answer can obey: {_short(matcher.get_error())}")
+        raise BadParameter(f"found {grammar.words} that no answer can obey: {_short(matcher.get_error())}. Change it.")
     return matcher
 
 

@@ -22,7 +22,7 @@ LIMIT_S = 1.5  # for all prompts of one call, waiting included; real templates t
 _LEAST_S = 0.25  # for the rendering itself, however long the start of a process took
 _MEMORY_BYTES = 512 << 20
 _MOST_PROCESSES = 4  # that render at once
-_QUICK_S = 0.25  # then another conversation may take its turn; real templates take milliseconds
+_QUICK_S = 0.1  # of the processor; then another conversation may take its turn. Real templates take milliseconds
 _MOST_SLOW = 2  # that may go on for longer than that, so that templates that loop do not hold other conversations
 _PROGRAM = Path(jinja_render.__file__)
 
@@ -138,7 +138,7 @@ class LimitedRenderer:
                 "most_characters": task.most_characters,
                 "tools": list(task.tools) or None,
             }
-            child = self._child(max(2 * _LEAST_S, until - time.monotonic() - _LEAST_S))
+            child = self._child(START_S)  # how long that takes is not the template's fault
             left_s = max(_LEAST_S, until - time.monotonic())
             answer = child.ask(question, left_s, 12 * task.most_characters, (_QUICK_S, go_on))
             if "memory" in answer:  # what it holds now is not known: another one goes on
