@@ -23,6 +23,7 @@ _LEAST_S = 0.25  # for the rendering itself, however long the start of a process
 _MEMORY_BYTES = 512 << 20
 _MOST_PROCESSES = 4  # that render at once
 _QUICK_S = 0.1  # of the processor; then another conversation may take its turn. Real templates take milliseconds
+_MOST_READY = 2  # processes that wait
 _MOST_SLOW = 2  # that may go on for longer than that, so that templates that loop do not hold other conversations
 _PROGRAM = Path(jinja_render.__file__)
 
@@ -102,7 +103,7 @@ class OwnRenderer:
 
 
 class LimitedRenderer:
-    """In child processes; one stays ready. Any thread may call.
+    """In child processes; one stays ready, and another one where some were ended. Any thread may call.
 
     After a process that was ended, the next one is started at once: its start must not cost the next conversation time.
     """
@@ -188,14 +189,14 @@ class LimitedRenderer:
                 self._keep(Child(_PROGRAM, ("jinja2", "markupsafe"), _MEMORY_BYTES), closed)
 
         with self._lock:
-            if self._ready:
+            if len(self._ready) >= _MOST_READY:
                 return
         threading.Thread(target=start, name="gptq-webui child", daemon=True).start()
 
     def _keep(self, child: Child, closed: int) -> None:
-        """For the next conversation, unless one is ready or the renderer was closed meanwhile."""
+        """For the next conversation, unless enough are ready or the renderer was closed meanwhile."""
         with self._lock:
-            if not self._ready and closed == self._closed:
+            if len(self._ready) < _MOST_READY and closed == self._closed:
                 self._ready.append(child)
                 return
         child.close()
