@@ -39,7 +39,7 @@ def use(tools: Sequence[Tool], field: str, *, must: bool = False, only: str = ""
     if len(tools) > _MOST_TOOLS:
         raise Problem("invalid", f"One request may offer up to {_MOST_TOOLS} tools; found {len(tools)}.", "tools")
     if only and only not in {each.name for each in tools}:
-        raise Problem("invalid", f"{field} names {only[:80]!r}, which is not among its tools. Name one of them.", field)
+        raise Problem("invalid", f"{field} names {only[:80]!r}, which is not among the tools. Name one of them.", field)
     if not tools:
         if must:
             raise Problem("invalid", f"{field} asks for a call, and the request has no tools. Add them to `tools`.", field)

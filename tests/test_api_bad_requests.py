@@ -215,7 +215,7 @@ NO_FORM = (
 KOBOLD = [  # (body, status, detail)
     ({}, 422, {"prompt": ["Field required"]}),
     ({"prompt": 5}, 422, {"prompt": ["Input should be a valid string"]}),
-    ({"prompt": ""}, 422, {"prompt": ["The prompt is empty."]}),
+    ({"prompt": ""}, 422, {"prompt": ["The prompt is empty. Send some text."]}),
     ({"prompt": "Hi", "max_length": 0}, 422, {"max_length": ["Input should be greater than or equal to 1"]}),
     ({"prompt": "Hi", "n": 6}, 422, {"n": ["Input should be less than or equal to 5"]}),
     ({"prompt": "Hi", "top_p": 2}, 422, {"top_p": ["Input should be less than or equal to 1"]}),
@@ -286,9 +286,17 @@ def test_the_others(server, path, body, status, words):
 
 
 def test_what_is_no_json_and_what_is_nowhere(server):
-    assert server.http.post("/generate", content=b"{").json() == {"error": "The body is not JSON.", "error_type": "validation"}
-    assert server.http.post("/v1/chat/completions", content=b"{").json()["error"]["message"] == "The body is not JSON."
-    assert server.http.post("/api/v1/generate", content=b"{").json() == {"detail": {"body": ["The body is not JSON."]}}
+    assert server.http.post("/generate", content=b"{").json() == {
+        "error": "The body is not JSON. Send a JSON object.",
+        "error_type": "validation",
+    }
+    assert (
+        server.http.post("/v1/chat/completions", content=b"{").json()["error"]["message"]
+        == "The body is not JSON. Send a JSON object."
+    )
+    assert server.http.post("/api/v1/generate", content=b"{").json() == {
+        "detail": {"body": ["The body is not JSON. Send a JSON object."]}
+    }
     assert server.http.get("/v1/nothing").status_code == 404 and "error" in server.http.get("/v1/nothing").json()
     wrong = server.http.get("/v1/chat/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]

@@ -86,7 +86,7 @@ def test_no_such_repository_with_a_token_does_not_ask_for_one(hub: Hub, monkeypa
 
 def test_no_such_branch_names_those_there_are(hub: Hub) -> None:
     text = refused(NoSuchBranch, hub, f"{REPO}:gptq-4bit-32g-actorder_true")
-    assert f"Did you mean '{BRANCH}'?" in text and f"It has main, {BRANCH}." in text
+    assert f"Did you mean '{BRANCH}'?" in text and f"Choose one of main, {BRANCH}." in text
 
 
 def test_private_repository_opens_with_the_token_from_the_environment(

@@ -1,5 +1,6 @@
 """loaders/text/tokenizer.py and tokenizer_trial.py: the files of a tokenizer, whoever wrote them, are read or a sentence."""
 
+import io
 import json
 import time
 
@@ -139,3 +140,68 @@ def test_a_folder_without_a_tokenizer_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(GptqWebuiError, match="cannot be read"):
         read(tmp_path)
+
+
+# sentencepiece
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    """A folder with a small tokenizer.model and no tokenizer.json; (folder, its protocol buffer)."""
+    trainer = pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    folder, model = tmp_path / "pieces", io.BytesIO()
+    folder.mkdir()
+    words = ["the capital of france is paris and other words that are long enough", "a b c d e f g h i j k l m n o p q r s t u v"]
+    trainer.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 20), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    found = messages.ModelProto()
+    found.ParseFromString(model.getvalue())
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (folder / "tokenizer.model").write_bytes(found.SerializeToString())
+    return folder, found
+
+
+def test_a_sentencepiece_model_is_tried_once(pieces, monkeypatch):
+    folder, _model = pieces
+    assert read(folder).encode("the capital")
+    monkeypatch.setattr(tokenizer_trial, "Child", None)  # not started again
+    assert read(folder).encode("the capital")
+
+
+def test_a_sentencepiece_model_with_a_token_of_megabytes_is_a_sentence(pieces):
+    folder, model = pieces
+    model.pieces.add(piece="x" * 3_000_000, score=-100.0)  # transformers would take each of its parts: 4.5 TB
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    began = time.perf_counter()
+    with pytest.raises(GptqWebuiError, match=r"tokenizer\.model of .* made to do harm: one of its tokens has 3000000 characters"):
+        read(folder)
+    assert time.perf_counter() - began < 20
+
+
+def test_a_sentencepiece_model_that_takes_all_time_is_a_sentence(pieces, monkeypatch):
+    folder, model = pieces
+    monkeypatch.setattr(tokenizer_trial, "_READ_S", 0.001)
+    with pytest.raises(GptqWebuiError, match=r"tokenizer\.model .*it took too long"):
+        read(folder)
+    monkeypatch.undo()
+    for at in range(500_000):
+        model.pieces.add(piece=f"token {at}", score=-1.0)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(GptqWebuiError, match=r"tokenizer\.model .* made to do harm: it has 5000\d\d tokens"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x0a\xff\xff\xff\xff\x0f", b"\x00" * 1000, b"IQ== 0\nIg== 1\n"], ids=["none", "cut", "zeros", "tiktoken"]
+)
+def test_what_is_no_sentencepiece_model_is_a_sentence(pieces, data):
+    folder, _model = pieces
+    (folder / "tokenizer.model").write_bytes(data)
+    with pytest.raises(GptqWebuiError, match=r"ownload the model again") as caught:
+        read(folder)
+    assert "Error" not in str(caught.value) and "<class" not in str(caught.value)

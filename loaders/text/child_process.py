@@ -15,7 +15,7 @@ from typing import Any
 
 START_S = 10.0  # Python and the imports of the program, on a busy machine
 _POLL_S = 0.05  # between two looks at the memory
-_STARVED_S = 5.0  # more, for a process that the machine hardly lets run
+STARVED_S = 5.0  # more, for a process that the machine hardly lets run
 _PASSED_ON = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # no token among them
 
 
@@ -113,7 +113,7 @@ class _Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        slow, more_s = self._slow, _STARVED_S if self._slow is not None else 0.0
+        slow, more_s = self._slow, STARVED_S if self._slow is not None else 0.0
         begun_s = None  # of the processor, at the first look: most answers are there before it
         while not self._over.wait(_POLL_S if time.monotonic() >= self._until else min(_POLL_S, self._until - time.monotonic())):
             taken_s = _processor_s(self._child._process.pid)

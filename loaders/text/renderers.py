@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import jinja_render
-from .child_process import START_S, Child, ChildEnded
+from .child_process import START_S, STARVED_S, Child, ChildEnded
 from .jinja_render import Chat
 
 LIMIT_S = 1.5  # for all prompts of one call, waiting included; real templates take milliseconds
@@ -119,7 +119,8 @@ class LimitedRenderer:
 
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
         until = time.monotonic() + _left_s(limit_s)
-        if not self._turns.acquire(timeout=max(0.0, until - time.monotonic())):
+        # those who hold the turns lose them after a moment of the processor: a long wait means a busy machine
+        if not self._turns.acquire(timeout=max(0.0, until - time.monotonic()) + STARVED_S):
             raise TemplateLimit("other conversations keep it busy")
         turn = [self._turns]  # the one that is held
 

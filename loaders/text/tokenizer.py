@@ -29,6 +29,13 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
                     f"The tokenizer.json of {model.name} is damaged, or made to do harm: {problem}. "
                     "Download the model again, or take it from another author."
                 )
+    else:
+        for path in sorted(model.folder.glob("*.model")):
+            if path.is_file() and (problem := tokenizer_trial.problem(path)):
+                raise BadCheckpoint(
+                    f"The {folder_files.shown_name(path)} of {model.name} is damaged, or made to do harm: {problem}. "
+                    "Download the model again, or take it from another author."
+                )
     from transformers import AutoTokenizer
 
     try:

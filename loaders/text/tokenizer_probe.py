@@ -1,4 +1,4 @@
-"""A program: reads a tokenizer.json and some texts with the library tokenizers, and says how that went.
+"""A program: reads a tokenizer's file and some texts with the library that it is for, and says how that went.
 
 Runs as a child process, since a hostile file can end its process (Rust aborts when memory is short) or hold it for ever.
 Imports nothing of this package.
@@ -8,29 +8,80 @@ import json
 import sys
 from typing import Any
 
+_LONGEST = 2000  # characters of a token of sentencepiece; real ones have up to 128
+_MOST = 500_000  # such tokens; the largest models have 262,000
+
 
 def main(memory_bytes: int) -> None:
     """Answer requests {"file": path} and {"text": text} with {"count": n} or {"error": why}; JSON, one a line."""
     _limit_memory(memory_bytes)
-    from tokenizers import Tokenizer
-
     tokenizer: Any = None
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "file" in request:
-                tokenizer = Tokenizer.from_file(request["file"])
-                answer = {"count": tokenizer.get_vocab_size()}
+                tokenizer = _SentencePiece(request["file"]) if request["file"].endswith(".model") else _Json(request["file"])
+                answer = {"count": tokenizer.size}
             else:
-                ids = tokenizer.encode(request["text"], add_special_tokens=False).ids
-                tokenizer.decode(ids)
-                answer = {"count": len(ids)}
+                answer = {"count": tokenizer.count(request["text"])}
+        except _NotRead as error:
+            answer = {"not_read": str(error)[:2000]}
         except MemoryError:
             answer = {"error": "it takes too much memory"}
         except BaseException as error:  # PanicException is no Exception
             answer = {"error": str(error)[:2000]}
         print(json.dumps(answer), flush=True)
+
+
+class _NotRead(Exception):
+    """No file for this library; another one may read it."""
+
+
+class _Json:
+    def __init__(self, path: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(path)
+        self.size = self._tokenizer.get_vocab_size()
+
+    def count(self, text: str) -> int:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._tokenizer.decode(ids)
+        return len(ids)
+
+
+class _SentencePiece:
+    def __init__(self, path: str) -> None:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        # transformers reads the tokens itself, also of files that sentencepiece refuses
+        model: Any = sentencepiece_model_pb2.ModelProto()
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            model.ParseFromString(data)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _NotRead(str(error)) from None
+        self.size = len(model.pieces)
+        if self.size > _MOST:
+            raise ValueError(f"it has {self.size} tokens, and at most {_MOST} were expected")
+        longest = max((len(each.piece) for each in model.pieces), default=0)
+        if longest > _LONGEST:  # transformers looks at every way to part each of them
+            raise ValueError(f"one of its tokens has {longest} characters, and at most {_LONGEST} were expected")
+        del model, data
+        self._tokenizer: Any = SentencePieceProcessor()
+        try:
+            self._tokenizer.Load(path)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise _NotRead(str(error)) from None
+
+    def count(self, text: str) -> int:
+        ids = self._tokenizer.EncodeAsIds(text)
+        self._tokenizer.DecodeIds(ids)
+        return len(ids)
 
 
 def _limit_memory(memory_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Tries a tokenizer.json of strangers once in a child process, before this process reads it, and keeps the verdict.
+"""Tries a tokenizer's file of strangers once in a child process, before this process reads it, and keeps the verdict.
 
 A pattern in such a file can take for ever on ordinary text, and the Rust library aborts or panics on some files. What
 was found about a file is kept in the user's cache folder by the file's hash, so that the next load takes no time.
@@ -40,7 +40,10 @@ _TEXTS = (
 
 
 def problem(path: Path) -> str:
-    """Why a tokenizer.json must not be read by this process; "" if it may. Raises BadFile for what is no such file."""
+    """Why a tokenizer.json or a sentencepiece model must not be read by this process; "" if it may.
+
+    Raises BadFile for what is no such file.
+    """
     data = folder_files.read_bytes(path, 4 * folder_files.SMALL_FILE_BYTES)
     kept = _verdicts() / hashlib.sha256(data).hexdigest()
     try:
@@ -56,12 +59,14 @@ def problem(path: Path) -> str:
 def _tried(path: Path) -> tuple[str, bool]:
     """(the problem or "", whether it would be found again: a machine may have been too busy)."""
     try:
-        child = Child(_PROGRAM, ("tokenizers",), _MEMORY_BYTES)
+        child = Child(_PROGRAM, ("tokenizers", "sentencepiece", "google.protobuf"), _MEMORY_BYTES)
     except ChildEnded as error:
         return f"it could not be tried: {error}", False
     try:
         for request, limit_s in [({"file": str(path)}, _READ_S), *(({"text": text}, _TEXT_S) for text in _TEXTS)]:
             answer = child.ask(request, limit_s, 10_000)
+            if "not_read" in answer:
+                return "", True  # not for sentencepiece: whoever reads it says what is wrong
             if "error" in answer:
                 return in_words(ValueError(str(answer["error"]))), True
     except ChildEnded as error:
