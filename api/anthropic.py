@@ -65,7 +65,9 @@ def build(service: Service) -> APIRouter:
         """How many tokens the model would read."""
         loaded = await model_for(service, body.model)
         if loaded.is_remote:
-            raise Problem("unsupported", "The loaded model's tokens are not known here: it runs in another program.", "model")
+            raise Problem(
+                "unsupported", "The loaded model's tokens are not known here: it runs in another program. Ask there.", "model"
+            )
         prompt = await service.fit(request, messages_of(body), None, trim=True, loaded=loaded, tools=tools_of(body))
         return Json({"input_tokens": len(prompt.prompt.ids)})
 

@@ -109,7 +109,7 @@ def _call(block: Block, field: str) -> ToolCall:
     try:
         arguments = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
-        raise Problem("invalid", f"{field}.input is not JSON, or too deep.", f"{field}.input") from None
+        raise Problem("invalid", f"{field}.input is not JSON, or too deep. Send a JSON object.", f"{field}.input") from None
     return ToolCall(block.name, arguments, _our_id(block.id))
 
 

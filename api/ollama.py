@@ -91,7 +91,7 @@ def build(service: Service) -> APIRouter:
         name, loaded = await service.find(body.named), service.engine.loaded
         found = next((each for each in await service.models() if each.name == name), None)
         if found is None:
-            raise Problem("not_found", f"{name[:80]} is no model that can be loaded here.", "model")
+            raise Problem("not_found", f"{name[:80]} is no model that can be loaded here. Choose one of /api/tags.", "model")
         described, family = _described(found), found.architecture or "unknown"
         info: dict[str, Any] = {"general.architecture": family, f"{family}.context_length": found.context_tokens}
         template = loaded.template.jinja if loaded is not None and loaded.model.name == name else ""

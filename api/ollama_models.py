@@ -76,7 +76,7 @@ def local_name(name: str) -> str:
 
 def refuse_images(images: Any, field: str) -> None:
     if images:
-        raise Problem("unsupported", "This model reads text only; found images.", field)
+        raise Problem("unsupported", "This model reads text only; found images. Leave them out.", field)
 
 
 def messages_of(body: OllamaChat) -> list[Message]:
@@ -104,7 +104,7 @@ def _call(found: dict[str, Any], field: str) -> ToolCall:
     try:
         return tool_requests.call_of(found, field)
     except (ValueError, RecursionError):
-        raise Problem("invalid", f"{field}: the arguments are not JSON, or too deep.", field) from None
+        raise Problem("invalid", f"{field}: the arguments are not JSON, or too deep. Send a JSON object.", field) from None
 
 
 def tools_of(body: OllamaChat) -> ToolUse | None:

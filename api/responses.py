@@ -58,7 +58,7 @@ def build(service: Service) -> APIRouter:
         params = await grammar_requests.with_grammar(service, loaded, params, grammar_of(body), "text.format")
         asked = [*instructions, *before, *new]
         if not asked:
-            raise Problem("invalid", "The input is empty.", "input")
+            raise Problem("invalid", "The input is empty. Send some text.", "input")
         prompt = await service.fit(request, asked, body.max_output_tokens, trim=True, loaded=loaded, tools=tools)
 
         def ended(answer: ResponseAnswer) -> None:

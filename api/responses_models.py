@@ -81,7 +81,7 @@ def items_of(body: ResponseRequest) -> list[dict[str, Any]]:
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": body.input}]}]
     items = [_known(each) for each in body.input]
     if not _is_json(items):
-        raise Problem("invalid", "The input is not JSON, or too deep.", "input")
+        raise Problem("invalid", "The input is not JSON, or too deep. Send text or messages.", "input")
     return items
 
 

@@ -48,7 +48,7 @@ def chat(options: argparse.Namespace) -> int:
 def _open(session: ChatSession, options: argparse.Namespace) -> None:
     if options.go_on:
         if not (found := session.store.listed(session.owner)):
-            raise BadParameter("There is no conversation to continue yet.")
+            raise BadParameter("There is no conversation to continue yet. Start one without --continue.")
         session.open(max(found, key=lambda each: each.changed).id)
     elif options.open:
         session.open(find(session, options.open).id)

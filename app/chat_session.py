@@ -126,7 +126,7 @@ class ChatSession:
         """Ask the last question again with another text, as a version of it. Raises GptqWebuiError."""
         self._require_model()
         if (question := self.last_question) is None:
-            raise BadParameter("There is no question to edit yet.")
+            raise BadParameter("There is no question to edit yet. Ask one first.")
         self.chats.edit(self.owner, self._id, question.id, text, GenerationParams.from_dict(self._given))
         return self._follow()
 
@@ -142,7 +142,7 @@ class ChatSession:
         """Continue the last answer. Raises GptqWebuiError."""
         self._require_model()
         if self.is_new:
-            raise BadParameter("There is no answer to continue yet.")
+            raise BadParameter("There is no answer to continue yet. Ask something first.")
         self.chats.go_on(self.owner, self._id, GenerationParams.from_dict(self._given))
         return self._follow()
 

@@ -224,7 +224,7 @@ def find(session: ChatSession, words: str) -> ChatInfo:
     by_id = [each for each in found if each.id == words]
     hits = by_id or sorted(session.store.listed(session.owner, words), key=lambda each: -each.changed)
     if not hits:
-        raise BadParameter(f"There is no conversation with {words!r} in it.")
+        raise BadParameter(f"There is no conversation with {words!r} in it. Look into /list.")
     return hits[0]
 
 

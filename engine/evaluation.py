@@ -83,7 +83,7 @@ def default_text() -> str:
 def read_text(path: Path, of: str, most_characters: int = -1) -> str:
     """A file in UTF-8. Raises BadParameter, which says what it is the file `of`."""
     if not path.is_file():
-        raise BadParameter(f"There is no file {path} for {of}.")
+        raise BadParameter(f"There is no file {path} for {of}. Give one of text in UTF-8.")
     try:
         with path.open(encoding="utf-8-sig") as file:
             return file.read(most_characters)

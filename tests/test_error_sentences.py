@@ -12,6 +12,7 @@ import pytest
 from test_words import CURE, INTERNAL, asked, engine_of
 
 from fake_library import MISTRAL
+from gptq_webui.core.character import read_book
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import GptqWebuiError, NotLoaded
 from gptq_webui.core.folder_files import read_json
@@ -33,7 +34,8 @@ A_CURE = re.compile(
     r"\b(?:accept|add|again|ask|change|check|choose|clear|close|compare|convert|copy|correct|delete|enter|free|give|install|leave|"
     r"load (?:a|another|it|that|the)|look|make|measure|move|open|press|put|reload|remove|rename|repair|restart|run|save|see /|"
     r"send|set|shorten|start|stop|take it|try|turn on|turn off|type|unload|unset|update|use|wait|write|rather|needs?|must|up to|"
-    r"between|go from|from -?\d+ to|are 0 to|there are: …|can be (?:read|measured)|call|name (?:it|one|a)|download (?:it|the))\b",
+    r"between|go from|from -?\d+ to|are 0 to|there are: …|can be (?:read|measured)|call|name (?:it|one|a|an)|"
+    r"split|versions 1 to|is missing|download (?:it|the))\b|/\w+ (?:shows?|makes|lists)|a pipe: ",
     re.IGNORECASE,
 )
 NO_INSTRUCTION = re.compile(
@@ -50,6 +52,7 @@ WITHOUT_A_CURE = {  # there is no more to say, or the value is a whole sentence 
     "A packed layer was used before its weights were loaded.",  # a mistake of ours
     "…: …", "tools: …", "… does not fit. …", "… cannot be repaired: …", "… cannot be opened: …", "… Nothing was downloaded.",
     "… is incomplete on the Hub: … is not there. …", "… has no file ….…",
+    "There is no parameter ….…", "… has no known ending. There are: ….",
     "The engine at … stopped in the middle of the answer (…). …",
 }  # fmt: skip
 NOTES = {"NoCompiler"}  # why fast kernels are not used: a note beside a model that is computed in another way
@@ -155,6 +158,7 @@ PROVOKED = {  # class -> (folder, monkeypatch, Hub on loopback) -> it is raised
     "Busy": lambda f, m, h: while_it_changes(f),
     "QueueFull": lambda f, m, h: two_at_once(),
     "NoSuchChat": lambda f, m, h: ChatStore(f / "chats.db").get("me", "nothing"),
+    "BadCharacter": lambda f, m, h: read_book({"entries": [{}] * 100_000}),
     "BadChatFile": lambda f, m, h: chat_formats.read_file("chat.json", b'{"a": 1}'),
 }
 FAMILIES = {"GptqWebuiError", "HubError", "ModelError"}  # of others; what is raised as one of them is judged by its text
