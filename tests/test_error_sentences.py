@@ -187,7 +187,7 @@ def test_every_class_of_error_is_a_sentence_when_it_is_provoked(name, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "told",
+    "answered",
     [
         (401, {}), (403, {}), (404, {}), (403, {"X-Error-Code": "GatedRepo"}), (401, {"X-Error-Code": "GatedRepo"}),
         (404, {"X-Error-Code": "RepoNotFound"}), (404, {"X-Error-Code": "EntryNotFound"}), (410, {}), (451, {}),
@@ -195,9 +195,9 @@ def test_every_class_of_error_is_a_sentence_when_it_is_provoked(name, tmp_path, 
     ],
     ids=str,
 )  # fmt: skip
-def test_every_status_of_the_hub_is_a_sentence(told):
+def test_every_status_of_the_hub_is_a_sentence(answered):
     for with_token in (True, False):
-        text = str(hub_errors.refusal(*told, REPO, "https://huggingface.co", with_token))
+        text = str(hub_errors.refusal(*answered, REPO, "https://huggingface.co", with_token))
         assert A_CURE.search(text) and not INTERNAL.search(text) and text[-1] in ".)", text
 
 
