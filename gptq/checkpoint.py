@@ -214,7 +214,7 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
         raise BadCheckpoint(
             f"The files of {model.name} hold {plural(len(unexpected), 'tensor')} that the model of its "
             f"config.json has no place for, {unexpected[0]} first. Nothing was loaded: the files are damaged or of another "
-            "architecture."
+            "architecture. Download the model again."
         )
     if mismatched or errors:
         raise BadCheckpoint(

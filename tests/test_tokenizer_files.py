@@ -196,9 +196,7 @@ def test_a_sentencepiece_model_that_takes_all_time_is_a_sentence(pieces, monkeyp
         read(folder)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x0a\xff\xff\xff\xff\x0f", b"\x00" * 1000, b"IQ== 0\nIg== 1\n"], ids=["none", "cut", "zeros", "tiktoken"]
-)
+@pytest.mark.parametrize("data", [b"\x0a\xff\xff\xff\xff\x0f", b"\x00" * 1000], ids=["cut", "zeros"])
 def test_what_is_no_sentencepiece_model_is_a_sentence(pieces, data):
     folder, _model = pieces
     (folder / "tokenizer.model").write_bytes(data)
