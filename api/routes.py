@@ -39,7 +39,7 @@ class _JsonRequest(Request):
         except UnicodeDecodeError:
             raise HTTPException(400, "The body is not UTF-8. Send JSON in UTF-8.") from None
         except (ValueError, RecursionError):
-            raise HTTPException(400, "The body is not JSON.") from None
+            raise HTTPException(400, "The body is not JSON. Send a JSON object.") from None
         return found
 
 
