@@ -143,14 +143,6 @@ def build(service: Service) -> APIRouter:
         ]
         return Json({"running": found.running, "waiting": found.waiting, "limit": found.limit, "requests": requests})
 
-    @router.get("/props")
-    async def props() -> Response:
-        loaded = await service.loaded()
-        settings = {"n_ctx": loaded.context_tokens}
-        return Json(
-            {"total_slots": loaded.parallel, "chat_template": loaded.template.jinja, "default_generation_settings": settings}
-        )
-
     @router.post("/v1/token/encode")
     async def encode(body: EncodeRequest, request: Request) -> Response:
         loaded = await service.loaded()

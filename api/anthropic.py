@@ -43,7 +43,7 @@ def build(service: Service) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """The next message of a conversation. One that ends with an assistant's message is continued."""
         service.ignore(PROTOCOL, [*body.unknown(), *(["thinking"] if body.thinking else [])])
-        loaded = await model_for(service, body.model)
+        loaded = await model_for(service, request, body.model)
         tools = tools_of(body)
         params = await _params(service, loaded, body)
         prompt = await service.fit(request, messages_of(body), body.max_tokens, trim=True, loaded=loaded, tools=tools)
@@ -63,7 +63,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest, request: Request) -> Response:
         """How many tokens the model would read."""
-        loaded = await model_for(service, body.model)
+        loaded = await model_for(service, request, body.model)
         if loaded.is_remote:
             raise Problem(
                 "unsupported", "The loaded model's tokens are not known here: it runs in another program. Ask there.", "model"

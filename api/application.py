@@ -11,13 +11,42 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine import allowed_origins
-from . import admin, anthropic, api_docs, embeddings, kobold, lollms, ollama, openai, responses, tgi, tgwui_routes
+from . import (
+    admin,
+    anthropic,
+    api_docs,
+    embeddings,
+    kobold,
+    llamacpp,
+    lollms,
+    ollama,
+    openai,
+    responses,
+    tgi,
+    tgwui_routes,
+    tokenize_routes,
+)
 from .guard import DEFAULT_MAX_BODY_BYTES, Guard, Hosts
+from .model_gate import ModelGate
 from .problems import Problem
 from .routes import ApiRoute, Render, openai_error
 from .service import Service
 
-_PROTOCOLS = (openai, responses, embeddings, anthropic, ollama, tgi, kobold, lollms, tgwui_routes, admin, api_docs)
+_PROTOCOLS = (
+    openai,
+    responses,
+    embeddings,
+    anthropic,
+    ollama,
+    tgi,
+    llamacpp,
+    tokenize_routes,
+    kobold,
+    lollms,
+    tgwui_routes,
+    admin,
+    api_docs,
+)
 _API_FOLDERS = ("/v1/", "/api/")  # the page has nothing below these
 
 
@@ -43,14 +72,14 @@ def build(
     for router in routers:
         api.include_router(router)
     api.add_exception_handler(404, _no_such_path)
-    front = _Front(api, page, [route for router in routers for route in router.routes] if here else [])
+    front = _Front(api, service.gate, page, [route for router in routers for route in router.routes] if here else [])
     settings = service.engine.settings
     return Guard(front, front.is_api, hosts or Hosts(), origins, lambda: allowed_origins.kept(settings), max_body_bytes)
 
 
 class _Front:
-    def __init__(self, api: FastAPI, page: Any, routes: Sequence[Any]) -> None:
-        self.api, self.page = api, page
+    def __init__(self, api: FastAPI, gate: ModelGate, page: Any, routes: Sequence[Any]) -> None:
+        self.api, self.page, self._gate = api, page, gate
         self._methods: dict[str, set[str]] = {}
         self._renders: dict[str, Render] = {each.path: each.render for each in routes if isinstance(each, ApiRoute)}
         self._folders: tuple[str, ...] = _API_FOLDERS if routes else ()
@@ -80,7 +109,8 @@ class _Front:
             response.headers["allow"] = allowed
             await response(scope, receive, send)
         else:
-            await self.api(scope, receive, send)
+            with self._gate.request():
+                await self.api(scope, receive, send)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from .model_turns import model_for
 from .openai_prompts import sources_of
 from .problems import Problem
 from .routes import Json, openai_error, route_class
@@ -56,6 +57,7 @@ def build(service: Service) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, from the last hidden states of the loaded model."""
         service.ignore("openai", [*body.unknown(), *(["dimensions"] if body.dimensions else [])])
+        await model_for(service, request, body.model)
         vectors, tokens = await vectors_of(service, request, body.input, body.pooling)
 
         def written(vector: list[float]) -> object:

@@ -18,6 +18,7 @@ from .answer_stream import EventStream
 from .embeddings import vectors_of
 from .grammar_requests import with_grammar
 from .model_turns import model_for
+from .model_turns import unload as unload_model
 from .ollama_models import (
     OllamaChat,
     OllamaEmbed,
@@ -107,14 +108,14 @@ def build(service: Service) -> APIRouter:
     @router.post("/api/embed")
     async def embed(body: OllamaEmbed, request: Request) -> Response:
         """Vectors of texts. The loaded model was not made for it."""
-        loaded = await model_for(service, local_name(body.model))
+        loaded = await model_for(service, request, local_name(body.model))
         vectors, tokens = await vectors_of(service, request, body.input, "mean")
         return Json({"model": body.model or loaded.model.name, "embeddings": vectors, "prompt_eval_count": tokens})
 
     @router.post("/api/embeddings")
     async def embedding(body: OllamaEmbedding, request: Request) -> Response:
         """The vector of one text, as older programs ask for it."""
-        await model_for(service, local_name(body.model))
+        await model_for(service, request, local_name(body.model))
         vectors, _tokens = await vectors_of(service, request, body.prompt, "mean")
         return Json({"embedding": vectors[0]})
 
@@ -143,7 +144,7 @@ async def _answer(
     name, options = local_name(body.model), body.options or {}
     if source is None:
         return await _load(service, request, body, name, write)
-    loaded = await model_for(service, name)
+    loaded = await model_for(service, request, name)
     service.ignore(PROTOCOL, [*body.unknown(), *unknown_in(options, _SAMPLING)])
     params = await with_grammar(service, loaded, service.params(sampling_of(options)), grammar_of(body), "format")
     if isinstance(body, OllamaGenerate) and body.suffix:
@@ -178,8 +179,8 @@ async def _load(service: Service, request: Request, body: OllamaRequest, name: s
     if unload:
         if not request.state.caller.admin:
             raise Problem("forbidden", "This API key may use the model but not unload it. An admin key may.", "keep_alive")
-        await service.unload()
+        await unload_model(service)
     else:
-        name = (await model_for(service, name)).model.name
+        name = (await model_for(service, request, name)).model.name
     head = {"model": body.model or name, "created_at": now(), **write({"content": ""})}
     return Json({**head, "done": True, "done_reason": "unload" if unload else "load"})

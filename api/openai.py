@@ -52,7 +52,7 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """The next message of a conversation. One that ends with an assistant's message is continued."""
-        loaded = await _answering_model(service, body)
+        loaded = await _answering_model(service, request, body)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem("invalid", "top_logprobs needs logprobs: true.", "top_logprobs")
         tools = tool_requests.of_openai(body)
@@ -88,16 +88,16 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, without a chat template."""
-        loaded = await _answering_model(service, body)
+        loaded = await _answering_model(service, request, body)
         params = await _params(service, loaded, body, body.logprobs)
         return await openai_completions.complete(service, request, PROTOCOL, loaded, params, body)
 
     return router
 
 
-async def _answering_model(service: Service, body: Any) -> LoadedModel:
+async def _answering_model(service: Service, request: Request, body: Any) -> LoadedModel:
     service.ignore(PROTOCOL, body.unknown())
-    return await model_for(service, body.model)
+    return await model_for(service, request, body.model)
 
 
 def messages_of(body: Sequence[ChatMessage]) -> list[Message]:

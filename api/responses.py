@@ -49,7 +49,7 @@ def build(service: Service) -> APIRouter:
         require_possible(body)
         service.ignore(PROTOCOL, body.unknown())
         client, items = service.client(request), items_of(body)
-        loaded = await model_for(service, body.model)
+        loaded = await model_for(service, request, body.model)
         tools = tools_of(body)
         before = stored(request, body.previous_response_id).messages if body.previous_response_id else ()
         new = messages_of(body.input) if not isinstance(body.input, str) else [Message("user", body.input)]

@@ -33,6 +33,7 @@ from . import prompt_fit
 from .answer_stream import Running, Start, Threads
 from .auth import Keys
 from .metrics import Metrics
+from .model_gate import ModelGate
 from .problems import Problem
 from .prompt_fit import FittedPrompt, Source
 from .thoughts import ThoughtsApart, has_channels
@@ -69,6 +70,7 @@ class Service:
         self.engine, self.downloads = engine, downloads
         self.keys = keys or Keys()
         self.limits = limits or Limits()
+        self.gate = ModelGate(engine, self.limits.max_requests)
         self.queue = engine.queue
         self.queue.limit, self.queue.most_parallel = self.limits.max_requests, self.limits.parallel
         self.began = time.time()
@@ -110,6 +112,7 @@ class Service:
 
     async def loaded(self) -> LoadedModel:
         """The model that answers; one that was unloaded as idle is loaded again. Raises NotLoaded, Busy or AnswerFailed."""
+        await self.gate.enter(None)
         loaded = self.engine.loaded
         return loaded if loaded is not None and loaded.alive else await self.run(self.engine.ready)
 

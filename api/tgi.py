@@ -25,7 +25,7 @@ from .routes import Json, for_all, route_class
 from .sampling_fields import read_protocol_sampling, seed_of
 from .service import Service
 from .tgi_checks import MAX_BEST_OF, MAX_STOP_SEQUENCES, check, tokens_of
-from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters, SimpleToken, TokenizeRequest
+from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters
 from .tgi_stream import TokenEvents
 
 PROTOCOL = "tgi"
@@ -107,12 +107,6 @@ def build(service: Service) -> APIRouter:
             503,
             {"retry-after": "5"},
         )
-
-    @router.post("/tokenize", response_model=list[SimpleToken])
-    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """The tokens of a text, with their positions in it."""
-        prompt = await service.fit(request, body.inputs, None, trim=True)
-        return Json(await service.run_for(request, tokens_of, service, prompt, body.add_special_tokens))
 
     @router.post("/chat_tokenize")
     async def chat_tokenize(body: ChatCompletionRequest, request: Request) -> Response:

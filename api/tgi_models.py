@@ -34,11 +34,6 @@ class CompatRequest(GenerateRequest):
     stream: bool | None = None
 
 
-class TokenizeRequest(Open):
-    inputs: str
-    add_special_tokens: bool = True
-
-
 class Token(BaseModel):
     id: int
     text: str
@@ -68,13 +63,6 @@ class Details(BaseModel):
 class GenerateResponse(BaseModel):
     generated_text: str
     details: Details | None = None
-
-
-class SimpleToken(BaseModel):
-    id: int
-    text: str
-    start: int
-    stop: int
 
 
 class Info(BaseModel):

@@ -79,6 +79,11 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     serve.add_argument(
         "--parallel", type=int, metavar="N", help="answers at the same time, if the loaded model can (default: what it can)"
     )
+    serve.add_argument(
+        "--load-on-request",
+        action="store_true",
+        help="load the local model that an API request names (keys need --admin)",
+    )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     add_loading(serve)
     access_flags.add(serve)

@@ -61,6 +61,7 @@ def serve(options: argparse.Namespace) -> int:
 
     limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
     service = Service(engine, downloads, keys, limits)
+    service.gate.load_on_request = options.load_on_request
     panel = Api(lambda: keys.required, api_port) if gradio_compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None

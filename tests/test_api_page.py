@@ -13,6 +13,7 @@ from api_server import ApiServer
 from browser import chromium
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api.auth import Keys
+from gptq_webui.engine import load_on_request
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -20,7 +21,7 @@ from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import gradio_compat
 from gptq_webui.ui import page as ui_page
 from gptq_webui.ui.access import Access
-from gptq_webui.ui.api_box import Api, calls
+from gptq_webui.ui.api_box import Api
 
 pytestmark = [
     pytest.mark.browser,
@@ -115,16 +116,15 @@ def test_with_keys_the_tab_asks_for_one_and_says_what_is_wrong(house):
         house.keys._locked = False
 
 
-def test_the_python_call_runs_as_it_is_pasted(house):
-    pytest.importorskip("openai")
-    for name in ("Python: huggingface_hub", "Python: openai"):
-        _language, text = calls(house.server.url, MISTRAL, False)[name]
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
-        assert done.stdout == "The capital of France is Paris.\n", done.stderr
-    curl = calls(house.server.url, MISTRAL, False)["curl"][1]
-    done = subprocess.run(["sh", "-c", curl + " -s"], capture_output=True, text=True, timeout=60)
-    if done.returncode != 127:  # no curl on this machine
-        assert "Paris" in done.stdout, done.stderr
+def test_the_owner_switches_loading_on_request(house):
+    page = open_tab(house)
+    box = page.get_by_label("Load the model that a program names")
+    for on in (True, False):
+        box.set_checked(on)
+        deadline = time.monotonic() + 30
+        while load_on_request.allowed(house.engine.settings) is not on and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert load_on_request.allowed(house.engine.settings) is on
 
 
 def test_another_sites_page_cannot_use_either(house):

@@ -54,6 +54,17 @@ def ollama(answer):
     return answer.json()["error"]
 
 
+def llamacpp(answer):
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message", "type"} and error["code"] == answer.status_code
+    return error["message"]
+
+
+def tgi(answer):
+    assert set(answer.json()) == {"error", "error_type"}
+    return answer.json()["error"]
+
+
 VALID = {  # path: (a body that is answered, the sentence of an error's body)
     "/v1/messages": ({"model": "x", "max_tokens": 5, "messages": USER}, anthropic),
     "/v1/messages/count_tokens": ({"model": "x", "messages": USER}, anthropic),
@@ -61,7 +72,12 @@ VALID = {  # path: (a body that is answered, the sentence of an error's body)
     "/api/chat": ({"messages": USER, "stream": False}, ollama),
     "/api/generate": ({"prompt": "Hi", "stream": False}, ollama),
     "/api/show": ({"model": MISTRAL}, ollama),
+    "/completion": ({"prompt": "Hi", "n_predict": 5}, llamacpp),
+    "/tokenize": ({"content": "Hi"}, tgi),
+    "/detokenize": ({"tokens": [0]}, tgi),
 }
+
+REFUSING = {"/tokenize": 422, "/detokenize": 422}  # the status, where it is not 400
 
 
 def said(blocks, role="user"):
@@ -117,6 +133,24 @@ REFUSED = [  # (path, what is added to the valid body, words)
     ("/api/generate", {"prompt": 5}, "prompt"),
     ("/api/generate", {"prompt": "Hi " * 1500}, "takes prompts of up to 1,000"),
     ("/api/generate", {"suffix": "x"}, "no marks for it"),
+    ("/completion", {"prompt": []}, "empty"),
+    ("/completion", {"prompt": ""}, "empty"),
+    ("/completion", {"prompt": [99999999]}, "Token ids"),
+    ("/completion", {"prompt": {"a": 1}}, "prompt"),
+    ("/completion", {"prompt": ["a", "b"], "stream": True}, "A stream has one prompt"),
+    ("/completion", {"temperature": "hot"}, "temperature must be a number"),
+    ("/completion", {"n_probs": 21}, "less than or equal to 20"),
+    ("/completion", {"n_probs": 2}, "reports no log-prob"),
+    ("/completion", {"logit_bias": [[1]]}, "pairs of a token id"),
+    ("/completion", {"logit_bias": [[{}, 1]]}, "pairs of a token id"),
+    ("/completion", {"grammar": "root ::= [a-z]"}, "does not support grammars"),
+    ("/completion", {"json_schema": {}}, "does not support grammars"),
+    ("/completion", {"stop": [1]}, "stop"),
+    ("/tokenize", {"content": 5}, "content"),
+    ("/tokenize", {"content": None}, "Field required"),
+    ("/tokenize", {"content": None, "messages": [{"role": "king"}]}, "'user'"),
+    ("/detokenize", {"tokens": ["x"]}, "tokens.0"),
+    ("/detokenize", {"tokens": [-1]}, "Token ids"),
     ("/v1/responses", {"input": []}, "input is empty"),
     ("/v1/responses", {"input": 5}, "input"),
     ("/v1/responses", {"input": "Hi " * 1500}, "takes prompts of up to 1,000"),
@@ -151,7 +185,7 @@ def post(server, path, body):
 def test_a_refusal_is_a_sentence_in_the_protocols_shape(server, path, body, words):
     valid, sentence = VALID[path]
     answer = post(server, path, valid | body)
-    assert answer.status_code == 400, answer.text
+    assert answer.status_code == REFUSING.get(path, 400), answer.text
     assert words in sentence(answer)
 
 
@@ -161,7 +195,7 @@ def test_what_is_no_proper_json_is_refused(server, path):
     nested = b"[" * 50_000 + b"]" * 50_000
     for body in (b"{", b"[]", b"5", b'"x"', b"\xff", b'{"model": NaN}', b'{"model": "\\ud800"}', b'{"model": ' + nested + b"}"):
         answer = server.http.post(path, content=body)
-        assert answer.status_code == 400 and sentence(answer), body[:20]
+        assert answer.status_code == REFUSING.get(path, 400) and sentence(answer), body[:20]
 
 
 @pytest.mark.parametrize("path", VALID)

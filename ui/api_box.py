@@ -10,13 +10,12 @@ from typing import Any
 
 import gradio as gr
 
+from ..engine import load_on_request
 from ..engine.engine import Engine
 from . import gradio_compat
 from .access import Access
+from .api_calls import PROGRAMS, QUESTION, calls
 from .html_snippets import quiet
-
-QUESTION = "What is the capital of France?"
-_ORDER = ("curl", "Python: huggingface_hub", "Python: openai", "SillyTavern")
 
 _TRY = """async (key) => {
   const begun = performance.now();
@@ -53,7 +52,7 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
     """Draw it; `show` fills it for an owner."""
     with gr.Column(elem_classes="gw-panel", elem_id="gw-api"):
         head = gr.HTML(elem_id="gw-api-head")
-        program = gradio_compat.Radio(list(_ORDER), value=_ORDER[0], label="Program", elem_id="gw-api-program")
+        program = gradio_compat.Radio(list(PROGRAMS), value=PROGRAMS[0], label="Program", elem_id="gw-api-program")
         code = gr.Code(value="", language="shell", interactive=False, label="Copy this", lines=4, elem_id="gw-api-code")
         key = gr.Textbox(
             label="API key",
@@ -64,6 +63,12 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
         )
         with gr.Row(elem_classes="gw-buttons"):
             button = gr.Button("Try it", variant="primary", size="sm", min_width=96, elem_id="gw-api-try")
+        naming = gr.Checkbox(
+            load_on_request.allowed(engine.settings),
+            label="Load the model that a program names",
+            info="Any program that may use the API can do it. It waits until running answers end.",
+            elem_id="gw-api-naming",
+        )
         answer = gr.Textbox(label=f"The answer to “{QUESTION}”", lines=3, interactive=False, elem_id="gw-api-answer")
 
     def show(request: gr.Request, wanted: str) -> dict[Any, Any]:
@@ -83,9 +88,15 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
             head: quiet(said + also).replace("</p>", f"<br>{link}</p>"),
             code: gr.update(value=text, language=language),
             key: gr.update(visible=api.locked()),
+            naming: gr.update(value=load_on_request.allowed(engine.settings)),
         }
 
-    outputs = [head, code, key]
+    def switch(request: gr.Request, on: bool) -> None:
+        if access.is_owner(request):
+            load_on_request.allow(engine.settings, bool(on))
+
+    outputs = [head, code, key, naming]
+    naming.input(switch, naming, None, **gradio_compat.EVENT)
     program.change(show, program, outputs, **gradio_compat.EVENT)
     button.click(None, key, answer, js=_TRY, **gradio_compat.EVENT)
     return ApiBox(show, [program], outputs)
@@ -97,40 +108,3 @@ def address_of(request: gr.Request) -> str:
     host = headers.get("host", "127.0.0.1:7860")
     scheme = headers.get("x-forwarded-proto") or getattr(getattr(request.request, "url", None), "scheme", "http")
     return f"{scheme}://{host}"
-
-
-def calls(address: str, model: str, locked: bool) -> dict[str, tuple[str, str]]:
-    """Program -> (language, example to copy)."""
-    model = model or "the-loaded-model"
-    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
-    header = '  -H "Authorization: Bearer YOUR_KEY" \\\n' if locked else ""
-    token = ', token="YOUR_KEY"' if locked else ""
-    key = "YOUR_KEY" if locked else "none"
-    curl = f"curl {address}/v1/chat/completions \\\n  -H \"Content-Type: application/json\" \\\n{header}  -d '{body}'"
-    hub = f"""from huggingface_hub import InferenceClient
-
-client = InferenceClient("{address}"{token})
-print(client.text_generation("The capital of France is", max_new_tokens=64,
-                             do_sample=True, temperature=0.7, top_p=0.95, top_k=40, repetition_penalty=1.1))
-"""
-    openai = f"""from openai import OpenAI
-
-client = OpenAI(base_url="{address}/v1", api_key="{key}")
-answer = client.chat.completions.create(
-    model="{model}",
-    messages=[{{"role": "user", "content": "{QUESTION}"}}],
-)
-print(answer.choices[0].message.content)
-"""
-    tavern = f"""API Connections (the plug)
-  API:       Text Completion
-  API Type:  KoboldCpp
-  API URL:   {address}
-{"  API key:   YOUR_KEY" + chr(10) if locked else ""}Connect.
-
-Or with the chat template of the model:
-  API:                     Chat Completion
-  Chat Completion Source:  Custom (OpenAI-compatible)
-  Custom Endpoint:         {address}/v1
-"""
-    return dict(zip(_ORDER, (("shell", curl), ("python", hub), ("python", openai), ("yaml", tavern)), strict=True))
