@@ -132,7 +132,7 @@ def _block(found: dict[str, Any], field: str) -> Block:
     text, source = found.get("text"), found.get("source")
     if not isinstance(text, str | None) or not isinstance(source, dict | None):
         raise Problem("invalid", f"{field}: `text` must be a text.", field)
-    return Block(type=found["type"], text=text, source=source)
+    return Block.model_validate({"type": found["type"], "text": text, "source": source})
 
 
 def _text(blocks: list[Block], field: str) -> str:

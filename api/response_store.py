@@ -43,7 +43,7 @@ class ResponseStore:
 
     def get(self, client: str, id: str) -> Stored | None:
         with self._lock:
-            return self._of.get(client, {}).get(id)
+            return self._of.get(client, OrderedDict()).get(id)
 
     def remove(self, client: str, id: str) -> bool:
         with self._lock:

@@ -59,7 +59,7 @@ def build(service: Service) -> APIRouter:
                 return Json({"tokens": ids})
             return Json({"tokens": await service.run(lambda: [{"id": id, "piece": _piece(texts.raw(id))} for id in ids])})
         if body.messages:
-            chat = ChatCompletionRequest(messages=body.messages, tools=body.tools)
+            chat = ChatCompletionRequest.model_validate({"messages": body.messages, "tools": body.tools})
             asked = messages_of(body.messages)
             fitted = await service.fit(request, asked, None, trim=True, loaded=loaded, tools=tool_requests.of_openai(chat))
             ids = list(fitted.prompt.ids)
