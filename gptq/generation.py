@@ -78,7 +78,7 @@ def _events(
     try:
         logits = None
         while room > 0 and memory.length < len(ids) and not cancel.is_set():
-            logits = stepper.prefill(memory, ids[memory.length : memory.length + stepper.chunk_tokens])
+            logits = stepper.prefill(memory, ids[memory.length : memory.length + stepper.piece_tokens()])
             progress(memory.length)
             if stepper.parallel > 1:
                 yield None

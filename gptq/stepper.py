@@ -6,7 +6,7 @@ cuts, forks and passes in with the next call; so one model can continue several 
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.chat import Step
 from ..core.params import GenerationParams
 from .grammar_mask import GrammarMask
+from .running import Alone, Running
 from .sampling import Sampler, log_probabilities
 from .token_rules import NO_RULES, TokenRules
 
@@ -64,6 +65,7 @@ class Stepper(ABC):
         None  # ids from 0 to this can be computed; every method that computes raises BadParameter for others
     )
     parallel: int = 1  # answers that may be sampled in turns
+    all_in_turns: bool = False  # whatever their parameters are; else only those that `answer` samples
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod
@@ -116,7 +118,7 @@ class Stepper(ABC):
         rules: TokenRules = NO_RULES,
     ) -> Generator[Step, None, None]:
         """As `answer`, sampled by torch token by token. Only what `grammar_mask` allows; ends where nothing may follow."""
-        with self.while_sampling():
+        with self.while_sampling(), closing(self.running(memory, ids)) as running:
             sampler = Sampler(params, self.device, prompt_tokens=len(ids), rules=rules)
             seen = torch.tensor([list(ids)], device=self.device)  # [1, prompt + answer]
             while True:
@@ -129,11 +131,20 @@ class Stepper(ABC):
                 top: tuple[tuple[int, float], ...] = ()
                 if params.logprobs is not None:
                     logprob, top = log_probabilities(logits, id, params.logprobs)
+                running.give(id)
                 yield Step(id, logprob, top)
                 if grammar_mask is not None and grammar_mask.complete:
                     return
                 seen = torch.cat([seen, token.to(seen.device)], dim=1)
-                logits = self.step(memory, id)
+                logits = running.logits()
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        """A new answer to the prompt `ids`, which memory holds."""
+        return Alone(self, memory)
+
+    def piece_tokens(self) -> int:
+        """How much of a prompt is read now at a time: less where other answers wait meanwhile."""
+        return self.chunk_tokens
 
     def while_sampling(self) -> AbstractContextManager[None]:
         """Entered while tokens are sampled by torch."""

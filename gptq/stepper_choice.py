@@ -31,8 +31,8 @@ def stepper_for(
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
     Raises BadCheckpoint for packed layers that are not what they claim. May take over the memory of packed layers.
-    `cache_type` ("fp16", "q8") and `slots` (answers at once)
-    are for the step on a GPU; the others compute one answer at a time and keep the conversation as they compute it.
+    `cache_type` ("fp16", "q8") is for the step on a GPU; the others keep the conversation as they compute it. `parallel`
+    (answers at once) is for our own steps; the others compute one at a time.
     """
     require_sound(hf)
     device = hf.get_input_embeddings().weight.device
@@ -40,7 +40,7 @@ def stepper_for(
         stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt)
     else:
         if device.type == "cpu":
-            stepper, note = _on_processor(hf, context_tokens, adapt)
+            stepper, note = _on_processor(hf, context_tokens, parallel, adapt)
         else:
             stepper, note = _plain(hf, "", adapt)
     if isinstance(stepper, TransformersStepper):
@@ -112,7 +112,7 @@ def preparing(device: torch.device) -> str:
     return "Preparing the fastest way to compute"
 
 
-def _on_processor(hf: Any, context_tokens: int, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
+def _on_processor(hf: Any, context_tokens: int, parallel: int, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
     if not numba_compiler.available():
         return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
     try:
@@ -130,7 +130,7 @@ def _on_processor(hf: Any, context_tokens: int, adapt: Callable[[], object] | No
             raise Unsuited(_ADAPTED)
         if parts is None:
             raise Unsuited("this architecture has no step of its own")
-        return CpuStepper(parts, context_tokens, torch.get_num_threads()), ""
+        return CpuStepper(parts, context_tokens, torch.get_num_threads(), parallel), ""
     except Unsuited as error:
         why = str(error)
     log.info("the compiled step for processors is not used: %s", why)

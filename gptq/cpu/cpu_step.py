@@ -12,11 +12,13 @@ from ...core.errors import BadParameter
 from ..gptq_linear import GPTQLinear
 from ..llama import LlamaParts
 from ..rope_length import RopeLength, border_of
+from ..running import Running
 from ..stepper import Memory, Stepper
 from ..suitability import Limits, Shape, shape_of
 from ..token_ids import require_known
 from . import cpu_kernels as k
 from . import forward_arguments as f
+from .cpu_batch import MOST_ROWS, Batch
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
 from .cpu_weights import Weights, aligned, from_module
@@ -25,7 +27,9 @@ from .forward_arguments import FORWARD, Arguments
 from .thread_team import Team
 from .weight_table import tables_of
 
-CHUNK_TOKENS = 256  # of a prompt at once
+CHUNK_TOKENS = 256  # of a prompt at once …
+_SMALL_CHUNK = 32  # … while other answers wait for their next token
+MOST_ANSWERS = 8  # at once
 _ANY = -1  # in the place of a set of angles: a table of which some rows are filled for each forward
 
 
@@ -35,16 +39,22 @@ LIMITS = Limits(head_dim_step=16, length_dependent=True)
 class CpuStepper(Stepper):
     kernel = "cpu"
     chunk_tokens = CHUNK_TOKENS
+    all_in_turns = True
 
-    def __init__(self, parts: LlamaParts, context_tokens: int, threads: int) -> None:
+    def __init__(self, parts: LlamaParts, context_tokens: int, threads: int, parallel: int = 1) -> None:
         """Raises Unsuited, and then leaves the model as it was."""
         self._shape = shape_of(parts, LIMITS)
         self.embedding_rows = self._shape.embedding_rows
         self.device = torch.device("cpu")
+        self.parallel = min(parallel, MOST_ANSWERS)
+        self._batch = Batch(self.rows_logits, context_tokens, self.embedding_rows)
+        self._sampling, self._torch_threads = 0, 0
         self.team = Team(threads)
         self._context_tokens = context_tokens
         self._parts_angles = parts.angles
         self._rope = RopeLength(parts.rotary)
+        if self._rope.kind:  # a forward has one set of angles: rows of other texts may need others
+            self.parallel = 1
         self._embedding = parts.embedding.detach()
         self._head, self._norm, self._eps = parts.head, parts.norm.detach().float(), parts.eps
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
@@ -52,11 +62,12 @@ class CpuStepper(Stepper):
         self._model = self._take_in(parts, self._shape, context_tokens)
         head = self.weights[self._model["head_row"]]
         self._head_size = head.outputs
-        self._logits = np.zeros((1 + self.team.size, max(head.tiles * 16, self._model["hidden_width"])), np.float32)
+        self._logits = np.zeros((MOST_ROWS, head.tiles * 16), np.float32)
         self._scores = np.zeros((self.team.size, 4, 16), np.float32)
-        self._head_rounded = self._rounded(1, self.team.size)
+        self._head_hidden = np.zeros((self.team.size, MOST_ROWS, self._model["hidden_width"]), np.float32)
+        self._head_rounded = self._rounded(MOST_ROWS, self.team.size)
         self._one = self._arguments(1, self.team.size)
-        self._many: Arguments | None = None
+        self._more: dict[int, Arguments] = {}  # by the rows that they have room for
 
         self.prefill(self.begin(), [0])  # compiles what is not compiled, before the first answer waits for it
 
@@ -151,12 +162,16 @@ class CpuStepper(Stepper):
         def floats(*shape: int) -> np.ndarray:
             return aligned(shape, np.float32)
 
-        nothing = np.zeros(1, np.int16)  # keys and values come with each call
+        nothing = np.zeros(1, np.int64)  # these come with each call
         return Arguments(
             FORWARD,
             **model,
             rows=rows,
-            start=0,
+            few=int(rows <= MOST_ROWS),
+            positions=nothing,
+            keys=nothing,
+            values=nothing,
+            capacities=nothing,
             x=floats(rows, model["hidden_width"]),
             hidden=floats(owners, rows, model["hidden_width"]),
             hidden_rows=rows,
@@ -166,11 +181,11 @@ class CpuStepper(Stepper):
             gated=floats(owners, rows, model["gated_width"]),
             rounded=self._rounded(rows, owners),
             head_rounded=self._head_rounded,
-            keys=nothing,
-            values=nothing,
-            capacity=0,
             scores=self._scores,
             score_width=self._scores.shape[2],
+            head_rows=1,
+            head_limit=MOST_ROWS,
+            head_hidden=self._head_hidden,
             logits=self._logits,
             logits_width=self._logits.shape[1],
         )
@@ -204,8 +219,21 @@ class CpuStepper(Stepper):
         require_known(ids, self.embedding_rows)
         ids = self._rope.ready(memory, ids)
         for at in range(0, len(ids), CHUNK_TOKENS):
-            self._compute(memory, ids[at : at + CHUNK_TOKENS])
-        return torch.from_numpy(self._logits[:1, : self._head_size])
+            self._compute([(memory, ids[at : at + CHUNK_TOKENS])])
+        return torch.from_numpy(self._logits[:1, : self._head_size]).clone()  # others may compute before these are used
+
+    def rows_logits(self, pieces: Sequence[tuple[Memory, Sequence[int]]]) -> Tensor:
+        """Put each memory's ids through, up to MOST_ROWS in all -> logits of each id, in their order [rows, V].
+
+        The next call overwrites them. Raises ValueError for more rows.
+        """
+        rows = sum(len(ids) for _memory, ids in pieces)
+        for _memory, ids in pieces:
+            require_known(ids, self.embedding_rows)
+        if rows > MOST_ROWS:
+            raise ValueError(f"{rows} rows were to be computed with their logits; at most {MOST_ROWS} can be.")
+        self._compute(pieces, rows)
+        return torch.from_numpy(self._logits[:rows, : self._head_size])
 
     def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         logits: Tensor = self._head(self.hidden(memory, ids).to(self._head_dtype))
@@ -217,52 +245,83 @@ class CpuStepper(Stepper):
         found = []
         for at in range(0, len(ids), CHUNK_TOKENS):
             rows = ids[at : at + CHUNK_TOKENS]
-            self._compute(memory, rows)
-            kept = self._one if len(rows) == 1 or self._many is None else self._many
-            found.append(torch.from_numpy(kept.kept["x"][: len(rows), : self._embedding.shape[1]].copy()))
+            x = self._compute([(memory, rows)])
+            found.append(torch.from_numpy(x[: len(rows), : self._embedding.shape[1]].copy()))
         states = torch.cat(found)[-wanted:]
         scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self._eps)
         return states * scale * self._norm
 
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        assert isinstance(memory, CpuMemory)
+        return super().running(memory, ids) if self._rope.kind else self._batch.join(memory, ids)
+
+    def piece_tokens(self) -> int:
+        return _SMALL_CHUNK if self._batch.busy else CHUNK_TOKENS
+
     @contextmanager
     def while_sampling(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # torch's own threads would spin on the cores that the next token needs
+        if not self._sampling:  # torch's own threads would spin on the cores that the next token needs
+            self._torch_threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        self._sampling += 1
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            self._sampling -= 1
+            if not self._sampling:
+                torch.set_num_threads(self._torch_threads)
 
-    def _compute(self, memory: Memory, ids: Sequence[int]) -> None:
-        assert isinstance(memory, CpuMemory)
-        rows = len(ids)
-        if memory.length + rows > self._positions:
-            raise BadParameter(
-                f"The conversation would have {memory.length + rows} tokens; the model is loaded for {self._context_tokens}. "
-                "Shorten it, or load the model with a longer context."
-            )
-        memory.reserve(rows)
-        if rows > 1 and self._many is None:
-            self._many = self._arguments(CHUNK_TOKENS, 1)
-        arguments = self._many if rows > 1 and self._many is not None else self._one
-        needed = max(memory.capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
+    def _arguments_for(self, rows: int) -> Arguments:
+        if rows == 1:
+            return self._one
+        limit = MOST_ROWS if rows <= MOST_ROWS else CHUNK_TOKENS
+        if limit not in self._more:
+            self._more[limit] = self._arguments(limit, 1)
+        return self._more[limit]
+
+    def _compute(self, pieces: Sequence[tuple[Memory, Sequence[int]]], head_rows: int = 1) -> np.ndarray:
+        """Put each memory's ids through; only few rows may be of several memories. Returns x [rows, …] before the last norm."""
+        ids = [id for _memory, own in pieces for id in own]
+        rows, capacity = len(ids), 0
+        table = np.empty((4, rows), np.int64)  # positions, addresses of keys and of values, capacities
+        at = 0
+        for memory, own in pieces:
+            assert isinstance(memory, CpuMemory)
+            if memory.length + len(own) > self._positions:
+                raise BadParameter(
+                    f"The conversation would have {memory.length + len(own)} tokens; the model is loaded for "
+                    f"{self._context_tokens}. Shorten it, or load the model with a longer context."
+                )
+            memory.reserve(len(own))
+            capacity = max(capacity, memory.capacity)
+            mine = table[:, at : at + len(own)]
+            mine[0] = np.arange(memory.length, memory.length + len(own))
+            mine[1], mine[2], mine[3] = memory.keys.ctypes.data, memory.values.ctypes.data, memory.capacity
+            at += len(own)
+        arguments = self._arguments_for(rows)
+        needed = max(capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
         if self._scores.shape[2] < needed:
             self._scores = np.zeros((self.team.size, 4, needed), np.float32)
         if self._rope.kind:
+            ((memory, own),) = pieces
             self._turn(arguments, memory.length, rows, memory.angles)
-        x = arguments.kept["x"]
-        x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(list(ids))].float().numpy()
+        x: np.ndarray = arguments.kept["x"]
+        x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(ids)].float().numpy()
         arguments.set(
             rows=rows,
-            start=memory.length,
-            keys=memory.keys,
-            values=memory.values,
-            capacity=memory.capacity,
+            positions=table[0],
+            keys=table[1],
+            values=table[2],
+            capacities=table[3],
             scores=self._scores,
             score_width=self._scores.shape[2],
+            head_rows=head_rows,
         )
         self.team.run(PHASES_PER_LAYER * self._model["layer_count"] + 1, forward, arguments.array)
-        memory.grown(rows)
+        for memory, own in pieces:
+            assert isinstance(memory, CpuMemory)
+            memory.grown(len(own))
+        return x
 
     def close(self) -> None:
         self.team.close()

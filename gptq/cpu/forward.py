@@ -30,7 +30,7 @@ PRODUCT_ITEMS = (4, 4, 6, 4)
 
 @compiled
 def forward(tid, threads, counters, arguments):
-    """Compute the rows of the record `arguments` [1]; the last row's logits are left in its `logits`."""
+    """Compute the rows of the record `arguments` [1]; the logits of the last `head_rows` are left in its `logits`."""
     f = arguments[0]
     phase = 0
     for layer in range(f.layer_count):
@@ -147,26 +147,37 @@ def rotate_head(f, layer, is_key, position, x, start):
 @compiled_part
 def store_head(tid, f, layer, r, head):
     """Keep the key and the value of one head of row r. Two threads may store the same one at once: they write the same bits."""
-    qkv, position = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width), f.start + r
+    qkv, position = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width), position_of(f, r)
     k_start = column_of(f, QKV_PRODUCT, 1) + head * f.head_dim
     v_start = column_of(f, QKV_PRODUCT, 2) + head * f.head_dim
     key = scores_of(f, tid)[0]  # a copy to rotate: another head of the group may still need the row
     for i in range(f.head_dim):
         key[i] = qkv[k_start + i]
     rotate_head(f, layer, 1, position, key, 0)
-    store_key_value(key, qkv, v_start, position, f.head_dim, f.capacity, keys_of(f, layer, head), values_of(f, layer, head))
+    keys, values = keys_of(f, r, layer, head), values_of(f, r, layer, head)
+    store_key_value(key, qkv, v_start, position, f.head_dim, capacity_of(f, r), keys, values)
 
 
 @compiled_part
-def keys_of(f, layer, head):
-    """Address of one head's keys."""
-    return f.keys + 2 * (layer * f.kv_heads + head) * f.capacity * f.head_dim
+def position_of(f, r):
+    return integers(f.positions, f.rows)[r]
 
 
 @compiled_part
-def values_of(f, layer, head):
-    """Address of one head's values."""
-    return f.values + 2 * (layer * f.kv_heads + head) * f.capacity * f.head_dim
+def capacity_of(f, r):
+    return integers(f.capacities, f.rows)[r]
+
+
+@compiled_part
+def keys_of(f, r, layer, head):
+    """Address of one head's keys in the conversation of row r."""
+    return integers(f.keys, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.head_dim
+
+
+@compiled_part
+def values_of(f, r, layer, head):
+    """Address of one head's values in the conversation of row r."""
+    return integers(f.values, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.head_dim
 
 
 @compiled_part
@@ -177,14 +188,14 @@ def scores_of(f, tid):
 
 @compiled_part
 def store_positions(tid, threads, counters, phase, f, layer):
-    """Rotate the queries of every row of a prompt and keep its keys and values. Returns the next phase."""
+    """Rotate the queries of every row and keep its keys and values. Returns the next phase."""
     items = min(f.rows, ROW_ITEMS * threads)
     for at in shares(counters, phase, items):
         first, last = share_of(at, items, f.rows)
         for r in range(first, last):
             qkv = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width)
             for head in range(f.heads):
-                rotate_head(f, layer, 0, f.start + r, qkv, head * f.head_dim)
+                rotate_head(f, layer, 0, position_of(f, r), qkv, head * f.head_dim)
             for head in range(f.kv_heads):
                 store_head(tid, f, layer, r, head)
     return phase + 1
@@ -192,48 +203,50 @@ def store_positions(tid, threads, counters, phase, f, layer):
 
 @compiled_part
 def attend_layer(tid, threads, counters, phase, f, layer):
-    """Attention. One product computes several heads that share keys (one token), or several rows of a head (a prompt)."""
+    """Attention. One product computes several heads of a row that share keys (few rows), or several rows of a head (a prompt)."""
     rows, head_dim = f.rows, f.head_dim
-    alone = rows == 1
     group = f.heads // f.kv_heads
     window = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[WINDOW]
-    size = 4 if not alone or group % 4 == 0 else group if group < 4 else 1
-    items = f.heads // size if alone else f.heads * ((rows + 3) // 4)
+    size = 4 if not f.few or group % 4 == 0 else group if group < 4 else 1
+    items = rows * (f.heads // size) if f.few else f.heads * ((rows + 3) // 4)
     for at in shares(counters, phase, items):
-        if alone:
-            head, r, count, later = at * size, 0, size, 0
+        if f.few:
+            head, r, count, later = at // rows * size, at % rows, size, 0
             stride = out_stride = 4 * head_dim
-            for one in range(size):
-                rotate_head(f, layer, 0, f.start, floats(f.qkv, f.qkv_width), (head + one) * head_dim)
-            store_head(tid, f, layer, 0, head // group)
+            if rows == 1:
+                for one in range(size):
+                    rotate_head(f, layer, 0, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
+                store_head(tid, f, layer, 0, head // group)
         else:
             head, r = at % f.heads, (items - 1 - at) // f.heads * 4  # the long rows first
             count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.qkv_width, 4 * f.attended_width
         query = f.qkv + 4 * (r * f.qkv_width + head * head_dim)
         out = f.attended + 4 * (r * f.attended_width + head * head_dim)
         attend(
-            query, stride, out, out_stride, count, f.start + r, later, window, keys_of(f, layer, head // group),
-            values_of(f, layer, head // group), f.capacity, head_dim, scores_of(f, tid),
+            query, stride, out, out_stride, count, position_of(f, r), later, window, keys_of(f, r, layer, head // group),
+            values_of(f, r, layer, head // group), capacity_of(f, r), head_dim, scores_of(f, tid),
         )  # fmt: skip
     return phase + 1
 
 
 @compiled_part
 def multiply_head(tid, threads, counters, phase, f):
-    """The last row's logits. Every thread normalises and rounds the row for itself."""
-    logits = float_rows(f.logits, 1 + threads, f.logits_width)
-    own = logits[1 + tid : 2 + tid]
+    """Logits of the last `head_rows` rows. Every thread normalises and rounds them for itself."""
+    rows = f.head_rows
+    own = float_rows(f.head_hidden + 4 * tid * f.head_limit * f.hidden_width, rows, f.hidden_width)
+    logits = float_rows(f.logits, rows, f.logits_width)
     ready = False
     tiles = integers(f.tables.weights + 8 * f.head_row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
     items = min(tiles, HEAD_ITEMS * threads)
     for at in shares(counters, phase, items):
         if not ready:
-            x = floats(f.x + 4 * (f.rows - 1) * f.hidden_width, f.hidden_width)
-            norm_row(x, norm_of(f, 2 * f.layer_count), f.eps, own[0])
-            round_rows(tid, 0, 1, own, f.tables, f.head_row, f.head_rounded)
+            x, norm = float_rows(f.x, f.rows, f.hidden_width), norm_of(f, 2 * f.layer_count)
+            for r in range(rows):
+                norm_row(x[f.rows - rows + r], norm, f.eps, own[r])
+            round_rows(tid, 0, rows, own, f.tables, f.head_row, f.head_rounded)
             ready = True
         first, last = share_of(at, items, tiles)
-        multiply(tid, first, last, 1, own, f.tables, f.head_row, f.head_rounded, logits, 0)
+        multiply(tid, first, last, rows, own, f.tables, f.head_row, f.head_rounded, logits, 0)
 
 
 @compiled

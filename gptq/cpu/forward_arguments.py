@@ -62,7 +62,11 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "tables": TABLES,
     # the rows
     "rows": int,
-    "start": int,  # position of the first row
+    "few": int,  # 1: the rows may be of several conversations
+    "positions": np.int64,  # [rows]: each row's place in its conversation
+    "keys": np.int64,  # [rows]: address of its conversation's keys, halves [layer_count][kv_heads][capacity / 16][head_dim][16]
+    "values": np.int64,  # [rows]: of its values, halves [layer_count][kv_heads][head_dim / 16][capacity][16]
+    "capacities": np.int64,  # [rows]: positions that they have room for, a multiple of 16
     # what is computed, each row as wide as named
     "x": np.float32,  # [rows][hidden_width]: the embeddings, then the residual stream
     "hidden": np.float32,  # [owners][hidden_rows][hidden_width]: x after a norm
@@ -76,14 +80,13 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "gated": np.float32,  # [owners][hidden_rows][gated_width]: SiLU(gate) * up
     "gated_width": int,
     "rounded": ROUNDED,
-    "head_rounded": ROUNDED,  # for the output head, one row: every thread is an owner
-    # keys and values of the conversation, halves
-    "keys": np.int16,  # [layer_count][kv_heads][capacity / 16][head_dim][16]
-    "values": np.int16,  # [layer_count][kv_heads][head_dim / 16][capacity][16]
-    "capacity": int,  # positions, a multiple of 16
+    "head_rounded": ROUNDED,  # for the output head, head_limit rows: every thread is an owner
     "scores": np.float32,  # [threads][4][score_width]
     "score_width": int,
-    "logits": np.float32,  # [1 + threads][logits_width]: the result, then scratch of each thread
+    "head_rows": int,  # so many of the last rows get logits
+    "head_limit": int,  # at most
+    "head_hidden": np.float32,  # [threads][head_limit][hidden_width]: those rows of x after the last norm
+    "logits": np.float32,  # [head_limit][logits_width]: the result
     "logits_width": int,
 }
 

@@ -40,7 +40,7 @@ class TransformersOptions:
     )
     cpu_memory: float = option(0.0, "Main memory", "Gigabytes for weights that do not fit on a GPU; 0: all.")
     cache_type: str = option("fp16", "Cache type", "How the conversation is stored on a GPU; q8 takes half.", CACHE_TYPES)
-    parallel: int = option(4, "Answers at once", "Up to 16, computed side by side by our own step on a GPU.")
+    parallel: int = option(4, "Answers at once", "Computed side by side by our own step: up to 16 on a GPU, 8 on a processor.")
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")

@@ -1,0 +1,119 @@
+"""The answers that run on the CPU at the same time: their tokens are computed in one pass over the weights.
+
+Each answer samples in its turn. The first one that needs logits lets the tokens of all that wait be computed with its own,
+and guesses at what comes next (guessing.py) beside them: to read the weights costs much more than another row.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from torch import Tensor
+
+from ..guessing import MOST_GUESSES, Guesser
+from ..running import Running
+from ..stepper import Memory
+from ..token_ids import require_known
+from .cpu_memory import CpuMemory
+
+MOST_ROWS = 16  # of a pass in which each row gets logits
+_ROW_COST = 0.2  # of a row more, before it is measured; relative to a pass of one row
+_NEWS = 0.1  # share of a new measurement in what is known
+_DOUBT = 0.01  # share of the assumed cost that comes back with each pass that measures none: one slow pass is no rule
+
+
+class Batch:
+    """For one thread."""
+
+    def __init__(
+        self, compute: Callable[[Sequence[tuple[Memory, Sequence[int]]]], Tensor], context_tokens: int, embedding_rows: int | None
+    ) -> None:
+        """`compute`: CpuStepper.rows_logits."""
+        self._compute, self._context_tokens = compute, context_tokens
+        self.embedding_rows = embedding_rows
+        self._running: list[BatchedAnswer] = []
+        self._one_s: float | None = None  # a pass of one row
+        self._row_cost = _ROW_COST
+
+    def join(self, memory: CpuMemory, ids: Sequence[int]) -> "BatchedAnswer":
+        """An answer to the prompt `ids`, all of which are in memory."""
+        answer = BatchedAnswer(self, memory, ids)
+        self._running.append(answer)
+        return answer
+
+    def leave(self, answer: "BatchedAnswer") -> None:
+        if answer in self._running:
+            self._running.remove(answer)
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers are being sampled."""
+        return bool(self._running)
+
+    def advance(self) -> None:
+        """Compute the tokens of all answers that wait for theirs."""
+        waiting = [each for each in self._running if each.pending is not None][:MOST_ROWS]
+        rows = len(waiting)
+        pieces: list[tuple[Memory, Sequence[int]]] = []
+        for answer in waiting:
+            free = min(MOST_ROWS - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
+            before = 1 + self._row_cost * (rows - 1)
+            costs = [1 + self._row_cost * more / before for more in range(max(0, free) + 1)]
+            guesses = answer.guesser.guess(costs)
+            rows += len(guesses)
+            pieces.append((answer.memory, [answer.pending or 0, *guesses]))
+        began = perf_counter()
+        logits = self._compute(pieces)
+        self._measured(rows, perf_counter() - began)
+        at = 0
+        for answer, (_memory, ids) in zip(waiting, pieces, strict=True):
+            answer.computed(ids[1:], logits[at : at + len(ids)])
+            at += len(ids)
+
+    def _measured(self, rows: int, took_s: float) -> None:
+        if rows == 1:
+            self._one_s = took_s if self._one_s is None else self._one_s + _NEWS * (took_s - self._one_s)
+            self._row_cost += _DOUBT * (_ROW_COST - self._row_cost)
+        elif self._one_s is not None:
+            found = (took_s / self._one_s - 1) / (rows - 1)
+            self._row_cost += _NEWS * (min(max(found, 0.02), 1.0) - self._row_cost)
+
+
+class BatchedAnswer(Running):
+    def __init__(self, batch: Batch, memory: CpuMemory, ids: Sequence[int]) -> None:
+        self.memory = memory
+        self.guesser = Guesser(ids)
+        self.pending: int | None = None  # the given id, if it is not computed
+        self._batch = batch
+        self._length = len(ids)  # tokens in memory that belong to the answer
+        self._ready: Tensor | None = None  # logits after the given id
+        self._ahead: deque[tuple[int, Tensor]] = deque()  # guessed ids that are computed, with the logits after each
+
+    def give(self, id: int) -> None:
+        require_known([id], self._batch.embedding_rows)  # here, where it ends this answer only
+        self.guesser.add(id)
+        if self._ahead and self._ahead[0][0] == id:
+            self._ready = self._ahead.popleft()[1]
+            self._length += 1
+            return
+        self._ahead.clear()
+        self._ready = None
+        self.memory.cut(self._length)
+        self.pending = id
+
+    def computed(self, guesses: Sequence[int], logits: Tensor) -> None:
+        """The pending id and guesses after it are in memory; `logits` [1 + guesses, V] are overwritten by the next pass."""
+        kept = logits.clone()
+        self.pending, self._ready = None, kept[:1]
+        self._length += 1
+        self._ahead = deque((id, kept[at : at + 1]) for at, id in enumerate(guesses, 1))
+
+    def logits(self) -> Tensor:
+        if self._ready is None:
+            self._batch.advance()
+        assert self._ready is not None
+        return self._ready
+
+    def close(self) -> None:
+        self._batch.leave(self)
+        self.memory.cut(self._length)

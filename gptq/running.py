@@ -1,0 +1,40 @@
+"""A running answer, as its sampler sees it: it gives the sampled ids and gets the logits of the next token."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stepper import Memory, Stepper
+
+
+class Running(ABC):
+    """Close it: what was computed beyond the ids that were given is then cut from the memory."""
+
+    @abstractmethod
+    def give(self, id: int) -> None:
+        """The token that was sampled. It is computed when its logits are asked for, together with others' tokens."""
+
+    @abstractmethod
+    def logits(self) -> Tensor:
+        """Of the token after the last given one [1, V]. They may be overwritten once the next id is given."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Alone(Running):
+    """One token after the other, computed by itself."""
+
+    def __init__(self, stepper: "Stepper", memory: "Memory") -> None:
+        self._stepper, self._memory, self._id = stepper, memory, 0
+
+    def give(self, id: int) -> None:
+        self._id = id
+
+    def logits(self) -> Tensor:
+        return self._stepper.step(self._memory, self._id)
+
+    def close(self) -> None:
+        pass
