@@ -13,6 +13,7 @@ from ..core.errors import NoSuchModel
 from ..core.folder_files import printable
 from ..core.params import GenerationParams
 from ..core.units import plural
+from ..core.user_folders import is_system_folder
 from ..engine.engine import Engine, Status
 from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings, hosts_models_folders
@@ -29,6 +30,8 @@ def make_engine(options: argparse.Namespace) -> Engine:
     for folder in folders:
         if not folder.is_dir():
             raise NoSuchModel(f"There is no folder {folder}. Make it, or name another one with --models-dir.")
+        if is_system_folder(folder):
+            raise NoSuchModel(f"{folder} belongs to the operating system. Name a folder with models with --models-dir.")
     library = Library(folders or [*settings.models_folders, *hosts_models_folders()])
     HubSettings(library.hub, settings)
     return Engine(library, settings)

@@ -19,9 +19,9 @@ def _sampler(default: Any, label: str, help: str, *limits: float, **rest: Any) -
     return row_of(default, label, help, *limits, in_kernel=True, in_requests=True, **rest)
 
 
-def _program(default: Any, label: str, help: str, *limits: float, **rest: Any) -> Any:
-    """What programs send and the page does not show."""
-    return row_of(default, label, help, *limits, shown=False, in_requests=True, **rest)
+def _request(default: Any, label: str, help: str, *limits: float, **rest: Any) -> Any:
+    """What programs may send under its own name."""
+    return row_of(default, label, help, *limits, in_requests=True, **rest)
 
 
 def _torch(
@@ -29,9 +29,10 @@ def _torch(
 ) -> Any:
     """Of a sampler that PyTorch computes. Most programs have one name for it; `also`: what others call it."""
     programs: tuple[Protocol, ...] = ("kobold", "host", "remote_extra")
-    return _program(
+    return _request(
         default, label, help, *limits, names=dict.fromkeys(programs, name) | dict(also or {}),
-        neutral=rest.pop("neutral", default), **{"back_ends": ("own", "remote"), **rest},
+        neutral=rest.pop("neutral", default),
+        **{"back_ends": ("own", "remote"), "group": "dry" if name.startswith("dry") else "shape", **rest},
     )  # fmt: skip
 
 
@@ -44,27 +45,27 @@ class GenerationParams:
 
     max_new_tokens: int = row_of(
         512, "Max new tokens", "The answer is cut after this many tokens (about ¾ of a word each).", 1, 32768, 1,
-        kind="whole", back_ends=(*_EVERY, "fake"), names={"host": "max_new_tokens"},
+        kind="whole", group="everyday", back_ends=(*_EVERY, "fake"), names={"host": "max_new_tokens"},
     )  # fmt: skip
     temperature: float = _sampler(
         0.7, "Temperature", "0 always takes the likeliest token; higher is more varied.", 0.0, 5.0, 0.01,
         neutral=1.0, zero_below=1e-4,  # logits divided by less leave no room for the draw in fp32
-        back_ends=_EVERY,
+        group="everyday", back_ends=_EVERY,
         names={"kobold": "temperature", "lollms": "temperature", "tgi": "temperature", "host": "temperature"},
     )  # fmt: skip
     top_p: float = _sampler(
         0.95, "Top p", "Keep the likeliest tokens that together reach this probability; 1 keeps all.", 0.0, 1.0, 0.01,
-        neutral=1.0, least=1e-6, back_ends=_EVERY,
+        neutral=1.0, least=1e-6, group="everyday", back_ends=_EVERY,
         names={"kobold": "top_p", "lollms": "top_p", "tgi": "top_p", "host": "top_p"},
     )  # fmt: skip
     top_k: int = _sampler(
         40, "Top k", "Keep only this many of the likeliest tokens; 0 keeps all.", 0, 1000, 1,
-        kind="whole", neutral=0, unset=(-1,), back_ends=_EVERY,
+        kind="whole", neutral=0, unset=(-1,), group="everyday", back_ends=_EVERY,
         names={"kobold": "top_k", "lollms": "top_k", "tgi": "top_k", "host": "top_k", "remote_extra": "top_k"},
     )  # fmt: skip
     min_p: float = _sampler(
         0.0, "Min p", "Drop tokens less likely than this share of the likeliest one; 0 drops none.", 0.0, 1.0, 0.01,
-        neutral=0.0, back_ends=_EVERY, names={"kobold": "min_p", "host": "min_p"},
+        neutral=0.0, group="everyday", back_ends=_EVERY, names={"kobold": "min_p", "host": "min_p"},
     )  # fmt: skip
     top_n_sigma: float = _sampler(
         0.0, "Top n-sigma", "Drop tokens whose logit is more than this many standard deviations under the highest; 0 drops none.",
@@ -78,7 +79,7 @@ class GenerationParams:
     )  # fmt: skip
     repetition_penalty: float = _sampler(
         1.1, "Repetition penalty", "Makes tokens that already occurred less likely; 1 changes nothing.", 0.5, 2.0, 0.01,
-        neutral=1.0, unset=(0,), back_ends=_EVERY,
+        neutral=1.0, unset=(0,), group="everyday", back_ends=_EVERY,
         names={
             "kobold": ("rep_pen", "repetition_penalty"), "lollms": "repeat_penalty", "tgi": "repetition_penalty",
             "host": "repetition_penalty",
@@ -86,17 +87,17 @@ class GenerationParams:
     )  # fmt: skip
     presence_penalty: float = _sampler(
         0.0, "Presence penalty", "Taken once from every token that already occurred in the answer; 0 changes nothing.", -2.0, 2.0,
-        neutral=0.0, back_ends=_EVERY,
+        neutral=0.0, group="penalties", back_ends=_EVERY,
         names={"kobold": "presence_penalty", "host": "presence_penalty", "remote": "presence_penalty"},
     )  # fmt: skip
     frequency_penalty: float = _sampler(
         0.0, "Frequency penalty", "Taken from a token for each time it occurred in the answer; 0 changes nothing.", -2.0, 2.0,
-        neutral=0.0, back_ends=_EVERY,
+        neutral=0.0, group="penalties", back_ends=_EVERY,
         names={"tgi": "frequency_penalty", "host": "frequency_penalty", "remote": "frequency_penalty"},
     )  # fmt: skip
     repetition_range: int = _sampler(
         0, "Penalty range", "The penalties look at this many last tokens; 0 looks at all.", 0, 32768, 1,
-        kind="whole", neutral=0, back_ends=("own", "exllamav2"),
+        kind="whole", neutral=0, group="penalties", back_ends=("own", "exllamav2"),
         names={
             "openai": "repetition_penalty_range", "kobold": "rep_pen_range", "lollms": "repeat_last_n",
             "host": "repetition_penalty_range",
@@ -104,47 +105,54 @@ class GenerationParams:
     )  # fmt: skip
     seed: int | None = row_of(
         None, "Seed", "The same seed gives the same answer; -1 or empty takes a new one each time.", -1, 2**31 - 1, 1,
-        kind="whole", optional=True, back_ends=_EVERY, names={"host": "seed"},
+        kind="whole", optional=True, group="seed", back_ends=_EVERY, names={"host": "seed"},
     )  # fmt: skip
     stop: tuple[str, ...] = row_of(
-        (), "Stop strings", "The answer ends before the first of these; one a line.", kind="texts", back_ends=(*_EVERY, "fake")
+        (),
+        "Stop strings",
+        "The answer ends before the first of these; one a line.",
+        kind="texts",
+        group="ends",
+        back_ends=(*_EVERY, "fake"),
     )
     logit_bias: tuple[tuple[int, float], ...] = row_of(
-        (), "Logit bias", "(token id, what is added to its logit) for some tokens.", -100.0, 100.0,
-        kind="bias", shown=False, back_ends=_EVERY,
+        (), "Logit bias", "What is added to the logits of some tokens, by id.", -100.0, 100.0,
+        kind="bias", group="bans", back_ends=_EVERY,
     )  # fmt: skip
     logprobs: int | None = row_of(
         None, "Log-probabilities", "Report each token's, and those of this many likeliest.", 0, 20, 1,
         kind="whole", optional=True, shown=False, back_ends=("own",),
     )  # fmt: skip
-    min_tokens: int = _program(
+    min_tokens: int = _request(
         0, "Min tokens", "The answer does not end by itself before it has this many tokens.", 0, 32768, 1,
-        kind="whole", neutral=0, by_torch=True, back_ends=("own", "remote"),
+        kind="whole", neutral=0, by_torch=True, group="ends", back_ends=("own", "remote"),
         names={"openai": "min_length", "kobold": ("min_length", "min_tokens"), "remote_extra": "min_tokens"},
     )  # fmt: skip
-    ignore_eos: bool = _program(
+    ignore_eos: bool = _request(
         False, "Ignore the end token", "The answer does not end by itself at all.", kind="switch", neutral=False,
-        back_ends=_EVERY,
+        group="ends", back_ends=_EVERY,
         names={
             "openai": "ban_eos_token", "host": "ban_eos_token", "remote_extra": "ignore_eos",
             "kobold": ("use_default_badwordsids", "ban_eos_token", "ignore_eos"),  # KoboldCpp's name for it
         },
     )  # fmt: skip
-    stop_token_ids: tuple[int, ...] = _program(
+    stop_token_ids: tuple[int, ...] = _request(
         (), "Stop tokens", "Ids that end the answer, besides the model's own.", kind="ids", neutral=(),
-        back_ends=_EVERY, names={"kobold": "stop_token_ids", "remote_extra": "stop_token_ids"},
+        group="ends", back_ends=_EVERY, names={"kobold": "stop_token_ids", "remote_extra": "stop_token_ids"},
     )  # fmt: skip
-    custom_token_bans: tuple[int, ...] = _program(
-        (), "Banned tokens", "Ids that are never sampled.", kind="ids", neutral=(), back_ends=("own", "exllamav2"),
+    custom_token_bans: tuple[int, ...] = _request(
+        (), "Banned tokens", "Ids that are never sampled.", kind="ids", neutral=(),
+        group="bans", back_ends=("own", "exllamav2"),
         names={"openai": "banned_tokens", "kobold": "custom_token_bans", "host": "custom_token_bans"},
     )  # fmt: skip
-    bad_words: tuple[str, ...] = _program(
+    bad_words: tuple[str, ...] = _request(
         (), "Banned words", "Words whose last token may not follow the others.", kind="texts", neutral=(), by_torch=True,
-        back_ends=("own", "remote"), names={"kobold": "bad_words", "remote_extra": "bad_words"},
+        group="bans", back_ends=("own", "remote"), names={"kobold": "bad_words", "remote_extra": "bad_words"},
     )  # fmt: skip
-    banned_strings: tuple[str, ...] = _program(
+    banned_strings: tuple[str, ...] = _request(
         (), "Banned texts", "Texts that do not occur: an answer goes back to where one began.", kind="texts", neutral=(),
-        by_torch=True, back_ends=("own",), names={"kobold": ("banned_strings", "banned_tokens"), "host": "banned_strings"},
+        by_torch=True, group="bans", back_ends=("own",),
+        names={"kobold": ("banned_strings", "banned_tokens"), "host": "banned_strings"},
     )  # fmt: skip
     dry_multiplier: float = _torch(
         "dry_multiplier", 0.0, "DRY multiplier", "How much a token loses that would go on with a repetition; 0: nothing.",
@@ -200,7 +208,7 @@ class GenerationParams:
     mirostat_eta: float = _torch("mirostat_eta", 0.1, "Mirostat eta", "How fast it is corrected.", 0.0, 1.0, 0.01)
     grammar: Grammar | None = row_of(  # noqa: RUF009 (it is a field)
         None, "Grammar", "What the answer must be made of: JSON, a schema, a pattern.",
-        kind="grammar", optional=True, shown=False, back_ends=("own", "remote"),
+        kind="grammar", optional=True, group="form", back_ends=("own", "remote"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ MOST_ENTRIES = 4096  # token ids in a list
 MOST_TEXTS, LONGEST_TEXT = 512, 500  # in a list of texts that are compared with every token
 
 Kind = Literal["number", "whole", "switch", "ids", "texts", "bias", "grammar"]
+Group = Literal["everyday", "tails", "penalties", "dry", "shape", "ends", "bans", "form", "seed"]  # together on the page
 BackEnd = Literal["own", "exllamav2", "remote", "fake"]  # "own": the samplers of this project (gptq/)
 Protocol = Literal[
     "openai",  # besides the field's own name, which that protocol always takes
@@ -36,7 +37,8 @@ class SamplingField:
     step: float = 0.01
     kind: Kind = "number"
     optional: bool = False  # may be None
-    shown: bool = True  # on the page; False: for programs only
+    shown: bool = True  # in the Parameters tab
+    group: Group = "tails"
     neutral: Any = None  # this value changes nothing; None: there is no such value
     zero_below: float = 0.0  # a smaller value is taken as 0
     least: float = 0.0  # a sampler computes with this where the value is lower
@@ -105,7 +107,7 @@ def _check_number(row: SamplingField, name: str, value: Any) -> float:
         raise BadParameter(f"{name} must be between {row.low:g} and {row.high:g}; found {_brief(value)}.", name)
     if row.kind == "whole":
         return int(value)
-    return 0.0 if value < row.zero_below else float(value)
+    return 0.0 if 0 <= value < row.zero_below else float(value)
 
 
 def _check_switch(_row: SamplingField, name: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import DiskFull, GptqWebuiError
+from ..core.errors import AccessDenied, DiskFull, GptqWebuiError, NoSuchBranch, NoSuchRepository, WrongRepository
 from ..core.foreign_errors import in_words
 from ..core.model_ref import ModelRef
 from ..core.units import format_bytes, format_duration
@@ -38,6 +38,8 @@ class DownloadStatus:
     fit: str = ""  # "Fits your 12 GB", known before the first byte
     folder: str = ""  # the model's name in the library
     files: tuple[FileProgress, ...] = ()  # that are being downloaded
+    final: bool = False  # it failed, and the same request would fail again
+    wants_token: bool = False  # it failed because the Hub asks for an access token
 
     @property
     def active(self) -> bool:
@@ -50,11 +52,12 @@ class DownloadStatus:
 
     @property
     def can_resume(self) -> bool:
-        return self.state in ("paused", "failed")
+        return self.state == "paused" or (self.state == "failed" and not self.final)
 
     @property
     def can_cancel(self) -> bool:
-        return self.can_pause or self.can_resume
+        """Whether there is something to stop or to delete; an ended one is only taken from the list."""
+        return self.can_pause or self.state == "paused" or (self.state == "failed" and self.share > 0)
 
 
 class Downloads:
@@ -84,7 +87,7 @@ class Downloads:
             if ref in self._waiting or ref in self._running:
                 return ref
             self._waiting.append(ref)
-            self._set(DownloadStatus(ref, "queued", "Waits for another download to end."))
+            self._set(DownloadStatus(ref, "queued", "Waits for another download to end.", self._arrived(ref)))
             self._next()
         return ref
 
@@ -151,7 +154,7 @@ class Downloads:
         for ref in ready[: max(0, AT_ONCE - len(self._running))]:
             self._waiting.remove(ref)
             cancel = self._running[ref] = threading.Event()
-            self._set(DownloadStatus(ref, "asking", f"Asking the Hub about {ref} …"))
+            self._set(DownloadStatus(ref, "asking", f"Asking the Hub about {ref} …", self._arrived(ref)))
             threading.Thread(target=self._run, args=(ref, cancel), name=f"download {ref}", daemon=True).start()
 
     def _run(self, ref: ModelRef, cancel: threading.Event) -> None:
@@ -164,6 +167,8 @@ class Downloads:
                 threading.Thread(target=self._await_space, args=(ref, error), name=f"space for {ref}", daemon=True).start()
         except GptqWebuiError as error:
             ended = self._ended(ref, "failed", str(error))
+            final = isinstance(error, (NoSuchBranch, NoSuchRepository, WrongRepository))
+            ended = replace(ended, final=final, wants_token=isinstance(error, AccessDenied))
         except Exception as error:
             log.exception("downloading %s failed", ref)
             text = f"The download of {ref} stopped: {in_words(error)}. Press Download to continue it."
@@ -230,6 +235,11 @@ class Downloads:
             if ref not in self._waiting:  # unless it was started again meanwhile
                 self._set(replace(self._status[ref], state=state, text=text, share=0.0))
             self._next()
+
+    def _arrived(self, ref: ModelRef) -> float:
+        """The share that an earlier attempt has brought."""
+        before = self._status.get(ref)
+        return before.share if before is not None and before.state in ("queued", "paused", "failed", "full") else 0.0
 
     def _set(self, status: DownloadStatus) -> None:
         self._status[status.ref] = status

@@ -113,7 +113,7 @@ class Engine:
         """Make the demo model on this machine if it is missing, and load its 4-bit variant. One Stop ends both."""
         root = default_models_folder()
         with self.slot.change() as cancel:
-            progress = self.slot.progress("The demo model")
+            progress = self.slot.progress("The demo model", making=True)
             progress(0.0, "Starting")
             try:
                 folders = demo.ensure(root, progress, cancel)

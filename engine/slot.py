@@ -39,6 +39,12 @@ class Status:
     text: str = ""  # the current step, or the error of the last load
     share: float = 0.0  # done, 0..1
     error: bool = False
+    making: bool = False  # the model is still being made: the demo
+
+    @property
+    def doing(self) -> str:
+        """What goes on, for the middle of a sentence: "is being loaded"."""
+        return "is being made" if self.making else "is being unloaded" if self.phase == "unloading" else "is being loaded"
 
 
 class Slot:
@@ -172,9 +178,9 @@ class Slot:
         if self.loaded is None and self.status.phase == "empty":
             self.say(Status("empty", text=text, error=True))
 
-    def progress(self, name: str) -> LoadProgress:
-        """A function that shows the steps of a load."""
-        return lambda share, text: self.say(Status("loading", name, text, share))
+    def progress(self, name: str, *, making: bool = False) -> LoadProgress:
+        """A function that shows the steps of a load, or of making a model."""
+        return lambda share, text: self.say(Status("loading", name, text, share, making=making))
 
     def say(self, status: Status) -> None:
         """Set the status and call the watchers. A watcher that fails is logged."""

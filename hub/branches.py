@@ -112,6 +112,8 @@ def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
     for candidate in error.candidates:
         if hub.exists(candidate):
             return WrongRepository(error.found, error.candidates, candidate)
+    if error.candidates:
+        return WrongRepository(f"{error.found} No GPTQ version of it was found under the usual names.")
     return error
 
 

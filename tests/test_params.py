@@ -46,6 +46,11 @@ def test_what_is_no_number_is_refused(name: str, value: object) -> None:
         GenerationParams(**{name: value})
 
 
+def test_a_negative_penalty_stays_negative() -> None:
+    params = GenerationParams(presence_penalty=-1, frequency_penalty=-0.5)
+    assert (params.presence_penalty, params.frequency_penalty) == (-1.0, -0.5)
+
+
 def test_whole_numbers_stay_whole_and_sliders_may_send_floats() -> None:
     params = GenerationParams(max_new_tokens=64.0, temperature=1)  # type: ignore[arg-type]
     assert params.max_new_tokens == 64 and isinstance(params.max_new_tokens, int) and isinstance(params.temperature, float)

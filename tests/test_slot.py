@@ -193,3 +193,10 @@ def test_what_is_learnt_is_written_after_the_load_so_that_a_full_disk_costs_no_m
     monkeypatch.setattr("gptq_webui.engine.settings.os.replace", full)
     engine.load("one")
     assert engine.status.phase == "ready"
+
+
+def test_a_model_that_is_being_made_is_not_said_to_load(engine):
+    engine.slot.progress("The demo model", making=True)(0.5, "Opening the small model")
+    assert engine.status.doing == "is being made" and engine.status.phase == "loading"
+    engine.slot.progress("Llama")(0.5, "Reading")
+    assert engine.status.doing == "is being loaded"

@@ -186,6 +186,7 @@ def test_a_report_is_written_and_an_unused_model_comes_back_with_the_next_messag
     assert house.engine.idle.minutes == 30
     house.engine.unload_idle()
     house.engine.set_idle_minutes(0)
+    open_tab(tab, "Chat")
     tab.reload()
     tab.wait_for_selector("#gw-head:has-text('is idle')")
     time.sleep(0.2)

@@ -212,6 +212,37 @@ def test_cancel_deletes_and_clear_takes_it_out_of_the_list(tab, house):
     tab.wait_for_selector("#gw-cancel-0", state="hidden")
 
 
+def test_what_failed_for_good_has_one_clear_and_no_resume(tab, house):
+    name(tab, "Owner/Nothing-GPTQ")
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-downloads .gw-bad", "There is no model Owner/Nothing-GPTQ")
+    assert tab.inner_text("#gw-cancel-0") == "Clear"
+    assert not tab.is_visible("#gw-resume-0") and not tab.is_visible("#gw-pause-0")
+    tab.click("#gw-cancel-0")
+    tab.wait_for_selector("#gw-cancel-0", state="hidden")
+    assert house.downloads.all() == []
+
+
+def test_a_gated_model_leads_to_the_box_for_the_token(tab, house, tiny_gptq):
+    house.server.add("Owner/Gated-GPTQ", tiny_gptq, gated=True)
+    name(tab, "Owner/Gated-GPTQ")
+    tab.click("#gw-download")
+    wait_for(tab, "#gw-downloads .gw-bad", "is gated")
+    tab.click("#gw-downloads .gw-action")
+    tab.wait_for_function("document.activeElement.closest('#gw-hub-token') !== null")
+    assert tab.inner_text("#gw-resume-0") == "Try again"
+
+
+def test_branches_that_are_here_are_marked_and_only_a_sister_that_exists_is_offered(tab, house, tiny_gptq):
+    shutil.copytree(tiny_gptq, house.root / "models" / "Owner_Tiny-GPTQ")
+    ask(tab, TINY)
+    wait_for(tab, "#gw-branch-table .gw-here", "on this computer")
+    house.server.add("Owner/Lonely-GGUF", {"m.gguf": b"x"})
+    ask(tab, "Owner/Lonely-GGUF")
+    wait_for(tab, "#gw-branches-note .gw-bad", "No GPTQ version of it was found")
+    assert not tab.is_visible("#gw-sister") and "Lonely-GPTQ" not in tab.inner_text("#gw-branches-note")
+
+
 def test_missing_settings_are_written_at_a_press(tab, house, tiny_gptq):
     folder = shutil.copytree(tiny_gptq, house.root / "models" / "mine")
     (folder / "quantize_config.json").unlink()

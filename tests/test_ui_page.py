@@ -135,8 +135,7 @@ def test_choose_a_model_ask_and_come_back(visit, house):
     assert tab.evaluate("window.hacked") is None  # … and not run
     house.engine.unload()
     tab.reload()
-    settled(tab, house)
-    open_tab(tab, "Chat")
+    tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Chat')")  # the tab that was open
     assert "What is the capital of France?" in wait_for(tab, "#gw-chat", "on the Seine.")
     wait_for(tab, "#gw-head", "No model is loaded")
 
@@ -238,19 +237,14 @@ def test_parameters_reach_the_answer_and_survive_a_reload(visit, house):
     choose(tab, "#gw-preset", "Precise")
     tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0'")
     tab.fill("#gw-max_new_tokens input", "3")
-    tab.wait_for_function("document.querySelector('#gw-preset input').value == 'Your own'")
-    time.sleep(0.3)
+    tab.wait_for_function("(localStorage.getItem('gptq-webui parameters') || '').includes('\"max_new_tokens\": 3')")
+    open_tab(tab, "Chat")
     tab.reload()
     settled(tab, house)
     ask(tab, "What is the capital of France?")  # without opening the tab
     wait_for(tab, "#gw-line", "stopped at the limit of 3 tokens: press Continue")
     open_tab(tab, "Parameters")
     tab.wait_for_function("document.querySelector('#gw-max_new_tokens input').value == '3'")
-    tab.fill("#gw-max_new_tokens input", "0")
-    wait_for(tab, "#gw-parameters-note", "Max new tokens must be between 1 and 32768")
-    open_tab(tab, "Chat")
-    ask(tab, "And of Italy?")
-    wait_for(tab, "#gw-line .gw-bad", "Max new tokens must be between 1 and 32768")
 
 
 def test_download_pause_reload_resume_done_refresh(visit, house):

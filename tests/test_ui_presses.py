@@ -135,7 +135,7 @@ def test_a_load_that_lasts_leaves_the_page_alive(served):
         (edited, *_others) = indexes(served.page, "parameters_tab", "edited")
         began = time.monotonic()
         with Visitor(served.url) as other:
-            message, _seen = other.call(edited, to_values(ui_page.parameters_tab.PRESETS["Creative"]))
+            message, _seen = other.call(edited, ["Model card", *to_values(ui_page.parameters_tab.PRESETS["Creative"])])
         assert message["success"] and "Creative" in str(message["output"])
         assert time.monotonic() - began < SOON_S and served.engine.status.phase == "loading"
     finally:

@@ -41,3 +41,20 @@ def test_they_are_those_of_platformdirs():
     platformdirs = pytest.importorskip("platformdirs")
     names = ("user_config_dir", "user_data_dir", "user_cache_dir")
     assert found() == tuple(Path(getattr(platformdirs, name)("gptq-webui", appauthor=False)) for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folders of Linux")
+def test_folders_of_the_operating_system_are_known():
+    for each in ("/proc", "/proc/1", "/sys/class", "/dev", "/etc", "/boot/efi", "/run", "/usr/../proc"):
+        assert user_folders.is_system_folder(Path(each).resolve()), each
+    for each in (
+        "/",
+        "/home/me/models",
+        "/mnt/models",
+        "/media/disk",
+        "/run/media/me/disk",
+        "/dev/shm/models",
+        "/opt/models",
+        "/data",
+    ):
+        assert not user_folders.is_system_folder(Path(each)), each

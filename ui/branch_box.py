@@ -4,7 +4,7 @@ from html import escape
 
 import gradio as gr
 
-from ..core.errors import GptqWebuiError, WrongRepository
+from ..core.errors import AccessDenied, GptqWebuiError, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.units import format_bytes
 from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
@@ -14,6 +14,7 @@ from ..hub.branches import Branches, read_branches
 from . import gradio_compat, html_snippets
 from .access import Access
 from .download_box import DownloadBox
+from .hub_box import open_token_box
 from .job_watcher import Job, Jobs, Updates, Watcher
 
 _AUTOMATIC = 8192  # the context length that loaders choose automatically
@@ -71,7 +72,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             note: html_snippets.quiet(advice.reason) + html_snippets.notes(dict.fromkeys(said)),
             sister: gr.update(visible=False),
             place: gr.update(visible=True),
-            table: _table(advice),
+            table: _table(advice, {each.name for each in engine.library.models()}),
             branch: gr.update(choices=names, value=chosen),
             fit: _fit(advice, chosen),
             known: found,
@@ -97,6 +98,8 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             link = html_snippets.link(f"{engine.library.hub.endpoint}/{error.sister}", error.sister) if error.sister else ""
             update = gr.update(visible=True, value=f"Show the branches of {error.sister}") if error.sister else gr.update()
             return {note: html_snippets.bad(str(error)) + link, sister: update}
+        except AccessDenied as error:
+            return {note: html_snippets.bad(str(error)) + open_token_box()}
         return shown(found, context_tokens, ref.branch if ref.branch != "main" else None)
 
     def running(job: Job) -> Updates:
@@ -149,9 +152,13 @@ def _fit(advice: Advice, chosen: str | None) -> str:
     return html_snippets.good(text) if offer.fit.state == "fits" else html_snippets.notes([text])
 
 
-def _table(advice: Advice) -> str:
+def _table(advice: Advice, on_disk: set[str]) -> str:
+    """`on_disk`: names of the models that are on this computer."""
     head = "".join(f"<th>{escape(each)}</th>" for each in _COLUMNS)
-    body = "".join(_row(offer, offer is advice.best) for offer in advice.offers)
+    body = "".join(
+        _row(offer, offer is advice.best, ModelRef(advice.found.repo, offer.branch.name).folder_name in on_disk)
+        for offer in advice.offers
+    )
     origins = (
         (each.branch.name, each.branch.damp_percent, each.branch.dataset, each.branch.commit[:8]) for each in advice.offers
     )
@@ -162,7 +169,7 @@ def _table(advice: Advice) -> str:
     return html_snippets.scrolling(head, body) + f"<details><summary>More</summary>{html_snippets.facts(facts)}{more}</details>"
 
 
-def _row(offer: Offer, best: bool) -> str:
+def _row(offer: Offer, best: bool, here: bool) -> str:
     branch, quantize, model_card = offer.branch, offer.branch.quantize, offer.branch.model_card
     if branch.selection is None:
         said = escape(str(branch.error))
@@ -181,6 +188,7 @@ def _row(offer: Offer, best: bool) -> str:
         offer.fit.loader,
     )
     tag = ' <span class="gw-tag">recommended</span>' if best else ""
+    tag += ' <span class="gw-tag gw-here">on this computer</span>' if here else ""
     name = f"{escape(branch.name)}{tag}<small>{escape(model_card.description)}</small>"
     row = "".join(f"<td>{escape(each)}</td>" for each in cells)
     mark = ' class="gw-best"' if best else ""

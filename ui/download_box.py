@@ -12,6 +12,7 @@ from ..engine.download_queue import Downloads, DownloadStatus
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, quiet, working
+from .hub_box import open_token_box
 from .job_watcher import Updates, Watcher
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
@@ -98,7 +99,7 @@ def draw_queue(
                 place.row: gr.update(visible=True),
                 place.text: _draw(now),
                 place.pause: gr.update(visible=now.can_pause),
-                place.resume: gr.update(visible=now.can_resume),
+                place.resume: gr.update(visible=now.can_resume, value="Try again" if now.state == "failed" else "Resume"),
                 place.cancel: gr.update(visible=True, value="Cancel" if now.can_cancel else "Clear"),
             }
         left = len(listed) - SHOWN
@@ -152,12 +153,14 @@ def draw_queue(
 def _draw(status: DownloadStatus) -> str:
     name = str(status.ref)
     if status.state == "asking":
-        return working(status.text, None)
+        return working(status.text, status.share or None)
     if status.state == "running":
         details = [status.summary, status.fit, *(each.text for each in status.files[:4])] if status.text != status.summary else []
         return working(f"{name}: {status.text}", status.share, *details)
     if status.state == "done":
         return good(status.text) + quiet("Choose it in the list of models to load it.")
+    if status.wants_token:
+        return bad(f"{name}: {status.text}") + open_token_box()
     if status.state in ("failed", "full"):
         return bad(f"{name}: {status.text}")
     if status.share:

@@ -8,12 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.user_folders import is_system_folder
 from ..engine.engine import Engine
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good
-
-_SYSTEM = ("proc", "sys", "dev")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _no_place(folder: Path) -> str:
     real = folder.resolve()
     if real == Path(real.anchor):
         return f"{folder} is a whole disk. Type the path of the folder that holds your models, for example {_example()}."
-    if os.name != "nt" and len(real.parts) > 1 and real.parts[1] in _SYSTEM:
+    if is_system_folder(real):
         return f"{folder} belongs to the operating system. Type the path of a folder with models, for example {_example()}."
     return ""
 

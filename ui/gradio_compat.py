@@ -53,7 +53,7 @@ def _tolerant(component: Any) -> Any:
 Dropdown, Number, Radio, Slider = (_tolerant(each) for each in (gr.Dropdown, gr.Number, gr.Radio, gr.Slider))
 
 
-def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
+def blocks(title: str, theme: gr.Theme, css: str, head: str = "") -> gr.Blocks:
     """The page itself. In 6 the look is given to `launch`: see `launch_options`."""
     # After every event, 6 sorts the last 10,000 with pandas for a statistics page that is closed here.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
@@ -64,19 +64,19 @@ def blocks(title: str, theme: gr.Theme, css: str) -> gr.Blocks:
         asyncio.get_event_loop()
     except RuntimeError:  # without a loop, as after asyncio.run, 4.37 makes its queue without a lock: each event fails
         asyncio.set_event_loop(asyncio.new_event_loop())
-    return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css)
+    return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css, head=head)
 
 
-def launch_options(theme: gr.Theme, css: str) -> dict[str, Any]:
+def launch_options(theme: gr.Theme, css: str, head: str = "") -> dict[str, Any]:
     """For `Blocks.launch`: the look in 6, and no API pages in either."""
     if SIX:
-        return {"theme": theme, "css": css, "footer_links": [], "ssr_mode": False}
+        return {"theme": theme, "css": css, "head": head, "footer_links": [], "ssr_mode": False}
     return {"show_api": False}
 
 
-def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme, css: str) -> FastAPI:
+def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme, css: str, head: str = "") -> FastAPI:
     """The page as an application for a server of ours, at its root. Wrap it: see page_gate.py."""
-    look = {key: value for key, value in launch_options(theme, css).items() if key != "show_api"}
+    look = {key: value for key, value in launch_options(theme, css, head).items() if key != "show_api"}
     if "run_history" in inspect.signature(gr.mount_gradio_app).parameters:
         look["run_history"] = False  # it keeps chats in a second place, and can send them to the Hub
     page.state_session_capacity = MOST_SESSIONS

@@ -11,7 +11,25 @@ from ..engine.engine import Engine
 from ..engine.hub_settings import HubSettings
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, good, quiet
+from .html_snippets import action, bad, good, quiet
+
+# Opens the box, wherever the page is, and puts the keyboard into the field for the token.
+OPEN_TOKEN_BOX = """(() => {
+  const box = document.querySelector('#gw-hub-box'), field = () => box.querySelector('#gw-hub-token input');
+  if (!field()?.getClientRects().length) box.querySelector('button').click();
+  const until = performance.now() + 3000;
+  const look = () => {
+    const at = field();
+    if (at?.getClientRects().length) { at.scrollIntoView({block: 'center'}); at.focus() }
+    else if (performance.now() < until) setTimeout(look, 50);
+  };
+  look();
+})()"""
+
+
+def open_token_box() -> str:
+    """HTML: a button that leads to the field for the access token."""
+    return action("Enter an access token", OPEN_TOKEN_BOX)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A load runs on a thread of its own and the page only shows it. So a page that is
 that is opened again finds it.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ from .loaders_box import draw_loaders, waiting
 from .perplexity_box import draw_perplexity
 from .rescue_box import draw_rescue
 from .settings_box import draw_settings
+
+# Gradio 6 reports a click in a list twice. The number tells a second choice of the same model from an echo of the first.
+_ONCE = """(name) => {
+  const last = window.gwChoice || {name: null, at: 0, number: Date.now()}, now = performance.now();
+  if (name !== last.name || now - last.at > 400) window.gwChoice = {name, at: now, number: last.number + 1};
+  return JSON.stringify([name, window.gwChoice.number]);
+}"""
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,11 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     with gr.Accordion("Library: everything on disk", open=False, elem_id="gw-library"):
         draw_library(engine, access, watcher, lambda request: listed(request, chosen_on.get(request)))
     outputs = [models, status, panel, reload, unload, *rescue.outputs, *table.outputs, *settings.outputs]
+    chosen = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)  # the choice in `models`, numbered
     jobs = Jobs()
     chosen_on: Pages[str | None] = Pages()
     status_on: Pages[Status] = Pages()  # what each page shows
+    beside_on: Pages[bool] = Pages()  # pages whose load was begun in the settings
     done_on: Pages[set[str]] = Pages()  # downloads whose models each page lists
 
     def choices() -> list[tuple[str, str]]:
@@ -101,13 +111,16 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             **rescue.values(),
         }
 
-    def progress() -> Updates:
+    def progress(request: gr.Request) -> Updates:
         """How far a load or an unload is, whoever began it."""
         now = engine.status
-        doing = "Unloading" if now.phase == "unloading" else "Loading"
-        bar = working(f"{doing} {now.name} …" if now.name else "Starting …", now.share or None, now.text)
+        bar = working(f"{now.name} {now.doing} …" if now.name else "Starting …", now.share or None, now.text)
         needs = quiet(str(engine.slot.fit)) if engine.slot.fit is not None and now.phase == "loading" else ""
-        return {status: bar + needs} | state()
+        return {status: bar + needs} | state() | beside(request, bar)
+
+    def beside(request: gr.Request, words: str) -> Updates:
+        """The same beside the button in the settings, if that began it."""
+        return {settings.progress: words} if beside_on.get(request) else {}
 
     def run(
         request: gr.Request, what: str, job: Callable[[], object], done: Callable[[float], str], wanted: str | None
@@ -132,7 +145,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         while True:
             job, now = jobs.of(request), engine.status
             if busy() or (job is not None and job.alive):
-                yield progress()
+                yield progress(request)
             elif job is None and status_on.get(request) is now:
                 return
             else:
@@ -148,7 +161,9 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             said = bad(job.error) if now.error or job.error != now.text else quiet(job.error)
         else:
             said = good(job.result)
-        return listed(request, wanted) | state() | {status: said}
+        shown = listed(request, wanted) | state() | {status: said} | beside(request, said)
+        beside_on.pop(request)
+        return shown
 
     def arrived(request: gr.Request) -> Iterator[Updates]:
         """Models that have just been downloaded join the list; for the watcher."""
@@ -173,6 +188,17 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         if not name:
             return {status: quiet("Choose a model first.")}
         return run(request, f"Loading {name}", lambda: engine.load(name), ready, name)
+
+    def load_chosen(text: str, request: gr.Request) -> Updates:
+        try:
+            name = json.loads(text)[0]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            name = None
+        return load(name if isinstance(name, str) else None, request)
+
+    def reload_beside(name: str | None, request: gr.Request) -> Updates:
+        beside_on.set(request, True)
+        return load(name, request) | ({} if name else {settings.progress: quiet("Choose a model first.")})
 
     def compile_loader(name: str | None, request: gr.Request) -> Updates:
         """Compiling is what its first load does."""
@@ -212,10 +238,12 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     def begin(request: gr.Request, name: str, job: Callable[[], object]) -> Updates:
         return run(request, f"Loading {name}", job, ready, name)
 
-    watcher.add(look, outputs, live=[status])
+    watcher.add(look, outputs, live=[status, settings.progress])
     watcher.add(arrived, [models])
-    for trigger in (models.input, reload.click, settings.reload.click):
-        watcher.after(trigger(load, models, status, **gradio_compat.PRESS))
+    models.input(None, models, chosen, js=_ONCE, **gradio_compat.EVENT)
+    watcher.after(chosen.change(load_chosen, chosen, status, **gradio_compat.PRESS))
+    watcher.after(reload.click(load, models, status, **gradio_compat.PRESS))
+    watcher.after(settings.reload.click(reload_beside, models, [status, settings.progress], **gradio_compat.PRESS))
     watcher.after(unload.click(unload_model, None, status, **gradio_compat.PRESS))
     watcher.after(table.compile.click(compile_loader, models, status, **gradio_compat.PRESS))
     rescue.wire(begin, status, box.ref)

@@ -10,7 +10,7 @@ from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
-from . import chat_tab, gradio_compat, model_tab, notebook_tab, parameters_tab, theme
+from . import chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
@@ -38,10 +38,11 @@ def build(
     """
     access = access or Access()
     everybody = access.owners is None
-    with gradio_compat.blocks(theme.TITLE, theme.theme(), theme.CSS) as page:
+    with gradio_compat.blocks(theme.TITLE, theme.theme(), theme.CSS, page_comfort.HEAD) as page:
         watcher = Watcher()
         with gr.Row(elem_id="gw-head-row"):
             gr.HTML(f'<h1 id="gw-title">{theme.TITLE}<span>chat with GPTQ models</span></h1>')
+            gr.HTML(page_comfort.MENU, elem_id="gw-comfort-place")
             free = gr.Button(
                 "Free GPU memory" if look_at_machine().gpu else "Free memory",
                 size="sm",
@@ -50,6 +51,7 @@ def build(
                 visible=everybody,
                 elem_id="gw-free",  # visible on every tab
             )
+        kept_tab = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
         with gr.Tabs(selected="chat", elem_id="gw-tabs") as tabs:
@@ -58,7 +60,7 @@ def build(
             with gr.Tab("Model", id="model", visible=everybody) as model_tab_item:
                 models = model_tab.build(engine, downloads, watcher, access)
             with gr.Tab("Parameters", id="parameters"):
-                parameters = parameters_tab.build(preset)
+                parameters = parameters_tab.build(engine, watcher, preset)
             with gr.Tab("Notebook", id="notebook") as notebook_tab_item:
                 notebook = notebook_tab.build(engine, parameters)
             if api is not None:
@@ -69,10 +71,11 @@ def build(
         with chat_at:
             chat = chat_tab.build(engine, parameters, watcher, access, chats)
 
-        def arrange(request: gr.Request) -> dict[Any, Any]:
+        def arrange(kept: str, request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
             empty = engine.status.phase == "empty" and engine.slot.idle_load is None
-            first = "model" if owner and empty else "chat"
+            open_to = {"chat", "parameters"} | ({"model", "api", "notebook"} if owner else set())
+            first = kept if kept in open_to else "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None
             return {
@@ -95,7 +98,8 @@ def build(
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
-        page.load(arrange, None, [tabs, model_tab_item, free, notice, link.place, link.text], **gradio_compat.SHOW)
+        arranged = [tabs, model_tab_item, free, notice, link.place, link.text]
+        page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
             for trigger in [page.load, api_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
@@ -115,10 +119,10 @@ def build(
 
 def launch_options() -> dict[str, Any]:
     """Arguments for `Blocks.launch`: the look of the page."""
-    return gradio_compat.launch_options(theme.theme(), theme.CSS)
+    return gradio_compat.launch_options(theme.theme(), theme.CSS, page_comfort.HEAD)
 
 
 def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
     """The page as an ASGI application. `users` are the (name, password) pairs that may log in; None: no login."""
-    mounted = gradio_compat.mount(page, users, theme.theme(), theme.CSS)
+    mounted = gradio_compat.mount(page, users, theme.theme(), theme.CSS, page_comfort.HEAD)
     return PageGate(mounted, gradio_compat.Server(mounted))

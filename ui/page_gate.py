@@ -19,6 +19,14 @@ from starlette.responses import JSONResponse, Response
 
 from ..engine.guess_limit import GuessLimit
 from .gradio_compat import BYTES, MOST_SESSIONS, Server
+from .page_comfort import ALIVE
+from .page_icon import SIZES, icon, icon_path, manifest
+
+# What this page has of its own, for everybody: (type, content)
+_OWN: dict[str, tuple[str, bytes]] = {
+    f"/{ALIVE}": ("text/plain", b"yes"),
+    "/manifest.webmanifest": ("application/manifest+json", manifest()),
+} | {f"/{icon_path(size)}": ("image/png", icon(size)) for size in SIZES}
 
 # (method, path); Gradio 6 has most of them below /gradio_api, Gradio 4 at the root
 _PUBLIC = {("GET", "/"), ("HEAD", "/"), ("GET", "/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt")}
@@ -66,7 +74,9 @@ class PageGate:
 
     async def _route(self, scope: Any, receive: Any, send: Any) -> None:
         call = (scope["method"], scope["path"].removeprefix("/gradio_api"))
-        if call in _PUBLIC or (call[0] == "GET" and call[1].startswith(_PUBLIC_FOLDERS)):
+        if call[0] in ("GET", "HEAD") and (own := _OWN.get(call[1])) is not None:
+            await Response(own[1], 200, {"cache-control": "no-cache"}, own[0])(scope, receive, send)
+        elif call in _PUBLIC or (call[0] == "GET" and call[1].startswith(_PUBLIC_FOLDERS)):
             await self._app(_without_query(scope), receive, send)
         elif call in _LOGIN:
             await self._login(scope, receive, send)

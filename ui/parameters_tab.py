@@ -1,4 +1,8 @@
-"""The Parameters tab: how answers are sampled. It is drawn from `GenerationParams`; each visitor has values of their own."""
+"""The Parameters tab: how answers are sampled. It is drawn from `GenerationParams`; each visitor has values of their own.
+
+Everyday fields come first; the others are folded by kind. What the loaded model's loader does not obey is switched off and
+says why. A wrong value marks its field and leaves the others as they are.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,101 +12,188 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import BadParameter
-from ..core.params import PRESETS, GenerationParams, SamplingField
-from . import gradio_compat
+from ..core.params import PRESETS, GenerationParams
+from ..core.sampling_field import Group
+from ..engine.engine import Engine
+from ..engine.preset_store import PresetStore
+from ..loaders.text.token_codec import TokenCodec
+from . import gradio_compat, parameter_fields
 from .browser_store import BrowserStore, browser_store
-from .html_snippets import bad
+from .html_snippets import field_problems
+from .job_watcher import Pages, Updates, Watcher
+from .parameter_fields import GROUPS, NAMES, to_params, to_values
+from .preset_box import PresetBox, draw_presets
 
-OWN = "Your own"  # shown when the values are those of no preset
+__all__ = ["PRESETS", "ParametersTab", "build", "to_params", "to_values"]
+
 _STORE_KEY = "gptq-webui parameters"
-_WIDEST_SLIDER_STEPS = 2000  # a hand cannot hit a value on a finer slider
+_FIRST_NAMES = (  # an earlier version kept a list of these
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "repetition_range", "seed", "stop",
+)  # fmt: skip
+# For screen readers: which fields are wrong.
+_MARK = """() => document.querySelectorAll('.gw-field').forEach((field) => {
+  const wrong = document.querySelector(`#gw-parameters-note [data-field="${field.id}"]`);
+  field.querySelectorAll('input, textarea').forEach((each) =>
+    wrong ? each.setAttribute('aria-invalid', 'true') : each.removeAttribute('aria-invalid'));
+})"""
 
 
 @dataclass(frozen=True)
 class ParametersTab:
     fields: Sequence[gr.components.Component]  # give their values to an event as inputs …
-    params: Callable[[Sequence[Any]], GenerationParams]  # … and to this; raises BadParameter
+    params: Callable[[Sequence[Any]], GenerationParams]  # … and to this; a wrong value counts as the nearest that is allowed
 
 
-def build(first: str = next(iter(PRESETS))) -> ParametersTab:
+def build(
+    engine: Engine, watcher: Watcher, first: str = next(iter(PRESETS)), presets: PresetStore | None = None
+) -> ParametersTab:
     """Draw the tab and wire it; return what the Chat tab needs to gather the values.
 
     `first` is the preset for a browser that has kept no values.
     """
+    store = presets or PresetStore(engine.settings.path.parent / "presets")
     gr.HTML('<p class="gw-quiet">These settings shape the next answers. They are yours alone and stay in this browser.</p>')
-    preset = gradio_compat.Dropdown(
-        [*PRESETS, OWN],
-        value=first,
-        label="Preset",
-        info="Model card: the values that most model cards recommend.",
-        elem_id="gw-preset",
-    )
-    rows = list(_shown_fields(PRESETS[first]))
-    with gr.Row(elem_classes="gw-fields"):
-        fields = [_draw(name, each, default) for name, each, default in rows]
+    with gr.Column(elem_classes="gw-panel", elem_id="gw-presets"):
+        box = draw_presets(engine, store, first)
     note = gr.HTML(elem_id="gw-parameters-note")
-    store = browser_store(_STORE_KEY)
-    _wire(preset, fields, store, note)
-    return ParametersTab(fields, to_params)
-
-
-def to_params(values: Sequence[Any]) -> GenerationParams:
-    """The values of the fields, in order. Raises BadParameter, which names the field by its label."""
-    given: dict[str, Any] = {}
-    for (name, row, _default), value in zip(_shown_fields(), values, strict=True):
-        if row.kind == "texts":
-            given[name] = tuple(line for line in str(value or "").splitlines() if line)
-        elif value is None and not row.optional:
-            raise BadParameter(f"{row.label} is empty. Type a number from {row.low:g} to {row.high:g}.")
+    by_name: dict[str, gr.components.Component] = {}
+    folded: dict[Group, gr.Accordion] = {}
+    rows = list(parameter_fields.rows(PRESETS[first]))
+    for group, label in GROUPS.items():
+        inside = [each for each in rows if each[1].group == group]
+        if not label:
+            with gr.Column(elem_classes="gw-panel"), gr.Row(elem_classes="gw-fields"):
+                by_name |= {name: parameter_fields.draw(name, row, value) for name, row, value in inside}
         else:
-            given[name] = row.check(row.label, value)
-    return GenerationParams.from_dict(given)
+            with (
+                gr.Accordion(label, open=False, elem_id=f"gw-group-{group}", elem_classes="gw-group") as folded[group],
+                gr.Row(elem_classes="gw-fields"),
+            ):
+                by_name |= {name: parameter_fields.draw(name, row, value) for name, row, value in inside}
+    fields = [by_name[name] for name in NAMES]
+    _wire(engine, watcher, box, fields, folded, browser_store(_STORE_KEY), note)
+
+    def params(values: Sequence[Any]) -> GenerationParams:
+        return parameter_fields.read(values, lambda: _codec(engine)).params
+
+    return ParametersTab(fields, params)
 
 
-def to_values(params: GenerationParams) -> list[Any]:
-    """What the fields show for these parameters."""
-    shown = []
-    for _name, row, value in _shown_fields(params):
-        shown.append("\n".join(value) if row.kind == "texts" else -1 if value is None else value)
-    return shown
+def _wire(
+    engine: Engine,
+    watcher: Watcher,
+    box: PresetBox,
+    fields: list[gr.components.Component],
+    folded: dict[Group, gr.Accordion],
+    store: BrowserStore,
+    note: gr.HTML,
+) -> None:
+    loaded_mark = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
+    seen: Pages[str] = Pages()
 
+    def named(values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(NAMES, values, strict=True))
 
-def _shown_fields(params: GenerationParams | None = None) -> Iterator[tuple[str, SamplingField, Any]]:
-    return (each for each in GenerationParams.table(params) if each[1].shown)
+    def said(values: Sequence[Any]) -> Updates:
+        """The marks of wrong values, and how many values a folded group changes."""
+        problems = parameter_fields.read(values, lambda: _codec(engine)).problems
+        return {note: field_problems({f"gw-{name}": sentence for name, sentence in problems.items()})} | {
+            place: gr.update(label=_label(group, values)) for group, place in folded.items()
+        }
 
-
-def _draw(name: str, row: SamplingField, default: Any) -> gr.components.Component:
-    common: dict[str, Any] = {"label": row.label, "info": row.help, "elem_id": f"gw-{name}", "min_width": 260}
-    if row.kind == "texts":
-        return gr.Textbox("\n".join(default), lines=2, max_lines=6, **common)
-    if (row.high - row.low) / row.step > _WIDEST_SLIDER_STEPS:
-        return gradio_compat.Number(-1 if default is None else default, precision=0, **common)
-    return gradio_compat.Slider(row.low, row.high, value=default, step=row.step, **common)
-
-
-def _wire(preset: gr.Dropdown, fields: list[gr.components.Component], store: BrowserStore, note: gr.HTML) -> None:
-    def use(name: str) -> list[Any]:
-        return to_values(PRESETS[name]) if name in PRESETS else [gr.update() for _ in fields]
-
-    def edited(*values: Any) -> tuple[Any, Any, str]:
-        try:
-            params = to_params(values)
-        except BadParameter as error:
-            return OWN, gr.update(), bad(str(error))
-        kept = json.dumps(to_values(params))
-        return next((name for name, each in PRESETS.items() if each == params), OWN), kept, ""
+    def edited(request: gr.Request, before: str, *values: Any) -> Updates:
+        kept = json.dumps(named(values), ensure_ascii=True)
+        return {store.box: kept, box.choice: box.match(request, named(values), before)} | said(values)
 
     def restore(kept: str) -> list[Any]:
-        try:
-            params = to_params(json.loads(kept))
-        except (BadParameter, ValueError, TypeError, RecursionError):
-            return [gr.update() for _ in fields]  # nothing kept, or by another version
-        return to_values(params)
+        values = _kept(kept)
+        return [values.get(name, gr.update()) for name in NAMES]
 
-    chosen = preset.input(use, preset, fields, **gradio_compat.NOW)
-    restored = store.on_load(restore, fields)
-    for event in (chosen, restored):
-        event.then(edited, fields, [preset, store.box, note], **gradio_compat.EVENT)
+    def support(request: gr.Request, before: str, *values: Any) -> Updates:
+        """Which fields the loaded model obeys, and the list of presets."""
+        can = _can(engine)
+        updates = box.values(request, named(values), before)
+        for (name, row, _default), field in zip(parameter_fields.rows(), fields, strict=True):
+            able = can is None or name in can
+            help = parameter_fields.info(name, row)
+            updates[field] = gr.update(interactive=able, info=help if able else f"{_why_not(engine)} {help}")
+        return updates
+
+    def mark() -> str:
+        loaded = engine.loaded
+        return f"{loaded.model.name} {id(loaded)}" if loaded is not None else "nothing"
+
+    def look(request: gr.Request) -> Iterator[Updates]:
+        busy = True
+        while busy:
+            busy, now = engine.status.phase in ("loading", "unloading"), mark()
+            if not busy and seen.get(request) != now:
+                seen.set(request, now)
+                yield {loaded_mark: now}
+            else:
+                yield {}
+
+    after_edit = [box.choice, store.box, note, *folded.values()]
+
+    def after(event: Any) -> None:
+        event.then(edited, [box.choice, *fields], after_edit, **gradio_compat.EVENT)
+
+    box.wire(fields, after)
+    after(store.on_load(restore, fields))
     for field in fields:
-        if isinstance(field, (gr.Slider, gr.Number, gr.Textbox)):
-            field.input(edited, fields, [preset, store.box, note], **gradio_compat.EVENT)
+        for name in ("input", "release", "blur"):
+            if hasattr(field, name):
+                getattr(field, name)(edited, [box.choice, *fields], after_edit, trigger_mode="always_last", **gradio_compat.EVENT)
+    note.change(None, None, None, js=_MARK, **gradio_compat.EVENT)
+    watcher.add(look, [], live=[loaded_mark])
+    tab = gradio_compat.enclosing_tab()
+    for trigger in (loaded_mark.change, *([tab.select] if tab is not None else [])):
+        # what was typed meanwhile counts: the marks are made anew from the present values
+        after(trigger(support, [box.choice, *fields], [*box.outputs, *fields], **gradio_compat.EVENT))
+
+
+def _label(group: Group, values: Sequence[Any]) -> str:
+    """The name of a folded group, with the number of its values that are not the usual ones."""
+    usual = to_values(GenerationParams())
+    changed = sum(
+        row.group == group and value != default
+        for (_name, row, _default), value, default in zip(parameter_fields.rows(), values, usual, strict=True)
+    )
+    return GROUPS[group] + (f" · {changed} changed" if changed else "")
+
+
+def _kept(text: str) -> dict[str, Any]:
+    """What the browser kept: name -> value, for the fields that there are."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    if isinstance(found, list):
+        found = dict(zip(_FIRST_NAMES, found, strict=False))
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if name in NAMES and isinstance(value, (str, int, float, type(None)))}
+
+
+def _can(engine: Engine) -> frozenset[str] | None:
+    """Names of the parameters that the loaded model obeys; None if none is loaded."""
+    return engine.loaded.can if engine.loaded is not None else None
+
+
+def _why_not(engine: Engine) -> str:
+    choice = engine.choice
+    name = choice.loader.name if choice is not None else "of this model"
+    return f"The loader {name} does not do this."
+
+
+def _codec(engine: Engine) -> TokenCodec | None:
+    """The tokens of the loaded model; None if none is loaded. Raises BadParameter where they are not known."""
+    if engine.loaded is None:
+        return None
+    try:
+        return engine.loaded.codec
+    except BadParameter:
+        raise BadParameter(
+            "Logit bias needs the tokens of the model, which runs in another program. Write ids in place of words: #123: -5."
+        ) from None

@@ -23,6 +23,7 @@ _AUTOMATIC = ""
 @dataclass(frozen=True)
 class SettingsBox:
     reload: gr.Button
+    progress: gr.HTML  # beside that button: how far the load is that it began
     values: Callable[[str | None], dict[Any, Any]]  # for `outputs`: the settings of the model of that name
     outputs: list[Any]
 
@@ -55,6 +56,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         save = gr.Button("Save settings for this model", size="sm", min_width=180, elem_id="gw-save")
         reload = gr.Button("Reload the model", size="sm", min_width=140, elem_id="gw-reload-settings")
     note = gr.HTML(elem_id="gw-settings-note")
+    progress = gr.HTML(elem_id="gw-settings-progress")
     boxes = [box for pairs in boxes_of.values() for _option, box in pairs]
 
     def effective(name: str | None, wanted: str) -> str:
@@ -107,7 +109,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
     save.click(save_settings, [models, loader, *boxes], note, **gradio_compat.EVENT)
-    return SettingsBox(reload, values, [loader, *boxes, *panels.values(), note])
+    return SettingsBox(reload, progress, values, [loader, *boxes, *panels.values(), note])
 
 
 def _draw(option: Field, name: str) -> gr.components.Component:

@@ -87,7 +87,7 @@ def about(engine: Engine, owner: bool) -> str:
     if loaded is not None:
         return f'<div class="gw-who"><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
     if status.phase == "loading":
-        return working(f"{status.name} is being loaded. You can already write your message.", status.share)
+        return working(f"{status.name} {status.doing}. You can already write your message.", status.share)
     if (idle_load := engine.slot.idle_load) is not None:
         return f'<div class="gw-who"><b>{escape(idle_load.model.name)}</b> <span>is idle; your next message loads it</span></div>'
     cure = "Open the Model tab to download or choose one." if owner else "Ask the owner of this page to load one."

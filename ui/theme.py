@@ -1,5 +1,7 @@
 """How the page looks: a theme and a style sheet. It uses system fonts, so nothing is fetched from elsewhere."""
 
+import re
+
 import gradio as gr
 
 from . import chat_style
@@ -43,7 +45,7 @@ def theme() -> gr.Theme:
         button_cancel_border_color_dark="*neutral_500",
         button_cancel_text_color="*neutral_800",
         button_cancel_text_color_dark="*neutral_100",
-        color_accent="*primary_600",
+        color_accent="*primary_700",
         button_large_text_size="*text_md",
         button_border_width="1px",
         button_border_width_dark="1px",
@@ -58,6 +60,11 @@ def theme() -> gr.Theme:
         slider_color="*primary_600",
         slider_color_dark="*primary_500",
     )
+
+
+def _scaled(css: str) -> str:
+    """Sizes of text follow the visitor's choice: see page_comfort.py."""
+    return re.sub(r"font-size: (\d+)px", r"font-size: calc(\1px * var(--gw-scale, 1))", css)
 
 
 _COLOURS = """
@@ -86,6 +93,50 @@ footer { display: none !important; }
 #gw-head-row > :first-child { flex: 1 1 auto !important; min-width: 0 !important; }
 #gw-free { flex: 0 0 auto !important; width: auto !important; margin: -3px 0; }
 #gw-title span { color: var(--gw-soft); font-weight: 400; font-size: 14px; margin-left: 8px; letter-spacing: 0; }
+"""
+
+_COMFORT = """ /* page_comfort.py */
+:root {
+  --text-xxs: calc(9px * var(--gw-scale, 1)) !important; --text-xs: calc(10px * var(--gw-scale, 1)) !important;
+  --text-sm: calc(12px * var(--gw-scale, 1)) !important; --text-md: calc(14px * var(--gw-scale, 1)) !important;
+  --text-lg: calc(16px * var(--gw-scale, 1)) !important; --text-xl: calc(22px * var(--gw-scale, 1)) !important;
+}
+#gw-comfort-place { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; overflow: visible !important; }
+#gw-comfort { position: relative; }
+#gw-comfort summary {
+  list-style: none; cursor: pointer; padding: 3px 10px; border: 1px solid var(--gw-line); border-radius: 6px;
+  font-size: 13px; font-weight: 600; background: var(--button-secondary-background-fill); color: var(--body-text-color);
+}
+#gw-comfort summary::-webkit-details-marker { display: none; }
+#gw-comfort > div {
+  position: absolute; right: 0; top: calc(100% + 6px); z-index: 50; width: 210px; padding: 12px; display: grid; gap: 10px;
+  background: var(--block-background-fill); border: 1px solid var(--gw-line); border-radius: 8px;
+  box-shadow: 0 6px 24px rgb(0 0 0 / .18);
+}
+#gw-comfort label { display: grid; gap: 4px; font-size: 13px; color: var(--body-text-color); }
+#gw-comfort select {
+  font-size: 14px; padding: 6px 8px; border: 1px solid var(--gw-line); border-radius: 6px;
+  background: var(--input-background-fill); color: var(--body-text-color);
+}
+#gw-lost {
+  position: fixed; inset: 0 0 auto 0; z-index: 1000; padding: 10px 16px; text-align: center; font-size: 14px;
+  font-family: var(--font, sans-serif); color: #fff; background: #b42318;
+}
+:focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
+@media (pointer: coarse), (max-width: 640px) { /* what a finger must hit */
+  #gw-tabs [role=tab], #gw-comfort summary, .gw-buttons button, #gw-head-row button, .gw-action, .gw-panel button.label-wrap,
+  .gw-group > button, #gw-tabs .block > button.label-wrap { min-height: 44px !important; }
+  #gw-comfort summary { min-width: 44px; display: grid; place-items: center; }
+  button.label-wrap { align-items: center; }
+  #gw-comfort select, #gw-tabs .block > label textarea, #gw-tabs .block > label input:not([role], [type=checkbox], [type=radio]) {
+    min-height: 44px;
+  }
+  #gw-tabs button.sm { min-height: 44px; }
+  .gw-fields .form > .block { flex: 1 1 100% !important; }
+  #gw-tabs .tab-like-container { height: 46px !important; }
+  #gw-tabs .tab-like-container > * { height: 100% !important; min-width: 44px !important; }
+  #gw-tabs input[type=range] { box-sizing: border-box; height: 44px; padding-block: 18px; background-clip: content-box; }
+}
 """
 
 _WORDS = """ /* html_snippets.py */
@@ -154,7 +205,24 @@ _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
 .gw-download { align-items: flex-start !important; border-top: 1px solid var(--gw-line); padding-top: 6px; }
 .gw-download-text { flex: 1 1 100%; }
 .gw-download button { flex: 0 0 auto !important; }
+.gw-action {
+  border: 1px solid var(--gw-line); border-radius: 6px; padding: 6px 12px; background: var(--block-background-fill);
+  color: var(--body-text-color); font-size: 14px; font-weight: 600; cursor: pointer;
+}
+.gw-action:hover { border-color: var(--primary-600); }
 #gw-branch-table details summary { cursor: pointer; color: var(--gw-soft); font-size: 14px; padding: 4px 0; }
+"""
+
+_PARAMETERS = """ /* parameters_tab.py, preset_box.py */
+.gw-preset-row { align-items: flex-end !important; }
+.gw-preset-row > :first-child { flex: 1 1 260px !important; }
+.gw-preset-row > .gw-buttons { flex: 0 1 auto !important; width: auto !important; padding-bottom: 5px; }
+.gw-panel .gw-fields, .gw-panel .gw-fields > .form { gap: 18px 30px !important; }
+.gw-group .gw-fields .form { border: none !important; background: none !important; gap: 4px 10px !important; }
+.gw-group .gw-fields .block { border: none !important; }
+.gw-field .min_value, .gw-field .max_value { color: var(--gw-soft) !important; }
+.gw-field { border-radius: 6px; overflow: visible !important; }
+.gw-panel #gw-preset-share { border-top: 1px solid var(--gw-line) !important; padding-top: 8px !important; border-radius: 0; }
 """
 
 _NOTEBOOK = """ /* notebook_tab.py */
@@ -186,5 +254,7 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 :is(.message, #gw-live) .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
 """
 
-CSS = _COLOURS + _FRAME + _WORDS + _MODEL + _TABLES + chat_style.CSS + _NOTEBOOK + _CHARACTERS + _MESSAGES
+CSS = _scaled(
+    _COLOURS + _FRAME + _COMFORT + _WORDS + _MODEL + _TABLES + _PARAMETERS + chat_style.CSS + _NOTEBOOK + _CHARACTERS + _MESSAGES
+)
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes
