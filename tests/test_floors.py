@@ -49,6 +49,7 @@ LONG = {
     "tests/test_download.py": "every fault of a download, against one hub",
     "tests/test_load_fallback.py": "every way in which a load fails, on one engine",
     "tests/test_ui_chats.py": "one browser and one page for every feature of the chat",
+    "tests/test_ui_models.py": "one browser and one Hub for every box of the Model tab",
     "tests/test_ui_page.py": "one browser and one page for all of its tests",
 }
 
