@@ -173,7 +173,9 @@ async def _params(service: Service, loaded: LoadedModel, body: LlamaCompletion, 
     found = {**read_named(extra, _NAMES), "seed": seed_of(body.seed), "stop": tuple(each for each in stop if each)}
     if body.n_probs:
         if "logprobs" not in loaded.can:
-            raise Problem("unsupported", f"The loader of {loaded.model.name} reports no log-probabilities.", "n_probs")
+            raise Problem(
+                "unsupported", f"The loader of {loaded.model.name} reports no log-probabilities. Leave n_probs out.", "n_probs"
+            )
         found["logprobs"] = body.n_probs
     if body.logit_bias:
         found["logit_bias"] = _bias(loaded, body.logit_bias)

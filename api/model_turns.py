@@ -85,7 +85,7 @@ async def _load(service: Service, request: Request, name: str) -> None:
             raise Busy(f"{name} is not loaded: an answer in the page did not end. Send the request again.")
         await asyncio.sleep(_POLL_S)
     if await request.is_disconnected():
-        raise Busy("The client left before its model was loaded.")
+        raise Busy("The client left before its model was loaded. Send the request again.")
     log.info("loading %s, which a request names", name)
     try:
         await service.load(name)

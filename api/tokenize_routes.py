@@ -68,7 +68,9 @@ def build(service: Service) -> APIRouter:
             ids = await service.run_for(request, lambda: list(prompt_fit.encode(loaded, text, bos=bos)))
         else:
             raise Problem(
-                "invalid", "inputs: Field required (or llama.cpp's `content`, or vLLM's `prompt` or `messages`)", "inputs"
+                "invalid",
+                "The text is missing: send `inputs`, llama.cpp's `content`, or vLLM's `prompt` or `messages`.",
+                "inputs",
             )
         found: dict[str, Any] = {"count": len(ids), "max_model_len": loaded.context_tokens, "tokens": ids}
         if body.return_token_strs:

@@ -75,21 +75,23 @@ def from_yaml(text: str) -> ReadPreset:
     import yaml
 
     if len(text) > LONGEST_FILE:
-        raise BadPresetFile(f"A preset has at most {LONGEST_FILE:,} characters; found {len(text):,}. Is this the right file?")
+        raise BadPresetFile(f"A preset has at most {LONGEST_FILE:,} characters; found {len(text):,}. Choose another file.")
     try:
         if _has_references(text):
-            raise BadPresetFile("A preset has no references (& and *). Is this the right file?")
+            raise BadPresetFile("A preset has no references (& and *). Choose another file.")
         found = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
-        raise BadPresetFile("This is not YAML. Lines of a preset look like this: temperature: 0.7") from None
+        raise BadPresetFile("This is not YAML. Write lines such as `temperature: 0.7`.") from None
     if not isinstance(found, dict) or not found:
         kind = "nothing" if found is None or found == {} else "a list" if isinstance(found, list) else "plain text"
-        raise BadPresetFile(f"Found {kind} in place of names and values. Lines of a preset look like this: temperature: 0.7")
+        raise BadPresetFile(f"Found {kind} in place of names and values. Write lines such as `temperature: 0.7`.")
     given = {str(name): value for name, value in found.items()}
     known = {each for names in names_in("host").values() for each in names} | _WITHOUT_EFFECT | set(_NEUTRAL_THERE)
     if not known & set(given):
         names = ", ".join(list(given)[:5])
-        raise BadPresetFile(f"None of its names is a sampling parameter of text-generation-webui (found: {names[:200]}).")
+        raise BadPresetFile(
+            f"None of its names is a sampling parameter of text-generation-webui (found: {names[:200]}). Choose another file."
+        )
     values = _samplers({"repetition_penalty_range": _THEIR_RANGE} | given, "host")
     ignored = [name for name, usual in _NEUTRAL_THERE.items() if name in given and given[name] != usual]
     ignored += [name for name in given if name not in known and name not in GenerationParams.__dataclass_fields__]

@@ -96,7 +96,7 @@ class PresetStore:
             os.replace(draft, path)
         except OSError as error:
             raise BadPreset(
-                f"The presets could not be saved ({error.strerror or 'no reason given'}). Is the disk full?"
+                f"The presets could not be saved ({error.strerror or 'no reason given'}). Free some space, then save again."
             ) from None
 
 

@@ -1,12 +1,9 @@
 """A running answer, as its sampler sees it: it gives the sampled ids and gets the logits of the next token."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .stepper import Memory, Stepper
 
 
 class Running(ABC):
@@ -27,14 +24,15 @@ class Running(ABC):
 class Alone(Running):
     """One token after the other, computed by itself."""
 
-    def __init__(self, stepper: "Stepper", memory: "Memory") -> None:
-        self._stepper, self._memory, self._id = stepper, memory, 0
+    def __init__(self, step: Callable[[int], Tensor]) -> None:
+        """`step`: computes one id, which is put into the memory -> its logits [1, V]."""
+        self._step, self._id = step, 0
 
     def give(self, id: int) -> None:
         self._id = id
 
     def logits(self) -> Tensor:
-        return self._stepper.step(self._memory, self._id)
+        return self._step(self._id)
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ cuts, forks and passes in with the next call; so one model can continue several 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +141,7 @@ class Stepper(ABC):
 
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         """A new answer to the prompt `ids`, which memory holds."""
-        return Alone(self, memory)
+        return Alone(partial(self.step, memory))
 
     def piece_tokens(self) -> int:
         """How much of a prompt is read now at a time: less where other answers wait meanwhile."""

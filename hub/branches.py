@@ -113,7 +113,7 @@ def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
         if hub.exists(candidate):
             return WrongRepository(error.found, error.candidates, candidate)
     if error.candidates:
-        return WrongRepository(f"{error.found} No GPTQ version of it was found under the usual names.")
+        return WrongRepository(f"{error.found} No GPTQ version of it was found under the usual names: type another name.")
     return error
 
 

@@ -73,8 +73,8 @@ def test_its_server_tells_of_itself(server, http):
     props = http.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == loaded.context_tokens and props["total_slots"] == loaded.parallel
     assert props["chat_template"] == loaded.template.jinja and props["eos_token"] and not props["modalities"]["vision"]
-    slots = http.get("/slots").json()
-    assert len(slots) == loaded.parallel and slots[0] == {"id": 0, "n_ctx": loaded.context_tokens, "is_processing": False}
+    listed = http.get("/slots").json()
+    assert len(listed) == loaded.parallel and listed[0] == {"id": 0, "n_ctx": loaded.context_tokens, "is_processing": False}
     assert http.get("/health").status_code == 200
 
 

@@ -19,8 +19,9 @@ from gptq_webui.core.folder_files import read_json
 from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.engine import chat_formats
+from gptq_webui.engine import chat_formats, preset_file
 from gptq_webui.engine.chat_store import ChatStore
+from gptq_webui.engine.preset_store import PresetStore
 from gptq_webui.engine.request_queue import RequestQueue
 from gptq_webui.hub import hub_errors, model_folder
 from gptq_webui.hub.library import Library
@@ -158,6 +159,8 @@ PROVOKED = {  # class -> (folder, monkeypatch, Hub on loopback) -> it is raised
     "Busy": lambda f, m, h: while_it_changes(f),
     "QueueFull": lambda f, m, h: two_at_once(),
     "NoSuchChat": lambda f, m, h: ChatStore(f / "chats.db").get("me", "nothing"),
+    "BadPreset": lambda f, m, h: PresetStore(f / "presets.json").save("", "", {}),
+    "BadPresetFile": lambda f, m, h: preset_file.from_yaml("just words"),
     "BadCharacter": lambda f, m, h: read_book({"entries": [{}] * 100_000}),
     "BadChatFile": lambda f, m, h: chat_formats.read_file("chat.json", b'{"a": 1}'),
 }

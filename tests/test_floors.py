@@ -32,6 +32,8 @@ LONG = {
     "benchmarks/tune.py": "one tool, with a flag for each group of kernels",
     "engine/chat_service.py": "every change of a running answer takes one lock",
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
+    "api/service.py": "one description of the server, from which every protocol reads",
+    "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
     "ui/chat_actions.py": "one handler for each button of the chat, all on one view",

@@ -134,7 +134,7 @@ def _read(name: str, row: SamplingField, value: Any, codec: Callable[[], TokenCo
         return row.check(row.label, bool(value))
     text = str(value or "")
     if len(text) > _LONGEST_TEXT:
-        raise BadParameter(f"{row.label} may have {_LONGEST_TEXT:,} characters; found {len(text):,}.", name)
+        raise BadParameter(f"{row.label} may have {_LONGEST_TEXT:,} characters; found {len(text):,}. Shorten it.", name)
     if row.kind == "ids":
         return row.check(row.label, _ids(row, text))
     if row.kind == "bias":

@@ -25,7 +25,7 @@ def read_lines(text: str, low: float, high: float) -> list[BiasedWord]:
     """Raises BadParameter, which names the line."""
     lines = [(at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
     if len(lines) > MOST_LINES or len(text) > MOST_CHARACTERS:
-        raise BadParameter(f"Logit bias may have {MOST_LINES} lines; found {len(lines)}.", "logit_bias")
+        raise BadParameter(f"Logit bias may have {MOST_LINES} lines; found {len(lines)}. Remove some.", "logit_bias")
     return [_read(at, line, low, high) for at, line in lines]
 
 
@@ -37,7 +37,9 @@ def _read(at: int, line: str, low: float, high: float) -> BiasedWord:
         bias = math.nan
     if not colon or not word.strip() or math.isnan(bias):
         shown = line.strip() if len(line) <= 60 else line[:59] + "…"
-        raise BadParameter(f"Line {at} of Logit bias is {shown!r}. Write a word, a colon and a number: sorry: -5", "logit_bias")
+        raise BadParameter(
+            f"Line {at} of Logit bias is {shown!r}. Write a word, a colon and a number, such as `sorry: -5`.", "logit_bias"
+        )
     if not low <= bias <= high:
         raise BadParameter(
             f"Line {at} of Logit bias must have a number between {low:g} and {high:g}; found {number.strip()[:20]}.", "logit_bias"
