@@ -148,7 +148,8 @@ async def _answer(
     service.ignore(PROTOCOL, [*body.unknown(), *unknown_in(options, _SAMPLING)])
     params = await with_grammar(service, loaded, service.params(sampling_of(options)), grammar_of(body), "format")
     if isinstance(body, OllamaGenerate) and body.suffix:
-        (source,), ends = await service.run_for(request, sources_of, loaded, body)
+        found: Any = await service.run_for(request, sources_of, loaded, body)
+        (source,), ends = found
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
     prompt = await service.fit(request, source, limit_of(options), loaded=loaded, tools=tools)
     think = _think(loaded, body.think)

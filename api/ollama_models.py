@@ -114,8 +114,8 @@ def tools_of(body: OllamaChat) -> ToolUse | None:
         function = each.get("function")
         if not isinstance(function, dict):
             raise Problem("invalid", f"tools.{at} must be a tool of the type function, with a `function`.", f"tools.{at}")
-        given = (function.get(name) for name in ("name", "description", "parameters"))
-        tools.append(tool_requests.tool(*given, f"tools.{at}.function"))
+        name, description, parameters = (function.get(name) for name in ("name", "description", "parameters"))
+        tools.append(tool_requests.tool(name, description, parameters, f"tools.{at}.function"))
     return tool_requests.use(tools, "tools")
 
 

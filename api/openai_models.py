@@ -118,7 +118,7 @@ class ChatAnswer(BaseModel):
     role: str = "assistant"
     content: str | None
     refusal: str | None = None
-    reasoning_content: str | None = Field(None, description="what a model thought that writes in channels (GPT-OSS)")
+    reasoning_content: str | None = Field(default=None, description="what a model thought that writes in channels (GPT-OSS)")
     tool_calls: list[dict[str, Any]] | None = None
     function_call: dict[str, Any] | None = None
 

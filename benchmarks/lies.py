@@ -109,7 +109,8 @@ def checked(folder: Folder, path: Path, kernel: str, device: str = "cpu", tolera
         if NOT_WORDS.search(shown) or not said.endswith("."):
             return f"NOT WORDS: {said}"
         return f"refused: {said}"
-    rows = hf.get_input_embeddings().weight.shape[0]
+    weight: Any = hf.get_input_embeddings().weight
+    rows = int(weight.shape[0])
     generator = torch.Generator().manual_seed(rows)
     prompt = (5, 19, 26, 40)[rows % 4]
     ids = torch.randint(0, rows, (prompt + 3,), generator=generator).tolist()

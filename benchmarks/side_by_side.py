@@ -19,7 +19,6 @@ bootstrap.register()
 
 import torch  # noqa: E402
 
-from gptq_webui.core.chat import Message  # noqa: E402
 from gptq_webui.core.models import LocalModel  # noqa: E402
 from gptq_webui.core.params import GenerationParams  # noqa: E402
 from gptq_webui.gptq import checkpoint  # noqa: E402
@@ -51,8 +50,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(asked.folder)
 
     def prompt(text: str) -> list[int]:
-        messages = [{"role": Message("user", text).role, "content": text}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        messages = [{"role": "user", "content": text}]
+        found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(found["input_ids"])
 
     def answer(ids: Sequence[int], tokens: int, params: GenerationParams | None = None) -> Iterator[Any]:
         params = params or GenerationParams(temperature=0, max_new_tokens=tokens)
@@ -79,7 +79,7 @@ def main() -> None:
         for what in ("a fox", "two ships", "an old clock", "rain", "a key", "a king", "a well", "snow")
     ]
     prompts = [prompt(each) for each in texts]
-    none = patch.object(Guesser, "guess", lambda self, costs: [])
+    none: Any = patch.object(Guesser, "guess", lambda self, costs: [])
     found: dict[int, list[float]] = {count: [] for count in (1, 2, 4, 8)}
     for _ in range(asked.rounds):
         for count, rates in found.items():

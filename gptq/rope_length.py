@@ -87,7 +87,7 @@ class RopeLength:
     def wrap(self) -> None:
         """Give the model's rotary modules the set of `using`."""
         for each in self._rotaries:
-            each.forward = self._forced(each, each.forward)  # type: ignore[method-assign]
+            each.forward = self._forced(each, each.forward)
 
     def _forced(self, rotary: nn.Module, compute: Any) -> Any:
         def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -145,7 +145,7 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
     def stop_writing(request: gr.Request) -> None:  # by its type, Gradio knows that it wants the request
         books.stop(owner_of(request))
 
-    def next_tokens(first: str, _rest: str, kept: str) -> tuple[str, str, str]:
+    def next_tokens(first: str, _rest: str, kept: str) -> tuple[Any, Any, Any]:
         try:
             found = books.next_tokens(first or "")
         except GptqWebuiError as error:

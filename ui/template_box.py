@@ -52,7 +52,7 @@ def draw_template(engine: Engine, access: Access) -> TemplateBox:
         loaded = engine.loaded
         saved = engine.settings.for_model(loaded.model.name).get("template") if loaded else None
         known = saved if saved in BUILT_IN or saved == PLAIN else OWN if saved and is_jinja(saved) else _AUTOMATIC
-        shown = {place: gr.update(visible=known == OWN and access.is_owner(request))}
+        shown: dict[Any, Any] = {place: gr.update(visible=known == OWN and access.is_owner(request))}
         shown |= {own: saved} if known == OWN and access.is_owner(request) else {}
         return shown | {choice: gr.update(value=known, visible=access.is_owner(request)), note: ""}
 

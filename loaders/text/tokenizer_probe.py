@@ -56,7 +56,8 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         # transformers reads the tokens itself, also of files that sentencepiece refuses
-        model: Any = sentencepiece_model_pb2.ModelProto()
+        formats: Any = sentencepiece_model_pb2
+        model = formats.ModelProto()
         with open(path, "rb") as file:
             data = file.read()
         try:
