@@ -116,6 +116,7 @@ def test_the_list_names_finds_pins_tags_deletes_and_brings_back(visit, served):
     tab.fill(".gw-rename", "Water <b>")
     tab.press(".gw-rename", "Enter")
     until_titles(tab, ["Water <b>", "About bread and butter"])
+    assert tab.locator("details.gw-menu[open]").count() == 0  # it would cover the entries below
     menu(tab, "About bread", "Pin")
     until_titles(tab, ["About bread and butter", "Water <b>"])
     menu(tab, "About bread", "Tags")

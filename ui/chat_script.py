@@ -15,6 +15,8 @@ INSTALL = r"""
   };
   const phone = () => matchMedia('(max-width: 760px)').matches;
   const menus = () => [...document.querySelectorAll('details.gw-menu[open]')];
+  // the toggle event comes too late: a list that changes before it would open the menu again
+  const shut = (open) => { open.open = false; gw.menu = ''; };
   const box = () => find('#gw-message textarea');
   gw.act = (...words) => { gw.actions.push(JSON.stringify(words)); press('gw-act'); };
   gw.take = () => gw.actions.shift() || '[]';
@@ -118,14 +120,14 @@ INSTALL = r"""
     };
     input.onkeydown = (event) => { if (event.key === 'Enter') end(true); if (event.key === 'Escape') end(false); };
     input.onblur = () => end(true);
-    menus().forEach((open) => { open.open = false; });
+    menus().forEach(shut);
     old.replaceWith(input); input.focus(); input.select();
   };
 
   document.addEventListener('click', (event) => {
     if (!event.isTrusted) return; // the script itself presses hidden buttons
     const button = event.target.closest && event.target.closest('button.gw-act');
-    menus().forEach((open) => { if (!open.contains(event.target) || button) open.open = false; });
+    menus().forEach((open) => { if (!open.contains(event.target) || button) shut(open); });
     if (event.target.id === 'gw-shade') gw.drawer(false);
     if (!button) return;
     event.preventDefault();
@@ -140,7 +142,7 @@ INSTALL = r"""
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape') return;
     gw.drawer(false);
-    menus().forEach((open) => { open.open = false; });
+    menus().forEach(shut);
   });
 
   // a list that is drawn anew keeps its open menu
