@@ -339,6 +339,8 @@ def test_on_a_phone_the_list_is_a_drawer(visit, served):
     tab.click("#gw-drawer button")
     tab.wait_for_selector("#gw-side:visible")
     tab.click("#gw-new")
+    tab.wait_for_selector("#gw-side", state="hidden")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
     tab.click("#gw-drawer button")
     tab.click(".gw-open:has-text('On the phone')")
     wait_for(tab, "#gw-past", "Paris.")

@@ -126,9 +126,10 @@ INSTALL = r"""
 
   document.addEventListener('click', (event) => {
     if (!event.isTrusted) return; // the script itself presses hidden buttons
-    const button = event.target.closest && event.target.closest('button.gw-act');
+    if (!event.target.closest) return;
+    const button = event.target.closest('button.gw-act');
     menus().forEach((open) => { if (!open.contains(event.target) || button) shut(open); });
-    if (event.target.id === 'gw-shade') gw.drawer(false);
+    if (event.target.closest('#gw-shade, #gw-new')) gw.drawer(false);
     if (!button) return;
     event.preventDefault();
     const words = button.value.startsWith('[') ? JSON.parse(button.value) : button.value.split(' ');
@@ -136,7 +137,7 @@ INSTALL = r"""
     if (words[0] === 'attach') return pick(true, gw.attach);
     if (words[0] === 'import') return pick(true, (name, text) => gw.act('import', name, text));
     if (words[0] === 'rename' || words[0] === 'tags') return type(button, words[0], words[1]);
-    if (['open', 'new', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
+    if (['open', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
     gw.act(...words);
   });
   document.addEventListener('keydown', (event) => {
