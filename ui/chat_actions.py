@@ -262,9 +262,12 @@ class ChatActions:
             return {self.parts.line: bad(str(error))}
         return updates | {self.parts.box: draft, self.parts.out: _out(bottom=1)}
 
-    def look(self, asked: Asked, _given: str) -> Updates:
-        """Whether somebody else changed something; asked by every visible page about once a second, so it has one output."""
-        is_news = self.view.is_news(asked.request, asked.id, asked.known, asked.query)
+    def look(self, request: gr.Request, id: str, known: str, query: str) -> Updates:
+        """Whether somebody else changed something. Every visible page asks it all the time, so it takes and gives little."""
+        try:
+            is_news = self.view.is_news(request, id or "", Known.read(known), query or "")
+        except GptqWebuiError:  # what is pressed next says so
+            is_news = False
         return {self.parts.news: secrets.token_hex(4) if is_news else gr.update()}
 
     def refresh(self, asked: Asked, _given: str) -> Updates:

@@ -40,31 +40,35 @@ def build(
     parts = draw(engine, access)
     view = ChatView(chats, access, parts)
     actions = ChatActions(view, parameters.params)
-    inputs = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start, *parameters.fields]
+    # Gradio 6 searches its whole page for each input and output, so what needs no parameters does not send them
+    few = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start]
+    inputs = [*few, *parameters.fields]
     now = gradio_compat.NOW
     CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs)
 
-    def wire(trigger: Callable[..., Any], work: Callable[[Asked, Any], Updates], outputs: Any = None, **options: Any) -> Any:
-        return trigger(actions.handler(work), inputs, outputs or view.outputs, **{**now, **options})
+    def wire(
+        trigger: Callable[..., Any], work: Callable[[Asked, Any], Updates], given: Any, outputs: Any = None, **options: Any
+    ) -> Any:
+        return trigger(actions.handler(work), given, outputs or view.outputs, **{**now, **options})
 
     for trigger, work, script in (
         (parts.send.click, actions.send, chat_script.SEND), (parts.box.submit, actions.send, chat_script.SEND),
         (parts.more.click, actions.go_on, None), (parts.again.click, actions.regenerate, None),
         (parts.write.click, actions.write, None), (parts.act.click, actions.act, chat_script.TAKE),
     ):  # fmt: skip
-        wire(trigger, work, js=script)
+        wire(trigger, work, inputs, js=script)
     for trigger, work in (
         (parts.clear.click, actions.clear), (parts.undo.click, actions.undo), (parts.new.click, actions.new),
         (parts.news.change, actions.refresh), (parts.search.input, actions.refresh),
         (parts.edit_cancel.click, actions.close_edit),
     ):  # fmt: skip
-        wire(trigger, work)
+        wire(trigger, work, few)
     for trigger, work in (
         (parts.stop.click, actions.stop), (parts.draft.click, actions.keep_draft), (parts.system.blur, actions.keep_settings),
         (parts.start.blur, actions.keep_settings),
     ):  # fmt: skip
-        wire(trigger, work, [parts.line])
-    wire(parts.look.click, actions.look, [parts.news])
+        wire(trigger, work, few, [parts.line])
+    parts.look.click(actions.look, [parts.shown, parts.known, parts.search], [parts.news], **now)
 
     def editing(in_place: bool) -> Callable[..., Updates]:
         def save(request: gr.Request, text: str, message: str, *rest: Any) -> Updates:
@@ -85,7 +89,7 @@ def build(
             yield updates
 
     followed = parts.bell.change(follow, parts.bell, [parts.live, parts.line], **gradio_compat.ANSWER)
-    wire(followed.then, actions.settle)
+    wire(followed.then, actions.settle, few)
     watcher.after(followed)
     parts.shown.change(None, parts.shown, None, js=chat_script.KEEP, **gradio_compat.EVENT)
     parts.out.change(None, parts.out, None, js=chat_script.OBEY, **gradio_compat.EVENT)
