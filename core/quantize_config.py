@@ -128,6 +128,7 @@ class QuantizeConfig:
     @classmethod
     def _without_bad(cls, values: Mapping[str, Any]) -> "QuantizeConfig":
         """From settings of which bits, group_size or both are no such numbers."""
+        values = {"desc_act": False, **values}  # if it is left out; the tensors show the order
         for good in ({**values, "bits": 4}, {**values, "group_size": -1}, {**values, "bits": 4, "group_size": -1}):
             try:
                 return cls.from_json(good)

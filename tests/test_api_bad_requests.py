@@ -205,7 +205,7 @@ OPENAI = [  # (path, body, status, type, param, code, words)
         None,
         "reports no log-prob",
     ),
-    ("text", {"prompt": ["a"] * 129, "n": 2}, 400, "invalid_request_error", "n", None, "may have 256 answers"),
+    ("text", {"prompt": ["a"] * 129, "n": 2}, 400, "invalid_request_error", "n", None, "up to 256 answers"),
 ]
 
 NO_FORM = (

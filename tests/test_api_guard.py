@@ -486,7 +486,7 @@ def test_the_keys_command_makes_lists_and_removes(capsys):
     assert main(["keys", "new", "laptop", "--admin"]) == 0
     key = capsys.readouterr().out.strip()
     assert main(["keys"]) == 0 and "laptop\tadmin" in (listed := capsys.readouterr().out) and key not in listed
-    assert main(["keys", "remove", "laptop"]) == 0 and main(["keys", "remove", "laptop"]) == 1
+    assert main(["keys", "remove", "laptop"]) == 0 and main(["keys", "remove", "laptop"]) == 2
     assert "no key called 'laptop'" in capsys.readouterr().err
 
 

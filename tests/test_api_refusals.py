@@ -147,7 +147,7 @@ REFUSED = [  # (path, what is added to the valid body, words)
     ("/completion", {"json_schema": {}}, "does not support grammars"),
     ("/completion", {"stop": [1]}, "stop"),
     ("/tokenize", {"content": 5}, "content"),
-    ("/tokenize", {"content": None}, "Field required"),
+    ("/tokenize", {"content": None}, "The text is missing"),
     ("/tokenize", {"content": None, "messages": [{"role": "king"}]}, "'user'"),
     ("/detokenize", {"tokens": ["x"]}, "tokens.0"),
     ("/detokenize", {"tokens": [-1]}, "Token ids"),
