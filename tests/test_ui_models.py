@@ -178,9 +178,9 @@ def test_from_the_picker_to_the_library_through_a_reload(tab, house):
     tab.click("#gw-branch-download")
     shown = wait_for(tab, "#gw-downloads", "left")
     assert "GPTQ 4-bit, group 32, act-order" in shown and "Fits your" in shown and "model.safetensors: " in shown
-    tab.reload()
-    wait_for(tab, "#gw-downloads", "left")
     tab.click("#gw-pause-0")
+    wait_for(tab, "#gw-downloads", "Paused at")
+    tab.reload()
     wait_for(tab, "#gw-downloads", "Paused at")
     house.server.rate_bytes_per_s = None
     tab.click("#gw-resume-0")
