@@ -24,7 +24,7 @@ def test_started_through_us_the_hosts_own_model_may_be_gptq(place):
 
 def test_the_launcher_says_where_it_must_be_started(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "script.py"), "host"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "is not the folder of text-generation-webui" in done.stderr
+    assert done.returncode == 2 and "is not the folder of text-generation-webui" in done.stderr
 
 
 def test_a_model_of_settings_yaml_is_loaded_at_the_start(one):
