@@ -72,7 +72,7 @@ def answered(tab, text, count=1):
 
 def press(tab, icon, role="assistant", which=-1):
     """One of the small buttons below a message."""
-    tab.locator(f"#gw-past .gw-of-{role} .gw-icon-{icon}").nth(which).click(force=True)
+    tab.locator(f"#gw-past .gw-of-{role} .gw-icon-{icon}").nth(which).click()
 
 
 def menu(tab, title, name):
@@ -150,7 +150,7 @@ def test_versions_edits_branches_and_undo(visit, served):
     press(tab, "back")
     tab.wait_for_selector(".gw-versions:has-text('1/2')")
     press(tab, "edit", "user", 0)
-    assert tab.input_value("#gw-edit-text textarea") == "First question"
+    tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'First question'")
     tab.fill("#gw-edit-text textarea", "First, but better")
     tab.click("#gw-edit-send")
     tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 1")
@@ -160,6 +160,7 @@ def test_versions_edits_branches_and_undo(visit, served):
     press(tab, "back", "user", 0)
     wait_for(tab, "#gw-chat", "Second question")
     press(tab, "edit", "assistant", 0)
+    tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Paris.'")
     tab.fill("#gw-edit-text textarea", "It is **Lyon**")
     tab.click("#gw-edit-keep")
     tab.wait_for_selector("#gw-chat strong:has-text('Lyon')")
@@ -184,6 +185,7 @@ def test_an_edited_answer_is_continued(visit, served):
     tab = visit()
     answered(tab, "Question")
     press(tab, "edit")
+    tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Paris.'")
     tab.fill("#gw-edit-text textarea", "The answer begins so:")
     tab.click("#gw-edit-send")
     tab.wait_for_selector(".gw-versions:has-text('2/2')")

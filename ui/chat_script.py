@@ -104,22 +104,29 @@ INSTALL = r"""
 
   // a name or tags, typed in the list
   const type = (button, kind, id) => {
-    const item = button.closest('.gw-item'); const old = find('.gw-open', item);
+    if (gw.typing) gw.typing.end(true);
+    const item = button.closest('.gw-item'); let old = find('.gw-open', item);
     const input = document.createElement('input');
     input.className = 'gw-rename'; input.maxLength = 120;
     input.value = kind === 'rename' ? old.textContent : (item.dataset.tags || '');
     input.setAttribute('aria-label', kind === 'rename' ? 'Name of the conversation' : 'Tags, with commas between them');
     input.placeholder = kind === 'rename' ? 'Name' : 'Tags, with commas between them';
-    let over = false;
     const end = (keep) => {
-      if (over) return;
-      over = true;
+      if (!gw.typing || gw.typing.end !== end) return;
+      gw.typing = null;
       const value = input.value;
       input.replaceWith(old);
       if (keep) gw.act(kind, id, value);
     };
+    const stay = () => { // a list that is drawn anew keeps what one types in it
+      if (input.isConnected) return;
+      old = find(`.gw-item[data-id="${id}"] .gw-open`);
+      if (!old) { gw.typing = null; return; }
+      old.replaceWith(input); input.focus();
+    };
+    gw.typing = {end, stay};
     input.onkeydown = (event) => { if (event.key === 'Enter') end(true); if (event.key === 'Escape') end(false); };
-    input.onblur = () => end(true);
+    input.onblur = () => setTimeout(() => { if (document.activeElement !== input) end(true); }, 50);
     menus().forEach(shut);
     old.replaceWith(input); input.focus(); input.select();
   };
@@ -154,6 +161,7 @@ INSTALL = r"""
     else if (gw.menu === item.dataset.id) gw.menu = '';
   }, true);
   const reopen = () => {
+    if (gw.typing) gw.typing.stay();
     const item = gw.menu && find(`.gw-item[data-id="${gw.menu}"] > details`);
     if (item && !item.open) item.open = true;
   };
