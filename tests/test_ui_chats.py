@@ -114,6 +114,9 @@ def test_the_list_names_finds_pins_tags_deletes_and_brings_back(visit, served):
     until_titles(tab, [f"Second {EVIL}"[:60].rpartition(" ")[0] + " …", "About bread and butter"])
     menu(tab, "Second", "Rename")
     tab.fill(".gw-rename", "Water <b>")
+    (bread,) = [each.id for each in served.store.listed("") if each.title.startswith("About")]
+    served.store.set("", bread, tags=["elsewhere"])  # another page: the list is drawn anew, what is typed stays
+    tab.wait_for_selector(".gw-tags button:has-text('elsewhere')")
     tab.press(".gw-rename", "Enter")
     until_titles(tab, ["Water <b>", "About bread and butter"])
     assert tab.locator("details.gw-menu[open]").count() == 0  # it would cover the entries below
