@@ -83,7 +83,7 @@ def test_where_memory_lacks_three_ways_stand_there_and_a_smaller_context_is_one_
 def test_a_load_shows_what_it_needs_and_can_be_stopped(visit, house):
     tab = visit({})
     model_tab(tab)
-    house.engine.settings.save_for_model(MISTRAL, options={"load_s": 3.0})
+    house.engine.settings.save_for_model(MISTRAL, options={"load_s": 15.0})
     tab.click("#gw-reload")
     assert "4.57 GB of weights" in wait_for(tab, "#gw-model-status", "are free on")
     tab.click("#gw-load-stop")

@@ -78,7 +78,7 @@ _SCRIPT = """
 """.replace("ALIVE", ALIVE)
 
 HEAD = f"""
-<link rel="manifest" href="manifest.webmanifest">
+<link rel="manifest" href="manifest.json">
 <link rel="apple-touch-icon" href="{icon_path(SIZES[0])}">
 <meta name="theme-color" content="#f8fafc" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="#020617" media="(prefers-color-scheme: dark)">

@@ -25,7 +25,7 @@ from .page_icon import SIZES, icon, icon_path, manifest
 # What this page has of its own, for everybody: (type, content)
 _OWN: dict[str, tuple[str, bytes]] = {
     f"/{ALIVE}": ("text/plain", b"yes"),
-    "/manifest.webmanifest": ("application/manifest+json", manifest()),
+    "/manifest.json": ("application/manifest+json", manifest()),  # the name that Gradio 6 puts into its pages
 } | {f"/{icon_path(size)}": ("image/png", icon(size)) for size in SIZES}
 
 # (method, path); Gradio 6 has most of them below /gradio_api, Gradio 4 at the root
