@@ -128,7 +128,7 @@ AREA = "#gw-notebook-text textarea"
 
 def open_notebook(page):
     page.tab.goto(page.url)
-    page.tab.wait_for_selector(f"#gw-head:has-text('{MISTRAL}')")
+    page.tab.wait_for_selector(f"#gw-head:has-text('{MISTRAL}')", state="attached")  # after a reload the notebook is open
     time.sleep(0.3)  # the page has chosen its first tab
     page.tab.get_by_role("tab", name="Notebook").click()
     page.tab.wait_for_selector(AREA, state="visible")
