@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 
+pytest.importorskip("numba")
+
 import tiny
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams

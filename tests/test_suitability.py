@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("numba")
+
 import tiny
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
