@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+import transformers
 
 import tiny
 from gptq_webui.core.errors import BadParameter, GptqWebuiError
@@ -183,6 +184,7 @@ def test_a_sentencepiece_model_with_a_token_of_megabytes_is_a_sentence(pieces):
     assert time.perf_counter() - began < 20
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has sentencepiece read the file, which takes no time")
 def test_a_sentencepiece_model_that_takes_all_time_is_a_sentence(pieces, monkeypatch):
     folder, model = pieces
     monkeypatch.setattr(tokenizer_trial, "_READ_S", 0.001)
