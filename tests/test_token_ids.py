@@ -50,7 +50,6 @@ def test_a_prompt_with_such_a_token_is_refused_and_the_next_answer_is_right(tiny
 @pytest.mark.parametrize("kernel", ["step", "layers", "plain", "graph"])
 @pytest.mark.parametrize("wrong", [288, -1, 10**9])
 def test_every_stepper_refuses_such_a_token_before_it_computes(kernel, wrong, tiny_gptq):
-    from gptq_webui.gptq.cpu.cpu_linear import replace_layers
     from gptq_webui.gptq.graph_stepper import GraphStepper
     from gptq_webui.gptq.prompt_scores import embed, score
     from gptq_webui.gptq.stepper_choice import stepper_for
@@ -58,6 +57,9 @@ def test_every_stepper_refuses_such_a_token_before_it_computes(kernel, wrong, ti
 
     hf, _notes = checkpoint.load(LocalModel.read(tiny_gptq), dtype=torch.float32, device_map="cpu")
     if kernel == "layers":
+        pytest.importorskip("numba")
+        from gptq_webui.gptq.cpu.cpu_linear import replace_layers
+
         replace_layers(hf, 1)
     make = {"step": lambda: stepper_for(hf, 64)[0], "graph": lambda: GraphStepper(hf, 64, recorder=None)}
     stepper = make.get(kernel, lambda: TransformersStepper(hf))()
