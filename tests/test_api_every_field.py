@@ -133,7 +133,7 @@ def values_of(field, annotation):
         *([True, False] if "bool" in text else []),
         *([3, 0, 1] if "int" in text else []),
         *([0.4, 0.0, 1.5] if "float" in text else []),
-        *([["x"]] if "list[str]" in text else []),
+        *([["x"]] if "list[str]" in text or "list[typing.Any]" in text else []),
         *([[1, 2]] if "list[int]" in text else []),
         *([{"a": 1}] if "dict" in text else []),
         *(["x"] if "str" in text else []),

@@ -41,8 +41,8 @@ def build(
     view = ChatView(chats, access, parts)
     actions = ChatActions(view, parameters.params)
     # Gradio 6 searches its whole page for each input and output, so what needs no parameters does not send them
-    few = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start]
-    inputs = [*few, *parameters.fields]
+    own_inputs = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start]
+    inputs = [*own_inputs, *parameters.fields]
     now = gradio_compat.NOW
     CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs)
 
@@ -62,12 +62,12 @@ def build(
         (parts.news.change, actions.refresh), (parts.search.input, actions.refresh),
         (parts.edit_cancel.click, actions.close_edit),
     ):  # fmt: skip
-        wire(trigger, work, few)
+        wire(trigger, work, own_inputs)
     for trigger, work in (
         (parts.stop.click, actions.stop), (parts.draft.click, actions.keep_draft), (parts.system.blur, actions.keep_settings),
         (parts.start.blur, actions.keep_settings),
     ):  # fmt: skip
-        wire(trigger, work, few, [parts.line])
+        wire(trigger, work, own_inputs, [parts.line])
     parts.look.click(actions.look, [parts.shown, parts.known, parts.search], [parts.news], **now)
 
     def editing(in_place: bool) -> Callable[..., Updates]:
@@ -89,7 +89,7 @@ def build(
             yield updates
 
     followed = parts.bell.change(follow, parts.bell, [parts.live, parts.line], **gradio_compat.ANSWER)
-    wire(followed.then, actions.settle, few)
+    wire(followed.then, actions.settle, own_inputs)
     watcher.after(followed)
     parts.shown.change(None, parts.shown, None, js=chat_script.KEEP, **gradio_compat.EVENT)
     parts.out.change(None, parts.out, None, js=chat_script.OBEY, **gradio_compat.EVENT)

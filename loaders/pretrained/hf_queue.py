@@ -37,8 +37,9 @@ class QueuedCalls:
         """Raises BadParameter for a token that the model has no embedding of: on a GPU it would end every later answer."""
         import torch
 
-        if isinstance(ids, torch.Tensor) and ids.numel() and not ids.is_floating_point():
-            require_known([int(each) for each in ids.aminmax()], int(self._hf.get_input_embeddings().weight.shape[0]))
+        hf = self._hf  # None once the model is unloaded: the queue says so
+        if hf is not None and isinstance(ids, torch.Tensor) and ids.numel() and not ids.is_floating_point():
+            require_known([int(each) for each in ids.aminmax()], int(hf.get_input_embeddings().weight.shape[0]))
 
     def _queued(self, function: Callable[..., Any], stoppable: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
