@@ -81,7 +81,7 @@ def test_a_guest_sees_no_path_and_no_password(house):
 
 def test_the_owner_gets_all_of_it(house):
     (arrange,) = [index for index, each in house.page.fns.items() if getattr(each.fn, "__name__", "") == "arrange"]
-    _message, seen = call(house, "anna", "a", arrange, [])
+    _message, seen = call(house, "anna", "a", arrange, [""])
     assert "example.gradio.live" in seen and "Password: g" in seen and "/home/anna" in seen
     (load, *_more) = [index for index, each in handlers(house, ("model_tab",)) if each.fn.__name__ == "load"]
     message, _seen = call(house, "anna", "a", load, [None])
