@@ -20,7 +20,7 @@ from gptq_webui.ui.parameters_tab import to_values
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
-    "rescue_box", "idle_box", "benchmark_box", "origins_box", "perplexity_box", "page",
+    "rescue_box", "idle_box", "measure_box", "origins_box", "perplexity_box", "page",
 )  # fmt: skip
 FOR_ALL = ("show", "arrange")  # called by every page load, they show a guest nothing
 
