@@ -87,6 +87,7 @@ def test_only_what_the_page_uses_reaches_gradio(house):
     app = house.gate._server._app
     found = {(method, path) for method, path in routes(app)}
     assert len(found) > 40 and any("upload" in path for _method, path in found)
+    found = {(method, path) for method, path in found if path not in page_gate.OWN}  # ours stand before Gradio's
     with client(house, OWNER) as http:
         for method, path in sorted(found - USED):
             concrete = re.sub(r"\{[^}]*\}", "x", path)

@@ -87,7 +87,7 @@ PRESSED = [
     ("download_box", "start", 0, ["Owner/Other-{at}", False], PRESSES),
     ("branch_box", "show", 0, ["Owner/Name-{at}", 4096], 1),
     ("branch_box", "show", 0, ["Owner/Name", 4096], PRESSES),
-    ("benchmark_box", "run", 0, [], PRESSES),
+    ("measure_box", "run", 0, [], PRESSES),
     ("library_box", "run", 0, [MISTRAL], 1),  # look for an update
     ("library_box", "run", 1, [MISTRAL], 1),  # verify
     ("library_box", "run", 2, [MISTRAL], PRESSES),  # repair

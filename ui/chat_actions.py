@@ -260,7 +260,8 @@ class ChatActions:
             draft = self.chats.store.get(owner_of(request), id).draft if updates.get(self.parts.shown) else ""
         except GptqWebuiError as error:
             return {self.parts.line: bad(str(error))}
-        return updates | {self.parts.box: draft, self.parts.out: _out(bottom=1)}
+        # the browser fills the box, for somebody may have written into it since the page was asked for
+        return updates | {self.parts.out: _out(bottom=1, fill=draft)}
 
     def look(self, request: gr.Request, id: str, known: str, query: str) -> Updates:
         """Whether somebody else changed something. Every visible page asks it all the time, so it takes and gives little."""

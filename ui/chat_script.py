@@ -49,6 +49,10 @@ INSTALL = r"""
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
     if (it.sent) { gw.files = []; gw.chips(); }
+    if (it.fill && box() && !box().value) {
+      box().value = it.fill;
+      box().dispatchEvent(new Event('input', {bubbles: true}));
+    }
     if (it.bottom) { gw.stick = true; gw.down(); }
     if (it.focus) setTimeout(focus, 60);
   };

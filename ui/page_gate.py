@@ -23,7 +23,7 @@ from .page_comfort import ALIVE
 from .page_icon import SIZES, icon, icon_path, manifest
 
 # What this page has of its own, for everybody: (type, content)
-_OWN: dict[str, tuple[str, bytes]] = {
+OWN: dict[str, tuple[str, bytes]] = {
     f"/{ALIVE}": ("text/plain", b"yes"),
     "/manifest.json": ("application/manifest+json", manifest()),  # the name that Gradio 6 puts into its pages
 } | {f"/{icon_path(size)}": ("image/png", icon(size)) for size in SIZES}
@@ -74,7 +74,7 @@ class PageGate:
 
     async def _route(self, scope: Any, receive: Any, send: Any) -> None:
         call = (scope["method"], scope["path"].removeprefix("/gradio_api"))
-        if call[0] in ("GET", "HEAD") and (own := _OWN.get(call[1])) is not None:
+        if call[0] in ("GET", "HEAD") and (own := OWN.get(call[1])) is not None:
             await Response(own[1], 200, {"cache-control": "no-cache"}, own[0])(scope, receive, send)
         elif call in _PUBLIC or (call[0] == "GET" and call[1].startswith(_PUBLIC_FOLDERS)):
             await self._app(_without_query(scope), receive, send)
