@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
+from gptq_webui.gptq.families.parts import LayerParts, ModelParts, Norm, Options, Rotary
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.llama import LayerParts, LlamaParts
 
 MISTRAL_7B = {"hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 32, "vocabulary": 32000}
 
 
-class Rotary(nn.Module):
+class Angles(nn.Module):
     rope_type = "default"
 
     def __init__(self, head_dim: int, device: str) -> None:
@@ -48,12 +48,12 @@ def random_models(
     *, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, layers: int, vocabulary: int,
     bits: int = 4, group_size: int = 128, act_order: bool = True, sym: bool = True, qk_norm: bool = False, bias: bool = False,
     window: int = 0, device: str = "cuda",
-) -> LlamaParts:  # fmt: skip
+) -> ModelParts:  # fmt: skip
     def rows(k: int) -> torch.Tensor | None:
         return torch.randperm(k, device=device) if act_order else None
 
-    def norm(n: int) -> torch.Tensor:
-        return (torch.rand(n, device=device) + 0.5).half()
+    def norm(n: int) -> Norm:
+        return Norm((torch.rand(n, device=device) + 0.5).half(), None, 1e-5)
 
     def packed(k: int, widths: list[int], bias: bool = False) -> tuple[GPTQLinear, ...]:
         shared = rows(k)
@@ -63,37 +63,40 @@ def random_models(
     for _ in range(layers):
         made.append(
             LayerParts(
-                input_norm=norm(hidden),
+                attention_norm=norm(hidden),
                 qkv=packed(hidden, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], bias),
+                qkv_columns=None,
                 q_norm=norm(head_dim) if qk_norm else None,
                 k_norm=norm(head_dim) if qk_norm else None,
                 o=packed(heads * head_dim, [hidden])[0],
-                post_norm=norm(hidden),
+                attended_norm=None,
+                mlp_norm=norm(hidden),
                 gate_up=packed(hidden, [inner, inner]),
                 down=packed(inner, [hidden])[0],
+                inner_norm=None,
                 window=window,
             )
         )
     head = nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=torch.float16)
-    return LlamaParts(
+    return ModelParts(
         embedding=torch.randn(vocabulary, hidden, device=device).half(),
         layers=tuple(made),
         norm=norm(hidden),
         head=head,
-        eps=1e-5,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary=Rotary(head_dim, device),
+        rotaries=(Rotary(Angles(head_dim, device)),),
         rotary_dim=head_dim,
+        options=Options(qk_norm="head" if qk_norm else ""),
     )
 
 
-def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
+def plain_logits(parts: ModelParts, ids: list[int]) -> torch.Tensor:
     """The same forward in fp32 and plain PyTorch: logits [T, V]. Slow and simple."""
 
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + parts.eps) * weight.float()
+    def norm(x: torch.Tensor, one: Norm | None) -> torch.Tensor:
+        return x if one is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + one.eps) * one.weight.float()
 
     def turned(x: torch.Tensor) -> torch.Tensor:  # [heads, T, D]
         a, b = x[..., : parts.rotary_dim].chunk(2, -1)
@@ -104,7 +107,7 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
     h = parts.embedding[torch.tensor(ids, device=parts.device)].float()
     at = torch.arange(len(ids), device=parts.device)
     for layer in parts.layers:
-        x = norm(h, layer.input_norm)
+        x = norm(h, layer.attention_norm)
         q, k, v = (
             torch.cat([each(x) for each in layer.qkv], -1)
             .view(len(ids), -1, parts.head_dim)
@@ -121,7 +124,7 @@ def plain_logits(parts: LlamaParts, ids: list[int]) -> torch.Tensor:
             hidden |= at[None] <= at[:, None] - layer.window
         attended = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
         h = h + layer.o(attended.transpose(0, 1).reshape(len(ids), -1))
-        x = norm(h, layer.post_norm)
+        x = norm(h, layer.mlp_norm)
         both = torch.cat([each(x) for each in layer.gate_up], -1).chunk(2, -1)
         h = h + layer.down(nn.functional.silu(both[0]) * both[1])
     return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[arg-type]

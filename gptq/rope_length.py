@@ -68,12 +68,26 @@ def _forget(rotary: Any) -> None:
         rotary.register_buffer(current, getattr(rotary, name).to(getattr(rotary, current).device), persistent=False)
 
 
-def tables(rotary: nn.Module, start: int, positions: int, angles: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of positions from `start`, fp32 [positions, half], with one set of angles."""
+def tables(
+    rotary: nn.Module,
+    start: int,
+    positions: int,
+    angles: int,
+    half: int,
+    device: torch.device,
+    *,
+    arguments: tuple[str, ...] = (),
+    doubled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of positions from `start`, fp32 [positions, half], with one set of angles.
+
+    The module takes `arguments` too, and gives every angle again after all of them; or, `doubled`, each twice in a row.
+    """
     at = torch.arange(start, start + positions, device=device)[None]
     like = torch.zeros(1, dtype=torch.float32, device=device)
-    cos, sin = turned(rotary, rotary, like, at, angles)  # [1, positions, 2 half]: the second half repeats the first
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+    cos, sin = turned(rotary, rotary, like, at, angles, *arguments)  # [1, positions, 2 half]
+    taken = slice(0, 2 * half, 2) if doubled else slice(0, half)
+    return cos[0, :, taken].float().contiguous(), sin[0, :, taken].float().contiguous()
 
 
 class RopeLength:

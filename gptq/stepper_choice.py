@@ -9,7 +9,7 @@ import torch
 from ..core.errors import GptqWebuiError
 from .cpu import numba_compiler
 from .experts import PackedExperts
-from .llama import parts_of
+from .families.known import parts_of
 from .stepper import Stepper
 from .suitability import Unsuited, require_sound
 from .transformers_stepper import TransformersStepper

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
 from . import bit_packing
+from .families.parts import ACTIVATIONS, OPTIONS, LayerParts, ModelParts, Norm, Options, options_of
 from .gptq_linear import GPTQLinear
-from .llama import LayerParts, LlamaParts
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,11 +36,12 @@ class Limits:
     numbers: torch.dtype | None = None  # of the embedding and the output layer; None: any
     dense_head: bool = False  # the output layer is not packed and has no bias
     length_dependent: bool = False  # rotary angles that depend on the length of the text (rope_length.py)
+    options: frozenset[str] = frozenset()  # names in families.parts.OPTIONS of what it computes beyond Llama's forward
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a Llama-family model, each compared with the tensors."""
+    """The numbers of a model, each compared with the tensors, and what its layers have."""
 
     layers: int
     hidden: int  # H, width of the residual
@@ -51,7 +52,11 @@ class Shape:
     rotary_half: int  # dimension i of a head is rotated with dimension i + rotary_half
     vocabulary: int  # V, rows of the output layer
     embedding_rows: int
-    eps: float  # of every RMSNorm
+    eps: float  # of every norm
+    norms_before: bool  # of what attention and the MLP read
+    norms_after: bool  # of what they give
+    positions: int  # rows of the learned positions; 0: none
+    options: Options
 
     def beyond(self, limits: Limits) -> str:
         """Why kernels with these limits cannot compute a model of this shape; empty if they can."""
@@ -74,8 +79,10 @@ class Shape:
         return ""
 
 
-def shape_of(parts: LlamaParts, limits: Limits) -> Shape:
+def shape_of(parts: ModelParts, limits: Limits) -> Shape:
     """The shape of a model that kernels with these limits can compute. Raises Unsuited, with the reason, for any other."""
+    if not parts.layers or parts.embedding.dim() != 2:
+        raise Unsuited("no layers, or an embedding that is no table")
     linears = (*parts.linears(), parts.head)
     if not all(isinstance(each, (GPTQLinear, nn.Linear)) for each in linears):
         raise Unsuited("a layer that is neither packed nor a plain linear one")
@@ -85,11 +92,11 @@ def shape_of(parts: LlamaParts, limits: Limits) -> Shape:
         raise Unsuited("rotary positions whose angles depend on the length of the text")
     if limits.dense_head and (not isinstance(parts.head, nn.Linear) or parts.head.bias is not None):
         raise Unsuited("a packed output layer, or one with a bias")
+    if missing := sorted(options_of(parts) - limits.options, key=list(OPTIONS).index):
+        raise Unsuited(" and ".join(OPTIONS[each] for each in missing))
     numbers = {parts.embedding.dtype} | ({parts.head_weight.dtype} if isinstance(parts.head, nn.Linear) else set())
     if limits.numbers is not None and numbers != {limits.numbers}:
         raise Unsuited(f"numbers other than {_name(limits.numbers)}")
-    if not parts.layers or parts.embedding.dim() != 2:
-        raise Unsuited("no layers, or an embedding that is no table")
     shape = Shape(
         layers=len(parts.layers),
         hidden=parts.embedding.shape[1],
@@ -101,13 +108,17 @@ def shape_of(parts: LlamaParts, limits: Limits) -> Shape:
         vocabulary=_outputs(parts.head),
         embedding_rows=parts.embedding.shape[0],
         eps=float(parts.eps),
+        norms_before=parts.layers[0].attention_norm is not None,
+        norms_after=parts.layers[0].attended_norm is not None,
+        positions=0 if parts.positions is None else parts.positions.shape[0],
+        options=parts.options,
     )
-    if reason := shape.beyond(limits) or _uneven(parts, shape):
+    if reason := shape.beyond(limits) or _uneven(parts, shape) or _wrong_options(parts, shape):
         raise Unsuited(reason)
     return shape
 
 
-def _uneven(parts: LlamaParts, shape: Shape) -> str:
+def _uneven(parts: ModelParts, shape: Shape) -> str:
     """What does not fit together among the layers; empty if all do."""
     if _inputs(parts.head) != shape.hidden:
         return "an output layer that is not as wide as the embedding"
@@ -128,23 +139,85 @@ def _uneven_layer(layer: LayerParts, shape: Shape) -> str:
         return "layers whose sizes are not those of the heads"
     if _inputs(layer.o) != q:
         return "layers whose sizes are not those of the heads"
+    if layer.qkv_columns is not None and not _reorders(layer.qkv_columns, widths):
+        return "an order of queries, keys and values that is not one of their outputs"
     widths = [_outputs(each) for each in layer.gate_up]
-    if widths not in ([shape.inner] * 2, [2 * shape.inner]) or any(_inputs(each) != shape.hidden for each in layer.gate_up):
+    fitting = ([shape.inner] * 2, [2 * shape.inner]) if shape.options.gated else ([shape.inner],)
+    if widths not in fitting or any(_inputs(each) != shape.hidden for each in layer.gate_up):
         return "layers whose gate and up are not as wide as the input of down"
     if _outputs(layer.o) != shape.hidden or _outputs(layer.down) != shape.hidden:
         return "layers whose outputs are not as wide as the residual"
     return ""
 
 
-def _wrong_norm(parts: LlamaParts, shape: Shape) -> str:
-    norms = [parts.norm, *(each for layer in parts.layers for each in (layer.input_norm, layer.post_norm))]
-    if any(tuple(each.shape) != (shape.hidden,) for each in norms):
+def _reorders(columns: Tensor, widths: list[int]) -> bool:
+    """Whether columns name each output once, and none of one layer stands among those of another."""
+    if tuple(columns.shape) != (sum(widths),) or columns.dtype != torch.int64:
+        return False
+    start = 0
+    for width in widths:
+        if not torch.equal(columns[start : start + width].sort().values.cpu(), torch.arange(start, start + width)):
+            return False
+        start += width
+    return True
+
+
+def _wrong_norm(parts: ModelParts, shape: Shape) -> str:
+    wide = [parts.norm, *(each for layer in parts.layers for each in layer.norms if each is not None)]
+    wide += [] if parts.embedding_norm is None else [parts.embedding_norm]
+    of_heads = [
+        (each, heads) for layer in parts.layers for each, heads in ((layer.q_norm, shape.heads), (layer.k_norm, shape.kv_heads))
+    ]
+    there = [each for each, _heads in of_heads if each is not None]
+    if any(not _is_vector(each.weight, shape.hidden) or not _is_vector(each.bias, shape.hidden) for each in wide):
         return "norms that are not as wide as the residual"
-    of_heads = [each for layer in parts.layers for each in (layer.q_norm, layer.k_norm)]
-    if any(each is None for each in of_heads) != all(each is None for each in of_heads):
+    if len({float(each.eps) for each in (*wide, *there) if not math.isnan(each.eps)}) > 1:
+        return "norms with different epsilons"
+    before, after = shape.norms_before, shape.norms_after
+    if any([each is not None for each in layer.norms] != [before, after] * 2 for layer in parts.layers):
+        return "norms in some layers only"
+    if (there and len(there) != len(of_heads)) or bool(there) != bool(shape.options.qk_norm):
         return "norms of the heads in some layers only"
-    if any(each is not None and tuple(each.shape) != (shape.head_dim,) for each in of_heads):
-        return "norms of the heads that are not as wide as a head"
+    if any(each.bias is not None for each in there):
+        return "norms of the heads with a bias"
+    if len({each.weight.dim() for each in there}) > 1:
+        return "norms of the heads in some layers only"
+    return next((found for each, heads in of_heads if each is not None and (found := _wrong_head_norm(each, heads, shape))), "")
+
+
+def _wrong_head_norm(norm: Norm, heads: int, shape: Shape) -> str:
+    if shape.options.qk_norm == "width":
+        return "" if _is_vector(norm.weight, heads * shape.head_dim) else "norms that are not as wide as all heads"
+    fits = tuple(norm.weight.shape) in ((shape.head_dim,), (heads, shape.head_dim))
+    return "" if fits else "norms of the heads that are not as wide as a head"
+
+
+def _is_vector(tensor: Tensor | None, width: int) -> bool:
+    """Whether a tensor is [width], or there is none."""
+    return tensor is None or tuple(tensor.shape) == (width,)
+
+
+def _wrong_options(parts: ModelParts, shape: Shape) -> str:
+    o = shape.options
+    if o.norm not in ("rms", "layer") or o.activation not in ACTIVATIONS or o.qk_norm not in ("", "head", "width"):
+        return "options that are not known"
+    scales = (parts.score_scale, o.embedding_scale, o.residual_scale, o.logits_scale, o.score_cap, o.logits_cap)
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scales) or min(o.score_cap, o.logits_cap) < 0:
+        return "scales or caps that are no numbers"
+    if o.parallel and (shape.norms_after or not shape.norms_before):
+        return "attention and MLP side by side with norms of what they give"
+    if o.logits_scale != 1 and getattr(parts.head, "bias", None) is not None:
+        return "a scale of the logits and an output layer with a bias"
+    if any(not -1 <= layer.rotary < len(parts.rotaries) for layer in parts.layers):
+        return "layers whose rotary positions are not there"
+    if parts.positions is not None and (
+        parts.positions.dim() != 2 or parts.positions.shape[1] != shape.hidden or not shape.positions
+    ):
+        return "learned positions that are not as wide as the residual"
+    of_heads = [] if parts.alibi is None else [parts.alibi.slopes]
+    of_heads += [layer.sinks for layer in parts.layers if layer.sinks is not None]
+    if any(not _is_vector(each, shape.heads) for each in of_heads):
+        return "slopes or sinks that are not one for each head"
     return ""
 
 
@@ -190,10 +263,16 @@ def _unsound(layer: GPTQLinear) -> Iterator[str]:
         yield f"names group {high if low >= 0 else low} in its g_idx, but it has the groups 0 to {groups - 1}"
 
 
-def _tensors(parts: LlamaParts) -> Iterator[Tensor]:
-    yield from (parts.embedding, parts.norm)
+def _tensors(parts: ModelParts) -> Iterator[Tensor]:
+    yield parts.embedding
+    norms = [parts.norm, parts.embedding_norm]
     for layer in parts.layers:
-        yield from (each for each in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) if each is not None)
+        norms += [*layer.norms, layer.q_norm, layer.k_norm]
+        yield from (each for each in (layer.sinks,) if each is not None)
+    for norm in norms:
+        if norm is not None:
+            yield from (each for each in (norm.weight, norm.bias) if each is not None)
+    yield from (each for each in (parts.positions, None if parts.alibi is None else parts.alibi.slopes) if each is not None)
     for each in (*parts.linears(), parts.head):
         yield from each.parameters(recurse=False)
 

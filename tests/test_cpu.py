@@ -17,9 +17,9 @@ from gptq_webui.gptq.cpu import cpu_kernels, cpu_weights, numba_compiler, tiles
 from gptq_webui.gptq.cpu.cpu_linear import CpuLinear
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.cpu.thread_team import Team
+from gptq_webui.gptq.families.known import parts_of
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.llama import parts_of
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.transformers_stepper import TransformersStepper

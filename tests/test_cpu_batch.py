@@ -12,8 +12,8 @@ from test_cpu import load
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.cpu.cpu_batch import MOST_ROWS
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+from gptq_webui.gptq.families.known import parts_of
 from gptq_webui.gptq.generation import generate
-from gptq_webui.gptq.llama import parts_of
 from gptq_webui.gptq.prefix_cache import PrefixCache
 
 IDS = torch.randint(5, 260, (400,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -14,9 +14,9 @@ from gptq_webui.gptq import checkpoint, prompt_scores
 from gptq_webui.gptq.cpu.cpu_linear import replace_layers
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.cuda.model_shape import ModelShape
+from gptq_webui.gptq.families.known import parts_of
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.graph_stepper import GraphStepper
-from gptq_webui.gptq.llama import parts_of
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.suitability import Unsuited

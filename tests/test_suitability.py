@@ -14,8 +14,9 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.cpu import cpu_step
 from gptq_webui.gptq.cuda import model_shape
+from gptq_webui.gptq.families.known import parts_of
+from gptq_webui.gptq.families.parts import Norm
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.llama import parts_of
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.suitability import Unsuited, require_sound, shape_of
 
@@ -82,6 +83,10 @@ def linear(inputs, outputs):
     return nn.Linear(inputs, outputs, bias=False)
 
 
+def norm(weight, bias=None, eps=1e-6):
+    return Norm(weight, bias, eps)
+
+
 def in_layer(**change):
     return lambda parts: replace(parts, layers=(parts.layers[0], replace(parts.layers[1], **change)))
 
@@ -92,11 +97,11 @@ def in_layer(**change):
     (lambda parts: replace(parts, heads=8), "sizes are not those of the heads"),
     (lambda parts: replace(parts, head_dim=8), "heads of 8 dimensions"),
     (lambda parts: replace(parts, rotary_dim=34), "34 rotated dimensions in heads of 16"),
-    (lambda parts: replace(parts, eps=float("nan")), "epsilon of nan"),
+    (lambda parts: replace(parts, norm=norm(torch.ones(64), eps=float("nan"))), "epsilon of nan"),
     (lambda parts: replace(parts, head=linear(48, 288)), "not as wide as the embedding"),
     (lambda parts: replace(parts, head=linear(64, 300)), "300 outputs for 288 embeddings"),
     (lambda parts: replace(parts, head=nn.Conv1d(64, 288, 1)), "neither packed nor a plain linear"),
-    (lambda parts: replace(parts, norm=torch.ones(32)), "norms that are not as wide"),
+    (lambda parts: replace(parts, norm=norm(torch.ones(32))), "norms that are not as wide"),
     (lambda parts: replace(parts, layers=()), "no layers"),
     (in_layer(qkv=(linear(64, 128),)), "made of different parts"),
     (in_layer(gate_up=(linear(64, 192),)), "made of different parts"),
@@ -104,8 +109,8 @@ def in_layer(**change):
     (in_layer(o=linear(32, 64)), "layers of different sizes"),
     (in_layer(o=linear(64, 48)), "not as wide as the residual"),
     (in_layer(q_norm=None, k_norm=None), "norms of the heads in some layers only"),
-    (in_layer(q_norm=torch.ones(8)), "not as wide as a head"),
-    (in_layer(post_norm=torch.ones(64, device="meta")), "several devices"),
+    (in_layer(q_norm=norm(torch.ones(8))), "not as wide as a head"),
+    (in_layer(mlp_norm=norm(torch.ones(64, device="meta"))), "several devices"),
 ])  # fmt: skip
 def test_parts_that_do_not_fit_together_reach_no_step(alter, says, folder):
     parts = parts_of(load(folder))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BadParameter
+from ..families.parts import ModelParts
 from ..gptq_linear import GPTQLinear
-from ..llama import LlamaParts
 from ..rope_length import RopeLength, border_of
 from ..running import Running
 from ..stepper import Memory, Stepper
@@ -41,7 +41,7 @@ class CpuStepper(Stepper):
     chunk_tokens = CHUNK_TOKENS
     all_in_turns = True
 
-    def __init__(self, parts: LlamaParts, context_tokens: int, threads: int, parallel: int = 1) -> None:
+    def __init__(self, parts: ModelParts, context_tokens: int, threads: int, parallel: int = 1) -> None:
         """Raises Unsuited, and then leaves the model as it was."""
         self._shape = shape_of(parts, LIMITS)
         self.embedding_rows = self._shape.embedding_rows
@@ -56,7 +56,7 @@ class CpuStepper(Stepper):
         if self._rope.kind:  # a forward has one set of angles: rows of other texts may need others
             self.parallel = 1
         self._embedding = parts.embedding.detach()
-        self._head, self._norm, self._eps = parts.head, parts.norm.detach().float(), parts.eps
+        self._head, self._norm, self._eps = parts.head, parts.norm.weight.detach().float(), parts.eps
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self.weights: list[Weights] = []
         self._model = self._take_in(parts, self._shape, context_tokens)
@@ -71,7 +71,7 @@ class CpuStepper(Stepper):
 
         self.prefill(self.begin(), [0])  # compiles what is not compiled, before the first answer waits for it
 
-    def _take_in(self, parts: LlamaParts, shape: Shape, context_tokens: int) -> dict[str, Any]:
+    def _take_in(self, parts: ModelParts, shape: Shape, context_tokens: int) -> dict[str, Any]:
         """Build the kernels' weights from the model's modules. Returns the fields of FORWARD that describe the model."""
         buffers: list[tuple[int, int]] = []
         layers = []
@@ -109,7 +109,7 @@ class CpuStepper(Stepper):
             "eps": shape.eps,
             "layers": np.array(layers, np.int64),
             "columns": columns,
-            "norms": _stack([*(each for layer in parts.layers for each in (layer.input_norm, layer.post_norm)), parts.norm]),
+            "norms": _stack([*(each for layer in parts.layers for each in (layer.attention_norm, layer.mlp_norm)), parts.norm]),
             "norm_width": shape.hidden,
             "qk_norms": _stack(qk_norms) if qk_norms else np.zeros((1, 1), np.float32),
             "cos": cos,
@@ -343,4 +343,4 @@ def _round_alike(a: Weights, b: Weights) -> bool:
 
 
 def _stack(tensors: Sequence[Any]) -> np.ndarray:
-    return torch.stack([each.detach().float() for each in tensors]).numpy()
+    return torch.stack([each.weight.detach().float() for each in tensors]).numpy()

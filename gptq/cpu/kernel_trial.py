@@ -2,8 +2,8 @@
 
 import torch
 
+from ..families.known import parts_of
 from ..gptq_linear import GPTQLinear
-from ..llama import parts_of
 from .cpu_step import CpuStepper
 
 

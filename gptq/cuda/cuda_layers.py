@@ -1,4 +1,4 @@
-"""A Llama-family model's weights as the kernels read them, and making them from its packed layers."""
+"""A model's weights as the kernels read them, and making them from its packed layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..families.parts import LayerParts, ModelParts, Norm
 from ..gptq_linear import GPTQLinear
-from ..llama import LayerParts, LlamaParts
 from ..suitability import Unsuited
 from .cuda_weights import Weight, packing_of, repack
 from .gpu_kernels import Gpu
@@ -50,19 +50,19 @@ class ModelWeights:
     layers: list[Layer] = field(default_factory=list)
 
     @classmethod
-    def of(cls, parts: LlamaParts, shape: ModelShape) -> "ModelWeights":
+    def of(cls, parts: ModelParts, shape: ModelShape) -> "ModelWeights":
         """All but the layers."""
         cosines, sines = parts.angles(shape.context_tokens)
         return cls(
             embedding=parts.embedding.data.contiguous(),
             head=parts.head_weight.data.contiguous(),
-            final_norm=parts.norm.data.half().contiguous(),
+            final_norm=parts.norm.weight.data.half().contiguous(),
             cosines=cosines,
             sines=sines,
             identity=torch.arange(shape.hidden, dtype=torch.int32, device=parts.device),
         )
 
-    def take_layers(self, gpu: Gpu, parts: LlamaParts, packings: Sequence["Packings"], progress: Callable[[float], None]) -> None:
+    def take_layers(self, gpu: Gpu, parts: ModelParts, packings: Sequence["Packings"], progress: Callable[[float], None]) -> None:
         """Repack layer by layer, so that the GPU never holds both forms of a model."""
         for at, (layer, four) in enumerate(zip(parts.layers, packings, strict=True)):
             self.layers.append(_take(gpu, layer, four))
@@ -105,17 +105,18 @@ def _take(gpu: Gpu, layer: LayerParts, packings: Packings) -> Layer:
         for one in each:
             one.release()
 
-    def in_order(norm: Tensor, weight: Weight) -> Tensor:
-        return torch.where(weight.order >= 0, norm.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
+    def in_order(norm: Norm | None, weight: Weight) -> Tensor:
+        assert norm is not None
+        return torch.where(weight.order >= 0, norm.weight.data.half()[weight.order.clamp(min=0).long()], 0).contiguous()
 
     return Layer(
         qkv=qkv,
         o=o,
         gate_up=gate_up,
         down=down,
-        input_norm=in_order(layer.input_norm, qkv),
-        post_norm=in_order(layer.post_norm, gate_up),
-        q_norm=None if layer.q_norm is None else layer.q_norm.data.half().contiguous(),
-        k_norm=None if layer.k_norm is None else layer.k_norm.data.half().contiguous(),
+        input_norm=in_order(layer.attention_norm, qkv),
+        post_norm=in_order(layer.mlp_norm, gate_up),
+        q_norm=None if layer.q_norm is None else layer.q_norm.weight.data.half().contiguous(),
+        k_norm=None if layer.k_norm is None else layer.k_norm.weight.data.half().contiguous(),
         window=layer.window,
     )

@@ -1,4 +1,4 @@
-"""One token of a Llama-family model on an NVIDIA GPU: five kernels a layer, recorded once as a CUDA graph.
+"""One token of a model on an NVIDIA GPU: five kernels a layer, recorded once as a CUDA graph.
 
     qkv        norm, product, bias
     attention  norm of heads, rotary embedding, keys and values kept, attention; output in the next input's order
@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..llama import LlamaParts
+from ..families.parts import ModelParts
 from ..suitability import Unsuited
 from . import gemv, small_batch
 from .attention import AttentionWork, attend
@@ -49,7 +49,7 @@ class CudaStep:
 
     def __init__(
         self,
-        parts: LlamaParts,
+        parts: ModelParts,
         context_tokens: int,
         *,
         parallel: int = 1,
@@ -84,7 +84,7 @@ class CudaStep:
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.tune({})
 
-    def _require_room(self, parts: LlamaParts, packings: Sequence[Packings]) -> None:
+    def _require_room(self, parts: ModelParts, packings: Sequence[Packings]) -> None:
         """Raises Unsuited if a block of this GPU has too little shared memory for the model's kernels."""
         limit = self.gpu.shared_limit_bytes
         for layer, four in zip(parts.layers, packings, strict=True):

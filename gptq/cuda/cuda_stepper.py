@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.chat import Step
 from ...core.params import GenerationParams
-from ..llama import LlamaParts
+from ..families.parts import ModelParts
 from ..prefix_cache import PrefixCache
 from ..stepper import Memory, Stepper
 from ..token_ids import require_known
@@ -30,7 +30,7 @@ class CudaStepper(Stepper):
     kernel: ClassVar[str] = "cuda"
     chunk_tokens = 2048
 
-    def __init__(self, parts: LlamaParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
+    def __init__(self, parts: ModelParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
         """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
         self._step = CudaStep(parts, context_tokens, parallel=parallel, q8=cache_type == "q8")
         self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows

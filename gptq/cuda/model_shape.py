@@ -1,11 +1,11 @@
-"""The numbers of a Llama-family model that its kernels are launched with, and whether the kernels can compute it."""
+"""The numbers of a model that its kernels are launched with, and whether the kernels can compute it."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from ..llama import LlamaParts
+from ..families.parts import ModelParts
 from ..rope_length import border_of
 from ..suitability import Limits, Shape, shape_of
 from .kernel_arguments import ATTENTION_HEADS, PAGE_TOKENS
@@ -20,7 +20,7 @@ class ModelShape(Shape):
     kv: KvFormat
 
     @classmethod
-    def of(cls, parts: LlamaParts, context_tokens: int, *, q8: bool = False) -> "ModelShape":
+    def of(cls, parts: ModelParts, context_tokens: int, *, q8: bool = False) -> "ModelShape":
         """Of a model that the kernels can compute. Raises Unsuited, with the reason, for any other.
 
         The kernels have one table of angles: where they depend on the length of the text, no text may leave the first set.

@@ -120,9 +120,9 @@ class TransformersOptions:
             return f"it needs the number format fp16, not {self.dtype}"
         if not model.is_packed:
             return "it is for quantised models"
-        from ...gptq.llama import is_of_family
+        from ...gptq.families.known import has_gpu_step
 
-        return "" if is_of_family(config_of(model)) else "models of this architecture are computed without it"
+        return "" if has_gpu_step(config_of(model)) else "models of this architecture are computed without it"
 
 
 def _cache_type(value: Any) -> Any:

@@ -1,0 +1,21 @@
+"""Llama, and what is made of its modules: Mistral, Qwen 2 and 3, Phi-3, Seed-OSS; Yi and most finetunes say llama or mistral."""
+
+from typing import Any
+
+from .parts import ModelParts, Options
+from .reading import act_of, base_of, llama_layer, model_of
+
+
+def describe(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if window is None and config.model_type in ("mistral", "phi3"):
+            window = getattr(config, "sliding_window", None)
+        layers.append(llama_layer(layer, config, window=window or 0))
+    qk_norm = "head" if layers[0].q_norm is not None else ""
+    return model_of(hf, layers, Options(activation=act_of(base.layers[0].mlp), qk_norm=qk_norm))
+
+
+KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss"), describe)
