@@ -36,3 +36,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="layout of the zero points (default: gptq)")
     parser.add_argument("--asymmetric", action="store_true", help="a zero point for every group")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders are made (default: the models folder)")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        nargs="?",
+        const=4096,
+        default=0,
+        metavar="TOKENS",
+        help="measure perplexity and KL divergence to the original on so much text, for the model card (4096 if none are given)",
+    )

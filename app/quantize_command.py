@@ -3,17 +3,16 @@
 import argparse
 import sys
 import threading
-import time
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import LoadCancelled
-from ..core.model_ref import ModelRef
 from ..core.models import LocalModel
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_duration
 from ..engine.engine import Engine
+from ..engine.layer_clock import LayerClock
 from ..engine.quantize_job import USUAL_BRANCHES, QuantizeJob, parse_branch, run
+from ..engine.quantize_source import find_source
 from .engine_commands import make_engine
 from .exit_codes import INTERRUPTED
 from .progress_bars import Bars
@@ -29,7 +28,8 @@ def quantize(options: argparse.Namespace) -> int:
     branches = [parse_branch(name, base) for name in names if name.strip()] or [base]
     source = _source(engine, options.source)
     output = (options.output or engine.library.roots[0]).expanduser().absolute()
-    job = QuantizeJob(source, output, list(dict.fromkeys(branches)), options.dataset, options.seq_len, options.samples)
+    wanted = list(dict.fromkeys(branches))
+    job = QuantizeJob(source, output, wanted, options.dataset, options.seq_len, options.samples, options.measure)
     try:
         folders = run(job, _Progress(), _say)
     except KeyboardInterrupt:
@@ -48,40 +48,24 @@ class _Progress:
     """One line for each layer: its error in every branch, and the time left."""
 
     def __init__(self) -> None:
-        self._made, self._last_s, self._spent_s = 0, time.monotonic(), 0.0
+        self._clock = LayerClock()
 
     def __call__(self, done: Any) -> None:
-        now_s = time.monotonic()
-        took_s, self._last_s = now_s - self._last_s, now_s
+        left_s = self._clock.left_s(done.index, done.count, resumed=done.resumed)
         line = f"Layer {done.index + 1} of {done.count}"
-        if done.resumed:
+        if left_s is None:
             _say(f"{line}: made by an earlier run")
             return
-        if self._made or done.count == 1:  # reading the model is in the time of the first layer
-            self._spent_s += took_s
-        self._made += 1
-        per_layer_s = self._spent_s / (self._made - 1) if self._made > 1 else took_s
-        left = format_duration(per_layer_s * (done.count - done.index - 1))
         errors = ", ".join(f"{name} {error:.3%}" for name, error in done.errors.items())
-        _say(f"{line}: error {errors}; {left} left")
+        _say(f"{line}: error {errors}; {format_duration(left_s)} left")
 
 
 def _source(engine: Engine, name: str) -> LocalModel:
-    """A folder, a model of the library, or a repository, which is downloaded."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return LocalModel.read(folder.absolute())
-    if name in [each.name for each in engine.library.models()]:
-        return engine.library.get(name)
-    plan = engine.library.plan(ModelRef.parse(name), any_kind=True)
-    _say(plan.summary)
     bars, cancel = Bars(), threading.Event()
     try:
-        for progress in engine.library.fetch(plan, cancel):
-            bars.show(progress)
+        return find_source(engine, name, _say, bars.show, cancel)
     except KeyboardInterrupt:
         cancel.set()
         raise LoadCancelled("Stopped. What arrived is kept; the same command continues from there.") from None
     finally:
         bars.end()
-    return LocalModel.read(plan.folder)

@@ -1,7 +1,7 @@
 """How good a model is on a text, and how near to another model, for example to the 16-bit one that it was made from."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +50,31 @@ def evaluate(
     for each in (model, against):
         if each is not None and each.kind not in ("gptq", "plain"):
             raise LoadRefused(f"{each.name} is {each.badge}; only GPTQ and 16-bit folders on this machine can be measured.")
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    return _measured([model], against, _windows(read_tokenizer(model), text, window, tokens), say)[0]
+
+
+def evaluate_made(
+    made: Sequence[LocalModel], original: LocalModel, window: int, tokens: int, say: Callable[[str], None]
+) -> list[Evaluation]:
+    """The same of several models that were made of one `original`, on Python's manual; the original is read once.
+
+    Needs `tokens` × vocabulary × 4 bytes on disk while it runs. Raises as `evaluate`.
+    """
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    return _measured(made, original, _windows(read_tokenizer(original), None, window, tokens), say)
+
+
+def _measured(
+    models: Sequence[LocalModel], against: LocalModel | None, windows: list[list[int]], say: Callable[[str], None]
+) -> list[Evaluation]:
     import torch
 
     from ..gptq import checkpoint, quality
-    from ..loaders.text.tokenizer import read_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    windows = _windows(read_tokenizer(model), text, window, tokens)
 
     def opened(each: LocalModel) -> Any:
         say(f"Reading {each.name}")
@@ -68,11 +86,11 @@ def evaluate(
 
     count = sum(len(each) - 1 for each in windows)  # each first token is context only
     if against is None:
-        return Evaluation(count, quality.measure(opened(model), windows, None, progress)[0])
-    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as folder:
-        other_perplexity = quality.store(opened(against), windows, Path(folder), progress)
-        perplexity, difference = quality.measure(opened(model), windows, Path(folder), progress)
-    return Evaluation(count, perplexity, other_perplexity, difference)
+        return [Evaluation(count, quality.measure(opened(each), windows, None, progress)[0]) for each in models]
+    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as name:
+        other_perplexity = quality.store(opened(against), windows, Path(name), progress)
+        measured = (quality.measure(opened(each), windows, Path(name), progress) for each in models)
+        return [Evaluation(count, perplexity, other_perplexity, difference) for perplexity, difference in measured]
 
 
 def default_text() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..core.chat import Message
 from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
@@ -23,6 +24,7 @@ from ..core.quantize_config import BITS, QuantizeConfig
 from ..core.units import format_bytes
 from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
 from .calibration_text import BUILT_IN, samples_of
+from .evaluation import evaluate_made
 
 USUAL_BRANCHES = (
     "gptq-4bit-128g-actorder_True",
@@ -30,6 +32,7 @@ USUAL_BRANCHES = (
     "gptq-8bit-128g-actorder_True",
     "gptq-8bit--1g-actorder_True",
 )
+QUALITY = "quality.json"  # in a branch's folder: its Evaluation
 _BRANCH = re.compile(r"gptq-(\d)bit-(-1|\d+)g-actorder_(True|False)")
 _NOT_COPIED = ("config.json", "quantize_config.json", "README.md")
 _COPIED = re.compile(r"(.*\.(json|jinja|model|txt|tiktoken)|LICENSE.*|NOTICE.*|USE_POLICY.*)", re.IGNORECASE)
@@ -43,6 +46,7 @@ class QuantizeJob:
     dataset: str = BUILT_IN
     sample_tokens: int = 2048
     samples: int = 128
+    measured_tokens: int = 0  # of text, on which each branch is compared with the original afterwards; 0: not measured
 
     def folder(self, config: QuantizeConfig) -> Path:
         """Where a branch is when it is finished."""
@@ -82,7 +86,7 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     wanted = [each for each in job.branches if not _is_finished(job.folder(each), digest)]
     if not wanted:
         say("Everything is there already.")
-        return _finish(job, text, len(samples))
+        return _finish(job, text, len(samples), say)
     job.output.mkdir(parents=True, exist_ok=True)
     needs_bytes = sum(2 * job.source.size_bytes * each.bits // 16 for each in wanted) + job.source.size_bytes // 4
     if (free := shutil.disk_usage(job.output).free) < needs_bytes:
@@ -103,11 +107,18 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
             _write_settings(job, config, text, draft)
             _publish(job, config, digest, draft)
     shutil.rmtree(work, ignore_errors=True)
-    return _finish(job, text, len(samples))
+    return _finish(job, text, len(samples), say)
 
 
-def _finish(job: QuantizeJob, text: str, samples: int) -> list[Path]:
-    """Write the model cards, which give the sizes of all branches."""
+def _finish(job: QuantizeJob, text: str, samples: int, say: Callable[[str], None]) -> list[Path]:
+    """Measure what was not measured yet, and write the model cards, which give the sizes and figures of all branches."""
+    folders = [job.folder(each) for each in job.branches]
+    missing = [each for each in folders if not (each / QUALITY).is_file()] if job.measured_tokens else []
+    if missing:
+        window = min(job.sample_tokens, job.measured_tokens)
+        found = evaluate_made([LocalModel.read(each) for each in missing], job.source, window, job.measured_tokens, say)
+        for folder, each in zip(missing, found, strict=True):
+            _write_json(folder / QUALITY, dataclasses.asdict(each))
     for config in job.branches:
         _write_model_card(job, config, text, samples)
     return [job.folder(each) for each in job.branches]
@@ -196,29 +207,70 @@ def _publish(job: QuantizeJob, config: QuantizeConfig, digest: str, draft: Path)
 def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, samples: int) -> None:
     front, licence = _front_matter(job.source.folder / "README.md")
     rows = "\n".join(_row(job, each, text) for each in job.branches)
+    measured = [found for each in job.branches if (found := _quality(job.folder(each)))]
     model_card = f"""---
 {front}---
 # {job.source.name}, GPTQ
 
 GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{licence}
 
-## Provided files
+{_prompt_template(job.source)}## Provided files
 
-| Branch | Bits | GS | Act Order | Damp % | GPTQ Dataset | Seq Len | Size | Desc |
-| ------ | ---- | -- | --------- | ------ | ------------ | ------- | ---- | ---- |
+| {" | ".join(_COLUMNS)} |
+|{" --- |" * len(_COLUMNS)}
 {rows}
 
 Calibrated with {samples} samples of {job.sample_tokens} tokens. Every layer was solved with the inputs of the unquantised model.
-"""
+{_how_measured(measured)}"""
     (job.folder(config) / "README.md").write_text(model_card, encoding="utf-8")
 
 
+_COLUMNS = (
+    "Branch", "Bits", "GS", "Act Order", "Damp %", "GPTQ Dataset", "Seq Len", "Size", "Perplexity", "KL to the original", "Desc",
+)  # fmt: skip
+
+
 def _row(job: QuantizeJob, config: QuantizeConfig, text: str) -> str:
-    size = format_bytes((job.folder(config) / "model.safetensors").stat().st_size)
+    folder = job.folder(config)
+    size = format_bytes((folder / "model.safetensors").stat().st_size)
     group = "None" if config.group_size == -1 else str(config.group_size)
     order = "Yes" if config.desc_act else "No"
+    found = _quality(folder)
+    figures = [f"{found['perplexity']:.3f}", f"{found['difference']['kl']:.4f}"] if found else ["not measured"] * 2
     cells = [branch_name(config), str(config.bits), group, order, str(config.damp_percent), text, str(job.sample_tokens), size]
-    return f"| {' | '.join(cells)} | {config.summary} |"
+    return f"| {' | '.join([*cells, *figures])} | {config.summary} |"
+
+
+def _quality(folder: Path) -> Any:
+    """The Evaluation of a branch as a dictionary; empty if it was not measured."""
+    return read_json(folder / QUALITY) if (folder / QUALITY).is_file() else {}
+
+
+def _how_measured(measured: Sequence[Any]) -> str:
+    if not measured:
+        return ""
+    first = measured[0]
+    return (
+        f"Measured on {first['tokens']} tokens of Python's manual, other pages than the calibration begins with: the original's "
+        f"perplexity there is {first['against_perplexity']:.3f}. KL divergence in nats per token; 0 is the original.\n"
+    )
+
+
+def _prompt_template(source: LocalModel) -> str:
+    """A section with the prompt of one question as the model's own template writes it; empty if it has none."""
+    from ..loaders.text import chat_template
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(source)
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    template = chat_template.find(source.folder, tokenizer, source.architecture)
+    try:
+        text = template.render([Message("user", "{prompt}")], tokenizer).rstrip()
+    finally:
+        template.close()
+    fence = "```"
+    return f"## Prompt template\n\n{fence}\n{text}\n{fence}\n\n" if fence not in text else ""
 
 
 def _front_matter(readme: Path) -> tuple[str, str]:

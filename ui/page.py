@@ -10,7 +10,7 @@ from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
-from . import chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, theme
+from . import chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, quantize_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
@@ -63,6 +63,8 @@ def build(
                 parameters = parameters_tab.build(engine, watcher, preset)
             with gr.Tab("Notebook", id="notebook") as notebook_tab_item:
                 notebook = notebook_tab.build(engine, parameters)
+            with gr.Tab("Quantize", id="quantize", visible=everybody) as quantize_tab_item:
+                quantize = quantize_tab.build(engine, watcher, access)
             if api is not None:
                 with gr.Tab("API", id="api", visible=everybody) as api_tab_item:
                     box = draw_api(engine, api, access)
@@ -74,13 +76,14 @@ def build(
         def arrange(kept: str, request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
             empty = engine.status.phase == "empty" and engine.slot.idle_load is None
-            open_to = {"chat", "parameters"} | ({"model", "api", "notebook"} if owner else set())
+            open_to = {"chat", "parameters"} | ({"model", "api", "notebook", "quantize"} if owner else set())
             first = kept if kept in open_to else "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None
             return {
                 tabs: gr.update(selected=first),
                 model_tab_item: gr.update(visible=owner),
+                quantize_tab_item: gr.update(visible=owner),
                 free: gr.update(visible=owner),
                 notice: gr.update(value=warning, visible=bool(warning)),
                 link.place: gr.update(visible=info is not None),
@@ -98,7 +101,7 @@ def build(
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
-        arranged = [tabs, model_tab_item, free, notice, link.place, link.text]
+        arranged = [tabs, model_tab_item, quantize_tab_item, free, notice, link.place, link.text]
         page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
@@ -107,6 +110,8 @@ def build(
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [page.load, model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
+        for trigger in [quantize_tab_item.select] if gradio_compat.LAZY_TABS else [page.load, quantize_tab_item.select]:
+            watcher.after(trigger(quantize.show, None, quantize.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
         notebook_tab_item.select(notebook.show, None, notebook.outputs, **gradio_compat.WATCH)
         if not gradio_compat.LAZY_TABS:
