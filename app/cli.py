@@ -173,6 +173,14 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     add_models(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    upload = commands.add_parser("upload", help="send GPTQ folders to the branches of a repository on the Hub")
+    upload.add_argument("models", metavar="MODEL", nargs="+", help="names or folders; the first one becomes main too")
+    upload.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository; it is made if there is none")
+    upload.add_argument("--private", action="store_true", help="if the repository is made: only you can see it")
+    add_json(upload)
+    add_models(upload)
+    upload.set_defaults(run=_upload)
+
     perplexity = commands.add_parser("perplexity", help="how well a model predicts texts, as it answers on this machine")
     add_perplexity(perplexity)
     add_models(perplexity)
@@ -247,6 +255,12 @@ def _quantize(options: argparse.Namespace) -> int:
     from .quantize_command import quantize
 
     return quantize(options)
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from .upload_command import send
+
+    return send(options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ serves a folder by hand. Faults are attributes of the server; see HubServer.
 """
 
 import argparse
+import base64
 import email.utils
 import hashlib
 import json
@@ -131,6 +132,9 @@ class HubServer:
         self.lists_also: list[dict[str, Any]] = []  # entries that no file stands behind
         self.latency_s = 0.0  # before every answer
         self.bytes_answered = 0  # of every body, lists and settings included
+        self.token_may_write = True
+        self.uploaded: dict[str, bytes] = {}  # large files that were put, by sha256
+        self.put_requests = 0
         self._links: dict[str, Blob] = {}
         self._xet_blobs: dict[str, Blob] = {}
         self._names: dict[str, str] = {}
@@ -230,6 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._do()
 
     def do_POST(self) -> None:
+        self._do()
+
+    def do_PUT(self) -> None:
         self._do()
 
     def _do(self) -> None:
@@ -334,6 +341,11 @@ class _Cdn(_Handler):
         if self.answer_fault():
             return None
         path = urlsplit(self.path).path
+        if self.command == "PUT":
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.hub.put_requests += 1
+            self.hub.uploaded[hashlib.sha256(body).hexdigest()] = body
+            return self.answer(200, ETag='"x"')
         if path.startswith(("/v1/reconstructions/", "/v2/reconstructions/", "/xorb/")):
             return self.xet(path)
         key = parse_qs(urlsplit(self.path).query).get("X-Signature", [""])[0]
@@ -377,13 +389,17 @@ def _chunk(data: bytes) -> bytes:
 class _Hub(_Handler):
     def route(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        form = parse_qs(self.rfile.read(length).decode()) if length else {}
+        body = self.rfile.read(length)
+        is_form = "json" not in self.headers.get("Content-Type", "")
+        form = parse_qs(body.decode()) if length and is_form else {}
         parts = urlsplit(self.path)
         pieces = [unquote(piece) for piece in parts.path.split("/")[1:]]
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token != self.hub.token:
             message = "Invalid credentials in Authorization header"
             return self.answer_json({"error": message}, 401, X_Error_Message=message)
+        if self.command == "POST" and not is_form:
+            return self.write(pieces, body, token)
         api = pieces[:2] == ["api", "models"]
         pieces = pieces[2:] if api else pieces
         if len(pieces) < 2:
@@ -405,6 +421,58 @@ class _Hub(_Handler):
             return self.api(name, repo, rest, parse_qs(parts.query), form)
         if len(rest) > 2 and rest[0] == "resolve":
             return self.resolve(name, repo, rest[1], "/".join(rest[2:]), token)
+        return self.answer_json({"error": "Not found"}, 404)
+
+    def write(self, pieces: list[str], body: bytes, token: str) -> None:
+        """The calls with which huggingface-hub uploads: a repository, a branch, a commit with its files."""
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        given = lines[0] if lines else {}
+        if pieces == ["api", "validate-yaml"]:
+            return self.answer_json({"errors": [], "warnings": []})
+        if not token or not self.hub.token_may_write:
+            message = "You don't have the rights to create a model under this namespace"
+            return self.answer_json({"error": message}, 403 if token else 401, X_Error_Message=message)
+        if self.answer_fault("write"):
+            return None
+        if pieces == ["api", "repos", "create"]:
+            name = "/".join(each for each in (given.get("organization"), given["name"]) if each)
+            if name in self.hub.repos:
+                return self.answer_json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
+            self.hub.add(
+                name, {".gitattributes": b""}, private=bool(given.get("private")) or given.get("visibility") == "private"
+            )
+            return self.answer_json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        api = pieces[:2] == ["api", "models"]
+        pieces = pieces[2:] if api else pieces
+        name, rest = "/".join(pieces[:2]).removesuffix(".git"), pieces[2:]
+        repo = self.hub.repos[name]
+        if rest[:1] == ["branch"]:
+            if rest[1] in repo.branches:
+                return self.answer_json({"error": "exists"}, 409)
+            repo.branches[rest[1]] = repo.branches["main"]
+            return self.answer_json({})
+        if rest[:1] == ["preupload"]:
+            modes = [
+                {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular", "shouldIgnore": False}
+                for each in given["files"]
+            ]
+            return self.answer_json({"files": modes})
+        if rest == ["info", "lfs", "objects", "batch"]:
+            objects = [
+                each if each["oid"] in self.hub.uploaded else each | {"actions": {"upload": {"href": f"{self.hub.cdn_url}/put"}}}
+                for each in given["objects"]
+            ]
+            return self.answer_json({"transfer": "basic", "objects": objects})
+        if rest[:1] == ["commit"]:
+            files: dict[str, bytes | Path] = {}
+            for line in lines[1:]:
+                value = line["value"]
+                files[value["path"]] = (
+                    self.hub.uploaded[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
+                )
+            commit = self.hub.add(name, files, rest[1], repo.gated, repo.private)  # type: ignore[arg-type]
+            url = f"https://huggingface.co/{name}/commit/{commit}"  # huggingface-hub 0.36 reads no other host's
+            return self.answer_json({"success": True, "commitUrl": url, "commitOid": commit})
         return self.answer_json({"error": "Not found"}, 404)
 
     def commit(self, repo: Repo, revision: str) -> str | None:
