@@ -5,6 +5,7 @@ The turns are those of arrival: a request for another model lets the running ans
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -34,11 +35,31 @@ class _Waiter:
 _hold: ContextVar[_Hold | None] = ContextVar("hold", default=None)
 
 
+class ForeignNames:
+    """Names like gpt-4 that no local model has: each is remembered for a moment.
+
+    Programs name a model in every request, and to list many folders takes longer than such a request.
+    """
+
+    def __init__(self, seconds: float = 1.0, most: int = 256) -> None:
+        self._seconds, self._most = seconds, most
+        self._until: dict[str, float] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return time.monotonic() < self._until.get(name, 0.0)
+
+    def add(self, name: str) -> None:
+        if len(self._until) >= self._most:
+            self._until.clear()
+        self._until[name] = time.monotonic() + self._seconds
+
+
 class ModelGate:
     """May be used from several event loops. `most` is how many requests may wait."""
 
     def __init__(self, engine: Engine, most: int) -> None:
         self.load_on_request = False  # whether a caller with the admin right may name the model to load
+        self.foreign = ForeignNames()
         self._engine, self._most = engine, most
         self._lock = threading.Lock()
         self._users = 0

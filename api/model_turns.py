@@ -67,14 +67,18 @@ async def _local(service: Service, name: str | None) -> str | None:
     loaded = service.engine.loaded
     if not name or (loaded is not None and name == loaded.model.name):
         return name or None
+    if name in service.gate.foreign:
+        return None
     names = {each.name for each in await service.models()}
     if name in names:
         return name
-    try:
+    folder = ""
+    with contextlib.suppress(BadModelName):
         folder = ModelRef.parse(name).folder_name if "/" in name else ""
-    except BadModelName:
-        return None
-    return folder if folder in names else None
+    if folder in names:
+        return folder
+    service.gate.foreign.add(name)
+    return None
 
 
 async def _load(service: Service, request: Request, name: str) -> None:

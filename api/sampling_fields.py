@@ -84,8 +84,7 @@ def read_sampling(request: Any) -> dict[str, Any]:
 
 def read_protocol_sampling(protocol: Protocol, request: BaseModel) -> dict[str, Any]:
     """What a request with the fields of `fields_of` says about sampling, under our names and within our limits."""
-    names = {each for theirs in names_in(protocol).values() for each in theirs}
-    return read_request(protocol, request.model_dump(include={*names, *_DYNAMIC}))
+    return read_request(protocol, {name: getattr(request, name) for name in request.model_fields_set})
 
 
 def read_named(given: Mapping[str, Any], names: Mapping[str, str] | None = None, within: str = "") -> dict[str, Any]:

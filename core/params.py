@@ -8,6 +8,7 @@ PyTorch (`by_torch`), and what each back-end obeys. To add a parameter, add a ro
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from .grammar import Grammar
@@ -36,6 +37,9 @@ def _torch(
     )  # fmt: skip
 
 
+_TABLE: list[tuple[str, SamplingField, Any]] = []  # filled below, as soon as the class is made
+_CHECKED: dict[str, Any] = {}  # the neutral values, checked
+_NOTHING = object()
 _EVERY: tuple[BackEnd, ...] = ("own", "exllamav2", "remote")
 
 
@@ -212,16 +216,18 @@ class GenerationParams:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        checked = _CHECKED  # every request makes several of these, where most values are as they were
         for name, row, value in self.table(self):
-            object.__setattr__(self, name, row.check(name, value))
+            if value is not checked.get(name, _NOTHING):
+                object.__setattr__(self, name, row.check(name, value))
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
 
     @classmethod
     def table(cls, values: "GenerationParams | None" = None) -> Iterator[tuple[str, SamplingField, Any]]:
         """(name, row, value) of every parameter, in the order they are shown; the default without `values`."""
-        for each in fields(cls):
-            yield each.name, each.metadata["row"], getattr(values, each.name) if values is not None else each.default
+        for name, row, default in _TABLE or [(each.name, each.metadata["row"], each.default) for each in fields(cls)]:
+            yield name, row, getattr(values, name) if values is not None else default
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
@@ -243,10 +249,11 @@ def obeyed_by(back_end: BackEnd) -> frozenset[str]:
 
 def neutral_values() -> dict[str, Any]:
     """The values that change nothing: the model as it is."""
-    return {name: row.neutral for name, row, _default in GenerationParams.table() if row.neutral is not None}
+    return dict(_CHECKED)
 
 
-def names_in(protocol: Protocol) -> dict[str, tuple[str, ...]]:
+@cache
+def names_in(protocol: Protocol) -> Mapping[str, tuple[str, ...]]:
     """Name of a parameter -> its names in a protocol, for those that it has."""
     return {name: row.names[protocol] for name, row, _default in GenerationParams.table() if protocol in row.names}
 
@@ -257,10 +264,10 @@ def read_request(protocol: Protocol, given: Mapping[str, Any]) -> dict[str, Any]
     A number past the limits becomes the nearest within: sliders of other programs go further than ours.
     """
     found: dict[str, Any] = {}
-    for name, row, _default in GenerationParams.table():
-        for theirs in row.names.get(protocol, ()):
+    for name, names in names_in(protocol).items():
+        for theirs in names:
             value = given.get(theirs)
-            if name not in found and value is not None and (read := row.read(value)) is not None:
+            if name not in found and value is not None and (read := _ROWS[name].read(value)) is not None:
                 found[name] = read
     return found | _dynamic_temperature(given)
 
@@ -287,11 +294,13 @@ def changed_in(protocol: Protocol, params: GenerationParams) -> dict[str, Any]:
     }
 
 
+_TABLE += GenerationParams.table()
+_ROWS = {name: row for name, row, _default in _TABLE}
+_CHECKED.update({name: row.check(name, row.neutral) for name, row in _ROWS.items() if row.neutral is not None})
+
 PRESETS: dict[str, GenerationParams] = {
     "Model card": GenerationParams(),  # what TheBloke's model cards show: 0.7, 0.95, 40, 1.1, 512
     "Precise": GenerationParams(temperature=0.0, top_p=1.0, top_k=0),  # the penalty keeps long answers from looping
     "Balanced": GenerationParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.05),
     "Creative": GenerationParams(temperature=1.1, top_p=1.0, top_k=0, min_p=0.05, repetition_penalty=1.1),
 }
-
-_ROWS = {name: row for name, row, _default in GenerationParams.table()}

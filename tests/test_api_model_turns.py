@@ -1,6 +1,7 @@
 """api/model_turns.py and api/model_gate.py: requests name the model that answers them, in turn."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -141,3 +142,18 @@ def test_a_load_that_fails_is_said_and_the_model_before_comes_back(server, engin
     answer = ask(server.http, OTHER)
     assert answer.status_code == 500 and OTHER in answer.json()["error"]["message"] and "Traceback" not in answer.text
     assert engine.loaded.model.name == MISTRAL and ask(server.http, MISTRAL).status_code == 200
+
+
+def test_a_foreign_name_is_looked_up_once_and_a_model_that_comes_is_found(server, engine, monkeypatch, tmp_path):
+    listed = []
+    monkeypatch.setattr(engine.library, "models", lambda: listed.append(1) or list(engine.library._models))
+    for _ in range(5):
+        assert ask(server.http, "gpt-4").json()["model"] == MISTRAL
+    assert len(listed) < 5  # a list of many folders takes longer than such a request
+    new = LocalModel(tmp_path / "new-GPTQ", "gptq", QuantizeConfig(4, 128), 1_000_000_000, 4096, "LlamaForCausalLM")
+    assert ask(server.http, "new-GPTQ").json()["model"] == MISTRAL
+    engine.library._models.append(new)
+    end = time.monotonic() + 30
+    while ask(server.http, "new-GPTQ").json()["model"] != "new-GPTQ":  # for a moment the name counts as foreign
+        assert time.monotonic() < end
+        time.sleep(0.05)

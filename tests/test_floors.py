@@ -30,6 +30,7 @@ MOST_LINES = 300
 LONG = {
     "benchmarks/soak.py": "one client with all its attacks, and what is counted of them",
     "benchmarks/tune.py": "one tool, with a flag for each group of kernels",
+    "core/params.py": "one table, a row for each sampling parameter",
     "engine/chat_service.py": "every change of a running answer takes one lock",
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "api/service.py": "one description of the server, from which every protocol reads",

@@ -39,6 +39,16 @@ def test_every_limit_is_accepted_and_what_lies_beyond_is_named(name: str) -> Non
             GenerationParams(**{name: value})
 
 
+def test_what_is_not_checked_again_is_as_the_check_leaves_it() -> None:
+    rows = {name: row for name, row, _default in GenerationParams.table()}
+    for name, value in neutral_values().items():
+        checked = rows[name].check(name, value)
+        assert checked == value and type(checked) is type(value)
+        assert type(getattr(GenerationParams(**{name: value}), name)) is type(value)
+    with pytest.raises(BadParameter, match="max_new_tokens"):
+        GenerationParams(max_new_tokens=None)  # type: ignore[arg-type] # it has no neutral value, and no default is passed over
+
+
 @pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "top_k"])
 @pytest.mark.parametrize("value", ["7", None, True, float("nan"), float("inf"), [1]])
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
