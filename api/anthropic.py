@@ -42,13 +42,13 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/messages")
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """The next message of a conversation. One that ends with an assistant's message is continued."""
-        service.ignore(PROTOCOL, [*body.unknown(), *(["thinking"] if body.thinking else [])])
+        service.ignore(PROTOCOL, body.unknown())
         loaded = await model_for(service, request, body.model)
         tools = tools_of(body)
         params = await _params(service, loaded, body)
         prompt = await service.fit(request, messages_of(body), body.max_tokens, trim=True, loaded=loaded, tools=tools)
         running = await service.answer(request, PROTOCOL, [prompt], params)
-        answer = AnthropicAnswer(loaded.model.name, len(prompt.prompt.ids))
+        answer = AnthropicAnswer(loaded.model.name, len(prompt.prompt.ids), body.shows_thoughts)
         if not body.stream:
             return Json(answer.whole((await running.whole())[0]))
         await running.begun()

@@ -55,7 +55,9 @@ class CountRequest(Open):
     system: str | list[Block] | None = None
     tools: list[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: dict[str, Any] | None = Field(None, description="not obeyed")
+    thinking: dict[str, Any] | None = Field(
+        None, description="of the type enabled or adaptive: thoughts come as blocks of their own"
+    )
     output_config: OutputConfig | None = Field(None, description="its `format`: a JSON schema for the answer")
     output_format: dict[str, Any] | None = Field(None, description="the same, as the protocol had it before")
 
@@ -68,6 +70,11 @@ class MessagesRequest(CountRequest):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = None
     metadata: dict[str, Any] | None = None
+
+    @property
+    def shows_thoughts(self) -> bool:
+        wanted = self.thinking or {}
+        return wanted.get("type") in ("enabled", "adaptive") and wanted.get("display") != "omitted"
 
 
 def messages_of(body: CountRequest) -> list[Message]:

@@ -10,16 +10,21 @@ from .anthropic_models import their_id
 
 
 class AnthropicAnswer:
-    """One answer on its way. `prompt_tokens` is what is known before it begins."""
+    """One answer on its way. `prompt_tokens` is what is known before it begins; `thoughts`: they are sent, too."""
 
-    def __init__(self, model: str, prompt_tokens: int) -> None:
+    def __init__(self, model: str, prompt_tokens: int, thoughts: bool = False) -> None:
+        self._thoughts = thoughts
         self.id = "msg_" + secrets.token_hex(12)
         self.model, self.prompt_tokens = model, prompt_tokens
         self._at = -1  # the block that is being sent
         self._kind = ""  # of that block; "": none is open
 
     def whole(self, answer: WholeAnswer) -> dict[str, Any]:
-        blocks: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
+        blocks: list[dict[str, Any]] = []
+        if answer.thought and self._thoughts:
+            blocks.append({"type": "thinking", "thinking": answer.thought, "signature": ""})
+        if answer.text:
+            blocks.append({"type": "text", "text": answer.text})
         for call in answer.calls:
             block = {"type": "tool_use", "id": their_id(call.id), "name": call.name, "input": _input(call.arguments)}
             blocks.append(block)
@@ -37,10 +42,14 @@ class AnthropicAnswer:
             reason = {"stop_reason": stop_reason(found), "stop_sequence": found.stop_string or None}
             return self._close() + event("message_delta", delta=reason, usage=usage_of(found)) + event("message_stop")
         if (part := found.call) is None:
-            if not found.text:
-                return b""
-            begin = b"" if self._kind == "text" else self._open({"type": "text", "text": ""})
-            return begin + self._delta({"type": "text_delta", "text": found.text})
+            sent = b""
+            if found.thought and self._thoughts:
+                sent += b"" if self._kind == "thinking" else self._open({"type": "thinking", "thinking": "", "signature": ""})
+                sent += self._delta({"type": "thinking_delta", "thinking": found.thought})
+            if found.text:
+                sent += b"" if self._kind == "text" else self._open({"type": "text", "text": ""})
+                sent += self._delta({"type": "text_delta", "text": found.text})
+            return sent
         begin = b""
         if part.id:
             begin = self._open({"type": "tool_use", "id": their_id(part.id), "name": part.name, "input": {}})
@@ -61,8 +70,9 @@ class AnthropicAnswer:
     def _close(self) -> bytes:
         if not self._kind:
             return b""
+        signed = self._delta({"type": "signature_delta", "signature": ""}) if self._kind == "thinking" else b""
         self._kind = ""
-        return event("content_block_stop", index=self._at)
+        return signed + event("content_block_stop", index=self._at)
 
 
 def event(name: str, **fields: Any) -> bytes:

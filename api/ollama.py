@@ -11,7 +11,6 @@ from starlette.responses import Response
 from ..core.chat import Message
 from ..core.models import LocalModel
 from ..core.params import GenerationParams
-from ..core.thinking import begun_by
 from ..core.tools import ToolUse
 from ..loaders.contract.base import LoadedModel
 from .answer_stream import EventStream
@@ -154,7 +153,7 @@ async def _answer(
     prompt = await service.fit(request, source, limit_of(options), loaded=loaded, tools=tools)
     think = _think(loaded, body.think)
     running = await service.answer(request, PROTOCOL, [prompt], params)
-    answer = OllamaAnswer(body.model or loaded.model.name, write, think, begun_by(prompt.prompt.text))
+    answer = OllamaAnswer(body.model or loaded.model.name, write, think)
     if body.stream is False:
         return Json(answer.whole((await running.whole())[0]))
     await running.begun()
@@ -165,13 +164,11 @@ async def _answer(
     return EventStream(running, answer.encode, failing=failing, media_type="application/x-ndjson")
 
 
-def _think(loaded: LoadedModel, wanted: bool | str | None) -> bool | None:
-    """Raises Problem for a model that was not taught to think aloud."""
-    if wanted is None or wanted is False:
-        return wanted
-    if not _thinks(loaded.template.jinja):
+def _think(loaded: LoadedModel, wanted: bool | str | None) -> bool:
+    """Whether thoughts are sent, as Ollama does where a request does not say. Raises Problem for a model that does not think."""
+    if wanted and not _thinks(loaded.template.jinja):
         raise Problem("unsupported", f"{loaded.model.name} does not think aloud. Leave `think` out.", "think")
-    return True
+    return wanted is not False
 
 
 async def _load(service: Service, request: Request, body: OllamaRequest, name: str, write: Any) -> Response:

@@ -1,4 +1,4 @@
-"""Ollama's answers: whole, and as lines of JSON. Calls come whole; thoughts come apart where they are wanted."""
+"""Ollama's answers: whole, and as lines of JSON. Calls come whole; thoughts come apart."""
 
 import json
 import time
@@ -6,65 +6,43 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from ..core import thinking
 from ..core.chat import Finish, Token
 from ..core.tools import ToolCall
 from .answer_stream import WholeAnswer
 from .ollama_models import arguments_of
 
-_OPENING = ("<think", "<thought", "<reason", "<|", "[THINK", "◁think")  # how thoughts begin, as far as it takes to wait
-
 
 class OllamaAnswer:
-    """One answer. `think`: None leaves thoughts where they are, True tells them apart, False leaves them out."""
+    """One answer. `thoughts`: they are sent, apart from the text."""
 
-    def __init__(self, model: str, write: Callable[[dict[str, Any]], dict[str, Any]], think: bool | None, begun: bool) -> None:
-        self._model, self._write, self._think, self._begun = model, write, think, begun
+    def __init__(self, model: str, write: Callable[[dict[str, Any]], dict[str, Any]], thoughts: bool) -> None:
+        self._model, self._write, self._thoughts = model, write, thoughts
         self._began = time.perf_counter()
-        self._text, self._said, self._thought = "", "", ""
         self._answer = WholeAnswer()
         self._sent_calls = 0
 
     def whole(self, answer: WholeAnswer) -> dict[str, Any]:
-        self._text = answer.text
-        said, thought = self._apart(ended=True)
-        fields: dict[str, Any] = {"content": said, **({"thinking": thought} if thought else {})}
+        fields: dict[str, Any] = {"content": answer.text}
+        if answer.thought and self._thoughts:
+            fields["thinking"] = answer.thought
         if answer.calls:
             fields["tool_calls"] = [written_call(each) for each in answer.calls]
         return self._line(fields, answer.finish)
 
     def encode(self, _at: int, event: Token | Finish) -> bytes:
         if isinstance(event, Finish):
-            lines = self._news(ended=True) + self._calls(len(self._answer.calls))
+            lines = self._calls(len(self._answer.calls))
             return b"".join(map(_json, [*lines, self._line({"content": ""}, event)]))
         if event.call is not None:
             self._answer.add(event)
             return b"".join(map(_json, self._calls(event.call.index)))
-        self._text += event.text
-        return b"".join(map(_json, self._news())) if event.text else b""
+        lines = [self._line({"content": "", "thinking": event.thought})] if event.thought and self._thoughts else []
+        return b"".join(map(_json, lines + ([self._line({"content": event.text})] if event.text else [])))
 
     def _calls(self, complete: int) -> list[dict[str, Any]]:
         """Those that are complete and not sent yet."""
         calls, self._sent_calls = self._answer.calls[self._sent_calls : complete], max(complete, self._sent_calls)
         return [self._line({"content": "", "tool_calls": [written_call(each)]}) for each in calls]
-
-    def _news(self, ended: bool = False) -> list[dict[str, Any]]:
-        said, thought = self._apart(ended)
-        new_thought, new_said = thought[len(self._thought) :], said[len(self._said) :]
-        self._thought, self._said = thought, said
-        lines = [self._line({"content": "", "thinking": new_thought})] if new_thought else []
-        return lines + ([self._line({"content": new_said})] if new_said else [])
-
-    def _apart(self, ended: bool) -> tuple[str, str]:
-        """(what is said so far, what is thought)."""
-        if self._think is None:
-            return self._text, ""
-        start = self._text.lstrip()
-        if not ended and any(each.startswith(start[: len(each)]) for each in _OPENING) and len(start) < 12:
-            return "", ""
-        parts = thinking.parts_of(self._text, begun=self._begun)
-        said = "".join(each.text for each in parts if not each.is_thought)
-        return said, "\n\n".join(each.text for each in parts if each.is_thought) if self._think else ""
 
     def _line(self, fields: dict[str, Any], finish: Finish | None = None) -> dict[str, Any]:
         head = {"model": self._model, "created_at": now(), **self._write(fields), "done": finish is not None}

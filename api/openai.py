@@ -60,7 +60,7 @@ def build(service: Service) -> APIRouter:
         given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = limit_of(given, None)
         prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools)
-        running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1)
+        running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1, apart=body.thoughts_apart)
         head = AnswerHead("chatcmpl-", "chat.completion", loaded.model.name)
         if body.stream:
             await running.begun()
@@ -115,12 +115,13 @@ def messages_of(body: Sequence[ChatMessage]) -> list[Message]:
 
 
 def _chat_answer(answer: WholeAnswer, body: ChatCompletionRequest) -> ChatAnswer:
+    thought = answer.thought if answer.thought and body.include_reasoning is not False else None
     if not answer.calls:
-        return ChatAnswer(content=said(answer, body), reasoning_content=answer.thought or None)
+        return ChatAnswer(content=said(answer, body), reasoning_content=thought)
     calls = tool_requests.whole(answer.calls)
     if is_older(body):
-        return ChatAnswer(content=answer.text or None, function_call=calls[0]["function"])
-    return ChatAnswer(content=answer.text or None, tool_calls=calls)
+        return ChatAnswer(content=answer.text or None, reasoning_content=thought, function_call=calls[0]["function"])
+    return ChatAnswer(content=answer.text or None, reasoning_content=thought, tool_calls=calls)
 
 
 async def _params(service: Service, loaded: LoadedModel, body: Any, logprobs: int | None) -> GenerationParams:

@@ -81,8 +81,15 @@ class ChatCompletionRequest(_AnswerRequest):
     tools: list[ToolField] | None = None
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or the one function to call")
     parallel_tool_calls: bool | None = None
+    reasoning_format: str | None = Field(None, description="llama.cpp's: none leaves thoughts in the text, with their marks")
+    separate_reasoning: bool | None = Field(None, description="SGLang's: false is the same")
+    include_reasoning: bool | None = Field(None, description="vLLM's: false leaves thoughts out")
     functions: list[Function] | None = Field(None, description="as tools, in OpenAI's older protocol")
     function_call: str | dict[str, Any] | None = None
+
+    @property
+    def thoughts_apart(self) -> bool:
+        return self.separate_reasoning is not False and self.reasoning_format != "none"
 
 
 class CompletionRequest(_AnswerRequest):
@@ -118,7 +125,7 @@ class ChatAnswer(BaseModel):
     role: str = "assistant"
     content: str | None
     refusal: str | None = None
-    reasoning_content: str | None = Field(default=None, description="what a model thought that writes in channels (GPT-OSS)")
+    reasoning_content: str | None = Field(default=None, description="what a model thought before it answered")
     tool_calls: list[dict[str, Any]] | None = None
     function_call: dict[str, Any] | None = None
 

@@ -65,10 +65,11 @@ def chat_stream(service: Service, loaded: LoadedModel, running: Running, head: A
             return chunks.choice(at, {"delta": {"function_call": piece["function"]} if older else {"tool_calls": [piece]}})
         logprobs = chat_logprobs(service.token_texts(loaded), [event]) if body.logprobs and event.id >= 0 else None
         ids = {"token_ids": [event.id]} if body.return_token_ids and event.id >= 0 else {}
-        said: dict[str, Any] = {"reasoning_content": event.thought} if event.thought else {}
+        thought = event.thought if body.include_reasoning is not False else ""
+        said: dict[str, Any] = {"reasoning_content": thought} if thought else {}
         if event.text or not said:
             said["content"] = event.text
-        return chunks.choice(at, {"delta": said, **ids}, logprobs) if event.text or event.thought or logprobs or ids else b""
+        return chunks.choice(at, {"delta": said, **ids}, logprobs) if event.text or thought or logprobs or ids else b""
 
     opening = b"".join(chunks.choice(at, {"delta": {"role": "assistant", "content": ""}}) for at in range(running.count))
     run = service.run if body.logprobs else None

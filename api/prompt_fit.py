@@ -3,6 +3,7 @@
 Everything here renders a template or tokenises, which may take seconds: it runs on a thread, never on the event loop.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ _LONGEST_TOKEN = 128  # characters
 _COUNTED_CONTEXTS = 4  # a text that is only counted or listed may be longer than a prompt
 _CHECKED_BYTES = 150_000  # tokenising takes about 450 bytes for each byte of a text; longer ones are counted in slices first
 _SLICE = 16_384  # characters
+_MOST_FOR_TOOLS = 4  # the part of the context that tools may take in the prompt of a model that was not taught them
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def fit(
     context = loaded.context_tokens
     if not isinstance(source, Prompt):
         require_length(loaded, source if isinstance(source, str) else _words(source, tools), context)
-        source = loaded.prompt(source, tools)
+        source = _made(loaded, source, tools)
     count = len(source.ids)
     if count == 0:
         raise Problem("invalid", "The prompt is empty. Send some text.", "prompt")
@@ -68,6 +72,27 @@ def fit(
             "Shorten one of them, or load the model with a longer context.",
         )
     return FittedPrompt(loaded, source, max(1, min(wanted, room, MOST_NEW_TOKENS)))
+
+
+def _made(loaded: LoadedModel, source: str | Sequence[Message], tools: ToolUse | None) -> Prompt:
+    """The prompt. A model that was not taught tools is not shown more of them than a quarter of its context holds.
+
+    Open WebUI offers some 40 tools with every message: they would leave a small model no room, and it seldom calls one.
+    """
+    prompt, most = loaded.prompt(source, tools), loaded.context_tokens // _MOST_FOR_TOOLS
+    calls = prompt.calls
+    if calls is None or calls.has_skill or calls.use.is_forced or len(prompt.ids) <= most:
+        return prompt
+    bare = loaded.prompt(source)
+    if len(prompt.ids) - len(bare.ids) <= most:
+        return prompt
+    log.info(
+        "%s was not taught tools: %d tools take %d tokens, more than a quarter of its context, and are left out",
+        loaded.model.name,
+        len(calls.use.tools),
+        len(prompt.ids) - len(bare.ids),
+    )
+    return bare
 
 
 def _words(messages: Sequence[Message], tools: ToolUse | None) -> str:

@@ -23,6 +23,7 @@ class ResponseAnswer:
         self.items: list[dict[str, Any]] = []
         self._text = ""  # of the open item
         self._is_open = False
+        self._thought_tokens = 0  # that showed something of a thought
         self._finish: Finish | None = None
         self._error: dict[str, str] | None = None
 
@@ -34,7 +35,7 @@ class ResponseAnswer:
                 "input_tokens": finish.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": finish.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": finish.new_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": min(self._thought_tokens, finish.new_tokens)},
                 "total_tokens": finish.prompt_tokens + finish.new_tokens,
             }
         reason = {"reason": "max_output_tokens"} if self.status == "incomplete" else None
@@ -57,7 +58,7 @@ class ResponseAnswer:
         if isinstance(event, Finish):
             return self._end(event)
         if (part := event.call) is None:
-            return self._say(event.text) if event.text else b""
+            return (self._think(event.thought) if event.thought else b"") + (self._say(event.text) if event.text else b"")
         sent = b""
         if part.id:
             sent = self._close("completed")
@@ -86,8 +87,22 @@ class ResponseAnswer:
         self._text += text
         return sent + self._event("response.output_text.delta", **self._where, content_index=0, delta=text, logprobs=[])
 
+    def _think(self, thought: str) -> bytes:
+        sent = b""
+        if not self._is_open or self.items[-1]["type"] != "reasoning":
+            sent = self._close("completed")
+            sent += self._open(
+                {"id": new_item_id("rs"), "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
+            )
+            sent += self._event("response.content_part.added", **self._where, content_index=0, part=_thought(""))
+        self._text += thought
+        self._thought_tokens += 1
+        return sent + self._event("response.reasoning_text.delta", **self._where, content_index=0, delta=thought)
+
     def _end(self, finish: Finish) -> bytes:
-        sent = b"" if self.items else self._say("")  # an answer of nothing is an empty message
+        sent = (
+            b"" if any(each["type"] != "reasoning" for each in self.items) else self._say("")
+        )  # an answer of nothing is an empty message
         cut = finish.reason == "length"
         sent += self._close("incomplete" if cut else "completed")
         self._finish = finish
@@ -110,6 +125,10 @@ class ResponseAnswer:
             sent = self._event("response.output_text.done", **self._where, content_index=0, text=text, logprobs=[])
             sent += self._event("response.content_part.done", **self._where, content_index=0, part=_part(text))
             done = {**item, "content": [_part(text)], "status": status}
+        elif item["type"] == "reasoning":
+            sent = self._event("response.reasoning_text.done", **self._where, content_index=0, text=text)
+            sent += self._event("response.content_part.done", **self._where, content_index=0, part=_thought(text))
+            done = {**item, "content": [_thought(text)], "status": status}
         else:
             sent = self._event("response.function_call_arguments.done", **self._where, name=item["name"], arguments=text)
             done = {**item, "arguments": text, "status": status}
@@ -128,3 +147,7 @@ class ResponseAnswer:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _thought(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}

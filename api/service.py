@@ -36,7 +36,7 @@ from .metrics import Metrics
 from .model_gate import ModelGate
 from .problems import Problem
 from .prompt_fit import FittedPrompt, Source
-from .thoughts import ThoughtsApart, has_channels
+from .thoughts import ThoughtsApart, reader_of
 from .token_texts import TokenTexts
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ class Service:
         n: int = 1,  # answers to each prompt
         scored: int | None = None,  # in place of answers: the prompts' own log-probabilities, with so many of the likeliest
         note: Any = None,  # what the protocol wants to find in `answers()`
+        apart: bool = True,  # thoughts are told apart from the answer
     ) -> Running:
         """Join the queue; the answers begin at their turn. Raises Problem, QueueFull."""
         if n * len(prompts) > MOST_ANSWERS:
@@ -219,15 +220,15 @@ class Service:
             raise
         if n > 1 and params.seed is None:
             params = replace(params, seed=random.getrandbits(31))
-        starts = [self._start(protocol, each, params, at, scored) for each in prompts for at in range(n)]
+        starts = [self._start(each, params, at, scored, apart) for each in prompts for at in range(n)]
         running = Running(starts, ticket, self._threads, self._ended, note)
         self._running.add(running)
         return running.start(request)
 
-    def _start(self, protocol: str, prompt: FittedPrompt, params: GenerationParams, at: int, scored: int | None) -> Start:
+    def _start(self, prompt: FittedPrompt, params: GenerationParams, at: int, scored: int | None, apart: bool) -> Start:
         seed = (params.seed + at) % 2**31 if params.seed is not None else None
         own = replace(params, max_new_tokens=prompt.max_new_tokens, seed=seed)
-        apart = has_channels(protocol, prompt, params)
+        reader = reader_of(prompt, params) if apart else None
 
         def start(cancel: threading.Event) -> Answer | ThoughtsApart:
             if self.engine.loaded is not prompt.loaded:
@@ -235,7 +236,7 @@ class Service:
             if scored is not None:
                 return self.engine.score(prompt.prompt.ids, scored, cancel)
             answer = self.engine.answer(prompt.prompt, own, cancel)
-            return ThoughtsApart(answer) if apart else answer
+            return ThoughtsApart(answer, reader) if reader is not None else answer
 
         return start
 

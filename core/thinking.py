@@ -24,6 +24,7 @@ _CLOSING = {  # by the opening mark; from the models' chat templates
     "<|channel|>analysis<|message|>": "<|end|>",  # GPT-OSS
     "<|channel|>commentary<|message|>": "<|end|>",
 }
+_PLAIN = {opening: closing for opening, closing in _CLOSING.items() if "channel|>" not in opening or closing == "<channel|>"}
 _AROUND = re.compile(  # around what is said, and no part of it
     r"<\|start\|>assistant|<\|channel\|>final(?: ?<\|constrain\|>\w+)?<\|message\|>|<\|return\|>"
     r"|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>"
@@ -52,6 +53,11 @@ class Part:
     is_open: bool = False  # a thought that has not ended
 
 
+def marks_in(template: str) -> tuple[str, ...]:
+    """The marks around thoughts that a chat template names: its model thinks aloud. Channels have a reader of their own."""
+    return tuple(each for pair in _PLAIN.items() if pair[0] in template or pair[1] in template for each in pair)
+
+
 def begun_by(prompt: str) -> bool:
     """Whether a prompt ends inside of a thought, so that the answer begins with it."""
     return prompt.rstrip().endswith(tuple(_CLOSING))
@@ -74,6 +80,79 @@ def parts_of(text: str, *, begun: bool = False) -> list[Part]:
         _add_words(text[at : opening.start() if opening else len(text)], found)
         at = _add_thought(text, opening.end(), _CLOSING[opening["opening"]], found) if opening else len(text)
     return found
+
+
+class ThoughtReader:
+    """Tells the thought that begins an answer from what is said after it, while the answer streams.
+
+    A mark later in the answer is a word of it. `prompt`: what the model was given, which may have opened the thought.
+    """
+
+    def __init__(self, prompt: str = "") -> None:
+        end = prompt.rstrip()
+        self._closing = next((closing for opening, closing in _PLAIN.items() if end.endswith(opening)), "")
+        self._begun = bool(self._closing)  # a model may repeat the mark that the prompt has
+        self._held, self._space = "", ""
+        self._is_said = self._is_after = self._has_thought = False
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """(what is said, what is thought) that is certain with this text."""
+        said, thought = "", ""
+        self._held += text
+        while self._held and not self._is_said:
+            if not self._closing or self._begun:
+                if not self._opens():
+                    return said, thought
+                continue
+            found = self._held.find(self._closing)
+            if found < 0:
+                cut = len(_without_half(self._held, self._closing))
+                thought += self._thought(self._held[:cut])
+                self._held = self._held[cut:]
+                return said, thought
+            thought += self._thought(self._held[:found])
+            self._held = self._held[found + len(self._closing) :]
+            self._closing, self._space, self._is_after = "", "", True
+        said, self._held = self._held, ""
+        return said, thought
+
+    def end(self) -> tuple[str, str]:
+        """What is left when the answer ends."""
+        held, self._held = self._held, ""
+        if self._closing:
+            return "", self._thought(held)
+        return held.lstrip() if self._is_after else held, ""
+
+    def _opens(self) -> bool:
+        """Look for the mark that opens a thought. Returns whether it is certain what comes."""
+        start = self._held.lstrip()
+        marks = [self._closing_of(each) for each in _PLAIN if start.startswith(each)]
+        if marks:
+            self._closing, self._held = marks[0][1], start[len(marks[0][0]) :]
+            self._begun = False
+            return True
+        if not start or any(each.startswith(start) for each in _PLAIN):
+            return False
+        if self._begun:
+            self._begun = False
+            return True
+        self._is_said = True
+        self._held = start if self._is_after else self._held
+        return True
+
+    @staticmethod
+    def _closing_of(opening: str) -> tuple[str, str]:
+        return opening, _PLAIN[opening]
+
+    def _thought(self, text: str) -> str:
+        """Without the white space around a thought."""
+        text = self._space + text
+        if not self._has_thought:
+            text = text.lstrip()
+        bare = text.rstrip()
+        self._space = text[len(bare) :] if bare or self._has_thought else ""
+        self._has_thought = self._has_thought or bool(bare)
+        return bare
 
 
 def without_thoughts(text: str, *, begun: bool = False) -> str:

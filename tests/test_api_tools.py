@@ -169,6 +169,20 @@ def test_open_webui_chats_with_its_tools_and_makes_a_title(server):
     assert server.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
 
 
+def test_more_tools_than_a_quarter_of_the_context_holds_are_left_out(server):
+    """Open WebUI 0.12 offers 36 tools of its own: 6,600 tokens."""
+    text = "Does a thing that takes many words to describe. " * 20
+    tools = [{"type": "function", "function": {"name": f"tool_{at}", "description": text}} for at in range(36)]
+    body = {"messages": ASK, "temperature": 0, "max_tokens": 8}
+    bare = server.http.post("/v1/chat/completions", json=body).json()
+    three = server.http.post("/v1/chat/completions", json={**body, "tools": tools[:3]}).json()
+    many = server.http.post("/v1/chat/completions", json={**body, "tools": tools}).json()
+    assert many["usage"]["prompt_tokens"] == bare["usage"]["prompt_tokens"] < three["usage"]["prompt_tokens"]
+    assert many["choices"][0]["message"]["content"] == bare["choices"][0]["message"]["content"]
+    forced = server.http.post("/v1/chat/completions", json={**body, "tools": tools, "tool_choice": "required"})
+    assert forced.status_code == 400 and "context" in forced.json()["error"]["message"]
+
+
 def test_sillytavern_on_a_template_that_refuses_its_order(server, monkeypatch):
     loaded = server.service.engine.loaded
     monkeypatch.setattr(loaded, "template", ChatTemplate(MISTRAL, "Mistral's own", "test"))

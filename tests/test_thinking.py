@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gptq_webui.core.thinking import Part, begun_by, parts_of, without_thoughts
+from gptq_webui.core.thinking import Part, ThoughtReader, begun_by, marks_in, parts_of, without_thoughts
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,41 @@ def test_a_hostile_megabyte_takes_less_than_a_moment(piece):
     began = time.process_time()
     parts_of(piece * (1_000_000 // len(piece)))
     assert time.process_time() - began < 3
+
+
+def read(text, prompt="", size=1):
+    """What a ThoughtReader makes of a text that comes in pieces."""
+    reader, said, thought = ThoughtReader(prompt), "", ""
+    for at in range(0, len(text), size):
+        new = reader.feed(text[at : at + size])
+        said, thought = said + new[0], thought + new[1]
+    left = reader.end()
+    return said + left[0], thought + left[1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "prompt", "wanted"),
+    [
+        ("<think>\nHm, a < b.\n</think>\n\nParis.", "", ("Paris.", "Hm, a < b.")),
+        ("\nHm.\n</think>\n\nParis.", "<|im_start|>assistant\n<think>\n", ("Paris.", "Hm.")),
+        ("<think>\nHm.</think>Paris.", "<think>\n", ("Paris.", "Hm.")),  # the mark of the prompt is repeated
+        ("<think>\n\n</think>\n\nParis.", "", ("Paris.", "")),
+        ("[THINK]Hm.[/THINK]Paris.", "", ("Paris.", "Hm.")),
+        ("<|channel>thought\nHm.<channel|>Paris.", "", ("Paris.", "Hm.")),
+        ("<think>a</think>\n<think>b</think>\nParis <think>c</think>", "", ("Paris <think>c</think>", "ab")),
+        ("A <think> tag.", "", ("A <think> tag.", "")),
+        ("  <thin air", "", ("  <thin air", "")),
+        ("<thi", "", ("<thi", "")),
+        ("<think>cut </thi", "", ("", "cut </thi")),
+        ("Hm.", "<think>", ("", "Hm.")),
+        ("", "<think>", ("", "")),
+    ],
+)
+def test_a_stream_has_its_first_thought_apart(text, prompt, wanted, size):
+    assert read(text, prompt, size) == wanted
+
+
+def test_marks_of_a_template():
+    assert marks_in("{{ content.split('</think>')[-1] }}") == ("<think>", "</think>")
+    assert marks_in("<|channel|>analysis<|message|>") == () == marks_in("plain")

@@ -90,15 +90,18 @@ def without_leading_space(events: Iterator[Token | Finish | None]) -> Iterator[T
 
 
 def with_calls(events: Iterator[Token | Finish | None], reader: CallReader) -> Iterator[Token | Finish | None]:
-    """The same events with the calls of tools as pieces of calls instead of text."""
+    """The same events with the calls of tools as pieces of calls instead of text, and thoughts apart where the reader can."""
     for event in events:
         if isinstance(event, Token):
             pieces = reader.feed(event.text)
             text = "".join(each for each in pieces[:1] if isinstance(each, str))
-            yield replace(event, text=text)
+            yield replace(event, text=text, thought=reader.take_thought())
             yield from _tokens(pieces[1:] if text else pieces)
         elif isinstance(event, Finish):
-            yield from _tokens(reader.end())
+            left = list(_tokens(reader.end()))
+            if thought := reader.take_thought():
+                yield Token(-1, "", thought=thought)
+            yield from left
             yield replace(event, reason="tool_calls") if reader.count and event.reason == "stop" else event
         else:
             yield event

@@ -27,6 +27,7 @@ from ..text.chat_template import ChatTemplate
 from ..text.detokenize import Detokenizer
 from ..text.stop_strings import StopStrings
 from ..text.token_codec import TokenCodec
+from ..text.tool_calls import CallsAfterThoughts
 from .answer_events import StopFlag, cancelled, settled, timed, with_calls, without_leading_space
 from .model_prompt import Prompt
 from .worker import Stream, Worker
@@ -299,13 +300,17 @@ class LoadedModel(ABC):
         ids = list(prompt.ids)
         channels = self.template.channels if prompt.messages is not None else None
         marked = prompt.calls.format if prompt.calls is not None else channels  # thoughts are told apart by their marks
+        marks = self.template.thought_marks if prompt.messages is not None else ()
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = timed(self._steps(ids, params, inner), requested)
-            kept = self.codec.special_texts(marked.special) if marked is not None else {}
+            kept = self.codec.special_texts((*marks, *(marked.special if marked is not None else ())))
             events = settled(steps, Detokenizer(self.tokenizer, ids, kept), StopStrings(stop), inner)
             events = self._remembered(prompt, without_leading_space(events) if strip else events)
-            return events if prompt.calls is None else with_calls(events, prompt.calls.reader(params.grammar is not None))
+            if prompt.calls is None:
+                return events
+            reader = prompt.calls.reader(params.grammar is not None)
+            return with_calls(events, CallsAfterThoughts(reader, prompt.text) if marks and params.grammar is None else reader)
 
         return self._worker.stream(answer, cancel, cancelled(len(prompt.ids)), alone=self._is_alone(params))
 

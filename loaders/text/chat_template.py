@@ -11,9 +11,11 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...core import thinking
 from ...core.chat import Message
 from ...core.errors import BadParameter
 from ...core.tools import Tool
@@ -115,6 +117,11 @@ class ChatTemplate:
         """Its format, where the model writes every answer in channels (GPT-OSS)."""
         format = self.tool_format if "<|channel|>" in self.jinja else None
         return format if format is not None and format.is_channels else None
+
+    @cached_property
+    def thought_marks(self) -> tuple[str, ...]:
+        """The marks around what the model thinks before it answers; empty for one that was not taught to think aloud."""
+        return thinking.marks_in(self.jinja + self.tool_jinja)
 
     def _note(self, why: str) -> None:
         if why not in self._noted and len(self._noted) < _MOST_NOTES:

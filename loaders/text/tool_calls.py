@@ -1,8 +1,9 @@
 """An answer while it streams: what is text of it, and what are calls of tools.
 
-Three readers with one interface: of calls between marks (`MarkedCalls`), of an answer that a grammar holds to the JSON of
-calls (`ForcedCalls`), and of an answer in channels (channel_calls.py). A call of a model that is free to write anything is
-passed on when it is complete and read; until then nothing says that it is one. What cannot be read becomes text again.
+Readers with one interface: of calls between marks (`MarkedCalls`), of an answer that a grammar holds to the JSON of calls
+(`ForcedCalls`), of calls after a thought (`CallsAfterThoughts`), and of an answer in channels (channel_calls.py). A call of
+a model that is free to write anything is passed on when it is complete and read; until then nothing says that it is one.
+What cannot be read becomes text again.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...core.thinking import ThoughtReader
 from ...core.tools import CallPart, Tool, ToolCall, new_call_id
 from .tool_formats import NoCall, ToolFormat, Tools
 
@@ -28,6 +30,9 @@ class CallReader(Protocol):
 
     def end(self) -> list[Piece]:
         """What is left when the answer ends."""
+
+    def take_thought(self) -> str:
+        """What was thought since the last call of this; "" from a reader that does not tell thoughts apart."""
 
 
 @dataclass
@@ -105,6 +110,9 @@ class MarkedCalls:
             found += self._text.pieces(self._held)
         self._held = ""
         return found + self._text.end()
+
+    def take_thought(self) -> str:
+        return ""
 
     def _step(self, found: list[Piece]) -> bool:
         """Read on by one text or one call. Returns whether there may be more."""
@@ -188,6 +196,9 @@ class ForcedCalls:
     def end(self) -> list[Piece]:
         return []
 
+    def take_thought(self) -> str:
+        return ""
+
     def _inside(self, character: str) -> bool:
         """One character of the arguments. Returns whether they end with it."""
         if self._in_string:
@@ -205,6 +216,32 @@ class ForcedCalls:
         elif character in "}]":
             self._depth -= 1
         return self._depth == 0
+
+
+class CallsAfterThoughts:
+    """Another reader for what follows the thought that begins the answer: a call that is only thought about is none."""
+
+    def __init__(self, calls: CallReader, prompt: str) -> None:
+        self._calls, self._thoughts = calls, ThoughtReader(prompt)
+        self._thought = ""
+
+    @property
+    def count(self) -> int:
+        return self._calls.count
+
+    def feed(self, text: str) -> list[Piece]:
+        said, thought = self._thoughts.feed(text)
+        self._thought += thought
+        return self._calls.feed(said) if said else []
+
+    def end(self) -> list[Piece]:
+        said, thought = self._thoughts.end()
+        self._thought += thought
+        return [*(self._calls.feed(said) if said else []), *self._calls.end()]
+
+    def take_thought(self) -> str:
+        thought, self._thought = self._thought, ""
+        return thought
 
 
 MakeReader = Callable[[], CallReader]
