@@ -1,17 +1,225 @@
-"""gptq/families: every family that is described, read off tiny models of transformers' classes."""
+"""gptq/families on the processor: every family and each of its variants, packed, against transformers' dense twin."""
+
+import copy
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("numba")
+
 from every_architecture import tiny_model
 
-from gptq_webui.gptq.families.known import KINDS, parts_of
-from gptq_webui.gptq.families.parts import OPTIONS
-from gptq_webui.gptq.suitability import Limits, shape_of
+import tiny
+from gptq_webui.core.errors import BadParameter
+from gptq_webui.gptq.cpu import cpu_step
+from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+from gptq_webui.gptq.cuda import model_shape
+from gptq_webui.gptq.families.known import KINDS, has_gpu_step, parts_of
+from gptq_webui.gptq.families.parts import OPTIONS, Norm, options_of
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.stepper_choice import stepper_for
+from gptq_webui.gptq.suitability import Unsuited, shape_of
 
-EVERYTHING = Limits(options=frozenset(OPTIONS), length_dependent=True)
+SIX = {"hidden_size": 96, "num_attention_heads": 6}  # no power of two, which ALiBi treats otherwise
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama with biases and GELU": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    "llama with quick GELU": ("llama", {"hidden_act": "quick_gelu"}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "seed_oss": ("seed_oss", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 20}),
+    "gemma3_text": ("gemma3_text", {"query_pre_attn_scalar": 40}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
+    "falcon 7B": ("falcon", {}),
+    "falcon 40B": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 11B": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon RW": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, **SIX}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "gptj": ("gptj", {}),
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {}),
+    "bloom": ("bloom", {"n_head": 6, **SIX}),
+    "mpt": ("mpt", {"d_model": 96, "n_heads": 6}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "gpt_bigcode with a key for each head": ("gpt_bigcode", {"multi_query": False}),
+    "starcoder2": ("starcoder2", {}),
+    "stablelm": ("stablelm", {}),
+    "stablelm 12B": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "cohere": ("cohere", {}),
+    "cohere plus": ("cohere", {"use_qk_norm": True}),
+    "cohere2": ("cohere2", {}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "granite": (
+        "granite",
+        {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    ),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "ernie4_5": ("ernie4_5", {}),
+    "nemotron": ("nemotron", {}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
+    "exaone4": ("exaone4", {}),
+    "smollm3": ("smollm3", {}),
+}
+IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+PROMPT = 24
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gpt2"}))  # gpt2's layers are nn.Linear only once they are packed
-def test_every_family_is_described_and_its_parts_fit_together(kind):
-    parts = parts_of(tiny_model(kind))
-    assert parts is not None
-    assert shape_of(parts, EVERYTHING).layers == 4
+def packed(kind, changes=None, seed=0):
+    """(a tiny model whose decoder layers are packed in 4 bits, its dense twin)."""
+    twin = tiny_model(kind, seed, **(changes or {}))
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in twin.parameters():
+        if parameter.dim() == 1:  # norms and biases show too
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    hf = copy.deepcopy(twin)
+    for name, module in tiny.packable(twin).items():
+        conv = type(module).__name__ == "Conv1D"
+        rows, columns = module.weight.shape if conv else module.weight.shape[::-1]
+        tensors, dense = tiny.random_layer(rows, columns, 4, 32, act_order=True, generator=generator)
+        tensors["scales"], dense = tensors["scales"] * 0.5, dense * 0.5
+        layer = GPTQLinear(rows, columns, 4, 32, bias=module.bias is not None)
+        layer.load_state_dict(tensors | ({} if module.bias is None else {"bias": module.bias.detach().half()}))
+        dense = layer.dequantize().float()
+        module.weight.data = dense.T.contiguous() if conv else dense
+        if module.bias is not None:
+            module.bias.data = layer.bias.detach().float()
+        owner, _dot, last = name.rpartition(".")
+        setattr(hf.get_submodule(owner), last, layer)
+    return hf, twin
+
+
+def off(found, wanted):
+    """The largest distance of a row, relative to its length."""
+    found, wanted = found.double(), wanted.double()
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_computed_as_transformers_does(name):
+    kind, changes = VARIANTS[name]
+    hf, twin = packed(kind, changes)
+    stepper, note = stepper_for(hf, 128, parallel=4)
+    assert isinstance(stepper, CpuStepper) and note == ""
+    with torch.inference_mode():
+        wanted = twin(torch.tensor([IDS])).logits[0]
+        memory = stepper.begin()
+        found = [stepper.prefill(memory, IDS[:PROMPT]).clone()] + [stepper.step(memory, id).clone() for id in IDS[PROMPT:]]
+        assert off(torch.cat(found), wanted[PROMPT - 1 :]) < 1e-3
+        # several rows of several conversations, of which one begins with its first token
+        memory.cut(PROMPT)
+        rows = stepper.rows_logits([(memory, IDS[PROMPT : PROMPT + 3]), (stepper.begin(), IDS[:2])])
+        assert off(rows[:3], wanted[PROMPT : PROMPT + 3]) < 1e-3 and off(rows[3:], wanted[:2]) < 1e-3
+        assert off(stepper.all_logits(stepper.begin(), IDS), wanted) < 1e-3
+        assert off(hf(torch.tensor([IDS])).logits[0], wanted) < 1e-3, "the model itself works on, with its layers' kernels"
+        made = twin.generate(
+            torch.tensor([IDS]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        memory = stepper.begin()
+        logits = stepper.prefill(memory, IDS)[0]
+        for id, theirs in zip(made.sequences[0, len(IDS) :].tolist(), made.logits, strict=True):
+            ours = int(logits.argmax())
+            assert ours == id or float(theirs[0, id] - theirs[0, ours]) < 2e-3 * float(theirs.std()), "no tie of two tokens"
+            logits = stepper.step(memory, id)[0]
+    stepper.close()
+
+
+def test_every_family_that_is_described_has_a_variant_here():
+    assert {kind for kind, _changes in VARIANTS.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("phi", {"qk_layernorm": True}),
+    ("olmo", {"clip_qkv": 1.0}),
+    ("opt", {"word_embed_proj_dim": 32}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("gemma3_text", {"attn_logit_softcapping": 30.0}),
+    ("llama", {"hidden_act": "mish"}),
+    ("mixtral", {}),
+])  # fmt: skip
+def test_what_no_option_names_is_not_described(kind, changes):
+    assert parts_of(tiny_model(kind, **changes)) is None
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox", "smollm3"])
+def test_the_gpus_step_says_which_options_it_lacks(kind):
+    hf = packed(kind)[0].half()
+    parts = parts_of(hf)
+    missing = options_of(parts) - model_shape.LIMITS.options
+    if not missing:
+        pytest.skip("it computes them")
+    with pytest.raises(Unsuited) as caught:
+        shape_of(parts, replace(model_shape.LIMITS, head_dims=()))
+    assert all(OPTIONS[each] in str(caught.value) for each in missing)
+    assert not has_gpu_step({"model_type": kind})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_bigcode"])
+def test_no_text_is_longer_than_the_learned_positions(kind):
+    hf, twin = packed(kind)
+    stepper = CpuStepper(parts_of(hf), 1000, 1)
+    memory = stepper.begin()
+    ids = (IDS * 7)[:256]
+    with torch.inference_mode():
+        last = stepper.prefill(memory, ids)
+        assert off(last, twin(torch.tensor([ids])).logits[:, -1]) < 1e-3
+        with pytest.raises(BadParameter, match="would have 257 tokens; the model has positions for 256"):
+            stepper.step(memory, 5)
+    assert memory.length == 256
+    stepper.close()
+
+
+def vector(width):
+    return Norm(torch.ones(width), None, 1e-5)
+
+
+def in_layer(**change):
+    return lambda parts: replace(parts, layers=(parts.layers[0], replace(parts.layers[1], **change), *parts.layers[2:]))
+
+
+def in_options(**change):
+    return lambda parts: replace(parts, options=replace(parts.options, **change))
+
+
+@pytest.mark.parametrize(("kind", "alter", "says"), [
+    ("gemma2", in_layer(attended_norm=vector(63)), "norms that are not as wide as the residual"),
+    ("gemma2", in_layer(inner_norm=None), "norms in some layers only"),
+    ("gemma2", in_options(score_cap=float("inf")), "scales or caps that are no numbers"),
+    ("gemma2", in_options(logits_cap=-1.0), "scales or caps that are no numbers"),
+    ("gemma2", in_options(parallel=True), "side by side with norms of what they give"),
+    ("gemma2", in_options(activation="mish"), "options that are not known"),
+    ("gemma3_text", in_layer(rotary=2), "layers whose rotary positions are not there"),
+    ("olmo2", in_layer(q_norm=vector(32)), "not as wide as all heads"),
+    ("stablelm", lambda parts: replace(parts, norm=Norm(torch.ones(64), torch.ones(63), 1e-5)), "not as wide as the residual"),
+    ("stablelm", lambda parts: replace(parts, norm=Norm(torch.ones(64), None, 1e-2)), "different epsilons"),
+    ("cohere plus", in_layer(k_norm=vector((3, 16))), "not as wide as a head"),
+    ("gpt_neox", in_layer(qkv_columns=torch.arange(191)), "an order of queries, keys and values"),
+    ("gpt_neox", in_layer(qkv_columns=torch.zeros(192, dtype=torch.int64)), "an order of queries, keys and values"),
+    ("gptj", in_layer(qkv_columns=torch.arange(192).flip(0)), "an order of queries, keys and values"),
+    ("gpt_neox", in_layer(gate_up=(nn.Linear(64, 192),)), "gate and up are not as wide"),
+    ("opt", lambda parts: replace(parts, positions=parts.positions[:, :32]), "learned positions that are not as wide"),
+    ("opt", lambda parts: replace(parts, positions=parts.positions[:0]), "learned positions that are not as wide"),
+    ("bloom", lambda parts: replace(parts, alibi=replace(parts.alibi, slopes=torch.ones(5))), "one for each head"),
+    ("bloom", lambda parts: replace(parts, embedding_norm=vector(95)), "not as wide as the residual"),
+    ("llama", in_layer(sinks=torch.zeros(4)), "attention sinks"),
+])  # fmt: skip
+def test_tensors_of_every_kind_are_compared_before_a_step_is_built(kind, alter, says):
+    kind, changes = VARIANTS[kind]
+    hf, _twin = packed(kind, changes)
+    parts = parts_of(hf)
+    assert shape_of(parts, cpu_step.LIMITS).layers == 4
+    with pytest.raises(Unsuited, match=says):
+        CpuStepper(alter(parts), 64, 1)
+    assert all(each.qweight.numel() for each in parts.linears()), "nothing was taken"

@@ -35,6 +35,7 @@ LONG = {
     "engine/chat_store.py": "every change of a conversation is one transaction on the same tables",
     "api/service.py": "one description of the server, from which every protocol reads",
     "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
+    "gptq/cpu/forward.py": "one compiled function, whose parts all read its record",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
     "ui/chat_actions.py": "one handler for each button of the chat, all on one view",

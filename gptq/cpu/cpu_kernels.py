@@ -86,6 +86,26 @@ def exp(x):
 
 
 @compiled_part
+def tanh(x):
+    """fp32, absolute error below 2e-7."""
+    return np.float32(1.0) - np.float32(2.0) / (np.float32(1.0) + exp(x + x))
+
+
+@compiled_part
+def erf(x):
+    """fp32, absolute error below 4e-7 (Abramowitz and Stegun 7.1.26)."""
+    size = abs(x)
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * size)
+    p = np.float32(1.061405429)
+    p = p * t - np.float32(1.453152027)
+    p = p * t + np.float32(1.421413741)
+    p = p * t - np.float32(0.284496736)
+    p = p * t + np.float32(0.254829592)
+    found = np.float32(1.0) - p * t * exp(-size * size)
+    return found if x >= np.float32(0.0) else -found
+
+
+@compiled_part
 def round_row(x, row, order, chunks, chunk_rows, x8, x16, x_scales, x_sums):
     """Round x fp32 [K] to 16 bits with a scale for each chunk, and store it as row `row` (x8 and x16 are the same memory)."""
     gathered = np.empty(128, np.float32)
@@ -185,6 +205,21 @@ def norm_row(x, weight, eps, out):
     factor = np.float32(1.0) / np.sqrt(total / np.float32(weight.size) + eps)
     for i in range(weight.size):
         out[i] = x[i] * factor * weight[i]
+
+
+@compiled_part
+def layer_norm_row(x, weight, eps, out):
+    """LayerNorm of x [H] into out, without a bias."""
+    total = np.float32(0.0)
+    for i in range(weight.size):
+        total += x[i]
+    mean = total / np.float32(weight.size)
+    total = np.float32(0.0)
+    for i in range(weight.size):
+        total += (x[i] - mean) * (x[i] - mean)
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(weight.size) + eps)
+    for i in range(weight.size):
+        out[i] = (x[i] - mean) * factor * weight[i]
 
 
 @compiled_part

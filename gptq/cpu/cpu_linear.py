@@ -18,8 +18,10 @@ _ROWS = 256  # of x at a time
 class CpuLinear:
     """y = x W + bias, with the same weights that a CpuStepper reads."""
 
-    def __init__(self, weights: Weights, team: Team) -> None:
+    def __init__(self, weights: Weights, team: Team, columns: Tensor | None = None) -> None:
+        """`columns` int64 [N]: the order in which the weights have the outputs, if it is not the layer's own."""
         self._weights, self._team = weights, team
+        self._back = None if columns is None else columns.argsort()
         self._tables = tables_of([weights], [(0, 0)])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,6 +48,8 @@ class CpuLinear:
             )
             self._team.run(2, f.linear, arguments.array)
         whole = torch.from_numpy(out)[:, : w.outputs]
+        if self._back is not None:
+            whole = whole[:, self._back]
         return whole.to(x.dtype).reshape(*x.shape[:-1], w.outputs)
 
 

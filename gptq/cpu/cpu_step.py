@@ -1,4 +1,4 @@
-"""A Stepper for Llama-family models on the CPU: one compiled function from embedding to logits."""
+"""A Stepper for the described families on the CPU: one compiled function from embedding to logits."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BadParameter
-from ..families.parts import ModelParts
+from ..families.parts import OPTIONS, ModelParts, Norm
 from ..gptq_linear import GPTQLinear
 from ..rope_length import RopeLength, border_of
 from ..running import Running
@@ -33,7 +33,7 @@ MOST_ANSWERS = 8  # at once
 _ANY = -1  # in the place of a set of angles: a table of which some rows are filled for each forward
 
 
-LIMITS = Limits(head_dim_step=16, length_dependent=True)
+LIMITS = Limits(head_dim_step=16, length_dependent=True, options=frozenset(OPTIONS) - {"sinks"})
 
 
 class CpuStepper(Stepper):
@@ -56,7 +56,9 @@ class CpuStepper(Stepper):
         if self._rope.kind:  # a forward has one set of angles: rows of other texts may need others
             self.parallel = 1
         self._embedding = parts.embedding.detach()
-        self._head, self._norm, self._eps = parts.head, parts.norm.weight.detach().float(), parts.eps
+        self._head, self._norm, self._embedding_norm = parts.head, parts.norm, parts.embedding_norm
+        self._learned = None if parts.positions is None else parts.positions.detach()
+        self._options = parts.options
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self.weights: list[Weights] = []
         self._model = self._take_in(parts, self._shape, context_tokens)
@@ -76,10 +78,11 @@ class CpuStepper(Stepper):
         buffers: list[tuple[int, int]] = []
         layers = []
         for layer in parts.layers:
-            at = [self._add(buffers, group) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
+            at = [self._add(buffers, layer.qkv, layer.qkv_columns)]
+            at += [self._add(buffers, group) for group in ((layer.o,), layer.gate_up, (layer.down,))]
             q, key, value = at[0] if len(at[0]) == 3 else (at[0][0], -1, -1)
             gate, up = at[2] if len(at[2]) == 2 else (at[2][0], -1)
-            layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window])
+            layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window, layer.rotary])
         head = self._add(buffers, (parts.head,))[0]
         self._rounded_buffers = 1 + max(buffer for buffer, _rounded_before in buffers)
         first = layers[0]
@@ -90,12 +93,14 @@ class CpuStepper(Stepper):
         columns[f.QKV_PRODUCT, 1] = q_width if fused_qkv else self.weights[first[f.Q]].tiles * 16
         columns[f.QKV_PRODUCT, 2] = columns[f.QKV_PRODUCT, 1] + (kv_width if fused_qkv else self.weights[first[f.K]].tiles * 16)
         columns[f.GATE_UP_PRODUCT, 1] = inner if fused_gate_up else self.weights[first[f.GATE]].tiles * 16
-        qk_norms = [each for layer in parts.layers for each in (layer.q_norm, layer.k_norm) if each is not None]
+        qk_norms, qk_norm_rows = _qk_norms(parts)
+        options = shape.options
         self._positions = _up(context_tokens)
         # longer texts than the first set of angles is for have others, which `_turn` puts in their place
         first_set = min(self._positions, border_of(parts.rotary)) if self._rope.kind else self._positions
-        cos, sin = (_lengthened(each, self._positions) for each in parts.angles(first_set))
+        cos, sin = _angles(parts, first_set, self._positions)
         self._angles: dict[int, tuple[np.ndarray, ...]] = {0: (cos, sin)}
+        bias = parts.position_bias(self._positions)
         return {
             "layer_count": len(layers),
             "heads": shape.heads,
@@ -105,15 +110,30 @@ class CpuStepper(Stepper):
             "hidden_width": hidden,
             "inner": inner,
             "head_row": head,
-            "has_qk_norm": int(bool(qk_norms)),
+            "layer_norm": int(options.norm == "layer"),
+            "norms_before": int(shape.norms_before),
+            "norms_after": int(shape.norms_after),
+            "parallel": int(options.parallel),
+            "gated": int(options.gated),
+            "activation": f.ACTIVATION_NUMBERS[options.activation],
+            "qk_norm": f.QK_NORM_NUMBERS[options.qk_norm],
+            "qk_norm_last": int(options.qk_norm_last),
+            "score_scale": parts.score_scale,
+            "score_cap": options.score_cap,
+            "residual_scale": options.residual_scale,
+            "logits_cap": options.logits_cap,
             "eps": shape.eps,
             "layers": np.array(layers, np.int64),
             "columns": columns,
-            "norms": _stack([*(each for layer in parts.layers for each in (layer.attention_norm, layer.mlp_norm)), parts.norm]),
+            "norms": _norms(parts, shape),
             "norm_width": shape.hidden,
-            "qk_norms": _stack(qk_norms) if qk_norms else np.zeros((1, 1), np.float32),
+            "qk_norms": qk_norms,
+            "qk_norm_rows": qk_norm_rows,
             "cos": cos,
             "sin": sin,
+            "angle_positions": self._positions,
+            "bias": np.zeros((1, 1), np.float32) if bias is None else bias.cpu().contiguous().numpy(),
+            "bias_positions": 0 if bias is None else self._positions,
             "tables": tables_of(self.weights, buffers),
             "qkv_width": max(int(columns[f.QKV_PRODUCT, 2]) + _up(kv_width), hidden),
             "attended_width": _up(q_width),
@@ -121,16 +141,22 @@ class CpuStepper(Stepper):
             "gated_width": _up(inner),
         }
 
-    def _add(self, buffers: list[tuple[int, int]], modules: Sequence[nn.Module]) -> list[int]:
+    def _add(self, buffers: list[tuple[int, int]], modules: Sequence[nn.Module], columns: Tensor | None = None) -> list[int]:
         """Take in modules that read the same input; returns their rows of the table of weights.
+
+        `columns` int64 [outputs of all]: the order in which the step has their outputs, if it is not the modules' own.
 
         Adds the buffer that holds each one's rounded input, and whether a weight before it fills that buffer.
         """
         found: list[int] = []
+        start = 0
         for module in modules:
-            weights = from_module(module, k.ISA, self.team)
+            outputs = int(module.out_features)  # type: ignore[arg-type]
+            mine = None if columns is None else columns[start : start + outputs] - start
+            start += outputs
+            weights = from_module(module, k.ISA, self.team, mine)
             if isinstance(module, GPTQLinear):
-                module.release(CpuLinear(weights, self.team))  # so that they are not held twice
+                module.release(CpuLinear(weights, self.team, mine))  # so that they are not held twice
             buffer, rounded_before = 0, 0
             for earlier in found:
                 if _round_alike(weights, self.weights[earlier]):
@@ -178,7 +204,7 @@ class CpuStepper(Stepper):
             qkv=floats(rows, model["qkv_width"]),
             attended=floats(rows, model["attended_width"]),
             gate_up=floats(rows, model["gate_up_width"]),
-            gated=floats(owners, rows, model["gated_width"]),
+            gated_rows=floats(owners, rows, model["gated_width"]),
             rounded=self._rounded(rows, owners),
             head_rounded=self._head_rounded,
             scores=self._scores,
@@ -211,7 +237,7 @@ class CpuStepper(Stepper):
                 self._angles[_ANY] = tuple(np.zeros_like(each) for each in self._angles[0])
             found = self._angles[_ANY]
             for table, part in zip(found, self._parts_angles(rows, start=start, of_set=angles), strict=True):
-                table[start : start + rows] = part.numpy()
+                table[0, start : start + rows] = part.numpy()
         cos, sin = found
         arguments.set(cos=cos, sin=sin)
 
@@ -236,8 +262,9 @@ class CpuStepper(Stepper):
         return torch.from_numpy(self._logits[:rows, : self._head_size])
 
     def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._head(self.hidden(memory, ids).to(self._head_dtype))
-        return logits.float()
+        logits: Tensor = self._head(self.hidden(memory, ids).to(self._head_dtype)).float() * self._options.logits_scale
+        cap = self._options.logits_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         require_known(ids, self.embedding_rows)
@@ -247,9 +274,23 @@ class CpuStepper(Stepper):
             rows = ids[at : at + CHUNK_TOKENS]
             x = self._compute([(memory, rows)])
             found.append(torch.from_numpy(x[: len(rows), : self._embedding.shape[1]].copy()))
-        states = torch.cat(found)[-wanted:]
-        scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self._eps)
-        return states * scale * self._norm
+        return self._normed(torch.cat(found)[-wanted:], self._norm)
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        """fp32 [..., H], normed in PyTorch."""
+        if self._options.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._shape.eps) * norm.weight.float()
+        return x if norm.bias is None else x + norm.bias.float()
+
+    def _embedded(self, ids: list[int], positions: np.ndarray) -> Tensor:
+        """What the first layer reads: fp32 [T, H]."""
+        x = self._embedding[torch.tensor(ids)].float()
+        if self._options.embedding_scale != 1:
+            x *= self._options.embedding_scale
+        if self._learned is not None:
+            x += self._learned[torch.from_numpy(positions)].float()
+        return x if self._embedding_norm is None else self._normed(x, self._embedding_norm)
 
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         assert isinstance(memory, CpuMemory)
@@ -292,6 +333,11 @@ class CpuStepper(Stepper):
                     f"The conversation would have {memory.length + len(own)} tokens; the model is loaded for "
                     f"{self._context_tokens}. Shorten it, or load the model with a longer context."
                 )
+            if self._shape.positions and memory.length + len(own) > self._shape.positions:
+                raise BadParameter(
+                    f"The conversation would have {memory.length + len(own)} tokens; the model has positions for "
+                    f"{self._shape.positions}. Shorten it."
+                )
             memory.reserve(len(own))
             capacity = max(capacity, memory.capacity)
             mine = table[:, at : at + len(own)]
@@ -306,7 +352,7 @@ class CpuStepper(Stepper):
             ((memory, own),) = pieces
             self._turn(arguments, memory.length, rows, memory.angles)
         x: np.ndarray = arguments.kept["x"]
-        x[:rows, : self._embedding.shape[1]] = self._embedding[torch.tensor(ids)].float().numpy()
+        x[:rows, : self._embedding.shape[1]] = self._embedded(ids, table[0]).numpy()
         arguments.set(
             rows=rows,
             positions=table[0],
@@ -342,5 +388,36 @@ def _round_alike(a: Weights, b: Weights) -> bool:
     return a.order is None or b.order is None or bool(np.array_equal(a.order, b.order))
 
 
-def _stack(tensors: Sequence[Any]) -> np.ndarray:
-    return torch.stack([each.weight.detach().float() for each in tensors]).numpy()
+def _angles(parts: ModelParts, filled: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin) [rotaries, positions, half] of all kinds of angles, zeros from `filled` on."""
+    if not parts.rotaries:
+        return np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
+    tables = [parts.angles(filled, rotary=at) for at in range(len(parts.rotaries))]
+    cos, sin = (np.stack([_lengthened(each[which], positions) for each in tables]) for which in (0, 1))
+    return cos, sin
+
+
+def _norms(parts: ModelParts, shape: Shape) -> np.ndarray:
+    """[norms, weight and bias, H] in the order of forward_arguments.py. The last one has the scale of the logits."""
+    found = torch.zeros(f.LAYER_NORMS * shape.layers + 1, 2, shape.hidden)
+    norms = [*(each for layer in parts.layers for each in layer.norms), parts.norm]
+    for row, norm in zip(found, norms, strict=True):
+        if norm is not None:
+            row[0] = norm.weight.detach()
+            row[1] = 0 if norm.bias is None else norm.bias.detach()
+    found[-1] *= shape.options.logits_scale
+    return found.numpy()
+
+
+def _qk_norms(parts: ModelParts) -> tuple[np.ndarray, int]:
+    """([layers, rows, D], rows): one weight for all queries and one for all keys, or one for each head."""
+    if not parts.options.qk_norm:
+        return np.zeros((1, 1), np.float32), 2
+    found = [
+        torch.cat(
+            [each.weight.detach().float().view(-1, parts.head_dim) for each in (layer.q_norm, layer.k_norm) if each is not None]
+        )
+        for layer in parts.layers
+    ]
+    stacked = torch.stack(found)
+    return stacked.numpy(), stacked.shape[1]

@@ -57,12 +57,16 @@ def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
     return room[start : start + size].view(kind).reshape(shape)
 
 
-def from_packed(linear: GPTQLinear, isa: str, team: Team) -> Weights:
+def from_packed(linear: GPTQLinear, isa: str, team: Team, columns: Tensor | None = None) -> Weights:
     """The same integers, zeros and scales. Only scales that are no halves are rounded; `error` says by how much."""
     zeros = bit_packing.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
     groups = linear.g_idx.long().numpy()  # [K]
     bias = None if linear.bias is None else linear.bias.detach().float().numpy()
-    return _packed(linear.qweight.detach().numpy(), zeros, linear.scales.detach(), groups, linear.bits, bias, isa, team)
+    words, scales = linear.qweight.detach().numpy(), linear.scales.detach()
+    if columns is not None:
+        at = columns.numpy()
+        words, zeros, scales, bias = words[:, at], zeros[:, at], scales[:, columns], None if bias is None else bias[at]
+    return _packed(words, zeros, scales, groups, linear.bits, bias, isa, team)
 
 
 def _packed(
@@ -173,8 +177,11 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     return q.numpy(), scales, worst
 
 
-def from_module(module: nn.Module, isa: str, team: Team) -> Weights:
+def from_module(module: nn.Module, isa: str, team: Team, columns: Tensor | None = None) -> Weights:
+    """Of a packed or a dense layer; its outputs in the order of `columns`, int64 [N]."""
     if isinstance(module, GPTQLinear):
-        return from_packed(module, isa, team)
+        return from_packed(module, isa, team, columns)
     assert isinstance(module, nn.Linear)
-    return from_dense(module.weight, module.bias, isa, team)
+    if columns is None:
+        return from_dense(module.weight, module.bias, isa, team)
+    return from_dense(module.weight[columns], None if module.bias is None else module.bias[columns], isa, team)

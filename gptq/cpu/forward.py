@@ -1,4 +1,4 @@
-"""The whole forward of a Llama-family model as one compiled function, which all threads run together.
+"""The whole forward of a model as one compiled function, which all threads run together.
 
 The work is divided into phases: `shares` gives each thread the next item of a phase that no other has, and ends
 when all items of all threads are done. A step of one token normalises and rounds its row in every thread, which is
@@ -6,26 +6,36 @@ cheaper than one more phase; a chunk of a prompt divides its rows among the thre
 FORWARD of forward_arguments.py.
 """
 
-from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, norm_row, shares
+import numpy as np
+
+from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, layer_norm_row, norm_row, shares
 from .forward_arguments import (
+    ATTENDED_NORM,
+    ATTENTION_NORM,
     DOWN_PRODUCT,
     FIRST_WEIGHT,
     GATE_UP_PRODUCT,
+    INNER_NORM,
     LAYER_COLUMNS,
+    LAYER_NORMS,
+    MLP_NORM,
     OUT_PRODUCT,
     PRODUCTS,
+    QK_NORM_NUMBERS,
     QKV_PRODUCT,
+    ROTARY,
     WEIGHTS,
     WINDOW,
 )
 from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import float_rows, floats, integers
-from .row_ops import attend, gate_row, multiply, rotate, round_rows, share_of, store_key_value
+from .row_ops import attend, cap_row, gate_row, multiply, norm_part, rotate, round_rows, share_of, store_key_value
 
-PHASES_PER_LAYER = 10  # at most
+PHASES_PER_LAYER = 12  # at most
 # Each thread gets several items of a phase, so that one that the system has suspended delays the others little.
 ROW_ITEMS, LINEAR_ITEMS, HEAD_ITEMS = 4, 8, 16
 PRODUCT_ITEMS = (4, 4, 6, 4)
+QK_HEAD, QK_WIDTH = QK_NORM_NUMBERS["head"], QK_NORM_NUMBERS["width"]
 
 
 @compiled
@@ -34,12 +44,17 @@ def forward(tid, threads, counters, arguments):
     f = arguments[0]
     phase = 0
     for layer in range(f.layer_count):
-        for product in range(PRODUCTS):  # numba would compile `multiply_layer` again for each constant
+        for at in range(PRODUCTS):  # numba would compile `multiply_layer` again for each constant
+            product = at
+            if f.parallel and at in (OUT_PRODUCT, GATE_UP_PRODUCT):  # out is added to x, which gate and up still read
+                product = OUT_PRODUCT + GATE_UP_PRODUCT - at
             if product == OUT_PRODUCT:
-                if f.rows > 1:
+                if f.rows > 1 or f.qk_norm == QK_WIDTH:
                     phase = store_positions(tid, threads, counters, phase, f, layer)
                 phase = attend_layer(tid, threads, counters, phase, f, layer)
             phase = multiply_layer(tid, threads, counters, phase, f, layer, product)
+            if f.norms_after and product in (OUT_PRODUCT, DOWN_PRODUCT):
+                phase = add_normed(tid, threads, counters, phase, f, layer, product)
     multiply_head(tid, threads, counters, phase, f)
 
 
@@ -55,16 +70,16 @@ def source_of(f, me, product):
     if product == OUT_PRODUCT:
         return float_rows(f.attended, f.rows, f.attended_width)
     if product == DOWN_PRODUCT:
-        return float_rows(f.gated + 4 * me * f.hidden_rows * f.gated_width, f.rows, f.gated_width)
+        return float_rows(f.gated_rows + 4 * me * f.hidden_rows * f.gated_width, f.rows, f.gated_width)
     return float_rows(f.hidden + 4 * me * f.hidden_rows * f.hidden_width, f.rows, f.hidden_width)
 
 
 @compiled_part
 def target_of(f, product):
     """Where a product goes [rows][its width]."""
-    if product in (QKV_PRODUCT, DOWN_PRODUCT):
-        return float_rows(f.qkv, f.rows, f.qkv_width)
-    return float_rows(f.gate_up, f.rows, f.gate_up_width)
+    if product == GATE_UP_PRODUCT:
+        return float_rows(f.gate_up, f.rows, f.gate_up_width)
+    return float_rows(f.qkv, f.rows, f.qkv_width)
 
 
 @compiled_part
@@ -74,9 +89,17 @@ def weight_rows(f, layer, product):
 
 
 @compiled_part
-def norm_of(f, at):
-    """One of the norms [H]: 2 * layer for what comes before attention, 2 * layer + 1 for what comes after."""
-    return floats(f.norms + 4 * at * f.norm_width, f.norm_width)
+def norm_residual(f, at, x, out):
+    """Apply one of the norms of the residual's width to the row x; out may be x."""
+    address = f.norms + 8 * at * f.norm_width
+    weight = floats(address, f.norm_width)
+    if f.layer_norm:
+        layer_norm_row(x, weight, f.eps, out)
+        bias = floats(address + 4 * f.norm_width, f.norm_width)
+        for i in range(f.norm_width):
+            out[i] += bias[i]
+    else:
+        norm_row(x, weight, f.eps, out)
 
 
 @compiled_part
@@ -86,12 +109,16 @@ def prepare_rows(me, first, last, f, layer, product):
     if product == DOWN_PRODUCT:
         gate_up = float_rows(f.gate_up, f.rows, f.gate_up_width)
         for r in range(first, last):
-            gate_row(gate_up[r], column_of(f, GATE_UP_PRODUCT, 1), source[r], f.inner)
+            gate_row(gate_up[r], column_of(f, GATE_UP_PRODUCT, 1), source[r], f.inner, f.activation, f.gated)
     elif product != OUT_PRODUCT:
         x = float_rows(f.x, f.rows, f.hidden_width)
-        norm = norm_of(f, 2 * layer + (1 if product == GATE_UP_PRODUCT else 0))
+        norm = LAYER_NORMS * layer + (MLP_NORM if product == GATE_UP_PRODUCT else ATTENTION_NORM)
         for r in range(first, last):
-            norm_row(x[r], norm, f.eps, source[r])
+            if f.norms_before:
+                norm_residual(f, norm, x[r], source[r])
+            else:
+                for i in range(f.norm_width):
+                    source[r, i] = x[r, i]
     for row in weight_rows(f, layer, product):
         if row >= 0:
             round_rows(me, first, last, source, f.tables, row, f.rounded)
@@ -128,20 +155,55 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
             if row >= 0:
                 column = column_of(f, product, one)
                 before += multiply(me, first - before, last - before, rows, source, f.tables, row, f.rounded, target, column)
-        if product in (OUT_PRODUCT, DOWN_PRODUCT):
+        if product in (OUT_PRODUCT, DOWN_PRODUCT) and not f.norms_after:
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
-                    x[r, i] += target[r, i]
+                    x[r, i] += f.residual_scale * target[r, i]
     return phase + 1
 
 
 @compiled_part
-def rotate_head(f, layer, is_key, position, x, start):
+def add_normed(tid, threads, counters, phase, f, layer, product):
+    """Norm what attention or the MLP gave, and add it to x. Returns the next phase."""
+    x, target = float_rows(f.x, f.rows, f.hidden_width), target_of(f, product)
+    norm = LAYER_NORMS * layer + (INNER_NORM if product == DOWN_PRODUCT else ATTENDED_NORM)
+    items = min(f.rows, ROW_ITEMS * threads)
+    for at in shares(counters, phase, items):
+        first, last = share_of(at, items, f.rows)
+        for r in range(first, last):
+            norm_residual(f, norm, target[r], target[r])
+            for i in range(f.norm_width):
+                x[r, i] += f.residual_scale * target[r, i]
+    return phase + 1
+
+
+@compiled_part
+def rotate_head(f, layer, is_key, head, position, x, start):
     """Normalise one head of a query or key, x [start : start + head_dim], and rotate it to its position. In place."""
-    at = 4 * position * f.half_rotary
-    cos, sin = floats(f.cos + at, f.half_rotary), floats(f.sin + at, f.half_rotary)
-    norm = floats(f.qk_norms + 4 * (2 * layer + is_key) * f.head_dim, f.head_dim if f.has_qk_norm else 0)
-    rotate(x, start, f.head_dim, f.half_rotary, cos, sin, norm, f.eps)
+    which = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[ROTARY]
+    half = f.half_rotary if which >= 0 else 0
+    at = 4 * (which * f.angle_positions + position) * f.half_rotary
+    cos, sin = floats(f.cos + at, half), floats(f.sin + at, half)
+    if f.qk_norm == QK_HEAD:
+        row = (f.heads * is_key + head) if f.qk_norm_rows > 2 else is_key
+        norm = floats(f.qk_norms + 4 * (layer * f.qk_norm_rows + row) * f.head_dim, f.head_dim)
+        if f.qk_norm_last:
+            rotate(x, start, half, cos, sin)
+            norm_part(x, start, norm, f.layer_norm, f.eps)
+        else:
+            norm_part(x, start, norm, f.layer_norm, f.eps)
+            rotate(x, start, half, cos, sin)
+    else:
+        rotate(x, start, half, cos, sin)
+
+
+@compiled_part
+def norm_all_heads(f, layer, qkv):
+    """Normalise the queries of a row together, and its keys together."""
+    address = f.qk_norms + 4 * layer * f.qk_norm_rows * f.head_dim
+    q, k = f.heads * f.head_dim, f.kv_heads * f.head_dim
+    norm_part(qkv, 0, floats(address, q), f.layer_norm, f.eps)
+    norm_part(qkv, column_of(f, QKV_PRODUCT, 1), floats(address + 4 * q, k), f.layer_norm, f.eps)
 
 
 @compiled_part
@@ -153,7 +215,7 @@ def store_head(tid, f, layer, r, head):
     key = scores_of(f, tid)[0]  # a copy to rotate: another head of the group may still need the row
     for i in range(f.head_dim):
         key[i] = qkv[k_start + i]
-    rotate_head(f, layer, 1, position, key, 0)
+    rotate_head(f, layer, 1, head, position, key, 0)
     keys, values = keys_of(f, r, layer, head), values_of(f, r, layer, head)
     store_key_value(key, qkv, v_start, position, f.head_dim, capacity_of(f, r), keys, values)
 
@@ -194,8 +256,10 @@ def store_positions(tid, threads, counters, phase, f, layer):
         first, last = share_of(at, items, f.rows)
         for r in range(first, last):
             qkv = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width)
+            if f.qk_norm == QK_WIDTH:
+                norm_all_heads(f, layer, qkv)
             for head in range(f.heads):
-                rotate_head(f, layer, 0, position_of(f, r), qkv, head * f.head_dim)
+                rotate_head(f, layer, 0, head, position_of(f, r), qkv, head * f.head_dim)
             for head in range(f.kv_heads):
                 store_head(tid, f, layer, r, head)
     return phase + 1
@@ -213,18 +277,22 @@ def attend_layer(tid, threads, counters, phase, f, layer):
         if f.few:
             head, r, count, later = at // rows * size, at % rows, size, 0
             stride = out_stride = 4 * head_dim
-            if rows == 1:
+            bias_stride = 4 * f.bias_positions
+            if rows == 1 and f.qk_norm != QK_WIDTH:
                 for one in range(size):
-                    rotate_head(f, layer, 0, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
+                    rotate_head(f, layer, 0, head + one, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
                 store_head(tid, f, layer, 0, head // group)
         else:
             head, r = at % f.heads, (items - 1 - at) // f.heads * 4  # the long rows first
             count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.qkv_width, 4 * f.attended_width
+            bias_stride = 0
         query = f.qkv + 4 * (r * f.qkv_width + head * head_dim)
+        bias = f.bias + 4 * head * f.bias_positions if f.bias_positions else 0
         out = f.attended + 4 * (r * f.attended_width + head * head_dim)
         attend(
             query, stride, out, out_stride, count, position_of(f, r), later, window, keys_of(f, r, layer, head // group),
-            values_of(f, r, layer, head // group), capacity_of(f, r), head_dim, scores_of(f, tid),
+            values_of(f, r, layer, head // group), capacity_of(f, r), head_dim, scores_of(f, tid), f.score_scale,
+            f.score_cap, bias, bias_stride,
         )  # fmt: skip
     return phase + 1
 
@@ -240,13 +308,16 @@ def multiply_head(tid, threads, counters, phase, f):
     items = min(tiles, HEAD_ITEMS * threads)
     for at in shares(counters, phase, items):
         if not ready:
-            x, norm = float_rows(f.x, f.rows, f.hidden_width), norm_of(f, 2 * f.layer_count)
+            x = float_rows(f.x, f.rows, f.hidden_width)
             for r in range(rows):
-                norm_row(x[f.rows - rows + r], norm, f.eps, own[r])
+                norm_residual(f, LAYER_NORMS * f.layer_count, x[f.rows - rows + r], own[r])
             round_rows(tid, 0, rows, own, f.tables, f.head_row, f.head_rounded)
             ready = True
         first, last = share_of(at, items, tiles)
         multiply(tid, first, last, rows, own, f.tables, f.head_row, f.head_rounded, logits, 0)
+        if f.logits_cap > 0:
+            for r in range(rows):
+                cap_row(logits[r], 16 * first, 16 * last, np.float32(1.0), f.logits_cap)
 
 
 @compiled

@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 
-# Columns of the table of layers: rows of the table of weights (-1: part of the weight before), then a number of tokens.
-Q, K, V, OUT, GATE, UP, DOWN, WINDOW = range(8)
-LAYER_COLUMNS = 8
+# Columns of the table of layers: rows of the table of weights (-1: part of the weight before, or none), a number of tokens, and
+# which of the tables of angles is the layer's (-1: none).
+Q, K, V, OUT, GATE, UP, DOWN, WINDOW, ROTARY = range(9)
+LAYER_COLUMNS = 9
 
 # The four products of a layer, in their order, and which columns of the table of layers are theirs.
 PRODUCTS = 4
 QKV_PRODUCT, OUT_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT = range(PRODUCTS)
 FIRST_WEIGHT = (Q, OUT, GATE, DOWN)
 WEIGHTS = (3, 1, 2, 1)
+
+# Norms of the residual's width: four for each layer, then the last one.
+LAYER_NORMS = 4
+ATTENTION_NORM, ATTENDED_NORM, MLP_NORM, INNER_NORM = range(LAYER_NORMS)
+
+ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3, "relu": 4, "relu2": 5}
+QK_NORM_NUMBERS = {"": 0, "head": 1, "width": 2}
 
 Fields = Mapping[str, Any]  # name -> int, float, the element type of an array, or the Fields of a record inside
 
@@ -50,15 +58,30 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "hidden_width": int,  # of x, a whole number of tiles
     "inner": int,  # numbers of the gate
     "head_row": int,  # of the output head in the table of weights
-    "has_qk_norm": int,  # 1: query and key of each head are normalised
+    "layer_norm": int,  # 1: norms are LayerNorms, 0: RMSNorms
+    "norms_before": int,  # 1: what attention and the MLP read is normed
+    "norms_after": int,  # 1: what they give is normed
+    "parallel": int,  # 1: both read the x that the layer began with
+    "gated": int,  # 1: act(gate) * up; 0: act(gate)
+    "activation": int,  # of ACTIVATION_NUMBERS
+    "qk_norm": int,  # of QK_NORM_NUMBERS
+    "qk_norm_last": int,  # 1: after the rotation
+    "score_scale": float,
+    "score_cap": float,  # 0: none
+    "residual_scale": float,  # of what is added to x
+    "logits_cap": float,  # 0: none
     "eps": float,  # of every norm
     "layers": np.int64,  # [layer_count][LAYER_COLUMNS]
     "columns": np.int64,  # [4 products][3 weights]: where each weight's part of a product begins
-    "norms": np.float32,  # [2 * layer_count + 1][norm_width]: each layer's input norm and post norm, then the last one
+    "norms": np.float32,  # [LAYER_NORMS * layer_count + 1][weight, bias][norm_width]
     "norm_width": int,  # H
-    "qk_norms": np.float32,  # [2 * layer_count][head_dim]: each layer's norm of the query, of the key
-    "cos": np.float32,  # [positions][half_rotary]
+    "qk_norms": np.float32,  # [layer_count][qk_norm_rows][head_dim]: weights of the queries' norms, then of the keys'
+    "qk_norm_rows": int,  # 2, or one for each head
+    "cos": np.float32,  # [rotaries][angle_positions][half_rotary]
     "sin": np.float32,
+    "angle_positions": int,
+    "bias": np.float32,  # [heads][bias_positions]: added to the scores of each key (ALiBi)
+    "bias_positions": int,  # 0: none
     "tables": TABLES,
     # the rows
     "rows": int,
@@ -70,14 +93,14 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     # what is computed, each row as wide as named
     "x": np.float32,  # [rows][hidden_width]: the embeddings, then the residual stream
     "hidden": np.float32,  # [owners][hidden_rows][hidden_width]: x after a norm
-    "hidden_rows": int,  # also of `gated`
-    "qkv": np.float32,  # [rows][qkv_width]: query, key, value; also the product `down`
+    "hidden_rows": int,  # also of `gated_rows`
+    "qkv": np.float32,  # [rows][qkv_width]: query, key, value; also the products `out` and `down`
     "qkv_width": int,
     "attended": np.float32,  # [rows][attended_width]: what attention gives
     "attended_width": int,
-    "gate_up": np.float32,  # [rows][gate_up_width]: gate and up; also the product `out`
+    "gate_up": np.float32,  # [rows][gate_up_width]: gate and up
     "gate_up_width": int,
-    "gated": np.float32,  # [owners][hidden_rows][gated_width]: SiLU(gate) * up
+    "gated_rows": np.float32,  # [owners][hidden_rows][gated_width]: what down reads
     "gated_width": int,
     "rounded": ROUNDED,
     "head_rounded": ROUNDED,  # for the output head, head_limit rows: every thread is an owner

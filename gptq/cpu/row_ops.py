@@ -11,14 +11,20 @@ from .cpu_kernels import (
     ROUNDED_BUFFER,
     TILES,
     WEIGHT_COLUMNS,
+    erf,
     exp,
     half_products,
+    layer_norm_row,
     norm_row,
     product,
     round_row,
+    tanh,
 )
+from .forward_arguments import ACTIVATION_NUMBERS
 from .numba_compiler import compiled_part
 from .numba_intrinsics import floats, integers, integers8, integers16, integers32, store_half
+
+SILU, GELU, GELU_TANH, GELU_QUICK, RELU, _RELU2 = ACTIVATION_NUMBERS.values()
 
 
 @compiled_part
@@ -67,10 +73,18 @@ def share_of(at, items, count):
 
 
 @compiled_part
-def rotate(x, start, head_dim, half, cos, sin, norm, eps):
-    """Normalise one head, x [start : start + D], if `norm` is not empty, and rotate it to its position. In place."""
-    if norm.size:
-        norm_row(x[start : start + head_dim], norm, eps, x[start : start + head_dim])
+def norm_part(x, start, norm, layer_norm, eps):
+    """Normalise x [start : start + norm's size] in place."""
+    part = x[start : start + norm.size]
+    if layer_norm:
+        layer_norm_row(part, norm, eps, part)
+    else:
+        norm_row(part, norm, eps, part)
+
+
+@compiled_part
+def rotate(x, start, half, cos, sin):
+    """Rotate one head, which begins at x [start], to its position. In place."""
     for i in range(half):
         a, b = x[start + i], x[start + half + i]
         x[start + i] = a * cos[i] - b * sin[i]
@@ -89,25 +103,42 @@ def store_key_value(key, row, v_start, position, head_dim, capacity, keys, value
 
 
 @compiled_part
-def attend(query, q_stride, out, o_stride, count, position, later, window, keys, values, capacity, head_dim, scores):
-    """Attention of `count` queries; query r is at position + r * later. keys and values are addresses of one head's."""
+def attend(
+    query, q_stride, out, o_stride, count, position, later, window, keys, values, capacity, head_dim, scores, scale, cap, bias,
+    bias_stride,
+):  # fmt: skip
+    """Attention of `count` queries; query r is at position + r * later. keys and values are addresses of one head's.
+
+    `bias`, if not 0, is the address of what is added to the scores of each key, that of query r bias_stride * r bytes later.
+    """
     last = position + (count - 1) * later
     begin = max(0, position - window + 1) // 16 if window > 0 else 0
     tiles_ = last // 16 + 1 - begin
     width = 16 * tiles_
     mine, s_stride = scores.ctypes.data, scores.strides[0]
     half_products(keys + begin * head_dim * 32, query, q_stride, head_dim, mine, s_stride, count, tiles_, head_dim * 32)
-    scale = np.float32(1.0) / np.sqrt(np.float32(head_dim))
     for r in range(count):
         row = scores[r]
         high = position + r * later + 1 - 16 * begin
         low = max(0, high - window) if window > 0 else 0
+        factor = scale
+        if cap > np.float32(0.0) or bias:
+            factor = np.float32(1.0)
+            if cap > np.float32(0.0):
+                cap_row(row, low, high, scale, cap)
+            else:
+                for i in range(low, high):
+                    row[i] *= scale
+            if bias:
+                added = floats(bias + r * bias_stride + 64 * begin, high)
+                for i in range(low, high):
+                    row[i] += added[i]
         largest = row[low]
         for i in range(low, high):
             largest = max(largest, row[i])
         total = np.float32(0.0)
         for i in range(low, high):
-            value = exp((row[i] - largest) * scale)
+            value = exp((row[i] - largest) * factor)
             row[i] = value
             total += value
         for i in range(low, high):
@@ -118,8 +149,40 @@ def attend(query, q_stride, out, o_stride, count, position, later, window, keys,
 
 
 @compiled_part
-def gate_row(gate_up, up_column, out, inner):
-    """out [inner] = SiLU(gate) * up; up begins at up_column."""
-    for i in range(inner):
-        gate = gate_up[i]
-        out[i] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[up_column + i]
+def cap_row(x, low, high, scale, cap):
+    """x [low : high] = cap * tanh(scale * x / cap), in place."""
+    factor = scale / cap
+    for i in range(low, high):
+        x[i] = cap * tanh(x[i] * factor)
+
+
+@compiled_part
+def gate_row(gate_up, up_column, out, inner, activation, gated):
+    """out [inner] = act(gate) * up, or act(gate) alone; up begins at up_column. `activation` is one of ACTIVATION_NUMBERS."""
+    one, half = np.float32(1.0), np.float32(0.5)
+    if activation == SILU:
+        for i in range(inner):
+            gate = gate_up[i]
+            out[i] = gate / (one + exp(-gate))
+    elif activation == GELU:
+        for i in range(inner):
+            gate = gate_up[i]
+            out[i] = half * gate * (one + erf(gate * np.float32(0.70710678)))
+    elif activation == GELU_TANH:
+        for i in range(inner):
+            gate = gate_up[i]
+            out[i] = half * gate * (one + tanh(np.float32(0.79788456) * gate * (one + np.float32(0.044715) * gate * gate)))
+    elif activation == GELU_QUICK:
+        for i in range(inner):
+            gate = gate_up[i]
+            out[i] = gate / (one + exp(np.float32(-1.702) * gate))
+    elif activation == RELU:
+        for i in range(inner):
+            out[i] = max(gate_up[i], np.float32(0.0))
+    else:
+        for i in range(inner):
+            gate = max(gate_up[i], np.float32(0.0))
+            out[i] = gate * gate
+    if gated:
+        for i in range(inner):
+            out[i] *= gate_up[up_column + i]

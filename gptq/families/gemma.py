@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import torch
+
 from .parts import LayerParts, ModelParts, Options, Rotary
 from .reading import act_of, base_of, llama_layer, model_of, norm_of, refuse_if, rotary_of
 
@@ -50,7 +52,7 @@ def _model(hf: Any, layers: list[LayerParts], **changes: Any) -> ModelParts:
         qk_norm="head" if layers[0].q_norm is not None else "",
         score_scale=first.self_attn.scaling,
         score_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
-        embedding_scale=config.hidden_size**0.5,
+        embedding_scale=float(torch.tensor(config.hidden_size**0.5, dtype=hf.get_input_embeddings().weight.dtype)),
         logits_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
     )
     return model_of(hf, layers, options, norm=_norm(base_of(hf).norm), **changes)

@@ -29,9 +29,9 @@ def refuse_if(found: Any, what: str) -> None:
 
 def norm_of(module: Any, *, plus_one: bool = False) -> Norm:
     """`plus_one`: 1 is added to the weight before it is multiplied (Gemma, Nemotron)."""
-    weight = module.weight
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(weight.detach().float() + 1 if plus_one else weight, getattr(module, "bias", None), eps)
+    return Norm(weight.float() + 1 if plus_one else weight, None if bias is None else bias.detach(), eps)
 
 
 def activation_of(module: Any) -> str:
