@@ -7,8 +7,14 @@ import gradio as gr
 import pytest
 from gradio_events import Visitor
 
+from fake_library import FakeLibrary
 from gptq_webui.core.chat import Message
+from gptq_webui.engine.download_queue import Downloads
+from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import gradio_compat
+from gptq_webui.ui import page as ui_page
 
 
 def test_a_conversation_is_what_the_installed_chatbot_takes():
@@ -51,3 +57,11 @@ def test_events_work_on_a_page_that_was_built_where_an_event_loop_has_ended():
     thread.start()
     thread.join()
     assert answers == [True]
+
+
+@pytest.mark.skipif(not gradio_compat.SIX, reason="4.37 keeps no progress of outputs")
+def test_no_event_of_the_page_draws_gradios_progress(tmp_path):
+    engine = Engine(FakeLibrary(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    config = ui_page.build(engine, Downloads(engine.library)).get_config_file()
+    targets = {tuple(each["show_progress_on"] or ["its outputs"]) for each in config["dependencies"]}
+    assert len(config["dependencies"]) > 100 and len(targets) == 1 and "its outputs" not in targets.pop()

@@ -67,6 +67,18 @@ def blocks(title: str, theme: gr.Theme, css: str, head: str = "") -> gr.Blocks:
     return gr.Blocks(title=title, analytics_enabled=False, fill_height=True, theme=theme, css=css, head=head)
 
 
+def draw_no_progress(page: gr.Blocks, place: Any) -> None:
+    """Let no event draw Gradio's own progress: `place`, an invisible component near the page's start, gets it.
+
+    6 keeps the progress of every output of every event, and at each change of one it searches the whole page for each of
+    them: most of what opening a page of 400 components cost a browser, and a part of every word of an answer.
+    """
+    if not SIX:
+        return
+    for event in page.fns.values():
+        event.show_progress_on = [place]
+
+
 def launch_options(theme: gr.Theme, css: str, head: str = "") -> dict[str, Any]:
     """For `Blocks.launch`: the look in 6, and no API pages in either."""
     if SIX:

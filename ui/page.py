@@ -105,10 +105,10 @@ def build(
         page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
-            for trigger in [page.load, api_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
+            for trigger in [api_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
                 trigger(origins.show, None, origins.outputs, **gradio_compat.SHOW)
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
-        for trigger in [page.load, model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
+        for trigger in [model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
         for trigger in [quantize_tab_item.select] if gradio_compat.LAZY_TABS else [page.load, quantize_tab_item.select]:
             watcher.after(trigger(quantize.show, None, quantize.outputs, **gradio_compat.SHOW))
@@ -119,6 +119,7 @@ def build(
         watcher.on(chat_tab_item.select)
         watcher.wire()
         page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it
+        gradio_compat.draw_no_progress(page, watcher.bell)
     return page
 
 
