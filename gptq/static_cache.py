@@ -7,7 +7,8 @@ first single token and leaves when something else asks for its cache.
 
 import copy
 import weakref
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ FIRST_CAPACITY = 1024  # tokens
 
 class NotStatic(Exception):
     """Why a cache cannot have fixed addresses, as a reason."""
+
+
+class Fused(Protocol):
+    """Kernels in the place of parts of a forward, see cuda/fused_forward.py."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """While it lasts, a forward uses them."""
+
+    def keep(self, layer: Any, keys: Tensor, values: Tensor) -> bool:
+        """Put the new token into a StaticKeys; False if the kernel cannot."""
+
+    def close(self) -> None: ...
 
 
 class StaticKeys(cache_utils.StaticLayer):
@@ -39,11 +52,15 @@ class StaticKeys(cache_utils.StaticLayer):
         self.values = like.values.new_zeros(1, self.num_heads, capacity, self.v_head_dim)
         self.is_initialized = True
         self.shown = capacity  # tokens that the model gets to see, of the capacity
+        self.fused: Fused | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.count, key_states)
-        self.values.index_copy_(2, self.count, value_states)
-        return self.keys[:, :, : self.shown], self.values[:, :, : self.shown]
+        if self.fused is None or not self.fused.keep(self, key_states, value_states):
+            self.keys.index_copy_(2, self.count, key_states)
+            self.values.index_copy_(2, self.count, value_states)
+        keys, values = self.keys[:, :, : self.shown], self.values[:, :, : self.shown]
+        vars(keys)["tokens_before"] = self.count  # for an attention that reads how many there are
+        return keys, values
 
     def get_seq_length(self, *_: Any, **__: Any) -> Any:
         return self.count[0]
@@ -114,6 +131,10 @@ class StaticRoom:
         """Let the model see so many tokens of the capacity."""
         for each in self._keys():
             each.shown = tokens
+
+    def use(self, fused: Fused | None) -> None:
+        for each in self._keys():
+            each.fused = fused
 
     def holds(self, memory: TransformersMemory) -> bool:
         return memory.elsewhere is self

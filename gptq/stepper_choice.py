@@ -75,7 +75,7 @@ def _on_gpu(
         why = str(error)
     log.info("the whole step is not used: %s", why)
     try:
-        replaced, left = replace_layers(hf)
+        replaced, left = replace_layers(hf, merge=adapt is None)
     except GptqWebuiError as error:
         return _plain(hf, f"Computed in plain PyTorch, slowly: {error}", adapt)
     if not replaced:
@@ -89,6 +89,7 @@ def _on_gpu(
 
 def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
     """transformers' forward recorded as a CUDA graph, or without one if it cannot be; what to say of that."""
+    from .cuda.fused_forward import FusedForward
     from .cuda.graphs import GraphRecorder
     from .graph_stepper import GraphStepper
 
@@ -97,7 +98,7 @@ def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         return TransformersStepper(hf), ""
     if any(isinstance(each, PackedExperts) for each in hf.modules()):  # they ask the host which experts are chosen
         return TransformersStepper(hf), " Experts of several orders are chosen by the processor, so every token waits for it."
-    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device))
+    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), FusedForward(hf, device))
     stepper.trial()
     if not stepper.why:
         return stepper, ""

@@ -40,7 +40,7 @@ def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
         assert error(experts[0](x, chosen, weights), wanted) < 3e-3
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2", "falcon", "phi", "gpt_neox"])
 def test_a_recorded_model_continues_as_its_dense_twin(kind, tmp_path):
     twin = tiny.write(tmp_path / "model", kind, act_order=False)
     model, _notes = checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float16, device_map={"": "cuda"})

@@ -143,10 +143,7 @@ def test_tokens_are_sampled_from_the_distribution_of_the_plain_sampler(llama, va
     logits = torch.randn(1, 288, generator=generator, device="cuda") * 2
     with torch.inference_mode():
         sampler = Sampler(params, step.device, prompt_tokens=len(ids))
-        scores = sampler._changed(logits.float(), torch.tensor([ids], device="cuda")) / params.temperature
-        kept, names = sampler._kept(scores)
-        if sampler._typical is not None:
-            kept = sampler._typical(None, kept)
+        kept, names = sampler._filtered(sampler._changed(logits.float(), torch.tensor([ids], device="cuda")))
         wanted = torch.zeros(288, device="cuda")
         wanted[names[0] if names is not None else slice(None)] = kept.softmax(-1)[0]
         count = torch.zeros(288, device="cuda")
@@ -187,9 +184,7 @@ def test_a_large_and_flat_vocabulary_is_filtered_right(llama, values):
     logits = torch.randn(1, n, device="cuda", generator=torch.Generator("cuda").manual_seed(2)) * 0.5
     with torch.inference_mode():
         sampler = Sampler(params, step.device)
-        kept, names = sampler._kept(logits.clone())
-        if sampler._typical is not None:
-            kept = sampler._typical(None, kept)
+        kept, names = sampler._filtered(logits.clone())
         wanted = torch.zeros(n, device="cuda")
         wanted[names[0] if names is not None else slice(None)] = kept.softmax(-1)[0]
         sequences = Sequences(step.device, replace(step.shape, vocabulary=n, embedding_rows=n), 1)

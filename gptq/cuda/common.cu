@@ -21,6 +21,11 @@ DEVICE u16 to_half(float f) {  // beyond fp16's range: its largest number, not i
   f = fminf(fmaxf(f, -65504.f), 65504.f);
   u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h;
 }
+DEVICE float from_bfloat(u16 b) { return __int_as_float((u32)b << 16); }
+DEVICE u16 to_bfloat(float f) {  // to the nearest, ties to even; NaN stays NaN
+  const u32 bits = __float_as_int(f);
+  return f == f ? (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16) : (u16)0x7fc0;
+}
 DEVICE u32 pair(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 DEVICE u32 to_half2(float low, float high) { return pair(to_half(low), to_half(high)); }
 DEVICE float low_of(u32 h2) { return to_float((u16)h2); }

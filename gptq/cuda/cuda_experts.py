@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..experts import PackedExperts
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
-from . import gemv
-from .cuda_weights import Weight, packing_of, repack
+from . import activations, gemv
+from .cuda_weights import Weight, fragment_order, packing_of, repack
 from .gpu_kernels import Gpu
-from .kernel_arguments import EXPERT_GEMV, TILE
-from .kernel_source import GemvVariant, Packing
+from .kernel_arguments import COMBINE, EXPERT_GEMV, TILE
+from .kernel_source import GemvVariant, LayerVariant, Packing, Variant
+from .natural_order import NUMBERS, gate_columns, gates_and_ups, input_of
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
 _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of fp16
@@ -32,17 +33,26 @@ class Stack:
     first: Weight  # with the words and scales of all experts, one expert's tiles after the other's
     experts: int
     orders: Tensor  # int64 [experts or 1, padded]: the input at each position, in_features for padding
+    order: Tensor | None  # the same as int16 for the kernel; None if inputs are in their own order
     variant: GemvVariant
     blocks: int
+    gated: int | None  # the activation's number, where rows are gates and ups in turn
 
     @classmethod
-    def of(cls, gpu: Gpu, layers: Sequence[Sequence[GPTQLinear]], packing: Packing) -> "Stack":
-        """`layers`: for each expert those that share its input. They are released as they are taken over."""
+    def of(
+        cls, gpu: Gpu, layers: Sequence[Sequence[GPTQLinear]], packing: Packing, input: torch.dtype, epilogue: str,
+        gated: int | None = None,
+    ) -> "Stack":  # fmt: skip
+        """`layers`: for each expert those that share its input. They are released as they are taken over.
+
+        `input` is the type of the rows that are multiplied one by one.
+        """
         words: Tensor | None = None
         scales: Tensor | None = None
         orders = []
+        columns = None if gated is None else gate_columns(layers[0][0].out_features, gpu.device)
         for at, own in enumerate(layers):
-            weight = repack(gpu, own, packing)
+            weight = repack(gpu, own, packing, columns)
             if words is None or scales is None:
                 words = torch.empty(len(layers), *weight.words.shape, dtype=weight.words.dtype, device=gpu.device)
                 scales = torch.empty(len(layers), *weight.scales.shape, dtype=weight.scales.dtype, device=gpu.device)
@@ -52,16 +62,25 @@ class Stack:
                 each.release()
         assert words is not None and scales is not None
         stacked = torch.stack(orders)
+        plain = fragment_order(None, weight.in_features, gpu.device).long()
+        plain = torch.where(plain < 0, weight.in_features, plain)
+        ordered = not bool((stacked == plain).all())
         if bool((stacked == stacked[0]).all()):
             stacked = stacked[:1]
-        plan = gemv.Plan.of(gpu, weight, "PLAIN", False, gemv.Tuning())
+        order = stacked.to(torch.int32).to(torch.int16).contiguous() if ordered else None
+        kind = input_of(input, order)
+        plan = gemv.Plan.of(gpu, weight, epilogue, False, gemv.layer_tuning(weight.in_features, weight.out_features), kind)
         whole = replace(weight, words=words.flatten(0, 1), scales=scales.flatten(0, 1))
-        return cls(whole, len(layers), stacked, replace(plan.variant, experts=True), plan.blocks)
+        return cls(whole, len(layers), stacked, order, replace(plan.variant, experts=True), plan.blocks, gated)
 
     @property
     def tiles(self) -> int:
         """Of one expert."""
         return self.first.tiles // self.experts
+
+    @property
+    def outputs(self) -> int:
+        return self.first.out_features if self.gated is None else self.first.out_features // 2
 
     def ordered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """fp16 [..., K], the expert of each row [...] -> fp16 [..., padded] in the order of its weights."""
@@ -72,19 +91,26 @@ class Stack:
             return x.index_select(-1, self.orders[0])
         return x.gather(-1, self.orders[chosen])
 
-    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor) -> Tensor:
-        """fp16 [choices, K], int64 [choices] -> fp16 [choices, N]."""
+    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+        """[choices / share, K] in the type the stack was made for, int64 [choices] -> [choices, outputs] of `dtype`.
+
+        `share` choices in turn take the same row.
+        """
         weight, tiles = self.first, self.tiles
-        x = self.ordered(x, chosen).contiguous()
-        out = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
+        x = x.contiguous()
+        out = torch.empty(chosen.numel(), self.outputs, dtype=dtype, device=x.device)
         arguments = EXPERT_GEMV.pack(
             weights=weight.words,
             scales=weight.scales,
             chosen=chosen,
             x=x,
+            order=self.order,
             out=out,
             weight_bytes=tiles * weight.words[0].numel(),
             scale_bytes=tiles * weight.scales[0].numel() * 4,
+            order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
+            share=share,
+            activation=self.gated or 0,
             experts=self.experts,
             n=weight.out_features,
             tiles=tiles,
@@ -94,7 +120,8 @@ class Stack:
             k=weight.in_features,
         )
         shared_bytes = self.variant.shared_bytes(weight.chunks)
-        gpu.run(self.variant.name, (self.blocks, x.shape[0]), self.variant.threads, arguments, shared_bytes)
+        grid = (self.blocks, chosen.numel())
+        gpu.run(self.variant.name, grid, self.variant.threads, arguments, shared_bytes, overlap=True)
         return out
 
     def dense(self, gpu: Gpu, first: int, count: int) -> Tensor:
@@ -112,39 +139,55 @@ class Stack:
 class CudaExperts(nn.Module):
     """Stands in for PackedExperts, whose tensors it takes."""
 
-    def __init__(self, gpu: Gpu, packed: PackedExperts, into: Packing, out: Packing) -> None:
+    def __init__(self, gpu: Gpu, packed: PackedExperts, into: Packing, out: Packing, dtype: torch.dtype) -> None:
+        """`dtype`: of the model's numbers."""
         super().__init__()
         self.act_fn: Any = packed.act_fn
         self.num_experts = packed.num_experts
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
-        self._gpu = gpu
+        self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
         self._inner = roles[0]["gate"].out_features
-        self._gate_up = Stack.of(gpu, [(each["gate"], each["up"]) for each in roles], into)
-        self._down = Stack.of(gpu, [(each["down"],) for each in roles], out)
+        gated = activations.number_of(self.act_fn, gpu.device) if self._inner % 8 == 0 else None
+        gates = [(each["gate"], each["up"]) for each in roles]
+        # the sums between the two products are fp16, whatever the model's numbers are
+        self._gate_up = Stack.of(gpu, gates, into, self._dtype, "PLAIN" if gated is None else "GATED", gated)
+        self._down = Stack.of(gpu, [(each["down"],) for each in roles], out, torch.float16, "FLOAT")
 
     @property
-    def variants(self) -> set[GemvVariant]:
+    def variants(self) -> set[Variant]:
         """The kernels that must have been compiled before the first forward."""
-        return {self._gate_up.variant, self._down.variant}
+        return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H]."""
         tokens, choices = top_k_index.shape
         chosen = top_k_index.reshape(-1).long()
-        x = hidden_states.to(torch.float16)
         if chosen.numel() <= MOST_CHOICES:
-            y = self._chosen_only(x.repeat_interleave(choices, 0), chosen)
-        else:
-            y = self._all(x, chosen, choices)
+            return self._chosen_only(hidden_states, chosen, top_k_weights)
+        y = self._all(hidden_states.to(torch.float16), chosen, choices)
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)
 
     def _gated(self, y: Tensor) -> Tensor:
-        return self.act_fn(y[..., : self._inner]) * y[..., self._inner :]
+        if self._gate_up.gated is None:
+            return self.act_fn(y[..., : self._inner]) * y[..., self._inner :]
+        gate, up = gates_and_ups(y)
+        return activations.apply(self._gate_up.gated, gate) * up
 
-    def _chosen_only(self, x: Tensor, chosen: Tensor) -> Tensor:
-        inner = self._gated(self._gate_up.multiply(self._gpu, x, chosen))
-        return self._down.multiply(self._gpu, inner, chosen)
+    def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16)
+        if self._gate_up.gated is None:
+            inner = self._gated(inner)
+        y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)
+        out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
+        if weights.dtype != self._dtype:
+            weights = weights.float()
+        arguments = COMBINE.pack(
+            y=y, weights=weights.contiguous(), out=out, choices=weights.shape[1], n=y.shape[1], wide=int(weights.dtype == torch.float32)
+        )  # fmt: skip
+        name = "combine_bfloat" if self._dtype == torch.bfloat16 else "combine_half"
+        self._gpu.run(name, (-(-y.shape[1] // 256), x.shape[0]), 256, arguments, overlap=True)
+        return out.to(x.dtype)
 
     def _all(self, x: Tensor, chosen: Tensor, choices: int) -> Tensor:
         """x [T, H], chosen [T * choices] -> [T * choices, H]. Waits for the device once."""
@@ -205,11 +248,11 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
             out = _common_packing([(each["down"],) for each in roles])
             gpu = gpus[device] = gpus.get(device) or Gpu(device)
             for packing, one in ((into, roles[0]["gate"]), (out, roles[0]["down"])):
-                gemv.variant(packing, one.in_features, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes)
+                gemv.variant(packing, one.in_features, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes, "ORDERED")
         except Unsuited:
             continue
         gpu.add_missing(packings={into, out})
-        new = CudaExperts(gpu, packed, into, out)
+        new = CudaExperts(gpu, packed, into, out, getattr(model, "dtype", torch.float16))
         gpu.add_missing(variants=new.variants)
         parent, _dot, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)

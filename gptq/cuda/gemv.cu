@@ -5,7 +5,8 @@
 // first weights are on their way before the kernel waits for the previous one, which hides the start of the kernel.
 // Kernels are small on purpose: code that runs once is read from memory as the weights are.
 
-enum { PLAIN, FLOAT, SILU, RESIDUAL };  // what becomes of the sums: see GemvArguments.out
+enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT };  // what becomes of the sums: see GemvArguments.out
+enum { FRAGMENTS, NATURAL, NATURAL_BFLOAT, ORDERED, ORDERED_BFLOAT };    // how x lies in memory: see GemvArguments.x
 
 // -- the input, normed if NORM ----------------------------------------------------------------------------------------
 // NORM is the number of runs of 8 inputs that a thread norms; 0 for no norm.
@@ -71,6 +72,42 @@ template <int NORM> DEVICE void norm_input(const u16* x, const NormWeight<NORM>&
 template <int NORM> DEVICE void stage_input(const u16* x, const NormWeight<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
   if constexpr (NORM == 0) copy_input(x, shared, padded);
   else norm_input<NORM>(x, norm, shared, padded, k, eps, scratch);
+  __syncthreads();
+}
+
+// Four inputs of a row in its natural order, as fp16; zeros from `k` on, a multiple of 4.
+template <bool BF> DEVICE uint2 four_inputs(const u16* x, int at, int k) {
+  if (at >= k) return make_uint2(0, 0);
+  uint2 v = __ldcg((const uint2*)(x + at));
+  if constexpr (BF) {
+    v.x = to_half2(__int_as_float(v.x << 16), __int_as_float(v.x & 0xffff0000u));
+    v.y = to_half2(__int_as_float(v.y << 16), __int_as_float(v.y & 0xffff0000u));
+  }
+  return v;
+}
+
+// x in its natural order into shared memory in fragment order. Without act-order runs of four inputs stay together; with it
+// the row passes through `raw` [padded + 8] in shared memory, and `order` [padded] says which input each position takes.
+template <bool BF, bool ORDER> DEVICE void stage_natural(const u16* x, const u16* order, u16* shared, u16* raw, int padded, int k) {
+  if constexpr (!ORDER) {
+#pragma unroll 4
+    for (int run = threadIdx.x; run < padded / 4; run += blockDim.x)  // run 4 s + c of a chunk goes to 4 c + s
+      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = four_inputs<BF>(x, run * 4, k);
+  } else {
+#pragma unroll 4
+    for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) *(uint2*)(raw + at) = four_inputs<BF>(x, at, k);
+    __syncthreads();
+#pragma unroll 2
+    for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) {
+      const uint4 from = __ldg((const uint4*)(order + at));
+      const u32* f = &from.x;
+      uint4 to;
+      u32* t = &to.x;
+#pragma unroll
+      for (int j = 0; j < 4; j++) t[j] = pair(raw[f[j] & 0xffffu], raw[f[j] >> 16]);
+      *(uint4*)(shared + at) = to;
+    }
+  }
   __syncthreads();
 }
 
@@ -159,17 +196,32 @@ template <int KS> DEVICE void exchange_sums(float* mine, int part, int team, int
   else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(KS * 32) : "memory");
 }
 
+// The activations of a gated MLP, by the number that activations.py gives them.
+DEVICE float activated(float y, int activation) {
+  if (activation == 0) return y / (1.f + __expf(-y));                                                    // SiLU
+  if (activation == 1) return y / (1.f + __expf(-1.5957691216f * (y + 0.044715f * y * y * y)));          // GELU, by tanh
+  if (activation == 2) return 0.5f * y * (1.f + erff(y * 0.70710678118f));                               // GELU
+  return fmaxf(y, 0.f);                                                                                  // ReLU
+}
+
 template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p, const float* mine, float addend, int place, int tile, int lane) {
   const int at = lane % TILE, n = tile * TILE + at;
   float y = addend;
 #pragma unroll
   for (int i = 0; i < KS; i++) y += mine[i * TILE + at];
+  if constexpr (EPILOGUE == GATED || EPILOGUE == GATED_BFLOAT) {
+    const float up = __shfl_sync(FULL, y, at | 8);
+    const float z = activated(y, p.activation) * up;
+    if (lane < 8 && tile * 8 + lane < p.n / 2) ((u16*)p.out)[tile * 8 + lane] = EPILOGUE == GATED ? to_half(z) : to_bfloat(z);
+    return;
+  }
   if constexpr (EPILOGUE == SILU) {
     const float up = __shfl_sync(FULL, y, at | 8);
     if (lane < 8) ((u16*)p.out)[tile * 8 + lane] = to_half(y / (1.f + __expf(-y)) * up);
   } else if (lane < TILE && n < p.n) {
     if constexpr (EPILOGUE == PLAIN) ((u16*)p.out)[n] = to_half(y);
     if constexpr (EPILOGUE == FLOAT) ((float*)p.out)[n] = y;
+    if constexpr (EPILOGUE == BFLOAT) ((u16*)p.out)[n] = to_bfloat(y);
     if constexpr (EPILOGUE == RESIDUAL) {
       p.residual[n] = y;
       ((u16*)p.out)[place] = to_half(y);
@@ -179,7 +231,7 @@ template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN>
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT>
 DEVICE void gemv(const GemvArguments& p) {
   static_assert(TILE == 16 && CHUNK == 64, "a tile is the matrix unit's 16 rows, a chunk four of its steps");
   static_assert(KS >= 1 && KS <= 32, "a block has at most 32 warps");
@@ -198,7 +250,12 @@ DEVICE void gemv(const GemvArguments& p) {
   allow_next_kernel_to_start();
   const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.chunks * CHUNK);
   wait_for_previous_kernel();
-  stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
+  if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
+  else {
+    u16* raw = (u16*)(scratch + 36 + teams * 2 * KS * TILE);
+    constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
+    stage_natural<BF, ORDER>(p.x, p.order, xs, raw, p.chunks * CHUNK, p.k);
+  }
 
   // x as the matrix unit takes it: one column, which the first four lanes hold. The other lanes stay zero.
   uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
@@ -244,16 +301,22 @@ DEVICE void gemv(const GemvArguments& p) {
 // -- the same for chosen experts ---------------------------------------------------------------------------------------
 
 // A row of blocks for each choice: its expert's weights are read where they lie, so no one else has to know which it is.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN>
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT>
 DEVICE void expert_gemv(const ExpertGemvArguments& e) {
-  static_assert(EPILOGUE == PLAIN && NORM == 0, "experts take no norm and give plain sums");
+  static_assert(NORM == 0 && EPILOGUE != RESIDUAL && EPILOGUE != SILU, "experts take no norm and no residual");
+  // The choice is made by the previous kernel, so nothing can be loaded before it has ended.
+  wait_for_previous_kernel();
   const u64 asked = e.chosen[blockIdx.y], last = e.experts - 1;
   const u64 expert = asked < last ? asked : last;
+  constexpr bool GATE = EPILOGUE == GATED || EPILOGUE == GATED_BFLOAT;
+  constexpr int WIDTH = EPILOGUE == FLOAT ? 4 : 2;
   GemvArguments p = {};
   p.weights = e.weights + expert * e.weight_bytes;
   p.scales = (const u32*)((const u8*)e.scales + expert * e.scale_bytes);
-  p.x = e.x + (size_t)blockIdx.y * e.chunks * CHUNK;
-  p.out = e.out + (size_t)blockIdx.y * e.n;
+  p.x = e.x + (size_t)(blockIdx.y / e.share) * (INPUT == FRAGMENTS ? e.chunks * CHUNK : e.k);
+  p.order = e.order + expert * e.order_length;
+  p.out = (u8*)e.out + (size_t)blockIdx.y * (GATE ? e.n / 2 : e.n) * WIDTH;
   p.n = e.n; p.tiles = e.tiles; p.chunks = e.chunks; p.groups = e.groups; p.unit_to_group = e.unit_to_group; p.k = e.k;
-  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN>(p);
+  p.activation = e.activation;
+  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT>(p);
 }

@@ -1,6 +1,6 @@
 """Products of a single row: which kernel of gemv.cu computes them, and how it is launched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -23,8 +23,29 @@ class Tuning:
     blocks_per_processor: int = 4
 
 
+def layer_tuning(in_features: int, out_features: int) -> Tuning:
+    """The spread of a single layer's product: those of a whole step's products (cuda_step.py) by their shape, with warps that
+    share a tile evenly where a number near by does."""
+    chunks = -(-in_features // CHUNK)
+    if in_features >= 8192:
+        found = Tuning(16, 2, 3, 1, 2)
+    elif out_features >= 12288:
+        found = Tuning(8, 4, 4, 1, 2)
+    elif in_features <= 1024:
+        found = Tuning(4, 2, 3, 1, 4)
+    else:
+        found = Tuning(8, 4, 3, 1, 2) if out_features <= 4608 else Tuning(4, 4, 3, 1, 4)
+    for batch in (found.batch, 2):
+        for split in sorted(range(max(2, found.split - 2), found.split + 3), key=lambda each: abs(each - found.split)):
+            if chunks % (split * batch) == 0:
+                return replace(found, split=split, batch=batch)
+    return found
+
+
 @lru_cache(maxsize=256)
-def variant(packing: Packing, in_features: int, epilogue: str, norm: bool, tuning: Tuning, limit_bytes: int) -> GemvVariant:
+def variant(
+    packing: Packing, in_features: int, epilogue: str, norm: bool, tuning: Tuning, limit_bytes: int, input: str = "FRAGMENTS"
+) -> GemvVariant:
     """The kernel for a product. A norm needs enough threads for the whole input; where the tuning asks for more shared
     memory than the `limit_bytes` of a block, fewer chunks travel together. Raises Unsuited if nothing fits."""
     chunks = -(-in_features // CHUNK)
@@ -38,7 +59,7 @@ def variant(packing: Packing, in_features: int, epilogue: str, norm: bool, tunin
     stages = tuning.stages
     while True:
         even = chunks % (split * batch) == 0
-        plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even)
+        plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even, input=input)
         if plan.shared_bytes(chunks) <= limit_bytes:
             return plan
         if stages > 2:
@@ -64,9 +85,9 @@ class Plan:
     shared_bytes: int
 
     @classmethod
-    def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, tuning: Tuning) -> "Plan":
+    def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, tuning: Tuning, input: str = "FRAGMENTS") -> "Plan":
         """Raises Unsuited if the GPU cannot compute the product."""
-        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes)
+        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input)
         blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
         return cls(found, found.name, blocks, found.shared_bytes(weight.chunks))
 
@@ -81,16 +102,20 @@ def launch(
     norm: Tensor | None = None,
     residual: Tensor | None = None,
     permutation: Tensor | None = None,
+    order: Tensor | None = None,
+    activation: int = 0,
     eps: float = 0.0,
     overlap: bool = False,
 ) -> None:
     """x fp16 [padded] in fragment order -> out, as the plan's epilogue says (GEMV.out). Its variant must be compiled.
 
-    `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for RESIDUAL. `overlap` as
+    Where the plan takes x in its own order, x is fp16 or bf16 [in_features], and `order` uint16 [padded] says which input each
+    position takes. `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for RESIDUAL. `overlap` as
     in `Kernel.launch`.
     """
-    if x.numel() != weight.padded:
-        raise ValueError(f"The input has {x.numel()} numbers; the weight takes {weight.padded}.")
+    taken = weight.padded if plan.variant.input == "FRAGMENTS" else weight.in_features
+    if x.numel() != taken:
+        raise ValueError(f"The input has {x.numel()} numbers; the weight takes {taken}.")
     if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
         raise ValueError(f"{plan.name} was given other tensors than it takes.")
     arguments = GEMV.pack(
@@ -99,6 +124,7 @@ def launch(
         x=x,
         norm=norm,
         bias=weight.bias,
+        order=order,
         out=out,
         residual=residual,
         permutation=permutation,
@@ -108,6 +134,7 @@ def launch(
         groups=weight.groups,
         unit_to_group=weight.unit_to_group,
         k=weight.in_features,
+        activation=activation,
         eps=eps,
     )
     gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap)

@@ -57,6 +57,10 @@ class Gpu:
         if variants or packings:
             self.add(variants, packings)
 
+    def has(self, name: str) -> bool:
+        """Whether a kernel is compiled."""
+        return name in self._module_of
+
     def close(self) -> None:
         """Free the memory of the kernels. Graphs that hold them must be gone."""
         with torch.cuda.device(self.device):

@@ -103,10 +103,11 @@ GEMV = Arguments(
     """
     const u8* weights      // [tiles][chunks][bits * 128]
     const u32* scales      // [tiles][groups][8]: see load_scale
-    const u16* x           // fp16 [chunks * CHUNK], fragment order
+    const u16* x           // fp16 [chunks * CHUNK] in fragment order (FRAGMENTS); fp16 or bf16 [k] in its own (NATURAL, ORDERED)
     const u16* norm        // fp16 [chunks * CHUNK], fragment order: weight of the RMSNorm before, NORM only
     const u16* bias        // fp16 [tiles * TILE] in the order of the rows, or null
-    void* out              // fp16 [n] (PLAIN), fp32 [n] (FLOAT), fp16 [n / 2] (SILU), fp16 in the next input's order (RESIDUAL)
+    const u16* order       // [chunks * CHUNK]: the input at each position, k for padding; ORDERED only
+    void* out              // [n]: fp16 (PLAIN), bf16 (BFLOAT), fp32 (FLOAT), fp16 in the next input's order (RESIDUAL); [n / 2]: fp16 (SILU, GATED), bf16 (GATED_BFLOAT)
     float* residual        // fp32 [n], RESIDUAL only
     const int* permutation // [n]: the position of row n in the next input, RESIDUAL only
     int n
@@ -115,6 +116,7 @@ GEMV = Arguments(
     int groups
     u32 unit_to_group      // the group of unit u is u * unit_to_group >> 16; 0 for one group
     int k                  // inputs without padding
+    int activation         // of GATED, see activations.py
     float eps
     """,
 )
@@ -124,10 +126,14 @@ EXPERT_GEMV = Arguments(
     const u8* weights      // [experts][tiles][chunks][bits * 128]
     const u32* scales      // [experts][tiles][groups][8]
     const u64* chosen      // [choices]: the expert of each choice
-    const u16* x           // fp16 [choices][chunks * CHUNK], fragment order of its expert
-    u16* out               // fp16 [choices][n]
+    const u16* x           // [choices / share], a row as of GemvArguments
+    const u16* order       // [experts or 1][chunks * CHUNK], ORDERED only
+    void* out              // [choices], a row as of GemvArguments
     u64 weight_bytes       // from one expert's weights to the next one's
     u64 scale_bytes
+    int order_length       // from one expert's order to the next one's; 0 if all have the same
+    int share              // choices that take the same row of x
+    int activation
     int experts
     int n
     int tiles
@@ -254,6 +260,87 @@ GATHER = Arguments(
     int tokens
     """,
 )
+RMS_NORM = Arguments(
+    "RmsNormArguments",
+    """
+    const u16* x           // fp16 or bf16 [rows][k]
+    const u16* weight      // [k]
+    u16* out               // [rows][k]
+    int k
+    float eps
+    float offset           // added to the weight
+    """,
+)
+ROTATE = Arguments(
+    "RotateArguments",
+    """
+    const u16* q           // fp16 or bf16, a head every q_stride numbers
+    const u16* k
+    const u16* cosines     // [angles]
+    const u16* sines
+    u16* q_out             // [heads][d]
+    u16* k_out             // [kv_heads][d]
+    int q_stride
+    int k_stride
+    int heads
+    int d                  // dimensions of a head
+    int rotated            // of them, the first
+    int angles
+    int kind               // which dimensions turn together, see rotation.py
+    """,
+)
+KEEP = Arguments(
+    "KeepArguments",
+    """
+    const u16* k           // the new token's keys, a head every k_stride numbers
+    const u16* v
+    u16* keys              // [heads][capacity][d]
+    u16* values            // [heads][capacity][dv]
+    const u64* count       // tokens that are kept already
+    int k_stride
+    int v_stride
+    int d
+    int dv
+    int capacity
+    """,
+)
+DECODE = Arguments(
+    "DecodeArguments",
+    """
+    const u16* q           // fp16 or bf16 [heads][d]
+    const u16* keys        // a head every key_stride numbers, a token every d
+    const u16* values
+    const void* mask       // [heads or 1][shown], or null
+    const u16* sinks       // [heads], or null
+    const u64* count       // tokens before this one, whose keys are kept too
+    float* partial         // fp32 [heads][splits][dv + 2]: sums, the highest score, the sum of weights
+    u32* done              // [blocks], zero between launches
+    u16* out               // [heads][dv]
+    u64 key_stride
+    u64 value_stride
+    int mask_kind          // 0: none, 1: a byte says which tokens are seen, 2: added, of the type of q, 3: added, fp32
+    int mask_stride        // from one head's mask to the next one's
+    int heads
+    int group              // heads that share keys
+    int group_blocks       // blocks for them
+    int shown              // tokens of the mask
+    int d
+    int dv
+    float scale
+    float cap              // of the scores; 0 for none
+    """,
+)
+COMBINE = Arguments(
+    "CombineArguments",
+    """
+    const float* y         // fp32 [tokens][choices][n]
+    const void* weights    // [tokens][choices], fp32 or the type of out
+    u16* out               // [tokens][n]
+    int choices
+    int n
+    int wide               // the weights are fp32
+    """,
+)
 SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
 SAMPLE = Arguments(
     "SampleArguments",
@@ -275,6 +362,7 @@ SAMPLE = Arguments(
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
+    RMS_NORM, ROTATE, KEEP, DECODE, COMBINE,
 )  # fmt: skip
 
 

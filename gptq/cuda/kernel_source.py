@@ -15,7 +15,7 @@ from . import kernel_arguments
 from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, ROPE_WARPS, TILE
 
 _HERE = Path(__file__).resolve().parent
-_TEMPLATES = ("unpack.cu", "repack.cu", "gemv.cu", "small_batch.cu", "attention.cu")
+_TEMPLATES = ("unpack.cu", "repack.cu", "gemv.cu", "small_batch.cu", "attention.cu", "layer_kernels.cu")
 _FIXED = ("row_kernels.cu", "sample.cu")  # the same for every model
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
@@ -80,7 +80,7 @@ def groups_of(group_size: int, in_features: int) -> Groups:
 @dataclass(frozen=True)
 class GemvVariant:
     packing: Packing
-    epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL
+    epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT
     norm: int  # runs of 8 inputs that a thread norms; 0: no norm
     split: int  # warps that share a tile
     batch: int  # chunks that travel together
@@ -88,6 +88,7 @@ class GemvVariant:
     teams: int = 1  # tiles that a block works on at once
     even: bool = False  # every warp has whole batches
     experts: bool = False  # of stacked weights, which the device chooses from
+    input: str = "FRAGMENTS"  # how x lies in memory: see GemvArguments.x
 
     def __post_init__(self) -> None:
         if not 0 <= self.norm <= NORM_RUNS or self.threads > BLOCK_THREADS or self.teams > 15:  # of 16 barriers one is taken
@@ -99,6 +100,7 @@ class GemvVariant:
         numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}"
         return (
             f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}{'_experts' * self.experts}"
+            f"{'_' + self.input.lower() if self.input != 'FRAGMENTS' else ''}"
         )
 
     @property
@@ -108,7 +110,8 @@ class GemvVariant:
     def shared_bytes(self, chunks: int) -> int:
         slot = self.batch * self.packing.tile_bytes
         ring = self.split * self.teams * self.stages * slot
-        return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE)
+        raw = (chunks * CHUNK + 8) * 2 if self.input.startswith("ORDERED") else 0
+        return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE) + raw
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,38 @@ class SmallBatchVariant:
         return self.split * (self.stages * slot + self.columns * 8 * (self.tiles * TILE + 4) * 4)
 
 
-Variant = GemvVariant | SmallBatchVariant
+@dataclass(frozen=True)
+class LayerVariant:
+    """The kernels of layer_kernels.cu for one type of numbers."""
+
+    bfloat: bool
+
+    @property
+    def name(self) -> str:
+        return f"rms_norm_{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        return "bfloat" if self.bfloat else "half"
+
+
+@dataclass(frozen=True)
+class DecodeVariant:
+    """Attention of one token over a cache of transformers."""
+
+    bfloat: bool
+    lanes: int  # that share a token, eight dimensions each: 4, 8, 16, 32
+    group: int  # heads of a block: 1, 2, 4, 8
+
+    @property
+    def name(self) -> str:
+        return f"decode_{'bfloat' if self.bfloat else 'half'}_{self.lanes}_{self.group}"
+
+    def shared_bytes(self, values_dim: int) -> int:
+        return 4 * (32 // self.lanes) * self.group * (values_dim + 2) * 4
+
+
+Variant = GemvVariant | SmallBatchVariant | LayerVariant | DecodeVariant
 
 
 @dataclass(frozen=True)
@@ -153,6 +187,11 @@ class KvFormat:
     def token_bytes(self, kv_heads: int) -> int:
         """Of one token in one layer: keys, values and, with q8, their scales."""
         return 2 * kv_heads * (self.head_dim + 2 if self.q8 else 2 * self.head_dim)
+
+
+_LAYER_KERNELS = {
+    "rms_norm": "RmsNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
+}  # fmt: skip
 
 
 def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: Iterable[KvFormat], fixed: bool = False) -> str:
@@ -172,8 +211,15 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         if isinstance(each, SmallBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.split}, {each.stages}, {each.epilogue}"
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
+        elif isinstance(each, LayerVariant):
+            for call, arguments in _LAYER_KERNELS.items():
+                kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>")
+        elif isinstance(each, DecodeVariant):
+            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
+            kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)
         else:
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
+            numbers += f", {each.input}"
             given, call = ("ExpertGemvArguments", "expert_gemv") if each.experts else ("GemvArguments", "gemv")
             kernel(each.name, given, f"{call}<{each.packing.arguments}, {numbers}>", each.threads)
     for kv in sorted(set(formats), key=lambda each: each.name):
@@ -188,7 +234,7 @@ def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: 
     """The same as several programs, which are compiled side by side."""
     parts: dict[Any, list[Variant]] = {}
     for each in variants:
-        parts.setdefault(each.columns if isinstance(each, SmallBatchVariant) else 0, []).append(each)
+        parts.setdefault(each.columns if isinstance(each, SmallBatchVariant) else type(each), []).append(each)
     packings, formats = list(packings), list(formats)
     found = [source(part, [], []) for part in parts.values()]
     found += [source([], [], [each]) for each in formats]

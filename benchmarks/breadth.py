@@ -1,0 +1,347 @@
+"""Tokens/s of many architectures with random packed weights: `python benchmarks/breadth.py [SHAPE …] [--layers N] [--profile]`.
+
+A model is made from a config of transformers on the GPU, its linear layers packed (4 bits, groups of 128) and filled with
+random numbers. It is computed by the stepper that the product chooses. For one row at a context of 512 a line says: time of a
+step, tokens/s of a greedy loop, bytes read for a token, their share of a copy's bandwidth, time of a prompt of 512, the error
+of the logits against the same model in fp32 and plain PyTorch with `--check`, and which way it was computed. `--tiny` divides the widths, for a
+machine without a GPU. `--profile` lists the kernels of a step.
+"""
+
+import argparse
+import copy
+import gc
+import logging
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import script  # noqa: E402
+
+script.register()
+
+from random_models import random_layer  # noqa: E402
+
+from gptq_webui.gptq.experts import PackedExperts, is_dense_experts  # noqa: E402
+from gptq_webui.gptq.gptq_linear import GPTQLinear  # noqa: E402
+from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
+
+CONTEXT = 512
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                   "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 32000, "sliding_window": None},
+    "gemma2-9b": {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16,
+                  "num_key_value_heads": 8, "head_dim": 256, "num_hidden_layers": 42, "vocab_size": 256000,
+                  "query_pre_attn_scalar": 256, "sliding_window": 4096, "dtype": "bfloat16"},
+    "gemma3-12b": {"model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16,
+                   "num_key_value_heads": 8, "head_dim": 256, "num_hidden_layers": 48, "vocab_size": 262208,
+                   "sliding_window": 1024, "dtype": "bfloat16"},
+    "falcon-7b": {"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32,
+                  "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False,
+                  "alibi": False},
+    "neox-20b": {"model_type": "gpt_neox", "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 64,
+                 "num_hidden_layers": 44, "vocab_size": 50432, "rotary_pct": 0.25, "use_parallel_residual": True},
+    "starcoder2-7b": {"model_type": "starcoder2", "hidden_size": 4608, "intermediate_size": 18432, "num_attention_heads": 36,
+                      "num_key_value_heads": 4, "num_hidden_layers": 32, "vocab_size": 49152, "sliding_window": 4096,
+                      "use_bias": True},
+    "glm4-9b": {"model_type": "glm4", "hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads": 32,
+                "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 40, "vocab_size": 151552, "attention_bias": True,
+                "pad_token_id": 0},
+    "phi2": {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32,
+             "num_hidden_layers": 32, "vocab_size": 51200, "partial_rotary_factor": 0.4},
+    "cohere-8b": {"model_type": "cohere", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 256000, "pad_token_id": 0},
+    "olmo2-7b": {"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+                 "num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 100352},
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+                      "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48,
+                      "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+    "mixtral-8x7b": {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 32000, "num_local_experts": 8,
+                     "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek-v2-lite": {"model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944,
+                         "moe_intermediate_size": 1408, "num_attention_heads": 16, "num_key_value_heads": 16,
+                         "num_hidden_layers": 27, "vocab_size": 102400, "n_routed_experts": 64, "num_experts_per_tok": 6,
+                         "n_shared_experts": 2, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128,
+                         "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1, "topk_method": "greedy",
+                         "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    "qwen3-next": {"model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512,
+                   "shared_expert_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+                   "num_hidden_layers": 8, "vocab_size": 151936, "num_experts": 512, "num_experts_per_tok": 10,
+                   "norm_topk_prob": True},
+}  # fmt: skip
+_NARROW = {
+    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 320,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "query_pre_attn_scalar": 32,
+}  # fmt: skip
+
+
+def config_of(name: str, layers: int, tiny: bool) -> Any:
+    from transformers import AutoConfig
+
+    facts = dict(SHAPES[name])
+    if tiny:
+        facts |= {key: value for key, value in _NARROW.items() if key in facts and facts[key] is not None}
+        if name == "deepseek-v2-lite":
+            facts["num_key_value_heads"] = 4
+        if name == "qwen3-next":
+            facts["num_hidden_layers"] = 4
+    elif layers:
+        facts["num_hidden_layers"] = min(layers, facts["num_hidden_layers"])
+    facts.pop("dtype", None)
+    return AutoConfig.for_model(facts.pop("model_type"), **facts, max_position_embeddings=8192)
+
+
+def build(name: str, layers: int, tiny: bool, device: str, group: int) -> Any:
+    """The model with random weights, all linear layers of its blocks packed."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = config_of(name, layers, tiny)
+    dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
+    caps = getattr(config, "attn_logit_softcapping", None) is not None
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager" if caps else "sdpa")
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    pack(model, device, group)
+    head = model.get_output_embeddings()
+    for name, each in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, GPTQLinear) or not each.is_floating_point():
+            continue
+        if each.dim() == 1:
+            if "norm" in name.lower() or "ln_" in name:
+                bias = name.endswith("bias")
+                each.data.copy_((torch.rand_like(each) - 0.5) * 0.1 + (0.0 if bias else _middle(module)))
+            elif name.endswith(("A_log", "dt_bias")):
+                each.data.uniform_(0.1, 1.0)
+            else:
+                each.data.normal_(0, 0.02)
+        else:
+            each.data.normal_(0, each.shape[-1] ** -0.5 if module is head else 0.02 if each.shape[-1] > 64 else 0.3)
+    return model
+
+
+def _middle(norm: nn.Module) -> float:
+    """What the weight of a norm is where it changes nothing."""
+    width = norm.weight.shape[0]  # type: ignore[index]
+    norm.weight.data.zero_()  # type: ignore[union-attr]
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data.zero_()  # type: ignore[union-attr]
+    try:
+        x = torch.randn(4, width, device=norm.weight.device, dtype=norm.weight.dtype)  # type: ignore[arg-type]
+        return 0.0 if float(norm(x).abs().sum()) else 1.0
+    except TypeError:  # of two inputs
+        return 1.0
+
+
+def pack(model: nn.Module, device: str, group: int) -> None:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        if is_dense_experts(module):
+            weight: Any = module.gate_up_proj
+            _count, twice, hidden = weight.shape
+            packed = PackedExperts(module)
+            setattr(parent, child, packed)
+            del module.gate_up_proj, module.down_proj, weight
+            for at in range(packed.num_experts):
+                own = packed.get_submodule(str(at))
+                for role, k, n in (
+                    ("gate_proj", hidden, twice // 2),
+                    ("up_proj", hidden, twice // 2),
+                    ("down_proj", twice // 2, hidden),
+                ):
+                    own.add_module(role, random_layer(k, n, 4, group, sym=True, rows=None, device=device))
+        elif isinstance(module, nn.Linear) and module is not head and min(module.weight.shape) >= 32 and "router" not in name:
+            if name.endswith(("mlp.gate", "shared_expert_gate")) or module.out_features % 8 or module.in_features % 32:
+                continue
+            k, n = module.in_features, module.out_features
+            bias = module.bias is not None
+            setattr(parent, child, random_layer(k, n, 4, group, sym=True, rows=None, bias=bias, device=device))
+            module.weight = module.bias = None
+    gc.collect()
+
+
+def bytes_read(model: Any) -> int:
+    """Of one token: the packed layers, of experts only the chosen ones, and what is dense; without embedding and conversation."""
+    config = model.config.get_text_config(decoder=True)
+    chosen = getattr(config, "num_experts_per_tok", 1) or 1
+    of_experts: set[int] = set()
+    total = 0.0
+    for each in model.modules():
+        if isinstance(each, PackedExperts):
+            of_experts |= {id(layer) for layer in each.modules() if isinstance(layer, GPTQLinear)}
+            size = sum(_size(layer) for layer in each.modules() if isinstance(layer, GPTQLinear))
+            total += size * chosen / each.num_experts
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, GPTQLinear):
+            total += _size(module) if id(module) not in of_experts else 0
+        else:
+            own = module.parameters(recurse=False)
+            total += sum(each.numel() * each.element_size() for each in own if each is not embedding and each is not head)
+    return int(total + head.numel() * head.element_size())
+
+
+def _size(layer: GPTQLinear) -> int:
+    return layer.qweight.numel() * 4 + layer.scales.numel() * 2
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by a large copy."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        b.copy_(a)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * a.numel() / sorted(times)[len(times) // 2]
+
+
+def sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def plain_twin(model: Any) -> Any:
+    """The model before its stepper takes it, in fp32 and plain PyTorch."""
+    twin = copy.deepcopy(model).float()
+    for each in twin.modules():
+        if isinstance(each, GPTQLinear):
+            each.prepare()
+    return twin
+
+
+@torch.inference_mode()
+def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
+    device = given.device
+    began = time.perf_counter()
+    model = build(name, given.layers, given.tiny, device, 32 if given.tiny else 128)
+    size = bytes_read(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, vocabulary, (CONTEXT + 40,), generator=generator).tolist()
+    wanted = None
+    if given.check:
+        twin = plain_twin(model)
+        wanted = twin(torch.tensor([ids[: CONTEXT + 8]], device=device)).logits[0, CONTEXT - 1 :].float()
+        del twin
+        gc.collect()
+    built = time.perf_counter() - began
+    began = time.perf_counter()
+    stepper, note = stepper_for(model, 4096)
+    sync(device)
+    prepared = time.perf_counter() - began
+
+    memory = stepper.begin()
+    prompts = []
+    for _ in range(3):
+        memory = stepper.begin()
+        sync(device)
+        began = time.perf_counter()
+        logits = stepper.prefill(memory, ids[:CONTEXT])
+        sync(device)
+        prompts.append(time.perf_counter() - began)
+    keys = memory.size_bytes
+    errors = []
+    found = [logits[0].float().clone()]
+    for at in range(8):
+        found.append(stepper.step(memory, ids[CONTEXT + at])[0].float().clone())
+    if wanted is not None:
+        errors = [float((own - twin).norm() / twin.norm()) for own, twin in zip(found, wanted, strict=True)]
+    steps = 8 if given.tiny else 64
+    times = []
+    for _ in range(5):
+        sync(device)
+        began = time.perf_counter()
+        for at in range(steps // 4):
+            stepper.step(memory, ids[at])
+        sync(device)
+        times.append((time.perf_counter() - began) / (steps // 4))
+    step = sorted(times)[2]
+    id = int(stepper.step(memory, ids[0])[0].argmax())
+    began = time.perf_counter()
+    for _ in range(steps):
+        id = int(stepper.step(memory, id)[0].argmax())
+    rate = steps / (time.perf_counter() - began)
+    if given.profile and device == "cuda":
+        profile(lambda: stepper.step(memory, 5), given.profile)
+    share = (size + keys) / bandwidth / step if bandwidth else 0.0
+    error = f" error {errors[0]:.1e}/{max(errors[1:]):.1e}" if errors else ""
+    line = (
+        f"{name:18} step {step * 1e6:7.0f} us  {rate:6.0f} tokens/s  {(size + keys) / 1e9:5.2f} GB  {share:5.1%} of the limit  "
+        f"prompt {min(prompts) * 1e3:6.1f} ms{error}  {model.config.num_hidden_layers} layers, built {built:.0f} s, "
+        f"prepared {prepared:.0f} s  {stepper.kernel}: {note}"
+    )
+    stepper.close()
+    return line
+
+
+def profile(run: Any, rows: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    repeats = 4
+    run()
+    torch.cuda.synchronize()
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    events = [each for each in found.key_averages() if each.self_device_time_total > 0]
+    events.sort(key=lambda each: -each.self_device_time_total)
+    count, total = sum(each.count for each in events) / repeats, sum(each.self_device_time_total for each in events) / repeats
+    print(f"  {count:.0f} kernels, {total:.0f} us busy")
+    for each in events[:rows]:
+        name = each.key.replace("at::native::", "").replace("(anonymous namespace)::", "")
+        print(f"  {each.self_device_time_total / repeats:8.1f} us {each.count / repeats:6.1f}x  {name[:120]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--layers", type=int, default=0, help="at most so many")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--profile", type=int, nargs="?", const=14, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="  %(name)s: %(message)s")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    bandwidth = 0.0
+    if given.device == "cuda":
+        bandwidth = copy_bandwidth()
+        print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}", flush=True)
+    lines = []
+    for name in given.shapes:
+        name, _at, layers = name.partition("@")
+        own = copy.copy(given)
+        own.layers = int(layers or given.layers)
+        try:
+            lines.append(measure(name, own, bandwidth))
+            print(lines[-1], flush=True)
+        except Exception:
+            print(f"{name} failed\n{traceback.format_exc()[-1500:]}", flush=True)
+        gc.collect()
+        if given.device == "cuda":
+            torch.cuda.empty_cache()
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Parts of transformers' forward that are computed by kernels of ours while a graph of it is recorded.
+
+Three places of every modern architecture of transformers are the same: attention is asked for through a registry, query and
+key are rotated by a function of the architecture's module, and keys and values are kept by the cache. What a rotation does is
+found by trying it with random angles. Whatever a kernel does not compute, transformers computes as before. Nothing of this
+stays in place: a graph is replayed without Python.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .gpu_kernels import Gpu
+from .kernel_arguments import DECODE, KEEP, ROTATE
+from .kernel_source import DecodeVariant, LayerVariant
+from .natural_order import NUMBERS
+
+log = logging.getLogger(__name__)
+
+_ROTATION = "apply_rotary_pos_emb"
+_KINDS = (
+    0,
+    1,
+    2,
+    3,
+)  # of `rotate` in layer_kernels.cu: halves; neighbours with one angle; with two; neighbours that then lie apart
+_NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
+_HARMLESS = {
+    "dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal", "position_ids", "use_cache", "cache_position",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "cache", "return_dict",
+}  # fmt: skip
+_active: list["FusedForward"] = []  # whose graph is being recorded
+
+
+class _OwnAttention(TorchFunctionMode):
+    """Our attention where a model calls torch's itself."""
+
+    def __init__(self, fused: "FusedForward") -> None:
+        super().__init__()
+        self._fused = fused
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is functional.scaled_dot_product_attention and hasattr(args[1] if len(args) > 1 else None, "tokens_before"):
+            q, k, v, *more = args
+            mask = more[0] if more else given.get("attn_mask")
+            dropout, scale = given.get("dropout_p", 0.0), given.get("scale")
+            if len(more) < 2 and not dropout and q.dim() == 4:
+                found = self._fused.decode(q, k, v, mask, {"scaling": scale})
+                if found is not None:
+                    return found.transpose(1, 2)
+        return func(*args, **given)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+class FusedForward:
+    """The kernels of one model. Raises NoCompiler if they cannot be compiled."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._gpu = Gpu(device)
+        self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
+        self._rotations: dict[Any, int | None] = {}
+        self._work: dict[Any, tuple[Tensor, Tensor]] = {}  # of attention: partial sums and counters
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it lasts, the model's forward uses the kernels."""
+        with ExitStack() as undo:
+            _active.append(self)
+            undo.callback(_active.remove, self)
+            self._attention(undo)
+            modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
+            for module in modules:
+                original = getattr(module, _ROTATION, None)
+                if callable(original):
+                    setattr(module, _ROTATION, self._rotation(original))
+                    undo.callback(setattr, module, _ROTATION, original)
+            undo.enter_context(_OwnAttention(self))
+            yield
+
+    def close(self) -> None:
+        self._work.clear()
+        self._gpu.close()
+
+    # -- keys and values -------------------------------------------------------------------------------------------
+
+    def keep(self, layer: Any, keys: Tensor, values: Tensor) -> bool:
+        """Put the new token into a StaticKeys. False if the kernel cannot."""
+        if self not in _active or not _of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
+            return False
+        arguments = KEEP.pack(
+            k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
+            v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
+        )  # fmt: skip
+        self._gpu.run(f"keep_{_suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
+        return True
+
+    # -- rotation --------------------------------------------------------------------------------------------------
+
+    def _rotation(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def rotated(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+            usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.get("position_ids") is None
+            if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and _can_rotate(q, k, cos, sin):
+                key = (original, q.shape, k.shape, cos.shape, q.dtype)
+                if key not in self._rotations and not _capturing():
+                    self._rotations[key] = self._kind_of(original, q, k, cos)
+                if (kind := self._rotations.get(key)) is not None:
+                    return self._rotate(q, k, cos, sin, kind)
+            return original(q, k, cos, sin, *args, **kwargs)
+
+        return rotated
+
+    def _kind_of(self, original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor) -> int | None:
+        """Which dimensions a rotation turns together, by random angles; None if it is of no known kind."""
+        generator = torch.Generator(q.device).manual_seed(0)
+
+        def some(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
+
+        q, k, cos, sin = some(q), some(k), some(cos), some(cos)
+        try:
+            wanted = original(q, k, cos, sin)
+            for kind in _KINDS:
+                found = self._rotate(q, k, cos, sin, kind)
+                if all(a.shape == b.shape and _difference(a, b) < 1e-2 for a, b in zip(found, wanted, strict=True)):
+                    return kind
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            pass
+        log.info("%s of %s is not of a known kind", _ROTATION, getattr(original, "__module__", "?"))
+        return None
+
+    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        dims, angles = q.shape[3], cos.shape[-1]
+        rotated = 2 * angles if kind == 0 and 2 * angles == dims else min(angles, dims)
+        q_out, k_out = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
+        arguments = ROTATE.pack(
+            q=q, k=k, cosines=cos, sines=sin, q_out=q_out, k_out=k_out, q_stride=q.stride(1), k_stride=k.stride(1),
+            heads=q.shape[1], d=dims, rotated=rotated, angles=angles, kind=kind,
+        )  # fmt: skip
+        self._gpu.run(f"rotate_{_suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, overlap=True)
+        return q_out, k_out
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def _attention(self, undo: ExitStack) -> None:
+        """Put our attention before the model's own, under a name in transformers' registry."""
+        of_model = [each for each in self._model.modules() if hasattr(each, "config")]
+        if not any(hasattr(sys.modules[type(each).__module__], "ALL_ATTENTION_FUNCTIONS") for each in of_model):
+            return  # its code calls torch's attention itself
+        configs = {id(each.config): each.config for each in of_model}
+        for config in configs.values():
+            own = getattr(config, "_attn_implementation", None)
+            if own in _NAMES and _registered():
+                config._attn_implementation_internal, before = _NAMES[own], config._attn_implementation_internal
+                undo.callback(setattr, config, "_attn_implementation_internal", before)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
+        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
+        count = getattr(key, "tokens_before", None)
+        if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
+            return None
+        _one, heads, _token, dims = query.shape
+        kv_heads, shown, values_dim = key.shape[1], key.shape[2], value.shape[3]
+        plain = key.stride(2) == dims and value.stride(2) == values_dim and key.stride(3) == value.stride(3) == 1
+        if not _of_one_token(query) or not plain or dims % 8 or values_dim % 8 or max(dims, values_dim) > 256 or heads % kv_heads:
+            return None
+        if not query.dtype == key.dtype == value.dtype:
+            return None
+        window = given.get("sliding_window")
+        kind, stride = 0, 0
+        if isinstance(mask, Tensor):
+            if mask.dim() != 4 or mask.shape[0] != 1 or mask.shape[2] != 1 or mask.shape[3] != shown or mask.stride(3) != 1:
+                return None
+            if mask.shape[1] not in (1, heads) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
+                return None
+            kind = {torch.bool: 1, query.dtype: 2}.get(mask.dtype, 3)
+            stride = mask.stride(1) if mask.shape[1] > 1 else 0
+        elif mask is not None or (window is not None and window < shown):
+            return None
+        group = heads // kv_heads
+        lanes = next(each for each in (4, 8, 16, 32) if each * 8 >= max(dims, values_dim))
+        together = next((each for each in (1, 2, 4, 8) if each >= group), 8)
+        variant = DecodeVariant(query.dtype == torch.bfloat16, lanes, together)
+        if not _capturing():
+            self._gpu.add_missing(variants=[variant])
+        elif not self._gpu.has(variant.name):
+            return None
+        blocks = kv_heads * -(-group // together)
+        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 64)))
+        key_of_work = (heads, splits, values_dim, blocks)
+        if key_of_work not in self._work:
+            if _capturing():
+                return None
+            partial = torch.empty(heads * splits * (values_dim + 2), dtype=torch.float32, device=query.device)
+            self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
+        partial, done = self._work[key_of_work]
+        sinks = given.get("s_aux")
+        out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
+        scale = given.get("scaling")
+        arguments = DECODE.pack(
+            q=query.contiguous(), keys=key, values=value, mask=mask if kind else None,
+            sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
+            key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
+            group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim,
+            scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
+        )  # fmt: skip
+        self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
+        return out
+
+
+def _attend(original: str) -> Callable[..., Any]:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+        if _active and (found := _active[-1].decode(query, key, value, attention_mask, given)) is not None:
+            return found, None
+        if original == "eager":
+            plain = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        else:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            plain = ALL_ATTENTION_FUNCTIONS[original]
+        return plain(module, query, key, value, attention_mask, **given)
+
+    return attend
+
+
+def _registered() -> bool:
+    """Whether transformers knows our attention; False for a version without its registry of attention and masks."""
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError:
+        return False
+    for original, name in _NAMES.items():
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, _attend(original))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return True
+
+
+def _suffix(x: Tensor) -> str:
+    return "bfloat" if x.dtype == torch.bfloat16 else "half"
+
+
+def _of_one_token(*tensors: Tensor) -> bool:
+    """Whether they are [1, heads, 1, D] of numbers that the kernels take, a head's side by side and aligned."""
+    return all(
+        each.is_cuda and each.dtype in NUMBERS and each.dim() == 4 and each.shape[0] == each.shape[2] == 1 and each.stride(3) == 1
+        for each in tensors
+    )
+
+
+def _can_rotate(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    if not all(isinstance(each, Tensor) for each in (q, k, cos, sin)) or q.dim() != 4 or k.dim() != 4:
+        return False
+    if not _of_one_token(q, k) or q.shape[3] != k.shape[3] or cos.shape != sin.shape or cos.numel() != cos.shape[-1]:
+        return False
+    if not q.dtype == k.dtype == cos.dtype == sin.dtype or cos.shape[-1] % 2:
+        return False
+    return cos.shape[-1] <= q.shape[3] and cos.stride(-1) == sin.stride(-1) == 1
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))

@@ -1,0 +1,161 @@
+"""Layers of transformers' forward that share their input, found and made one product each.
+
+Query, key and value are asked for one after the other with the same tensor: the first computes all three. A gated MLP is
+recognised by its parts, and by trying it: what its own forward gives must be what the merged one would give.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gptq_linear import GPTQLinear
+from ..suitability import Unsuited
+from . import activations
+from .cuda_weights import packing_of
+from .gpu_kernels import Gpu
+from .kernel_source import Packing
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+_SAME = 2e-3  # relative difference of a gated MLP and the merged one, in 16 bits
+
+Group = tuple[list[str], list[GPTQLinear], Callable[[Gpu, Packing], Any]]
+
+
+class _Shared:
+    """The product of several layers, computed when the first of them is asked for."""
+
+    def __init__(self, linear: Any, parts: int) -> None:
+        self._linear, self._parts = linear, parts
+        self._x: Tensor | None = None
+        self._y: Tensor | None = None
+        self._asked: set[int] = set()
+
+    def of(self, part: int, x: Tensor) -> Tensor:
+        y = self._y
+        if y is None or x is not self._x or part in self._asked:
+            y = self._y = self._linear(x)
+            self._x, self._asked = x, set()
+        self._asked.add(part)
+        if len(self._asked) == self._parts:  # nothing is kept longer than it is needed
+            self._x = self._y = None
+            self._asked = set()
+        assert isinstance(y, Tensor)
+        return y
+
+
+class Part(nn.Module):
+    """One of the layers of a shared product."""
+
+    def __init__(self, shared: _Shared, at: int, first: int, width: int, in_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, width
+        self._shared, self._at, self._first = shared, at, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._shared.of(self._at, x)[..., self._first : self._first + self.out_features]
+        return y if y.numel() == self.out_features else y.contiguous()
+
+
+class Merging:
+    def __init__(self, model: nn.Module, packings: dict[str, Packing], dtype: torch.dtype) -> None:
+        """`packings`: by name, the layers that may be merged."""
+        self._model, self._packings, self._dtype = model, packings, dtype
+        self._gates: dict[Any, int | None] = {}  # by what decides, so that only the first of equal modules is tried
+
+    def groups(self) -> Iterator[Group]:
+        """(names, layers, what makes one layer of them and puts it into the model)."""
+        for name, module in list(self._model.named_modules()):
+            own = dict(module.named_children())
+            prefix = f"{name}." if name else ""
+            if group := self._of(prefix, own, _QKV):
+                yield (
+                    [f"{prefix}{each}" for each in _QKV],
+                    group,
+                    lambda gpu, packing, at=(module, group): self._share(gpu, packing, *at),
+                )
+            for names in (("gate_proj", "up_proj"), ("gate_up_proj",)):
+                group = self._of(prefix, own, names)
+                number = self._gate(module, own, names, group) if group else None
+                if group and number is not None:
+                    yield (
+                        [f"{prefix}{each}" for each in names],
+                        group,
+                        lambda gpu, packing, at=(module, names, group, number): self._gated(gpu, packing, *at),
+                    )
+
+    def _of(self, prefix: str, own: dict[str, nn.Module], names: tuple[str, ...]) -> list[GPTQLinear] | None:
+        """The packed layers of these names, if they can be one weight."""
+        if not all(f"{prefix}{each}" in self._packings for each in names):
+            return None
+        found = [own[each] for each in names]
+        layers = [each for each in found if isinstance(each, GPTQLinear)]
+        if len(layers) != len(found) or any(getattr(each, "_hf_hook", None) is not None for each in layers):
+            return None
+        try:
+            packing_of(layers)
+        except Unsuited:
+            return None
+        return layers
+
+    def _share(self, gpu: Gpu, packing: Packing, module: nn.Module, layers: list[GPTQLinear]) -> Any:
+        from .cuda_linear import linear_of
+
+        widths, inputs = [each.out_features for each in layers], layers[0].in_features
+        linear = linear_of(gpu, layers, packing, self._dtype)
+        shared = _Shared(linear, len(layers))
+        for at, name in enumerate(_QKV):
+            setattr(module, name, Part(shared, at, sum(widths[:at]), widths[at], inputs))
+        module.qkv_of_gptq_webui = linear
+        return linear
+
+    def _gate(self, module: nn.Module, own: dict[str, nn.Module], names: tuple[str, ...], layers: list[GPTQLinear]) -> int | None:
+        """The number of the activation of a gated MLP; None if it is none, or not one that the kernel has."""
+        down = own.get("down_proj")
+        activation = next((found for each in _ACTIVATIONS if (found := getattr(module, each, None)) is not None), None)
+        inner = sum(each.out_features for each in layers) // 2
+        if not isinstance(down, GPTQLinear) or activation is None or inner % 8 or down.in_features != inner:
+            return None
+        if len(layers) == 2 and layers[0].out_features != layers[1].out_features:
+            return None
+        key = (type(module), names, type(activation), getattr(activation, "__name__", ""), layers[0].in_features, inner)
+        if key not in self._gates:
+            self._gates[key] = self._try(module, down, activation, layers)
+        return self._gates[key]
+
+    def _try(self, module: nn.Module, down: nn.Module, activation: Any, layers: list[GPTQLinear]) -> int | None:
+        device = layers[0].qweight.device
+        if (number := activations.number_of(activation, device)) is None:
+            return None
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(2, layers[0].in_features, generator=generator, device=device, dtype=torch.float32).to(self._dtype)
+        try:
+            with torch.inference_mode():
+                found = module(x)
+                both = [each(x) for each in layers] if len(layers) == 2 else list(layers[0](x).chunk(2, -1))
+                wanted = down(activations.apply(number, both[0]) * both[1])
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return None
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return None
+        difference = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))
+        return number if difference < (_SAME if self._dtype != torch.bfloat16 else 8 * _SAME) else None
+
+    def _gated(
+        self, gpu: Gpu, packing: Packing, module: nn.Module, names: tuple[str, ...], layers: list[GPTQLinear], number: int
+    ) -> Any:
+        from .cuda_linear import linear_of
+
+        linear = linear_of(gpu, layers, packing, self._dtype, number)
+        for each in names:
+            delattr(module, each)
+        module.gated_of_gptq_webui = linear
+
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            y: Tensor = module.down_proj(linear(x))  # type: ignore[operator]
+            return y
+
+        module.forward = forward  # type: ignore[method-assign]
+        return linear
