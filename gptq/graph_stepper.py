@@ -36,7 +36,8 @@ class Recorder(Protocol):
 
 
 class _NumbersMadeThere(TorchFunctionMode):
-    """`torch.tensor(0.0, device=…)` copies a number from the host, which cannot be recorded; `torch.full` makes it there."""
+    """What copies a number from the host cannot be recorded. `torch.tensor(0.0, device=…)` becomes `torch.full`, which makes it
+    there; an index `x[..., [2], :]` becomes `x[..., 2:3, :]`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -44,7 +45,17 @@ class _NumbersMadeThere(TorchFunctionMode):
             if given.get("dtype") is None:
                 given["dtype"] = torch.long if type(args[0]) is int else torch.get_default_dtype()
             return torch.full((), args[0], **given)
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], _as_slices(args[1]))
         return func(*args, **given)
+
+
+def _as_slices(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index without its list of a single number, where it has just one."""
+    lists = [each for each in index if isinstance(each, list)]
+    if len(lists) != 1 or len(lists[0]) != 1 or type(lists[0][0]) is not int or any(isinstance(each, Tensor) for each in index):
+        return index
+    return tuple(slice(each[0], each[0] + 1 or None) if isinstance(each, list) else each for each in index)
 
 
 @contextmanager
@@ -182,6 +193,8 @@ class GraphStepper(Stepper):
         given = {self._prompts.cache_argument: room.cache}
 
         def run() -> None:
+            if self._fused is not None:
+                self._fused.begin()
             output = self._model(input_ids=self._ids, use_cache=True, **given)
             logits = output.logits[:, -1, :]
             if self._logits is None:

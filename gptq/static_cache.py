@@ -29,8 +29,11 @@ class Fused(Protocol):
     def recording(self) -> AbstractContextManager[None]:
         """While it lasts, a forward uses them."""
 
-    def keep(self, layer: Any, keys: Tensor, values: Tensor) -> bool:
-        """Put the new token into a StaticKeys; False if the kernel cannot."""
+    def begin(self) -> None:
+        """A forward begins: the same one as before, since the recording began."""
+
+    def keep(self, layer: Any, keys: Tensor, values: Tensor, shown: Tensor) -> bool:
+        """Put the new token into a StaticKeys, whose keys the model sees as `shown`; False if the kernels cannot."""
 
     def close(self) -> None: ...
 
@@ -55,11 +58,11 @@ class StaticKeys(cache_utils.StaticLayer):
         self.fused: Fused | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.fused is None or not self.fused.keep(self, key_states, value_states):
-            self.keys.index_copy_(2, self.count, key_states)
-            self.values.index_copy_(2, self.count, value_states)
         keys, values = self.keys[:, :, : self.shown], self.values[:, :, : self.shown]
         vars(keys)["tokens_before"] = self.count  # for an attention that reads how many there are
+        if self.fused is None or not self.fused.keep(self, key_states, value_states, keys):
+            self.keys.index_copy_(2, self.count, key_states)
+            self.values.index_copy_(2, self.count, value_states)
         return keys, values
 
     def get_seq_length(self, *_: Any, **__: Any) -> Any:

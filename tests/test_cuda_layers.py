@@ -113,21 +113,30 @@ class Mlp(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class PlainMlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.act = layer(128, 256, bias=True), layer(256, 128), nn.GELU()
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class OtherMlp(Mlp):
     def forward(self, x):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
-@pytest.mark.parametrize("mlp", [Mlp, OtherMlp])
+@pytest.mark.parametrize("mlp", [Mlp, PlainMlp, OtherMlp])
 def test_layers_of_one_input_become_one_product_where_their_module_does_the_same(mlp):
     torch.manual_seed(0)
     block = Block()
     block.mlp = mlp()
     x = torch.randn(5, 128, device="cuda").half()
     wanted = block(x.float())
-    assert replace_layers(block) == (6, 0)
+    assert replace_layers(block) == (5 if mlp is PlainMlp else 6, 0)
     assert isinstance(block.k_proj, Part)
-    assert hasattr(block.mlp, "gate_proj") == (mlp is OtherMlp)
+    assert hasattr(block.mlp, "applied_by_gptq_webui") == (mlp is not OtherMlp)
     for rows in (x, x[:1], x[1:2]):
         found = block(rows)
         at = slice(1, 2) if rows.data_ptr() != x.data_ptr() else slice(0, rows.shape[0])
@@ -147,20 +156,35 @@ def test_layers_of_one_input_become_one_product_where_their_module_does_the_same
     ],
 )
 def test_norms_are_recognised_and_computed(gpu, architecture, name, width, dtype):
-    made = getattr(importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}"), name)(width, eps=1e-6)
+    made = nn.LayerNorm(width) if name == "nn.LayerNorm" else None
+    made = made or getattr(importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}"), name)(
+        width, eps=1e-6
+    )
     made = made.to("cuda", dtype)
-    made.weight.data = torch.rand(width, device="cuda").to(dtype)
+    for each in made.parameters():
+        each.data = torch.rand(width, device="cuda").to(dtype)
     x = torch.randn(2, 3, width, device="cuda", dtype=dtype) * 3
     model = nn.Sequential(made)
     replace_norms(model, {torch.device("cuda", 0): gpu})
     if "Gated" in name:
         assert not isinstance(model[0], CudaNorm)
         return
-    wide = made.float()
     found = model[0]
     assert isinstance(found, CudaNorm)
-    found.weight = nn.Parameter(wide.weight.data.to(dtype))
-    assert error(found(x), wide(x.float())) < limit(dtype)
+    weight, bias = (None if each is None else each.data.clone() for each in (found.weight, found.bias))
+    wide = made.float()  # the same parameters
+    for each, data in ((wide.weight, weight), (getattr(wide, "bias", None), bias)):
+        if each is not None:
+            each.data = data.float()
+    wanted, after = wide(x.float()), wide((x + x[:1]).float())
+    found.weight.data, addend = weight, x[:1].expand_as(x).contiguous()
+    if bias is not None:
+        found.bias.data = bias
+    assert error(found(x), wanted) < limit(dtype)
+    total = found.after_adding(x, addend)
+    assert torch.equal(total, x + addend)
+    assert error(found(total), after) < limit(dtype)
+    assert error(found(x), wanted) < limit(dtype)
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)
@@ -214,10 +238,15 @@ def test_attention_of_one_token(heads, kv_heads, dims, values_dim, case, dtype):
             scores = torch.cat([scores, given["s_aux"].float()[:, None]], -1)
         weights = scores.softmax(-1)[:, :shown]
         wanted = torch.einsum("ht,htd->hd", weights, values.float()[0].repeat_interleave(heads // kv_heads, 0))
-        for _ in range(2):  # the counters are ready for the next launch
+        for again in range(2):  # the counters are ready for the next launch
+            if again:  # the token itself comes apart from the others
+                keys.new_token = keys[:, :, before].unsqueeze(2).clone(), values[:, :, before].unsqueeze(2).clone()
+                kept = keys[:, :, before].clone(), values[:, :, before].clone()
+                keys[:, :, before], values[:, :, before] = 0, 0
             found = fused.decode(q, keys, values, mask, given)
             assert found is not None and found.shape == (1, 1, heads, values_dim)
             assert error(found[0, 0], wanted) < limit(dtype)
+        assert torch.equal(keys[:, :, before], kept[0]) and torch.equal(values[:, :, before], kept[1])
     fused.close()
 
 

@@ -25,17 +25,25 @@ _SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
 class CudaLinear(nn.Module):
     """[..., K] -> [..., N] in x's dtype, computed in fp16. Stands for GPTQLinears whose tensors it took."""
 
-    def __init__(self, gpu: Gpu, weight: Weight, dtype: torch.dtype = torch.float16, gated: int | None = None) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        weight: Weight,
+        dtype: torch.dtype = torch.float16,
+        gated: int | None = None,
+        active: int | None = None,
+    ) -> None:
         """`dtype` is that of the model's numbers. `gated` is an activation's number: the rows of `weight` are then gates and
-        ups in turn, eight of each (`gate_columns`), and the layer gives activation(gate) * up."""
+        ups in turn, eight of each (`gate_columns`), and the layer gives activation(gate) * up. `active` is that of an
+        activation that is applied to every output."""
         super().__init__()
         self.in_features = weight.in_features
         self.out_features = weight.out_features if gated is None else weight.out_features // 2
-        self._gpu, self._weight, self._gated = gpu, weight, gated
+        self._gpu, self._weight, self._gated, self._active = gpu, weight, gated, active
         self._dtype = dtype if dtype in NUMBERS else torch.float16
         self._natural = order_of(weight)
         tuning = gemv.layer_tuning(weight.in_features, weight.out_features)
-        epilogue = epilogue_of(self._dtype, gated is not None)
+        epilogue = epilogue_of(self._dtype, "GATED" if gated is not None else "ACTIVE" if active is not None else "")
         self._plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, input_of(self._dtype, self._natural))
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
@@ -64,7 +72,7 @@ class CudaLinear(nn.Module):
             x = x.clone()
         y = torch.empty(1, self.out_features, dtype=self._dtype, device=x.device)
         gemv.launch(
-            self._gpu, self._weight, self._plan, x=x, out=y, order=self._natural, activation=self._gated or 0, overlap=True
+            self._gpu, self._weight, self._plan, x=x, out=y, order=self._natural, activation=self._gated or self._active or 0, overlap=True
         )  # fmt: skip
         return y
 
@@ -83,7 +91,8 @@ class CudaLinear(nn.Module):
         if weight.bias is not None:
             y = y + weight.bias
         if self._gated is None:
-            return y[:, : self.out_features]
+            y = y[:, : self.out_features]
+            return y if self._active is None else activations.apply(self._active, y)
         gate, up = gates_and_ups(y)
         return (activations.apply(self._gated, gate) * up)[:, : self.out_features]
 
@@ -146,13 +155,18 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
 
 
 def linear_of(
-    gpu: Gpu, layers: Sequence[GPTQLinear], packing: Packing, dtype: torch.dtype, gated: int | None = None
+    gpu: Gpu,
+    layers: Sequence[GPTQLinear],
+    packing: Packing,
+    dtype: torch.dtype,
+    gated: int | None = None,
+    active: int | None = None,
 ) -> CudaLinear:
     """One CudaLinear of several layers, whose tensors are released."""
     columns = None
     if gated is not None:
         columns = gate_columns(sum(each.out_features for each in layers) // 2, gpu.device)
-    new = CudaLinear(gpu, repack(gpu, layers, packing, columns), dtype, gated)
+    new = CudaLinear(gpu, repack(gpu, layers, packing, columns), dtype, gated, active)
     for each in layers:
         each.release()
     return new

@@ -2,7 +2,8 @@
 
 Three places of every modern architecture of transformers are the same: attention is asked for through a registry, query and
 key are rotated by a function of the architecture's module, and keys and values are kept by the cache. What a rotation does is
-found by trying it with random angles. Whatever a kernel does not compute, transformers computes as before. Nothing of this
+found by trying it with random angles. The first forward of a recording shows which sum goes into which norm, and whose keys go
+into our attention: the next ones add and norm in one kernel, and attention keeps the token itself. Whatever a kernel does not compute, transformers computes as before. Nothing of this
 stays in place: a graph is replayed without Python.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .fused_norms import MOST, CudaNorm, norm_of
 from .gpu_kernels import Gpu
 from .kernel_arguments import DECODE, KEEP, ROTATE
 from .kernel_source import DecodeVariant, LayerVariant
@@ -39,8 +41,8 @@ _HARMLESS = {
 _active: list["FusedForward"] = []  # whose graph is being recorded
 
 
-class _OwnAttention(TorchFunctionMode):
-    """Our attention where a model calls torch's itself."""
+class _Calls(TorchFunctionMode):
+    """What a model asks torch for itself: attention, and the additions of its residual."""
 
     def __init__(self, fused: "FusedForward") -> None:
         super().__init__()
@@ -51,12 +53,22 @@ class _OwnAttention(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and hasattr(args[1] if len(args) > 1 else None, "tokens_before"):
             q, k, v, *more = args
             mask = more[0] if more else given.get("attn_mask")
-            dropout, scale = given.get("dropout_p", 0.0), given.get("scale")
-            if len(more) < 2 and not dropout and q.dim() == 4:
-                found = self._fused.decode(q, k, v, mask, {"scaling": scale})
+            if len(more) < 2 and not given.get("dropout_p", 0.0) and q.dim() == 4:
+                found = self._fused.decode(q, k, v, mask, {"scaling": given.get("scale")})
                 if found is not None:
                     return found.transpose(1, 2)
+        if func in _ADDITIONS and len(args) == 2 and not given and _rows_of_one_token(*args):
+            return self._fused.add(*args)
         return func(*args, **given)
+
+
+_ADDITIONS = (Tensor.add, Tensor.__add__, torch.add)
+
+
+def normed(norm: CudaNorm, x: Tensor) -> None:
+    """A norm tells what it is given."""
+    if _active:
+        _active[-1].learn(norm, x)
 
 
 def _capturing() -> bool:
@@ -72,13 +84,18 @@ class FusedForward:
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
         self._work: dict[Any, tuple[Tensor, Tensor]] = {}  # of attention: partial sums and counters
+        self._forwards = 0  # of this recording
+        self._sums: list[Tensor] = []  # of the first forward
+        self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
+        self._sum = 0  # the number of the next one
+        self._keeping: set[int] = set()  # caches (by id) whose keys go into our attention
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """While it lasts, the model's forward uses the kernels."""
         with ExitStack() as undo:
             _active.append(self)
-            undo.callback(_active.remove, self)
+            undo.callback(self._end)
             self._attention(undo)
             modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
             for module in modules:
@@ -86,8 +103,42 @@ class FusedForward:
                 if callable(original):
                     setattr(module, _ROTATION, self._rotation(original))
                     undo.callback(setattr, module, _ROTATION, original)
-            undo.enter_context(_OwnAttention(self))
+            undo.enter_context(_Calls(self))
             yield
+
+    def _end(self) -> None:
+        _active.remove(self)
+        self._forwards = 0
+        self._sums.clear()
+        self._norms.clear()
+        self._keeping.clear()
+
+    def begin(self) -> None:
+        """A forward begins: the same one as before, since the recording began."""
+        self._forwards += 1
+        self._sum = 0
+        if self._forwards == 2:
+            self._sums.clear()
+
+    # -- the residual ----------------------------------------------------------------------------------------------
+
+    def add(self, x: Tensor, addend: Tensor) -> Tensor:
+        """x + addend, of one token; with the norm that follows."""
+        number, self._sum = self._sum, self._sum + 1
+        norm = self._norms.get(number)
+        if norm is not None and norm.takes(x):
+            return norm.after_adding(x, addend)
+        total = norm_of(self._gpu, x, addend, None)[0]
+        if self._forwards == 1:
+            self._sums.append(total)
+        return total
+
+    def learn(self, norm: CudaNorm, x: Tensor) -> None:
+        """In the first forward `norm` is given x."""
+        if self._forwards == 1:
+            for number, total in enumerate(self._sums):
+                if total is x:
+                    self._norms.setdefault(number, norm)
 
     def close(self) -> None:
         self._work.clear()
@@ -95,10 +146,14 @@ class FusedForward:
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
-    def keep(self, layer: Any, keys: Tensor, values: Tensor) -> bool:
-        """Put the new token into a StaticKeys. False if the kernel cannot."""
+    def keep(self, layer: Any, keys: Tensor, values: Tensor, shown: Tensor) -> bool:
+        """Put the new token into a StaticKeys, or leave it to the attention that gets `shown`. False if no kernel can."""
         if self not in _active or not _of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
             return False
+        if id(layer) in self._keeping and self._forwards > 1:
+            vars(shown)["new_token"] = keys, values
+            return True
+        vars(shown)["kept_by"] = id(layer)
         arguments = KEEP.pack(
             k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
             v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
@@ -202,17 +257,22 @@ class FusedForward:
         if key_of_work not in self._work:
             if _capturing():
                 return None
-            partial = torch.empty(heads * splits * (values_dim + 2), dtype=torch.float32, device=query.device)
+            partial = torch.empty(heads * splits * (values_dim + 4), dtype=torch.float32, device=query.device)
             self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
         partial, done = self._work[key_of_work]
+        new_key, new_value = getattr(key, "new_token", (None, None))
+        if (cache := getattr(key, "kept_by", None)) is not None and all(_aligned(each) for each in (key, value)):
+            self._keeping.add(cache)
         sinks = given.get("s_aux")
         out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
         arguments = DECODE.pack(
-            q=query.contiguous(), keys=key, values=value, mask=mask if kind else None,
+            q=query.contiguous(), keys=key, values=value, new_key=new_key, new_value=new_value, mask=mask if kind else None,
             sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
             key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
             group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim,
+            new_key_stride=0 if new_key is None else new_key.stride(1),
+            new_value_stride=0 if new_value is None else new_value.stride(1),
             scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
         )  # fmt: skip
         self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
@@ -246,6 +306,19 @@ def _registered() -> bool:
             ALL_ATTENTION_FUNCTIONS.register(name, _attend(original))
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     return True
+
+
+def _rows_of_one_token(x: Any, addend: Any) -> bool:
+    """Whether two tensors can be added by the kernel: the same [1, 1, K] or [1, K]."""
+    if not isinstance(x, Tensor) or not isinstance(addend, Tensor) or x.shape != addend.shape or x.dtype != addend.dtype:
+        return False
+    width = x.shape[-1] if x.dim() in (2, 3) else 0
+    usual = x.is_cuda and x.dtype in NUMBERS and width >= 256 and width % 8 == 0 and width <= MOST and x.numel() == width
+    return usual and x.is_contiguous() and addend.is_contiguous() and x.data_ptr() % 16 == addend.data_ptr() % 16 == 0
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0
 
 
 def _suffix(x: Tensor) -> str:

@@ -1,89 +1,148 @@
-"""RMSNorm modules of transformers as one kernel each. Which modules are norms, and of which kind, is found by trying them."""
+"""RMSNorm and LayerNorm modules of transformers as one kernel each, with the addition before them.
+
+Which modules are norms, and of which kind, is found by trying them.
+"""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .gpu_kernels import Gpu
-from .kernel_arguments import RMS_NORM
+from .kernel_arguments import ROW_NORM
 from .kernel_source import LayerVariant
 from .natural_order import NUMBERS
 
 _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-_MOST = 32768  # numbers of a row
+MOST = 32768  # numbers of a row
 _SAME = 2e-5  # relative difference of a norm in fp32 and the formula
 
 
-class CudaNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * (weight + offset), each row of the last dimension."""
+@dataclass(frozen=True)
+class NormKind:
+    """(x - mean) * rsqrt(mean((x - mean)^2) + eps) * (weight + offset) + bias; the mean only if it is centred."""
 
-    def __init__(self, gpu: Gpu, norm: nn.Module, eps: float, offset: float) -> None:
+    eps: float
+    offset: float
+    centred: bool
+
+    def of(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """In plain PyTorch."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (weight + self.offset)
+        return y if bias is None else y + bias
+
+
+class CudaNorm(nn.Module):
+    """Stands for a norm over the last dimension."""
+
+    def __init__(self, gpu: Gpu, norm: nn.Module, kind: NormKind) -> None:
         super().__init__()
         self.weight: Any = norm.weight
-        self.variance_epsilon = self.eps = eps
-        self._gpu, self._offset, self._plain = gpu, offset, norm.forward
-        width = self.weight.shape[0]
-        self._threads = min(1024, max(32, -(-width // 256) * 32))
+        self.bias: Any = getattr(norm, "bias", None)
+        self.variance_epsilon = self.eps = kind.eps
+        self._gpu, self._kind, self._plain = gpu, kind, norm.forward
+        self._ready: tuple[Tensor, Tensor] | None = None  # an input that was computed with the addition before, and its output
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype in NUMBERS and x.dtype == self.weight.dtype and x.shape[-1] == self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if dtype not in NUMBERS or dtype != self.weight.dtype or not x.is_cuda:
+        from .fused_forward import normed
+
+        if self._ready is not None:
+            given, out = self._ready
+            self._ready = None
+            if given is x:
+                return out
+        normed(self, x)
+        if not self.takes(x):
             y: Tensor = self._plain(x)
             return y
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        width = x.shape[-1]
-        arguments = RMS_NORM.pack(x=x, weight=self.weight, out=out, k=width, eps=self.eps, offset=self._offset)
-        name = "rms_norm_bfloat" if dtype == torch.bfloat16 else "rms_norm_half"
-        self._gpu.run(name, (x.numel() // width,), self._threads, arguments, 160, overlap=True)
-        return out
+        return norm_of(self._gpu, x.contiguous(), None, self)[1]
+
+    def after_adding(self, x: Tensor, addend: Tensor) -> Tensor:
+        """x + addend, both [..., K] and contiguous. The next forward, if it is of that sum, costs nothing."""
+        total, out = norm_of(self._gpu, x, addend, self)
+        self._ready = total, out
+        return total
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}, offset={self._offset}"
+        return f"{self.weight.shape[0]}, {self._kind}"
 
 
-def kind_of(module: nn.Module) -> tuple[float, float] | None:
-    """(eps, offset) of an RMSNorm that the kernel computes; None for any other module."""
+def norm_of(gpu: Gpu, x: Tensor, addend: Tensor | None, norm: CudaNorm | None) -> tuple[Tensor, Tensor]:
+    """(x + addend, the norm of that sum) of contiguous fp16 or bf16 [..., K]; without a norm (the sum, the sum)."""
+    width = x.shape[-1]
+    total = x if addend is None else torch.empty_like(x)
+    out = total if norm is None else torch.empty_like(x)
+    arguments = ROW_NORM.pack(
+        x=x,
+        addend=addend,
+        sum=total if addend is not None else None,
+        weight=None if norm is None else norm.weight,
+        bias=None if norm is None else norm.bias,
+        out=out,
+        k=width,
+        centred=int(norm is not None and norm._kind.centred),
+        eps=0.0 if norm is None else norm._kind.eps,
+        offset=0.0 if norm is None else norm._kind.offset,
+    )
+    name = "row_norm_bfloat" if x.dtype == torch.bfloat16 else "row_norm_half"
+    threads = min(1024, max(32, -(-width // 256) * 32))
+    gpu.run(name, (x.numel() // width,), threads, arguments, 160, overlap=True)
+    return total, out
+
+
+def kind_of(module: nn.Module) -> NormKind | None:
+    """The kind of a norm that the kernel computes; None for any other module."""
     parameters = dict(module.named_parameters(recurse=False))
-    weight = parameters.get("weight")
-    if set(parameters) != {"weight"} or list(module.children()) or list(module.buffers(recurse=False)) or weight is None:
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not set(parameters) <= {"weight", "bias"} or list(module.children()) or list(module.buffers(recurse=False)):
         return None
-    if weight.dim() != 1 or weight.shape[0] % 8 or weight.shape[0] > _MOST or "norm" not in type(module).__name__.lower():
+    if weight is None or weight.dim() != 1 or weight.shape[0] % 8 or weight.shape[0] > MOST:
+        return None
+    if "norm" not in type(module).__name__.lower() or (bias is not None and bias.dtype != weight.dtype):
         return None
     needed = [each for each in inspect.signature(module.forward).parameters.values() if each.default is inspect.Parameter.empty]
     if len([each for each in needed if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]) != 1:
         return None
-    eps = next((float(found) for each in _EPS if isinstance(found := getattr(module, each, None), (int, float))), None)
+    eps = _eps_of(module)
     if eps is None:
         return None
     generator = torch.Generator(weight.device).manual_seed(0)
-    # Small numbers show eps and where it is added.
     x = torch.randn(2, weight.shape[0], generator=generator, device=weight.device)
-    x = torch.cat([x * eps**0.5, x * 3 + 1]) if eps > 0 else x
-    kept = weight.data
+    x = torch.cat([x * eps**0.5, x * 3 + 1]) if eps > 0 else x  # small numbers show eps and where it is added
+    kept = [each.data for each in parameters.values()]
     try:
-        weight.data = torch.rand(kept.shape, generator=generator, device=kept.device) - 0.25
+        for each in parameters.values():
+            each.data = torch.rand(each.shape, generator=generator, device=each.device) - 0.25
         with torch.inference_mode():
             found = module(x)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            return None
-        plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-        for offset in (0.0, 1.0):
-            wanted = plain * (weight.data + offset)
-            if all(float((a - b).norm() / b.norm()) < _SAME for a, b in zip(found.float(), wanted, strict=True)):
-                return eps, offset
+            if not isinstance(found, Tensor) or found.shape != x.shape:
+                return None
+            for kind in (NormKind(eps, offset, centred) for centred in (False, True) for offset in (0.0, 1.0)):
+                wanted = kind.of(x, weight.data, None if bias is None else bias.data)
+                if all(float((a - b).norm() / b.norm()) < _SAME for a, b in zip(found.float(), wanted, strict=True)):
+                    return kind
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return None
     finally:
-        weight.data = kept
+        for each, data in zip(parameters.values(), kept, strict=True):
+            each.data = data
     return None
 
 
+def _eps_of(module: nn.Module) -> float | None:
+    return next((float(found) for each in _EPS if isinstance(found := getattr(module, each, None), (int, float))), None)
+
+
 def replace_norms(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
-    """Put CudaNorms in the place of RMSNorms on GPUs; how many. Raises NoCompiler."""
-    kinds: dict[tuple[type, torch.Size, float], tuple[float, float] | None] = {}
+    """Put CudaNorms in the place of norms on GPUs; how many. Raises NoCompiler."""
+    kinds: dict[Any, NormKind | None] = {}
     replaced = 0
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
@@ -91,11 +150,7 @@ def replace_norms(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
             continue
         if getattr(module, "_hf_hook", None) is not None:
             continue
-        key = (
-            type(module),
-            weight.shape,
-            float(next((getattr(module, each) for each in _EPS if hasattr(module, each)), 0.0) or 0.0),
-        )
+        key = (type(module), weight.shape, _eps_of(module), getattr(module, "bias", None) is None)
         if key not in kinds:
             kinds[key] = kind_of(module)
         if (kind := kinds[key]) is None:
@@ -103,6 +158,6 @@ def replace_norms(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
         gpu = gpus[weight.device]
         gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
         parent, _dot, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, CudaNorm(gpu, module, *kind))
+        setattr(model.get_submodule(parent), child, CudaNorm(gpu, module, kind))
         replaced += 1
     return replaced

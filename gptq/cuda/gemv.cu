@@ -5,7 +5,7 @@
 // first weights are on their way before the kernel waits for the previous one, which hides the start of the kernel.
 // Kernels are small on purpose: code that runs once is read from memory as the weights are.
 
-enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT };  // what becomes of the sums: see GemvArguments.out
+enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE_BFLOAT };  // what becomes of the sums: see GemvArguments.out
 enum { FRAGMENTS, NATURAL, NATURAL_BFLOAT, ORDERED, ORDERED_BFLOAT };    // how x lies in memory: see GemvArguments.x
 
 // -- the input, normed if NORM ----------------------------------------------------------------------------------------
@@ -222,6 +222,8 @@ template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p
     if constexpr (EPILOGUE == PLAIN) ((u16*)p.out)[n] = to_half(y);
     if constexpr (EPILOGUE == FLOAT) ((float*)p.out)[n] = y;
     if constexpr (EPILOGUE == BFLOAT) ((u16*)p.out)[n] = to_bfloat(y);
+    if constexpr (EPILOGUE == ACTIVE) ((u16*)p.out)[n] = to_half(activated(y, p.activation));
+    if constexpr (EPILOGUE == ACTIVE_BFLOAT) ((u16*)p.out)[n] = to_bfloat(activated(y, p.activation));
     if constexpr (EPILOGUE == RESIDUAL) {
       p.residual[n] = y;
       ((u16*)p.out)[place] = to_half(y);

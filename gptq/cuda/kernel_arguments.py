@@ -107,7 +107,7 @@ GEMV = Arguments(
     const u16* norm        // fp16 [chunks * CHUNK], fragment order: weight of the RMSNorm before, NORM only
     const u16* bias        // fp16 [tiles * TILE] in the order of the rows, or null
     const u16* order       // [chunks * CHUNK]: the input at each position, k for padding; ORDERED only
-    void* out              // [n]: fp16 (PLAIN), bf16 (BFLOAT), fp32 (FLOAT), fp16 in the next input's order (RESIDUAL); [n / 2]: fp16 (SILU, GATED), bf16 (GATED_BFLOAT)
+    void* out              // [n] or, gated, [n / 2]: fp16, fp32 (FLOAT) or bf16 (…BFLOAT); RESIDUAL in the next input's order
     float* residual        // fp32 [n], RESIDUAL only
     const int* permutation // [n]: the position of row n in the next input, RESIDUAL only
     int n
@@ -116,7 +116,7 @@ GEMV = Arguments(
     int groups
     u32 unit_to_group      // the group of unit u is u * unit_to_group >> 16; 0 for one group
     int k                  // inputs without padding
-    int activation         // of GATED, see activations.py
+    int activation         // of GATED and ACTIVE, see activations.py
     float eps
     """,
 )
@@ -260,13 +260,17 @@ GATHER = Arguments(
     int tokens
     """,
 )
-RMS_NORM = Arguments(
-    "RmsNormArguments",
+ROW_NORM = Arguments(
+    "RowNormArguments",
     """
     const u16* x           // fp16 or bf16 [rows][k]
-    const u16* weight      // [k]
+    const u16* addend      // [rows][k], or null
+    u16* sum               // [rows][k]: x + addend, or null
+    const u16* weight      // [k], or null for a sum alone
+    const u16* bias        // [k], or null
     u16* out               // [rows][k]
     int k
+    int centred            // LayerNorm; else RMSNorm
     float eps
     float offset           // added to the weight
     """,
@@ -308,12 +312,14 @@ DECODE = Arguments(
     "DecodeArguments",
     """
     const u16* q           // fp16 or bf16 [heads][d]
-    const u16* keys        // a head every key_stride numbers, a token every d
-    const u16* values
+    u16* keys              // a head every key_stride numbers, a token every d
+    u16* values
+    const u16* new_key     // of the token itself, null if it is kept already
+    const u16* new_value
     const void* mask       // [heads or 1][shown], or null
     const u16* sinks       // [heads], or null
     const u64* count       // tokens before this one, whose keys are kept too
-    float* partial         // fp32 [heads][splits][dv + 2]: sums, the highest score, the sum of weights
+    float* partial         // fp32 [heads][splits][dv + 4]: sums, the highest score, the sum of weights
     u32* done              // [blocks], zero between launches
     u16* out               // [heads][dv]
     u64 key_stride
@@ -326,6 +332,8 @@ DECODE = Arguments(
     int shown              // tokens of the mask
     int d
     int dv
+    int new_key_stride
+    int new_value_stride
     float scale
     float cap              // of the scores; 0 for none
     """,
@@ -362,7 +370,7 @@ SAMPLE = Arguments(
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
-    RMS_NORM, ROTATE, KEEP, DECODE, COMBINE,
+    ROW_NORM, ROTATE, KEEP, DECODE, COMBINE,
 )  # fmt: skip
 
 

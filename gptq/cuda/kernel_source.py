@@ -80,7 +80,7 @@ def groups_of(group_size: int, in_features: int) -> Groups:
 @dataclass(frozen=True)
 class GemvVariant:
     packing: Packing
-    epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT
+    epilogue: str  # PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, ACTIVE …: see gemv.cu
     norm: int  # runs of 8 inputs that a thread norms; 0: no norm
     split: int  # warps that share a tile
     batch: int  # chunks that travel together
@@ -147,7 +147,7 @@ class LayerVariant:
 
     @property
     def name(self) -> str:
-        return f"rms_norm_{self.suffix}"
+        return f"row_norm_{self.suffix}"
 
     @property
     def suffix(self) -> str:
@@ -167,7 +167,8 @@ class DecodeVariant:
         return f"decode_{'bfloat' if self.bfloat else 'half'}_{self.lanes}_{self.group}"
 
     def shared_bytes(self, values_dim: int) -> int:
-        return 4 * (32 // self.lanes) * self.group * (values_dim + 2) * 4
+        sets = 4 * (32 // self.lanes)
+        return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1)
 
 
 Variant = GemvVariant | SmallBatchVariant | LayerVariant | DecodeVariant
@@ -190,7 +191,7 @@ class KvFormat:
 
 
 _LAYER_KERNELS = {
-    "rms_norm": "RmsNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
+    "row_norm": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// Parts of transformers' own forward as single kernels: RMSNorm, rotation of heads, keeping keys and values, the sum of a token's
+// Parts of transformers' own forward as single kernels: norms, rotation of heads, keeping keys and values, the sum of a token's
 // experts, and attention of one token over a cache at a fixed address. Numbers are fp16 or bf16; the arithmetic is fp32.
 
 struct Half {
@@ -10,36 +10,61 @@ struct Bfloat {
   static METHOD u16 narrow(float v) { return to_bfloat(v); }
 };
 
-// RMSNorm of rows of `k` numbers, a multiple of 8 and at most 32 for each thread. A block takes a row.
-template <class T> DEVICE void rms_norm(const RmsNormArguments& p) {
+// RMSNorm or LayerNorm of rows of `k` numbers, a multiple of 8 and at most 32 for each thread, to which another row may be added
+// first. A block takes a row.
+template <class T> DEVICE void row_norm(const RowNormArguments& p) {
   float* scratch = (float*)shared_words;  // 33
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
-  const u16* from = p.x + (size_t)blockIdx.x * p.k;
-  u16* to = p.out + (size_t)blockIdx.x * p.k;
-  uint4 mine[4];
+  const size_t row = (size_t)blockIdx.x * p.k;
+  float mine[4][8];
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
     if (at >= p.k) continue;
-    mine[i] = __ldcg((const uint4*)(from + at));
-    const u16* m = (const u16*)&mine[i];
+    uint4 v = __ldcg((const uint4*)(p.x + row + at));
+    u16* m = (u16*)&v;
+    if (p.addend) {
+      const uint4 more = __ldcg((const uint4*)(p.addend + row + at));
+      const u16* a = (const u16*)&more;
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum += T::wide(m[j]) * T::wide(m[j]);
+      for (int j = 0; j < 8; j++) m[j] = T::narrow(T::wide(m[j]) + T::wide(a[j]));
+      *(uint4*)(p.sum + row + at) = v;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      mine[i][j] = T::wide(m[j]);
+      sum += p.centred ? mine[i][j] : mine[i][j] * mine[i][j];
+    }
   }
-  const float scale = rsqrtf(block_sum(sum, scratch) / p.k + p.eps);
+  if (!p.weight) return;
+  sum = block_sum(sum, scratch);
+  float mean = 0.f;
+  if (p.centred) {
+    mean = sum / p.k;
+    sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if ((i * blockDim.x + threadIdx.x) * 8 >= p.k) continue;
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += (mine[i][j] - mean) * (mine[i][j] - mean);
+    }
+    sum = block_sum(sum, scratch);
+  }
+  const float scale = rsqrtf(sum / p.k + p.eps);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
     if (at >= p.k) continue;
     const uint4 weight = __ldg((const uint4*)(p.weight + at));
-    const u16* w = (const u16*)&weight;
-    u16* m = (u16*)&mine[i];
+    const uint4 bias = p.bias ? __ldg((const uint4*)(p.bias + at)) : make_uint4(0, 0, 0, 0);
+    const u16 *w = (const u16*)&weight, *b = (const u16*)&bias;
+    uint4 v;
+    u16* m = (u16*)&v;
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      m[j] = T::narrow(T::wide(m[j]) * scale * (T::wide(w[j]) + p.offset));
-    *(uint4*)(to + at) = mine[i];
+    for (int j = 0; j < 8; j++) m[j] = T::narrow((mine[i][j] - mean) * scale * (T::wide(w[j]) + p.offset) + T::wide(b[j]));
+    *(uint4*)(p.out + row + at) = v;
   }
 }
 
@@ -112,20 +137,37 @@ template <class T> DEVICE void eight(const u16* from, bool there, float (&to)[8]
   for (int j = 0; j < 8; j++) to[j] = T::wide(w[j]);
 }
 
+// The shares of parts in their sum: found [parts][stride], of each the highest score and the sum of weights. Writes the share of
+// each and returns the whole weight, `sink` (a score without a value) included. All lanes of a warp call it.
+DEVICE float shares_of(const float* found, int parts, int stride, float sink, float* shares) {
+  const int lane = threadIdx.x % 32;
+  const float high = lane < parts ? found[lane * stride] : -INFINITY;
+  float top = fmaxf(high, sink);
+#pragma unroll
+  for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+  const float share = high > -INFINITY ? exp2f(high - top) : 0.f;
+  if (lane < parts) shares[lane] = share;
+  return warp_sum(lane < parts ? share * found[lane * stride + 1] : 0.f) + (sink > -INFINITY ? exp2f(sink - top) : 0.f);
+}
+
 // A block takes up to GROUP heads that share keys, and a part of the tokens. LANES lanes share a token, eight dimensions each.
-// The last block of a head to finish adds the parts up.
+// The last block of a head to finish adds the parts up. There are at most 32 parts.
 template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArguments& p) {
   static_assert(LANES <= 32 && 32 % LANES == 0, "whole tokens for a warp");
   constexpr int TOKENS = 32 / LANES, SETS = 4 * TOKENS;  // of a warp at once; of a block
+  static_assert(SETS <= 32, "a lane for each part of a block");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sub = lane / LANES, dim = lane % LANES * 8;
   const int kv_head = blockIdx.x / p.group_blocks, first_head = kv_head * p.group + blockIdx.x % p.group_blocks * GROUP;
-  const int heads = min(GROUP, (kv_head + 1) * p.group - first_head), splits = gridDim.y;
-  float* found = (float*)shared_words;  // [SETS][GROUP][dv + 2]
-  const int width = p.dv + 2;
+  const int heads = min(GROUP, (kv_head + 1) * p.group - first_head), splits = gridDim.y, width = p.dv + 4;
+  float* sums = (float*)shared_words;              // [SETS][GROUP][dv]
+  float* stats = sums + SETS * GROUP * p.dv;       // [GROUP][SETS or splits][2]
+  float* shares = stats + GROUP * 64;              // [GROUP][32]
+  float* whole = shares + GROUP * 32;              // [GROUP]
+  u32* flag = (u32*)(whole + GROUP);
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
 
-  const int total = (int)min(__ldcg(p.count) + 1, (u64)p.shown);
+  const int before = (int)min(__ldcg(p.count), (u64)p.shown - 1), total = before + 1;
   const int each = (total + splits - 1) / splits, per = (each + SETS - 1) / SETS * SETS;
   const int first = min((int)blockIdx.y * per, total), end = min(first + per, total);
   float q[GROUP][8], sum[GROUP][8], high[GROUP], weight[GROUP];
@@ -137,18 +179,19 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
 #pragma unroll
     for (int j = 0; j < 8; j++) sum[g][j] = 0.f;
   }
-  const u16* keys = p.keys + kv_head * p.key_stride + dim;
-  const u16* values = p.values + kv_head * p.value_stride + dim;
+  u16* keys = p.keys + kv_head * p.key_stride + dim;
+  u16* values = p.values + kv_head * p.value_stride + dim;
   const bool same_mask = p.mask_stride == 0;
 #pragma unroll 2
   for (int base = first + warp * TOKENS; base < end; base += SETS) {
     const int token = base + sub;
-    float shared_add = token < end ? 0.f : -INFINITY;
-    if (token < end && same_mask) shared_add = masked<T>(p, 0, token);
-    const bool there = shared_add > -INFINITY;
+    const bool there = token < end, own = p.new_key && token == before;
+    const u16* key = own ? p.new_key + (size_t)kv_head * p.new_key_stride + dim : keys + (size_t)token * p.d;
+    const u16* value = own ? p.new_value + (size_t)kv_head * p.new_value_stride + dim : values + (size_t)token * p.dv;
     float k[8], v[8];
-    eight<T>(keys + (size_t)token * p.d, there && dim < p.d, k);
-    eight<T>(values + (size_t)token * p.dv, there && dim < p.dv, v);
+    eight<T>(key, there && dim < p.d, k);
+    eight<T>(value, there && dim < p.dv, v);
+    const float shared_add = !there ? -INFINITY : same_mask ? masked<T>(p, 0, token) : 0.f;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       float score = 0.f;
@@ -161,66 +204,79 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
       const float add = same_mask || !there || g >= heads ? shared_add : masked<T>(p, first_head + g, token);
       score = (score + add) * LOG2E;
       const float now = fmaxf(high[g], score);
-      if (now == -INFINITY) continue;
-      const float before = exp2f(high[g] - now), own = exp2f(score - now);
+      const float keep = now > -INFINITY ? exp2f(high[g] - now) : 1.f, mine = now > -INFINITY ? exp2f(score - now) : 0.f;
       high[g] = now;
-      weight[g] = weight[g] * before + own;
+      weight[g] = weight[g] * keep + mine;
 #pragma unroll
-      for (int j = 0; j < 8; j++) sum[g][j] = sum[g][j] * before + own * v[j];
+      for (int j = 0; j < 8; j++) sum[g][j] = sum[g][j] * keep + mine * v[j];
+    }
+    if (own && blockIdx.x % p.group_blocks == 0) {  // keep the token
+      if (dim < p.d) *(uint4*)(keys + (size_t)token * p.d) = __ldcg((const uint4*)key);
+      if (dim < p.dv) *(uint4*)(values + (size_t)token * p.dv) = __ldcg((const uint4*)value);
     }
   }
-  float* mine = found + (warp * TOKENS + sub) * GROUP * width;
+  const int set = warp * TOKENS + sub;
 #pragma unroll
   for (int g = 0; g < GROUP; g++) {
-    if (dim < p.dv)
-#pragma unroll
-      for (int j = 0; j < 8; j++) mine[g * width + dim + j] = sum[g][j];
+    if (dim < p.dv) {
+      float4* to = (float4*)(sums + (set * GROUP + g) * p.dv + dim);
+      to[0] = make_float4(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+      to[1] = make_float4(sum[g][4], sum[g][5], sum[g][6], sum[g][7]);
+    }
     if (dim == 0) {
-      mine[g * width + p.dv] = high[g];
-      mine[g * width + p.dv + 1] = weight[g];
+      stats[(g * SETS + set) * 2] = high[g];
+      stats[(g * SETS + set) * 2 + 1] = weight[g];
     }
   }
   __syncthreads();
 
   float* parts = p.partial + (size_t)first_head * splits * width;  // [heads][splits][width]
-  for (int i = threadIdx.x; i < heads * p.dv; i += blockDim.x) {
-    const int g = i / p.dv, at = i % p.dv;
-    float top = -INFINITY, total_weight = 0.f, y = 0.f;
-    for (int s = 0; s < SETS; s++) top = fmaxf(top, found[(s * GROUP + g) * width + p.dv]);
-    if (top > -INFINITY)
-      for (int s = 0; s < SETS; s++) {
-        const float* from = found + (s * GROUP + g) * width;
-        const float share = exp2f(from[p.dv] - top);
-        total_weight += share * from[p.dv + 1];
-        y += share * from[at];
-      }
-    float* to = parts + ((size_t)g * splits + blockIdx.y) * width;
-    to[at] = y;
-    if (at == 0) {
-      to[p.dv] = top;
-      to[p.dv + 1] = total_weight;
-    }
+  for (int g = warp; g < heads; g += 4) {
+    const float own = shares_of(stats + g * SETS * 2, SETS, 2, -INFINITY, shares + g * 32);
+    float top = lane < SETS ? stats[(g * SETS + lane) * 2] : -INFINITY;
+#pragma unroll
+    for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+    if (lane == 0) *(float2*)(parts + ((size_t)g * splits + blockIdx.y) * width + p.dv) = make_float2(top, own);
   }
   __syncthreads();
-  u32* flag = (u32*)found;
+  const int runs = p.dv / 4;  // of four dimensions
+  for (int i = threadIdx.x; i < heads * runs; i += blockDim.x) {
+    const int g = i / runs, at = i % runs * 4;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+      const float share = shares[g * 32 + s];
+      const float4 v = *(const float4*)(sums + (s * GROUP + g) * p.dv + at);
+      y.x += share * v.x; y.y += share * v.y; y.z += share * v.z; y.w += share * v.w;
+    }
+    *(float4*)(parts + ((size_t)g * splits + blockIdx.y) * width + at) = y;
+  }
+  __syncthreads();
   if (threadIdx.x == 0) *flag = count_arrival(p.done + blockIdx.x);
   __syncthreads();
   if (*flag != (u32)splits - 1) return;
   if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
-  for (int i = threadIdx.x; i < heads * p.dv; i += blockDim.x) {
-    const int g = i / p.dv, at = i % p.dv;
-    const float* from = parts + (size_t)g * splits * width;
+  for (int i = threadIdx.x; i < heads * splits; i += blockDim.x)
+    *(float2*)(stats + (i / splits * 32 + i % splits) * 2) = __ldcg((const float2*)(parts + (size_t)i * width + p.dv));
+  __syncthreads();
+  for (int g = warp; g < heads; g += 4) {
     const float sink = p.sinks ? T::wide(p.sinks[first_head + g]) * LOG2E : -INFINITY;
-    float top = sink;
-    for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(from + (size_t)s * width + p.dv));
-    float total_weight = p.sinks ? exp2f(sink - top) : 0.f, y = 0.f;
-    if (top > -INFINITY)
-#pragma unroll 4
-      for (int s = 0; s < splits; s++) {
-        const float share = exp2f(__ldcg(from + (size_t)s * width + p.dv) - top);
-        total_weight += share * __ldcg(from + (size_t)s * width + p.dv + 1);
-        y += share * __ldcg(from + (size_t)s * width + at);
-      }
-    p.out[(size_t)(first_head + g) * p.dv + at] = T::narrow(total_weight > 0.f ? y / total_weight : 0.f);
+    const float own = shares_of(stats + g * 64, splits, 2, sink, shares + g * 32);
+    if (lane == 0) whole[g] = own;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < heads * runs; i += blockDim.x) {
+    const int g = i / runs, at = i % runs * 4;
+    const float* from = parts + (size_t)g * splits * width + at;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 16
+    for (int s = 0; s < splits; s++) {
+      const float share = shares[g * 32 + s];
+      const float4 v = __ldcg((const float4*)(from + (size_t)s * width));
+      y.x += share * v.x; y.y += share * v.y; y.z += share * v.z; y.w += share * v.w;
+    }
+    const float scale = whole[g] > 0.f ? 1.f / whole[g] : 0.f;
+    const uint2 out = {pair(T::narrow(y.x * scale), T::narrow(y.y * scale)), pair(T::narrow(y.z * scale), T::narrow(y.w * scale))};
+    *(uint2*)(p.out + (size_t)(first_head + g) * p.dv + at) = out;
   }
 }

@@ -1,10 +1,11 @@
 """Layers of transformers' forward that share their input, found and made one product each.
 
-Query, key and value are asked for one after the other with the same tensor: the first computes all three. A gated MLP is
+Query, key and value are asked for one after the other with the same tensor: the first computes all three. An MLP is
 recognised by its parts, and by trying it: what its own forward gives must be what the merged one would give.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from .gpu_kernels import Gpu
 from .kernel_source import Packing
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+_PLAIN_MLPS = (  # the first and the last layer of an MLP without a gate
+    ("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"), ("fc_in", "fc_out"),
+)  # fmt: skip
+_MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), *(((a,), b) for a, b in _PLAIN_MLPS))
+_PLAIN_FIRSTS = tuple((first,) for first, _last in _PLAIN_MLPS)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
-_SAME = 2e-3  # relative difference of a gated MLP and the merged one, in 16 bits
+_SAME = 2e-3  # relative difference of an MLP and the merged one, in 16 bits
 
 Group = tuple[list[str], list[GPTQLinear], Callable[[Gpu, Packing], Any]]
 
@@ -63,7 +69,7 @@ class Merging:
     def __init__(self, model: nn.Module, packings: dict[str, Packing], dtype: torch.dtype) -> None:
         """`packings`: by name, the layers that may be merged."""
         self._model, self._packings, self._dtype = model, packings, dtype
-        self._gates: dict[Any, int | None] = {}  # by what decides, so that only the first of equal modules is tried
+        self._numbers: dict[Any, int | None] = {}  # by what decides, so that only the first of equal modules is tried
 
     def groups(self) -> Iterator[Group]:
         """(names, layers, what makes one layer of them and puts it into the model)."""
@@ -71,20 +77,15 @@ class Merging:
             own = dict(module.named_children())
             prefix = f"{name}." if name else ""
             if group := self._of(prefix, own, _QKV):
-                yield (
-                    [f"{prefix}{each}" for each in _QKV],
-                    group,
-                    lambda gpu, packing, at=(module, group): self._share(gpu, packing, *at),
-                )
-            for names in (("gate_proj", "up_proj"), ("gate_up_proj",)):
-                group = self._of(prefix, own, names)
-                number = self._gate(module, own, names, group) if group else None
-                if group and number is not None:
-                    yield (
-                        [f"{prefix}{each}" for each in names],
-                        group,
-                        lambda gpu, packing, at=(module, names, group, number): self._gated(gpu, packing, *at),
-                    )
+                names = [f"{prefix}{each}" for each in _QKV]
+                yield names, group, partial(self._share, module=module, layers=group)
+            for first, last in _MLPS:
+                group = self._of(prefix, own, first)
+                if group and (number := self._number(module, own, first, last, group)) is not None:
+                    names = [f"{prefix}{each}" for each in first]
+                    made = partial(self._apply, module=module, names=first, last=last, layers=group, number=number)
+                    yield names, group, made
+                    break
 
     def _of(self, prefix: str, own: dict[str, nn.Module], names: tuple[str, ...]) -> list[GPTQLinear] | None:
         """The packed layers of these names, if they can be one weight."""
@@ -111,31 +112,48 @@ class Merging:
         module.qkv_of_gptq_webui = linear
         return linear
 
-    def _gate(self, module: nn.Module, own: dict[str, nn.Module], names: tuple[str, ...], layers: list[GPTQLinear]) -> int | None:
-        """The number of the activation of a gated MLP; None if it is none, or not one that the kernel has."""
-        down = own.get("down_proj")
+    def _number(
+        self, module: nn.Module, own: dict[str, nn.Module], first: tuple[str, ...], last: str, layers: list[GPTQLinear]
+    ) -> int | None:
+        """The number of the activation between the layers `first` and `last` of an MLP; None if the module is none."""
+        down = own.get(last)
         activation = next((found for each in _ACTIVATIONS if (found := getattr(module, each, None)) is not None), None)
-        inner = sum(each.out_features for each in layers) // 2
-        if not isinstance(down, GPTQLinear) or activation is None or inner % 8 or down.in_features != inner:
+        if not isinstance(down, GPTQLinear) or activation is None:
             return None
-        if len(layers) == 2 and layers[0].out_features != layers[1].out_features:
+        if first not in _PLAIN_FIRSTS and (
+            sum(each.out_features for each in layers) != 2 * down.in_features
+            or down.in_features % 8
+            or len({each.out_features for each in layers}) != 1
+        ):
             return None
-        key = (type(module), names, type(activation), getattr(activation, "__name__", ""), layers[0].in_features, inner)
-        if key not in self._gates:
-            self._gates[key] = self._try(module, down, activation, layers)
-        return self._gates[key]
+        key = (
+            type(module),
+            first,
+            type(activation),
+            getattr(activation, "__name__", ""),
+            layers[0].in_features,
+            down.in_features,
+        )
+        if key not in self._numbers:
+            self._numbers[key] = self._try(module, first, down, activation, layers)
+        return self._numbers[key]
 
-    def _try(self, module: nn.Module, down: nn.Module, activation: Any, layers: list[GPTQLinear]) -> int | None:
+    def _try(
+        self, module: nn.Module, first: tuple[str, ...], down: nn.Module, activation: Any, layers: list[GPTQLinear]
+    ) -> int | None:
         device = layers[0].qweight.device
         if (number := activations.number_of(activation, device)) is None:
             return None
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(2, layers[0].in_features, generator=generator, device=device, dtype=torch.float32).to(self._dtype)
+        x = torch.randn(1, 2, layers[0].in_features, generator=generator, device=device, dtype=torch.float32).to(self._dtype)
         try:
             with torch.inference_mode():
                 found = module(x)
-                both = [each(x) for each in layers] if len(layers) == 2 else list(layers[0](x).chunk(2, -1))
-                wanted = down(activations.apply(number, both[0]) * both[1])
+                if first in _PLAIN_FIRSTS:
+                    wanted = down(activations.apply(number, layers[0](x)))
+                else:
+                    both = [each(x) for each in layers] if len(layers) == 2 else list(layers[0](x).chunk(2, -1))
+                    wanted = down(activations.apply(number, both[0]) * both[1])
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return None
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
@@ -143,18 +161,26 @@ class Merging:
         difference = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))
         return number if difference < (_SAME if self._dtype != torch.bfloat16 else 8 * _SAME) else None
 
-    def _gated(
-        self, gpu: Gpu, packing: Packing, module: nn.Module, names: tuple[str, ...], layers: list[GPTQLinear], number: int
+    def _apply(
+        self,
+        gpu: Gpu,
+        packing: Packing,
+        module: nn.Module,
+        names: tuple[str, ...],
+        last: str,
+        layers: list[GPTQLinear],
+        number: int,
     ) -> Any:
         from .cuda_linear import linear_of
 
-        linear = linear_of(gpu, layers, packing, self._dtype, number)
+        gated = names not in _PLAIN_FIRSTS
+        linear = linear_of(gpu, layers, packing, self._dtype, *((number, None) if gated else (None, number)))
         for each in names:
             delattr(module, each)
-        module.gated_of_gptq_webui = linear
+        module.applied_by_gptq_webui = linear
 
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            y: Tensor = module.down_proj(linear(x))  # type: ignore[operator]
+            y: Tensor = getattr(module, last)(linear(x))
             return y
 
         module.forward = forward  # type: ignore[method-assign]

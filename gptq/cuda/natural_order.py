@@ -27,10 +27,10 @@ def input_of(dtype: torch.dtype, order: Tensor | None) -> str:
     return ("NATURAL" if order is None else "ORDERED") + ("_BFLOAT" if dtype == torch.bfloat16 else "")
 
 
-def epilogue_of(dtype: torch.dtype, gated: bool) -> str:
-    """GemvVariant.epilogue."""
-    if gated:
-        return "GATED_BFLOAT" if dtype == torch.bfloat16 else "GATED"
+def epilogue_of(dtype: torch.dtype, applied: str = "") -> str:
+    """GemvVariant.epilogue. `applied`: "GATED" or "ACTIVE" for a product that applies an activation."""
+    if applied:
+        return f"{applied}_BFLOAT" if dtype == torch.bfloat16 else applied
     return "BFLOAT" if dtype == torch.bfloat16 else "PLAIN"
 
 
