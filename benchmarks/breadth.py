@@ -3,8 +3,10 @@
 A model is made from a config of transformers on the GPU, its linear layers packed (4 bits, groups of 128) and filled with
 random numbers. It is computed by the stepper that the product chooses. For one row at a context of 512 a line says: time of a
 step, tokens/s of a greedy loop, bytes read for a token, their share of a copy's bandwidth, time of a prompt of 512, the error
-of the logits against the same model in fp32 and plain PyTorch with `--check`, and which way it was computed. `--tiny` divides the widths, for a
-machine without a GPU. `--profile` lists the kernels of a step.
+of the logits against the same model in fp32 and plain PyTorch with `--check` (of the prompt's last token, the largest of eight
+steps), and which way it was computed. `gemma2-9b@4` takes four layers. `--tiny` divides the widths, for a machine without a
+GPU. `--profile` lists the kernels of a step; kernels of ours begin before those in front of them have ended, unless `--apart`
+is given.
 """
 
 import argparse
@@ -43,8 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_key_value_heads": 8, "head_dim": 256, "num_hidden_layers": 48, "vocab_size": 262208,
                    "sliding_window": 1024, "dtype": "bfloat16"},
     "falcon-7b": {"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32,
-                  "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False,
-                  "alibi": False},
+                  "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False,
+                  "new_decoder_architecture": False, "alibi": False},
     "neox-20b": {"model_type": "gpt_neox", "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 64,
                  "num_hidden_layers": 44, "vocab_size": 50432, "rotary_pct": 0.25, "use_parallel_residual": True},
     "starcoder2-7b": {"model_type": "starcoder2", "hidden_size": 4608, "intermediate_size": 18432, "num_attention_heads": 36,
@@ -319,10 +321,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", type=int, nargs="?", const=14, default=0)
+    parser.add_argument("--apart", action="store_true", help="no kernel begins before the one in front of it has ended")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="  %(name)s: %(message)s")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if given.apart:
+        from gptq_webui.gptq.cuda import cuda_driver
+
+        cuda_driver._PDL = 0  # CU_LAUNCH_ATTRIBUTE_IGNORE
     bandwidth = 0.0
     if given.device == "cuda":
         bandwidth = copy_bandwidth()

@@ -182,8 +182,9 @@ class CudaExperts(nn.Module):
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
             weights = weights.float()
+        wide = int(weights.dtype == torch.float32)
         arguments = COMBINE.pack(
-            y=y, weights=weights.contiguous(), out=out, choices=weights.shape[1], n=y.shape[1], wide=int(weights.dtype == torch.float32)
+            y=y, weights=weights.contiguous(), out=out, choices=weights.shape[1], n=y.shape[1], wide=wide
         )  # fmt: skip
         name = "combine_bfloat" if self._dtype == torch.bfloat16 else "combine_half"
         self._gpu.run(name, (-(-y.shape[1] // 256), x.shape[0]), 256, arguments, overlap=True)

@@ -71,9 +71,8 @@ class CudaLinear(nn.Module):
         if x.data_ptr() % 8:
             x = x.clone()
         y = torch.empty(1, self.out_features, dtype=self._dtype, device=x.device)
-        gemv.launch(
-            self._gpu, self._weight, self._plan, x=x, out=y, order=self._natural, activation=self._gated or self._active or 0, overlap=True
-        )  # fmt: skip
+        number = self._gated or self._active or 0
+        gemv.launch(self._gpu, self._weight, self._plan, x=x, out=y, order=self._natural, activation=number, overlap=True)
         return y
 
     def _many(self, x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 Three places of every modern architecture of transformers are the same: attention is asked for through a registry, query and
 key are rotated by a function of the architecture's module, and keys and values are kept by the cache. What a rotation does is
 found by trying it with random angles. The first forward of a recording shows which sum goes into which norm, and whose keys go
-into our attention: the next ones add and norm in one kernel, and attention keeps the token itself. Whatever a kernel does not compute, transformers computes as before. Nothing of this
-stays in place: a graph is replayed without Python.
+into our attention: the next ones add and norm in one kernel, and attention keeps the token itself. Whatever a kernel does not
+compute, transformers computes as before. Nothing of this stays in place: a graph is replayed without Python.
 """
 
 import logging

@@ -110,8 +110,8 @@ def launch(
     """x fp16 [padded] in fragment order -> out, as the plan's epilogue says (GEMV.out). Its variant must be compiled.
 
     Where the plan takes x in its own order, x is fp16 or bf16 [in_features], and `order` uint16 [padded] says which input each
-    position takes. `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for RESIDUAL. `overlap` as
-    in `Kernel.launch`.
+    position takes. `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for
+    RESIDUAL. `overlap` as in `Kernel.launch`.
     """
     taken = weight.padded if plan.variant.input == "FRAGMENTS" else weight.in_features
     if x.numel() != taken:
