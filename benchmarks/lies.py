@@ -83,9 +83,9 @@ def stepper_of(hf: Any, kernel: str, device: str) -> Any:
         if device == "cpu":
             cpu_linear.replace_layers(hf, 1)
         else:
-            from gptq_webui.gptq.cuda import cuda_linear
+            from gptq_webui.gptq.cuda import replaced_layers
 
-            cuda_linear.replace_layers(hf)
+            replaced_layers.replace_layers(hf)
         return TransformersStepper(hf)
     stepper, note = stepper_choice.stepper_for(hf, 64)
     if "could not be compiled" in note:

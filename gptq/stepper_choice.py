@@ -61,8 +61,8 @@ def _plain(hf: Any, note: str, adapt: Callable[[], object] | None) -> tuple[Step
 def _on_gpu(
     hf: Any, context_tokens: int, cache_type: str, parallel: int, adapt: Callable[[], object] | None
 ) -> tuple[Stepper, str]:
-    from .cuda.cuda_linear import replace_layers
     from .cuda.cuda_stepper import CudaStepper
+    from .cuda.replaced_layers import replace_layers
 
     try:
         parts = parts_of(hf)

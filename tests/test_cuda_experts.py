@@ -7,7 +7,7 @@ import tiny
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.cuda.cuda_experts import MOST_CHOICES, CudaExperts
-from gptq_webui.gptq.cuda.cuda_linear import replace_layers
+from gptq_webui.gptq.cuda.replaced_layers import replace_layers
 from gptq_webui.gptq.experts import PackedExperts
 from gptq_webui.gptq.stepper_choice import stepper_for
 

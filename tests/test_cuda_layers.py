@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from gptq_webui.gptq.cuda import activations
-from gptq_webui.gptq.cuda.cuda_linear import linear_of, replace_layers
+from gptq_webui.gptq.cuda.cuda_linear import linear_of
 from gptq_webui.gptq.cuda.cuda_weights import packing_of
 from gptq_webui.gptq.cuda.fused_forward import FusedForward
 from gptq_webui.gptq.cuda.fused_norms import CudaNorm, replace_norms
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.merged_layers import Part
+from gptq_webui.gptq.cuda.replaced_layers import replace_layers
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")

@@ -37,6 +37,7 @@ LONG = {
     "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
     "gptq/cpu/forward.py": "one compiled function, whose parts all read its record",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
+    "gptq/cuda/kernel_arguments.py": "one list: what every kernel is given",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
     "ui/chat_actions.py": "one handler for each button of the chat, all on one view",
     "hub/file_selection.py": "one list of rules: which files of a repository, and which kinds",

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .fused_norms import MOST, CudaNorm, norm_of
+from .fused_norms import MOST, CudaNorm, listeners, norm_of
 from .gpu_kernels import Gpu
-from .kernel_arguments import DECODE, KEEP, ROTATE
-from .kernel_source import DecodeVariant, LayerVariant
+from .kernel_arguments import KEEP, ROTATE
+from .kernel_source import LayerVariant
 from .natural_order import NUMBERS
+from .token_attention import TokenAttention, capturing, of_one_token, suffix
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +35,6 @@ _KINDS = (
     3,
 )  # of `rotate` in layer_kernels.cu: halves; neighbours with one angle; with two; neighbours that then lie apart
 _NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
-_HARMLESS = {
-    "dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal", "position_ids", "use_cache", "cache_position",
-    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "cache", "return_dict",
-}  # fmt: skip
 _active: list["FusedForward"] = []  # whose graph is being recorded
 
 
@@ -65,16 +62,6 @@ class _Calls(TorchFunctionMode):
 _ADDITIONS = (Tensor.add, Tensor.__add__, torch.add)
 
 
-def normed(norm: CudaNorm, x: Tensor) -> None:
-    """A norm tells what it is given."""
-    if _active:
-        _active[-1].learn(norm, x)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
 class FusedForward:
     """The kernels of one model. Raises NoCompiler if they cannot be compiled."""
 
@@ -83,7 +70,7 @@ class FusedForward:
         self._gpu = Gpu(device)
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
-        self._work: dict[Any, tuple[Tensor, Tensor]] = {}  # of attention: partial sums and counters
+        self._attention = TokenAttention(self._gpu)
         self._forwards = 0  # of this recording
         self._sums: list[Tensor] = []  # of the first forward
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
@@ -95,8 +82,9 @@ class FusedForward:
         """While it lasts, the model's forward uses the kernels."""
         with ExitStack() as undo:
             _active.append(self)
+            listeners.append(self.learn)
             undo.callback(self._end)
-            self._attention(undo)
+            self._name_attention(undo)
             modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
             for module in modules:
                 original = getattr(module, _ROTATION, None)
@@ -108,6 +96,7 @@ class FusedForward:
 
     def _end(self) -> None:
         _active.remove(self)
+        listeners.remove(self.learn)
         self._forwards = 0
         self._sums.clear()
         self._norms.clear()
@@ -141,16 +130,17 @@ class FusedForward:
                     self._norms.setdefault(number, norm)
 
     def close(self) -> None:
-        self._work.clear()
+        self._attention.close()
         self._gpu.close()
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
     def keep(self, layer: Any, keys: Tensor, values: Tensor, shown: Tensor) -> bool:
         """Put the new token into a StaticKeys, or leave it to the attention that gets `shown`. False if no kernel can."""
-        if self not in _active or not _of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
+        if self not in _active or not of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
             return False
-        if id(layer) in self._keeping and self._forwards > 1:
+        aligned = all(each.data_ptr() % 16 == 0 and each.stride(1) % 8 == 0 for each in (keys, values))
+        if id(layer) in self._keeping and self._forwards > 1 and aligned:
             vars(shown)["new_token"] = keys, values
             return True
         vars(shown)["kept_by"] = id(layer)
@@ -158,7 +148,7 @@ class FusedForward:
             k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
             v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
         )  # fmt: skip
-        self._gpu.run(f"keep_{_suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
+        self._gpu.run(f"keep_{suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
         return True
 
     # -- rotation --------------------------------------------------------------------------------------------------
@@ -168,7 +158,7 @@ class FusedForward:
             usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.get("position_ids") is None
             if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and _can_rotate(q, k, cos, sin):
                 key = (original, q.shape, k.shape, cos.shape, q.dtype)
-                if key not in self._rotations and not _capturing():
+                if key not in self._rotations and not capturing():
                     self._rotations[key] = self._kind_of(original, q, k, cos)
                 if (kind := self._rotations.get(key)) is not None:
                     return self._rotate(q, k, cos, sin, kind)
@@ -203,12 +193,12 @@ class FusedForward:
             q=q, k=k, cosines=cos, sines=sin, q_out=q_out, k_out=k_out, q_stride=q.stride(1), k_stride=k.stride(1),
             heads=q.shape[1], d=dims, rotated=rotated, angles=angles, kind=kind,
         )  # fmt: skip
-        self._gpu.run(f"rotate_{_suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, overlap=True)
+        self._gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, overlap=True)
         return q_out, k_out
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def _attention(self, undo: ExitStack) -> None:
+    def _name_attention(self, undo: ExitStack) -> None:
         """Put our attention before the model's own, under a name in transformers' registry."""
         of_model = [each for each in self._model.modules() if hasattr(each, "config")]
         if not any(hasattr(sys.modules[type(each).__module__], "ALL_ATTENTION_FUNCTIONS") for each in of_model):
@@ -222,60 +212,9 @@ class FusedForward:
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
         """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
-        count = getattr(key, "tokens_before", None)
-        if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
-            return None
-        _one, heads, _token, dims = query.shape
-        kv_heads, shown, values_dim = key.shape[1], key.shape[2], value.shape[3]
-        plain = key.stride(2) == dims and value.stride(2) == values_dim and key.stride(3) == value.stride(3) == 1
-        if not _of_one_token(query) or not plain or dims % 8 or values_dim % 8 or max(dims, values_dim) > 256 or heads % kv_heads:
-            return None
-        if not query.dtype == key.dtype == value.dtype:
-            return None
-        window = given.get("sliding_window")
-        kind, stride = 0, 0
-        if isinstance(mask, Tensor):
-            if mask.dim() != 4 or mask.shape[0] != 1 or mask.shape[2] != 1 or mask.shape[3] != shown or mask.stride(3) != 1:
-                return None
-            if mask.shape[1] not in (1, heads) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
-                return None
-            kind = {torch.bool: 1, query.dtype: 2}.get(mask.dtype, 3)
-            stride = mask.stride(1) if mask.shape[1] > 1 else 0
-        elif mask is not None or (window is not None and window < shown):
-            return None
-        group = heads // kv_heads
-        lanes = next(each for each in (4, 8, 16, 32) if each * 8 >= max(dims, values_dim))
-        together = next((each for each in (1, 2, 4, 8) if each >= group), 8)
-        variant = DecodeVariant(query.dtype == torch.bfloat16, lanes, together)
-        if not _capturing():
-            self._gpu.add_missing(variants=[variant])
-        elif not self._gpu.has(variant.name):
-            return None
-        blocks = kv_heads * -(-group // together)
-        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 64)))
-        key_of_work = (heads, splits, values_dim, blocks)
-        if key_of_work not in self._work:
-            if _capturing():
-                return None
-            partial = torch.empty(heads * splits * (values_dim + 4), dtype=torch.float32, device=query.device)
-            self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
-        partial, done = self._work[key_of_work]
-        new_key, new_value = getattr(key, "new_token", (None, None))
-        if (cache := getattr(key, "kept_by", None)) is not None and all(_aligned(each) for each in (key, value)):
+        out = self._attention.of(query, key, value, mask, given)
+        if out is not None and (cache := getattr(key, "kept_by", None)) is not None:
             self._keeping.add(cache)
-        sinks = given.get("s_aux")
-        out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
-        scale = given.get("scaling")
-        arguments = DECODE.pack(
-            q=query.contiguous(), keys=key, values=value, new_key=new_key, new_value=new_value, mask=mask if kind else None,
-            sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
-            key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
-            group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim,
-            new_key_stride=0 if new_key is None else new_key.stride(1),
-            new_value_stride=0 if new_value is None else new_value.stride(1),
-            scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
-        )  # fmt: skip
-        self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
         return out
 
 
@@ -317,26 +256,10 @@ def _rows_of_one_token(x: Any, addend: Any) -> bool:
     return usual and x.is_contiguous() and addend.is_contiguous() and x.data_ptr() % 16 == addend.data_ptr() % 16 == 0
 
 
-def _aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0
-
-
-def _suffix(x: Tensor) -> str:
-    return "bfloat" if x.dtype == torch.bfloat16 else "half"
-
-
-def _of_one_token(*tensors: Tensor) -> bool:
-    """Whether they are [1, heads, 1, D] of numbers that the kernels take, a head's side by side and aligned."""
-    return all(
-        each.is_cuda and each.dtype in NUMBERS and each.dim() == 4 and each.shape[0] == each.shape[2] == 1 and each.stride(3) == 1
-        for each in tensors
-    )
-
-
 def _can_rotate(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     if not all(isinstance(each, Tensor) for each in (q, k, cos, sin)) or q.dim() != 4 or k.dim() != 4:
         return False
-    if not _of_one_token(q, k) or q.shape[3] != k.shape[3] or cos.shape != sin.shape or cos.numel() != cos.shape[-1]:
+    if not of_one_token(q, k) or q.shape[3] != k.shape[3] or cos.shape != sin.shape or cos.numel() != cos.shape[-1]:
         return False
     if not q.dtype == k.dtype == cos.dtype == sin.dtype or cos.shape[-1] % 2:
         return False

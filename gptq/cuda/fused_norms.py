@@ -4,6 +4,7 @@ Which modules are norms, and of which kind, is found by trying them.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ class NormKind:
         return y if bias is None else y + bias
 
 
+listeners: list[Callable[["CudaNorm", Tensor], None]] = []  # hear what a norm is given
+
+
 class CudaNorm(nn.Module):
     """Stands for a norm over the last dimension."""
 
@@ -51,14 +55,13 @@ class CudaNorm(nn.Module):
         return x.is_cuda and x.dtype in NUMBERS and x.dtype == self.weight.dtype and x.shape[-1] == self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        from .fused_forward import normed
-
         if self._ready is not None:
             given, out = self._ready
             self._ready = None
             if given is x:
                 return out
-        normed(self, x)
+        for each in listeners:
+            each(self, x)
         if not self.takes(x):
             y: Tensor = self._plain(x)
             return y

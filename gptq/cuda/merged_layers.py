@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations
+from .cuda_linear import linear_of
 from .cuda_weights import packing_of
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
@@ -102,8 +103,6 @@ class Merging:
         return layers
 
     def _share(self, gpu: Gpu, packing: Packing, module: nn.Module, layers: list[GPTQLinear]) -> Any:
-        from .cuda_linear import linear_of
-
         widths, inputs = [each.out_features for each in layers], layers[0].in_features
         linear = linear_of(gpu, layers, packing, self._dtype)
         shared = _Shared(linear, len(layers))
@@ -171,8 +170,6 @@ class Merging:
         layers: list[GPTQLinear],
         number: int,
     ) -> Any:
-        from .cuda_linear import linear_of
-
         gated = names not in _PLAIN_FIRSTS
         linear = linear_of(gpu, layers, packing, self._dtype, *((number, None) if gated else (None, number)))
         for each in names:

@@ -1,0 +1,106 @@
+// The input of a product of one row, on its way into shared memory.
+
+enum { FRAGMENTS, NATURAL, NATURAL_BFLOAT, ORDERED, ORDERED_BFLOAT };  // how x lies in memory: see GemvArguments.x
+
+// -- the input, normed if NORM ----------------------------------------------------------------------------------------
+// NORM is the number of runs of 8 inputs that a thread norms; 0 for no norm.
+
+template <int NORM> struct NormWeight { uint4 run[NORM]; };
+template <> struct NormWeight<0> {};
+
+template <int NORM> DEVICE NormWeight<NORM> load_norm_weight(const u16* norm, int padded) {
+  NormWeight<NORM> r;
+  if constexpr (NORM > 0) {
+#pragma unroll
+    for (int i = 0; i < NORM; i++) {
+      const int at = (i * blockDim.x + threadIdx.x) * 8;
+      if (at < padded) r.run[i] = __ldg((const uint4*)(norm + at));
+    }
+  }
+  return r;
+}
+
+DEVICE void copy_input(const u16* x, u16* shared, int padded) {
+#pragma unroll 4
+  for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) *(uint4*)(shared + at) = __ldcg((const uint4*)(x + at));
+}
+
+// RMSNorm of `k` inputs. The block must have enough threads: NORM * 8 * threads >= padded.
+template <int NORM> DEVICE void norm_input(const u16* x, const NormWeight<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
+  static_assert(NORM <= NORM_RUNS, "the host plans with at most NORM_RUNS runs a thread");
+  const int threads = blockDim.x, tid = threadIdx.x;
+  uint4 mine[NORM];
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const int at = (i * threads + tid) * 8;
+    mine[i] = at < padded ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const u32* m = &mine[i].x;
+#pragma unroll
+    for (int j = 0; j < 4; j++) { float a = low_of(m[j]), b = high_of(m[j]); sum += a * a + b * b; }
+  }
+  sum = warp_sum(sum);
+  if (tid % 32 == 0) scratch[tid / 32] = sum;
+  __syncthreads();
+  sum = 0.f;
+  for (int i = 0; i < threads / 32; i++) sum += scratch[i];
+  const float scale = rsqrtf(sum / k + eps);
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const int at = (i * threads + tid) * 8;
+    if (at < padded) {
+      u32* m = &mine[i].x;
+      const u32* w = &norm.run[i].x;
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        m[j] = to_half2(low_of(m[j]) * scale * low_of(w[j]), high_of(m[j]) * scale * high_of(w[j]));
+      *(uint4*)(shared + at) = mine[i];
+    }
+  }
+}
+
+// x into shared memory; `scratch` holds 32 floats.
+template <int NORM> DEVICE void stage_input(const u16* x, const NormWeight<NORM>& norm, u16* shared, int padded, int k, float eps, float* scratch) {
+  if constexpr (NORM == 0) copy_input(x, shared, padded);
+  else norm_input<NORM>(x, norm, shared, padded, k, eps, scratch);
+  __syncthreads();
+}
+
+// Four inputs of a row in its natural order, as fp16; zeros from `k` on, a multiple of 4.
+template <bool BF> DEVICE uint2 four_inputs(const u16* x, int at, int k) {
+  if (at >= k) return make_uint2(0, 0);
+  uint2 v = __ldcg((const uint2*)(x + at));
+  if constexpr (BF) {
+    v.x = to_half2(__int_as_float(v.x << 16), __int_as_float(v.x & 0xffff0000u));
+    v.y = to_half2(__int_as_float(v.y << 16), __int_as_float(v.y & 0xffff0000u));
+  }
+  return v;
+}
+
+// x in its natural order into shared memory in fragment order. Without act-order runs of four inputs stay together; with it
+// the row passes through `raw` [padded + 8] in shared memory, and `order` [padded] says which input each position takes.
+template <bool BF, bool ORDER> DEVICE void stage_natural(const u16* x, const u16* order, u16* shared, u16* raw, int padded, int k) {
+  if constexpr (!ORDER) {
+#pragma unroll 4
+    for (int run = threadIdx.x; run < padded / 4; run += blockDim.x)  // run 4 s + c of a chunk goes to 4 c + s
+      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = four_inputs<BF>(x, run * 4, k);
+  } else {
+#pragma unroll 4
+    for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) *(uint2*)(raw + at) = four_inputs<BF>(x, at, k);
+    __syncthreads();
+#pragma unroll 2
+    for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) {
+      const uint4 from = __ldg((const uint4*)(order + at));
+      const u32* f = &from.x;
+      uint4 to;
+      u32* t = &to.x;
+#pragma unroll
+      for (int j = 0; j < 4; j++) t[j] = pair(raw[f[j] & 0xffffu], raw[f[j] >> 16]);
+      *(uint4*)(shared + at) = to;
+    }
+  }
+  __syncthreads();
+}

@@ -1,0 +1,101 @@
+"""Attention of one token over a cache of transformers at a fixed address (`decode` in layer_kernels.cu)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gpu_kernels import Gpu
+from .kernel_arguments import DECODE
+from .kernel_source import DecodeVariant
+from .natural_order import NUMBERS
+
+_HARMLESS = {
+    "dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal", "position_ids", "use_cache", "cache_position",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "cache", "return_dict",
+}  # fmt: skip
+
+
+def capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def of_one_token(*tensors: Tensor) -> bool:
+    """Whether they are [1, heads, 1, D] of numbers that the kernels take, a head's side by side and aligned."""
+    return all(
+        each.is_cuda and each.dtype in NUMBERS and each.dim() == 4 and each.shape[0] == each.shape[2] == 1 and each.stride(3) == 1
+        for each in tensors
+    )
+
+
+def suffix(x: Tensor) -> str:
+    """Of the kernels for these numbers."""
+    return "bfloat" if x.dtype == torch.bfloat16 else "half"
+
+
+class TokenAttention:
+    """Its kernels on one GPU, and the memory that they need."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._work: dict[Any, tuple[Tensor, Tensor]] = {}  # partial sums and counters
+
+    def close(self) -> None:
+        self._work.clear()
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
+        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
+        count = getattr(key, "tokens_before", None)
+        if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
+            return None
+        _one, heads, _token, dims = query.shape
+        kv_heads, shown, values_dim = key.shape[1], key.shape[2], value.shape[3]
+        plain = key.stride(2) == dims and value.stride(2) == values_dim and key.stride(3) == value.stride(3) == 1
+        if not of_one_token(query) or not plain or dims % 8 or values_dim % 8 or max(dims, values_dim) > 256 or heads % kv_heads:
+            return None
+        if not query.dtype == key.dtype == value.dtype:
+            return None
+        window = given.get("sliding_window")
+        kind, stride = 0, 0
+        if isinstance(mask, Tensor):
+            if mask.dim() != 4 or mask.shape[0] != 1 or mask.shape[2] != 1 or mask.shape[3] != shown or mask.stride(3) != 1:
+                return None
+            if mask.shape[1] not in (1, heads) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
+                return None
+            kind = {torch.bool: 1, query.dtype: 2}.get(mask.dtype, 3)
+            stride = mask.stride(1) if mask.shape[1] > 1 else 0
+        elif mask is not None or (window is not None and window < shown):
+            return None
+        group = heads // kv_heads
+        lanes = next(each for each in (4, 8, 16, 32) if each * 8 >= max(dims, values_dim))
+        together = next((each for each in (1, 2, 4, 8) if each >= group), 8)
+        variant = DecodeVariant(query.dtype == torch.bfloat16, lanes, together)
+        if not capturing():
+            self._gpu.add_missing(variants=[variant])
+        elif not self._gpu.has(variant.name):
+            return None
+        blocks = kv_heads * -(-group // together)
+        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 64)))
+        key_of_work = (heads, splits, values_dim, blocks)
+        if key_of_work not in self._work:
+            if capturing():
+                return None
+            partial = torch.empty(heads * splits * (values_dim + 4), dtype=torch.float32, device=query.device)
+            self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
+        partial, done = self._work[key_of_work]
+        new_key, new_value = getattr(key, "new_token", (None, None))
+        sinks = given.get("s_aux")
+        out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
+        scale = given.get("scaling")
+        query = query.contiguous() if query.data_ptr() % 16 == 0 else query.clone(memory_format=torch.contiguous_format)
+        arguments = DECODE.pack(
+            q=query, keys=key, values=value, new_key=new_key, new_value=new_value, mask=mask if kind else None,
+            sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
+            key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
+            group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim,
+            new_key_stride=0 if new_key is None else new_key.stride(1),
+            new_value_stride=0 if new_value is None else new_value.stride(1),
+            scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
+        )  # fmt: skip
+        self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
+        return out
