@@ -26,7 +26,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="calibration text, .txt or .jsonl (default: built-in)",
     )
-    parser.add_argument("--seq-len", type=int, default=2048, metavar="TOKENS", help="tokens of a sample (default: 2048)")
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of a sample (default: 4096, or the model's context if that is shorter)",
+    )
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="samples, at most (default: 128)")
     parser.add_argument(
         "--branches",

@@ -11,7 +11,7 @@ from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_duration
 from ..engine.engine import Engine
 from ..engine.layer_clock import LayerClock
-from ..engine.quantize_job import USUAL_BRANCHES, QuantizeJob, parse_branch, run
+from ..engine.quantize_job import USUAL_BRANCHES, QuantizeJob, parse_branch, run, usual_sample_tokens
 from ..engine.quantize_source import find_source
 from .engine_commands import make_engine
 from .exit_codes import INTERRUPTED
@@ -29,7 +29,8 @@ def quantize(options: argparse.Namespace) -> int:
     source = _source(engine, options.source)
     output = (options.output or engine.library.roots[0]).expanduser().absolute()
     wanted = list(dict.fromkeys(branches))
-    job = QuantizeJob(source, output, wanted, options.dataset, options.seq_len, options.samples, options.measure)
+    tokens = usual_sample_tokens(source) if options.seq_len is None else options.seq_len
+    job = QuantizeJob(source, output, wanted, options.dataset, tokens, options.samples, options.measure)
     try:
         folders = run(job, _Progress(), _say)
     except KeyboardInterrupt:

@@ -34,6 +34,8 @@ USUAL_BRANCHES = (
 )
 QUALITY = "quality.json"  # in a branch's folder: its Evaluation
 _BRANCH = re.compile(r"gptq-(\d)bit-(-1|\d+)g-actorder_(True|False)")
+_SAMPLE_TOKENS = 4096
+_LARGE_BYTES = 4 << 30
 _NOT_COPIED = ("config.json", "quantize_config.json", "README.md")
 _COPIED = re.compile(r"(.*\.(json|jinja|model|txt|tiktoken)|LICENSE.*|NOTICE.*|USE_POLICY.*)", re.IGNORECASE)
 
@@ -44,7 +46,7 @@ class QuantizeJob:
     output: Path  # the folders of the branches are made in it
     branches: Sequence[QuantizeConfig]
     dataset: str = BUILT_IN
-    sample_tokens: int = 2048
+    sample_tokens: int = 4096
     samples: int = 128
     measured_tokens: int = 0  # of text, on which each branch is compared with the original afterwards; 0: not measured
 
@@ -66,6 +68,11 @@ def parse_branch(name: str, base: QuantizeConfig) -> QuantizeConfig:
     return dataclasses.replace(base, bits=int(found[1]), group_size=int(found[2]), desc_act=found[3] == "True")
 
 
+def usual_sample_tokens(source: LocalModel) -> int:
+    """Tokens of a calibration sample where nobody says how many."""
+    return min(_SAMPLE_TOKENS, source.context_tokens or _SAMPLE_TOKENS)
+
+
 def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], None]) -> list[Path]:
     """Make the folders; `report` hears a LayerDone for every decoder layer, `say` a sentence for every other step.
 
@@ -82,6 +89,8 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     samples, text = samples_of(job.dataset, tokenizer, job.sample_tokens, job.samples)
     say(f"Calibration: {text}, {len(samples)} of {job.samples} samples of {job.sample_tokens} tokens.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and job.source.size_bytes > _LARGE_BYTES:
+        say("There is no GPU: the processor computes every layer, which takes hours for a model of this size.")
     digest = _digest(job, samples, device.type)
     wanted = [each for each in job.branches if not _is_finished(job.folder(each), digest)]
     if not wanted:
@@ -115,7 +124,7 @@ def _finish(job: QuantizeJob, text: str, samples: int, say: Callable[[str], None
     folders = [job.folder(each) for each in job.branches]
     missing = [each for each in folders if not (each / QUALITY).is_file()] if job.measured_tokens else []
     if missing:
-        window = min(job.sample_tokens, job.measured_tokens)
+        window = min(2048, job.sample_tokens, job.measured_tokens)  # the logits of one window are in memory
         found = evaluate_made([LocalModel.read(each) for each in missing], job.source, window, job.measured_tokens, say)
         for folder, each in zip(missing, found, strict=True):
             _write_json(folder / QUALITY, dataclasses.asdict(each))

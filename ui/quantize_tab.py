@@ -87,10 +87,10 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                         128, precision=0, label="Samples", info="at most", minimum=1, elem_id="gw-quantize-samples"
                     )
                     length = gradio_compat.Number(
-                        2048,
+                        4096,
                         precision=0,
                         label="Tokens of a sample",
-                        info="2048 is usual",
+                        info="at most the model's context",
                         minimum=1,
                         elem_id="gw-quantize-length",
                     )
@@ -227,7 +227,7 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
 
     def say(text: str) -> None:
         job.text = text.rstrip(".")
-        if text.startswith(("Calibration:", "Everything")):
+        if text.startswith(("Calibration:", "Everything", "There is no GPU")):
             state.said.append(text)
         if job.cancel.is_set():
             raise LoadCancelled(stopped)
