@@ -84,6 +84,16 @@ def build(service: Service) -> APIRouter:
         text = await service.run_for(request, prompt_fit.decode, loaded, body.tokens)
         return Json({"content": text, "prompt": text})
 
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """vLLM's: the special tokens and the chat template, for programs that have no files of the model (lm-eval)."""
+        loaded = await service.loaded()
+        tokenizer = loaded.tokenizer
+        names = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        texts = {name: str(text) for name, text in names.items() if text}
+        kind = {"tokenizer_class": type(tokenizer).__name__, "model_max_length": loaded.context_tokens}
+        return Json({**kind, "chat_template": loaded.template.jinja, **texts})
+
     return router
 
 
