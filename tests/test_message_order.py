@@ -160,3 +160,41 @@ def test_a_template_that_knows_no_tools_gets_them_in_words(jinja):
 def test_calls_are_shown_where_no_tool_is_offered_any_more():
     text = ChatTemplate(MISTRAL, "own", "test").render(TALK, Tokenizer())
     assert "weather" in text and "rain" in text and "<tools>" not in text
+
+
+LLAMA = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call only') }}{% endif %}"
+    'CALL {{ m.tool_calls[0].function.name }} {"name":, "parameters": dictionary of argument name}\n'
+    "{% else %}{{ m.role }} {{ m.content }}\n{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_refuses_two_calls_gets_one_by_one():
+    calls = (ToolCall("one", "{}", "call_1"), ToolCall("two", "{}", "call_2"))
+    results = [Message("tool", "second", tool_call_id="call_2"), Message("tool", "first", tool_call_id="call_1")]
+    chat = [Message("user", "Go"), Message("assistant", "", calls), *results, Message("user", "And?")]
+    shown = ChatTemplate(LLAMA, "x", "test").show(chat, None, (Tool("one"), Tool("two")))
+    assert shown.has_skill
+    assert shown.text.split("\n", 2)[2].splitlines() == [
+        "user Go",
+        'CALL two {"name":, "parameters": dictionary of argument name}',
+        "tool second",
+        'CALL one {"name":, "parameters": dictionary of argument name}',
+        "tool first",
+        "user And?",
+    ]
+
+
+def test_a_template_that_shows_calls_and_no_tools_has_not_the_skill():
+    """DeepSeek-R1's: the name of the tool is in the text only because it was called before."""
+    calls = "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}{% endfor %}"
+    jinja = "{% for m in messages %}{{ m.content }}" + calls + "{% endfor %}"
+    chat = [
+        Message("user", "Go"),
+        Message("assistant", "", (ToolCall("one", "{}", "c"),)),
+        Message("tool", "12", tool_call_id="c"),
+    ]
+    assert not ChatTemplate(jinja, "x", "test").show(chat, None, (Tool("one"),)).has_skill
+    assert ChatTemplate("{{ tools | tojson }}" + jinja, "x", "test").show(chat, None, (Tool("one"),)).has_skill

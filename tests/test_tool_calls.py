@@ -99,6 +99,22 @@ ANSWERS = {
             [ROME],
         ),
     ],
+    "Seed-OSS": [
+        (
+            "<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n</function>\n</seed:tool_call>",
+            "",
+            [ROME],
+        )
+    ],
+    "Nemotron": [
+        (f"Look.\n<TOOLCALL>[{JSON_PARIS}, {JSON_ROME}]</TOOLCALL>", "Look.", [PARIS, ROME]),
+        (
+            '<TOOLCALL>[{"name": "weather", "arguments": {"city": "</TOOLCALL>"}}]</TOOLCALL>',
+            "",
+            [("weather", {"city": "</TOOLCALL>"})],
+        ),
+    ],
+    "Apriel": [(f"<tool_calls>[{JSON_ROME}]</tool_calls>", "", [ROME])],
     "Granite": [(f"<|tool_call|>[{JSON_ROME}]", "", [ROME]), (f"<|tool_call|>[{JSON_ROME}]<|/tool_call|>", "", [ROME])],
 }  # fmt: skip
 FORMATS = {
@@ -129,6 +145,35 @@ def test_channels_are_thinking_answer_and_calls(step):
     assert read(ChannelCalls(tools), text, step) == ("", [ROME])
     assert read(ChannelCalls(tools), "<|channel|>final<|message|>1 < 2 and\n so<|return|>", step) == ("1 < 2 and\n so", [])
     assert read(ChannelCalls(tools), "<|channel|>commentary to=functions.rm<|message|>{}<|call|>", step) == ("{}", [])
+
+
+@pytest.mark.parametrize("step", [1, 9, 10_000])
+def test_a_tool_may_be_named_before_its_channel(step):
+    """As GPT-OSS's own template writes calls, and as its answers begin then."""
+    tools = {each.name: each for each in TOOLS}
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    assert read(ChannelCalls(tools), call, step) == ("", [ROME])
+    assert read(ChannelCalls(tools), thought + call, step) == ("", [ROME])
+    for plain in ("to be or not", " to", "to=day", "Hello <b>"):  # a model that writes no channels
+        assert read(ChannelCalls(tools), plain, step) == (plain, [])
+
+
+def test_a_dict_of_python_is_an_argument_of_the_type_object():
+    tools = (Tool("f", "", json.dumps({"type": "object", "properties": {"x": {"type": "object"}, "y": {"type": "string"}}})),)
+    text = (
+        "<tool_call><function=f><parameter=x>{'a': [1, None]}</parameter><parameter=y>{'a': 1}</parameter></function></tool_call>"
+    )
+    assert read(MarkedCalls(FORMATS["Qwen3-Coder"], tools), text, 3) == ("", [("f", {"x": {"a": [1, None]}, "y": "{'a': 1}"})])
+
+
+def test_which_format_a_template_teaches():
+    for text, name in (
+        ("<seed:tool_call><function= <parameter=", "Seed-OSS"), ("<TOOLCALL>[", "Nemotron"), ("<tool_calls>[{", "Apriel"),
+        ("<tool_call><function= <parameter=", "Qwen3-Coder"), ("<tool_call>", "Hermes"), ("<|channel|><|message|>", "GPT-OSS"),
+    ):  # fmt: skip
+        assert tool_formats.of_template(text).name == name
+    assert tool_formats.of_template("]<]minimax[>[<tool_call>") is None
 
 
 @pytest.mark.parametrize("step", [1, 5, 10_000])

@@ -130,12 +130,25 @@ def gpt_oss(calls, source):
     )
 
 
+def seed(calls, source):
+    return "".join(qwen_coder([each], source).replace("tool_call>", "seed:tool_call>") for each in calls)
+
+
+def nemotron(calls, source):
+    return f"<TOOLCALL>{as_json([{'name': n, 'arguments': a} for n, a in calls], source)}</TOOLCALL>"
+
+
+def apriel(calls, source):
+    return f"<tool_calls>{as_json([{'name': n, 'arguments': a} for n, a in calls], source)}</tool_calls>"
+
+
 WRITERS = {
+    "Seed-OSS": seed, "Nemotron": nemotron, "Apriel": apriel,
     "Hermes": hermes, "Qwen3-Coder": qwen_coder, "GLM-4.5": glm, "GLM-4": glm_4, "Mistral": mistral, "Llama 3": llama_3,
     "Llama 4": llama_4, "DeepSeek": deepseek, "Granite": granite, "GPT-OSS": gpt_oss,
 }  # fmt: skip
 FORMATS = {each.name: each for each in vars(tool_formats).values() if isinstance(each, tool_formats.ToolFormat)}
-WITHOUT_QUOTES = ("Qwen3-Coder", "GLM-4.5")
+WITHOUT_QUOTES = ("Qwen3-Coder", "Seed-OSS", "GLM-4.5")
 AT_THE_START = ("Llama 3", "Llama 4", "GLM-4", "GPT-OSS")  # no words before a call
 
 

@@ -13,6 +13,7 @@ _TAG = re.compile(r"<\|(channel|message|start|end|call|return|constrain)\|>")
 class ChannelCalls:
     """GPT-OSS writes <|channel|>NAME<|message|>text<|end|>: `final` is the answer, `commentary to=functions.X` a call.
 
+    The tool may also be named before the channel, ` to=functions.X<|channel|>commentary`, at the start of an answer too.
     `analysis`, its thinking, is left out of the text; `take_thought` gives what is new of it.
     """
 
@@ -22,6 +23,8 @@ class ChannelCalls:
     _header: str | None = None  # of the channel; None outside
     _thought: str = ""
     _body: str | None = None  # of a message, as far as it is not passed on; None: not begun
+    _start: str | None = ""  # of the answer, while it may be the name of a tool; None: it is not
+    _is_plain: bool = False  # the answer has no channels so far
 
     @property
     def count(self) -> int:
@@ -45,6 +48,9 @@ class ChannelCalls:
         found: list[Piece] = []
         self._take(self._held, found)
         self._held = ""
+        if self._start and self._start.strip():
+            found.append(self._start)
+        self._start = None
         self._close(found)
         return found
 
@@ -54,19 +60,29 @@ class ChannelCalls:
         return thought
 
     def _tag(self, tag: str, found: list[Piece]) -> None:
+        if self._start:
+            self._header, self._start = self._start, None
+        self._start, self._is_plain = None, False
         if tag == "constrain":
             return
         if tag == "message":
             self._body = ""
             return
+        named = self._header if tag == "channel" and self._body is None and "to=" in (self._header or "") else ""
         self._close(found)
-        self._header = "" if tag in ("channel", "start") else None
+        self._header = f"{named} " if named else "" if tag in ("channel", "start") else None
 
     def _take(self, text: str, found: list[Piece]) -> None:
         if self._body is None:
+            if self._start is not None and self._header is None:
+                self._start += text
+                begun = self._start.lstrip()
+                if "to=".startswith(begun[:3]):
+                    return
+                text, self._start, self._is_plain = self._start, None, True
             if self._header is not None:
                 self._header += text
-            elif text.strip():
+            elif self._is_plain or text.strip():
                 found.append(text)
             return
         if self._is_shown():

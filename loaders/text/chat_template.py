@@ -79,7 +79,7 @@ class ChatTemplate:
                 except TemplateFault as fault:
                     first = first or fault
                     continue
-                if has_skill and not all(each.name in text for each in tools):
+                if has_skill and not self._shows(tools, text, task):
                     continue  # it names `tools` and does not show these
                 if at and first is not None:
                     self._note(str(first))
@@ -98,13 +98,26 @@ class ChatTemplate:
         uses_tools = bool(tools) or tool_prompts.uses_tools(messages)
         if uses_tools and self.tool_format is not None:
             shown = tuple(each.described() for each in tools)
-            for order in orders(messages):
+            alone = orders(tool_prompts.one_by_one(messages)) if any(len(each.tool_calls) > 1 for each in messages) else ()
+            together = () if alone and self.tool_format.is_channels else orders(messages)  # GPT-OSS's shows the first call only
+            for order in (*together, *alone):
                 for as_text in (False, True) if calls else (False,):
                     chat = tool_prompts.as_given(order, arguments_as_text=as_text, short_ids=self.tool_format is MISTRAL)
                     yield Task(self.tool_jinja or self.jinja, chat, tokens, _is_continued(order), shown), True
         for order in orders(tool_prompts.described(messages, tools) if uses_tools else messages):
             chat = [{"role": each.role, "content": each.text} for each in order]
             yield Task(self.jinja, chat, tokens, _is_continued(order)), False
+
+    def _shows(self, tools: Sequence[Tool], text: str, task: Task) -> bool:
+        """Whether a rendered text has the tools; earlier calls have their names, too."""
+        if not all(each.name in text for each in tools):
+            return False
+        if not tools or not any(each.get("tool_calls") for each in task.chat):
+            return True
+        try:
+            return self.renderer.render(replace(task, tools=())) != text
+        except TemplateFault:
+            return True
 
     @property
     def tool_format(self) -> ToolFormat | None:

@@ -5,6 +5,7 @@ offered, is no call: it stays text. The formats are those of the models' own car
 """
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,9 @@ def _typed(tools: Tools, name: str, key: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+    if kind in ("object", "array"):  # models write Python's dicts and lists, too
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
+            return _literal(ast.parse(text.strip(), mode="eval").body)
     plain = {"true": True, "false": False, "none": None, "null": None}
     return plain.get(text.strip().lower(), text)
 
@@ -237,9 +241,9 @@ def _literal(node: ast.expr) -> Any:
     return value
 
 
-def _read_marked_list(text: str, tools: Tools) -> Calls:
-    """Granite and Phi-4-mini: <|tool_call|> and a list of calls."""
-    return _of_json(_json(text.strip().removeprefix("<|tool_call|>").strip().removesuffix("<|/tool_call|>")), tools)
+def _marked_list(opening: str, closing: str) -> Callable[[str, Tools], Calls]:
+    """One list of calls between marks."""
+    return lambda text, tools: _of_json(_json(_between(text, opening, closing)), tools)
 
 
 _DEEPSEEK_CALL = re.compile(r"\s*<｜tool▁call▁begin｜>([^<{]*)<｜tool▁sep｜>")
@@ -315,7 +319,15 @@ GPT_OSS = ToolFormat(
     inner=("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"),
     is_channels=True,
 )
-GRANITE = ToolFormat("Granite", _read_marked_list, {"<|tool_call|>": ""}, inner=("<|/tool_call|>",))
+GRANITE = ToolFormat("Granite", _marked_list("<|tool_call|>", "<|/tool_call|>"), {"<|tool_call|>": ""}, inner=("<|/tool_call|>",))
+NEMOTRON = ToolFormat("Nemotron", _marked_list("<TOOLCALL>", "</TOOLCALL>"), {"<TOOLCALL>": "</TOOLCALL>"}, is_open=json_open)
+APRIEL = ToolFormat("Apriel", _marked_list("<tool_calls>", "</tool_calls>"), {"<tool_calls>": "</tool_calls>"}, is_open=json_open)
+SEED = ToolFormat(
+    "Seed-OSS",
+    _read_xml,
+    {"<seed:tool_call>": "</seed:tool_call>"},
+    is_open=tags_open("<parameter=", "</parameter>"),
+)
 GENERAL = HERMES  # what a model without a format of its own is asked for
 
 _BY_TEMPLATE: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (  # marks of a template; the first that it has all of
@@ -323,6 +335,9 @@ _BY_TEMPLATE: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (  # marks of a t
     (("<｜tool▁calls▁begin｜>",), DEEPSEEK),
     (("[TOOL_CALLS]",), MISTRAL),
     (("<arg_key>",), GLM),
+    (("<seed:tool_call>", "<function="), SEED),
+    (("<TOOLCALL>",), NEMOTRON),
+    (("<tool_calls>[",), APRIEL),
     (("<function=", "<parameter="), QWEN_CODER),
     (("<tool_call>",), HERMES),
     (("<|python_start|>",), LLAMA_4),
@@ -332,8 +347,11 @@ _BY_TEMPLATE: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (  # marks of a t
     (("<|observation|>",), GLM_4),
     (("<|tool_call|>",), GRANITE),
 )
+_UNREAD = ("]<]minimax[>[",)  # marks of formats that look like another one
 
 
 def of_template(jinja: str) -> ToolFormat | None:
     """The format that a chat template teaches; None if it teaches none that is known here."""
+    if any(each in jinja for each in _UNREAD):
+        return None
     return next((each for marks, each in _BY_TEMPLATE if all(mark in jinja for mark in marks)), None)

@@ -86,6 +86,28 @@ def as_given(messages: Sequence[Message], *, arguments_as_text: bool, short_ids:
     return chat
 
 
+def one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """Each call of several as a message of its own, before its result: for templates that refuse several (Llama 3)."""
+    found: list[Message] = []
+    waiting: list[Message] = []
+    for each in messages:
+        if each.role == "tool":
+            call = next((one for one in waiting if one.tool_calls[0].id == each.tool_call_id), waiting[0] if waiting else None)
+            if call is not None:
+                waiting.remove(call)
+                found.append(call)
+            found.append(each)
+            continue
+        found += waiting
+        waiting = []
+        if len(each.tool_calls) < 2:
+            found.append(each)
+            continue
+        waiting = [replace(each, text="", tool_calls=(call,)) for call in each.tool_calls]
+        waiting[0] = replace(waiting[0], text=each.text)
+    return found + waiting
+
+
 def described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """For a template that knows no tools: they are in the system prompt, calls and results are text."""
     found: list[Message] = []
