@@ -13,6 +13,7 @@ from .errors import GptqWebuiError
 
 MOST_CHARACTERS = 2_000_000  # of one message
 MOST_TITLE = 120
+FILES = "files"  # in the details of a message: [{"name": …, "text": …}]
 _TITLE_WORDS = 60  # characters of the first message that name a conversation
 
 
@@ -44,6 +45,8 @@ class ChatInfo:
     leaf: int | None = None  # the last message of the path that is shown
     changed: float = 0.0  # seconds since 1970
     stamp: int = 0  # grows with every change
+    draft_files: tuple[tuple[str, str], ...] = ()  # (name, text) of what is attached to the draft
+    template: str = ""  # the name of a built-in chat template; empty: the model's
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ class StoredMessage:
     @property
     def message(self) -> Message:
         return Message(self.role, self.text)
+
+
+def files_of(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of each file that is attached to a message; what is none is left out."""
+    found = details.get(FILES)
+    if not isinstance(found, list):
+        return []
+    pairs = [(each.get("name"), each.get("text")) for each in found if isinstance(each, dict)]
+    return [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
 
 
 def whole(text: str) -> str:

@@ -25,6 +25,7 @@ _CLOSING = {  # by the opening mark; from the models' chat templates
     "<|channel|>commentary<|message|>": "<|end|>",
 }
 _PLAIN = {opening: closing for opening, closing in _CLOSING.items() if "channel|>" not in opening or closing == "<channel|>"}
+_LONGEST_MARK = max(len(each) for pair in _CLOSING.items() for each in pair)
 _AROUND = re.compile(  # around what is said, and no part of it
     r"<\|start\|>assistant|<\|channel\|>final(?: ?<\|constrain\|>\w+)?<\|message\|>|<\|return\|>"
     r"|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>"
@@ -61,6 +62,40 @@ def marks_in(template: str) -> tuple[str, ...]:
 def begun_by(prompt: str) -> bool:
     """Whether a prompt ends inside of a thought, so that the answer begins with it."""
     return prompt.rstrip().endswith(tuple(_CLOSING))
+
+
+class ThoughtTimer:
+    """How long an answer thinks before it says something, told from its text as it grows. A look costs what is new in it."""
+
+    def __init__(self, before: str = "", *, begun: bool = False, seconds: float | None = None) -> None:
+        """`begun`: the prompt opened a thought. `before` is the beginning that is continued, which took `seconds` to think."""
+        self.seconds = seconds  # None: it has not thought
+        self._begun, self._read = begun, len(before)
+        self._earlier_s = seconds or 0.0
+        self._since: float | None = None
+        parts = parts_of(before, begun=begun) if before.strip() else []
+        self._state = "new" if not parts else "thinking" if parts[-1].is_open else "over"
+
+    def look(self, text: str, now: float) -> None:
+        """`text` is the whole answer so far, `now` a time in seconds. Call it with every piece, and once at the end."""
+        if self._state == "over" or not text:
+            return
+        if self._since is None:
+            self._since = now
+        if self._state == "new":
+            said = text.lstrip()
+            if self._begun or said.startswith(tuple(_CLOSING)):
+                self._state = "thinking"
+            elif len(said) > _LONGEST_MARK:
+                self._state = "over"
+                return
+            else:
+                return
+        new = text[max(0, self._read - _LONGEST_MARK) :]
+        self._read = len(text)
+        self.seconds = self._earlier_s + now - self._since
+        if any(each in new for each in _CLOSING.values()) and not parts_of(text, begun=self._begun)[-1].is_open:
+            self._state = "over"
 
 
 def parts_of(text: str, *, begun: bool = False) -> list[Part]:

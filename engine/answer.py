@@ -24,11 +24,14 @@ class Answer:
         stream: "Stream[Token | Finish]",
         dropped_turns: int = 0,
         ended: Ended = lambda loaded, how: None,
+        begun: bool = False,
     ) -> None:
+        """`begun`: the prompt has opened a thought."""
         self._stream = stream
         self._dropped_turns = dropped_turns
         self._ended = ended
         self._loaded = loaded
+        self.begun = begun
         self.model: LocalModel = loaded.model
 
     def __iter__(self) -> Iterator[Token | Finish]:

@@ -28,7 +28,7 @@ class ContextUse:
         return min(1.0, self.used / max(1, self.context))
 
 
-def context_use(engine: Engine, messages: Sequence[Message], max_new_tokens: int) -> ContextUse | None:
+def context_use(engine: Engine, messages: Sequence[Message], max_new_tokens: int, template: str = "") -> ContextUse | None:
     """Of a conversation with what is typed at its end; None where nobody can say: no model, or one on another machine.
 
     Raises BadParameter if the template cannot show the conversation.
@@ -41,16 +41,16 @@ def context_use(engine: Engine, messages: Sequence[Message], max_new_tokens: int
     if not messages:
         return ContextUse(0, limit, context)
     try:
-        window = engine.conversation.window(loaded, messages, max_new_tokens, remember=False)
+        window = engine.conversation.window(loaded, messages, max_new_tokens, remember=False, template=template)
     except PromptTooLong as error:
         return ContextUse(context, limit, context, too_long=str(error))
     return ContextUse(len(window.prompt.ids), limit, context, window.dropped_turns)
 
 
-def prompt_pieces(engine: Engine, messages: Sequence[Message], max_new_tokens: int) -> list[tuple[str, bool]]:
+def prompt_pieces(engine: Engine, messages: Sequence[Message], max_new_tokens: int, template: str = "") -> list[tuple[str, bool]]:
     """(text, whether it is a special token) of the prompt as the model gets it. Raises NotLoaded, PromptTooLong, BadParameter."""
     loaded = engine.ready()
-    prompt = engine.conversation.window(loaded, messages, max_new_tokens, remember=False).prompt
+    prompt = engine.conversation.window(loaded, messages, max_new_tokens, remember=False, template=template).prompt
     if loaded.is_remote or not prompt.ids:
         return [(prompt.text, False)]
     special = loaded.codec.special_ids

@@ -3,17 +3,17 @@
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from ..core.chat import Message
-from ..core.chat_record import ChatInfo, StoredMessage
+from ..core.chat_record import ChatInfo, StoredMessage, files_of
 from ..core.errors import BadParameter
+from ..core.grammar import Grammar, Kind
 from ..core.params import GenerationParams
 from . import character_prompt
 from .answer import Answer
 from .engine import Engine
 
-FILES = "files"  # in the details of a message: [{"name": …, "text": …}]
 _MARK = "\N{WHITE SQUARE}user\N{WHITE SQUARE}line\N{WHITE SQUARE}"  # no template changes it
 
 
@@ -34,25 +34,29 @@ def with_files(text: str, details: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, text]) if parts else text
 
 
-def files_of(details: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of each attached file; what is none is left out."""
-    found = details.get(FILES)
-    if not isinstance(found, list):
-        return []
-    pairs = [(each.get("name"), each.get("text")) for each in found if isinstance(each, dict)]
-    return [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
-
-
 def own_params(info: ChatInfo, params: GenerationParams) -> GenerationParams:
     """The parameters of the page, changed by those of the conversation. Raises BadParameter."""
     if not info.parameters:
         return params
-    return GenerationParams.from_dict(
-        {name: value for name, _row, value in GenerationParams.table(params)} | dict(info.parameters)
-    )
+    own = dict(info.parameters)
+    if isinstance(form := own.get("grammar"), Mapping):
+        if (kind := form.get("kind")) not in get_args(Kind):
+            raise BadParameter(f"The form of this conversation's answers is unknown: {str(kind)[:40]!r}. Set it anew.", "grammar")
+        own["grammar"] = Grammar(kind, str(form.get("text", "")))
+    return GenerationParams.from_dict({name: value for name, _row, value in GenerationParams.table(params)} | own)
 
 
-def users_line(engine: Engine, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Answer:
+def kept_params(params: GenerationParams) -> dict[str, Any]:
+    """Parameters as ChatInfo keeps them: all of them, so that later changes in the page do not reach the conversation."""
+    found = {name: value for name, _row, value in GenerationParams.table(params)}
+    if params.grammar is not None:
+        found["grammar"] = {"kind": params.grammar.kind, "text": params.grammar.text}
+    return found
+
+
+def users_line(
+    engine: Engine, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event, template: str = ""
+) -> Answer:
     """The user's next message as the model would write it, streamed: the prompt ends where the user's turn begins.
 
     Raises NotLoaded, PromptTooLong, BadParameter.
@@ -60,7 +64,8 @@ def users_line(engine: Engine, messages: Sequence[Message], params: GenerationPa
     loaded = engine.ready()
     if loaded.is_remote:
         raise BadParameter("A model on another machine writes only its own lines. Load a model on this machine for yours.")
-    prompt = engine.conversation.window(loaded, [*messages, Message("user", _MARK)], params.max_new_tokens).prompt
+    asked = [*messages, Message("user", _MARK)]
+    prompt = engine.conversation.window(loaded, asked, params.max_new_tokens, template=template).prompt
     opening, mark, _rest = prompt.text.rpartition(_MARK)
     if not mark:
         raise BadParameter("The chat template of this model cannot begin a message of the user. Choose another template.")

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.chat import Message
-from ..core.chat_record import MOST_CHARACTERS
+from ..core.chat_record import FILES, MOST_CHARACTERS
 from ..core.errors import Busy, GptqWebuiError
 from ..core.params import GenerationParams
 from . import chat_prompt
@@ -90,7 +90,7 @@ class ChatService:
         `files` are (name, text); `fields` are those of ChatStore.set for a new conversation. A question that is refused
         before the first token leaves the conversation and becomes its draft. Raises NoSuchChat, Busy, BadParameter.
         """
-        details = {chat_prompt.FILES: [{"name": name, "text": words} for name, words in files]} if files else {}
+        details = {FILES: [{"name": name, "text": words} for name, words in files]} if files else {}
         too_long = len(text) > MOST_CHARACTERS or sum(len(words) for _name, words in files) > _MOST_FILES_CHARACTERS
         if too_long:
             raise GptqWebuiError(f"A message and its files may have {MOST_CHARACTERS:,} characters. Send less of them.")
@@ -99,7 +99,7 @@ class ChatService:
             self._require_quiet(owner, id)
             path = self.store.path(owner, id)
             question = self.store.add(owner, id, path[-1].id if path else None, "user", text, details=details)
-            self.store.set(owner, id, draft="")
+            self.store.set(owner, id, draft="", draft_files=[])
             try:
                 self._answer_after(owner, id, question, params, returns=True)
             except GptqWebuiError:
@@ -137,7 +137,7 @@ class ChatService:
             messages = chat_prompt.messages_of(info, path)
             self.store.resume(owner, id, last.id)
             self.store.save_running(last.id, None, mark_of_writer())
-            self._begin(owner, id, last.id, messages, params, last.text, last.details)
+            self._begin(owner, id, last.id, messages, params, last.text, last.details, template=info.template)
 
     def edit(
         self, owner: str, id: str, message: int, text: str, params: GenerationParams | None = None, *, in_place: bool = False
@@ -156,7 +156,7 @@ class ChatService:
             if in_place or found is None:
                 self.store.edit(owner, id, message, text)
                 return
-            kept = {name: value for name, value in found.details.items() if name == chat_prompt.FILES}
+            kept = {name: value for name, value in found.details.items() if name == FILES}
             edited = kept if found.role == "user" else {"reason": "edited"}
             new = self.store.add(owner, id, found.parent, found.role, text, details=edited)
             if found.role == "user" and params is not None:
@@ -173,7 +173,7 @@ class ChatService:
             def ask(answer: RunningAnswer) -> Answer | None:
                 if not self._wait_for_model(answer):
                     return None
-                return chat_prompt.users_line(self.engine, messages, params, answer.cancel)
+                return chat_prompt.users_line(self.engine, messages, params, answer.cancel, info.template)
 
             def ended(answer: RunningAnswer) -> None:
                 if words := answer.text.strip():
@@ -253,7 +253,8 @@ class ChatService:
         messages = chat_prompt.messages_of(info, self.store.path(owner, id))
         if not start:
             messages.pop()
-        self._begin(owner, id, message, messages, params, start, None, parent if returns else None)
+        question = parent if returns else None
+        self._begin(owner, id, message, messages, params, start, None, question, template=info.template)
 
     def _begin(
         self,
@@ -265,6 +266,8 @@ class ChatService:
         before: str,
         details: Mapping[str, Any] | None,
         question: int | None = None,
+        *,
+        template: str = "",
     ) -> None:
         """`details`: of the answer that is continued; None for a new one. `question`: becomes the draft if it gets no answer."""
         name = ""
@@ -273,7 +276,7 @@ class ChatService:
             nonlocal name
             if not self._wait_for_model(answer):
                 return None
-            found = self.engine.chat(messages, params, answer.cancel)
+            found = self.engine.chat(messages, params, answer.cancel, template)
             name = found.model.name
             return found
 
@@ -294,7 +297,7 @@ class ChatService:
             finally:
                 self._forget(owner, id, answer)
 
-        answer = RunningAnswer(ask, before=before, ended=ended)
+        answer = RunningAnswer(ask, before=before, details=details, ended=ended)
         self._answers[owner, id] = answer
         answer.message = message
         self._messages[answer] = id, message

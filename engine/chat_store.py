@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..core.chat import Role
-from ..core.chat_record import MOST_TITLE, ChatInfo, NoSuchChat, StoredMessage, title_of, whole
+from ..core.chat_record import MOST_TITLE, ChatInfo, NoSuchChat, StoredMessage, files_of, title_of, whole
 from ..core.user_folders import data_folder
 from .chat_search import ChatSearch
-from .chat_tables import COLUMNS, MESSAGE, open_file, read_info, read_message
+from .chat_tables import COLUMNS, LISTED, MESSAGE, open_file, read_info, read_message
 
 _KEPT_DELETED_S = 30 * 86400.0  # a deleted conversation can come back for so long
 _KEPT_EMPTY_S = 86400.0
 _MOST_LISTED = 500
+_FIELDS = ("title", "pinned", "tags", "system", "reply_start", "parameters", "character", "draft", "draft_files", "template")
 _MOST_UNDO = 50  # of one conversation
 
 
@@ -63,7 +64,7 @@ class ChatStore:
         filled = "(leaf IS NOT NULL OR draft <> '' OR named)"
         with self._lock:
             rows = self._file.execute(
-                f"SELECT {COLUMNS} FROM conversation WHERE owner = ? AND deleted IS NULL AND {filled} "
+                f"SELECT {LISTED} FROM conversation WHERE owner = ? AND deleted IS NULL AND {filled} "
                 "ORDER BY pinned DESC, changed DESC",
                 (owner,),
             ).fetchall()
@@ -81,9 +82,12 @@ class ChatStore:
             return repr(self._file.execute(query, (owner,)).fetchone())
 
     def set(self, owner: str, id: str, **fields: Any) -> None:
-        """Change title, pinned, tags, system, reply_start, parameters, character or draft. Raises NoSuchChat."""
+        """Change title, pinned, tags, system, reply_start, template, parameters, character, draft or draft_files.
+
+        Raises NoSuchChat.
+        """
         for name, value in fields.items():
-            if name in ("tags", "parameters", "character"):
+            if name in ("tags", "parameters", "character", "draft_files"):
                 written: Any = json.dumps(value, ensure_ascii=True)
             elif name == "title":
                 written = " ".join(whole(value).split())[:MOST_TITLE]
@@ -224,7 +228,8 @@ class ChatStore:
             found = self.message(owner, id, message)
             self._leave(id, message)
             draft = "\n".join(each for each in (found.text, info.draft) if each)
-            self._file.execute("UPDATE conversation SET draft = ? WHERE id = ?", (draft, id))
+            files = json.dumps([*files_of(found.details), *info.draft_files])
+            self._file.execute("UPDATE conversation SET draft = ?, draft_files = ? WHERE id = ?", (draft, files, id))
             self._touch(id)
 
     def end(self, owner: str, id: str, message: int, text: str, details: Mapping[str, Any]) -> None:
@@ -325,7 +330,7 @@ class ChatStore:
             info = self.get(owner, id)
             self._own(id, message)
             new = self.create(
-                owner, system=info.system, reply_start=info.reply_start, parameters=dict(info.parameters),
+                owner, system=info.system, reply_start=info.reply_start, parameters=dict(info.parameters), template=info.template,
                 character=dict(info.character), tags=list(info.tags),
             )  # fmt: skip
             parent: int | None = None
@@ -442,6 +447,6 @@ class ChatStore:
 
 
 def _known(name: str) -> str:
-    if name not in ("title", "pinned", "tags", "system", "reply_start", "parameters", "character", "draft"):
+    if name not in _FIELDS:
         raise TypeError(f"a conversation has no {name}")
     return name

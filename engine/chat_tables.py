@@ -17,7 +17,8 @@ CREATE TABLE IF NOT EXISTS conversation (
   id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL DEFAULT '', named INTEGER NOT NULL DEFAULT 0,
   pinned INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]', system TEXT NOT NULL DEFAULT '',
   reply_start TEXT NOT NULL DEFAULT '', parameters TEXT NOT NULL DEFAULT '{}', character TEXT NOT NULL DEFAULT '{}',
-  draft TEXT NOT NULL DEFAULT '', leaf INTEGER, changed REAL NOT NULL, deleted REAL, stamp INTEGER NOT NULL DEFAULT 1);
+  draft TEXT NOT NULL DEFAULT '', leaf INTEGER, changed REAL NOT NULL, deleted REAL, stamp INTEGER NOT NULL DEFAULT 1,
+  draft_files TEXT NOT NULL DEFAULT '[]', template TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS conversation_owner ON conversation (owner, changed);
 CREATE TABLE IF NOT EXISTS message (
   id INTEGER PRIMARY KEY AUTOINCREMENT, conversation TEXT NOT NULL, parent INTEGER, role TEXT NOT NULL, text TEXT NOT NULL,
@@ -29,6 +30,9 @@ CREATE INDEX IF NOT EXISTS undo_conversation ON undo (conversation);
 """
 MESSAGE = "id, role, text, parent, details, writing"
 COLUMNS = "id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp"
+COLUMNS += ", draft_files, template"
+LISTED = COLUMNS.replace("draft_files", "'[]'")  # which may be long
+_ADDED = {"draft_files": "TEXT NOT NULL DEFAULT '[]'", "template": "TEXT NOT NULL DEFAULT ''"}  # later than the first version
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -40,6 +44,7 @@ def open_file(path: Path) -> sqlite3.Connection:
             file.execute("PRAGMA journal_mode = WAL")
             file.execute("PRAGMA synchronous = NORMAL")
             file.executescript(SCHEMA)
+            _add_columns(file)
             with contextlib.suppress(OSError):
                 path.chmod(0o600)
             return file
@@ -53,11 +58,20 @@ def open_file(path: Path) -> sqlite3.Connection:
     raise AssertionError
 
 
+def _add_columns(file: sqlite3.Connection) -> None:
+    """What the file of an earlier version does not have."""
+    there = {row[1] for row in file.execute("PRAGMA table_info(conversation)")}
+    for name, kind in _ADDED.items():
+        if name not in there:
+            with contextlib.suppress(sqlite3.OperationalError):  # another process has added it meanwhile
+                file.execute(f"ALTER TABLE conversation ADD COLUMN {name} {kind}")
+
+
 def read_info(row: Sequence[Any]) -> ChatInfo:
-    id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp = row
+    id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp, files, template = row
     return ChatInfo(
         id, title, bool(named), bool(pinned), tuple(json.loads(tags)), system, reply_start, json.loads(parameters),
-        json.loads(character), draft, leaf, changed, stamp,
+        json.loads(character), draft, leaf, changed, stamp, tuple((name, text) for name, text in json.loads(files)), template,
     )  # fmt: skip
 
 

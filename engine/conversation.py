@@ -9,15 +9,20 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ..core.chat import Message
 from ..core.errors import PromptTooLong
+from ..core.thinking import begun_by
 from ..loaders.contract.base import LoadedModel
 from ..loaders.contract.model_prompt import Prompt
+from ..loaders.text import chat_template
+from ..loaders.text.chat_template import ChatTemplate
 from ..loaders.text.renderers import one_call
+
+Prompter = Callable[[Sequence[Message]], Prompt]
 
 _KEPT_SHARE = 0.7  # of the room for a prompt, that a chat is cut to once it does not fit
 _WINDOWS = 256  # chats whose beginning is remembered
@@ -31,6 +36,11 @@ class Window:
     prompt: Prompt
     dropped_turns: int = 0  # oldest messages that are left out, the system prompt not counted
 
+    @property
+    def begun(self) -> bool:
+        """Whether the prompt ends inside of a thought, so that the answer begins with it."""
+        return begun_by(self.prompt.text)
+
 
 class Conversation:
     """Remembers where the windows of recent chats begin. For one model after another; any thread may ask."""
@@ -38,20 +48,26 @@ class Conversation:
     def __init__(self) -> None:
         self._model: weakref.ref[LoadedModel] | None = None
         self._dropped: OrderedDict[bytes, int] = OrderedDict()  # digest of what was dropped -> about how many tokens it had
+        self._templates: dict[str, tuple[weakref.ref[LoadedModel] | None, ChatTemplate | None]] = {}  # built-in, by name
         self._lock = threading.Lock()
 
-    def window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, *, remember: bool = True) -> Window:
+    def window(
+        self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, *, remember: bool = True, template: str = ""
+    ) -> Window:
         """The chat, or what fits of it: whole oldest turns go; the system prompt and the last turn stay.
 
         Room is kept for the answer, but for at most a quarter of the context. Raises PromptTooLong if the last message
         alone does not fit, BadParameter if the template cannot show the chat. With `remember` off, it is only a question.
+        `template` is the name of a built-in one; "": that of the model.
         """
         if loaded.is_remote:
             return Window(loaded.prompt(messages))
         with one_call():  # a template of strangers that is slow is not slow once for each prompt that is tried
-            return self._window(loaded, messages, max_new_tokens, remember)
+            return self._window(loaded, messages, max_new_tokens, remember, self._prompter(loaded, template))
 
-    def _window(self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, remember: bool) -> Window:
+    def _window(
+        self, loaded: LoadedModel, messages: Sequence[Message], max_new_tokens: int, remember: bool, show: Prompter
+    ) -> Window:
         limit = loaded.context_tokens - max(1, min(max_new_tokens, loaded.context_tokens // 4))
         system = [each for each in messages[:1] if each.role == "system"]
         turns = list(messages[len(system) :])
@@ -60,12 +76,12 @@ class Conversation:
         at, dropped_tokens = self._begin(loaded, [digests[start] for start in starts])
         if (first := _first_that_could_fit(turns, starts, loaded.context_tokens * _MOST_CHARACTERS)) > at:
             at, dropped_tokens = first, loaded.context_tokens
-        prompt = loaded.prompt([*system, *turns[starts[at] :]])
+        prompt = show([*system, *turns[starts[at] :]])
         if at and len(prompt.ids) + dropped_tokens <= limit:  # later turns were deleted: the whole chat fits again
-            at, dropped_tokens, prompt = 0, 0, loaded.prompt(messages)
+            at, dropped_tokens, prompt = 0, 0, show(messages)
         while len(prompt.ids) > limit and at < len(starts) - 1:
             at = _later_start(prompt, system, turns, starts, at, int(_KEPT_SHARE * limit))
-            shorter = loaded.prompt([*system, *turns[starts[at] :]])
+            shorter = show([*system, *turns[starts[at] :]])
             dropped_tokens += len(prompt.ids) - len(shorter.ids)
             prompt = shorter
         if len(prompt.ids) >= loaded.context_tokens:
@@ -73,6 +89,17 @@ class Conversation:
         if at and remember:
             self._remember(digests[starts[at]], dropped_tokens)
         return Window(prompt, starts[at])
+
+    def _prompter(self, loaded: LoadedModel, name: str) -> Prompter:
+        """How messages become prompts. Raises BadParameter for a template that there is not."""
+        if not name:
+            return loaded.prompt
+        with self._lock:
+            of, template = self._templates.get(name, (None, None))
+            if of is None or of() is not loaded:
+                template = chat_template.named(name, "the conversation").bound(loaded.tokenizer)
+                self._templates[name] = weakref.ref(loaded), template
+        return lambda messages: loaded.prompt(messages, template=template)
 
     def _begin(self, loaded: LoadedModel, digests: Sequence[bytes]) -> tuple[int, int]:
         """(which of the possible beginnings an earlier window of this chat had, tokens dropped before it)."""

@@ -191,15 +191,14 @@ class Engine:
 
     # --- answers -----------------------------------------------------------------------------------
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event) -> Answer:
-        """The next assistant message, streamed. Ending in an assistant's message, the chat is continued.
+    def chat(self, messages: Sequence[Message], params: GenerationParams, cancel: threading.Event, template: str = "") -> Answer:
+        """The next assistant message, streamed; a chat that ends in one is continued. `template`: as for Conversation.window.
 
-        A chat longer than the context loses its oldest turns (the Finish says how many), never the system prompt.
-        Raises NotLoaded, PromptTooLong, BadParameter.
+        One longer than the context loses its oldest turns, as the Finish says. Raises NotLoaded, PromptTooLong, BadParameter.
         """
         loaded = self.ready()
-        window = self.conversation.window(loaded, messages, params.max_new_tokens)
-        return Answer(loaded, loaded.answer(window.prompt, params, cancel), window.dropped_turns, self._answered)
+        found = self.conversation.window(loaded, messages, params.max_new_tokens, template=template)
+        return Answer(loaded, loaded.answer(found.prompt, params, cancel), found.dropped_turns, self._answered, found.begun)
 
     def complete(self, text: str, params: GenerationParams, cancel: threading.Event) -> Answer:
         """What follows a plain text, streamed. Raises NotLoaded, PromptTooLong, BadParameter."""
@@ -217,8 +216,7 @@ class Engine:
 
     def generate(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Answer:
         """What follows token ids, as Steps instead of Tokens: for measuring. Raises NotLoaded, BadParameter."""
-        loaded = self.ready()
-        stream: Any = loaded.generate(ids, params, cancel)
+        stream: Any = (loaded := self.ready()).generate(ids, params, cancel)
         return Answer(loaded, stream, 0, self._answered)
 
     def score(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Answer:

@@ -39,6 +39,8 @@ class AnswerElsewhere:
     share: float | None = None
     finish: Finish | None = None
     before = ""
+    begun = False
+    thinking_s: float | None = None
 
     def __init__(self, store: ChatStore, owner: str, id: str, message: int) -> None:
         self._store, self._owner, self._id = store, owner, id

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.chat import Finish, Reading
 from ..core.errors import GptqWebuiError
+from ..core.thinking import ThoughtTimer
 from ..core.units import plural
 from .answer import Answer
 
@@ -29,10 +30,11 @@ class RunningAnswer:
         ask: "Callable[[RunningAnswer], Answer | None]",
         cancel: threading.Event | None = None,
         before: str = "",
+        details: Mapping[str, Any] | None = None,
         ended: "Callable[[RunningAnswer], None]" = lambda answer: None,
     ) -> None:
         """`ask` returns the answer, or None if it was stopped before; it may take its time and raise. `before` is the beginning
-        that is continued. `ended` is called once, before the answer counts as over."""
+        that is continued, `details` how it ended. `ended` is called once, before the answer counts as over."""
         self.number = secrets.randbits(48)  # tells answers apart
         self.message: int | None = None  # the stored message that it writes
         self.text = before
@@ -44,6 +46,10 @@ class RunningAnswer:
         self.cancel = cancel or threading.Event()
         self.cancelled_at: float | None = None  # on time.monotonic()
         self.stamp = 0  # grows with every change of the text
+        self.begun = bool((details or {}).get("begun"))  # the prompt opened a thought
+        seconds = (details or {}).get("thinking_s")
+        self._thought_s = seconds if isinstance(seconds, float) else None  # of the beginning
+        self._timer: ThoughtTimer | None = None
         self._ask, self._ended = ask, ended
         self._answer: Answer | None = None
         self._accepted = threading.Event()
@@ -82,6 +88,11 @@ class RunningAnswer:
     def give_up(self) -> None:
         """End it now: its model is in the middle of something long, and what comes later is not read."""
         self._end()
+
+    @property
+    def thinking_s(self) -> float | None:
+        """Seconds that it has thought; None if it has not."""
+        return self._timer.seconds if self._timer is not None else self._thought_s
 
     @property
     def phase(self) -> str:
@@ -131,6 +142,8 @@ class RunningAnswer:
             self._answer = self._ask(self)
             self.waiting = ""
             self._accepted.set()
+            self.begun = self.begun or (self._answer is not None and self._answer.begun)
+            self._timer = ThoughtTimer(self.before, begun=self.begun, seconds=self._thought_s)
             for event in self._answer or ():
                 if self.over:
                     return
@@ -139,6 +152,7 @@ class RunningAnswer:
                 else:
                     self.tokens += 1
                     self.text += event.text
+                    self._timer.look(self.text, time.monotonic())
                 with self._changed:
                     self.stamp += 1
                     self._changed.notify_all()
@@ -176,6 +190,10 @@ def details_of(answer: RunningAnswer, model: str, max_new_tokens: int, before: M
     finish = answer.finish or Finish("cancelled", new_tokens=answer.tokens)
     for name in ("reason", "prompt_tokens", "cached_tokens", "new_tokens", "prefill_s", "generate_s", "wait_s", "dropped_turns"):
         details[name] = getattr(finish, name)
+    if answer.thinking_s is not None:
+        details["thinking_s"] = round(answer.thinking_s, 1)
+    if answer.begun:
+        details["begun"] = True
     if answer.error:
         details |= {"reason": "error", "error": answer.error}
     if before and before.get("new_tokens"):

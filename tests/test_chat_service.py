@@ -1,5 +1,6 @@
 """engine/chat_service.py: answers that belong to the server, with a loader that has no weights."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from fake_library import MISTRAL, FakeLibrary
-from gptq_webui.core.chat_record import NoSuchChat
-from gptq_webui.core.errors import Busy, GptqWebuiError
+from gptq_webui.core.chat_record import ChatInfo, NoSuchChat
+from gptq_webui.core.errors import BadParameter, Busy, GptqWebuiError
+from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.engine.chat_prompt import kept_params, own_params
 from gptq_webui.engine.chat_service import MODEL_NOT_READY, ChatService
 from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.engine import Engine
@@ -268,6 +271,56 @@ def test_a_question_waits_for_the_model_and_can_be_taken_back(house):
     assert finished(house, id) == ["too early", "Paris."]
 
 
+def test_a_conversation_has_its_own_template_and_parameters(chats):
+    form = GenerationParams(max_new_tokens=1, grammar=None, temperature=0.1)
+    id = chats.send("", "", "Hello", PARAMS, template="Alpaca", parameters=kept_params(form))
+    assert finished(chats, id) == ["Hello", "Paris."]
+    assert "### Instruction:\nHello" in chats.engine.loaded.asked[-1] and "<|im_start|>" not in chats.engine.loaded.asked[-1]
+    assert chats.store.path("", id)[-1].details["max_new_tokens"] == 1
+    assert finished(chats, chats.send("", "", "Hello", PARAMS)) and "<|im_start|>user\nHello" in chats.engine.loaded.asked[-1]
+    copy = chats.store.branch("", id, chats.store.path("", id)[-1].id)
+    assert (copy.template, copy.parameters["temperature"]) == ("Alpaca", 0.1)
+    chats.store.set("", id, template="nobody's")
+    chats.regenerate("", id, PARAMS)
+    until(lambda: chats.running("", id) is None)
+    assert "There is no chat template called" in chats.last("", id).error
+
+
+def test_kept_parameters_are_the_same_after_the_database():
+    params = GenerationParams(temperature=0.3, grammar=Grammar("regex", "a+"), logit_bias=((5, -2.0),), stop=("x",))
+    info = ChatInfo("", parameters=json.loads(json.dumps(kept_params(params))))
+    assert own_params(info, GenerationParams(top_p=0.1)) == params
+    with pytest.raises(BadParameter, match="form of this conversation's answers"):
+        own_params(ChatInfo("", parameters={"grammar": {"kind": "evil"}}), params)
+
+
+def test_the_time_of_a_thought_is_kept_with_the_answer(house):
+    house.engine.load(MISTRAL, options={"answer": f"<think> {LONG[:200]} </think> Paris.", "tokens_per_s": 100})
+    id = house.send("", "", "Think", PARAMS)
+    finished(house, id)
+    details = house.store.path("", id)[-1].details
+    assert 0.1 <= details["thinking_s"] <= details["generate_s"] + 0.1 and "begun" not in details
+
+
+def test_a_thought_that_the_template_opens_is_one(house):
+    house.engine.load(MISTRAL, options={"answer": f"{LONG[:200]} </think> Paris.", "tokens_per_s": 100})
+    house.engine.set_template("{% for m in messages %}{{ m['content'] }}{% endfor %}<think>\n")
+    id = house.send("", "", "Think", PARAMS)
+    finished(house, id)
+    details = house.store.path("", id)[-1].details
+    assert details["begun"] is True and details["thinking_s"] > 0.1
+
+
+def test_files_come_back_with_a_question_that_got_no_answer(house):
+    id = house.send("", "", "Read it", PARAMS, files=[("a.txt", "words")])
+    until(lambda: house.running("", id) is None)
+    info = house.store.get("", id)
+    assert (info.draft, info.draft_files) == ("Read it", (("a.txt", "words"),)) and not house.store.path("", id)
+    house.engine.load(MISTRAL)
+    house.send("", id, info.draft, PARAMS, files=info.draft_files)
+    assert house.store.get("", id).draft_files == ()
+
+
 def test_one_answer_at_a_time_in_one_conversation_many_in_many(slow):
     id = slow.send("", "", "Talk", PARAMS)
     for attempt in (
@@ -281,7 +334,7 @@ def test_one_answer_at_a_time_in_one_conversation_many_in_many(slow):
     with pytest.raises(Busy, match="16 answers of yours"):
         slow.send("", "", "one more", PARAMS)
     assert slow.send("eve", "", "mine", PARAMS)
-    assert all(slow.running("", each).state.startswith("Waiting for another answer") for each in others)
+    until(lambda: all(slow.running("", each).state.startswith("Waiting for another answer") for each in others))
 
 
 def test_what_takes_away_ends_the_answer_first(slow):

@@ -222,3 +222,20 @@ def test_sqlite_without_the_index_is_noticed():
             raise sqlite3.OperationalError("no such module: fts5")
 
     assert not chat_search.ChatSearch(File()).has_index
+
+
+def test_a_file_of_an_earlier_version_gets_what_it_lacks(tmp_path):
+    path = tmp_path / "old.sqlite3"
+    store = ChatStore(path)
+    store.create("", draft="kept")
+    store.close()
+    with sqlite3.connect(path) as file:
+        file.execute("ALTER TABLE conversation DROP COLUMN draft_files")
+        file.execute("ALTER TABLE conversation DROP COLUMN template")
+    file.close()
+    store = ChatStore(path)
+    (info,) = store.listed("")
+    assert (info.draft, info.draft_files, info.template) == ("kept", (), "")
+    store.set("", info.id, draft_files=[("a", "b")], template="Alpaca")
+    assert (store.get("", info.id).draft_files, store.get("", info.id).template) == ((("a", "b"),), "Alpaca")
+    store.close()

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gptq_webui.core.thinking import Part, ThoughtReader, begun_by, marks_in, parts_of, without_thoughts
+from gptq_webui.core.thinking import Part, ThoughtReader, ThoughtTimer, begun_by, marks_in, parts_of, without_thoughts
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,30 @@ def test_a_stream_has_its_first_thought_apart(text, prompt, wanted, size):
 def test_marks_of_a_template():
     assert marks_in("{{ content.split('</think>')[-1] }}") == ("<think>", "</think>")
     assert marks_in("<|channel|>analysis<|message|>") == () == marks_in("plain")
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "seconds"),
+    [
+        ("<think>I think here</think>Hello", False, 26),
+        ("I think</think>Hello and more", True, 14),
+        ("Hello, I write about <think> and </think>", False, None),
+        ("<think>never said", False, 16),
+        ("", True, None),
+    ],
+)
+def test_a_thought_is_timed_while_it_is_written(text, begun, seconds):
+    timer = ThoughtTimer(begun=begun)
+    for at in range(len(text)):
+        timer.look(text[: at + 1], float(at))
+    assert timer.seconds == seconds
+
+
+def test_the_time_of_a_continued_thought_is_added():
+    timer = ThoughtTimer("<think>half", seconds=5.0)
+    timer.look("<think>half a", 100.0)
+    timer.look("<think>half a</think>Yes", 102.0)
+    assert timer.seconds == 7.0
+    timer = ThoughtTimer("<think>x</think>Yes", seconds=5.0)
+    timer.look("<think>x</think>Yes, indeed", 200.0)
+    assert timer.seconds == 5.0

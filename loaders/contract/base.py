@@ -204,8 +204,10 @@ class LoadedModel(ABC):
         """Tokens of a text or a conversation as the model reads it. Raises BadParameter."""
         return len(self.prompt(source).ids)
 
-    def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
-        """A plain text, or a conversation as its template shows it: rendered once, tokenised once.
+    def prompt(
+        self, source: str | Sequence[Message], tools: ToolUse | None = None, *, template: ChatTemplate | None = None
+    ) -> Prompt:
+        """A plain text, or a conversation as its template shows it (`template`: another one): rendered once, tokenised once.
 
         `tools` are those that the answer may call, or has to: then the prompt ends where the call begins.
 
@@ -214,11 +216,11 @@ class LoadedModel(ABC):
         """
         if isinstance(source, str):
             return Prompt(source, tuple(self._ids(source)))
-        template = self.template
+        template = template or self.template
         shown = template.show(source, self.tokenizer, tools.tools if tools is not None else ())
         calls = tool_prompts.prompt_of(tools, template.tool_format, shown.has_skill) if tools is not None else None
         text = shown.text + (calls.opening if calls is not None else "")
-        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop, calls)
+        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop, calls, template.channels, template.thought_marks)
 
     def _ids(self, text: str) -> list[int]:
         """As `encode`, with the ids of earlier answers."""
@@ -298,9 +300,8 @@ class LoadedModel(ABC):
         inner = StopFlag(cancel)
 
         ids = list(prompt.ids)
-        channels = self.template.channels if prompt.messages is not None else None
-        marked = prompt.calls.format if prompt.calls is not None else channels  # thoughts are told apart by their marks
-        marks = self.template.thought_marks if prompt.messages is not None else ()
+        marked = prompt.calls.format if prompt.calls is not None else prompt.channels  # thoughts are told apart by their marks
+        marks = prompt.thought_marks
 
         def answer() -> Iterator[Token | Finish | None]:
             steps = timed(self._steps(ids, params, inner), requested)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ...core.chat import Message
+from ..text.tool_formats import ToolFormat
 from ..text.tool_prompts import ToolPrompt
 
 
@@ -13,6 +14,8 @@ class Prompt:
     messages: tuple[Message, ...] | None = None  # what the text was rendered from; None: a plain text
     stop: tuple[str, ...] = ()  # role markers of the template: text that ends the answer
     calls: ToolPrompt | None = None  # the tools that the answer may call
+    channels: ToolFormat | None = None  # the marks that tell apart what the answer thinks and says
+    thought_marks: tuple[str, ...] = ()  # of its template, around a thought
 
     @property
     def begins_answer(self) -> bool:

@@ -57,7 +57,9 @@ class RemoteModel(LoadedModel):
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:
         raise BadParameter("A model on another machine takes text, not token ids. Send the text.")
 
-    def prompt(self, source: str | Sequence[Message], tools: ToolUse | None = None) -> Prompt:
+    def prompt(
+        self, source: str | Sequence[Message], tools: ToolUse | None = None, *, template: ChatTemplate | None = None
+    ) -> Prompt:
         if isinstance(source, str):
             return Prompt(source)
         return Prompt("", messages=tuple(source), calls=ToolPrompt(tools, GENERAL, True) if tools is not None else None)
