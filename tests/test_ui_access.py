@@ -102,25 +102,43 @@ def test_nobody_gets_a_conversation_of_another_login(house):
         ["open", id], ["rename", id, "x"], ["pin", id, "1"], ["tags", id, "x"], ["delete", id], ["undelete", id],
         ["export", id, "Markdown"], ["export-all"], ["version", str(answer), "-1"], ["copy", str(answer)], ["edit", str(answer)],
         ["again", str(answer)], ["continue", str(answer)], ["branch", str(answer)], ["remove", str(question)], ["prompt"],
+        ["likely", str(answer)], ["instead", str(answer), "1", "x"],
     ]  # fmt: skip
     called = set()
     with Visitor(house.url, "guest", "g") as visitor:
         visitor.session = "the-owners-session"
-        for index, each in handlers(house, ("chat_actions", "chat_tab")):
+        for index, each in handlers(house, ("chat_actions", "chat_tab", "own_params")):
             name, inputs = each.fn.__name__, len(each.inputs)
             pressed = {house.page.blocks[block].elem_id for block, _trigger in each.targets if block in house.page.blocks}
             if name == "handle":
                 given = [json.dumps(act) for act in acts] if "gw-act" in pressed else ["[]"]
-                data = [[one, id, "", "", "text", "system", "", *parameters()] for one in given]
+                data = [[one, id, "", "", "text", "system", "", "", *parameters()] for one in given]
             elif name == "save":
-                data = [["text", str(answer), "", id, "", "", "text", "", "", *parameters()]]
+                data = [["text", str(answer), "", id, "", "", "text", "", "", "", *parameters()]]
+            elif name == "fill":
+                data = [[id, "", *parameters()]]
+            elif name == "switch":
+                data = [[alone, id, "", "", *parameters()] for alone in (True, False)]
             else:
                 data = [[f"{id} x" if name == "follow" else id, ""][:inputs]]
             for values in data:
                 _message, seen = visitor.call(index, values)
                 assert not any(secret in seen for secret in SECRETS), (name, values)
             called |= {name, *pressed}
-    assert {"handle", "save", "opened", "follow", "gw-act", "gw-send", "gw-measure", "gw-undo", "gw-clear"} <= called
+    assert {
+        "fill",
+        "switch",
+        "look",
+        "handle",
+        "save",
+        "opened",
+        "follow",
+        "gw-act",
+        "gw-send",
+        "gw-measure",
+        "gw-undo",
+        "gw-clear",
+    } <= called
     assert (store.get("anna", id), store.path("anna", id)) == before
     assert all(info.id != id for info in store.listed("guest"))
 

@@ -1,23 +1,47 @@
 """ui/: the conversations of the Chat tab in a real browser. What was done is read from the page and from the database."""
 
 import json
+import math
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
-from test_ui_page import LONG, Loader, ask, chrome, wait_for
+from test_ui_page import LONG, Loader, ask, choose, chrome, open_tab, wait_for
 
 from browser import WAIT_MS
 from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.core.chat import Finish, Step
 from gptq_webui.engine.chat_service import ChatService
 from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
+from gptq_webui.loaders.contract.fake_loader import FakeModel
 from gptq_webui.ui import page as ui_page
 
 pytestmark = pytest.mark.browser
 __all__ = ["chrome"]  # a fixture
+
+
+class Scoring(FakeModel):
+    """Also says how likely each token was: the same for all."""
+
+    can = FakeModel.can | {"logprobs", "temperature"}
+
+    def _scores(self, ids, top, cancel):
+        others = [(self.tokenizer._id(each), math.log(share)) for each, share in ((" Lyon", 0.25), (" <b>", 0.05))]
+        for each in ids:
+            yield Step(each, math.log(0.5), ((each, math.log(0.5)), *others, (0, math.log(0.01))))
+        yield Finish("length", prompt_tokens=len(ids))
+
+
+class ScoringLoader(Loader):
+    def load(self, model, options, progress):
+        found = super().load(model, options, progress)
+        found.close()
+        return Scoring(model, options)
+
 
 EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
 
@@ -25,7 +49,7 @@ EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
-    engine = Engine(FakeLibrary(folder), Settings(folder / "settings.json"), [Loader()])
+    engine = Engine(FakeLibrary(folder), Settings(folder / "settings.json"), [ScoringLoader()])
     chats = ChatService(engine, ChatStore(folder / "chats.sqlite3"))
     page = ui_page.build(engine, Downloads(engine.library), chats=chats)
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
@@ -89,6 +113,13 @@ def menu(tab, title, name):
         except Exception:
             continue
     entry.click()
+
+
+def wait_until(done):
+    end = time.monotonic() + 45
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def titles(tab):
@@ -184,17 +215,43 @@ def test_versions_edits_branches_and_undo(visit, served):
     wait_for(tab, "#gw-chat", "Another way")
 
 
-def test_an_edited_answer_is_continued(visit, served):
+def test_keys_do_what_the_list_says_and_an_edited_answer_is_continued(visit, served):
     tab = visit()
     answered(tab, "Question")
+    tab.press("#gw-message textarea", "ArrowUp")
+    tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Question'")
+    tab.wait_for_function("document.activeElement.closest('#gw-edit-text')")
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#gw-edit-text textarea", state="hidden")
+    tab.wait_for_function("document.activeElement.closest('#gw-message')")
+    tab.keyboard.type("a?/")  # characters in a text
+    assert tab.input_value("#gw-message textarea") == "a?/" and not tab.is_visible("#gw-keys")
+    tab.fill("#gw-message textarea", "")
+    tab.keyboard.press("Control+k")
+    tab.wait_for_function("document.activeElement.closest('#gw-search')")
+    tab.evaluate("document.activeElement.blur()")
+    tab.keyboard.press("?")
+    assert "Regenerate the last answer" in wait_for(tab, "#gw-keys", "Keyboard shortcuts")
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#gw-keys", state="hidden")
+    tab.evaluate("document.activeElement.blur()")
+    tab.keyboard.press("/")
+    tab.wait_for_function("document.activeElement.closest('#gw-message')")
+    tab.keyboard.press("Alt+r")
+    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    press(tab, "back")
+    tab.wait_for_selector(".gw-versions:has-text('1/2')")
+    tab.wait_for_function("document.activeElement.matches('button, textarea')")  # not lost with the button that has gone
     press(tab, "edit")
     tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Paris.'")
     tab.fill("#gw-edit-text textarea", "The answer begins so:")
     tab.click("#gw-edit-send")
-    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    tab.wait_for_selector(".gw-versions:has-text('3/3')")
     press(tab, "more")
     tab.wait_for_selector("#gw-past:has-text('The answer begins so:Paris.')")
     assert next(iter(paths(served).values()))[-1] == "The answer begins so:Paris."
+    tab.keyboard.press("Alt+n")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
 
 
 def test_figures_copy_and_what_the_model_gets(visit, served):
@@ -218,6 +275,35 @@ def test_figures_copy_and_what_the_model_gets(visit, served):
     (info,) = served.store.listed("")
     assert (info.system, info.reply_start) == ("Be brief.", "Sure: ")
     assert [line.text for line in served.store.path("", info.id)][-1].startswith("Sure: Paris")
+    choose(tab, "#gw-own-template", "Alpaca")
+    wait_until(lambda: served.store.get("", info.id).template == "Alpaca")
+    tab.click("button.gw-meter")
+    assert "### Instruction:" in wait_for(tab, "#gw-prompt pre", "### Instruction:")
+    assert served.engine.loaded.template.name == "ChatML"  # every other conversation keeps it
+
+
+def test_a_line_of_the_user_is_written_and_what_else_was_likely_is_gone_on_with(visit, served):
+    tab = visit(answer="The capital is Paris <b>indeed</b>.")
+    answered(tab, "Which one?")
+    tab.click("#gw-write")
+    tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'The capital is Paris <b>indeed</b>.'")
+    assert len(next(iter(paths(served).values()))) == 2
+    press(tab, "likely")
+    tab.wait_for_selector(".gw-token")
+    words = tab.eval_on_selector_all(".gw-token", "all => all.map((each) => each.dataset.text)")
+    assert words == ["The", " capital", " is", " Paris", " <b>indeed</b>."]
+    tab.click(".gw-token >> nth=3")
+    rows = tab.eval_on_selector_all(".gw-others tr", "all => all.map((each) => each.innerText.replace(/\\s+/g, ' ').trim())")
+    assert rows == ["·Paris 50.0 % taken", "·Lyon 25.0 % Go on with this", "·<b> 5.0 % Go on with this", "</s> 1.0 %"]
+    tab.click(".gw-others tr:has-text('Lyon') button")
+    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    wait_until(lambda: served.engine.loaded.waiting == 0)
+    (texts,) = paths(served).values()
+    assert texts[-1] == "The capital is LyonThe capital is Paris <b>indeed</b>."
+    assert tab.evaluate("window.hacked") is None
+    served.engine.loaded.can = frozenset()
+    press(tab, "likely")
+    wait_for(tab, "#gw-line .gw-bad", "does not report probabilities")
 
 
 def test_the_meter_says_what_will_be_left_out_before_it_is(visit, served):
@@ -259,21 +345,37 @@ def test_two_tabs_show_two_conversations_and_keep_their_drafts(visit, served):
     tab.click(".gw-open:has-text('In the second')")
     wait_for(tab, "#gw-past", "In the second")
     assert tab.input_value("#gw-message textarea") == ""
+    open_tab(tab, "Parameters")
+    tab.fill("#gw-temperature input[type=number]", "0.9")
+    tab.press("#gw-temperature input[type=number]", "Enter")
+    tab.check("#gw-alone:has-text('In the second') input")
+    wait_for(tab, "#gw-parameters-head, .gw-note", "belong to the conversation “In the second” alone")
+    tab.fill("#gw-temperature input[type=number]", "0.2")
+    tab.press("#gw-temperature input[type=number]", "Enter")
+    own = next(each.id for each in served.store.listed("") if each.title == "In the second")
+    wait_until(lambda: served.store.get("", own).parameters.get("temperature") == 0.2)
+    open_tab(tab, "Chat")
+    wait_for(tab, "#gw-meter", "own parameters")
+    tab.click(".gw-open:has-text('In the first')")
+    tab.wait_for_function("!document.querySelector('#gw-meter').innerText.includes('own')")
+    tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0.9'")  # the common ones
+    tab.click(".gw-open:has-text('In the second')")
+    tab.click("button.gw-own")
+    tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0.2'")
+    tab.uncheck("#gw-alone input")
+    tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0.9'")
+    assert served.store.get("", own).parameters == {}
+    tab.check("#gw-alone input")  # what was taken away comes back
+    tab.wait_for_function("document.querySelector('#gw-temperature input[type=number]').value == '0.2'")
+    open_tab(tab, "Chat")
     tab.click(".gw-open:has-text('In the first')")
     tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'typed, not sent'")
+    tab.wait_for_function("own => sessionStorage.getItem('gptq-webui chat') != own", arg=own)
     tab.reload()
     tab.wait_for_function("document.querySelector('#gw-message textarea')?.value == 'typed, not sent'")
     wait_for(tab, "#gw-past", "In the first")
     second.reload()
     wait_for(second, "#gw-past", "In the second")
-
-
-def test_a_line_of_the_user_is_written_by_the_model(visit, served):
-    tab = visit(answer="And of Spain?")
-    answered(tab, "What is the capital of France?")
-    tab.click("#gw-write")
-    tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'And of Spain?'")
-    assert len(next(iter(paths(served).values()))) == 2
 
 
 def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
@@ -287,7 +389,15 @@ def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
         with tab.expect_file_chooser() as chooser:
             tab.click("#gw-more .gw-icon-clip")
         chooser.value.set_files(tmp_path / name)
-        tab.wait_for_selector("#gw-toast:has-text('is not a text file')" if name == "picture.png" else "#gw-files .gw-chip")
+        tab.wait_for_selector({"notes.txt": "#gw-files .gw-chip"}.get(name, "#gw-toast:has-text('picture.png is a picture')"))
+    served.engine.unload()
+    ask(tab, "What is the code word?")  # nobody answers: question and file come back
+    wait_for(tab, "#gw-line", "No model is loaded")
+    tab.wait_for_function("document.querySelector('#gw-message textarea').value == 'What is the code word?'")
+    tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
+    served.engine.load(MISTRAL, options={"answer": "Paris.", "load_s": 0.0})
+    tab.reload()
+    tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
     answered(tab, "What is the code word?")
     tab.wait_for_selector("#gw-past .gw-chip:has-text('notes.txt')")
     tab.wait_for_selector("#gw-files .gw-chip", state="detached")

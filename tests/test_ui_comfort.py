@@ -74,7 +74,8 @@ def visit(chrome, place, width=1280, height=900, **options):
 def open_tab(tab, name):
     tab.get_by_role("tab", name=name).click()
     tab.wait_for_selector(f"[role=tab][aria-selected=true]:has-text('{name}')")
-    tab.wait_for_selector({"Model": "#gw-facts:has-text('share a scale')", "Parameters": "#gw-temperature input"}[name])
+    shown = {"Model": "#gw-facts:has-text('share a scale')", "Parameters": "#gw-temperature input"}
+    tab.wait_for_selector(shown.get(name, "#gw-notebook-text textarea"))
 
 
 def unfold(tab):
@@ -87,10 +88,26 @@ def unfold(tab):
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=lambda each: str(each)
 )
-def test_names_and_contrast_of_both_tabs_and_sizes_on_a_phone(chrome, place, width, scheme):
+def test_names_and_contrast_of_every_tab_and_sizes_on_a_phone(chrome, place, width, scheme):
     axe = pytest.importorskip("axe_playwright_python", reason="the package axe-playwright-python is not installed")
     tab = visit(chrome, place, width, color_scheme=scheme)
     tab.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    if (width, scheme) in ((1280, "light"), (390, "dark")):
+        tab.fill("#gw-message textarea", "What is the capital of France?")
+        tab.press("#gw-message textarea", "Enter")
+        tab.wait_for_selector("#gw-past .gw-figures")
+        unfold(tab)
+        tab.click("button.gw-meter")
+        tab.wait_for_selector(".gw-prompt pre")
+        tab.locator("#gw-past .gw-icon-edit").last.click()
+        tab.wait_for_selector("#gw-edit textarea:visible")
+        assert tab.evaluate(_PROBLEMS) == []
+        tab.evaluate("window.gwChat.keys(); window.gwChat.drawer(true)")
+        assert tab.evaluate(_PROBLEMS) == []
+        tab.keyboard.press("Escape")
+        tab.evaluate("window.gwChat.drawer(false)")
+        open_tab(tab, "Notebook")
+        assert tab.evaluate(_PROBLEMS) == []
     for name in ("Model", "Parameters"):
         open_tab(tab, name)
         unfold(tab)

@@ -68,10 +68,10 @@ def chat(served, text="What is the capital of France?") -> tuple[float, str]:
     values = to_values(ui_page.parameters_tab.PRESETS["Precise"])
     with Visitor(served.url) as visitor:
         began = time.monotonic()
-        visitor.call(send, ["[]", "", "", "", text, "", "", *values])
+        visitor.call(send, ["[]", "", "", "", text, "", "", "", *values])
         id = served.chats.store.listed("")[0].id
         visitor.call(follow, [f"{id} x"])
-        _message, seen = visitor.call(settle, ["", id, "", "", "", "", "", *values])
+        _message, seen = visitor.call(settle, ["", id, "", "", "", "", "", ""])
         return time.monotonic() - began, seen
 
 
@@ -135,7 +135,7 @@ def test_a_load_that_lasts_leaves_the_page_alive(served):
         (edited, *_others) = indexes(served.page, "parameters_tab", "edited")
         began = time.monotonic()
         with Visitor(served.url) as other:
-            message, _seen = other.call(edited, ["Model card", *to_values(ui_page.parameters_tab.PRESETS["Creative"])])
+            message, _seen = other.call(edited, ["Model card", "", "", *to_values(ui_page.parameters_tab.PRESETS["Creative"])])
         assert message["success"] and "Creative" in str(message["output"])
         assert time.monotonic() - began < SOON_S and served.engine.status.phase == "loading"
     finally:

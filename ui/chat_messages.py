@@ -9,9 +9,8 @@ from html import escape
 from typing import Any
 
 from ..core.chat import Message
-from ..core.chat_record import StoredMessage
+from ..core.chat_record import StoredMessage, files_of
 from ..core.units import plural
-from ..engine.chat_prompt import files_of
 from ..engine.running_answer import CRASHED, finish_of, in_words
 from .message_markdown import message_markdown
 
@@ -35,7 +34,11 @@ def shown_messages(path: Sequence[StoredMessage], live: int | None, most: int = 
 def with_buttons(message: StoredMessage, is_last: bool) -> str:
     """A message as Markdown: its HTML first, then its text."""
     seconds = message.details.get("thinking_s")
-    text = message_markdown(message.text, thinking_s=seconds if isinstance(seconds, float) else None)
+    text = message_markdown(
+        message.text,
+        thinking_s=seconds if isinstance(seconds, float) else None,
+        begun=message.details.get("begun") is True,
+    )
     return f"{_below(message, is_last)}{_files(message)}\n\n{text}"
 
 
@@ -78,6 +81,7 @@ def _below(message: StoredMessage, is_last: bool) -> str:
         buttons.append(action(f"again {id}", "Regenerate", "again"))
         if is_last:
             buttons.append(action(f"continue {id}", "Continue", "more"))
+        buttons.append(action(f"likely {id}", "What else was likely", "likely"))
     buttons.append(action(f"branch {id}", "Branch into a new conversation", "branch"))
     buttons.append(action(f"remove {id}", "Delete", "remove"))
     said = figures(message.details) if message.role == "assistant" else ""

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from ..engine.engine import Engine
+from ..loaders.text.built_in_templates import BUILT_IN, PLAIN
 from . import gradio_compat
 from .access import Access
 from .character_parts import CharacterParts
@@ -41,6 +42,7 @@ class ChatParts:
     system: gr.Textbox
     start: gr.Textbox
     template: TemplateBox
+    own_template: gr.Dropdown
     characters: CharacterParts
     shown: gr.Textbox  # the id of the conversation; "" for a new one. The browser keeps it for each of its tabs
     known: gr.Textbox  # what the page shows, so that only changes are sent
@@ -117,6 +119,13 @@ def draw(engine: Engine, access: Access) -> ChatParts:
                     lines=1,
                     max_lines=4,
                     elem_id="gw-start-reply",
+                )
+                widgets["own_template"] = gradio_compat.Dropdown(
+                    [("The model's", ""), *((each, each) for each in (*BUILT_IN, PLAIN))],
+                    value="",
+                    label="Chat template of this conversation",
+                    info="Another format than the model's, for this conversation alone.",
+                    elem_id="gw-own-template",
                 )
                 widgets["template"] = draw_template(engine, access)
                 widgets["characters"] = CharacterParts()

@@ -4,10 +4,12 @@ Both Gradios run it when the page is loaded. A button of class gw-act holds an a
 between them, or a JSON list. The script puts it where the hidden button #gw-act finds it, and presses that button.
 """
 
-INSTALL = r"""
+from . import chat_shortcuts, likely_box
+
+_INSTALL = r"""
 () => {
   if (window.gwChat) return;
-  const gw = window.gwChat = {actions: [], files: [], stick: true, drafting: 0, measuring: 0};
+  const gw = window.gwChat = {actions: [], files: [], kept: '[]', stick: true, drafting: 0, measuring: 0};
   const find = (selector, within) => (within || document).querySelector(selector);
   const press = (id) => {
     const found = find('#' + id);
@@ -21,6 +23,11 @@ INSTALL = r"""
   gw.act = (...words) => { gw.actions.push(JSON.stringify(words)); press('gw-act'); };
   gw.take = () => gw.actions.shift() || '[]';
   gw.attached = () => JSON.stringify(gw.files);
+  gw.fresh = () => { // what is attached, '' if the server has it already
+    const now = gw.attached(), before = gw.kept;
+    gw.kept = now;
+    return now === before ? '' : now;
+  };
   gw.opened = () => {
     let id = '';
     try { id = sessionStorage.getItem('gptq-webui chat') || ''; } catch (error) {}
@@ -36,6 +43,12 @@ INSTALL = r"""
   gw.drawer = (open) => { const at = find('#gw-house'); if (at) at.classList.toggle('gw-drawer-open', open); };
   const root = () => find('.gradio-container') || document.body;
 
+  gw.await = (selector, until = performance.now() + 3000) => {
+    const at = find(selector);
+    if (at && at.getClientRects().length) { at.focus(); at.setSelectionRange(at.value.length, at.value.length); }
+    else if (performance.now() < until) setTimeout(gw.await, 40, selector, until);
+  };
+
   // what the server wants the browser to do
   gw.obey = async (text) => {
     if (!text) return;
@@ -48,13 +61,16 @@ INSTALL = r"""
       document.body.append(link); link.click(); link.remove();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
-    if (it.sent) { gw.files = []; gw.chips(); }
+    if (it.sent) { gw.files = []; gw.kept = '[]'; gw.chips(); }
+    if (it.files && (!it.fill || !gw.files.length)) { gw.files = it.files; gw.kept = gw.attached(); gw.chips(); }
     if (it.fill && box() && !box().value) {
       box().value = it.fill;
       box().dispatchEvent(new Event('input', {bubbles: true}));
     }
     if (it.bottom) { gw.stick = true; gw.down(); }
+    if (it.reveal) setTimeout(() => { const at = find('#gw-prompt'); if (at) at.scrollIntoView({block: 'nearest'}); }, 150);
     if (it.focus) setTimeout(focus, 60);
+    if (it.edit) gw.await('#gw-edit textarea');
   };
   gw.copy = async (text) => {
     try { await navigator.clipboard.writeText(text); gw.say('Copied.'); return; } catch (error) {}
@@ -77,10 +93,15 @@ INSTALL = r"""
   // files of the user
   const pick = (many, done) => {
     const input = document.createElement('input');
-    input.type = 'file'; input.multiple = many; input.className = 'gw-file'; input.style.display = 'none';
+    input.type = 'file'; input.multiple = !!many; input.className = 'gw-file'; input.style.display = 'none';
     input.onchange = async () => {
       for (const file of input.files) {
         if (file.size > 20000000) { gw.say(file.name + ' is larger than 20 MB.'); continue; }
+        if (many === 'text' && /^(image|audio|video)[/]/.test(file.type)) {
+          gw.say(file.name + ' is ' + (file.type.startsWith('image') ? 'a picture' : 'a recording')
+            + '. The models that run here read text alone: describe it in words.');
+          continue;
+        }
         done(file.name, await file.text());
       }
       input.remove();
@@ -91,7 +112,7 @@ INSTALL = r"""
     if (text.includes('\u0000') || (text.match(/\uFFFD/g) || []).length > text.length / 50) {
       gw.say(name + ' is not a text file.'); return;
     }
-    gw.files.push([name, text]); gw.chips(); gw.measure();
+    gw.files.push([name, text]); gw.chips(); gw.measure(); press('gw-draft');
   };
   gw.chips = () => {
     const at = find('#gw-files'); if (!at) return;
@@ -101,11 +122,13 @@ INSTALL = r"""
       const chip = document.createElement('button');
       chip.type = 'button'; chip.className = 'gw-chip'; chip.title = 'Take ' + name + ' away';
       chip.textContent = name + ' · ' + Math.max(1, Math.round(text.length / 1024)) + ' KB ×';
-      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); };
+      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); press('gw-draft'); };
       return chip;
     }));
   };
 
+SHORTCUTS
+LIKELY
   // a name or tags, typed in the list
   const type = (button, kind, id) => {
     if (gw.typing) gw.typing.end(true);
@@ -139,17 +162,28 @@ INSTALL = r"""
     if (!event.isTrusted) return; // the script itself presses hidden buttons
     if (!event.target.closest) return;
     const button = event.target.closest('button.gw-act');
+    const token = event.target.closest('button.gw-token');
+    if (token) return gw.likely(token);
+    if (!button && event.target.closest('#gw-main button, #gw-new button, button#gw-new')) gw.refocus('');
     menus().forEach((open) => { if (!open.contains(event.target) || button) shut(open); });
     if (event.target.closest('#gw-shade, #gw-new')) gw.drawer(false);
     if (!button) return;
     event.preventDefault();
     const words = button.value.startsWith('[') ? JSON.parse(button.value) : button.value.split(' ');
+    if (words[0] === 'shortcuts') return gw.keys();
+    if (words[0] === 'tab') {
+      const tab = [...document.querySelectorAll('[role=tab]')].find((each) => each.textContent.trim() === words[1]);
+      if (tab) tab.click();
+      return;
+    }
     if (words[0] === 'drawer') return gw.drawer(!find('#gw-house').classList.contains('gw-drawer-open'));
-    if (words[0] === 'attach') return pick(true, gw.attach);
+    if (words[0] === 'attach') return pick('text', gw.attach);
     if (words[0] === 'import') return pick(true, (name, text) => gw.act('import', name, text));
     if (words[0] === 'rename' || words[0] === 'tags') return type(button, words[0], words[1]);
     if (['open', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
+    if (words[0] === 'open') words.push(gw.fresh());
     gw.act(...words);
+    gw.refocus(button.value);
   });
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape') return;
@@ -231,10 +265,12 @@ INSTALL = r"""
 }
 """
 
+INSTALL = _INSTALL.replace("SHORTCUTS", chat_shortcuts.SCRIPT).replace("LIKELY", likely_box.SCRIPT)
 OPEN = "() => { (" + INSTALL + ")(); return window.gwChat.opened(); }"
 TAKE = "(...given) => [window.gwChat.take(), ...given.slice(1)]"
 SEND = "(...given) => { window.gwChat.sending(); return [window.gwChat.attached(), ...given.slice(1)]; }"
 ATTACHED = "(...given) => [window.gwChat.attached(), ...given.slice(1)]"
+NEW_FILES = "(...given) => [window.gwChat.fresh(), ...given.slice(1)]"
 KEEP = "(id) => { window.gwChat.keep(id); }"
 OBEY = "(text) => { window.gwChat.obey(text); }"
 MEASURE = "() => { window.gwChat.measure(); }"

@@ -10,6 +10,7 @@ _ICONS = {
     "more": "M5 5l7 7-7 7M13 5l7 7-7 7",
     "branch": "M6 4v10M6 14a3 3 0 1 0 .01 0M18 4a3 3 0 1 0 .01 0M18 10c0 4-6 3-11 6",
     "remove": "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5M14 11v5",
+    "likely": "M5 20v-6M10 20V9M15 20V4M20 20v-9",
     "back": "M15 5l-7 7 7 7",
     "on": "M9 5l7 7-7 7",
     "list": "M4 6h16M4 12h16M4 18h16",
@@ -135,7 +136,9 @@ _TALK = """
   max-width: 100% !important; }
 #gw-past .bot.message { width: 100% !important; padding: 0 !important; }
 #gw-past .user.message { background: var(--gw-own) !important; border: none !important; border-radius: 14px !important;
-  padding: 2px 14px !important; color: inherit !important; }
+  padding: 2px 14px !important; color: inherit !important; overflow: visible !important; margin-bottom: 26px !important; }
+#gw-past .user .prose { padding-bottom: 0 !important; min-width: 0 !important; }
+#gw-past .user :is(.message-content, .md, .prose, .panel-full-width, button, span) { overflow: visible !important; }
 #gw-past .message-row.user-row, #gw-past .user-row { max-width: 86% !important; align-self: flex-end; }
 #gw-past .message-row.bot-row, #gw-past .bot-row { max-width: 100% !important; width: 100%; }
 #gw-past .message, #gw-live { overflow-wrap: anywhere; }
@@ -152,13 +155,16 @@ _TALK = """
 #gw-past .gw-below { position: absolute; left: 0; right: 0; bottom: 0; display: flex; align-items: center; gap: 10px;
   height: 28px;
   margin: 0; min-width: 0; }
-#gw-past .gw-of-user { justify-content: flex-end; }
+#gw-past .user .prose > .gw-below ~ * { margin-top: 6px; }
+#gw-past .user .prose > :last-child { margin-bottom: 6px; }
+#gw-past .gw-of-user { justify-content: flex-end; left: auto; right: -12px; bottom: -31px; }
 #gw-past .gw-acts { display: flex; align-items: center; flex: 0 0 auto; margin-left: -5px; }
 #gw-past .gw-versions { display: inline-flex; align-items: center; font-size: 12px; color: var(--gw-soft); }
 #gw-past .gw-figures { font-size: 12px; color: var(--gw-soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   flex: 1 1 0; min-width: 0; }
 @media (hover: hover) {
-  #gw-past .gw-acts > button { opacity: 0; transition: opacity .12s; }
+  #gw-past .gw-acts > button { opacity: .55; transition: opacity .12s; }
+  #gw-past .gw-of-user .gw-acts > button { opacity: 0; }
   #gw-past .message:hover .gw-acts > button, #gw-past .message:focus-within .gw-acts > button,
   #gw-past .gw-last .gw-acts > button {
     opacity: 1;
@@ -189,6 +195,28 @@ button.gw-meter { display: inline-flex; align-items: center; gap: 8px; font-size
 .gw-prompt-head { display: flex; justify-content: space-between; align-items: center; padding: 6px 10px; }
 .gw-prompt pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow-y: auto; margin: 0; padding: 10px;
   font-size: 13px; border-top: 1px solid var(--gw-line); }
+.gw-prompt > p { margin: 0; padding: 0 10px 8px; }
+.gw-tokens { padding: 10px; border-top: 1px solid var(--gw-line); max-height: 24vh; overflow-y: auto; font-size: 14px;
+  line-height: 1.9; }
+button.gw-token { font: inherit; white-space: pre-wrap; border: none; cursor: pointer; padding: 2px 0; border-radius: 3px;
+  color: inherit; background: rgb(217 119 6 / calc(var(--gw-odd) * .45)); }
+button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid var(--primary-500); }
+.gw-others:not(:empty) { padding: 8px 10px; border-top: 1px solid var(--gw-line); }
+.gw-others table { border-collapse: collapse; font-size: 14px; margin: 0 !important; }
+.gw-others :is(table, tbody, tr, td) { border: none !important; }
+.gw-others td { padding: 3px 14px 3px 0; white-space: nowrap; }
+.gw-others .gw-taken { font-weight: 600; }
+.gw-others button { color: var(--gw-good) !important; }
+.gw-own { color: var(--gw-note) !important; font-size: 13px !important; margin-right: 8px;
+  text-decoration: underline dotted !important; }
+#gw-keys { border: 1px solid var(--gw-line); border-radius: 12px; padding: 20px 24px; max-width: min(92vw, 520px); margin: auto;
+  background: var(--background-fill-primary); color: var(--body-text-color); box-shadow: 0 16px 48px rgb(0 0 0 / .3); }
+#gw-keys::backdrop { background: rgb(0 0 0 / .4); }
+#gw-keys h2 { margin: 0 0 12px; font-size: 17px; font-weight: 650; }
+#gw-keys dl { display: grid; grid-template-columns: auto 1fr; gap: 8px 20px; margin: 0 0 16px; font-size: 14px; }
+#gw-keys dt { font-weight: 600; } #gw-keys dd { margin: 0; color: var(--body-text-color); }
+#gw-keys button { border: 1px solid var(--gw-line); border-radius: 6px; padding: 6px 16px; min-height: 36px; cursor: pointer;
+  background: none; color: inherit; font: inherit; }
 .gw-prompt mark { background: var(--gw-chosen); color: var(--gw-good); border-radius: 3px; padding: 0 2px; }
 #gw-edit { border: 1px solid var(--primary-500); border-radius: 8px; padding: 10px 12px !important; gap: 8px !important; }
 #gw-edit .form, #gw-edit .block { border: none !important; background: none !important; padding: 0 !important; }
@@ -197,7 +225,14 @@ button.gw-meter { display: inline-flex; align-items: center; gap: 8px; font-size
 @media (max-width: 760px) {
   .gradio-container > .main { padding: 8px 12px 12px !important; }
   #gw-title span { display: none; }
-  #gw-house { height: calc(100dvh - 126px); }
+  #gw-house { height: calc(100dvh - 130px); }
+  #gw-head .gw-who { display: flex; flex-direction: column; line-height: 1.3; }
+  #gw-head .gw-who > * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; margin-left: 0; }
+  #gw-head .gw-who span { font-size: 12px; }
+  #gw-meter .gw-meter-bar { width: 40px; }
+  #gw-keys-button { display: none !important; }
+  #gw-more > button, #gw-more > #gw-meter button { padding: 4px 5px !important; }
+  .gw-others td { white-space: normal; }
   #gw-drawer { display: block; }
   #gw-drawer button::before { width: 22px; height: 22px; }
   #gw-side { position: fixed !important; z-index: 60; left: 0; top: 0; bottom: 0; width: min(84vw, 320px) !important;
@@ -212,11 +247,12 @@ button.gw-meter { display: inline-flex; align-items: center; gap: 8px; font-size
   #gw-ask > :first-child { flex: 1 1 0 !important; }
   #gw-ask button { flex: 0 0 76px !important; min-width: 76px !important; }
   #gw-more > button { padding: 4px 6px !important; }
-  #gw-past .prose { padding-bottom: 54px !important; }
-  #gw-past .user .prose { padding-bottom: 32px !important; }
+  #gw-past .prose { padding-bottom: 70px !important; }
+  #gw-past .user .prose { padding-bottom: 0 !important; }
+  #gw-past .user.message { margin-bottom: 30px !important; }
   #gw-past .gw-below { flex-direction: column; align-items: flex-start; height: auto; gap: 0; }
   #gw-past .gw-of-user { align-items: flex-end; }
-  #gw-past .gw-figures { flex: none; max-width: 100%; }
+  #gw-past .gw-figures { flex: none; max-width: 100%; white-space: normal; }
   button.gw-icon { padding: 7px; }
 }
 """

@@ -38,10 +38,13 @@ def build(
     access = access or Access()
     chats = chats or ChatService(engine)
     parts = draw(engine, access)
-    view = ChatView(chats, access, parts)
+    view = ChatView(chats, access, parts, parameters.whose)
+    parameters.follow(chats, parts.shown)
     actions = ChatActions(view, parameters.params)
     # Gradio 6 searches its whole page for each input and output, so what needs no parameters does not send them
-    own_inputs = [parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start]
+    own_inputs = [
+        parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start, parts.own_template
+    ]  # fmt: skip
     inputs = [*own_inputs, *parameters.fields]
     now = gradio_compat.NOW
     CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs)
@@ -58,16 +61,18 @@ def build(
     ):  # fmt: skip
         wire(trigger, work, inputs, js=script)
     for trigger, work in (
-        (parts.clear.click, actions.clear), (parts.undo.click, actions.undo), (parts.new.click, actions.new),
+        (parts.clear.click, actions.clear), (parts.undo.click, actions.undo),
         (parts.news.change, actions.refresh), (parts.search.input, actions.refresh),
         (parts.edit_cancel.click, actions.close_edit),
     ):  # fmt: skip
         wire(trigger, work, own_inputs)
     for trigger, work in (
-        (parts.stop.click, actions.stop), (parts.draft.click, actions.keep_draft), (parts.system.blur, actions.keep_settings),
-        (parts.start.blur, actions.keep_settings),
+        (parts.stop.click, actions.stop), (parts.system.blur, actions.keep_settings), (parts.start.blur, actions.keep_settings),
+        (parts.own_template.input, actions.keep_settings),
     ):  # fmt: skip
         wire(trigger, work, own_inputs, [parts.line])
+    wire(parts.new.click, actions.new, own_inputs, js=chat_script.NEW_FILES)
+    wire(parts.draft.click, actions.keep_draft, own_inputs, [parts.line], js=chat_script.NEW_FILES)
     parts.look.click(actions.look, [parts.shown, parts.known, parts.search], [parts.news], **now)
 
     def editing(in_place: bool) -> Callable[..., Updates]:

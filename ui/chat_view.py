@@ -64,8 +64,9 @@ def owner_of(request: gr.Request) -> str:
 
 
 class ChatView:
-    def __init__(self, chats: ChatService, access: Access, parts: ChatParts) -> None:
-        self.chats, self.access, self.parts = chats, access, parts
+    def __init__(self, chats: ChatService, access: Access, parts: ChatParts, whose: gr.Textbox) -> None:
+        """`whose` is an output: the id of the conversation that is shown if it has parameters of its own, else ""."""
+        self.chats, self.access, self.parts, self.whose = chats, access, parts, whose
         self.followers: Pages[tuple[object, int]] = Pages()  # (who follows, which answer) of each page
 
     @property
@@ -74,7 +75,7 @@ class ChatView:
         at = self.parts
         return [
             at.shown, at.known, at.bell, at.out, at.listed, at.past, at.live, at.line, at.box, at.send, at.stop, at.undo,
-            at.prompt, at.system, at.start, at.editor, at.edit_box, at.edit_id,
+            at.prompt, at.system, at.start, at.own_template, at.editor, at.edit_box, at.edit_id, self.whose,
         ]  # fmt: skip
 
     def show(
@@ -103,9 +104,11 @@ class ChatView:
         if opened or known.id != info.id:
             known.most = MOST_SHOWN
             updates |= {at.shown: info.id, at.system: info.system, at.start: info.reply_start, at.prompt: ""}
-            updates |= {at.editor: gr.update(visible=False)}
+            updates |= {at.editor: gr.update(visible=False), at.own_template: info.template}
             updates.setdefault(at.line, "")
         key = f"{info.stamp}:{live is not None}:{running is not None}:{known.most}"
+        if opened or known.id != info.id or known.chat != key:
+            updates[self.whose] = info.id if info.parameters else ""
         if opened or ended or known.id != info.id or known.chat != key:
             updates |= self._conversation(owner, info, path, running, live, known)
             known.chat = key
@@ -171,7 +174,7 @@ class ChatView:
             text, state = answer.text, answer.state
             if f"{len(text)} {state}" != shown:
                 shown, yielded_at = f"{len(text)} {state}", began
-                yield {at.live: markdown.update(text), at.line: doing(answer)}
+                yield {at.live: markdown.update(text, answer.thinking_s, begun=answer.begun), at.line: doing(answer)}
             elif began - yielded_at > _ALIVE_S:
                 yielded_at = began
                 yield {at.line: gr.update()}
@@ -205,7 +208,9 @@ class ChatView:
             known.past = past
             updates[at.past] = gradio_compat.to_display(messages)
         shows_live = running is not None and (live is not None or running.message is None)
-        updates[at.live] = message_markdown(running.text, live=True) if running is not None and shows_live else ""
+        updates[at.live] = (
+            message_markdown(running.text, begun=running.begun, live=True) if running is not None and shows_live else ""
+        )
         updates |= {at.send: gr.update(visible=running is None), at.stop: gr.update(visible=running is not None)}
         what = self.chats.store.can_undo(owner, info.id) if info.id else ""
         return updates | {at.undo: gr.update(visible=bool(what), value=f"Undo {what}")}
@@ -213,7 +218,9 @@ class ChatView:
     def _end(self, request: gr.Request, owner: str, info: ChatInfo, path: Sequence[StoredMessage], box: str | None) -> Updates:
         """How the last answer ended; a question that got none, and a line that the model wrote, come into the box."""
         at = self.parts
-        updates: Updates = {at.box: info.draft} if info.draft and not (box or "").strip() else {}
+        updates: Updates = {}
+        if (info.draft or info.draft_files) and not (box or "").strip():
+            updates = {at.box: info.draft, at.out: order(files=info.draft_files)}
         answer = self.chats.last(owner, info.id)
         if answer is None:
             return updates | {at.line: ""}
@@ -237,6 +244,11 @@ def doing(answer: Running) -> str:
     """HTML: what an answer is doing, with a bar while a long prompt is read."""
     share = answer.share
     return quiet(answer.state) if share is None else working(answer.state, share)
+
+
+def order(**words: Any) -> str:
+    """For `out`: what the browser shall do."""
+    return json.dumps({**words, "new": secrets.token_hex(3)})
 
 
 def _number(answer: Running | None) -> int:

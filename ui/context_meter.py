@@ -8,10 +8,16 @@ from ..engine.chat_context import ContextUse
 _MOST_SHOWN = 400_000  # characters of a prompt
 
 
-def meter_html(use: ContextUse | None) -> str:
-    """A bar and numbers; a click shows the prompt."""
+OWN = (
+    '<button class="gw-act gw-own" value="tab Parameters" title="This conversation has parameters of its own. '
+    'Press to see them.">own parameters</button>'
+)
+
+
+def meter_html(use: ContextUse | None, own: bool = False) -> str:
+    """A bar and numbers; a click shows the prompt. `own`: the conversation has parameters of its own."""
     if use is None:
-        return ""
+        return OWN if own else ""
     if use.too_long:
         words, kind = use.too_long, "gw-full"
     elif use.left_out:
@@ -24,7 +30,7 @@ def meter_html(use: ContextUse | None) -> str:
     said = f'<span class="gw-meter-words">{escape(words)}</span>' if kind else ""
     title = escape(f"{words} Press to see the prompt as the model gets it.")
     return (
-        f'{said}<button class="gw-act gw-meter {kind}" value="prompt" title="{title}">'
+        f'{said}{OWN if own else ""}<button class="gw-act gw-meter {kind}" value="prompt" title="{title}">'
         f'<span class="gw-meter-bar"><i style="width:{use.share:.0%}"></i></span>{use.used:,} of {use.context:,} tokens</button>'
     )
 

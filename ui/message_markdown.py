@@ -22,23 +22,26 @@ def message_markdown(text: str, *, thinking_s: float | None = None, begun: bool 
     parts = parts_of(text, begun=begun)
     if not any(each.is_thought for each in parts):
         return safe_markdown(parts[0].text if len(parts) == 1 else text)
-    return "\n\n".join(_folded(each, thinking_s, live) if each.is_thought else safe_markdown(each.text) for each in parts)
+    shown = []
+    for each in parts:
+        shown.append(_folded(each, thinking_s, live) if each.is_thought else safe_markdown(each.text))
+        thinking_s = None if each.is_thought else thinking_s  # it is the first thought's
+    return "\n\n".join(shown)
 
 
 class LiveMarkdown:
     """One message while it is written. Each call costs about as much as what is new in it."""
 
-    def __init__(self, *, begun: bool = False) -> None:
-        self._begun = begun
+    def __init__(self) -> None:
         self._source = ""  # the beginning of the answer that is settled …
         self._shown = ""  # … as Markdown
 
-    def update(self, text: str, thinking_s: float | None = None) -> str:
+    def update(self, text: str, thinking_s: float | None = None, *, begun: bool = False) -> str:
         """The whole message so far, as `message_markdown` makes it."""
         if not text.startswith(self._source):
             self._source = self._shown = ""
         rest = text[len(self._source) :]
-        begun = self._begun and not self._source
+        begun = begun and not self._source
         if len(rest) > 2 * _TAIL and (end := _settled(rest, begun)):
             piece = message_markdown(rest[:end], thinking_s=thinking_s, begun=begun)
             self._shown += piece.rstrip("\n") + "\n\n"

@@ -10,11 +10,12 @@ from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
-from . import chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, quantize_tab, theme
+from . import chat_shortcuts, chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, quantize_tab, theme
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
 from .origins_box import draw_origins
+from .own_params import Marks
 from .page_gate import PageGate
 from .share_box import draw_share
 
@@ -42,7 +43,7 @@ def build(
         watcher = Watcher()
         with gr.Row(elem_id="gw-head-row"):
             gr.HTML(f'<h1 id="gw-title">{theme.TITLE}<span>chat with GPTQ models</span></h1>')
-            gr.HTML(page_comfort.MENU, elem_id="gw-comfort-place")
+            gr.HTML(chat_shortcuts.BUTTON + page_comfort.MENU, elem_id="gw-comfort-place")
             free = gr.Button(
                 "Free GPU memory" if look_at_machine().gpu else "Free memory",
                 size="sm",
@@ -51,6 +52,7 @@ def build(
                 visible=everybody,
                 elem_id="gw-free",  # visible on every tab
             )
+        marks = Marks.draw()
         kept_tab = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
         notice = gr.HTML(visible=False, elem_id="gw-banner")
         link = draw_share()
@@ -60,7 +62,7 @@ def build(
             with gr.Tab("Model", id="model", visible=everybody) as model_tab_item:
                 models = model_tab.build(engine, downloads, watcher, access)
             with gr.Tab("Parameters", id="parameters"):
-                parameters = parameters_tab.build(engine, watcher, preset)
+                parameters = parameters_tab.build(engine, watcher, preset, marks=marks)
             with gr.Tab("Notebook", id="notebook") as notebook_tab_item:
                 notebook = notebook_tab.build(engine, parameters)
             with gr.Tab("Quantize", id="quantize", visible=everybody) as quantize_tab_item:

@@ -14,6 +14,7 @@ import gradio as gr
 from ..core.errors import BadParameter
 from ..core.params import PRESETS, GenerationParams
 from ..core.sampling_field import Group
+from ..engine.chat_service import ChatService
 from ..engine.engine import Engine
 from ..engine.preset_store import PresetStore
 from ..loaders.text.token_codec import TokenCodec
@@ -21,6 +22,7 @@ from . import gradio_compat, parameter_fields
 from .browser_store import BrowserStore, browser_store
 from .html_snippets import field_problems
 from .job_watcher import Pages, Updates, Watcher
+from .own_params import Marks, OwnParams
 from .parameter_fields import GROUPS, NAMES, to_params, to_values
 from .preset_box import PresetBox, draw_presets
 
@@ -43,17 +45,27 @@ _MARK = """() => document.querySelectorAll('.gw-field').forEach((field) => {
 class ParametersTab:
     fields: Sequence[gr.components.Component]  # give their values to an event as inputs …
     params: Callable[[Sequence[Any]], GenerationParams]  # … and to this; a wrong value counts as the nearest that is allowed
+    whose: gr.Textbox  # an output: the conversation that is open, if it has parameters of its own
+    follow: Callable[[ChatService, gr.Textbox], None]  # the conversations, and the box with the id of the open one
 
 
 def build(
-    engine: Engine, watcher: Watcher, first: str = next(iter(PRESETS)), presets: PresetStore | None = None
+    engine: Engine,
+    watcher: Watcher,
+    first: str = next(iter(PRESETS)),
+    presets: PresetStore | None = None,
+    marks: Marks | None = None,
 ) -> ParametersTab:
     """Draw the tab and wire it; return what the Chat tab needs to gather the values.
 
     `first` is the preset for a browser that has kept no values.
     """
     store = presets or PresetStore(engine.settings.path.parent / "presets")
-    gr.HTML('<p class="gw-quiet">These settings shape the next answers. They are yours alone and stay in this browser.</p>')
+
+    def params(values: Sequence[Any]) -> GenerationParams:
+        return parameter_fields.read(values, lambda: _codec(engine)).params
+
+    own = OwnParams(marks or Marks.draw(), params)
     with gr.Column(elem_classes="gw-panel", elem_id="gw-presets"):
         box = draw_presets(engine, store, first)
     note = gr.HTML(elem_id="gw-parameters-note")
@@ -72,12 +84,13 @@ def build(
             ):
                 by_name |= {name: parameter_fields.draw(name, row, value) for name, row, value in inside}
     fields = [by_name[name] for name in NAMES]
-    _wire(engine, watcher, box, fields, folded, browser_store(_STORE_KEY), note)
+    kept = browser_store(_STORE_KEY)
+    after = _wire(engine, watcher, box, fields, folded, kept, note, own)
 
-    def params(values: Sequence[Any]) -> GenerationParams:
-        return parameter_fields.read(values, lambda: _codec(engine)).params
+    def follow(chats: ChatService, shown: gr.Textbox) -> None:
+        own.wire(chats, shown, fields, kept.box, after)
 
-    return ParametersTab(fields, params)
+    return ParametersTab(fields, params, own.marks.whose, follow)
 
 
 def _wire(
@@ -88,9 +101,12 @@ def _wire(
     folded: dict[Group, gr.Accordion],
     store: BrowserStore,
     note: gr.HTML,
-) -> None:
+    own: OwnParams,
+) -> Callable[[Any], None]:
+    """Returns what follows an event that changed fields."""
     loaded_mark = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
     seen: Pages[str] = Pages()
+    switched_off: Pages[tuple[frozenset[str], str]] = Pages()  # names, and why: as each page shows it
 
     def named(values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(NAMES, values, strict=True))
@@ -102,23 +118,33 @@ def _wire(
             place: gr.update(label=_label(group, values)) for group, place in folded.items()
         }
 
-    def edited(request: gr.Request, before: str, *values: Any) -> Updates:
-        kept = json.dumps(named(values), ensure_ascii=True)
-        return {store.box: kept, box.choice: box.match(request, named(values), before)} | said(values)
+    def edited(request: gr.Request, before: str, filled: str, common: str, *values: Any) -> Updates:
+        kept = {} if own.keep(request, filled, values, common) else {store.box: json.dumps(named(values), ensure_ascii=True)}
+        return {**kept, box.choice: box.match(request, named(values), before)} | said(values)
 
     def restore(kept: str) -> list[Any]:
         values = _kept(kept)
-        return [values.get(name, gr.update()) for name in NAMES]
+        return [*(values.get(name, gr.update()) for name in NAMES), ""]
 
-    def support(request: gr.Request, before: str, *values: Any) -> Updates:
-        """Which fields the loaded model obeys, and the list of presets."""
-        can = _can(engine)
+    def marks(request: gr.Request, before: str, is_new: bool, *values: Any) -> Updates:
+        """The list of presets, and which fields the loaded model obeys: those whose mark changes. `is_new`: none has one."""
+        off, why = _off(engine), _why_not(engine)
+        shown = switched_off.get(request) if not is_new else None
+        switched_off.set(request, (off, why))
         updates = box.values(request, named(values), before)
         for (name, row, _default), field in zip(parameter_fields.rows(), fields, strict=True):
-            able = can is None or name in can
             help = parameter_fields.info(name, row)
-            updates[field] = gr.update(interactive=able, info=help if able else f"{_why_not(engine)} {help}")
+            if name in off and (shown is None or name not in shown[0] or shown[1] != why):
+                updates[field] = gr.update(interactive=False, info=f"{why} {help}")
+            elif name not in off and shown is not None and name in shown[0]:
+                updates[field] = gr.update(interactive=True, info=help)
         return updates
+
+    def support(request: gr.Request, before: str, *values: Any) -> Updates:
+        return marks(request, before, False, *values)
+
+    def opened(request: gr.Request, before: str, *values: Any) -> Updates:
+        return marks(request, before, True, *values)
 
     def mark() -> str:
         loaded = engine.loaded
@@ -134,23 +160,25 @@ def _wire(
             else:
                 yield {}
 
+    edit = [box.choice, own.marks.filled, store.box, *fields]
     after_edit = [box.choice, store.box, note, *folded.values()]
 
     def after(event: Any) -> None:
-        event.then(edited, [box.choice, *fields], after_edit, **gradio_compat.EVENT)
+        event.then(edited, edit, after_edit, **gradio_compat.EVENT)
 
     box.wire(fields, after)
-    after(store.on_load(restore, fields))
+    after(store.on_load(restore, [*fields, own.marks.filled]))
     for field in fields:
         for name in ("input", "release", "blur"):
             if hasattr(field, name):
-                getattr(field, name)(edited, [box.choice, *fields], after_edit, trigger_mode="always_last", **gradio_compat.EVENT)
+                getattr(field, name)(edited, edit, after_edit, trigger_mode="always_last", **gradio_compat.EVENT)
     note.change(None, None, None, js=_MARK, **gradio_compat.EVENT)
     watcher.add(look, [], live=[loaded_mark])
     tab = gradio_compat.enclosing_tab()
-    for trigger in (loaded_mark.change, *([tab.select] if tab is not None else [])):
+    for trigger, work in ((loaded_mark.change, support), *([(tab.select, opened)] if tab is not None else [])):
         # what was typed meanwhile counts: the marks are made anew from the present values
-        after(trigger(support, [box.choice, *fields], [*box.outputs, *fields], **gradio_compat.EVENT))
+        after(trigger(work, [box.choice, *fields], [*box.outputs, *fields], **gradio_compat.EVENT))
+    return after
 
 
 def _label(group: Group, values: Sequence[Any]) -> str:
@@ -176,9 +204,9 @@ def _kept(text: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in NAMES and isinstance(value, (str, int, float, type(None)))}
 
 
-def _can(engine: Engine) -> frozenset[str] | None:
-    """Names of the parameters that the loaded model obeys; None if none is loaded."""
-    return engine.loaded.can if engine.loaded is not None else None
+def _off(engine: Engine) -> frozenset[str]:
+    """Names of the parameters that the loaded model does not obey."""
+    return frozenset(NAMES) - engine.loaded.can if engine.loaded is not None else frozenset()
 
 
 def _why_not(engine: Engine) -> str:

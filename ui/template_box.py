@@ -32,8 +32,8 @@ def draw_template(engine: Engine, access: Access) -> TemplateBox:
     choice = gradio_compat.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in (*BUILT_IN, PLAIN)), ("Your own …", OWN)],
         value=_AUTOMATIC,
-        label="Chat template",
-        info="The format in which messages reach the model. Saved for each model.",
+        label="Chat template of the model",
+        info="The format in which messages reach the model. Saved for the model, for every conversation.",
         elem_id="gw-template",
         visible=access.owners is None,
     )

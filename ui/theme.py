@@ -103,6 +103,9 @@ _COMFORT = """ /* page_comfort.py */
 }
 #gw-comfort-place { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; overflow: visible !important; }
 #gw-comfort { position: relative; }
+#gw-comfort-place > div, #gw-comfort-place .prose { display: flex; gap: 8px; align-items: stretch; }
+#gw-keys-button { border: 1px solid var(--gw-line) !important; border-radius: 6px !important; padding: 3px 11px !important;
+  font-size: 13px !important; font-weight: 600 !important; background: var(--button-secondary-background-fill) !important; }
 #gw-comfort summary {
   list-style: none; cursor: pointer; padding: 3px 10px; border: 1px solid var(--gw-line); border-radius: 6px;
   font-size: 13px; font-weight: 600; background: var(--button-secondary-background-fill); color: var(--body-text-color);
@@ -218,6 +221,7 @@ _PARAMETERS = """ /* parameters_tab.py, preset_box.py */
 .gw-preset-row > :first-child { flex: 1 1 260px !important; }
 .gw-preset-row > .gw-buttons { flex: 0 1 auto !important; width: auto !important; padding-bottom: 5px; }
 .gw-panel .gw-fields, .gw-panel .gw-fields > .form { gap: 18px 30px !important; }
+.gw-group { margin-left: 0 !important; margin-right: 0 !important; }
 .gw-group .gw-fields .form { border: none !important; background: none !important; gap: 4px 10px !important; }
 .gw-group .gw-fields .block { border: none !important; }
 .gw-field .min_value, .gw-field .max_value { color: var(--gw-soft) !important; }

@@ -220,7 +220,9 @@ class LoadedModel(ABC):
         shown = template.show(source, self.tokenizer, tools.tools if tools is not None else ())
         calls = tool_prompts.prompt_of(tools, template.tool_format, shown.has_skill) if tools is not None else None
         text = shown.text + (calls.opening if calls is not None else "")
-        return Prompt(text, tuple(self._ids(text)), tuple(source), template.stop, calls, template.channels, template.thought_marks)
+        return Prompt(
+            text, tuple(self._ids(text)), tuple(source), template.stop, calls, template.channels, template.thought_marks
+        )
 
     def _ids(self, text: str) -> list[int]:
         """As `encode`, with the ids of earlier answers."""
