@@ -142,7 +142,7 @@ class RunningAnswer:
             self._answer = self._ask(self)
             self.waiting = ""
             self._accepted.set()
-            self.begun = self.begun or (self._answer is not None and self._answer.begun)
+            self.begun = self.begun or (isinstance(self._answer, Answer) and self._answer.begun)
             self._timer = ThoughtTimer(self.before, begun=self.begun, seconds=self._thought_s)
             for event in self._answer or ():
                 if self.over:
