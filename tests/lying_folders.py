@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-OTHERS = ("gpt_neox", "opt", "gpt2", "falcon", "phi")
+LIKE = ("gemma2", "cohere", "olmo2", "granite", "stablelm")  # Llama's modules with other options
+OTHERS = ("gpt_neox", "opt", "gpt2", "falcon", "phi", "bloom", *LIKE)
 WORDS = {torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
 
@@ -67,6 +68,10 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
                    "word_embed_proj_dim": hidden, "pad_token_id": 1}  # fmt: skip
     else:
         config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
+    if kind == "bloom":
+        config |= {"n_layer": layers, "n_head": heads}
+    if kind in LIKE:
+        config |= {"num_key_value_heads": keys} | ({"head_dim": head_dim} if kind == "gemma2" else {})
     if kind in FAMILY:
         config |= {"num_key_value_heads": keys}
         config |= {"head_dim": head_dim} if own or kind == "qwen3" else {}
