@@ -271,15 +271,17 @@ def attend_layer(tid, threads, counters, phase, f, layer):
     rows, head_dim = f.rows, f.head_dim
     group = f.heads // f.kv_heads
     window = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[WINDOW]
-    size = 4 if not f.few or group % 4 == 0 else group if group < 4 else 1
-    items = rows * (f.heads // size) if f.few else f.heads * ((rows + 3) // 4)
+    blocks = (group + 3) // 4  # of up to four heads that share keys
+    items = rows * f.kv_heads * blocks if f.few else f.heads * ((rows + 3) // 4)
     for at in shares(counters, phase, items):
         if f.few:
-            head, r, count, later = at // rows * size, at % rows, size, 0
+            r, block, later = at % rows, at // rows % blocks, 0
+            head = at // rows // blocks * group + 4 * block
+            count = min(4, group - 4 * block)
             stride = out_stride = 4 * head_dim
             bias_stride = 4 * f.bias_positions
             if rows == 1 and f.qk_norm != QK_WIDTH:
-                for one in range(size):
+                for one in range(count):
                     rotate_head(f, layer, 0, head + one, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
                 store_head(tid, f, layer, 0, head // group)
         else:
