@@ -129,8 +129,10 @@ def check_layer(gpu: Gpu, rng: random.Random) -> str:
     layer: GPTQLinear = random_layer(k, n, bits, group_size, sym=rng.random() < 0.5, rows=rows, bias=rng.random() < 0.5)
     dense, bias = layer.dequantize(torch.float64), layer.bias
     packing = packing_of([layer])
-    gpu.add([gemv.variant(packing, k, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes)], [packing])
+    gemv.variant(packing, k, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes)  # raises Unsuited
+    gpu.add(packings=[packing])
     own = CudaLinear(gpu, repack(gpu, [layer], packing))
+    gpu.add_missing(variants=[own.variant])
     problems = []
     for count in (1, 7):
         x = torch.randn(count, k, device="cuda").half()

@@ -5,13 +5,15 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from gptq_webui.gptq.cuda import activations
+from gptq_webui.gptq.cuda import activations, fused_router
 from gptq_webui.gptq.cuda.cuda_linear import linear_of
 from gptq_webui.gptq.cuda.cuda_weights import packing_of
 from gptq_webui.gptq.cuda.fused_forward import FusedForward
 from gptq_webui.gptq.cuda.fused_norms import CudaNorm, replace_norms
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
+from gptq_webui.gptq.cuda.kernel_source import LayerVariant
 from gptq_webui.gptq.cuda.merged_layers import Part
 from gptq_webui.gptq.cuda.replaced_layers import replace_layers
 from gptq_webui.gptq.gptq_linear import GPTQLinear
@@ -260,3 +262,55 @@ def test_attention_leaves_what_it_cannot_compute():
     assert fused.decode(q, k, k, None, {"sliding_window": 8}) is None  # a window that no mask shows
     assert fused.decode(q.float(), k, k, None, {}) is None
     fused.close()
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+@pytest.mark.parametrize(
+    ("architecture", "name", "facts"),
+    [
+        ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}),
+        ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False}),
+        ("mixtral", "MixtralTopKRouter", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 32, "num_experts_per_tok": 4}),
+        ("deepseek_v2", "DeepseekV2TopkRouter", {"n_routed_experts": 64, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}),
+    ],
+)
+def test_routers_are_recognised_and_computed(gpu, architecture, name, facts, dtype):
+    from transformers import AutoConfig
+
+    module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
+    if not hasattr(module, name):
+        pytest.skip("this transformers has no such router")
+    torch.manual_seed(0)
+    router = getattr(module, name)(AutoConfig.for_model(architecture, hidden_size=256, **facts)).to("cuda", dtype)
+    for each in router.parameters():
+        each.data = torch.randn(each.shape, device="cuda").to(dtype) * 0.1
+    found = fused_router.kind_of(router)
+    assert found is not None
+    gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
+    own = fused_router.CudaRouter(gpu, router, found)
+    for _ in range(20):
+        x = torch.randn(1, 256, device="cuda").to(dtype)
+        wanted, same = router(x), own(x)
+        assert [each.dtype for each in wanted] == [each.dtype for each in same]
+        assert [each.shape for each in wanted] == [each.shape for each in same]
+        assert error(same[0], wanted[0]) < limit(dtype)
+        spread = [torch.zeros(wanted[0].shape[1], device="cuda").scatter(0, b[0], a[0].float()) for _all, a, b in (wanted, same)]
+        if set(wanted[2][0].tolist()) == set(same[2][0].tolist()):  # else two logits are equal but for rounding
+            assert error(spread[1], spread[0]) < limit(dtype)
+
+
+def test_a_router_that_chooses_otherwise_is_left(gpu):
+    class Router(nn.Module):
+        top_k = 2
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 64, device="cuda").half())
+
+        def forward(self, x):
+            logits = functional.linear(x, self.weight)
+            scores, chosen = logits.sigmoid().topk(2, -1)
+            return logits, scores, chosen
+
+    assert fused_router.kind_of(Router()) is None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .fused_norms import MOST, CudaNorm, listeners, norm_of
+from .fused_norms import MOST, CudaNorm, norm_of, watchers
 from .gpu_kernels import Gpu
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
@@ -76,13 +76,17 @@ class FusedForward:
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
         self._sum = 0  # the number of the next one
         self._keeping: set[int] = set()  # caches (by id) whose keys go into our attention
+        self._heads: dict[int, tuple[CudaNorm, Tensor]] = {}  # normed heads of the first forward, by their address
+        self._turned: dict[int, tuple[CudaNorm, CudaNorm]] = {}  # the norms of the heads that a rotation (by number) takes
+        self._left: set[int] = set()  # norms (by id) that rotations compute
+        self._rotation_number = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """While it lasts, the model's forward uses the kernels."""
         with ExitStack() as undo:
             _active.append(self)
-            listeners.append(self.learn)
+            watchers.append(self)
             undo.callback(self._end)
             self._name_attention(undo)
             modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
@@ -96,18 +100,18 @@ class FusedForward:
 
     def _end(self) -> None:
         _active.remove(self)
-        listeners.remove(self.learn)
+        watchers.remove(self)
         self._forwards = 0
-        self._sums.clear()
-        self._norms.clear()
-        self._keeping.clear()
+        for each in (self._sums, self._norms, self._keeping, self._heads, self._turned, self._left):
+            each.clear()  # type: ignore[attr-defined]
 
     def begin(self) -> None:
         """A forward begins: the same one as before, since the recording began."""
         self._forwards += 1
-        self._sum = 0
+        self._sum = self._rotation_number = 0
         if self._forwards == 2:
             self._sums.clear()
+            self._heads.clear()
 
     # -- the residual ----------------------------------------------------------------------------------------------
 
@@ -122,16 +126,17 @@ class FusedForward:
             self._sums.append(total)
         return total
 
-    def learn(self, norm: CudaNorm, x: Tensor) -> None:
-        """In the first forward `norm` is given x."""
+    def before(self, norm: CudaNorm, x: Tensor) -> bool:
+        """In the first forward it is learnt what the norm is given; later the norms of turned heads are left to the rotation."""
         if self._forwards == 1:
             for number, total in enumerate(self._sums):
                 if total is x:
                     self._norms.setdefault(number, norm)
+        return id(norm) in self._left and self._forwards > 1
 
-    def close(self) -> None:
-        self._attention.close()
-        self._gpu.close()
+    def after(self, norm: CudaNorm, out: Tensor) -> None:
+        if self._forwards == 1 and out.dim() == 4 and not norm.kind.centred and norm.bias is None:
+            self._heads[out.data_ptr()] = norm, out
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
@@ -161,10 +166,26 @@ class FusedForward:
                 if key not in self._rotations and not capturing():
                     self._rotations[key] = self._kind_of(original, q, k, cos)
                 if (kind := self._rotations.get(key)) is not None:
-                    return self._rotate(q, k, cos, sin, kind)
+                    number, self._rotation_number = self._rotation_number, self._rotation_number + 1
+                    if self._forwards == 1:
+                        self._learn_heads(number, q, k)
+                        return self._rotate(q, k, cos, sin, kind)
+                    return self._rotate(q, k, cos, sin, kind, self._turned.get(number))
+            if self._left and self._forwards > 1:
+                raise RuntimeError("a rotation differs from one forward to the next")
             return original(q, k, cos, sin, *args, **kwargs)
 
         return rotated
+
+    def _learn_heads(self, number: int, q: Tensor, k: Tensor) -> None:
+        """Whether a rotation takes what norms gave, all of it and as it was given."""
+        found = [self._heads.get(each.data_ptr()) for each in (q, k)]
+        of_q, of_k = found
+        if of_q is None or of_k is None or of_q[0].kind != of_k[0].kind:
+            return
+        if q.numel() == of_q[1].numel() and k.numel() == of_k[1].numel() and q.shape[3] == of_q[1].shape[3]:
+            self._turned[number] = of_q[0], of_k[0]
+            self._left |= {id(of_q[0]), id(of_k[0])}
 
     def _kind_of(self, original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor) -> int | None:
         """Which dimensions a rotation turns together, by random angles; None if it is of no known kind."""
@@ -185,15 +206,20 @@ class FusedForward:
         log.info("%s of %s is not of a known kind", _ROTATION, getattr(original, "__module__", "?"))
         return None
 
-    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    def _rotate(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int, norms: tuple[CudaNorm, CudaNorm] | None = None
+    ) -> tuple[Tensor, Tensor]:
         dims, angles = q.shape[3], cos.shape[-1]
         rotated = 2 * angles if kind == 0 and 2 * angles == dims else min(angles, dims)
         q_out, k_out = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
         arguments = ROTATE.pack(
             q=q, k=k, cosines=cos, sines=sin, q_out=q_out, k_out=k_out, q_stride=q.stride(1), k_stride=k.stride(1),
             heads=q.shape[1], d=dims, rotated=rotated, angles=angles, kind=kind,
+            q_norm=None if norms is None else norms[0].weight, k_norm=None if norms is None else norms[1].weight,
+            eps=0.0 if norms is None else norms[0].kind.eps, offset=0.0 if norms is None else norms[0].kind.offset,
         )  # fmt: skip
-        self._gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, overlap=True)
+        shared_bytes = (dims + 36) * 4
+        self._gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, shared_bytes, overlap=True)
         return q_out, k_out
 
     # -- attention -------------------------------------------------------------------------------------------------
@@ -213,6 +239,8 @@ class FusedForward:
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
         """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
         out = self._attention.of(query, key, value, mask, given)
+        if out is None and hasattr(key, "new_token"):  # the token would be lost
+            raise RuntimeError("attention differs from one forward to the next")
         if out is not None and (cache := getattr(key, "kept_by", None)) is not None:
             self._keeping.add(cache)
         return out

@@ -4,9 +4,8 @@ Which modules are norms, and of which kind, is found by trying them.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,16 @@ class NormKind:
         return y if bias is None else y + bias
 
 
-listeners: list[Callable[["CudaNorm", Tensor], None]] = []  # hear what a norm is given
+class Watcher(Protocol):
+    """Sees the norms of a forward, and may compute them elsewhere."""
+
+    def before(self, norm: "CudaNorm", x: Tensor) -> bool:
+        """Whether the norm's input is to stand for its output: what takes it norms it."""
+
+    def after(self, norm: "CudaNorm", out: Tensor) -> None: ...
+
+
+watchers: list[Watcher] = []
 
 
 class CudaNorm(nn.Module):
@@ -48,7 +56,7 @@ class CudaNorm(nn.Module):
         self.weight: Any = norm.weight
         self.bias: Any = getattr(norm, "bias", None)
         self.variance_epsilon = self.eps = kind.eps
-        self._gpu, self._kind, self._plain = gpu, kind, norm.forward
+        self._gpu, self.kind, self._plain = gpu, kind, norm.forward
         self._ready: tuple[Tensor, Tensor] | None = None  # an input that was computed with the addition before, and its output
 
     def takes(self, x: Tensor) -> bool:
@@ -60,12 +68,16 @@ class CudaNorm(nn.Module):
             self._ready = None
             if given is x:
                 return out
-        for each in listeners:
-            each(self, x)
         if not self.takes(x):
             y: Tensor = self._plain(x)
             return y
-        return norm_of(self._gpu, x.contiguous(), None, self)[1]
+        x = x.contiguous()
+        if any(each.before(self, x) for each in watchers):
+            return x
+        out = norm_of(self._gpu, x, None, self)[1]
+        for each in watchers:
+            each.after(self, out)
+        return out
 
     def after_adding(self, x: Tensor, addend: Tensor) -> Tensor:
         """x + addend, both [..., K] and contiguous. The next forward, if it is of that sum, costs nothing."""
@@ -74,7 +86,7 @@ class CudaNorm(nn.Module):
         return total
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self._kind}"
+        return f"{self.weight.shape[0]}, {self.kind}"
 
 
 def norm_of(gpu: Gpu, x: Tensor, addend: Tensor | None, norm: CudaNorm | None) -> tuple[Tensor, Tensor]:
@@ -90,9 +102,9 @@ def norm_of(gpu: Gpu, x: Tensor, addend: Tensor | None, norm: CudaNorm | None) -
         bias=None if norm is None else norm.bias,
         out=out,
         k=width,
-        centred=int(norm is not None and norm._kind.centred),
-        eps=0.0 if norm is None else norm._kind.eps,
-        offset=0.0 if norm is None else norm._kind.offset,
+        centred=int(norm is not None and norm.kind.centred),
+        eps=0.0 if norm is None else norm.kind.eps,
+        offset=0.0 if norm is None else norm.kind.offset,
     )
     name = "row_norm_bfloat" if x.dtype == torch.bfloat16 else "row_norm_half"
     threads = min(1024, max(32, -(-width // 256) * 32))

@@ -282,6 +282,8 @@ ROTATE = Arguments(
     const u16* k
     const u16* cosines     // [angles]
     const u16* sines
+    const u16* q_norm      // [d]: weight of an RMSNorm of each head before it turns, or null
+    const u16* k_norm
     u16* q_out             // [heads][d]
     u16* k_out             // [kv_heads][d]
     int q_stride
@@ -290,7 +292,9 @@ ROTATE = Arguments(
     int d                  // dimensions of a head
     int rotated            // of them, the first
     int angles
-    int kind               // which dimensions turn together, see rotation.py
+    int kind               // which dimensions turn together, see fused_forward.py
+    float eps
+    float offset           // added to the weight of a norm
     """,
 )
 KEEP = Arguments(
@@ -349,6 +353,27 @@ COMBINE = Arguments(
     int wide               // the weights are fp32
     """,
 )
+ROUTE = Arguments(
+    "RouteArguments",
+    """
+    const u16* weights     // fp16 or bf16 [experts][k]
+    const u16* bias        // [experts], or null
+    const u16* x           // [k]
+    float* logits          // [experts]
+    u32* done              // zero between launches
+    void* all              // [experts], the logits or the probabilities; fp32 if `wide`
+    void* scores           // [choices], fp32 if `wide_scores`
+    u64* chosen            // [choices]
+    int experts
+    int choices
+    int k
+    int wide               // the logits are not rounded
+    int wide_scores
+    int probabilities      // what `all` is
+    int shared             // the chosen scores are divided by their sum
+    float scale            // of the chosen scores
+    """,
+)
 SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
 SAMPLE = Arguments(
     "SampleArguments",
@@ -370,7 +395,7 @@ SAMPLE = Arguments(
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
-    ROW_NORM, ROTATE, KEEP, DECODE, COMBINE,
+    ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE,
 )  # fmt: skip
 
 

@@ -15,7 +15,16 @@ from . import kernel_arguments
 from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, ROPE_WARPS, TILE
 
 _HERE = Path(__file__).resolve().parent
-_TEMPLATES = ("unpack.cu", "repack.cu", "staged_input.cu", "gemv.cu", "small_batch.cu", "attention.cu", "layer_kernels.cu")
+_TEMPLATES = (
+    "unpack.cu",
+    "repack.cu",
+    "staged_input.cu",
+    "gemv.cu",
+    "small_batch.cu",
+    "attention.cu",
+    "layer_kernels.cu",
+    "token_attention.cu",
+)
 _FIXED = ("row_kernels.cu", "sample.cu")  # the same for every model
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
@@ -192,6 +201,7 @@ class KvFormat:
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
+    "route": "RouteArguments",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Putting our layers into a transformers model, in the place of its packed layers, experts and norms."""
+"""Putting our layers into a transformers model, in the place of its packed layers, experts, routers and norms."""
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from .cuda_experts import replace_experts
 from .cuda_linear import CudaLinear
 from .cuda_weights import packing_of, repack
 from .fused_norms import replace_norms
+from .fused_router import replace_routers
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
 from .merged_layers import Merging
@@ -66,4 +67,5 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
     replaced = sum(1 for name, _each in found if name in packings)
     if merge and replaced + of_experts:
         replace_norms(model, gpus)
+        replace_routers(model, gpus)
     return replaced + of_experts, len(found) - replaced

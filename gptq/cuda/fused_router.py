@@ -1,0 +1,155 @@
+"""The choice of a token's experts as one kernel, where a router is a softmax over all experts and its highest scores."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gpu_kernels import Gpu
+from .kernel_arguments import ROUTE
+from .kernel_source import LayerVariant
+from .natural_order import NUMBERS
+
+_WARPS = 8  # of a block: an expert each
+_MOST_EXPERTS = 4096
+_MOST_CHOICES = 32
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """What a router gives beside the numbers of the chosen experts: logits or probabilities of all, scores of the chosen."""
+
+    choices: int
+    wide: bool  # the logits are computed in fp32
+    wide_scores: bool
+    probabilities: bool
+    shared: bool  # the scores are divided by their sum
+    scale: float
+
+
+class CudaRouter(nn.Module):
+    """Stands for a router, whose own forward it keeps for several tokens."""
+
+    def __init__(self, gpu: Gpu, router: nn.Module, kind: RouterKind) -> None:
+        super().__init__()
+        self.plain = router
+        self._gpu, self._kind = gpu, kind
+        weight: Any = router.weight
+        self._logits = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+        self._done = torch.zeros(1, dtype=torch.int32, device=weight.device)
+
+    @property
+    def weight(self) -> Any:
+        return self.plain.weight
+
+    def forward(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
+        weight, kind, x = self.weight, self._kind, hidden_states
+        if more or given or x.numel() != weight.shape[1] or x.dtype != weight.dtype or not x.is_cuda or x.data_ptr() % 16:
+            return self.plain(hidden_states, *more, **given)
+        experts, inputs = weight.shape
+        scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
+        every = torch.empty(1, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
+        chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
+        arguments = ROUTE.pack(
+            weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous(), logits=self._logits, done=self._done,
+            all=every, scores=scores, chosen=chosen, experts=experts, choices=kind.choices, k=inputs, wide=int(kind.wide),
+            wide_scores=int(kind.wide_scores), probabilities=int(kind.probabilities), shared=int(kind.shared), scale=kind.scale,
+        )  # fmt: skip
+        name = "route_bfloat" if x.dtype == torch.bfloat16 else "route_half"
+        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, (experts + 36) * 4, overlap=True)
+        return every, scores, chosen
+
+
+def kind_of(router: nn.Module) -> RouterKind | None:
+    """The kind of a router, found by trying it with random weights and inputs; None for any other module."""
+    parameters = dict(router.named_parameters(recurse=False))
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not set(parameters) <= {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.dtype not in NUMBERS:
+        return None
+    if list(router.children()) or list(router.buffers(recurse=False)) or not isinstance(getattr(router, "top_k", None), int):
+        return None
+    experts, inputs = weight.shape
+    if inputs % 8 or experts > _MOST_EXPERTS or not 1 <= router.top_k <= min(_MOST_CHOICES, experts):  # type: ignore[operator]
+        return None
+    if bias is not None and (bias.shape != (experts,) or bias.dtype != weight.dtype):
+        return None
+    generator = torch.Generator(weight.device).manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+
+    kept = [each.data for each in parameters.values()]
+    try:
+        weight.data = some(experts, inputs) / inputs**0.5
+        if bias is not None:
+            bias.data = some(experts)
+        x = some(24, inputs)
+        with torch.inference_mode():
+            found = router(x)
+        if not isinstance(found, tuple) or len(found) != 3:
+            return None
+        return _kind_of(found, x, weight.data, None if bias is None else bias.data)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return None
+    finally:
+        for each, data in zip(parameters.values(), kept, strict=True):
+            each.data = data
+
+
+def _kind_of(found: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> RouterKind | None:
+    every, scores, chosen = found
+    logits = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if every.shape != logits.shape or chosen.dtype != torch.long or scores.shape != chosen.shape or scores.dim() != 2:
+        return None
+    if every.dtype not in (torch.float32, x.dtype) or scores.dtype not in (torch.float32, x.dtype):
+        return None
+    probabilities = logits.softmax(-1)
+    same = [_close(every.float(), each) for each in (logits, probabilities)]
+    if not any(same):
+        return None
+    # near-equal scores may change places between one computation and another: most tokens must choose the same experts
+    own = probabilities.topk(chosen.shape[1], -1).indices
+    equal = (own.sort(-1).values == chosen.sort(-1).values).all(-1)
+    if int(equal.sum()) * 4 < 3 * equal.numel():
+        return None
+    picked = probabilities.gather(1, chosen)
+    for shared in (False, True):
+        base = picked / picked.sum(-1, keepdim=True) if shared else picked
+        scale = float((scores.float() / base).median())
+        if _close(scores.float(), base * scale):
+            exact = 1.0 if abs(scale - 1) < 5e-3 else scale
+            return RouterKind(
+                chosen.shape[1], every.dtype == torch.float32, scores.dtype == torch.float32, not same[0], shared, exact
+            )
+    return None
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+def replace_routers(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
+    """Put CudaRouters in the place of routers on GPUs; how many. Raises NoCompiler."""
+    replaced = 0
+    kinds: dict[Any, RouterKind | None] = {}
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "top_k") or not isinstance(weight, Tensor) or weight.device not in gpus:
+            continue
+        if getattr(module, "_hf_hook", None) is not None:
+            continue
+        facts = {
+            key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool)) and key[0] != "_"
+        }
+        key = (type(module), weight.shape, tuple(sorted(facts.items(), key=str)))
+        if key not in kinds:
+            kinds[key] = kind_of(module)
+        if (kind := kinds[key]) is None:
+            continue
+        gpu = gpus[weight.device]
+        gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
+        parent, _dot, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, CudaRouter(gpu, module, kind))
+        replaced += 1
+    return replaced

@@ -1,0 +1,163 @@
+// Attention of one token over keys and values at a fixed address, as a cache of transformers keeps them.
+
+#define LOG2E 1.4426950408889634f
+
+// What to add to a token's score; -INFINITY hides it.
+template <class T> DEVICE float masked(const DecodeArguments& p, int head, int token) {
+  if (p.mask_kind == 0) return 0.f;
+  const size_t at = (size_t)head * p.mask_stride + token;
+  if (p.mask_kind == 1) return __ldcg((const u8*)p.mask + at) ? 0.f : -INFINITY;
+  const float add = p.mask_kind == 2 ? T::wide(__ldcg((const u16*)p.mask + at)) : __ldcg((const float*)p.mask + at);
+  return add <= -30000.f ? -INFINITY : add;
+}
+
+template <class T> DEVICE void eight(const u16* from, bool there, float (&to)[8]) {
+  const uint4 v = there ? __ldcg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+  const u16* w = (const u16*)&v;
+#pragma unroll
+  for (int j = 0; j < 8; j++) to[j] = T::wide(w[j]);
+}
+
+// The shares of parts in their sum: found [parts][stride], of each the highest score and the sum of weights. Writes the share of
+// each and returns the whole weight, `sink` (a score without a value) included. All lanes of a warp call it.
+DEVICE float shares_of(const float* found, int parts, int stride, float sink, float* shares) {
+  const int lane = threadIdx.x % 32;
+  const float high = lane < parts ? found[lane * stride] : -INFINITY;
+  float top = fmaxf(high, sink);
+#pragma unroll
+  for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+  const float share = high > -INFINITY ? exp2f(high - top) : 0.f;
+  if (lane < parts) shares[lane] = share;
+  return warp_sum(lane < parts ? share * found[lane * stride + 1] : 0.f) + (sink > -INFINITY ? exp2f(sink - top) : 0.f);
+}
+
+// A block takes up to GROUP heads that share keys, and a part of the tokens. LANES lanes share a token, eight dimensions each.
+// The last block of a head to finish adds the parts up. There are at most 32 parts.
+template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArguments& p) {
+  static_assert(LANES <= 32 && 32 % LANES == 0, "whole tokens for a warp");
+  constexpr int TOKENS = 32 / LANES, SETS = 4 * TOKENS;  // of a warp at once; of a block
+  static_assert(SETS <= 32, "a lane for each part of a block");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sub = lane / LANES, dim = lane % LANES * 8;
+  const int kv_head = blockIdx.x / p.group_blocks, first_head = kv_head * p.group + blockIdx.x % p.group_blocks * GROUP;
+  const int heads = min(GROUP, (kv_head + 1) * p.group - first_head), splits = gridDim.y, width = p.dv + 4;
+  float* sums = (float*)shared_words;              // [SETS][GROUP][dv]
+  float* stats = sums + SETS * GROUP * p.dv;       // [GROUP][SETS or splits][2]
+  float* shares = stats + GROUP * 64;              // [GROUP][32]
+  float* whole = shares + GROUP * 32;              // [GROUP]
+  u32* flag = (u32*)(whole + GROUP);
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+
+  const int before = (int)min(__ldcg(p.count), (u64)p.shown - 1), total = before + 1;
+  const int each = (total + splits - 1) / splits, per = (each + SETS - 1) / SETS * SETS;
+  const int first = min((int)blockIdx.y * per, total), end = min(first + per, total);
+  float q[GROUP][8], sum[GROUP][8], high[GROUP], weight[GROUP];
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+    eight<T>(p.q + (size_t)(first_head + g) * p.d + dim, g < heads && dim < p.d, q[g]);
+    high[g] = -INFINITY;
+    weight[g] = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[g][j] = 0.f;
+  }
+  u16* keys = p.keys + kv_head * p.key_stride + dim;
+  u16* values = p.values + kv_head * p.value_stride + dim;
+  const bool same_mask = p.mask_stride == 0;
+#pragma unroll 2
+  for (int base = first + warp * TOKENS; base < end; base += SETS) {
+    const int token = base + sub;
+    const bool there = token < end, own = p.new_key && token == before;
+    const u16* key = own ? p.new_key + (size_t)kv_head * p.new_key_stride + dim : keys + (size_t)token * p.d;
+    const u16* value = own ? p.new_value + (size_t)kv_head * p.new_value_stride + dim : values + (size_t)token * p.dv;
+    float k[8], v[8];
+    eight<T>(key, there && dim < p.d, k);
+    eight<T>(value, there && dim < p.dv, v);
+    const float shared_add = !there ? -INFINITY : same_mask ? masked<T>(p, 0, token) : 0.f;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      float score = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; j++) score += q[g][j] * k[j];
+#pragma unroll
+      for (int at = LANES / 2; at; at >>= 1) score += __shfl_xor_sync(FULL, score, at);
+      score *= p.scale;
+      if (p.cap > 0.f) score = p.cap * tanhf(score / p.cap);
+      const float add = same_mask || !there || g >= heads ? shared_add : masked<T>(p, first_head + g, token);
+      score = (score + add) * LOG2E;
+      const float now = fmaxf(high[g], score);
+      const float keep = now > -INFINITY ? exp2f(high[g] - now) : 1.f, mine = now > -INFINITY ? exp2f(score - now) : 0.f;
+      high[g] = now;
+      weight[g] = weight[g] * keep + mine;
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[g][j] = sum[g][j] * keep + mine * v[j];
+    }
+    if (own && blockIdx.x % p.group_blocks == 0) {  // keep the token
+      if (dim < p.d) *(uint4*)(keys + (size_t)token * p.d) = __ldcg((const uint4*)key);
+      if (dim < p.dv) *(uint4*)(values + (size_t)token * p.dv) = __ldcg((const uint4*)value);
+    }
+  }
+  const int set = warp * TOKENS + sub;
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+    if (dim < p.dv) {
+      float4* to = (float4*)(sums + (set * GROUP + g) * p.dv + dim);
+      to[0] = make_float4(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+      to[1] = make_float4(sum[g][4], sum[g][5], sum[g][6], sum[g][7]);
+    }
+    if (dim == 0) {
+      stats[(g * SETS + set) * 2] = high[g];
+      stats[(g * SETS + set) * 2 + 1] = weight[g];
+    }
+  }
+  __syncthreads();
+
+  float* parts = p.partial + (size_t)first_head * splits * width;  // [heads][splits][width]
+  for (int g = warp; g < heads; g += 4) {
+    const float own = shares_of(stats + g * SETS * 2, SETS, 2, -INFINITY, shares + g * 32);
+    float top = lane < SETS ? stats[(g * SETS + lane) * 2] : -INFINITY;
+#pragma unroll
+    for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+    if (lane == 0) *(float2*)(parts + ((size_t)g * splits + blockIdx.y) * width + p.dv) = make_float2(top, own);
+  }
+  __syncthreads();
+  const int runs = p.dv / 4;  // of four dimensions
+  for (int i = threadIdx.x; i < heads * runs; i += blockDim.x) {
+    const int g = i / runs, at = i % runs * 4;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+      const float share = shares[g * 32 + s];
+      const float4 v = *(const float4*)(sums + (s * GROUP + g) * p.dv + at);
+      y.x += share * v.x; y.y += share * v.y; y.z += share * v.z; y.w += share * v.w;
+    }
+    *(float4*)(parts + ((size_t)g * splits + blockIdx.y) * width + at) = y;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = count_arrival(p.done + blockIdx.x);
+  __syncthreads();
+  if (*flag != (u32)splits - 1) return;
+  if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
+  for (int i = threadIdx.x; i < heads * splits; i += blockDim.x)
+    *(float2*)(stats + (i / splits * 32 + i % splits) * 2) = __ldcg((const float2*)(parts + (size_t)i * width + p.dv));
+  __syncthreads();
+  for (int g = warp; g < heads; g += 4) {
+    const float sink = p.sinks ? T::wide(p.sinks[first_head + g]) * LOG2E : -INFINITY;
+    const float own = shares_of(stats + g * 64, splits, 2, sink, shares + g * 32);
+    if (lane == 0) whole[g] = own;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < heads * runs; i += blockDim.x) {
+    const int g = i / runs, at = i % runs * 4;
+    const float* from = parts + (size_t)g * splits * width + at;
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 16
+    for (int s = 0; s < splits; s++) {
+      const float share = shares[g * 32 + s];
+      const float4 v = __ldcg((const float4*)(from + (size_t)s * width));
+      y.x += share * v.x; y.y += share * v.y; y.z += share * v.z; y.w += share * v.w;
+    }
+    const float scale = whole[g] > 0.f ? 1.f / whole[g] : 0.f;
+    const uint2 out = {pair(T::narrow(y.x * scale), T::narrow(y.y * scale)), pair(T::narrow(y.z * scale), T::narrow(y.w * scale))};
+    *(uint2*)(p.out + (size_t)(first_head + g) * p.dv + at) = out;
+  }
+}
