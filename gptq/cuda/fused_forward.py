@@ -28,12 +28,8 @@ from .token_attention import TokenAttention, capturing, of_one_token, suffix
 log = logging.getLogger(__name__)
 
 _ROTATION = "apply_rotary_pos_emb"
-_KINDS = (
-    0,
-    1,
-    2,
-    3,
-)  # of `rotate` in layer_kernels.cu: halves; neighbours with one angle; with two; neighbours that then lie apart
+# Of `rotate` in layer_kernels.cu: halves turn together; neighbours, by one angle; by two; neighbours that then lie apart.
+_KINDS = range(4)
 _NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
 _active: list["FusedForward"] = []  # whose graph is being recorded
 
@@ -112,6 +108,10 @@ class FusedForward:
         if self._forwards == 2:
             self._sums.clear()
             self._heads.clear()
+
+    def close(self) -> None:
+        self._attention.close()
+        self._gpu.close()
 
     # -- the residual ----------------------------------------------------------------------------------------------
 

@@ -68,14 +68,14 @@ class TokenAttention:
             return None
         group = heads // kv_heads
         lanes = next(each for each in (4, 8, 16, 32) if each * 8 >= max(dims, values_dim))
-        together = next((each for each in (1, 2, 4, 8) if each >= group), 8)
+        together = next((each for each in (1, 2, 4) if each >= group), 4)
         variant = DecodeVariant(query.dtype == torch.bfloat16, lanes, together)
         if not capturing():
             self._gpu.add_missing(variants=[variant])
         elif not self._gpu.has(variant.name):
             return None
         blocks = kv_heads * -(-group // together)
-        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 64)))
+        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 32)))
         key_of_work = (heads, splits, values_dim, blocks)
         if key_of_work not in self._work:
             if capturing():
