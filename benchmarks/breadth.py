@@ -167,6 +167,7 @@ def plain_twin(model: Any) -> Any:
 @torch.inference_mode()
 def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     device = given.device
+    torch.manual_seed(0)
     began = time.perf_counter()
     model = build(name, given.layers, given.tiny, device, 32 if given.tiny else 128)
     size = bytes_read(model)
@@ -201,6 +202,12 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
         found.append(stepper.step(memory, ids[CONTEXT + at])[0].float().clone())
     if wanted is not None:
         errors = [float((own - twin).norm() / twin.norm()) for own, twin in zip(found, wanted, strict=True)]
+        prompted = [stepper.prefill(stepper.begin(), ids[: CONTEXT + at + 1])[0].float() for at in range(8)]
+        theirs = [float((own - twin).norm() / twin.norm()) for own, twin in zip(prompted, wanted[1:], strict=True)]
+        apart = [float((own - other).norm() / other.norm()) for own, other in zip(found[1:], prompted, strict=True)]
+        print(f"  {name}: error of steps", " ".join(f"{each:.1e}" for each in errors[1:]))
+        print(f"  {name}: of prompts    ", " ".join(f"{each:.1e}" for each in theirs))
+        print(f"  {name}: between them  ", " ".join(f"{each:.1e}" for each in apart))
     steps = 8 if given.tiny else 64
     times = []
     for _ in range(5):
