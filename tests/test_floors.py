@@ -51,6 +51,7 @@ LONG = {
     "tests/test_api_guard.py": "one server for everything that is checked before a request",
     "tests/test_chat_service.py": "one engine and one store for everything that is asked",
     "tests/test_cpu.py": "every kernel, compared on the same models",
+    "tests/test_cuda_layers.py": "every kernel for layers of other architectures, compared in the same way",
     "tests/test_download.py": "every fault of a download, against one hub",
     "tests/test_load_fallback.py": "every way in which a load fails, on one engine",
     "tests/test_ui_chats.py": "one browser and one page for every feature of the chat",
