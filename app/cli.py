@@ -173,6 +173,14 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     add_models(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser("export", help="write a model anew: in 16 bits, with an adapter merged, or as plain GPTQ")
+    export.add_argument("model", metavar="MODEL", help="its name or folder")
+    export.add_argument("--as", dest="form", choices=("16bit", "gptq"), default="16bit", help="what is written (default: 16bit)")
+    export.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter (PEFT) that is merged, for 16bit")
+    export.add_argument("--output", type=Path, metavar="DIR", help="the new folder (default: one beside the models)")
+    add_models(export)
+    export.set_defaults(run=_export)
+
     upload = commands.add_parser("upload", help="send GPTQ folders to the branches of a repository on the Hub")
     upload.add_argument("models", metavar="MODEL", nargs="+", help="names or folders; the first one becomes main too")
     upload.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository; it is made if there is none")
@@ -255,6 +263,12 @@ def _quantize(options: argparse.Namespace) -> int:
     from .quantize_command import quantize
 
     return quantize(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export_command import write
+
+    return write(options)
 
 
 def _upload(options: argparse.Namespace) -> int:

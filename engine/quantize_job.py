@@ -36,7 +36,7 @@ QUALITY = "quality.json"  # in a branch's folder: its Evaluation
 _BRANCH = re.compile(r"gptq-(\d)bit-(-1|\d+)g-actorder_(True|False)")
 _SAMPLE_TOKENS = 4096
 _LARGE_BYTES = 4 << 30
-_NOT_COPIED = ("config.json", "quantize_config.json", "README.md")
+_NOT_COPIED = ("config.json", "quantize_config.json", "README.md", "quality.json", "adapter_config.json")
 _COPIED = re.compile(r"(.*\.(json|jinja|model|txt|tiktoken)|LICENSE.*|NOTICE.*|USE_POLICY.*)", re.IGNORECASE)
 
 
@@ -127,7 +127,7 @@ def _finish(job: QuantizeJob, text: str, samples: int, say: Callable[[str], None
         window = min(2048, job.sample_tokens, job.measured_tokens)  # the logits of one window are in memory
         found = evaluate_made([LocalModel.read(each) for each in missing], job.source, window, job.measured_tokens, say)
         for folder, each in zip(missing, found, strict=True):
-            _write_json(folder / QUALITY, dataclasses.asdict(each))
+            write_json(folder / QUALITY, dataclasses.asdict(each))
     for config in job.branches:
         _write_model_card(job, config, text, samples)
     return [job.folder(each) for each in job.branches]
@@ -187,21 +187,26 @@ def _dtype(source: LocalModel) -> Any:
 # --- the files of a branch ---------------------------------------------------------------------------
 
 
-def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path) -> None:
-    for path in sorted(job.source.folder.iterdir()):
+def copy_settings(source: Path, folder: Path) -> None:
+    """What a folder holds beside its weights and their settings: tokenizer, chat template, licence."""
+    for path in sorted(source.iterdir()):
         copied = _COPIED.fullmatch(path.name) and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
         if copied and not path.name.startswith(".") and path.is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path) -> None:
+    copy_settings(job.source.folder, folder)
     settings = dataclasses.replace(config, weights_name="model").to_json()
     settings["meta"] = {"quantizer": [f"gptq-webui:{__version__}"]}
-    _write_json(folder / "quantize_config.json", settings | {"dataset": text})
+    write_json(folder / "quantize_config.json", settings | {"dataset": text})
     del settings["model_file_base_name"], settings["model_name_or_path"]
     values = read_json(job.source.folder / "config.json")
     values.pop("dtype", None)
-    _write_json(folder / "config.json", values | {"torch_dtype": "float16", "quantization_config": settings})
+    write_json(folder / "config.json", values | {"torch_dtype": "float16", "quantization_config": settings})
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

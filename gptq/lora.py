@@ -19,8 +19,22 @@ from ..core.folder_files import read_json
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
+Part = tuple[nn.Module, Tensor, Tensor]  # a layer, A [rank, K], scale · B [N, rank]
+
+
 def attach(model: nn.Module, folder: Path) -> int:
     """Add the adapter in `folder` to a model; returns how many layers it changes. Nothing is changed if it raises.
+
+    Raises BadCheckpoint as `read` does.
+    """
+    parts = read(model, folder)
+    for module, inner, outer in parts.values():
+        module.register_forward_hook(_adding(inner, outer))
+    return len(parts)
+
+
+def read(model: nn.Module, folder: Path) -> dict[str, Part]:
+    """The adapter in `folder`, by the names of the model's layers that it changes.
 
     Raises BadCheckpoint if the folder is no PEFT adapter, is of a kind that is not supported (DoRA, trained biases or whole
     modules), or does not fit the model.
@@ -45,7 +59,7 @@ def attach(model: nn.Module, folder: Path) -> int:
             )
         pairs.setdefault(found[1], {})[found[2]] = value
     modules = dict(model.named_modules())
-    ready: list[tuple[nn.Module, Tensor, Tensor, float]] = []
+    ready: dict[str, Part] = {}
     for name, pair in pairs.items():
         module = modules.get(name)
         inner, outer = pair.get("A"), pair.get("B")  # [rank, K], [N, rank]
@@ -55,10 +69,8 @@ def attach(model: nn.Module, folder: Path) -> int:
                 f"The adapter {folder.name} does not fit at {name}: it is for another base model. "
                 "Load that model, or choose another adapter."
             )
-        ready.append((module, inner, outer, _scale(config, name, inner.shape[0])))
-    for module, inner, outer, scale in ready:
-        module.register_forward_hook(_adding(inner, outer * scale))
-    return len(ready)
+        ready[name] = module, inner, outer * _scale(config, name, inner.shape[0])
+    return ready
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:

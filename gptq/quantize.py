@@ -160,11 +160,16 @@ def dense_tensors(model: Any, packed: Iterable[str]) -> dict[str, Tensor]:
     written: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
-        if key.removesuffix(".weight") in layers or (value.data_ptr() in written and value.numel()):
+        if key in layers or key.removesuffix(".weight") in layers or (value.data_ptr() in written and value.numel()):
             continue
         written.add(value.data_ptr())
-        tensors[key] = value.half().contiguous() if value.is_floating_point() else value.contiguous()
+        tensors[key] = as_written(value)
     return tensors
+
+
+def as_written(value: Tensor) -> Tensor:
+    """A tensor as a folder holds it: floats in fp16."""
+    return value.half().contiguous() if value.is_floating_point() else value.contiguous()
 
 
 def _config_json(model: Any) -> dict[str, Any]:

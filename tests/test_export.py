@@ -1,0 +1,93 @@
+"""`gptq-webui export`: what is written computes what the original computed, and other programs can open it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_lora import write_adapter
+from test_neighbours import as_awq, as_compressed, awq, compressed
+from test_neighbours import write as write_neighbour
+
+import tiny
+from gptq_webui.app.cli import main
+from gptq_webui.core.models import LocalModel
+from gptq_webui.gptq import checkpoint
+
+
+def run(capsys: Any, models: Path, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(each) for each in ("export", *arguments, "--models-dir", models)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out.strip(), captured.err
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, notes = checkpoint.load(LocalModel.read(folder), dtype=torch.float32, device_map="cpu")
+    assert all("token" in each for each in notes)  # tiny GPT-2's ids
+    return of(model)
+
+
+def of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 40)[None]).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2"])
+def test_16_bits_are_the_packed_weights_multiplied_out(kind, tmp_path, capsys):
+    tiny.write(tmp_path / "packed", kind)
+    tiny.write_tokenizer(tmp_path / "packed")
+    code, out, err = run(capsys, tmp_path, "packed")
+    assert code == 0, err
+    written = LocalModel.read(Path(out))
+    assert written.kind == "plain" and Path(out).name == "packed-16bit" and (written.folder / "tokenizer.json").is_file()
+    expected = logits(tmp_path / "packed")
+    assert (logits(written.folder) - expected).abs().max() < 2e-3 * expected.abs().max()
+    code, _out, err = run(capsys, tmp_path, "packed")
+    assert code != 0 and "is there already" in err
+
+
+def test_an_adapter_is_merged(tmp_path, capsys):
+    twin = tiny.write(tmp_path / "packed")
+    for name, product in write_adapter(tmp_path / "pirate", twin, ("q_proj", "down_proj")).items():
+        twin.get_submodule(name).weight.data += 2.0 * product
+    code, out, err = run(capsys, tmp_path, "packed", "--adapter", tmp_path / "pirate")
+    assert code == 0 and Path(out).name == "packed-pirate-16bit", err
+    expected = of(twin)
+    assert (logits(Path(out)) - expected).abs().max() < 2e-3 * expected.abs().max()
+    code, _out, err = run(capsys, tmp_path, "packed", "--adapter", tmp_path / "packed", "--output", tmp_path / "other")
+    assert code != 0 and "is not a LoRA adapter" in err and not list(tmp_path.glob("*other*"))
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "options", "summary"),
+    [
+        (as_awq, awq(), {"sym": False}, "4-bit, group 16"),
+        (as_compressed, compressed(4, 16, True, "group"), {"act_order": True}, "4-bit, group 16, act-order"),
+        (as_compressed, compressed(8, -1), {"bits": 8, "group": -1}, "8-bit, no group"),
+    ],
+)
+def test_neighbours_become_plain_gptq_without_a_changed_number(form, settings, options, summary, tmp_path, capsys):
+    write_neighbour(tmp_path / "other", form, settings, **options)
+    code, out, err = run(capsys, tmp_path, "other", "--as", "gptq")
+    assert code == 0, err
+    written = LocalModel.read(Path(out))
+    assert written.kind == "gptq" and written.quantize is not None
+    assert written.quantize.summary.startswith(summary) and not written.quantize.notes
+    assert written.quantize.sym == options.get("sym", True)
+    assert torch.equal(logits(written.folder), logits(tmp_path / "other"))
+    config = json.loads((written.folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+def test_what_cannot_be_written_is_refused_in_words(tmp_path, capsys):
+    tiny.write(tmp_path / "experts", "mixtral")
+    code, _out, err = run(capsys, tmp_path, "experts")
+    assert code != 0 and "experts" in err and not list(tmp_path.glob("*16bit*"))
+    tiny.dense_model("llama").half().save_pretrained(tmp_path / "plain")
+    for arguments in (["plain"], ["plain", "--as", "gptq"]):
+        code, _out, err = run(capsys, tmp_path, *arguments)
+        assert code != 0 and "gptq-webui quantize" in err
+    code, _out, err = run(capsys, tmp_path, "none")
+    assert code != 0 and "none" in err
