@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from .. import __version__
@@ -16,6 +17,7 @@ from .chat_arguments import add_to as add_chat
 from .command_parser import CommandParser, add_json, add_loading, add_models, add_remote, parse
 from .download_arguments import add_to as add_download
 from .perplexity_arguments import add_to as add_perplexity
+from .publish_arguments import add_export, add_upload
 from .quantize_arguments import add_to as add_quantize
 from .safe_terminal import safe_streams
 
@@ -174,20 +176,15 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a model anew: in 16 bits, with an adapter merged, or as plain GPTQ")
-    export.add_argument("model", metavar="MODEL", help="its name or folder")
-    export.add_argument("--as", dest="form", choices=("16bit", "gptq"), default="16bit", help="what is written (default: 16bit)")
-    export.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter (PEFT) that is merged, for 16bit")
-    export.add_argument("--output", type=Path, metavar="DIR", help="the new folder (default: one beside the models)")
+    add_export(export)
     add_models(export)
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_later("export_command", "write"))
 
     upload = commands.add_parser("upload", help="send GPTQ folders to the branches of a repository on the Hub")
-    upload.add_argument("models", metavar="MODEL", nargs="+", help="names or folders; the first one becomes main too")
-    upload.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository; it is made if there is none")
-    upload.add_argument("--private", action="store_true", help="if the repository is made: only you can see it")
+    add_upload(upload)
     add_json(upload)
     add_models(upload)
-    upload.set_defaults(run=_upload)
+    upload.set_defaults(run=_later("upload_command", "send"))
 
     perplexity = commands.add_parser("perplexity", help="how well a model predicts texts, as it answers on this machine")
     add_perplexity(perplexity)
@@ -265,16 +262,9 @@ def _quantize(options: argparse.Namespace) -> int:
     return quantize(options)
 
 
-def _export(options: argparse.Namespace) -> int:
-    from .export_command import write
-
-    return write(options)
-
-
-def _upload(options: argparse.Namespace) -> int:
-    from .upload_command import send
-
-    return send(options)
+def _later(module: str, name: str) -> Callable[[argparse.Namespace], int]:
+    """A command's function, imported when it is called."""
+    return lambda options: int(getattr(import_module(f"{__package__}.{module}"), name)(options))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
