@@ -104,7 +104,7 @@ def serve(folder: Path) -> SimpleNamespace:
 
 
 def load(house: SimpleNamespace, answer: str) -> None:
-    model = LocalModel(house.folder / "model", "model")
+    model = LocalModel(house.folder / "model", "gptq", None, 0, None, "LlamaForCausalLM")
     house.engine.load_folder(model, options={"answer": answer})
 
 

@@ -40,8 +40,10 @@ def own_params(info: ChatInfo, params: GenerationParams) -> GenerationParams:
         return params
     own = dict(info.parameters)
     if isinstance(form := own.get("grammar"), Mapping):
-        if (kind := form.get("kind")) not in get_args(Kind):
-            raise BadParameter(f"The form of this conversation's answers is unknown: {str(kind)[:40]!r}. Set it anew.", "grammar")
+        kind: Kind | None = next((each for each in get_args(Kind) if each == form.get("kind")), None)
+        if kind is None:
+            found = str(form.get("kind"))[:40]
+            raise BadParameter(f"The form of this conversation's answers is unknown: {found!r}. Set it anew.", "grammar")
         own["grammar"] = Grammar(kind, str(form.get("text", "")))
     return GenerationParams.from_dict({name: value for name, _row, value in GenerationParams.table(params)} | own)
 

@@ -135,7 +135,7 @@ class CharacterBox:
         words = ""
         if not asked.id and not value:
             return self._lists(owner, "")
-        id = asked.id or store.create(owner, system=asked.system, reply_start=asked.start).id
+        id = asked.id or store.create(owner, **asked.settings).id
         with self._chats.stopped(owner, id):
             path = store.path(owner, id)
             store.set(owner, id, character=value)

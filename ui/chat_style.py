@@ -252,7 +252,8 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   #gw-past .user.message { margin-bottom: 30px !important; }
   #gw-past .gw-below { flex-direction: column; align-items: flex-start; height: auto; gap: 0; }
   #gw-past .gw-of-user { align-items: flex-end; }
-  #gw-past .gw-figures { flex: none; max-width: 100%; white-space: normal; }
+  #gw-past .gw-figures { flex: none; max-width: 100%; white-space: normal; display: -webkit-box; -webkit-line-clamp: 2;
+    -webkit-box-orient: vertical; }
   button.gw-icon { padding: 7px; }
 }
 """

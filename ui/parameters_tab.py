@@ -119,8 +119,10 @@ def _wire(
         }
 
     def edited(request: gr.Request, before: str, filled: str, common: str, *values: Any) -> Updates:
-        kept = {} if own.keep(request, filled, values, common) else {store.box: json.dumps(named(values), ensure_ascii=True)}
-        return {**kept, box.choice: box.match(request, named(values), before)} | said(values)
+        updates: Updates = {box.choice: box.match(request, named(values), before)}
+        if not own.keep(request, filled, values, common):
+            updates[store.box] = json.dumps(named(values), ensure_ascii=True)
+        return updates | said(values)
 
     def restore(kept: str) -> list[Any]:
         values = _kept(kept)
