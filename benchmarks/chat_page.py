@@ -74,14 +74,14 @@ class Loader(FakeLoader):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2000, help="of the answer whose rate is measured")
+    parser.add_argument("--words", type=int, default=2000, help="of the answer whose rate is measured; a word is about a token")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         house = serve(Path(folder))
         found = {
             "load": os.getloadavg()[0],
-            **rates(house, chromium, asked.tokens),
+            **rates(house, chromium, asked.words),
             **turns(house, chromium),
             **keys(house, chromium),
         }
@@ -135,24 +135,24 @@ def ask(tab: Any, text: str, count: int) -> None:
     tab.wait_for_selector("#gw-send:visible")
 
 
-def rates(house: SimpleNamespace, chromium: Any, tokens: int) -> dict[str, float]:
-    load(house, " ".join(f"w{at}" for at in range(tokens)))
-    params = GenerationParams(max_new_tokens=tokens)
+def rates(house: SimpleNamespace, chromium: Any, words: int) -> dict[str, float]:
+    load(house, story(words))
+    params = GenerationParams(max_new_tokens=2 * words)
     came = [
         time.perf_counter()
         for event in house.engine.chat([Message("user", "Go")], params, threading.Event())
         if isinstance(event, Token)
     ]
-    bare = (len(came) - 1) / (came[-1] - came[0])
+    bare = (words - 1) / (came[-1] - came[0])
     tab = visit(house, chromium)
     tab.get_by_role("tab", name="Parameters").click()
-    tab.fill("#gw-max_new_tokens input", str(tokens))
+    tab.fill("#gw-max_new_tokens input", str(2 * words))
     tab.press("#gw-max_new_tokens input", "Enter")
     tab.get_by_role("tab", name="Chat").click()
     tab.evaluate(
         """() => { window.seen = []; const look = () => {
-          const text = document.querySelector('#gw-live')?.innerText || '';
-          const words = text.trim() ? text.trim().split(/\\s+/).length : 0;
+          const text = document.querySelector('#gw-live')?.textContent.trim().slice(-12) || '';
+          const words = +(text.match(/w(\\d+)$/) || [0, 0])[1];
           if (words && (!window.seen.length || window.seen.at(-1)[1] < words)) window.seen.push([performance.now(), words]);
           requestAnimationFrame(look) }; look() }"""
     )
@@ -160,7 +160,7 @@ def rates(house: SimpleNamespace, chromium: Any, tokens: int) -> dict[str, float
     (first_ms, first), (last_ms, last) = tab.evaluate("[window.seen[0], window.seen.at(-1)]")
     page = (last - first) / (last_ms - first_ms) * 1000
     tab.context.close()
-    return {"engine, tokens/s": bare, "page, tokens/s": page, "page against engine": page / bare}
+    return {"engine, words/s": bare, "page, words/s": page, "page against engine": page / bare}
 
 
 def turns(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
@@ -202,9 +202,9 @@ def turns(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
 
 def keys(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
     """Milliseconds from a key to the frame with its letter, while an answer streams."""
-    load(house, " ".join(f"w{at}" for at in range(12_000)))
+    load(house, story(12_000))
     id = talk(house, TURNS)
-    house.store.set("", id, parameters={"max_new_tokens": 12_000})
+    house.store.set("", id, parameters={"max_new_tokens": 24_000})
     tab = visit(house, chromium)
     tab.evaluate("id => window.gwChat.act('open', id)", id)
     tab.wait_for_selector("#gw-past .gw-of-assistant")
@@ -229,6 +229,11 @@ def keys(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
     assert streaming, "the answer ended before the keys"
     at = [found[int(share * (len(found) - 1))] for share in (0.5, 0.95, 1.0)]
     return {"key, ms, median": at[0], "key, ms, p95": at[1], "key, ms, slowest": at[2]}
+
+
+def story(words: int) -> str:
+    """Numbered words, a paragraph of 60 after the other."""
+    return "".join(f"w{at}" + ("\n\n" if at % 60 == 59 else " ") for at in range(words)).strip()
 
 
 def talk(house: SimpleNamespace, turns: int) -> str:
