@@ -142,6 +142,7 @@ _TALK = """
 #gw-past .message-row.user-row, #gw-past .user-row { max-width: 86% !important; align-self: flex-end; }
 #gw-past .message-row.bot-row, #gw-past .bot-row { max-width: 100% !important; width: 100%; }
 #gw-past .message, #gw-live { overflow-wrap: anywhere; }
+#gw-past :is(.message-row, .flex-wrap, .message, .message-content, .bot, .user, .prose, .md) { opacity: 1 !important; }
 #gw-past .prose { display: block; position: relative; padding-bottom: 30px !important; min-width: 190px; }
 #gw-past .prose, #gw-past .prose p, #gw-live, #gw-live .prose {
   font-size: 15px; line-height: 1.6; color: var(--body-text-color);
@@ -160,7 +161,8 @@ _TALK = """
 #gw-past .gw-of-user { justify-content: flex-end; left: auto; right: -12px; bottom: -31px; }
 #gw-past .gw-acts { display: flex; align-items: center; flex: 0 0 auto; margin-left: -5px; }
 #gw-past .gw-versions { display: inline-flex; align-items: center; font-size: 12px; color: var(--gw-soft); }
-#gw-past .gw-figures { font-size: 12px; color: var(--gw-soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+#gw-past .gw-figures { color: color-mix(in srgb, var(--gw-soft) 40%, var(--body-text-color)); font-size: 12px;
+  white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   flex: 1 1 0; min-width: 0; }
 @media (hover: hover) {
   #gw-past .gw-acts > button { opacity: .55; transition: opacity .12s; }
