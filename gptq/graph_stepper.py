@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..core.errors import GptqWebuiError
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom
 from .stepper import Memory, Stepper
 from .token_ids import require_known
@@ -114,7 +115,7 @@ class GraphStepper(Stepper):
             return self._prompts.step(memory, id)
         try:
             graph = self._graph(memory)
-        except (NotStatic, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+        except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             self._give_up(error)
             return self._prompts.step(memory, id)
         self._ids.fill_(id)

@@ -98,7 +98,12 @@ def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         return TransformersStepper(hf), ""
     if any(isinstance(each, PackedExperts) for each in hf.modules()):  # they ask the host which experts are chosen
         return TransformersStepper(hf), " Experts of several orders are chosen by the processor, so every token waits for it."
-    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), FusedForward(hf, device))
+    try:
+        fused = FusedForward(hf, device)
+    except GptqWebuiError as error:
+        log.info("the graph has transformers' own operations only: %s", error)
+        fused = None
+    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), fused)
     stepper.trial()
     if not stepper.why:
         return stepper, ""

@@ -11,7 +11,7 @@ import torch
 from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, small_batch
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
-from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat, Packing, groups_of
+from gptq_webui.gptq.cuda.kernel_source import DecodeVariant, GemvVariant, KvFormat, LayerVariant, Packing, groups_of
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
 from gptq_webui.gptq.cuda.row_kernels import head_threads
 from gptq_webui.gptq.suitability import Unsuited
@@ -47,6 +47,23 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")
     names = gpu_kernels._KERNEL.findall(kernel_source.source(variants, packings, formats, fixed=True))
     assert {each.name for each in variants} | set(fixed) <= set(names)
+    for name in names:
+        assert name.encode() in binary
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
+    packing = Packing(4, False, 2)
+    variants = [
+        GemvVariant(packing, "ACTIVE", 0, 7, 4, 3, input="NATURAL"),
+        GemvVariant(packing, "GATED_BFLOAT", 0, 8, 2, 3, experts=True, input="ORDERED_BFLOAT"),
+        LayerVariant(True),
+        DecodeVariant(False, 8, 1),
+    ]
+    text = kernel_source.source(variants, [], [])
+    binary = compiler(capability, tmp_path).compile(text)
+    names = gpu_kernels._KERNEL.findall(text)
+    assert {each.name for each in variants} | {"rotate_bfloat", "keep_bfloat", "combine_bfloat", "route_bfloat"} == set(names)
     for name in names:
         assert name.encode() in binary
 
