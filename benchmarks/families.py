@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bootstrap
@@ -94,13 +95,14 @@ def main() -> None:
             out = model.generate(ids, max_new_tokens=given.tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
             return out.shape[1] - ids.shape[1]
 
-        mine, rates = [], {name: [] for name in peers}
+        mine: list[float] = []
+        rates: dict[str, list[float]] = {name: [] for name in peers}
         with torch.inference_mode():
             stepper.step(stepper.begin(), 5)
             for _ in range(given.rounds):
                 mine.append(measured(ours))
                 for name, model in peers.items():
-                    rates[name].append(measured(lambda model=model: theirs(model)))
+                    rates[name].append(measured(partial(theirs, model)))
         best = [max(each) for each in zip(*rates.values(), strict=True)]
         ratio = statistics.median(a / b for a, b in zip(mine, best, strict=True))
         shown = ", ".join(f"transformers {name} {statistics.median(each):.1f}" for name, each in rates.items())
