@@ -26,22 +26,12 @@ def describe(hf: Any) -> ModelParts:
     for layer in base.layers:
         norm, attention = norm_of(layer.input_layernorm), layer.self_attn
         window = getattr(attention, "sliding_window", None)
-        plain = llama_layer(
-            layer,
-            config,
-            mlp_norm=norm,
-            qkv_columns=columns,
-            rotary=-1 if config.model_type == "cohere2" and window is None else 0,
-            **(
-                {}
-                if getattr(attention, "q_norm", None) is None
-                else {
-                    "q_norm": in_halves_norm(norm_of(attention.q_norm), turned),
-                    "k_norm": in_halves_norm(norm_of(attention.k_norm), turned),
-                }
-            ),
-        )
-        layers.append(plain)
+        changes: dict[str, Any] = {}
+        if getattr(attention, "q_norm", None) is not None:
+            changes["q_norm"] = in_halves_norm(norm_of(attention.q_norm), turned)
+            changes["k_norm"] = in_halves_norm(norm_of(attention.k_norm), turned)
+        rotary_at = -1 if config.model_type == "cohere2" and window is None else 0
+        layers.append(llama_layer(layer, config, mlp_norm=norm, qkv_columns=columns, rotary=rotary_at, **changes))
     options = Options(
         norm="layer",
         parallel=True,

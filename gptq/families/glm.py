@@ -13,7 +13,7 @@ def describe(hf: Any) -> ModelParts:
     columns = paired_columns(heads, config.num_key_value_heads or heads, head_dim_of(config), turned)
     layers = []
     for layer in base.layers:
-        changes = {}
+        changes: dict[str, Any] = {}
         if config.model_type == "glm4":
             changes["attended_norm"] = norm_of(layer.post_self_attn_layernorm)
             changes["inner_norm"] = norm_of(layer.post_mlp_layernorm)
