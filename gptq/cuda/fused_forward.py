@@ -99,7 +99,7 @@ class FusedForward:
         watchers.remove(self)
         self._forwards = 0
         for each in (self._sums, self._norms, self._keeping, self._heads, self._turned, self._left):
-            each.clear()  # type: ignore[attr-defined]
+            each.clear()
 
     def begin(self) -> None:
         """A forward begins: the same one as before, since the recording began."""
@@ -251,7 +251,7 @@ def _attend(original: str) -> Callable[..., Any]:
         if _active and (found := _active[-1].decode(query, key, value, attention_mask, given)) is not None:
             return found, None
         if original == "eager":
-            plain = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            plain = sys.modules[type(module).__module__].eager_attention_forward
         else:
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -116,7 +116,11 @@ def kind_of(module: nn.Module) -> NormKind | None:
     """The kind of a norm that the kernel computes; None for any other module."""
     parameters = dict(module.named_parameters(recurse=False))
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if not set(parameters) <= {"weight", "bias"} or list(module.children()) or list(module.buffers(recurse=False)):
+    if (
+        not set(parameters) <= {"weight", "bias"}
+        or any(True for _ in module.children())
+        or any(True for _ in module.buffers(recurse=False))
+    ):
         return None
     if weight is None or weight.dim() != 1 or weight.shape[0] % 8 or weight.shape[0] > MOST:
         return None

@@ -67,7 +67,11 @@ def kind_of(router: nn.Module) -> RouterKind | None:
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if not set(parameters) <= {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.dtype not in NUMBERS:
         return None
-    if list(router.children()) or list(router.buffers(recurse=False)) or not isinstance(getattr(router, "top_k", None), int):
+    if (
+        any(True for _ in router.children())
+        or any(True for _ in router.buffers(recurse=False))
+        or not isinstance(getattr(router, "top_k", None), int)
+    ):
         return None
     experts, inputs = weight.shape
     if inputs % 8 or experts > _MOST_EXPERTS or not 1 <= router.top_k <= min(_MOST_CHOICES, experts):  # type: ignore[operator]
