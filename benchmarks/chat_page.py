@@ -182,7 +182,8 @@ def turns(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
             page_s, server_s = busy(session), time.process_time()
             tab.fill("#gw-message textarea", "One more")
             tab.press("#gw-message textarea", "Enter")
-            tab.wait_for_selector("#gw-stop:visible")
+            while len(path := house.store.path("", newest(house))) < 2 * before + 2 or path[-1].writing:
+                time.sleep(0.05)  # the button Stop may be there for too short a time to be seen
             tab.wait_for_selector("#gw-send:visible")
             tab.wait_for_function(f"document.querySelectorAll('#gw-past .gw-of-assistant').length >= {min(count + 1, 50)}")
             time.sleep(1.5)
@@ -245,6 +246,13 @@ def talk(house: SimpleNamespace, turns: int) -> str:
         parent = house.store.add("", id, parent, "user", f"Question {at}: and how is that done in code?")
         parent = house.store.add("", id, parent, "assistant", CODE)
     return str(id)
+
+
+def newest(house: SimpleNamespace) -> str:
+    """The id of the conversation that changed last; one that is only begun counts as soon as it has a message."""
+    while not (found := house.store.listed("")):
+        time.sleep(0.05)
+    return str(found[0].id)
 
 
 def busy(session: Any) -> float:
