@@ -70,12 +70,13 @@ def build(name: str, layers: int, tiny: bool, device: str, group: int) -> Any:
 
 def _middle(norm: nn.Module) -> float:
     """What the weight of a norm is where it changes nothing."""
-    width = norm.weight.shape[0]  # type: ignore[index]
-    norm.weight.data.zero_()  # type: ignore[union-attr]
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.data.zero_()  # type: ignore[union-attr]
+    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+    weight.data.zero_()
+    bias: Any = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.data.zero_()
     try:
-        x = torch.randn(4, width, device=norm.weight.device, dtype=norm.weight.dtype)  # type: ignore[arg-type]
+        x = torch.randn(4, weight.shape[0], device=weight.device, dtype=weight.dtype)
         return 0.0 if float(norm(x).abs().sum()) else 1.0
     except TypeError:  # of two inputs
         return 1.0
@@ -106,7 +107,7 @@ def pack(model: nn.Module, device: str, group: int) -> None:
             k, n = module.in_features, module.out_features
             bias = module.bias is not None
             setattr(parent, child, random_layer(k, n, 4, group, sym=True, rows=None, bias=bias, device=device))
-            module.weight = module.bias = None
+            del module.weight, module.bias
     gc.collect()
 
 

@@ -251,7 +251,8 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
     if job.cancel.is_set():
         raise LoadCancelled("Stopped. What arrived is kept: press Quantize to go on.")
     job.share = None
-    output = Path(values.output.strip()).expanduser().absolute() if (values.output or "").strip() else engine.library.roots[0]
+    place = (values.output or "").strip()
+    output = Path(place).expanduser().absolute() if place else engine.library.roots[0]
     dataset = (values.dataset or "").strip() or BUILT_IN
     tokens = int(values.length or 1)
     if source.context_tokens:
