@@ -27,9 +27,11 @@ def export(model: LocalModel, form: str, output: Path, adapter: Path | None, say
     if form == PACKED and adapter is not None:
         raise BadParameter(f"An adapter is merged into 16-bit weights: write --as {DENSE}, then quantise the result.")
     if model.kind == "plain" and (form == PACKED or adapter is None):
-        raise BadParameter(f"{model.name} is a 16-bit model. gptq-webui quantize makes GPTQ folders of it.")
+        raise BadParameter(f"{model.name} is a 16-bit model already. Run gptq-webui quantize to make GPTQ folders of it.")
     if not (model.is_packed or model.kind == "plain"):
-        raise LoadRefused(f"{model.name} is {model.badge}: {model.problem or 'it cannot be opened'}. Nothing was written.")
+        raise LoadRefused(
+            f"{model.name} is {model.badge}: {model.problem or 'it cannot be opened'}. Nothing was written; choose another model."
+        )
     import torch
     from safetensors.torch import save_file
 

@@ -38,10 +38,10 @@ def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:
         tensors[f"{name}.weight"] = layer.dequantize()
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
-    for name, (module, inner, outer) in adapter.items():
+    for name, (_module, inner, outer) in adapter.items():
         weight = tensors.get(f"{name}.weight")
         if weight is None or weight.shape != (outer.shape[0], inner.shape[1]):
-            raise LoadRefused(f"The adapter changes {name} ({type(module).__name__}), whose weight is not a plain matrix.")
+            raise LoadRefused(f"The adapter changes {name}, whose weight is not a plain matrix. Choose another adapter.")
         tensors[f"{name}.weight"] = weight.float() + outer.float() @ inner.float()
     for name in _input_first(model, layers):
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T
@@ -63,7 +63,7 @@ def packed(model: Any) -> tuple[dict[str, Tensor], Packing]:
     layers = dict(_packed(model))
     kinds = {(each.bits, each.group_size, each.checkpoint_format) for each in layers.values()}
     if len(kinds) != 1:
-        raise LoadRefused("Its layers have several widths or group sizes, which plain GPTQ cannot say. Nothing was written.")
+        raise LoadRefused("Its layers have several widths or group sizes, which plain GPTQ cannot say. Choose another model.")
     tensors = dense_tensors(model, [f"{name}.{part}" for name, layer in layers.items() for part in _parts(layer)])
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": as_written(getattr(layer, part)) for part in _parts(layer)}
@@ -77,7 +77,7 @@ def packed(model: Any) -> tuple[dict[str, Tensor], Packing]:
 def _packed(model: Any) -> Iterator[tuple[str, GPTQLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            raise LoadRefused("The model has packed experts; writing those anew is not supported yet. Nothing was written.")
+            raise LoadRefused("The model has packed experts; and those cannot be written anew yet. Choose another model.")
         if isinstance(module, GPTQLinear):
             yield name, module
 

@@ -41,7 +41,7 @@ def branches_of(folders: Sequence[Path]) -> list[Branch]:
         name = ref.branch if ref is not None else folder.name.rpartition("_gptq-")[1][1:] + folder.name.rpartition("_gptq-")[2]
         name = name if name.startswith("gptq-") else MAIN
         if any(name == each.name for each in found):
-            raise BadParameter(f"{folder.name} would become the branch {name}, as another folder. Upload one of them at a time.")
+            raise BadParameter(f"{folder.name} would become the branch {name}, as another folder. Give only one of them.")
         found.append(Branch(folder, name))
     if found and all(each.name != MAIN for each in found):
         found.insert(0, Branch(found[0].folder, MAIN))

@@ -114,7 +114,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it_and_a_second_one_leaves(folder):
         shown.ask("Go\r", "word word")
         shown.ask("\x03", "Stopped. ")
         shown.wait_for("\n>")
-        shown.ask("half a line\x03", "leaves.")
+        shown.ask("half a line\x03", "leaves.\n>")  # the prompt is there again
         shown.type("\x03")
         assert shown.end() == 130
     ((_title, texts),) = kept()
