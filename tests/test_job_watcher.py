@@ -117,6 +117,17 @@ def test_what_a_page_shows_already_is_not_drawn_again_by_its_next_watcher(monkey
     assert updates == [[{"box": 1, "one": 1}], [{"one": 1}], [{"box": 1, "one": 1}], [{"box": 1, "one": 1}]]
 
 
+def test_after_a_tab_was_opened_for_the_first_time_everything_is_drawn_once_more(monkeypatch):
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0.01)
+    monkeypatch.setattr(job_watcher, "_REDRAW_S", (0.05, 0.1))
+    watcher = watcher_of(lambda request: iter([{"box": "a"}]))
+    watcher.redraw_soon(page())
+    watcher.redraw_soon(page())  # opened again: nothing is lost then
+    assert asyncio.run(all_of(watcher.watch(page()))) == [{"box": "a"}] * 3
+    assert asyncio.run(all_of(watcher.watch(page()))) == [{"box": "a"}]
+    assert asyncio.run(all_of(watcher.watch(page("two")))) == [{"box": "a"}]
+
+
 def test_a_job_is_drawn_while_it_runs_and_once_at_its_end():
     jobs, go = Jobs(), threading.Event()
     look = jobs.part(lambda job: {"box": job.text}, lambda job, request: {"box": job.error or job.result})

@@ -26,6 +26,7 @@ Part = Callable[[gr.Request], Iterator[Updates]]  # one look at each `next`, {} 
 LOOK_S = 0.25  # between two looks of a watcher
 _REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
 _ALIVE_S = 5.0  # Gradio notices that a page has left when its handler yields
+_REDRAW_S = (1.5, 5.0)  # after a tab was opened for the first time
 _MOST_REPLACED = 4  # questions to a slow Hub that nobody waits for any more
 _MOST_PAGES = 256  # remembered; who opens more pages than that loses sight of the oldest, not of its jobs
 
@@ -183,6 +184,7 @@ class Watcher:
         self._newest: Pages[object] = Pages()
         self._shown_values: Pages[Updates] = Pages()  # the kept outputs, as each page shows them
         self._waiting: Pages[Updates] = Pages()  # for the bell
+        self._redraws: Pages[list[float]] = Pages()  # when everything is drawn once more; empty: that was done
         self._rung = 0
         self.bell = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
 
@@ -212,9 +214,18 @@ class Watcher:
         """Something else has drawn the kept outputs of this page."""
         self._shown_values.pop(request)
 
+    def redraw_soon(self, request: gr.Request) -> None:
+        """A tab may have been opened for the first time on this page: the watcher draws everything once more, and again.
+
+        Gradio 6 then fetches the code of its components, and replaces them when that has come: what was shown or hidden
+        meanwhile is lost.
+        """
+        if self._redraws.get(request) is None:
+            self._redraws.set(request, [time.monotonic() + each for each in _REDRAW_S])
+
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        for pages in (self._newest, self._shown_values, self._waiting):
+        for pages in (self._newest, self._shown_values, self._waiting, self._redraws):
             pages.pop(request)
 
     async def watch(self, request: gr.Request) -> AsyncIterator[Updates]:
@@ -223,8 +234,12 @@ class Watcher:
         self._newest.set(request, mine)
         looks = [part(request) for part in self._parts]
         known = dict(self._shown_values.get(request) or {})
+        redraws = self._redraws.get(request) or []
         yielded_at = 0.0
-        while looks:
+        while looks or redraws:
+            if redraws and time.monotonic() > redraws[0]:
+                redraws.pop(0)
+                looks, known = [part(request) for part in self._parts], {}
             now = await asyncio.to_thread(_look, looks)  # a look may read the disk
             if self._newest.get(request) is not mine:
                 return
@@ -234,7 +249,7 @@ class Watcher:
                 self._shown_values.set(request, {box: value for box, value in known.items() if id(box) in self._kept})
                 yielded_at = time.monotonic()
                 yield self._ring(request, changed)
-            if looks:
+            if looks or redraws:
                 await asyncio.sleep(LOOK_S)
 
     def _ring(self, request: gr.Request, changed: Updates) -> Updates:

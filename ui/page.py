@@ -100,6 +100,11 @@ def build(
                 raise gr.Error(str(error)) from None
             gr.Info("The model is unloaded and its memory is free.")
 
+        def show_models(request: gr.Request) -> dict[Any, Any]:
+            if gradio_compat.LAZY_TABS:
+                watcher.redraw_soon(request)
+            return models.show(request)
+
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
@@ -111,7 +116,7 @@ def build(
                 trigger(origins.show, None, origins.outputs, **gradio_compat.SHOW)
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
-            watcher.after(trigger(models.show, None, models.outputs, **gradio_compat.SHOW))
+            watcher.after(trigger(show_models, None, models.outputs, **gradio_compat.SHOW))
         for trigger in [quantize_tab_item.select] if gradio_compat.LAZY_TABS else [page.load, quantize_tab_item.select]:
             watcher.after(trigger(quantize.show, None, quantize.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
