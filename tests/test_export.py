@@ -83,8 +83,12 @@ def test_neighbours_become_plain_gptq_without_a_changed_number(form, settings, o
 
 def test_what_cannot_be_written_is_refused_in_words(tmp_path, capsys):
     tiny.write(tmp_path / "experts", "mixtral")
-    code, _out, err = run(capsys, tmp_path, "experts")
-    assert code != 0 and "experts" in err and not list(tmp_path.glob("*16bit*"))
+    code, out, err = run(capsys, tmp_path, "experts")
+    if code == 0:  # transformers 4 keeps experts as single layers
+        expected = logits(tmp_path / "experts")
+        assert (logits(Path(out)) - expected).abs().max() < 2e-3 * expected.abs().max()
+    else:
+        assert "experts" in err and not list(tmp_path.glob("*16bit*"))
     tiny.dense_model("llama").half().save_pretrained(tmp_path / "plain")
     for arguments in (["plain"], ["plain", "--as", "gptq"]):
         code, _out, err = run(capsys, tmp_path, *arguments)
