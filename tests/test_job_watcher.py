@@ -119,7 +119,7 @@ def test_what_a_page_shows_already_is_not_drawn_again_by_its_next_watcher(monkey
 
 def test_after_a_tab_was_opened_for_the_first_time_everything_is_drawn_once_more(monkeypatch):
     monkeypatch.setattr(job_watcher, "LOOK_S", 0.01)
-    monkeypatch.setattr(job_watcher, "_REDRAW_S", (0.05, 0.1))
+    monkeypatch.setattr(job_watcher, "REDRAW_S", (0.05, 0.1))
     watcher = watcher_of(lambda request: iter([{"box": "a"}]))
     watcher.redraw_soon(page())
     watcher.redraw_soon(page())  # opened again: nothing is lost then

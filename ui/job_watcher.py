@@ -26,7 +26,7 @@ Part = Callable[[gr.Request], Iterator[Updates]]  # one look at each `next`, {} 
 LOOK_S = 0.25  # between two looks of a watcher
 _REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
 _ALIVE_S = 5.0  # Gradio notices that a page has left when its handler yields
-_REDRAW_S = (1.5, 5.0)  # after a tab was opened for the first time
+REDRAW_S = (1.5, 5.0)  # after a tab was opened for the first time
 _MOST_REPLACED = 4  # questions to a slow Hub that nobody waits for any more
 _MOST_PAGES = 256  # remembered; who opens more pages than that loses sight of the oldest, not of its jobs
 
@@ -221,7 +221,7 @@ class Watcher:
         meanwhile is lost.
         """
         if self._redraws.get(request) is None:
-            self._redraws.set(request, [time.monotonic() + each for each in _REDRAW_S])
+            self._redraws.set(request, [time.monotonic() + each for each in REDRAW_S])
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -16,6 +17,7 @@ from ..engine.notebook import NextToken, Notebooks
 from ..engine.running_answer import RunningAnswer, in_words
 from . import gradio_compat
 from .html_snippets import bad, quiet, scrolling
+from .job_watcher import REDRAW_S
 from .parameters_tab import ParametersTab
 
 _FRAME_S = 0.1
@@ -92,10 +94,14 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
         except GptqWebuiError as error:
             return bad(str(error))
 
-    async def follow(owner: str, answer: RunningAnswer, limit: int) -> AsyncIterator[dict[Any, Any]]:
+    async def follow(owner: str, answer: RunningAnswer, limit: int, *, opened: bool = False) -> AsyncIterator[dict[Any, Any]]:
         yield buttons(owner)
+        redraws = [time.monotonic() + each for each in REDRAW_S] if opened else []  # see Watcher.redraw_soon
         shown = -1
         while not answer.over:
+            if redraws and time.monotonic() > redraws[0]:
+                redraws.pop(0)
+                yield buttons(owner)
             if answer.stamp != shown:
                 shown = answer.stamp
                 yield {text: books.text(owner), line: quiet(answer.state)}
@@ -110,7 +116,7 @@ def build(engine: Engine, parameters: ParametersTab, notebooks: Notebooks | None
         owner = owner_of(request)
         yield idle(owner)
         if (answer := books.running(owner)) is not None:
-            async for each in follow(owner, answer, 0):
+            async for each in follow(owner, answer, 0, opened=True):
                 yield each
 
     async def generate(first: str, rest: str, request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
