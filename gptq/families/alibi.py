@@ -41,15 +41,10 @@ def _bloom(hf: Any) -> ModelParts:
             attention_norm=norm_of(layer.input_layernorm),
             qkv=(layer.self_attention.query_key_value,),
             qkv_columns=columns,
-            q_norm=None,
-            k_norm=None,
             o=layer.self_attention.dense,
-            attended_norm=None,
             mlp_norm=norm_of(layer.post_attention_layernorm),
             gate_up=(layer.mlp.dense_h_to_4h,),
             down=layer.mlp.dense_4h_to_h,
-            inner_norm=None,
-            window=0,
             rotary=-1,
         )
         for layer in base.h
@@ -74,16 +69,10 @@ def _mpt(hf: Any) -> ModelParts:
         LayerParts(
             attention_norm=norm_of(layer.norm_1),
             qkv=(layer.attn.Wqkv,),
-            qkv_columns=None,
-            q_norm=None,
-            k_norm=None,
             o=layer.attn.out_proj,
-            attended_norm=None,
             mlp_norm=norm_of(layer.norm_2),
             gate_up=(layer.ffn.up_proj,),
             down=layer.ffn.down_proj,
-            inner_norm=None,
-            window=0,
             rotary=-1,
         )
         for layer in base.blocks

@@ -27,15 +27,10 @@ def describe(hf: Any) -> ModelParts:
                 attention_norm=norm_of(norms[0]),
                 qkv=(layer.self_attention.query_key_value,),
                 qkv_columns=columns,
-                q_norm=None,
-                k_norm=None,
                 o=layer.self_attention.dense,
-                attended_norm=None,
                 mlp_norm=norm_of(norms[1]),
                 gate_up=(layer.mlp.dense_h_to_4h,),
                 down=layer.mlp.dense_4h_to_h,
-                inner_norm=None,
-                window=0,
                 rotary=-1 if config.alibi else 0,
             )
         )

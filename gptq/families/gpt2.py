@@ -21,15 +21,10 @@ def describe(hf: Any) -> ModelParts:
             attention_norm=norm_of(layer.ln_1),
             qkv=(layer.attn.c_attn,),
             qkv_columns=columns,
-            q_norm=None,
-            k_norm=None,
             o=layer.attn.c_proj,
-            attended_norm=None,
             mlp_norm=norm_of(layer.ln_2),
             gate_up=(layer.mlp.c_fc,),
             down=layer.mlp.c_proj,
-            inner_norm=None,
-            window=0,
             rotary=-1,
         )
         for layer in base.h

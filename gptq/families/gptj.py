@@ -37,15 +37,10 @@ def describe(hf: Any) -> ModelParts:
                 attention_norm=norm,
                 qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
                 qkv_columns=columns,
-                q_norm=None,
-                k_norm=None,
                 o=attention.out_proj,
-                attended_norm=None,
                 mlp_norm=norm,
                 gate_up=(layer.mlp.fc_in,),
                 down=layer.mlp.fc_out,
-                inner_norm=None,
-                window=0,
             )
         )
     options = Options(norm="layer", gated=False, parallel=True, activation=act_of(base.h[0].mlp))

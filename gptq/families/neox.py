@@ -15,15 +15,10 @@ def describe(hf: Any) -> ModelParts:
             attention_norm=norm_of(layer.input_layernorm),
             qkv=(layer.attention.query_key_value,),
             qkv_columns=columns,
-            q_norm=None,
-            k_norm=None,
             o=layer.attention.dense,
-            attended_norm=None,
             mlp_norm=norm_of(layer.post_attention_layernorm),
             gate_up=(layer.mlp.dense_h_to_4h,),
             down=layer.mlp.dense_4h_to_h,
-            inner_norm=None,
-            window=0,
         )
         for layer in base.layers
     ]

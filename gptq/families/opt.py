@@ -14,16 +14,10 @@ def describe(hf: Any) -> ModelParts:
         LayerParts(
             attention_norm=norm_of(layer.self_attn_layer_norm),
             qkv=(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            qkv_columns=None,
-            q_norm=None,
-            k_norm=None,
             o=layer.self_attn.out_proj,
-            attended_norm=None,
             mlp_norm=norm_of(layer.final_layer_norm),
             gate_up=(layer.fc1,),
             down=layer.fc2,
-            inner_norm=None,
-            window=0,
             rotary=-1,
         )
         for layer in base.layers

@@ -71,20 +71,22 @@ class Options:
     logits_cap: float = 0.0  # then cap * tanh(logit / cap); 0: none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerParts:
     attention_norm: Norm | None  # [H], of what q, k and v read
     qkv: tuple[nn.Module, ...]  # q, k, v; or one layer that is all three
-    qkv_columns: Tensor | None  # int64 [all outputs of qkv]: where the outputs of q, then k, then v are found; None: in order
-    q_norm: Norm | None
-    k_norm: Norm | None
+    qkv_columns: Tensor | None = (
+        None  # int64 [all outputs of qkv]: where the outputs of q, then k, then v are found; None: in order
+    )
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
     o: nn.Module
-    attended_norm: Norm | None  # [H], of what o gives
+    attended_norm: Norm | None = None  # [H], of what o gives
     mlp_norm: Norm | None  # [H], of what gate and up read
     gate_up: tuple[nn.Module, ...]  # gate, up; or one layer that is both; or the only one of an MLP without a gate
     down: nn.Module
-    inner_norm: Norm | None  # [H], of what down gives
-    window: int  # tokens a position sees, itself included; 0 for all
+    inner_norm: Norm | None = None  # [H], of what down gives
+    window: int = 0  # tokens a position sees, itself included; 0 for all
     rotary: int = 0  # which of the model's rotaries; -1: queries and keys are not turned
     sinks: Tensor | None = None  # [heads]: a score for no key at all
 
