@@ -90,7 +90,7 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     say(f"Calibration: {text}, {len(samples)} of {job.samples} samples of {job.sample_tokens} tokens.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and job.source.size_bytes > _LARGE_BYTES:
-        say("There is no GPU: the processor computes every layer, which takes hours for a model of this size.")
+        say("There is no GPU: the processor computes every layer, which takes very long for a model of this size.")
     digest = _digest(job, samples, device.type)
     wanted = [each for each in job.branches if not _is_finished(job.folder(each), digest)]
     if not wanted:

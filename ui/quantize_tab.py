@@ -277,6 +277,6 @@ def _words(branch: str) -> str:
 
 def _idle() -> str:
     return quiet(
-        "Makes GPTQ models as TheBloke made them. One layer at a time is in the GPU's memory: a 7B model needs about 8 GB. "
-        "Without a GPU it works too, but takes hours for a 7B model."
+        "Makes GPTQ models as TheBloke made them. One layer at a time is in the GPU's memory, so the model may be larger. "
+        "Without a GPU it works too, and takes much longer."
     )
