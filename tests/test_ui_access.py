@@ -20,9 +20,9 @@ from gptq_webui.ui.parameters_tab import to_values
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
-    "rescue_box", "idle_box", "measure_box", "origins_box", "perplexity_box", "page",
+    "rescue_box", "idle_box", "measure_box", "origins_box", "perplexity_box", "quantize_tab", "page",
 )  # fmt: skip
-FOR_ALL = ("show", "arrange")  # called by every page load, they show a guest nothing
+FOR_ALL = ("show", "show_models", "arrange")  # called by a page that loads or a tab that opens, they show a guest nothing
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,9 @@ def handlers(house, names):
 def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
     refused = []
     for index, each in handlers(house, OWNERS_ONLY):
-        message, _seen = call(house, "guest", "g", index, [None] * len(each.inputs))
-        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in ("model_tab", "page"):
+        data = [[] if block.get_block_name() == "checkboxgroup" else None for block in each.inputs]
+        message, _seen = call(house, "guest", "g", index, data)
+        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in ("model_tab", "quantize_tab", "page"):
             assert message["success"], each.fn  # or every guest is greeted with an error
             continue
         assert not message["success"], each.fn
@@ -72,7 +73,9 @@ def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
 
 def test_a_guest_sees_no_path_and_no_password(house):
     for index, each in house.page.fns.items():
-        if each.fn is not None and (each.fn.__name__ == "watch" or any(trigger == "load" for _block, trigger in each.targets)):
+        if each.fn is None:
+            continue
+        if each.fn.__name__ == "watch" or any(trigger in ("load", "select") for _block, trigger in each.targets):
             _message, seen = call(house, "guest", "g", index, [None] * len(each.inputs))
             for secret in (str(house.root), "/home/anna", "gradio.live", MISTRAL):
                 assert secret not in seen, each.fn
