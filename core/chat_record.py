@@ -14,6 +14,7 @@ from .errors import GptqWebuiError
 MOST_CHARACTERS = 2_000_000  # of one message
 MOST_TITLE = 120
 FILES = "files"  # in the details of a message: [{"name": …, "text": …}]
+_MOST_DETAILS, _MOST_DETAIL, _MOST_NUMBER = 50, 1000, 1e12  # fields, characters of one, a number in one
 _TITLE_WORDS = 60  # characters of the first message that name a conversation
 
 
@@ -74,6 +75,21 @@ def files_of(details: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     pairs = [(each.get("name"), each.get("text")) for each in found if isinstance(each, dict)]
     return [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
+
+
+def read_details(value: Any) -> dict[str, Any]:
+    """The details of a message in a file: numbers that are numbers, short words, and files. The rest is left out."""
+    if not isinstance(value, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for name, each in list(value.items())[:_MOST_DETAILS]:
+        if (isinstance(each, (int, float)) and -_MOST_NUMBER < each < _MOST_NUMBER) or isinstance(each, bool):
+            found[name] = each
+        elif isinstance(each, str):
+            found[name] = whole(each[:_MOST_DETAIL])
+    if files := files_of(value):
+        found[FILES] = [{"name": whole(name[:_MOST_DETAIL]), "text": whole(text)} for name, text in files]
+    return found
 
 
 def whole(text: str) -> str:

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..core.character import BadCharacter, Character, Lorebook, read_book, text_of, whole_number
+from .plain_yaml import NotPlainYaml, YamlReferences, YamlTooDeep, plain_yaml
 
 MOST_BYTES = 20_000_000  # of a picture
 _MOST_JSON = 4_000_000  # bytes of the text in it, and of a JSON file
@@ -110,25 +111,15 @@ def _json(text: str) -> Mapping[str, Any]:
 
 
 def _yaml(text: str) -> Mapping[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Plain values only. A file that repeats parts of itself could be a thousand times as long as it looks."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise _bad("The file refers to parts of itself (& and *), which no character needs.")
-            return super().compose_node(parent, index)
-
     if len(text) > _MOST_YAML:
         raise _bad(f"The file has {len(text):,} characters; a YAML file may have {_MOST_YAML:,}.")
     try:
-        value = yaml.load(text, Loader)
-    except BadCharacter:
-        raise
-    except RecursionError:
+        value = plain_yaml(text)
+    except YamlReferences:
+        raise _bad("The file refers to parts of itself (& and *), which no character needs.") from None
+    except YamlTooDeep:
         raise _bad("The file is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+    except NotPlainYaml:
         raise _bad("The file is neither a picture nor YAML nor JSON.") from None
     if not isinstance(value, dict):
         raise _bad("The file holds no character.")
@@ -199,8 +190,12 @@ def _chunk_text(kind: bytes, rest: bytes) -> bytes:
 def _from_zip(content: bytes) -> str:
     """card.json of a CHARX file."""
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open("card.json") as file:
-            text = file.read(_MOST_JSON + 1)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            found = archive.getinfo("card.json")
+            if found.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for gigabytes at once
+                raise _bad("The archive is packed in a way that cards are not.")
+            with archive.open(found) as file:
+                text = file.read(_MOST_JSON + 1)
     except (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError, ValueError):
         raise _bad("The archive holds no card.json that can be read.") from None
     if len(text) > _MOST_JSON:

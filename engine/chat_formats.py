@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.chat import Role
-from ..core.chat_record import MOST_CHARACTERS, MOST_TITLE, BadChatFile, title_of, whole
+from ..core.chat_record import MOST_CHARACTERS, MOST_TITLE, BadChatFile, read_details, title_of, whole
 from .chat_store import ChatStore
 
 MOST_BYTES = 20_000_000
@@ -46,7 +46,7 @@ class ChatFile:
             raise _bad(f"Message {len(self.messages) + 1} has {len(text):,} characters; {MOST_CHARACTERS:,} are the limit.")
         if len(self.messages) >= _MOST_MESSAGES:
             raise _bad(f"The file has more than {_MOST_MESSAGES:,} messages.")
-        self.messages.append((parent, role, whole(text), details if isinstance(details, dict) else {}))
+        self.messages.append((parent, role, whole(text), read_details(details)))
         self.leaf = len(self.messages) - 1
         return self.leaf
 
@@ -182,7 +182,7 @@ def _read_sillytavern(text: str) -> ChatFile:
     """https://docs.sillytavern.app: one JSON object a line, the first about the chat; `swipes` are the versions."""
     chat = ChatFile()
     parent: int | None = None
-    for at, line in enumerate(text.splitlines()):
+    for at, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
         try:

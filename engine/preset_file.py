@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import GptqWebuiError
 from ..core.folder_files import read_json
 from ..core.params import GenerationParams, names_in, neutral_values, read_request
+from .plain_yaml import NotPlainYaml, YamlReferences, plain_yaml
 
 LONGEST_FILE = 100_000  # characters
 SAMPLERS = tuple(
@@ -72,15 +73,13 @@ def _quoted(text: str) -> str:
 
 def from_yaml(text: str) -> ReadPreset:
     """What a preset file says, with the values that change nothing where it says nothing. Raises BadPresetFile."""
-    import yaml
-
     if len(text) > LONGEST_FILE:
         raise BadPresetFile(f"A preset has at most {LONGEST_FILE:,} characters; found {len(text):,}. Choose another file.")
     try:
-        if _has_references(text):
-            raise BadPresetFile("A preset has no references (& and *). Choose another file.")
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        found = plain_yaml(text)
+    except YamlReferences:
+        raise BadPresetFile("A preset has no references (& and *). Choose another file.") from None
+    except NotPlainYaml:
         raise BadPresetFile("This is not YAML. Write lines such as `temperature: 0.7`.") from None
     if not isinstance(found, dict) or not found:
         kind = "nothing" if found is None or found == {} else "a list" if isinstance(found, list) else "plain text"
@@ -96,13 +95,6 @@ def from_yaml(text: str) -> ReadPreset:
     ignored = [name for name, usual in _NEUTRAL_THERE.items() if name in given and given[name] != usual]
     ignored += [name for name in given if name not in known and name not in GenerationParams.__dataclass_fields__]
     return ReadPreset(values, tuple(each[:60] for each in ignored[:20]))
-
-
-def _has_references(text: str) -> bool:
-    """A few anchors can stand for gigabytes."""
-    import yaml
-
-    return any(isinstance(each, (yaml.AnchorToken, yaml.AliasToken)) for each in yaml.scan(text))
 
 
 def _samplers(given: Mapping[str, Any], protocol: Any) -> dict[str, Any]:

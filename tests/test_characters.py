@@ -54,9 +54,9 @@ def text_chunk(name, value):
     return chunk(b"tEXt", name + b"\0" + base64.b64encode(json.dumps(value).encode()))
 
 
-def zipped(name, text):
+def zipped(name, text, packing=zipfile.ZIP_DEFLATED):
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", packing) as archive:
         archive.writestr(name, text)
     return file.getvalue()
 
@@ -143,6 +143,12 @@ BOMB = zlib.compress(b"A" * 50_000_000)
         (zipped("card.json", "A" * 50_000_000), "longer than"),
         (zipped("other.json", "{}"), "no card.json"),
         (b"PK\x03\x04garbage", "no card.json"),
+        (zipped("card.json", "{}", zipfile.ZIP_LZMA), "in a way that cards are not"),
+        (zipped("card.json", "{}", zipfile.ZIP_BZIP2), "in a way that cards are not"),
+        (zipped("card.json", "{}")[:40] + b"\xff" * 200, "no card.json"),
+        (b"name: 1" + b":1" * 140_000, "are the limit"),  # a number to the base 60, in YAML 1.1
+        (b"first_mes: 1" + b":1" * 2000 + b".5", "needs a name"),  # another, greater than any
+        (b"first_mes: !!float x\nname: !!set {a}", "needs a name"),
     ],
 )
 def test_a_hostile_file_costs_a_sentence_and_less_than_a_moment(content, words):

@@ -9,6 +9,8 @@ from gptq_webui.engine import chat_formats
 from gptq_webui.engine.chat_export import FORMATS, write, write_all
 from gptq_webui.engine.chat_formats import read_file, save
 from gptq_webui.engine.chat_store import ChatStore
+from gptq_webui.engine.running_answer import RunningAnswer, details_of
+from gptq_webui.ui.chat_messages import figures, shown_messages
 
 
 @pytest.fixture
@@ -83,6 +85,34 @@ def test_what_the_browser_kept_and_what_a_request_holds(store):
     assert chat.system == "s" and chat.messages[0][2] == "a\N{REPLACEMENT CHARACTER}b \N{GRINNING FACE}"
     (chat,) = read_file("r.json", '[{"role": "system", "content": "s"}, {"role": "user", "content": "x"}]')
     assert chat.system == "s" and chat.messages[0][2] == "x" and chat.title == "x"
+
+
+def test_a_line_of_a_file_ends_at_a_newline_alone():
+    """JSON leaves the other line separators of Unicode as they are."""
+    text = "one\u2028two\x85three\u2029four"
+    lines = [json.dumps({"name": "x", "is_user": True, "mes": text}, ensure_ascii=False), '{"mes": "ok"}']
+    (chat,) = read_file("x.jsonl", "\r\n".join(lines))
+    assert [message[2] for message in chat.messages] == [text, "ok"]
+
+
+@pytest.mark.parametrize(
+    "details",
+    ["Infinity", "NaN", "1e999", "-1e300", "true", '"<b>"', "[1]", "{}", "null", '{"a":' * 900 + "1" + "}" * 900],
+    ids=lambda each: each[:10],
+)
+def test_an_imported_message_can_be_shown_exported_and_continued_whatever_its_details_say(store, details):
+    names = ("thinking_s", "begun", "new_tokens", "prompt_tokens", "generate_s", "prefill_s", "reason", "error", "files", "model")
+    fields = ", ".join(f'"{name}": {details}' for name in names)
+    for reason in ("stop", "length", "crashed", "error"):
+        text = CHAT % f'{{"role": "assistant", "text": "<think>a</think>b", "details": {{{fields}, "reason": "{reason}"}}}}'
+        (id,) = save(store, "", read_file("x.json", text))
+        (message,) = store.path("", id)
+        (shown,) = shown_messages([message], None)
+        assert "b" in shown.text and "<b>" not in figures(message.details).replace("broke off: <b>", "")
+        for each in FORMATS:
+            assert write(store, "", id, each)
+        answer = RunningAnswer(lambda _: None, before=message.text, details=message.details)
+        json.dumps(details_of(answer, "m", 5, message.details), allow_nan=False)
 
 
 CHAT = '{"messages": [%s]}'

@@ -105,7 +105,7 @@ def test_what_is_no_preset_is_a_sentence(text, said):
         from_yaml(text)
 
 
-@pytest.mark.parametrize("value", ["x", "null", "[1]", "99999", "-5", ".nan", "true", "{a: 1}"])
+@pytest.mark.parametrize("value", ["x", "null", "[1]", "99999", "-5", ".nan", "true", "{a: 1}", "1" + ":1" * 2000 + ".5"])
 def test_a_value_of_the_wrong_type_costs_that_value(value):
     found = from_yaml(f"temperature: {value}\nmin_p: 0.1")
     GenerationParams(**found.values)
