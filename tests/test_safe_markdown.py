@@ -1,5 +1,6 @@
 """ui/safe_markdown.py: nothing in a message runs or is fetched, and code looks like code."""
 
+import html
 import random
 import re
 import time
@@ -93,3 +94,21 @@ def test_a_hostile_megabyte_takes_less_than_a_moment(piece):
     began = time.process_time()
     safe_markdown(text)
     assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("piece", ["> ", "- ", "1. ", "> - ", "*a ", "**a*", "_", "[a](", "![", "\\[", "`a", "~~a "])
+def test_what_takes_a_parser_too_long_is_shown_as_characters(piece):
+    text = "Before *this*.\n\n" + piece * 20_000 + "x\n\nAfter *it*."
+    began = time.process_time()
+    shown = safe_markdown(text)
+    assert time.process_time() - began < 3
+    before, flood, after = shown.split("\n\n")
+    assert (before, after) == ("Before *this*.", "After *it*.")
+    assert "".join(html.unescape(flood).split()) == "".join((piece * 20_000 + "x").replace("\\[", "[").split())
+    assert len(re.findall(r"[*_~\[\]!\\`<]", flood)) < 2000 and re.match(r"(?:\s*(?:>|-|\d+\.)(?=\s)){13}", flood) is None
+
+
+def test_a_long_text_with_marks_in_every_line_is_left_alone():
+    lines = "\n".join(f"- **item {at}** is _here_, [there](http://a.example/{at}) and ~~gone~~" for at in range(3000))
+    nested = "\n".join("  " * (at % 10) + "- x" for at in range(1000))
+    assert safe_markdown(lines) == lines and safe_markdown(nested) == nested and safe_markdown("> " * 12 + "x") == "> " * 12 + "x"

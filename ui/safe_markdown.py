@@ -10,6 +10,8 @@ delimiters in the whole text, code included, and 4.37 lets Markdown change what 
 
 import re
 
+from .tame_markdown import MOST_MARKS, is_tame, tame
+
 # (left, right, whether it stands on lines of its own), for a Chatbot's `latex_delimiters`
 DELIMITERS = (("\ue7f2", "\ue7f3", True), ("\ue7f0", "\ue7f1", False))
 _CODE = "\ue7f4"  # stands for a piece of code while formulas are looked for
@@ -31,7 +33,7 @@ def safe_markdown(text: str, *, ends_blocks: bool = False) -> str:
     `ends_blocks`: a block of code that is still open at the end is closed.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PRIVATE)
-    if _ACTIVE.search(text) is None and not ends_blocks:
+    if _ACTIVE.search(text) is None and not ends_blocks and is_tame(text):
         return text
     lines = text.split("\n")
     chunks: list[str] = []
@@ -102,7 +104,10 @@ def _safe_text(text: str) -> str:
         pieces += [_escape(text[shown : opening.start()]), left, _as_entities(" ".join(formula.split())), right]
         shown = at = end + len(opening[0])
     pieces.append(_escape(text[shown:]))
-    parts = "".join(pieces).split(_CODE)
+    shown_text = tame("".join(pieces))
+    if len(codes) > MOST_MARKS and max(each.count(_CODE) for each in _BLANK_LINE.split(shown_text)) > MOST_MARKS:
+        codes = [each.replace("<code>", "&#96;").replace("</code>", "&#96;") for each in codes]  # tags are dear, too
+    parts = shown_text.split(_CODE)
     return parts[0] + "".join(code + part for code, part in zip(codes, parts[1:], strict=True))
 
 
