@@ -27,7 +27,7 @@ USED = {  # what a browser asks for, with a session of its own
     ("GET", "/robots.txt"), ("POST", "/login"), ("POST", "/login/"), ("GET", "/config"),
     ("GET", f"{PREFIX}/startup-events"), ("GET", f"{PREFIX}/heartbeat/{{session_hash}}"), ("GET", f"{PREFIX}/queue/data"),
     ("POST", f"{PREFIX}/queue/join"), ("POST", f"{PREFIX}/cancel"), ("POST", f"{PREFIX}/reset"),
-    ("GET", "/assets/{path:path}"), ("GET", "/static/{path:path}"), ("GET", "/svelte/{path:path}"),
+    ("GET", f"{PREFIX}/app_id"), ("GET", "/assets/{path:path}"), ("GET", "/static/{path:path}"), ("GET", "/svelte/{path:path}"),
 }  # fmt: skip
 OWNER, GUEST = ("anna", "right-password"), ("guest", "guest-password")
 

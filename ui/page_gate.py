@@ -32,7 +32,10 @@ OWN: dict[str, tuple[str, bytes]] = {
 _PUBLIC = {("GET", "/"), ("HEAD", "/"), ("GET", "/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt")}
 _PUBLIC_FOLDERS = ("/assets/", "/static/", "/svelte/")
 _LOGIN = {("POST", "/login"), ("POST", "/login/")}
-_READ = {("GET", "/config"), ("GET", "/startup-events")}
+_READ = {
+    ("GET", "/config"), ("GET", "/startup-events"),
+    ("GET", "/app_id"),  # asked by a page of Gradio 6 that has lost its connection, until it is answered
+}  # fmt: skip
 _EVENTS = {("POST", "/queue/join"), ("POST", "/run/predict"), ("POST", "/cancel"), ("POST", "/reset")}
 _STREAM = ("GET", "/queue/data")
 _HEARTBEAT = "/heartbeat/"
