@@ -89,6 +89,11 @@ def _own_terminal() -> None:
 
 
 def fake_chat(folder: Path, answer: str, tokens_per_s: float = 0.0) -> list[str]:
+    """Arguments that run `gptq-webui chat` with the fake loader, which gives this answer; options follow."""
+    return [*fake_program(answer, tokens_per_s), "chat", "--models-dir", str(folder)]
+
+
+def fake_program(answer: str, tokens_per_s: float = 0.0) -> list[str]:
     """Arguments that run the command line with the fake loader, which gives this answer; a command follows."""
     code = (
         "import dataclasses, importlib.util, sys\n"
@@ -106,4 +111,4 @@ def fake_chat(folder: Path, answer: str, tokens_per_s: float = 0.0) -> list[str]
         "engine_commands.Engine = lambda library, settings: real(library, settings, loaders=[Fake()])\n"
         "sys.exit(cli.main(sys.argv[4:]))\n"
     )
-    return ["-c", code, str(SCRIPT), answer, str(tokens_per_s), "chat", "--models-dir", str(folder)]
+    return ["-c", code, str(SCRIPT), answer, str(tokens_per_s)]
