@@ -5,8 +5,10 @@ Answers go to stdout, everything else to stderr.
 
 import argparse
 import json
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from .chat_slash import Quit, SlashCommands, find
 from .engine_commands import StatusLine, finish_as_json, load_model, load_options, loading_line, make_engine, params_of, summary
 from .exit_codes import DONE, INTERRUPTED, OTHER
 from .markdown_writer import PlainWriter, Writer, writer
+
+_TWICE_S = 1.0  # a Ctrl+C so soon after the one that stopped an answer is its second
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -125,6 +129,7 @@ class _Terminal:
         self._session, self._options = session, options
         self._commands = SlashCommands(session, self._load_named, self._read_text)
         self._reader = Reader(self._commands.complete, keep_history=not options.forget)
+        self._stopped_at = -math.inf  # when an answer was stopped, on time.monotonic()
 
     def run(self) -> int:
         try:
@@ -142,7 +147,7 @@ class _Terminal:
                 print(file=sys.stderr)
                 return DONE
             except KeyboardInterrupt:
-                if interrupted:
+                if interrupted or time.monotonic() - self._stopped_at < _TWICE_S:
                     return INTERRUPTED
                 interrupted = True
                 _say("Ctrl+C once more, or Ctrl+D, leaves.")
@@ -168,6 +173,8 @@ class _Terminal:
             _say(str(error))
         else:
             if finish is not None:
+                if finish.reason == "cancelled":
+                    self._stopped_at = time.monotonic()
                 _say(("Stopped. " if finish.reason == "cancelled" else "") + summary(finish))
             return ""
         return "" if is_command else line
