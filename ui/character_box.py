@@ -21,7 +21,8 @@ from ..engine.character_files import as_v2, read_character, read_lorebook
 from ..engine.character_store import CharacterStore, Kind
 from . import gradio_compat
 from .character_parts import FIELDS, NOBODY, CharacterParts
-from .chat_actions import Asked, ChatActions
+from .chat_actions import ChatActions
+from .chat_asked import Asked
 from .chat_view import owner_of
 from .html_snippets import bad, quiet
 from .job_watcher import Updates

@@ -1,56 +1,28 @@
 """What the buttons of the Chat tab do: each handler changes a conversation and returns what the page shows then."""
 
 import contextlib
-import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from ..core.chat import Message
-from ..core.chat_record import MOST_CHARACTERS, ChatInfo, NoSuchChat, files_of
+from ..core.chat_record import ChatInfo, NoSuchChat
 from ..core.errors import GptqWebuiError
 from ..core.params import GenerationParams
-from ..engine import chat_export, chat_formats
+from ..engine import chat_formats
 from ..engine.chat_context import context_use, prompt_pieces
 from ..engine.chat_prompt import messages_of, own_params, with_files
 from ..engine.chat_service import ChatService
 from ..engine.likely_tokens import likely_tokens
-from ..loaders.text.built_in_templates import BUILT_IN, PLAIN
+from .chat_asked import Asked, files_in, number_in, words_in
+from .chat_list_actions import ListActions
 from .chat_view import ChatView, Known, order, owner_of
 from .context_meter import meter_html, prompt_html
 from .html_snippets import bad, quiet
 from .job_watcher import Updates
 from .likely_box import likely_html
-
-_MOST_TAGS = 20
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What comes with every press: what the page shows, and what is typed in it."""
-
-    request: gr.Request
-    id: str
-    known: Known
-    query: str
-    text: str
-    system: str
-    start: str
-    template: str
-    values: tuple[Any, ...]  # of the Parameters tab
-
-    @property
-    def owner(self) -> str:
-        return owner_of(self.request)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of the conversation, for ChatStore.set. A template that is not built in counts as none."""
-        template = self.template if self.template in (*BUILT_IN, PLAIN) else ""
-        return {"system": self.system, "reply_start": self.start, "template": template}
 
 
 class ChatActions:
@@ -58,10 +30,9 @@ class ChatActions:
         """`params` makes parameters of the values of the Parameters tab; it raises BadParameter."""
         self.view, self.parts, self._params = view, view.parts, params
         self.chats: ChatService = view.chats
+        self._list = ListActions(view)
         self._known_words: dict[str, Callable[..., Updates]] = {
-            "open": self._open, "new": self._new, "rename": self._rename, "pin": self._pin, "tags": self._tags, "tag": self._tag,
-            "delete": self._delete, "undelete": self._undelete, "export": self._export, "export-all": self._export_all,
-            "import": self._import, "earlier": self._earlier, "version": self._version, "copy": self._copy, "edit": self._edit,
+            **self._list.words, "earlier": self._earlier, "version": self._version, "copy": self._copy, "edit": self._edit,
             "again": self._again, "continue": self._continue, "branch": self._branch, "remove": self._remove,
             "prompt": self._prompt, "close-prompt": self._close_prompt, "likely": self._likely, "instead": self._instead,
         }  # fmt: skip
@@ -94,7 +65,7 @@ class ChatActions:
     # --- asking ------------------------------------------------------------------------------------
 
     def send(self, asked: Asked, given: str) -> Updates:
-        files = _files(given)
+        files = files_in(given)
         if not asked.text.strip():
             words = "Write what the model should do with the files." if files else "Write a message first."
             return {self.parts.line: quiet(words)}
@@ -128,7 +99,7 @@ class ChatActions:
         return {self.parts.line: gr.update()}
 
     def save_edit(self, asked: Asked, given: str, text: str, *, in_place: bool) -> Updates:
-        message = _number(given)
+        message = number_in(given)
         params = None if in_place else self._params(asked.values)
         self.chats.edit(asked.owner, asked.id, message, text, params, in_place=in_place)
         closed = {self.parts.editor: gr.update(visible=False)}
@@ -154,12 +125,12 @@ class ChatActions:
         return self._changed(asked) | {self.parts.line: quiet(f"Undone: {what}." if what else "There is nothing to undo.")}
 
     def new(self, asked: Asked, given: str) -> Updates:
-        return self._new(asked, given)
+        return self._list.new(asked, given)
 
     # --- what the script passes on -----------------------------------------------------------------
 
     def act(self, asked: Asked, given: str) -> Updates:
-        words = _words(given)
+        words = words_in(given)
         work = self._known_words.get(words[0]) if words else None
         if work is None:
             return {self.parts.line: gr.update()}
@@ -168,74 +139,19 @@ class ChatActions:
         except (TypeError, ValueError, KeyError):
             raise GptqWebuiError("The page sent something that this program does not understand. Reload the page.") from None
 
-    def _open(self, asked: Asked, id: str, files: str = "") -> Updates:
-        self._keep_draft(asked, files)
-        info = self.chats.store.get(asked.owner, id)
-        updates = self.view.show(asked.request, id, asked.known, asked.query, opened=True)
-        return updates | {
-            self.parts.box: info.draft,
-            self.parts.out: order(focus=1, bottom=1, files=info.draft_files),
-        }
-
-    def _new(self, asked: Asked, files: str = "") -> Updates:
-        self._keep_draft(asked, files)
-        updates = self.view.show(asked.request, "", asked.known, asked.query, opened=True)
-        return updates | {self.parts.box: "", self.parts.out: order(focus=1, files=[])}
-
-    def _rename(self, asked: Asked, id: str, title: str) -> Updates:
-        self.chats.store.set(asked.owner, id, title=title)
-        return self._listed(asked)
-
-    def _pin(self, asked: Asked, id: str, pinned: str) -> Updates:
-        self.chats.store.set(asked.owner, id, pinned=int(pinned == "1"))
-        return self._listed(asked)
-
-    def _tags(self, asked: Asked, id: str, text: str) -> Updates:
-        tags = [each.strip()[:40] for each in text.split(",") if each.strip()]
-        self.chats.store.set(asked.owner, id, tags=list(dict.fromkeys(tags))[:_MOST_TAGS])
-        return self._listed(asked)
-
-    def _tag(self, asked: Asked, tag: str) -> Updates:
-        asked.known.tag = tag[:40]
-        return self._listed(asked)
-
-    def _delete(self, asked: Asked, id: str) -> Updates:
-        with self.chats.stopped(asked.owner, id) as store:
-            title = store.get(asked.owner, id).title
-            store.delete(asked.owner, id)
-        asked.known.deleted = f"{id} {title}"
-        if id != asked.id:
-            return self._listed(asked)
-        return self.view.show(asked.request, "", asked.known, asked.query, opened=True) | {self.parts.box: ""}
-
-    def _undelete(self, asked: Asked, id: str) -> Updates:
-        self.chats.store.undelete(asked.owner, id)
-        asked.known.deleted = ""
-        return self.view.show(asked.request, id, asked.known, asked.query, opened=True)
-
-    def _export(self, asked: Asked, id: str, format: str) -> Updates:
-        return {self.parts.out: order(download=chat_export.write(self.chats.store, asked.owner, id, format))}
-
-    def _export_all(self, asked: Asked) -> Updates:
-        return {self.parts.out: order(download=chat_export.write_all(self.chats.store, asked.owner))}
-
-    def _import(self, asked: Asked, name: str, content: str) -> Updates:
-        made = chat_formats.save(self.chats.store, asked.owner, chat_formats.read_file(name, content))
-        return self.view.show(asked.request, made[-1], asked.known, asked.query, opened=True)
-
     def _earlier(self, asked: Asked) -> Updates:
         asked.known.most += 100
         return self.view.show(asked.request, asked.id, asked.known, asked.query)
 
     def _version(self, asked: Asked, message: str, step: str) -> Updates:
-        self.chats.store.show_version(asked.owner, asked.id, _number(message), 1 if step == "1" else -1)
+        self.chats.store.show_version(asked.owner, asked.id, number_in(message), 1 if step == "1" else -1)
         return self._changed(asked)
 
     def _copy(self, asked: Asked, message: str) -> Updates:
-        return {self.parts.out: order(copy=self.chats.store.message(asked.owner, asked.id, _number(message)).text)}
+        return {self.parts.out: order(copy=self.chats.store.message(asked.owner, asked.id, number_in(message)).text)}
 
     def _edit(self, asked: Asked, message: str) -> Updates:
-        found = self.chats.store.message(asked.owner, asked.id, _number(message))
+        found = self.chats.store.message(asked.owner, asked.id, number_in(message))
         at = self.parts
         label = "Edit your message" if found.role == "user" else "Edit the answer"
         return {
@@ -244,14 +160,14 @@ class ChatActions:
         }  # fmt: skip
 
     def _again(self, asked: Asked, message: str) -> Updates:
-        self.chats.regenerate(asked.owner, asked.id, self._params(asked.values), _number(message))
+        self.chats.regenerate(asked.owner, asked.id, self._params(asked.values), number_in(message))
         return self._begun(asked, asked.id)
 
     def _continue(self, asked: Asked, _message: str) -> Updates:
         return self.go_on(asked, "")
 
     def _branch(self, asked: Asked, message: str) -> Updates:
-        made = self.chats.store.branch(asked.owner, asked.id, _number(message))
+        made = self.chats.store.branch(asked.owner, asked.id, number_in(message))
         updates = self.view.show(asked.request, made.id, asked.known, asked.query, opened=True)
         return updates | {
             self.parts.line: quiet("This is a new conversation with the same beginning."),
@@ -260,7 +176,7 @@ class ChatActions:
 
     def _remove(self, asked: Asked, message: str) -> Updates:
         with self.chats.stopped(asked.owner, asked.id) as store:
-            store.remove(asked.owner, asked.id, _number(message))
+            store.remove(asked.owner, asked.id, number_in(message))
         return self._changed(asked)
 
     def _prompt(self, asked: Asked) -> Updates:
@@ -272,7 +188,7 @@ class ChatActions:
 
     def _likely(self, asked: Asked, message: str) -> Updates:
         path = self.chats.store.path(asked.owner, asked.id)
-        at = next((at for at, each in enumerate(path) if each.id == _number(message) and each.role == "assistant"), None)
+        at = next((at for at, each in enumerate(path) if each.id == number_in(message) and each.role == "assistant"), None)
         if at is None:
             raise NoSuchChat
         tokens = likely_tokens(self.chats.engine, self.chats.store.get(asked.owner, asked.id), path[: at + 1])
@@ -281,8 +197,8 @@ class ChatActions:
     def _instead(self, asked: Asked, message: str, at: str, text: str) -> Updates:
         """Another version of an answer: the same up to a place, then this text, then what the model makes of it."""
         params = self._params(asked.values)
-        before = self.chats.store.message(asked.owner, asked.id, _number(message)).text[: max(0, _number(at))]
-        self.chats.edit(asked.owner, asked.id, _number(message), before + text)
+        before = self.chats.store.message(asked.owner, asked.id, number_in(message)).text[: max(0, number_in(at))]
+        self.chats.edit(asked.owner, asked.id, number_in(message), before + text)
         self.chats.go_on(asked.owner, asked.id, params)
         return self._begun(asked, asked.id) | {self.parts.prompt: ""}
 
@@ -322,7 +238,7 @@ class ChatActions:
 
     def keep_draft(self, asked: Asked, given: str) -> Updates:
         if asked.id:
-            self._keep_draft(asked, given)
+            self._list.keep_draft(asked, given)
         return {self.parts.line: gr.update()}
 
     def keep_settings(self, asked: Asked, _given: str) -> Updates:
@@ -333,7 +249,7 @@ class ChatActions:
     def meter(self, asked: Asked, given: str) -> str:
         """HTML: how much of the context the conversation takes."""
         try:
-            messages, params = self._prompt_of(asked, _files(given))
+            messages, params = self._prompt_of(asked, files_in(given))
             use = context_use(self.chats.engine, messages, params.max_new_tokens, self._template(asked))
             return meter_html(use, bool(asked.id and self.chats.store.get(asked.owner, asked.id).parameters))
         except GptqWebuiError:
@@ -368,57 +284,3 @@ class ChatActions:
 
     def _changed(self, asked: Asked) -> Updates:
         return self.view.show(asked.request, asked.id, asked.known, asked.query) | {self.parts.line: ""}
-
-    def _listed(self, asked: Asked) -> Updates:
-        return self.view.listing(asked.owner, asked.known, asked.query) | {self.parts.known: asked.known.text()}
-
-    def _keep_draft(self, asked: Asked, given: str = "") -> None:
-        """What is typed and attached stays with its conversation. `given`: what is attached, "" if that is not new."""
-        store, text = self.chats.store, asked.text
-        files = _files(given)
-        files = files if sum(len(words) for _name, words in files) <= MOST_CHARACTERS else []
-        if not asked.id:
-            if text.strip() or files:
-                store.create(asked.owner, draft=text, draft_files=files, **asked.settings)
-            return
-        if given:
-            with contextlib.suppress(GptqWebuiError):
-                last = next((each for each in reversed(store.path(asked.owner, asked.id)) if each.role == "user"), None)
-                if last is None or not files or files_of(last.details) != files:  # they may have been sent meanwhile
-                    store.set(asked.owner, asked.id, draft_files=files)
-        with contextlib.suppress(GptqWebuiError):
-            if store.get(asked.owner, asked.id).draft == text:
-                return
-            path = store.path(asked.owner, asked.id)
-            sent = next((each.text for each in reversed(path) if each.role == "user"), None)
-            if text.strip() != sent:  # it may have been sent while this was on its way
-                store.set(asked.owner, asked.id, draft=text)
-
-
-def _words(given: str) -> list[str]:
-    try:
-        found = json.loads(given or "[]")
-    except (ValueError, RecursionError):
-        return []
-    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else []
-
-
-def _files(given: str) -> list[tuple[str, str]]:
-    """The files that the script passes on."""
-    try:
-        found = json.loads(given or "[]")
-    except (ValueError, RecursionError):
-        return []
-    pairs = found if isinstance(found, list) else []
-    return [
-        (each[0][:200], each[1])
-        for each in pairs[:50]
-        if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and isinstance(each[1], str)
-    ]
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        return -1

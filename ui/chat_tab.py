@@ -16,7 +16,8 @@ from ..engine.engine import Engine
 from . import chat_script, gradio_compat
 from .access import Access
 from .character_box import CharacterBox
-from .chat_actions import Asked, ChatActions
+from .chat_actions import ChatActions
+from .chat_asked import Asked
 from .chat_parts import ChatParts, draw
 from .chat_view import ChatView
 from .job_watcher import Updates, Watcher
