@@ -3,7 +3,8 @@
 A loader without weights answers at a fixed rate, so everything that is measured is the page, its server and the browser:
 
 - the rate of the text in the page against the same answer read from the engine without a page;
-- what a turn costs the page after 200 turns against the first turn, as processor time of the browser's page and of the server;
+- what a turn costs the page after 200 turns against the first turn, as processor time of the browser's page and of the server:
+  the median of several turns of each kind, one after the other in turn;
 - the time from a key to its letter while an answer streams into a conversation of 200 turns of code.
 
 Prints one line for each, with the machine's load beside it. A busy machine makes rates and keys worse; processor time less so.
@@ -39,6 +40,8 @@ from gptq_webui.ui import page as ui_page  # noqa: E402
 
 RATE = 500.0  # tokens/s
 TURNS = 200
+_TIMES = 9  # turns of each kind
+_TURN_S = 4.0  # for each, longer than it takes
 CODE = "Here it is:\n\n```python\n" + "\n".join(f"def step_{at}(value):\n    return value + {at}  # one more" for at in range(6))
 CODE += "\n```\n\nIt adds **one** number to another, and `step_5` is the last."
 SHORT = " ".join(f"word{at}" for at in range(60))
@@ -75,15 +78,16 @@ class Loader(FakeLoader):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--words", type=int, default=2000, help="of the answer whose rate is measured; a word is about a token")
+    parser.add_argument("--only", choices=("rates", "turns", "keys"), help="measure this alone")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         house = serve(Path(folder))
         found = {
             "load": os.getloadavg()[0],
-            **rates(house, chromium, asked.words),
-            **turns(house, chromium),
-            **keys(house, chromium),
+            **(rates(house, chromium, asked.words) if asked.only in (None, "rates") else {}),
+            **(turns(house, chromium) if asked.only in (None, "turns") else {}),
+            **(keys(house, chromium) if asked.only in (None, "keys") else {}),
         }
         for name, value in found.items():
             print(f"{name}: {value:.3f}", flush=True)
@@ -164,41 +168,63 @@ def rates(house: SimpleNamespace, chromium: Any, words: int) -> dict[str, float]
 
 
 def turns(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
-    """Processor seconds of a turn: the page's main thread, and this process, in which the server runs."""
+    """Processor seconds of a turn: the page's main thread, and this process, in which the server runs.
+
+    First turns and turns after 200 others take turns, each in a page of its own kind that stays open and for the same time, so
+    that what the machine does meanwhile, and what an idle page costs, is the same for both. The median of each kind counts.
+    """
     load(house, CODE)
-    found = []
-    for before in (0, TURNS - 1):
-        costs = []
-        for _again in range(3):
-            id = talk(house, before)
-            tab = visit(house, chromium)
-            if id:
-                tab.evaluate("id => window.gwChat.act('open', id)", id)
-                tab.wait_for_selector("#gw-past .gw-of-assistant")
-                time.sleep(3)
-            count = tab.locator("#gw-past .gw-of-assistant").count()
-            session = tab.context.new_cdp_session(tab)
-            session.send("Performance.enable")
-            page_s, server_s = busy(session), time.process_time()
-            tab.fill("#gw-message textarea", "One more")
-            tab.press("#gw-message textarea", "Enter")
-            while len(path := house.store.path("", newest(house))) < 2 * before + 2 or path[-1].writing:
-                time.sleep(0.05)  # the button Stop may be there for too short a time to be seen
-            tab.wait_for_selector("#gw-send:visible")
-            tab.wait_for_function(f"document.querySelectorAll('#gw-past .gw-of-assistant').length >= {min(count + 1, 50)}")
-            time.sleep(1.5)
-            costs.append((busy(session) - page_s, time.process_time() - server_s))
-            tab.context.close()
-        found.append([statistics.median(each) for each in zip(*costs, strict=True)])
-    (page_1, server_1), (page_200, server_200) = found
+    short, long = visit(house, chromium), visit(house, chromium)
+    long_id = talk(house, TURNS - 1)
+    long.evaluate("id => window.gwChat.act('open', id)", long_id)
+    long.wait_for_selector("#gw-past .gw-of-assistant")
+    costs: dict[Any, list[tuple[float, float]]] = {short: [], long: []}
+    for at in range(_TIMES + 1):
+        for tab in (short, long):
+            if tab is short:
+                tab.click("#gw-new")
+                tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
+            tab.bring_to_front()
+            time.sleep(2.0)
+            found = turn(house, tab, "" if tab is short else long_id)
+            if at:  # the first of each warms the page up
+                costs[tab].append(found)
+    (page_1, server_1), (page_200, server_200) = (
+        [statistics.median(each) for each in zip(*costs[tab], strict=True)] for tab in (short, long)
+    )
+    spread = [statistics.quantiles([each[0] for each in costs[tab]], n=4) for tab in (short, long)]
+    for tab in (short, long):
+        tab.context.close()
     return {
         "turn 1, page, processor s": page_1,
         "turn 200, page, processor s": page_200,
+        "turn 1, page, middle half": spread[0][2] - spread[0][0],
+        "turn 200, page, middle half": spread[1][2] - spread[1][0],
         "turn 1, server, processor s": server_1,
         "turn 200, server, processor s": server_200,
         "turn 200 against turn 1, page": page_200 / page_1,
         "turn 200 against turn 1, both": (page_200 + server_200) / (page_1 + server_1),
     }
+
+
+def turn(house: SimpleNamespace, tab: Any, id: str) -> tuple[float, float]:
+    """(page, server): processor seconds from a question until some time after its answer. An `id` of "" is a new conversation."""
+    before = len(house.store.path("", id)) if id else 0
+    known = {each.id for each in house.store.listed("")}
+    session = tab.context.new_cdp_session(tab)
+    session.send("Performance.enable")
+    tab.fill("#gw-message textarea", "One more")
+    page_s, server_s, end = busy(session), time.process_time(), time.monotonic() + _TURN_S
+    tab.press("#gw-message textarea", "Enter")
+    time.sleep(_TURN_S - 0.5)
+    id = id or next(each.id for each in house.store.listed("") if each.id not in known)
+    path = house.store.path("", id)
+    assert len(path) == before + 2 and not path[-1].writing, "the turn took longer than it is measured"
+    assert tab.is_visible("#gw-send"), "the page took longer than it is measured"
+    time.sleep(max(0.0, end - time.monotonic()))
+    found = busy(session) - page_s, time.process_time() - server_s
+    session.detach()
+    return found
 
 
 def keys(house: SimpleNamespace, chromium: Any) -> dict[str, float]:
@@ -246,13 +272,6 @@ def talk(house: SimpleNamespace, turns: int) -> str:
         parent = house.store.add("", id, parent, "user", f"Question {at}: and how is that done in code?")
         parent = house.store.add("", id, parent, "assistant", CODE)
     return str(id)
-
-
-def newest(house: SimpleNamespace) -> str:
-    """The id of the conversation that changed last; one that is only begun counts as soon as it has a message."""
-    while not (found := house.store.listed("")):
-        time.sleep(0.05)
-    return str(found[0].id)
 
 
 def busy(session: Any) -> float:

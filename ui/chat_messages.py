@@ -4,6 +4,7 @@ The buttons are plain HTML before the text, because nothing in a text can swallo
 them below it. chat_script.py passes their clicks on.
 """
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -14,13 +15,14 @@ from ..core.units import plural
 from ..engine.running_answer import CRASHED, finish_of, in_words
 from .message_markdown import message_markdown
 
-MOST_SHOWN = 100  # messages; earlier ones come with a click, so that a long conversation costs the page no more than this
+MOST_SHOWN = 80  # messages and those of a block; earlier ones come with a click, so that a long conversation costs no more
+_BLOCK = 40  # the first one that is shown changes once in so many: a Chatbot draws all of them anew when it does
 
 
 def shown_messages(path: Sequence[StoredMessage], live: int | None, most: int = MOST_SHOWN) -> list[Message]:
     """For gradio_compat.to_display. `live` is the message that is drawn elsewhere while it is written."""
     done = [each for each in path if each.id != live]
-    first = max(0, len(done) - most)
+    first = max(0, len(done) - most) // _BLOCK * _BLOCK
     if first and done[first].role == "assistant":
         first -= 1  # a question stays with its answer
     last = done[-1].id if done and live is None else None
@@ -36,7 +38,7 @@ def with_buttons(message: StoredMessage, is_last: bool) -> str:
     seconds = message.details.get("thinking_s")
     text = message_markdown(
         message.text,
-        thinking_s=seconds if isinstance(seconds, float) else None,
+        thinking_s=seconds if isinstance(seconds, float) and 0 <= seconds < math.inf else None,
         begun=message.details.get("begun") is True,
     )
     return f"{_below(message, is_last)}{_files(message)}\n\n{text}"

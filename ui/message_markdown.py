@@ -4,12 +4,14 @@
 again what it has read before.
 """
 
+import functools
 from html import escape
 
 from ..core.thinking import Part, parts_of
 from ..core.units import format_duration
 from .safe_markdown import ends_in_code, safe_markdown
 
+_MOST_KEPT = 8000  # characters of a message whose Markdown is kept
 _TAIL = 4000  # characters of a message being written that are read anew each time
 
 
@@ -19,6 +21,18 @@ def message_markdown(text: str, *, thinking_s: float | None = None, begun: bool 
     `thinking_s`: how many seconds its thought took, None if that is not known. `begun`: the prompt opened a thought.
     `live`: it is being written, and a thought that has not ended stays unfolded.
     """
+    if live or len(text) > _MOST_KEPT:
+        return _markdown(text, thinking_s, begun, live)
+    return _kept_markdown(text, thinking_s, begun)
+
+
+@functools.lru_cache(maxsize=1000)
+def _kept_markdown(text: str, thinking_s: float | None, begun: bool) -> str:
+    """Every turn shows the same messages again, and one more."""
+    return _markdown(text, thinking_s, begun, False)
+
+
+def _markdown(text: str, thinking_s: float | None, begun: bool, live: bool) -> str:
     parts = parts_of(text, begun=begun)
     if not any(each.is_thought for each in parts):
         return safe_markdown(parts[0].text if len(parts) == 1 else text)
