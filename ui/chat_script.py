@@ -38,7 +38,19 @@ _INSTALL = r"""
     } catch (error) {}
     return [id, old];
   };
-  gw.keep = (id) => { try { sessionStorage.setItem('gptq-webui chat', id); } catch (error) {} };
+  gw.keep = (id) => {
+    try { sessionStorage.setItem('gptq-webui chat', id); if (id) sessionStorage.removeItem('gptq-webui draft'); } catch (error) {}
+  };
+  // the draft of a conversation that the server does not know yet
+  const isNew = () => { try { return !sessionStorage.getItem('gptq-webui chat'); } catch (error) { return false; } };
+  const newDraft = () => {
+    try { return JSON.parse(sessionStorage.getItem('gptq-webui draft')) || ['', []]; } catch (error) { return ['', []]; }
+  };
+  gw.drafted = () => {
+    try { if (isNew() && box()) sessionStorage.setItem('gptq-webui draft', JSON.stringify([box().value, gw.files])); }
+    catch (error) {} // too long for the browser
+    press('gw-draft');
+  };
   const focus = () => { const at = box(); if (at && !phone() && !find('#gw-edit textarea')) at.focus(); };
   gw.drawer = (open) => { const at = find('#gw-house'); if (at) at.classList.toggle('gw-drawer-open', open); };
   const root = () => find('.gradio-container') || document.body;
@@ -62,6 +74,7 @@ _INSTALL = r"""
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
     if (it.sent) { gw.files = []; gw.kept = '[]'; gw.chips(); }
+    if (it.fill !== undefined && isNew()) [it.fill, it.files] = newDraft();
     if (it.files && (!it.fill || !gw.files.length)) { gw.files = it.files; gw.kept = gw.attached(); gw.chips(); }
     if (it.fill && box() && !box().value) {
       box().value = it.fill;
@@ -91,28 +104,37 @@ _INSTALL = r"""
   };
 
   // files of the user
-  const pick = (many, done) => {
+  const bring = async (files, kind, done) => {
+    for (const file of files) {
+      if (kind === 'text' && /^(image|audio|video)[/]/.test(file.type)) {
+        gw.say(file.name + ' is ' + (file.type.startsWith('image') ? 'a picture' : 'a recording')
+          + '. The models that run here read text alone: describe it in words.');
+      } else if (file.size > 20000000) gw.say(file.name + ' is larger than 20 MB.');
+      else done(file.name, await file.text());
+    }
+  };
+  const pick = (kind, done) => {
     const input = document.createElement('input');
-    input.type = 'file'; input.multiple = !!many; input.className = 'gw-file'; input.style.display = 'none';
-    input.onchange = async () => {
-      for (const file of input.files) {
-        if (file.size > 20000000) { gw.say(file.name + ' is larger than 20 MB.'); continue; }
-        if (many === 'text' && /^(image|audio|video)[/]/.test(file.type)) {
-          gw.say(file.name + ' is ' + (file.type.startsWith('image') ? 'a picture' : 'a recording')
-            + '. The models that run here read text alone: describe it in words.');
-          continue;
-        }
-        done(file.name, await file.text());
-      }
-      input.remove();
-    };
+    input.type = 'file'; input.multiple = true; input.className = 'gw-file'; input.style.display = 'none';
+    input.onchange = async () => { await bring(input.files, kind, done); input.remove(); };
     document.body.append(input); input.click();
   };
+  const holdsFiles = (data) => data && [...data.types].includes('Files');
+  document.addEventListener('paste', (event) => {
+    if (event.target !== box() || !holdsFiles(event.clipboardData)) return;
+    if ([...event.clipboardData.types].includes('text/plain')) return; // words with a picture of them
+    event.preventDefault(); bring(event.clipboardData.files, 'text', gw.attach);
+  });
+  for (const kind of ['dragover', 'drop']) document.addEventListener(kind, (event) => {
+    if (!event.target.closest?.('#gw-main') || !holdsFiles(event.dataTransfer)) return;
+    event.preventDefault();
+    if (kind === 'drop') bring(event.dataTransfer.files, 'text', gw.attach);
+  });
   gw.attach = (name, text) => {
     if (text.includes('\u0000') || (text.match(/\uFFFD/g) || []).length > text.length / 50) {
       gw.say(name + ' is not a text file.'); return;
     }
-    gw.files.push([name, text]); gw.chips(); gw.measure(); press('gw-draft');
+    gw.files.push([name, text]); gw.chips(); gw.measure(); gw.drafted();
   };
   gw.chips = () => {
     const at = find('#gw-files'); if (!at) return;
@@ -122,7 +144,7 @@ _INSTALL = r"""
       const chip = document.createElement('button');
       chip.type = 'button'; chip.className = 'gw-chip'; chip.title = 'Take ' + name + ' away';
       chip.textContent = name + ' · ' + Math.max(1, Math.round(text.length / 1024)) + ' KB ×';
-      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); press('gw-draft'); };
+      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); gw.drafted(); };
       return chip;
     }));
   };
@@ -178,7 +200,7 @@ LIKELY
     }
     if (words[0] === 'drawer') return gw.drawer(!find('#gw-house').classList.contains('gw-drawer-open'));
     if (words[0] === 'attach') return pick('text', gw.attach);
-    if (words[0] === 'import') return pick(true, (name, text) => gw.act('import', name, text));
+    if (words[0] === 'import') return pick('chats', (name, text) => gw.act('import', name, text));
     if (words[0] === 'rename' || words[0] === 'tags') return type(button, words[0], words[1]);
     if (['open', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
     if (words[0] === 'open') words.push(gw.fresh());
@@ -207,7 +229,7 @@ LIKELY
   // drafts, and the meter while one types
   document.addEventListener('input', (event) => {
     if (event.target !== box()) return;
-    clearTimeout(gw.drafting); gw.drafting = setTimeout(() => press('gw-draft'), 800);
+    clearTimeout(gw.drafting); gw.drafting = setTimeout(gw.drafted, 800);
     gw.measure(700);
   });
   gw.sending = () => { clearTimeout(gw.drafting); gw.stick = true; };
