@@ -53,7 +53,9 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
     with gr.Column(elem_classes="gw-panel", elem_id="gw-api"):
         head = gr.HTML(elem_id="gw-api-head")
         program = gradio_compat.Radio(list(PROGRAMS), value=PROGRAMS[0], label="Program", elem_id="gw-api-program")
-        code = gr.Code(value="", language="shell", interactive=False, label="Copy this", lines=4, elem_id="gw-api-code")
+        code = gr.Code(
+            value="", language="shell", interactive=False, label="Copy this", lines=1, wrap_lines=True, elem_id="gw-api-code"
+        )
         key = gr.Textbox(
             label="API key",
             info="Only for the button below. It stays in this browser.",
@@ -63,13 +65,13 @@ def draw_api(engine: Engine, api: Api, access: Access) -> ApiBox:
         )
         with gr.Row(elem_classes="gw-buttons"):
             button = gr.Button("Try it", variant="primary", size="sm", min_width=96, elem_id="gw-api-try")
+        answer = gr.Textbox(label=f"The answer to “{QUESTION}”", lines=3, interactive=False, elem_id="gw-api-answer")
         naming = gr.Checkbox(
             load_on_request.allowed(engine.settings),
             label="Load the model that a program names",
             info="Any program that may use the API can do it. It waits until running answers end.",
             elem_id="gw-api-naming",
         )
-        answer = gr.Textbox(label=f"The answer to “{QUESTION}”", lines=3, interactive=False, elem_id="gw-api-answer")
 
     def show(request: gr.Request, wanted: str) -> dict[Any, Any]:
         if not access.is_owner(request):

@@ -51,6 +51,7 @@ _LIST = """
 .dark { --gw-hover: rgb(148 163 184 / .16); --gw-chosen: rgb(45 212 191 / .16); --gw-own: #1e293b; }
 #gw-house { flex-wrap: nowrap !important; gap: 18px !important; align-items: stretch !important; height: calc(100dvh - 124px);
   min-height: 420px; }
+.gradio-container:has(#gw-banner .gw-banner) #gw-house { height: calc(100dvh - 190px); }
 #gw-side { flex: 0 0 252px !important; width: 252px; gap: 8px !important; flex-wrap: nowrap !important; min-height: 0; }
 #gw-side > * { flex: 0 0 auto !important; }
 #gw-side > #gw-list { flex: 1 1 auto !important; min-height: 0; overflow-y: auto !important; overflow-x: hidden !important; }
@@ -115,7 +116,7 @@ _TALK = """
 #gw-main { flex: 1 1 0 !important; min-width: 0 !important; min-height: 0; gap: 6px !important; flex-wrap: nowrap !important;
   overflow-y: auto; }
 #gw-main > * { flex: 0 0 auto; }
-#gw-main > #gw-chat { flex: 1 1 auto !important; min-height: 170px; overflow-y: auto !important; gap: 0 !important;
+#gw-main > #gw-chat { flex: 1 1 auto !important; min-height: 170px; overflow: hidden auto !important; gap: 0 !important;
   flex-wrap: nowrap !important; scrollbar-gutter: stable; overscroll-behavior: contain; }
 #gw-chat > * { flex: 0 0 auto; }
 #gw-chat-head { flex-wrap: nowrap !important; gap: 6px !important; align-items: center !important; }

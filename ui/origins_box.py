@@ -25,7 +25,7 @@ def draw_origins(engine: Engine, access: Access) -> OriginsBox:
     settings = engine.settings
     sites = gradio_compat.Radio(
         [],
-        label="Web sites that may call the API",
+        label="Allowed sites",
         info="Programs need no entry: only pages of other sites that call this server from a browser.",
         elem_id="gw-origins",
     )

@@ -135,6 +135,7 @@ _COMFORT = """ /* page_comfort.py */
     min-height: 44px;
   }
   #gw-tabs button.sm { min-height: 44px; }
+  #gw-api-code .icon-button { min-width: 44px; min-height: 44px; justify-content: center; }
   .gw-fields .form > .block { flex: 1 1 100% !important; }
   #gw-tabs .tab-like-container { height: 46px !important; }
   #gw-tabs .tab-like-container > * { height: 100% !important; min-width: 44px !important; }
@@ -185,6 +186,20 @@ _MODEL = """
 .gw-buttons button { flex: 0 1 auto; }
 #gw-load-stop, #gw-back, #gw-report-copy { align-self: flex-start; width: auto !important; flex-grow: 0 !important; }
 #gw-models input { padding-right: 28px; }
+"""
+
+_API = """ /* api_box.py */
+#gw-api-head a { color: var(--gw-good) !important; margin: 0 !important; padding: 0 !important; }
+#gw-api-code .cm-line span { color: inherit !important; } /* the editor's own colours are too pale on white */
+#gw-api .form > #gw-api-naming { margin-top: 10px; }
+"""
+
+_FOLDED = """ /* accordions outside of the Chat tab: one frame is enough */
+#gw-tabs .gr-accordion:not(#gw-house *) .form {
+  border: none !important; background: none !important; box-shadow: none !important; gap: 14px !important;
+}
+#gw-tabs .gr-accordion:not(#gw-house *) .form > .block { padding: 0 !important; border: none !important; }
+#gw-tabs .gr-accordion .block:has(> .html-container > .prose:empty) { position: absolute; } /* no gap for what says nothing */
 """
 
 _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
@@ -255,10 +270,12 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
   content: attr(class); display: block; overflow: hidden; white-space: nowrap; text-indent: -9ch;
   color: var(--gw-soft); font-size: 12px; line-height: 1.2; padding-bottom: 6px; user-select: none;
 }
-:is(.message, #gw-live) .katex-display { overflow-x: auto; overflow-y: hidden; padding: 2px 0; }
+:is(.message, #gw-live) .katex-display { overflow: auto hidden; max-height: 80vh; padding: 2px 0; }
 """
 
-CSS = _scaled(
-    _COLOURS + _FRAME + _COMFORT + _WORDS + _MODEL + _TABLES + _PARAMETERS + chat_style.CSS + _NOTEBOOK + _CHARACTERS + _MESSAGES
-)
+_PARTS = (
+    _COLOURS, _FRAME, _COMFORT, _WORDS, _MODEL, _API, _FOLDED, _TABLES, _PARAMETERS, chat_style.CSS, _NOTEBOOK, _CHARACTERS,
+    _MESSAGES,
+)  # fmt: skip
+CSS = _scaled("".join(_PARTS))
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes
