@@ -11,6 +11,8 @@ from browser import WAIT_MS, chromium
 from gptq_webui.core.chat import Message, Token
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import demo
+from gptq_webui.engine.chat_service import ChatService
+from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.perplexity import measure
@@ -20,7 +22,7 @@ from gptq_webui.ui import page as ui_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 
-LONG = "Tell me what this is about. " + "The old man and the boy walked along the river until it was dark. " * 300
+LONG = "Tell me what this is about. " + "The old man and the boy walked along the river until it was dark. " * 120
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,10 @@ def house(demo_root, tmp_path_factory):
     library = Library([demo_root])
     engine = Engine(library, Settings(tmp_path_factory.mktemp("settings") / "settings.json"))
     engine.load(demo.folders(demo_root)[0].name)
-    page = ui_page.build(engine, Downloads(library), preset="Precise")
+    chats = ChatService(engine, ChatStore(tmp_path_factory.mktemp("chats") / "chats.sqlite3"))
+    page = ui_page.build(engine, Downloads(library), preset="Precise", chats=chats)
     _app, url, _share = page.launch(prevent_thread_lock=True, quiet=True, **ui_page.launch_options())
-    yield SimpleNamespace(engine=engine, url=url)
+    yield SimpleNamespace(engine=engine, url=url, store=chats.store)
     page.close()
     engine.unload()
 
@@ -70,6 +73,9 @@ def test_a_long_prompt_is_counted_while_it_is_read_and_can_be_stopped(house, tab
     assert idle(house.engine)
     read = house.engine.loaded._prefix._kept[-1].memory.length
     assert max(seen) <= read < whole  # it ended in the middle, and what was read is kept
+    house.store.set(
+        "", house.store.listed("")[0].id, parameters={"max_new_tokens": 3}
+    )  # the rest of the prompt is what takes long
     tab.click("#gw-regenerate")
     tab.wait_for_selector("#gw-line:has-text('first word after')", timeout=120_000)
 
