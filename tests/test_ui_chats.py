@@ -245,13 +245,35 @@ def test_keys_do_what_the_list_says_and_an_edited_answer_is_continued(visit, ser
     press(tab, "edit")
     tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Paris.'")
     tab.fill("#gw-edit-text textarea", "The answer begins so:")
-    tab.click("#gw-edit-send")
+    tab.press("#gw-edit-text textarea", "Control+Enter")
     tab.wait_for_selector(".gw-versions:has-text('3/3')")
     press(tab, "more")
     tab.wait_for_selector("#gw-past:has-text('The answer begins so:Paris.')")
     assert next(iter(paths(served).values()))[-1] == "The answer begins so:Paris."
     tab.keyboard.press("Alt+n")
     tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
+
+
+def test_an_answer_that_is_stopped_leaves_the_one_before_and_is_continued(visit, served):
+    tab = visit()
+    answered(tab, "Question")
+    served.engine.load(MISTRAL, options={"answer": LONG, "tokens_per_s": 10.0, "load_s": 0.0})
+    tab.keyboard.press("Alt+r")
+    wait_for(tab, "#gw-live", "word3")
+    tab.keyboard.press("Escape")
+    wait_for(tab, "#gw-past .gw-figures", "stopped")
+    tab.wait_for_selector(".gw-versions:has-text('2/2')")
+    (texts,) = paths(served).values()
+    tab.keyboard.press("Alt+c")
+    written = len(texts[-1].split())
+    wait_for(tab, "#gw-live", f"{texts[-1]}word0 word1 ")  # the loader of this test begins anew
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#gw-send:visible")
+    (texts,) = paths(served).values()
+    assert len(texts[-1].split()) > written
+    press(tab, "back")
+    tab.wait_for_selector(".gw-versions:has-text('1/2')")
+    assert next(iter(paths(served).values()))[-1] == "Paris."
 
 
 def test_figures_copy_and_what_the_model_gets(visit, served):
@@ -390,6 +412,17 @@ def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
             tab.click("#gw-more .gw-icon-clip")
         chooser.value.set_files(tmp_path / name)
         tab.wait_for_selector({"notes.txt": "#gw-files .gw-chip"}.get(name, "#gw-toast:has-text('picture.png is a picture')"))
+    for event, data in (("paste", "clipboardData"), ("drop", "dataTransfer")):
+        tab.evaluate("document.querySelector('#gw-toast').textContent = ''")
+        tab.evaluate(
+            """([event, data]) => {
+              const files = new DataTransfer(); files.items.add(new File(['x'], event + 'ed.png', {type: 'image/png'}));
+              const made = new Event(event, {bubbles: true, cancelable: true}); made[data] = files;
+              document.querySelector('#gw-message textarea').dispatchEvent(made);
+            }""",
+            [event, data],
+        )
+        tab.wait_for_selector(f"#gw-toast:has-text('{event}ed.png is a picture. The models that run here read text alone')")
     served.engine.unload()
     ask(tab, "What is the code word?")  # nobody answers: question and file come back
     wait_for(tab, "#gw-line", "No model is loaded")
@@ -419,6 +452,23 @@ def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
     assert len(json.loads(download.value.path().read_text())["chats"]) == 2
 
 
+def test_what_is_typed_in_a_new_conversation_is_there_after_a_reload(visit, served):
+    tab = visit()
+    tab.fill("#gw-message textarea", "Begun, not sent")
+    tab.wait_for_function("(sessionStorage.getItem('gptq-webui draft') || '').includes('Begun')")
+    tab.reload()
+    tab.wait_for_function("document.querySelector('#gw-message textarea')?.value == 'Begun, not sent'")
+    assert served.store.listed("") == []
+    tab.press("#gw-message textarea", "Enter")
+    wait_for(tab, "#gw-past", "Paris.")
+    tab.wait_for_function("!sessionStorage.getItem('gptq-webui draft')")
+    tab.click("#gw-new")
+    tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 0")
+    tab.reload()
+    tab.wait_for_function("window.gwChat && document.querySelector('#gw-list .gw-chats')")
+    assert tab.input_value("#gw-message textarea") == ""
+
+
 def test_what_the_browser_kept_before_is_imported_once(visit, served):
     kept = json.dumps(
         {"messages": [{"role": "user", "text": "From the old page"}, {"role": "assistant", "text": "Yes"}], "system": "S"}
@@ -445,6 +495,26 @@ def test_a_long_conversation_shows_its_end_and_the_rest_with_a_click(visit, serv
     assert "message 20." not in tab.inner_text("#gw-past")
     tab.click(".gw-earlier")
     wait_for(tab, "#gw-past", "message 0.")
+
+
+FLOODS = [
+    "> " * 20_000 + "x", "- " * 5000 + "x", "![" * 30_000, "*a " * 50_000, "`a" * 50_000, "[a](" * 20_000, "**a*" * 20_000,
+    "".join("  " * at + "- x\n" for at in range(800)), "$$\\rule{10000em}{10000em}$$", "$$\\kern{-5000em}over$$",
+    "a" + "\u0301" * 50_000, "\u202e" * 1000 + "abc", "```mermaid\ngraph TD\n" + "A-->B\n" * 3000 + "```", "word " * 300_000,
+]  # fmt: skip
+
+
+def test_messages_that_a_parser_cannot_bear_break_no_page(visit, served):
+    """Without limits, each of the first seven keeps a browser busy for many seconds, or for ever."""
+    id, parent = served.store.create("", title="Floods").id, None
+    for each in FLOODS:
+        parent = served.store.add("", id, parent, "user", each)
+        parent = served.store.add("", id, parent, "assistant", each)
+    tab = visit()
+    tab.click(".gw-open:has-text('Floods')")
+    tab.wait_for_function(f"document.querySelectorAll('#gw-past .gw-of-assistant').length == {len(FLOODS)}")
+    answered(tab, "Still there?", len(FLOODS) + 1)
+    assert tab.evaluate("[document.documentElement.scrollWidth, document.querySelector('#gw-chat').scrollLeft]") == [1280, 0]
 
 
 def test_on_a_phone_the_list_is_a_drawer(visit, served):
