@@ -264,7 +264,9 @@ LIKELY
       made.textContent = 'The server does not answer. What is on this page stays, and goes on when the server is back.';
       root().append(made);
     }
-    if (!is && note) note.remove();
+    if (is || !note) return;
+    note.remove();
+    if ((window.gradio_config?.version || '').startsWith('4.')) location.reload(); // 6 does it by itself, 4 stays deaf
   };
 
   // what other pages and devices did
