@@ -193,7 +193,7 @@ class CpuStepper(Stepper):
             FORWARD,
             **model,
             rows=rows,
-            few=int(rows <= MOST_ROWS),
+            mixed=int(rows <= MOST_ROWS),
             positions=nothing,
             keys=nothing,
             values=nothing,

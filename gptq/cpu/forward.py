@@ -272,9 +272,10 @@ def attend_layer(tid, threads, counters, phase, f, layer):
     group = f.heads // f.kv_heads
     window = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[WINDOW]
     blocks = (group + 3) // 4  # of up to four heads that share keys
-    items = rows * f.kv_heads * blocks if f.few else f.heads * ((rows + 3) // 4)
+    fours = (rows + 3) // 4
+    items = rows * f.kv_heads * blocks if f.mixed else f.heads * fours
     for at in shares(counters, phase, items):
-        if f.few:
+        if f.mixed:
             r, block, later = at % rows, at // rows % blocks, 0
             head = at // rows // blocks * group + 4 * block
             count = min(4, group - 4 * block)
@@ -285,7 +286,8 @@ def attend_layer(tid, threads, counters, phase, f, layer):
                     rotate_head(f, layer, 0, head + one, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
                 store_head(tid, f, layer, 0, head // group)
         else:
-            head, r = at % f.heads, (items - 1 - at) // f.heads * 4  # the long rows first
+            # All rows of a head before the next one, so that its keys stay in the cache; the long rows first.
+            head, r = at // fours, (fours - 1 - at % fours) * 4
             count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.qkv_width, 4 * f.attended_width
             bias_stride = 0
         query = f.qkv + 4 * (r * f.qkv_width + head * head_dim)

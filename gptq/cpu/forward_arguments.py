@@ -85,7 +85,7 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "tables": TABLES,
     # the rows
     "rows": int,
-    "few": int,  # 1: the rows may be of several conversations
+    "mixed": int,  # 1: the rows may be of several conversations
     "positions": np.int64,  # [rows]: each row's place in its conversation
     "keys": np.int64,  # [rows]: address of its conversation's keys, halves [layer_count][kv_heads][capacity / 16][head_dim][16]
     "values": np.int64,  # [rows]: of its values, halves [layer_count][kv_heads][head_dim / 16][capacity][16]

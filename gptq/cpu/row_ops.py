@@ -23,6 +23,9 @@ from .cpu_kernels import (
 from .forward_arguments import ACTIVATION_NUMBERS
 from .numba_compiler import compiled_part
 from .numba_intrinsics import floats, integers, integers8, integers16, integers32, store_half
+from .vector_ops import exp_scores16, largest16, scale16, silu16
+
+_BELOW_ALL = np.float32(-3.0e38)  # a score that a query does not see
 
 SILU, GELU, GELU_TANH, GELU_QUICK, RELU, _RELU2 = ACTIVATION_NUMBERS.values()
 
@@ -133,18 +136,13 @@ def attend(
                 added = floats(bias + r * bias_stride + 64 * begin, high)
                 for i in range(low, high):
                     row[i] += added[i]
-        largest = row[low]
-        for i in range(low, high):
-            largest = max(largest, row[i])
-        total = np.float32(0.0)
-        for i in range(low, high):
-            value = exp((row[i] - largest) * factor)
-            row[i] = value
-            total += value
-        for i in range(low, high):
-            row[i] /= total
+        row[:low] = _BELOW_ALL
+        row[high:width] = _BELOW_ALL
+        address = mine + r * s_stride
+        total = exp_scores16(address, tiles_, largest16(address, tiles_), factor)
         row[:low] = np.float32(0.0)
         row[high:width] = np.float32(0.0)
+        scale16(address, tiles_, np.float32(1.0) / total)
     half_products(values + begin * 512, mine, s_stride, width, out, o_stride, count, head_dim // 16, capacity * 32)
 
 
@@ -161,9 +159,11 @@ def gate_row(gate_up, up_column, out, inner, activation, gated):
     """out [inner] = act(gate) * up, or act(gate) alone; up begins at up_column. `activation` is one of ACTIVATION_NUMBERS."""
     one, half = np.float32(1.0), np.float32(0.5)
     if activation == SILU:
-        for i in range(inner):
-            gate = gate_up[i]
-            out[i] = gate / (one + exp(-gate))
+        whole = inner // 16
+        if whole:
+            silu16(gate_up.ctypes.data, out.ctypes.data, whole)
+        for i in range(16 * whole, inner):
+            out[i] = gate_up[i] / (one + exp(-gate_up[i]))
     elif activation == GELU:
         for i in range(inner):
             gate = gate_up[i]

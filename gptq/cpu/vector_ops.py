@@ -1,0 +1,134 @@
+"""Sixteen numbers at a time, written as LLVM instructions for numba: exp, the parts of a softmax, SiLU.
+
+numba leaves a loop around `cpu_kernels.exp` scalar. These give the same numbers but for the order of a sum.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .instructions import I64, V16F, V16I, constant, load, loop, splat, store
+
+_FUSED = ("contract",)
+# Cephes' polynomial for expf, highest power first, as in cpu_kernels.exp.
+_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_ROUND = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer, which its low bits then hold
+_ROUND_BITS = 0x4B400000
+
+
+def _float(value: float) -> Any:
+    return constant(V16F, value)
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=_FUSED), c, flags=_FUSED)
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """<16 x float> -> exp, relative error below 3e-7 from -87 to 88; beyond, the value at that end. NaN stays NaN."""
+    for bound, sign in ((-87.0, "<"), (88.0, ">")):
+        x = builder.select(builder.fcmp_ordered(sign, x, _float(bound)), _float(bound), x)
+    rounded = builder.fadd(builder.fmul(x, _float(1.44269504)), _float(_ROUND))  # not fused: its low bits are the integer
+    power = builder.sub(builder.bitcast(rounded, V16I), constant(V16I, _ROUND_BITS))
+    n = builder.sitofp(power, V16F)
+    r = _multiply_add(builder, n, _float(-0.693359375), x)
+    r = _multiply_add(builder, n, _float(2.12194440e-4), r)
+    p = _float(_POLYNOMIAL[0])
+    for coefficient in _POLYNOMIAL[1:]:
+        p = _multiply_add(builder, p, r, _float(coefficient))
+    p = builder.fadd(_multiply_add(builder, builder.fmul(p, r, flags=_FUSED), r, r), _float(1.0))
+    scale = builder.bitcast(builder.shl(builder.add(power, constant(V16I, 127)), constant(V16I, 23)), V16F)
+    return builder.fmul(p, scale)
+
+
+def _address(builder: Any, start: Any, block: Any) -> Any:
+    return builder.add(start, builder.mul(block, ir.Constant(I64, 64)))
+
+
+def _lanes(builder: Any, values: Any) -> list[Any]:
+    return [builder.extract_element(values, ir.Constant(ir.IntType(32), at)) for at in range(16)]
+
+
+@intrinsic
+def largest16(typing: Any, x: Any, blocks: Any) -> Any:
+    """(address, count) -> the largest of 16 * count fp32; NaNs are passed over."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks = arguments
+
+        def larger(builder: Any, a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+        def block(builder: Any, at: Any, found: list[Any]) -> list[Any]:
+            return [larger(builder, found[0], load(builder, _address(builder, x, at), V16F, 4))]
+
+        (most,) = loop(builder, blocks, "largest", [_float(-3.0e38)], block)
+        first, *others = _lanes(builder, most)
+        for each in others:
+            first = larger(builder, first, each)
+        return first
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def exp_scores16(typing: Any, x: Any, blocks: Any, largest: Any, factor: Any) -> Any:
+    """(address, count, largest, factor): 16 * count fp32 become exp((x - largest) * factor) in place. Returns their sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks, largest, factor = arguments
+        largest, factor = splat(builder, largest, 16), splat(builder, factor, 16)
+
+        def block(builder: Any, at: Any, totals: list[Any]) -> list[Any]:
+            address = _address(builder, x, at)
+            value = _exp(builder, builder.fmul(builder.fsub(load(builder, address, V16F, 4), largest), factor))
+            store(builder, value, address)
+            return [builder.fadd(totals[0], value)]
+
+        (totals,) = loop(builder, blocks, "exp", [_float(0.0)], block)
+        first, *others = _lanes(builder, totals)
+        for each in others:
+            first = builder.fadd(first, each)
+        return first
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), generate
+
+
+@intrinsic
+def scale16(typing: Any, x: Any, blocks: Any, factor: Any) -> Any:
+    """(address, count, factor): multiply 16 * count fp32 in place."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks, factor = arguments
+        factor = splat(builder, factor, 16)
+
+        def block(builder: Any, at: Any, nothing: list[Any]) -> list[Any]:
+            address = _address(builder, x, at)
+            store(builder, builder.fmul(load(builder, address, V16F, 4), factor), address)
+            return nothing
+
+        loop(builder, blocks, "scale", [], block)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def silu16(typing: Any, x: Any, out: Any, blocks: Any) -> Any:
+    """(address, address, count): out = x / (1 + exp(-x)) of 16 * count fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, out, blocks = arguments
+
+        def block(builder: Any, at: Any, nothing: list[Any]) -> list[Any]:
+            value = load(builder, _address(builder, x, at), V16F, 4)
+            below = builder.fadd(_float(1.0), _exp(builder, builder.fsub(_float(0.0), value)))
+            store(builder, builder.fdiv(value, below), _address(builder, out, at))
+            return nothing
+
+        loop(builder, blocks, "silu", [], block)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
