@@ -1,5 +1,6 @@
 """loaders/machine/memory_fit.py and loaders/machine/gpus.py: what is needed, what is free, and in which words."""
 
+import json
 import subprocess
 
 import pytest
@@ -103,3 +104,14 @@ def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch, answer):
     monkeypatch.setattr(gpus.shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(gpus.subprocess, "run", run)
     assert gpus.gpus() == []
+
+
+def test_a_byte_order_mark_changes_no_figure(tmp_path):
+    """Notepad writes one; the same config without it says how large a conversation is."""
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    text = json.dumps(config)
+    sizes = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "config.json").write_text(text, encoding=encoding)
+        sizes.append(memory_fit.conversation_bytes_per_token(tmp_path))
+    assert sizes == [512, 512]

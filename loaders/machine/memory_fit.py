@@ -5,12 +5,12 @@ beside what is free. The advice before a download and the load itself use the sa
 only to ask a GPU.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...core.errors import NotEnoughMemory
+from ...core import folder_files
+from ...core.errors import BadFile, NotEnoughMemory
 from ...core.models import LocalModel
 from ...core.units import format_bytes
 
@@ -51,8 +51,8 @@ class Demand:
 def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2) -> int:
     """Keys and values of one token in every layer, from config.json; 0 if it does not say."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = folder_files.read_json(folder / "config.json")
+    except (OSError, BadFile):
         return 0
     config = {**config, **(config.get("text_config") or {})}
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
