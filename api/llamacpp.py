@@ -1,4 +1,4 @@
-"""llama.cpp's protocol: /completion, and its server's state. /tokenize and /detokenize: api/tokenize.py."""
+"""llama.cpp's protocol: /completion, and its server's state. /tokenize and /detokenize: api/tokenize_routes.py."""
 
 import json
 from typing import Any

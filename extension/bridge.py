@@ -1,4 +1,4 @@
-"""Connects text-generation-webui's module-level functions with our Engine. The one file with module-level state.
+"""Connects text-generation-webui's module-level functions with our Engine. The one file with a user's state at module level.
 
 The host owns the model (host_slot.py). Nothing raised here may reach the host, ModuleNotFoundError least of all: it
 would stop the server.

@@ -1,6 +1,6 @@
 """Reads any GPTQ folder into a transformers model whose quantised layers stay packed.
 
-transformers does the loading (device_map, renames, tied weights, offload); packed.py tells it
+transformers does the loading (device_map, renames, tied weights, offload); packed_quantizer.py tells it
 which layers are packed. A tensor that found no place, or a place that found no tensor, is an
 error: elsewhere such a folder loads random weights.
 """

@@ -39,7 +39,7 @@ class _Facts:
 
 
 class GPTQLinear(nn.Module):
-    """y = x W + bias with W [K, N] packed in GPTQ's layout (see pack.py).
+    """y = x W + bias with W [K, N] packed in GPTQ's layout (see bit_packing.py).
 
     Load the tensors, then call `prepare()` once. Without that call the first forward does it, and
     waits for the device then; no later forward does.

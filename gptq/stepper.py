@@ -154,7 +154,7 @@ class Stepper(ABC):
     def take_over(self, hf: Any, prefix: Any) -> None:  # noqa: B027
         """Put this way of computing in the place of a transformers model's forward, where that is another one.
 
-        `prefix` is the model's PrefixCache (kv.py), shared with its answers.
+        `prefix` is the model's PrefixCache (prefix_cache.py), shared with its answers.
         """
 
     def close(self) -> None:  # noqa: B027 (most have nothing to do)

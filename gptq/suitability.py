@@ -1,6 +1,6 @@
 """Whether a kernel can compute a model: what config.json claims, what the tensors are and what the kernel can do, compared here.
 
-Every way of computing passes this file before anything is built from a model. `require_sound` is for all of them, for compiled
+Every Stepper of ours passes this file before anything is built from a model. `require_sound` is for all of them, for compiled
 code reads tensors by their addresses and believes their shapes. `shape_of` is for the steps that compute a whole forward: they
 build only from the Shape that it returns. Where it raises Unsuited, a slower and more general way computes the model.
 """

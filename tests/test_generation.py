@@ -1,4 +1,4 @@
-"""gptq/generation.py, kv.py and stepper.py: the loop from prompt to tokens on a tiny real model."""
+"""gptq/generation.py, prefix_cache.py and stepper.py: the loop from prompt to tokens on a tiny real model."""
 
 import threading
 from typing import ClassVar

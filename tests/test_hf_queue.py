@@ -1,4 +1,4 @@
-"""loaders/transformers/hf_queue.py: a program that calls the transformers model itself stands in the same line."""
+"""loaders/pretrained/hf_queue.py: a program that calls the transformers model itself stands in the same line."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""hub/repair.py, upkeep.py, origins.py: what is on disk, is it right, has the branch moved; and made right from the Hub."""
+"""hub/model_repair.py, verification.py, origins.py: what is on disk, is it right, has the branch moved; repair from the Hub."""
 
 import shutil
 import threading

@@ -1,4 +1,4 @@
-// A few rows of activations times a packed weight: Y = X W for 2 to 64 rows, of a short prompt or of several sequences.
+// A few rows of activations times a packed weight: Y = X W for 2 to 96 rows, of a short prompt or of several sequences.
 //
 // As gemv.cu, but every column of the matrix unit is a row of x: what is unpacked once is multiplied with NT * 8 of them.
 // Weights are scaled before they are multiplied, so one set of sums is enough for all groups. X is too large for shared
