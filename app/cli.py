@@ -214,7 +214,7 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from .serve import serve
+    from .server_process import serve
 
     return serve(options)
 

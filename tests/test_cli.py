@@ -9,7 +9,7 @@ import pytest
 import tiny
 from gptq_webui.app.cli import main
 from gptq_webui.app.engine_commands import load_options
-from gptq_webui.app.serve import free_port
+from gptq_webui.app.server_process import free_port
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.loaders.text.built_in_templates import CHATML
 
