@@ -6,6 +6,7 @@ arrived. A client that leaves cancels its answers: the model is free within one 
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import queue
 import threading
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from .problems import Problem, of_error
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Start = Callable[[threading.Event], Iterable[Token | Finish]]
 
 _HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a first token
@@ -82,6 +84,30 @@ class Threads:
                 return
         threading.Thread(target=self._loop, name="gptq-webui answer", daemon=True).start()
 
+    async def result(self, job: Callable[[], T], turns: asyncio.Semaphore) -> T:
+        """What a job returns or raises; `turns` are held until it has ended, whoever waits for it."""
+        await turns.acquire()
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def ended(take: Callable[[Any], None], found: Any) -> None:
+            turns.release()
+            if not future.done():
+                take(found)
+
+        def work() -> None:
+            take: Callable[[Any], None] = future.set_result
+            found: Any
+            try:
+                found = context.run(job)
+            except BaseException as error:
+                take, found = future.set_exception, error
+            with contextlib.suppress(RuntimeError):  # the server is stopping: its loop is closed
+                loop.call_soon_threadsafe(ended, take, found)
+
+        self.run(work)
+        return await future
+
     def _loop(self) -> None:
         while True:
             self._jobs.get()()
@@ -110,6 +136,7 @@ class Running:
         self._texts: list[str] = []
         self._over = False
         self._waiting = False
+        self._is_whole = False  # nobody reads before its end: the event loop is woken once
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -173,22 +200,32 @@ class Running:
     async def whole(self) -> list[WholeAnswer]:
         """All answers, complete. Raises Problem."""
         answers = [WholeAnswer() for _ in self._starts]
-        try:
-            while batch := await self.batch():
-                for at, event in batch:
-                    answers[at].add(event)
-        finally:
-            self.close()
+        for at, event in await self.to_the_end():
+            answers[at].add(event)
         return answers
 
+    async def to_the_end(self) -> list[tuple[int, Token | Finish]]:
+        """All events, when there are no more. Raises Problem."""
+        self._is_whole = True
+        found: list[tuple[int, Token | Finish]] = []
+        try:
+            while batch := await self.batch():
+                found += batch
+        finally:
+            self.close()
+        return found
+
     async def _something(self, timeout_s: float | None) -> None:
-        while not self._events and not self._over:
+        while not self._ready():
             self._wake.clear()
             self._waiting = True
-            if self._events or self._over:
+            if self._ready():
                 return
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
+
+    def _ready(self) -> bool:
+        return self._over or (bool(self._events) and not self._is_whole)
 
     def _read(self) -> None:
         """On its own thread: wait for the turn, then read the answers."""
@@ -220,7 +257,8 @@ class Running:
         if at == 0 and isinstance(event, Token):
             self._texts.append(event.text)
         self._events.append((at, event))
-        self._notify()
+        if not self._is_whole:
+            self._notify()
 
     def _notify(self) -> None:
         if self._waiting:

@@ -1,12 +1,12 @@
 """Anthropic's answers: whole, and as the events of a stream."""
 
 import json
-import secrets
 from typing import Any
 
 from ..core.chat import Finish, Token
 from .answer_stream import WholeAnswer
 from .anthropic_models import their_id
+from .identifiers import new_id
 
 
 class AnthropicAnswer:
@@ -14,7 +14,7 @@ class AnthropicAnswer:
 
     def __init__(self, model: str, prompt_tokens: int, thoughts: bool = False) -> None:
         self._thoughts = thoughts
-        self.id = "msg_" + secrets.token_hex(12)
+        self.id = "msg_" + new_id()
         self.model, self.prompt_tokens = model, prompt_tokens
         self._at = -1  # the block that is being sent
         self._kind = ""  # of that block; "": none is open

@@ -83,6 +83,7 @@ class _Front:
         self._methods: dict[str, set[str]] = {}
         self._renders: dict[str, Render] = {each.path: each.render for each in routes if isinstance(each, ApiRoute)}
         self._folders: tuple[str, ...] = _API_FOLDERS if routes else ()
+        self._direct = {each.path: each.direct for each in routes if isinstance(each, ApiRoute) and each.direct is not None}
         for route in [*routes, *(each for each in api.routes if routes and getattr(each, "methods", None))]:
             self._methods.setdefault(route.path, set()).update(route.methods)
 
@@ -109,8 +110,12 @@ class _Front:
             response.headers["allow"] = allowed
             await response(scope, receive, send)
         else:
+            direct = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
             with self._gate.request():
-                await self.api(scope, receive, send)
+                if direct is None:
+                    await self.api(scope, receive, send)
+                else:
+                    await (await direct(Request(scope, receive)))(scope, receive, send)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:

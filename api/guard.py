@@ -8,7 +8,6 @@ import asyncio
 import ipaddress
 import json
 import re
-import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+
+from .identifiers import new_id
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 _PAGE_BODY_BYTES = 8 << 20  # a long chat goes up and down with every click; a browser keeps 5 million characters of it
@@ -170,7 +171,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 def _request_id(scope: Scope) -> str:
     """The id that a program or a proxy gave its request, else a new one. It names the request in the log, too."""
     given = _header(scope, b"x-request-id") or ""
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if _REQUEST_ID.fullmatch(given) else new_id(16)
 
 
 def _preflight(scope: Scope) -> list[tuple[str, str]]:

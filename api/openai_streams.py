@@ -1,7 +1,6 @@
 """OpenAI's answers as server-sent events: chunks of a chat message, chunks of a text."""
 
 import json
-import secrets
 import time
 from typing import Any
 
@@ -9,6 +8,7 @@ from ..core.chat import Finish, Token
 from ..loaders.contract.base import LoadedModel
 from . import tool_requests
 from .answer_stream import EventStream, Running, WholeAnswer
+from .identifiers import new_id
 from .openai_logprobs import chat_logprobs, text_logprobs
 from .openai_models import FINGERPRINT, Usage
 from .problems import Problem
@@ -20,7 +20,7 @@ class AnswerHead:
     """What all chunks of an answer begin with."""
 
     def __init__(self, prefix: str, kind: str, model: str) -> None:
-        self.id = prefix + secrets.token_hex(12)
+        self.id = prefix + new_id()
         self.created = int(time.time())
         self.kind, self.model = kind, model
 

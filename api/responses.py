@@ -70,12 +70,8 @@ def build(service: Service) -> APIRouter:
         if body.stream:
             await running.begun()
             return EventStream(running, answer.encode, opening=answer.opening(), failing=answer.failing)
-        try:
-            while batch := await running.batch():
-                for at, event in batch:
-                    answer.encode(at, event)
-        finally:
-            running.close()
+        for at, event in await running.to_the_end():
+            answer.encode(at, event)
         return Json(answer.response())
 
     @router.get("/v1/responses/{response_id}")

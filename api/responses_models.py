@@ -8,8 +8,9 @@ from pydantic import Field
 
 from ..core.chat import Message
 from ..core.grammar import Grammar
-from ..core.tools import ToolCall, ToolUse, new_call_id
+from ..core.tools import ToolCall, ToolUse
 from . import grammar_requests, tool_requests
+from .identifiers import new_id
 from .problems import Problem
 from .sampling_fields import Open
 
@@ -201,4 +202,4 @@ def _is_json(value: Any) -> bool:
 
 
 def new_item_id(kind: str) -> str:
-    return new_call_id().replace("call", kind)
+    return f"{kind}_{new_id()}"

@@ -1,6 +1,7 @@
 """OpenAI's Responses: the answer as it grows, item by item, and the events that tell of it in the protocol's order."""
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ class ResponseAnswer:
     """One answer. Each method returns the events of a step; who wants the whole answer leaves them alone."""
 
     def __init__(self, model: str, request: dict[str, Any], ended: Callable[["ResponseAnswer"], None]) -> None:
-        self.id = new_item_id("resp")
+        self.id = f"resp_{secrets.token_hex(12)}"  # whoever has it may read the answer again
         self._head = {"id": self.id, "object": "response", "created_at": int(time.time()), "model": model, **request}
         self._number = 0
         self._ended = ended  # called before the last event

@@ -1,5 +1,6 @@
 """How a protocol's routes behave: the key is checked before the body is read, and errors have the protocol's shape."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -7,8 +8,9 @@ from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ..core.errors import GptqWebuiError
@@ -72,7 +74,12 @@ def for_all(endpoint: Endpoint) -> Endpoint:
     return endpoint
 
 
+Handler = Callable[[Request], Any]
+
+
 class ApiRoute(APIRoute):
+    direct: Handler | None = None  # answers a request without FastAPI's layers, where the endpoint needs none of them
+
     @staticmethod
     def render(problem: Problem) -> Response:
         """A problem in the shape of the route's protocol."""
@@ -86,7 +93,8 @@ def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
             return render(problem)
 
         def get_route_handler(self) -> Callable[[Request], Any]:
-            inner = super().get_route_handler()
+            plain = _plain(self.endpoint)
+            inner = plain or super().get_route_handler()
             needs: Right = getattr(self.endpoint, "needs", "use")
 
             async def handler(request: Request) -> Response:
@@ -100,6 +108,8 @@ def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
                     found = of_validation(error.errors())
                 except GptqWebuiError as error:
                     found = of_error(error)
+                except ClientDisconnect:
+                    found = Problem("invalid", "The body did not arrive.", "body")
                 except HTTPException as error:
                     found = Problem(_KINDS.get(error.status_code, "invalid"), str(error.detail), "body")
                 except Exception:
@@ -111,9 +121,36 @@ def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
                 response.headers.update(found.headers)
                 return response
 
+            self.direct = handler if plain is not None else None
             return handler
 
     return Route
+
+
+def _plain(endpoint: Callable[..., Any]) -> Handler | None:
+    """For an endpoint of `(body: a model, request: Request)` that returns a Response: reads the body and calls it.
+
+    FastAPI passes every request through eight layers, of which these endpoints need none.
+    """
+    parameters = inspect.signature(endpoint).parameters
+    kinds = [each.annotation for each in parameters.values()]
+    if list(parameters) != ["body", "request"] or not (isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)):
+        return None
+    if any(each.default is not inspect.Parameter.empty for each in parameters.values()):
+        return None
+    model = kinds[0]
+
+    async def handle(request: Request) -> Any:
+        found = await request.json() if await request.body() else None
+        if found is None:
+            raise of_validation([{"loc": ("body",), "msg": "Field required"}])
+        try:
+            body = model.model_validate(found, from_attributes=True)
+        except ValidationError as error:
+            raise of_validation(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        return await endpoint(body, request)
+
+    return handle
 
 
 def request_id(request: Request) -> str:

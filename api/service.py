@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from .. import __version__
@@ -46,7 +45,7 @@ T = TypeVar("T")
 NEUTRAL = neutral_values()  # the model as it is
 _NEUTRAL_VALUES = [(name, value) for name, _row, value in GenerationParams.table(GenerationParams(**NEUTRAL))]
 MOST_ANSWERS = 256  # to one request, of all its prompts; lm-eval sends many in one
-_THREADS = 32  # for all requests; FastAPI and Gradio have others
+_THREADS = 32  # for all requests at the same time; FastAPI and Gradio have others
 _THREADS_OF_ONE = 8  # for the prompts of one client
 
 
@@ -61,7 +60,7 @@ class _Turns:
     """Whose job may have a thread: one for each event loop, since the API may have two ports."""
 
     def __init__(self) -> None:
-        self.threads = CapacityLimiter(_THREADS)
+        self.threads = asyncio.Semaphore(_THREADS)
         self.of_client: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
 
@@ -90,7 +89,7 @@ class Service:
 
     async def run(self, job: Callable[..., T], *arguments: Any) -> T:
         """On a thread, so that no other client waits for it."""
-        return await to_thread.run_sync(job, *arguments, limiter=self._turns_here().threads)
+        return await self._threads.result(lambda: job(*arguments), self._turns_here().threads)
 
     async def run_for(self, request: Request, job: Callable[..., T], *arguments: Any) -> T:
         """On a thread, with few at a time for each client: slow prompts of one do not take the threads of all."""

@@ -8,27 +8,29 @@ import time
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..core.errors import BadParameter
 
 _STOP_S = 3  # then streams that still run are cut
 
 _HEAD_S = 30.0  # the time that the head of a request may take
+_HEAD_BYTES = 64 << 10  # the most of a head that is not complete; httptools itself has no limit
 _KEEP_ALIVE_S = 75  # a connection without a request stays open for so long; programs keep theirs for the next one
 _MOST_CONNECTIONS = 512  # fewer than the 1,024 files that a process may open on most systems
 _MOST_OF_ONE = 128  # connections of one address; this machine, where proxies run, has no limit of its own
 
 
-class _Connection(H11Protocol):
+class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptools, which takes less time; h11 without it
     """uvicorn's connection, which waits for ever for the rest of a request's head, and for any number of them at once."""
 
     _late: asyncio.TimerHandle | None = None
+    _head_bytes = 0  # of a head that is not complete
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
-        own = sum(each.client is not None and each.client[0] == address for each in self.connections)  # type: ignore[union-attr]
+        own = sum(each.client is not None and each.client[0] == address for each in self.connections)
         if len(self.connections) > _MOST_CONNECTIONS or (own > _MOST_OF_ONE and not _is_here(address)):
             transport.abort()
             return
@@ -36,6 +38,9 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._head_bytes = 0 if self._is_asked() else self._head_bytes + len(data)
+        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too large.")
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -44,10 +49,14 @@ class _Connection(H11Protocol):
 
     def _watch(self) -> None:
         """Close the connection if a request's head is not complete in time. Bytes that come meanwhile win no time."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_asked():
             self._unwatch()
         elif self._late is None and not self.transport.is_closing():
             self._late = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def _is_asked(self) -> bool:
+        """Whether the head of a request is complete, and its answer is not."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _unwatch(self) -> None:
         if self._late is not None:

@@ -61,16 +61,15 @@ def bare(engine, words):
 
 def serve(port, tokens_per_s, words):
     """In the server's process."""
-    import uvicorn
-
     register()
     from gptq_webui.api import application
     from gptq_webui.api.service import Service
+    from gptq_webui.app.web_server import WebServer
     from gptq_webui.engine.download_queue import Downloads
 
     engine = make_engine(tokens_per_s, words)
     service = Service(engine, Downloads(engine.library))
-    uvicorn.run(application.build(service), host="127.0.0.1", port=port, log_level="critical", access_log=False)
+    WebServer(application.build(service), "127.0.0.1", port)._run()  # as the program serves, but on this thread
 
 
 def wait(port):

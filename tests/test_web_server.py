@@ -123,3 +123,21 @@ def test_more_connections_than_the_limit_are_refused_and_the_server_goes_on(port
     with socket.create_connection(("127.0.0.1", port)) as line:
         line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer(line).endswith(b"ok")
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["at once", "after an answer"])
+def test_a_head_without_end_is_refused(port, more):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.settimeout(5)
+        if more:
+            line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer(line).endswith(b"ok")
+        with contextlib.suppress(OSError):
+            line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            for _ in range(400):
+                line.sendall(b"X-Long: " + b"a" * 1000 + b"\r\n")
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := line.recv(65536):
+                found += piece
+        assert not found or found.startswith(b"HTTP/1.1 4")
