@@ -40,7 +40,6 @@ LONG = {
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",
     "hub/file_selection.py": "one list of rules: which files of a repository, and which kinds",
     "gptq/transformers_stepper.py": "one forward for every architecture, however it keeps its state",
-    "loaders/text/tool_formats.py": "one table: how each kind of model writes a call, and how it is read",
     "loaders/text/chat_template.py": "every source of a template, in the order in which they are tried",
     "loaders/contract/base.py": "the contract: the two classes that every back-end fills in",
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",

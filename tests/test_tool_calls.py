@@ -115,6 +115,103 @@ ANSWERS = {
         ),
     ],
     "Apriel": [(f"<tool_calls>[{JSON_ROME}]</tool_calls>", "", [ROME])],
+    "Kimi K2": [
+        (
+            "Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+            '{"city": "Rome"}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+            "<|tool_calls_section_end|>",
+            "Hm.",
+            [ROME, ("now", {})],
+        ),
+        ("<|tool_call_begin|>weather<|tool_call_argument_begin|>{\"city\": \"Rome\"}<|tool_call_end|>", "", [ROME]),
+        ("<|tool_calls_section_begin|>none", "<|tool_calls_section_begin|>none", []),
+    ],
+    "MiniMax M2": [
+        (
+            '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+            '<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+            "",
+            [PARIS, ("now", {})],
+        )
+    ],
+    "MiniMax M3": [
+        (
+            'So.]<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="weather">]<]minimax[>[<city>Paris]<]minimax[>[</city>'
+            "]<]minimax[>[<days>2]<]minimax[>[</days>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
+            "So.",
+            [PARIS],
+        ),
+        (
+            ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="weather">]<]minimax[>[<at>]<]minimax[>[<x>1]<]minimax[>[</x>'
+            "]<]minimax[>[<y>b]<]minimax[>[</y>]<]minimax[>[</at>]<]minimax[>[</invoke>]<]minimax[>[</tool_call>",
+            "",
+            [("weather", {"at": {"x": 1, "y": "b"}})],
+        ),
+    ],
+    "DeepSeek V3.2": [
+        (
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Paris'
+            '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+            "</｜DSML｜function_calls>",
+            "",
+            [PARIS],
+        ),
+        (
+            '<｜DSML｜tool_calls><｜DSML｜invoke name="weather">{"city": "Rome"}</｜DSML｜invoke></｜DSML｜tool_calls>',
+            "",
+            [ROME],
+        ),
+    ],
+    "Gemma 4": [
+        ('<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>', "", [PARIS]),
+        (
+            'Ok<|tool_call>call:weather{at:{x:[1,<|"|>a,b}<|"|>],on:true},none:null}<tool_call|><|tool_call>call:now{}<tool_call|>',
+            "Ok",
+            [("weather", {"at": {"x": [1, "a,b}"], "on": True}, "none": None}), ("now", {})],
+        ),
+        ("<|tool_call>call:rm{}<tool_call|>", "<|tool_call>call:rm{}<tool_call|>", []),
+        ("<|tool_call>weather<tool_call|>", "<|tool_call>weather<tool_call|>", []),
+    ],
+    "FunctionGemma": [
+        ("<start_function_call>call:weather{city:<escape>Paris<escape>,days:2}<end_function_call>", "", [PARIS])
+    ],
+    "Command A": [
+        (
+            '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Rome"}}\n]'
+            "<|END_ACTION|>",
+            "",
+            [ROME],
+        )
+    ],
+    "Command R": [
+        (
+            'Plan: look.\nAction: ```json\n[\n {"tool_name": "weather", "parameters": {"city": "Rome"}}\n]\n```',
+            "Plan: look.",
+            [ROME],
+        ),
+        ("Action: ```json\n[]\n```", "Action: ```json\n[]\n```", []),
+    ],
+    "LFM2": [
+        ('<|tool_call_start|>[weather(city="Paris", days=2), now()]<|tool_call_end|>It is', "It is", [PARIS, ("now", {})]),
+        (f"<|tool_call_start|>[{JSON_ROME}]<|tool_call_end|>", "", [ROME]),
+    ],
+    "OLMo 3": [
+        ("Look.\n<function_calls>\nweather(city='Paris', days=2)\nnow()\n</function_calls>", "Look.", [PARIS, ("now", {})]),
+        ("<function_calls>\nopen('x')\n</function_calls>", "<function_calls>\nopen('x')\n</function_calls>", []),
+    ],
+    "InternLM": [
+        (
+            'Sure.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "Rome"}}<|action_end|>\n',
+            "Sure.",
+            [ROME],
+        )
+    ],
+    "Phi-4-mini": [
+        (f"functools[{JSON_PARIS}, {JSON_ROME}]", "", [PARIS, ROME]),
+        (f"<|tool_call|>[{JSON_ROME}]<|/tool_call|>", "", [ROME]),
+    ],
+    "xLAM": [(f"[{JSON_PARIS}]", "", [PARIS]), ("[1, 2]", "[1, 2]", [])],
+    "Granite 20B": [(f"<function_call> {JSON_PARIS} <function_call> {JSON_ROME}", "", [PARIS, ROME])],
     "Granite": [(f"<|tool_call|>[{JSON_ROME}]", "", [ROME]), (f"<|tool_call|>[{JSON_ROME}]<|/tool_call|>", "", [ROME])],
 }  # fmt: skip
 FORMATS = {
@@ -173,7 +270,17 @@ def test_which_format_a_template_teaches():
         ("<tool_call><function= <parameter=", "Qwen3-Coder"), ("<tool_call>", "Hermes"), ("<|channel|><|message|>", "GPT-OSS"),
     ):  # fmt: skip
         assert tool_formats.of_template(text).name == name
-    assert tool_formats.of_template("]<]minimax[>[<tool_call>") is None
+    for text, name in (
+        ("<|tool_calls_section_begin|>", "Kimi K2"), ("]<]minimax[>[<tool_call>", "MiniMax M3"),
+        ("<minimax:tool_call>", "MiniMax M2"),
+        ("<tool_calls>\\n{", "Apriel"), ("<｜DSML｜function_calls>", "DeepSeek V3.2"), ("<|tool_call>call:", "Gemma 4"),
+        ("<start_function_call>", "FunctionGemma"), ("<|START_ACTION|>", "Command A"), ('Action: "tool_name"', "Command R"),
+        ("<|tool_list_start|>", "LFM2"), ("<|tool_call_start|>", "LFM2"), ("<function_calls>", "OLMo 3"),
+        ("<|action_start|><|plugin|>", "InternLM"), ("functools[", "Phi-4-mini"), ("<|tool|>", "Phi-4-mini"),
+        ("<|tool_call|>", "Granite"), ("<function_call>", "Granite 20B"), ('[{"name": "tool_call_name"', "xLAM"),
+    ):  # fmt: skip
+        assert tool_formats.of_template(text).name == name, text
+    assert tool_formats.of_template("{{ messages }}") is None
 
 
 @pytest.mark.parametrize("step", [1, 5, 10_000])

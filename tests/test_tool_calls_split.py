@@ -1,7 +1,7 @@
 """Calls of tools with arguments of any kind: however the stream is cut, the calls are the same and nothing of them is text.
 
 Each format writes a call as the chat templates of its models do: Hermes and Qwen, Qwen3-Coder, Mistral (old and new),
-Llama 3 and 4, GLM, DeepSeek (R1, V3 and V3.1), Granite and Phi-4, GPT-OSS.
+Llama 3 and 4, GLM, DeepSeek (R1, V3, V3.1 and V3.2), Granite, GPT-OSS, Kimi, MiniMax, Gemma, Cohere, LFM2, OLMo and others.
 """
 
 import json
@@ -142,14 +142,114 @@ def apriel(calls, source):
     return f"<tool_calls>{as_json([{'name': n, 'arguments': a} for n, a in calls], source)}</tool_calls>"
 
 
+def kimi(calls, source):
+    inner = "".join(
+        f"<|tool_call_begin|>functions.{n}:{at}<|tool_call_argument_begin|>{as_json(a, source)}<|tool_call_end|>"
+        for at, (n, a) in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{inner}<|tool_calls_section_end|>"
+
+
+def invokes(calls, prefix, kind):
+    return "\n".join(
+        f'<{prefix}invoke name="{n}">\n'
+        + "".join(f'<{prefix}parameter name="{k}"{kind(v)}>{untyped(v)}</{prefix}parameter>\n' for k, v in a.items())
+        + f"</{prefix}invoke>"
+        for n, a in calls
+    )
+
+
+def minimax_m2(calls, source):
+    return f"<minimax:tool_call>\n{invokes(calls, '', lambda value: '')}\n</minimax:tool_call>"
+
+
+def minimax_m3(calls, source):
+    def one(name, values):
+        inner = "".join(f"]<]minimax[>[<{k}>{untyped(v)}]<]minimax[>[</{k}>" for k, v in values.items())
+        return f']<]minimax[>[<invoke name="{name}">{inner}]<]minimax[>[</invoke>\n'
+
+    return f"]<]minimax[>[<tool_call>\n{''.join(one(*each) for each in calls)}]<]minimax[>[</tool_call>"
+
+
+def deepseek_v32(calls, source):
+    around = source.choice(("function_calls", "tool_calls"))
+    inner = invokes(calls, "｜DSML｜", lambda value: f' string="{str(isinstance(value, str)).lower()}"')
+    return f"<｜DSML｜{around}>\n{inner}\n</｜DSML｜{around}>"
+
+
+def braces(value, quote):
+    if isinstance(value, str):
+        return quote + value + quote
+    if isinstance(value, dict):
+        return (
+            "{" + ",".join(f"{k if k.isidentifier() else quote + k + quote}:{braces(v, quote)}" for k, v in value.items()) + "}"
+        )
+    return "[" + ",".join(braces(each, quote) for each in value) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def gemma_4(calls, source):
+    return "".join(f"<|tool_call>call:{n}{braces(a, '<|' + chr(34) + '|>')}<tool_call|>" for n, a in calls)
+
+
+def function_gemma(calls, source):
+    return "".join(f"<start_function_call>call:{n}{braces(a, '<escape>')}<end_function_call>" for n, a in calls)
+
+
+def cohere_list(calls, source):
+    return as_json([{"tool_call_id": str(at), "tool_name": n, "parameters": a} for at, (n, a) in enumerate(calls)], source)
+
+
+def command_a(calls, source):
+    return f"<|START_ACTION|>{cohere_list(calls, source)}<|END_ACTION|>"
+
+
+def command_r(calls, source):
+    return f"Action:{source.choice((' ', '', chr(10)))}```json\n{cohere_list(calls, source)}\n```"
+
+
+def lfm_2(calls, source):
+    if source.random() < 0.3:
+        return f"<|tool_call_start|>{as_json([{'name': n, 'arguments': a} for n, a in calls], source)}<|tool_call_end|>"
+    inner = ", ".join(f"{n}({', '.join(f'{key}={value!r}' for key, value in a.items())})" for n, a in calls)
+    return f"<|tool_call_start|>[{inner}]<|tool_call_end|>"
+
+
+def olmo_3(calls, source):
+    lines = "\n".join(f"{n}({', '.join(f'{key}={value!r}' for key, value in a.items())})" for n, a in calls)
+    return f"<function_calls>\n{lines}\n</function_calls>"
+
+
+def internlm(calls, source):
+    return "\n".join(
+        f"<|action_start|><|plugin|>\n{as_json({'name': n, 'parameters': a}, source)}<|action_end|>" for n, a in calls
+    )
+
+
+def phi_4(calls, source):
+    given = as_json([{"name": n, "arguments": a} for n, a in calls], source)
+    return source.choice((f"functools{given}", f"<|tool_call|>{given}<|/tool_call|>"))
+
+
+def xlam(calls, source):
+    return as_json([{"name": n, "arguments": a} for n, a in calls], source)
+
+
+def granite_20b(calls, source):
+    return " ".join(f"<function_call> {as_json({'name': n, 'arguments': a}, source)}" for n, a in calls)
+
+
 WRITERS = {
+    "Kimi K2": kimi, "MiniMax M2": minimax_m2, "MiniMax M3": minimax_m3, "DeepSeek V3.2": deepseek_v32, "Gemma 4": gemma_4,
+    "FunctionGemma": function_gemma, "Command A": command_a, "Command R": command_r, "LFM2": lfm_2, "OLMo 3": olmo_3,
+    "InternLM": internlm, "Phi-4-mini": phi_4, "xLAM": xlam, "Granite 20B": granite_20b,
     "Seed-OSS": seed, "Nemotron": nemotron, "Apriel": apriel,
     "Hermes": hermes, "Qwen3-Coder": qwen_coder, "GLM-4.5": glm, "GLM-4": glm_4, "Mistral": mistral, "Llama 3": llama_3,
     "Llama 4": llama_4, "DeepSeek": deepseek, "Granite": granite, "GPT-OSS": gpt_oss,
 }  # fmt: skip
 FORMATS = {each.name: each for each in vars(tool_formats).values() if isinstance(each, tool_formats.ToolFormat)}
-WITHOUT_QUOTES = ("Qwen3-Coder", "Seed-OSS", "GLM-4.5")
-AT_THE_START = ("Llama 3", "Llama 4", "GLM-4", "GPT-OSS")  # no words before a call
+WITHOUT_QUOTES = ("Qwen3-Coder", "Seed-OSS", "GLM-4.5", "MiniMax M2", "MiniMax M3")
+OF_PYTHON = ("Llama 4", "LFM2", "OLMo 3")  # a name of Python
+AT_THE_START = ("Llama 3", "Llama 4", "GLM-4", "GPT-OSS", "xLAM")  # no words before a call
 
 
 def reader(name):
@@ -188,8 +288,8 @@ def test_any_split_of_the_stream_gives_the_same_calls_and_no_text_of_them(name):
     for _ in range(EXAMPLES):
         count = 1 if name == "GLM-4" else source.randrange(1, 4)
         calls = [(source.choice(TOOLS).name, arguments(source, plain)) for _ in range(count)]
-        if name == "Llama 4":
-            calls = [("write_file", values) for _name, values in calls]  # a name of Python
+        if name in OF_PYTHON:
+            calls = [("write_file", values) for _name, values in calls]
         before = "" if name in AT_THE_START or source.random() < 0.5 else "Let me see:"
         text = before + WRITERS[name](calls, source)
         for pieces in ([text], list(text), *(list(cuts(text, source)) for _ in range(3))):

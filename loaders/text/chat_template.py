@@ -100,9 +100,10 @@ class ChatTemplate:
             shown = tuple(each.described() for each in tools)
             alone = orders(tool_prompts.one_by_one(messages)) if any(len(each.tool_calls) > 1 for each in messages) else ()
             together = () if alone and self.tool_format.is_channels else orders(messages)  # GPT-OSS's shows the first call only
+            short, named = self.tool_format is MISTRAL, self.tool_format.ids
             for order in (*together, *alone):
                 for as_text in (False, True) if calls else (False,):
-                    chat = tool_prompts.as_given(order, arguments_as_text=as_text, short_ids=self.tool_format is MISTRAL)
+                    chat = tool_prompts.as_given(order, arguments_as_text=as_text, short_ids=short, named_ids=named)
                     yield Task(self.tool_jinja or self.jinja, chat, tokens, _is_continued(order), shown), True
         for order in orders(tool_prompts.described(messages, tools) if uses_tools else messages):
             chat = [{"role": each.role, "content": each.text} for each in order]

@@ -50,3 +50,13 @@ def tags_open(opening: str, closing: str) -> Callable[[str], bool]:
         return text.find(closing, at) < 0
 
     return is_open
+
+
+def list_open(text: str) -> bool:
+    """For a list of calls that is Python or JSON."""
+    return json_open(text) if text.partition("[")[2].lstrip().startswith("{") else python_open(text)
+
+
+def quote_open(quote: str) -> Callable[[str], bool]:
+    """For texts between two of the same mark."""
+    return lambda text: text.count(quote) % 2 == 1

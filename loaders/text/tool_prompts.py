@@ -66,10 +66,17 @@ def uses_tools(messages: Sequence[Message]) -> bool:
     return any(each.role == "tool" or each.tool_calls for each in messages)
 
 
-def as_given(messages: Sequence[Message], *, arguments_as_text: bool, short_ids: bool) -> list[dict[str, Any]]:
-    """For a template that knows tools. Most want arguments as an object; some want JSON."""
+def as_given(
+    messages: Sequence[Message], *, arguments_as_text: bool, short_ids: bool, named_ids: str = ""
+) -> list[dict[str, Any]]:
+    """For a template that knows tools. Most want arguments as an object; some want JSON.
+
+    `named_ids`: the ids of calls as the model itself would write them, where its template shows nothing else of their names.
+    """
     chat: list[dict[str, Any]] = []
     names: dict[str, str] = {}
+    if named_ids:
+        messages = _with_named_ids(messages, named_ids)
     for each in messages:
         shown: dict[str, Any] = {"role": each.role, "content": each.text}
         if each.tool_calls:
@@ -84,6 +91,18 @@ def as_given(messages: Sequence[Message], *, arguments_as_text: bool, short_ids:
             shown["name"] = each.name or names.get(each.tool_call_id, "")
         chat.append(shown)
     return chat
+
+
+def _with_named_ids(messages: Sequence[Message], pattern: str) -> list[Message]:
+    found: list[Message] = []
+    ids: dict[str, str] = {}
+    for each in messages:
+        calls = []
+        for call in each.tool_calls:
+            ids[call.id] = pattern.format(name=call.name, at=len(ids))
+            calls.append(replace(call, id=ids[call.id]))
+        found.append(replace(each, tool_calls=tuple(calls), tool_call_id=ids.get(each.tool_call_id, each.tool_call_id)))
+    return found
 
 
 def one_by_one(messages: Sequence[Message]) -> list[Message]:
