@@ -1,5 +1,7 @@
 """Anthropic's protocol: the next message of a conversation, streamed or whole, with tools; and its tokens, counted."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -14,6 +16,7 @@ from .problems import Kind, Problem
 from .routes import Json, route_class
 from .sampling_fields import read_named
 from .service import Service
+from .template_options import options_of
 
 PROTOCOL = "anthropic"
 _TYPES: dict[Kind, tuple[int, str]] = {
@@ -46,7 +49,10 @@ def build(service: Service) -> APIRouter:
         loaded = await model_for(service, request, body.model)
         tools = tools_of(body)
         params = await _params(service, loaded, body)
-        prompt = await service.fit(request, messages_of(body), body.max_tokens, trim=True, loaded=loaded, tools=tools)
+        options = _options(service, loaded, body)
+        prompt = await service.fit(
+            request, messages_of(body), body.max_tokens, trim=True, loaded=loaded, tools=tools, options=options
+        )
         running = await service.answer(request, PROTOCOL, [prompt], params)
         answer = AnthropicAnswer(loaded.model.name, len(prompt.prompt.ids), body.shows_thoughts)
         if not body.stream:
@@ -68,10 +74,15 @@ def build(service: Service) -> APIRouter:
             raise Problem(
                 "unsupported", "The loaded model's tokens are not known here: it runs in another program. Ask there.", "model"
             )
-        prompt = await service.fit(request, messages_of(body), None, trim=True, loaded=loaded, tools=tools_of(body))
+        tools, options = tools_of(body), _options(service, loaded, body)
+        prompt = await service.fit(request, messages_of(body), None, trim=True, loaded=loaded, tools=tools, options=options)
         return Json({"input_tokens": len(prompt.prompt.ids)})
 
     return router
+
+
+def _options(service: Service, loaded: LoadedModel, body: CountRequest) -> dict[str, Any]:
+    return options_of(service, loaded, thinks=body.thinks, effort=body.effort, field="output_config.effort")
 
 
 async def _params(service: Service, loaded: LoadedModel, body: MessagesRequest) -> GenerationParams:

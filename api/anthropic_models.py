@@ -47,6 +47,7 @@ class ToolChoice(Open):
 
 class OutputConfig(Open):
     format: dict[str, Any] | None = None
+    effort: str | None = Field(None, description="low, medium, high, max: what the template makes of it")
 
 
 class CountRequest(Open):
@@ -56,10 +57,20 @@ class CountRequest(Open):
     tools: list[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: dict[str, Any] | None = Field(
-        None, description="of the type enabled or adaptive: thoughts come as blocks of their own"
+        None,
+        description="of the type enabled or adaptive: thoughts come as blocks; disabled: the model is told not to think",
     )
     output_config: OutputConfig | None = Field(None, description="its `format`: a JSON schema for the answer")
     output_format: dict[str, Any] | None = Field(None, description="the same, as the protocol had it before")
+
+    @property
+    def thinks(self) -> bool | None:
+        """What is said to the template; None: nothing."""
+        return {"enabled": True, "disabled": False}.get(str((self.thinking or {}).get("type")))
+
+    @property
+    def effort(self) -> str | None:
+        return self.output_config.effort if self.output_config is not None else None
 
 
 class MessagesRequest(CountRequest):

@@ -39,6 +39,7 @@ from .openai_prompts import sources_of
 from .problems import Problem
 from .routes import Json, for_all, route_class
 from .service import Service
+from .template_options import options_of
 
 PROTOCOL = "ollama"
 VERSION = "0.9.0"  # of the protocol, as programs ask for it
@@ -150,8 +151,11 @@ async def _answer(
         found: Any = await service.run_for(request, sources_of, loaded, body)
         (source,), ends = found
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-    prompt = await service.fit(request, source, limit_of(options), loaded=loaded, tools=tools)
     think = _think(loaded, body.think)
+    effort = body.think if isinstance(body.think, str) else None
+    thinks = body.think if isinstance(body.think, bool) else True if effort else None
+    shown = options_of(service, loaded, thinks=thinks, effort=effort, field="think")
+    prompt = await service.fit(request, source, limit_of(options), loaded=loaded, tools=tools, options=shown)
     running = await service.answer(request, PROTOCOL, [prompt], params)
     answer = OllamaAnswer(body.model or loaded.model.name, write, think)
     if body.stream is False:

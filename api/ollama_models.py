@@ -33,7 +33,9 @@ class OllamaRequest(Open):
     stream: bool | None = True
     options: dict[str, Any] | None = None
     format: str | dict[str, Any] | None = Field(None, description="json, or a JSON schema")
-    think: bool | str | None = Field(None, description="true: thoughts come apart; false: they are left out")
+    think: bool | str | None = Field(
+        None, description="true: thoughts come apart; false: the model is told not to think; or how hard it thinks"
+    )
     keep_alive: str | float | None = Field(None, description="0 without a prompt unloads the model")
 
 

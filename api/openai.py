@@ -31,6 +31,7 @@ from .problems import Problem
 from .routes import Json, openai_error, route_class
 from .sampling_fields import read_sampling, seed_of
 from .service import Service
+from .template_options import options_of
 
 PROTOCOL = "openai"
 
@@ -59,7 +60,8 @@ def build(service: Service) -> APIRouter:
         params = await _params(service, loaded, body, (body.top_logprobs or 0) if body.logprobs else None)
         given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = limit_of(given, None)
-        prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools)
+        options = template_options(service, loaded, body)
+        prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools, options=options)
         running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1, apart=body.thoughts_apart)
         head = AnswerHead("chatcmpl-", "chat.completion", loaded.model.name)
         if body.stream:
@@ -98,6 +100,12 @@ def build(service: Service) -> APIRouter:
 async def _answering_model(service: Service, request: Request, body: Any) -> LoadedModel:
     service.ignore(PROTOCOL, body.unknown())
     return await model_for(service, request, body.model)
+
+
+def template_options(service: Service, loaded: LoadedModel, body: ChatCompletionRequest) -> dict[str, Any]:
+    """What a request for a chat says to the template. Raises Problem."""
+    thinks, effort, values = body.enable_thinking, body.reasoning_effort, body.chat_template_kwargs
+    return options_of(service, loaded, thinks=thinks, effort=effort, values=values)
 
 
 def messages_of(body: Sequence[ChatMessage]) -> list[Message]:

@@ -84,6 +84,11 @@ class ChatCompletionRequest(_AnswerRequest):
     reasoning_format: str | None = Field(None, description="llama.cpp's: none leaves thoughts in the text, with their marks")
     separate_reasoning: bool | None = Field(None, description="SGLang's: false is the same")
     include_reasoning: bool | None = Field(None, description="vLLM's: false leaves thoughts out")
+    reasoning_effort: str | None = Field(None, description="none, minimal, low, medium, high or xhigh")
+    enable_thinking: bool | None = Field(None, description="Whether the model thinks first, where its template has a switch")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Values for the model's chat template, as vLLM, SGLang and llama.cpp take them"
+    )
     functions: list[Function] | None = Field(None, description="as tools, in OpenAI's older protocol")
     function_call: str | dict[str, Any] | None = None
 

@@ -4,8 +4,9 @@ Everything here renders a template or tokenises, which may take seconds: it runs
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.chat import Message
 from ..core.tools import ToolUse
@@ -43,20 +44,21 @@ def fit(
     trim: bool = False,
     max_input_tokens: int | None = None,
     tools: ToolUse | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> FittedPrompt:
-    """Make a prompt; of a conversation, with the tools that the answer may call.
+    """Make a prompt; of a conversation, with the tools that the answer may call and `options` for its template.
 
     With `trim`, the answer is cut to the room that is left; `max_new_tokens` None is all of that room.
 
     Raises Problem too_long, or invalid for an empty prompt; BadParameter if the template cannot show the conversation.
     """
     if loaded.is_remote:
-        prompt = source if isinstance(source, Prompt) else loaded.prompt(source, tools)
+        prompt = source if isinstance(source, Prompt) else loaded.prompt(source, tools, options=options)
         return FittedPrompt(loaded, prompt, max_new_tokens or _REMOTE_NEW_TOKENS)
     context = loaded.context_tokens
     if not isinstance(source, Prompt):
         require_length(loaded, source if isinstance(source, str) else _words(source, tools), context)
-        source = _made(loaded, source, tools)
+        source = _made(loaded, source, tools, options)
     count = len(source.ids)
     if count == 0:
         raise Problem("invalid", "The prompt is empty. Send some text.", "prompt")
@@ -74,16 +76,18 @@ def fit(
     return FittedPrompt(loaded, source, max(1, min(wanted, room, MOST_NEW_TOKENS)))
 
 
-def _made(loaded: LoadedModel, source: str | Sequence[Message], tools: ToolUse | None) -> Prompt:
+def _made(
+    loaded: LoadedModel, source: str | Sequence[Message], tools: ToolUse | None, options: Mapping[str, Any] | None
+) -> Prompt:
     """The prompt. A model that was not taught tools is not shown more of them than a quarter of its context holds.
 
     Open WebUI offers some 40 tools with every message: they would leave a small model no room, and it seldom calls one.
     """
-    prompt, most = loaded.prompt(source, tools), loaded.context_tokens // _MOST_FOR_TOOLS
+    prompt, most = loaded.prompt(source, tools, options=options), loaded.context_tokens // _MOST_FOR_TOOLS
     calls = prompt.calls
     if calls is None or calls.has_skill or calls.use.is_forced or len(prompt.ids) <= most:
         return prompt
-    bare = loaded.prompt(source)
+    bare = loaded.prompt(source, options=options)
     if len(prompt.ids) - len(bare.ids) <= most:
         return prompt
     log.info(

@@ -20,6 +20,7 @@ from .responses_stream import ResponseAnswer
 from .routes import Json, openai_error, route_class
 from .sampling_fields import read_named
 from .service import Service
+from .template_options import options_of
 
 PROTOCOL = "openai"
 
@@ -59,7 +60,8 @@ def build(service: Service) -> APIRouter:
         asked = [*instructions, *before, *new]
         if not asked:
             raise Problem("invalid", "The input is empty. Send some text.", "input")
-        prompt = await service.fit(request, asked, body.max_output_tokens, trim=True, loaded=loaded, tools=tools)
+        options = options_of(service, loaded, effort=body.effort, field="reasoning.effort")
+        prompt = await service.fit(request, asked, body.max_output_tokens, trim=True, loaded=loaded, tools=tools, options=options)
 
         def ended(answer: ResponseAnswer) -> None:
             if body.store is not False:

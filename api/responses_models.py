@@ -48,6 +48,11 @@ class TextConfig(Open):
     format: TextFormat | None = None
 
 
+class Reasoning(Open):
+    effort: str | None = Field(None, description="none, minimal, low, medium, high, xhigh: what the template makes of it")
+    summary: str | None = None
+
+
 class ResponseRequest(Open):
     model: str | None = None
     input: str | list[Item]
@@ -64,9 +69,14 @@ class ResponseRequest(Open):
     text: TextConfig | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    reasoning: Reasoning | None = None
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning.effort if self.reasoning is not None else None
 
 
 def require_possible(body: ResponseRequest) -> None:
@@ -176,7 +186,7 @@ def echoed(body: ResponseRequest) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.effort, "summary": None},
         "store": body.store is not False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": form},

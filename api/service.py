@@ -182,12 +182,15 @@ class Service:
         trim: bool = False,
         loaded: LoadedModel | None = None,
         tools: ToolUse | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> FittedPrompt:
         """As `prompt_fit.fit`, within this server's limit for prompts. Raises Problem, NotLoaded, Busy, BadParameter."""
         made_by, most = loaded or await self.loaded(), self.limits.max_input_tokens
-        return await self.run_for(
-            request, lambda: prompt_fit.fit(made_by, source, max_new_tokens, trim=trim, max_input_tokens=most, tools=tools)
-        )
+
+        def fit() -> FittedPrompt:
+            return prompt_fit.fit(made_by, source, max_new_tokens, trim=trim, max_input_tokens=most, tools=tools, options=options)
+
+        return await self.run_for(request, fit)
 
     async def answer(
         self,

@@ -15,7 +15,7 @@ from ..core.params import GenerationParams
 from ..loaders.contract.base import LoadedModel
 from . import grammar_requests, prompt_fit, tool_requests
 from .answer_stream import EventStream, Running, WholeAnswer
-from .openai import messages_of
+from .openai import messages_of, template_options
 from .openai_logprobs import number
 from .openai_models import ChatCompletionRequest
 from .openai_prompts import mean_logprob
@@ -111,8 +111,11 @@ def build(service: Service) -> APIRouter:
     @router.post("/chat_tokenize")
     async def chat_tokenize(body: ChatCompletionRequest, request: Request) -> Response:
         """A conversation as the model reads it, and its tokens."""
-        tools = tool_requests.of_openai(body)
-        prompt = await service.fit(request, messages_of(body.messages), None, trim=True, tools=tools)
+        tools, loaded = tool_requests.of_openai(body), await service.loaded()
+        options = template_options(service, loaded, body)
+        prompt = await service.fit(
+            request, messages_of(body.messages), None, trim=True, loaded=loaded, tools=tools, options=options
+        )
         tokens = await service.run_for(request, tokens_of, service, prompt, True)
         return Json({"tokenize_response": tokens, "templated_text": prompt.prompt.text})
 

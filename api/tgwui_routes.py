@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ..core.chat import Message
 from . import prompt_fit
-from .openai import messages_of
+from .openai import messages_of, template_options
 from .openai_models import ChatCompletionRequest
 from .problems import Problem
 from .routes import Json, admin, for_all, openai_error, route_class
@@ -138,7 +138,9 @@ def build(service: Service) -> APIRouter:
     @router.post("/v1/internal/chat-prompt")
     async def chat_prompt(body: ChatCompletionRequest, request: Request) -> Response:
         """The conversation as the model reads it."""
-        prompt = await service.fit(request, messages_of(body.messages), None, trim=True)
+        loaded = await service.loaded()
+        options = template_options(service, loaded, body)
+        prompt = await service.fit(request, messages_of(body.messages), None, trim=True, loaded=loaded, options=options)
         return Json({"prompt": prompt.prompt.text})
 
     @router.post("/v1/internal/stop-generation")

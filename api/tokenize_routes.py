@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from . import prompt_fit, tool_requests
 from .model_turns import model_for
-from .openai import messages_of
+from .openai import messages_of, template_options
 from .openai_models import ChatCompletionRequest, ChatMessage, ToolField
 from .problems import Problem
 from .routes import Json, route_class
@@ -32,6 +32,9 @@ class Tokenize(Open):
     prompt: str | None = Field(None, description="vLLM's")
     messages: list[ChatMessage] | None = Field(None, description="vLLM's: a conversation")
     tools: list[ToolField] | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="vLLM's: values for the chat template")
     return_token_strs: bool | None = None
     model: str | None = None
 
@@ -59,9 +62,11 @@ def build(service: Service) -> APIRouter:
                 return Json({"tokens": ids})
             return Json({"tokens": await service.run(lambda: [{"id": id, "piece": _piece(texts.raw(id))} for id in ids])})
         if body.messages:
-            chat = ChatCompletionRequest.model_validate({"messages": body.messages, "tools": body.tools})
-            asked = messages_of(body.messages)
-            fitted = await service.fit(request, asked, None, trim=True, loaded=loaded, tools=tool_requests.of_openai(chat))
+            names = ("messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
+            chat = ChatCompletionRequest.model_validate({name: getattr(body, name) for name in names})
+            asked, tools = messages_of(body.messages), tool_requests.of_openai(chat)
+            options = template_options(service, loaded, chat)
+            fitted = await service.fit(request, asked, None, trim=True, loaded=loaded, tools=tools, options=options)
             ids = list(fitted.prompt.ids)
         elif body.prompt is not None:
             text, bos = body.prompt, body.add_special_tokens is not False

@@ -59,6 +59,7 @@ VALUES = {  # where the type does not say what would change something
     "seed": [7],
     "sampler_seed": [7],
     "stop": [["x"], "x"],
+    "reasoning_effort": ["low"],
 }
 TOGETHER = {  # fields that say something about another one
     "top_logprobs": {"logprobs": True},

@@ -8,7 +8,7 @@ and timing are given here once. An engine that speaks text itself (remote) overr
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -205,11 +205,17 @@ class LoadedModel(ABC):
         return len(self.prompt(source).ids)
 
     def prompt(
-        self, source: str | Sequence[Message], tools: ToolUse | None = None, *, template: ChatTemplate | None = None
+        self,
+        source: str | Sequence[Message],
+        tools: ToolUse | None = None,
+        *,
+        template: ChatTemplate | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """A plain text, or a conversation as its template shows it (`template`: another one): rendered once, tokenised once.
 
-        `tools` are those that the answer may call, or has to: then the prompt ends where the call begins.
+        `tools` are those that the answer may call, or has to: then the prompt ends where the call begins. `options` are
+        more values for the template, by name: whether the model thinks.
 
         A conversation that ends in an assistant's message is continued. Earlier answers of this model that are
         unedited in it keep the ids they were sampled with. Raises BadParameter.
@@ -217,7 +223,7 @@ class LoadedModel(ABC):
         if isinstance(source, str):
             return Prompt(source, tuple(self._ids(source)))
         template = template or self.template
-        shown = template.show(source, self.tokenizer, tools.tools if tools is not None else ())
+        shown = template.show(source, self.tokenizer, tools.tools if tools is not None else (), options)
         calls = tool_prompts.prompt_of(tools, template.tool_format, shown.has_skill) if tools is not None else None
         text = shown.text + (calls.opening if calls is not None else "")
         return Prompt(

@@ -1,6 +1,8 @@
 """What a model reads before it answers: made once for a request, then counted, queued and answered as it is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.chat import Message
 from ..text.tool_formats import ToolFormat
@@ -16,6 +18,7 @@ class Prompt:
     calls: ToolPrompt | None = None  # the tools that the answer may call
     channels: ToolFormat | None = None  # the marks that tell apart what the answer thinks and says
     thought_marks: tuple[str, ...] = ()  # of its template, around a thought
+    options: Mapping[str, Any] | None = None  # for a remote engine: more values for its template
 
     @property
     def begins_answer(self) -> bool:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...core.chat import Finish, FinishReason, Message, Step, Token
@@ -58,17 +58,25 @@ class RemoteModel(LoadedModel):
         raise BadParameter("A model on another machine takes text, not token ids. Send the text.")
 
     def prompt(
-        self, source: str | Sequence[Message], tools: ToolUse | None = None, *, template: ChatTemplate | None = None
+        self,
+        source: str | Sequence[Message],
+        tools: ToolUse | None = None,
+        *,
+        template: ChatTemplate | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Prompt:
         if isinstance(source, str):
             return Prompt(source)
-        return Prompt("", messages=tuple(source), calls=ToolPrompt(tools, GENERAL, True) if tools is not None else None)
+        calls = ToolPrompt(tools, GENERAL, True) if tools is not None else None
+        return Prompt("", messages=tuple(source), calls=calls, options=options)
 
     def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
         if prompt.messages is None:
             return self._answer("text", {"prompt": prompt.text}, params, cancel, False)
         offered = fields_of(prompt.calls.use if prompt.calls is not None else None)
         body = {"messages": messages_of(prompt.messages), **offered}
+        if prompt.options:
+            body["extra_body"] = {"chat_template_kwargs": dict(prompt.options)}  # as vLLM, SGLang and llama.cpp call them
         return self._answer("chat", body, params, cancel, not prompt.begins_answer)
 
     def close(self) -> None:
@@ -166,12 +174,18 @@ class RemoteModel(LoadedModel):
         create = endpoint.client.completions.create if kind == "text" else endpoint.client.chat.completions.create
         for strict in (False, True) if not endpoint.strict else (True,):
             try:
-                return await create(model=self.name, stream=True, **body, **arguments(params, resume, strict))
+                return await create(model=self.name, stream=True, **_merged(body, arguments(params, resume, strict), strict))
             except (BadRequestError, UnprocessableEntityError) as error:
                 if strict or _is_too_long(error):
                     raise
                 endpoint.strict = True
         raise AssertionError("unreachable")
+
+
+def _merged(body: dict[str, Any], given: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """Both, with what each adds to OpenAI's fields; unless `strict`, where only the answer's form is added."""
+    extra = {**({} if strict else body.get("extra_body", {})), **given.get("extra_body", {})}
+    return {**body, **given, "extra_body": extra}
 
 
 def arguments(params: GenerationParams, resume: bool, strict: bool) -> dict[str, Any]:

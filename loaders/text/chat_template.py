@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,21 +60,29 @@ class ChatTemplate:
         """The prompt for the next assistant message, as `show` makes it."""
         return self.show(messages, tokenizer).text
 
-    def show(self, messages: Sequence[Message], tokenizer: Any = None, tools: Sequence[Tool] = ()) -> "Shown":
+    def show(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Any = None,
+        tools: Sequence[Tool] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> "Shown":
         """The prompt for the next assistant message; one that ends in an assistant's message is continued.
 
         The template is given the chat as it is. One that refuses it gets the same words in fewer messages, until user and
-        assistant alternate; one that knows no tools gets them in the system prompt. Takes two seconds at most. Raises
+        assistant alternate; one that knows no tools gets them in the system prompt. `options` are more values for the
+        template, by name. Takes two seconds at most. Raises
         BadParameter if the template cannot show the conversation.
         """
         with one_call():
-            return self._show(messages, tokenizer, tools)
+            return self._show(messages, tokenizer, tools, options or {})
 
-    def _show(self, messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool]) -> Shown:
+    def _show(self, messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool], options: Mapping[str, Any]) -> Shown:
         first: TemplateFault | None = None
         try:
             for at, (task, has_skill) in enumerate(self._tasks(messages, _tokens(tokenizer), tools)):
                 try:
+                    task = replace(task, options=options)
                     text = self.renderer.render(task)
                 except TemplateFault as fault:
                     first = first or fault

@@ -34,16 +34,24 @@ class NotContinued(ValueError):
 
 
 def render(
-    source: str, chat: Chat, tokens: dict[str, str], resume: bool, most_characters: int, tools: list[Any] | None = None
+    source: str,
+    chat: Chat,
+    tokens: dict[str, str],
+    resume: bool,
+    most_characters: int,
+    tools: list[Any] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> str:
     """The prompt for the next assistant message; with `resume`, one that ends inside of the last message.
 
     `tokens` are the special tokens by name ("bos_token"), `tools` the functions that the model may
-    call, as OpenAI has them. Raises whatever a template raises, OutputTooLong, NotContinued.
+    call, as OpenAI has them; `options` more values for the
+    template, like `enable_thinking`. Raises whatever a template raises, OutputTooLong, NotContinued.
     """
     if resume:
         chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _CONTINUED}]
-    values = {"messages": chat, "tools": tools, "documents": None, "add_generation_prompt": not resume, **tokens}
+    own = {"messages": chat, "tools": tools, "add_generation_prompt": not resume, **tokens}
+    values = {"documents": None, **(options or {}), **own}
     parts: list[str] = []
     left = most_characters
     for part in _compiled(source).generate(values):

@@ -8,9 +8,9 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,11 +62,12 @@ class Task:
     tokens: dict[str, str]  # special tokens by name
     resume: bool  # the last message is continued
     tools: tuple[dict[str, Any], ...] = ()  # that the template shows
+    options: Mapping[str, Any] = field(default_factory=dict)  # more values for the template, by name
 
     @property
     def most_characters(self) -> int:
         """Of the prompt: what no template that shows each message once comes near to."""
-        more = len(json.dumps(self.tools)) if self.tools else 0
+        more = sum(len(json.dumps(each)) for each in (self.tools, dict(self.options)) if each)
         calls = sum(len(json.dumps(each["tool_calls"])) for each in self.chat if "tool_calls" in each)
         return 200_000 + 4 * (sum(len(each["content"]) for each in self.chat) + calls + more)
 
@@ -90,7 +91,13 @@ class OwnRenderer:
     def render(self, task: Task, limit_s: float = LIMIT_S) -> str:
         try:
             return jinja_render.render(
-                task.source, task.chat, task.tokens, task.resume, task.most_characters, list(task.tools) or None
+                task.source,
+                task.chat,
+                task.tokens,
+                task.resume,
+                task.most_characters,
+                list(task.tools) or None,
+                dict(task.options),
             )
         except Exception as error:
             raise TemplateFault(str(error)) from None
@@ -139,6 +146,7 @@ class LimitedRenderer:
                 "resume": task.resume,
                 "most_characters": task.most_characters,
                 "tools": list(task.tools) or None,
+                "options": dict(task.options),
             }
             child = self._child(START_S)  # how long that takes is not the template's fault
             left_s = max(_LEAST_S, until - time.monotonic())
