@@ -12,13 +12,25 @@ from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api.service import Limits
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
-from gptq_webui.loaders.contract.fake_loader import FakeLoader
+from gptq_webui.loaders.contract.fake_loader import FakeLoader, FakeModel
+
+
+class Model(FakeModel):
+    can_embed = True
+
+    def _vector(self, ids, pooling, cancel):
+        return [1.0, float(len(ids))]
+
+
+class Loader(FakeLoader):
+    def load(self, model, options, progress):
+        return Model(model, options)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [FakeLoader()])
+    engine = Engine(FakeLibrary(root), Settings(root / "settings.json"), [Loader()])
     engine.load(MISTRAL)
     with ApiServer(engine, limits=Limits(max_input_tokens=1000)) as server:
         yield server
@@ -75,9 +87,12 @@ VALID = {  # path: (a body that is answered, the sentence of an error's body)
     "/completion": ({"prompt": "Hi", "n_predict": 5}, llamacpp),
     "/tokenize": ({"content": "Hi"}, tgi),
     "/detokenize": ({"tokens": [0]}, tgi),
+    "/chat_tokenize": ({"messages": USER}, tgi),
+    "/v1/embeddings": ({"input": "Hi"}, openai),
+    "/api/embed": ({"model": MISTRAL, "input": "Hi"}, ollama),
 }
 
-REFUSING = {"/tokenize": 422, "/detokenize": 422}  # the status, where it is not 400
+REFUSING = {"/tokenize": 422, "/detokenize": 422, "/chat_tokenize": 422}  # the status, where it is not 400
 
 
 def said(blocks, role="user"):
@@ -149,6 +164,30 @@ REFUSED = [  # (path, what is added to the valid body, words)
     ("/tokenize", {"content": 5}, "content"),
     ("/tokenize", {"content": None}, "The text is missing"),
     ("/tokenize", {"content": None, "messages": [{"role": "king"}]}, "'user'"),
+    ("/tokenize", {"content": None, "messages": []}, "The text is missing"),
+    ("/tokenize", {"content": None, "messages": USER, "tools": [{}]}, "with a `function`"),
+    ("/tokenize", {"content": None, "messages": USER, "chat_template_kwargs": 5}, "chat_template_kwargs"),
+    ("/tokenize", {"content": None, "inputs": ""}, "empty"),
+    ("/tokenize", {"content": None, "inputs": "Hi " * 1500}, "takes prompts of up to 1,000"),
+    ("/tokenize", {"content": None, "prompt": ["a"]}, "prompt"),
+    ("/tokenize", {"content": "Hi " * 200_000}, "more than 8,192 tokens"),
+    ("/chat_tokenize", {"messages": []}, "at least 1"),
+    ("/chat_tokenize", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
+    ("/chat_tokenize", {"reasoning_effort": "huge"}, "must be one of"),
+    ("/v1/embeddings", {"input": []}, "at least 1"),
+    ("/v1/embeddings", {"input": None}, "input"),
+    ("/v1/embeddings", {"input": ""}, "at least 1"),
+    ("/v1/embeddings", {"input": [""]}, "empty"),
+    ("/v1/embeddings", {"input": ["x"] * 65}, "up to 64 texts; found 65"),
+    ("/v1/embeddings", {"input": [99_999_999]}, "Token ids"),
+    ("/v1/embeddings", {"input": ["Hi", 5]}, "input"),
+    ("/v1/embeddings", {"input": "Hi " * 1500}, "takes prompts of up to 1,000"),
+    ("/v1/embeddings", {"encoding_format": "hex"}, "'float' or 'base64'"),
+    ("/v1/embeddings", {"pooling": "max"}, "'mean' or 'last'"),
+    ("/v1/embeddings", {"dimensions": 0}, "greater than or equal to 1"),
+    ("/api/embed", {"input": []}, "at least 1"),
+    ("/api/embed", {"input": 5}, "input"),
+    ("/api/embed", {"input": ["x"] * 65}, "up to 64 texts"),
     ("/detokenize", {"tokens": ["x"]}, "tokens.0"),
     ("/detokenize", {"tokens": [-1]}, "Token ids"),
     ("/v1/responses", {"input": []}, "input is empty"),
