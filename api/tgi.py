@@ -22,13 +22,14 @@ from .openai_prompts import mean_logprob
 from .problems import Kind, Problem
 from .prompt_fit import FittedPrompt
 from .routes import Json, for_all, route_class
-from .sampling_fields import read_protocol_sampling, seed_of
+from .sampling_fields import read_named, read_protocol_sampling, seed_of
 from .service import Service
 from .tgi_checks import MAX_BEST_OF, MAX_STOP_SEQUENCES, check, tokens_of
 from .tgi_models import CompatRequest, Error, GenerateRequest, GenerateResponse, Info, Parameters
 from .tgi_stream import TokenEvents
 
 PROTOCOL = "tgi"
+_OURS = {name for name, row, _default in GenerationParams.table() if row.in_requests}
 _TYPES: dict[Kind, tuple[int, str]] = {
     "failed": (424, "generation"),
     "no_memory": (424, "generation"),
@@ -132,7 +133,7 @@ class _Answer:
         self.params = self._params()
         self.best_of = self.parameters.best_of or 1
         self.began = time.perf_counter()
-        service.ignore(PROTOCOL, [*body.unknown(), *self.parameters.unknown()])
+        service.ignore(PROTOCOL, [*body.unknown(), *(each for each in self.parameters.unknown() if each not in _OURS)])
 
     async def whole(self, request: Request, *, listed: bool = False) -> Response:
         prompt, params = await self._fit(request), await self._with_grammar()
@@ -216,6 +217,7 @@ class _Answer:
             logprobs = 0
         return self.service.params(
             {
+                **read_named(given.model_extra or {}, within="parameters."),  # of samplers that TGI does not have
                 **read_protocol_sampling("tgi", given),
                 **({} if sampling else {"temperature": 0.0}),
                 "seed": seed_of(given.seed),
