@@ -6,15 +6,13 @@ arrived. A client that leaves cancels its answers: the model is free within one 
 
 import asyncio
 import contextlib
-import contextvars
 import logging
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,11 +21,11 @@ from ..core.chat import Finish, Token
 from ..core.errors import AnswerFailed, GptqWebuiError
 from ..core.tools import ToolCall
 from ..engine.request_queue import Ticket
+from .job_threads import Threads
 from .problems import Problem, of_error
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Start = Callable[[threading.Event], Iterable[Token | Finish]]
 
 _HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a first token
@@ -62,57 +60,6 @@ class WholeAnswer:
         elif self.tokens and event.text:  # text that was held back belongs to the last token
             last = self.tokens[-1]
             self.tokens[-1] = Token(last.id, last.text + event.text, last.logprob, last.top)
-
-
-class Threads:
-    """Daemon threads that are used again, because starting one makes the event loop wait.
-
-    There are as many as there ever were requests at the same time. The standard library's pool is no choice: the process
-    would wait for its threads at its end.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-
-    def run(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            self._jobs.put(job)
-            if self._idle:
-                self._idle -= 1
-                return
-        threading.Thread(target=self._loop, name="gptq-webui answer", daemon=True).start()
-
-    async def result(self, job: Callable[[], T], turns: asyncio.Semaphore) -> T:
-        """What a job returns or raises; `turns` are held until it has ended, whoever waits for it."""
-        await turns.acquire()
-        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def ended(take: Callable[[Any], None], found: Any) -> None:
-            turns.release()
-            if not future.done():
-                take(found)
-
-        def work() -> None:
-            take: Callable[[Any], None] = future.set_result
-            found: Any
-            try:
-                found = context.run(job)
-            except BaseException as error:
-                take, found = future.set_exception, error
-            with contextlib.suppress(RuntimeError):  # the server is stopping: its loop is closed
-                loop.call_soon_threadsafe(ended, take, found)
-
-        self.run(work)
-        return await future
-
-    def _loop(self) -> None:
-        while True:
-            self._jobs.get()()
-            with self._lock:
-                self._idle += 1
 
 
 class Running:

@@ -109,7 +109,7 @@ def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
                 except GptqWebuiError as error:
                     found = of_error(error)
                 except ClientDisconnect:
-                    found = Problem("invalid", "The body did not arrive.", "body")
+                    found = Problem("invalid", "The body did not arrive. Send the request again.", "body")
                 except HTTPException as error:
                     found = Problem(_KINDS.get(error.status_code, "invalid"), str(error.detail), "body")
                 except Exception:

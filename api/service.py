@@ -29,8 +29,9 @@ from ..engine.engine import Answer, Engine
 from ..engine.request_queue import DEFAULT_LIMIT
 from ..loaders.contract.base import LoadedModel
 from . import prompt_fit
-from .answer_stream import Running, Start, Threads
+from .answer_stream import Running, Start
 from .auth import Keys
+from .job_threads import Threads
 from .metrics import Metrics
 from .model_gate import ModelGate
 from .problems import Problem

@@ -13,6 +13,7 @@ from .service import Service
 
 _MOST_CHARACTERS = 100_000
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_AS = {"": None, "auto": None, "default": None, "min": "minimal"}  # as SillyTavern and others have them
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")  # Qwen3 and GLM; DeepSeek V3.1 and Granite; Command A
 _OURS = ("messages", "tools", "add_generation_prompt")  # what the request says elsewhere
 
@@ -28,6 +29,7 @@ def options_of(
 ) -> dict[str, Any]:
     """The values for the template, by name; `values` count before the others. Raises Problem."""
     found: dict[str, Any] = {}
+    effort = _AS.get(effort, effort) if effort is not None else None
     if effort is not None and effort not in _EFFORTS:
         raise Problem("invalid", f"{field} must be one of {', '.join(_EFFORTS)}; found {effort[:40]!r}.", field)
     if effort == "none":

@@ -27,6 +27,8 @@ CASES = [  # path, body, what the prompt ends with
     (OPENAI, CHAT | {"enable_thinking": False}, "<think></think>\n"),
     (OPENAI, CHAT | {"enable_thinking": True}, "think!\n"),
     (OPENAI, CHAT | {"reasoning_effort": "none"}, "<think></think>\n"),
+    (OPENAI, CHAT | {"reasoning_effort": "auto"}, ""),  # SillyTavern's
+    (OPENAI, CHAT | {"reasoning_effort": "min"}, "effort minimal\n"),
     (OPENAI, CHAT | {"reasoning_effort": "high"}, "effort high\n"),
     (OPENAI, CHAT | {"chat_template_kwargs": {"enable_thinking": False, "city": "Rome"}}, "city Rome\n<think></think>\n"),
     (OPENAI, CHAT | {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False}, "think!\n"),
@@ -102,8 +104,8 @@ def test_counts_see_the_same_prompt(house):
         assert len(ids) == len(made["tokenize_response"])
         assert tokens("/v1/internal/chat-prompt", CHAT | more)["prompt"] == house.prompts[-1]
     plain = tokens("/v1/messages/count_tokens", CHAT)["input_tokens"]
-    told = tokens("/v1/messages/count_tokens", CHAT | {"thinking": {"type": "disabled"}})["input_tokens"]
-    assert told == plain + 1
+    unthinking = tokens("/v1/messages/count_tokens", CHAT | {"thinking": {"type": "disabled"}})["input_tokens"]
+    assert unthinking == plain + 1
 
 
 @pytest.mark.parametrize("at", range(len(BAD)))
