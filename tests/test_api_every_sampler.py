@@ -99,13 +99,13 @@ def ollama(prompt, values):
     return "/api/generate", {"prompt": prompt, "raw": True, "stream": False, "options": options}, lambda a: a["response"]
 
 
-DOORS = {each.__name__: each for each in (openai_text, openai_chat, tgi, kobold, llamacpp, ollama)}
+PROTOCOLS = {each.__name__: each for each in (openai_text, openai_chat, tgi, kobold, llamacpp, ollama)}
 
 
-def said(server, door, prompt, values):
-    path, body, text = DOORS[door](prompt, values)
+def said(server, protocol, prompt, values):
+    path, body, text = PROTOCOLS[protocol](prompt, values)
     answer = server.http.post(path, json=body)
-    assert answer.status_code == 200, (door, values, answer.text)
+    assert answer.status_code == 200, (protocol, values, answer.text)
     return text(answer.json())
 
 
@@ -133,18 +133,18 @@ def test_ids_end_and_ban(server):
     assert len(said(server, "openai_text", STORY, LIKELY | {"stop_token_ids": [second]})) < len(plain)
 
 
-@pytest.mark.parametrize("door", [each for each in DOORS if each != "openai_text"])
-def test_every_protocol_says_the_same_to_the_sampler(server, door, monkeypatch):
+@pytest.mark.parametrize("protocol", [each for each in PROTOCOLS if each != "openai_text"])
+def test_every_protocol_says_the_same_to_the_sampler(server, protocol, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "TOKENS", 1)
     for name, values in [
         *((name, {**base, **more}) for name, (base, more) in CASES.items()),
         *((each, {each: [5]}) for each in BY_ID),
     ]:
-        if (door, name) in MISSING:
+        if (protocol, name) in MISSING:
             continue
         server.seen.clear()
-        said(server, door, "Hi", values)
+        said(server, protocol, "Hi", values)
         params = server.seen[0]
         for each, value in values.items():
             wanted = tuple(value) if isinstance(value, list) else value
-            assert getattr(params, each) == wanted, (door, name, each)
+            assert getattr(params, each) == wanted, (protocol, name, each)

@@ -47,6 +47,7 @@ LONG = {
     "tests/test_api_clients.py": "one server for the real clients of every protocol",
     "tests/test_api_guard.py": "one server for everything that is checked before a request",
     "tests/test_chat_service.py": "one engine and one store for everything that is asked",
+    "tests/test_tool_calls.py": "one list of answers for every format",
     "tests/test_tool_calls_split.py": "one writer for each format, tried in the same ways",
     "tests/test_cpu.py": "every kernel, compared on the same models",
     "tests/test_cuda_layers.py": "every kernel for layers of other architectures, compared in the same way",
