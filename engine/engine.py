@@ -248,7 +248,8 @@ class Engine:
             loaded = self.reload_idle()
         if loaded is None:
             if self.status.phase == "loading":
-                raise Busy(f"{self.status.name} is still being loaded. Ask again in a moment.")
+                doing = "is still being made" if self.status.making else "is still being loaded"
+                raise Busy(f"{self.status.name} {doing}. Ask again in a moment.")
             raise NotLoaded
         return loaded
 

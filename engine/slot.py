@@ -63,20 +63,24 @@ class Slot:
         self.watchers: list[Callable[[Status], None]] = []  # called on every change of status, from any thread
         self._changing = threading.RLock()  # a change may consist of others: the demo is made, then loaded
         self._depth = 0  # of changes within changes
+        self._busy = ""  # what the outermost change is, where it is no load
         self._cancel = threading.Event()  # stops the change that runs
 
     @contextmanager
-    def change(self) -> Iterator[threading.Event]:
+    def change(self, busy: str = "") -> Iterator[threading.Event]:
         """Run one change alone; yields the flag that stops it. Raises Busy if another thread is changing the slot.
+
+        `busy` is what others are told meanwhile, as a sentence without its cure: "Two models are being compared."
 
         A change within a change shares its flag, so one Stop ends the whole journey. Whatever is raised inside, the
         status is not "loading" afterwards; what is no GptqWebuiError becomes a LoadFailed.
         """
         if not self._changing.acquire(blocking=False):
-            raise Busy(f"{self.status.name or 'A model'} is being loaded or unloaded. Wait until that is done.")
+            what = self._busy or f"{self.status.name or 'A model'} is being loaded or unloaded."
+            raise Busy(f"{what} Wait until that is done.")
         try:
             if self._depth == 0:
-                self._cancel = threading.Event()
+                self._cancel, self._busy = threading.Event(), busy
             self._depth += 1
             try:
                 yield self._cancel
@@ -94,6 +98,8 @@ class Slot:
                 raise
             finally:
                 self._depth -= 1
+                if self._depth == 0:
+                    self._busy = ""
         finally:
             self._changing.release()
 
@@ -108,12 +114,7 @@ class Slot:
             self._close_loaded()
             self.previous = before or self.previous
             self.say(Status("loading", model.name, "Starting"))
-            outcome = load_fallback.load(plan, self.progress(model.name), cancel)
-            if plan.template is not None:
-                try:
-                    outcome.loaded.template = plan.template.bound(outcome.loaded.tokenizer)
-                except Exception as error:
-                    log.warning("the saved chat template of %s cannot be used (%s)", model.name, error)
+            outcome = loaded_as_planned(plan, self.progress(model.name), cancel)
             self.loaded, self.choice, self.plan = outcome.loaded, outcome.choice, plan  # last: a failed load leaves nothing
             self.previous = None
             self.say(Status("ready", model.name, "Ready", 1.0))
@@ -205,3 +206,14 @@ class Slot:
             self.say(Status("ready", self.loaded.model.name, "Ready", 1.0))
         else:
             self.say(Status("empty", text=text, error=error))
+
+
+def loaded_as_planned(plan: LoadPlan, progress: LoadProgress, cancel: threading.Event) -> LoadOutcome:
+    """A model with its saved chat template, outside of any slot. Raises GptqWebuiError and frees all memory."""
+    outcome = load_fallback.load(plan, progress, cancel)
+    if plan.template is not None:
+        try:
+            outcome.loaded.template = plan.template.bound(outcome.loaded.tokenizer)
+        except Exception as error:
+            log.warning("the saved chat template of %s cannot be used (%s)", plan.model.name, error)
+    return outcome

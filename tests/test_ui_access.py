@@ -20,8 +20,10 @@ from gptq_webui.ui.parameters_tab import to_values
 
 OWNERS_ONLY = (
     "model_tab", "download_box", "branch_box", "library_box", "hub_box", "folders_box", "settings_box", "template_box",
-    "rescue_box", "idle_box", "measure_box", "origins_box", "perplexity_box", "quantize_tab", "page",
+    "rescue_box", "idle_box", "measure_box", "origins_box", "perplexity_box", "quantize_tab", "compare_tab",
+    "page",
 )  # fmt: skip
+SHOWN_TO_ALL = ("model_tab", "quantize_tab", "compare_tab", "page")
 FOR_ALL = ("show", "show_models", "arrange")  # called by a page that loads or a tab that opens, they show a guest nothing
 
 
@@ -59,14 +61,14 @@ def test_a_guest_gets_a_sentence_from_every_handler_of_models(house):
     for index, each in handlers(house, OWNERS_ONLY):
         data = [[] if block.get_block_name() == "checkboxgroup" else None for block in each.inputs]
         message, _seen = call(house, "guest", "g", index, data)
-        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in ("model_tab", "quantize_tab", "page"):
+        if each.fn.__name__ in FOR_ALL and each.fn.__module__.rpartition(".")[2] in SHOWN_TO_ALL:
             assert message["success"], each.fn  # or every guest is greeted with an error
             continue
         assert not message["success"], each.fn
         assert "Only the owner of this page may do that" in message["output"]["error"], each.fn
         refused.append(each.fn.__name__)
     named = {"load", "unload_model", "start", "pressed", "add_folder", "remove_folder", "save_settings", "choose", "run"}
-    named |= {"release_model", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
+    named |= {"vote", "end", "release_model", "stop_loading", "go_back", "compile_loader", "try_again", "keep", "write"}
     assert named | {"show", "show_sister", "download", "ask", "save_both", "forget_token"} <= set(refused)
     assert house.engine.loaded is None and len(house.engine.library.roots) == 1
 

@@ -242,6 +242,7 @@ class Watcher:
                 looks, known = [part(request) for part in self._parts], {}
             now = await asyncio.to_thread(_look, looks)  # a look may read the disk
             if self._newest.get(request) is not mine:
+                yield {self.bell: gr.update()}  # its end sends the last values again, over those of the newer one
                 return
             changed = {box: value for box, value in now.items() if box not in known or known[box] != value}
             if changed or time.monotonic() - yielded_at > _ALIVE_S:

@@ -10,7 +10,18 @@ from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..loaders.machine.capabilities import look as look_at_machine
-from . import chat_shortcuts, chat_tab, gradio_compat, model_tab, notebook_tab, page_comfort, parameters_tab, quantize_tab, theme
+from . import (
+    chat_shortcuts,
+    chat_tab,
+    compare_tab,
+    gradio_compat,
+    model_tab,
+    notebook_tab,
+    page_comfort,
+    parameters_tab,
+    quantize_tab,
+    theme,
+)
 from .access import Access, Share
 from .api_box import Api, draw_api
 from .job_watcher import Watcher
@@ -67,6 +78,8 @@ def build(
                 notebook = notebook_tab.build(engine, parameters)
             with gr.Tab("Quantize", id="quantize", visible=everybody) as quantize_tab_item:
                 quantize = quantize_tab.build(engine, watcher, access)
+            with gr.Tab("Compare", id="compare", visible=everybody) as compare_tab_item:
+                compare = compare_tab.build(engine, watcher, parameters, access)
             if api is not None:
                 with gr.Tab("API", id="api", visible=everybody) as api_tab_item:
                     box = draw_api(engine, api, access)
@@ -78,7 +91,7 @@ def build(
         def arrange(kept: str, request: gr.Request) -> dict[Any, Any]:
             owner = access.is_owner(request)
             empty = engine.status.phase == "empty" and engine.slot.idle_load is None
-            open_to = {"chat", "parameters"} | ({"model", "api", "notebook", "quantize"} if owner else set())
+            open_to = {"chat", "parameters"} | ({"model", "api", "notebook", "quantize", "compare"} if owner else set())
             first = kept if kept in open_to else "model" if owner and empty else "chat"
             warning = f'<p class="gw-banner">{escape(banner)}</p>' if banner and owner else ""
             info = share.info if share is not None and owner else None
@@ -86,6 +99,7 @@ def build(
                 tabs: gr.update(selected=first),
                 model_tab_item: gr.update(visible=owner),
                 quantize_tab_item: gr.update(visible=owner),
+                compare_tab_item: gr.update(visible=owner),
                 free: gr.update(visible=owner),
                 notice: gr.update(value=warning, visible=bool(warning)),
                 link.place: gr.update(visible=info is not None),
@@ -108,7 +122,7 @@ def build(
         def own_api(request: gr.Request) -> Any:
             return gr.update(visible=access.is_owner(request))
 
-        arranged = [tabs, model_tab_item, quantize_tab_item, free, notice, link.place, link.text]
+        arranged = [tabs, model_tab_item, quantize_tab_item, compare_tab_item, free, notice, link.place, link.text]
         page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
@@ -117,8 +131,9 @@ def build(
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(show_models, None, models.outputs, **gradio_compat.SHOW))
-        for trigger in [quantize_tab_item.select] if gradio_compat.LAZY_TABS else [page.load, quantize_tab_item.select]:
-            watcher.after(trigger(quantize.show, None, quantize.outputs, **gradio_compat.SHOW))
+        for item, tab in ((quantize_tab_item, quantize), (compare_tab_item, compare)):
+            for trigger in [item.select] if gradio_compat.LAZY_TABS else [page.load, item.select]:
+                watcher.after(trigger(tab.show, None, tab.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))
         notebook_tab_item.select(notebook.show, None, notebook.outputs, **gradio_compat.WATCH)
         if not gradio_compat.LAZY_TABS:

@@ -254,6 +254,12 @@ _NOTEBOOK = """ /* notebook_tab.py */
 .gw-soft { color: var(--gw-soft); }
 """
 
+_COMPARE = """ /* compare_tab.py */
+.gw-compared { border: 1px solid var(--gw-line); border-radius: 8px; padding: 10px 14px; }
+.gw-compared > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 8px; }
+.gw-compared h3 { margin: 0 0 6px; font-size: 15px; overflow-wrap: anywhere; }
+"""
+
 _CHARACTERS = """ /* character_parts.py */
 #gw-character-editor .form { display: flex; flex-direction: column; gap: 10px !important; }
 #gw-character-editor, #gw-persona-box { margin-top: 4px; }
@@ -274,8 +280,8 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 """
 
 _PARTS = (
-    _COLOURS, _FRAME, _COMFORT, _WORDS, _MODEL, _API, _FOLDED, _TABLES, _PARAMETERS, chat_style.CSS, _NOTEBOOK, _CHARACTERS,
-    _MESSAGES,
+    _COLOURS, _FRAME, _COMFORT, _WORDS, _MODEL, _API, _FOLDED, _TABLES, _PARAMETERS, chat_style.CSS, _NOTEBOOK, _COMPARE,
+    _CHARACTERS, _MESSAGES,
 )  # fmt: skip
 CSS = _scaled("".join(_PARTS))
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes
