@@ -167,7 +167,8 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
 
     evaluate = commands.add_parser("evaluate", help="perplexity of a model, and how near it is to another")
     evaluate.add_argument("model", metavar="MODEL", help="its name or folder")
-    evaluate.add_argument("--against", metavar="OTHER", help="the model to compare with, for example the 16-bit original")
+    evaluate.add_argument("--against", metavar="OTHER", help="the model to compare with, or a folder of --keep")
+    evaluate.add_argument("--keep", type=Path, metavar="DIR", help="write the model's logits there, for --against of others")
     evaluate.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8 (default: Python's manual)")
     evaluate.add_argument("--window", type=int, default=512, metavar="TOKENS", help="tokens read at once (default: 512)")
     evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of text, at most (default: 4096)")

@@ -6,9 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+from ..core.errors import BadParameter
 from ..core.models import LocalModel
+from ..engine import evaluation
 from ..engine.engine import Engine
-from ..engine.evaluation import evaluate as measure
 from .engine_commands import make_engine
 
 
@@ -16,11 +17,22 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure, and print the sentences or (--json) the numbers."""
     engine = make_engine(options)
     model = model_of(engine, options.model)
-    against = model_of(engine, options.against) if options.against else None
     text = options.text.expanduser() if options.text else None
-    found = measure(model, against, text, options.window, options.tokens, lambda line: print(line, file=sys.stderr, flush=True))
+    if options.keep and options.against:
+        raise BadParameter("--keep writes the logits of one model: leave out --against.")
+    if options.keep:
+        found = evaluation.keep(model, options.keep.expanduser(), text, options.window, options.tokens, _say)
+    elif options.against and evaluation.is_stored(stored := Path(options.against).expanduser()):
+        found = evaluation.evaluate_stored(model, stored, _say)
+    else:
+        against = model_of(engine, options.against) if options.against else None
+        found = evaluation.evaluate(model, against, text, options.window, options.tokens, _say)
     print(json.dumps(dataclasses.asdict(found)) if options.json else found.text)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def model_of(engine: Engine, name: str) -> LocalModel:

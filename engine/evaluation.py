@@ -1,5 +1,6 @@
 """How good a model is on a text, and how near to another model, for example to the 16-bit one that it was made from."""
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Evaluation:
             lines[0] = lines[0][:-1] + f"; the other model's is {self.against_perplexity:.4f}."
             lines.append(f"KL divergence to the other model: {self.difference.kl:.6f} nats per token.")
             lines.append(f"The same likeliest token at {self.difference.same_top:.2%} of the positions.")
+            lines += [
+                f"Positions {each.first} to {each.last} of a window: {each.kl:.6f} nats, the same at {each.same_top:.2%}."
+                for each in self.difference.by_position
+            ]
         return "\n".join(lines)
 
 
@@ -45,14 +50,55 @@ def evaluate(
     Both models are read with plain packed layers, one after the other, and `model`'s tokenizer makes the ids of both.
     Raises BadParameter (no text, or too short), LoadRefused, and what loading raises.
     """
-    if window < 2 or tokens < window:
-        raise BadParameter("--window must be 2 tokens or more, and --tokens at least one window.")
-    for each in (model, against):
-        if each is not None and each.kind not in ("gptq", "plain"):
-            raise LoadRefused(f"{each.name} is {each.badge}; only GPTQ and 16-bit folders on this machine can be measured.")
+    _check(window, tokens, model, against)
     from ..loaders.text.tokenizer import read_tokenizer
 
     return _measured([model], against, _windows(read_tokenizer(model), text, window, tokens), say)[0]
+
+
+_STORED = "evaluation.json"  # in a folder of logits: what they are of
+
+
+def keep(model: LocalModel, folder: Path, text: Path | None, window: int, tokens: int, say: Callable[[str], None]) -> Evaluation:
+    """Measure `model` alone and write its logits into `folder`, for `evaluate_stored` on this machine or another.
+
+    Needs `tokens` × vocabulary × 4 bytes there. Raises BadParameter (as `evaluate`, or the folder is there), LoadRefused.
+    """
+    _check(window, tokens, model)
+    if folder.exists():
+        raise BadParameter(f"{folder} is there already. Remove it, or choose another folder for the logits.")
+    from ..gptq import quality
+    from ..loaders.text.tokenizer import read_tokenizer
+
+    windows = _windows(read_tokenizer(model), text, window, tokens)
+    folder.mkdir(parents=True)
+    perplexity = quality.store(_opened(model, say), windows, folder, _progress(say))
+    facts = {"name": model.name, "perplexity": perplexity, "windows": windows}
+    (folder / _STORED).write_text(json.dumps(facts), encoding="utf-8")
+    return Evaluation(_count(windows), perplexity)
+
+
+def is_stored(folder: Path) -> bool:
+    """Whether `keep` has made it."""
+    return (folder / _STORED).is_file()
+
+
+def evaluate_stored(model: LocalModel, folder: Path, say: Callable[[str], None]) -> Evaluation:
+    """Measure `model` against the logits that `keep` wrote, on the same token ids. Raises BadParameter, LoadRefused."""
+    _check(2, 2, model)
+    from ..gptq import quality
+
+    try:
+        facts = json.loads((folder / _STORED).read_text(encoding="utf-8"))
+        windows = [[int(id) for id in each] for each in facts["windows"]]
+        other = float(facts["perplexity"])
+        missing = [at for at in range(len(windows)) if not (folder / f"{at:05}.pt").is_file()]
+    except (OSError, ValueError, KeyError, TypeError):
+        windows, other, missing = [], 0.0, [0]
+    if missing or not windows:
+        raise BadParameter(f"The logits in {folder} are not whole. Make them again: gptq-webui evaluate ORIGINAL --keep FOLDER.")
+    perplexity, difference = quality.measure(_opened(model, say), windows, folder, _progress(say))
+    return Evaluation(_count(windows), perplexity, other, difference)
 
 
 def evaluate_made(
@@ -67,29 +113,47 @@ def evaluate_made(
     return _measured(made, original, _windows(read_tokenizer(original), None, window, tokens), say)
 
 
-def _measured(
-    models: Sequence[LocalModel], against: LocalModel | None, windows: list[list[int]], say: Callable[[str], None]
-) -> list[Evaluation]:
+def _check(window: int, tokens: int, *models: LocalModel | None) -> None:
+    if window < 2 or tokens < window:
+        raise BadParameter("--window must be 2 tokens or more, and --tokens at least one window.")
+    for each in models:
+        if each is not None and each.kind not in ("gptq", "plain"):
+            raise LoadRefused(f"{each.name} is {each.badge}; only GPTQ and 16-bit folders on this machine can be measured.")
+
+
+def _opened(model: LocalModel, say: Callable[[str], None]) -> Any:
     import torch
 
-    from ..gptq import checkpoint, quality
+    from ..gptq import checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"Reading {model.name}")
+    return checkpoint.load(model, dtype=torch.float16 if device == "cuda" else torch.float32, device_map=device)[0]
 
-    def opened(each: LocalModel) -> Any:
-        say(f"Reading {each.name}")
-        return checkpoint.load(each, dtype=torch.float16 if device == "cuda" else torch.float32, device_map=device)[0]
 
+def _progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
     def progress(done: int, count: int) -> None:
         if done == count or done % 10 == 0:
             say(f"{done} of {count} windows")
 
-    count = sum(len(each) - 1 for each in windows)  # each first token is context only
+    return progress
+
+
+def _count(windows: list[list[int]]) -> int:
+    return sum(len(each) - 1 for each in windows)  # each first token is context only
+
+
+def _measured(
+    models: Sequence[LocalModel], against: LocalModel | None, windows: list[list[int]], say: Callable[[str], None]
+) -> list[Evaluation]:
+    from ..gptq import quality
+
+    count, progress = _count(windows), _progress(say)
     if against is None:
-        return [Evaluation(count, quality.measure(opened(each), windows, None, progress)[0]) for each in models]
+        return [Evaluation(count, quality.measure(_opened(each, say), windows, None, progress)[0]) for each in models]
     with tempfile.TemporaryDirectory(prefix="gptq-webui-") as name:
-        other_perplexity = quality.store(opened(against), windows, Path(name), progress)
-        measured = (quality.measure(opened(each), windows, Path(name), progress) for each in models)
+        other_perplexity = quality.store(_opened(against, say), windows, Path(name), progress)
+        measured = (quality.measure(_opened(each, say), windows, Path(name), progress) for each in models)
         return [Evaluation(count, perplexity, other_perplexity, difference) for perplexity, difference in measured]
 
 

@@ -5,6 +5,7 @@ The other model's logits are written to disk first, so the two are never in memo
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..core.errors import BadParameter
 from .text_windows import perplexity_of
 
 Progress = Callable[[int, int], None]  # windows done, of all
+_PARTS = 4  # of a window, told apart by position
 _ROWS = 256  # positions whose logits are widened at once
 
 
@@ -24,6 +26,17 @@ class Difference:
 
     kl: float  # mean of KL(other ‖ model), in nats per token
     same_top: float  # share of positions where both have the same likeliest token
+    by_position: tuple["Part", ...] = ()  # the same of parts of the window, from its beginning
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions `first` to `last` of every window, counted from 1."""
+
+    first: int
+    last: int
+    kl: float
+    same_top: float
 
 
 @torch.inference_mode()
@@ -52,7 +65,8 @@ def measure(
     Perplexity is exp of the mean -log p of each token given those before it in its window; a window's first token only counts as
     context. The difference counts every position. Raises BadParameter if the vocabularies differ by more than padding.
     """
-    total, kl, same, count = 0.0, 0.0, 0, 0
+    total, longest = 0.0, max(map(len, windows))
+    kl, same, count = (torch.zeros(longest, dtype=torch.float64) for _ in range(3))  # by position
     for at, logits in enumerate(windows_of_logits(model, windows)):
         total += _surprise(logits, windows[at])
         if against is not None:
@@ -65,11 +79,27 @@ def measure(
                 )
             for start in range(0, len(logits), _ROWS):
                 p, q = (each[start : start + _ROWS, :width].log_softmax(-1, torch.float64) for each in (other, logits))
-                kl += float((p.exp() * (p - q)).sum())
-                same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(logits)
+                here = slice(start, start + len(p))
+                kl[here] += (p.exp() * (p - q)).sum(-1)
+                same[here] += p.argmax(-1) == q.argmax(-1)
+                count[here] += 1
         progress(at + 1, len(windows))
-    return _perplexity(total, windows), Difference(kl / count, same / count) if count else None
+    return _perplexity(total, windows), _difference(kl, same, count) if against is not None else None
+
+
+def _difference(kl: Tensor, same: Tensor, count: Tensor) -> Difference:
+    """From sums at each position."""
+
+    def mean(of: Tensor, here: slice) -> float:
+        return float(of[here].sum() / count[here].sum())
+
+    borders = [len(count) * at // _PARTS for at in range(_PARTS + 1)]
+    parts = [
+        Part(first + 1, last, mean(kl, slice(first, last)), mean(same, slice(first, last)))
+        for first, last in pairwise(borders)
+        if first < last
+    ]
+    return Difference(mean(kl, slice(None)), mean(same, slice(None)), tuple(parts))
 
 
 def _surprise(logits: Tensor, ids: Sequence[int]) -> float:

@@ -65,6 +65,32 @@ def test_agrees_with_an_independent_computation(models: Path, capsys: pytest.Cap
     assert found["against_perplexity"] == pytest.approx(perplexity(p), rel=1e-5)
     assert found["difference"]["kl"] == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=1e-4)
     assert found["difference"]["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).mean()), abs=0.02)
+    parts, step = found["difference"]["by_position"], WINDOW // 4
+    assert [(each["first"], each["last"]) for each in parts] == [(at + 1, at + step) for at in range(0, WINDOW, step)]
+    for at, each in enumerate(parts):
+        here = slice(at * step, (at + 1) * step)
+        kl = float((np.exp(p[:, here]) * (p[:, here] - q[:, here])).sum(-1).mean())
+        assert each["kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_from_kept_logits_the_figures_are_the_same(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ("--text", models.parent / "text.txt", "--window", WINDOW)
+    _code, whole, _err = run(capsys, models, "packed", "--against", "other", *how, "--json")
+    tiny.write_tokenizer(models / "other")
+    kept = models.parent / "logits"
+    code, alone, err = run(capsys, models, "other", *how, "--keep", kept, "--json")
+    assert code == 0, err
+    (models / "other").rename(models.parent / "gone")  # the original is not needed any more
+    code, out, err = run(capsys, models, "packed", "--against", kept, "--json")
+    assert code == 0 and json.loads(out) == json.loads(whole), err
+    assert json.loads(alone)["perplexity"] == json.loads(whole)["against_perplexity"]
+    code, _out, err = run(capsys, models, "packed", *how, "--keep", kept)
+    assert code == 2 and "is there already" in err
+    (kept / "00001.pt").unlink()
+    code, _out, err = run(capsys, models, "packed", "--against", kept)
+    assert code == 2 and "are not whole. Make them again" in err
+    code, _out, err = run(capsys, models, "packed", "--against", kept, "--keep", models / "x")
+    assert code == 2 and "leave out --against" in err
 
 
 def test_a_model_is_no_distance_from_itself(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from ..core.errors import GptqWebuiError
+from ..core.folder_files import read_json
 from ..core.models import LocalModel
 from ..core.units import format_bytes
 from ..engine.engine import Engine
+from ..engine.quantize_job import QUALITY
 from ..loaders.contract.base import LoadedModel
 from . import html_snippets
 
@@ -36,6 +39,7 @@ def of_files(model: LocalModel) -> list[tuple[str, str]]:
             ("Calibration data", _dataset(quantize.dataset)),
             ("Quantised by", quantize.quantizer or ""),
         ]
+    rows.append(("Measured", measured_words(model)))
     rows.append(("Size", f"{format_bytes(model.size_bytes)} of weights" if model.kind != "remote" else "on the other server"))
     return rows
 
@@ -45,6 +49,19 @@ def of_load(loaded: LoadedModel) -> list[tuple[str, str]]:
     more = f"; trained for {trained}" if trained and trained != loaded.context_tokens else ""
     reason = f" ({loaded.context_reason}{more})" if loaded.context_reason or more else ""
     return [("Context", f"{loaded.context_tokens} tokens{reason}"), ("Device", _device(loaded.device))]
+
+
+def measured_words(model: LocalModel) -> str:
+    """The figures that were measured when the model was made here; empty if there are none."""
+    try:
+        found = read_json(model.folder / QUALITY) if (model.folder / QUALITY).is_file() else {}
+        kl, same = found["difference"]["kl"], found["difference"]["same_top"]
+        return (
+            f"perplexity {found['perplexity']:.3f} (the original's: {found['against_perplexity']:.3f}), KL divergence {kl:.4f} "
+            f"nats per token, the same likeliest token at {same:.1%}"
+        )
+    except (GptqWebuiError, KeyError, TypeError, ValueError):
+        return ""
 
 
 def _family(model: LocalModel) -> str:
