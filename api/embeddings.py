@@ -58,6 +58,8 @@ def build(service: Service) -> APIRouter:
         """Vectors of texts, from the last hidden states of the loaded model."""
         service.ignore("openai", [*body.unknown(), *(["dimensions"] if body.dimensions else [])])
         await model_for(service, request, body.model)
+        if request.state.adapters:
+            raise Problem("unsupported", "Embeddings are computed without LoRA adapters. Name the model alone.", "model")
         vectors, tokens = await vectors_of(service, request, body.input, body.pooling)
 
         def written(vector: list[float]) -> object:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from ..core.errors import BadModelName, Busy, GptqWebuiError
 from ..core.model_ref import ModelRef
 from ..engine import load_on_request
+from ..engine.engine import Engine
 from ..loaders.contract.base import LoadedModel
 from .model_gate import NO_MODEL
 from .problems import Problem
@@ -26,8 +27,13 @@ _PAGE_S = 600.0  # a load waits so long for an answer in the page
 
 
 async def model_for(service: Service, request: Request, name: str | None) -> LoadedModel:
-    """Raises Problem not_found if a local model is named that may not be loaded; QueueFull, GptqWebuiError of a load."""
-    wanted = await _local(service, name)
+    """The model of a name, or of `name:adapter`: then this request is answered with that LoRA adapter.
+
+    Raises Problem not_found if a local model is named that may not be loaded; QueueFull, GptqWebuiError of a load."""
+    wanted, adapter = await _local(service, name), ""
+    if wanted is None and name and ":" in name and (found := await _with_adapter(service, name)):
+        wanted, adapter = found
+    request.state.adapters = ((adapter, 1.0),) if adapter else ()
     if wanted is None:
         return await service.loaded()
     if not _may_load(service, request):
@@ -79,6 +85,30 @@ async def _local(service: Service, name: str | None) -> str | None:
         return folder
     service.gate.foreign.add(name)
     return None
+
+
+async def _with_adapter(service: Service, name: str) -> tuple[str, str] | None:
+    """(local model, adapter) of `name:adapter`; None if there is no such model. Raises Problem not_found without the adapter."""
+    base, _colon, adapter = name.rpartition(":")
+    wanted = await _local(service, base)
+    if wanted is None or adapter in ("", "latest"):
+        return None
+    there = await service.run(_adapters_beside, service.engine, wanted)
+    if adapter not in there:
+        raise Problem(
+            "not_found",
+            f"There is no LoRA adapter {adapter!r} beside {wanted}. There are: {', '.join(there) or 'none'}. Name one of them.",
+            "model",
+        )
+    return wanted, adapter
+
+
+def _adapters_beside(engine: Engine, name: str) -> list[str]:
+    from ..gptq import lora
+
+    loaded = engine.loaded
+    model = loaded.model if loaded is not None and loaded.model.name == name else engine.library.get(name)
+    return list(lora.beside(model.folder))
 
 
 async def _load(service: Service, request: Request, name: str) -> None:

@@ -99,6 +99,7 @@ def route_class(keys: Keys, render: Render) -> type[ApiRoute]:
 
             async def handler(request: Request) -> Response:
                 try:
+                    request.state.adapters = ()  # LoRA adapters that the model's name asks for (model_turns.py)
                     request.state.caller = keys.check(request.headers, needs, request.client.host if request.client else "")
                     response: Response = await inner(_JsonRequest(request.scope, request.receive))
                     return response

@@ -209,6 +209,18 @@ class Service:
         if n * len(prompts) > MOST_ANSWERS:
             raise Problem("invalid", f"One request may have up to {MOST_ANSWERS} answers; found {n * len(prompts)}.", "n")
         loaded = prompts[0].loaded
+        if adapters := request.state.adapters or params.adapters:  # `name:adapter`, or a field of the request
+            params = replace(params, adapters=adapters)
+            if scored is not None:
+                raise Problem(
+                    "unsupported",
+                    "The log-probabilities of a prompt are computed without LoRA adapters. Name the model alone.",
+                    "model",
+                )
+            try:
+                await self.run(loaded.check, params)
+            except BadParameter as error:
+                raise Problem("invalid", str(error), "model") from None
         if (calls := prompts[0].prompt.calls) is not None and calls.grammar is not None and "grammar" in loaded.can:
             try:
                 await self.run(loaded.check, replace(params, grammar=calls.grammar))

@@ -223,6 +223,7 @@ class _Answer:
                 "seed": seed_of(given.seed),
                 "stop": tuple(each for each in given.stop or () if each),
                 "logprobs": logprobs,
+                "adapters": ((given.adapter_id, 1.0),) if given.adapter_id else None,
             }
         )
 

@@ -38,8 +38,6 @@ def check(parameters: Parameters) -> None:
         raise Problem("invalid", f"`top_n_tokens` must be >= 0 and <= {MAX_TOP_N_TOKENS}. Given: {parameters.top_n_tokens}")
     if parameters.truncate is not None and parameters.truncate < 1:
         raise Problem("invalid", "`truncate` must be strictly positive")
-    if parameters.adapter_id:
-        raise Problem("unsupported", "`adapter_id` is not supported: LoRA adapters are not loaded here")
     if parameters.watermark:
         raise Problem("unsupported", "`watermark` is not supported")
 

@@ -214,6 +214,9 @@ class GenerationParams:
         None, "Grammar", "What the answer must be made of: JSON, a schema, a pattern.",
         kind="grammar", optional=True, group="form", back_ends=("own", "remote"),
     )  # fmt: skip
+    adapters: tuple[
+        tuple[str, float], ...
+    ] = ()  # LoRA adapters beside the model, by name, each with its weight; no row: not sampling
 
     def __post_init__(self) -> None:
         checked = _CHECKED  # every request makes several of these, where most values are as they were
@@ -226,13 +229,15 @@ class GenerationParams:
     @classmethod
     def table(cls, values: "GenerationParams | None" = None) -> Iterator[tuple[str, SamplingField, Any]]:
         """(name, row, value) of every parameter, in the order they are shown; the default without `values`."""
-        for name, row, default in _TABLE or [(each.name, each.metadata["row"], each.default) for each in fields(cls)]:
+        for name, row, default in _TABLE or [
+            (each.name, each.metadata["row"], each.default) for each in fields(cls) if "row" in each.metadata
+        ]:
             yield name, row, getattr(values, name) if values is not None else default
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
         """From saved settings; keys of other versions are passed over."""
-        known = {each.name for each in fields(cls)}
+        known = {name for name, _row, _default in cls.table()}
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @property

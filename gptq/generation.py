@@ -32,6 +32,7 @@ def generate(
     progress: Callable[[int], None] = lambda tokens: None,
     grammar_mask: GrammarMask | None = None,  # what the answer must follow
     rules: TokenRules | None = None,  # its `ends` count in place of `end_ids`
+    adapter: Any = None,  # of Stepper.adapter
 ) -> Iterator[Step | Finish | None]:
     """Yields a Step for every token but the end token, then one Finish. With a Stepper that computes several answers at
     once also None after a chunk of the prompt: the others may go on.
@@ -44,7 +45,16 @@ def generate(
         raise ValueError("a prompt has at least one token")
     stepper = model if isinstance(model, Stepper) else TransformersStepper(model)
     events = _events(
-        stepper, ids, params, cancel, prefix, context_tokens, progress, grammar_mask, rules or TokenRules(frozenset(end_ids))
+        stepper,
+        ids,
+        params,
+        cancel,
+        prefix,
+        context_tokens,
+        progress,
+        grammar_mask,
+        rules or TokenRules(frozenset(end_ids)),
+        adapter,
     )
     try:
         while True:
@@ -68,11 +78,13 @@ def _events(
     progress: Callable[[int], None],
     grammar_mask: GrammarMask | None,
     rules: TokenRules,
+    adapter: Any,
 ) -> Generator[Step | Finish | None, None, None]:
     room = min(params.max_new_tokens, context_tokens - len(ids))
-    memory, cached = prefix.take(ids, stepper.angles_of(len(ids)))
+    memory, cached = prefix.take(ids, stepper.angles_of(len(ids)), adapter)
     if memory is None:
         memory = stepper.begin_text(len(ids))
+        memory.adapter = adapter
     seen = list(ids)
     reason, end = "length", None
     try:

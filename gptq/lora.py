@@ -22,6 +22,15 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 Part = tuple[nn.Module, Tensor, Tensor]  # a layer, A [rank, K], scale · B [N, rank]
 
 
+def beside(folder: Path) -> dict[str, Path]:
+    """Name -> folder of every adapter in the same folder as a model's `folder`, whether it fits or not."""
+    try:
+        found = [each for each in folder.parent.iterdir() if (each / "adapter_config.json").is_file()]
+    except OSError:
+        return {}
+    return {each.name: each for each in sorted(found) if not (each / "config.json").exists()}
+
+
 def attach(model: nn.Module, folder: Path) -> int:
     """Add the adapter in `folder` to a model; returns how many layers it changes. Nothing is changed if it raises.
 

@@ -25,10 +25,11 @@ class PrefixCache:
         self._conversations, self._size_bytes = conversations, size_bytes
         self._kept: list[_Kept] = []  # in order of use, the newest last
 
-    def take(self, ids: Sequence[int], angles: int = 0) -> tuple[Memory | None, int]:
+    def take(self, ids: Sequence[int], angles: int = 0, adapter: object = None) -> tuple[Memory | None, int]:
         """(memory, how many of `ids` it holds); (None, 0) if none begins alike. At least one id is left to compute.
 
-        `angles`: the set of rotary angles of `ids` (rope_length.py); keys of another set are of no use to them.
+        `angles`: the set of rotary angles of `ids` (rope_length.py); keys of another set are of no use to them, nor
+        are those of another `adapter`.
 
         The memory belongs to the caller until `keep` returns it: an answer that fails leaves none. A
         conversation that shares less than half of itself (another chat with the same system prompt)
@@ -36,6 +37,8 @@ class PrefixCache:
         """
         best, same = None, 0
         for kept in reversed(self._kept):
+            if kept.memory.adapter is not adapter:
+                continue
             found = min(_common(kept.ids, ids[:-1]), kept.memory.rotated_with(angles))
             if found > same:
                 best, same = kept, found
@@ -44,7 +47,7 @@ class PrefixCache:
         if 2 * same < len(best.ids) and self._conversations > 1:
             memory = best.memory.fork(same)
             if memory is not None:
-                memory.angles, memory.read = angles, best.memory.read[:same]
+                memory.angles, memory.read, memory.adapter = angles, best.memory.read[:same], adapter
                 return memory, same
         self._kept.remove(best)
         if not best.memory.cut(same):

@@ -5,7 +5,7 @@ cuts, forks and passes in with the next call; so one model can continue several 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.chat import Step
 from ..core.params import GenerationParams
 from .grammar_mask import GrammarMask
+from .lora import Part
 from .running import Alone, Running
 from .sampling import Sampler, log_probabilities
 from .token_rules import NO_RULES, TokenRules
@@ -26,6 +27,8 @@ class Memory(ABC):
 
     angles = 0  # the set of rotary angles that its last keys were rotated with (rope_length.py)
     one_set: tuple[int, int] | None = None  # (a set, how many of the first keys have it), where later ones have others
+
+    adapter: Any = None  # of Stepper.adapter: its tokens are computed with it
 
     def __init__(self) -> None:
         self.read: list[int] = []  # its ids, where the set may change and they must be read again
@@ -67,6 +70,7 @@ class Stepper(ABC):
     )
     parallel: int = 1  # answers that may be sampled in turns
     all_in_turns: bool = False  # whatever their parameters are; else only those that `answer` samples
+    can_adapt: bool = False  # it takes LoRA adapters for each conversation
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
     @abstractmethod
@@ -78,6 +82,13 @@ class Stepper(ABC):
         memory = self.begin()
         memory.angles = self.angles_of(tokens)
         return memory
+
+    def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> Any:
+        """LoRA adapters (lora.read), each with its weight, as one: for `Memory.adapter`, where the stepper `can_adapt`.
+
+        Raises BadCheckpoint for one that changes what is no linear layer of a block.
+        """
+        raise NotImplementedError
 
     def angles_of(self, tokens: int) -> int:
         """The set of rotary angles of a text of so many tokens; 0 where it does not depend on the length."""

@@ -18,15 +18,22 @@ IDS = torch.arange(4, 44)[None]
 
 
 def write_adapter(
-    folder: Path, model: torch.nn.Module, names: tuple[str, ...], rank: int = 4, **changes: Any
+    folder: Path,
+    model: torch.nn.Module,
+    names: tuple[str, ...],
+    rank: int = 4,
+    *,
+    seed: int = 1,
+    size: float = 0.2,
+    **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """A random adapter as PEFT writes it; returns B A [N, K] of each layer, without the scale."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tensors, products = {}, {}
     for name, module in model.named_modules():
         if name.endswith(names):
             out, inputs = module.weight.shape
-            a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((rank, inputs), (out, rank)))
+            a, b = (torch.randn(shape, generator=generator) * size for shape in ((rank, inputs), (out, rank)))
             tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
             products[name] = b @ a
     folder.mkdir(exist_ok=True)

@@ -197,6 +197,15 @@ def product(table, first, last, rows, x, x_stride, x8, x_scales, x_sums, y, y_st
 
 
 @compiled_part
+def dense_row(kind, w, tile, count, x, y):
+    """y [16] = x [count] times one dense tile of the tiles at w; addresses. `kind` is 16 for halves, 32 for fp32."""
+    if kind == 16:
+        _half_1(w + tile * count * 2 * LANES, x, 0, count, y, 0)
+    else:
+        _float_1(w + tile * count * 4 * LANES, x, 0, count, y, 0)
+
+
+@compiled_part
 def norm_row(x, weight, eps, out):
     """RMSNorm of x [H] into out."""
     total = np.float32(0.0)

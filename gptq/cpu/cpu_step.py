@@ -1,6 +1,6 @@
 """A Stepper for the described families on the CPU: one compiled function from embedding to logits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...core.errors import BadParameter
 from ..families.parts import OPTIONS, ModelParts, Norm
 from ..gptq_linear import GPTQLinear
+from ..lora import Part
 from ..rope_length import RopeLength, border_of
 from ..running import Running
 from ..stepper import Memory, Stepper
@@ -18,6 +19,7 @@ from ..suitability import Limits, Shape, shape_of
 from ..token_ids import require_known
 from . import cpu_kernels as k
 from . import forward_arguments as f
+from .cpu_adapter import CpuAdapter
 from .cpu_batch import MOST_ROWS, Batch
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
@@ -40,6 +42,7 @@ class CpuStepper(Stepper):
     kernel = "cpu"
     chunk_tokens = CHUNK_TOKENS
     all_in_turns = True
+    can_adapt = True
 
     def __init__(self, parts: ModelParts, context_tokens: int, threads: int, parallel: int = 1) -> None:
         """Raises Unsuited, and then leaves the model as it was."""
@@ -61,6 +64,9 @@ class CpuStepper(Stepper):
         self._options = parts.options
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self.weights: list[Weights] = []
+        self._rows_of: dict[
+            int, tuple[int, Tensor | None]
+        ] = {}  # id of a layer's module -> (its weight's row, order of its outputs)
         self._model = self._take_in(parts, self._shape, context_tokens)
         head = self.weights[self._model["head_row"]]
         self._head_size = head.outputs
@@ -68,6 +74,7 @@ class CpuStepper(Stepper):
         self._scores = np.zeros((self.team.size, 4, 16), np.float32)
         self._head_hidden = np.zeros((self.team.size, MOST_ROWS, self._model["hidden_width"]), np.float32)
         self._head_rounded = self._rounded(MOST_ROWS, self.team.size)
+        self._lowered = np.zeros((CHUNK_TOKENS, 3, 16), np.float32)
         self._one = self._arguments(1, self.team.size)
         self._more: dict[int, Arguments] = {}  # by the rows that they have room for
 
@@ -83,7 +90,9 @@ class CpuStepper(Stepper):
             q, key, value = at[0] if len(at[0]) == 3 else (at[0][0], -1, -1)
             gate, up = at[2] if len(at[2]) == 2 else (at[2][0], -1)
             layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window, layer.rotary])
+        in_layers = dict(self._rows_of)
         head = self._add(buffers, (parts.head,))[0]
+        self._rows_of = in_layers
         self._rounded_buffers = 1 + max(buffer for buffer, _rounded_before in buffers)
         first = layers[0]
         fused_qkv, fused_gate_up = first[f.K] < 0, first[f.UP] < 0
@@ -164,6 +173,7 @@ class CpuStepper(Stepper):
                     break
                 buffer = max(buffer, buffers[earlier][0] + 1)
             found.append(len(self.weights))
+            self._rows_of[id(module)] = len(self.weights), mine
             self.weights.append(weights)
             buffers.append((buffer, rounded_before))
         return found
@@ -198,6 +208,11 @@ class CpuStepper(Stepper):
             keys=nothing,
             values=nothing,
             capacities=nothing,
+            adapted=0,
+            row_adapters=nothing,
+            no_adapter=np.zeros(f.ADAPTER_COLUMNS, np.int64),
+            lowered=self._lowered,
+            lowered_width=self._lowered.shape[2],
             x=floats(rows, model["hidden_width"]),
             hidden=floats(owners, rows, model["hidden_width"]),
             hidden_rows=rows,
@@ -223,6 +238,9 @@ class CpuStepper(Stepper):
 
     def begin(self) -> Memory:
         return CpuMemory(self._shape.layers, self._shape.kv_heads, self._shape.head_dim, self._context_tokens)
+
+    def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CpuAdapter:
+        return CpuAdapter(parts, self._rows_of, self.weights)
 
     def angles_of(self, tokens: int) -> int:
         return self._rope.of(tokens)
@@ -324,7 +342,7 @@ class CpuStepper(Stepper):
         """Put each memory's ids through; only few rows may be of several memories. Returns x [rows, …] before the last norm."""
         ids = [id for _memory, own in pieces for id in own]
         rows, capacity = len(ids), 0
-        table = np.empty((4, rows), np.int64)  # positions, addresses of keys and of values, capacities
+        table = np.empty((5, rows), np.int64)  # positions, addresses of keys and of values, capacities, addresses of adapters
         at = 0
         for memory, own in pieces:
             assert isinstance(memory, CpuMemory)
@@ -343,11 +361,15 @@ class CpuStepper(Stepper):
             mine = table[:, at : at + len(own)]
             mine[0] = np.arange(memory.length, memory.length + len(own))
             mine[1], mine[2], mine[3] = memory.keys.ctypes.data, memory.values.ctypes.data, memory.capacity
+            mine[4] = memory.adapter.address if memory.adapter is not None else 0
             at += len(own)
         arguments = self._arguments_for(rows)
         needed = max(capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
         if self._scores.shape[2] < needed:
             self._scores = np.zeros((self.team.size, 4, needed), np.float32)
+        width = max((memory.adapter.rank for memory, _own in pieces if memory.adapter is not None), default=0)
+        if width > self._lowered.shape[2]:
+            self._lowered = np.zeros((CHUNK_TOKENS, 3, width), np.float32)
         if self._rope.kind:
             ((memory, own),) = pieces
             self._turn(arguments, memory.length, rows, memory.angles)
@@ -359,6 +381,10 @@ class CpuStepper(Stepper):
             keys=table[1],
             values=table[2],
             capacities=table[3],
+            adapted=int(width > 0),
+            row_adapters=table[4],
+            lowered=self._lowered,
+            lowered_width=self._lowered.shape[2],
             scores=self._scores,
             score_width=self._scores.shape[2],
             head_rows=head_rows,

@@ -8,8 +8,14 @@ FORWARD of forward_arguments.py.
 
 import numpy as np
 
-from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, layer_norm_row, norm_row, shares
+from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, dense_row, layer_norm_row, norm_row, shares
 from .forward_arguments import (
+    ADAPTER_A,
+    ADAPTER_B,
+    ADAPTER_COLUMNS,
+    ADAPTER_INPUTS,
+    ADAPTER_KIND,
+    ADAPTER_RANK,
     ATTENDED_NORM,
     ATTENTION_NORM,
     DOWN_PRODUCT,
@@ -31,7 +37,7 @@ from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import float_rows, floats, integers
 from .row_ops import attend, cap_row, gate_row, multiply, norm_part, rotate, round_rows, share_of, store_key_value
 
-PHASES_PER_LAYER = 12  # at most
+PHASES_PER_LAYER = 16  # at most
 # Each thread gets several items of a phase, so that one that the system has suspended delays the others little.
 ROW_ITEMS, LINEAR_ITEMS, HEAD_ITEMS = 4, 8, 16
 PRODUCT_ITEMS = (4, 4, 6, 4)
@@ -128,7 +134,7 @@ def prepare_rows(me, first, last, f, layer, product):
 def multiply_layer(tid, threads, counters, phase, f, layer, product):
     """One of a layer's four products, with what comes before it and (out, down) the addition to x. Returns the next phase."""
     rows = f.rows
-    alone = rows == 1
+    alone = rows == 1 and not f.adapted
     me = tid if alone else 0
     if not alone:
         items = min(rows, ROW_ITEMS * threads)
@@ -136,6 +142,8 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
             first, last = share_of(at, items, rows)
             prepare_rows(me, first, last, f, layer, product)
         phase += 1
+    if f.adapted:
+        phase = lower_rows(tid, threads, counters, phase, f, layer, product)
     x, source, target = float_rows(f.x, rows, f.hidden_width), source_of(f, me, product), target_of(f, product)
     weights = weight_rows(f, layer, product)
     tiles = 0
@@ -154,12 +162,52 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
             row = weights[one]
             if row >= 0:
                 column = column_of(f, product, one)
-                before += multiply(me, first - before, last - before, rows, source, f.tables, row, f.rounded, target, column)
+                count = multiply(me, first - before, last - before, rows, source, f.tables, row, f.rounded, target, column)
+                if f.adapted:
+                    raise_rows(tid, max(first - before, 0), min(last - before, count), f, row, one, target, column)
+                before += count
         if product in (OUT_PRODUCT, DOWN_PRODUCT) and not f.norms_after:
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
                     x[r, i] += f.residual_scale * target[r, i]
     return phase + 1
+
+
+@compiled_part
+def adapter_of(f, r, row):
+    """What the adapter of row r adds to the weight in `row` of the table of weights (ADAPTER_COLUMNS); rank 0: nothing."""
+    address = integers(f.row_adapters, f.rows)[r]
+    return integers((address if address else f.no_adapter) + (8 * row * ADAPTER_COLUMNS if address else 0), ADAPTER_COLUMNS)
+
+
+@compiled_part
+def lower_rows(tid, threads, counters, phase, f, layer, product):
+    """A x of each row's adapter, for every weight of a product. Returns the next phase."""
+    source, weights = source_of(f, 0, product), weight_rows(f, layer, product)
+    blocks = f.lowered_width // 16
+    items = f.rows * weights.size * blocks
+    for at in shares(counters, phase, items):
+        block, one, r = at % blocks, at // blocks % weights.size, at // blocks // weights.size
+        if weights[one] >= 0:
+            adapter = adapter_of(f, r, weights[one])
+            if 16 * block < adapter[ADAPTER_RANK]:
+                out = f.lowered + 4 * ((r * 3 + one) * f.lowered_width + 16 * block)
+                dense_row(adapter[ADAPTER_KIND], adapter[ADAPTER_A], block, adapter[ADAPTER_INPUTS], source[r].ctypes.data, out)
+    return phase + 1
+
+
+@compiled_part
+def raise_rows(tid, first, last, f, row, one, target, column):
+    """Add B (A x) to tiles first … last of a weight's outputs, which begin at the `column` of target."""
+    scratch = scores_of(f, tid)[0]
+    for r in range(f.rows):
+        adapter = adapter_of(f, r, row)
+        if adapter[ADAPTER_RANK]:
+            lowered = f.lowered + 4 * (r * 3 + one) * f.lowered_width
+            for t in range(first, last):
+                dense_row(adapter[ADAPTER_KIND], adapter[ADAPTER_B], t, adapter[ADAPTER_RANK], lowered, scratch.ctypes.data)
+                for i in range(16):
+                    target[r, column + 16 * t + i] += scratch[i]
 
 
 @compiled_part

@@ -25,6 +25,11 @@ WEIGHTS = (3, 1, 2, 1)
 LAYER_NORMS = 4
 ATTENTION_NORM, ATTENDED_NORM, MLP_NORM, INNER_NORM = range(LAYER_NORMS)
 
+# Columns of an adapter's table, which has a row for each row of the table of weights (cpu_adapter.py fills it): the rank and the
+# inputs, padded; 16 for halves, 32 for fp32; addresses of the tiles of A and of B.
+ADAPTER_RANK, ADAPTER_INPUTS, ADAPTER_KIND, ADAPTER_A, ADAPTER_B = range(5)
+ADAPTER_COLUMNS = 5
+
 ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3, "relu": 4, "relu2": 5}
 QK_NORM_NUMBERS = {"": 0, "head": 1, "width": 2}
 
@@ -90,7 +95,12 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "keys": np.int64,  # [rows]: address of its conversation's keys, halves [layer_count][kv_heads][capacity / 16][head_dim][16]
     "values": np.int64,  # [rows]: of its values, halves [layer_count][kv_heads][head_dim / 16][capacity][16]
     "capacities": np.int64,  # [rows]: positions that they have room for, a multiple of 16
+    "adapted": int,  # 1: some row has an adapter
+    "row_adapters": np.int64,  # [rows]: address of each row's adapter [weights][ADAPTER_COLUMNS]; 0: none
+    "no_adapter": np.int64,  # [ADAPTER_COLUMNS]: zeros
     # what is computed, each row as wide as named
+    "lowered": np.float32,  # [rows][3 weights][lowered_width]: A x of adapters
+    "lowered_width": int,  # the largest rank
     "x": np.float32,  # [rows][hidden_width]: the embeddings, then the residual stream
     "hidden": np.float32,  # [owners][hidden_rows][hidden_width]: x after a norm
     "hidden_rows": int,  # also of `gated_rows`

@@ -103,6 +103,7 @@ class LoadedModel(ABC):
 
     can: frozenset[str] = frozenset()  # names of the GenerationParams it obeys
     can_embed: ClassVar[bool] = False  # it gives out its hidden states
+    can_adapt: bool = False  # it takes LoRA adapters for each answer (GenerationParams.adapters)
     hf: Any = None  # a PreTrainedModel, or None
     embedding_rows: int | None = None  # ids below this can be computed; None where only the engine knows
     is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
@@ -146,7 +147,7 @@ class LoadedModel(ABC):
         raise NotImplementedError
 
     def check(self, params: GenerationParams) -> None:
-        """Raises BadParameter for a parameter that must not be ignored and that this model does not obey: a grammar.
+        """Raises BadParameter for a parameter that must not be ignored and that this model does not obey: a grammar, an adapter.
 
         May take a second. It runs again when the answer begins, which then takes no time.
         """
@@ -154,6 +155,13 @@ class LoadedModel(ABC):
             raise BadParameter(
                 f"{self.model.name} is loaded with a loader that does not support grammars. "
                 "Load it with the loader transformers, or describe the grammar in the prompt and check the answer."
+            )
+
+        if params.adapters and not self.can_adapt:
+            raise BadParameter(
+                f"{self.model.name} is computed in a way that takes no LoRA adapter for a single answer (our own step on a "
+                "processor does). Set the adapter for the whole model in the Model tab.",
+                "adapters",
             )
 
     def _require_ids(self, ids: Sequence[int], params: GenerationParams | None = None) -> None:

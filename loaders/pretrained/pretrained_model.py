@@ -14,6 +14,7 @@ from ..text import chat_template
 from ..text.answer_rules import rules_of
 from ..text.grammar_matcher import Grammars
 from ..text.tokenizer import end_ids
+from .adapters import Adapters
 from .hf_queue import QueuedCalls
 
 
@@ -32,8 +33,10 @@ class PretrainedModel(LoadedModel):
         notes: Sequence[str],
         device: str,
     ) -> None:
+        from ...gptq import peft_patch
         from ...gptq.prefix_cache import PrefixCache
 
+        peft_patch.install()  # a program that is given `hf` may train or add adapters with PEFT
         super().__init__(
             model,
             tokenizer,
@@ -51,6 +54,8 @@ class PretrainedModel(LoadedModel):
         self._prefix: Any = PrefixCache()
         self._end_ids = end_ids(hf.generation_config, tokenizer)
         self._grammars = Grammars(self.codec)
+        self.can_adapt = stepper.can_adapt
+        self._adapters = Adapters(model, hf, stepper)
         stepper.take_over(hf, self._prefix)
         self._calls = QueuedCalls(hf, self._worker)
 
@@ -71,6 +76,7 @@ class PretrainedModel(LoadedModel):
             context_tokens=self.context_tokens,
             grammar_mask=self._grammars.begin(params.grammar, ends) if params.grammar is not None else None,
             progress=lambda read: self._note_reading(read, len(ids)),
+            adapter=self._adapters.of(params.adapters),
         )
 
     def _scores(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Iterator[Step | Finish | None]:
@@ -90,6 +96,7 @@ class PretrainedModel(LoadedModel):
 
     def check(self, params: GenerationParams) -> None:
         super().check(params)
+        self._adapters.of(params.adapters)
         if params.grammar is not None:
             if params.banned_strings:
                 raise BadParameter("banned_strings and a grammar exclude each other. Leave one out.", "banned_strings")
@@ -103,6 +110,7 @@ class PretrainedModel(LoadedModel):
         self._calls.release()
         self._prefix.clear()
         self._stepper.close()
+        self._adapters.clear()
         self.hf = self._stepper = None
         free_memory(device)
 
