@@ -104,21 +104,9 @@ def test_a_blind_walk_in_a_browser(served):
         page.wait_for_selector("#gw-compare-tally:has-text('Won')")
         text = page.input_value("#gw-compare-markdown textarea")
         assert text.startswith("# Two models, one prompt") and ONE in text and "Blind vote: Answer 2 is better." in text
-        for at in (1, 2):
-            page.wait_for_selector(f"#gw-compare-answer-{at} h3:has-text('Answer {at}: ')")
-        titles = [page.inner_text(f"#gw-compare-answer-{at} h3") for at in (1, 2)]
-        winner = titles[1].removeprefix("Answer 2: ")
-        assert VoteBook().tally("")[0].name == winner
+        winner = re.search(r"## Answer 2: (\S+)", text)
+        assert winner and VoteBook().tally("")[0].name == winner[1]
         assert served.engine.loaded.model.name == MISTRAL
-
-        page.uncheck("#gw-compare-blind input")
-        for at, name in (("first", ONE), ("second", OTHER)):
-            choose(page, at, name)
-        page.fill("#gw-compare-prompt textarea", "Which colour?")
-        page.click("#gw-compare-start")
-        page.wait_for_selector("#gw-compare-status:has-text('Both have answered')")
-        page.wait_for_selector(f"#gw-compare-answer-1 h3:has-text('Answer 1: {ONE}')")
-        assert not page.is_visible("#gw-vote-first")
 
 
 def test_the_page_as_it_is_fetched_has_no_name_in_it(served):
