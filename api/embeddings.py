@@ -59,7 +59,7 @@ def build(service: Service) -> APIRouter:
         service.ignore("openai", [*body.unknown(), *(["dimensions"] if body.dimensions else [])])
         await model_for(service, request, body.model)
         if request.state.adapters:
-            raise Problem("unsupported", "Embeddings are computed without LoRA adapters. Name the model alone.", "model")
+            raise Problem("unsupported", "Embeddings are computed without LoRA adapters. Leave the adapter out.", "model")
         vectors, tokens = await vectors_of(service, request, body.input, body.pooling)
 
         def written(vector: list[float]) -> object:

@@ -214,7 +214,7 @@ class Service:
             if scored is not None:
                 raise Problem(
                     "unsupported",
-                    "The log-probabilities of a prompt are computed without LoRA adapters. Name the model alone.",
+                    "The log-probabilities of a prompt are computed without LoRA adapters. Leave the adapter out.",
                     "model",
                 )
             try:

@@ -214,7 +214,7 @@ def test_other_protocols(house):
             "/v1/completions",
             {"model": "base:poet", "prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 0},
             400,
-            "Name the model",
+            "Leave the adapter out",
         ),
         ("/generate", {"inputs": "x", "parameters": {"adapter_id": "nobody"}}, 422, "no LoRA adapter 'nobody'"),
     ],
