@@ -46,6 +46,34 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def special_file(folder: Path) -> Path | None:
+    """A file of the folder, or of a folder in it, that is no file: FIFO, socket, device. Libraries would open it and wait."""
+    for entry in os.scandir(folder):
+        try:
+            mode = entry.stat().st_mode
+            if stat.S_ISDIR(mode) and not entry.is_symlink() and not entry.name.startswith("."):
+                inner = next((each for each in os.scandir(entry.path) if _is_special(each)), None)
+                if inner is not None:
+                    return Path(inner.path)
+            elif _is_special(entry):
+                return Path(entry.path)
+        except OSError:  # a link to nothing, or to itself: for libraries there is no such file
+            continue
+    return None
+
+
+def _is_special(entry: "os.DirEntry[str]") -> bool:
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def special_sentence(path: Path) -> str:
+    return f"{shown_name(path)} is not a regular file, so nothing of the folder is read. Delete it and download the model again."
+
+
 def read_bytes(path: Path, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
     """The whole file. Raises FileNotFoundError if there is none, BadFile for every other reason."""
     try:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
-from .folder_files import read_json
+from .errors import BadCheckpoint, BadFile, BadQuantizeConfig, GptqWebuiError
+from .folder_files import read_json, special_file, special_sentence
 from .model_claims import problem_of, type_problem
 from .neighbour_layouts import NEIGHBOURS, name_of, read_settings
 from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
@@ -89,7 +89,7 @@ class LocalModel:
         except (GptqWebuiError, OSError) as error:
             return cls(folder, "incomplete", None, 0, None, "", (), str(error))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error, RecursionError):
-            problem = "Its settings or weights are not what they should be . Download the model again."
+            problem = "Its settings or weights are not what they should be. Download the model again."
             return cls(folder, "incomplete", None, 0, None, "", (), problem)
 
 
@@ -157,13 +157,9 @@ def _one_of(files: list[str], sizes: Mapping[str, int], named: str | None) -> li
 
 def _shards_missing(files: Iterable[str]) -> list[str]:
     have = set(files)
-    missing = []
-    for name in sorted(have):
-        if found := _SHARD.match(name):
-            stem, _, count, ending = found.groups()
-            wanted = (f"{stem}-{at:05}-of-{count}{ending}" for at in range(1, int(count) + 1))
-            missing += [each for each in wanted if each not in have and each not in missing]
-    return missing
+    sets = {(found[1], found[3], found[4]) for name in have if (found := _SHARD.match(name))}
+    wanted = (f"{stem}-{at:05}-of-{count}{ending}" for stem, count, ending in sorted(sets) for at in range(1, int(count) + 1))
+    return [each for each in wanted if each not in have]
 
 
 def tensors_of(files: Iterable[Path]) -> dict[str, tuple[Path, TensorInfo]]:
@@ -203,6 +199,8 @@ def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None
 
 
 def _read(folder: Path) -> LocalModel:
+    if (special := special_file(folder)) is not None:
+        raise BadFile(special_sentence(special))
     config = read_json(folder / "config.json")
     architecture, context = architecture_and_context(config)
     names = {entry.name for entry in folder.iterdir()}

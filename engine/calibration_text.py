@@ -1,29 +1,35 @@
 """The text that decides how weights are rounded: a file of the user, or the built-in one."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadParameter
-from ..core.foreign_errors import in_words
 from ..core.units import plural
+from ..loaders.text.chat_template import ChatTemplate
+from ..loaders.text.renderers import TemplateFault, TemplateLimit
 from .demo_calibration import conversations, manual
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = "built-in"
 _CHARACTERS_PER_TOKEN = 8  # at most, on average: no more of a file than needed is read
 
 
-def samples_of(dataset: str, tokenizer: Any, sample_tokens: int, samples: int) -> tuple[list[list[int]], str]:
+def samples_of(
+    dataset: str, tokenizer: Any, template: ChatTemplate | None, sample_tokens: int, samples: int
+) -> tuple[list[list[int]], str]:
     """(token ids of up to `samples` pieces, `sample_tokens` each; what the text is, for the model card).
 
     `dataset` is BUILT_IN (Python's manual and a few conversations), a text file, or a .jsonl file whose lines have `text`,
-    or `messages` that are written with the model's chat template. The file is read from its start, as far as it is needed.
-    Raises BadParameter if the file is missing, damaged or too short for one piece.
+    or `messages` that are written with the model's own chat template (`template`; None: it has none). The file is read from
+    its start, as far as it is needed. Raises BadParameter if the file is missing, damaged or too short for one piece.
     """
     ids: list[int] = []
     path = Path(dataset).expanduser()
-    texts = _built_in(tokenizer) if dataset == BUILT_IN else _file(path, tokenizer, sample_tokens * samples)
+    texts = _built_in(template, tokenizer) if dataset == BUILT_IN else _file(path, template, tokenizer, sample_tokens * samples)
     for text in texts:
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) >= sample_tokens * samples:
@@ -37,17 +43,16 @@ def samples_of(dataset: str, tokenizer: Any, sample_tokens: int, samples: int) -
     return pieces, "Python's manual and a few conversations" if dataset == BUILT_IN else path.name
 
 
-def _built_in(tokenizer: Any) -> Iterator[str]:
-    if getattr(tokenizer, "chat_template", None):
-        yield from (_rendered(each, tokenizer) for each in conversations())
+def _built_in(template: ChatTemplate | None, tokenizer: Any) -> Iterator[str]:
+    if template is not None:
+        try:
+            yield from [template.whole(each, tokenizer) for each in conversations()]
+        except (TemplateFault, TemplateLimit) as error:  # the manual is enough
+            log.warning("the chat template of the model cannot show the built-in conversations: %s", error)
     yield from manual()
 
 
-def _rendered(messages: Any, tokenizer: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def _file(path: Path, tokenizer: Any, tokens: int) -> Iterator[str]:
+def _file(path: Path, template: ChatTemplate | None, tokenizer: Any, tokens: int) -> Iterator[str]:
     if not path.is_file():
         raise BadParameter(f"There is no file {path} for --dataset. Give a .txt or .jsonl file, or {BUILT_IN!r}.")
     try:
@@ -55,33 +60,32 @@ def _file(path: Path, tokenizer: Any, tokens: int) -> Iterator[str]:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield _of_line(line, tokenizer, f"Line {number} of {path.name}")
+                        yield _of_line(line, template, tokenizer, f"Line {number} of {path.name}")
             else:
                 yield file.read(tokens * _CHARACTERS_PER_TOKEN)
     except UnicodeDecodeError:
         raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None
 
 
-def _of_line(line: str, tokenizer: Any, where: str) -> str:
+def _of_line(line: str, template: ChatTemplate | None, tokenizer: Any, where: str) -> str:
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadParameter(f"{where} is not JSON. Each line must be an object with text or messages.") from None
     if isinstance(values, dict) and isinstance(values.get("text"), str):
         return str(values["text"])
     messages = values.get("messages") if isinstance(values, dict) else None
     if not isinstance(messages, list) or not all(_is_message(each) for each in messages):
         raise BadParameter(f"{where} has neither text nor messages (a list of role and content). Add one of them.")
-    if not getattr(tokenizer, "chat_template", None):
-        raise BadParameter(f"{where} has messages, and the model has no chat template to write them with. Use text instead.")
+    if template is None:
+        raise BadParameter(f"{where} has messages, and the model has no chat template that can write them. Use text instead.")
     try:
-        return _rendered(messages, tokenizer)
-    except Exception as error:  # a template of strangers raises what it likes
+        return template.whole(messages, tokenizer)
+    except (TemplateFault, TemplateLimit) as error:
         raise BadParameter(
-            f"{where}: the model's chat template refuses these messages ({in_words(error)}). "
-            "Correct them, or choose another model."
+            f"{where}: the model's chat template cannot show these messages ({error}). Correct them, or choose another model."
         ) from None
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value

@@ -83,10 +83,18 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     import torch
 
     from ..gptq import checkpoint, layerwise_quantize
+    from ..loaders.text import chat_template
     from ..loaders.text.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(job.source)
-    samples, text = samples_of(job.dataset, tokenizer, job.sample_tokens, job.samples)
+    template = chat_template.find(job.source.folder, tokenizer, job.source.architecture)
+    if template.note:
+        say(template.note)
+    try:
+        own = template if template.is_of_folder else None
+        samples, text = samples_of(job.dataset, tokenizer, own, job.sample_tokens, job.samples)
+    finally:
+        template.close()
     say(f"Calibration: {text}, {len(samples)} of {job.samples} samples of {job.sample_tokens} tokens.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and job.source.size_bytes > _LARGE_BYTES:
@@ -281,6 +289,8 @@ def _prompt_template(source: LocalModel) -> str:
     template = chat_template.find(source.folder, tokenizer, source.architecture)
     try:
         text = template.render([Message("user", "{prompt}")], tokenizer).rstrip()
+    except BadParameter:
+        return ""
     finally:
         template.close()
     fence = "```"
@@ -291,7 +301,8 @@ def _front_matter(readme: Path) -> tuple[str, str]:
     """(front matter of the new model card, a sentence about the licence)."""
     head = ""
     if readme.is_file():
-        beginning = readme.read_text(encoding="utf-8", errors="replace")[:20_000]
+        with readme.open(encoding="utf-8", errors="replace") as file:
+            beginning = file.read(20_000)
         found = re.match(r"---\n(.*?)\n---", beginning, re.DOTALL)
         head = found[1] if found else ""
     kept = re.findall(r"^(?:license|license_name|license_link|language): *\S.*$", head, re.MULTILINE)

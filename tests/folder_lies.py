@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from lying_folders import FAMILY, OTHERS, Folder, honest, packed, rope_of
+from lying_folders import FAMILY, MIXTURES, OTHERS, Folder, honest, packed, rope_of
 from torch import Tensor
 
 NUMBERS = (0, -1, 1, 2, 3, 5, 7, 16, 17, 24, 48, 63, 80, 256, 10**6, 2**31, 2**63, 10**30, 1.5, 0.0, -0.5, 1e308, float("nan"),
@@ -18,7 +18,13 @@ FIELDS = (
     "attention_bias", "mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "partial_rotary_factor", "model_type",
     "architectures", "max_window_layers", "use_sliding_window", "layer_types", "original_max_position_embeddings",
     "attention_dropout", "initializer_range", "torch_dtype", "n_head", "n_embd", "n_layer", "n_inner", "rotary_pct",
-    "num_kv_heads", "ffn_dim", "activation_function", "word_embed_proj_dim", "rotary_dim",
+    "num_kv_heads", "ffn_dim", "activation_function", "word_embed_proj_dim", "rotary_dim", "d_model", "n_layers", "n_heads",
+    "n_positions", "max_seq_len", "expansion_ratio", "multi_query", "parallel_attn", "new_decoder_architecture", "alibi",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "router_jitter_noise", "layer_norm_eps", "layer_norm_epsilon",
+    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
+    "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "clip_qkv", "use_qk_norm",
+    "use_parallel_residual", "no_rope_layers", "sliding_window_pattern", "norm_epsilon", "use_bias", "qk_layernorm",
 )  # fmt: skip
 KINDS_OF_ROPE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su", "mrope", "proportional", "none", 7, None)
 
@@ -33,7 +39,7 @@ def lie_in_config(folder: Folder, rng: random.Random) -> str:
     known = [each for each in FIELDS if each in folder.config]
     name = rng.choice(known) if rng.random() < 0.75 else rng.choice(FIELDS)
     if name == "model_type":
-        value: Any = rng.choice((*FAMILY, *OTHERS, "bert", "nothing", 7))
+        value: Any = rng.choice((*FAMILY, *OTHERS, *MIXTURES, "bert", "nothing", 7))
     elif name == "hidden_act":
         value = rng.choice(("silu", "gelu", "relu", "swish", "nothing", 3))
     else:

@@ -20,7 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 LIKE = ("gemma2", "cohere", "olmo2", "granite", "stablelm")  # Llama's modules with other options
-OTHERS = ("gpt_neox", "opt", "gpt2", "falcon", "phi", "bloom", *LIKE)
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
+OWN = ("gptj", "gpt_bigcode", "mpt")  # with other names for the sizes, as gpt2 has
+OTHERS = (
+    "gpt_neox", "opt", "gpt2", "falcon", "phi", "bloom", *LIKE, *OWN, "starcoder2", "gemma", "gemma3_text", "seed_oss", "cohere2",
+    "olmo", "olmo3", "glm", "glm4", "ernie4_5", "nemotron", "hunyuan_v1_dense", "exaone4", "smollm3",
+)  # fmt: skip
+HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense")  # said, not computed
+SLIDING = ("gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4")
+_ROUTERS = (".gate", ".shared_expert_gate")  # the choice of experts stays dense
+_ROLES = {"gate": ("w1", "gate_proj"), "up": ("w3", "up_proj"), "down": ("w2", "down_proj")}
 WORDS = {torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
 
@@ -52,7 +61,7 @@ class Folder:
 
 def honest(rng: random.Random, kind: str = "") -> Folder:
     """A random model whose files tell the truth."""
-    kind = kind or (rng.choice(FAMILY) if rng.random() < 0.7 else rng.choice(OTHERS))
+    kind = kind or rng.choice(rng.choices((FAMILY, OTHERS, MIXTURES), (0.5, 0.35, 0.15))[0])
     head_dim, keys = rng.choice((16, 16, 16, 32, 48, 24)), rng.choice((1, 2, 3))
     heads = keys * rng.choice((1, 2, 3))
     own = kind in ("llama", "mistral", "qwen3") and rng.random() < 0.4  # a head_dim that is not hidden / heads
@@ -61,8 +70,12 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
     tied = rng.random() < 0.3
     config: dict[str, Any] = {"vocab_size": vocabulary, "max_position_embeddings": 128, "pad_token_id": None}
     config |= {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied, "initializer_range": 0.2}
-    if kind == "gpt2":
+    if kind in ("gpt2", "gptj", "gpt_bigcode"):
         config |= {"n_positions": 128, "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_inner": inner}
+        config |= {"rotary_dim": 8} if kind == "gptj" else {}
+        config |= {"multi_query": rng.random() < 0.5} if kind == "gpt_bigcode" else {}
+    elif kind == "mpt":
+        config |= {"d_model": hidden, "n_layers": layers, "n_heads": heads, "max_seq_len": 128, "expansion_ratio": 2}
     elif kind == "opt":
         config |= {"hidden_size": hidden, "ffn_dim": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
                    "word_embed_proj_dim": hidden, "pad_token_id": 1}  # fmt: skip
@@ -70,8 +83,18 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
         config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
     if kind == "bloom":
         config |= {"n_layer": layers, "n_head": heads}
-    if kind in LIKE:
-        config |= {"num_key_value_heads": keys} | ({"head_dim": head_dim} if kind == "gemma2" else {})
+    elif kind in MIXTURES:
+        config |= {"num_key_value_heads": keys, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+        experts, each = rng.choice((2, 3, 4, 5)), rng.choice((1, 2, 2))
+        config |= {"num_local_experts" if kind == "mixtral" else "num_experts": experts, "num_experts_per_tok": each}
+        config |= {"head_dim": head_dim} if kind == "qwen3_moe" else {}
+        config |= {"norm_topk_prob": rng.random() < 0.5} if kind != "mixtral" else {"sliding_window": rng.choice((None, 5))}
+    elif kind in OTHERS and "num_attention_heads" in config and kind not in ("gpt_neox", "opt", "falcon", "phi", "bloom"):
+        config |= {"num_key_value_heads": keys}
+        config |= {"head_dim": head_dim} if kind in HEAD_DIM else {}
+        if kind in SLIDING:
+            config |= {"sliding_window": rng.choice((5, 17))}
+            config |= {"layer_types": [rng.choice(("sliding_attention", "full_attention")) for _ in range(layers)]}
     if kind in FAMILY:
         config |= {"num_key_value_heads": keys}
         config |= {"head_dim": head_dim} if own or kind == "qwen3" else {}
@@ -102,13 +125,22 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
             continue
         module = modules[owner]
         linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and part == "weight" and any(each.isdigit() for each in name.split(".")):
+        if value.dim() == 3 and part in ("gate_up_proj", "down_proj"):  # transformers 5 stacks the experts; files do not
+            for at in range(value.shape[0]):
+                for role in ("gate", "up") if part == "gate_up_proj" else ("down",):
+                    k, n = value.shape[2], value.shape[1] // (2 if role != "down" else 1)
+                    expert = f"{owner}.{at}.{_ROLES[role][kind != 'mixtral']}"
+                    made = packed(rng, k, n, bits, group, ordered, sym, form)
+                    tensors |= {f"{expert}.{each}": tensor for each, tensor in made.items()}
+        elif linear and part == "weight" and any(each.isdigit() for each in name.split(".")) and not owner.endswith(_ROUTERS):
             k, n = value.shape if type(module).__name__ == "Conv1D" else value.shape[::-1]
             tensors |= {f"{owner}.{each}": tensor for each, tensor in packed(rng, k, n, bits, group, ordered, sym, form).items()}
         elif "norm" in name and part == "weight":
             tensors[name] = (torch.rand(value.shape) + 0.5).half()
         else:
             tensors[name] = value.half()
+    if kind == "mixtral":
+        tensors = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in tensors.items()}
     return Folder(
         kind, json.loads(json.dumps({**config, "model_type": kind, "architectures": [type(model).__name__]})), settings, tensors
     )
@@ -223,6 +255,9 @@ def twin(folder: Folder, path: Path) -> Any:
     for name in folder.packed:
         dense = dequantised(folder.tensors, name, folder.settings, likely)
         state[f"{name}.weight"] = dense.T.contiguous() if type(modules.get(name)).__name__ == "Conv1D" else dense
+    if not any("block_sparse_moe" in name for name in modules):  # its name in transformers 5
+        state = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
+    state = _stacked(state, modules)
     if "lm_head" in modules:  # its name in transformers 5
         state = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in state.items()}
     for name in [each for each in state if each.endswith(".bias") and each.removesuffix(".bias") in folder.packed]:
@@ -237,3 +272,20 @@ def twin(folder: Folder, path: Path) -> Any:
     for name in missing:
         model.get_parameter(name).data.zero_()
     return model
+
+
+def _stacked(state: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
+    """The experts' weights in two tensors of three dimensions, where the installed transformers holds them so."""
+    for name, module in modules.items():
+        if getattr(getattr(module, "gate_up_proj", None), "ndim", 0) != 3:
+            continue
+        found: dict[str, list[Tensor]] = {}
+        for role, names in _ROLES.items():
+            at = 0
+            while expert := next((f"{name}.{at}.{each}.weight" for each in names if f"{name}.{at}.{each}.weight" in state), ""):
+                found.setdefault(role, []).append(state.pop(expert))
+                at += 1
+        gate_up = zip(found.get("gate", ()), found.get("up", ()), strict=True)
+        state[f"{name}.gate_up_proj"] = torch.stack([torch.cat(each) for each in gate_up])
+        state[f"{name}.down_proj"] = torch.stack(found.get("down", ()))
+    return state

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from gptq_webui.core.errors import BadFile
 from gptq_webui.core.folder_files import (
     is_lfs_pointer_file,
@@ -19,6 +20,8 @@ from gptq_webui.core.folder_files import (
     read_text,
     shown_name,
 )
+from gptq_webui.core.models import choose_weights
+from gptq_webui.hub.library import Library
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4160000000\n"
 posix = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
@@ -123,3 +126,33 @@ def test_a_long_name_is_cut(tmp_path: Path) -> None:
 def test_a_name_that_leaves_its_folder_is_not_plain(name: str) -> None:
     assert not is_plain_name(name)
     assert is_plain_name("model-00001-of-00002.safetensors")
+
+
+@posix
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "chat_template.jinja", "merges.txt", "additional_chat_templates/rag.jinja"]
+)
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_a_library_would_open_and_wait_for_spoils_its_own_folder(tmp_path: Path, name: str, kind: str) -> None:
+    for folder in ("good", "bad"):
+        tiny.write(tmp_path / folder)
+        tiny.write_tokenizer(tmp_path / folder)
+    path = tmp_path / "bad" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    (tmp_path / "good" / "link.json").symlink_to("nowhere.json")  # a link to nothing is no file
+    bad, good = Library([tmp_path]).models()
+    assert good.kind == "gptq"
+    assert bad.kind == "incomplete" and f"{path.name} is not a regular file" in bad.problem and "Delete it" in bad.problem
+
+
+def test_names_of_a_hundred_thousand_shards_take_no_time() -> None:
+    began_s = time.monotonic()
+    files = [f"model-{at:05}-of-99999.safetensors" for at in (1, 2, 3)] + ["b-00002-of-00003.safetensors"]
+    _files, missing = choose_weights(dict.fromkeys(files, 1))
+    assert len(missing) == 99_996 + 2 and "b-00001-of-00003.safetensors" in missing
+    assert time.monotonic() - began_s < 5

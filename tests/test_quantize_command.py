@@ -12,6 +12,7 @@ from gptq_webui.app.cli import main
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import quantize_job
 from gptq_webui.gptq import checkpoint
+from gptq_webui.loaders.text import chat_template
 from gptq_webui.loaders.text.built_in_templates import CHATML
 
 FOUR, EIGHT = "gptq-4bit-32g-actorder_True", "gptq-8bit--1g-actorder_False"
@@ -132,6 +133,35 @@ def test_short_and_damaged_texts(source: Path, tmp_path: Path, capsys: pytest.Ca
         text.write_text(line)
         code, _, err = run(capsys, source, "--dataset", text)
         assert code == 2 and words in err
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_holds_up_no_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "chat_template.jinja").write_text(
+        "{% if messages | length == 2 and 'Q7' not in messages[0].content %}" + LOOP + "{% endif %}" + CHATML
+    )
+    code, out, err = run(capsys, source, "--group-size", 32)
+    assert code == 0 and "Python's manual" in err, err
+    (source / "chat_template.jinja").write_text("{% if 'boom' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"messages": [{"role": "user", "content": "boom"}]}))
+    code, _, err = run(capsys, source, "--dataset", text)
+    assert code == 2 and "Line 1 of text.jsonl: the model's chat template cannot show these messages (it took too long)" in err
+
+
+def test_messages_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny.write_tokenizer(tmp_path, CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    template = chat_template.find(tmp_path, tokenizer, "")
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}]
+    try:
+        assert template.whole(messages, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+    finally:
+        template.close()
 
 
 def test_a_gptq_model_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

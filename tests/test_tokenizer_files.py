@@ -146,6 +146,22 @@ def test_a_folder_without_a_tokenizer_is_a_sentence(tmp_path):
 # sentencepiece
 
 
+@pytest.mark.parametrize("settings", [
+    {"tokenizer_file": "evil.json"}, {"fast_tokenizer_files": ["evil.4.0.0.json"]}, {"init_inputs": ["evil.json"]},
+    {"vocab_file": "/dev/zero", "merges_file": "/dev/zero"}, {"special_tokens_map_file": "/dev/zero", "from_slow": True},
+    {"tokenizer_object": {"a": 1}, "__slow_tokenizer": 5},
+], ids=lambda each: next(iter(each)))  # fmt: skip
+def test_no_other_file_is_read_than_those_that_were_tried(folder, settings):
+    good = read(folder).encode("hello")
+    split_by(folder, REDOS)
+    for name in ("evil.json", "evil.4.0.0.json"):
+        (folder / name).write_bytes((folder / "tokenizer.json").read_bytes())
+    tiny.write_tokenizer(folder)
+    text = json.dumps(settings).replace('"evil', f'"{folder}/evil')
+    edit(folder / "tokenizer_config.json", lambda values: values.update(json.loads(text)))
+    assert read(folder).encode("hello") == good
+
+
 @pytest.fixture
 def pieces(tmp_path):
     """A folder with a small tokenizer.model and no tokenizer.json; (folder, its protocol buffer)."""

@@ -18,6 +18,7 @@ from typing import Any
 from ...core import thinking
 from ...core.chat import Message
 from ...core.errors import BadParameter
+from ...core.folder_files import SMALL_FILE_BYTES
 from ...core.tools import Tool
 from . import tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, OWN, PLAIN, PLAIN_JINJA, is_jinja, labelled
@@ -27,6 +28,7 @@ from .tool_formats import CHANNELS_END, MISTRAL, ToolFormat
 
 log = logging.getLogger(__name__)
 
+_FOLDERS = "the model's own"  # name of the template that a folder brings
 _MOST_OWN = 200_000  # characters
 _MOST_NOTES = 20
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
@@ -50,6 +52,11 @@ class ChatTemplate:
     tool_jinja: str = ""  # another template, for chats with tools
     renderer: Renderer = field(default_factory=OwnRenderer, repr=False, compare=False)
     _noted: set[str] = field(default_factory=set, repr=False, compare=False)  # what the log has
+
+    @property
+    def is_of_folder(self) -> bool:
+        """Whether it is the template that the model's folder brings."""
+        return self.name == _FOLDERS
 
     @property
     def is_quick(self) -> bool:
@@ -76,6 +83,11 @@ class ChatTemplate:
         """
         with one_call():
             return self._show(messages, tokenizer, tools, options or {})
+
+    def whole(self, messages: Sequence[dict[str, Any]], tokenizer: Any) -> str:
+        """A finished conversation, given as a data set has it. Raises TemplateFault, TemplateLimit."""
+        with one_call():
+            return self.renderer.render(Task(self.jinja, list(messages), _tokens(tokenizer), False, is_whole=True))
 
     def _show(self, messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool], options: Mapping[str, Any]) -> Shown:
         first: TemplateFault | None = None
@@ -185,7 +197,7 @@ def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
     if not isinstance(given, str) or not given:
         return None, ""
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
-    template = ChatTemplate(given, "the model's own", source, note=note, tool_jinja=tool_jinja, renderer=LimitedRenderer())
+    template = ChatTemplate(given, _FOLDERS, source, note=note, tool_jinja=tool_jinja, renderer=LimitedRenderer())
     if problem := _problem(template, tokenizer):
         template.close()
         return None, f"The chat template of the folder ({source}) cannot be used: {problem}."
@@ -259,7 +271,7 @@ def named(name: str, source: str = "your choice") -> ChatTemplate:
 def model_card_template(folder: Path) -> str | None:
     """`prompt_template` from the front matter of README.md, None if there is none."""
     path = folder / "README.md"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > SMALL_FILE_BYTES:
         return None
     from huggingface_hub import metadata_load
 

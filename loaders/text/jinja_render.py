@@ -41,8 +41,10 @@ def render(
     most_characters: int,
     tools: list[Any] | None = None,
     options: dict[str, Any] | None = None,
+    is_whole: bool = False,
 ) -> str:
-    """The prompt for the next assistant message; with `resume`, one that ends inside of the last message.
+    """The prompt for the next assistant message; with `resume`, one that ends inside of the last message; with `is_whole`,
+    the conversation alone.
 
     `tokens` are the special tokens by name ("bos_token"), `tools` the functions that the model may
     call, as OpenAI has them; `options` more values for the
@@ -50,7 +52,7 @@ def render(
     """
     if resume:
         chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _CONTINUED}]
-    own = {"messages": chat, "tools": tools, "add_generation_prompt": not resume, **tokens}
+    own = {"messages": chat, "tools": tools, "add_generation_prompt": not (resume or is_whole), **tokens}
     values = {"documents": None, **(options or {}), **own}
     parts: list[str] = []
     left = most_characters

@@ -63,13 +63,18 @@ class Task:
     resume: bool  # the last message is continued
     tools: tuple[dict[str, Any], ...] = ()  # that the template shows
     options: Mapping[str, Any] = field(default_factory=dict)  # more values for the template, by name
+    is_whole: bool = False  # nothing follows: no beginning of an answer
 
     @property
     def most_characters(self) -> int:
         """Of the prompt: what no template that shows each message once comes near to."""
         more = sum(len(json.dumps(each)) for each in (self.tools, dict(self.options)) if each)
         calls = sum(len(json.dumps(each["tool_calls"])) for each in self.chat if "tool_calls" in each)
-        return 200_000 + 4 * (sum(len(each["content"]) for each in self.chat) + calls + more)
+        return 200_000 + 4 * (sum(_characters(each["content"]) for each in self.chat) + calls + more)
+
+
+def _characters(content: Any) -> int:
+    return len(content) if isinstance(content, str) else len(json.dumps(content))
 
 
 class Renderer(Protocol):
@@ -98,6 +103,7 @@ class OwnRenderer:
                 task.most_characters,
                 list(task.tools) or None,
                 dict(task.options),
+                task.is_whole,
             )
         except Exception as error:
             raise TemplateFault(str(error)) from None
@@ -147,6 +153,7 @@ class LimitedRenderer:
                 "most_characters": task.most_characters,
                 "tools": list(task.tools) or None,
                 "options": dict(task.options),
+                "is_whole": task.is_whole,
             }
             child = self._child(START_S)  # how long that takes is not the template's fault
             left_s = max(_LEAST_S, until - time.monotonic())

@@ -16,6 +16,7 @@ from . import tokenizer_trial
 log = logging.getLogger(__name__)
 
 _JSON = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
+_OBJECTS = ("tokenizer_object", "__slow_tokenizer", "from_slow", "init_inputs")  # arguments that no file needs
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -64,7 +65,7 @@ def _changed_files(folder: Path) -> dict[str, str]:
         data = folder_files.read_bytes(path, 4 * folder_files.SMALL_FILE_BYTES)
         if name in ("tokenizer_config.json", "special_tokens_map.json"):
             values = folder_files.read_json(path)
-            if (readable := _with_readable_lists(values)) != values:
+            if (readable := _with_readable_lists(_without_files(values))) != values:
                 changed[name] = json.dumps(readable)
         elif folder_files.is_lfs_pointer(data[:1024]):
             raise BadFile(folder_files.lfs_sentence(path))
@@ -72,6 +73,11 @@ def _changed_files(folder: Path) -> dict[str, str]:
         if folder_files.is_lfs_pointer_file(path):
             raise BadFile(folder_files.lfs_sentence(path))
     return changed
+
+
+def _without_files(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings without names of other files: those of a folder have their usual names, and only those were tried."""
+    return {key: value for key, value in values.items() if not key.endswith(("_file", "_files")) and key not in _OBJECTS}
 
 
 def _with_readable_lists(values: dict[str, Any]) -> dict[str, Any]:
