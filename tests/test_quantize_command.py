@@ -139,10 +139,8 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 
 
 def test_a_template_that_loops_holds_up_no_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (source / "chat_template.jinja").write_text(
-        "{% if messages | length == 2 and 'Q7' not in messages[0].content %}" + LOOP + "{% endif %}" + CHATML
-    )
-    code, out, err = run(capsys, source, "--group-size", 32)
+    (source / "chat_template.jinja").write_text("{% if messages[0].content | length > 30 %}" + LOOP + "{% endif %}" + CHATML)
+    code, _out, err = run(capsys, source, "--group-size", 32)
     assert code == 0 and "Python's manual" in err, err
     (source / "chat_template.jinja").write_text("{% if 'boom' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML)
     text = tmp_path / "text.jsonl"
