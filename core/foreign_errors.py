@@ -37,6 +37,9 @@ _KNOWN = tuple(
          "config.json names a type of model that the installed transformers does not know"),
         (r"AddedToken|TextEncodeInput|TextInputSequence",
          "a special token is no text; tokenizer_config.json or special_tokens_map.json is damaged"),
+        (r"Error while initializing|tiktoken.{0,4}is required|Couldn't instantiate the backend tokenizer"
+         r"|Converting from SentencePiece|model_file or model_proto",
+         "the files that have its vocabulary are missing or damaged"),
         (r"Error while deserializing header|header too \w+|InvalidHeader|MetadataIncompleteBuffer|incomplete metadata",
          "a .safetensors file is cut short or damaged"),
         (r"PytorchStreamReader|failed finding central directory|invalid load key|pickle data was truncated",

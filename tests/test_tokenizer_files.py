@@ -146,6 +146,16 @@ def test_a_folder_without_a_tokenizer_is_a_sentence(tmp_path):
 # sentencepiece
 
 
+def test_a_verdict_on_one_kind_of_file_is_none_on_another(folder, tmp_path):
+    split_by(folder, REDOS)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.model").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert tokenizer_trial.problem(other / "tokenizer.model") == ""  # no sentencepiece model: whoever reads it says so
+    with pytest.raises(GptqWebuiError, match="made to do harm"):
+        read(folder)
+
+
 @pytest.mark.parametrize("settings", [
     {"tokenizer_file": "evil.json"}, {"fast_tokenizer_files": ["evil.4.0.0.json"]}, {"init_inputs": ["evil.json"]},
     {"vocab_file": "/dev/zero", "merges_file": "/dev/zero"}, {"special_tokens_map_file": "/dev/zero", "from_slow": True},
@@ -221,3 +231,27 @@ def test_what_is_no_sentencepiece_model_is_a_sentence(pieces, data):
     with pytest.raises(GptqWebuiError, match=r"ownload the model again") as caught:
         read(folder)
     assert "Error" not in str(caught.value) and "<class" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "T5Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(("files", "says"), [
+    ({}, "the folder has no tokenizer.json, tokenizer.model or vocab.json"),
+    ({"tokenizer.model": b""}, "it is empty"),
+    ({"spiece.model": b"\n"}, "it is empty"),
+    ({"tokenizer.model": b"<!DOCTYPE html><p>Not found"}, "tokenizer.model is a web page"),
+    ({"tokenizer.model": bytes(range(256)) * 9}, "vocabulary"),
+    ({"vocab.json": b"", "merges.txt": b""}, "vocab.json is empty"),
+    ({"vocab.json": b"[1", "merges.txt": b"a b"}, "vocab.json is not JSON"),
+], ids=lambda each: str(each)[:40])  # fmt: skip
+def test_a_vocabulary_that_is_missing_or_damaged_is_named(tmp_path, kind, files, says):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(GptqWebuiError) as caught:
+        read(folder)
+    said = str(caught.value)
+    assert "Download the model again" in said and "Error" not in said and "tiktoken" not in said, said
+    assert says in said or "vocabulary" in said, said

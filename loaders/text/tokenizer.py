@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _JSON = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
 _OBJECTS = ("tokenizer_object", "__slow_tokenizer", "from_slow", "init_inputs")  # arguments that no file needs
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(?:json|txt)|.*\.(?:model|tiktoken)|tekken\.json")
+_SAMPLE = "The capital of France is Paris, and 2 + 2 = 4. 日本"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -41,15 +44,48 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
 
     try:
         with readable(model.folder, changed) as folder:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's is no Exception
             raise
         log.error("the tokenizer of %s cannot be read\n%s", model.name, trace(error))
         raise BadCheckpoint(
-            f"The tokenizer of {model.name} cannot be read: {in_words(error)}. "
+            f"The tokenizer of {model.name} cannot be read: {_cause(model.folder) or in_words(error)}. "
             "Download the model again; what is complete is kept."
         ) from error
+    if found.vocab_files_names and not _reads(found):  # transformers makes one without a vocabulary, and says nothing
+        raise BadCheckpoint(
+            f"The tokenizer of {model.name} knows no words: {_cause(model.folder) or 'its files have none'}. "
+            "Download the model again; what is complete is kept."
+        )
+    return found
+
+
+def _reads(tokenizer: Any) -> bool:
+    """Whether ordinary text becomes tokens other than the one for what is unknown."""
+    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    unknown = {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(["▁", " "])}
+    return any(id not in unknown for id in ids)
+
+
+def _cause(folder: Path) -> str:
+    """What is wrong with the files that have the vocabulary, to stand in a sentence; empty if they look right."""
+    names = [each.name for each in folder.iterdir() if each.is_file() and _VOCABULARY.fullmatch(each.name)]
+    if not names:
+        return "the folder has no tokenizer.json, tokenizer.model or vocab.json, one of which was expected"
+    for name in sorted(names):
+        data = folder_files.read_bytes(folder / name, 4 * folder_files.SMALL_FILE_BYTES)
+        shown = folder_files.printable(name)
+        if not data.strip():
+            return f"{shown} is empty"
+        if data.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+            return f"{shown} is a web page instead of the file itself"
+        if name.endswith(".json"):
+            try:
+                folder_files.json_object(data.decode("utf-8-sig"), shown)
+            except (BadFile, UnicodeDecodeError) as error:
+                return in_words(error).removesuffix(". Download it again")
+    return ""
 
 
 def _changed_files(folder: Path) -> dict[str, str]:
