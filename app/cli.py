@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 
 from .. import __version__
-from ..core.errors import GptqWebuiError
+from ..core.errors import DiskFull, GptqWebuiError
+from ..core.foreign_errors import of_the_disk
 from . import access_flags, exit_codes, tgi_flags
 from .chat_arguments import add_to as add_chat
 from .command_parser import CommandParser, add_json, add_loading, add_models, add_remote, parse
@@ -56,6 +57,15 @@ def _run(given: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return exit_codes.INTERRUPTED
+    except Exception as error:
+        said = of_the_disk(error)
+        if not said:
+            raise
+        print(f"gptq-webui: {said}", file=sys.stderr)
+        code = exit_codes.of(DiskFull(said)) if said.startswith("The disk is full") else exit_codes.OTHER
+        if getattr(options, "json", False):
+            print(json.dumps({"error": said, "kind": "DiskFull" if code != exit_codes.OTHER else "OSError", "exit_code": code}))
+        return code
 
 
 def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:

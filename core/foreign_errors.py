@@ -15,6 +15,7 @@ from .errors import GptqWebuiError
 from .folder_files import printable
 
 _MOST = 200
+_FULL = "the disk is full"
 _SILENT = "no reason was given"
 _UNFORESEEN = "it met something that it was not made for; the log has the details"
 
@@ -40,6 +41,7 @@ _KNOWN = tuple(
         (r"Error while initializing|tiktoken.{0,4}is required|Couldn't instantiate the backend tokenizer"
          r"|Converting from SentencePiece|model_file or model_proto",
          "the files that have its vocabulary are missing or damaged"),
+        (r"No space left on device|os error 28\b|disk quota exceeded|database or disk is full", _FULL),
         (r"Error while deserializing header|header too \w+|InvalidHeader|MetadataIncompleteBuffer|incomplete metadata",
          "a .safetensors file is cut short or damaged"),
         (r"PytorchStreamReader|failed finding central directory|invalid load key|pickle data was truncated",
@@ -102,6 +104,16 @@ def in_words(error: BaseException) -> str:
     return _first_line(str(error.args[0]) if isinstance(error, KeyError) else text)
 
 
+def of_the_disk(error: BaseException) -> str:
+    """The sentence for a full disk, or for a file that cannot be read or written; "" for every other error."""
+    said = in_words(error)
+    if said == _FULL:
+        return "The disk is full, so this could not be finished. Make room on it, then try again."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"A file or a folder cannot be used ({said}). Check that it is there and yours, then try again."
+    return ""
+
+
 def trace(error: BaseException) -> str:
     """The traceback as text, for the log: a record that keeps the error keeps its frames, and those keep tensors."""
     return "".join(traceback.format_exception(error))
@@ -109,7 +121,7 @@ def trace(error: BaseException) -> str:
 
 def _of_the_system(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return "the disk is full"
+        return _FULL
     name = re.split(r"[\\/]", str(error.filename).rstrip("\\/"))[-1] if isinstance(error.filename, (str, bytes)) else ""
     said = (error.strerror or _SILENT).strip().rstrip(".")
     said = said[:1].lower() + said[1:]

@@ -112,11 +112,19 @@ def choose(
     if chosen is not None:
         return Choice(chosen.loader, chosen.options, reason, refusals)
     if len(refusals) == 1:
-        raise LoadRefused(f"{model.name} cannot be opened: {next(iter(refusals.values()))}")
+        only = next(iter(refusals.values()))
+        raise LoadRefused(f"{model.name} cannot be opened: {only if only.cure else _with_a_cure(only, wanted)}")
     same = {str(why) for why in refusals.values()}
     if len(same) == 1:  # an unfinished download, another format: nothing to do with the loaders
         raise LoadRefused(f"{model.name} cannot be opened: {same.pop()}")
     raise LoadRefused(f"No loader can open {model.name}. {_listed(refusals)}")
+
+
+def _with_a_cure(refusal: Refusal, wanted: str | None) -> str:
+    """A refusal that says no more than why, as the end of a sentence."""
+    if wanted is None or refusal.reason.rstrip().endswith("."):  # whole sentences have their own
+        return str(refusal)
+    return f"{refusal.reason}. Choose another loader, or another model."
 
 
 def make_options(loader: Loader, values: Mapping[str, Any]) -> Any:

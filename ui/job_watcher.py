@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
+from ..core.foreign_errors import of_the_disk
 from . import gradio_compat
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,9 @@ class Job:
             self.result = self._work(self)
         except GptqWebuiError as error:
             self.error = str(error)
-        except Exception:
+        except Exception as error:
             log.exception("%s failed", self.what)
-            self.error = unexpected(self.what)
+            self.error = of_the_disk(error) or unexpected(self.what)
 
 
 def unexpected(what: str) -> str:
