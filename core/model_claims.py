@@ -21,6 +21,11 @@ _MOST = {  # far beyond every model there is; a larger number is damage
     **dict.fromkeys(_CONTEXT, 1 << 31), "num_key_value_heads": 1 << 16, "head_dim": 1 << 14, "vocab_size": 1 << 24,
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
+_MOST_LABELS = 1 << 16  # transformers names each of them
+_TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
+    **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,
+    "falcon": 1 << 20, "opt": 1 << 20,
+}  # fmt: skip
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -63,6 +68,14 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"config.json says {name} {shown(value)}; a whole number was expected"
         elif not 0 < value <= most:
             yield f"config.json says {name} {shown(value)}; a number from 1 to {most} was expected"
+    labels = config.get("num_labels")
+    if labels is not None and not (isinstance(labels, int) and labels <= _MOST_LABELS):
+        yield f"config.json says num_labels {shown(labels)}; a number up to {_MOST_LABELS} was expected"
+    kind = config.get("model_type")
+    for name in _CONTEXT if isinstance(kind, str) and kind in _TABLES else ():
+        value = config.get(name)
+        if isinstance(value, int) and value > _TABLES[kind]:
+            yield f"config.json says {name} {value}; a model of the type {kind} has {_TABLES[kind]} positions at most"
     for name in _EPSILONS:
         value = config.get(name)
         if value is not None and not (is_number(value) and 0 <= value < 1):

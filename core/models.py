@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import BadCheckpoint, BadFile, BadQuantizeConfig, GptqWebuiError
-from .folder_files import read_json, special_file, special_sentence
+from .folder_files import printable, read_json, special_file, special_sentence
 from .model_claims import problem_of, type_problem
 from .neighbour_layouts import NEIGHBOURS, name_of, read_settings
 from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
@@ -36,6 +36,7 @@ OPENED_BY: dict[Kind, str] = {  # AWQ and compressed-tensors only where `quantiz
 }
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.(?:safetensors|bin|pt))$")
+_LONGEST_NAME = 80  # of an architecture
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -195,7 +196,7 @@ def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None
     both = (config, inner if isinstance(inner, Mapping) else {})
     found = (each[key] for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int))
     context = next((each for each in found if each > 0), None)
-    return str((config.get("architectures") or [""])[0]), context
+    return printable(str((config.get("architectures") or [""])[0]))[:_LONGEST_NAME], context
 
 
 def _read(folder: Path) -> LocalModel:

@@ -32,6 +32,11 @@ LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, 
     ({"head_dim": 0}, "head_dim 0"),
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06"),
     ({"sliding_window": 0}, "sliding_window 0"),
+    ({"num_labels": 10**9}, "num_labels 1000000000"),
+    ({"num_labels": [3]}, "num_labels [3]"),
+    ({"model_type": "gptj", "n_positions": 10**7}, "n_positions 10000000; a model of the type gptj"),
+    ({"model_type": "gpt2", "n_positions": 1 << 20}, "at most"),
+    ({"model_type": "mpt", "max_seq_len": 1 << 30}, "at most"),
     ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers 1000000"),
 ])  # fmt: skip
 def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_path):
@@ -49,7 +54,7 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
     {"sliding_window": 0, "use_sliding_window": False}, {"num_key_value_heads": None}, {"n_inner": None},
     {"hidden_size": 7168, "num_attention_heads": 60, "num_key_value_heads": 60, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}},
-    {"num_key_value_heads": [1, 2]},
+    {"num_key_value_heads": [1, 2]}, {"num_labels": 2}, {"model_type": "gptj", "n_positions": 2048}, {"model_type": "mpt", "max_seq_len": 65536},
 ])  # fmt: skip
 def test_what_real_models_say_is_no_contradiction(claims):
     assert problem_of({**LLAMA, **claims}, {}) == ""
@@ -77,3 +82,11 @@ def test_the_command_line_refuses_with_both_numbers(tiny_gptq, tmp_path, capsys)
     assert main(["ask", "Hi", "--model", "heads3", "--models-dir", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "3 attention heads" in said and "2 key heads" in said and "Traceback" not in said
+
+
+def test_the_name_of_an_architecture_is_printable_and_short(tiny_gptq, tmp_path):
+    shutil.copytree(tiny_gptq, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["\x1b[2J" + "X" * 5000]}))
+    found = LocalModel.read(tmp_path / "model").architecture
+    assert found.isprintable() and len(found) == 80 and found.startswith("\\x1b[2JX")
