@@ -54,7 +54,8 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
     {"sliding_window": 0, "use_sliding_window": False}, {"num_key_value_heads": None}, {"n_inner": None},
     {"hidden_size": 7168, "num_attention_heads": 60, "num_key_value_heads": 60, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}},
-    {"num_key_value_heads": [1, 2]}, {"num_labels": 2}, {"model_type": "gptj", "n_positions": 2048}, {"model_type": "mpt", "max_seq_len": 65536},
+    {"num_key_value_heads": [1, 2]}, {"num_labels": 2}, {"model_type": "gptj", "n_positions": 2048},
+    {"model_type": "mpt", "max_seq_len": 65536},
 ])  # fmt: skip
 def test_what_real_models_say_is_no_contradiction(claims):
     assert problem_of({**LLAMA, **claims}, {}) == ""
