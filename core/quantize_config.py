@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadQuantizeConfig
-from .folder_files import read_json
+from .folder_files import printable, read_json
 from .packed_layout import BITS, PARTS, Layout, layout_of, packed_names
 from .safetensors_header import TensorInfo, read_integers
 
@@ -23,6 +23,8 @@ WORDS = "gptq_words"  # zeros as format gptq of GPTQModel holds them, see `zeros
 WORD_OFFSETS = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # by bits, what is subtracted from a word of 32
 _AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
 _V2_OF_AUTO_ROUND = ("auto_round", "auto_round:gptqmodel")  # auto_round 0.16: inference/backend.py, GPTQ_FORMAT_NO_ZP
+
+_LONGEST_NAME = 40  # of a format
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,15 @@ class QuantizeConfig:
                 f"group_size is {group!r} in the quantisation settings; it must be -1 or a positive number of weights. "
                 "Correct the file, or download it again."
             )
-        form = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
+        form = _name(values.get("checkpoint_format") or values.get("format") or "gptq")
         if form == "gptq_p" and bits in (2, 4, 8):
             form = "gptq_v2"  # planar words of these widths are the same, and zeros are stored as they are
         if is_auto_round(values):
-            packing = str(values.get("packing_format") or "auto_round:auto_gptq").lower()
+            packing = _name(values.get("packing_format") or "auto_round:auto_gptq")
             form = "gptq_v2" if packing in _V2_OF_AUTO_ROUND else "gptq"
         if values.get("is_marlin_format"):
             form = "marlin"
-        pack_dtype = str(values.get("pack_dtype") or "int32").lower().removeprefix("torch.")
+        pack_dtype = _name(values.get("pack_dtype") or "int32").removeprefix("torch.")
         meta = values.get("meta") if isinstance(values.get("meta"), Mapping) else {}
         assert isinstance(meta, Mapping)
         damp = values.get("damp_percent", meta.get("damp_percent"))
@@ -252,3 +254,8 @@ def _row_of(value: int, bits: int, length: int) -> int:
     """A row of `length` bytes that holds `value` everywhere, as a number: eight values fill `bits` bytes."""
     eight = sum(value << bits * at for at in range(8)).to_bytes(bits, "little")
     return int.from_bytes((eight * -(-length // bits))[:length], "little")
+
+
+def _name(value: Any) -> str:
+    """A name out of the settings, as sentences show it too."""
+    return printable(str(value).lower())[:_LONGEST_NAME]

@@ -163,3 +163,10 @@ def test_a_damaged_settings_file_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(BadFile, match=r"quantize_config\.json"):
         read_json(tmp_path / "quantize_config.json")
     assert read_json(tmp_path / "missing.json") == {}
+
+
+@pytest.mark.parametrize("name", ["checkpoint_format", "pack_dtype", "format"])
+def test_names_of_strangers_are_printable_and_short(name):
+    config = QuantizeConfig.from_json({"bits": 4, "group_size": 32, name: "\x1b[2J" + "x" * 5000})
+    for found in (config.checkpoint_format, config.pack_dtype or "", config.summary):
+        assert found.isprintable() and len(found) < 100
