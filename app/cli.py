@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -46,11 +45,7 @@ def _run(given: Sequence[str]) -> int:
     try:
         return int(options.run(options))
     except GptqWebuiError as error:
-        print(f"gptq-webui: {error}", file=sys.stderr)
-        code = exit_codes.of(error)
-        if getattr(options, "json", False):
-            print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
-        return code
+        return exit_codes.report(error, options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: `| head`
         return exit_codes.OTHER
@@ -58,14 +53,9 @@ def _run(given: Sequence[str]) -> int:
         print(file=sys.stderr)
         return exit_codes.INTERRUPTED
     except Exception as error:
-        said = of_the_disk(error)
-        if not said:
+        if not (said := of_the_disk(error)):
             raise
-        print(f"gptq-webui: {said}", file=sys.stderr)
-        code = exit_codes.of(DiskFull(said)) if said.startswith("The disk is full") else exit_codes.OTHER
-        if getattr(options, "json", False):
-            print(json.dumps({"error": said, "kind": "DiskFull" if code != exit_codes.OTHER else "OSError", "exit_code": code}))
-        return code
+        return exit_codes.report(DiskFull(said) if "disk is full" in said else GptqWebuiError(said), options)
 
 
 def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:

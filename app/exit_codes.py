@@ -1,5 +1,9 @@
 """The exit codes. Scripts may rely on them. argparse has the same 2 for wrong usage."""
 
+import argparse
+import json
+import sys
+
 from ..core.errors import (
     AccessDenied,
     BadModelName,
@@ -34,3 +38,12 @@ HELP = (
 
 def of(error: GptqWebuiError) -> int:
     return next((code for kind, code in _OF.items() if isinstance(error, kind)), OTHER)
+
+
+def report(error: GptqWebuiError, options: argparse.Namespace) -> int:
+    """Say why a command failed, with --json as one line of JSON too; returns the exit code."""
+    code = of(error)
+    print(f"gptq-webui: {error}", file=sys.stderr)
+    if getattr(options, "json", False):
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
+    return code

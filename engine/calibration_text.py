@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadParameter
+from ..core.models import LocalModel
 from ..core.units import plural
+from ..loaders.text import chat_template
 from ..loaders.text.chat_template import ChatTemplate
 from ..loaders.text.renderers import TemplateFault, TemplateLimit
 from .demo_calibration import conversations, manual
@@ -19,14 +21,27 @@ _CHARACTERS_PER_TOKEN = 8  # at most, on average: no more of a file than needed 
 
 
 def samples_of(
-    dataset: str, tokenizer: Any, template: ChatTemplate | None, sample_tokens: int, samples: int
+    dataset: str, model: LocalModel, tokenizer: Any, sample_tokens: int, samples: int, say: Callable[[str], None]
 ) -> tuple[list[list[int]], str]:
     """(token ids of up to `samples` pieces, `sample_tokens` each; what the text is, for the model card).
 
     `dataset` is BUILT_IN (Python's manual and a few conversations), a text file, or a .jsonl file whose lines have `text`,
-    or `messages` that are written with the model's own chat template (`template`; None: it has none). The file is read from
-    its start, as far as it is needed. Raises BadParameter if the file is missing, damaged or too short for one piece.
+    or `messages` that are written with the model's own chat template. The file is read from its start, as far as it is
+    needed. `say` hears why that template cannot be used. Raises BadParameter if the file is missing, damaged or too short
+    for one piece.
     """
+    template = chat_template.find(model.folder, tokenizer, model.architecture)
+    if template.note:
+        say(template.note)
+    try:
+        return _samples_of(dataset, tokenizer, template if template.is_of_folder else None, sample_tokens, samples)
+    finally:
+        template.close()
+
+
+def _samples_of(
+    dataset: str, tokenizer: Any, template: ChatTemplate | None, sample_tokens: int, samples: int
+) -> tuple[list[list[int]], str]:
     ids: list[int] = []
     path = Path(dataset).expanduser()
     texts = _built_in(template, tokenizer) if dataset == BUILT_IN else _file(path, template, tokenizer, sample_tokens * samples)

@@ -18,7 +18,7 @@ from typing import Any
 from .. import __version__
 from ..core.chat import Message
 from ..core.errors import BadParameter, LoadRefused
-from ..core.folder_files import read_json
+from ..core.folder_files import read_bytes, read_json
 from ..core.models import MARKER, LocalModel
 from ..core.quantize_config import BITS, QuantizeConfig
 from ..core.units import format_bytes
@@ -83,18 +83,10 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     import torch
 
     from ..gptq import checkpoint, layerwise_quantize
-    from ..loaders.text import chat_template
     from ..loaders.text.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(job.source)
-    template = chat_template.find(job.source.folder, tokenizer, job.source.architecture)
-    if template.note:
-        say(template.note)
-    try:
-        own = template if template.is_of_folder else None
-        samples, text = samples_of(job.dataset, tokenizer, own, job.sample_tokens, job.samples)
-    finally:
-        template.close()
+    samples, text = samples_of(job.dataset, job.source, tokenizer, job.sample_tokens, job.samples, say)
     say(f"Calibration: {text}, {len(samples)} of {job.samples} samples of {job.sample_tokens} tokens.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and job.source.size_bytes > _LARGE_BYTES:
@@ -301,8 +293,7 @@ def _front_matter(readme: Path) -> tuple[str, str]:
     """(front matter of the new model card, a sentence about the licence)."""
     head = ""
     if readme.is_file():
-        with readme.open(encoding="utf-8", errors="replace") as file:
-            beginning = file.read(20_000)
+        beginning = read_bytes(readme)[:20_000].decode("utf-8", "replace")
         found = re.match(r"---\n(.*?)\n---", beginning, re.DOTALL)
         head = found[1] if found else ""
     kept = re.findall(r"^(?:license|license_name|license_link|language): *\S.*$", head, re.MULTILINE)
