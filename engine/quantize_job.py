@@ -285,8 +285,7 @@ def _prompt_template(source: LocalModel) -> str:
         return ""
     finally:
         template.close()
-    fence = "```"
-    return f"## Prompt template\n\n{fence}\n{text}\n{fence}\n\n" if fence not in text else ""
+    return f"## Prompt template\n\n```\n{text}\n```\n\n" if "```" not in text else ""
 
 
 def _front_matter(readme: Path) -> tuple[str, str]:
