@@ -29,7 +29,9 @@ def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _shares(config, each, head_dim)
         for name in (*_POSITIVE, *(() if each is config else ("factor",))):
             value = each.get(name)
-            if value is not None and not isinstance(value, (list, Mapping)) and not (is_number(value) and value > 0):
+            if name == "rope_theta" and isinstance(value, (list, Mapping)):
+                continue  # one for each layer, or for each kind of layer
+            if value is not None and not (is_number(value) and value > 0):
                 yield f"config.json says {name} {shown(value)} for the rotary positions; a positive number was expected"
         if each is not config:
             yield from _kind(config, each, head_dim)
