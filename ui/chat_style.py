@@ -258,6 +258,13 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   #gw-past .gw-figures { flex: none; max-width: 100%; white-space: normal; display: -webkit-box; -webkit-line-clamp: 2;
     -webkit-box-orient: vertical; }
   button.gw-icon { padding: 7px; }
+  .gw-menu > div button.gw-act, .gw-undelete button, button.gw-chip, .gw-earlier, button.gw-meter { min-height: 44px; }
+  .gw-side-foot summary { min-height: 44px; display: flex; align-items: center; }
+  #gw-drawer button, #gw-more .gw-icon-clip { min-width: 44px; min-height: 44px; align-items: center; justify-content: center; }
+  #gw-list summary { min-width: 44px; min-height: 44px; display: flex; align-items: center; justify-content: center; }
+  #gw-list .gw-open { min-height: 44px; }
+  button[value="close-prompt"] { min-width: 44px; min-height: 44px; }
+  #gw-send, #gw-stop { min-height: 44px !important; }
 }
 """
 
