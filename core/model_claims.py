@@ -102,7 +102,7 @@ def _heads(config: Mapping[str, Any]) -> Iterator[str]:
 def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     if not tensors:
         return
-    layers = first(config, _LAYERS)
+    layers = config.get("num_layers_per_stack") or first(config, _LAYERS)  # HRM-Text goes through its layers several times
     found = max((int(number) for name in tensors for number in _LAYER.findall(name) if len(number) < 6), default=-1) + 1
     if isinstance(layers, int) and found and layers > found:
         yield f"config.json says {layers} layers, the files hold {found}. {_CURE}"

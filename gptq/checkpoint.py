@@ -27,9 +27,10 @@ from ..core.readable_folder import readable, without_bom
 from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
+from .gptq_linear import GPTQLinear
 from .load_progress import Report, Watch
 from .neighbours import repack
-from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
+from .packed_quantizer import METHOD, PackedLayer, make_dense, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
 from .token_ids import drop_unknown_ids
@@ -37,6 +38,8 @@ from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
+# What no forward that goes on token by token gives right numbers for.
+_NOT_CAUSAL = {"cpmant": "it reads its prompt in both directions"}
 _STANDARD_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -136,6 +139,11 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
                 "trust_remote_code for this model."
             ) from None
         raise BadCheckpoint(_bad_config(model, error)) from None
+    if why := _NOT_CAUSAL.get(str(getattr(config, "model_type", ""))):
+        raise BadCheckpoint(
+            f"{model.name} is of the architecture {model.architecture or config.model_type}, which cannot be computed token by "
+            f"token: {why}. Choose another model."
+        )
     if unknown := _unknown_rope(config):
         raise BadCheckpoint(
             f"config.json of {model.name} names the kind of rotary positions {unknown}, which the installed transformers does "
@@ -272,6 +280,11 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
             flooded += flooded_zeros(module.qzeros, layer.bits) if layer.checkpoint_format == "gptq" else 0
             module.prepare()
     notes = []
+    if dense := make_dense(loaded, [(name, module) for name, module in loaded.named_modules() if isinstance(module, GPTQLinear)]):
+        notes.append(
+            f"{plural(len(dense), 'packed layer')} are computed in {'32' if loaded.dtype == torch.float32 else '16'} bits, "
+            f"{dense[0]} first: this architecture computes with their weights in a way of its own."
+        )
     if ignored:
         notes.append(
             f"The order of the inputs (g_idx) of {plural(len(ignored), 'layer')} is impossible, {ignored[0]} first, and was "

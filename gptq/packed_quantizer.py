@@ -4,8 +4,11 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
+import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_nam
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
-from .experts import PackedExperts, expert_shape, experts_of, is_dense_experts, require_complete
+from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
 from .neighbours import Parts, expect, parts_of
 
@@ -119,12 +122,19 @@ class PackedQuantizer(HfQuantizer):
                     f"{name} is {layer.in_features}×{layer.out_features} in the files and {shape[0]}×{shape[1]} in config.json. "
                     "The files belong to another model; download it again."
                 )
-            dense_bias = getattr(modules.get(place), "bias", None) is not None
-            parent = _replace(model, place, _packed(layer, layer.has_bias or dense_bias))
-            if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
-                # nothing of its own to initialise; transformers 5 would reach for our missing `weight` (GPT-2)
+            if expert_owner and place not in modules and expert_bias(modules[expert_owner]) and not layer.has_bias:
+                raise BadCheckpoint(f"{name} has no bias in the files, and its architecture has one. Download the model again.")
+            dense = modules.get(place)
+            packed_layer = _packed(layer, layer.has_bias or getattr(dense, "bias", None) is not None)
+            parent = _replace(model, place, packed_layer)
+            if dense is not None and _stays_dense(dense, model, place):
+                vars(packed_layer)["dense_form"] = dense  # no child of the packed one
+            if not parent._non_persistent_buffers_set:
+                # nothing of its own to initialise but what the files hold, and transformers 5 would reach for our missing
+                # `weight` (GPT-2, Mamba)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 
+        _share(model)
         if self.quantization_config.see is not None:  # type: ignore[attr-defined]
             self.quantization_config.see(model)  # type: ignore[attr-defined]
         swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
@@ -200,6 +210,23 @@ def _replace(model: PreTrainedModel, name: str, module: torch.nn.Module) -> torc
     return parent
 
 
+def _share(model: PreTrainedModel) -> None:
+    """Where layers are tied to each other (Zamba's shared blocks), the packed one stands at every place."""
+    ties: Any = getattr(model, "all_tied_weights_keys", None)  # of transformers 5: target -> source
+    for target, source in list((ties or {}).items()):
+        names = [each.rpartition(".")[0] for each in (source, target)]
+        modules = [model.get_submodule(each) for each in names]
+        packed = [isinstance(each, GPTQLinear) for each in modules]
+        if not any(packed) or any(isinstance(each, torch.nn.Embedding) for each in modules):
+            continue
+        del ties[target]
+        if modules[0] is not modules[1] and not all(packed):
+            _replace(model, names[packed.index(False)], modules[packed.index(True)])
+        if model.get_submodule(names[0]) is model.get_submodule(names[1]):
+            parts = [part for part, _tensor in modules[packed.index(True)].named_parameters()]
+            ties.update({f"{names[1]}.{part}": f"{names[0]}.{part}" for part in parts})
+
+
 def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
     """(in_features, out_features) of a Linear or Conv1D."""
     weight = getattr(linear, "weight", None)
@@ -210,6 +237,53 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
         )
     rows, columns = weight.shape
     return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
+
+
+def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> bool:
+    """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4), or a
+    module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""
+    if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+        return True
+    path = place.split(".")
+    parent = model.get_submodule(".".join(path[:-1]))
+    if re.search(rf"self\.{path[-1]}\.weight\b", _source(type(parent))):
+        return True
+    above = (model.get_submodule(".".join(path[:at])) for at in range(len(path) - 1))
+    return any(re.search(rf"\.{path[-2]}\.{path[-1]}\.weight\b", _source(type(each))) for each in above)
+
+
+@cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # of a class that has no file
+        return ""
+
+
+def make_dense(model: PreTrainedModel, modules: Iterable[tuple[str, GPTQLinear]]) -> list[str]:
+    """Put plain layers in the place of those packed ones whose weights the architecture reads itself; returns their names.
+
+    `modules`: name in the model, layer. Raises BadCheckpoint for one whose tensors are not on a device.
+    """
+    found = [(name, module) for name, module in modules if "dense_form" in vars(module)]
+    for name, module in found:
+        if module.qweight.is_meta:
+            raise BadCheckpoint(
+                f"{name} is a packed layer whose weights its architecture reads as 16-bit ones, which cannot be moved between "
+                "processor and GPU while the model computes. Load it on one device: set the device, or choose a smaller model."
+            )
+        dense = vars(module)["dense_form"]
+        weight = module.dequantize(model.dtype)
+        conv = type(dense).__name__ == "Conv1D"
+        dense.weight = torch.nn.Parameter(weight.T.contiguous() if conv else weight, requires_grad=False)
+        dense.bias = None if module.bias is None else torch.nn.Parameter(module.bias.data.to(model.dtype), requires_grad=False)
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(dense, hook)
+        for place in [each for each, other in model.named_modules(remove_duplicate=False) if other is module]:
+            _replace(model, place, dense)
+    return [name for name, _module in found]
 
 
 def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:

@@ -26,6 +26,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers 
 GPU_CHUNK_TOKENS = 4096  # of a prompt at a time on a GPU, where its memory allows
 SMALLEST_CHUNK_TOKENS = 128
 _TRIAL = (5, 9, 2, 7, 3, 8, 4, 6)  # ids that an architecture is tried with
+_CLOSE = 1e-3  # relative difference of logits that needs no better way
 _FAR = 0.1  # relative difference of logits that no rounding makes
 _STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
 
@@ -206,6 +207,7 @@ class TransformersStepper(Stepper):
             self.chunk_tokens = GPU_CHUNK_TOKENS
         self._rope = RopeLength(model)
         self._rope.wrap()
+        self._takes_positions, self._gives_positions = "position_ids" in taken, False
         self._in_pieces = True  # several tokens can be put through at once after others
         if (
             self._own_cache
@@ -235,6 +237,14 @@ class TransformersStepper(Stepper):
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             log.info("a conversation cannot be continued: %s", error)
             one = float("inf")
+        if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
+            self._gives_positions = True
+            try:
+                told = difference(len(_TRIAL) - 1)
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+                told = float("inf")
+            self._gives_positions = told < one / 10
+            one = told if self._gives_positions else one
         if not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False
@@ -247,7 +257,10 @@ class TransformersStepper(Stepper):
         """Compute two tokens. Raises BadCheckpoint if the numbers of config.json let the model's own code fail."""
         try:
             with torch.inference_mode():
-                self.prefill(self.begin(), (0, min(1, self.embedding_rows - 1)))
+                memory, ids = self.begin(), (0, min(1, self.embedding_rows - 1))
+                self.prefill(memory, ids)
+                if self._keeps_cache:
+                    self._require_a_next_token(memory, ids[1])
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
             if "out of memory" in str(error).lower():
                 raise
@@ -255,6 +268,16 @@ class TransformersStepper(Stepper):
             raise BadCheckpoint(
                 f"transformers cannot compute this model: {in_words(error)}. Correct config.json, or download the model again."
             ) from error
+
+    def _require_a_next_token(self, memory: TransformersMemory, id: int) -> None:
+        """Some forwards fail when they continue their own cache (CPM-Ant): then all tokens are computed again each time."""
+        try:
+            self.prefill(memory, [id])
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            if "out of memory" in str(error).lower():
+                raise
+            log.info("a conversation cannot be continued, all tokens are computed again for each: %s", error)
+            self._keeps_cache = False
 
     def begin(self) -> TransformersMemory:
         return TransformersMemory(self._config)
@@ -331,6 +354,8 @@ class TransformersStepper(Stepper):
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
         if self._keeps_some:
             given["logits_to_keep"] = keep
+        if self._gives_positions:
+            given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
         output = self._model(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)

@@ -29,12 +29,47 @@ _SIZES = {
     "mamba_headdim": 32, "mamba_ngroups": 1, "laurel_rank": 8, "index_n_heads": 2, "index_head_dim": 16,
 }  # fmt: skip
 
+# What the names above do not give: sizes that must fit each other, layers of a kind at places of their own.
+_OWN = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2,
+                      "zero_expert_num": 2},
+    "mamba": {"time_step_rank": 16},
+    "falcon_mamba": {"time_step_rank": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "expand": 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "mimo_v2_flash": {"head_dim": 48},
+    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4}
+                                                for kind in ("full_attention", "sliding_attention")}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64}},
+    "inkling_text": {"unpadded_vocab_size": 288},
+    "inkling2_text": {"unpadded_vocab_size": 288},
+    "inkling2_loop_text": {"unpadded_vocab_size": 288},
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 1},
+}  # fmt: skip
+
+
+def _has(config, name):
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # it has one for each layer
+        return True
+
 
 def tiny_config(kind, **changes):
     """Four layers, one of each type that the architecture has. `changes` come on top."""
     base = AutoConfig.for_model(kind)
     known = base.get_text_config() if hasattr(base, "get_text_config") else base
-    sizes = {name: size for name, size in _SIZES.items() if hasattr(known, name)}
+    sizes = {name: size for name, size in _SIZES.items() if _has(known, name)}
     if getattr(known, "sliding_window", 0) is None:
         sizes.pop("sliding_window", None)
     if hasattr(known, "qk_rope_head_dim"):  # MLA: a key for each head
@@ -50,7 +85,7 @@ def tiny_config(kind, **changes):
             setattr(known, name, size)
         except Exception:  # computed from others
             del sizes[name]
-    return type(known)(**{**sizes, **changes})
+    return type(known)(**{**sizes, **_OWN.get(kind, {}), **changes})
 
 
 def tiny_model(kind, seed=0, **changes):

@@ -235,7 +235,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
     """Put CudaExperts in the place of PackedExperts on GPUs; how many layers they took. Raises NoCompiler."""
     replaced = 0
     for name, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedExperts):
+        if not isinstance(packed, PackedExperts) or not packed.plain:
             continue
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         layers = [layer for each in roles for layer in each.values()]
