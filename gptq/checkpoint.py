@@ -28,6 +28,7 @@ from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
 from .gptq_linear import GPTQLinear
+from .joined_layers import move_parts
 from .load_progress import Report, Watch
 from .neighbours import repack
 from .packed_quantizer import METHOD, PackedLayer, make_dense, packed_layers, packed_modules, register
@@ -77,6 +78,12 @@ def load(
             )
         register()
         layers = packed_layers(tensors_of(model.weights), model.quantize)
+        if further := [name for name in layers if is_further(name, config)]:
+            layers = {name: layer for name, layer in layers.items() if name not in further}
+            notes.append(
+                f"{plural(len(further), 'packed layer')} that guess further tokens, {further[0]} first, are left out: "
+                "no answer needs them."
+            )
         config.quantization_config = {"quant_method": METHOD, "layers": layers}
         if isinstance(watch, Watch):
             see = watch.see
@@ -120,7 +127,7 @@ def load(
             f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
         ) from error
     vars(loaded)["weights_source"] = source  # its links must live as long
-    _check_report(model, info, layers)
+    _check_report(model, info, layers, config)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
 
@@ -203,14 +210,14 @@ def _caps_scores(config: Any) -> bool:
     return getattr(text, "attn_logit_softcapping", None) is not None
 
 
-def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer]) -> None:
+def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer], config: Any) -> None:
     """Every tensor of the files has a place, every place has a tensor."""
     without_order = {name for name, layer in layers.items() if not layer.has_g_idx and not layer.neighbour}
     missing = [key for key in _keys(info, "missing_keys") if not _ends_layer(key, without_order, "g_idx")]
     # a Linear with a bias whose packed layer has none was saved without it because it is zero
     without_bias = {name for name, layer in layers.items() if not layer.has_bias}
     missing = [key for key in missing if not _ends_layer(key, without_bias, "bias")]
-    unexpected = [key for key in _keys(info, "unexpected_keys") if not _HARMLESS.search(key)]
+    unexpected = [key for key in _keys(info, "unexpected_keys") if not (_HARMLESS.search(key) or is_further(key, config))]
     mismatched = _keys(info, "mismatched_keys")
     errors = [*_keys(info, "error_msgs"), *_keys(info, "conversion_errors")]
     if missing:
@@ -231,6 +238,16 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
         )
 
 
+def is_further(name: str, config: Any) -> bool:
+    """Whether a tensor is of a layer beyond the last one, which guesses the tokens after the next (DeepSeek V3, GLM-4.5)."""
+    if re.match(r"(model\.)?mtp\.", name):
+        return True
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return bool(found and further and 0 <= int(found[1]) - int(text.num_hidden_layers) < int(further))
+
+
 def _keys(info: Mapping[str, Any], name: str) -> list[str]:
     return sorted(str(each[0]) if isinstance(each, tuple) else str(each) for each in info.get(name) or ())
 
@@ -243,7 +260,9 @@ def _ends_layer(key: str, layers: Iterable[str], part: str) -> bool:
 def complete(loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str, PackedLayer]) -> list[str]:
     """What transformers' loading leaves to do once the tensors are in their places; returns notes."""
     _restore_scales(files, loaded, layers)
-    return _prepare(loaded, layers)
+    notes = _prepare(loaded, layers)
+    move_parts(loaded)
+    return notes
 
 
 def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[str]:

@@ -25,6 +25,7 @@ from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
 from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
+from .joined_layers import JOINED, JoinedLayers, joined_places
 from .neighbours import Parts, expect, parts_of
 
 METHOD = "gptq-webui"
@@ -105,10 +106,13 @@ class PackedQuantizer(HfQuantizer):
                 packed = PackedExperts(modules[owner])
                 require_complete(packed, owner, modules_of.values())
                 _replace(model, owner, packed)
+        parts = {part: joined for joined, names in joined_places(modules_of.values(), modules).items() for part in names}
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
-            if place in modules:
+            if place in parts:
+                shape = (_dense_shape(modules[parts[place]], name)[0], layer.out_features)
+            elif place in modules:
                 shape = _dense_shape(modules[place], name)
             elif expert_owner and is_dense_experts(modules.get(expert_owner)):
                 shape = expert_shape(modules[expert_owner], place)
@@ -129,11 +133,17 @@ class PackedQuantizer(HfQuantizer):
             parent = _replace(model, place, packed_layer)
             if dense is not None and _stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one
+                for own, tensor in _beside_weight(dense):
+                    if isinstance(tensor, torch.nn.Parameter):
+                        packed_layer.register_parameter(own, tensor)
+                    else:
+                        packed_layer.register_buffer(own, tensor, own not in dense._non_persistent_buffers_set)
             if not parent._non_persistent_buffers_set:
                 # nothing of its own to initialise but what the files hold, and transformers 5 would reach for our missing
                 # `weight` (GPT-2, Mamba)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 
+        self._join(model, parts, modules, {modules_of[name]: layer for name, layer in layers.items()})
         _share(model)
         if self.quantization_config.see is not None:  # type: ignore[attr-defined]
             self.quantization_config.see(model)  # type: ignore[attr-defined]
@@ -141,6 +151,26 @@ class PackedQuantizer(HfQuantizer):
         self._dtypes = {
             name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped
         }
+
+    def _join(
+        self,
+        model: PreTrainedModel,
+        parts: Mapping[str, str],
+        modules: Mapping[str, torch.nn.Module],
+        layers: Mapping[str, PackedLayer],
+    ) -> None:
+        """Put layers of several parts in the place of those that the files have cut. `parts`: part -> joined layer."""
+        for place in sorted(set(parts.values())):
+            owner, _dot, last = place.rpartition(".")
+            names = JOINED[last]
+            found = sum(layers[f"{owner}.{each}"].out_features for each in names)
+            wanted = _dense_shape(modules[place], place)[1]
+            if found != wanted:
+                raise BadCheckpoint(
+                    f"{' and '.join(names)} of {owner} have {found} outputs together in the files, and {last} has {wanted} in "
+                    "config.json. The files belong to another model; download it again."
+                )
+            _replace(model, place, JoinedLayers(names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32)."""
@@ -240,9 +270,10 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
 
 
 def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> bool:
-    """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4), or a
-    module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""
-    if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+    """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4, routers),
+    or a module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""
+    linear = isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
+    if not linear and type(module).__name__ != "Conv1D":
         return True
     path = place.split(".")
     parent = model.get_submodule(".".join(path[:-1]))
@@ -250,6 +281,12 @@ def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) ->
         return True
     above = (model.get_submodule(".".join(path[:at])) for at in range(len(path) - 1))
     return any(re.search(rf"\.{path[-2]}\.{path[-1]}\.weight\b", _source(type(each))) for each in above)
+
+
+def _beside_weight(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What a router holds that is no weight and no bias, such as the corrections of its scores."""
+    held = {**module._parameters, **module._buffers}
+    return [(name, tensor) for name, tensor in held.items() if name not in ("weight", "bias") and tensor is not None]
 
 
 @cache
@@ -276,7 +313,10 @@ def make_dense(model: PreTrainedModel, modules: Iterable[tuple[str, GPTQLinear]]
         weight = module.dequantize(model.dtype)
         conv = type(dense).__name__ == "Conv1D"
         dense.weight = torch.nn.Parameter(weight.T.contiguous() if conv else weight, requires_grad=False)
-        dense.bias = None if module.bias is None else torch.nn.Parameter(module.bias.data.to(model.dtype), requires_grad=False)
+        if module.bias is not None:
+            dense.bias = torch.nn.Parameter(module.bias.data.to(model.dtype), requires_grad=False)
+        for own, _tensor in _beside_weight(dense):
+            setattr(dense, own, getattr(module, own))
         if (hook := getattr(module, "_hf_hook", None)) is not None:
             from accelerate.hooks import add_hook_to_module
 

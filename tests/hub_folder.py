@@ -16,6 +16,7 @@ import tiny
 _LEFT = re.compile(  # what writers leave dense
     r"(^|\.)(gate|router|shared_expert_gate|classifier|b_proj|a_proj|f_a_proj|wg)$|(^|[._])router"
 )
+_PARTS = re.compile(r"\.(gate|up|q|k|v)_proj\.weight$")
 _EXPERTS = re.compile(r"\.experts\.\d+\.[^.]+\.weight$")
 
 
@@ -41,7 +42,7 @@ def packable(model, state):
         module = linear.get(name) or linear.get(next((each for each in linear if each.endswith("." + name)), ""))
         if module is not None and id(module) in outputs:
             continue
-        if module is None and not _EXPERTS.search(key):  # transformers has another name for it
+        if module is None and not _EXPERTS.search(key) and not _PARTS.search(key):  # transformers has another name for it
             shape, tail = tuple(tensor.shape), name.rpartition(".")[2]
             if shape not in shapes or (shape, tail) in others or any(word in tail for word in ("conv", "norm", "embed", "wte")):
                 continue
@@ -71,7 +72,19 @@ def split_experts(state):
     return joined, turned
 
 
-def write(folder: Path, model, *, bits=4, group_size=16, act_order=True, seed=1, left=lambda name: False):
+def split_layers(state, split):
+    """`split`: joined name -> (names, widths) of its parts. Returns as split_experts does."""
+    joined = {}
+    for name in [each for each in state if each.split(".")[-2] in split and each.endswith((".weight", ".bias"))]:
+        owner, last, kind = name.rsplit(".", 2)
+        names, widths = split[last]
+        parts = [f"{owner}.{each}.{kind}" for each in names]
+        state.update(zip(parts, (each.contiguous() for each in state.pop(name).split(widths)), strict=True))
+        joined[name] = [parts]
+    return joined
+
+
+def write(folder: Path, model, *, bits=4, group_size=16, act_order=True, seed=1, left=lambda name: False, split=None):
     """Writes `folder`/packed and `folder`/dense; returns the names of the packed layers."""
     generator = torch.Generator().manual_seed(seed)
     dense, packed = folder / "dense", folder / "packed"
@@ -84,6 +97,8 @@ def write(folder: Path, model, *, bits=4, group_size=16, act_order=True, seed=1,
         path.unlink()
     state = {name: tensor.half().float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     joined, turned = split_experts(state)
+    if split:
+        joined |= split_layers(state, split)
     layers = {name: conv for name, conv in packable(model, state).items() if not left(name)}
     stored = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     for name, conv in layers.items():
@@ -100,7 +115,8 @@ def write(folder: Path, model, *, bits=4, group_size=16, act_order=True, seed=1,
         stored |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
         state[f"{name}.weight"] = (matrix.T if conv else matrix).contiguous()
     for name, parts in joined.items():
-        whole = torch.stack([torch.cat([state.pop(part) for part in own], 0) for own in parts])
+        wholes = [torch.cat([state.pop(part) for part in own], 0) for own in parts]
+        whole = torch.stack(wholes) if ".experts." in name else wholes[0]
         state[name] = whole.transpose(1, 2).contiguous() if name in turned else whole
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
     packed.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ and of layers that are shared or read; GPTQ_WEBUI_EVERY_ARCHITECTURE=1 runs all,
 """
 
 import os
+import re
 
 import hub_folder
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers
 from every_architecture import KINDS, tiny_model
 from packaging import version
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gptq_webui.core.errors import BadCheckpoint
@@ -20,6 +22,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.experts import PackedExperts
 from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.joined_layers import JoinedLayers
 from gptq_webui.gptq.stepper_choice import stepper_for
 
 # No twin to compare with: transformers 5.24 makes no tiny model of them, or its own forward does not look back only.
@@ -56,8 +59,8 @@ def loaded(folder):
 
 
 @torch.inference_mode()
-def check(kind, tmp_path, **changes):
-    names = hub_folder.write(tmp_path, tiny_model(kind, **changes))
+def check(kind, tmp_path, split=None, **changes):
+    names = hub_folder.write(tmp_path, tiny_model(kind, **changes), split=split)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     wanted = twin(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     hf, stepper, notes = loaded(tmp_path / "packed")
@@ -76,8 +79,9 @@ def check(kind, tmp_path, **changes):
         ours = int(logits.argmax())
         assert ours == id or float(theirs[0, id] - theirs[0, ours]) < 2e-3 * float(theirs.std()), "no tie of two tokens"
         logits = stepper.step(memory, id)[0]
+    kernel = stepper.kernel
     stepper.close()
-    return hf, notes
+    return hf, notes, kernel
 
 
 @pytest.mark.skipif(not NEW, reason="the table is of transformers 5")
@@ -112,6 +116,51 @@ def test_experts_keep_the_activation_of_their_architecture(tmp_path):
 
 @pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
 def test_layers_whose_weights_are_read_become_dense_and_a_note_says_so(tmp_path):
-    hf, notes = check("deepseek_v32", tmp_path)
+    hf, notes, _kernel = check("deepseek_v32", tmp_path)
     assert not isinstance(hf.model.layers[0].self_attn.indexer.weights_proj, GPTQLinear)
     assert any("computed in 32 bits" in note and "weights_proj" in note for note in notes)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+@pytest.mark.parametrize(("kind", "split"), [
+    ("phi3", {"gate_up_proj": (("gate_proj", "up_proj"), (96, 96))}),
+    ("phi3", {"gate_up_proj": (("gate_proj", "up_proj"), (96, 96)), "qkv_proj": (("q_proj", "k_proj", "v_proj"), (64, 32, 32))}),
+    ("glm4", {"gate_up_proj": (("gate_proj", "up_proj"), (96, 96))}),
+])  # fmt: skip
+def test_layers_that_the_writer_cut_are_computed_together(kind, split, tmp_path):
+    hf, _notes, kernel = check(kind, tmp_path, split=split)
+    assert kernel == "cpu", "and in one step"
+    assert sum(isinstance(each, JoinedLayers) for each in hf.modules()) == 4 * len(split)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+def test_a_cut_layer_with_other_widths_is_refused(tmp_path):
+    hub_folder.write(tmp_path, tiny_model("phi3"), split={"gate_up_proj": (("gate_proj", "up_proj"), (96, 96))})
+    path = tmp_path / "packed" / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 96', '"intermediate_size": 80'))
+    with pytest.raises(BadCheckpoint, match=r"192 outputs together|config\.json"):
+        loaded(tmp_path / "packed")
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe"])
+def test_a_packed_router_is_computed(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_folder, "_LEFT", re.compile("^$"))
+    monkeypatch.setattr(hub_folder, "_PARTS", re.compile(r"\.gate\.weight$"))
+    _hf, notes, _kernel = check(kind, tmp_path)
+    assert any(".gate first" in note for note in notes)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+@pytest.mark.parametrize("prefix", ["model.layers.4", "mtp.layers.0"])
+def test_layers_that_guess_further_tokens_are_left_out(prefix, tmp_path):
+    model = tiny_model("glm4_moe", num_nextn_predict_layers=1)
+    hub_folder.write(tmp_path, model)
+    path = tmp_path / "packed" / "model.safetensors"
+    state = load_file(path)
+    more = {name: tensor.clone() for name, tensor in state.items() if name.startswith("model.layers.3.")}
+    state |= {name.replace("model.layers.3", prefix): tensor for name, tensor in more.items()}
+    save_file(state, path, metadata={"format": "pt"})
+    hf, stepper, notes = loaded(tmp_path / "packed")
+    assert len(hf.model.layers) == 4 and any("guess further tokens" in note for note in notes)
+    stepper.close()

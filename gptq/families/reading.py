@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..joined_layers import parts_of_layer
 from ..rope_length import kind_of
 from .parts import LayerParts, ModelParts, Norm, Options, Rotary
 
@@ -97,12 +98,12 @@ def in_halves_norm(norm: Norm | None, rotary_dim: int) -> Norm | None:
 def qkv_of(attention: Any) -> tuple[nn.Module, ...]:
     """q, k, v by the names of Llama, or joined as in Phi-3."""
     if hasattr(attention, "qkv_proj"):
-        return (attention.qkv_proj,)
+        return parts_of_layer(attention.qkv_proj)
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def gate_up_of(mlp: Any) -> tuple[nn.Module, ...]:
-    return (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
+    return parts_of_layer(mlp.gate_up_proj) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
 
 
 def act_of(mlp: Any) -> str:
