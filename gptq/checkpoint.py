@@ -23,6 +23,7 @@ from ..core.foreign_errors import in_words
 from ..core.model_claims import EMBEDDINGS
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
+from ..core.old_names import renewed, successor_of
 from ..core.readable_folder import readable, without_bom
 from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
@@ -101,6 +102,9 @@ def load(
         config.transformers_weights = source.weights
     notes += [source.note] if source.note else []
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
+    successor = None if trust_remote_code else successor_of(read_json(model.folder / "config.json"))
+    if successor is not None:
+        options["key_mapping"] = dict(successor.tensors)
     if attn_implementation is None and _caps_scores(config):
         attn_implementation = "eager"  # transformers before 5.24 leaves the cap out of its fused attention, and says nothing
     if attn_implementation:
@@ -134,9 +138,13 @@ def load(
 
 def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it. Raises BadCheckpoint with a sentence."""
+    values = read_json(model.folder / "config.json")
+    successor = successor_of(values)
     try:
-        with readable(model.folder, without_bom(model.folder)) as folder:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if successor is not None and not trust_remote_code:
+            config = AutoConfig.for_model(successor.model_type, **renewed(values, successor))
+        else:
+            config = _config_of(model, trust_remote_code)
         config.name_or_path = str(model.folder)
     except Exception as error:  # transformers 5 checks the types of a config, with errors of no common class
         if "trust_remote_code" in str(error) or "custom code" in str(error):
@@ -157,6 +165,11 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
             "not know. Update transformers, or choose another model."
         )
     return config
+
+
+def _config_of(model: LocalModel, trust_remote_code: bool) -> Any:
+    with readable(model.folder, without_bom(model.folder)) as folder:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _bad_config(model: LocalModel, error: BaseException) -> str:

@@ -4,6 +4,7 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterable, Mapping
@@ -272,8 +273,7 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
 def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> bool:
     """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4, routers),
     or a module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""
-    linear = isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
-    if not linear and type(module).__name__ != "Conv1D":
+    if type(module).__name__ != "Conv1D" and not (isinstance(module, torch.nn.Linear) and _multiplies(module)):
         return True
     path = place.split(".")
     parent = model.get_submodule(".".join(path[:-1]))
@@ -281,6 +281,20 @@ def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) ->
         return True
     above = (model.get_submodule(".".join(path[:at])) for at in range(len(path) - 1))
     return any(re.search(rf"\.{path[-2]}\.{path[-1]}\.weight\b", _source(type(each))) for each in above)
+
+
+def _multiplies(linear: torch.nn.Linear) -> bool:
+    """Whether a subclass of Linear computes what Linear does (Falcon's does), found by trying it with a small weight."""
+    if type(linear).forward is torch.nn.Linear.forward:
+        return True
+    trial = copy.copy(linear)
+    weight, x = torch.randn(8, 8, device="cpu"), torch.randn(3, 8, device="cpu")  # transformers builds models on meta
+    trial._parameters = {"weight": torch.nn.Parameter(weight, requires_grad=False), "bias": None}
+    trial.in_features = trial.out_features = 8
+    try:
+        return torch.allclose(trial(x), x @ weight.T, atol=1e-4)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False
 
 
 def _beside_weight(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ Logits of a prompt of 24 tokens and of 16 single tokens are those of the dequant
 and of layers that are shared or read; GPTQ_WEBUI_EVERY_ARCHITECTURE=1 runs all, in about ten minutes.
 """
 
+import json
 import os
 import re
 
@@ -17,8 +18,10 @@ from packaging import version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import tiny
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
+from gptq_webui.core.old_names import renewed, successor_of
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.experts import PackedExperts
 from gptq_webui.gptq.gptq_linear import GPTQLinear
@@ -28,7 +31,9 @@ from gptq_webui.gptq.stepper_choice import stepper_for
 # No twin to compare with: transformers 5.24 makes no tiny model of them, or its own forward does not look back only.
 REFUSED = {"cpmant"}  # in words, by checkpoint.py
 WITHOUT_TWIN = {"moshi": "its embedding has one row more than config.json says"}
+SHARED = {"zamba", "zamba2"}  # less layers in the files than places
 SAMPLE = (
+    "falcon",  # a subclass of Linear that computes as Linear does
     "gpt_oss",  # experts with biases, gates and ups in turns, attention sinks, sliding windows
     "llama4_text",  # experts that are transposed and weighted before
     "nemotron_h",  # experts without a gate, states
@@ -64,7 +69,8 @@ def check(kind, tmp_path, split=None, **changes):
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     wanted = twin(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     hf, stepper, notes = loaded(tmp_path / "packed")
-    assert any(isinstance(each, GPTQLinear) for each in hf.modules()) and names
+    packed = [each for each in hf.modules() if isinstance(each, GPTQLinear)]
+    assert packed and (len(packed) == len(names) or kind in SHARED or any("computed in 32 bits" in each for each in notes))
     memory = stepper.begin()
     assert off(stepper.prefill(memory, IDS[:PROMPT]), wanted[PROMPT - 1 : PROMPT]) < 1e-3
     for at in range(PROMPT, len(IDS)):
@@ -164,3 +170,49 @@ def test_layers_that_guess_further_tokens_are_left_out(prefix, tmp_path):
     hf, stepper, notes = loaded(tmp_path / "packed")
     assert len(hf.model.layers) == 4 and any("guess further tokens" in note for note in notes)
     stepper.close()
+
+
+def test_a_subclass_that_computes_as_linear_does_stays_packed(tmp_path):
+    tiny.write(tmp_path / "model", "falcon")
+    hf, stepper, notes = loaded(tmp_path / "model")
+    assert stepper.kernel == "cpu" and not notes
+    assert sum(isinstance(each, GPTQLinear) for each in hf.modules()) == 8
+    stepper.close()
+
+
+def of_2023(folder, kind, model_type, names, tensors=None):
+    """A packed folder as it was written when its architecture was program code in the folder, which must not run."""
+    twin = tiny.write(folder, kind)
+    config = json.loads((folder / "config.json").read_text())
+    config = {old: config[now] for old, now in names.items() if now in config} | {
+        name: value for name, value in config.items() if name not in names.values()
+    }
+    (folder / "code.py").write_text("raise SystemExit('it ran')")
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    for now, old in (tensors or {}).items():
+        state = {name.replace(now, old): tensor for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return twin
+
+
+@pytest.mark.parametrize(("kind", "model_type", "names", "tensors"), [
+    ("falcon", "RefinedWebModel", {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}, {}),
+    ("llama", "Yi", {}, {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}),
+])  # fmt: skip
+def test_settings_of_2023_are_read_without_their_code(kind, model_type, names, tensors, tmp_path):
+    twin = of_2023(tmp_path / "model", kind, model_type, names, tensors)
+    _hf, stepper, _notes = loaded(tmp_path / "model")
+    with torch.inference_mode():
+        assert off(stepper.prefill(stepper.begin(), IDS), twin(torch.tensor([IDS])).logits[:, -1]) < 1e-3
+    stepper.close()
+
+
+def test_names_of_2023_become_those_of_now():
+    old = {"model_type": "stablelm_epoch", "rope_pct": 0.25, "norm_eps": 1e-5, "auto_map": {}, "hidden_size": 64}
+    found = successor_of(old)
+    assert found is not None and found.model_type == "stablelm" and successor_of({"model_type": ["Yi"]}) is None
+    assert renewed(old, found) == {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "hidden_size": 64}
+    forty = successor_of({"model_type": "RefinedWeb"})
+    assert forty is not None and renewed({"n_head_kv": 8}, forty) == {"new_decoder_architecture": True, "num_kv_heads": 8}
