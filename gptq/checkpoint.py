@@ -13,26 +13,25 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..core.config_numbers import shown
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.folder_files import read_json
 from ..core.foreign_errors import in_words
 from ..core.model_claims import EMBEDDINGS
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
-from ..core.old_names import renewed, successor_of
-from ..core.readable_folder import readable, without_bom
+from ..core.old_names import successor_of
 from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
+from .config_reading import read_config
+from .dense_layers import make_dense
 from .gptq_linear import GPTQLinear
 from .joined_layers import move_parts
 from .load_progress import Report, Watch
 from .neighbours import repack
-from .packed_quantizer import METHOD, PackedLayer, make_dense, packed_layers, packed_modules, register
+from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
 from .token_ids import drop_unknown_ids
@@ -40,8 +39,6 @@ from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
-# What no forward that goes on token by token gives right numbers for.
-_NOT_CAUSAL = {"cpmant": "it reads its prompt in both directions"}
 _STANDARD_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -134,72 +131,6 @@ def load(
     _check_report(model, info, layers, config)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
-
-
-def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
-    """config.json as transformers reads it. Raises BadCheckpoint with a sentence."""
-    values = read_json(model.folder / "config.json")
-    successor = successor_of(values)
-    try:
-        if successor is not None and not trust_remote_code:
-            config = AutoConfig.for_model(successor.model_type, **renewed(values, successor))
-        else:
-            config = _config_of(model, trust_remote_code)
-        config.name_or_path = str(model.folder)
-    except Exception as error:  # transformers 5 checks the types of a config, with errors of no common class
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise BadCheckpoint(
-                f"{model.name} brings its own program code for its architecture ({model.architecture or 'unnamed'}), "
-                "and the installed transformers does not know it. Code out of model folders is not run, unless you turn on "
-                "trust_remote_code for this model."
-            ) from None
-        raise BadCheckpoint(_bad_config(model, error)) from None
-    if why := _NOT_CAUSAL.get(str(getattr(config, "model_type", ""))):
-        raise BadCheckpoint(
-            f"{model.name} is of the architecture {model.architecture or config.model_type}, which cannot be computed token by "
-            f"token: {why}. Choose another model."
-        )
-    if unknown := _unknown_rope(config):
-        raise BadCheckpoint(
-            f"config.json of {model.name} names the kind of rotary positions {unknown}, which the installed transformers does "
-            "not know. Update transformers, or choose another model."
-        )
-    return config
-
-
-def _config_of(model: LocalModel, trust_remote_code: bool) -> Any:
-    with readable(model.folder, without_bom(model.folder)) as folder:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-def _bad_config(model: LocalModel, error: BaseException) -> str:
-    """Why transformers makes no config of config.json, as a sentence."""
-    values = read_json(model.folder / "config.json")
-    known = values.get("model_type")
-    if not isinstance(known, str) or known not in CONFIG_MAPPING:
-        return (
-            f"The installed transformers does not know the architecture of {model.name} "
-            f"({model.architecture or 'not named in config.json'}): {in_words(error)}. "
-            "Update transformers, or choose another model."
-        )
-    if field := re.search(r"field '(\w+)'", str(error)):
-        said = f"says {field[1]} {shown(values.get(field[1]))}, which is of another type than transformers expects"
-    else:
-        said = f"describes no model that transformers can make: {in_words(error.__cause__ or error)}"
-    return f"config.json of {model.name} {said}. Correct config.json, or download the model again."
-
-
-def _unknown_rope(config: Any) -> str:
-    """The kind of rotary positions that transformers does not have; "" if it has it."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("rope_parameters", "rope_scaling"):
-        given = getattr(text, name, None)
-        groups = [given, *given.values()] if isinstance(given, Mapping) else []
-        for each in groups:
-            kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
-            if kind is not None and kind not in (*ROPE_INIT_FUNCTIONS, "default", "su", "mrope"):
-                return shown(kind)
-    return ""
 
 
 def _untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[str]:

@@ -4,12 +4,8 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
-import copy
-import inspect
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_nam
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
+from .dense_layers import beside_weight, replace, stays_dense
 from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_places
@@ -106,7 +103,7 @@ class PackedQuantizer(HfQuantizer):
             if is_dense_experts(modules.get(owner)):
                 packed = PackedExperts(modules[owner])
                 require_complete(packed, owner, modules_of.values())
-                _replace(model, owner, packed)
+                replace(model, owner, packed)
         parts = {part: joined for joined, names in joined_places(modules_of.values(), modules).items() for part in names}
         for name, layer in layers.items():
             place = modules_of[name]
@@ -131,10 +128,10 @@ class PackedQuantizer(HfQuantizer):
                 raise BadCheckpoint(f"{name} has no bias in the files, and its architecture has one. Download the model again.")
             dense = modules.get(place)
             packed_layer = _packed(layer, layer.has_bias or getattr(dense, "bias", None) is not None)
-            parent = _replace(model, place, packed_layer)
-            if dense is not None and _stays_dense(dense, model, place):
+            parent = replace(model, place, packed_layer)
+            if dense is not None and stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one
-                for own, tensor in _beside_weight(dense):
+                for own, tensor in beside_weight(dense):
                     if isinstance(tensor, torch.nn.Parameter):
                         packed_layer.register_parameter(own, tensor)
                     else:
@@ -171,7 +168,7 @@ class PackedQuantizer(HfQuantizer):
                     f"{' and '.join(names)} of {owner} have {found} outputs together in the files, and {last} has {wanted} in "
                     "config.json. The files belong to another model; download it again."
                 )
-            _replace(model, place, JoinedLayers(names))
+            replace(model, place, JoinedLayers(names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32)."""
@@ -233,14 +230,6 @@ def _renamings(model: PreTrainedModel) -> list[Any]:
     return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
 
 
-def _replace(model: PreTrainedModel, name: str, module: torch.nn.Module) -> torch.nn.Module:
-    """Put a module in the place of another; returns its parent."""
-    parent_name, _dot, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    setattr(parent, child, module)
-    return parent
-
-
 def _share(model: PreTrainedModel) -> None:
     """Where layers are tied to each other (Zamba's shared blocks), the packed one stands at every place."""
     ties: Any = getattr(model, "all_tied_weights_keys", None)  # of transformers 5: target -> source
@@ -252,7 +241,7 @@ def _share(model: PreTrainedModel) -> None:
             continue
         del ties[target]
         if modules[0] is not modules[1] and not all(packed):
-            _replace(model, names[packed.index(False)], modules[packed.index(True)])
+            replace(model, names[packed.index(False)], modules[packed.index(True)])
         if model.get_submodule(names[0]) is model.get_submodule(names[1]):
             parts = [part for part, _tensor in modules[packed.index(True)].named_parameters()]
             ties.update({f"{names[1]}.{part}": f"{names[0]}.{part}" for part in parts})
@@ -268,76 +257,6 @@ def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
         )
     rows, columns = weight.shape
     return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
-
-
-def _stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> bool:
-    """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4, routers),
-    or a module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""
-    if type(module).__name__ != "Conv1D" and not (isinstance(module, torch.nn.Linear) and _multiplies(module)):
-        return True
-    path = place.split(".")
-    parent = model.get_submodule(".".join(path[:-1]))
-    if re.search(rf"self\.{path[-1]}\.weight\b", _source(type(parent))):
-        return True
-    above = (model.get_submodule(".".join(path[:at])) for at in range(len(path) - 1))
-    return any(re.search(rf"\.{path[-2]}\.{path[-1]}\.weight\b", _source(type(each))) for each in above)
-
-
-def _multiplies(linear: torch.nn.Linear) -> bool:
-    """Whether a subclass of Linear computes what Linear does (Falcon's does), found by trying it with a small weight."""
-    if type(linear).forward is torch.nn.Linear.forward:
-        return True
-    trial = copy.copy(linear)
-    weight, x = torch.randn(8, 8, device="cpu"), torch.randn(3, 8, device="cpu")  # transformers builds models on meta
-    trial._parameters = {"weight": torch.nn.Parameter(weight, requires_grad=False), "bias": None}
-    trial.in_features = trial.out_features = 8
-    try:
-        return torch.allclose(trial(x), x @ weight.T, atol=1e-4)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-        return False
-
-
-def _beside_weight(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """What a router holds that is no weight and no bias, such as the corrections of its scores."""
-    held = {**module._parameters, **module._buffers}
-    return [(name, tensor) for name, tensor in held.items() if name not in ("weight", "bias") and tensor is not None]
-
-
-@cache
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # of a class that has no file
-        return ""
-
-
-def make_dense(model: PreTrainedModel, modules: Iterable[tuple[str, GPTQLinear]]) -> list[str]:
-    """Put plain layers in the place of those packed ones whose weights the architecture reads itself; returns their names.
-
-    `modules`: name in the model, layer. Raises BadCheckpoint for one whose tensors are not on a device.
-    """
-    found = [(name, module) for name, module in modules if "dense_form" in vars(module)]
-    for name, module in found:
-        if module.qweight.is_meta:
-            raise BadCheckpoint(
-                f"{name} is a packed layer whose weights its architecture reads as 16-bit ones, which cannot be moved between "
-                "processor and GPU while the model computes. Load it on one device: set the device, or choose a smaller model."
-            )
-        dense = vars(module)["dense_form"]
-        weight = module.dequantize(model.dtype)
-        conv = type(dense).__name__ == "Conv1D"
-        dense.weight = torch.nn.Parameter(weight.T.contiguous() if conv else weight, requires_grad=False)
-        if module.bias is not None:
-            dense.bias = torch.nn.Parameter(module.bias.data.to(model.dtype), requires_grad=False)
-        for own, _tensor in _beside_weight(dense):
-            setattr(dense, own, getattr(module, own))
-        if (hook := getattr(module, "_hf_hook", None)) is not None:
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(dense, hook)
-        for place in [each for each, other in model.named_modules(remove_duplicate=False) if other is module]:
-            _replace(model, place, dense)
-    return [name for name, _module in found]
 
 
 def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:

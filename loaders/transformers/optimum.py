@@ -53,12 +53,12 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ...gptq import checkpoint, transformers_patch
+    from ...gptq import transformers_patch
     from ...gptq.rope import apply
     from ...gptq.weights_index import weights_source
 
     assert model.quantize is not None
-    config = checkpoint.read_config(model, trust_remote_code)
+    config = config_reading.read_config(model, trust_remote_code)
     notes = [*apply(config, rope)] if rope is not None else []
     settings = config_of(model)["quantization_config"]
     on_cpu = isinstance(device_map, dict) and {str(each) for each in device_map.values()} == {"cpu"}
