@@ -53,7 +53,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ...gptq import transformers_patch
+    from ...gptq import config_reading, transformers_patch
     from ...gptq.rope import apply
     from ...gptq.weights_index import weights_source
 
