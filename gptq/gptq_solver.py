@@ -25,7 +25,7 @@ _SHARES = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 @dataclass(frozen=True)
 class Packed:
-    """The tensors of one layer as a file holds them; shapes as in pack.py."""
+    """The tensors of one layer as a file holds them; shapes as in bit_packing.py."""
 
     qweight: Tensor
     qzeros: Tensor

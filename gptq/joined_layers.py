@@ -32,12 +32,12 @@ def parts_of_layer(module: nn.Module) -> tuple[nn.Module, ...]:
     return module.parts if isinstance(module, JoinedLayers) else (module,)
 
 
-def joined_places(places: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+def joined_names(names_of_files: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     """Joined layer of the model -> names of its parts, where the files have all of the parts and the model has none."""
-    have = set(places)
+    have = set(names_of_files)
     found = {}
-    for place in have - set(modules):
-        owner, _dot, last = place.rpartition(".")
+    for name in have - set(modules):
+        owner, _dot, last = name.rpartition(".")
         for joined, parts in JOINED.items():
             names = tuple(f"{owner}.{each}" for each in parts)
             if last in parts and isinstance(modules.get(f"{owner}.{joined}"), nn.Linear) and have.issuperset(names):

@@ -23,7 +23,7 @@ from ..core.safetensors_header import TensorInfo
 from .dense_layers import beside_weight, replace, stays_dense
 from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
 from .gptq_linear import GPTQLinear
-from .joined_layers import JOINED, JoinedLayers, joined_places
+from .joined_layers import JOINED, JoinedLayers, joined_names
 from .neighbours import Parts, expect, parts_of
 
 METHOD = "gptq-webui"
@@ -104,7 +104,7 @@ class PackedQuantizer(HfQuantizer):
                 packed = PackedExperts(modules[owner])
                 require_complete(packed, owner, modules_of.values())
                 replace(model, owner, packed)
-        parts = {part: joined for joined, names in joined_places(modules_of.values(), modules).items() for part in names}
+        parts = {part: joined for joined, names in joined_names(modules_of.values(), modules).items() for part in names}
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)

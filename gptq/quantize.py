@@ -1,4 +1,4 @@
-"""Makes GPTQ models: every layer is solved (solve.py) with the Hessian of what a calibration text sends through it, and
+"""Makes GPTQ models: every layer is solved (gptq_solver.py) with the Hessian of what a calibration text sends through it, and
 written to folders in AutoGPTQ's layout."""
 
 import dataclasses

@@ -220,7 +220,7 @@ class TransformersStepper(Stepper):
 
     def _learn_what_continues(self) -> None:
         """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
-        be told from another. Then tokens follow one by one, or all are computed again each time."""
+        be known from another. Then tokens follow one by one, or all are computed again each time."""
         whole = self.prefill(self.begin(), _TRIAL).double()
 
         def difference(first: int) -> float:
@@ -240,11 +240,11 @@ class TransformersStepper(Stepper):
         if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
             self._gives_positions = True
             try:
-                told = difference(len(_TRIAL) - 1)
+                given = difference(len(_TRIAL) - 1)
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-                told = float("inf")
-            self._gives_positions = told < one / 10
-            one = told if self._gives_positions else one
+                given = float("inf")
+            self._gives_positions = given < one / 10
+            one = given if self._gives_positions else one
         if not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False

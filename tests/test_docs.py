@@ -23,6 +23,11 @@ OTHERS = {
     "tokenizer_config.json", "chat_template.jinja", "settings.yaml", "settings.json", "gptq_webui.zip", "CMD_FLAGS.txt",
     ".gptq-webui.json", "user_data/CMD_FLAGS.txt", "cmd_linux.sh", "server.py", "extensions/", "user_data/extensions/",
 }  # fmt: skip
+# Sources of other programs that docstrings name.
+OTHERS_SOURCES = {
+    "architecture.py", "generator/dynamic.py", "module.py", "awq/modules/linear/gemm.py", "gemm.py", "inference/backend.py",
+    "modelling_llama.py", "modules/chat.py", "modules/sampler_hijack.py", "utils/model.py", "utils/planar_packing.py",
+}  # fmt: skip
 # Files that the reader of docs/contributing/ makes.
 MADE = {
     "../echo-loader/pyproject.toml",
@@ -62,6 +67,27 @@ def commands(text: str) -> list[str]:
     blocks = FENCE.findall(text) + re.findall(r"^ {4,}(.+)$", text, re.M)
     lines = [line.strip() for block in blocks for line in re.split(r"\n|&&", block)] + re.findall(r"`([^`\n]+)`", text)
     return [line for line in lines if re.match(r"gptq-webui( |$)", line)]
+
+
+def test_docstrings_and_comments_name_files_that_are_there():
+    """A name misleads once the file has another one. Files of other programs are listed above."""
+    own = [each for each in tracked() if each.endswith(".py")]
+    ends = {"/".join(each.split("/")[-depth:]) for each in own for depth in range(1, each.count("/") + 2)}
+    wrong = []
+    for each in own:
+        for line in (ROOT / each).read_text(encoding="utf-8").splitlines():
+            comment = re.search(r"(?:^\s*\"\"\"|^\s*#|  # |^[A-Z`]).*", line)
+            for file in re.findall(r"(?<![\w`'\"/.*<>{}-])((?:\w+/)*[a-z]\w+\.py)(?![\w`'\"])", comment[0] if comment else ""):
+                if file not in ends:
+                    wrong.append(f"{each}: {file}")
+    assert not [each for each in wrong if each.split(": ")[1] not in OTHERS_SOURCES]
+
+
+def test_every_test_file_is_in_the_table_of_tests():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    patterns = [each.replace("*", r"\w*") for each in re.findall(r"`(test_[\w*]+\.py)`", text)]
+    files = {Path(each).name for each in tracked() if each.startswith("tests/test_")}
+    assert not sorted(each for each in files if not any(re.fullmatch(pattern, each) for pattern in patterns))
 
 
 def test_the_readme_is_short():
