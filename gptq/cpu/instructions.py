@@ -19,7 +19,7 @@ def splat(builder: Any, value: Any, count: int) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(vector(I32, count), [0] * count))
 
 
-def constant(kind: Any, value: int) -> Any:
+def constant(kind: Any, value: float) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
