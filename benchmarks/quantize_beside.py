@@ -71,13 +71,14 @@ def _texts(options: argparse.Namespace) -> tuple[Path, Path]:
     from transformers import AutoTokenizer
 
     sys.path.insert(0, str(ROOT.parent))
+    from gptq_webui.core.models import LocalModel
     from gptq_webui.engine.calibration_text import samples_of
     from gptq_webui.engine.demo_calibration import manual
 
     text, samples = options.work / "text.txt", options.work / "samples.json"
     text.write_text("\n\n".join(manual()), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    found, _words = samples_of(str(text), tokenizer, options.seq_len, options.samples)
+    found, _words = samples_of(str(text), LocalModel.read(options.folder), tokenizer, options.seq_len, options.samples, print)
     samples.write_text(json.dumps(found))
     print(json.dumps({"samples": len(found), "tokens": options.seq_len, "cores": os.cpu_count()}), flush=True)
     return text, samples

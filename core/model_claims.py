@@ -72,10 +72,11 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
     if labels is not None and not (isinstance(labels, int) and labels <= _MOST_LABELS):
         yield f"config.json says num_labels {shown(labels)}; a number up to {_MOST_LABELS} was expected"
     kind = config.get("model_type")
-    for name in _CONTEXT if isinstance(kind, str) and kind in _TABLES else ():
+    positions = _TABLES.get(kind) if isinstance(kind, str) else None
+    for name in _CONTEXT if positions is not None else ():
         value = config.get(name)
-        if isinstance(value, int) and value > _TABLES[kind]:
-            yield f"config.json says {name} {value}; a model of the type {kind} has {_TABLES[kind]} positions at most"
+        if isinstance(value, int) and value > (positions or 0):
+            yield f"config.json says {name} {value}; a model of the type {kind} has {positions} positions at most"
     for name in _EPSILONS:
         value = config.get(name)
         if value is not None and not (is_number(value) and 0 <= value < 1):

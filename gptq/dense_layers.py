@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,10 +29,10 @@ def stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> 
         return True
     path = place.split(".")
     parent = model.get_submodule(".".join(path[:-1]))
-    if re.search(rf"self\.{path[-1]}\.weight\b", _source(type(parent))):
+    if _mentions(parent, rf"self\.{path[-1]}\.weight\b"):
         return True
     above = (model.get_submodule(".".join(path[:at])) for at in range(len(path) - 1))
-    return any(re.search(rf"\.{path[-2]}\.{path[-1]}\.weight\b", _source(type(each))) for each in above)
+    return any(_mentions(each, rf"\.{path[-2]}\.{path[-1]}\.weight\b") for each in above)
 
 
 def _multiplies(linear: torch.nn.Linear) -> bool:
@@ -52,6 +53,12 @@ def beside_weight(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """What a router holds that is no weight and no bias, such as the corrections of its scores."""
     held = {**module._parameters, **module._buffers}
     return [(name, tensor) for name, tensor in held.items() if name not in ("weight", "bias") and tensor is not None]
+
+
+def _mentions(module: torch.nn.Module, pattern: str) -> bool:
+    """Whether the code of a module's class has the pattern."""
+    kind: Any = type(module)
+    return re.search(pattern, _source(kind)) is not None
 
 
 @cache

@@ -25,7 +25,7 @@ class PackedExperts(nn.Module):
     def __init__(self, dense: nn.Module) -> None:
         """`dense` is the module to replace: its activation and its number of experts are kept."""
         super().__init__()
-        self.num_experts = int(dense.down_proj.shape[0])  # type: ignore[union-attr, index]
+        self.num_experts = int(dense.down_proj.shape[0])  # type: ignore[index]
         self.gated = _joined(dense) is not None
         self.has_identity = hasattr(dense, "identity_expert")  # choices beyond the last expert leave x as it is (LongCat)
         self._default_gate = _has_default_gate(dense)  # act_fn(gate) * up
