@@ -33,8 +33,9 @@ class Reader:
             sys.stderr.write(prompt)
             sys.stderr.flush()
             return input()
-        with _raw_streams():  # it moves the cursor, and escapes control characters itself
-            return str(self._session.prompt(prompt, default=text))
+        # prompt_toolkit moves the cursor, and escapes control characters itself.
+        with _raw_streams(), _noted_interrupt(self._session.app) as interrupt:
+            return str(self._session.prompt(prompt, default=text, pre_run=interrupt.check, handle_sigint=False))
 
 
 def _session(complete: Callable[[str], Sequence[str]], history: Path | None) -> Any:
@@ -89,6 +90,41 @@ def _raw_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class _Interrupt:
+    """A Ctrl+C that came as a signal: before the prompt reads keys itself, or from another program."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._came = self._ready = False
+
+    def received(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        if self._ready:
+            self._end_prompt()
+
+    def check(self) -> None:
+        """Once the prompt runs: end it if the signal came while it began."""
+        self._ready = True
+        if self._came:
+            self._end_prompt()
+
+    def _end_prompt(self) -> None:
+        app = self._app
+        if app.future is not None and not app.future.done() and app.loop is not None:
+            app.loop.call_soon_threadsafe(lambda: app.exit(exception=KeyboardInterrupt, style="class:aborting"))
+
+
+@contextlib.contextmanager
+def _noted_interrupt(app: Any) -> Iterator[_Interrupt]:
+    """prompt_toolkit's own handler loses a signal that comes while the prompt begins."""
+    noted = _Interrupt(app)
+    before = signal.signal(signal.SIGINT, noted.received)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
