@@ -23,6 +23,7 @@ from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.old_names import renewed, successor_of
 from gptq_webui.gptq import checkpoint
+from gptq_webui.gptq.cpu import numba_compiler
 from gptq_webui.gptq.experts import PackedExperts
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.joined_layers import JoinedLayers
@@ -175,8 +176,9 @@ def test_layers_that_guess_further_tokens_are_left_out(prefix, tmp_path):
 def test_a_subclass_that_computes_as_linear_does_stays_packed(tmp_path):
     tiny.write(tmp_path / "model", "falcon")
     hf, stepper, notes = loaded(tmp_path / "model")
-    assert stepper.kernel == "cpu" and not notes
-    assert sum(isinstance(each, GPTQLinear) for each in hf.modules()) == 8
+    assert not notes and sum(isinstance(each, GPTQLinear) for each in hf.modules()) == 8
+    if numba_compiler.available():
+        assert stepper.kernel == "cpu"
     stepper.close()
 
 
