@@ -71,7 +71,11 @@ def check(kind, tmp_path, split=None, **changes):
     wanted = twin(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     hf, stepper, notes = loaded(tmp_path / "packed")
     packed = [each for each in hf.modules() if isinstance(each, GPTQLinear)]
-    assert packed and (len(packed) == len(names) or kind in SHARED or any("computed in 32 bits" in each for each in notes))
+    files = (tmp_path / "packed").glob("*.safetensors")
+    written = sum(name.endswith(".qweight") for file in files for name in load_file(file))  # some are too small to be packed
+    assert packed and (
+        len(packed) in (len(names), written) or kind in SHARED or any("computed in 32 bits" in each for each in notes)
+    )
     memory = stepper.begin()
     assert off(stepper.prefill(memory, IDS[:PROMPT]), wanted[PROMPT - 1 : PROMPT]) < 1e-3
     for at in range(PROMPT, len(IDS)):
