@@ -26,6 +26,7 @@ _TABLES = {  # families that make a table of all positions, or of all pairs of t
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,
     "falcon": 1 << 20, "opt": 1 << 20,
 }  # fmt: skip
+_OWN_HEAD_SIZE = ("mpt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen", "bloom", "falcon", "opt")  # they read no head_dim
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -82,7 +83,7 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and not (is_number(value) and 0 <= value < 1):
             yield f"config.json says {name} {shown(value)}; a small positive number such as 1e-6 was expected"
     window = config.get("sliding_window")
-    positive = isinstance(window, int) and not isinstance(window, bool) and window > 0
+    positive = isinstance(window, int) and not isinstance(window, bool) and 0 < window <= 1 << 31
     if window is not None and config.get("use_sliding_window") is not False and not positive:
         yield f"config.json says sliding_window {shown(window)}; a positive number of tokens or null was expected"
 
@@ -95,7 +96,9 @@ def _heads(config: Mapping[str, Any]) -> Iterator[str]:
             "(num_key_value_heads); each key head must serve a whole number of heads"
         )
     hidden = first(config, HIDDEN)
-    named = any("head_dim" in name and value is not None for name, value in config.items())
+    named = config.get("model_type") not in _OWN_HEAD_SIZE and any(
+        "head_dim" in name and value is not None for name, value in config.items()
+    )
     if isinstance(heads, int) and isinstance(hidden, int) and not named and hidden % heads:
         yield f"config.json says a hidden size of {hidden} for {heads} heads and no head_dim; the heads cannot divide it evenly"
 

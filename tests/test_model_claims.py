@@ -93,3 +93,15 @@ def test_the_name_of_an_architecture_is_printable_and_short(tiny_gptq, tmp_path)
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["\x1b[2J" + "X" * 5000]}))
     found = LocalModel.read(tmp_path / "model").architecture
     assert found.isprintable() and len(found) == 80 and found.startswith("\\x1b[2JX")
+
+
+def test_a_head_size_that_the_family_does_not_read_divides_nothing():
+    config = {"model_type": "mpt", "d_model": 16, "n_heads": 6, "head_dim": 32}
+    assert "16 for 6 heads" in problem_of(config, {})
+    assert not problem_of(config | {"d_model": 18}, {})
+    assert not problem_of(config | {"model_type": "mistral"}, {})
+
+
+@pytest.mark.parametrize("window", [1 << 40, (1 << 63) - 1, 0, -4])
+def test_a_window_that_no_library_can_count_is_a_sentence(window):
+    assert "sliding_window" in problem_of({"model_type": "stablelm", "sliding_window": window}, {})
