@@ -230,19 +230,19 @@ class TransformersStepper(Stepper):
             found = self.prefill(memory, _TRIAL[first:]).double()
             return float((found - whole).norm() / whole.norm())
 
+        def with_one_token() -> float:
+            try:
+                return difference(len(_TRIAL) - 1)
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+                log.info("a conversation cannot be continued: %s", error)
+                return float("inf")
+
         if not self._keeps_cache:
             return
-        try:
-            one = difference(len(_TRIAL) - 1)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            log.info("a conversation cannot be continued: %s", error)
-            one = float("inf")
+        one = with_one_token()
         if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
             self._gives_positions = True
-            try:
-                given = difference(len(_TRIAL) - 1)
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-                given = float("inf")
+            given = with_one_token()
             self._gives_positions = given < one / 10
             one = given if self._gives_positions else one
         if not one < _FAR:

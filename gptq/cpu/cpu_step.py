@@ -64,9 +64,8 @@ class CpuStepper(Stepper):
         self._options = parts.options
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self.weights: list[Weights] = []
-        self._rows_of: dict[
-            int, tuple[int, Tensor | None]
-        ] = {}  # id of a layer's module -> (its weight's row, order of its outputs)
+        # id of a layer's module -> (its row in the table of weights, the order of its outputs)
+        self._rows_of: dict[int, tuple[int, Tensor | None]] = {}
         self._model = self._take_in(parts, self._shape, context_tokens)
         head = self.weights[self._model["head_row"]]
         self._head_size = head.outputs
