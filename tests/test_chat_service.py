@@ -380,10 +380,11 @@ def test_nobody_reaches_an_answer_of_somebody_else(slow):
 
 
 WRITER = """
-import sys, time
+import runpy, sys, time
 from pathlib import Path
-root, tests, folder = sys.argv[1:]
-sys.path[:0] = [root, tests]
+entry, tests, folder = sys.argv[1:]
+runpy.run_path(entry)["register"]()
+sys.path.insert(0, tests)
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.chat_service import ChatService
@@ -406,10 +407,8 @@ print("over", flush=True)
 @pytest.fixture
 def writer(tmp_path):
     """Another process that writes a long answer: (process, conversation)."""
-    import gptq_webui
-
-    root = os.path.dirname(os.path.dirname(gptq_webui.__file__ or ""))
-    command = [sys.executable, "-c", WRITER, root, str(Path(__file__).parent), str(tmp_path)]
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", WRITER, str(tests.parent / "script.py"), str(tests), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield process, process.stdout.readline().strip()
