@@ -30,6 +30,7 @@ Start = Callable[[threading.Event], Iterable[Token | Finish]]
 
 _HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a first token
 _KEEPALIVE_S = 10.0  # between comment lines to a client that waits, so that no proxy gives up
+_POSITION_S = 1.0  # how soon a client that waits in the queue is told that it moved on
 _WRITE_S = 60.0  # a client that reads nothing for so long is gone
 
 
@@ -79,6 +80,8 @@ class Running:
         self._starts = list(starts)
         self._cancel = threading.Event()
         self._ended = ended
+        self.paused: Callable[[float], None] = lambda seconds: None  # gets each pause between two tokens
+        self._last_token: tuple[int, float] | None = None  # (number of the answer, when it came)
         self._events: deque[tuple[int, Token | Finish]] = deque()
         self._texts: list[str] = []
         self._over = False
@@ -201,8 +204,13 @@ class Running:
             self._notify()
 
     def _put(self, at: int, event: Token | Finish) -> None:
-        if at == 0 and isinstance(event, Token):
-            self._texts.append(event.text)
+        if isinstance(event, Token):
+            now, last = time.perf_counter(), self._last_token
+            if last is not None and last[0] == at:
+                self.paused(now - last[1])
+            self._last_token = at, now
+            if at == 0:
+                self._texts.append(event.text)
         self._events.append((at, event))
         if not self._is_whole:
             self._notify()
@@ -252,11 +260,16 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await put(self._opening)
+            known, silent_s = 0, 0.0  # the position that the client knows; how long nothing was sent
             while True:
+                if (ahead := self._running.ticket.ahead) != known or silent_s >= _KEEPALIVE_S:
+                    await put(self._waiting(ahead))
+                    known, silent_s = ahead, 0.0
+                wait_s = _POSITION_S if ahead else _KEEPALIVE_S
                 try:
-                    batch = await self._running.batch(_KEEPALIVE_S)
+                    batch = await self._running.batch(wait_s)
                 except TimeoutError:
-                    await put(self._waiting(self._running.ticket.ahead))
+                    silent_s += wait_s
                     continue
                 except Problem as problem:
                     log.warning("a stream ended with an error: %s (request %s)", problem.message, self._running.request_id)

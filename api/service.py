@@ -55,6 +55,7 @@ class Limits:
     max_input_tokens: int | None = None  # of a prompt; None: up to the context
     max_requests: int = DEFAULT_LIMIT  # that run or wait
     parallel: int | None = None  # answers at the same time; None: as many as the loaded model can
+    per_client: int | None = None  # requests of one address or key that run or wait; None: half of max_requests
 
 
 class _Turns:
@@ -73,6 +74,7 @@ class Service:
         self.gate = ModelGate(engine, self.limits.max_requests)
         self.queue = engine.queue
         self.queue.limit, self.queue.most_parallel = self.limits.max_requests, self.limits.parallel
+        self.queue.most_per_client = self.limits.per_client
         self.began = time.time()
         self.metrics = Metrics(self._gauges())
         self.kobold_settings: dict[str, Any] = {}  # defaults that a KoboldAI client set
@@ -159,6 +161,11 @@ class Service:
         name = request.state.caller.name
         return f"key {name}" if name else str(request.client.host if request.client else "")
 
+    def _asker(self, request: Request) -> str:
+        """Whose turn in the queue it is: several people may share a key, and several keys an address."""
+        client, host = self.client(request), request.client.host if request.client else ""
+        return client if client == host else f"{client} from {host}"
+
     def params(self, values: Mapping[str, Any]) -> GenerationParams:
         """Neutral but for `values`; None in them means not set. Raises Problem that names the field."""
         try:
@@ -229,7 +236,7 @@ class Service:
         self.ignore(loaded.model.name, _not_obeyed(params, loaded))
         self.metrics.asked(protocol)
         try:
-            ticket = self.queue.join(self.client(request))
+            ticket = self.queue.join(self._asker(request))
         except Busy:
             self.metrics.failed("overloaded")
             raise
@@ -237,6 +244,7 @@ class Service:
             params = replace(params, seed=random.getrandbits(31))
         starts = [self._start(each, params, at, scored, apart) for each in prompts for at in range(n)]
         running = Running(starts, ticket, self._threads, self._ended, note)
+        running.paused = self.metrics.paused
         self._running.add(running)
         return running.start(request)
 

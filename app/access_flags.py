@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHARE_HOST = ".gradio.live"
+PER_CLIENT = 16
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors", "--cors-allow-origin", action="append", metavar="ADDRESS", help="a web site whose pages may call the API, or *"
     )
+    group.add_argument(
+        "--per-client",
+        type=int,
+        metavar="N",
+        help="answers of one address, key or login that run or wait, at most (default: 16 if others can reach the server; "
+        "0: half of --queue)",
+    )
 
 
 def host_of(options: argparse.Namespace) -> str:
@@ -43,6 +51,15 @@ def host_of(options: argparse.Namespace) -> str:
 def is_wide(options: argparse.Namespace) -> bool:
     """Whether others can reach the server."""
     return host_of(options) not in LOOPBACK
+
+
+def per_client(options: argparse.Namespace) -> int | None:
+    """Answers of one address, key or login that may run or wait; None: no limit of its own. Raises BadParameter."""
+    if options.per_client is None:
+        return PER_CLIENT if is_wide(options) or options.share else None
+    if options.per_client < 0:
+        raise BadParameter(f"--per-client {options.per_client} is not a number of answers. Give 1 or more, or 0 for no limit.")
+    return options.per_client or None
 
 
 def hosts(options: argparse.Namespace) -> "Hosts":

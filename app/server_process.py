@@ -15,7 +15,7 @@ from ..core.errors import BadParameter, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..engine.advice import fit_of_plan, torch_banner
 from ..engine.available_memory import available_memory
-from ..engine.chat_service import ChatService
+from ..engine.chat_service import MOST_RUNNING, ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
@@ -59,14 +59,15 @@ def serve(options: argparse.Namespace) -> int:
     from ..ui.api_box import Api
     from .web_server import WebServer
 
-    limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel)
+    per_client = access_flags.per_client(options)
+    limits = Limits(options.max_input_length, options.queue or DEFAULT_LIMIT, options.parallel, per_client)
     service = Service(engine, downloads, keys, limits)
     service.gate.load_on_request = options.load_on_request
     panel = Api(lambda: keys.required, api_port) if gradio_compat.SIX else None
     access = Access(frozenset({users[0][0]}) if users else None)
     share = Share() if options.share else None
     preset = "Precise" if options.demo else "Model card"  # random choices mislead a model this small
-    chats = ChatService(engine)
+    chats = ChatService(engine, most_running=per_client or MOST_RUNNING)
     blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel, chats=chats)
     names, origins = access_flags.hosts(options), options.cors or ()
     shown = page.application(blocks, users)

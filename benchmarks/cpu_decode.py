@@ -35,8 +35,9 @@ def main() -> None:
     asked = parser.parse_args()
     model = LocalModel.read(asked.folder)
     ids = torch.randint(100, 1000, (asked.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    context = max(peers.CONTEXT, asked.prompt + asked.tokens + 64)
     opened = {}
-    for at, peer in enumerate(peers.peers_for(model, asked.device, asked.gguf)):
+    for at, peer in enumerate(peers.peers_for(model, asked.device, asked.gguf, context)):
         if at and asked.only not in peer.name:
             continue
         try:
@@ -65,10 +66,12 @@ def main() -> None:
     for name, found in rates.items():
         ratio = statistics.median(a / b for a, b in zip(mine, found, strict=True))
         median = statistics.median(found)
+        firsts_of_ours = next(iter(firsts.values()))
+        sooner = statistics.median(b / a for a, b in zip(firsts_of_ours, firsts[name], strict=True))
         speed = f", {read_bytes * median / 1e9:.1f} GB/s of weights" if found is mine and read_bytes else ""
         print(
             f"  {name:52} {median:7.1f} tokens/s (best {max(found):.1f}), first after {statistics.median(firsts[name]):.3f} s, "
-            f"ours is {ratio:.2f}x{speed}  [{opened[name][0].versions}]"
+            f"ours is {ratio:.2f}x, its first {sooner:.2f}x as soon{speed}  [{opened[name][0].versions}]"
         )
     if asked.json:
         asked.json.write_text(

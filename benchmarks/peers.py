@@ -26,6 +26,7 @@ from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.prefix_cache import PrefixCache
 
 Run = Callable[[Sequence[int], int], list[float]]
+CONTEXT = 2048
 
 
 @dataclass
@@ -43,19 +44,19 @@ def versions_of(*packages: str) -> str:
     return ", ".join(found)
 
 
-def ours(model: LocalModel, device: str, plain: bool = False) -> Run:
+def ours(model: LocalModel, device: str, plain: bool = False, context: int = CONTEXT) -> Run:
     from gptq_webui.gptq import checkpoint
     from gptq_webui.gptq.stepper_choice import stepper_for
     from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
     dtype = torch.float32 if device == "cpu" else torch.float16
     hf, _notes = checkpoint.load(model, dtype=dtype, device_map={"": torch.device(device)})
-    stepper = TransformersStepper(hf) if plain else stepper_for(hf, 2048)[0]
+    stepper = TransformersStepper(hf) if plain else stepper_for(hf, context)[0]
 
     def run(ids: Sequence[int], tokens: int) -> list[float]:
         params = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=tokens)
         began, came = time.perf_counter(), []
-        for event in generate(stepper, ids, params, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=2048):
+        for event in generate(stepper, ids, params, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=context):
             if isinstance(event, Step):
                 came.append(time.perf_counter() - began)
         return came
@@ -95,11 +96,11 @@ def transformers_gptqmodel(model: LocalModel, device: str, dtype: torch.dtype, b
     return run
 
 
-def llama_cpp_python(gguf: Path, threads: int) -> Run:
+def llama_cpp_python(gguf: Path, threads: int, context: int = CONTEXT) -> Run:
     from llama_cpp import Llama
 
     with contextlib.redirect_stderr(io.StringIO()):
-        llama = Llama(str(gguf), n_ctx=2048, n_threads=threads, verbose=False)
+        llama = Llama(str(gguf), n_ctx=context, n_threads=threads, verbose=False)
 
     def run(ids: Sequence[int], tokens: int) -> list[float]:
         llama.reset()
@@ -113,13 +114,13 @@ def llama_cpp_python(gguf: Path, threads: int) -> Run:
     return run
 
 
-def xllamacpp(gguf: Path, threads: int) -> Run:
+def xllamacpp(gguf: Path, threads: int, context: int = CONTEXT) -> Run:
     """llama.cpp's own server code in this process, by its own clock."""
     import xllamacpp as x
 
     params = x.CommonParams()
     params.model.path = str(gguf)
-    params.n_ctx, params.n_parallel, params.cache_prompt, params.verbosity = 2048, 1, False, -1
+    params.n_ctx, params.n_parallel, params.cache_prompt, params.verbosity = context, 1, False, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = 0
     server = x.Server(params)
@@ -138,13 +139,13 @@ def xllamacpp(gguf: Path, threads: int) -> Run:
     return run
 
 
-def peers_for(model: LocalModel, device: str, gguf: Path | None) -> list[Peer]:
+def peers_for(model: LocalModel, device: str, gguf: Path | None, context: int = CONTEXT) -> list[Peer]:
     """Ours first, then what can be imported."""
     installed = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
     own = versions_of("torch", "transformers", "numba")
     found = [
-        Peer("gptq-webui", own, lambda: ours(model, device)),
-        Peer("gptq-webui, plain PyTorch", own, lambda: ours(model, device, plain=True)),
+        Peer("gptq-webui", own, lambda: ours(model, device, context=context)),
+        Peer("gptq-webui, plain PyTorch", own, lambda: ours(model, device, plain=True, context=context)),
     ]
     if installed("gptqmodel") and installed("optimum"):
         names = versions_of("transformers", "optimum", "gptqmodel")
@@ -158,7 +159,7 @@ def peers_for(model: LocalModel, device: str, gguf: Path | None) -> list[Peer]:
     if gguf is not None and device == "cpu":
         threads = torch.get_num_threads()
         if installed("llama_cpp"):
-            found.append(Peer("llama.cpp", versions_of("llama-cpp-python"), lambda: llama_cpp_python(gguf, threads)))
+            found.append(Peer("llama.cpp", versions_of("llama-cpp-python"), lambda: llama_cpp_python(gguf, threads, context)))
         if installed("xllamacpp"):
-            found.append(Peer("llama.cpp", versions_of("xllamacpp"), lambda: xllamacpp(gguf, threads)))
+            found.append(Peer("llama.cpp", versions_of("xllamacpp"), lambda: xllamacpp(gguf, threads, context)))
     return found

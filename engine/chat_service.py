@@ -30,6 +30,7 @@ from ..core.chat import Message
 from ..core.chat_record import FILES, MOST_CHARACTERS
 from ..core.errors import Busy, GptqWebuiError
 from ..core.params import GenerationParams
+from ..core.units import plural
 from . import chat_prompt
 from .answer import Answer
 from .chat_store import ChatStore
@@ -45,7 +46,7 @@ SAVE_S = 0.4  # between two savings of a running answer
 _MODEL_LOOK_S = 0.2
 _STOP_WAIT_S = 2.0  # after Stop, wait this long for the model's last words
 _END_WAIT_S = 6.0
-_MOST_RUNNING = 16  # answers of one owner at a time
+MOST_RUNNING = 16  # answers of one owner at a time
 _MOST_REMEMBERED = 256  # answers that are over
 _MOST_FILES_CHARACTERS = MOST_CHARACTERS  # of all files of one message
 MODEL_NOT_READY = "Stopped before the model was ready."
@@ -54,8 +55,10 @@ MODEL_NOT_READY = "Stopped before the model was ready."
 class ChatService:
     """Safe from several threads. `store` raises GptqWebuiError where the file cannot be opened."""
 
-    def __init__(self, engine: Engine, store: ChatStore | None = None) -> None:
+    def __init__(self, engine: Engine, store: ChatStore | None = None, most_running: int = MOST_RUNNING) -> None:
+        """`most_running` answers of one owner may be written at a time."""
         self.engine = engine
+        self._most_running = most_running
         self._store = store
         self._opened = False
         self._opening = threading.RLock()
@@ -241,8 +244,9 @@ class ChatService:
     def _require_quiet(self, owner: str, id: str) -> None:
         if self.running(owner, id) is not None:
             raise Busy("An answer is still being written. Press Stop, or wait for its end.")
-        if sum(of == owner for of, _id in self._answers) >= _MOST_RUNNING:
-            raise Busy(f"{_MOST_RUNNING} answers of yours are being written. Stop one of them, or wait for its end.")
+        if (count := sum(of == owner for of, _id in self._answers)) >= self._most_running:
+            verb = "is" if count == 1 else "are"
+            raise Busy(f"{plural(count, 'answer')} of yours {verb} being written. Stop one, or wait for its end.")
 
     def _answer_after(self, owner: str, id: str, parent: int | None, params: GenerationParams, *, returns: bool = False) -> None:
         """Begin an answer after a message. `returns`: a question that gets none becomes the draft again."""

@@ -44,7 +44,7 @@ class Ticket:
 
 
 class RequestQueue:
-    """Tickets by client. One client may hold half of `limit`.
+    """Tickets by client. One client may hold half of `limit`, or `most_per_client` if that is less.
 
     `parallel` returns how many answers the loaded model computes at once; `most_parallel` lowers it.
     """
@@ -52,6 +52,7 @@ class RequestQueue:
     def __init__(self, limit: int = DEFAULT_LIMIT, parallel: Callable[[], int] = lambda: 1) -> None:
         self.limit = limit
         self.most_parallel: int | None = None
+        self.most_per_client: int | None = None
         self._parallel = parallel
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next one first
@@ -63,6 +64,8 @@ class RequestQueue:
             total = len(self._running) + self._count()
             own = len(self._waiting.get(client, ())) + sum(1 for each in self._running if each.client == client)
             share = max(1, (self.limit + 1) // 2)
+            if self.most_per_client is not None:
+                share = max(1, min(share, self.most_per_client))
             if total >= self.limit:
                 raise QueueFull(f"{total} requests are being answered or wait, which is the limit. Ask again in a moment.")
             if own >= share:

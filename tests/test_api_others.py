@@ -7,6 +7,7 @@ import pytest
 
 from api_server import ApiServer, events
 from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.api.metrics import Metrics
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -191,6 +192,17 @@ def test_metrics_count_what_happened(http):
     assert grew("gptq_webui_generated_tokens") == 4 == grew("tgi_request_generated_tokens_sum")
     assert after["gptq_webui_model_loaded"] == 1 and after["process_resident_memory_bytes"] > 1e7
     assert after["tgi_queue_size"] == 0 and grew('gptq_webui_time_to_first_token_seconds_bucket{le="+Inf"}') == 1
+    assert grew("gptq_webui_inter_token_latency_seconds_count") == 3  # pauses between four tokens
+    assert 0 < after["gptq_webui_inter_token_latency_p95_seconds"] < 5
+    assert 0 < after["gptq_webui_time_to_first_token_p95_seconds"] < 30
+
+
+def test_the_p95_is_the_value_that_95_of_100_do_not_exceed():
+    metrics = Metrics()
+    for milliseconds in (*range(1, 101), *[1] * 100):
+        metrics.paused(milliseconds / 1000)
+    assert "\ngptq_webui_inter_token_latency_p95_seconds 0.09\n" in metrics.text()
+    assert "\ngptq_webui_time_to_first_token_p95_seconds 0.0\n" in metrics.text()
 
 
 def test_the_docs_page_lists_every_call_and_fetches_nothing(http):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,26 @@ def test_turns_are_fair_and_positions_are_reported(slow):
     for thread in threads:
         thread.join(10)
     assert [name for name, _position in order] in (["many", "many", "one", "many"], ["many", "one", "many", "many"])
+
+
+def test_who_waits_hears_the_position_and_past_the_limit_of_an_address_is_refused(tmp_path):
+    engine = Engine(FakeLibrary(tmp_path), Settings(tmp_path / "settings.json"), [FakeLoader()])
+    engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
+    with ApiServer(engine, limits=Limits(per_client=3)) as server, ExitStack() as open_:
+        body = {"prompt": "Go", "stream": True, "max_tokens": 2000}
+        for _ in range(2):
+            open_.enter_context(server.http.stream("POST", "/v1/completions", json=body))
+        last = open_.enter_context(server.http.stream("POST", "/v1/completions", json=body))
+        lines = last.iter_lines()  # kept: without it, the stream is closed
+        assert last.headers["x-queue-position"] == "2" and next(lines) == ": waiting, 2 ahead"
+        refused = server.http.post("/v1/completions", json={"prompt": "Go"})
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+        assert "3 of your requests are being answered or wait; one client may have 3" in refused.json()["error"]["message"]
+        server.service.client = lambda request: "another address"
+        position = open_.enter_context(server.http.stream("POST", "/v1/completions", json=body)).headers["x-queue-position"]
+        assert position == "2"  # behind the one that runs and one of the two that wait
+        server.service.stop_all()
+    engine.unload()
 
 
 @pytest.mark.parametrize(("parallel", "running"), [(None, 3), (2, 2), (9, 3)])

@@ -337,6 +337,15 @@ def test_one_answer_at_a_time_in_one_conversation_many_in_many(slow):
     until(lambda: all(slow.running("", each).state.startswith("Waiting for another answer") for each in others))
 
 
+def test_an_owner_may_have_fewer_answers_at_a_time(slow, tmp_path):
+    strict = ChatService(slow.engine, ChatStore(tmp_path / "few.sqlite3"), most_running=1)
+    strict.send("ann", "", "Talk", PARAMS)
+    with pytest.raises(Busy, match="1 answer of yours is being written"):
+        strict.send("ann", "", "more", PARAMS)
+    assert strict.send("eve", "", "mine", PARAMS)
+    strict.close()
+
+
 def test_what_takes_away_ends_the_answer_first(slow):
     id = slow.send("", "", "Talk", PARAMS)
     words(slow, id, 2)

@@ -49,6 +49,21 @@ def test_past_the_limit_it_is_full_and_one_client_gets_half():
     assert issubclass(QueueFull, Busy)
 
 
+def test_one_client_may_have_fewer():
+    queue = RequestQueue(limit=6)
+    queue.most_per_client = 2
+    own = [queue.join("a") for _ in range(2)]
+    with pytest.raises(QueueFull, match="one client may have 2"):
+        queue.join("a")
+    queue.join("b")
+    own[1].leave()  # it waited
+    queue.join("a")
+    queue.most_per_client = 100
+    queue.join("a")
+    with pytest.raises(QueueFull, match="one client may have 3"):  # never more than half
+        queue.join("a")
+
+
 def test_one_that_gives_up_waits_no_longer_and_leaves_the_queue():
     queue = RequestQueue()
     first, second, third = (queue.join(client) for client in "abc")

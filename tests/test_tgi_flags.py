@@ -41,6 +41,19 @@ def test_more_of_tgis_flags_are_ours():
 
 
 @pytest.mark.parametrize(
+    ("line", "limit"),
+    [("", None), ("--listen", 16), ("--share", 16), ("--listen --per-client 0", None), ("--per-client 3", 3)],
+)
+def test_one_address_may_have_so_many_answers(line, limit):
+    assert access_flags.per_client(parsers()[0].parse_args(["serve", *line.split()])) == limit
+
+
+def test_a_limit_below_zero_is_refused():
+    with pytest.raises(BadParameter, match="--per-client -1"):
+        access_flags.per_client(parsers()[0].parse_args(["serve", "--per-client", "-1"]))
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("--quantize awq", "serves GPTQ models"),
