@@ -17,6 +17,7 @@ from ..core.errors import BadCheckpoint
 from . import bit_packing
 from .families.parts import ACTIVATIONS, OPTIONS, LayerParts, ModelParts, Norm, Options, options_of
 from .gptq_linear import GPTQLinear
+from .mlp_shapes import inputs, is_vector, kind_of, outputs, uneven_experts, uneven_mlp
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,7 +46,7 @@ class Shape:
 
     layers: int
     hidden: int  # H, width of the residual
-    inner: int  # outputs of gate and of up
+    inner: int  # outputs of gate and of up, but for experts; the most that a layer has
     heads: int
     kv_heads: int
     head_dim: int  # D
@@ -100,12 +101,12 @@ def shape_of(parts: ModelParts, limits: Limits) -> Shape:
     shape = Shape(
         layers=len(parts.layers),
         hidden=parts.embedding.shape[1],
-        inner=_inputs(parts.layers[0].down),
+        inner=max((inputs(each.down) for each in parts.layers if each.down is not None), default=0),
         heads=parts.heads,
         kv_heads=parts.kv_heads,
         head_dim=parts.head_dim,
         rotary_half=parts.rotary_dim // 2,
-        vocabulary=_outputs(parts.head),
+        vocabulary=outputs(parts.head),
         embedding_rows=parts.embedding.shape[0],
         eps=float(parts.eps),
         norms_before=parts.layers[0].attention_norm is not None,
@@ -120,34 +121,42 @@ def shape_of(parts: ModelParts, limits: Limits) -> Shape:
 
 def _uneven(parts: ModelParts, shape: Shape) -> str:
     """What does not fit together among the layers; empty if all do."""
-    if _inputs(parts.head) != shape.hidden:
+    if inputs(parts.head) != shape.hidden:
         return "an output layer that is not as wide as the embedding"
-    if len({(_inputs(each.qkv[0]), _inputs(each.o), _inputs(each.down)) for each in parts.layers}) != 1:
+    if len({(inputs(each.qkv[0]), inputs(each.o)) for each in parts.layers}) != 1:
         return "layers of different sizes"
+    plain, mixed = ([each for each in parts.layers if (each.experts is not None) == mixture] for mixture in (False, True))
+    for layers in (plain, mixed):
+        if len({0 if each.down is None else inputs(each.down) for each in layers}) > 1:
+            return "layers of different sizes"
     if found := next((found for each in parts.layers if (found := _uneven_layer(each, shape))), ""):
         return found
-    first = parts.layers[0]
-    if any((len(each.qkv), len(each.gate_up)) != (len(first.qkv), len(first.gate_up)) for each in parts.layers):
+    if len({len(each.qkv) for each in parts.layers}) > 1:
         return "layers that are made of different parts"
+    if any(len({len(each.gate_up) for each in layers}) > 1 for layers in (plain, mixed)):
+        return "layers that are made of different parts"
+    if len({kind_of(each.experts) for each in mixed if each.experts is not None}) > 1:
+        return "experts of different sizes, or chosen in different ways"
     return _wrong_norm(parts, shape)
 
 
 def _uneven_layer(layer: LayerParts, shape: Shape) -> str:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widths = [_outputs(each) for each in layer.qkv]
-    if widths not in ([q, kv, kv], [q + 2 * kv]) or any(_inputs(each) != shape.hidden for each in layer.qkv):
+    widths = [outputs(each) for each in layer.qkv]
+    if widths not in ([q, kv, kv], [q + 2 * kv]) or any(inputs(each) != shape.hidden for each in layer.qkv):
         return "layers whose sizes are not those of the heads"
-    if _inputs(layer.o) != q:
+    if inputs(layer.o) != q:
         return "layers whose sizes are not those of the heads"
     if layer.qkv_columns is not None and not _reorders(layer.qkv_columns, widths):
         return "an order of queries, keys and values that is not one of their outputs"
-    widths = [_outputs(each) for each in layer.gate_up]
-    fitting = ([shape.inner] * 2, [2 * shape.inner]) if shape.options.gated else ([shape.inner],)
-    if widths not in fitting or any(_inputs(each) != shape.hidden for each in layer.gate_up):
-        return "layers whose gate and up are not as wide as the input of down"
-    if _outputs(layer.o) != shape.hidden or _outputs(layer.down) != shape.hidden:
+    if outputs(layer.o) != shape.hidden:
         return "layers whose outputs are not as wide as the residual"
-    return ""
+    gated, found = shape.options.gated, ""
+    if layer.experts is None or layer.gate_up or layer.down is not None:
+        found = uneven_mlp(layer.gate_up, layer.down, shape.hidden, gated)
+    if layer.experts is None or found:
+        return found
+    return uneven_experts(layer.experts, bool(layer.gate_up), shape.hidden, gated)
 
 
 def _reorders(columns: Tensor, widths: list[int]) -> bool:
@@ -169,7 +178,7 @@ def _wrong_norm(parts: ModelParts, shape: Shape) -> str:
         (each, heads) for layer in parts.layers for each, heads in ((layer.q_norm, shape.heads), (layer.k_norm, shape.kv_heads))
     ]
     there = [each for each, _heads in of_heads if each is not None]
-    if any(not _is_vector(each.weight, shape.hidden) or not _is_vector(each.bias, shape.hidden) for each in wide):
+    if any(not is_vector(each.weight, shape.hidden) or not is_vector(each.bias, shape.hidden) for each in wide):
         return "norms that are not as wide as the residual"
     if len({float(each.eps) for each in (*wide, *there) if not math.isnan(each.eps)}) > 1:
         return "norms with different epsilons"
@@ -187,14 +196,9 @@ def _wrong_norm(parts: ModelParts, shape: Shape) -> str:
 
 def _wrong_head_norm(norm: Norm, heads: int, shape: Shape) -> str:
     if shape.options.qk_norm == "width":
-        return "" if _is_vector(norm.weight, heads * shape.head_dim) else "norms that are not as wide as all heads"
+        return "" if is_vector(norm.weight, heads * shape.head_dim) else "norms that are not as wide as all heads"
     fits = tuple(norm.weight.shape) in ((shape.head_dim,), (heads, shape.head_dim))
     return "" if fits else "norms of the heads that are not as wide as a head"
-
-
-def _is_vector(tensor: Tensor | None, width: int) -> bool:
-    """Whether a tensor is [width], or there is none."""
-    return tensor is None or tuple(tensor.shape) == (width,)
 
 
 def _wrong_options(parts: ModelParts, shape: Shape) -> str:
@@ -216,7 +220,7 @@ def _wrong_options(parts: ModelParts, shape: Shape) -> str:
         return "learned positions that are not as wide as the residual"
     of_heads = [] if parts.alibi is None else [parts.alibi.slopes]
     of_heads += [layer.sinks for layer in parts.layers if layer.sinks is not None]
-    if any(not _is_vector(each, shape.heads) for each in of_heads):
+    if any(not is_vector(each, shape.heads) for each in of_heads):
         return "slopes or sinks that are not one for each head"
     return ""
 
@@ -268,21 +272,14 @@ def _tensors(parts: ModelParts) -> Iterator[Tensor]:
     norms = [parts.norm, parts.embedding_norm]
     for layer in parts.layers:
         norms += [*layer.norms, layer.q_norm, layer.k_norm]
-        yield from (each for each in (layer.sinks,) if each is not None)
+        choice_bias = None if layer.experts is None else layer.experts.choice_bias
+        yield from (each for each in (layer.sinks, choice_bias) if each is not None)
     for norm in norms:
         if norm is not None:
             yield from (each for each in (norm.weight, norm.bias) if each is not None)
     yield from (each for each in (parts.positions, None if parts.alibi is None else parts.alibi.slopes) if each is not None)
     for each in (*parts.linears(), parts.head):
         yield from each.parameters(recurse=False)
-
-
-def _inputs(linear: nn.Module) -> int:
-    return int(linear.in_features)  # type: ignore[arg-type]
-
-
-def _outputs(linear: nn.Module) -> int:
-    return int(linear.out_features)  # type: ignore[arg-type]
 
 
 def _name(dtype: torch.dtype) -> str:

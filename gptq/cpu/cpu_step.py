@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from . import cpu_kernels as k
 from . import forward_arguments as f
 from .cpu_adapter import CpuAdapter
 from .cpu_batch import MOST_ROWS, Batch
+from .cpu_experts import described, rounded_room, with_room
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
 from .cpu_weights import Weights, aligned, from_module
+from .expert_phases import PHASES_OF_EXPERTS
 from .forward import PHASES_PER_LAYER, forward
 from .forward_arguments import FORWARD, Arguments
+from .model_tables import angles_of, columns_of, norms_of, qk_norms_of, row_of, up
 from .thread_team import Team
 from .weight_table import tables_of
 
@@ -73,7 +77,9 @@ class CpuStepper(Stepper):
         self._scores = np.zeros((self.team.size, 4, 16), np.float32)
         self._head_hidden = np.zeros((self.team.size, MOST_ROWS, self._model["hidden_width"]), np.float32)
         self._head_rounded = self._rounded(MOST_ROWS, self.team.size)
-        self._lowered = np.zeros((CHUNK_TOKENS, 3, 16), np.float32)
+        self._lowered = np.zeros((CHUNK_TOKENS, f.MOST_WEIGHTS, 16), np.float32)
+        of_experts = PHASES_OF_EXPERTS if self._experts["count"] else 0
+        self._phases = (PHASES_PER_LAYER + of_experts) * self._model["layer_count"] + 1
         self._one = self._arguments(1, self.team.size)
         self._more: dict[int, Arguments] = {}  # by the rows that they have room for
 
@@ -82,31 +88,26 @@ class CpuStepper(Stepper):
     def _take_in(self, parts: ModelParts, shape: Shape, context_tokens: int) -> dict[str, Any]:
         """Build the kernels' weights from the model's modules. Returns the fields of FORWARD that describe the model."""
         buffers: list[tuple[int, int]] = []
-        layers = []
-        for layer in parts.layers:
-            at = [self._add(buffers, layer.qkv, layer.qkv_columns)]
-            at += [self._add(buffers, group) for group in ((layer.o,), layer.gate_up, (layer.down,))]
-            q, key, value = at[0] if len(at[0]) == 3 else (at[0][0], -1, -1)
-            gate, up = at[2] if len(at[2]) == 2 else (at[2][0], -1)
-            layers.append([q, key, value, at[1][0], gate, up, at[3][0], layer.window, layer.rotary])
+        layers = [row_of(layer, partial(self._add, buffers)) for layer in parts.layers]
+        mixtures = [at for at, layer in enumerate(parts.layers) if layer.experts is not None]
+        for at, layer in enumerate(mixtures):
+            layers[layer][f.MIXTURE] = at
         in_layers = dict(self._rows_of)
         head = self._add(buffers, (parts.head,))[0]
-        self._rows_of = in_layers
         self._rounded_buffers = 1 + max(buffer for buffer, _rounded_before in buffers)
-        first = layers[0]
-        fused_qkv, fused_gate_up = first[f.K] < 0, first[f.UP] < 0
-        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        hidden, inner = _up(shape.hidden), shape.inner
-        columns = np.zeros((4, 3), np.int64)
-        columns[f.QKV_PRODUCT, 1] = q_width if fused_qkv else self.weights[first[f.Q]].tiles * 16
-        columns[f.QKV_PRODUCT, 2] = columns[f.QKV_PRODUCT, 1] + (kv_width if fused_qkv else self.weights[first[f.K]].tiles * 16)
-        columns[f.GATE_UP_PRODUCT, 1] = inner if fused_gate_up else self.weights[first[f.GATE]].tiles * 16
-        qk_norms, qk_norm_rows = _qk_norms(parts)
+        self._experts = described(parts, partial(self._add, buffers), self.weights)
+        self._rows_of = in_layers
+        hidden = up(shape.hidden)
+        columns = [columns_of(row, shape, self.weights) for row in layers]
+        starts, widths = np.stack([each for each, _width in columns]), [width for _starts, width in columns]
+        for name, column in (("router_column", f.ROUTER), ("shared_gate_column", f.SHARED_GATE)):
+            self._experts[name] = int(starts[mixtures[0], f.GATE_UP_PRODUCT, column - f.GATE]) if mixtures else 0
+        qk_norms, qk_norm_rows = qk_norms_of(parts)
         options = shape.options
-        self._positions = _up(context_tokens)
+        self._positions = up(context_tokens)
         # longer texts than the first set of angles is for have others, which `_turn` puts in their place
         first_set = min(self._positions, border_of(parts.rotary)) if self._rope.kind else self._positions
-        cos, sin = _angles(parts, first_set, self._positions)
+        cos, sin = angles_of(parts, first_set, self._positions)
         self._angles: dict[int, tuple[np.ndarray, ...]] = {0: (cos, sin)}
         bias = parts.position_bias(self._positions)
         return {
@@ -116,7 +117,6 @@ class CpuStepper(Stepper):
             "head_dim": shape.head_dim,
             "half_rotary": shape.rotary_half,
             "hidden_width": hidden,
-            "inner": inner,
             "head_row": head,
             "layer_norm": int(options.norm == "layer"),
             "norms_before": int(shape.norms_before),
@@ -132,8 +132,8 @@ class CpuStepper(Stepper):
             "logits_cap": options.logits_cap,
             "eps": shape.eps,
             "layers": np.array(layers, np.int64),
-            "columns": columns,
-            "norms": _norms(parts, shape),
+            "columns": starts,
+            "norms": norms_of(parts, shape),
             "norm_width": shape.hidden,
             "qk_norms": qk_norms,
             "qk_norm_rows": qk_norm_rows,
@@ -143,10 +143,10 @@ class CpuStepper(Stepper):
             "bias": np.zeros((1, 1), np.float32) if bias is None else bias.cpu().contiguous().numpy(),
             "bias_positions": 0 if bias is None else self._positions,
             "tables": tables_of(self.weights, buffers),
-            "qkv_width": max(int(columns[f.QKV_PRODUCT, 2]) + _up(kv_width), hidden),
-            "attended_width": _up(q_width),
-            "gate_up_width": max(int(columns[f.GATE_UP_PRODUCT, 1]) + _up(inner), hidden),
-            "gated_width": _up(inner),
+            "qkv_width": max(int(starts[0, f.QKV_PRODUCT, 2]) + up(shape.kv_heads * shape.head_dim), hidden),
+            "attended_width": up(shape.heads * shape.head_dim),
+            "gate_up_width": max(*widths, hidden),
+            "gated_width": up(shape.inner),
         }
 
     def _add(self, buffers: list[tuple[int, int]], modules: Sequence[nn.Module], columns: Tensor | None = None) -> list[int]:
@@ -179,16 +179,7 @@ class CpuStepper(Stepper):
 
     def _rounded(self, rows: int, owners: int) -> dict[str, Any]:
         """The record ROUNDED for inputs of up to `rows` rows."""
-        chunks = rows * max(each.chunks for each in self.weights)
-        input_bytes = rows * max(each.chunks * each.chunk_rows for each in self.weights) * 2
-        return {
-            "x": aligned((owners, self._rounded_buffers, input_bytes), np.int8),
-            "scales": aligned((owners, self._rounded_buffers, chunks), np.float32),
-            "sums": aligned((owners, self._rounded_buffers, chunks), np.int32),
-            "buffers": self._rounded_buffers,
-            "input_bytes": input_bytes,
-            "chunks": chunks,
-        }
+        return rounded_room(rows, owners, self._rounded_buffers, self.weights)
 
     def _arguments(self, rows: int, owners: int) -> Arguments:
         """For forwards of up to `rows` rows. Each of `owners` threads has its own inputs of the products."""
@@ -201,6 +192,7 @@ class CpuStepper(Stepper):
         return Arguments(
             FORWARD,
             **model,
+            experts=with_room(self._experts, rows, self.team.size, model["hidden_width"], self.weights),
             rows=rows,
             mixed=int(rows <= MOST_ROWS),
             positions=nothing,
@@ -363,12 +355,12 @@ class CpuStepper(Stepper):
             mine[4] = memory.adapter.address if memory.adapter is not None else 0
             at += len(own)
         arguments = self._arguments_for(rows)
-        needed = max(capacity, _up(self._model["head_dim"]))  # a head's key is rotated there too
+        needed = max(capacity, up(self._model["head_dim"]))  # a head's key is rotated there too
         if self._scores.shape[2] < needed:
             self._scores = np.zeros((self.team.size, 4, needed), np.float32)
         width = max((memory.adapter.rank for memory, _own in pieces if memory.adapter is not None), default=0)
         if width > self._lowered.shape[2]:
-            self._lowered = np.zeros((CHUNK_TOKENS, 3, width), np.float32)
+            self._lowered = np.zeros((CHUNK_TOKENS, f.MOST_WEIGHTS, width), np.float32)
         if self._rope.kind:
             ((memory, own),) = pieces
             self._turn(arguments, memory.length, rows, memory.angles)
@@ -388,7 +380,7 @@ class CpuStepper(Stepper):
             score_width=self._scores.shape[2],
             head_rows=head_rows,
         )
-        self.team.run(PHASES_PER_LAYER * self._model["layer_count"] + 1, forward, arguments.array)
+        self.team.run(self._phases, forward, arguments.array)
         for memory, own in pieces:
             assert isinstance(memory, CpuMemory)
             memory.grown(len(own))
@@ -398,51 +390,7 @@ class CpuStepper(Stepper):
         self.team.close()
 
 
-def _up(count: int) -> int:
-    return -(-count // 16) * 16
-
-
-def _lengthened(table: Tensor, positions: int) -> np.ndarray:
-    """A table of angles with rows of zeros up to `positions`."""
-    return torch.nn.functional.pad(table, (0, 0, 0, positions - table.shape[0])).numpy()
-
-
 def _round_alike(a: Weights, b: Weights) -> bool:
     if not a.chunks or (a.chunks, a.chunk_rows) != (b.chunks, b.chunk_rows) or (a.order is None) != (b.order is None):
         return False
     return a.order is None or b.order is None or bool(np.array_equal(a.order, b.order))
-
-
-def _angles(parts: ModelParts, filled: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin) [rotaries, positions, half] of all kinds of angles, zeros from `filled` on."""
-    if not parts.rotaries:
-        return np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
-    tables = [parts.angles(filled, rotary=at) for at in range(len(parts.rotaries))]
-    cos, sin = (np.stack([_lengthened(each[which], positions) for each in tables]) for which in (0, 1))
-    return cos, sin
-
-
-def _norms(parts: ModelParts, shape: Shape) -> np.ndarray:
-    """[norms, weight and bias, H] in the order of forward_arguments.py. The last one has the scale of the logits."""
-    found = torch.zeros(f.LAYER_NORMS * shape.layers + 1, 2, shape.hidden)
-    norms = [*(each for layer in parts.layers for each in layer.norms), parts.norm]
-    for row, norm in zip(found, norms, strict=True):
-        if norm is not None:
-            row[0] = norm.weight.detach()
-            row[1] = 0 if norm.bias is None else norm.bias.detach()
-    found[-1] *= shape.options.logits_scale
-    return found.numpy()
-
-
-def _qk_norms(parts: ModelParts) -> tuple[np.ndarray, int]:
-    """([layers, rows, D], rows): one weight for all queries and one for all keys, or one for each head."""
-    if not parts.options.qk_norm:
-        return np.zeros((1, 1), np.float32), 2
-    found = [
-        torch.cat(
-            [each.weight.detach().float().view(-1, parts.head_dim) for each in (layer.q_norm, layer.k_norm) if each is not None]
-        )
-        for layer in parts.layers
-    ]
-    stacked = torch.stack(found)
-    return stacked.numpy(), stacked.shape[1]

@@ -8,36 +8,43 @@ FORWARD of forward_arguments.py.
 
 import numpy as np
 
-from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, dense_row, layer_norm_row, norm_row, shares
+from .adapter_phases import lower_rows, raise_rows
+from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, layer_norm_row, norm_row, shares
+from .expert_phases import add_experts, compute_experts
 from .forward_arguments import (
-    ADAPTER_A,
-    ADAPTER_B,
-    ADAPTER_COLUMNS,
-    ADAPTER_INPUTS,
-    ADAPTER_KIND,
-    ADAPTER_RANK,
     ATTENDED_NORM,
     ATTENTION_NORM,
     DOWN_PRODUCT,
-    FIRST_WEIGHT,
     GATE_UP_PRODUCT,
+    INNER,
     INNER_NORM,
-    LAYER_COLUMNS,
     LAYER_NORMS,
+    MIXTURE,
     MLP_NORM,
     OUT_PRODUCT,
     PRODUCTS,
     QK_NORM_NUMBERS,
     QKV_PRODUCT,
     ROTARY,
-    WEIGHTS,
     WINDOW,
+)
+from .forward_places import (
+    capacity_of,
+    column_of,
+    keys_of,
+    layer_row,
+    position_of,
+    scores_of,
+    source_of,
+    target_of,
+    values_of,
+    weight_rows,
 )
 from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import float_rows, floats, integers
 from .row_ops import attend, cap_row, gate_row, multiply, norm_part, rotate, round_rows, share_of, store_key_value
 
-PHASES_PER_LAYER = 16  # at most
+PHASES_PER_LAYER = 16  # at most, but for the experts'
 # Each thread gets several items of a phase, so that one that the system has suspended delays the others little.
 ROW_ITEMS, LINEAR_ITEMS, HEAD_ITEMS = 4, 8, 16
 PRODUCT_ITEMS = (4, 4, 6, 4)
@@ -59,39 +66,14 @@ def forward(tid, threads, counters, arguments):
                     phase = store_positions(tid, threads, counters, phase, f, layer)
                 phase = attend_layer(tid, threads, counters, phase, f, layer)
             phase = multiply_layer(tid, threads, counters, phase, f, layer, product)
+            if f.experts.count and layer_row(f, layer)[MIXTURE] >= 0:
+                if product == GATE_UP_PRODUCT:
+                    phase = compute_experts(tid, threads, counters, phase, f, layer)
+                elif product == DOWN_PRODUCT:
+                    phase = add_experts(tid, threads, counters, phase, f, layer)
             if f.norms_after and product in (OUT_PRODUCT, DOWN_PRODUCT):
                 phase = add_normed(tid, threads, counters, phase, f, layer, product)
     multiply_head(tid, threads, counters, phase, f)
-
-
-@compiled_part
-def column_of(f, product, weight):
-    """Where a weight's part of a product begins."""
-    return integers(f.columns, 12)[3 * product + weight]
-
-
-@compiled_part
-def source_of(f, me, product):
-    """The input of a product [rows][its width]."""
-    if product == OUT_PRODUCT:
-        return float_rows(f.attended, f.rows, f.attended_width)
-    if product == DOWN_PRODUCT:
-        return float_rows(f.gated_rows + 4 * me * f.hidden_rows * f.gated_width, f.rows, f.gated_width)
-    return float_rows(f.hidden + 4 * me * f.hidden_rows * f.hidden_width, f.rows, f.hidden_width)
-
-
-@compiled_part
-def target_of(f, product):
-    """Where a product goes [rows][its width]."""
-    if product == GATE_UP_PRODUCT:
-        return float_rows(f.gate_up, f.rows, f.gate_up_width)
-    return float_rows(f.qkv, f.rows, f.qkv_width)
-
-
-@compiled_part
-def weight_rows(f, layer, product):
-    """Rows of the table of weights that a product multiplies with; -1 for none."""
-    return integers(f.layers + 8 * (layer * LAYER_COLUMNS + FIRST_WEIGHT[product]), WEIGHTS[product])
 
 
 @compiled_part
@@ -114,8 +96,9 @@ def prepare_rows(me, first, last, f, layer, product):
     source = source_of(f, me, product)
     if product == DOWN_PRODUCT:
         gate_up = float_rows(f.gate_up, f.rows, f.gate_up_width)
+        up_column, inner = column_of(f, layer, GATE_UP_PRODUCT, 1), layer_row(f, layer)[INNER]
         for r in range(first, last):
-            gate_row(gate_up[r], column_of(f, GATE_UP_PRODUCT, 1), source[r], f.inner, f.activation, f.gated)
+            gate_row(gate_up[r], up_column, source[r], inner, f.activation, f.gated)
     elif product != OUT_PRODUCT:
         x = float_rows(f.x, f.rows, f.hidden_width)
         norm = LAYER_NORMS * layer + (MLP_NORM if product == GATE_UP_PRODUCT else ATTENTION_NORM)
@@ -132,9 +115,20 @@ def prepare_rows(me, first, last, f, layer, product):
 
 @compiled_part
 def multiply_layer(tid, threads, counters, phase, f, layer, product):
-    """One of a layer's four products, with what comes before it and (out, down) the addition to x. Returns the next phase."""
+    """One of a layer's four products, with what comes before it and (out, down) the addition to x. Returns the next phase.
+
+    What a mixture of experts gives is added by `add_experts`.
+    """
     rows = f.rows
-    alone = rows == 1 and not f.adapted
+    weights = weight_rows(f, layer, product)
+    tiles = 0
+    for row in weights:
+        if row >= 0:
+            tiles += integers(f.tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
+    if tiles == 0:  # a mixture without a shared expert has no down of its own
+        return phase
+    mixture = layer_row(f, layer)[MIXTURE] >= 0
+    alone = rows == 1 and not f.adapted and not (mixture and product == GATE_UP_PRODUCT)  # the experts read it too
     me = tid if alone else 0
     if not alone:
         items = min(rows, ROW_ITEMS * threads)
@@ -145,11 +139,6 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
     if f.adapted:
         phase = lower_rows(tid, threads, counters, phase, f, layer, product)
     x, source, target = float_rows(f.x, rows, f.hidden_width), source_of(f, me, product), target_of(f, product)
-    weights = weight_rows(f, layer, product)
-    tiles = 0
-    for row in weights:
-        if row >= 0:
-            tiles += integers(f.tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
     items = min(tiles, PRODUCT_ITEMS[product] * threads)
     ready = not alone
     for at in shares(counters, phase, items):
@@ -161,53 +150,16 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
         for one in range(weights.size):
             row = weights[one]
             if row >= 0:
-                column = column_of(f, product, one)
+                column = column_of(f, layer, product, one)
                 count = multiply(me, first - before, last - before, rows, source, f.tables, row, f.rounded, target, column)
                 if f.adapted:
                     raise_rows(tid, max(first - before, 0), min(last - before, count), f, row, one, target, column)
                 before += count
-        if product in (OUT_PRODUCT, DOWN_PRODUCT) and not f.norms_after:
+        if not f.norms_after and (product == OUT_PRODUCT or (product == DOWN_PRODUCT and not mixture)):
             for r in range(rows):
                 for i in range(16 * first, 16 * last):
                     x[r, i] += f.residual_scale * target[r, i]
     return phase + 1
-
-
-@compiled_part
-def adapter_of(f, r, row):
-    """What the adapter of row r adds to the weight in `row` of the table of weights (ADAPTER_COLUMNS); rank 0: nothing."""
-    address = integers(f.row_adapters, f.rows)[r]
-    return integers((address if address else f.no_adapter) + (8 * row * ADAPTER_COLUMNS if address else 0), ADAPTER_COLUMNS)
-
-
-@compiled_part
-def lower_rows(tid, threads, counters, phase, f, layer, product):
-    """A x of each row's adapter, for every weight of a product. Returns the next phase."""
-    source, weights = source_of(f, 0, product), weight_rows(f, layer, product)
-    blocks = f.lowered_width // 16
-    items = f.rows * weights.size * blocks
-    for at in shares(counters, phase, items):
-        block, one, r = at % blocks, at // blocks % weights.size, at // blocks // weights.size
-        if weights[one] >= 0:
-            adapter = adapter_of(f, r, weights[one])
-            if 16 * block < adapter[ADAPTER_RANK]:
-                out = f.lowered + 4 * ((r * 3 + one) * f.lowered_width + 16 * block)
-                dense_row(adapter[ADAPTER_KIND], adapter[ADAPTER_A], block, adapter[ADAPTER_INPUTS], source[r].ctypes.data, out)
-    return phase + 1
-
-
-@compiled_part
-def raise_rows(tid, first, last, f, row, one, target, column):
-    """Add B (A x) to tiles first … last of a weight's outputs, which begin at the `column` of target."""
-    scratch = scores_of(f, tid)[0]
-    for r in range(f.rows):
-        adapter = adapter_of(f, r, row)
-        if adapter[ADAPTER_RANK]:
-            lowered = f.lowered + 4 * (r * 3 + one) * f.lowered_width
-            for t in range(first, last):
-                dense_row(adapter[ADAPTER_KIND], adapter[ADAPTER_B], t, adapter[ADAPTER_RANK], lowered, scratch.ctypes.data)
-                for i in range(16):
-                    target[r, column + 16 * t + i] += scratch[i]
 
 
 @compiled_part
@@ -228,7 +180,7 @@ def add_normed(tid, threads, counters, phase, f, layer, product):
 @compiled_part
 def rotate_head(f, layer, is_key, head, position, x, start):
     """Normalise one head of a query or key, x [start : start + head_dim], and rotate it to its position. In place."""
-    which = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[ROTARY]
+    which = layer_row(f, layer)[ROTARY]
     half = f.half_rotary if which >= 0 else 0
     at = 4 * (which * f.angle_positions + position) * f.half_rotary
     cos, sin = floats(f.cos + at, half), floats(f.sin + at, half)
@@ -251,49 +203,21 @@ def norm_all_heads(f, layer, qkv):
     address = f.qk_norms + 4 * layer * f.qk_norm_rows * f.head_dim
     q, k = f.heads * f.head_dim, f.kv_heads * f.head_dim
     norm_part(qkv, 0, floats(address, q), f.layer_norm, f.eps)
-    norm_part(qkv, column_of(f, QKV_PRODUCT, 1), floats(address + 4 * q, k), f.layer_norm, f.eps)
+    norm_part(qkv, column_of(f, layer, QKV_PRODUCT, 1), floats(address + 4 * q, k), f.layer_norm, f.eps)
 
 
 @compiled_part
 def store_head(tid, f, layer, r, head):
     """Keep the key and the value of one head of row r. Two threads may store the same one at once: they write the same bits."""
     qkv, position = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width), position_of(f, r)
-    k_start = column_of(f, QKV_PRODUCT, 1) + head * f.head_dim
-    v_start = column_of(f, QKV_PRODUCT, 2) + head * f.head_dim
+    k_start = column_of(f, layer, QKV_PRODUCT, 1) + head * f.head_dim
+    v_start = column_of(f, layer, QKV_PRODUCT, 2) + head * f.head_dim
     key = scores_of(f, tid)[0]  # a copy to rotate: another head of the group may still need the row
     for i in range(f.head_dim):
         key[i] = qkv[k_start + i]
     rotate_head(f, layer, 1, head, position, key, 0)
     keys, values = keys_of(f, r, layer, head), values_of(f, r, layer, head)
     store_key_value(key, qkv, v_start, position, f.head_dim, capacity_of(f, r), keys, values)
-
-
-@compiled_part
-def position_of(f, r):
-    return integers(f.positions, f.rows)[r]
-
-
-@compiled_part
-def capacity_of(f, r):
-    return integers(f.capacities, f.rows)[r]
-
-
-@compiled_part
-def keys_of(f, r, layer, head):
-    """Address of one head's keys in the conversation of row r."""
-    return integers(f.keys, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.head_dim
-
-
-@compiled_part
-def values_of(f, r, layer, head):
-    """Address of one head's values in the conversation of row r."""
-    return integers(f.values, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.head_dim
-
-
-@compiled_part
-def scores_of(f, tid):
-    """A thread's scores [4][score_width]."""
-    return float_rows(f.scores + 16 * tid * f.score_width, 4, f.score_width)
 
 
 @compiled_part
@@ -318,7 +242,7 @@ def attend_layer(tid, threads, counters, phase, f, layer):
     """Attention. One product computes several heads of a row that share keys (few rows), or several rows of a head (a prompt)."""
     rows, head_dim = f.rows, f.head_dim
     group = f.heads // f.kv_heads
-    window = integers(f.layers + 8 * layer * LAYER_COLUMNS, LAYER_COLUMNS)[WINDOW]
+    window = layer_row(f, layer)[WINDOW]
     blocks = (group + 3) // 4  # of up to four heads that share keys
     fours = (rows + 3) // 4
     items = rows * f.kv_heads * blocks if f.mixed else f.heads * fours

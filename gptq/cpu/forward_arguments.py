@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-# Columns of the table of layers: rows of the table of weights (-1: part of the weight before, or none), a number of tokens, and
-# which of the tables of angles is the layer's (-1: none).
-Q, K, V, OUT, GATE, UP, DOWN, WINDOW, ROTARY = range(9)
-LAYER_COLUMNS = 9
+# Columns of the table of layers: rows of the table of weights (-1: part of the weight before, or none); a number of tokens; which
+# of the tables of angles is the layer's (-1: none); numbers of the gate; which of the mixtures is the layer's (-1: none).
+Q, K, V, OUT, GATE, UP, ROUTER, SHARED_GATE, DOWN, WINDOW, ROTARY, INNER, MIXTURE = range(13)
+LAYER_COLUMNS = 13
 
 # The four products of a layer, in their order, and which columns of the table of layers are theirs.
 PRODUCTS = 4
 QKV_PRODUCT, OUT_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT = range(PRODUCTS)
 FIRST_WEIGHT = (Q, OUT, GATE, DOWN)
-WEIGHTS = (3, 1, 2, 1)
+WEIGHTS = (3, 1, 4, 1)
+MOST_WEIGHTS = max(WEIGHTS)
+
+# Columns of the table of experts: rows of the table of weights (-1: part of the weight before, or none).
+EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = range(3)
+EXPERT_COLUMNS = 3
 
 # Norms of the residual's width: four for each layer, then the last one.
 LAYER_NORMS = 4
@@ -53,6 +58,39 @@ ROUNDED: Fields = {
     "chunks": int,  # of all rows
 }
 
+# The mixtures of experts of a model. A slot is one row in one of its experts; slots are in the order of the experts, so that
+# those of one expert follow each other and its weights are read once for all of them (expert_phases.py).
+EXPERTS: Fields = {
+    "count": int,  # experts of a layer; 0: no layer has any
+    "choices": int,  # of a row
+    "inner": int,  # numbers of an expert's gate
+    "up_column": int,  # where an expert's up begins in its row of `gate_up`
+    "inner_tiles": int,  # of one expert's gate and up
+    "router_column": int,  # in FORWARD's gate_up
+    "shared_gate_column": int,
+    "sigmoid": int,  # 1: scores are sigmoids, 0: a softmax
+    "normed": int,  # 1: weights are divided by their sum
+    "weighted": int,  # 1: the shared expert has a weight
+    "scale": float,  # of the weights
+    "table": np.int64,  # [mixtures][count][EXPERT_COLUMNS]
+    "choice_bias": np.float32,  # [mixtures][count]
+    # what is computed
+    "scores": np.float32,  # [count], of one row
+    "taken": np.int64,  # [count]: in the choice 1 where an expert is chosen; then where its next slot is
+    "chosen": np.int64,  # [rows][choices]: experts
+    "weights": np.float32,  # [rows][choices]
+    "slots": np.int64,  # [rows][choices]: the slot of each choice
+    "slot_rows": np.int64,  # [slots]: the row of each
+    "slot_experts": np.int64,  # [slots]: its expert
+    "groups": np.int64,  # [count + 1][expert, first slot, slots] of the experts that are chosen; slots of 0 end it
+    "gate_up": np.float32,  # [slots][gate_up_width]
+    "gate_up_width": int,
+    "gated": np.float32,  # [threads][gated_width]: what down reads, of one slot
+    "gated_width": int,
+    "out": np.float32,  # [slots][hidden_width]: what the experts give
+    "rounded": ROUNDED,  # for the experts, [slots]
+}
+
 FORWARD: Fields = {  # one forward of a model (forward.forward)
     # the model
     "layer_count": int,
@@ -61,7 +99,6 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "head_dim": int,
     "half_rotary": int,  # pairs of numbers of a head that are rotated
     "hidden_width": int,  # of x, a whole number of tiles
-    "inner": int,  # numbers of the gate
     "head_row": int,  # of the output head in the table of weights
     "layer_norm": int,  # 1: norms are LayerNorms, 0: RMSNorms
     "norms_before": int,  # 1: what attention and the MLP read is normed
@@ -77,7 +114,8 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "logits_cap": float,  # 0: none
     "eps": float,  # of every norm
     "layers": np.int64,  # [layer_count][LAYER_COLUMNS]
-    "columns": np.int64,  # [4 products][3 weights]: where each weight's part of a product begins
+    "columns": np.int64,  # [layer_count][PRODUCTS][MOST_WEIGHTS]: where each weight's part of a product begins
+    "experts": EXPERTS,
     "norms": np.float32,  # [LAYER_NORMS * layer_count + 1][weight, bias][norm_width]
     "norm_width": int,  # H
     "qk_norms": np.float32,  # [layer_count][qk_norm_rows][head_dim]: weights of the queries' norms, then of the keys'
@@ -99,7 +137,7 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "row_adapters": np.int64,  # [rows]: address of each row's adapter [weights][ADAPTER_COLUMNS]; 0: none
     "no_adapter": np.int64,  # [ADAPTER_COLUMNS]: zeros
     # what is computed, each row as wide as named
-    "lowered": np.float32,  # [rows][3 weights][lowered_width]: A x of adapters
+    "lowered": np.float32,  # [rows][MOST_WEIGHTS][lowered_width]: A x of adapters
     "lowered_width": int,  # the largest rank
     "x": np.float32,  # [rows][hidden_width]: the embeddings, then the residual stream
     "hidden": np.float32,  # [owners][hidden_rows][hidden_width]: x after a norm
@@ -108,7 +146,7 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "qkv_width": int,
     "attended": np.float32,  # [rows][attended_width]: what attention gives
     "attended_width": int,
-    "gate_up": np.float32,  # [rows][gate_up_width]: gate and up
+    "gate_up": np.float32,  # [rows][gate_up_width]: gate and up, what the router gives, the weight of the shared expert
     "gate_up_width": int,
     "gated_rows": np.float32,  # [owners][hidden_rows][gated_width]: what down reads
     "gated_width": int,

@@ -51,6 +51,31 @@ def round_rows(me, first, last, x, tables, row, rounded):
 
 
 @compiled_part
+def rounded_at(weight, row, rounded):
+    """Addresses of the numbers, scales and sums of row `row` that are rounded for a weight (a row of the table); one owner."""
+    at, chunks = weight[ROUNDED_BUFFER], weight[CHUNKS]
+    x = rounded.x + at * rounded.input_bytes + 2 * row * chunks * weight[CHUNK_ROWS]
+    start = 4 * (at * rounded.chunks + row * chunks)
+    return x, rounded.scales + start, rounded.sums + start
+
+
+@compiled_part
+def round_slot(x, slot, tables, row, rounded):
+    """Round x [K] for the packed weight in `row` of the table, and store it as row `slot`; one owner."""
+    weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
+    if weight[ROUNDED_BEFORE]:
+        return
+    chunks, chunk_rows, start = weight[CHUNKS], weight[CHUNK_ROWS], weight[ORDER_START]
+    order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
+    address, scales, sums = rounded_at(weight, slot, rounded)
+    size = 2 * chunks * chunk_rows
+    round_row(
+        x, 0, order, chunks, chunk_rows, integers8(address, size), integers16(address, size // 2), floats(scales, chunks),
+        integers32(sums, chunks),
+    )  # fmt: skip
+
+
+@compiled_part
 def multiply(me, first, last, rows, x, tables, row, rounded, y, column):
     """Tiles first … last, as far as the weight in `row` has them, of its product; they begin at y's `column`.
 

@@ -84,6 +84,7 @@ def inputs_of(layer: LayerParts) -> dict[str, int]:
 
 def _products(layer: LayerParts) -> dict[str, Sequence[GPTQLinear]]:
     """By role, the packed layers that become one weight. Raises Unsuited if one is not packed."""
+    assert layer.down is not None  # suitability.py: no experts
     found = dict(zip(ROLES, (layer.qkv, (layer.o,), layer.gate_up, (layer.down,)), strict=True))
     if not all(isinstance(one, GPTQLinear) for each in found.values() for one in each):
         raise Unsuited("a layer that is not packed")

@@ -17,6 +17,7 @@ from . import (
     gptj,
     granite,
     llama,
+    mixtures,
     nemotron,
     neox,
     nope,
@@ -32,7 +33,8 @@ from .reading import NotDescribed
 log = logging.getLogger(__name__)
 
 _FILES: tuple[ModuleType, ...] = (
-    alibi, cohere, falcon, gemma, glm, gpt2, gptj, granite, llama, nemotron, neox, nope, olmo, opt, phi, stablelm, starcoder2,
+    alibi, cohere, falcon, gemma, glm, gpt2, gptj, granite, llama, mixtures, nemotron, neox, nope, olmo, opt, phi, stablelm,
+    starcoder2,
 )  # fmt: skip
 KINDS = {kind: describe for file in _FILES for kind, describe in file.KINDS.items()}
 _ON_GPU = {"llama", "mistral", "qwen2", "qwen3", "phi3"}

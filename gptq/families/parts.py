@@ -5,7 +5,8 @@ of transformers; suitability.py compares them with each other and with what a st
 
     x = embedding * embedding_scale + positions, normed by embedding_norm
     every layer:  x += residual_scale * attended_norm(o(attention(attention_norm(x))))
-                  x += residual_scale * inner_norm(down(act(gate) * up))        gate, up of mlp_norm(x)
+                  x += residual_scale * inner_norm(mlp(mlp_norm(x)))
+    mlp(y) = down(act(gate(y)) * up(y)); in a layer with experts the weighted sum of those of the chosen experts, and a shared one
     logits = cap(head(norm(x)) * logits_scale)
 
 A norm that is None does nothing. In parallel blocks both branches read the x that the layer began with.
@@ -71,6 +72,35 @@ class Options:
     logits_cap: float = 0.0  # then cap * tanh(logit / cap); 0: none
 
 
+@dataclass(frozen=True)
+class Expert:
+    """An MLP with the model's activation."""
+
+    gate_up: tuple[nn.Module, ...]  # as those of a layer
+    down: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParts:
+    """A mixture of experts: for each token those with the highest scores are computed, weighted and added."""
+
+    router: nn.Module  # H -> experts
+    experts: tuple[Expert, ...]
+    choices: int  # experts of a token
+    sigmoid: bool = False  # scores are sigmoids of what the router gives; else a softmax over all experts
+    choice_bias: Tensor | None = None  # [experts], added to the scores where experts are chosen, not where they are weighted
+    normed: bool = True  # the weights of the chosen are their scores divided by the sum of these
+    scale: float = 1.0  # of the weights, at last
+    shared_gate: nn.Module | None = None  # H -> 1; its sigmoid weighs the shared expert: the layer's own gate_up and down
+
+    def linears(self) -> Iterator[nn.Module]:
+        yield self.router
+        if self.shared_gate is not None:
+            yield self.shared_gate
+        for each in self.experts:
+            yield from (*each.gate_up, each.down)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerParts:
     attention_norm: Norm | None  # [H], of what q, k and v read
@@ -83,8 +113,10 @@ class LayerParts:
     o: nn.Module
     attended_norm: Norm | None = None  # [H], of what o gives
     mlp_norm: Norm | None  # [H], of what gate and up read
-    gate_up: tuple[nn.Module, ...]  # gate, up; or one layer that is both; or the only one of an MLP without a gate
-    down: nn.Module
+    # gate, up; or one layer that is both; or the only one of an MLP without a gate. None, and no down, where all are experts'
+    gate_up: tuple[nn.Module, ...]
+    down: nn.Module | None
+    experts: ExpertParts | None = None
     inner_norm: Norm | None = None  # [H], of what down gives
     window: int = 0  # tokens a position sees, itself included; 0 for all
     rotary: int = 0  # which of the model's rotaries; -1: queries and keys are not turned
@@ -94,6 +126,13 @@ class LayerParts:
     def norms(self) -> tuple[Norm | None, ...]:
         """Those of the residual's width, in the order of the computation."""
         return self.attention_norm, self.attended_norm, self.mlp_norm, self.inner_norm
+
+    def linears(self) -> Iterator[nn.Module]:
+        yield from (*self.qkv, self.o, *self.gate_up)
+        if self.down is not None:
+            yield self.down
+        if self.experts is not None:
+            yield from self.experts.linears()
 
 
 @dataclass(frozen=True)
@@ -157,7 +196,7 @@ class ModelParts:
     def linears(self) -> Iterator[nn.Module]:
         """Every linear layer but the head."""
         for layer in self.layers:
-            yield from (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+            yield from layer.linears()
 
 
 def _inverse_root(head_dim: int) -> float:
@@ -173,6 +212,7 @@ OPTIONS = {
     "parallel": "attention and MLP side by side",
     "plain_mlp": "an MLP without a gate",
     "activation": "another activation than SiLU",
+    "experts": "a mixture of experts",
     "qk_norm_each": "norms of the heads, one for each",
     "qk_norm_width": "norms of queries and keys over all heads",
     "qk_norm_last": "norms of the heads after their rotation",
@@ -204,6 +244,7 @@ def options_of(parts: ModelParts) -> set[str]:
         "parallel": o.parallel,
         "plain_mlp": not o.gated,
         "activation": o.activation != "silu",
+        "experts": any(layer.experts is not None for layer in layers),
         "qk_norm_each": o.qk_norm == "head" and any(norm.weight.dim() > 1 for norm in heads),
         "qk_norm_width": o.qk_norm == "width",
         "qk_norm_last": o.qk_norm_last,

@@ -1,0 +1,186 @@
+"""Mixtures of experts with Llama's attention: Mixtral, Qwen 2 and 3 MoE, OLMoE, FlexOlmo, GraniteMoE, and those whose router is a
+sigmoid with a correction of the choice: dots.llm1, GLM-4.5, Solar Open, MiniMax-M2."""
+
+from typing import Any
+
+import transformers
+from torch import nn
+
+from ..experts import PackedExperts
+from ..gptq_linear import GPTQLinear
+from .parts import Expert, ExpertParts, LayerParts, ModelParts, Options
+from .reading import act_of, activation_of, base_of, gate_up_of, head_dim_of, llama_layer, model_of, norm_of, refuse_if
+
+_OLDER = transformers.__version__.startswith("4.")  # experts are a list of MLPs
+_ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+
+
+def experts_of(experts: Any) -> tuple[Expert, ...]:
+    """Of PackedExperts, or of a list of MLPs."""
+    if isinstance(experts, PackedExperts):
+        refuse_if(not experts.plain, "experts with a gate of their own")
+        roles = [experts.roles(at) for at in range(experts.num_experts)]
+    else:
+        refuse_if(not isinstance(experts, nn.ModuleList), "experts that are not packed")
+        roles = [{_ROLES[name]: each for name, each in one.named_children() if name in _ROLES} for one in experts]
+    return tuple(Expert((each["gate"], each["up"]), each["down"]) for each in roles)
+
+
+def router_of(router: Any) -> nn.Module:
+    """A router as a linear layer."""
+    if isinstance(router, (nn.Linear, GPTQLinear)):
+        return router
+    if isinstance(getattr(router, "layer", None), nn.Linear):  # GraniteMoE in transformers 4
+        return router.layer
+    experts, hidden = router.weight.shape
+    bias = getattr(router, "bias", None)
+    linear = nn.Linear(hidden, experts, bias is not None, device="meta")
+    linear.weight, linear.bias = router.weight, bias
+    return linear
+
+
+def softmax_experts(block: Any, router: Any, *, normed: bool) -> ExpertParts:
+    """The experts of a block whose router has a softmax."""
+    choices = getattr(router, "top_k", None) or block.top_k
+    return ExpertParts(
+        router=router_of(router),
+        experts=experts_of(block.experts),
+        choices=choices,
+        normed=normed,
+        shared_gate=getattr(block, "shared_expert_gate", None),
+    )
+
+
+def sigmoid_experts(block: Any, config: Any) -> ExpertParts:
+    """The experts of a block whose router has a sigmoid, and numbers that correct the choice."""
+    router = block.gate
+    refuse_if(getattr(config, "n_group", 1) not in (None, 1), "experts that are chosen by groups")
+    holder = router if hasattr(router, "e_score_correction_bias") else block
+    return ExpertParts(
+        router=router_of(router),
+        experts=experts_of(block.experts),
+        choices=config.num_experts_per_tok,
+        sigmoid=True,
+        choice_bias=holder.e_score_correction_bias.detach().float().reshape(-1),
+        normed=getattr(config, "norm_topk_prob", True),
+        scale=float(getattr(config, "routed_scaling_factor", 1.0)),
+    )
+
+
+def mlp_changes(mlp: Any, experts: ExpertParts | None, shared: Any = None) -> dict[str, Any]:
+    """The changes of `llama_layer` that a layer with experts has, and perhaps a shared one; none for a layer with an MLP."""
+    if experts is None:
+        return {"gate_up": gate_up_of(mlp), "down": mlp.down_proj}
+    return {
+        "experts": experts,
+        "gate_up": () if shared is None else gate_up_of(shared),
+        "down": None if shared is None else shared.down_proj,
+    }
+
+
+def block_of(layer: Any) -> Any:
+    """What stands in the place of a layer's MLP."""
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+
+
+def act_of_layers(layers: Any) -> str:
+    """The activation of all MLPs and experts."""
+    found = set()
+    for layer in layers:
+        block = block_of(layer)
+        experts = getattr(block, "experts", None)
+        if experts is None:
+            found.add(act_of(block))
+        else:
+            found.add(activation_of(experts.act_fn) if isinstance(experts, PackedExperts) else act_of(experts[0]))
+        shared = next((each for name in ("shared_expert", "shared_experts") if (each := getattr(block, name, None))), None)
+        if shared is not None:
+            found.add(act_of(shared))
+    refuse_if(len(found) > 1, "several activations")
+    return found.pop()
+
+
+def _mixtral(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        block = block_of(layer)
+        changes = mlp_changes(block, softmax_experts(block, block.gate, normed=True))
+        layers.append(llama_layer(layer, config, window=config.sliding_window or 0, **changes))
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers)))
+
+
+def _qwen(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    refuse_if(_OLDER and config.model_type == "qwen2_moe" and config.use_sliding_window, "windows of some layers")
+    layers = [_qwen_layer(layer, config) for layer in base.layers]
+    qk_norm = "head" if layers[0].q_norm is not None else ""
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm=qk_norm))
+
+
+def _qwen_layer(layer: Any, config: Any) -> LayerParts:
+    block = layer.mlp
+    experts = softmax_experts(block, block.gate, normed=config.norm_topk_prob) if hasattr(block, "experts") else None
+    return llama_layer(layer, config, **mlp_changes(block, experts, getattr(block, "shared_expert", None)))
+
+
+def _olmoe(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    refuse_if(getattr(config, "clip_qkv", None) is not None, "queries, keys and values that are clipped")
+    refuse_if(getattr(config, "sliding_window", None), "windows that transformers applies in some ways of computing only")
+    layers = []
+    for layer in base.layers:
+        changes = mlp_changes(layer.mlp, softmax_experts(layer.mlp, layer.mlp.gate, normed=config.norm_topk_prob))
+        if config.model_type == "flex_olmo":  # norms of what the branches give
+            changes |= {
+                "attention_norm": None,
+                "attended_norm": norm_of(layer.post_attention_layernorm),
+                "mlp_norm": None,
+                "inner_norm": norm_of(layer.post_feedforward_layernorm),
+            }
+        layers.append(llama_layer(layer, config, window=0, **changes))
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm="width"))
+
+
+def _granite(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        block = layer.block_sparse_moe
+        refuse_if(getattr(layer, "shared_mlp", None) is not None, "a shared expert of other modules")
+        layers.append(llama_layer(layer, config, **mlp_changes(block, softmax_experts(block, block.router, normed=True))))
+    options = Options(
+        activation=act_of_layers(base.layers),
+        score_scale=float(config.attention_multiplier),
+        embedding_scale=float(config.embedding_multiplier),
+        residual_scale=float(config.residual_multiplier),
+        logits_scale=1 / float(config.logits_scaling),
+    )
+    return model_of(hf, layers, options)
+
+
+def _sigmoid(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        block = block_of(layer)
+        experts = sigmoid_experts(block, config) if hasattr(block, "experts") else None
+        layers.append(llama_layer(layer, config, **mlp_changes(block, experts, getattr(block, "shared_experts", None))))
+    first = layers[0].q_norm
+    qk_norm = "" if first is None else "head" if first.weight.numel() == head_dim_of(config) else "width"
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm=qk_norm))
+
+
+KINDS = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen,
+    "qwen3_moe": _qwen,
+    "olmoe": _olmoe,
+    "flex_olmo": _olmoe,
+    "granitemoe": _granite,
+    "granitemoeshared": _granite,
+    "dots1": _sigmoid,
+    "glm4_moe": _sigmoid,
+    "solar_open": _sigmoid,
+    "minimax_m2": _sigmoid,
+}
