@@ -22,6 +22,7 @@ from random_models import random_layer  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from gptq_webui.gptq.experts import PackedExperts, is_dense_experts  # noqa: E402
 from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
 
 _LLAMA = {
@@ -29,6 +30,7 @@ _LLAMA = {
     "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048, "pad_token_id": 0,
 }  # fmt: skip
 _WIDE = {**_LLAMA, "intermediate_size": 4096}
+_EXPERTS = {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 352, "norm_topk_prob": True}
 _OLDER = {"vocab_size": 32000, "n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "gemma": _LLAMA, "gemma2": {**_LLAMA, "query_pre_attn_scalar": 64, "sliding_window": 1024},
@@ -39,7 +41,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mpt": {"vocab_size": 32000, "d_model": 1024, "n_layers": 12, "n_heads": 16}, "gpt_bigcode": _OLDER, "starcoder2": _WIDE,
     "stablelm": _LLAMA, "cohere": _LLAMA, "cohere2": _LLAMA, "olmo": _LLAMA, "olmo2": _LLAMA, "olmo3": _LLAMA,
     "granite": _LLAMA, "glm": _LLAMA, "glm4": _LLAMA, "ernie4_5": _LLAMA, "nemotron": _WIDE, "seed_oss": _LLAMA,
-    "hunyuan_v1_dense": _LLAMA, "exaone4": _LLAMA, "smollm3": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA, "exaone4": _LLAMA, "smollm3": _LLAMA, "mixtral": {**_LLAMA, "num_local_experts": 8},
+    "qwen2_moe": {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 1408}, "qwen3_moe": {**_LLAMA, **_EXPERTS},
+    "olmoe": {**_LLAMA, "num_experts": 32, "num_experts_per_tok": 8, "intermediate_size": 352},
 }  # fmt: skip
 
 
@@ -54,13 +58,30 @@ def packed(model: Any) -> Any:
     found = copy.deepcopy(model)
     for name, module in list(found.named_modules()):
         conv = type(module).__name__ == "Conv1D"
-        if not (isinstance(module, nn.Linear) or conv) or not any(part.isdigit() for part in name.split(".")):
+        blocks = any(part.isdigit() for part in name.split("."))
+        if not (isinstance(module, nn.Linear) or conv) or not blocks or name.endswith("shared_expert_gate"):
             continue
         k, n = module.weight.shape if conv else module.weight.shape[::-1]
         rows = torch.randperm(k, generator=torch.Generator().manual_seed(k))
         layer = random_layer(k, n, 4, 128, sym=True, rows=rows, bias=module.bias is not None, device="cpu")
         owner, _dot, last = name.rpartition(".")
         setattr(found.get_submodule(owner), last, layer)
+    for name, module in list(found.named_modules()):
+        if is_dense_experts(module):
+            owner, _dot, last = name.rpartition(".")
+            setattr(found.get_submodule(owner), last, packed_experts(module))
+    return found
+
+
+def packed_experts(dense: Any) -> PackedExperts:
+    """Random packed experts in the place of those that transformers 5 holds as 3-D weights."""
+    found = PackedExperts(dense)
+    hidden, inner = dense.down_proj.shape[1:]
+    for at in range(found.num_experts):
+        for role, k, n in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
+            rows = torch.randperm(k, generator=torch.Generator().manual_seed(at))
+            layer = random_layer(k, n, 4, 32 if k % 128 else 128, sym=True, rows=rows, device="cpu")
+            found.get_submodule(str(at)).add_module(role, layer)
     return found
 
 

@@ -80,7 +80,7 @@ VARIANTS = {
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 9, "num_experts_per_tok": 4}),
     "qwen3_moe with layers without experts": ("qwen3_moe", {"mlp_only_layers": [0, 3], "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"norm_topk_prob": False, "sliding_window": None}),
-    "flex_olmo": ("flex_olmo", {"sliding_window": None, "num_experts": 5}),
+    "flex_olmo": ("flex_olmo", {"sliding_window": None, "intermediate_size": 64}),
     "granitemoe": (
         "granitemoe",
         {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
