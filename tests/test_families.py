@@ -80,7 +80,7 @@ VARIANTS = {
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 9, "num_experts_per_tok": 4}),
     "qwen3_moe with layers without experts": ("qwen3_moe", {"mlp_only_layers": [0, 3], "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"norm_topk_prob": False, "sliding_window": None}),
-    "flex_olmo": ("flex_olmo", {"sliding_window": None, "intermediate_size": 64}),
+    "flex_olmo": ("flex_olmo", {"sliding_window": None, "intermediate_size": 64, "num_hidden_layers": 2}),
     "granitemoe": (
         "granitemoe",
         {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
@@ -151,8 +151,11 @@ def off(found, wanted):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_computed_as_transformers_does(name):
     kind, changes = VARIANTS[name]
-    if changes.get("qk_layernorm") and int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 4 cannot make such a model")
+    older = int(transformers.__version__.split(".")[0]) < 5
+    if kind not in transformers.CONFIG_MAPPING or (older and changes.get("qk_layernorm")):
+        pytest.skip("this transformers cannot make such a model")
+    if older and kind.startswith("granitemoe"):
+        pytest.skip("transformers 4 keeps such experts dense")
     hf, twin = packed(kind, changes)
     stepper, note = stepper_for(hf, 128, parallel=4)
     assert isinstance(stepper, CpuStepper) and note == ""

@@ -1,6 +1,7 @@
 """The compiled phases of LoRA adapters: what is computed before and in a product of a forward (forward.py)."""
 
 from .cpu_kernels import dense_row, shares
+from .forward_addresses import scores_of, source_of, weight_rows
 from .forward_arguments import (
     ADAPTER_A,
     ADAPTER_B,
@@ -10,7 +11,6 @@ from .forward_arguments import (
     ADAPTER_RANK,
     MOST_WEIGHTS,
 )
-from .forward_places import scores_of, source_of, weight_rows
 from .numba_compiler import compiled_part
 from .numba_intrinsics import integers
 

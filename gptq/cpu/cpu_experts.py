@@ -57,26 +57,26 @@ def _bias_of(mixture: ExpertParts) -> np.ndarray:
 
 def with_room(model: dict[str, Any], rows: int, threads: int, hidden_width: int, weights: Sequence[Weights]) -> dict[str, Any]:
     """All fields, for forwards of up to `rows` rows. `model`: what `described` has given."""
-    slots = max(1, rows * model["choices"])
+    pairs = max(1, rows * model["choices"])
     used = [weights[row] for row in model["table"].reshape(-1) if row >= 0] if model["count"] else []
-    choices = np.zeros((3, slots), np.int64)
+    choices = np.zeros((3, pairs), np.int64)
     width = model["inner_tiles"] * LANES
     return {
         **model,
         "scores": np.zeros(max(1, model["count"]), np.float32),
         "taken": np.zeros(max(1, model["count"]), np.int64),
         "chosen": choices[0],
-        "weights": np.zeros(slots, np.float32),
-        "slots": np.zeros(slots, np.int64),
-        "slot_rows": choices[1],
-        "slot_experts": choices[2],
+        "weights": np.zeros(pairs, np.float32),
+        "pairs": np.zeros(pairs, np.int64),
+        "pair_rows": choices[1],
+        "pair_experts": choices[2],
         "groups": np.zeros((model["count"] + 1, 3), np.int64),
-        "gate_up": aligned((slots, width), np.float32),
+        "gate_up": aligned((pairs, width), np.float32),
         "gate_up_width": width,
         "gated": aligned((threads, width), np.float32),
         "gated_width": width,
-        "out": aligned((slots, hidden_width if used else 1), np.float32),
-        "rounded": rounded_room(slots, 1, 2, used),
+        "out": aligned((pairs, hidden_width if used else 1), np.float32),
+        "rounded": rounded_room(pairs, 1, 2, used),
     }
 
 

@@ -1,6 +1,6 @@
 """The compiled phases of a mixture of experts: which experts a row has, what they compute of it, and their sum.
 
-A slot is one row in one of its experts. Slots stand in the order of the experts: the rows of an expert follow each other, and a
+A pair is one row in one of its experts. Pairs stand in the order of the experts: the rows of an expert follow each other, and a
 tile of its weights is read once for all of them, whether the rows are a prompt's or those of several answers. Only the bytes of
 chosen experts are read. `f` is the record FORWARD of forward_arguments.py.
 """
@@ -8,6 +8,7 @@ chosen experts are read. `f` is the record FORWARD of forward_arguments.py.
 import numpy as np
 
 from .cpu_kernels import BIAS_START, TILES, WEIGHT_COLUMNS, exp, product, shares
+from .forward_addresses import layer_row, source_of, target_of, weight_rows
 from .forward_arguments import (
     DOWN_PRODUCT,
     EXPERT_COLUMNS,
@@ -15,22 +16,21 @@ from .forward_arguments import (
     GATE_UP_PRODUCT,
     MIXTURE,
 )
-from .forward_places import layer_row, source_of, target_of, weight_rows
 from .numba_compiler import compiled_part
 from .numba_intrinsics import float_rows, floats, integers
-from .row_ops import gate_row, round_slot, rounded_at, share_of
+from .row_ops import gate_row, round_pair, rounded_at, share_of
 
 PHASES_OF_EXPERTS = 8  # of a layer, at most
-SLOT_ITEMS, EXPERT_ITEMS, SUM_ITEMS = 4, 16, 4
+PAIR_ITEMS, EXPERT_ITEMS, SUM_ITEMS = 4, 16, 4
 
 
 @compiled_part
 def compute_experts(tid, threads, counters, phase, f, layer):
-    """What the chosen experts give for each slot. Returns the next phase."""
+    """What the chosen experts give for each pair. Returns the next phase."""
     phase = choose(tid, counters, phase, f, layer)
     for step in range(2):  # gate and up, then down
-        phase = round_slots(tid, threads, counters, phase, f, layer, step)
-        phase = multiply_slots(threads, counters, phase, f, layer, step)
+        phase = round_pairs(tid, threads, counters, phase, f, layer, step)
+        phase = multiply_pairs(threads, counters, phase, f, layer, step)
     return phase
 
 
@@ -55,15 +55,15 @@ def score(f, layer, logits, scores):
 
 @compiled_part
 def choose(tid, counters, phase, f, layer):
-    """Choose the experts of every row, and give each choice its slot. One thread does all of it: it is little."""
+    """Choose the experts of every row, and give each choice its pair. One thread does all of it: it is little."""
     e = f.experts
     rows, choices, count = f.rows, e.choices, e.count
     for _at in shares(counters, phase, 1):
         mixture = layer_row(f, layer)[MIXTURE]
         scores, bias = floats(e.scores, count), floats(e.choice_bias + 4 * mixture * count, count)
         taken, chosen = integers(e.taken, count), integers(e.chosen, rows * choices)
-        weights, slots = floats(e.weights, rows * choices), integers(e.slots, rows * choices)
-        slot_rows, slot_experts = integers(e.slot_rows, rows * choices), integers(e.slot_experts, rows * choices)
+        weights, pairs = floats(e.weights, rows * choices), integers(e.pairs, rows * choices)
+        pair_rows, pair_experts = integers(e.pair_rows, rows * choices), integers(e.pair_experts, rows * choices)
         groups = integers(e.groups, 3 * (count + 1))
         gate_up = float_rows(f.gate_up, rows, f.gate_up_width)
         for r in range(rows):
@@ -94,9 +94,9 @@ def choose(tid, counters, phase, f, layer):
             start += size
         groups[3 * group + 2] = 0
         for at in range(rows * choices):
-            slot = taken[chosen[at]]
+            pair = taken[chosen[at]]
             taken[chosen[at]] += 1
-            slots[at], slot_rows[slot], slot_experts[slot] = slot, at // choices, chosen[at]
+            pairs[at], pair_rows[pair], pair_experts[pair] = pair, at // choices, chosen[at]
     return phase + 1
 
 
@@ -114,40 +114,40 @@ def weights_of(step):
 
 
 @compiled_part
-def round_slots(tid, threads, counters, phase, f, layer, step):
-    """Round the input of each slot for the weights of its expert. Returns the next phase."""
+def round_pairs(tid, threads, counters, phase, f, layer, step):
+    """Round the input of each pair for the weights of its expert. Returns the next phase."""
     e = f.experts
-    slots = f.rows * e.choices
-    hidden, gate_up = source_of(f, 0, GATE_UP_PRODUCT), float_rows(e.gate_up, slots, e.gate_up_width)
+    pairs = f.rows * e.choices
+    hidden, gate_up = source_of(f, 0, GATE_UP_PRODUCT), float_rows(e.gate_up, pairs, e.gate_up_width)
     gated = floats(e.gated + 4 * tid * e.gated_width, e.gated_width)
-    slot_rows, slot_experts = integers(e.slot_rows, slots), integers(e.slot_experts, slots)
+    pair_rows, pair_experts = integers(e.pair_rows, pairs), integers(e.pair_experts, pairs)
     begin, end = weights_of(step)
-    items = min(slots, SLOT_ITEMS * threads)
+    items = min(pairs, PAIR_ITEMS * threads)
     for at in shares(counters, phase, items):
-        first, last = share_of(at, items, slots)
-        for slot in range(first, last):
-            x = hidden[slot_rows[slot]]
+        first, last = share_of(at, items, pairs)
+        for pair in range(first, last):
+            x = hidden[pair_rows[pair]]
             if step:
                 x = gated
-                gate_row(gate_up[slot], e.up_column, gated, e.inner, f.activation, f.gated)
-            weights = expert_rows(f, layer, slot_experts[slot])
+                gate_row(gate_up[pair], e.up_column, gated, e.inner, f.activation, f.gated)
+            weights = expert_rows(f, layer, pair_experts[pair])
             for one in range(begin, end):
                 if weights[one] >= 0:
-                    round_slot(x, slot, f.tables, weights[one], e.rounded)
+                    round_pair(x, pair, f.tables, weights[one], e.rounded)
     return phase + 1
 
 
 @compiled_part
-def multiply_slots(threads, counters, phase, f, layer, step):
-    """The products of all chosen experts, each with its slots. Returns the next phase."""
+def multiply_pairs(threads, counters, phase, f, layer, step):
+    """The products of all chosen experts, each with its pairs. Returns the next phase."""
     e = f.experts
-    slots, groups = f.rows * e.choices, integers(e.groups, 3 * (e.count + 1))
+    pairs, groups = f.rows * e.choices, integers(e.groups, 3 * (e.count + 1))
     tiles = f.hidden_width // 16 if step else e.inner_tiles  # of one expert
     width = f.hidden_width if step else e.gate_up_width
     y = e.out if step else e.gate_up
     begin, end = weights_of(step)
     total = 0
-    for group in range(min(slots, e.count)):
+    for group in range(min(pairs, e.count)):
         if groups[3 * group + 2] == 0:
             break
         total += tiles
@@ -184,7 +184,7 @@ def add_experts(tid, threads, counters, phase, f, layer):
     rows, choices = f.rows, e.choices
     x, target = float_rows(f.x, rows, f.hidden_width), target_of(f, DOWN_PRODUCT)
     gate_up, out = float_rows(f.gate_up, rows, f.gate_up_width), float_rows(e.out, rows * choices, f.hidden_width)
-    weights, slots = floats(e.weights, rows * choices), integers(e.slots, rows * choices)
+    weights, pairs = floats(e.weights, rows * choices), integers(e.pairs, rows * choices)
     shared = weight_rows(f, layer, DOWN_PRODUCT)[0] >= 0
     tiles = f.hidden_width // 16
     items = min(rows * tiles, SUM_ITEMS * threads)
@@ -198,9 +198,9 @@ def add_experts(tid, threads, counters, phase, f, layer):
             for i in range(start, start + 16):
                 target[r, i] = factor * target[r, i] if shared else np.float32(0.0)
             for j in range(r * choices, (r + 1) * choices):
-                weight, slot = weights[j], slots[j]
+                weight, pair = weights[j], pairs[j]
                 for i in range(start, start + 16):
-                    target[r, i] += weight * out[slot, i]
+                    target[r, i] += weight * out[pair, i]
             if not f.norms_after:
                 for i in range(start, start + 16):
                     x[r, i] += f.residual_scale * target[r, i]

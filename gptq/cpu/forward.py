@@ -11,6 +11,18 @@ import numpy as np
 from .adapter_phases import lower_rows, raise_rows
 from .cpu_kernels import CHUNKS, TILES, WEIGHT_COLUMNS, layer_norm_row, norm_row, shares
 from .expert_phases import add_experts, compute_experts
+from .forward_addresses import (
+    capacity_of,
+    column_of,
+    keys_of,
+    layer_row,
+    position_of,
+    scores_of,
+    source_of,
+    target_of,
+    values_of,
+    weight_rows,
+)
 from .forward_arguments import (
     ATTENDED_NORM,
     ATTENTION_NORM,
@@ -27,18 +39,6 @@ from .forward_arguments import (
     QKV_PRODUCT,
     ROTARY,
     WINDOW,
-)
-from .forward_places import (
-    capacity_of,
-    column_of,
-    keys_of,
-    layer_row,
-    position_of,
-    scores_of,
-    source_of,
-    target_of,
-    values_of,
-    weight_rows,
 )
 from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import float_rows, floats, integers

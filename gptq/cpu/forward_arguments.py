@@ -58,7 +58,7 @@ ROUNDED: Fields = {
     "chunks": int,  # of all rows
 }
 
-# The mixtures of experts of a model. A slot is one row in one of its experts; slots are in the order of the experts, so that
+# The mixtures of experts of a model. A pair is one row in one of its experts; pairs are in the order of the experts, so that
 # those of one expert follow each other and its weights are read once for all of them (expert_phases.py).
 EXPERTS: Fields = {
     "count": int,  # experts of a layer; 0: no layer has any
@@ -76,19 +76,19 @@ EXPERTS: Fields = {
     "choice_bias": np.float32,  # [mixtures][count]
     # what is computed
     "scores": np.float32,  # [count], of one row
-    "taken": np.int64,  # [count]: in the choice 1 where an expert is chosen; then where its next slot is
+    "taken": np.int64,  # [count]: in the choice 1 where an expert is chosen; then where its next pair is
     "chosen": np.int64,  # [rows][choices]: experts
     "weights": np.float32,  # [rows][choices]
-    "slots": np.int64,  # [rows][choices]: the slot of each choice
-    "slot_rows": np.int64,  # [slots]: the row of each
-    "slot_experts": np.int64,  # [slots]: its expert
-    "groups": np.int64,  # [count + 1][expert, first slot, slots] of the experts that are chosen; slots of 0 end it
-    "gate_up": np.float32,  # [slots][gate_up_width]
+    "pairs": np.int64,  # [rows][choices]: the pair of each choice
+    "pair_rows": np.int64,  # [pairs]: the row of each
+    "pair_experts": np.int64,  # [pairs]: its expert
+    "groups": np.int64,  # [count + 1][expert, first pair, pairs] of the experts that are chosen; pairs of 0 end it
+    "gate_up": np.float32,  # [pairs][gate_up_width]
     "gate_up_width": int,
-    "gated": np.float32,  # [threads][gated_width]: what down reads, of one slot
+    "gated": np.float32,  # [threads][gated_width]: what down reads, of one pair
     "gated_width": int,
-    "out": np.float32,  # [slots][hidden_width]: what the experts give
-    "rounded": ROUNDED,  # for the experts, [slots]
+    "out": np.float32,  # [pairs][hidden_width]: what the experts give
+    "rounded": ROUNDED,  # for the experts, [pairs]
 }
 
 FORWARD: Fields = {  # one forward of a model (forward.forward)

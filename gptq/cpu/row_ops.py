@@ -60,14 +60,14 @@ def rounded_at(weight, row, rounded):
 
 
 @compiled_part
-def round_slot(x, slot, tables, row, rounded):
-    """Round x [K] for the packed weight in `row` of the table, and store it as row `slot`; one owner."""
+def round_pair(x, pair, tables, row, rounded):
+    """Round x [K] for the packed weight in `row` of the table, and store it as row `pair`; one owner."""
     weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
     if weight[ROUNDED_BEFORE]:
         return
     chunks, chunk_rows, start = weight[CHUNKS], weight[CHUNK_ROWS], weight[ORDER_START]
     order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
-    address, scales, sums = rounded_at(weight, slot, rounded)
+    address, scales, sums = rounded_at(weight, pair, rounded)
     size = 2 * chunks * chunk_rows
     round_row(
         x, 0, order, chunks, chunk_rows, integers8(address, size), integers16(address, size // 2), floats(scales, chunks),
