@@ -126,5 +126,6 @@ def plain_logits(parts: ModelParts, ids: list[int]) -> torch.Tensor:
         h = h + layer.o(attended.transpose(0, 1).reshape(len(ids), -1))
         x = norm(h, layer.mlp_norm)
         both = torch.cat([each(x) for each in layer.gate_up], -1).chunk(2, -1)
+        assert layer.down is not None  # no experts
         h = h + layer.down(nn.functional.silu(both[0]) * both[1])
     return nn.functional.linear(norm(h, parts.norm), parts.head.weight.float())  # type: ignore[arg-type]

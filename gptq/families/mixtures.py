@@ -35,7 +35,9 @@ def router_of(router: Any) -> nn.Module:
     experts, hidden = router.weight.shape
     bias = getattr(router, "bias", None)
     linear = nn.Linear(hidden, experts, bias is not None, device="meta")
-    linear.weight, linear.bias = router.weight, bias
+    linear.weight = router.weight
+    if bias is not None:
+        linear.bias = bias
     return linear
 
 

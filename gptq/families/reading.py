@@ -114,7 +114,8 @@ def act_of(mlp: Any) -> str:
 
 def llama_layer(layer: Any, config: Any, norm: Callable[[Any], Norm] = norm_of, **changes: Any) -> LayerParts:
     """A layer with Llama's modules; `changes` are fields that differ."""
-    attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+    attention = layer.self_attn
+    mlp: Any = getattr(layer, "mlp", None)  # Mixtral's has another name in transformers 4
 
     def default(name: str, read: Callable[[], Any]) -> Any:
         return None if name in changes else read()  # what differs may have another name in the module
