@@ -27,6 +27,7 @@ from pathlib import Path
 CLIENTS = 8
 REQUEST_S = 30.0  # the limit of one request
 STUCK_S = 90.0  # of one step of a client
+START_S = 300.0  # of the server, with a large model
 QUESTIONS = ("What is the capital of France?", "Name a colour of the sea.", "Write about bread and butter.")
 
 
@@ -301,12 +302,13 @@ def attack(options, folder):
     command = [sys.executable, str(Path(__file__).with_name("soak_server.py")), str(folder), str(port)]
     command += [options.models_dir] * bool(options.models_dir) + [options.model] * bool(options.models_dir and options.model)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    threading.Timer(300, lambda: ready or process.kill()).start()
-    ready = []
+    late = threading.Timer(START_S, process.kill)
+    late.daemon = True  # or this process would live until it rings
+    late.start()
     try:
         if "ready" not in (process.stdout.readline() or ""):
             raise SystemExit("the server did not start")
-        ready.append(True)
+        late.cancel()
         say(f"the server is process {process.pid} on port {port}; {options.minutes:g} minutes, seed {options.seed}")
         soak = Soak(options, folder, port, keys)
         soak.measure_quiet()
@@ -320,7 +322,7 @@ def attack(options, folder):
             each.join(max(0.1, until - time.monotonic()))
         return verdict(soak, warm, last)
     finally:
-        ready.append(True)
+        late.cancel()
         with suppress(OSError):
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
