@@ -41,7 +41,7 @@ class _Texts:
 async def vectors_of(service: Service, request: Request, texts: object, pooling: str) -> tuple[list[list[float]], int]:
     """(a vector for each text or list of ids, tokens of all). Raises Problem, BadParameter."""
     loaded = await service.loaded()
-    sources, _ends = await service.run_for(request, sources_of, loaded, _Texts(texts))
+    sources, _ends = await service.run_for(request, sources_of, loaded, _Texts(texts), "input")
     if len(sources) > _MOST_TEXTS:
         raise Problem("invalid", f"One request may have up to {_MOST_TEXTS} texts; found {len(sources)}.", "input")
     prompts = [await service.fit(request, each, 0, loaded=loaded) for each in sources]

@@ -25,6 +25,9 @@ _OTHER_SITE = (
     "This request comes from another site's page. To allow it, add the site's address in the tab API, or start the server with "
     "--cors ADDRESS."
 )
+# No other site shows this page in a frame, where a visitor would press buttons unseen; no browser takes an answer for a script
+# or a picture; nobody whose link is followed learns this server's address.
+_SAFE = [("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN"), ("referrer-policy", "same-origin")]
 _UNREAD = (408, 413)  # statuses after which the rest of the body is not read
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -84,6 +87,7 @@ class Guard:
             return
         api = self._is_api(scope["method"], scope["path"])
         headers, refusal = self._refusal(scope, api)
+        headers = [*_SAFE, *headers]
         if api:
             request_id = _request_id(scope)
             headers.append(("x-request-id", request_id))
@@ -119,9 +123,8 @@ class Guard:
         origin = _header(scope, b"origin")
         if origin is None:
             site = _header(scope, b"sec-fetch-site")
-            if site in ("cross-site", "same-site") and scope.get("method") not in ("GET", "HEAD"):
-                return [], _OTHER_SITE
-            return [], None
+            foreign = site in ("cross-site", "same-site")
+            return [], _OTHER_SITE if foreign and not _follows_a_link(scope) else None
         if _same(origin, hosts[0]) or self._hosts.names.intersection((_host_of(origin),)):
             return [], None  # the second: through a proxy that has a name of ours
         sites = {*self._origins, *self._more_origins()} if api else set()
@@ -134,6 +137,14 @@ class Guard:
                 ("access-control-expose-headers", exposed),
             ], None
         return [], _OTHER_SITE
+
+
+def _follows_a_link(scope: Scope) -> bool:
+    """Whether a browser opens the address itself: not as a part of another site's page (picture, script, frame)."""
+    if scope.get("method") not in ("GET", "HEAD"):
+        return False
+    mode, place = (_header(scope, name) for name in (b"sec-fetch-mode", b"sec-fetch-dest"))
+    return mode in (None, "navigate") and place in (None, "document", "empty")
 
 
 def _name(host: str) -> str:

@@ -13,12 +13,15 @@ from .answer_stream import WholeAnswer
 from .openai_logprobs import number, text_logprobs
 from .problems import Problem
 from .prompt_fit import FittedPrompt, Source, prompt_of
-from .service import Service
+from .service import MOST_ANSWERS, Service
 from .token_texts import TokenTexts
 
 
-def sources_of(loaded: LoadedModel, body: Any) -> tuple[list[Source], tuple[int, ...]]:
-    """(the prompts of a request: texts, or lists of ids, which are used as given; ids that end their answers)."""
+def sources_of(loaded: LoadedModel, body: Any, field: str = "prompt") -> tuple[list[Source], tuple[int, ...]]:
+    """(the prompts of a request: texts, or lists of ids, which are used as given; ids that end their answers).
+
+    Raises Problem, which names `field`: also for more prompts than are answered, before any of them is read.
+    """
     prompt = body.prompt
     if body.suffix:
         if not isinstance(prompt, str):
@@ -29,6 +32,8 @@ def sources_of(loaded: LoadedModel, body: Any) -> tuple[list[Source], tuple[int,
         return [prompt], ()
     if not prompt:
         raise Problem("invalid", "The prompt is empty. Send some text.", "prompt")
+    if not isinstance(prompt[0], int) and len(prompt) > MOST_ANSWERS:
+        raise Problem("invalid", f"One request may have up to {MOST_ANSWERS} prompts; found {len(prompt):,}.", field)
     if isinstance(prompt[0], str):
         return list(prompt), ()
     lists = [prompt] if isinstance(prompt[0], int) else prompt

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 Render = Callable[[Problem], Response]
 
+_MOST_MISTAKES = 1000  # of a body, that are told one by one
 _KINDS: dict[int, Kind] = {404: "not_found", 408: "too_slow", 413: "too_large"}  # statuses that come as HTTPException
 
 
@@ -148,6 +149,9 @@ def _plain(endpoint: Callable[..., Any]) -> Handler | None:
         try:
             body = model.model_validate(found, from_attributes=True)
         except ValidationError as error:
+            if error.error_count() > _MOST_MISTAKES:  # to tell each would take seconds
+                text = f"The body has {error.error_count():,} values of a wrong kind. /docs shows the kind of each field."
+                raise Problem("invalid", text, "body") from None
             raise of_validation(error.errors(include_url=False, include_context=False, include_input=False)) from None
         return await endpoint(body, request)
 

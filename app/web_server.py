@@ -26,6 +26,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
 
     _late: asyncio.TimerHandle | None = None
     _head_bytes = 0  # of a head that is not complete
+    _field_bytes = 0  # of the header fields of a request, those after its body too, which come while it is answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -42,6 +43,17 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
         if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of the request is too large.")
         self._watch()
+
+    def on_message_begin(self) -> None:
+        self._field_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by httptools, which answers 400 if this raises; h11 counts for itself."""
+        self._field_bytes += len(name) + len(value) + 4
+        if self._field_bytes > _HEAD_BYTES:
+            raise ValueError("too many header fields")
+        super().on_header(name, value)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from api_server import ApiServer, settled
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.api import guard
 from gptq_webui.api.auth import Keys
 from gptq_webui.api.guard import Hosts
+from gptq_webui.api.sampling_fields import Open
+from gptq_webui.api.service import Service
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -135,6 +138,27 @@ def test_a_post_out_of_another_sites_page_is_refused(open_server, engine, origin
 def test_a_form_of_another_site_without_an_origin_is_known_by_its_fetch_headers(open_server, engine):
     assert open_server.http.post("/v1/model/unload", headers={"sec-fetch-site": "cross-site"}).status_code == 403
     assert engine.loaded is not None
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "status"),
+    [("document", "navigate", 200), ("iframe", "navigate", 403), ("embed", "navigate", 403), ("image", "no-cors", 403),
+     ("script", "no-cors", 403), ("empty", "no-cors", 403)],
+)  # fmt: skip
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_another_site_may_link_to_this_server_but_not_take_it_in(open_server, site, place, mode, status):
+    fetched = {"sec-fetch-mode": mode, "sec-fetch-dest": place}
+    for path in ("/docs", "/v1/models"):
+        assert open_server.http.get(path, headers={"sec-fetch-site": site, **fetched}).status_code == status
+        assert open_server.http.get(path, headers={"sec-fetch-site": "same-origin", **fetched}).status_code == 200
+        assert open_server.http.get(path, headers={"sec-fetch-site": "none", **fetched}).status_code == 200
+
+
+def test_every_answer_forbids_frames_and_guessing_its_type(open_server):
+    for path, more in (("/docs", {}), ("/v1/models", {}), ("/nowhere", {}), ("/v1/nowhere", {}), ("/", {"host": "evil.example"})):
+        headers = open_server.http.get(path, headers=more).headers
+        assert headers["x-frame-options"] == "SAMEORIGIN" and headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "same-origin"
 
 
 def test_our_own_page_may_call_the_api(open_server):
@@ -366,6 +390,54 @@ def test_garbage_is_refused_in_words(open_server, body):
     ):
         answer = open_server.http.post(path, content=body)
         assert 400 <= answer.status_code < 500 and answer.json(), path
+
+
+MANY = 3000
+WRONG = (
+    [1] * MANY, [{}] * MANY, [[]] * MANY, [[{}]] * MANY, [[1, {}]] * MANY, ["x"] * MANY, [*["x"] * MANY, *[{}] * MANY],
+    [{"role": "user", "content": [{}] * MANY}], [{"type": "message", "content": [1] * MANY}], {"a": [{}] * MANY}, [None] * MANY,
+)  # fmt: skip
+
+
+def kinds_of(model):
+    for each in model.__subclasses__():
+        yield each
+        yield from kinds_of(each)
+
+
+def test_a_list_of_mistakes_costs_no_more_than_its_first(served):
+    """pydantic would tell each of them: for a body of 4 MB a minute and 3 GB, and nobody else is answered meanwhile."""
+    found = [(model, name) for model in kinds_of(Open) for name in model.model_fields]
+    assert len(found) > 500
+    for model, name in found:
+        for wrong in WRONG:
+            try:
+                model.model_validate({name: wrong}, from_attributes=True)
+            except ValidationError as error:
+                assert error.error_count() < 50, (model, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/completions", {"prompt": "x", "logit_bias": {f"{at}": "x" for at in range(100_000)}}),
+     ("/v1/embeddings", {"input": [{}] * 400_000}), ("/v1/chat/completions", {"messages": [1] * 400_000})],
+    ids=["keys", "objects", "numbers"],
+)  # fmt: skip
+def test_a_body_with_a_million_mistakes_is_refused_in_words_and_at_once(open_server, path, body):
+    began = time.process_time()  # of this process, in which the server runs
+    answer = open_server.http.post(path, json=body)
+    assert answer.status_code == 400 and len(answer.content) < 3000 and time.process_time() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/completions", "prompt"), ("/completion", "prompt"), ("/v1/embeddings", "input")]
+)
+@pytest.mark.parametrize("prompt", ["a", [1]], ids=["texts", "ids"])
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 0}], ids=["", "none"])
+def test_more_prompts_than_are_answered_are_not_read(open_server, monkeypatch, path, field, prompt, more):
+    monkeypatch.setattr(Service, "fit", None)
+    answer = open_server.http.post(path, json={field: [prompt] * 50_000, **more})
+    assert answer.status_code == 400 and "50,000" in answer.text and field in answer.text
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_200_and_at_once(open_server):

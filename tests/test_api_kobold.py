@@ -116,7 +116,7 @@ def test_sillytavern_connects_and_streams(http):
     assert found[-1][1]["finish_reason"] == "stop" and all(data["finish_reason"] is None for _kind, data in found[:-1])
 
 
-def test_abort_and_check_find_the_answer_by_its_genkey(house):
+def test_abort_and_check_find_the_answer_of_the_same_client_by_its_genkey(house, monkeypatch):
     house.engine.load(MISTRAL, options={"answer": "word " * 2000, "tokens_per_s": 100})
     http, done = house.http, []
     body = {"prompt": "Go", "max_length": 1500, "genkey": "KCPP77"}
@@ -131,6 +131,10 @@ def test_abort_and_check_find_the_answer_by_its_genkey(house):
     assert seen.startswith("word word")
     assert http.post("/api/extra/generate/check", json={"genkey": "other"}).json() == {"results": [{"text": ""}]}
     assert http.post("/api/extra/abort", json={"genkey": "other"}).json() == {"success": "false"}
+    monkeypatch.setattr(house.server.service, "client", lambda request: "somebody else")  # who guesses the four digits
+    assert http.post("/api/extra/generate/check", json={"genkey": "KCPP77"}).json() == {"results": [{"text": ""}]}
+    assert http.post("/api/extra/abort", json={"genkey": "KCPP77"}).json() == {"success": "false"}
+    monkeypatch.undo()
     assert http.post("/api/extra/abort", json={"genkey": "KCPP77"}).json() == {"success": "true"}
     thread.join(5)
     text = done[0]["results"][0]["text"]

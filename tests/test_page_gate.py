@@ -197,6 +197,23 @@ def test_a_session_has_a_short_name(house, session):
         assert answer.status_code == 400 and house.reached == []
 
 
+@pytest.mark.parametrize("data", ['"\\ud800"', '{"a": ["x\\udfffy"]}', '"\\ud800\\ud800"'])
+def test_half_a_character_is_a_sentence(house, data):
+    with client(house, GUEST) as http:
+        body = f'{{"fn_index": 0, "data": [{data}], "session_hash": "one"}}'
+        answer = http.post(f"{PREFIX}/queue/join", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "half of a character" in answer.json()["error"] and house.reached == []
+        whole = body.replace(data, '"\\ud83d\\ude00"')
+        assert http.post(f"{PREFIX}/queue/join", content=whole, headers={"content-type": "application/json"}).status_code == 200
+
+
+def test_no_other_site_shows_the_page_in_a_frame(house):
+    with client(house) as http:
+        answer = http.get("/")
+        assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+        assert http.get("/", headers={"sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"}).status_code == 403
+
+
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/login"])
 def test_a_guest_cannot_store_a_body_without_end(house, path):
     with client(house, GUEST) as http:

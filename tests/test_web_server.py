@@ -141,3 +141,22 @@ def test_a_head_without_end_is_refused(port, more):
             while piece := line.recv(65536):
                 found += piece
         assert not found or found.startswith(b"HTTP/1.1 4")
+
+
+def test_fields_after_a_body_do_not_pile_up_while_it_is_answered(port):
+    """Trailers of a chunked body: each would be kept, 7 bytes for one that was sent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n"
+        line.sendall(head)
+        with pytest.raises(OSError):
+            for _ in range(100):
+                line.sendall(b"X-More: and more\r\n" * 5000)
+                time.sleep(0.01)
+
+
+def test_a_body_in_pieces_may_have_some_fields_after_it(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        for _ in range(3):  # each request is counted for itself
+            line.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 30_000 + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+            line.sendall(b"2\r\nab\r\n0\r\nX-Sum: 1\r\n\r\n")
+            assert answer(line).endswith(b"ok")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from .gradio_compat import refusal
+
 
 @dataclass(frozen=True)
 class Access:
@@ -19,7 +21,7 @@ class Access:
     def require_owner(self, request: gr.Request) -> None:
         """Raises gr.Error with a sentence for the page and for clients."""
         if not self.is_owner(request):
-            raise gr.Error("Only the owner of this page may do that. As a guest you can chat.")
+            raise refusal("Only the owner of this page may do that. As a guest you can chat.")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ ANSWER = _kind("answer", 12)  # lasts as long as the answer; one of each page
 NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
 
 
+def refusal(sentence: str) -> gr.Error:
+    """To raise in a handler: the page shows the sentence. 6 prints no traceback, with which anybody could fill the log."""
+    return gr.Error(sentence, print_exception=False) if SIX else gr.Error(sentence)
+
+
 def _tolerant(component: Any) -> Any:
     """The component, passing on whatever the browser sent: who handles the event says what is wrong with it.
 
@@ -101,7 +106,7 @@ def mount(page: gr.Blocks, users: list[tuple[str, str]] | None, theme: gr.Theme,
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'"
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 
 

@@ -111,7 +111,7 @@ def build(
             try:
                 engine.free()
             except GptqWebuiError as error:
-                raise gr.Error(str(error)) from None
+                raise gradio_compat.refusal(str(error)) from None
             gr.Info("The model is unloaded and its memory is free.")
 
         def show_models(request: gr.Request) -> dict[Any, Any]:

@@ -117,6 +117,10 @@ class PageGate:
         body = await _body(receive)
         try:
             found = json.loads(body)
+            if b"\\u" in body:
+                json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _Refusal(400, "The text contains half of a character (a lone surrogate). Remove it.") from None
         except (ValueError, RecursionError):
             raise _Refusal(400, "The body is not JSON.") from None
         session = found.get("session_hash") if isinstance(found, dict) else None
