@@ -1,6 +1,7 @@
 """OpenAI's protocol: models, chat and text completions, streamed or whole. Which model answers: api/model_turns.py."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -8,6 +9,7 @@ from starlette.responses import Response
 
 from ..core.chat import Message
 from ..core.params import GenerationParams
+from ..core.picture import is_picture
 from ..loaders.contract.base import LoadedModel
 from . import grammar_requests, openai_completions, tool_requests
 from .answer_stream import WholeAnswer
@@ -61,7 +63,9 @@ def build(service: Service) -> APIRouter:
         given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = limit_of(given, None)
         options = template_options(service, loaded, body)
-        prompt = await service.fit(request, messages_of(body.messages), limit, loaded=loaded, tools=tools, options=options)
+        prompt = await service.fit(
+            request, messages_of(body.messages, loaded), limit, loaded=loaded, tools=tools, options=options
+        )
         running = await service.answer(request, PROTOCOL, [prompt], params, n=body.n or 1, apart=body.thoughts_apart)
         head = AnswerHead("chatcmpl-", "chat.completion", loaded.model.name)
         if body.stream:
@@ -108,18 +112,32 @@ def template_options(service: Service, loaded: LoadedModel, body: ChatCompletion
     return options_of(service, loaded, thinks=thinks, effort=effort, values=values)
 
 
-def messages_of(body: Sequence[ChatMessage]) -> list[Message]:
-    """Raises Problem for what is not text."""
+def messages_of(body: Sequence[ChatMessage], loaded: LoadedModel) -> list[Message]:
+    """Raises Problem for what the model cannot read."""
     found: list[Message] = []
     for at, each in enumerate(body):
         parts = [each.content] if isinstance(each.content, str) else []
+        pictures = []
         for part in each.content if isinstance(each.content, list) else []:
+            if part.type == "image_url" and loaded.sees_pictures:
+                pictures.append(picture_url(part.image_url, f"messages.{at}.content"))
+                continue
             if part.type not in ("text", "input_text") or part.text is None:
                 text = f"This model reads text only; found a part of type {part.type[:40]!r}."
                 raise Problem("unsupported", text, f"messages.{at}.content")
             parts.append(part.text)
-        found.append(tool_requests.message_of(each.role, "\n".join(parts), each, f"messages.{at}"))
+        message = tool_requests.message_of(each.role, "\n".join(parts), each, f"messages.{at}")
+        found.append(replace(message, pictures=tuple(pictures)) if pictures else message)
     return found
+
+
+def picture_url(found: Any, field: str) -> str:
+    """Of an image_url part, for a model that sees pictures. Raises Problem."""
+    url = found.get("url") if isinstance(found, dict) else found
+    if not isinstance(url, str) or not (is_picture(url) or url.startswith(("http://", "https://"))):
+        text = f"{field}: image_url needs the URL of a picture: https://…, or data:image/png;base64,… (PNG, JPEG, WebP or GIF)."
+        raise Problem("invalid", text, field)
+    return url
 
 
 def _chat_answer(answer: WholeAnswer, body: ChatCompletionRequest) -> ChatAnswer:

@@ -13,6 +13,7 @@ FINGERPRINT = f"gptq-webui-{__version__}"  # a text, as the text-generation pack
 class ContentPart(Open):
     type: str
     text: str | None = None
+    image_url: Any = Field(None, description="a URL, or an object with one; for a model that sees pictures")
 
 
 class ChatMessage(Open):

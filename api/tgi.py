@@ -115,7 +115,7 @@ def build(service: Service) -> APIRouter:
         tools, loaded = tool_requests.of_openai(body), await service.loaded()
         options = template_options(service, loaded, body)
         prompt = await service.fit(
-            request, messages_of(body.messages), None, trim=True, loaded=loaded, tools=tools, options=options
+            request, messages_of(body.messages, loaded), None, trim=True, loaded=loaded, tools=tools, options=options
         )
         tokens = await service.run_for(request, tokens_of, service, prompt, True)
         return Json({"tokenize_response": tokens, "templated_text": prompt.prompt.text})

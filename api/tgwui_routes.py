@@ -140,7 +140,7 @@ def build(service: Service) -> APIRouter:
         """The conversation as the model reads it."""
         loaded = await service.loaded()
         options = template_options(service, loaded, body)
-        prompt = await service.fit(request, messages_of(body.messages), None, trim=True, loaded=loaded, options=options)
+        prompt = await service.fit(request, messages_of(body.messages, loaded), None, trim=True, loaded=loaded, options=options)
         return Json({"prompt": prompt.prompt.text})
 
     @router.post("/v1/internal/stop-generation")

@@ -64,7 +64,7 @@ def build(service: Service) -> APIRouter:
         if body.messages:
             names = ("messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
             chat = ChatCompletionRequest.model_validate({name: getattr(body, name) for name in names})
-            asked, tools = messages_of(body.messages), tool_requests.of_openai(chat)
+            asked, tools = messages_of(body.messages, loaded), tool_requests.of_openai(chat)
             options = template_options(service, loaded, chat)
             fitted = await service.fit(request, asked, None, trim=True, loaded=loaded, tools=tools, options=options)
             ids = list(fitted.prompt.ids)

@@ -20,6 +20,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
     tool_call_id: str = ""  # of a tool's message: the call that it answers
     name: str = ""  # of a tool's message: the tool
+    pictures: tuple[str, ...] = ()  # URLs, mostly of the kind data:; only for a model that sees them
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 from .chat import Message, Role
 from .errors import GptqWebuiError
+from .picture import is_picture
 
 MOST_CHARACTERS = 2_000_000  # of one message
 MOST_TITLE = 120
-FILES = "files"  # in the details of a message: [{"name": …, "text": …}]
+FILES = "files"  # in the details of a message: [{"name": …, "text": …}]; the text of a picture is a data: URL
 _MOST_DETAILS, _MOST_DETAIL, _MOST_NUMBER = 50, 1000, 1e12  # fields, characters of one, a number in one
 _TITLE_WORDS = 60  # characters of the first message that name a conversation
 
@@ -75,6 +76,11 @@ def files_of(details: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     pairs = [(each.get("name"), each.get("text")) for each in found if isinstance(each, dict)]
     return [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
+
+
+def pictures_of(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, data: URL) of the pictures among the files of a message."""
+    return [each for each in files_of(details) if is_picture(each[1])]
 
 
 def read_details(value: Any) -> dict[str, Any]:

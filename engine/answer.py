@@ -33,6 +33,7 @@ class Answer:
         self._loaded = loaded
         self.begun = begun
         self.model: LocalModel = loaded.model
+        self.sees_pictures = loaded.sees_pictures
 
     def __iter__(self) -> Iterator[Token | Finish]:
         return self

@@ -1,6 +1,6 @@
 """Writes conversations as files: ours, text-generation-webui's history, SillyTavern's JSONL, Markdown.
 
-chat_formats.py reads them.
+Files and pictures of messages are in ours alone. chat_formats.py reads them.
 """
 
 import json

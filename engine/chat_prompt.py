@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from ..core.chat import Message
-from ..core.chat_record import ChatInfo, StoredMessage, files_of
+from ..core.chat_record import ChatInfo, StoredMessage, files_of, pictures_of
 from ..core.errors import BadParameter
 from ..core.grammar import Grammar, Kind
 from ..core.params import GenerationParams
+from ..core.picture import is_picture
 from . import character_prompt
 from .answer import Answer
 from .engine import Engine
@@ -19,14 +20,19 @@ _MARK = "\N{WHITE SQUARE}user\N{WHITE SQUARE}line\N{WHITE SQUARE}"  # no templat
 
 def messages_of(info: ChatInfo, path: Iterable[StoredMessage]) -> list[Message]:
     """The messages for the engine, with what the conversation's character adds to them."""
-    chat = [Message(each.role, with_files(each.text, each.details)) for each in path]
+    chat = [
+        Message(each.role, with_files(each.text, each.details), pictures=tuple(url for _name, url in pictures_of(each.details)))
+        for each in path
+    ]
     return character_prompt.messages(info.character, info.system, chat)
 
 
 def with_files(text: str, details: Mapping[str, Any]) -> str:
-    """A message with the text of its files before it."""
+    """A message with the text of its files before it; pictures are no texts."""
     parts = []
     for name, words in files_of(details):
+        if is_picture(words):
+            continue
         fence = "```"
         while fence in words:
             fence += "`"

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from ..core.chat import Message
 from ..core.errors import PromptTooLong
+from ..core.picture import without_pictures
 from ..core.thinking import begun_by
 from ..loaders.contract.base import LoadedModel
 from ..loaders.contract.model_prompt import Prompt
@@ -60,6 +61,8 @@ class Conversation:
         alone does not fit, BadParameter if the template cannot show the chat. With `remember` off, it is only a question.
         `template` is the name of a built-in one; "": that of the model.
         """
+        if not loaded.sees_pictures:
+            messages = without_pictures(messages)
         if loaded.is_remote:
             return Window(loaded.prompt(messages))
         with one_call():  # a template of strangers that is slow is not slow once for each prompt that is tried

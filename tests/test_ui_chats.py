@@ -422,7 +422,7 @@ def test_files_are_attached_imported_and_exported(visit, served, tmp_path):
             }""",
             [event, data],
         )
-        tab.wait_for_selector(f"#gw-toast:has-text('{event}ed.png is a picture. The models that run here read text alone')")
+        tab.wait_for_selector(f"#gw-toast:has-text('{event}ed.png is a picture. The loaded model reads text alone')")
     served.engine.unload()
     ask(tab, "What is the code word?")  # nobody answers: question and file come back
     wait_for(tab, "#gw-line", "No model is loaded")

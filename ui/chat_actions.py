@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 
 from ..core.chat import Message
-from ..core.chat_record import ChatInfo, NoSuchChat
+from ..core.chat_record import ChatInfo, NoSuchChat, files_of
 from ..core.errors import GptqWebuiError
 from ..core.params import GenerationParams
+from ..core.picture import MOST_PICTURES, is_picture
 from ..engine import chat_formats
 from ..engine.chat_context import context_use, prompt_pieces
 from ..engine.chat_prompt import messages_of, own_params, with_files
@@ -34,7 +35,8 @@ class ChatActions:
         self._known_words: dict[str, Callable[..., Updates]] = {
             **self._list.words, "earlier": self._earlier, "version": self._version, "copy": self._copy, "edit": self._edit,
             "again": self._again, "continue": self._continue, "branch": self._branch, "remove": self._remove,
-            "prompt": self._prompt, "close-prompt": self._close_prompt, "likely": self._likely, "instead": self._instead,
+            "pictures": self._pictures, "prompt": self._prompt, "close-prompt": self._close_prompt, "likely": self._likely,
+            "instead": self._instead,
         }  # fmt: skip
 
     def handler(self, work: Callable[[Asked, Any], Updates]) -> Callable[..., Updates]:
@@ -201,6 +203,17 @@ class ChatActions:
         self.chats.edit(asked.owner, asked.id, number_in(message), before + text)
         self.chats.go_on(asked.owner, asked.id, params)
         return self._begun(asked, asked.id) | {self.parts.prompt: ""}
+
+    def _pictures(self, asked: Asked, *wanted: str) -> Updates:
+        """What the browser shall show of messages, each as "message place": it asks once for each."""
+        found = {}
+        for each in wanted[: 2 * MOST_PICTURES]:
+            message, _, place = each.partition(" ")
+            details = self.chats.store.message(asked.owner, asked.id, number_in(message)).details
+            files = files_of(details)
+            if 0 <= (at := number_in(place)) < len(files) and is_picture(files[at][1]):
+                found[each] = files[at][1]
+        return {self.parts.out: order(pictures=found)}
 
     def _close_prompt(self, asked: Asked) -> Updates:
         return {self.parts.prompt: ""}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from ..core.chat_record import MOST_CHARACTERS, files_of
 from ..core.errors import GptqWebuiError
+from ..core.picture import is_picture
 from ..engine import chat_export, chat_formats
 from .chat_asked import Asked, files_in
 from .chat_view import ChatView, order
@@ -84,7 +85,7 @@ class ListActions:
         """What is typed and attached stays with its conversation. `given`: what is attached, "" if that is not new."""
         store, text = self.chats.store, asked.text
         files = files_in(given)
-        files = files if sum(len(words) for _name, words in files) <= MOST_CHARACTERS else []
+        files = files if sum(len(words) for _name, words in files if not is_picture(words)) <= MOST_CHARACTERS else []
         if not asked.id:
             if text.strip() or files:
                 store.create(asked.owner, draft=text, draft_files=files, **asked.settings)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.chat import Message
 from ..core.chat_record import StoredMessage, files_of
+from ..core.picture import is_picture
 from ..core.units import plural
 from ..engine.running_answer import CRASHED, finish_of, in_words
 from .message_markdown import message_markdown
@@ -60,6 +61,8 @@ def figures(details: Any) -> str:
     if finish.prompt_tokens:
         cached = f", {finish.cached_tokens:,} cached" if finish.cached_tokens else ""
         parts.append(f"prompt of {plural(finish.prompt_tokens, 'token')}{cached}")
+    if isinstance(unseen := details.get("unseen_pictures"), int) and unseen > 0:
+        parts.append(f"{plural(unseen, 'picture')} not sent: this model reads text alone")
     if finish.reason == "stop":
         parts.append("ended by itself")
     return " · ".join(each for each in parts if each)
@@ -96,5 +99,12 @@ def _files(message: StoredMessage) -> str:
     found = files_of(message.details)
     if not found:
         return ""
-    chips = "".join(f'<span class="gw-chip">{escape(name)} · {max(1, round(len(text) / 1024))} KB</span>' for name, text in found)
+    chips = "".join(_file(message.id, at, name, text) for at, (name, text) in enumerate(found))
     return f'<div class="gw-chips">{chips}</div>'
+
+
+def _file(id: int, at: int, name: str, text: str) -> str:
+    """A picture is a button that the browser fills, once: no change of the conversation sends it again."""
+    if is_picture(text):
+        return f'<button class="gw-act gw-picture" value="picture {id} {at}" title="{escape(name)}">{escape(name)}</button>'
+    return f'<span class="gw-chip">{escape(name)} · {max(1, round(len(text) / 1024))} KB</span>'

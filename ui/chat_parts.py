@@ -98,7 +98,8 @@ def draw(engine: Engine, access: Access) -> ChatParts:
                 widgets["send"] = gr.Button("Send", variant="primary", elem_id="gw-send", **button)
                 widgets["stop"] = gr.Button("Stop", variant="stop", elem_id="gw-stop", visible=False, **button)
             with gr.Row(elem_id="gw-more"):
-                gr.HTML('<button class="gw-act gw-icon gw-icon-clip" value="attach" title="Attach text files">Attach</button>')
+                clip = 'value="attach" title="Attach text files or pictures"'
+                gr.HTML(f'<button class="gw-act gw-icon gw-icon-clip" {clip}>Attach</button>')
                 for name, label in (("more", "Continue"), ("again", "Regenerate"), ("write", "Write for me"), ("clear", "Clear")):
                     id = {"more": "continue", "again": "regenerate"}.get(name, name)
                     widgets[name] = gr.Button(label, size="sm", min_width=0, elem_id=f"gw-{id}")

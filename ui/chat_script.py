@@ -4,7 +4,7 @@ Both Gradios run it when the page is loaded. A button of class gw-act holds an a
 between them, or a JSON list. The script puts it where the hidden button #gw-act finds it, and presses that button.
 """
 
-from . import chat_shortcuts, likely_box
+from . import chat_files, chat_shortcuts, likely_box
 
 _INSTALL = r"""
 () => {
@@ -80,6 +80,7 @@ _INSTALL = r"""
       box().value = it.fill;
       box().dispatchEvent(new Event('input', {bubbles: true}));
     }
+    if (it.pictures) gw.seen(it.pictures);
     if (it.bottom) { gw.stick = true; gw.down(); }
     if (it.reveal) setTimeout(() => { const at = find('#gw-prompt'); if (at) at.scrollIntoView({block: 'nearest'}); }, 150);
     if (it.focus) setTimeout(focus, 60);
@@ -103,52 +104,7 @@ _INSTALL = r"""
     clearTimeout(gw.toast); gw.toast = setTimeout(() => note.classList.remove('gw-on'), 1800);
   };
 
-  // files of the user
-  const bring = async (files, kind, done) => {
-    for (const file of files) {
-      if (kind === 'text' && /^(image|audio|video)[/]/.test(file.type)) {
-        gw.say(file.name + ' is ' + (file.type.startsWith('image') ? 'a picture' : 'a recording')
-          + '. The models that run here read text alone: describe it in words.');
-      } else if (file.size > 20000000) gw.say(file.name + ' is larger than 20 MB.');
-      else done(file.name, await file.text());
-    }
-  };
-  const pick = (kind, done) => {
-    const input = document.createElement('input');
-    input.type = 'file'; input.multiple = true; input.className = 'gw-file'; input.style.display = 'none';
-    input.onchange = async () => { await bring(input.files, kind, done); input.remove(); };
-    document.body.append(input); input.click();
-  };
-  const holdsFiles = (data) => data && [...data.types].includes('Files');
-  document.addEventListener('paste', (event) => {
-    if (event.target !== box() || !holdsFiles(event.clipboardData)) return;
-    if ([...event.clipboardData.types].includes('text/plain')) return; // words with a picture of them
-    event.preventDefault(); bring(event.clipboardData.files, 'text', gw.attach);
-  });
-  for (const kind of ['dragover', 'drop']) document.addEventListener(kind, (event) => {
-    if (!event.target.closest?.('#gw-main') || !holdsFiles(event.dataTransfer)) return;
-    event.preventDefault();
-    if (kind === 'drop') bring(event.dataTransfer.files, 'text', gw.attach);
-  });
-  gw.attach = (name, text) => {
-    if (text.includes('\u0000') || (text.match(/\uFFFD/g) || []).length > text.length / 50) {
-      gw.say(name + ' is not a text file.'); return;
-    }
-    gw.files.push([name, text]); gw.chips(); gw.measure(); gw.drafted();
-  };
-  gw.chips = () => {
-    const at = find('#gw-files'); if (!at) return;
-    let row = find('.gw-chips', at);
-    if (!row) { row = document.createElement('div'); row.className = 'gw-chips'; at.append(row); }
-    row.replaceChildren(...gw.files.map(([name, text], index) => {
-      const chip = document.createElement('button');
-      chip.type = 'button'; chip.className = 'gw-chip'; chip.title = 'Take ' + name + ' away';
-      chip.textContent = name + ' · ' + Math.max(1, Math.round(text.length / 1024)) + ' KB ×';
-      chip.onclick = () => { gw.files.splice(index, 1); gw.chips(); gw.measure(); gw.drafted(); };
-      return chip;
-    }));
-  };
-
+FILES
 SHORTCUTS
 LIKELY
   // a name or tags, typed in the list
@@ -193,6 +149,7 @@ LIKELY
     event.preventDefault();
     const words = button.value.startsWith('[') ? JSON.parse(button.value) : button.value.split(' ');
     if (words[0] === 'shortcuts') return gw.keys();
+    if (words[0] === 'picture') return gw.enlarge(button);
     if (words[0] === 'tab') {
       const tab = [...document.querySelectorAll('[role=tab]')].find((each) => each.textContent.trim() === words[1]);
       if (tab) tab.click();
@@ -217,7 +174,7 @@ LIKELY
   document.addEventListener('toggle', (event) => {
     const item = event.target.closest && event.target.closest('.gw-item');
     if (!item) return;
-    if (event.target.open) gw.menu = item.dataset.id;
+    if (event.target.open) { gw.menu = item.dataset.id; find('div', event.target).scrollIntoView({block: 'nearest'}); }
     else if (gw.menu === item.dataset.id) gw.menu = '';
   }, true);
   const reopen = () => {
@@ -249,9 +206,9 @@ LIKELY
       asked = true;
       for (const [who, name] of [['user', 'Your message'], ['bot', 'Answer']])  // Gradio reads out the HTML
         for (const at of talk.querySelectorAll(`[data-testid=${who}][aria-label*="<"]`)) at.setAttribute('aria-label', name);
-      requestAnimationFrame(() => { asked = false; if (gw.stick) gw.down(); });
+      requestAnimationFrame(() => { asked = false; gw.pictures(); if (gw.stick) gw.down(); });
     }).observe(talk, {childList: true, subtree: true, characterData: true});
-    gw.down();
+    gw.down(); gw.pictures();
     const list = find('#gw-list');
     if (list) new MutationObserver(reopen).observe(list, {childList: true, subtree: true});
   };
@@ -290,10 +247,11 @@ LIKELY
 """
 
 INSTALL = _INSTALL.replace("SHORTCUTS", chat_shortcuts.SCRIPT).replace("LIKELY", likely_box.SCRIPT)
+INSTALL = INSTALL.replace("FILES\n", chat_files.SCRIPT)
 OPEN = "() => { (" + INSTALL + ")(); return window.gwChat.opened(); }"
 TAKE = "(...given) => [window.gwChat.take(), ...given.slice(1)]"
 SEND = "(...given) => { window.gwChat.sending(); return [window.gwChat.attached(), ...given.slice(1)]; }"
-ATTACHED = "(...given) => [window.gwChat.attached(), ...given.slice(1)]"
+ATTACHED = "(...given) => [window.gwChat.attachedTexts(), ...given.slice(1)]"
 NEW_FILES = "(...given) => [window.gwChat.fresh(), ...given.slice(1)]"
 KEEP = "(id) => { window.gwChat.keep(id); }"
 OBEY = "(text) => { window.gwChat.obey(text); }"

@@ -2,6 +2,8 @@
 
 from urllib.parse import quote
 
+from . import chat_files
+
 # 24 x 24, drawn with lines
 _ICONS = {
     "copy": "M9 9h11v11H9zM5 15H4V4h11v1",
@@ -101,6 +103,8 @@ _LIST = """
 .gw-tags, .gw-chips { display: flex; flex-wrap: wrap; gap: 5px; margin: 4px 0; }
 .gw-chip { border: 1px solid var(--gw-line) !important; border-radius: 12px !important; padding: 1px 9px !important;
   font-size: 12px !important; color: var(--gw-soft); background: var(--background-fill-primary); }
+.gw-tags .gw-chip, .gw-chips .gw-chip { margin: 0 !important; line-height: 1.5 !important; display: inline-flex;
+  align-items: center; }
 .gw-chip[aria-pressed=true] { background: var(--gw-chosen) !important; color: var(--gw-good); }
 .gw-side-foot summary { color: var(--gw-soft); font-size: 13px; }
 #gw-shade { display: none; }
@@ -133,6 +137,7 @@ _TALK = """
 #gw-past .message-buttons-right { display: none !important; }
 #gw-past .message-wrap { padding: 0 4px !important; gap: 4px !important; }
 #gw-past .placeholder-content, #gw-past .placeholder { min-height: 26vh; color: var(--gw-soft); }
+#gw-past :is(.placeholder-content, .placeholder) .prose { text-align: center; }
 #gw-past .bot.message, #gw-past .bot { background: none !important; border: none !important; box-shadow: none !important;
   max-width: 100% !important; }
 #gw-past .bot.message { width: 100% !important; padding: 0 !important; }
@@ -152,6 +157,10 @@ _TALK = """
 #gw-past .message-row .message, #gw-past .flex-wrap, #gw-past .message-content { margin: 0; }
 #gw-live { padding: 0 4px 12px !important; }
 #gw-live:empty { display: none; }
+#gw-chat :is(th, td) { padding: 6px 12px !important; }
+#gw-chat .prose table { margin: 10px 0 14px; }
+#gw-chat .prose .code_wrap { margin: 8px 0 12px; }
+#gw-chat .prose ul { list-style: disc; } #gw-chat .prose ul ul { list-style: circle; }
 #gw-chat table, #gw-chat th, #gw-chat td { border-color: var(--gw-line) !important; }
 .dark .token.comment { color: #94a3b8 !important; }
 #gw-past .gw-below { position: absolute; left: 0; right: 0; bottom: 0; display: flex; align-items: center; gap: 10px;
@@ -178,7 +187,7 @@ _TALK = """
 .gw-spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 #gw-message textarea { resize: none; }
 #gw-ask { align-items: flex-end !important; }
-#gw-ask button { flex-grow: 0 !important; }
+#gw-ask button { flex-grow: 0 !important; min-height: 42px; }
 #gw-more { gap: 2px !important; align-items: center !important; flex-wrap: wrap !important; }
 #gw-more > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
 #gw-more > button { background: none !important; border: none !important; box-shadow: none !important;
@@ -222,7 +231,8 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   background: none; color: inherit; font: inherit; }
 .gw-prompt mark { background: var(--gw-chosen); color: var(--gw-good); border-radius: 3px; padding: 0 2px; }
 #gw-edit { border: 1px solid var(--primary-500); border-radius: 8px; padding: 10px 12px !important; gap: 8px !important; }
-#gw-edit .form, #gw-edit .block { border: none !important; background: none !important; padding: 0 !important; }
+#gw-edit .form, #gw-edit .block { border: none !important; background: none !important; padding: 0 !important;
+  overflow: visible !important; }
 #gw-files:not(:has(.gw-chip)) { display: none; }
 
 @media (max-width: 760px) {
@@ -232,8 +242,9 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   #gw-head .gw-who { display: flex; flex-direction: column; line-height: 1.3; }
   #gw-head .gw-who > * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; margin-left: 0; }
   #gw-head .gw-who span { font-size: 12px; }
-  #gw-meter .gw-meter-bar { width: 40px; }
+  #gw-more > #gw-regenerate, #gw-meter .gw-meter-bar { display: none; } /* each answer has its own; the words say it */
   #gw-keys-button { display: none !important; }
+  #gw-edit .gw-buttons > button { flex: 1 1 auto !important; min-width: 0 !important; }
   #gw-more > button, #gw-more > #gw-meter button { padding: 4px 5px !important; }
   .gw-others td { white-space: normal; }
   #gw-drawer { display: block; }
@@ -268,4 +279,4 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
 }
 """
 
-CSS = _LIST + _BUTTONS + _ICON_RULES + _TALK
+CSS = _LIST + _BUTTONS + _ICON_RULES + _TALK + chat_files.CSS

@@ -50,19 +50,20 @@ def build(
     access, book = access or Access(), votes or VoteBook()
     comparer, jobs, state = Comparer(engine), Jobs(shared=True), _State()
     with gr.Column(elem_classes="gw-panel"):
+        gr.HTML(quiet(_INTRO), elem_id="gw-compare-intro")
         with gr.Row(elem_classes="gw-fields", elem_id="gw-compare-models") as choice:
             first, second = (
                 gradio_compat.Dropdown(
                     [], value=None, label=label, filterable=True, allow_custom_value=False, elem_id=f"gw-compare-{at}"
                 )
-                for at, label in (("first", "One model"), ("second", "The other model"))
+                for at, label in (("first", "Model A"), ("second", "Model B"))
             )
         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="gw-compare-prompt")
         blind = gr.Checkbox(True, label="Blind", info="Names and speeds are shown after your vote.", elem_id="gw-compare-blind")
         with gr.Row(elem_classes="gw-buttons"):
             begin = gr.Button("Compare", variant="primary", size="sm", min_width=120, elem_id="gw-compare-start")
             stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-compare-stop")
-        status = gr.HTML(quiet(_INTRO), elem_id="gw-compare-status")
+        status = gr.HTML(elem_id="gw-compare-status")
     with gr.Row(elem_classes="gw-columns"):
         answers = [gr.HTML(elem_id=f"gw-compare-answer-{at}") for at in (1, 2)]
     with gr.Row(elem_classes="gw-buttons", visible=False, elem_id="gw-compare-votes") as voting:
@@ -78,7 +79,7 @@ def build(
         mine = state.comparisons.get(owner)
         hidden = mine is not None and not mine.is_open and (job is not None or mine.is_done)
         ready = mine is not None and mine.is_open and mine.is_done
-        said = working(f"{job.text} …", None) if job is not None else state.said.get(owner) or quiet(_INTRO)
+        said = working(f"{job.text} …", None) if job is not None else state.said.get(owner, "")
         sides = mine.sides if mine is not None else (None, None)
         waits = mine is not None and mine.waits_for_vote and job is None
         return {

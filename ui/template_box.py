@@ -85,7 +85,8 @@ def about(engine: Engine, owner: bool) -> str:
     """HTML: the model that answers, or what to do if there is none."""
     loaded, status = engine.loaded, engine.status
     if loaded is not None:
-        return f'<div class="gw-who"><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
+        sees = ' data-sees="1"' if loaded.sees_pictures else ""  # the page's script reads it
+        return f'<div class="gw-who"{sees}><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
     if status.phase == "loading":
         return working(f"{status.name} {status.doing}. You can already write your message.", status.share)
     if (idle_load := engine.slot.idle_load) is not None:

@@ -255,6 +255,7 @@ _NOTEBOOK = """ /* notebook_tab.py */
 """
 
 _COMPARE = """ /* compare_tab.py */
+#gw-compare-blind { margin-top: 10px; }
 .gw-compared { border: 1px solid var(--gw-line); border-radius: 8px; padding: 10px 14px; }
 .gw-compared > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 8px; }
 .gw-compared h3 { margin: 0 0 6px; font-size: 15px; overflow-wrap: anywhere; }

@@ -106,6 +106,7 @@ class LoadedModel(ABC):
     can_adapt: bool = False  # it takes LoRA adapters for each answer (GenerationParams.adapters)
     hf: Any = None  # a PreTrainedModel, or None
     embedding_rows: int | None = None  # ids below this can be computed; None where only the engine knows
+    sees_pictures: bool = False  # reads Message.pictures
     is_remote: ClassVar[bool] = False  # computed on other machines: no tokenizer, no memory of this machine
 
     def __init__(

@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 from ...core.errors import BadParameter, LoadFailed
 from ...core.models import LocalModel, remote_model
 from ..contract.base import Loader, LoadProgress, Refusal
-from ..contract.options import option, require_context
+from ..contract.options import option, require_choice, require_context
 from .remote_model import RemoteModel
 from .remote_pool import Endpoint, Pool
 from .remote_thread import EventLoop
 
 KEY_VARIABLE = "GPTQ_WEBUI_REMOTE_KEY"
+_SEES = ("automatic", "yes", "no")
 _DEFAULT_CONTEXT_TOKENS = 8192  # shown if the engine does not report one; the engine refuses a chat that is too long
 
 
@@ -31,9 +32,11 @@ class RemoteOptions:
     model: str = option("", "Model", "Its name there; empty: the one that is called as the folder, or the only one.")
     context_tokens: int = option(0)  # what is shown; 0: what the engine reports
     timeout_s: int = option(600, "Patience", "Seconds without a token until an engine counts as lost.")
+    sees_pictures: str = option("automatic", "Sees pictures", "automatic: if the engine's list of models says so.", _SEES)
 
     def __post_init__(self) -> None:
         require_context("context_tokens", self.context_tokens)
+        require_choice("sees_pictures", self.sees_pictures, _SEES)
         if not isinstance(self.timeout_s, (int, float)) or not 1 <= self.timeout_s <= 86400:
             raise BadParameter(f"timeout_s must be 1 to 86400 seconds; found {self.timeout_s!r}.")
         for url in self.urls:
@@ -110,8 +113,11 @@ class RemoteLoader(Loader):
         missing = [each for each in pool.endpoints if not each.well]
         notes = [f"{name}, computed by {', '.join(each.url for each in pool.endpoints if each.well)}."]
         notes += [f"The engine at {each.url} is left out until it answers ({each.wrong})." for each in missing]
+        sees = options.sees_pictures == "yes" or (options.sees_pictures == "automatic" and any(map(_sees, listed)))
+        if sees:
+            notes.append("It sees pictures: attach them in the Chat tab.")
         progress(1.0, "Ready")
-        return RemoteModel(model, name, pool, loop, context, reason, tuple(notes))
+        return RemoteModel(model, name, pool, loop, context, reason, tuple(notes), sees)
 
 
 def _nobody(pool: Pool) -> LoadFailed:
@@ -175,3 +181,14 @@ def _context(listed: Any) -> int | None:
         if isinstance(found, int) and found > 0:
             return found
     return None
+
+
+def _sees(listed: Any) -> bool:
+    """Whether an engine's list says that a model sees pictures, in the words of OpenRouter, Mistral, LM Studio and llama.cpp."""
+    extra = getattr(listed, "model_extra", None) or {}
+    architecture, found = extra.get("architecture"), extra.get("capabilities")
+    inputs = architecture.get("input_modalities") if isinstance(architecture, dict) else extra.get("input_modalities")
+    if isinstance(found, dict):
+        found = [name for name, has in found.items() if has is True]
+    words = [each for names in (inputs, found) if isinstance(names, list) for each in names]
+    return extra.get("type") == "vlm" or any(each in ("image", "vision", "multimodal") for each in words)

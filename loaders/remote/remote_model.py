@@ -40,6 +40,7 @@ class RemoteModel(LoadedModel):
         context_tokens: int,
         context_reason: str,
         notes: tuple[str, ...],
+        sees_pictures: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -51,7 +52,7 @@ class RemoteModel(LoadedModel):
             device="other machines",
             parallel=_PARALLEL,
         )
-        self.name, self._pool, self._loop = name, pool, loop
+        self.name, self._pool, self._loop, self.sees_pictures = name, pool, loop, sees_pictures
         loop.spawn(pool.watch())
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish]:

@@ -9,7 +9,12 @@ from ..text.tool_prompts import as_given
 
 
 def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return as_given(messages, arguments_as_text=True, short_ids=False)
+    found = as_given(messages, arguments_as_text=True, short_ids=False)
+    for each, shown in zip(messages, found, strict=True):
+        if each.pictures:
+            text = [{"type": "text", "text": each.text}] if each.text else []
+            shown["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in each.pictures)]
+    return found
 
 
 def fields_of(use: ToolUse | None) -> dict[str, Any]:
