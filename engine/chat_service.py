@@ -152,10 +152,9 @@ class ChatService(RunningChats):
 
     def _require_files(self, text: str, files: Sequence[tuple[str, str]]) -> None:
         """Raises GptqWebuiError for what is too much, and for pictures that the loaded model does not see."""
-        words, pictures = [], []
-        for each in files:
-            (pictures if is_picture(each[1]) else words).append(each)
-        if len(text) > MOST_CHARACTERS or sum(len(each) for _name, each in words) > MOST_CHARACTERS:
+        pictures = [each for each in files if is_picture(each[1])]
+        words = sum(len(each[1]) for each in files) - sum(len(each[1]) for each in pictures)
+        if max(len(text), words) > MOST_CHARACTERS:
             raise GptqWebuiError(f"A message and its files may have {MOST_CHARACTERS:,} characters. Send less of them.")
         require_pictures(pictures)
         loaded = self.engine.loaded
