@@ -124,7 +124,8 @@ def test_two_logins_see_nothing_of_each_other(place):
             )
             assert found[0] in (403, 404) and not any(each in found[1] for each in SECRETS)
         anna.reload()
-        anna.wait_for_selector("[role=tab][aria-selected=true]:has-text('Notebook')")
+        if gradio_compat.SIX:  # keeps the tab
+            anna.wait_for_selector("[role=tab][aria-selected=true]:has-text('Notebook')")
         anna.get_by_role("tab", name="Chat").click()
         anna.wait_for_selector("#gw-live:has-text('half-written')")  # it has gone on
         anna.wait_for_function("document.querySelector('#gw-message textarea').value == 'typed-and-not-sent'")
