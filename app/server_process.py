@@ -15,10 +15,11 @@ from ..core.errors import BadParameter, GptqWebuiError
 from ..core.foreign_errors import in_words
 from ..engine.advice import fit_of_plan, torch_banner
 from ..engine.available_memory import available_memory
-from ..engine.chat_service import MOST_RUNNING, ChatService
+from ..engine.chat_service import ChatService
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
+from ..engine.running_chats import MOST_RUNNING
 from . import access_flags, tgi_flags
 from .engine_commands import load_options, make_engine, requested_model
 from .first_model import first_model
