@@ -42,10 +42,10 @@ def require_pictures(files: Sequence[tuple[str, str]]) -> None:
 
 def without_pictures(messages: Sequence[Message]) -> list[Message]:
     """For a model that reads text alone: a note stands where pictures were."""
-    return [_told(each) if each.pictures else each for each in messages]
+    return [_with_note(each) if each.pictures else each for each in messages]
 
 
-def _told(message: Message) -> Message:
+def _with_note(message: Message) -> Message:
     count = len(message.pictures)
     note = (
         "(A picture is attached that you cannot see.)" if count == 1 else f"({count} pictures are attached that you cannot see.)"

@@ -70,7 +70,7 @@ def test_too_many_too_large_and_damaged_ones_are_refused_in_words(files, says):
         require_pictures(files)
 
 
-def test_a_model_that_reads_text_alone_is_told():
+def test_a_model_that_reads_text_alone_gets_a_note():
     seen, plain = Message("user", "What?", pictures=(URL, URL)), Message("user", "Hello")
     assert without_pictures([seen, plain]) == [Message("user", "(2 pictures are attached that you cannot see.)\n\nWhat?"), plain]
 
