@@ -4,12 +4,15 @@ Runs as a child process, since a hostile file can end its process (Rust aborts w
 Imports nothing of this package.
 """
 
+import base64
 import json
 import sys
 from typing import Any
 
 _LONGEST = 2000  # characters of a token of sentencepiece; real ones have up to 128
 _MOST = 500_000  # such tokens; the largest models have 262,000
+_MOST_TIMES = 64  # as long as it was: what the file may make of a text; real ones leave the length, but for Unicode's forms
+_MOST_ADDED = 4096  # characters, or ids, that it may add to each text; real ones add one or two
 
 
 def main(memory_bytes: int) -> None:
@@ -43,12 +46,52 @@ class _Json:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(path)
+        for part in (self._tokenizer.normalizer, self._tokenizer.decoder, self._tokenizer.post_processor):
+            if part is not None:
+                _require_small(*_growth(json.loads(part.__getstate__())))
         self.size = self._tokenizer.get_vocab_size()
 
     def count(self, text: str) -> int:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         self._tokenizer.decode(ids)
         return len(ids)
+
+
+def _growth(part: dict[str, Any]) -> tuple[float, float]:
+    """(how many times as long a text can become, what is added to it) by a normalizer, a decoder or a post-processor.
+
+    A text that is tried may not have the letter that a chain of them makes a million of.
+    """
+    times, added = 1.0, 0.0
+    for inner in (each for key in ("normalizers", "decoders", "processors") for each in part.get(key) or ()):
+        more, new = _growth(inner)
+        times, added = times * more, added * more + new
+    if part.get("type") == "Replace":
+        pattern, content = part["pattern"], part["content"]
+        times = max(1.0, len(content) / max(1, len(pattern["String"])) if "String" in pattern else 1.0 + len(content))
+    elif part.get("type") == "Precompiled":
+        times = _longest_of(base64.b64decode(part["precompiled_charsmap"]))
+    elif part.get("type") == "Prepend":
+        added = float(len(part["prepend"]))
+    elif part.get("type") == "TemplateProcessing":
+        ids = {name: len(each["ids"]) for name, each in part["special_tokens"].items()}
+        times = float(sum("Sequence" in each for each in part["single"]))
+        added = float(sum(ids.get(each["SpecialToken"]["id"], 0) for each in part["single"] if "SpecialToken" in each))
+    return times, added
+
+
+def _longest_of(charsmap: bytes) -> float:
+    """The longest text that a letter becomes by a table of sentencepiece: size of a trie, the trie, texts that end in 0."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+    return float(max((len(each.decode("utf-8", "ignore")) for each in texts.split(b"\0")), default=0)) or 1.0
+
+
+def _require_small(times: float, added: float) -> None:
+    """Raises ValueError."""
+    if times > _MOST_TIMES:
+        raise ValueError(f"it makes a text up to {times:.3g} times as long, and at most {_MOST_TIMES} times was expected")
+    if added > _MOST_ADDED:
+        raise ValueError(f"it adds {added:.3g} letters or tokens to each text, and at most {_MOST_ADDED} were expected")
 
 
 class _SentencePiece:
@@ -72,6 +115,7 @@ class _SentencePiece:
         longest = max((len(each.piece) for each in model.pieces), default=0)
         if longest > _LONGEST:  # transformers looks at every way to part each of them
             raise ValueError(f"one of its tokens has {longest} characters, and at most {_LONGEST} were expected")
+        _require_small(_longest_of(model.normalizer_spec.precompiled_charsmap), 0.0)
         del model, data
         self._tokenizer: Any = SentencePieceProcessor()
         try:

@@ -7,6 +7,7 @@ was found about a file is kept in the user's cache folder by the file's hash, so
 import hashlib
 import json
 import os
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .child_process import Child, ChildEnded
 _MEMORY_BYTES = 4 << 30  # the largest one known, 262,000 tokens in 33 MB, takes 0.4 GB
 _READ_S = 30.0  # the file; the largest one known takes 2 s
 _TEXT_S = 5.0  # one text; real tokenizers take milliseconds
+_TEXTS_S = 10.0  # all of them
 _PROGRAM = Path(tokenizer_probe.__file__)
 _PROSE = "The capital of France is Paris, and it wasn't always so! In 1999 there were 2,125,246 people (about 3%). "
 _TEXTS = (
@@ -66,8 +68,11 @@ def _tried(path: Path) -> tuple[str, bool]:
     except ChildEnded as error:
         return f"it could not be tried: {error}", False
     try:
-        for request, limit_s in [({"file": str(path)}, _READ_S), *(({"text": text}, _TEXT_S) for text in _TEXTS)]:
+        until = None
+        for request in [{"file": str(path)}, *({"text": text} for text in _TEXTS)]:
+            limit_s = _READ_S if until is None else min(_TEXT_S, max(0.0, until - time.monotonic()))
             answer = child.ask(request, limit_s, 10_000)
+            until = until or time.monotonic() + _TEXTS_S
             if "not_read" in answer:
                 return "", True  # not for sentencepiece: whoever reads it says what is wrong
             if "error" in answer:
