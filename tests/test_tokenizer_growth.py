@@ -51,6 +51,26 @@ def test_what_tokenizers_do_to_texts_is_read(folder, change):
     assert read(folder).encode("hello")
 
 
+LONG = "x" * 3_000_000
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("tokenizer.json", {"added_tokens": [{"id": 5000, "content": LONG, "special": True, "single_word": False,
+                                          "lstrip": False, "rstrip": False, "normalized": False}]}),
+    ("tokenizer_config.json", {"bos_token": LONG}), ("tokenizer_config.json", {"pad_token": {"content": LONG}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"5000": {"content": LONG, "special": True}}}),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<x>", LONG]}),
+    ("special_tokens_map.json", {"eos_token": LONG}), ("added_tokens.json", {LONG: 5000}),
+], ids=lambda each: each if isinstance(each, str) else next(iter(each))[:20])  # fmt: skip
+def test_a_token_of_megabytes_is_a_sentence(folder, name, change):
+    path = folder / name
+    if not path.is_file():
+        path.write_text("{}")
+    edit(path, lambda values: values.update(change))
+    with pytest.raises(GptqWebuiError, match=rf"{name}.* token.* 3,?000,?000 characters, and at most 2,?000 were expected"):
+        read(folder)
+
+
 def test_many_texts_that_each_take_long_are_a_sentence(folder, monkeypatch):
     def slow_text(child, request, limit_s, most_bytes):
         limits.append(limit_s)

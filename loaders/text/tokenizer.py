@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 _JSON = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json")
 _OBJECTS = ("tokenizer_object", "__slow_tokenizer", "from_slow", "init_inputs")  # arguments that no file needs
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(?:json|txt)|.*\.(?:model|tiktoken)|tekken\.json")
+_LONGEST_TOKEN = 2000  # characters; real ones have up to 128
 _SAMPLE = "The capital of France is Paris, and 2 + 2 = 4. 日本"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -99,9 +101,14 @@ def _changed_files(folder: Path) -> dict[str, str]:
         if not path.is_file():
             continue
         data = folder_files.read_bytes(path, 4 * folder_files.SMALL_FILE_BYTES)
-        if name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             values = folder_files.read_json(path)
-            if (readable := _with_readable_lists(_without_files(values))) != values:
+            if (longest := _longest_token(values, name)) > _LONGEST_TOKEN:
+                raise BadFile(
+                    f"{name} names a token of {longest:,} characters, and at most {_LONGEST_TOKEN:,} were expected. "
+                    "Download it again, or take the model from another author."
+                )
+            if name != "added_tokens.json" and (readable := _with_readable_lists(_without_files(values))) != values:
                 changed[name] = json.dumps(readable)
         elif folder_files.is_lfs_pointer(data[:1024]):
             raise BadFile(folder_files.lfs_sentence(path))
@@ -109,6 +116,21 @@ def _changed_files(folder: Path) -> dict[str, str]:
         if folder_files.is_lfs_pointer_file(path):
             raise BadFile(folder_files.lfs_sentence(path))
     return changed
+
+
+def _longest_token(values: dict[str, Any], name: str) -> int:
+    """The characters of the longest token in the settings of a tokenizer: libraries take minutes for one of megabytes."""
+    own = values if name == "added_tokens.json" else {}
+    tokens = [value for key, value in values.items() if key.endswith(("_token", "_tokens")) or key == "added_tokens_decoder"]
+    return max((len(each) for each in (*own, *_strings(tokens))), default=0)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
 
 
 def _without_files(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-_LONGEST = 2000  # characters of a token of sentencepiece; real ones have up to 128
+_LONGEST = 2000  # characters of a token of sentencepiece, or of an added one; real ones have up to 128
 _MOST = 500_000  # such tokens; the largest models have 262,000
 _MOST_TIMES = 64  # as long as it was: what the file may make of a text; real ones leave the length, but for Unicode's forms
 _MOST_ADDED = 4096  # characters, or ids, that it may add to each text; real ones add one or two
@@ -50,6 +50,9 @@ class _Json:
             if part is not None:
                 _require_small(*_growth(json.loads(part.__getstate__())))
         self.size = self._tokenizer.get_vocab_size()
+        longest = max((len(each.content) for each in self._tokenizer.get_added_tokens_decoder().values()), default=0)
+        if longest > _LONGEST:  # transformers takes minutes for one of megabytes
+            raise ValueError(f"one of its added tokens has {longest} characters, and at most {_LONGEST} were expected")
 
     def count(self, text: str) -> int:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
