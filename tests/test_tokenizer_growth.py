@@ -95,3 +95,17 @@ def test_a_sentencepiece_model_that_makes_a_long_text_of_a_letter_is_a_sentence(
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(GptqWebuiError, match=r"it makes a text up to 5e\+04 times as long"):
         read(folder)
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "LlamaTokenizer"])
+@pytest.mark.parametrize("table", [b"\x04\0\0\0\xff\xff\xff\xff", b"\xff" * 50, b"\0\0\x10\0" + bytes(range(256)) * 4096])
+def test_a_damaged_table_of_a_sentencepiece_model_is_a_sentence_or_of_no_use(pieces, kind, table):
+    """Rust panics at the first text that is read with it."""
+    folder, model = pieces
+    model.normalizer_spec.precompiled_charsmap = table
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    (folder / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{kind}"}}')
+    try:
+        assert read(folder).encode("hello")
+    except GptqWebuiError as error:
+        assert "tokenizer" in str(error) and "Panic" not in str(error)

@@ -47,6 +47,7 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
     try:
         with readable(model.folder, changed) as folder:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        has_words = not found.vocab_files_names or _reads(found)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's is no Exception
             raise
@@ -55,7 +56,7 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
             f"The tokenizer of {model.name} cannot be read: {_cause(model.folder) or in_words(error)}. "
             "Download the model again; what is complete is kept."
         ) from error
-    if found.vocab_files_names and not _reads(found):  # transformers makes one without a vocabulary, and says nothing
+    if not has_words:  # transformers makes one without a vocabulary, and says nothing
         raise BadCheckpoint(
             f"The tokenizer of {model.name} knows no words: {_cause(model.folder) or 'its files have none'}. "
             "Download the model again; what is complete is kept."
