@@ -49,6 +49,7 @@ class ChatInfo:
     stamp: int = 0  # grows with every change
     draft_files: tuple[tuple[str, str], ...] = ()  # (name, text) of what is attached to the draft
     template: str = ""  # the name of a built-in chat template; empty: the model's
+    adapters: tuple[tuple[str, float], ...] = ()  # LoRA adapters of its answers, by name, each with its weight
 
 
 @dataclass(frozen=True)

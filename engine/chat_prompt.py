@@ -41,9 +41,9 @@ def with_files(text: str, details: Mapping[str, Any]) -> str:
 
 
 def own_params(info: ChatInfo, params: GenerationParams) -> GenerationParams:
-    """The parameters of the page, changed by those of the conversation. Raises BadParameter."""
+    """The parameters of the page, changed by those of the conversation, and its LoRA adapters. Raises BadParameter."""
     if not info.parameters:
-        return params
+        return replace(params, adapters=info.adapters) if info.adapters else params
     own = dict(info.parameters)
     if isinstance(form := own.get("grammar"), Mapping):
         kind: Kind | None = next((each for each in get_args(Kind) if each == form.get("kind")), None)
@@ -51,7 +51,8 @@ def own_params(info: ChatInfo, params: GenerationParams) -> GenerationParams:
             found = str(form.get("kind"))[:40]
             raise BadParameter(f"The form of this conversation's answers is unknown: {found!r}. Set it anew.", "grammar")
         own["grammar"] = Grammar(kind, str(form.get("text", "")))
-    return GenerationParams.from_dict({name: value for name, _row, value in GenerationParams.table(params)} | own)
+    changed = GenerationParams.from_dict({name: value for name, _row, value in GenerationParams.table(params)} | own)
+    return replace(changed, adapters=info.adapters)
 
 
 def kept_params(params: GenerationParams) -> dict[str, Any]:

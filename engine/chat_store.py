@@ -14,10 +14,9 @@ from typing import Any
 from ..core.chat import Role
 from ..core.chat_record import MOST_TITLE, ChatInfo, NoSuchChat, StoredMessage, files_of, title_of, whole
 from .chat_database import ChatDatabase
-from .chat_tables import COLUMNS, LISTED, MESSAGE, read_info, read_message
+from .chat_tables import COLUMNS, FIELDS, LISTED, MESSAGE, read_info, read_message
 
 _MOST_LISTED = 500
-_FIELDS = ("title", "pinned", "tags", "system", "reply_start", "parameters", "character", "draft", "draft_files", "template")
 
 
 class ChatStore(ChatDatabase):
@@ -66,12 +65,12 @@ class ChatStore(ChatDatabase):
             return repr(self._file.execute(query, (owner,)).fetchone())
 
     def set(self, owner: str, id: str, **fields: Any) -> None:
-        """Change title, pinned, tags, system, reply_start, template, parameters, character, draft or draft_files.
+        """Change title, pinned, tags, system, reply_start, template, parameters, character, adapters, draft or draft_files.
 
         Raises NoSuchChat.
         """
         for name, value in fields.items():
-            if name in ("tags", "parameters", "character", "draft_files"):
+            if name in ("tags", "parameters", "character", "draft_files", "adapters"):
                 written: Any = json.dumps(value, ensure_ascii=True)
             elif name == "title":
                 written = " ".join(whole(value).split())[:MOST_TITLE]
@@ -278,7 +277,7 @@ class ChatStore(ChatDatabase):
             self._own(id, message)
             new = self.create(
                 owner, system=info.system, reply_start=info.reply_start, parameters=dict(info.parameters), template=info.template,
-                character=dict(info.character), tags=list(info.tags),
+                character=dict(info.character), tags=list(info.tags), adapters=info.adapters,
             )  # fmt: skip
             parent: int | None = None
             for each in self._path(id, message):
@@ -289,6 +288,6 @@ class ChatStore(ChatDatabase):
 
 
 def _known(name: str) -> str:
-    if name not in _FIELDS:
+    if name not in FIELDS:
         raise TypeError(f"a conversation has no {name}")
     return name

@@ -18,7 +18,8 @@ CREATE TABLE IF NOT EXISTS conversation (
   pinned INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]', system TEXT NOT NULL DEFAULT '',
   reply_start TEXT NOT NULL DEFAULT '', parameters TEXT NOT NULL DEFAULT '{}', character TEXT NOT NULL DEFAULT '{}',
   draft TEXT NOT NULL DEFAULT '', leaf INTEGER, changed REAL NOT NULL, deleted REAL, stamp INTEGER NOT NULL DEFAULT 1,
-  draft_files TEXT NOT NULL DEFAULT '[]', template TEXT NOT NULL DEFAULT '');
+  draft_files TEXT NOT NULL DEFAULT '[]', template TEXT NOT NULL DEFAULT '',
+  adapters TEXT NOT NULL DEFAULT '[]');
 CREATE INDEX IF NOT EXISTS conversation_owner ON conversation (owner, changed);
 CREATE TABLE IF NOT EXISTS message (
   id INTEGER PRIMARY KEY AUTOINCREMENT, conversation TEXT NOT NULL, parent INTEGER, role TEXT NOT NULL, text TEXT NOT NULL,
@@ -30,9 +31,14 @@ CREATE INDEX IF NOT EXISTS undo_conversation ON undo (conversation);
 """
 MESSAGE = "id, role, text, parent, details, writing"
 COLUMNS = "id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp"
-COLUMNS += ", draft_files, template"
+COLUMNS += ", draft_files, template, adapters"
+FIELDS = (  # what ChatStore.set changes
+    "title", "pinned", "tags", "system", "reply_start", "parameters", "character", "draft", "draft_files", "template", "adapters",
+)  # fmt: skip
 LISTED = COLUMNS.replace("draft_files", "'[]'")  # which may be long
-_ADDED = {"draft_files": "TEXT NOT NULL DEFAULT '[]'", "template": "TEXT NOT NULL DEFAULT ''"}  # later than the first version
+_ADDED = {  # later than the first version
+    "draft_files": "TEXT NOT NULL DEFAULT '[]'", "template": "TEXT NOT NULL DEFAULT ''", "adapters": "TEXT NOT NULL DEFAULT '[]'",
+}  # fmt: skip
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -68,10 +74,12 @@ def _add_columns(file: sqlite3.Connection) -> None:
 
 
 def read_info(row: Sequence[Any]) -> ChatInfo:
-    id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp, files, template = row
+    id, title, named, pinned, tags, system, reply_start, parameters, character, draft, leaf, changed, stamp, *rest = row
+    files, template, adapters = rest
     return ChatInfo(
         id, title, bool(named), bool(pinned), tuple(json.loads(tags)), system, reply_start, json.loads(parameters),
         json.loads(character), draft, leaf, changed, stamp, tuple((name, text) for name, text in json.loads(files)), template,
+        tuple((name, weight) for name, weight in json.loads(adapters)),
     )  # fmt: skip
 
 

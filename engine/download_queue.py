@@ -184,7 +184,7 @@ class Downloads:
     def _fetch(self, ref: ModelRef, cancel: threading.Event) -> DownloadStatus:
         began = time.perf_counter()
         plan = self._library.plan(ref, **self._options.get(ref, {}))
-        fit = self._fit(plan) if self._fit is not None else ""
+        fit = self._fit(plan) if self._fit is not None and plan.selection.kind != "lora" else ""
         shown = DownloadStatus(ref, "running", plan.summary, 0.0, plan.summary, fit, plan.folder.name)
         self._set(shown)
         last: Progress | None = None

@@ -18,8 +18,9 @@ from typing import Any
 from ..core.errors import ModelError, NoSuchModel, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.models import LocalModel, is_model_folder
+from ..core.safetensors_header import read_beginning
 from ..core.units import format_bytes
-from . import file_selection
+from . import adapter_base, file_selection
 from .branches import with_gptq_version
 from .download import bytes_present, fetch
 from .download_progress import Progress
@@ -109,24 +110,51 @@ class Library:
         *,
         commit: str = "",
         folder: Path | None = None,
+        adapter_of: LocalModel | None = None,
     ) -> Plan:
         """Find out at the Hub what a download would fetch; nothing is written.
 
         `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files, `allow_pickle`
-        GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest.
+        GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest. With `adapter_of`, a LoRA adapter for
+        that model is wanted, and its folder will be beside the model's.
         Raises the HubErrors of Hub.listing, and WrongRepository.
         """
         listing = self.hub.listing(ref, commit)
         needed = file_selection.settings_needed(listing)
         settings = {path: file_selection.parse_settings(self.hub.small_file(listing, path)) for path in needed}
         try:
-            chosen = file_selection.select_files(listing, settings, any_kind, allow_code, allow_pickle)
+            chosen = file_selection.select_files(listing, settings, any_kind or adapter_of is not None, allow_code, allow_pickle)
         except WrongRepository as error:
             raise with_gptq_version(error, self.hub) from None
+        if adapter_of is not None:
+            self._require_adapter(listing, chosen, adapter_of)
+            folder = adapter_of.folder.parent / ref.folder_name
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not
             self.hub.small_file(listing, min(chosen.files, key=lambda file: file.size_bytes).path)
         folder = folder or self.roots[0] / ref.folder_name
         return Plan(listing, chosen, folder, bytes_present(chosen.files, folder), settings)
+
+    def _require_adapter(self, listing: Listing, chosen: FileSelection, model: LocalModel) -> None:
+        """Raises WrongRepository for what is no LoRA adapter, or one for another model."""
+        if chosen.kind != "lora":
+            raise WrongRepository(
+                f"{listing.ref} is a model ({chosen.format}), no LoRA adapter. Nothing was downloaded. "
+                "Download a model in the box for models."
+            )
+        if chosen.weights != (adapter_base.WEIGHTS,):
+            raise WrongRepository(
+                f"{listing.ref} has no {adapter_base.WEIGHTS}, the one file that adapters are read from. Nothing was downloaded. "
+                "Choose another branch or adapter."
+            )
+        if model.folder.parent not in self.roots:
+            raise WrongRepository(
+                f"{model.name} is not in one of your models folders, and an adapter belongs beside its model. "
+                f"Nothing was downloaded. "
+                f"Download the model into {self.roots[0]}, or put the adapter's folder into {model.folder.parent} by hand."
+            )
+        config = file_selection.parse_settings(self.hub.small_file(listing, adapter_base.CONFIG))
+        beginning = self.hub.small_file(listing, adapter_base.WEIGHTS, part=(0, adapter_base.HEADER_BYTES))
+        adapter_base.require_base(listing.ref, config, read_beginning(beginning or b""), model)
 
     def with_folder(self, plan: Plan, folder: Path | None = None) -> Plan:
         """The same download into another folder; without one, into the model's own folder."""

@@ -17,6 +17,7 @@ from ..engine.chat_context import context_use, prompt_pieces
 from ..engine.chat_prompt import messages_of, own_params, with_files
 from ..engine.chat_service import ChatService
 from ..engine.likely_tokens import likely_tokens
+from . import adapter_box
 from .chat_asked import Asked, files_in, number_in, words_in
 from .chat_list_actions import ListActions
 from .chat_view import ChatView, Known, order, owner_of
@@ -40,7 +41,7 @@ class ChatActions:
         }  # fmt: skip
 
     def handler(self, work: Callable[[Asked, Any], Updates]) -> Callable[..., Updates]:
-        """An event handler: (what the script passes on, shown, known, search, box, system, start, template, *values)."""
+        """An event handler: (what the script passes on, shown, known, search, box, settings of the conversation, *values)."""
 
         def handle(
             request: gr.Request,
@@ -52,11 +53,13 @@ class ChatActions:
             system: str,
             start: str,
             template: str,
+            adapters: Any,
             *values: Any,
         ) -> Updates:
             asked = Asked(
-                request, id or "", Known.read(known), query or "", text or "", system or "", start or "", template or "", values
-            )
+                request, id or "", Known.read(known), query or "", text or "", system or "", start or "", template or "",
+                adapters, values,
+            )  # fmt: skip
             try:
                 return work(asked, given)
             except GptqWebuiError as error:
@@ -255,6 +258,7 @@ class ChatActions:
         return {self.parts.line: gr.update()}
 
     def keep_settings(self, asked: Asked, _given: str) -> Updates:
+        adapter_box.require(self.chats.engine, asked.settings["adapters"])
         if asked.id:
             self.chats.store.set(asked.owner, asked.id, **asked.settings)
         return {self.parts.line: gr.update()}
@@ -292,7 +296,8 @@ class ChatActions:
 
     def _begun(self, asked: Asked, id: str) -> Updates:
         """An answer has begun. It may have ended already."""
-        kept = {each: gr.update() for each in (self.parts.system, self.parts.start, self.parts.own_template)}
+        at = self.parts
+        kept = {each: gr.update() for each in (at.system, at.start, at.own_template, at.own_adapters)}
         return self.view.show(asked.request, id, asked.known, asked.query, opened=True, ended=True, box="") | kept
 
     def _changed(self, asked: Asked) -> Updates:

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ..loaders.text.built_in_templates import BUILT_IN, PLAIN
+from . import adapter_box
 from .chat_view import Known, owner_of
 
 
@@ -22,6 +23,7 @@ class Asked:
     system: str
     start: str
     template: str
+    adapters: Any  # as they were chosen
     values: tuple[Any, ...]  # of the Parameters tab
 
     @property
@@ -32,7 +34,9 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """Of the conversation, for ChatStore.set. A template that is not built in counts as none."""
         template = self.template if self.template in (*BUILT_IN, PLAIN) else ""
-        return {"system": self.system, "reply_start": self.start, "template": template}
+        return {
+            "system": self.system, "reply_start": self.start, "template": template, "adapters": adapter_box.read(self.adapters)
+        }  # fmt: skip
 
 
 def words_in(given: str) -> list[str]:

@@ -7,7 +7,7 @@ import gradio as gr
 
 from ..engine.engine import Engine
 from ..loaders.text.built_in_templates import BUILT_IN, PLAIN
-from . import gradio_compat
+from . import adapter_box, gradio_compat
 from .access import Access
 from .character_parts import CharacterParts
 from .chat_list import ACTIONS, DRAWER
@@ -43,6 +43,7 @@ class ChatParts:
     start: gr.Textbox
     template: TemplateBox
     own_template: gr.Dropdown
+    own_adapters: gr.Dropdown
     characters: CharacterParts
     shown: gr.Textbox  # the id of the conversation; "" for a new one. The browser keeps it for each of its tabs
     known: gr.Textbox  # what the page shows, so that only changes are sent
@@ -128,6 +129,7 @@ def draw(engine: Engine, access: Access) -> ChatParts:
                     info="Another format than the model's, for this conversation alone.",
                     elem_id="gw-own-template",
                 )
+                widgets["own_adapters"] = adapter_box.draw_choice()
                 widgets["template"] = draw_template(engine, access)
                 widgets["characters"] = CharacterParts()
     for name in ("shown", "known", "news", "bell", "out", "given", "edit_id"):

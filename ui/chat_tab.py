@@ -13,7 +13,7 @@ import gradio as gr
 from ..engine.character_store import CharacterStore
 from ..engine.chat_service import ChatService
 from ..engine.engine import Engine
-from . import chat_script, gradio_compat
+from . import adapter_box, chat_script, gradio_compat
 from .access import Access
 from .character_box import CharacterBox
 from .chat_actions import ChatActions
@@ -44,7 +44,8 @@ def build(
     actions = ChatActions(view, parameters.params)
     # Gradio 6 searches its whole page for each input and output, so what needs no parameters does not send them
     own_inputs = [
-        parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start, parts.own_template
+        parts.given, parts.shown, parts.known, parts.search, parts.box, parts.system, parts.start, parts.own_template,
+        parts.own_adapters,
     ]  # fmt: skip
     inputs = [*own_inputs, *parameters.fields]
     now = gradio_compat.NOW
@@ -69,11 +70,15 @@ def build(
         wire(trigger, work, own_inputs)
     for trigger, work in (
         (parts.stop.click, actions.stop), (parts.system.blur, actions.keep_settings), (parts.start.blur, actions.keep_settings),
-        (parts.own_template.input, actions.keep_settings),
+        (parts.own_template.input, actions.keep_settings), (parts.own_adapters.input, actions.keep_settings),
     ):  # fmt: skip
         wire(trigger, work, own_inputs, [parts.line])
     wire(parts.new.click, actions.new, own_inputs, js=chat_script.NEW_FILES)
     wire(parts.draft.click, actions.keep_draft, own_inputs, [parts.line], js=chat_script.NEW_FILES)
+    if gradio_compat.LAZY_TABS:  # an adapter may have been downloaded meanwhile
+        parts.own_adapters.focus(
+            lambda given: adapter_box.refreshed(engine, given), parts.own_adapters, parts.own_adapters, **now
+        )
     parts.look.click(actions.look, [parts.shown, parts.known, parts.search], [parts.news], **now)
 
     def editing(in_place: bool) -> Callable[..., Updates]:

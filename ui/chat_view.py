@@ -18,7 +18,7 @@ from ..core.chat_record import ChatInfo, NoSuchChat, StoredMessage
 from ..core.errors import GptqWebuiError
 from ..engine.chat_service import MODEL_NOT_READY, ChatService, Running
 from ..engine.running_answer import in_words
-from . import gradio_compat
+from . import adapter_box, gradio_compat
 from .access import Access
 from .chat_list import list_html
 from .chat_messages import MOST_SHOWN, shown_messages
@@ -75,7 +75,7 @@ class ChatView:
         at = self.parts
         return [
             at.shown, at.known, at.bell, at.out, at.listed, at.past, at.live, at.line, at.box, at.send, at.stop, at.undo,
-            at.prompt, at.system, at.start, at.own_template, at.editor, at.edit_box, at.edit_id, self.whose,
+            at.prompt, at.system, at.start, at.own_template, at.own_adapters, at.editor, at.edit_box, at.edit_id, self.whose,
         ]  # fmt: skip
 
     def show(
@@ -105,6 +105,8 @@ class ChatView:
             known.most = MOST_SHOWN
             updates |= {at.shown: info.id, at.system: info.system, at.start: info.reply_start, at.prompt: ""}
             updates |= {at.editor: gr.update(visible=False), at.own_template: info.template}
+            chosen = adapter_box.words(info.adapters)
+            updates[at.own_adapters] = gr.update(value=chosen, choices=adapter_box.choices(self.chats.engine, chosen))
             updates.setdefault(at.line, "")
         key = f"{info.stamp}:{live is not None}:{running is not None}:{known.most}"
         if opened or known.id != info.id or known.chat != key:

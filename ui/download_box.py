@@ -16,6 +16,7 @@ from .hub_box import open_token_box
 from .job_watcher import Updates, Watcher
 
 EXAMPLE = "TheBloke/Mistral-7B-Instruct-v0.2-GPTQ:gptq-4bit-32g-actorder_True"
+_CHOOSE = "Choose it in the list of models to load it."
 SHOWN = 6  # downloads that are shown; the others are counted
 
 
@@ -158,7 +159,8 @@ def _draw(status: DownloadStatus) -> str:
         details = [status.summary, status.fit, *(each.text for each in status.files[:4])] if status.text != status.summary else []
         return working(f"{name}: {status.text}", status.share, *details)
     if status.state == "done":
-        return good(status.text) + quiet("Choose it in the list of models to load it.")
+        next_step = "Choose it in the Chat tab, under Conversation settings." if "LoRA" in status.summary else _CHOOSE
+        return good(status.text) + quiet(next_step)
     if status.wants_token:
         return bad(f"{name}: {status.text}") + open_token_box()
     if status.state in ("failed", "full"):

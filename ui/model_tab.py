@@ -17,6 +17,7 @@ from ..engine.download_queue import Downloads
 from ..engine.engine import Engine, Status
 from . import gradio_compat, model_facts
 from .access import Access
+from .adapter_box import draw_adapters
 from .benchmark_box import draw_benchmark
 from .branch_box import draw_branches
 from .download_box import draw_name, draw_queue
@@ -72,6 +73,8 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         with gr.Column(scale=2, min_width=320):
             with gr.Column(elem_classes="gw-panel"):
                 box = draw_queue(downloads, access, watcher, *draw_name())
+            with gr.Accordion("LoRA adapters", open=False, elem_id="gw-adapters-box"):
+                draw_adapters(engine, downloads, box, access, watcher)
             with gr.Accordion("Models folders", open=False, elem_id="gw-folders-box"):
                 folders = draw_folders(engine, access)
             with gr.Accordion("Mirror and access token", open=False, elem_id="gw-hub-box"):
