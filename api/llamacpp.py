@@ -88,7 +88,7 @@ def build(service: Service) -> APIRouter:
                 "model_alias": loaded.model.name,
                 "bos_token": str((tokenizer.bos_token if tokenizer is not None else None) or ""),
                 "eos_token": str((tokenizer.eos_token if tokenizer is not None else None) or ""),
-                "modalities": {"vision": False, "audio": False},
+                "modalities": {"vision": loaded.sees_pictures, "audio": False},
                 "build_info": f"gptq-webui {service.version}",
             }
         )

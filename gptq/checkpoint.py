@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from ..core.errors import BadCheckpoint, BadQuantizeConfig, GptqWebuiError
 from ..core.folder_files import read_json
@@ -107,7 +113,7 @@ def load(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
-        auto: Any = AutoModelForCausalLM  # with output_loading_info it returns a pair, which its types do not say
+        auto: Any = _class_for(config)  # with output_loading_info it returns a pair, which its types do not say
         with watch:
             loaded, info = auto.from_pretrained(
                 source.folder,
@@ -131,6 +137,14 @@ def load(
     _check_report(model, info, layers, config)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
+
+
+def _class_for(config: Any) -> Any:
+    """The automatic class that opens a model: a language model, or one that sees pictures too."""
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[str]:

@@ -4,6 +4,7 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,13 +221,24 @@ def _module_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str
     return modules_of
 
 
+@dataclass(frozen=True)
+class _Renaming:
+    """One of transformers 4, used as one of transformers 5."""
+
+    pattern: str
+    replacement: str
+
+    def rename_source_key(self, key: str) -> tuple[str, str]:
+        return re.sub(self.pattern, self.replacement, key), self.pattern
+
+
 def _renamings(model: PreTrainedModel) -> list[Any]:
-    """transformers' own renamings of keys (5.x), which its loader will apply."""
+    """transformers' own renamings of keys, which its loader will apply."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
-    except ImportError:
-        return []
+    except ImportError:  # transformers 4
+        return [_Renaming(*each) for each in getattr(model, "_checkpoint_conversion_mapping", {}).items()]
     return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
 
 

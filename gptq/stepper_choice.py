@@ -27,6 +27,7 @@ def stepper_for(
     cache_type: str = "fp16",
     parallel: int = 1,
     adapt: Callable[[], object] | None = None,  # changes layers once they have their kernels; only layer by layer
+    pictures: bool = False,  # the model's own forward will read pictures too
 ) -> tuple[Stepper, str]:
     """(stepper, note for the user) for a transformers causal LM in eval mode; the note is empty if there is nothing to say.
 
@@ -37,7 +38,7 @@ def stepper_for(
     require_sound(hf)
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
-        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt)
+        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt, pictures)
     else:
         if device.type == "cpu":
             stepper, note = _on_processor(hf, context_tokens, parallel, adapt)
@@ -59,7 +60,7 @@ def _plain(hf: Any, note: str, adapt: Callable[[], object] | None) -> tuple[Step
 
 
 def _on_gpu(
-    hf: Any, context_tokens: int, cache_type: str, parallel: int, adapt: Callable[[], object] | None
+    hf: Any, context_tokens: int, cache_type: str, parallel: int, adapt: Callable[[], object] | None, pictures: bool
 ) -> tuple[Stepper, str]:
     from .cuda.cuda_stepper import CudaStepper
     from .cuda.replaced_layers import replace_layers
@@ -68,6 +69,8 @@ def _on_gpu(
         parts = parts_of(hf)
         if adapt is not None:
             raise Unsuited(_ADAPTED)
+        if pictures:  # the step takes over the packed layers
+            raise Unsuited("it sees pictures, which its own forward reads")
         if parts is None:
             raise Unsuited("this architecture, or its place on several devices, has no step of its own")
         return CudaStepper(parts, context_tokens, parallel=parallel, cache_type=cache_type), ""

@@ -208,6 +208,8 @@ class TransformersStepper(Stepper):
         self._rope = RopeLength(model)
         self._rope.wrap()
         self._takes_positions, self._gives_positions = "position_ids" in taken, False
+        # transformers 4 finds the positions of text after a picture by it
+        self._gives_cache_position = "cache_position" in taken and hasattr(config, "vision_config")
         self._in_pieces = True  # several tokens can be put through at once after others
         if (
             self._own_cache
@@ -356,6 +358,8 @@ class TransformersStepper(Stepper):
             given["logits_to_keep"] = keep
         if self._gives_positions:
             given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
+        if self._gives_cache_position:
+            given["cache_position"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)
         output = self._model(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)

@@ -221,7 +221,7 @@ def test_a_template_that_always_loops_is_replaced_and_said_within_two_seconds(tm
         ("{% if 'Aa1q' not in messages[0]['content'] %}" + HOSTILE["a loop in a loop"] + "{% endif %}" + SHOW, "for one message"),
         ("", ""),
         ("   {# nothing #}\n", "its prompt for one message is empty"),
-        ("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", "its prompt for one message is empty"),
+        ("{% for m in messages %}{{ m.content[0].words }}{% endfor %}", "its prompt for one message is empty"),
         ("Hello", "does not contain the message"),
         ("{{ raise_exception('only tools') }}", "it cannot show one message (only tools)"),
         ("{% for", "it cannot show one message"),

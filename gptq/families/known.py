@@ -27,6 +27,7 @@ from . import (
     stablelm,
     starcoder2,
 )
+from .image_text import language_model
 from .parts import ModelParts
 from .reading import NotDescribed
 
@@ -42,6 +43,7 @@ _ON_GPU = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 
 def parts_of(hf: Any) -> ModelParts | None:
     """The parts of a transformers causal LM, None if none of the families describes it. suitability.py compares them."""
+    hf = language_model(hf)
     describe = KINDS.get(hf.config.model_type)
     if describe is None:
         return None

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from .image_text import OnePosition
 from .parts import ModelParts, Options
-from .reading import act_of, base_of, llama_layer, model_of
+from .reading import act_of, base_of, llama_layer, model_of, rotary_of
 
 
 def describe(hf: Any) -> ModelParts:
@@ -18,4 +19,12 @@ def describe(hf: Any) -> ModelParts:
     return model_of(hf, layers, Options(activation=act_of(base.layers[0].mlp), qk_norm=qk_norm))
 
 
-KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss"), describe)
+def _three_positions(hf: Any) -> ModelParts:
+    """The language models of Qwen2-VL and Qwen2.5-VL."""
+    layers = [llama_layer(layer, hf.config) for layer in base_of(hf).layers]
+    rotaries = (rotary_of(OnePosition(base_of(hf).rotary_emb)),)
+    return model_of(hf, layers, Options(activation=act_of(base_of(hf).layers[0].mlp)), rotaries=rotaries)
+
+
+KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss", "qwen3_vl_text"), describe)
+KINDS |= dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _three_positions)

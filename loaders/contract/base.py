@@ -139,6 +139,10 @@ class LoadedModel(ABC):
         one answer in parallel, None says "nothing yet": the answers computed at the same time may go on.
         """
 
+    def _steps_with(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        """As `_steps`; for a model that sees pictures, with those of the prompt."""
+        return self._steps(list(prompt.ids), params, cancel)
+
     def _scores(self, ids: Sequence[int], top: int, cancel: threading.Event) -> Iterator[Step | Finish | None]:
         """For a model that `can` logprobs: a Step for each id of a text, with its log-probability, then one Finish."""
         raise NotImplementedError
@@ -321,7 +325,7 @@ class LoadedModel(ABC):
         marks = prompt.thought_marks
 
         def answer() -> Iterator[Token | Finish | None]:
-            steps = timed(self._steps(ids, params, inner), requested)
+            steps = timed(self._steps_with(prompt, params, inner), requested)
             kept = self.codec.special_texts((*marks, *(marked.special if marked is not None else ())))
             events = settled(steps, Detokenizer(self.tokenizer, ids, kept), StopStrings(stop), inner)
             events = self._remembered(prompt, without_leading_space(events) if strip else events)
@@ -330,7 +334,8 @@ class LoadedModel(ABC):
             reader = prompt.calls.reader(params.grammar is not None)
             return with_calls(events, CallsAfterThoughts(reader, prompt.text) if marks and params.grammar is None else reader)
 
-        return self._worker.stream(answer, cancel, cancelled(len(prompt.ids)), alone=self._is_alone(params))
+        alone = bool(prompt.pictures) or self._is_alone(params)
+        return self._worker.stream(answer, cancel, cancelled(len(prompt.ids)), alone=alone)
 
     def _remembered(self, prompt: Prompt, events: Iterator[Token | Finish | None]) -> Iterator[Token | Finish | None]:
         """Pass an answer on, and keep its ids for the prompts that will contain it."""
@@ -342,7 +347,7 @@ class LoadedModel(ABC):
                     shown.append(event.text)
                     if event.id >= 0:
                         ids.append(event.id)
-                elif isinstance(event, Finish) and ids:
+                elif isinstance(event, Finish) and ids and not prompt.pictures:
                     self._earlier.remember(prompt.text, prompt.ids, ids, "".join(shown), self.decode)
                 yield event
         finally:

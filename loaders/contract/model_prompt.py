@@ -1,7 +1,7 @@
 """What a model reads before it answers: made once for a request, then counted, queued and answered as it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.chat import Message
@@ -19,6 +19,7 @@ class Prompt:
     channels: ToolFormat | None = None  # the marks that tell apart what the answer thinks and says
     thought_marks: tuple[str, ...] = ()  # of its template, around a thought
     options: Mapping[str, Any] | None = None  # for a remote engine: more values for its template
+    pictures: Mapping[str, Any] = field(default_factory=dict, compare=False)  # tensors of its pictures, for the model's forward
 
     @property
     def begins_answer(self) -> bool:

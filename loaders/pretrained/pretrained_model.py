@@ -1,19 +1,25 @@
 """A transformers PreTrainedModel that answers through one of gptq's steppers, and through calls of other programs."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ...core.chat import Finish, Step
+from ...core.chat import Finish, Message, Step, Token
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
 from ...core.params import GenerationParams, obeyed_by
+from ...core.tools import ToolUse
 from ..contract.base import LoadedModel
+from ..contract.model_prompt import Prompt
+from ..contract.worker import Stream
 from ..machine.memory_release import free_memory
 from ..text import chat_template
 from ..text.answer_rules import rules_of
+from ..text.chat_template import ChatTemplate
 from ..text.grammar_matcher import Grammars
 from ..text.tokenizer import end_ids
+from . import picture_reader
 from .adapters import Adapters
 from .hf_queue import QueuedCalls
 
@@ -34,6 +40,7 @@ class PretrainedModel(LoadedModel):
         device: str,
     ) -> None:
         from ...gptq import peft_patch
+        from ...gptq.picture_stepper import PictureStepper
         from ...gptq.prefix_cache import PrefixCache
 
         peft_patch.install()  # a program that is given `hf` may train or add adapters with PEFT
@@ -57,20 +64,57 @@ class PretrainedModel(LoadedModel):
         self.can_adapt = stepper.can_adapt
         self._adapters = Adapters(model, hf, stepper)
         stepper.take_over(hf, self._prefix)
+        self._pictures, note = picture_reader.find(model.folder, hf.config, self.codec, self.template)
+        self._picture_stepper = PictureStepper(hf) if self._pictures is not None else None
         self._calls = QueuedCalls(hf, self._worker)
+        self.sees_pictures = self._pictures is not None
+        self.notes = (*self.notes, note) if note else self.notes
+
+    def prompt(
+        self,
+        source: str | Sequence[Message],
+        tools: ToolUse | None = None,
+        *,
+        template: ChatTemplate | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        found = super().prompt(source, tools, template=template, options=options)
+        urls = [url for each in found.messages or () for url in each.pictures]
+        if not urls or self._pictures is None:
+            return found
+        ids, tensors = self._pictures.read(found.text, urls)
+        return replace(found, ids=tuple(ids), pictures=tensors)
+
+    def answer(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Stream[Token | Finish]:
+        if prompt.pictures and params.adapters:
+            raise BadParameter("An answer to pictures takes no LoRA adapter of its own. Leave one of the two out.", "adapters")
+        return super().answer(prompt, params, cancel)
+
+    def _steps_with(self, prompt: Prompt, params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        if not prompt.pictures or self._picture_stepper is None:
+            return self._steps(list(prompt.ids), params, cancel)
+        from ...gptq.prefix_cache import PrefixCache
+
+        self._picture_stepper.show(prompt.pictures)
+        return self._computed(list(prompt.ids), params, cancel, self._picture_stepper, PrefixCache())
 
     def _steps(self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event) -> Iterator[Step | Finish | None]:
+        return self._computed(ids, params, cancel, self._stepper, self._prefix)
+
+    def _computed(
+        self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event, stepper: Any, prefix: Any
+    ) -> Iterator[Step | Finish | None]:
         from ...gptq.generation import generate
 
         ends = self._ends()
         rules = rules_of(self.codec, params, ends, ids)
         self._note_reading(0, len(ids))
         return generate(
-            self._stepper,
+            stepper,
             ids,
             params,
             cancel,
-            prefix=self._prefix,
+            prefix=prefix,
             end_ids=ends,
             rules=rules,
             context_tokens=self.context_tokens,
@@ -111,7 +155,7 @@ class PretrainedModel(LoadedModel):
         self._prefix.clear()
         self._stepper.close()
         self._adapters.clear()
-        self.hf = self._stepper = None
+        self.hf = self._stepper = self._picture_stepper = self._pictures = None
         free_memory(device)
 
     def _ends(self) -> set[int]:

@@ -17,11 +17,12 @@ from typing import Any
 
 from ...core import thinking
 from ...core.chat import Message
-from ...core.errors import BadParameter
-from ...core.folder_files import SMALL_FILE_BYTES
+from ...core.errors import BadFile, BadParameter
+from ...core.folder_files import SMALL_FILE_BYTES, read_json
 from ...core.tools import Tool
 from . import tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, OWN, PLAIN, PLAIN_JINJA, is_jinja, labelled
+from .content_parts import in_parts, marked
 from .message_order import orders, without_empty_end
 from .renderers import LimitedRenderer, OwnRenderer, Renderer, Task, TemplateFault, TemplateLimit, one_call
 from .tool_formats import CHANNELS_END, MISTRAL, ToolFormat
@@ -50,6 +51,7 @@ class ChatTemplate:
     is_chat: bool = True  # False: the model was not taught to chat
     note: str = ""  # what the user should know about it
     tool_jinja: str = ""  # another template, for chats with tools
+    parts: bool = False  # it shows messages only as lists of parts, as models that see pictures have them
     renderer: Renderer = field(default_factory=OwnRenderer, repr=False, compare=False)
     _noted: set[str] = field(default_factory=set, repr=False, compare=False)  # what the log has
 
@@ -82,12 +84,14 @@ class ChatTemplate:
         BadParameter if the template cannot show the conversation.
         """
         with one_call():
-            return self._show(messages, tokenizer, tools, options or {})
+            return self._show(marked(messages), tokenizer, tools, options or {})
 
     def whole(self, messages: Sequence[dict[str, Any]], tokenizer: Any) -> str:
         """A finished conversation, given as a data set has it. Raises TemplateFault, TemplateLimit."""
         with one_call():
-            return self.renderer.render(Task(self.jinja, list(messages), _tokens(tokenizer), False, is_whole=True))
+            return self.renderer.render(
+                Task(self.jinja, in_parts(messages, self.parts), _tokens(tokenizer), False, is_whole=True)
+            )
 
     def _show(self, messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool], options: Mapping[str, Any]) -> Shown:
         first: TemplateFault | None = None
@@ -124,9 +128,10 @@ class ChatTemplate:
             for order in (*together, *alone):
                 for as_text in (False, True) if calls else (False,):
                     chat = tool_prompts.as_given(order, arguments_as_text=as_text, short_ids=short, named_ids=named)
+                    chat = in_parts(chat, self.parts)
                     yield Task(self.tool_jinja or self.jinja, chat, tokens, _is_continued(order), shown), True
         for order in orders(tool_prompts.described(messages, tools) if uses_tools else messages):
-            chat = [{"role": each.role, "content": each.text} for each in order]
+            chat = in_parts([{"role": each.role, "content": each.text} for each in order], self.parts)
             yield Task(self.jinja, chat, tokens, _is_continued(order)), False
 
     def _shows(self, tools: Sequence[Tool], text: str, task: Task) -> bool:
@@ -194,11 +199,20 @@ def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
         given, tool_jinja = known.get(name), known.get("tool_use", "")
         if given and name != "default":
             note = f"The folder has chat templates called {', '.join(known)}, and none called default: {name} is used."
+    source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
+    if not given:  # of the processor of a model that sees pictures
+        source = "chat_template.json"
+        try:
+            given = read_json(folder / source).get("chat_template")
+        except BadFile as error:
+            return None, str(error)
     if not isinstance(given, str) or not given:
         return None, ""
-    source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
     template = ChatTemplate(given, _FOLDERS, source, note=note, tool_jinja=tool_jinja, renderer=LimitedRenderer())
     if problem := _problem(template, tokenizer):
+        in_parts_only = replace(template, parts=True)
+        if not _problem(in_parts_only, tokenizer):
+            return in_parts_only, ""
         template.close()
         return None, f"The chat template of the folder ({source}) cannot be used: {problem}."
     return template, ""
@@ -219,7 +233,8 @@ def _problem(template: ChatTemplate, tokenizer: Any) -> str:
     system = {"role": "system", "content": secrets.token_hex(4)}
     for chat in (turns[:1], turns[:2], turns[:3], turns, [system, *turns[:1]]):
         try:
-            task = Task(template.jinja, chat, _tokens(tokenizer), chat[-1]["role"] == "assistant")
+            shown = in_parts(chat, template.parts)
+            task = Task(template.jinja, shown, _tokens(tokenizer), chat[-1]["role"] == "assistant")
             text = template.renderer.render(task, max(0.1, until - time.monotonic()))
         except TemplateLimit as error:
             count = "one message" if len(chat) == 1 else f"{len(chat)} messages"

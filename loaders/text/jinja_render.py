@@ -25,6 +25,13 @@ _AFTER_S = 5  # processor time that one request may take, in case nobody is left
 Chat = list[dict[str, Any]]
 
 
+def _continued(content: Any) -> Any:
+    """The content of a message, a text or a list of parts, with the mark at its end."""
+    if isinstance(content, str):
+        return content + _CONTINUED
+    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + _CONTINUED}]
+
+
 class OutputTooLong(ValueError):
     pass
 
@@ -51,7 +58,7 @@ def render(
     template, like `enable_thinking`. Raises whatever a template raises, OutputTooLong, NotContinued.
     """
     if resume:
-        chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _CONTINUED}]
+        chat = [*chat[:-1], {**chat[-1], "content": _continued(chat[-1]["content"])}]
     own = {"messages": chat, "tools": tools, "add_generation_prompt": not (resume or is_whole), **tokens}
     values = {"documents": None, **(options or {}), **own}
     parts: list[str] = []
@@ -62,7 +69,12 @@ def render(
             raise OutputTooLong(f"its prompt has more than {most_characters:,} characters")
         parts.append(part)
     text = "".join(parts)
-    return _cut(text, chat[-1]["content"]) if resume else text
+    return _cut(text, _last_text(chat[-1]["content"])) if resume else text
+
+
+def _last_text(content: Any) -> str:
+    text = content if isinstance(content, str) else content[-1]["text"]
+    return str(text)
 
 
 def _cut(text: str, marked: str) -> str:

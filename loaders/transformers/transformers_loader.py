@@ -16,6 +16,7 @@ from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..machine import memory_fit
 from ..machine.memory_release import free_memory
+from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
 from . import optimum
@@ -104,7 +105,8 @@ class TransformersLoader(Loader):
             raise
         progress(0.97, preparing(device))
         adapt = None if adapter is None else partial(lora.attach, hf, adapter)
-        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel, adapt=adapt)
+        sees = picture_reader.may_see(model.folder, hf.config)
+        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel, adapt=adapt, pictures=sees)
         if foreign and adapt is not None:
             adapt()
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
