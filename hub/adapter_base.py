@@ -71,7 +71,7 @@ def require_base(ref: object, config: Mapping[str, Any], tensors: Mapping[str, T
     if (wrong := _misfit(tensors, model)) is not None:
         raise WrongRepository(
             f"{ref} does not fit {model.name}: {wrong}. It is a LoRA adapter for another model. Nothing was downloaded. "
-            f"Load {base[:120] or 'the model that it was made for'} first."
+            f"Load the model that it was made for first{f', {base[:120]}' if base else ''}."
         )
 
 

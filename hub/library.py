@@ -139,7 +139,7 @@ class Library:
         if chosen.kind != "lora":
             raise WrongRepository(
                 f"{listing.ref} is a model ({chosen.format}), no LoRA adapter. Nothing was downloaded. "
-                "Download a model in the box for models."
+                "Enter its name in the box for models."
             )
         if chosen.weights != (adapter_base.WEIGHTS,):
             raise WrongRepository(

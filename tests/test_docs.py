@@ -19,7 +19,8 @@ FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 
 # Files that the documents name and that are not in this repository: a model's, the user's, the host's.
 OTHERS = {
-    "README.md", "config.json", "quantize_config.json", "model.safetensors", "gptq_model-4bit-128g.safetensors", "tokenizer.json",
+    "README.md", "config.json", "quantize_config.json", "preprocessor_config.json", "model.safetensors",
+    "gptq_model-4bit-128g.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "settings.yaml", "settings.json", "gptq_webui.zip", "CMD_FLAGS.txt",
     ".gptq-webui.json", "user_data/CMD_FLAGS.txt", "cmd_linux.sh", "server.py", "extensions/", "user_data/extensions/",
 }  # fmt: skip
