@@ -117,9 +117,9 @@ def _processor(folder: Path, config: Any, tokenizer: Any) -> Any:
     unchecked: Any = type(of.__name__, (of,), {"check_argument_for_proper_class": lambda self, *given: None})
     given = {"image_processor": AutoImageProcessor.from_pretrained(folder, local_files_only=True), "tokenizer": tokenizer}
     try:
-        names = of.get_attributes()
+        names = unchecked.get_attributes()
     except AttributeError:  # transformers 4
-        names = of.attributes
+        names = unchecked.attributes
     settings, _rest = of.get_processor_dict(folder, local_files_only=True)
     return unchecked.from_args_and_dict([given.get(each) for each in names], settings)
 
