@@ -51,7 +51,13 @@ def build(service: Service) -> APIRouter:
         params = await _params(service, loaded, body)
         options = _options(service, loaded, body)
         prompt = await service.fit(
-            request, messages_of(body), body.max_tokens, trim=True, loaded=loaded, tools=tools, options=options
+            request,
+            messages_of(body, loaded.sees_pictures),
+            body.max_tokens,
+            trim=True,
+            loaded=loaded,
+            tools=tools,
+            options=options,
         )
         running = await service.answer(request, PROTOCOL, [prompt], params)
         answer = AnthropicAnswer(loaded.model.name, len(prompt.prompt.ids), body.shows_thoughts)
@@ -75,7 +81,9 @@ def build(service: Service) -> APIRouter:
                 "unsupported", "The loaded model's tokens are not known here: it runs in another program. Ask there.", "model"
             )
         tools, options = tools_of(body), _options(service, loaded, body)
-        prompt = await service.fit(request, messages_of(body), None, trim=True, loaded=loaded, tools=tools, options=options)
+        prompt = await service.fit(
+            request, messages_of(body, loaded.sees_pictures), None, trim=True, loaded=loaded, tools=tools, options=options
+        )
         return Json({"input_tokens": len(prompt.prompt.ids)})
 
     return router

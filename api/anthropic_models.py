@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ..core.chat import Message
 from ..core.tools import ToolCall, ToolUse
-from . import tool_requests
+from . import pictures, tool_requests
 from .problems import Problem
 from .sampling_fields import Open
 
@@ -88,36 +88,39 @@ class MessagesRequest(CountRequest):
         return wanted.get("type") in ("enabled", "adaptive") and wanted.get("display") != "omitted"
 
 
-def messages_of(body: CountRequest) -> list[Message]:
-    """The conversation with its system prompt. Raises Problem for what is not text."""
+def messages_of(body: CountRequest, sees: bool = False) -> list[Message]:
+    """The conversation with its system prompt. Raises Problem for what the model cannot read. `sees`: it reads pictures."""
     found: list[Message] = []
     if body.system:
         system = body.system if isinstance(body.system, str) else _text(body.system, "system")
         found.append(Message("system", system))
     for at, each in enumerate(body.messages):
-        found += _messages(each, f"messages.{at}.content")
+        found += _messages(each, f"messages.{at}.content", sees)
     return found
 
 
-def _messages(body: AnthropicMessage, field: str) -> list[Message]:
+def _messages(body: AnthropicMessage, field: str, sees: bool) -> list[Message]:
     """A message; each result of a tool in it becomes a message of its own."""
     if isinstance(body.content, str):
         return [Message(body.role, body.content)]
     found: list[Message] = []
     texts: list[str] = []
+    shown: list[str] = []
     calls: list[ToolCall] = []
     for at, block in enumerate(body.content):
         if block.type == "tool_use" and body.role == "assistant":
             calls.append(_call(block, f"{field}.{at}"))
         elif block.type == "tool_result" and body.role == "user":
-            if texts:
-                found.append(Message("user", "\n".join(texts)))
-                texts = []
+            if texts or shown:
+                found.append(Message("user", "\n".join(texts), pictures=tuple(shown)))
+                texts, shown = [], []
             found.append(_result(block, f"{field}.{at}"))
+        elif block.type == "image" and sees:
+            shown.append(pictures.of_source(block.source, f"{field}.{at}"))
         elif block.type not in _UNREAD:
             texts.append(_text([block], f"{field}.{at}"))
-    if texts or calls or not found:
-        found.append(Message(body.role, "\n".join(texts), tuple(calls)))
+    if texts or calls or shown or not found:
+        found.append(Message(body.role, "\n".join(texts), tuple(calls), pictures=tuple(shown)))
     return found
 
 

@@ -26,16 +26,17 @@ from .ollama_models import (
     OllamaModel,
     OllamaRequest,
     grammar_of,
+    images_of,
     limit_of,
     local_name,
     messages_of,
-    refuse_images,
     sampling_of,
     tools_of,
     unknown_in,
 )
 from .ollama_stream import OllamaAnswer, now, of_chat, of_generate
 from .openai_prompts import sources_of
+from .pictures import with_pictures
 from .problems import Problem
 from .routes import Json, for_all, route_class
 from .service import Service
@@ -63,11 +64,13 @@ def build(service: Service) -> APIRouter:
     @router.post("/api/generate")
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """The answer to a prompt; with `raw`, what follows it without a chat template; with `suffix`, what fills the gap."""
-        refuse_images(body.images, "images")
+        shown = images_of(body.images)
         source: Any = body.prompt or None
+        if shown and (body.raw or body.suffix):
+            raise Problem("unsupported", "Images need a chat template: leave out `raw` and `suffix`, or the images.", "images")
         if source and not body.raw and not body.suffix:
             system = [Message("system", body.system)] if body.system else []
-            source = [*system, Message("user", body.prompt)]
+            source = [*system, Message("user", body.prompt or "", pictures=shown)]
         return await _answer(service, request, body, source, of_generate)
 
     @router.get("/api/tags")
@@ -96,7 +99,8 @@ def build(service: Service) -> APIRouter:
         described, family = _described(found), found.architecture or "unknown"
         info: dict[str, Any] = {"general.architecture": family, f"{family}.context_length": found.context_tokens}
         template = loaded.template.jinja if loaded is not None and loaded.model.name == name else ""
-        can = ["completion", "tools", *(["thinking"] if _thinks(template) else [])]
+        sees = loaded is not None and loaded.model.name == name and loaded.sees_pictures
+        can = ["completion", "tools", *(["thinking"] if _thinks(template) else []), *(["vision"] if sees else [])]
         about = {name: described[name] for name in ("modified_at", "details")}
         return Json({**about, "template": template, "parameters": "", "model_info": info, "capabilities": can})
 
@@ -145,6 +149,7 @@ async def _answer(
     if source is None:
         return await _load(service, request, body, name, write)
     loaded = await model_for(service, request, name)
+    source = with_pictures(loaded, source, "images")
     service.ignore(PROTOCOL, [*body.unknown(), *unknown_in(options, _SAMPLING)])
     params = await with_grammar(service, loaded, service.params(sampling_of(options)), grammar_of(body), "format")
     if isinstance(body, OllamaGenerate) and body.suffix:

@@ -21,7 +21,7 @@ _OF_LOADING = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use
 class OllamaMessage(Open):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = ""
-    images: list[Any] | None = Field(None, description="refused: these models read text")
+    images: list[Any] | None = Field(None, description="base64; for a model that sees pictures")
     tool_calls: list[dict[str, Any]] | None = None
     tool_name: str | None = Field(None, description="of a tool's message")
     tool_call_id: str | None = None
@@ -48,7 +48,7 @@ class OllamaGenerate(OllamaRequest):
     prompt: str = ""
     suffix: str | None = None
     system: str | None = None
-    images: list[Any] | None = Field(None, description="refused: these models read text")
+    images: list[Any] | None = Field(None, description="base64; for a model that sees pictures")
     raw: bool | None = False
 
 
@@ -76,9 +76,9 @@ def local_name(name: str) -> str:
     return name.removesuffix(":latest")
 
 
-def refuse_images(images: Any, field: str) -> None:
-    if images:
-        raise Problem("unsupported", "This model reads text only; found images. Leave them out.", field)
+def images_of(images: list[Any] | None) -> tuple[str, ...]:
+    """As they are given: api/pictures.py reads them once it is known whether the model sees."""
+    return tuple(each if isinstance(each, str) else "" for each in images or ())
 
 
 def messages_of(body: OllamaChat) -> list[Message]:
@@ -87,7 +87,7 @@ def messages_of(body: OllamaChat) -> list[Message]:
     waiting: list[ToolCall] = []
     for at, each in enumerate(body.messages or ()):
         field = f"messages.{at}"
-        refuse_images(each.images, f"{field}.images")
+        shown = images_of(each.images)
         text = each.content or ""
         if each.role == "tool":
             call = next((call for call in waiting if each.tool_name in (None, "", call.name)), None)
@@ -98,7 +98,7 @@ def messages_of(body: OllamaChat) -> list[Message]:
             continue
         calls = tuple(_call(call, f"{field}.tool_calls.{number}") for number, call in enumerate(each.tool_calls or ()))
         waiting = list(calls) or waiting
-        found.append(Message(each.role, text, calls if each.role == "assistant" else ()))
+        found.append(Message(each.role, text, calls if each.role == "assistant" else (), pictures=shown))
     return found
 
 

@@ -9,9 +9,8 @@ from starlette.responses import Response
 
 from ..core.chat import Message
 from ..core.params import GenerationParams
-from ..core.picture import is_picture
 from ..loaders.contract.base import LoadedModel
-from . import grammar_requests, openai_completions, tool_requests
+from . import grammar_requests, openai_completions, pictures, tool_requests
 from .answer_stream import WholeAnswer
 from .model_turns import model_for
 from .openai_logprobs import chat_logprobs
@@ -117,27 +116,18 @@ def messages_of(body: Sequence[ChatMessage], loaded: LoadedModel) -> list[Messag
     found: list[Message] = []
     for at, each in enumerate(body):
         parts = [each.content] if isinstance(each.content, str) else []
-        pictures = []
+        shown = []
         for part in each.content if isinstance(each.content, list) else []:
             if part.type == "image_url" and loaded.sees_pictures:
-                pictures.append(picture_url(part.image_url, f"messages.{at}.content"))
+                shown.append(pictures.of_url(part.image_url, f"messages.{at}.content"))
                 continue
             if part.type not in ("text", "input_text") or part.text is None:
                 text = f"This model reads text only; found a part of type {part.type[:40]!r}."
                 raise Problem("unsupported", text, f"messages.{at}.content")
             parts.append(part.text)
         message = tool_requests.message_of(each.role, "\n".join(parts), each, f"messages.{at}")
-        found.append(replace(message, pictures=tuple(pictures)) if pictures else message)
+        found.append(replace(message, pictures=tuple(shown)) if shown else message)
     return found
-
-
-def picture_url(found: Any, field: str) -> str:
-    """Of an image_url part, for a model that sees pictures. Raises Problem."""
-    url = found.get("url") if isinstance(found, dict) else found
-    if not isinstance(url, str) or not (is_picture(url) or url.startswith(("http://", "https://"))):
-        text = f"{field}: image_url needs the URL of a picture: https://…, or data:image/png;base64,… (PNG, JPEG, WebP or GIF)."
-        raise Problem("invalid", text, field)
-    return url
 
 
 def _chat_answer(answer: WholeAnswer, body: ChatCompletionRequest) -> ChatAnswer:

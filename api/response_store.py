@@ -21,7 +21,10 @@ class Stored:
 
     @property
     def characters(self) -> int:
-        return sum(len(each.text) + sum(len(call.arguments) for call in each.tool_calls) for each in self.messages)
+        return sum(
+            len(each.text) + sum(len(call.arguments) for call in each.tool_calls) + sum(map(len, each.pictures))
+            for each in self.messages
+        )
 
 
 class ResponseStore:

@@ -53,7 +53,7 @@ def build(service: Service) -> APIRouter:
         loaded = await model_for(service, request, body.model)
         tools = tools_of(body)
         before = stored(request, body.previous_response_id).messages if body.previous_response_id else ()
-        new = messages_of(body.input) if not isinstance(body.input, str) else [Message("user", body.input)]
+        new = messages_of(body.input, loaded.sees_pictures) if not isinstance(body.input, str) else [Message("user", body.input)]
         instructions = [Message("system", body.instructions)] if body.instructions else []
         params = service.params(read_named({"temperature": body.temperature, "top_p": body.top_p}))
         params = await grammar_requests.with_grammar(service, loaded, params, grammar_of(body), "text.format")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from ..core.chat import Message
 from ..core.grammar import Grammar
 from ..core.tools import ToolCall, ToolUse
-from . import grammar_requests, tool_requests
+from . import grammar_requests, pictures, tool_requests
 from .identifiers import new_id
 from .problems import Problem
 from .sampling_fields import Open
@@ -96,18 +97,26 @@ def items_of(body: ResponseRequest) -> list[dict[str, Any]]:
     return items
 
 
-def messages_of(items: Sequence[Item]) -> list[Message]:
-    """Messages, with each run of an assistant's texts and calls as one. Raises Problem for what is not text."""
+def messages_of(items: Sequence[Item], sees: bool = False) -> list[Message]:
+    """Messages, with each run of an assistant's texts and calls as one. Raises Problem for what the model cannot read.
+
+    `sees`: it reads pictures.
+    """
     found: list[Message] = []
     for at, each in enumerate(items):
         field = f"input.{at}"
         if each.type == "reasoning":
             continue
         if each.type == "message":
-            text = _text(each.content, f"{field}.content")
+            parts = [] if isinstance(each.content, str) or each.content is None else each.content
+            shown = [part for part in parts if sees and part.get("type") == "input_image"]
+            text = _text([part for part in parts if part not in shown] if shown else each.content, f"{field}.content")
             if each.role is None:
                 raise Problem("invalid", f"{field}.role must be user, assistant, system or developer.", f"{field}.role")
             message = Message("system" if each.role == "developer" else each.role, text)
+            if shown:
+                urls = tuple(pictures.of_url(part.get("image_url"), f"{field}.content") for part in shown)
+                message = replace(message, pictures=urls)
         elif each.type == "function_call":
             if not each.name or not each.call_id:
                 raise Problem("invalid", f"{field} must have the call_id and the name of a call.", field)

@@ -28,6 +28,11 @@ def is_picture(text: str) -> bool:
         return False
 
 
+def picture_of(data: str) -> str | None:
+    """The data: URL of a picture whose base64 is given without its kind; None for what is no picture."""
+    return next((url for kind in _BEGINNINGS if is_picture(url := f"data:image/{kind};base64,{data}")), None)
+
+
 def require_pictures(files: Sequence[tuple[str, str]]) -> None:
     """Of (name, data: URL). Raises GptqWebuiError for too many, a large one and one that is damaged."""
     if len(files) > MOST_PICTURES:

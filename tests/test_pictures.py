@@ -215,3 +215,41 @@ def test_a_picture_is_attached_shown_after_a_restart_and_refused_where_nobody_se
     finally:
         tab.close()
         page.close()
+
+
+OTHERS = {  # how other protocols have a picture, and one that is none
+    "/v1/responses": lambda url: {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}, {"type": "input_image", "image_url": url}]}]
+    },
+    "/v1/messages": lambda url: {
+        "max_tokens": 5,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "Hi"},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}},
+                ],
+            }
+        ],
+    },
+    "/api/chat": lambda url: {
+        "stream": False, "messages": [{"role": "user", "content": "Hi", "images": [url.partition(",")[2]]}]
+    },
+    "/api/generate": lambda url: {"stream": False, "prompt": "Hi", "images": [url.partition(",")[2]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_other_protocols_pass_pictures_on_too(house, path):
+    with ApiServer(house.engine) as server:
+        house.see("no")
+        answer = server.http.post(path, json=OTHERS[path](URL))
+        assert answer.status_code == 400 and "reads text only" in answer.text
+        house.see()
+        assert "Red." in server.http.post(path, json=OTHERS[path](URL)).text
+        sent = house.server.bodies[-1]["messages"][-1]["content"]
+        assert [each.get("image_url", {}).get("url") for each in sent] == [None, URL]
+        for wrong in ("data:image/png;base64,AAAA", "data:image/png;base64,", URL + "A" * 4_000_000):
+            answer = server.http.post(path, json=OTHERS[path](wrong))
+            assert answer.status_code == 400 and "picture" in answer.text
