@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from test_characters import V2, png, text_chunk
+from test_characters import TGWUI, V1, V2, V3, png, text_chunk, zipped
 
 from browser import WAIT_MS, chromium
 from fake_library import MISTRAL, FakeLibrary
@@ -90,6 +90,29 @@ def test_a_picture_is_imported_greets_is_answered_to_edited_deleted_and_brought_
     tab.click("#gw-character-undo")
     tab.wait_for_selector("#gw-character-note:has-text('is back')")
     assert house.chats.store.get("", info.id).character["name"] == "Mia the baker"
+
+
+def test_every_kind_of_file_brings_its_character_and_the_model_gets_its_lorebook(house):
+    tab = house.tab
+    open_box(tab)
+    files = {
+        "Mia 1": ("v1.png", png(text_chunk(b"chara", V1 | {"name": "Mia 1"}))),
+        "Mia V3": ("v3.png", png(text_chunk(b"ccv3", V3))),
+        "Mia 4": ("mia.yaml", TGWUI.replace(b"Mia", b"Mia 4")),
+        "Mia 5": ("mia.charx", zipped("card.json", json.dumps(V2 | {"data": V2["data"] | {"name": "Mia 5"}}))),
+        "Mia 6": ("mia.json", json.dumps(V2 | {"data": V2["data"] | {"name": "Mia 6"}}).encode()),
+    }
+    for name, (file, content) in files.items():
+        bring(tab, file, content)
+        chosen(tab, name)
+    tab.fill("#gw-message textarea", "Is the oven on?")
+    tab.press("#gw-message textarea", "Enter")
+    tab.wait_for_selector("#gw-chat:has-text('Warm bread.')")
+    tab.click("button.gw-meter")
+    for words in ("Mia 6 is a baker.", "The oven is hot.", "It is morning.", "Stay in role."):
+        tab.wait_for_selector(f"#gw-prompt pre:has-text('{words}')")
+    assert "Rye is dark." not in tab.inner_text("#gw-prompt")
+    assert len(house.chats.store.listed("")) >= 1
 
 
 def test_hostile_files_run_nothing_fetch_nothing_and_are_refused_in_words(house):

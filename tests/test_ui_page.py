@@ -278,6 +278,11 @@ def test_folders_and_settings_are_remembered(visit, house, tmp_path):
     tab.fill("#gw-folder textarea, #gw-folder input", str(tmp_path / "nowhere"))
     tab.click("#gw-folder-add")
     wait_for(tab, "#gw-folder-note .gw-bad", "There is no folder")
+    for refused in ("/proc", "/sys/class", "/etc"):
+        tab.fill("#gw-folder textarea, #gw-folder input", refused)
+        tab.click("#gw-folder-add")
+        wait_for(tab, "#gw-folder-note .gw-bad", refused)
+    assert house.library.roots == (tmp_path,)
     tab.fill("#gw-folder textarea, #gw-folder input", str(other))
     tab.click("#gw-folder-add")
     wait_for(tab, "#gw-folder-note", "was added and is remembered")
