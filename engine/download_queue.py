@@ -131,6 +131,8 @@ class Downloads:
         for left in self._library.unfinished():
             with self._lock:
                 if left.ref not in self._status:
+                    if left.is_adapter:
+                        self._options[left.ref] = {"adapter_in": left.folder}
                     amount = f"{format_bytes(left.present_bytes)} of {format_bytes(left.total_bytes)}"
                     share = left.present_bytes / left.total_bytes if left.total_bytes else 0.0
                     text = f"Paused at {amount} in an earlier run."

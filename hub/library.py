@@ -111,31 +111,47 @@ class Library:
         commit: str = "",
         folder: Path | None = None,
         adapter_of: LocalModel | None = None,
+        adapter_in: Path | None = None,
     ) -> Plan:
         """Find out at the Hub what a download would fetch; nothing is written.
 
         `any_kind` takes weights that are not GPTQ, `allow_code` the model's own *.py files, `allow_pickle`
         GPTQ weights in .bin and .pt. `commit` is one other than the branch's latest. With `adapter_of`, a LoRA adapter for
-        that model is wanted, and its folder will be beside the model's.
-        Raises the HubErrors of Hub.listing, and WrongRepository.
+        that model is wanted, and its folder will be beside the model's. With `adapter_in`, the one whose download into
+        this folder began earlier is wanted; it must be for one of the models beside it.
+        Raises the HubErrors of Hub.listing, WrongRepository, and NoSuchModel if there is no such model any more.
         """
         listing = self.hub.listing(ref, commit)
         needed = file_selection.settings_needed(listing)
         settings = {path: file_selection.parse_settings(self.hub.small_file(listing, path)) for path in needed}
         try:
-            chosen = file_selection.select_files(listing, settings, any_kind or adapter_of is not None, allow_code, allow_pickle)
+            any_kind = any_kind or adapter_of is not None or adapter_in is not None
+            chosen = file_selection.select_files(listing, settings, any_kind, allow_code, allow_pickle)
         except WrongRepository as error:
             raise with_gptq_version(error, self.hub) from None
         if adapter_of is not None:
-            self._require_adapter(listing, chosen, adapter_of)
+            self._require_adapter(listing, chosen)
+            self._require_root(adapter_of)
+            self._require_base(listing, [adapter_of])
             folder = adapter_of.folder.parent / ref.folder_name
+        elif adapter_in is not None:
+            self._require_adapter(listing, chosen)
+            beside = [each for each in self.models() if each.folder.parent == adapter_in.parent and each.folder != adapter_in]
+            try:
+                self._require_base(listing, [each for each in beside if each.weights and not each.problem])
+            except WrongRepository:
+                raise NoSuchModel(
+                    f"{ref} is a LoRA adapter for none of the models in {adapter_in.parent}. "
+                    "Download the model that it is for, then press Resume."
+                ) from None
+            folder = adapter_in
         if listing.gated and not settings:  # the list of a gated repository is public, its files are not
             self.hub.small_file(listing, min(chosen.files, key=lambda file: file.size_bytes).path)
         folder = folder or self.roots[0] / ref.folder_name
         return Plan(listing, chosen, folder, bytes_present(chosen.files, folder), settings)
 
-    def _require_adapter(self, listing: Listing, chosen: FileSelection, model: LocalModel) -> None:
-        """Raises WrongRepository for what is no LoRA adapter, or one for another model."""
+    def _require_adapter(self, listing: Listing, chosen: FileSelection) -> None:
+        """Raises WrongRepository for what is no LoRA adapter that can be read."""
         if chosen.kind != "lora":
             raise WrongRepository(
                 f"{listing.ref} is a model ({chosen.format}), no LoRA adapter. Nothing was downloaded. "
@@ -146,15 +162,28 @@ class Library:
                 f"{listing.ref} has no {adapter_base.WEIGHTS}, the one file that adapters are read from. Nothing was downloaded. "
                 "Choose another branch or adapter."
             )
+
+    def _require_root(self, model: LocalModel) -> None:
+        """Raises WrongRepository if nothing can be downloaded beside the model."""
         if model.folder.parent not in self.roots:
             raise WrongRepository(
                 f"{model.name} is not in one of your models folders, and an adapter belongs beside its model. "
                 f"Nothing was downloaded. "
                 f"Download the model into {self.roots[0]}, or put the adapter's folder into {model.folder.parent} by hand."
             )
+
+    def _require_base(self, listing: Listing, models: Sequence[LocalModel]) -> None:
+        """Raises WrongRepository if the adapter is for none of the models."""
         config = file_selection.parse_settings(self.hub.small_file(listing, adapter_base.CONFIG))
         beginning = self.hub.small_file(listing, adapter_base.WEIGHTS, part=(0, adapter_base.HEADER_BYTES))
-        adapter_base.require_base(listing.ref, config, read_beginning(beginning or b""), model)
+        tensors = read_beginning(beginning or b"")
+        wrong: WrongRepository | None = None
+        for model in models:
+            try:
+                return adapter_base.require_base(listing.ref, config, tensors, model)
+            except WrongRepository as error:
+                wrong = error
+        raise wrong or WrongRepository(f"There is no model here that {listing.ref} could be for. Download one first.")
 
     def with_folder(self, plan: Plan, folder: Path | None = None) -> Plan:
         """The same download into another folder; without one, into the model's own folder."""

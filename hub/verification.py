@@ -15,6 +15,7 @@ from ..core.errors import BadFile, BadModelName, ModelError
 from ..core.folder_files import open_regular
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER, PARTIAL
+from . import adapter_base
 from .download_progress import Progress
 from .file_digest import digest_of, is_right
 from .model_folder import LOCK, PLAN, FileRecord, FolderRecord, is_locked, locked, size_of
@@ -32,6 +33,7 @@ class Unfinished:
     folder: Path
     present_bytes: int
     total_bytes: int
+    is_adapter: bool = False  # a LoRA adapter, no model
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def unfinished(folder: Path) -> Unfinished | None:
     for name, entry in plan.files.items():
         if is_safe_path(name):
             present += min(entry.size_bytes, max(size_of(folder / name), size_of(folder / (name + PARTIAL))))
-    return Unfinished(ref, folder, present, sum(entry.size_bytes for entry in plan.files.values()))
+    is_adapter = adapter_base.CONFIG in plan.files and "config.json" not in plan.files
+    return Unfinished(ref, folder, present, sum(entry.size_bytes for entry in plan.files.values()), is_adapter)
 
 
 def verify(folder: Path, cancel: threading.Event) -> Iterator[Progress | Verdict]:

@@ -1,5 +1,6 @@
 """LoRA adapters of a conversation: downloaded for the loaded model, the base checked, chosen in the page, kept."""
 
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from test_lora import write_adapter
 
 import tiny
 from browser import WAIT_MS, chromium
-from gptq_webui.core.errors import WrongRepository
+from gptq_webui.core.errors import BadParameter, WrongRepository
 from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
@@ -24,6 +25,9 @@ from gptq_webui.hub.library import Library
 from gptq_webui.hub.repository import Hub
 from gptq_webui.ui import adapter_box, gradio_compat
 from gptq_webui.ui import page as ui_page
+from gptq_webui.ui.chat_actions import ChatActions
+from gptq_webui.ui.chat_asked import Asked
+from gptq_webui.ui.chat_view import Known
 from hub_server import HubServer
 
 MODEL = "maker_Tiny-Llama-Chat-GPTQ_gptq-4bit-32g"
@@ -47,7 +51,7 @@ def hub(tmp_path_factory):
             write_adapter(folder, model, layers, seed=3, base_model_name_or_path=base)
             server.add(repo, {each.name: each.read_bytes() for each in folder.iterdir()}, branch="main")
         server.add("alice/model", {each.name: each.read_bytes() for each in (root / MODEL).iterdir()}, branch="main")
-        yield SimpleNamespace(root=root, url=server.url)
+        yield SimpleNamespace(root=root, url=server.url, server=server)
 
 
 def planned(hub, repo):
@@ -122,6 +126,55 @@ def test_a_branch_keeps_the_adapters_and_parameters_of_its_own_do_not_lose_them(
     for parameters in ({}, {"temperature": 0.1}):
         store.set("ann", info.id, parameters=parameters)
         assert own_params(store.get("ann", info.id), GenerationParams()).adapters == (("a", 0.5),)
+
+
+class Served(Engine):
+    """Its model takes no adapter."""
+
+    loaded = SimpleNamespace(check=lambda params: (_ for _ in ()).throw(BadParameter("It takes no adapters.", "adapters")))
+
+    def __init__(self):
+        pass
+
+
+def test_settings_are_kept_beside_an_adapter_that_the_model_cannot_take(tmp_path):
+    store = ChatStore(tmp_path / "chats.sqlite3")
+    id = store.create("", adapters=(("a", 0.5),)).id
+    chats = SimpleNamespace(store=store, engine=Served())
+    actions = ChatActions(SimpleNamespace(chats=chats, parts=SimpleNamespace(line="line"), whose=None), None)
+    asked = Asked(SimpleNamespace(), id, Known(), "", "", "Be brief.", "Well,", "", ["other"], ())
+    assert "It takes no adapters." in actions.keep_settings(asked, "")["line"]
+    info = store.get("", id)
+    assert (info.system, info.reply_start, info.adapters) == ("Be brief.", "Well,", (("a", 0.5),))
+
+
+def test_a_download_that_a_restart_left_is_resumed(hub, tmp_path):
+    root = tmp_path / "models"
+    shutil.copytree(hub.root / MODEL, root / MODEL)
+    ref = ModelRef.parse("alice/pirate")
+    library = Library([root], Hub(hub.url))
+    plan = library.plan(ref, adapter_of=library.get(MODEL))
+    stop = threading.Event()
+    hub.server.rate_bytes_per_s = plan.selection.total_bytes / 2
+    for event in library.fetch(plan, stop):
+        if event.done_bytes:
+            stop.set()
+    hub.server.rate_bytes_per_s = None
+    assert event.stage == "stopped"
+    (left,) = library.unfinished()
+    assert left.is_adapter and left.folder == root / "alice_pirate"
+
+    (root / MODEL).rename(tmp_path / "away")
+    again = Downloads(Library([root], Hub(hub.url)))
+    again.find_unfinished()
+    again.resume(ref)
+    wait_until(lambda: not again.status(ref).active)
+    assert "for none of the models in" in again.status(ref).text and again.status(ref).can_resume
+    (tmp_path / "away").rename(root / MODEL)
+    again.resume(ref)
+    wait_until(lambda: not again.status(ref).active)
+    assert again.status(ref).state == "done", again.status(ref).text
+    assert "alice_pirate" in adapter_base.beside(root / MODEL)
 
 
 def serve(engine, file):

@@ -154,7 +154,7 @@ class Stuck:
         self.released.wait(30)
 
     def unfinished(self):
-        return [SimpleNamespace(ref=ModelRef("a/left"), present_bytes=1, total_bytes=2, folder=Path("left"))]
+        return [SimpleNamespace(ref=ModelRef("a/left"), present_bytes=1, total_bytes=2, folder=Path("left"), is_adapter=False)]
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ LONG = {
     "benchmarks/soak.py": "one client with all its attacks, and what is counted of them",
     "benchmarks/tune.py": "one tool, with a flag for each group of kernels",
     "core/params.py": "one table, a row for each sampling parameter",
-    "ui/chat_actions.py": "one method for each button of the Chat tab, all on one page",
     "api/service.py": "one description of the server, from which every protocol reads",
     "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
     "gptq/cpu/forward.py": "one compiled function, whose parts all read its record",

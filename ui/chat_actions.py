@@ -7,24 +7,19 @@ from typing import Any
 
 import gradio as gr
 
-from ..core.chat import Message
-from ..core.chat_record import ChatInfo, NoSuchChat, files_of
+from ..core.chat_record import ChatInfo, files_of
 from ..core.errors import GptqWebuiError
 from ..core.params import GenerationParams
 from ..core.picture import MOST_PICTURES, is_picture
 from ..engine import chat_formats
-from ..engine.chat_context import context_use, prompt_pieces
-from ..engine.chat_prompt import messages_of, own_params, with_files
 from ..engine.chat_service import ChatService
-from ..engine.likely_tokens import likely_tokens
 from . import adapter_box
 from .chat_asked import Asked, files_in, number_in, words_in
 from .chat_list_actions import ListActions
 from .chat_view import ChatView, Known, order, owner_of
-from .context_meter import meter_html, prompt_html
 from .html_snippets import bad, quiet
 from .job_watcher import Updates
-from .likely_box import likely_html
+from .prompt_actions import PromptActions
 
 
 class ChatActions:
@@ -33,11 +28,11 @@ class ChatActions:
         self.view, self.parts, self._params = view, view.parts, params
         self.chats: ChatService = view.chats
         self._list = ListActions(view)
+        self.prompts = PromptActions(view, params)
         self._known_words: dict[str, Callable[..., Updates]] = {
-            **self._list.words, "earlier": self._earlier, "version": self._version, "copy": self._copy, "edit": self._edit,
-            "again": self._again, "continue": self._continue, "branch": self._branch, "remove": self._remove,
-            "pictures": self._pictures, "prompt": self._prompt, "close-prompt": self._close_prompt, "likely": self._likely,
-            "instead": self._instead,
+            **self._list.words, **self.prompts.words, "earlier": self._earlier, "version": self._version, "copy": self._copy,
+            "edit": self._edit, "again": self._again, "continue": self._continue, "branch": self._branch, "remove": self._remove,
+            "pictures": self._pictures, "instead": self._instead,
         }  # fmt: skip
 
     def handler(self, work: Callable[[Asked, Any], Updates]) -> Callable[..., Updates]:
@@ -184,21 +179,6 @@ class ChatActions:
             store.remove(asked.owner, asked.id, number_in(message))
         return self._changed(asked)
 
-    def _prompt(self, asked: Asked) -> Updates:
-        messages, params = self._prompt_of(asked, [])
-        if not messages:
-            return {self.parts.prompt: ""}
-        pieces = prompt_pieces(self.chats.engine, messages, params.max_new_tokens, self._template(asked))
-        return {self.parts.prompt: prompt_html(pieces), self.parts.out: order(reveal=1)}
-
-    def _likely(self, asked: Asked, message: str) -> Updates:
-        path = self.chats.store.path(asked.owner, asked.id)
-        at = next((at for at, each in enumerate(path) if each.id == number_in(message) and each.role == "assistant"), None)
-        if at is None:
-            raise NoSuchChat
-        tokens = likely_tokens(self.chats.engine, self.chats.store.get(asked.owner, asked.id), path[: at + 1])
-        return {self.parts.prompt: likely_html(path[at].id, tokens), self.parts.out: order(reveal=1)}
-
     def _instead(self, asked: Asked, message: str, at: str, text: str) -> Updates:
         """Another version of an answer: the same up to a place, then this text, then what the model makes of it."""
         params = self._params(asked.values)
@@ -217,9 +197,6 @@ class ChatActions:
             if 0 <= (at := number_in(place)) < len(files) and is_picture(files[at][1]):
                 found[each] = files[at][1]
         return {self.parts.out: order(pictures=found)}
-
-    def _close_prompt(self, asked: Asked) -> Updates:
-        return {self.parts.prompt: ""}
 
     # --- without a press ---------------------------------------------------------------------------
 
@@ -258,41 +235,18 @@ class ChatActions:
         return {self.parts.line: gr.update()}
 
     def keep_settings(self, asked: Asked, _given: str) -> Updates:
-        adapter_box.require(self.chats.engine, asked.settings["adapters"])
-        if asked.id:
-            self.chats.store.set(asked.owner, asked.id, **asked.settings)
-        return {self.parts.line: gr.update()}
-
-    def meter(self, asked: Asked, given: str) -> str:
-        """HTML: how much of the context the conversation takes."""
+        """Adapters that the loaded model cannot take are not kept; the other settings are."""
+        settings, said = asked.settings, gr.update()
         try:
-            messages, params = self._prompt_of(asked, files_in(given))
-            use = context_use(self.chats.engine, messages, params.max_new_tokens, self._template(asked))
-            return meter_html(use, bool(asked.id and self.chats.store.get(asked.owner, asked.id).parameters))
-        except GptqWebuiError:
-            return ""
+            adapter_box.require(self.chats.engine, settings["adapters"])
+        except GptqWebuiError as error:
+            del settings["adapters"]
+            said = bad(str(error))
+        if asked.id:
+            self.chats.store.set(asked.owner, asked.id, **settings)
+        return {self.parts.line: said}
 
     # --- inside ------------------------------------------------------------------------------------
-
-    def _template(self, asked: Asked) -> str:
-        """Of the conversation; "" for the model's."""
-        return self.chats.store.get(asked.owner, asked.id).template if asked.id else str(asked.settings["template"])
-
-    def _prompt_of(self, asked: Asked, files: list[tuple[str, str]]) -> tuple[list[Message], GenerationParams]:
-        """What would be sent now."""
-        params = self._params(asked.values)
-        messages: list[Message] = []
-        if asked.id:
-            info = self.chats.store.get(asked.owner, asked.id)
-            messages, params = messages_of(info, self.chats.store.path(asked.owner, asked.id)), own_params(info, params)
-        elif asked.system.strip():
-            messages = [Message("system", asked.system.strip())]
-        if asked.text.strip() or files:
-            details = {"files": [{"name": name, "text": text} for name, text in files]}
-            messages.append(Message("user", with_files(asked.text.strip(), details)))
-        elif messages and messages[-1].role == "system":
-            messages = []
-        return messages, params
 
     def _begun(self, asked: Asked, id: str) -> Updates:
         """An answer has begun. It may have ended already."""

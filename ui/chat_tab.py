@@ -92,7 +92,7 @@ def build(
     for button, in_place in ((parts.edit_send, False), (parts.edit_keep, True)):
         button.click(editing(in_place), [parts.edit_box, parts.edit_id, *inputs], view.outputs, **now)
 
-    measured = actions.handler(lambda asked, given: {parts.meter: actions.meter(asked, given)})
+    measured = actions.handler(lambda asked, given: {parts.meter: actions.prompts.meter(asked, given)})
     parts.measure.click(measured, inputs, [parts.meter, parts.line], js=chat_script.ATTACHED, **now)
 
     async def follow(request: gr.Request, bell: str) -> Any:
