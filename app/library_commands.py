@@ -1,6 +1,7 @@
 """The commands for models on disk: models, verify, repair, update, remove, rescue, convert."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import threading
@@ -19,7 +20,7 @@ from .progress_bars import Bars
 
 
 def models(options: argparse.Namespace) -> int:
-    """One line each: name, kind, size, branch, commit, last used; tabs between."""
+    """One line each: name, kind, size, branch, commit, last used, perplexity, KL divergence, agreement; tabs between."""
     engine = make_engine(options)
     find_elsewhere(engine, options)
     found = disk_inventory.items(engine.library, engine.settings)
@@ -29,7 +30,8 @@ def models(options: argparse.Namespace) -> int:
     for each in found:
         used = each.used.strftime("%Y-%m-%d") if each.used else "-"
         size = format_bytes(each.size_bytes) if each.model.kind != "remote" else each.model.served_by
-        print("\t".join((each.model.name, each.model.badge, size, str(each.ref or "-"), each.commit[:8] or "-", used)))
+        told = (each.model.name, each.model.badge, size, str(each.ref or "-"), each.commit[:8] or "-", used)
+        print("\t".join((*told, *each.figures.texts)))
     folders = ", ".join(str(root) for root in engine.library.roots)
     print(f"{plural(len(found), 'model')} in {folders}", file=sys.stderr)
     return 0
@@ -150,4 +152,5 @@ def _as_json(item: disk_inventory.Item) -> dict[str, Any]:
         "size_bytes": item.size_bytes,
         "last_used": item.used.isoformat() if item.used else None,
         "problem": item.model.problem or item.rescue or None,
+        "figures": dataclasses.asdict(item.figures),
     }

@@ -4,7 +4,7 @@ import datetime
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import BadModelName, ModelError
@@ -13,6 +13,7 @@ from ..core.models import LocalModel
 from ..hub.library import Library
 from ..hub.origins import origin
 from ..hub.verification import size_on_disk
+from .measured_quality import Figures, figures
 from .rescue import settings_wrong
 from .settings import Settings
 
@@ -26,6 +27,7 @@ class Item:
     used: datetime.datetime | None  # when it was last loaded here
     location: str  # its parent folder, "Hugging Face cache", or the address of another machine
     rescue: str = ""  # what is wrong with its settings and can be repaired
+    figures: Figures = field(default_factory=Figures)  # that were measured here
 
     @property
     def convertible(self) -> bool:
@@ -48,7 +50,7 @@ def items(library: Library, settings: Settings) -> list[Item]:
         location = "Hugging Face cache" if model.called else str(model.folder.parent)
         used = settings.last_used(model.name)
         size, commit = size_on_disk(model.folder), record.commit if record else ""
-        found.append(Item(model, ref, commit, size, used, location, settings_wrong(model)))
+        found.append(Item(model, ref, commit, size, used, location, settings_wrong(model), figures(model)))
     return found
 
 

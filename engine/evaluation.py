@@ -13,6 +13,7 @@ from ..core.units import plural
 from ..gptq.text_windows import windows_of
 from ..loaders.text.token_codec import TokenCodec
 from .demo_calibration import manual
+from .measured_quality import Figure, digest_of, remember
 
 if TYPE_CHECKING:
     from ..gptq.quality import Difference
@@ -26,6 +27,8 @@ class Evaluation:
     perplexity: float
     against_perplexity: float | None = None  # of the other model
     difference: "Difference | None" = None
+    of: str = ""  # the name of the text
+    digest: str = ""  # of its windows
 
     @property
     def text(self) -> str:
@@ -48,12 +51,13 @@ def evaluate(
     """Measure `model` on the first `tokens` tokens of a UTF-8 file (without one: of Python's manual), in windows of `window`.
 
     Both models are read with plain packed layers, one after the other, and `model`'s tokenizer makes the ids of both.
-    Raises BadParameter (no text, or too short), LoadRefused, and what loading raises.
+    The figures are remembered (measured_quality.py). Raises BadParameter (no text, or too short), LoadRefused, and what
+    loading raises.
     """
     _check(window, tokens, model, against)
     from ..loaders.text.tokenizer import read_tokenizer
 
-    return _measured([model], against, _windows(read_tokenizer(model), text, window, tokens), say)[0]
+    return _measured([model], against, _windows(read_tokenizer(model), text, window, tokens), _name(text), say)[0]
 
 
 _STORED = "evaluation.json"  # in a folder of logits: what they are of
@@ -73,9 +77,9 @@ def keep(model: LocalModel, folder: Path, text: Path | None, window: int, tokens
     windows = _windows(read_tokenizer(model), text, window, tokens)
     folder.mkdir(parents=True)
     perplexity = quality.store(_opened(model, say), windows, folder, _progress(say))
-    facts = {"name": model.name, "perplexity": perplexity, "windows": windows}
+    facts = {"name": model.name, "perplexity": perplexity, "windows": windows, "text": _name(text)}
     (folder / _STORED).write_text(json.dumps(facts), encoding="utf-8")
-    return Evaluation(_count(windows), perplexity)
+    return _remembered(model, Evaluation(_count(windows), perplexity, None, None, _name(text), digest_of(windows)))
 
 
 def is_stored(folder: Path) -> bool:
@@ -91,14 +95,15 @@ def evaluate_stored(model: LocalModel, folder: Path, say: Callable[[str], None])
     try:
         facts = json.loads((folder / _STORED).read_text(encoding="utf-8"))
         windows = [[int(id) for id in each] for each in facts["windows"]]
-        other = float(facts["perplexity"])
+        other, against, name = float(facts["perplexity"]), str(facts["name"]), str(facts.get("text", "a text"))
         missing = [at for at in range(len(windows)) if not (folder / f"{at:05}.pt").is_file()]
     except (OSError, ValueError, KeyError, TypeError):
-        windows, other, missing = [], 0.0, [0]
+        windows, other, against, name, missing = [], 0.0, "", "", [0]
     if missing or not windows:
         raise BadParameter(f"The logits in {folder} are not whole. Make them again: gptq-webui evaluate ORIGINAL --keep FOLDER.")
     perplexity, difference = quality.measure(_opened(model, say), windows, folder, _progress(say))
-    return Evaluation(_count(windows), perplexity, other, difference)
+    found = Evaluation(_count(windows), perplexity, other, difference, name, digest_of(windows))
+    return _remembered(model, found, against)
 
 
 def evaluate_made(
@@ -110,7 +115,7 @@ def evaluate_made(
     """
     from ..loaders.text.tokenizer import read_tokenizer
 
-    return _measured(made, original, _windows(read_tokenizer(original), None, window, tokens), say)
+    return _measured(made, original, _windows(read_tokenizer(original), None, window, tokens), _name(None), say)
 
 
 def _check(window: int, tokens: int, *models: LocalModel | None) -> None:
@@ -144,17 +149,39 @@ def _count(windows: list[list[int]]) -> int:
 
 
 def _measured(
-    models: Sequence[LocalModel], against: LocalModel | None, windows: list[list[int]], say: Callable[[str], None]
+    models: Sequence[LocalModel],
+    against: LocalModel | None,
+    windows: list[list[int]],
+    name: str,  # of the text
+    say: Callable[[str], None],
 ) -> list[Evaluation]:
     from ..gptq import quality
 
-    count, progress = _count(windows), _progress(say)
+    count, progress, digest = _count(windows), _progress(say), digest_of(windows)
     if against is None:
-        return [Evaluation(count, quality.measure(_opened(each, say), windows, None, progress)[0]) for each in models]
-    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as name:
-        other_perplexity = quality.store(_opened(against, say), windows, Path(name), progress)
-        measured = (quality.measure(_opened(each, say), windows, Path(name), progress) for each in models)
-        return [Evaluation(count, perplexity, other_perplexity, difference) for perplexity, difference in measured]
+        alone = ((each, quality.measure(_opened(each, say), windows, None, progress)[0]) for each in models)
+        return [_remembered(each, Evaluation(count, perplexity, None, None, name, digest)) for each, perplexity in alone]
+    with tempfile.TemporaryDirectory(prefix="gptq-webui-") as folder:
+        other = quality.store(_opened(against, say), windows, Path(folder), progress)
+        measured = ((each, *quality.measure(_opened(each, say), windows, Path(folder), progress)) for each in models)
+        return [
+            _remembered(each, Evaluation(count, perplexity, other, difference, name, digest), against.name)
+            for each, perplexity, difference in measured
+        ]
+
+
+def _name(text: Path | None) -> str:
+    return "Python's manual" if text is None else text.name
+
+
+def _remembered(model: LocalModel, found: Evaluation, against: str = "") -> Evaluation:
+    """The same, kept for the table of branches and the list of models."""
+    basis = (found.of, found.digest, found.tokens)
+    figures = {"perplexity": Figure(found.perplexity, *basis)}
+    if (difference := found.difference) is not None:
+        figures |= {name: Figure(getattr(difference, name), *basis, against) for name in ("kl", "same_top")}
+    remember(model, **figures)
+    return found
 
 
 def default_text() -> str:

@@ -53,7 +53,7 @@ def forget(settings: Settings, model: LocalModel, loader: str | None = None) -> 
 
 def fingerprint(model: LocalModel) -> dict[str, str]:
     """Identifies this commit of the model on this machine; a measurement or a failure is valid for it alone."""
-    return {"commit": _commit(model), "machine": _machine()}
+    return {"commit": commit_of(model), "machine": _machine()}
 
 
 def _entry(settings: Settings, model: LocalModel) -> dict[str, dict[str, Any]]:
@@ -69,8 +69,8 @@ def _put(settings: Settings, model: LocalModel, loaders: dict[str, dict[str, Any
     settings.put(_KEY, others | ({model.name: {**fingerprint(model), "loaders": loaders}} if loaders else {}))
 
 
-def _commit(model: LocalModel) -> str:
-    """From the marker of the download; without one, a hash of the files' sizes."""
+def commit_of(model: LocalModel) -> str:
+    """Which content the folder has: from the marker of the download; without one, a hash of the files' sizes."""
     with contextlib.suppress(BadFile):
         if found := read_json(model.folder / MARKER).get("commit"):
             return str(found)

@@ -14,6 +14,7 @@ from ..core.units import plural
 from ..gptq.text_windows import perplexity_of, windows_of
 from ..loaders.contract.base import LoadedModel, StopFlag
 from .engine import Engine
+from .measured_quality import Figure, digest_of, remember
 
 WINDOW, TOKENS = 1024, 8192  # the usual ones
 
@@ -29,6 +30,7 @@ class Perplexity:
     window: int
     stride: int
     kernel: str
+    digest: str = ""  # of the windows
 
     def __str__(self) -> str:
         return (
@@ -48,7 +50,10 @@ def measure(
     tokens: int | None = None,  # of the text, at most; None: all
     progress: Progress = lambda text: None,
 ) -> Perplexity | None:
-    """Measure the loaded model; None if cancelled. Raises NotLoaded, BadParameter, Busy, AnswerFailed."""
+    """Measure the loaded model, and remember the figure; None if cancelled.
+
+    Raises NotLoaded, BadParameter, Busy, AnswerFailed.
+    """
     loaded = engine.ready()
     width = window or min(WINDOW, loaded.context_tokens)
     if not 2 <= width <= loaded.context_tokens:
@@ -76,7 +81,10 @@ def measure(
             return None
         total += sum(found[-each.counted :])
         count += each.counted
-    return Perplexity(loaded.model.name, name, count, perplexity_of(total, count), width, step, _kernel(loaded))
+    digest = digest_of(each.ids for each in windows)
+    measured = Perplexity(loaded.model.name, name, count, perplexity_of(total, count), width, step, _kernel(loaded), digest)
+    remember(loaded.model, perplexity=Figure(measured.perplexity, name, digest, count))
+    return measured
 
 
 def _logprobs(engine: Engine, ids: tuple[int, ...], cancel: threading.Event) -> list[float] | None:

@@ -10,7 +10,8 @@ import torch
 
 import tiny
 from gptq_webui.app.cli import main
-from gptq_webui.core.models import LocalModel
+from gptq_webui.core.models import MARKER, LocalModel
+from gptq_webui.engine.measured_quality import Figure, Figures, figures, remember
 from gptq_webui.gptq import checkpoint
 
 TEXT = "The harbour was quiet, and the old boats lay side by side. " * 6
@@ -71,6 +72,44 @@ def test_agrees_with_an_independent_computation(models: Path, capsys: pytest.Cap
         here = slice(at * step, (at + 1) * step)
         kl = float((np.exp(p[:, here]) * (p[:, here] - q[:, here])).sum(-1).mean())
         assert each["kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_the_figures_are_kept_for_each_folder_and_listed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ("--text", models.parent / "text.txt", "--window", WINDOW)
+    held = sorted(each.name for each in (models / "packed").iterdir())
+    code, out, err = run(capsys, models, "packed", "--against", "other", *how, "--json")
+    assert code == 0, err
+    measured = json.loads(out)
+    assert sorted(each.name for each in (models / "packed").iterdir()) == held  # nothing is written into the model
+
+    main(["models", "--models-dir", str(models)])
+    rows = {line.split("\t")[0]: line.split("\t")[6:] for line in capsys.readouterr().out.splitlines()}
+    kl, same_top = measured["difference"]["kl"], measured["difference"]["same_top"]
+    assert rows["packed"] == [f"{measured['perplexity']:.4f}", f"{kl:.6f}", f"{same_top:.2%}"]
+    assert rows["other"] == ["-", "-", "-"]
+    main(["models", "--models-dir", str(models), "--json"])
+    (listed,) = (each["figures"] for each in json.loads(capsys.readouterr().out) if each["name"] == "packed")
+    assert (listed["kl"]["text"], listed["kl"]["against"], listed["kl"]["tokens"]) == ("text.txt", "other", measured["tokens"])
+    assert listed["perplexity"]["digest"] == measured["digest"]
+
+    run(capsys, models, "packed", "--window", 32, "--tokens", 64)  # another text replaces the perplexity alone
+    now = figures(LocalModel.read(models / "packed"))
+    assert now.perplexity and now.perplexity.text == "Python's manual" and now.perplexity.digest != measured["digest"]
+    assert now.kl and now.kl.value == pytest.approx(kl) and now.kl.text == "text.txt"
+
+
+def test_figures_are_of_one_commit_and_a_damaged_file_costs_them_alone(models: Path, user_folder: Path) -> None:
+    model = LocalModel.read(models / "packed")
+    remember(model, perplexity=Figure(5.5, "a text", "0" * 12, 9))
+    assert figures(model).texts == ("5.5000", "-", "-")
+    (models / "packed" / MARKER).write_text(json.dumps({"commit": "another"}))
+    assert figures(model) == Figures()
+    (models / "packed" / MARKER).unlink()
+    (file,) = (user_folder / ".local/share/gptq-webui/figures").iterdir()
+    values = json.loads(file.read_text())
+    for damaged in ("{", "[]", "[" * 100_000, json.dumps(values | {"perplexity": {"value": "x", "tokens": 1}})):
+        file.write_text(damaged)
+        assert figures(model) == Figures()
 
 
 def test_from_kept_logits_the_figures_are_the_same(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

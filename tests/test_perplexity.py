@@ -12,6 +12,7 @@ from gptq_webui.app.cli import main
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.models import LocalModel
 from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.measured_quality import figures
 from gptq_webui.engine.perplexity import measure
 from gptq_webui.engine.settings import Settings
 from gptq_webui.gptq import checkpoint
@@ -73,6 +74,8 @@ def expected(folder, window, stride):
 @pytest.mark.parametrize(("window", "stride"), [(40, 20), (40, 40), (64, 7), (250, 125)])
 def test_it_is_the_perplexity_of_strided_windows(models, engine, window, stride):
     found = measure(engine, TEXT, "a text", threading.Event(), window=window, stride=stride)
+    kept = figures(LocalModel.read(models / "packed")).perplexity
+    assert kept and (kept.value, kept.text, kept.digest) == (found.perplexity, "a text", found.digest)
     wanted, tokens = expected(models / "packed", window, stride)
     assert found.tokens == tokens and found.perplexity == pytest.approx(wanted, rel=1e-4)
 

@@ -13,6 +13,7 @@ from browser import WAIT_MS, chromium
 from gptq_webui.engine.advice import Memory, fit_of_plan
 from gptq_webui.engine.download_queue import Downloads
 from gptq_webui.engine.engine import Engine
+from gptq_webui.engine.measured_quality import Figure, remember
 from gptq_webui.engine.settings import Settings
 from gptq_webui.hub.library import Library
 from gptq_webui.ui import branch_box
@@ -119,12 +120,13 @@ def test_the_picker_shows_the_model_cards_table_and_preselects_what_fits(tab, ho
     ask(tab, model_card_repo.REPO)
     assert f"your {free_gb} GB with 4096 tokens" in wait_for(tab, "#gw-branches-note", best)
     rows = [[cell.inner_text() for cell in row.query_selector_all("td")] for row in tab.query_selector_all("#gw-branch-table tr")]
-    rows = [row for row in rows if len(row) == 10]
+    rows = [row for row in rows if len(row) == 13]
     assert len(rows) == 6
     for (branch, bits, group, size, text), row in zip(model_card_repo.BRANCHES, rows, strict=True):
         assert row[0].startswith(branch) and text in row[0] and ("recommended" in row[0]) == (branch == best)
         assert row[2].replace("\N{NO-BREAK SPACE}", " ") == f"{size / 1e9:.2f} GB"
         assert row[4:9] == [str(bits), "None" if group == -1 else str(group), "Yes", "4096", "Yes" if bits == 4 else "No"]
+        assert row[10:] == ["-", "-", "-"]
     assert [row[1] for row in rows].count("Fits") == fitting
     assert all(re.fullmatch(r"Fits|Partly on the CPU, about [\d.]+ tokens/s", row[1]) for row in rows)
     assert chosen(tab) == best and f"Fits your {free_gb} GB" in tab.inner_text("#gw-branch-fit")
@@ -235,8 +237,15 @@ def test_a_gated_model_leads_to_the_box_for_the_token(tab, house, tiny_gptq):
 
 def test_branches_that_are_here_are_marked_and_only_a_sister_that_exists_is_offered(tab, house, tiny_gptq):
     shutil.copytree(tiny_gptq, house.root / "models" / "Owner_Tiny-GPTQ")
+    text = ("a <b>text</b>.txt", "0123456789ab", 4096)
+    figures = {"kl": Figure(0.0123456, *text, "the original"), "same_top": Figure(0.9876, *text, "the original")}
+    remember(house.library.get("Owner_Tiny-GPTQ"), perplexity=Figure(7.25, *text), **figures)
     ask(tab, TINY)
     wait_for(tab, "#gw-branch-table .gw-here", "on this computer")
+    row = "#gw-branch-table .gw-scroll >> nth=0 >> tr:has(.gw-here) >> td"
+    assert tab.locator(row).all_inner_texts()[10:] == ["7.2500", "0.012346", "98.76%"]
+    tab.click("#gw-branch-table summary")
+    assert "4,096 tokens of a <b>text</b>.txt (digest 0123456789ab)" in tab.inner_text("#gw-branch-table details")
     house.server.add("Owner/Lonely-GGUF", {"m.gguf": b"x"})
     ask(tab, "Owner/Lonely-GGUF")
     wait_for(tab, "#gw-branches-note .gw-bad", "No GPTQ version of it was found")

@@ -1,5 +1,6 @@
 """The branches of a repository, as in the model card's table, and which of them fit this machine."""
 
+from collections.abc import Mapping
 from html import escape
 
 import gradio as gr
@@ -10,6 +11,7 @@ from ..core.units import format_bytes
 from ..engine.advice import DEFAULT_CONTEXT_TOKENS, Advice, Offer, advise, gigabytes
 from ..engine.available_memory import available_memory
 from ..engine.engine import Engine
+from ..engine.measured_quality import Figures, figures
 from ..hub.branches import Branches, read_branches
 from . import gradio_compat, html_snippets
 from .access import Access
@@ -31,7 +33,10 @@ _FITS = {
 _INTO_VIEW = """() => { setTimeout(() => {
   const box = document.querySelector('#gw-branches-box');
   if (box?.querySelector('table')) box.scrollIntoView({block: 'nearest', behavior: 'smooth'}) }, 150) }"""
-_COLUMNS = ("Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader")
+_COLUMNS = (
+    "Branch", "Fits", "Size", "Memory", "Bits", "GS", "Act Order", "Seq Len", "ExLlama", "Loader",
+    "Perplexity", "KL", "Agreement",
+)  # fmt: skip
 
 
 def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Watcher) -> None:
@@ -72,7 +77,7 @@ def draw_branches(engine: Engine, box: DownloadBox, access: Access, watcher: Wat
             note: html_snippets.quiet(advice.reason) + html_snippets.notes(dict.fromkeys(said)),
             sister: gr.update(visible=False),
             place: gr.update(visible=True),
-            table: _table(advice, {each.name for each in engine.library.models()}),
+            table: _table(advice, {each.name: figures(each) for each in engine.library.models() if each.kind != "remote"}),
             branch: gr.update(choices=names, value=chosen),
             fit: _fit(advice, chosen),
             known: found,
@@ -152,28 +157,32 @@ def _fit(advice: Advice, chosen: str | None) -> str:
     return html_snippets.good(text) if offer.fit.state == "fits" else html_snippets.notes([text])
 
 
-def _table(advice: Advice, on_disk: set[str]) -> str:
-    """`on_disk`: names of the models that are on this computer."""
+def _table(advice: Advice, on_disk: Mapping[str, Figures]) -> str:
+    """`on_disk`: names of the models that are on this computer, with what was measured of them."""
     head = "".join(f"<th>{escape(each)}</th>" for each in _COLUMNS)
     body = "".join(
-        _row(offer, offer is advice.best, ModelRef(advice.found.repo, offer.branch.name).folder_name in on_disk)
+        _row(offer, offer is advice.best, on_disk.get(ModelRef(advice.found.repo, offer.branch.name).folder_name))
         for offer in advice.offers
     )
     origins = (
-        (each.branch.name, each.branch.damp_percent, each.branch.dataset, each.branch.commit[:8]) for each in advice.offers
+        (each.branch.name, each.branch.damp_percent, each.branch.dataset, each.branch.commit[:8], measured.basis or "-")
+        for each in advice.offers
+        for measured in (on_disk.get(ModelRef(advice.found.repo, each.branch.name).folder_name, Figures()),)
     )
-    more = html_snippets.table(("Branch", "Damp %", "GPTQ dataset", "Commit"), origins)
+    more = html_snippets.table(("Branch", "Damp %", "GPTQ dataset", "Commit", "Measured here on"), origins)
     front = advice.found.model_card
     keys = {"Base model": "base_model", "Licence": "license", "Quantised by": "quantized_by"}
     facts = [(name, front.text(key)) for name, key in keys.items()]
     return html_snippets.scrolling(head, body) + f"<details><summary>More</summary>{html_snippets.facts(facts)}{more}</details>"
 
 
-def _row(offer: Offer, best: bool, here: bool) -> str:
+def _row(offer: Offer, best: bool, here: Figures | None) -> str:
+    """`here`: None if the branch is not on this computer."""
     branch, quantize, model_card = offer.branch, offer.branch.quantize, offer.branch.model_card
     if branch.selection is None:
         said = escape(str(branch.error))
-        return f'<tr><td class="gw-name">{escape(branch.name)}<small>{said}</small></td><td colspan="9"></td></tr>'
+        name = f"{escape(branch.name)}<small>{said}</small>"
+        return f'<tr><td class="gw-name">{name}</td><td colspan="{len(_COLUMNS) - 1}"></td></tr>'
     group = model_card.group_size if quantize is None else "None" if quantize.group_size == -1 else str(quantize.group_size)
     kind, words = _FITS[offer.fit.state]
     words = words or offer.fit.text.partition(":")[0]
@@ -188,8 +197,10 @@ def _row(offer: Offer, best: bool, here: bool) -> str:
         offer.fit.loader,
     )
     tag = ' <span class="gw-tag">recommended</span>' if best else ""
-    tag += ' <span class="gw-tag gw-here">on this computer</span>' if here else ""
+    tag += ' <span class="gw-tag gw-here">on this computer</span>' if here is not None else ""
     name = f"{escape(branch.name)}{tag}<small>{escape(model_card.description)}</small>"
     row = "".join(f"<td>{escape(each)}</td>" for each in cells)
+    measured = here or Figures()
+    row += "".join(f'<td title="{escape(measured.basis)}">{escape(each)}</td>' for each in measured.texts)
     mark = ' class="gw-best"' if best else ""
     return f'<tr{mark}><td class="gw-name">{name}</td><td class="{kind}">{escape(words)}</td>{row}</tr>'
