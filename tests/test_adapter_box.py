@@ -11,7 +11,7 @@ import tiny
 from browser import WAIT_MS, chromium
 from gptq_webui.core.errors import BadParameter, WrongRepository
 from gptq_webui.core.model_ref import ModelRef
-from gptq_webui.core.models import LocalModel
+from gptq_webui.core.models import MARKER, PARTIAL, LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.chat_prompt import own_params
 from gptq_webui.engine.chat_service import ChatService
@@ -22,6 +22,7 @@ from gptq_webui.engine.settings import Settings
 from gptq_webui.gptq.cpu import numba_compiler
 from gptq_webui.hub import adapter_base
 from gptq_webui.hub.library import Library
+from gptq_webui.hub.model_folder import PLAN, FolderRecord
 from gptq_webui.hub.repository import Hub
 from gptq_webui.ui import adapter_box, gradio_compat
 from gptq_webui.ui import page as ui_page
@@ -51,7 +52,7 @@ def hub(tmp_path_factory):
             write_adapter(folder, model, layers, seed=3, base_model_name_or_path=base)
             server.add(repo, {each.name: each.read_bytes() for each in folder.iterdir()}, branch="main")
         server.add("alice/model", {each.name: each.read_bytes() for each in (root / MODEL).iterdir()}, branch="main")
-        yield SimpleNamespace(root=root, url=server.url, server=server)
+        yield SimpleNamespace(root=root, url=server.url)
 
 
 def planned(hub, repo):
@@ -154,15 +155,15 @@ def test_a_download_that_a_restart_left_is_resumed(hub, tmp_path):
     ref = ModelRef.parse("alice/pirate")
     library = Library([root], Hub(hub.url))
     plan = library.plan(ref, adapter_of=library.get(MODEL))
-    stop = threading.Event()
-    hub.server.rate_bytes_per_s = plan.selection.total_bytes / 2
-    for event in library.fetch(plan, stop):
-        if event.done_bytes:
-            stop.set()
-    hub.server.rate_bytes_per_s = None
-    assert event.stage == "stopped"
+    assert [each.stage for each in library.fetch(plan, threading.Event())][-1] == "done"
+    folder = root / "alice_pirate"  # as a killed process leaves it
+    FolderRecord.read(folder / MARKER).write(folder / PLAN)
+    (folder / MARKER).unlink()
+    weights = folder / adapter_base.WEIGHTS
+    (folder / f"{weights.name}{PARTIAL}").write_bytes(weights.read_bytes()[:1000])
+    weights.unlink()
     (left,) = library.unfinished()
-    assert left.is_adapter and left.folder == root / "alice_pirate"
+    assert left.is_adapter and left.folder == folder
 
     (root / MODEL).rename(tmp_path / "away")
     again = Downloads(Library([root], Hub(hub.url)))
