@@ -30,8 +30,8 @@ def models(options: argparse.Namespace) -> int:
     for each in found:
         used = each.used.strftime("%Y-%m-%d") if each.used else "-"
         size = format_bytes(each.size_bytes) if each.model.kind != "remote" else each.model.served_by
-        told = (each.model.name, each.model.badge, size, str(each.ref or "-"), each.commit[:8] or "-", used)
-        print("\t".join((*told, *each.figures.texts)))
+        facts = (each.model.name, each.model.badge, size, str(each.ref or "-"), each.commit[:8] or "-", used)
+        print("\t".join((*facts, *each.figures.texts)))
     folders = ", ".join(str(root) for root in engine.library.roots)
     print(f"{plural(len(found), 'model')} in {folders}", file=sys.stderr)
     return 0
