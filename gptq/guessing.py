@@ -11,11 +11,21 @@ MOST_GUESSES = 7
 _LONGEST = 8  # tokens of a match that are told apart
 _PRIOR = (0.0, 0.05, 0.2, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9)  # by length of the match, before anything is known of the conversation
 _PRIOR_TOKENS = 6.0  # the prior counts as much as so many tokens
+_CREDIT = 0.5  # passes that a new conversation may lose by guesses before they stop
+_MOST_BALANCE = 2.0  # passes that are counted as gained or lost: a text that changes is noticed soon
+_MOST_MORE = 3.0  # passes: a pass that took longer was disturbed
+_MOST_DEARER = 10.0
+_DOUBT = 0.005  # share of the assumed cost that comes back with each pass: one slow pass is no rule
+_NEWS = 0.3  # share of a new measurement in what a pass with guesses takes
 _FORGET = 0.98  # of what is known of a match length, with each token seen there
 
 
 class Guesser:
-    """For one conversation. Learns how often the token after a match is the right one, also where none is guessed."""
+    """For one conversation. Learns how often the token after a match is the right one, also where none is guessed.
+
+    It keeps account of what guesses gain and cost. While they have cost more than they gained, guesses are only noted, and the
+    account goes on with what they would have gained.
+    """
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._ids = list(ids)
@@ -24,11 +34,20 @@ class Guesser:
         self._seen = [_PRIOR_TOKENS] * len(_PRIOR)
         self._at = 0  # what the last tokens match ends before this place …
         self._length = 0  # … and is so long; 0: there is no match
+        self._balance = _CREDIT  # passes
+        self._dearer = 1.0  # what passes with guesses took more than one without, relative to what was assumed
+        self._charged = 0.0  # for the last guesses, as it was assumed
+        self._open: list[int] = []  # what was guessed or noted last, without what has come since; last token first
         self._find()
 
     def add(self, id: int) -> None:
         """The token that came next."""
         ids = self._ids
+        if self._open:
+            if self._open.pop() == id:
+                self._balance = min(_MOST_BALANCE, self._balance + 1)
+            else:
+                self._open.clear()
         if self._length:
             right, known = ids[self._at] == id, min(self._length, _LONGEST)
             self._right[known] = self._right[known] * _FORGET + right
@@ -45,9 +64,11 @@ class Guesser:
 
     def guess(self, costs: Sequence[float]) -> list[int]:
         """The tokens that are worth computing now. costs[r]: time of a pass with r more rows, relative to one with none more."""
-        if not self._length:
+        if not self._length or (self._open and self._balance < 0):
             return []
         most = min(MOST_GUESSES, len(costs) - 1, len(self._ids) - self._at)
+        self._dearer += _DOUBT * (1 - self._dearer)
+        costs = [1 + (each - 1) * self._dearer for each in costs]
         best, speed, expected, chance = 0, 1.0, 1.0, 1.0
         for count in range(1, most + 1):
             known = min(self._length + count - 1, _LONGEST)
@@ -55,7 +76,19 @@ class Guesser:
             expected += chance
             if expected / costs[count] > speed:
                 best, speed = count, expected / costs[count]
-        return self._ids[self._at : self._at + best]
+        found = self._ids[self._at : self._at + best]
+        pays = self._balance >= 0
+        self._open = found[::-1]
+        self._charged = costs[best] - 1
+        self._balance = max(-_MOST_BALANCE, self._balance - self._charged)
+        return found if pays else []
+
+    def paid(self, more: float) -> None:
+        """What the pass with the last guesses took more than one without them, relative to that one. Measured, so it may err."""
+        if self._charged > 0:
+            more = min(max(more, 0.0), _MOST_MORE)
+            self._balance = max(-_MOST_BALANCE, self._balance - (more - self._charged))
+            self._dearer = min(max(self._dearer * (1 + _NEWS * (more / self._charged - 1)), 1 / _MOST_DEARER), _MOST_DEARER)
 
     def _find(self) -> None:
         """The latest place where the last two tokens stood before, and how many tokens match there."""

@@ -46,3 +46,47 @@ def test_a_conversation_that_repeats_is_guessed_more():
     for id in text * 2:
         guesser.add(id)
     assert len(guesser.guess([1 + 0.2 * more for more in range(MOST_GUESSES + 1)])) == MOST_GUESSES
+
+
+def passes(guesser, text, costs, real=None):
+    """What the text takes, in passes of one row, where each pass computes what the guesser says. `real`: what it takes indeed."""
+    took, ahead = 0.0, []
+    for id in text:
+        guesser.add(id)
+        if ahead and ahead[0] == id:
+            ahead.pop(0)
+            continue
+        ahead = guesser.guess(costs)
+        cost = (real or costs)[len(ahead)]
+        took += cost
+        if ahead:
+            guesser.paid(cost - 1)
+    return took
+
+
+def half_right(count):
+    """A text known before, and one in which pieces of it come again, of which some go on as before."""
+    numbers = random.Random(1)
+    known = [numbers.randrange(1000) for _ in range(300)]
+    text = []
+    while len(text) < count:
+        at = numbers.randrange(280)
+        text += [*known[at : at + numbers.randrange(3, 7)], *(numbers.randrange(1000, 50_000) for _ in range(6))]
+    return known, text[:count]
+
+
+def test_where_rows_cost_more_than_was_assumed_guesses_stop():
+    assumed, real = ([1 + each * more for more in range(MOST_GUESSES + 1)] for each in (0.2, 2.5))
+    known, text = half_right(400)
+    assert passes(Guesser(known), text, assumed, real) <= 1.02 * len(text)
+    assert passes(Guesser(known), text, assumed) < len(text)  # and go on where the assumption holds
+
+
+def test_they_come_back_when_the_text_begins_to_repeat():
+    numbers = random.Random(2)
+    costs = [1 + 0.35 * more for more in range(MOST_GUESSES + 1)]
+    known = [numbers.randrange(1000) for _ in range(200)]
+    guesser = Guesser(known)
+    misleading = [id for at in range(0, 196, 4) for id in (*known[at : at + 3], numbers.randrange(1000, 50_000))]
+    passes(guesser, misleading * 2, costs)
+    assert passes(guesser, known * 2, costs) < 0.7 * 400

@@ -64,7 +64,10 @@ class Batch:
             pieces.append((answer.memory, [answer.pending or 0, *guesses]))
         began = perf_counter()
         logits = self._compute(pieces)
-        self._measured(rows, perf_counter() - began)
+        took_s = perf_counter() - began
+        self._measured(rows, took_s)
+        if len(pieces) == 1 and rows > 1 and self._one_s is not None:
+            waiting[0].guesser.paid(took_s / self._one_s - 1)
         at = 0
         for answer, (_memory, ids) in zip(waiting, pieces, strict=True):
             answer.computed(ids[1:], logits[at : at + len(ids)])
