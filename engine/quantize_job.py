@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core.chat import Message
 from ..core.errors import BadParameter, LoadRefused
-from ..core.folder_files import read_bytes, read_json
+from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
 from ..core.quantize_config import BITS, QuantizeConfig
 from ..core.units import format_bytes
 from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
 from .calibration_text import BUILT_IN, samples_of
 from .evaluation import evaluate_made
+from .licence_and_template import front_matter, prompt_template
 
 USUAL_BRANCHES = (
     "gptq-4bit-128g-actorder_True",
@@ -82,7 +82,7 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     _check(job)
     import torch
 
-    from ..gptq import checkpoint, layerwise_quantize
+    from ..gptq import checkpoint, expert_hessians, layerwise_quantize, wanted_layers
     from ..loaders.text.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(job.source)
@@ -106,14 +106,21 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
         say(f"Reading {job.source.name} ({format_bytes(job.source.size_bytes)}).")
         model, _notes = checkpoint.load(job.source, dtype=_dtype(job.source), device_map="cpu")
         named = {branch_name(each): each for each in wanted}
-        layerwise_quantize.quantize_layers(model, samples, named, work, device, report)
+
+        def heard(done: layerwise_quantize.LayerDone) -> None:
+            if done.scarce_experts:
+                say(expert_hessians.scarce_text(done.index, done.scarce_experts))
+            report(done)
+
+        say(wanted_layers.left_dense(model))
+        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard)
         for name, config in named.items():
             say(f"Writing {job.folder(config).name}")
             draft = work / f"{name}.finished"
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
-            layerwise_quantize.write_weights(model, work / name, draft / "model.safetensors")
-            _write_settings(job, config, text, draft)
+            modules = layerwise_quantize.write_weights(model, work / name, draft / "model.safetensors")
+            _write_settings(job, config, text, draft, modules)
             _publish(job, config, digest, draft)
     shutil.rmtree(work, ignore_errors=True)
     return _finish(job, text, len(samples), say)
@@ -195,10 +202,12 @@ def copy_settings(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path) -> None:
+def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path, modules: list[list[str]]) -> None:
     copy_settings(job.source.folder, folder)
     settings = dataclasses.replace(config, weights_name="model").to_json()
     settings["meta"] = {"quantizer": [f"gptq-webui:{__version__}"]}
+    if modules:  # of a mixture: readers would else look for packed routers
+        settings["modules_in_block_to_quantize"] = modules
     write_json(folder / "quantize_config.json", settings | {"dataset": text})
     del settings["model_file_base_name"], settings["model_name_or_path"]
     values = read_json(job.source.folder / "config.json")
@@ -219,7 +228,7 @@ def _publish(job: QuantizeJob, config: QuantizeConfig, digest: str, draft: Path)
 
 
 def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, samples: int) -> None:
-    front, licence = _front_matter(job.source.folder / "README.md")
+    front, licence = front_matter(job.source.folder / "README.md")
     rows = "\n".join(_row(job, each, text) for each in job.branches)
     measured = [found for each in job.branches if (found := _quality(job.folder(each)))]
     model_card = f"""---
@@ -228,7 +237,7 @@ def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, sampl
 
 GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{licence}
 
-{_prompt_template(job.source)}## Provided files
+{prompt_template(job.source)}## Provided files
 
 | {" | ".join(_COLUMNS)} |
 |{" --- |" * len(_COLUMNS)}
@@ -268,33 +277,3 @@ def _how_measured(measured: Sequence[Any]) -> str:
         f"Measured on {first['tokens']} tokens of Python's manual, other pages than the calibration begins with: the original's "
         f"perplexity there is {first['against_perplexity']:.3f}. KL divergence in nats per token; 0 is the original.\n"
     )
-
-
-def _prompt_template(source: LocalModel) -> str:
-    """A section with the prompt of one question as the model's own template writes it; empty if it has none."""
-    from ..loaders.text import chat_template
-    from ..loaders.text.tokenizer import read_tokenizer
-
-    tokenizer = read_tokenizer(source)
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    template = chat_template.find(source.folder, tokenizer, source.architecture)
-    try:
-        text = template.render([Message("user", "{prompt}")], tokenizer).rstrip()
-    except BadParameter:
-        return ""
-    finally:
-        template.close()
-    return f"## Prompt template\n\n```\n{text}\n```\n\n" if "```" not in text else ""
-
-
-def _front_matter(readme: Path) -> tuple[str, str]:
-    """(front matter of the new model card, a sentence about the licence)."""
-    head = ""
-    if readme.is_file():
-        beginning = read_bytes(readme)[:20_000].decode("utf-8", "replace")
-        found = re.match(r"---\n(.*?)\n---", beginning, re.DOTALL)
-        head = found[1] if found else ""
-    kept = re.findall(r"^(?:license|license_name|license_link|language): *\S.*$", head, re.MULTILINE)
-    sentence = "" if any(line.startswith("license:") for line in kept) else " Its licence is that of the original model."
-    return "\n".join([*kept, "library_name: transformers", "tags: [gptq]", "quantized_by: gptq-webui"]) + "\n", sentence

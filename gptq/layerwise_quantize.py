@@ -6,9 +6,12 @@ layers are only computed again (their weights are on disk), and the result is th
 """
 
 import copy
+import itertools
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ from torch import Tensor, nn
 from ..core.errors import BadParameter, LoadFailed
 from ..core.quantize_config import QuantizeConfig
 from . import bit_packing
+from .expert_hessians import mixtures, stacked, unstack
 from .gptq_solver import Packed, solve
 from .hessians import InputHessians, as_rows
-from .quantize import decoder_layers, dense_tensors, layers_to_pack
+from .hub_names import HubNames
+from .quantize import decoder_layers, dense_tensors
+from .wanted_layers import check_fits, wanted_layers
 
 _BATCH_TOKENS = 2048  # of calibration text at a time
 
@@ -35,6 +41,9 @@ class LayerDone:
     count: int  # of decoder layers
     errors: Mapping[str, float]  # branch -> mean of its linear layers' |Ŵx - Wx|² / |Wx|² over the calibration text
     resumed: bool  # an earlier run had made it
+    scarce_experts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # 'mlp.experts.3' -> its tokens: rounded by all of the layer's
 
 
 Report = Callable[[LayerDone], None]  # what it raises ends the work; it can be resumed
@@ -52,12 +61,13 @@ def quantize_layers(
     """Write `work/BRANCH/layer-00000.safetensors` … with the packed tensors of every decoder layer that is not there yet.
 
     `work` must belong to this model, this text and these settings. Device memory: one decoder layer and its Hessians in fp32.
-    Main memory: the model, and hidden size × 4 bytes for each token of the text.
+    Of a mixture's experts, 2 GiB of Hessians are there at a time, or those of one expert.
+    Main memory: the model, and hidden size × 4 bytes for each token of the text; twice that for a mixture.
     Raises LoadFailed for a model that cannot be quantised, BadParameter for a group size that does not divide its layers.
     """
     prefix, decoder = decoder_layers(model)
-    linears = layers_to_pack(model)
-    check_fits(model, linears, branches.values())
+    linears = wanted_layers(model)
+    check_fits(linears, branches.values())
     for name in branches:
         (work / name).mkdir(exist_ok=True)
     batches, calls = _start(model, prefix, decoder, calibration)
@@ -66,8 +76,14 @@ def quantize_layers(
         files = {name: layer_file(work / name, index) for name in branches}
         resumed = all(path.is_file() for path in files.values())
         layer = copy.deepcopy(original).to(device=device, dtype=torch.float32)
+        unstack(layer)
         start = f"{prefix}.{index}."
-        inside = {f"{start}{name}": module for name, module in layer.named_modules() if f"{start}{name}" in linears}
+        packed = {f"{start}{name}": module for name, module in layer.named_modules() if f"{start}{name}" in linears}
+        mixed = [] if resumed else mixtures(layer, start, packed)
+        apart = {name for mixture in mixed for each in mixture.experts for name in each}
+        inside = {name: module for name, module in packed.items() if name not in apart}
+        for mixture in mixed:
+            mixture.watch()
         with InputHessians({} if resumed else inside) as collected:
             for at, hidden in enumerate(batches):
                 collected.start_batch()
@@ -75,8 +91,16 @@ def quantize_layers(
                 output = layer(hidden.to(device), *args, **kwargs)
                 batches[at] = (output[0] if isinstance(output, tuple) else output).cpu()
         if not resumed:
-            _solve_layer(inside, collected.groups(), branches, files)
-        report(LayerDone(index, count, {name: _read_error(path) for name, path in files.items()}, resumed))
+            for mixture in mixed:
+                mixture.rest()
+            scarce = {
+                f"{mixture.name.removeprefix(start)}.{at}": count for mixture in mixed for at, count in mixture.scarce().items()
+            }
+            of_experts = itertools.chain.from_iterable(mixture.groups(device) for mixture in mixed)
+            _solve_layer(packed, itertools.chain(collected.groups(), of_experts), branches, files, scarce)
+        facts = {name: _facts(path) for name, path in files.items()}
+        errors = {name: error for name, (error, _scarce) in facts.items()}
+        report(LayerDone(index, count, errors, resumed, next(iter(facts.values()))[1]))
 
 
 def layer_file(folder: Path, index: int) -> Path:
@@ -84,35 +108,28 @@ def layer_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05}.safetensors"
 
 
-def write_weights(model: Any, work: Path, path: Path) -> None:
-    """Join a branch's layers (in the folder `work`) and what stays in fp16 into one safetensors file at `path`."""
+def write_weights(model: Any, work: Path, path: Path) -> list[list[str]]:
+    """Join a branch's layers (in the folder `work`) and what stays in fp16 into one safetensors file at `path`.
+
+    Returns what readers must know of a mixture, whose routers stay dense: the names of the packed layers inside a decoder layer,
+    as `modules_in_block_to_quantize` lists them. Empty for other models.
+    """
+    prefix, decoder = decoder_layers(model)
     tensors: dict[str, Tensor] = {}
-    for index in range(len(decoder_layers(model)[1])):
+    for index in range(len(decoder)):
         with safe_open(layer_file(work, index), framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     packed = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
-    save_file(tensors | dense_tensors(model, packed), path, metadata={"format": "pt"})
-
-
-def check_fits(model: Any, linears: Mapping[str, nn.Module], configs: Any) -> None:
-    """Raises BadParameter or LoadFailed before any work is done."""
-    for name, parameter in decoder_layers(model)[1].named_parameters():
-        if parameter.dim() == 3:
-            raise LoadFailed(
-                f"The model keeps its experts in one tensor ({name}); making GPTQ weights of such models is not supported yet. "
-                "Choose a model without experts."
-            )
-    for config in configs:
-        for name, module in linears.items():
-            rows = as_rows(module).shape[0]
-            if config.group_size > 0 and rows % config.group_size:
-                fitting = [
-                    str(size) for size in (128, 64, 32) if all(as_rows(each).shape[0] % size == 0 for each in linears.values())
-                ]
-                raise BadParameter(
-                    f"A group size of {config.group_size} does not divide the {rows} inputs of {name}; other programs would not "
-                    f"open the model. Choose {' or '.join([*fitting, '-1 (no groups)'])}."
-                )
+    experts = {f"{owner}.{name}" for owner, each in stacked(model).items() for name, _part in each.named_parameters()}
+    names = HubNames(model)
+    layers = {name: names.layer(name) for name in packed}
+    tensors = {f"{layers[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": each for name, each in tensors.items()}
+    dense = {names.key(name): each for name, each in dense_tensors(model, packed | experts).items()}
+    save_file(tensors | dense, path, metadata={"format": "pt"})
+    if not any(".experts." in name for name in packed):
+        return []
+    inside = {re.sub(rf"^{re.escape(prefix)}\.\d+\.", "", name) for name in layers.values()}
+    return [[name] for name in sorted(inside)]
 
 
 # --- from text to the first layer ------------------------------------------------------------------
@@ -209,9 +226,10 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def _solve_layer(
     linears: Mapping[str, nn.Module],
-    groups: Sequence[tuple[list[str], Tensor]],
+    groups: Iterable[tuple[list[str], Tensor]],
     branches: Mapping[str, QuantizeConfig],
     files: Mapping[str, Path],
+    scarce_experts: Mapping[str, int],
 ) -> None:
     packed: dict[str, dict[str, Tensor]] = {branch: {} for branch in branches}
     errors: dict[str, list[float]] = {branch: [] for branch in branches}
@@ -224,7 +242,7 @@ def _solve_layer(
     for branch, path in files.items():
         mean = sum(errors[branch]) / max(1, len(errors[branch]))
         draft = path.with_suffix(".partial")
-        save_file(packed[branch], draft, metadata={"error": repr(mean)})
+        save_file(packed[branch], draft, metadata={"error": json.dumps([mean, scarce_experts] if scarce_experts else mean)})
         os.replace(draft, path)
 
 
@@ -237,6 +255,8 @@ def output_error(weight: Tensor, hessian: Tensor, packed: Packed, config: Quanti
     return float((wrong * (hessian @ wrong)).sum()) / size if size > 0 else 0.0
 
 
-def _read_error(path: Path) -> float:
+def _facts(path: Path) -> tuple[float, dict[str, int]]:
+    """(error of a layer, its scarce_experts): one entry, because safetensors writes several in any order."""
     with safe_open(path, framework="pt") as file:
-        return float(file.metadata()["error"])
+        found = json.loads(file.metadata()["error"])
+    return (found[0], found[1]) if isinstance(found, list) else (found, {})

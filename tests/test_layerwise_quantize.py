@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from gptq_webui.core.errors import BadParameter, LoadFailed
+from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.gptq import bit_packing, layerwise_quantize
 from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers
@@ -109,14 +109,6 @@ def test_a_group_size_that_does_not_divide_is_refused_before_the_work(tmp_path: 
     with pytest.raises(BadParameter, match=r"does not divide the .* Choose 32 or -1"):
         quantize_layers(tiny.dense_model("llama"), texts(), {"g": QuantizeConfig(4, 64)}, tmp_path, CPU)
     assert not list(tmp_path.iterdir())
-
-
-def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    model = tiny.dense_model("mixtral")
-    if not any(parameter.dim() == 3 for parameter in model.parameters()):
-        pytest.skip("this transformers keeps experts apart")
-    with pytest.raises(LoadFailed, match="experts in one tensor"):
-        quantize_layers(model, texts(), {"four": FOUR}, tmp_path, CPU)
 
 
 def test_texts_of_several_lengths_are_refused(tmp_path: Path) -> None:

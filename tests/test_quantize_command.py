@@ -70,6 +70,24 @@ def test_two_branches_in_one_pass(source: Path, capsys: pytest.CaptureFixture[st
     assert f"| {FOUR} | 4 | 32 | Yes | 0.1 |" in readme and f"| {EIGHT} | 8 | None | No |" in readme and "widget" not in readme
 
 
+def test_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "models" / "mixed"
+    tiny.dense_model("mixtral").half().save_pretrained(folder)
+    tiny.write_tokenizer(folder, CHATML)
+    code, out, err = run(capsys, folder, "--branches", f"{FOUR},{EIGHT}", "--samples", 2)
+    assert code == 0, err
+    four, eight = (Path(line) for line in out.splitlines())
+    assert "Stay in 16 bits (" in err and "lm_head." in err
+    assert "Layer 1: the router sends few tokens to " in err and ".experts." in err
+    expected = logits(folder)
+    assert (logits(eight) - expected).abs().mean() < 0.02 * expected.abs().mean()
+    assert (logits(four) - expected).abs().mean() < 0.2 * expected.abs().mean()
+    settings = json.loads((four / "config.json").read_text())["quantization_config"]
+    inside = settings["modules_in_block_to_quantize"]
+    assert ["block_sparse_moe.experts.3.w2"] in inside and len(inside) == 4 + 4 * 3
+    assert LocalModel.read(four).quantize is not None and not LocalModel.read(four).problem
+
+
 def test_stopped_and_typed_again_it_goes_on(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

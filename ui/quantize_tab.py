@@ -227,7 +227,7 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
 
     def say(text: str) -> None:
         job.text = text.rstrip(".")
-        if text.startswith(("Calibration:", "Everything", "There is no GPU")):
+        if text.startswith(("Calibration:", "Everything", "There is no GPU", "Stay in 16 bits", "Layer ")):
             state.said.append(text)
         if job.cancel.is_set():
             raise LoadCancelled(stopped)
