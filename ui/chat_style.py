@@ -242,7 +242,7 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   #gw-head .gw-who { display: flex; flex-direction: column; line-height: 1.3; }
   #gw-head .gw-who > * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; margin-left: 0; }
   #gw-head .gw-who span { font-size: 12px; }
-  #gw-more > #gw-regenerate, #gw-meter .gw-meter-bar { display: none; } /* each answer has its own; the words say it */
+  #gw-more > #gw-regenerate, #gw-meter .gw-meter-bar, #gw-meter .gw-wide { display: none; } /* each answer has its own */
   #gw-keys-button { display: none !important; }
   #gw-edit .gw-buttons > button { flex: 1 1 auto !important; min-width: 0 !important; }
   #gw-more > button, #gw-more > #gw-meter button { padding: 4px 5px !important; }
