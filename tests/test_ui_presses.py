@@ -68,10 +68,10 @@ def chat(served, text="What is the capital of France?") -> tuple[float, str]:
     values = to_values(ui_page.parameters_tab.PRESETS["Precise"])
     with Visitor(served.url) as visitor:
         began = time.monotonic()
-        visitor.call(send, ["[]", "", "", "", text, "", "", "", *values])
+        visitor.call(send, ["[]", "", "", "", text, "", "", "", [], *values])
         id = served.chats.store.listed("")[0].id
         visitor.call(follow, [f"{id} x"])
-        _message, seen = visitor.call(settle, ["", id, "", "", "", "", "", ""])
+        _message, seen = visitor.call(settle, ["", id, "", "", "", "", "", "", []])
         return time.monotonic() - began, seen
 
 
