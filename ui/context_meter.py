@@ -31,7 +31,8 @@ def meter_html(use: ContextUse | None, own: bool = False) -> str:
     title = escape(f"{words} Press to see the prompt as the model gets it.")
     return (
         f'{said}{OWN if own else ""}<button class="gw-act gw-meter {kind}" value="prompt" title="{title}">'
-        f'<span class="gw-meter-bar"><i style="width:{use.share:.0%}"></i></span>{use.used:,} of {use.context:,}<span class="gw-wide"> tokens</span></button>'
+        f'<span class="gw-meter-bar"><i style="width:{use.share:.0%}"></i></span>{use.used:,} of {use.context:,}'
+        '<span class="gw-wide"> tokens</span></button>'
     )
 
 
