@@ -1,9 +1,11 @@
 """Models that see pictures: opened for text, and with the processor in their folder for pictures."""
 
 import base64
+import contextlib
 import io
 import json
 import threading
+import time
 
 import pytest
 import seeing_models
@@ -17,6 +19,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.stepper_choice import stepper_for
+from gptq_webui.loaders.pretrained import picture_reader
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 IDS = [5, 9, 200, 7, 33, 8, 100, 6, 42, 77, 12, 250]
@@ -203,3 +206,25 @@ def test_a_processor_that_is_no_use_leaves_the_language_model(tmp_path, change, 
     assert not loaded.sees_pictures and any(words in note and "It reads text only" in note for note in loaded.notes)
     assert list(loaded.chat([Message("user", "Hi")], GenerationParams(max_new_tokens=3), threading.Event()))
     loaded.close()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b"!\xfe\1a\0", b"!\xfe\0", b"!\xff\1a\0", b"!\1\1a\1b\0", b"!\xf9\4\0\0\0\0\0"],
+    ids=["comment", "empty", "program", "text", "frame"],
+)
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_a_gif_of_a_million_comments_opens_at_once(mode, block):
+    data = io.BytesIO()
+    image = Image.new(mode, (40, 30), 7 if mode == "P" else (9, 200, 30, 255))
+    image.save(data, "GIF")
+    gif = data.getvalue()
+    at = 13 + (3 << (gif[10] & 7) + 1 if gif[10] & 0x80 else 0)
+    url = "data:image/gif;base64,"
+    started = time.process_time()
+    found = picture_reader._open(url + base64.b64encode(gif[:at] + block * (2_900_000 // len(block)) + gif[at:]).decode())
+    assert time.process_time() - started < 8  # with the comments: minutes
+    assert found.tobytes() == picture_reader._open(url + base64.b64encode(gif).decode()).tobytes()
+    for length in range(6, at + 12):  # damaged: opened or refused in words
+        with contextlib.suppress(BadParameter):
+            picture_reader._open(url + base64.b64encode((gif[:at] + block + gif[at:])[:length]).decode())
