@@ -3,6 +3,9 @@
 This is only the request. A loader that obeys it (`grammar` in its `can`) checks and applies it.
 """
 
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +14,11 @@ from .errors import BadParameter
 Kind = Literal["json", "json_schema", "regex", "gbnf"]
 
 _LONGEST = {"json": 0, "json_schema": 200_000, "regex": 10_000, "gbnf": 10_000}  # characters; longer ones take seconds to compile
+_MOST = {  # of a schema, where llguidance 1.9 still compiles it in seconds
+    "properties whose names are patterns": 100, "properties": 2000, "required properties": 1000, "patterns beside allOf": 10,
+    "characters in one text": 50_000,
+}  # fmt: skip
+_LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])*/|\[(?:\\.|[^\]\\])*\]|#[^\n]*')
 _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref", "not", "if"}
 
 
@@ -27,11 +35,49 @@ class Grammar:
                 f"grammar: {self.words} may have up to {_LONGEST[self.kind]:,} characters; found {len(self.text):,}.",
                 "grammar",
             )
+        for what, count, most in _costs(self):
+            if count > most:
+                raise BadParameter(
+                    f"grammar: {self.words} may have up to {most:,} {what}, for more take minutes to compile; found {count:,}. "
+                    "Use fewer.",
+                    "grammar",
+                )
 
     @property
     def words(self) -> str:
         """'a JSON schema'"""
         return {"json": "JSON", "json_schema": "a JSON schema", "regex": "a pattern", "gbnf": "a grammar"}[self.kind]
+
+
+def _costs(grammar: Grammar) -> Iterator[tuple[str, int, int]]:
+    """(what takes time to compile, how often it is there, how often it may be)."""
+    if grammar.kind == "gbnf":
+        rules = _LITERAL.sub("", grammar.text)
+        yield "of the operators & and ~", rules.count("&") + rules.count("~"), 3
+    if grammar.kind != "json_schema":
+        return
+    try:
+        waiting = [json.loads(grammar.text)]
+    except (ValueError, RecursionError):
+        return  # the compiler says what is wrong
+    counts = dict.fromkeys(_MOST, 0)
+    together = False
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            together = together or "allOf" in found
+            counts["properties whose names are patterns"] += len(found.get("patternProperties") or ())
+            counts["properties"] += len(found.get("properties") or ())
+            counts["required properties"] += len(found.get("required") or ())
+            counts["patterns beside allOf"] += isinstance(found.get("pattern"), str)
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found
+        elif isinstance(found, str):
+            counts["characters in one text"] = max(counts["characters in one text"], len(found))
+    for what, most in _MOST.items():
+        if together or what != "patterns beside allOf":
+            yield what, counts[what], most
 
 
 def closed(schema: Any) -> Any:

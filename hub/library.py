@@ -183,7 +183,7 @@ class Library:
                 return adapter_base.require_base(listing.ref, config, tensors, model)
             except WrongRepository as error:
                 wrong = error
-        raise wrong or WrongRepository(f"There is no model here that {listing.ref} could be for. Download one first.")
+        raise wrong or WrongRepository(f"There is no model here that {listing.ref} could be for. Download the model first.")
 
     def with_folder(self, plan: Plan, folder: Path | None = None) -> Plan:
         """The same download into another folder; without one, into the model's own folder."""

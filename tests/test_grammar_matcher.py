@@ -185,3 +185,37 @@ def test_many_threads_ask_at_once(random_model):
     for thread in threads:
         thread.join(30)
     assert found == [1] * 24
+
+
+BOMBS = [
+    ("gbnf", "start: " + " & ".join(f"/(a{{{prime}}})*/" for prime in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29))),
+    ("gbnf", "start: A\nA: ~(/a/ ~ 5) & ~/b/ & /c/"),
+    ("json_schema", json.dumps({"const": "x" * 190_000})),
+    ("json_schema", json.dumps({"enum": ["a", "x" * 100_000]})),
+    ("json_schema", json.dumps({"type": "object", "patternProperties": {f"^x{at}_.*y": {} for at in range(1500)}})),
+    ("json_schema", json.dumps({"allOf": [{"type": "string", "pattern": f"a.{{{at}}}b"} for at in range(300)]})),
+    ("json_schema", json.dumps({"allOf": [{"$ref": f"#/$defs/p{at}"} for at in range(30)],
+                                "$defs": {f"p{at}": {"pattern": f"a.{{{at}}}b"} for at in range(30)}})),
+    ("json_schema", json.dumps({"properties": {f"p{at}": {} for at in range(9000)},
+                                "required": [f"p{at}" for at in range(2000)]})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), BOMBS, ids=range(len(BOMBS)))
+def test_what_takes_minutes_to_compile_is_refused_at_once(kind, text):
+    with pytest.raises(BadParameter, match="take minutes to compile"):
+        Grammar(kind, text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("gbnf", 'root ::= "a & b & c & d & e" [&~&~&] "~"'),
+        ("json_schema", json.dumps({"properties": {f"p{at}": {"pattern": f"^a{at}$"} for at in range(40)}})),
+        ("json_schema", json.dumps({"properties": {f"p{at}": {"type": "integer"} for at in range(1500)}})),
+        ("json_schema", json.dumps({"allOf": [{"properties": {"a": {"pattern": "^b"}}}, {"required": ["a"]}]})),
+        ("json_schema", "{not json"),
+    ],
+)
+def test_what_is_large_and_compiles_is_taken(kind, text):
+    assert Grammar(kind, text).text == text

@@ -236,7 +236,8 @@ class ChatActions:
 
     def keep_settings(self, asked: Asked, _given: str) -> Updates:
         """Adapters that the loaded model cannot take are not kept; the other settings are."""
-        settings, said = asked.settings, gr.update()
+        settings = asked.settings
+        said: Any = gr.update()
         try:
             adapter_box.require(self.chats.engine, settings["adapters"])
         except GptqWebuiError as error:
