@@ -69,6 +69,10 @@ def url_of(color, kind="PNG", size=(60, 40)):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def as_url(data, kind="jpeg"):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 RED, BLUE = url_of("red"), url_of("blue", "JPEG")
 
 
@@ -176,12 +180,29 @@ def test_a_template_of_parts_alone_shows_text_pictures_and_a_continued_answer(se
         (RED[:60] + "AAAA" + RED[64:], "damaged"),
         ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "PNG, JPEG, WebP or GIF"),
         (url_of("red", size=(8000, 7000)), "50 million are the limit"),
+        (url_of("red", size=(31_000, 2)), "30,000 of a side"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_said(seeing, url, words):
     with pytest.raises(BadParameter, match=words):
         seeing.prompt([Message("user", "Hi", pictures=(url,))])
     assert len(seeing.prompt([Message("user", "Hi")]).ids) > 0
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(seeing):
+    data = io.BytesIO()
+    Image.effect_noise((2000, 2000), 80).save(data, "JPEG", progressive=True)
+    whole = data.getvalue()
+    assert seeing.prompt([Message("user", "Hi", pictures=(as_url(whole),))]).pictures
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    many = whole[:-2] + last[:40] * 500 + whole[-2:]
+    with pytest.raises(BadParameter, match="more than 100 scans"):
+        seeing.prompt([Message("user", "Hi", pictures=(as_url(many),))])
+
+
+def test_a_conversation_of_too_many_pictures_is_refused(seeing):
+    with pytest.raises(BadParameter, match="40 pictures; 32 are the limit"):
+        seeing.prompt([Message("user", "Hi", pictures=(RED,) * 40)])
 
 
 def test_a_text_that_names_the_token_of_a_picture_is_said(seeing):

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _CONFIGS = ("processor_config.json", "preprocessor_config.json")
 _MOST_PIXELS = 50_000_000  # of a picture before it is made smaller
+_MOST_LENGTH = 30_000  # pixels of a side
+_MOST_SCANS = 100  # of a JPEG, each of which goes over the whole picture; cameras write 1, programs about 10
+_MOST_PICTURES = 32  # of one conversation as it is read
 _MOST_SIDE = 2048  # pixels of what the processor is given
 _MOST_SIZE = 4096  # a height or width that a folder asks for
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -44,6 +47,11 @@ class PictureReader:
 
         Raises BadParameter for a picture that cannot be read, or that the text has no place for.
         """
+        if len(urls) > _MOST_PICTURES:
+            raise BadParameter(
+                f"This conversation has {len(urls)} pictures; {_MOST_PICTURES} are the limit. "
+                "Delete some, or open a new conversation."
+            )
         key = (text, tuple(urls))
         with self._lock:
             if key not in self._ready:
@@ -145,11 +153,16 @@ def _open(url: str) -> Any:
             "Send it as data:image/png;base64,… (PNG, JPEG, WebP or GIF)."
         )
     try:
-        image = Image.open(io.BytesIO(_without_comments(base64.b64decode(url.partition(",")[2]))), formats=_FORMATS)
-        if image.width * image.height > _MOST_PIXELS:
+        data = _without_comments(base64.b64decode(url.partition(",")[2]))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.format == "JPEG" and data.count(b"\xff\xda") > _MOST_SCANS:
             raise BadParameter(
-                f"A picture has {image.width} x {image.height} pixels; {_MOST_PIXELS // 1_000_000} million are the limit. "
-                "Make it smaller, then send it again."
+                f"A picture has more than {_MOST_SCANS} scans, which would take minutes to open. Save it again as PNG or JPEG."
+            )
+        if image.width * image.height > _MOST_PIXELS or max(image.size) > _MOST_LENGTH:
+            raise BadParameter(
+                f"A picture has {image.width} x {image.height} pixels; {_MOST_PIXELS // 1_000_000} million are the limit, and "
+                f"{_MOST_LENGTH:,} of a side. Make it smaller, then send it again."
             )
         image.draft("RGB", (_MOST_SIDE, _MOST_SIDE))
         image.thumbnail((_MOST_SIDE, _MOST_SIDE))
