@@ -66,9 +66,9 @@ def _costs(grammar: Grammar) -> Iterator[tuple[str, int, int]]:
         found = waiting.pop()
         if isinstance(found, dict):
             together = together or "allOf" in found
-            counts["properties whose names are patterns"] += len(found.get("patternProperties") or ())
-            counts["properties"] += len(found.get("properties") or ())
-            counts["required properties"] += len(found.get("required") or ())
+            counts["properties whose names are patterns"] += _size(found.get("patternProperties"))
+            counts["properties"] += _size(found.get("properties"))
+            counts["required properties"] += _size(found.get("required"))
             counts["patterns beside allOf"] += isinstance(found.get("pattern"), str)
             waiting += found.values()
         elif isinstance(found, list):
@@ -78,6 +78,10 @@ def _costs(grammar: Grammar) -> Iterator[tuple[str, int, int]]:
     for what, most in _MOST.items():
         if together or what != "patterns beside allOf":
             yield what, counts[what], most
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (dict, list)) else 0
 
 
 def closed(schema: Any) -> Any:

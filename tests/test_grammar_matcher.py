@@ -215,6 +215,8 @@ def test_what_takes_minutes_to_compile_is_refused_at_once(kind, text):
         ("json_schema", json.dumps({"properties": {f"p{at}": {"type": "integer"} for at in range(1500)}})),
         ("json_schema", json.dumps({"allOf": [{"properties": {"a": {"pattern": "^b"}}}, {"required": ["a"]}]})),
         ("json_schema", "{not json"),
+        ("json_schema", '{"properties": 5, "required": true, "patternProperties": 1.5, "pattern": {}, "allOf": null}'),
+        ("json_schema", '[{"required": -1}, 7, null]'),
     ],
 )
 def test_what_is_large_and_compiles_is_taken(kind, text):
