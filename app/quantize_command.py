@@ -32,20 +32,20 @@ def quantize(options: argparse.Namespace) -> int:
     tokens = usual_sample_tokens(source) if options.seq_len is None else options.seq_len
     job = QuantizeJob(source, output, wanted, options.dataset, tokens, options.samples, options.measure)
     try:
-        folders = run(job, _Progress(), _say)
+        folders = run(job, LayerLines(), say)
     except KeyboardInterrupt:
-        _say("Stopped. Finished layers are kept; the same command continues from there.")
+        say("Stopped. Finished layers are kept; the same command continues from there.")
         return INTERRUPTED
     for folder in folders:
         print(folder)
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Progress:
+class LayerLines:
     """One line for each layer: its error in every branch, and the time left."""
 
     def __init__(self) -> None:
@@ -55,16 +55,16 @@ class _Progress:
         left_s = self._clock.left_s(done.index, done.count, resumed=done.resumed)
         line = f"Layer {done.index + 1} of {done.count}"
         if left_s is None:
-            _say(f"{line}: made by an earlier run")
+            say(f"{line}: made by an earlier run")
             return
         errors = ", ".join(f"{name} {error:.3%}" for name, error in done.errors.items())
-        _say(f"{line}: error {errors}; {format_duration(left_s)} left")
+        say(f"{line}: error {errors}; {format_duration(left_s)} left")
 
 
 def _source(engine: Engine, name: str) -> LocalModel:
     bars, cancel = Bars(), threading.Event()
     try:
-        return find_source(engine, name, _say, bars.show, cancel)
+        return find_source(engine, name, say, bars.show, cancel)
     except KeyboardInterrupt:
         cancel.set()
         raise LoadCancelled("Stopped. What arrived is kept; the same command continues from there.") from None

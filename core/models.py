@@ -25,13 +25,13 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 MARKER = ".gptq-webui.json"  # written last by a download: its ref, commit and files
 PARTIAL = ".partial"  # ending of a file that is still being downloaded
 
-OPENED_BY: dict[Kind, str] = {  # AWQ and compressed-tensors only where `quantize` is None
+OPENED_BY: dict[Kind, str] = {  # AWQ, compressed-tensors and gptq_p only where `quantize` is None
     "awq": "AWQ weights of this layout are opened by vLLM or Transformers with autoawq; look for the model's -GPTQ sister.",
     "compressed-tensors": "These compressed-tensors weights are opened by vLLM; look for the model's -GPTQ sister.",
     "exl2": "EXL2 weights are opened by ExLlamaV2's own programs (tabbyAPI); look for the model's -GPTQ sister.",
     "exl3": "EXL3 weights are opened by ExLlamaV3 (tabbyAPI, text-generation-webui); look for the model's -GPTQ sister.",
     "gguf": "GGUF files are opened by llama.cpp, Ollama or LM Studio; look for the model's -GPTQ sister.",
-    "gptq_p": "GPTQ weights in the planar format gptq_p (3, 5, 6, 7 bits) are opened by GPTQModel; choose one of 2, 4 or 8 bits.",
+    "gptq_p": "These GPTQ weights in the planar format gptq_p are opened by GPTQModel; choose a branch in the format gptq.",
     "lora": "This is a LoRA adapter, not a model; it changes a base model and cannot be opened alone.",
 }
 
@@ -230,8 +230,6 @@ def _read(folder: Path) -> LocalModel:
         return found("incomplete", problem="config.json is missing. Download the model again; what is complete is kept.")
     quantize_config, quant_config = read_json(folder / "quantize_config.json"), read_json(folder / "quant_config.json")
     kind = declared_kind(config, quant_config, quantize_config)
-    if kind == "gptq_p":
-        return found(kind, form=name_of_gptq_p(_gptq_settings(config, quantize_config)))
     tensors = tensors_of(files)
     by_tensors = kind_of_tensors(tensors) if tensors else None
     if kind == "gptq" and by_tensors == "plain":
@@ -253,7 +251,8 @@ def _read(folder: Path) -> LocalModel:
         try:
             return found(kind, read_settings(kind, config, {**quantize_config, **quant_config}, tensors))
         except BadQuantizeConfig as error:
-            return found(kind, problem=str(error), form=name_of_method(config))
+            named = name_of_gptq_p(_gptq_settings(config, quantize_config)) if kind == "gptq_p" else name_of_method(config)
+            return found(kind, problem=str(error), form=named)
     if kind == "plain":
         largest = max(tensors.values(), key=lambda each: each[1].size_bytes, default=None)
         return found(kind, form=name_of_method(config) or (name_of_dtype(largest[1].dtype) if largest else ""))

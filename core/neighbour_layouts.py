@@ -1,10 +1,12 @@
-"""Formats with GPTQ's arithmetic in another order of bits: AWQ, and compressed-tensors' pack-quantized.
+"""Formats with GPTQ's arithmetic in another order of bits: AWQ, compressed-tensors' pack-quantized, and GPTQModel's gptq_p.
 
 A weight is scale * (q - zero) in all of them. What differs is how q and zero lie in words:
 
     AWQ (GEMM)     qweight int32 [K, N/8], qzeros int32 [G, N/8], scales [G, N]; the nibbles of a word are columns 0 2 4 6 1 3 5 7
     pack-quantized weight_packed int32 [N, K*bits/32], weight_scale [N, G]; where zeros differ weight_zero_point, int32
                    [N*bits/32, G] or int8 [N, G]; with act-order weight_g_idx [K]; weight_shape, two numbers
+    gptq_p         GPTQ's names and shapes, zeros as they are; of 32 numbers of 3, 5, 6 or 7 bits the low bits come first (2 of 3,
+                   else 4), then the next (see PLANES). The other widths have gptq_v2's words
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,11 +15,12 @@ from typing import Any
 
 from .errors import BadCheckpoint, BadQuantizeConfig
 from .folder_files import printable
-from .packed_layout import Layout, Tensors
+from .packed_layout import BITS, Layout, Tensors
 from .quantize_config import QuantizeConfig
 
-AWQ, COMPRESSED = "awq", "compressed-tensors"  # a model's kind, and its settings' checkpoint_format
-NEIGHBOURS = (AWQ, COMPRESSED)
+AWQ, COMPRESSED, PLANAR = "awq", "compressed-tensors", "gptq_p"  # a model's kind, and its settings' checkpoint_format
+NEIGHBOURS = (AWQ, COMPRESSED, PLANAR)
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # bits of a number, the lowest first
 _WIDTHS = (4, 8)  # of compressed-tensors; AWQ has 4 alone
 _FLOATS = ("F16", "BF16", "F32")
 _AGAIN = "Download the model again."
@@ -30,6 +33,8 @@ def settings_of(kind: str, config: Mapping[str, Any], quant_config: Mapping[str,
     """
     given = config.get("quantization_config") or config.get("compression_config")
     given = given if isinstance(given, Mapping) else {}
+    if kind == PLANAR:
+        return _planar({**given, **{key: value for key, value in quant_config.items() if value is not None}})
     return _awq({**quant_config, **given}) if kind == AWQ else _compressed(given)
 
 
@@ -39,8 +44,16 @@ def read_settings(kind: str, config: Mapping[str, Any], own: Mapping[str, Any], 
     names = neighbour_names(tensors, kind)
     if not names:
         raise BadCheckpoint(f"Its settings say {kind}, but the files hold no such weights. {_AGAIN}")
-    sizes = {neighbour_layout(name, tensors, settings).group_size(settings.group_size) for name in names}
-    return replace(settings, group_size=sizes.pop()) if len(sizes) == 1 else settings
+    layouts = [neighbour_layout(name, tensors, settings) for name in names]
+    sizes, widths = {each.group_size(settings.group_size) for each in layouts}, sorted({each.bits for each in layouts})
+    if len(sizes) == 1:
+        settings = replace(settings, group_size=sizes.pop())
+    return settings if widths == [settings.bits] else replace(settings, bits=widths[-1], mixed_bits=tuple(widths))
+
+
+def width_in_memory(bits: int) -> int:
+    """Bits of a number once it is read: 5, 6 and 7 have no layout of GPTQ's, and are kept as 8."""
+    return bits if bits in BITS else 8
 
 
 def why_unreadable(kind: str, config: Mapping[str, Any], own: Mapping[str, Any]) -> str:
@@ -57,19 +70,22 @@ def name_of(config: QuantizeConfig) -> str:
     group = "channel" if config.group_size == -1 else f"g{config.group_size}"
     if config.checkpoint_format == AWQ:
         return f"AWQ {config.bits}-bit {group}"
+    if config.checkpoint_format == PLANAR:
+        return f"GPTQ {config.summary} (gptq_p)"
     parts = [f"compressed-tensors W{config.bits}A16 {group}"] + ["act-order"] * config.desc_act
     return ", ".join(parts + ["asymmetric"] * (not config.sym))
 
 
 def neighbour_names(tensors: Iterable[str], kind: str) -> list[str]:
     """Names of the packed layers, sorted."""
-    part = ".qweight" if kind == AWQ else ".weight_packed"
+    part = ".weight_packed" if kind == COMPRESSED else ".qweight"
     return sorted(name.removesuffix(part) for name in tensors if name.endswith(part))
 
 
 def neighbour_layout(name: str, tensors: Tensors, config: QuantizeConfig) -> Layout:
     """The layer `name` as GPTQ would hold it. Raises BadCheckpoint where its tensors do not fit each other."""
-    wanted = ("qweight", "qzeros", "scales") if config.checkpoint_format == AWQ else ("weight_packed", "weight_scale")
+    own = config.checkpoint_format != COMPRESSED
+    wanted = ("qweight", "qzeros", "scales") if own else ("weight_packed", "weight_scale")
     if missing := [part for part in wanted if f"{name}.{part}" not in tensors]:
         raise BadCheckpoint(f"{printable(name)} has no {' and no '.join(missing)} in the files. {_AGAIN}")
     shapes = {part: tuple(info.shape) for part, info in _parts(name, tensors).items()}
@@ -81,7 +97,16 @@ def neighbour_layout(name: str, tensors: Tensors, config: QuantizeConfig) -> Lay
             f"{printable(types[scales])} {_shown(shapes[scales])}; I32 and a floating-point number in two dimensions were "
             f"expected. {_AGAIN}"
         )
-    if config.checkpoint_format == AWQ:
+    bits = config.bits
+    if config.checkpoint_format == PLANAR:
+        groups, out = shapes[scales]
+        words = shapes["qzeros"][1] if len(shapes["qzeros"]) == 2 else 0
+        bits = words * 32 // out if out and words * 32 % out == 0 else 0
+        in_features = shapes[weight][0] * 32 // max(1, bits)
+        fits = bits in PLANES and out % 32 == 0 and shapes[weight] == (in_features * bits // 32, out) and in_features % 32 == 0
+        fits = fits and shapes["qzeros"][0] == groups and types["qzeros"] == "I32"
+        fits = fits and shapes.get("g_idx", (in_features,)) == (in_features,) and types.get("g_idx", "I32") == "I32"
+    elif config.checkpoint_format == AWQ:
         in_features, out = shapes[weight][0], shapes[scales][1]
         groups = shapes[scales][0]
         fits = shapes[weight][1] * 8 == out and shapes["qzeros"] == (groups, out // 8) and types["qzeros"] == "I32"
@@ -95,7 +120,8 @@ def neighbour_layout(name: str, tensors: Tensors, config: QuantizeConfig) -> Lay
         )
         fits = fits and shapes.get("weight_g_idx", (in_features,)) == (in_features,)
     fits = fits and shapes.get("bias", (out,)) == (out,) and bool(in_features and out and groups)
-    layout = Layout(config.bits, 32, in_features, out, groups, types[scales], "bias" in shapes, "weight_g_idx" in shapes)
+    has_order = "weight_g_idx" in shapes or "g_idx" in shapes
+    layout = Layout(bits, 32, in_features, out, groups, types[scales], "bias" in shapes, has_order)
     if not fits or -(-in_features // max(1, _size(layout, config))) != groups:
         raise BadCheckpoint(
             f"The tensors of {printable(name)} do not fit each other or the settings ({name_of(config)}): "
@@ -110,7 +136,7 @@ def _size(layout: Layout, config: QuantizeConfig) -> int:
 
 
 def _parts(name: str, tensors: Tensors) -> dict[str, Any]:
-    parts = ("qweight", "qzeros", "scales", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+    parts = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
     return {part: tensors[f"{name}.{part}"][1] for part in parts if f"{name}.{part}" in tensors}
 
 
@@ -126,6 +152,16 @@ def _awq(given: Mapping[str, Any]) -> QuantizeConfig:
             f"The settings say AWQ in the layout {printable(version)[:20]}; GEMM can be read. Look for the model's -GPTQ sister."
         )
     return _checked(4, group, False, bool(given.get("sym", not given.get("zero_point", True))), AWQ)
+
+
+def _planar(given: Mapping[str, Any]) -> QuantizeConfig:
+    bits, group = given.get("bits"), given.get("group_size", 128)
+    if bits not in PLANES or str(given.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise BadQuantizeConfig(
+            f"The settings say gptq_p with {bits!r} bits in words of {printable(str(given.get('pack_dtype') or 'int32'))[:20]}; "
+            "2 to 8 bits in int32 can be read. Choose another branch of the model."
+        )
+    return _checked(bits, group, bool(given.get("desc_act")), bool(given.get("sym", True)), PLANAR)
 
 
 def _compressed(given: Mapping[str, Any]) -> QuantizeConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .folder_files import printable
 
-GPTQ_P_BITS = (5, 6, 7)  # widths that exist only in GPTQModel's planar format, which this program does not read
+GPTQ_P_BITS = (5, 6, 7)  # widths that exist only in GPTQModel's planar format
 _SAME_BITS = (2, 4, 8)  # widths whose planar words are those of gptq_v2 (GPTQModel 7.7, utils/planar_packing.py)
 _NAMES = {
     "aqlm": "AQLM", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",

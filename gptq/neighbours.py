@@ -1,7 +1,8 @@
-"""AWQ and compressed-tensors layers, repacked into GPTQ's layout layer by layer once transformers has read them.
+"""AWQ, compressed-tensors and gptq_p layers, repacked into GPTQ's layout layer by layer once transformers has read them.
 
-The bits are those of core/neighbour_layouts.py; every number is kept as it is, so the weights are equal. A layer takes the
-file's tensors under the file's names (`expect`), and becomes an ordinary GPTQLinear of the format gptq_v2 (`repack`).
+The bits are those of core/neighbour_layouts.py; every number is kept as it is, so the weights are equal. Numbers of 5, 6 and 7
+bits, which GPTQ has not, become symmetric ones of 8: q - zero + 128 with the zero 128. A layer takes the file's tensors under the
+file's names (`expect`), and becomes an ordinary GPTQLinear of the format gptq_v2 (`repack`).
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
-from ..core.neighbour_layouts import AWQ
+from ..core.neighbour_layouts import AWQ, COMPRESSED, PLANAR, PLANES
 from ..core.safetensors_header import TensorInfo
-from .bit_packing import default_g_idx, pack, pack_columns, unpack
+from .bit_packing import default_g_idx, g_idx_is_possible, pack, pack_columns, unpack
 from .gptq_linear import GPTQLinear
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of a word, the lowest first (AutoAWQ, gemm.py)
@@ -25,7 +26,8 @@ _TYPES = {
 _OWN = ("qweight", "qzeros", "scales", "g_idx")
 _PARTS = {
     AWQ: ("qweight", "qzeros", "scales"),
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+    PLANAR: _OWN,
+    COMPRESSED: ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
 }
 
 
@@ -60,7 +62,7 @@ def repack(module: GPTQLinear, form: str, parts: Parts, name: str) -> None:
             "while the model computes. Load it on one device: set the device, or choose a smaller model."
         )
     held = {part: getattr(module, part).data for part in parts}
-    scale_part = "scales" if form == AWQ else "weight_scale"
+    scale_part = "weight_scale" if form == COMPRESSED else "scales"
     path, info = parts[scale_part]
     if held[scale_part].dtype != _TYPES[info.dtype]:  # transformers 4 casts them to the model's type
         with safe_open(path, framework="pt") as file:
@@ -70,12 +72,20 @@ def repack(module: GPTQLinear, form: str, parts: Parts, name: str) -> None:
     bits, out = module.bits, module.out_features
     if form == AWQ:
         q, zeros, scales, g_idx = _nibbles(held["qweight"]), _nibbles(held["qzeros"]), held["scales"], None
+    elif form == PLANAR:
+        scales, g_idx = held["scales"], held.get("g_idx")
+        width = held["qzeros"].shape[1] * 32 // out  # bits of a number in the file
+        q, zeros = _of_planes(held["qweight"], width), _of_planes(held["qzeros"].T, width).T  # [K, N], [G, N]
     else:
         q = unpack(held["weight_packed"].T.contiguous(), bits, module.in_features)  # [K, N], with 2^(bits-1) added to each
         scales, g_idx = held["weight_scale"].T.contiguous(), held.get("weight_g_idx")  # [G, N]
         zeros = _zeros(held.get("weight_zero_point"), bits, out, scales)
     if g_idx is None or bool((g_idx < 0).any()):  # -1 everywhere: no act-order (compressed-tensors)
         g_idx = default_g_idx(module.in_features, module.group_size, scales.device)
+    if form == PLANAR and width != bits:
+        if not 0 <= int(g_idx.min()) <= int(g_idx.max()) < len(zeros) or not g_idx_is_possible(g_idx, len(zeros)):
+            raise BadCheckpoint(f"g_idx of {name} names groups that no GPTQ program makes. Download the model again.")
+        q, zeros = (q.to(torch.int16) - zeros[g_idx.long()] + 128).to(torch.uint8), torch.full_like(zeros, 128)
     for part, value in zip(_OWN, (pack(q, bits), pack_columns(zeros, bits), scales, g_idx.to(torch.int32)), strict=True):
         module.register_parameter(part, nn.Parameter(value, requires_grad=False))
     module.checkpoint_format = "gptq_v2"
@@ -88,6 +98,20 @@ def _nibbles(words: Tensor) -> Tensor:
     for at, column in enumerate(AWQ_ORDER):
         values[:, :, column] = (words >> (4 * at)) & 15
     return values.view(rows, count * 8)
+
+
+def _of_planes(words: Tensor, bits: int) -> Tensor:
+    """gptq_p's int32 [rows*bits/32, cols] -> uint8 [rows, cols]. Rows are a multiple of 32."""
+    blocks = words.reshape(-1, bits, words.shape[1])  # of 32 numbers each
+    numbers = torch.zeros(len(blocks), 32, words.shape[1], dtype=torch.uint8, device=words.device)
+    at = 0
+    for width in PLANES[bits]:
+        plane = blocks[:, at : at + width].reshape(-1, words.shape[1])
+        shifts = range(0, 32, width)
+        parts = torch.stack([(plane >> shift) & (2**width - 1) for shift in shifts], 1).to(torch.uint8)
+        numbers |= parts.view(numbers.shape) << at
+        at += width
+    return numbers.view(-1, words.shape[1])
 
 
 def _zeros(stored: Tensor | None, bits: int, out: int, scales: Tensor) -> Tensor:

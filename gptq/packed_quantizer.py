@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.errors import BadCheckpoint
-from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_names
+from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_names, width_in_memory
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
@@ -46,7 +46,7 @@ class PackedLayer:
     has_g_idx: bool
     word_bits: int = 32  # of qweight and qzeros
     act_order: bool = False  # the model was quantised with it
-    neighbour: str = ""  # awq or compressed-tensors: repacked once it is read
+    neighbour: str = ""  # awq, compressed-tensors or gptq_p: repacked once it is read
     parts: Parts | None = None  # of a neighbour: the tensors of its files
 
 
@@ -62,7 +62,7 @@ def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: Quanti
             neighbour_layout(name, tensors, config) if neighbour else layout_of(name, tensors, config.bits, config.pack_dtype)
         )
         layers[name] = PackedLayer(
-            bits=layout.bits,
+            bits=width_in_memory(layout.bits),
             in_features=layout.in_features,
             out_features=layout.out_features,
             groups=layout.groups,

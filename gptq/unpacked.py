@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import LoadRefused
-from . import lora
+from . import bit_packing, lora
 from .experts import PackedExperts
 from .gptq_linear import GPTQLinear
 from .quantize import as_written, dense_tensors
@@ -55,23 +55,36 @@ def _input_first(model: Any, names: Iterable[str]) -> list[str]:
     return [name for name in names if isinstance(unpacked.get_submodule(name), Conv1D)]
 
 
-def packed(model: Any) -> tuple[dict[str, Tensor], Packing]:
-    """The integers as they are, in GPTQ's layout, and what quantize_config.json says of them. No number changes.
+def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
+    """The numbers in GPTQ's layout, and what quantize_config.json says of them. No weight changes by a bit.
 
+    `form` is how zeros are stored, gptq or gptq_v2; "": gptq, which every program reads, unless a zero is 0, which programs read
+    differently there. Layers of several widths become symmetric ones of 8 bits (numbers of 2 to 7 bits fit there with any zero).
     Raises LoadRefused for experts, and for layers that one quantize_config.json cannot describe.
     """
     layers = dict(_packed(model))
-    kinds = {(each.bits, each.group_size, each.checkpoint_format) for each in layers.values()}
-    if len(kinds) != 1:
-        raise LoadRefused("Its layers have several widths or group sizes, which plain GPTQ cannot say. Choose another model.")
+    sizes = {each.group_size for each in layers.values()}
+    widths = {each.bits for each in layers.values()}
+    if len(sizes) != 1:
+        raise LoadRefused("Its layers have several group sizes, which plain GPTQ cannot say. Choose another model.")
+    bits = widths.pop() if len(widths) == 1 else 8
+    zeros = {name: _zeros(each) for name, each in layers.items()}  # uint8 [G, N]
     tensors = dense_tensors(model, [f"{name}.{part}" for name, layer in layers.items() for part in _parts(layer)])
+    middle = 1 << (bits - 1)
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": as_written(getattr(layer, part)) for part in _parts(layer)}
-    (bits, group_size, form), groups = kinds.pop(), [each.g_idx for each in layers.values()]
-    ordered = any(bool((each[1:] < each[:-1]).any()) for each in groups)
-    middle = (1 << (bits - 1)) - (1 if form == "gptq" else 0)
-    symmetric = all(_is_all(each.qzeros, middle, bits) for each in layers.values())
-    return tensors, Packing(bits, group_size, form, ordered, symmetric)
+        if layer.bits != bits:
+            numbers = bit_packing.unpack(layer.qweight, layer.bits, layer.in_features).to(torch.int16)  # [K, N]
+            wide = numbers - zeros[name][layer.g_idx.long()] + middle
+            tensors[f"{name}.qweight"] = bit_packing.pack(wide, bits)
+            zeros[name] = torch.full_like(zeros[name], middle)
+    symmetric = all(bool((each == middle).all()) for each in zeros.values())
+    form = form or ("gptq" if all(bool(each.all()) for each in zeros.values()) else "gptq_v2")
+    for name, each in zeros.items():
+        stored = bit_packing.zeros_to_stored(each, bits, form)
+        tensors[f"{name}.qzeros"] = bit_packing.pack_columns(stored, bits)
+    ordered = any(bool((each.g_idx[1:] < each.g_idx[:-1]).any()) for each in layers.values())
+    return tensors, Packing(bits, sizes.pop(), form, ordered, symmetric)
 
 
 def _packed(model: Any) -> Iterator[tuple[str, GPTQLinear]]:
@@ -86,9 +99,5 @@ def _parts(layer: nn.Module) -> list[str]:
     return [name for name in ("qweight", "qzeros", "scales", "g_idx", "bias") if getattr(layer, name) is not None]
 
 
-def _is_all(words: Tensor, value: int, bits: int) -> bool:
-    """Whether every packed number is `value`; padding at a row's end is not looked at where bits divide a word."""
-    from . import bit_packing
-
-    numbers = bit_packing.unpack(words.T.contiguous(), bits, words.shape[1] * 32 // bits)
-    return bool((numbers == value).all())
+def _zeros(layer: GPTQLinear) -> Tensor:
+    return bit_packing.true_zeros(layer.qzeros, layer.bits, layer.out_features, layer.checkpoint_format)

@@ -222,7 +222,7 @@ def _wrong_kind(ref: ModelRef, kind: Kind, settings: Mapping[str, Mapping[str, A
     quantization = name_of_method(config)
     if kind in NEIGHBOURS:
         found = f"{ref} cannot be read. {why_unreadable(kind, *_both(settings))}"
-    elif kind in ("lora", "gptq_p"):
+    elif kind == "lora":
         found = f"{ref}: {OPENED_BY[kind]}"
     elif kind in OPENED_BY:
         found = f"{ref} holds {kind.upper()} weights, not GPTQ. {OPENED_BY[kind]}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_lora import write_adapter
-from test_neighbours import as_awq, as_compressed, awq, compressed
+from test_neighbours import as_awq, as_compressed, awq, compressed, write_planar
 from test_neighbours import write as write_neighbour
 
 import tiny
@@ -79,6 +79,56 @@ def test_neighbours_become_plain_gptq_without_a_changed_number(form, settings, o
     assert torch.equal(logits(written.folder), logits(tmp_path / "other"))
     config = json.loads((written.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "summary"),
+    [
+        (3, {}, "3-bit, group 16"),
+        (3, {"sym": False}, "3-bit, group 16, asymmetric"),
+        (5, {"act_order": True}, "8-bit, group 16, act-order"),
+        (7, {"sym": False}, "8-bit, group 16"),
+        (4, {"other": 6}, "8-bit, group 16"),
+    ],
+)
+def test_planar_weights_become_plain_gptq_without_a_changed_number(bits, options, summary, tmp_path, capsys):
+    write_planar(tmp_path / "other", bits, **options)
+    code, out, err = run(capsys, tmp_path, "other", "--as", "gptq")
+    assert code == 0, err
+    written = LocalModel.read(Path(out))
+    assert written.kind == "gptq" and written.quantize is not None
+    assert written.quantize.summary == summary and not written.quantize.notes
+    assert torch.equal(logits(written.folder), logits(tmp_path / "other"))
+
+
+def test_zeros_are_stored_as_most_programs_read_them_or_as_asked(tmp_path, capsys):
+    write_planar(tmp_path / "even", 3)
+    write_planar(tmp_path / "odd", 3, sym=False)  # a zero of 0 is among them
+    for name, arguments, expected in (("even", [], "gptq"), ("odd", [], "gptq_v2"), ("even", ["--format", "gptq_v2"], "gptq_v2")):
+        output = tmp_path / f"{name}-{expected}"
+        code, out, err = run(capsys, tmp_path, name, "--as", "gptq", "--output", output, *arguments)
+        assert code == 0, err
+        written = LocalModel.read(Path(out))
+        assert written.quantize is not None and written.quantize.checkpoint_format == expected and not written.quantize.notes
+        assert torch.equal(logits(written.folder), logits(tmp_path / name))
+
+
+def test_an_adapter_is_merged_and_quantised_again(tmp_path, capsys):
+    twin = tiny.write(tmp_path / "packed", bits=8, group_size=32)
+    tiny.write_tokenizer(tmp_path / "packed")
+    for name, product in write_adapter(tmp_path / "pirate", twin, ("q_proj", "down_proj")).items():
+        twin.get_submodule(name).weight.data += 2.0 * product
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + at * 7 % 90) for at in range(4000)))
+    arguments = ["--as", "gptq", "--adapter", tmp_path / "pirate", "--dataset", text, "--seq-len", 64, "--samples", 16]
+    code, out, err = run(capsys, tmp_path, "packed", *arguments)
+    assert code == 0 and Path(out).name == "packed-pirate-GPTQ" and "Layer 2 of 2" in err, err
+    written = LocalModel.read(Path(out))
+    assert written.quantize is not None and written.quantize.summary == "8-bit, group 32, act-order"
+    expected, plain = of(twin), logits(tmp_path / "packed")
+    error = (logits(written.folder) - expected).norm() / expected.norm()
+    assert error < 0.02 and (plain - expected).norm() / expected.norm() > 10 * error
+    assert not list(tmp_path.glob(".gptq-webui-*"))  # what was only needed meanwhile
 
 
 def test_what_cannot_be_written_is_refused_in_words(tmp_path, capsys):

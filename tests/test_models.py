@@ -25,6 +25,11 @@ AWQ = {
     f"{Q}.qzeros": np.zeros((2, 32 * 4 // 32), np.int32),
     f"{Q}.scales": np.ones((2, 32), np.float16),
 }
+PLANAR = {  # 5 bits, gptq_p
+    **GPTQ,
+    f"{Q}.qweight": np.zeros((64 * 5 // 32, 32), np.int32),
+    f"{Q}.qzeros": np.zeros((2, 32 * 5 // 32), np.int32),
+}
 PLAIN = {f"{Q}.weight": np.zeros((32, 64), np.float16)}
 EXL2 = {f"{Q}.q_weight": np.zeros((8, 32), np.int32), f"{Q}.q_invperm": np.zeros(64, np.int32)}
 EXL3 = {f"{Q}.trellis": np.zeros((4, 2, 64), np.int16), f"{Q}.svh": np.zeros(32, np.float16)}
@@ -79,8 +84,8 @@ def quantised(values: dict[str, Any]) -> dict[str, Any]:
             ({"something": 1}, "quantised by an unknown method"),
         )),
         (PLAIN, {"config": {**CONFIG, "quantization": {"group_size": 64, "bits": 4}}}, "plain", "MLX 4-bit"),
-        (PLAIN, {"config": quantised({"quant_method": "gptq", "bits": 5, "group_size": 32})}, "gptq_p", "GPTQ 5-bit (gptq_p)"),
-        (PLAIN, {"quantize_config": {**SETTINGS, "bits": 6}}, "gptq_p", "GPTQ 6-bit (gptq_p)"),
+        (PLANAR, {"config": quantised({**SETTINGS, "bits": 5})}, "gptq_p", "GPTQ 5-bit, group 32 (gptq_p)"),
+        (PLANAR, {"quantize_config": {**SETTINGS, "bits": 5}}, "gptq_p", "GPTQ 5-bit, group 32 (gptq_p)"),
         (GPTQ, {"config": quantised({**SETTINGS, "format": "gptq_p"})}, "gptq", "GPTQ 4-bit, group 32"),
         (PLAIN, {"config": None, "adapter_config": {"r": 8}}, "lora", "LoRA"),
     ],

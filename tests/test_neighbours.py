@@ -147,12 +147,72 @@ def test_tensors_that_do_not_fit_are_incomplete(tmp_path):
     assert model.kind == "incomplete" and "do not fit" in model.problem
 
 
-@pytest.mark.parametrize(("bits", "mixed"), [(2, False), (4, True), (8, False)])
-def test_planar_words_of_these_widths_are_those_of_v2(bits, mixed, tmp_path):
+PLANES = {3: [2, 1], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1]}
+
+
+def planar_words(values, bits):
+    """Whole numbers [rows, cols] -> int32 [rows*bits/32, cols] of the format gptq_p: of 32 numbers, plane after plane."""
+    out = []
+    for at in range(0, len(values), 32):
+        low = 0
+        for width in PLANES.get(bits, [bits]):
+            part = (values[at : at + 32] >> low) & (2**width - 1)
+            out.append(words(part.T, width).T)
+            low += width
+    return torch.cat(out).contiguous()
+
+
+def write_planar(folder, bits, group=16, sym=True, act_order=False, other=None):
+    """A tiny model in the format gptq_p, and its dense twin. `other`: bits of its up_proj layers."""
+    twin = tiny.write(folder, bits=8, group_size=group, form="gptq_v2", act_order=act_order)
+    state, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
+    for name in [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]:
+        width = other if other and "up_proj" in name else bits
+        scales, g_idx = state[f"{name}.scales"].float(), state[f"{name}.g_idx"].long()
+        q = torch.randint(0, 2**width, (len(g_idx), scales.shape[1]), generator=generator)
+        zeros = torch.full(scales.shape, 2 ** (width - 1))
+        if not sym:
+            zeros = torch.randint(0, 2**width, scales.shape, generator=generator)
+        state[f"{name}.scales"] = (scales * 2 ** (8 - width)).half()
+        state[f"{name}.qweight"] = planar_words(q.numpy(), width)
+        state[f"{name}.qzeros"] = planar_words(zeros.T.numpy(), width).T.contiguous()
+        dense = state[f"{name}.scales"].float()[g_idx] * (q - zeros[g_idx])
+        twin.get_submodule(name).weight.data = dense.T.contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "quantize_config.json"
+    settings = {**json.loads(path.read_text()), "bits": bits, "checkpoint_format": "gptq_p", "sym": sym}
+    path.write_text(json.dumps(settings | ({"dynamic": {"+:.*up_proj.*": {"bits": other}}} if other else {})))
+    return twin
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_planar_words_of_these_widths_are_those_of_v2(bits, tmp_path):
     twin = tiny.write(tmp_path / "model", bits=bits, group_size=16, form="gptq_v2", sym=False)
     path = tmp_path / "model" / "quantize_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "checkpoint_format": "gptq_p"}))
     assert difference(tmp_path / "model", twin) < 1e-5
-    if mixed:  # one layer of another width, which exists in the planar order alone
-        path.write_text(json.dumps({**json.loads(path.read_text()), "dynamic": {"+:.*up_proj.*": {"bits": 5}}}))
-        assert LocalModel.read(tmp_path / "model").kind == "gptq_p"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "sym", "act_order", "other", "badge"),
+    [
+        (3, 16, True, False, None, "GPTQ 3-bit, group 16 (gptq_p)"),
+        (5, 32, True, True, None, "GPTQ 5-bit, group 32, act-order (gptq_p)"),
+        (6, -1, False, False, None, "GPTQ 6-bit, no group, asymmetric (gptq_p)"),
+        (7, 16, False, True, None, "GPTQ 7-bit, group 16, act-order, asymmetric (gptq_p)"),
+        (4, 16, True, False, 5, "GPTQ 4- and 5-bit, group 16 (gptq_p)"),
+    ],
+)
+def test_planar_words(bits, group, sym, act_order, other, badge, tmp_path):
+    twin = write_planar(tmp_path / "model", bits, group, sym, act_order, other)
+    assert LocalModel.read(tmp_path / "model").badge == badge
+    assert difference(tmp_path / "model", twin) < 1e-5
+
+
+def test_planar_tensors_that_do_not_fit_are_incomplete(tmp_path):
+    write_planar(tmp_path / "model", 5)
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(key for key in state if key.endswith(".qweight"))
+    state[name] = state[name][:-1].contiguous()
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert LocalModel.read(tmp_path / "model").kind == "incomplete"

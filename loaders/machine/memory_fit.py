@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ...core import folder_files
 from ...core.errors import BadFile, NotEnoughMemory
 from ...core.models import LocalModel
+from ...core.neighbour_layouts import PLANAR, width_in_memory
 from ...core.units import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; an option sets more
@@ -72,7 +73,10 @@ def wanted_context(model: LocalModel, requested_tokens: int = 0, trained_tokens:
 
 
 def weights_bytes(model: LocalModel, wide: bool = False) -> int:
-    """In memory: packed weights as they are in the file, those of a 16-bit model in the number format of the computing."""
+    """In memory: packed weights as in the file (gptq_p: see width_in_memory), others in the number format of the computing."""
+    if model.kind == PLANAR and model.quantize is not None:
+        widths = model.quantize.mixed_bits or (model.quantize.bits,)
+        return int(model.size_bytes * max(width_in_memory(each) / each for each in widths))
     return model.size_bytes * (2 if wide and model.kind == "plain" else 1)
 
 
