@@ -201,7 +201,7 @@ def _damaged(path: Path, error: Exception) -> dict[str, Key]:
 
 
 def _entries(path: Path) -> list[Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))["keys"]
+    found = json.loads(path.read_text(encoding="utf-8-sig"))["keys"]
     if not isinstance(found, list):
         raise ValueError("it contains no list of keys")
     return found

@@ -93,7 +93,7 @@ def evaluate_stored(model: LocalModel, folder: Path, say: Callable[[str], None])
     from ..gptq import quality
 
     try:
-        facts = json.loads((folder / _STORED).read_text(encoding="utf-8"))
+        facts = json.loads((folder / _STORED).read_text(encoding="utf-8-sig"))
         windows = [[int(id) for id in each] for each in facts["windows"]]
         other, against, name = float(facts["perplexity"]), str(facts["name"]), str(facts.get("text", "a text"))
         missing = [at for at in range(len(windows)) if not (folder / f"{at:05}.pt").is_file()]

@@ -77,7 +77,7 @@ def figures(model: LocalModel) -> Figures:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         path = _path(model)
         if path.is_file() and path.stat().st_size <= _MOST_BYTES:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(values, dict) or values.get("commit") != commit_of(model):
         return Figures()
     return Figures(**{name: _figure(values.get(name)) for name in ("perplexity", "kl", "same_top")})

@@ -204,7 +204,7 @@ def _read(path: Path) -> _Page:
     """An empty one where there is none that can be read."""
     values: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(values, dict) or not isinstance(values.get("text"), str):
         return _Page()
     kept = {name: [each for each in values.get(name, ()) if isinstance(each, str)] for name in ("undo", "redo")}

@@ -78,7 +78,7 @@ class VoteBook:
     def _read(self, owner: str) -> list[dict[str, Any]]:
         values: Any = None
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            values = json.loads(self._path(owner).read_text(encoding="utf-8"))
+            values = json.loads(self._path(owner).read_text(encoding="utf-8-sig"))
         return [each for each in values if _is_vote(each)] if isinstance(values, list) else []
 
     def _write(self, owner: str, votes: list[dict[str, Any]]) -> None:

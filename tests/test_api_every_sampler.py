@@ -9,7 +9,6 @@ from gptq_webui.core.params import GenerationParams, names_in
 
 pytestmark = pytest.mark.demo
 
-ASK = "<|im_start|>user\nSay only: yes<|im_end|>\n<|im_start|>assistant\n"
 STORY = "Once upon a time there was a"
 LOOP = "red blue green red blue green red blue green red blue"
 TOKENS = 10  # of an answer
@@ -27,7 +26,7 @@ CASES = {  # parameter: (what is sent with and without it, what is sent with it)
     "repetition_range": (LIKELY | {"repetition_penalty": 1.6}, {"repetition_range": 1}),
     "presence_penalty": (LIKELY, {"presence_penalty": 2.0}),
     "frequency_penalty": (LIKELY, {"frequency_penalty": 2.0}),
-    "min_tokens": (LIKELY, {"min_tokens": 40}),
+    "min_tokens": (LIKELY, {"min_tokens": 5}),
     "ignore_eos": (LIKELY, {"ignore_eos": True}),
     "bad_words": (LIKELY, {"bad_words": WORDS}),
     "banned_strings": (LIKELY, {"banned_strings": WORDS}),
@@ -47,7 +46,7 @@ CASES = {  # parameter: (what is sent with and without it, what is sent with it)
     "mirostat_eta": (VARIED | {"mirostat": 2, "mirostat_tau": 1.0, "mirostat_eta": 0.0}, {"mirostat_eta": 1.0}),
 }
 BY_ID = ("stop_token_ids", "custom_token_bans")  # an id of the answer without them
-ENDS = ("min_tokens", "ignore_eos")  # where the answer ends by itself
+ENDS = {"min_tokens": 2, "ignore_eos": 2}  # <|im_end|>, made so likely that the answer ends at once
 MISSING = {("kobold", "frequency_penalty")}  # a name that the protocol does not have
 LOOPED = ("repetition_penalty", "repetition_range", "presence_penalty", "frequency_penalty", "dry")
 OF_LLAMA = {"repetition_penalty": "repeat_penalty", "repetition_range": "repeat_last_n"}
@@ -117,8 +116,8 @@ def test_no_parameter_is_missing_here():
 def test_each_changes_what_is_written(server):
     silent = []
     for name, (base, more) in CASES.items():
-        prompt = ASK if name in ENDS else LOOP if name.startswith(LOOPED) else STORY
-        room = {"max_tokens": 40} if name in ENDS else {}
+        prompt = LOOP if name.startswith(LOOPED) else STORY
+        room = {"logit_bias": {str(ENDS[name]): 100}} if name in ENDS else {}
         short, long = (said(server, "openai_text", prompt, values | room) for values in (base, base | more))
         if short == long:
             silent.append(name)
