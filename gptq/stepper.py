@@ -110,6 +110,16 @@ class Stepper(ABC):
         """Put one id through -> logits [1, V]. They may be overwritten by the next call."""
         return self.prefill(memory, [id])
 
+    def last_logits(self, memory: Memory, ids: Sequence[int], count: int) -> Tensor:
+        """Put ids through -> logits of the last `count` of them [count, V]. The next call may overwrite them."""
+        if count == 1:
+            return self.step(memory, ids[0]) if len(ids) == 1 else self.prefill(memory, ids)
+        start = len(ids) - count
+        if start:
+            self.prefill(memory, ids[:start])
+        pieces = range(start, len(ids), self.chunk_tokens)
+        return torch.cat([self.all_logits(memory, ids[at : at + self.chunk_tokens]) for at in pieces])
+
     def answer(
         self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES
     ) -> Generator[Step, None, None]:
@@ -160,6 +170,10 @@ class Stepper(ABC):
 
     def while_sampling(self) -> AbstractContextManager[None]:
         """Entered while tokens are sampled by torch."""
+        return nullcontext()
+
+    def while_reading(self) -> AbstractContextManager[None]:
+        """Entered while torch computes much, though tokens are being sampled."""
         return nullcontext()
 
     def take_over(self, hf: Any, prefix: Any) -> None:  # noqa: B027

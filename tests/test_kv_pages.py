@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper, ForwardPatch
+from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper
 from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
 from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
 from gptq_webui.gptq.cuda.running_answers import Answers
 from gptq_webui.gptq.generation import generate
+from gptq_webui.gptq.patched_forward import ForwardPatch
 from gptq_webui.gptq.prefix_cache import PrefixCache
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_earlier_conversations_are_released_before_that():
 def test_a_prompt_of_transformers_generate_is_read_in_smaller_pieces_too():
     stepper = stepper_of(step := Step(room=4096, at_once=600))
     patch = ForwardPatch(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper._answers.prefix)
-    assert patch._read(list(range(1000)), None, 1).shape == (1, 1, 8) and step.read == [512, 488]
+    assert patch._logits([], list(range(1000)), 1).shape == (1, 1, 8) and step.read == [512, 488]
 
 
 def test_where_nothing_is_left_to_release_the_error_is_raised_and_nothing_is_lost():

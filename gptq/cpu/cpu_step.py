@@ -13,6 +13,8 @@ from ...core.errors import BadParameter
 from ..families.parts import OPTIONS, ModelParts, Norm
 from ..gptq_linear import GPTQLinear
 from ..lora import Part
+from ..patched_forward import ForwardPatch
+from ..prefix_cache import PrefixCache
 from ..rope_length import RopeLength, border_of
 from ..running import Running
 from ..stepper import Memory, Stepper
@@ -56,6 +58,7 @@ class CpuStepper(Stepper):
         self.parallel = min(parallel, MOST_ANSWERS)
         self._batch = Batch(self.rows_logits, context_tokens, self.embedding_rows)
         self._sampling, self._torch_threads = 0, 0
+        self._patch: ForwardPatch | None = None
         self.team = Team(threads)
         self._context_tokens = context_tokens
         self._parts_angles = parts.angles
@@ -270,6 +273,13 @@ class CpuStepper(Stepper):
         self._compute(pieces, rows)
         return torch.from_numpy(self._logits[:rows, : self._head_size])
 
+    def last_logits(self, memory: Memory, ids: Sequence[int], count: int) -> Tensor:
+        if self._rope.kind or not 1 < count <= MOST_ROWS:
+            return super().last_logits(memory, ids, count)
+        if len(ids) > count:
+            self.prefill(memory, ids[:-count])
+        return self.rows_logits([(memory, ids[-count:])])
+
     def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         logits: Tensor = self._head(self.hidden(memory, ids).to(self._head_dtype)).float() * self._options.logits_scale
         cap = self._options.logits_cap
@@ -320,6 +330,18 @@ class CpuStepper(Stepper):
             self._sampling -= 1
             if not self._sampling:
                 torch.set_num_threads(self._torch_threads)
+
+    @contextmanager
+    def while_reading(self) -> Iterator[None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._torch_threads if self._sampling else threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def take_over(self, hf: Any, prefix: PrefixCache) -> None:
+        self._patch = ForwardPatch(hf, self, prefix, self._context_tokens)
 
     def _arguments_for(self, rows: int) -> Arguments:
         if rows == 1:
@@ -387,6 +409,9 @@ class CpuStepper(Stepper):
         return x
 
     def close(self) -> None:
+        if self._patch is not None:
+            self._patch.release()
+            self._patch = None
         self.team.close()
 
 

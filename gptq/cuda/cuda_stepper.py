@@ -1,6 +1,5 @@
-"""The GPU's step as a Stepper, and in the place of a transformers model's forward."""
+"""The GPU's step as a Stepper."""
 
-import inspect
 import logging
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
@@ -11,11 +10,11 @@ from torch import Tensor
 from ...core.chat import Step
 from ...core.params import GenerationParams
 from ..families.parts import ModelParts
+from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..stepper import Memory, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
-from ..transformers_stepper import cache_name
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .running_answers import Answers
@@ -122,85 +121,3 @@ class CudaStepper(Stepper):
             self._patch = None
         self._answers.close()
         self._step.close()
-
-
-class ForwardPatch:
-    """The step in the place of a transformers model's forward: `generate`, processors and logits work as before.
-
-    The cache object that generate passes on identifies the conversation. What was read for an earlier conversation is used
-    for a later one that begins alike.
-    """
-
-    def __init__(self, hf: Any, stepper: CudaStepper, prefix: PrefixCache) -> None:
-        self._stepper = stepper
-        self._prefix = prefix
-        self._ids: list[int] = []
-        self._memory: PagedMemory | None = None
-        self._cache: Any = None
-        self._name = cache_name()
-        original = hf.forward
-
-        def forward(
-            input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
-            inputs_embeds: Any = None, labels: Any = None, use_cache: Any = None, logits_to_keep: Any = 0, cache: Any = None,
-            **_: Any,
-        ) -> Any:  # fmt: skip
-            own = past_key_values if past_key_values is not None else cache  # its name since transformers 5.24
-            return self._forward(input_ids, attention_mask, own, inputs_embeds, labels, logits_to_keep)
-
-        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        hf.forward = forward
-        self._hf = hf
-
-    def release(self) -> None:
-        """Release everything; the model cannot compute any more."""
-        self._memory = self._cache = None
-        if self._hf is not None:
-            vars(self._hf).pop("forward", None)
-            self._hf = None
-
-    def _forward(self, ids: Any, mask: Any, cache: Any, embeds: Any, labels: Any, keep: Any) -> Any:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        if ids is None or embeds is not None or labels is not None:
-            raise ValueError("This model computes from input_ids only, without inputs_embeds and labels: it cannot be trained.")
-        if ids.shape[0] != 1:
-            raise ValueError(f"This model computes one row at a time; {ids.shape[0]} were given.")
-        row = ids[0].tolist()
-        if mask is not None and mask.dim() == 2 and not bool(mask[0, -len(row) :].all()):
-            raise ValueError("This model computes one row without padding.")
-        with torch.inference_mode():
-            logits = self._read(row, cache, keep)
-        return CausalLMOutputWithPast(logits=logits.clone(), **{self._name: cache})
-
-    def _read(self, row: list[int], cache: Any, keep: Any) -> Tensor:
-        """New ids of the conversation of `cache` -> logits [1, n, V] of those that are wanted."""
-        stepper = self._stepper
-        continued = cache is not None and cache is self._cache and self._memory is not None and self._memory.length > 0
-        if not continued:
-            if self._memory is not None and self._memory.length:
-                self._prefix.keep(self._ids[: self._memory.length], self._memory)
-            wanted = keep if isinstance(keep, int) else None
-            memory = None
-            if wanted == 1:  # logits of all positions need all positions computed
-                memory, _cached = self._prefix.take(row)
-            self._memory = memory if isinstance(memory, PagedMemory) else stepper.begin()
-            self._ids, self._cache = [], cache
-            if cache is not None:
-                own = self._memory
-                cache.get_seq_length = lambda *_: own.length  # generate reads from it which ids are new
-        memory = self._memory
-        assert memory is not None
-        before = len(self._ids)
-        self._ids += row
-        new = row[memory.length - before :]
-        if len(new) == 1:
-            logits = stepper.step(memory, new[0])
-            return logits[None, :]
-        if isinstance(keep, int) and keep == 1:
-            return stepper.prefill(memory, new)[None]
-        pieces = (new[start : start + stepper.chunk_tokens] for start in range(0, len(new), stepper.chunk_tokens))
-        logits = torch.cat([stepper.logits_of(stepper.read(memory, each)) for each in pieces])
-        if isinstance(keep, int):
-            return logits[None, -keep:] if keep else logits[None]
-        return logits[None, keep]

@@ -6,6 +6,7 @@ our own answers, and closing the model waits for them. They compute in the same 
 alone: it begins when no answer is under way, and none begins while it runs.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,6 +72,7 @@ class QueuedCalls:
                 raise RuntimeError("The model was unloaded before this call began.")
             return result[0]
 
+        call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined] # generate looks which arguments it takes
         return call
 
 
