@@ -30,7 +30,7 @@ script.register()
 from breadth_shapes import SHAPES, config_of  # noqa: E402
 from random_models import random_layer  # noqa: E402
 
-from gptq_webui.gptq.experts import PackedExperts, is_dense_experts  # noqa: E402
+from gptq_webui.gptq.experts import PackedExperts, expert_bias, is_dense_experts  # noqa: E402
 from gptq_webui.gptq.gptq_linear import GPTQLinear  # noqa: E402
 from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
 
@@ -39,14 +39,15 @@ CONTEXT = 512
 
 def build(name: str, layers: int, tiny: bool, device: str, group: int) -> Any:
     """The model with random weights, all linear layers of its blocks packed."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     config = config_of(name, layers, tiny)
     dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
-    caps = getattr(config, "attn_logit_softcapping", None) is not None
+    caps = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
     with torch.device(device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager" if caps else "sdpa")
+        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=dtype, attn_implementation="eager" if caps else "sdpa")
     model.tie_weights()
     model.eval().requires_grad_(False)
     pack(model, device, group)
@@ -90,7 +91,10 @@ def pack(model: nn.Module, device: str, group: int) -> None:
         if is_dense_experts(module):
             weight: Any = module.gate_up_proj
             _count, twice, hidden = weight.shape
+            if getattr(module, "is_transposed", False) or twice == module.down_proj.shape[-1]:
+                twice, hidden = hidden, twice
             packed = PackedExperts(module)
+            biased = expert_bias(module)
             setattr(parent, child, packed)
             del module.gate_up_proj, module.down_proj, weight
             for at in range(packed.num_experts):
@@ -100,7 +104,7 @@ def pack(model: nn.Module, device: str, group: int) -> None:
                     ("up_proj", hidden, twice // 2),
                     ("down_proj", twice // 2, hidden),
                 ):
-                    own.add_module(role, random_layer(k, n, 4, group, sym=True, rows=None, device=device))
+                    own.add_module(role, random_layer(k, n, 4, group, sym=True, rows=None, bias=biased, device=device))
         elif isinstance(module, nn.Linear) and module is not head and min(module.weight.shape) >= 32 and "router" not in name:
             if name.endswith(("mlp.gate", "shared_expert_gate")) or module.out_features % 8 or module.in_features % 32:
                 continue
@@ -123,7 +127,9 @@ def bytes_read(model: Any) -> int:
             size = sum(_size(layer) for layer in each.modules() if isinstance(layer, GPTQLinear))
             total += size * chosen / each.num_experts
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "visual" in name:
+            continue
         if isinstance(module, GPTQLinear):
             total += _size(module) if id(module) not in of_experts else 0
         else:
@@ -170,7 +176,7 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     device = given.device
     torch.manual_seed(0)
     began = time.perf_counter()
-    model = build(name, given.layers, given.tiny, device, 32 if given.tiny else 128)
+    model = build(name, given.layers, given.tiny, device, 32 if given.tiny else SHAPES[name].get("group", 128))
     size = bytes_read(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(3)
@@ -184,6 +190,8 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     built = time.perf_counter() - began
     began = time.perf_counter()
     stepper, note = stepper_for(model, 4096)
+    if hasattr(model.config, "vision_config"):
+        note = f"text of a model that sees pictures. {note}"
     sync(device)
     prepared = time.perf_counter() - began
 
@@ -227,10 +235,11 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     if given.profile and device == "cuda":
         profile(lambda: stepper.step(memory, 5), given.profile)
     share = (size + keys) / bandwidth / step if bandwidth else 0.0
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     error = f" error {errors[0]:.1e}/{max(errors[1:]):.1e}" if errors else ""
     line = (
         f"{name:18} step {step * 1e6:7.0f} us  {rate:6.0f} tokens/s  {(size + keys) / 1e9:5.2f} GB  {share:5.1%} of the limit  "
-        f"prompt {min(prompts) * 1e3:6.1f} ms{error}  {model.config.num_hidden_layers} layers, built {built:.0f} s, "
+        f"prompt {min(prompts) * 1e3:6.1f} ms{error}  {layers} layers, built {built:.0f} s, "
         f"prepared {prepared:.0f} s  {stepper.kernel}: {note}"
     )
     stepper.close()

@@ -40,6 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
                          "n_shared_experts": 2, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128,
                          "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1, "topk_method": "greedy",
                          "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    "gpt-oss-20b": {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
+                    "num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 24, "vocab_size": 201088,
+                    "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "dtype": "bfloat16", "group": 64},
+    "qwen2.5-vl-7b": {"model_type": "qwen2_5_vl", "text_config": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "num_hidden_layers": 28, "vocab_size": 152064, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}},
     "qwen3-next": {"model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512,
                    "shared_expert_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
                    "num_hidden_layers": 8, "vocab_size": 151936, "num_experts": 512, "num_experts_per_tok": 10,
@@ -65,5 +71,14 @@ def config_of(name: str, layers: int, tiny: bool) -> Any:
             facts["num_hidden_layers"] = 4
     elif layers:
         facts["num_hidden_layers"] = min(layers, facts["num_hidden_layers"])
-    facts.pop("dtype", None)
+    for ours in ("dtype", "group"):
+        facts.pop(ours, None)
+    if "text_config" in facts:  # of a model that sees pictures: its text is computed
+        text = facts["text_config"] = {**facts["text_config"], "max_position_embeddings": 8192}
+        if tiny:
+            text |= {key: value for key, value in _NARROW.items() if key in text} | {"rope_scaling": {
+                "type": "mrope", "mrope_section": [4, 6, 6]}}  # fmt: skip
+        elif layers:
+            text["num_hidden_layers"] = min(layers, text["num_hidden_layers"])
+        return AutoConfig.for_model(facts.pop("model_type"), **facts, vision_config={"depth": 1})
     return AutoConfig.for_model(facts.pop("model_type"), **facts, max_position_embeddings=8192)

@@ -223,6 +223,16 @@ def test_transformers_generate_runs_on_the_step(llama):
     for _ in range(2):
         theirs = model.hf.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert theirs[0, 30:].tolist() == ours
+    guessed = model.hf.generate(
+        ids,
+        max_new_tokens=24,
+        do_sample=False,
+        prompt_lookup_num_tokens=3,
+        max_matching_ngram_size=1,
+        eos_token_id=[1],
+        pad_token_id=0,
+    )
+    assert guessed[0, 30:].tolist() == ours[: guessed.shape[1] - 30]
     sampled = model.hf.generate(
         ids, max_new_tokens=24, do_sample=True, top_k=5, repetition_penalty=1.2, eos_token_id=None, pad_token_id=0
     )

@@ -72,8 +72,14 @@ class QueuedCalls:
                 raise RuntimeError("The model was unloaded before this call began.")
             return result[0]
 
-        call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined] # generate looks which arguments it takes
-        return call
+        if "logits_to_keep" not in inspect.signature(function).parameters:
+            return call
+
+        def some(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+            """`generate` looks whether a forward takes this argument: else a prompt's logits are computed for each of its tokens."""
+            return call(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+        return some
 
 
 def _with_stop(criteria: Any, cancel: threading.Event) -> Any:
