@@ -94,7 +94,6 @@ def pack(model: nn.Module, device: str, group: int) -> None:
             if getattr(module, "is_transposed", False) or twice == module.down_proj.shape[-1]:
                 twice, hidden = hidden, twice
             packed = PackedExperts(module)
-            biased = expert_bias(module)
             setattr(parent, child, packed)
             del module.gate_up_proj, module.down_proj, weight
             for at in range(packed.num_experts):
@@ -104,12 +103,13 @@ def pack(model: nn.Module, device: str, group: int) -> None:
                     ("up_proj", hidden, twice // 2),
                     ("down_proj", twice // 2, hidden),
                 ):
-                    own.add_module(role, random_layer(k, n, 4, group, sym=True, rows=None, bias=biased, device=device))
+                    own.add_module(
+                        role, random_layer(k, n, 4, group, sym=True, rows=None, bias=expert_bias(module), device=device)
+                    )
         elif isinstance(module, nn.Linear) and module is not head and min(module.weight.shape) >= 32 and "router" not in name:
             if name.endswith(("mlp.gate", "shared_expert_gate")) or module.out_features % 8 or module.in_features % 32:
                 continue
-            k, n = module.in_features, module.out_features
-            bias = module.bias is not None
+            k, n, bias = module.in_features, module.out_features, module.bias is not None
             setattr(parent, child, random_layer(k, n, 4, group, sym=True, rows=None, bias=bias, device=device))
             del module.weight, module.bias
     gc.collect()
@@ -127,9 +127,7 @@ def bytes_read(model: Any) -> int:
             size = sum(_size(layer) for layer in each.modules() if isinstance(layer, GPTQLinear))
             total += size * chosen / each.num_experts
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for name, module in model.named_modules():
-        if "visual" in name:
-            continue
+    for module in (each for name, each in model.named_modules() if "visual" not in name):
         if isinstance(module, GPTQLinear):
             total += _size(module) if id(module) not in of_experts else 0
         else:
@@ -177,7 +175,7 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     torch.manual_seed(0)
     began = time.perf_counter()
     model = build(name, given.layers, given.tiny, device, 32 if given.tiny else SHAPES[name].get("group", 128))
-    size = bytes_read(model)
+    size, layers = bytes_read(model), model.config.get_text_config(decoder=True).num_hidden_layers
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, vocabulary, (CONTEXT + 40,), generator=generator).tolist()
@@ -190,12 +188,9 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
     built = time.perf_counter() - began
     began = time.perf_counter()
     stepper, note = stepper_for(model, 4096)
-    if hasattr(model.config, "vision_config"):
-        note = f"text of a model that sees pictures. {note}"
     sync(device)
     prepared = time.perf_counter() - began
 
-    memory = stepper.begin()
     prompts = []
     for _ in range(3):
         memory = stepper.begin()
@@ -227,15 +222,13 @@ def measure(name: str, given: argparse.Namespace, bandwidth: float) -> str:
         sync(device)
         times.append((time.perf_counter() - began) / (steps // 4))
     step = sorted(times)[2]
-    id = int(stepper.step(memory, ids[0])[0].argmax())
-    began = time.perf_counter()
+    id, began = int(stepper.step(memory, ids[0])[0].argmax()), time.perf_counter()
     for _ in range(steps):
         id = int(stepper.step(memory, id)[0].argmax())
     rate = steps / (time.perf_counter() - began)
     if given.profile and device == "cuda":
         profile(lambda: stepper.step(memory, 5), given.profile)
     share = (size + keys) / bandwidth / step if bandwidth else 0.0
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     error = f" error {errors[0]:.1e}/{max(errors[1:]):.1e}" if errors else ""
     line = (
         f"{name:18} step {step * 1e6:7.0f} us  {rate:6.0f} tokens/s  {(size + keys) / 1e9:5.2f} GB  {share:5.1%} of the limit  "

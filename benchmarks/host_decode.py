@@ -45,7 +45,7 @@ def main() -> None:
     made = bridge.patch()
     shared.model, shared.tokenizer = models.load_model(model.name)
     shared.model_name = model.name
-    loaded = made.engine.loaded
+    loaded = made.engine.ready()
     print(f"kernel {loaded.kernel}; notes: {' '.join(loaded.notes) or 'none'}")
     ids = shared.tokenizer.encode(PROMPT)
 

@@ -9,7 +9,7 @@ import transformers
 pytest.importorskip("numba")
 
 from test_families import off, packed
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper_choice import stepper_for
@@ -168,79 +168,6 @@ def test_logits_of_a_long_text(model):
     assert off(model.logits(ids, logits_to_keep=40).logits[0], model.expected(ids)[0, -40:]) < EXACT
 
 
-def test_a_cache_is_returned_continued_cut_copied_and_emptied(model):
-    model.own_calls = 0
-    first = model.logits(PROMPT)
-    cache = getattr(first, CACHE)
-    assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 13
-    copied = copy.deepcopy(cache)
-    whole = torch.cat([PROMPT, OTHER], 1)
-    assert off(model.logits(OTHER, cache).logits[0], model.expected(whole)[0, 13:]) < EXACT
-    assert cache.get_seq_length() == 18 and copied.get_seq_length() == 13
-    short = torch.cat([PROMPT, OTHER[:, :1], OTHER[:, 3:]], 1)
-    cache.crop(-4)
-    assert cache.get_seq_length() == 14
-    assert off(model.logits(OTHER[:, 3:], cache).logits[0], model.expected(short)[0, 14:]) < EXACT
-    other = torch.cat([PROMPT, PROMPT[:, 5:9]], 1)
-    assert off(model.logits(PROMPT[:, 5:9], copied).logits[0], model.expected(other)[0, 13:]) < EXACT
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert off(model.logits(OTHER, cache).logits[0], model.expected(OTHER)[0]) < EXACT
-    assert model.own_calls == 0
-
-
-def test_two_conversations_in_turns(model):
-    caches = [DynamicCache(), DynamicCache()]
-    texts = [PROMPT, OTHER]
-    for _ in range(4):
-        for at, cache in enumerate(caches):
-            new = texts[at][:, cache.get_seq_length() :]
-            logits = model.logits(new, cache).logits[0, -1:]
-            assert off(logits, model.expected(texts[at])[0, -1:]) < EXACT
-            texts[at] = torch.cat([texts[at], logits.argmax(-1)[None]], 1)
-
-
-def test_a_conversation_that_the_step_began_is_continued_by_the_models_own_forward_and_stays_there(model):
-    cache = DynamicCache()
-    model.logits(PROMPT, cache)
-    with torch.no_grad():
-        found = model.hf(input_ids=OTHER, output_hidden_states=True, **{CACHE: cache})
-    whole = torch.cat([PROMPT, OTHER], 1)
-    assert len(found.hidden_states) == 1 + model.hf.config.num_hidden_layers
-    assert off(found.logits[0], model.expected(whole)[0, 13:]) < EXACT
-    assert type(cache) is DynamicCache and cache.get_seq_length() == 18
-    model.own_calls = 0
-    longer = torch.cat([whole, OTHER], 1)
-    assert off(model.logits(OTHER, cache).logits[0], model.expected(longer)[0, 18:]) < EXACT
-    assert model.own_calls == 1
-
-
-def test_whoever_reads_the_keys_of_a_cache_finds_them(model):
-    cache, wanted = DynamicCache(), DynamicCache()
-    model.logits(PROMPT, cache)
-    with torch.no_grad():
-        model.twin(input_ids=PROMPT, **{CACHE: wanted})
-    assert len(cache.layers) == model.hf.config.num_hidden_layers
-    for found, expected in zip(cache.layers, wanted.layers, strict=True):
-        assert off(found.keys.flatten(2)[0], expected.keys.flatten(2)[0]) < EXACT
-    cache = DynamicCache()
-    model.logits(PROMPT, cache)
-    cache.batch_repeat_interleave(2)
-    assert cache.layers[0].keys.shape[0] == 2
-
-
-def test_generate_continues_a_cache_that_a_program_kept(model):
-    cache = DynamicCache()
-    first = generate(model.hf, PROMPT, 6, **{CACHE: cache})
-    more = torch.cat([first, OTHER], 1)
-    expected = generate(model.twin, more, 10).tolist()
-    copied = copy.deepcopy(cache)
-    model.own_calls = 0
-    assert generate(model.hf, more, 10, **{CACHE: cache}).tolist() == expected
-    assert generate(model.hf, more, 10, **{CACHE: copied}).tolist() == expected
-    assert model.own_calls == 0
-
-
 def test_a_text_beyond_the_context_that_the_step_is_made_for():
     model = Model(context_tokens=32)
     model.same(count=60, own_calls=None)
@@ -299,13 +226,6 @@ def test_between_tokens_torch_computes_with_one_thread_and_later_as_before(model
         torch.set_num_threads(before)
 
 
-def test_our_own_answers_use_what_generate_has_read(model):
-    model.prefix.clear()
-    found = generate(model.hf, PROMPT, 5)
-    memory, held = model.prefix.take(found[0].tolist())
-    assert held == 17 and memory.length == 17
-
-
 @pytest.mark.parametrize(("kind", "changes"), [
     ("gemma3_text", {}), ("gpt2", {}), ("bloom", {}), ("mistral", {"sliding_window": 8}), ("qwen3_moe", {}), ("cohere2", {}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}), ("phi3", {}), ("opt", {}),
@@ -317,9 +237,3 @@ def test_every_kind_of_model_is_generated_by_the_step(kind, changes):
     if transformers.__version__ >= "5" or kind == "gpt2":  # before, a sliding window's cache could not be cut
         model.same(own_calls=0, prompt_lookup_num_tokens=4)
     model.stepper.close()
-
-
-def test_a_static_cache_is_left_to_the_models_own_forward(model):
-    cache = StaticCache(config=model.hf.config, max_cache_len=64)
-    assert off(model.logits(PROMPT, cache).logits[0], model.expected(PROMPT)[0]) < EXACT
-    assert type(cache) is StaticCache

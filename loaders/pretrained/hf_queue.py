@@ -76,7 +76,7 @@ class QueuedCalls:
             return call
 
         def some(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
-            """`generate` looks whether a forward takes this argument: else a prompt's logits are computed for each of its tokens."""
+            """`generate` looks whether a forward takes this argument; without it, every token of a prompt gets logits."""
             return call(*args, logits_to_keep=logits_to_keep, **kwargs)
 
         return some
