@@ -20,6 +20,7 @@ from .perplexity_arguments import add_to as add_perplexity
 from .publish_arguments import add_export, add_upload
 from .quantize_arguments import add_to as add_quantize
 from .safe_terminal import safe_streams
+from .train_arguments import add_to as add_train
 
 _QUIET = {  # a line of these logs would break bars or a chat
     **dict.fromkeys(("download", "verify", "repair", "update"), "gptq_webui.hub"),
@@ -163,7 +164,12 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     quantize = commands.add_parser("quantize", help="make GPTQ folders of a 16-bit model")
     add_quantize(quantize)
     add_models(quantize)
-    quantize.set_defaults(run=_quantize)
+    quantize.set_defaults(run=_later("quantize_command", "quantize"))
+
+    train = commands.add_parser("train", help="train a LoRA adapter on a GPTQ model with your conversations")
+    add_train(train)
+    add_models(train)
+    train.set_defaults(run=_later("train_command", "train"))
 
     evaluate = commands.add_parser("evaluate", help="perplexity of a model, and how near it is to another")
     evaluate.add_argument("model", metavar="MODEL", help="its name or folder")
@@ -174,7 +180,7 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of text, at most (default: 4096)")
     add_json(evaluate)
     add_models(evaluate)
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_later("evaluate_command", "evaluate"))
 
     export = commands.add_parser("export", help="write a model anew: in 16 bits, with an adapter merged, or as plain GPTQ")
     add_export(export)
@@ -257,21 +263,9 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(options)
 
 
-def _quantize(options: argparse.Namespace) -> int:
-    from .quantize_command import quantize
-
-    return quantize(options)
-
-
 def _later(module: str, name: str) -> Callable[[argparse.Namespace], int]:
     """A command's function, imported when it is called."""
     return lambda options: int(getattr(import_module(f"{__package__}.{module}"), name)(options))
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate_command import evaluate
-
-    return evaluate(options)
 
 
 def _perplexity(options: argparse.Namespace) -> int:

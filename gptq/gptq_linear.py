@@ -145,7 +145,13 @@ class GPTQLinear(nn.Module):
         self._replacement = replacement
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N], in x's dtype."""
+        """[..., K] -> [..., N], in x's dtype. Differentiable in x; the weights have no gradient."""
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Product.apply(x, self)
+            return y
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self._replacement is not None:
             return self._replacement(x)
         facts = self._facts_on(x.device)
@@ -167,6 +173,23 @@ class GPTQLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).view(*shape, self.out_features)
+
+    def _gradient(self, y: Tensor) -> Tensor:
+        """The gradient of the outputs, [..., N] -> that of the inputs, [..., K]."""
+        rows = y.reshape(-1, self.out_features)  # [M, N]
+        if self._replacement is not None:
+            x = rows.float() @ self.dequantize()
+            return x.to(y.dtype).view(*y.shape[:-1], self.in_features)
+        facts = self._facts_on(y.device)
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        compute = wide if y.device.type == "cpu" else y.dtype
+        rows, x = rows.to(compute), torch.zeros(rows.shape[0], self.in_features, dtype=wide, device=y.device)
+        for start, end in self._chunks(_CHUNK):
+            weights = _scaled(self._centred(facts, start, end), self.scales[:, start:end].to(wide), facts.groups)  # [K, n]
+            x += rows[:, start:end] @ weights.to(compute).T
+        if facts.order is not None:
+            x = torch.empty_like(x).index_copy_(1, facts.order, x)
+        return x.to(y.dtype).view(*y.shape[:-1], self.in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K], as nn.Linear would hold it (a Conv1D holds the transpose)."""
@@ -227,6 +250,19 @@ class GPTQLinear(nn.Module):
         else:
             wide.sub_(zeros.index_select(0, facts.groups))
         return wide.view(torch.int8) if self.bits < 8 else wide
+
+
+class _Product(torch.autograd.Function):
+    """A GPTQLinear's product. Nothing is kept for its gradient: the weights are made dense once more, a tile at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: GPTQLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer._gradient(gradients[0]), None
 
 
 def _scaled(q: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:

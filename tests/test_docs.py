@@ -38,6 +38,7 @@ MADE = {
     "ui/notes_tab.py",
     "tests/test_api_plain.py",
     "api/plain.py",
+    "training.json",
 }
 
 
