@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..core.errors import QueueFull
 
-DEFAULT_LIMIT = 128  # requests that run or wait
+DEFAULT_LIMIT = 512  # requests that run or wait
 
 
 class Ticket:

@@ -17,8 +17,6 @@ from .stepper import Memory, Stepper
 from .token_rules import TokenRules
 from .transformers_stepper import TransformersStepper
 
-_OVER = object()
-
 
 def generate(
     model: Any,  # a Stepper, or a transformers causal LM in eval mode
@@ -59,10 +57,13 @@ def generate(
     try:
         while True:
             with torch.inference_mode():  # belongs to the thread: left before another answer has its turn
-                event = next(events, _OVER)
-            if event is _OVER:
+                try:
+                    event: Step | Finish | None = next(events)
+                except StopIteration as over:
+                    event = over.value  # its memory is let go by now
+            yield event
+            if isinstance(event, Finish):
                 return
-            yield event  # type: ignore[misc]
     finally:
         with torch.inference_mode():
             events.close()
@@ -79,7 +80,7 @@ def _events(
     grammar_mask: GrammarMask | None,
     rules: TokenRules,
     adapter: Any,
-) -> Generator[Step | Finish | None, None, None]:
+) -> Generator[Step | None, None, Finish]:
     room = min(params.max_new_tokens, context_tokens - len(ids))
     memory, cached = prefix.take(ids, stepper.angles_of(len(ids)), adapter)
     if memory is None:
@@ -87,13 +88,22 @@ def _events(
         memory.adapter = adapter
     seen = list(ids)
     reason, end = "length", None
+    running = prefix.begin(seen, memory)
     try:
         logits = None
-        while room > 0 and memory.length < len(ids) and not cancel.is_set():
-            logits = stepper.prefill(memory, ids[memory.length : memory.length + stepper.piece_tokens()])
-            progress(memory.length)
-            if stepper.parallel > 1:
-                yield None
+        with closing(stepper.reading(memory, len(ids))) as reading:
+            while room > 0 and memory.length < len(ids) and not cancel.is_set():
+                if prefix.waits(running):
+                    reading.wait()
+                elif piece := reading.piece():
+                    before = memory.length
+                    logits = stepper.prefill(memory, ids[memory.length : memory.length + piece])
+                    reading.took(memory.length - before)
+                    progress(memory.length)
+                running.reads = not reading.blocked
+                if stepper.parallel > 1:
+                    yield None
+        running.reads = False
         if cancel.is_set():
             reason = "cancelled"
         elif logits is not None:
@@ -115,8 +125,10 @@ def _events(
     except GeneratorExit:
         prefix.keep(seen[: memory.length], memory)
         raise
+    finally:
+        prefix.end(running)
     prefix.keep(seen[: memory.length], memory)
-    yield Finish(reason, prompt_tokens=len(ids), cached_tokens=cached, end=end)  # type: ignore[arg-type]
+    return Finish(reason, prompt_tokens=len(ids), cached_tokens=cached, end=end)  # type: ignore[arg-type]
 
 
 def _sampled(

@@ -11,6 +11,9 @@ class GrammarMask(Protocol):
     def allowed(self, size: int) -> Tensor:
         """Which of `size` ids may come next, bool [size], on the host. An end token only where the grammar may end."""
 
+    def bits(self, size: int) -> bytes:
+        """The same as a bit each, the lowest of a byte first, without what lies beyond `size`; missing ones are not allowed."""
+
     def take(self, id: int) -> None:
         """This one came."""
 

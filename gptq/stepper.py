@@ -5,7 +5,7 @@ cuts, forks and passes in with the next call; so one model can continue several 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from .token_rules import NO_RULES, TokenRules
 class Memory(ABC):
     """Keys and values of the tokens of one conversation."""
 
+    shares = False  # a fork costs next to nothing, and `adopt` can be asked for
     angles = 0  # the set of rotary angles that its last keys were rotated with (rope_length.py)
     one_set: tuple[int, int] | None = None  # (a set, how many of the first keys have it), where later ones have others
 
@@ -50,6 +51,10 @@ class Memory(ABC):
     def fork(self, length: int) -> "Memory | None":
         """A second memory that begins with the first `length` tokens of this one, which stays as it is; or None."""
 
+    def adopt(self, other: "Memory", length: int) -> None:
+        """Where it `shares`: have what `other` has read of the same first `length` tokens, if that is more."""
+        raise NotImplementedError
+
     def restart(self) -> None:
         """Forget everything."""
         self.cut(0)
@@ -58,6 +63,27 @@ class Memory(ABC):
         """How many of the first tokens have keys of this set of rotary angles."""
         own, count = self.one_set or (self.angles, self.length)
         return count if own == angles else 0
+
+
+class Reading:
+    """A prompt that is being read into a memory: how much of it comes next. Close it."""
+
+    blocked = False  # it waits for memory
+
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        self._tokens = tokens
+
+    def piece(self) -> int:
+        """Tokens that may be read now; 0 where others come first."""
+        return self._tokens()
+
+    def wait(self) -> None:
+        """In the place of `piece`: somebody else reads the same text."""
+
+    def took(self, tokens: int) -> None:
+        """So many of the piece were read."""
+
+    def close(self) -> None: ...
 
 
 class Stepper(ABC):
@@ -122,11 +148,11 @@ class Stepper(ABC):
 
     def answer(
         self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step | None, None, None]:
         """Sample the token after the prompt `ids` from its last logits, compute its logits, sample the next … without an end.
 
         A Step is yielded before its token is computed. A stepper that samples on its device and runs
-        ahead overrides this; what it has computed too much, it cuts from memory when it is closed.
+        ahead overrides this; what it has computed too much, it cuts from memory when it is closed. None: it waits for others.
         """
         return self.sample(memory, logits, ids, params, rules=rules)
 
@@ -138,7 +164,7 @@ class Stepper(ABC):
         params: GenerationParams,
         grammar_mask: GrammarMask | None = None,
         rules: TokenRules = NO_RULES,
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step | None, None, None]:
         """As `answer`, sampled by torch token by token. Only what `grammar_mask` allows; ends where nothing may follow."""
         with self.while_sampling(), closing(self.running(memory, ids)) as running:
             sampler = Sampler(params, self.device, prompt_tokens=len(ids), rules=rules)
@@ -163,6 +189,14 @@ class Stepper(ABC):
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         """A new answer to the prompt `ids`, which memory holds."""
         return Alone(partial(self.step, memory))
+
+    def reading(self, memory: Memory, tokens: int) -> Reading:
+        """Begin to read a prompt of so many tokens, of which memory may hold some."""
+        return Reading(self.piece_tokens)
+
+    def in_turns(self, params: GenerationParams) -> bool:
+        """Whether such an answer may run beside others, where the stepper computes several."""
+        return self.all_in_turns or (params.in_one_pass and params.grammar is None)
 
     def piece_tokens(self) -> int:
         """How much of a prompt is read now at a time: less where other answers wait meanwhile."""

@@ -157,5 +157,5 @@ def test_ports_and_hosts_that_cannot_be_are_sentences():
 
 
 def test_parallel_reaches_every_loader_by_its_own_name_and_within_its_limit():
-    options = argparse.Namespace(dtype=None, context=None, parallel=40)
-    assert load_options(options) == {"max_batch_size": 40, "parallel": 16}
+    options = argparse.Namespace(dtype=None, context=None, parallel=400)
+    assert load_options(options) == {"max_batch_size": 400, "parallel": 256}

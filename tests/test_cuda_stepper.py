@@ -11,6 +11,7 @@ import tiny
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.cuda.answer_rows import prepare_row
 from gptq_webui.gptq.cuda.kernel_arguments import SAMPLE_PARAMS
 from gptq_webui.gptq.cuda.sample import packed_params, sample
 from gptq_webui.gptq.cuda.sequences import Sequences
@@ -150,7 +151,7 @@ def test_tokens_are_sampled_from_the_distribution_of_the_plain_sampler(llama, va
         draws = 4000
         for seed in range(draws):
             if seed == 0:
-                model._stepper._answers._prepare(0, ids, params, ())
+                prepare_row(sequences, 0, ids, params)
                 seen, answered = sequences.seen.clone(), sequences.answered.clone()
             sequences.logits.copy_(logits)
             sequences.seen.copy_(seen), sequences.answered.copy_(answered)

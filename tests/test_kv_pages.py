@@ -11,7 +11,6 @@ from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper
 from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
 from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
-from gptq_webui.gptq.cuda.running_answers import Answers
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.patched_forward import ForwardPatch
 from gptq_webui.gptq.prefix_cache import PrefixCache
@@ -66,6 +65,9 @@ class Step:
         self.pages._slab_pages = 1
         self.pages.take = limited
 
+    def mark(self, timed=False):
+        return SimpleNamespace(query=lambda: False)
+
     def prefill(self, ids, start, row):
         if len(ids) > self.at_once:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -76,8 +78,8 @@ class Step:
 def stepper_of(step):
     stepper = object.__new__(CudaStepper)
     stepper._step, stepper.parallel, stepper.device = step, 1, CPU
-    stepper._answers = Answers(step)
-    stepper._answers.prefix = PrefixCache()
+    stepper._share(step, 1)
+    stepper.page_room.prefix = PrefixCache()
     return stepper
 
 
@@ -93,16 +95,16 @@ def test_earlier_conversations_are_released_before_that():
     stepper = stepper_of(Step(room=1024, at_once=4096))
     earlier = stepper.begin()
     stepper.prefill(earlier, range(700))
-    stepper._answers.prefix.keep(list(range(700)), earlier)
+    stepper.page_room.prefix.keep(list(range(700)), earlier)
     del earlier
     memory = stepper.begin()
     stepper.prefill(memory, range(1000))
-    assert memory.length == 1000 and stepper._answers.prefix.conversations == 0 and stepper.chunk_tokens == 2048
+    assert memory.length == 1000 and stepper.page_room.prefix.conversations == 0 and stepper.chunk_tokens == 2048
 
 
 def test_a_prompt_of_transformers_generate_is_read_in_smaller_pieces_too():
     stepper = stepper_of(step := Step(room=4096, at_once=600))
-    patch = ForwardPatch(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper._answers.prefix)
+    patch = ForwardPatch(SimpleNamespace(forward=lambda input_ids=None: None), stepper, stepper.page_room.prefix)
     assert patch._logits([], list(range(1000)), 1).shape == (1, 1, 8) and step.read == [512, 488]
 
 

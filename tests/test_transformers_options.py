@@ -48,8 +48,8 @@ def folder(tmp_path):
         ({"trust_remote_code": "yes"}, "trust_remote_code must be true or false"),
         ({"alpha_value": 0.5}, "alpha_value must be between 1"),
         ({"cache_type": "q3"}, "cache_type must be fp16 or q8"),
-        ({"parallel": 0}, "parallel must be 1 to 16"),
-        ({"parallel": 17}, "parallel must be 1 to 16"),
+        ({"parallel": -1}, "parallel must be 1 to 256"),
+        ({"parallel": 257}, "parallel must be 1 to 256"),
     ],
 )
 def test_bad_options_are_reported(options, says):

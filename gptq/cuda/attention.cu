@@ -368,7 +368,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 
   // The position, and what earlier tokens left in the pages, was written long before the previous kernel began.
   const Slice slice = slice_of(p, row, split);
-  if (split >= slice.active) return;  // the other blocks wait, which is enough for the next kernels
+  if (split >= slice.active || slice.position < 0) return;  // idle; the other blocks wait, which is enough for the next kernels
   const u64* pages = p.pages + (size_t)row * p.max_pages;
   const u16* qkv = p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D;
   const size_t angle = (size_t)slice.position * p.rotary_half;

@@ -42,8 +42,8 @@ def attend(
 ) -> None:
     """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order."""
     rows, own = qkv.shape[0], weights.layers[layer]
-    if rows > work.rows or rows > sequences.parallel:
-        raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.parallel)}.")
+    if rows > work.rows or rows > sequences.rows:
+        raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.rows)}.")
     if qkv.shape[1] != shape.qkv_width or out.shape[1] != own.o.padded:
         raise ValueError(f"Queries of {qkv.shape[1]} and outputs of {out.shape[1]} numbers are not those of the model.")
     arguments = ATTENTION.pack(

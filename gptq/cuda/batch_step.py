@@ -1,7 +1,8 @@
 """The next token of several sequences in one step: row i of the buffers is the i-th sequence.
 
 Seven kernels a layer where one sequence takes five (cuda_step.py): norms are kernels of their own, and products are those
-of small_batch.cu. The weights are read once for all rows. A graph is recorded for each number of rows when it first occurs.
+of small_batch.cu. The weights are read once for all rows. A graph is recorded for each of some numbers of rows (`ROWS`) when it
+first occurs; rows beyond those that are wanted are idle (sequences.py).
 """
 
 import torch
@@ -18,27 +19,39 @@ from .row_kernels import embed, norm_rows
 from .sample import sample
 from .sequences import Sequences
 
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # that graphs are recorded for
+MOST_ROWS = ROWS[-1]
+
+
+def rows_of_graph(rows: int) -> int:
+    """The fewest rows of a graph that computes the first `rows`. Raises ValueError for more than any has."""
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} rows were to be computed at once; at most {MOST_ROWS} can be.")
+    return next(each for each in ROWS if each >= rows)
+
 
 class BatchStep:
-    """Up to `sequences.parallel` sequences of one model."""
+    """Up to `sequences.rows` sequences of one model."""
 
     def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, sequences: Sequences, recorder: GraphRecorder) -> None:
         self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._buffers = Buffers.of(shape, weights.layers[0], sequences.parallel)
-        self._work = AttentionWork(gpu, shape, sequences.parallel)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._buffers = Buffers.of(shape, weights.layers[0], sequences.rows)
+        self._work = AttentionWork(gpu, shape, sequences.rows)
 
-    def step(self, rows: int) -> None:
-        """Compute the tokens in `ids` of the first rows and choose the next ones."""
-        graph = self._graphs.get(rows)
+    def step(self, rows: int, sample_next: bool = True) -> None:
+        """Compute the tokens in `ids` of the first rows and choose the next ones, or leave them at `logits`."""
+        rows = min(rows_of_graph(rows), self._sequences.rows)
+        graph = self._graphs.get((rows, sample_next))
         if graph is None:
             self._head(1)  # cuBLAS makes its handle outside of a recording
 
             def run() -> None:
                 self.forward(rows)
-                sample(self._gpu, self._sequences, 0, rows)
+                if sample_next:
+                    sample(self._gpu, self._sequences, 0, rows)
 
-            graph = self._graphs[rows] = self._recorder.record(run)
+            graph = self._graphs[rows, sample_next] = self._recorder.record(run)
         graph.replay()
 
     def forward(self, rows: int) -> None:

@@ -58,7 +58,8 @@ class CudaStep:
         tunings: dict[str, Tuning] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Takes the packed tensors out of `parts`. With `q8` keys and values are kept in a byte each.
+        """Takes the packed tensors out of `parts`. With `q8` keys and values are kept in a byte each. For `parallel` sequences
+        there is room at first.
 
         Raises Unsuited (before anything is taken) or NoCompiler.
         """
@@ -104,8 +105,7 @@ class CudaStep:
             for layer in self.weights.layers
         ]
         self.gpu.add(variants={each.variant for four in self._plans for each in four.values()})
-        self._graphs.clear()
-        self.recorder.reset()
+        self._forget_graphs()
 
     # -- one token -------------------------------------------------------------------------------------------------
 
@@ -151,12 +151,44 @@ class CudaStep:
         """The step of several sequences; its buffers are made when it is first used."""
         return BatchStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder)
 
-    def step_rows(self, rows: int) -> None:
-        """Compute the tokens of the first rows and choose the next ones."""
+    def step_rows(self, rows: int, sample_next: bool = True) -> None:
+        """Compute the tokens of the first rows and choose the next ones, or leave them at `logits`."""
         if rows == 1:
-            self.step()
+            self.step(sample_next)
         else:
-            self.batch.step(rows)
+            self.batch.step(rows, sample_next)
+
+    def grow(self, rows: int) -> None:
+        """Room for that many rows; what was recorded is dropped. Raises torch.OutOfMemoryError, and then nothing has changed."""
+        torch.cuda.synchronize(self.device)
+        self.sequences.grow(rows)
+        self._forget_graphs()
+
+    @property
+    def context_bytes(self) -> int:
+        """Of the pages of one conversation that fills the context."""
+        return self.shape.max_pages * self.pages.page_bytes
+
+    def free_bytes(self) -> int:
+        """Of the GPU's memory. What torch holds in reserve counts as free."""
+        free, _total = torch.cuda.mem_get_info(self.device)
+        return int(free) + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def sample(self, first: int, rows: int) -> None:
+        """Choose the next tokens of some rows from their `logits`."""
+        sample(self.gpu, self.sequences, first, rows)
+
+    def mark(self, timed: bool = False) -> torch.cuda.Event:
+        """Here in the order of what is launched: `synchronize` waits until the GPU has come so far, `query` asks whether."""
+        event = torch.cuda.Event(enable_timing=timed)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _forget_graphs(self) -> None:
+        self._graphs.clear()
+        if (batch := vars(self).pop("batch", None)) is not None:
+            batch.close()
+        self.recorder.reset()
 
     def prefill(self, ids: Sequence[int], start: int, row: int = 0) -> Tensor:
         """Compute tokens that follow `start` tokens in the pages of a row -> fp32 [T, H], before the last norm.
@@ -178,9 +210,7 @@ class CudaStep:
         return hidden * scale * self.weights.final_norm.float()
 
     def close(self) -> None:
-        self._graphs.clear()
-        if (batch := vars(self).pop("batch", None)) is not None:
-            batch.close()
+        self._forget_graphs()
         self.pages.clear()
         self.weights.layers.clear()
         torch.cuda.synchronize(self.device)

@@ -1,7 +1,9 @@
-"""The GPU's step as a Stepper."""
+"""The GPU's step as a Stepper: several answers at once, and prompts between their tokens."""
 
 import logging
+from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, ClassVar
 
 import torch
@@ -10,18 +12,24 @@ from torch import Tensor
 from ...core.chat import Step
 from ...core.params import GenerationParams
 from ..families.parts import ModelParts
+from ..grammar_mask import GrammarMask
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
-from ..stepper import Memory, Stepper
+from ..reading_turns import Turns
+from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
-from .running_answers import Answers
+from .page_room import PageRoom
+from .prompt_reading import PromptReading
+from .running_answers import Answer, Answers
 
 log = logging.getLogger(__name__)
 
 
+FIRST_ROWS = 4  # that there is room for before more answers come
+_OTHERS_BYTES = 1_300_000_000  # of the GPU: what reading a prompt needs, and other programs
 SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly full
 
 
@@ -30,12 +38,26 @@ class CudaStepper(Stepper):
     chunk_tokens = 2048
 
     def __init__(self, parts: ModelParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
-        """Raises Unsuited or NoCompiler, and then leaves the model as it was."""
-        self._step = CudaStep(parts, context_tokens, parallel=parallel, q8=cache_type == "q8")
+        """Up to `parallel` answers at once, or as many as fit.
+
+        Raises Unsuited or NoCompiler, and then leaves the model as it was.
+        """
+        self._step = CudaStep(parts, context_tokens, parallel=min(parallel, FIRST_ROWS), q8=cache_type == "q8")
+        free, row_bytes = self._step.free_bytes(), self._step.sequences.row_bytes
+        parallel = min(parallel, max(self._step.sequences.rows, free // 16 // row_bytes))
+        self._step.pages.limit_bytes = max(self._step.context_bytes, free - _OTHERS_BYTES - 2 * parallel * row_bytes)
         self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows
         self.parallel = parallel
-        self._answers = Answers(self._step)
+        self._share(self._step, parallel)
         self._patch: ForwardPatch | None = None
+
+    def _share(self, step: CudaStep, parallel: int) -> None:
+        """What several answers have together."""
+        self.page_room = PageRoom(step.pages)
+        self._answers = Answers(step, self.page_room, parallel)
+        self._answers.resume = self._read_again
+        self.turns = Turns(lambda: self._answers.busy, lambda: self.chunk_tokens)
+        self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after
 
     @property
     def describes(self) -> str:
@@ -49,8 +71,11 @@ class CudaStepper(Stepper):
         while at < len(ids):
             piece = ids[at : at + self.chunk_tokens]
             try:
+                before = self._step.mark(timed=True)
                 self.read(memory, piece)
                 at += len(piece)
+                self._measure()
+                self._timed.append((len(piece), before, self._step.mark(timed=True)))
                 continue
             except torch.OutOfMemoryError as error:
                 full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
@@ -58,9 +83,36 @@ class CudaStepper(Stepper):
                 raise full
         return self._step.prompt_logits.clone()  # another prompt may be read before these are used
 
+    def reading(self, memory: Memory, tokens: int) -> Reading:
+        assert isinstance(memory, PagedMemory)
+        self._measure()
+        return PromptReading(self.turns.join(), self.page_room, memory, tokens, self.page_room.number())
+
+    def _read_again(self, answer: Answer) -> Generator[Tensor | None, None, None]:
+        """The ids of an answer that gave up its pages, in turns with others -> its last logits, when all are read."""
+        memory, ids = answer.memory, answer.ids
+        with closing(PromptReading(self.turns.join(), self.page_room, memory, len(ids), answer.number)) as reading:
+            logits = None
+            while memory.length < len(ids):
+                if piece := reading.piece():
+                    before = memory.length
+                    logits = self.prefill(memory, ids[before : before + piece])
+                    reading.took(memory.length - before)
+                yield None
+        yield logits
+
+    def _measure(self) -> None:
+        """Learn how long pieces of prompts take, of those that the GPU has read by now."""
+        while self._timed and self._timed[0][2].query():
+            tokens, before, after = self._timed.popleft()
+            self.turns.measured(tokens, before.elapsed_time(after) / 1000)
+
+    def in_turns(self, params: GenerationParams) -> bool:
+        return not params.banned_strings  # these go back in their text
+
     def _make_room(self) -> bool:
         """Release earlier conversations, or else read prompts in smaller pieces. False if neither is left."""
-        prefix = self._answers.prefix
+        prefix = self.page_room.prefix
         if prefix is not None and prefix.conversations:
             prefix.clear()
         elif self.chunk_tokens > SMALLEST_CHUNK:
@@ -104,15 +156,29 @@ class CudaStepper(Stepper):
 
     def answer(
         self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step | None, None, None]:
         """Raises ValueError for parameters that the kernel cannot do in its one pass: `sample` can."""
         if not params.in_one_pass:
             raise ValueError("these parameters need the sampler of PyTorch")
+        return self.sample(memory, logits, ids, params, rules=rules)
+
+    def sample(
+        self,
+        memory: Memory,
+        logits: Tensor,
+        ids: Sequence[int],
+        params: GenerationParams,
+        grammar_mask: GrammarMask | None = None,
+        rules: TokenRules = NO_RULES,
+    ) -> Generator[Step | None, None, None]:
         assert isinstance(memory, PagedMemory)
-        yield from self._answers.sample(memory, logits, ids, params, rules.banned)
+        return self._answers.sample(memory, logits, ids, params, rules, grammar_mask)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
-        self._answers.prefix = prefix
+        prefix.most_conversations = max(prefix.most_conversations, self.parallel)
+        if (limit := self._step.pages.limit_bytes) is not None:  # they are released where pages are needed
+            prefix.most_bytes = max(prefix.most_bytes, limit // 2)
+        self.page_room.prefix = prefix
         self._patch = ForwardPatch(hf, self, prefix)
 
     def close(self) -> None:

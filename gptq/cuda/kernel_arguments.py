@@ -381,13 +381,14 @@ SAMPLE = Arguments(
     const float* logits    // fp32 [rows][vocabulary], as the model gave them
     const SampleParams* params  // [rows]
     const float* bias      // fp32 [rows][vocabulary], read where `biased` is set
+    const u32* masks       // [rows][(vocabulary + 31) / 32]: bits of the tokens that may be chosen, read where `masked` is set
     u16* seen              // [rows][vocabulary]: how often a token is in the penalties' range
     u16* answered          // [rows][vocabulary]: how often it is in the part of the answer within that range
     int* history           // [rows][context]: every token so far
     const int* answer_from // [rows]: position of the answer's first token
     float* work            // fp32 [rows][vocabulary]
     int* ids               // [rows]: the token just computed; replaced by the next one
-    int* positions         // [rows]: its position; replaced by that of the next one
+    int* positions         // [rows]: its position; replaced by that of the next one; below 0 the row is idle
     volatile int* host_tokens  // [rows][HOST_TOKENS] in the host's memory: the token of position i at i % HOST_TOKENS
     int vocabulary
     int context

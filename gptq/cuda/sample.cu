@@ -104,6 +104,7 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
   const SampleParams& params = row.params;
   const float* logits = p.logits + (size_t)at_row * row.n;
   const float* bias = p.bias + (size_t)at_row * row.n;
+  const u32* mask = p.masks + (size_t)at_row * ((row.n + 31) / 32);
   const u16 *seen = p.seen + (size_t)at_row * row.n, *answered = p.answered + (size_t)at_row * row.n;
   const float cooler = params.temperature == 0.f ? 1.f : 1.f / params.temperature;
   const bool penalties = params.repetition_penalty != 1.f, counts = params.presence_penalty != 0.f || params.frequency_penalty != 0.f;
@@ -116,6 +117,7 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
     if (penalties && seen[i]) z = z < 0.f ? z * params.repetition_penalty : z / params.repetition_penalty;
     if (counts && answered[i]) z -= params.presence_penalty + params.frequency_penalty * answered[i];
     z *= cooler;
+    if (params.masked && !(mask[i / 32] >> i % 32 & 1)) z = -INFINITY;
     row.work[i] = z;
     if (z > high) { high = z; at_high = i; }
   }
@@ -177,6 +179,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
 #pragma unroll 4
     for (int i = tid; i < row.n; i += threads) {
       const float z = row.work[i];
+      if (z == -INFINITY) continue;  // of a grammar's mask nearly all
       atomicAdd(&shared.bins[bin_of(z)], 1);
       if (!row.by_k && z >= row.sigma_floor) mass += mass_of(z - row.peak);
     }
@@ -188,7 +191,7 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
 #pragma unroll 4
   for (int i = tid; i < row.n; i += threads) {
     const float z = row.work[i];
-    if (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor) continue;
+    if (z == -INFINITY || (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor)) continue;
     const int place = atomicAdd(&shared.filled, 1);
     if (place < CANDIDATES) { shared.list[place] = z; shared.tokens[place] = i; }
     mass += mass_of(z - row.peak);
@@ -374,6 +377,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1) sample(SampleArg
   const int at_row = blockIdx.x;
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
+  if (p.positions[at_row] < 0) return;
   SampleRow row = {p.params[at_row], p.work + (size_t)at_row * p.vocabulary, p.vocabulary, p.positions[at_row]};
   const SampleParams& params = row.params;
   int chosen = adjust_logits(p, shared, row, at_row);

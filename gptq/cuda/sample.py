@@ -7,19 +7,21 @@ from .kernel_arguments import SAMPLE, SAMPLE_PARAMS, SAMPLE_THREADS
 from .sequences import Sequences
 
 
-def packed_params(params: GenerationParams, seed: int, banned: bool = False) -> bytes:
-    """What the kernel takes of an answer's parameters. `seed` has 64 bits; `banned`: some tokens have a bias of -infinity."""
-    return SAMPLE_PARAMS.pack(**values_of(params, seed, banned))
+def packed_params(params: GenerationParams, seed: int, banned: bool = False, masked: bool = False) -> bytes:
+    """What the kernel takes of an answer's parameters. `seed` has 64 bits; `banned`: some tokens have a bias of -infinity;
+    `masked`: only those of the row's mask may be chosen."""
+    return SAMPLE_PARAMS.pack(**values_of(params, seed, banned, masked))
 
 
 def sample(gpu: Gpu, sequences: Sequences, first: int = 0, rows: int = 1) -> None:
     """From the `logits` of some rows to their next tokens in `ids`, with their `params`."""
-    if first + rows > sequences.parallel:
-        raise ValueError(f"rows {first} to {first + rows - 1} were to be sampled; there are {sequences.parallel}.")
+    if first + rows > sequences.rows:
+        raise ValueError(f"rows {first} to {first + rows - 1} were to be sampled; there are {sequences.rows}.")
     arguments = SAMPLE.pack(
         logits=sequences.logits[first],
         params=sequences.params[first],
         bias=sequences.bias[first],
+        masks=sequences.masks[first],
         seen=sequences.seen[first],
         answered=sequences.answered[first],
         history=sequences.history[first],

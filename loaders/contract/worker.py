@@ -252,7 +252,8 @@ class Worker:
                     break
                 running.append((next_one, next_one.run()))
                 next_one = None  # or the last answer would live until the next one
-            for at in reversed(range(len(running))):
+            at = 0
+            while at < len(running):
                 self._current = running[at][0]
                 try:
                     ended = next(running[at][1], _End) is _End
@@ -262,6 +263,8 @@ class Worker:
                     with self._lock:
                         self._open.remove(running[at][0])
                     del running[at]
+                else:
+                    at += 1
 
     def _may_begin(self, job: Job, running: Sequence[Job]) -> bool:
         if job.cancel.is_set() or not running:  # a cancelled one ends at once

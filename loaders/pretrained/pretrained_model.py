@@ -134,9 +134,7 @@ class PretrainedModel(LoadedModel):
         return embed(self._stepper, ids, pooling, cancel)
 
     def _is_alone(self, params: GenerationParams) -> bool:
-        if self._stepper.all_in_turns:
-            return False
-        return params.grammar is not None or not params.in_one_pass  # computed one by one, in buffers that all answers share
+        return not self._stepper.in_turns(params)  # computed one by one, in buffers that all answers share
 
     def check(self, params: GenerationParams) -> None:
         super().check(params)

@@ -114,15 +114,21 @@ class GrammarState:
         import numpy as np
         import torch
 
-        with _no_panic():
-            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._require()
         mask = np.zeros(size, np.uint8)
-        known = np.unpackbits(bits, bitorder="little")[: min(size, self._count)]
+        known = np.unpackbits(np.frombuffer(self.bits(size), np.uint8), bitorder="little")[:size]
         mask[: known.size] = known
-        if not known.any():
-            raise BadParameter("No token of this model can follow in this grammar. Use a simpler one.")
         return torch.from_numpy(mask).bool()
+
+    def bits(self, size: int) -> bytes:
+        with _no_panic():
+            bits: bytes = self._matcher.compute_bitmask()
+        self._require()
+        count = min(size, self._count)
+        if len(bits) * 8 > count:
+            bits = bits[: count // 8] + (bytes([bits[count // 8] & ((1 << count % 8) - 1)]) if count % 8 else b"")
+        if not any(bits):
+            raise BadParameter("No token of this model can follow in this grammar. Use a simpler one.")
+        return bits
 
     def take(self, id: int) -> None:
         with _no_panic():

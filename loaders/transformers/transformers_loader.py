@@ -20,7 +20,7 @@ from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
 from . import optimum
-from .transformers_options import TransformersOptions, device_of, dtype_of, free_beside, placement
+from .transformers_options import MOST_PARALLEL, TransformersOptions, device_of, dtype_of, free_beside, placement
 
 __all__ = ["TransformersLoader", "TransformersOptions"]
 
@@ -106,7 +106,9 @@ class TransformersLoader(Loader):
         progress(0.97, preparing(device))
         adapt = None if adapter is None else partial(lora.attach, hf, adapter)
         sees = picture_reader.may_see(model.folder, hf.config)
-        asked = partial(stepper_for, cache_type=options.cache_type, parallel=options.parallel, adapt=adapt, pictures=sees)
+        asked = partial(
+            stepper_for, cache_type=options.cache_type, parallel=options.parallel or MOST_PARALLEL, adapt=adapt, pictures=sees
+        )
         if foreign and adapt is not None:
             adapt()
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)

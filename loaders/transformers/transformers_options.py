@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KERNELS = ("native", "optimum")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
-MOST_PARALLEL = 16
+MOST_PARALLEL = 256
 CACHE_TYPES = ("fp16", "q8")
 _NUMBER_BYTES = {"fp16": 2.0, "q8": 1.04}  # q8: a byte, and a scale of two bytes for every 64
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -40,7 +40,11 @@ class TransformersOptions:
     )
     cpu_memory: float = option(0.0, "Main memory", "Gigabytes for weights that do not fit on a GPU; 0: all.")
     cache_type: str = option("fp16", "Cache type", "How the conversation is stored on a GPU; q8 takes half.", CACHE_TYPES)
-    parallel: int = option(4, "Answers at once", "Computed side by side by our own step: up to 16 on a GPU, 8 on a processor.")
+    parallel: int = option(
+        0,
+        "Answers at once",
+        "At most so many side by side by our own step; 0: what fits, up to 256 on a GPU and 8 on a processor.",
+    )
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -57,8 +61,10 @@ class TransformersOptions:
         require_choice("kernel", self.kernel, KERNELS)
         object.__setattr__(self, "cache_type", _cache_type(self.cache_type))
         require_choice("cache_type", self.cache_type, CACHE_TYPES)
-        if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or not 1 <= self.parallel <= MOST_PARALLEL:
-            raise BadParameter(f"parallel must be 1 to {MOST_PARALLEL} answers at once; found {self.parallel!r}.")
+        if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or not 0 <= self.parallel <= MOST_PARALLEL:
+            raise BadParameter(
+                f"parallel must be 1 to {MOST_PARALLEL} answers at once, or 0 for what fits; found {self.parallel!r}."
+            )
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
         if not isinstance(self.lora, str):
             raise BadParameter(f"lora must be the name of a folder; found {self.lora!r}.")

@@ -1,0 +1,75 @@
+"""Whose prompt is read next, where several wait and answers are sampled meanwhile.
+
+The worker goes round all answers. In each round the sampled ones get their tokens, and prompts are read only so far that no
+stream pauses too long: how much that is, is measured. Of the prompts that wait the one that has got the least comes first,
+counted from when it came: a short one beside long ones is read at once.
+"""
+
+from collections.abc import Callable
+from itertools import count
+
+PAUSE_S = 0.035  # that prompts may take between two tokens of the answers
+_FIRST_TOKENS = 512  # of a round, before anything is measured
+_FEWEST_TOKENS = 64
+
+
+class Turn:
+    """Of one prompt, until it is closed."""
+
+    blocked = False  # it waits for something else, and nobody for it
+
+    def __init__(self, turns: "Turns", share: int, number: int) -> None:
+        self.share, self.number = share, number  # tokens that it has got; the order of arrival
+        self._turns = turns
+
+    def tokens(self) -> int:
+        """How many it may read now; 0 if others come first."""
+        return self._turns._ask(self)
+
+    def took(self, tokens: int) -> None:
+        """So many were read of those that it was given."""
+        self.share += tokens
+        self._turns._left -= tokens
+
+    def close(self) -> None:
+        self._turns._close(self)
+
+
+class Turns:
+    """For one thread."""
+
+    def __init__(self, busy: Callable[[], bool], most_tokens: Callable[[], int]) -> None:
+        """`busy`: whether answers are sampled meanwhile; `most_tokens`: of a piece."""
+        self._busy, self._most = busy, most_tokens
+        self._waiting: list[Turn] = []
+        self._asked: set[int] = set()  # numbers of those that have asked in this round
+        self._numbers = count()
+        self._left = 0  # tokens that may still be read in this round
+        self.tokens = _FIRST_TOKENS  # that take PAUSE_S
+
+    def join(self) -> Turn:
+        turn = Turn(self, min((each.share for each in self._waiting), default=0) - 1, next(self._numbers))
+        self._waiting.append(turn)
+        return turn
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """So many tokens of one prompt took so long."""
+        if 2 * tokens < self.tokens and seconds < PAUSE_S:
+            return  # a small piece says little of a large one
+        wanted = tokens * min(max(PAUSE_S / max(seconds, 1e-6), 0.5), 2.0)
+        self.tokens = max(_FEWEST_TOKENS, int(wanted) // _FEWEST_TOKENS * _FEWEST_TOKENS)
+
+    def _ask(self, turn: Turn) -> int:
+        if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
+            self._asked.clear()
+            self._left = min(self.tokens, self._most()) if self._busy() else self._most()
+        self._asked.add(turn.number)
+        mine = (turn.share, turn.number)
+        before = [each for each in self._waiting if not each.blocked and each.number not in self._asked]
+        if self._left <= 0 or any((each.share, each.number) < mine for each in before):
+            return 0
+        return min(self._left, self._most())
+
+    def _close(self, turn: Turn) -> None:
+        if turn in self._waiting:
+            self._waiting.remove(turn)

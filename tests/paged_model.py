@@ -1,0 +1,116 @@
+"""A model in the place of the GPU's step, on any machine: it keeps tokens in pages where a model keeps keys and values.
+
+What it answers depends on every token that it finds in the pages of a row, so an answer shows whether they are right.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+from gptq_webui.gptq.cuda.batch_step import rows_of_graph
+from gptq_webui.gptq.cuda.cuda_stepper import CudaStepper
+from gptq_webui.gptq.cuda.kernel_arguments import HOST_TOKENS, PAGE_TOKENS, SAMPLE_PARAMS
+from gptq_webui.gptq.cuda.kernel_source import KvFormat
+from gptq_webui.gptq.cuda.kv_pages import Pages
+from gptq_webui.gptq.cuda.model_shape import ModelShape
+from gptq_webui.gptq.cuda.sequences import Sequences
+
+CPU = torch.device("cpu")
+VOCABULARY = 70
+
+
+class Mark:
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+class PagedModel:
+    """In the place of CudaStep."""
+
+    device = CPU
+
+    def __init__(self, context_tokens, pages=None, rows=2):
+        shape = ModelShape.__new__(ModelShape)
+        vars(shape).update(vocabulary=VOCABULARY, context_tokens=context_tokens, embedding_rows=VOCABULARY)
+        self.shape = shape
+        self.pages = Pages(CPU, 1, 1, KvFormat(32))
+        self.pages._slab_pages = 1
+        self.pages.limit_bytes = None if pages is None else pages * self.pages.page_bytes
+        self.pages.copy = self._copy
+        self.sequences = Sequences(CPU, shape, rows)
+        self.prompt_logits = torch.zeros(1, VOCABULARY)
+        self.tokens = {}  # (address of a page, place in it) -> token
+        self.read_tokens, self.rows_computed = 0, []
+
+    def _copy(self, source, target):
+        for at in range(PAGE_TOKENS):
+            if (source, at) in self.tokens:
+                self.tokens[target, at] = self.tokens[source, at]
+
+    def _logits(self, row, position):
+        pages = self.sequences.table[row].tolist()
+        seen = [self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] for at in range(position + 1)]
+        return torch.tensor(np.random.RandomState(hash(tuple(seen)) % 2**32).randn(VOCABULARY), dtype=torch.float32)
+
+    def prefill(self, ids, start, row=0):
+        pages = self.sequences.table[row].tolist()
+        for at, id in enumerate(ids, start):
+            self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] = id
+        self.read_tokens += len(ids)
+        self.prompt_logits[0] = self._logits(row, start + len(ids) - 1)
+        return torch.zeros(len(ids), 4)
+
+    def step_rows(self, rows, sample_next=True):
+        rows = min(rows_of_graph(rows), self.sequences.rows)
+        self.rows_computed.append(rows)
+        for row in range(rows):
+            if (position := int(self.sequences.positions[row])) < 0:
+                continue
+            page = int(self.sequences.table[row, position // PAGE_TOKENS])
+            self.tokens[page, position % PAGE_TOKENS] = int(self.sequences.ids[row])
+            self.sequences.logits[row] = self._logits(row, position)
+        if sample_next:
+            self.sample(0, rows)
+
+    def sample(self, first, rows):
+        s = self.sequences
+        for row in range(first, first + rows):
+            if (position := int(s.positions[row])) < 0:
+                continue
+            params = s.params[row].view(torch.int32)
+            seed, masked, biased = (int(params[SAMPLE_PARAMS.offset(name) // 4]) for name in ("seed_low", "masked", "biased"))
+            z = s.logits[row] + (s.bias[row] if biased else 0)
+            if float(s.params[row].view(torch.float32)[SAMPLE_PARAMS.offset("temperature") // 4]):
+                z = z + torch.tensor(np.random.RandomState((seed * 7919 + position) % 2**32).gumbel(size=VOCABULARY))
+            if masked:
+                bits = np.unpackbits(s.masks[row].numpy().view(np.uint8), bitorder="little")[:VOCABULARY]
+                z = z.masked_fill(torch.from_numpy(bits) == 0, -torch.inf)
+            z = z - 0.01 * s.answered[row]  # shows whether the counts are those of the answer
+            chosen = int(z.argmax())
+            s.ids[row], s.positions[row] = chosen, position + 1
+            s.answered[row, chosen] += 1
+            s.host_tokens[row, (position + 1) % HOST_TOKENS] = chosen
+
+    def grow(self, rows):
+        self.sequences.grow(rows)
+
+    def mark(self, timed=False):
+        return Mark()
+
+
+def paged_stepper(model, limit=256):
+    stepper = object.__new__(CudaStepper)
+    stepper._step, stepper.parallel, stepper.device, stepper.embedding_rows = model, limit, CPU, VOCABULARY
+    stepper._share(model, limit)
+    return stepper
+
+
+def prompt_of(seed, length):
+    return random.Random(seed).choices(range(VOCABULARY), k=length)
