@@ -78,7 +78,7 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     serve.add_argument(
         "--api-port", type=int, metavar="PORT", help="the API alone on one more port; text-generation-webui uses 5000"
     )
-    serve.add_argument("--queue", type=int, metavar="N", help="API requests that run or wait, at most (default: 128)")
+    serve.add_argument("--queue", type=int, metavar="N", help="API requests that run or wait, at most (default: 512)")
     serve.add_argument(
         "--parallel", type=int, metavar="N", help="answers at the same time, if the loaded model can (default: what it can)"
     )
