@@ -20,7 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 LIKE = ("gemma2", "cohere", "olmo2", "granite", "stablelm")  # Llama's modules with other options
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
+SOFTMAX = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "flex_olmo", "granitemoe")  # mixtures, by their router
+SIGMOID = ("dots1", "glm4_moe", "solar_open", "minimax_m2")
+MIXTURES = (*SOFTMAX, *SIGMOID)
+_W123 = ("mixtral", "minimax_m2")  # their files' names of experts are not those of transformers 5
 OWN = ("gptj", "gpt_bigcode", "mpt")  # with other names for the sizes, as gpt2 has
 OTHERS = (
     "gpt_neox", "opt", "gpt2", "falcon", "phi", "bloom", *LIKE, *OWN, "starcoder2", "gemma", "gemma3_text", "seed_oss", "cohere2",
@@ -61,7 +64,7 @@ class Folder:
 
 def honest(rng: random.Random, kind: str = "") -> Folder:
     """A random model whose files tell the truth."""
-    kind = kind or rng.choice(rng.choices((FAMILY, OTHERS, MIXTURES), (0.5, 0.35, 0.15))[0])
+    kind = kind or rng.choice(rng.choices((FAMILY, OTHERS, MIXTURES), (0.4, 0.3, 0.3))[0])
     head_dim, keys = rng.choice((16, 16, 16, 32, 48, 24)), rng.choice((1, 2, 3))
     heads = keys * rng.choice((1, 2, 3))
     own = kind in ("llama", "mistral", "qwen3") and rng.random() < 0.4  # a head_dim that is not hidden / heads
@@ -84,11 +87,7 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
     if kind == "bloom":
         config |= {"n_layer": layers, "n_head": heads}
     elif kind in MIXTURES:
-        config |= {"num_key_value_heads": keys, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-        experts, each = rng.choice((2, 3, 4, 5)), rng.choice((1, 2, 2))
-        config |= {"num_local_experts" if kind == "mixtral" else "num_experts": experts, "num_experts_per_tok": each}
-        config |= {"head_dim": head_dim} if kind == "qwen3_moe" else {}
-        config |= {"norm_topk_prob": rng.random() < 0.5} if kind != "mixtral" else {"sliding_window": rng.choice((None, 5))}
+        config |= {"num_key_value_heads": keys} | _mixture(rng, kind, head_dim, layers)
     elif kind in OTHERS and "num_attention_heads" in config and kind not in ("gpt_neox", "opt", "falcon", "phi", "bloom"):
         config |= {"num_key_value_heads": keys}
         config |= {"head_dim": head_dim} if kind in HEAD_DIM else {}
@@ -129,21 +128,51 @@ def honest(rng: random.Random, kind: str = "") -> Folder:
             for at in range(value.shape[0]):
                 for role in ("gate", "up") if part == "gate_up_proj" else ("down",):
                     k, n = value.shape[2], value.shape[1] // (2 if role != "down" else 1)
-                    expert = f"{owner}.{at}.{_ROLES[role][kind != 'mixtral']}"
+                    expert = f"{owner}.{at}.{_ROLES[role][kind not in _W123]}"
                     made = packed(rng, k, n, bits, group, ordered, sym, form)
                     tensors |= {f"{expert}.{each}": tensor for each, tensor in made.items()}
         elif linear and part == "weight" and any(each.isdigit() for each in name.split(".")) and not owner.endswith(_ROUTERS):
             k, n = value.shape if type(module).__name__ == "Conv1D" else value.shape[::-1]
             tensors |= {f"{owner}.{each}": tensor for each, tensor in packed(rng, k, n, bits, group, ordered, sym, form).items()}
+        elif part == "e_score_correction_bias":
+            tensors[name] = torch.randn(value.shape) * 0.3
         elif "norm" in name and part == "weight":
             tensors[name] = (torch.rand(value.shape) + 0.5).half()
         else:
             tensors[name] = value.half()
-    if kind == "mixtral":
+    if kind in _W123:
         tensors = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in tensors.items()}
     return Folder(
         kind, json.loads(json.dumps({**config, "model_type": kind, "architectures": [type(model).__name__]})), settings, tensors
     )
+
+
+def _mixture(rng: random.Random, kind: str, head_dim: int, layers: int) -> dict[str, Any]:
+    """The settings of a mixture's experts and of their choice."""
+    experts, each = rng.choice((2, 3, 4, 5)), rng.choice((1, 2, 2))
+    name = {"mixtral": "num_local_experts", "granitemoe": "num_local_experts", "minimax_m2": "num_local_experts"}.get(
+        kind, "n_routed_experts" if kind in SIGMOID else "num_experts"
+    )
+    made: dict[str, Any] = {name: experts, "num_experts_per_tok": each}
+    if kind not in (*_W123, "granitemoe", "olmoe", "flex_olmo"):
+        made |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    if kind == "mixtral":
+        made |= {"sliding_window": rng.choice((None, 5))}
+    elif kind == "granitemoe":
+        made |= {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+    else:
+        made |= {"norm_topk_prob": rng.random() < 0.5}
+    if kind in ("qwen3_moe", *SIGMOID):
+        made |= {"head_dim": head_dim}
+    if kind == "qwen3_moe" and rng.random() < 0.3:
+        made |= {"mlp_only_layers": [rng.randrange(layers)]}
+    if kind in SIGMOID:
+        made |= {"n_group": 1, "topk_group": 1, "n_shared_experts": rng.choice((1, 1, 2)), "routed_scaling_factor": 1.5}
+        made |= {"first_k_dense_replace": rng.choice((0, 0, 1)), "sliding_window": None}
+        made |= {"use_qk_norm": rng.random() < 0.5} if kind in ("glm4_moe", "minimax_m2", "solar_open") else {}
+    if kind == "minimax_m2":
+        made |= {"rotary_dim": head_dim // 2}
+    return made
 
 
 def rope_of(rng: random.Random, head_dim: int, kind: str = "llama") -> dict[str, Any]:

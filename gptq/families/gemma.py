@@ -13,7 +13,7 @@ _norm = partial(norm_of, plus_one=True)
 
 def _gemma(hf: Any) -> ModelParts:
     layers = [llama_layer(layer, hf.config, _norm) for layer in base_of(hf).layers]
-    return _model(hf, layers)
+    return _model(hf, layers, capped=False)
 
 
 def _gemma2(hf: Any) -> ModelParts:
@@ -45,15 +45,16 @@ def _layer(layer: Any, config: Any, **changes: Any) -> LayerParts:
     )
 
 
-def _model(hf: Any, layers: list[LayerParts], **changes: Any) -> ModelParts:
+def _model(hf: Any, layers: list[LayerParts], *, capped: bool = True, **changes: Any) -> ModelParts:
+    """`capped`: whether the architecture knows caps; config.json of another may have them too."""
     config, first = hf.config, base_of(hf).layers[0]
     options = Options(
         activation=act_of(first.mlp),
         qk_norm="head" if layers[0].q_norm is not None else "",
         score_scale=first.self_attn.scaling,
-        score_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        score_cap=(config.attn_logit_softcapping if capped else None) or 0.0,
         embedding_scale=float(torch.tensor(config.hidden_size**0.5, dtype=hf.get_input_embeddings().weight.dtype)),
-        logits_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        logits_cap=(config.final_logit_softcapping if capped else None) or 0.0,
     )
     return model_of(hf, layers, options, norm=_norm(base_of(hf).norm), **changes)
 

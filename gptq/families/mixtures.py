@@ -53,19 +53,27 @@ def softmax_experts(block: Any, router: Any, *, normed: bool) -> ExpertParts:
     )
 
 
-def sigmoid_experts(block: Any, config: Any) -> ExpertParts:
-    """The experts of a block whose router has a sigmoid, and numbers that correct the choice."""
+def sigmoid_experts(block: Any) -> ExpertParts:
+    """The experts of a block whose router has a sigmoid, and numbers that correct the choice.
+
+    The modules are asked, not config.json: a setting may stand there that the architecture does not know (MiniMax's
+    `norm_topk_prob`), and no module reads it.
+    """
     router = block.gate
-    refuse_if(getattr(config, "n_group", 1) not in (None, 1), "experts that are chosen by groups")
-    holder = router if hasattr(router, "e_score_correction_bias") else block
+
+    def asked(name: str, default: Any) -> Any:
+        return getattr(router, name, getattr(block, name, default))
+
+    groups = asked("num_group", asked("n_group", 1))  # its name in transformers 5, and in 4
+    refuse_if(groups not in (None, 1), "experts that are chosen by groups")
     return ExpertParts(
         router=router_of(router),
         experts=experts_of(block.experts),
-        choices=config.num_experts_per_tok,
+        choices=asked("top_k", None),
         sigmoid=True,
-        choice_bias=holder.e_score_correction_bias.detach().float().reshape(-1),
-        normed=getattr(config, "norm_topk_prob", True),
-        scale=float(getattr(config, "routed_scaling_factor", 1.0)),
+        choice_bias=asked("e_score_correction_bias", None).detach().float().reshape(-1),
+        normed=asked("norm_topk_prob", True),
+        scale=float(asked("routed_scaling_factor", 1.0)),
     )
 
 
@@ -166,7 +174,7 @@ def _sigmoid(hf: Any) -> ModelParts:
     layers = []
     for layer in base.layers:
         block = block_of(layer)
-        experts = sigmoid_experts(block, config) if hasattr(block, "experts") else None
+        experts = sigmoid_experts(block) if hasattr(block, "experts") else None
         layers.append(llama_layer(layer, config, **mlp_changes(block, experts, getattr(block, "shared_experts", None))))
     first = layers[0].q_norm
     qk_norm = "" if first is None else "head" if first.weight.numel() == head_dim_of(config) else "width"
