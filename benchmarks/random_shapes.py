@@ -1,7 +1,11 @@
 """Random models on the GPU: each is computed right, or refused with a reason.
 
     python benchmarks/random_shapes.py --count 300 --seed 1
-    compute-sanitizer --report-api-errors no --error-exitcode 9 python benchmarks/random_shapes.py --seed 1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 9 \\
+        python benchmarks/random_shapes.py --small --seed 1
+
+Without torch's cache of memory every tensor is an allocation of its own, so that the sanitizer sees what leaves it. With
+--small, models are narrow and take their formats from 24, so that few kernels are compiled; run several seeds side by side.
 
 A third of the models has a shape or a format that some kernel cannot compute (heads that share no whole number of key
 heads, odd group sizes, hidden sizes that are no multiple of 8 …). A model that is taken must give the logits of plain
@@ -46,25 +50,28 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear  # noqa: E402
 from gptq_webui.gptq.suitability import Unsuited  # noqa: E402
 
 TOLERANCE = 2e-2  # of the logits of one layer, relative; the kernels compute in fp16
+FORMATS = 24  # of the weights of small models
 GREEDY = GenerationParams(temperature=0.0, repetition_penalty=1.0)
 
 
-def random_shape(rng: random.Random) -> dict[str, Any]:
+def random_shape(rng: random.Random, small: bool) -> dict[str, Any]:
     """A model that every kernel can compute."""
-    bits, head_dim, kv_heads = rng.choice((2, 3, 4, 8)), rng.choice((32, 64, 96, 128)), rng.choice((1, 2, 3))
+    formats = random.Random(rng.randrange(FORMATS)) if small else rng  # what kernels are compiled for
+    bits, head_dim, kv_heads = formats.choice((2, 3, 4, 8)), formats.choice((32, 64, 96, 128)), rng.choice((1, 2, 3))
+    group_size, sym = formats.choice((-1, 16, 32, 48, 64, 128, 208)), formats.random() < 0.5
     heads = kv_heads * rng.choice((1, 2, 5, 9))
-    hidden = 32 * rng.choice((1, 3, 8, 13, 40)) if rng.random() < 0.9 else rng.choice((8448, 12288))
+    hidden = 32 * rng.choice((1, 3, 8, 13, 40)) if small or rng.random() < 0.9 else rng.choice((8448, 12288))
     return {
         "hidden": hidden, "inner": 32 * rng.randint(1, 30), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
-        "layers": 1, "vocabulary": rng.randint(40, 700), "bits": bits, "group_size": rng.choice((-1, 16, 32, 48, 64, 128, 208)),
-        "act_order": rng.random() < 0.5, "sym": rng.random() < 0.5, "qk_norm": rng.random() < 0.3, "bias": rng.random() < 0.3,
+        "layers": 1, "vocabulary": rng.randint(40, 700), "bits": bits, "group_size": group_size,
+        "act_order": rng.random() < 0.5, "sym": sym, "qk_norm": rng.random() < 0.3, "bias": rng.random() < 0.3,
         "window": rng.choice((0, 0, 17, 64)),
     }  # fmt: skip
 
 
-def wrong_shape(rng: random.Random) -> dict[str, Any]:
+def wrong_shape(rng: random.Random, small: bool) -> dict[str, Any]:
     """A model that some kernel cannot compute."""
-    shape = random_shape(rng)
+    shape = random_shape(rng, small)
     shape |= rng.choice(
         (
             {"heads": 3, "kv_heads": 2}, {"heads": 5, "kv_heads": 3}, {"head_dim": 80}, {"head_dim": 48}, {"head_dim": 256},
@@ -121,12 +128,13 @@ def check_model(gpu: Gpu, shape: dict[str, Any], rng: random.Random) -> str:
     return ", ".join(problems)
 
 
-def check_layer(gpu: Gpu, rng: random.Random) -> str:
+def check_layer(gpu: Gpu, rng: random.Random, small: bool) -> str:
     """The same for one packed layer, as models without a step of their own use it."""
-    k, n, bits = 32 * rng.randint(1, 40), 32 * rng.randint(1, 20), rng.choice((2, 3, 4, 8))
-    group_size = rng.choice((-1, 16, 24, 32, 40, 48, 64, 112, 128, 176))
+    formats = random.Random(rng.randrange(FORMATS)) if small else rng
+    k, n, bits = 32 * rng.randint(1, 40), 32 * rng.randint(1, 20), formats.choice((2, 3, 4, 8))
+    group_size, sym = formats.choice((-1, 16, 24, 32, 40, 48, 64, 112, 128, 176)), formats.random() < 0.5
     rows = torch.randperm(k, device="cuda") if rng.random() < 0.5 else None
-    layer: GPTQLinear = random_layer(k, n, bits, group_size, sym=rng.random() < 0.5, rows=rows, bias=rng.random() < 0.5)
+    layer: GPTQLinear = random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=rng.random() < 0.5)
     dense, bias = layer.dequantize(torch.float64), layer.bias
     packing = packing_of([layer])
     gemv.variant(packing, k, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes)  # raises Unsuited
@@ -142,7 +150,7 @@ def check_layer(gpu: Gpu, rng: random.Random) -> str:
     return ", ".join(problems)
 
 
-def check_lies(seed: int, count: int) -> list[str]:
+def check_lies(seed: int, count: int, until: float) -> list[str]:
     """What is wrong with the folders 0 to count - 1 of a seed, as lies.py checks them on a processor."""
     import lies
 
@@ -150,12 +158,14 @@ def check_lies(seed: int, count: int) -> list[str]:
     counted, failed = Counter[str](), []
     with tempfile.TemporaryDirectory() as room:
         for number in range(count):
+            if time.perf_counter() > until:
+                break
             said, what = lies.one(seed, number, Path(room) / str(number), "cuda:0", 3 * TOLERANCE)
-            counted[what.partition(":")[0] if what.startswith(("right", "refused")) else "WRONG"] += 1
+            counted[what if what.startswith("right") else "refused" if what.startswith("refused") else "WRONG"] += 1
             if not what.startswith(("right", "refused")):
                 failed.append(f"lie {number}, {said}: {what}")
                 print(failed[-1], flush=True)
-    print(f"seed {seed}: " + ", ".join(f"{times} lies {what}" for what, times in sorted(counted.items())))
+    print(f"seed {seed}: " + ", ".join(f"{times} lies {what}" for what, times in sorted(counted.items())), flush=True)
     return failed
 
 
@@ -164,7 +174,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="models; as many layers are multiplied too")
     parser.add_argument("--lies", type=int, default=0, help="folders with random lies that are loaded onto the GPU")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("GPTQ_WEBUI_SEED", "0")))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model or folder after so long")
+    parser.add_argument("--small", action="store_true", help="narrow models of few formats")
     given = parser.parse_args()
     gpu = Gpu(torch.device("cuda", 0))
     began, counted, reasons, failed = time.perf_counter(), Counter[str](), Counter[str](), []
@@ -173,8 +184,8 @@ def main() -> int:
             break
         rng = random.Random(f"{given.seed}-{number}")
         torch.manual_seed(given.seed * 100003 + number)
-        shape = wrong_shape(rng) if number % 3 == 2 else random_shape(rng)
-        for what, run in (("model", lambda: check_model(gpu, shape, rng)), ("layer", lambda: check_layer(gpu, rng))):  # noqa: B023
+        shape = wrong_shape(rng, given.small) if number % 3 == 2 else random_shape(rng, given.small)
+        for what, run in (("model", lambda: check_model(gpu, shape, rng)), ("layer", lambda: check_layer(gpu, rng, given.small))):  # noqa: B023
             try:
                 with torch.inference_mode():
                     problem = run()
@@ -191,10 +202,11 @@ def main() -> int:
             print(failed[-1], flush=True)
         gpu.close()  # the kernels of one shape are of no use to the next
     took = time.perf_counter() - began
-    print(f"seed {given.seed}, {took:.0f} s: " + ", ".join(f"{count} {what}" for what, count in sorted(counted.items())))
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(counted.items()))
+    print(f"seed {given.seed}, {took:.0f} s: {counts}", flush=True)
     for reason, times in reasons.most_common(20):
         print(f"    {times:3} {reason}")
-    failed += check_lies(given.seed, given.lies) if given.lies else []
+    failed += check_lies(given.seed, given.lies, began + given.seconds) if given.lies else []
     return 1 if failed else 0
 
 
