@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 LIKE = ("gemma2", "cohere", "olmo2", "granite", "stablelm")  # Llama's modules with other options
@@ -64,7 +64,8 @@ class Folder:
 
 def honest(rng: random.Random, kind: str = "") -> Folder:
     """A random model whose files tell the truth."""
-    kind = kind or rng.choice(rng.choices((FAMILY, OTHERS, MIXTURES), (0.4, 0.3, 0.3))[0])
+    kinds = [each for each in rng.choices((FAMILY, OTHERS, MIXTURES), (0.4, 0.3, 0.3))[0] if each in CONFIG_MAPPING]
+    kind = kind or rng.choice(kinds)
     head_dim, keys = rng.choice((16, 16, 16, 32, 48, 24)), rng.choice((1, 2, 3))
     heads = keys * rng.choice((1, 2, 3))
     own = kind in ("llama", "mistral", "qwen3") and rng.random() < 0.4  # a head_dim that is not hidden / heads
