@@ -80,9 +80,13 @@ def read_beginning(data: bytes) -> dict[str, TensorInfo]:
         return {}
     tensors = {}
     for name, dtype, shape, start, end in _ENTRY.findall(data[8 : 8 + length]):
-        sizes = tuple(int(each) for each in shape.split(b",") if each.strip())
+        try:
+            sizes = tuple(int(each) for each in shape.split(b",") if each.strip())
+            begin, stop = int(start), int(end)
+        except ValueError:  # a number of thousands of digits, or two of them without a comma
+            continue
         tensors[name.decode("utf-8", "replace")] = TensorInfo(
-            dtype.decode(), sizes, 8 + length + int(start), int(end) - int(start)
+            dtype.decode("ascii", "replace"), sizes, 8 + length + begin, stop - begin
         )
     return tensors
 

@@ -14,9 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
-from ..core.folder_files import read_json
+from ..core.folder_files import printable, read_json
+from ..core.safetensors_header import read_header
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+_PLAIN = re.compile(r"\^?((?:\w|\\?\.|-)+)\$?")  # a pattern that is a name, or the end of one
+_QUICK = re.compile(r"(?:\.[*+]|\\[dw]\+|[^*+?{}()|])*")  # one without groups
+_MOST_PATTERNS = 100  # that are no plain names
+_MOST_REPEATS, _LONGEST = 2, 200  # in a pattern; its characters
+_MOST_ALPHA = 1e6  # real ones are below 1,000
 
 
 Part = tuple[nn.Module, Tensor, Tensor]  # a layer, A [rank, K], scale · B [N, rank]
@@ -58,28 +64,54 @@ def read(model: nn.Module, folder: Path) -> dict[str, Part]:
         raise BadCheckpoint(
             f"The adapter {folder.name} changes more than LoRA does (DoRA, biases, whole modules). Choose another adapter."
         )
-    tensors = load_file(file)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    pairs: dict[str, dict[str, str]] = {}
+    header = read_header(file)
+    for key in header:
         found = _KEY.fullmatch(key)
         if not found:
             raise BadCheckpoint(
-                f"The adapter {folder.name} holds {key}, which is no part of LoRA on a linear layer. Choose another adapter."
+                f"The adapter {folder.name} holds {printable(key)[:200]}, which is no part of LoRA on a linear layer. "
+                "Choose another adapter."
             )
-        pairs.setdefault(found[1], {})[found[2]] = value
+        pairs.setdefault(found[1], {})[found[2]] = key
+    alpha = _Alpha(folder.name, config)
     modules = dict(model.named_modules())
-    ready: dict[str, Part] = {}
     for name, pair in pairs.items():
-        module = modules.get(name)
-        inner, outer = pair.get("A"), pair.get("B")  # [rank, K], [N, rank]
-        sizes = _sizes(module)
-        if module is None or inner is None or outer is None or (inner.shape[1], outer.shape[0]) != sizes:
+        if set(pair) != {"A", "B"} or not _fits(_sizes(modules.get(name)), *(header[pair[each]].shape for each in "AB")):
             raise BadCheckpoint(
-                f"The adapter {folder.name} does not fit at {name}: it is for another base model. "
+                f"The adapter {folder.name} does not fit at {printable(name)[:200]}: it is for another base model. "
                 "Load that model, or choose another adapter."
             )
-        ready[name] = module, inner, outer * _scale(config, name, inner.shape[0])
+    tensors = _numbers(folder.name, file)
+    ready: dict[str, Part] = {}
+    for name, pair in pairs.items():
+        inner, outer = tensors[pair["A"]], tensors[pair["B"]]  # [rank, K], [N, rank]
+        ready[name] = modules[name], inner, outer * alpha.scale(name, inner.shape[0])
     return ready
+
+
+def _fits(sizes: tuple[int, int] | None, inner: tuple[int, ...], outer: tuple[int, ...]) -> bool:
+    """Whether A [rank, K] and B [N, rank] are of a layer. A rank above both K and N is no adapter's: it fills the memory."""
+    if sizes is None or len(inner) != 2 or len(outer) != 2 or (inner[1], outer[0]) != sizes:
+        return False
+    return inner[0] == outer[1] and 0 < inner[0] <= max(sizes)
+
+
+def _numbers(name: str, file: Path) -> dict[str, Tensor]:
+    """The tensors of the file. Raises BadCheckpoint if one holds integers, or what is no number."""
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # of safetensors, which has one class for all
+        raise BadCheckpoint(
+            f"The weights of the adapter {name} cannot be read: {file.name} is damaged. Download the adapter again."
+        ) from error
+    for key, each in tensors.items():
+        if not each.is_floating_point() or not bool(each.float().isfinite().all()):
+            raise BadCheckpoint(
+                f"The adapter {name} holds values in {printable(key)[:200]} that are no numbers to multiply with. "
+                "Download it again, or choose another adapter."
+            )
+    return tensors
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
@@ -89,16 +121,55 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     return (module.nx, module.nf) if hasattr(module, "nx") and hasattr(module, "nf") else None
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = float(_of_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank)))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+class _Alpha:
+    """lora_alpha of each layer. PEFT reads the names of alpha_pattern as regular expressions; a stranger's could hold a
+    thread for ever, so only those are read that cannot."""
 
+    def __init__(self, adapter: str, config: Mapping[str, Any]) -> None:
+        """Raises BadCheckpoint."""
+        self._adapter, self._stabilised = adapter, bool(config.get("use_rslora"))
+        given = config.get("lora_alpha")
+        self._default = None if given is None else self._number(given)
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise self._wrong("alpha_pattern is no object")
+        self._plain: dict[str, float] = {}
+        self._patterns: list[tuple[re.Pattern[str], float]] = []
+        for pattern, value in patterns.items():
+            number = self._number(value)
+            if found := _PLAIN.fullmatch(pattern):
+                self._plain.setdefault(found[1].replace("\\.", "."), number)
+                continue
+            repeats = sum(pattern.count(each) for each in "*+")
+            is_quick = len(pattern) <= _LONGEST and repeats <= _MOST_REPEATS and _QUICK.fullmatch(pattern)
+            if len(self._patterns) >= _MOST_PATTERNS or not is_quick:
+                raise self._wrong(f"alpha_pattern has {printable(pattern)[:80]!r}, and names of layers are wanted there")
+            try:
+                self._patterns.append((re.compile(rf"(.*\.)?({pattern})"), number))
+            except re.error:
+                raise self._wrong(f"alpha_pattern has {printable(pattern)[:80]!r}, which is no pattern") from None
 
-def _of_pattern(patterns: Any, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
+    def scale(self, name: str, rank: int) -> float:
+        """What B A is multiplied with in the layer `name`."""
+        alpha = self._of(name)
+        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self._stabilised else rank)
+
+    def _of(self, name: str) -> float | None:
+        parts = name.split(".")
+        for at in range(len(parts)):  # "model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj" …
+            if (found := self._plain.get(".".join(parts[at:]))) is not None:
+                return found
+        return next((value for pattern, value in self._patterns if pattern.fullmatch(name)), self._default)
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST_ALPHA:
+            raise self._wrong(f"lora_alpha is {printable(str(value))[:40]}, and a number was expected")
+        return float(value)
+
+    def _wrong(self, what: str) -> BadCheckpoint:
+        return BadCheckpoint(
+            f"The adapter_config.json of {self._adapter} cannot be used: {what}. Correct it, or choose another adapter."
+        )
 
 
 def _adding(inner: Tensor, outer: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

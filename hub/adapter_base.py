@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import WrongRepository
-from ..core.folder_files import read_json, read_text
+from ..core.folder_files import printable, read_json, read_text
 from ..core.models import LocalModel
 from ..core.safetensors_header import TensorInfo, read_header
 
@@ -21,6 +21,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FRONT = re.compile(r"^base_model:[ \t]*(?:\n\s*-[ \t]*)?['\"]?(\w[\w./-]*)", re.MULTILINE)
 _AFTER = r"(gptq|awq|w4a16|int4|int8|\dbit|$)"  # what may follow the base model's name in a folder's
 _README_BYTES = 1_000_000
+_SHOWN = 200  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class AdapterFacts:
 def facts_of(config: Mapping[str, Any]) -> AdapterFacts:
     """Of an adapter_config.json, whatever is in it."""
     base, rank = config.get("base_model_name_or_path"), config.get("r")
-    return AdapterFacts(base if isinstance(base, str) else "", rank if isinstance(rank, int) else 0)
+    return AdapterFacts(printable(base)[:_SHOWN] if isinstance(base, str) else "", rank if isinstance(rank, int) else 0)
 
 
 def beside(folder: Path) -> dict[str, AdapterFacts]:

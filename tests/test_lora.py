@@ -120,3 +120,104 @@ def test_a_loader_adds_it_and_says_so(tmp_path: Path) -> None:
     loaded.close()
     with pytest.raises(BadParameter, match=r"There is no folder .*nowhere for the LoRA adapter"):
         load("nowhere")
+
+
+def hostile(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor) -> None:
+    """An adapter for one layer, with other settings or other tensors."""
+    folder.mkdir(exist_ok=True)
+    held = {"lora_A": torch.ones(4, 64), "lora_B": torch.ones(64, 4)} | tensors
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.{key}.weight": each for key, each in held.items()}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **(config or {})}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny.write(folder)
+    return checkpoint.load(LocalModel.read(folder), dtype=torch.float32, device_map="cpu")[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    (
+        {"lora_alpha": "much"},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": [8]},
+        {"lora_alpha": True},
+        {"lora_alpha": 10**30},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": None}},
+        {"alpha_pattern": {"(x+x+)+y": 2}},
+        {"alpha_pattern": {"(": 2}},
+        {"alpha_pattern": {"[": 2}},
+        {"alpha_pattern": {".*.*.*.*.*q": 2}},
+        {"alpha_pattern": {"q" * 500 + "[a]": 2}},
+        {"alpha_pattern": {f"[a]{at}": 2 for at in range(200)}},
+    ),
+    ids=lambda config: str(config)[:50],
+)
+def test_settings_of_an_adapter_that_cannot_be_used_are_a_sentence(base, tmp_path, config):
+    hostile(tmp_path / "a", config)
+    with pytest.raises(BadCheckpoint, match="The adapter_config.json of a cannot be used: .* Correct it, or choose another"):
+        lora.read(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    (
+        ({"lora_A": torch.ones(4, 64), "lora_B": torch.ones(64, 5)}, "does not fit"),
+        ({"lora_A": torch.ones(0, 64), "lora_B": torch.ones(64, 0)}, "does not fit"),
+        ({"lora_A": torch.ones(65, 64), "lora_B": torch.ones(64, 65)}, "does not fit"),
+        ({"lora_A": torch.ones(64)}, "does not fit"),
+        ({"lora_B": torch.ones(64, 4, 1)}, "does not fit"),
+        ({"lora_A": torch.ones(4, 64).int()}, "no numbers to multiply with"),
+        ({"lora_B": torch.full((64, 4), torch.inf)}, "no numbers to multiply with"),
+        ({"lora_B": torch.full((64, 4), torch.nan).bfloat16()}, "no numbers to multiply with"),
+        ({"lora_bias": torch.ones(4)}, "which is no part of LoRA"),
+    ),
+    ids=range(9),
+)
+def test_tensors_of_an_adapter_that_cannot_be_used_are_a_sentence(base, tmp_path, tensors, says):
+    hostile(tmp_path / "a", **tensors)
+    with pytest.raises(BadCheckpoint, match=says):
+        lora.read(base, tmp_path / "a")
+
+
+def test_a_rank_that_would_fill_the_memory_is_refused_before_it_is_read(base, tmp_path):
+    """A sparse file: 4 TB by its header, some bytes on the disk."""
+    hostile(tmp_path / "a")
+    name, rank = "base_model.model.model.layers.0.self_attn.q_proj", 2**33
+    half = rank * 64 * 4
+    header = {
+        f"{name}.lora_A.weight": {"dtype": "F32", "shape": [rank, 64], "data_offsets": [0, half]},
+        f"{name}.lora_B.weight": {"dtype": "F32", "shape": [64, rank], "data_offsets": [half, 2 * half]},
+    }
+    head = json.dumps(header).encode()
+    with (tmp_path / "a" / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + 2 * half)
+    with pytest.raises(BadCheckpoint, match="does not fit"):
+        lora.read(base, tmp_path / "a")
+
+
+def test_weights_that_are_no_file_of_weights_are_a_sentence(base, tmp_path):
+    hostile(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        with pytest.raises(BadCheckpoint, match=r"(?i)download|git lfs"):
+            lora.read(base, tmp_path / "a")
+
+
+def test_names_and_quick_patterns_choose_the_alpha(base, tmp_path):
+    """As PEFT reads them: the end of a layer's name."""
+    for pattern, alpha in {
+        "q_proj": 3, "self_attn.q_proj": 3, r"layers\.0\.self_attn\.q_proj": 3, "^model.layers.0.self_attn.q_proj$": 3,
+        r".*\.self_attn\.q_proj": 3, r"layers.\d+.self_attn.[qv]_proj": 3, "proj": 8, "k_proj": 8, "layers.1.self_attn.q_proj": 8,
+    }.items():  # fmt: skip
+        hostile(tmp_path / "a", {"alpha_pattern": {pattern: 3}})
+        (_module, _inner, outer) = lora.read(base, tmp_path / "a")["model.layers.0.self_attn.q_proj"]
+        assert float(outer[0, 0]) == alpha / 4, pattern

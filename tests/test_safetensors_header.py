@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gptq_webui.core.errors import BadCheckpoint
-from gptq_webui.core.safetensors_header import item_bytes, read_header, read_integers
+from gptq_webui.core.safetensors_header import item_bytes, read_beginning, read_header, read_integers
 
 
 @pytest.fixture
@@ -62,3 +62,13 @@ def test_what_is_no_safetensors_file_is_one_sentence(tmp_path: Path, data: bytes
 
 def test_item_sizes() -> None:
     assert [item_bytes(name) for name in ("I32", "F16", "BF16", "U8", "F64")] == [4, 2, 2, 1, 8]
+
+
+@pytest.mark.parametrize("wrong", [
+    b'"shape":[%s],"data_offsets":[0,2]' % (b"9" * 5000),
+    b'"shape":[1],"data_offsets":[0,%s]' % (b"9" * 5000),
+    b'"shape":[1 1],"data_offsets":[0,2]',
+])  # fmt: skip
+def test_numbers_in_the_beginning_of_a_strangers_file_that_are_none_are_left_out(wrong: bytes) -> None:
+    head = b'{"a":{"dtype":"F16",' + wrong + b'},"b":{"dtype":"F16","shape":[5],"data_offsets":[2,12]}}'
+    assert list(read_beginning(struct.pack("<Q", len(head)) + head)) == ["b"]
