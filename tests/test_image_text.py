@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import threading
 import time
 
@@ -213,7 +214,12 @@ def test_a_text_that_names_the_token_of_a_picture_is_said(seeing):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"size": {"height": 100_000, "width": 100_000}}, "larger than 4096"),
+        ({"size": {"height": 100_000, "width": 100_000}}, "is 100000, and at most 4,096"),
+        ({"size": {"shortest_edge": 2_000_000}}, "shortest_edge is 2000000, and at most 8,192"),
+        ({"image_grid_pinpoints": [[336, 10**9]]}, "image_grid_pinpoints is 1000000000, and at most 4,096"),
+        ({"image_mean": [float("nan")] * 3}, "image_mean is nan"),
+        ({"nested": {"deeper": [{"rescale_factor": 1e300}]}}, "rescale_factor is 1e[+]300"),
+        ({"image_std": [1] * 20_000}, "numbers, and at most 10,000"),
         ({"image_processor_type": "NoProcessor"}, "cannot be used"),
     ],
 )
@@ -224,9 +230,49 @@ def test_a_processor_that_is_no_use_leaves_the_language_model(tmp_path, change, 
         settings = json.loads((tmp_path / "m" / name).read_text()) | change
         (tmp_path / "m" / name).write_text(json.dumps(settings))
     loaded = TransformersLoader().load(LocalModel.read(tmp_path / "m"), TransformersOptions(dtype="fp32"), lambda *_: None)
-    assert not loaded.sees_pictures and any(words in note and "It reads text only" in note for note in loaded.notes)
+    assert not loaded.sees_pictures and any(re.search(words, each) and "It reads text only" in each for each in loaded.notes)
     assert list(loaded.chat([Message("user", "Hi")], GenerationParams(max_new_tokens=3), threading.Event()))
     loaded.close()
+
+
+@pytest.mark.parametrize("change", [
+    {"min_pixels": 10**9}, {"merge_size": 4096}, {"temporal_patch_size": 1000}, {"patch_size": 4000}, {"min_pixels": -1e30},
+], ids=str)  # fmt: skip
+def test_numbers_that_make_a_picture_fill_the_memory_are_refused_before_one_is_read(tmp_path, change, monkeypatch):
+    seeing_models.write(tmp_path / "m", "qwen2_vl")
+    complete(tmp_path / "m", "qwen2_vl")
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps({**PROCESSORS["qwen2_vl"], **change}))
+    monkeypatch.setattr(picture_reader, "_processor", lambda *_given: pytest.fail("it was made"))
+    reader, note = found_in(tmp_path / "m")
+    assert reader is None and "Correct preprocessor_config.json" in note
+
+
+def test_a_folder_is_never_asked_to_run_its_own_code_for_pictures(tmp_path, monkeypatch):
+    """transformers asks at the terminal where nobody has said whether the code of a folder may run."""
+    seeing_models.write(tmp_path / "m", "llava")
+    complete(tmp_path / "m", "llava")
+    changed = {**PROCESSORS["llava"], "image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / "m" / name).write_text(json.dumps(changed))
+    (tmp_path / "m" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_given: pytest.fail("it asked"))
+    assert found_in(tmp_path / "m")[0] is None
+    assert not (tmp_path / "ran").exists()
+
+
+def found_in(folder):
+    """What `picture_reader.find` gives for a folder."""
+    from transformers import AutoConfig
+
+    from gptq_webui.loaders.text import chat_template
+    from gptq_webui.loaders.text.token_codec import TokenCodec
+    from gptq_webui.loaders.text.tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(LocalModel.read(folder))
+    template = chat_template.find(folder, tokenizer, "")
+    found = picture_reader.find(folder, AutoConfig.from_pretrained(folder), TokenCodec(tokenizer), template)
+    template.close()
+    return found
 
 
 @pytest.mark.parametrize(

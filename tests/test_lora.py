@@ -161,7 +161,7 @@ def base(tmp_path_factory):
 )
 def test_settings_of_an_adapter_that_cannot_be_used_are_a_sentence(base, tmp_path, config):
     hostile(tmp_path / "a", config)
-    with pytest.raises(BadCheckpoint, match="The adapter_config.json of a cannot be used: .* Correct it, or choose another"):
+    with pytest.raises(BadCheckpoint, match=r"The adapter_config.json of a cannot be used: .* Correct it, or choose another"):
         lora.read(base, tmp_path / "a")
 
 

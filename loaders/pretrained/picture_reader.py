@@ -6,6 +6,8 @@ transformers' AutoProcessor is not used: it asks for torchvision even where only
 import base64
 import io
 import logging
+import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 from ...core.chat import Message
 from ...core.errors import BadFile, BadParameter
-from ...core.folder_files import read_json
+from ...core.folder_files import printable, read_json
 from ...core.foreign_errors import in_words
 from ...core.picture import is_picture
 from ..text.chat_template import ChatTemplate
@@ -28,7 +30,16 @@ _MOST_LENGTH = 30_000  # pixels of a side
 _MOST_SCANS = 100  # of a JPEG, each of which goes over the whole picture; cameras write 1, programs about 10
 _MOST_PICTURES = 32  # of one conversation as it is read
 _MOST_SIDE = 2048  # pixels of what the processor is given
-_MOST_SIZE = 4096  # a height or width that a folder asks for
+# The largest numbers that a folder's processor may have: sides, areas and tokens of a picture, and what multiplies them.
+_MOST_NUMBER = 4096  # of a name that is not here
+_MOST_OF = {
+    "min_pixels": 2**22, "max_pixels": 2**28, "shortest_edge": 2**22, "longest_edge": 2**28, "patch_size": 256, "merge_size": 16,
+    "spatial_merge_size": 16, "temporal_patch_size": 4, "scale_factor": 16, "image_seq_length": 2**14, "image_seq_len": 2**14,
+    "num_additional_image_tokens": 64, "pan_and_scan_max_num_crops": 16, "max_patches": 64, "max_image_tiles": 64,
+}  # fmt: skip
+_NO_SIZE = re.compile(r".*(_id|_ids|_index|max_length)")  # names of numbers that cost nothing
+_MOST_NUMBERS = 10_000  # of all together
+_MOST_EDGE = 8192  # of a processor whose edges are lengths, not areas as Qwen's are
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _KEPT = 4  # prompts whose pictures are kept ready
 _PICTURE = "data:image/png;base64,"
@@ -95,7 +106,9 @@ def find(folder: Path, config: Any, codec: TokenCodec, template: ChatTemplate) -
         return None, ""
     try:
         _require_sizes({name: read_json(folder / name) for name in _CONFIGS})
-        reader = PictureReader(_processor(folder, config, codec.tokenizer), codec)
+        processor = _processor(folder, config, codec.tokenizer)
+        _require_edges(processor)
+        reader = PictureReader(processor, codec)
         message = Message("user", "?", pictures=(_trial(),))
         reader.read(template.render([message], codec.tokenizer), message.pictures)
     except Exception as error:  # a folder's processor is no reason to lose its language model
@@ -123,7 +136,9 @@ def _processor(folder: Path, config: Any, tokenizer: Any) -> Any:
     if not (isinstance(of, type) and issubclass(of, ProcessorMixin)):
         raise BadFile(f"its class {name[:60]!r} is no processor of pictures and text. Download the model again.")
     unchecked: Any = type(of.__name__, (of,), {"check_argument_for_proper_class": lambda self, *given: None})
-    given = {"image_processor": AutoImageProcessor.from_pretrained(folder, local_files_only=True), "tokenizer": tokenizer}
+    # said, not left open: where nothing is said, transformers asks at the terminal whether to run a folder's own code
+    reader = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    given = {"image_processor": reader, "tokenizer": tokenizer}
     try:
         names = unchecked.get_attributes()
     except AttributeError:  # transformers 4
@@ -133,14 +148,40 @@ def _processor(folder: Path, config: Any, tokenizer: Any) -> Any:
 
 
 def _require_sizes(configs: Mapping[str, Any]) -> None:
-    """Raises BadFile for a height or width that would fill the memory."""
-    waiting = list(configs.values())
+    """Raises BadFile for a number that would make a picture fill the memory."""
+    waiting: list[tuple[str, Any]] = list(configs.items())
+    numbers = 0
     while waiting:
-        for name, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            elif name in ("height", "width", "crop_size", "size") and isinstance(value, (int, float)) and value > _MOST_SIZE:
-                raise BadFile(f"{name} {value} is larger than {_MOST_SIZE} pixels. Correct preprocessor_config.json.")
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(key), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, each) for each in value]
+        elif isinstance(value, (int, float)) and not _NO_SIZE.fullmatch(name):
+            numbers += 1
+            most = _MOST_OF.get(name, _MOST_NUMBER)
+            if not abs(value) <= most:
+                raise BadFile(
+                    f"{printable(name)[:60]} is {str(value)[:20]}, and at most {most:,} was expected. "
+                    "Correct preprocessor_config.json."
+                )
+    if numbers > _MOST_NUMBERS:
+        raise BadFile(f"its settings have {numbers:,} numbers, and at most {_MOST_NUMBERS:,} were expected. Download it again.")
+
+
+def _require_edges(processor: Any) -> None:
+    """Raises BadFile for edges that `_require_sizes` took for areas, where the processor takes them for lengths.
+
+    Those that take them for areas, as Qwen's, have a function smart_resize in their module.
+    """
+    reader = getattr(processor, "image_processor", None)
+    size = getattr(reader, "size", None)
+    if hasattr(sys.modules.get(type(reader).__module__), "smart_resize") or size is None:
+        return
+    for name in ("shortest_edge", "longest_edge"):
+        value = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
+        if isinstance(value, (int, float)) and value > _MOST_EDGE:
+            raise BadFile(f"{name} is {value}, and at most {_MOST_EDGE:,} was expected. Correct preprocessor_config.json.")
 
 
 def _open(url: str) -> Any:
