@@ -21,6 +21,8 @@ _MOST = {  # far beyond every model there is; a larger number is damage
     **dict.fromkeys(_CONTEXT, 1 << 31), "num_key_value_heads": 1 << 16, "head_dim": 1 << 14, "vocab_size": 1 << 24,
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
 _MOST_LABELS = 1 << 16  # transformers names each of them
 _TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,
@@ -37,7 +39,7 @@ def problem_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     """The first contradiction as a sentence; "" if there is none. `tensors` may be empty: then only config.json is judged."""
     inner = config.get("text_config")
     numbers = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    for check in (_absurd, _heads, rope_problems):
+    for check in (_absurd, _heads, _experts, rope_problems):
         if found := next(check(numbers), ""):
             return f"{found}. {_CURE}"
     return next(_files(numbers, tensors), "")
@@ -101,6 +103,19 @@ def _heads(config: Mapping[str, Any]) -> Iterator[str]:
     )
     if isinstance(heads, int) and isinstance(hidden, int) and not named and hidden % heads:
         yield f"config.json says a hidden size of {hidden} for {heads} heads and no head_dim; the heads cannot divide it evenly"
+
+
+def _experts(config: Mapping[str, Any]) -> Iterator[str]:
+    experts, choices = first(config, _EXPERTS), first(config, _CHOICES)
+    if not isinstance(experts, int) or experts < 1 or choices is None or isinstance(choices, list):  # of a dense model, or a list
+        return
+    more = config.get("zero_expert_num")  # choices that compute nothing (LongCat)
+    most = experts + (more if isinstance(more, int) else 0)
+    if not isinstance(choices, int) or isinstance(choices, bool) or not 0 < choices <= most:
+        yield (
+            f"config.json says {shown(choices)} experts for each token (num_experts_per_tok) of {experts}; "
+            f"a whole number from 1 to {most} was expected"
+        )
 
 
 def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:

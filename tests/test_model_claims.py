@@ -39,6 +39,10 @@ LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, 
     ({"model_type": "gptj", "n_positions": 10**7}, "n_positions 10000000; a model of the type gptj"),
     ({"model_type": "gpt2", "n_positions": 1 << 20}, "at most"),
     ({"model_type": "mpt", "max_seq_len": 1 << 30}, "at most"),
+    ({"num_experts": 4, "num_experts_per_tok": 5}, "says 5 experts for each token"),
+    ({"num_local_experts": 4, "num_experts_per_tok": 0}, "says 0 experts for each token"),
+    ({"n_routed_experts": 4, "num_experts_per_tok": "2"}, "says '2' experts for each token"),
+    ({"moe_num_experts": 4, "moe_k": -1}, "from 1 to 4 was expected"),
     ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers 1000000"),
 ])  # fmt: skip
 def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_path):
@@ -52,7 +56,8 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
 
 
 @pytest.mark.parametrize("claims", [
-    {}, {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
+    {}, {"num_local_experts": 0, "num_experts_per_tok": 0}, {"num_experts": 4}, {"num_experts": 4, "moe_k": [2, 2]},
+    {"n_routed_experts": 4, "zero_expert_num": 2, "num_experts_per_tok": 6}, {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
     {"sliding_window": 0, "use_sliding_window": False}, {"num_key_value_heads": None}, {"n_inner": None},
     {"hidden_size": 7168, "num_attention_heads": 60, "num_key_value_heads": 60, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}},
