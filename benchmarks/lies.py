@@ -45,6 +45,7 @@ from gptq_webui.core.errors import GptqWebuiError  # noqa: E402
 from gptq_webui.core.models import LocalModel  # noqa: E402
 from gptq_webui.gptq import checkpoint, stepper_choice  # noqa: E402
 from gptq_webui.gptq.cpu import cpu_linear, kernel_trial  # noqa: E402
+from gptq_webui.gptq.suitability import require_sound  # noqa: E402
 from gptq_webui.gptq.transformers_stepper import TransformersStepper  # noqa: E402
 
 TOLERANCE = 1e-2  # of the logits, relative: keys and values are kept in half precision
@@ -96,8 +97,19 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def stepper_of(hf: Any, kernel: str, device: str) -> Any:
-    if kernel == "plain":
-        return TransformersStepper(hf)
+    """As stepper_choice.py makes one. Raises BadCheckpoint."""
+    if kernel in ("plain", "layers"):
+        require_sound(hf)
+        stepper = _by_transformers(hf, kernel, device)
+        stepper.require_a_forward()
+        return stepper
+    stepper, note = stepper_choice.stepper_for(hf, 64)
+    if "could not be compiled" in note:
+        raise RuntimeError(note)
+    return stepper
+
+
+def _by_transformers(hf: Any, kernel: str, device: str) -> TransformersStepper:
     if kernel == "layers":
         if device == "cpu":
             cpu_linear.replace_layers(hf, 1)
@@ -105,11 +117,7 @@ def stepper_of(hf: Any, kernel: str, device: str) -> Any:
             from gptq_webui.gptq.cuda import replaced_layers
 
             replaced_layers.replace_layers(hf)
-        return TransformersStepper(hf)
-    stepper, note = stepper_choice.stepper_for(hf, 64)
-    if "could not be compiled" in note:
-        raise RuntimeError(note)
-    return stepper
+    return TransformersStepper(hf)
 
 
 def checked(folder: Folder, path: Path, kernel: str, device: str = "cpu", tolerance: float = TOLERANCE) -> str:

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.errors import BadCheckpoint
+from ..core.folder_files import printable
 from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_names, width_in_memory
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
@@ -150,6 +151,7 @@ class PackedQuantizer(HfQuantizer):
         self._dtypes = {
             name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped
         }
+        self._shapes = {name: each.shape for name, each in model.state_dict().items() if name.rpartition(".")[0] not in swapped}
 
     def _join(
         self,
@@ -172,7 +174,14 @@ class PackedQuantizer(HfQuantizer):
             replace(model, place, JoinedLayers(names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32)."""
+        """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32). It compares
+        no shapes where a quantizer is at work. Raises BadCheckpoint."""
+        for name, tensor in model.state_dict().items():
+            if (shape := self._shapes.get(name, tensor.shape)) != tensor.shape:
+                raise BadCheckpoint(
+                    f"{printable(name)} has the shape {list(tensor.shape)} in the files, and config.json asks for {list(shape)}. "
+                    "The files belong to another model; download it again."
+                )
         for name, parameter in model.named_parameters():
             wanted = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype not in (wanted, torch.float32) and not parameter.is_meta:

@@ -57,7 +57,8 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
 
 @pytest.mark.parametrize("claims", [
     {}, {"num_local_experts": 0, "num_experts_per_tok": 0}, {"num_experts": 4}, {"num_experts": 4, "moe_k": [2, 2]},
-    {"n_routed_experts": 4, "zero_expert_num": 2, "num_experts_per_tok": 6}, {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
+    {"n_routed_experts": 4, "zero_expert_num": 2, "num_experts_per_tok": 6},
+    {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
     {"sliding_window": 0, "use_sliding_window": False}, {"num_key_value_heads": None}, {"n_inner": None},
     {"hidden_size": 7168, "num_attention_heads": 60, "num_key_value_heads": 60, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}},
