@@ -39,7 +39,8 @@ script.register()
 
 import torch  # noqa: E402
 from folder_lies import lying  # noqa: E402
-from lying_folders import Folder, twin  # noqa: E402
+from lying_folders import Folder  # noqa: E402
+from lying_twins import twin  # noqa: E402
 
 from gptq_webui.core.errors import GptqWebuiError  # noqa: E402
 from gptq_webui.core.models import LocalModel  # noqa: E402
@@ -100,9 +101,9 @@ def stepper_of(hf: Any, kernel: str, device: str) -> Any:
     """As stepper_choice.py makes one. Raises BadCheckpoint."""
     if kernel in ("plain", "layers"):
         require_sound(hf)
-        stepper = _by_transformers(hf, kernel, device)
-        stepper.require_a_forward()
-        return stepper
+        tried = _by_transformers(hf, kernel, device)
+        tried.require_a_forward()
+        return tried
     stepper, note = stepper_choice.stepper_for(hf, 64)
     if "could not be compiled" in note:
         raise RuntimeError(note)

@@ -148,10 +148,8 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.see is not None:  # type: ignore[attr-defined]
             self.quantization_config.see(model)  # type: ignore[attr-defined]
         swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
-        self._dtypes = {
-            name: parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in swapped
-        }
-        self._shapes = {name: each.shape for name, each in model.state_dict().items() if name.rpartition(".")[0] not in swapped}
+        dense = {name: each for name, each in model.named_parameters() if name.rpartition(".")[0] not in swapped}
+        self._wanted = {name: (each.dtype, each.shape) for name, each in dense.items()}
 
     def _join(
         self,
@@ -174,18 +172,16 @@ class PackedQuantizer(HfQuantizer):
             replace(model, place, JoinedLayers(names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """transformers 5.17 leaves a tensor that it renamed in the file's type; fp32 may be meant (keep_in_fp32). It compares
-        no shapes where a quantizer is at work. Raises BadCheckpoint."""
-        for name, tensor in model.state_dict().items():
-            if (shape := self._shapes.get(name, tensor.shape)) != tensor.shape:
+        """transformers 5.17 leaves renamed tensors in a file's type (fp32 may be meant: keep_in_fp32), and shapes uncompared."""
+        for name, parameter in model.named_parameters():
+            dtype, shape = self._wanted.get(name, (parameter.dtype, parameter.shape))
+            if parameter.shape != shape:
                 raise BadCheckpoint(
-                    f"{printable(name)} has the shape {list(tensor.shape)} in the files, and config.json asks for {list(shape)}. "
+                    f"{printable(name)} is {list(parameter.shape)} in the files, and config.json asks for {list(shape)}. "
                     "The files belong to another model; download it again."
                 )
-        for name, parameter in model.named_parameters():
-            wanted = self._dtypes.get(name, parameter.dtype)
-            if parameter.dtype not in (wanted, torch.float32) and not parameter.is_meta:
-                parameter.data = parameter.data.to(wanted)
+            if parameter.dtype not in (dtype, torch.float32) and not parameter.is_meta:
+                parameter.data = parameter.data.to(dtype)
         return model
 
     def get_accelerator_warm_up_factor(self) -> int:

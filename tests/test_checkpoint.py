@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
-from gptq_webui.gptq import checkpoint, packed_quantizer
+from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 
 
@@ -285,20 +285,3 @@ def test_the_files_decide_whether_the_output_layer_is_the_embedding(what, tmp_pa
         found, wanted = packed(ids).logits, twin(ids).logits
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
     assert any("lm_head.weight), which is used" in note for note in notes) == (what == "another head")
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
-def test_a_dense_tensor_of_another_shape_is_a_sentence_whatever_transformers_compares(tiny_gptq, name, monkeypatch):
-    """transformers 5.17 takes it where a quantizer is at work."""
-    after = packed_quantizer.PackedQuantizer._process_model_after_weight_loading
-
-    def shortened(self, model, **given):
-        module = model.get_submodule(name)
-        module.weight = torch.nn.Parameter(module.weight[:-1], requires_grad=False)
-        return after(self, model, **given)
-
-    monkeypatch.setattr(packed_quantizer.PackedQuantizer, "_process_model_after_weight_loading", shortened)
-    with pytest.raises(
-        BadCheckpoint, match=r"weight has the shape \[287, 64\] in the files, and config.json asks for \[288, 64\]"
-    ):
-        checkpoint.load(LocalModel.read(tiny_gptq), dtype=torch.float32, device_map="cpu")
