@@ -96,13 +96,12 @@ def _events(
                 if prefix.waits(running):
                     reading.wait()
                 elif piece := reading.piece():
-                    before = memory.length
-                    logits = stepper.prefill(memory, ids[memory.length : memory.length + piece])
-                    reading.took(memory.length - before)
-                    progress(memory.length)
+                    reading.ask(ids[memory.length : memory.length + piece])
                 running.reads = not reading.blocked
                 if stepper.parallel > 1:
                     yield None
+                logits = reading.logits()
+                progress(memory.length)
         running.reads = False
         if cancel.is_set():
             reason = "cancelled"

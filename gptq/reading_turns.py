@@ -62,7 +62,9 @@ class Turns:
     def _ask(self, turn: Turn) -> int:
         if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
             self._asked.clear()
-            self._left = min(self.tokens, self._most()) if self._busy() else self._most()
+            self._left = self._most()
+        if self._busy():
+            self._left = min(self._left, self.tokens)
         self._asked.add(turn.number)
         mine = (turn.share, turn.number)
         before = [each for each in self._waiting if not each.blocked and each.number not in self._asked]

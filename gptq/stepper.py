@@ -70,18 +70,24 @@ class Reading:
 
     blocked = False  # it waits for memory
 
-    def __init__(self, tokens: Callable[[], int]) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Callable[[], int], read: Callable[[Sequence[int]], Tensor]) -> None:
+        self._tokens, self._read = tokens, read
+        self._logits: Tensor | None = None
 
     def piece(self) -> int:
         """Tokens that may be read now; 0 where others come first."""
         return self._tokens()
 
+    def ask(self, ids: Sequence[int]) -> None:
+        """Read the next ids, now or together with those of others."""
+        self._logits = self._read(ids)
+
+    def logits(self) -> Tensor | None:
+        """Of the last id of the prompt [1, V], once what was asked for is read. Asked in the next turn of the answer."""
+        return self._logits
+
     def wait(self) -> None:
         """In the place of `piece`: somebody else reads the same text."""
-
-    def took(self, tokens: int) -> None:
-        """So many of the piece were read."""
 
     def close(self) -> None: ...
 
@@ -192,7 +198,7 @@ class Stepper(ABC):
 
     def reading(self, memory: Memory, tokens: int) -> Reading:
         """Begin to read a prompt of so many tokens, of which memory may hold some."""
-        return Reading(self.piece_tokens)
+        return Reading(self.piece_tokens, partial(self.prefill, memory))
 
     def in_turns(self, params: GenerationParams) -> bool:
         """Whether such an answer may run beside others, where the stepper computes several."""

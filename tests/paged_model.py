@@ -47,7 +47,7 @@ class PagedModel:
         self.sequences = Sequences(CPU, shape, rows)
         self.prompt_logits = torch.zeros(1, VOCABULARY)
         self.tokens = {}  # (address of a page, place in it) -> token
-        self.read_tokens, self.rows_computed = 0, []
+        self.read_tokens, self.rows_computed, self.together = 0, [], 0
 
     def _copy(self, source, target):
         for at in range(PAGE_TOKENS):
@@ -66,6 +66,15 @@ class PagedModel:
         self.read_tokens += len(ids)
         self.prompt_logits[0] = self._logits(row, start + len(ids) - 1)
         return torch.zeros(len(ids), 4)
+
+    def prefill_several(self, pieces, wanted):
+        found = []
+        self.together = max(self.together, len(pieces))
+        for memory, ids in pieces:
+            self.sequences.show([(memory, self.sequences.prompt_row)])
+            self.prefill(ids, memory.length, self.sequences.prompt_row)
+            found.append(self.prompt_logits.clone())
+        return [each if wants else None for each, wants in zip(found, wanted, strict=True)]
 
     def step_rows(self, rows, sample_next=True):
         rows = min(rows_of_graph(rows), self.sequences.rows)

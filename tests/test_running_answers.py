@@ -252,10 +252,27 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
     for turn in range(1, 5):
         run.turn()
         assert len(run.found["stream"]) == before + turn, "a token in every round"
-        assert run.model.read_tokens - read <= 64 * turn
+        assert run.model.read_tokens - read <= 64 * (turn + 1)
     assert run.found["short"], "a short one does not wait for long ones"
     assert not run.found["long"] and not run.found["long too"]
     run.all()
+
+
+def test_short_prompts_of_a_round_are_read_together():
+    run = Run()
+    for at in range(12):
+        run.ask(at, prompt_of(at, 30))
+    assert run.all() == {at: solo(prompt_of(at, 30)) for at in range(12)}
+    assert run.model.together == 5, "128 tokens of a round: four whole prompts and the beginning of one"
+
+
+def test_a_piece_that_nobody_waits_for_is_not_read():
+    run = Run()
+    for at in range(3):
+        run.ask(at, prompt_of(at, 30))
+    run.turn()
+    run.open.pop(1).close()
+    assert run.all()[2] == solo(prompt_of(2, 30)) and run.model.read_tokens == 60
 
 
 def test_closing_in_the_middle_gives_everything_back():

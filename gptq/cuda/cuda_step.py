@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +28,9 @@ from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, input
 from .gemv import Tuning
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
-from .kv_pages import Pages
+from .kv_pages import PagedMemory, Pages
 from .model_shape import ModelShape
-from .prompt import Prompt
+from .prompt import Piece, Prompt
 from .row_kernels import embed, head, norm_shared_bytes
 from .sample import sample
 from .sequences import Sequences
@@ -195,10 +196,29 @@ class CudaStep:
 
         `prompt_logits` are those of the last token.
         """
-        hidden = self.prompt.read(ids, start, self.sequences.table[row])
-        self._prompt_x.copy_(hidden[-1].clamp(-65504, 65504))
-        head(self.gpu, self.weights.head, self._prompt_x, self.weights.final_norm, self.prompt_logits, self.shape.eps)
+        hidden = self.prompt.read(Piece(ids, start, self.sequences.table[row]))
+        self._prompt_head(hidden[-1])
         return hidden
+
+    def _prompt_head(self, hidden: Tensor) -> None:
+        self._prompt_x.copy_(hidden.clamp(-65504, 65504))
+        head(self.gpu, self.weights.head, self._prompt_x, self.weights.final_norm, self.prompt_logits, self.shape.eps)
+
+    def prefill_several(self, pieces: Sequence[tuple[PagedMemory, Sequence[int]]], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Compute tokens of several sequences, each after those of its memory, which has pages for them -> the logits [1, V] of
+        the last token of each, where they are wanted."""
+        sent = self.sequences.sent
+        tables = [sent(np.array(memory.pages, np.int64)) for memory, _ids in pieces]
+        read = [Piece(ids, memory.length, table) for (memory, ids), table in zip(pieces, tables, strict=True)]
+        hidden = self.prompt.read(*read)
+        found: list[Tensor | None] = []
+        end = 0
+        for (_memory, ids), wants in zip(pieces, wanted, strict=True):
+            end += len(ids)
+            if wants:
+                self._prompt_head(hidden[end - 1])
+            found.append(self.prompt_logits.clone() if wants else None)
+        return found
 
     def all_logits(self, hidden: Tensor) -> Tensor:
         """What `prefill` returned -> fp32 [T, V]."""

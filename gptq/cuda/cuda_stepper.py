@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.chat import Step
+from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..families.parts import ModelParts
 from ..grammar_mask import GrammarMask
@@ -22,7 +23,7 @@ from ..token_rules import NO_RULES, TokenRules
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .page_room import PageRoom
-from .prompt_reading import PromptReading
+from .prompt_reading import Asked, AskedPieces, PromptReading
 from .running_answers import Answer, Answers
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class CudaStepper(Stepper):
         self._answers = Answers(step, self.page_room, parallel)
         self._answers.resume = self._read_again
         self.turns = Turns(lambda: self._answers.busy, lambda: self.chunk_tokens)
+        self._pieces = AskedPieces(self._read_pieces)
         self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after
 
     @property
@@ -86,20 +88,46 @@ class CudaStepper(Stepper):
     def reading(self, memory: Memory, tokens: int) -> Reading:
         assert isinstance(memory, PagedMemory)
         self._measure()
-        return PromptReading(self.turns.join(), self.page_room, memory, tokens, self.page_room.number())
+        return self._reading(memory, tokens, self.page_room.number())
+
+    def _reading(self, memory: PagedMemory, tokens: int, number: int) -> PromptReading:
+        return PromptReading(self.turns.join(), self.page_room, self._pieces, memory, tokens, number)
 
     def _read_again(self, answer: Answer) -> Generator[Tensor | None, None, None]:
         """The ids of an answer that gave up its pages, in turns with others -> its last logits, when all are read."""
         memory, ids = answer.memory, answer.ids
-        with closing(PromptReading(self.turns.join(), self.page_room, memory, len(ids), answer.number)) as reading:
+        with closing(self._reading(memory, len(ids), answer.number)) as reading:
             logits = None
             while memory.length < len(ids):
                 if piece := reading.piece():
-                    before = memory.length
-                    logits = self.prefill(memory, ids[before : before + piece])
-                    reading.took(memory.length - before)
+                    reading.ask(ids[memory.length : memory.length + piece])
                 yield None
+                logits = reading.logits()
         yield logits
+
+    def _read_pieces(self, pieces: list[Asked]) -> None:
+        """Together, or where the GPU is nearly full one by one."""
+        if len(pieces) > 1:
+            try:
+                return self._read_together(pieces)
+            except (torch.OutOfMemoryError, BadParameter):
+                log.info("%d prompts are read one by one", len(pieces))
+        for each in pieces:
+            try:
+                each.logits = self.prefill(each.memory, each.ids)
+            except Exception as error:
+                each.error = error
+
+    def _read_together(self, pieces: list[Asked]) -> None:
+        for each in pieces:
+            each.memory.reserve(each.memory.length + len(each.ids))
+        self._measure()
+        before = self._step.mark(timed=True)
+        found = self._step.prefill_several([(each.memory, each.ids) for each in pieces], [each.last for each in pieces])
+        self._timed.append((sum(len(each.ids) for each in pieces), before, self._step.mark(timed=True)))
+        for each, logits in zip(pieces, found, strict=True):
+            each.memory.length += len(each.ids)
+            each.logits = logits
 
     def _measure(self) -> None:
         """Learn how long pieces of prompts take, of those that the GPU has read by now."""

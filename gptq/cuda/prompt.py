@@ -1,10 +1,11 @@
-"""Reading prompts on a GPU: many tokens of one sequence at once.
+"""Reading prompts on a GPU: many tokens at once, of one sequence or of several.
 
 Up to 96 tokens are multiplied with the packed weights (small_batch.cu). For more, weights are made dense by tiles, and
 cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ from .row_kernels import norm_rows, silu_rows
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
+class Piece(NamedTuple):
+    """Tokens of one sequence that follow `start` others in the pages of `table` [pages]."""
+
+    ids: Sequence[int]
+    start: int
+    table: Tensor
+
+
 class Prompt:
     """Reads the prompts of one model."""
 
@@ -30,19 +39,19 @@ class Prompt:
         self._gpu, self._shape, self._weights = gpu, shape, weights
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
-    def read(self, ids: Sequence[int], start: int, table: Tensor) -> Tensor:
-        """Compute tokens that follow `start` tokens in the pages of `table` [pages] -> fp32 [T, H], before the last norm."""
-        residual = self._embedded(ids)
+    def read(self, *pieces: Piece) -> Tensor:
+        """Compute the tokens of pieces, one after the other -> fp32 [T, H], before the last norm."""
+        residual = self._embedded([id for each in pieces for id in each.ids])
         count = residual.shape[0]
         scratch = None
         if count > small_batch.MOST_ROWS:
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
-        visible = self._visible(start, count)
+        visible = [self._visible(each.start, len(each.ids)) for each in pieces]
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
-            attended = self._attend(at, layer, qkv, start, table, visible)
+            attended = self._attend_all(at, layer, qkv, pieces, visible)
             addend = self._add(residual, _in_order(attended, layer.o), layer.o, scratch)
             x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
             addend = self._add(residual, self._inner(x, layer, scratch), layer.down, scratch)
@@ -91,6 +100,19 @@ class Prompt:
         else:
             silu_rows(self._gpu, self._product(x, layer.gate_up, scratch), out)
         return out
+
+    def _attend_all(
+        self, at: int, layer: Layer, qkv: Tensor, pieces: Sequence[Piece], visible: Sequence[dict[int, Tensor]]
+    ) -> Tensor:
+        """As `_attend`, each piece with its own sequence."""
+        if len(pieces) == 1:
+            return self._attend(at, layer, qkv, pieces[0].start, pieces[0].table, visible[0])
+        rows = qkv.split([len(each.ids) for each in pieces])
+        found = [
+            self._attend(at, layer, own, piece.start, piece.table, seen)
+            for own, piece, seen in zip(rows, pieces, visible, strict=True)
+        ]
+        return torch.cat(found)
 
     def _attend(self, at: int, layer: Layer, qkv: Tensor, start: int, table: Tensor, visible: dict[int, Tensor]) -> Tensor:
         """[T, (heads + 2 kv heads) * D], its keys and values kept -> [T, heads * D]."""

@@ -1,4 +1,8 @@
-"""Reading one prompt on a GPU in pieces: it waits for its turn among others, and for pages."""
+"""Reading prompts on a GPU in pieces: each waits for its turn among others, and for pages. Those of a round are read together."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from ..reading_turns import Turn
 from ..stepper import Reading
@@ -6,13 +10,47 @@ from .kv_pages import PagedMemory
 from .page_room import PageRoom
 
 
+class Asked:
+    """A piece of a prompt that is still to be read."""
+
+    def __init__(self, memory: PagedMemory, ids: Sequence[int], last: bool) -> None:
+        self.memory, self.ids, self.last = memory, ids, last
+        self.logits: Tensor | None = None
+        self.error: Exception | None = None
+
+
+class AskedPieces:
+    """Those of a round. For one thread."""
+
+    def __init__(self, read: Callable[[list[Asked]], None]) -> None:
+        """`read` computes pieces, and leaves logits or an error in each."""
+        self._read = read
+        self._asked: list[Asked] = []
+
+    def add(self, piece: Asked) -> None:
+        self._asked.append(piece)
+
+    def drop(self, piece: Asked) -> None:
+        if piece in self._asked:
+            self._asked.remove(piece)
+
+    def flush(self) -> None:
+        """Read what was asked."""
+        asked, self._asked = self._asked, []
+        if asked:
+            self._read(asked)
+
+
 class PromptReading(Reading):
     """Of one prompt of so many tokens. `number`: in the order of arrival."""
 
-    def __init__(self, turn: Turn, room: PageRoom, memory: PagedMemory, tokens: int, number: int) -> None:
+    def __init__(
+        self, turn: Turn, room: PageRoom, pieces: AskedPieces, memory: PagedMemory, tokens: int, number: int
+    ) -> None:  # fmt: skip
         self.memory, self.number = memory, number
-        self._turn, self._room, self._all = turn, room, tokens
+        self._turn, self._room, self._pieces, self._all = turn, room, pieces, tokens
         self._begun = False
+        self._asked: Asked | None = None
 
     def piece(self) -> int:
         """Raises torch.OutOfMemoryError if the GPU has not enough pages for this prompt alone."""
@@ -26,13 +64,31 @@ class PromptReading(Reading):
     def wait(self) -> None:
         self._turn.blocked = True
 
-    def took(self, tokens: int) -> None:
-        self._turn.took(tokens)
+    def ask(self, ids: Sequence[int]) -> None:
+        self._turn.took(len(ids))
+        self._asked = Asked(self.memory, ids, self.memory.length + len(ids) >= self._all)
+        self._pieces.add(self._asked)
+
+    def logits(self) -> Tensor | None:
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return None
+        self._pieces.flush()
+        if asked.error is not None:
+            raise asked.error
+        return asked.logits
 
     def give_up(self) -> None:
+        self._drop()
         self.memory.restart()
         self._begun, self.blocked = False, True
 
+    def _drop(self) -> None:
+        if self._asked is not None:
+            self._pieces.drop(self._asked)
+            self._asked = None
+
     def close(self) -> None:
+        self._drop()
         self._turn.close()
         self._room.leave(self)
