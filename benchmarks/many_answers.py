@@ -120,11 +120,27 @@ def pauses(server: Server, streams: int, prompt: int) -> tuple[float, float, flo
     return max(gap for after, gap in gaps if after <= came), max(beside), late.times[0] - late.began
 
 
+def shared(server: Server, count: int, beginning: int) -> tuple[float, float]:
+    """Seconds of requests that begin with the same text, and the MB that all of them held at most."""
+    system = server.ids(beginning)
+    began = time.perf_counter()
+    asked = [server.ask(system + server.ids(100), 64) for _ in range(count)]
+    most = 0
+    while any(len(each.times) < 60 for each in asked):
+        most = max(most, server.stepper._step.pages.used_bytes)
+        time.sleep(0.01)
+    for each in asked:
+        each.read()
+    took = time.perf_counter() - began
+    server.prefix.clear()
+    return took, most / 1e6
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--layers", type=int, default=32)
     options.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    options.add_argument("--what", nargs="*", default=["together", "whole", "pauses", "sampled"])
+    options.add_argument("--what", nargs="*", default=["together", "whole", "pauses", "sampled", "shared"])
     given = options.parse_args()
     server = Server(given.layers, max(16, *given.rows))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.layers} layers", flush=True)
@@ -146,6 +162,12 @@ def main() -> None:
                 f"16 streams: longest pause {before * 1e3:.1f} ms; while a prompt of 3840 is read {beside * 1e3:.1f} ms; "
                 f"its first token after {first * 1e3:.0f} ms", flush=True,
             )  # fmt: skip
+    if "shared" in given.what:
+        took, most = shared(server, 64, 2000)
+        own = 64 * 2164 * server.stepper._step.pages.page_bytes / 64e6
+        print(
+            f"64 requests that begin with the same 2000 tokens: {took:.2f} s, {most:.0f} MB (each its own: {own:.0f})", flush=True
+        )
     server.worker.close()
     server.stepper.close()
 

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FIRST_ROWS = 4  # that there is room for before more answers come
 _OTHERS_BYTES = 1_300_000_000  # of the GPU: what reading a prompt needs, and other programs
+_KEPT_CONVERSATIONS = 64  # of earlier answers, which share what they begin with
 SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly full
 
 
@@ -203,7 +204,7 @@ class CudaStepper(Stepper):
         return self._answers.sample(memory, logits, ids, params, rules, grammar_mask)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
-        prefix.most_conversations = max(prefix.most_conversations, self.parallel)
+        prefix.most_conversations = max(prefix.most_conversations, min(self.parallel, _KEPT_CONVERSATIONS))
         if (limit := self._step.pages.limit_bytes) is not None:  # they are released where pages are needed
             prefix.most_bytes = max(prefix.most_bytes, limit // 2)
         self.page_room.prefix = prefix
