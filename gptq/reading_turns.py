@@ -16,6 +16,7 @@ _FEWEST_TOKENS = 64
 class Turn:
     """Of one prompt, until it is closed."""
 
+    read = False  # something of it
     blocked = False  # it waits for something else, and nobody for it
 
     def __init__(self, turns: "Turns", share: int, number: int) -> None:
@@ -29,6 +30,7 @@ class Turn:
     def took(self, tokens: int) -> None:
         """So many were read of those that it was given."""
         self.share += tokens
+        self.read = True
         self._turns._left -= tokens
 
     def close(self) -> None:
@@ -48,7 +50,9 @@ class Turns:
         self.tokens = _FIRST_TOKENS  # that take PAUSE_S
 
     def join(self) -> Turn:
-        turn = Turn(self, min((each.share for each in self._waiting), default=0) - 1, next(self._numbers))
+        least = min(self._waiting, key=lambda each: each.share, default=None)
+        share = 0 if least is None else least.share - least.read  # before who has read something, after who has not
+        turn = Turn(self, share, next(self._numbers))
         self._waiting.append(turn)
         return turn
 

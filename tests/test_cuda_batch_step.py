@@ -93,6 +93,28 @@ def test_short_prompts_and_rows_give_the_logits_of_plain_pytorch(gpu, change):
                 assert error(step.sequences.logits[row], wanted[row][length + at]) < 1e-2, (row, at)
 
 
+@pytest.mark.parametrize("change", [{}, {"window": 40}], ids=str)
+def test_prompts_that_are_read_together_give_the_logits_of_each_alone(gpu, change):
+    torch.manual_seed(3)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
+    lengths = [5, 200, 64, 130, 33]
+    with torch.inference_mode():
+        texts = [torch.randint(0, SMALL["vocabulary"], (each,)).tolist() for each in lengths]
+        wanted = [random_models.plain_logits(parts, each) for each in texts]
+        step = CudaStep(parts, 256, gpu=gpu)
+        memories = [PagedMemory(step.pages) for _ in lengths]
+        halves = [(0, each // 2) for each in lengths], [(each // 2, each) for each in lengths]
+        for part in halves:
+            for memory, (_start, end) in zip(memories, part, strict=True):
+                memory.reserve(end)
+            pieces = [(memory, text[start:end]) for memory, text, (start, end) in zip(memories, texts, part, strict=True)]
+            found = step.prefill_several(pieces, [True, True, False, True, True])
+            for at, (memory, (_start, end)) in enumerate(zip(memories, part, strict=True)):
+                memory.length = end
+                logits = found[at]
+                assert logits is None if at == 2 else error(logits[0], wanted[at][end - 1]) < 1e-2, (at, end)
+
+
 # --- answers ------------------------------------------------------------------------------------------------------------
 
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=40)

@@ -30,7 +30,7 @@ class AskedPieces:
     def add(self, piece: Asked) -> None:
         self._asked.append(piece)
 
-    def drop(self, piece: Asked) -> None:
+    def forget(self, piece: Asked) -> None:
         if piece in self._asked:
             self._asked.remove(piece)
 
@@ -79,16 +79,16 @@ class PromptReading(Reading):
         return asked.logits
 
     def give_up(self) -> None:
-        self._drop()
+        self._forget()
         self.memory.restart()
         self._begun, self.blocked = False, True
 
-    def _drop(self) -> None:
+    def _forget(self) -> None:
         if self._asked is not None:
-            self._pieces.drop(self._asked)
+            self._pieces.forget(self._asked)
             self._asked = None
 
     def close(self) -> None:
-        self._drop()
+        self._forget()
         self._turn.close()
         self._room.leave(self)

@@ -1,0 +1,74 @@
+"""Whose prompt is read next, and how much of it. Runs on any machine."""
+
+from gptq_webui.gptq.reading_turns import PAUSE_S, Turns
+
+
+def rounds(turns, waiting, count):
+    """What each of `waiting` (name -> turn) reads in rounds that ask them in order."""
+    found = []
+    for _ in range(count):
+        read = {}
+        for name, turn in waiting.items():
+            if tokens := turn.tokens():
+                turn.took(tokens)
+                read[name] = tokens
+        found.append(read)
+    return found
+
+
+def test_two_long_prompts_take_turns_and_a_new_one_comes_next():
+    turns = Turns(lambda: True, lambda: 2048)
+    turns.tokens = 256
+    waiting = {"a": turns.join(), "b": turns.join()}
+    found = rounds(turns, waiting, 6)
+    assert sum("a" in each for each in found) == sum("b" in each for each in found) == 3
+    waiting["short"] = turns.join()
+    assert any("short" in each for each in rounds(turns, waiting, 2))
+
+
+def test_what_is_left_of_a_round_goes_to_the_next_one():
+    turns = Turns(lambda: True, lambda: 2048)
+    turns.tokens = 256
+    first, second = turns.join(), turns.join()
+    assert second.tokens() == 0, "who came first is still to be asked"
+    assert first.tokens() == 256
+    first.took(100)
+    assert second.tokens() == 256, "a new round: in the last one it has had its turn"
+    second.took(256)
+    assert first.tokens() == 0
+    turns = Turns(lambda: True, lambda: 2048)
+    turns.tokens = 256
+    first, second = turns.join(), turns.join()
+    assert first.tokens() == 256
+    first.took(100)
+    assert second.tokens() == 156
+    second.took(156)
+    assert turns.join().tokens() == 0, "nothing is left of this round"
+
+
+def test_who_waits_for_something_else_holds_up_nobody():
+    turns = Turns(lambda: True, lambda: 2048)
+    blocked, other = turns.join(), turns.join()
+    blocked.share = -10
+    assert other.tokens() == 0
+    blocked.blocked = True
+    assert other.tokens() > 0
+    blocked.close()
+    blocked.close()
+
+
+def test_pieces_are_as_long_as_a_pause_may_be():
+    turns = Turns(lambda: True, lambda: 2048)
+    for _ in range(20):  # a GPU that reads 10,000 tokens a second
+        turns.measured(turns.tokens, turns.tokens / 10_000)
+    assert abs(turns.tokens / 10_000 - PAUSE_S) < 0.01
+    known = turns.tokens
+    turns.measured(8, 0.002)
+    assert turns.tokens == known, "a short prompt says nothing of a long piece"
+    turns.measured(turns.tokens, 10.0)
+    assert known // 2 - 64 <= turns.tokens < known, "one slow piece halves it, no more"
+
+
+def test_where_nobody_writes_a_piece_is_as_long_as_the_memory_allows():
+    turns = Turns(lambda: False, lambda: 2048)
+    assert turns.join().tokens() == 2048
