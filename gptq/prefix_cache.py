@@ -6,6 +6,7 @@ too: who begins like a prompt that is just being read waits for it. Uses only id
 """
 
 from collections.abc import Sequence
+from itertools import count
 
 from .stepper import Memory
 
@@ -19,13 +20,18 @@ class _Kept:
         self.ids, self.memory = ids, memory
         self.prompt = prompt  # tokens that are being read, of a running answer
 
-    def common(self, ids: Sequence[int]) -> int:
-        """Tokens of `ids` that it has read."""
-        return min(_common(self.ids, ids), self.memory.length)
+    def common(self, ids: Sequence[int], most: int) -> int:
+        """Of the first `most` of `ids`, those that it has read."""
+        return _common(self.ids, ids, min(most, self.memory.length))
 
 
 class Running(_Kept):
     """An answer that is being read or sampled; its `ids` grow."""
+
+    def __init__(self, number: int, ids: list[int], memory: Memory) -> None:
+        super().__init__(ids, memory, len(ids))
+        self.number = number
+        self.alike: dict[int, int] = {}  # by the number of an earlier one: tokens that both prompts begin with
 
     reads = True  # its prompt; False where it waits for memory
     leader: "Running | None" = None  # reads what this one begins with
@@ -39,6 +45,7 @@ class PrefixCache:
         self.most_conversations, self.most_bytes = conversations, size_bytes
         self._kept: list[_Kept] = []  # in order of use, the newest last
         self._running: list[Running] = []
+        self._numbers = count()
 
     def take(self, ids: Sequence[int], angles: int = 0, adapter: object = None) -> tuple[Memory | None, int]:
         """(memory, how many of `ids` it holds); (None, 0) if none begins alike. At least one id is left to compute.
@@ -55,7 +62,7 @@ class PrefixCache:
         for kept in (*reversed(self._kept), *(each for each in self._running if each.memory.shares)):
             if kept.memory.adapter is not adapter:
                 continue
-            found = min(kept.common(ids[:-1]), kept.memory.rotated_with(angles))
+            found = min(kept.common(ids, len(ids) - 1), kept.memory.rotated_with(angles))
             if found > same:
                 best, same = kept, found
         if best is None:
@@ -75,7 +82,7 @@ class PrefixCache:
 
     def begin(self, ids: list[int], memory: Memory) -> Running:
         """A running answer, whose `ids` are its prompt now. `end` it."""
-        running = Running(ids, memory, len(ids))
+        running = Running(next(self._numbers), ids, memory)
         self._running.append(running)
         return running
 
@@ -101,7 +108,10 @@ class PrefixCache:
             if each is running:
                 break
             if each.reads and each.memory.length < each.prompt and each.memory.adapter is running.memory.adapter:
-                found = min(_common(each.ids[: each.prompt], running.ids[:-1]), each.prompt)
+                found = running.alike.get(each.number, -1)
+                if found < 0:
+                    most = min(each.prompt, running.prompt - 1)
+                    found = running.alike[each.number] = _common(each.ids, running.ids, most)
                 if found > max(same, each.memory.length):
                     best, same = each, found
         return best, same
@@ -111,7 +121,7 @@ class PrefixCache:
         if not ids:
             return
         if memory.shares:  # what it begins with is in it
-            self._kept = [each for each in self._kept if _common(each.ids, ids) < len(each.ids)]
+            self._kept = [each for each in self._kept if _common(each.ids, ids, len(each.ids)) < len(each.ids)]
         self._kept.append(_Kept(list(ids), memory))
         while len(self._kept) > self.most_conversations or (
             len(self._kept) > 1 and sum(each.memory.size_bytes for each in self._kept) > self.most_bytes
@@ -134,9 +144,9 @@ class PrefixCache:
         self._kept = []
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of their first ids are equal. Slices are compared, because that is fast."""
-    low, high = 0, min(len(a), len(b))
+def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """How many of their first ids are equal, up to `most`. Slices are compared, because that is fast."""
+    low, high = 0, min(len(a), len(b), most)
     if a[:16] != b[:16]:
         high = min(high, 16)
     while low < high:

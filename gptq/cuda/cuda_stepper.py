@@ -206,7 +206,7 @@ class CudaStepper(Stepper):
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
         prefix.most_conversations = max(prefix.most_conversations, min(self.parallel, _KEPT_CONVERSATIONS))
         if (limit := self._step.pages.limit_bytes) is not None:  # they are released where pages are needed
-            prefix.most_bytes = max(prefix.most_bytes, limit // 2)
+            prefix.most_bytes = max(prefix.most_bytes, limit // 8)
         self.page_room.prefix = prefix
         self._patch = ForwardPatch(hf, self, prefix)
 
