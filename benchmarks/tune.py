@@ -19,10 +19,11 @@ import script  # noqa: E402
 
 script.register()
 
+import tune_rows  # noqa: E402
 from random_models import MISTRAL_7B, random_layer, random_models  # noqa: E402
 
 from gptq_webui.core.params import GenerationParams  # noqa: E402
-from gptq_webui.gptq.cuda import gemv, small_batch  # noqa: E402
+from gptq_webui.gptq.cuda import gemv, octet, small_batch  # noqa: E402
 from gptq_webui.gptq.cuda.attention import attend  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_step import CudaStep  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_weights import Weight, packing_of, repack  # noqa: E402
@@ -329,6 +330,24 @@ def main() -> None:
                 products(gpu, role, bits, 128, copy, tunings)
         for bits, role in itertools.product((4, 8), ("qkv", "o", "gate_up", "down")) if "small_batch" in given.what else ():
             several(gpu, role, bits, 128, copy)
+        best: dict[str, dict[int, list[octet.Spread]]] = {}
+        for role in ("qkv", "o", "gate_up", "down") if {"rows", "rows_together"} & set(given.what) else ():
+            k, n, _norm, _epilogue = ROLES[role]
+            best[role] = tune_rows.products(
+                gpu, cold(gpu, role, 4, 128, int(3e8 / (k * n / 2)) + 2), role, copy, seconds, graph_of
+            )
+        if {"rows_step", "rows_together"} & set(given.what):
+            timer = tune_rows.RowsTimer(gpu, random_models(**{**MISTRAL_7B, "layers": given.layers}), seconds)
+            for rows in octet.ROWS if best else ():
+                tune_rows.together(timer, rows, {role: each[rows] for role, each in best.items()}, 48)
+            tune_rows.ratios(timer)
+            alone = ", ".join(f"{timer.attention_us(rows, graph_of):.1f} ({rows})" for rows in (1, 2, 4, 8))
+            print(f"    attention alone, us by rows: {alone}")
+            for rows in (1, 2, 8):
+                timer.step.sequences.positions[:8] = 512
+                print(f"    {rows} rows:")
+                profile(lambda rows=rows: timer.step.step_rows(rows))  # type: ignore[misc]
+            timer.close()
         if "slope" in given.what:  # what a byte more costs, apart from start and end
             for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
                 products(

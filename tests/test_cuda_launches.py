@@ -31,7 +31,7 @@ class RecordingGpu:
     """In the place of Gpu: it compiles nothing, and notes what is launched."""
 
     name, processors, shared_bytes = "no GPU", 132, 228 * 1024
-    device = torch.device("cpu")
+    device, capability = torch.device("cpu"), (9, 0)
 
     def __init__(self, shared_limit_bytes=227 * 1024):
         self.shared_limit_bytes = shared_limit_bytes
@@ -41,7 +41,10 @@ class RecordingGpu:
         self.compiled |= {each.name for each in variants}
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= {"embed", "norm_rows", "silu_rows", "head", "sample"} if fixed else set()
+        self.compiled |= {"embed", "norm_rows", "silu_rows", "head", "head_2", "head_4", "head_8", "sample"} if fixed else set()
+
+    def add_missing(self, variants=(), packings=()):
+        self.add(variants, packings)
 
     def run(self, name, grid, threads, arguments, shared_bytes=0, overlap=False):
         assert name in self.compiled, f"{name} was launched and never compiled"
@@ -98,13 +101,31 @@ def test_a_token_takes_five_kernels_a_layer(gpu, change):
     assert kinds == {"embed": 1, "gemv": 8, "attention": 2, "head": 1, "sample": 1}
 
 
-def test_several_tokens_take_seven_kernels_a_layer_and_one_head_of_cublas(gpu, monkeypatch):
+FIVE_A_LAYER = {"embed": 1, "octet": 8, "attention": 2, "head": 1}
+SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "wanted"),
+    [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (8, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
+     (9, {}, SEVEN_A_LAYER)],
+)  # fmt: skip
+def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
     monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())  # the CPU has no fp32 sums of halves
-    step = make(gpu, parallel=5)
+    step = make(gpu, parallel=rows, **change)
     gpu.launched.clear()
-    step.batch.forward(5)
-    kinds = Counter(name.split("_")[0] for name in gpu.launched)
-    assert kinds == {"embed": 1, "norm": 5, "small": 8, "attention": 2}
+    step.batch.forward(rows)
+    assert Counter(name.split("_")[0] for name in gpu.launched) == wanted
+
+
+def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_many_rows(gpu, monkeypatch):
+    monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())
+    gpu.shared_limit_bytes, gpu.capability = 64 * 1024, (7, 5)
+    step = make(gpu, parallel=8, hidden=4096, layers=1)
+    for rows, kernels in ((2, {"octet": 4, "head": 1}), (8, {"small": 4, "norm": 3})):
+        gpu.launched.clear()
+        step.batch.forward(rows)
+        assert Counter(name.split("_")[0] for name in gpu.launched) == {"embed": 1, "attention": 1, **kernels}
 
 
 @pytest.mark.parametrize(("tokens", "kind", "count"), [(90, "small", 2 * 4 * 2), (97, "unpack", 2 * 4)])

@@ -1,5 +1,6 @@
 """The CUDA C, without a GPU: it compiles for every family that we name, and Python says the same of it."""
 
+import itertools
 import re
 import struct
 from pathlib import Path
@@ -8,10 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, small_batch
+from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, octet, small_batch
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
-from gptq_webui.gptq.cuda.kernel_source import DecodeVariant, GemvVariant, KvFormat, LayerVariant, Packing, groups_of
+from gptq_webui.gptq.cuda.kernel_source import (
+    DecodeVariant,
+    GemvVariant,
+    KvFormat,
+    LayerVariant,
+    OctetVariant,
+    Packing,
+    groups_of,
+)
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
 from gptq_webui.gptq.cuda.row_kernels import head_threads
 from gptq_webui.gptq.suitability import Unsuited
@@ -42,6 +51,12 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for each in small_batch.variants(packings[columns % 4], "SILU", 99 * 1024).values()
     ]
     variants.append(GemvVariant(packings[1], "PLAIN", 0, 8, 2, 3, experts=True))
+    variants += [
+        OctetVariant(packings[rows % 4], epilogue, rows, norm, 4, 2, 3, 2, False, 1)
+        for rows in octet.ROWS
+        for epilogue, norm in (("PLAIN", 2), ("SILU", 1), ("RESIDUAL", 0))
+    ]
+    variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")
@@ -229,6 +244,25 @@ def test_a_product_fits_into_the_shared_memory_of_every_family(family, in_featur
             continue
         assert found.shared_bytes(-(-in_features // 64)) <= limit
         assert not norm or found.norm * 8 * found.threads >= in_features
+
+
+@pytest.mark.parametrize("family", LIMITS)
+@pytest.mark.parametrize("rows", octet.ROWS)
+@pytest.mark.parametrize("role", octet.SPREADS)
+def test_the_product_of_a_octet_fits_or_is_left_to_the_kernels_of_many(family, rows, role):
+    limit, hopper, spread = LIMITS[family] * 1024, family == "Hopper", octet.SPREADS[role][rows]
+    fits = 0
+    for packing, in_features in itertools.product((Packing(4, True, 1), Packing(8, False, 4)), (4096, 8192, 14336, 28672)):
+        epilogue, norm = {"qkv": ("PLAIN", True), "gate_up": ("SILU", True)}.get(role, ("RESIDUAL", False))
+        try:
+            found = octet.variant(packing, in_features, epilogue, norm, rows, spread, limit, 3, hopper)
+        except Unsuited as error:
+            assert f"{rows} rows of {in_features} inputs" in str(error)
+            continue
+        fits += 1
+        assert found.shared_bytes(-(-in_features // 64), 3) <= limit and (hopper or found.cluster == 1)
+        assert not norm or found.norm * 8 * found.threads >= rows * in_features
+    assert fits >= (4 if role in ("qkv", "gate_up") else 8) * hopper
 
 
 def test_a_norm_wider_than_a_block_is_refused_in_words():

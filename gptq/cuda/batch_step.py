@@ -1,8 +1,8 @@
 """The next token of several sequences in one step: row i of the buffers is the i-th sequence.
 
-Seven kernels a layer where one sequence takes five (cuda_step.py): norms are kernels of their own, and products are those
-of small_batch.cu. The weights are read once for all rows. A graph is recorded for each of some numbers of rows (`ROWS`) when it
-first occurs; rows beyond those that are wanted are idle (sequences.py).
+2 to 8 rows take five kernels a layer, as one does (octet_step.py). More take seven: norms are kernels of their own, and
+products are those of small_batch.cu. The weights are read once for all rows. A graph is recorded for each of some numbers of rows
+(`ROWS`) when it first occurs; rows beyond those that are wanted are idle (sequences.py).
 """
 
 import torch
@@ -15,7 +15,8 @@ from .cuda_layers import ModelWeights
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
 from .model_shape import ModelShape
-from .row_kernels import embed, norm_rows
+from .octet_step import OctetStep
+from .row_kernels import embed, has_head_rows, head_rows, norm_rows
 from .sample import sample
 from .sequences import Sequences
 
@@ -33,8 +34,17 @@ def rows_of_graph(rows: int) -> int:
 class BatchStep:
     """Up to `sequences.rows` sequences of one model."""
 
-    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, sequences: Sequences, recorder: GraphRecorder) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        shape: ModelShape,
+        weights: ModelWeights,
+        sequences: Sequences,
+        recorder: GraphRecorder,
+        octet: OctetStep | None = None,
+    ) -> None:
         self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
+        self._octet = octet
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._buffers = Buffers.of(shape, weights.layers[0], sequences.rows)
         self._work = AttentionWork(gpu, shape, sequences.rows)
@@ -56,9 +66,21 @@ class BatchStep:
 
     def forward(self, rows: int) -> None:
         """From `ids` at `positions` to `logits` of the first rows, on the current stream."""
-        gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
+        gpu, weights = self._gpu, self._weights
         here = self._buffers.first(rows)
-        embed(gpu, weights.embedding, sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
+        embed(gpu, weights.embedding, self._sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
+        if self._octet is not None and self._octet.plans(rows) is not None:
+            self._octet.forward(rows, here, self._work)
+            if has_head_rows(gpu, rows, self._shape.hidden):
+                head_rows(gpu, weights.head, here.x_head, weights.final_norm, self._sequences.logits[:rows], self._shape.eps)
+                return
+        else:
+            self._many(here)
+        norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, self._shape.eps)
+        self._head(rows)
+
+    def _many(self, here: Buffers) -> None:
+        gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         for at, layer in enumerate(weights.layers):
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
             small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
@@ -67,8 +89,6 @@ class BatchStep:
             norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
             small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)
             small_batch.multiply(gpu, layer.down, "RESIDUAL", here.inner, here.residual)
-        norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, eps)
-        self._head(rows)
 
     def _head(self, rows: int) -> None:
         self._sequences.logits[:rows] = _product(self._buffers.x_head[:rows], self._weights.head)

@@ -30,6 +30,7 @@ from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
 from .kv_pages import PagedMemory, Pages
 from .model_shape import ModelShape
+from .octet_step import OctetStep
 from .prompt import Piece, Prompt
 from .row_kernels import embed, head, norm_shared_bytes
 from .sample import sample
@@ -77,6 +78,7 @@ class CudaStep:
         self.weights.take_layers(self.gpu, parts, packings, progress)
         self.pages = Pages(self.device, shape.layers, shape.kv_heads, shape.kv)
         self.sequences = Sequences(self.device, shape, parallel)
+        self._octet = OctetStep(self.gpu, shape, self.weights, self.sequences)
         self.buffers = Buffers.of(shape, self.weights.layers[0], 1)
         self.attention_work = AttentionWork(self.gpu, shape, 1)
         self.prompt = Prompt(self.gpu, shape, self.weights)
@@ -150,7 +152,7 @@ class CudaStep:
     @cached_property
     def batch(self) -> BatchStep:
         """The step of several sequences; its buffers are made when it is first used."""
-        return BatchStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder)
+        return BatchStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder, self._octet)
 
     def step_rows(self, rows: int, sample_next: bool = True) -> None:
         """Compute the tokens of the first rows and choose the next ones, or leave them at `logits`."""

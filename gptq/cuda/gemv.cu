@@ -11,7 +11,7 @@ enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE
 // BATCH chunks travel together; STAGES batches are on their way or being multiplied. Each lane copies and reads its own
 // words (the scales are the warp's), so no warp waits for another. EVEN: every warp has whole batches.
 
-template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN> struct WeightRing {
+template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class Arguments = GemvArguments> struct WeightRing {
   static constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128;
   static constexpr int SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
   static_assert(BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8, "fragment() unpacks these");
@@ -20,7 +20,7 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN> struc
   static_assert(STAGES >= 2, "one batch is multiplied while another is on its way");
   static_assert(SLOT % 16 == 0, "copies of 16 bytes are aligned");
 
-  const GemvArguments& p;
+  const Arguments& p;
   u8* ring;  // of this warp
   int lane, first, end, stride;  // chunks of this warp; tiles from one turn to the next
   int tile, chunk, slot;  // of the next batch

@@ -10,7 +10,7 @@ from .cuda_driver import Kernel, Module
 from .kernel_source import KvFormat, Packing, Variant, programs
 from .nvrtc import Compiler, NoCompiler
 
-_KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(")  # in CUDA C: the name of a kernel
+_KERNEL = re.compile(r"__global__ void (?:__\w+__\([^)]*\) )*(\w+)\(")  # in CUDA C: the name of a kernel
 
 
 class Gpu:

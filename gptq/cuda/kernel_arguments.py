@@ -14,6 +14,7 @@ CONSTANTS = {
     "TILE": 16,  # outputs of a packed weight that stay together
     "CHUNK": 64,  # inputs of a packed weight that stay together
     "NORM_RUNS": 4,  # runs of 8 inputs that a thread norms, at most
+    "OCTET_RUNS": 16,  # those of a few rows that a lane norms, at most
     "PAGE_TOKENS": 64,  # tokens of a page of keys and values
     "ATTENTION_WARPS": 4,
     "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
@@ -23,7 +24,7 @@ CONSTANTS = {
 }
 TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "CHUNK", "PAGE_TOKENS", "HOST_TOKENS"))
 ATTENTION_WARPS, ATTENTION_HEADS, ROPE_WARPS = (CONSTANTS[name] for name in ("ATTENTION_WARPS", "ATTENTION_HEADS", "ROPE_WARPS"))
-NORM_RUNS, SAMPLE_THREADS = CONSTANTS["NORM_RUNS"], CONSTANTS["SAMPLE_THREADS"]
+NORM_RUNS, OCTET_RUNS, SAMPLE_THREADS = (CONSTANTS[name] for name in ("NORM_RUNS", "OCTET_RUNS", "SAMPLE_THREADS"))
 
 _CODES = {"int": "i", "u32": "I", "float": "f", "u64": "Q"}  # of Python's struct; every pointer is "P"
 _FIELD = re.compile(r"(?P<type>[\w ]+?\**) *(?P<name>\w+)(?:\[(?P<count>\d+)\])?$")
@@ -143,6 +144,28 @@ EXPERT_GEMV = Arguments(
     int k
     """,
 )
+OCTET = Arguments(
+    "OctetArguments",
+    """
+    const u8* weights      // as of GemvArguments
+    const u32* scales
+    const u16* x           // fp16 [rows][chunks * CHUNK], fragment order
+    const u16* norm        // fp16 [chunks * CHUNK], fragment order: weight of the RMSNorm before, NORM only
+    const u16* bias        // fp16 [tiles * TILE], or null
+    u16* out               // fp16 [rows][out_stride]: n outputs (PLAIN), n / 2 (SILU), RESIDUAL in the next input's order
+    float* residual        // fp32 [rows][n], RESIDUAL only
+    const int* permutation // [n]: the position of output n in the next input, RESIDUAL only
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group
+    int k                  // inputs without padding
+    int rows
+    int out_stride
+    float eps
+    """,
+)
 SMALL_BATCH = Arguments(
     "SmallBatchArguments",
     """
@@ -164,12 +187,13 @@ HEAD = Arguments(
     "HeadArguments",
     """
     const u16* weights     // fp16 [n][k]
-    const u16* x           // fp16 [k], natural order
+    const u16* x           // fp16 [rows][k], natural order
     const u16* norm        // fp16 [k]: weight of the last RMSNorm
-    float* out             // fp32 [n]
+    float* out             // fp32 [rows][n]
     int n
     int k
     float eps
+    int rows               // of head_2, head_4, head_8
     """,
 )
 EMBED = Arguments(
@@ -395,8 +419,8 @@ SAMPLE = Arguments(
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, EXPERT_GEMV, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE,
-    ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER,
+    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..suitability import Unsuited
 from . import kernel_arguments
-from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, ROPE_WARPS, TILE
+from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, OCTET_RUNS, ROPE_WARPS, TILE
 
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = (
@@ -20,6 +20,7 @@ _TEMPLATES = (
     "repack.cu",
     "staged_input.cu",
     "gemv.cu",
+    "octet.cu",
     "small_batch.cu",
     "attention.cu",
     "layer_kernels.cu",
@@ -124,6 +125,42 @@ class GemvVariant:
 
 
 @dataclass(frozen=True)
+class OctetVariant:
+    """How the product of up to `rows` rows is computed (octet.cu)."""
+
+    packing: Packing
+    epilogue: str  # PLAIN, SILU, RESIDUAL
+    rows: int  # 2, 4, 8
+    norm: int  # pieces of 8 inputs that a lane norms; 0: no norm
+    split: int
+    batch: int
+    stages: int
+    teams: int
+    even: bool
+    cluster: int  # blocks that share their tiles: 1, 2, 4
+
+    def __post_init__(self) -> None:
+        if self.norm > OCTET_RUNS or (self.norm and self.cluster > 1) or self.threads > BLOCK_THREADS or self.teams > 15:
+            raise ValueError(f"no block can be {self}")
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}_{self.cluster}{'_even' * self.even}"
+        return f"octet_{self.packing.name}_{self.epilogue.lower()}_{self.rows}_norm{self.norm}_{numbers}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.split * self.teams
+
+    def shared_bytes(self, chunks: int, turns: int) -> int:
+        """Of a block that takes so many turns with a tile for each team."""
+        ring = self.split * self.teams * self.stages * self.batch * self.packing.tile_bytes
+        x = (self.rows + (self.norm > 0)) * -(-chunks // self.cluster) * CHUNK * 2
+        sums = 32 * self.rows + 8 + self.teams * TILE * self.rows * (2 * self.split + (turns if self.cluster > 1 else 0))
+        return ring + x + 4 * sums
+
+
+@dataclass(frozen=True)
 class SmallBatchVariant:
     """How the product of up to `columns` * 8 rows is computed (small_batch.cu)."""
 
@@ -180,7 +217,7 @@ class DecodeVariant:
         return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1)
 
 
-Variant = GemvVariant | SmallBatchVariant | LayerVariant | DecodeVariant
+Variant = GemvVariant | OctetVariant | SmallBatchVariant | LayerVariant | DecodeVariant
 
 
 @dataclass(frozen=True)
@@ -210,8 +247,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
     files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("common.cu", *_TEMPLATES, *(_FIXED if fixed else ()))}
     text = [files.pop("common.cu"), kernel_arguments.c_text(), *files.values()]
 
-    def kernel(name: str, arguments: str, call: str, threads: int = 0) -> None:
-        bounds = f"__launch_bounds__({threads}) " if threads else ""
+    def kernel(name: str, arguments: str, call: str, threads: int = 0, cluster: int = 1) -> None:
+        bounds = f"__cluster_dims__({cluster}, 1, 1) " * (cluster > 1) + (f"__launch_bounds__({threads}) " if threads else "")
         text.append(f'extern "C" __global__ void {bounds}{name}({arguments} p) {{ {call}(p); }}\n')
 
     for bits in sorted({each.bits for each in packings}):
@@ -222,6 +259,11 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         if isinstance(each, SmallBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.split}, {each.stages}, {each.epilogue}"
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
+        elif isinstance(each, OctetVariant):
+            numbers = f"{each.rows}, {each.split}, {each.batch}, {each.stages}, {each.teams}, {each.epilogue}, {each.norm}"
+            numbers += f", {str(each.even).lower()}, {each.cluster}"
+            call = f"octet<{each.packing.arguments}, {numbers}>"
+            kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
                 kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>")
@@ -245,7 +287,8 @@ def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: 
     """The same as several programs, which are compiled side by side."""
     parts: dict[Any, list[Variant]] = {}
     for each in variants:
-        parts.setdefault(each.columns if isinstance(each, SmallBatchVariant) else type(each), []).append(each)
+        part = (each.rows, each.epilogue) if isinstance(each, OctetVariant) else None
+        parts.setdefault((type(each), each.columns if isinstance(each, SmallBatchVariant) else part), []).append(each)
     packings, formats = list(packings), list(formats)
     found = [source(part, [], []) for part in parts.values()]
     found += [source([], [], [each]) for each in formats]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .gpu_kernels import Gpu
-from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, SILU
+from .kernel_arguments import CHUNK, EMBED, HEAD, NORM, NORM_RUNS, OCTET_RUNS, SILU, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS
 
 _SCRATCH_BYTES = 160  # of a block: the sums of up to 33 warps, and what aligns them
@@ -55,7 +55,36 @@ def head(gpu: Gpu, weights: Tensor, x: Tensor, norm: Tensor, out: Tensor, eps: f
     """norm(x) W^T of x fp16 [H] and W fp16 [V, H] -> out fp32 [V]."""
     vocabulary, hidden = weights.shape
     threads = head_threads(hidden)
-    arguments = HEAD.pack(weights=weights, x=x, norm=norm, out=out, n=vocabulary, k=hidden, eps=eps)
+    arguments = HEAD.pack(weights=weights, x=x, norm=norm, out=out, n=vocabulary, k=hidden, eps=eps, rows=1)
     outputs = threads // 16  # of a block at a time
     blocks = min(-(-vocabulary // outputs), 1024 // threads * gpu.processors)
     gpu.run("head", (blocks,), threads, arguments, hidden * 2 + _SCRATCH_BYTES, overlap=True)
+
+
+_HEAD_ROWS_THREADS = 512
+OCTET_ROWS = (2, 4, 8)  # the columns of the matrix unit: the kernels for up to so many rows
+
+
+def _head_rows_kernel(gpu: Gpu, rows: int, hidden: int) -> tuple[str, int] | None:
+    """(name, shared memory) of the kernel for so many rows; None if no block stages them."""
+    most = next(each for each in OCTET_ROWS if each >= rows) if rows <= OCTET_ROWS[-1] else 0
+    shared_bytes = (most + 1) * -(-hidden // CHUNK) * CHUNK * 2 + (32 * most + 8) * 4
+    fits = most * hidden <= OCTET_RUNS * 8 * _HEAD_ROWS_THREADS and shared_bytes <= gpu.shared_limit_bytes
+    return (f"head_{most}", shared_bytes) if most and fits and hidden % 32 == 0 else None
+
+
+def has_head_rows(gpu: Gpu, rows: int, hidden: int) -> bool:
+    """Whether `head_rows` computes so many."""
+    return _head_rows_kernel(gpu, rows, hidden) is not None
+
+
+def head_rows(gpu: Gpu, weights: Tensor, x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
+    """As `head`, of x fp16 [rows, H] -> out fp32 [rows, V]. Raises ValueError for more than it computes."""
+    (vocabulary, hidden), rows = weights.shape, x.shape[0]
+    found = _head_rows_kernel(gpu, rows, hidden)
+    if found is None:
+        raise ValueError(f"{rows} rows of {hidden} inputs are more than a block of the output layer stages.")
+    name, shared_bytes = found
+    arguments = HEAD.pack(weights=weights, x=x, norm=norm, out=out, n=vocabulary, k=hidden, eps=eps, rows=rows)
+    blocks = min(-(-vocabulary // TILE), gpu.processors)
+    gpu.run(name, (blocks,), _HEAD_ROWS_THREADS, arguments, shared_bytes, overlap=True)

@@ -1,0 +1,281 @@
+// Two to eight rows of activations times a packed weight: the columns of the matrix unit that gemv.cu leaves empty are rows.
+//
+// As gemv.cu: a team of KS warps shares a tile, and its sums are added in a fixed order, the same for every row. x of all rows
+// is staged in shared memory, normed if NORM. Where it does not fit, CLUSTER blocks (Hopper and newer) share their tiles: each
+// stages and multiplies its part of the inputs, and reads the other parts' sums from their shared memory at the end.
+
+// -- x of up to ROWS rows in shared memory -----------------------------------------------------------------------------
+// Rows are whole chunks of 8 pieces of 16 bytes. A piece of an odd row lies where piece ^ 5 of an even one does: the lanes of a
+// quarter warp, which hold two rows, then reach every bank once, as they store four pieces in a run and as they read every second.
+
+DEVICE void copy_norm(const u16* norm, u16* shared, int padded) {
+  for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) copy_async<16>(norm + at, shared + at);
+  commit_copies();
+}
+
+DEVICE int swizzled(int row, int piece) { return piece ^ (row & 1) * 5; }
+
+template <int ROWS> DEVICE void copy_rows(const u16* x, int stride, u16* shared, int pitch, int count, int rows) {
+#pragma unroll(8 / ROWS)
+  for (int at = threadIdx.x * 8; at < count; at += blockDim.x * 8) {
+    uint4 v[ROWS];  // all on their way before the first is stored
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+      if (r < rows) v[r] = __ldcg((const uint4*)(x + (size_t)r * stride + at));
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+      if (r < rows) *(uint4*)(shared + r * pitch + swizzled(r, at / 8) * 8) = v[r];
+  }
+}
+
+// RMSNorm of each row but for a factor between 1 and 2, which the sums are multiplied with: a power of two scales x exactly, so
+// a number is rounded once. A lane holds a row's pieces as the matrix unit takes them, which gives the sums of squares: the
+// diagonal of x times x transposed. NORM pieces a lane: NORM * WARPS * 256 >= ROWS * padded. `scratch`: [32][ROWS] floats, and
+// [8] after them for the factors. `norm` is in shared memory; PENDING groups of copies were begun after it.
+template <int NORM, int ROWS, int WARPS, int PENDING>
+DEVICE void norm_rows_of_input(const u16* x, const u16* norm, u16* shared, int pitch, int padded, int rows, int k, float eps, float* scratch) {
+  static_assert(NORM <= OCTET_RUNS, "the host plans with so many pieces a lane");
+  constexpr int SIDE = 8 / ROWS, STEP = WARPS * SIDE * 4;  // columns of the matrix unit that share a row; pieces
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4 % ROWS;
+  const int first = (warp * SIDE + lane / 4 / ROWS) * 4 + lane % 4, pieces = row < rows ? padded / 8 - first : 0;
+  const u16* from = x + (size_t)row * padded + first * 8;
+  uint4 mine[NORM];
+#pragma unroll
+  for (int i = 0; i < NORM; i++) mine[i] = i * STEP < pieces ? __ldcg((const uint4*)(from + i * STEP * 8)) : make_uint4(0, 0, 0, 0);
+  float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const u32 even[4] = {mine[i].x, 0, mine[i].y, 0}, odd[4] = {mine[i].z, 0, mine[i].w, 0};
+    mma(c, even, mine[i].x, mine[i].y);
+    mma(c, odd, mine[i].z, mine[i].w);
+  }
+  float sum = lane / 4 % 2 ? c[1] : c[0];  // of column lane / 4, in the lanes whose own columns are among them
+#pragma unroll
+  for (int at = ROWS; at < 8; at *= 2) sum += __shfl_sync(FULL, sum, (lane / 4 ^ at) * 4 + (lane / 4 ^ at) / 2);
+  if (lane < ROWS * 4 && lane % 4 == lane / 8) scratch[warp * ROWS + row] = sum;
+  wait_for_copies<PENDING>();
+  __syncthreads();
+  float total = 0.f;  // of row lane % ROWS
+  for (int w = lane / ROWS; w < WARPS; w += 32 / ROWS) total += scratch[w * ROWS + lane % ROWS];
+#pragma unroll
+  for (int at = ROWS; at < 32; at *= 2) total += __shfl_xor_sync(FULL, total, at);
+  const float scale = rsqrtf(total / k + eps);
+  const int exponent = min(max((__float_as_int(scale) >> 23) - 127, -14), 15);
+  if (threadIdx.x < ROWS) scratch[32 * ROWS + threadIdx.x] = scale * __int_as_float((127 - exponent) << 23);
+  const u32 power = __shfl_sync(FULL, (u32)(exponent + 15) * 0x04000400u, row);
+  u16* to = shared + row * pitch;
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    if (i * STEP >= pieces) continue;
+    const uint4 w = *(const uint4*)(norm + (first + i * STEP) * 8);
+    const int at = STEP % 8 ? swizzled(row, first + i * STEP) : swizzled(row, first) + i * STEP;
+    *(uint4*)(to + at * 8) = make_uint4(mul2(mul2(mine[i].x, power), w.x), mul2(mul2(mine[i].y, power), w.y),
+                                        mul2(mul2(mine[i].z, power), w.z), mul2(mul2(mine[i].w, power), w.w));
+  }
+}
+
+// -- a chunk of a tile -------------------------------------------------------------------------------------------------
+
+// As multiply_chunk of gemv.cu, with the sums of outputs r (y[0], y[1]) and r + 8 (y[2], y[3]) for two rows of x.
+template <int BITS, bool SYM, int UNITS> DEVICE void multiply_chunk_by_rows(const u8* words, const u8* scales, const uint4 (&b)[2], int lane, float (&y)[4]) {
+  const u32 *bs = &b[0].x, *bt = &b[1].x;
+  const Words<BITS> now = read_words<BITS>(words, lane);
+  Scale<SYM> scale[UNITS];
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) scale[u] = read_scale<BITS, SYM>(scales + u * (SYM ? 32 : 64), lane);
+  float c[4];
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    const Scale<SYM>& own = scale[s * UNITS / 4];
+    if (s * UNITS % 4 == 0) c[0] = c[1] = c[2] = c[3] = 0.f;
+    u32 a[4];
+    fragment<BITS>(now, s, twice_low(own.z), twice_high(own.z), a);
+    mma(c, a, s < 2 ? bs[2 * s] : bt[2 * s - 4], s < 2 ? bs[2 * s + 1] : bt[2 * s - 3]);
+    if ((s + 1) * UNITS % 4 == 0) {  // the scale changes here
+      const float low = low_of(own.s), high = high_of(own.s);
+      y[0] += low * c[0]; y[1] += low * c[1];
+      y[2] += high * c[2]; y[3] += high * c[3];
+    }
+  }
+}
+
+// -- the sums of a tile ------------------------------------------------------------------------------------------------
+// One warp adds the parts of a tile: lane l takes output l % 16 of the tile and PER rows from l / 16 * PER on. A part is
+// stored in that order: [2][16][PER].
+
+template <int ROWS> struct RowSums {
+  static constexpr int PER = ROWS / 2, PART = TILE * ROWS;
+
+  static METHOD void store(float* part, int lane, const float (&y)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int row = lane % 4 * 2 + e % 2;
+      if (row < ROWS) part[(row / PER * TILE + lane / 4 + e / 2 * 8) * PER + row % PER] = y[e];
+    }
+  }
+
+  template <int KS> static METHOD void add(const float* parts, int lane, float (&y)[PER]) {
+#pragma unroll
+    for (int j = 0; j < PER; j++) y[j] = 0.f;
+#pragma unroll
+    for (int i = 0; i < KS; i++)
+#pragma unroll
+      for (int j = 0; j < PER; j++) y[j] += parts[i * PART + lane * PER + j];
+  }
+};
+
+// What a lane's sums are added to, and where its output lies in the next input.
+template <int EPILOGUE, int PER> DEVICE void load_row_addends(const OctetArguments& p, int tile, int lane, float (&addend)[PER], int& position) {
+  const int n = tile * TILE + lane % TILE, row = lane / TILE * PER;
+  const float bias = p.bias ? to_float(p.bias[n]) : 0.f;
+#pragma unroll
+  for (int j = 0; j < PER; j++) addend[j] = bias;
+  if constexpr (EPILOGUE == RESIDUAL) {
+    if (n >= p.n) return;
+    position = p.permutation[n];
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+      if (row + j < p.rows) addend[j] += __ldcg(p.residual + (size_t)(row + j) * p.n + n);
+  }
+}
+
+template <int EPILOGUE, int PER> DEVICE void write_row_outputs(const OctetArguments& p, const float (&y)[PER], int position, int tile, int lane) {
+  const int at = lane % TILE, n = tile * TILE + at;
+#pragma unroll
+  for (int j = 0; j < PER; j++) {
+    const int row = lane / TILE * PER + j;
+    u16* out = p.out + (size_t)row * p.out_stride;
+    if constexpr (EPILOGUE == SILU) {
+      const float up = __shfl_xor_sync(FULL, y[j], 8);
+      if (at < 8 && row < p.rows) out[tile * 8 + at] = to_half(y[j] / (1.f + __expf(-y[j])) * up);
+    } else if (n < p.n && row < p.rows) {
+      if constexpr (EPILOGUE == RESIDUAL) {
+        p.residual[(size_t)row * p.n + n] = y[j];
+        out[position] = to_half(y[j]);
+      } else out[n] = to_half(y[j]);
+    }
+  }
+}
+
+// -- blocks of a cluster -----------------------------------------------------------------------------------------------
+
+DEVICE void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The float that lies at the same address of the shared memory of block `rank`.
+DEVICE float load_of_block(const float* at, int rank) {
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
+               : "=f"(v) : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank) : "memory");
+#endif
+  return v;
+}
+
+// -- the kernel --------------------------------------------------------------------------------------------------------
+
+template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int EPILOGUE, int NORM, bool EVEN, int CLUSTER>
+DEVICE void octet(const OctetArguments& p) {
+  static_assert(ROWS == 2 || ROWS == 4 || ROWS == 8, "two rows a lane, eight columns");
+  static_assert(EPILOGUE == PLAIN || EPILOGUE == SILU || EPILOGUE == RESIDUAL, "see OctetArguments.out");
+  static_assert(CLUSTER == 1 || NORM == 0, "a norm needs the whole input");
+  typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, OctetArguments> Ring;
+  typedef RowSums<ROWS> Sums;
+  constexpr int PER = Sums::PER, WARPS = KS * TEAMS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / KS, part = warp % KS;
+  const int rank = blockIdx.x % CLUSTER, share = (p.chunks + CLUSTER - 1) / CLUSTER;
+  const int from = min(rank * share, p.chunks), own = min(share, p.chunks - from), pitch = share * CHUNK;
+  u16* xs = (u16*)((u8*)shared_words + WARPS * STAGES * Ring::SLOT);  // [ROWS][pitch]
+  u16* norm = xs + ROWS * pitch;                                      // [pitch], NORM only
+  float* scratch = (float*)(norm + (NORM ? pitch : 0));               // [32][ROWS], and the rows' factors
+  float* factors = scratch + 32 * ROWS;                               // [8]
+  float* sums = factors + 8 + team * 2 * KS * Sums::PART;             // [2][KS][PART] of this team
+  float* whole = factors + 8 + TEAMS * 2 * KS * Sums::PART;           // [turns * TEAMS][PART], CLUSTER only
+  const int per = (own + KS - 1) / KS, first = from + min(part * per, own), end = min(first + per, from + own);
+  const int stride = gridDim.x / CLUSTER * TEAMS, block_tile = blockIdx.x / CLUSTER * TEAMS, first_tile = block_tile + team;
+  Ring ring = {p, (u8*)shared_words + warp * STAGES * Ring::SLOT, lane, first, end, stride, first_tile, first, 0};
+
+  if constexpr (NORM > 0) copy_norm(p.norm, norm, p.chunks * CHUNK);
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) ring.fetch();
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  if constexpr (NORM > 0) norm_rows_of_input<NORM, ROWS, WARPS, STAGES - 1>(p.x, norm, xs, pitch, p.chunks * CHUNK, p.rows, p.k, p.eps, scratch);
+  else copy_rows<ROWS>(p.x + from * CHUNK, p.chunks * CHUNK, xs, pitch, own * CHUNK, p.rows);
+  __syncthreads();
+
+  // x as the matrix unit takes it: lane l holds row l / 4. Lanes of rows that this variant has not stay zero.
+  uint4 columns[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
+  const u16* column = xs + lane / 4 % ROWS * pitch - from * CHUNK;
+  const int even = swizzled(lane / 4, lane % 4 * 2) * 8, odd = even ^ 8;  // its pieces of a chunk
+  int slot = 0, adder = 0, turn = 0;  // the part that adds the sums of the tile: the warps take turns
+  for (int tile = first_tile; tile < p.tiles; tile += stride, turn++) {
+    float y[4] = {0.f, 0.f, 0.f, 0.f}, addend[PER];
+    int position = 0;
+    if (CLUSTER == 1 && part == adder) load_row_addends<EPILOGUE, PER>(p, tile, lane, addend, position);
+    for (int chunk = first; chunk < end; chunk += BATCH) {
+      wait_for_copies<STAGES - 2>();
+      __syncwarp();  // other lanes copied the scales
+      ring.fetch();
+      const u8* words = ring.ring + slot * Ring::SLOT;
+      const u8* scales = words + BATCH * Ring::CHUNK_BYTES;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        if (EVEN || chunk + i < end) {
+          uint4 (&b)[2] = columns[i % 2];
+          if (ROWS == 8 || lane < ROWS * 4) {
+            const u16* at = column + (chunk + i) * CHUNK;
+            b[0] = *(const uint4*)(at + even); b[1] = *(const uint4*)(at + odd);
+          }
+          multiply_chunk_by_rows<BITS, SYM, UNITS>(words + i * Ring::CHUNK_BYTES, scales + i * UNITS * Ring::SCALE_BYTES, b, lane, y);
+        }
+      }
+    }
+    float* mine = sums + (turn & 1) * KS * Sums::PART;
+    Sums::store(mine + part * Sums::PART, lane, y);
+    if (KS == 1) __syncwarp();
+    else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(KS * 32) : "memory");
+    if (part == adder) {
+      float total[PER];
+      Sums::template add<KS>(mine, lane, total);
+#pragma unroll
+      for (int j = 0; j < PER; j++) {
+        if constexpr (CLUSTER > 1) whole[(turn * TEAMS + team) * Sums::PART + lane * PER + j] = total[j];
+        else total[j] = NORM ? addend[j] + total[j] * factors[lane / TILE * PER + j] : addend[j] + total[j];
+      }
+      if constexpr (CLUSTER == 1) write_row_outputs<EPILOGUE, PER>(p, total, position, tile, lane);
+    }
+    adder = adder + 1 == KS ? 0 : adder + 1;
+  }
+  if constexpr (CLUSTER > 1) {  // the blocks take turns with the tiles, and the warps of a block with its own
+    arrive_at_cluster();
+    bool waited = false;
+#pragma unroll 1
+    for (int each = warp * CLUSTER + rank;; each += WARPS * CLUSTER) {
+      const int tile = block_tile + each / TEAMS * stride + each % TEAMS;
+      const bool any = tile < p.tiles;
+      float total[PER];
+      int position = 0;
+      if (any) load_row_addends<EPILOGUE, PER>(p, tile, lane, total, position);
+      if (!waited) wait_for_cluster();
+      waited = true;
+      if (block_tile + each / TEAMS * stride >= p.tiles) break;
+      if (!any) continue;
+#pragma unroll
+      for (int i = 0; i < CLUSTER; i++)
+#pragma unroll
+        for (int j = 0; j < PER; j++) total[j] += load_of_block(whole + each * Sums::PART + lane * PER + j, i);
+      write_row_outputs<EPILOGUE, PER>(p, total, position, tile, lane);
+    }
+    arrive_at_cluster();
+    wait_for_cluster();  // the other blocks have read what is in this one
+  }
+}

@@ -1,0 +1,168 @@
+"""Products of 2 to 8 rows: which kernel of octet.cu computes them, and how it is launched."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from ..suitability import Unsuited
+from .cuda_weights import Weight
+from .gpu_kernels import Gpu
+from .kernel_arguments import CHUNK, OCTET, OCTET_RUNS
+from .kernel_source import BLOCK_THREADS, OctetVariant, Packing
+
+ROWS = (2, 4, 8)  # for each there is a variant; it computes fewer rows too
+_CLUSTERED = (9, 0)  # the first GPUs whose blocks read each other's shared memory
+_CLUSTER_MARGIN = 8  # processors that a cluster of four may find no company for
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the product of a few rows is spread over a GPU."""
+
+    split: int  # warps that share a tile
+    batch: int  # chunks of 4 bits that travel together; half as many of 8 bits
+    stages: int
+    teams: int = 1  # tiles that a block works on at once
+    blocks_per_processor: int = 1
+    cluster: int = 1  # blocks that share their tiles, each with its part of the inputs
+
+
+SPREADS = {
+    "qkv": {2: Spread(8, 4, 2, 3), 4: Spread(4, 4, 2, 3), 8: Spread(16, 4, 2)},
+    "o": {2: Spread(16, 2, 2, 1, 2), 4: Spread(16, 4, 2), 8: Spread(16, 4, 2)},
+    "gate_up": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 1, 2), 8: Spread(8, 4, 2, 2)},
+    "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(14, 2, 2, 2, 1, 2)},
+}
+
+
+def _even(spread: Spread, chunks: int) -> Spread:
+    """The spread, or one near by whose warps share a tile evenly."""
+    for batch in (spread.batch, 2):
+        for split in sorted(range(max(1, spread.split - 3), spread.split + 4), key=lambda each: abs(each - spread.split)):
+            if chunks % (spread.cluster * split * batch) == 0 and 32 * split * spread.teams <= BLOCK_THREADS:
+                return replace(spread, split=split, batch=batch)
+    return spread
+
+
+def _narrower(spread: Spread, clusters: tuple[int, ...]) -> Iterator[Spread]:
+    """The spread, then those that need less and less shared memory."""
+    for cluster, teams in itertools.product(clusters, dict.fromkeys((spread.teams, 1))):
+        if cluster >= spread.cluster:
+            for batch in (spread.batch, max(1, spread.batch // 2)):
+                for stages in range(spread.stages, 1, -1):
+                    yield replace(spread, batch=batch, stages=stages, teams=teams, cluster=cluster)
+
+
+@lru_cache(maxsize=256)
+def variant(
+    packing: Packing,
+    in_features: int,
+    epilogue: str,
+    norm: bool,
+    rows: int,
+    spread: Spread,
+    limit_bytes: int,
+    turns: int,
+    clusters: bool,
+) -> OctetVariant:
+    """The kernel for a product of up to `rows` rows. Where the spread asks for more shared memory than the `limit_bytes` of a
+    block, fewer chunks travel together, then blocks share the inputs if the GPU has `clusters`; a block takes `turns` with
+    tiles. Raises Unsuited if nothing fits."""
+    chunks = -(-in_features // CHUNK)
+    if norm or not clusters:
+        spread = replace(spread, cluster=1)
+
+    def runs(each: Spread) -> int:
+        return -(-chunks * CHUNK * rows // (8 * 32 * each.split * each.teams)) if norm else 0
+
+    while runs(spread) > OCTET_RUNS:
+        if 64 * spread.split > BLOCK_THREADS:
+            raise Unsuited(f"a norm of {rows} rows of {in_features} inputs")
+        spread = replace(spread, split=spread.split * 2, teams=1)
+    spread = _even(spread, chunks)
+    if packing.bits == 8:
+        spread = replace(spread, batch=max(1, spread.batch // 2))
+    for each in _narrower(spread, (1, 2, 4) if clusters and not norm else (1,)):
+        even = chunks % (each.cluster * each.split * each.batch) == 0
+        if runs(each) <= OCTET_RUNS:
+            plan = OctetVariant(
+                packing, epilogue, rows, runs(each), each.split, each.batch, each.stages, each.teams, even, each.cluster
+            )  # fmt: skip
+            if plan.shared_bytes(chunks, turns) <= limit_bytes:
+                return plan
+    raise Unsuited(f"a product of {rows} rows of {in_features} inputs in {limit_bytes} bytes of shared memory")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A weight's kernel for up to so many rows, and its launch."""
+
+    variant: OctetVariant
+    name: str
+    blocks: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, rows: int, spread: Spread) -> "Plan":
+        """Raises Unsuited if the GPU cannot compute the product."""
+        clusters, turns = gpu.capability >= _CLUSTERED, 1
+        while True:  # what a block keeps for its cluster depends on how many blocks there are, and they on the cluster
+            found = variant(
+                weight.packing, weight.in_features, epilogue, norm, rows, spread, gpu.shared_limit_bytes, turns, clusters
+            )  # fmt: skip
+            shared_bytes = found.shared_bytes(weight.chunks, turns)
+            at_once = max(1, min(spread.blocks_per_processor, gpu.shared_bytes // (shared_bytes + 1024)))
+            margin = _CLUSTER_MARGIN if found.cluster > 2 else 0
+            most = max(1, (gpu.processors - margin) * at_once // found.cluster)
+            groups = min(-(-weight.tiles // found.teams), most)
+            needed = -(-weight.tiles // (groups * found.teams))
+            if needed <= turns:
+                return cls(found, found.name, groups * found.cluster, shared_bytes)
+            turns = needed
+
+
+def launch(
+    gpu: Gpu,
+    weight: Weight,
+    plan: Plan,
+    *,
+    x: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    permutation: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """x fp16 [rows, padded] in fragment order -> out fp16 [rows, …]: N outputs (PLAIN), N / 2 (SILU), or N in the order of
+    `permutation` int32 [N], added to residual fp32 [rows, N] first (RESIDUAL). `norm` fp16 [padded] is for plans with a norm.
+    All are contiguous; the plan's variant must be compiled."""
+    rows, taken = x.shape
+    if taken != weight.padded or rows > plan.variant.rows or out.shape[0] != rows:
+        raise ValueError(
+            f"The input is {rows} rows of {taken} numbers; {plan.name} takes {weight.padded} and writes {out.shape[0]} rows."
+        )
+    if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
+        raise ValueError(f"{plan.name} was given other tensors than it takes.")
+    arguments = OCTET.pack(
+        weights=weight.words,
+        scales=weight.scales,
+        x=x,
+        norm=norm,
+        bias=weight.bias,
+        out=out,
+        residual=residual,
+        permutation=permutation,
+        n=weight.out_features,
+        tiles=weight.tiles,
+        chunks=weight.chunks,
+        groups=weight.groups,
+        unit_to_group=weight.unit_to_group,
+        k=weight.in_features,
+        rows=rows,
+        out_stride=out.shape[1],
+        eps=eps,
+    )
+    gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap=True)
