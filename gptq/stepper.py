@@ -86,6 +86,9 @@ class Reading:
         """Of the last id of the prompt [1, V], once what was asked for is read. Asked in the next turn of the answer."""
         return self._logits
 
+    def spent(self, tokens: int) -> None:
+        """So many of a piece are read without `ask`."""
+
     def wait(self) -> None:
         """In the place of `piece`: somebody else reads the same text."""
 

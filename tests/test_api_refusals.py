@@ -19,6 +19,7 @@ class Model(FakeModel):
     can_embed = True
 
     def _vector(self, ids, pooling, cancel):
+        yield
         return [1.0, float(len(ids))]
 
 

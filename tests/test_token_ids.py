@@ -75,7 +75,7 @@ def test_every_stepper_refuses_such_a_token_before_it_computes(kernel, wrong, ti
         assert memory.length == 3
         assert torch.equal(stepper.prefill(stepper.begin(), [5, 6, 7]), before)
     for compute in (lambda: list(score(stepper, [5, wrong], 1, threading.Event())),
-                    lambda: embed(stepper, [5, wrong], "mean", threading.Event())):  # fmt: skip
+                    lambda: list(embed(stepper, [5, wrong], "mean", threading.Event()))):  # fmt: skip
         with pytest.raises(BadParameter, match="0 to 287"):
             compute()
     if kernel == "step":

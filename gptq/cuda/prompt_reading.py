@@ -61,6 +61,9 @@ class PromptReading(Reading):
             self.blocked = self._turn.blocked = not self._begun
         return tokens if self._begun else 0
 
+    def spent(self, tokens: int) -> None:
+        self._turn.took(tokens)
+
     def wait(self) -> None:
         self._turn.blocked = True
 

@@ -8,7 +8,7 @@ and timing are given here once. An engine that speaks text itself (remote) overr
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -147,9 +147,13 @@ class LoadedModel(ABC):
         """For a model that `can` logprobs: a Step for each id of a text, with its log-probability, then one Finish."""
         raise NotImplementedError
 
-    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> list[float]:
-        """For a model that `can_embed`: the last hidden states of a text as one vector of length 1."""
+    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> Generator[None, None, list[float]]:
+        """For a model that `can_embed`: the last hidden states of a text as one vector of length 1. None as `_steps`."""
         raise NotImplementedError
+
+    def _reads_alone(self) -> bool:
+        """Whether texts cannot be scored and embedded at the same time as answers are computed."""
+        return True
 
     def check(self, params: GenerationParams) -> None:
         """Raises BadParameter for a parameter that must not be ignored and that this model does not obey: a grammar, an adapter.
@@ -281,7 +285,7 @@ class LoadedModel(ABC):
             for event in self._scores(ids, top, cancel):
                 yield Token(event.id, "", event.logprob, event.top) if isinstance(event, Step) else event
 
-        return self._worker.stream(make, cancel, cancelled(len(ids)), alone=True)
+        return self._worker.stream(make, cancel, cancelled(len(ids)), alone=self._reads_alone())
 
     def embed(self, texts: Sequence[Sequence[int]], pooling: str, cancel: threading.Event) -> list[list[float]]:
         """Vectors of texts, given as ids: `pooling` mean or last. Waits for its turn. Raises BadParameter."""
@@ -291,10 +295,10 @@ class LoadedModel(ABC):
 
         def make() -> Iterator[list[float] | None]:
             for each in texts:
-                yield self._vector(each, pooling, cancel)
+                yield (yield from self._vector(each, pooling, cancel))
 
         nothing: list[float] = []
-        return list(self._worker.stream(make, cancel, nothing, alone=True))
+        return list(self._worker.stream(make, cancel, nothing, alone=self._reads_alone()))
 
     def _require(self, able: bool, words: str) -> None:
         if not able:

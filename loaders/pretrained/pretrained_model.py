@@ -1,7 +1,7 @@
 """A transformers PreTrainedModel that answers through one of gptq's steppers, and through calls of other programs."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +128,10 @@ class PretrainedModel(LoadedModel):
 
         return score(self._stepper, ids, top, cancel, lambda read: self._note_reading(read, len(ids)))
 
-    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> list[float]:
+    def _reads_alone(self) -> bool:
+        return False
+
+    def _vector(self, ids: Sequence[int], pooling: str, cancel: threading.Event) -> Generator[None, None, list[float]]:
         from ...gptq.prompt_scores import embed
 
         return embed(self._stepper, ids, pooling, cancel)
