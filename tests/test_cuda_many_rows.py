@@ -103,3 +103,23 @@ def test_memory_stays_what_it_is_and_answers_that_lost_their_pages_say_the_same(
         held.append((torch.cuda.memory_allocated(), pool.used_bytes))
     assert held[1] == held[2] and pool.used_bytes == blocker.size_bytes
     pool.limit_bytes = before
+
+
+def test_texts_are_scored_and_embedded_beside_answers(shared):  # noqa: F811
+    model, twin = shared
+    ids = torch.randint(4, 288, (150,)).tolist()
+    prompts = [torch.randint(4, 288, (20 + at,)).tolist() for at in range(16)]
+    alone = [solo(model, each, GREEDY) for each in prompts]
+    scores = [each.logprob for each in model.score(ids, 1, threading.Event())][1:150]
+    (vector,) = model.embed([ids], "mean", threading.Event())
+    model._prefix.clear()
+    streams = [model.generate(each, GREEDY, threading.Event()) for each in prompts]
+    next(streams[0])
+    beside = [each.logprob for each in model.score(ids, 1, threading.Event())][1:150]
+    (again,) = model.embed([ids], "mean", threading.Event())
+    assert max(abs(one - other) for one, other in zip(scores, beside, strict=True)) < 0.02
+    assert sum(one * other for one, other in zip(vector, again, strict=True)) > 0.999
+    for prompt, mine, stream in zip(prompts, alone, streams, strict=True):
+        found = ids_of(stream)
+        sure = min(first_doubt(twin, prompt, mine, GREEDY), len(found))
+        assert found[:sure] == mine[:sure]
