@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.gptq.cuda import batch_step, cuda_step, gemv, small_batch
+from gptq_webui.gptq.cuda import adapted_step, batch_step, cuda_step, gemv, small_batch
 from gptq_webui.gptq.cuda.attention import AttentionWork, attend
+from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
@@ -27,6 +28,9 @@ _spec.loader.exec_module(random_models)
 SMALL = {"hidden": 256, "inner": 320, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 130, "group_size": 64}
 
 
+ADAPTERS = ("adapter_in", "adapter_out", "adapter_silu")
+
+
 class RecordingGpu:
     """In the place of Gpu: it compiles nothing, and notes what is launched."""
 
@@ -41,7 +45,9 @@ class RecordingGpu:
         self.compiled |= {each.name for each in variants}
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= {"embed", "norm_rows", "silu_rows", "head", "head_2", "head_4", "head_8", "sample"} if fixed else set()
+        self.compiled |= (
+            {"embed", "norm_rows", "silu_rows", "head", "head_2", "head_4", "head_8", "sample", *ADAPTERS} if fixed else set()
+        )
 
     def add_missing(self, variants=(), packings=()):
         self.add(variants, packings)
@@ -126,6 +132,29 @@ def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_man
         gpu.launched.clear()
         step.batch.forward(rows)
         assert Counter(name.split("_")[0] for name in gpu.launched) == {"embed": 1, "attention": 1, **kernels}
+
+
+@pytest.mark.parametrize(("parallel", "norms"), [(1, 0), (3, 5)])
+def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, norms):
+    monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())
+    monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())
+    torch.manual_seed(0)
+    parts = random_models.random_models(**SMALL, device="cpu")
+    layer = parts.layers[1]
+    parts_of_adapter = {
+        name: (each, torch.randn(4, each.in_features), torch.randn(each.out_features, 4))
+        for name, each in (("q", layer.qkv[0]), ("up", layer.gate_up[1]), ("down", layer.down))
+    }
+    step = CudaStep(parts, 256, gpu=gpu, parallel=parallel)
+    adapter = CudaAdapter([(parts_of_adapter, 1.0)], step.adaptable, step.weights.layers)
+    step.adapted  # noqa: B018 (makes its kernels)
+    gpu.launched.clear()
+    step.step_rows(parallel, False, {0: adapter})
+    kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in gpu.launched)
+    assert kinds["adapter_in"] == 3 * 2 and kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
+    assert kinds["gemv" if parallel == 1 else "small"] == 8 and kinds["attention"] == 2 and kinds["norm"] == norms
+    step.step_rows(parallel, False, {0: None})
+    assert Counter(gpu.launched)["adapter_in"] == 3 * 2, "without adapters, the step is as before"
 
 
 @pytest.mark.parametrize(("tokens", "kind", "count"), [(90, "small", 2 * 4 * 2), (97, "unpack", 2 * 4)])

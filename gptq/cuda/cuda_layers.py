@@ -74,15 +74,15 @@ Packings = dict[str, Packing]  # by role
 
 def packings_of(layer: LayerParts) -> Packings:
     """The formats of a layer's four weights. Raises Unsuited if the kernels cannot read one of them."""
-    return {role: packing_of(layers) for role, layers in _products(layer).items()}
+    return {role: packing_of(layers) for role, layers in products(layer).items()}
 
 
 def inputs_of(layer: LayerParts) -> dict[str, int]:
     """By role, the inputs of the product."""
-    return {role: layers[0].in_features for role, layers in _products(layer).items()}
+    return {role: layers[0].in_features for role, layers in products(layer).items()}
 
 
-def _products(layer: LayerParts) -> dict[str, Sequence[GPTQLinear]]:
+def products(layer: LayerParts) -> dict[str, Sequence[GPTQLinear]]:
     """By role, the packed layers that become one weight. Raises Unsuited if one is not packed."""
     assert layer.down is not None  # suitability.py: no experts
     found = dict(zip(ROLES, (layer.qkv, (layer.o,), layer.gate_up, (layer.down,)), strict=True))
@@ -91,17 +91,21 @@ def _products(layer: LayerParts) -> dict[str, Sequence[GPTQLinear]]:
     return found  # type: ignore[return-value]
 
 
+def gate_up_columns(down: Weight) -> Tensor:
+    """int64 [N]: the outputs of gate and up, counted from gate's through up's, in the order in which they are stored; -1 for
+    padding. Their product comes out in the order of down's input."""
+    at = down.order.long().view(-1, 8)  # [tiles, 8], -1 where down's input is padding
+    up = torch.where(at >= 0, at + down.in_features, -1)
+    return torch.cat([at, up], dim=1).view(-1)
+
+
 def _take(gpu: Gpu, layer: LayerParts, packings: Packings) -> Layer:
     """Repack a layer's weights, and release the packed tensors that they came from."""
-    sources = _products(layer)
+    sources = products(layer)
     qkv = repack(gpu, sources["qkv"], packings["qkv"])
     o = repack(gpu, sources["o"], packings["o"])
-    # gate and up are stored so that their product comes out in the order of down's input
     down = repack(gpu, sources["down"], packings["down"])
-    inner = down.in_features
-    at = down.order.long().view(-1, 8)  # [tiles, 8], -1 where down's input is padding
-    up = torch.where(at >= 0, at + inner, -1)
-    gate_up = repack(gpu, sources["gate_up"], packings["gate_up"], torch.cat([at, up], dim=1).view(-1))
+    gate_up = repack(gpu, sources["gate_up"], packings["gate_up"], gate_up_columns(down))
     for each in sources.values():
         for one in each:
             one.release()

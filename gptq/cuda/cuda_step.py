@@ -11,8 +11,9 @@ prompt.py; several sequences at once are computed in batch_step.py.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from ..families.parts import ModelParts
 from ..suitability import Unsuited
 from . import gemv, small_batch
+from .adapted_step import AdaptedStep
 from .attention import AttentionWork, attend
 from .batch_step import BatchStep
 from .buffers import Buffers
+from .cuda_adapter import CudaAdapter, adaptable_layers
 from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, inputs_of, packings_of
 from .gemv import Tuning
 from .gpu_kernels import Gpu
@@ -74,6 +77,7 @@ class CudaStep:
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}
         self.gpu.add(small_batch.every_variant(self.gpu, products), formats, [shape.kv], fixed=True)
+        self.adaptable = adaptable_layers(parts)
         self.weights = ModelWeights.of(parts, shape)
         self.weights.take_layers(self.gpu, parts, packings, progress)
         self.pages = Pages(self.device, shape.layers, shape.kv_heads, shape.kv)
@@ -154,9 +158,18 @@ class CudaStep:
         """The step of several sequences; its buffers are made when it is first used."""
         return BatchStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder, self._octet)
 
-    def step_rows(self, rows: int, sample_next: bool = True) -> None:
-        """Compute the tokens of the first rows and choose the next ones, or leave them at `logits`."""
-        if rows == 1:
+    @cached_property
+    def adapted(self) -> AdaptedStep:
+        """The step of sequences that have LoRA adapters."""
+        return AdaptedStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder, self.tunings)
+
+    def step_rows(
+        self, rows: int, sample_next: bool = True, adapters: Mapping[int, CudaAdapter | None] = MappingProxyType({})
+    ) -> None:
+        """Compute the tokens of the first rows and choose the next ones, or leave them at `logits`. `adapters`: by row."""
+        if any(each is not None for each in adapters.values()):
+            self.adapted.step(rows, adapters, sample_next)
+        elif rows == 1:
             self.step(sample_next)
         else:
             self.batch.step(rows, sample_next)
@@ -189,16 +202,17 @@ class CudaStep:
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
-        if (batch := vars(self).pop("batch", None)) is not None:
-            batch.close()
+        for name in ("batch", "adapted"):
+            if (made := vars(self).pop(name, None)) is not None:
+                made.close()
         self.recorder.reset()
 
-    def prefill(self, ids: Sequence[int], start: int, row: int = 0) -> Tensor:
+    def prefill(self, ids: Sequence[int], start: int, row: int = 0, adapter: CudaAdapter | None = None) -> Tensor:
         """Compute tokens that follow `start` tokens in the pages of a row -> fp32 [T, H], before the last norm.
 
         `prompt_logits` are those of the last token.
         """
-        hidden = self.prompt.read(Piece(ids, start, self.sequences.table[row]))
+        hidden = self.prompt.read(Piece(ids, start, self.sequences.table[row], adapter))
         self._prompt_head(hidden[-1])
         return hidden
 
@@ -211,7 +225,7 @@ class CudaStep:
         the last token of each, where they are wanted."""
         sent = self.sequences.sent
         tables = [sent(np.array(memory.pages, np.int64)) for memory, _ids in pieces]
-        read = [Piece(ids, memory.length, table) for (memory, ids), table in zip(pieces, tables, strict=True)]
+        read = [Piece(ids, memory.length, table, memory.adapter) for (memory, ids), table in zip(pieces, tables, strict=True)]
         hidden = self.prompt.read(*read)
         found: list[Tensor | None] = []
         end = 0

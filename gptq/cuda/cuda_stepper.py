@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, ClassVar
 
@@ -14,12 +14,14 @@ from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..families.parts import ModelParts
 from ..grammar_mask import GrammarMask
+from ..lora import Part
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..reading_turns import Turns
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
+from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .page_room import PageRoom
@@ -38,6 +40,7 @@ SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly fu
 class CudaStepper(Stepper):
     kernel: ClassVar[str] = "cuda"
     chunk_tokens = 2048
+    can_adapt = True
 
     def __init__(self, parts: ModelParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
         """Up to `parallel` answers at once, or as many as fit.
@@ -158,7 +161,7 @@ class CudaStepper(Stepper):
         assert isinstance(memory, PagedMemory)
         row = self._step.sequences.prompt_row
         self._step.sequences.use(memory, memory.length + len(ids), row)
-        hidden = self._step.prefill(ids, memory.length, row)
+        hidden = self._step.prefill(ids, memory.length, row, memory.adapter)
         memory.length += len(ids)
         return hidden
 
@@ -170,9 +173,13 @@ class CudaStepper(Stepper):
         sequences.use(memory, memory.length + 1)
         sequences.ids[0] = id
         sequences.positions[0] = memory.length
-        self._step.step(sample_next=False)
+        self._step.step_rows(1, False, {0: memory.adapter})
         memory.length += 1
         return sequences.logits[:1]
+
+    def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CudaAdapter:
+        with torch.inference_mode():
+            return CudaAdapter(parts, self._step.adaptable, self._step.weights.layers)
 
     def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         return self.logits_of(self.read(memory, ids))

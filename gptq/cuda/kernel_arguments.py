@@ -398,6 +398,46 @@ ROUTE = Arguments(
     float scale            // of the chosen scores
     """,
 )
+ADAPTER_IN = Arguments(
+    "AdapterInArguments",
+    """
+    const u64* adapters    // [rows]: addresses of tables of AdapterEntry, 0 for none
+    const u16* x           // fp16 [rows][padded], fragment order
+    const u16* norm        // fp16 [padded]: weight of the RMSNorm before, or null
+    float* t               // fp32 [rows][most]
+    int entry              // of the table: layer * 4 + role
+    int padded
+    int k                  // inputs that the norm counts
+    int most
+    float eps
+    """,
+)
+ADAPTER_OUT = Arguments(
+    "AdapterOutArguments",
+    """
+    const u64* adapters
+    const float* t
+    u16* out               // fp16 [rows][n]; with a residual [rows][padded], or null
+    float* residual        // fp32 [rows][n], or null
+    const int* permutation // [n]: the position of output n in the next input
+    int entry
+    int n
+    int padded
+    int most
+    """,
+)
+ADAPTER_SILU = Arguments(
+    "AdapterSiluArguments",
+    """
+    const u64* adapters
+    const float* t
+    const u16* gate_up     // fp16 [rows][2 * padded]: 8 gates, their 8 ups, and so on
+    u16* out               // fp16 [rows][padded]
+    int entry
+    int padded
+    int most
+    """,
+)
 SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
 SAMPLE = Arguments(
     "SampleArguments",
@@ -420,7 +460,7 @@ SAMPLE = Arguments(
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER,
-    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE,
+    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
 )  # fmt: skip
 
 

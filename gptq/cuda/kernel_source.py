@@ -26,7 +26,7 @@ _TEMPLATES = (
     "layer_kernels.cu",
     "token_attention.cu",
 )
-_FIXED = ("row_kernels.cu", "sample.cu")  # the same for every model
+_FIXED = ("row_kernels.cu", "adapter_rows.cu", "sample.cu")  # the same for every model
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
 UNIT_INPUTS = 16  # the fewest inputs that share a scale

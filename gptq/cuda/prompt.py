@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from ..token_ids import require_known
 from . import small_batch
 from .attention import gather_pages, rope_rows
+from .cuda_adapter import CudaAdapter, Matrices
 from .cuda_layers import Layer, ModelWeights
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
@@ -30,6 +31,7 @@ class Piece(NamedTuple):
     ids: Sequence[int]
     start: int
     table: Tensor
+    adapter: CudaAdapter | None = None
 
 
 class Prompt:
@@ -51,10 +53,15 @@ class Prompt:
         for at, layer in enumerate(self._weights.layers):
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
+            _adapt(qkv, x, pieces, at, "qkv")
             attended = self._attend_all(at, layer, qkv, pieces, visible)
-            addend = self._add(residual, _in_order(attended, layer.o), layer.o, scratch)
+            x = _in_order(attended, layer.o)
+            _adapt(residual, x, pieces, at, "o")
+            addend = self._add(residual, x, layer.o, scratch)
             x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
-            addend = self._add(residual, self._inner(x, layer, scratch), layer.down, scratch)
+            x = self._inner(x, at, layer, pieces, scratch)
+            _adapt(residual, x, pieces, at, "down")
+            addend = self._add(residual, x, layer.down, scratch)
         return residual if addend is None else residual.add_(addend)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
@@ -92,13 +99,15 @@ class Prompt:
         small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
         return None
 
-    def _inner(self, x: Tensor, layer: Layer, scratch: Tensor | None) -> Tensor:
+    def _inner(self, x: Tensor, at: int, layer: Layer, pieces: Sequence[Piece], scratch: Tensor | None) -> Tensor:
         """SiLU(gate) * up, in the order of down's input."""
         out = torch.empty(x.shape[0], layer.down.padded, dtype=torch.float16, device=x.device)
-        if scratch is None:
+        if scratch is None and not any(_matrices(each, at, "gate_up") for each in pieces):
             small_batch.multiply(self._gpu, layer.gate_up, "SILU", x, out)
         else:
-            silu_rows(self._gpu, self._product(x, layer.gate_up, scratch), out)
+            gate_up = self._product(x, layer.gate_up, scratch)
+            _adapt(gate_up, x, pieces, at, "gate_up")
+            silu_rows(self._gpu, gate_up, out)
         return out
 
     def _attend_all(
@@ -143,6 +152,19 @@ class Prompt:
         rows = torch.arange(start, length, device=device)[:, None]
         columns = torch.arange(length, device=device)[None]
         return {each: (columns <= rows) & (columns > rows - each) for each in windows}
+
+
+def _matrices(piece: Piece, at: int, role: str) -> Matrices | None:
+    return piece.adapter.matrices.get((at, role)) if piece.adapter is not None else None
+
+
+def _adapt(y: Tensor, x: Tensor, pieces: Sequence[Piece], at: int, role: str) -> None:
+    """Add what each piece's adapter adds to a product of x [T, padded], to y [T, N]."""
+    end = 0
+    for each in pieces:
+        first, end = end, end + len(each.ids)
+        if (own := _matrices(each, at, role)) is not None:
+            y[first:end] += own.of_rows(x[first:end])
 
 
 def _in_order(x: Tensor, weight: Weight) -> Tensor:

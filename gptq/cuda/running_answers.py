@@ -129,7 +129,7 @@ class Answers:
         if not self._active:
             return []
         self._step.sequences.show((each.memory, each.row) for each in changed if each.row != IDLE)
-        self._step.step_rows(max(self._rows) + 1, sample_next)
+        self._step.step_rows(max(self._rows) + 1, sample_next, {row: each.memory.adapter for row, each in self._rows.items()})
         for each in self._active:
             each.memory.length += 1
         if sample_next:

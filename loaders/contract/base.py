@@ -168,8 +168,8 @@ class LoadedModel(ABC):
 
         if params.adapters and not self.can_adapt:
             raise BadParameter(
-                f"{self.model.name} is computed in a way that takes no LoRA adapter for a single answer (our own step on a "
-                "processor does). Set the adapter for the whole model in the Model tab.",
+                f"{self.model.name} is computed in a way that takes no LoRA adapter for a single answer (our own step "
+                "does). Set the adapter for the whole model in the Model tab.",
                 "adapters",
             )
 

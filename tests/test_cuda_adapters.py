@@ -1,0 +1,179 @@
+"""LoRA adapters in the GPU's step, against plain PyTorch with the same adapters. Skipped without a GPU; the layout is not."""
+
+import pytest
+import torch
+from test_cuda_launches import Recorder, RecordingGpu
+from test_cuda_step import SMALL, error, put, random_models
+
+from gptq_webui.core.errors import BadCheckpoint
+from gptq_webui.gptq import lora
+from gptq_webui.gptq.cuda import cuda_step
+from gptq_webui.gptq.cuda.adapter_rows import MOST_RANK
+from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter, adaptable_layers
+from gptq_webui.gptq.cuda.cuda_layers import gate_up_columns, products
+from gptq_webui.gptq.cuda.cuda_step import CudaStep
+from gptq_webui.gptq.cuda.gpu_kernels import Gpu
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return Gpu(torch.device("cuda", 0))
+
+
+def adapter_parts(parts, seed, rank=16, roles=("qkv", "o", "gate_up", "down"), size=1.0):
+    """As lora.read gives them, for the layers of these roles; of q, k and v the middle one is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for at, layer in enumerate(parts.layers):
+        for role, modules in products(layer).items():
+            for index, each in enumerate(modules if role in roles else ()):
+                if role == "qkv" and index == 1:
+                    continue
+                inner = torch.randn(rank, each.in_features, generator=generator) / each.in_features**0.5
+                outer = torch.randn(each.out_features, rank, generator=generator) * (size / rank**0.5)
+                found[f"{at}.{role}.{index}"] = each, inner, outer
+    return found
+
+
+def wanted_logits(parts, ids, adapters):
+    """Of plain PyTorch, with the adapters beside its layers."""
+    hooks = [module.register_forward_hook(lora._adding(a, b)) for each in adapters for module, a, b in each.values()]
+    try:
+        return random_models.plain_logits(parts, ids)
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+@pytest.mark.parametrize("role", ["qkv", "o", "gate_up", "down"])
+def test_matrices_are_the_adapters_in_the_order_of_the_products(role, monkeypatch):
+    monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
+    torch.manual_seed(0)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, "layers": 1}, device="cpu")
+    given = adapter_parts(parts, 1, rank=3, roles=(role,))
+    step = CudaStep(parts, 64, gpu=RecordingGpu())
+    adapter = CudaAdapter([(given, 0.5), (given, 1.0)], step.adaptable, step.weights.layers)
+    weight = step.weights.layers[0].weights[("qkv", "o", "gate_up", "down").index(role)]
+    x = torch.randn(2, weight.in_features)
+    staged = torch.zeros(2, weight.padded)
+    staged[:, weight.permutation.long()] = x
+    found = adapter.matrices[0, role].of_rows(staged.half())
+    outputs = []
+    for index, each in enumerate(products(parts.layers[0])[role]):
+        _module, a, b = given.get(
+            f"0.{role}.{index}", (each, torch.zeros(1, each.in_features), torch.zeros(each.out_features, 1))
+        )
+        outputs.append(1.5 * (x.half().float() @ a.T) @ b.T)
+    natural = torch.cat(outputs, 1)
+    if role == "gate_up":
+        columns = gate_up_columns(step.weights.layers[0].down)
+        natural = torch.where(columns >= 0, natural[:, columns.clamp(min=0)], 0.0)
+    assert error(found, natural) < 2e-3
+    assert adapter.ranks[role] == 3 * 2 * (2 if role in ("qkv", "gate_up") else 1)
+
+
+def test_what_the_step_cannot_take_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
+    torch.manual_seed(0)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, "layers": 1}, device="cpu")
+    other = {"lm_head": (torch.nn.Linear(4, 4), torch.zeros(2, 4), torch.zeros(4, 2))}
+    given = adapter_parts(parts, 1, rank=MOST_RANK // 2 + 1, roles=("o",))
+    step = CudaStep(parts, 64, gpu=RecordingGpu())
+    with pytest.raises(BadCheckpoint, match="no linear layer of a block"):
+        CudaAdapter([(other, 1.0)], step.adaptable, step.weights.layers)
+    with pytest.raises(BadCheckpoint, match="Choose fewer"):
+        CudaAdapter([(given, 1.0), (given, 1.0)], step.adaptable, step.weights.layers)
+    assert len(adaptable_layers(parts)) == 7
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("change", "roles"),
+    [
+        ({}, ("qkv", "o", "gate_up", "down")),
+        ({"bits": 8, "sym": False, "bias": True}, ("qkv", "o", "gate_up", "down")),
+        ({"head_dim": 128, "heads": 4, "kv_heads": 4, "qk_norm": True}, ("qkv",)),
+        ({"group_size": 32}, ("gate_up",)),
+        ({"window": 40}, ("o", "down")),
+    ],
+    ids=str,
+)
+def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(gpu, change, roles):
+    torch.manual_seed(1)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
+    ids = torch.randint(0, SMALL["vocabulary"], (230,)).tolist()
+    given = [(adapter_parts(parts, 1, 16, roles), 1.0), (adapter_parts(parts, 2, 5, roles), 1.0)]
+    with torch.inference_mode():
+        without = random_models.plain_logits(parts, ids)
+        wanted = wanted_logits(parts, ids, [each for each, _weight in given])
+        step = CudaStep(parts, 256, gpu=gpu)
+        adapter = CudaAdapter(given, step.adaptable, step.weights.layers)
+        memory = PagedMemory(step.pages)
+        step.sequences.use(memory, len(ids))
+        found = []
+        for start, end in ((0, 110), (110, 190), (190, 200)):  # by dense weights, and by packed ones
+            step.prefill(ids[start:end], start, adapter=adapter)
+            found.append((end - 1, step.prompt_logits.clone()))
+        for at in range(200, 230):
+            put(step, ids[at], at)
+            step.step_rows(1, False, {0: adapter})
+            found.append((at, step.sequences.logits[:1].clone()))
+        for at, logits in found:
+            assert error(logits[0], wanted[at]) < 1e-2, at
+        assert error(without[-1], wanted[-1]) > 0.1
+
+
+@on_gpu
+def test_rows_with_different_adapters_are_each_as_alone(gpu):
+    torch.manual_seed(2)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64})
+    roles = (("qkv", "o", "gate_up", "down"), ("qkv",), ("gate_up", "down"), ("o",))
+    given = [
+        adapter_parts(parts, seed, rank, which) for seed, (rank, which) in enumerate(zip((16, 8, 40, 3), roles, strict=True))
+    ]
+    chosen = [0, 1, 2, 3, None, 0, 1, 2]
+    lengths = [5, 70, 100, 33, 64, 17, 2, 90]
+    with torch.inference_mode():
+        texts = [torch.randint(0, SMALL["vocabulary"], (each + 6,)).tolist() for each in lengths]
+        wanted = [
+            wanted_logits(parts, text, [given[at]] if at is not None else []) for text, at in zip(texts, chosen, strict=True)
+        ]
+        step = CudaStep(parts, 256, parallel=8, gpu=gpu)
+        made = [CudaAdapter([(each, 1.0)], step.adaptable, step.weights.layers) for each in given]
+        adapters = [None if at is None else made[at] for at in chosen]
+
+        def begin(rows):
+            memories = [PagedMemory(step.pages) for _ in rows]
+            for row, (source, memory) in enumerate(zip(rows, memories, strict=True)):
+                step.sequences.use(memory, lengths[source] + 6, row)
+                step.prefill(texts[source][: lengths[source]], 0, row, adapters[source])
+            return memories
+
+        def steps(rows):
+            kept, found = begin(rows), []
+            for at in range(6):
+                for row, source in enumerate(rows):
+                    step.sequences.ids[row], step.sequences.positions[row] = (
+                        texts[source][lengths[source] + at],
+                        lengths[source] + at,
+                    )
+                step.step_rows(len(rows), False, {row: adapters[source] for row, source in enumerate(rows)})
+                found.append(step.sequences.logits[: len(rows)].clone())
+            del kept
+            return found
+
+        together = steps(range(8))
+        for at, logits in enumerate(together):
+            for row, length in enumerate(lengths):
+                assert error(logits[row], wanted[row][length + at]) < 1e-2, (row, at)
+        for row in (0, 2, 3):
+            for beside in (1, 4):  # in another row, beside another one
+                pair = steps([beside, row])
+                assert all(error(two[1], eight[row]) < 1e-3 for two, eight in zip(pair, together, strict=True)), (row, beside)
+            alone = steps([row])
+            for at, logits in enumerate(alone):
+                assert error(logits[0], wanted[row][lengths[row] + at]) < 1e-2
+                assert int(logits[0].argmax()) == int(together[at][row].argmax())
