@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.units import format_duration
 from ..engine.train_job import TrainJob, curve, run
-from ..gptq.lora_training import Recipe
+from ..gptq.training_recipe import Recipe
 from .engine_commands import make_engine
 from .evaluate_command import model_of
 from .exit_codes import INTERRUPTED

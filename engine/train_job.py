@@ -19,7 +19,7 @@ from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_text
 from ..core.models import LocalModel
 from ..core.units import format_bytes
-from ..gptq.lora_training import Example, Recipe, StepDone, require_peft
+from ..gptq.training_recipe import Example, Recipe, StepDone, require_peft
 from ..hub.model_folder import locked
 from .quantize_job import write_json
 from .training_data import read_examples

@@ -14,7 +14,7 @@ from ..core.chat import Message
 from ..core.errors import BadParameter
 from ..core.models import LocalModel
 from ..core.units import plural
-from ..gptq.lora_training import Example
+from ..gptq.training_recipe import Example
 from ..loaders.text import chat_template
 from ..loaders.text.chat_template import ChatTemplate
 from ..loaders.text.renderers import TemplateFault, TemplateLimit

@@ -10,60 +10,21 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import BadParameter, LoadFailed
+from ..core.errors import BadParameter
 from . import peft_patch
 from .experts import PackedExperts
 from .gptq_linear import GPTQLinear
 from .quantize import layers_to_pack
+from .training_recipe import Example, Recipe, StepDone, steps_of
 
 CHECKPOINT = "checkpoint.pt"  # in the work folder
 _IGNORED = -100  # of torch's cross entropy
-
-
-@dataclass(frozen=True)
-class Example:
-    """A text of the training set."""
-
-    ids: Sequence[int]
-    learned: Sequence[bool]  # as long: whether the token counts in the loss
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an adapter is trained."""
-
-    rank: int = 16
-    alpha: int = 32  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # of the adapter's inputs
-    targets: tuple[str, ...] = ()  # last names of layers ("q_proj"); empty: every linear layer of the decoder
-    learning_rate: float = 2e-4  # the highest, after the warm-up; it falls as a cosine
-    epochs: int = 3
-    batch: int = 4  # texts of a step
-    warmup: float = 0.05  # share of the steps
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class StepDone:
-    step: int  # from 1
-    count: int  # of steps
-    losses: Sequence[float]  # of every step so far: nats per learned token
-    resumed: bool = False  # an earlier run had made it: said once, for its last step
-
-
-def require_peft() -> None:
-    """Raises LoadFailed where PEFT is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("peft") is None:
-        raise LoadFailed('Training needs the library PEFT. Install it with: pip install "gptq-webui[train]"')
 
 
 def adaptable(model: nn.Module) -> list[str]:
@@ -72,11 +33,6 @@ def adaptable(model: nn.Module) -> list[str]:
     packed = {name for name, each in model.named_modules() if isinstance(each, GPTQLinear)}
     found = [name for name in packed or layers_to_pack(model) if not name.startswith(experts)]
     return sorted({name.rpartition(".")[2] for name in found if "lm_head" not in name})
-
-
-def steps_of(texts: int, recipe: Recipe) -> int:
-    """Steps of a whole training."""
-    return -(-texts // recipe.batch) * recipe.epochs
 
 
 def train(

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -9,6 +10,7 @@ from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.errors import BadParameter, Busy, GptqWebuiError, LoadCancelled, NotEnoughMemory
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine import comparison as comparisons
+from gptq_webui.engine import comparison_picture
 from gptq_webui.engine.comparison import VOTES, Comparer
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
@@ -200,10 +202,25 @@ def test_a_blind_comparison_says_no_name_and_has_both_orders(house):
         assert found.waits_for_vote
         with pytest.raises(BadParameter, match="hidden until you vote"):
             found.markdown()
+        with pytest.raises(BadParameter, match="hidden until you vote"):
+            comparison_picture.picture(found)
         if len(orders) == 2:
             break
     assert orders == {ONE, OTHER}
     assert said and not any(name in text for text in said for name in (ONE, OTHER))
+
+
+def test_the_picture_has_the_texts_and_nothing_that_they_bring(house):
+    _engine, comparer, _loads = house
+    found = run(comparer)
+    found.sides[0].text = "<script>alert(1)</script>\x07 " + "word " * 3000 + "\n" + "漢" * 100
+    root = ElementTree.fromstring(comparison_picture.picture(found))
+    lines = ["".join(each.itertext()) for each in root.iter() if each.tag.endswith("text")]
+    assert lines[0] == "Two models, one prompt" and any(ONE in each for each in lines) and any(OTHER in each for each in lines)
+    assert any(each.startswith("<script>") for each in lines) and {each.tag.rpartition("}")[2] for each in root.iter()} == {
+        "svg", "rect", "text",
+    }  # fmt: skip
+    assert any(each.endswith("rows more") for each in lines) and max(map(len, lines)) < 130
 
 
 @pytest.mark.parametrize("memory", [ROOM, NO_ROOM])

@@ -21,7 +21,7 @@ from gptq_webui.engine.train_job import TrainJob
 from gptq_webui.engine.training_data import read_examples
 from gptq_webui.gptq import checkpoint, lora
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.lora_training import Recipe
+from gptq_webui.gptq.training_recipe import Recipe
 from gptq_webui.loaders.text.built_in_templates import CHATML
 from gptq_webui.loaders.text.tokenizer import read_tokenizer
 

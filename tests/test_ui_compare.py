@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,12 @@ def test_a_blind_walk_in_a_browser(served):
         page.wait_for_selector("#gw-compare-tally:has-text('Won')")
         text = page.input_value("#gw-compare-markdown textarea")
         assert text.startswith("# Two models, one prompt") and ONE in text and "Blind vote: Answer 2 is better." in text
+        with page.expect_download() as saved:
+            page.click("#gw-compare-save")
+        data = Path(saved.value.path()).read_bytes()
+        assert (
+            saved.value.suggested_filename == "two-models.png" and data.startswith(b"\x89PNG") and data[16:20] == b"\0\0\x09\x60"
+        )
         winner = re.search(r"## Answer 2: (\S+)", text)
         assert winner and VoteBook().tally("")[0].name == winner[1]
         assert served.engine.loaded.model.name == MISTRAL

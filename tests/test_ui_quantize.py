@@ -115,3 +115,34 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_values(served, monkeypatch)
     page.click("#gw-quantize-start")
     page.wait_for_selector("#gw-quantize-status:has-text('Made 1 folder')")
     assert (served.models / MADE).exists() and len(solved) == 2 and before == 1
+
+
+def test_an_adapter_is_trained_and_merged(served):
+    pytest.importorskip("peft")
+    tiny.write(served.models / "packed")
+    tiny.write_tokenizer(served.models / "packed", CHATML)
+    chats = served.models.parent / "chats.jsonl"
+    chats.write_text("\n".join(f'{{"instruction": "Say {at}", "output": "Yes"}}' for at in range(4)))
+    page = opened(served)
+    page.get_by_role("button", name="Train a LoRA adapter").click()
+    page.click("#gw-train-start")
+    page.wait_for_selector("#gw-train-status:has-text('Choose a model to train on')")
+    page.click("#gw-train-model input")
+    page.get_by_role("option", name="packed").click()
+    page.fill("#gw-train-data textarea, #gw-train-data input", str(chats))
+    page.fill("#gw-train-name textarea, #gw-train-name input", "agreeable")
+    page.click("#gw-train-start")
+    page.wait_for_selector("#gw-train-status:has-text('Made the adapter agreeable')")
+    assert "Loss of 3 steps" in page.inner_text("#gw-train-losses") and page.locator("#gw-train-losses polyline").count() == 1
+    assert (served.models / "agreeable" / "adapter_model.safetensors").is_file()
+
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("tab", name="Quantize").click()
+    page.get_by_role("button", name="Write a model anew").click()
+    page.click("#gw-export-model input")
+    page.get_by_role("option", name="packed").click()
+    page.click("#gw-export-adapter input")
+    page.get_by_role("option", name="agreeable").click()
+    page.click("#gw-export-start")
+    page.wait_for_selector("#gw-export-status:has-text('Made packed-agreeable-16bit')")
+    assert LocalModel.read(served.models / "packed-agreeable-16bit").kind == "plain"

@@ -1,4 +1,4 @@
-"""Text files that come from and go to the visitor's computer, through a hidden box: the server takes no uploads."""
+"""Files that come from and go to the visitor's computer, through a hidden box: the server takes no uploads."""
 
 import json
 
@@ -34,3 +34,25 @@ def save_script(kind: str) -> str:
   link.download = name; document.body.append(link); link.click(); link.remove();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }""".replace("KIND", json.dumps(kind))
+
+
+def save_picture_script() -> str:
+    """JavaScript for an event with two inputs, a PNG file's name and an SVG picture: drawn twice as large, then saved."""
+    return """(name, svg) => {
+  if (!svg) return;
+  const source = URL.createObjectURL(new Blob([svg], {type: 'image/svg+xml'}));
+  const picture = new Image();
+  picture.onload = () => {
+    const canvas = document.createElement('canvas');
+    canvas.width = 2 * picture.width; canvas.height = 2 * picture.height;
+    canvas.getContext('2d').drawImage(picture, 0, 0, canvas.width, canvas.height);
+    URL.revokeObjectURL(source);
+    canvas.toBlob((png) => {
+      const link = document.createElement('a');
+      link.href = URL.createObjectURL(png);
+      link.download = name; document.body.append(link); link.click(); link.remove();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    }, 'image/png');
+  };
+  picture.src = source;
+}"""

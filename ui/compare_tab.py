@@ -13,10 +13,12 @@ import gradio as gr
 
 from ..core.errors import GptqWebuiError
 from ..engine.comparison import VOTES, Comparer, Comparison, Side
+from ..engine.comparison_picture import picture
 from ..engine.engine import Engine
 from ..engine.vote_book import VoteBook
 from . import gradio_compat
 from .access import Access
+from .browser_file import save_picture_script
 from .html_snippets import bad, facts, good, quiet, table, working
 from .job_watcher import Job, Jobs, Updates, Watcher
 from .parameters_tab import ParametersTab
@@ -72,8 +74,11 @@ def build(
         text = gr.Textbox(label="As Markdown", lines=3, max_lines=10, interactive=False, elem_id="gw-compare-markdown")
         with gr.Row(elem_classes="gw-buttons"):
             copy = gr.Button("Copy", size="sm", min_width=80, elem_id="gw-compare-copy")
+            save = gr.Button("Save as a picture", size="sm", min_width=140, elem_id="gw-compare-save")
+        drawn = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
+        file_name = gr.Textbox("two-models.png", elem_classes="gw-hidden", show_label=False, container=False)
     tally = gr.HTML(elem_id="gw-compare-tally")
-    outputs = [choice, begin, stop, status, *answers, voting, share, text, tally]
+    outputs = [choice, begin, stop, status, *answers, voting, share, text, drawn, tally]
 
     def updates(owner: str, job: Job | None) -> Updates:
         mine = state.comparisons.get(owner)
@@ -91,6 +96,7 @@ def build(
             voting: gr.update(visible=waits),
             share: gr.update(visible=ready and job is None),
             text: mine.markdown() if mine is not None and ready else "",
+            drawn: picture(mine) if mine is not None and ready else "",
             tally: "" if hidden else _tally(book, owner),
         }
 
@@ -167,6 +173,7 @@ def build(
         watcher.after(button.click(vote_for(each), None, None, **gradio_compat.PRESS))
     script = copy_script("gw-compare-copy", "gw-compare-markdown", "Copy")
     copy.click(None, text, None, js=script, **gradio_compat.EVENT)
+    save.click(None, [file_name, drawn], None, js=save_picture_script(), **gradio_compat.EVENT)
     return CompareTab(show, [first, second])
 
 

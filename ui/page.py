@@ -14,6 +14,7 @@ from . import (
     chat_shortcuts,
     chat_tab,
     compare_tab,
+    export_box,
     gradio_compat,
     model_tab,
     notebook_tab,
@@ -21,6 +22,7 @@ from . import (
     parameters_tab,
     quantize_tab,
     theme,
+    train_box,
 )
 from .access import Access, Share
 from .api_box import Api, draw_api
@@ -78,6 +80,10 @@ def build(
                 notebook = notebook_tab.build(engine, parameters)
             with gr.Tab("Quantize", id="quantize", visible=everybody) as quantize_tab_item:
                 quantize = quantize_tab.build(engine, watcher, access)
+                with gr.Accordion("Train a LoRA adapter", open=False, elem_id="gw-train-box"):
+                    train = train_box.build(engine, watcher, access)
+                with gr.Accordion("Write a model anew", open=False, elem_id="gw-export-box"):
+                    export = export_box.build(engine, watcher, access)
             with gr.Tab("Compare", id="compare", visible=everybody) as compare_tab_item:
                 compare = compare_tab.build(engine, watcher, parameters, access)
             if api is not None:
@@ -131,7 +137,8 @@ def build(
             api_tab_item.select(box.show, box.inputs, box.outputs, **gradio_compat.SHOW)
         for trigger in [model_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:
             watcher.after(trigger(show_models, None, models.outputs, **gradio_compat.SHOW))
-        for item, tab in ((quantize_tab_item, quantize), (compare_tab_item, compare)):
+        making = [(quantize_tab_item, each) for each in (quantize, train, export)]
+        for item, tab in (*making, (compare_tab_item, compare)):
             for trigger in [item.select] if gradio_compat.LAZY_TABS else [page.load, item.select]:
                 watcher.after(trigger(tab.show, None, tab.outputs, **gradio_compat.SHOW))
         watcher.after(free.click(release_model, None, None, **gradio_compat.EVENT))

@@ -254,6 +254,10 @@ _NOTEBOOK = """ /* notebook_tab.py */
 .gw-soft { color: var(--gw-soft); }
 """
 
+_TRAINING = """ /* train_box.py */
+.gw-losses { display: block; width: 100%; height: 120px; color: var(--primary-600); border-bottom: 1px solid var(--gw-line); }
+"""
+
 _COMPARE = """ /* compare_tab.py */
 #gw-compare-blind { margin-top: 10px; }
 .gw-compared { border: 1px solid var(--gw-line); border-radius: 8px; padding: 10px 14px; }
@@ -281,8 +285,8 @@ _MESSAGES = """ /* message_markdown.py, and what a Chatbot makes of code */
 """
 
 _PARTS = (
-    _COLOURS, _FRAME, _COMFORT, _WORDS, _MODEL, _API, _FOLDED, _TABLES, _PARAMETERS, chat_style.CSS, _NOTEBOOK, _COMPARE,
-    _CHARACTERS, _MESSAGES,
+    _COLOURS, _FRAME, _COMFORT, _WORDS, _MODEL, _API, _FOLDED, _TABLES, _PARAMETERS, chat_style.CSS, _NOTEBOOK, _TRAINING,
+    _COMPARE, _CHARACTERS, _MESSAGES,
 )  # fmt: skip
 CSS = _scaled("".join(_PARTS))
 HOST_CSS = _COLOURS + _WORDS + _MODEL + _TABLES  # for a tab in another program's page: changes only our own classes

@@ -1,0 +1,204 @@
+"""Training a LoRA adapter, in the Quantize tab: from a file of conversations to an adapter beside the model.
+
+The work is engine/train_job.py; here is one run for all pages. A run that was stopped or killed goes on when the same values are
+started again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import BadParameter, GptqWebuiError, LoadCancelled
+from ..core.units import format_duration
+from ..engine.engine import Engine
+from ..engine.train_job import TrainJob, curve, run
+from ..gptq.training_recipe import Recipe, StepDone
+from . import gradio_compat
+from .access import Access
+from .html_snippets import bad, good, quiet, working
+from .job_watcher import Job, Jobs, Updates, Watcher
+
+_POINTS = 120  # of the loss curve
+_WIDTH, _HEIGHT = 480, 120
+
+
+@dataclass(frozen=True)
+class TrainBox:
+    show: Callable[[gr.Request], Updates]  # for `outputs` when the tab is opened; nothing for guests
+    outputs: list[Any]
+
+
+@dataclass
+class _Run:
+    """What the page shows of a run beside its Job."""
+
+    losses: list[float] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+
+def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
+    """Draw the box and wire it."""
+    with gr.Row(elem_classes="gw-columns"):
+        with gr.Column(scale=3, min_width=320):
+            with gr.Column(elem_classes="gw-fields"):
+                model = gradio_compat.Dropdown(
+                    [], value=None, label="Model", info="Its weights stay as they are.", elem_id="gw-train-model"
+                )
+                data = gr.Textbox(
+                    label="Conversations",
+                    info="A .jsonl, .json or .txt file on this computer: messages, ShareGPT, Alpaca or plain text.",
+                    elem_id="gw-train-data",
+                )
+                name = gr.Textbox(label="Name of the adapter", info="A folder beside the model.", elem_id="gw-train-name")
+            with gr.Accordion("Rank, rate and length", open=False, elem_id="gw-train-more"):
+                with gr.Row(elem_classes="gw-fields"):
+                    epochs = gradio_compat.Number(
+                        3, precision=0, label="Epochs", info="times each text is read", minimum=1, elem_id="gw-train-epochs"
+                    )
+                    rank = gradio_compat.Number(16, precision=0, label="Rank", minimum=1, elem_id="gw-train-rank")
+                    rate = gradio_compat.Number(2e-4, label="Learning rate", info="the highest", elem_id="gw-train-rate")
+                with gr.Row(elem_classes="gw-fields"):
+                    batch = gradio_compat.Number(4, precision=0, label="Texts of a step", minimum=1, elem_id="gw-train-batch")
+                    length = gradio_compat.Number(
+                        1024, precision=0, label="Tokens of a text", info="at most", minimum=1, elem_id="gw-train-length"
+                    )
+            with gr.Row(elem_classes="gw-buttons"):
+                begin = gr.Button("Train", variant="primary", size="sm", min_width=120, elem_id="gw-train-start")
+                stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-train-stop")
+        with gr.Column(scale=2, min_width=320):
+            status = gr.HTML(_idle(), elem_id="gw-train-status")
+            losses = gr.HTML(elem_id="gw-train-losses")
+    fields = [model, data, name, epochs, rank, rate, batch, length]
+    jobs, state = Jobs(shared=True), _Run()
+
+    def show(request: gr.Request) -> Updates:
+        if not access.is_owner(request):
+            return {model: gr.update()}
+        if (job := jobs.running()) is not None:  # another page began it
+            jobs.attach(request, job)
+        return {model: gr.update(choices=[each.name for each in engine.library.models() if each.is_packed])}
+
+    def start(request: gr.Request, *given: Any) -> Updates:
+        access.require_owner(request)
+        try:
+            job = _job(engine, *given)
+        except GptqWebuiError as error:
+            return {status: bad(str(error))}
+
+        def work(page_job: Job) -> Path:
+            state.losses, state.said = [], []
+            return _train(job, page_job, state)
+
+        busy = jobs.start(request, f"Training {job.output.name}", work)
+        if busy is not None:
+            jobs.attach(request, busy)
+            return {status: bad(f"{busy.what} is not done yet. Wait for it, or press Stop.")}
+        return {status: gr.update()}
+
+    def running(job: Job) -> Updates:
+        return {
+            begin: gr.update(visible=False),
+            stop: gr.update(visible=True),
+            status: working(f"{job.text} …", job.share, *state.said),
+            losses: picture(state.losses),
+        }
+
+    def ended(job: Job, _request: gr.Request) -> Updates:
+        said = bad(job.error)
+        if not job.error:
+            said = good(f"Made the adapter {job.result.name}. Load its model, and choose it in Conversation settings.")
+        return {
+            begin: gr.update(visible=True),
+            stop: gr.update(visible=False),
+            status: said,
+            losses: picture(state.losses),
+        }
+
+    def end(request: gr.Request) -> Updates:
+        access.require_owner(request)
+        if (job := jobs.running()) is not None:
+            job.cancel.set()
+            job.text = "Stopping after this step"
+        return {status: gr.update()}
+
+    watcher.add(jobs.part(running, ended), [begin, stop, status, losses], live=[status])
+    watcher.after(begin.click(start, fields, [status], **gradio_compat.PRESS))
+    stop.click(end, None, [status], **gradio_compat.NOW)
+    return TrainBox(show, [model])
+
+
+def _job(
+    engine: Engine,
+    model: str | None,
+    data: str | None,
+    name: str | None,
+    epochs: float | None,
+    rank: float | None,
+    rate: float | None,
+    batch: float | None,
+    length: float | None,
+) -> TrainJob:
+    """What the fields say. Raises BadParameter."""
+    if not (model or "").strip():
+        raise BadParameter("Choose a model to train on.")
+    if not (data or "").strip():
+        raise BadParameter("Write the name of a file with conversations.")
+    file = Path(str(data).strip()).expanduser().absolute()
+    base = engine.library.get(str(model))
+    output = base.folder.absolute().parent / ((name or "").strip() or f"{base.name}-{file.stem}")
+    recipe = Recipe(int(rank or 0), 2 * int(rank or 0), 0.0, (), float(rate or 0), int(epochs or 0), int(batch or 0))
+    return TrainJob(base, file, output, recipe, int(length or 0))
+
+
+def _train(job: TrainJob, page_job: Job, state: _Run) -> Path:
+    """Raises LoadCancelled where Stop was pressed, and what train_job.run raises."""
+    began_s, before = time.monotonic(), 0
+
+    def say(text: str) -> None:
+        page_job.text = text.rstrip(".")
+        if not text.startswith("Reading"):
+            state.said.append(text)
+        _go_on()
+
+    def report(done: StepDone) -> None:
+        nonlocal began_s, before
+        state.losses = list(done.losses)
+        page_job.share = done.step / done.count
+        if done.resumed:
+            began_s, before = time.monotonic(), done.step
+            page_job.text = f"Steps 1 to {done.step} were made by an earlier run"
+        else:
+            left_s = (time.monotonic() - began_s) / (done.step - before) * (done.count - done.step)
+            page_job.text = f"Step {done.step} of {done.count}, loss {done.losses[-1]:.3f}, {format_duration(left_s)} left"
+        _go_on()
+
+    def _go_on() -> None:
+        if page_job.cancel.is_set():
+            raise LoadCancelled("Stopped. The last step is kept: press Train with the same values to go on.")
+
+    return run(job, report, say)
+
+
+def picture(losses: Sequence[float]) -> str:
+    """The losses as a curve, the newest on the right; nothing before the second step."""
+    means = curve(losses, _POINTS)
+    if len(means) < 2:
+        return ""
+    most = max(means) or 1.0
+    points = " ".join(f"{at / (len(means) - 1) * _WIDTH:.1f},{_HEIGHT * (1 - each / most):.1f}" for at, each in enumerate(means))
+    words = f"Loss of {len(losses)} steps: {losses[0]:.3f} at first, {losses[-1]:.3f} now"
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="2" vector-effect="non-scaling-stroke"/>'
+    how = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(words)}"'
+    return f'<svg class="gw-losses" {how}>{line}</svg>' + quiet(f"{words}.")
+
+
+def _idle() -> str:
+    return quiet(
+        "Teaches a model your conversations: only the answers count. What is learned is a LoRA adapter, a small folder that each "
+        "conversation can choose. Needs the library PEFT."
+    )
