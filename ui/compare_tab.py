@@ -75,10 +75,10 @@ def build(
         with gr.Row(elem_classes="gw-buttons"):
             copy = gr.Button("Copy", size="sm", min_width=80, elem_id="gw-compare-copy")
             save = gr.Button("Save as a picture", size="sm", min_width=140, elem_id="gw-compare-save")
-        drawn = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
+        as_picture = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
         file_name = gr.Textbox("two-models.png", elem_classes="gw-hidden", show_label=False, container=False)
     tally = gr.HTML(elem_id="gw-compare-tally")
-    outputs = [choice, begin, stop, status, *answers, voting, share, text, drawn, tally]
+    outputs = [choice, begin, stop, status, *answers, voting, share, text, as_picture, tally]
 
     def updates(owner: str, job: Job | None) -> Updates:
         mine = state.comparisons.get(owner)
@@ -96,7 +96,7 @@ def build(
             voting: gr.update(visible=waits),
             share: gr.update(visible=ready and job is None),
             text: mine.markdown() if mine is not None and ready else "",
-            drawn: picture(mine) if mine is not None and ready else "",
+            as_picture: picture(mine) if mine is not None and ready else "",
             tally: "" if hidden else _tally(book, owner),
         }
 
@@ -173,7 +173,7 @@ def build(
         watcher.after(button.click(vote_for(each), None, None, **gradio_compat.PRESS))
     script = copy_script("gw-compare-copy", "gw-compare-markdown", "Copy")
     copy.click(None, text, None, js=script, **gradio_compat.EVENT)
-    save.click(None, [file_name, drawn], None, js=save_picture_script(), **gradio_compat.EVENT)
+    save.click(None, [file_name, as_picture], None, js=save_picture_script(), **gradio_compat.EVENT)
     return CompareTab(show, [first, second])
 
 
