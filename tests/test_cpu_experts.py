@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 pytest.importorskip("numba")
@@ -200,3 +201,33 @@ def test_a_folder_of_experts_takes_the_compiled_step(tmp_path):
 
 def test_experts_that_are_chosen_by_groups_are_left_to_transformers():
     assert parts_of(tiny_model("glm4_moe", n_group=2, topk_group=1)) is None
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its router gives no choices that a test can change")
+@torch.inference_mode()
+def test_where_two_experts_tie_the_twin_with_the_other_choice_is_computed():
+    """Scores that differ by 6 of 100,000: less than the rounding of the layers before. Nothing but that choice differs."""
+    hf, twin = packed("flex_olmo", {"sliding_window": None, "num_experts_per_tok": 3, "norm_topk_prob": False})
+    margins = []
+
+    def exchange(_router, _inputs, output):
+        logits, weights, index = (each.clone() for each in output)
+        scores, order = logits.softmax(-1).sort(-1, descending=True)
+        apart = (scores[:, 2] - scores[:, 3]) / scores[:, 2]
+        at = int(apart.argmin())
+        margins.append((at, float(apart[at])))
+        slot = index[at] == order[at, 2]
+        index[at, slot], weights[at, slot] = order[at, 3], scores[at, 3]
+        return logits, weights, index
+
+    usual = twin(torch.tensor([IDS])).logits[0]
+    twin.model.layers[2].mlp.gate.register_forward_hook(exchange)
+    other = twin(torch.tensor([IDS])).logits[0]
+    stepper = CpuStepper(parts_of(hf), 64, 1)
+    memory = stepper.begin()
+    found = torch.cat([stepper.prefill(memory, IDS[:24]), *(stepper.step(memory, id).clone() for id in IDS[24:])])
+    at, margin = margins[0]
+    assert at == 35 and margin < 1e-4
+    assert off(found[12:], other[35:]) < 1e-3 < 0.05 < off(found[12:], usual[35:])
+    assert off(found[:12], usual[23:35]) < 1.1e-3
+    stepper.close()
