@@ -1,7 +1,10 @@
 """gptq/cuda/cuda_experts.py and graph_stepper.py on a GPU: experts and whole models against plain PyTorch."""
 
+import importlib
+
 import pytest
 import torch
+from transformers import AutoConfig
 
 import tiny
 from gptq_webui.core.models import LocalModel
@@ -9,6 +12,7 @@ from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.cuda.cuda_experts import MOST_CHOICES, CudaExperts
 from gptq_webui.gptq.cuda.replaced_layers import replace_layers
 from gptq_webui.gptq.experts import PackedExperts
+from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -38,6 +42,56 @@ def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
     experts = [each for each in model.modules() if isinstance(each, CudaExperts)]
     for x, chosen, weights, wanted in cases:
         assert error(experts[0](x, chosen, weights), wanted) < 3e-3
+
+
+def random_experts(dense, bias, group=32):
+    """Packed experts on the GPU for a module of transformers, with random numbers."""
+    packed = PackedExperts(dense)
+    hidden, inner = 128, 192
+    generator = torch.Generator().manual_seed(0)
+    for at in range(packed.num_experts):
+        for name, rows, columns in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
+            tensors, _weight = tiny.random_layer(rows, columns, 4, group, act_order=False, generator=generator)
+            layer = GPTQLinear(rows, columns, 4, group, bias=bias)
+            if bias:
+                tensors["bias"] = torch.randn(columns, generator=generator).half()
+            layer.load_state_dict(tensors | {"scales": tensors["scales"] * 2})
+            packed.get_submodule(str(at)).add_module(name, layer)
+    return packed.cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "name", "facts", "bias"),
+    [
+        ("gpt_oss", "GptOssExperts", {"num_local_experts": 5}, True),
+        ("gpt_oss", "GptOssExperts", {"num_local_experts": 5}, False),
+        ("mixtral", "MixtralExperts", {"num_local_experts": 5}, True),
+    ],
+)
+def test_experts_with_a_bias_or_a_gate_of_their_own(architecture, name, facts, bias, dtype):
+    module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
+    if not hasattr(module, name):
+        pytest.skip("this transformers keeps experts as a list")
+    config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, **facts)
+    model = torch.nn.Module()
+    model.dtype = dtype
+    model.experts = random_experts(getattr(module, name)(config), bias)
+    generator = torch.Generator("cuda").manual_seed(0)
+    cases = []
+    for tokens in (1, 7, 100):  # few choices, and a prompt
+        x = torch.randn(tokens, 128, generator=generator, device="cuda").to(dtype)
+        chosen = torch.rand(tokens, 5, generator=generator, device="cuda").argsort(1)[:, :2]
+        weights = torch.rand(tokens, 2, generator=generator, device="cuda").to(dtype)
+        cases.append((x, chosen, weights, model.experts(x.float(), chosen, weights.float())))
+    assert replace_layers(model, merge=False) == (15, 0) and isinstance(model.experts, CudaExperts)
+    assert (model.experts._clamped is not None) == (architecture == "gpt_oss")
+    for x, chosen, weights, wanted in cases:
+        assert error(model.experts(x, chosen, weights), wanted) < (4e-3 if dtype == torch.float16 else 8e-3)
+    rows = torch.randn(5 * 3, 128, generator=generator, device="cuda").to(dtype)
+    each = torch.arange(5, device="cuda").repeat_interleave(3)[:, None]
+    wanted = model.experts(rows, each, torch.ones_like(each, dtype=dtype))
+    assert torch.equal(model.experts(rows), wanted)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt2", "falcon", "phi", "gpt_neox"])

@@ -78,7 +78,13 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     text = kernel_source.source(variants, [], [])
     binary = compiler(capability, tmp_path).compile(text)
     names = gpu_kernels._KERNEL.findall(text)
-    assert {each.name for each in variants} | {"rotate_bfloat", "keep_bfloat", "combine_bfloat", "route_bfloat"} == set(names)
+    assert {each.name for each in variants} | {
+        "rotate_bfloat",
+        "keep_bfloat",
+        "combine_bfloat",
+        "route_bfloat",
+        "clamped_gate_bfloat",
+    } == set(names)
     for name in names:
         assert name.encode() in binary
 

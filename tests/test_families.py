@@ -86,6 +86,9 @@ VARIANTS = {
         {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     ),
     "granitemoeshared": ("granitemoeshared", {"shared_intermediate_size": 0}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"moe_topk": 2}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_shared_experts": 1}),
+    "ernie4_5_moe without shared experts": ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
     "dots1": ("dots1", {"norm_topk_prob": True, "routed_scaling_factor": 2.5}),
     "glm4_moe": ("glm4_moe", {"first_k_dense_replace": 1, "use_qk_norm": True, "norm_topk_prob": False}),
     "solar_open": ("solar_open", {}),
@@ -104,7 +107,7 @@ def packed(kind, changes=None, seed=0):
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     hf = copy.deepcopy(twin)
     for name, module in tiny.packable(twin).items():
-        if name.endswith("shared_expert_gate"):
+        if name.endswith(("shared_expert_gate", "gate.wg")):
             continue
         conv = type(module).__name__ == "Conv1D"
         rows, columns = module.weight.shape if conv else module.weight.shape[::-1]

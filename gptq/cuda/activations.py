@@ -31,3 +31,21 @@ def number_of(activation: Any, device: torch.device) -> int | None:
 def apply(number: int, x: Tensor) -> Tensor:
     """The activation of that number, in plain PyTorch."""
     return _KNOWN[number](x)
+
+
+def clamped_gate_of(shell: Any, device: torch.device) -> tuple[float, float] | None:
+    """(alpha, limit) of a module whose `_apply_gate` is GPT-OSS's, found by trying it; None for another gate."""
+    alpha, limit = getattr(shell, "alpha", None), getattr(shell, "limit", None)
+    if not isinstance(alpha, (int, float)) or not isinstance(limit, (int, float)):
+        return None
+    x = torch.linspace(-1.5 * limit, 1.5 * limit, 1000, device=device)
+    x = torch.stack([x, x.flip(0) * 0.9], -1).view(1, -1)
+    gate, up = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)
+    try:
+        found = shell._apply_gate(x.clone())
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return None
+    wanted = (up + 1) * gate * torch.sigmoid(gate * alpha)
+    if not isinstance(found, Tensor) or found.shape != wanted.shape or float((found - wanted).abs().max()) > 1e-4 * limit:
+        return None
+    return float(alpha), float(limit)

@@ -18,7 +18,7 @@ from ..suitability import Unsuited
 from . import activations, gemv
 from .cuda_weights import Weight, fragment_order, packing_of, repack
 from .gpu_kernels import Gpu
-from .kernel_arguments import COMBINE, EXPERT_GEMV, TILE
+from .kernel_arguments import CLAMPED_GATE, COMBINE, EXPERT_GEMV, TILE
 from .kernel_source import GemvVariant, LayerVariant, Packing, Variant
 from .natural_order import NUMBERS, gate_columns, gates_and_ups, input_of
 
@@ -147,7 +147,11 @@ class CudaExperts(nn.Module):
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
         self._inner = roles[0]["gate"].out_features
-        gated = activations.number_of(self.act_fn, gpu.device) if self._inner % 8 == 0 else None
+        self._gate = None if packed.plain else vars(packed)["_shell"]._apply_gate  # of gates and ups side by side
+        self._clamped = None if packed.plain else activations.clamped_gate_of(vars(packed)["_shell"], gpu.device)
+        self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (("gate", "up"), ("down",)))
+        simple = packed.plain and self._gate_up_bias is None and self._inner % 8 == 0
+        gated = activations.number_of(self.act_fn, gpu.device) if simple else None
         gates = [(each["gate"], each["up"]) for each in roles]
         # the sums between the two products are fp16, whatever the model's numbers are
         self._gate_up = Stack.of(gpu, gates, into, self._dtype, "PLAIN" if gated is None else "GATED", gated)
@@ -158,8 +162,15 @@ class CudaExperts(nn.Module):
         """The kernels that must have been compiled before the first forward."""
         return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H]."""
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
+        """hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H].
+
+        Without choices (Llama 4) as PackedExperts: the rows of each expert in turn, all of which are computed.
+        """
+        if top_k_index is None or top_k_weights is None:
+            rows = hidden_states.shape[0] // self.num_experts
+            own = torch.arange(self.num_experts, device=hidden_states.device).repeat_interleave(rows)[:, None]
+            return self.forward(hidden_states, own, torch.ones_like(own, dtype=hidden_states.dtype))
         tokens, choices = top_k_index.shape
         chosen = top_k_index.reshape(-1).long()
         if chosen.numel() <= MOST_CHOICES:
@@ -168,23 +179,40 @@ class CudaExperts(nn.Module):
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)
 
-    def _gated(self, y: Tensor) -> Tensor:
-        if self._gate_up.gated is None:
-            return self.act_fn(y[..., : self._inner]) * y[..., self._inner :]
-        gate, up = gates_and_ups(y)
-        return activations.apply(self._gate_up.gated, gate) * up
+    def _gated(self, y: Tensor, experts: Tensor) -> Tensor:
+        """What goes into down: y [..., of gates and ups], of experts [..., or ones]."""
+        if self._gate_up.gated is not None:
+            gate, up = gates_and_ups(y)
+            return activations.apply(self._gate_up.gated, gate) * up
+        if self._gate_up_bias is not None:
+            y = y + self._gate_up_bias[experts]
+        inner = self._gate(y) if self._gate is not None else self.act_fn(y[..., : self._inner]) * y[..., self._inner :]
+        return inner.to(torch.float16)
+
+    def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
+        if self._clamped is None:
+            return self._gated(y, chosen)
+        out = torch.empty(y.shape[0], y.shape[1] // 2, dtype=torch.float16, device=y.device)
+        alpha, limit = self._clamped
+        arguments = CLAMPED_GATE.pack(
+            y=y, bias=self._gate_up_bias, chosen=chosen, out=out, experts=self.num_experts, n=out.shape[1], alpha=alpha,
+            limit=limit,
+        )  # fmt: skip
+        self._gpu.run("clamped_gate_half", (-(-out.shape[1] // 256), y.shape[0]), 256, arguments, overlap=True)
+        return out
 
     def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16)
         if self._gate_up.gated is None:
-            inner = self._gated(inner)
+            inner = self._gated_by_kernel(inner, chosen)
         y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
             weights = weights.float()
         wide = int(weights.dtype == torch.float32)
         arguments = COMBINE.pack(
-            y=y, weights=weights.contiguous(), out=out, choices=weights.shape[1], n=y.shape[1], wide=wide
+            y=y, weights=weights.contiguous(), out=out, bias=self._down_bias, chosen=chosen, experts=self.num_experts,
+            choices=weights.shape[1], n=y.shape[1], wide=wide,
         )  # fmt: skip
         name = "combine_bfloat" if self._dtype == torch.bfloat16 else "combine_half"
         self._gpu.run(name, (-(-y.shape[1] // 256), x.shape[0]), 256, arguments, overlap=True)
@@ -210,7 +238,9 @@ class CudaExperts(nn.Module):
             choice = by_expert[(starts[own, None] + row).clamp(max=total - 1)]  # [count, rows]
             experts = torch.arange(first, first + count, device=device)[:, None].expand(-1, rows)
             y = self._product(self._gate_up, x[choice // choices], experts, first, count)
-            y = self._product(self._down, self._gated(y), experts, first, count)
+            y = self._product(self._down, self._gated(y, experts[:, :1]), experts, first, count)
+            if self._down_bias is not None:
+                y = (y + self._down_bias[experts[:, :1]]).to(torch.float16)
             to = torch.where(row < counts[own, None], choice, total)
             out.index_copy_(0, to.reshape(-1), y.reshape(-1, y.shape[-1]))
         return out[:-1]
@@ -219,14 +249,23 @@ class CudaExperts(nn.Module):
         return torch.bmm(stack.ordered(x, experts), stack.dense(self._gpu, first, count).transpose(1, 2))
 
 
+def _biases(roles: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor | None:
+    """fp32 [experts, outputs of these layers side by side]; None where no layer has a bias."""
+    if all(each[name].bias is None for each in roles for name in names):
+        return None
+
+    def of(layer: GPTQLinear) -> Tensor:
+        return torch.zeros(layer.out_features, device=layer.scales.device) if layer.bias is None else layer.bias.detach().float()
+
+    return torch.stack([torch.cat([of(each[name]) for name in names]) for each in roles])
+
+
 def _common_packing(layers: Sequence[Sequence[GPTQLinear]]) -> Packing:
     """The format of the same layer of every expert. Raises Unsuited where they differ."""
     found = {packing_of(each) for each in layers}
     shapes = {(each[0].in_features, sum(layer.out_features for layer in each), each[0].group_size) for each in layers}
     if len(shapes) > 1 or len({(each.bits, each.units) for each in found}) > 1:
         raise Unsuited("experts that are packed in different formats")
-    if any(layer.bias is not None for each in layers for layer in each):
-        raise Unsuited("experts with a bias")
     first = next(iter(found))
     return replace(first, sym=all(each.sym for each in found))
 
@@ -235,7 +274,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
     """Put CudaExperts in the place of PackedExperts on GPUs; how many layers they took. Raises NoCompiler."""
     replaced = 0
     for name, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedExperts) or not packed.plain:
+        if not isinstance(packed, PackedExperts) or not packed.gated or packed.has_identity:
             continue
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         layers = [layer for each in roles for layer in each.values()]

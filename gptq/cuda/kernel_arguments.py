@@ -372,9 +372,25 @@ COMBINE = Arguments(
     const float* y         // fp32 [tokens][choices][n]
     const void* weights    // [tokens][choices], fp32 or the type of out
     u16* out               // [tokens][n]
+    const float* bias      // [experts][n], or null
+    const u64* chosen      // [tokens][choices]
+    int experts
     int choices
     int n
     int wide               // the weights are fp32
+    """,
+)
+CLAMPED_GATE = Arguments(
+    "ClampedGateArguments",
+    """
+    const u16* y           // fp16 [choices][n][2], gates and ups in turn
+    const float* bias      // [experts][n][2], or null
+    const u64* chosen      // [choices]
+    u16* out               // fp16 [choices][n]
+    int experts
+    int n
+    float alpha
+    float limit
     """,
 )
 ROUTE = Arguments(
@@ -460,7 +476,7 @@ SAMPLE = Arguments(
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER,
-    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
+    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
 )  # fmt: skip
 
 

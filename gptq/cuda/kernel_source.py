@@ -238,7 +238,7 @@ class KvFormat:
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
-    "route": "RouteArguments",
+    "route": "RouteArguments", "clamped_gate": "ClampedGateArguments",
 }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""Mixtures of experts with Llama's attention: Mixtral, Qwen 2 and 3 MoE, OLMoE, FlexOlmo, GraniteMoE, and those whose router is a
-sigmoid with a correction of the choice: dots.llm1, GLM-4.5, Solar Open, MiniMax-M2."""
+"""Mixtures of experts with Llama's attention: Mixtral, Qwen 2 and 3 MoE (and the language model of Qwen3-VL's), OLMoE, FlexOlmo,
+GraniteMoE, Hunyuan, ERNIE 4.5, and those whose router is a sigmoid with a correction of the choice: dots.llm1, GLM-4.5, Solar
+Open, MiniMax-M2."""
 
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -9,9 +11,23 @@ from torch import nn
 from ..experts import PackedExperts
 from ..gptq_linear import GPTQLinear
 from .parts import Expert, ExpertParts, LayerParts, ModelParts, Options
-from .reading import act_of, activation_of, base_of, gate_up_of, head_dim_of, llama_layer, model_of, norm_of, refuse_if
+from .reading import (
+    act_of,
+    activation_of,
+    base_of,
+    gate_up_of,
+    head_dim_of,
+    llama_layer,
+    model_of,
+    norm_of,
+    paired_columns,
+    refuse_if,
+    rotary_of,
+    turned_by,
+)
 
 _OLDER = transformers.__version__.startswith("4.")  # experts are a list of MLPs
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
@@ -30,8 +46,9 @@ def router_of(router: Any) -> nn.Module:
     """A router as a linear layer."""
     if isinstance(router, (nn.Linear, GPTQLinear)):
         return router
-    if isinstance(getattr(router, "layer", None), nn.Linear):  # GraniteMoE in transformers 4
-        return router.layer
+    for name in ("layer", "wg"):  # GraniteMoE in transformers 4, Hunyuan
+        if isinstance(linear := getattr(router, name, None), nn.Linear):
+            return linear
     experts, hidden = router.weight.shape
     bias = getattr(router, "bias", None)
     linear = nn.Linear(hidden, experts, bias is not None, device="meta")
@@ -103,7 +120,9 @@ def act_of_layers(layers: Any) -> str:
             found.add(act_of(block))
         else:
             found.add(activation_of(experts.act_fn) if isinstance(experts, PackedExperts) else act_of(experts[0]))
-        shared = next((each for name in ("shared_expert", "shared_experts") if (each := getattr(block, name, None))), None)
+        shared = next(
+            (each for name in ("shared_expert", "shared_experts", "shared_mlp") if (each := getattr(block, name, None))), None
+        )
         if shared is not None:
             found.add(act_of(shared))
     refuse_if(len(found) > 1, "several activations")
@@ -169,6 +188,36 @@ def _granite(hf: Any) -> ModelParts:
     return model_of(hf, layers, options)
 
 
+def _hunyuan(hf: Any) -> ModelParts:
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        block, attention = layer.mlp, layer.self_attn
+        norms = {"q_norm": norm_of(attention.query_layernorm), "k_norm": norm_of(attention.key_layernorm)}
+        experts = softmax_experts(block, block if _OLDER else block.gate, normed=True)
+        experts = replace(experts, router=router_of(block.gate))
+        layers.append(llama_layer(layer, config, **norms, **mlp_changes(block, experts, block.shared_mlp)))
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm="head", qk_norm_last=True))
+
+
+def _ernie(hf: Any) -> ModelParts:
+    """Neighbouring dimensions are turned; the choice is corrected, of scores that are a softmax."""
+    config, base = hf.config, base_of(hf)
+    columns = paired_columns(
+        config.num_attention_heads, config.num_key_value_heads, head_dim_of(config), turned_by(rotary_of(base.rotary_emb))
+    )
+    layers = []
+    for layer in base.layers:
+        block, experts = layer.mlp, None
+        if hasattr(block, "experts"):
+            statics = block.moe_statics if _OLDER else block.gate.moe_statics
+            experts = softmax_experts(block, block.gate, normed=True)
+            experts = replace(experts, choice_bias=statics.e_score_correction_bias.detach().float().reshape(-1))
+        changes = mlp_changes(block, experts, getattr(block, "shared_experts", None))
+        layers.append(llama_layer(layer, config, qkv_columns=columns, **changes))
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers)))
+
+
 def _sigmoid(hf: Any) -> ModelParts:
     config, base = hf.config, base_of(hf)
     layers = []
@@ -187,6 +236,9 @@ KINDS = {
     "qwen3_moe": _qwen,
     "olmoe": _olmoe,
     "flex_olmo": _olmoe,
+    "qwen3_vl_moe_text": _qwen,
+    "hunyuan_v1_moe": _hunyuan,
+    "ernie4_5_moe": _ernie,
     "granitemoe": _granite,
     "granitemoeshared": _granite,
     "dots1": _sigmoid,
