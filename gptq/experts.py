@@ -65,6 +65,8 @@ class PackedExperts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
             return torch.cat([self._weighted(at, rows[at]) for at in range(self.num_experts)])
+        if top_k_index.is_floating_point():  # Qwen3-VL's in transformers 4: weights of all experts, then the choices
+            top_k_index, top_k_weights = top_k_weights, top_k_index.gather(1, top_k_weights)
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])
         top_k_index, top_k_weights = (each.reshape(hidden_states.shape[0], -1) for each in (top_k_index, top_k_weights))

@@ -37,6 +37,13 @@ KINDS = {
                           "patch_size": 14, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263,
     },
+    "qwen3_vl_moe": {
+        "text_config": {**_TEXT, "rope_scaling": _ROPE, "rope_parameters": _ROPE, "num_experts": 5, "num_experts_per_tok": 2,
+                        "moe_intermediate_size": 96, "norm_topk_prob": True},
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+                          "patch_size": 14, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263,
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral"},
         "vision_config": {**_SIGHT, "model_type": "pixtral", "head_dim": 16},
@@ -89,7 +96,19 @@ def write(folder: Path, kind: str, bits: int = 4, group_size: int = 32, seed: in
             rows, columns = weight.shape[::-1]
             tensors, state[name] = tiny.random_layer(rows, columns, bits, group_size, act_order=act_order, generator=generator)
             packed |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in tensors.items()}
-        else:
+        elif name.endswith(".mlp.experts.gate_up_proj"):  # of a mixture: each expert's own layers
+            prefix = name.removesuffix(".gate_up_proj")
+            down = state[f"{prefix}.down_proj"]
+            hidden, inner = _TEXT["hidden_size"], KINDS[kind]["text_config"]["moe_intermediate_size"]
+            for at in range(weight.shape[0]):
+                own = {}
+                for part, rows, columns in (("gate", hidden, inner), ("up", hidden, inner), ("down", inner, hidden)):
+                    tensors, own[part] = tiny.random_layer(rows, columns, bits, group_size, generator=generator)
+                    packed |= {f"{prefix}.{at}.{part}_proj.{name}": tensor for name, tensor in tensors.items()}
+                both = torch.cat([own["gate"], own["up"]])
+                weight[at] = both if weight.shape[1] == 2 * inner else both.T
+                down[at] = own["down"] if down.shape[1] == hidden else own["down"].T
+        elif not name.endswith(".mlp.experts.down_proj"):
             packed[name] = weight
     assert len(packed) > len(state)
     save_file(

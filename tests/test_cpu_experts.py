@@ -1,6 +1,7 @@
 """gptq/cpu/expert_phases.py: mixtures of experts in the compiled step, whatever their layout, and several rows at once."""
 
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -230,4 +231,23 @@ def test_where_two_experts_tie_the_twin_with_the_other_choice_is_computed():
     assert at == 35 and margin < 1e-4
     assert off(found[12:], other[35:]) < 1e-3 < 0.05 < off(found[12:], usual[35:])
     assert off(found[:12], usual[23:35]) < 1.1e-3
+    stepper.close()
+
+
+def test_a_thread_that_lags_behind_is_waited_for_and_no_longer():
+    """More threads than cores: some are suspended where the others go on to the next layer and choose its experts."""
+    hf, _twin = packed("hunyuan_v1_moe" if "hunyuan_v1_moe" in transformers.CONFIG_MAPPING else "mixtral")
+    stepper = CpuStepper(parts_of(hf), 64, 4, parallel=4)
+    memory = stepper.begin()
+    stepper.prefill(memory, IDS[:8])
+
+    def passes():
+        for _ in range(300):
+            memory.cut(8)
+            stepper.rows_logits([(memory, IDS[8:13])])
+
+    thread = threading.Thread(target=passes, daemon=True)
+    thread.start()
+    thread.join(120)
+    assert not thread.is_alive()
     stepper.close()

@@ -146,13 +146,14 @@ def multiply_pairs(threads, counters, phase, f, layer, step):
     width = f.hidden_width if step else e.gate_up_width
     y = e.out if step else e.gate_up
     begin, end = weights_of(step)
-    total = 0
-    for group in range(min(pairs, e.count)):
-        if groups[3 * group + 2] == 0:
-            break
-        total += tiles
-    items = min(total, EXPERT_ITEMS * threads)
+    items = EXPERT_ITEMS * threads
     for at in shares(counters, phase, items):
+        # Read once an item is held: a thread that lags behind the others may find the next layer's groups.
+        total = 0
+        for group in range(min(pairs, e.count)):
+            if groups[3 * group + 2] == 0:
+                break
+            total += tiles
         first, last = share_of(at, items, total)
         while first < last:
             group = first // tiles

@@ -149,7 +149,8 @@ def _qwen(hf: Any) -> ModelParts:
 
 def _qwen_layer(layer: Any, config: Any) -> LayerParts:
     block = layer.mlp
-    experts = softmax_experts(block, block.gate, normed=config.norm_topk_prob) if hasattr(block, "experts") else None
+    normed = config.model_type == "qwen3_vl_moe_text" or config.norm_topk_prob
+    experts = softmax_experts(block, block.gate, normed=normed) if hasattr(block, "experts") else None
     return llama_layer(layer, config, **mlp_changes(block, experts, getattr(block, "shared_expert", None)))
 
 
@@ -194,8 +195,8 @@ def _hunyuan(hf: Any) -> ModelParts:
     for layer in base.layers:
         block, attention = layer.mlp, layer.self_attn
         norms = {"q_norm": norm_of(attention.query_layernorm), "k_norm": norm_of(attention.key_layernorm)}
-        experts = softmax_experts(block, block if _OLDER else block.gate, normed=True)
-        experts = replace(experts, router=router_of(block.gate))
+        choices = block.top_k if _OLDER else block.gate.top_k
+        experts = ExpertParts(router=router_of(block.gate), experts=experts_of(block.experts), choices=choices)
         layers.append(llama_layer(layer, config, **norms, **mlp_changes(block, experts, block.shared_mlp)))
     return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm="head", qk_norm_last=True))
 
