@@ -194,7 +194,7 @@ def _hunyuan(hf: Any) -> ModelParts:
     layers = []
     for layer in base.layers:
         block, attention = layer.mlp, layer.self_attn
-        norms = {"q_norm": norm_of(attention.query_layernorm), "k_norm": norm_of(attention.key_layernorm)}
+        norms: dict[str, Any] = {"q_norm": norm_of(attention.query_layernorm), "k_norm": norm_of(attention.key_layernorm)}
         choices = block.top_k if _OLDER else block.gate.top_k
         experts = ExpertParts(router=router_of(block.gate), experts=experts_of(block.experts), choices=choices)
         layers.append(llama_layer(layer, config, **norms, **mlp_changes(block, experts, block.shared_mlp)))
