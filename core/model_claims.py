@@ -39,7 +39,7 @@ def problem_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     """The first contradiction as a sentence; "" if there is none. `tensors` may be empty: then only config.json is judged."""
     inner = config.get("text_config")
     numbers = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    for check in (_absurd, _heads, _experts, rope_problems):
+    for check in (_absurd, _heads, _experts, _expert_groups, rope_problems):
         if found := next(check(numbers), ""):
             return f"{found}. {_CURE}"
     return next(_files(numbers, tensors), "")
@@ -116,6 +116,16 @@ def _experts(config: Mapping[str, Any]) -> Iterator[str]:
             f"config.json says {shown(choices)} experts for each token (num_experts_per_tok) of {experts}; "
             f"a whole number from 1 to {most} was expected"
         )
+
+
+def _expert_groups(config: Mapping[str, Any]) -> Iterator[str]:
+    groups, chosen, experts = config.get("n_group"), config.get("topk_group"), first(config, _EXPERTS)
+    if not all(isinstance(each, int) and each > 0 for each in (groups, experts)):
+        return
+    if experts % groups:
+        yield f"config.json says {experts} experts in {groups} groups (n_group); each group must have as many as the others"
+    elif chosen is not None and not (isinstance(chosen, int) and 0 < chosen <= groups):
+        yield f"config.json says topk_group {shown(chosen)} of {groups} groups; a whole number from 1 to {groups} was expected"
 
 
 def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:

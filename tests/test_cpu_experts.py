@@ -71,8 +71,9 @@ def test_one_thread_and_three_compute_the_same_bits(mixture):
     assert torch.equal(*found)
 
 
-def changed(hf, twin, bits=4, group=32, act_order=True, bias=False, sym=True, seed=3):
-    """Other packed experts in the place of a model's own; the twin's become theirs."""
+def changed(hf, twin, bits=4, group=32, act_order=True, bias=False, sym=True, seed=3, layouts=()):
+    """Other packed experts in the place of a model's own; the twin's become theirs. `layouts`: (bits, group) of them in turn."""
+    layouts = layouts or [(bits, group)]
     generator = torch.Generator().manual_seed(seed)
     for layer, dense in zip(hf.model.layers, twin.model.layers, strict=True):
         for at, expert in enumerate(experts_of(layer.mlp.experts)):
@@ -80,6 +81,7 @@ def changed(hf, twin, bits=4, group=32, act_order=True, bias=False, sym=True, se
             made = []
             for module in (*expert.gate_up, expert.down):
                 rows, columns = module.in_features, module.out_features
+                bits, group = layouts[(at + len(made)) % len(layouts)]
                 tensors, _dense = tiny.random_layer(rows, columns, bits, group, act_order=act_order, sym=sym, generator=generator)
                 if bias:
                     tensors["bias"] = torch.randn(columns, generator=generator).half() * 0.1
@@ -99,6 +101,8 @@ def changed(hf, twin, bits=4, group=32, act_order=True, bias=False, sym=True, se
 
 
 @pytest.mark.parametrize("settings", [
+    {"layouts": [(4, 16), (4, 64), (4, -1)], "inner": 96},
+    {"layouts": [(8, 48), (2, 32), (3, 16), (4, 64), (8, -1)], "inner": 192},
     {"bits": 2, "group": 16, "inner": 48},
     {"bits": 3, "group": -1, "inner": 96, "act_order": False},
     {"bits": 8, "group": 32, "inner": 40, "sym": False},
@@ -107,7 +111,7 @@ def changed(hf, twin, bits=4, group=32, act_order=True, bias=False, sym=True, se
 ], ids=str)  # fmt: skip
 @torch.inference_mode()
 def test_experts_of_every_layout(settings):
-    """Some have no whole tiles of outputs, and inputs that are padded."""
+    """Some have no whole tiles of outputs, and inputs that are padded. Layouts may differ from expert to expert."""
     own = {name: value for name, value in settings.items() if name != "inner"}
     hf, twin = packed("qwen3_moe", {"moe_intermediate_size": settings["inner"], "num_experts": 3})
     changed(hf, twin, **own)

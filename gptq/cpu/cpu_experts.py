@@ -70,6 +70,7 @@ def with_room(model: dict[str, Any], rows: int, threads: int, hidden_width: int,
         "pairs": np.zeros(pairs, np.int64),
         "pair_rows": choices[1],
         "pair_experts": choices[2],
+        "starts": np.zeros(max(1, model["count"]), np.int64),
         "groups": np.zeros((model["count"] + 1, 3), np.int64),
         "gate_up": aligned((pairs, width), np.float32),
         "gate_up_width": width,
@@ -77,13 +78,23 @@ def with_room(model: dict[str, Any], rows: int, threads: int, hidden_width: int,
         "gated_width": width,
         "out": aligned((pairs, hidden_width if used else 1), np.float32),
         "rounded": rounded_room(pairs, 1, 2, used),
+        "row_bytes": _row_bytes(used),
+        "row_chunks": _row_chunks(used),
     }
+
+
+def _row_bytes(weights: Sequence[Weights]) -> int:
+    """Of a row that is rounded for any of them."""
+    return max((each.chunks * each.chunk_rows for each in weights), default=0) * 2
+
+
+def _row_chunks(weights: Sequence[Weights]) -> int:
+    return max((each.chunks for each in weights), default=0)
 
 
 def rounded_room(rows: int, owners: int, buffers: int, weights: Sequence[Weights]) -> dict[str, Any]:
     """The record ROUNDED for inputs of `weights` of up to `rows` rows."""
-    chunks = rows * max((each.chunks for each in weights), default=0)
-    input_bytes = rows * max((each.chunks * each.chunk_rows for each in weights), default=0) * 2
+    chunks, input_bytes = rows * _row_chunks(weights), rows * _row_bytes(weights)
     return {
         "x": aligned((owners, buffers, input_bytes), np.int8),
         "scales": aligned((owners, buffers, chunks), np.float32),

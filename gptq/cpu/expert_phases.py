@@ -64,7 +64,7 @@ def choose(tid, counters, phase, f, layer):
         taken, chosen = integers(e.taken, count), integers(e.chosen, rows * choices)
         weights, pairs = floats(e.weights, rows * choices), integers(e.pairs, rows * choices)
         pair_rows, pair_experts = integers(e.pair_rows, rows * choices), integers(e.pair_experts, rows * choices)
-        groups = integers(e.groups, 3 * (count + 1))
+        groups, starts = integers(e.groups, 3 * (count + 1)), integers(e.starts, count)
         gate_up = float_rows(f.gate_up, rows, f.gate_up_width)
         for r in range(rows):
             score(f, layer, gate_up[r, e.router_column : e.router_column + count], scores)
@@ -88,6 +88,7 @@ def choose(tid, counters, phase, f, layer):
         for at in range(count):
             size = taken[at]
             taken[at] = start
+            starts[at] = start
             if size:
                 groups[3 * group], groups[3 * group + 1], groups[3 * group + 2] = at, start, size
                 group += 1
@@ -121,6 +122,7 @@ def round_pairs(tid, threads, counters, phase, f, layer, step):
     hidden, gate_up = source_of(f, 0, GATE_UP_PRODUCT), float_rows(e.gate_up, pairs, e.gate_up_width)
     gated = floats(e.gated + 4 * tid * e.gated_width, e.gated_width)
     pair_rows, pair_experts = integers(e.pair_rows, pairs), integers(e.pair_experts, pairs)
+    starts = integers(e.starts, e.count)
     begin, end = weights_of(step)
     items = min(pairs, PAIR_ITEMS * threads)
     for at in shares(counters, phase, items):
@@ -133,7 +135,7 @@ def round_pairs(tid, threads, counters, phase, f, layer, step):
             weights = expert_rows(f, layer, pair_experts[pair])
             for one in range(begin, end):
                 if weights[one] >= 0:
-                    round_pair(x, pair, f.tables, weights[one], e.rounded)
+                    round_pair(x, starts[pair_experts[pair]], pair, f.tables, weights[one], e)
     return phase + 1
 
 
@@ -167,7 +169,7 @@ def multiply_pairs(threads, counters, phase, f, layer, step):
                     weight = integers(f.tables.weights + 8 * weights[one] * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
                     low, high = max(first - before, 0), min(until - before, weight[TILES])
                     if low < high:
-                        x, scales, sums = rounded_at(weight, start, e.rounded)
+                        x, scales, sums = rounded_at(weight, start, 0, e)
                         bias = f.tables.biases + 4 * weight[BIAS_START] if weight[BIAS_START] >= 0 else 0
                         to = y + 4 * (start * width + column)
                         product(weight, low, high, rows, x, 0, x, scales, sums, to, 4 * width, bias)

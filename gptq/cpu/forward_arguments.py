@@ -82,6 +82,7 @@ EXPERTS: Fields = {
     "pairs": np.int64,  # [rows][choices]: the pair of each choice
     "pair_rows": np.int64,  # [pairs]: the row of each
     "pair_experts": np.int64,  # [pairs]: its expert
+    "starts": np.int64,  # [count]: the first pair of each expert
     "groups": np.int64,  # [count + 1][expert, first pair, pairs] of the experts that are chosen; pairs of 0 end it
     "gate_up": np.float32,  # [pairs][gate_up_width]
     "gate_up_width": int,
@@ -89,6 +90,8 @@ EXPERTS: Fields = {
     "gated_width": int,
     "out": np.float32,  # [pairs][hidden_width]: what the experts give
     "rounded": ROUNDED,  # for the experts, [pairs]
+    "row_bytes": int,  # of one pair's input, rounded for the expert that takes the most: layouts of experts may differ
+    "row_chunks": int,  # of the same
 }
 
 FORWARD: Fields = {  # one forward of a model (forward.forward)

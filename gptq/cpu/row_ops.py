@@ -51,23 +51,29 @@ def round_rows(me, first, last, x, tables, row, rounded):
 
 
 @compiled_part
-def rounded_at(weight, row, rounded):
-    """Addresses of the numbers, scales and sums of row `row` that are rounded for a weight (a row of the table); one owner."""
+def rounded_at(weight, first, row, experts):
+    """Addresses of the numbers, scales and sums of a pair that is rounded for an expert's weight (a row of the table).
+
+    `first`: the expert's first pair; `row`: which of its pairs. They follow each other in the weight's own layout, and those
+    of another expert begin where none of these can reach, whatever their layouts.
+    """
+    rounded = experts.rounded
     at, chunks = weight[ROUNDED_BUFFER], weight[CHUNKS]
-    x = rounded.x + at * rounded.input_bytes + 2 * row * chunks * weight[CHUNK_ROWS]
-    start = 4 * (at * rounded.chunks + row * chunks)
+    x = rounded.x + at * rounded.input_bytes + first * experts.row_bytes + 2 * row * chunks * weight[CHUNK_ROWS]
+    start = 4 * (at * rounded.chunks + first * experts.row_chunks + row * chunks)
     return x, rounded.scales + start, rounded.sums + start
 
 
 @compiled_part
-def round_pair(x, pair, tables, row, rounded):
-    """Round x [K] for the packed weight in `row` of the table, and store it as row `pair`; one owner."""
+def round_pair(x, first, pair, tables, row, experts):
+    """Round x [K] for the packed weight in `row` of the table, and store it as that of `pair`; its expert's pairs begin at
+    `first`."""
     weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
     if weight[ROUNDED_BEFORE]:
         return
     chunks, chunk_rows, start = weight[CHUNKS], weight[CHUNK_ROWS], weight[ORDER_START]
     order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
-    address, scales, sums = rounded_at(weight, pair, rounded)
+    address, scales, sums = rounded_at(weight, first, pair - first, experts)
     size = 2 * chunks * chunk_rows
     round_row(
         x, 0, order, chunks, chunk_rows, integers8(address, size), integers16(address, size // 2), floats(scales, chunks),

@@ -149,6 +149,7 @@ class PretrainedModel(LoadedModel):
 
     def close(self) -> None:
         super().close()
+        self._grammars.close()
         if self.hf is None:
             return
         device = self.hf.device

@@ -15,11 +15,12 @@ from typing import Any
 
 from ...core.errors import BadParameter
 from ...core.grammar import Grammar, closed
+from .grammar_probe import source_of
+from .grammar_trial import GrammarTrial
 from .token_codec import TokenCodec
 
 _OLDEST = 1, 9
 _KEPT = 8  # compiled grammars; a client sends the same one again and again
-_WHITE = r"[ \n\r\t]{1,20}"  # between the parts of JSON: small models would write spaces without end
 
 
 class Grammars:
@@ -30,7 +31,11 @@ class Grammars:
         self._ends: frozenset[int] = frozenset()
         self._words: Any = None  # llguidance's tokenizer; made when it is first needed: 0.3 s for 50,000 tokens
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._trial = GrammarTrial()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._trial.close()
 
     def begin(self, grammar: Grammar, ends: Collection[int]) -> "GrammarState":
         """For one answer, which one of the ids `ends` ends. Raises BadParameter, which says what is wrong with the grammar."""
@@ -38,7 +43,11 @@ class Grammars:
         with self._lock:
             made = self._compiled.get(grammar)
         if made is None:
-            made = _compile(words, grammar)  # outside the lock: the model's thread must not wait for another answer's grammar
+            text = _text_of(grammar)
+            self._trial.require(grammar, text)
+            made = _compile(
+                words, grammar, text
+            )  # outside the lock: the model's thread must not wait for another answer's grammar
         with self._lock:
             if self._words is words:
                 self._compiled[grammar] = made
@@ -77,16 +86,12 @@ class Grammars:
             return self._words
 
 
-def _compile(words: Any, grammar: Grammar) -> Any:
-    from llguidance import LLMatcher, grammar_from
+def _compile(words: Any, grammar: Grammar, text: str) -> Any:
+    from llguidance import LLMatcher
 
     try:
         with _no_panic():
-            if grammar.kind in ("json", "json_schema"):
-                schema = _closed_text(grammar.text) if grammar.text else '{"type": "object"}'
-                source = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE})
-            else:
-                source = grammar_from(grammar.kind, grammar.text)
+            source = source_of("json_schema" if grammar.kind == "json" else grammar.kind, text)
             matcher = LLMatcher(words, source, log_level=0)
             first = b"" if matcher.is_error() else matcher.compute_bitmask()  # reports what no text can satisfy
     except (ValueError, RuntimeError) as error:
@@ -96,12 +101,14 @@ def _compile(words: Any, grammar: Grammar) -> Any:
     return matcher
 
 
-def _closed_text(schema: str) -> str:
-    """A schema that is no JSON, or too deep, stays as it is: llguidance says what is wrong."""
+def _text_of(grammar: Grammar) -> str:
+    """The text that is compiled. A schema that is no JSON, or too deep, stays as it is: llguidance says what is wrong."""
+    if grammar.kind not in ("json", "json_schema"):
+        return grammar.text
     try:
-        return json.dumps(closed(json.loads(schema)))
+        return json.dumps(closed(json.loads(grammar.text))) if grammar.text else '{"type": "object"}'
     except (ValueError, RecursionError):
-        return schema
+        return grammar.text
 
 
 class GrammarState:
