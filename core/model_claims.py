@@ -120,7 +120,7 @@ def _experts(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _expert_groups(config: Mapping[str, Any]) -> Iterator[str]:
     groups, chosen, experts = config.get("n_group"), config.get("topk_group"), first(config, _EXPERTS)
-    if not all(isinstance(each, int) and each > 0 for each in (groups, experts)):
+    if not isinstance(groups, int) or not isinstance(experts, int) or groups < 1 or experts < 1:
         return
     if experts % groups:
         yield f"config.json says {experts} experts in {groups} groups (n_group); each group must have as many as the others"

@@ -11,7 +11,7 @@ from typing import Any
 _WHITE = r"[ \n\r\t]{1,20}"  # between the parts of JSON: small models would write spaces without end
 
 
-def source_of(kind: str, text: str) -> str:
+def source_of(kind: Any, text: str) -> str:
     """What llguidance compiles. Raises ValueError, RuntimeError, and what is no Exception: its panics."""
     from llguidance import LLMatcher, grammar_from
 
