@@ -157,6 +157,13 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     assert Counter(gpu.launched)["adapter_in"] == 3 * 2, "without adapters, the step is as before"
 
 
+def test_the_rows_of_a_graph_are_few_numbers_and_never_too_few():
+    assert [batch_step.rows_of_graph(each) for each in (1, 5, 8, 9, 17, 100, 129, 256)] == [1, 5, 8, 12, 24, 128, 192, 256]
+    assert all(batch_step.rows_of_graph(each) >= each for each in range(1, 257)) and len(batch_step.ROWS) < 20
+    with pytest.raises(ValueError, match="257 rows"):
+        batch_step.rows_of_graph(257)
+
+
 @pytest.mark.parametrize(("tokens", "kind", "count"), [(90, "small", 2 * 4 * 2), (97, "unpack", 2 * 4)])
 def test_a_long_prompt_is_multiplied_with_dense_weights_and_a_short_one_with_packed_ones(gpu, tokens, kind, count):
     step = make(gpu)

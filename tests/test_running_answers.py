@@ -11,7 +11,7 @@ from paged_model import PagedModel, paged_stepper, prompt_of
 
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cuda.batch_step import ROWS, rows_of_graph
+from gptq_webui.gptq.cuda.batch_step import ROWS
 from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
 from gptq_webui.gptq.generation import generate
 from gptq_webui.gptq.prefix_cache import PrefixCache
@@ -90,13 +90,6 @@ def solo(ids, params=GREEDY, mask=None):
     return run.all()[0]
 
 
-def test_the_rows_of_a_graph_are_few_numbers_and_never_too_few():
-    assert [rows_of_graph(each) for each in (1, 5, 8, 9, 17, 100, 129, 256)] == [1, 5, 8, 12, 24, 128, 192, 256]
-    assert all(rows_of_graph(each) >= each for each in range(1, 257)) and len(ROWS) < 20
-    with pytest.raises(ValueError, match="257 rows"):
-        rows_of_graph(257)
-
-
 def test_answers_come_and_go_and_each_is_what_it_is_alone():
     run, wanted, cancels = Run(), {}, {}
     for at in range(70):
@@ -112,6 +105,19 @@ def test_answers_come_and_go_and_each_is_what_it_is_alone():
         assert ids == (wanted[at][: len(ids)] if cancels[at].is_set() else wanted[at]), at
     assert run.model.sequences.rows in (32, 64, 128) and not run.stepper._answers.busy
     assert set(run.model.rows_computed) <= set(ROWS), "fewer answers are computed in fewer rows"
+
+
+def test_nobody_is_computed_ahead_of_what_is_taken():
+    run = Run()
+    for at in range(30):
+        run.ask(at, prompt_of(at, 20), replace(GREEDY, max_new_tokens=60))
+        run.turn()
+        assert all(len(each.sampled) <= 1 for each in run.stepper._answers._active)
+    counts = [len(each) for each in run.found.values()]
+    run.turn()
+    assert [len(each) for each in run.found.values()][:28] == [each + 1 for each in counts[:28]], "a token for each in a round"
+    run.all()
+    assert len(run.model.rows_computed) <= 60 + 30 + 4
 
 
 def test_rows_are_moved_where_fewer_are_computed_then():

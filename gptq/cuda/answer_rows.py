@@ -73,6 +73,7 @@ class Answer:
         self.row = IDLE
         self.room = 0  # tokens that its pages in the row's table are ready for
         self.next = self.prompt  # position of the next token to be sampled
+        self.joined: Sampled | None = None  # its first token, until the host has read it
         self.sampled: deque[Step] = deque()  # that its consumer has not taken yet
         self.sampler: Sampler | None = None  # for what the kernel cannot do
         self.error: Exception | None = None

@@ -31,7 +31,7 @@ from .running_answers import Answer, Answers
 log = logging.getLogger(__name__)
 
 
-FIRST_ROWS = 4  # that there is room for before more answers come
+FIRST_ROWS = 8  # that there is room for before more answers come
 _OTHERS_BYTES = 1_300_000_000  # of the GPU: what reading a prompt needs, and other programs
 _KEPT_CONVERSATIONS = 64  # of earlier answers, which share what they begin with
 SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly full

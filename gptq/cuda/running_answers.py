@@ -7,12 +7,10 @@ grammar, a sampler of PyTorch), all rows are computed first, and sampled once th
 Where pages run out the youngest answer gives up its own, and reads what it has written again when there are some.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,25 +20,23 @@ from ..grammar_mask import GrammarMask
 from ..sampling import Sampler
 from ..token_rules import NO_RULES, TokenRules
 from .answer_rows import Answer, Sampled
-from .batch_step import rows_of_graph
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
 from .page_room import PageRoom
 from .row_probabilities import RowProbabilities
+from .row_table import RowTable
 from .sequences import IDLE
-
-log = logging.getLogger(__name__)
 
 
 class Answers:
     """Up to `limit` of them, or as many as fit. For one thread."""
 
     def __init__(self, step: CudaStep, room: PageRoom, limit: int = 1) -> None:
-        self._step, self.room, self._limit = step, room, limit
-        self._active: list[Answer] = []  # that have a row, the one that joined first first
-        self._rows: dict[int, Answer] = {}
+        self._step, self.room = step, room
+        self._table = RowTable(step, limit, self._read_all)
+        self._active = self._table.active
         self._pending: deque[Sampled] = deque()
-        self._host: np.ndarray | None = None  # what is in sequences.host_tokens
+        self._driver: Answer | None = None  # that asked for the last step
         self.resume: Callable[[Answer], Iterator[Tensor | None]]  # reads the ids of an answer again -> its last logits at last
 
     def sample(
@@ -67,7 +63,8 @@ class Answers:
                     if answer.ended:
                         return
                     if answer.row != IDLE:
-                        self._advance()
+                        if not self._serve(answer):
+                            yield None
                     elif answer.logits is None:
                         yield from self._read_again(answer)
                     elif not self._join(answer, answer.logits):
@@ -91,9 +88,22 @@ class Answers:
     def close(self) -> None:
         """Forget what is running."""
         self._pending.clear()
-        self._active.clear()
-        self._rows.clear()
-        self._host = None
+        self._table.clear()
+        self._driver = None
+
+    def _serve(self, answer: Answer) -> bool:
+        """See to the next token of an answer. False if it comes with a step that another one asks for.
+
+        One answer asks for all, and in every round of the worker once: nobody is computed ahead of what is taken.
+        """
+        if answer.joined is not None:
+            self._read_first(answer)
+        elif self._driver is not None and self._driver is not answer:
+            return False
+        else:
+            self._driver = answer
+            self._advance()
+        return True
 
     # -- one step of all -------------------------------------------------------------------------------------------
 
@@ -110,8 +120,6 @@ class Answers:
         if len(self._pending) == 1:
             self._launch()
         self._read_oldest()
-        while len(self._pending) > 1 and self._pending[0].mark.query():
-            self._read_oldest()
 
     def _launch(self, sample_next: bool = True) -> list[Answer]:
         """Compute the tokens of all answers, and sample the next ones unless that is left to `_choose`."""
@@ -125,11 +133,12 @@ class Answers:
                 each.ended = True
             elif each.memory.length >= each.room and self._reserve(each):
                 changed.append(each)
-        self._close_gaps()
+        self._table.close_gaps()
         if not self._active:
             return []
         self._step.sequences.show((each.memory, each.row) for each in changed if each.row != IDLE)
-        self._step.step_rows(max(self._rows) + 1, sample_next, {row: each.memory.adapter for row, each in self._rows.items()})
+        adapters = {each.row: each.memory.adapter for each in self._active}
+        self._step.step_rows(self._table.end, sample_next, adapters)
         for each in self._active:
             each.memory.length += 1
         if sample_next:
@@ -164,16 +173,24 @@ class Answers:
         while self._pending:
             self._read_oldest()
 
+    def _read_first(self, answer: Answer) -> None:
+        """An answer's first token, which the steps before it need not be read for."""
+        if not any(each.is_step for each in self._pending) and not any(each.needs_host for each in self._active):
+            self._launch()  # the GPU goes on meanwhile
+        if answer.joined is not None:
+            self._pending.remove(answer.joined)
+            self._read(answer.joined)
+
     def _read_oldest(self) -> None:
-        if not self._pending:
-            return
-        sampled = self._pending.popleft()
+        if self._pending:
+            self._read(self._pending.popleft())
+
+    def _read(self, sampled: Sampled) -> None:
         sampled.mark.synchronize()
-        if self._host is None:
-            self._host = self._step.sequences.host_tokens.numpy()
-        ids = self._host[sampled.rows, sampled.columns].tolist()
+        ids = self._step.sequences.host_tokens.numpy()[sampled.rows, sampled.columns].tolist()
         found = sampled.found.read() if sampled.found is not None else {}
         for each, row, id in zip(sampled.answers, sampled.rows, ids, strict=True):
+            each.joined = None
             if not each.left and not each.ended and each.error is None:
                 self._take(each, id, found.get(row, ()))
 
@@ -232,7 +249,7 @@ class Answers:
 
     def _join(self, answer: Answer, logits: Tensor) -> bool:
         """Give an answer a row and sample its next token from its last logits [1, V]. False if there is no row for it yet."""
-        if not self._find_row(answer):
+        if not self._table.give(answer):
             return False
         sequences, row = self._step.sequences, answer.row
         try:
@@ -250,51 +267,13 @@ class Answers:
         self._step.sample(row, 1)
         if answer.sampler is None:
             self._note_sampled([answer], is_step=False)
+            answer.joined = self._pending[-1]
         else:
             self._sample_by_torch(answer)
         return True
 
-    def _find_row(self, answer: Answer) -> bool:
-        rows = self._step.sequences.rows
-        free = next((row for row in range(rows) if row not in self._rows), None)
-        if free is None:
-            if rows >= self._limit or not self._grow(min(self._limit, 2 * rows)):
-                return False
-            free = rows
-        answer.row = free
-        self._rows[free] = answer
-        self._active.append(answer)
-        self._active.sort(key=lambda each: each.number)
-        return True
-
-    def _grow(self, rows: int) -> bool:
-        self._read_all()
-        try:
-            self._step.grow(rows)
-        except torch.OutOfMemoryError:
-            self._limit = self._step.sequences.rows
-            log.info("answers at once are limited to %d: the GPU is nearly full", self._limit)
-            return False
-        self._host = None
-        return True
-
     def _retire(self, answer: Answer) -> None:
         """Take an answer's row away."""
-        self._active.remove(answer)
-        del self._rows[answer.row]
-        self._step.sequences.set_position(answer.row, IDLE)
-        answer.row = IDLE
-
-    def _close_gaps(self) -> None:
-        """Move the last answers into rows that were left, where fewer rows are computed then."""
-        if not self._rows or rows_of_graph(max(self._rows) + 1) == rows_of_graph(len(self._rows)):
-            return
-        self._read_all()  # what is pending is at the rows as they are
-        while self._rows and rows_of_graph((last := max(self._rows)) + 1) > rows_of_graph(len(self._rows)):
-            free = next(row for row in range(last) if row not in self._rows)
-            answer = self._rows.pop(last)
-            sequences = self._step.sequences
-            sequences.move(last, free)
-            sequences.host_masks[free].copy_(sequences.host_masks[last])
-            self._rows[free] = answer
-            answer.row = free
+        self._table.take(answer)
+        if self._driver is answer:
+            self._driver = None
