@@ -59,7 +59,7 @@ class PagedModel:
         seen = [self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] for at in range(position + 1)]
         return torch.tensor(np.random.RandomState(hash(tuple(seen)) % 2**32).randn(VOCABULARY), dtype=torch.float32)
 
-    def prefill(self, ids, start, row=0):
+    def prefill(self, ids, start, row=0, adapter=None):
         pages = self.sequences.table[row].tolist()
         for at, id in enumerate(ids, start):
             self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] = id
@@ -82,7 +82,7 @@ class PagedModel:
             found.append(self.prompt_logits.clone())
         return [each if wants else None for each, wants in zip(found, wanted, strict=True)]
 
-    def step_rows(self, rows, sample_next=True):
+    def step_rows(self, rows, sample_next=True, adapters=None):
         rows = min(rows_of_graph(rows), self.sequences.rows)
         self.rows_computed.append(rows)
         for row in range(rows):
