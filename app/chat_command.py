@@ -206,8 +206,8 @@ class _Terminal:
     def _welcome(self) -> None:
         loaded = self._session.engine.loaded
         if loaded is not None:
-            kind = "" if loaded.template.is_chat else " It is not a chat model; it gets a plain transcript."
-            _say(f"{loaded.model.name}, context {loaded.context_tokens} tokens. /help lists the commands.{kind}")
+            said = f"{loaded.model.name}, context {loaded.context_tokens} tokens. /help lists the commands."
+            _say(f"{said} {loaded.template.warning}".strip())
 
 
 def _say(text: str) -> None:

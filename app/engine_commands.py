@@ -90,8 +90,8 @@ def ask(options: argparse.Namespace) -> int:
         if options.raw:
             answer = engine.complete(options.question, params, cancel)
         else:
-            if not loaded.template.is_chat:
-                print(f"{loaded.model.name} is not a chat model; it gets a plain transcript.", file=sys.stderr)
+            if warning := loaded.template.warning:
+                print(f"{loaded.model.name}: {warning}", file=sys.stderr)
             answer = engine.chat([Message("user", options.question)], params, cancel)
         try:
             text, finish = answer.text() if options.json else ("", _print(answer))

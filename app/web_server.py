@@ -41,7 +41,10 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
         super().data_received(data)
         self._head_bytes = 0 if self._is_asked() else self._head_bytes + len(data)
         if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+            if self.cycle is not None and self.cycle.more_body:  # the rest of a body whose answer was sent: no second answer
+                self.transport.close()
+            else:
+                self.send_400_response("The head of the request is too large.")
         self._watch()
 
     def on_message_begin(self) -> None:

@@ -13,6 +13,10 @@ from gptq_webui.app.web_server import WebServer
 async def application(scope, receive, send):
     if scope["type"] != "http":
         return
+    if scope["path"] == "/nowhere":  # answered before its body
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"no"})
+        return
     message = await receive()
     while message.get("more_body"):
         message = await receive()
@@ -160,3 +164,21 @@ def test_a_body_in_pieces_may_have_some_fields_after_it(port):
             line.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 30_000 + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
             line.sendall(b"2\r\nab\r\n0\r\nX-Sum: 1\r\n\r\n")
             assert answer(line).endswith(b"ok")
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 10000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1000000\r\n"])
+def test_a_body_that_goes_on_after_its_answer_gets_no_second_one(port, head, caplog):
+    """Behind a proxy, another client's request might get that; h11 fails at it, with a traceback for each in the log."""
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.settimeout(5)
+        line.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + head)
+        found = line.recv(65536)
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                line.sendall(b"x" * 10_000)
+                time.sleep(0.002)
+        with contextlib.suppress(OSError):
+            while piece := line.recv(65536):
+                found += piece
+    assert found.startswith(b"HTTP/1.1 404") and found.count(b"HTTP/1.1") == 1
+    assert not caplog.records

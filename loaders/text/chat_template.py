@@ -65,6 +65,11 @@ class ChatTemplate:
         """Whether rendering never waits: the template is ours, not the folder's."""
         return self.renderer.is_quick
 
+    @property
+    def warning(self) -> str:
+        """What to say before the first answer, "" if nothing: why the folder's template is not used, or that there is none."""
+        return self.note or ("" if self.is_chat else "It is not a chat model; it gets a plain transcript.")
+
     def render(self, messages: Sequence[Message], tokenizer: Any = None) -> str:
         """The prompt for the next assistant message, as `show` makes it."""
         return self.show(messages, tokenizer).text
