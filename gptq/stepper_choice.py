@@ -13,6 +13,7 @@ from .families.known import parts_of
 from .stepper import Stepper
 from .suitability import Unsuited, require_sound
 from .transformers_stepper import TransformersStepper
+from .unpacked_products import hold_dense
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def preparing(device: torch.device) -> str:
 
 def _on_processor(hf: Any, context_tokens: int, parallel: int, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
     if not numba_compiler.available():
+        hold_dense(hf)
         return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
     try:
         from .cpu.cpu_linear import replace_layers
@@ -132,6 +134,7 @@ def _on_processor(hf: Any, context_tokens: int, parallel: int, adapt: Callable[[
         compiles()
     except Exception:
         log.exception("compiling for this processor failed")
+        hold_dense(hf)
         return _plain(hf, "The fast way to compute could not be compiled on this machine; answers take longer.", adapt)
     try:
         parts = parts_of(hf)
