@@ -189,7 +189,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # an adapter beside the packed weights: transformers' Trainer asks
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return False

@@ -1,7 +1,8 @@
 """PEFT over packed layers: its LoRA layers wrap a GPTQLinear as they wrap a dense Linear.
 
 PEFT chooses a wrapper by the type of a layer and knows only the packed layers of other libraries. So its last choice, the one for
-dense layers, is asked again for a GPTQLinear. An adapter over packed weights can be trained and used, but not merged into them.
+dense layers, is asked again for a GPTQLinear; and "all-linear" means these layers, too. An adapter over packed weights can be
+trained and used, but not merged into them.
 """
 
 import importlib.abc
@@ -41,6 +42,25 @@ def _patch(module: Any) -> None:
 
     dispatch.of_gptq_webui = True  # type: ignore[attr-defined]
     module.dispatch_default = dispatch
+    _find_all_linear(sys.modules["peft.tuners.tuners_utils"])
+
+
+def _find_all_linear(module: Any) -> None:
+    """`target_modules="all-linear"` finds packed layers, too. The output layer is left out, as PEFT leaves it out."""
+    usual = getattr(module, "_maybe_include_all_linear_layers", None)
+    if usual is None:
+        return
+
+    def include(peft_config: Any, model: Any) -> Any:
+        asked = getattr(peft_config, "target_modules", None)
+        found = usual(peft_config, model)
+        if isinstance(asked, str) and asked.lower() == "all-linear":
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            packed = {name for name, each in model.named_modules() if isinstance(each, GPTQLinear) and each is not head}
+            found.target_modules = {*found.target_modules, *packed}
+        return found
+
+    module._maybe_include_all_linear_layers = include
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -19,6 +19,7 @@ FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 
 # Files that the documents name and that are not in this repository: a model's, the user's, the host's.
 OTHERS = {
+    "modules/LoRA.py", "modules/training.py",
     "README.md", "config.json", "quantize_config.json", "preprocessor_config.json", "model.safetensors",
     "gptq_model-4bit-128g.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "settings.yaml", "settings.json", "gptq_webui.zip", "CMD_FLAGS.txt",

@@ -36,6 +36,7 @@ def test_an_adapter_gives_the_logits_of_the_dequantised_twin(twin, tmp_path):
 def test_an_adapter_is_trained_over_packed_weights(twin, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(packed(tmp_path), config)
+    assert model.base_model.hf_quantizer.is_trainable  # transformers' Trainer asks
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
@@ -50,3 +51,11 @@ def test_an_adapter_is_trained_over_packed_weights(twin, tmp_path):
     ours = packed(tmp_path)
     assert lora.attach(ours, tmp_path / "made") == 4
     assert (logits(ours) - logits(model)).abs().max() < 1e-3
+
+
+def test_all_linear_layers_are_the_packed_ones_too(twin, tmp_path):
+    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    ours = peft.get_peft_model(packed(tmp_path), peft.LoraConfig(**config))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**config))
+    found, wanted = ({name for name, each in model.named_parameters() if each.requires_grad} for model in (ours, theirs))
+    assert found == wanted and len(found) == 2 * 2 * 7
