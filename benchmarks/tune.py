@@ -339,11 +339,12 @@ def main() -> None:
         if {"rows_step", "rows_together"} & set(given.what):
             timer = tune_rows.RowsTimer(gpu, random_models(**{**MISTRAL_7B, "layers": given.layers}), seconds)
             for rows in octet.ROWS if best else ():
-                tune_rows.together(timer, rows, {role: each[rows] for role, each in best.items()}, 48)
-            tune_rows.ratios(timer)
+                tune_rows.together(timer, rows, {role: each[rows] for role, each in best.items()})
+            if not best:
+                tune_rows.ratios(timer)
             alone = ", ".join(f"{timer.attention_us(rows, graph_of):.1f} ({rows})" for rows in (1, 2, 4, 8))
             print(f"    attention alone, us by rows: {alone}")
-            for rows in (1, 2, 8):
+            for rows in () if best else (1, 2, 4, 8):
                 timer.step.sequences.positions[:8] = 512
                 print(f"    {rows} rows:")
                 profile(lambda rows=rows: timer.step.step_rows(rows))  # type: ignore[misc]

@@ -1,7 +1,6 @@
 """Times the products and the step of 2 to 8 rows with several spreads: `python benchmarks/tune.py --what rows rows_together`."""
 
 import itertools
-import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -205,23 +204,27 @@ def ratios(timer: RowsTimer) -> None:
     print(f"    one row again: {timer.us(1):.0f} us")
 
 
-def together(timer: RowsTimer, rows: int, choices: dict[str, list[Spread]], tries: int) -> None:
-    """The whole step with random choices of all four spreads: the best ones together are not the best ones one by one."""
-    choices = {role: [*each[:3], *[spread for spread in each[3:] if small(spread)][:2]] for role, each in choices.items()}
-    base = {role: each[rows] for role, each in octet.SPREADS.items()}
-    found = {}
-    draw = random.Random(rows)
-    every = list(itertools.product(*(dict.fromkeys([base[role], *choices[role]]) for role in ROLES)))
-    for picked in [tuple(base[role] for role in ROLES), *draw.sample(every, min(tries, len(every)))]:
-        timer.use({role: {**octet.SPREADS[role], rows: spread} for role, spread in zip(ROLES, picked, strict=True)})
-        found[picked] = timer.us(rows, 8)
-    order = sorted(found, key=lambda each: found[each])
-    now = found[tuple(base[role] for role in ROLES)]
-    print(f"    {rows} rows: {now:.0f} us now; {len(found)} choices, worst {found[order[-1]]:.0f}")
-    for picked in order[:4]:
-        print(f"        {found[picked]:.0f} us  " + "  ".join(map(short, picked)))
-    for at, role in enumerate(ROLES):
-        means: dict[Spread, list[float]] = {}
-        for picked, took in found.items():
-            means.setdefault(picked[at], []).append(took)
-        print(f"        {role}: " + ", ".join(f"{short(spread)} {sum(each) / len(each):.0f}" for spread, each in means.items()))
+def together(timer: RowsTimer, rows: int, ranked: dict[str, list[Spread]]) -> None:
+    """The whole step with other spreads, role by role and twice: the best ones together are not the best ones one by one.
+
+    `ranked`: by role, from the fastest product on; the first are tried, and some that leave room for the next kernel.
+    """
+    chosen = {role: each[rows] for role, each in octet.SPREADS.items()}
+
+    def us(own: dict[str, Spread]) -> float:
+        timer.use({role: {**octet.SPREADS[role], rows: spread} for role, spread in own.items()})
+        return timer.us(rows, 8)
+
+    best = us(chosen)
+    print(f"    {rows} rows: {best:.0f} us now", flush=True)
+    for _ in range(2):
+        for role in ROLES:
+            each = ranked[role]
+            choices = [*each[:5], *[spread for spread in each[5:] if small(spread)][:2]]
+            found = {spread: us({**chosen, role: spread}) for spread in choices if spread != chosen[role]}
+            text = ", ".join(f"{short(spread)} {took:.0f}" for spread, took in found.items())
+            print(f"        {role} {short(chosen[role])} {best:.0f}: {text}", flush=True)
+            for spread, took in found.items():
+                if took < best - 2:
+                    best, chosen[role] = took, spread
+    print(f"        {best:.0f} us: " + "  ".join(f"{role} {short(spread)}" for role, spread in chosen.items()), flush=True)

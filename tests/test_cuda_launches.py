@@ -45,9 +45,8 @@ class RecordingGpu:
         self.compiled |= {each.name for each in variants}
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= (
-            {"embed", "norm_rows", "silu_rows", "head", "head_2", "head_4", "head_8", "sample", *ADAPTERS} if fixed else set()
-        )
+        self.compiled |= {"embed", "norm_rows", "silu_rows", "head", "sample", *ADAPTERS} if fixed else set()
+        self.compiled |= {"head_2_4", "head_4_2", "head_8_1", "head_8_2"} if fixed else set()
 
     def add_missing(self, variants=(), packings=()):
         self.add(variants, packings)

@@ -14,7 +14,7 @@ CONSTANTS = {
     "TILE": 16,  # outputs of a packed weight that stay together
     "CHUNK": 64,  # inputs of a packed weight that stay together
     "NORM_RUNS": 4,  # runs of 8 inputs that a thread norms, at most
-    "OCTET_RUNS": 16,  # those of a few rows that a lane norms, at most
+    "OCTET_RUNS": 16,  # those of all rows of octet.cu together
     "PAGE_TOKENS": 64,  # tokens of a page of keys and values
     "ATTENTION_WARPS": 4,
     "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
@@ -193,7 +193,7 @@ HEAD = Arguments(
     int n
     int k
     float eps
-    int rows               // of head_2, head_4, head_8
+    int rows               // of head_2_4 and those after it
     """,
 )
 EMBED = Arguments(

@@ -131,7 +131,7 @@ class OctetVariant:
     packing: Packing
     epilogue: str  # PLAIN, SILU, RESIDUAL
     rows: int  # 2, 4, 8
-    norm: int  # pieces of 8 inputs that a lane norms; 0: no norm
+    norm: int  # runs of 8 inputs of each row that a thread norms; 0: no norm
     split: int
     batch: int
     stages: int
@@ -140,7 +140,8 @@ class OctetVariant:
     cluster: int  # blocks that share their tiles: 1, 2, 4
 
     def __post_init__(self) -> None:
-        if self.norm > OCTET_RUNS or (self.norm and self.cluster > 1) or self.threads > BLOCK_THREADS or self.teams > 15:
+        normed = self.norm == 0 or (self.norm * self.rows <= OCTET_RUNS and self.cluster == 1)
+        if not normed or self.threads > BLOCK_THREADS or self.teams > 15:
             raise ValueError(f"no block can be {self}")
 
     @property
@@ -155,7 +156,7 @@ class OctetVariant:
     def shared_bytes(self, chunks: int, turns: int) -> int:
         """Of a block that takes so many turns with a tile for each team."""
         ring = self.split * self.teams * self.stages * self.batch * self.packing.tile_bytes
-        x = (self.rows + (self.norm > 0)) * -(-chunks // self.cluster) * CHUNK * 2
+        x = self.rows * (-(-chunks // self.cluster) * CHUNK + 8) * 2
         sums = 32 * self.rows + 8 + self.teams * TILE * self.rows * (2 * self.split + (turns if self.cluster > 1 else 0))
         return ring + x + 4 * sums
 

@@ -5,15 +5,7 @@
 // stages and multiplies its part of the inputs, and reads the other parts' sums from their shared memory at the end.
 
 // -- x of up to ROWS rows in shared memory -----------------------------------------------------------------------------
-// Rows are whole chunks of 8 pieces of 16 bytes. A piece of an odd row lies where piece ^ 5 of an even one does: the lanes of a
-// quarter warp, which hold two rows, then reach every bank once, as they store four pieces in a run and as they read every second.
-
-DEVICE void copy_norm(const u16* norm, u16* shared, int padded) {
-  for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) copy_async<16>(norm + at, shared + at);
-  commit_copies();
-}
-
-DEVICE int swizzled(int row, int piece) { return piece ^ (row & 1) * 5; }
+// Rows are `pitch` numbers apart: 16 bytes more than they hold, so that the lanes of a quarter warp read different banks.
 
 template <int ROWS> DEVICE void copy_rows(const u16* x, int stride, u16* shared, int pitch, int count, int rows) {
 #pragma unroll(8 / ROWS)
@@ -24,36 +16,55 @@ template <int ROWS> DEVICE void copy_rows(const u16* x, int stride, u16* shared,
       if (r < rows) v[r] = __ldcg((const uint4*)(x + (size_t)r * stride + at));
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-      if (r < rows) *(uint4*)(shared + r * pitch + swizzled(r, at / 8) * 8) = v[r];
+      if (r < rows) *(uint4*)(shared + r * pitch + at) = v[r];
   }
 }
 
-// RMSNorm of each row but for a factor between 1 and 2, which the sums are multiplied with: a power of two scales x exactly, so
-// a number is rounded once. A lane holds a row's pieces as the matrix unit takes them, which gives the sums of squares: the
-// diagonal of x times x transposed. NORM pieces a lane: NORM * WARPS * 256 >= ROWS * padded. `scratch`: [32][ROWS] floats, and
-// [8] after them for the factors. `norm` is in shared memory; PENDING groups of copies were begun after it.
-template <int NORM, int ROWS, int WARPS, int PENDING>
-DEVICE void norm_rows_of_input(const u16* x, const u16* norm, u16* shared, int pitch, int padded, int rows, int k, float eps, float* scratch) {
-  static_assert(NORM <= OCTET_RUNS, "the host plans with so many pieces a lane");
-  constexpr int SIDE = 8 / ROWS, STEP = WARPS * SIDE * 4;  // columns of the matrix unit that share a row; pieces
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4 % ROWS;
-  const int first = (warp * SIDE + lane / 4 / ROWS) * 4 + lane % 4, pieces = row < rows ? padded / 8 - first : 0;
-  const u16* from = x + (size_t)row * padded + first * 8;
-  uint4 mine[NORM];
+// The sums over a warp of ROWS numbers a lane: that of row i ends in the lanes i * 32 / ROWS and following.
+template <int ROWS> DEVICE float warp_sums(float (&v)[ROWS]) {
+  int bit = 16;
 #pragma unroll
-  for (int i = 0; i < NORM; i++) mine[i] = i * STEP < pieces ? __ldcg((const uint4*)(from + i * STEP * 8)) : make_uint4(0, 0, 0, 0);
-  float c[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int width = ROWS / 2; width; width /= 2, bit /= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < width; i++) {
+      const float kept = upper ? v[i + width] : v[i], sent = upper ? v[i] : v[i + width];
+      v[i] = kept + __shfl_xor_sync(FULL, sent, bit);
+    }
+  }
+#pragma unroll
+  for (int at = 16 / ROWS; at; at /= 2) v[0] += __shfl_xor_sync(FULL, v[0], at);
+  return v[0];
+}
+
+// RMSNorm of each row but for a factor between 1 and 2, which the sums are multiplied with: a power of two scales x exactly, so
+// a number is rounded once. A thread takes NORM pieces of every row: NORM * WARPS * 256 >= padded. `scratch`: [32][ROWS] floats,
+// and [8] after them for the factors.
+template <int NORM, int ROWS, int WARPS>
+DEVICE void norm_rows_of_input(const u16* x, const NormWeight<NORM>& norm, u16* shared, int pitch, int padded, int rows, int k, float eps, float* scratch) {
+  static_assert(NORM * ROWS <= OCTET_RUNS, "a thread keeps its pieces of all rows in registers");
+  const int lane = threadIdx.x % 32;
+  uint4 mine[NORM][ROWS];
 #pragma unroll
   for (int i = 0; i < NORM; i++) {
-    const u32 even[4] = {mine[i].x, 0, mine[i].y, 0}, odd[4] = {mine[i].z, 0, mine[i].w, 0};
-    mma(c, even, mine[i].x, mine[i].y);
-    mma(c, odd, mine[i].z, mine[i].w);
-  }
-  float sum = lane / 4 % 2 ? c[1] : c[0];  // of column lane / 4, in the lanes whose own columns are among them
+    const int at = (i * WARPS * 32 + threadIdx.x) * 8;
 #pragma unroll
-  for (int at = ROWS; at < 8; at *= 2) sum += __shfl_sync(FULL, sum, (lane / 4 ^ at) * 4 + (lane / 4 ^ at) / 2);
-  if (lane < ROWS * 4 && lane % 4 == lane / 8) scratch[warp * ROWS + row] = sum;
-  wait_for_copies<PENDING>();
+    for (int r = 0; r < ROWS; r++)
+      mine[i][r] = at < padded && r < rows ? __ldcg((const uint4*)(x + (size_t)r * padded + at)) : make_uint4(0, 0, 0, 0);
+  }
+  float sums[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    sums[r] = 0.f;
+#pragma unroll
+    for (int i = 0; i < NORM; i++) {
+      const u32* m = &mine[i][r].x;
+#pragma unroll
+      for (int j = 0; j < 4; j++) { const float a = low_of(m[j]), b = high_of(m[j]); sums[r] += a * a + b * b; }
+    }
+  }
+  const float sum = warp_sums<ROWS>(sums);
+  if (lane % (32 / ROWS) == 0) scratch[threadIdx.x / 32 * ROWS + lane / (32 / ROWS)] = sum;
   __syncthreads();
   float total = 0.f;  // of row lane % ROWS
   for (int w = lane / ROWS; w < WARPS; w += 32 / ROWS) total += scratch[w * ROWS + lane % ROWS];
@@ -62,15 +73,18 @@ DEVICE void norm_rows_of_input(const u16* x, const u16* norm, u16* shared, int p
   const float scale = rsqrtf(total / k + eps);
   const int exponent = min(max((__float_as_int(scale) >> 23) - 127, -14), 15);
   if (threadIdx.x < ROWS) scratch[32 * ROWS + threadIdx.x] = scale * __int_as_float((127 - exponent) << 23);
-  const u32 power = __shfl_sync(FULL, (u32)(exponent + 15) * 0x04000400u, row);
-  u16* to = shared + row * pitch;
+  const u32 power = (u32)(exponent + 15) * 0x04000400u;  // twice, as fp16
 #pragma unroll
-  for (int i = 0; i < NORM; i++) {
-    if (i * STEP >= pieces) continue;
-    const uint4 w = *(const uint4*)(norm + (first + i * STEP) * 8);
-    const int at = STEP % 8 ? swizzled(row, first + i * STEP) : swizzled(row, first) + i * STEP;
-    *(uint4*)(to + at * 8) = make_uint4(mul2(mul2(mine[i].x, power), w.x), mul2(mul2(mine[i].y, power), w.y),
-                                        mul2(mul2(mine[i].z, power), w.z), mul2(mul2(mine[i].w, power), w.w));
+  for (int r = 0; r < ROWS; r++) {
+    const u32 own = __shfl_sync(FULL, power, r);
+#pragma unroll
+    for (int i = 0; i < NORM; i++) {
+      const int at = (i * WARPS * 32 + threadIdx.x) * 8;
+      const uint4 m = mine[i][r], w = norm.run[i];
+      if (at < padded && r < rows)
+        *(uint4*)(shared + r * pitch + at) =
+            make_uint4(mul2(mul2(m.x, own), w.x), mul2(mul2(m.y, own), w.y), mul2(mul2(m.z, own), w.z), mul2(mul2(m.w, own), w.w));
+    }
   }
 }
 
@@ -191,10 +205,9 @@ DEVICE void octet(const OctetArguments& p) {
   constexpr int PER = Sums::PER, WARPS = KS * TEAMS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / KS, part = warp % KS;
   const int rank = blockIdx.x % CLUSTER, share = (p.chunks + CLUSTER - 1) / CLUSTER;
-  const int from = min(rank * share, p.chunks), own = min(share, p.chunks - from), pitch = share * CHUNK;
+  const int from = min(rank * share, p.chunks), own = min(share, p.chunks - from), pitch = share * CHUNK + 8;
   u16* xs = (u16*)((u8*)shared_words + WARPS * STAGES * Ring::SLOT);  // [ROWS][pitch]
-  u16* norm = xs + ROWS * pitch;                                      // [pitch], NORM only
-  float* scratch = (float*)(norm + (NORM ? pitch : 0));               // [32][ROWS], and the rows' factors
+  float* scratch = (float*)(xs + ROWS * pitch);                       // [32][ROWS], and the rows' factors
   float* factors = scratch + 32 * ROWS;                               // [8]
   float* sums = factors + 8 + team * 2 * KS * Sums::PART;             // [2][KS][PART] of this team
   float* whole = factors + 8 + TEAMS * 2 * KS * Sums::PART;           // [turns * TEAMS][PART], CLUSTER only
@@ -202,19 +215,18 @@ DEVICE void octet(const OctetArguments& p) {
   const int stride = gridDim.x / CLUSTER * TEAMS, block_tile = blockIdx.x / CLUSTER * TEAMS, first_tile = block_tile + team;
   Ring ring = {p, (u8*)shared_words + warp * STAGES * Ring::SLOT, lane, first, end, stride, first_tile, first, 0};
 
-  if constexpr (NORM > 0) copy_norm(p.norm, norm, p.chunks * CHUNK);
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) ring.fetch();
   allow_next_kernel_to_start();
+  const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.chunks * CHUNK);
   wait_for_previous_kernel();
-  if constexpr (NORM > 0) norm_rows_of_input<NORM, ROWS, WARPS, STAGES - 1>(p.x, norm, xs, pitch, p.chunks * CHUNK, p.rows, p.k, p.eps, scratch);
+  if constexpr (NORM > 0) norm_rows_of_input<NORM, ROWS, WARPS>(p.x, norm, xs, pitch, p.chunks * CHUNK, p.rows, p.k, p.eps, scratch);
   else copy_rows<ROWS>(p.x + from * CHUNK, p.chunks * CHUNK, xs, pitch, own * CHUNK, p.rows);
   __syncthreads();
 
   // x as the matrix unit takes it: lane l holds row l / 4. Lanes of rows that this variant has not stay zero.
   uint4 columns[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
-  const u16* column = xs + lane / 4 % ROWS * pitch - from * CHUNK;
-  const int even = swizzled(lane / 4, lane % 4 * 2) * 8, odd = even ^ 8;  // its pieces of a chunk
+  const u16* column = xs + lane / 4 % ROWS * pitch + lane % 4 * 16 - from * CHUNK;
   int slot = 0, adder = 0, turn = 0;  // the part that adds the sums of the tile: the warps take turns
   for (int tile = first_tile; tile < p.tiles; tile += stride, turn++) {
     float y[4] = {0.f, 0.f, 0.f, 0.f}, addend[PER];
@@ -232,8 +244,8 @@ DEVICE void octet(const OctetArguments& p) {
         if (EVEN || chunk + i < end) {
           uint4 (&b)[2] = columns[i % 2];
           if (ROWS == 8 || lane < ROWS * 4) {
-            const u16* at = column + (chunk + i) * CHUNK;
-            b[0] = *(const uint4*)(at + even); b[1] = *(const uint4*)(at + odd);
+            const uint4* at = (const uint4*)(column + (chunk + i) * CHUNK);
+            b[0] = at[0]; b[1] = at[1];
           }
           multiply_chunk_by_rows<BITS, SYM, UNITS>(words + i * Ring::CHUNK_BYTES, scales + i * UNITS * Ring::SCALE_BYTES, b, lane, y);
         }

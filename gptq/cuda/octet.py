@@ -10,7 +10,7 @@ from torch import Tensor
 from ..suitability import Unsuited
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
-from .kernel_arguments import CHUNK, OCTET, OCTET_RUNS
+from .kernel_arguments import CHUNK, NORM_RUNS, OCTET, OCTET_RUNS
 from .kernel_source import BLOCK_THREADS, OctetVariant, Packing
 
 ROWS = (2, 4, 8)  # for each there is a variant; it computes fewer rows too
@@ -31,9 +31,9 @@ class Spread:
 
 
 SPREADS = {
-    "qkv": {2: Spread(8, 4, 2, 3), 4: Spread(4, 4, 2, 3), 8: Spread(16, 4, 2)},
+    "qkv": {2: Spread(8, 4, 2, 3), 4: Spread(8, 4, 2, 3), 8: Spread(16, 4, 2)},
     "o": {2: Spread(16, 2, 2, 1, 2), 4: Spread(16, 4, 2), 8: Spread(16, 4, 2)},
-    "gate_up": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 1, 2), 8: Spread(8, 4, 2, 2)},
+    "gate_up": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(8, 4, 2, 2)},
     "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(14, 2, 2, 2, 1, 2)},
 }
 
@@ -76,9 +76,10 @@ def variant(
         spread = replace(spread, cluster=1)
 
     def runs(each: Spread) -> int:
-        return -(-chunks * CHUNK * rows // (8 * 32 * each.split * each.teams)) if norm else 0
+        return -(-chunks * CHUNK // (8 * 32 * each.split * each.teams)) if norm else 0
 
-    while runs(spread) > OCTET_RUNS:
+    most = min(OCTET_RUNS // rows, NORM_RUNS)
+    while runs(spread) > most:
         if 64 * spread.split > BLOCK_THREADS:
             raise Unsuited(f"a norm of {rows} rows of {in_features} inputs")
         spread = replace(spread, split=spread.split * 2, teams=1)
@@ -87,7 +88,7 @@ def variant(
         spread = replace(spread, batch=max(1, spread.batch // 2))
     for each in _narrower(spread, (1, 2, 4) if clusters and not norm else (1,)):
         even = chunks % (each.cluster * each.split * each.batch) == 0
-        if runs(each) <= OCTET_RUNS:
+        if runs(each) <= most:
             plan = OctetVariant(
                 packing, epilogue, rows, runs(each), each.split, each.batch, each.stages, each.teams, even, each.cluster
             )  # fmt: skip

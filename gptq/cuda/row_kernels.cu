@@ -35,23 +35,22 @@ extern "C" __global__ void __launch_bounds__(1024, 1) head(HeadArguments p) {
 
 // The same of up to ROWS rows, the columns of the matrix unit (octet.cu). A warp takes 16 outputs at a time. A lane reads 8
 // inputs in a run, so steps take the inputs in another order than their own: x and weights in the same one. `k` is a multiple of 32.
-template <int ROWS> DEVICE void head_of_rows(const HeadArguments& p) {
+template <int ROWS, int NORM> DEVICE void head_of_rows(const HeadArguments& p) {
   constexpr int AHEAD = 4;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, pitch = (p.k + CHUNK - 1) / CHUNK * CHUNK;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, pitch = p.k + 32;
   const int tiles = (p.n + TILE - 1) / TILE, stride = blockDim.x / 32 * gridDim.x, first_tile = warp * gridDim.x + blockIdx.x;
   u16* xs = (u16*)shared_words;              // [ROWS][pitch]
-  u16* norm = xs + ROWS * pitch;             // [pitch]
-  float* scratch = (float*)(norm + pitch);   // [32][ROWS], and the rows' factors
-  copy_norm(p.norm, norm, p.k);
+  float* scratch = (float*)(xs + ROWS * pitch);  // [32][ROWS], and the rows' factors
   for (int at = lane; at < TILE * 8; at += 32) {
     const int n = first_tile * TILE + at / 8, k = at % 8 * 64;
     if (n < p.n && k < p.k) prefetch_to_l2(p.weights + (size_t)n * p.k + k);
   }
   allow_next_kernel_to_start();
+  const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.k);
   wait_for_previous_kernel();
-  norm_rows_of_input<OCTET_RUNS, ROWS, 16, 0>(p.x, norm, xs, pitch, p.k, p.rows, p.k, p.eps, scratch);
+  norm_rows_of_input<NORM, ROWS, 16>(p.x, norm, xs, pitch, p.k, p.rows, p.k, p.eps, scratch);
   __syncthreads();
-  const u16* column = xs + r % ROWS * pitch;
+  const u16* column = xs + r % ROWS * pitch + c * 8;
   const float factors[2] = {scratch[32 * ROWS + c * 2 % ROWS], scratch[32 * ROWS + (c * 2 + 1) % ROWS]};
   for (int tile = first_tile; tile < tiles; tile += stride) {
     const int n = tile * TILE + r;
@@ -69,7 +68,7 @@ template <int ROWS> DEVICE void head_of_rows(const HeadArguments& p) {
 #pragma unroll
       for (int i = 0; i < AHEAD; i++) {
         if (at + i * 32 < p.k) {
-          const uint4 b = *(const uint4*)(column + at + swizzled(r, i * 4 + c) * 8);
+          const uint4 b = *(const uint4*)(column + at + i * 32);
           const u32 even[4] = {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y}, odd[4] = {a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w};
           mma(y, even, b.x, b.y);
           mma(y, odd, b.z, b.w);
@@ -84,9 +83,10 @@ template <int ROWS> DEVICE void head_of_rows(const HeadArguments& p) {
     }
   }
 }
-extern "C" __global__ void __launch_bounds__(512) head_2(HeadArguments p) { head_of_rows<2>(p); }
-extern "C" __global__ void __launch_bounds__(512) head_4(HeadArguments p) { head_of_rows<4>(p); }
-extern "C" __global__ void __launch_bounds__(512) head_8(HeadArguments p) { head_of_rows<8>(p); }
+extern "C" __global__ void __launch_bounds__(512) head_2_4(HeadArguments p) { head_of_rows<2, 4>(p); }
+extern "C" __global__ void __launch_bounds__(512) head_4_2(HeadArguments p) { head_of_rows<4, 2>(p); }
+extern "C" __global__ void __launch_bounds__(512) head_8_1(HeadArguments p) { head_of_rows<8, 1>(p); }
+extern "C" __global__ void __launch_bounds__(512) head_8_2(HeadArguments p) { head_of_rows<8, 2>(p); }
 
 // The embedding of each row's id, as the residual and as the first layer's input. A block for 256 numbers of a row.
 extern "C" __global__ void embed(EmbedArguments p) {

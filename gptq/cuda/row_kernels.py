@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .gpu_kernels import Gpu
-from .kernel_arguments import CHUNK, EMBED, HEAD, NORM, NORM_RUNS, OCTET_RUNS, SILU, TILE
+from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, SILU, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS
 
 _SCRATCH_BYTES = 160  # of a block: the sums of up to 33 warps, and what aligns them
@@ -62,15 +62,17 @@ def head(gpu: Gpu, weights: Tensor, x: Tensor, norm: Tensor, out: Tensor, eps: f
 
 
 _HEAD_ROWS_THREADS = 512
-OCTET_ROWS = (2, 4, 8)  # the columns of the matrix unit: the kernels for up to so many rows
+_HEAD_ROWS = ((2, 4), (4, 2), (8, 1), (8, 2))  # the kernels: rows, and pieces of 8 inputs of each that a thread norms
 
 
 def _head_rows_kernel(gpu: Gpu, rows: int, hidden: int) -> tuple[str, int] | None:
     """(name, shared memory) of the kernel for so many rows; None if no block stages them."""
-    most = next(each for each in OCTET_ROWS if each >= rows) if rows <= OCTET_ROWS[-1] else 0
-    shared_bytes = (most + 1) * -(-hidden // CHUNK) * CHUNK * 2 + (32 * most + 8) * 4
-    fits = most * hidden <= OCTET_RUNS * 8 * _HEAD_ROWS_THREADS and shared_bytes <= gpu.shared_limit_bytes
-    return (f"head_{most}", shared_bytes) if most and fits and hidden % 32 == 0 else None
+    for most, runs in _HEAD_ROWS:
+        shared_bytes = most * (hidden + 32) * 2 + (32 * most + 8) * 4
+        fits = hidden <= runs * 8 * _HEAD_ROWS_THREADS and shared_bytes <= gpu.shared_limit_bytes
+        if rows <= most and fits and hidden % 32 == 0:
+            return f"head_{most}_{runs}", shared_bytes
+    return None
 
 
 def has_head_rows(gpu: Gpu, rows: int, hidden: int) -> bool:

@@ -28,7 +28,6 @@ from .reading import (
 
 _OLDER = transformers.__version__.startswith("4.")  # experts are a list of MLPs
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
-_SMALLEST_SUM = 1e-9  # scores are a softmax: the sum of the chosen is above it
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
@@ -212,9 +211,7 @@ def _ernie(hf: Any) -> ModelParts:
     for layer in base.layers:
         block, experts = layer.mlp, None
         if hasattr(block, "experts"):
-            router = block if _OLDER else block.gate
-            statics = router.moe_statics
-            refuse_if(router.norm_min > _SMALLEST_SUM, "weights of experts that are divided by more than their sum")
+            statics = block.moe_statics if _OLDER else block.gate.moe_statics
             experts = softmax_experts(block, block.gate, normed=True)
             experts = replace(experts, choice_bias=statics.e_score_correction_bias.detach().float().reshape(-1))
         changes = mlp_changes(block, experts, getattr(block, "shared_experts", None))
