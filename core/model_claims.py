@@ -22,7 +22,7 @@ _MOST = {  # far beyond every model there is; a larger number is damage
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
+_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST_LABELS = 1 << 16  # transformers names each of them
 _TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,

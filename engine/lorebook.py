@@ -3,12 +3,14 @@
 Keys are words, not patterns: a regular expression of a stranger could hold a thread of the server for ever.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..core.character import Lorebook, LoreEntry
 
 _MOST_SCANNED = 20_000  # characters of the last messages
 _MOST_KEYS = 20_000  # of all entries; those of later entries are not looked for
+_MOST_S = 1.0  # of the processor, for one conversation; then no further keys are looked for. Real books take milliseconds
 _MOST_ROUNDS = 4  # of entries that call each other
 _CHARACTERS_A_TOKEN = 4  # about, where nobody counts
 
@@ -21,12 +23,13 @@ def applying(book: Lorebook, texts: Sequence[str], count: Callable[[str], int] |
     scanned = "\n".join(list(texts)[len(texts) - min(book.scan_depth, len(texts)) :])[-_MOST_SCANNED:]
     chosen: dict[int, LoreEntry] = {}
     entries = list(_first_with_keys(book.entries))
+    until = time.thread_time() + _MOST_S
     for _ in range(_MOST_ROUNDS if book.recursive else 1):
-        folded = scanned.casefold()
+        text, folded = _Text(scanned, until), _Text(scanned.casefold(), until)
         new = {
             at: each
             for at, each in enumerate(entries)
-            if at not in chosen and each.enabled and each.content.strip() and _applies(each, scanned, folded)
+            if at not in chosen and each.enabled and each.content.strip() and _applies(each, text, folded)
         }
         if not new:
             break
@@ -44,12 +47,12 @@ def _first_with_keys(entries: Sequence[LoreEntry]) -> Iterator[LoreEntry]:
             yield each
 
 
-def _applies(entry: LoreEntry, text: str, folded: str) -> bool:
+def _applies(entry: LoreEntry, text: "_Text", folded: "_Text") -> bool:
     if entry.constant:
         return True
 
     def has(key: str) -> bool:
-        return _has(key, text) if entry.case_sensitive else _has(key.casefold(), folded)
+        return text.has(key) if entry.case_sensitive else folded.has(key.casefold())
 
     if not any(has(key) for key in entry.keys):
         return False
@@ -59,17 +62,43 @@ def _applies(entry: LoreEntry, text: str, folded: str) -> bool:
     return {"any": any(found), "all": all(found), "not any": not any(found), "not all": not all(found)}[entry.logic]
 
 
-def _has(key: str, text: str) -> bool:
-    """Whether a text has a word. Writing without spaces between words (Chinese, Japanese, Thai) has it anywhere."""
-    if not key:
+class _Text:
+    """A text in which words are looked for. Writing without spaces between words (Chinese, Japanese, Thai) has them anywhere."""
+
+    def __init__(self, text: str, until: float) -> None:
+        """`until`: of time.thread_time."""
+        self._text, self._until = text, until
+        self._found: dict[str, bool] = {}
+        self._next: list[int] = []  # of each place: where the next word begins; made when it is first needed
+
+    def has(self, key: str) -> bool:
+        if key not in self._found:
+            self._found[key] = bool(key) and time.thread_time() < self._until and self._search(key)
+        return self._found[key]
+
+    def _search(self, key: str) -> bool:
+        text = self._text
+        at = text.find(key)
+        while at >= 0:
+            before, after = text[at - 1 : at], text[at + len(key) : at + len(key) + 1]
+            if _joins(before, key[0]):  # in the middle of a word: so is each place up to the next one
+                at = text.find(key, self._next_word(at))
+            elif _joins(key[-1], after):
+                at = text.find(key, at + 1)
+            else:
+                return True
         return False
-    at = text.find(key)
-    while at >= 0:
-        before, after = text[at - 1 : at], text[at + len(key) : at + len(key) + 1]
-        if not (_joins(before, key[0]) or _joins(key[-1], after)):
-            return True
-        at = text.find(key, at + 1)
-    return False
+
+    def _next_word(self, at: int) -> int:
+        if not self._next:
+            text, begin = self._text, len(self._text)
+            self._next = [begin] * len(text)
+            for place in range(len(text) - 1, 0, -1):
+                self._next[place] = begin
+                if not _joins(text[place - 1], text[place]):
+                    begin = place
+            self._next[:1] = [begin]
+        return self._next[at]
 
 
 def _joins(left: str, right: str) -> bool:

@@ -25,6 +25,8 @@ FIELDS = (
     "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
     "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "clip_qkv", "use_qk_norm",
     "use_parallel_residual", "no_rope_layers", "sliding_window_pattern", "norm_epsilon", "use_bias", "qk_layernorm",
+    "moe_topk", "moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_layer_start_index", "moe_layer_interval",
+    "moe_norm_min",
     "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace",
 )  # fmt: skip
 KINDS_OF_ROPE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su", "mrope", "proportional", "none", 7, None)

@@ -18,7 +18,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 LIKE = ("gemma2", "cohere", "olmo2", "granite", "stablelm")  # Llama's modules with other options
-SOFTMAX = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "flex_olmo", "granitemoe")  # mixtures, by their router
+SOFTMAX = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "flex_olmo",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "ernie4_5_moe",
+)  # mixtures, by their router
 SIGMOID = ("dots1", "glm4_moe", "solar_open", "minimax_m2")
 MIXTURES = (*SOFTMAX, *SIGMOID)
 _W123 = ("mixtral", "minimax_m2")  # their files' names of experts are not those of transformers 5
@@ -29,7 +38,7 @@ OTHERS = (
 )  # fmt: skip
 HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense")  # said, not computed
 SLIDING = ("gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4")
-_ROUTERS = (".gate", ".shared_expert_gate")  # the choice of experts stays dense
+_ROUTERS = (".gate", ".gate.wg", ".shared_expert_gate")  # the choice of experts stays dense
 ROLES = {"gate": ("w1", "gate_proj"), "up": ("w3", "up_proj"), "down": ("w2", "down_proj")}
 WORDS = {torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -152,7 +161,12 @@ def _mixture(rng: random.Random, kind: str, head_dim: int, layers: int) -> dict[
     name = {"mixtral": "num_local_experts", "granitemoe": "num_local_experts", "minimax_m2": "num_local_experts"}.get(
         kind, "n_routed_experts" if kind in SIGMOID else "num_experts"
     )
-    made: dict[str, Any] = {name: experts, "num_experts_per_tok": each}
+    made: dict[str, Any] = {name: experts, "moe_topk" if kind == "hunyuan_v1_moe" else "num_experts_per_tok": each}
+    if kind == "ernie4_5_moe":
+        made = {"moe_num_experts": experts, "moe_k": each, "moe_num_shared_experts": rng.choice((0, 1, 2))}
+        return made | {"moe_intermediate_size": 32, "moe_layer_start_index": rng.choice((0, 1)), "use_bias": False}
+    if kind == "hunyuan_v1_moe":
+        return made | {"head_dim": head_dim}
     if kind not in (*_W123, "granitemoe", "olmoe", "flex_olmo"):
         made |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     if kind == "mixtral":

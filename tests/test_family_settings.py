@@ -46,3 +46,11 @@ def test_a_setting_that_an_architecture_does_not_know_changes_nothing(kind):
         setattr(hf.config, name, SETTINGS[name])
     assert len(added) > 8
     assert (again := parts_of(hf)) is None or numbers_of(again) == known
+
+
+def test_weights_of_experts_that_are_divided_by_more_than_their_sum_are_not_described():
+    """ERNIE's moe_norm_min, which is 1e-12 in its models: the step divides by the sum."""
+    if "ernie4_5_moe" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers cannot make such a model")
+    assert parts_of(packed("ernie4_5_moe")[0]) is not None
+    assert parts_of(packed("ernie4_5_moe", {"moe_norm_min": 0.5})[0]) is None

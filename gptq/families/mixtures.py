@@ -28,6 +28,7 @@ from .reading import (
 
 _OLDER = transformers.__version__.startswith("4.")  # experts are a list of MLPs
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_SMALLEST_SUM = 1e-9  # scores are a softmax: the sum of the chosen is above it
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
@@ -211,7 +212,9 @@ def _ernie(hf: Any) -> ModelParts:
     for layer in base.layers:
         block, experts = layer.mlp, None
         if hasattr(block, "experts"):
-            statics = block.moe_statics if _OLDER else block.gate.moe_statics
+            router = block if _OLDER else block.gate
+            statics = router.moe_statics
+            refuse_if(router.norm_min > _SMALLEST_SUM, "weights of experts that are divided by more than their sum")
             experts = softmax_experts(block, block.gate, normed=True)
             experts = replace(experts, choice_bias=statics.e_score_correction_bias.detach().float().reshape(-1))
         changes = mlp_changes(block, experts, getattr(block, "shared_experts", None))
