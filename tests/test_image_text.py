@@ -247,6 +247,17 @@ def test_numbers_that_make_a_picture_fill_the_memory_are_refused_before_one_is_r
     assert reader is None and "Correct preprocessor_config.json" in note
 
 
+@pytest.mark.parametrize("settings", [
+    {"size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2},
+    {"min_pixels": 3136, "max_pixels": 12845056, "image_mean": [0.48, 0.46, 0.41], "rescale_factor": 1 / 255, "resample": 3},
+    {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}, "image_seq_len": 64},
+    {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], "num_additional_image_tokens": 1},
+    {"sampling_rate": 16000, "max_frequency": 7600.0, "n_samples": 480000, "fft_length": 1024, "image_seq_length": 256},
+], ids=["Qwen3-VL", "Qwen2-VL", "SmolVLM", "LLaVA-NeXT", "with sound"])  # fmt: skip
+def test_numbers_of_real_processors_are_taken(settings):
+    picture_reader._require_sizes({"preprocessor_config.json": settings, "processor_config.json": {"image_processor": settings}})
+
+
 def test_a_folder_is_never_asked_to_run_its_own_code_for_pictures(tmp_path, monkeypatch):
     """transformers asks at the terminal where nobody has said whether the code of a folder may run."""
     seeing_models.write(tmp_path / "m", "llava")

@@ -36,6 +36,7 @@ _MOST_OF = {
     "min_pixels": 2**22, "max_pixels": 2**28, "shortest_edge": 2**22, "longest_edge": 2**28, "patch_size": 256, "merge_size": 16,
     "spatial_merge_size": 16, "temporal_patch_size": 4, "scale_factor": 16, "image_seq_length": 2**14, "image_seq_len": 2**14,
     "num_additional_image_tokens": 64, "pan_and_scan_max_num_crops": 16, "max_patches": 64, "max_image_tiles": 64,
+    **dict.fromkeys(("sampling_rate", "n_samples", "nb_max_frames", "max_frequency", "fft_length"), 2**26),  # of sound: not used
 }  # fmt: skip
 _NO_SIZE = re.compile(r".*(_id|_ids|_index|max_length)")  # names of numbers that cost nothing
 _MOST_NUMBERS = 10_000  # of all together
