@@ -28,7 +28,7 @@ _spec.loader.exec_module(random_models)
 SMALL = {"hidden": 256, "inner": 320, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 130, "group_size": 64}
 
 
-ADAPTERS = ("adapter_in", "adapter_out", "adapter_silu")
+ADAPTERS = ("adapter_in_plain", "adapter_in_norm", "adapter_out", "adapter_silu")
 
 
 class RecordingGpu:
@@ -133,8 +133,8 @@ def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_man
         assert Counter(name.split("_")[0] for name in gpu.launched) == {"embed": 1, "attention": 1, **kernels}
 
 
-@pytest.mark.parametrize(("parallel", "norms"), [(1, 0), (3, 5)])
-def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, norms):
+@pytest.mark.parametrize(("parallel", "kernel", "norms"), [(1, "gemv", 0), (3, "octet", 0), (12, "small", 5)])
+def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, kernel, norms):
     monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())
     monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())
     torch.manual_seed(0)
@@ -150,10 +150,12 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     gpu.launched.clear()
     step.step_rows(parallel, False, {0: adapter})
     kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in gpu.launched)
-    assert kinds["adapter_in"] == 3 * 2 and kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
-    assert kinds["gemv" if parallel == 1 else "small"] == 8 and kinds["attention"] == 2 and kinds["norm"] == norms
+    inner = kinds["adapter_in_plain"] + kinds["adapter_in_norm"]
+    assert inner == 3 * 2 and kinds["adapter_in_norm"] == (4 if parallel < 9 else 0)
+    assert kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
+    assert kinds[kernel] == 8 and kinds["attention"] == 2 and kinds["norm"] == norms
     step.step_rows(parallel, False, {0: None})
-    assert Counter(gpu.launched)["adapter_in"] == 3 * 2, "without adapters, the step is as before"
+    assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
 
 
 def test_the_rows_of_a_graph_are_few_numbers_and_never_too_few():

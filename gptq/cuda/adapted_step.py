@@ -2,13 +2,17 @@
 around the products that an adapter changes. A graph is recorded for each number of rows and the largest ranks of their adapters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import adapter_rows, gemv, small_batch
+from ..suitability import Unsuited
+from . import adapter_rows, gemv, octet, small_batch
 from .attention import AttentionWork, attend
 from .batch_step import _product as head_product
 from .batch_step import rows_of_graph
@@ -18,11 +22,13 @@ from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
 from .model_shape import ModelShape
-from .row_kernels import embed, head, norm_rows
+from .octet_step import OctetStep
+from .row_kernels import embed, has_head_rows, head, head_rows, norm_rows
 from .sample import sample
 from .sequences import Sequences
 
 _RANK_STEP = 16  # ranks are rounded up, so that few graphs are recorded
+Launch = Callable[..., None]
 Ranks = tuple[int, ...]  # by ROLES, the largest rank of the rows; 0: no row's adapter changes that product
 
 
@@ -37,9 +43,10 @@ class AdaptedStep:
         sequences: Sequences,
         recorder: GraphRecorder,
         tunings: Mapping[str, gemv.Tuning],
+        octet_step: OctetStep,
     ) -> None:
         self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
-        layers = weights.layers
+        self._octet, layers = octet_step, weights.layers
         self._plans = [
             {
                 role: gemv.Plan.of(gpu, weight, EPILOGUES[role], role in NORMED, tunings[role])
@@ -48,9 +55,16 @@ class AdaptedStep:
             for layer in layers
         ]
         # where an adapter changes gate and up, the activation comes after it
-        self._gated = [gemv.Plan.of(gpu, layer.gate_up, "PLAIN", True, tunings["gate_up"]) for layer in layers]
+        self._gated: dict[int, list[Any]] = {
+            1: [gemv.Plan.of(gpu, layer.gate_up, "PLAIN", True, tunings["gate_up"]) for layer in layers]
+        }
+        for most in octet.ROWS:
+            if octet_step.plans(most) is not None:
+                with suppress(Unsuited):
+                    spread = octet.SPREADS["gate_up"][most]
+                    self._gated[most] = [octet.Plan.of(gpu, layer.gate_up, "PLAIN", True, most, spread) for layer in layers]
         plain = small_batch.every_variant(gpu, [(layer.gate_up.packing, "PLAIN") for layer in layers])
-        gpu.add_missing([*(each.variant for each in self._gated), *plain])
+        gpu.add_missing([*(each.variant for plans in self._gated.values() for each in plans), *plain])
         rows, device = sequences.rows, sequences.device
         self._buffers = Buffers.of(shape, layers[0], rows)
         self._work = AttentionWork(gpu, shape, rows)
@@ -78,53 +92,67 @@ class AdaptedStep:
                 self._head(1)  # cuBLAS makes its handle outside of a recording
 
             def run() -> None:
-                if rows == 1:
-                    self._one(ranks)
-                else:
-                    self._several(rows, ranks)
+                self._forward(rows, ranks)
                 if sample_next:
                     sample(self._gpu, self._sequences, 0, rows)
 
             graph = self._graphs[key] = self._recorder.record(run)
         graph.replay()
 
-    def _one(self, ranks: Ranks) -> None:
-        """Row 0, as CudaStep.forward."""
+    def _forward(self, rows: int, ranks: Ranks) -> None:
+        here = self._buffers.first(rows)
+        embed(
+            self._gpu,
+            self._weights.embedding,
+            self._sequences.ids,
+            self._weights.layers[0].qkv.permutation,
+            here.residual,
+            here.x,
+        )
+        plans = self._plans if rows == 1 else self._octet.plans(rows)
+        gated = self._gated.get(1 if rows == 1 else next((each for each in octet.ROWS if each >= rows), 0))
+        if plans is None or gated is None:
+            self._many(rows, ranks)
+        else:
+            launch = partial(gemv.launch, overlap=True) if rows == 1 else octet.launch
+            self._fused(rows, ranks, plans, gated, launch)
+            logits, final, eps = self._sequences.logits[:rows], self._weights.final_norm, self._shape.eps
+            if rows == 1:
+                return head(self._gpu, self._weights.head, here.x_head[0], final, logits, eps)
+            if has_head_rows(self._gpu, rows, self._shape.hidden):
+                return head_rows(self._gpu, self._weights.head, here.x_head, final, logits, eps)
+        norm_rows(self._gpu, here.residual, self._weights.final_norm, self._weights.identity, here.x_head, self._shape.eps)
+        return self._head(rows)
+
+    def _fused(self, rows: int, ranks: Ranks, plans: Sequence[Mapping[str, Any]], gated: Sequence[Any], launch: Launch) -> None:
+        """The layers, as CudaStep.forward and OctetStep.forward compute them."""
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
-        layers, here = weights.layers, self._buffers.first(1)
-        embed(gpu, weights.embedding, sequences.ids, layers[0].qkv.permutation, here.residual, here.x)
-        for at, (layer, plan, gated) in enumerate(zip(layers, self._plans, self._gated, strict=True)):
+        layers, here = weights.layers, self._buffers.first(rows)
+        for at, (layer, plan, plain) in enumerate(zip(layers, plans, gated, strict=True)):
             last = at + 1 == len(layers)
             after = weights.identity if last else layers[at + 1].qkv.permutation
-            add = _Adding(self, at, ranks, rows=1)
+            add = _Adding(self, at, ranks, rows)
             add.inner("qkv", here.x, layer.input_norm)
-            gemv.launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps, overlap=True)
+            launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
             add.outer("qkv", here.qkv)
             attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
             add.inner("o", here.attended)
-            permutation = layer.gate_up.permutation
-            gemv.launch(
-                gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual, permutation=permutation,
-                overlap=True,
-            )  # fmt: skip
-            add.outer("o", here.x_mlp, here.residual, permutation)
+            between = layer.gate_up.permutation
+            launch(gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual, permutation=between)
+            add.outer("o", here.x_mlp, here.residual, between)
             add.inner("gate_up", here.x_mlp, layer.post_norm)
-            how, out = (gated, self._gate_up[:1]) if add.changes("gate_up") else (plan["gate_up"], here.inner)
-            gemv.launch(gpu, layer.gate_up, how, x=here.x_mlp, out=out, norm=layer.post_norm, eps=eps, overlap=True)
-            add.silu(self._gate_up[:1], here.inner)
+            how, out = (plain, self._gate_up[:rows]) if add.changes("gate_up") else (plan["gate_up"], here.inner)
+            launch(gpu, layer.gate_up, how, x=here.x_mlp, out=out, norm=layer.post_norm, eps=eps)
+            add.silu(self._gate_up[:rows], here.inner)
             add.inner("down", here.inner)
             out = here.x_head if last else here.x
-            gemv.launch(
-                gpu, layer.down, plan["down"], x=here.inner, out=out, residual=here.residual, permutation=after, overlap=True
-            )
+            launch(gpu, layer.down, plan["down"], x=here.inner, out=out, residual=here.residual, permutation=after)
             add.outer("down", out, here.residual, after)
-        head(gpu, weights.head, here.x_head[0], weights.final_norm, sequences.logits[:1], eps)
 
-    def _several(self, rows: int, ranks: Ranks) -> None:
-        """The first rows, as BatchStep.forward."""
+    def _many(self, rows: int, ranks: Ranks) -> None:
+        """The layers, as BatchStep computes them for more rows."""
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         here = self._buffers.first(rows)
-        embed(gpu, weights.embedding, sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
         for at, layer in enumerate(weights.layers):
             add = _Adding(self, at, ranks, rows)
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
@@ -145,8 +173,6 @@ class AdaptedStep:
             add.inner("down", here.inner)
             small_batch.multiply(gpu, layer.down, "RESIDUAL", here.inner, here.residual)
             add.outer("down", None, here.residual)
-        norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, eps)
-        self._head(rows)
 
     def _head(self, rows: int) -> None:
         self._sequences.logits[:rows] = head_product(self._buffers.x_head[:rows], self._weights.head)

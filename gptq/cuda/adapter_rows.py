@@ -6,7 +6,7 @@ from .gpu_kernels import Gpu
 from .kernel_arguments import ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU
 
 MOST_RANK = 1024  # of the adapters of one row together
-_IN_BYTES = 160  # shared memory of a block: 33 sums, and what aligns them
+_IN_BYTES = 128  # shared memory of a block: two sums of each warp
 
 
 def inner(
@@ -21,7 +21,8 @@ def inner(
     arguments = ADAPTER_IN.pack(
         adapters=adapters, x=x, norm=norm, t=t, entry=entry, padded=padded, k=inputs, most=MOST_RANK, eps=eps
     )  # fmt: skip
-    gpu.run("adapter_in", (rank, rows), 256, arguments, _IN_BYTES, overlap=True)
+    name = "adapter_in_plain" if norm is None else "adapter_in_norm"
+    gpu.run(name, (rank, rows), 512, arguments, _IN_BYTES, overlap=True)
 
 
 def outer(
@@ -43,7 +44,7 @@ def outer(
         adapters=adapters, t=t, out=out, residual=residual, permutation=permutation, entry=entry, n=n,
         padded=out.shape[1] if out is not None else 0, most=MOST_RANK,
     )  # fmt: skip
-    gpu.run("adapter_out", (-(-n // 512), rows), 256, arguments, 4 * rank, overlap=True)
+    gpu.run("adapter_out", (-(-n // 512), rows), 256, arguments, 8 * rank, overlap=True)
 
 
 def silu(gpu: Gpu, adapters: Tensor, entry: int, rank: int, t: Tensor, gate_up: Tensor, out: Tensor) -> None:
@@ -52,4 +53,4 @@ def silu(gpu: Gpu, adapters: Tensor, entry: int, rank: int, t: Tensor, gate_up: 
     arguments = ADAPTER_SILU.pack(
         adapters=adapters, t=t, gate_up=gate_up, out=out, entry=entry, padded=padded, most=MOST_RANK
     )  # fmt: skip
-    gpu.run("adapter_silu", (-(-padded // 512), rows), 256, arguments, 4 * rank, overlap=True)
+    gpu.run("adapter_silu", (-(-padded // 512), rows), 256, arguments, 8 * rank, overlap=True)

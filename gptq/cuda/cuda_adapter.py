@@ -16,7 +16,7 @@ from ..lora import Part
 from .adapter_rows import MOST_RANK
 from .cuda_layers import ROLES, Layer, gate_up_columns, products
 
-_ENTRY = struct.Struct("<QQif")  # AdapterEntry of adapter_rows.cu
+_ENTRY = struct.Struct("<QQii2i3if")  # AdapterEntry of adapter_rows.cu
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Adaptable:
     module: nn.Module  # kept, so that its id stays its own
     layer: int
     role: str
-    first: int  # of its outputs, among those of the product
+    index: int  # among the layers of the product
+    widths: tuple[int, ...]  # outputs of each of them
 
 
 def adaptable_layers(parts: ModelParts) -> dict[int, Adaptable]:
@@ -34,24 +35,34 @@ def adaptable_layers(parts: ModelParts) -> dict[int, Adaptable]:
     found: dict[int, Adaptable] = {}
     for at, layer in enumerate(parts.layers):
         for role, modules in products(layer).items():
-            first = 0
-            for module in modules:
-                found[id(module)] = Adaptable(module, at, role, first)
-                first += module.out_features
+            widths = tuple(each.out_features for each in modules)
+            for index, module in enumerate(modules):
+                found[id(module)] = Adaptable(module, at, role, index, widths)
     return found
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Of one product: y += scale · B (A x)."""
+    """Of one product: y += scale · B (A x). A's rows are the ranks of the product's first layer, then of the next ones."""
 
     inner: Tensor  # A, fp16 [rank, padded], fragment order
-    outer: Tensor  # B transposed, fp16 [rank, N], in the order of the weight's rows
+    outer: Tensor  # B, fp16 [most, N], in the order of the weight's rows: of each output the ranks of its own layer
+    owner: Tensor  # int64 [N]: the layer of each output; -1 for padding
+    ranks: tuple[int, ...]  # of each layer
     scale: float
 
     def of_rows(self, x: Tensor) -> Tensor:
         """B A x of x fp16 [T, padded] -> fp32 [T, N]."""
-        return (x.float() @ self.inner.float().T).mul_(self.scale) @ self.outer.float()
+        outer = [torch.where(self.owner == at, self.outer[:rank].float(), 0.0) for at, rank in enumerate(self.ranks)]
+        return (x.float() @ self.inner.float().T).mul_(self.scale) @ torch.cat(outer)
+
+    def entry(self, widths: Sequence[int]) -> bytes:
+        """What the kernels are given."""
+        ends = [sum(widths[: at + 1]) for at in range(2)]
+        first = [sum(self.ranks[:at]) if at < len(self.ranks) else 0 for at in range(3)]
+        return _ENTRY.pack(
+            self.inner.data_ptr(), self.outer.data_ptr(), len(self.inner), len(self.outer), *ends, *first, self.scale
+        )  # fmt: skip
 
 
 class CudaAdapter:
@@ -64,7 +75,7 @@ class CudaAdapter:
         layers: Sequence[Layer],
     ) -> None:
         """Raises BadCheckpoint for a module that is not among `adaptable`, and for ranks of more than MOST_RANK together."""
-        found: dict[tuple[int, str], list[tuple[int, Tensor, Tensor]]] = {}
+        found: dict[tuple[int, str], list[tuple[Adaptable, Tensor, Tensor]]] = {}
         for parts, weight in adapters:
             for name, (module, inner, outer) in parts.items():
                 own = adaptable.get(id(module))
@@ -73,7 +84,7 @@ class CudaAdapter:
                         f"The adapter changes {name}, which is no linear layer of a block. It can only be given for the whole "
                         "model: set it as the option LoRA adapter in the Model tab."
                     )
-                found.setdefault((own.layer, own.role), []).append((own.first, inner, outer.float() * weight))
+                found.setdefault((own.layer, own.role), []).append((own, inner, outer.float() * weight))
         self.matrices = {(at, role): _matrices(pairs, layers[at], role) for (at, role), pairs in found.items()}
         self.ranks = {role: max((len(each.inner) for (_at, own), each in self.matrices.items() if own == role), default=0)
                       for role in ROLES}  # fmt: skip
@@ -84,10 +95,8 @@ class CudaAdapter:
         entries = bytearray()
         for at in range(len(layers)):
             for role in ROLES:
-                each = self.matrices.get((at, role))
-                entries += _ENTRY.pack(0, 0, 0, 0.0) if each is None else _ENTRY.pack(
-                    each.inner.data_ptr(), each.outer.data_ptr(), len(each.inner), each.scale
-                )  # fmt: skip
+                made = self.matrices.get((at, role))
+                entries += made.entry(found[at, role][0][0].widths) if made is not None else bytes(_ENTRY.size)
         self._table = torch.frombuffer(entries, dtype=torch.uint8).to(layers[0].qkv.words.device)
 
     @property
@@ -100,17 +109,23 @@ class CudaAdapter:
         return self._table.numel() + sum(2 * (each.inner.numel() + each.outer.numel()) for each in self.matrices.values())
 
 
-def _matrices(pairs: Sequence[tuple[int, Tensor, Tensor]], layer: Layer, role: str) -> Matrices:
+def _matrices(changes: Sequence[tuple[Adaptable, Tensor, Tensor]], layer: Layer, role: str) -> Matrices:
     weight = layer.weights[ROLES.index(role)]
-    device = weight.words.device
-    inner = torch.cat([each.float().to(device) for _first, each, _outer in pairs])  # [rank, K]
+    device, widths = weight.words.device, changes[0][0].widths
+    own = [[(a, b) for each, a, b in changes if each.index == index] for index in range(len(widths))]
+    ranks = tuple(sum(len(a) for a, _b in each) for each in own)
+    inner = torch.cat([a.float().to(device) for each in own for a, _b in each])  # [rank, K]
+    outer = torch.zeros(max(ranks), sum(widths), device=device)  # [most, outputs in the model's order]
+    for index, each in enumerate(own):
+        first, at = sum(widths[:index]), 0
+        for a, b in each:
+            outer[at : at + len(a), first : first + len(b)] = b.to(device).T
+            at += len(a)
+    owner = torch.arange(len(widths), device=device).repeat_interleave(torch.tensor(widths, device=device))
     columns = torch.arange(weight.out_features, device=device) if role != "gate_up" else gate_up_columns(layer.down)
-    outer = torch.zeros(len(inner), int(columns.max()) + 1, device=device)  # [rank, outputs in the model's order]
-    at = 0
-    for first, own, out in pairs:
-        outer[at : at + len(own), first : first + len(out)] = out.to(device).T
-        at += len(own)
     inner = torch.where(weight.order >= 0, inner[:, weight.order.clamp(min=0).long()], 0.0)
     outer = torch.where(columns >= 0, outer[:, columns.clamp(min=0)], 0.0)
+    owner = torch.where(columns >= 0, owner[columns.clamp(min=0)], -1)
     largest = [float(each.abs().max()) or 1.0 for each in (inner, outer)]
-    return Matrices((inner / largest[0]).half().contiguous(), (outer / largest[1]).half().contiguous(), largest[0] * largest[1])
+    halves = [(each / size).half().contiguous() for each, size in zip((inner, outer), largest, strict=True)]
+    return Matrices(halves[0], halves[1], owner, ranks, largest[0] * largest[1])

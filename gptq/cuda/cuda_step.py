@@ -161,7 +161,9 @@ class CudaStep:
     @cached_property
     def adapted(self) -> AdaptedStep:
         """The step of sequences that have LoRA adapters."""
-        return AdaptedStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder, self.tunings)
+        return AdaptedStep(
+            self.gpu, self.shape, self.weights, self.sequences, self.recorder, self.tunings, self._octet
+        )  # fmt: skip
 
     def step_rows(
         self, rows: int, sample_next: bool = True, adapters: Mapping[int, CudaAdapter | None] = MappingProxyType({})
