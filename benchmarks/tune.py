@@ -5,9 +5,11 @@ Prints the copy bandwidth, the products of a layer with several spreads over war
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ import tune_rows  # noqa: E402
 from random_models import MISTRAL_7B, random_layer, random_models  # noqa: E402
 
 from gptq_webui.core.params import GenerationParams  # noqa: E402
-from gptq_webui.gptq.cuda import gemv, octet, small_batch  # noqa: E402
+from gptq_webui.gptq.cuda import gemv, octet, small_batch, wide_batch  # noqa: E402
 from gptq_webui.gptq.cuda.attention import attend  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_step import CudaStep  # noqa: E402
 from gptq_webui.gptq.cuda.cuda_weights import Weight, packing_of, repack  # noqa: E402
 from gptq_webui.gptq.cuda.gemv import Plan, Tuning  # noqa: E402
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu  # noqa: E402
-from gptq_webui.gptq.cuda.kernel_source import SmallBatchVariant  # noqa: E402
+from gptq_webui.gptq.cuda.kernel_source import Packing, SmallBatchVariant, WideBatchVariant, programs  # noqa: E402
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory  # noqa: E402
 from gptq_webui.gptq.cuda.row_kernels import embed, head  # noqa: E402
 from gptq_webui.gptq.cuda.sample import packed_params, sample  # noqa: E402
@@ -130,8 +132,9 @@ def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> Non
     rotate = max(2, int(3e8 / (k * n * bits / 8)))
     weights = cold(gpu, role, bits, group_size, rotate)
     packing = weights[0].packing
-    x = torch.randn(small_batch.MOST_ROWS, weights[0].padded, device="cuda").half()
-    out = torch.zeros(small_batch.MOST_ROWS, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
+    most = 8 * small_batch.COLUMNS[-1]
+    x = torch.randn(most, weights[0].padded, device="cuda").half()
+    out = torch.zeros(most, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
     size = weights[0].size_bytes
     print(f"{role} {bits}-bit g{group_size}, limit of one row {size / copy * 1e6:.1f} us")
     for columns in small_batch.COLUMNS:
@@ -155,14 +158,85 @@ def several(gpu: Gpu, role: str, bits: int, group_size: int, copy: float) -> Non
         now = next(took for took, spread in found if spread == (chosen.tiles, chosen.split, chosen.stages))
         best = ", ".join(f"{spread} {took:.1f}" for took, spread in found[:5])
         print(f"    {columns * 8:2} rows: {now:.1f} us now; {best}; worst {found[-1][0]:.1f}")
-    scratch = torch.empty(k * n, dtype=torch.float16, device="cuda")
-    y = torch.empty(small_batch.MOST_ROWS, n, dtype=torch.float16, device="cuda")
 
-    def dense(at: int) -> None:
-        weight = weights[at % rotate]
-        torch.mm(x, weight.dense(gpu, 0, weight.tiles, scratch)[:n].T, out=y)
 
-    print(f"    64 rows by cuBLAS: {seconds(graph_of(dense, rotate).replay) / rotate * 1e6:.1f} us")
+def spreads_of_many_rows(gpu: Gpu, packing: Packing, epilogue: str, columns: int) -> list[WideBatchVariant]:
+    """Those that fit into the registers and the shared memory of a processor and keep it busy."""
+    found: list[WideBatchVariant] = []
+    for warpgroup, tiles, warps, split, blocks in itertools.product(
+        (False, True), (1, 2, 4), (2, 4, 8, 12), (1, 2, 4), (1, 2, 3)
+    ):
+        all_warps, sums = warps * split * blocks, tiles * columns * 4
+        possible = split == 1 and warps % 4 == 0 and gpu.warpgroups if warpgroup else warps < 12
+        if tiles % split or not 8 <= all_warps <= 16 or not 16 <= sums <= 128 or not possible:
+            continue
+        if sums + 40 > min(255, 65536 // (32 * all_warps)) or warps * tiles < 4:
+            continue
+        made = [
+            WideBatchVariant(packing, epilogue, columns, tiles, warps, split, stages, blocks, warpgroup) for stages in range(4, 9)
+        ]
+        fitting = [each for each in made if each.shared_bytes <= gpu.shared_limit_bytes]
+        fitting = [each for each in fitting if (each.shared_bytes + 1024) * each.blocks <= gpu.shared_bytes]
+        found += {fitting[0], fitting[-1]} if fitting else ()
+    return found
+
+
+def compile_side_by_side(gpu: Gpu, plans: list[Any]) -> None:
+    """The compiler takes a second for each; they are kept, so `add` finds them."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda plan: gpu._compiler.compile(programs([plan], [], [], False)[0]), plans))
+    for plan in plans:
+        gpu.add_missing([plan])
+
+
+def many(gpu: Gpu, role: str, bits: int, group_size: int, copy: float, every: bool = True) -> None:
+    """Times of one product of many rows: as chosen, with every spread, and by dense weights with cuBLAS."""
+    k, n, _norm, _epilogue = ROLES[role]
+    weights = cold(gpu, role, bits, group_size, max(2, int(2e8 / (k * n * bits / 8))))
+    print(f"{role} {bits}-bit g{group_size}, limit of one row {weights[0].size_bytes / copy * 1e6:.1f} us", flush=True)
+    for rows, columns in ((32, 4), (64, 8), (96, 12), (128, 16), (256, 16), (512, 16), (1024, 16)):
+        so_many(gpu, role, weights, rows, columns, every)
+
+
+def so_many(gpu: Gpu, role: str, weights: list[Weight], rows: int, columns: int, every: bool) -> None:
+    k, n, _norm, epilogue = ROLES[role]
+    x = torch.randn(rows, weights[0].padded, device="cuda").half()
+    out = torch.zeros(rows, n, device="cuda", dtype=torch.float32 if epilogue == "RESIDUAL" else torch.float16)
+    y, dense = torch.empty(rows, n, dtype=torch.float16, device="cuda"), torch.empty(k * n, dtype=torch.float16, device="cuda")
+    plans = spreads_of_many_rows(gpu, weights[0].packing, epilogue, columns) if every else []
+    if rows > 128:
+        plans = [each for each in plans if each.warpgroup and each.item_tiles >= 8]
+    compile_side_by_side(gpu, [*plans, *small_batch.every_variant(gpu, [(weights[0].packing, epilogue)])])
+
+    def timed(run: Callable[[Weight], object]) -> float:
+        times = 2 * len(weights)
+        return seconds(graph_of(lambda at: run(weights[at % len(weights)]), times).replay, 3) / times * 1e6
+
+    found = []
+    for plan in plans:
+        wide_batch.reserve(gpu, plan)
+
+        def wide(weight: Weight, plan: WideBatchVariant = plan) -> None:
+            wide_batch.launch(gpu, weight, plan, x=x, out=out, rows=rows)
+
+        took = timed(wide)
+        spread = (plan.tiles, plan.warps, plan.split, plan.stages, plan.blocks)
+        found.append((took, ",".join(map(str, spread)) + "w" * plan.warpgroup))
+    for tiles, split, stages in ((4, 4, 3), (4, 8, 3), (2, 8, 3), (2, 4, 3)) if every and rows == 32 else ():
+        small = SmallBatchVariant(weights[0].packing, epilogue, 4, tiles, split, stages)
+        compile_side_by_side(gpu, [small])
+
+        def narrow(weight: Weight, plan: SmallBatchVariant = small) -> None:
+            small_batch.launch(gpu, weight, plan, x=x, out=out, rows=rows)
+
+        took = timed(narrow)
+        found.append((took, f"{tiles},{split},{stages} of small_batch"))
+    found.sort()
+    now = timed(lambda weight: small_batch.multiply(gpu, weight, epilogue, x, out))
+    by_cublas = timed(lambda weight: torch.mm(x, weight.dense(gpu, 0, weight.tiles, dense)[:n].T, out=y))
+    best = [each for each in found if not each[1].endswith("w")][:5] + [each for each in found if each[1].endswith("w")][:6]
+    print(f"    {rows:4} rows: {now:.1f} us now ({2 * rows * k * n / now / 1e6:.0f} TFLOPS), {by_cublas:.1f} dense", end="; ")
+    print("; ".join(f"{spread} {took:.1f}" for took, spread in best), flush=True)
 
 
 _OTHERS = [Tuning(8, 4, 3, 1, 2), Tuning(8, 4, 3, 1, 3), Tuning(8, 4, 4, 1, 2), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 2, 1, 2)]
@@ -349,6 +423,8 @@ def main() -> None:
                 print(f"    {rows} rows:")
                 profile(lambda rows=rows: timer.step.step_rows(rows))  # type: ignore[misc]
             timer.close()
+        for role in ("qkv", "o", "gate_up", "down") if {"wide_batch", "wide_batch_chosen"} & set(given.what) else ():
+            many(gpu, role, 4, 128, copy, every="wide_batch" in given.what)
         if "slope" in given.what:  # what a byte more costs, apart from start and end
             for role in ("gate_up", "gate_up x2", "gate_up x4", "hot", "hot x2"):
                 products(

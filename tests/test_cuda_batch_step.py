@@ -11,7 +11,7 @@ from test_cuda_stepper import load
 from gptq_webui.core.chat import Step
 from gptq_webui.core.errors import AnswerFailed
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cuda import small_batch
+from gptq_webui.gptq.cuda import small_batch, wide_batch
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
@@ -40,18 +40,19 @@ def test_small_batches_are_multiplied_right_in_every_layout(gpu, bits, group_siz
     packing = packing_of([layer])
     gpu.add(small_batch.every_variant(gpu, [(packing, each) for each in ("PLAIN", "RESIDUAL", "SILU")]), [packing])
     weight = repack(gpu, [layer], packing)
-    x = torch.randn(131, k, device="cuda").half()
-    staged = torch.zeros(131, weight.padded, dtype=torch.float16, device="cuda")
+    x = torch.randn(259, k, device="cuda").half()
+    staged = torch.zeros(259, weight.padded, dtype=torch.float16, device="cuda")
     staged[:, weight.permutation.long()] = x
     right = x.double() @ wanted.T + layer.bias.double()  # [T, N]
-    pairs = right.view(131, n // 16, 2, 8)
-    gates = (torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(131, n // 2)
-    for count in (1, 2, 7, 8, 9, 16, 17, 33, 64, 131):
+    pairs = right.view(259, n // 16, 2, 8)
+    gates = (torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(259, n // 2)
+    for count in (1, 2, 7, 8, 9, 16, 17, 33, 64, 96, 128, 130, 259):
 
         def run(epilogue, out, count=count):
             guarded = torch.full((count + 1, out.shape[1]), torch.nan, dtype=out.dtype, device="cuda")
             guarded[:count] = out
-            small_batch.multiply(gpu, weight, epilogue, staged[:count].contiguous(), guarded[:count])
+            multiply = wide_batch.multiply if count == 17 else small_batch.multiply  # which leaves it more rows of small weights
+            multiply(gpu, weight, epilogue, staged[:count].contiguous(), guarded[:count])
             assert bool(guarded[count].isnan().all()), "a row too many was written"
             return guarded[:count]
 

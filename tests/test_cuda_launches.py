@@ -4,6 +4,7 @@ import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class RecordingGpu:
     """In the place of Gpu: it compiles nothing, and notes what is launched."""
 
     name, processors, shared_bytes = "no GPU", 132, 228 * 1024
-    device, capability = torch.device("cpu"), (9, 0)
+    device, capability, warpgroups = torch.device("cpu"), (9, 0), False
 
     def __init__(self, shared_limit_bytes=227 * 1024):
         self.shared_limit_bytes = shared_limit_bytes
@@ -45,7 +46,7 @@ class RecordingGpu:
         self.compiled |= {each.name for each in variants}
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= {"embed", "norm_rows", "silu_rows", "head", "sample", *ADAPTERS} if fixed else set()
+        self.compiled |= {"embed", "norm_rows", "order_rows", "silu_rows", "head", "sample", *ADAPTERS} if fixed else set()
         self.compiled |= {"head_2_4", "head_4_2", "head_8_1", "head_8_2"} if fixed else set()
 
     def add_missing(self, variants=(), packings=()):
@@ -55,6 +56,9 @@ class RecordingGpu:
         assert name in self.compiled, f"{name} was launched and never compiled"
         assert all(0 < each < 65536 for each in grid) and 0 < threads <= 1024 and shared_bytes <= self.shared_limit_bytes
         self.launched.append(name)
+
+    def scratch(self, size_bytes):
+        return SimpleNamespace(counters=torch.zeros(1), sums=torch.zeros(1))
 
     def close(self):
         pass
@@ -89,7 +93,8 @@ def gpu(monkeypatch):
 def make(gpu, **change):
     torch.manual_seed(0)
     how = {key: change.pop(key) for key in ("parallel", "q8") if key in change}
-    return CudaStep(random_models.random_models(**{**SMALL, **change}, device="cpu"), 256, gpu=gpu, **how)
+    context = change.pop("context", 256)
+    return CudaStep(random_models.random_models(**{**SMALL, **change}, device="cpu"), context, gpu=gpu, **how)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +170,10 @@ def test_the_rows_of_a_graph_are_few_numbers_and_never_too_few():
         batch_step.rows_of_graph(257)
 
 
-@pytest.mark.parametrize(("tokens", "kind", "count"), [(90, "small", 2 * 4 * 2), (97, "unpack", 2 * 4)])
+@pytest.mark.parametrize(("tokens", "kind", "count"), [(32, "small", 8), (33, "wide", 8), (130, "wide", 8), (257, "unpack", 8)])
 def test_a_long_prompt_is_multiplied_with_dense_weights_and_a_short_one_with_packed_ones(gpu, tokens, kind, count):
-    step = make(gpu)
-    step.sequences.use(PagedMemory(step.pages), 200)
+    step = make(gpu, context=512)
+    step.sequences.use(PagedMemory(step.pages), 300)
     gpu.launched.clear()
     step.prefill([1] * tokens, 0)
     kinds = Counter(name.split("_")[0] for name in gpu.launched)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, octet, small_batch
+from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, octet, small_batch, wide_batch
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.kernel_source import (
@@ -28,6 +28,7 @@ from gptq_webui.gptq.suitability import Unsuited
 FOLDER = Path(kernel_source.__file__).parent
 FAMILIES = {"Turing": (7, 5), "Ampere": (8, 0), "Ampere (RTX 30)": (8, 6), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
 FAMILIES |= {"Blackwell (RTX 50)": (12, 0)}
+LIMITS = {"Turing": 64, "Ampere (RTX 30)": 99, "Ampere": 163, "Hopper": 227}  # KB of shared memory for a block
 
 
 def compiler(capability, cache):
@@ -45,11 +46,12 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         GemvVariant(packings[0], epilogue, norm, 8, 4, 3, 1, True)
         for epilogue, norm in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))
     ]
-    variants += [
-        each
-        for columns in small_batch.COLUMNS
-        for each in small_batch.variants(packings[columns % 4], "SILU", 99 * 1024).values()
-    ]
+    limit = LIMITS.get(family, 99) * 1024
+    for packing in packings:
+        epilogue = "SILU" if packing.sym else "RESIDUAL"
+        variants += small_batch.variants(packing, epilogue, limit).values()
+        variants += wide_batch.variants(packing, epilogue, limit, family == "Hopper").values()
+    variants += wide_batch.variants(packings[0], "PLAIN", limit, family == "Hopper").values()
     variants.append(GemvVariant(packings[1], "PLAIN", 0, 8, 2, 3, experts=True))
     variants += [
         OctetVariant(packings[rows % 4], epilogue, rows, norm, 4, 2, 3, 2, False, 1)
@@ -232,9 +234,6 @@ def test_groups_that_no_unit_fits_are_left_to_the_plain_path():
     with pytest.raises(Unsuited, match=r"groups of 24 inputs .* multiple of 16"):
         groups_of(24, 4096)
     assert groups_of(-1, 4096) == groups_of(4096, 4096) == kernel_source.Groups(1, 1, 0)
-
-
-LIMITS = {"Turing": 64, "Ampere (RTX 30)": 99, "Ampere": 163, "Hopper": 227}  # KB of shared memory for a block
 
 
 @pytest.mark.parametrize("family", LIMITS)

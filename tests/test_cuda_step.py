@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.gptq.cuda import gemv, gpu_kernels, small_batch
+from gptq_webui.gptq.cuda import gemv, gpu_kernels, wide_batch
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.gemv import Tuning
@@ -116,10 +116,10 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(gpu, change):
 def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch(gpu, change, first):
     torch.manual_seed(2)
     parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
-    ids = torch.randint(0, SMALL["vocabulary"], (first + small_batch.MOST_ROWS + 54,)).tolist()
+    ids = torch.randint(0, SMALL["vocabulary"], (first + wide_batch.most_rows(gpu) + 54,)).tolist()
     with torch.inference_mode():
         wanted = random_models.plain_logits(parts, ids)[first:]
-        step = CudaStep(parts, 256, gpu=gpu)
+        step = CudaStep(parts, 1024, gpu=gpu)
         step.sequences.use(PagedMemory(step.pages), len(ids))
         if first:
             step.prefill(ids[:first], 0)

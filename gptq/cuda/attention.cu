@@ -431,25 +431,56 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 
 // -- prompts -----------------------------------------------------------------------------------------------------------
 
-// Many tokens of one sequence: norm, rotary embedding, keys and values into the pages. A block for a token.
+// The values of one kv head in one page, where tokens are neighbours. A block reads them token by token.
+template <int D, bool Q8> DEVICE void keep_values(const RopeArguments& p, int at_page, int kv) {
+  typedef PageLayout<D, Q8> Layout;
+  __shared__ __align__(4) u16 values[PAGE_TOKENS][D + 2];
+  __shared__ float scales[PAGE_TOKENS];
+  const int warp = threadIdx.x / 32, width = (p.heads + 2 * p.kv_heads) * D;
+  const int first = max(at_page * PAGE_TOKENS, p.start), end = min((at_page + 1) * PAGE_TOKENS, p.start + p.tokens), count = end - first;
+  u8* page = (u8*)(p.pages[at_page] + p.layer_bytes);
+  const u16* from = p.qkv + (size_t)(first - p.start) * width + (p.heads + p.kv_heads + kv) * D;
+  for (int at = threadIdx.x; at < count * (D / 2); at += blockDim.x)
+    *(u32*)&values[at / (D / 2)][at % (D / 2) * 2] = *(const u32*)(from + (size_t)(at / (D / 2)) * width + at % (D / 2) * 2);
+  __syncthreads();
+  if constexpr (Q8) {
+    for (int token = warp; token < count; token += ROPE_WARPS) {
+      const u16 scale = to_half(scale_of<D>(values[token]));
+      if (threadIdx.x % 32 == 0) ((u16*)(page + Layout::scales(p.kv_heads, kv, true)))[first % PAGE_TOKENS + token] = scale;
+      scales[token] = to_float(scale);
+    }
+    __syncthreads();
+  }
+  for (int at = threadIdx.x; at < PAGE_TOKENS * D; at += blockDim.x) {
+    const int token = at % PAGE_TOKENS, d = at / PAGE_TOKENS;
+    if (token >= count) continue;
+    u8* to = page + Layout::value(p.kv_heads, kv, d);
+    if constexpr (Q8) to[first % PAGE_TOKENS + token] = byte_of(to_float(values[token][d]), scales[token]);
+    else ((u16*)to)[first % PAGE_TOKENS + token] = values[token][d];
+  }
+}
+
+// Many tokens of one sequence: norm, rotary embedding, keys and values into the pages. A block for a token; after those, a
+// block for the values of each page and kv head.
 template <int D, bool Q8> DEVICE void rope_rows(const RopeArguments& p) {
+  if (blockIdx.x >= p.tokens) {
+    const int at = blockIdx.x - p.tokens;
+    keep_values<D, Q8>(p, p.start / PAGE_TOKENS + at / p.kv_heads, at % p.kv_heads);
+    return;
+  }
   __shared__ __align__(16) u16 rotated[ROPE_WARPS][D];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, position = p.start + blockIdx.x;
   u16* qkv = p.qkv + (size_t)blockIdx.x * (p.heads + 2 * p.kv_heads) * D;
   u8* page = (u8*)(p.pages[position / PAGE_TOKENS] + p.layer_bytes);
   const float *cosine = p.cosines + (size_t)position * p.rotary_half, *sine = p.sines + (size_t)position * p.rotary_half;
   const Angles<D> angles = load_angles<D>(cosine, sine, p.rotary_half);
-  for (int head = warp; head < p.heads + 2 * p.kv_heads; head += blockDim.x / 32) {
+  for (int head = warp; head < p.heads + p.kv_heads; head += ROPE_WARPS) {
     u16* at = qkv + head * D;
-    if (head < p.heads + p.kv_heads) {
-      const bool key = head >= p.heads;
-      norm_and_rotate<D>(load_head<D>(at), key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, rotated[warp]);
-      for (int d = lane; d < D; d += 32) at[d] = rotated[warp][d];
-      if (key) store_in_page<D, Q8>(rotated[warp], page, p.kv_heads, head - p.heads, position % PAGE_TOKENS, false);
-      __syncwarp();
-    } else {
-      store_in_page<D, Q8>(at, page, p.kv_heads, head - p.heads - p.kv_heads, position % PAGE_TOKENS, true);
-    }
+    const bool key = head >= p.heads;
+    norm_and_rotate<D>(load_head<D>(at), key ? p.k_norm : p.q_norm, angles, p.rotary_half, p.eps, rotated[warp]);
+    for (int d = lane * 2; d < D; d += 64) *(u32*)(at + d) = *(u32*)&rotated[warp][d];
+    if (key) store_in_page<D, Q8>(rotated[warp], page, p.kv_heads, head - p.heads, position % PAGE_TOKENS, false);
+    __syncwarp();
   }
 }
 

@@ -76,7 +76,8 @@ def attend(
 def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *, qkv: Tensor, table: Tensor, start: int) -> None:
     """Norm and rotate queries and keys of qkv [T, (heads + 2 kv heads) * D] in place, and keep keys and values in the pages of
     `table` [pages]. The first token has position `start`."""
-    own = weights.layers[layer]
+    own, tokens = weights.layers[layer], qkv.shape[0]
+    pages = -(-(start + tokens) // PAGE_TOKENS) - start // PAGE_TOKENS
     arguments = ROPE.pack(
         qkv=qkv,
         pages=table,
@@ -87,11 +88,12 @@ def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *,
         layer_bytes=layer * shape.kv_layer_bytes,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
+        tokens=tokens,
         start=start,
         rotary_half=shape.rotary_half,
         eps=shape.eps,
     )
-    gpu.run(f"rope_{shape.kv.name}", (qkv.shape[0],), 32 * ROPE_WARPS, arguments)
+    gpu.run(f"rope_{shape.kv.name}", (tokens + pages * shape.kv_heads,), 32 * ROPE_WARPS, arguments)
 
 
 def gather_pages(gpu: Gpu, shape: ModelShape, layer: int, *, table: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -3,14 +3,26 @@
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .cuda_driver import Kernel, Module
 from .kernel_source import KvFormat, Packing, Variant, programs
 from .nvrtc import Compiler, NoCompiler
 
 _KERNEL = re.compile(r"__global__ void (?:__\w+__\([^)]*\) )*(\w+)\(")  # in CUDA C: the name of a kernel
+
+SCRATCH_COUNTERS = 1 << 16  # of a scratch: items of a product that several blocks make
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the blocks of one launch leave for each other."""
+
+    counters: Tensor  # int32 [SCRATCH_COUNTERS], zero between launches
+    sums: Tensor  # fp32
 
 
 class Gpu:
@@ -28,9 +40,11 @@ class Gpu:
         self.shared_limit_bytes = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)  # of a block
         self.shared_bytes = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024)  # of a processor
         self._compiler = Compiler(self.capability, int(torch.version.cuda.split(".")[0]))
+        self.warpgroups = self._compiler.target == "sm_90a"  # four warps can multiply together
         self._modules: list[Module] = []
         self._module_of: dict[str, Module] = {}  # by the name of a kernel
         self._kernels: dict[str, Kernel] = {}
+        self._scratches: list[Scratch] = []  # all that there were, because recorded graphs name them; the last is the largest
 
     def add(
         self,
@@ -61,6 +75,13 @@ class Gpu:
         """Whether a kernel is compiled."""
         return name in self._module_of
 
+    def scratch(self, size_bytes: int) -> Scratch:
+        """Memory for sums of a launch. It is shared by all: one launch at a time uses it."""
+        if not self._scratches or self._scratches[-1].sums.numel() * 4 < size_bytes:
+            counters = torch.zeros(SCRATCH_COUNTERS, dtype=torch.int32, device=self.device)
+            self._scratches.append(Scratch(counters, torch.empty(-(-size_bytes // 4), dtype=torch.float32, device=self.device)))
+        return self._scratches[-1]
+
     def close(self) -> None:
         """Free the memory of the kernels. Graphs that hold them must be gone."""
         with torch.cuda.device(self.device):
@@ -70,6 +91,7 @@ class Gpu:
             for each in self._modules:
                 each.close()
             self._modules.clear()
+            self._scratches.clear()
 
     def __getitem__(self, name: str) -> Kernel:
         found = self._kernels.get(name)

@@ -183,6 +183,25 @@ SMALL_BATCH = Arguments(
     int rows
     """,
 )
+WIDE_BATCH = Arguments(
+    "WideBatchArguments",
+    """
+    const u8* weights      // as of SmallBatchArguments
+    const u32* scales
+    const u16* x
+    const u16* bias
+    u16* out
+    float* residual
+    float* partial         // fp32 [2 * blocks][sums of an item]: of items that several blocks make
+    u32* done              // [items], zero between launches
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group
+    int rows
+    """,
+)
 HEAD = Arguments(
     "HeadArguments",
     """
@@ -219,6 +238,18 @@ NORM = Arguments(
     int k
     int padded
     float eps
+    """,
+)
+ORDER = Arguments(
+    "OrderArguments",
+    """
+    const u16* x           // fp16 [rows][k]
+    u16* out               // fp16 [rows][padded]
+    const int* order       // [padded]: the input at each position, -1 for padding
+    int rows
+    int k
+    int padded
+    int together           // rows of a block
     """,
 )
 SILU = Arguments(
@@ -268,6 +299,7 @@ ROPE = Arguments(
     u64 layer_bytes
     int heads
     int kv_heads
+    int tokens
     int start              // position of the first token
     int rotary_half
     float eps
@@ -475,7 +507,7 @@ SAMPLE = Arguments(
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, HEAD, EMBED, NORM, SILU, ATTENTION, ROPE, GATHER,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION, ROPE, GATHER,
     SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
 )  # fmt: skip
 

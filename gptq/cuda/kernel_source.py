@@ -22,6 +22,8 @@ _TEMPLATES = (
     "gemv.cu",
     "octet.cu",
     "small_batch.cu",
+    "warpgroup.cu",
+    "wide_batch.cu",
     "attention.cu",
     "layer_kernels.cu",
     "token_attention.cu",
@@ -187,6 +189,49 @@ class SmallBatchVariant:
 
 
 @dataclass(frozen=True)
+class WideBatchVariant:
+    """How the product of up to `columns` * 8 rows is computed (wide_batch.cu)."""
+
+    packing: Packing
+    epilogue: str  # PLAIN, SILU, RESIDUAL
+    columns: int  # of 8 rows each
+    tiles: int  # of a warp
+    warps: int  # side by side over the outputs
+    split: int  # such groups of warps, which take chunks in turn
+    stages: int  # slots of a chunk for each group, on their way or being multiplied
+    blocks: int = 1  # of a processor at once
+    warpgroup: bool = False  # four warps multiply together, of Hopper
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.columns}_{self.tiles}_{self.warps}_{self.split}_{self.stages}_{self.blocks}"
+        return f"wide_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{'_warpgroup' * self.warpgroup}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps * self.split
+
+    @property
+    def item_tiles(self) -> int:
+        """Tiles of a block at a time."""
+        return self.tiles * self.warps
+
+    @property
+    def partial_bytes(self) -> int:
+        """The sums of an item."""
+        return self.item_tiles * TILE * self.columns * 8 * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        part, aligned = self.columns * 8 * CHUNK * 2 + self.item_tiles * self.packing.tile_bytes, 1024 if self.warpgroup else 16
+        slot = self.split * -(-part // aligned) * aligned
+        width = self.tiles // self.split * (8 if self.epilogue == "SILU" else TILE) + 4
+        written = self.warps * self.split * 8 * width * 4
+        added = self.split * self.split * self.warps * self.columns * 512 if self.split > 1 else 0
+        return self.stages * slot + max(written, added) + (1024 if self.warpgroup else 0) + 16  # what aligns it, and a flag
+
+
+@dataclass(frozen=True)
 class LayerVariant:
     """The kernels of layer_kernels.cu for one type of numbers."""
 
@@ -218,7 +263,7 @@ class DecodeVariant:
         return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1)
 
 
-Variant = GemvVariant | OctetVariant | SmallBatchVariant | LayerVariant | DecodeVariant
+Variant = GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
 
 
 @dataclass(frozen=True)
@@ -248,8 +293,11 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
     files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("common.cu", *_TEMPLATES, *(_FIXED if fixed else ()))}
     text = [files.pop("common.cu"), kernel_arguments.c_text(), *files.values()]
 
-    def kernel(name: str, arguments: str, call: str, threads: int = 0, cluster: int = 1) -> None:
-        bounds = f"__cluster_dims__({cluster}, 1, 1) " * (cluster > 1) + (f"__launch_bounds__({threads}) " if threads else "")
+    def kernel(name: str, arguments: str, call: str, threads: int = 0, cluster: int = 1, blocks: int = 0) -> None:
+        least = f", {blocks}" * (blocks > 0)
+        bounds = f"__cluster_dims__({cluster}, 1, 1) " * (cluster > 1) + (
+            f"__launch_bounds__({threads}{least}) " if threads else ""
+        )
         text.append(f'extern "C" __global__ void {bounds}{name}({arguments} p) {{ {call}(p); }}\n')
 
     for bits in sorted({each.bits for each in packings}):
@@ -265,6 +313,10 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             numbers += f", {str(each.even).lower()}, {each.cluster}"
             call = f"octet<{each.packing.arguments}, {numbers}>"
             kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
+        elif isinstance(each, WideBatchVariant):
+            numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}"
+            call = f"wide_batch<{each.packing.arguments}, {numbers}, {str(each.warpgroup).lower()}>"
+            kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
                 kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>")
@@ -288,7 +340,8 @@ def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: 
     """The same as several programs, which are compiled side by side."""
     parts: dict[Any, list[Variant]] = {}
     for each in variants:
-        part = (each.rows, each.epilogue) if isinstance(each, OctetVariant) else None
+        part: Any = (each.rows, each.epilogue) if isinstance(each, OctetVariant) else None
+        part = each if isinstance(each, WideBatchVariant) else part  # takes as long as several others
         parts.setdefault((type(each), each.columns if isinstance(each, SmallBatchVariant) else part), []).append(each)
     packings, formats = list(packings), list(formats)
     found = [source(part, [], []) for part in parts.values()]

@@ -66,7 +66,8 @@ class Compiler:
         if not fitting:
             raise NoCompiler(f"NVRTC {self.version} does not compile for compute capability {capability[0]}.{capability[1]}.")
         # machine code where NVRTC knows the GPU; else PTX of the newest that it knows, which the driver translates
-        self.target = f"sm_{number}" if number in known else f"compute_{fitting[-1]}"
+        own = "a" if number == 90 and int(self.version.split(".")[0]) >= 12 else ""  # with instructions that only Hopper has
+        self.target = f"sm_{number}{own}" if number in known else f"compute_{fitting[-1]}"
         self._cache = cache if cache is not None else cache_folder() / "kernels"
 
     def architectures(self) -> list[int]:

@@ -1,7 +1,7 @@
 """Reading prompts on a GPU: many tokens at once, of one sequence or of several.
 
-Up to 96 tokens are multiplied with the packed weights (small_batch.cu). For more, weights are made dense by tiles, and
-cuBLAS multiplies. Both leave keys and values in the sequence's pages.
+Up to 256 tokens, on Hopper 768, are multiplied with the packed weights (small_batch.cu, wide_batch.cu). For more, weights are
+made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from ..token_ids import require_known
-from . import small_batch
+from . import small_batch, wide_batch
 from .attention import gather_pages, rope_rows
 from .cuda_adapter import CudaAdapter, Matrices
 from .cuda_layers import Layer, ModelWeights
@@ -20,7 +20,7 @@ from .cuda_weights import Weight
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
 from .model_shape import ModelShape
-from .row_kernels import norm_rows, silu_rows
+from .row_kernels import norm_rows, order_rows, silu_rows
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
@@ -46,7 +46,7 @@ class Prompt:
         residual = self._embedded([id for each in pieces for id in each.ids])
         count = residual.shape[0]
         scratch = None
-        if count > small_batch.MOST_ROWS:
+        if count > wide_batch.most_rows(self._gpu):
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
         visible = [self._visible(each.start, len(each.ids)) for each in pieces]
         addend = None  # a product that is still to be added to the residual: the next norm does it
@@ -55,7 +55,7 @@ class Prompt:
             qkv = self._product(x, layer.qkv, scratch)
             _adapt(qkv, x, pieces, at, "qkv")
             attended = self._attend_all(at, layer, qkv, pieces, visible)
-            x = _in_order(attended, layer.o)
+            x = self._in_order(attended, layer.o)
             _adapt(residual, x, pieces, at, "o")
             addend = self._add(residual, x, layer.o, scratch)
             x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
@@ -73,6 +73,12 @@ class Prompt:
     def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
         out = torch.empty(residual.shape[0], weight.padded, dtype=torch.float16, device=residual.device)
         norm_rows(self._gpu, residual, norm, weight.order, out, self._shape.eps, addend)
+        return out
+
+    def _in_order(self, x: Tensor, weight: Weight) -> Tensor:
+        """[T, K] -> [T, padded] in fragment order, zeros for padding."""
+        out = torch.empty(x.shape[0], weight.padded, dtype=torch.float16, device=x.device)
+        order_rows(self._gpu, x, weight.order, out)
         return out
 
     def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor:
@@ -165,13 +171,6 @@ def _adapt(y: Tensor, x: Tensor, pieces: Sequence[Piece], at: int, role: str) ->
         first, end = end, end + len(each.ids)
         if (own := _matrices(each, at, role)) is not None:
             y[first:end] += own.of_rows(x[first:end])
-
-
-def _in_order(x: Tensor, weight: Weight) -> Tensor:
-    """[T, K] -> [T, padded] in fragment order, zeros for padding."""
-    if weight.padded == weight.in_features:
-        return x.index_select(1, weight.order)
-    return nn.functional.pad(x, (0, 1)).index_select(1, torch.where(weight.order < 0, weight.in_features, weight.order))
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

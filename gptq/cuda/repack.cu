@@ -69,12 +69,9 @@ template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackAr
     const Scale<SYM> scale =
         load_scale<BITS, SYM>(p.scales, ((p.first_tile + tile) * p.groups + (int)(unit * p.unit_to_group >> 16)) * 8 + lane / 4);
     u32 a[4];
-    fragment<BITS>(words, s, twice_low(scale.z), twice_high(scale.z), a);
-    const float f = low_of(scale.s), f8 = high_of(scale.s);
-    row[s * 2] = to_half2(low_of(a[0]) * f, high_of(a[0]) * f);
-    row[s * 2 + 1] = to_half2(low_of(a[2]) * f, high_of(a[2]) * f);
-    row8[s * 2] = to_half2(low_of(a[1]) * f8, high_of(a[1]) * f8);
-    row8[s * 2 + 1] = to_half2(low_of(a[3]) * f8, high_of(a[3]) * f8);
+    scaled_fragment<BITS, SYM>(words, s, scale, a);
+    row[s * 2] = a[0]; row[s * 2 + 1] = a[2];
+    row8[s * 2] = a[1]; row8[s * 2 + 1] = a[3];
   }
   u16* to = p.out + ((size_t)tile * TILE + lane / 4) * p.chunks * CHUNK + chunk * CHUNK + lane % 4 * 16;
   u16* to8 = to + (size_t)8 * p.chunks * CHUNK;

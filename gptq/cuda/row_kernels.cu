@@ -131,16 +131,42 @@ extern "C" __global__ void norm_rows(NormArguments p) {
   }
 }
 
-// SiLU(gate) * up of many rows. Blocks share a row.
-extern "C" __global__ void silu_rows(SiluArguments p) {
-  const u16* from = p.gate_up + (size_t)blockIdx.y * (p.inner * 2);
-  u16* to = p.out + (size_t)blockIdx.y * p.padded;
-  for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < p.padded; at += gridDim.x * blockDim.x) {
-    float y = 0.f;
-    if (at < p.inner) {
-      const float gate = to_float(from[at / 8 * 16 + at % 8]);
-      y = gate / (1.f + __expf(-gate)) * to_float(from[at / 8 * 16 + at % 8 + 8]);
+// Inputs of many rows in the order that the next weight is stored in. A block keeps `together` rows in shared memory.
+// `k` is a multiple of 8, `padded` of 2.
+extern "C" __global__ void order_rows(OrderArguments p) {
+  u16* rows = (u16*)shared_words;
+  const int first = blockIdx.x * p.together, count = min(p.together, p.rows - first);
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  for (int at = threadIdx.x * 8; at < count * p.k; at += blockDim.x * 8) *(uint4*)(rows + at) = *(const uint4*)(p.x + (size_t)first * p.k + at);
+  __syncthreads();
+  for (int at = threadIdx.x * 2; at < p.padded; at += blockDim.x * 2) {
+    const int2 k = *(const int2*)(p.order + at);
+    for (int row = 0; row < count; row++) {
+      const u16* from = rows + row * p.k;
+      *(u32*)(p.out + (size_t)(first + row) * p.padded + at) = pair(k.x < 0 ? 0 : from[k.x], k.y < 0 ? 0 : from[k.y]);
     }
-    to[at] = to_half(y);
+  }
+}
+
+// SiLU(gate) * up of many rows, eight outputs a thread. Blocks share a row. `inner` and `padded` are multiples of 8.
+extern "C" __global__ void silu_rows(SiluArguments p) {
+  const uint4* from = (const uint4*)(p.gate_up + (size_t)blockIdx.y * (p.inner * 2));
+  uint4* to = (uint4*)(p.out + (size_t)blockIdx.y * p.padded);
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < p.padded / 8; at += gridDim.x * blockDim.x) {
+    uint4 y = make_uint4(0, 0, 0, 0);
+    if (at < p.inner / 8) {
+      const uint4 gates = from[at * 2], ups = from[at * 2 + 1];
+      const u32 *gate = &gates.x, *up = &ups.x;
+      u32* out = &y.x;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float low = low_of(gate[i]), high = high_of(gate[i]);
+        out[i] = to_half2(low / (1.f + __expf(-low)) * low_of(up[i]), high / (1.f + __expf(-high)) * high_of(up[i]));
+      }
+    }
+    to[at] = y;
   }
 }

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from .gpu_kernels import Gpu
-from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, SILU, TILE
+from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, ORDER, SILU, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS
 
+_ORDERED_BYTES = 32 * 1024  # of the rows that a block orders together
 _SCRATCH_BYTES = 160  # of a block: the sums of up to 33 warps, and what aligns them
 
 
@@ -34,11 +35,24 @@ def norm_rows(
     gpu.run("norm_rows", (rows,), 512, arguments, hidden * 4 + _SCRATCH_BYTES, overlap=True)
 
 
+def order_rows(gpu: Gpu, x: Tensor, order: Tensor, out: Tensor) -> None:
+    """x fp16 [T, K] -> out fp16 [T, padded], the inputs in the order of `order`. K is a multiple of 8."""
+    rows, k = x.shape
+    together = max(1, min(4, _ORDERED_BYTES // (k * 2)))
+    arguments = ORDER.pack(x=x, out=out, order=order, rows=rows, k=k, padded=out.shape[1], together=together)
+    gpu.run("order_rows", (-(-rows // together),), 256, arguments, together * k * 2, overlap=True)
+
+
 def silu_rows(gpu: Gpu, gate_up: Tensor, out: Tensor) -> None:
-    """SiLU(gate) * up of gate_up fp16 [T, 2 * inner], 8 of each in turn -> out fp16 [T, padded]."""
-    rows, width = gate_up.shape
-    arguments = SILU.pack(gate_up=gate_up, out=out, inner=width // 2, padded=out.shape[1])
-    gpu.run("silu_rows", (8, rows), 256, arguments)
+    """SiLU(gate) * up of gate_up fp16 [T, 2 * inner], 8 of each in turn -> out fp16 [T, padded].
+
+    Raises ValueError if `inner` or `padded` is no multiple of 8.
+    """
+    (rows, width), padded = gate_up.shape, out.shape[1]
+    if width % 16 or padded % 8:
+        raise ValueError(f"{width // 2} gates and {padded} outputs were given; both must be multiples of 8.")
+    arguments = SILU.pack(gate_up=gate_up, out=out, inner=width // 2, padded=padded)
+    gpu.run("silu_rows", (-(-padded // 2048), rows), 256, arguments, overlap=True)
 
 
 def head_threads(hidden: int) -> int:

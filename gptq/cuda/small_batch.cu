@@ -21,13 +21,6 @@ template <int BITS, bool SYM, int UNITS, int MT, int NT, int KS, int STAGES, int
   static_assert(SLOT % 16 == 0 && TILE_BYTES % 16 == 0, "copies of 16 bytes are aligned");
 };
 
-// Step s of a chunk as the matrix unit takes it, times the scales of rows r and r + 8.
-template <int BITS, bool SYM> DEVICE void scaled_fragment(const Words<BITS>& words, int s, const Scale<SYM>& scale, u32 (&a)[4]) {
-  const u32 low = twice_low(scale.s), high = twice_high(scale.s);
-  fragment<BITS>(words, s, twice_low(scale.z), twice_high(scale.z), a);
-  a[0] = mul2(a[0], low); a[1] = mul2(a[1], high); a[2] = mul2(a[2], low); a[3] = mul2(a[3], high);
-}
-
 template <int MT, int NT, typename Sizes> DEVICE void store_sums(const float (&y)[MT][NT][4], float* mine, int lane) {
   const int r = lane / 4, c = lane % 4;
 #pragma unroll

@@ -1,4 +1,7 @@
-"""Products of 2 to 96 rows: which kernel of small_batch.cu computes them, and how it is launched."""
+"""Products of 2 rows and more. Up to 32 are computed by small_batch.cu: which of its kernels, and how it is launched.
+
+What is faster when the warps of a block share their input is left to wide_batch.py.
+"""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -6,28 +9,33 @@ from functools import lru_cache
 from torch import Tensor
 
 from ..suitability import Unsuited
+from . import wide_batch
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
 from .kernel_arguments import SMALL_BATCH
-from .kernel_source import Packing, SmallBatchVariant
+from .kernel_source import Packing, SmallBatchVariant, WideBatchVariant
 
-MOST_ROWS = 96  # beyond, making the weight dense and cuBLAS are faster (NOTES.md)
-COLUMNS = (1, 2, 4, 8)  # of 8 rows each
+COLUMNS = (1, 2, 4)  # of 8 rows each
+_LEAST_WIDE_ROWS = 17  # of a large weight; a small one has too few items for that before 33
+_SMALL_WEIGHT = 50_000  # chunks of tiles; qkv and o of a 7B have 24,576 and 16,384, its MLP 57,344 and 114,688
 # (tiles, split, stages) by columns, the best on an H200 first. The first that fits into a GPU's shared memory is taken.
 # Weights with many outputs have work for every processor at four tiles a block, the others at two.
-_WIDE = {
+_Spreads = dict[int, tuple[tuple[int, int, int], ...]]
+_WIDE: _Spreads = {
     1: ((4, 8, 3), (2, 4, 4), (2, 4, 2)),
     2: ((8, 4, 3), (4, 4, 3), (2, 4, 3), (2, 4, 2)),
-    4: ((4, 4, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
-    8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
+    4: ((4, 8, 3), (4, 4, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
-_NARROW = {
+_NARROW: _Spreads = {
     1: ((4, 8, 4), (2, 4, 4), (2, 4, 2)),
     2: ((2, 8, 4), (2, 4, 3), (2, 4, 2)),
     4: ((2, 8, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
-    8: ((2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
-_SPREADS = {"PLAIN": {**_WIDE, 2: ((4, 8, 3), *_WIDE[2]), 4: ((4, 8, 3), *_WIDE[4])}, "SILU": _WIDE, "RESIDUAL": _NARROW}
+_SPREADS: dict[str, _Spreads] = {
+    "PLAIN": {**_WIDE, 2: ((4, 8, 3), *_WIDE[2])},
+    "SILU": _WIDE,
+    "RESIDUAL": _NARROW,
+}
 
 
 @lru_cache(maxsize=256)
@@ -45,18 +53,26 @@ def variants(packing: Packing, epilogue: str, limit_bytes: int) -> dict[int, Sma
     return found
 
 
-def every_variant(gpu: Gpu, products: Iterable[tuple[Packing, str]]) -> list[SmallBatchVariant]:
+def every_variant(gpu: Gpu, products: Iterable[tuple[Packing, str]]) -> list[SmallBatchVariant | WideBatchVariant]:
     """What a model needs; `products` are (packing, epilogue)."""
-    return [plan for each in set(products) for plan in variants(*each, gpu.shared_limit_bytes).values()]
+    products, limit = set(products), gpu.shared_limit_bytes
+    wide = [plan for each in products for plan in wide_batch.variants(*each, limit, gpu.warpgroups).values()]
+    for plan in wide:
+        wide_batch.reserve(gpu, plan)
+    return [*wide, *(plan for each in products for plan in variants(*each, limit).values())]
 
 
 def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor) -> None:
     """x fp16 [T, padded] in fragment order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), fp16 [T, N / 2] (SILU), or
     added to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
-    plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes)
-    most, rows = 8 * max(plans), x.shape[0]
     if x.shape[1] != weight.padded:
         raise ValueError(f"The input has rows of {x.shape[1]} numbers; the weight takes {weight.padded}.")
+    plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes)
+    most, rows = 8 * max(plans), x.shape[0]
+    small = weight.tiles * weight.chunks <= _SMALL_WEIGHT
+    if rows >= _LEAST_WIDE_ROWS and (not small or rows > most):
+        wide_batch.multiply(gpu, weight, epilogue, x, out)
+        return
     for first in range(0, rows, most):
         count = min(most, rows - first)
         plan = plans[next(each for each in plans if each * 8 >= count)]

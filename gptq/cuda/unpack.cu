@@ -121,3 +121,10 @@ template <int BITS, bool SYM> DEVICE Scale<SYM> read_scale(const u8* from, int l
 }
 DEVICE u32 twice_low(u32 h2) { return __byte_perm(h2, 0, 0x1010); }
 DEVICE u32 twice_high(u32 h2) { return __byte_perm(h2, 0, 0x3232); }
+
+// Step s of a chunk as the matrix unit takes it, times the scales of rows r and r + 8.
+template <int BITS, bool SYM> DEVICE void scaled_fragment(const Words<BITS>& words, int s, const Scale<SYM>& scale, u32 (&a)[4]) {
+  const u32 low = twice_low(scale.s), high = twice_high(scale.s);
+  fragment<BITS>(words, s, twice_low(scale.z), twice_high(scale.z), a);
+  a[0] = mul2(a[0], low); a[1] = mul2(a[1], high); a[2] = mul2(a[2], low); a[3] = mul2(a[3], high);
+}
