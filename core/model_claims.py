@@ -23,6 +23,7 @@ _MOST = {  # far beyond every model there is; a larger number is damage
 }  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+_MOST_EXPERTS = 1 << 14  # a library makes each of them when it builds the model
 _MOST_LABELS = 1 << 16  # transformers names each of them
 _TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,
@@ -107,6 +108,8 @@ def _heads(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _experts(config: Mapping[str, Any]) -> Iterator[str]:
     experts, choices = first(config, _EXPERTS), first(config, _CHOICES)
+    if isinstance(experts, int) and experts > _MOST_EXPERTS:
+        yield f"config.json says {shown(experts)} experts; a number up to {_MOST_EXPERTS} was expected"
     if not isinstance(experts, int) or experts < 1 or choices is None or isinstance(choices, list):  # of a dense model, or a list
         return
     more = config.get("zero_expert_num")  # choices that compute nothing (LongCat)
