@@ -16,6 +16,7 @@ _STOP_S = 3  # then streams that still run are cut
 
 _HEAD_S = 30.0  # the time that the head of a request may take
 _HEAD_BYTES = 64 << 10  # the most of a head that is not complete; httptools itself has no limit
+_REST_BYTES = 64 << 20  # the most that is read, and thrown away, of a body whose answer was sent before it ended
 _KEEP_ALIVE_S = 75  # a connection without a request stays open for so long; programs keep theirs for the next one
 _MOST_CONNECTIONS = 512  # fewer than the 1,024 files that a process may open on most systems
 _MOST_OF_ONE = 128  # connections of one address; this machine, where proxies run, has no limit of its own
@@ -26,6 +27,9 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
 
     _late: asyncio.TimerHandle | None = None
     _head_bytes = 0  # of a head that is not complete
+    _rest_bytes = 0  # of a body whose answer was sent
+    _idle = False  # between two requests
+    _begun = False  # a request, by the bytes that came last
     _field_bytes = 0  # of the header fields of a request, those after its body too, which come while it is answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -38,18 +42,30 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        was_idle, self._begun = self._idle, False
         super().data_received(data)
-        self._head_bytes = 0 if self._is_asked() else self._head_bytes + len(data)
-        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
-            if self.cycle is not None and self.cycle.more_body:  # the rest of a body whose answer was sent: no second answer
+        if was_idle and not self._begun:  # line ends, which begin no request: they win no time
+            self._idle = False
+        if self._is_asked() or self._idle:
+            self._head_bytes = self._rest_bytes = 0
+        elif self.cycle is not None and self.cycle.more_body:  # no second answer, and no cut before the next request
+            self._rest_bytes += len(data)
+            if self._rest_bytes > _REST_BYTES:
                 self.transport.close()
-            else:
+        else:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The head of the request is too large.")
         self._watch()
 
     def on_message_begin(self) -> None:
         self._field_bytes = 0
+        self._idle, self._begun = False, True
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._idle = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by httptools, which answers 400 if this raises; h11 counts for itself."""
@@ -64,7 +80,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
 
     def _watch(self) -> None:
         """Close the connection if a request's head is not complete in time. Bytes that come meanwhile win no time."""
-        if self._is_asked():
+        if self._is_asked() or self._idle:
             self._unwatch()
         elif self._late is None and not self.transport.is_closing():
             self._late = self.loop.call_later(_HEAD_S, self.transport.close)

@@ -182,3 +182,29 @@ def test_a_body_that_goes_on_after_its_answer_gets_no_second_one(port, head, cap
                 found += piece
     assert found.startswith(b"HTTP/1.1 404") and found.count(b"HTTP/1.1") == 1
     assert not caplog.records
+
+
+@pytest.mark.parametrize("times", [1, 30])
+def test_a_body_that_ends_after_its_answer_leaves_the_connection_to_the_next_request(port, times):
+    """A program that posts a megabyte to a wrong address keeps its connection, as HTTP/1.1 says."""
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.settimeout(5)
+        for _ in range(times):
+            line.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
+            found = b""
+            while not found.endswith(b"no"):
+                found += line.recv(65536)
+            line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer(line).startswith(b"HTTP/1.1 200")
+        time.sleep(1.0)  # twice the time that a head may take
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).startswith(b"HTTP/1.1 200")
+
+
+def test_line_ends_between_two_requests_win_no_time(port):
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.settimeout(5)
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line).startswith(b"HTTP/1.1 200")
+        line.sendall(b"\r\n")
+        assert 0.3 < ended_after(line) < 3
