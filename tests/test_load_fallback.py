@@ -28,6 +28,8 @@ SHORT = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=4)
 
 def calls_its_layers(loaded):
     """The transformers model, computed through its own modules: a step of our own would pass the fault by."""
+    if (patch := vars(loaded._stepper).get("_patch")) is not None:
+        patch.release()  # the step is in the place of its forward
     loaded._stepper = TransformersStepper(loaded.hf)
     loaded._prefix.clear()  # what another stepper remembers
     return loaded.hf

@@ -76,6 +76,7 @@ _COLOURS = """
   --gw-soft: #94a3b8; --gw-line: #334155; --gw-good: #5eead4;
   --gw-bad: #fda29b; --gw-bad-back: #3b1512; --gw-note: #fcd34d; --gw-note-back: #33290b;
 }
+input.subdued { color: var(--gw-soft) !important; }
 """
 
 _FRAME = """
