@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from ..core.units import format_duration
+from ..engine.layer_clock import LayerClock
 from ..engine.train_job import TrainJob, curve, run
 from ..gptq.training_recipe import Recipe
 from .engine_commands import make_engine
@@ -46,18 +47,17 @@ class _Lines:
     """A line every few seconds: the step, its loss, the losses so far as bars, and the time left."""
 
     def __init__(self) -> None:
-        self._began_s, self._said_s, self._before = time.monotonic(), 0.0, 0
+        self._clock, self._said_s = LayerClock(), 0.0
 
     def __call__(self, done: Any) -> None:
-        if done.resumed:
-            self._before = done.step
+        left_s = self._clock.left_s(done.step - 1, done.count, resumed=done.resumed)
+        if left_s is None:
             say(f"Steps 1 to {done.step} were made by an earlier run.")
             return
         now_s = time.monotonic()
         if now_s - self._said_s < _EVERY_S and done.step < done.count:
             return
         self._said_s = now_s
-        left_s = (now_s - self._began_s) / (done.step - self._before) * (done.count - done.step)
         say(f"Step {done.step} of {done.count}: loss {done.losses[-1]:.3f} {_bars(done.losses)} {format_duration(left_s)} left")
 
 

@@ -1,10 +1,10 @@
-"""How long the layers that are still to be quantised will take."""
+"""How long what is still to be done will take: layers to quantise, steps of a training."""
 
 import time
 
 
 class LayerClock:
-    """Hears of every layer that is done. Reading the model is in the time of the first, so that one does not count."""
+    """Hears of every layer or step that is done. Reading the model is in the time of the first, so that one does not count."""
 
     def __init__(self) -> None:
         self._made, self._last_s, self._spent_s = 0, time.monotonic(), 0.0

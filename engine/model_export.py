@@ -40,7 +40,7 @@ def export(
     Raises BadParameter (there is such a folder, or nothing to do), LoadRefused, BadCheckpoint, DiskFull.
     """
     if output.exists():
-        raise BadParameter(f"{output} is there already. Choose another folder with --output, or remove it.")
+        raise BadParameter(f"{output} is there already. Remove it, or choose another folder (--output).")
     if model.kind == "plain" and adapter is None:
         raise BadParameter(f"{model.name} is a 16-bit model already. Run gptq-webui quantize to make GPTQ folders of it.")
     if not (model.is_packed or model.kind == "plain"):

@@ -50,14 +50,14 @@ def check(job: TrainJob) -> None:
         raise BadParameter(f"{job.output.name!r} cannot be an adapter's name. Write letters, digits, dots, + and hyphens.")
     whole = {
         "rank": recipe.rank,
-        "epochs": recipe.epochs,
-        "batch": recipe.batch,
-        "length": job.length,
-        "save-every": job.save_every,
+        "number of epochs": recipe.epochs,
+        "batch size": recipe.batch,
+        "cutoff length": job.length,
+        "number of steps between checkpoints": job.save_every,
     }
     for name, value in whole.items():
         if value < 1:
-            raise BadParameter(f"--{name} {value} is not possible. Write 1 or more.")
+            raise BadParameter(f"The {name} is {value}. Write 1 or more.")
     if recipe.learning_rate <= 0 or recipe.alpha <= 0 or not 0 <= recipe.dropout < 1:
         raise BadParameter("The learning rate and alpha must be above 0, the dropout from 0 to below 1.")
     if not (job.model.is_packed or job.model.kind == "plain"):

@@ -43,7 +43,7 @@ def read_examples(path: Path, model: LocalModel, tokenizer: Any, length: int, sa
     kept = [each for each in kept if any(each.learned[1:])]
     if not kept:
         raise BadParameter(
-            f"{path.name} holds no answer that fits into {length} tokens. Give another file, or a larger --length."
+            f"{path.name} holds no answer that fits into {length} tokens. Give another file, or a larger cutoff (--length)."
         )
     if cut:
         gone = f", {len(found) - len(kept)} of them left out" if len(kept) < len(found) else ""

@@ -28,14 +28,14 @@ class _Kept:
 class Running(_Kept):
     """An answer that is being read or sampled; its `ids` grow."""
 
+    reads = True  # its prompt; False where it waits for memory
+    leader: "Running | None" = None  # reads what this one begins with
+    together = 0  # tokens that both begin with
+
     def __init__(self, number: int, ids: list[int], memory: Memory) -> None:
         super().__init__(ids, memory, len(ids))
         self.number = number
         self.alike: dict[int, int] = {}  # by the number of an earlier one: tokens that both prompts begin with
-
-    reads = True  # its prompt; False where it waits for memory
-    leader: "Running | None" = None  # reads what this one begins with
-    together = 0  # tokens that both begin with
 
 
 class PrefixCache:

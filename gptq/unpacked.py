@@ -90,7 +90,7 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
 def _packed(model: Any) -> Iterator[tuple[str, GPTQLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            raise LoadRefused("The model has packed experts; and those cannot be written anew yet. Choose another model.")
+            raise LoadRefused("The model has packed experts, which cannot be written anew yet. Choose another model.")
         if isinstance(module, GPTQLinear):
             yield name, module
 

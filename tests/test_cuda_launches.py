@@ -121,7 +121,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
      (9, {}, SEVEN_A_LAYER)],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
-    monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())  # the CPU has no fp32 sums of halves
+    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())  # the CPU has no fp32 sums of halves
     step = make(gpu, parallel=rows, **change)
     gpu.launched.clear()
     step.batch.forward(rows)
@@ -129,7 +129,7 @@ def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, m
 
 
 def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_many_rows(gpu, monkeypatch):
-    monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())
+    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())
     gpu.shared_limit_bytes, gpu.capability = 64 * 1024, (7, 5)
     step = make(gpu, parallel=8, hidden=4096, layers=1)
     for rows, kernels in ((2, {"octet": 4, "head": 1}), (8, {"small": 4, "norm": 3})):
@@ -141,7 +141,7 @@ def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_man
 @pytest.mark.parametrize(("parallel", "kernel", "norms"), [(1, "gemv", 0), (3, "octet", 0), (12, "small", 5)])
 def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, kernel, norms):
     monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())
-    monkeypatch.setattr(batch_step, "_product", lambda x, weight: (x @ weight.T).float())
+    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())
     torch.manual_seed(0)
     parts = random_models.random_models(**SMALL, device="cpu")
     layer = parts.layers[1]

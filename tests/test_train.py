@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(model: LocalModel, dat
 def test_what_cannot_be_trained_is_refused_in_words(model: LocalModel, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     for changes, says in (
-        ({"rank": 0}, "--rank 0"),
+        ({"rank": 0}, "rank is 0"),
         ({"learning_rate": 0.0}, "learning rate"),
         ({"targets": ("x",)}, "among: down"),
     ):

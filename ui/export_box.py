@@ -16,8 +16,9 @@ from ..engine.model_export import DENSE, PACKED, Requantise, export, usual_folde
 from ..hub.adapter_base import beside
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, good, quiet, working
-from .job_watcher import Job, Jobs, Updates, Watcher
+from .html_snippets import bad, good, quiet
+from .job_watcher import Job, Updates, Watcher
+from .run_buttons import RunButtons
 
 _NONE = "none"
 
@@ -42,50 +43,26 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
         adapter = gradio_compat.Dropdown(
             [_NONE], value=_NONE, label="LoRA adapter to merge", info="One beside the model.", elem_id="gw-export-adapter"
         )
-    with gr.Row(elem_classes="gw-buttons"):
-        begin = gr.Button("Write", variant="primary", size="sm", min_width=120, elem_id="gw-export-start")
-        stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-export-stop")
+    buttons = RunButtons("Write", "gw-export", access, stopping="Stopping")
     status = gr.HTML(quiet("The new folder is beside the models."), elem_id="gw-export-status")
-    jobs = Jobs(shared=True)
 
     def show(request: gr.Request) -> Updates:
         if not access.is_owner(request):
             return {model: gr.update()}
-        if (job := jobs.running()) is not None:
-            jobs.attach(request, job)
+        buttons.look(request)
         models = [each for each in engine.library.models() if each.is_packed]
         adapters = sorted({name for each in models for name in beside(each.folder)})
         return {model: gr.update(choices=[each.name for each in models]), adapter: gr.update(choices=[_NONE, *adapters])}
 
     def start(request: gr.Request, name: str | None, how: str, merged: str | None) -> Updates:
-        access.require_owner(request)
         if not name:
             return {status: bad("Choose a model to write anew.")}
-        busy = jobs.start(request, f"Writing {name}", lambda job: _write(engine, name, how, merged, job))
-        if busy is not None:
-            jobs.attach(request, busy)
-            return {status: bad(f"{busy.what} is not done yet. Wait for it, or press Stop.")}
-        return {status: gr.update()}
+        return buttons.start(request, f"Writing {name}", lambda job: _write(engine, name, how, merged, job))
 
-    def running(job: Job) -> Updates:
-        return {
-            begin: gr.update(visible=False),
-            stop: gr.update(visible=True),
-            status: working(f"{job.text} …", job.share),
-        }
+    def done(folder: Path) -> str:
+        return good(f"Made {folder.name}. Choose it in the Model tab.")
 
-    def ended(job: Job, _request: gr.Request) -> Updates:
-        said = bad(job.error) if job.error else good(f"Made {job.result.name}. Choose it in the Model tab.")
-        return {begin: gr.update(visible=True), stop: gr.update(visible=False), status: said}
-
-    def end(request: gr.Request) -> Updates:
-        access.require_owner(request)
-        jobs.stop(request)
-        return {status: gr.update()}
-
-    watcher.add(jobs.part(running, ended), [begin, stop, status], live=[status])
-    watcher.after(begin.click(start, [model, form, adapter], [status], **gradio_compat.PRESS))
-    stop.click(end, None, [status], **gradio_compat.NOW)
+    buttons.wire(watcher, start, [model, form, adapter], status, done)
     return ExportBox(show, [model, adapter])
 
 

@@ -21,8 +21,9 @@ from ..engine.quantize_job import USUAL_BRANCHES, QuantizeJob, branch_name, pars
 from ..engine.quantize_source import find_source
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, good, quiet, table, working
-from .job_watcher import Job, Jobs, Updates, Watcher
+from .html_snippets import bad, good, quiet, table
+from .job_watcher import Job, Updates, Watcher
+from .run_buttons import RunButtons
 
 _GROUPS = ("128", "64", "32", "-1")
 _MEASURED_TOKENS = 4096
@@ -68,7 +69,11 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
             with gr.Accordion("Another branch", open=False, elem_id="gw-quantize-another"):
                 with gr.Row(elem_classes="gw-fields"):
                     bits = gradio_compat.Dropdown(
-                        ["none", *map(str, BITS)], value="none", label="Bits", elem_id="gw-quantize-bits"
+                        ["none", *map(str, BITS)],
+                        value="none",
+                        label="Bits",
+                        info="none: those above",
+                        elem_id="gw-quantize-bits",
                     )
                     group = gradio_compat.Dropdown(
                         list(_GROUPS), value=_GROUPS[0], label="Group size", info="-1: no groups", elem_id="gw-quantize-group"
@@ -116,27 +121,21 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                 info="Perplexity and KL divergence to the original, for the model card.",
                 elem_id="gw-quantize-measure",
             )
-            with gr.Row(elem_classes="gw-buttons"):
-                begin = gr.Button("Quantize", variant="primary", size="sm", min_width=120, elem_id="gw-quantize-start")
-                stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-quantize-stop")
+            buttons = RunButtons("Quantize", "gw-quantize", access, stopping="Stopping after this layer")
         with gr.Column(scale=2, min_width=320), gr.Column(elem_classes="gw-panel"):
             status = gr.HTML(_idle(), elem_id="gw-quantize-status")
             layers = gr.HTML(elem_id="gw-quantize-layers")
     fields = [source, branches, bits, group, act_order, dataset, samples, length, damp, symmetric, newer, output, measured]
-    outputs = [begin, stop, status, layers]
-    jobs = Jobs(shared=True)
     state = _Run()
 
     def show(request: gr.Request) -> Updates:
         if not access.is_owner(request):
             return {source: gr.update()}
-        if (job := jobs.running()) is not None:  # another page began it
-            jobs.attach(request, job)
+        buttons.look(request)
         names = [each.name for each in engine.library.models() if each.kind == "plain"]
         return {source: gr.update(choices=names)}
 
     def start(request: gr.Request, *given: Any) -> Updates:
-        access.require_owner(request)
         values = _Values(*given)
         try:
             configs = values.branches()
@@ -147,39 +146,16 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
             state.branches, state.rows, state.said = [branch_name(each) for each in configs], [], []
             return _make(engine, values, configs, job, state)
 
-        busy = jobs.start(request, f"Quantizing {values.source}", work)
-        if busy is not None:
-            jobs.attach(request, busy)
-            return {status: bad(f"{busy.what} is not done yet. Wait for it, or press Stop.")}
-        return {status: gr.update()}
+        return buttons.start(request, f"Quantizing {values.source}", work)
 
-    def running(job: Job) -> Updates:
-        return {
-            begin: gr.update(visible=False),
-            stop: gr.update(visible=True),
-            status: working(f"{job.text} …", job.share, *state.said),
-            layers: _layers(state),
-        }
+    def done(folders: list[Path]) -> str:
+        said = good(f"Made {plural(len(folders), 'folder')}. Choose one in the Model tab to chat with it.")
+        return said + "".join(quiet(each.name) for each in folders)
 
-    def ended(job: Job, _request: gr.Request) -> Updates:
-        if job.error:
-            said = bad(job.error)
-        else:
-            names = [each.name for each in job.result]
-            said = good(f"Made {plural(len(names), 'folder')}. Choose one in the Model tab to chat with it.")
-            said += "".join(quiet(each) for each in names)
-        return {begin: gr.update(visible=True), stop: gr.update(visible=False), status: said, layers: _layers(state)}
-
-    def end(request: gr.Request) -> Updates:
-        access.require_owner(request)
-        if (job := jobs.running()) is not None:
-            job.cancel.set()
-            job.text = "Stopping after this layer"
-        return {status: gr.update()}
-
-    watcher.add(jobs.part(running, ended), outputs, live=[status])
-    watcher.after(begin.click(start, fields, [status], **gradio_compat.PRESS))
-    stop.click(end, None, [status], **gradio_compat.NOW)
+    buttons.wire(
+        watcher, start, fields, status, done,
+        said=lambda: state.said, others=[layers], show=lambda: {layers: _layers(state)},
+    )  # fmt: skip
     return QuantizeTab(show, [source])
 
 

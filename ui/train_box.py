@@ -4,7 +4,6 @@ The work is engine/train_job.py; here is one run for all pages. A run that was s
 started again.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,12 +15,14 @@ import gradio as gr
 from ..core.errors import BadParameter, GptqWebuiError, LoadCancelled
 from ..core.units import format_duration
 from ..engine.engine import Engine
+from ..engine.layer_clock import LayerClock
 from ..engine.train_job import TrainJob, curve, run
 from ..gptq.training_recipe import Recipe, StepDone
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, good, quiet, working
-from .job_watcher import Job, Jobs, Updates, Watcher
+from .html_snippets import bad, good, quiet
+from .job_watcher import Job, Updates, Watcher
+from .run_buttons import RunButtons
 
 _POINTS = 120  # of the loss curve
 _WIDTH, _HEIGHT = 480, 120
@@ -60,31 +61,36 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
                     epochs = gradio_compat.Number(
                         3, precision=0, label="Epochs", info="times each text is read", minimum=1, elem_id="gw-train-epochs"
                     )
-                    rank = gradio_compat.Number(16, precision=0, label="Rank", minimum=1, elem_id="gw-train-rank")
+                    rank = gradio_compat.Number(
+                        16, precision=0, label="Rank", info="more learns more", minimum=1, elem_id="gw-train-rank"
+                    )
                     rate = gradio_compat.Number(2e-4, label="Learning rate", info="the highest", elem_id="gw-train-rate")
                 with gr.Row(elem_classes="gw-fields"):
-                    batch = gradio_compat.Number(4, precision=0, label="Texts of a step", minimum=1, elem_id="gw-train-batch")
-                    length = gradio_compat.Number(
-                        1024, precision=0, label="Tokens of a text", info="at most", minimum=1, elem_id="gw-train-length"
+                    batch = gradio_compat.Number(
+                        4, precision=0, label="Batch size", info="texts of a step", minimum=1, elem_id="gw-train-batch"
                     )
-            with gr.Row(elem_classes="gw-buttons"):
-                begin = gr.Button("Train", variant="primary", size="sm", min_width=120, elem_id="gw-train-start")
-                stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-train-stop")
+                    length = gradio_compat.Number(
+                        1024,
+                        precision=0,
+                        label="Cutoff length",
+                        info="most tokens",
+                        minimum=1,
+                        elem_id="gw-train-length",
+                    )
+            buttons = RunButtons("Train", "gw-train", access, stopping="Stopping after this step")
         with gr.Column(scale=2, min_width=320):
             status = gr.HTML(_idle(), elem_id="gw-train-status")
             losses = gr.HTML(elem_id="gw-train-losses")
     fields = [model, data, name, epochs, rank, rate, batch, length]
-    jobs, state = Jobs(shared=True), _Run()
+    state = _Run()
 
     def show(request: gr.Request) -> Updates:
         if not access.is_owner(request):
             return {model: gr.update()}
-        if (job := jobs.running()) is not None:  # another page began it
-            jobs.attach(request, job)
+        buttons.look(request)
         return {model: gr.update(choices=[each.name for each in engine.library.models() if each.is_packed])}
 
     def start(request: gr.Request, *given: Any) -> Updates:
-        access.require_owner(request)
         try:
             job = _job(engine, *given)
         except GptqWebuiError as error:
@@ -94,41 +100,15 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
             state.losses, state.said = [], []
             return _train(job, page_job, state)
 
-        busy = jobs.start(request, f"Training {job.output.name}", work)
-        if busy is not None:
-            jobs.attach(request, busy)
-            return {status: bad(f"{busy.what} is not done yet. Wait for it, or press Stop.")}
-        return {status: gr.update()}
+        return buttons.start(request, f"Training {job.output.name}", work)
 
-    def running(job: Job) -> Updates:
-        return {
-            begin: gr.update(visible=False),
-            stop: gr.update(visible=True),
-            status: working(f"{job.text} …", job.share, *state.said),
-            losses: picture(state.losses),
-        }
+    def done(folder: Path) -> str:
+        return good(f"Made the adapter {folder.name}. Load its model, and choose it in Conversation settings.")
 
-    def ended(job: Job, _request: gr.Request) -> Updates:
-        said = bad(job.error)
-        if not job.error:
-            said = good(f"Made the adapter {job.result.name}. Load its model, and choose it in Conversation settings.")
-        return {
-            begin: gr.update(visible=True),
-            stop: gr.update(visible=False),
-            status: said,
-            losses: picture(state.losses),
-        }
+    def shown() -> Updates:
+        return {losses: picture(state.losses)}
 
-    def end(request: gr.Request) -> Updates:
-        access.require_owner(request)
-        if (job := jobs.running()) is not None:
-            job.cancel.set()
-            job.text = "Stopping after this step"
-        return {status: gr.update()}
-
-    watcher.add(jobs.part(running, ended), [begin, stop, status, losses], live=[status])
-    watcher.after(begin.click(start, fields, [status], **gradio_compat.PRESS))
-    stop.click(end, None, [status], **gradio_compat.NOW)
+    buttons.wire(watcher, start, fields, status, done, said=lambda: state.said, others=[losses], show=shown)
     return TrainBox(show, [model])
 
 
@@ -157,7 +137,7 @@ def _job(
 
 def _train(job: TrainJob, page_job: Job, state: _Run) -> Path:
     """Raises LoadCancelled where Stop was pressed, and what train_job.run raises."""
-    began_s, before = time.monotonic(), 0
+    clock = LayerClock()
 
     def say(text: str) -> None:
         page_job.text = text.rstrip(".")
@@ -166,14 +146,12 @@ def _train(job: TrainJob, page_job: Job, state: _Run) -> Path:
         _go_on()
 
     def report(done: StepDone) -> None:
-        nonlocal began_s, before
         state.losses = list(done.losses)
         page_job.share = done.step / done.count
-        if done.resumed:
-            began_s, before = time.monotonic(), done.step
+        left_s = clock.left_s(done.step - 1, done.count, resumed=done.resumed)
+        if left_s is None:
             page_job.text = f"Steps 1 to {done.step} were made by an earlier run"
         else:
-            left_s = (time.monotonic() - began_s) / (done.step - before) * (done.count - done.step)
             page_job.text = f"Step {done.step} of {done.count}, loss {done.losses[-1]:.3f}, {format_duration(left_s)} left"
         _go_on()
 
@@ -200,5 +178,5 @@ def picture(losses: Sequence[float]) -> str:
 def _idle() -> str:
     return quiet(
         "Teaches a model your conversations: only the answers count. What is learned is a LoRA adapter, a small folder that each "
-        "conversation can choose. Needs the library PEFT."
+        'conversation can choose. Needs the library PEFT: pip install "gptq-webui[train]"'
     )

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..suitability import Unsuited
 from . import adapter_rows, gemv, octet, small_batch
 from .attention import AttentionWork, attend
-from .batch_step import _product as head_product
-from .batch_step import rows_of_graph
+from .batch_step import head_product, rows_of_graph
 from .buffers import Buffers
 from .cuda_adapter import CudaAdapter
 from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights

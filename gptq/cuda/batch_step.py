@@ -91,13 +91,13 @@ class BatchStep:
             small_batch.multiply(gpu, layer.down, "RESIDUAL", here.inner, here.residual)
 
     def _head(self, rows: int) -> None:
-        self._sequences.logits[:rows] = _product(self._buffers.x_head[:rows], self._weights.head)
+        self._sequences.logits[:rows] = head_product(self._buffers.x_head[:rows], self._weights.head)
 
     def close(self) -> None:
         self._graphs.clear()
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def head_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T of halves, [T, N]; fp32 where torch can leave the sums so."""
     if hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(x, weight.T, out_dtype=torch.float32)

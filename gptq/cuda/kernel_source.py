@@ -7,6 +7,7 @@ few of the variants, and they are compiled together when it is loaded.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ class WideBatchVariant:
     blocks: int = 1  # of a processor at once
     warpgroup: bool = False  # four warps multiply together, of Hopper
 
-    @property
+    @cached_property  # a prompt launches hundreds of kernels
     def name(self) -> str:
         numbers = f"{self.columns}_{self.tiles}_{self.warps}_{self.split}_{self.stages}_{self.blocks}"
         return f"wide_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{'_warpgroup' * self.warpgroup}"
@@ -216,12 +217,12 @@ class WideBatchVariant:
         """Tiles of a block at a time."""
         return self.tiles * self.warps
 
-    @property
+    @cached_property
     def partial_bytes(self) -> int:
         """The sums of an item."""
         return self.item_tiles * TILE * self.columns * 8 * 4
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         part, aligned = self.columns * 8 * CHUNK * 2 + self.item_tiles * self.packing.tile_bytes, 1024 if self.warpgroup else 16
         slot = self.split * -(-part // aligned) * aligned
