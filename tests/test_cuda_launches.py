@@ -121,7 +121,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
      (9, {}, SEVEN_A_LAYER)],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
-    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())  # the CPU has no fp32 sums of halves
+    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())  # no fp32 sums on the CPU
     step = make(gpu, parallel=rows, **change)
     gpu.launched.clear()
     step.batch.forward(rows)

@@ -62,7 +62,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
                         3, precision=0, label="Epochs", info="times each text is read", minimum=1, elem_id="gw-train-epochs"
                     )
                     rank = gradio_compat.Number(
-                        16, precision=0, label="Rank", info="more learns more", minimum=1, elem_id="gw-train-rank"
+                        16, precision=0, label="Rank", info="size of the adapter", minimum=1, elem_id="gw-train-rank"
                     )
                     rate = gradio_compat.Number(2e-4, label="Learning rate", info="the highest", elem_id="gw-train-rate")
                 with gr.Row(elem_classes="gw-fields"):
