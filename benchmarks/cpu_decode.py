@@ -20,6 +20,7 @@ import peers  # noqa: E402
 import torch  # noqa: E402
 
 from gptq_webui.core.models import LocalModel  # noqa: E402
+from gptq_webui.gptq.guessing import Guesser  # noqa: E402
 
 
 def main() -> None:
@@ -31,8 +32,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of the answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="peers whose name contains this, and ours")
+    parser.add_argument("--no-guesses", action="store_true", help="every token by a pass of its own: what the kernels take")
     parser.add_argument("--json", type=Path, help="write everything here")
     asked = parser.parse_args()
+    if asked.no_guesses:
+        setattr(Guesser, "guess", lambda self, costs: [])  # noqa: B010, mypy refuses the assignment
     model = LocalModel.read(asked.folder)
     ids = torch.randint(100, 1000, (asked.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     context = max(peers.CONTEXT, asked.prompt + asked.tokens + 64)
