@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cuda_batch_step import GREEDY, SAMPLED, first_doubt, ids_of, shared, solo  # noqa: F401 (a fixture)
 
-from gptq_webui.core.chat import Step
+from gptq_webui.core.chat import Step, Token
 from gptq_webui.core.grammar import Grammar
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 
@@ -110,12 +110,12 @@ def test_texts_are_scored_and_embedded_beside_answers(shared):  # noqa: F811
     ids = torch.randint(4, 288, (150,)).tolist()
     prompts = [torch.randint(4, 288, (20 + at,)).tolist() for at in range(16)]
     alone = [solo(model, each, GREEDY) for each in prompts]
-    scores = [each.logprob for each in model.score(ids, 1, threading.Event())][1:150]
+    scores = [each.logprob for each in model.score(ids, 1, threading.Event()) if isinstance(each, Token)][1:150]
     (vector,) = model.embed([ids], "mean", threading.Event())
     model._prefix.clear()
     streams = [model.generate(each, GREEDY, threading.Event()) for each in prompts]
     next(streams[0])
-    beside = [each.logprob for each in model.score(ids, 1, threading.Event())][1:150]
+    beside = [each.logprob for each in model.score(ids, 1, threading.Event()) if isinstance(each, Token)][1:150]
     (again,) = model.embed([ids], "mean", threading.Event())
     assert max(abs(one - other) for one, other in zip(scores, beside, strict=True)) < 0.02
     assert sum(one * other for one, other in zip(vector, again, strict=True)) > 0.999
