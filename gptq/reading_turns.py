@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import count
 
 PAUSE_S = 0.035  # that prompts may take between two tokens of the answers
+_CROWD, _CROWD_SHARE = 4, 1.5  # where so many prompts wait, a round reads more: it also computes a step of the few that do not
 _FIRST_TOKENS = 512  # of a round, before anything is measured
 _FEWEST_TOKENS = 64
 
@@ -68,7 +69,8 @@ class Turns:
             self._asked.clear()
             self._left = self._most()
         if self._busy():
-            self._left = min(self._left, self.tokens)
+            crowd = sum(not each.blocked for each in self._waiting) >= _CROWD
+            self._left = min(self._left, int(self.tokens * _CROWD_SHARE) if crowd else self.tokens)
         self._asked.add(turn.number)
         mine = (turn.share, turn.number)
         before = [each for each in self._waiting if not each.blocked and each.number not in self._asked]

@@ -46,6 +46,20 @@ def test_what_is_left_of_a_round_goes_to_the_next_one():
     assert turns.join().tokens() == 0, "nothing is left of this round"
 
 
+def test_where_many_prompts_wait_more_is_read_in_a_round():
+    turns = Turns(lambda: True, lambda: 2048)
+    turns.tokens = 1000
+    waiting = {at: turns.join() for at in range(3)}
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 1000
+    waiting[3] = turns.join()
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 1500
+    waiting[3].blocked = True
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 1000
+    turns.tokens = 2000
+    waiting[3].blocked = False
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 2048, "a piece has its size"
+
+
 def test_who_waits_for_something_else_holds_up_nobody():
     turns = Turns(lambda: True, lambda: 2048)
     blocked, other = turns.join(), turns.join()

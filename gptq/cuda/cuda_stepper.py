@@ -63,6 +63,7 @@ class CudaStepper(Stepper):
         self._answers.resume = self._read_again
         self.turns = Turns(lambda: self._answers.busy, lambda: self.chunk_tokens)
         self._pieces = AskedPieces(self._read_pieces)
+        self._answers.launch_prompts = self._pieces.flush
         self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after
 
     @property

@@ -23,7 +23,7 @@ class AskedPieces:
     """Those of a round. For one thread."""
 
     def __init__(self, read: Callable[[list[Asked]], None]) -> None:
-        """`read` computes pieces, and leaves logits or an error in each."""
+        """`read` computes pieces, and leaves logits or an error in each; what it raises is an error of all."""
         self._read = read
         self._asked: list[Asked] = []
 
@@ -35,10 +35,15 @@ class AskedPieces:
             self._asked.remove(piece)
 
     def flush(self) -> None:
-        """Read what was asked."""
+        """Read what was asked. An error is left in the pieces: whoever asks for a flush may wait for another one."""
         asked, self._asked = self._asked, []
-        if asked:
+        if not asked:
+            return
+        try:
             self._read(asked)
+        except Exception as error:
+            for each in asked:
+                each.error = error
 
 
 class PromptReading(Reading):

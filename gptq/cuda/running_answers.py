@@ -38,6 +38,7 @@ class Answers:
         self._pending: deque[Sampled] = deque()
         self._driver: Answer | None = None  # that asked for the last step
         self.resume: Callable[[Answer], Iterator[Tensor | None]]  # reads the ids of an answer again -> its last logits at last
+        self.launch_prompts: Callable[[], None] = lambda: None  # what is to be read of prompts in this round
 
     def sample(
         self,
@@ -67,8 +68,8 @@ class Answers:
                             yield None
                     elif answer.logits is None:
                         yield from self._read_again(answer)
-                    elif not self._join(answer, answer.logits):
-                        yield None
+                    elif not self._join(answer, answer.logits) or not answer.sampled:
+                        yield None  # the next step is behind its first token by the time that the host waits for it
                 host_tokens += 1
                 yield answer.sampled.popleft()
         finally:
@@ -177,6 +178,7 @@ class Answers:
         """An answer's first token, which the steps before it need not be read for."""
         if not any(each.is_step for each in self._pending) and not any(each.needs_host for each in self._active):
             self._launch()  # the GPU goes on meanwhile
+        self.launch_prompts()
         if answer.joined is not None:
             self._pending.remove(answer.joined)
             self._read(answer.joined)
