@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..core.errors import BadParameter
+from ..core.errors import BadFile, BadParameter
+from ..core.folder_files import read_text
 from ..engine.guess_limit import GuessLimit
 from .problems import Problem
 
@@ -189,7 +190,7 @@ def _is_long(key: str) -> bool:
 def _load(path: Path) -> dict[str, Key]:
     try:
         keys = [Key(**{name: each[name] for name in ("name", "sha256", "admin", "made")}) for each in _entries(path)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, BadFile, ValueError, KeyError, TypeError, RecursionError) as error:
         return _damaged(path, error)
     return {each.sha256: each for each in keys}
 
@@ -201,7 +202,7 @@ def _damaged(path: Path, error: Exception) -> dict[str, Key]:
 
 
 def _entries(path: Path) -> list[Any]:
-    found = json.loads(path.read_text(encoding="utf-8-sig"))["keys"]
+    found = json.loads(read_text(path))["keys"]
     if not isinstance(found, list):
         raise ValueError("it contains no list of keys")
     return found

@@ -28,6 +28,8 @@ _OTHER_SITE = (
 # No other site shows this page in a frame, where a visitor would press buttons unseen; no browser takes an answer for a script
 # or a picture; nobody whose link is followed learns this server's address.
 _SAFE = [("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN"), ("referrer-policy", "same-origin")]
+_FORWARDED_HOST = b"x-forwarded-host"
+_LONGEST_ADDRESS = 64  # an IPv6 address with a zone is shorter
 _UNREAD = (408, 413)  # statuses after which the rest of the body is not read
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -85,6 +87,7 @@ class Guard:
                 return
             await self._app(scope, receive, send)
             return
+        scope = self._as_it_came(scope)
         api = self._is_api(scope["method"], scope["path"])
         headers, refusal = self._refusal(scope, api)
         headers = [*_SAFE, *headers]
@@ -111,6 +114,16 @@ class Guard:
             ours = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
             scope = {**scope, "headers": [*others, *ours]}
         await self._app(scope, _limited(receive, limit), _adding(send, headers))
+
+    def _as_it_came(self, scope: Scope) -> Scope:
+        """Without what a stranger may say of itself in headers of proxies: a host that is none of ours, of which Gradio would
+        make the page's addresses, and an address of any length."""
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == _FORWARDED_HOST]
+        if given and not all(self._hosts.allows(each) for each in given):
+            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != _FORWARDED_HOST]}
+        if (client := scope.get("client")) and len(client[0]) > _LONGEST_ADDRESS:
+            scope = {**scope, "client": (client[0][:_LONGEST_ADDRESS], client[1])}
+        return scope
 
     def _refusal(self, scope: Scope, api: bool) -> tuple[list[tuple[str, str]], str | None]:
         """(CORS headers to add, why it is refused or None)."""

@@ -6,7 +6,8 @@ import json
 import threading
 from pathlib import Path
 
-from ..engine.evaluation import default_text, read_text
+from ..engine.dataset_file import text_of
+from ..engine.evaluation import default_text
 from ..engine.perplexity import TOKENS
 from .engine_commands import StatusLine, load_model, load_options, loading_line, make_engine
 from .evaluate_command import model_of
@@ -17,7 +18,7 @@ def perplexity(options: argparse.Namespace) -> int:
     files: list[Path] = list(options.files)
     if options.demo and options.model:
         files, options.model = [Path(options.model), *files], None
-    text = "".join(read_text(each.expanduser(), "the text") for each in files) if files else default_text()
+    text = "".join(text_of(each.expanduser(), "the text") for each in files) if files else default_text()
     name = ", ".join(each.name for each in files) or "Python's manual"
     tokens = options.tokens or (None if files else TOKENS)
     engine = make_engine(options)

@@ -9,6 +9,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import BadCheckpoint
 from .folder_files import is_lfs_pointer_file, lfs_sentence, open_regular, printable, shown_name
@@ -17,6 +18,7 @@ _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+_LARGEST = (1 << 63) - 1  # what safetensors' own 64 bits hold, and PyTorch's
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -46,8 +48,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                shape = tuple(int(each) for each in entry["shape"])
+                start, end = map(_count, entry["data_offsets"])
+                if start > end:
+                    raise ValueError
+                shape = tuple(map(_count, entry["shape"]))
                 tensors[name] = TensorInfo(str(entry["dtype"]), shape, 8 + length + start, end - start)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadCheckpoint(
@@ -60,6 +64,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "Download the model again; what is complete is kept."
             )
     return tensors
+
+
+def _count(value: Any) -> int:
+    """A size or an offset. Raises ValueError for a fraction, Infinity, NaN, a sign, and what no file can have."""
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError
+    return value
 
 
 _ENTRY = re.compile(
@@ -81,9 +92,11 @@ def read_beginning(data: bytes) -> dict[str, TensorInfo]:
     tensors = {}
     for name, dtype, shape, start, end in _ENTRY.findall(data[8 : 8 + length]):
         try:
-            sizes = tuple(int(each) for each in shape.split(b",") if each.strip())
-            begin, stop = int(start), int(end)
-        except ValueError:  # a number of thousands of digits, or two of them without a comma
+            sizes = tuple(_count(int(each)) for each in shape.split(b",") if each.strip())
+            begin, stop = _count(int(start)), _count(int(end))
+            if begin > stop:
+                continue
+        except ValueError:  # a number that no file can have, or two of them without a comma
             continue
         tensors[name.decode("utf-8", "replace")] = TensorInfo(
             dtype.decode("ascii", "replace"), sizes, 8 + length + begin, stop - begin

@@ -1,6 +1,5 @@
 """The text that decides how weights are rounded: a file of the user, or the built-in one."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..core.units import plural
 from ..loaders.text import chat_template
 from ..loaders.text.chat_template import ChatTemplate
 from ..loaders.text.renderers import TemplateFault, TemplateLimit
+from .dataset_file import json_of, lines_of, pieces_of, text_of
 from .demo_calibration import conversations, manual
 
 log = logging.getLogger(__name__)
@@ -68,25 +68,15 @@ def _built_in(template: ChatTemplate | None, tokenizer: Any) -> Iterator[str]:
 
 
 def _file(path: Path, template: ChatTemplate | None, tokenizer: Any, tokens: int) -> Iterator[str]:
-    if not path.is_file():
-        raise BadParameter(f"There is no file {path} for --dataset. Give a .txt or .jsonl file, or {BUILT_IN!r}.")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _of_line(line, template, tokenizer, f"Line {number} of {path.name}")
-            else:
-                yield file.read(tokens * _CHARACTERS_PER_TOKEN)
-    except UnicodeDecodeError:
-        raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None
+    if path.suffix == ".jsonl":
+        for where, line in lines_of(path, "--dataset"):
+            yield from pieces_of(_of_line(line, template, tokenizer, where))
+    else:
+        yield from pieces_of(text_of(path, "--dataset", tokens * _CHARACTERS_PER_TOKEN))
 
 
 def _of_line(line: str, template: ChatTemplate | None, tokenizer: Any, where: str) -> str:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        raise BadParameter(f"{where} is not JSON. Each line must be an object with text or messages.") from None
+    values = json_of(line, where, "Each line must be an object with text or messages.")
     if isinstance(values, dict) and isinstance(values.get("text"), str):
         return str(values["text"])
     messages = values.get("messages") if isinstance(values, dict) else None

@@ -12,6 +12,7 @@ from ..core.models import LocalModel
 from ..core.units import plural
 from ..gptq.text_windows import windows_of
 from ..loaders.text.token_codec import TokenCodec
+from .dataset_file import text_of
 from .demo_calibration import manual
 from .measured_quality import Figure, digest_of, remember
 
@@ -189,21 +190,10 @@ def default_text() -> str:
     return "\n\n".join(reversed(list(manual())))
 
 
-def read_text(path: Path, of: str, most_characters: int = -1) -> str:
-    """A file in UTF-8. Raises BadParameter, which says what it is the file `of`."""
-    if not path.is_file():
-        raise BadParameter(f"There is no file {path} for {of}. Give one of text in UTF-8.")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return file.read(most_characters)
-    except UnicodeDecodeError:
-        raise BadParameter(f"{path.name} is not text in UTF-8. Save it as UTF-8 and try again.") from None
-
-
 def _windows(tokenizer: Any, path: Path | None, window: int, tokens: int) -> list[list[int]]:
     """Side by side, each of the whole length, with the beginning-of-sequence token where the model uses one."""
     ids: list[int] = []
-    for part in [read_text(path, "--text", tokens * _MOST_CHARACTERS)] if path is not None else reversed(list(manual())):
+    for part in [text_of(path, "--text", tokens * _MOST_CHARACTERS)] if path is not None else reversed(list(manual())):
         ids += tokenizer(part, add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             break

@@ -1,6 +1,7 @@
 """Slows down those who guess passwords and keys: each address for itself, and all of them together.
 
-Whoever came in before is not stopped by the guesses of others, or anybody could lock the owner out.
+Whoever came in before is not stopped by the guesses of others, nor is who sits at this machine, or anybody could lock the owner
+out.
 """
 
 import ipaddress
@@ -53,7 +54,7 @@ class GuessLimit:
         with self._lock:
             own = self._each.get(address) or _Bucket(self._guesses, 1 / self._every_s, now)
             _remember(self._each, address, own)
-            buckets = [own] if address in self._known else [own, self._all]
+            buckets = [own] if address in self._known or _is_here(address) else [own, self._all]
             if (wait_s := max(each.wait_s(now) for each in buckets)) > 0:
                 return wait_s
             for each in buckets:
@@ -79,10 +80,19 @@ def _remember(kept: OrderedDict[str, T], address: str, value: T) -> None:
 
 def _network(address: str) -> str:
     """IPv6 gives everybody 2**64 addresses: they count as one."""
+    own, space, by_name = address.partition(" ")  # "1.2.3.4 by name" (page_gate.py)
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        found = ipaddress.ip_address(own.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    if isinstance(found, ipaddress.IPv6Address) and not found.is_loopback:
+        return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False)) + space + by_name
+    return str(found) + space + by_name
+
+
+def _is_here(address: str) -> bool:
+    """Whether it is of this machine itself, called by its address: what comes through a link or a proxy has a name."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import GptqWebuiError
-from ..core.folder_files import read_json
+from ..core.folder_files import printable, read_json
 from ..core.params import GenerationParams, names_in, neutral_values, read_request
 from .plain_yaml import NotPlainYaml, YamlReferences, plain_yaml
 
@@ -84,7 +84,7 @@ def from_yaml(text: str) -> ReadPreset:
     if not isinstance(found, dict) or not found:
         kind = "nothing" if found is None or found == {} else "a list" if isinstance(found, list) else "plain text"
         raise BadPresetFile(f"Found {kind} in place of names and values. Write lines such as `temperature: 0.7`.")
-    given = {str(name): value for name, value in found.items()}
+    given = {printable(str(name)): value for name, value in found.items()}
     known = {each for names in names_in("host").values() for each in names} | _WITHOUT_EFFECT | set(_NEUTRAL_THERE)
     if not known & set(given):
         names = ", ".join(list(given)[:5])

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import threading
 import time
@@ -14,8 +13,6 @@ from typing import Any
 from ..core.errors import BadParameter
 from ..core.user_folders import data_folder
 from .comparison import VOTES, Comparison
-
-log = logging.getLogger(__name__)
 
 _MOST_VOTES = 10_000  # the oldest are forgotten
 
@@ -44,14 +41,14 @@ class VoteBook:
         self._lock = threading.Lock()
 
     def vote(self, owner: str, comparison: Comparison, vote: str) -> None:
-        """Count a vote; now the comparison is open. Raises BadParameter if there is nothing to vote on."""
+        """Count a vote; now the comparison is open. Raises BadParameter if there is nothing to vote on, or it cannot be saved."""
         with self._lock:
             if vote not in VOTES or not comparison.waits_for_vote:
                 raise BadParameter("There is no blind comparison that waits for a vote. Compare two models first.")
-            comparison.vote = vote
             models = [side.name for side in comparison.sides]
             votes = [*self._read(owner), {"models": models, "vote": vote, "at": int(time.time())}]
             self._write(owner, votes[-_MOST_VOTES:])
+            comparison.vote = vote
 
     def tally(self, owner: str) -> list[Tally]:
         """Every model that was voted on, the best first."""
@@ -90,7 +87,12 @@ class VoteBook:
                 json.dump(votes, file)
             os.replace(draft, path)
         except OSError as error:
-            log.warning("the vote could not be saved in %s (%s)", path, error)
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise BadParameter(
+                f"Your vote could not be saved in {path.parent} ({error.strerror}), so it is not counted. Make room there, or make "
+                "the folder writable, and vote again."
+            ) from None
 
 
 def _is_vote(value: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.chat import Finish, Step
+from ..core.errors import BadParameter
 from ..core.params import GenerationParams
 from .banned_texts import sample_without
 from .grammar_mask import GrammarMask
@@ -40,7 +41,7 @@ def generate(
     how many tokens of the prompt are read, after every chunk of it.
     """
     if not ids:
-        raise ValueError("a prompt has at least one token")
+        raise BadParameter("The text is empty, and this model begins none by itself. Write at least a word.")
     stepper = model if isinstance(model, Stepper) else TransformersStepper(model)
     events = _events(
         stepper,

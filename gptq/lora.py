@@ -13,13 +13,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.errors import BadCheckpoint
+from ..core.errors import BadCheckpoint, BadFile
 from ..core.folder_files import printable, read_json
 from ..core.safetensors_header import read_header
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _PLAIN = re.compile(r"\^?((?:\w|\\?\.|-)+)\$?")  # a pattern that is a name, or the end of one
 _QUICK = re.compile(r"(?:\.[*+]|\\[dw]\+|[^*+?{}()|])*")  # one without groups
+_CONFIG_BYTES = 1_000_000
 _MOST_PATTERNS = 100  # that are no plain names
 _MOST_REPEATS, _LONGEST = 2, 200  # in a pattern; its characters
 _MOST_ALPHA = 1e6  # real ones are below 1,000
@@ -54,7 +55,10 @@ def read(model: nn.Module, folder: Path) -> dict[str, Part]:
     Raises BadCheckpoint if the folder is no PEFT adapter, is of a kind that is not supported (DoRA, trained biases or whole
     modules), or does not fit the model.
     """
-    config = read_json(folder / "adapter_config.json")
+    try:
+        config = read_json(folder / "adapter_config.json", _CONFIG_BYTES)
+    except BadFile as error:
+        raise BadCheckpoint(str(error)) from None
     file = folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA" or not file.is_file():
         raise BadCheckpoint(
@@ -106,6 +110,8 @@ def _numbers(name: str, file: Path) -> dict[str, Tensor]:
             f"The weights of the adapter {name} cannot be read: {file.name} is damaged. Download the adapter again."
         ) from error
     for key, each in tensors.items():
+        if each.is_floating_point() and each.element_size() == 1:  # PyTorch does not multiply these
+            tensors[key] = each.float()
         if not each.is_floating_point() or not bool(each.float().isfinite().all()):
             raise BadCheckpoint(
                 f"The adapter {name} holds values in {printable(key)[:200]} that are no numbers to multiply with. "

@@ -15,12 +15,14 @@ from ..core.models import LocalModel
 from ..core.safetensors_header import TensorInfo, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_BYTES = 1_000_000  # of the settings, which are read each time the page lists adapters; real ones have a few kilobytes
 HEADER_BYTES = 262_144  # of the weights: the shapes of a few hundred layers
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FRONT = re.compile(r"^base_model:[ \t]*(?:\n\s*-[ \t]*)?['\"]?(\w[\w./-]*)", re.MULTILINE)
 _AFTER = r"(gptq|awq|w4a16|int4|int8|\dbit|$)"  # what may follow the base model's name in a folder's
 _README_BYTES = 1_000_000
+_LARGEST_RANK = 65_536  # wider than any layer
 _SHOWN = 200  # characters of a name
 
 
@@ -29,13 +31,14 @@ class AdapterFacts:
     """What an adapter's settings say."""
 
     base: str  # the model that it was trained on, as its author called it; "" if they do not say
-    rank: int
+    rank: int  # 0 if they do not say
 
 
 def facts_of(config: Mapping[str, Any]) -> AdapterFacts:
     """Of an adapter_config.json, whatever is in it."""
     base, rank = config.get("base_model_name_or_path"), config.get("r")
-    return AdapterFacts(printable(base)[:_SHOWN] if isinstance(base, str) else "", rank if isinstance(rank, int) else 0)
+    known = type(rank) is int and 0 < rank <= _LARGEST_RANK
+    return AdapterFacts(printable(base)[:_SHOWN] if isinstance(base, str) else "", rank if known else 0)
 
 
 def beside(folder: Path) -> dict[str, AdapterFacts]:
@@ -45,7 +48,7 @@ def beside(folder: Path) -> dict[str, AdapterFacts]:
         for each in sorted(folder.parent.iterdir()):
             if (each / CONFIG).is_file() and not (each / "config.json").exists():
                 try:
-                    found[each.name] = facts_of(read_json(each / CONFIG))
+                    found[each.name] = facts_of(read_json(each / CONFIG, CONFIG_BYTES))
                 except Exception:
                     found[each.name] = AdapterFacts("", 0)
     except OSError:
@@ -118,7 +121,7 @@ def _misfit(tensors: Mapping[str, TensorInfo], model: LocalModel) -> str | None:
             return f"its part of {layer} is for {asked[0]} inputs and {asked[1]} outputs, the model has {sizes[0]} and {sizes[1]}"
     kinds = {name.split(".")[-2] for name in held if "." in name}
     if wanted and held and not kinds & {layer.rpartition(".")[2] for layer in wanted}:
-        return f"the model has no layer like {next(iter(wanted))}"
+        return f"the model has no layer like {printable(next(iter(wanted)))[:_SHOWN]}"
     return None
 
 

@@ -260,6 +260,18 @@ def test_votes_are_counted_once_and_kept_for_each_login(house, tmp_path):
         book.vote("anna", run(comparer, blind=True), "third")
 
 
+def test_a_vote_that_cannot_be_saved_is_not_counted_and_may_be_given_again(house, tmp_path):
+    (tmp_path / "votes").write_text("in the way of the folder")
+    _engine, comparer, _loads = house
+    book, found = VoteBook(tmp_path / "votes"), run(comparer, blind=True)
+    with pytest.raises(BadParameter, match=r"could not be saved.*not counted.*vote again"):
+        book.vote("anna", found, "first")
+    assert found.waits_for_vote and not found.is_open
+    (tmp_path / "votes").unlink()
+    book.vote("anna", found, "first")
+    assert found.is_open and len(book.tally("anna")) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1, {}]", '[{"models": ["a"], "vote": "tie"}]', "[" * 5000])
 def test_a_damaged_file_of_votes_counts_as_empty(tmp_path, text):
     (tmp_path / "votes.json").write_text(text)

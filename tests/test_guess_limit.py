@@ -66,3 +66,17 @@ def test_memory_has_a_limit():
         found.attempt(f"{at >> 8}.{at & 255}.0.1")
         found.succeeded(f"{at >> 8}.{at & 255}.0.1")
     assert len(found._each) <= 4096 and len(found._known) <= 4096
+
+
+def test_who_sits_at_the_machine_is_stopped_by_his_own_guesses_alone():
+    found, _clock = limit()
+    assert sum(tries(found, f"10.0.{at}.1") for at in range(200)) == 20
+    for own in ("127.0.0.1", "::1"):
+        assert tries(found, own) == 5
+    assert tries(found, "127.0.0.1 by name") == 0  # through a link or a proxy: anybody
+
+
+def test_visitors_of_a_name_count_by_network_too():
+    found, _clock = limit(total_guesses=1000)
+    assert sum(tries(found, f"2001:db8::{at:x} by name") for at in range(50)) == 5
+    assert tries(found, "2001:db8::1") == 5 and tries(found, "1.2.3.4 by name") == tries(found, "1.2.3.4") == 5

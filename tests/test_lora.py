@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from gptq_webui.core.errors import BadCheckpoint, BadParameter
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint, lora
 from gptq_webui.gptq.cpu import numba_compiler
+from gptq_webui.hub import adapter_base
+from gptq_webui.loaders.pretrained import adapters
 
 IDS = torch.arange(4, 44)[None]
 
@@ -210,6 +213,50 @@ def test_weights_that_are_no_file_of_weights_are_a_sentence(base, tmp_path):
         file.write_bytes(content)
         with pytest.raises(BadCheckpoint, match=r"(?i)download|git lfs"):
             lora.read(base, tmp_path / "a")
+
+
+def test_numbers_of_eight_bits_are_read_as_what_they_are(base, tmp_path):
+    hostile(
+        tmp_path / "a", lora_A=torch.full((4, 64), 0.5).to(torch.float8_e4m3fn), lora_B=torch.ones(64, 4).to(torch.float8_e5m2)
+    )
+    [(_module, inner, outer)] = lora.read(base, tmp_path / "a").values()
+    assert torch.equal(inner, torch.full((4, 64), 0.5)) and torch.equal(outer, torch.full((64, 4), 2.0))
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b"{", b"[]", b"\xff", b'{"peft_type": "LORA", "x": "' + b"y" * 1_000_001 + b'"}']
+)
+def test_settings_that_cannot_be_read_are_a_sentence(base, tmp_path, text):
+    hostile(tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_bytes(text)
+    with pytest.raises(BadCheckpoint, match=r"adapter_config.json (is|holds) .*Download it again"):
+        lora.read(base, tmp_path / "a")
+    assert adapter_base.beside(tmp_path / "model") == {"a": adapter_base.AdapterFacts("", 0)}
+
+
+def test_adapters_that_would_fill_the_memory_are_refused_and_a_link_to_nothing_is_no_harm(base, tmp_path, monkeypatch):
+    class Stepper:
+        def adapter(self, parts):
+            return parts
+
+    (tmp_path / "model").mkdir()
+    hostile(tmp_path / "a")
+    (tmp_path / "a" / "adapter_old.safetensors").symlink_to(tmp_path / "nothing")
+    found = adapters.Adapters(SimpleNamespace(folder=tmp_path / "model", name="model"), base, Stepper())
+    monkeypatch.setattr(adapters, "available_ram_bytes", lambda: 1000)
+    with pytest.raises(BadParameter, match=r"The adapters need .* of memory.*1.00 kB are free"):
+        found.of((("a", 1.0),))
+    monkeypatch.undo()
+    assert len(found.of((("a", 1.0),))) == 1
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    (tmp_path / "a" / "adapter_model.safetensors").symlink_to(tmp_path / "nothing")
+    with pytest.raises(BadParameter, match="is not a LoRA adapter"):
+        found.of((("a", 1.0),))
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(8, 8), (True, 0), (-1, 0), (10**4000, 0), (1.5, 0), ("8", 0), (None, 0)])
+def test_a_rank_that_no_layer_has_is_not_shown(rank, shown):
+    assert adapter_base.facts_of({"r": rank}).rank == shown
 
 
 def test_names_and_quick_patterns_choose_the_alpha(base, tmp_path):

@@ -73,6 +73,11 @@ def client(house, user=None):
         yield found
 
 
+def event(gate, values=0):
+    """The number of an event that takes so many values."""
+    return next(at for at, each in gate._server._app.get_blocks().fns.items() if each.fn and len(each.inputs) == values)
+
+
 def routes(app):
     """(method, path) of everything that Gradio serves."""
     for route in app.routes:
@@ -162,10 +167,10 @@ def test_a_login_is_short_and_logins_do_not_pile_up(house):
 
 
 def test_fresh_sessions_do_not_fill_the_memory(house):
-    server = house.open_gate._server
+    server, number = house.open_gate._server, event(house.open_gate)
     with httpx.Client(base_url=house.open.url, trust_env=False, timeout=20) as http:
         for at in range(gradio_compat.MOST_SESSIONS + 100):
-            body = {"fn_index": 0, "data": [], "session_hash": f"fresh{at}", "event_data": None, "trigger_id": None}
+            body = {"fn_index": number, "data": [], "session_hash": f"fresh{at}", "event_data": None, "trigger_id": None}
             assert http.post(f"{PREFIX}/queue/join", json=body).status_code == 200
     assert len(house.open_gate._sessions) == gradio_compat.MOST_SESSIONS
     for kept in (server._app.state_holder.session_data, server._queue.pending_event_ids_session):
@@ -175,7 +180,8 @@ def test_fresh_sessions_do_not_fill_the_memory(house):
 
 def test_a_session_that_fetches_nothing_cannot_start_events_for_ever(house):
     with httpx.Client(base_url=house.open.url, trust_env=False, timeout=20) as http:
-        body = {"fn_index": 0, "data": [], "session_hash": "one", "event_data": None, "trigger_id": None}
+        number = event(house.open_gate)
+        body = {"fn_index": number, "data": [], "session_hash": "one", "event_data": None, "trigger_id": None}
         found = [http.post(f"{PREFIX}/queue/join", json=body).status_code for _ in range(100)]
     assert found.count(200) == 64 and found[-1] == 429
 
@@ -200,11 +206,25 @@ def test_a_session_has_a_short_name(house, session):
 @pytest.mark.parametrize("data", ['"\\ud800"', '{"a": ["x\\udfffy"]}', '"\\ud800\\ud800"'])
 def test_half_a_character_is_a_sentence(house, data):
     with client(house, GUEST) as http:
-        body = f'{{"fn_index": 0, "data": [{data}], "session_hash": "one"}}'
+        body = f'{{"fn_index": {event(house.gate, 1)}, "data": [{data}], "session_hash": "one"}}'
         answer = http.post(f"{PREFIX}/queue/join", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and "half of a character" in answer.json()["error"] and house.reached == []
         whole = body.replace(data, '"\\ud83d\\ude00"')
         assert http.post(f"{PREFIX}/queue/join", content=whole, headers={"content-type": "application/json"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["queue/join", "run/predict"])
+def test_what_no_page_sends_ends_before_gradio_logs_it(house, path):
+    blocks = house.gate._server._app.get_blocks()
+    script_only = next(at for at, each in blocks.fns.items() if each.fn is None)
+    with client(house, GUEST) as http:
+        for number in (-1, 99_999, 10**30, None, "0", 1.5, True, [], {}, script_only):
+            answer = http.post(f"{PREFIX}/{path}", json={"fn_index": number, "data": [], "session_hash": "one"})
+            assert answer.status_code == 404 and "no such event" in answer.json()["error"], number
+        for data in ([], None, "x", {}, 5):
+            answer = http.post(f"{PREFIX}/{path}", json={"fn_index": event(house.gate, 1), "data": data, "session_hash": "one"})
+            assert answer.status_code == 400 and "needs 1 values" in answer.json()["error"], data
+    assert house.reached == []
 
 
 def test_no_other_site_shows_the_page_in_a_frame(house):

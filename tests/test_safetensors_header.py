@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,23 @@ def test_item_sizes() -> None:
     b'"shape":[%s],"data_offsets":[0,2]' % (b"9" * 5000),
     b'"shape":[1],"data_offsets":[0,%s]' % (b"9" * 5000),
     b'"shape":[1 1],"data_offsets":[0,2]',
+    b'"shape":[9223372036854775808],"data_offsets":[0,2]',
+    b'"shape":[1],"data_offsets":[2,0]',
 ])  # fmt: skip
 def test_numbers_in_the_beginning_of_a_strangers_file_that_are_none_are_left_out(wrong: bytes) -> None:
     head = b'{"a":{"dtype":"F16",' + wrong + b'},"b":{"dtype":"F16","shape":[5],"data_offsets":[2,12]}}'
     assert list(read_beginning(struct.pack("<Q", len(head)) + head)) == ["b"]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"shape": [float("inf")]}, {"shape": [float("nan")]}, {"shape": [-1]}, {"shape": [1.5]}, {"shape": [True]},
+    {"shape": [2**63]}, {"shape": ["1"]}, {"shape": "1"}, {"data_offsets": [0, float("inf")]},
+    {"data_offsets": [float("nan"), 2]},
+    {"data_offsets": [0, 1.5]}, {"data_offsets": [-2, 0]}, {"data_offsets": [2, 0]}, {"data_offsets": [0, 10**30]},
+    {"data_offsets": [0, True]},
+], ids=str)  # fmt: skip
+def test_sizes_and_offsets_that_no_file_can_have_are_a_sentence(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    head = json.dumps({"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]} | wrong}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(64))
+    with pytest.raises(BadCheckpoint, match="not a safetensors file or was cut short"):
+        read_header(tmp_path / "model.safetensors")

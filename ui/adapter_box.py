@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.folder_files import printable
 from ..core.params import GenerationParams
 from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
@@ -113,7 +114,8 @@ def _listed(engine: Engine) -> str:
     for name, facts in adapter_base.beside(loaded.model.folder).items():
         base = f"for {facts.base}" if facts.base else "its base model is not named"
         other = "" if adapter_base.is_named(facts.base, loaded.model) else "; not for the loaded model"
-        lines.append(f"<li><b>{escape(name)}</b> <span>{escape(f'rank {facts.rank}, {base}{other}')}</span></li>")
+        rank = f"rank {facts.rank}, " if facts.rank else ""
+        lines.append(f"<li><b>{escape(printable(name))}</b> <span>{escape(f'{rank}{base}{other}')}</span></li>")
     if not lines:
         return quiet(f"There are no adapters beside {loaded.model.name}.")
     return f'<ul class="gw-quiet">{"".join(lines)}</ul>'

@@ -62,9 +62,9 @@ def files_in(given: str) -> list[tuple[str, str]]:
     ]
 
 
-def number_in(text: str) -> int:
+def number_in(text: Any) -> int:
     """The id of a message, -1 for what is none."""
     try:
         return int(text)
-    except ValueError:
+    except (ValueError, TypeError):
         return -1

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..core.errors import LoadCancelled
+from ..core.errors import BadParameter, LoadCancelled
 from ..core.units import format_duration
 from ..engine.engine import Engine
 from ..engine.layer_clock import LayerClock
@@ -33,7 +33,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
     """Draw the box and wire it."""
     with gr.Column(elem_classes="gw-fields"):
         model = gradio_compat.Dropdown([], value=None, label="Model", info="It stays as it is.", elem_id="gw-export-model")
-        form = gr.Radio(
+        form = gradio_compat.Radio(
             [("16 bits", DENSE), ("Plain GPTQ", PACKED)],
             value=DENSE,
             label="As",
@@ -69,7 +69,11 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
 def _write(engine: Engine, name: str, form: str, merged: str | None, job: Job) -> Path:
     """Raises LoadCancelled where Stop was pressed, and what `export` raises."""
     model, clock = engine.library.get(name), LayerClock()
-    adapter = model.folder.parent / merged if merged not in (None, "", _NONE) else None
+    adapter = None
+    if merged not in (None, "", _NONE):
+        if merged not in beside(model.folder):
+            raise BadParameter(f"There is no LoRA adapter of that name beside {name}. Choose one of the list.")
+        adapter = model.folder.parent / str(merged)
 
     def go_on() -> None:
         if job.cancel.is_set():

@@ -55,7 +55,9 @@ def _tolerant(component: Any) -> Any:
     return ABCMeta.__new__(type(component), component.__name__, (component,), changes)
 
 
-Dropdown, Number, Radio, Slider = (_tolerant(each) for each in (gr.Dropdown, gr.Number, gr.Radio, gr.Slider))
+Dropdown, Number, Radio, Slider, CheckboxGroup = (
+    _tolerant(each) for each in (gr.Dropdown, gr.Number, gr.Radio, gr.Slider, gr.CheckboxGroup)
+)
 
 
 def blocks(title: str, theme: gr.Theme, css: str, head: str = "") -> gr.Blocks:
@@ -141,6 +143,11 @@ class Server:
     @property
     def needs_login(self) -> bool:
         return self._app.auth is not None
+
+    def inputs_of(self, event: Any) -> int | None:
+        """How many values the page sends with an event of this number; None for one that nothing here answers."""
+        found = self._app.get_blocks().fns.get(event) if type(event) is int else None
+        return len(found.inputs) if found is not None and found.fn is not None else None
 
     def user(self, cookies: Mapping[str, str]) -> str | None:
         """Who is logged in, None if nobody."""

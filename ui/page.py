@@ -26,6 +26,7 @@ from . import (
 )
 from .access import Access, Share
 from .api_box import Api, draw_api
+from .handler_errors import in_words
 from .job_watcher import Watcher
 from .origins_box import draw_origins
 from .own_params import Marks
@@ -149,6 +150,7 @@ def build(
         watcher.wire()
         page.unload(chat.leave)  # last: 4.37 notices that a page has left only if the last event asks for it
         gradio_compat.draw_no_progress(page, watcher.bell)
+    in_words(page)
     return page
 
 

@@ -37,6 +37,7 @@ _READ = {
     ("GET", "/app_id"),  # asked by a page of Gradio 6 that has lost its connection, until it is answered
 }  # fmt: skip
 _EVENTS = {("POST", "/queue/join"), ("POST", "/run/predict"), ("POST", "/cancel"), ("POST", "/reset")}
+_CALLS = ("/queue/join", "/run/predict")  # those of them that name an event
 _STREAM = ("GET", "/queue/data")
 _HEARTBEAT = "/heartbeat/"
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -125,11 +126,21 @@ class PageGate:
             raise _Refusal(400, "The body is not JSON.") from None
         session = found.get("session_hash") if isinstance(found, dict) else None
         await self._touch(session, user)
+        if scope["path"].endswith(_CALLS):
+            self._require_event(found)
         if self._server.pending(str(session)) >= _MOST_PENDING:
             raise _Refusal(429, "This page started too much at once. Reload it.")
         if len(body) + self._server.pending_bytes() > _MOST_PENDING_BYTES:
             raise _Refusal(429, "Too much is being sent to this server at once. Try again in a moment.")
         await self._app({**scope, BYTES: len(body)}, _replay(body, receive), send)
+
+    def _require_event(self, found: dict[str, Any]) -> None:
+        """Raises _Refusal for what no page sends: Gradio would write a traceback into the log for each."""
+        wanted, given = self._server.inputs_of(found.get("fn_index")), found.get("data")
+        if wanted is None:
+            raise _Refusal(404, "This page has no such event. Reload the page.")
+        if not isinstance(given, list) or len(given) < wanted:
+            raise _Refusal(400, f"This event needs {wanted} values. Reload the page.")
 
     async def _stream(self, path: str, user: str | None, scope: Any, receive: Any, send: Any) -> None:
         if path.startswith(_HEARTBEAT):

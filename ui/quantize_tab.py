@@ -59,7 +59,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                     filterable=True,
                     elem_id="gw-quantize-source",
                 )
-                branches = gr.CheckboxGroup(
+                branches = gradio_compat.CheckboxGroup(
                     [(_words(each), each) for each in USUAL_BRANCHES],
                     value=[USUAL_BRANCHES[0]],
                     label="Branches",

@@ -1,12 +1,18 @@
 """The LoRA adapters of a loaded model, read when an answer first wants them."""
 
+import contextlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ...core.errors import BadCheckpoint, BadParameter
 from ...core.models import LocalModel
+from ...core.units import format_bytes
+from ..machine.memory_fit import available_ram_bytes
 
+_COPIES = 3  # of an adapter's numbers while it is read: of the file, scaled, in the kernels' order
 _KEPT = 16  # adapters and sums of adapters that stay in memory
 
 
@@ -35,6 +41,7 @@ class Adapters:
         key = tuple((name, weight, _state(there[name])) for name, weight in wanted)
         with self._lock:
             if key not in self._made:
+                self._require_memory([there[name] for name, _weight in wanted])
                 try:
                     self._made[key] = self._stepper.adapter(
                         [(lora.read(self._hf, there[name]), weight) for name, weight in wanted]
@@ -46,6 +53,16 @@ class Adapters:
                 self._made.popitem(last=False)
             return self._made[key]
 
+    def _require_memory(self, folders: Sequence[Path]) -> None:
+        """Raises BadParameter for adapters that would fill the memory, and with it end the whole program."""
+        needed = _COPIES * sum(_size(folder / "adapter_model.safetensors") for folder in folders)
+        if needed > (free := available_ram_bytes()):
+            raise BadParameter(
+                f"The adapters need {format_bytes(needed)} of memory while they are read, and {format_bytes(free)} are free. "
+                "Close other programs, or name fewer or smaller ones.",
+                "adapters",
+            )
+
     def clear(self) -> None:
         with self._lock:
             self._made.clear()
@@ -54,4 +71,15 @@ class Adapters:
 
 def _state(folder: Any) -> tuple[int, ...]:
     """Changes when the files of an adapter do."""
-    return tuple(each.stat().st_mtime_ns for each in sorted(folder.glob("adapter_*")))
+    found = []
+    for each in sorted(folder.glob("adapter_*")):
+        with contextlib.suppress(OSError):  # a link to nothing
+            found.append(each.stat().st_mtime_ns)
+    return tuple(found)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # reading it says why
+        return 0

@@ -5,6 +5,7 @@ it up takes one lock. Reading ids never waits for a long text. Errors of the Rus
 (PanicException) become BadParameter here.
 """
 
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 from ...core.errors import BadParameter
 from ...core.foreign_errors import in_words
 from .segments import Segments
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class TokenCodec:
@@ -42,7 +45,7 @@ class TokenCodec:
         return self.with_bos(ids) if bos else ids
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        with self._borrowed():
+        with self._borrowed(*texts):
             found = self.tokenizer(texts[0] if len(texts) == 1 else texts, add_special_tokens=False)["input_ids"]
         return [list(found)] if len(texts) == 1 else [list(each) for each in found]
 
@@ -58,7 +61,7 @@ class TokenCodec:
         """(ids without added special tokens, the characters [start, end) of each); None from a slow tokenizer."""
         if not self.is_fast:
             return None
-        with self._borrowed():
+        with self._borrowed(text):
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(found["input_ids"]), [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
@@ -100,15 +103,21 @@ class TokenCodec:
         return int(bos) if begins or getattr(self.tokenizer, "add_bos_token", False) else None
 
     @contextmanager
-    def _borrowed(self) -> Iterator[None]:
-        with self.lock, _in_words():
+    def _borrowed(self, *texts: str) -> Iterator[None]:
+        with self.lock, _in_words(*texts):
             yield
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def _in_words(*texts: str) -> Iterator[None]:
     try:
         yield
+    except (TypeError, UnicodeEncodeError):
+        if not any(_HALF.search(each) for each in texts):
+            raise
+        raise BadParameter(
+            "The text holds half of a character (a lone surrogate), which no tokenizer reads. Remove it."
+        ) from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3's is no Exception: it would end the thread
             raise
