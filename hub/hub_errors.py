@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from ..core.errors import AccessDenied, DownloadFailed, HubError, HubUnreachable, NoSuchRepository
+from ..core.folder_files import printable
 
 _KINDS = (  # part of a class's name, the words for it
     ("Timeout", "no answer in time"),
@@ -74,7 +75,7 @@ def unreadable(endpoint: str) -> HubUnreachable:
 
 def refusal(status: int, headers: Mapping[str, str], repo: str, endpoint: str, with_token: bool) -> HubError | None:
     """The sentence for a refusal by the Hub itself; None for a status that may pass at the next attempt."""
-    code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")[:200]
+    code, message = headers.get("X-Error-Code", ""), printable(headers.get("X-Error-Message", "")[:200])
     page = f"{endpoint}/{repo}"
     if code == "GatedRepo":
         if with_token:

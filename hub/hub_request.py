@@ -5,6 +5,7 @@ redirected to a storage host, whose signed link needs no token. It is in no erro
 no log. httpx is imported where it is used, because importing it takes time.
 """
 
+import ipaddress
 import logging
 import os
 import re
@@ -90,7 +91,8 @@ def get(
 ) -> Iterator[tuple["httpx.Response", bool]]:
     """(response, whether it comes from the Hub itself), body unread, for the bytes from `start` to before `stop`.
 
-    `stay` may end the walk at a redirect of the Hub's own: the redirect itself is the answer then.
+    `stay` may end the walk at a redirect of the Hub's own: the redirect itself is the answer then. No Hub that is elsewhere
+    leads to a server of this machine.
     `connected` gets httpcore's network stream of every new connection, before anything is sent.
 
     Raises httpx.HTTPError and httpx.InvalidURL for what goes wrong on the way.
@@ -116,7 +118,21 @@ def get(
             if length.isdecimal() and len(length) < 6:
                 response.read()  # so that the connection can be used again
             url = url.join(response.headers["Location"])
+            if _is_here(url.host) and not _is_here(home.host):
+                raise httpx.InvalidURL("a redirect to this machine itself")
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is of this machine, or of the link that it is on: where clouds keep the secrets of a machine."""
+    if host.rstrip(".").lower() == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        address: Any = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return bool(address.is_loopback or address.is_link_local or address.is_unspecified)
 
 
 def read(

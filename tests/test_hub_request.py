@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import httpx
 import pytest
 
 from gptq_webui.core.errors import HubUnreachable, WrongRepository
 from gptq_webui.core.model_ref import ModelRef
-from gptq_webui.hub import hub_request, repository
+from gptq_webui.hub import hub_errors, hub_request, repository
 from gptq_webui.hub.branches import read_branches
 from gptq_webui.hub.hub_request import LONGEST_ASKED_PAUSE_S, retry_after_s
 from gptq_webui.hub.repository import Hub
@@ -190,3 +191,42 @@ def test_a_hub_that_cannot_be_reached_is_a_line_of_the_log(monkeypatch: pytest.M
         Hub().listing(ModelRef(REPO))
     (line,) = (each.getMessage() for each in caplog.records if each.name.startswith("gptq_webui.hub"))
     assert REPO in line and "no connection" in line and "secret" not in line
+
+
+@pytest.mark.parametrize("target", [
+    "http://127.0.0.1:7860/v1/model/unload", "http://[::1]:80/", "http://localhost/", "http://LOCALHOST./x", "http://a.localhost/",
+    "http://169.254.169.254/latest/meta-data", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0:80/", "http://[fe80::1]/",
+    "//127.1.2.3/",
+])  # fmt: skip
+def test_a_hub_that_is_elsewhere_leads_to_no_server_of_this_machine(target: str) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        return httpx.Response(302, headers={"Location": target})
+
+    with (
+        httpx.Client(transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(HubUnreachable, match="its address is not valid"),
+    ):
+        hub_request.read("https://hub.example/api", "https://hub.example", "hf_secret", REPO, 100, client=client)
+    assert asked == ["hub.example"]
+
+
+@pytest.mark.parametrize(("endpoint", "target"), [
+    ("https://hub.example", "https://cdn.example/x"), ("https://hub.example", "http://10.0.0.5/x"),
+    ("http://127.0.0.1:9", "http://127.0.0.1:8/x"), ("http://localhost:9", "http://127.0.0.1:8/x"),
+])  # fmt: skip
+def test_other_redirects_are_followed_without_the_token(endpoint: str, target: str) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if str(request.url) == target:
+            return httpx.Response(200, content=request.headers.get("authorization", "none").encode())
+        return httpx.Response(302, headers={"Location": target})
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+        assert hub_request.read(f"{endpoint}/api", endpoint, "hf_secret", REPO, 100, client=client) == b"none"
+
+
+def test_what_a_hub_says_of_a_refusal_moves_no_cursor() -> None:
+    said = hub_errors.refusal(400, {"X-Error-Message": "\x1b[2J\u202eno" + "x" * 500}, REPO, "https://hub.example", False)
+    assert said is not None and "\\x1b[2J\\u202eno" in str(said) and len(str(said)) < 400

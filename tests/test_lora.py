@@ -244,7 +244,7 @@ def test_adapters_that_would_fill_the_memory_are_refused_and_a_link_to_nothing_i
     (tmp_path / "a" / "adapter_old.safetensors").symlink_to(tmp_path / "nothing")
     found = adapters.Adapters(SimpleNamespace(folder=tmp_path / "model", name="model"), base, Stepper())
     monkeypatch.setattr(adapters, "available_ram_bytes", lambda: 1000)
-    with pytest.raises(BadParameter, match=r"The adapters need .* of memory.*1.00 kB are free"):
+    with pytest.raises(BadParameter, match=r"The adapters need .* of memory.*1.0 KB are free"):
         found.of((("a", 1.0),))
     monkeypatch.undo()
     assert len(found.of((("a", 1.0),))) == 1
