@@ -37,8 +37,9 @@ class AdapterFacts:
 def facts_of(config: Mapping[str, Any]) -> AdapterFacts:
     """Of an adapter_config.json, whatever is in it."""
     base, rank = config.get("base_model_name_or_path"), config.get("r")
-    known = type(rank) is int and 0 < rank <= _LARGEST_RANK
-    return AdapterFacts(printable(base)[:_SHOWN] if isinstance(base, str) else "", rank if known else 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
+        rank = 0
+    return AdapterFacts(printable(base)[:_SHOWN] if isinstance(base, str) else "", rank)
 
 
 def beside(folder: Path) -> dict[str, AdapterFacts]:

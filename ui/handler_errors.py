@@ -43,33 +43,30 @@ def _in_words(handler: Callable[..., Any], seen: set[tuple[object, ...]]) -> Cal
             _log_once(handler, error, seen)
             raise refusal(of_the_disk(error) or unexpected("This")) from None
 
-    if inspect.isasyncgenfunction(handler):
+    async def waiting_steps(*given: Any) -> AsyncIterator[Any]:
+        with said():
+            async with contextlib.aclosing(handler(*given)) as values:
+                async for each in values:
+                    yield each
 
-        async def found(*given: Any) -> AsyncIterator[Any]:
-            with said():
-                async with contextlib.aclosing(handler(*given)) as values:
-                    async for each in values:
-                        yield each
+    async def waiting(*given: Any) -> Any:
+        with said():
+            return await handler(*given)
 
-    elif inspect.iscoroutinefunction(handler):
+    def steps(*given: Any) -> Iterator[Any]:
+        with said():
+            yield from handler(*given)
 
-        async def found(*given: Any) -> Any:
-            with said():
-                return await handler(*given)
+    def plain(*given: Any) -> Any:
+        with said():
+            return handler(*given)
 
-    elif inspect.isgeneratorfunction(handler):
-
-        def found(*given: Any) -> Iterator[Any]:
-            with said():
-                yield from handler(*given)
-
-    else:
-
-        def found(*given: Any) -> Any:
-            with said():
-                return handler(*given)
-
-    return functools.wraps(handler)(found)
+    kinds: tuple[tuple[Callable[..., bool], Callable[..., Any]], ...] = (
+        (inspect.isasyncgenfunction, waiting_steps),
+        (inspect.iscoroutinefunction, waiting),
+        (inspect.isgeneratorfunction, steps),
+    )
+    return functools.wraps(handler)(next((made for is_kind, made in kinds if is_kind(handler)), plain))
 
 
 def _log_once(handler: Callable[..., Any], error: Exception, seen: set[tuple[object, ...]]) -> None:
