@@ -13,8 +13,8 @@ from gptq_webui.engine import dataset_file
 from gptq_webui.engine.calibration_text import samples_of
 from gptq_webui.engine.dataset_file import json_of, lines_of, pieces_of, text_of
 from gptq_webui.engine.training_data import read_examples
-from gptq_webui.loaders.text import chat_template
 from gptq_webui.loaders.text.built_in_templates import CHATML
+from gptq_webui.loaders.text.chat_template import ChatTemplate
 from gptq_webui.loaders.text.tokenizer import read_tokenizer
 
 HALF = b'{"text": "' + b"word " * 100 + b'\\ud800"}\n'
@@ -127,11 +127,8 @@ def test_a_conversation_of_thousands_of_messages_is_written_as_far_as_it_is_lear
     turns = [{"role": ("user", "assistant")[at % 2], "content": f"message {at}"} for at in range(3000)]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
     renders = []
-    for name in ("render", "whole"):
-        real = getattr(chat_template.ChatTemplate, name)
-        monkeypatch.setattr(
-            chat_template.ChatTemplate, name, lambda self, *given, real=real: renders.append(1) or real(self, *given)
-        )
+    for name, real in (("render", ChatTemplate.render), ("whole", ChatTemplate.whole)):
+        monkeypatch.setattr(ChatTemplate, name, lambda self, *given, real=real: renders.append(1) or real(self, *given))
     found = read_examples(tmp_path / "a.jsonl", model, read_tokenizer(model), 256, lambda text: None)
     assert 2 < len(renders) < 40
     text = read_tokenizer(model).decode(
