@@ -73,7 +73,7 @@ def _log_once(handler: Callable[..., Any], error: Exception, seen: set[tuple[obj
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    kind = (getattr(handler, "__qualname__", ""), type(error), place.tb_lineno if place is not None else 0)
+    kind = (handler.__module__, handler.__qualname__, type(error), place.tb_lineno if place is not None else 0)
     if kind in seen or len(seen) >= _MOST_LOGGED:
         return
     seen.add(kind)
