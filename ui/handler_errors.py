@@ -23,12 +23,12 @@ _MOST_LOGGED = 100  # kinds of faults whose details are logged, each once
 def in_words(page: gr.Blocks) -> None:
     """Do so for every event of the page. Called when all events are known."""
     seen: set[tuple[object, ...]] = set()
-    for event in page.fns.values():
+    for number, event in page.fns.items():
         if event.fn is not None:
-            event.fn = _in_words(event.fn, seen)
+            event.fn = _in_words(number, event.fn, seen)
 
 
-def _in_words(handler: Callable[..., Any], seen: set[tuple[object, ...]]) -> Callable[..., Any]:
+def _in_words(number: int, handler: Callable[..., Any], seen: set[tuple[object, ...]]) -> Callable[..., Any]:
     """The handler as another one of its kind: a function or a generator, of a thread or of the event loop."""
 
     @contextlib.contextmanager
@@ -40,7 +40,7 @@ def _in_words(handler: Callable[..., Any], seen: set[tuple[object, ...]]) -> Cal
         except GptqWebuiError as error:
             raise refusal(str(error)) from None
         except Exception as error:
-            _log_once(handler, error, seen)
+            _log_once(number, error, seen)
             raise refusal(of_the_disk(error) or unexpected("This")) from None
 
     async def waiting_steps(*given: Any) -> AsyncIterator[Any]:
@@ -69,11 +69,11 @@ def _in_words(handler: Callable[..., Any], seen: set[tuple[object, ...]]) -> Cal
     return functools.wraps(handler)(next((made for is_kind, made in kinds if is_kind(handler)), plain))
 
 
-def _log_once(handler: Callable[..., Any], error: Exception, seen: set[tuple[object, ...]]) -> None:
+def _log_once(number: int, error: Exception, seen: set[tuple[object, ...]]) -> None:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    kind = (handler.__module__, handler.__qualname__, type(error), place.tb_lineno if place is not None else 0)
+    kind = (number, type(error), place.tb_lineno if place is not None else 0)
     if kind in seen or len(seen) >= _MOST_LOGGED:
         return
     seen.add(kind)
