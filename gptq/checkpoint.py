@@ -41,6 +41,7 @@ from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules
 from .rope import Rope
 from .rope import apply as rope_apply
 from .token_ids import drop_unknown_ids
+from .unpacked_parts import unpacked_layers
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
@@ -81,14 +82,15 @@ def load(
                 "Choose a branch in GPTQ's own layout."
             )
         register()
-        layers = packed_layers(tensors_of(model.weights), model.quantize)
+        tensors = tensors_of(model.weights)
+        layers = packed_layers(tensors, model.quantize)
         if further := [name for name in layers if is_further(name, config)]:
             layers = {name: layer for name, layer in layers.items() if name not in further}
             notes.append(
                 f"{plural(len(further), 'packed layer')} that guess further tokens, {further[0]} first, are left out: "
                 "no answer needs them."
             )
-        config.quantization_config = {"quant_method": METHOD, "layers": layers}
+        config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors)}
         if isinstance(watch, Watch):
             see = watch.see
             config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config

@@ -4,8 +4,7 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
 from .dense_layers import beside_weight, replace, stays_dense
-from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
+from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
+from .module_names import module_names_of
 from .neighbours import Parts, expect, parts_of
+from .unpacked_parts import UnpackedLayer, place_experts, place_parts, without_experts
 
 METHOD = "gptq-webui"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -83,9 +84,16 @@ def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: Quanti
 class PackedWeights(QuantizationConfigMixin):
     """Tells our quantizer which layers are packed. transformers wants it as a dictionary on the config."""
 
-    def __init__(self, layers: Mapping[str, PackedLayer] | None = None, see: Any = None, **_: Any) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, PackedLayer] | None = None,
+        unpacked: Mapping[str, UnpackedLayer] | None = None,
+        see: Any = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = dict(layers or {})
+        self.unpacked = dict(unpacked or {})  # those that may be parts of larger ones
         self.see = see  # called with the model before it is filled; None if nobody asks
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,13 +108,13 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = dict(model.named_modules())
         layers: dict[str, PackedLayer] = self.quantization_config.layers  # type: ignore[attr-defined]
-        modules_of = _module_names(layers, model)
-        for owner in sorted({experts for place in modules_of.values() if (experts := experts_of(place))}):
-            if is_dense_experts(modules.get(owner)):
-                packed = PackedExperts(modules[owner])
-                require_complete(packed, owner, modules_of.values())
-                replace(model, owner, packed)
-        parts = {part: joined for joined, names in joined_names(modules_of.values(), modules).items() for part in names}
+        modules_of = module_names_of(layers, model)
+        unpacked: dict[str, UnpackedLayer] = self.quantization_config.unpacked  # type: ignore[attr-defined]
+        self._joins_experts = place_experts(model, modules_of.values(), unpacked)
+        by_module = {place: unpacked[name] for name, place in module_names_of(unpacked, model).items()}
+        have = {*modules_of.values(), *by_module}
+        parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
+        place_parts(model, parts, by_module)
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
@@ -143,7 +151,9 @@ class PackedQuantizer(HfQuantizer):
                 # `weight` (GPT-2, Mamba)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 
-        self._join(model, parts, modules, {modules_of[name]: layer for name, layer in layers.items()})
+        outputs = {place: layer.out_features for place, layer in by_module.items()}
+        outputs |= {modules_of[name]: layer.out_features for name, layer in layers.items()}
+        self._join(model, parts, modules, outputs)
         _share(model)
         if self.quantization_config.see is not None:  # type: ignore[attr-defined]
             self.quantization_config.see(model)  # type: ignore[attr-defined]
@@ -156,13 +166,14 @@ class PackedQuantizer(HfQuantizer):
         model: PreTrainedModel,
         parts: Mapping[str, str],
         modules: Mapping[str, torch.nn.Module],
-        layers: Mapping[str, PackedLayer],
+        outputs: Mapping[str, int],
     ) -> None:
-        """Put layers of several parts in the place of those that the files have cut. `parts`: part -> joined layer."""
+        """Put layers of several parts in the place of those that the files have cut. `parts`: part -> joined layer; `outputs` of
+        each part."""
         for place in sorted(set(parts.values())):
             owner, _dot, last = place.rpartition(".")
             names = JOINED[last]
-            found = sum(layers[f"{owner}.{each}"].out_features for each in names)
+            found = sum(outputs[f"{owner}.{each}"] for each in names)
             wanted = _dense_shape(modules[place], place)[1]
             if found != wanted:
                 raise BadCheckpoint(
@@ -184,6 +195,10 @@ class PackedQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
         return model
 
+    def update_weight_conversions(self, conversions: Any, *others: Any) -> Any:
+        kept = conversions if self._joins_experts else without_experts(conversions)
+        return super().update_weight_conversions(kept, *others)
+
     def get_accelerator_warm_up_factor(self) -> int:
         return 2  # transformers 4: our parameters have their real sizes already
 
@@ -204,47 +219,6 @@ def register() -> None:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
         register_quantizer(METHOD)(PackedQuantizer)
         register_quantization_config(METHOD)(PackedWeights)
-
-
-def _module_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """Where each layer of the files belongs in the model: a file may leave out the base model's prefix
-    ("model.", "transformer."), have one too many, or use a name that transformers 5 changed."""
-    modules = {name for name, _module in model.named_modules()}
-    prefix = model.base_model_prefix
-    renamings = _renamings(model)
-    modules_of = {}
-    for name in names:
-        key = f"{name}.qweight"
-        for renaming in renamings:
-            key, _pattern = renaming.rename_source_key(key)
-        candidates = [
-            candidate
-            for known in (name, key.removesuffix(".qweight"))
-            for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
-        ]
-        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), name)
-    return modules_of
-
-
-@dataclass(frozen=True)
-class _Renaming:
-    """One of transformers 4, used as one of transformers 5."""
-
-    pattern: str
-    replacement: str
-
-    def rename_source_key(self, key: str) -> tuple[str, str]:
-        return re.sub(self.pattern, self.replacement, key), self.pattern
-
-
-def _renamings(model: PreTrainedModel) -> list[Any]:
-    """transformers' own renamings of keys, which its loader will apply."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4
-        return [_Renaming(*each) for each in getattr(model, "_checkpoint_conversion_mapping", {}).items()]
-    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
 
 
 def _share(model: PreTrainedModel) -> None:
@@ -296,5 +270,5 @@ def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
 def packed_modules(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[tuple[str, PackedLayer, GPTQLinear]]:
     """(name in the file, layer, module) of every packed layer."""
     modules = dict(loaded.named_modules())
-    modules_of = _module_names(layers, loaded)
+    modules_of = module_names_of(layers, loaded)
     return [(name, layers[name], modules[own]) for name, own in modules_of.items() if isinstance(modules.get(own), GPTQLinear)]

@@ -18,6 +18,7 @@ from ..core.models import LocalModel, kind_of_tensors, tensors_of
 from ..core.quantize_config import QuantizeConfig
 from .checkpoint import complete
 from .packed_quantizer import PackedLayer, PackedQuantizer, PackedWeights, packed_layers
+from .unpacked_parts import unpacked_layers
 
 _ENTRY = "gptq"
 _lock = threading.RLock()
@@ -79,7 +80,7 @@ class RegisteredQuantizer(PackedQuantizer):
         if any(name.endswith(("lm_head", "embed_out")) for name in self._layers):
             model.config.tie_word_embeddings = False
         given: Any = self.quantization_config
-        self.quantization_config = PackedWeights(self._layers)
+        self.quantization_config = PackedWeights(self._layers, unpacked_layers(tensors))
         try:
             super()._process_model_before_weight_loading(model, **kwargs)
         finally:

@@ -65,8 +65,8 @@ def loaded(folder):
 
 
 @torch.inference_mode()
-def check(kind, tmp_path, split=None, **changes):
-    names = hub_folder.write(tmp_path, tiny_model(kind, **changes), split=split)
+def check(kind, tmp_path, split=None, left=lambda name: False, **changes):
+    names = hub_folder.write(tmp_path, tiny_model(kind, **changes), split=split, left=left)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     wanted = twin(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     hf, stepper, notes = loaded(tmp_path / "packed")
@@ -142,6 +142,37 @@ def test_layers_that_the_writer_cut_are_computed_together(kind, split, tmp_path)
     hf, _notes, kernel = check(kind, tmp_path, split=split)
     assert kernel == "cpu", "and in one step"
     assert sum(isinstance(each, JoinedLayers) for each in hf.modules()) == 4 * len(split)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+@pytest.mark.parametrize(("kind", "left"), [
+    ("mixtral", r"\.w3$"), ("qwen3_moe", r"up_proj$"), ("gpt_oss", r"up_proj$"), ("llama4_text", r"\.down_proj$"),
+    ("deepseek_v3", r"layers\.1\..*gate_proj$"), ("qwen3_moe", r"layers\.0\."), ("gpt_oss", r"layers\.0\."),
+])  # fmt: skip
+def test_experts_that_the_writer_left_in_16_bits_stand_beside_packed_ones(kind, left, tmp_path):
+    hf, _notes, _kernel = check(kind, tmp_path, left=lambda name: re.search(left, name))
+    assert any(isinstance(each, PackedExperts) for each in hf.modules())
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+@pytest.mark.parametrize("left", ["up_proj", "layers.0."])
+@pytest.mark.parametrize("kind", ["phi3", "glm4"])
+def test_parts_of_a_cut_layer_may_be_left_in_16_bits(kind, left, tmp_path):
+    split = {"gate_up_proj": (("gate_proj", "up_proj"), (96, 96))}
+    hf, _notes, kernel = check(kind, tmp_path, split=split, left=lambda name: left in name)
+    assert kernel == "cpu"
+    assert sum(isinstance(each, JoinedLayers) for each in hf.modules()) == 4
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+def test_an_expert_that_is_not_in_the_files_is_refused(tmp_path):
+    """As gptqmodel 7.6 writes experts that it does not pack: it takes those that share memory for one."""
+    hub_folder.write(tmp_path, tiny_model("gpt_oss"), left=lambda name: "up_proj" in name)
+    path = tmp_path / "packed" / "model.safetensors"
+    state = {name: each for name, each in load_file(path).items() if not re.search(r"experts\.[1-9].*up_proj", name)}
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(BadCheckpoint, match="Expert 1 of"):
+        loaded(tmp_path / "packed")
 
 
 @pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")

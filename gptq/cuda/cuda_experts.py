@@ -278,10 +278,10 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
             continue
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         layers = [layer for each in roles for layer in each.values()]
-        device = layers[0].qweight.device
-        if any(getattr(getattr(each, "_hf_hook", None), "offload", False) or each.qweight.device != device for each in layers):
-            continue
-        if device.type != "cuda":
+        devices = {each.qweight.device if isinstance(each, GPTQLinear) else None for each in layers}  # None: in 16 bits
+        device = devices.pop()
+        offloaded = any(getattr(getattr(each, "_hf_hook", None), "offload", False) for each in layers)
+        if offloaded or devices or device is None or device.type != "cuda":
             continue
         try:
             into = _common_packing([(each["gate"], each["up"]) for each in roles])
