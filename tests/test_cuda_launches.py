@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.gptq.cuda import adapted_step, batch_step, cuda_step, gemv, small_batch
+from gptq_webui.gptq.cuda import adapted_step, batch_step, cuda_step, gemv, gpu_kernels, small_batch
 from gptq_webui.gptq.cuda.attention import AttentionWork, attend
 from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
@@ -161,6 +161,17 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     assert kinds[kernel] == 8 and kinds["attention"] == 2 and kinds["norm"] == norms
     step.step_rows(parallel, False, {0: None})
     assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_a_processor_takes_no_more_blocks_of_a_launch_than_are_meant_for_it(blocks):
+    gpu = RecordingGpu()
+    for used in (1000, 40_000, 90_432, 110_000, 232_448):
+        claimed = gpu_kernels.claimed_bytes(gpu, used, blocks)
+        fit, fitted = (gpu.shared_bytes // (each + 1024) for each in (claimed, used))
+        assert used <= claimed <= gpu.shared_limit_bytes and fit == min(blocks, fitted)
+    gpu.capability = (8, 9)
+    assert gpu_kernels.claimed_bytes(gpu, 1000, blocks) == 1000, "there no kernel begins before the previous one has ended"
 
 
 def test_the_rows_of_a_graph_are_few_numbers_and_never_too_few():

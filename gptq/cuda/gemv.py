@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..suitability import Unsuited
 from .cuda_weights import Weight
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import CHUNK, GEMV, NORM_RUNS
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing
 
@@ -85,11 +85,23 @@ class Plan:
     shared_bytes: int
 
     @classmethod
-    def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, tuning: Tuning, input: str = "FRAGMENTS") -> "Plan":
-        """Raises Unsuited if the GPU cannot compute the product."""
+    def of(
+        cls,
+        gpu: Gpu,
+        weight: Weight,
+        epilogue: str,
+        norm: bool,
+        tuning: Tuning,
+        input: str = "FRAGMENTS",
+        *,
+        claimed: bool = False,
+    ) -> "Plan":
+        """`claimed`: a processor takes no more blocks at once than are meant for it. Raises Unsuited if the GPU cannot compute
+        the product."""
         found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input)
         blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
-        return cls(found, found.name, blocks, found.shared_bytes(weight.chunks))
+        used = found.shared_bytes(weight.chunks)
+        return cls(found, found.name, blocks, claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used)
 
 
 def launch(

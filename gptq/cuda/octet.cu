@@ -115,7 +115,7 @@ template <int BITS, bool SYM, int UNITS> DEVICE void multiply_chunk_by_rows(cons
 
 // -- the sums of a tile ------------------------------------------------------------------------------------------------
 // One warp adds the parts of a tile: lane l takes output l % 16 of the tile and PER rows from l / 16 * PER on. A part is
-// stored in that order: [2][16][PER].
+// stored in that order: [2][16][PER], a run that is read at once.
 
 template <int ROWS> struct RowSums {
   static constexpr int PER = ROWS / 2, PART = TILE * ROWS;
@@ -132,9 +132,16 @@ template <int ROWS> struct RowSums {
 #pragma unroll
     for (int j = 0; j < PER; j++) y[j] = 0.f;
 #pragma unroll
-    for (int i = 0; i < KS; i++)
-#pragma unroll
-      for (int j = 0; j < PER; j++) y[j] += parts[i * PART + lane * PER + j];
+    for (int i = 0; i < KS; i++) {
+      const float* from = parts + i * PART + lane * PER;
+      if constexpr (PER == 4) {
+        const float4 v = *(const float4*)from;
+        y[0] += v.x; y[1] += v.y; y[2] += v.z; y[3] += v.w;
+      } else if constexpr (PER == 2) {
+        const float2 v = *(const float2*)from;
+        y[0] += v.x; y[1] += v.y;
+      } else y[0] += from[0];
+    }
   }
 };
 
@@ -183,14 +190,19 @@ DEVICE void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// The float that lies at the same address of the shared memory of block `rank`.
-DEVICE float load_of_block(const float* at, int rank) {
-  float v = 0.f;
+// Adds the floats that lie at the same address of the shared memory of block `rank`: one, two or four.
+template <int PER> DEVICE void add_of_block(const float* at, int rank, float (&y)[PER]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
-               : "=f"(v) : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank) : "memory");
+  float v[4] = {};
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank));
+  if constexpr (PER == 4)
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(there) : "memory");
+  else if constexpr (PER == 2) asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(there) : "memory");
+  else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v[0]) : "r"(there) : "memory");
+#pragma unroll
+  for (int j = 0; j < PER; j++) y[j] += v[j];
 #endif
-  return v;
 }
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
@@ -282,9 +294,7 @@ DEVICE void octet(const OctetArguments& p) {
       if (block_tile + each / TEAMS * stride >= p.tiles) break;
       if (!any) continue;
 #pragma unroll
-      for (int i = 0; i < CLUSTER; i++)
-#pragma unroll
-        for (int j = 0; j < PER; j++) total[j] += load_of_block(whole + each * Sums::PART + lane * PER + j, i);
+      for (int i = 0; i < CLUSTER; i++) add_of_block<PER>(whole + each * Sums::PART + lane * PER, i, total);
       write_row_outputs<EPILOGUE, PER>(p, total, position, tile, lane);
     }
     arrive_at_cluster();

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..suitability import Unsuited
 from .cuda_weights import Weight
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import CHUNK, NORM_RUNS, OCTET, OCTET_RUNS
 from .kernel_source import BLOCK_THREADS, OctetVariant, Packing
 
@@ -31,10 +31,10 @@ class Spread:
 
 
 SPREADS = {
-    "qkv": {2: Spread(8, 4, 2, 3), 4: Spread(8, 4, 2, 3), 8: Spread(16, 4, 2)},
-    "o": {2: Spread(16, 2, 2, 1, 2), 4: Spread(16, 4, 2), 8: Spread(16, 4, 2)},
-    "gate_up": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(8, 4, 2, 2)},
-    "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(14, 2, 2, 2, 1, 2)},
+    "qkv": {2: Spread(16, 4, 2), 4: Spread(8, 4, 3), 8: Spread(8, 4, 4)},
+    "o": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(8, 4, 2, 2)},
+    "gate_up": {2: Spread(8, 4, 2, 1, 2), 4: Spread(4, 4, 4, 1, 2), 8: Spread(4, 4, 4, 3)},
+    "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
 }
 
 
@@ -121,7 +121,8 @@ class Plan:
             groups = min(-(-weight.tiles // found.teams), most)
             needed = -(-weight.tiles // (groups * found.teams))
             if needed <= turns:
-                return cls(found, found.name, groups * found.cluster, shared_bytes)
+                blocks = groups * found.cluster
+                return cls(found, found.name, blocks, claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors)))
             turns = needed
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, ORDER, SILU, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS
 
@@ -103,4 +103,4 @@ def head_rows(gpu: Gpu, weights: Tensor, x: Tensor, norm: Tensor, out: Tensor, e
     name, shared_bytes = found
     arguments = HEAD.pack(weights=weights, x=x, norm=norm, out=out, n=vocabulary, k=hidden, eps=eps, rows=rows)
     blocks = min(-(-vocabulary // TILE), gpu.processors)
-    gpu.run(name, (blocks,), _HEAD_ROWS_THREADS, arguments, shared_bytes, overlap=True)
+    gpu.run(name, (blocks,), _HEAD_ROWS_THREADS, arguments, claimed_bytes(gpu, shared_bytes, 1), overlap=True)

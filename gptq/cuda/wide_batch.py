@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..suitability import Unsuited
 from .cuda_weights import Weight
-from .gpu_kernels import SCRATCH_COUNTERS, Gpu
+from .gpu_kernels import SCRATCH_COUNTERS, Gpu, claimed_bytes
 from .kernel_arguments import WIDE_BATCH
 from .kernel_source import Packing, WideBatchVariant
 
@@ -86,7 +86,8 @@ def launch(gpu: Gpu, weight: Weight, plan: WideBatchVariant, *, x: Tensor, out: 
         unit_to_group=weight.unit_to_group,
         rows=rows,
     )
-    gpu.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes, overlap=True)
+    shared_bytes = claimed_bytes(gpu, plan.shared_bytes, -(-blocks // gpu.processors))
+    gpu.run(plan.name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
 
 
 @lru_cache(maxsize=1024)
