@@ -103,9 +103,17 @@ extern "C" __global__ void embed(EmbedArguments p) {
 // RMSNorm of many rows, into the order that the next weight is stored in. A block takes a row and keeps it in shared memory.
 // `k` is a multiple of 4, `padded` of 2.
 extern "C" __global__ void norm_rows(NormArguments p) {
+  constexpr int EARLY = 4;  // pairs of a thread whose places and weights are loaded before the previous kernel has ended
   float* row = (float*)shared_words;
   float* scratch = row + p.k;  // 33
   allow_next_kernel_to_start();
+  int2 places[EARLY];
+  u32 weights[EARLY];
+#pragma unroll
+  for (int i = 0; i < EARLY; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 2;
+    if (at < p.padded) { places[i] = __ldg((const int2*)(p.order + at)); weights[i] = __ldg((const u32*)(p.norm + at)); }
+  }
   wait_for_previous_kernel();
   float* from = p.residual + (size_t)blockIdx.x * p.k;
   const u16* addend = p.addend ? p.addend + (size_t)blockIdx.x * p.k : nullptr;
@@ -123,12 +131,17 @@ extern "C" __global__ void norm_rows(NormArguments p) {
   }
   const float scale = rsqrtf(block_sum(sum, scratch) / p.k + p.eps);
   u16* to = p.out + (size_t)blockIdx.x * p.padded;
-#pragma unroll 4
-  for (int at = threadIdx.x * 2; at < p.padded; at += blockDim.x * 2) {
-    const int2 k = *(const int2*)(p.order + at);
-    const u32 w = *(const u32*)(p.norm + at);
+  auto write = [&](int at, int2 k, u32 w) {
     *(u32*)(to + at) = to_half2(k.x < 0 ? 0.f : row[k.x] * scale * low_of(w), k.y < 0 ? 0.f : row[k.y] * scale * high_of(w));
+  };
+#pragma unroll
+  for (int i = 0; i < EARLY; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 2;
+    if (at < p.padded) write(at, places[i], weights[i]);
   }
+#pragma unroll 2
+  for (int at = (EARLY * blockDim.x + threadIdx.x) * 2; at < p.padded; at += blockDim.x * 2)
+    write(at, __ldg((const int2*)(p.order + at)), __ldg((const u32*)(p.norm + at)));
 }
 
 // Inputs of many rows in the order that the next weight is stored in. A block keeps `together` rows in shared memory.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..suitability import Unsuited
 from . import wide_batch
 from .cuda_weights import Weight
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import SMALL_BATCH
 from .kernel_source import Packing, SmallBatchVariant, WideBatchVariant
 
@@ -19,20 +19,21 @@ COLUMNS = (1, 2, 4)  # of 8 rows each
 _LEAST_WIDE_ROWS = 17  # of a large weight; a small one has too few items for that before 33
 _SMALL_WEIGHT = 50_000  # chunks of tiles; qkv and o of a 7B have 24,576 and 16,384, its MLP 57,344 and 114,688
 # (tiles, split, stages) by columns, the best on an H200 first. The first that fits into a GPU's shared memory is taken.
-# Weights with many outputs have work for every processor at four tiles a block, the others at two.
+# Items are about as many as an H200 has processors (132), or twice as many: of 7B's gate and up 256 of seven tiles, of its qkv
+# 128 of three, of o and down 128 of two.
 _Spreads = dict[int, tuple[tuple[int, int, int], ...]]
 _WIDE: _Spreads = {
     1: ((4, 8, 3), (2, 4, 4), (2, 4, 2)),
-    2: ((8, 4, 3), (4, 4, 3), (2, 4, 3), (2, 4, 2)),
+    2: ((7, 4, 2), (4, 4, 3), (2, 4, 3), (2, 4, 2)),
     4: ((4, 8, 3), (4, 4, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
 _NARROW: _Spreads = {
     1: ((4, 8, 4), (2, 4, 4), (2, 4, 2)),
-    2: ((2, 8, 4), (2, 4, 3), (2, 4, 2)),
+    2: ((2, 16, 3), (2, 8, 4), (2, 4, 3), (2, 4, 2)),
     4: ((2, 8, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
 _SPREADS: dict[str, _Spreads] = {
-    "PLAIN": {**_WIDE, 2: ((4, 8, 3), *_WIDE[2])},
+    "PLAIN": {**_WIDE, 2: ((3, 8, 4), (4, 8, 3), *_WIDE[2]), 4: ((3, 8, 3), *_WIDE[4])},
     "SILU": _WIDE,
     "RESIDUAL": _NARROW,
 }
@@ -97,7 +98,7 @@ def launch(gpu: Gpu, weight: Weight, plan: SmallBatchVariant, *, x: Tensor, out:
         rows=rows,
     )
     blocks = min(-(-weight.tiles // plan.tiles), at_once * gpu.processors)
-    gpu.run(name, (blocks,), threads, arguments, shared_bytes, overlap=True)
+    gpu.run(name, (blocks,), threads, arguments, claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors)), overlap=True)
 
 
 @lru_cache(maxsize=256)
