@@ -119,6 +119,7 @@ template <int BITS, bool SYM, int UNITS> DEVICE void multiply_chunk_by_rows(cons
 
 template <int ROWS> struct RowSums {
   static constexpr int PER = ROWS / 2, PART = TILE * ROWS;
+  struct alignas(PER * 4) Run { float of[PER]; };
 
   static METHOD void store(float* part, int lane, const float (&y)[4]) {
 #pragma unroll
@@ -133,14 +134,9 @@ template <int ROWS> struct RowSums {
     for (int j = 0; j < PER; j++) y[j] = 0.f;
 #pragma unroll
     for (int i = 0; i < KS; i++) {
-      const float* from = parts + i * PART + lane * PER;
-      if constexpr (PER == 4) {
-        const float4 v = *(const float4*)from;
-        y[0] += v.x; y[1] += v.y; y[2] += v.z; y[3] += v.w;
-      } else if constexpr (PER == 2) {
-        const float2 v = *(const float2*)from;
-        y[0] += v.x; y[1] += v.y;
-      } else y[0] += from[0];
+      const Run run = *(const Run*)(parts + i * PART + lane * PER);
+#pragma unroll
+      for (int j = 0; j < PER; j++) y[j] += run.of[j];
     }
   }
 };
