@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.units import format_duration
 from ..engine.layer_clock import LayerClock
-from ..engine.train_job import TrainJob, curve, run
+from ..engine.train_job import TrainJob, curve, folder_for, run
 from ..gptq.training_recipe import Recipe
 from .engine_commands import make_engine
 from .evaluate_command import model_of
@@ -32,7 +32,7 @@ def train(options: argparse.Namespace) -> int:
         options.batch,
         seed=options.seed,
     )
-    output = model.folder.absolute().parent / (options.name or f"{model.name}-{data.stem}")
+    output = folder_for(model, options.name or "", data)
     job = TrainJob(model, data, output, recipe, options.length, options.save_every)
     try:
         print(run(job, _Lines(), say))

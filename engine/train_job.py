@@ -27,6 +27,7 @@ from .training_data import read_examples
 LOG = "training.json"  # in the adapter's folder: how it was trained, and the loss of every step
 _NAME = re.compile(r"[\w][\w.+-]{0,95}")
 _BASE = re.compile(r"^base_model:[ \t]*(?:\n\s*-[ \t]*)?['\"]?(\w[\w./-]*)", re.MULTILINE)
+_MOST_RANK = 1024
 _README_BYTES = 1_000_000
 
 
@@ -38,6 +39,14 @@ class TrainJob:
     recipe: Recipe = field(default_factory=Recipe)
     length: int = 1024  # tokens of a text, at most
     save_every: int = 50  # steps between two checkpoints
+
+
+def folder_for(model: LocalModel, name: str, data: Path) -> Path:
+    """Where an adapter of that name goes: beside the model, never elsewhere. Raises BadParameter for what is no plain name."""
+    found = name.strip() or f"{model.name}-{data.stem}"
+    if not _NAME.fullmatch(found):
+        raise BadParameter(f"{found[:100]!r} cannot be an adapter's name. Write letters, digits, dots, + and hyphens.")
+    return model.folder.absolute().parent / found
 
 
 def check(job: TrainJob) -> None:
@@ -58,8 +67,10 @@ def check(job: TrainJob) -> None:
     for name, value in whole.items():
         if value < 1:
             raise BadParameter(f"The {name} is {value}. Write 1 or more.")
-    if recipe.learning_rate <= 0 or recipe.alpha <= 0 or not 0 <= recipe.dropout < 1:
-        raise BadParameter("The learning rate and alpha must be above 0, the dropout from 0 to below 1.")
+    if recipe.rank > _MOST_RANK:
+        raise BadParameter(f"The rank is {recipe.rank:,}, which would fill the memory. Write at most {_MOST_RANK:,}.")
+    if not 0 < recipe.learning_rate <= 1 or recipe.alpha <= 0 or not 0 <= recipe.dropout < 1:
+        raise BadParameter("The learning rate must be above 0 and at most 1, alpha above 0, the dropout from 0 to below 1.")
     if not (job.model.is_packed or job.model.kind == "plain"):
         raise LoadRefused(
             f"{job.model.name} is {job.model.badge}: {job.model.problem or 'it cannot be opened'}. Choose another model."

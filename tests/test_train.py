@@ -49,6 +49,14 @@ def examples(model: LocalModel, file: Path, length: int = 200) -> tuple[list[tup
     return texts, said
 
 
+@pytest.mark.parametrize("name", ["../out", "a/b", "/tmp/x", "..", ".hidden", "a\\b", "a\x1b[2J", "x" * 97])
+def test_an_adapter_goes_beside_the_model_and_nowhere_else(model: LocalModel, name: str) -> None:
+    with pytest.raises(BadParameter, match="cannot be an adapter's name"):
+        train_job.folder_for(model, name, Path("data.jsonl"))
+    assert train_job.folder_for(model, " pirate ", Path("data.jsonl")) == model.folder.parent / "pirate"
+    assert train_job.folder_for(model, "", Path("data.jsonl")) == model.folder.parent / "packed-data"
+
+
 # --- texts -----------------------------------------------------------------------------------------
 
 
@@ -192,7 +200,10 @@ def test_what_cannot_be_trained_is_refused_in_words(model: LocalModel, data: Pat
     pytest.importorskip("peft")
     for changes, says in (
         ({"rank": 0}, "rank is 0"),
+        ({"rank": 10**9}, "rank is 1,000,000,000, which would fill the memory"),
         ({"learning_rate": 0.0}, "learning rate"),
+        ({"learning_rate": float("nan")}, "learning rate"),
+        ({"learning_rate": float("inf")}, "learning rate"),
         ({"targets": ("x",)}, "among: down"),
     ):
         with pytest.raises(BadParameter, match=says):

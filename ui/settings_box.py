@@ -126,5 +126,5 @@ def _draw(option: Field, name: str) -> gr.components.Component:
     if isinstance(usual, bool):
         return gr.Checkbox(usual, **common)
     if isinstance(usual, (int, float)):
-        return gr.Number(usual, precision=0 if isinstance(usual, int) else None, **common)
+        return gradio_compat.Number(usual, precision=0 if isinstance(usual, int) else None, **common)
     return gr.Textbox(str(usual or ""), type="password" if option.metadata.get("secret") else "text", **common)

@@ -16,7 +16,7 @@ from ..core.errors import BadParameter, GptqWebuiError, LoadCancelled
 from ..core.units import format_duration
 from ..engine.engine import Engine
 from ..engine.layer_clock import LayerClock
-from ..engine.train_job import TrainJob, curve, run
+from ..engine.train_job import TrainJob, curve, folder_for, run
 from ..gptq.training_recipe import Recipe, StepDone
 from . import gradio_compat
 from .access import Access
@@ -130,7 +130,7 @@ def _job(
         raise BadParameter("Write the name of a file with conversations.")
     file = Path(str(data).strip()).expanduser().absolute()
     base = engine.library.get(str(model))
-    output = base.folder.absolute().parent / ((name or "").strip() or f"{base.name}-{file.stem}")
+    output = folder_for(base, name or "", file)
     recipe = Recipe(int(rank or 0), 2 * int(rank or 0), 0.0, (), float(rate or 0), int(epochs or 0), int(batch or 0))
     return TrainJob(base, file, output, recipe, int(length or 0))
 
