@@ -1,5 +1,7 @@
 """LoRA adapters in the GPU's step, against plain PyTorch with the same adapters. Skipped without a GPU; the layout is not."""
 
+from collections import Counter
+
 import pytest
 import torch
 from test_cuda_launches import Recorder, RecordingGpu
@@ -7,11 +9,13 @@ from test_cuda_step import SMALL, error, put, random_models
 
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq import lora
-from gptq_webui.gptq.cuda import cuda_step
+from gptq_webui.gptq.cuda import cuda_step, gemv
 from gptq_webui.gptq.cuda.adapter_rows import MOST_RANK
-from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter, adaptable_layers
+from gptq_webui.gptq.cuda.cuda_adapter import ENTRY_BYTES, CudaAdapter, Matrices, adaptable_layers
 from gptq_webui.gptq.cuda.cuda_layers import gate_up_columns, products
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
+from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
+from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 
@@ -75,6 +79,26 @@ def test_matrices_are_the_adapters_in_the_order_of_the_products(role, monkeypatc
     assert adapter.ranks[role] == 3 * 2 * (2 if role in ("qkv", "gate_up") else 1)
 
 
+def test_an_adapter_of_one_row_is_inside_the_products_that_it_changes(monkeypatch):
+    monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
+    torch.manual_seed(0)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64}, device="cpu")
+    given = adapter_parts(parts, 1, rank=4, roles=("qkv", "down"))
+    gpu = RecordingGpu()
+    step = CudaStep(parts, 64, gpu=gpu)
+    adapter = CudaAdapter([(given, 1.0)], step.adaptable, step.weights.layers)
+    step.adapted  # noqa: B018 (makes its kernels)
+    gpu.launched.clear()
+    step.step_rows(1, False, {0: adapter})
+    kinds = Counter(name.split("_")[0] for name in gpu.launched)
+    assert kinds == {"embed": 1, "gemv": 8, "attention": 2, "head": 1}, "as many kernels as without one"
+    assert sum("_adapted" in name for name in gpu.launched) == 2 * 2
+    assert torch.equal(step.adapted._row._entries[:-1].view(-1), adapter.table)
+    gpu.launched.clear()
+    step.step_rows(1, False, {0: None})
+    assert len(gpu.launched) == 12 and not any("_adapted" in name for name in gpu.launched)
+
+
 def test_what_the_step_cannot_take_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
     torch.manual_seed(0)
@@ -94,6 +118,7 @@ def test_what_the_step_cannot_take_is_refused_in_words(monkeypatch):
     ("change", "roles"),
     [
         ({}, ("qkv", "o", "gate_up", "down")),
+        ({"layers": 3}, ("gate_up", "o")),
         ({"bits": 8, "sym": False, "bias": True}, ("qkv", "o", "gate_up", "down")),
         ({"head_dim": 128, "heads": 4, "kv_heads": 4, "qk_norm": True}, ("qkv",)),
         ({"group_size": 32}, ("gate_up",)),
@@ -177,3 +202,55 @@ def test_rows_with_different_adapters_are_each_as_alone(gpu):
             for at, logits in enumerate(alone):
                 assert error(logits[0], wanted[row][lengths[row] + at]) < 1e-2
                 assert int(logits[0].argmax()) == int(together[at][row].argmax())
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("k", "n", "rank", "tuning"),
+    [
+        (736, 400, 5, Tuning(4, 2, 3)),  # no multiples of a chunk and a tile
+        (4096, 512, 64, Tuning(8, 4, 3, 1, 1)),
+        (4096, 4096, 40, Tuning(2, 2, 3, 4)),  # blocks of several tiles take several turns
+        (4096, 16384, 100, Tuning(16, 4, 6, 1, 1000)),  # blocks that make t begin late: others make it themselves
+        (14336, 4096, 64, Tuning(16, 2, 3, 1, 2)),
+        (736, 64, 20, Tuning(4, 2, 3)),  # blocks make several of t
+    ],
+)  # fmt: skip
+def test_a_product_with_an_adapter_inside_is_right_whichever_blocks_run_together(gpu, k, n, rank, tuning):
+    torch.manual_seed(k + n)
+    widths = (n // 2, n // 4, n // 4)
+    layers = [random_models.random_layer(k, width, 4, 32, sym=True, rows=None, bias=True) for width in widths]
+    wanted_weight = [each.dequantize(torch.float64) for each in layers]
+    packing = packing_of(layers)
+    ranks = (rank, 0, rank - 3)
+    a = torch.randn(sum(ranks), k, device="cuda").double() / k**0.5
+    b = [torch.randn(width, own, device="cuda").double() for width, own in zip(widths, ranks, strict=True)]
+    found = gemv.variant(packing, k, "PLAIN", False, tuning, gpu.shared_limit_bytes, adapted=2)
+    gpu.add_missing([found], [packing])
+    weight = repack(gpu, layers, packing)
+    x = torch.randn(k, device="cuda").half()
+    staged = torch.zeros(weight.padded, dtype=torch.float16, device="cuda")
+    staged[weight.permutation.long()] = x
+    inner = torch.zeros(sum(ranks), weight.padded, dtype=torch.float16, device="cuda")
+    inner[:, weight.permutation.long()] = a.half()
+    outer = torch.zeros(n, -(-rank // 8) * 8, dtype=torch.float16, device="cuda")
+    begin = 0
+    for each in b:
+        outer[begin : begin + len(each), : each.shape[1]] = each.half()
+        begin += len(each)
+    made = Matrices(inner, outer, torch.zeros(0), ranks, 0.5)
+    entries = torch.frombuffer(bytearray(made.entry(widths) + bytes(ENTRY_BYTES)), dtype=torch.uint8).cuda()
+    wanted, first = [], 0
+    for dense, own, each, layer in zip(wanted_weight, ranks, b, layers, strict=True):
+        t = a[first : first + own].half().double() @ x.double()
+        wanted.append(dense @ x.double() + layer.bias.double() + 0.5 * each.half().double() @ t)
+        first += own
+    plan = gemv.Plan.of(gpu, weight, "PLAIN", False, tuning, adapted=2)
+    results = []
+    for _ in range(3):
+        t = torch.full((sum(ranks) + 3,), -1, dtype=torch.int32, device="cuda")
+        out = torch.full((n,), torch.nan, dtype=torch.float16, device="cuda")
+        gemv.launch(gpu, weight, plan, x=staged, out=out, inside=gemv.Inside(entries, t))
+        results.append(out)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert error(results[0], torch.cat(wanted)) < 1e-3

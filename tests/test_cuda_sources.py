@@ -3,6 +3,7 @@
 import itertools
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,7 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         GemvVariant(packings[0], epilogue, norm, 8, 4, 3, 1, True)
         for epilogue, norm in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))
     ]
+    variants += [replace(each, adapted=runs, blocks=2) for runs, each in enumerate(variants, 1)]
     limit = LIMITS.get(family, 99) * 1024
     for packing in packings:
         epilogue = "SILU" if packing.sym else "RESIDUAL"

@@ -1,5 +1,6 @@
-"""The next token of sequences of which some have LoRA adapters: the steps of cuda_step.py and batch_step.py, with small kernels
-around the products that an adapter changes. A graph is recorded for each number of rows and the largest ranks of their adapters.
+"""The next token of sequences of which some have LoRA adapters: the steps of cuda_step.py and batch_step.py. One row's adapter is
+computed inside the products (adapted_row.py); for several rows, and for large ranks, small kernels around the products do it.
+A graph is recorded for each number of rows and the largest ranks of their adapters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..suitability import Unsuited
 from . import adapter_rows, gemv, octet, small_batch
+from .adapted_row import AdaptedRow, Ranks
 from .attention import AttentionWork, attend
 from .batch_step import head_product, rows_of_graph
 from .buffers import Buffers
@@ -28,7 +30,6 @@ from .sequences import Sequences
 
 _RANK_STEP = 16  # ranks are rounded up, so that few graphs are recorded
 Launch = Callable[..., None]
-Ranks = tuple[int, ...]  # by ROLES, the largest rank of the rows; 0: no row's adapter changes that product
 
 
 class AdaptedStep:
@@ -69,6 +70,7 @@ class AdaptedStep:
         self._work = AttentionWork(gpu, shape, rows)
         self._adapters = torch.zeros(rows, dtype=torch.int64, device=device)  # addresses of tables
         self._held: list[int] = [0] * rows  # what `_adapters` holds
+        self._row = AdaptedRow(gpu, shape, weights, sequences, self._plans, tunings, self._work)
         self._t = torch.zeros(rows, adapter_rows.MOST_RANK, dtype=torch.float32, device=device)
         self._gate_up = torch.zeros(rows, layers[0].gate_up.out_features, dtype=torch.float16, device=device)
         self._graphs: dict[tuple[int, bool, Ranks], torch.cuda.CUDAGraph] = {}
@@ -84,6 +86,9 @@ class AdaptedStep:
         if held != self._held[:rows]:
             self._adapters[:rows] = self._sequences.sent(np.array(held, np.int64))
             self._held[:rows] = held
+        alone = of_rows[0] if rows == 1 and self._row.takes(ranks) else None
+        if alone is not None:
+            self._row.use(alone, ranks)
         key = rows, sample_next, ranks
         graph = self._graphs.get(key)
         if graph is None:
@@ -100,6 +105,9 @@ class AdaptedStep:
 
     def _forward(self, rows: int, ranks: Ranks) -> None:
         here = self._buffers.first(rows)
+        inside = rows == 1 and self._row.takes(ranks)
+        if inside:
+            self._row.begin(ranks)
         embed(
             self._gpu,
             self._weights.embedding,
@@ -113,8 +121,11 @@ class AdaptedStep:
         if plans is None or gated is None:
             self._many(rows, ranks)
         else:
-            launch = partial(gemv.launch, overlap=True) if rows == 1 else octet.launch
-            self._fused(rows, ranks, plans, gated, launch)
+            if inside:
+                self._row.layers(ranks, here)
+            else:
+                launch = partial(gemv.launch, overlap=True) if rows == 1 else octet.launch
+                self._fused(rows, ranks, plans, gated, launch)
             logits, final, eps = self._sequences.logits[:rows], self._weights.final_norm, self._shape.eps
             if rows == 1:
                 return head(self._gpu, self._weights.head, here.x_head[0], final, logits, eps)

@@ -2,17 +2,7 @@
 // on its adapter alone, so it is the same in a batch and alone.
 //
 // These kernels are short, so what counts is how often they wait for memory one after the other: what does not depend on the previous
-// kernel (the adapter's numbers) is on its way into registers before they wait for it.
-
-struct AdapterEntry {  // of a layer's product, see cuda_adapter.py
-  u64 a;  // fp16 [rank][padded], fragment order of the product's input
-  u64 b;  // fp16 [most][n], the outputs in the order of the product's rows, of each the ranks of its own layer
-  int rank;  // of all layers of the product together
-  int most;  // the largest rank of one of them
-  int ends[2];  // outputs of the first layer, of the first two (not gated); of gates and ups `first[1]` is the ups'
-  int first[3];  // rank at which each layer begins
-  float scale;
-};
+// kernel (the adapter's numbers) is on its way into registers before they wait for it. AdapterEntry is in adapted_gemv.cu.
 
 #define ADAPTER_THREADS 512
 #define A_RUNS 4   // runs of 8 numbers of A that a thread has in registers
@@ -89,29 +79,37 @@ template <bool NORM> DEVICE void adapter_in(const AdapterInArguments& p) {
 extern "C" __global__ void __launch_bounds__(512) adapter_in_plain(AdapterInArguments p) { adapter_in<false>(p); }
 extern "C" __global__ void __launch_bounds__(512) adapter_in_norm(AdapterInArguments p) { adapter_in<true>(p); }
 
-// The words of B for two neighbouring outputs, the first ranks of them. `b` is that of the first output; a rank is `n` numbers.
-DEVICE void load_outputs(const u16* b, int most, int n, u32 (&held)[B_RANKS]) {
+// B of two neighbouring outputs, the first ranks of them. `b` is that of the first output.
+DEVICE void load_outputs(const u16* b, int most, uint4 (&held)[2][B_RANKS / 8]) {
 #pragma unroll
-  for (int r = 0; r < B_RANKS; r++) held[r] = r < most ? stream1(b + (size_t)r * n) : 0u;
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int r = 0; r < B_RANKS / 8; r++) held[i][r] = r * 8 < most ? __ldg((const uint4*)(b + (size_t)i * most) + r) : make_uint4(0, 0, 0, 0);
+}
+
+DEVICE float eight_ranks(const uint4& b, const float* t) {
+  float y = 0.f;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const u32 w = (&b.x)[j];
+    y += low_of(w) * t[2 * j] + high_of(w) * t[2 * j + 1];
+  }
+  return y;
 }
 
 // Those outputs of B t. `t` is that of the first rank of their layer.
-DEVICE float2 two_outputs(const u16* b, const u32 (&held)[B_RANKS], const float* t, int most, int n) {
-  float2 y = {0.f, 0.f};
+DEVICE float2 two_outputs(const u16* b, const uint4 (&held)[2][B_RANKS / 8], const float* t, int most) {
+  float y[2];
 #pragma unroll
-  for (int r = 0; r < B_RANKS; r++) {
-    if (r < most) {
-      y.x += low_of(held[r]) * t[r];
-      y.y += high_of(held[r]) * t[r];
-    }
+  for (int i = 0; i < 2; i++) {
+    y[i] = 0.f;
+#pragma unroll
+    for (int r = 0; r < B_RANKS / 8; r++)
+      if (r * 8 < most) y[i] += eight_ranks(held[i][r], t + r * 8);
+#pragma unroll 2
+    for (int r = B_RANKS; r < most; r += 8) y[i] += eight_ranks(__ldg((const uint4*)(b + (size_t)i * most + r)), t + r);
   }
-#pragma unroll 8
-  for (int r = B_RANKS; r < most; r++) {
-    const u32 w = stream1(b + (size_t)r * n);
-    y.x += low_of(w) * t[r];
-    y.y += high_of(w) * t[r];
-  }
-  return y;
+  return make_float2(y[0], y[1]);
 }
 
 DEVICE void load_ranks(const float* from, const AdapterEntry& e, float* t) {
@@ -126,18 +124,18 @@ extern "C" __global__ void __launch_bounds__(256) adapter_out(AdapterOutArgument
   allow_next_kernel_to_start();
   const AdapterEntry e = entry_of(p.adapters, p.entry);
   const int n = (blockIdx.x * 256 + threadIdx.x) * 2, at = n < p.n ? n : 0;
-  const u16* b = (const u16*)e.b + at;
-  u32 held[B_RANKS];
+  const u16* b = (const u16*)e.b + (size_t)at * e.most;
+  uint4 held[2][B_RANKS / 8];
   int2 next = {0, 0};
   if (e.rank) {
-    load_outputs(b, e.most, p.n, held);
+    load_outputs(b, e.most, held);
     if (p.residual && p.out) next = *(const int2*)(p.permutation + at);
   }
   wait_for_previous_kernel();
   if (e.rank == 0) return;
   load_ranks(p.t + (size_t)blockIdx.y * p.most, e, t);
   if (n >= p.n) return;
-  const float2 y = two_outputs(b, held, t + e.first[(n >= e.ends[0]) + (n >= e.ends[1])], e.most, p.n);
+  const float2 y = two_outputs(b, held, t + e.first[(n >= e.ends[0]) + (n >= e.ends[1])], e.most);
   if (p.residual) {
     float2* to = (float2*)(p.residual + (size_t)blockIdx.y * p.n + n);
     const float2 sum = {to->x + y.x, to->y + y.y};
@@ -159,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(256) adapter_silu(AdapterSiluArgume
   allow_next_kernel_to_start();
   const AdapterEntry e = entry_of(p.adapters, p.entry);
   const int output = (blockIdx.x * 256 + threadIdx.x) * 2, at = output < p.padded ? output : 0, gate_at = at / 8 * 16 + at % 8;
-  const u16* b = (const u16*)e.b + gate_at;
-  u32 gates_held[B_RANKS], ups_held[B_RANKS];
+  const u16 *b = (const u16*)e.b + (size_t)gate_at * e.most, *b_ups = b + 8 * e.most;
+  uint4 gates_held[2][B_RANKS / 8], ups_held[2][B_RANKS / 8];
   if (e.rank) {
-    load_outputs(b, e.most, p.padded * 2, gates_held);
-    load_outputs(b + 8, e.most, p.padded * 2, ups_held);
+    load_outputs(b, e.most, gates_held);
+    load_outputs(b_ups, e.most, ups_held);
   }
   wait_for_previous_kernel();
   load_ranks(p.t + (size_t)blockIdx.y * p.most, e, t);
@@ -172,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(256) adapter_silu(AdapterSiluArgume
   const u32 gates = *(const u32*)from, ups = *(const u32*)(from + 8);
   float2 gate = {low_of(gates), high_of(gates)}, up = {low_of(ups), high_of(ups)};
   if (e.rank) {
-    const float2 g = two_outputs(b, gates_held, t + e.first[0], e.most, p.padded * 2);
-    const float2 u = two_outputs(b + 8, ups_held, t + e.first[1], e.most, p.padded * 2);
+    const float2 g = two_outputs(b, gates_held, t + e.first[0], e.most);
+    const float2 u = two_outputs(b_ups, ups_held, t + e.first[1], e.most);
     gate.x += g.x, gate.y += g.y, up.x += u.x, up.y += u.y;
   }
   *(u32*)(p.out + (size_t)blockIdx.y * p.padded + at) =

@@ -16,6 +16,8 @@ typedef unsigned long long u64;
 #define FULL 0xffffffffu
 #define INFINITY __int_as_float(0x7f800000)
 
+enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE_BFLOAT };  // what becomes of a product's sums: see GemvArguments.out
+
 DEVICE float to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE u16 to_half(float f) {  // beyond fp16's range: its largest number, not infinity
   f = fminf(fmaxf(f, -65504.f), 65504.f);

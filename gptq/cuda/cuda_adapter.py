@@ -16,7 +16,8 @@ from ..lora import Part
 from .adapter_rows import MOST_RANK
 from .cuda_layers import ROLES, Layer, gate_up_columns, products
 
-_ENTRY = struct.Struct("<QQii2i3if")  # AdapterEntry of adapter_rows.cu
+_ENTRY = struct.Struct("<QQii2i3if")  # AdapterEntry of adapted_gemv.cu
+ENTRY_BYTES = _ENTRY.size
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,22 @@ class Matrices:
     """Of one product: y += scale · B (A x). A's rows are the ranks of the product's first layer, then of the next ones."""
 
     inner: Tensor  # A, fp16 [rank, padded], fragment order
-    outer: Tensor  # B, fp16 [most, N], in the order of the weight's rows: of each output the ranks of its own layer
+    outer: Tensor  # B, fp16 [N, most], in the order of the weight's rows: of each output the ranks of its own layer, then zeros
     owner: Tensor  # int64 [N]: the layer of each output; -1 for padding
     ranks: tuple[int, ...]  # of each layer
     scale: float
 
     def of_rows(self, x: Tensor) -> Tensor:
         """B A x of x fp16 [T, padded] -> fp32 [T, N]."""
-        outer = [torch.where(self.owner == at, self.outer[:rank].float(), 0.0) for at, rank in enumerate(self.ranks)]
-        return (x.float() @ self.inner.float().T).mul_(self.scale) @ torch.cat(outer)
+        own = [torch.where(self.owner[:, None] == at, self.outer[:, :rank].float(), 0.0) for at, rank in enumerate(self.ranks)]
+        return (x.float() @ self.inner.float().T).mul_(self.scale) @ torch.cat(own, 1).T
 
     def entry(self, widths: Sequence[int]) -> bytes:
         """What the kernels are given."""
         ends = [sum(widths[: at + 1]) for at in range(2)]
-        first = [sum(self.ranks[:at]) if at < len(self.ranks) else 0 for at in range(3)]
+        first = [sum(self.ranks[:at]) for at in range(3)]
         return _ENTRY.pack(
-            self.inner.data_ptr(), self.outer.data_ptr(), len(self.inner), len(self.outer), *ends, *first, self.scale
+            self.inner.data_ptr(), self.outer.data_ptr(), len(self.inner), self.outer.shape[1], *ends, *first, self.scale
         )  # fmt: skip
 
 
@@ -97,16 +98,17 @@ class CudaAdapter:
             for role in ROLES:
                 made = self.matrices.get((at, role))
                 entries += made.entry(found[at, role][0][0].widths) if made is not None else bytes(_ENTRY.size)
-        self._table = torch.frombuffer(entries, dtype=torch.uint8).to(layers[0].qkv.words.device)
+        self.table = torch.frombuffer(entries, dtype=torch.uint8).to(layers[0].qkv.words.device)
+        """uint8 [layers * roles * ENTRY_BYTES]: an entry for each layer and role."""
 
     @property
     def address(self) -> int:
-        """Of its table on the GPU: an entry for each layer and role."""
-        return self._table.data_ptr()
+        """Of its table on the GPU."""
+        return self.table.data_ptr()
 
     @property
     def size_bytes(self) -> int:
-        return self._table.numel() + sum(2 * (each.inner.numel() + each.outer.numel()) for each in self.matrices.values())
+        return self.table.numel() + sum(2 * (each.inner.numel() + each.outer.numel()) for each in self.matrices.values())
 
 
 def _matrices(changes: Sequence[tuple[Adaptable, Tensor, Tensor]], layer: Layer, role: str) -> Matrices:
@@ -115,16 +117,17 @@ def _matrices(changes: Sequence[tuple[Adaptable, Tensor, Tensor]], layer: Layer,
     own = [[(a, b) for each, a, b in changes if each.index == index] for index in range(len(widths))]
     ranks = tuple(sum(len(a) for a, _b in each) for each in own)
     inner = torch.cat([a.float().to(device) for each in own for a, _b in each])  # [rank, K]
-    outer = torch.zeros(max(ranks), sum(widths), device=device)  # [most, outputs in the model's order]
+    most = -(-max(ranks) // 8) * 8  # a lane reads eight
+    outer = torch.zeros(sum(widths), most, device=device)  # outputs in the model's order
     for index, each in enumerate(own):
         first, at = sum(widths[:index]), 0
         for a, b in each:
-            outer[at : at + len(a), first : first + len(b)] = b.to(device).T
+            outer[first : first + len(b), at : at + len(a)] = b.to(device)
             at += len(a)
     owner = torch.arange(len(widths), device=device).repeat_interleave(torch.tensor(widths, device=device))
     columns = torch.arange(weight.out_features, device=device) if role != "gate_up" else gate_up_columns(layer.down)
     inner = torch.where(weight.order >= 0, inner[:, weight.order.clamp(min=0).long()], 0.0)
-    outer = torch.where(columns >= 0, outer[:, columns.clamp(min=0)], 0.0)
+    outer = torch.where(columns[:, None] >= 0, outer[columns.clamp(min=0)], 0.0)
     owner = torch.where(columns >= 0, owner[columns.clamp(min=0)], -1)
     largest = [float(each.abs().max()) or 1.0 for each in (inner, outer)]
     halves = [(each / size).half().contiguous() for each, size in zip((inner, outer), largest, strict=True)]

@@ -5,8 +5,6 @@
 // first weights are on their way before the kernel waits for the previous one, which hides the start of the kernel.
 // Kernels are small on purpose: code that runs once is read from memory as the weights are.
 
-enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE_BFLOAT };  // what becomes of the sums: see GemvArguments.out
-
 // -- the weights, on their way through a ring in shared memory ---------------------------------------------------------
 // BATCH chunks travel together; STAGES batches are on their way or being multiplied. Each lane copies and reads its own
 // words (the scales are the warp's), so no warp waits for another. EVEN: every warp has whole batches.
@@ -100,7 +98,7 @@ DEVICE float activated(float y, int activation) {
   return fmaxf(y, 0.f);                                                                                  // ReLU
 }
 
-template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p, const float* mine, float addend, int place, int tile, int lane) {
+template <int KS, int EPILOGUE, class Arguments> DEVICE void write_outputs(const Arguments& p, const float* mine, float addend, int place, int tile, int lane) {
   const int at = lane % TILE, n = tile * TILE + at;
   float y = addend;
 #pragma unroll
@@ -129,11 +127,12 @@ template <int KS, int EPILOGUE> DEVICE void write_outputs(const GemvArguments& p
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT>
-DEVICE void gemv(const GemvArguments& p) {
+// With an adapter inside it RUNS is more than 0, see adapted_gemv.cu.
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int RUNS = 0, class Arguments = GemvArguments>
+DEVICE void gemv(const Arguments& p) {
   static_assert(TILE == 16 && CHUNK == 64, "a tile is the matrix unit's 16 rows, a chunk four of its steps");
   static_assert(KS >= 1 && KS <= 32, "a block has at most 32 warps");
-  typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN> Ring;
+  typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, Arguments> Ring;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int team = warp / KS, teams = warps / KS, part = warp % KS;
   u16* xs = (u16*)((u8*)shared_words + warps * STAGES * Ring::SLOT);  // [chunks * CHUNK]
@@ -146,7 +145,9 @@ DEVICE void gemv(const GemvArguments& p) {
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) ring.fetch();
   allow_next_kernel_to_start();
+  Adapting<RUNS, EPILOGUE, Arguments> adapting(p);
   const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.chunks * CHUNK);
+  adapting.begin(first_tile, part == 0);
   wait_for_previous_kernel();
   if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
   else {
@@ -154,6 +155,7 @@ DEVICE void gemv(const GemvArguments& p) {
     constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
     stage_natural<BF, ORDER>(p.x, p.order, xs, raw, p.chunks * CHUNK, p.k);
   }
+  adapting.make_share(xs, scratch);
 
   // x as the matrix unit takes it: one column, which the first four lanes hold. The other lanes stay zero.
   uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
@@ -169,6 +171,7 @@ DEVICE void gemv(const GemvArguments& p) {
         addend += __ldcg(p.residual + n);
         place = p.permutation[n];
       }
+      adapting.begin_tile(tile, tile == first_tile);
     }
     for (int chunk = first; chunk < end; chunk += BATCH) {
       wait_for_copies<STAGES - 2>();
@@ -191,9 +194,10 @@ DEVICE void gemv(const GemvArguments& p) {
     }
     float* mine = sums + parity * KS * TILE;
     exchange_sums<KS>(mine, part, team, lane, row, row8);
-    if (part == adder) write_outputs<KS, EPILOGUE>(p, mine, addend, place, tile, lane);
+    if (part == adder) write_outputs<KS, EPILOGUE>(p, mine, RUNS ? addend + adapting.of_tile(tile, xs) : addend, place, tile, lane);
     adder = adder + 1 == KS ? 0 : adder + 1;
   }
+  adapting.end();
 }
 
 // -- the same for chosen experts ---------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Products of a single row: which kernel of gemv.cu computes them, and how it is launched."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from torch import Tensor
 
 from ..suitability import Unsuited
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import CHUNK, GEMV, NORM_RUNS
+from .kernel_arguments import ADAPTED_GEMV, CHUNK, GEMV, NORM_RUNS
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing
 
 
@@ -44,10 +44,18 @@ def layer_tuning(in_features: int, out_features: int) -> Tuning:
 
 @lru_cache(maxsize=256)
 def variant(
-    packing: Packing, in_features: int, epilogue: str, norm: bool, tuning: Tuning, limit_bytes: int, input: str = "FRAGMENTS"
+    packing: Packing,
+    in_features: int,
+    epilogue: str,
+    norm: bool,
+    tuning: Tuning,
+    limit_bytes: int,
+    input: str = "FRAGMENTS",
+    adapted: int = 0,
 ) -> GemvVariant:
     """The kernel for a product. A norm needs enough threads for the whole input; where the tuning asks for more shared
-    memory than the `limit_bytes` of a block, fewer chunks travel together. Raises Unsuited if nothing fits."""
+    memory than the `limit_bytes` of a block, fewer chunks travel together. With an adapter inside, registers are left for
+    `adapted` blocks of a processor. Raises Unsuited if nothing fits."""
     chunks = -(-in_features // CHUNK)
     split, teams, runs = tuning.split, tuning.teams, 0
     if norm:
@@ -59,7 +67,9 @@ def variant(
     stages = tuning.stages
     while True:
         even = chunks % (split * batch) == 0
-        plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even, input=input)
+        taken = -(-chunks * CHUNK // (8 * 32 * split * teams)) if adapted else 0
+        blocks = min(adapted, BLOCK_THREADS // (32 * split * teams))
+        plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even, input=input, adapted=taken, blocks=blocks)
         if plan.shared_bytes(chunks) <= limit_bytes:
             return plan
         if stages > 2:
@@ -93,15 +103,24 @@ class Plan:
         norm: bool,
         tuning: Tuning,
         input: str = "FRAGMENTS",
+        adapted: int = 0,
         *,
         claimed: bool = False,
     ) -> "Plan":
         """`claimed`: a processor takes no more blocks at once than are meant for it. Raises Unsuited if the GPU cannot compute
         the product."""
-        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input)
+        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted)
         blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
         used = found.shared_bytes(weight.chunks)
         return cls(found, found.name, blocks, claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A LoRA adapter inside a product (adapted_gemv.cu)."""
+
+    adapter: Tensor  # uint8: the product's AdapterEntry, and the next one's after it
+    t: Tensor  # int32 [at least the adapter's rank], -1 before the step
 
 
 def launch(
@@ -118,19 +137,23 @@ def launch(
     activation: int = 0,
     eps: float = 0.0,
     overlap: bool = False,
+    inside: Inside | None = None,
 ) -> None:
     """x fp16 [padded] in fragment order -> out, as the plan's epilogue says (GEMV.out). Its variant must be compiled.
 
     Where the plan takes x in its own order, x is fp16 or bf16 [in_features], and `order` uint16 [padded] says which input each
     position takes. `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for
-    RESIDUAL. `overlap` as in `Kernel.launch`.
+    RESIDUAL. `overlap` as in `Kernel.launch`. `inside` is for plans with an adapter.
     """
     taken = weight.padded if plan.variant.input == "FRAGMENTS" else weight.in_features
     if x.numel() != taken:
         raise ValueError(f"The input has {x.numel()} numbers; the weight takes {taken}.")
     if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
         raise ValueError(f"{plan.name} was given other tensors than it takes.")
-    arguments = GEMV.pack(
+    if (plan.variant.adapted > 0) != (inside is not None):
+        raise ValueError(f"{plan.name} was given an adapter that it does not take, or none.")
+    pack = GEMV.pack if inside is None else partial(ADAPTED_GEMV.pack, **vars(inside))
+    arguments = pack(
         weights=weight.words,
         scales=weight.scales,
         x=x,

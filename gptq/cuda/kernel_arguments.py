@@ -99,9 +99,7 @@ UNPACK = Arguments(
     u32 unit_to_group      // the group of unit u is u * unit_to_group >> 16; 0 for one group
     """,
 )
-GEMV = Arguments(
-    "GemvArguments",
-    """
+_GEMV = """
     const u8* weights      // [tiles][chunks][bits * 128]
     const u32* scales      // [tiles][groups][8]: see load_scale
     const u16* x           // fp16 [chunks * CHUNK] in fragment order (FRAGMENTS); fp16 or bf16 [k] in its own (NATURAL, ORDERED)
@@ -119,6 +117,14 @@ GEMV = Arguments(
     int k                  // inputs without padding
     int activation         // of GATED and ACTIVE, see activations.py
     float eps
+    """
+GEMV = Arguments("GemvArguments", _GEMV)
+ADAPTED_GEMV = Arguments(
+    "AdaptedGemvArguments",
+    _GEMV
+    + """
+    const void* adapter    // AdapterEntry of this product; the next product's follows
+    void* t                // fp32 [ranks], the bits of MISSING before the step: see adapted_gemv.cu
     """,
 )
 EXPERT_GEMV = Arguments(
@@ -509,6 +515,7 @@ SAMPLE = Arguments(
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION, ROPE, GATHER,
     SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
+    ADAPTED_GEMV,
 )  # fmt: skip
 
 

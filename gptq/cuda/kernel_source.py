@@ -20,6 +20,7 @@ _TEMPLATES = (
     "unpack.cu",
     "repack.cu",
     "staged_input.cu",
+    "adapted_gemv.cu",
     "gemv.cu",
     "octet.cu",
     "small_batch.cu",
@@ -102,6 +103,8 @@ class GemvVariant:
     even: bool = False  # every warp has whole batches
     experts: bool = False  # of stacked weights, which the device chooses from
     input: str = "FRAGMENTS"  # how x lies in memory: see GemvArguments.x
+    adapted: int = 0  # with a LoRA adapter inside: runs of 8 inputs that a thread takes of a row of A, see adapted_gemv.cu
+    blocks: int = 0  # of a processor at once, at least, where registers would keep it from so many
 
     def __post_init__(self) -> None:
         if not 0 <= self.norm <= NORM_RUNS or self.threads > BLOCK_THREADS or self.teams > 15:  # of 16 barriers one is taken
@@ -114,6 +117,7 @@ class GemvVariant:
         return (
             f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}{'_experts' * self.experts}"
             f"{'_' + self.input.lower() if self.input != 'FRAGMENTS' else ''}"
+            f"{f'_adapted{self.adapted}_{self.blocks}' if self.adapted else ''}"
         )
 
     @property
@@ -328,7 +332,9 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
             numbers += f", {each.input}"
             given, call = ("ExpertGemvArguments", "expert_gemv") if each.experts else ("GemvArguments", "gemv")
-            kernel(each.name, given, f"{call}<{each.packing.arguments}, {numbers}>", each.threads)
+            if each.adapted:
+                given, numbers = "AdaptedGemvArguments", f"{numbers}, {each.adapted}, AdaptedGemvArguments"
+            kernel(each.name, given, f"{call}<{each.packing.arguments}, {numbers}>", each.threads, blocks=each.blocks)
     for kv in sorted(set(formats), key=lambda each: each.name):
         numbers = f"<{kv.head_dim}, {str(kv.q8).lower()}>"
         kernel(f"attention_{kv.name}", "AttentionArguments", f"attention{numbers}", 32 * ATTENTION_WARPS)
