@@ -76,6 +76,9 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     variants = [
         GemvVariant(packing, "ACTIVE", 0, 7, 4, 3, input="NATURAL"),
         GemvVariant(packing, "GATED_BFLOAT", 0, 8, 2, 3, experts=True, input="ORDERED_BFLOAT"),
+        GemvVariant(packing, "BFLOAT", 2, 7, 4, 3, input="ORDERED_BFLOAT"),
+        GemvVariant(Packing(3, False, 2), "GATED", 1, 8, 2, 3, input="NATURAL"),
+        GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL"),
         LayerVariant(True),
         DecodeVariant(False, 8, 1),
     ]
@@ -83,10 +86,14 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     binary = compiler(capability, tmp_path).compile(text)
     names = gpu_kernels._KERNEL.findall(text)
     assert {each.name for each in variants} | {
+        "row_norm_wide_bfloat",
+        "row_norm_normed_bfloat",
+        "row_norm_chosen_bfloat",
         "rotate_bfloat",
         "keep_bfloat",
         "combine_bfloat",
         "route_bfloat",
+        "route_normed_bfloat",
         "clamped_gate_bfloat",
     } == set(names)
     for name in names:

@@ -25,8 +25,12 @@ DEVICE u16 to_half(float f) {  // beyond fp16's range: its largest number, not i
 }
 DEVICE float from_bfloat(u16 b) { return __int_as_float((u32)b << 16); }
 DEVICE u16 to_bfloat(float f) {  // to the nearest, ties to even; NaN stays NaN
+#if __CUDA_ARCH__ >= 800
+  u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h;
+#else
   const u32 bits = __float_as_int(f);
   return f == f ? (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16) : (u16)0x7fc0;
+#endif
 }
 DEVICE u32 pair(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 DEVICE u32 to_half2(float low, float high) { return pair(to_half(low), to_half(high)); }

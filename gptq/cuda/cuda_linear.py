@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
-from . import activations, gemv
+from ..suitability import Unsuited
+from . import activations, deferred, gemv
 from .cuda_weights import Weight, repack
+from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
 from .kernel_source import GemvVariant, Packing
@@ -43,6 +45,7 @@ class CudaLinear(nn.Module):
         tuning = gemv.layer_tuning(weight.in_features, weight.out_features)
         epilogue = epilogue_of(self._dtype, "GATED" if gated is not None else "ACTIVE" if active is not None else "")
         self._plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, input_of(self._dtype, self._natural))
+        self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
 
@@ -58,6 +61,10 @@ class CudaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
+        if (later := deferred.current()) is not None and (row := later.what(x, NormedRow)) is not None:
+            with deferred.plainly():
+                if (found := self._of_normed(x, row, later)) is not None:
+                    return found.view(shape)
         rows = x.reshape(-1, self.in_features)
         y = self._one(rows.to(self._dtype)) if rows.shape[0] == 1 else self._many(rows.to(torch.float16))
         return y.to(x.dtype).view(shape)
@@ -71,6 +78,39 @@ class CudaLinear(nn.Module):
         y = torch.empty(1, self.out_features, dtype=self._dtype, device=x.device)
         number = self._gated or self._active or 0
         gemv.launch(self._gpu, self._weight, self._plan, x=x, out=y, order=self._natural, activation=number, overlap=True)
+        return y
+
+    def _of_normed(self, x: Tensor, row: NormedRow, later: deferred.Deferred) -> Tensor | None:
+        """The product of a row whose norm has not been computed; None if that has to be computed first."""
+        inner = row.addend if isinstance(row.addend, NormedRow) else None
+        addend = row.addend if inner is None else inner.x
+        taken = [each for each in (row.x, addend) if isinstance(each, Tensor)]
+        if x.numel() != self.in_features or any(each.dtype != self._dtype or each.data_ptr() % 16 for each in taken):
+            return None
+        if self._normed is None:
+            variant = self._plan.variant
+            tuning = gemv.layer_tuning(self.in_features, self._weight.out_features)
+            try:
+                plan = gemv.Plan.of(self._gpu, self._weight, variant.epilogue, True, tuning, variant.input)
+            except Unsuited:
+                return None
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            self._gpu.add_missing(variants=[plan.variant])
+            self._normed = plan
+        sum = None
+        if isinstance(addend, Tensor) and row.total is not None:
+            sum = gemv.SumBefore(addend, row.total)
+            if inner is not None:
+                sum = gemv.SumBefore(addend, row.total, inner.norm.weight, inner.norm.kind.eps, inner.norm.kind.offset)
+        y = torch.empty(1, self.out_features, dtype=self._dtype, device=x.device)
+        gemv.launch(
+            self._gpu, self._weight, self._normed, x=row.x, out=y, order=self._natural, norm=row.norm.weight, sum=sum,
+            activation=self._gated or self._active or 0, eps=row.norm.kind.eps, offset=row.norm.kind.offset,
+            centred=row.norm.kind.centred, norm_bias=row.norm.bias, overlap=True,
+        )  # fmt: skip
+        if row.total is not None:
+            later.written(row.total)
         return y
 
     def _many(self, x: Tensor) -> Tensor:

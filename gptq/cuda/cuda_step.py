@@ -48,6 +48,27 @@ _TUNINGS = {  # the best together of 240 on an H200, and better than the best on
     "down": Tuning(16, 2, 3, 1, 2),
 }
 
+_TUNINGS_BY_BITS = {  # of 2 and 3 bits, one role after the other on an H200
+    2: {
+        "qkv": Tuning(4, 8, 2, 1, 3),
+        "o": Tuning(8, 4, 3, 1, 2),
+        "gate_up": Tuning(8, 8, 4, 1, 2),
+        "down": Tuning(14, 8, 2, 1, 2),
+    },
+    3: {
+        "qkv": Tuning(4, 8, 2, 1, 3),
+        "o": Tuning(8, 4, 3, 1, 2),
+        "gate_up": Tuning(8, 8, 3, 1, 2),
+        "down": Tuning(8, 4, 4, 1, 3),
+    },
+}
+
+
+def _tunings_of(packings: Sequence[Packings]) -> dict[str, Tuning]:
+    """The spreads of a model's products, by their role."""
+    bits = {each.bits for four in packings for each in four.values()}
+    return _TUNINGS_BY_BITS.get(bits.pop(), _TUNINGS) if len(bits) == 1 else _TUNINGS
+
 
 class CudaStep:
     """A model on the GPU, and the step of one sequence, which is row 0. Not thread-safe: one thread uses it."""
@@ -72,7 +93,7 @@ class CudaStep:
         self.shape = shape = ModelShape.of(parts, context_tokens, q8=q8)
         packings = [packings_of(layer) for layer in parts.layers]
         self.gpu, self._own_gpu = gpu or Gpu(self.device), gpu is None
-        self.tunings = {**_TUNINGS, **(tunings or {})}
+        self.tunings = {**_tunings_of(packings), **(tunings or {})}
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}

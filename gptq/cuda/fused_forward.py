@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,21 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .fused_norms import MOST, CudaNorm, norm_of, watchers
+from . import deferred
+from .attention_names import decoders, name_attention
+from .deferred import Deferred, plainly
+from .fused_norms import ChosenRows, CudaNorm, NormedRow, norm_of, watchers
 from .gpu_kernels import Gpu
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
-from .natural_order import NUMBERS
-from .token_attention import TokenAttention, capturing, of_one_token, suffix
+from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
+from .token_rows import can_rotate, difference, rows_of_one_token
 
 log = logging.getLogger(__name__)
 
 _ROTATION = "apply_rotary_pos_emb"
 # Of `rotate` in layer_kernels.cu: halves turn together; neighbours, by one angle; by two; neighbours that then lie apart.
 _KINDS = range(4)
-_NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
-_active: list["FusedForward"] = []  # whose graph is being recorded
 
 
 class _Calls(TorchFunctionMode):
@@ -50,9 +52,9 @@ class _Calls(TorchFunctionMode):
                 found = self._fused.decode(q, k, v, mask, {"scaling": given.get("scale")})
                 if found is not None:
                     return found.transpose(1, 2)
-        if func in _ADDITIONS and len(args) == 2 and not given and _rows_of_one_token(*args):
+        if func in _ADDITIONS and len(args) == 2 and not given and rows_of_one_token(*args):
             return self._fused.add(*args)
-        return func(*args, **given)
+        return self._fused.deferred.call(func, args, given) if self._fused.deferred else func(*args, **given)
 
 
 _ADDITIONS = (Tensor.add, Tensor.__add__, torch.add)
@@ -67,6 +69,7 @@ class FusedForward:
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
         self._attention = TokenAttention(self._gpu)
+        self.deferred = Deferred()
         self._forwards = 0  # of this recording
         self._sums: list[Tensor] = []  # of the first forward
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
@@ -81,10 +84,10 @@ class FusedForward:
     def recording(self) -> Iterator[None]:
         """While it lasts, the model's forward uses the kernels."""
         with ExitStack() as undo:
-            _active.append(self)
+            decoders.append(self)
             watchers.append(self)
             undo.callback(self._end)
-            self._name_attention(undo)
+            name_attention(self._model, undo)
             modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
             for module in modules:
                 original = getattr(module, _ROTATION, None)
@@ -95,9 +98,11 @@ class FusedForward:
             yield
 
     def _end(self) -> None:
-        _active.remove(self)
+        decoders.remove(self)
         watchers.remove(self)
         self._forwards = 0
+        self.deferred.clear()
+        deferred.use(None)
         for each in (self._sums, self._norms, self._keeping, self._heads, self._turned, self._left):
             each.clear()
 
@@ -105,6 +110,8 @@ class FusedForward:
         """A forward begins: the same one as before, since the recording began."""
         self._forwards += 1
         self._sum = self._rotation_number = 0
+        self.deferred.clear()
+        deferred.use(self.deferred)
         if self._forwards == 2:
             self._sums.clear()
             self._heads.clear()
@@ -119,9 +126,16 @@ class FusedForward:
         """x + addend, of one token; with the norm that follows."""
         number, self._sum = self._sum, self._sum + 1
         norm = self._norms.get(number)
+        if self.deferred.what(x, (NormedRow, ChosenRows)) is not None:
+            x, addend = addend, x
+        row = self.deferred.what(addend, (NormedRow, ChosenRows))
+        if isinstance(row, NormedRow) and (row.addend is not None or not row.simple):
+            row = None
+        self.deferred.write(x, *(() if row is not None else (addend,)))
+        row = addend if row is None else row
         if norm is not None and norm.takes(x):
-            return norm.after_adding(x, addend)
-        total = norm_of(self._gpu, x, addend, None)[0]
+            return norm.after_adding(x, row)
+        total = norm_of(self._gpu, x, row, None)[0]
         if self._forwards == 1:
             self._sums.append(total)
         return total
@@ -142,9 +156,10 @@ class FusedForward:
 
     def keep(self, layer: Any, keys: Tensor, values: Tensor, shown: Tensor) -> bool:
         """Put the new token into a StaticKeys, or leave it to the attention that gets `shown`. False if no kernel can."""
-        if self not in _active or not of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
+        if self not in decoders or not of_one_token(keys, values) or keys.dtype != layer.keys.dtype:
             return False
-        aligned = all(each.data_ptr() % 16 == 0 and each.stride(1) % 8 == 0 for each in (keys, values))
+        with plainly():
+            aligned = all(each.data_ptr() % 16 == 0 and each.stride(1) % 8 == 0 for each in (keys, values))
         if id(layer) in self._keeping and self._forwards > 1 and aligned:
             vars(shown)["new_token"] = keys, values
             return True
@@ -161,7 +176,7 @@ class FusedForward:
     def _rotation(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def rotated(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
             usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.get("position_ids") is None
-            if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and _can_rotate(q, k, cos, sin):
+            if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and can_rotate(q, k, cos, sin):
                 key = (original, q.shape, k.shape, cos.shape, q.dtype)
                 if key not in self._rotations and not capturing():
                     self._rotations[key] = self._kind_of(original, q, k, cos)
@@ -170,7 +185,7 @@ class FusedForward:
                     if self._forwards == 1:
                         self._learn_heads(number, q, k)
                         return self._rotate(q, k, cos, sin, kind)
-                    return self._rotate(q, k, cos, sin, kind, self._turned.get(number))
+                    return self._rotate_later(q, k, cos, sin, kind, self._turned.get(number))
             if self._left and self._forwards > 1:
                 raise RuntimeError("a rotation differs from one forward to the next")
             return original(q, k, cos, sin, *args, **kwargs)
@@ -199,7 +214,7 @@ class FusedForward:
             wanted = original(q, k, cos, sin)
             for kind in _KINDS:
                 found = self._rotate(q, k, cos, sin, kind)
-                if all(a.shape == b.shape and _difference(a, b) < 1e-2 for a, b in zip(found, wanted, strict=True)):
+                if all(a.shape == b.shape and difference(a, b) < 1e-2 for a, b in zip(found, wanted, strict=True)):
                     return kind
         except (RuntimeError, ValueError, TypeError, IndexError):
             pass
@@ -209,9 +224,33 @@ class FusedForward:
     def _rotate(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int, norms: tuple[CudaNorm, CudaNorm] | None = None
     ) -> tuple[Tensor, Tensor]:
+        q_out, k_out = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
+        self._rotate_into(q, k, cos, sin, kind, norms, q_out, k_out)
+        return q_out, k_out
+
+    def _rotate_later(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int, norms: tuple[CudaNorm, CudaNorm] | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_rotate`, or by the attention that takes them."""
+        with plainly():
+            self.deferred.write(q, k, cos, sin)
+            angles, alike = cos.shape[-1], norms is None or norms[0].kind == norms[1].kind
+            if deferred.current() is not self.deferred:
+                return self._rotate(q, k, cos, sin, kind, norms)
+            if kind != 0 or angles not in (q.shape[3], q.shape[3] // 2) or angles % 8 or q.shape[3] % 16 or not alike:
+                return self._rotate(q, k, cos, sin, kind, norms)
+            out = tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
+            what = Turn(q, k, cos, sin, norms)
+            run = partial(self._rotate_into, q, k, cos, sin, kind, norms, *out)
+            self.deferred.defer(out, (q, k, cos, sin), what, run)
+            return out[0], out[1]
+
+    def _rotate_into(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int, norms: tuple[CudaNorm, CudaNorm] | None,
+        q_out: Tensor, k_out: Tensor,
+    ) -> None:  # fmt: skip
         dims, angles = q.shape[3], cos.shape[-1]
         rotated = 2 * angles if kind == 0 and 2 * angles == dims else min(angles, dims)
-        q_out, k_out = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
         arguments = ROTATE.pack(
             q=q, k=k, cosines=cos, sines=sin, q_out=q_out, k_out=k_out, q_stride=q.stride(1), k_stride=k.stride(1),
             heads=q.shape[1], d=dims, rotated=rotated, angles=angles, kind=kind,
@@ -220,79 +259,24 @@ class FusedForward:
         )  # fmt: skip
         shared_bytes = (dims + 36) * 4
         self._gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, shared_bytes, overlap=True)
-        return q_out, k_out
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def _name_attention(self, undo: ExitStack) -> None:
-        """Put our attention before the model's own, under a name in transformers' registry."""
-        of_model = [each for each in self._model.modules() if hasattr(each, "config")]
-        if not any(hasattr(sys.modules[type(each).__module__], "ALL_ATTENTION_FUNCTIONS") for each in of_model):
-            return  # its code calls torch's attention itself
-        configs = {id(each.config): each.config for each in of_model}
-        for config in configs.values():
-            own = getattr(config, "_attn_implementation", None)
-            if own in _NAMES and _registered():
-                config._attn_implementation_internal, before = _NAMES[own], config._attn_implementation_internal
-                undo.callback(setattr, config, "_attn_implementation_internal", before)
-
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
         """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
-        out = self._attention.of(query, key, value, mask, given)
+        new_key, new_value = getattr(key, "new_token", (None, None))
+        turn = self.deferred.what(query, Turn)
+        if new_key is None or turn is None or self.deferred.what(new_key, Turn) is not turn:
+            turn = None
+            self.deferred.write(query, new_key)
+        self.deferred.write(value, new_value)
+        with plainly():
+            out = self._attention.of(query, key, value, mask, given, turn)
+            if out is None and turn is not None:
+                self.deferred.write(query, new_key)
+                out = self._attention.of(query, key, value, mask, given)
         if out is None and hasattr(key, "new_token"):  # the token would be lost
             raise RuntimeError("attention differs from one forward to the next")
         if out is not None and (cache := getattr(key, "kept_by", None)) is not None:
             self._keeping.add(cache)
         return out
-
-
-def _attend(original: str) -> Callable[..., Any]:
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> Any:
-        if _active and (found := _active[-1].decode(query, key, value, attention_mask, given)) is not None:
-            return found, None
-        if original == "eager":
-            plain = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-            plain = ALL_ATTENTION_FUNCTIONS[original]
-        return plain(module, query, key, value, attention_mask, **given)
-
-    return attend
-
-
-def _registered() -> bool:
-    """Whether transformers knows our attention; False for a version without its registry of attention and masks."""
-    try:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    except ImportError:
-        return False
-    for original, name in _NAMES.items():
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(name, _attend(original))
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    return True
-
-
-def _rows_of_one_token(x: Any, addend: Any) -> bool:
-    """Whether two tensors can be added by the kernel: the same [1, 1, K] or [1, K]."""
-    if not isinstance(x, Tensor) or not isinstance(addend, Tensor) or x.shape != addend.shape or x.dtype != addend.dtype:
-        return False
-    width = x.shape[-1] if x.dim() in (2, 3) else 0
-    usual = x.is_cuda and x.dtype in NUMBERS and width >= 256 and width % 8 == 0 and width <= MOST and x.numel() == width
-    return usual and x.is_contiguous() and addend.is_contiguous() and x.data_ptr() % 16 == addend.data_ptr() % 16 == 0
-
-
-def _can_rotate(q: Any, k: Any, cos: Any, sin: Any) -> bool:
-    if not all(isinstance(each, Tensor) for each in (q, k, cos, sin)) or q.dim() != 4 or k.dim() != 4:
-        return False
-    if not of_one_token(q, k) or q.shape[3] != k.shape[3] or cos.shape != sin.shape or cos.numel() != cos.shape[-1]:
-        return False
-    if not q.dtype == k.dtype == cos.dtype == sin.dtype or cos.shape[-1] % 2:
-        return False
-    return cos.shape[-1] <= q.shape[3] and cos.stride(-1) == sin.stride(-1) == 1
-
-
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))

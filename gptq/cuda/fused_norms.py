@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import deferred
 from .gpu_kernels import Gpu
 from .kernel_arguments import ROW_NORM
 from .kernel_source import LayerVariant
@@ -17,6 +18,7 @@ from .natural_order import NUMBERS
 
 _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 MOST = 32768  # numbers of a row
+NARROW = 8192  # numbers of a row that takes a run of eight a thread
 _SAME = 2e-5  # relative difference of a norm in fp32 and the formula
 
 
@@ -74,14 +76,27 @@ class CudaNorm(nn.Module):
         x = x.contiguous()
         if any(each.before(self, x) for each in watchers):
             return x
+        if (later := self._later(x)) is not None:
+            out = torch.empty_like(x)
+            return later.defer((out,), (x,), NormedRow(self, x), lambda: norm_of(self._gpu, x, None, self, out=out))[0]
         out = norm_of(self._gpu, x, None, self)[1]
         for each in watchers:
             each.after(self, out)
         return out
 
-    def after_adding(self, x: Tensor, addend: Tensor) -> Tensor:
+    def _later(self, x: Tensor) -> deferred.Deferred | None:
+        """Where the norm of x may wait for what takes it."""
+        return deferred.current() if x.numel() == x.shape[-1] <= NARROW else None
+
+    def after_adding(self, x: Tensor, addend: "Tensor | NormedRow | ChosenRows") -> Tensor:
         """x + addend, both [..., K] and contiguous. The next forward, if it is of that sum, costs nothing."""
-        total, out = norm_of(self._gpu, x, addend, self)
+        if (later := self._later(x)) is not None and not isinstance(addend, ChosenRows):
+            total, out = torch.empty_like(x), torch.empty_like(x)
+            row = addend.x if isinstance(addend, NormedRow) else addend
+            what = NormedRow(self, x, addend, total)
+            later.defer((out,), (x, row), what, lambda: norm_of(self._gpu, x, addend, self, total, out), beside=total)
+        else:
+            total, out = norm_of(self._gpu, x, addend, self)
         self._ready = total, out
         return total
 
@@ -89,24 +104,73 @@ class CudaNorm(nn.Module):
         return f"{self.weight.shape[0]}, {self.kind}"
 
 
-def norm_of(gpu: Gpu, x: Tensor, addend: Tensor | None, norm: CudaNorm | None) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class NormedRow:
+    """The norm of a row, or of its sum with another, that has not been computed yet."""
+
+    norm: CudaNorm
+    x: Tensor
+    addend: "Tensor | NormedRow | None" = None
+    total: Tensor | None = None  # where the sum is written
+
+    @property
+    def simple(self) -> bool:
+        """Whether it is an RMSNorm without a bias."""
+        return not self.norm.kind.centred and self.norm.bias is None
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """What chosen experts give, whose sum has not been computed yet."""
+
+    y: Tensor  # fp32 [choices, K]
+    weights: Tensor  # [1, choices], fp32 or the type of the row
+    bias: Tensor | None  # fp32 [experts, K]
+    chosen: Tensor  # int64 [choices]
+    experts: int
+
+
+def norm_of(
+    gpu: Gpu,
+    x: Tensor,
+    addend: Tensor | NormedRow | ChosenRows | None,
+    norm: CudaNorm | None,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(x + addend, the norm of that sum) of contiguous fp16 or bf16 [..., K]; without a norm (the sum, the sum)."""
     width = x.shape[-1]
-    total = x if addend is None else torch.empty_like(x)
-    out = total if norm is None else torch.empty_like(x)
+    if total is None:
+        total = x if addend is None else torch.empty_like(x)
+    if out is None:
+        out = total if norm is None else torch.empty_like(x)
+    inner = addend if isinstance(addend, NormedRow) else None
+    rows = addend if isinstance(addend, ChosenRows) else None
+    plain = inner.x if inner is not None else addend if isinstance(addend, Tensor) else None
     arguments = ROW_NORM.pack(
         x=x,
-        addend=addend,
+        addend=plain,
         sum=total if addend is not None else None,
         weight=None if norm is None else norm.weight,
         bias=None if norm is None else norm.bias,
         out=out,
+        inner_weight=None if inner is None else inner.norm.weight,
+        y=None if rows is None else rows.y,
+        choice_weights=None if rows is None else rows.weights,
+        choice_bias=None if rows is None else rows.bias,
+        chosen=None if rows is None else rows.chosen,
+        choices=0 if rows is None else rows.weights.shape[1],
+        experts=0 if rows is None else rows.experts,
+        wide=int(rows is not None and rows.weights.dtype == torch.float32),
         k=width,
         centred=int(norm is not None and norm.kind.centred),
         eps=0.0 if norm is None else norm.kind.eps,
         offset=0.0 if norm is None else norm.kind.offset,
+        inner_eps=0.0 if inner is None else inner.norm.kind.eps,
+        inner_offset=0.0 if inner is None else inner.norm.kind.offset,
     )
-    name = "row_norm_bfloat" if x.dtype == torch.bfloat16 else "row_norm_half"
+    kind = "_normed" if inner is not None else "_chosen" if rows is not None else "_wide" if width > NARROW else ""
+    name = f"row_norm{kind}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
     threads = min(1024, max(32, -(-width // 256) * 32))
     gpu.run(name, (x.numel() // width,), threads, arguments, 160, overlap=True)
     return total, out

@@ -6,14 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import deferred
+from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
-from .kernel_arguments import ROUTE
+from .kernel_arguments import ROUTE, ROUTE_RUNS
 from .kernel_source import LayerVariant
 from .natural_order import NUMBERS
 
 _WARPS = 8  # of a block: an expert each
 _MOST_EXPERTS = 4096
 _MOST_CHOICES = 32
+_NORMED = ROUTE_RUNS * 8 * 32 * _WARPS  # inputs, at most, that the kernel also norms
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether a row does not begin where the kernel reads 16 bytes."""
+    with deferred.plainly():
+        return x.data_ptr() % 16 != 0
 
 
 @dataclass(frozen=True)
@@ -45,20 +54,42 @@ class CudaRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
         weight, kind, x = self.weight, self._kind, hidden_states
-        if more or given or x.numel() != weight.shape[1] or x.dtype != weight.dtype or not x.is_cuda or x.data_ptr() % 16:
+        if more or given or x.numel() != weight.shape[1] or x.dtype != weight.dtype or not x.is_cuda or _apart(x):
             return self.plain(hidden_states, *more, **given)
         experts, inputs = weight.shape
+        row = self._waiting(x)
         scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
         every = torch.empty(1, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
         chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
         arguments = ROUTE.pack(
-            weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous(), logits=self._logits, done=self._done,
-            all=every, scores=scores, chosen=chosen, experts=experts, choices=kind.choices, k=inputs, wide=int(kind.wide),
+            weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous() if row is None else row.x,
+            logits=self._logits, done=self._done, all=every, scores=scores, chosen=chosen, experts=experts, choices=kind.choices,
+            k=inputs, wide=int(kind.wide),
             wide_scores=int(kind.wide_scores), probabilities=int(kind.probabilities), shared=int(kind.shared), scale=kind.scale,
+            addend=None if row is None else row.addend, sum=None if row is None else row.total,
+            norm=None if row is None else row.norm.weight, norm_bias=None if row is None else row.norm.bias,
+            normed=None if row is None else x, centred=int(row is not None and row.norm.kind.centred),
+            eps=0.0 if row is None else row.norm.kind.eps, offset=0.0 if row is None else row.norm.kind.offset,
         )  # fmt: skip
-        name = "route_bfloat" if x.dtype == torch.bfloat16 else "route_half"
-        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, (experts + 36) * 4, overlap=True)
+        name = f"route{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
+        shared_bytes = (experts + 36) * 4 + (inputs * 2 + 16) * (row is not None)
+        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
         return every, scores, chosen
+
+    def _waiting(self, x: Tensor) -> NormedRow | None:
+        """The norm of the token, if it waits and this kernel is to compute it."""
+        later = deferred.current()
+        row: NormedRow | None = None if later is None else later.what(x, NormedRow)
+        if later is None or row is None:
+            return None
+        taken = [row.x] if row.addend is None else [row.x, row.addend]
+        with deferred.plainly():
+            plain = all(isinstance(each, Tensor) and each.dtype == x.dtype and each.data_ptr() % 16 == 0 for each in taken)
+        if not plain or x.shape[-1] > _NORMED:
+            return None
+        with deferred.plainly():
+            later.written(x, row.total)
+        return row
 
 
 def kind_of(router: nn.Module) -> RouterKind | None:

@@ -27,14 +27,17 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class
     u8* to = ring + slot * SLOT;
     if (tile < p.tiles) {
       const u8* from = p.weights + ((size_t)tile * p.chunks + chunk) * CHUNK_BYTES;
+      if constexpr (BITS < 4) fetch_whole(from, to);
+      else {
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) {
-        if (EVEN || chunk + i < end) {
-          copy_words<BITS>(from + i * CHUNK_BYTES, to + i * CHUNK_BYTES, lane);
-          if (lane < UNITS * SCALE_BYTES / 16) {  // 16 bytes a lane
-            const int unit = (chunk + i) * UNITS + lane / (SCALE_BYTES / 16);
-            const u8* scale = (const u8*)p.scales + (tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * SCALE_BYTES;
-            copy_async<16>(scale + lane % (SCALE_BYTES / 16) * 16, to + BATCH * CHUNK_BYTES + i * UNITS * SCALE_BYTES + lane * 16);
+        for (int i = 0; i < BATCH; i++) {
+          if (EVEN || chunk + i < end) {
+            copy_words<BITS>(from + i * CHUNK_BYTES, to + i * CHUNK_BYTES, lane);
+            if (lane < UNITS * SCALE_BYTES / 16) {  // 16 bytes a lane
+              const int unit = (chunk + i) * UNITS + lane / (SCALE_BYTES / 16);
+              const u8* scale = (const u8*)p.scales + (tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * SCALE_BYTES;
+              copy_async<16>(scale + lane % (SCALE_BYTES / 16) * 16, to + BATCH * CHUNK_BYTES + i * UNITS * SCALE_BYTES + lane * 16);
+            }
           }
         }
       }
@@ -43,6 +46,22 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     chunk += BATCH;
     if (chunk >= end) { chunk = first; tile += stride; }
+  }
+
+  // Chunks in a row as one piece, and their scales: a lane copies 16 bytes that other lanes read.
+  METHOD void fetch_whole(const u8* from, u8* to) {
+    const int chunks = EVEN ? BATCH : min(BATCH, end - chunk);
+#pragma unroll
+    for (int at = 0; at < BATCH * CHUNK_BYTES; at += 512)
+      if ((EVEN && at + 512 <= BATCH * CHUNK_BYTES) || at + lane * 16 < chunks * CHUNK_BYTES) copy_async<16>(from + at + lane * 16, to + at + lane * 16);
+    constexpr int PIECES = SCALE_BYTES / 16;
+#pragma unroll
+    for (int first = 0; first < BATCH * UNITS * PIECES; first += 32) {
+      const int at = first + lane, unit = chunk * UNITS + at / PIECES;
+      if (at >= chunks * UNITS * PIECES) continue;
+      const u8* scale = (const u8*)p.scales + (tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * SCALE_BYTES;
+      copy_async<16>(scale + at % PIECES * 16, to + BATCH * CHUNK_BYTES + at * 16);
+    }
   }
 };
 
@@ -146,14 +165,24 @@ DEVICE void gemv(const Arguments& p) {
   for (int i = 0; i < STAGES - 1; i++) ring.fetch();
   allow_next_kernel_to_start();
   Adapting<RUNS, EPILOGUE, Arguments> adapting(p);
-  const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.chunks * CHUNK);
+  constexpr bool NATURALLY = INPUT != FRAGMENTS;
+  const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, NATURALLY ? p.k : p.chunks * CHUNK);
+  const NormWeight<NATURALLY ? NORM : 0> inner = load_norm_weight<NATURALLY ? NORM : 0>(p.inner, p.inner ? p.k : 0);
   adapting.begin(first_tile, part == 0);
   wait_for_previous_kernel();
   if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
   else {
     u16* raw = (u16*)(scratch + 36 + teams * 2 * KS * TILE);
     constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
-    stage_natural<BF, ORDER>(p.x, p.order, xs, raw, p.chunks * CHUNK, p.k);
+    if constexpr (NORM > 0) stage_normed<NORM, BF, ORDER>(p, norm, inner, xs, raw, scratch);
+    else stage_natural<BF, ORDER>(p.x, p.order, xs, raw, p.chunks * CHUNK, p.k);
+  }
+  constexpr bool SUBNORMAL = BITS < 4 && UNITS < 4;
+  constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
+  float* inputs = scratch + 36 + teams * 2 * KS * TILE + (RAW ? (p.chunks * CHUNK + 8) / 2 : 0);  // [chunks][UNITS]
+  if constexpr (SUBNORMAL) {
+    sum_inputs<UNITS>(xs, inputs, first, end, lane, (SYM ? -(1 << (BITS - 1)) : 1) / UNIT_SCALE);
+    __syncwarp();
   }
   adapting.make_share(xs, scratch);
 
@@ -188,10 +217,13 @@ DEVICE void gemv(const Arguments& p) {
             const uint4* from = (const uint4*)(xs + (chunk + i) * CHUNK + lane * 16);
             b[0] = from[0]; b[1] = from[1];
           }
-          multiply_chunk<BITS, SYM, UNITS>(words + i * Ring::CHUNK_BYTES, scales + i * UNITS * Ring::SCALE_BYTES, b, lane, row, row8);
+          const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i * UNITS * Ring::SCALE_BYTES;
+          if constexpr (SUBNORMAL) multiply_subnormal<BITS, SYM, UNITS>(own, own_scales, inputs + (chunk + i) * UNITS, b, lane, row, row8);
+          else multiply_chunk<BITS, SYM, UNITS>(own, own_scales, b, lane, row, row8);
         }
       }
     }
+    if constexpr (SUBNORMAL) { row *= UNIT_SCALE; row8 *= UNIT_SCALE; }
     float* mine = sums + parity * KS * TILE;
     exchange_sums<KS>(mine, part, team, lane, row, row8);
     if (part == adder) write_outputs<KS, EPILOGUE>(p, mine, RUNS ? addend + adapting.of_tile(tile, xs) : addend, place, tile, lane);

@@ -123,6 +123,17 @@ class Inside:
     t: Tensor  # int32 [at least the adapter's rank], -1 before the step
 
 
+@dataclass(frozen=True)
+class SumBefore:
+    """What a product adds to its input before it norms it: all as x."""
+
+    addend: Tensor
+    total: Tensor  # where the sum is written
+    norm: Tensor | None = None  # weight of an RMSNorm of the addend
+    eps: float = 0.0
+    offset: float = 0.0
+
+
 def launch(
     gpu: Gpu,
     weight: Weight,
@@ -131,19 +142,25 @@ def launch(
     x: Tensor,
     out: Tensor,
     norm: Tensor | None = None,
+    sum: "SumBefore | None" = None,
     residual: Tensor | None = None,
     permutation: Tensor | None = None,
     order: Tensor | None = None,
     activation: int = 0,
     eps: float = 0.0,
+    offset: float = 0.0,
+    centred: bool = False,
+    norm_bias: Tensor | None = None,
     overlap: bool = False,
     inside: Inside | None = None,
 ) -> None:
     """x fp16 [padded] in fragment order -> out, as the plan's epilogue says (GEMV.out). Its variant must be compiled.
 
     Where the plan takes x in its own order, x is fp16 or bf16 [in_features], and `order` uint16 [padded] says which input each
-    position takes. `norm` fp16 [padded] is for plans with a norm, `residual` fp32 [N] and `permutation` int32 [N] for
-    RESIDUAL. `overlap` as in `Kernel.launch`. `inside` is for plans with an adapter.
+    position takes. `norm` is for plans with a norm: fp16 [padded], or as x; then `offset` is added to it, `norm_bias` is added
+    after the norm, `centred` makes it a LayerNorm, and `sum` says what is added to x before. `residual` fp32 [N] and
+    `permutation` int32 [N] are for RESIDUAL. `overlap` as in `Kernel.launch`. `inside` is for plans with
+    an adapter.
     """
     taken = weight.padded if plan.variant.input == "FRAGMENTS" else weight.in_features
     if x.numel() != taken:
@@ -158,6 +175,12 @@ def launch(
         scales=weight.scales,
         x=x,
         norm=norm,
+        addend=None if sum is None else sum.addend,
+        sum=None if sum is None else sum.total,
+        inner=None if sum is None else sum.norm,
+        norm_bias=norm_bias,
+        inner_eps=0.0 if sum is None else sum.eps,
+        inner_offset=0.0 if sum is None else sum.offset,
         bias=weight.bias,
         order=order,
         out=out,
@@ -171,5 +194,7 @@ def launch(
         k=weight.in_features,
         activation=activation,
         eps=eps,
+        offset=offset,
+        centred=int(centred),
     )
     gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap)

@@ -14,6 +14,7 @@ CONSTANTS = {
     "TILE": 16,  # outputs of a packed weight that stay together
     "CHUNK": 64,  # inputs of a packed weight that stay together
     "NORM_RUNS": 4,  # runs of 8 inputs that a thread norms, at most
+    "ROUTE_RUNS": 2,  # runs of 8 inputs that a thread of a router's 256 norms, at most
     "OCTET_RUNS": 16,  # those of all rows of octet.cu together
     "PAGE_TOKENS": 64,  # tokens of a page of keys and values
     "ATTENTION_WARPS": 4,
@@ -25,6 +26,7 @@ CONSTANTS = {
 TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "CHUNK", "PAGE_TOKENS", "HOST_TOKENS"))
 ATTENTION_WARPS, ATTENTION_HEADS, ROPE_WARPS = (CONSTANTS[name] for name in ("ATTENTION_WARPS", "ATTENTION_HEADS", "ROPE_WARPS"))
 NORM_RUNS, OCTET_RUNS, SAMPLE_THREADS = (CONSTANTS[name] for name in ("NORM_RUNS", "OCTET_RUNS", "SAMPLE_THREADS"))
+ROUTE_RUNS = CONSTANTS["ROUTE_RUNS"]
 
 _CODES = {"int": "i", "u32": "I", "float": "f", "u64": "Q"}  # of Python's struct; every pointer is "P"
 _FIELD = re.compile(r"(?P<type>[\w ]+?\**) *(?P<name>\w+)(?:\[(?P<count>\d+)\])?$")
@@ -103,7 +105,13 @@ _GEMV = """
     const u8* weights      // [tiles][chunks][bits * 128]
     const u32* scales      // [tiles][groups][8]: see load_scale
     const u16* x           // fp16 [chunks * CHUNK] in fragment order (FRAGMENTS); fp16 or bf16 [k] in its own (NATURAL, ORDERED)
-    const u16* norm        // fp16 [chunks * CHUNK], fragment order: weight of the RMSNorm before, NORM only
+    const u16* norm        // weight of the RMSNorm before, NORM only: fp16 [chunks * CHUNK] in fragment order, or as x [k]
+    const u16* addend      // as x, to which it is added before the norm, or null; NATURAL and ORDERED only, as the next five
+    u16* sum               // [k]: x + addend
+    const u16* inner       // [k]: weight of an RMSNorm of the addend, or null
+    const u16* norm_bias   // [k]: added after the norm, or null
+    float inner_eps
+    float inner_offset     // added to the weight
     const u16* bias        // fp16 [tiles * TILE] in the order of the rows, or null
     const u16* order       // [chunks * CHUNK]: the input at each position, k for padding; ORDERED only
     void* out              // [n] or, gated, [n / 2]: fp16, fp32 (FLOAT) or bf16 (…BFLOAT); RESIDUAL in the next input's order
@@ -117,6 +125,8 @@ _GEMV = """
     int k                  // inputs without padding
     int activation         // of GATED and ACTIVE, see activations.py
     float eps
+    float offset           // added to the norm's weight; NATURAL and ORDERED only
+    int centred            // the norm is a LayerNorm; NATURAL and ORDERED only
     """
 GEMV = Arguments("GemvArguments", _GEMV)
 ADAPTED_GEMV = Arguments(
@@ -331,10 +341,20 @@ ROW_NORM = Arguments(
     const u16* weight      // [k], or null for a sum alone
     const u16* bias        // [k], or null
     u16* out               // [rows][k]
+    const u16* inner_weight // [k]: of the RMSNorm of what is added, or null
+    const float* y         // [rows][choices][k]: what chosen experts give, the sum of which is added in the place of addend
+    const void* choice_weights // [rows][choices], fp32 or the type of x
+    const float* choice_bias // [experts][k], or null
+    const u64* chosen      // [rows][choices]
+    int choices            // 0: addend is added
+    int experts
+    int wide               // choice_weights are fp32
     int k
     int centred            // LayerNorm; else RMSNorm
     float eps
     float offset           // added to the weight
+    float inner_eps
+    float inner_offset
     """,
 )
 ROTATE = Arguments(
@@ -402,6 +422,13 @@ DECODE = Arguments(
     int new_value_stride
     float scale
     float cap              // of the scores; 0 for none
+    const u16* cosines     // [angles]: q and the new key are turned first, halves together; or null
+    const u16* sines
+    const u16* q_norm      // [d]: weight of an RMSNorm of each head before it turns, or null
+    const u16* k_norm
+    int angles
+    float norm_eps
+    float norm_offset
     """,
 )
 COMBINE = Arguments(
@@ -450,6 +477,14 @@ ROUTE = Arguments(
     int probabilities      // what `all` is
     int shared             // the chosen scores are divided by their sum
     float scale            // of the chosen scores
+    const u16* addend      // [k], or null: x + addend is written to sum, its norm to normed; route_normed only, as what follows
+    u16* sum
+    const u16* norm        // [k]
+    const u16* norm_bias   // [k], or null
+    u16* normed
+    int centred            // LayerNorm; else RMSNorm
+    float eps
+    float offset           // added to the norm's weight
     """,
 )
 ADAPTER_IN = Arguments(

@@ -20,6 +20,7 @@ _TEMPLATES = (
     "unpack.cu",
     "repack.cu",
     "staged_input.cu",
+    "subnormal.cu",
     "adapted_gemv.cu",
     "gemv.cu",
     "octet.cu",
@@ -28,6 +29,7 @@ _TEMPLATES = (
     "wide_batch.cu",
     "attention.cu",
     "layer_kernels.cu",
+    "expert_kernels.cu",
     "token_attention.cu",
 )
 _FIXED = ("row_kernels.cu", "adapter_rows.cu", "sample.cu")  # the same for every model
@@ -128,7 +130,8 @@ class GemvVariant:
         slot = self.batch * self.packing.tile_bytes
         ring = self.split * self.teams * self.stages * slot
         raw = (chunks * CHUNK + 8) * 2 if self.input.startswith("ORDERED") else 0
-        return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE) + raw
+        inputs = chunks * self.packing.units * 4 if self.packing.bits < 4 and self.packing.units < 4 else 0
+        return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE) + raw + inputs
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class WideBatchVariant:
 
 @dataclass(frozen=True)
 class LayerVariant:
-    """The kernels of layer_kernels.cu for one type of numbers."""
+    """The kernels of layer_kernels.cu and expert_kernels.cu for one type of numbers."""
 
     bfloat: bool
 
@@ -265,7 +268,7 @@ class DecodeVariant:
 
     def shared_bytes(self, values_dim: int) -> int:
         sets = 4 * (32 // self.lanes)
-        return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1)
+        return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8) + 16
 
 
 Variant = GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
@@ -288,8 +291,9 @@ class KvFormat:
 
 
 _LAYER_KERNELS = {
-    "row_norm": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
-    "route": "RouteArguments", "clamped_gate": "ClampedGateArguments",
+    "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
+    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
+    "route": "RouteArguments", "route_normed": "RouteArguments", "clamped_gate": "ClampedGateArguments",
 }  # fmt: skip
 
 
@@ -324,7 +328,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
-                kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>")
+                threads = BLOCK_THREADS if call.startswith("row_norm") else 0
+                kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads)
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)

@@ -1,5 +1,5 @@
-// Parts of transformers' own forward as single kernels: norms, rotation of heads, keeping keys and values, the choice of a
-// token's experts and their sum, and attention of one token over a cache at a fixed address. Numbers are fp16 or bf16; the arithmetic is fp32.
+// Parts of transformers' own forward as single kernels: norms, rotation of heads, keeping keys and values. Numbers are fp16 or
+// bf16; the arithmetic is fp32.
 
 struct Half {
   static METHOD float wide(u16 v) { return to_float(v); }
@@ -10,63 +10,134 @@ struct Bfloat {
   static METHOD u16 narrow(float v) { return to_bfloat(v); }
 };
 
-// RMSNorm or LayerNorm of rows of `k` numbers, a multiple of 8 and at most 32 for each thread, to which another row may be added
-// first. A block takes a row.
-template <class T> DEVICE void row_norm(const RowNormArguments& p) {
-  float* scratch = (float*)shared_words;  // 33
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
-  const size_t row = (size_t)blockIdx.x * p.k;
-  float mine[4][8];
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int at = (i * blockDim.x + threadIdx.x) * 8;
-    if (at >= p.k) continue;
-    uint4 v = __ldcg((const uint4*)(p.x + row + at));
-    u16* m = (u16*)&v;
-    if (p.addend) {
-      const uint4 more = __ldcg((const uint4*)(p.addend + row + at));
-      const u16* a = (const u16*)&more;
-#pragma unroll
-      for (int j = 0; j < 8; j++) m[j] = T::narrow(T::wide(m[j]) + T::wide(a[j]));
-      *(uint4*)(p.sum + row + at) = v;
+// What the chosen experts of a token give, times their weights: eight numbers from `at` on.
+template <class T> DEVICE uint4 combined(const RowNormArguments& p, int token, int at) {
+  float sum[8] = {};
+#pragma unroll 4
+  for (int i = 0; i < p.choices; i++) {
+    const int choice = token * p.choices + i;
+    const float4* y = (const float4*)(p.y + (size_t)choice * p.k + at);
+    float4 low = __ldcg(y), high = __ldcg(y + 1);
+    if (p.choice_bias) {
+      const float4* bias = (const float4*)(p.choice_bias + min(__ldcg(p.chosen + choice), (u64)p.experts - 1) * p.k + at);
+      const float4 more = __ldg(bias), last = __ldg(bias + 1);
+      low.x += more.x; low.y += more.y; low.z += more.z; low.w += more.w;
+      high.x += last.x; high.y += last.y; high.z += last.z; high.w += last.w;
     }
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      mine[i][j] = T::wide(m[j]);
-      sum += p.centred ? mine[i][j] : mine[i][j] * mine[i][j];
-    }
+    const float own = p.wide ? __ldcg((const float*)p.choice_weights + choice) : T::wide(__ldcg((const u16*)p.choice_weights + choice));
+    sum[0] += low.x * own; sum[1] += low.y * own; sum[2] += low.z * own; sum[3] += low.w * own;
+    sum[4] += high.x * own; sum[5] += high.y * own; sum[6] += high.z * own; sum[7] += high.w * own;
   }
-  if (!p.weight) return;
+  uint4 v;
+  u16* m = (u16*)&v;
+#pragma unroll
+  for (int j = 0; j < 8; j++) m[j] = T::narrow(sum[j]);
+  return v;
+}
+
+enum { ROW, NORMED_ROW, CHOSEN_ROWS };  // what is added: a row, or nothing; its RMSNorm; what chosen experts give
+
+// RMSNorm or LayerNorm of a row of `k` numbers, a multiple of 8 and at most 8 * RUNS for each thread, to which something may be added
+// first. Waits for the previous kernel, writes the sum if `writes`, and leaves the norm in `held`; false if there is no norm.
+// `scratch` holds 33 floats.
+template <class T, int RUNS, int ADDED> DEVICE bool norm_row(const RowNormArguments& p, int token, bool writes, float* scratch, uint4 (&held)[RUNS]) {
+  uint4 weight[RUNS], inner[RUNS];  // they do not depend on the previous kernel
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    const bool there = at < p.k;
+    weight[i] = there && p.weight ? __ldg((const uint4*)(p.weight + at)) : make_uint4(0, 0, 0, 0);
+    if (ADDED == NORMED_ROW) inner[i] = there ? __ldg((const uint4*)(p.inner_weight + at)) : make_uint4(0, 0, 0, 0);
+  }
+  wait_for_previous_kernel();
+  const size_t row = (size_t)token * p.k;
+  uint4 more[RUNS];
+  float sum = 0.f, inner_scale = 1.f;
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    held[i] = more[i] = make_uint4(0, 0, 0, 0);
+    if (at >= p.k) continue;
+    held[i] = __ldcg((const uint4*)(p.x + row + at));
+    if (ADDED == CHOSEN_ROWS) more[i] = combined<T>(p, token, at);
+    else if (ADDED == NORMED_ROW || p.addend) more[i] = __ldcg((const uint4*)(p.addend + row + at));
+  }
+  if constexpr (ADDED == NORMED_ROW) {
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) {
+      const u16* a = (const u16*)&more[i];
+#pragma unroll
+      for (int j = 0; j < 8; j++) squares += T::wide(a[j]) * T::wide(a[j]);
+    }
+    inner_scale = rsqrtf(block_sum(squares, scratch) / p.k + p.inner_eps);
+  }
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    u16 *m = (u16*)&held[i], *a = (u16*)&more[i];
+    const u16* w = (const u16*)&inner[i];
+    if (p.sum) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        float v = T::wide(a[j]);
+        if constexpr (ADDED == NORMED_ROW) v = T::wide(T::narrow(v * inner_scale * (T::wide(w[j]) + p.inner_offset)));
+        m[j] = T::narrow(T::wide(m[j]) + v);
+      }
+      if (writes && at < p.k) *(uint4*)(p.sum + row + at) = held[i];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += p.centred ? T::wide(m[j]) : T::wide(m[j]) * T::wide(m[j]);
+  }
+  if (!p.weight) return false;
   sum = block_sum(sum, scratch);
   float mean = 0.f;
   if (p.centred) {
     mean = sum / p.k;
     sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < RUNS; i++) {
       if ((i * blockDim.x + threadIdx.x) * 8 >= p.k) continue;
+      const u16* m = (const u16*)&held[i];
 #pragma unroll
-      for (int j = 0; j < 8; j++) sum += (mine[i][j] - mean) * (mine[i][j] - mean);
+      for (int j = 0; j < 8; j++) sum += (T::wide(m[j]) - mean) * (T::wide(m[j]) - mean);
     }
     sum = block_sum(sum, scratch);
   }
   const float scale = rsqrtf(sum / p.k + p.eps);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < RUNS; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
     if (at >= p.k) continue;
-    const uint4 weight = __ldg((const uint4*)(p.weight + at));
     const uint4 bias = p.bias ? __ldg((const uint4*)(p.bias + at)) : make_uint4(0, 0, 0, 0);
-    const u16 *w = (const u16*)&weight, *b = (const u16*)&bias;
-    uint4 v;
-    u16* m = (u16*)&v;
+    const u16 *w = (const u16*)&weight[i], *b = (const u16*)&bias;
+    u16* m = (u16*)&held[i];
 #pragma unroll
-    for (int j = 0; j < 8; j++) m[j] = T::narrow((mine[i][j] - mean) * scale * (T::wide(w[j]) + p.offset) + T::wide(b[j]));
-    *(uint4*)(p.out + row + at) = v;
+    for (int j = 0; j < 8; j++) m[j] = T::narrow((T::wide(m[j]) - mean) * scale * (T::wide(w[j]) + p.offset) + T::wide(b[j]));
+  }
+  return true;
+}
+
+template <int RUNS> DEVICE void write_runs(u16* to, int k, const uint4 (&held)[RUNS]) {
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    if (at < k) *(uint4*)(to + at) = held[i];
   }
 }
+
+// A block takes a row.
+template <class T, int RUNS, int ADDED> DEVICE void norm_rows(const RowNormArguments& p) {
+  uint4 held[RUNS];
+  allow_next_kernel_to_start();
+  if (norm_row<T, RUNS, ADDED>(p, blockIdx.x, true, (float*)shared_words, held)) write_runs<RUNS>(p.out + (size_t)blockIdx.x * p.k, p.k, held);
+}
+
+// Small code each: it is read from memory as it runs.
+template <class T> DEVICE void row_norm(const RowNormArguments& p) { norm_rows<T, 1, ROW>(p); }
+template <class T> DEVICE void row_norm_wide(const RowNormArguments& p) { norm_rows<T, 4, ROW>(p); }
+template <class T> DEVICE void row_norm_normed(const RowNormArguments& p) { norm_rows<T, 1, NORMED_ROW>(p); }
+template <class T> DEVICE void row_norm_chosen(const RowNormArguments& p) { norm_rows<T, 1, CHOSEN_ROWS>(p); }
 
 // The heads of one token's query and key, normed if they have a norm, and turned by their angles. A block takes a head.
 template <class T> DEVICE void rotate(const RotateArguments& p) {
@@ -111,119 +182,4 @@ template <class T> DEVICE void keep(const KeepArguments& p) {
   const u64 count = __ldcg(p.count), at = (u64)head * p.capacity + (count < (u64)p.capacity ? count : p.capacity - 1);
   for (int i = threadIdx.x; i < p.d; i += blockDim.x) p.keys[at * p.d + i] = __ldcg(p.k + (size_t)head * p.k_stride + i);
   for (int i = threadIdx.x; i < p.dv; i += blockDim.x) p.values[at * p.dv + i] = __ldcg(p.v + (size_t)head * p.v_stride + i);
-}
-
-// What the chosen experts of each token give, times their weights.
-template <class T> DEVICE void combine(const CombineArguments& p) {
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
-  const int token = blockIdx.y;
-  const float* y = p.y + (size_t)token * p.choices * p.n;
-  for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < p.n; at += gridDim.x * blockDim.x) {
-    float sum = 0.f;
-#pragma unroll 4
-    for (int i = 0; i < p.choices; i++) {
-      const int w = token * p.choices + i;
-      const float bias = p.bias ? __ldg(p.bias + min(__ldcg(p.chosen + w), (u64)p.experts - 1) * p.n + at) : 0.f;
-      sum += (__ldcg(y + (size_t)i * p.n + at) + bias) * (p.wide ? __ldcg((const float*)p.weights + w) : T::wide(__ldcg((const u16*)p.weights + w)));
-    }
-    p.out[(size_t)token * p.n + at] = T::narrow(sum);
-  }
-}
-
-// The gate of GPT-OSS: ups are clamped, gates from above only; (up + 1) * gate * sigmoid(alpha * gate). The numbers are fp16.
-template <class T> DEVICE void clamped_gate(const ClampedGateArguments& p) {
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
-  const size_t choice = blockIdx.y, expert = min(__ldcg(p.chosen + choice), (u64)p.experts - 1);
-  for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < p.n; at += gridDim.x * blockDim.x) {
-    const u32 both = __ldcg((const u32*)p.y + choice * p.n + at);
-    float gate = to_float((u16)both), up = to_float((u16)(both >> 16));
-    if (p.bias) {
-      const float2 bias = __ldg((const float2*)p.bias + expert * p.n + at);
-      gate += bias.x;
-      up += bias.y;
-    }
-    gate = fminf(gate, p.limit);
-    up = fminf(fmaxf(up, -p.limit), p.limit);
-    p.out[choice * p.n + at] = to_half((up + 1.f) * gate / (1.f + __expf(-p.alpha * gate)));
-  }
-}
-
-// The experts of one token: logits, softmax, the highest `choices` of them. A warp computes the logit of an expert; the last block
-// to finish chooses. At most 32 choices.
-template <class T> DEVICE void route(const RouteArguments& p) {
-  float* logits = (float*)shared_words;  // [experts]
-  float* scratch = logits + p.experts;   // 33
-  u32* flag = (u32*)(scratch + 33);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = blockIdx.x * (blockDim.x / 32) + warp;
-  const u16* row = p.weights + (size_t)min(expert, p.experts - 1) * p.k;
-  allow_next_kernel_to_start();
-  for (int at = lane * 64; at < p.k; at += 2048) prefetch_to_l2(row + at);
-  wait_for_previous_kernel();
-  float sum = 0.f;
-#pragma unroll 4
-  for (int at = lane * 8; at < p.k; at += 256) {
-    const uint4 a = stream4(row + at), b = __ldcg((const uint4*)(p.x + at));
-    const u16 *w = (const u16*)&a, *x = (const u16*)&b;
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum += T::wide(w[j]) * T::wide(x[j]);
-  }
-  sum = warp_sum(sum);
-  if (lane == 0 && expert < p.experts) {
-    if (p.bias) sum += T::wide(p.bias[expert]);
-    p.logits[expert] = p.wide ? sum : T::wide(T::narrow(sum));
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) *flag = count_arrival(p.done);
-  __syncthreads();
-  if (*flag != gridDim.x - 1) return;
-  if (threadIdx.x == 0) *p.done = 0;
-
-  float high = -INFINITY;
-  for (int i = threadIdx.x; i < p.experts; i += blockDim.x) {
-    logits[i] = __ldcg(p.logits + i);
-    high = fmaxf(high, logits[i]);
-  }
-#pragma unroll
-  for (int at = 16; at; at >>= 1) high = fmaxf(high, __shfl_xor_sync(FULL, high, at));
-  if (lane == 0) scratch[warp] = high;
-  __syncthreads();
-  for (int i = 0; i < blockDim.x / 32; i++) high = fmaxf(high, scratch[i]);
-  __syncthreads();
-  float total = 0.f;
-  for (int i = threadIdx.x; i < p.experts; i += blockDim.x) total += __expf(logits[i] - high);
-  total = block_sum(total, scratch);
-  for (int i = threadIdx.x; i < p.experts; i += blockDim.x) {
-    const float v = p.probabilities ? __expf(logits[i] - high) / total : logits[i];
-    if (p.wide) ((float*)p.all)[i] = v;
-    else ((u16*)p.all)[i] = T::narrow(v);
-  }
-  __syncthreads();
-  if (warp) return;
-  float mine = 0.f;  // the score of choice `lane`
-  for (int c = 0; c < p.choices; c++) {
-    float best = -INFINITY;
-    int at = p.experts;
-    for (int i = lane; i < p.experts; i += 32)
-      if (logits[i] > best) { best = logits[i]; at = i; }
-#pragma unroll
-    for (int step = 16; step; step >>= 1) {
-      const float other = __shfl_xor_sync(FULL, best, step);
-      const int there = __shfl_xor_sync(FULL, at, step);
-      if (other > best || (other == best && there < at)) { best = other; at = there; }
-    }
-    if (lane == c) {
-      mine = __expf(best - high) / total;
-      p.chosen[c] = at;
-    }
-    if (lane == 0 && at < p.experts) logits[at] = -INFINITY;
-    __syncwarp();
-  }
-  const float all = warp_sum(mine);
-  if (lane < p.choices) {
-    const float score = (p.shared ? mine / all : mine) * p.scale;
-    if (p.wide_scores) ((float*)p.scores)[lane] = score;
-    else ((u16*)p.scores)[lane] = T::narrow(score);
-  }
 }

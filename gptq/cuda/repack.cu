@@ -12,9 +12,14 @@ template <int BITS> DEVICE void place_value(u32 (&words)[BITS], u32 v, int s, in
   const int reg = j / 2 * 2 + high, half = j % 2;  // the register of the fragment, and which half of it
   if constexpr (BITS == 4) words[s] |= v << (4 * (reg + 4 * half));
   else if constexpr (BITS == 8) words[2 * s + reg / 2] |= v << (8 * (reg % 2 * 2 + half));
+  else if constexpr (BITS == 2) words[s / 2] |= v << (s % 2 * 4 + reg % 2 * 2 + reg / 2 * 8 + 16 * half);
   else {
-    words[s / 2] |= (v & 3) << (s % 2 * 8 + 2 * reg + 16 * half);
-    if constexpr (BITS == 3) words[2] |= (v >> 2) << (s * 4 + reg + 16 * half);
+    const int number = three_bit_number(s * 4 + reg);
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      if (number == 15) words[i] |= (v >> i & 1) << (15 + 16 * half);
+      else if (number % 3 == i) words[i] |= v << (number / 3 * 3 + 16 * half);
+    }
   }
 }
 

@@ -80,6 +80,20 @@ template <bool BF> DEVICE uint2 four_inputs(const u16* x, int at, int k) {
   return v;
 }
 
+// A row in its natural order into fragment order; `raw` [padded + 8] and `order` [padded] as below.
+DEVICE void order_row(const u16* order, u16* shared, const u16* raw, int padded) {
+#pragma unroll 2
+  for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) {
+    const uint4 from = __ldg((const uint4*)(order + at));
+    const u32* f = &from.x;
+    uint4 to;
+    u32* t = &to.x;
+#pragma unroll
+    for (int j = 0; j < 4; j++) t[j] = pair(raw[f[j] & 0xffffu], raw[f[j] >> 16]);
+    *(uint4*)(shared + at) = to;
+  }
+}
+
 // x in its natural order into shared memory in fragment order. Without act-order runs of four inputs stay together; with it
 // the row passes through `raw` [padded + 8] in shared memory, and `order` [padded] says which input each position takes.
 template <bool BF, bool ORDER> DEVICE void stage_natural(const u16* x, const u16* order, u16* shared, u16* raw, int padded, int k) {
@@ -91,16 +105,88 @@ template <bool BF, bool ORDER> DEVICE void stage_natural(const u16* x, const u16
 #pragma unroll 4
     for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) *(uint2*)(raw + at) = four_inputs<BF>(x, at, k);
     __syncthreads();
-#pragma unroll 2
-    for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) {
-      const uint4 from = __ldg((const uint4*)(order + at));
-      const u32* f = &from.x;
-      uint4 to;
-      u32* t = &to.x;
+    order_row(order, shared, raw, padded);
+  }
+  __syncthreads();
+}
+
+template <bool BF> DEVICE float wide_number(u16 v) { return BF ? from_bfloat(v) : to_float(v); }
+template <bool BF> DEVICE u16 narrow_number(float v) { return BF ? to_bfloat(v) : to_half(v); }
+
+// As stage_natural, of norm(x), or norm(x + addend), or norm(x + RMSNorm(addend)), each number rounded as kernels of their own
+// would. The first block writes the sum. `scratch` holds 33 floats; the block has enough threads, as for norm_input.
+template <int NORM, bool BF, bool ORDER, class Arguments>
+DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const NormWeight<NORM>& inner, u16* shared, u16* raw, float* scratch) {
+  static_assert(NORM <= NORM_RUNS, "the host plans with at most NORM_RUNS runs a thread");
+  const int padded = p.chunks * CHUNK;
+  uint4 held[NORM], more[NORM];
 #pragma unroll
-      for (int j = 0; j < 4; j++) t[j] = pair(raw[f[j] & 0xffffu], raw[f[j] >> 16]);
-      *(uint4*)(shared + at) = to;
+  for (int i = 0; i < NORM; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    held[i] = at < p.k ? __ldcg((const uint4*)(p.x + at)) : make_uint4(0, 0, 0, 0);
+    more[i] = p.addend && at < p.k ? __ldcg((const uint4*)(p.addend + at)) : make_uint4(0, 0, 0, 0);
+  }
+  if (p.addend) {
+    float scale = 1.f;
+    if (p.inner) {
+      float squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < NORM; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) { const float v = wide_number<BF>(((const u16*)&more[i])[j]); squares += v * v; }
+      scale = rsqrtf(block_sum(squares, scratch) / p.k + p.inner_eps);
+    }
+#pragma unroll
+    for (int i = 0; i < NORM; i++) {
+      const int at = (i * blockDim.x + threadIdx.x) * 8;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        float v = wide_number<BF>(((const u16*)&more[i])[j]);
+        if (p.inner) v = wide_number<BF>(narrow_number<BF>(v * scale * (wide_number<BF>(((const u16*)&inner.run[i])[j]) + p.inner_offset)));
+        u16& own = ((u16*)&held[i])[j];
+        own = at < p.k ? narrow_number<BF>(wide_number<BF>(own) + v) : 0;
+      }
+      if (blockIdx.x == 0 && at < p.k) *(uint4*)(p.sum + at) = held[i];
+    }
+  }
+  float mean = 0.f, squares = 0.f;
+  if (p.centred) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < NORM; i++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += wide_number<BF>(((const u16*)&held[i])[j]);
+    mean = block_sum(sum, scratch) / p.k;
+  }
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const bool there = (i * blockDim.x + threadIdx.x) * 8 < p.k;
+#pragma unroll
+    for (int j = 0; j < 8; j++) { const float v = wide_number<BF>(((const u16*)&held[i])[j]) - mean; squares += there ? v * v : 0.f; }
+  }
+  const float scale = rsqrtf(block_sum(squares, scratch) / p.k + p.eps);
+#pragma unroll
+  for (int i = 0; i < NORM; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 8;
+    const uint4 bias = p.norm_bias && at < p.k ? __ldg((const uint4*)(p.norm_bias + at)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      u16& own = ((u16*)&held[i])[j];
+      const float w = wide_number<BF>(((const u16*)&norm.run[i])[j]) + p.offset, b = wide_number<BF>(((const u16*)&bias)[j]);
+      own = at < p.k ? narrow_number<BF>((wide_number<BF>(own) - mean) * scale * w + b) : 0;
+      if (BF) own = to_half(from_bfloat(own));
+    }
+    if constexpr (ORDER) {
+      if (at < padded + 8) *(uint4*)(raw + at) = held[i];
+    } else if (at < padded) {
+      const int run = at / 4;  // as in stage_natural
+      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = make_uint2(held[i].x, held[i].y);
+      *(uint2*)(shared + (run / 16 * 16 + (run + 1) % 4 * 4 + run / 4 % 4) * 4) = make_uint2(held[i].z, held[i].w);
     }
   }
   __syncthreads();
+  if constexpr (ORDER) {
+    order_row(p.order, shared, raw, padded);
+    __syncthreads();
+  }
 }

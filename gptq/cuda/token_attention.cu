@@ -18,6 +18,33 @@ template <class T> DEVICE void eight(const u16* from, bool there, float (&to)[8]
   for (int j = 0; j < 8; j++) to[j] = T::wide(w[j]);
 }
 
+// A head's numbers from `dim` on, normed if there is a norm, and turned by their angles. LANES lanes hold a head; all lanes call.
+template <class T, int LANES> DEVICE void turned(const DecodeArguments& p, const u16* norm, int dim, float (&x)[8]) {
+  const bool there = dim < p.d;
+  float cosines[8], sines[8];
+  const int angle = dim < p.angles ? dim : dim - p.angles;
+  eight<T>(p.cosines + angle, there, cosines);
+  eight<T>(p.sines + angle, there, sines);
+  if (norm) {
+    float weight[8], sum = 0.f;
+    eight<T>(norm + dim, there, weight);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += x[j] * x[j];
+#pragma unroll
+    for (int at = LANES / 2; at; at >>= 1) sum += __shfl_xor_sync(FULL, sum, at);
+    const float scale = rsqrtf(sum / p.d + p.norm_eps);
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = T::wide(T::narrow(x[j] * scale * (weight[j] + p.norm_offset)));
+  }
+  const bool low = dim < p.d / 2;
+  const int other = threadIdx.x % 32 + (low ? p.d / 16 : -(p.d / 16));
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float across = __shfl_sync(FULL, x[j], other & 31);
+    x[j] = T::wide(T::narrow(x[j] * cosines[j] + (low ? -across : across) * sines[j]));
+  }
+}
+
 // The shares of parts in their sum: found [parts][stride], of each the highest score and the sum of weights. Writes the share of
 // each and returns the whole weight, `sink` (a score without a value) included. All lanes of a warp call it.
 DEVICE float shares_of(const float* found, int parts, int stride, float sink, float* shares) {
@@ -29,6 +56,15 @@ DEVICE float shares_of(const float* found, int parts, int stride, float sink, fl
   const float share = high > -INFINITY ? exp2f(high - top) : 0.f;
   if (lane < parts) shares[lane] = share;
   return warp_sum(lane < parts ? share * found[lane * stride + 1] : 0.f) + (sink > -INFINITY ? exp2f(sink - top) : 0.f);
+}
+
+// Keys and values of a block's part of the tokens, on their way while the previous kernel runs. A hint: the count may be an old one.
+DEVICE void prefetch_tokens(const DecodeArguments& p, int kv_head) {
+  const int total = (int)min(__ldcg(p.count), (u64)p.shown), each = (total + gridDim.y - 1) / (int)gridDim.y;
+  const int first = min((int)blockIdx.y * each, total), end = min(first + each, total);
+  for (int at = first * p.d + threadIdx.x * 64; at < end * p.d; at += blockDim.x * 64) prefetch_to_l2(p.keys + kv_head * p.key_stride + at);
+  for (int at = first * p.dv + threadIdx.x * 64; at < end * p.dv; at += blockDim.x * 64)
+    prefetch_to_l2(p.values + kv_head * p.value_stride + at);
 }
 
 // A block takes up to GROUP heads that share keys, and a part of the tokens. LANES lanes share a token, eight dimensions each.
@@ -45,7 +81,9 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
   float* shares = stats + GROUP * 64;              // [GROUP][32]
   float* whole = shares + GROUP * 32;              // [GROUP]
   u32* flag = (u32*)(whole + GROUP);
+  float* heads_in = (float*)(((u64)(flag + 1) + 15) / 16 * 16);  // [GROUP + 1][LANES * 8]: the query and the new key, turned
   allow_next_kernel_to_start();
+  prefetch_tokens(p, kv_head);
   wait_for_previous_kernel();
 
   const int before = (int)min(__ldcg(p.count), (u64)p.shown - 1), total = before + 1;
@@ -54,7 +92,6 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
   float q[GROUP][8], sum[GROUP][8], high[GROUP], weight[GROUP];
 #pragma unroll
   for (int g = 0; g < GROUP; g++) {
-    eight<T>(p.q + (size_t)(first_head + g) * p.d + dim, g < heads && dim < p.d, q[g]);
     high[g] = -INFINITY;
     weight[g] = 0.f;
 #pragma unroll
@@ -62,15 +99,41 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
   }
   u16* keys = p.keys + kv_head * p.key_stride + dim;
   u16* values = p.values + kv_head * p.value_stride + dim;
+  const bool keeps = p.new_key && before >= first && before < end && blockIdx.x % p.group_blocks == 0;
+#pragma unroll 1
+  for (int item = warp; item <= GROUP; item += 4) {  // a warp turns a head, or the new key
+    const bool query = item < GROUP, there = (query ? item < heads : p.new_key != nullptr) && dim < p.d;
+    const u16* from = query ? p.q + (size_t)(first_head + item) * p.d : p.new_key + (size_t)kv_head * p.new_key_stride;
+    float x[8];
+    eight<T>(from + dim, there, x);
+    if (p.cosines) turned<T, LANES>(p, query ? p.q_norm : p.k_norm, dim, x);
+    if (sub) continue;
+    float4* to = (float4*)(heads_in + item * LANES * 8 + dim);
+    to[0] = make_float4(x[0], x[1], x[2], x[3]);
+    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+    if (query || !keeps) continue;
+    const uint4 kept = {pair(T::narrow(x[0]), T::narrow(x[1])), pair(T::narrow(x[2]), T::narrow(x[3])),
+                        pair(T::narrow(x[4]), T::narrow(x[5])), pair(T::narrow(x[6]), T::narrow(x[7]))};
+    if (dim < p.d) *(uint4*)(keys + (size_t)before * p.d) = kept;
+    if (dim < p.dv) *(uint4*)(values + (size_t)before * p.dv) = __ldcg((const uint4*)(p.new_value + (size_t)kv_head * p.new_value_stride + dim));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int g = 0; g < GROUP; g++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) q[g][j] = heads_in[g * LANES * 8 + dim + j];
   const bool same_mask = p.mask_stride == 0;
 #pragma unroll 2
   for (int base = first + warp * TOKENS; base < end; base += SETS) {
     const int token = base + sub;
     const bool there = token < end, own = p.new_key && token == before;
-    const u16* key = own ? p.new_key + (size_t)kv_head * p.new_key_stride + dim : keys + (size_t)token * p.d;
     const u16* value = own ? p.new_value + (size_t)kv_head * p.new_value_stride + dim : values + (size_t)token * p.dv;
     float k[8], v[8];
-    eight<T>(key, there && dim < p.d, k);
+    eight<T>(keys + (size_t)token * p.d, there && !own && dim < p.d, k);
+    if (own) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) k[j] = heads_in[GROUP * LANES * 8 + dim + j];
+    }
     eight<T>(value, there && dim < p.dv, v);
     const float shared_add = !there ? -INFINITY : same_mask ? masked<T>(p, 0, token) : 0.f;
 #pragma unroll
@@ -90,10 +153,6 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
       weight[g] = weight[g] * keep + mine;
 #pragma unroll
       for (int j = 0; j < 8; j++) sum[g][j] = sum[g][j] * keep + mine * v[j];
-    }
-    if (own && blockIdx.x % p.group_blocks == 0) {  // keep the token
-      if (dim < p.d) *(uint4*)(keys + (size_t)token * p.d) = __ldcg((const uint4*)key);
-      if (dim < p.dv) *(uint4*)(values + (size_t)token * p.dv) = __ldcg((const uint4*)value);
     }
   }
   const int set = warp * TOKENS + sub;

@@ -1,10 +1,12 @@
-"""Attention of one token over a cache of transformers at a fixed address (`decode` in layer_kernels.cu)."""
+"""Attention of one token over a cache of transformers at a fixed address (`decode` in token_attention.cu)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .fused_norms import CudaNorm
 from .gpu_kernels import Gpu
 from .kernel_arguments import DECODE
 from .kernel_source import DecodeVariant
@@ -33,6 +35,17 @@ def suffix(x: Tensor) -> str:
     return "bfloat" if x.dtype == torch.bfloat16 else "half"
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A rotation of query and key that has not been computed: halves of a head turn together."""
+
+    q: Tensor  # [1, heads, 1, D]
+    k: Tensor
+    cosines: Tensor  # D or D / 2 of them
+    sines: Tensor
+    norms: tuple[CudaNorm, CudaNorm] | None  # of the heads, before they turn
+
+
 class TokenAttention:
     """Its kernels on one GPU, and the memory that they need."""
 
@@ -43,8 +56,13 @@ class TokenAttention:
     def close(self) -> None:
         self._work.clear()
 
-    def of(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
-        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this."""
+    def of(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any], turn: Turn | None = None
+    ) -> Tensor | None:
+        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this.
+
+        With `turn` the query and the new key are computed from what it holds.
+        """
         count = getattr(key, "tokens_before", None)
         if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
             return None
@@ -84,6 +102,11 @@ class TokenAttention:
             self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
         partial, done = self._work[key_of_work]
         new_key, new_value = getattr(key, "new_token", (None, None))
+        if turn is not None:
+            query, new_key = turn.q, turn.k
+            if new_key.data_ptr() % 16 or new_key.stride(1) % 8 or turn.cosines.data_ptr() % 16 or turn.sines.data_ptr() % 16:
+                return None
+        norms = (None, None) if turn is None or turn.norms is None else turn.norms
         sinks = given.get("s_aux")
         out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
@@ -96,6 +119,10 @@ class TokenAttention:
             new_key_stride=0 if new_key is None else new_key.stride(1),
             new_value_stride=0 if new_value is None else new_value.stride(1),
             scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
+            cosines=None if turn is None else turn.cosines, sines=None if turn is None else turn.sines,
+            q_norm=None if norms[0] is None else norms[0].weight, k_norm=None if norms[1] is None else norms[1].weight,
+            angles=0 if turn is None else turn.cosines.shape[-1], norm_eps=0.0 if norms[0] is None else norms[0].kind.eps,
+            norm_offset=0.0 if norms[0] is None else norms[0].kind.offset,
         )  # fmt: skip
         self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
         return out

@@ -1,18 +1,28 @@
 // The packed words of one lane for one chunk (64 inputs of the rows r = lane / 4 and r + 8) -> fp16 fragments.
 //
 // A word's small integers become fp16 by logic alone: q | 0x6400 is the number 1024 + q. Offset and zero are subtracted
-// exactly, before anything is multiplied. A fused multiply-add scales integers at higher bits down (1024 + 4q, + 16q,
-// + 64q). The method is that of Kim et al., "Who says elephants can't run" (2022), section 3.
+// exactly, before anything is multiplied. A fused multiply-add scales integers at higher bits down (1024 + 4q,
+// + 16q). The method is that of Kim et al., "Who says elephants can't run" (2022), section 3.
 
 #define ONE_QUARTER 0x34003400u
 #define ONE_16TH 0x2C002C00u
-#define ONE_64TH 0x24002400u
 #define H2_768 0x62006200u
 #define H2_960 0x63806380u
-#define H2_1008 0x63E063E0u
 #define H2_1024 0x64006400u
 
 template <int BITS> struct Words { u32 w[BITS]; };
+
+// Three bits: five numbers and one bit in each half of three words. Number F < 15 is at bit F / 3 * 3 of word F % 3; the bits
+// left over, one of each word, are number 15. The number of a chunk's register R = 4 * step + register of the fragment: those of
+// a row in one step are all moved by the same power of two where they lie, or by 9 bits more.
+DEVICE constexpr int three_bit_number(int R) { return 0xf786ecd54b3a9120ull >> (4 * R) & 15; }
+
+// The numbers of register R, low and high half.
+DEVICE u32 three_bits(u32 w0, u32 w1, u32 w2, int R) {
+  const int F = three_bit_number(R), word = F % 3;
+  if (F == 15) return (w0 >> 15 & 0x00010001) | (w1 >> 14 & 0x00020002) | (w2 >> 13 & 0x00040004);
+  return (word == 0 ? w0 : word == 1 ? w1 : w2) >> F / 3 * 3 & 0x00070007;
+}
 
 // Bytes of a chunk of one tile, all lanes together
 template <int BITS> DEVICE int chunk_bytes() { return BITS * 128; }
@@ -22,7 +32,7 @@ template <int BITS> DEVICE Words<BITS> load_words(const u8* chunk, int lane) {
   if constexpr (BITS == 2) {
     uint2 a = stream2(chunk + lane * 8);
     r.w[0] = a.x; r.w[1] = a.y;
-  } else if constexpr (BITS == 3) {  // the two low bits of every weight, then the third bit of every weight
+  } else if constexpr (BITS == 3) {
     uint2 a = stream2(chunk + lane * 8);
     r.w[0] = a.x; r.w[1] = a.y; r.w[2] = stream1(chunk + 256 + lane * 4);
   } else {
@@ -78,20 +88,14 @@ template <int BITS> DEVICE void fragment(const Words<BITS>& words, int s, u32 z,
     a[2] = sub2(__byte_perm(w, 0x64646464, 0x4140), z);
     a[3] = sub2(__byte_perm(w, 0x64646464, 0x4342), z8);
   } else if constexpr (BITS == 2) {
-    u32 v = words.w[s / 2] >> (s % 2 * 8);
+    const u32 v = words.w[s / 2] >> (s % 2 * 4), v8 = words.w[s / 2] >> (s % 2 * 4 + 8);
     a[0] = sub2(and_or(v, 0x00030003, H2_1024), z);
     a[1] = fma2(and_or(v, 0x000c000c, H2_1024), ONE_QUARTER, sub2(H2_768, z8));
-    a[2] = fma2(and_or(v, 0x00300030, H2_1024), ONE_16TH, sub2(H2_960, z));
-    a[3] = fma2(and_or(v, 0x00c000c0, H2_1024), ONE_64TH, sub2(H2_1008, z8));
+    a[2] = sub2(and_or(v8, 0x00030003, H2_1024), z);
+    a[3] = fma2(and_or(v8, 0x000c000c, H2_1024), ONE_QUARTER, sub2(H2_768, z8));
   } else {
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-      const int f = s * 4 + p;
-      u32 low = words.w[s / 2] >> (s % 2 * 8 + 2 * p);
-      u32 third = f >= 2 ? words.w[2] >> (f >= 2 ? f - 2 : 0) : words.w[2] << (f < 2 ? 2 - f : 0);
-      u32 v = and_or(low, 0x00030003, H2_1024) | (third & 0x00040004);
-      a[p] = sub2(v, p % 2 ? z8 : z);
-    }
+    for (int p = 0; p < 4; p++) a[p] = sub2(three_bits(words.w[0], words.w[1], words.w[2], s * 4 + p) | H2_1024, p % 2 ? z8 : z);
   }
 }
 

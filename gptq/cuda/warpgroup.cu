@@ -60,8 +60,12 @@ template <int BITS> DEVICE void turned_words(const u8* chunk, int r, int c, int 
   const int lane = r * 4 + s;
   if constexpr (BITS < 4) {
     const uint2 both = *(const uint2*)(chunk + lane * 8);
-    v[0] = both.x >> (c * 4); v[1] = both.y >> (c * 4);
-    if constexpr (BITS == 3) third = *(const u32*)(chunk + 256 + lane * 4) >> (c * 2);
+    if constexpr (BITS == 2) {
+      v[0] = both.x >> (c / 2 * 4 + c % 2 * 8); v[1] = both.y >> (c / 2 * 4 + c % 2 * 8);
+    } else {
+      v[0] = both.x; v[1] = both.y;
+      third = *(const u32*)(chunk + 256 + lane * 4);
+    }
   } else {
     const u8* from = chunk + turned_piece<BITS>(lane) * 16;
     if constexpr (BITS == 4) {
@@ -72,8 +76,8 @@ template <int BITS> DEVICE void turned_words(const u8* chunk, int r, int c, int 
   }
 }
 
-// As scaled_fragment(), of those words. Each of the two has its own scale.
-template <int BITS, bool SYM> DEVICE void turned_fragment(const u32 (&v)[2], u32 third, const Scale<SYM> (&scales)[2], u32 (&a)[4]) {
+// As scaled_fragment(), of those words. Each of the two steps has its own scale.
+template <int BITS, bool SYM> DEVICE void turned_fragment(const u32 (&v)[2], u32 third, int c, const Scale<SYM> (&scales)[2], u32 (&a)[4]) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const u32 z = twice_low(scales[i].z), z8 = twice_high(scales[i].z);
@@ -88,8 +92,9 @@ template <int BITS, bool SYM> DEVICE void turned_fragment(const u32 (&v)[2], u32
       low = sub2(and_or(v[i], 0x00030003, H2_1024), z);
       high = fma2(and_or(v[i], 0x000c000c, H2_1024), ONE_QUARTER, sub2(H2_768, z8));
     } else {
-      low = sub2(and_or(v[i], 0x00030003, H2_1024) | (third >> i * 8 << 2 & 0x00040004), z);
-      high = sub2(and_or(v[i] >> 2, 0x00030003, H2_1024) | (third >> i * 8 << 1 & 0x00040004), z8);
+      const int first = (c / 2 + 2 * i) * 4 + c % 2 * 2;  // register of the step
+      low = sub2(three_bits(v[0], v[1], third, first) | H2_1024, z);
+      high = sub2(three_bits(v[0], v[1], third, first + 1) | H2_1024, z8);
     }
     low = mul2(low, twice_low(scales[i].s)); high = mul2(high, twice_high(scales[i].s));
   }

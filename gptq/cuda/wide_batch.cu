@@ -225,7 +225,7 @@ DEVICE void wide_batch(const WideBatchArguments& p) {
     for (int m = 0; m < MT; m++) {
       u32 v[2], third = 0;
       turned_words<BITS>(ws + m * Sizes::TILE_BYTES, r, c, s, v, third);
-      turned_fragment<BITS, SYM>(v, third, scale[m], to[m]);
+      turned_fragment<BITS, SYM>(v, third, c, scale[m], to[m]);
     }
   };
   if constexpr (WARPGROUP) {

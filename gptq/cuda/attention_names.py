@@ -1,0 +1,62 @@
+"""Our attention of one token, under names in transformers' registry, while a model's graph is recorded."""
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from torch import Tensor
+
+_NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
+
+
+class Decoder(Protocol):
+    """Computes attention of one token."""
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
+        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if it does not compute this."""
+
+
+decoders: list[Decoder] = []  # whose graph is being recorded
+
+
+def name_attention(model: Any, undo: ExitStack) -> None:
+    """Put our attention before the model's own, until `undo` is closed."""
+    of_model = [each for each in model.modules() if hasattr(each, "config")]
+    if not any(hasattr(sys.modules[type(each).__module__], "ALL_ATTENTION_FUNCTIONS") for each in of_model):
+        return  # its code calls torch's attention itself
+    configs = {id(each.config): each.config for each in of_model}
+    for config in configs.values():
+        own = getattr(config, "_attn_implementation", None)
+        if own in _NAMES and _registered():
+            config._attn_implementation_internal, before = _NAMES[own], config._attn_implementation_internal
+            undo.callback(setattr, config, "_attn_implementation_internal", before)
+
+
+def _attend(original: str) -> Callable[..., Any]:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+        if decoders and (found := decoders[-1].decode(query, key, value, attention_mask, given)) is not None:
+            return found, None
+        if original == "eager":
+            plain = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            plain = ALL_ATTENTION_FUNCTIONS[original]
+        return plain(module, query, key, value, attention_mask, **given)
+
+    return attend
+
+
+def _registered() -> bool:
+    """Whether transformers knows our attention; False for a version without its registry of attention and masks."""
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError:
+        return False
+    for original, name in _NAMES.items():
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, _attend(original))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return True

@@ -1,0 +1,125 @@
+"""One layer of every expert of a mixture as one packed weight, from which a launch reads the experts that were chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..gptq_linear import GPTQLinear
+from . import gemv
+from .cuda_weights import Weight, fragment_order, repack
+from .gpu_kernels import Gpu
+from .kernel_arguments import EXPERT_GEMV, TILE
+from .kernel_source import GemvVariant, Packing
+from .natural_order import gate_columns, input_of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The same layer of every expert."""
+
+    first: Weight  # with the words and scales of all experts, one expert's tiles after the other's
+    experts: int
+    orders: Tensor  # int64 [experts or 1, padded]: the input at each position, in_features for padding
+    order: Tensor | None  # the same as int16 for the kernel; None if inputs are in their own order
+    variant: GemvVariant
+    blocks: int
+    gated: int | None  # the activation's number, where rows are gates and ups in turn
+
+    @classmethod
+    def of(
+        cls, gpu: Gpu, layers: Sequence[Sequence[GPTQLinear]], packing: Packing, input: torch.dtype, epilogue: str,
+        gated: int | None = None,
+    ) -> "Stack":  # fmt: skip
+        """`layers`: for each expert those that share its input. They are released as they are taken over.
+
+        `input` is the type of the rows that are multiplied one by one.
+        """
+        words: Tensor | None = None
+        scales: Tensor | None = None
+        orders = []
+        columns = None if gated is None else gate_columns(layers[0][0].out_features, gpu.device)
+        for at, own in enumerate(layers):
+            weight = repack(gpu, own, packing, columns)
+            if words is None or scales is None:
+                words = torch.empty(len(layers), *weight.words.shape, dtype=weight.words.dtype, device=gpu.device)
+                scales = torch.empty(len(layers), *weight.scales.shape, dtype=weight.scales.dtype, device=gpu.device)
+            words[at], scales[at] = weight.words, weight.scales
+            orders.append(torch.where(weight.order < 0, weight.in_features, weight.order).long())
+            for each in own:
+                each.release()
+        assert words is not None and scales is not None
+        stacked = torch.stack(orders)
+        plain = fragment_order(None, weight.in_features, gpu.device).long()
+        plain = torch.where(plain < 0, weight.in_features, plain)
+        ordered = not bool((stacked == plain).all())
+        if bool((stacked == stacked[0]).all()):
+            stacked = stacked[:1]
+        order = stacked.to(torch.int32).to(torch.int16).contiguous() if ordered else None
+        kind = input_of(input, order)
+        plan = gemv.Plan.of(gpu, weight, epilogue, False, gemv.layer_tuning(weight.in_features, weight.out_features), kind)
+        whole = replace(weight, words=words.flatten(0, 1), scales=scales.flatten(0, 1))
+        return cls(whole, len(layers), stacked, order, replace(plan.variant, experts=True), plan.blocks, gated)
+
+    @property
+    def tiles(self) -> int:
+        """Of one expert."""
+        return self.first.tiles // self.experts
+
+    @property
+    def outputs(self) -> int:
+        return self.first.out_features if self.gated is None else self.first.out_features // 2
+
+    def ordered(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """fp16 [..., K], the expert of each row [...] -> fp16 [..., padded] in the order of its weights."""
+        weight = self.first
+        if weight.padded != weight.in_features:
+            x = nn.functional.pad(x, (0, 1))
+        if self.orders.shape[0] == 1:
+            return x.index_select(-1, self.orders[0])
+        return x.gather(-1, self.orders[chosen])
+
+    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+        """[choices / share, K] in the type the stack was made for, int64 [choices] -> [choices, outputs] of `dtype`.
+
+        `share` choices in turn take the same row.
+        """
+        weight, tiles = self.first, self.tiles
+        x = x.contiguous()
+        out = torch.empty(chosen.numel(), self.outputs, dtype=dtype, device=x.device)
+        arguments = EXPERT_GEMV.pack(
+            weights=weight.words,
+            scales=weight.scales,
+            chosen=chosen,
+            x=x,
+            order=self.order,
+            out=out,
+            weight_bytes=tiles * weight.words[0].numel(),
+            scale_bytes=tiles * weight.scales[0].numel() * 4,
+            order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
+            share=share,
+            activation=self.gated or 0,
+            experts=self.experts,
+            n=weight.out_features,
+            tiles=tiles,
+            chunks=weight.chunks,
+            groups=weight.groups,
+            unit_to_group=weight.unit_to_group,
+            k=weight.in_features,
+        )
+        shared_bytes = self.variant.shared_bytes(weight.chunks)
+        grid = (self.blocks, chosen.numel())
+        gpu.run(self.variant.name, grid, self.variant.threads, arguments, shared_bytes, overlap=True)
+        return out
+
+    def dense(self, gpu: Gpu, first: int, count: int) -> Tensor:
+        """fp16 [count, N, padded] of the experts first … first + count."""
+        weight, tiles = self.first, self.tiles
+        scratch = torch.empty(count * tiles * TILE * weight.padded, dtype=torch.float16, device=gpu.device)
+        whole = weight.dense(gpu, first * tiles, count * tiles, scratch).view(count, tiles * TILE, weight.padded)
+        return whole[:, : weight.out_features]
+
+    @property
+    def expert_weights(self) -> int:
+        return self.tiles * TILE * self.first.padded
