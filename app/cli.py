@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import __version__
 from ..core.errors import DiskFull, GptqWebuiError
 from ..core.foreign_errors import of_the_disk
+from ..loaders.transformers import quick_imports
 from . import access_flags, exit_codes, tgi_flags
 from .chat_arguments import add_to as add_chat
 from .command_parser import CommandParser, add_json, add_loading, add_models, add_remote, parse
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     command, options = parse(*parsers(), given)
+    quick_imports.in_own_process = command not in ("host", "train")  # which run other programs' code here
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )

@@ -4,6 +4,7 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from ..machine.memory_release import free_memory
 from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
-from . import optimum
+from . import optimum, quick_imports
 from .transformers_options import MOST_PARALLEL, TransformersOptions, device_of, dtype_of, free_beside, placement
 
 __all__ = ["TransformersLoader", "TransformersOptions"]
@@ -57,12 +58,16 @@ class TransformersLoader(Loader):
     def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "PretrainedModel":
         progress(0.02, "Starting torch and transformers")
         given, options = options, options.for_model(model)
-        import torch
-        from transformers.utils import logging as transformers_logging
+        with quick_imports.without_collector():
+            import torch
 
-        from ...gptq import checkpoint, lora
-        from ...gptq.stepper_choice import preparing, stepper_for
-        from ...gptq.transformers_stepper import TransformersStepper
+        _wake(options.device)
+        with quick_imports.without_unused():
+            from transformers.utils import logging as transformers_logging
+
+            from ...gptq import checkpoint, lora
+            from ...gptq.stepper_choice import preparing, stepper_for
+            from ...gptq.transformers_stepper import TransformersStepper
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -115,6 +120,21 @@ class TransformersLoader(Loader):
         loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
         progress(1.0, "Ready")
         return loaded
+
+
+def _wake(device: str) -> None:
+    """Let the GPU get ready for this process while Python imports. `device`: as in the options."""
+    import torch
+
+    def wake() -> None:
+        try:
+            if torch.cuda.is_available():
+                torch.zeros(1, device="cuda" if device == "auto" else device)
+        except RuntimeError as error:
+            log.info("the GPU did not start (%s)", error)  # whoever needs it hears so again
+
+    if device == "auto" or device.startswith("cuda"):
+        threading.Thread(target=wake, name="gptq-webui GPU start", daemon=True).start()
 
 
 def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:

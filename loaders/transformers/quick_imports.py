@@ -1,0 +1,146 @@
+"""transformers' model code without what no answer needs: seconds of a start.
+
+For a few names it imports torch's compiler (with SymPy), torch's tensors of several machines and scikit-learn (with SciPy and
+pandas). In a process of ours stand-ins have those names meanwhile. A stand-in that is asked for anything else makes way for
+what it stands for, so nothing is missing; it is only imported later, or never.
+"""
+
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, spec_from_loader
+from types import ModuleType
+from typing import Any
+
+in_own_process = False  # set by the command line: in another program the names belong to that
+
+
+@contextmanager
+def without_unused() -> Iterator[None]:
+    """Import transformers' model code inside."""
+    with without_collector():
+        if not in_own_process or "transformers.modeling_utils" in sys.modules:
+            yield
+            return
+        _alone()
+        finder = _Finder([each for each in _stand_ins() if each.__name__ not in sys.modules])
+        sys.meta_path.insert(0, finder)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(finder)
+            finder.withdraw()
+
+
+_collector = threading.Lock()
+_paused = 0  # threads inside
+_was_on = True
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Modules are no garbage, and Python looks at each of their objects dozens of times while they are imported."""
+    global _paused, _was_on
+    with _collector:
+        _was_on = gc.isenabled() if _paused == 0 else _was_on
+        _paused += 1
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _collector:
+            _paused -= 1
+            if _paused == 0 and _was_on:
+                gc.enable()
+
+
+def _alone() -> None:
+    """Let transformers know that no other process computes with this one."""
+    utils, import_utils = import_module("transformers.utils"), import_module("transformers.utils.import_utils")
+    for module in (utils, import_utils):
+        if "is_torch_distributed_available" in vars(module):
+            vars(module)["is_torch_distributed_available"] = lambda: False
+
+
+def _stand_ins() -> list["_StandIn"]:
+    def same(function: Any) -> Any:  # what marks a function for the compiler
+        return function
+
+    def disable(function: Any = None, *args: Any, **named: Any) -> Any:
+        return same if function is None else function
+
+    found = [
+        _StandIn("torch._dynamo", allow_in_graph=same, assume_constant_result=same, disable=disable),
+        _StandIn("torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"),
+    ]
+    if find_spec("sklearn") is not None:
+        found.append(_StandIn("sklearn.metrics", "roc_curve"))
+    return found
+
+
+class _StandIn(ModuleType):
+    def __init__(self, name: str, *later: str, **known: Any) -> None:
+        """`later`: functions that import the real one when they are called."""
+        super().__init__(name)
+        self.__path__: Sequence[str] = []
+        self.finder: _Finder | None = None
+        vars(self).update(known, **{each: self._later(each) for each in later})
+
+    def _later(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            return getattr(self._real(), name)(*args, **named)
+
+        call.__name__ = name
+        return call
+
+    def _real(self) -> ModuleType:
+        if self.finder is not None:
+            self.finder.withdraw()
+        return import_module(self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # nobody needs the module itself
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+
+class _Finder(MetaPathFinder):
+    """Puts stand-ins where Python looks for modules. An import of what is below one makes all of them go."""
+
+    def __init__(self, modules: Sequence[_StandIn]) -> None:
+        self._modules = list(modules)
+        for each in modules:
+            each.finder = self
+            sys.modules[each.__name__] = each
+
+    def withdraw(self) -> None:
+        modules, self._modules = self._modules, []
+        for each in modules:
+            if sys.modules.get(each.__name__) is each:
+                del sys.modules[each.__name__]
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        above = fullname.rpartition(".")[0]
+        if above not in {each.__name__ for each in self._modules}:
+            return None
+        self.withdraw()
+        real = import_module(above)
+        if fullname in sys.modules:  # it has come with that
+            return spec_from_loader(fullname, _Loaded(sys.modules[fullname]))
+        return PathFinder.find_spec(fullname, real.__path__)
+
+
+class _Loaded(Loader):
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

@@ -1,0 +1,111 @@
+"""loaders/transformers/quick_imports.py: what is not imported at a start, and comes when it is needed. In fresh processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PARENT = Path(__file__).resolve().parents[2]
+
+BEGIN = """
+import gc, sys
+sys.path.insert(0, {parent!r})
+from gptq_webui.loaders.transformers import quick_imports
+quick_imports.in_own_process = {own}
+import torch
+before = set(sys.modules)
+"""
+
+UNUSED = """
+with quick_imports.without_unused():
+    assert not gc.isenabled()
+    import transformers.modeling_utils
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.generation.utils import GenerationMixin
+assert gc.isenabled() and not any(isinstance(each, quick_imports._Finder) for each in sys.meta_path)
+heavy = [each for each in ("torch._dynamo", "sympy", "sklearn", "torch.distributed.tensor") if each in sys.modules]
+"""
+
+SINGLE = """
+assert not heavy, heavy
+config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
+torch.manual_seed(0)
+model = LlamaForCausalLM(config).eval()
+found = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+assert found.shape == (1, 7)
+from transformers import masking_utils
+made = masking_utils.TransformGetItemToIndex()
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+assert type(made) is TransformGetItemToIndex
+import torch._dynamo
+assert torch._dynamo.config.__name__ == "torch._dynamo.config"
+from torch.distributed.tensor import DTensor
+"""
+
+ASKED = """
+with quick_imports.without_unused():
+    import torch._dynamo
+    assert isinstance(sys.modules["torch._dynamo"], quick_imports._StandIn)
+    {ask}
+    real = sys.modules["torch._dynamo"]
+    assert not isinstance(real, quick_imports._StandIn) and real.__file__
+    import transformers.modeling_utils
+import torch._dynamo
+assert sys.modules["torch._dynamo"] is real is torch._dynamo
+assert sys.modules["torch._dynamo.utils"] is torch._dynamo.utils
+assert torch._dynamo.utils.counters is __import__("torch._dynamo.utils", fromlist=["counters"]).counters
+"""
+
+
+def run(*parts, own=True, **names):
+    text = BEGIN.format(parent=str(PARENT), own=own) + "".join(parts).replace("{ask}", names.get("ask", ""))
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_model_code_is_there_without_the_compiler_and_everything_else_comes_when_it_is_asked_for():
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 imports torch's tensors of several machines whatever it is told")
+    run(UNUSED, SINGLE)
+
+
+@pytest.mark.parametrize(
+    "ask", ["torch._dynamo.config", "from torch._dynamo.utils import counters", "import torch._dynamo.utils"]
+)
+def test_a_stand_in_makes_way_where_more_is_asked_of_it(ask):
+    run(ASKED, ask=ask)
+
+
+def test_in_another_program_nothing_is_replaced():
+    run(UNUSED, "assert 'torch._dynamo' in heavy or 'torch._dynamo' in before", own=False)
+
+
+def test_the_collector_is_on_again_after_imports_in_two_threads_and_after_an_error():
+    run(
+        """
+import threading
+inside, go = threading.Event(), threading.Event()
+def other():
+    with quick_imports.without_collector():
+        inside.set()
+        go.wait()
+thread = threading.Thread(target=other)
+thread.start()
+inside.wait()
+try:
+    with quick_imports.without_collector():
+        raise ValueError
+except ValueError:
+    pass
+go.set()
+thread.join()
+assert gc.isenabled()
+gc.disable()
+with quick_imports.without_collector():
+    pass
+assert not gc.isenabled(), "as it was"
+"""
+    )
