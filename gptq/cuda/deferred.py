@@ -122,7 +122,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def plainly() -> AbstractContextManager[None]:
     """While it lasts, torch's functions are not watched."""
-    found: AbstractContextManager[None] = torch._C.DisableTorchFunction()  # type: ignore[assignment]
+    found: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return found
 
 
