@@ -77,11 +77,11 @@ def make(folder: Path, shape: str, bits: int = 4, group_size: int = 128, act_ord
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "quantize_config.json").write_text(json.dumps(quantize, indent=1))
-    _write_tokenizer(folder, vocabulary)
+    write_tokenizer(folder, vocabulary)
     return folder
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """Bytes, and as many words without a meaning as the vocabulary has left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--damp", type=float, default=0.1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     text, samples = _texts(options)
@@ -52,9 +53,10 @@ def main() -> None:
         common = ["--damp", str(options.damp), "--seq-len", str(options.seq_len), "--samples", str(options.samples)]
         arguments = ["quantize", options.folder, "--branches", branch, "--dataset", text, *common, "--output", ours]
         runs = {
-            "ours": _run([sys.executable, ROOT / "script.py", *arguments]),
+            "ours": _run([sys.executable, ROOT / "script.py", *arguments], options.threads),
             "gptqmodel": _run(
                 [options.gptqmodel, "-c", _PEER, options.folder, theirs, samples, bits, group, str(options.damp)],
+                options.threads,
                 {"PYTHONPATH": ""},
             ),
         }
@@ -84,10 +86,10 @@ def _texts(options: argparse.Namespace) -> tuple[Path, Path]:
     return text, samples
 
 
-def _run(command: list[Any], environment: dict[str, str] | None = None) -> tuple[int, float, int, str]:
+def _run(command: list[Any], threads: int, environment: dict[str, str] | None = None) -> tuple[int, float, int, str]:
     """(exit code, seconds, largest resident size in bytes, the end of what it said)."""
     began = time.monotonic()
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     child = subprocess.Popen([str(each) for each in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert child.stdout is not None
     said = child.stdout.read().decode(errors="replace")
