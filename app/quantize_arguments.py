@@ -40,6 +40,16 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="layout of the zero points (default: gptq)")
     parser.add_argument("--asymmetric", action="store_true", help="a zero point for every group")
+    parser.add_argument(
+        "--lm-head",
+        type=int,
+        nargs="?",
+        const=8,
+        default=0,
+        choices=BITS,
+        metavar="BITS",
+        help="pack the output layer, too, in so many bits (8 if none are given); transformers' own loader cannot open that",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders are made (default: the models folder)")
     parser.add_argument(
         "--measure",

@@ -30,7 +30,7 @@ def quantize(options: argparse.Namespace) -> int:
     output = (options.output or engine.library.roots[0]).expanduser().absolute()
     wanted = list(dict.fromkeys(branches))
     tokens = usual_sample_tokens(source) if options.seq_len is None else options.seq_len
-    job = QuantizeJob(source, output, wanted, options.dataset, tokens, options.samples, options.measure)
+    job = QuantizeJob(source, output, wanted, options.dataset, tokens, options.samples, options.measure, options.lm_head)
     try:
         folders = run(job, LayerLines(), say)
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ class LayerLines:
 
     def __call__(self, done: Any) -> None:
         left_s = self._clock.left_s(done.index, done.count, resumed=done.resumed)
-        line = f"Layer {done.index + 1} of {done.count}"
+        line = f"Layer {done.index + 1} of {done.count}{f' ({done.name})' if done.name else ''}"
         if left_s is None:
             say(f"{line}: made by an earlier run")
             return

@@ -120,9 +120,10 @@ def _write(model: LocalModel, form: str, output: Path, adapter: Path | None, say
                 packing.bits, packing.group_size, packing.act_order, packing.symmetric, packing.checkpoint_format,
                 weights_name="model",
             )  # fmt: skip
-            write_json(draft / "quantize_config.json", config.to_json())
+            settings = config.to_json() | ({"modules_in_block_to_quantize": packing.inside} if packing.inside else {})
+            write_json(draft / "quantize_config.json", settings)
             values["quantization_config"] = {
-                key: value for key, value in config.to_json().items() if key not in ("model_file_base_name", "model_name_or_path")
+                key: value for key, value in settings.items() if key not in ("model_file_base_name", "model_name_or_path")
             }
         say(f"Writing {output.name}.")
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class QuantizeJob:
     sample_tokens: int = 4096
     samples: int = 128
     measured_tokens: int = 0  # of text, on which each branch is compared with the original afterwards; 0: not measured
+    head_bits: int = 0  # of the output layer (lm_head), packed with the branch's groups and order; 0: it stays in 16 bits
 
     def folder(self, config: QuantizeConfig) -> Path:
         """Where a branch is when it is finished."""
@@ -82,7 +83,7 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
     _check(job)
     import torch
 
-    from ..gptq import checkpoint, expert_hessians, layerwise_quantize, wanted_layers
+    from ..gptq import checkpoint, expert_hessians, layerwise_quantize, output_layer, wanted_layers
     from ..loaders.text.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(job.source)
@@ -112,15 +113,19 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
                 say(expert_hessians.scarce_text(done.index, done.scarce_experts))
             report(done)
 
-        say(wanted_layers.left_dense(model))
-        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard)
+        heads = {name: dataclasses.replace(each, bits=job.head_bits) for name, each in named.items() if job.head_bits}
+        say(wanted_layers.left_dense(model, [output_layer.output_layer(model)[0]] if heads else []))
+        if heads and output_layer.is_tied(model):
+            say("The output layer of this model is its embedding: packed, it is there a second time.")
+        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard, heads)
         for name, config in named.items():
             say(f"Writing {job.folder(config).name}")
             draft = work / f"{name}.finished"
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             modules = layerwise_quantize.write_weights(model, work / name, draft / "model.safetensors")
-            _write_settings(job, config, text, draft, modules)
+            more = output_layer.head_settings(model, config, heads[name]) if heads else {}
+            _write_settings(job, config, text, draft, modules, more)
             _publish(job, config, digest, draft)
     shutil.rmtree(work, ignore_errors=True)
     return _finish(job, text, len(samples), say)
@@ -152,6 +157,8 @@ def _check(job: QuantizeJob) -> None:
             raise BadParameter(
                 f"A group size of {config.group_size} is not possible; choose 32, 64, 128 or another multiple of 32, or -1."
             )
+    if job.head_bits and job.head_bits not in BITS:
+        raise BadParameter(f"The output layer cannot have {job.head_bits} bits; choose {', '.join(map(str, BITS))}.")
     if job.sample_tokens < 1 or job.samples < 1:
         raise BadParameter("--seq-len and --samples must be 1 or more.")
     if job.source.context_tokens and job.sample_tokens > job.source.context_tokens:
@@ -166,7 +173,8 @@ def _digest(job: QuantizeJob, samples: Sequence[Sequence[int]], device: str) -> 
 
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in job.source.weights]
     branches = [each.to_json() for each in job.branches]
-    facts = [str(job.source.folder.resolve()), weights, branches, samples, device, torch.__version__]
+    facts: list[Any] = [str(job.source.folder.resolve()), weights, branches, samples, device, torch.__version__]
+    facts += [job.head_bits] if job.head_bits else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -202,16 +210,20 @@ def copy_settings(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_settings(job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path, modules: list[list[str]]) -> None:
+def _write_settings(
+    job: QuantizeJob, config: QuantizeConfig, text: str, folder: Path, modules: list[list[str]], more: Mapping[str, Any]
+) -> None:
     copy_settings(job.source.folder, folder)
     settings = dataclasses.replace(config, weights_name="model").to_json()
-    settings["meta"] = {"quantizer": [f"gptq-webui:{__version__}"]}
+    settings |= {"meta": {"quantizer": [f"gptq-webui:{__version__}"]}, **more}
     if modules:  # of a mixture: readers would else look for packed routers
         settings["modules_in_block_to_quantize"] = modules
     write_json(folder / "quantize_config.json", settings | {"dataset": text})
     del settings["model_file_base_name"], settings["model_name_or_path"]
     values = read_json(job.source.folder / "config.json")
     values.pop("dtype", None)
+    if job.head_bits:
+        values["tie_word_embeddings"] = False
     write_json(folder / "config.json", values | {"torch_dtype": "float16", "quantization_config": settings})
 
 
@@ -235,7 +247,7 @@ def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, sampl
 {front}---
 # {job.source.name}, GPTQ
 
-GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{licence}
+GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{_head_text(job)}{licence}
 
 {prompt_template(job.source)}## Provided files
 
@@ -267,6 +279,15 @@ def _row(job: QuantizeJob, config: QuantizeConfig, text: str) -> str:
 def _quality(folder: Path) -> Any:
     """The Evaluation of a branch as a dictionary; empty if it was not measured."""
     return read_json(folder / QUALITY) if (folder / QUALITY).is_file() else {}
+
+
+def _head_text(job: QuantizeJob) -> str:
+    if not job.head_bits:
+        return ""
+    return (
+        f" The output layer (lm_head) is packed too, in {job.head_bits} bits: GPTQModel, vLLM and gptq-webui open the folder, "
+        "programs that expect it in 16 bits do not."
+    )
 
 
 def _how_measured(measured: Sequence[Any]) -> str:

@@ -95,6 +95,11 @@ def experts_of(name: str) -> str | None:
     return found[1] if found and found[3] in _ROLES else None
 
 
+def role_of(name: str) -> str:
+    """'w1' -> 'gate'; gate, up or down."""
+    return _ROLES[name]
+
+
 def _three_dimensional(module: Any, name: str) -> Tensor | None:
     weight = getattr(module, name, None)
     return weight if isinstance(weight, Tensor) and weight.dim() == 3 else None

@@ -4,6 +4,8 @@ transformers can turn its own conversions back. It is asked with tensors of one 
 is the name.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,12 +14,19 @@ from torch import nn
 from .expert_hessians import stacked
 
 
+def inside_blocks(prefix: str, layers: Iterable[str]) -> list[list[str]]:
+    """The names of layers inside a decoder layer, as `modules_in_block_to_quantize` lists them; `prefix` is that of the list."""
+    block = re.compile(rf"{re.escape(prefix)}\.\d+\.")
+    return [[name] for name in sorted({block.sub("", name, 1) for name in layers if block.match(name)})]
+
+
 class HubNames:
     """Of a model with stacked experts. All other models keep their names: `key` and `layer` return what they are given."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._experts: dict[str, str] = {}
+        self.joined: set[str] = set()  # experts that files of the 16-bit model hold in one tensor
         owners = stacked(model)
         self._renames = bool(owners)
         for owner, module in owners.items():
@@ -45,7 +54,8 @@ class HubNames:
             found = self._reverted({f"{owner}.{tensor}": probe})
             if len(found) == len(own):
                 named |= {own[int(value)]: name.removesuffix(".weight") for name, value in found.items()}
-            else:  # files of the 16-bit model hold them joined too
+            else:
+                self.joined.add(owner)
                 named |= {name: name for name in own}
         return named
 

@@ -35,7 +35,7 @@ class Limits:
     hidden_step: int = 1
     most_hidden: int = 1 << 24
     numbers: torch.dtype | None = None  # of the embedding and the output layer; None: any
-    dense_head: bool = False  # the output layer is not packed and has no bias
+    plain_head: bool = False  # the output layer has no bias; a packed one is made dense
     length_dependent: bool = False  # rotary angles that depend on the length of the text (rope_length.py)
     options: frozenset[str] = frozenset()  # names in families.parts.OPTIONS of what it computes beyond Llama's forward
 
@@ -91,8 +91,8 @@ def shape_of(parts: ModelParts, limits: Limits) -> Shape:
         raise Unsuited("its tensors lie on several devices")
     if parts.length_dependent and not limits.length_dependent:
         raise Unsuited("rotary positions whose angles depend on the length of the text")
-    if limits.dense_head and (not isinstance(parts.head, nn.Linear) or parts.head.bias is not None):
-        raise Unsuited("a packed output layer, or one with a bias")
+    if limits.plain_head and parts.head.bias is not None:
+        raise Unsuited("an output layer with a bias")
     if missing := sorted(options_of(parts) - limits.options, key=list(OPTIONS).index):
         raise Unsuited(" and ".join(OPTIONS[each] for each in missing))
     numbers = {parts.embedding.dtype} | ({parts.head_weight.dtype} if isinstance(parts.head, nn.Linear) else set())

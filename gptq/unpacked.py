@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.errors import LoadRefused
+from ..core.errors import LoadFailed, LoadRefused
 from . import bit_packing, lora
-from .experts import PackedExperts
+from .experts import PackedExperts, role_of
 from .gptq_linear import GPTQLinear
-from .quantize import as_written, dense_tensors
+from .hub_names import HubNames, inside_blocks
+from .quantize import as_written, decoder_layers, dense_tensors
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,17 @@ class Packing:
     checkpoint_format: str
     act_order: bool
     symmetric: bool
+    inside: list[list[str]]  # of a mixture: its packed layers, as `modules_in_block_to_quantize` lists them
 
 
 def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:
     """Every tensor in fp16, a layer of `adapter` (lora.read) with its B A added before it is rounded. Computed in fp32.
 
-    Raises LoadRefused for experts, and where an adapter changes what is no linear layer.
+    Experts get the names that the 16-bit model's files have. Raises LoadRefused for experts that those hold in one tensor, and
+    where an adapter changes what is no linear layer.
     """
-    layers = dict(_packed(model))
+    layers, names = dict(_packed(model)), _FileNames(model)
+    names.require_single_experts()
     tensors = dense_tensors(model, [f"{name}.{part}" for name, layer in layers.items() for part in _parts(layer)])
     for name, layer in layers.items():
         tensors[f"{name}.weight"] = layer.dequantize()
@@ -45,14 +49,59 @@ def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:
         tensors[f"{name}.weight"] = weight.float() + outer.float() @ inner.float()
     for name in _input_first(model, layers):
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T
-    return {name: as_written(value) for name, value in tensors.items()}
+    return {names.key(name): as_written(value) for name, value in tensors.items()}
+
+
+def _on_meta(model: Any) -> Any:
+    """The same architecture as transformers makes it, without weights."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def _input_first(model: Any, names: Iterable[str]) -> list[str]:
     """Layers whose 16-bit weight is [inputs, outputs]: transformers' Conv1D (GPT-2)."""
-    with torch.device("meta"):
-        unpacked = type(model)(copy.deepcopy(model.config))
-    return [name for name in names if isinstance(unpacked.get_submodule(name), Conv1D)]
+    modules = dict(_on_meta(model).named_modules())
+    return [name for name in names if isinstance(modules.get(name), Conv1D)]
+
+
+class _FileNames:
+    """The names of tensors in files, where transformers 5 holds experts in another form and renames what is beside them."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises LoadRefused for experts of a form that cannot be taken apart."""
+        self._experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+        self._hub: HubNames | None = None
+        if self._experts:
+            try:
+                self._hub = HubNames(_on_meta(model))
+            except LoadFailed:
+                raise LoadRefused(
+                    "The model's experts have a form of their own (transposed, with a bias, or another activation), which cannot "
+                    "be written anew. Choose another model."
+                ) from None
+
+    @property
+    def has_experts(self) -> bool:
+        return bool(self._experts)
+
+    def require_single_experts(self) -> None:
+        """Raises LoadRefused where the 16-bit model's files hold all experts of a layer in one tensor."""
+        if self._hub is not None and self._hub.joined:
+            raise LoadRefused(
+                "The 16-bit files of this architecture hold all experts of a layer in one tensor, which cannot be written yet. "
+                "Choose another model, or --as gptq."
+            )
+
+    def key(self, key: str) -> str:
+        """Of a tensor by its name in the loaded model."""
+        if self._hub is None:
+            return key
+        owner = next((each for each in self._experts if key.startswith(f"{each}.")), None)
+        at, *inside = key.removeprefix(f"{owner}.").split(".")
+        if owner is None or not at.isdigit():
+            return self._hub.key(key)
+        child, part = inside
+        return f"{self._hub.layer(f'{owner}.{at}.{role_of(child)}_proj')}.{part}"
 
 
 def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
@@ -60,9 +109,9 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
 
     `form` is how zeros are stored, gptq or gptq_v2; "": gptq, which every program reads, unless a zero is 0, which programs read
     differently there. Layers of several widths become symmetric ones of 8 bits (numbers of 2 to 7 bits fit there with any zero).
-    Raises LoadRefused for experts, and for layers that one quantize_config.json cannot describe.
+    Raises LoadRefused for experts of a form of their own, and for layers that one quantize_config.json cannot describe.
     """
-    layers = dict(_packed(model))
+    layers, names = dict(_packed(model)), _FileNames(model)
     sizes = {each.group_size for each in layers.values()}
     widths = {each.bits for each in layers.values()}
     if len(sizes) != 1:
@@ -84,13 +133,14 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
         stored = bit_packing.zeros_to_stored(each, bits, form)
         tensors[f"{name}.qzeros"] = bit_packing.pack_columns(stored, bits)
     ordered = any(bool((each.g_idx[1:] < each.g_idx[:-1]).any()) for each in layers.values())
-    return tensors, Packing(bits, sizes.pop(), form, ordered, symmetric)
+    written = {names.key(name): each for name, each in tensors.items()}
+    packed_names = (name.removesuffix(".qweight") for name in written if name.endswith(".qweight"))
+    inside = inside_blocks(decoder_layers(model)[0], packed_names) if names.has_experts else []
+    return written, Packing(bits, sizes.pop(), form, ordered, symmetric, inside)
 
 
 def _packed(model: Any) -> Iterator[tuple[str, GPTQLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, PackedExperts):
-            raise LoadRefused("The model has packed experts, which cannot be written anew yet. Choose another model.")
         if isinstance(module, GPTQLinear):
             yield name, module
 

@@ -32,9 +32,9 @@ def wanted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def left_dense(model: nn.Module) -> str:
-    """A sentence about the matrices that stay in 16 bits."""
-    packed = {f"{name}.weight" for name in wanted_layers(model)}
+def left_dense(model: nn.Module, others: Iterable[str] = ()) -> str:
+    """A sentence about the matrices that stay in 16 bits. `others` are packed beside the wanted layers."""
+    packed = {f"{name}.weight" for name in (*wanted_layers(model), *others)}
     experts = tuple(f"{owner}." for owner in stacked(model))
     left: dict[str, int] = {}
     total = 0

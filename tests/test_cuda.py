@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from gptq_webui.core.chat import Finish, Message
@@ -61,3 +62,27 @@ def test_a_model_answers_on_the_gpu_and_releases_its_memory(spread, tmp_path, mo
     model.close()
     gc.collect()
     assert [each for each in weights if each() is not None] == []
+
+
+def test_a_packed_output_layer_is_computed_dense(tmp_path, monkeypatch):
+    wide = {**tiny._COMMON, "hidden_size": 128, "intermediate_size": 160, "num_key_value_heads": 2}
+    monkeypatch.setitem(tiny.ARCHITECTURES, "llama", wide)
+    folder = tmp_path / "model"
+    twin = tiny.write(folder, "llama", shared_order=True)
+    tiny.write_tokenizer(folder)
+    state = load_file(folder / "model.safetensors")
+    del state["lm_head.weight"]
+    tensors, dense = tiny.random_layer(128, 288, 8, 32)
+    save_file(
+        state | {f"lm_head.{part}": tensor for part, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    twin.lm_head.weight.data = dense
+    model = TransformersLoader().load(LocalModel.read(folder), TransformersOptions(), lambda share, text: None)
+    assert model._stepper.kernel == "cuda", model.notes
+    ids = torch.randint(4, 288, (1, 40)).cuda()
+    with torch.no_grad():
+        wanted, found = twin.to("cuda", torch.float32)(ids).logits[0].double(), model.hf(ids).logits[0].double()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+    model.close()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_lora import write_adapter
 from test_neighbours import as_awq, as_compressed, awq, compressed, write_planar
 from test_neighbours import write as write_neighbour
@@ -46,6 +47,30 @@ def test_16_bits_are_the_packed_weights_multiplied_out(kind, tmp_path, capsys):
     assert (logits(written.folder) - expected).abs().max() < 2e-3 * expected.abs().max()
     code, _out, err = run(capsys, tmp_path, "packed")
     assert code != 0 and "is there already" in err
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_mixture_is_written_as_files_name_its_experts(kind, tmp_path, capsys, monkeypatch):
+    small = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "decoder_sparse_step": 1}
+    monkeypatch.setitem(tiny.ARCHITECTURES, "qwen3_moe", {**tiny.ARCHITECTURES["llama"], **small})
+    tiny.write(tmp_path / "packed", kind)
+    tiny.write_tokenizer(tmp_path / "packed")
+    expected = logits(tmp_path / "packed")
+    expert = "block_sparse_moe.experts.3.w2" if kind == "mixtral" else "mlp.experts.3.down_proj"
+
+    code, out, err = run(capsys, tmp_path, "packed")
+    assert code == 0, err
+    names = load_file(Path(out) / "model.safetensors")
+    assert f"model.layers.1.{expert}.weight" in names
+    assert f"model.layers.1.{expert.partition('.')[0]}.gate.weight" in names
+    assert (logits(Path(out)) - expected).abs().max() < 2e-3 * expected.abs().max()
+
+    code, out, err = run(capsys, tmp_path, "packed", "--as", "gptq", "--format", "gptq_v2")
+    assert code == 0, err
+    assert f"model.layers.1.{expert}.qweight" in load_file(Path(out) / "model.safetensors")
+    assert torch.equal(logits(Path(out)), expected)
+    settings = json.loads((Path(out) / "config.json").read_text())["quantization_config"]
+    assert [expert] in settings["modules_in_block_to_quantize"] and settings["checkpoint_format"] == "gptq_v2"
 
 
 def test_an_adapter_is_merged(tmp_path, capsys):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 import tiny
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.gptq import bit_packing, layerwise_quantize
+from gptq_webui.gptq import bit_packing, gptq_solver
 from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers
 from gptq_webui.gptq.quantize import quantize_model
+from gptq_webui.gptq.rounding_error import output_error
 
 FOUR = QuantizeConfig(4, 32, desc_act=True, damp_percent=0.1)
 EIGHT = QuantizeConfig(8, -1, damp_percent=0.1)
@@ -89,6 +90,33 @@ def test_killed_at_any_layer_the_result_is_the_same(tmp_path: Path) -> None:
             assert layer_file(killed / branch, index).read_bytes() == layer_file(undisturbed / branch, index).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt_neox", "gpt2"])
+def test_the_output_layer_is_packed_from_what_the_model_sends_into_it(kind: str, tmp_path: Path) -> None:
+    def made(work: Path) -> list[LayerDone]:
+        work.mkdir(exist_ok=True)
+        reports: list[LayerDone] = []
+        quantize_layers(tiny.dense_model(kind), texts(), {"four": FOUR}, work, CPU, reports.append, {"four": head})
+        return reports
+
+    head = QuantizeConfig(8, 32, desc_act=True, damp_percent=0.1)
+    reports = made(tmp_path / "one")
+    assert [(each.index, each.count, bool(each.name)) for each in reports] == [(0, 3, False), (1, 3, False), (2, 3, True)]
+    assert 0 < reports[2].errors["four"] < 1e-3 and all(each.resumed for each in made(tmp_path / "one"))
+
+    model = tiny.dense_model(kind)
+    received: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor(texts()))
+    x = torch.cat([each.reshape(-1, each.shape[-1]) for each in received]).float()
+    weight = model.get_output_embeddings().weight.detach().T
+    own = gptq_solver.solve([weight], x.T @ x, [head])[0][0]
+    tensors = load_file(layer_file(tmp_path / "one" / "four", 2))
+    found = dense(tensors, reports[2].name, 8)
+    wanted = bit_packing.dequantize(own.qweight, own.qzeros, own.scales, own.g_idx, 8)
+    assert ((found - wanted).abs() < 1e-6).float().mean() > 0.97  # sums in another order: a rounding may tip over
+
+
 def test_the_error_of_a_layer_is_that_of_its_outputs(tmp_path: Path) -> None:
     model = tiny.dense_model("llama")
     inputs: dict[str, list[torch.Tensor]] = {}
@@ -99,10 +127,10 @@ def test_the_error_of_a_layer_is_that_of_its_outputs(tmp_path: Path) -> None:
     hook.remove()
     x = torch.cat([each.reshape(-1, each.shape[-1]) for each in inputs[down]]).double()
     weight = model.get_submodule(down).weight.detach().T.contiguous()
-    packed = layerwise_quantize.solve([weight], (x.T @ x).float(), [FOUR])[0][0]
+    packed = gptq_solver.solve([weight], (x.T @ x).float(), [FOUR])[0][0]
     wrong = bit_packing.dequantize(packed.qweight, packed.qzeros, packed.scales, packed.g_idx, 4).double() - weight.double()
     expected = float((x @ wrong).square().sum() / (x @ weight.double()).square().sum())
-    assert layerwise_quantize.output_error(weight, (x.T @ x).float(), packed, FOUR) == pytest.approx(expected, rel=1e-3)
+    assert output_error(weight, (x.T @ x).float(), packed, FOUR) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_group_size_that_does_not_divide_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from gptq_webui.app.cli import main
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import quantize_job
 from gptq_webui.gptq import checkpoint
+from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.loaders.text import chat_template
 from gptq_webui.loaders.text.built_in_templates import CHATML
 
@@ -68,6 +71,55 @@ def test_two_branches_in_one_pass(source: Path, capsys: pytest.CaptureFixture[st
     readme = (eight / "README.md").read_text()
     assert readme.startswith("---\nlicense: mit\nlanguage: en\nlibrary_name: transformers\n")
     assert f"| {FOUR} | 4 | 32 | Yes | 0.1 |" in readme and f"| {EIGHT} | 8 | None | No |" in readme and "widget" not in readme
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_by_option(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "models" / "head"
+    model = tiny.dense_model("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.half().save_pretrained(folder)
+    tiny.write_tokenizer(folder, CHATML)
+    code, out, err = run(capsys, folder, "--branches", f"{FOUR},{EIGHT}", "--lm-head")
+    assert code == 0, err
+    four, eight = (Path(line) for line in out.splitlines())
+    assert "Layer 3 of 3 (lm_head): error " in err and ("there a second time" in err) == tied
+    assert "Stay in 16 bits" in err and "lm_head" not in err.partition("Stay in 16 bits")[2].splitlines()[0]
+    settings = [json.loads((each / "config.json").read_text()) for each in (four, eight)]
+    assert [each["quantization_config"]["lm_head"] for each in settings] == [True, True]
+    assert [each["quantization_config"].get("dynamic") for each in settings] == [{"lm_head": {"bits": 8}}, None]
+    assert not settings[0]["tie_word_embeddings"] and "lm_head" in (four / "README.md").read_text()
+
+    read = LocalModel.read(four)
+    assert read.quantize is not None and read.quantize.summary == "4- and 8-bit, group 32, act-order" and not read.quantize.notes
+    head = checkpoint.load(read, dtype=torch.float32, device_map="cpu")[0].lm_head
+    assert isinstance(head, GPTQLinear) and (head.bits, head.group_size) == (8, 32)
+    assert (head.dequantize() - model.lm_head.weight.float()).abs().max() < 0.02 * model.lm_head.weight.abs().max()
+    expected = logits(folder)
+    assert (logits(eight) - expected).abs().max() < 0.05 * expected.abs().max()
+
+    loaded, _notes = checkpoint.load(read, dtype=torch.float32, device_map="cpu")
+    twin, _notes = checkpoint.load(read, dtype=torch.float32, device_map="cpu")
+    stepper, note = stepper_for(loaded, 64)
+    assert isinstance(stepper, CpuStepper) and not note
+    memory = stepper.begin()
+    with torch.inference_mode():
+        step = stepper.prefill(memory, list(range(4, 40)))
+        assert (step - twin(input_ids=torch.arange(4, 40)[None]).logits[0, -1]).abs().max() < 1e-3
+    stepper.close()
+
+
+def test_an_output_layer_that_cannot_be_packed_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models" / "odd"
+    config = {**tiny.ARCHITECTURES["llama"], "vocab_size": 290}
+    tiny.AutoModelForCausalLM.from_config(tiny.dense_model("llama").config.__class__(**config)).half().save_pretrained(folder)
+    tiny.write_tokenizer(folder, CHATML)
+    code, _out, err = run(capsys, folder, "--group-size", 32, "--lm-head", 4)
+    assert code == 2 and "The output layer is 64×290; only multiples of 32" in err and "Layer 1" not in err
 
 
 def test_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

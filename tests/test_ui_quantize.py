@@ -133,7 +133,8 @@ def test_an_adapter_is_trained_and_merged(served):
     page.fill("#gw-train-name textarea, #gw-train-name input", "agreeable")
     page.click("#gw-train-start")
     page.wait_for_selector("#gw-train-status:has-text('Made the adapter agreeable')")
-    assert "Loss of 3 steps" in page.inner_text("#gw-train-losses") and page.locator("#gw-train-losses polyline").count() == 1
+    page.wait_for_selector("#gw-train-losses:has-text('Loss of 3 steps')")  # it may come a moment after the status
+    assert page.locator("#gw-train-losses polyline").count() == 1
     assert (served.models / "agreeable" / "adapter_model.safetensors").is_file()
 
     page.get_by_role("tab", name="Chat").click()

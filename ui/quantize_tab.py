@@ -27,6 +27,7 @@ from .run_buttons import RunButtons
 
 _GROUPS = ("128", "64", "32", "-1")
 _MEASURED_TOKENS = 4096
+_HEAD_BITS = 8  # of an output layer that is packed
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                         False, label="Layout gptq_v2", info="For GPTQModel; older programs cannot open it.",
                         elem_id="gw-quantize-v2",
                     )  # fmt: skip
+                head = gr.Checkbox(
+                    False, label="Pack the output layer, too",
+                    info="lm_head in 8 bits: smaller and faster. GPTQModel, vLLM and this program open it.",
+                    elem_id="gw-quantize-head",
+                )  # fmt: skip
                 output = gr.Textbox(
                     label="Folder for the branches",
                     info="Empty: the models folder, where the Model tab finds them.",
@@ -125,7 +131,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
         with gr.Column(scale=2, min_width=320), gr.Column(elem_classes="gw-panel"):
             status = gr.HTML(_idle(), elem_id="gw-quantize-status")
             layers = gr.HTML(elem_id="gw-quantize-layers")
-    fields = [source, branches, bits, group, act_order, dataset, samples, length, damp, symmetric, newer, output, measured]
+    fields = [source, branches, bits, group, act_order, dataset, samples, length, damp, symmetric, newer, head, output, measured]
     state = _Run()
 
     def show(request: gr.Request) -> Updates:
@@ -174,6 +180,7 @@ class _Values:
     damp: float | None
     symmetric: bool
     newer: bool
+    head: bool
     output: str | None
     measured: bool
 
@@ -203,7 +210,7 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
 
     def say(text: str) -> None:
         job.text = text.rstrip(".")
-        if text.startswith(("Calibration:", "Everything", "There is no GPU", "Stay in 16 bits", "Layer ")):
+        if text.startswith(("Calibration:", "Everything", "There is no GPU", "Stay in 16 bits", "The output layer", "Layer ")):
             state.said.append(text)
         if job.cancel.is_set():
             raise LoadCancelled(stopped)
@@ -218,7 +225,7 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
         left = f"{format_duration(left_s)} left" if left_s is not None else "made by an earlier run"
         job.share, job.text = (done.index + 1) / done.count, f"Layer {done.index + 1} of {done.count}, {left}"
         state.rows.insert(
-            0, (str(done.index + 1), *(f"{done.errors[each]:.3%}" for each in state.branches if each in done.errors))
+            0, (done.name or str(done.index + 1), *(f"{done.errors[each]:.3%}" for each in state.branches if each in done.errors))
         )
         if job.cancel.is_set():
             raise LoadCancelled(stopped)
@@ -234,8 +241,9 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
     if source.context_tokens:
         tokens = min(tokens, source.context_tokens)
     wanted = QuantizeJob(
-        source, output, configs, dataset, tokens, int(values.samples or 1), _MEASURED_TOKENS if values.measured else 0
-    )
+        source, output, configs, dataset, tokens, int(values.samples or 1), _MEASURED_TOKENS if values.measured else 0,
+        _HEAD_BITS if values.head else 0,
+    )  # fmt: skip
     return run(wanted, report, say)
 
 

@@ -11,7 +11,7 @@ from ..suitability import Limits, Shape, shape_of
 from .kernel_arguments import ATTENTION_HEADS, PAGE_TOKENS
 from .kernel_source import HEAD_DIMS, NORM_INPUTS, KvFormat
 
-LIMITS = Limits(head_dims=HEAD_DIMS, hidden_step=8, most_hidden=NORM_INPUTS, numbers=torch.float16, dense_head=True)
+LIMITS = Limits(head_dims=HEAD_DIMS, hidden_step=8, most_hidden=NORM_INPUTS, numbers=torch.float16, plain_head=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..gptq_linear import GPTQLinear
 from ..rope_length import kind_of, tables
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")  # gelu: with erf
@@ -176,7 +177,9 @@ class ModelParts:
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H], of a head that is an nn.Linear."""
+        """[V, H]; of a packed head, made dense in fp16."""
+        if isinstance(self.head, GPTQLinear):
+            return self.head.dequantize(torch.float16)
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         return weight
 
