@@ -36,6 +36,7 @@ from .dense_layers import make_dense
 from .gptq_linear import GPTQLinear
 from .joined_layers import move_parts
 from .load_progress import Report, Watch
+from .module_names import module_names_of
 from .neighbours import repack
 from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
@@ -136,7 +137,7 @@ def load(
             f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
         ) from error
     vars(loaded)["weights_source"] = source  # its links must live as long
-    _check_report(model, info, layers, config)
+    _check_report(model, info, {own: layers[name] for name, own in module_names_of(layers, loaded).items()}, config)
     notes += complete(loaded, model.weights, layers)
     return loaded.eval(), tuple(notes)
 
@@ -171,7 +172,7 @@ def _caps_scores(config: Any) -> bool:
 
 
 def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer], config: Any) -> None:
-    """Every tensor of the files has a place, every place has a tensor."""
+    """Every tensor of the files has a place, every place has a tensor. `layers`: by their names in the model."""
     without_order = {name for name, layer in layers.items() if not layer.has_g_idx and not layer.neighbour}
     missing = [key for key in _keys(info, "missing_keys") if not _ends_layer(key, without_order, "g_idx")]
     # a Linear with a bias whose packed layer has none was saved without it because it is zero

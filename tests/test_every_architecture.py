@@ -165,6 +165,19 @@ def test_parts_of_a_cut_layer_may_be_left_in_16_bits(kind, left, tmp_path):
 
 
 @pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+def test_layers_under_an_older_name_may_have_no_order(tmp_path):
+    """auto-round writes no g_idx, and Mixtral's experts below block_sparse_moe, which transformers 5 calls mlp."""
+    names = hub_folder.write(tmp_path, tiny_model("mixtral"), act_order=False)
+    assert any("block_sparse_moe" in each for each in names)
+    path = tmp_path / "packed" / "model.safetensors"
+    save_file({name: each for name, each in load_file(path).items() if not name.endswith("g_idx")}, path, {"format": "pt"})
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    hf, _stepper, _notes = loaded(tmp_path / "packed")
+    with torch.inference_mode():
+        assert off(hf(torch.tensor([IDS])).logits[0], twin(torch.tensor([IDS])).logits[0]) < 1e-3
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
 def test_an_expert_that_is_not_in_the_files_is_refused(tmp_path):
     """As gptqmodel 7.6 writes experts that it does not pack: it takes those that share memory for one."""
     hub_folder.write(tmp_path, tiny_model("gpt_oss"), left=lambda name: "up_proj" in name)
