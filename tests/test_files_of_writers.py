@@ -17,7 +17,7 @@ from packaging import version
 from safetensors.torch import load_file
 from writer_programs import IDS
 
-from gptq_webui.core.errors import BadCheckpoint
+from gptq_webui.core.errors import BadCheckpoint, GptqWebuiError
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.stepper_choice import stepper_for
@@ -108,6 +108,16 @@ def _jobs():
 
 
 JOBS = {job["name"]: job for job in _jobs()}
+REFUSED = {
+    "auto_round-falcon": "no packed GPTQ weights",  # auto-round does not know Falcon's class of linear layers, and packs none
+    "auto_round-llama-llm_compressor-2-sym": "2 bits",
+    "auto_round-llama-llm_compressor-3-sym": "3 bits",
+}
+NOT_READ_AGAIN = {  # the reload has other weights than the file
+    "auto_round-gpt_oss-llm_compressor": "transformers has no place for the experts and leaves random ones",
+    "auto_round-phi3-auto_awq": "gptqmodel looks for gate_proj and up_proj, the file has gate_up_proj",
+    "auto_round-glm4-auto_awq": "gptqmodel looks for gate_proj and up_proj, the file has gate_up_proj",
+}
 
 
 def off(found, wanted):
@@ -134,6 +144,12 @@ def written(tmp_path_factory):
 def test_a_file_of_another_program_computes_what_the_program_reads_from_it(name, written):
     if (error := written / f"{name}.error.txt").exists():
         pytest.skip(f"the program fails: {error.read_text().strip().splitlines()[-1][:150]}")
+    if name in REFUSED:
+        with pytest.raises(GptqWebuiError, match=REFUSED[name]):
+            checkpoint.load(LocalModel.read(written / name), dtype=torch.float32, device_map="cpu")
+        return
+    if name in NOT_READ_AGAIN:
+        pytest.skip(NOT_READ_AGAIN[name])
     wanted = load_file(written / f"{name}.logits.safetensors")["logits"]
     try:
         hf, _notes = checkpoint.load(LocalModel.read(written / name), dtype=torch.float32, device_map="cpu")
