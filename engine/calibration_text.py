@@ -76,7 +76,7 @@ def _file(path: Path, template: ChatTemplate | None, tokenizer: Any, tokens: int
 
 
 def _of_line(line: str, template: ChatTemplate | None, tokenizer: Any, where: str) -> str:
-    values = json_of(line, where, "Each line must be an object with text or messages.")
+    values = json_of(line, where, "each line must be an object with text or messages")
     if isinstance(values, dict) and isinstance(values.get("text"), str):
         return str(values["text"])
     messages = values.get("messages") if isinstance(values, dict) else None

@@ -74,7 +74,7 @@ def json_of(text: str, where: str, wanted: str) -> Any:
     except UnicodeEncodeError:
         raise BadParameter(f"{where} holds half of a character (a lone surrogate). Write the whole one, or remove it.") from None
     except (ValueError, RecursionError):
-        raise BadParameter(f"{where} is not JSON. {wanted}") from None
+        raise BadParameter(f"{where} is not JSON. Correct it: {wanted}.") from None
 
 
 def pieces_of(text: str) -> Iterator[str]:

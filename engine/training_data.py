@@ -25,7 +25,7 @@ from .dataset_file import LARGEST_BYTES, json_of, lines_of, pieces_of, text_of
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
 _KNOWN = ("system", "user", "assistant")
 _LARGEST_LIST_BYTES = 64 << 20  # of a .json, whose objects are in memory at once
-_WANTED = "Each entry must be an object."
+_WANTED = "each entry must be an object"
 _EVERY_S = 5.0  # between two words about how far the reading is
 
 Messages = list[dict[str, str]]
