@@ -80,10 +80,6 @@ class _FileNames:
                     "be written anew. Choose another model."
                 ) from None
 
-    @property
-    def has_experts(self) -> bool:
-        return bool(self._experts)
-
     def require_single_experts(self) -> None:
         """Raises LoadRefused where the 16-bit model's files hold all experts of a layer in one tensor."""
         if self._hub is not None and self._hub.joined:
@@ -134,8 +130,9 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
         tensors[f"{name}.qzeros"] = bit_packing.pack_columns(stored, bits)
     ordered = any(bool((each.g_idx[1:] < each.g_idx[:-1]).any()) for each in layers.values())
     written = {names.key(name): each for name, each in tensors.items()}
-    packed_names = (name.removesuffix(".qweight") for name in written if name.endswith(".qweight"))
-    inside = inside_blocks(decoder_layers(model)[0], packed_names) if names.has_experts else []
+    packed_names = [name.removesuffix(".qweight") for name in written if name.endswith(".qweight")]
+    is_mixture = any(".experts." in name for name in packed_names)
+    inside = inside_blocks(decoder_layers(model)[0], packed_names) if is_mixture else []
     return written, Packing(bits, sizes.pop(), form, ordered, symmetric, inside)
 
 

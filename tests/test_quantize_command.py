@@ -12,7 +12,6 @@ from gptq_webui.app.cli import main
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import quantize_job
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.loaders.text import chat_template
@@ -99,6 +98,9 @@ def test_the_output_layer_by_option(tied: bool, tmp_path: Path, capsys: pytest.C
     assert (head.dequantize() - model.lm_head.weight.float()).abs().max() < 0.02 * model.lm_head.weight.abs().max()
     expected = logits(folder)
     assert (logits(eight) - expected).abs().max() < 0.05 * expected.abs().max()
+
+    pytest.importorskip("numba")
+    from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 
     loaded, _notes = checkpoint.load(read, dtype=torch.float32, device_map="cpu")
     twin, _notes = checkpoint.load(read, dtype=torch.float32, device_map="cpu")
