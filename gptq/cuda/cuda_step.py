@@ -106,10 +106,10 @@ class CudaStep:
         self._octet = OctetStep(self.gpu, shape, self.weights, self.sequences)
         self.buffers = Buffers.of(shape, self.weights.layers[0], 1)
         self.attention_work = AttentionWork(self.gpu, shape, 1)
-        self.prompt = Prompt(self.gpu, shape, self.weights)
         self._prompt_x = torch.zeros_like(self.buffers.x_head[0])
         self.prompt_logits = torch.zeros(1, shape.vocabulary, dtype=torch.float32, device=self.device)
         self.recorder = GraphRecorder(self.device)
+        self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder)
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.tune({})
 
@@ -269,6 +269,7 @@ class CudaStep:
         return hidden * scale * self.weights.final_norm.float()
 
     def close(self) -> None:
+        self.prompt.close()
         self._forget_graphs()
         self.pages.clear()
         self.weights.layers.clear()

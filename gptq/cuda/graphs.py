@@ -1,6 +1,6 @@
 """Recording what is launched as CUDA graphs, which one call replays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,6 +29,22 @@ class GraphRecorder:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph
+
+    def record_all(self, runs: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
+        """Each as a graph of its own, where none takes memory: nothing is freed before, which `record` does every time."""
+        torch.cuda.synchronize(self._device)
+        graphs: list[torch.cuda.CUDAGraph] = []
+        pool = torch.cuda.graph_pool_handle()  # of these alone: one whose graphs are all gone cannot be used again
+        with torch.cuda.stream(self._stream):
+            for run in runs:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+                graphs.append(graph)
+        return graphs
 
     def close(self) -> None:
         """The graphs must be gone."""

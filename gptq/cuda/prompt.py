@@ -14,12 +14,15 @@ from torch.nn.attention.bias import causal_lower_right
 from ..token_ids import require_known
 from . import small_batch, wide_batch
 from .attention import gather_pages, rope_rows
+from .buffers import Buffers
 from .cuda_adapter import CudaAdapter, Matrices
 from .cuda_layers import Layer, ModelWeights
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu
+from .graphs import GraphRecorder
 from .kernel_arguments import TILE
 from .model_shape import ModelShape
+from .prompt_graphs import PromptGraphs
 from .row_kernels import norm_rows, order_rows, silu_rows
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
@@ -37,18 +40,21 @@ class Piece(NamedTuple):
 class Prompt:
     """Reads the prompts of one model."""
 
-    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights) -> None:
+    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder) -> None:
         self._gpu, self._shape, self._weights = gpu, shape, weights
+        self._graphs = PromptGraphs(gpu, shape, weights, recorder)
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
     def read(self, *pieces: Piece) -> Tensor:
         """Compute the tokens of pieces, one after the other -> fp32 [T, H], before the last norm."""
         residual = self._embedded([id for each in pieces for id in each.ids])
         count = residual.shape[0]
+        visible = [self._visible(each.start, len(each.ids)) for each in pieces]
+        if all(each.adapter is None for each in pieces) and (found := self._graphs.of(count)) is not None:
+            return self._read_by_graphs(residual, pieces, visible, *found)
         scratch = None
         if count > wide_batch.most_rows(self._gpu):
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
-        visible = [self._visible(each.start, len(each.ids)) for each in pieces]
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
@@ -63,6 +69,26 @@ class Prompt:
             _adapt(residual, x, pieces, at, "down")
             addend = self._add(residual, x, layer.down, scratch)
         return residual if addend is None else residual.add_(addend)
+
+    def _read_by_graphs(
+        self,
+        residual: Tensor,
+        pieces: Sequence[Piece],
+        visible: Sequence[dict[int, Tensor]],
+        here: Buffers,
+        graphs: Sequence[torch.cuda.CUDAGraph],
+    ) -> Tensor:
+        here.residual.copy_(residual)
+        graphs[0].replay()
+        for at, layer in enumerate(self._weights.layers):
+            attended = self._attend_all(at, layer, here.qkv, pieces, visible)
+            order_rows(self._gpu, attended, layer.o.order, here.attended)
+            graphs[at + 1].replay()
+        return residual.copy_(here.residual)
+
+    def close(self) -> None:
+        """Drop what is recorded."""
+        self._graphs.close()
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
