@@ -115,7 +115,7 @@ class Hub:
     def branches(self, repo: str) -> list[str]:
         """Names of the branches, main first. Raises as `listing`."""
         names = list(self.heads(repo))
-        return sorted(names, key=lambda name: (name != "main", names.index(name)))
+        return sorted(names, key=lambda name: name != "main")  # the others stay in the Hub's order
 
     def heads(self, repo: str) -> Mapping[str, str]:
         """Branch -> commit, in the Hub's order. Raises as `listing`."""

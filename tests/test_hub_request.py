@@ -230,3 +230,11 @@ def test_other_redirects_are_followed_without_the_token(endpoint: str, target: s
 def test_what_a_hub_says_of_a_refusal_moves_no_cursor() -> None:
     said = hub_errors.refusal(400, {"X-Error-Message": "\x1b[2J\u202eno" + "x" * 500}, REPO, "https://hub.example", False)
     assert said is not None and "\\x1b[2J\\u202eno" in str(said) and len(str(said)) < 400
+
+
+def test_a_hundred_thousand_branches_are_put_in_order_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"branch-{at}" for at in range(99_999, -1, -1)] + ["main"]
+    monkeypatch.setattr(Hub, "heads", lambda self, repo: dict.fromkeys(names, SHA))
+    began = time.process_time()
+    assert Hub("https://hub.example").branches(REPO) == ["main", *names[:-1]]
+    assert time.process_time() - began < 5
