@@ -87,7 +87,7 @@ class _StandIn(ModuleType):
     def __init__(self, name: str, *later: str, **known: Any) -> None:
         """`later`: functions that import the real one when they are called."""
         super().__init__(name)
-        self.__path__: Sequence[str] = []
+        self.__path__ = []
         self.finder: _Finder | None = None
         vars(self).update(known, **{each: self._later(each) for each in later})
 
