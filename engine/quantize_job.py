@@ -285,7 +285,7 @@ def _head_text(job: QuantizeJob) -> str:
     if not job.head_bits:
         return ""
     return (
-        f" The output layer (lm_head) is packed too, in {job.head_bits} bits: GPTQModel, vLLM and gptq-webui open the folder, "
+        f" The output layer (lm_head) is packed too, in {job.head_bits} bits: GPTQModel and gptq-webui open the folder, "
         "programs that expect it in 16 bits do not."
     )
 

@@ -1,6 +1,6 @@
 """The output layer (lm_head) of a model that is quantised layer by layer: packed last, from what the last norm sends into it.
 
-GPTQModel and vLLM read such folders (`lm_head: true` in the settings), as our own loader does.
+GPTQModel reads such folders (`lm_head: true` in the settings), as our own loader does.
 """
 
 from collections.abc import Callable, Sequence

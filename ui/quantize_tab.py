@@ -113,7 +113,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                     )  # fmt: skip
                 head = gr.Checkbox(
                     False, label="Pack the output layer, too",
-                    info="lm_head in 8 bits: smaller and faster. GPTQModel, vLLM and this program open it.",
+                    info="lm_head in 8 bits: smaller and faster. GPTQModel and this program open it.",
                     elem_id="gw-quantize-head",
                 )  # fmt: skip
                 output = gr.Textbox(
