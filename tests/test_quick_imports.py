@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-PARENT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 BEGIN = """
 import gc, sys
-sys.path.insert(0, {parent!r})
+sys.path.insert(0, {root!r})
+import script
+script.register()
 from gptq_webui.loaders.transformers import quick_imports
 quick_imports.in_own_process = {own}
 import torch
@@ -59,7 +61,7 @@ assert torch._dynamo.utils.counters is __import__("torch._dynamo.utils", fromlis
 
 
 def run(*parts, own=True, **names):
-    text = BEGIN.format(parent=str(PARENT), own=own) + "".join(parts).replace("{ask}", names.get("ask", ""))
+    text = BEGIN.format(root=str(ROOT), own=own) + "".join(parts).replace("{ask}", names.get("ask", ""))
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,6 +1,5 @@
 """loaders/contract/worker.py: one thread, answers in order, and no reader can hold the model."""
 
-import gc
 import threading
 import time
 
@@ -117,15 +116,6 @@ def test_closing_the_worker_ends_what_runs_and_refuses_what_comes():
     assert stream.computed.is_set() and worker.waiting == 0
     with pytest.raises(Busy):
         worker.stream(counting(cancel), cancel, "cancelled")
-
-
-def test_what_was_loaded_is_not_looked_through_for_garbage_while_answers_are_computed():
-    gc.unfreeze()
-    worker = Worker()
-    stream = worker.stream(lambda: iter([gc.get_freeze_count()]), threading.Event(), "cancelled")
-    assert next(stream) > 1000
-    worker.close()
-    assert gc.get_freeze_count() == 0, "what a model leaves can be freed"
 
 
 def test_how_far_a_prompt_is_read_is_read_beside_the_answer_and_is_no_event(worker):

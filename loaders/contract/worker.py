@@ -6,7 +6,6 @@ CUDA streams, graphs and torch's inference mode belong to a thread, so the compu
 """
 
 import atexit
-import gc
 import logging
 import queue
 import threading
@@ -224,11 +223,9 @@ class Worker:
             thread.join(wait_s)
 
     def _loop(self) -> None:
-        gc.freeze()  # or every stream pauses for 0.2 s now and then, while Python looks through what torch has made
         try:
             self._serve()
         finally:
-            gc.unfreeze()
             with self._lock:
                 self._gone = not self._closing.is_set()
                 left, self._open = self._open, []
