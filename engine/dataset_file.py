@@ -5,8 +5,9 @@ A file from somewhere can be one line of a gigabyte, hold half a character, be n
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..core.errors import BadFile, BadParameter
 from ..core.folder_files import open_regular, printable, shown_name
@@ -18,19 +19,11 @@ _PIECE_CHARACTERS = 1 << 20  # that are tokenised at once
 
 def text_of(path: Path, of: str, most_characters: int = -1) -> str:
     """The text of a file in UTF-8, or its first characters. Raises BadParameter, which says what it is the file `of`."""
-    if not path.is_file():
-        raise BadParameter(f"There is no file {printable(str(path))[:300]} for {of}. Give one of text in UTF-8.")
-    data = bytearray()
-    try:
-        with open_regular(path) as file:
-            most = LARGEST_BYTES if most_characters < 0 else min(LARGEST_BYTES, 4 * most_characters + 3)
-            data += file.read(most) or b""
-            if most_characters < 0 and file.read(1):
-                raise BadParameter(f"{shown_name(path)} is larger than {LARGEST_BYTES >> 20} MiB. Give a part of it.")
-    except BadFile:
-        raise BadParameter(f"{shown_name(path)} is not a regular file. Give one of text in UTF-8.") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with _opened(path, of) as file:
+        most = LARGEST_BYTES if most_characters < 0 else min(LARGEST_BYTES, 4 * most_characters + 3)
+        data = file.read(most)
+        if most_characters < 0 and file.read(1):
+            raise BadParameter(f"{shown_name(path)} is larger than {LARGEST_BYTES >> 20} MiB. Give a part of it.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,26 +35,19 @@ def text_of(path: Path, of: str, most_characters: int = -1) -> str:
 
 def lines_of(path: Path, of: str) -> Iterator[tuple[str, str]]:
     """(where it is, the line) of every line with something in it, as they are read. Raises BadParameter, as `text_of` does."""
-    if not path.is_file():
-        raise BadParameter(f"There is no file {printable(str(path))[:300]} for {of}. Give one of text in UTF-8.")
-    try:
-        with open_regular(path) as file:
-            number = 0
-            while line := file.readline(_LINE_BYTES + 1):
-                number += 1
-                where = f"Line {number} of {shown_name(path)}"
-                if len(line) > _LINE_BYTES:
-                    raise BadParameter(f"{where} is longer than {_LINE_BYTES >> 20} MiB. Write it as several lines.")
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError:
-                    raise _no_text(path) from None
-                if text:
-                    yield where, text
-    except BadFile:
-        raise BadParameter(f"{shown_name(path)} is not a regular file. Give one of text in UTF-8.") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with _opened(path, of) as file:
+        number = 0
+        while line := file.readline(_LINE_BYTES + 1):
+            number += 1
+            where = f"Line {number} of {shown_name(path)}"
+            if len(line) > _LINE_BYTES:
+                raise BadParameter(f"{where} is longer than {_LINE_BYTES >> 20} MiB. Write it as several lines.")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise _no_text(path) from None
+            if text:
+                yield where, text
 
 
 def json_of(text: str, where: str, wanted: str) -> Any:
@@ -94,5 +80,14 @@ def _no_text(path: Path) -> BadParameter:
     return BadParameter(f"{shown_name(path)} is not text in UTF-8. Save it as UTF-8 and try again.")
 
 
-def _unreadable(path: Path, error: OSError) -> BadParameter:
-    return BadParameter(f"{shown_name(path)} cannot be read ({error.strerror or error}). Check its permissions.")
+@contextmanager
+def _opened(path: Path, of: str) -> Iterator[BinaryIO]:
+    if not path.is_file():
+        raise BadParameter(f"There is no file {printable(str(path))[:300]} for {of}. Give one of text in UTF-8.")
+    try:
+        with open_regular(path) as file:
+            yield file
+    except BadFile:
+        raise BadParameter(f"{shown_name(path)} is not a regular file. Give one of text in UTF-8.") from None
+    except OSError as error:
+        raise BadParameter(f"{shown_name(path)} cannot be read ({error.strerror or error}). Check its permissions.") from None
