@@ -106,3 +106,10 @@ def tiny_gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Why a test needed a second try: the plugin itself lists only its name."""
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.section(f"first failure of {report.nodeid}", sep="-")
+        terminalreporter.write_line("\n".join(report.longreprtext.splitlines()[-25:]))

@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(version.parse(transformers.__version__).major < 5, reason="transformers 4 cannot make the folders"),
 ]
 
+LONG = 20  # characters: no answer that ended at once
+
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
@@ -43,6 +45,11 @@ def house(tmp_path_factory):
     engine.unload()
 
 
+def answer(tab):
+    """What the page shows behind the question."""
+    return tab.inner_text("#gw-past").partition("?")[2].strip()
+
+
 @pytest.mark.parametrize("name", kinds_of_walks.NAMES)
 def test_it_is_chosen_saved_reloaded_and_answers(name, house, tmp_path):
     tab, engine, store = house
@@ -50,15 +57,17 @@ def test_it_is_chosen_saved_reloaded_and_answers(name, house, tmp_path):
     tab.click("#gw-models input")
     tab.get_by_role("option", name=name).click()  # nothing else: it loads by itself
     tab.wait_for_selector(f"#gw-model-status:has-text('Ready') >> text={name}")
-    tab.wait_for_selector("#gw-facts:has-text('256 tokens')")  # its own, no longer those of the one before
+    tokens = "144" if engine.settings.for_model(name) else "160"  # a second try finds what the first one saved
+    if tokens == "160":
+        tab.wait_for_selector("#gw-facts:has-text('256 tokens')")  # its own, no longer those of the one before
     if not tab.is_visible("#gw-option-context_tokens input"):
         tab.get_by_role("button", name="Custom settings").click()
-    tab.fill("#gw-option-context_tokens input", "160")
+    tab.fill("#gw-option-context_tokens input", tokens)
     tab.press("#gw-option-context_tokens input", "Tab")
     tab.click("#gw-save")
     tab.wait_for_selector("#gw-settings-note:has-text('Saved for')")
     tab.click("#gw-reload-settings")
-    tab.wait_for_selector("#gw-facts:has-text('160 tokens')")
+    tab.wait_for_selector(f"#gw-facts:has-text('{tokens} tokens')")
     assert engine.status.name == name and engine.settings.for_model(name)
 
     tab.get_by_role("tab", name="Chat").click()
@@ -77,11 +86,11 @@ def test_it_is_chosen_saved_reloaded_and_answers(name, house, tmp_path):
     tab.press("#gw-message textarea", "Enter")
     tab.wait_for_selector(f"#gw-past:has-text('Who are you, {name}?')")
     tab.wait_for_selector("#gw-line:has-text('tokens/s'), #gw-line:has-text('nothing to add')")
-    if "nothing to add" in tab.inner_text("#gw-line"):  # random weights may begin with the end
+    if len(answer(tab)) <= LONG:  # one answer of random weights in seven ends that early
         store.set("", store.listed("")[0].id, parameters={"ignore_eos": True})
         tab.click("#gw-regenerate")
-        tab.wait_for_selector("#gw-line:has-text('tokens/s')")
-    assert engine.loaded.waiting == 0
-    assert len(tab.inner_text("#gw-past").partition("?")[2].strip()) > 20  # the answer of random weights
+    tab.wait_for_function(f"document.querySelector('#gw-past').innerText.split('?').slice(1).join('?').trim().length > {LONG}")
+    tab.wait_for_selector("#gw-line:has-text('tokens/s')")
+    tab.wait_for_function("!document.querySelector('#gw-stop')?.checkVisibility()")
     if name == kinds_of_walks.SEES:
         tab.wait_for_selector("#gw-past .gw-picture img")
