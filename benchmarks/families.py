@@ -31,6 +31,12 @@ _LLAMA = {
 }  # fmt: skip
 _WIDE = {**_LLAMA, "intermediate_size": 4096}
 _EXPERTS = {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 352, "norm_topk_prob": True}
+_LATENT = {
+    **_LLAMA, "num_key_value_heads": 16, "q_lora_rank": 512, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+    "v_head_dim": 64, "n_routed_experts": 32, "num_experts_per_tok": 6, "moe_intermediate_size": 352, "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+del _LATENT["head_dim"]
 _OLDER = {"vocab_size": 32000, "n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "gemma": _LLAMA, "gemma2": {**_LLAMA, "query_pre_attn_scalar": 64, "sliding_window": 1024},
@@ -44,6 +50,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _LLAMA, "exaone4": _LLAMA, "smollm3": _LLAMA, "mixtral": {**_LLAMA, "num_local_experts": 8},
     "qwen2_moe": {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 1408}, "qwen3_moe": {**_LLAMA, **_EXPERTS},
     "olmoe": {**_LLAMA, "num_experts": 32, "num_experts_per_tok": 8, "intermediate_size": 352},
+    "gpt_oss": {**_LLAMA, "num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 704, "sliding_window": 128},
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "llama4_text": {**_LLAMA, "num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size": 1408,
+                    "intermediate_size_mlp": 2816},
 }  # fmt: skip
 
 
@@ -59,7 +70,7 @@ def packed(model: Any) -> Any:
     for name, module in list(found.named_modules()):
         conv = type(module).__name__ == "Conv1D"
         blocks = any(part.isdigit() for part in name.split("."))
-        if not (isinstance(module, nn.Linear) or conv) or not blocks or name.endswith("shared_expert_gate"):
+        if not (isinstance(module, nn.Linear) or conv) or not blocks or name.endswith(("shared_expert_gate", "router")):
             continue
         k, n = module.weight.shape if conv else module.weight.shape[::-1]
         rows = torch.randperm(k, generator=torch.Generator().manual_seed(k))
@@ -76,11 +87,13 @@ def packed(model: Any) -> Any:
 def packed_experts(dense: Any) -> PackedExperts:
     """Random packed experts in the place of those that transformers 5 holds as 3-D weights."""
     found = PackedExperts(dense)
-    hidden, inner = dense.down_proj.shape[1:]
+    turned = dense.gate_up_proj.shape[2] == 2 * dense.down_proj.shape[1]  # [experts, in, out]
+    hidden, inner = dense.down_proj.shape[1:][:: -1 if turned else 1]
+    bias = hasattr(dense, "gate_up_proj_bias")
     for at in range(found.num_experts):
         for role, k, n in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
             rows = torch.randperm(k, generator=torch.Generator().manual_seed(at))
-            layer = random_layer(k, n, 4, 32 if k % 128 else 128, sym=True, rows=rows, device="cpu")
+            layer = random_layer(k, n, 4, 32 if k % 128 else 128, sym=True, rows=rows, bias=bias, device="cpu")
             found.get_submodule(str(at)).add_module(role, layer)
     return found
 

@@ -41,6 +41,11 @@ class PackedExperts(nn.Module):
         for at in range(self.num_experts if joined is None else joined.shape[0]):  # LongCat's files: gates of no expert too
             self.add_module(str(at), nn.Module())
 
+    @property
+    def settings(self) -> Any:
+        """The module that was replaced, without its weights: what its activation reads beside them."""
+        return vars(self)["_shell"]
+
     def roles(self, at: int) -> dict[str, nn.Module]:
         """The layers of one expert: "gate" (of an MLP with a gate), "up" and "down"."""
         return {_ROLES[name]: layer for name, layer in self.get_submodule(str(at)).named_children()}

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from .families.parts import ExpertParts
@@ -26,6 +27,13 @@ def uneven_experts(mixture: ExpertParts, shared: bool, hidden: int, gated: bool)
         return "a router that does not fit the experts"
     if not is_vector(mixture.choice_bias, count) or not math.isfinite(mixture.scale):
         return "a choice of experts by numbers that do not fit them"
+    of_group = count // mixture.groups if mixture.groups > 0 and count % mixture.groups == 0 else 0
+    if not (0 < mixture.chosen_groups <= mixture.groups and 0 < mixture.group_best <= of_group) or (
+        mixture.choices > mixture.chosen_groups * of_group
+    ):
+        return "groups of experts that do not fit them"
+    if mixture.in_turns and any(outputs(each) % 2 for one in mixture.experts for each in one.gate_up):
+        return "gates and ups in turns, in an odd number"
     gate = mixture.shared_gate
     if gate is not None and (not shared or (inputs(gate), outputs(gate)) != (hidden, 1)):
         return "a weight of the shared expert that does not fit it"
@@ -40,7 +48,20 @@ def kind_of(mixture: ExpertParts) -> tuple[object, ...]:
     """What the mixtures of all layers have in common."""
     first = mixture.experts[0]
     how = mixture.choices, mixture.sigmoid, mixture.normed, mixture.scale, mixture.shared_gate is None
-    return len(mixture.experts), len(first.gate_up), inputs(first.down), *how
+    groups = mixture.groups, mixture.chosen_groups, mixture.group_best
+    return len(mixture.experts), len(first.gate_up), inputs(first.down), mixture.weighs_input, mixture.in_turns, *how, *groups
+
+
+def reorders(columns: Tensor, widths: list[int]) -> bool:
+    """Whether columns name each output once, and none of one layer stands among those of another."""
+    if tuple(columns.shape) != (sum(widths),) or columns.dtype != torch.int64:
+        return False
+    start = 0
+    for width in widths:
+        if not torch.equal(columns[start : start + width].sort().values.cpu(), torch.arange(start, start + width)):
+            return False
+        start += width
+    return True
 
 
 def inputs(linear: nn.Module) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
 from . import bit_packing
-from .families.parts import ACTIVATIONS, OPTIONS, LayerParts, ModelParts, Norm, Options, options_of
+from .families.differences import OPTIONS, options_of
+from .families.parts import ACTIVATIONS, LayerParts, ModelParts, Norm, Options
 from .gptq_linear import GPTQLinear
-from .mlp_shapes import inputs, is_vector, kind_of, outputs, uneven_experts, uneven_mlp
+from .latent_shapes import uneven_latent
+from .mlp_shapes import inputs, is_vector, kind_of, outputs, reorders, uneven_experts, uneven_mlp
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,7 +39,7 @@ class Limits:
     numbers: torch.dtype | None = None  # of the embedding and the output layer; None: any
     plain_head: bool = False  # the output layer has no bias; a packed one is made dense
     length_dependent: bool = False  # rotary angles that depend on the length of the text (rope_length.py)
-    options: frozenset[str] = frozenset()  # names in families.parts.OPTIONS of what it computes beyond Llama's forward
+    options: frozenset[str] = frozenset()  # names in families.differences.OPTIONS of what it computes beyond Llama's forward
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int  # D
+    kept_heads: int  # whose keys and values a conversation keeps: kv_heads, or 1 of a latent vector
+    key_dim: int  # of such a head: D, or those of the latent vector and of the turned part of the keys
+    value_dim: int
     rotary_half: int  # dimension i of a head is rotated with dimension i + rotary_half
     vocabulary: int  # V, rows of the output layer
     embedding_rows: int
@@ -63,7 +68,7 @@ class Shape:
         """Why kernels with these limits cannot compute a model of this shape; empty if they can."""
         if limits.head_dims and self.head_dim not in limits.head_dims:
             return f"heads of {self.head_dim} dimensions (the kernels have {', '.join(map(str, limits.head_dims))})"
-        if self.head_dim < 1 or self.head_dim % limits.head_dim_step:
+        if self.head_dim < 1 or self.value_dim % limits.head_dim_step:
             return f"heads of {self.head_dim} dimensions (the kernels need a multiple of {limits.head_dim_step})"
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             return f"{self.heads} heads that share the keys of {self.kv_heads} (the kernels need a whole number for each)"
@@ -95,6 +100,7 @@ def shape_of(parts: ModelParts, limits: Limits) -> Shape:
         raise Unsuited("an output layer with a bias")
     if missing := sorted(options_of(parts) - limits.options, key=list(OPTIONS).index):
         raise Unsuited(" and ".join(OPTIONS[each] for each in missing))
+    latent = parts.layers[0].latent
     numbers = {parts.embedding.dtype} | ({parts.head_weight.dtype} if isinstance(parts.head, nn.Linear) else set())
     if limits.numbers is not None and numbers != {limits.numbers}:
         raise Unsuited(f"numbers other than {_name(limits.numbers)}")
@@ -105,6 +111,9 @@ def shape_of(parts: ModelParts, limits: Limits) -> Shape:
         heads=parts.heads,
         kv_heads=parts.kv_heads,
         head_dim=parts.head_dim,
+        kept_heads=parts.kv_heads if latent is None else 1,
+        key_dim=parts.head_dim if latent is None else latent.rank + latent.turned,
+        value_dim=parts.head_dim if latent is None else latent.rank,
         rotary_half=parts.rotary_dim // 2,
         vocabulary=outputs(parts.head),
         embedding_rows=parts.embedding.shape[0],
@@ -123,8 +132,10 @@ def _uneven(parts: ModelParts, shape: Shape) -> str:
     """What does not fit together among the layers; empty if all do."""
     if inputs(parts.head) != shape.hidden:
         return "an output layer that is not as wide as the embedding"
-    if len({(inputs(each.qkv[0]), inputs(each.o)) for each in parts.layers}) != 1:
+    if len({(inputs(each.qkv[0]), inputs(each.o), each.latent is None) for each in parts.layers}) != 1:
         return "layers of different sizes"
+    if found := uneven_latent(parts):
+        return found
     plain, mixed = ([each for each in parts.layers if (each.experts is not None) == mixture] for mixture in (False, True))
     for layers in (plain, mixed):
         if len({0 if each.down is None else inputs(each.down) for each in layers}) > 1:
@@ -143,11 +154,11 @@ def _uneven(parts: ModelParts, shape: Shape) -> str:
 def _uneven_layer(layer: LayerParts, shape: Shape) -> str:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widths = [outputs(each) for each in layer.qkv]
-    if widths not in ([q, kv, kv], [q + 2 * kv]) or any(inputs(each) != shape.hidden for each in layer.qkv):
+    if any(inputs(each) != shape.hidden for each in layer.qkv):
         return "layers whose sizes are not those of the heads"
-    if inputs(layer.o) != q:
+    if layer.latent is None and (widths not in ([q, kv, kv], [q + 2 * kv]) or inputs(layer.o) != q):
         return "layers whose sizes are not those of the heads"
-    if layer.qkv_columns is not None and not _reorders(layer.qkv_columns, widths):
+    if layer.qkv_columns is not None and not reorders(layer.qkv_columns, widths):
         return "an order of queries, keys and values that is not one of their outputs"
     if outputs(layer.o) != shape.hidden:
         return "layers whose outputs are not as wide as the residual"
@@ -157,18 +168,6 @@ def _uneven_layer(layer: LayerParts, shape: Shape) -> str:
     if layer.experts is None or found:
         return found
     return uneven_experts(layer.experts, bool(layer.gate_up), shape.hidden, gated)
-
-
-def _reorders(columns: Tensor, widths: list[int]) -> bool:
-    """Whether columns name each output once, and none of one layer stands among those of another."""
-    if tuple(columns.shape) != (sum(widths),) or columns.dtype != torch.int64:
-        return False
-    start = 0
-    for width in widths:
-        if not torch.equal(columns[start : start + width].sort().values.cpu(), torch.arange(start, start + width)):
-            return False
-        start += width
-    return True
 
 
 def _wrong_norm(parts: ModelParts, shape: Shape) -> str:
@@ -185,12 +184,16 @@ def _wrong_norm(parts: ModelParts, shape: Shape) -> str:
     before, after = shape.norms_before, shape.norms_after
     if any([each is not None for each in layer.norms] != [before, after] * 2 for layer in parts.layers):
         return "norms in some layers only"
-    if (there and len(there) != len(of_heads)) or bool(there) != bool(shape.options.qk_norm):
-        return "norms of the heads in some layers only"
+    if any((layer.q_norm is None) != (layer.k_norm is None) for layer in parts.layers) or bool(there) != bool(
+        shape.options.qk_norm
+    ):
+        return "norms of queries or of keys only"
+    if shape.options.qk_norm == "width" and len(there) != len(of_heads):
+        return "norms of queries and keys in some layers only"
     if any(each.bias is not None for each in there):
         return "norms of the heads with a bias"
     if len({each.weight.dim() for each in there}) > 1:
-        return "norms of the heads in some layers only"
+        return "norms of the heads of different kinds"
     return next((found for each, heads in of_heads if each is not None and (found := _wrong_head_norm(each, heads, shape))), "")
 
 
@@ -205,15 +208,22 @@ def _wrong_options(parts: ModelParts, shape: Shape) -> str:
     o = shape.options
     if o.norm not in ("rms", "layer") or o.activation not in ACTIVATIONS or o.qk_norm not in ("", "head", "width"):
         return "options that are not known"
-    scales = (parts.score_scale, o.embedding_scale, o.residual_scale, o.logits_scale, o.score_cap, o.logits_cap)
-    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scales) or min(o.score_cap, o.logits_cap) < 0:
+    caps = (o.score_cap, o.logits_cap, o.gate_limit)
+    scales = (parts.score_scale, o.embedding_scale, o.residual_scale, o.logits_scale, o.up_offset, *caps)
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scales) or min(caps) < 0:
         return "scales or caps that are no numbers"
+    if (o.gate_limit or o.up_offset) and not o.gated:
+        return "a limit of the gate without a gate"
     if o.parallel and (shape.norms_after or not shape.norms_before):
         return "attention and MLP side by side with norms of what they give"
     if o.logits_scale != 1 and getattr(parts.head, "bias", None) is not None:
         return "a scale of the logits and an output layer with a bias"
     if any(not -1 <= layer.rotary < len(parts.rotaries) for layer in parts.layers):
         return "layers whose rotary positions are not there"
+    if any(layer.tempered for layer in parts.layers) and (parts.temperature is None or not parts.temperature.is_sound):
+        return "a temperature of the queries that is no number"
+    if any(layer.chunk < 0 or (layer.chunk and layer.window) for layer in parts.layers):
+        return "attention in chunks and a window"
     if parts.positions is not None and (
         parts.positions.dim() != 2 or parts.positions.shape[1] != shape.hidden or not shape.positions
     ):
@@ -222,6 +232,8 @@ def _wrong_options(parts: ModelParts, shape: Shape) -> str:
     of_heads += [layer.sinks for layer in parts.layers if layer.sinks is not None]
     if any(not is_vector(each, shape.heads) for each in of_heads):
         return "slopes or sinks that are not one for each head"
+    if 0 < sum(layer.sinks is not None for layer in parts.layers) < len(parts.layers):
+        return "sinks in some layers only"
     return ""
 
 
@@ -272,6 +284,7 @@ def _tensors(parts: ModelParts) -> Iterator[Tensor]:
     norms = [parts.norm, parts.embedding_norm]
     for layer in parts.layers:
         norms += [*layer.norms, layer.q_norm, layer.k_norm]
+        norms += [] if layer.latent is None else [layer.latent.queries_norm, layer.latent.norm]
         choice_bias = None if layer.experts is None else layer.experts.choice_bias
         yield from (each for each in (layer.sinks, choice_bias) if each is not None)
     for norm in norms:

@@ -11,7 +11,6 @@ from torch import nn
 
 pytest.importorskip("numba")
 
-from every_architecture import tiny_model
 from test_families import IDS, off, packed
 
 import tiny
@@ -176,6 +175,10 @@ def dense_expert(parts):
     (in_experts(choice_bias=torch.zeros(6)), "by numbers that do not fit them"),
     (in_experts(scale=float("inf")), "by numbers that do not fit them"),
     (in_experts(shared_gate=nn.Linear(64, 2)), "a weight of the shared expert"),
+    (in_experts(groups=2), "groups of experts that do not fit them"),
+    (in_experts(groups=7, chosen_groups=2), "groups of experts that do not fit them"),
+    (in_experts(groups=7, chosen_groups=7, group_best=2), "groups of experts that do not fit them"),
+    (in_experts(groups=7, chosen_groups=8), "groups of experts that do not fit them"),
     (dense_expert, "experts that are not packed"),
     (lambda parts: in_experts(experts=parts.layers[1].experts.experts[:-1])(parts), "a router that does not fit"),
 ])  # fmt: skip
@@ -202,10 +205,6 @@ def test_a_folder_of_experts_takes_the_compiled_step(tmp_path):
         assert off(stepper.all_logits(stepper.begin(), IDS), wanted) < 1e-3
         assert off(hf(torch.tensor([IDS])).logits[0], wanted) < 1e-3
     stepper.close()
-
-
-def test_experts_that_are_chosen_by_groups_are_left_to_transformers():
-    assert parts_of(tiny_model("glm4_moe", n_group=2, topk_group=1)) is None
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="its router gives no choices that a test can change")

@@ -18,13 +18,15 @@ from gptq_webui.gptq.cpu import cpu_step
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.cuda import model_shape
 from gptq_webui.gptq.experts import PackedExperts, is_dense_experts
+from gptq_webui.gptq.families.differences import OPTIONS, options_of
 from gptq_webui.gptq.families.known import KINDS, has_gpu_step, parts_of
-from gptq_webui.gptq.families.parts import OPTIONS, Norm, options_of
+from gptq_webui.gptq.families.parts import Norm
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.suitability import Unsuited, shape_of
 
 SIX = {"hidden_size": 96, "num_attention_heads": 6}  # no power of two, which ALiBi treats otherwise
+EIGHT = dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 8)
 VARIANTS = {
     "llama": ("llama", {}),
     "llama with biases and GELU": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -93,6 +95,25 @@ VARIANTS = {
     "glm4_moe": ("glm4_moe", {"first_k_dense_replace": 1, "use_qk_norm": True, "norm_topk_prob": False}),
     "solar_open": ("solar_open", {}),
     "minimax_m2": ("minimax_m2", {}),
+    "glm4_moe of groups": ("glm4_moe", {"n_group": 2, "topk_group": 1, **EIGHT, "num_experts_per_tok": 3}),
+    "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2 Lite": ("deepseek_v2", {"q_lora_rank": None, "first_k_dense_replace": 1}),
+    "deepseek_v2 of groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, **EIGHT, "first_k_dense_replace": 0},
+    ),
+    "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 1}),
+    "deepseek_v3 of groups": (
+        "deepseek_v3",
+        {"n_group": 4, "topk_group": 2, **EIGHT, "num_experts_per_tok": 3, "first_k_dense_replace": 0},
+    ),
+    "deepseek_v3 with halves turned": ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
+    "llama4_text": ("llama4_text", {"floor_scale": 8, "attn_scale": 0.4}),
+    "llama4_text with layers without experts": (
+        "llama4_text",
+        {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 1, "intermediate_size_mlp": 160},
+    ),
 }
 IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT = 24
@@ -107,7 +128,7 @@ def packed(kind, changes=None, seed=0):
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     hf = copy.deepcopy(twin)
     for name, module in tiny.packable(twin).items():
-        if name.endswith(("shared_expert_gate", "gate.wg")):
+        if name.endswith(("shared_expert_gate", "gate.wg", "router")):
             continue
         conv = type(module).__name__ == "Conv1D"
         rows, columns = module.weight.shape if conv else module.weight.shape[::-1]
@@ -131,17 +152,25 @@ def packed(kind, changes=None, seed=0):
 def packed_experts(dense, generator):
     """The packed form of experts that transformers 5 holds as 3-D weights, which become those of the packed ones."""
     experts = PackedExperts(dense)
-    hidden, inner = dense.down_proj.shape[1:]
+    turned = dense.gate_up_proj.shape[2] == 2 * dense.down_proj.shape[1]  # [experts, in, out]
+    hidden, inner = dense.down_proj.shape[1:][:: -1 if turned else 1]
+    biased = hasattr(dense, "gate_up_proj_bias")
     for at in range(experts.num_experts):
         found = {}
         for name, rows, columns in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
             tensors, _weight = tiny.random_layer(rows, columns, 4, 32, act_order=True, generator=generator)
-            layer = GPTQLinear(rows, columns, 4, 32, bias=False)
-            layer.load_state_dict(tensors | {"scales": tensors["scales"] * 0.5})
-            found[name] = layer.dequantize().float()
+            layer = GPTQLinear(rows, columns, 4, 32, bias=biased)
+            bias = {"bias": (torch.randn(columns, generator=generator) * 0.1).half()} if biased else {}
+            layer.load_state_dict(tensors | {"scales": tensors["scales"] * 0.5} | bias)
+            found[name] = layer
             experts.get_submodule(str(at)).add_module(name, layer)
-        dense.gate_up_proj.data[at] = torch.cat([found["gate_proj"], found["up_proj"]])
-        dense.down_proj.data[at] = found["down_proj"]
+        both, down = [found[name] for name in ("gate_proj", "up_proj")], found["down_proj"]
+        weights = torch.cat([each.dequantize().float() for each in both]), down.dequantize().float()
+        for mine, weight in zip((dense.gate_up_proj, dense.down_proj), weights, strict=True):
+            mine.data[at] = weight.T if turned else weight
+        if biased:
+            dense.gate_up_proj_bias.data[at] = torch.cat([each.bias.float() for each in both])
+            dense.down_proj_bias.data[at] = down.bias.float()
     return experts
 
 
@@ -242,6 +271,10 @@ def in_layer(**change):
     return lambda parts: replace(parts, layers=(parts.layers[0], replace(parts.layers[1], **change), *parts.layers[2:]))
 
 
+def in_latent(**change):
+    return lambda parts: in_layer(latent=replace(parts.layers[1].latent, **change))(parts)
+
+
 def in_options(**change):
     return lambda parts: replace(parts, options=replace(parts.options, **change))
 
@@ -266,7 +299,19 @@ def in_options(**change):
     ("opt", lambda parts: replace(parts, positions=parts.positions[:0]), "learned positions that are not as wide"),
     ("bloom", lambda parts: replace(parts, alibi=replace(parts.alibi, slopes=torch.ones(5))), "one for each head"),
     ("bloom", lambda parts: replace(parts, embedding_norm=vector(95)), "not as wide as the residual"),
-    ("llama", in_layer(sinks=torch.zeros(4)), "attention sinks"),
+    ("llama", in_layer(sinks=torch.zeros(4)), "sinks in some layers only"),
+    ("gpt_oss", in_layer(sinks=torch.zeros(5)), "one for each head"),
+    ("gpt_oss", in_options(gate_limit=float("nan")), "scales or caps that are no numbers"),
+    ("llama4_text", lambda parts: replace(parts, temperature=None), "a temperature of the queries"),
+    ("llama4_text", in_layer(window=4, chunk=8), "attention in chunks and a window"),
+    ("llama4_text", in_layer(k_norm=None), "norms of queries or of keys only"),
+    ("deepseek_v3", in_layer(latent=None), "layers of different sizes"),
+    ("deepseek_v3", in_latent(fixed=4), "latent vectors of different sizes"),
+    ("deepseek_v3", in_latent(norm=vector(16)), "norms with different epsilons"),
+    ("deepseek_v3", in_latent(queries_norm=None), "norms with different epsilons"),
+    ("deepseek_v3", in_latent(keys_values=nn.Linear(16, 97, bias=False)), "whose sizes are not those of the heads"),
+    ("deepseek_v3", in_latent(queries_columns=torch.zeros(64, dtype=torch.int64)), "an order of queries, keys and values"),
+    ("deepseek_v3", in_latent(keys_values=nn.Linear(16, 96)), "a latent vector with a bias"),
 ])  # fmt: skip
 def test_tensors_of_every_kind_are_compared_before_a_step_is_built(kind, alter, says):
     kind, changes = VARIANTS[kind]

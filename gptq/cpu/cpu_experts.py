@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..families.parts import ExpertParts, ModelParts
 from .cpu_weights import Weights, aligned
@@ -13,8 +14,9 @@ from .tiles import LANES
 Rows = list[int]
 
 
-def described(parts: ModelParts, add: Callable[[Sequence[nn.Module]], Rows], weights: Sequence[Weights]) -> dict[str, Any]:
-    """The fields that describe the model. `add` takes in modules that read the same input and returns their rows of `weights`."""
+def described(parts: ModelParts, add: Callable[..., Rows], weights: Sequence[Weights]) -> dict[str, Any]:
+    """The fields that describe the model. `add(modules, columns)` takes in modules that read the same input, their outputs in
+    the order of `columns` if there are some, and returns their rows of `weights`."""
     mixtures = [each.experts for each in parts.layers if each.experts is not None]
     if not mixtures:
         return dict.fromkeys(_NUMBERS, 0) | {"table": np.zeros(1, np.int64), "choice_bias": np.zeros(1, np.float32)}
@@ -32,17 +34,38 @@ def described(parts: ModelParts, add: Callable[[Sequence[nn.Module]], Rows], wei
         "normed": int(first.normed),
         "weighted": int(first.shared_gate is not None),
         "scale": first.scale,
+        "weighs_input": int(first.weighs_input),
+        "expert_groups": first.groups,
+        "chosen_groups": first.chosen_groups,
+        "group_best": first.group_best,
+        "halved": int(first.in_turns and up >= 0),
         "table": np.array(table, np.int64),
         "choice_bias": np.stack([_bias_of(each) for each in mixtures]),
     }
 
 
 # What `described` gives, but for the tables.
-_NUMBERS = ("count", "choices", "inner", "up_column", "inner_tiles", "sigmoid", "normed", "weighted", "scale")
+_NUMBERS = (
+    "count", "choices", "inner", "up_column", "inner_tiles", "sigmoid", "normed", "weighted", "scale", "weighs_input",
+    "expert_groups", "chosen_groups", "group_best", "halved",
+)  # fmt: skip
 
 
-def _taken_in(mixture: ExpertParts, add: Callable[[Sequence[nn.Module]], Rows]) -> list[tuple[Rows, Rows]]:
-    return [(add(each.gate_up), add((each.down,))) for each in mixture.experts]
+def _taken_in(mixture: ExpertParts, add: Callable[..., Rows]) -> list[tuple[Rows, Rows]]:
+    def both(gate_up: Sequence[nn.Module]) -> Rows:
+        return add(gate_up, _in_halves([int(each.out_features) for each in gate_up])) if mixture.in_turns else add(gate_up)  # type: ignore[arg-type]
+
+    return [(both(each.gate_up), add((each.down,))) for each in mixture.experts]
+
+
+def _in_halves(widths: Sequence[int]) -> Tensor:
+    """Outputs that are one gate, one up, in the order of all gates of a layer, then its ups."""
+    starts = [sum(widths[:at]) for at in range(len(widths))]
+    found = [
+        start + torch.cat([torch.arange(first, width, 2) for first in (0, 1)])
+        for start, width in zip(starts, widths, strict=True)
+    ]
+    return torch.cat(found)
 
 
 def _rows_of(gate_up: Rows, down: Rows) -> Rows:
@@ -64,12 +87,14 @@ def with_room(model: dict[str, Any], rows: int, threads: int, hidden_width: int,
     return {
         **model,
         "scores": np.zeros(max(1, model["count"]), np.float32),
+        "group_scores": np.zeros(max(1, model["expert_groups"]), np.float32),
         "taken": np.zeros(max(1, model["count"]), np.int64),
         "chosen": choices[0],
         "weights": np.zeros(pairs, np.float32),
         "pairs": np.zeros(pairs, np.int64),
         "pair_rows": choices[1],
         "pair_experts": choices[2],
+        "pair_weights": np.zeros(pairs, np.float32),
         "starts": np.zeros(max(1, model["count"]), np.int64),
         "groups": np.zeros((model["count"] + 1, 3), np.int64),
         "gate_up": aligned((pairs, width), np.float32),

@@ -9,9 +9,9 @@ _GROW_TOKENS = 256
 
 
 class CpuMemory(Memory):
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, context_tokens: int) -> None:
+    def __init__(self, layers: int, kv_heads: int, key_dim: int, value_dim: int, context_tokens: int) -> None:
         super().__init__()
-        self._shape = (layers, kv_heads, head_dim)
+        self._shape = (layers, kv_heads, key_dim, value_dim)
         self._context_tokens = context_tokens
         self._length = 0
         self.keys, self.values = self._room(_GROW_TOKENS)
@@ -56,8 +56,8 @@ class CpuMemory(Memory):
         self.keys, self.values = keys, values
 
     def _room(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        layers, kv_heads, head_dim = self._shape
+        layers, kv_heads, key_dim, value_dim = self._shape
         blocks = -(-capacity // 16)
-        keys = aligned((layers, kv_heads, blocks, head_dim, 16), np.int16)  # of halves
-        values = aligned((layers, kv_heads, head_dim // 16, blocks * 16, 16), np.int16)
+        keys = aligned((layers, kv_heads, blocks, key_dim, 16), np.int16)  # of halves
+        values = aligned((layers, kv_heads, value_dim // 16, blocks * 16, 16), np.int16)
         return keys, values

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BadParameter
-from ..families.parts import OPTIONS, ModelParts, Norm
+from ..families.differences import OPTIONS
+from ..families.parts import ModelParts, Norm
 from ..gptq_linear import GPTQLinear
 from ..lora import Part
+from ..mlp_shapes import inputs
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..rope_length import RopeLength, border_of
@@ -25,13 +27,14 @@ from . import forward_arguments as f
 from .cpu_adapter import CpuAdapter
 from .cpu_batch import MOST_ROWS, Batch
 from .cpu_experts import described, rounded_room, with_room
+from .cpu_latent import latent_of, latent_room
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
 from .cpu_weights import Weights, aligned, from_module
 from .expert_phases import PHASES_OF_EXPERTS
 from .forward import PHASES_PER_LAYER, forward
 from .forward_arguments import FORWARD, Arguments
-from .model_tables import angles_of, columns_of, norms_of, qk_norms_of, row_of, up
+from .model_tables import angles_of, columns_of, norms_of, qk_norms_of, row_of, sinks_of, temperatures_of, up
 from .thread_team import Team
 from .weight_table import tables_of
 
@@ -41,7 +44,7 @@ MOST_ANSWERS = 8  # at once
 _ANY = -1  # in the place of a set of angles: a table of which some rows are filled for each forward
 
 
-LIMITS = Limits(head_dim_step=16, length_dependent=True, options=frozenset(OPTIONS) - {"sinks"})
+LIMITS = Limits(head_dim_step=16, length_dependent=True, options=frozenset(OPTIONS))
 
 
 class CpuStepper(Stepper):
@@ -105,6 +108,7 @@ class CpuStepper(Stepper):
         starts, widths = np.stack([each for each, _width in columns]), [width for _starts, width in columns]
         for name, column in (("router_column", f.ROUTER), ("shared_gate_column", f.SHARED_GATE)):
             self._experts[name] = int(starts[mixtures[0], f.GATE_UP_PRODUCT, column - f.GATE]) if mixtures else 0
+        self._latent = latent_of(parts, self.team)
         qk_norms, qk_norm_rows = qk_norms_of(parts)
         options = shape.options
         self._positions = up(context_tokens)
@@ -113,11 +117,13 @@ class CpuStepper(Stepper):
         cos, sin = angles_of(parts, first_set, self._positions)
         self._angles: dict[int, tuple[np.ndarray, ...]] = {0: (cos, sin)}
         bias = parts.position_bias(self._positions)
+        kept_in_qkv = 0 if self._latent["rank"] else shape.kv_heads * shape.head_dim
         return {
             "layer_count": len(layers),
             "heads": shape.heads,
-            "kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
+            "kv_heads": shape.kept_heads,
+            "head_dim": shape.key_dim,
+            "value_dim": shape.value_dim,
             "half_rotary": shape.rotary_half,
             "hidden_width": hidden,
             "head_row": head,
@@ -127,6 +133,8 @@ class CpuStepper(Stepper):
             "parallel": int(options.parallel),
             "gated": int(options.gated),
             "activation": f.ACTIVATION_NUMBERS[options.activation],
+            "gate_limit": options.gate_limit,
+            "up_offset": options.up_offset,
             "qk_norm": f.QK_NORM_NUMBERS[options.qk_norm],
             "qk_norm_last": int(options.qk_norm_last),
             "score_scale": parts.score_scale,
@@ -145,11 +153,14 @@ class CpuStepper(Stepper):
             "angle_positions": self._positions,
             "bias": np.zeros((1, 1), np.float32) if bias is None else bias.cpu().contiguous().numpy(),
             "bias_positions": 0 if bias is None else self._positions,
+            "sinks": sinks_of(parts),
+            "has_sinks": int(parts.layers[0].sinks is not None),
+            "temperatures": temperatures_of(parts, self._positions),
             "tables": tables_of(self.weights, buffers),
-            "qkv_width": max(int(starts[0, f.QKV_PRODUCT, 2]) + up(shape.kv_heads * shape.head_dim), hidden),
-            "attended_width": up(shape.heads * shape.head_dim),
+            "qkv_width": max(int(starts[0, f.QKV_PRODUCT, 2]) + up(kept_in_qkv), hidden),
+            "attended_width": up(inputs(parts.layers[0].o)),
             "gate_up_width": max(*widths, hidden),
-            "gated_width": up(shape.inner),
+            "gated_width": up(max(shape.inner, self._latent["queries_rank"])),
         }
 
     def _add(self, buffers: list[tuple[int, int]], modules: Sequence[nn.Module], columns: Tensor | None = None) -> list[int]:
@@ -191,6 +202,8 @@ class CpuStepper(Stepper):
         def floats(*shape: int) -> np.ndarray:
             return aligned(shape, np.float32)
 
+        qkv, attended = floats(rows, model["qkv_width"]), floats(rows, model["attended_width"])
+        latent = latent_room(self._latent, rows, model, qkv, attended)
         nothing = np.zeros(1, np.int64)  # these come with each call
         return Arguments(
             FORWARD,
@@ -210,8 +223,9 @@ class CpuStepper(Stepper):
             x=floats(rows, model["hidden_width"]),
             hidden=floats(owners, rows, model["hidden_width"]),
             hidden_rows=rows,
-            qkv=floats(rows, model["qkv_width"]),
-            attended=floats(rows, model["attended_width"]),
+            qkv=qkv,
+            attended=attended,
+            **latent,
             gate_up=floats(rows, model["gate_up_width"]),
             gated_rows=floats(owners, rows, model["gated_width"]),
             rounded=self._rounded(rows, owners),
@@ -228,10 +242,12 @@ class CpuStepper(Stepper):
     @property
     def size_bytes(self) -> int:
         """Of the weights in the kernels' layout."""
-        return sum(each.size_bytes for each in self.weights)
+        latent = sum(self._latent[name].nbytes for name in ("keys", "values"))
+        return latent + sum(each.size_bytes for each in self.weights)
 
     def begin(self) -> Memory:
-        return CpuMemory(self._shape.layers, self._shape.kv_heads, self._shape.head_dim, self._context_tokens)
+        shape = self._shape
+        return CpuMemory(shape.layers, shape.kept_heads, shape.key_dim, shape.value_dim, self._context_tokens)
 
     def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CpuAdapter:
         return CpuAdapter(parts, self._rows_of, self.weights)

@@ -54,6 +54,31 @@ def score(f, layer, logits, scores):
 
 
 @compiled_part
+def leave_groups(e, scores, bias, taken):
+    """Mark the experts of all groups but those with the highest scores as taken."""
+    found = floats(e.group_scores, e.expert_groups)
+    size = scores.size // e.expert_groups
+    for group in range(e.expert_groups):
+        first = group * size
+        total = np.float32(0.0)
+        for _one in range(e.group_best):
+            best = -1
+            for at in range(first, first + size):
+                if taken[at] == 0 and (best < 0 or scores[at] + bias[at] > scores[best] + bias[best]):
+                    best = at
+            taken[best] = 1
+            total += scores[best] + bias[best]
+        found[group] = total
+    taken[:] = 1
+    for _one in range(e.chosen_groups):
+        best = -1
+        for group in range(e.expert_groups):
+            if taken[group * size] and (best < 0 or found[group] > found[best]):
+                best = group
+        taken[best * size : (best + 1) * size] = 0
+
+
+@compiled_part
 def choose(tid, counters, phase, f, layer):
     """Choose the experts of every row, and give each choice its pair. One thread does all of it: it is little."""
     e = f.experts
@@ -64,11 +89,14 @@ def choose(tid, counters, phase, f, layer):
         taken, chosen = integers(e.taken, count), integers(e.chosen, rows * choices)
         weights, pairs = floats(e.weights, rows * choices), integers(e.pairs, rows * choices)
         pair_rows, pair_experts = integers(e.pair_rows, rows * choices), integers(e.pair_experts, rows * choices)
+        pair_weights = floats(e.pair_weights, rows * choices)
         groups, starts = integers(e.groups, 3 * (count + 1)), integers(e.starts, count)
         gate_up = float_rows(f.gate_up, rows, f.gate_up_width)
         for r in range(rows):
             score(f, layer, gate_up[r, e.router_column : e.router_column + count], scores)
             taken[:] = 0
+            if e.expert_groups > 1:
+                leave_groups(e, scores, bias, taken)
             total = np.float32(0.0)
             for j in range(choices):
                 best = -1
@@ -97,7 +125,7 @@ def choose(tid, counters, phase, f, layer):
         for at in range(rows * choices):
             pair = taken[chosen[at]]
             taken[chosen[at]] += 1
-            pairs[at], pair_rows[pair], pair_experts[pair] = pair, at // choices, chosen[at]
+            pairs[at], pair_rows[pair], pair_experts[pair], pair_weights[pair] = pair, at // choices, chosen[at], weights[at]
     return phase + 1
 
 
@@ -115,6 +143,18 @@ def weights_of(step):
 
 
 @compiled_part
+def gate_pair(f, gate_up, out):
+    """What an expert's down reads."""
+    e = f.experts
+    if e.halved:
+        half = e.inner // 2
+        gate_row(gate_up, half, out, half, f)
+        gate_row(gate_up[e.up_column :], half, out[half:], half, f)
+    else:
+        gate_row(gate_up, e.up_column, out, e.inner, f)
+
+
+@compiled_part
 def round_pairs(tid, threads, counters, phase, f, layer, step):
     """Round the input of each pair for the weights of its expert. Returns the next phase."""
     e = f.experts
@@ -122,20 +162,22 @@ def round_pairs(tid, threads, counters, phase, f, layer, step):
     hidden, gate_up = source_of(f, 0, GATE_UP_PRODUCT), float_rows(e.gate_up, pairs, e.gate_up_width)
     gated = floats(e.gated + 4 * tid * e.gated_width, e.gated_width)
     pair_rows, pair_experts = integers(e.pair_rows, pairs), integers(e.pair_experts, pairs)
-    starts = integers(e.starts, e.count)
+    starts, pair_weights = integers(e.starts, e.count), floats(e.pair_weights, pairs)
     begin, end = weights_of(step)
     items = min(pairs, PAIR_ITEMS * threads)
     for at in shares(counters, phase, items):
         first, last = share_of(at, items, pairs)
         for pair in range(first, last):
-            x = hidden[pair_rows[pair]]
+            x, factor = hidden[pair_rows[pair]], np.float32(1.0)
             if step:
                 x = gated
-                gate_row(gate_up[pair], e.up_column, gated, e.inner, f.activation, f.gated)
+                gate_pair(f, gate_up[pair], gated)
+            elif e.weighs_input:
+                factor = pair_weights[pair]
             weights = expert_rows(f, layer, pair_experts[pair])
             for one in range(begin, end):
                 if weights[one] >= 0:
-                    round_pair(x, starts[pair_experts[pair]], pair, f.tables, weights[one], e)
+                    round_pair(x, factor, starts[pair_experts[pair]], pair, f.tables, weights[one], e)
     return phase + 1
 
 
@@ -201,7 +243,7 @@ def add_experts(tid, threads, counters, phase, f, layer):
             for i in range(start, start + 16):
                 target[r, i] = factor * target[r, i] if shared else np.float32(0.0)
             for j in range(r * choices, (r + 1) * choices):
-                weight, pair = weights[j], pairs[j]
+                weight, pair = np.float32(1.0) if e.weighs_input else weights[j], pairs[j]
                 for i in range(start, start + 16):
                     target[r, i] += weight * out[pair, i]
             if not f.norms_after:

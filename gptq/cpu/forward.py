@@ -26,6 +26,7 @@ from .forward_addresses import (
 from .forward_arguments import (
     ATTENDED_NORM,
     ATTENTION_NORM,
+    CHUNK,
     DOWN_PRODUCT,
     GATE_UP_PRODUCT,
     INNER,
@@ -35,20 +36,19 @@ from .forward_arguments import (
     MLP_NORM,
     OUT_PRODUCT,
     PRODUCTS,
-    QK_NORM_NUMBERS,
-    QKV_PRODUCT,
-    ROTARY,
+    QUERIES_PRODUCT,
     WINDOW,
 )
+from .latent_phases import meet_latent, norm_queries, read_values
 from .numba_compiler import compiled, compiled_part
 from .numba_intrinsics import float_rows, floats, integers
-from .row_ops import attend, cap_row, gate_row, multiply, norm_part, rotate, round_rows, share_of, store_key_value
+from .position_phases import QK_WIDTH, rotate_head, store_head, store_positions
+from .row_ops import attend, cap_row, gate_row, multiply, round_rows, share_of
 
-PHASES_PER_LAYER = 16  # at most, but for the experts'
+PHASES_PER_LAYER = 21  # at most, but for the experts'
 # Each thread gets several items of a phase, so that one that the system has suspended delays the others little.
 ROW_ITEMS, LINEAR_ITEMS, HEAD_ITEMS = 4, 8, 16
-PRODUCT_ITEMS = (4, 4, 6, 4)
-QK_HEAD, QK_WIDTH = QK_NORM_NUMBERS["head"], QK_NORM_NUMBERS["width"]
+PRODUCT_ITEMS = (4, 4, 4, 6, 4)
 
 
 @compiled
@@ -62,9 +62,13 @@ def forward(tid, threads, counters, arguments):
             if f.parallel and at in (OUT_PRODUCT, GATE_UP_PRODUCT):  # out is added to x, which gate and up still read
                 product = OUT_PRODUCT + GATE_UP_PRODUCT - at
             if product == OUT_PRODUCT:
-                if f.rows > 1 or f.qk_norm == QK_WIDTH:
+                if f.latent.rank:
+                    phase = meet_latent(tid, threads, counters, phase, f, layer)
+                elif f.rows > 1 or f.qk_norm == QK_WIDTH:
                     phase = store_positions(tid, threads, counters, phase, f, layer)
                 phase = attend_layer(tid, threads, counters, phase, f, layer)
+                if f.latent.rank:
+                    phase = read_values(tid, threads, counters, phase, f, layer)
             phase = multiply_layer(tid, threads, counters, phase, f, layer, product)
             if f.experts.count and layer_row(f, layer)[MIXTURE] >= 0:
                 if product == GATE_UP_PRODUCT:
@@ -98,7 +102,9 @@ def prepare_rows(me, first, last, f, layer, product):
         gate_up = float_rows(f.gate_up, f.rows, f.gate_up_width)
         up_column, inner = column_of(f, layer, GATE_UP_PRODUCT, 1), layer_row(f, layer)[INNER]
         for r in range(first, last):
-            gate_row(gate_up[r], up_column, source[r], inner, f.activation, f.gated)
+            gate_row(gate_up[r], up_column, source[r], inner, f)
+    elif product == QUERIES_PRODUCT:
+        norm_queries(first, last, f, layer, source)
     elif product != OUT_PRODUCT:
         x = float_rows(f.x, f.rows, f.hidden_width)
         norm = LAYER_NORMS * layer + (MLP_NORM if product == GATE_UP_PRODUCT else ATTENTION_NORM)
@@ -115,7 +121,7 @@ def prepare_rows(me, first, last, f, layer, product):
 
 @compiled_part
 def multiply_layer(tid, threads, counters, phase, f, layer, product):
-    """One of a layer's four products, with what comes before it and (out, down) the addition to x. Returns the next phase.
+    """One of a layer's products, with what comes before it and (out, down) the addition to x. Returns the next phase.
 
     What a mixture of experts gives is added by `add_experts`.
     """
@@ -125,7 +131,7 @@ def multiply_layer(tid, threads, counters, phase, f, layer, product):
     for row in weights:
         if row >= 0:
             tiles += integers(f.tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)[TILES]
-    if tiles == 0:  # a mixture without a shared expert has no down of its own
+    if tiles == 0:  # queries that qkv gives; a mixture without a shared expert has no down of its own
         return phase
     mixture = layer_row(f, layer)[MIXTURE] >= 0
     alone = rows == 1 and not f.adapted and not (mixture and product == GATE_UP_PRODUCT)  # the experts read it too
@@ -178,71 +184,12 @@ def add_normed(tid, threads, counters, phase, f, layer, product):
 
 
 @compiled_part
-def rotate_head(f, layer, is_key, head, position, x, start):
-    """Normalise one head of a query or key, x [start : start + head_dim], and rotate it to its position. In place."""
-    which = layer_row(f, layer)[ROTARY]
-    half = f.half_rotary if which >= 0 else 0
-    at = 4 * (which * f.angle_positions + position) * f.half_rotary
-    cos, sin = floats(f.cos + at, half), floats(f.sin + at, half)
-    if f.qk_norm == QK_HEAD:
-        row = (f.heads * is_key + head) if f.qk_norm_rows > 2 else is_key
-        norm = floats(f.qk_norms + 4 * (layer * f.qk_norm_rows + row) * f.head_dim, f.head_dim)
-        if f.qk_norm_last:
-            rotate(x, start, half, cos, sin)
-            norm_part(x, start, norm, f.layer_norm, f.eps)
-        else:
-            norm_part(x, start, norm, f.layer_norm, f.eps)
-            rotate(x, start, half, cos, sin)
-    else:
-        rotate(x, start, half, cos, sin)
-
-
-@compiled_part
-def norm_all_heads(f, layer, qkv):
-    """Normalise the queries of a row together, and its keys together."""
-    address = f.qk_norms + 4 * layer * f.qk_norm_rows * f.head_dim
-    q, k = f.heads * f.head_dim, f.kv_heads * f.head_dim
-    norm_part(qkv, 0, floats(address, q), f.layer_norm, f.eps)
-    norm_part(qkv, column_of(f, layer, QKV_PRODUCT, 1), floats(address + 4 * q, k), f.layer_norm, f.eps)
-
-
-@compiled_part
-def store_head(tid, f, layer, r, head):
-    """Keep the key and the value of one head of row r. Two threads may store the same one at once: they write the same bits."""
-    qkv, position = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width), position_of(f, r)
-    k_start = column_of(f, layer, QKV_PRODUCT, 1) + head * f.head_dim
-    v_start = column_of(f, layer, QKV_PRODUCT, 2) + head * f.head_dim
-    key = scores_of(f, tid)[0]  # a copy to rotate: another head of the group may still need the row
-    for i in range(f.head_dim):
-        key[i] = qkv[k_start + i]
-    rotate_head(f, layer, 1, head, position, key, 0)
-    keys, values = keys_of(f, r, layer, head), values_of(f, r, layer, head)
-    store_key_value(key, qkv, v_start, position, f.head_dim, capacity_of(f, r), keys, values)
-
-
-@compiled_part
-def store_positions(tid, threads, counters, phase, f, layer):
-    """Rotate the queries of every row and keep its keys and values. Returns the next phase."""
-    items = min(f.rows, ROW_ITEMS * threads)
-    for at in shares(counters, phase, items):
-        first, last = share_of(at, items, f.rows)
-        for r in range(first, last):
-            qkv = floats(f.qkv + 4 * r * f.qkv_width, f.qkv_width)
-            if f.qk_norm == QK_WIDTH:
-                norm_all_heads(f, layer, qkv)
-            for head in range(f.heads):
-                rotate_head(f, layer, 0, head, position_of(f, r), qkv, head * f.head_dim)
-            for head in range(f.kv_heads):
-                store_head(tid, f, layer, r, head)
-    return phase + 1
-
-
-@compiled_part
 def attend_layer(tid, threads, counters, phase, f, layer):
     """Attention. One product computes several heads of a row that share keys (few rows), or several rows of a head (a prompt)."""
-    rows, head_dim = f.rows, f.head_dim
+    rows, head_dim, value_dim = f.rows, f.head_dim, f.value_dim
     group = f.heads // f.kv_heads
-    window = layer_row(f, layer)[WINDOW]
+    window, chunk = layer_row(f, layer)[WINDOW], layer_row(f, layer)[CHUNK]
+    here = f.rows == 1 and f.qk_norm != QK_WIDTH and f.latent.rank == 0  # positions are not stored yet
     blocks = (group + 3) // 4  # of up to four heads that share keys
     fours = (rows + 3) // 4
     items = rows * f.kv_heads * blocks if f.mixed else f.heads * fours
@@ -251,24 +198,25 @@ def attend_layer(tid, threads, counters, phase, f, layer):
             r, block, later = at % rows, at // rows % blocks, 0
             head = at // rows // blocks * group + 4 * block
             count = min(4, group - 4 * block)
-            stride = out_stride = 4 * head_dim
-            bias_stride = 4 * f.bias_positions
-            if rows == 1 and f.qk_norm != QK_WIDTH:
+            stride, out_stride = 4 * head_dim, 4 * value_dim
+            bias_stride, sink_stride = 4 * f.bias_positions, 4
+            if here:
                 for one in range(count):
                     rotate_head(f, layer, 0, head + one, position_of(f, 0), floats(f.qkv, f.qkv_width), (head + one) * head_dim)
                 store_head(tid, f, layer, 0, head // group)
         else:
             # All rows of a head before the next one, so that its keys stay in the cache; the long rows first.
             head, r = at // fours, (fours - 1 - at % fours) * 4
-            count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.qkv_width, 4 * f.attended_width
-            bias_stride = 0
-        query = f.qkv + 4 * (r * f.qkv_width + head * head_dim)
+            count, later, stride, out_stride = min(4, rows - r), 1, 4 * f.queries_width, 4 * f.gathered_width
+            bias_stride = sink_stride = 0
+        query = f.queries + 4 * (r * f.queries_width + head * head_dim)
         bias = f.bias + 4 * head * f.bias_positions if f.bias_positions else 0
-        out = f.attended + 4 * (r * f.attended_width + head * head_dim)
+        sink = f.sinks + 4 * (layer * f.heads + head) if f.has_sinks else 0
+        out = f.gathered + 4 * (r * f.gathered_width + head * value_dim)
         attend(
-            query, stride, out, out_stride, count, position_of(f, r), later, window, keys_of(f, r, layer, head // group),
-            values_of(f, r, layer, head // group), capacity_of(f, r), head_dim, scores_of(f, tid), f.score_scale,
-            f.score_cap, bias, bias_stride,
+            query, stride, out, out_stride, count, position_of(f, r), later, window, chunk, keys_of(f, r, layer, head // group),
+            values_of(f, r, layer, head // group), capacity_of(f, r), head_dim, value_dim, scores_of(f, tid), f.score_scale,
+            f.score_cap, bias, bias_stride, sink, sink_stride,
         )  # fmt: skip
     return phase + 1
 

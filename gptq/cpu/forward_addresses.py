@@ -8,6 +8,7 @@ from .forward_arguments import (
     MOST_WEIGHTS,
     OUT_PRODUCT,
     PRODUCTS,
+    QUERIES_PRODUCT,
     WEIGHTS,
 )
 from .numba_compiler import compiled_part
@@ -31,7 +32,7 @@ def source_of(f, me, product):
     """The input of a product [rows][its width]."""
     if product == OUT_PRODUCT:
         return float_rows(f.attended, f.rows, f.attended_width)
-    if product == DOWN_PRODUCT:
+    if product in (DOWN_PRODUCT, QUERIES_PRODUCT):
         return float_rows(f.gated_rows + 4 * me * f.hidden_rows * f.gated_width, f.rows, f.gated_width)
     return float_rows(f.hidden + 4 * me * f.hidden_rows * f.hidden_width, f.rows, f.hidden_width)
 
@@ -41,6 +42,8 @@ def target_of(f, product):
     """Where a product goes [rows][its width]."""
     if product == GATE_UP_PRODUCT:
         return float_rows(f.gate_up, f.rows, f.gate_up_width)
+    if product == QUERIES_PRODUCT:
+        return float_rows(f.latent.raised, f.rows, f.latent.raised_width)
     return float_rows(f.qkv, f.rows, f.qkv_width)
 
 
@@ -69,7 +72,7 @@ def keys_of(f, r, layer, head):
 @compiled_part
 def values_of(f, r, layer, head):
     """Address of one head's values in the conversation of row r."""
-    return integers(f.values, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.head_dim
+    return integers(f.values, f.rows)[r] + 2 * (layer * f.kv_heads + head) * capacity_of(f, r) * f.value_dim
 
 
 @compiled_part

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 # Columns of the table of layers: rows of the table of weights (-1: part of the weight before, or none); a number of tokens; which
-# of the tables of angles is the layer's (-1: none); numbers of the gate; which of the mixtures is the layer's (-1: none).
-Q, K, V, OUT, GATE, UP, ROUTER, SHARED_GATE, DOWN, WINDOW, ROTARY, INNER, MIXTURE = range(13)
-LAYER_COLUMNS = 13
+# of the tables of angles is the layer's (-1: none); numbers of the gate; which of the mixtures is the layer's (-1: none); tokens
+# of a chunk of the attention (0: none); 1 where queries are multiplied by a temperature; 1 where heads are normed.
+Q, K, V, QUERIES, OUT, GATE, UP, ROUTER, SHARED_GATE, DOWN, WINDOW, ROTARY, INNER, MIXTURE, CHUNK, TEMPERED, NORMED = range(17)
+LAYER_COLUMNS = 17
 
-# The four products of a layer, in their order, and which columns of the table of layers are theirs.
-PRODUCTS = 4
-QKV_PRODUCT, OUT_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT = range(PRODUCTS)
-FIRST_WEIGHT = (Q, OUT, GATE, DOWN)
-WEIGHTS = (3, 1, 4, 1)
+# The products of a layer, in their order, and which columns of the table of layers are theirs. With a latent vector (MLA), qkv
+# gives the queries, or what a product of their own makes them of; and the latent vector.
+PRODUCTS = 5
+QKV_PRODUCT, QUERIES_PRODUCT, OUT_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT = range(PRODUCTS)
+FIRST_WEIGHT = (Q, QUERIES, OUT, GATE, DOWN)
+WEIGHTS = (3, 1, 1, 4, 1)
 MOST_WEIGHTS = max(WEIGHTS)
 
 # Columns of the table of experts: rows of the table of weights (-1: part of the weight before, or none).
@@ -72,16 +74,23 @@ EXPERTS: Fields = {
     "normed": int,  # 1: weights are divided by their sum
     "weighted": int,  # 1: the shared expert has a weight
     "scale": float,  # of the weights
+    "weighs_input": int,  # 1: the input of an expert is weighted, not what it gives
+    "expert_groups": int,  # 1: they are chosen from all
+    "chosen_groups": int,
+    "group_best": int,  # so many of its scores are a group's
+    "halved": int,  # 1: each of gate and up is half of the gates, then half of the ups
     "table": np.int64,  # [mixtures][count][EXPERT_COLUMNS]
     "choice_bias": np.float32,  # [mixtures][count]
     # what is computed
     "scores": np.float32,  # [count], of one row
+    "group_scores": np.float32,  # [expert_groups], of one row
     "taken": np.int64,  # [count]: in the choice 1 where an expert is chosen; then where its next pair is
     "chosen": np.int64,  # [rows][choices]: experts
     "weights": np.float32,  # [rows][choices]
     "pairs": np.int64,  # [rows][choices]: the pair of each choice
     "pair_rows": np.int64,  # [pairs]: the row of each
     "pair_experts": np.int64,  # [pairs]: its expert
+    "pair_weights": np.float32,  # [pairs]: its weight
     "starts": np.int64,  # [count]: the first pair of each expert
     "groups": np.int64,  # [count + 1][expert, first pair, pairs] of the experts that are chosen; pairs of 0 end it
     "gate_up": np.float32,  # [pairs][gate_up_width]
@@ -94,12 +103,31 @@ EXPERTS: Fields = {
     "row_chunks": int,  # of the same
 }
 
+# Keys and values of a latent vector, which all heads share (latent_phases.py).
+LATENT: Fields = {
+    "rank": int,  # numbers of the vector; 0: no layer has any
+    "fixed": int,  # dimensions of a head's query that are not turned
+    "turned": int,
+    "value_dim": int,  # of a head
+    "norms": np.float32,  # [layer_count][rank]
+    "eps": float,
+    "queries_rank": int,  # numbers of the vector that queries are made of; 0: they are not
+    "queries_norms": np.float32,  # [layer_count][queries_rank]
+    "queries_eps": float,
+    "keys": np.int16,  # halves [layer_count][heads][rank / 16][fixed][16]: a fixed part of a query -> of the latent vector
+    "values": np.int16,  # halves [layer_count][heads][value_dim / 16][rank][16]: of the latent vector -> a value
+    "raised": np.float32,  # [rows][raised_width]: the queries of every head
+    "raised_width": int,
+}
+
 FORWARD: Fields = {  # one forward of a model (forward.forward)
     # the model
     "layer_count": int,
     "heads": int,
-    "kv_heads": int,
-    "head_dim": int,
+    "kv_heads": int,  # whose keys and values are kept
+    "head_dim": int,  # of a key that is kept, and of the query that meets it
+    "value_dim": int,  # of a value that is kept
+    "latent": LATENT,
     "half_rotary": int,  # pairs of numbers of a head that are rotated
     "hidden_width": int,  # of x, a whole number of tiles
     "head_row": int,  # of the output head in the table of weights
@@ -109,6 +137,8 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "parallel": int,  # 1: both read the x that the layer began with
     "gated": int,  # 1: act(gate) * up; 0: act(gate)
     "activation": int,  # of ACTIVATION_NUMBERS
+    "gate_limit": float,  # 0: none
+    "up_offset": float,
     "qk_norm": int,  # of QK_NORM_NUMBERS
     "qk_norm_last": int,  # 1: after the rotation
     "score_scale": float,
@@ -128,13 +158,16 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "angle_positions": int,
     "bias": np.float32,  # [heads][bias_positions]: added to the scores of each key (ALiBi)
     "bias_positions": int,  # 0: none
+    "sinks": np.float32,  # [layer_count][heads]: scores of no key
+    "has_sinks": int,
+    "temperatures": np.float32,  # [positions]: what queries are multiplied by
     "tables": TABLES,
     # the rows
     "rows": int,
     "mixed": int,  # 1: the rows may be of several conversations
     "positions": np.int64,  # [rows]: each row's place in its conversation
     "keys": np.int64,  # [rows]: address of its conversation's keys, halves [layer_count][kv_heads][capacity / 16][head_dim][16]
-    "values": np.int64,  # [rows]: of its values, halves [layer_count][kv_heads][head_dim / 16][capacity][16]
+    "values": np.int64,  # [rows]: of its values, halves [layer_count][kv_heads][value_dim / 16][capacity][16]
     "capacities": np.int64,  # [rows]: positions that they have room for, a multiple of 16
     "adapted": int,  # 1: some row has an adapter
     "row_adapters": np.int64,  # [rows]: address of each row's adapter [weights][ADAPTER_COLUMNS]; 0: none
@@ -147,11 +180,15 @@ FORWARD: Fields = {  # one forward of a model (forward.forward)
     "hidden_rows": int,  # also of `gated_rows`
     "qkv": np.float32,  # [rows][qkv_width]: query, key, value; also the products `out` and `down`
     "qkv_width": int,
-    "attended": np.float32,  # [rows][attended_width]: what attention gives
+    "queries": np.float32,  # [rows][queries_width]: what attention reads; `qkv`, or queries of a latent vector
+    "queries_width": int,
+    "gathered": np.float32,  # [rows][gathered_width]: what attention gives; `attended`, or sums of latent vectors
+    "gathered_width": int,
+    "attended": np.float32,  # [rows][attended_width]: what `out` reads
     "attended_width": int,
     "gate_up": np.float32,  # [rows][gate_up_width]: gate and up, what the router gives, the weight of the shared expert
     "gate_up_width": int,
-    "gated_rows": np.float32,  # [owners][hidden_rows][gated_width]: what down reads
+    "gated_rows": np.float32,  # [owners][hidden_rows][gated_width]: what down reads; before, what the product of queries reads
     "gated_width": int,
     "rounded": ROUNDED,
     "head_rounded": ROUNDED,  # for the output head, head_limit rows: every thread is an owner

@@ -25,6 +25,8 @@ def row_of(layer: LayerParts, add: Callable[..., list[int]]) -> list[int]:
     found = [-1] * f.LAYER_COLUMNS
     qkv = add(layer.qkv, layer.qkv_columns)
     found[f.Q : f.Q + len(qkv)] = qkv
+    if layer.latent is not None and layer.latent.queries is not None:
+        found[f.QUERIES] = add((layer.latent.queries,), layer.latent.queries_columns)[0]
     found[f.OUT] = add((layer.o,))[0]
     beside = () if mixture is None else tuple(each for each in (mixture.router, mixture.shared_gate) if each is not None)
     rows = add((*layer.gate_up, *beside))
@@ -33,7 +35,8 @@ def row_of(layer: LayerParts, add: Callable[..., list[int]]) -> list[int]:
     found[f.INNER] = 0
     if layer.down is not None:
         found[f.DOWN], found[f.INNER] = add((layer.down,))[0], int(layer.down.in_features)  # type: ignore[arg-type]
-    found[f.WINDOW], found[f.ROTARY] = layer.window, layer.rotary
+    found[f.WINDOW], found[f.ROTARY], found[f.CHUNK] = layer.window, layer.rotary, layer.chunk
+    found[f.TEMPERED], found[f.NORMED] = int(layer.tempered), int(layer.q_norm is not None)
     return found
 
 
@@ -87,7 +90,21 @@ def qk_norms_of(parts: ModelParts) -> tuple[np.ndarray, int]:
         torch.cat(
             [each.weight.detach().float().view(-1, parts.head_dim) for each in (layer.q_norm, layer.k_norm) if each is not None]
         )
+        if layer.q_norm is not None
+        else None
         for layer in parts.layers
     ]
-    stacked = torch.stack(found)
+    some = next(each for each in found if each is not None)
+    stacked = torch.stack([torch.ones_like(some) if each is None else each for each in found])
     return stacked.numpy(), stacked.shape[1]
+
+
+def sinks_of(parts: ModelParts) -> np.ndarray:
+    """[layers, heads]; of a model without sinks, nothing."""
+    found = [each.sinks.detach().float() for each in parts.layers if each.sinks is not None]
+    return torch.stack(found).numpy() if found else np.zeros((1, 1), np.float32)
+
+
+def temperatures_of(parts: ModelParts, positions: int) -> np.ndarray:
+    """[positions]; of a model without a temperature, nothing."""
+    return np.zeros(1, np.float32) if parts.temperature is None else parts.temperature.table(positions).numpy()

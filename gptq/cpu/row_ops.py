@@ -23,7 +23,7 @@ from .cpu_kernels import (
 from .forward_arguments import ACTIVATION_NUMBERS
 from .numba_compiler import compiled_part
 from .numba_intrinsics import floats, integers, integers8, integers16, integers32, store_half
-from .vector_ops import exp_scores16, largest16, scale16, silu16
+from .vector_ops import exp_scores16, largest16, quick16, scale16, silu16
 
 _BELOW_ALL = np.float32(-3.0e38)  # a score that a query does not see
 
@@ -65,9 +65,9 @@ def rounded_at(weight, first, row, experts):
 
 
 @compiled_part
-def round_pair(x, first, pair, tables, row, experts):
-    """Round x [K] for the packed weight in `row` of the table, and store it as that of `pair`; its expert's pairs begin at
-    `first`."""
+def round_pair(x, factor, first, pair, tables, row, experts):
+    """Round x [K] * factor for the packed weight in `row` of the table, and store it as that of `pair`; its expert's pairs begin
+    at `first`."""
     weight = integers(tables.weights + 8 * row * WEIGHT_COLUMNS, WEIGHT_COLUMNS)
     if weight[ROUNDED_BEFORE]:
         return
@@ -79,6 +79,10 @@ def round_pair(x, first, pair, tables, row, experts):
         x, 0, order, chunks, chunk_rows, integers8(address, size), integers16(address, size // 2), floats(scales, chunks),
         integers32(sums, chunks),
     )  # fmt: skip
+    if factor != np.float32(1.0):
+        found = floats(scales, chunks)
+        for c in range(chunks):
+            found[c] *= factor
 
 
 @compiled_part
@@ -126,27 +130,36 @@ def rotate(x, start, half, cos, sin):
 
 
 @compiled_part
-def store_key_value(key, row, v_start, position, head_dim, capacity, keys, values):
+def store_key_value(key, row, v_start, position, head_dim, value_dim, capacity, keys, values):
     """Store a head's key [head_dim] and its value, row [v_start …], at the addresses of that head's keys and values."""
     at = keys + 32 * head_dim * (position // 16) + 2 * (position % 16)
     for i in range(head_dim):
         store_half(at + 32 * i, key[i])
     at = values + 32 * position
-    for i in range(head_dim):
+    for i in range(value_dim):
         store_half(at + 32 * capacity * (i // 16) + 2 * (i % 16), row[v_start + i])
 
 
 @compiled_part
+def first_seen(position, window, chunk):
+    """The first position that one sees."""
+    if chunk > 0:
+        return position - position % chunk
+    return max(0, position - window + 1) if window > 0 else 0
+
+
+@compiled_part
 def attend(
-    query, q_stride, out, o_stride, count, position, later, window, keys, values, capacity, head_dim, scores, scale, cap, bias,
-    bias_stride,
+    query, q_stride, out, o_stride, count, position, later, window, chunk, keys, values, capacity, head_dim, value_dim, scores,
+    scale, cap, bias, bias_stride, sink, sink_stride,
 ):  # fmt: skip
     """Attention of `count` queries; query r is at position + r * later. keys and values are addresses of one head's.
 
-    `bias`, if not 0, is the address of what is added to the scores of each key, that of query r bias_stride * r bytes later.
+    `bias`, if not 0, is the address of what is added to the scores of each key, that of query r bias_stride * r bytes later;
+    `sink` that of the score of no key.
     """
     last = position + (count - 1) * later
-    begin = max(0, position - window + 1) // 16 if window > 0 else 0
+    begin = first_seen(position, window, chunk) // 16
     tiles_ = last // 16 + 1 - begin
     width = 16 * tiles_
     mine, s_stride = scores.ctypes.data, scores.strides[0]
@@ -154,7 +167,7 @@ def attend(
     for r in range(count):
         row = scores[r]
         high = position + r * later + 1 - 16 * begin
-        low = max(0, high - window) if window > 0 else 0
+        low = first_seen(position + r * later, window, chunk) - 16 * begin
         factor = scale
         if cap > np.float32(0.0) or bias:
             factor = np.float32(1.0)
@@ -170,11 +183,17 @@ def attend(
         row[:low] = _BELOW_ALL
         row[high:width] = _BELOW_ALL
         address = mine + r * s_stride
-        total = exp_scores16(address, tiles_, largest16(address, tiles_), factor)
+        largest = largest16(address, tiles_)
+        if sink:
+            no_key = floats(sink + r * sink_stride, 1)[0]
+            largest = max(largest, no_key / factor)
+            total = exp_scores16(address, tiles_, largest, factor) + exp(no_key - largest * factor)
+        else:
+            total = exp_scores16(address, tiles_, largest, factor)
         row[:low] = np.float32(0.0)
         row[high:width] = np.float32(0.0)
         scale16(address, tiles_, np.float32(1.0) / total)
-    half_products(values + begin * 512, mine, s_stride, width, out, o_stride, count, head_dim // 16, capacity * 32)
+    half_products(values + begin * 512, mine, s_stride, width, out, o_stride, count, value_dim // 16, capacity * 32)
 
 
 @compiled_part
@@ -186,9 +205,14 @@ def cap_row(x, low, high, scale, cap):
 
 
 @compiled_part
-def gate_row(gate_up, up_column, out, inner, activation, gated):
-    """out [inner] = act(gate) * up, or act(gate) alone; up begins at up_column. `activation` is one of ACTIVATION_NUMBERS."""
+def gate_row(gate_up, up_column, out, inner, f):
+    """out [inner] = act(gate) * up, or act(gate) alone; up begins at up_column. `f`: the record FORWARD, for its options."""
     one, half = np.float32(1.0), np.float32(0.5)
+    activation, limit, offset = f.activation, f.gate_limit, f.up_offset
+    if limit > np.float32(0.0):
+        for i in range(inner):
+            gate_up[i] = min(gate_up[i], limit)
+            gate_up[up_column + i] = min(max(gate_up[up_column + i], -limit), limit)
     if activation == SILU:
         whole = inner // 16
         if whole:
@@ -204,9 +228,11 @@ def gate_row(gate_up, up_column, out, inner, activation, gated):
             gate = gate_up[i]
             out[i] = half * gate * (one + tanh(np.float32(0.79788456) * gate * (one + np.float32(0.044715) * gate * gate)))
     elif activation == GELU_QUICK:
-        for i in range(inner):
-            gate = gate_up[i]
-            out[i] = gate / (one + exp(np.float32(-1.702) * gate))
+        whole = inner // 16
+        if whole:
+            quick16(gate_up.ctypes.data, out.ctypes.data, whole)
+        for i in range(16 * whole, inner):
+            out[i] = gate_up[i] / (one + exp(np.float32(-1.702) * gate_up[i]))
     elif activation == RELU:
         for i in range(inner):
             out[i] = max(gate_up[i], np.float32(0.0))
@@ -214,6 +240,6 @@ def gate_row(gate_up, up_column, out, inner, activation, gated):
         for i in range(inner):
             gate = max(gate_up[i], np.float32(0.0))
             out[i] = gate * gate
-    if gated:
+    if f.gated:
         for i in range(inner):
-            out[i] *= gate_up[up_column + i]
+            out[i] *= gate_up[up_column + i] + offset

@@ -115,20 +115,28 @@ def scale16(typing: Any, x: Any, blocks: Any, factor: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-@intrinsic
-def silu16(typing: Any, x: Any, out: Any, blocks: Any) -> Any:
-    """(address, address, count): out = x / (1 + exp(-x)) of 16 * count fp32."""
+def _sigmoid_times_x(name: str, meaning: str, factor: float) -> Any:
+    """An intrinsic (address, address, count): out = x / (1 + exp(-factor * x)) of 16 * count fp32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, out, blocks = arguments
 
         def block(builder: Any, at: Any, nothing: list[Any]) -> list[Any]:
             value = load(builder, _address(builder, x, at), V16F, 4)
-            below = builder.fadd(_float(1.0), _exp(builder, builder.fsub(_float(0.0), value)))
+            below = builder.fsub(_float(0.0), value) if factor == 1 else builder.fmul(_float(-factor), value)
+            below = builder.fadd(_float(1.0), _exp(builder, below))
             store(builder, builder.fdiv(value, below), _address(builder, out, at))
             return nothing
 
-        loop(builder, blocks, "silu", [], block)
+        loop(builder, blocks, name, [], block)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    def sigmoid_times_x(typing: Any, x: Any, out: Any, blocks: Any) -> Any:
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    sigmoid_times_x.__name__, sigmoid_times_x.__doc__ = name, meaning
+    return intrinsic(sigmoid_times_x)
+
+
+silu16 = _sigmoid_times_x("silu16", "SiLU", 1.0)
+quick16 = _sigmoid_times_x("quick16", "Quick GELU", 1.702)

@@ -10,13 +10,16 @@ from typing import Any
 from . import (
     alibi,
     cohere,
+    deepseek,
     falcon,
     gemma,
     glm,
     gpt2,
+    gpt_oss,
     gptj,
     granite,
     llama,
+    llama4,
     mixtures,
     nemotron,
     neox,
@@ -34,8 +37,8 @@ from .reading import NotDescribed
 log = logging.getLogger(__name__)
 
 _FILES: tuple[ModuleType, ...] = (
-    alibi, cohere, falcon, gemma, glm, gpt2, gptj, granite, llama, mixtures, nemotron, neox, nope, olmo, opt, phi, stablelm,
-    starcoder2,
+    alibi, cohere, deepseek, falcon, gemma, glm, gpt2, gpt_oss, gptj, granite, llama, llama4, mixtures, nemotron, neox, nope,
+    olmo, opt, phi, stablelm, starcoder2,
 )  # fmt: skip
 KINDS = {kind: describe for file in _FILES for kind, describe in file.KINDS.items()}
 _ON_GPU = {"llama", "mistral", "qwen2", "qwen3", "phi3"}

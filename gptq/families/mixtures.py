@@ -27,15 +27,14 @@ from .reading import (
 )
 
 _OLDER = transformers.__version__.startswith("4.")  # experts are a list of MLPs
-_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _SMALLEST_SUM = 1e-9  # scores are a softmax: the sum of the chosen is above it
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
-def experts_of(experts: Any) -> tuple[Expert, ...]:
-    """Of PackedExperts, or of a list of MLPs."""
+def experts_of(experts: Any, *, plain: bool = True) -> tuple[Expert, ...]:
+    """Of PackedExperts, or of a list of MLPs. `plain`: act(gate) * up, and nothing else."""
     if isinstance(experts, PackedExperts):
-        refuse_if(not experts.plain, "experts with a gate of their own")
+        refuse_if(plain and not experts.plain, "experts with a gate of their own")
         roles = [experts.roles(at) for at in range(experts.num_experts)]
     else:
         refuse_if(not isinstance(experts, nn.ModuleList), "experts that are not packed")
@@ -82,8 +81,7 @@ def sigmoid_experts(block: Any) -> ExpertParts:
     def asked(name: str, default: Any) -> Any:
         return getattr(router, name, getattr(block, name, default))
 
-    groups = asked("num_group", asked("n_group", 1))  # its name in transformers 5, and in 4
-    refuse_if(groups not in (None, 1), "experts that are chosen by groups")
+    groups = asked("num_group", asked("n_group", 1)) or 1  # its name in transformers 5, and in 4
     return ExpertParts(
         router=router_of(router),
         experts=experts_of(block.experts),
@@ -92,6 +90,9 @@ def sigmoid_experts(block: Any) -> ExpertParts:
         choice_bias=asked("e_score_correction_bias", None).detach().float().reshape(-1),
         normed=asked("norm_topk_prob", True),
         scale=float(asked("routed_scaling_factor", 1.0)),
+        groups=groups,
+        chosen_groups=asked("topk_group", 1) if groups > 1 else 1,
+        group_best=2 if groups > 1 else 1,
     )
 
 

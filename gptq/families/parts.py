@@ -12,6 +12,7 @@ of transformers; suitability.py compares them with each other and with what a st
 A norm that is None does nothing. In parallel blocks both branches read the x that the layer began with.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,12 +57,32 @@ class Alibi:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """Multiplies the queries of the layers that are `tempered` by 1 + rate * log(1 + floor((position + first) / step))."""
+
+    rate: float
+    step: float
+    first: int = 0
+
+    def table(self, positions: int) -> Tensor:
+        """fp32 [positions]"""
+        at = torch.arange(positions, dtype=torch.float32)
+        return torch.log1p(torch.floor((at + self.first) / self.step)) * self.rate + 1
+
+    @property
+    def is_sound(self) -> bool:
+        return math.isfinite(self.rate) and math.isfinite(self.step) and self.step > 0 and self.first >= 0
+
+
+@dataclass(frozen=True)
 class Options:
     """In what families differ, but for what the tensors themselves show. The defaults are Llama's."""
 
     norm: str = "rms"  # every norm: rms, or layer (LayerNorm)
     activation: str = "silu"  # one of ACTIVATIONS
     gated: bool = True  # act(gate) * up; else act(gate) alone: gate_up holds one layer
+    gate_limit: float = 0.0  # gate is at most that, and up at most that far from 0; 0: no limit
+    up_offset: float = 0.0  # then added to up
     parallel: bool = False
     qk_norm: str = ""  # of queries and keys: head (each head alone) or width (all heads together); "": none
     qk_norm_last: bool = False  # after they are turned
@@ -77,7 +98,7 @@ class Options:
 class Expert:
     """An MLP with the model's activation."""
 
-    gate_up: tuple[nn.Module, ...]  # as those of a layer
+    gate_up: tuple[nn.Module, ...]  # as those of a layer; or `in_turns`
     down: nn.Module
 
 
@@ -92,6 +113,11 @@ class ExpertParts:
     choice_bias: Tensor | None = None  # [experts], added to the scores where experts are chosen, not where they are weighted
     normed: bool = True  # the weights of the chosen are their scores divided by the sum of these
     scale: float = 1.0  # of the weights, at last
+    weighs_input: bool = False  # an expert reads its input times its weight, and what it gives is added as it is
+    groups: int = 1  # the experts lie in so many groups, and are chosen …
+    chosen_groups: int = 1  # … from those of them with the highest scores,
+    group_best: int = 1  # each the sum of its best scores, so many
+    in_turns: bool = False  # the outputs of gate_up are one gate, one up; of two layers the second goes on where the first ends
     shared_gate: nn.Module | None = None  # H -> 1; its sigmoid weighs the shared expert: the layer's own gate_up and down
 
     def linears(self) -> Iterator[nn.Module]:
@@ -103,9 +129,32 @@ class ExpertParts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentParts:
+    """Keys and values that all heads make of one vector, the latent one (MLA: DeepSeek-V2, arXiv 2405.04434).
+
+    A head's query and key have `fixed` dimensions, then `turned` ones; the turned ones of the keys are those of all heads. The
+    layer's qkv are two: one that gives the queries, or the vector that `queries` reads; one that gives the latent vector and,
+    behind it, the turned dimensions of the keys.
+    """
+
+    queries: nn.Module | None  # of a vector as long as `queries_norm` -> heads * (fixed + turned)
+    queries_norm: Norm | None
+    queries_columns: Tensor | None  # as qkv_columns, of the outputs of `queries`
+    norm: Norm  # [rank], of the latent vector
+    keys_values: nn.Module  # rank -> of each head its fixed dimensions of the key, then its value
+    fixed: int
+    turned: int
+    value_dim: int  # of a head
+
+    @property
+    def rank(self) -> int:
+        return int(self.norm.weight.numel())
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerParts:
     attention_norm: Norm | None  # [H], of what q, k and v read
-    qkv: tuple[nn.Module, ...]  # q, k, v; or one layer that is all three
+    qkv: tuple[nn.Module, ...]  # q, k, v; or one layer that is all three; or those that LatentParts names
     qkv_columns: Tensor | None = (
         None  # int64 [all outputs of qkv]: where the outputs of q, then k, then v are found; None: in order
     )
@@ -122,6 +171,9 @@ class LayerParts:
     window: int = 0  # tokens a position sees, itself included; 0 for all
     rotary: int = 0  # which of the model's rotaries; -1: queries and keys are not turned
     sinks: Tensor | None = None  # [heads]: a score for no key at all
+    chunk: int = 0  # a position sees those of its own chunk of so many tokens; 0 for all
+    tempered: bool = False  # queries are multiplied by the model's temperature
+    latent: LatentParts | None = None
 
     @property
     def norms(self) -> tuple[Norm | None, ...]:
@@ -130,6 +182,8 @@ class LayerParts:
 
     def linears(self) -> Iterator[nn.Module]:
         yield from (*self.qkv, self.o, *self.gate_up)
+        if self.latent is not None:
+            yield from (each for each in (self.latent.queries, self.latent.keys_values) if each is not None)
         if self.down is not None:
             yield self.down
         if self.experts is not None:
@@ -144,13 +198,14 @@ class ModelParts:
     head: nn.Module  # nn.Linear or GPTQLinear, H -> V
     heads: int
     kv_heads: int
-    head_dim: int  # D
+    head_dim: int  # D; of queries and keys, where values have other dimensions (LatentParts)
     rotaries: tuple[Rotary, ...] = ()
     rotary_dim: int = 0  # of D, how many are turned: dimension i with dimension i + rotary_dim / 2
     options: Options = Options()
     positions: Tensor | None = None  # [positions, H], added to the embeddings; a text cannot be longer
     embedding_norm: Norm | None = None
     alibi: Alibi | None = None
+    temperature: Temperature | None = None
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +218,7 @@ class ModelParts:
 
     @property
     def score_scale(self) -> float:
-        return self.options.score_scale or _inverse_root(self.head_dim)
+        return self.options.score_scale or inverse_root(self.head_dim)
 
     @property
     def rotary(self) -> nn.Module:
@@ -202,66 +257,6 @@ class ModelParts:
             yield from layer.linears()
 
 
-def _inverse_root(head_dim: int) -> float:
+def inverse_root(head_dim: int) -> float:
+    """What scores are multiplied by where no option says otherwise; 0 for a head without dimensions."""
     return head_dim**-0.5 if head_dim > 0 else 0.0  # suitability.py refuses such heads
-
-
-# What a step may be unable to compute, and in which words it says so.
-OPTIONS = {
-    "layer_norm": "layer norms",
-    "norm_bias": "norms with a bias",
-    "after": "norms of what attention and the MLP give",
-    "before": "no norms before attention and the MLP",
-    "parallel": "attention and MLP side by side",
-    "plain_mlp": "an MLP without a gate",
-    "activation": "another activation than SiLU",
-    "experts": "a mixture of experts",
-    "qk_norm_each": "norms of the heads, one for each",
-    "qk_norm_width": "norms of queries and keys over all heads",
-    "qk_norm_last": "norms of the heads after their rotation",
-    "ropes": "several kinds of rotary positions, or layers without any",
-    "qkv_columns": "queries, keys and values in an order of their own",
-    "positions": "learned positions",
-    "alibi": "ALiBi positions",
-    "score_scale": "a scale of the scores",
-    "score_cap": "a soft cap of the scores",
-    "sinks": "attention sinks",
-    "embedding_scale": "a scale of the embeddings",
-    "embedding_norm": "a norm of the embeddings",
-    "residual_scale": "a scale of what layers add",
-    "logits_scale": "a scale of the logits",
-    "logits_cap": "a soft cap of the logits",
-}
-
-
-def options_of(parts: ModelParts) -> set[str]:
-    """The names in OPTIONS of what a model has and Llama has not."""
-    o, layers = parts.options, parts.layers
-    each_norm = [norm for layer in layers for norm in (*layer.norms, layer.q_norm, layer.k_norm) if norm is not None]
-    heads = [norm for layer in layers for norm in (layer.q_norm, layer.k_norm) if norm is not None]
-    found = {
-        "layer_norm": o.norm != "rms",
-        "norm_bias": any(norm.bias is not None for norm in (*each_norm, parts.norm)),
-        "after": any(layer.attended_norm or layer.inner_norm for layer in layers),
-        "before": any(layer.attention_norm is None or layer.mlp_norm is None for layer in layers),
-        "parallel": o.parallel,
-        "plain_mlp": not o.gated,
-        "activation": o.activation != "silu",
-        "experts": any(layer.experts is not None for layer in layers),
-        "qk_norm_each": o.qk_norm == "head" and any(norm.weight.dim() > 1 for norm in heads),
-        "qk_norm_width": o.qk_norm == "width",
-        "qk_norm_last": o.qk_norm_last,
-        "ropes": len(parts.rotaries) != 1 or any(layer.rotary != 0 for layer in layers),
-        "qkv_columns": any(layer.qkv_columns is not None for layer in layers),
-        "positions": parts.positions is not None,
-        "alibi": parts.alibi is not None,
-        "score_scale": parts.score_scale != _inverse_root(parts.head_dim),
-        "score_cap": bool(o.score_cap),
-        "sinks": any(layer.sinks is not None for layer in layers),
-        "embedding_scale": o.embedding_scale != 1,
-        "embedding_norm": parts.embedding_norm is not None,
-        "residual_scale": o.residual_scale != 1,
-        "logits_scale": o.logits_scale != 1,
-        "logits_cap": bool(o.logits_cap),
-    }
-    return {name for name, has in found.items() if has}

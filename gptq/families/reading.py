@@ -51,6 +51,26 @@ def rotary_of(module: Any, *arguments: str, doubled: bool = False) -> Rotary:
     return Rotary(module, arguments, doubled)
 
 
+class Angles(nn.Module):
+    """A rotary module that gives complex numbers, as one that gives cos and sin."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        vars(self)["rotary"] = rotary  # no child: it stays where it is
+        self.rope_type = rotary.rope_type
+        refuse_if(kind_of(self), "complex angles that depend on the length")
+
+    @property
+    def inv_freq(self) -> Tensor:
+        found: Tensor = vars(self)["rotary"].inv_freq
+        return found
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, T] -> cos and sin [B, T, D]."""
+        found: Tensor = vars(self)["rotary"](x, positions)
+        return torch.cat([found.real, found.real], -1), torch.cat([found.imag, found.imag], -1)
+
+
 def turned_by(rotary: Rotary) -> int:
     """How many dimensions of a head a rotary turns."""
     name = "_".join((*rotary.arguments, "inv_freq"))
@@ -122,7 +142,7 @@ def llama_layer(layer: Any, config: Any, norm: Callable[[Any], Norm] = norm_of, 
 
     given: dict[str, Any] = {
         "attention_norm": default("attention_norm", lambda: norm(layer.input_layernorm)),
-        "qkv": qkv_of(attention),
+        "qkv": default("qkv", lambda: qkv_of(attention)),
         "qkv_columns": None,
         "q_norm": norm(attention.q_norm) if getattr(attention, "q_norm", None) is not None else None,
         "k_norm": norm(attention.k_norm) if getattr(attention, "k_norm", None) is not None else None,
