@@ -87,7 +87,8 @@ VARIANTS = {
         "granitemoe",
         {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     ),
-    "granitemoeshared": ("granitemoeshared", {"shared_intermediate_size": 0}),
+    "granitemoeshared": ("granitemoeshared", {"shared_intermediate_size": 48}),
+    "granitemoeshared without a shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"moe_topk": 2}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_shared_experts": 1}),
     "ernie4_5_moe without shared experts": ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
@@ -109,6 +110,23 @@ VARIANTS = {
         {"n_group": 4, "topk_group": 2, **EIGHT, "num_experts_per_tok": 3, "first_k_dense_replace": 0},
     ),
     "deepseek_v3 with halves turned": ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
+    "glm4_moe_lite": ("glm4_moe_lite", {}),
+    "youtu": ("youtu", {}),
+    "sarvam_mla": ("sarvam_mla", {"first_k_dense_replace": 1}),
+    "minicpm3": ("minicpm3", {"dim_model_base": 16, "scale_emb": 2, "scale_depth": 4.0, "tie_word_embeddings": False}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.3,
+                "original_max_position_embeddings": 10,
+            }
+        },
+    ),
+    "exaone": ("exaone", {}),
+    "arcee": ("arcee", {}),
     "llama4_text": ("llama4_text", {"floor_scale": 8, "attn_scale": 0.4}),
     "llama4_text with layers without experts": (
         "llama4_text",

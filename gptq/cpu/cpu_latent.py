@@ -74,8 +74,8 @@ def latent_room(
 def _matrices(latent: LatentParts, heads: int) -> tuple[Tensor, Tensor]:
     """(of the keys [heads, fixed, rank], of the values [heads, value_dim, rank]) in halves."""
     layer: Any = latent.keys_values
-    weight = layer.dequantize(torch.float32) if isinstance(layer, GPTQLinear) else layer.weight.detach().float()
-    both = weight.half().view(heads, latent.fixed + latent.value_dim, latent.rank)
+    weight = layer.dequantize(torch.float32) if isinstance(layer, GPTQLinear) else layer.weight.float()
+    both = weight.detach().half().view(heads, latent.fixed + latent.value_dim, latent.rank)
     return both[:, : latent.fixed], both[:, latent.fixed :]
 
 

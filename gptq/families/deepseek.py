@@ -1,4 +1,5 @@
-"""DeepSeek V2 and V3 (R1, Kimi K2), and what is made of their modules: a latent vector (MLA), experts in groups."""
+"""DeepSeek V2 and V3 (R1, Kimi K2) and what is made of their modules (GLM-4.7-Flash, Youtu, Sarvam, MiniCPM 3): a latent vector
+(MLA), and experts in groups."""
 
 from typing import Any
 
@@ -53,8 +54,8 @@ def _model(hf: Any, layers: list[LayerParts], angles: Any = None, **options: Any
     heads = hf.config.num_attention_heads
     rotaries = (rotary_of(base.rotary_emb if angles is None else angles),)
     return model_of(
-        hf, layers, made, kv_heads=heads, head_dim=attention.qk_nope_head_dim + attention.qk_rope_head_dim, rotaries=rotaries
-    )
+        hf, layers, made, kv_heads=heads, head_dim=attention.qk_nope_head_dim + attention.qk_rope_head_dim, rotaries=rotaries,
+    )  # fmt: skip
 
 
 def _v2(hf: Any) -> ModelParts:
@@ -102,4 +103,14 @@ def _v3(hf: Any) -> ModelParts:
     return _model(hf, layers)
 
 
-KINDS = {"deepseek_v2": _v2, "deepseek_v3": _v3}
+def _minicpm3(hf: Any) -> ModelParts:
+    config = hf.config
+    layers = [_layer(layer, config, False, **mlp_changes(layer.mlp, None)) for layer in base_of(hf).layers]
+    return _model(
+        hf, layers, embedding_scale=float(base_of(hf).embed_tokens.embed_scale),
+        residual_scale=float(base_of(hf).layers[0].residual_scale), logits_scale=1 / float(config.logits_scaling),
+    )  # fmt: skip
+
+
+KINDS = dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "youtu", "sarvam_mla"), _v3)
+KINDS |= {"deepseek_v2": _v2, "minicpm3": _minicpm3}

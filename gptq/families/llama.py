@@ -1,10 +1,11 @@
-"""Llama, and what is made of its modules: Mistral, Qwen 2 and 3, Phi-3, Seed-OSS; Yi and most finetunes say llama or mistral."""
+"""Llama, and what is made of its modules: Mistral, Ministral 3, Qwen 2 and 3, Phi-3, Seed-OSS, EXAONE 3, Arcee (whose MLP has no
+gate); Yi and most finetunes say llama or mistral."""
 
 from typing import Any
 
 from .image_text import OnePosition
 from .parts import ModelParts, Options
-from .reading import act_of, base_of, llama_layer, model_of, rotary_of
+from .reading import act_of, base_of, llama_layer, model_of, rotary_of, temperature_of
 
 
 def describe(hf: Any) -> ModelParts:
@@ -26,5 +27,18 @@ def _three_positions(hf: Any) -> ModelParts:
     return model_of(hf, layers, Options(activation=act_of(base_of(hf).layers[0].mlp)), rotaries=rotaries)
 
 
-KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss", "qwen3_vl_text"), describe)
+def _arcee(hf: Any) -> ModelParts:
+    layers = [llama_layer(layer, hf.config, gate_up=(layer.mlp.up_proj,)) for layer in base_of(hf).layers]
+    return model_of(hf, layers, Options(gated=False, activation=act_of(base_of(hf).layers[0].mlp)))
+
+
+def _ministral3(hf: Any) -> ModelParts:
+    config = hf.config
+    window = getattr(config, "sliding_window", None) or 0
+    layers = [llama_layer(layer, config, window=window, tempered=True) for layer in base_of(hf).layers]
+    return model_of(hf, layers, Options(activation=act_of(base_of(hf).layers[0].mlp)), temperature=temperature_of(config))
+
+
+KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss", "exaone", "qwen3_vl_text"), describe)
+KINDS |= {"arcee": _arcee, "ministral3": _ministral3}
 KINDS |= dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _three_positions)

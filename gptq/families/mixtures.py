@@ -179,8 +179,11 @@ def _granite(hf: Any) -> ModelParts:
     layers = []
     for layer in base.layers:
         block = layer.block_sparse_moe
-        refuse_if(getattr(layer, "shared_mlp", None) is not None, "a shared expert of other modules")
-        layers.append(llama_layer(layer, config, **mlp_changes(block, softmax_experts(block, block.router, normed=True))))
+        changes = mlp_changes(block, softmax_experts(block, block.router, normed=True))
+        if (shared := getattr(layer, "shared_mlp", None)) is not None:
+            refuse_if(activation_of(shared.activation) != act_of_layers([layer]), "several activations")
+            changes |= {"gate_up": (shared.input_linear,), "down": shared.output_linear}
+        layers.append(llama_layer(layer, config, **changes))
     options = Options(
         activation=act_of_layers(base.layers),
         score_scale=float(config.attention_multiplier),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..joined_layers import parts_of_layer
 from ..rope_length import kind_of
-from .parts import LayerParts, ModelParts, Norm, Options, Rotary
+from .parts import LayerParts, ModelParts, Norm, Options, Rotary, Temperature
 
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # the angles of a position do not depend on the text's length
 _ACTIVATIONS = {  # by the class of the module
@@ -69,6 +69,12 @@ class Angles(nn.Module):
         """Positions [B, T] -> cos and sin [B, T, D]."""
         found: Tensor = vars(self)["rotary"](x, positions)
         return torch.cat([found.real, found.real], -1), torch.cat([found.imag, found.imag], -1)
+
+
+def temperature_of(config: Any) -> Temperature:
+    """Of Ministral 3 and Mistral 4: it begins to grow where the text leaves the length of the first training."""
+    given = config.rope_parameters
+    return Temperature(float(given["llama_4_scaling_beta"]), float(given["original_max_position_embeddings"]))
 
 
 def turned_by(rotary: Rotary) -> int:
