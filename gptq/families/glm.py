@@ -1,4 +1,4 @@
-"""GLM-4 (glm, and glm4 of 2025 with norms after both branches) and ERNIE 4.5: Llama that turns neighbouring dimensions."""
+"""GLM-4 (glm, and glm4 of 2025 with norms after both branches), ERNIE 4.5 and Helium: Llama that turns neighbours."""
 
 from typing import Any
 
@@ -21,4 +21,4 @@ def describe(hf: Any) -> ModelParts:
     return model_of(hf, layers, Options(activation=act_of(base.layers[0].mlp)))
 
 
-KINDS = {"glm": describe, "glm4": describe, "ernie4_5": describe}
+KINDS = {"glm": describe, "glm4": describe, "ernie4_5": describe, "helium": describe}

@@ -1,5 +1,5 @@
-"""Llama, and what is made of its modules: Mistral, Ministral 3, Qwen 2 and 3, Phi-3, Seed-OSS, EXAONE 3, Arcee (whose MLP has no
-gate); Yi and most finetunes say llama or mistral."""
+"""Llama, and what is made of its modules: Mistral, Ministral (and 3), Qwen 2 and 3, Phi-3, Seed-OSS, EXAONE 3, InternLM 3, CWM,
+IQuest-Coder, Arcee (whose MLP has no gate); Yi and most finetunes say llama or mistral."""
 
 from typing import Any
 
@@ -39,6 +39,7 @@ def _ministral3(hf: Any) -> ModelParts:
     return model_of(hf, layers, Options(activation=act_of(base_of(hf).layers[0].mlp)), temperature=temperature_of(config))
 
 
-KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss", "exaone", "qwen3_vl_text"), describe)
+KINDS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss", "qwen3_vl_text"), describe)
+KINDS |= dict.fromkeys(("ministral", "exaone", "internlm3", "iquestcoder", "cwm"), describe)
 KINDS |= {"arcee": _arcee, "ministral3": _ministral3}
 KINDS |= dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _three_positions)

@@ -23,6 +23,7 @@ from .reading import (
     paired_columns,
     refuse_if,
     rotary_of,
+    turned_and_window,
     turned_by,
 )
 
@@ -238,6 +239,20 @@ def _sigmoid(hf: Any) -> ModelParts:
     return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm=qk_norm))
 
 
+def _exaone(hf: Any) -> ModelParts:
+    """Layers that see all tokens turn no queries and keys, where others have a window."""
+    config, base = hf.config, base_of(hf)
+    layers = []
+    for layer in base.layers:
+        block, attention = layer.mlp, layer.self_attn
+        changes = mlp_changes(
+            block, sigmoid_experts(block) if hasattr(block, "experts") else None, getattr(block, "shared_experts", None)
+        )
+        rotary, window = turned_and_window(attention)
+        layers.append(llama_layer(layer, config, rotary=rotary, window=window, **changes))
+    return model_of(hf, layers, Options(activation=act_of_layers(base.layers), qk_norm="head"))
+
+
 KINDS = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen,
@@ -250,7 +265,9 @@ KINDS = {
     "granitemoe": _granite,
     "granitemoeshared": _granite,
     "dots1": _sigmoid,
+    "exaone_moe": _exaone,
     "glm4_moe": _sigmoid,
+    "sarvam_moe": _sigmoid,
     "solar_open": _sigmoid,
     "minimax_m2": _sigmoid,
 }

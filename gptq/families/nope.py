@@ -4,7 +4,7 @@ from typing import Any
 
 from .olmo import after_layer
 from .parts import ModelParts, Options
-from .reading import act_of, base_of, llama_layer, model_of, norm_of
+from .reading import act_of, base_of, llama_layer, model_of, norm_of, turned_and_window
 
 
 def _smollm3(hf: Any) -> ModelParts:
@@ -17,10 +17,8 @@ def _exaone4(hf: Any) -> ModelParts:
     config, base = hf.config, base_of(hf)
     layers = []
     for layer in base.layers:
-        attention = layer.self_attn
-        turned = attention.sliding_window is None or attention.is_sliding
-        window = attention.sliding_window if attention.is_sliding else None
-        layers.append(after_layer(layer, config, rotary=0 if turned else -1, window=window or 0))
+        rotary, window = turned_and_window(layer.self_attn)
+        layers.append(after_layer(layer, config, rotary=rotary, window=window))
     return model_of(hf, layers, Options(activation=act_of(base.layers[0].mlp), qk_norm="head"))
 
 

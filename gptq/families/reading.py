@@ -71,6 +71,12 @@ class Angles(nn.Module):
         return torch.cat([found.real, found.real], -1), torch.cat([found.imag, found.imag], -1)
 
 
+def turned_and_window(attention: Any) -> tuple[int, int]:
+    """(rotary, window) of a layer of EXAONE 4, whose layers that see all tokens turn nothing where others have a window."""
+    sliding = bool(attention.is_sliding)
+    return (0 if sliding or attention.sliding_window is None else -1), (attention.sliding_window or 0) if sliding else 0
+
+
 def temperature_of(config: Any) -> Temperature:
     """Of Ministral 3 and Mistral 4: it begins to grow where the text leaves the length of the first training."""
     given = config.rope_parameters
