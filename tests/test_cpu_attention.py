@@ -1,0 +1,107 @@
+"""gptq/cpu: what a conversation keeps where attention is not Llama's: latent vectors (MLA), sinks, windows, chunks."""
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("numba")
+
+from test_families import DENSE_IN_4, IDS, off, packed
+
+from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+from gptq_webui.gptq.families.known import parts_of
+from gptq_webui.gptq.gptq_linear import GPTQLinear
+
+LONG = (IDS * 12)[:420]
+KINDS = {
+    "gpt_oss": {"max_position_embeddings": 600},
+    "deepseek_v2": {"max_position_embeddings": 600, "q_lora_rank": None},
+    "deepseek_v3": {"max_position_embeddings": 600, "first_k_dense_replace": 1},
+    "llama4_text": {"max_position_embeddings": 600, "attention_chunk_size": 24, "floor_scale": 100},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    older = transformers.__version__ < "5"
+    if request.param not in transformers.CONFIG_MAPPING or (older and request.param in DENSE_IN_4):
+        pytest.skip("this transformers cannot make such a model")
+    hf, twin = packed(request.param, KINDS[request.param])
+    stepper = CpuStepper(parts_of(hf), 600, 2, parallel=8)
+    yield stepper, hf, twin
+    stepper.close()
+
+
+@torch.inference_mode()
+def test_rows_of_several_conversations_get_the_logits_of_single_steps(model):
+    stepper = model[0]
+    pieces, wanted = [], []
+    for at, length in enumerate((1, 23, 300, 5)):
+        memory = stepper.begin()
+        stepper.prefill(memory, LONG[:length])
+        new = LONG[length : length + 1 + at]
+        alone = memory.fork(length)
+        wanted += [stepper.step(alone, id).clone() for id in new]
+        pieces.append((memory, new))
+    assert torch.equal(stepper.rows_logits(pieces), torch.cat(wanted))
+
+
+@torch.inference_mode()
+def test_a_prompt_in_pieces_and_one_that_is_cut_and_goes_on_are_the_twins(model):
+    stepper, _hf, twin = model
+    wanted = twin(torch.tensor([LONG])).logits[0]
+    assert off(stepper.all_logits(stepper.begin(), LONG), wanted) < 1e-3
+    memory = stepper.begin()
+    at = 0
+    for size in (1, 30, 17, 256, 3, 40):
+        assert off(stepper.prefill(memory, LONG[at : at + size]), wanted[at + size - 1 : at + size]) < 1e-3
+        at += size
+    memory.cut(100)
+    assert off(stepper.prefill(memory, LONG[100:333]), wanted[332:333]) < 1e-3
+    other = memory.fork(50)
+    assert off(stepper.step(other, LONG[50]), wanted[50:51]) < 1e-3
+
+
+@torch.inference_mode()
+def test_an_answer_with_guesses_is_that_of_single_steps(model):
+    """A text that repeats itself: guesses are computed beside the token, as several rows."""
+    stepper = model[0]
+    memory = stepper.begin()
+    logits = stepper.prefill(memory, LONG[:80])[0]
+    wanted = []
+    for _ in range(24):
+        wanted.append(int(logits.argmax()))
+        logits = stepper.step(memory, wanted[-1])[0]
+    memory = stepper.begin()
+    found = [int(stepper.prefill(memory, LONG[:80])[0].argmax())]
+    running = stepper.running(memory, LONG[:80])
+    while len(found) < 24:
+        running.give(found[-1])
+        found.append(int(running.logits()[0].argmax()))
+    running.close()
+    assert found == wanted
+
+
+@torch.inference_mode()
+def test_one_thread_and_three_compute_the_same_bits(model, request):
+    kind = request.node.callspec.params["model"]
+    found = []
+    for threads in (1, 3):
+        stepper = CpuStepper(parts_of(packed(kind, KINDS[kind])[0]), 64, threads)
+        memory = stepper.begin()
+        found.append(torch.cat([stepper.prefill(memory, IDS[:20]), stepper.step(memory, 7).clone()]))
+        stepper.close()
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
+def test_a_conversation_keeps_one_latent_vector_for_all_heads(model, request):
+    stepper, hf, _twin = model
+    if not request.node.callspec.params["model"].startswith("deepseek"):
+        pytest.skip("no latent vector")
+    memory = stepper.begin()
+    stepper.prefill(memory, LONG[:300])
+    attention = hf.model.layers[0].self_attn
+    rank, turned = attention.kv_lora_rank, attention.qk_rope_head_dim
+    assert memory.size_bytes == memory.capacity * len(hf.model.layers) * 2 * (2 * rank + turned)
+    assert not any(each.qweight.numel() for each in hf.modules() if isinstance(each, GPTQLinear)), "no weight is held unpacked"
