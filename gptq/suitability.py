@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
 from . import bit_packing
+from .attention_shapes import uneven_latent, wrong_attention
 from .families.differences import OPTIONS, options_of
 from .families.parts import ACTIVATIONS, LayerParts, ModelParts, Norm, Options
 from .gptq_linear import GPTQLinear
-from .latent_shapes import uneven_latent
 from .mlp_shapes import inputs, is_vector, kind_of, outputs, reorders, uneven_experts, uneven_mlp
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -218,23 +218,11 @@ def _wrong_options(parts: ModelParts, shape: Shape) -> str:
         return "attention and MLP side by side with norms of what they give"
     if o.logits_scale != 1 and getattr(parts.head, "bias", None) is not None:
         return "a scale of the logits and an output layer with a bias"
-    if any(not -1 <= layer.rotary < len(parts.rotaries) for layer in parts.layers):
-        return "layers whose rotary positions are not there"
-    if any(layer.tempered for layer in parts.layers) and (parts.temperature is None or not parts.temperature.is_sound):
-        return "a temperature of the queries that is no number"
-    if any(layer.chunk < 0 or (layer.chunk and layer.window) for layer in parts.layers):
-        return "attention in chunks and a window"
     if parts.positions is not None and (
         parts.positions.dim() != 2 or parts.positions.shape[1] != shape.hidden or not shape.positions
     ):
         return "learned positions that are not as wide as the residual"
-    of_heads = [] if parts.alibi is None else [parts.alibi.slopes]
-    of_heads += [layer.sinks for layer in parts.layers if layer.sinks is not None]
-    if any(not is_vector(each, shape.heads) for each in of_heads):
-        return "slopes or sinks that are not one for each head"
-    if 0 < sum(layer.sinks is not None for layer in parts.layers) < len(parts.layers):
-        return "sinks in some layers only"
-    return ""
+    return wrong_attention(parts)
 
 
 def require_sound(model: Any) -> None:

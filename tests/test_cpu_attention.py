@@ -6,7 +6,8 @@ import transformers
 
 pytest.importorskip("numba")
 
-from test_families import DENSE_IN_4, IDS, off, packed
+from family_variants import DENSE_IN_4
+from test_families import IDS, off, packed
 
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.families.known import parts_of

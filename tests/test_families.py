@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("numba")
 
 from every_architecture import tiny_model
+from family_variants import DENSE_IN_4, VARIANTS
 
 import tiny
 from gptq_webui.core.errors import BadParameter
@@ -25,122 +26,6 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.suitability import Unsuited, shape_of
 
-SIX = {"hidden_size": 96, "num_attention_heads": 6}  # no power of two, which ALiBi treats otherwise
-EIGHT = dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 8)
-VARIANTS = {
-    "llama": ("llama", {}),
-    "llama with biases and GELU": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
-    "llama with quick GELU": ("llama", {"hidden_act": "quick_gelu"}),
-    "mistral": ("mistral", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "phi3": ("phi3", {}),
-    "seed_oss": ("seed_oss", {}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"query_pre_attn_scalar": 20}),
-    "gemma3_text": ("gemma3_text", {"query_pre_attn_scalar": 40}),
-    "phi": ("phi", {"num_key_value_heads": 4}),
-    "falcon 7B": ("falcon", {}),
-    "falcon 7B of seven heads": ("falcon", {"hidden_size": 112, "num_attention_heads": 7}),
-    "falcon 40B": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon 11B": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
-    "falcon RW": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, **SIX}),
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False}),
-    "gptj": ("gptj", {}),
-    "gpt2": ("gpt2", {}),
-    "opt": ("opt", {}),
-    "bloom": ("bloom", {"n_head": 6, **SIX}),
-    "mpt": ("mpt", {"d_model": 96, "n_heads": 6}),
-    "gpt_bigcode": ("gpt_bigcode", {}),
-    "gpt_bigcode with a key for each head": ("gpt_bigcode", {"multi_query": False}),
-    "starcoder2": ("starcoder2", {}),
-    "stablelm": ("stablelm", {}),
-    "stablelm 12B": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
-    "cohere": ("cohere", {}),
-    "cohere plus": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {}),
-    "olmo": ("olmo", {}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {}),
-    "granite": (
-        "granite",
-        {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
-    ),
-    "glm": ("glm", {}),
-    "glm4": ("glm4", {}),
-    "ernie4_5": ("ernie4_5", {}),
-    "nemotron": ("nemotron", {}),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
-    "exaone4": ("exaone4", {}),
-    "smollm3": ("smollm3", {}),
-    "mixtral": ("mixtral", {}),
-    "mixtral of three experts, all of them chosen": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3}),
-    "mixtral with one choice": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": None}),
-    "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": False}),
-    "qwen2_moe with layers without experts": ("qwen2_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "num_experts": 7}),
-    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 9, "num_experts_per_tok": 4}),
-    "qwen3_moe with layers without experts": ("qwen3_moe", {"mlp_only_layers": [0, 3], "norm_topk_prob": True}),
-    "olmoe": ("olmoe", {"norm_topk_prob": False, "sliding_window": None}),
-    "flex_olmo": ("flex_olmo", {"sliding_window": None, "intermediate_size": 64, "num_hidden_layers": 2}),
-    "granitemoe": (
-        "granitemoe",
-        {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
-    ),
-    "granitemoeshared": ("granitemoeshared", {"shared_intermediate_size": 48}),
-    "granitemoeshared without a shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"moe_topk": 2}),
-    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_shared_experts": 1}),
-    "ernie4_5_moe without shared experts": ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
-    "dots1": ("dots1", {"norm_topk_prob": True, "routed_scaling_factor": 2.5}),
-    "glm4_moe": ("glm4_moe", {"first_k_dense_replace": 1, "use_qk_norm": True, "norm_topk_prob": False}),
-    "solar_open": ("solar_open", {}),
-    "minimax_m2": ("minimax_m2", {}),
-    "glm4_moe of groups": ("glm4_moe", {"n_group": 2, "topk_group": 1, **EIGHT, "num_experts_per_tok": 3}),
-    "gpt_oss": ("gpt_oss", {}),
-    "deepseek_v2": ("deepseek_v2", {}),
-    "deepseek_v2 Lite": ("deepseek_v2", {"q_lora_rank": None, "first_k_dense_replace": 1}),
-    "deepseek_v2 of groups": (
-        "deepseek_v2",
-        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, **EIGHT, "first_k_dense_replace": 0},
-    ),
-    "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 1}),
-    "deepseek_v3 of groups": (
-        "deepseek_v3",
-        {"n_group": 4, "topk_group": 2, **EIGHT, "num_experts_per_tok": 3, "first_k_dense_replace": 0},
-    ),
-    "deepseek_v3 with halves turned": ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
-    "glm4_moe_lite": ("glm4_moe_lite", {}),
-    "youtu": ("youtu", {}),
-    "sarvam_mla": ("sarvam_mla", {"first_k_dense_replace": 1}),
-    "minicpm3": ("minicpm3", {"dim_model_base": 16, "scale_emb": 2, "scale_depth": 4.0, "tie_word_embeddings": False}),
-    "ministral3": (
-        "ministral3",
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "llama_4_scaling_beta": 0.3,
-                "original_max_position_embeddings": 10,
-            }
-        },
-    ),
-    "exaone": ("exaone", {}),
-    "arcee": ("arcee", {}),
-    "internlm3": ("internlm3", {}),
-    "iquestcoder": ("iquestcoder", {}),
-    "cwm": ("cwm", {}),
-    "ministral": ("ministral", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "helium": ("helium", {}),
-    "exaone_moe": ("exaone_moe", {"first_k_dense_replace": 1}),
-    "sarvam_moe": ("sarvam_moe", {"first_k_dense_replace": 1}),
-    "llama4_text": ("llama4_text", {"floor_scale": 8, "attn_scale": 0.4}),
-    "llama4_text with layers without experts": (
-        "llama4_text",
-        {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 1, "intermediate_size_mlp": 160},
-    ),
-}
-DENSE_IN_4 = ("granitemoe", "gpt_oss")
 IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT = 24
 

@@ -5,7 +5,8 @@ import transformers
 
 pytest.importorskip("numba")
 
-from test_families import VARIANTS, packed
+from family_variants import VARIANTS
+from test_families import packed
 
 from gptq_webui.gptq.families.known import parts_of
 

@@ -33,7 +33,6 @@ LONG = {
     "core/params.py": "one table, a row for each sampling parameter",
     "api/service.py": "one description of the server, from which every protocol reads",
     "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
-    "gptq/cpu/forward.py": "one compiled function, whose parts all read its record",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/kernel_arguments.py": "one list: what every kernel is given",
     "gptq/cuda/kernel_source.py": "one list: the variants of every kernel, and the text that names them",

@@ -1,5 +1,4 @@
-"""What does not fit together in layers whose keys and values are made of a latent vector, for suitability.py; in words, empty if
-all fits. Of what size the kernels of the processor need such parts to be, too."""
+"""What does not fit together in attention, for suitability.py; in words, empty if all fits: positions, sinks, latent vectors."""
 
 import math
 
@@ -10,8 +9,24 @@ from .gptq_linear import GPTQLinear
 from .mlp_shapes import inputs, is_vector, outputs, reorders
 
 
+def wrong_attention(parts: ModelParts) -> str:
+    if any(not -1 <= layer.rotary < len(parts.rotaries) for layer in parts.layers):
+        return "layers whose rotary positions are not there"
+    if any(layer.tempered for layer in parts.layers) and (parts.temperature is None or not parts.temperature.is_sound):
+        return "a temperature of the queries that is no number"
+    if any(layer.chunk < 0 or (layer.chunk and layer.window) for layer in parts.layers):
+        return "attention in chunks and a window"
+    of_heads = [] if parts.alibi is None else [parts.alibi.slopes]
+    of_heads += [layer.sinks for layer in parts.layers if layer.sinks is not None]
+    if any(not is_vector(each, parts.heads) for each in of_heads):
+        return "slopes or sinks that are not one for each head"
+    if 0 < sum(layer.sinks is not None for layer in parts.layers) < len(parts.layers):
+        return "sinks in some layers only"
+    return ""
+
+
 def uneven_latent(parts: ModelParts) -> str:
-    """Of a model without such layers: nothing."""
+    """Of layers whose keys and values are made of a latent vector, and of what size the processor's kernels need them."""
     latents = [each.latent for each in parts.layers if each.latent is not None]
     if not latents:
         return ""
