@@ -9,6 +9,7 @@ pytest.importorskip("numba")
 from family_variants import DENSE_IN_4
 from test_families import IDS, off, packed
 
+from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.families.known import parts_of
 from gptq_webui.gptq.gptq_linear import GPTQLinear
@@ -106,3 +107,30 @@ def test_a_conversation_keeps_one_latent_vector_for_all_heads(model, request):
     rank, turned = attention.kv_lora_rank, attention.qk_rope_head_dim
     assert memory.size_bytes == memory.capacity * len(hf.model.layers) * 2 * (2 * rank + turned)
     assert not any(each.qweight.numel() for each in hf.modules() if isinstance(each, GPTQLinear)), "no weight is held unpacked"
+
+
+@torch.inference_mode()
+def test_an_adapter_changes_the_layers_around_a_latent_vector():
+    hf, twin = packed("deepseek_v3", {"first_k_dense_replace": 1})
+    stepper = CpuStepper(parts_of(hf), 64, 2)
+    generator = torch.Generator().manual_seed(5)
+    parts = {}
+    for at, layer in enumerate(hf.model.layers):
+        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"):
+            module = layer.self_attn.get_submodule(name)
+            inner = torch.randn(4, module.in_features, generator=generator) * 0.05
+            outer = torch.randn(module.out_features, 4, generator=generator) * 0.2
+            parts[f"model.layers.{at}.self_attn.{name}"] = module, inner, outer
+    before = twin(torch.tensor([IDS])).logits[0]
+    for name, (_module, inner, outer) in parts.items():
+        twin.get_submodule(name).weight.data += outer @ inner
+    wanted = twin(torch.tensor([IDS])).logits[0]
+    assert off(before, wanted) > 0.05
+    memory = stepper.begin()
+    memory.adapter = stepper.adapter([(parts, 1.0)])
+    found = [stepper.prefill(memory, IDS[:24]).clone()] + [stepper.step(memory, id).clone() for id in IDS[24:]]
+    assert off(torch.cat(found), wanted[23:]) < 1e-3
+    of_values = hf.model.layers[0].self_attn.kv_b_proj
+    with pytest.raises(BadCheckpoint, match="that the step computes by itself"):
+        stepper.adapter([({"kv_b_proj": (of_values, torch.zeros(4, 16), torch.zeros(of_values.out_features, 4))}, 1.0)])
+    stepper.close()

@@ -34,8 +34,8 @@ class CpuAdapter:
             for name, (module, inner, outer) in parts.items():
                 if id(module) not in rows:
                     raise BadCheckpoint(
-                        f"The adapter changes {name}, which is no linear layer of a block. It can only be given for the whole "
-                        "model: set it as the option LoRA adapter in the Model tab."
+                        f"The adapter changes {name}, which is no linear layer of a block that the step computes by itself. It "
+                        "can only be given for the whole model: set it as the option LoRA adapter in the Model tab."
                     )
                 row, order = rows[id(module)]
                 outer = outer.float() * weight
