@@ -38,16 +38,24 @@ class Guesser:
         self._dearer = 1.0  # what passes with guesses took more than one without, relative to what was assumed
         self._charged = 0.0  # for the last guesses, as it was assumed
         self._open: list[int] = []  # what was guessed or noted last, without what has come since; last token first
+        self._free = 0  # of those to come, how many are computed anyway
+        self.speed = 1.0  # tokens for each pass's time that the last guesses promised
         self._find()
+
+    @property
+    def matches(self) -> bool:
+        """Whether the last tokens stood somewhere before."""
+        return self._length > 0
 
     def add(self, id: int) -> None:
         """The token that came next."""
         ids = self._ids
         if self._open:
             if self._open.pop() == id:
-                self._balance = min(_MOST_BALANCE, self._balance + 1)
+                self._balance = min(_MOST_BALANCE, self._balance + (self._free <= 0))
             else:
                 self._open.clear()
+            self._free -= 1
         if self._length:
             right, known = ids[self._at] == id, min(self._length, _LONGEST)
             self._right[known] = self._right[known] * _FORGET + right
@@ -62,23 +70,31 @@ class Guesser:
         else:
             self._find()
 
-    def guess(self, costs: Sequence[float]) -> list[int]:
-        """The tokens that are worth computing now. costs[r]: time of a pass with r more rows, relative to one with none more."""
+    def guess(self, costs: Sequence[float], after: int = 0) -> list[int]:
+        """The tokens that are worth computing now. costs[r]: time of a pass with r more rows, relative to one with none more.
+
+        `after` tokens are being computed already and not known yet: what they should be comes first in the list, and the
+        guesses count only if they are that.
+        """
         if not self._length or (self._open and self._balance < 0):
             return []
-        most = min(MOST_GUESSES, len(costs) - 1, len(self._ids) - self._at)
+        most, period = min(MOST_GUESSES, len(costs) - 1), len(self._ids) - self._at  # what is beyond the end begins again
         self._dearer += _DOUBT * (1 - self._dearer)
         costs = [1 + (each - 1) * self._dearer for each in costs]
         best, speed, expected, chance = 0, 1.0, 1.0, 1.0
-        for count in range(1, most + 1):
-            known = min(self._length + count - 1, _LONGEST)
+        for count in range(1 - after, most + 1):
+            known = min(self._length + after + count - 1, _LONGEST)
             chance *= self._right[known] / self._seen[known]
+            if count < 1:
+                continue
             expected += chance
             if expected / costs[count] > speed:
                 best, speed = count, expected / costs[count]
-        found = self._ids[self._at : self._at + best]
+        self.speed = speed
+        found = [self._ids[self._at + at % period] for at in range(after + best)] if best else []
         pays = self._balance >= 0
         self._open = found[::-1]
+        self._free = after if best else 0
         self._charged = costs[best] - 1
         self._balance = max(-_MOST_BALANCE, self._balance - self._charged)
         return found if pays else []

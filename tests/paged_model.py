@@ -120,12 +120,85 @@ class PagedModel:
         return Mark()
 
 
-def paged_stepper(model, limit=256):
+def paged_stepper(model, limit=256, guesses=False):
     stepper = object.__new__(CudaStepper)
     stepper._step, stepper.parallel, stepper.device, stepper.embedding_rows = model, limit, CPU, VOCABULARY
-    stepper._share(model, limit)
+    stepper._share(model, limit, guesses)
     return stepper
 
 
 def prompt_of(seed, length):
     return random.Random(seed).choices(range(VOCABULARY), k=length)
+
+
+class LazySequences(Sequences):
+    """What torch would queue on the GPU's stream comes after what is queued there; the host's memory is written at once."""
+
+    model = None
+
+    def __getattribute__(self, name):
+        if name in ("set_params", "set_history", "set_position", "set_bias", "send_masks", "show", "move", "grow", "logits"):
+            model = object.__getattribute__(self, "model")
+            if model is not None:
+                model.flush()
+        return object.__getattribute__(self, name)
+
+
+class LazyMark(Mark):
+    def __init__(self, model):
+        self._model, self._until = model, model.launched
+
+    def synchronize(self):
+        self._model.flush(self._until)
+
+    def query(self):
+        return self._model.done >= self._until
+
+
+class LazyModel(PagedModel):
+    """The same, late: what is launched runs when somebody waits for it, or by chance earlier. So it shows who reads what is not
+    there yet, and who writes what is still to be read."""
+
+    def __init__(self, context_tokens, pages=None, rows=2, seed=0):
+        super().__init__(context_tokens, pages, rows)
+        self._chance = random.Random(seed)
+        self._queue, self.launched, self.done, self._runs = [], 0, 0, False
+        self.sequences = LazySequences(CPU, self.shape, rows)
+        self.sequences.model = self
+
+    def launch(self, run):
+        if self._runs:
+            return run()
+        self._queue.append(run)
+        self.launched += 1
+        return None
+
+    def flush(self, until=None):
+        if self._runs:
+            return
+        until, self._runs = self.launched if until is None else until, True
+        try:
+            while self.done < until:
+                self._queue.pop(0)()
+                self.done += 1
+        finally:
+            self._runs = False
+
+    def step_rows(self, rows, sample_next=True, adapters=None):
+        self.launch(lambda: super(LazyModel, self).step_rows(rows, sample_next, adapters))
+
+    def sample(self, first, rows):
+        self.launch(lambda: super(LazyModel, self).sample(first, rows))
+
+    def prefill(self, ids, start, row=0, adapter=None):
+        self.flush()
+        return super().prefill(ids, start, row, adapter)
+
+    def _copy(self, source, target):
+        self.flush()
+        super()._copy(source, target)
+
+    def mark(self, timed=False):
+        if self._chance.random() < 0.3:
+            self.flush(self._chance.randint(self.done, self.launched))
+        return LazyMark(self)

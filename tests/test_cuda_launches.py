@@ -15,6 +15,7 @@ from gptq_webui.gptq.cuda.attention import AttentionWork, attend
 from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
+from gptq_webui.gptq.cuda.kernel_source import GuessedVariant
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 from gptq_webui.gptq.cuda.model_shape import ModelShape
 from gptq_webui.gptq.cuda.row_kernels import head_threads
@@ -43,7 +44,9 @@ class RecordingGpu:
         self.compiled, self.launched = set(), []
 
     def add(self, variants=(), packings=(), formats=(), fixed=False):
+        variants = list(variants)
         self.compiled |= {each.name for each in variants}
+        self.compiled |= {"sample_guessed"} if any(isinstance(each, GuessedVariant) for each in variants) else set()
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
         self.compiled |= {"embed", "norm_rows", "order_rows", "silu_rows", "head", "sample", *ADAPTERS} if fixed else set()
@@ -95,7 +98,7 @@ def gpu(monkeypatch):
 
 def make(gpu, **change):
     torch.manual_seed(0)
-    how = {key: change.pop(key) for key in ("parallel", "q8") if key in change}
+    how = {key: change.pop(key) for key in ("parallel", "q8", "guesses") if key in change}
     context = change.pop("context", 256)
     return CudaStep(random_models.random_models(**{**SMALL, **change}, device="cpu"), context, gpu=gpu, **how)
 

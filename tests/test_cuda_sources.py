@@ -16,6 +16,7 @@ from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.kernel_source import (
     DecodeVariant,
     GemvVariant,
+    GuessedVariant,
     KvFormat,
     LayerVariant,
     OctetVariant,
@@ -61,9 +62,10 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for epilogue, norm in (("PLAIN", 2), ("SILU", 1), ("RESIDUAL", 0))
     ]
     variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
+    variants += [GuessedVariant(KvFormat(64)), GuessedVariant(KvFormat(128, q8=True))]
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
-    fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "head", "rope_64", "attention_128_q8")
+    fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "sample_guessed", "head", "rope_64", "attention_128_q8")
     names = gpu_kernels._KERNEL.findall(kernel_source.source(variants, packings, formats, fixed=True))
     assert {each.name for each in variants} | set(fixed) <= set(names)
     for name in names:

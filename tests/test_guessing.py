@@ -90,3 +90,35 @@ def test_they_come_back_when_the_text_begins_to_repeat():
     misleading = [id for at in range(0, 196, 4) for id in (*known[at : at + 3], numbers.randrange(1000, 50_000))]
     passes(guesser, misleading * 2, costs)
     assert passes(guesser, known * 2, costs) < 0.7 * 400
+
+
+def test_what_follows_a_token_that_is_not_known_yet_is_guessed_with_it():
+    ids = [5, 6, 7, 8, 9, 10, 1, 2, 5, 6, 7]
+    guesser = Guesser(ids)
+    assert guesser.matches and guesser.guess(CHEAP, after=1)[:3] == [8, 9, 10]
+    assert Guesser([1, 2, 3, 1, 2]).guess([1.0, 1.01], after=1) == [3, 1]
+    assert Guesser([1, 2, 1, 2]).guess([1.0], after=1) == [], "nothing may be guessed behind it"
+    assert not Guesser([1, 2, 3]).matches
+
+
+def test_a_loop_is_guessed_beyond_its_last_round():
+    assert Guesser([4, 9, 9, 9, 9]).guess(CHEAP) == [9] * MOST_GUESSES
+    assert Guesser([1, 2, 3] * 4).guess(CHEAP, after=1) == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_a_token_that_was_computed_anyway_counts_as_no_gain():
+    late, early = Guesser([5, 6, 7, 8, 9] * 3), Guesser([5, 6, 7, 8, 9] * 3)
+    costs = [1.0, 1.4]
+    assert len(late.guess(costs, after=1)) == 2 and len(early.guess(costs)) == 1
+    assert late._balance == early._balance
+    late.add(5)
+    assert late._balance == early._balance, "it comes without a guess"
+    late.add(6)
+    early.add(5)
+    assert late._balance == early._balance > 0.5
+    wrong = Guesser([5, 6, 7, 8, 9] * 3)
+    wrong.guess(costs, after=1)
+    before = wrong._balance
+    wrong.add(8)
+    wrong.add(6)
+    assert wrong._balance == before, "guesses behind another token are lost"

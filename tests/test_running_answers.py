@@ -44,33 +44,38 @@ class Letters:
 class Run:
     """Answers of one stepper, in turns as the worker gives them."""
 
-    def __init__(self, context=1024, pages=None, limit=256, kept=4):
-        self.model = PagedModel(context, pages)
-        self.stepper = paged_stepper(self.model, limit)
+    def __init__(self, context=1024, pages=None, limit=256, kept=4, guesses=False, model=None):
+        self.model = model or PagedModel(context, pages)
+        self.stepper = paged_stepper(self.model, limit, guesses)
         self.stepper.chunk_tokens = 128
         self.prefix = PrefixCache(kept)
         self.stepper.page_room.prefix = self.prefix
         self.context, self.open, self.found = context, {}, {}
 
-    def ask(self, name, ids, params=GREEDY, mask=None):
+    def ask(self, name, ids, params=GREEDY, mask=None, ends=()):
         cancel = threading.Event()
         events = generate(
-            self.stepper, ids, params, cancel, prefix=self.prefix, end_ids=(), context_tokens=self.context, grammar_mask=mask
+            self.stepper, ids, params, cancel, prefix=self.prefix, end_ids=ends, context_tokens=self.context, grammar_mask=mask
         )
         self.open[name], self.found[name] = events, []
         return cancel
 
     def turn(self):
         for name in list(self.open):
-            try:
-                event = next(self.open[name], Finish)
-            except Exception as error:
-                event = error
-                del self.open[name]
-            if event is Finish:
-                del self.open[name]
-            elif event is not None:
-                self.found[name].append(event)
+            self.turn_of(name)
+
+    def turn_of(self, name):
+        if name not in self.open:
+            return
+        try:
+            event = next(self.open[name], Finish)
+        except Exception as error:
+            event = error
+            del self.open[name]
+        if event is Finish:
+            del self.open[name]
+        elif event is not None:
+            self.found[name].append(event)
 
     def all(self):
         turns = 0

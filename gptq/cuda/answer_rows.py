@@ -13,6 +13,7 @@ from ...core.chat import Step
 from ...core.errors import BadParameter
 from ...core.params import GenerationParams
 from ..grammar_mask import GrammarMask
+from ..guessing import Guesser
 from ..sampling import Sampler, log_probabilities
 from ..token_rules import TokenRules
 from .kernel_arguments import HOST_TOKENS
@@ -76,6 +77,8 @@ class Answer:
         self.joined: Sampled | None = None  # its first token, until the host has read it
         self.sampled: deque[Step] = deque()  # that its consumer has not taken yet
         self.sampler: Sampler | None = None  # for what the kernel cannot do
+        self.guesser: Guesser | None = None  # of its next tokens, once it has run alone
+        self.guessed_from = self.prompt  # ids that the guesser has, or will have
         self.error: Exception | None = None
         self.ended = False  # its memory holds the whole context, or nothing may follow
         self.left = False  # its consumer has gone
@@ -122,7 +125,15 @@ class Answer:
 class Sampled:
     """Tokens that the GPU has sampled or will have, until the host reads them."""
 
-    def __init__(self, mark: Any, answers: Sequence[Answer], found: RowProbabilities | None, is_step: bool) -> None:
+    def __init__(
+        self,
+        mark: Any,
+        answers: Sequence[Answer],
+        found: RowProbabilities | None,
+        is_step: bool,
+        guesses: int = 0,  # tokens that may follow the first, of the only answer
+    ) -> None:
+        self.guesses = guesses
         self.mark, self.answers, self.found, self.is_step = mark, answers, found, is_step
         self.rows = [each.row for each in answers]
         self.columns = [each.next % HOST_TOKENS for each in answers]

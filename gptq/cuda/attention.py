@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cuda_layers import ModelWeights
 from .gpu_kernels import Gpu
-from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, PAGE_TOKENS, ROPE, ROPE_WARPS
+from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, ONE_ROWS, PAGE_TOKENS, ROPE, ROPE_WARPS
 from .model_shape import ModelShape
 from .sequences import Sequences
 
@@ -17,8 +17,9 @@ _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
 class AttentionWork:
     """Where the blocks of an attention leave their parts, for up to `rows` sequences."""
 
-    def __init__(self, gpu: Gpu, shape: ModelShape, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, gpu: Gpu, shape: ModelShape, rows: int, one: bool = False) -> None:
+        """`one`: the rows are tokens that follow each other in the sequence of row 0."""
+        self.rows, self.one = rows, one
         self._blocks, self._processors = shape.attention_blocks, gpu.processors
         parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
         self.partial = torch.zeros(parts * ATTENTION_HEADS * (shape.head_dim + 4), dtype=torch.float32, device=gpu.device)
@@ -40,9 +41,10 @@ def attend(
     qkv: Tensor,
     out: Tensor,
 ) -> None:
-    """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order."""
+    """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order. Where the rows are
+    of `one` sequence, those without a token are the last."""
     rows, own = qkv.shape[0], weights.layers[layer]
-    if rows > work.rows or rows > sequences.rows:
+    if rows > min(work.rows, sequences.rows) or (work.one and rows > ONE_ROWS):
         raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.rows)}.")
     if qkv.shape[1] != shape.qkv_width or out.shape[1] != own.o.padded:
         raise ValueError(f"Queries of {qkv.shape[1]} and outputs of {out.shape[1]} numbers are not those of the model.")
@@ -70,7 +72,7 @@ def attend(
         scale=math.log2(math.e) / math.sqrt(shape.head_dim),
     )
     grid = (work.splits(rows), shape.attention_blocks, rows)
-    gpu.run(f"attention_{shape.kv.name}", grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
+    gpu.run(f"{'guessed_' * work.one}attention_{shape.kv.name}", grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
 
 
 def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *, qkv: Tensor, table: Tensor, start: int) -> None:

@@ -54,7 +54,7 @@ class BatchStep:
         rows = min(rows_of_graph(rows), self._sequences.rows)
         graph = self._graphs.get((rows, sample_next))
         if graph is None:
-            self._head(1)  # cuBLAS makes its handle outside of a recording
+            self.warm()
 
             def run() -> None:
                 self.forward(rows)
@@ -64,27 +64,31 @@ class BatchStep:
             graph = self._graphs[rows, sample_next] = self._recorder.record(run)
         graph.replay()
 
-    def forward(self, rows: int) -> None:
-        """From `ids` at `positions` to `logits` of the first rows, on the current stream."""
-        gpu, weights = self._gpu, self._weights
+    def warm(self) -> None:
+        """Before a recording: cuBLAS makes its handle outside of one."""
+        self._head(1)
+
+    def forward(self, rows: int, work: AttentionWork | None = None) -> None:
+        """From `ids` at `positions` to `logits` of the first rows, on the current stream. `work`: of rows of one sequence."""
+        gpu, weights, work = self._gpu, self._weights, work or self._work
         here = self._buffers.first(rows)
         embed(gpu, weights.embedding, self._sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
         if self._octet is not None and self._octet.plans(rows) is not None:
-            self._octet.forward(rows, here, self._work)
+            self._octet.forward(rows, here, work)
             if has_head_rows(gpu, rows, self._shape.hidden):
                 head_rows(gpu, weights.head, here.x_head, weights.final_norm, self._sequences.logits[:rows], self._shape.eps)
                 return
         else:
-            self._many(here)
+            self._many(here, work)
         norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, self._shape.eps)
         self._head(rows)
 
-    def _many(self, here: Buffers) -> None:
+    def _many(self, here: Buffers, work: AttentionWork) -> None:
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         for at, layer in enumerate(weights.layers):
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
             small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
-            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
+            attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
             small_batch.multiply(gpu, layer.o, "RESIDUAL", here.attended, here.residual)
             norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
             small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)

@@ -31,6 +31,8 @@ from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, input
 from .gemv import Tuning
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
+from .guessed_step import GuessedStep
+from .kernel_source import GuessedVariant, Variant
 from .kv_pages import PagedMemory, Pages
 from .model_shape import ModelShape
 from .octet_step import OctetStep
@@ -80,12 +82,13 @@ class CudaStep:
         *,
         parallel: int = 1,
         q8: bool = False,
+        guesses: bool = False,
         gpu: Gpu | None = None,
         tunings: dict[str, Tuning] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Takes the packed tensors out of `parts`. With `q8` keys and values are kept in a byte each. For `parallel` sequences
-        there is room at first.
+        there is room at first. With `guesses` there is `guessed`, for which `parallel` is at least ONE_ROWS.
 
         Raises Unsuited (before anything is taken) or NoCompiler.
         """
@@ -97,7 +100,8 @@ class CudaStep:
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}
-        self.gpu.add(small_batch.every_variant(self.gpu, products), formats, [shape.kv], fixed=True)
+        variants: list[Variant] = [*small_batch.every_variant(self.gpu, products), *([GuessedVariant(shape.kv)] * guesses)]
+        self.gpu.add(variants, formats, [shape.kv], fixed=True)
         self.adaptable = adaptable_layers(parts)
         self.weights = ModelWeights.of(parts, shape)
         self.weights.take_layers(self.gpu, parts, packings, progress)
@@ -186,6 +190,11 @@ class CudaStep:
             self.gpu, self.shape, self.weights, self.sequences, self.recorder, self.tunings, self._octet
         )  # fmt: skip
 
+    @cached_property
+    def guessed(self) -> GuessedStep:
+        """The step of one sequence whose next tokens are guessed, in a step made with `guesses`."""
+        return GuessedStep(self.gpu, self.shape, self.sequences, self.recorder, self.batch)
+
     def step_rows(
         self, rows: int, sample_next: bool = True, adapters: Mapping[int, CudaAdapter | None] = MappingProxyType({})
     ) -> None:
@@ -225,7 +234,7 @@ class CudaStep:
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
-        for name in ("batch", "adapted"):
+        for name in ("guessed", "batch", "adapted"):
             if (made := vars(self).pop(name, None)) is not None:
                 made.close()
         self.recorder.reset()

@@ -23,6 +23,7 @@ from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
+from .kernel_arguments import ONE_ROWS
 from .kv_pages import PagedMemory
 from .page_room import PageRoom
 from .prompt_reading import Asked, AskedPieces, PromptReading
@@ -42,24 +43,28 @@ class CudaStepper(Stepper):
     chunk_tokens = 2048
     can_adapt = True
 
-    def __init__(self, parts: ModelParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16") -> None:
-        """Up to `parallel` answers at once, or as many as fit.
+    def __init__(
+        self, parts: ModelParts, context_tokens: int, *, parallel: int = 1, cache_type: str = "fp16", guesses: bool = False
+    ) -> None:
+        """Up to `parallel` answers at once, or as many as fit. With `guesses` an answer that runs alone is computed ahead
+        where its text repeats (answer_guesses.py); without, nothing of that is made.
 
         Raises Unsuited or NoCompiler, and then leaves the model as it was.
         """
-        self._step = CudaStep(parts, context_tokens, parallel=min(parallel, FIRST_ROWS), q8=cache_type == "q8")
+        rows = max(ONE_ROWS, FIRST_ROWS) if guesses else min(parallel, FIRST_ROWS)
+        self._step = CudaStep(parts, context_tokens, parallel=rows, q8=cache_type == "q8", guesses=guesses)
         free, row_bytes = self._step.free_bytes(), self._step.sequences.row_bytes
         parallel = min(parallel, max(self._step.sequences.rows, free // 16 // row_bytes))
         self._step.pages.limit_bytes = max(self._step.context_bytes, free - _OTHERS_BYTES - 2 * parallel * row_bytes)
         self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows
         self.parallel = parallel
-        self._share(self._step, parallel)
+        self._share(self._step, parallel, guesses)
         self._patch: ForwardPatch | None = None
 
-    def _share(self, step: CudaStep, parallel: int) -> None:
+    def _share(self, step: CudaStep, parallel: int, guesses: bool = False) -> None:
         """What several answers have together."""
         self.page_room = PageRoom(step.pages)
-        self._answers = Answers(step, self.page_room, parallel)
+        self._answers = Answers(step, self.page_room, parallel, guesses)
         self._answers.resume = self._read_again
         self.turns = Turns(lambda: self._answers.busy, lambda: self.chunk_tokens)
         self._pieces = AskedPieces(self._read_pieces)

@@ -20,6 +20,7 @@ CONSTANTS = {
     "ATTENTION_WARPS": 4,
     "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
     "ROPE_WARPS": 8,
+    "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
     "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read
     "SAMPLE_THREADS": 1024,
 }
@@ -27,6 +28,7 @@ TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "C
 ATTENTION_WARPS, ATTENTION_HEADS, ROPE_WARPS = (CONSTANTS[name] for name in ("ATTENTION_WARPS", "ATTENTION_HEADS", "ROPE_WARPS"))
 NORM_RUNS, OCTET_RUNS, SAMPLE_THREADS = (CONSTANTS[name] for name in ("NORM_RUNS", "OCTET_RUNS", "SAMPLE_THREADS"))
 ROUTE_RUNS = CONSTANTS["ROUTE_RUNS"]
+ONE_ROWS = CONSTANTS["ONE_ROWS"]
 
 _CODES = {"int": "i", "u32": "I", "float": "f", "u64": "Q"}  # of Python's struct; every pointer is "P"
 _FIELD = re.compile(r"(?P<type>[\w ]+?\**) *(?P<name>\w+)(?:\[(?P<count>\d+)\])?$")
@@ -528,9 +530,7 @@ ADAPTER_SILU = Arguments(
     """,
 )
 SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
-SAMPLE = Arguments(
-    "SampleArguments",
-    """
+_SAMPLE = """
     const float* logits    // fp32 [rows][vocabulary], as the model gave them
     const SampleParams* params  // [rows]
     const float* bias      // fp32 [rows][vocabulary], read where `biased` is set
@@ -545,12 +545,19 @@ SAMPLE = Arguments(
     volatile int* host_tokens  // [rows][HOST_TOKENS] in the host's memory: the token of position i at i % HOST_TOKENS
     int vocabulary
     int context
+    """
+SAMPLE = Arguments("SampleArguments", _SAMPLE)
+GUESSED = Arguments(  # begins as SampleArguments do
+    "GuessedArguments",
+    _SAMPLE
+    + """
+    int guessed            // rows of the one sequence of row 0
     """,
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION, ROPE, GATHER,
-    SAMPLE_PARAMS, SAMPLE, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU,
-    ADAPTED_GEMV,
+    SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT,
+    ADAPTER_SILU, ADAPTED_GEMV,
 )  # fmt: skip
 
 

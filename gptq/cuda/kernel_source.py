@@ -32,7 +32,8 @@ _TEMPLATES = (
     "expert_kernels.cu",
     "token_attention.cu",
 )
-_FIXED = ("row_kernels.cu", "adapter_rows.cu", "sample.cu")  # the same for every model
+_FIXED = ("row_kernels.cu", "adapter_rows.cu")  # the same for every model, as the sampler
+_SAMPLER, _GUESSED = ("sample.cu",), ("guessed_attention.cu",)
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
 UNIT_INPUTS = 16  # the fewest inputs that share a scale
@@ -271,9 +272,6 @@ class DecodeVariant:
         return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8) + 16
 
 
-Variant = GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
-
-
 @dataclass(frozen=True)
 class KvFormat:
     """How the keys and values of a conversation are kept: heads of so many numbers, a byte or fp16 each."""
@@ -290,6 +288,20 @@ class KvFormat:
         return 2 * kv_heads * (self.head_dim + 2 if self.q8 else 2 * self.head_dim)
 
 
+@dataclass(frozen=True)
+class GuessedVariant:
+    """The kernels of guessed_step.py: attention and sampling where the rows are tokens of one sequence."""
+
+    kv: KvFormat
+
+    @property
+    def name(self) -> str:
+        return f"guessed_attention_{self.kv.name}"
+
+
+Variant = GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant | GuessedVariant
+
+
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
     "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
@@ -299,7 +311,16 @@ _LAYER_KERNELS = {
 
 def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: Iterable[KvFormat], fixed: bool = False) -> str:
     """CUDA C of what is named; with `fixed` also of the kernels that are the same for every model."""
-    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("common.cu", *_TEMPLATES, *(_FIXED if fixed else ()))}
+    variants = set(variants)
+    guessed = any(isinstance(each, GuessedVariant) for each in variants)
+    names = (
+        "common.cu",
+        *_TEMPLATES,
+        *(_FIXED if fixed else ()),
+        *(_SAMPLER if fixed or guessed else ()),
+        *(_GUESSED if guessed else ()),
+    )
+    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in names}
     text = [files.pop("common.cu"), kernel_arguments.c_text(), *files.values()]
 
     def kernel(name: str, arguments: str, call: str, threads: int = 0, cluster: int = 1, blocks: int = 0) -> None:
@@ -313,7 +334,15 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         kernel(f"repack_{bits}", "RepackArguments", f"repack_tiles<{bits}>")
     for packing in sorted(set(packings), key=lambda each: each.name):
         kernel(f"unpack_{packing.name}", "UnpackArguments", f"unpack_tiles<{packing.arguments}>")
-    for each in sorted(set(variants), key=lambda each: each.name):
+    body, head = (
+        (_HERE / "sample_body.cu").read_text(encoding="utf-8"),
+        'extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)',
+    )
+    if fixed:
+        text.append(f"{head} sample(SampleArguments p) {{\n{body}}}\n")
+    if guessed:
+        text.append(f"#define GUESSED\n{head} sample_guessed(GuessedArguments given) {{\n{body}}}\n")
+    for each in sorted(variants, key=lambda each: each.name):
         if isinstance(each, SmallBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.split}, {each.stages}, {each.epilogue}"
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
@@ -330,6 +359,9 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             for call, arguments in _LAYER_KERNELS.items():
                 threads = BLOCK_THREADS if call.startswith("row_norm") else 0
                 kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads)
+        elif isinstance(each, GuessedVariant):
+            call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"
+            kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)

@@ -30,7 +30,7 @@ class RowTable:
     def give(self, answer: Answer) -> bool:
         """The first free row; False if there is none, and no room for more."""
         rows = self._step.sequences.rows
-        free = next((row for row in range(rows) if row not in self._of), None)
+        free = next((row for row in range(min(rows, self._limit)) if row not in self._of), None)
         if free is None:
             if rows >= self._limit or not self._grow(min(self._limit, 2 * rows)):
                 return False

@@ -19,6 +19,7 @@ from ...core.params import GenerationParams
 from ..grammar_mask import GrammarMask
 from ..sampling import Sampler
 from ..token_rules import NO_RULES, TokenRules
+from .answer_guesses import AnswerGuesses
 from .answer_rows import Answer, Sampled
 from .cuda_step import CudaStep
 from .kv_pages import PagedMemory
@@ -31,12 +32,14 @@ from .sequences import IDLE
 class Answers:
     """Up to `limit` of them, or as many as fit. For one thread."""
 
-    def __init__(self, step: CudaStep, room: PageRoom, limit: int = 1) -> None:
+    def __init__(self, step: CudaStep, room: PageRoom, limit: int = 1, guesses: bool = False) -> None:
+        """`guesses`: the next tokens of an answer that runs alone are guessed; else every step is of one token for each."""
         self._step, self.room = step, room
         self._table = RowTable(step, limit, self._read_all)
         self._active = self._table.active
         self._pending: deque[Sampled] = deque()
         self._driver: Answer | None = None  # that asked for the last step
+        self._guesses = AnswerGuesses(step) if guesses else None
         self.resume: Callable[[Answer], Iterator[Tensor | None]]  # reads the ids of an answer again -> its last logits at last
         self.launch_prompts: Callable[[], None] = lambda: None  # what is to be read of prompts in this round
 
@@ -117,13 +120,25 @@ class Answers:
                 self._choose([each for each in computed if each.row != IDLE])
             return
         if not self._pending or not self._pending[-1].is_step:
-            self._launch()
-        if len(self._pending) == 1:
-            self._launch()
+            self._launch_next()
+        if len(self._pending) == 1 and not self._pending[0].guesses:  # the next step is behind it, but for one with guesses
+            self._launch_next()
+        guessed = any(each.guesses for each in self._pending)
         self._read_oldest()
+        if guessed and not self._pending:
+            self._launch_next()  # the GPU goes on while what it has sampled is taken
+
+    def _launch_next(self) -> None:
+        """A step of all, or where it is worth more one of the only answer with guesses."""
+        if self._guesses is not None and (asked := self._guesses.ask(self._active, self._pending)) is not None:
+            self._pending.append(asked)
+        else:
+            self._launch()
 
     def _launch(self, sample_next: bool = True) -> list[Answer]:
         """Compute the tokens of all answers, and sample the next ones unless that is left to `_choose`."""
+        while any(each.guesses for each in self._pending):  # how many tokens those are says where the next one is
+            self._read_oldest()
         changed = []
         for each in list(self._active):
             if each.row == IDLE:  # it has just given up its pages
@@ -189,6 +204,10 @@ class Answers:
 
     def _read(self, sampled: Sampled) -> None:
         sampled.mark.synchronize()
+        if sampled.guesses and self._guesses is not None:
+            for id in self._guesses.read(sampled):
+                self._take(sampled.answers[0], id, ())
+            return
         ids = self._step.sequences.host_tokens.numpy()[sampled.rows, sampled.columns].tolist()
         found = sampled.found.read() if sampled.found is not None else {}
         for each, row, id in zip(sampled.answers, sampled.rows, ids, strict=True):

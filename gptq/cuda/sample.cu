@@ -371,30 +371,3 @@ DEVICE void record_token(const SampleArguments& p, const SampleRow& row, int at_
     if (left >= from) answered[history[left]]--;
   }
 }
-
-extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1) sample(SampleArguments p) {
-  __shared__ SampleShared shared;
-  const int at_row = blockIdx.x;
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
-  if (p.positions[at_row] < 0) return;
-  SampleRow row = {p.params[at_row], p.work + (size_t)at_row * p.vocabulary, p.vocabulary, p.positions[at_row]};
-  const SampleParams& params = row.params;
-  int chosen = adjust_logits(p, shared, row, at_row);
-  row.peak = shared.largest;
-  __syncthreads();
-  if (params.temperature != 0.f) {
-    row.by_k = params.top_k > 0 && params.top_k < row.n;
-    row.by_p = params.top_p < 1.f;
-    row.by_typical = params.typical_p < 1.f;
-    row.sigma_floor = params.top_n_sigma > 0.f ? row.peak - params.top_n_sigma * deviation(shared, row) : -INFINITY;
-    row.floor = params.min_p > 0.f ? max(row.sigma_floor, row.peak + __logf(params.min_p)) : row.sigma_floor;
-    row.by_floor = row.floor > -INFINITY;
-    Candidates candidates = collect_candidates(shared, row);
-    Thresholds thresholds = {0, 0xffffffffu, 0.f, 0.f};
-    if (candidates.listed && candidates.length <= SAMPLE_THREADS && !row.by_typical) filter_sorted(shared, row, candidates);
-    else thresholds = find_thresholds(shared, row, candidates);
-    chosen = draw_token(shared, row, candidates, thresholds);
-  }
-  if (threadIdx.x == 0) record_token(p, row, at_row, chosen);
-}

@@ -1,0 +1,26 @@
+"""What a step with guesses launches, without a GPU, and that nothing of it is there where guesses are off."""
+
+from collections import Counter
+
+import pytest
+from test_cuda_launches import gpu, make  # noqa: F401 (a fixture)
+
+from gptq_webui.gptq.cuda import batch_step
+
+
+@pytest.mark.parametrize("guesses", [1, 3, 7])
+def test_guessed_tokens_take_the_kernels_of_several_rows_and_one_that_samples(gpu, monkeypatch, guesses):  # noqa: F811
+    monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())
+    step = make(gpu, parallel=8, guesses=True)
+    gpu.launched.clear()
+    step.guessed.step(5, list(range(guesses)))
+    kinds = Counter(name if "guessed" in name else name.split("_")[0] for name in gpu.launched)
+    assert kinds == {"embed": 1, "octet": 8, "guessed_attention_64": 2, "head": 1, "sample_guessed": 1}
+    gpu.launched.clear()
+    step.batch.step(guesses + 1)
+    assert gpu.launched[-1] == "sample" and "attention_64" in gpu.launched and "guessed_attention_64" not in gpu.launched
+
+
+def test_without_guesses_nothing_of_them_is_compiled(gpu):  # noqa: F811
+    make(gpu, parallel=8)
+    assert not any("guessed" in name for name in gpu.compiled)
