@@ -105,6 +105,7 @@ class Stepper(ABC):
     )
     parallel: int = 1  # answers that may be sampled in turns
     all_in_turns: bool = False  # whatever their parameters are; else only those that `answer` samples
+    can_draft: bool = False  # it takes another stepper, of a small model, that guesses
     can_adapt: bool = False  # it takes LoRA adapters for each conversation
     chunk_tokens: int = 512  # of a prompt at a time: bounds the memory of its activations; cancel is heard between
 
@@ -224,6 +225,10 @@ class Stepper(ABC):
 
         `prefix` is the model's PrefixCache (prefix_cache.py), shared with its answers.
         """
+
+    def draft_with(self, draft: "Stepper", context_tokens: int) -> None:
+        """Let a small model with the same tokenizer and this context guess, where the stepper `can_draft`. It closes it."""
+        raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027 (most have nothing to do)
         """Free what is not freed by being dropped (threads, graphs). Safe to call twice."""

@@ -27,6 +27,7 @@ def stepper_for(
     *,
     cache_type: str = "fp16",
     parallel: int = 1,
+    guesses: str = "auto",
     adapt: Callable[[], object] | None = None,  # changes layers once they have their kernels; only layer by layer
     pictures: bool = False,  # the model's own forward will read pictures too
 ) -> tuple[Stepper, str]:
@@ -34,15 +35,16 @@ def stepper_for(
 
     Raises BadCheckpoint for packed layers that are not what they claim. May take over the memory of packed layers.
     `cache_type` ("fp16", "q8") is for the step on a GPU; the others keep the conversation as they compute it. `parallel`
-    (answers at once) is for our own steps; the others compute one at a time.
+    (answers at once) is for our own steps; the others compute one at a time. `guesses` ("auto", "on", "off": whether next tokens
+    are guessed) is for them too; auto is on for a processor, and off for a GPU, where it is not measured yet.
     """
     require_sound(hf)
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
-        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, adapt, pictures)
+        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, guesses == "on", adapt, pictures)
     else:
         if device.type == "cpu":
-            stepper, note = _on_processor(hf, context_tokens, parallel, adapt)
+            stepper, note = _on_processor(hf, context_tokens, parallel, guesses != "off", adapt)
         else:
             stepper, note = _plain(hf, "", adapt)
     if isinstance(stepper, TransformersStepper):
@@ -61,7 +63,13 @@ def _plain(hf: Any, note: str, adapt: Callable[[], object] | None) -> tuple[Step
 
 
 def _on_gpu(
-    hf: Any, context_tokens: int, cache_type: str, parallel: int, adapt: Callable[[], object] | None, pictures: bool
+    hf: Any,
+    context_tokens: int,
+    cache_type: str,
+    parallel: int,
+    guesses: bool,
+    adapt: Callable[[], object] | None,
+    pictures: bool,
 ) -> tuple[Stepper, str]:
     from .cuda.cuda_stepper import CudaStepper
     from .cuda.replaced_layers import replace_layers
@@ -74,7 +82,7 @@ def _on_gpu(
             raise Unsuited("it sees pictures, which its own forward reads")
         if parts is None:
             raise Unsuited("this architecture, or its place on several devices, has no step of its own")
-        return CudaStepper(parts, context_tokens, parallel=parallel, cache_type=cache_type), ""
+        return CudaStepper(parts, context_tokens, parallel=parallel, cache_type=cache_type, guesses=guesses), ""
     except (Unsuited, GptqWebuiError) as error:
         why = str(error)
     log.info("the whole step is not used: %s", why)
@@ -122,7 +130,9 @@ def preparing(device: torch.device) -> str:
     return "Preparing the fastest way to compute"
 
 
-def _on_processor(hf: Any, context_tokens: int, parallel: int, adapt: Callable[[], object] | None) -> tuple[Stepper, str]:
+def _on_processor(
+    hf: Any, context_tokens: int, parallel: int, guesses: bool, adapt: Callable[[], object] | None
+) -> tuple[Stepper, str]:
     if not numba_compiler.available():
         hold_dense(hf)
         return _plain(hf, "Answers would come faster with numba: pip install numba, then press Reload.", adapt)
@@ -142,7 +152,7 @@ def _on_processor(hf: Any, context_tokens: int, parallel: int, adapt: Callable[[
             raise Unsuited(_ADAPTED)
         if parts is None:
             raise Unsuited("this architecture has no step of its own")
-        return CpuStepper(parts, context_tokens, torch.get_num_threads(), parallel), ""
+        return CpuStepper(parts, context_tokens, torch.get_num_threads(), parallel, guesses), ""
     except Unsuited as error:
         why = str(error)
     log.info("the compiled step for processors is not used: %s", why)

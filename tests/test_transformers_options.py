@@ -48,6 +48,8 @@ def folder(tmp_path):
         ({"trust_remote_code": "yes"}, "trust_remote_code must be true or false"),
         ({"alpha_value": 0.5}, "alpha_value must be between 1"),
         ({"cache_type": "q3"}, "cache_type must be fp16 or q8"),
+        ({"guesses": "yes"}, "guesses must be auto, on or off"),
+        ({"draft_model": 1}, "draft_model must be the name of a folder"),
         ({"parallel": -1}, "parallel must be 1 to 256"),
         ({"parallel": 257}, "parallel must be 1 to 256"),
     ],
@@ -181,7 +183,11 @@ def test_what_is_asked_for_reaches_the_step_of_a_gpu(monkeypatch):
     embeddings = SimpleNamespace(weight=weight)
     hf = SimpleNamespace(get_input_embeddings=lambda: embeddings, dtype=torch.float16, named_modules=tuple)
     made, note = stepper_choice.stepper_for(hf, 100, cache_type="q8", parallel=3)
-    assert isinstance(made, Stepper) and note == "" and seen == {"cache_type": "q8", "parallel": 3, "context": 100}
+    assert isinstance(made, Stepper) and note == ""
+    assert seen == {"cache_type": "q8", "parallel": 3, "context": 100, "guesses": False}, "not measured on a GPU yet"
+    for guesses, wanted in (("on", True), ("off", False), ("auto", False)):
+        stepper_choice.stepper_for(hf, 100, guesses=guesses)
+        assert seen["guesses"] is wanted
 
 
 def test_where_there_is_no_such_cache_a_note_says_what_is_kept(folder):

@@ -10,6 +10,7 @@ from time import perf_counter
 
 from torch import Tensor
 
+from ..drafting import Draft, Drafter
 from ..guessing import MOST_GUESSES, Guesser
 from ..running import Running
 from ..stepper import Memory
@@ -26,11 +27,16 @@ class Batch:
     """For one thread."""
 
     def __init__(
-        self, compute: Callable[[Sequence[tuple[Memory, Sequence[int]]]], Tensor], context_tokens: int, embedding_rows: int | None
+        self,
+        compute: Callable[[Sequence[tuple[Memory, Sequence[int]]]], Tensor],
+        context_tokens: int,
+        embedding_rows: int | None,
+        guesses: bool = True,
     ) -> None:
-        """`compute`: CpuStepper.rows_logits."""
+        """`compute`: CpuStepper.rows_logits. Without `guesses` a pass computes the tokens that were sampled, and no others."""
         self._compute, self._context_tokens = compute, context_tokens
-        self.embedding_rows = embedding_rows
+        self.embedding_rows, self._guesses = embedding_rows, guesses
+        self.draft: Draft | None = None  # a small model that guesses for an answer that runs alone
         self._running: list[BatchedAnswer] = []
         self._one_s: float | None = None  # a pass of one row
         self._row_cost = _ROW_COST
@@ -59,7 +65,7 @@ class Batch:
             free = min(MOST_ROWS - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
             before = 1 + self._row_cost * (rows - 1)
             costs = [1 + self._row_cost * more / before for more in range(max(0, free) + 1)]
-            guesses = answer.guesser.guess(costs)
+            guesses = self._guess(answer, costs) if self._guesses else []
             rows += len(guesses)
             pieces.append((answer.memory, [answer.pending or 0, *guesses]))
         began = perf_counter()
@@ -67,11 +73,24 @@ class Batch:
         took_s = perf_counter() - began
         self._measured(rows, took_s)
         if len(pieces) == 1 and rows > 1 and self._one_s is not None:
-            waiting[0].guesser.paid(took_s / self._one_s - 1)
+            answer = waiting[0]
+            (answer.drafter if answer.drafter is not None and answer.drafted else answer.guesser).paid(took_s / self._one_s - 1)
         at = 0
         for answer, (_memory, ids) in zip(waiting, pieces, strict=True):
             answer.computed(ids[1:], logits[at : at + len(ids)])
             at += len(ids)
+
+    def _guess(self, answer: "BatchedAnswer", costs: Sequence[float]) -> list[int]:
+        """By what the conversation holds, or by the draft model where that is worth more."""
+        found = answer.guesser.guess(costs)
+        drafter, answer.drafted = answer.drafter, False
+        if drafter is None or self._one_s is None or len(self._running) > 1:
+            return found
+        if drafter.worth(costs, self._one_s) <= (answer.guesser.speed if found else 1.0):
+            return found
+        guesses = drafter.guess(costs, self._one_s)
+        answer.drafted = bool(guesses)
+        return guesses or found
 
     def _measured(self, rows: int, took_s: float) -> None:
         if rows == 1:
@@ -86,6 +105,8 @@ class BatchedAnswer(Running):
     def __init__(self, batch: Batch, memory: CpuMemory, ids: Sequence[int]) -> None:
         self.memory = memory
         self.guesser = Guesser(ids)
+        self.drafter = None if batch.draft is None else Drafter(batch.draft, ids)
+        self.drafted = False  # the last guesses are the drafter's
         self.pending: int | None = None  # the given id, if it is not computed
         self._batch = batch
         self._length = len(ids)  # tokens in memory that belong to the answer
@@ -95,6 +116,8 @@ class BatchedAnswer(Running):
     def give(self, id: int) -> None:
         require_known([id], self._batch.embedding_rows)  # here, where it ends this answer only
         self.guesser.add(id)
+        if self.drafter is not None:
+            self.drafter.add(id)
         if self._ahead and self._ahead[0][0] == id:
             self._ready = self._ahead.popleft()[1]
             self._length += 1
@@ -120,3 +143,5 @@ class BatchedAnswer(Running):
     def close(self) -> None:
         self._batch.leave(self)
         self.memory.cut(self._length)
+        if self.drafter is not None:
+            self.drafter.close()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BadParameter
+from ..drafting import Draft
 from ..families.differences import OPTIONS
 from ..families.parts import ModelParts, Norm
 from ..gptq_linear import GPTQLinear
@@ -52,14 +53,18 @@ class CpuStepper(Stepper):
     chunk_tokens = CHUNK_TOKENS
     all_in_turns = True
     can_adapt = True
+    can_draft = True
 
-    def __init__(self, parts: ModelParts, context_tokens: int, threads: int, parallel: int = 1) -> None:
-        """Raises Unsuited, and then leaves the model as it was."""
+    def __init__(self, parts: ModelParts, context_tokens: int, threads: int, parallel: int = 1, guesses: bool = True) -> None:
+        """`guesses`: the next tokens are guessed, and computed beside the last ones.
+
+        Raises Unsuited, and then leaves the model as it was.
+        """
         self._shape = shape_of(parts, LIMITS)
         self.embedding_rows = self._shape.embedding_rows
         self.device = torch.device("cpu")
         self.parallel = min(parallel, MOST_ANSWERS)
-        self._batch = Batch(self.rows_logits, context_tokens, self.embedding_rows)
+        self._batch = Batch(self.rows_logits, context_tokens, self.embedding_rows, guesses)
         self._sampling, self._torch_threads = 0, 0
         self._patch: ForwardPatch | None = None
         self.team = Team(threads)
@@ -331,6 +336,12 @@ class CpuStepper(Stepper):
         assert isinstance(memory, CpuMemory)
         return super().running(memory, ids) if self._rope.kind else self._batch.join(memory, ids)
 
+    def draft_with(self, draft: Stepper, context_tokens: int) -> None:
+        ids = min(self.embedding_rows or self._head_size, self._head_size)
+        self._batch.draft = Draft(draft, context_tokens, ids)
+        with torch.inference_mode():
+            self._batch.draft.measure()
+
     def piece_tokens(self) -> int:
         return _SMALL_CHUNK if self._batch.busy else CHUNK_TOKENS
 
@@ -428,6 +439,9 @@ class CpuStepper(Stepper):
         if self._patch is not None:
             self._patch.release()
             self._patch = None
+        if self._batch.draft is not None:
+            self._batch.draft.close()
+            self._batch.draft = None
         self.team.close()
 
 

@@ -21,6 +21,7 @@ from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
 from ..text.tokenizer import read_tokenizer
 from . import optimum, quick_imports
+from .draft_model import DraftModel
 from .transformers_options import MOST_PARALLEL, TransformersOptions, device_of, dtype_of, free_beside, placement
 
 __all__ = ["TransformersLoader", "TransformersOptions"]
@@ -77,6 +78,7 @@ class TransformersLoader(Loader):
         memory_fit.require_memory(model, device, dtype)
         progress(0.1, "Reading the tokenizer")
         tokenizer = read_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        draft = DraftModel(model, options, tokenizer) if options.draft(model) is not None else None
         progress(0.15, f"Reading {format_bytes(model.size_bytes)} of weights")
         foreign = options.kernel == "optimum" and model.kind == "gptq"
         try:
@@ -103,7 +105,9 @@ class TransformersLoader(Loader):
             notes = (*notes, superhot.note(options.compress_pos_emb))
         progress(0.95, "Fitting the conversation into the memory")
         try:
-            context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free_beside(hf, device))
+            context, reason = memory_fit.fit_context(
+                model, options.demand(model, device.type == "cuda"), free_beside(hf, device) - (draft.size_bytes if draft else 0)
+            )
         except LoadFailed:
             del hf
             free_memory(device)
@@ -112,12 +116,21 @@ class TransformersLoader(Loader):
         adapt = None if adapter is None else partial(lora.attach, hf, adapter)
         sees = picture_reader.may_see(model.folder, hf.config)
         asked = partial(
-            stepper_for, cache_type=options.cache_type, parallel=options.parallel or MOST_PARALLEL, adapt=adapt, pictures=sees
+            stepper_for,
+            cache_type=options.cache_type,
+            parallel=options.parallel or MOST_PARALLEL,
+            guesses=options.guesses,
+            adapt=adapt,
+            pictures=sees,
         )
         if foreign and adapt is not None:
             adapt()
         stepper, note = (TransformersStepper(hf), "") if foreign else asked(hf, context)
-        loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, (*notes, note) if note else notes, str(device))
+        notes = (*notes, note) if note else notes
+        if draft is not None:
+            progress(0.98, f"Reading the draft model, {draft.model.name}")
+            notes = (*notes, draft.join(stepper, context))
+        loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, notes, str(device))
         progress(1.0, "Ready")
         return loaded
 

@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda")
 MOST_PARALLEL = 256
 CACHE_TYPES = ("fp16", "q8")
 _NUMBER_BYTES = {"fp16": 2.0, "q8": 1.04}  # q8: a byte, and a scale of two bytes for every 64
+GUESSES = ("auto", "on", "off")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -45,6 +46,19 @@ class TransformersOptions:
         "Answers at once",
         "At most so many side by side by our own step; 0: what fits, up to 256 on a GPU and 8 on a processor.",
     )
+    guesses: str = option(
+        "auto",
+        "Guess ahead",
+        "Computes likely next words beside the last one: the same answer, sooner where the conversation repeats. "
+        "auto: on a processor; on a GPU it is not measured yet, and only on switches it on.",
+        GUESSES,
+    )
+    draft_model: str = option(
+        "",
+        "Draft model",
+        "A small model with the same tokenizer, by its folder or its name beside the model: it guesses the next words. "
+        "For processors; empty: none.",
+    )
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -65,9 +79,11 @@ class TransformersOptions:
             raise BadParameter(
                 f"parallel must be 1 to {MOST_PARALLEL} answers at once, or 0 for what fits; found {self.parallel!r}."
             )
+        require_choice("guesses", self.guesses, GUESSES)
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
-        if not isinstance(self.lora, str):
-            raise BadParameter(f"lora must be the name of a folder; found {self.lora!r}.")
+        for name in ("lora", "draft_model"):
+            if not isinstance(value := getattr(self, name), str):
+                raise BadParameter(f"{name} must be the name of a folder; found {value!r}.")
         gigabytes("gpu_memory", self.gpu_memory)
         if isinstance(self.cpu_memory, bool) or not isinstance(self.cpu_memory, (int, float)) or not 0 <= self.cpu_memory < 1e6:
             raise BadParameter(f"cpu_memory must be gigabytes, 0 for what is free; found {self.cpu_memory!r}.")
@@ -87,6 +103,15 @@ class TransformersOptions:
         folder = model.folder.parent / Path(self.lora.strip()).expanduser()  # an absolute path stays what it is
         if not folder.is_dir():
             raise BadParameter(f"There is no folder {folder} for the LoRA adapter. Download it, or leave the setting empty.")
+        return folder
+
+    def draft(self, model: LocalModel) -> Path | None:
+        """The folder of the draft model. Raises BadParameter if it is not there."""
+        if not self.draft_model.strip():
+            return None
+        folder = model.folder.parent / Path(self.draft_model.strip()).expanduser()
+        if not folder.is_dir():
+            raise BadParameter(f"There is no folder {folder} for the draft model. Download it, or leave the setting empty.")
         return folder
 
     @property
