@@ -90,7 +90,7 @@ def sigmoid_experts(block: Any) -> ExpertParts:
         sigmoid=True,
         choice_bias=asked("e_score_correction_bias", None).detach().float().reshape(-1),
         normed=asked("norm_topk_prob", True),
-        scale=float(asked("routed_scaling_factor", 1.0)),
+        scale=float(asked("routed_scaling_factor", asked("router_scaling_factor", 1.0))),  # the second in Hunyuan's V3
         groups=groups,
         chosen_groups=asked("topk_group", 1) if groups > 1 else 1,
         group_best=2 if groups > 1 else 1,
@@ -267,6 +267,7 @@ KINDS = {
     "dots1": _sigmoid,
     "exaone_moe": _exaone,
     "glm4_moe": _sigmoid,
+    "hy_v3": _sigmoid,
     "sarvam_moe": _sigmoid,
     "solar_open": _sigmoid,
     "minimax_m2": _sigmoid,
