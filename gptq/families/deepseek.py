@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (R1, Kimi K2) and what is made of their modules (GLM-4.7-Flash, Youtu, Sarvam, MiniCPM 3): a latent vector
+"""DeepSeek V2 and V3 (R1) and what is made of their modules (GLM-4.7-Flash, Youtu, Sarvam, MiniCPM 3): a latent vector
 (MLA), and experts in groups."""
 
 from typing import Any
