@@ -108,7 +108,7 @@ def in_layer(**change):
     (in_layer(gate_up=(linear(64, 96), linear(64, 80))), "gate and up are not as wide"),
     (in_layer(o=linear(32, 64)), "layers of different sizes"),
     (in_layer(o=linear(64, 48)), "not as wide as the residual"),
-    (in_layer(q_norm=None, k_norm=None), "norms of the heads in some layers only"),
+    (in_layer(q_norm=None), "norms of queries or of keys only"),
     (in_layer(q_norm=norm(torch.ones(8))), "not as wide as a head"),
     (in_layer(mlp_norm=norm(torch.ones(64, device="meta"))), "several devices"),
 ])  # fmt: skip
@@ -118,6 +118,13 @@ def test_parts_that_do_not_fit_together_reach_no_step(alter, says, folder):
     with pytest.raises(Unsuited, match=says):
         cpu_step.CpuStepper(alter(parts), 64, 1)
     assert all(each.qweight.numel() for each in parts.linears() if isinstance(each, GPTQLinear)), "nothing was taken"
+
+
+def test_norms_of_the_heads_in_some_layers_are_for_the_processor_alone(folder):
+    parts = in_layer(q_norm=None, k_norm=None)(parts_of(load(folder)))
+    assert shape_of(parts, cpu_step.LIMITS).options.qk_norm == "head"
+    with pytest.raises(Unsuited, match="norms of the heads in some layers"):
+        shape_of(parts, replace(model_shape.LIMITS, head_dims=()))
 
 
 def test_each_kernel_has_limits_of_its_own(folder):
