@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
-    LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TypicalLogitsWarper,
@@ -47,9 +46,9 @@ class Sampler:
         self._bias: Any = None
         if params.logit_bias:
             self._bias = SequenceBiasLogitsProcessor([[[id], bias] for id, bias in params.logit_bias])
-        self._repetition = LogitsProcessorList()
+        self._repetition: Any = None
         if params.repetition_penalty != 1:
-            self._repetition.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+            self._repetition = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
         self._typical = TypicalLogitsWarper(max(params.typical_p, _LEAST["typical_p"])) if params.typical_p < 1 else None
 
     def __call__(self, logits: Tensor, ids: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -63,7 +62,7 @@ class Sampler:
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         if self._greedy:
-            return scores.argmax(-1, keepdim=True)
+            return _likeliest(scores)
         if self._mirostat is not None:
             return self._mirostat(self._shaped(scores), self._uniform(scores.device))
         kept, names = self._filtered(scores)
@@ -102,7 +101,8 @@ class Sampler:
             scores = self._bias(ids, scores)
         scores = self._without_banned(scores, ids)
         recent = ids[:, -params.repetition_range :]  # a range of 0 is all of them
-        scores = self._repetition(recent, scores)  # type: ignore[arg-type]
+        if self._repetition is not None:
+            scores = self._repeated(recent, scores)
         if params.presence_penalty or params.frequency_penalty:
             answer = ids[:, self._prompt_tokens :][:, -params.repetition_range :]
             counts = torch.bincount(answer[0], minlength=scores.shape[1])[None]  # [1, V]
@@ -114,6 +114,15 @@ class Sampler:
                 names = torch.tensor(list(losses), device=scores.device)
                 scores[0, names] -= torch.tensor(list(losses.values()), dtype=scores.dtype, device=scores.device)
         return scores
+
+    def _repeated(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [1, V] with the repetition penalty of ids [1, n]: a new tensor."""
+        if scores.device.type != "cpu":
+            return self._repetition(ids, scores)
+        if ids.numel() and int(ids.max()) >= scores.shape[1]:
+            ids = ids[:, ids[0] < scores.shape[1]]
+        penalty, found = self._params.repetition_penalty, scores.gather(1, ids)
+        return scores.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
 
     def _without_banned(self, scores: Tensor, ids: Tensor) -> Tensor:
         banned = [self._banned] if self._banned.numel() else []
@@ -146,6 +155,13 @@ class Sampler:
             if top_k or length == size or not bool(keep[0, -1]):
                 break
         return values.masked_fill(~keep, float("-inf")), names
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """The id [1, 1] with the highest of scores [1, V]. NumPy looks at many at a time, PyTorch's processor code at one."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1, keepdim=True)
+    return torch.tensor([[int(scores[0].numpy().argmax())]])
 
 
 def _top_n_sigma(scores: Tensor, n: float) -> Tensor:

@@ -1,10 +1,13 @@
 """gptq/sampling.py: which tokens may be drawn and how often, against transformers' own processors."""
 
+import math
+
 import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -13,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.sampling import Sampler, _top_n_sigma, log_probabilities
+from gptq_webui.gptq.sampling import Sampler, _likeliest, _top_n_sigma, log_probabilities
 
 CPU = torch.device("cpu")
 PLAIN = {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1}
@@ -88,6 +91,23 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(values):
 def test_repetition_penalty_moves_a_token_that_occurred():
     assert greedy([1.0, 2.0, 1.9], [0], repetition_penalty=1.2) == 1
     assert greedy([1.0, 2.0, 1.9], [1], repetition_penalty=1.2) == 2
+
+
+def test_the_repetition_penalty_is_that_of_transformers_also_where_an_id_is_no_token():
+    scores, ids = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 8, 3, 39, 0]])
+    sampler = Sampler(GenerationParams(repetition_penalty=1.3), torch.device("cpu"))
+    for given in (ids, torch.tensor([[3, 8, 41, 400]]), torch.tensor([[40]])):
+        before = scores.clone()
+        found = sampler._changed(scores, given)
+        known = given[given < 40][None]
+        assert torch.equal(found, RepetitionPenaltyLogitsProcessor(1.3)(known, scores)) and torch.equal(scores, before)
+        assert int((found != scores).sum()) == len(set(known[0].tolist()))
+
+
+def test_the_likeliest_token_is_the_first_of_equals_and_a_number_that_is_none_is_found():
+    for row in ([1.0, 3.0, 2.0, 3.0], [-math.inf] * 3, [1.0, math.nan, 5.0], [0.0, -0.0]):
+        scores = torch.tensor([row])
+        assert torch.equal(_likeliest(scores), scores.argmax(-1, keepdim=True))
 
 
 def test_the_penalty_range_forgets_what_is_further_back():
