@@ -60,6 +60,18 @@ assert torch._dynamo.utils.counters is __import__("torch._dynamo.utils", fromlis
 """
 
 
+LOADED = """
+from gptq_webui.core.models import LocalModel
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
+model = LocalModel.read(__import__("pathlib").Path({folder!r}))
+loaded = TransformersLoader().load(model, TransformersOptions(device="cpu"), lambda *told: None)
+heavy = [each for each in ("torch._dynamo", "sklearn", "torch.distributed.tensor") if each in sys.modules]
+assert not heavy, heavy
+assert loaded.kernel
+loaded.close()
+"""
+
+
 def run(*parts, own=True, **names):
     text = BEGIN.format(root=str(ROOT), own=own) + "".join(parts).replace("{ask}", names.get("ask", ""))
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
@@ -72,6 +84,18 @@ def test_model_code_is_there_without_the_compiler_and_everything_else_comes_when
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4 imports torch's tensors of several machines whatever it is told")
     run(UNUSED, SINGLE)
+
+
+def test_a_model_is_loaded_without_them(tmp_path):
+    import transformers
+
+    import tiny
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 imports torch's tensors of several machines whatever it is told")
+    tiny.write(tmp_path / "model", "llama")
+    tiny.write_tokenizer(tmp_path / "model")
+    run(LOADED.format(folder=str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize(

@@ -23,18 +23,24 @@ in_own_process = False  # set by the command line: in another program the names 
 @contextmanager
 def without_unused() -> Iterator[None]:
     """Import transformers' model code inside."""
-    with without_collector():
-        if not in_own_process or "transformers.modeling_utils" in sys.modules:
-            yield
-            return
-        _alone()
-        finder = _Finder([each for each in _stand_ins() if each.__name__ not in sys.modules])
-        sys.meta_path.insert(0, finder)
-        try:
-            yield
-        finally:
-            sys.meta_path.remove(finder)
-            finder.withdraw()
+    with without_collector(), stand_ins():
+        yield
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Open a model inside: torch imports its compiler for what it computes in Python, as it does for a model without values."""
+    if not in_own_process or "torch._dynamo" in sys.modules:
+        yield
+        return
+    _alone()
+    finder = _Finder([each for each in _stand_ins() if each.__name__ not in sys.modules])
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        finder.withdraw()
 
 
 _collector = threading.Lock()

@@ -6,6 +6,7 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -83,16 +84,17 @@ class TransformersLoader(Loader):
         foreign = options.kernel == "optimum" and model.kind == "gptq"
         try:
             device_map, max_memory = placement(model, options, device, dtype)
-            hf, notes = (optimum.load if foreign else checkpoint.load)(
-                model,
-                dtype=dtype,
-                device_map=device_map,
-                max_memory=max_memory,
-                attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
-                rope=options.rope,
-                progress=_arrived(progress),
-                trust_remote_code=options.trust_remote_code,
-            )
+            with nullcontext() if foreign else quick_imports.stand_ins():
+                hf, notes = (optimum.load if foreign else checkpoint.load)(
+                    model,
+                    dtype=dtype,
+                    device_map=device_map,
+                    max_memory=max_memory,
+                    attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
+                    rope=options.rope,
+                    progress=_arrived(progress),
+                    trust_remote_code=options.trust_remote_code,
+                )
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
