@@ -10,6 +10,7 @@ pytest.importorskip("numba")
 from test_cpu import load
 
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.cpu import cpu_batch
 from gptq_webui.gptq.cpu.cpu_batch import MOST_ROWS
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.families.known import parts_of
@@ -163,13 +164,38 @@ def wild(self, costs):
     return [(self._ids[-1] * 7 + at) % 260 if len(self._ids) % 3 else self._ids[self._at] for at in range(1, len(costs))]
 
 
+def paced(stepper, monkeypatch, row_more):
+    """Let each row more take so many passes of one row, by the clock that guesses are judged by. Returns the rows of each pass.
+
+    What earlier tests measured is forgotten meanwhile.
+    """
+    batch, rows, now = stepper._batch, passes(stepper, monkeypatch), [0.0]
+    compute = batch._compute
+
+    def timed(pieces):
+        now[0] += 1 + row_more * (sum(len(ids) for _memory, ids in pieces) - 1)
+        return compute(pieces)
+
+    monkeypatch.setattr(batch, "_compute", timed)
+    monkeypatch.setattr(batch, "_one_s", None)
+    monkeypatch.setattr(batch, "_row_cost", cpu_batch._ROW_COST)
+    monkeypatch.setattr(cpu_batch, "perf_counter", lambda: now[0])
+    return rows
+
+
 def test_an_answer_that_repeats_itself_takes_fewer_passes(stepper, monkeypatch):
-    params = GenerationParams(temperature=0, max_new_tokens=200)
-    rows = passes(stepper, monkeypatch)
-    ids = ids_of(events_of(stepper, IDS[:5], params))
+    rows = paced(stepper, monkeypatch, 0.3)
+    ids = ids_of(events_of(stepper, IDS[:5], GenerationParams(temperature=0, max_new_tokens=200)))
     loop = next(length for length in range(1, 60) if ids[-length * 2 : -length] == ids[-length:])
     assert loop < 60  # else this model shows nothing
     assert len(rows) < 150
+
+
+def test_where_rows_are_dear_the_same_answer_is_soon_computed_without_guesses(stepper, monkeypatch):
+    rows = paced(stepper, monkeypatch, 1.5)
+    assert len(ids_of(events_of(stepper, IDS[:5], GenerationParams(temperature=0, max_new_tokens=200)))) == 200
+    assert sum(rows) - len(rows) < 40  # guesses in all
+    assert max(rows[-20:]) <= 2
 
 
 def test_a_guess_never_reaches_past_the_context(stepper, monkeypatch):
