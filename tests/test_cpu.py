@@ -13,7 +13,7 @@ pytest.importorskip("numba")
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint, stepper_choice
-from gptq_webui.gptq.cpu import cpu_kernels, cpu_weights, numba_compiler, tiles
+from gptq_webui.gptq.cpu import cpu_kernels, cpu_weights, numba_compiler, tiles, weight_room
 from gptq_webui.gptq.cpu.cpu_linear import CpuLinear
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.cpu.thread_team import Team
@@ -125,7 +125,7 @@ def test_the_kernels_of_other_processors_give_the_same(isa, bits, team):
     parts = x.view(rows, 2, 64)
     scale = parts.abs().amax(-1) / tiles.X_TOP
     q = (parts / scale[..., None]).round().to(torch.int16)
-    xq = cpu_weights.aligned((rows, 128), np.int16)
+    xq = weight_room.aligned((rows, 128), np.int16)
     xq[...] = q.reshape(rows, 128).numpy()
     scales, sums = scale.numpy(), q.int().sum(-1).to(torch.int32).numpy()
     y = np.full((rows, 32), np.nan, np.float32)

@@ -1,6 +1,6 @@
 """The compiled phases of LoRA adapters: what is computed before and in a product of a forward (forward.py)."""
 
-from .cpu_kernels import dense_row, shares
+from .cpu_kernels import shares
 from .forward_addresses import scores_of, source_of, weight_rows
 from .forward_arguments import (
     ADAPTER_A,
@@ -13,6 +13,7 @@ from .forward_arguments import (
 )
 from .numba_compiler import compiled_part
 from .numba_intrinsics import integers
+from .products import dense_row
 
 
 @compiled_part

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...core.errors import BadCheckpoint
 from ..lora import Part
 from . import forward_arguments as f
-from .cpu_weights import FLOAT, HALF, Weights, aligned
+from .cpu_weights import FLOAT, HALF, Weights
 from .tiles import LANES
+from .weight_room import aligned
 
 _SMALLEST, _LARGEST = 2**-10, 6e4  # of the largest number of a matrix that is stored in halves
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families.parts import ExpertParts, ModelParts
-from .cpu_weights import Weights, aligned
+from .cpu_weights import Weights
 from .tiles import LANES
+from .weight_room import aligned
 
 Rows = list[int]
 

@@ -10,9 +10,10 @@ from ..families.parts import LatentParts, ModelParts
 from ..gptq_linear import GPTQLinear
 from . import cpu_kernels
 from .cpu_linear import CpuLinear
-from .cpu_weights import aligned, from_packed
+from .cpu_weights import from_packed
 from .thread_team import Team
 from .tiles import LANES
+from .weight_room import aligned
 
 _NUMBERS = ("rank", "fixed", "turned", "value_dim", "eps", "queries_rank", "queries_eps")
 

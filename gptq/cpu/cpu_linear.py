@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from . import cpu_kernels
 from . import forward as f
-from .cpu_weights import Weights, aligned, from_packed
+from .cpu_weights import Weights, from_packed
 from .forward_arguments import LINEAR, Arguments
 from .thread_team import Team
+from .weight_room import WeightRoom, aligned
 from .weight_table import tables_of
 
 _ROWS = 256  # of x at a time
@@ -55,10 +56,10 @@ class CpuLinear:
 
 def replace_layers(model: nn.Module, threads: int) -> int:
     """Replace the packed layers of a model on the CPU by compiled ones; returns how many."""
-    team = Team(threads)
+    team, room = Team(threads), WeightRoom()
     count = 0
     for module in model.modules():
         if isinstance(module, GPTQLinear) and module.qweight.device.type == "cpu":
-            module.release(CpuLinear(from_packed(module, cpu_kernels.ISA, team), team))
+            module.release(CpuLinear(from_packed(module, cpu_kernels.ISA, team, allocate=room.zeros), team))
             count += 1
     return count

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..stepper import Memory
-from .cpu_weights import aligned
+from .weight_room import aligned
 
 _GROW_TOKENS = 256
 

@@ -31,12 +31,13 @@ from .cpu_experts import described, rounded_room, with_room
 from .cpu_latent import latent_of, latent_room
 from .cpu_linear import CpuLinear
 from .cpu_memory import CpuMemory
-from .cpu_weights import Weights, aligned, from_module
+from .cpu_weights import Weights, from_module
 from .expert_phases import PHASES_OF_EXPERTS
 from .forward import PHASES_PER_LAYER, forward
 from .forward_arguments import FORWARD, Arguments
 from .model_tables import angles_of, columns_of, norms_of, qk_norms_of, row_of, sinks_of, temperatures_of, up
 from .thread_team import Team
+from .weight_room import WeightRoom, aligned
 from .weight_table import tables_of
 
 CHUNK_TOKENS = 256  # of a prompt at once …
@@ -79,6 +80,7 @@ class CpuStepper(Stepper):
         self._options = parts.options
         self._head_dtype = next((each.dtype for each in parts.head.parameters() if each.is_floating_point()), torch.float32)
         self.weights: list[Weights] = []
+        self._room = WeightRoom()
         # id of a layer's module -> (its row in the table of weights, the order of its outputs)
         self._rows_of: dict[int, tuple[int, Tensor | None]] = {}
         self._model = self._take_in(parts, self._shape, context_tokens)
@@ -181,7 +183,7 @@ class CpuStepper(Stepper):
             outputs = int(module.out_features)  # type: ignore[arg-type]
             mine = None if columns is None else columns[start : start + outputs] - start
             start += outputs
-            weights = from_module(module, k.ISA, self.team, mine)
+            weights = from_module(module, k.ISA, self.team, mine, self._room.zeros)
             if isinstance(module, GPTQLinear):
                 module.release(CpuLinear(weights, self.team, mine))  # so that they are not held twice
             buffer, rounded_before = 0, 0

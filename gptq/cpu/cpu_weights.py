@@ -5,6 +5,7 @@ rounded: a dense layer is stored in the shortest type that holds each of its num
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from ..gptq_linear import GPTQLinear
 from . import cpu_kernels
 from .thread_team import Team
 from .tiles import ISAS, LANES, UNIT
+from .weight_room import aligned
 
 CHUNK_ROWS = 128
-_ALIGN = 64
 _CACHED_ROWS = 512  # of a dense weight at once: what is made of them stays in the processor's cache
+Zeros = Callable[[tuple[int, ...], Any], np.ndarray]  # room for an array, as `aligned` gives it
 HALF, BFLOAT16, FLOAT = 16, 17, 32  # `kind` of a dense weight; that of a packed one is its bits
 
 
@@ -49,15 +51,7 @@ class Weights:
         return sum(each.nbytes for each in (self.w, self.scales, self.zeros, self.order, self.bias) if each is not None)
 
 
-def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
-    """Zeros at an address that 64 divides."""
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    room = np.zeros(size + _ALIGN, np.uint8)
-    start = -room.ctypes.data % _ALIGN
-    return room[start : start + size].view(kind).reshape(shape)
-
-
-def from_packed(linear: GPTQLinear, isa: str, team: Team, columns: Tensor | None = None) -> Weights:
+def from_packed(linear: GPTQLinear, isa: str, team: Team, columns: Tensor | None = None, allocate: Zeros = aligned) -> Weights:
     """The same integers, zeros and scales. Only scales that are no halves are rounded; `error` says by how much."""
     zeros = bit_packing.true_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format).numpy()  # [G, N]
     groups = linear.g_idx.long().numpy()  # [K]
@@ -66,7 +60,7 @@ def from_packed(linear: GPTQLinear, isa: str, team: Team, columns: Tensor | None
     if columns is not None:
         at = columns.numpy()
         words, zeros, scales, bias = words[:, at], zeros[:, at], scales[:, columns], None if bias is None else bias[at]
-    return _packed(words, zeros, scales, groups, linear.bits, bias, isa, team)
+    return _packed(words, zeros, scales, groups, linear.bits, bias, isa, team, allocate)
 
 
 def _packed(
@@ -78,6 +72,7 @@ def _packed(
     bias: np.ndarray | None,
     isa: str,
     team: Team,
+    allocate: Zeros,
 ) -> Weights:
     rows, columns = len(groups), words.shape[1]
     order = np.argsort(groups, kind="stable")
@@ -101,14 +96,14 @@ def _packed(
     chunks = len(table)
     kind = 4 if bits == 3 else bits
     tiles = -(-columns // LANES)
-    w = aligned((tiles, chunks, chunk_rows * kind // 32, LANES, 4), np.uint8)
+    w = allocate((tiles, chunks, chunk_rows * kind // 32, LANES, 4), np.uint8)
     team.run(1, cpu_kernels.arrange, np.ascontiguousarray(words), bits, taken, np.array(ISAS[isa].order, np.int64), kind, w)
     full = tiles * LANES - columns
     halves = scales.to(torch.float16)
     error = float(((halves.float() - scales.float()).abs() / scales.float().abs().clamp(min=1e-30)).max())
-    s = aligned((tiles, chunks, LANES), np.float16)
+    s = allocate((tiles, chunks, LANES), np.float16)
     s[...] = np.pad(halves.numpy()[owner], ((0, 0), (0, full))).reshape(chunks, tiles, LANES).transpose(1, 0, 2)
-    z = aligned((tiles, chunks, LANES), np.uint8)
+    z = allocate((tiles, chunks, LANES), np.uint8)
     z[...] = np.pad(zeros[owner], ((0, 0), (0, full))).reshape(chunks, tiles, LANES).transpose(1, 0, 2)
     plain = np.array_equal(taken, np.arange(rows))
     return Weights(
@@ -116,7 +111,7 @@ def _packed(
     )
 
 
-def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Weights:
+def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team, allocate: Zeros = aligned) -> Weights:
     """From weight [N, K]: in 8 bits with a scale for every 32 numbers, if that loses nothing (embeddings that came from
     an 8-bit file); else in the shortest of half, bfloat16 and fp32 that holds every number."""
     weight = weight.detach()
@@ -127,7 +122,7 @@ def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Wei
         zeros = np.full(scales.shape, 128, np.uint8)
         groups = np.arange(weight.shape[1]) // 32
         words = q.reshape(-1, 4, q.shape[1]).transpose(0, 2, 1).copy().view(np.int32)[..., 0]  # [K/4, N]
-        found = _packed(words, zeros, scales, groups, 8, offset, isa, team)
+        found = _packed(words, zeros, scales, groups, 8, offset, isa, team, allocate)
         return Weights(**{**vars(found), "error": error})
     kind, stored = HALF, weight.to(torch.float16)
     if not torch.equal(stored.to(weight.dtype), weight):
@@ -136,14 +131,14 @@ def from_dense(weight: Tensor, bias: Tensor | None, isa: str, team: Team) -> Wei
             kind, stored = FLOAT, weight.float()
     columns, rows = weight.shape
     tiles = -(-columns // LANES)
-    room = -(-rows // 4) * 4
+    padded_rows = -(-rows // 4) * 4
     numbers = np.int32 if kind == FLOAT else np.int16
-    w = aligned((tiles, room, LANES), numbers)
+    w = allocate((tiles, padded_rows, LANES), numbers)
     for start in range(0, tiles, 256):
         part = stored[start * LANES : (start + 256) * LANES].contiguous().view(torch.int32 if kind == FLOAT else torch.int16)
-        padded = np.pad(part.numpy(), ((0, -part.shape[0] % LANES), (0, room - rows)))
-        w[start : start + 256] = padded.reshape(-1, LANES, room).transpose(0, 2, 1)
-    return Weights(kind, rows, columns, 0, room, w.reshape(-1).view(np.uint8), None, None, None, offset)
+        padded = np.pad(part.numpy(), ((0, -part.shape[0] % LANES), (0, padded_rows - rows)))
+        w[start : start + 256] = padded.reshape(-1, LANES, padded_rows).transpose(0, 2, 1)
+    return Weights(kind, rows, columns, 0, padded_rows, w.reshape(-1).view(np.uint8), None, None, None, offset)
 
 
 def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
@@ -177,11 +172,11 @@ def _as_eight_bits(weight: Tensor) -> tuple[np.ndarray, Tensor, float] | None:
     return q.numpy(), scales, worst
 
 
-def from_module(module: nn.Module, isa: str, team: Team, columns: Tensor | None = None) -> Weights:
+def from_module(module: nn.Module, isa: str, team: Team, columns: Tensor | None = None, allocate: Zeros = aligned) -> Weights:
     """Of a packed or a dense layer; its outputs in the order of `columns`, int64 [N]."""
     if isinstance(module, GPTQLinear):
-        return from_packed(module, isa, team, columns)
+        return from_packed(module, isa, team, columns, allocate)
     assert isinstance(module, nn.Linear)
     if columns is None:
-        return from_dense(module.weight, module.bias, isa, team)
-    return from_dense(module.weight[columns], None if module.bias is None else module.bias[columns], isa, team)
+        return from_dense(module.weight, module.bias, isa, team, allocate)
+    return from_dense(module.weight[columns], None if module.bias is None else module.bias[columns], isa, team, allocate)

@@ -7,7 +7,7 @@ chosen experts are read. `f` is the record FORWARD of forward_arguments.py.
 
 import numpy as np
 
-from .cpu_kernels import BIAS_START, TILES, WEIGHT_COLUMNS, exp, product, shares
+from .cpu_kernels import BIAS_START, TILES, WEIGHT_COLUMNS, exp, shares
 from .forward_addresses import layer_row, source_of, target_of, weight_rows
 from .forward_arguments import (
     DOWN_PRODUCT,
@@ -18,6 +18,7 @@ from .forward_arguments import (
 )
 from .numba_compiler import compiled_part
 from .numba_intrinsics import float_rows, floats, integers
+from .products import product
 from .row_ops import gate_row, round_pair, rounded_at, share_of
 
 PHASES_OF_EXPERTS = 8  # of a layer, at most

@@ -33,6 +33,12 @@ def store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Have the line at an address fetched for reading soon. Any address may be named, also one that is nobody's."""
+    line = builder.inttoptr(address, I8.as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *(ir.Constant(I32, each) for each in (0, 3, 1)))  # reads, L1, data
+
+
 def part(builder: Any, whole: Any, start: int, count: int) -> Any:
     return builder.shuffle_vector(whole, whole, ir.Constant(vector(I32, count), list(range(start, start + count))))
 

@@ -5,12 +5,13 @@ vector itself. The value is a product too: attention sums latent vectors, and th
 vector for each token, and behind it the dimensions of the key that are turned. `f` is the record FORWARD of forward_arguments.py.
 """
 
-from .cpu_kernels import half_products, shares
+from .cpu_kernels import shares
 from .forward_addresses import capacity_of, column_of, keys_of, position_of, scores_of, values_of
 from .forward_arguments import QKV_PRODUCT
 from .numba_compiler import compiled_part
 from .numba_intrinsics import floats
 from .position_phases import ROW_ITEMS, rotate_head
+from .products import half_products
 from .row_ops import norm_part, share_of, store_key_value
 
 

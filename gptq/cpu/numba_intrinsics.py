@@ -38,8 +38,7 @@ def _vector_of(kind: Any) -> Any:
     return intrinsic(vector)
 
 
-floats, integers = _vector_of(types.float32), _vector_of(types.int64)
-integers8, integers16, integers32 = _vector_of(types.int8), _vector_of(types.int16), _vector_of(types.int32)
+floats, integers, integers32 = _vector_of(types.float32), _vector_of(types.int64), _vector_of(types.int32)
 
 
 @intrinsic

@@ -13,17 +13,16 @@ from .cpu_kernels import (
     WEIGHT_COLUMNS,
     erf,
     exp,
-    half_products,
     layer_norm_row,
     norm_row,
-    product,
     round_row,
     tanh,
 )
 from .forward_arguments import ACTIVATION_NUMBERS
 from .numba_compiler import compiled_part
-from .numba_intrinsics import floats, integers, integers8, integers16, integers32, store_half
-from .vector_ops import exp_scores16, largest16, quick16, scale16, silu16
+from .numba_intrinsics import floats, integers, integers32, store_half
+from .products import half_products, product
+from .vector_ops import exp_scores16, largest16, quick16, rotate16, scale16, silu16, store_halves16
 
 _BELOW_ALL = np.float32(-3.0e38)  # a score that a query does not see
 
@@ -43,11 +42,10 @@ def round_rows(me, first, last, x, tables, row, rounded):
     order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
     at = me * rounded.buffers + weight[ROUNDED_BUFFER]
     address = rounded.x + at * rounded.input_bytes
-    x8, x16 = integers8(address, rounded.input_bytes), integers16(address, rounded.input_bytes // 2)
     scales = floats(rounded.scales + 4 * at * rounded.chunks, rounded.chunks)
     sums = integers32(rounded.sums + 4 * at * rounded.chunks, rounded.chunks)
     for r in range(first, last):
-        round_row(x[r], r, order, chunks, chunk_rows, x8, x16, scales, sums)
+        round_row(x[r], r, order, chunks, chunk_rows, address, scales, sums)
 
 
 @compiled_part
@@ -74,11 +72,7 @@ def round_pair(x, factor, first, pair, tables, row, experts):
     chunks, chunk_rows, start = weight[CHUNKS], weight[CHUNK_ROWS], weight[ORDER_START]
     order = integers32(tables.orders + 4 * max(start, 0), chunks * chunk_rows if start >= 0 else 0)
     address, scales, sums = rounded_at(weight, first, pair - first, experts)
-    size = 2 * chunks * chunk_rows
-    round_row(
-        x, 0, order, chunks, chunk_rows, integers8(address, size), integers16(address, size // 2), floats(scales, chunks),
-        integers32(sums, chunks),
-    )  # fmt: skip
+    round_row(x, 0, order, chunks, chunk_rows, address, floats(scales, chunks), integers32(sums, chunks))
     if factor != np.float32(1.0):
         found = floats(scales, chunks)
         for c in range(chunks):
@@ -123,7 +117,11 @@ def norm_part(x, start, norm, layer_norm, eps):
 @compiled_part
 def rotate(x, start, half, cos, sin):
     """Rotate one head, which begins at x [start], to its position. In place."""
-    for i in range(half):
+    whole = half // 16
+    if whole:
+        address = x.ctypes.data + 4 * start
+        rotate16(address, address + 4 * half, cos.ctypes.data, sin.ctypes.data, whole)
+    for i in range(16 * whole, half):
         a, b = x[start + i], x[start + half + i]
         x[start + i] = a * cos[i] - b * sin[i]
         x[start + half + i] = b * cos[i] + a * sin[i]
@@ -133,11 +131,17 @@ def rotate(x, start, half, cos, sin):
 def store_key_value(key, row, v_start, position, head_dim, value_dim, capacity, keys, values):
     """Store a head's key [head_dim] and its value, row [v_start …], at the addresses of that head's keys and values."""
     at = keys + 32 * head_dim * (position // 16) + 2 * (position % 16)
-    for i in range(head_dim):
+    whole = head_dim - head_dim % 16
+    for i in range(0, whole, 16):
+        store_halves16(at + 32 * i, key.ctypes.data + 4 * i, 32)
+    for i in range(whole, head_dim):
         store_half(at + 32 * i, key[i])
     at = values + 32 * position
-    for i in range(value_dim):
-        store_half(at + 32 * capacity * (i // 16) + 2 * (i % 16), row[v_start + i])
+    whole = value_dim - value_dim % 16
+    for i in range(0, whole, 16):
+        store_halves16(at + 2 * capacity * i, row.ctypes.data + 4 * (v_start + i), 2)
+    for i in range(whole, value_dim):
+        store_half(at + 2 * capacity * whole + 2 * (i % 16), row[v_start + i])
 
 
 @compiled_part

@@ -21,11 +21,32 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .instructions import F16, F32, I8, I16, I32, I64, V16F, V16I, call, constant, join, load, loop, part, splat, store, vector
+from .instructions import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    V16F,
+    V16I,
+    call,
+    constant,
+    join,
+    load,
+    loop,
+    part,
+    prefetch,
+    splat,
+    store,
+    vector,
+)
 
 X_TOP = 32639  # 127 * 256 + 127: high and low byte of x both fit int8
 LANES = 16
 UNIT = 32  # rows that the inner loop takes at a time
+_AHEAD = 1024  # rows: how far ahead packed weights are fetched; a tile follows the one before in memory
+_LINE = 64  # bytes that come from memory at a time
 
 
 class _Vnni512:
@@ -148,6 +169,8 @@ def packed_tile(bits: int, rows: int, isa: str) -> Any:
         units = builder.sdiv(chunk_rows, number(UNIT))
         x_stride = builder.mul(builder.mul(chunks, chunk_rows), number(2))
         s_stride = builder.mul(chunks, number(4))
+        ahead = builder.sdiv(number(_AHEAD), chunk_rows)
+        w_ahead, lanes_ahead = builder.mul(chunk_bytes, ahead), builder.mul(ahead, number(LANES))
         mask = constant(V16I, {8: 0xFF, 4: 0x0F0F0F0F, 2: 0x03030303}[bits])
 
         def chunk(builder: Any, c: Any, totals: list[Any]) -> list[Any]:
@@ -158,7 +181,9 @@ def packed_tile(bits: int, rows: int, isa: str) -> Any:
                 sums = list(sums)
                 w_unit = builder.add(w_chunk, builder.mul(u, number(blocks * 64)))
                 x_unit = builder.add(x_chunk, builder.mul(u, number(2 * UNIT)))
+                w_later = builder.add(w_unit, w_ahead)
                 for block in range(blocks):
+                    prefetch(builder, builder.add(w_later, number(_LINE * block)))
                     word = load(builder, builder.add(w_unit, number(64 * block)), V16I, 64)
                     for piece in range(factor // 4):
                         q = word if bits == 8 else builder.and_(builder.lshr(word, constant(V16I, bits * piece)), mask)
@@ -171,6 +196,9 @@ def packed_tile(bits: int, rows: int, isa: str) -> Any:
             none = [constant(V16I, 0)] * (rows * how.sums)
             sums = loop(builder, units, "unit", none, unit)
             column = builder.mul(c, number(LANES))
+            later = builder.add(column, lanes_ahead)
+            prefetch(builder, builder.add(scales, builder.mul(later, number(2))))
+            prefetch(builder, builder.add(zeros, later))
             halves = load(builder, builder.add(scales, builder.mul(column, number(2))), vector(F16, 16), 32)
             scale = builder.fpext(halves, V16F)
             zero = builder.zext(load(builder, builder.add(zeros, column), vector(I8, 16), 16), V16I)

@@ -1,4 +1,4 @@
-"""Sixteen numbers at a time, written as LLVM instructions for numba: exp, the parts of a softmax, SiLU.
+"""Sixteen numbers at a time, written as LLVM instructions for numba: softmax, SiLU, rounding, rotation, halves.
 
 numba leaves a loop around `cpu_kernels.exp` scalar. These give the same numbers but for the order of a sum.
 """
@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .instructions import I64, V16F, V16I, constant, load, loop, splat, store
+from .instructions import F16, I8, I16, I32, I64, V16F, V16I, call, constant, load, loop, part, splat, store, vector
 
 _FUSED = ("contract",)
 # Cephes' polynomial for expf, highest power first, as in cpu_kernels.exp.
@@ -140,3 +140,108 @@ def _sigmoid_times_x(name: str, meaning: str, factor: float) -> Any:
 
 silu16 = _sigmoid_times_x("silu16", "SiLU", 1.0)
 quick16 = _sigmoid_times_x("quick16", "Quick GELU", 1.702)
+
+
+@intrinsic
+def largest_size16(typing: Any, x: Any, blocks: Any) -> Any:
+    """(address, count) -> the largest absolute value of 16 * count fp32; NaNs are passed over."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks = arguments
+
+        def block(builder: Any, at: Any, found: list[Any]) -> list[Any]:
+            size = call(builder, "llvm.fabs.v16f32", V16F, load(builder, _address(builder, x, at), V16F, 4))
+            return [builder.select(builder.fcmp_ordered(">", size, found[0]), size, found[0])]
+
+        (most,) = loop(builder, blocks, "size", [_float(0.0)], block)
+        count = 16
+        while count > 1:  # halves against halves: no order changes which is the largest
+            count //= 2
+            low, high = part(builder, most, 0, count), part(builder, most, count, count)
+            most = builder.select(builder.fcmp_ordered(">", high, low), high, low)
+        return builder.extract_element(most, ir.Constant(I32, 0))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def rotate16(typing: Any, a: Any, b: Any, cos: Any, sin: Any, blocks: Any) -> Any:
+    """(addresses of fp32, count): 16 * count pairs of numbers are turned, in place: a cos - b sin, b cos + a sin."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        addresses, blocks = arguments[:4], arguments[4]
+
+        def block(builder: Any, at: Any, nothing: list[Any]) -> list[Any]:
+            a_at, b_at, *of_angles = (_address(builder, each, at) for each in addresses)
+            a, b, cos, sin = (load(builder, each, V16F, 4) for each in (a_at, b_at, *of_angles))
+            minus = builder.fsub(_float(0.0), sin)
+            store(builder, _multiply_add(builder, b, minus, builder.fmul(a, cos)), a_at)
+            store(builder, _multiply_add(builder, a, sin, builder.fmul(b, cos)), b_at)
+            return nothing
+
+        loop(builder, blocks, "rotate", [], block)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def store_halves16(typing: Any, to: Any, x: Any, stride: Any) -> Any:
+    """Store the 16 fp32 at x as halves, `stride` bytes apart; addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, x, stride = arguments
+        halves = builder.bitcast(builder.fptrunc(load(builder, x, V16F, 4), vector(F16, 16)), vector(I16, 16))
+        side_by_side = builder.icmp_signed("==", stride, ir.Constant(I64, 2))
+        with builder.if_else(side_by_side) as (whole, apart):
+            with whole:
+                store(builder, halves, to, 2)
+            with apart:
+                for at, each in enumerate(_lanes(builder, halves)):
+                    store(builder, each, builder.add(to, builder.mul(stride, ir.Constant(I64, at))), 2)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+def rounder(halves: bool) -> Any:
+    """An intrinsic (x, count, inverse, to): 32 * count fp32 at x times `inverse` become 16-bit integers at `to`, int64 addresses.
+
+    They are stored as 32 high bytes and then their 32 low ones (`halves`), or as they are. Returns the integers' sum.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, units, inverse, to = arguments
+        inverse = splat(builder, inverse, 16)
+
+        def unit(builder: Any, at: Any, totals: list[Any]) -> list[Any]:
+            total = totals[0]
+            for half in range(2):
+                offset = builder.mul(at, ir.Constant(I64, 64))  # bytes of 32 rounded numbers
+                mine = builder.add(builder.mul(offset, ir.Constant(I64, 2)), ir.Constant(I64, 64 * half))
+                value = load(builder, builder.add(x, mine), V16F, 4)
+                raised = _multiply_add(builder, value, inverse, _float(_ROUND))
+                n = builder.sub(builder.bitcast(raised, V16I), constant(V16I, _ROUND_BITS))
+                total = builder.add(total, n)
+                if halves:
+                    high = builder.ashr(builder.add(n, constant(V16I, 128)), constant(V16I, 8))
+                    low = builder.sub(n, builder.shl(high, constant(V16I, 8)))
+                    for place, each in enumerate((high, low)):
+                        address = builder.add(to, builder.add(offset, ir.Constant(I64, 32 * place + 16 * half)))
+                        store(builder, builder.trunc(each, vector(I8, 16)), address, 1)
+                else:
+                    address = builder.add(to, builder.add(offset, ir.Constant(I64, 32 * half)))
+                    store(builder, builder.trunc(n, vector(I16, 16)), address, 2)
+            return [total]
+
+        (total,) = loop(builder, units, "round", [constant(V16I, 0)], unit)
+        first, *others = _lanes(builder, total)
+        for each in others:
+            first = builder.add(first, each)
+        return first
+
+    def rounded(typing: Any, x: Any, count: Any, inverse: Any, to: Any) -> Any:
+        return types.int32(types.int64, types.int64, types.float32, types.int64), generate
+
+    rounded.__name__ = f"rounded_{'halves' if halves else 'whole'}"
+    return intrinsic(rounded)
