@@ -41,7 +41,9 @@ _OLDER = {"vocab_size": 32000, "n_embd": 1024, "n_layer": 12, "n_head": 16, "n_p
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "gemma": _LLAMA, "gemma2": {**_LLAMA, "query_pre_attn_scalar": 64, "sliding_window": 1024},
     "gemma3_text": {**_LLAMA, "query_pre_attn_scalar": 64}, "phi": {**_WIDE, "num_key_value_heads": 16},
-    "falcon": {**_WIDE, "new_decoder_architecture": True, "num_kv_heads": 4}, "gpt_neox": _WIDE,
+    "falcon": {**{name: size for name, size in _WIDE.items() if name != "head_dim"},  # it computes that itself
+               "new_decoder_architecture": True, "num_kv_heads": 4},
+    "gpt_neox": _WIDE,
     "gptj": {**_OLDER, "rotary_dim": 64}, "gpt2": _OLDER, "opt": {**_WIDE, "ffn_dim": 4096, "word_embed_proj_dim": 1024},
     "bloom": {"vocab_size": 32000, "hidden_size": 1024, "n_layer": 12, "n_head": 16},
     "mpt": {"vocab_size": 32000, "d_model": 1024, "n_layers": 12, "n_heads": 16}, "gpt_bigcode": _OLDER, "starcoder2": _WIDE,
