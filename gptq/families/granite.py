@@ -15,8 +15,10 @@ def describe(hf: Any) -> ModelParts:
 def _hyperclovax(hf: Any) -> ModelParts:
     layers = []
     for layer in base_of(hf).layers:
-        after = {"attended_norm": layer.post_norm1, "inner_norm": layer.post_norm2} if hf.config.use_post_norm else {}
-        layers.append(llama_layer(layer, hf.config, **{name: norm_of(module) for name, module in after.items()}))
+        after: dict[str, Any] = {}
+        if hf.config.use_post_norm:
+            after = {"attended_norm": norm_of(layer.post_norm1), "inner_norm": norm_of(layer.post_norm2)}
+        layers.append(llama_layer(layer, hf.config, **after))
     return _model(hf, layers, float(hf.config.logits_scaling))
 
 
