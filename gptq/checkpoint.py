@@ -46,7 +46,7 @@ from .unpacked_parts import unpacked_layers
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
+HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
 _STANDARD_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -102,7 +102,7 @@ def load(
         raise BadCheckpoint(model.problem)
     elif model.kind != "plain":
         raise BadCheckpoint(model.problem or f"{model.name} is of the kind {model.kind}, which this engine does not read.")
-    notes += _untied(config, tensors_of(model.weights))
+    notes += untied(config, tensors_of(model.weights))
     source = weights_source(model)
     if source.weights not in _STANDARD_NAMES:
         config.transformers_weights = source.weights
@@ -150,7 +150,7 @@ def _class_for(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def _untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[str]:
+def untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[str]:
     """Where config.json says that the output layer is the embedding and the files hold another one, the files are right.
 
     transformers 4 would compute with the embedding, and say nothing. Changes `config`; returns notes.
@@ -178,7 +178,7 @@ def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[st
     # a Linear with a bias whose packed layer has none was saved without it because it is zero
     without_bias = {name for name, layer in layers.items() if not layer.has_bias}
     missing = [key for key in missing if not _ends_layer(key, without_bias, "bias")]
-    unexpected = [key for key in _keys(info, "unexpected_keys") if not (_HARMLESS.search(key) or is_further(key, config))]
+    unexpected = [key for key in _keys(info, "unexpected_keys") if not (HARMLESS.search(key) or is_further(key, config))]
     mismatched = _keys(info, "mismatched_keys")
     errors = [*_keys(info, "error_msgs"), *_keys(info, "conversion_errors")]
     if missing:

@@ -152,12 +152,16 @@ class TransformersMemory(Memory):
     def fork(self, length: int) -> "Memory | None":
         if not self._can_hold(length):
             return None
-        other = TransformersMemory(self._config)
+        other = self._forked(length)
         for at, layer in enumerate(self.layers):
             if _held(layer):
                 other.cache.update(layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone(), at)
         other._length = length
         return other
+
+    def _forked(self, length: int) -> "TransformersMemory":
+        """The empty memory that becomes a fork of so many tokens."""
+        return TransformersMemory(self._config)
 
     def restart(self) -> None:
         if self.elsewhere is not None:

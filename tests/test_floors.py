@@ -23,7 +23,7 @@ ROOMS = {
         "machine": 0, "text": 0, "contract": 1, "pretrained": 2,
         "transformers": 3, "exllamav2": 3, "autogptq": 3, "remote": 3, "choose": 4,
     },
-    "gptq": {"families": 0, "cpu": 1, "cuda": 1},
+    "gptq": {"families": 0, "cpu": 1, "cuda": 1, "parallel": 2},
 }  # fmt: skip
 # A file over 300 lines asks to be two. Those that stay one, with the reason.
 MOST_LINES = 300

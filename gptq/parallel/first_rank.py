@@ -1,0 +1,75 @@
+"""Loads a model over several ranks: starts the other processes, reads the own share beside them, and meets them."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.errors import BadParameter, LoadFailed
+from ...core.models import LocalModel
+from ..rope import Rope
+from . import model_share
+from .rank_group import Parted, RankGroup
+from .rank_stepper import LeadingStepper, use_kernels
+from .ranks import Ranks, in_a_sentence
+
+Tell = Callable[[float, str], None]  # share done in 0..1, and what is done; may raise to cancel
+
+
+def load(
+    model: LocalModel, ranks: int, *, dtype: torch.dtype, device: str, rope: Rope, tell: Tell
+) -> tuple[Any, LeadingStepper, tuple[str, ...]]:
+    """(the first rank's share as a transformers model, its stepper, notes for the user). `device`: cuda or cpu.
+
+    On GPUs rank n has GPU n. Frees everything and ends every process if it raises: GptqWebuiError with a sentence.
+    """
+    on_gpu = device == "cuda"
+    if on_gpu and torch.cuda.device_count() < ranks:
+        raise BadParameter(
+            f"tensor_parallel {ranks} needs {ranks} GPUs; torch sees {torch.cuda.device_count()}. "
+            "Set it to what there is, or to 1."
+        )
+    threads = max(1, torch.get_num_threads() // ranks)
+    group = RankGroup(0, ranks)
+    folder = Path(tempfile.mkdtemp(prefix="gptq-webui-ranks-"))
+    settings = {
+        "folder": str(model.folder.resolve()),
+        "ranks": ranks,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rope": astuple(rope),
+        "threads": threads,
+    }
+    others = Ranks(ranks, settings, group.close)
+    try:
+        own = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        hf, notes = model_share.load(
+            model,
+            group,
+            dtype=dtype,
+            device=own,
+            rope=rope,
+            arrived=lambda done, all: tell(done / all, f"Reading this process's share: {done} of {all} layers"),
+        )
+        slow = use_kernels(hf, threads)
+        others.wait("loaded", lambda: tell(1.0, "Waiting for the other processes"))
+        others.order("join", folder=str(folder))
+        group.join(folder, own)
+        stepper = LeadingStepper(hf, group, others)
+        others.wait("joined", lambda: tell(1.0, "Waiting for the other processes"))
+        stepper.trial()
+    except BaseException as error:
+        if isinstance(error, Parted):
+            others.settle()
+        others.close()
+        group.close()
+        if isinstance(error, Parted):
+            raise LoadFailed(others.why or in_a_sentence(error)) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return hf, stepper, (*notes, slow) if slow else notes

@@ -1,0 +1,90 @@
+"""Sums and collections over the ranks of one host: NCCL between GPUs, gloo between processors, through torch.distributed.
+
+A group of our own, not the process's default one: a program around us may use that, and a model that is loaded anew gets a
+new group. The ranks find each other through a file in a private folder, and gloo listens on this machine alone.
+"""
+
+import weakref
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Parted(Exception):
+    """Another rank did not come to a sum: it has ended, or waits for something else."""
+
+
+_WAIT_S = 120.0  # for another rank, which may have more to compute or has died
+
+
+class RankGroup:
+    """Of one rank. With one rank alone, a sum is what it has."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self._joined: list[Any] = []  # the group of torch, once it is there
+        self._on_gpu = False
+        # its threads are ended here, or they would abort a process that ends
+        weakref.finalize(self, self._joined.clear)
+
+    def join(self, folder: Path, device: torch.device) -> None:
+        """Meet the others in a folder that all of them know, and that is for this group alone. Waits for them.
+
+        Raises Parted where they do not come.
+        """
+        try:
+            self._joined.append(self._meet(folder, device))
+        except RuntimeError as error:
+            raise Parted(str(error)) from error
+        self._on_gpu = device.type == "cuda"
+
+    def _meet(self, folder: Path, device: torch.device) -> Any:
+        from torch import distributed
+
+        wait = timedelta(seconds=_WAIT_S)
+        store = distributed.FileStore(str(folder / "ranks"), self.ranks)
+        store.set_timeout(wait)
+        if device.type == "cuda":
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = wait
+            return distributed.ProcessGroupNCCL(store, self.rank, self.ranks, options)
+        gloo: Any = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = wait
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        return gloo(store, self.rank, self.ranks, options)
+
+    def sum(self, x: Tensor) -> None:
+        """Put the sum over all ranks into x, which is contiguous. Raises Parted."""
+        if self.ranks > 1:
+            self._wait(self._there().allreduce([x]))
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The x of every rank, all of one shape. Raises Parted."""
+        if self.ranks == 1:
+            return [x]
+        found = [torch.empty_like(x) for _ in range(self.ranks)]
+        self._wait(self._there().allgather([found], [x.contiguous()]))
+        return found
+
+    def _there(self) -> Any:
+        """Never computes on without the others: the numbers would be wrong, and nobody would see it."""
+        for group in self._joined:
+            return group
+        raise Parted("this rank is not, or no longer, together with the others")
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise Parted(str(error)) from error
+
+    def close(self) -> None:
+        """Leave the others. On GPUs what waits for them ends with an error (gloo sees that they are gone). Safe to call twice."""
+        while self._joined:
+            group = self._joined.pop()
+            if self._on_gpu and hasattr(group, "abort"):
+                group.abort()
