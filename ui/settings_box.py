@@ -13,6 +13,7 @@ from ..core.errors import GptqWebuiError
 from ..engine.engine import Engine
 from ..engine.saved_options import default, save_for
 from ..loaders.choose import make_options
+from ..loaders.machine.gpus import gpus
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, quiet
@@ -120,6 +121,8 @@ def _draw(option: Field, name: str) -> gr.components.Component:
         "min_width": 200,
         "elem_id": f"gw-option-{name}",
     }
+    if option.metadata.get("several_gpus"):
+        common["visible"] = len(gpus()) > 1
     usual = default(option)
     if choices:
         return gradio_compat.Dropdown(list(choices), value=usual, **common)

@@ -6,9 +6,18 @@ from typing import Any
 from ...core.errors import BadParameter
 
 
-def option(default: Any, label: str = "", help: str = "", choices: tuple[str, ...] = (), *, secret: bool = False) -> Any:
-    """A dataclass field. `secret`: shown as dots, left out of reports."""
+def option(
+    default: Any,
+    label: str = "",
+    help: str = "",
+    choices: tuple[str, ...] = (),
+    *,
+    secret: bool = False,
+    several_gpus: bool = False,
+) -> Any:
+    """A dataclass field. `secret`: shown as dots, left out of reports. `several_gpus`: shown only where there are."""
     metadata: dict[str, Any] = {"secret": secret} if secret else {}
+    metadata |= {"several_gpus": True} if several_gpus else {}
     if label:
         metadata |= {"label": label, "help": help, "choices": choices}
     return field(default=default, metadata=metadata)

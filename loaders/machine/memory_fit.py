@@ -5,6 +5,7 @@ beside what is free. The advice before a download and the load itself use the sa
 only to ask a GPU.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,9 @@ class Demand:
     number_bytes: float = 2  # of one number of keys and values
     wide: bool = False  # computes with 32-bit numbers
     on_gpu: bool = True
+    ranks: int = 1  # GPUs that compute every layer together; what is counted is the fullest of them
+    weights_share: float = 1.0  # of the weights, that one of them holds
+    conversation_share: float = 1.0
 
 
 def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2) -> int:
@@ -94,6 +98,7 @@ class Fit:
     free_bytes: int  # of the device it goes to
     device: str  # "the GPU", "this machine"
     spare_bytes: int = 0  # elsewhere, for what does not fit there
+    ranks: int = 1  # GPUs of which this is one
 
     @property
     def needs_bytes(self) -> int:
@@ -113,7 +118,7 @@ class Fit:
         """partly: some of the weights are outside the GPU. tight: only without what is kept for other programs."""
         if self.fits or self.impossible:
             return "fits" if self.fits else "not"
-        return "tight" if self.device == MACHINE else "partly"
+        return "tight" if self.device == MACHINE or self.ranks > 1 else "partly"
 
     def __str__(self) -> str:
         parts = f"{format_bytes(self.weights_bytes)} of weights"
@@ -141,20 +146,26 @@ def of(model: LocalModel, demand: Demand, memory: Memory) -> Fit:
     """The fit of a model with what a loader's options need."""
     if memory.gpu is None or not demand.on_gpu:
         return estimate(model, demand, free_bytes=memory.ram, device=MACHINE)
+    if demand.ranks > 1:
+        return estimate(model, demand, free_bytes=memory.gpu, device=f"each of {demand.ranks} GPUs")
     return estimate(model, demand, free_bytes=memory.gpu, device=GPU, spare_bytes=memory.ram)
 
 
 def estimate(model: LocalModel, demand: Demand, *, free_bytes: int, device: str, spare_bytes: int = 0) -> Fit:
     """The formula. A context that nobody requested is shortened where that makes the model fit."""
-    weights = weights_bytes(model, demand.wide)
+    weights = math.ceil(weights_bytes(model, demand.wide) * demand.weights_share)
     wanted = wanted_context(model, demand.requested_tokens, demand.trained_tokens)
-    per_token = conversation_bytes_per_token(model.folder, demand.number_bytes)
+    per_token = _bytes_per_token(model, demand)
     context = wanted
     if not demand.requested_tokens and per_token:
         fitting = (free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - weights) // per_token
         if min(wanted, USEFUL_CONTEXT_TOKENS) <= fitting < wanted:
             context = int(fitting // 256 * 256) or wanted
-    return Fit(weights, context * per_token, context, wanted, free_bytes, device, spare_bytes)
+    return Fit(weights, context * per_token, context, wanted, free_bytes, device, spare_bytes, demand.ranks)
+
+
+def _bytes_per_token(model: LocalModel, demand: Demand) -> int:
+    return math.ceil(conversation_bytes_per_token(model.folder, demand.number_bytes) * demand.conversation_share)
 
 
 def room_for_weights(model: LocalModel, demand: Demand, free_bytes: int) -> int:
@@ -179,7 +190,7 @@ def fit_context(model: LocalModel, demand: Demand, free_bytes: int) -> tuple[int
         cut = f"the model was trained for {trained}; you set {demand.requested_tokens}"
         return tokens, "as you set it" if tokens == demand.requested_tokens else cut
     reason = "the default; the options can set more" if tokens < trained else "what the model was trained for"
-    per_token = conversation_bytes_per_token(model.folder, demand.number_bytes)
+    per_token = _bytes_per_token(model, demand)
     if per_token:
         fits = int((free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES) // per_token)
         if fits < SMALLEST_CONTEXT_TOKENS:

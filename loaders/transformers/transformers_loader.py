@@ -20,8 +20,9 @@ from ..machine import memory_fit
 from ..machine.memory_release import free_memory
 from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
+from ..pretrained.stepped_model import SteppedModel
 from ..text.tokenizer import read_tokenizer
-from . import optimum, quick_imports
+from . import divided_load, optimum, quick_imports
 from .draft_model import DraftModel
 from .transformers_options import MOST_PARALLEL, TransformersOptions, device_of, dtype_of, free_beside, placement
 
@@ -44,6 +45,8 @@ class TransformersLoader(Loader):
         if options.device == "cuda" and not machine.cuda:
             return Refusal("there is no GPU that torch can use", "choose the device auto or cpu")
         refused = unreadable(model) or (not_in_gptq_layout(model) if model.kind == "gptq" else None)
+        if refused is None and options.tensor_parallel > 1:
+            return divided_load.refusal(model, options, machine)
         return refused or (optimum.refusal(model, machine) if options.kernel == "optimum" else None)
 
     def remark(self, model: LocalModel, options: TransformersOptions) -> Remark | None:
@@ -54,10 +57,15 @@ class TransformersLoader(Loader):
         why = options.no_cache_type(model, self._machine().cuda)
         return {"cache_type": why} if why else {}
 
+    def fit(self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory) -> memory_fit.Fit:
+        if options.tensor_parallel > 1:
+            memory = divided_load.of_every_gpu(memory, options.tensor_parallel)
+        return super().fit(model, options, memory)
+
     def demand(self, model: LocalModel, options: TransformersOptions, gpu: bool) -> memory_fit.Demand:
         return options.for_model(model).demand(model, gpu)
 
-    def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "PretrainedModel":
+    def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> SteppedModel:
         progress(0.02, "Starting torch and transformers")
         given, options = options, options.for_model(model)
         with quick_imports.without_collector():
@@ -74,6 +82,10 @@ class TransformersLoader(Loader):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         adapter = options.adapter(model)
+        if options.tensor_parallel > 1:
+            loaded = divided_load.load(model, options, progress)
+            loaded.notes = (*loaded.notes, superhot.note(options.compress_pos_emb)) if options != given else loaded.notes
+            return loaded
         device = device_of(options)
         dtype = dtype_of(options, device)
         memory_fit.require_memory(model, device, dtype)
@@ -132,9 +144,9 @@ class TransformersLoader(Loader):
         if draft is not None:
             progress(0.98, f"Reading the draft model, {draft.model.name}")
             notes = (*notes, draft.join(stepper, context))
-        loaded = PretrainedModel(model, hf, stepper, tokenizer, context, reason, notes, str(device))
+        whole = PretrainedModel(model, hf, stepper, tokenizer, context, reason, notes, str(device))
         progress(1.0, "Ready")
-        return loaded
+        return whole
 
 
 def _wake(device: str) -> None:

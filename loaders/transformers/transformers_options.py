@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
+from ...gptq.parallel.dividing import MOST_RANKS, fullest_share
 from ..contract import superhot
 from ..contract.options import gigabytes, option, require_choice, require_context
 from ..contract.standard_folder import config_of
@@ -59,6 +60,12 @@ class TransformersOptions:
         "A small model with the same tokenizer, by its folder or its name beside the model: it guesses the next words. "
         "For processors; empty: none.",
     )
+    tensor_parallel: int = option(
+        1,
+        "GPUs that compute together",
+        "Each computes a part of every layer (tensor parallel), not measured yet; 1: layers one after the other.",
+        several_gpus=True,
+    )
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
     compress_pos_emb: float = option(1.0, "Compress positions", "Positions are divided by this; for models made so (SuperHOT).")
     alpha_value: float = option(1.0, "Alpha value", "Stretches the rope (NTK) for a longer context; 1 changes nothing.")
@@ -80,6 +87,11 @@ class TransformersOptions:
                 f"parallel must be 1 to {MOST_PARALLEL} answers at once, or 0 for what fits; found {self.parallel!r}."
             )
         require_choice("guesses", self.guesses, GUESSES)
+        ranks = self.tensor_parallel
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or not 1 <= ranks <= MOST_RANKS:
+            raise BadParameter(
+                f"tensor_parallel must be 2 to {MOST_RANKS} GPUs that compute together, or 1 for none; found {ranks!r}."
+            )
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
         for name in ("lora", "draft_model"):
             if not isinstance(value := getattr(self, name), str):
@@ -139,7 +151,11 @@ class TransformersOptions:
         number_bytes = 4.0 if wide else 2.0
         if self.cache_type != "fp16" and not self.no_cache_type(model, gpu):
             number_bytes = _NUMBER_BYTES[self.cache_type]
-        return memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
+        found = memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
+        if self.tensor_parallel == 1 or not on_gpu:
+            return found
+        weights, conversation = fullest_share(model, self.tensor_parallel)
+        return replace(found, ranks=self.tensor_parallel, weights_share=weights, conversation_share=conversation)
 
     def no_cache_type(self, model: LocalModel, gpu: bool) -> str:
         """Why another cache type than fp16 would change nothing for a model; "" if it would."""

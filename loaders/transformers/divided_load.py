@@ -1,0 +1,104 @@
+"""The option tensor_parallel of the loader transformers: what refuses it, what fits on each GPU, and the load."""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import NotEnoughMemory
+from ...core.folder_files import read_json
+from ...core.models import LocalModel
+from ...core.units import format_bytes
+from ...gptq.parallel.dividing import why_not
+from ..contract.base import LoadProgress, Refusal
+from ..machine import memory_fit
+from ..machine.capabilities import Machine
+from ..machine.gpus import gpus
+from ..machine.memory_release import free_memory
+from ..text.tokenizer import read_tokenizer
+from .transformers_options import TransformersOptions, device_of, dtype_of
+
+if TYPE_CHECKING:
+    from ..pretrained.divided_model import DividedModel
+
+_ALONE = "set tensor_parallel to 1"
+NOT_MEASURED = (
+    "Computed by {ranks} processes together (tensor parallel), layer by layer. This was tried on processors only and is not "
+    "measured on GPUs yet: compare it with tensor_parallel 1."
+)
+
+
+def refusal(model: LocalModel, options: TransformersOptions, machine: Machine) -> Refusal | None:
+    """Why a model cannot be loaded with tensor_parallel as it is set; None if it can."""
+    ranks = options.tensor_parallel
+    if options.device != "cpu":
+        if not machine.cuda:
+            return Refusal("tensor_parallel is for several GPUs, and there is none that torch can use", _ALONE)
+        if sys.platform != "linux":
+            return Refusal("tensor_parallel joins GPUs by NCCL, which is for Linux", _ALONE)
+        if (found := len(gpus())) < ranks:
+            cure = f"set it to {found}" if found > 1 else _ALONE
+            return Refusal(f"tensor_parallel {ranks} needs {ranks} GPUs, and this machine has {found}", cure)
+    for set_too, what in (
+        (options.kernel != "native", f"the kernel {options.kernel}"),
+        (bool(options.lora.strip()), "a LoRA adapter"),
+        (bool(options.draft_model.strip()), "a draft model"),
+        (options.trust_remote_code, "the model's own code"),
+        (bool(options.gpu_memory.strip()), "a split of the GPU memory"),
+    ):
+        if set_too:
+            return Refusal(f"tensor_parallel and {what} exclude each other", f"leave one of them out, or {_ALONE}")
+    why, cure = why_not(model, read_json(model.folder / "config.json"), ranks)
+    return Refusal(why, cure) if why else None
+
+
+def of_every_gpu(memory: memory_fit.Memory, ranks: int) -> memory_fit.Memory:
+    """With what is free on the fullest of the GPUs. What a loaded model will free on the first, it will on the others."""
+    found = [each.free_bytes for each in gpus()[:ranks]]
+    if memory.gpu is None or not found:
+        return memory
+    released = max(0, memory.gpu - found[0])
+    return replace(memory, gpu=min(memory.gpu, *(each + released for each in found)))
+
+
+def load(model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "DividedModel":
+    """Raises GptqWebuiError with a sentence; every process has ended and everything is freed if it does."""
+    import torch
+
+    from ...gptq.parallel import first_rank
+    from ..pretrained.divided_model import DividedModel
+
+    ranks = options.tensor_parallel
+    device = device_of(options)
+    first = torch.device("cuda", 0) if device.type == "cuda" else device
+    progress(0.1, "Reading the tokenizer")
+    tokenizer = read_tokenizer(model)
+    progress(0.15, f"Starting {ranks} processes for {format_bytes(model.size_bytes)} of weights")
+
+    def tell(share: float, text: str) -> None:
+        progress(0.15 + 0.78 * share, text)
+
+    stepper: Any = None
+    try:
+        hf, stepper, notes = first_rank.load(
+            model, ranks, dtype=dtype_of(options, device), device=device.type, rope=options.rope, tell=tell
+        )
+        progress(0.95, "Fitting the conversation into the memory")
+        free = memory_fit.Memory(0, memory_fit.available_bytes(first))
+        free = of_every_gpu(free, ranks) if device.type == "cuda" else free
+        context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free.gpu or 0)
+        notes = (*notes, NOT_MEASURED.format(ranks=ranks))
+        loaded = DividedModel(model, stepper, hf.generation_config, tokenizer, context, reason, notes, first)
+    except BaseException as error:
+        if stepper is not None:
+            stepper.close()
+        free_memory(first)
+        if memory_fit.is_out_of_memory(error) and not isinstance(error, NotEnoughMemory):
+            where = "a GPU" if device.type == "cuda" else "this machine"
+            raise NotEnoughMemory(
+                f"There is not enough memory on {where} for a share of {model.name} "
+                f"({format_bytes(model.size_bytes)} for {ranks} processes). Close other programs, or choose a smaller branch "
+                "(fewer bits, larger group)."
+            ) from None
+        raise
+    progress(1.0, "Ready")
+    return loaded
