@@ -17,6 +17,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40,
                   "num_hidden_layers": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+                  "num_hidden_layers": 80, "vocab_size": 32000, "max_position_embeddings": 4096},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 2048},
 }  # fmt: skip
