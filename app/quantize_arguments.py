@@ -50,6 +50,14 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="pack the output layer, too, in so many bits (8 if none are given); transformers' own loader cannot open that",
     )
+    parser.add_argument(
+        "--leave",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers that stay in 16 bits: a part of their names, such as experts or down_proj, or a regular expression; may "
+        "be given several times",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders are made (default: the models folder)")
     parser.add_argument(
         "--measure",

@@ -30,7 +30,9 @@ def quantize(options: argparse.Namespace) -> int:
     output = (options.output or engine.library.roots[0]).expanduser().absolute()
     wanted = list(dict.fromkeys(branches))
     tokens = usual_sample_tokens(source) if options.seq_len is None else options.seq_len
-    job = QuantizeJob(source, output, wanted, options.dataset, tokens, options.samples, options.measure, options.lm_head)
+    job = QuantizeJob(
+        source, output, wanted, options.dataset, tokens, options.samples, options.measure, options.lm_head, options.leave
+    )
     try:
         folders = run(job, LayerLines(), say)
     except KeyboardInterrupt:

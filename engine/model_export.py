@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_json
-from ..core.models import LocalModel
+from ..core.models import LocalModel, tensors_of
 from ..core.neighbour_layouts import width_in_memory
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes
@@ -83,12 +83,24 @@ def _merged_again(model: LocalModel, adapter: Path, output: Path, again: Requant
         width_in_memory(own.bits), own.group_size, own.desc_act, own.sym, damp_percent=own.damp_percent or 0.1
     )
     job = QuantizeJob(
-        source, output.parent, [config], again.dataset, again.sample_tokens or usual_sample_tokens(source), again.samples
+        source,
+        output.parent,
+        [config],
+        again.dataset,
+        again.sample_tokens or usual_sample_tokens(source),
+        again.samples,
+        left=_unpacked(model) if model.is_packed else (),
     )
     [made] = run(job, again.report, say)
     os.replace(made, output)
     shutil.rmtree(merged, ignore_errors=True)
     return output
+
+
+def _unpacked(model: LocalModel) -> list[str]:
+    """The names of matrices that a packed model's files hold in 16 bits."""
+    tensors = tensors_of(model.weights).items()
+    return [name.removesuffix(".weight") for name, (_path, info) in tensors if name.endswith(".weight") and len(info.shape) == 2]
 
 
 def _write(model: LocalModel, form: str, output: Path, adapter: Path | None, say: Callable[[str], None], zeros: str = "") -> Path:

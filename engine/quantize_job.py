@@ -24,7 +24,7 @@ from ..core.units import format_bytes
 from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
 from .calibration_text import BUILT_IN, samples_of
 from .evaluation import evaluate_made
-from .licence_and_template import front_matter, prompt_template
+from .quantize_card import QUALITY, Branch, Making, short_groups, write_card
 
 USUAL_BRANCHES = (
     "gptq-4bit-128g-actorder_True",
@@ -32,7 +32,6 @@ USUAL_BRANCHES = (
     "gptq-8bit-128g-actorder_True",
     "gptq-8bit--1g-actorder_True",
 )
-QUALITY = "quality.json"  # in a branch's folder: its Evaluation
 _BRANCH = re.compile(r"gptq-(\d)bit-(-1|\d+)g-actorder_(True|False)")
 _SAMPLE_TOKENS = 4096
 _LARGE_BYTES = 4 << 30
@@ -50,6 +49,8 @@ class QuantizeJob:
     samples: int = 128
     measured_tokens: int = 0  # of text, on which each branch is compared with the original afterwards; 0: not measured
     head_bits: int = 0  # of the output layer (lm_head), packed with the branch's groups and order; 0: it stays in 16 bits
+    leave: Sequence[str] = ()  # regular expressions: layers whose names have one of them stay in 16 bits
+    left: Sequence[str] = ()  # names in the files of layers that stay in 16 bits, too
 
     def folder(self, config: QuantizeConfig) -> Path:
         """Where a branch is when it is finished."""
@@ -99,6 +100,8 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
         return _finish(job, text, len(samples), say)
     job.output.mkdir(parents=True, exist_ok=True)
     needs_bytes = sum(2 * job.source.size_bytes * each.bits // 16 for each in wanted) + job.source.size_bytes // 4
+    if job.leave or job.left:
+        needs_bytes += len(wanted) * job.source.size_bytes
     if (free := shutil.disk_usage(job.output).free) < needs_bytes:
         raise disk_full(needs_bytes, free, job.output)
     work = job.output / f".gptq-webui-quantize-{digest}"
@@ -114,10 +117,15 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
             report(done)
 
         heads = {name: dataclasses.replace(each, bits=job.head_bits) for name, each in named.items() if job.head_bits}
-        say(wanted_layers.left_dense(model, [output_layer.output_layer(model)[0]] if heads else []))
+        leave = wanted_layers.Leave(job.leave, frozenset(job.left))
+        packed = wanted_layers.wanted_layers(model, leave) | dict([output_layer.output_layer(model)] if heads else [])
+        say(wanted_layers.left_dense(model, packed, leave))
+        inputs = wanted_layers.inputs_of(packed)
+        for sentence in dict.fromkeys(filter(None, (short_groups(inputs, each) for each in wanted))):
+            say(sentence)
         if heads and output_layer.is_tied(model):
             say("The output layer of this model is its embedding: packed, it is there a second time.")
-        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard, heads)
+        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard, heads, leave)
         for name, config in named.items():
             say(f"Writing {job.folder(config).name}")
             draft = work / f"{name}.finished"
@@ -125,6 +133,8 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
             draft.mkdir()
             modules = layerwise_quantize.write_weights(model, work / name, draft / "model.safetensors")
             more = output_layer.head_settings(model, config, heads[name]) if heads else {}
+            if rules := wanted_layers.left_rules(model, leave):
+                more["dynamic"] = more.get("dynamic", {}) | rules
             _write_settings(job, config, text, draft, modules, more)
             _publish(job, config, digest, draft)
     shutil.rmtree(work, ignore_errors=True)
@@ -140,8 +150,9 @@ def _finish(job: QuantizeJob, text: str, samples: int, say: Callable[[str], None
         found = evaluate_made([LocalModel.read(each) for each in missing], job.source, window, job.measured_tokens, say)
         for folder, each in zip(missing, found, strict=True):
             write_json(folder / QUALITY, dataclasses.asdict(each))
-    for config in job.branches:
-        _write_model_card(job, config, text, samples)
+    branches = [Branch(branch_name(each), job.folder(each), each) for each in job.branches]
+    for branch in branches:
+        write_card(branch, branches, Making(job.source, text, samples, job.sample_tokens, job.head_bits, job.leave))
     return [job.folder(each) for each in job.branches]
 
 
@@ -175,6 +186,7 @@ def _digest(job: QuantizeJob, samples: Sequence[Sequence[int]], device: str) -> 
     branches = [each.to_json() for each in job.branches]
     facts: list[Any] = [str(job.source.folder.resolve()), weights, branches, samples, device, torch.__version__]
     facts += [job.head_bits] if job.head_bits else []
+    facts += [[*job.leave], sorted(job.left)] if job.leave or job.left else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -216,7 +228,7 @@ def _write_settings(
     copy_settings(job.source.folder, folder)
     settings = dataclasses.replace(config, weights_name="model").to_json()
     settings |= {"meta": {"quantizer": [f"gptq-webui:{__version__}"]}, **more}
-    if modules:  # of a mixture: readers would else look for packed routers
+    if modules:  # readers would else look for packed ones in every place
         settings["modules_in_block_to_quantize"] = modules
     write_json(folder / "quantize_config.json", settings | {"dataset": text})
     del settings["model_file_base_name"], settings["model_name_or_path"]
@@ -237,64 +249,3 @@ def _publish(job: QuantizeJob, config: QuantizeConfig, digest: str, draft: Path)
     ref = f"{job.source.name}-GPTQ:{branch_name(config)}"
     FolderRecord(ref, f"made on this machine {digest}", files).write(draft / MARKER)
     os.replace(draft, folder)
-
-
-def _write_model_card(job: QuantizeJob, config: QuantizeConfig, text: str, samples: int) -> None:
-    front, licence = front_matter(job.source.folder / "README.md")
-    rows = "\n".join(_row(job, each, text) for each in job.branches)
-    measured = [found for each in job.branches if (found := _quality(job.folder(each)))]
-    model_card = f"""---
-{front}---
-# {job.source.name}, GPTQ
-
-GPTQ weights of {job.source.name}, made by gptq-webui {__version__}. This folder: {config.summary}.{_head_text(job)}{licence}
-
-{prompt_template(job.source)}## Provided files
-
-| {" | ".join(_COLUMNS)} |
-|{" --- |" * len(_COLUMNS)}
-{rows}
-
-Calibrated with {samples} samples of {job.sample_tokens} tokens. Every layer was solved with the inputs of the unquantised model.
-{_how_measured(measured)}"""
-    (job.folder(config) / "README.md").write_text(model_card, encoding="utf-8")
-
-
-_COLUMNS = (
-    "Branch", "Bits", "GS", "Act Order", "Damp %", "GPTQ Dataset", "Seq Len", "Size", "Perplexity", "KL to the original", "Desc",
-)  # fmt: skip
-
-
-def _row(job: QuantizeJob, config: QuantizeConfig, text: str) -> str:
-    folder = job.folder(config)
-    size = format_bytes((folder / "model.safetensors").stat().st_size)
-    group = "None" if config.group_size == -1 else str(config.group_size)
-    order = "Yes" if config.desc_act else "No"
-    found = _quality(folder)
-    figures = [f"{found['perplexity']:.3f}", f"{found['difference']['kl']:.4f}"] if found else ["not measured"] * 2
-    cells = [branch_name(config), str(config.bits), group, order, str(config.damp_percent), text, str(job.sample_tokens), size]
-    return f"| {' | '.join([*cells, *figures])} | {config.summary} |"
-
-
-def _quality(folder: Path) -> Any:
-    """The Evaluation of a branch as a dictionary; empty if it was not measured."""
-    return read_json(folder / QUALITY) if (folder / QUALITY).is_file() else {}
-
-
-def _head_text(job: QuantizeJob) -> str:
-    if not job.head_bits:
-        return ""
-    return (
-        f" The output layer (lm_head) is packed too, in {job.head_bits} bits: GPTQModel and gptq-webui open the folder, "
-        "programs that expect it in 16 bits do not."
-    )
-
-
-def _how_measured(measured: Sequence[Any]) -> str:
-    if not measured:
-        return ""
-    first = measured[0]
-    return (
-        f"Measured on {first['tokens']} tokens of Python's manual, other pages than the calibration begins with: the original's "
-        f"perplexity there is {first['against_perplexity']:.3f}. KL divergence in nats per token; 0 is the original.\n"
-    )

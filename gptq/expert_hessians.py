@@ -98,7 +98,8 @@ class Mixture:
         self.tokens, self.calls = [0] * len(self.experts), []
         self._hooks = [self.block.register_forward_pre_hook(self._keep, with_kwargs=True)]
         for at, layers in enumerate(self.experts):
-            self._hooks.append(next(iter(layers.values())).register_forward_pre_hook(self._counter(at)))
+            if layers:  # else all of the expert stays in 16 bits
+                self._hooks.append(next(iter(layers.values())).register_forward_pre_hook(self._counter(at)))
 
     def rest(self) -> None:
         """Stop noting."""
@@ -108,7 +109,7 @@ class Mixture:
 
     def scarce(self) -> dict[int, int]:
         """Expert -> its tokens, of the experts that received fewer than they have inputs."""
-        return {at: count for at, count in enumerate(self.tokens) if count < _inputs(self.experts[at])}
+        return {at: count for at, count in enumerate(self.tokens) if self.experts[at] and count < _inputs(self.experts[at])}
 
     def groups(self, device: torch.device) -> Iterator[tuple[list[str], Tensor]]:
         """As InputHessians.groups, but made while one iterates."""
@@ -161,7 +162,7 @@ def mixtures(layer: nn.Module, start: str, linears: Iterable[str]) -> list[Mixtu
             {full: linear for own, linear in expert.named_modules() if (full := f"{start}{name}.{at}.{own}") in wanted}
             for at, expert in enumerate(each)
         ]
-        if all(experts):
+        if any(experts):
             found.append(Mixture(f"{start}{name}", block, experts, run))
     return found
 

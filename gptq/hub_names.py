@@ -4,20 +4,12 @@ transformers can turn its own conversions back. It is asked with tensors of one 
 is the name.
 """
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .expert_hessians import stacked
-
-
-def inside_blocks(prefix: str, layers: Iterable[str]) -> list[list[str]]:
-    """The names of layers inside a decoder layer, as `modules_in_block_to_quantize` lists them; `prefix` is that of the list."""
-    block = re.compile(rf"{re.escape(prefix)}\.\d+\.")
-    return [[name] for name in sorted({block.sub("", name, 1) for name in layers if block.match(name)})]
 
 
 class HubNames:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from ..core.quantize_config import QuantizeConfig
 from .calibration_run import first_inputs, to_device
-from .expert_hessians import mixtures, stacked, unstack
+from .expert_hessians import linear_experts, mixtures, stacked, unstack
 from .gptq_solver import solve
 from .hessians import InputHessians, as_rows
-from .hub_names import HubNames, inside_blocks
+from .hub_names import HubNames
 from .output_layer import head_hessian, output_layer, solve_wide
-from .quantize import decoder_layers, dense_tensors
+from .quantize import as_written, decoder_layers, dense_tensors
 from .rounding_error import output_error
-from .wanted_layers import check_fits, wanted_layers
+from .wanted_layers import Leave, packed_inside, wanted_layers
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ def quantize_layers(
     device: torch.device,
     report: Report = lambda done: None,
     heads: Mapping[str, QuantizeConfig] | None = None,  # branch -> how the output layer is packed; None: it stays in 16 bits
+    leave: Leave | None = None,
 ) -> None:
     """Write `work/BRANCH/layer-00000.safetensors` … with the packed tensors of every decoder layer that is not there yet.
 
-    With `heads`, one more file of that kind holds the output layer. `work` must belong to this model, this text and these
-    settings. Device memory: one decoder layer and its Hessians in fp32.
+    With `heads`, one more file of that kind holds the output layer; what `leave` names is not packed. `work` must belong to this
+    model, this text and these settings. Device memory: one decoder layer and its Hessians in fp32.
     Of a mixture's experts, 2 GiB of Hessians are there at a time, or those of one expert.
     Main memory: the model, and hidden size × 4 bytes for each token of the text; twice that for a mixture.
-    Raises LoadFailed for a model that cannot be quantised, BadParameter for a group size that does not divide its layers, or an
-    output layer that cannot be packed.
+    Raises LoadFailed for a model that cannot be quantised, BadParameter for an output layer that cannot be packed, or a `leave`
+    that fits no layer.
     """
     prefix, decoder = decoder_layers(model)
-    linears = wanted_layers(model)
-    check_fits(linears, branches.values())
+    linears = wanted_layers(model, leave)
     if heads:
-        check_fits(dict([output_layer(model)]), heads.values())
+        output_layer(model)
     for name in branches:
         (work / name).mkdir(exist_ok=True)
     batches, calls = first_inputs(model, prefix, decoder, calibration)
@@ -130,10 +130,10 @@ def layer_file(folder: Path, index: int) -> Path:
 def write_weights(model: Any, work: Path, path: Path) -> list[list[str]]:
     """Join a branch's layers (in the folder `work`) and what stays in fp16 into one safetensors file at `path`.
 
-    Returns what readers must know of a mixture, whose routers stay dense: the names of the packed layers inside a decoder layer,
+    Returns what readers must know where a linear layer of the decoder stays dense, as routers do: the names of the packed layers,
     as `modules_in_block_to_quantize` lists them. Empty for other models.
     """
-    prefix, _decoder = decoder_layers(model)
+    prefix, decoder = decoder_layers(model)
     tensors: dict[str, Tensor] = {}
     for each in sorted(work.glob("layer-*.safetensors")):
         with safe_open(each, framework="pt") as file:
@@ -144,10 +144,18 @@ def write_weights(model: Any, work: Path, path: Path) -> list[list[str]]:
     layers = {name: names.layer(name) for name in packed}
     tensors = {f"{layers[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": each for name, each in tensors.items()}
     dense = {names.key(name): each for name, each in dense_tensors(model, packed | experts).items()}
+    left = {
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    } - packed
+    for owner, module in stacked(model).items():
+        for own, each in linear_experts(module).named_modules():
+            if isinstance(each, nn.Linear) and (name := f"{owner}.{own}") not in packed:
+                left.add(name)
+                dense[f"{names.layer(name)}.weight"] = as_written(each.weight).clone()  # safetensors takes no views of one memory
     save_file(tensors | dense, path, metadata={"format": "pt"})
-    if not any(".experts." in name for name in packed):
-        return []
-    return inside_blocks(prefix, layers.values())
+    return packed_inside(model, layers.values(), [names.layer(name) for name in left])
 
 
 # --- one layer --------------------------------------------------------------------------------------

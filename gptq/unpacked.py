@@ -13,8 +13,9 @@ from ..core.errors import LoadFailed, LoadRefused
 from . import bit_packing, lora
 from .experts import PackedExperts, role_of
 from .gptq_linear import GPTQLinear
-from .hub_names import HubNames, inside_blocks
+from .hub_names import HubNames
 from .quantize import as_written, decoder_layers, dense_tensors
+from .wanted_layers import packed_inside
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Packing:
     checkpoint_format: str
     act_order: bool
     symmetric: bool
-    inside: list[list[str]]  # of a mixture: its packed layers, as `modules_in_block_to_quantize` lists them
+    inside: list[list[str]]  # where linear layers stay dense: the packed ones, as `modules_in_block_to_quantize` lists them
 
 
 def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:
@@ -131,8 +132,11 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
     ordered = any(bool((each.g_idx[1:] < each.g_idx[:-1]).any()) for each in layers.values())
     written = {names.key(name): each for name, each in tensors.items()}
     packed_names = [name.removesuffix(".qweight") for name in written if name.endswith(".qweight")]
-    is_mixture = any(".experts." in name for name in packed_names)
-    inside = inside_blocks(decoder_layers(model)[0], packed_names) if is_mixture else []
+    prefix, decoder = decoder_layers(model)
+    left = [
+        names.key(f"{prefix}.{name}.weight") for name, each in decoder.named_modules() if isinstance(each, (nn.Linear, Conv1D))
+    ]
+    inside = packed_inside(model, packed_names, [name.removesuffix(".weight") for name in left])
     return written, Packing(bits, sizes.pop(), form, ordered, symmetric, inside)
 
 

@@ -133,10 +133,14 @@ def test_the_error_of_a_layer_is_that_of_its_outputs(tmp_path: Path) -> None:
     assert output_error(weight, (x.T @ x).float(), packed, FOUR) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_group_size_that_does_not_divide_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(BadParameter, match=r"does not divide the .* Choose 32 or -1"):
-        quantize_layers(tiny.dense_model("llama"), texts(), {"g": QuantizeConfig(4, 64)}, tmp_path, CPU)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("act_order", [False, True])
+def test_where_the_group_size_does_not_divide_the_last_group_is_short(act_order: bool, tmp_path: Path) -> None:
+    """As gptqmodel 7.6.0 writes it: 96 inputs in groups of 64 are one of 64 and one of 32."""
+    quantize_layers(tiny.dense_model("llama"), texts(), {"g": QuantizeConfig(4, 64, act_order)}, tmp_path, CPU)
+    found = layers(tmp_path / "g")
+    groups = found["model.layers.0.mlp.down_proj.g_idx"]
+    assert groups.bincount().tolist() == [64, 32] and bit_packing.g_idx_is_sorted(groups) != act_order
+    assert found["model.layers.0.mlp.down_proj.scales"].shape[0] == found["model.layers.0.mlp.down_proj.qzeros"].shape[0] == 2
 
 
 def test_texts_of_several_lengths_are_refused(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from gptq_webui.app.cli import main
 from gptq_webui.core.models import MARKER, LocalModel
 from gptq_webui.engine import quantize_job
-from gptq_webui.gptq import checkpoint
+from gptq_webui.gptq import bit_packing, checkpoint
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.loaders.text import chat_template
@@ -113,6 +114,58 @@ def test_the_output_layer_by_option(tied: bool, tmp_path: Path, capsys: pytest.C
     stepper.close()
 
 
+def test_a_short_last_group_is_said_and_computed(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, source, "--group-size", 64)
+    assert code == 0, err
+    words = "A group size of 64 does not divide the 96 inputs of model.layers.0.mlp.down_proj and 1 other layer: the last group"
+    made = Path(out.strip())
+    assert words in err and "vLLM does not (it opens one of group size 32)." in err and words in (made / "README.md").read_text()
+    read = LocalModel.read(made)
+    assert read.quantize is not None and read.quantize.summary == "4-bit, group 64, act-order" and not read.quantize.notes
+    tensors = load_file(made / "model.safetensors")
+    loaded, notes = checkpoint.load(read, dtype=torch.float32, device_map="cpu")
+    twin = tiny.dense_model("llama")
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, GPTQLinear):
+            parts = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+            twin.get_submodule(name).weight.data = bit_packing.dequantize(*parts, 4).T.contiguous()
+        elif isinstance(getattr(layer, "weight", None), torch.Tensor):
+            twin.get_submodule(name).weight.data = layer.weight.data.clone()
+    stepper, note = stepper_for(loaded, 64)
+    with torch.inference_mode():
+        found = stepper.prefill(stepper.begin(), list(range(4, 40)))
+        expected = twin(input_ids=torch.arange(4, 40)[None]).logits[0, -1]
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max() and not notes and not note
+    stepper.close()
+
+
+def test_layers_stay_in_16_bits_by_option(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, source, "--branches", FOUR, "--leave", "down_proj", "--leave", r"layers\.1\.self_attn")
+    assert code == 0, err
+    line = next(each for each in err.splitlines() if each.startswith("Stay in 16 bits"))
+    assert "model.layers.mlp.down_proj" in line and "model.layers.self_attn.q_proj" in line
+    made = Path(out.strip())
+    settings = json.loads((made / "config.json").read_text())["quantization_config"]
+    in_file = json.loads((made / "quantize_config.json").read_text())
+    assert in_file == in_file | settings
+    assert settings["dynamic"] == {"-:.*(?:down_proj)": {}, r"-:.*(?:layers\.1\.self_attn)": {}}
+    packed = [f"model.layers.0.self_attn.{each}_proj" for each in "kqvo"]
+    packed += [f"model.layers.{at}.mlp.{each}_proj" for at in (0, 1) for each in ("gate", "up")]
+    assert sorted(each for (each,) in settings["modules_in_block_to_quantize"]) == sorted(packed), "whole names: they differ"
+    assert "`down_proj`" in (made / "README.md").read_text()
+
+    loaded, notes = checkpoint.load(LocalModel.read(made), dtype=torch.float32, device_map="cpu")
+    original, _notes = checkpoint.load(LocalModel.read(source), dtype=torch.float32, device_map="cpu")
+    assert not notes and sorted(name for name, each in loaded.named_modules() if isinstance(each, GPTQLinear)) == sorted(packed)
+    left = "model.layers.1.self_attn.o_proj"
+    assert torch.equal(loaded.get_submodule(left).weight, original.get_submodule(left).weight)
+    code, again, err = run(capsys, source, "--branches", FOUR, "--leave", "down_proj", "--output", source.parent / "other")
+    settings = json.loads((Path(again.strip()) / "quantize_config.json").read_text())
+    names = [*(f"self_attn.{each}_proj" for each in "kqvo"), "mlp.gate_proj", "mlp.up_proj"]
+    assert code == 0 and settings["modules_in_block_to_quantize"] == [[each] for each in sorted(names)], err
+    assert LocalModel.read(Path(again.strip())).quantize == LocalModel.read(made).quantize
+
+
 def test_an_output_layer_that_cannot_be_packed_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +234,12 @@ def test_text_of_the_user(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (
         (("--dataset", "nowhere.txt"), "There is no file nowhere.txt"),
         (("--group-size", "31"), "A group size of 31 is not possible"),
-        (("--group-size", "64"), "does not divide the 96 inputs"),
+        (
+            ("--leave", "exprts"),
+            "No layer that is packed has 'exprts' in its name. Their names are model.layers.0.self_attn.q_proj,",
+        ),
+        (("--leave", "down_proj("), "'down_proj(' is no regular expression: "),
+        (("--leave", "self_attn", "--leave", "mlp"), "Every layer would stay in 16 bits"),
         (("--branches", "main"), "'main' is not the name of a branch"),
         (("--seq-len", "300"), "longer than the 256 tokens"),
         (("--samples", "0"), "must be 1 or more"),

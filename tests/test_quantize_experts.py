@@ -18,7 +18,7 @@ from gptq_webui.gptq import bit_packing, checkpoint
 from gptq_webui.gptq.expert_hessians import scarce_text
 from gptq_webui.gptq.gptq_solver import quantize_linear
 from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers, write_weights
-from gptq_webui.gptq.wanted_layers import left_dense
+from gptq_webui.gptq.wanted_layers import Leave, left_dense, left_rules
 
 FOUR = QuantizeConfig(4, 32, desc_act=True, damp_percent=0.1)
 EIGHT = QuantizeConfig(8, -1, damp_percent=0.1)
@@ -208,6 +208,34 @@ def test_few_hessians_at_a_time_give_the_same(tmp_path: Path, monkeypatch: pytes
     for index in range(2):
         one, other = (layer_file(tmp_path / name / "four", index).read_bytes() for name in ("usual", "single"))
         assert one == other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["experts", r"experts\.1\.", "down_proj|w2", r"layers\.0\..*experts"])
+def test_experts_stay_in_16_bits_by_option(kind: str, pattern: str, tmp_path: Path) -> None:
+    made = model(kind)
+    source, leave = dense_folder(tmp_path / "source", made), Leave([pattern])
+    quantize_layers(made, texts(), {"four": FOUR}, tmp_path, CPU, leave=leave)
+    modules = packed_folder(tmp_path / "packed", source, tmp_path / "four", made, FOUR)
+    original, found = load_file(source / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
+    layers = {name.removesuffix(".weight") for name in original if ".experts." in name}
+    left = {name for name in layers if f"{name}.weight" in found}
+    assert left and left == {name for name in layers if re.search(pattern, name)}
+    assert all(torch.equal(found[f"{name}.weight"], original[f"{name}.weight"]) for name in left)
+    assert {f"{name}.qweight" for name in layers - left} <= found.keys()
+    listed = {name for (name,) in modules}
+    assert ("model.layers.1.self_attn.q_proj" in listed) == (pattern.startswith("layers")), "whole names where layers differ"
+    assert not any(name.endswith(each) for name in left for each in listed)
+    assert left_rules(made, leave) == {f"-:.*(?:{pattern})": {}}
+
+    twin = dequantised_folder(tmp_path / "twin", source, tmp_path / "packed", 4)
+    assert (logits(tmp_path / "packed") - logits(twin)).abs().max() < 1e-3
+
+
+def test_layers_that_a_model_had_in_16_bits_are_named_one_by_one() -> None:
+    left = ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.embed_tokens", "lm_head"]
+    rules = left_rules(tiny.dense_model("llama"), Leave(names=left))
+    assert rules == {rf"-:{re.escape(each)}$": {} for each in sorted(left[:2])}
 
 
 def test_what_stays_in_16_bits_is_said() -> None:

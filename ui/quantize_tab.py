@@ -116,6 +116,11 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                     info="lm_head in 8 bits: smaller and faster. GPTQModel and this program open it.",
                     elem_id="gw-quantize-head",
                 )  # fmt: skip
+                leave = gr.Textbox(
+                    label="Layers that stay in 16 bits",
+                    info="Parts of their names, such as experts or down_proj, with spaces between.",
+                    elem_id="gw-quantize-leave",
+                )
                 output = gr.Textbox(
                     label="Folder for the branches",
                     info="Empty: the models folder, where the Model tab finds them.",
@@ -131,7 +136,23 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
         with gr.Column(scale=2, min_width=320), gr.Column(elem_classes="gw-panel"):
             status = gr.HTML(_idle(), elem_id="gw-quantize-status")
             layers = gr.HTML(elem_id="gw-quantize-layers")
-    fields = [source, branches, bits, group, act_order, dataset, samples, length, damp, symmetric, newer, head, output, measured]
+    fields = [
+        source,
+        branches,
+        bits,
+        group,
+        act_order,
+        dataset,
+        samples,
+        length,
+        damp,
+        symmetric,
+        newer,
+        head,
+        leave,
+        output,
+        measured,
+    ]
     state = _Run()
 
     def show(request: gr.Request) -> Updates:
@@ -181,6 +202,7 @@ class _Values:
     symmetric: bool
     newer: bool
     head: bool
+    leave: str | None
     output: str | None
     measured: bool
 
@@ -210,7 +232,9 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
 
     def say(text: str) -> None:
         job.text = text.rstrip(".")
-        if text.startswith(("Calibration:", "Everything", "There is no GPU", "Stay in 16 bits", "The output layer", "Layer ")):
+        if text.startswith(
+            ("Calibration:", "Everything", "There is no GPU", "Stay in 16 bits", "The output layer", "Layer ", "A group size")
+        ):
             state.said.append(text)
         if job.cancel.is_set():
             raise LoadCancelled(stopped)
@@ -242,7 +266,7 @@ def _make(engine: Engine, values: _Values, configs: list[QuantizeConfig], job: J
         tokens = min(tokens, source.context_tokens)
     wanted = QuantizeJob(
         source, output, configs, dataset, tokens, int(values.samples or 1), _MEASURED_TOKENS if values.measured else 0,
-        _HEAD_BITS if values.head else 0,
+        _HEAD_BITS if values.head else 0, (values.leave or "").split(),
     )  # fmt: skip
     return run(wanted, report, say)
 
