@@ -136,7 +136,8 @@ class GPTQLinear(nn.Module):
     def release(self, replacement: Callable[[Tensor], Tensor] | None = None) -> None:
         """Free the packed tensors: another object holds the weights now, in a layout for its kernel.
 
-        `replacement` computes what `forward` did, bias included. Without one, the layer can compute no more.
+        `replacement` computes what `forward` did, bias included. Without one, the layer can compute no more. It may have
+        `gradient`, of the outputs [M, N] -> of the inputs [M, K], and `dense`, the weight fp32 [N, K]: both are slow without.
         """
         for name in ("qweight", "qzeros", "scales", "g_idx"):
             old = getattr(self, name)
@@ -178,7 +179,8 @@ class GPTQLinear(nn.Module):
         """The gradient of the outputs, [..., N] -> that of the inputs, [..., K]."""
         rows = y.reshape(-1, self.out_features)  # [M, N]
         if self._replacement is not None:
-            x = rows.float() @ self.dequantize()
+            of_kernel = getattr(self._replacement, "gradient", None)
+            x = rows.float() @ self.dequantize() if of_kernel is None else of_kernel(rows)
             return x.to(y.dtype).view(*y.shape[:-1], self.in_features)
         facts = self._facts_on(y.device)
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
@@ -194,6 +196,9 @@ class GPTQLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K], as nn.Linear would hold it (a Conv1D holds the transpose)."""
         if self._replacement is not None:
+            if (dense := getattr(self._replacement, "dense", None)) is not None:
+                weight: Tensor = dense()
+                return weight.to(dtype)
             unit = torch.eye(self.in_features, device=self.qweight.device)
             y = self._replacement(unit)  # [K, N]
             return (y if self.bias is None else y - self.bias.to(y.dtype)).T.to(dtype).contiguous()

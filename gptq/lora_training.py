@@ -6,6 +6,7 @@ holds all that the next step depends on: a run that was killed goes on with the 
 Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314): LoRA over a frozen quantised model, on every linear layer.
 """
 
+import logging
 import math
 import os
 import warnings
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 
 from ..core.errors import BadParameter
 from . import peft_patch
+from .cpu import numba_compiler
 from .experts import PackedExperts
 from .gptq_linear import GPTQLinear
 from .quantize import layers_to_pack
 from .training_recipe import Example, Recipe, StepDone, steps_of
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"  # in the work folder
 _IGNORED = -100  # of torch's cross entropy
@@ -49,6 +53,7 @@ def train(
     `work` must belong to this model, these examples and this recipe. Raises BadParameter for layers that there are not, or a loss
     that is no number.
     """
+    _compile(model)
     peft_patch.install()
     adapted = _adapted(model, recipe, base)
     if next(model.parameters()).device.type == "cuda":
@@ -104,6 +109,22 @@ def _adapted(model: Any, recipe: Recipe, base: str) -> Any:
     with warnings.catch_warnings():  # PEFT says that it does not know the packed layers, which peft_patch.py gives to it
         warnings.simplefilter("ignore")
         return get_peft_model(model.requires_grad_(False), config)
+
+
+def _compile(model: Any) -> None:
+    """Let compiled kernels multiply with the packed layers, on a processor with numba: unpacking them in PyTorch takes longer."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not on_cpu or model.dtype != torch.float32 or not numba_compiler.available():
+        return
+    try:
+        from .cpu.cpu_linear import replace_layers
+        from .cpu.kernel_trial import compiles
+
+        compiles()
+    except Exception:
+        log.exception("compiling for this processor failed")
+        return
+    replace_layers(model, torch.get_num_threads())
 
 
 def _share(step: int, count: int, warmup: float) -> float:

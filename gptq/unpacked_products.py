@@ -1,11 +1,10 @@
 """Packed layers held dense in memory, where nothing can be compiled: unpacking them for each token takes most of its time."""
 
 import logging
-from functools import partial
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .gptq_linear import GPTQLinear
@@ -13,6 +12,25 @@ from .gptq_linear import GPTQLinear
 log = logging.getLogger(__name__)
 
 _ROOM = 1.3  # times what the dense weights take must be available
+
+
+class DenseProduct:
+    """y = x W + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` fp32 [N, K]."""
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """Of the outputs, [M, N] -> of the inputs, [M, K]."""
+        return y.float() @ self._weight
+
+    def dense(self) -> Tensor:
+        """The weight, fp32 [N, K]."""
+        return self._weight.clone()
 
 
 def hold_dense(model: nn.Module) -> bool:
@@ -30,5 +48,5 @@ def hold_dense(model: nn.Module) -> bool:
         for each in layers:
             weight = each.dequantize(torch.float32)
             bias = None if each.bias is None else each.bias.detach().float()
-            each.release(partial(functional.linear, weight=weight, bias=bias))
+            each.release(DenseProduct(weight, bias))
     return True

@@ -149,6 +149,29 @@ def test_a_packed_layer_passes_the_gradient_of_its_dense_twin_on(bits, group, sy
     assert all(each.grad is None for each in layer.parameters())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group", "sym", "ordered"), [(32, True, False), (48, False, True), (-1, True, True)])
+def test_a_compiled_layer_gives_its_weight_and_its_gradient(bits, group, sym, ordered) -> None:
+    pytest.importorskip("numba")
+    from gptq_webui.gptq.cpu import cpu_kernels
+    from gptq_webui.gptq.cpu.cpu_linear import CpuLinear
+    from gptq_webui.gptq.cpu.cpu_weights import from_packed
+    from gptq_webui.gptq.cpu.thread_team import Team
+
+    generator = torch.Generator().manual_seed(0)
+    tensors, dense = tiny.random_layer(160, 72, bits, group, act_order=True, sym=sym, generator=generator)
+    layer = GPTQLinear(160, 72, bits, group, bias=False)
+    layer.load_state_dict(tensors)
+    columns, team = torch.randperm(72, generator=generator) if ordered else None, Team(2)
+    layer.release(CpuLinear(from_packed(layer, cpu_kernels.ISA, team, columns), team, columns))
+    assert (layer.dequantize() - dense).abs().max() < 1e-6
+    x = torch.randn(2, 5, 160, generator=generator, requires_grad=True)
+    weight = torch.randn(2, 5, 72, generator=generator)
+    (layer(x) * weight).sum().backward()
+    wanted = weight @ dense
+    assert (x.grad - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 # --- training --------------------------------------------------------------------------------------
 
 

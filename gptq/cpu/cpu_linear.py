@@ -8,6 +8,7 @@ from ..gptq_linear import GPTQLinear
 from . import cpu_kernels
 from . import forward as f
 from .cpu_weights import Weights, from_packed
+from .dense_columns import columns_of
 from .forward_arguments import LINEAR, Arguments
 from .thread_team import Team
 from .weight_room import WeightRoom, aligned
@@ -22,6 +23,7 @@ class CpuLinear:
     def __init__(self, weights: Weights, team: Team, columns: Tensor | None = None) -> None:
         """`columns` int64 [N]: the order in which the weights have the outputs, if it is not the layer's own."""
         self._weights, self._team = weights, team
+        self._columns = columns
         self._back = None if columns is None else columns.argsort()
         self._tables = tables_of([weights], [(0, 0)])
 
@@ -52,6 +54,23 @@ class CpuLinear:
         if self._back is not None:
             whole = whole[:, self._back]
         return whole.to(x.dtype).reshape(*x.shape[:-1], w.outputs)
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """Of the outputs, [M, N] -> of the inputs, fp32 [M, K]. The weights are multiplied out, some outputs at a time."""
+        y = y.detach().float()
+        if self._columns is not None:
+            y = y[:, self._columns]
+        x = torch.zeros(y.shape[0], self._weights.inputs)
+        for start, end, weight in columns_of(self._weights, self._team):
+            x.addmm_(y[:, start:end], weight.T)
+        return x
+
+    def dense(self) -> Tensor:
+        """The weight, fp32 [N, K]."""
+        out = torch.empty(self._weights.outputs, self._weights.inputs)
+        for start, end, weight in columns_of(self._weights, self._team):
+            out[start:end] = weight.T
+        return out if self._back is None else out[self._back]
 
 
 def replace_layers(model: nn.Module, threads: int) -> int:
