@@ -131,7 +131,7 @@ def off(found, wanted):
 
 
 def multiplied_out(folder, target):
-    """Logits of an AWQ folder: transformers computes them with the weights that are multiplied out here, scale * (integer - zero)."""
+    """Logits of an AWQ folder: transformers' own, of weights that are multiplied out here, scale * (integer - zero)."""
     state = {name: each for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
     shifts = torch.tensor([4 * each for each in _NIBBLES])
     for name in [each.removesuffix(".qweight") for each in state if each.endswith(".qweight")]:
