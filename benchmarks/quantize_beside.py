@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a 16-bit model")
     parser.add_argument("--gptqmodel", type=Path, required=True, help="a Python that can import gptqmodel")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
-    parser.add_argument("--settings", nargs="+", default=["4:32", "3:32", "8:32"], help="bits:group")
+    parser.add_argument("--settings", nargs="+", default=["4:128", "4:32", "3:128", "8:128"], help="bits:group")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32768, help="of the other text: 4,096 leave perplexities 2% of chance")
     parser.add_argument("--damp", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program")
     options = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
         for name, (code, took_s, peak_bytes, said) in runs.items():
             row: dict[str, Any] = {"maker": name, "bits": bits, "group": group, "seconds": round(took_s, 1)}
             row["peak_gb"] = round(peak_bytes / 1e9, 2)
-            row |= _quality(folders[name], options.folder) if code == 0 else {"failed": said[-600:]}
+            row |= _quality(folders[name], options.folder, options.tokens) if code == 0 else {"failed": said[-600:]}
             print(json.dumps(row), flush=True)
 
 
@@ -97,9 +98,9 @@ def _run(command: list[Any], threads: int, environment: dict[str, str] | None = 
     return os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss * 1024, said
 
 
-def _quality(folder: Path, original: Path) -> dict[str, float]:
+def _quality(folder: Path, original: Path, tokens: int) -> dict[str, float]:
     command = [sys.executable, str(ROOT / "script.py"), "evaluate", str(folder), "--against", str(original), "--json"]
-    made = subprocess.run([*command, "--tokens", "4096", "--window", "512"], capture_output=True, text=True, check=True)
+    made = subprocess.run([*command, "--tokens", str(tokens), "--window", "512"], capture_output=True, text=True, check=True)
     found = json.loads(made.stdout)
     return {
         "perplexity": round(found["perplexity"], 4),

@@ -1,5 +1,6 @@
 """The Quantize tab in a real browser: from a 16-bit folder to an answer of the new branch."""
 
+import json
 import threading
 from types import SimpleNamespace
 
@@ -69,11 +70,18 @@ def test_from_a_16_bit_folder_to_an_answer_of_the_new_branch(served):
     page.wait_for_selector("#gw-quantize-status:has-text('must be 1 or more')")
 
     page.fill("#gw-quantize-length input", "16")
+    page.get_by_label("Layers that stay in 16 bits").fill("no_layer")
+    page.click("#gw-quantize-start")
+    page.wait_for_selector("#gw-quantize-status:has-text('no_layer'):has-text('in its name')")
+
+    page.get_by_label("Layers that stay in 16 bits").fill("k_proj  down_proj")
     page.click("#gw-quantize-start")
     page.wait_for_selector(f"#gw-quantize-status:has-text('Made 1 folder'):has-text('{MADE}')")
     assert "Error, 4-bit, group 32, act-order" in page.inner_text("#gw-quantize-layers")
     made = LocalModel.read(served.models / MADE)
     assert made.quantize is not None and made.quantize.summary == "4-bit, group 32, act-order"
+    settings = json.loads((made.folder / "quantize_config.json").read_text())
+    assert settings["dynamic"] == {"-:.*(?:k_proj)": {}, "-:.*(?:down_proj)": {}}
     readme = (made.folder / "README.md").read_text()
     assert "## Prompt template" in readme and "<|im_start|>user\n{prompt}" in readme
     assert "not measured" not in readme and "Measured on" in readme
