@@ -56,6 +56,7 @@ _OWN = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 1},
 }  # fmt: skip
+_OWN["qwen4_exp"] = _OWN["qwen4_exp_text"]  # its language model
 
 
 def _has(config, name):

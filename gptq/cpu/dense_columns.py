@@ -18,9 +18,9 @@ _COLUMNS_BYTES = 64 << 20  # of the fp32 weights that are there at a time
 
 @compiled
 def multiply_out(tid, threads, counters, w, scales, zeros, taken, order, kind, first, out):
-    """Tiles first … of w uint8 [T][C][P/F][16][4] into out fp32 [K, 16 * tiles]: scale * (integer - zero).
+    """Tiles first … of w int32 [T][C][P/F][16] into out fp32 [K, 16 * tiles]: scale * (integer - zero).
 
-    Row k of a tile is row taken[k] of out, none for -1; scales fp32 and zeros uint8 [T][C][16]. `order` is that of the
+    Row k of a tile is row taken[k] of out, none for -1; scales and zeros fp32 [T][C][16]. `order` is that of the
     instruction set; `kind` the bits of a number.
     """
     pieces = 8 // kind
@@ -28,24 +28,24 @@ def multiply_out(tid, threads, counters, w, scales, zeros, taken, order, kind, f
     mask = np.int32(2**kind - 1)
     for t in cpu_kernels.shares(counters, 0, out.shape[1] // 16):
         for c in range(w.shape[1]):
+            scale, zero = scales[first + t, c], zeros[first + t, c]
             for block in range(w.shape[2]):
+                words = w[first + t, c, block]
                 start = (c * w.shape[2] + block) * factor
-                for j in range(4):
-                    for piece in range(pieces):
-                        k = taken[start + 4 * piece + order[j]]
-                        if k < 0:
-                            continue
-                        for n in range(16):
-                            number = (np.int32(w[first + t, c, block, n, j]) >> np.int32(kind * piece)) & mask
-                            centred = np.float32(number - np.int32(zeros[first + t, c, n]))
-                            out[k, 16 * t + n] = centred * scales[first + t, c, n]
+                for at in range(factor):
+                    k = taken[start + 4 * (at // 4) + order[at % 4]]
+                    if k < 0:
+                        continue
+                    shift = np.int32(8 * (at % 4) + kind * (at // 4))
+                    for n in range(16):
+                        out[k, 16 * t + n] = (np.float32((words[n] >> shift) & mask) - zero[n]) * scale[n]
 
 
 def columns_of(weights: Weights, team: Team) -> Iterator[tuple[int, int, Tensor]]:
     """(first output, last, fp32 [K, n]) of packed weights, from the first output to the last. The tensor is overwritten."""
     assert weights.scales is not None and weights.zeros is not None
-    packed: Any = weights.w.reshape(weights.tiles, weights.chunks, -1, LANES, 4)
-    scales = weights.scales.astype(np.float32)
+    packed: Any = weights.w.view(np.int32).reshape(weights.tiles, weights.chunks, -1, LANES)
+    scales, zeros = weights.scales.astype(np.float32), weights.zeros.astype(np.float32)
     rows = weights.chunks * weights.chunk_rows
     taken = weights.order
     if taken is None:
@@ -55,7 +55,7 @@ def columns_of(weights: Weights, team: Team) -> Iterator[tuple[int, int, Tensor]
     for first in range(0, weights.tiles, step):
         tiles = min(step, weights.tiles - first)
         out = np.empty((weights.inputs, tiles * LANES), np.float32)
-        team.run(1, multiply_out, packed, scales, weights.zeros, taken, order, weights.kind, first, out)
+        team.run(1, multiply_out, packed, scales, zeros, taken, order, weights.kind, first, out)
         start = first * LANES
         end = min(start + tiles * LANES, weights.outputs)
         yield start, end, torch.from_numpy(out)[:, : end - start]
