@@ -118,8 +118,8 @@ def _left(making: Making) -> str:
         return ""
     named = ", ".join(f"`{each}`" for each in making.leave)
     return (
-        f"Layers whose names have {named} in them are in 16 bits: GPTQModel, vLLM, transformers and gptq-webui read that from "
-        "the settings, AutoGPTQ does not."
+        f"Layers whose names have {named} in them are in 16 bits: GPTQModel, transformers and gptq-webui read that from the "
+        "settings (vLLM, too, by its sources), AutoGPTQ does not."
     )
 
 
