@@ -73,8 +73,10 @@ def left_dense(model: nn.Module, others: Iterable[str] = (), leave: Leave | None
     experts = tuple(f"{owner}." for owner in stacked(model))
     left: dict[str, int] = {}
     total = sum(tensor.numel() for tensor in model.parameters())
-    matrices = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(experts) and tensor.dim() >= 2}
-    matrices |= {f"{name}.weight": module.weight for name, module in every.items() if name.startswith(experts)}  # type: ignore[dict-item]
+    matrices: dict[str, Any] = {
+        name: tensor for name, tensor in model.named_parameters() if not name.startswith(experts) and tensor.dim() >= 2
+    }
+    matrices |= {f"{name}.weight": module.weight for name, module in every.items() if name.startswith(experts)}
     for name, tensor in matrices.items():
         if name in packed:
             continue

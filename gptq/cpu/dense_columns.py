@@ -17,7 +17,19 @@ _COLUMNS_BYTES = 64 << 20  # of the fp32 weights that are there at a time
 
 
 @compiled
-def multiply_out(tid, threads, counters, w, scales, zeros, taken, order, kind, first, out):
+def multiply_out(
+    tid: int,
+    threads: int,
+    counters: Any,
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    taken: Any,
+    order: Any,
+    kind: int,
+    first: int,
+    out: Any,
+) -> None:
     """Tiles first … of w int32 [T][C][P/F][16] into out fp32 [K, 16 * tiles]: scale * (integer - zero).
 
     Row k of a tile is row taken[k] of out, none for -1; scales and zeros fp32 [T][C][16]. `order` is that of the
