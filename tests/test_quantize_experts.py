@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 import tiny
 from gptq_webui.core.errors import LoadFailed
@@ -213,6 +214,12 @@ def test_few_hessians_at_a_time_give_the_same(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", ["experts", r"experts\.1\.", "down_proj|w2", r"layers\.0\..*experts"])
 def test_experts_stay_in_16_bits_by_option(kind: str, pattern: str, tmp_path: Path) -> None:
+    if (
+        kind == "mixtral"
+        and pattern in (r"experts\.1\.", "down_proj|w2")
+        and not hasattr(HfQuantizer, "update_weight_conversions")
+    ):
+        pytest.skip("this transformers joins Mixtral's experts before anybody can keep it from that; the folder is refused")
     made = model(kind)
     source, leave = dense_folder(tmp_path / "source", made), Leave([pattern])
     quantize_layers(made, texts(), {"four": FOUR}, tmp_path, CPU, leave=leave)
