@@ -59,7 +59,7 @@ def _without_left(model: nn.Module, found: dict[str, nn.Module], leave: Leave) -
         except re.error as error:
             raise BadParameter(f"{pattern!r} is no regular expression: {error}. Write a part of a layer's name.") from error
         if not of_pattern:
-            raise BadParameter(f"No layer that is packed has {pattern!r} in its name. Their names are {examples} and so on.")
+            raise BadParameter(f"No layer that is packed has {pattern!r} in its name. Write a part of such names: {examples}.")
         left |= of_pattern
     if len(left) == len(found):
         raise BadParameter("Every layer would stay in 16 bits. Leave fewer of them.")

@@ -236,7 +236,7 @@ def test_text_of_the_user(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("--group-size", "31"), "A group size of 31 is not possible"),
         (
             ("--leave", "exprts"),
-            "No layer that is packed has 'exprts' in its name. Their names are model.layers.0.self_attn.q_proj,",
+            "No layer that is packed has 'exprts' in its name. Write a part of such names: model.layers.0.self_attn.q_proj,",
         ),
         (("--leave", "down_proj("), "'down_proj(' is no regular expression: "),
         (("--leave", "self_attn", "--leave", "mlp"), "Every layer would stay in 16 bits"),
