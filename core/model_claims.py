@@ -139,7 +139,5 @@ def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     if isinstance(layers, int) and found and layers > found:
         yield f"config.json says {layers} layers, the files hold {found}. {_CURE}"
     rows, vocabulary = embedding_rows(tensors), config.get("vocab_size")
-    if isinstance(vocabulary, int) and config.get("model_type") == "moshi":
-        vocabulary += 1  # what stands before the first token
     if rows and isinstance(vocabulary, int) and vocabulary not in rows and "padded_vocab_size" not in config:
         yield f"config.json says vocab_size {vocabulary}, the embedding in the files has {rows[0]} rows. {_CURE}"

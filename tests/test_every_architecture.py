@@ -29,8 +29,9 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.joined_layers import JoinedLayers
 from gptq_webui.gptq.stepper_choice import stepper_for
 
-# No twin to compare with: its own forward does not look back only.
+# No twin to compare with: transformers 5.24 makes no tiny model of them, or its own forward does not look back only.
 REFUSED = {"cpmant"}  # in words, by checkpoint.py
+WITHOUT_TWIN = {"moshi": "its embedding has one row more than config.json says"}
 SHARED = {"zamba", "zamba2"}  # less layers in the files than places
 SAMPLE = (
     "falcon",  # a subclass of Linear that computes as Linear does
@@ -97,7 +98,7 @@ def check(kind, tmp_path, split=None, left=lambda name: False, **changes):
 @pytest.mark.skipif(not NEW, reason="the table is of transformers 5")
 @pytest.mark.parametrize("kind", KINDS if os.environ.get("GPTQ_WEBUI_EVERY_ARCHITECTURE") else SAMPLE)
 def test_every_architecture_is_computed_as_its_dequantised_twin(kind, tmp_path):
-    if kind in REFUSED:
+    if kind in REFUSED | set(WITHOUT_TWIN):
         pytest.skip("it is refused; see below")
     try:
         tiny_model(kind)(input_ids=torch.tensor([IDS]), use_cache=False)
