@@ -24,7 +24,7 @@ from ..core.units import format_bytes
 from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
 from .calibration_text import BUILT_IN, samples_of
 from .evaluation import evaluate_made
-from .quantize_card import QUALITY, Branch, Making, short_groups, write_card
+from .quantize_model_card import QUALITY, Branch, Making, short_groups, write_model_card
 
 USUAL_BRANCHES = (
     "gptq-4bit-128g-actorder_True",
@@ -152,7 +152,7 @@ def _finish(job: QuantizeJob, text: str, samples: int, say: Callable[[str], None
             write_json(folder / QUALITY, dataclasses.asdict(each))
     branches = [Branch(branch_name(each), job.folder(each), each) for each in job.branches]
     for branch in branches:
-        write_card(branch, branches, Making(job.source, text, samples, job.sample_tokens, job.head_bits, job.leave))
+        write_model_card(branch, branches, Making(job.source, text, samples, job.sample_tokens, job.head_bits, job.leave))
     return [job.folder(each) for each in job.branches]
 
 

@@ -7,7 +7,7 @@ from ..core.folder_files import read_json
 from ..core.models import LocalModel
 from ..core.units import format_bytes
 from ..engine.engine import Engine
-from ..engine.quantize_card import QUALITY
+from ..engine.quantize_model_card import QUALITY
 from ..loaders.contract.base import LoadedModel
 from . import html_snippets
 

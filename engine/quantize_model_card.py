@@ -36,7 +36,7 @@ class Making:
     leave: Sequence[str] = ()  # patterns of names of layers that stay in 16 bits
 
 
-def write_card(branch: Branch, branches: Sequence[Branch], making: Making) -> None:
+def write_model_card(branch: Branch, branches: Sequence[Branch], making: Making) -> None:
     """README.md of a branch: front matter, prompt template, and a table of all branches with their figures."""
     source, config = making.source, branch.config
     front, licence = front_matter(source.folder / "README.md")
