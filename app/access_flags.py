@@ -88,6 +88,12 @@ def users(options: argparse.Namespace) -> list[tuple[str, str]]:
     return found
 
 
+def made(options: argparse.Namespace, users: list[tuple[str, str]]) -> frozenset[str]:
+    """The names among `users` whose passwords this program made, of 72 random bits."""
+    chosen = options.auth.partition(":")[0] if options.auth else None
+    return frozenset(name for name, _password in users if name != chosen)
+
+
 def keys(options: argparse.Namespace, say: Callable[[str], None], path: Path | None = None) -> "Keys":
     """The keys that API requests need.
 

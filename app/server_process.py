@@ -71,7 +71,7 @@ def serve(options: argparse.Namespace) -> int:
     chats = ChatService(engine, most_running=per_client or MOST_RUNNING)
     blocks = page.build(engine, downloads, access=access, banner=banner, preset=preset, share=share, api=panel, chats=chats)
     names, origins = access_flags.hosts(options), options.cors or ()
-    shown = page.application(blocks, users)
+    shown = page.application(blocks, users, access_flags.made(options, users))
     webs = [WebServer(api.build(service, page=shown, here=gradio_compat.SIX, hosts=names, origins=origins), host, port)]
     if api_port is not None:
         webs.append(WebServer(api.build(service, hosts=names, origins=origins), host, api_port))

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import threading
 import time
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from ..core.addresses import is_here
 from ..core.errors import BadParameter
 
 _STOP_S = 3  # then streams that still run are cut
@@ -36,7 +36,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
         own = sum(each.client is not None and each.client[0] == address for each in self.connections)
-        if len(self.connections) > _MOST_CONNECTIONS or (own > _MOST_OF_ONE and not _is_here(address)):
+        if len(self.connections) > _MOST_CONNECTIONS or (own > _MOST_OF_ONE and not is_here(address)):
             transport.abort()
             return
         self._watch()
@@ -93,13 +93,6 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptoo
         if self._late is not None:
             self._late.cancel()
             self._late = None
-
-
-def _is_here(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 class WebServer:

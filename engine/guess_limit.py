@@ -1,7 +1,7 @@
 """Slows down those who guess passwords and keys: each address for itself, and all of them together.
 
 Whoever came in before is not stopped by the guesses of others, nor is who sits at this machine, or anybody could lock the owner
-out.
+out. Visitors of a link or a proxy all have one address, so they share its limit, and none of them is known by it.
 """
 
 import ipaddress
@@ -11,8 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..core.addresses import is_here
+
 T = TypeVar("T")
 
+BY_NAME = " by name"  # ends the address of whoever asks for a host by its name: a public link's visitors, or those of a proxy
 _MOST_ADDRESSES = 4096  # that are remembered; the ones seen last
 
 
@@ -29,14 +32,17 @@ class _Bucket:
 
 
 class GuessLimit:
-    """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all addresses."""
+    """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all addresses.
+
+    The defaults are for passwords that people choose: some 4,400 a day, whoever guesses.
+    """
 
     def __init__(
         self,
         guesses: int = 5,
-        every_s: float = 10.0,
+        every_s: float = 20.0,
         total_guesses: int = 60,
-        total_every_s: float = 1.0,
+        total_every_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._guesses, self._every_s, self._clock = guesses, every_s, clock
@@ -54,7 +60,7 @@ class GuessLimit:
         with self._lock:
             own = self._each.get(address) or _Bucket(self._guesses, 1 / self._every_s, now)
             _remember(self._each, address, own)
-            buckets = [own] if address in self._known or _is_here(address) else [own, self._all]
+            buckets = [own] if address in self._known or is_here(address) else [own, self._all]
             if (wait_s := max(each.wait_s(now) for each in buckets)) > 0:
                 return wait_s
             for each in buckets:
@@ -65,7 +71,8 @@ class GuessLimit:
         """The attempt that was just counted was right: it is given back."""
         address = _network(address)
         with self._lock:
-            _remember(self._known, address, None)
+            if not address.endswith(BY_NAME):
+                _remember(self._known, address, None)
             if (own := self._each.get(address)) is not None:
                 own.left += 1
             self._all.left = min(self._all.size, self._all.left + 1)
@@ -88,11 +95,3 @@ def _network(address: str) -> str:
     if isinstance(found, ipaddress.IPv6Address) and not found.is_loopback:
         return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False)) + space + by_name
     return str(found) + space + by_name
-
-
-def _is_here(address: str) -> bool:
-    """Whether it is of this machine itself, called by its address: what comes through a link or a proxy has a name."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

@@ -5,7 +5,6 @@ redirected to a storage host, whose signed link needs no token. It is in no erro
 no log. httpx is imported where it is used, because importing it takes time.
 """
 
-import ipaddress
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from .. import __version__
+from ..core.addresses import is_here
 from ..core.errors import HubUnreachable, WrongRepository
 from . import hub_errors
 
@@ -118,21 +118,9 @@ def get(
             if length.isdecimal() and len(length) < 6:
                 response.read()  # so that the connection can be used again
             url = url.join(response.headers["Location"])
-            if _is_here(url.host) and not _is_here(home.host):
+            if is_here(url.host, also_link_local=True) and not is_here(home.host, also_link_local=True):
                 raise httpx.InvalidURL("a redirect to this machine itself")
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
-
-
-def _is_here(host: str) -> bool:
-    """Whether an address is of this machine, or of the link that it is on: where clouds keep the secrets of a machine."""
-    if host.rstrip(".").lower() == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        address: Any = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return bool(address.is_loopback or address.is_link_local or address.is_unspecified)
 
 
 def read(

@@ -3,6 +3,7 @@
 import socket
 import urllib.request
 
+import kinds_of_walks
 import pytest
 from host_process import Host, host, one, place, put
 
@@ -70,3 +71,33 @@ def test_our_tab_in_the_hosts_page(place):
     again = Host(place, "--extensions", "gptq_webui")
     assert again("state")["name"] == "tiny-config"
     again.close()
+
+
+@pytest.mark.browser
+def test_models_of_other_kinds_are_chosen_in_our_tab_and_answer_in_the_host(place):
+    """Gemma 3, a mixture of experts, a hybrid, and one that sees pictures: one after the other in the same host."""
+    require_gradio_4()
+    from browser import WAIT_MS, chromium
+
+    kinds_of_walks.write(place / "user_data" / "models")
+    put(place, "extensions")
+    port = free_port()
+    host = Host(place, "--extensions", "gptq_webui", "--listen-port", str(port))
+    assert host.ready == {"ready": True}, host.said()
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(WAIT_MS)
+        page.goto(f"http://127.0.0.1:{port}")
+        for name in kinds_of_walks.NAMES:
+            page.get_by_role("tab", name="GPTQ").click()
+            page.click("#gw-models input")
+            page.get_by_role("option", name=name).click()
+            page.wait_for_selector(f"#gw-model-status:has-text('Ready') >> text={name}")
+            assert host("state")["name"] == name
+            page.get_by_role("tab", name="Model", exact=True).click()
+            page.wait_for_selector(f"#host-status:has-text('{name}')")
+            assert page.input_value("#host-menu input") == name
+            answer = host("ask", text="Who are you?", tokens=8, past_end=True)
+            assert answer.get("texts", 0) > 5 and answer["answer"], (name, answer, host.said())
+            assert host("ask", text="Who are you?", tokens=8, past_end=True) == answer  # greedy: the same again
+    host.close()

@@ -1,5 +1,6 @@
 """engine/guess_limit.py: how fast passwords and keys can be guessed."""
 
+from gptq_webui.core.addresses import is_here
 from gptq_webui.engine.guess_limit import GuessLimit
 
 
@@ -80,3 +81,31 @@ def test_visitors_of_a_name_count_by_network_too():
     found, _clock = limit(total_guesses=1000)
     assert sum(tries(found, f"2001:db8::{at:x} by name") for at in range(50)) == 5
     assert tries(found, "2001:db8::1") == 5 and tries(found, "1.2.3.4 by name") == tries(found, "1.2.3.4") == 5
+
+
+def test_a_day_of_guesses_at_chosen_passwords_gives_a_few_thousand_however_many_guess():
+    clock = Clock()
+    found = GuessLimit(clock=clock)
+    checked = 0
+    for second in range(0, 86_400, 5):
+        clock.now = second
+        checked += sum(found.attempt(f"10.0.{at}.1") == 0 for at in range(20))
+        checked += found.attempt("127.0.0.1 by name") == 0
+    assert 1000 < checked < 4500
+
+
+def test_one_visitor_of_a_link_who_came_in_makes_none_of_the_others_known():
+    found, _clock = limit()
+    assert found.attempt("127.0.0.1 by name") == 0
+    found.succeeded("127.0.0.1 by name")
+    assert sum(tries(found, f"10.0.{at}.1") for at in range(200)) == 20
+    assert found.attempt("127.0.0.1 by name") > 0
+
+
+def test_whose_address_it_is_is_asked_in_one_place():
+    for own in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "localhost", "LocalHost.", "a.localhost"):
+        assert is_here(own) and is_here(own, also_link_local=True)
+    for link in ("169.254.169.254", "fe80::1%eth0", "::ffff:169.254.1.1"):
+        assert not is_here(link) and is_here(link, also_link_local=True)
+    for other in ("10.0.0.1", "2001:db8::1", "example.org", "127.0.0.1 by name", "localhost.example.org", "", "unix"):
+        assert not is_here(other) and not is_here(other, also_link_local=True)

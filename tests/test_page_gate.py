@@ -157,6 +157,28 @@ def test_visitors_of_a_public_link_do_not_lock_out_the_owner_at_the_machine():
     assert address(b"abc.gradio.live") != address(b"127.0.0.1:7860") == address(b"localhost:7860") == address(b"[::1]:7860")
 
 
+def test_who_has_a_password_made_at_random_gets_in_while_another_visitor_of_the_link_guesses(house):
+    """All visitors of a public link have one address. `anna`'s password is one that people choose, the guests' was made."""
+    house.gate._unguessable = {GUEST[0]: GUEST[1]}
+
+    def login(name, password, **more):
+        with client(house) as http:
+            return http.post("/login", data={"username": name, "password": password}, **more)
+
+    guesses = [login(name, f"guess {at}").status_code for at in range(20) for name in ("anna", GUEST[0])]
+    assert guesses.count(400) == 5 and guesses.count(429) == 35
+    assert login(*OWNER).status_code == 429
+    for name in (GUEST[0], f" {GUEST[0]} "):  # Gradio drops the spaces, too
+        assert login(name, GUEST[1]).status_code == 200
+    assert login(GUEST[0], GUEST[1], files={"x": ("", b"")}).status_code in (200, 429)  # a form of parts
+    assert login(GUEST[0], GUEST[1] + "x").status_code == 429 and login("anna", GUEST[1]).status_code == 429
+    with client(house) as http:
+        for body in (b"\xff", b"username=%ff&password=%00", b"--x", b""):
+            kind = "multipart/form-data; boundary=x" if body == b"--x" else "application/x-www-form-urlencoded"
+            assert http.post("/login", content=body, headers={"content-type": kind}).status_code == 429
+    house.gate._unguessable = {}
+
+
 def test_a_login_is_short_and_logins_do_not_pile_up(house):
     with client(house) as http:
         assert http.post("/login", data={"username": "x" * 20_000, "password": "y"}).status_code == 413

@@ -118,7 +118,7 @@ def test_nobody_gets_a_conversation_of_another_login(house):
             name, inputs = each.fn.__name__, len(each.inputs)
             pressed = {house.page.blocks[block].elem_id for block, _trigger in each.targets if block in house.page.blocks}
             if name == "handle":
-                given = [json.dumps(act) for act in acts] if "gw-act" in pressed else ["[]"]
+                given = [json.dumps(act) for act in acts] if {"gw-act", "gw-aside"} & pressed else ["[]"]
                 data = [[one, id, "", "", "text", "system", "", "", *parameters()] for one in given]
             elif name == "save":
                 data = [["text", str(answer), "", id, "", "", "text", "", "", "", *parameters()]]
@@ -141,6 +141,7 @@ def test_nobody_gets_a_conversation_of_another_login(house):
         "opened",
         "follow",
         "gw-act",
+        "gw-aside",
         "gw-send",
         "gw-measure",
         "gw-undo",

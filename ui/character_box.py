@@ -23,6 +23,7 @@ from . import gradio_compat
 from .character_parts import FIELDS, NOBODY, CharacterParts
 from .chat_actions import ChatActions
 from .chat_asked import Asked
+from .chat_script import turn
 from .chat_view import owner_of
 from .html_snippets import bad, quiet
 from .job_watcher import Updates
@@ -54,10 +55,10 @@ class CharacterBox:
         self._actions, self._kept, self._chats, self._at = actions, kept, actions.chats, parts
         self._parts = actions.view.parts
 
-    def wire(self, inputs: Sequence[Any]) -> None:
-        """`inputs`: those of the Chat tab's handlers."""
+    def wire(self, inputs: Sequence[Any], answered: Callable[[Any], None]) -> None:
+        """`inputs`: those of the Chat tab's handlers; `answered` ends the turn of an event."""
 
-        def on(trigger: Callable[..., Any], work: Callable[..., Updates], mine: Sequence[Any] = (), **options: Any) -> None:
+        def on(trigger: Callable[..., Any], work: Callable[..., Updates], mine: Sequence[Any] = (), pick: str = "") -> None:
             def handle(request: gr.Request, *values: Any) -> Updates:
                 texts = [each or "" if not isinstance(each, list) else "" for each in values[: len(mine)]]
 
@@ -70,20 +71,22 @@ class CharacterBox:
                 return self._actions.handler(run)(request, *values[len(mine) :])
 
             outputs = [*self._actions.view.outputs, *self._at.own]
-            trigger(handle, [*mine, *inputs], outputs, **gradio_compat.NOW | options)
+            play = turn("play", len(mine))
+            script = f"async (...given) => ({play})(...await ({pick})(...given))" if pick else play
+            answered(trigger(handle, [*mine, *inputs], outputs, js=script, **gradio_compat.NOW))
 
         cast = [self._at.choice, self._at.persona]
         on(self._at.choice.input, self._choose, cast)
         on(self._at.persona.input, self._choose, cast)
         on(self._at.prompt.input, self._use_prompt, [self._at.prompt])
-        on(self._at.bring.click, self._import, [self._at.file, self._at.persona], js=_PICK)
+        on(self._at.bring.click, self._import, [self._at.file, self._at.persona], pick=_PICK)
         on(self._at.new.click, self._new)
         on(self._at.change.click, self._edit, [self._at.choice])
         on(self._at.export.click, self._export, [self._at.choice])
         on(self._at.delete.click, self._delete, [self._at.choice])
         on(self._at.back.click, self._undelete, [self._at.gone])
         on(self._at.save.click, self._save, [self._at.edited, self._at.persona, *self._at.boxes])
-        on(self._at.lore.click, self._lore, [self._at.file, self._at.edited], js=_PICK)
+        on(self._at.lore.click, self._lore, [self._at.file, self._at.edited], pick=_PICK)
         on(self._at.close.click, lambda asked: {self._at.editor: gr.update(visible=False), self._at.note: ""})
         on(self._at.keep_persona.click, self._save_persona, [self._at.own_name, self._at.own_words])
         on(self._at.drop_persona.click, self._delete_persona, [self._at.persona])

@@ -30,9 +30,11 @@ class ChatActions:
         self._list = ListActions(view)
         self.prompts = PromptActions(view, params)
         self._known_words: dict[str, Callable[..., Updates]] = {
-            **self._list.words, **self.prompts.words, "earlier": self._earlier, "version": self._version, "copy": self._copy,
-            "edit": self._edit, "again": self._again, "continue": self._continue, "branch": self._branch, "remove": self._remove,
-            "pictures": self._pictures, "instead": self._instead,
+            **self._list.words, "earlier": self._earlier, "version": self._version, "edit": self._edit, "again": self._again,
+            "continue": self._continue, "branch": self._branch, "remove": self._remove, "instead": self._instead,
+        }  # fmt: skip
+        self._asides: dict[str, Callable[..., Updates]] = {
+            **self._list.asides, **self.prompts.words, "copy": self._copy, "pictures": self._pictures,
         }  # fmt: skip
 
     def handler(self, work: Callable[[Asked, Any], Updates]) -> Callable[..., Updates]:
@@ -67,12 +69,14 @@ class ChatActions:
     def send(self, asked: Asked, given: str) -> Updates:
         files = files_in(given)
         if not asked.text.strip():
+            if not files and asked.id and self.chats.running(asked.owner, asked.id) is not None:  # Enter was pressed twice
+                return {self.parts.line: gr.update()}
             words = "Write what the model should do with the files." if files else "Write a message first."
             return {self.parts.line: quiet(words)}
         params = self._params(asked.values)
         fields = {} if asked.id else asked.settings
         id = self.chats.send(asked.owner, asked.id, asked.text.strip(), params, files=files, **fields)
-        return {self.parts.box: "", self.parts.out: order(sent=1, bottom=1)} | self._begun(asked, id)
+        return {self.parts.out: order(taken=1, bottom=1)} | self._begun(asked, id)
 
     def go_on(self, asked: Asked, _given: str) -> Updates:
         if not asked.id:
@@ -130,8 +134,15 @@ class ChatActions:
     # --- what the script passes on -----------------------------------------------------------------
 
     def act(self, asked: Asked, given: str) -> Updates:
+        return self._work(self._known_words, asked, given)
+
+    def aside(self, asked: Asked, given: str) -> Updates:
+        """What changes nothing that is kept, and so needs no turn."""
+        return self._work(self._asides, asked, given)
+
+    def _work(self, known: dict[str, Callable[..., Updates]], asked: Asked, given: str) -> Updates:
         words = words_in(given)
-        work = self._known_words.get(words[0]) if words else None
+        work = known.get(words[0]) if words else None
         if work is None:
             return {self.parts.line: gr.update()}
         try:
@@ -212,7 +223,7 @@ class ChatActions:
         except GptqWebuiError as error:
             return {self.parts.line: bad(str(error))}
         # the browser fills the box, for somebody may have written into it since the page was asked for
-        return updates | {self.parts.out: order(bottom=1, fill=info.draft, files=info.draft_files)}
+        return updates | {self.parts.out: order(loaded=1, bottom=1, fill=info.draft, files=info.draft_files)}
 
     def look(self, request: gr.Request, id: str, known: str, query: str) -> Updates:
         """Whether somebody else changed something. Every visible page asks it all the time, so it takes and gives little."""

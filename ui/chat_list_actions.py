@@ -19,23 +19,20 @@ class ListActions:
         self.view, self.parts, self.chats = view, view.parts, view.chats
         self.words: dict[str, Callable[..., Updates]] = {
             "open": self.open, "new": self.new, "rename": self.rename, "pin": self.pin, "tags": self.tags, "tag": self.tag,
-            "delete": self.delete, "undelete": self.undelete, "export": self.export, "export-all": self.export_all,
-            "import": self.bring,
+            "delete": self.delete, "undelete": self.undelete, "import": self.bring,
         }  # fmt: skip
+        self.asides: dict[str, Callable[..., Updates]] = {"export": self.export, "export-all": self.export_all}
 
     def open(self, asked: Asked, id: str, files: str = "") -> Updates:
         self.keep_draft(asked, files)
         info = self.chats.store.get(asked.owner, id)
         updates = self.view.show(asked.request, id, asked.known, asked.query, opened=True)
-        return updates | {
-            self.parts.box: info.draft,
-            self.parts.out: order(focus=1, bottom=1, files=info.draft_files),
-        }
+        return updates | {self.parts.out: order(taken=1, focus=1, bottom=1, fill=info.draft, files=info.draft_files)}
 
     def new(self, asked: Asked, files: str = "") -> Updates:
         self.keep_draft(asked, files)
         updates = self.view.show(asked.request, "", asked.known, asked.query, opened=True)
-        return updates | {self.parts.box: "", self.parts.out: order(focus=1, files=[])}
+        return updates | {self.parts.out: order(taken=1, focus=1)}
 
     def rename(self, asked: Asked, id: str, title: str) -> Updates:
         self.chats.store.set(asked.owner, id, title=title)
@@ -54,19 +51,24 @@ class ListActions:
         asked.known.tag = tag[:40]
         return self._listed(asked)
 
-    def delete(self, asked: Asked, id: str) -> Updates:
+    def delete(self, asked: Asked, id: str, files: str | None = None) -> Updates:
+        """`files` come with what is typed, if the page took both out of the box: they are the conversation's draft."""
+        if files is not None and id == asked.id:
+            self.keep_draft(asked, files)
         with self.chats.stopped(asked.owner, id) as store:
             title = store.get(asked.owner, id).title
             store.delete(asked.owner, id)
         asked.known.deleted = f"{id} {title}"
         if id != asked.id:
             return self._listed(asked)
-        return self.view.show(asked.request, "", asked.known, asked.query, opened=True) | {self.parts.box: ""}
+        return self.view.show(asked.request, "", asked.known, asked.query, opened=True) | {self.parts.out: order(taken=1)}
 
     def undelete(self, asked: Asked, id: str) -> Updates:
         self.chats.store.undelete(asked.owner, id)
         asked.known.deleted = ""
-        return self.view.show(asked.request, id, asked.known, asked.query, opened=True)
+        info = self.chats.store.get(asked.owner, id)
+        updates = self.view.show(asked.request, id, asked.known, asked.query, opened=True)
+        return updates | {self.parts.out: order(fill=info.draft, files=info.draft_files)}
 
     def export(self, asked: Asked, id: str, format: str) -> Updates:
         return {self.parts.out: order(download=chat_export.write(self.chats.store, asked.owner, id, format))}

@@ -52,6 +52,7 @@ class ChatParts:
     out: gr.Textbox  # what the browser shall do
     given: gr.Textbox  # where the script puts what it passes on
     act: gr.Button  # pressed by the script
+    aside: gr.Button  # the same, for what changes nothing that is kept
     look: gr.Button
     draft: gr.Button
     measure: gr.Button
@@ -134,7 +135,7 @@ def draw(engine: Engine, access: Access) -> ChatParts:
                 widgets["characters"] = CharacterParts()
     for name in ("shown", "known", "news", "bell", "out", "given", "edit_id"):
         widgets[name] = _text(elem_classes="gw-hidden", elem_id=f"gw-{name.replace('_', '-')}")
-    for name in ("act", "look", "draft", "measure"):
+    for name in ("act", "aside", "look", "draft", "measure"):
         widgets[name] = gr.Button(name, elem_classes="gw-hidden", elem_id=f"gw-{name}")
     return ChatParts(**widgets)
 

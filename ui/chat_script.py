@@ -4,12 +4,12 @@ Both Gradios run it when the page is loaded. A button of class gw-act holds an a
 between them, or a JSON list. The script puts it where the hidden button #gw-act finds it, and presses that button.
 """
 
-from . import chat_files, chat_shortcuts, likely_box
+from . import chat_files, chat_shortcuts, chat_turns, likely_box
 
 _INSTALL = r"""
 () => {
   if (window.gwChat) return;
-  const gw = window.gwChat = {actions: [], files: [], kept: '[]', stick: true, drafting: 0, measuring: 0};
+  const gw = window.gwChat = {actions: [], asides: [], files: [], kept: '[]', stick: true, drafting: 0, measuring: 0};
   const find = (selector, within) => (within || document).querySelector(selector);
   const press = (id) => {
     const found = find('#' + id);
@@ -20,8 +20,6 @@ _INSTALL = r"""
   // the toggle event comes too late: a list that changes before it would open the menu again
   const shut = (open) => { open.open = false; gw.menu = ''; };
   const box = () => find('#gw-message textarea');
-  gw.act = (...words) => { gw.actions.push(JSON.stringify(words)); press('gw-act'); };
-  gw.take = () => gw.actions.shift() || '[]';
   gw.attached = () => JSON.stringify(gw.files);
   gw.fresh = () => { // what is attached, '' if the server has it already
     const now = gw.attached(), before = gw.kept;
@@ -61,9 +59,11 @@ _INSTALL = r"""
     else if (performance.now() < until) setTimeout(gw.await, 40, selector, until);
   };
 
+TURNS
   // what the server wants the browser to do
-  gw.obey = async (text) => {
-    if (!text) return;
+  gw.obey = (text) => {
+    if (!text || text === gw.obeyed) return;
+    gw.obeyed = text;
     const it = JSON.parse(text);
     if (it.copy !== undefined) gw.copy(it.copy);
     if (it.download) {
@@ -73,18 +73,17 @@ _INSTALL = r"""
       document.body.append(link); link.click(); link.remove();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
-    if (it.sent) { gw.files = []; gw.kept = '[]'; gw.chips(); }
-    if (it.fill !== undefined && isNew()) [it.fill, it.files] = newDraft();
-    if (it.files && (!it.fill || !gw.files.length)) { gw.files = it.files; gw.kept = gw.attached(); gw.chips(); }
-    if (it.fill && box() && !box().value) {
-      box().value = it.fill;
-      box().dispatchEvent(new Event('input', {bubbles: true}));
+    if (it.taken) gw.taken = true; // what the act took out of the box has arrived
+    if (it.loaded && isNew()) [it.fill, it.files] = newDraft();
+    if (it.fill || it.files?.length) {
+      if (!gw.files.length) gw.kept = JSON.stringify(it.files || []);
+      gw.fill(it.fill || '', it.files || []);
     }
     if (it.pictures) gw.seen(it.pictures);
     if (it.bottom) { gw.stick = true; gw.down(); }
     if (it.reveal) setTimeout(() => { const at = find('#gw-prompt'); if (at) at.scrollIntoView({block: 'nearest'}); }, 150);
     if (it.focus) setTimeout(focus, 60);
-    if (it.edit) gw.await('#gw-edit textarea');
+    if (it.edit) { gw.editing = ''; gw.await('#gw-edit textarea'); }
   };
   gw.copy = async (text) => {
     try { await navigator.clipboard.writeText(text); gw.say('Copied.'); return; } catch (error) {}
@@ -160,7 +159,6 @@ LIKELY
     if (words[0] === 'import') return pick('chats', (name, text) => gw.act('import', name, text));
     if (words[0] === 'rename' || words[0] === 'tags') return type(button, words[0], words[1]);
     if (['open', 'branch'].includes(words[0])) { gw.drawer(false); gw.stick = true; }
-    if (words[0] === 'open') words.push(gw.fresh());
     gw.act(...words);
     gw.refocus(button.value);
   });
@@ -189,8 +187,13 @@ LIKELY
     clearTimeout(gw.drafting); gw.drafting = setTimeout(gw.drafted, 800);
     gw.measure(700);
   });
-  gw.sending = () => { clearTimeout(gw.drafting); gw.stick = true; };
-  gw.measure = (wait) => { clearTimeout(gw.measuring); gw.measuring = setTimeout(() => press('gw-measure'), wait || 120); };
+  let measures = 0; // until when one is under way: an older answer must not come after a newer one
+  const measure = () => {
+    if (measures > performance.now()) { gw.remeasure = true; return; }
+    measures = performance.now() + 20000; gw.remeasure = false; press('gw-measure');
+  };
+  gw.measure = (wait) => { clearTimeout(gw.measuring); gw.measuring = setTimeout(measure, wait || 120); };
+  gw.measured = () => { measures = 0; if (gw.remeasure) measure(); };
 
   // the newest words stay in sight, unless one has scrolled up
   gw.down = () => { const talk = find('#gw-chat'); if (talk) talk.scrollTop = talk.scrollHeight; };
@@ -235,7 +238,7 @@ LIKELY
     try {
       await fetch(window.location.pathname, {method: 'HEAD', cache: 'no-store'});
       gw.lost(false);
-      press('gw-look');
+      if (!gw.isBusy()) press('gw-look');
     } catch (error) {
       gw.lost(true);
     } finally { gw.looking = false; }
@@ -247,12 +250,17 @@ LIKELY
 """
 
 INSTALL = _INSTALL.replace("SHORTCUTS", chat_shortcuts.SCRIPT).replace("LIKELY", likely_box.SCRIPT)
-INSTALL = INSTALL.replace("FILES\n", chat_files.SCRIPT)
-OPEN = "() => { (" + INSTALL + ")(); return window.gwChat.opened(); }"
-TAKE = "(...given) => [window.gwChat.take(), ...given.slice(1)]"
-SEND = "(...given) => { window.gwChat.sending(); return [window.gwChat.attached(), ...given.slice(1)]; }"
+INSTALL = INSTALL.replace("FILES\n", chat_files.SCRIPT).replace("TURNS\n", chat_turns.SCRIPT)
+OPEN = "() => { (" + INSTALL + ")(); return window.gwChat.opening(); }"
+TAKE_ASIDE = "(...given) => [window.gwChat.takeAside(), ...given.slice(1)]"
 ATTACHED = "(...given) => [window.gwChat.attachedTexts(), ...given.slice(1)]"
-NEW_FILES = "(...given) => [window.gwChat.fresh(), ...given.slice(1)]"
 KEEP = "(id) => { window.gwChat.keep(id); }"
 OBEY = "(text) => { window.gwChat.obey(text); }"
 MEASURE = "() => { window.gwChat.measure(); }"
+MEASURED = "() => { window.gwChat.measured(); }"
+ANSWERED = "(...now) => { window.gwChat.answered(...now); }"
+
+
+def turn(act: str = "asked", at: int = 0) -> str:
+    """For an event that takes its turn: `act` is a function of chat_turns.py, `at` where the Chat tab's inputs begin."""
+    return f"(...given) => window.gwChat.{act}(given, {at})"

@@ -49,32 +49,41 @@ def build(
     ]  # fmt: skip
     inputs = [*own_inputs, *parameters.fields]
     now = gradio_compat.NOW
-    CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs)
+    turn = chat_script.turn
+
+    def answered(event: Any) -> None:
+        """The turn of an event is over when its answer is there."""
+        event.then(None, [*own_inputs[1:], parts.out], None, js=chat_script.ANSWERED, **gradio_compat.EVENT)
+
+    CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs, answered)
 
     def wire(
-        trigger: Callable[..., Any], work: Callable[[Asked, Any], Updates], given: Any, outputs: Any = None, **options: Any
-    ) -> Any:
-        return trigger(actions.handler(work), given, outputs or view.outputs, **{**now, **options})
+        trigger: Callable[..., Any], work: Callable[[Asked, Any], Updates], given: Any, outputs: Any = None, act: str = "asked"
+    ) -> None:
+        answered(trigger(actions.handler(work), given, outputs or view.outputs, js=turn(act), **now))
 
-    for trigger, work, script in (
-        (parts.send.click, actions.send, chat_script.SEND), (parts.box.submit, actions.send, chat_script.SEND),
-        (parts.more.click, actions.go_on, None), (parts.again.click, actions.regenerate, None),
-        (parts.write.click, actions.write, None), (parts.act.click, actions.act, chat_script.TAKE),
+    for trigger, work, act in (
+        (parts.send.click, actions.send, "send"), (parts.box.submit, actions.send, "send"),
+        (parts.more.click, actions.go_on, "asked"), (parts.again.click, actions.regenerate, "asked"),
+        (parts.write.click, actions.write, "asked"), (parts.act.click, actions.act, "takeAct"),
     ):  # fmt: skip
-        wire(trigger, work, inputs, js=script)
+        wire(trigger, work, inputs, act=act)
     for trigger, work in (
         (parts.clear.click, actions.clear), (parts.undo.click, actions.undo),
         (parts.news.change, actions.refresh), (parts.search.input, actions.refresh),
         (parts.edit_cancel.click, actions.close_edit),
     ):  # fmt: skip
         wire(trigger, work, own_inputs)
+    parts.stop.click(actions.handler(actions.stop), own_inputs, [parts.line], **now)  # waits for nothing
+    aside = [parts.prompt, parts.line, parts.out]
+    parts.aside.click(actions.handler(actions.aside), inputs, aside, js=chat_script.TAKE_ASIDE, **now)
     for trigger, work in (
-        (parts.stop.click, actions.stop), (parts.system.blur, actions.keep_settings), (parts.start.blur, actions.keep_settings),
+        (parts.system.blur, actions.keep_settings), (parts.start.blur, actions.keep_settings),
         (parts.own_template.input, actions.keep_settings), (parts.own_adapters.input, actions.keep_settings),
     ):  # fmt: skip
         wire(trigger, work, own_inputs, [parts.line])
-    wire(parts.new.click, actions.new, own_inputs, js=chat_script.NEW_FILES)
-    wire(parts.draft.click, actions.keep_draft, own_inputs, [parts.line], js=chat_script.NEW_FILES)
+    wire(parts.new.click, actions.new, own_inputs, act="startNew")
+    wire(parts.draft.click, actions.keep_draft, own_inputs, [parts.line], act="keepDraft")
     if gradio_compat.LAZY_TABS:  # an adapter may have been downloaded meanwhile
         parts.own_adapters.focus(
             lambda given: adapter_box.refreshed(engine, given), parts.own_adapters, parts.own_adapters, **now
@@ -90,10 +99,12 @@ def build(
         return save
 
     for button, in_place in ((parts.edit_send, False), (parts.edit_keep, True)):
-        button.click(editing(in_place), [parts.edit_box, parts.edit_id, *inputs], view.outputs, **now)
+        given = [parts.edit_box, parts.edit_id, *inputs]
+        answered(button.click(editing(in_place), given, view.outputs, js=turn("saveEdit", 2), **now))
 
     measured = actions.handler(lambda asked, given: {parts.meter: actions.prompts.meter(asked, given)})
-    parts.measure.click(measured, inputs, [parts.meter, parts.line], js=chat_script.ATTACHED, **now)
+    measuring = parts.measure.click(measured, inputs, [parts.meter, parts.line], js=chat_script.ATTACHED, **now)
+    measuring.then(None, None, None, js=chat_script.MEASURED, **gradio_compat.EVENT)
 
     async def follow(request: gr.Request, bell: str) -> Any:
         async for updates in view.follow(request, (bell or "").partition(" ")[0]):
@@ -117,7 +128,7 @@ def build(
     template = parts.template
     watcher.after(template.choice.input(template.choose, template.choice, template.outputs, **gradio_compat.EVENT))
     opening = [parts.shown, parts.given]
-    gradio_compat.root().load(actions.opened, opening, view.outputs, js=chat_script.OPEN, **gradio_compat.SHOW)
+    answered(gradio_compat.root().load(actions.opened, opening, view.outputs, js=chat_script.OPEN, **gradio_compat.SHOW))
 
     def leave(request: gr.Request) -> None:
         watcher.leave(request)

@@ -74,7 +74,7 @@ class ChatView:
         """Everything that `show` may change."""
         at = self.parts
         return [
-            at.shown, at.known, at.bell, at.out, at.listed, at.past, at.live, at.line, at.box, at.send, at.stop, at.undo,
+            at.shown, at.known, at.bell, at.out, at.listed, at.past, at.live, at.line, at.send, at.stop, at.undo,
             at.prompt, at.system, at.start, at.own_template, at.own_adapters, at.editor, at.edit_box, at.edit_id, self.whose,
         ]  # fmt: skip
 
@@ -109,6 +109,8 @@ class ChatView:
             updates[at.own_adapters] = gr.update(value=chosen, choices=adapter_box.choices(self.chats.engine, chosen))
             updates.setdefault(at.line, "")
         key = f"{info.stamp}:{live is not None}:{running is not None}:{known.most}"
+        if running is None and info.id != known.id:
+            self.followers.pop(request)  # what it followed is no longer shown
         if opened or known.id != info.id or known.chat != key:
             updates[self.whose] = info.id if info.parameters else ""
         if opened or ended or known.id != info.id or known.chat != key:
@@ -171,6 +173,8 @@ class ChatView:
         while answer is not None and not answer.over:
             following = self.followers.get(request)
             if following is None or following[0] is not mine:
+                # after what was on its way; the end of a handler sends its last values again
+                yield {at.live: gr.update()} if following is not None else {at.live: "", at.line: ""}
                 return
             began = time.monotonic()
             text, state = answer.text, answer.state
@@ -222,7 +226,7 @@ class ChatView:
         at = self.parts
         updates: Updates = {}
         if (info.draft or info.draft_files) and not (box or "").strip():
-            updates = {at.box: info.draft, at.out: order(files=info.draft_files)}
+            updates = {at.out: order(fill=info.draft, files=info.draft_files)}
         answer = self.chats.last(owner, info.id)
         if answer is None:
             return updates | {at.line: ""}

@@ -30,7 +30,7 @@ from .library_box import draw_library
 from .loaders_box import draw_loaders, waiting
 from .perplexity_box import draw_perplexity
 from .rescue_box import draw_rescue
-from .settings_box import draw_settings
+from .settings_box import AFTER_SAVING, draw_settings
 
 # Gradio 6 reports a click in a list twice. The number tells a second choice of the same model from an echo of the first.
 _ONCE = """(name) => {
@@ -96,13 +96,13 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     def choices() -> list[tuple[str, str]]:
         return [(f"{each.name} — {each.badge}", each.name) for each in engine.library.models()]
 
-    def listed(request: gr.Request, chosen: str | None) -> Updates:
-        """The list of models with `chosen` in it, else the loaded one, and the settings of that."""
+    def listed(request: gr.Request, chosen: str | None, anew: bool = True) -> Updates:
+        """The list of models with `chosen` in it, else the loaded one, and the settings of that: `anew`, or if they changed."""
         chosen = chosen or engine.status.name  # a page that is just opening has chosen nothing yet
         found = choices()
         known = chosen if any(chosen == name for _label, name in found) else None
         chosen_on.set(request, known)
-        return {models: gr.update(choices=found, value=known), **settings.values(known), **table.values(known)}
+        return {models: gr.update(choices=found, value=known), **settings.values(request, known, anew), **table.values(known)}
 
     def state() -> Updates:
         """Everything that follows from what is loaded."""
@@ -164,7 +164,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             said = bad(job.error) if now.error or job.error != now.text else quiet(job.error)
         else:
             said = good(job.result)
-        shown = listed(request, wanted) | state() | {status: said} | beside(request, said)
+        shown = listed(request, wanted, False) | state() | {status: said} | beside(request, said)
         beside_on.pop(request)
         return shown
 
@@ -197,7 +197,10 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             name = json.loads(text)[0]
         except (ValueError, TypeError, LookupError, RecursionError):
             name = None
-        return load(name if isinstance(name, str) else None, request)
+        if not isinstance(name, str):
+            return load(None, request)
+        # its settings at once: those of the model before would be saved for this one
+        return load(name, request) | settings.values(request, name) | table.values(name)
 
     def reload_beside(name: str | None, request: gr.Request) -> Updates:
         beside_on.set(request, True)
@@ -244,9 +247,11 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     watcher.add(look, outputs, live=[status, settings.progress])
     watcher.add(arrived, [models])
     models.input(None, models, chosen, js=_ONCE, **gradio_compat.EVENT)
-    watcher.after(chosen.change(load_chosen, chosen, status, **gradio_compat.PRESS))
-    watcher.after(reload.click(load, models, status, **gradio_compat.PRESS))
-    watcher.after(settings.reload.click(reload_beside, models, [status, settings.progress], **gradio_compat.PRESS))
+    choosing = [status, *settings.outputs, *table.outputs]
+    watcher.after(chosen.change(load_chosen, chosen, choosing, js=AFTER_SAVING, **gradio_compat.PRESS))
+    watcher.after(reload.click(load, models, status, js=AFTER_SAVING, **gradio_compat.PRESS))
+    beside_it = [status, settings.progress]
+    watcher.after(settings.reload.click(reload_beside, models, beside_it, js=AFTER_SAVING, **gradio_compat.PRESS))
     watcher.after(unload.click(unload_model, None, status, **gradio_compat.PRESS))
     watcher.after(table.compile.click(compile_loader, models, status, **gradio_compat.PRESS))
     rescue.wire(begin, status, box.ref)

@@ -159,7 +159,11 @@ def launch_options() -> dict[str, Any]:
     return gradio_compat.launch_options(theme.theme(), theme.CSS, page_comfort.HEAD)
 
 
-def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None) -> Any:
-    """The page as an ASGI application. `users` are the (name, password) pairs that may log in; None: no login."""
+def application(page: gr.Blocks, users: list[tuple[str, str]] | None = None, made: frozenset[str] = frozenset()) -> Any:
+    """The page as an ASGI application. `users` are the (name, password) pairs that may log in; None: no login.
+
+    `made`: the names among them whose passwords nobody can guess, for they were made at random.
+    """
     mounted = gradio_compat.mount(page, users, theme.theme(), theme.CSS, page_comfort.HEAD)
-    return PageGate(mounted, gradio_compat.Server(mounted))
+    unguessable = {name: password for name, password in users or () if name in made}
+    return PageGate(mounted, gradio_compat.Server(mounted), unguessable=unguessable)

@@ -7,7 +7,9 @@ for every session that anybody names, so sessions, streams and waiting events ar
 
 import json
 import re
+import secrets
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from math import ceil
@@ -15,9 +17,11 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..engine.guess_limit import GuessLimit
+from ..engine.guess_limit import BY_NAME, GuessLimit
 from .gradio_compat import BYTES, MOST_SESSIONS, Server
 from .page_comfort import ALIVE
 from .page_icon import SIZES, icon, icon_path, manifest
@@ -59,8 +63,12 @@ class _Session:
 class PageGate:
     """An ASGI application around the page."""
 
-    def __init__(self, app: Any, server: Server, guesses: GuessLimit | None = None) -> None:
+    def __init__(
+        self, app: Any, server: Server, guesses: GuessLimit | None = None, unguessable: Mapping[str, str] | None = None
+    ) -> None:
+        """`unguessable`: passwords made at random, by name. The right one of these is let in however many others guess."""
         self._app, self._server = app, server
+        self._unguessable = dict(unguessable or {})
         self._guesses = guesses or GuessLimit()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # the one used last is at the end
         self._streams: dict[str | None, int] = {}  # by user
@@ -102,17 +110,33 @@ class PageGate:
             raise _Refusal(404, "Nobody needs to log in here.")
         body = await _body(receive, _LOGIN_BYTES)
         address = _address(scope)
-        if (wait_s := self._guesses.attempt(address)) > 0:
+        is_sure = await self._is_sure(scope, body)
+        if not is_sure and (wait_s := self._guesses.attempt(address)) > 0:
             text = f"Too many wrong passwords. Wait {ceil(wait_s)} seconds, then try again."
             raise _Refusal(429, text, {"retry-after": str(ceil(wait_s))})
 
         async def send_on(message: Any) -> None:
             if message["type"] == "http.response.start" and message["status"] < 400:
-                self._guesses.succeeded(address)
+                if not is_sure:
+                    self._guesses.succeeded(address)
                 self._server.trim_logins(_MOST_LOGINS)
             await send(message)
 
         await self._app(scope, _replay(body, receive), send_on)
+
+    async def _is_sure(self, scope: Any, body: bytes) -> bool:
+        """Whether a login has the right one of the passwords that nobody can guess, however fast he tries."""
+        if not self._unguessable:
+            return False
+        try:
+            async with Request(scope, _replay(body, None)).form(max_files=0, max_fields=16) as form:
+                name, password = form.get("username"), form.get("password")
+        except (HTTPException, MultiPartException, ValueError, KeyError):  # what is no form is refused by Gradio
+            return False
+        wanted = self._unguessable.get(name.strip()) if isinstance(name, str) else None
+        if wanted is None or not isinstance(password, str):
+            return False
+        return secrets.compare_digest(password.encode("utf-8", "replace"), wanted.encode())
 
     async def _event(self, user: str | None, scope: Any, receive: Any, send: Any) -> None:
         body = await _body(receive)
@@ -208,7 +232,7 @@ def _address(scope: Any) -> str:
     host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
     by_name = re.search(r"[a-z]", host.lower()) is not None and not host.startswith(("localhost", "["))
     address = scope["client"][0] if scope.get("client") else ""
-    return f"{address} by name" if by_name else address
+    return address + BY_NAME if by_name else address
 
 
 async def _body(receive: Any, limit: int | None = None) -> bytes:

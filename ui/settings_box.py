@@ -17,15 +17,24 @@ from ..loaders.machine.gpus import gpus
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, quiet
+from .job_watcher import Pages
 
 _AUTOMATIC = ""
+
+# A load that is pressed right after Save waits until the settings are saved.
+_SAVING = """(...given) => {
+  window.gwSaved = new Promise((done) => { window.gwSavedNow = done; setTimeout(done, 30000); });
+  return given;
+}"""
+_SAVED = "() => { window.gwSavedNow(); }"
+AFTER_SAVING = "async (...given) => { await window.gwSaved; return given; }"
 
 
 @dataclass(frozen=True)
 class SettingsBox:
     reload: gr.Button
     progress: gr.HTML  # beside that button: how far the load is that it began
-    values: Callable[[str | None], dict[Any, Any]]  # for `outputs`: the settings of the model of that name
+    values: Callable[..., dict[Any, Any]]  # (request, name, anew=True), for `outputs`: the settings of that model
     outputs: list[Any]
 
 
@@ -76,10 +85,22 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         shown = effective(name, wanted)
         return {panel: gr.update(visible=each == shown) for each, panel in panels.items()}
 
-    def values(name: str | None) -> dict[Any, Any]:
+    def drawn(name: str | None, wanted: str) -> tuple[Any, ...]:
+        """Tells apart what a page can show of settings."""
+        saved = engine.settings.for_model(name) if name else {}
+        return name, wanted, repr(saved.get("options")), effective(name, wanted)
+
+    drawn_on: Pages[tuple[Any, ...]] = Pages()  # what each page was given last
+
+    def values(request: gr.Request, name: str | None, anew: bool = True) -> dict[Any, Any]:
+        """Without `anew`, nothing if the page has got the same before: what one types there meanwhile stays."""
         saved = engine.settings.for_model(name) if name else {}
         usable = engine.planner.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
+        now = drawn(name, wanted)
+        if not anew and drawn_on.get(request) == now:
+            return {}
+        drawn_on.set(request, now)
         shown: dict[Any, Any] = {}
         for each in loaders:
             as_it_takes = make_options(each, usable)  # two loaders may have an option of the same name
@@ -106,10 +127,12 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
             )
         except GptqWebuiError as error:
             return {note: bad(str(error))}
+        drawn_on.set(request, drawn(name, wanted))
         return {note: good(f"Saved for {name}. To use the new settings, press Reload the model.")}
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
-    save.click(save_settings, [models, loader, *boxes], note, **gradio_compat.EVENT)
+    saving = save.click(save_settings, [models, loader, *boxes], note, js=_SAVING, **gradio_compat.EVENT)
+    saving.then(None, None, None, js=_SAVED, **gradio_compat.EVENT)
     return SettingsBox(reload, progress, values, [loader, *boxes, *panels.values(), note])
 
 

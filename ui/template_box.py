@@ -15,6 +15,7 @@ from ..loaders.text.chat_template import ChatTemplate
 from . import gradio_compat
 from .access import Access
 from .html_snippets import bad, good, working
+from .job_watcher import Pages
 
 _AUTOMATIC = ""
 
@@ -23,7 +24,7 @@ _AUTOMATIC = ""
 class TemplateBox:
     choice: gr.Dropdown
     outputs: list[Any]
-    values: Callable[[gr.Request], dict[Any, Any]]  # for `outputs`: the present choice
+    values: Callable[[gr.Request], dict[Any, Any]]  # for `outputs`: the present choice, if the page shows another
     choose: Callable[..., dict[Any, Any]]
 
 
@@ -48,10 +49,20 @@ def draw_template(engine: Engine, access: Access) -> TemplateBox:
         use = gr.Button("Use this template", size="sm", elem_id="gw-template-use")
     note = gr.HTML(elem_id="gw-template-note")
 
+    shown_on: Pages[tuple[str, Any]] = Pages()  # (model, what is saved for it), as each page shows it
+
+    def named(saved: Any) -> str:
+        """The choice for what is saved for a model."""
+        return saved if saved in BUILT_IN or saved == PLAIN else OWN if saved and is_jinja(saved) else _AUTOMATIC
+
     def values(request: gr.Request) -> dict[Any, Any]:
         loaded = engine.loaded
         saved = engine.settings.for_model(loaded.model.name).get("template") if loaded else None
-        known = saved if saved in BUILT_IN or saved == PLAIN else OWN if saved and is_jinja(saved) else _AUTOMATIC
+        now = (loaded.model.name if loaded else "", saved)
+        if shown_on.get(request) == now:  # what one chooses and types meanwhile stays
+            return {}
+        shown_on.set(request, now)
+        known = named(saved)
         shown: dict[Any, Any] = {place: gr.update(visible=known == OWN and access.is_owner(request))}
         shown |= {own: saved} if known == OWN and access.is_owner(request) else {}
         return shown | {choice: gr.update(value=known, visible=access.is_owner(request)), note: ""}
@@ -64,7 +75,9 @@ def draw_template(engine: Engine, access: Access) -> TemplateBox:
         try:
             engine.set_template(name or None)
         except GptqWebuiError as error:
-            return {note: bad(str(error))}
+            loaded = engine.loaded
+            saved = engine.settings.for_model(loaded.model.name).get("template") if loaded is not None else None
+            return {choice: named(saved), note: bad(str(error))}
         return {place: gr.update(visible=False), note: ""}
 
     def use_own(text: str, request: gr.Request) -> str:

@@ -73,7 +73,8 @@ def answer(command):
         models.unload_model(keep_model_name=True)
         return {}
     if do == "ask":
-        texts = list(generate_reply(command["text"], {"max_new_tokens": command.get("tokens", 40), "stream": True}))
+        state = {"max_new_tokens": command.get("tokens", 40), "stream": True, "ban_eos_token": command.get("past_end", False)}
+        texts = list(generate_reply(command["text"], state))
         return {"texts": len(texts), "answer": texts[-1] if texts else ""}
     if do == "ask and unload":  # unloading in the middle of an answer
         texts = []

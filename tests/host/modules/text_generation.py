@@ -35,7 +35,11 @@ def generate_reply(question, state):
             try:
                 with torch.no_grad():
                     shared.model.generate(
-                        inputs=ids, max_new_tokens=state["max_new_tokens"], do_sample=False, stopping_criteria=[heard]
+                        inputs=ids,
+                        max_new_tokens=state["max_new_tokens"],
+                        do_sample=False,
+                        stopping_criteria=[heard],
+                        **({"suppress_tokens": [shared.tokenizer.eos_token_id]} if state.get("ban_eos_token") else {}),
                     )
             except _StopNow:
                 pass
