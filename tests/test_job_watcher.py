@@ -31,8 +31,8 @@ def watcher_of(*parts):
 
 def test_only_what_has_changed_is_drawn(monkeypatch):
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
-    looks = [{"box": "a"}, {"box": "a"}, {}, {"box": "b"}, {"box": "b"}, {"box": "a"}]
-    watcher = watcher_of(lambda request: iter(looks))
+    looks = iter([{"box": "a"}, {"box": "a"}, {}, {"box": "b"}, {"box": "b"}, {"box": "a"}])
+    watcher = watcher_of(lambda request: looks)
     assert asyncio.run(all_of(watcher.watch(page()))) == [{"box": "a"}, {"box": "b"}, {"box": "a"}]
 
 
@@ -45,6 +45,24 @@ def test_it_ends_when_every_part_has_ended_and_a_part_that_breaks_does_not_stop_
 
     watcher = watcher_of(broken, lambda request: iter([{}, {}, {"two": 2}]))
     assert asyncio.run(all_of(watcher.watch(page()))) == [{"one": 1}, {"two": 2}]
+
+
+def test_a_part_that_ended_too_early_shows_what_came_of_the_others(monkeypatch):
+    """As between the unload and the load of one press: for a moment nothing seems to go on."""
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    state = {"model": "old"}
+
+    def head(request):
+        yield {"one": state["model"]}
+
+    def load(request):
+        if state["model"] == "old":
+            yield from ({"two": "unloading"}, {"two": "loading"}, {"two": "loading still"})
+            state["model"] = "new"
+            yield {"two": "ready"}
+
+    drawn = asyncio.run(all_of(watcher_of(head, load).watch(page())))
+    assert drawn[0] == {"one": "old", "two": "unloading"} and drawn[-2:] == [{"two": "ready"}, {"one": "new"}]
 
 
 def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):
@@ -85,7 +103,8 @@ def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):
 def test_what_seldom_changes_is_delivered_when_the_bell_rings(monkeypatch):
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
     watcher, small, many = Watcher(), "few", ["many", "more"]
-    watcher.add(lambda request: iter([{small: 1, "many": 1}, {small: 2}, {"more": 2}]), [small, *many], live=[small])
+    looks = iter([{small: 1, "many": 1}, {small: 2}, {"more": 2}])
+    watcher.add(lambda request: looks, [small, *many], live=[small])
 
     first, second, third = asyncio.run(all_of(watcher.watch(page())))
     assert (first, second, third) == ({small: 1, watcher.bell: "1"}, {small: 2}, {watcher.bell: "2"})

@@ -47,7 +47,8 @@ class Late:
         self.holds = False
         held, self.held = self.held, []
         for route, response in held:
-            route.fulfill(status=503) if response is None else route.fulfill(response=response)
+            said = {"status": 429, "json": {"detail": "Too much at once.", "error": "Too much at once."}}
+            route.fulfill(**({"response": response} if response is not None else said))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def build(
 
     def answered(event: Any) -> None:
         """The turn of an event is over when its answer is there."""
-        event.then(None, [*own_inputs[1:], parts.out], None, js=chat_script.ANSWERED, **gradio_compat.EVENT)
+        gradio_compat.at_end(event, chat_script.ANSWERED, [*own_inputs[1:], parts.out])
 
     CharacterBox(actions, CharacterStore(), parts.characters).wire(inputs, answered)
 
@@ -104,7 +104,7 @@ def build(
 
     measured = actions.handler(lambda asked, given: {parts.meter: actions.prompts.meter(asked, given)})
     measuring = parts.measure.click(measured, inputs, [parts.meter, parts.line], js=chat_script.ATTACHED, **now)
-    measuring.then(None, None, None, js=chat_script.MEASURED, **gradio_compat.EVENT)
+    gradio_compat.at_end(measuring, chat_script.MEASURED)
 
     async def follow(request: gr.Request, bell: str) -> Any:
         async for updates in view.follow(request, (bell or "").partition(" ")[0]):

@@ -8,7 +8,7 @@ typed and attached belongs to the act that takes it at its press; an answer neve
 # Inside of chat_script.py: it uses its `gw`, `find`, `press` and `box`.
 SCRIPT = r"""
   const MOST_MS = 60000; // for an answer that never comes
-  const SETTINGS = ['#gw-setting'], CONVERSATION = ['#gw-chat', '#gw-edit', '#gw-more', ...SETTINGS];
+  const CONVERSATION = ['#gw-chat', '#gw-edit', '#gw-setting'];
   const waiting = [];
   let busy = 0, count = 0, state = null, current = {};
   // parts of the page that the coming answer draws anew: what one would type there meanwhile would be lost
@@ -56,7 +56,13 @@ SCRIPT = r"""
     locks.forEach((unlock) => unlock());
     if (taken && (box()?.value || gw.files.length)) gw.drafting = setTimeout(gw.drafted, 100); // its conversation is known now
     const next = waiting.shift();
-    if (next) next();
+    if (next) next.begin(true);
+  };
+  // the page was drawn anew, as after a lost connection: what was on its way is not answered any more
+  const lose = () => {
+    const left = waiting.splice(0);
+    over(busy);
+    for (const {taken, locks} of left) { if (taken) giveBack(taken); locks.forEach((unlock) => unlock()); }
   };
   gw.isBusy = () => busy > 0;
   // `given`: what Gradio would send; the values of the Chat tab begin `at` that place. `first` is for the first of them.
@@ -72,7 +78,7 @@ SCRIPT = r"""
       if (first) told[at] = first();
       go(told);
     };
-    if (busy) waiting.push(() => begin(true)); else begin(false);
+    if (busy) waiting.push({begin, taken, locks}); else begin(false);
   });
   gw.answered = (...now) => { gw.obey(now.pop()); state = now; over(busy); };
 
@@ -85,7 +91,7 @@ SCRIPT = r"""
     const taken = compose();
     return gw.asked(given, 0, {first: () => taken.fresh, taken, closed: CONVERSATION});
   };
-  gw.opening = () => gw.asked(gw.opened(), 0, {closed: CONVERSATION});
+  gw.opening = () => { lose(); return gw.asked(gw.opened(), 0, {closed: CONVERSATION}); };
   gw.saveEdit = (given, at) => gw.asked(given, at, {closed: ['#gw-edit']});
   gw.play = (given, at) => gw.asked(given, at, {closed: CONVERSATION});
   gw.keepDraft = (given) => gw.asked(given, 0, {first: gw.fresh});

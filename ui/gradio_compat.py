@@ -39,6 +39,12 @@ ANSWER = _kind("answer", 12)  # lasts as long as the answer; one of each page
 NOW: dict[str, Any] = EVENT | {"queue": False, "trigger_mode": "multiple"}
 
 
+def at_end(event: Any, script: str, inputs: Sequence[Any] | None = None) -> None:
+    """Run a script when an event has ended, also when it failed: 6 has a trigger of its own for that."""
+    for trigger in (event.then, event.failure) if SIX else (event.then,):
+        trigger(None, inputs, None, js=script, **EVENT)
+
+
 def refusal(sentence: str) -> gr.Error:
     """To raise in a handler: the page shows the sentence. 6 prints no traceback, with which anybody could fill the log."""
     return gr.Error(sentence, print_exception=False) if SIX else gr.Error(sentence)

@@ -28,6 +28,7 @@ LOOK_S = 0.25  # between two looks of a watcher
 _REFUSAL_S = 0.1  # a press waits this long: a job that is refused at once is not drawn as running
 _ALIVE_S = 5.0  # Gradio notices that a page has left when its handler yields
 REDRAW_S = (1.5, 5.0)  # after a tab was opened for the first time
+_QUICK = 2  # looks at parts of which none waits for anything
 _MOST_REPLACED = 4  # questions to a slow Hub that nobody waits for any more
 _MOST_PAGES = 256  # remembered; who opens more pages than that loses sight of the oldest, not of its jobs
 
@@ -233,7 +234,7 @@ class Watcher:
         """Draw what has changed, until nothing more changes without a press or a newer watcher takes over."""
         mine = object()
         self._newest.set(request, mine)
-        looks = [part(request) for part in self._parts]
+        looks, looked, drew = [part(request) for part in self._parts], 0, True
         known = dict(self._shown_values.get(request) or {})
         redraws = self._redraws.get(request) or []
         yielded_at = 0.0
@@ -242,6 +243,7 @@ class Watcher:
                 redraws.pop(0)
                 looks, known = [part(request) for part in self._parts], {}
             now = await asyncio.to_thread(_look, looks)  # a look may read the disk
+            looked += 1
             if self._newest.get(request) is not mine:
                 yield {self.bell: gr.update()}  # its end sends the last values again, over those of the newer one
                 return
@@ -250,7 +252,10 @@ class Watcher:
                 known |= {box: copy(value) for box, value in changed.items()}  # Gradio empties the updates it is given
                 self._shown_values.set(request, {box: value for box, value in known.items() if id(box) in self._kept})
                 yielded_at = time.monotonic()
+                drew = drew or bool(changed)
                 yield self._ring(request, changed)
+            if not looks and looked > _QUICK and drew:  # a part that ended early may have missed what came of the others
+                looks, looked, drew = [part(request) for part in self._parts], 0, False
             if looks or redraws:
                 await asyncio.sleep(LOOK_S)
 

@@ -132,7 +132,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
     saving = save.click(save_settings, [models, loader, *boxes], note, js=_SAVING, **gradio_compat.EVENT)
-    saving.then(None, None, None, js=_SAVED, **gradio_compat.EVENT)
+    gradio_compat.at_end(saving, _SAVED)
     return SettingsBox(reload, progress, values, [loader, *boxes, *panels.values(), note])
 
 
