@@ -198,6 +198,7 @@ _TALK = """
 #gw-more > #gw-undo { color: var(--gw-good) !important; }
 #gw-meter > div, #gw-meter .prose { display: flex; flex-wrap: wrap; justify-content: flex-end; align-items: center; }
 button.gw-meter { display: inline-flex; align-items: center; gap: 8px; font-size: 13px; color: var(--gw-soft); }
+button.gw-meter .gw-wide { color: inherit !important; margin-left: -4px; }
 .gw-meter-bar { display: inline-block; width: 70px; height: 6px; border-radius: 3px; background: var(--gw-line);
   overflow: hidden; }
 .gw-meter-bar i { display: block; height: 100%; background: var(--primary-600); }
