@@ -26,7 +26,7 @@ from .chat_asked import Asked
 from .chat_script import turn
 from .chat_view import owner_of
 from .html_snippets import bad, quiet
-from .job_watcher import Updates
+from .job_watcher import Pages, Updates
 
 _BREAK = "\n***\n"  # between greetings in their box
 # Chooses a file and passes on its name and content; nothing if the choice is cancelled.
@@ -54,6 +54,7 @@ class CharacterBox:
     def __init__(self, actions: ChatActions, kept: CharacterStore, parts: CharacterParts) -> None:
         self._actions, self._kept, self._chats, self._at = actions, kept, actions.chats, parts
         self._parts = actions.view.parts
+        self._drawn: Pages[str] = Pages()  # the conversation whose lists an act has drawn on a page
 
     def wire(self, inputs: Sequence[Any], answered: Callable[[Any], None]) -> None:
         """`inputs`: those of the Chat tab's handlers; `answered` ends the turn of an event."""
@@ -97,7 +98,9 @@ class CharacterBox:
         gradio_compat.root().load(self.show, self._parts.shown, lists, **gradio_compat.SHOW)
 
     def show(self, id: str, request: gr.Request) -> Updates:
-        """The lists, and what the conversation has of them."""
+        """The lists, and what the conversation has of them, unless the act that opened it has drawn them, with its note."""
+        if self._drawn.pop(request) == (id or ""):
+            return {self._at.note: gr.update()}
         try:
             return self._lists(owner_of(request), id or "")
         except GptqWebuiError as error:
@@ -149,6 +152,8 @@ class CharacterBox:
                 character_prompt.greet(store, owner, id)
             elif character is not None:
                 words = f"{character.name} answers from now on. Press New conversation first to begin with the greeting."
+        if id != asked.id:
+            self._drawn.set(asked.request, id)
         shown = self._actions.view.show(asked.request, id, asked.known, asked.query, opened=True)
         return shown | self._lists(owner, id) | ({self._at.note: quiet(words)} if words else {})
 
