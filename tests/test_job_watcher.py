@@ -61,8 +61,8 @@ def test_a_part_that_ended_too_early_shows_what_came_of_the_others(monkeypatch):
             state["model"] = "new"
             yield {"two": "ready"}
 
-    drawn = asyncio.run(all_of(watcher_of(head, load).watch(page())))
-    assert drawn[0] == {"one": "old", "two": "unloading"} and drawn[-2:] == [{"two": "ready"}, {"one": "new"}]
+    updates = asyncio.run(all_of(watcher_of(head, load).watch(page())))
+    assert updates[0] == {"one": "old", "two": "unloading"} and updates[-2:] == [{"two": "ready"}, {"one": "new"}]
 
 
 def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):

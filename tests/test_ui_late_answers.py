@@ -42,7 +42,7 @@ class Late:
         while len(self.held) < count:
             self.tab.wait_for_timeout(20)
 
-    def let_go(self):
+    def deliver(self):
         """Everything that is held, and what comes from now on."""
         self.holds = False
         held, self.held = self.held, []
@@ -67,7 +67,7 @@ def until(tab, done):
         tab.wait_for_timeout(20)  # the browser's network goes through this thread
 
 
-def drop(tab, name="notes.txt"):
+def attach(tab, name="notes.txt"):
     """A file onto the page: the quickest way to attach one."""
     tab.evaluate(
         """(name) => {
@@ -88,11 +88,11 @@ def test_what_is_attached_and_typed_after_new_conversation_stays_and_is_sent_the
     tab.click("#gw-new")
     net.wait()
     assert tab.input_value(BOX) == ""  # free for the next message before the server has answered
-    drop(tab)
+    attach(tab)
     tab.fill(BOX, "What is the word?")
     tab.press(BOX, "Enter")  # still on the way to the new conversation
     tab.fill(BOX, "And then")
-    net.let_go()
+    net.deliver()
     tab.wait_for_selector("#gw-past .gw-chip:has-text('notes.txt')")
     wait_for(tab, "#gw-past", "Paris.")
     tab.wait_for_function(f"{TYPED} 'And then'")
@@ -114,9 +114,9 @@ def test_a_file_attached_before_the_page_was_filled_stays(late, served):
     tab.click("#gw-new")
     net.wait()
     tab.click(".gw-open:has-text('The first')")  # waits for its turn
-    drop(tab)
+    attach(tab)
     tab.fill(BOX, "more")
-    net.let_go()
+    net.deliver()
     tab.wait_for_function(f"{TYPED} 'kept draft\\nmore'")
     tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
     until(tab, lambda: served.store.get("", info.id).draft == "kept draft\nmore")
@@ -137,7 +137,7 @@ def test_there_and_back_again_shows_the_conversation_that_is_open(late, served):
     tab.click(".gw-open:has-text('In the second')")
     tab.fill(BOX, "Here")
     tab.press(BOX, "Enter")
-    net.let_go()
+    net.deliver()
     tab.wait_for_function("document.querySelectorAll('#gw-past .gw-of-assistant').length == 2")
     assert "In the second" in tab.inner_text("#gw-past") and "In the first" not in tab.inner_text("#gw-past")
     until(tab, lambda: paths(served).get("In the second") == ["In the second", "Paris.", "Here", "Paris."])
@@ -152,8 +152,8 @@ def test_what_is_typed_while_a_message_is_on_its_way_stays(late, served):
     net.wait()
     assert tab.input_value(BOX) == ""
     tab.fill(BOX, "Two")
-    drop(tab)
-    net.let_go()
+    attach(tab)
+    net.deliver()
     wait_for(tab, "#gw-past", "Paris.")
     tab.wait_for_function(f"{TYPED} 'Two'")
     tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
@@ -166,12 +166,12 @@ def test_a_message_that_does_not_arrive_comes_back_before_what_is_typed(late, se
     answered(tab, "Before")
     net.hold()
     net.refused = True
-    drop(tab)
+    attach(tab)
     tab.fill(BOX, "One")
     tab.press(BOX, "Enter")
     net.wait()
     tab.fill(BOX, "Two")
-    net.let_go()
+    net.deliver()
     tab.wait_for_function(f"{TYPED} 'One\\nTwo'")
     tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
     answered(tab, "Again", 2)  # the page goes on
@@ -185,7 +185,7 @@ def test_an_edit_in_progress_survives_late_answers(late, served):
     press(tab, "edit", "user", 0)
     net.wait()
     press(tab, "edit", "user", 0)  # impatient
-    net.let_go()
+    net.deliver()
     tab.wait_for_function("document.querySelector('#gw-edit-text textarea')?.value == 'Question'")
     tab.fill("#gw-edit-text textarea", "Better")
     press(tab, "edit", "user", 0)
@@ -196,7 +196,7 @@ def test_an_edit_in_progress_survives_late_answers(late, served):
     net.wait()
     assert tab.evaluate("document.querySelector('#gw-edit').inert")  # what is typed now would be lost
     tab.press(BOX, "x")
-    net.let_go()
+    net.deliver()
     wait_for(tab, "#gw-past", "Better")
     tab.wait_for_selector("#gw-edit-text textarea", state="hidden")
     assert tab.input_value(BOX) == "x"
@@ -212,7 +212,7 @@ def test_settings_that_are_changed_while_the_first_message_is_on_its_way_are_kep
     net.wait()
     tab.fill("#gw-system textarea", "Be brief.")
     choose(tab, "#gw-own-template", "Alpaca")
-    net.let_go()
+    net.deliver()
     wait_for(tab, "#gw-past", "Paris.")
     (info,) = served.store.listed("")
     until(tab, lambda: (served.store.get("", info.id).system, served.store.get("", info.id).template) == ("Be brief.", "Alpaca"))
@@ -223,7 +223,7 @@ def test_settings_that_are_changed_while_the_first_message_is_on_its_way_are_kep
     assert tab.evaluate("document.querySelector('#gw-setting').inert")  # they are about to be those of the new one
     tab.fill(BOX, "Second")
     tab.press(BOX, "Enter")
-    net.let_go()
+    net.deliver()
     tab.wait_for_function("document.querySelector('#gw-past').innerText.includes('Second')")
     until(tab, lambda: len(served.store.listed("")) == 2)
     (new,) = [each for each in served.store.listed("") if each.id != info.id]
@@ -271,7 +271,7 @@ def test_a_search_shows_what_was_typed_last(late, served):
     net.wait()
     tab.fill(field, "butt")
     tab.fill(field, "butter")
-    net.let_go()
+    net.deliver()
     tab.wait_for_function("[...document.querySelectorAll('.gw-open')].map((each) => each.textContent).join() == 'Butter'")
     tab.wait_for_function("!window.gwChat.isBusy()")
     assert json.loads(tab.input_value("#gw-known textarea, #gw-known input"))["id"] == ""

@@ -54,7 +54,7 @@ class CharacterBox:
     def __init__(self, actions: ChatActions, kept: CharacterStore, parts: CharacterParts) -> None:
         self._actions, self._kept, self._chats, self._at = actions, kept, actions.chats, parts
         self._parts = actions.view.parts
-        self._drawn: Pages[str] = Pages()  # the conversation whose lists an act has drawn on a page
+        self._listed_on: Pages[str] = Pages()  # the conversation whose lists an act has drawn on a page
 
     def wire(self, inputs: Sequence[Any], answered: Callable[[Any], None]) -> None:
         """`inputs`: those of the Chat tab's handlers; `answered` ends the turn of an event."""
@@ -99,7 +99,7 @@ class CharacterBox:
 
     def show(self, id: str, request: gr.Request) -> Updates:
         """The lists, and what the conversation has of them, unless the act that opened it has drawn them, with its note."""
-        if self._drawn.pop(request) == (id or ""):
+        if self._listed_on.pop(request) == (id or ""):
             return {self._at.note: gr.update()}
         try:
             return self._lists(owner_of(request), id or "")
@@ -153,7 +153,7 @@ class CharacterBox:
             elif character is not None:
                 words = f"{character.name} answers from now on. Press New conversation first to begin with the greeting."
         if id != asked.id:
-            self._drawn.set(asked.request, id)
+            self._listed_on.set(asked.request, id)
         shown = self._actions.view.show(asked.request, id, asked.known, asked.query, opened=True)
         return shown | self._lists(owner, id) | ({self._at.note: quiet(words)} if words else {})
 

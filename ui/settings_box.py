@@ -85,22 +85,22 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         shown = effective(name, wanted)
         return {panel: gr.update(visible=each == shown) for each, panel in panels.items()}
 
-    def drawn(name: str | None, wanted: str) -> tuple[Any, ...]:
+    def look_of(name: str | None, wanted: str) -> tuple[Any, ...]:
         """Tells apart what a page can show of settings."""
         saved = engine.settings.for_model(name) if name else {}
         return name, wanted, repr(saved.get("options")), effective(name, wanted)
 
-    drawn_on: Pages[tuple[Any, ...]] = Pages()  # what each page was given last
+    given_on: Pages[tuple[Any, ...]] = Pages()  # what each page was given last
 
     def values(request: gr.Request, name: str | None, anew: bool = True) -> dict[Any, Any]:
         """Without `anew`, nothing if the page has got the same before: what one types there meanwhile stays."""
         saved = engine.settings.for_model(name) if name else {}
         usable = engine.planner.saved(name).options if name else {}
         wanted = str(saved.get("loader")) if saved.get("loader") in names else _AUTOMATIC
-        now = drawn(name, wanted)
-        if not anew and drawn_on.get(request) == now:
+        now = look_of(name, wanted)
+        if not anew and given_on.get(request) == now:
             return {}
-        drawn_on.set(request, now)
+        given_on.set(request, now)
         shown: dict[Any, Any] = {}
         for each in loaders:
             as_it_takes = make_options(each, usable)  # two loaders may have an option of the same name
@@ -127,7 +127,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
             )
         except GptqWebuiError as error:
             return {note: bad(str(error))}
-        drawn_on.set(request, drawn(name, wanted))
+        given_on.set(request, look_of(name, wanted))
         return {note: good(f"Saved for {name}. To use the new settings, press Reload the model.")}
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
