@@ -24,6 +24,13 @@ class Late:
 
     def __init__(self, tab):
         self.tab, self.held, self.holds, self.refused = tab, [], False, False
+        self._pressed = tab.evaluate(
+            """() => {
+              const {components, dependencies} = window.gradio_config;
+              const names = new Map(components.map((each) => [each.id, each.props.elem_id]));
+              return Object.fromEntries(dependencies.map((each, at) => [each.id ?? at, each.targets.map(([id]) => names.get(id)).join()]));
+            }"""
+        )
         tab.route("**/run/predict*", self._arrived)
 
     def hold(self):
@@ -32,7 +39,8 @@ class Late:
         self.holds = True
 
     def _arrived(self, route):
-        if self.holds:
+        pressed = self._pressed[str(route.request.post_data_json["fn_index"])]
+        if self.holds and pressed not in ("gw-look", "gw-measure"):  # what the page asks by itself
             self.held.append((route, None if self.refused else route.fetch()))
         else:
             route.continue_()

@@ -61,7 +61,7 @@ def house(chrome, tmp_path):
     tab.goto(url)
     open_tab(tab, "Model")
     tab.wait_for_function(f"document.querySelector('#gw-models input')?.value.startsWith('{MISTRAL}')")
-    tab.get_by_role("button", name="Custom settings").click()
+    tab.click("#gw-settings button.label-wrap")
     tab.wait_for_selector(f"{CONTEXT}:visible")
     tab.wait_for_function(f"document.querySelector('{CONTEXT}').value == '2048'")
     yield SimpleNamespace(tab=tab, engine=engine, loader=loader)
@@ -78,7 +78,7 @@ def typed(tab, value):
 
 def settled(tab, engine, tokens):
     """The page shows what the server holds."""
-    wait_for(tab, "#gw-facts", f"{tokens:,} tokens")
+    wait_for(tab, "#gw-facts", f"{tokens} tokens")
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.startsWith('{engine.status.name}')")
     assert engine.loaded.model.name == engine.status.name and engine.loaded.context_tokens == tokens
 
