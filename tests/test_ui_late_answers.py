@@ -28,7 +28,8 @@ class Late:
             """() => {
               const {components, dependencies} = window.gradio_config;
               const names = new Map(components.map((each) => [each.id, each.props.elem_id]));
-              return Object.fromEntries(dependencies.map((each, at) => [each.id ?? at, each.targets.map(([id]) => names.get(id)).join()]));
+              const pressed = (each) => each.targets.map(([id]) => names.get(id)).join();
+              return Object.fromEntries(dependencies.map((each, at) => [each.id ?? at, pressed(each)]));
             }"""
         )
         tab.route("**/run/predict*", self._arrived)
