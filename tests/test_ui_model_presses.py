@@ -59,6 +59,8 @@ def house(chrome, tmp_path):
     tab = context.new_page()
     tab.set_default_timeout(WAIT_MS)
     tab.goto(url)
+    tab.wait_for_function("window.gwChat && document.querySelector('#gw-list .gw-chats')")
+    tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Chat')")  # where a page with a model begins
     open_tab(tab, "Model")
     tab.wait_for_function(f"document.querySelector('#gw-models input')?.value.startsWith('{MISTRAL}')")
     tab.click("#gw-settings button.label-wrap")
