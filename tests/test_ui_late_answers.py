@@ -170,23 +170,6 @@ def test_what_is_typed_while_a_message_is_on_its_way_stays(late, served):
     until(tab, lambda: served.store.get("", info.id).draft == "Two" and served.store.get("", info.id).draft_files)
 
 
-def test_a_message_that_does_not_arrive_comes_back_before_what_is_typed(late, served):
-    tab, net = late()
-    answered(tab, "Before")
-    net.hold()
-    net.refused = True
-    attach(tab)
-    tab.fill(BOX, "One")
-    tab.press(BOX, "Enter")
-    net.wait()
-    tab.fill(BOX, "Two")
-    net.deliver()
-    tab.wait_for_function(f"{TYPED} 'One\\nTwo'")
-    tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
-    answered(tab, "Again", 2)  # the page goes on
-    assert paths(served)["Before"] == ["Before", "Paris.", "Again", "Paris."]
-
-
 def test_an_edit_in_progress_survives_late_answers(late, served):
     tab, net = late()
     answered(tab, "Question")
