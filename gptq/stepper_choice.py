@@ -9,7 +9,7 @@ import torch
 from ..core.errors import GptqWebuiError
 from .cpu import numba_compiler
 from .experts import PackedExperts
-from .families.known import parts_of
+from .families.known import parts_for_gpu, parts_of
 from .stepper import Stepper
 from .suitability import Unsuited, require_sound
 from .transformers_stepper import TransformersStepper
@@ -75,7 +75,7 @@ def _on_gpu(
     from .cuda.replaced_layers import replace_layers
 
     try:
-        parts = parts_of(hf)
+        parts = parts_for_gpu(hf)
         if adapt is not None:
             raise Unsuited(_ADAPTED)
         if pictures:  # the step takes over the packed layers

@@ -20,7 +20,7 @@ from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.cuda import model_shape
 from gptq_webui.gptq.experts import PackedExperts, is_dense_experts
 from gptq_webui.gptq.families.differences import OPTIONS, options_of
-from gptq_webui.gptq.families.known import KINDS, has_gpu_step, parts_of
+from gptq_webui.gptq.families.known import KINDS, has_gpu_step, parts_for_gpu, parts_of
 from gptq_webui.gptq.families.parts import Norm
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
@@ -144,6 +144,40 @@ def test_every_family_that_is_described_has_a_variant_here():
 ])  # fmt: skip
 def test_what_no_option_names_is_not_described(kind, changes):
     assert parts_of(tiny_model(kind, **changes)) is None
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("llama4_text", {"attention_chunk_size": None}),  # no module of transformers computes it either
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": None, "topk_group": None}),
+    ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),  # without a temperature
+])  # fmt: skip
+def test_a_setting_that_is_missing_is_not_described(kind, changes):
+    if kind not in transformers.CONFIG_MAPPING or transformers.__version__ < "5":
+        pytest.skip("this transformers cannot make such a model")
+    assert parts_of(packed(kind)[0]) is not None
+    assert parts_of(packed(kind, changes)[0]) is None
+
+
+TRIED_ON_GPU = {"llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss"}  # seed_oss: its forward is Qwen 2's
+
+
+def test_the_gpus_step_takes_no_family_that_it_was_not_tried_with():
+    limits = replace(model_shape.LIMITS, head_dims=(), numbers=None, hidden_step=1, length_dependent=True)
+    taken = set()
+    for name, (kind, changes) in VARIANTS.items():
+        if kind not in transformers.CONFIG_MAPPING or (transformers.__version__ < "5" and kind.startswith(DENSE_IN_4)):
+            continue
+        if transformers.__version__ < "5" and changes.get("qk_layernorm"):
+            continue
+        parts = parts_for_gpu(packed(kind, changes)[0])
+        if parts is None:
+            continue
+        try:
+            shape_of(parts, limits)
+            taken.add(kind)
+        except Unsuited:
+            assert kind not in TRIED_ON_GPU or "GELU" in name
+    assert taken == TRIED_ON_GPU & set(transformers.CONFIG_MAPPING.keys())
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_neox", "smollm3"])

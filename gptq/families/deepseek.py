@@ -83,11 +83,11 @@ def _softmax_in_groups(block: Any) -> ExpertParts:
     return ExpertParts(
         router=router_of(router),
         experts=experts_of(block.experts),
-        choices=asked("top_k"),
+        choices=int(asked("top_k")),
         normed=False,
         scale=float(asked("routed_scaling_factor")),
-        groups=asked("num_group") if grouped else 1,
-        chosen_groups=asked("topk_group") if grouped else 1,
+        groups=int(asked("num_group")) if grouped else 1,
+        chosen_groups=int(asked("topk_group")) if grouped else 1,
     )
 
 

@@ -21,7 +21,7 @@ def describe(hf: Any) -> ModelParts:
         experts = ExpertParts(
             router=router_of(block.router),
             experts=experts_of(block.experts, plain=False),
-            choices=block.router.top_k,
+            choices=int(block.router.top_k),
             in_turns=True,
         )
         sinks = layer.self_attn.sinks.detach()

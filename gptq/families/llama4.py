@@ -38,7 +38,7 @@ def describe(hf: Any) -> ModelParts:
         if layer.is_moe_layer:
             shared = block.shared_expert
             experts = ExpertParts(
-                router=block.router, experts=experts_of(block.experts), choices=block.top_k, sigmoid=True, normed=False,
+                router=block.router, experts=experts_of(block.experts), choices=int(block.top_k), sigmoid=True, normed=False,
                 weighs_input=True,
             )  # fmt: skip
             activations |= {activation_of(block.experts.act_fn)}
@@ -47,7 +47,7 @@ def describe(hf: Any) -> ModelParts:
         layers.append(
             llama_layer(
                 layer, config, qkv_columns=columns, q_norm=of_heads, k_norm=of_heads, rotary=0 if turned else -1,
-                chunk=config.attention_chunk_size if config.layer_types[at] == "chunked_attention" else 0,
+                chunk=int(config.attention_chunk_size) if config.layer_types[at] == "chunked_attention" else 0,
                 tempered=bool(attention.attn_temperature_tuning) and not turned, **changes,
             )
         )  # fmt: skip

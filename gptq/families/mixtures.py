@@ -86,13 +86,13 @@ def sigmoid_experts(block: Any) -> ExpertParts:
     return ExpertParts(
         router=router_of(router),
         experts=experts_of(block.experts),
-        choices=asked("top_k", None),
+        choices=int(asked("top_k", None)),
         sigmoid=True,
         choice_bias=asked("e_score_correction_bias", None).detach().float().reshape(-1),
         normed=asked("norm_topk_prob", True),
         scale=float(asked("routed_scaling_factor", asked("router_scaling_factor", 1.0))),  # the second in Hunyuan's V3
         groups=groups,
-        chosen_groups=asked("topk_group", 1) if groups > 1 else 1,
+        chosen_groups=int(asked("topk_group", 1)) if groups > 1 else 1,
         group_best=2 if groups > 1 else 1,
     )
 
