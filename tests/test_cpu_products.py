@@ -86,3 +86,13 @@ def test_weights_lie_side_by_side_and_a_large_one_has_a_piece_of_its_own(huge, m
     assert all((each == at + 1).all() for at, each in enumerate(arrays))
     del room, arrays[1:]
     assert arrays[0].tolist() == [[1.0] * 5] * 3  # its piece is held as long as it is
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_a_process_that_may_not_map_memory_takes_what_numpy_finds(monkeypatch):
+    def refused(*_args, **_how):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(weight_room.mmap, "mmap", refused)
+    found = weight_room.WeightRoom().zeros((3, 5), np.float32)
+    assert found.shape == (3, 5) and not found.any() and found.ctypes.data % 64 == 0

@@ -43,7 +43,10 @@ def _piece(size: int) -> np.ndarray:
     """Bytes, of which only those take memory that are written to, a huge page at a time. They begin with one."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return aligned((size,), np.uint8)
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a limit on the process: what is left may do, or NumPy says MemoryError
+        return aligned((size,), np.uint8)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     room = np.frombuffer(memory, np.uint8)
