@@ -1,9 +1,11 @@
 """loaders/transformers/draft_model.py: a draft model by its folder, and what is said where it cannot be one."""
 
+import json
 import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
@@ -12,8 +14,10 @@ from gptq_webui.core.chat import Step
 from gptq_webui.core.errors import BadParameter, NotEnoughMemory
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq import stepper_choice
+from gptq_webui.gptq import checkpoint, stepper_choice
+from gptq_webui.loaders.text.tokenizer import read_tokenizer
 from gptq_webui.loaders.transformers import draft_model
+from gptq_webui.loaders.transformers.draft_model import DraftModel
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
@@ -103,6 +107,67 @@ def test_where_it_is_not_used_a_note_says_why(large, tmp_path, monkeypatch):
     model = load(large, draft_model="long")
     assert any("The draft model long is not used: " in note for note in model.notes) and model._stepper._batch.draft is None
     model.close()
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "there is not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+    (KeyError("layers"), "'layers' is missing"),
+])  # fmt: skip
+def test_what_goes_wrong_with_a_draft_is_said_and_the_model_loads(large, tmp_path, monkeypatch, error, said):
+    write(tmp_path / "small")
+    read = checkpoint.load
+
+    def breaks(model, **how):
+        if model.name == "small":
+            raise error
+        return read(model, **how)
+
+    monkeypatch.setattr(checkpoint, "load", breaks)
+    model = load(large, draft_model="small")
+    assert model.notes[-1] == f"The draft model small is not used: {said}."
+    assert model._stepper._batch.draft is None
+    model.close()
+
+
+def test_a_draft_without_a_step_of_its_own_is_said_to_have_none(large, tmp_path, monkeypatch):
+    write(tmp_path / "small")
+    described, asked = stepper_choice.parts_of, []
+
+    def only_the_first(hf):
+        asked.append(hf)
+        return described(hf) if len(asked) == 1 else None
+
+    monkeypatch.setattr(stepper_choice, "parts_of", only_the_first)
+    model = load(large, draft_model="small")
+    assert model.notes[-1] == "The draft model small is not used: its architecture has no step of its own."
+    model.close()
+
+
+def test_a_model_whose_positions_depend_on_the_length_of_the_text_takes_no_draft(tmp_path):
+    for name in ("large", "small"):
+        write(tmp_path / name)
+    path = tmp_path / "large" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {"rope_type": "dynamic", "factor": 4.0}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    large = LocalModel.read(tmp_path / "large")
+    model = load(large, draft_model="small")
+    assert model._stepper.kernel == "cpu" and not model._stepper.can_draft
+    assert "do not depend on the length of the text" in model.notes[-1]
+    model.close()
+
+
+def test_memory_is_kept_for_a_draft_only_where_it_is_used(large, tmp_path, monkeypatch):
+    small = write(tmp_path / "small")
+    tokenizer = read_tokenizer(large)
+    for guesses, device, size in [("auto", "cpu", small.size_bytes), ("off", "cpu", 0), ("auto", "cuda", 0)]:
+        draft = DraftModel(large, TransformersOptions(draft_model="small", guesses=guesses), tokenizer)
+        assert draft.bytes_on(torch.device(device)) == size
+    monkeypatch.setattr(DraftModel, "bytes_on", lambda self, device: 10**15)
+    with pytest.raises(NotEnoughMemory, match=r"no room for a conversation.* Or leave Draft model empty: small takes 1000"):
+        TransformersLoader().load(large, TransformersOptions(device="cpu", draft_model="small"), lambda share, text: None)
 
 
 def full(model, device, dtype):

@@ -73,7 +73,7 @@ class CpuStepper(Stepper):
         self._parts_angles = parts.angles
         self._rope = RopeLength(parts.rotary)
         if self._rope.kind:  # a forward has one set of angles: rows of other texts may need others
-            self.parallel = 1
+            self.parallel, self.can_draft = 1, False
         self._embedding = parts.embedding.detach()
         self._head, self._norm, self._embedding_norm = parts.head, parts.norm, parts.embedding_norm
         self._learned = None if parts.positions is None else parts.positions.detach()

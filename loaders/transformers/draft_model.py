@@ -3,11 +3,13 @@
 import logging
 from typing import Any
 
-from ...core.errors import BadParameter, GptqWebuiError
+from ...core.errors import BadParameter
+from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
 from ..contract.refusals import not_in_gptq_layout, unreadable
 from ..machine import memory_fit
 from ..text.tokenizer import read_tokenizer
+from . import quick_imports
 from .transformers_options import TransformersOptions
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,10 @@ class DraftModel:
             )
         _require_same(model, tokenizer, self.model, read_tokenizer(self.model, trust_remote_code=options.trust_remote_code))
 
-    @property
-    def size_bytes(self) -> int:
-        """Of its weights in memory."""
+    def bytes_on(self, device: Any) -> int:
+        """Of a torch.device's memory, for its weights; 0 where it is not used."""
+        if device.type != "cpu" or self._options.guesses == "off":
+            return 0
         return memory_fit.weights_bytes(self.model, wide=True)
 
     def join(self, stepper: Any, context_tokens: int) -> str:
@@ -46,7 +49,10 @@ class DraftModel:
         if self._options.guesses == "off":
             return "The draft model is not used: guessing ahead is off."
         if not stepper.can_draft:
-            return "The draft model is not used: it is for models that our own step computes on a processor."
+            return (
+                "The draft model is not used: it is for models that our own step computes on a processor, and whose rotary "
+                "positions do not depend on the length of the text."
+            )
         import torch
 
         from ...gptq import checkpoint
@@ -55,21 +61,29 @@ class DraftModel:
         cpu = torch.device("cpu")
         try:
             memory_fit.require_memory(self.model, cpu, torch.float32)
-            hf, _notes = checkpoint.load(
-                self.model,
-                dtype=torch.float32,
-                device_map={"": cpu},
-                trust_remote_code=self._options.trust_remote_code,
-            )
+            with quick_imports.stand_ins():
+                hf, _notes = checkpoint.load(
+                    self.model,
+                    dtype=torch.float32,
+                    device_map={"": cpu},
+                    trust_remote_code=self._options.trust_remote_code,
+                )
             context = min(context_tokens, self.model.context_tokens or context_tokens)
             draft, why = stepper_for(hf, context, guesses="off")
-        except GptqWebuiError as error:
-            log.info("no draft model: %s", error)
-            return f"The draft model {self.model.name} is not used: {error}"
-        if draft.kernel != "cpu" or draft.angles_of(1) != draft.angles_of(context) or context < _LEAST_TOKENS:
+        except Exception as error:  # the large model is loaded by now, and needs no draft
+            log.info("no draft model: %s", trace(error))
+            return f"The draft model {self.model.name} is not used: {in_words(error)}."
+        if draft.kernel != "cpu":
             draft.close()
-            reason = why.rstrip(".") or "its rotary positions depend on the length of the text, or its context is very short"
-            return f"The draft model {self.model.name} is not used: {reason}."
+            return (
+                f"The draft model {self.model.name} is not used: {why.rstrip('.') or 'its architecture has no step of its own'}."
+            )
+        if draft.angles_of(1) != draft.angles_of(context) or context < _LEAST_TOKENS:
+            draft.close()
+            return (
+                f"The draft model {self.model.name} is not used: its rotary positions depend on the length of the text, or its "
+                "context is very short."
+            )
         stepper.draft_with(draft, context)
         return f"{self.model.name} guesses next words where that is faster."
 

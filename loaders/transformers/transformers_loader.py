@@ -118,13 +118,16 @@ class TransformersLoader(Loader):
         if options != given:
             notes = (*notes, superhot.note(options.compress_pos_emb))
         progress(0.95, "Fitting the conversation into the memory")
+        demand, free_bytes = options.demand(model, device.type == "cuda"), free_beside(hf, device)
         try:
-            context, reason = memory_fit.fit_context(
-                model, options.demand(model, device.type == "cuda"), free_beside(hf, device) - (draft.size_bytes if draft else 0)
-            )
-        except LoadFailed:
+            context, reason = memory_fit.fit_context(model, demand, free_bytes - (draft.bytes_on(device) if draft else 0))
+        except LoadFailed as error:
             del hf
             free_memory(device)
+            if draft is not None and (size := draft.bytes_on(device)):
+                raise NotEnoughMemory(
+                    f"{error} Or leave Draft model empty: {draft.model.name} takes {format_bytes(size)}."
+                ) from None
             raise
         progress(0.97, preparing(device))
         adapt = None if adapter is None else partial(lora.attach, hf, adapter)

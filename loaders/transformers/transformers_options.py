@@ -50,7 +50,7 @@ class TransformersOptions:
     guesses: str = option(
         "auto",
         "Guess ahead",
-        "Computes likely next words beside the last one: the same answer, sooner where the conversation repeats. "
+        "Computes likely next words beside the last one: an answer is there sooner where the conversation repeats. "
         "auto: on a processor; on a GPU it is not measured yet, and only on switches it on.",
         GUESSES,
     )
