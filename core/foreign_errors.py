@@ -46,7 +46,7 @@ _KNOWN = tuple(
          "a .safetensors file is cut short or damaged"),
         (r"PytorchStreamReader|failed finding central directory|invalid load key|pickle data was truncated",
          "a file of weights is cut short or damaged"),
-        (r"weights_only|Unsupported (?:global|operand)", "a file of weights holds more than tensors, and was not opened"),
+        (r"weights_only|Unsupported (?:global|operand \d)", "a file of weights holds more than tensors, and was not opened"),
         (r"trust_remote_code|custom code", "its folder brings program code of its own, which is not run unless you allow it"),
         (r"maximum recursion depth|recursion limit", "something in its files is nested too deeply"),
         (r"couldn't connect to|offline mode|LocalEntryNotFound|Can't load tokenizer for",

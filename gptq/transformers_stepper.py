@@ -267,7 +267,7 @@ class TransformersStepper(Stepper):
                 self.prefill(memory, ids)
                 if self._keeps_cache:
                     self._require_a_next_token(memory, ids[1])
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, NameError, LookupError, ArithmeticError) as error:
             if "out of memory" in str(error).lower():
                 raise
             log.exception("the first forward failed")

@@ -39,6 +39,7 @@ REAL = [
     ("a key", lambda: {}["rope_theta"], "'rope_theta' is missing"),
     ("an attribute", lambda: None.shape, "not made for"),
     ("an argument", lambda: int(1, 2, 3), "not made for"),
+    ("a number that is none", lambda: 8 // None, "not made for"),
     ("an empty one", lambda: (_ for _ in ()).throw(RuntimeError()), "no reason was given"),
     ("no package", lambda: __import__("no_such_package.of_ours"), "the package no_such_package is not installed"),
     ("no computer", lambda: socket.create_connection(("127.0.0.1", 1), 1), "connection refused"),
