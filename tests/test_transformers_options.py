@@ -178,7 +178,7 @@ def test_what_is_asked_for_reaches_the_step_of_a_gpu(monkeypatch):
             seen.update(given, context=context_tokens)
 
     monkeypatch.setattr(cuda_stepper, "CudaStepper", Stepper)
-    monkeypatch.setattr(stepper_choice, "parts_of", lambda _hf: "parts")
+    monkeypatch.setattr(stepper_choice, "parts_for_gpu", lambda _hf: "parts")
     weight = SimpleNamespace(device=CUDA)
     embeddings = SimpleNamespace(weight=weight)
     hf = SimpleNamespace(get_input_embeddings=lambda: embeddings, dtype=torch.float16, named_modules=tuple)
