@@ -112,4 +112,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Why a test needed a second try: the plugin itself lists only its name."""
     for report in terminalreporter.stats.get("rerun", ()):
         terminalreporter.section(f"first failure of {report.nodeid}", sep="-")
-        terminalreporter.write_line("\n".join(report.longreprtext.splitlines()[-25:]))
+        lines = report.longreprtext.splitlines()
+        telling = [line for line in lines if line.startswith((">", "E ", "tests/"))]  # not what a library did below
+        terminalreporter.write_line("\n".join(telling[-40:] or lines[-25:]))

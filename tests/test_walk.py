@@ -76,6 +76,7 @@ def test_download_choose_and_chat(server):
         page.click("#gw-models input")
         page.get_by_role("option", name=NAME).click()
         page.wait_for_selector("#gw-model-status:has-text('Ready')")
+        page.wait_for_selector("#gw-facts:has-text('GPTQ 4-bit')")  # drawn right after
         facts = page.inner_text("#gw-facts")
         assert "GPTQ 4-bit" in facts and "32 weights share a scale" in facts
 
