@@ -19,84 +19,44 @@ def _for_rows(tile: Callable[..., Any], *which: Any) -> tuple[Any, ...]:
     return tuple(tile(*which, rows, ISA) for rows in range(1, MOST_TILE_ROWS + 1))
 
 
-_packed8_1, _packed8_2, _packed8_3, _packed8_4 = _for_rows(tiles.packed_tile, 8)
-_packed4_1, _packed4_2, _packed4_3, _packed4_4 = _for_rows(tiles.packed_tile, 4)
-_packed2_1, _packed2_2, _packed2_3, _packed2_4 = _for_rows(tiles.packed_tile, 2)
-_half_1, _half_2, _half_3, _half_4 = _for_rows(tiles.dense_tile, "half")
-_bfloat_1, _bfloat_2, _bfloat_3, _bfloat_4 = _for_rows(tiles.dense_tile, "bfloat16")
-_float_1, _float_2, _float_3, _float_4 = _for_rows(tiles.dense_tile, "float")
+def _packed(bits: int) -> Any:
+    """f(rows, …) for `rows` from 1 to 4; the other arguments are those of `tiles.packed_tile`."""
+    one, two, three, four = _for_rows(tiles.packed_tile, bits)
+
+    @compiled_part
+    def multiply(rows, w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride):
+        if rows == 4:
+            four(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
+        elif rows == 1:
+            one(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
+        elif rows == 2:
+            two(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
+        else:
+            three(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
+
+    return multiply
 
 
-@compiled_part
-def packed4(rows, w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride):
-    if rows == 4:
-        _packed4_4(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 1:
-        _packed4_1(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 2:
-        _packed4_2(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    else:
-        _packed4_3(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
+def _dense(kind: str) -> Any:
+    """f(rows, …) for `rows` from 1 to 4; the other arguments are those of `tiles.dense_tile`."""
+    one, two, three, four = _for_rows(tiles.dense_tile, kind)
+
+    @compiled_part
+    def multiply(rows, w, x, x_stride, count, y, y_stride):
+        if rows == 4:
+            four(w, x, x_stride, count, y, y_stride)
+        elif rows == 1:
+            one(w, x, x_stride, count, y, y_stride)
+        elif rows == 2:
+            two(w, x, x_stride, count, y, y_stride)
+        else:
+            three(w, x, x_stride, count, y, y_stride)
+
+    return multiply
 
 
-@compiled_part
-def packed8(rows, w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride):
-    if rows == 4:
-        _packed8_4(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 1:
-        _packed8_1(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 2:
-        _packed8_2(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    else:
-        _packed8_3(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-
-
-@compiled_part
-def packed2(rows, w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride):
-    if rows == 4:
-        _packed2_4(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 1:
-        _packed2_1(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    elif rows == 2:
-        _packed2_2(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-    else:
-        _packed2_3(w, s, z, x, x_scales, x_sums, chunks, chunk_rows, y, y_stride)
-
-
-@compiled_part
-def half(rows, w, x, x_stride, count, y, y_stride):
-    if rows == 4:
-        _half_4(w, x, x_stride, count, y, y_stride)
-    elif rows == 1:
-        _half_1(w, x, x_stride, count, y, y_stride)
-    elif rows == 2:
-        _half_2(w, x, x_stride, count, y, y_stride)
-    else:
-        _half_3(w, x, x_stride, count, y, y_stride)
-
-
-@compiled_part
-def bfloat(rows, w, x, x_stride, count, y, y_stride):
-    if rows == 4:
-        _bfloat_4(w, x, x_stride, count, y, y_stride)
-    elif rows == 1:
-        _bfloat_1(w, x, x_stride, count, y, y_stride)
-    elif rows == 2:
-        _bfloat_2(w, x, x_stride, count, y, y_stride)
-    else:
-        _bfloat_3(w, x, x_stride, count, y, y_stride)
-
-
-@compiled_part
-def single(rows, w, x, x_stride, count, y, y_stride):
-    if rows == 4:
-        _float_4(w, x, x_stride, count, y, y_stride)
-    elif rows == 1:
-        _float_1(w, x, x_stride, count, y, y_stride)
-    elif rows == 2:
-        _float_2(w, x, x_stride, count, y, y_stride)
-    else:
-        _float_3(w, x, x_stride, count, y, y_stride)
+packed8, packed4, packed2 = _packed(8), _packed(4), _packed(2)
+half, bfloat, single = _dense("half"), _dense("bfloat16"), _dense("float")
 
 
 @compiled_part
@@ -138,9 +98,9 @@ def product(table, first, last, rows, x, x_stride, x8, x_scales, x_sums, y, y_st
 def dense_row(kind, w, tile, count, x, y):
     """y [16] = x [count] times one dense tile of the tiles at w; addresses. `kind` is 16 for halves, 32 for fp32."""
     if kind == 16:
-        _half_1(w + tile * count * 2 * LANES, x, 0, count, y, 0)
+        half(1, w + tile * count * 2 * LANES, x, 0, count, y, 0)
     else:
-        _float_1(w + tile * count * 4 * LANES, x, 0, count, y, 0)
+        single(1, w + tile * count * 4 * LANES, x, 0, count, y, 0)
 
 
 @compiled_part
