@@ -74,7 +74,7 @@ def test_a_client_that_reads_nothing_does_not_hold_the_model(slow):
 
 
 def test_turns_are_fair_and_positions_are_reported(slow):
-    slow.engine.load(MISTRAL, options={"answer": "word " * 30, "tokens_per_s": 60})
+    slow.engine.load(MISTRAL, options={"answer": "word " * 90, "tokens_per_s": 60})
     order, lock = [], threading.Lock()
     slow.service.client = lambda request: request.headers["x-client"]  # as if they came from several machines
 
@@ -89,10 +89,12 @@ def test_turns_are_fair_and_positions_are_reported(slow):
     for name in ("many", "many", "many", "one"):
         threads.append(threading.Thread(target=ask, args=(name,)))
         threads[-1].start()
-        time.sleep(0.05)
-    time.sleep(0.1)
-    queue = slow.http.get("/v1/queue").json()
-    assert queue["running"] == 1 and queue["waiting"] == 3
+        end = time.monotonic() + 5
+        queue = slow.service.queue
+        while queue.running + queue.waiting < len(threads) and time.monotonic() < end:  # they come one after the other
+            time.sleep(0.01)
+    said = slow.http.get("/v1/queue").json()
+    assert said["running"] == 1 and said["waiting"] == 3
     for thread in threads:
         thread.join(10)
     assert [name for name, _position in order] in (["many", "many", "one", "many"], ["many", "one", "many", "many"])

@@ -153,14 +153,14 @@ def multiplied_out(folder, target):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    folder = Path(os.environ.get("GPTQ_WEBUI_WRITTEN") or tmp_path_factory.mktemp("written"))
+    folder = Path(os.environ.get("GPTQ_WEBUI_WRITTEN") or tmp_path_factory.mktemp("written")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(list(JOBS.values())))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     for step in ("write", "reload", "reload_compressed"):
         for _attempt in range(5):  # a program may end at a job; it is not begun again
             command = [PYTHON, str(Path(__file__).with_name("writer_programs.py")), step, str(folder)]
-            if not subprocess.run(command, env=environment, capture_output=True, timeout=3600).returncode:
+            if not subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=3600).returncode:
                 break
     return folder
 

@@ -26,6 +26,16 @@ def test_every_folder_with_code_is_a_listed_package():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names
 
 
+def test_only_known_folders_are_at_the_top():
+    """Other programs leave folders of theirs where they are started: no such thing is committed."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no clone")
+    folders = {name.partition("/")[0] for name in done.stdout.split("\0") if "/" in name}
+    packages = {name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"] if "." in name}
+    assert folders == packages | {".ci", "benchmarks", "docs", "tests"}
+
+
 def test_the_hosts_requirements_name_no_package():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert all(line.startswith("#") or not line.strip() for line in lines)

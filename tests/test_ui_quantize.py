@@ -77,7 +77,7 @@ def test_from_a_16_bit_folder_to_an_answer_of_the_new_branch(served):
     page.get_by_label("Layers that stay in 16 bits").fill("k_proj  down_proj")
     page.click("#gw-quantize-start")
     page.wait_for_selector(f"#gw-quantize-status:has-text('Made 1 folder'):has-text('{MADE}')")
-    assert "Error, 4-bit, group 32, act-order" in page.inner_text("#gw-quantize-layers")
+    page.wait_for_selector("#gw-quantize-layers:has-text('Error, 4-bit, group 32, act-order')")
     made = LocalModel.read(served.models / MADE)
     assert made.quantize is not None and made.quantize.summary == "4-bit, group 32, act-order"
     settings = json.loads((made.folder / "quantize_config.json").read_text())
