@@ -20,6 +20,7 @@ import bootstrap
 
 bootstrap.register()
 
+import known_answer  # noqa: E402
 import make_checkpoint  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -64,20 +65,13 @@ def first_layers(folder: Path, layers: int, to: Path) -> Path:
     return to
 
 
-def known_answer(folder: Path, shape: str) -> Path:
-    """Let token i be followed by token i + 1: the layers add next to nothing, and are computed all the same."""
+def made(folder: Path, shape: str) -> Path:
+    """A folder of this shape whose answer is known."""
     if (folder / "model.safetensors").exists():
         return folder
     make_checkpoint.SHAPES[shape] = SHAPES[shape]
     make_checkpoint.make(folder, shape)
-    state = load_file(folder / "model.safetensors")
-    for name, tensor in state.items():
-        if name.endswith(("o_proj.scales", "down_proj.scales")):
-            tensor.mul_(0.001)
-    embedding = torch.nn.functional.normalize(torch.randn(state["lm_head.weight"].shape), dim=1)
-    state["model.embed_tokens.weight"] = (embedding * 8).half()
-    state["lm_head.weight"] = (embedding.roll(1, 0) * 2).half()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    known_answer.teach(folder)
     return folder
 
 
@@ -100,7 +94,7 @@ def main() -> None:
     asked = parser.parse_args()
     folder, draft_folder = asked.folder, asked.draft
     if asked.known:
-        folder, draft_folder = (known_answer(asked.folder / shape, shape) for shape in ("large", "small"))
+        folder, draft_folder = (made(asked.folder / shape, shape) for shape in ("large", "small"))
     elif asked.layers:
         draft_folder = asked.folder.parent / f"{asked.folder.name}-{asked.layers}-layers"
         if not draft_folder.exists():

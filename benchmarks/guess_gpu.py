@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import known_answer
 from make_checkpoint import make
-from safetensors.torch import load_file, save_file
 
 from gptq_webui.core.chat import Step
 from gptq_webui.core.models import LocalModel
@@ -30,19 +28,6 @@ from gptq_webui.gptq.cuda.guessed_step import GuessedStep
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 
 FIRST, TOKENS = 1000, 513  # the answer's ids are FIRST, FIRST + 1 …
-
-
-def known_answer(folder: Path) -> None:
-    """Let token i be followed by token i + 1."""
-    make(folder, "mistral-7b")
-    state = load_file(folder / "model.safetensors")
-    for name, tensor in state.items():
-        if name.endswith(("o_proj.scales", "down_proj.scales")):
-            tensor.mul_(0.001)
-    embedding = torch.nn.functional.normalize(torch.randn(state["lm_head.weight"].shape), dim=1)
-    state["model.embed_tokens.weight"] = (embedding * 8).half()
-    state["lm_head.weight"] = (embedding.roll(1, 0) * 2).half()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def prompts(run: int, tokens: int = 700) -> dict[str, list[int]]:
@@ -70,7 +55,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not (options.folder / "model.safetensors").exists():
-        known_answer(options.folder)
+        make(options.folder, "mistral-7b")
+        known_answer.teach(options.folder)
     model = TransformersLoader().load(
         LocalModel.read(options.folder), TransformersOptions(guesses="on"), lambda share, text: None
     )

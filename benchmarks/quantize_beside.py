@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--damp", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program")
     options = parser.parse_args()
+    options.folder, options.gptqmodel, options.work = (
+        each.absolute() for each in (options.folder, options.gptqmodel, options.work)
+    )
     options.work.mkdir(parents=True, exist_ok=True)
     text, samples = _texts(options)
     for each in options.settings:
@@ -54,9 +57,10 @@ def main() -> None:
         common = ["--damp", str(options.damp), "--seq-len", str(options.seq_len), "--samples", str(options.samples)]
         arguments = ["quantize", options.folder, "--branches", branch, "--dataset", text, *common, "--output", ours]
         runs = {
-            "ours": _run([sys.executable, ROOT / "script.py", *arguments], options.threads),
+            "ours": _run([sys.executable, ROOT / "script.py", *arguments], options.work, options.threads),
             "gptqmodel": _run(
                 [options.gptqmodel, "-c", _PEER, options.folder, theirs, samples, bits, group, str(options.damp)],
+                options.work,
                 options.threads,
                 {"PYTHONPATH": ""},
             ),
@@ -87,11 +91,11 @@ def _texts(options: argparse.Namespace) -> tuple[Path, Path]:
     return text, samples
 
 
-def _run(command: list[Any], threads: int, environment: dict[str, str] | None = None) -> tuple[int, float, int, str]:
-    """(exit code, seconds, largest resident size in bytes, the end of what it said)."""
+def _run(command: list[Any], work: Path, threads: int, environment: dict[str, str] | None = None) -> tuple[int, float, int, str]:
+    """(exit code, seconds, largest resident size in bytes, the end of what it said). gptqmodel leaves logs in `work`."""
     began = time.monotonic()
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
-    child = subprocess.Popen([str(each) for each in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen([str(each) for each in command], env=env, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert child.stdout is not None
     said = child.stdout.read().decode(errors="replace")
     _pid, status, usage = os.wait4(child.pid, 0)
