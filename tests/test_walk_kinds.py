@@ -63,6 +63,8 @@ def test_it_is_chosen_saved_reloaded_and_answers(name, house, tmp_path):
     if not tab.is_visible("#gw-option-context_tokens input"):
         tab.get_by_role("button", name="Custom settings").click()
     tab.fill("#gw-option-context_tokens input", tokens)
+    widths = tab.locator(".gw-option:visible").evaluate_all("all => all.map((each) => each.getBoundingClientRect().width)")
+    assert min(widths) > 190  # none is cut off beside the others
     tab.press("#gw-option-context_tokens input", "Tab")
     tab.click("#gw-save")
     tab.wait_for_selector("#gw-settings-note:has-text('Saved for')")

@@ -143,6 +143,7 @@ def _draw(option: Field, name: str) -> gr.components.Component:
         "info": option.metadata.get("help"),
         "min_width": 200,
         "elem_id": f"gw-option-{name}",
+        "elem_classes": "gw-option",
     }
     if option.metadata.get("several_gpus"):
         common["visible"] = len(gpus()) > 1

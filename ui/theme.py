@@ -157,6 +157,7 @@ _WORDS = """ /* html_snippets.py */
 .gw-bar i.gw-some { width: 30%; animation: gw-slide 1.4s ease-in-out infinite alternate; }
 @keyframes gw-slide { from { margin-left: 0 } to { margin-left: 70% } }
 @media (prefers-reduced-motion: reduce) { .gw-bar i.gw-some { animation: none; width: 100%; opacity: .5 } }
+.gw-option { min-width: min(200px, 100%) !important; }  /* Gradio gives a checkbox none */
 .gw-facts { display: grid; grid-template-columns: minmax(96px, max-content) 1fr; gap: 5px 18px; margin: 0; line-height: 1.45; }
 .gw-loaders { width: 100%; border-collapse: collapse; line-height: 1.45; margin: 0 !important; border: none !important; }
 .gw-loaders th, .gw-loaders td {
