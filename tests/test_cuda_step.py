@@ -189,7 +189,7 @@ def test_keys_and_values_are_kept_to_half_a_step_of_their_byte(gpu, head_dim):
         table = torch.tensor([pages.take() for _ in range(2)], dtype=torch.int64, device="cuda")
         angles = torch.zeros(count, 1, device="cuda")  # nothing is turned
         rope = ROPE.pack(
-            qkv=qkv.clone(), pages=table, cosines=angles, sines=angles, q_norm=None, k_norm=None, layer_bytes=pages.layer_bytes,
+            qkv=qkv.clone(), pages=table, cosines=angles, sines=angles, q_norm=None, k_norm=None, layer_bytes=pages.layer_bytes, tokens=count,
             heads=heads, kv_heads=kv, start=0, rotary_half=0, eps=0,
         )  # fmt: skip
         own.run(f"rope_{kv_format.name}", (count,), 256, rope)

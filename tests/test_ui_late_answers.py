@@ -23,7 +23,7 @@ class Late:
     """Holds the answers to acts of a page."""
 
     def __init__(self, tab):
-        self.tab, self.held, self.holds, self.refused = tab, [], False, False
+        self.tab, self.held, self.holds, self.refuses = tab, [], False, False
         self._pressed = tab.evaluate(
             """() => {
               const {components, dependencies} = window.gradio_config;
@@ -34,15 +34,16 @@ class Late:
         )
         tab.route("**/run/predict*", self._arrived)
 
-    def hold(self):
-        """From the next request on. Acts under way are waited for first."""
+    def hold(self, refuses=False):
+        """From the next request on. Acts under way are waited for first. `refuses`: messages alone, and they never arrive."""
         self.tab.wait_for_function("!window.gwChat.isBusy()")
-        self.holds = True
+        self.holds, self.refuses = True, refuses
 
     def _arrived(self, route):
         pressed = self._pressed[str(route.request.post_data_json["fn_index"])]
-        if self.holds and pressed not in ("gw-look", "gw-measure"):  # what the page asks by itself
-            self.held.append((route, None if self.refused else route.fetch()))
+        by_itself = pressed in ("gw-look", "gw-measure") or (self.refuses and pressed not in ("gw-send", "gw-message"))
+        if self.holds and not by_itself:
+            self.held.append((route, None if self.refuses else route.fetch()))
         else:
             route.continue_()
 
@@ -267,3 +268,19 @@ def test_a_search_shows_what_was_typed_last(late, served):
     tab.wait_for_function("[...document.querySelectorAll('.gw-open')].map((each) => each.textContent).join() == 'Butter'")
     tab.wait_for_function("!window.gwChat.isBusy()")
     assert json.loads(tab.input_value("#gw-known textarea, #gw-known input"))["id"] == ""
+
+
+def test_a_message_that_does_not_arrive_comes_back_before_what_is_typed(late, served):
+    tab, net = late()
+    answered(tab, "Before")
+    net.hold(refuses=True)
+    attach(tab)
+    tab.fill(BOX, "One")
+    tab.press(BOX, "Enter")
+    net.wait()
+    tab.fill(BOX, "Two")
+    net.deliver()
+    tab.wait_for_function(f"{TYPED} 'One\\nTwo'")
+    tab.wait_for_selector("#gw-files .gw-chip:has-text('notes.txt')")
+    answered(tab, "Again", 2)  # the page goes on
+    assert paths(served)["Before"] == ["Before", "Paris.", "Again", "Paris."]
