@@ -157,6 +157,23 @@ def test_colours_text_size_and_the_tab_are_kept(chrome, place):
     tab.context.close()
 
 
+def test_a_tab_that_is_clicked_before_the_server_has_chosen_one_stays(chrome, place):
+    tab = visit(chrome, place)
+    held, holds = [], [True]
+    tab.route("**/run/predict*", lambda route: held.append((route, route.fetch())) if holds else route.continue_())
+    tab.reload()
+    tab.click("[role=tab]:has-text('Parameters')")
+    while not held:
+        tab.wait_for_timeout(20)  # the browser's network goes through this thread
+    holds.clear()
+    for route, response in held:
+        route.fulfill(response=response)
+    tab.wait_for_selector("#gw-list .gw-chats", state="attached")
+    tab.wait_for_function("window.gwChat && !window.gwChat.isBusy()")
+    tab.wait_for_selector("[role=tab][aria-selected=true]:has-text('Parameters')")
+    tab.context.close()
+
+
 def test_a_lost_server_is_said_and_the_page_goes_on_when_it_is_back(chrome, place):
     tab = visit(chrome, place)
     open_tab(tab, "Model")

@@ -130,7 +130,8 @@ def build(
             return gr.update(visible=access.is_owner(request))
 
         arranged = [tabs, model_tab_item, quantize_tab_item, compare_tab_item, free, notice, link.place, link.text]
-        page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
+        chosen = page.load(arrange, kept_tab, arranged, js=page_comfort.KEPT_TAB, **gradio_compat.SHOW)
+        chosen.then(None, None, None, js=page_comfort.CLICKED_TAB, **gradio_compat.EVENT)
         if api is not None:
             page.load(own_api, None, api_tab_item, **gradio_compat.SHOW)
             for trigger in [api_tab_item.select] if gradio_compat.LAZY_TABS else [page.load]:

@@ -39,7 +39,10 @@ _SCRIPT = """
     const menu = document.querySelector('#gw-comfort[open]');
     if (menu && !menu.contains(event.target)) menu.open = false;
     const tab = event.target.closest?.('#gw-tabs [role=tab]');
-    if (tab) try { sessionStorage.setItem('gptq-webui tab', tab.innerText.trim().toLowerCase()) } catch {}
+    if (tab) {
+      window.gwTab = tab.innerText.trim().toLowerCase();
+      try { sessionStorage.setItem('gptq-webui tab', window.gwTab) } catch {}
+    }
   });
   document.addEventListener('keydown', (event) => {
     const menu = document.querySelector('#gw-comfort[open]');
@@ -87,6 +90,13 @@ HEAD = f"""
 
 # JavaScript for the page's load event: the tab that was open before a reload, "" for a new page.
 KEPT_TAB = "() => { try { return sessionStorage.getItem('gptq-webui tab') || '' } catch { return '' } }"
+
+# After the server has chosen the first tab: one that was clicked while it chose comes before that.
+CLICKED_TAB = """() => {
+  const all = [...document.querySelectorAll('#gw-tabs [role=tab]')], name = (tab) => tab.innerText.trim().toLowerCase();
+  const clicked = window.gwTab && all.find((tab) => name(tab) === window.gwTab);
+  if (clicked && clicked.getAttribute('aria-selected') !== 'true') clicked.click();
+}"""
 
 MENU = """
 <details id="gw-comfort">
