@@ -115,3 +115,61 @@ def test_a_byte_order_mark_changes_no_figure(tmp_path):
         (tmp_path / "config.json").write_text(text, encoding=encoding)
         sizes.append(memory_fit.conversation_bytes_per_token(tmp_path))
     assert sizes == [512, 512]
+
+
+LITE = {
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "hidden_size": 2048, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("transformers", "numba", "on_gpu", "number_bytes", "wanted"),
+    [
+        ("5.15.0", None, True, 2, 576 * 2),
+        ("5.24.0.dev0", "0.68", False, 4, 576 * 4),
+        ("5.24.0", "0.68", False, 2, 1088 * 2),  # our step has the vector twice
+        ("4.57.6", "0.68", False, 4, 576 * 4),
+        ("4.57.6", "0.68", True, 2, 16 * 320 * 2),  # each head's key and value
+        ("5.14.1", None, False, 4, 16 * 320 * 4),
+    ],
+)
+def test_of_a_latent_vector_is_counted_what_is_kept(transformers, numba, on_gpu, number_bytes, wanted, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(LITE))
+    monkeypatch.setattr(memory_fit, "version_of", {"transformers": transformers, "numba": numba}.get)
+    assert memory_fit.conversation_bytes_per_token(tmp_path, number_bytes, on_gpu) == 27 * wanted
+
+
+@pytest.mark.parametrize("step", [True, False])
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "minicpm3"])
+def test_what_is_counted_of_a_latent_vector_is_what_a_conversation_takes(kind, step, tmp_path):
+    """As transformers keeps it, and as our step on a processor does."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from every_architecture import tiny_model
+
+    from gptq_webui.gptq.families.known import parts_of
+    from gptq_webui.gptq.transformers_stepper import TransformersStepper
+
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no such models")
+    model = tiny_model(kind)
+    model.config.save_pretrained(tmp_path)
+    if step:
+        pytest.importorskip("numba")
+        from test_families import packed
+
+        from gptq_webui.gptq.cpu.cpu_step import CpuStepper
+
+        stepper = CpuStepper(parts_of(packed(kind)[0]), 256, 2)
+    else:
+        stepper = TransformersStepper(model)
+        if memory_fit.version_of("numba") and not memory_fit._keeps_latent():
+            pytest.skip("this transformers keeps more than our step, which is counted")
+    memory = stepper.begin()
+    with torch.inference_mode():
+        stepper.prefill(memory, [5] * 256)
+    each = memory.size_bytes / 256
+    counted = memory_fit.conversation_bytes_per_token(tmp_path, 4, on_gpu=False)
+    assert each <= counted <= 1.25 * each
+    stepper.close()

@@ -6,6 +6,7 @@ only to ask a GPU.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from ...core.errors import BadFile, NotEnoughMemory
 from ...core.models import LocalModel
 from ...core.neighbour_layouts import PLANAR, width_in_memory
 from ...core.units import format_bytes
+from .capabilities import version_of
 
 DEFAULT_CONTEXT_TOKENS = 8192  # longer ones cost memory that few chats use; an option sets more
 UNKNOWN_CONTEXT_TOKENS = 2048  # of a model that does not say what it was trained for
@@ -53,7 +55,7 @@ class Demand:
     conversation_share: float = 1.0
 
 
-def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2) -> int:
+def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2, on_gpu: bool = True) -> int:
     """Keys and values of one token in every layer, from config.json; 0 if it does not say."""
     try:
         config = folder_files.read_json(folder / "config.json")
@@ -61,13 +63,32 @@ def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2) -> int:
         return 0
     config = {**config, **(config.get("text_config") or {})}
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    return int(layers * _kept_bytes(config, dtype_bytes, on_gpu))
+
+
+def _kept_bytes(config: dict[str, Any], dtype_bytes: float, on_gpu: bool) -> float:
+    """Of a token in a layer."""
     heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    rank, turned = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if rank and turned:  # a latent vector (MLA), of which each head's key and value are made
+        by_step = 2 * (2 * rank + turned)  # bytes; our step on a processor has the vector twice, as key and as value
+        step = not on_gpu and version_of("numba") is not None
+        if _keeps_latent() or step:
+            kept = (rank + turned) * dtype_bytes
+            return (max(kept, by_step) if step else kept) + (config.get("index_head_dim") or 0) * dtype_bytes
+        fixed = config.get("qk_nope_head_dim") or 0
+        return heads * (fixed + turned + (config.get("v_head_dim") or fixed)) * dtype_bytes
     hidden = config.get("hidden_size") or config.get("n_embd") or 0
     kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         kv_heads = 1
-    head_dim = config.get("head_dim") or hidden // heads
-    return int(2 * layers * kv_heads * head_dim * dtype_bytes)
+    return 2 * kv_heads * (config.get("head_dim") or hidden // heads) * dtype_bytes
+
+
+def _keeps_latent() -> bool:
+    """Whether transformers keeps that vector; before 5.15 it kept keys and values."""
+    numbers = re.findall(r"\d+", version_of("transformers") or "")[:2]
+    return tuple(map(int, numbers)) >= (5, 15)
 
 
 def wanted_context(model: LocalModel, requested_tokens: int = 0, trained_tokens: int = 0) -> int:
@@ -165,7 +186,8 @@ def estimate(model: LocalModel, demand: Demand, *, free_bytes: int, device: str,
 
 
 def _bytes_per_token(model: LocalModel, demand: Demand) -> int:
-    return math.ceil(conversation_bytes_per_token(model.folder, demand.number_bytes) * demand.conversation_share)
+    whole = conversation_bytes_per_token(model.folder, demand.number_bytes, demand.on_gpu)
+    return math.ceil(whole * demand.conversation_share)
 
 
 def room_for_weights(model: LocalModel, demand: Demand, free_bytes: int) -> int:
