@@ -5,6 +5,7 @@ import pytest
 import tiny
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.models import LocalModel
+from gptq_webui.gptq.parallel.ranks import in_a_sentence
 from gptq_webui.loaders.machine import gpus, memory_fit
 from gptq_webui.loaders.machine.capabilities import Machine
 from gptq_webui.loaders.transformers import divided_load
@@ -89,3 +90,13 @@ def test_the_page_shows_the_option_only_where_there_are_several_gpus(monkeypatch
     monkeypatch.setattr(settings_box, "gpus", lambda: [None] * count)
     (option,) = (each for each in fields(TransformersOptions) if each.name == "tensor_parallel")
     assert settings_box._draw(option, "tensor_parallel").visible is shown
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("forward() got an unexpected keyword argument 'x'"), RuntimeError("NCCL error: unhandled system error")]
+)
+def test_what_fails_in_a_process_is_said_without_a_class_and_is_whole_in_the_log(error, caplog):
+    said = in_a_sentence(error)
+    assert said.startswith("One of the processes that compute the model stopped: ") and said.endswith(".")
+    assert "Error:" not in said and "keyword" not in said
+    assert str(error) in caplog.text

@@ -6,6 +6,7 @@ Ctrl+C, and when this process is killed. One that ends before that takes the oth
 """
 
 import json
+import logging
 import queue
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import AnswerFailed, GptqWebuiError, LoadFailed
+from ...core.foreign_errors import in_words, trace
 from .rank_group import Parted
 
+log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parents[2]
 _NAME = __name__.partition(".")[0]
 _POLL_S = 0.2  # between two looks at whether a load was cancelled
@@ -195,4 +198,5 @@ def in_a_sentence(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "There was not enough memory on one of the GPUs. Choose a smaller context or a smaller branch."
-    return f"One of the processes that compute the model stopped with an error: {type(error).__name__}: {str(error)[:200]}."
+    log.error("A rank of a divided model failed.\n%s", trace(error))
+    return f"One of the processes that compute the model stopped: {in_words(error)}."
