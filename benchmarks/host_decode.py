@@ -1,9 +1,9 @@
 """Tokens/s of a model inside text-generation-webui, against our Engine: `python benchmarks/host_decode.py HOST MODEL`.
 
 HOST is a folder of text-generation-webui, MODEL a GPTQ folder; the environment has what both need. In one process, in turns:
-the host's own `generate_reply` (its samplers, greedy and with its preset min_p), a bare `generate` of transformers as a program
+the host's own `generate_reply` (its samplers, greedy and with min_p 0.05), a bare `generate` of transformers as a program
 calls it, and an answer of our Engine to the same prompt. Each answer has 200 tokens, none ends earlier; the last lines give
-medians and the fastest, with their ratio to the Engine.
+medians and the fastest, each with its ratio to the Engine's answer of the same sampling.
 """
 
 import argparse
@@ -51,7 +51,13 @@ def main() -> None:
 
     def in_host(preset: str | None, **changes: Any) -> int:
         state = {**shared.settings, **load_preset(preset), "max_new_tokens": TOKENS, "seed": 1, "stream": True, **changes}
-        state |= {"ban_eos_token": True, "custom_stopping_strings": "", "max_tokens_second": 0, "auto_max_new_tokens": False}
+        state |= {
+            "ban_eos_token": True,
+            "add_bos_token": False,
+            "custom_stopping_strings": "",
+            "max_tokens_second": 0,
+            "auto_max_new_tokens": False,
+        }
         text = ""
         for text in generate_reply(PROMPT, state):  # noqa: B007 (the last one)
             pass
@@ -70,14 +76,14 @@ def main() -> None:
         from gptq_webui.core.chat import Token
         from gptq_webui.core.params import GenerationParams
 
-        params = GenerationParams(max_new_tokens=TOKENS, ignore_eos=True, seed=1, **sampling)
+        params = GenerationParams(max_new_tokens=TOKENS, ignore_eos=True, seed=1, repetition_penalty=1, **sampling)
         return sum(isinstance(each, Token) for each in made.engine.complete(PROMPT, params, threading.Event()))
 
     sides: dict[str, Callable[[], int]] = {
-        "Engine": lambda: ours(temperature=1, top_k=0, top_p=1, min_p=0.05),
+        "Engine, min_p": lambda: ours(temperature=1, top_k=0, top_p=1, min_p=0.05),
         "Engine, greedy": lambda: ours(temperature=0),
         "host, greedy": lambda: in_host(None, do_sample=False),
-        "host, min_p": lambda: in_host("min_p"),
+        "host, min_p": lambda: in_host(None, do_sample=True, min_p=0.05),
         "generate": bare,
     }
     found: dict[str, list[float]] = {name: [] for name in sides}
@@ -91,7 +97,14 @@ def main() -> None:
                 print(f"{name:14} {count} tokens, {rate:.1f} tokens/s", flush=True)
     middle = {name: statistics.median(rates) for name, rates in found.items()}
     for name, found_of in (("medians", middle), ("fastest", {name: max(rates) for name, rates in found.items()})):
-        print(f"{name}: " + "; ".join(f"{side} {rate:.1f} ({rate / found_of['Engine']:.2f})" for side, rate in found_of.items()))
+        print(
+            f"{name}: " + "; ".join(f"{side} {rate:.1f} ({rate / found_of[beside(side)]:.2f})" for side, rate in found_of.items())
+        )
+
+
+def beside(side: str) -> str:
+    """The Engine's answer of the same sampling."""
+    return "Engine, min_p" if "min_p" in side else "Engine, greedy"
 
 
 if __name__ == "__main__":

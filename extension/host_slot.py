@@ -17,7 +17,7 @@ from ..core.models import LocalModel
 from ..engine.load_fallback import LoadOutcome
 from ..engine.load_request import LoadPlan
 from ..engine.slot import Slot, Status
-from ..loaders.machine.memory_release import free_memory
+from ..loaders.machine.memory_release import free_memory, leave_out_of_collections
 from . import headless_model
 from .host_adapter import Host
 
@@ -128,6 +128,7 @@ class HostSlot(Slot):
     def host_loaded(self) -> None:
         """The host's load is complete: it has our model."""
         self._host_loads.pop(threading.get_ident(), None)
+        leave_out_of_collections()  # the host collects before every reply
         if self._planned is None:  # a load of ours says so itself, a moment later
             self._say_ready()
 

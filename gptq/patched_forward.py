@@ -9,15 +9,15 @@ it needs are computed then. Without such a forward it is refused.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import chain
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache_of_ids import kind_of_ids, new_cache
+from .module_watch import ModuleWatch
 from .prefix_cache import PrefixCache
+from .sampling_loop import SamplingLoop, in_place_of_sample
 from .stepper import Memory, Stepper
 from .transformers_stepper import CACHE_NAMES, cache_name
 
@@ -31,9 +31,12 @@ _SMALL = 32  # ids of a call of the model's own forward that more threads would 
 class ForwardPatch:
     """For one thread, until `release`."""
 
-    def __init__(self, hf: Any, stepper: Stepper, prefix: PrefixCache, context_tokens: int | None = None) -> None:
-        """`context_tokens`: up to which length the stepper computes, where the model's own forward computes too."""
-        self._hf, self._stepper, self._prefix = hf, stepper, prefix
+    def __init__(
+        self, hf: Any, stepper: Stepper, prefix: PrefixCache, context_tokens: int | None = None, own_loop: bool = False
+    ) -> None:
+        """`context_tokens`: up to which length the stepper computes, where the model's own forward computes too. `own_loop`:
+        `generate` goes from token to token by sampling_loop.py, where it is asked for nothing else."""
+        self._hf, self._stepper, self._prefix, self._own_loop = hf, stepper, prefix, own_loop
         self._context_tokens = context_tokens
         self._name = cache_name()
         self._own = {name: vars(hf).get(name) for name in ("forward", "generate")}
@@ -44,12 +47,13 @@ class ForwardPatch:
         self._read: list[int] = []  # the ids in memory
         self._memory: Memory | None = None
         self._kinds: dict[type, type] = {}
-        self._parts = _Parts(hf) if context_tokens is not None else None
+        self._parts = ModuleWatch(hf) if context_tokens is not None else None
 
         def forward(*positional: Any, **given: Any) -> Any:
             return self._forward({**dict(zip(self._arguments, positional, strict=False)), **given})
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
+        self._patched = forward
         hf.forward = forward
         if hasattr(hf, "generate"):
             self._generate = hf.generate
@@ -64,15 +68,59 @@ class ForwardPatch:
             else:
                 vars(self._hf).pop(name, None)
         self._own, self._hf = {}, None
-        vars(self).pop("_original", None)
-        vars(self).pop("_generate", None)
+        for name in ("_original", "_generate", "_patched"):
+            vars(self).pop(name, None)
 
     def _generated(self, *positional: Any, **given: Any) -> Any:
+        loop = in_place_of_sample(self._hf, self._sampled) if self._own_loop else nullcontext()
         try:
-            with self._stepper.while_sampling():
+            with self._stepper.while_sampling(), loop:
                 return self._generate(*positional, **given)
         finally:
             self._keep()
+
+    def _sampled(
+        self,
+        usual: Callable[[], Any],
+        ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **given: Any,
+    ) -> Any:
+        """What transformers' `_sample` returns, computed without its forward; by `usual` what asks for more."""
+        hf, cache, most = self._hf, _cache_of(given), stopping_criteria.max_length
+        if (
+            synced_gpus
+            or not SamplingLoop.suits(logits_processor, stopping_criteria, generation_config, given)
+            or self._why_not({"input_ids": ids, **given})
+            or self._ids_of(cache)
+            or most is None
+            or (self._context_tokens is not None and most > self._context_tokens)
+            or self._stepper.angles_of(most)
+            or hf._forward_hooks
+            or hf._forward_pre_hooks
+            or not self._is_called_by(hf.forward)
+        ):
+            return usual()
+        row = ids[0].tolist()
+        with torch.inference_mode():
+            logits = self._logits([], row, 1)[0]
+            assert self._memory is not None
+            running = self._stepper.running(self._memory, row)
+        loop = SamplingLoop(logits_processor, stopping_criteria, generation_config, streamer, self._dtype(logits))
+        try:
+            return loop.run(ids, logits, running, self._read.append)
+        finally:  # also where a part of the caller's ended it: the cache holds what was read
+            if cache is not None and self._memory is not None:
+                self._kept_in(cache, self._read[: self._memory.length])
+
+    def _is_called_by(self, forward: Callable[..., Any]) -> bool:
+        """Whether a model's forward is ours, directly or in the queue of calls (`passes_on`: itself, and what it calls)."""
+        passes_on = vars(forward).get("passes_on") if inspect.isfunction(forward) else None
+        return forward is self._patched or (passes_on is not None and passes_on[0] is forward and passes_on[1] is self._patched)
 
     def _forward(self, given: dict[str, Any]) -> Any:
         why = self._why_not(given)
@@ -91,8 +139,12 @@ class ForwardPatch:
             cache = new_cache(self._hf.config)
         if cache is not None:
             self._kept_in(cache, [*before, *row])
-        dtype = getattr(self._hf, "dtype", logits.dtype) if self._parts is not None else logits.dtype
-        return CausalLMOutputWithPast(logits=logits.clone().to(dtype), **{self._name: cache})
+        return CausalLMOutputWithPast(logits=logits.clone().to(self._dtype(logits)), **{self._name: cache})
+
+    def _dtype(self, logits: Tensor) -> torch.dtype:
+        """In which logits are passed on."""
+        dtype: torch.dtype = getattr(self._hf, "dtype", logits.dtype) if self._parts is not None else logits.dtype
+        return dtype
 
     @property
     def _config(self) -> Any:
@@ -211,32 +263,6 @@ class ForwardPatch:
             self._memory = None  # it may hold a part of the ids
             raise
         return logits[None] if isinstance(keep, int) else logits[None, keep]
-
-
-class _Parts:
-    """The modules of a model, to see whether a program has replaced one or hung a hook on it."""
-
-    def __init__(self, hf: Any) -> None:
-        modules = list(hf.modules())
-        children = [(each._modules, name, child) for each in modules for name, child in each._modules.items()]
-        self._parents = [parent for parent, _name, _child in children]
-        self._names = [name for _parent, name, _child in children]
-        self._children = [child for _parent, _name, child in children]
-        self._hooks = list(chain.from_iterable((each._forward_hooks, each._forward_pre_hooks) for each in modules[1:]))
-
-    @property
-    def unchanged(self) -> bool:
-        if any(self._hooks) and any(_is_foreign(hook) for hooks in self._hooks for hook in hooks.values()):
-            return False
-        try:
-            return list(map(getitem, self._parents, self._names)) == self._children
-        except KeyError:
-            return False
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Not one of those with which transformers collects hidden states, which do nothing else."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _cache_of(given: dict[str, Any]) -> Any:

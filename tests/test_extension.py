@@ -46,6 +46,15 @@ def test_unloading_frees_the_weights_and_the_thread(one):
     assert host("state")["weights"] == before and host("state")["threads"] == 0
 
 
+def test_the_hosts_collection_before_every_reply_passes_over_what_the_load_made(one):
+    host = one()
+    assert host("state")["frozen"] == 0
+    host("load", name="tiny-2023")
+    assert host("state")["frozen"] > 50_000
+    host("unload")
+    assert host("state")["frozen"] == 0
+
+
 def test_unloading_in_the_middle_of_an_answer_ends_it(one):
     host = one()
     host("load", name="tiny-2023")

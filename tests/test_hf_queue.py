@@ -1,5 +1,6 @@
 """loaders/pretrained/hf_queue.py: a program that calls the transformers model itself stands in the same line."""
 
+import functools
 import threading
 import time
 
@@ -218,3 +219,20 @@ def test_one_thread_is_left_in_no_mode_between_the_turns_of_answers(slotted):
     streams = [slotted.generate(prompt, GREEDY, threading.Event()) for prompt in PROMPTS[:2]]
     list(slotted._worker.stream(look, threading.Event(), None))
     assert all(len(ids_of(each)) == 20 for each in streams) and modes == {False}
+
+
+def test_generate_in_the_queue_goes_from_token_to_token_by_our_own_loop(model, monkeypatch):
+    pytest.importorskip("numba")
+    from gptq_webui.gptq.sampling_loop import SamplingLoop
+
+    runs, run = [], SamplingLoop.run
+    monkeypatch.setattr(SamplingLoop, "run", lambda self, *given: runs.append(1) or run(self, *given))
+    generate(model)
+    assert runs == [1]
+    before = model.hf.forward
+    model.hf.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))  # of another program
+    generate(model)
+    assert runs == [1]
+    model.hf.forward = before
+    generate(model)
+    assert runs == [1, 1]

@@ -111,6 +111,19 @@ def test_its_language_model_computes_as_the_dequantised_twin(tmp_path, kind):
         assert (logits - wanted[at]).norm() / wanted[at].norm() < 1e-3
 
 
+@pytest.mark.parametrize("kind", seeing_models.KINDS)
+def test_another_program_generates_with_it_as_with_its_twin(tmp_path, kind):
+    twin = seeing_models.write(tmp_path / kind, kind)
+    tiny.write_tokenizer(tmp_path / kind)
+    loaded = TransformersLoader().load(LocalModel.read(tmp_path / kind), TransformersOptions(dtype="fp32"), lambda *_: None)
+    try:
+        settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": [287]}
+        found = [hf.generate(torch.tensor([IDS]), **settings).tolist() for hf in (loaded.hf, twin)]
+        assert found[0] == found[1]
+    finally:
+        loaded.close()
+
+
 @pytest.mark.parametrize("kind", SHOW)
 def test_it_answers_to_pictures_as_generate_does(tmp_path, kind):
     twin = seeing_models.write(tmp_path / kind, kind)

@@ -370,7 +370,7 @@ class CpuStepper(Stepper):
             torch.set_num_threads(threads)
 
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
-        self._patch = ForwardPatch(hf, self, prefix, self._context_tokens)
+        self._patch = ForwardPatch(hf, self, prefix, self._context_tokens, own_loop=True)
 
     def _arguments_for(self, rows: int) -> Arguments:
         if rows == 1:

@@ -1,4 +1,4 @@
-"""Returns memory that nothing uses any more to the system. The only function that does so."""
+"""Returns memory that nothing uses any more to the system: `free_memory` is the only function that does so."""
 
 import contextlib
 import ctypes
@@ -16,6 +16,7 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
     just closed a model, which collects.
     """
     if collect:
+        gc.unfreeze()
         gc.collect()
     torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and (device is None or device.type == "cuda")
@@ -26,3 +27,13 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)  # glibc would keep hundreds of megabytes that were freed in small pieces
+
+
+def leave_out_of_collections() -> None:
+    """Let later garbage collections pass over all that is in memory now, until `free_memory`.
+
+    For programs that collect often: torch, transformers and compiled kernels are half a million objects, which take
+    half a second to look through.
+    """
+    gc.collect()
+    gc.freeze()

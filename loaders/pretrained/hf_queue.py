@@ -14,6 +14,8 @@ from typing import Any
 from ...gptq.token_ids import require_known
 from ..contract.worker import Worker
 
+_ARGS, _KWARGS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 
 class QueuedCalls:
     """Puts `generate` and `forward` of a transformers model behind a worker, until `release`."""
@@ -72,14 +74,26 @@ class QueuedCalls:
                 raise RuntimeError("The model was unloaded before this call began.")
             return result[0]
 
-        if "logits_to_keep" not in inspect.signature(function).parameters:
-            return call
+        return self._passing_on(call, function)
 
-        def some(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
-            """`generate` looks whether a forward takes this argument; without it, every token of a prompt gets logits."""
-            return call(*args, logits_to_keep=logits_to_keep, **kwargs)
+    def _passing_on(self, call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, which says what it passes its arguments on to (read in patched_forward.py; a copy of it says nothing).
 
-        return some
+        `generate` looks which arguments a forward takes. Most models show `logits_to_keep` alone, without which every token of a
+        prompt gets logits: a mask would leave out tokens of a prompt that are the padding token too. Those that prepare
+        their inputs by themselves show all: without a mask and positions Qwen2-VL fails in transformers 4.
+        """
+        from transformers import GenerationMixin
+
+        signature, usual = inspect.signature(function), GenerationMixin.prepare_inputs_for_generation
+        if isinstance(self._hf, GenerationMixin) and type(self._hf).prepare_inputs_for_generation is usual:
+            given = [inspect.Parameter(name, kind) for name, kind in (("args", _ARGS), ("kwargs", _KWARGS))]
+            if (keep := signature.parameters.get("logits_to_keep")) is not None:
+                given.insert(1, keep.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            signature = inspect.Signature(given)
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.passes_on = (call, function)  # type: ignore[attr-defined]
+        return call
 
 
 def _with_stop(criteria: Any, cancel: threading.Event) -> Any:

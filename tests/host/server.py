@@ -179,9 +179,14 @@ def answer(command):
 
         import torch
 
+        frozen = gc.get_freeze_count()
+        gc.unfreeze()  # what is frozen is not listed
         gc.collect()
         weights = sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.nn.Parameter))
+        if frozen:
+            gc.freeze()
         return {
+            "frozen": frozen,
             "model": type(shared.model).__name__,
             "name": shared.model_name,
             "truncation": shared.settings["truncation_length"],

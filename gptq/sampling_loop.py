@@ -1,0 +1,134 @@
+"""The loop of transformers' `generate` over single tokens, by a stepper.
+
+`generate` prepares everything as before: its logits processors, its stopping criteria and its streamer are called with
+what they were called with. What is left out is what transformers does between them for each token (inputs, masks, positions,
+outputs), and tokens are guessed where the stepper guesses (guessing.py): each is still chosen from the same logits.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .running import Running
+from .transformers_stepper import CACHE_NAMES
+
+# What `generate` sets for every model; anything else that is not None asks for more than ids.
+_SETTINGS = frozenset(("use_cache", "logits_to_keep", "attention_mask", "position_ids", *CACHE_NAMES))
+
+
+@contextmanager
+def in_place_of_sample(hf: Any, sample: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile `generate` of a transformers model calls `sample` (its first argument is the usual loop), in place of that loop.
+
+    It finds its loop by the model's class, so the model has another class of the same name for so long. A model whose class
+    has a loop of its own keeps it.
+    """
+    from transformers import GenerationMixin
+
+    usual = type(hf)
+    if not _is_usual(usual, GenerationMixin):
+        yield
+        return
+
+    def own(self: Any, *positional: Any, **given: Any) -> Any:
+        return sample(lambda: usual._sample(self, *positional, **given), *positional, **given)
+
+    own.__signature__ = inspect.signature(usual._sample)  # type: ignore[attr-defined]
+    kept = {"_sample": own, "__module__": usual.__module__, "__qualname__": usual.__qualname__, "__doc__": usual.__doc__}
+    hf.__class__ = type(usual.__name__, (usual,), kept)
+    try:
+        yield
+    finally:
+        hf.__class__ = usual
+
+
+def _is_usual(kind: type, mixin: type) -> bool:
+    names = ("_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return all(getattr(kind, name, None) is getattr(mixin, name, None) for name in names)
+
+
+class SamplingLoop:
+    """One call of `generate` for one row."""
+
+    def __init__(self, processors: Any, criteria: Any, config: Any, streamer: Any, dtype: torch.dtype) -> None:
+        """`dtype`: of the logits that the model gives."""
+        self._processors = [_processor(each) for each in processors]
+        self._criteria = [_criterion(each) for each in criteria]
+        self._whole_criteria = criteria
+        self._samples, self._streamer, self._dtype = bool(config.do_sample), streamer, dtype
+
+    @staticmethod
+    def suits(processors: Any, criteria: Any, config: Any, given: dict[str, Any]) -> bool:
+        """Whether such a call asks for nothing but tokens. `given`: the model's arguments."""
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        if type(processors) is not LogitsProcessorList or type(criteria) is not StoppingCriteriaList:
+            return False
+        if config.return_dict_in_generate or getattr(config, "is_assistant", False) or config.prefill_chunk_size is not None:
+            return False
+        if any(len(inspect.signature(each.__call__).parameters) > 2 for each in processors):
+            return False
+        return all(value is None or value is False for name, value in given.items() if name not in _SETTINGS)
+
+    def run(self, ids: Tensor, logits: Tensor, running: Running, chosen: Callable[[int], None]) -> Tensor:
+        """From `logits` [1, V] after `ids` [1, n] on -> ids with the answer [1, n + answer]. `chosen` hears of every token."""
+        with closing(running):
+            while True:
+                scores = logits.to(self._dtype).to(torch.float32, copy=True)
+                for processor in self._processors:
+                    scores = processor(ids, scores)
+                if self._samples:
+                    token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+                else:
+                    token = torch.argmax(scores, dim=-1)
+                id = int(token)
+                chosen(id)
+                ids = torch.cat([ids, token[:, None]], dim=-1)
+                if self._streamer is not None:
+                    self._streamer.put(token.cpu())
+                done = [bool(each(ids, id)) for each in self._criteria]  # all of them hear of every token
+                if any(done):
+                    break
+                with torch.inference_mode():
+                    running.give(id)
+                    logits = running.logits()
+        if self._streamer is not None:
+            self._streamer.end()
+        return ids
+
+
+def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor, or what gives the same scores in less time."""
+    from transformers import SuppressTokensLogitsProcessor
+
+    if type(processor) is not SuppressTokensLogitsProcessor:
+        return processor  # type: ignore[no-any-return]
+
+    def suppressed(_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens: Tensor = processor.suppress_tokens.to(scores.device)
+        return scores.index_fill(1, tokens[(tokens >= 0) & (tokens < scores.shape[-1])], -float("inf"))
+
+    return suppressed
+
+
+def _criterion(criterion: Any) -> Callable[[Tensor, int], Any]:
+    """Whether a stopping criterion ends an answer of these ids, whose last one is given too."""
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+    if type(criterion) is EosTokenCriteria:
+        ends = {int(each) for each in criterion.eos_token_id.flatten().tolist()}
+        return lambda _ids, id: id in ends
+    if type(criterion) is MaxLengthCriteria:
+        most, warned_at = criterion.max_length, criterion.max_position_embeddings
+        if warned_at is None or most <= warned_at:
+            return lambda ids, _id: ids.shape[1] >= most
+
+    def asked(ids: Tensor, _id: int) -> Any:
+        done = criterion(ids, None)
+        return done.all() if isinstance(done, Tensor) else done
+
+    return asked

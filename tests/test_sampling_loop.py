@@ -1,0 +1,191 @@
+"""gptq/sampling_loop.py: `generate` of a model with the compiled step calls processors, criteria and streamers as before."""
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from test_patched_forward import OTHER, PROMPT, Ban, Model, generate
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+
+from gptq_webui.gptq.sampling_loop import SamplingLoop
+
+REPEATED = torch.tensor([[0, *[50, 51, 52, 53, 54, 55] * 4, 50, 51]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = Model()
+    yield model
+    model.stepper.close()
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """How many tokens the loop chose, one number for each call of `generate` that went through it."""
+    found = []
+    run = SamplingLoop.run
+
+    def counted(self, *given):
+        found.append(0)
+        ids = run(self, *given)
+        found[-1] = ids.shape[1] - given[0].shape[1]
+        return ids
+
+    monkeypatch.setattr(SamplingLoop, "run", counted)
+    return found
+
+
+class Streamer:
+    def __init__(self):
+        self.got = []
+
+    def put(self, value):
+        self.got.append(value.tolist())
+
+    def end(self):
+        self.got.append("end")
+
+
+class Look:
+    """A stopping criterion that keeps what it was called with, and ends the answer after some tokens."""
+
+    def __init__(self, most=99):
+        self.seen, self.most = [], most
+
+    def __call__(self, input_ids, scores, **given):
+        self.seen.append((input_ids.tolist(), scores, given))
+        return torch.full((input_ids.shape[0],), len(self.seen) >= self.most, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("ids", [PROMPT, OTHER, REPEATED], ids=["prompt", "other", "repeated"])
+@pytest.mark.parametrize("settings", [
+    {},
+    {"use_cache": False},
+    {"suppress_tokens": [7, 60, 5000, 51]},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
+    {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 20},
+    {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
+], ids=str)  # fmt: skip
+def test_tokens_are_the_twins_and_no_forward_of_transformers_is_called(model, loops, ids, settings):
+    found = []
+    for hf in (model.hf, model.twin):
+        torch.manual_seed(5)
+        found.append(generate(hf, ids, 40, **settings).tolist())
+    assert found[0] == found[1] and loops == [len(found[0][0]) - ids.shape[1]] and model.own_calls == 0
+
+
+def test_every_processor_criterion_and_streamer_gets_what_it_got_before(model, loops):
+    seen = []
+    for hf in (model.hf, model.twin):
+        streamer, look, before = Streamer(), Look(9), []
+
+        def note(ids, scores, before=before):
+            before.append((ids.tolist(), scores.dtype, scores.is_inference()))
+            scores[:, 60] = -float("inf")  # in place, as some do
+            return scores
+
+        processors = LogitsProcessorList([Ban(), note])
+        ids = generate(
+            hf, PROMPT, 40, logits_processor=processors, stopping_criteria=StoppingCriteriaList([look]), streamer=streamer
+        )
+        seen.append((ids.tolist(), streamer.got, look.seen, before))
+    assert seen[0] == seen[1] and loops == [9]
+    assert len(seen[0][2]) == 9 and seen[0][1][-1] == "end"
+
+
+def test_an_end_token_ends_it_and_other_criteria_still_hear_of_it(model, loops):
+    end = generate(model.twin, PROMPT, 5)[0, -1].item()
+    looks = [Look(), Look()]
+    found = [generate(hf, PROMPT, 40, eos_token_id=[end], stopping_criteria=StoppingCriteriaList([look])).tolist()
+             for hf, look in zip((model.hf, model.twin), looks, strict=True)]  # fmt: skip
+    assert found[0] == found[1] and found[0][0][-1] == end
+    assert looks[0].seen == looks[1].seen and loops == [len(looks[0].seen)]
+
+
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria", "streamer"])
+def test_what_a_callers_part_raises_comes_to_the_caller_and_the_next_answer_is_right(model, where):
+    class Stop(Exception):
+        pass
+
+    def fail(*_given, **_more):
+        raise Stop
+
+    part = Streamer() if where == "streamer" else [fail]
+    if where == "streamer":
+        part.end = fail
+    with pytest.raises(Stop):
+        generate(model.hf, PROMPT, 8, **{where: part})
+    assert type(model.hf) is type(model.twin)
+    model.same(ids=PROMPT)
+
+
+def test_a_cache_of_the_caller_holds_the_answer_and_goes_on(model, loops):
+    name = "cache" if "cache" in model.hf.forward.__signature__.parameters else "past_key_values"
+    found = []
+    for hf in (model.hf, model.twin):
+        cache = DynamicCache()
+        first = generate(hf, PROMPT, 6, **{name: cache})
+        length = cache.get_seq_length()
+        found.append((first.tolist(), length, generate(hf, torch.cat([first, OTHER], 1), 6, **{name: cache}).tolist()))
+    assert found[0] == found[1] and found[0][1] == PROMPT.shape[1] + 5
+    assert loops == [6]  # what goes on from a filled cache goes the usual way
+
+
+def test_hooks_and_a_replaced_forward_of_the_model_are_called_for_every_token(model, loops):
+    seen = []
+    hook = model.hf.register_forward_hook(lambda *_: seen.append("hook"))
+    model.same(count=4)
+    hook.remove()
+    before = model.hf.forward
+
+    def forward(*positional, **given):
+        seen.append("forward")
+        return before(*positional, **given)
+
+    forward.__signature__ = before.__signature__
+    model.hf.forward = forward
+    model.same(count=4)
+    model.hf.forward = before
+    assert seen == ["hook"] * 4 + ["forward"] * 4 and loops == []
+    model.same(count=4)
+    assert loops == [4]
+
+
+def test_guesses_are_computed_beside_the_last_token(model, loops):
+    passes = []
+    rows_logits = model.stepper.rows_logits
+
+    def counted(pieces):
+        passes.append(sum(len(ids) for _memory, ids in pieces))
+        return rows_logits(pieces)
+
+    model.stepper._batch._compute = counted
+    try:
+        model.same(ids=REPEATED, count=60)
+        assert loops == [60] and len(passes) < 59 and max(passes) > 1
+    finally:
+        model.stepper._batch._compute = rows_logits
+
+
+def test_the_conversation_is_kept_for_the_next_one(model):
+    model.prefix.clear()
+    answer = model.same(count=20)
+    held, length = model.prefix.take([*answer[0].tolist(), 70, 71])
+    assert length == answer.shape[1] - 1 and held.length == length
+
+
+def test_what_asks_for_more_than_tokens_goes_the_usual_way(model, loops):
+    for settings in (
+        {"return_dict_in_generate": True}, {"prefill_chunk_size": 4}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3},
+    ):  # fmt: skip
+        generate(model.hf, PROMPT, 4, **settings)
+    assert loops == []
+
+
+def test_a_text_that_would_be_longer_than_the_step_computes_goes_the_usual_way(loops):
+    model = Model(context_tokens=32)
+    model.same(count=60, own_calls=None)
+    model.same(count=10)
+    assert loops == [10]
+    model.stepper.close()
