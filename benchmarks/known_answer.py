@@ -13,6 +13,6 @@ def teach(folder: Path) -> None:
         if name.endswith(("o_proj.scales", "down_proj.scales")):
             tensor.mul_(0.001)
     embedding = torch.nn.functional.normalize(torch.randn(state["lm_head.weight"].shape), dim=1)
-    state["model.embed_tokens.weight"] = (embedding * 8).half()
+    state["model.embed_tokens.weight"] = (embedding * 128).half()  # of 32 layers beside it, each adds a thousandth
     state["lm_head.weight"] = (embedding.roll(1, 0) * 2).half()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

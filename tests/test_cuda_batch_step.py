@@ -17,6 +17,7 @@ from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
+from gptq_webui.gptq.sampling import Sampler
 from gptq_webui.loaders.transformers.transformers_loader import TransformersOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -142,10 +143,13 @@ def solo(model, prompt, params):
 
 
 def first_doubt(twin, prompt, host_tokens, params):
-    """The first position at which the best two logits differ by less than 0.05; there rounding may decide."""
+    """The first position at which the best two logits, after penalties, differ by less than 0.05; there rounding may decide."""
+    ids = torch.tensor([prompt + host_tokens], device="cuda")
+    changed = Sampler(params, ids.device, len(prompt))._changed
     with torch.no_grad():
-        logits = twin(torch.tensor([prompt + host_tokens], device="cuda")).logits[0, len(prompt) - 1 :]
-    best = logits.topk(2).values
+        logits = twin(ids).logits[0, len(prompt) - 1 :].float()
+    scores = [changed(each[None], ids[:, : len(prompt) + at]) for at, each in enumerate(logits)]
+    best = torch.cat(scores).topk(2).values
     near = ((best[:, 0] - best[:, 1]) < 0.05).nonzero()
     return int(near[0]) if len(near) else len(host_tokens)
 

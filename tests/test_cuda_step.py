@@ -12,7 +12,7 @@ from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
-from gptq_webui.gptq.cuda.kernel_arguments import GATHER, ROPE
+from gptq_webui.gptq.cuda.kernel_arguments import GATHER, ROPE, ROPE_WARPS
 from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
 
@@ -189,10 +189,10 @@ def test_keys_and_values_are_kept_to_half_a_step_of_their_byte(gpu, head_dim):
         table = torch.tensor([pages.take() for _ in range(2)], dtype=torch.int64, device="cuda")
         angles = torch.zeros(count, 1, device="cuda")  # nothing is turned
         rope = ROPE.pack(
-            qkv=qkv.clone(), pages=table, cosines=angles, sines=angles, q_norm=None, k_norm=None, layer_bytes=pages.layer_bytes, tokens=count,
-            heads=heads, kv_heads=kv, start=0, rotary_half=0, eps=0,
+            qkv=qkv.clone(), pages=table, cosines=angles, sines=angles, q_norm=None, k_norm=None, layer_bytes=pages.layer_bytes,
+            tokens=count, heads=heads, kv_heads=kv, start=0, rotary_half=0, eps=0,
         )  # fmt: skip
-        own.run(f"rope_{kv_format.name}", (count,), 256, rope)
+        own.run(f"rope_{kv_format.name}", (count + len(table) * kv,), 32 * ROPE_WARPS, rope)
         both = torch.full((2, kv, count, head_dim), torch.nan, dtype=torch.float16, device="cuda")
         gather = GATHER.pack(
             pages=table, keys=both[0], values=both[1], layer_bytes=pages.layer_bytes, kv_heads=kv, tokens=count
