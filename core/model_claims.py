@@ -135,9 +135,12 @@ def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     if not tensors:
         return
     layers = config.get("num_layers_per_stack") or first(config, _LAYERS)  # HRM-Text goes through its layers several times
+    if config.get("model_type") == "longcat_flash":  # num_hidden_layers counts two for each
+        layers = first(config, ("num_layers", *_LAYERS))
     found = max((int(number) for name in tensors for number in _LAYER.findall(name) if len(number) < 6), default=-1) + 1
     if isinstance(layers, int) and found and layers > found:
         yield f"config.json says {layers} layers, the files hold {found}. {_CURE}"
     rows, vocabulary = embedding_rows(tensors), config.get("vocab_size")
-    if rows and isinstance(vocabulary, int) and vocabulary not in rows and "padded_vocab_size" not in config:
+    more = int(config.get("model_type") == "moshi")  # its embedding has one for "no text yet"
+    if rows and isinstance(vocabulary, int) and vocabulary + more not in rows and "padded_vocab_size" not in config:
         yield f"config.json says vocab_size {vocabulary}, the embedding in the files has {rows[0]} rows. {_CURE}"

@@ -42,7 +42,7 @@ from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules
 from .rope import Rope
 from .rope import apply as rope_apply
 from .token_ids import drop_unknown_ids
-from .unpacked_parts import unpacked_layers
+from .unpacked_parts import release_held, unpacked_layers
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
@@ -223,6 +223,7 @@ def complete(loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str
     _restore_scales(files, loaded, layers)
     notes = _prepare(loaded, layers)
     move_parts(loaded)
+    release_held(loaded)
     return notes
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint
 
-_ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)$")
 
 
@@ -48,7 +48,7 @@ class PackedExperts(nn.Module):
 
     def roles(self, at: int) -> dict[str, nn.Module]:
         """The layers of one expert: "gate" (of an MLP with a gate), "up" and "down"."""
-        return {_ROLES[name]: layer for name, layer in self.get_submodule(str(at)).named_children()}
+        return {ROLES[name]: layer for name, layer in self.get_submodule(str(at)).named_children()}
 
     def expert(self, at: int, x: Tensor) -> Tensor:
         """What one expert gives: [T, H] -> [T, H]."""
@@ -97,12 +97,12 @@ class PackedExperts(nn.Module):
 def experts_of(name: str) -> str | None:
     """'…mlp.experts.3.w1' -> '…mlp.experts'; None for a layer that is no expert's."""
     found = _EXPERT.match(name)
-    return found[1] if found and found[3] in _ROLES else None
+    return found[1] if found and found[3] in ROLES else None
 
 
 def role_of(name: str) -> str:
     """'w1' -> 'gate'; gate, up or down."""
-    return _ROLES[name]
+    return ROLES[name]
 
 
 def _three_dimensional(module: Any, name: str) -> Tensor | None:
@@ -140,7 +140,7 @@ def expert_shape(dense: nn.Module, name: str) -> tuple[int, int]:
     if joined is not None:
         transposed = joined.shape[2] == 2 * down.shape[1]
     inner, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
-    return (inner, hidden) if _ROLES[name.rpartition(".")[2]] == "down" else (hidden, inner)
+    return (inner, hidden) if ROLES[name.rpartition(".")[2]] == "down" else (hidden, inner)
 
 
 def expert_bias(dense: nn.Module) -> bool:
@@ -154,7 +154,7 @@ def require_complete(experts: PackedExperts, name: str, layers: Iterable[str]) -
     wanted = {"gate", "up", "down"} if experts.gated else {"up", "down"}
     found: dict[str, set[str]] = {}
     for each in have:
-        found.setdefault(each.partition(".")[0], set()).add(_ROLES[each.partition(".")[2]])
+        found.setdefault(each.partition(".")[0], set()).add(ROLES[each.partition(".")[2]])
     for at in range(experts.num_experts):
         if found.get(str(at)) != wanted:
             raise BadCheckpoint(

@@ -27,7 +27,7 @@ from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
 from .module_names import module_names_of
 from .neighbours import Parts, expect, parts_of
-from .unpacked_parts import UnpackedLayer, place_experts, place_parts, without_experts
+from .unpacked_parts import NEEDS_OTHER_NAMES, UnpackedLayer, other_names, place_experts, place_parts, without_experts
 
 METHOD = "gptq-webui"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -104,6 +104,7 @@ class PackedQuantizer(HfQuantizer):
     """Swaps the packed layers' Linears for GPTQLinears before transformers reads the weights."""
 
     requires_calibration = False
+    _joins_experts = True  # whether transformers joins single experts in 16 bits
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = dict(model.named_modules())
@@ -198,6 +199,10 @@ class PackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: Any, *others: Any) -> Any:
         kept = conversions if self._joins_experts else without_experts(conversions)
         return super().update_weight_conversions(kept, *others)
+
+    def get_weight_conversions(self) -> list[Any]:
+        more = [] if self._joins_experts or not NEEDS_OTHER_NAMES else other_names()
+        return [*more, *super().get_weight_conversions()]
 
     def get_accelerator_warm_up_factor(self) -> int:
         return 2  # transformers 4: our parameters have their real sizes already

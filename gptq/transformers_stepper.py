@@ -236,25 +236,25 @@ class TransformersStepper(Stepper):
             found = self.prefill(memory, _TRIAL[first:]).double()
             return float((found - whole).norm() / whole.norm())
 
-        def with_one_token() -> float:
+        def tried(first: int) -> float:
             try:
-                return difference(len(_TRIAL) - 1)
+                return difference(first)
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
                 log.info("a conversation cannot be continued: %s", error)
                 return float("inf")
 
         if not self._keeps_cache:
             return
-        one = with_one_token()
+        one = tried(len(_TRIAL) - 1)
         if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
             self._gives_positions = True
-            given = with_one_token()
+            given = tried(len(_TRIAL) - 1)
             self._gives_positions = given < one / 10
             one = given if self._gives_positions else one
         if not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False
-        elif not (several := difference(len(_TRIAL) - 3)) < 10 * one + 1e-5:
+        elif not (several := tried(len(_TRIAL) - 3)) < 10 * one + 1e-5:
             log.info("tokens are put through one by one after a conversation: together they differ by %.3g", several)
             self._in_pieces = False
             self.chunk_tokens = 1 << 30

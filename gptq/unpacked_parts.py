@@ -8,22 +8,28 @@ of PackedExperts; those of joined layers (joined_layers.py) stand in their place
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from ..core.errors import BadCheckpoint
 from ..core.safetensors_header import TensorInfo
 from .dense_layers import replace
-from .experts import PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
+from .experts import ROLES, PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
 from .joined_layers import JOINED
 from .module_names import conversions_of, module_names_of
 
 _FLOATS = ("F16", "BF16", "F32")
 _PARTS = {part for parts in JOINED.values() for part in parts}
+# before it asks the quantizer about them, transformers 5 joins single experts whatever else there is
+NEEDS_OTHER_NAMES = find_spec("transformers.conversion_mapping") is not None and not hasattr(
+    HfQuantizer, "update_weight_conversions"
+)
 _OF_EXPERTS = re.compile(r"experts\\?\.(\*|\\d\+)")  # in a converter's pattern: the number of an expert
 
 
@@ -79,7 +85,8 @@ def place_experts(model: PreTrainedModel, packed: Iterable[str], unpacked: Mappi
             if expert_bias(dense) and not layer.has_bias:
                 raise BadCheckpoint(f"{place} has no bias in the files, and its architecture has one. Download the model again.")
             at, _dot, role = place.removeprefix(f"{owner}.").partition(".")
-            experts.get_submodule(at).add_module(role, layer.linear(dense.down_proj.dtype))
+            linear = layer.linear(dense.down_proj.dtype)
+            experts.get_submodule(at).add_module(role, Held(linear) if NEEDS_OTHER_NAMES else linear)
         replace(model, owner, experts)
     return joins
 
@@ -107,6 +114,29 @@ def _are_joined(model: PreTrainedModel, names: Iterable[str]) -> bool:
         if key not in known and f"{model.base_model_prefix}.{key}" not in known:
             return False
     return True
+
+
+class Held(nn.Module):
+    """A layer under a name that transformers joins with no others, until it is read."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+
+def other_names() -> list[Any]:
+    """For transformers' loader: single experts in 16 bits go to their `Held`."""
+    from transformers.core_model_loading import WeightRenaming
+
+    roles = "|".join(ROLES)
+    return [WeightRenaming(source_patterns=rf"(\.experts\.\d+\.(?:{roles}))\.(?=weight$|bias$)", target_patterns=r"\1.held.")]
+
+
+def release_held(model: nn.Module) -> None:
+    """Once the files are read, put the layers where they are computed."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Held):
+            replace(model, name, module.held)
 
 
 def without_experts(conversions: Iterable[Any]) -> list[Any]:

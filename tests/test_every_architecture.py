@@ -29,9 +29,9 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.joined_layers import JoinedLayers
 from gptq_webui.gptq.stepper_choice import stepper_for
 
-# No twin to compare with: transformers 5.24 makes no tiny model of them, or its own forward does not look back only.
+# transformers' own forward does not look back only.
 REFUSED = {"cpmant"}  # in words, by checkpoint.py
-WITHOUT_TWIN = {"moshi": "its embedding has one row more than config.json says"}
+OWN_CACHE_ERRS = {"moshi"}  # transformers' forward with a cache is off by a fifth of that of the whole text, which is ours
 SHARED = {"zamba", "zamba2"}  # less layers in the files than places
 SAMPLE = (
     "falcon",  # a subclass of Linear that computes as Linear does
@@ -46,6 +46,7 @@ SAMPLE = (
     "bamba",  # positions that must be given
     "qwen3_next",
     "hrm_text",  # layers that are gone through several times
+    "moshi",  # an embedding of one row more than config.json says
 )
 IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT, MADE = 24, 32
@@ -84,11 +85,15 @@ def check(kind, tmp_path, split=None, left=lambda name: False, **changes):
         torch.tensor([IDS[:PROMPT]]), max_new_tokens=MADE, min_new_tokens=MADE, do_sample=False, eos_token_id=None,
         pad_token_id=0, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
+    made_logits = made.logits
+    if kind in OWN_CACHE_ERRS:
+        made_logits = twin(made.sequences, use_cache=False).logits[0, PROMPT - 1 : -1].split(1)
     memory = stepper.begin()
     logits = stepper.prefill(memory, IDS[:PROMPT])[0]
-    for id, theirs in zip(made.sequences[0, PROMPT:].tolist(), made.logits, strict=True):
+    for id, theirs in zip(made.sequences[0, PROMPT:].tolist(), made_logits, strict=True):
         ours = int(logits.argmax())
-        assert ours == id or float(theirs[0, id] - theirs[0, ours]) < 2e-3 * float(theirs.std()), "no tie of two tokens"
+        best = int(theirs.argmax()) if kind in OWN_CACHE_ERRS else id
+        assert ours == best or float(theirs[0, best] - theirs[0, ours]) < 2e-3 * float(theirs.std()), "no tie of two tokens"
         logits = stepper.step(memory, id)[0]
     kernel = stepper.kernel
     stepper.close()
@@ -98,7 +103,7 @@ def check(kind, tmp_path, split=None, left=lambda name: False, **changes):
 @pytest.mark.skipif(not NEW, reason="the table is of transformers 5")
 @pytest.mark.parametrize("kind", KINDS if os.environ.get("GPTQ_WEBUI_EVERY_ARCHITECTURE") else SAMPLE)
 def test_every_architecture_is_computed_as_its_dequantised_twin(kind, tmp_path):
-    if kind in REFUSED | set(WITHOUT_TWIN):
+    if kind in REFUSED:
         pytest.skip("it is refused; see below")
     try:
         tiny_model(kind)(input_ids=torch.tensor([IDS]), use_cache=False)
@@ -146,7 +151,8 @@ def test_layers_that_the_writer_cut_are_computed_together(kind, split, tmp_path)
 
 @pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
 @pytest.mark.parametrize(("kind", "left"), [
-    ("mixtral", r"\.w3$"), ("qwen3_moe", r"up_proj$"), ("gpt_oss", r"up_proj$"), ("llama4_text", r"\.down_proj$"),
+    ("mixtral", r"\.w3$"), ("mixtral", r"experts\.1\."), ("qwen3_moe", r"up_proj$"), ("gpt_oss", r"up_proj$"),
+    ("llama4_text", r"\.down_proj$"),
     ("deepseek_v3", r"layers\.1\..*gate_proj$"), ("qwen3_moe", r"layers\.0\."), ("gpt_oss", r"layers\.0\."),
 ])  # fmt: skip
 def test_experts_that_the_writer_left_in_16_bits_stand_beside_packed_ones(kind, left, tmp_path):
