@@ -3,7 +3,8 @@
     python benchmarks/quantize_beside.py FOLDER --gptqmodel VENV/bin/python --work EMPTY_FOLDER
 
 Each run is a process of its own, whose time and peak memory count from its start to its end (imports included). Then both folders
-are measured against the 16-bit model on other text, by `gptq-webui evaluate`. The processor computes everything.
+are measured against the 16-bit model on other text, by `gptq-webui evaluate` (its logits are kept in the work folder: 6 GB for
+SmolLM2). The processor computes everything.
 """
 
 import argparse
@@ -50,6 +51,8 @@ def main() -> None:
     )
     options.work.mkdir(parents=True, exist_ok=True)
     text, samples = _texts(options)
+    logits = options.work / "logits"
+    _evaluate(options.folder, "--keep", logits, "--tokens", options.tokens, "--window", 512)
     for each in options.settings:
         bits, group = each.split(":")
         branch = f"gptq-{bits}bit-{group}g-actorder_True"
@@ -69,7 +72,7 @@ def main() -> None:
         for name, (code, took_s, peak_bytes, said) in runs.items():
             row: dict[str, Any] = {"maker": name, "bits": bits, "group": group, "seconds": round(took_s, 1)}
             row["peak_gb"] = round(peak_bytes / 1e9, 2)
-            row |= _quality(folders[name], options.folder, options.tokens) if code == 0 else {"failed": said[-600:]}
+            row |= _quality(folders[name], logits) if code == 0 else {"failed": said[-600:]}
             print(json.dumps(row), flush=True)
 
 
@@ -102,16 +105,20 @@ def _run(command: list[Any], work: Path, threads: int, environment: dict[str, st
     return os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss * 1024, said
 
 
-def _quality(folder: Path, original: Path, tokens: int) -> dict[str, float]:
-    command = [sys.executable, str(ROOT / "script.py"), "evaluate", str(folder), "--against", str(original), "--json"]
-    made = subprocess.run([*command, "--tokens", str(tokens), "--window", "512"], capture_output=True, text=True, check=True)
-    found = json.loads(made.stdout)
+def _quality(folder: Path, logits: Path) -> dict[str, float]:
+    found = _evaluate(folder, "--against", logits)
     return {
         "perplexity": round(found["perplexity"], 4),
         "original": round(found["against_perplexity"], 4),
         "kl": round(found["difference"]["kl"], 5),
         "same_top": round(found["difference"]["same_top"], 4),
     }
+
+
+def _evaluate(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "script.py"), "evaluate", *map(str, arguments), "--json"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_json
 from ..core.models import LocalModel, tensors_of
 from ..core.neighbour_layouts import width_in_memory
+from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes
 from ..hub.model_folder import disk_full
@@ -89,12 +90,22 @@ def _merged_again(model: LocalModel, adapter: Path, output: Path, again: Requant
         again.dataset,
         again.sample_tokens or usual_sample_tokens(source),
         again.samples,
+        head_bits=_head_bits(model),
         left=_unpacked(model) if model.is_packed else (),
     )
     [made] = run(job, again.report, say)
     os.replace(made, output)
     shutil.rmtree(merged, ignore_errors=True)
     return output
+
+
+def _head_bits(model: LocalModel) -> int:
+    """Of a packed output layer, the one packed layer whose name has no number of a decoder layer; 0 if there is none."""
+    config, tensors = model.quantize, tensors_of(model.weights)
+    if config is None or config.checkpoint_format not in ("gptq", "gptq_v2"):
+        return 0
+    names = (name for name in packed_names(tensors) if not any(part.isdigit() for part in name.split(".")))
+    return next((layout_of(name, tensors, config.bits, config.pack_dtype).bits for name in names), 0)
 
 
 def _unpacked(model: LocalModel) -> list[str]:
@@ -132,7 +143,9 @@ def _write(model: LocalModel, form: str, output: Path, adapter: Path | None, say
                 packing.bits, packing.group_size, packing.act_order, packing.symmetric, packing.checkpoint_format,
                 weights_name="model",
             )  # fmt: skip
-            settings = config.to_json() | ({"modules_in_block_to_quantize": packing.inside} if packing.inside else {})
+            settings = (
+                config.to_json() | packing.more | ({"modules_in_block_to_quantize": packing.inside} if packing.inside else {})
+            )
             write_json(draft / "quantize_config.json", settings)
             values["quantization_config"] = {
                 key: value for key, value in settings.items() if key not in ("model_file_base_name", "model_name_or_path")

@@ -1,6 +1,7 @@
 """A loaded model's tensors as a folder holds them: every layer in 16 bits, or every packed layer as plain GPTQ."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import LoadFailed, LoadRefused
 from . import bit_packing, lora
+from .expert_hessians import is_router
 from .experts import PackedExperts, role_of
 from .gptq_linear import GPTQLinear
 from .hub_names import HubNames
@@ -28,6 +30,7 @@ class Packing:
     act_order: bool
     symmetric: bool
     inside: list[list[str]]  # where linear layers stay dense: the packed ones, as `modules_in_block_to_quantize` lists them
+    more: Mapping[str, Any]  # what else the settings say, in GPTQModel's words: a packed output layer, layers in 16 bits
 
 
 def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:
@@ -105,39 +108,50 @@ def packed(model: Any, form: str = "") -> tuple[dict[str, Tensor], Packing]:
     """The numbers in GPTQ's layout, and what quantize_config.json says of them. No weight changes by a bit.
 
     `form` is how zeros are stored, gptq or gptq_v2; "": gptq, which every program reads, unless a zero is 0, which programs read
-    differently there. Layers of several widths become symmetric ones of 8 bits (numbers of 2 to 7 bits fit there with any zero).
+    differently there. Layers of several widths become symmetric ones of 8 bits (numbers of 2 to 7 bits fit there with any zero);
+    the output layer keeps a width of its own.
     Raises LoadRefused for experts of a form of their own, and for layers that one quantize_config.json cannot describe.
     """
     layers, names = dict(_packed(model)), _FileNames(model)
+    head = next((name for name, each in layers.items() if each is model.get_output_embeddings()), "")
     sizes = {each.group_size for each in layers.values()}
-    widths = {each.bits for each in layers.values()}
+    widths = {each.bits for name, each in layers.items() if name != head} or {layers[head].bits}
     if len(sizes) != 1:
         raise LoadRefused("Its layers have several group sizes, which plain GPTQ cannot say. Choose another model.")
     bits = widths.pop() if len(widths) == 1 else 8
     zeros = {name: _zeros(each) for name, each in layers.items()}  # uint8 [G, N]
     tensors = dense_tensors(model, [f"{name}.{part}" for name, layer in layers.items() for part in _parts(layer)])
-    middle = 1 << (bits - 1)
+    written_bits = {name: layers[name].bits if name == head else bits for name in layers}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": as_written(getattr(layer, part)) for part in _parts(layer)}
-        if layer.bits != bits:
+        if layer.bits != written_bits[name]:
+            middle = 1 << (bits - 1)
             numbers = bit_packing.unpack(layer.qweight, layer.bits, layer.in_features).to(torch.int16)  # [K, N]
             wide = numbers - zeros[name][layer.g_idx.long()] + middle
             tensors[f"{name}.qweight"] = bit_packing.pack(wide, bits)
             zeros[name] = torch.full_like(zeros[name], middle)
-    symmetric = all(bool((each == middle).all()) for each in zeros.values())
+    symmetric = all(bool((each == 1 << (written_bits[name] - 1)).all()) for name, each in zeros.items())
     form = form or ("gptq" if all(bool(each.all()) for each in zeros.values()) else "gptq_v2")
     for name, each in zeros.items():
-        stored = bit_packing.zeros_to_stored(each, bits, form)
-        tensors[f"{name}.qzeros"] = bit_packing.pack_columns(stored, bits)
+        stored = bit_packing.zeros_to_stored(each, written_bits[name], form)
+        tensors[f"{name}.qzeros"] = bit_packing.pack_columns(stored, written_bits[name])
     ordered = any(bool((each.g_idx[1:] < each.g_idx[:-1]).any()) for each in layers.values())
     written = {names.key(name): each for name, each in tensors.items()}
     packed_names = [name.removesuffix(".qweight") for name in written if name.endswith(".qweight")]
+    left = _left(model, names)
+    inside = packed_inside(model, packed_names, left)
+    dynamic: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name, router in left.items() if not router}
+    if head and written_bits[head] != bits:
+        dynamic[names.key(f"{head}.weight").removesuffix(".weight")] = {"bits": written_bits[head]}
+    more = {name: value for name, value in (("lm_head", bool(head)), ("dynamic", dynamic)) if value}
+    return written, Packing(bits, sizes.pop(), form, ordered, symmetric, inside, more)
+
+
+def _left(model: Any, names: _FileNames) -> dict[str, bool]:
+    """The linear layers of the decoder that are not packed, by their names in files: whether it is a router."""
     prefix, decoder = decoder_layers(model)
-    left = [
-        names.key(f"{prefix}.{name}.weight") for name, each in decoder.named_modules() if isinstance(each, (nn.Linear, Conv1D))
-    ]
-    inside = packed_inside(model, packed_names, [name.removesuffix(".weight") for name in left])
-    return written, Packing(bits, sizes.pop(), form, ordered, symmetric, inside)
+    found = [f"{prefix}.{name}" for name, each in decoder.named_modules() if isinstance(each, (nn.Linear, Conv1D))]
+    return {names.key(f"{name}.weight").removesuffix(".weight"): is_router(model, name) for name in found}
 
 
 def _packed(model: Any) -> Iterator[tuple[str, GPTQLinear]]:
