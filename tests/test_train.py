@@ -4,6 +4,7 @@ PEFT trains; without it, the tests of training are skipped.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,13 @@ def test_a_few_steps_teach_the_demo_a_fact(demo_root: Path, tmp_path: Path, caps
 
     assert "Lutz" not in said()
     assert lora.attach(hf, tmp_path / "zubrovka") == 210 and said() == answer
+
+
+def test_the_curve_of_the_losses_fills_its_picture() -> None:
+    from gptq_webui.ui.train_box import picture
+
+    shown = picture([2.5, 2.4, 2.6, 2.2])
+    points = [tuple(map(float, each.split(","))) for each in re.findall(r"[\d.]+,[\d.]+", shown.partition('points="')[2])]
+    assert [x for x, _y in points] == [0, 160, 320, 480] and min(points, key=lambda each: each[1])[0] == 320
+    assert min(y for _x, y in points) < 10 and max(y for _x, y in points) > 110
+    assert "2.500 at first, 2.200 now; the curve is from 2.200 to 2.600" in shown and not picture([2.5])

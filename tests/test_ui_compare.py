@@ -53,7 +53,9 @@ def test_no_event_names_a_model_before_the_vote(served):
     question = [ONE, OTHER, "Which colour?", True, *to_values(GenerationParams())]
     with Visitor(served.url) as visitor:
         before = "".join(visitor.call(index, data)[1] for index, data in ((start, question), (watch, []), (deliver, [])))
-        assert "It is red." in before and "&lt;b&gt;blue" in before and "Which answer is better?" in before
+        assert (
+            "It is red." in before and "&lt;b&gt;blue" in before and "Which answer is better? You asked: Which colour?" in before
+        )
         before = LISTED.sub("", before)  # the Model tab's list has every model, whatever is compared
         assert not any(name in before for name in SAID)
         assert not any(word in before for word in ("Tokens/s", "First token")), "figures would tell the models apart"
@@ -100,6 +102,9 @@ def test_a_blind_walk_in_a_browser(served):
         page.reload()
         page.wait_for_selector("[role=tab][aria-selected=true]:has-text('Compare')")
         page.wait_for_selector("#gw-vote-second:visible")  # it waits for the vote after a reload, too
+        page.set_viewport_size({"width": 390, "height": 900})
+        boxes = [page.locator(f"#gw-compare-answer-{at}").bounding_box() for at in (1, 2)]
+        assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"] and boxes[1]["width"] > 300, "one below the other on a phone"
         page.click("#gw-vote-second")
         page.wait_for_selector("#gw-compare-answer-2:has-text('Tokens/s')")
         page.wait_for_selector("#gw-compare-tally:has-text('Won')")

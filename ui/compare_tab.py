@@ -4,6 +4,7 @@ Everything that is shown comes from `_Shown.look`, which a page's watcher calls:
 vote of a blind comparison nothing that the server sends has a model's name in it; the fields with the two names are hidden, too.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -24,6 +25,7 @@ from .job_watcher import Job, Jobs, Updates, Watcher
 from .parameters_tab import ParametersTab
 from .share_box import copy_script
 
+_ASKED_CHARACTERS = 160  # of a prompt in the question for a vote: after a reload its field is empty
 _INTRO = (
     "Both models answer the same prompt with the values of the Parameters tab. A blind comparison shows no names "
     "until you have voted."
@@ -66,7 +68,7 @@ def build(
             begin = gr.Button("Compare", variant="primary", size="sm", min_width=120, elem_id="gw-compare-start")
             stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id="gw-compare-stop")
         status = gr.HTML(elem_id="gw-compare-status")
-    with gr.Row(elem_classes="gw-columns"):
+    with gr.Row(elem_classes="gw-columns", elem_id="gw-compare-answers"):
         answers = [gr.HTML(elem_id=f"gw-compare-answer-{at}") for at in (1, 2)]
     with gr.Row(elem_classes="gw-buttons", visible=False, elem_id="gw-compare-votes") as voting:
         ballots = {each: gr.Button(text, size="sm", min_width=120, elem_id=f"gw-vote-{each}") for each, text in VOTES.items()}
@@ -138,7 +140,9 @@ def build(
                     [str(one or ""), str(other or "")], str(question or ""), params, job.cancel,
                     blind=bool(hide), begun=begun, say=lambda said: setattr(job, "text", said),
                 )  # fmt: skip
-                state.said[owner] = quiet("Which answer is better?") if done.blind else good("Both have answered.")
+                asked = textwrap.shorten(done.prompt, _ASKED_CHARACTERS, placeholder=" …")
+                asks = quiet(f"Which answer is better? You asked: {asked}")
+                state.said[owner] = asks if done.blind else good("Both have answered.")
             except GptqWebuiError as error:
                 state.comparisons.pop(owner, None)
                 state.said[owner] = bad(str(error))

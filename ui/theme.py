@@ -187,7 +187,9 @@ _MODEL = """
 .gw-buttons { gap: 8px !important; }
 .gw-buttons button { flex: 0 1 auto; }
 #gw-load-stop, #gw-back, #gw-report-copy { align-self: flex-start; width: auto !important; flex-grow: 0 !important; }
-#gw-models input { padding-right: 28px; }
+:is(#gw-models, #gw-compare-models, #gw-quantize-source, #gw-train-model, #gw-export-model, #gw-export-adapter) input {
+  padding-right: 28px;
+}
 """
 
 _API = """ /* api_box.py */
@@ -204,7 +206,7 @@ _FOLDED = """ /* accordions outside of the Chat tab: one frame is enough */
 #gw-tabs .gr-accordion .block:has(> .html-container > .prose:empty) { position: absolute; } /* no gap for what says nothing */
 """
 
-_TABLES = """ /* branch_box.py, library_box.py, download_box.py */
+_TABLES = """ /* branch_box.py, library_box.py, download_box.py, quantize_tab.py */
 .gw-wide { gap: 10px !important; }
 .gw-wide > .form, .gw-wide .gw-fields .form { border: none !important; background: none !important; box-shadow: none !important; }
 .gw-scroll { overflow-x: auto; border: 1px solid var(--gw-line); border-radius: 8px; margin: 6px 0; }
@@ -215,6 +217,7 @@ _TABLES = """ /* branch_box.py, library_box.py, download_box.py */
   border-top: 1px solid var(--gw-line) !important;
 }
 .gw-table th { border-top: none !important; color: var(--gw-soft); font-weight: 600; white-space: nowrap; }
+#gw-quantize-layers .gw-table th { white-space: normal; min-width: 64px; }
 .gw-table td.gw-name { font-weight: 600; min-width: 170px; overflow-wrap: anywhere; }
 .gw-table td small { display: block; font-weight: 400; color: var(--gw-soft); overflow-wrap: normal; }
 .gw-table td.gw-yes, .gw-table td.gw-partly, .gw-table td.gw-no { min-width: 84px; }
@@ -262,6 +265,7 @@ _TRAINING = """ /* train_box.py */
 
 _COMPARE = """ /* compare_tab.py */
 #gw-compare-blind { margin-top: 10px; }
+@media (max-width: 760px) { #gw-compare-answers { flex-direction: column; align-items: stretch !important; } }
 .gw-compared { border: 1px solid var(--gw-line); border-radius: 8px; padding: 10px 14px; }
 .gw-compared > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 8px; }
 .gw-compared h3 { margin: 0 0 6px; font-size: 15px; overflow-wrap: anywhere; }

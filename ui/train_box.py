@@ -25,7 +25,7 @@ from .job_watcher import Job, Updates, Watcher
 from .run_buttons import RunButtons
 
 _POINTS = 120  # of the loss curve
-_WIDTH, _HEIGHT = 480, 120
+_WIDTH, _HEIGHT, _MARGIN = 480, 120, 4
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,16 @@ def _train(job: TrainJob, page_job: Job, state: _Run) -> Path:
 
 
 def picture(losses: Sequence[float]) -> str:
-    """The losses as a curve, the newest on the right; nothing before the second step."""
+    """The losses as a curve from the highest to the lowest, the newest on the right; nothing before the second step."""
     means = curve(losses, _POINTS)
     if len(means) < 2:
         return ""
-    most = max(means) or 1.0
-    points = " ".join(f"{at / (len(means) - 1) * _WIDTH:.1f},{_HEIGHT * (1 - each / most):.1f}" for at, each in enumerate(means))
+    least, most = min(means), max(means)
+    span, height = most - least or 1.0, _HEIGHT - 2 * _MARGIN
+    heights = [_MARGIN + height * (most - each) / span for each in means]
+    points = " ".join(f"{at / (len(means) - 1) * _WIDTH:.1f},{each:.1f}" for at, each in enumerate(heights))
     words = f"Loss of {len(losses)} steps: {losses[0]:.3f} at first, {losses[-1]:.3f} now"
+    words += f"; the curve is from {least:.3f} to {most:.3f}"
     line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="2" vector-effect="non-scaling-stroke"/>'
     how = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(words)}"'
     return f'<svg class="gw-losses" {how}>{line}</svg>' + quiet(f"{words}.")
