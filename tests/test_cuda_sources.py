@@ -49,6 +49,8 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for epilogue, norm in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))
     ]
     variants += [replace(each, adapted=runs, blocks=2) for runs, each in enumerate(variants, 1)]
+    variants += [replace(variants[0], packing=Packing(bits, sym, 1), span=2) for bits, sym in ((2, True), (3, False), (4, True))]
+    variants.append(replace(variants[3], packing=Packing(2, True, 1), span=2))
     limit = LIMITS.get(family, 99) * 1024
     for packing in packings:
         epilogue = "SILU" if packing.sym else "RESIDUAL"
@@ -80,7 +82,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         GemvVariant(packing, "GATED_BFLOAT", 0, 8, 2, 3, experts=True, input="ORDERED_BFLOAT"),
         GemvVariant(packing, "BFLOAT", 2, 7, 4, 3, input="ORDERED_BFLOAT"),
         GemvVariant(Packing(3, False, 2), "GATED", 1, 8, 2, 3, input="NATURAL"),
-        GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL"),
+        GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL", span=2),
         LayerVariant(True),
         DecodeVariant(False, 8, 1),
     ]

@@ -13,7 +13,7 @@ from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations, deferred, gemv
 from .cuda_weights import Weight, repack
-from .fused_norms import NormedRow
+from .fused_norms import Added, NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
 from .kernel_source import GemvVariant, Packing
@@ -42,9 +42,9 @@ class CudaLinear(nn.Module):
         self._gpu, self._weight, self._gated, self._active = gpu, weight, gated, active
         self._dtype = dtype if dtype in NUMBERS else torch.float16
         self._natural = order_of(weight)
-        tuning = gemv.layer_tuning(weight.in_features, weight.out_features)
+        tuning = gemv.layer_tuning(weight.in_features, weight.out_features, gpu.processors)
         epilogue = epilogue_of(self._dtype, "GATED" if gated is not None else "ACTIVE" if active is not None else "")
-        self._plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, input_of(self._dtype, self._natural))
+        self._plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, input_of(self._dtype, self._natural), claimed=True)
         self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
@@ -83,15 +83,17 @@ class CudaLinear(nn.Module):
     def _of_normed(self, x: Tensor, row: NormedRow, later: deferred.Deferred) -> Tensor | None:
         """The product of a row whose norm has not been computed; None if that has to be computed first."""
         inner = row.addend if isinstance(row.addend, NormedRow) else None
-        addend = row.addend if inner is None else inner.x
-        taken = [each for each in (row.x, addend) if isinstance(each, Tensor)]
+        two = row.addend if isinstance(row.addend, Added) else None
+        addend = inner.x if inner is not None else row.addend if two is None else two.x if two.waits else two.total
+        also = two.y if two is not None and two.waits else None
+        taken = [each for each in (row.x, addend, also) if isinstance(each, Tensor)]
         if x.numel() != self.in_features or any(each.dtype != self._dtype or each.data_ptr() % 16 for each in taken):
             return None
         if self._normed is None:
             variant = self._plan.variant
-            tuning = gemv.layer_tuning(self.in_features, self._weight.out_features)
+            tuning = gemv.layer_tuning(self.in_features, self._weight.out_features, self._gpu.processors, normed=True)
             try:
-                plan = gemv.Plan.of(self._gpu, self._weight, variant.epilogue, True, tuning, variant.input)
+                plan = gemv.Plan.of(self._gpu, self._weight, variant.epilogue, True, tuning, variant.input, claimed=True)
             except Unsuited:
                 return None
             if torch.cuda.is_current_stream_capturing():
@@ -100,7 +102,7 @@ class CudaLinear(nn.Module):
             self._normed = plan
         sum = None
         if isinstance(addend, Tensor) and row.total is not None:
-            sum = gemv.SumBefore(addend, row.total)
+            sum = gemv.SumBefore(addend, row.total, also=also)
             if inner is not None:
                 sum = gemv.SumBefore(addend, row.total, inner.norm.weight, inner.norm.kind.eps, inner.norm.kind.offset)
         y = torch.empty(1, self.out_features, dtype=self._dtype, device=x.device)

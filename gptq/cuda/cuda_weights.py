@@ -78,6 +78,11 @@ class Weight:
         return self.chunks * CHUNK
 
     @property
+    def lasting(self) -> bool:
+        """Whether every scale lasts for whole pairs of chunks."""
+        return self.packing.units == 1 and (self.unit_to_group == 0 or round(65536 / self.unit_to_group) % 2 == 0)
+
+    @property
     def size_bytes(self) -> int:
         return self.words.numel() + self.scales.numel() * 4
 

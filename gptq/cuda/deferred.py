@@ -102,10 +102,11 @@ class Deferred:
             self._held[id(each)][1].write()
         inplace = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
         if inplace or "out" in given:
-            self._before_changing([*_tensors(args[:1]), *_tensors(given.get("out"))])
+            self.before_changing([*_tensors(args[:1]), *_tensors(given.get("out"))])
         return func(*args, **given)
 
-    def _before_changing(self, targets: list[Tensor]) -> None:
+    def before_changing(self, targets: list[Tensor]) -> None:
+        """Have what is made of these written, before something else is written over them."""
         changed = {each.untyped_storage().data_ptr() for each in targets}
         for _tensor, held, _what in list(self._held.values()):
             if not held.written and any(each.untyped_storage().data_ptr() in changed for each in held.inputs):

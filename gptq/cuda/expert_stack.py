@@ -58,7 +58,8 @@ class Stack:
             stacked = stacked[:1]
         order = stacked.to(torch.int32).to(torch.int16).contiguous() if ordered else None
         kind = input_of(input, order)
-        plan = gemv.Plan.of(gpu, weight, epilogue, False, gemv.layer_tuning(weight.in_features, weight.out_features), kind)
+        tuning = gemv.layer_tuning(weight.in_features, weight.out_features, gpu.processors, experts=True)
+        plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, kind)
         whole = replace(weight, words=words.flatten(0, 1), scales=scales.flatten(0, 1))
         return cls(whole, len(layers), stacked, order, replace(plan.variant, experts=True), plan.blocks, gated)
 

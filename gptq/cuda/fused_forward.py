@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import deferred
 from .attention_names import decoders, name_attention
 from .deferred import Deferred, plainly
-from .fused_norms import ChosenRows, CudaNorm, NormedRow, norm_of, watchers
+from .fused_norms import Added, ChosenRows, CudaNorm, NormedRow, norm_of, watchers
 from .gpu_kernels import Gpu
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
@@ -52,12 +52,15 @@ class _Calls(TorchFunctionMode):
                 found = self._fused.decode(q, k, v, mask, {"scaling": given.get("scale")})
                 if found is not None:
                     return found.transpose(1, 2)
-        if func in _ADDITIONS and len(args) == 2 and not given and rows_of_one_token(*args):
-            return self._fused.add(*args)
+        if func in (*_ADDITIONS, *_IN_PLACE) and len(args) == 2 and not given and rows_of_one_token(*args):
+            return self._fused.add(args[0], args[1], func in _IN_PLACE)
+        if func is functional.dropout and not (args[2] if len(args) > 2 else given.get("training", True)):
+            return args[0]
         return self._fused.deferred.call(func, args, given) if self._fused.deferred else func(*args, **given)
 
 
 _ADDITIONS = (Tensor.add, Tensor.__add__, torch.add)
+_IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 
 
 class FusedForward:
@@ -122,20 +125,32 @@ class FusedForward:
 
     # -- the residual ----------------------------------------------------------------------------------------------
 
-    def add(self, x: Tensor, addend: Tensor) -> Tensor:
-        """x + addend, of one token; with the norm that follows."""
+    def add(self, x: Tensor, addend: Tensor, in_place: bool = False) -> Tensor:
+        """x + addend, of one token; with the norm that follows. Where none does, the sum waits for the next addition."""
         number, self._sum = self._sum, self._sum + 1
-        norm = self._norms.get(number)
-        if self.deferred.what(x, (NormedRow, ChosenRows)) is not None:
+        norm, kinds = self._norms.get(number), (NormedRow, ChosenRows, Added)
+        if in_place or norm is None or not norm.takes(x):
+            return self._only_add(x, addend, in_place)
+        if self.deferred.what(x, kinds) is not None:
             x, addend = addend, x
-        row = self.deferred.what(addend, (NormedRow, ChosenRows))
+        row = self.deferred.what(addend, kinds)
         if isinstance(row, NormedRow) and (row.addend is not None or not row.simple):
             row = None
         self.deferred.write(x, *(() if row is not None else (addend,)))
-        row = addend if row is None else row
-        if norm is not None and norm.takes(x):
-            return norm.after_adding(x, row)
-        total = norm_of(self._gpu, x, row, None)[0]
+        return norm.after_adding(x, addend if row is None else row)
+
+    def _only_add(self, x: Tensor, addend: Tensor, in_place: bool) -> Tensor:
+        if not in_place and self.deferred.what(x, (NormedRow, ChosenRows)) is not None:
+            x, addend = addend, x
+        row = None if in_place else self.deferred.what(addend, (NormedRow, ChosenRows))
+        if isinstance(row, NormedRow) and (row.addend is not None or not row.simple):
+            row = None
+        self.deferred.write(x, *(() if row is not None else (addend,)))
+        total = x if in_place else torch.empty_like(x)
+        if row is None and self._forwards > 1 and deferred.current() is self.deferred:
+            return Added.of(self._gpu, x, addend, total, self.deferred)
+        self.deferred.before_changing([total])
+        norm_of(self._gpu, x, addend if row is None else row, None, total)
         if self._forwards == 1:
             self._sums.append(total)
         return total

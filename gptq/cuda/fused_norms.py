@@ -88,13 +88,13 @@ class CudaNorm(nn.Module):
         """Where the norm of x may wait for what takes it."""
         return deferred.current() if x.numel() == x.shape[-1] <= NARROW else None
 
-    def after_adding(self, x: Tensor, addend: "Tensor | NormedRow | ChosenRows") -> Tensor:
+    def after_adding(self, x: Tensor, addend: "Tensor | NormedRow | ChosenRows | Added") -> Tensor:
         """x + addend, both [..., K] and contiguous. The next forward, if it is of that sum, costs nothing."""
         if (later := self._later(x)) is not None and not isinstance(addend, ChosenRows):
             total, out = torch.empty_like(x), torch.empty_like(x)
-            row = addend.x if isinstance(addend, NormedRow) else addend
+            rows = (addend,) if isinstance(addend, Tensor) else addend.rows
             what = NormedRow(self, x, addend, total)
-            later.defer((out,), (x, row), what, lambda: norm_of(self._gpu, x, addend, self, total, out), beside=total)
+            later.defer((out,), (x, *rows), what, lambda: norm_of(self._gpu, x, addend, self, total, out), beside=total)
         else:
             total, out = norm_of(self._gpu, x, addend, self)
         self._ready = total, out
@@ -104,14 +104,48 @@ class CudaNorm(nn.Module):
         return f"{self.weight.shape[0]}, {self.kind}"
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """The sum of two rows, `total`, that has not been computed yet."""
+
+    x: Tensor
+    y: Tensor
+    total: Tensor  # may be x itself
+    later: deferred.Deferred
+
+    @classmethod
+    def of(cls, gpu: Gpu, x: Tensor, y: Tensor, total: Tensor, later: deferred.Deferred) -> Tensor:
+        """`total`, which waits; it is written over x where it is x itself."""
+        if total is x:
+            later.before_changing([x])
+        return later.defer((total,), (x, y), cls(x, y, total, later), lambda: norm_of(gpu, x, y, None, total))[0]
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.total, self.y
+
+    @property
+    def waits(self) -> bool:
+        return self.later.what(self.total, Added) is self
+
+    def written(self) -> Tensor:
+        self.later.write(self.total)
+        return self.total
+
+
 @dataclass(frozen=True)
 class NormedRow:
     """The norm of a row, or of its sum with another, that has not been computed yet."""
 
     norm: CudaNorm
     x: Tensor
-    addend: "Tensor | NormedRow | None" = None
+    addend: "Tensor | NormedRow | Added | None" = None
     total: Tensor | None = None  # where the sum is written
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        return (self.x,)
 
     @property
     def simple(self) -> bool:
@@ -133,13 +167,15 @@ class ChosenRows:
 def norm_of(
     gpu: Gpu,
     x: Tensor,
-    addend: Tensor | NormedRow | ChosenRows | None,
+    addend: Tensor | NormedRow | ChosenRows | Added | None,
     norm: CudaNorm | None,
     total: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x + addend, the norm of that sum) of contiguous fp16 or bf16 [..., K]; without a norm (the sum, the sum)."""
     width = x.shape[-1]
+    if isinstance(addend, Added):
+        addend = addend.written()
     if total is None:
         total = x if addend is None else torch.empty_like(x)
     if out is None:

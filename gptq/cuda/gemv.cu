@@ -7,14 +7,16 @@
 
 // -- the weights, on their way through a ring in shared memory ---------------------------------------------------------
 // BATCH chunks travel together; STAGES batches are on their way or being multiplied. Each lane copies and reads its own
-// words (the scales are the warp's), so no warp waits for another. EVEN: every warp has whole batches.
+// words (the scales are the warp's), or a warp the WHOLE batch as one piece, so no warp waits for another. EVEN: every warp has
+// whole batches. A scale lasts for SPAN chunks.
 
-template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class Arguments = GemvArguments> struct WeightRing {
+template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class Arguments = GemvArguments, int SPAN = 1, bool WHOLE = false> struct WeightRing {
   static constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128;
-  static constexpr int SLOT = BATCH * (CHUNK_BYTES + UNITS * SCALE_BYTES);
+  static constexpr int SLOT = BATCH * CHUNK_BYTES + BATCH / SPAN * UNITS * SCALE_BYTES;
   static_assert(BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8, "fragment() unpacks these");
   static_assert(UNITS == 1 || UNITS == 2 || UNITS == 4, "a chunk has four steps, and a scale lasts for whole steps");
   static_assert(UNITS * SCALE_BYTES / 16 <= 32, "a lane copies one piece of the scales");
+  static_assert(BATCH % SPAN == 0, "a scale that lasts for SPAN chunks comes with all of them");
   static_assert(STAGES >= 2, "one batch is multiplied while another is on its way");
   static_assert(SLOT % 16 == 0, "copies of 16 bytes are aligned");
 
@@ -27,7 +29,7 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class
     u8* to = ring + slot * SLOT;
     if (tile < p.tiles) {
       const u8* from = p.weights + ((size_t)tile * p.chunks + chunk) * CHUNK_BYTES;
-      if constexpr (BITS < 4) fetch_whole(from, to);
+      if constexpr (WHOLE) fetch_whole(from, to);
       else {
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
@@ -56,9 +58,9 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class
       if ((EVEN && at + 512 <= BATCH * CHUNK_BYTES) || at + lane * 16 < chunks * CHUNK_BYTES) copy_async<16>(from + at + lane * 16, to + at + lane * 16);
     constexpr int PIECES = SCALE_BYTES / 16;
 #pragma unroll
-    for (int first = 0; first < BATCH * UNITS * PIECES; first += 32) {
-      const int at = first + lane, unit = chunk * UNITS + at / PIECES;
-      if (at >= chunks * UNITS * PIECES) continue;
+    for (int first = 0; first < BATCH / SPAN * UNITS * PIECES; first += 32) {
+      const int at = first + lane, unit = chunk * UNITS + at / PIECES * SPAN;
+      if (at >= chunks / SPAN * UNITS * PIECES) continue;
       const u8* scale = (const u8*)p.scales + (tile * p.groups + (int)(unit * p.unit_to_group >> 16)) * SCALE_BYTES;
       copy_async<16>(scale + at % PIECES * 16, to + BATCH * CHUNK_BYTES + at * 16);
     }
@@ -146,18 +148,21 @@ template <int KS, int EPILOGUE, class Arguments> DEVICE void write_outputs(const
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-// With an adapter inside it RUNS is more than 0, see adapted_gemv.cu.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int RUNS = 0, class Arguments = GemvArguments>
+// A scale lasts for whole blocks of SPAN chunks; 0: x is multiplied as fp16. With an adapter inside it RUNS is more than 0, see adapted_gemv.cu.
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN, int RUNS = 0, class Arguments = GemvArguments>
 DEVICE void gemv(const Arguments& p) {
   static_assert(TILE == 16 && CHUNK == 64, "a tile is the matrix unit's 16 rows, a chunk four of its steps");
   static_assert(KS >= 1 && KS <= 32, "a block has at most 32 warps");
-  typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, Arguments> Ring;
+  constexpr bool DIGITS_OF_X = SPAN > 0 && UNITS < 4 && (BITS < 4 || (BITS == 4 && RUNS == 0));
+  constexpr int LASTING = SPAN == 2 ? 2 : 1;
+  static_assert(SPAN < 2 || (SPAN == 2 && DIGITS_OF_X), "only sums of digits go on over two chunks");
+  typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, Arguments, LASTING, BITS < 4 || DIGITS_OF_X> Ring;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int team = warp / KS, teams = warps / KS, part = warp % KS;
   u16* xs = (u16*)((u8*)shared_words + warps * STAGES * Ring::SLOT);  // [chunks * CHUNK]
   float* scratch = (float*)(xs + p.chunks * CHUNK);                   // 36
   float* sums = scratch + 36 + team * 2 * KS * TILE;                  // [2][KS][TILE] of this team
-  const int per = (p.chunks + KS - 1) / KS, first = min(part * per, p.chunks), end = min(first + per, p.chunks);
+  const int per = (p.chunks + KS * LASTING - 1) / (KS * LASTING) * LASTING, first = min(part * per, p.chunks), end = min(first + per, p.chunks);
   const int stride = gridDim.x * teams, first_tile = blockIdx.x * teams + team;
   Ring ring = {p, (u8*)shared_words + warp * STAGES * Ring::SLOT, lane, first, end, stride, first_tile, first, 0};
 
@@ -170,24 +175,32 @@ DEVICE void gemv(const Arguments& p) {
   const NormWeight<NATURALLY ? NORM : 0> inner = load_norm_weight<NATURALLY ? NORM : 0>(p.inner, p.inner ? p.k : 0);
   adapting.begin(first_tile, part == 0);
   wait_for_previous_kernel();
-  if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
+  constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT, AT_ONCE = DIGITS_OF_X && RUNS == 0;
+  float4* inputs = (float4*)(scratch + 36 + teams * 2 * KS * TILE + (RAW ? (p.chunks * CHUNK + 8) / 2 : 0));  // [chunks / LASTING][UNITS][2]
+  u8* digits = RUNS ? (u8*)(inputs + p.chunks / LASTING * UNITS * 2) : (u8*)xs;  // an adapter takes x itself
+  if constexpr (AT_ONCE && INPUT == FRAGMENTS) stage_digits<NORM, BITS, SYM, UNITS, LASTING>(p.x, norm, digits, inputs, p.chunks * CHUNK, p.k, p.eps, scratch);
+  else if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
   else {
     u16* raw = (u16*)(scratch + 36 + teams * 2 * KS * TILE);
     constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
-    if constexpr (NORM > 0) stage_normed<NORM, BF, ORDER>(p, norm, inner, xs, raw, scratch);
-    else stage_natural<BF, ORDER>(p.x, p.order, xs, raw, p.chunks * CHUNK, p.k);
+    auto stage = [&](const auto& place) {
+      if constexpr (NORM > 0) stage_normed<NORM, BF, ORDER>(p, norm, inner, raw, scratch, place);
+      else stage_natural<BF, ORDER>(p.x, p.order, raw, p.chunks * CHUNK, p.k, place);
+    };
+    if constexpr (AT_ONCE) stage(InDigits<BITS, SYM, UNITS, LASTING>{digits, inputs, p.chunks * CHUNK});
+    else stage(InFragmentOrder{xs, p.chunks * CHUNK});
   }
-  constexpr bool SUBNORMAL = BITS < 4 && UNITS < 4;
-  constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
-  float* inputs = scratch + 36 + teams * 2 * KS * TILE + (RAW ? (p.chunks * CHUNK + 8) / 2 : 0);  // [chunks][UNITS]
-  if constexpr (SUBNORMAL) {
-    sum_inputs<UNITS>(xs, inputs, first, end, lane, (SYM ? -(1 << (BITS - 1)) : 1) / UNIT_SCALE);
-    __syncwarp();
+  if constexpr (DIGITS_OF_X && !AT_ONCE) {
+    make_digits<BITS, SYM, UNITS, LASTING>(xs, digits, inputs, p.chunks);
+    __syncthreads();
   }
   adapting.make_share(xs, scratch);
 
   // x as the matrix unit takes it: one column, which the first four lanes hold. The other lanes stay zero.
   uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
+  uint4 pieces[2][LASTING] = {};  // the same of digits: the high ones are a column, the low ones another, of four lanes each
+  const bool holds_digits = (lane & 20) == 0;
+  const int magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
   int slot = 0, adder = 0;  // the part that adds the sums of the tile: the warps take turns
   for (int tile = first_tile, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
@@ -210,20 +223,32 @@ DEVICE void gemv(const Arguments& p) {
       const u8* scales = words + BATCH * Ring::CHUNK_BYTES;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) {
+      for (int i = 0; i < BATCH; i += LASTING) {
         if (EVEN || chunk + i < end) {
-          uint4 (&b)[2] = column[i % 2];
-          if (lane < 4) {
-            const uint4* from = (const uint4*)(xs + (chunk + i) * CHUNK + lane * 16);
-            b[0] = from[0]; b[1] = from[1];
+          const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i / LASTING * UNITS * Ring::SCALE_BYTES;
+          if constexpr (DIGITS_OF_X) {
+            uint4 (&b)[LASTING] = pieces[i / LASTING % 2];
+            if (holds_digits) {
+#pragma unroll
+              for (int j = 0; j < LASTING; j++) b[j] = *(const uint4*)(digits + (chunk + i + j) * CHUNK * 2 + (lane / 8 * 4 + lane % 4) * 16);
+            }
+            const float4* x = inputs + ((u32)chunk / LASTING + i / LASTING) * UNITS * 2 + lane % 2;
+            multiply_digits<BITS, SYM, UNITS, LASTING>(own, own_scales, x, b, magic, lane, row, row8);
+          } else {
+            uint4 (&b)[2] = column[i % 2];
+            if (lane < 4) {
+              const uint4* from = (const uint4*)(xs + (chunk + i) * CHUNK + lane * 16);
+              b[0] = from[0]; b[1] = from[1];
+            }
+            multiply_chunk<BITS, SYM, UNITS>(own, own_scales, b, lane, row, row8);
           }
-          const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i * UNITS * Ring::SCALE_BYTES;
-          if constexpr (SUBNORMAL) multiply_subnormal<BITS, SYM, UNITS>(own, own_scales, inputs + (chunk + i) * UNITS, b, lane, row, row8);
-          else multiply_chunk<BITS, SYM, UNITS>(own, own_scales, b, lane, row, row8);
         }
       }
     }
-    if constexpr (SUBNORMAL) { row *= UNIT_SCALE; row8 *= UNIT_SCALE; }
+    if constexpr (DIGITS_OF_X) {  // high and low digits
+      row += __shfl_xor_sync(FULL, row, 1);
+      row8 += __shfl_xor_sync(FULL, row8, 1);
+    }
     float* mine = sums + parity * KS * TILE;
     exchange_sums<KS>(mine, part, team, lane, row, row8);
     if (part == adder) write_outputs<KS, EPILOGUE>(p, mine, RUNS ? addend + adapting.of_tile(tile, xs) : addend, place, tile, lane);
@@ -235,7 +260,7 @@ DEVICE void gemv(const Arguments& p) {
 // -- the same for chosen experts ---------------------------------------------------------------------------------------
 
 // A row of blocks for each choice: its expert's weights are read where they lie, so no one else has to know which it is.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT>
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN>
 DEVICE void expert_gemv(const ExpertGemvArguments& e) {
   static_assert(NORM == 0 && EPILOGUE != RESIDUAL && EPILOGUE != SILU, "experts take no norm and no residual");
   // The choice is made by the previous kernel, so nothing can be loaded before it has ended.
@@ -252,5 +277,5 @@ DEVICE void expert_gemv(const ExpertGemvArguments& e) {
   p.out = (u8*)e.out + (size_t)blockIdx.y * (GATE ? e.n / 2 : e.n) * WIDTH;
   p.n = e.n; p.tiles = e.tiles; p.chunks = e.chunks; p.groups = e.groups; p.unit_to_group = e.unit_to_group; p.k = e.k;
   p.activation = e.activation;
-  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT>(p);
+  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT, SPAN>(p);
 }

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
 
 from torch import Tensor
 
 from ..suitability import Unsuited
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import ADAPTED_GEMV, CHUNK, GEMV, NORM_RUNS
+from .kernel_arguments import ADAPTED_GEMV, CHUNK, GEMV, NORM_RUNS, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing
+
+_TILE_BYTES = 544  # of a chunk of one tile in 4 bits, with its scales
 
 
 @dataclass(frozen=True)
@@ -23,23 +26,37 @@ class Tuning:
     blocks_per_processor: int = 4
 
 
-def layer_tuning(in_features: int, out_features: int) -> Tuning:
-    """The spread of a single layer's product: those of a whole step's products (cuda_step.py) by their shape, with warps that
-    share a tile evenly where a number near by does."""
-    chunks = -(-in_features // CHUNK)
-    if in_features >= 8192:
-        found = Tuning(16, 2, 3, 1, 2)
-    elif out_features >= 12288:
-        found = Tuning(8, 4, 4, 1, 2)
-    elif in_features <= 1024:
-        found = Tuning(4, 2, 3, 1, 4)
-    else:
-        found = Tuning(8, 4, 3, 1, 2) if out_features <= 4608 else Tuning(4, 4, 3, 1, 4)
-    for batch in (found.batch, 2):
-        for split in sorted(range(max(2, found.split - 2), found.split + 3), key=lambda each: abs(each - found.split)):
-            if chunks % (split * batch) == 0:
-                return replace(found, split=split, batch=batch)
-    return found
+@lru_cache(maxsize=256)
+def likely_tunings(
+    in_features: int, out_features: int, processors: int, *, experts: bool = False, normed: bool = False
+) -> tuple[Tuning, ...]:
+    """Spreads of a single layer's product, the likeliest to be fast first: one block a processor, so that the input is staged
+    once, as many teams as tiles are left for it, and warps whose chunks fill their batches. Of experts several blocks
+    share a processor. `normed`: the input is normed, eight numbers a thread."""
+    chunks, tiles = -(-in_features // CHUNK), -(-out_features // TILE)
+    low, high, least, most = (7, 12, 28e3, 45e3) if experts else (12, 24, 56e3, 100e3)
+    if in_features >= 8192 and not experts:
+        least, most = 85e3, 125e3
+    ideal = min(24, max(16, -(-chunks // 4))) if normed else 16
+    found: dict[Tuning, float] = {}
+    for split, teams, batch, stages in product(range(2, 19), (1, 2, 3, 4), (2, 3, 4, 5, 6), (2, 3, 4)):
+        warps, per = split * teams, -(-chunks // split)
+        if not low <= warps <= high or batch > max(per, 2) or (chunks % 2 == 0 and batch % 2):
+            continue  # two chunks share a scale where their number is even
+        travelling = warps * stages * batch * _TILE_BYTES
+        cost = -(-per // batch) * batch * split / chunks  # of what warps could multiply, what they do
+        together = teams if experts else teams * processors
+        cost *= -(-tiles // together) * together / tiles
+        cost *= 1 + 0.08 * max(0, least - travelling) / least + 0.05 * max(0, travelling - most) / most
+        cost *= 1 + 0.01 * abs(stages - 3) + 0.005 * (batch < 3) + 0.005 * abs(warps - ideal) * (not experts)
+        cost *= 1 + 0.03 * normed * (-(-chunks // (4 * warps)) - 1)
+        found[Tuning(split, batch, stages, teams, 1)] = cost * (0.98 if chunks % (split * batch) == 0 else 1)
+    return tuple(sorted(found, key=lambda each: found[each]))
+
+
+def layer_tuning(in_features: int, out_features: int, processors: int, *, experts: bool = False, normed: bool = False) -> Tuning:
+    """The spread of a single layer's product on a GPU with so many processors. Chosen on an H200."""
+    return likely_tunings(in_features, out_features, processors, experts=experts, normed=normed)[0]
 
 
 @lru_cache(maxsize=256)
@@ -52,10 +69,11 @@ def variant(
     limit_bytes: int,
     input: str = "FRAGMENTS",
     adapted: int = 0,
+    lasting: bool = False,
 ) -> GemvVariant:
     """The kernel for a product. A norm needs enough threads for the whole input; where the tuning asks for more shared
     memory than the `limit_bytes` of a block, fewer chunks travel together. With an adapter inside, registers are left for
-    `adapted` blocks of a processor. Raises Unsuited if nothing fits."""
+    `adapted` blocks of a processor. `lasting`: scales last for whole pairs of chunks. Raises Unsuited if nothing fits."""
     chunks = -(-in_features // CHUNK)
     split, teams, runs = tuning.split, tuning.teams, 0
     if norm:
@@ -64,12 +82,16 @@ def variant(
         while (runs := -(-chunks * CHUNK // (8 * 32 * split * teams))) > NORM_RUNS:
             split, teams = min(split * 2, BLOCK_THREADS // 32), 1
     batch = max(1, tuning.batch // 2) if packing.bits == 8 else tuning.batch
-    stages = tuning.stages
+    stages, halves = tuning.stages, False
     while True:
         even = chunks % (split * batch) == 0
         taken = -(-chunks * CHUNK // (8 * 32 * split * teams)) if adapted else 0
         blocks = min(adapted, BLOCK_THREADS // (32 * split * teams))
         plan = GemvVariant(packing, epilogue, runs, split, batch, stages, teams, even, input=input, adapted=taken, blocks=blocks)
+        if halves and plan.digits:
+            plan = replace(plan, span=0)
+        elif lasting and plan.digits and chunks % 2 == batch % 2 == 0:
+            plan = replace(plan, span=2)
         if plan.shared_bytes(chunks) <= limit_bytes:
             return plan
         if stages > 2:
@@ -80,6 +102,8 @@ def variant(
             teams //= 2
         elif split > 1 and not norm:
             split //= 2
+        elif plan.digits:
+            halves = True  # they take less
         else:
             needed = plan.shared_bytes(chunks)
             raise Unsuited(f"a product of {in_features} inputs ({needed} bytes of shared memory; a block has {limit_bytes})")
@@ -109,7 +133,9 @@ class Plan:
     ) -> "Plan":
         """`claimed`: a processor takes no more blocks at once than are meant for it. Raises Unsuited if the GPU cannot compute
         the product."""
-        found = variant(weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted)
+        found = variant(
+            weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted, weight.lasting
+        )
         blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
         used = found.shared_bytes(weight.chunks)
         return cls(found, found.name, blocks, claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used)
@@ -132,6 +158,7 @@ class SumBefore:
     norm: Tensor | None = None  # weight of an RMSNorm of the addend
     eps: float = 0.0
     offset: float = 0.0
+    also: Tensor | None = None  # is added to the addend first
 
 
 def launch(
@@ -176,6 +203,7 @@ def launch(
         x=x,
         norm=norm,
         addend=None if sum is None else sum.addend,
+        also=None if sum is None else sum.also,
         sum=None if sum is None else sum.total,
         inner=None if sum is None else sum.norm,
         norm_bias=norm_bias,

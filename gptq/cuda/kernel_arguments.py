@@ -108,7 +108,8 @@ _GEMV = """
     const u32* scales      // [tiles][groups][8]: see load_scale
     const u16* x           // fp16 [chunks * CHUNK] in fragment order (FRAGMENTS); fp16 or bf16 [k] in its own (NATURAL, ORDERED)
     const u16* norm        // weight of the RMSNorm before, NORM only: fp16 [chunks * CHUNK] in fragment order, or as x [k]
-    const u16* addend      // as x, to which it is added before the norm, or null; NATURAL and ORDERED only, as the next five
+    const u16* addend      // as x, to which it is added before the norm, or null; NATURAL and ORDERED only, as the next six
+    const u16* also        // as addend, to which it is added first, or null
     u16* sum               // [k]: x + addend
     const u16* inner       // [k]: weight of an RMSNorm of the addend, or null
     const u16* norm_bias   // [k]: added after the norm, or null

@@ -20,7 +20,7 @@ _TEMPLATES = (
     "unpack.cu",
     "repack.cu",
     "staged_input.cu",
-    "subnormal.cu",
+    "digits.cu",
     "adapted_gemv.cu",
     "gemv.cu",
     "octet.cu",
@@ -108,6 +108,7 @@ class GemvVariant:
     input: str = "FRAGMENTS"  # how x lies in memory: see GemvArguments.x
     adapted: int = 0  # with a LoRA adapter inside: runs of 8 inputs that a thread takes of a row of A, see adapted_gemv.cu
     blocks: int = 0  # of a processor at once, at least, where registers would keep it from so many
+    span: int = 1  # chunks that share a scale and are summed together: 1, or 2 where x is multiplied as digits; 0: as fp16
 
     def __post_init__(self) -> None:
         if not 0 <= self.norm <= NORM_RUNS or self.threads > BLOCK_THREADS or self.teams > 15:  # of 16 barriers one is taken
@@ -120,7 +121,14 @@ class GemvVariant:
         return (
             f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}{'_experts' * self.experts}"
             f"{'_' + self.input.lower() if self.input != 'FRAGMENTS' else ''}"
-            f"{f'_adapted{self.adapted}_{self.blocks}' if self.adapted else ''}"
+            f"{f'_adapted{self.adapted}_{self.blocks}' if self.adapted else ''}{('_halves', '', '_pairs')[self.span]}"
+        )
+
+    @property
+    def digits(self) -> bool:
+        """Whether x is multiplied as digits (digits.cu)."""
+        return (
+            self.span > 0 and self.packing.units < 4 and (self.packing.bits < 4 or (self.packing.bits == 4 and not self.adapted))
         )
 
     @property
@@ -128,10 +136,11 @@ class GemvVariant:
         return 32 * self.split * self.teams
 
     def shared_bytes(self, chunks: int) -> int:
-        slot = self.batch * self.packing.tile_bytes
+        scales = self.packing.units * self.packing.scale_bytes
+        slot = self.batch * (self.packing.tile_bytes - scales) + self.batch // max(1, self.span) * scales
         ring = self.split * self.teams * self.stages * slot
         raw = (chunks * CHUNK + 8) * 2 if self.input.startswith("ORDERED") else 0
-        inputs = chunks * self.packing.units * 4 if self.packing.bits < 4 and self.packing.units < 4 else 0
+        inputs = chunks // self.span * self.packing.units * 32 + chunks * CHUNK * 2 * (self.adapted > 0) if self.digits else 0
         return ring + chunks * CHUNK * 2 + 4 * (36 + self.teams * 2 * self.split * TILE) + raw + inputs
 
 
@@ -367,7 +376,7 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)
         else:
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
-            numbers += f", {each.input}"
+            numbers += f", {each.input}, {each.span}"
             given, call = ("ExpertGemvArguments", "expert_gemv") if each.experts else ("GemvArguments", "gemv")
             if each.adapted:
                 given, numbers = "AdaptedGemvArguments", f"{numbers}, {each.adapted}, AdaptedGemvArguments"

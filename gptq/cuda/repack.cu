@@ -14,11 +14,11 @@ template <int BITS> DEVICE void place_value(u32 (&words)[BITS], u32 v, int s, in
   else if constexpr (BITS == 8) words[2 * s + reg / 2] |= v << (8 * (reg % 2 * 2 + half));
   else if constexpr (BITS == 2) words[s / 2] |= v << (s % 2 * 4 + reg % 2 * 2 + reg / 2 * 8 + 16 * half);
   else {
-    const int number = three_bit_number(s * 4 + reg);
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-      if (number == 15) words[i] |= (v >> i & 1) << (15 + 16 * half);
-      else if (number % 3 == i) words[i] |= v << (number / 3 * 3 + 16 * half);
+    const int from = reg / 2 * 8 + 16 * half;  // of the byte
+    if (s < 3) words[s] |= v << (from + 3 * high);
+    else {
+      words[high] |= (v & 3) << (from + 6);
+      words[2] |= (v >> 2) << (from + 6 + high);
     }
   }
 }

@@ -80,32 +80,49 @@ template <bool BF> DEVICE uint2 four_inputs(const u16* x, int at, int k) {
   return v;
 }
 
+// Where eight fp16 inputs go, from `at` on. All lanes of a warp call it, `at` is 8 more from one to the next, and may be behind the end.
+struct InFragmentOrder {
+  u16* shared;
+  int padded;
+  METHOD void put(const uint4& x, int at) const {  // which are in fragment order
+    if (at < padded) *(uint4*)(shared + at) = x;
+  }
+  METHOD void put_natural(const uint4& x, int at) const {  // run 4 s + c of a chunk goes to 4 c + s
+    if (at >= padded) return;
+    const int run = at / 4;
+    *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = make_uint2(x.x, x.y);
+    *(uint2*)(shared + (run / 16 * 16 + (run + 1) % 4 * 4 + run / 4 % 4) * 4) = make_uint2(x.z, x.w);
+  }
+};
+
 // A row in its natural order into fragment order; `raw` [padded + 8] and `order` [padded] as below.
-DEVICE void order_row(const u16* order, u16* shared, const u16* raw, int padded) {
+template <class Place> DEVICE void order_row(const u16* order, const u16* raw, int padded, const Place& place) {
 #pragma unroll 2
-  for (int at = threadIdx.x * 8; at < padded; at += blockDim.x * 8) {
-    const uint4 from = __ldg((const uint4*)(order + at));
+  for (int at = threadIdx.x * 8; at - threadIdx.x % 32 * 8 < padded; at += blockDim.x * 8) {
+    uint4 from = make_uint4(0, 0, 0, 0), to = from;
+    if (at < padded) from = __ldg((const uint4*)(order + at));
     const u32* f = &from.x;
-    uint4 to;
     u32* t = &to.x;
 #pragma unroll
     for (int j = 0; j < 4; j++) t[j] = pair(raw[f[j] & 0xffffu], raw[f[j] >> 16]);
-    *(uint4*)(shared + at) = to;
+    place.put(to, at);
   }
 }
 
 // x in its natural order into shared memory in fragment order. Without act-order runs of four inputs stay together; with it
 // the row passes through `raw` [padded + 8] in shared memory, and `order` [padded] says which input each position takes.
-template <bool BF, bool ORDER> DEVICE void stage_natural(const u16* x, const u16* order, u16* shared, u16* raw, int padded, int k) {
+template <bool BF, bool ORDER, class Place> DEVICE void stage_natural(const u16* x, const u16* order, u16* raw, int padded, int k, const Place& place) {
   if constexpr (!ORDER) {
-#pragma unroll 4
-    for (int run = threadIdx.x; run < padded / 4; run += blockDim.x)  // run 4 s + c of a chunk goes to 4 c + s
-      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = four_inputs<BF>(x, run * 4, k);
+#pragma unroll 2
+    for (int at = threadIdx.x * 8; at - threadIdx.x % 32 * 8 < padded; at += blockDim.x * 8) {
+      const uint2 low = four_inputs<BF>(x, at, k), high = four_inputs<BF>(x, at + 4, k);
+      place.put_natural(make_uint4(low.x, low.y, high.x, high.y), at);
+    }
   } else {
 #pragma unroll 4
     for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) *(uint2*)(raw + at) = four_inputs<BF>(x, at, k);
     __syncthreads();
-    order_row(order, shared, raw, padded);
+    order_row(order, raw, padded, place);
   }
   __syncthreads();
 }
@@ -115,19 +132,29 @@ template <bool BF> DEVICE u16 narrow_number(float v) { return BF ? to_bfloat(v) 
 
 // As stage_natural, of norm(x), or norm(x + addend), or norm(x + RMSNorm(addend)), each number rounded as kernels of their own
 // would. The first block writes the sum. `scratch` holds 33 floats; the block has enough threads, as for norm_input.
-template <int NORM, bool BF, bool ORDER, class Arguments>
-DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const NormWeight<NORM>& inner, u16* shared, u16* raw, float* scratch) {
+template <int NORM, bool BF, bool ORDER, class Arguments, class Place>
+DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const NormWeight<NORM>& inner, u16* raw, float* scratch, const Place& place) {
   static_assert(NORM <= NORM_RUNS, "the host plans with at most NORM_RUNS runs a thread");
   const int padded = p.chunks * CHUNK;
-  uint4 held[NORM], more[NORM];
+  uint4 held[NORM], more[NORM], also[NORM];
 #pragma unroll
   for (int i = 0; i < NORM; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
     held[i] = at < p.k ? __ldcg((const uint4*)(p.x + at)) : make_uint4(0, 0, 0, 0);
     more[i] = p.addend && at < p.k ? __ldcg((const uint4*)(p.addend + at)) : make_uint4(0, 0, 0, 0);
+    also[i] = p.also && at < p.k ? __ldcg((const uint4*)(p.also + at)) : make_uint4(0, 0, 0, 0);
   }
   if (p.addend) {
     float scale = 1.f;
+    if (p.also) {
+#pragma unroll
+      for (int i = 0; i < NORM; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+          u16& own = ((u16*)&more[i])[j];
+          own = narrow_number<BF>(wide_number<BF>(own) + wide_number<BF>(((const u16*)&also[i])[j]));
+        }
+    }
     if (p.inner) {
       float squares = 0.f;
 #pragma unroll
@@ -178,15 +205,13 @@ DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const
     }
     if constexpr (ORDER) {
       if (at < padded + 8) *(uint4*)(raw + at) = held[i];
-    } else if (at < padded) {
-      const int run = at / 4;  // as in stage_natural
-      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = make_uint2(held[i].x, held[i].y);
-      *(uint2*)(shared + (run / 16 * 16 + (run + 1) % 4 * 4 + run / 4 % 4) * 4) = make_uint2(held[i].z, held[i].w);
+    } else if (at - threadIdx.x % 32 * 8 < padded) {
+      place.put_natural(held[i], at);
     }
   }
   __syncthreads();
   if constexpr (ORDER) {
-    order_row(p.order, shared, raw, padded);
+    order_row(p.order, raw, padded, place);
     __syncthreads();
   }
 }

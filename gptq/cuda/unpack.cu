@@ -12,16 +12,15 @@
 
 template <int BITS> struct Words { u32 w[BITS]; };
 
-// Three bits: five numbers and one bit in each half of three words. Number F < 15 is at bit F / 3 * 3 of word F % 3; the bits
-// left over, one of each word, are number 15. The number of a chunk's register R = 4 * step + register of the fragment: those of
-// a row in one step are all moved by the same power of two where they lie, or by 9 bits more.
-DEVICE constexpr int three_bit_number(int R) { return 0xf786ecd54b3a9120ull >> (4 * R) & 15; }
+// Three bits: a word of a step for each of steps 0, 1 and 2; a byte of it has an input's number of row r, that of row r + 8, and
+// two bits of step 3: of words 0 and 1 the lower two of r and of r + 8, of word 2 the highest ones. Byte 8 * half + 16 * part has
+// input 2 * half + part of the lane, as with two bits.
 
-// The numbers of register R, low and high half.
+// The numbers of a chunk's register R = 4 * step + register of the fragment, low and high half.
 DEVICE u32 three_bits(u32 w0, u32 w1, u32 w2, int R) {
-  const int F = three_bit_number(R), word = F % 3;
-  if (F == 15) return (w0 >> 15 & 0x00010001) | (w1 >> 14 & 0x00020002) | (w2 >> 13 & 0x00040004);
-  return (word == 0 ? w0 : word == 1 ? w1 : w2) >> F / 3 * 3 & 0x00070007;
+  const int step = R / 4, row = R % 2, from = R % 4 / 2 * 8;
+  if (step == 3) return ((row ? w1 : w0) >> (from + 6) & 0x00030003) | (w2 >> (from + 4 + row) & 0x00040004);
+  return (step == 0 ? w0 : step == 1 ? w1 : w2) >> (from + 3 * row) & 0x00070007;
 }
 
 // Bytes of a chunk of one tile, all lanes together
