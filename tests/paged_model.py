@@ -59,7 +59,7 @@ class PagedModel:
         seen = [self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] for at in range(position + 1)]
         return torch.tensor(np.random.RandomState(hash(tuple(seen)) % 2**32).randn(VOCABULARY), dtype=torch.float32)
 
-    def prefill(self, ids, start, row=0, adapter=None):
+    def prefill(self, ids, start, row=0, adapter=None, ends=False):
         pages = self.sequences.table[row].tolist()
         for at, id in enumerate(ids, start):
             self.tokens[pages[at // PAGE_TOKENS], at % PAGE_TOKENS] = id
@@ -190,9 +190,9 @@ class LazyModel(PagedModel):
     def sample(self, first, rows):
         self.launch(lambda: super(LazyModel, self).sample(first, rows))
 
-    def prefill(self, ids, start, row=0, adapter=None):
+    def prefill(self, ids, start, row=0, adapter=None, ends=False):
         self.flush()
-        return super().prefill(ids, start, row, adapter)
+        return super().prefill(ids, start, row, adapter, ends)
 
     def _copy(self, source, target):
         self.flush()

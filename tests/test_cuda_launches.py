@@ -28,8 +28,7 @@ random_models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(random_models)
 
 SMALL = {"hidden": 256, "inner": 320, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 130, "group_size": 64}
-
-
+FIXED = ("embed", "norm_rows", "order_rows", "silu_rows", "head", "sample", "head_2_4", "head_4_2", "head_8_1", "head_8_2")
 ADAPTERS = ("adapter_in_plain", "adapter_in_norm", "adapter_out", "adapter_silu")
 
 
@@ -40,8 +39,7 @@ class RecordingGpu:
     device, capability, warpgroups = torch.device("cpu"), (9, 0), False
 
     def __init__(self, shared_limit_bytes=227 * 1024):
-        self.shared_limit_bytes = shared_limit_bytes
-        self.compiled, self.launched = set(), []
+        self.shared_limit_bytes, self.compiled, self.launched = shared_limit_bytes, set(), []
 
     def add(self, variants=(), packings=(), formats=(), fixed=False):
         variants = list(variants)
@@ -49,14 +47,16 @@ class RecordingGpu:
         self.compiled |= {"sample_guessed"} if any(isinstance(each, GuessedVariant) for each in variants) else set()
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= {"embed", "norm_rows", "order_rows", "silu_rows", "head", "sample", *ADAPTERS} if fixed else set()
-        self.compiled |= {"head_2_4", "head_4_2", "head_8_1", "head_8_2"} if fixed else set()
+        self.compiled |= {*FIXED, *ADAPTERS} if fixed else set()
 
     def add_missing(self, variants=(), packings=()):
         self.add(variants, packings)
 
+    def has(self, name):
+        return name in self.compiled
+
     def run(self, name, grid, threads, arguments, shared_bytes=0, overlap=False):
-        assert name in self.compiled, f"{name} was launched and never compiled"
+        assert self.has(name), f"{name} was launched and never compiled"
         assert all(0 < each < 65536 for each in grid) and 0 < threads <= 1024 and shared_bytes <= self.shared_limit_bytes
         self.launched.append(name)
 
@@ -124,7 +124,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
 @pytest.mark.parametrize(
     ("rows", "change", "wanted"),
     [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (8, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
-     (9, {}, SEVEN_A_LAYER)],
+     (9, {}, SEVEN_A_LAYER), (17, {}, {"embed": 1, "norm": 5, "small": 8, "paged": 2})],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
     monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())  # no fp32 sums on the CPU

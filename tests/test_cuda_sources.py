@@ -21,6 +21,7 @@ from gptq_webui.gptq.cuda.kernel_source import (
     LayerVariant,
     OctetVariant,
     Packing,
+    PagedAttentionVariant,
     groups_of,
 )
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
@@ -65,6 +66,7 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
     ]
     variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
     variants += [GuessedVariant(KvFormat(64)), GuessedVariant(KvFormat(128, q8=True))]
+    variants += [PagedAttentionVariant(KvFormat(each), 2) for each in (32, 64, 96, 128) if FAMILIES[family] >= (9, 0)]
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "sample_guessed", "head", "rope_64", "attention_128_q8")

@@ -131,6 +131,9 @@ def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch
         found = step.all_logits(step.prefill(ids[first:], first))
         assert error(found, wanted) < 1e-2
         assert error(step.prompt_logits[0], wanted[-1]) < 1e-2
+        step.prompt_logits.zero_()
+        assert len(step.prefill(ids[first:], first, ends=True)) == 1
+        assert error(step.prompt_logits[0], wanted[-1]) < 1e-2, "with the last layer of the last token alone"
 
 
 def test_products_can_be_spread_anew_after_a_step_was_recorded(gpu):

@@ -68,7 +68,7 @@ class Step:
     def mark(self, timed=False):
         return SimpleNamespace(query=lambda: False)
 
-    def prefill(self, ids, start, row, adapter=None):
+    def prefill(self, ids, start, row, adapter=None, ends=False):
         if len(ids) > self.at_once:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.read.append(len(ids))

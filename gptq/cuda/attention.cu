@@ -148,6 +148,19 @@ template <int D, bool Q8> struct Strip {
   Run k[4][D / 32], v[D / 8];
   uint4 key_scales, value_scales;  // of 8 tokens
 
+  // From a page's keys and values of one head in shared memory; `half`: its first or second 32 tokens.
+  METHOD void load(const u8* keys, const u8* values, int half, int r, int c) {
+    typedef PageLayout<D, Q8> Layout;
+    keys += Layout::key(0, half * 32 + r / 2 * 8 + r % 2) + c * 8 * Layout::SIZE;
+    values += (r * PAGE_TOKENS + half * 32 + c * 8) * Layout::SIZE;
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) k[t][i] = *(const Run*)(keys + (t * 2 * D + i * 32) * Layout::SIZE);
+#pragma unroll
+    for (int t = 0; t < D / 8; t++) v[t] = *(const Run*)(values + t * 8 * PAGE_TOKENS * Layout::SIZE);
+  }
+
   METHOD void load(const AttentionArguments& p, const u64* pages, int kv, int strip, int r, int c) {
     typedef PageLayout<D, Q8> Layout;
     const u8* page = (const u8*)(pages[strip / 2] + p.layer_bytes);
@@ -288,10 +301,10 @@ DEVICE void store_output(u16* to, const int4& place, const float4& y) {
 }
 
 // The warps' parts: into the output if this block is the only one, else into `here`.
-template <int D> DEVICE void add_warps(const AttentionShared<D>& shared, const int* permutation, u16* to, float* here, int count, bool newest, bool only) {
+template <int D> DEVICE void add_warps(const AttentionShared<D>& shared, const int* permutation, u16* to, float* here, int count, bool newest, bool only, int threads) {
   constexpr int WARPS = ATTENTION_WARPS, PART = D + 4;
 #pragma unroll 1
-  for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
+  for (int at = threadIdx.x * 4; at < count * D; at += threads * 4) {
     const int head = at / D, d = at % D;
     const int4 place = *(const int4*)(permutation + at);
     float highest = shared.maxima[WARPS][head];
@@ -319,10 +332,10 @@ template <int D> DEVICE void add_warps(const AttentionShared<D>& shared, const i
 }
 
 // The blocks' parts, by the block that arrived last; eight blocks' parts are on their way together.
-template <int D> DEVICE void add_blocks(const float* partial, const int* permutation, u16* to, int count, int active) {
+template <int D> DEVICE void add_blocks(const float* partial, const int* permutation, u16* to, int count, int active, int threads) {
   constexpr int PART = D + 4;
 #pragma unroll 1
-  for (int at = threadIdx.x * 4; at < count * D; at += blockDim.x * 4) {
+  for (int at = threadIdx.x * 4; at < count * D; at += threads * 4) {
     const int head = at / D, d = at % D;
     const int4 place = *(const int4*)(permutation + at);
     float highest = -1e30f, total = 0.f;
@@ -413,7 +426,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 
   float* partial = p.partial + ((size_t)(row * gridDim.y + block) * gridDim.x) * ATTENTION_HEADS * (D + 4);
   u16* to = p.out + (size_t)row * p.padded;
-  add_warps<D>(shared, permutation, to, partial + (size_t)split * ATTENTION_HEADS * (D + 4), count, slice.newest, slice.active == 1);
+  add_warps<D>(shared, permutation, to, partial + (size_t)split * ATTENTION_HEADS * (D + 4), count, slice.newest, slice.active == 1, blockDim.x);
   auto keep_new_token = [&]() {  // every head block of these keys writes the same
     if (!slice.newest || warp >= 2) return;
     u8* page = (u8*)(pages[slice.position / PAGE_TOKENS] + p.layer_bytes);
@@ -425,7 +438,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
   keep_new_token();
   __syncthreads();
   if (shared.arrived != slice.active - 1) return;
-  add_blocks<D>(partial, permutation, to, count, slice.active);
+  add_blocks<D>(partial, permutation, to, count, slice.active, blockDim.x);
   if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
 }
 

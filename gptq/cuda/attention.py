@@ -1,4 +1,4 @@
-"""Launching attention.cu: the attention of new tokens, and what a prompt's attention needs of keys and values."""
+"""Launching attention.cu and paged_attention.cu: the attention of new tokens, and what a prompt's needs of keys and values."""
 
 import math
 
@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from .cuda_layers import ModelWeights
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, ONE_ROWS, PAGE_TOKENS, ROPE, ROPE_WARPS
+from .kernel_source import PagedAttentionVariant
 from .model_shape import ModelShape
 from .sequences import Sequences
 
+_LEAST_PAGED_ROWS = 17  # with fewer attention.cu is as fast
+_PAGED_RING, _PAGED_BLOCKS = 2, 2  # pages in a block's shared memory; blocks of a processor
+_STATIC_BYTES = 24 * 1024  # of that memory, beside them
 _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
 
 
@@ -70,9 +74,28 @@ def attend(
         group_blocks=shape.group_blocks,
         eps=shape.eps,
         scale=math.log2(math.e) / math.sqrt(shape.head_dim),
+        rows=rows,
+        splits=work.splits(rows),
     )
+    plan = _paged(shape)
+    if rows >= _LEAST_PAGED_ROWS and not work.one and gpu.has(plan.name):
+        blocks = min(rows * shape.attention_blocks * work.splits(rows), _PAGED_BLOCKS * gpu.processors)
+        shared_bytes = claimed_bytes(gpu, plan.shared_bytes, -(-blocks // gpu.processors))
+        gpu.run(plan.name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
+        return
     grid = (work.splits(rows), shape.attention_blocks, rows)
     gpu.run(f"{'guessed_' * work.one}attention_{shape.kv.name}", grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
+
+
+def paged_variants(gpu: Gpu, shape: ModelShape) -> list[PagedAttentionVariant]:
+    """What a model's step of many rows needs beside the kernels of its kv format: none before Hopper, none for bytes."""
+    plan = _paged(shape)
+    fits = (plan.shared_bytes + _STATIC_BYTES) * _PAGED_BLOCKS <= gpu.shared_bytes
+    return [plan] if gpu.capability >= (9, 0) and not shape.kv.q8 and fits else []
+
+
+def _paged(shape: ModelShape) -> PagedAttentionVariant:
+    return PagedAttentionVariant(shape.kv, _PAGED_RING)
 
 
 def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *, qkv: Tensor, table: Tensor, start: int) -> None:

@@ -23,7 +23,7 @@ from ..families.parts import ModelParts
 from ..suitability import Unsuited
 from . import gemv, small_batch
 from .adapted_step import AdaptedStep
-from .attention import AttentionWork, attend
+from .attention import AttentionWork, attend, paged_variants
 from .batch_step import BatchStep
 from .buffers import Buffers
 from .cuda_adapter import CudaAdapter, adaptable_layers
@@ -100,7 +100,11 @@ class CudaStep:
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}
-        variants: list[Variant] = [*small_batch.every_variant(self.gpu, products), *([GuessedVariant(shape.kv)] * guesses)]
+        variants: list[Variant] = [
+            *small_batch.every_variant(self.gpu, products),
+            *([GuessedVariant(shape.kv)] * guesses),
+            *paged_variants(self.gpu, shape),
+        ]
         self.gpu.add(variants, formats, [shape.kv], fixed=True)
         self.adaptable = adaptable_layers(parts)
         self.weights = ModelWeights.of(parts, shape)
@@ -239,12 +243,15 @@ class CudaStep:
                 made.close()
         self.recorder.reset()
 
-    def prefill(self, ids: Sequence[int], start: int, row: int = 0, adapter: CudaAdapter | None = None) -> Tensor:
-        """Compute tokens that follow `start` tokens in the pages of a row -> fp32 [T, H], before the last norm.
+    def prefill(
+        self, ids: Sequence[int], start: int, row: int = 0, adapter: CudaAdapter | None = None, ends: bool = False
+    ) -> Tensor:
+        """Compute tokens that follow `start` tokens in the pages of a row -> fp32 [T, H], before the last norm; with `ends`
+        [1, H] of the last one.
 
         `prompt_logits` are those of the last token.
         """
-        hidden = self.prompt.read(Piece(ids, start, self.sequences.table[row], adapter))
+        hidden = self.prompt.read(Piece(ids, start, self.sequences.table[row], adapter), ends=ends)
         self._prompt_head(hidden[-1])
         return hidden
 
@@ -258,13 +265,11 @@ class CudaStep:
         sent = self.sequences.sent
         tables = [sent(np.array(memory.pages, np.int64)) for memory, _ids in pieces]
         read = [Piece(ids, memory.length, table, memory.adapter) for (memory, ids), table in zip(pieces, tables, strict=True)]
-        hidden = self.prompt.read(*read)
+        hidden = self.prompt.read(*read, ends=True)
         found: list[Tensor | None] = []
-        end = 0
-        for (_memory, ids), wants in zip(pieces, wanted, strict=True):
-            end += len(ids)
+        for at, wants in enumerate(wanted):
             if wants:
-                self._prompt_head(hidden[end - 1])
+                self._prompt_head(hidden[at])
             found.append(self.prompt_logits.clone() if wants else None)
         return found
 

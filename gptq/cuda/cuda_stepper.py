@@ -84,7 +84,7 @@ class CudaStepper(Stepper):
             piece = ids[at : at + self.chunk_tokens]
             try:
                 before = self._step.mark(timed=True)
-                self.read(memory, piece)
+                self.read(memory, piece, ends=True)
                 at += len(piece)
                 self._measure()
                 self._timed.append((len(piece), before, self._step.mark(timed=True)))
@@ -162,12 +162,12 @@ class CudaStepper(Stepper):
         torch.cuda.empty_cache()
         return True
 
-    def read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        """Put ids through -> fp32 [T, H] before the last norm."""
+    def read(self, memory: Memory, ids: Sequence[int], ends: bool = False) -> Tensor:
+        """Put ids through -> fp32 [T, H] before the last norm; with `ends` [1, H] of the last one, which takes less."""
         assert isinstance(memory, PagedMemory)
         row = self._step.sequences.prompt_row
         self._step.sequences.use(memory, memory.length + len(ids), row)
-        hidden = self._step.prefill(ids, memory.length, row, memory.adapter)
+        hidden = self._step.prefill(ids, memory.length, row, memory.adapter, ends)
         memory.length += len(ids)
         return hidden
 

@@ -182,6 +182,6 @@ template <int D, bool Q8> DEVICE void guessed_attention(const AttentionArguments
   keep_new_token();
   __syncthreads();
   if (shared.row.arrived != slice.active - 1) return;
-  add_blocks<D>(partial, permutation, to, count, slice.active);
+  add_blocks<D>(partial, permutation, to, count, slice.active, blockDim.x);
   if (threadIdx.x == 0) p.done[row * gridDim.y + block] = 0;
 }

@@ -304,6 +304,8 @@ ATTENTION = Arguments(
     int group_blocks       // blocks of up to 8 heads that share keys, for each kv head
     float eps
     float scale            // log2(e) / sqrt(D)
+    int rows               // the last two for paged_attention.cu, whose grid is not (splits, head blocks, rows)
+    int splits
     """,
 )
 ROPE = Arguments(

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..suitability import Unsuited
 from . import kernel_arguments
-from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, OCTET_RUNS, ROPE_WARPS, TILE
+from .kernel_arguments import ATTENTION_WARPS, CHUNK, NORM_RUNS, OCTET_RUNS, PAGE_TOKENS, ROPE_WARPS, TILE
 
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = (
@@ -27,7 +27,9 @@ _TEMPLATES = (
     "small_batch.cu",
     "warpgroup.cu",
     "wide_batch.cu",
+    "copy_engine.cu",
     "attention.cu",
+    "paged_attention.cu",
     "layer_kernels.cu",
     "expert_kernels.cu",
     "token_attention.cu",
@@ -308,7 +310,36 @@ class GuessedVariant:
         return f"guessed_attention_{self.kv.name}"
 
 
-Variant = GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant | GuessedVariant
+@dataclass(frozen=True)
+class PagedAttentionVariant:
+    """Attention of many rows on Hopper and newer GPUs (paged_attention.cu)."""
+
+    kv: KvFormat
+    ring: int  # pages of a kv head in the shared memory of a block
+
+    @property
+    def name(self) -> str:
+        return f"paged_attention_{self.kv.name}_{self.ring}"
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.ring * PAGE_TOKENS * 4 * self.kv.head_dim
+
+    @property
+    def threads(self) -> int:
+        return 32 * (ATTENTION_WARPS + 1)
+
+
+Variant = (
+    GemvVariant
+    | OctetVariant
+    | SmallBatchVariant
+    | WideBatchVariant
+    | LayerVariant
+    | DecodeVariant
+    | GuessedVariant
+    | PagedAttentionVariant
+)
 
 
 _LAYER_KERNELS = {
@@ -371,6 +402,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         elif isinstance(each, GuessedVariant):
             call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
+        elif isinstance(each, PagedAttentionVariant):
+            kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)

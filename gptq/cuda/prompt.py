@@ -5,6 +5,7 @@ made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the se
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from .kernel_arguments import TILE
 from .model_shape import ModelShape
 from .prompt_graphs import PromptGraphs
 from .row_kernels import norm_rows, order_rows, silu_rows
+from .sequences import sent_to
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
@@ -45,8 +47,17 @@ class Prompt:
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
-    def read(self, *pieces: Piece) -> Tensor:
-        """Compute the tokens of pieces, one after the other -> fp32 [T, H], before the last norm."""
+    def read(self, *pieces: Piece, ends: bool = False) -> Tensor:
+        """Compute the tokens of pieces, one after the other -> fp32 [T, H], before the last norm.
+
+        With `ends` -> [pieces, H], of the last token of each piece: the last layer keeps the keys and values of all tokens and
+        computes the rest for those alone.
+        """
+        hidden = self._read(pieces, ends)
+        return _last_rows(hidden, pieces) if ends and len(hidden) > len(pieces) else hidden
+
+    def _read(self, pieces: Sequence[Piece], ends: bool) -> Tensor:
+        """As `read`; with `ends` perhaps of all tokens."""
         residual = self._embedded([id for each in pieces for id in each.ids])
         count = residual.shape[0]
         visible = [self._visible(each.start, len(each.ids)) for each in pieces]
@@ -60,7 +71,10 @@ class Prompt:
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
             qkv = self._product(x, layer.qkv, scratch)
             _adapt(qkv, x, pieces, at, "qkv")
-            attended = self._attend_all(at, layer, qkv, pieces, visible)
+            alone = ends and at + 1 == len(self._weights.layers) and all(each.adapter is None for each in pieces)
+            attended = self._attend_all(at, layer, qkv, pieces, visible, alone)
+            if alone:  # the norm has added what was to be added
+                residual, scratch = _last_rows(residual, pieces), None
             x = self._in_order(attended, layer.o)
             _adapt(residual, x, pieces, at, "o")
             addend = self._add(residual, x, layer.o, scratch)
@@ -94,7 +108,7 @@ class Prompt:
         """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
         require_known(ids, self._shape.embedding_rows)
         tokens = torch.tensor(ids if isinstance(ids, list) else list(ids))
-        return self._weights.embedding[tokens.to(self._weights.embedding.device)].float()
+        return self._weights.embedding[sent_to(self._weights.embedding.device, tokens)].float()
 
     def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
         out = torch.empty(residual.shape[0], weight.padded, dtype=torch.float16, device=residual.device)
@@ -143,25 +157,40 @@ class Prompt:
         return out
 
     def _attend_all(
-        self, at: int, layer: Layer, qkv: Tensor, pieces: Sequence[Piece], visible: Sequence[dict[int, Tensor]]
+        self,
+        at: int,
+        layer: Layer,
+        qkv: Tensor,
+        pieces: Sequence[Piece],
+        visible: Sequence[dict[int, Tensor]],
+        alone: bool = False,
     ) -> Tensor:
         """As `_attend`, each piece with its own sequence."""
         if len(pieces) == 1:
-            return self._attend(at, layer, qkv, pieces[0].start, pieces[0].table, visible[0])
+            return self._attend(at, layer, qkv, pieces[0].start, pieces[0].table, visible[0], alone)
         rows = qkv.split([len(each.ids) for each in pieces])
         found = [
-            self._attend(at, layer, own, piece.start, piece.table, seen)
+            self._attend(at, layer, own, piece.start, piece.table, seen, alone)
             for own, piece, seen in zip(rows, pieces, visible, strict=True)
         ]
         return torch.cat(found)
 
-    def _attend(self, at: int, layer: Layer, qkv: Tensor, start: int, table: Tensor, visible: dict[int, Tensor]) -> Tensor:
-        """[T, (heads + 2 kv heads) * D], its keys and values kept -> [T, heads * D]."""
+    def _attend(
+        self,
+        at: int,
+        layer: Layer,
+        qkv: Tensor,
+        start: int,
+        table: Tensor,
+        visible: dict[int, Tensor],
+        alone: bool = False,
+    ) -> Tensor:
+        """[T, (heads + 2 kv heads) * D], its keys and values kept -> [T, heads * D]; `alone`: [1, heads * D] of the last."""
         shape, count = self._shape, qkv.shape[0]
         heads, kv, dim, length = shape.heads, shape.kv_heads, shape.head_dim, start + count
         rope_rows(self._gpu, shape, self._weights, at, qkv=qkv, table=table, start=start)
         split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
-        queries = split[:heads]
+        queries = split[:heads, -1:] if alone else split[:heads]
         if start:
             keys = torch.empty(kv, length, dim, dtype=torch.float16, device=qkv.device)
             values = torch.empty_like(keys)
@@ -169,13 +198,16 @@ class Prompt:
         else:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:
-            out = _masked_attention(queries[None], keys[None], values[None], visible[layer.window])
+            seen = visible[layer.window]
+            out = _masked_attention(queries[None], keys[None], values[None], seen[-1:] if alone else seen)
+        elif alone:  # the last token sees all
+            out = nn.functional.scaled_dot_product_attention(queries[None], keys[None], values[None], enable_gqa=True)
         else:
             mask = causal_lower_right(count, length) if start else None
             out = nn.functional.scaled_dot_product_attention(
                 queries[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
             )
-        return out[0].transpose(0, 1).reshape(count, heads * dim)
+        return out[0].transpose(0, 1).reshape(-1, heads * dim)
 
     def _visible(self, start: int, count: int) -> dict[int, Tensor]:
         """By window, bool [T, L]: what each token sees, for the windows that hide something."""
@@ -184,6 +216,11 @@ class Prompt:
         rows = torch.arange(start, length, device=device)[:, None]
         columns = torch.arange(length, device=device)[None]
         return {each: (columns <= rows) & (columns > rows - each) for each in windows}
+
+
+def _last_rows(x: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """[T, …] of the tokens of all -> [pieces, …] of the last token of each."""
+    return torch.cat([x[end - 1 : end] for end in accumulate(len(each.ids) for each in pieces)])
 
 
 def _matrices(piece: Piece, at: int, role: str) -> Matrices | None:

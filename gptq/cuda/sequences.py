@@ -169,5 +169,9 @@ class Sequences:
 
     def sent(self, values: np.ndarray) -> Tensor:
         """On the GPU, behind what is queued there: the host does not wait."""
-        found = torch.from_numpy(values)
-        return found if self.device.type != "cuda" else found.pin_memory().to(self.device, non_blocking=True)
+        return sent_to(self.device, torch.from_numpy(values))
+
+
+def sent_to(device: torch.device, values: Tensor) -> Tensor:
+    """Numbers of the host on the GPU, behind what is queued there: the host does not wait."""
+    return values if device.type != "cuda" else values.pin_memory().to(device, non_blocking=True)
