@@ -19,6 +19,7 @@ CONSTANTS = {
     "PAGE_TOKENS": 64,  # tokens of a page of keys and values
     "ATTENTION_WARPS": 4,
     "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
+    "DECODE_EARLY": 4,  # turns of decode whose keys and values are on their way or being multiplied
     "ROPE_WARPS": 8,
     "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
     "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read

@@ -280,7 +280,9 @@ class DecodeVariant:
 
     def shared_bytes(self, values_dim: int) -> int:
         sets = 4 * (32 // self.lanes)
-        return 4 * (sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8) + 16
+        floats = sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8
+        early = 128 * (kernel_arguments.CONSTANTS["DECODE_EARLY"] * 2 * 16 + self.group * 4)
+        return 4 * floats + 16 + self.lanes * 16 + early
 
 
 @dataclass(frozen=True)
