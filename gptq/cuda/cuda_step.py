@@ -50,16 +50,17 @@ _TUNINGS = {  # the best together of 240 on an H200, and better than the best on
     "down": Tuning(16, 2, 3, 1, 2),
 }
 
+_QKV_OF_BYTES, _O_OF_BYTES = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)  # one block a processor stages the input once
 _TUNINGS_BY_BITS = {  # of 2 and 3 bits, one role after the other on an H200
     2: {
-        "qkv": Tuning(4, 8, 2, 1, 3),
-        "o": Tuning(8, 4, 3, 1, 2),
+        "qkv": _QKV_OF_BYTES,
+        "o": _O_OF_BYTES,
         "gate_up": Tuning(8, 8, 4, 1, 2),
         "down": Tuning(14, 8, 2, 1, 2),
     },
     3: {
-        "qkv": Tuning(4, 8, 2, 1, 3),
-        "o": Tuning(8, 4, 3, 1, 2),
+        "qkv": _QKV_OF_BYTES,
+        "o": _O_OF_BYTES,
         "gate_up": Tuning(8, 8, 3, 1, 2),
         "down": Tuning(8, 4, 4, 1, 3),
     },
