@@ -15,6 +15,7 @@ from .rope_claims import rope_problems
 
 _CURE = "Correct config.json, or download the model again."
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 _MOST = {  # far beyond every model there is; a larger number is damage
     **dict.fromkeys(_LAYERS, 10_000), **dict.fromkeys(HEADS, 1 << 16), **dict.fromkeys(HIDDEN, 1 << 20),
@@ -140,6 +141,10 @@ def _files(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     found = max((int(number) for name in tensors for number in _LAYER.findall(name) if len(number) < 6), default=-1) + 1
     if isinstance(layers, int) and found and layers > found:
         yield f"config.json says {layers} layers, the files hold {found}. {_CURE}"
+    experts = first(config, _EXPERTS)
+    held = max((int(number) for name in tensors for number in _EXPERT.findall(name) if len(number) < 6), default=-1) + 1
+    if isinstance(experts, int) and held > experts + (zero if isinstance(zero := config.get("zero_expert_num"), int) else 0):
+        yield f"config.json says {experts} experts, the files hold {held}. {_CURE}"
     rows, vocabulary = embedding_rows(tensors), config.get("vocab_size")
     more = int(config.get("model_type") == "moshi")  # its embedding has one for "no text yet"
     if rows and isinstance(vocabulary, int) and vocabulary + more not in rows and "padded_vocab_size" not in config:

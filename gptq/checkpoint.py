@@ -32,6 +32,7 @@ from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
 from .config_reading import read_config
+from .cut_layers import cut_layers
 from .dense_layers import make_dense
 from .gptq_linear import GPTQLinear
 from .joined_layers import move_parts
@@ -222,6 +223,7 @@ def complete(loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str
     """What transformers' loading leaves to do once the tensors are in their places; returns notes."""
     _restore_scales(files, loaded, layers)
     notes = _prepare(loaded, layers)
+    cut_layers(loaded)
     move_parts(loaded)
     release_held(loaded)
     return notes

@@ -91,6 +91,8 @@ class GPTQLinear(nn.Module):
     def fill_g_idx(self) -> None:
         """Give g_idx the values of files that have none, on the device it is on. Undoes `prepare`."""
         if not self.g_idx.is_meta:  # there are no values there, and torch would import its compiler to divide them
+            if self.g_idx.dtype != torch.int32:  # transformers 4 gives what files lack the model's type
+                self.g_idx = nn.Parameter(self.g_idx.to(torch.int32), requires_grad=False)
             with torch.no_grad():
                 self.g_idx.copy_(bit_packing.default_g_idx(self.in_features, self.group_size, self.g_idx.device))
         self._facts = None

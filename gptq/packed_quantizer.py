@@ -6,10 +6,12 @@ from the names and shapes of the tensors, never guessed from the settings.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -21,6 +23,7 @@ from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_nam
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
+from .cut_layers import hold_cut, parts_in_model
 from .dense_layers import beside_weight, replace, stays_dense
 from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
 from .gptq_linear import GPTQLinear
@@ -30,6 +33,7 @@ from .neighbours import Parts, expect, parts_of
 from .unpacked_parts import NEEDS_OTHER_NAMES, UnpackedLayer, other_names, place_experts, place_parts, without_experts
 
 METHOD = "gptq-webui"
+_INITIALISES_BUFFERS = find_spec("transformers.conversion_mapping") is not None  # those that no file holds; since transformers 5
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -125,6 +129,13 @@ class PackedQuantizer(HfQuantizer):
                 shape = _dense_shape(modules[place], name)
             elif expert_owner and is_dense_experts(modules.get(expert_owner)):
                 shape = expert_shape(modules[expert_owner], place)
+            elif whole := parts_in_model(place, modules):
+                shape = (next(iter(whole.values())).in_features, sum(each.out_features for each in whole.values()))
+            elif expert_owner in modules and any(each.dim() == 3 for each in modules[expert_owner].parameters(recurse=False)):
+                raise BadCheckpoint(
+                    f"The installed transformers ({transformers.__version__}) computes the experts of {type(model).__name__} "
+                    "together, and has no place for packed ones. Update transformers, or choose another model."
+                )
             else:
                 raise BadCheckpoint(
                     f"The files hold packed weights for {name}, which the model of its config.json does not have. "
@@ -137,9 +148,10 @@ class PackedQuantizer(HfQuantizer):
                 )
             if expert_owner and place not in modules and expert_bias(modules[expert_owner]) and not layer.has_bias:
                 raise BadCheckpoint(f"{name} has no bias in the files, and its architecture has one. Download the model again.")
-            dense = modules.get(place)
-            packed_layer = _packed(layer, layer.has_bias or getattr(dense, "bias", None) is not None)
-            parent = replace(model, place, packed_layer)
+            dense, whole = modules.get(place), {} if place in modules or place in parts else parts_in_model(place, modules)
+            of_model = dense if not whole else next(iter(whole.values()))
+            packed_layer = _packed(layer, layer.has_bias or getattr(of_model, "bias", None) is not None)
+            parent = hold_cut(model, place, whole, packed_layer) if whole else replace(model, place, packed_layer)
             if dense is not None and stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one
                 for own, tensor in beside_weight(dense):
@@ -147,8 +159,8 @@ class PackedQuantizer(HfQuantizer):
                         packed_layer.register_parameter(own, tensor)
                     else:
                         packed_layer.register_buffer(own, tensor, own not in dense._non_persistent_buffers_set)
-            if not parent._non_persistent_buffers_set:
-                # nothing of its own to initialise but what the files hold, and transformers 5 would reach for our missing
+            if not parent._non_persistent_buffers_set or not _INITIALISES_BUFFERS:
+                # nothing of its own to initialise but what the files hold, and transformers would reach for our missing
                 # `weight` (GPT-2, Mamba)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
 

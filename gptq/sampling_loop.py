@@ -106,7 +106,7 @@ def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
     from transformers import SuppressTokensLogitsProcessor
 
     if type(processor) is not SuppressTokensLogitsProcessor:
-        return processor  # type: ignore[no-any-return]
+        return processor
 
     def suppressed(_ids: Tensor, scores: Tensor) -> Tensor:
         tokens: Tensor = processor.suppress_tokens.to(scores.device)

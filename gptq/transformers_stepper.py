@@ -77,6 +77,9 @@ def states_of(layer: Any) -> list[Tensor]:
     return found
 
 
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NameError, LookupError, ArithmeticError)
+
+
 class Elsewhere(Protocol):
     """What holds the tensors of a memory for a while (static_cache.py)."""
 
@@ -227,7 +230,10 @@ class TransformersStepper(Stepper):
     def _learn_what_continues(self) -> None:
         """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
         be known from another. Then tokens follow one by one, or all are computed again each time."""
-        whole = self.prefill(self.begin(), _TRIAL).double()
+        try:
+            whole = self.prefill(self.begin(), _TRIAL).double()
+        except _FAILURES as error:
+            raise _cannot_compute(error) from error
 
         def difference(first: int) -> float:
             memory = self.begin()
@@ -267,13 +273,8 @@ class TransformersStepper(Stepper):
                 self.prefill(memory, ids)
                 if self._keeps_cache:
                     self._require_a_next_token(memory, ids[1])
-        except (RuntimeError, ValueError, TypeError, AttributeError, NameError, LookupError, ArithmeticError) as error:
-            if "out of memory" in str(error).lower():
-                raise
-            log.exception("the first forward failed")
-            raise BadCheckpoint(
-                f"transformers cannot compute this model: {in_words(error)}. Correct config.json, or download the model again."
-            ) from error
+        except _FAILURES as error:
+            raise _cannot_compute(error) from error
 
     def _require_a_next_token(self, memory: TransformersMemory, id: int) -> None:
         """Some forwards fail when they continue their own cache (CPM-Ant): then all tokens are computed again each time."""
@@ -387,6 +388,16 @@ class TransformersStepper(Stepper):
 
     def close(self) -> None:
         self._model = None
+
+
+def _cannot_compute(error: Exception) -> Exception:
+    """What a failure of the first forward is raised as: itself, where memory was short."""
+    if "out of memory" in str(error).lower():
+        return error
+    log.error("the first forward failed", exc_info=error)
+    return BadCheckpoint(
+        f"transformers cannot compute this model: {in_words(error)}. Correct config.json, or download the model again."
+    )
 
 
 def _undone(memory: TransformersMemory, length: int) -> bool:

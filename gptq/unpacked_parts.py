@@ -132,7 +132,7 @@ def other_names() -> list[Any]:
     return [WeightRenaming(source_patterns=rf"(\.experts\.\d+\.(?:{roles}))\.(?=weight$|bias$)", target_patterns=r"\1.held.")]
 
 
-def release_held(model: nn.Module) -> None:
+def release_held(model: PreTrainedModel) -> None:
     """Once the files are read, put the layers where they are computed."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Held):

@@ -195,6 +195,14 @@ def test_an_expert_that_is_not_in_the_files_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
+def test_more_experts_than_config_json_says_are_refused(tmp_path):
+    hub_folder.write(tmp_path, tiny_model("mixtral"))
+    path = tmp_path / "packed" / "config.json"
+    path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 3'))
+    assert "says 3 experts, the files hold 4" in LocalModel.read(tmp_path / "packed").problem
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 cannot make the folder")
 def test_a_cut_layer_with_other_widths_is_refused(tmp_path):
     hub_folder.write(tmp_path, tiny_model("phi3"), split={"gate_up_proj": (("gate_proj", "up_proj"), (96, 96))})
     path = tmp_path / "packed" / "config.json"

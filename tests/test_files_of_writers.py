@@ -1,7 +1,8 @@
 """Files of gptqmodel 7.6 and auto-round 0.16 for every architecture of the fast steps: logits equal those of the writer's reload.
 
 It runs where these programs are: GPTQ_WEBUI_WRITERS_PYTHON names a Python that has them, with the same transformers
-(CONTRIBUTING.md says how). GPTQ_WEBUI_WRITTEN names a folder that keeps what they wrote for the next run.
+(CONTRIBUTING.md says how). GPTQ_WEBUI_WRITTEN names a folder that keeps what they wrote for the next run, GPTQ_WEBUI_WRITERS_JOBS
+is a pattern of the names of those that are done.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from family_variants import VARIANTS
 from packaging import version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -107,10 +109,20 @@ def _jobs():
     yield auto_round("tied", "qwen3", changes={"tie_word_embeddings": True})
     yield auto_round("tied-head", "qwen3", changes={"tie_word_embeddings": True}, quant_lm_head=True)
 
+    # what the families differ in beside their names: parallel blocks, ALiBi, norms, heads, choices of experts
+    more = {**VARIANTS, "phi3 Phi-4-mini": ("phi3", {"partial_rotary_factor": 0.75})}
+    for variant, (kind, changes) in more.items():
+        if changes or kind not in KINDS:
+            name = variant.removeprefix(kind).strip().replace(" ", "-") or ("own" if kind in KINDS else "")
+            changes, group = {**CHANGES.get(kind, {}), **changes}, -1 if "seven" in variant else 32
+            yield gptqmodel(name, kind, changes=changes, group_size=group, desc_act=True)
+            yield auto_round(name, kind, changes=changes, group_size=group)
 
-JOBS = {job["name"]: job for job in _jobs()}
+
+JOBS = {job["name"]: job for job in _jobs() if re.search(os.environ.get("GPTQ_WEBUI_WRITERS_JOBS", ""), job["name"])}
 REFUSED = {
-    "auto_round-falcon": "no packed GPTQ weights",  # auto-round does not know Falcon's class of linear layers, and packs none
+    # auto-round does not know Falcon's class of linear layers, and packs none
+    **{f"auto_round-falcon{each}": "no packed GPTQ weights" for each in ("", "-7B-of-seven-heads", "-40B", "-11B", "-RW")},
     "auto_round-llama-llm_compressor-2-sym": "2 bits",
     "auto_round-llama-llm_compressor-3-sym": "3 bits",
 }

@@ -3,6 +3,7 @@
 Four kinds of each run here. GPTQ_WEBUI_EVERY_ARCHITECTURE=1 runs all that transformers knows, and tells what it cannot make.
 """
 
+import inspect
 import os
 
 import pytest
@@ -11,9 +12,10 @@ import transformers
 from every_architecture import KINDS, tiny_model
 from packaging import version
 
+from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY
-from gptq_webui.gptq.transformers_stepper import TransformersStepper
+from gptq_webui.gptq.transformers_stepper import CACHE_NAMES, TransformersStepper
 
 IDS = torch.randint(4, 288, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 KEYS = ("gemma2", "gpt_oss", "gpt2", "llama4_text")  # sliding windows, chunks, sinks, learnt positions
@@ -166,3 +168,43 @@ def test_a_forgotten_conversation_leaves_the_room_to_the_next():
         memory = stepper.begin()
         stepper.prefill(memory, IDS[:10])
         assert error(stepper.step(memory, IDS[10]), whole(model, IDS[:11])[10]) < 1e-4
+
+
+def test_a_model_whose_own_forward_fails_is_refused_in_words():
+    """As Jamba's of transformers 4 without its kernels for CUDA."""
+    model = tiny_model("mamba")
+
+    def forward(input_ids=None, cache_params=None, use_cache=None):
+        raise ValueError("Fast Mamba kernels are not available.")
+
+    model.forward = forward
+    with pytest.raises(BadCheckpoint, match="transformers cannot compute this model: Fast Mamba kernels are not available"):
+        TransformersStepper(model)
+
+
+@pytest.mark.skipif(version.parse(transformers.__version__).major < 5, reason="all tokens are computed again there")
+def test_a_model_that_takes_single_tokens_only_after_others_gets_them_one_by_one():
+    """As Mamba's of transformers 5.6."""
+    model = tiny_model("mamba")
+    before, taken, begun = model.forward, [], []
+
+    def forward(**given):
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+        taken.append(given["input_ids"].shape[1])
+        if any(each is cache for each in begun) and taken[-1] > 1:
+            raise IndexError("index 1 is out of bounds for dimension 2 with size 1")
+        output = before(**given)
+        begun.append(cache if cache is not None else next(output[name] for name in CACHE_NAMES if name in output))
+        return output
+
+    forward.__signature__ = inspect.signature(before)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, -1:]
+    model.forward = forward
+    with torch.inference_mode():
+        stepper = TransformersStepper(model)
+        memory = stepper.begin()
+        stepper.prefill(memory, [5, 6, 7])
+        taken.clear()
+        found = stepper.prefill(memory, [8, 9, 10])
+    assert taken == [1, 1, 1] and float((found - wanted).norm() / wanted.norm()) < 1e-4
