@@ -44,8 +44,8 @@ def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
         assert error(experts[0](x, chosen, weights), wanted) < 3e-3
 
 
-def random_experts(dense, bias, group=32):
-    """Packed experts on the GPU for a module of transformers, with random numbers."""
+def random_experts(dense, bias, group=32, device="cuda"):
+    """Packed experts on a device for a module of transformers, with random numbers."""
     packed = PackedExperts(dense)
     hidden, inner = 128, 192
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def random_experts(dense, bias, group=32):
                 tensors["bias"] = torch.randn(columns, generator=generator).half()
             layer.load_state_dict(tensors | {"scales": tensors["scales"] * 2})
             packed.get_submodule(str(at)).add_module(name, layer)
-    return packed.cuda()
+    return packed.to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -264,6 +264,7 @@ def test_attention_leaves_what_it_cannot_compute():
     fused.close()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", NUMBERS)
 @pytest.mark.parametrize(
     ("architecture", "name", "facts"),
@@ -275,7 +276,7 @@ def test_attention_leaves_what_it_cannot_compute():
         ("deepseek_v2", "DeepseekV2TopkRouter", {"n_routed_experts": 64, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}),
     ],
 )
-def test_routers_are_recognised_and_computed(gpu, architecture, name, facts, dtype):
+def test_routers_are_recognised_and_computed(gpu, architecture, name, facts, dtype, wide):
     from transformers import AutoConfig
 
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
@@ -285,10 +286,14 @@ def test_routers_are_recognised_and_computed(gpu, architecture, name, facts, dty
     router = getattr(module, name)(AutoConfig.for_model(architecture, hidden_size=256, **facts)).to("cuda", dtype)
     for each in router.parameters():
         each.data = torch.randn(each.shape, device="cuda").to(dtype) * 0.1
-    found = fused_router.kind_of(router)
+    if wide:  # weights that stay in fp32, of a module that allows it
+        if architecture != "deepseek_v2":
+            pytest.skip("this router multiplies numbers of one type")
+        router.weight.data = torch.randn(router.weight.shape, device="cuda") * 0.1
+    found = fused_router.kind_of(router, dtype)
     assert found is not None
     gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
-    own = fused_router.CudaRouter(gpu, router, found)
+    own = fused_router.CudaRouter(gpu, router, found, dtype)
     for _ in range(20):
         x = torch.randn(1, 256, device="cuda").to(dtype)
         wanted, same = router(x), own(x)

@@ -30,7 +30,7 @@ IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).t
 PROMPT = 24
 
 
-def packed(kind, changes=None, seed=0):
+def packed(kind, changes=None, seed=0, act_order=True):
     """(a tiny model whose decoder layers are packed in 4 bits, its dense twin)."""
     twin = tiny_model(kind, seed, **(changes or {}))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -43,7 +43,7 @@ def packed(kind, changes=None, seed=0):
             continue
         conv = type(module).__name__ == "Conv1D"
         rows, columns = module.weight.shape if conv else module.weight.shape[::-1]
-        tensors, dense = tiny.random_layer(rows, columns, 4, 32, act_order=True, generator=generator)
+        tensors, dense = tiny.random_layer(rows, columns, 4, 32, act_order=act_order, generator=generator)
         tensors["scales"], dense = tensors["scales"] * 0.5, dense * 0.5
         layer = GPTQLinear(rows, columns, 4, 32, bias=module.bias is not None)
         layer.load_state_dict(tensors | ({} if module.bias is None else {"bias": module.bias.detach().half()}))
@@ -56,11 +56,11 @@ def packed(kind, changes=None, seed=0):
     for name, module in twin.named_modules():
         if is_dense_experts(module):
             owner, _dot, last = name.rpartition(".")
-            setattr(hf.get_submodule(owner), last, packed_experts(module, generator))
+            setattr(hf.get_submodule(owner), last, packed_experts(module, generator, act_order))
     return hf, twin
 
 
-def packed_experts(dense, generator):
+def packed_experts(dense, generator, act_order=True):
     """The packed form of experts that transformers 5 holds as 3-D weights, which become those of the packed ones."""
     experts = PackedExperts(dense)
     turned = dense.gate_up_proj.shape[2] == 2 * dense.down_proj.shape[1]  # [experts, in, out]
@@ -69,7 +69,7 @@ def packed_experts(dense, generator):
     for at in range(experts.num_experts):
         found = {}
         for name, rows, columns in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
-            tensors, _weight = tiny.random_layer(rows, columns, 4, 32, act_order=True, generator=generator)
+            tensors, _weight = tiny.random_layer(rows, columns, 4, 32, act_order=act_order, generator=generator)
             layer = GPTQLinear(rows, columns, 4, 32, bias=biased)
             bias = {"bias": (torch.randn(columns, generator=generator) * 0.1).half()} if biased else {}
             layer.load_state_dict(tensors | {"scales": tensors["scales"] * 0.5} | bias)

@@ -21,8 +21,10 @@ from .expert_stack import Stack
 from .fused_norms import NARROW, ChosenRows
 from .gpu_kernels import Gpu
 from .kernel_arguments import CLAMPED_GATE, COMBINE
-from .kernel_source import LayerVariant, Packing, Variant
+from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
 from .natural_order import NUMBERS, gates_and_ups
+from .shared_experts import SharedOfStack, choose_shared, cut_shared
+from .token_attention import capturing
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
 _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of fp16
@@ -31,12 +33,15 @@ _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of 
 class CudaExperts(nn.Module):
     """Stands in for PackedExperts, whose tensors it takes."""
 
-    def __init__(self, gpu: Gpu, packed: PackedExperts, into: Packing, out: Packing, dtype: torch.dtype) -> None:
-        """`dtype`: of the model's numbers."""
+    def __init__(
+        self, gpu: Gpu, packed: PackedExperts, into: Packing, out: Packing, dtype: torch.dtype,
+        more: Sequence[dict[str, Any]] = (),
+    ) -> None:  # fmt: skip
+        """`dtype`: of the model's numbers. `more`: experts that no router chooses, behind the others."""
         super().__init__()
         self.act_fn: Any = packed.act_fn
-        self.num_experts = packed.num_experts
-        roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
+        self.num_experts, self._constant = packed.num_experts, len(more)
+        roles: list[dict[str, Any]] = [*(packed.roles(at) for at in range(packed.num_experts)), *more]
         self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
         self._inner = roles[0]["gate"].out_features
         self._gate = None if packed.plain else vars(packed)["_shell"]._apply_gate  # of gates and ups side by side
@@ -48,6 +53,11 @@ class CudaExperts(nn.Module):
         # the sums between the two products are fp16, whatever the model's numbers are
         self._gate_up = Stack.of(gpu, gates, into, self._dtype, "PLAIN" if gated is None else "GATED", gated)
         self._down = Stack.of(gpu, [(each["down"],) for each in roles], out, torch.float16, "FLOAT")
+
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        """Of gates and ups, and of downs."""
+        return self._gate_up, self._down
 
     @property
     def variants(self) -> set[Variant]:
@@ -93,15 +103,21 @@ class CudaExperts(nn.Module):
         self._gpu.run("clamped_gate_half", (-(-out.shape[1] // 256), y.shape[0]), 256, arguments, overlap=True)
         return out
 
-    def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16)
+    def with_constant(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As forward of one token, whose last choices are those experts that no router chooses, and never change."""
+        return self._chosen_only(x, chosen.view(-1), weights, self._constant)
+
+    def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor, constant: int = 0) -> Tensor:
+        inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16, constant)
         if self._gate_up.gated is None:
             inner = self._gated_by_kernel(inner, chosen)
-        y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
             weights = weights.float()
         weights = weights.contiguous()
+        if x.shape[0] == 1 and (variant := self._sum_variant(weights.shape[1])) is not None:
+            return self._down.added(self._gpu, variant, inner, chosen, weights, self._down_bias, out)
+        y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)
         alone = x.shape[0] == 1 and x.dtype == self._dtype and x.shape[1] <= NARROW
         if (later := deferred.current()) is not None and alone:  # the addition to the residual makes the sum
             rows = ChosenRows(y, weights, self._down_bias, chosen, self.num_experts)
@@ -118,6 +134,14 @@ class CudaExperts(nn.Module):
         )  # fmt: skip
         name = "combine_bfloat" if self._dtype == torch.bfloat16 else "combine_half"
         self._gpu.run(name, (-(-y.shape[1] // 256), out.shape[0]), 256, arguments, overlap=True)
+
+    def _sum_variant(self, choices: int) -> ExpertSumVariant | None:
+        """The kernel for the last product of one token and its sum; None if it is not there."""
+        found = self._down.sum_variant(self._gpu, choices, self._dtype == torch.bfloat16)
+        if found is None or (not self._gpu.has(found.name) and capturing()):
+            return None
+        self._gpu.add_missing(variants=[found])
+        return found
 
     def _all(self, x: Tensor, chosen: Tensor, choices: int) -> Tensor:
         """x [T, H], chosen [T * choices] -> [T * choices, H]. Waits for the device once."""
@@ -171,9 +195,18 @@ def _common_packing(layers: Sequence[Sequence[GPTQLinear]]) -> Packing:
     return replace(first, sym=all(each.sym for each in found))
 
 
-def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
-    """Put CudaExperts in the place of PackedExperts on GPUs; how many layers they took. Raises NoCompiler."""
+def _packings(roles: Sequence[dict[str, Any]]) -> tuple[Packing, Packing]:
+    return _common_packing([(each["gate"], each["up"]) for each in roles]), _common_packing([(each["down"],) for each in roles])
+
+
+def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool = False) -> int:
+    """Put CudaExperts in the place of PackedExperts on GPUs; how many layers they took. Raises NoCompiler.
+
+    With `merge` they take shared experts, too.
+    """
     replaced = 0
+    dtype = getattr(model, "dtype", torch.float16)
+    tried: dict[Any, bool] = {}
     for name, packed in list(model.named_modules()):
         if not isinstance(packed, PackedExperts) or not packed.gated or packed.has_identity:
             continue
@@ -184,18 +217,32 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
         offloaded = any(getattr(getattr(each, "_hf_hook", None), "offload", False) for each in layers)
         if offloaded or devices or device is None or device.type != "cuda":
             continue
+        parent, _dot, child = name.rpartition(".")
+        block = model.get_submodule(parent)
+        more = cut_shared(block, packed, dtype, tried) if merge else []
         try:
-            into = _common_packing([(each["gate"], each["up"]) for each in roles])
-            out = _common_packing([(each["down"],) for each in roles])
+            if more:
+                try:
+                    into, out = _packings([*roles, *more])
+                except Unsuited:
+                    more = []
+            into, out = _packings([*roles, *more])
             gpu = gpus[device] = gpus.get(device) or Gpu(device)
             for packing, one in ((into, roles[0]["gate"]), (out, roles[0]["down"])):
                 gemv.variant(packing, one.in_features, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes, "ORDERED")
         except Unsuited:
             continue
         gpu.add_missing(packings={into, out})
-        new = CudaExperts(gpu, packed, into, out, getattr(model, "dtype", torch.float16))
+        new = CudaExperts(gpu, packed, into, out, dtype, more)
         gpu.add_missing(variants=new.variants)
-        parent, _dot, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        setattr(block, child, new)
         replaced += len(layers)
+        if more:
+            shared = block.get_submodule("shared_experts")
+            for each in shared.children():
+                if isinstance(each, GPTQLinear):
+                    each.release()
+                    replaced += 1
+            block.shared_experts = SharedOfStack(gpu, *new.stacks, len(more), dtype)
+            choose_shared(block, len(more))
     return replaced

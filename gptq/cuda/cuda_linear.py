@@ -72,6 +72,16 @@ class CudaLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self._weight.packing.bits}-bit, bias={self._weight.bias is not None}"
 
+    def dense(self) -> Tensor | None:
+        """fp16 [N, K], the weights multiplied out; None of a layer that does more than multiply."""
+        weight = self._weight
+        if self._gated is not None or self._active is not None or weight.bias is not None:
+            return None
+        scratch = torch.empty(weight.tiles * TILE * weight.padded, dtype=torch.float16, device=self._order.device)
+        rows = weight.dense(self._gpu, 0, weight.tiles, scratch)[: self.out_features]
+        out = torch.empty(self.out_features, self.in_features + 1, dtype=torch.float16, device=rows.device)
+        return out.index_copy_(1, self._order.long(), rows)[:, : self.in_features].contiguous()
+
     def _one(self, x: Tensor) -> Tensor:
         if x.data_ptr() % 8:
             x = x.clone()

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from . import gemv
 from .cuda_weights import Weight, fragment_order, repack
-from .gpu_kernels import Gpu
-from .kernel_arguments import EXPERT_GEMV, TILE
-from .kernel_source import GemvVariant, Packing
+from .gpu_kernels import Gpu, claimed_bytes
+from .kernel_arguments import EXPERT_GEMV, EXPERT_SUM, TILE
+from .kernel_source import ExpertSumVariant, GemvVariant, Packing
 from .natural_order import gate_columns, input_of
+
+_ADDED = True  # whether the last product of a token's experts is computed with its sum
+_BLOCKS = 3  # of a processor at once
+_TURNS = 8  # tiles of a block, at most
+
+
+def blocks_of(gpu: Gpu, tiles: int, choices: int, teams: int) -> int:
+    """Blocks for each choice: of all choices together about as many as a GPU has room for, so that each takes tiles in turn and
+    the next one's weights travel while one is multiplied."""
+    most = -(-tiles // teams)
+    return max(-(-most // _TURNS), min(most, _BLOCKS * gpu.processors // choices))
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,10 @@ class Stack:
             return x.index_select(-1, self.orders[0])
         return x.gather(-1, self.orders[chosen])
 
-    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype, constant: int = 0) -> Tensor:
         """[choices / share, K] in the type the stack was made for, int64 [choices] -> [choices, outputs] of `dtype`.
 
-        `share` choices in turn take the same row.
+        `share` choices in turn take the same row. The last `constant` of them never change.
         """
         weight, tiles = self.first, self.tiles
         x = x.contiguous()
@@ -102,6 +113,7 @@ class Stack:
             share=share,
             activation=self.gated or 0,
             experts=self.experts,
+            made=chosen.numel() - constant,
             n=weight.out_features,
             tiles=tiles,
             chunks=weight.chunks,
@@ -110,8 +122,57 @@ class Stack:
             k=weight.in_features,
         )
         shared_bytes = self.variant.shared_bytes(weight.chunks)
-        grid = (self.blocks, chosen.numel())
+        grid = (blocks_of(gpu, tiles, chosen.numel(), self.variant.teams), chosen.numel())
+        shared_bytes = claimed_bytes(gpu, shared_bytes, -(-grid[0] * grid[1] // gpu.processors))
         gpu.run(self.variant.name, grid, self.variant.threads, arguments, shared_bytes, overlap=True)
+        return out
+
+    def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool) -> ExpertSumVariant | None:
+        """The kernel that multiplies and adds up so many choices; None if there is none."""
+        weight = self.first
+        if not _ADDED or self.gated is not None or weight.packing.bits < 4 or weight.in_features % 4 or choices > 16:
+            return None
+        split = next(each for each in (8, 4, 2, 1) if choices * each <= 16)
+        while split > 1 and weight.chunks < 4 * split:
+            split //= 2
+        for batch, stages in ((4, 3), (2, 3), (1, 3), (1, 2)):
+            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat)
+            if found.shared_bytes(weight.chunks) <= gpu.shared_limit_bytes:
+                return found
+        return None
+
+    def added(
+        self, gpu: Gpu, variant: ExpertSumVariant, x: Tensor, chosen: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor
+    ) -> Tensor:
+        """fp16 [choices, K], int64 [choices], their weights, fp32 [experts, N] or None -> out [N]: the sum of what they give.
+
+        The kernel that is launched before it must have waited for what computes `chosen`.
+        """
+        weight, tiles = self.first, self.tiles
+        arguments = EXPERT_SUM.pack(
+            weights=weight.words,
+            scales=weight.scales,
+            chosen=chosen,
+            x=x,
+            order=self.order,
+            choice_weights=weights,
+            bias=bias,
+            out=out,
+            weight_bytes=tiles * weight.words[0].numel(),
+            scale_bytes=tiles * weight.scales[0].numel() * 4,
+            order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
+            experts=self.experts,
+            n=weight.out_features,
+            tiles=tiles,
+            chunks=weight.chunks,
+            groups=weight.groups,
+            unit_to_group=weight.unit_to_group,
+            k=weight.in_features,
+            wide=int(weights.dtype == torch.float32),
+        )
+        blocks = min(tiles, 2 * gpu.processors)
+        shared_bytes = claimed_bytes(gpu, variant.shared_bytes(weight.chunks), -(-blocks // gpu.processors))
+        gpu.run(variant.name, (blocks,), variant.threads, arguments, shared_bytes, overlap=True)
         return out
 
     def dense(self, gpu: Gpu, first: int, count: int) -> Tensor:

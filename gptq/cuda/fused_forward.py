@@ -16,51 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from . import deferred
 from .attention_names import decoders, name_attention
 from .deferred import Deferred, plainly
+from .forward_calls import Calls
 from .fused_norms import Added, ChosenRows, CudaNorm, NormedRow, norm_of, watchers
 from .gpu_kernels import Gpu
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
+from .latent_attention import LatentAttention, take_latent
 from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
-from .token_rows import can_rotate, difference, rows_of_one_token
+from .token_rows import can_rotate, difference
 
 log = logging.getLogger(__name__)
 
 _ROTATION = "apply_rotary_pos_emb"
 # Of `rotate` in layer_kernels.cu: halves turn together; neighbours, by one angle; by two; neighbours that then lie apart.
 _KINDS = range(4)
-
-
-class _Calls(TorchFunctionMode):
-    """What a model asks torch for itself: attention, and the additions of its residual."""
-
-    def __init__(self, fused: "FusedForward") -> None:
-        super().__init__()
-        self._fused = fused
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func is functional.scaled_dot_product_attention and hasattr(args[1] if len(args) > 1 else None, "tokens_before"):
-            q, k, v, *more = args
-            mask = more[0] if more else given.get("attn_mask")
-            if len(more) < 2 and not given.get("dropout_p", 0.0) and q.dim() == 4:
-                found = self._fused.decode(q, k, v, mask, {"scaling": given.get("scale")})
-                if found is not None:
-                    return found.transpose(1, 2)
-        if func in (*_ADDITIONS, *_IN_PLACE) and len(args) == 2 and not given and rows_of_one_token(*args):
-            return self._fused.add(args[0], args[1], func in _IN_PLACE)
-        if func is functional.dropout and not (args[2] if len(args) > 2 else given.get("training", True)):
-            return args[0]
-        return self._fused.deferred.call(func, args, given) if self._fused.deferred else func(*args, **given)
-
-
-_ADDITIONS = (Tensor.add, Tensor.__add__, torch.add)
-_IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 
 
 class FusedForward:
@@ -72,6 +45,7 @@ class FusedForward:
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
         self._attention = TokenAttention(self._gpu)
+        self._latent = LatentAttention(self._gpu)
         self.deferred = Deferred()
         self._forwards = 0  # of this recording
         self._sums: list[Tensor] = []  # of the first forward
@@ -97,7 +71,8 @@ class FusedForward:
                 if callable(original):
                     setattr(module, _ROTATION, self._rotation(original))
                     undo.callback(setattr, module, _ROTATION, original)
-            undo.enter_context(_Calls(self))
+            take_latent(self._model, self._latent, self._aside, undo)
+            undo.enter_context(Calls(self))
             yield
 
     def _end(self) -> None:
@@ -119,8 +94,17 @@ class FusedForward:
             self._sums.clear()
             self._heads.clear()
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is computed meanwhile is not of this forward."""
+        sums, before = len(self._sums), (self._sum, self._rotation_number)
+        yield
+        del self._sums[sums:]
+        self._sum, self._rotation_number = before
+
     def close(self) -> None:
         self._attention.close()
+        self._latent.close()
         self._gpu.close()
 
     # -- the residual ----------------------------------------------------------------------------------------------

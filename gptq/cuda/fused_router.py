@@ -10,10 +10,12 @@ from . import deferred
 from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import ROUTE, ROUTE_RUNS
-from .kernel_source import LayerVariant
+from .kernel_source import ROUTE_CLUSTER, LayerVariant, RouteVariant
 from .natural_order import NUMBERS
 
 _WARPS = 8  # of a block: an expert each
+_TOGETHER = True  # whether the blocks of a router are a cluster where a GPU has them
+_CLUSTERED = (9, 0)  # the first GPUs whose blocks write into each other's shared memory
 _MOST_EXPERTS = 4096
 _MOST_CHOICES = 32
 _NORMED = ROUTE_RUNS * 8 * 32 * _WARPS  # inputs, at most, that the kernel also norms
@@ -40,12 +42,20 @@ class RouterKind:
 class CudaRouter(nn.Module):
     """Stands for a router, whose own forward it keeps for several tokens."""
 
-    def __init__(self, gpu: Gpu, router: nn.Module, kind: RouterKind) -> None:
+    def __init__(self, gpu: Gpu, router: nn.Module, kind: RouterKind, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of the tokens; None for that of the weights."""
         super().__init__()
         self.plain = router
         self._gpu, self._kind = gpu, kind
         weight: Any = router.weight
+        self._dtype = weight.dtype if dtype is None else dtype
+        self._wide = "_wide" * (weight.dtype == torch.float32)
         self._logits = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+        self._constant: tuple[Tensor, Tensor] | None = None
+        experts, bfloat = weight.shape[0], self._dtype == torch.bfloat16
+        together = _TOGETHER and gpu.capability >= _CLUSTERED and 64 <= experts <= 256 and experts % ROUTE_CLUSTER == 0
+        self._together = [RouteVariant(bfloat, bool(self._wide), normed, experts) for normed in (False, True)] if together else []
+        gpu.add_missing(variants=self._together)
         self._done = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
     @property
@@ -53,14 +63,37 @@ class CudaRouter(nn.Module):
         return self.plain.weight
 
     def forward(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
-        weight, kind, x = self.weight, self._kind, hidden_states
-        if more or given or x.numel() != weight.shape[1] or x.dtype != weight.dtype or not x.is_cuda or _apart(x):
+        kind, x = self._kind, hidden_states
+        if more or given or not self._takes(x):
             return self.plain(hidden_states, *more, **given)
+        scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
+        chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
+        return self._route(x, scores, chosen), scores, chosen
+
+    def with_constant(self, x: Tensor, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """(scores, chosen) of a token, behind them the experts from `first` on with the score 1; None for several tokens."""
+        if not self._takes(x):
+            return None
+        if self._constant is None:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            choices = self._kind.choices
+            scores = torch.ones(1, choices + count, dtype=torch.float32 if self._kind.wide_scores else x.dtype, device=x.device)
+            chosen = torch.arange(first - choices, first + count, device=x.device)[None].clamp_(min=0)
+            self._constant = scores, chosen
+        scores, chosen = self._constant
+        self._route(x, scores, chosen)
+        return scores, chosen
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.numel() == self.weight.shape[1] and x.dtype == self._dtype and x.is_cuda and not _apart(x)
+
+    def _route(self, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+        """The first `choices` of scores and chosen are written; what the router gives of all experts."""
+        weight, kind = self.weight, self._kind
         experts, inputs = weight.shape
         row = self._waiting(x)
-        scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
         every = torch.empty(1, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
-        chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
         arguments = ROUTE.pack(
             weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous() if row is None else row.x,
             logits=self._logits, done=self._done, all=every, scores=scores, chosen=chosen, experts=experts, choices=kind.choices,
@@ -71,10 +104,14 @@ class CudaRouter(nn.Module):
             normed=None if row is None else x, centred=int(row is not None and row.norm.kind.centred),
             eps=0.0 if row is None else row.norm.kind.eps, offset=0.0 if row is None else row.norm.kind.offset,
         )  # fmt: skip
-        name = f"route{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
+        name = f"route{self._wide}{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
         shared_bytes = (experts + 36) * 4 + (inputs * 2 + 16) * (row is not None)
-        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
-        return every, scores, chosen
+        if self._together:
+            variant = self._together[row is not None]
+            self._gpu.run(variant.name, (ROUTE_CLUSTER,), variant.threads, arguments, shared_bytes, overlap=True)
+        else:
+            self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
+        return every
 
     def _waiting(self, x: Tensor) -> NormedRow | None:
         """The norm of the token, if it waits and this kernel is to compute it."""
@@ -92,11 +129,15 @@ class CudaRouter(nn.Module):
         return row
 
 
-def kind_of(router: nn.Module) -> RouterKind | None:
-    """The kind of a router, found by trying it with random weights and inputs; None for any other module."""
+def kind_of(router: nn.Module, dtype: torch.dtype | None = None) -> RouterKind | None:
+    """The kind of a router, found by trying it with random weights and inputs; None for any other module. `dtype` is that of the
+    tokens, where the weights are kept in fp32."""
     parameters = dict(router.named_parameters(recurse=False))
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if not set(parameters) <= {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.dtype not in NUMBERS:
+    if not set(parameters) <= {"weight", "bias"} or weight is None or weight.dim() != 2:
+        return None
+    dtype = dtype if weight.dtype == torch.float32 else weight.dtype
+    if dtype not in NUMBERS or (bias is not None and weight.dtype == torch.float32):
         return None
     if (
         any(True for _ in router.children())
@@ -119,7 +160,7 @@ def kind_of(router: nn.Module) -> RouterKind | None:
         weight.data = some(experts, inputs) / inputs**0.5
         if bias is not None:
             bias.data = some(experts)
-        x = some(24, inputs)
+        x = some(24, inputs).to(dtype)
         with torch.inference_mode():
             found = router(x)
         if not isinstance(found, tuple) or len(found) != 3:
@@ -168,6 +209,7 @@ def replace_routers(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
     """Put CudaRouters in the place of routers on GPUs; how many. Raises NoCompiler."""
     replaced = 0
     kinds: dict[Any, RouterKind | None] = {}
+    dtype = getattr(model, "dtype", None)
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if not hasattr(module, "top_k") or not isinstance(weight, Tensor) or weight.device not in gpus:
@@ -177,14 +219,16 @@ def replace_routers(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
         facts = {
             key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool)) and key[0] != "_"
         }
-        key = (type(module), weight.shape, tuple(sorted(facts.items(), key=str)))
+        key = (type(module), weight.shape, weight.dtype, tuple(sorted(facts.items(), key=str)))
         if key not in kinds:
-            kinds[key] = kind_of(module)
+            kinds[key] = kind_of(module, dtype)
         if (kind := kinds[key]) is None:
             continue
         gpu = gpus[weight.device]
         gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
         parent, _dot, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, CudaRouter(gpu, module, kind))
+        setattr(
+            model.get_submodule(parent), child, CudaRouter(gpu, module, kind, weight.dtype if weight.dtype in NUMBERS else dtype)
+        )
         replaced += 1
     return replaced

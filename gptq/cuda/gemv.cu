@@ -263,8 +263,8 @@ DEVICE void gemv(const Arguments& p) {
 template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN>
 DEVICE void expert_gemv(const ExpertGemvArguments& e) {
   static_assert(NORM == 0 && EPILOGUE != RESIDUAL && EPILOGUE != SILU, "experts take no norm and no residual");
-  // The choice is made by the previous kernel, so nothing can be loaded before it has ended.
-  wait_for_previous_kernel();
+  // The choice is made by the previous kernel, so nothing can be loaded before it has ended; but those that are always the same.
+  if ((int)blockIdx.y < e.made) wait_for_previous_kernel();
   const u64 asked = e.chosen[blockIdx.y], last = e.experts - 1;
   const u64 expert = asked < last ? asked : last;
   constexpr bool GATE = EPILOGUE == GATED || EPILOGUE == GATED_BFLOAT;

@@ -156,12 +156,37 @@ EXPERT_GEMV = Arguments(
     int share              // choices that take the same row of x
     int activation
     int experts
+    int made               // choices that the kernel before makes, at least one; those behind them never change
     int n
     int tiles
     int chunks
     int groups
     u32 unit_to_group
     int k
+    """,
+)
+EXPERT_SUM = Arguments(
+    "ExpertSumArguments",
+    """
+    const u8* weights      // as of ExpertGemvArguments
+    const u32* scales
+    const u64* chosen      // [choices]
+    const u16* x           // fp16 [choices][k]
+    const u16* order       // [experts or 1][chunks * CHUNK]; null: inputs lie in their own order
+    const void* choice_weights // [choices], fp32 or the type of out
+    const float* bias      // [experts][n], or null
+    u16* out               // fp16 or bf16 [n]
+    u64 weight_bytes
+    u64 scale_bytes
+    int order_length
+    int experts
+    int n
+    int tiles
+    int chunks
+    int groups
+    u32 unit_to_group
+    int k                  // a multiple of 4
+    int wide               // choice_weights are fp32
     """,
 )
 OCTET = Arguments(
@@ -437,6 +462,30 @@ DECODE = Arguments(
     float norm_offset
     """,
 )
+LATENT = Arguments(
+    "LatentArguments",
+    """
+    const u16* q           // fp16 or bf16 [heads][FIXED + TURNED], the last ones not turned yet
+    const u16* kv          // [RANK + TURNED]: the latent vector before its norm, then what of the key is turned
+    const u16* norm        // [RANK]
+    const void* angles     // kind 0: fp32 [TURNED / 2][2], cosine and sine; else the cosines [TURNED / 2], of the type of q
+    const u16* sines       // [TURNED / 2], or null
+    const u16* matrices    // fp16 [heads][FIXED + VALUE][RANK]
+    u16* keys              // [capacity][RANK]
+    u16* turned_keys       // [capacity][TURNED]
+    const u64* count       // tokens that are kept already
+    u16* met               // [heads][RANK + TURNED]: queries that meet latent vectors, times `scale`
+    float* partial         // fp32 [splits][heads][RANK]
+    float* stats           // fp32 [splits][heads][2]: the highest score, the sum of weights
+    u16* out               // [heads][VALUE]
+    int heads
+    int capacity
+    int splits
+    int kind               // what turns together: 0, 1: neighbours, 1: which then lie apart, 2: halves
+    float eps
+    float scale            // of the scores, times log2(e)
+    """,
+)
 COMBINE = Arguments(
     "CombineArguments",
     """
@@ -467,9 +516,9 @@ CLAMPED_GATE = Arguments(
 ROUTE = Arguments(
     "RouteArguments",
     """
-    const u16* weights     // fp16 or bf16 [experts][k]
+    const void* weights    // [experts][k] of the type of x, or fp32 in the kernels that are called wide
     const u16* bias        // [experts], or null
-    const u16* x           // [k]
+    const u16* x           // fp16 or bf16 [k]
     float* logits          // [experts]
     u32* done              // zero between launches
     void* all              // [experts], the logits or the probabilities; fp32 if `wide`
@@ -559,9 +608,9 @@ GUESSED = Arguments(  # begins as SampleArguments do
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, EXPERT_GEMV, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION, ROPE, GATHER,
-    SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT,
-    ADAPTER_SILU, ADAPTED_GEMV,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
+    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV,
 )  # fmt: skip
 
 

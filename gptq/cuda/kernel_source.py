@@ -23,6 +23,7 @@ _TEMPLATES = (
     "digits.cu",
     "adapted_gemv.cu",
     "gemv.cu",
+    "cluster.cu",
     "octet.cu",
     "small_batch.cu",
     "warpgroup.cu",
@@ -33,12 +34,16 @@ _TEMPLATES = (
     "layer_kernels.cu",
     "expert_kernels.cu",
     "token_attention.cu",
+    "latent_attention.cu",
+    "latent_cluster.cu",
+    "expert_sum.cu",
 )
 _FIXED = ("row_kernels.cu", "adapter_rows.cu")  # the same for every model, as the sampler
 _SAMPLER, _GUESSED = ("sample.cu",), ("guessed_attention.cu",)
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
 UNIT_INPUTS = 16  # the fewest inputs that share a scale
+ROUTE_CLUSTER = 8  # blocks that choose a token's experts together
 BLOCK_THREADS = 1024  # of a block, at most, on every GPU
 NORM_INPUTS = NORM_RUNS * 8 * BLOCK_THREADS  # inputs that one block norms, at most
 
@@ -267,6 +272,25 @@ class LayerVariant:
 
 
 @dataclass(frozen=True)
+class RouteVariant:
+    """The choice of a token's experts by the blocks of one cluster (choose_experts in expert_kernels.cu)."""
+
+    bfloat: bool
+    wide: bool  # the weights are fp32
+    normed: bool
+    experts: int
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.experts}_{'bfloat' if self.bfloat else 'half'}"
+        return f"route_together{'_wide' * self.wide}{'_normed' * self.normed}_{numbers}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.experts // ROUTE_CLUSTER
+
+
+@dataclass(frozen=True)
 class DecodeVariant:
     """Attention of one token over a cache of transformers."""
 
@@ -283,6 +307,61 @@ class DecodeVariant:
         floats = sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8
         early = 128 * (kernel_arguments.CONSTANTS["DECODE_EARLY"] * 2 * 16 + self.group * 4)
         return 4 * floats + 16 + self.lanes * 16 + early
+
+
+@dataclass(frozen=True)
+class ExpertSumVariant:
+    """How the last product of a token's chosen experts is computed with its sum (expert_sum.cu)."""
+
+    packing: Packing  # of 4 bits or more
+    choices: int
+    split: int  # warps that share a choice
+    batch: int  # chunks that travel together
+    stages: int
+    bfloat: bool
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}"
+        return f"expert_sum_{self.packing.name}_{numbers}_{'bfloat' if self.bfloat else 'half'}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.choices * self.split
+
+    def shared_bytes(self, chunks: int) -> int:
+        warps = self.choices * self.split
+        ring = warps * self.stages * self.batch * self.packing.tile_bytes
+        return ring + self.choices * chunks * CHUNK * 2 + 2 * warps * TILE * 4
+
+
+@dataclass(frozen=True)
+class LatentVariant:
+    """The kernels of attention to latent vectors (latent_attention.cu), for one size of them."""
+
+    bfloat: bool
+    rank: int  # of the latent vector
+    fixed: int  # dimensions of a head's key that are a product of it
+    turned: int  # those that are turned, behind it
+    value_dim: int
+    whole: bool = False  # all in one, by clusters of blocks
+
+    @property
+    def name(self) -> str:
+        return self.kernel("whole" if self.whole else "meet")
+
+    def kernel(self, part: str) -> str:
+        """`part`: meet, attend, read; or whole."""
+        numbers = f"{self.rank}_{self.fixed}_{self.turned}_{self.value_dim}"
+        return f"{part}_latent_{'bfloat' if self.bfloat else 'half'}_{numbers}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of `whole` or `attend`."""
+        if self.whole:
+            dims, numbers = self.rank + self.turned, 3 * self.rank + 8 * 64 + 64 + 2 + 34
+            return 2 * (64 + 1) * (dims + 8) + 4 * (dims + numbers)
+        return 2 * 16 * 3 * (self.rank + self.turned + 8) + 4 * 4 * 16 * 18 + 2 * 16 * 24 + 4 * 16
 
 
 @dataclass(frozen=True)
@@ -333,21 +412,16 @@ class PagedAttentionVariant:
 
 
 Variant = (
-    GemvVariant
-    | OctetVariant
-    | SmallBatchVariant
-    | WideBatchVariant
-    | LayerVariant
-    | DecodeVariant
-    | GuessedVariant
-    | PagedAttentionVariant
-)
+    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | RouteVariant | DecodeVariant
+    | LatentVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
+)  # fmt: skip
 
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
-    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine": "CombineArguments",
-    "route": "RouteArguments", "route_normed": "RouteArguments", "clamped_gate": "ClampedGateArguments",
+    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine":
+    "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments", "route_wide": "RouteArguments",
+    "route_wide_normed": "RouteArguments", "clamped_gate": "ClampedGateArguments",
 }  # fmt: skip
 
 
@@ -406,6 +480,17 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
         elif isinstance(each, PagedAttentionVariant):
             kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
+        elif isinstance(each, RouteVariant):
+            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {str(each.normed).lower()}, {str(each.wide).lower()}, true"
+            kernel(each.name, "RouteArguments", f"choose_experts<{numbers}>", each.threads, ROUTE_CLUSTER)
+        elif isinstance(each, ExpertSumVariant):
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {'Bfloat' if each.bfloat else 'Half'}"
+            kernel(each.name, "ExpertSumArguments", f"expert_sum<{each.packing.arguments}, {numbers}>", each.threads)
+        elif isinstance(each, LatentVariant):
+            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.rank}, {each.fixed}, {each.turned}, {each.value_dim}"
+            for part in ("whole",) if each.whole else ("meet", "attend", "read"):
+                threads, cluster = (256, 8) if each.whole else (128, 1)
+                kernel(each.kernel(part), "LatentArguments", f"{part}_latent<{numbers}>", threads, cluster)
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)

@@ -19,7 +19,10 @@ from .cuda_weights import packing_of
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+# Layers that are asked for one after the other with the same tensor; the last two are those of latent vectors (MLA).
+_SHARED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"), ("q_proj", "kv_a_proj_with_mqa"), ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
 _PLAIN_MLPS = (  # the first and the last layer of an MLP without a gate
     ("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"), ("fc_in", "fc_out"),
 )  # fmt: skip
@@ -77,9 +80,11 @@ class Merging:
         for name, module in list(self._model.named_modules()):
             own = dict(module.named_children())
             prefix = f"{name}." if name else ""
-            if group := self._of(prefix, own, _QKV):
-                names = [f"{prefix}{each}" for each in _QKV]
-                yield names, group, partial(self._share, module=module, layers=group)
+            for first in _SHARED:
+                if group := self._of(prefix, own, first):
+                    names = [f"{prefix}{each}" for each in first]
+                    yield names, group, partial(self._share, module=module, names=first, layers=group)
+                    break
             for first, last in _MLPS:
                 group = self._of(prefix, own, first)
                 if group and (number := self._number(module, own, first, last, group)) is not None:
@@ -102,11 +107,11 @@ class Merging:
             return None
         return layers
 
-    def _share(self, gpu: Gpu, packing: Packing, module: nn.Module, layers: list[GPTQLinear]) -> Any:
+    def _share(self, gpu: Gpu, packing: Packing, module: nn.Module, names: tuple[str, ...], layers: list[GPTQLinear]) -> Any:
         widths, inputs = [each.out_features for each in layers], layers[0].in_features
         linear = linear_of(gpu, layers, packing, self._dtype)
         shared = _Shared(linear, len(layers))
-        for at, name in enumerate(_QKV):
+        for at, name in enumerate(names):
             setattr(module, name, Part(shared, at, sum(widths[:at]), widths[at], inputs))
         module.qkv_of_gptq_webui = linear
         return linear

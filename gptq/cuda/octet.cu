@@ -176,16 +176,6 @@ template <int EPILOGUE, int PER> DEVICE void write_row_outputs(const OctetArgume
 
 // -- blocks of a cluster -----------------------------------------------------------------------------------------------
 
-DEVICE void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-DEVICE void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 // Adds the floats that lie at the same address of the shared memory of block `rank`: one, two or four.
 template <int PER> DEVICE void add_of_block(const float* at, int rank, float (&y)[PER]) {
 #if __CUDA_ARCH__ >= 900

@@ -23,7 +23,7 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
     """
     gpus: dict[torch.device, Gpu] = {}
     dtype = getattr(model, "dtype", torch.float16)
-    of_experts = replace_experts(model, gpus)
+    of_experts = replace_experts(model, gpus, merge)
     found = [(name, each) for name, each in model.named_modules() if isinstance(each, GPTQLinear)]
     packings: dict[str, Packing] = {}
     for name, layer in found:

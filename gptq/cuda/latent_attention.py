@@ -1,0 +1,266 @@
+"""Attention of one token to latent vectors (MLA) over a cache of transformers at a fixed address (latent_attention.cu).
+
+Such an attention module keeps what is compressed, and multiplies `kv_b_proj` with every kept token for each new one. While a
+graph is recorded its forward is ours: the product goes into the query and into the sum instead. Whether that is the same is
+found by trying it with the first token of a recording: what is kept, and what the module gives.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gptq_linear import GPTQLinear
+from .cuda_linear import CudaLinear
+from .deferred import plainly
+from .gpu_kernels import Gpu, claimed_bytes
+from .kernel_arguments import LATENT
+from .kernel_source import LatentVariant
+from .natural_order import NUMBERS
+from .token_attention import capturing
+from .token_rows import difference
+
+_PARTS = (
+    "kv_a_proj_with_mqa",
+    "kv_a_layernorm",
+    "kv_b_proj",
+    "o_proj",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "scaling",
+    "num_heads",
+    "layer_idx",
+)
+_TAKEN = True  # whether attention to latent vectors is computed here
+_MASK = "create_causal_mask"
+_MOST_SPLITS = 64  # blocks that share the tokens, as many as read_latent adds up
+_SPLIT_TOKENS = 32  # that are shown, for each of them
+_HEADS = 16  # of a block
+_CLUSTERED = (9, 0)  # the first GPUs whose blocks read each other's shared memory
+_CLUSTER = 8  # blocks of a head, where one kernel computes all
+_WHOLE_TOKENS = 1024  # that are shown, at most, where one kernel computes all
+_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative difference to the module's own forward
+
+
+def is_latent(module: nn.Module) -> bool:
+    """Whether a module has the parts of an attention to latent vectors."""
+    return (
+        _TAKEN
+        and all(hasattr(module, each) for each in _PARTS)
+        and (getattr(module, "q_proj", None) is not None or getattr(module, "q_b_proj", None) is not None)
+    )
+
+
+def take_latent(
+    model: nn.Module, attention: "LatentAttention", aside: Callable[[], AbstractContextManager[None]], undo: ExitStack
+) -> None:
+    """Compute a model's attention to latent vectors by `attention` until `undo` is closed. In `aside` a module is only tried."""
+    found = [each for each in model.modules() if is_latent(each)]
+    attention.begin(found, getattr(getattr(model, "config", None), "num_hidden_layers", 0))
+    for file in {sys.modules[type(each).__module__] for each in found}:
+        if (mask := getattr(file, _MASK, None)) is not None:
+            setattr(file, _MASK, _left_out(mask, attention))
+            undo.callback(setattr, file, _MASK, mask)
+    for module in found:
+        given = vars(module).get("forward")
+        module.forward = _taken(module, module.forward, attention, aside)
+        if given is None:
+            undo.callback(delattr, module, "forward")
+        else:
+            undo.callback(setattr, module, "forward", given)
+
+
+def _taken(
+    module: nn.Module,
+    original: Callable[..., Any],
+    attention: "LatentAttention",
+    aside: Callable[[], AbstractContextManager[None]],
+) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        def plain() -> Any:
+            with aside():
+                return original(hidden_states, *args, **given)
+
+        cache = given.get("cache", given.get("past_key_values"))
+        out = None if args else attention.of(module, hidden_states, cache, given.get("position_embeddings"), plain)
+        if out is not None:
+            attention.computed.add(id(module))
+            return out, None
+        if attention.alone:  # it has no mask
+            raise RuntimeError("attention differs from one forward to the next")
+        return original(hidden_states, *args, **given)
+
+    return forward
+
+
+def _left_out(mask: Callable[..., Any], attention: "LatentAttention") -> Callable[..., Any]:
+    """transformers' making of a mask, which nobody reads where all layers are computed here: one token sees all before it."""
+
+    def made(*args: Any, **given: Any) -> Any:
+        x = given.get("inputs_embeds", given.get("input_embeds"))
+        one = not args and given.get("attention_mask") is None and isinstance(x, Tensor) and x.shape[:2] == (1, 1)
+        return None if one and attention.alone else mask(*args, **given)
+
+    return made
+
+
+class LatentAttention:
+    """Its kernels on one GPU, the modules' matrices, and the memory that they need."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._kinds: dict[Any, int | None] = {}  # what turns together, by what modules have in common; None: not computed
+        self._matrices: dict[int, Tensor] = {}  # fp16 [heads * (fixed + values), rank], by the module's id
+        self._in_one = True  # where one kernel can
+        self.computed: set[int] = set()  # modules (by id) of this recording that were computed here
+        self._layers = 0  # of the model, if all of them attend to latent vectors
+        self._work: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def begin(self, modules: list[nn.Module], layers: int) -> None:
+        """A recording of a model with these modules begins."""
+        self.computed.clear()
+        self._layers = layers if len(modules) == layers else 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether every layer of the model was computed here, in this recording."""
+        return 0 < self._layers == len(self.computed)
+
+    def close(self) -> None:
+        self._matrices.clear()
+        self._work.clear()
+
+    def of(self, module: Any, x: Tensor, cache: Any, angles: Any, plain: Callable[[], Any]) -> Tensor | None:
+        """What the module gives for one token [1, 1, H]; None if that is left to its own forward, which `plain` calls."""
+        layer = self._layer(module, x, cache)
+        if layer is None:
+            return None
+        key = (type(module), self._variant(module, x.dtype), isinstance(angles, Tensor), module.num_heads, layer.keys.shape[2])
+        if key not in self._kinds:
+            if capturing():
+                return None
+            self._kinds[key] = self._try(module, x, layer, angles, plain)
+        kind = self._kinds[key]
+        if kind is None or (id(module) not in self._matrices and capturing()):
+            return None
+        found: Tensor = module.o_proj(self._attend(module, x, layer, angles, kind))
+        return found
+
+    def _layer(self, module: Any, x: Tensor, cache: Any) -> Any:
+        """The module's keys at fixed addresses, if the kernels can read and continue them."""
+        if x.numel() != x.shape[-1] or x.dtype not in NUMBERS or not x.is_cuda or not hasattr(cache, "layers"):
+            return None
+        layer = cache.layers[module.layer_idx]
+        rank, turned = module.kv_lora_rank, module.qk_rope_head_dim
+        if getattr(layer, "count", None) is None or not isinstance(getattr(layer, "keys", None), Tensor):
+            return None
+        kept = layer.keys.shape[:2] == layer.values.shape[:2] == (1, 1)
+        if not kept or (layer.keys.shape[3], layer.values.shape[3]) != (rank, turned) or layer.keys.dtype != x.dtype:
+            return None
+        sizes = (rank % 64, module.qk_nope_head_dim % 16, turned % 16, module.v_head_dim % 16)
+        variant = self._variant(module, x.dtype)
+        return layer if not any(sizes) and variant.shared_bytes <= self._gpu.shared_limit_bytes else None
+
+    @staticmethod
+    def _variant(module: Any, dtype: torch.dtype) -> LatentVariant:
+        return LatentVariant(
+            dtype == torch.bfloat16, module.kv_lora_rank, module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+        )
+
+    def _try(self, module: Any, x: Tensor, layer: Any, angles: Any, plain: Callable[[], Any]) -> int | None:
+        wanted = plain()[0]
+        at = int(layer.count)
+        with plainly():
+            variant = self._variant(module, x.dtype)
+            whole = self._whole(variant, module.num_heads)
+            self._gpu.add_missing(variants=[variant] if whole is None else [variant, whole])
+            kept = layer.keys[0, 0, at].clone(), layer.values[0, 0, at].clone()
+        kinds = [kind for kind in range(3) if _of_kind(angles, kind, module.qk_rope_head_dim, x.dtype)]
+        for self._in_one, kind in itertools.product((True, False) if whole is not None else (False,), kinds):
+            with plainly():
+                layer.keys[0, 0, at], layer.values[0, 0, at] = 0, 0
+            found = module.o_proj(self._attend(module, x, layer, angles, kind))
+            with plainly():
+                pairs = ((layer.keys[0, 0, at], kept[0]), (layer.values[0, 0, at], kept[1]), (found, wanted))
+                if all(difference(a, b) < _CLOSE[x.dtype] for a, b in pairs):
+                    return kind
+                layer.keys[0, 0, at], layer.values[0, 0, at] = kept
+        return None
+
+    def _whole(self, variant: LatentVariant, heads: int) -> LatentVariant | None:
+        """The one kernel that computes all, for a short conversation; None if there is none."""
+        whole = replace(variant, whole=True)
+        if self._gpu.capability < _CLUSTERED or variant.rank not in (64, 128, 256, 512) or variant.value_dim % _CLUSTER:
+            return None
+        fits = whole.shared_bytes <= self._gpu.shared_limit_bytes and heads * _CLUSTER <= 2 * self._gpu.processors
+        return whole if fits else None
+
+    def _matrix(self, module: Any) -> Tensor:
+        if id(module) not in self._matrices:
+            layer = module.kv_b_proj
+            with plainly():
+                weight = layer.dense() if isinstance(layer, CudaLinear) else None
+                if weight is None:
+                    weight = layer.dequantize(torch.float16) if isinstance(layer, GPTQLinear) else layer.weight
+                self._matrices[id(module)] = weight.detach().half().contiguous()
+        return self._matrices[id(module)]
+
+    def _attend(self, module: Any, x: Tensor, layer: Any, angles: Any, kind: int) -> Tensor:
+        """[1, 1, heads * values]; the token is kept."""
+        if getattr(module, "q_b_proj", None) is None:
+            q = module.q_proj(x)
+        else:
+            q = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x)))
+        kv = module.kv_a_proj_with_mqa(x)
+        with plainly():
+            variant, heads, shown = self._variant(module, x.dtype), module.num_heads, layer.shown
+            whole = self._whole(variant, heads) if self._in_one and shown <= _WHOLE_TOKENS else None
+            groups = -(-heads // _HEADS)
+            splits = max(1, min(_MOST_SPLITS, 2 * self._gpu.processors // groups, shown // _SPLIT_TOKENS))
+            met, partial, stats = (None, None, None) if whole else self._work_of(variant, heads, splits, x)
+            norm = module.kv_a_layernorm
+            cosines, sines = (torch.view_as_real(angles), None) if kind == 0 else angles
+            out = torch.empty(1, 1, heads * variant.value_dim, dtype=x.dtype, device=x.device)
+            arguments = LATENT.pack(
+                q=q.contiguous(), kv=kv.contiguous(), norm=norm.weight, angles=cosines, sines=sines,
+                matrices=self._matrix(module), keys=layer.keys, turned_keys=layer.values, count=layer.count, met=met,
+                partial=partial, stats=stats, out=out, heads=heads, capacity=layer.keys.shape[2], splits=splits, kind=kind,
+                eps=float(norm.variance_epsilon), scale=float(module.scaling) * math.log2(math.e),
+            )  # fmt: skip
+            run = self._gpu.run
+            if whole is not None:
+                claimed = claimed_bytes(self._gpu, whole.shared_bytes, -(-_CLUSTER * heads // self._gpu.processors))
+                run(whole.name, (_CLUSTER, heads), 256, arguments, claimed, overlap=True)
+                return out
+            run(variant.kernel("meet"), (variant.rank // 64, heads + 1), 128, arguments, 1024, overlap=True)
+            run(variant.kernel("attend"), (splits, groups), 128, arguments, variant.shared_bytes, overlap=True)
+            shared_bytes = 4 * (variant.rank + _MOST_SPLITS)
+            run(variant.kernel("read"), (variant.value_dim // 16, heads), 128, arguments, shared_bytes, overlap=True)
+        return out
+
+    def _work_of(self, variant: LatentVariant, heads: int, splits: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = (variant, heads, splits)
+        if key not in self._work:
+            sizes = (heads * (variant.rank + variant.turned), splits * heads * variant.rank, splits * heads * 2)
+            dtypes = (x.dtype, torch.float32, torch.float32)
+            made = (torch.empty(size, dtype=dtype, device=x.device) for size, dtype in zip(sizes, dtypes, strict=True))
+            self._work[key] = (next(made), next(made), next(made))
+        return self._work[key]
+
+
+def _of_kind(angles: Any, kind: int, turned: int, dtype: torch.dtype) -> bool:
+    """Whether the angles are given as those of a kind are."""
+    if isinstance(angles, Tensor):
+        return bool(kind == 0 and angles.dtype == torch.complex64 and angles.numel() == turned // 2)
+    return (
+        kind > 0
+        and isinstance(angles, tuple)
+        and len(angles) == 2
+        and all(isinstance(each, Tensor) and each.dtype == dtype and each.numel() == turned for each in angles)
+    )
