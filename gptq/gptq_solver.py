@@ -121,16 +121,17 @@ class _Target:
         group_rows = rows if config.group_size == -1 else config.group_size
         return cls(slice(place * width, (place + 1) * width), group_rows, config.bits, config.sym, lowest)
 
-    def start_group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose scale and zero [N] of a group from its weights [rows, N] as they are now."""
+    def start_group(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose scale and zero [N] of a group from its weights [rows, N] as they are now, and from how much
+        an error of each row costs [rows, 1]."""
         low, high = rows.amin(0).clamp_(max=0), rows.amax(0).clamp_(min=0)
         scale, zero = self._spread(low, high)
         if self.bits <= _LOW_BITS:
             top = 2**self.bits - 1
-            least = _squared_error(rows, scale, zero, top)
+            least = _squared_error(rows, scale, zero, top, importance)
             for share in _SHARES:
                 tried_scale, tried_zero = self._spread(low * share, high * share)
-                error = _squared_error(rows, tried_scale, tried_zero, top)
+                error = _squared_error(rows, tried_scale, tried_zero, top, importance)
                 better = error < least
                 least = torch.where(better, error, least)
                 scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
@@ -156,10 +157,10 @@ class _Target:
         return scale, (-low / scale).round_().clamp_(self.lowest_zero, top)
 
 
-def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Of plain rounding: rows [R, N], scale and zero [N] -> [N]."""
+def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, top: int, importance: Tensor) -> Tensor:
+    """Of plain rounding, every row times its importance: rows [R, N], scale and zero [N], importance [R, 1] -> [N]."""
     rounded = (rows / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
-    return rounded.sub_(rows).square_().sum(0)
+    return rounded.sub_(rows).square_().mul_(importance).sum(0)
 
 
 def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Tensor:
@@ -172,13 +173,17 @@ def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Ten
     for target in targets:
         top[target.columns] = 2**target.bits - 1
     diagonal = factor.diagonal().tolist()
+    # What an error of a row costs after the rows behind it took back their part: its square over that of the factor's entry.
+    importance = factor.diagonal().square().reciprocal()[:, None]
     starts = {at for target in targets for at in range(0, count, target.group_rows)}
     edges = sorted(starts | set(range(0, count, _BLOCK)) | {count})
     for start, end in itertools.pairwise(edges):
         for target in targets:
             if start % target.group_rows == 0:
-                group = rows[start : start + target.group_rows, target.columns]
-                scale[target.columns], zero[target.columns] = target.start_group(group)
+                end_of_group = start + target.group_rows
+                group = rows[start:end_of_group, target.columns]
+                chosen = target.start_group(group, importance[start:end_of_group])
+                scale[target.columns], zero[target.columns] = chosen
         block = rows[start:end]  # [B, N]
         errors = torch.empty_like(block)
         for at in range(end - start):
