@@ -88,6 +88,17 @@ def test_few_bits_are_spent_with_care(bits: int, sym: bool, monkeypatch: pytest.
     assert output_error(weight, torch.eye(K), chosen, config) < 0.95 * output_error(weight, torch.eye(K), whole_range, config)
 
 
+def test_a_scale_serves_the_rows_whose_errors_cost_most() -> None:
+    """One of 32 weights is four times as large as the others: it is cut off only where hardly anything is read through it."""
+    weight = torch.linspace(-1, 1, 32)[None].clone()
+    weight[0, 0] = -4.0
+    seldom, always = torch.ones(32), torch.ones(32)
+    seldom[0] = 1e-3
+    config = QuantizeConfig(4, 32, damp_percent=0.0001)
+    scales = [float(quantize_linear(weight, torch.diag(each), config).scales[0, 0]) for each in (seldom, always)]
+    assert scales[0] == pytest.approx(0.7 * 0.5, rel=1e-3) and scales[1] >= 0.95 * 0.5
+
+
 def test_act_order_forms_groups_by_falling_diagonal() -> None:
     weight, hessian = correlated()
     packed = quantize_linear(weight, hessian, ACT_ORDER_4)
