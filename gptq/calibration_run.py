@@ -1,6 +1,7 @@
 """A calibration text on its way through a model, one decoder layer at a time: what the first layer receives, and what every layer
 receives beside the hidden states."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..core.errors import BadParameter, LoadFailed
 
 _BATCH_TOKENS = 2048  # of calibration text at a time
+_PINNED = True  # hidden states go through memory from which a GPU reads quickly
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer receives beside the hidden states
 
@@ -38,7 +40,7 @@ def first_inputs(
 
 
 def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[Call]]:
-    """Run the model with layers that only note what they receive."""
+    """Run the model with layers that only note what they receive, as far as the last one."""
     hidden: list[Tensor] = []
     calls: list[Call] = []
 
@@ -48,6 +50,8 @@ def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, lis
                 args = (kwargs.pop("hidden_states"),)
             hidden.append(args[0])
             calls.append((args[1:], kwargs))
+            if layer is decoder[-1]:
+                raise _Seen
             return Same(args[0])
 
         return note
@@ -55,7 +59,8 @@ def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, lis
     try:
         for layer in decoder:
             layer.forward = stand_in(layer)
-        model.base_model(input_ids=ids, use_cache=False)
+        with contextlib.suppress(_Seen):
+            model.base_model(input_ids=ids, use_cache=False)
     finally:
         for layer in decoder:
             del layer.forward
@@ -65,6 +70,10 @@ def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, lis
             "Choose another model."
         )
     return hidden[0], calls
+
+
+class _Seen(Exception):
+    """The last decoder layer was reached."""
 
 
 class Same(Tensor):
@@ -86,6 +95,31 @@ def _differ(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() != other.keys() or any(_differ(one[key], other[key]) for key in one)
     return False
+
+
+class Ferry:
+    """Moves hidden states between main memory and a device, through a piece of memory from which a GPU reads quickly."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pinned = device, _PINNED and device.type == "cuda"
+        self._room: dict[torch.Size, Tensor] = {}
+
+    def bring(self, hidden: Tensor) -> Tensor:
+        """The same numbers on the device."""
+        if not self._pinned:
+            return hidden.to(self._device)
+        if hidden.shape not in self._room:
+            self._room[hidden.shape] = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        return self._room[hidden.shape].copy_(hidden).to(self._device, non_blocking=True)
+
+    def take(self, output: Tensor, hidden: Tensor) -> None:
+        """Put what the device computed from `hidden` in its place. Waits for the device."""
+        if not self._pinned:
+            hidden.copy_(output)
+            return
+        room = self._room[hidden.shape].copy_(output, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        hidden.copy_(room)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

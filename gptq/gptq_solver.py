@@ -7,8 +7,10 @@ takes rows by falling diag(H); groups are formed in that order, so g_idx comes o
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,10 @@ from ..core.errors import LoadFailed
 from ..core.quantize_config import QuantizeConfig
 from . import bit_packing
 
+log = logging.getLogger(__name__)
 _BLOCK = 32  # rows between two updates of all rows behind them (algorithm 1's B); less work stays in the cache
+_WHOLE = 2048  # rows of a matrix that is inverted at once, columns that are packed at once
+_ONE_LAUNCH = True  # on a GPU a kernel of our own rounds a block
 _LOW_BITS = 4  # with so few numbers it pays to choose a group's scale with care: the best of _SHARES of its range
 _SHARES = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -52,14 +57,17 @@ def solve(weights: Sequence[Tensor], hessian: Tensor, configs: Sequence[Quantize
         alike.setdefault((config.desc_act, _damp(config)), []).append(at)
     for (act_order, damp), members in alike.items():
         order, factor, dead = _factor(hessian, act_order, damp)
-        rows = torch.cat(list(weights), dim=1).float()  # [K, sum of N]
-        rows[dead] = 0
-        rows = rows[order].repeat(1, len(members))
+        rows = torch.empty(len(order), sum(widths), device=hessian.device)  # [K, sum of N]
+        for part, weight in zip(rows.split(widths, dim=1), weights, strict=True):
+            part.copy_(weight[order])
+        rows[dead[order]] = 0
+        rows = rows if len(members) == 1 else rows.repeat(1, len(members))
         targets = [_Target.of(configs[at], len(order), sum(widths), place) for place, at in enumerate(members)]
         q = _round_rows(rows, factor, targets)
+        del rows, factor  # on a GPU this is when memory is short
         undo = order.argsort()
         for at, target in zip(members, targets, strict=True):
-            g_idx = bit_packing.default_g_idx(len(order), configs[at].group_size, rows.device)[undo]
+            g_idx = bit_packing.default_g_idx(len(order), configs[at].group_size, q.device)[undo]
             values = q[:, target.columns][undo]  # uint8 [K, sum of N]
             whole = (values, torch.stack(target.zeros), torch.stack(target.scales))
             pieces = zip(*(each.split(widths, dim=1) for each in whole), strict=True)
@@ -74,7 +82,7 @@ def _damp(config: QuantizeConfig) -> float:
 def _pack(values: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, config: QuantizeConfig) -> Packed:
     stored = bit_packing.zeros_to_stored(zeros.to(torch.int32), config.bits, config.checkpoint_format)
     return Packed(
-        qweight=bit_packing.pack(values, config.bits),
+        qweight=torch.cat([bit_packing.pack(part, config.bits) for part in values.split(_WHOLE, dim=1)], dim=1),
         qzeros=bit_packing.pack_columns(stored, config.bits),
         scales=scales.half().contiguous(),
         g_idx=g_idx.clone(),  # layers with one input have the same, and a file holds no tensor twice
@@ -83,23 +91,39 @@ def _pack(values: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, config: 
 
 def _factor(hessian: Tensor, act_order: bool, damp_percent: float) -> tuple[Tensor, Tensor, Tensor]:
     """(order of the rows [K], upper Cholesky factor of the damped inverse in that order [K, K], dead rows bool [K])."""
-    hessian = hessian.float().clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().float()
     dead = diagonal == 0  # inputs that are always zero
-    diagonal[dead] = 1
+    diagonal = torch.where(dead, 1.0, diagonal)
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=hessian.device)
-    hessian = hessian[order][:, order]
-    mean = float(hessian.diagonal().mean())
-    unit = torch.eye(len(order), device=hessian.device)
+    backwards = order.flip(0)
+    mean = float(diagonal[order].mean())
     for damp in (damp_percent, damp_percent * 10 + 0.01, 1.0):  # more if rounding made it indefinite
         # H = R Rᵀ with R upper (a Cholesky factor read backwards), so H⁻¹ = Uᵀ U with U = R⁻¹: one inverse is saved.
-        lower, failed = torch.linalg.cholesky_ex((hessian + unit * (damp * mean)).flip(0, 1))
+        damped = hessian.index_select(0, backwards).index_select(1, backwards).float()
+        damped.diagonal().copy_(diagonal[backwards] + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            return order, torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), dead
+            upper = lower.flip(0, 1)
+            del lower
+            return order, _inverse(upper), dead
     raise LoadFailed(
         "The sample text gave no usable statistics for a layer (NaN or infinity in the model's activations). "
         "Choose another text, or another model."
     )
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix [K, K], fp32; a large one is overwritten, by halves, so that little memory is needed."""
+    size = len(upper)
+    if size <= _WHOLE:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+    half = size // 2
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    for part in (first, last):
+        part.copy_(_inverse(part))
+    corner.copy_(first @ corner @ last).neg_()
+    return upper
 
 
 @dataclass
@@ -167,12 +191,10 @@ def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Ten
     """Algorithm 1 on rows [K, N] (overwritten), with every target's own columns -> integers uint8 [K, N]."""
     count, width = rows.shape
     q = torch.empty(count, width, dtype=torch.uint8, device=rows.device)
-    scale, zero, value, error = (torch.empty(width, device=rows.device) for _ in range(4))
-    top = torch.empty(width, device=rows.device)
-    none = torch.zeros(width, device=rows.device)
+    scale, zero, top = (torch.empty(width, device=rows.device) for _ in range(3))
     for target in targets:
         top[target.columns] = 2**target.bits - 1
-    diagonal = factor.diagonal().tolist()
+    round_block = _rounder(rows.device)
     # What an error of a row costs after the rows behind it took back their part: its square over that of the factor's entry.
     importance = factor.diagonal().square().reciprocal()[:, None]
     starts = {at for target in targets for at in range(0, count, target.group_rows)}
@@ -186,14 +208,35 @@ def _round_rows(rows: Tensor, factor: Tensor, targets: Sequence[_Target]) -> Ten
                 scale[target.columns], zero[target.columns] = chosen
         block = rows[start:end]  # [B, N]
         errors = torch.empty_like(block)
-        for at in range(end - start):
-            row, error = block[at], errors[at]
-            torch.div(row, scale, out=value).add_(zero).round_()
-            torch.clamp(value, none, top, out=value)
-            q[start + at] = value
-            value.sub_(zero).mul_(scale)  # the value of the rounded row
-            torch.sub(row, value, out=error).div_(diagonal[start + at])
-            if at + 1 < end - start:
-                block[at + 1 :].addr_(factor[start + at, start + at + 1 : end], error, alpha=-1)
+        round_block(block, factor[start:end, start:end], (scale, zero, top), q[start:end], errors)
         rows[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return q
+
+
+def _round_block(rows: Tensor, factor: Tensor, columns: tuple[Tensor, Tensor, Tensor], q: Tensor, errors: Tensor) -> None:
+    """Round the rows [B, N], overwritten; factor [B, B]; scale, zero and highest number [N]. Writes q and errors [B, N]."""
+    scale, zero, top = columns
+    value, none = torch.empty_like(scale), torch.zeros_like(scale)
+    for at, over in enumerate(factor.diagonal().tolist()):
+        row, error = rows[at], errors[at]
+        torch.div(row, scale, out=value).add_(zero).round_()
+        torch.clamp(value, none, top, out=value)
+        q[at] = value
+        value.sub_(zero).mul_(scale)  # the value of the rounded row
+        torch.sub(row, value, out=error).div_(over)
+        if at + 1 < len(rows):
+            rows[at + 1 :].addr_(factor[at, at + 1 :], error, alpha=-1)
+
+
+@functools.cache
+def _rounder(device: torch.device) -> Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor], None]:
+    """What rounds a block there."""
+    if _ONE_LAUNCH and device.type == "cuda":
+        from .cuda.nvrtc import NoCompiler
+        from .cuda.rounding import BlockRounder
+
+        try:
+            return BlockRounder(device)
+        except NoCompiler as error:
+            log.info("weights are rounded without a kernel of our own (%s)", error)
+    return _round_block

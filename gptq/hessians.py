@@ -50,7 +50,7 @@ class InputHessians:
         return collect
 
     def groups(self) -> list[tuple[list[str], Tensor]]:
-        """(names of the layers that share an input, Hessian fp32 [K, K] of that input)."""
+        """(names of the layers that share an input, Hessian fp32 [K, K] of that input). They are handed over, so once only."""
         groups: dict[str, list[str]] = {}
         for name, module in self._layers.items():
             first = self._shared.get(name, name)
@@ -58,7 +58,7 @@ class InputHessians:
             if first not in self._hessians:  # an expert that no token reached: every input counts the same
                 weight = as_rows(module)
                 self._hessians[first] = torch.eye(weight.shape[0], device=weight.device)
-        return [(names, self._hessians[first]) for first, names in groups.items()]
+        return [(names, self._hessians.pop(first)) for first, names in groups.items()]
 
 
 def as_rows(module: nn.Module) -> Tensor:

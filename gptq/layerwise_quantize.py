@@ -5,11 +5,12 @@ configuration shares one pass, and what a layer reads does not depend on what wa
 layers are only computed again (their weights are on disk), and the result is the same to the last bit.
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.quantize_config import QuantizeConfig
-from .calibration_run import first_inputs, to_device
+from .calibration_run import Ferry, first_inputs, to_device
 from .expert_hessians import linear_experts, mixtures, stacked, unstack
 from .gptq_solver import solve
 from .hessians import InputHessians, as_rows
@@ -29,6 +30,8 @@ from .output_layer import head_hessian, output_layer, solve_wide
 from .quantize import as_written, decoder_layers, dense_tensors
 from .rounding_error import output_error
 from .wanted_layers import Leave, packed_inside, wanted_layers
+
+_TENSOR_CORES = True  # of a GPU multiply what the calibration text becomes
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def quantize_layers(
     for name in branches:
         (work / name).mkdir(exist_ok=True)
     batches, calls = first_inputs(model, prefix, decoder, calibration)
-    count = len(decoder) + bool(heads)
+    count, ferry = len(decoder) + bool(heads), Ferry(device)
     for index, original in enumerate(decoder):
         files = {name: layer_file(work / name, index) for name in branches}
         resumed = all(path.is_file() for path in files.values())
@@ -88,12 +91,12 @@ def quantize_layers(
         inside = {name: module for name, module in packed.items() if name not in apart}
         for mixture in mixed:
             mixture.watch()
-        with InputHessians({} if resumed else inside) as collected:
-            for at, hidden in enumerate(batches):
+        with InputHessians({} if resumed else inside) as collected, _fast_products(device):
+            for hidden in batches:
                 collected.start_batch()
                 args, kwargs = to_device(calls[len(hidden)][index], device)
-                output = layer(hidden.to(device), *args, **kwargs)
-                batches[at] = (output[0] if isinstance(output, tuple) else output).cpu()
+                output = layer(ferry.bring(hidden), *args, **kwargs)
+                ferry.take(output[0] if isinstance(output, tuple) else output, hidden)
         if not resumed:
             for mixture in mixed:
                 mixture.rest()
@@ -101,7 +104,8 @@ def quantize_layers(
                 f"{mixture.name.removeprefix(start)}.{at}": count for mixture in mixed for at, count in mixture.scarce().items()
             }
             of_experts = itertools.chain.from_iterable(mixture.groups(device) for mixture in mixed)
-            _solve_layer(packed, itertools.chain(collected.groups(), of_experts), branches, files, scarce)
+            groups = itertools.chain(_one_by_one(collected.groups()), of_experts)
+            _solve_layer(packed, groups, branches, files, scarce, keep=bool(mixed))
         facts = {name: _facts(path) for name, path in files.items()}
         errors = {name: error for name, (error, _scarce) in facts.items()}
         report(LayerDone(index, count, errors, resumed, next(iter(facts.values()))[1]))
@@ -167,6 +171,7 @@ def _solve_layer(
     branches: Mapping[str, QuantizeConfig],
     files: Mapping[str, Path],
     scarce_experts: Mapping[str, int],
+    keep: bool,  # the weights are needed afterwards; else each is given up as soon as it is packed
 ) -> None:
     packed: dict[str, dict[str, Tensor]] = {branch: {} for branch in branches}
     errors: dict[str, list[float]] = {branch: [] for branch in branches}
@@ -176,9 +181,30 @@ def _solve_layer(
             for name, weight, result in zip(names, weights, results, strict=True):
                 packed[branch] |= {f"{name}.{field}": value.cpu().contiguous() for field, value in vars(result).items()}
                 errors[branch].append(output_error(weight, hessian, result, config))
+        del weights, weight, hessian
+        for name in () if keep else names:
+            linears[name].register_parameter("weight", None)
     for branch, path in files.items():
         mean = sum(errors[branch]) / max(1, len(errors[branch]))
         _save(path, packed[branch], [mean, scarce_experts] if scarce_experts else mean)
+
+
+def _one_by_one(groups: list[tuple[list[str], Tensor]]) -> Iterator[tuple[list[str], Tensor]]:
+    """The same; each Hessian is given up with the next."""
+    while groups:
+        yield groups.pop(0)
+
+
+@contextlib.contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """Products on a GPU from numbers of 10 bits behind the point, as fp16 has them, with sums in fp32."""
+    before = torch.get_float32_matmul_precision()
+    if _TENSOR_CORES and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], error: Any) -> None:

@@ -30,7 +30,7 @@ class Packing:
     act_order: bool
     symmetric: bool
     inside: list[list[str]]  # where linear layers stay dense: the packed ones, as `modules_in_block_to_quantize` lists them
-    more: Mapping[str, Any]  # what else the settings say, in GPTQModel's words: a packed output layer, layers in 16 bits
+    more: dict[str, Any]  # what else the settings say, in GPTQModel's words: a packed output layer, layers in 16 bits
 
 
 def dense(model: Any, adapter: Mapping[str, lora.Part]) -> dict[str, Tensor]:

@@ -582,6 +582,22 @@ ADAPTER_SILU = Arguments(
     int most
     """,
 )
+ROUND = Arguments(
+    "RoundArguments",
+    """
+    const float* rows      // [count][width]
+    const float* factor    // [count][count], a row every row_stride numbers, a column every column_stride
+    const float* scale     // [width], as zero and top
+    const float* zero
+    const float* top       // the highest number
+    u8* q                  // [count][width]: the numbers
+    float* errors          // [count][width]: of the rounded rows, divided by the factor's diagonal
+    int count
+    int width
+    int row_stride
+    int column_stride
+    """,
+)
 SAMPLE_PARAMS = Arguments("SampleParams", sampler_structure.c_fields())  # of one row, in device memory
 _SAMPLE = """
     const float* logits    // fp32 [rows][vocabulary], as the model gave them
@@ -610,7 +626,7 @@ GUESSED = Arguments(  # begins as SampleArguments do
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
     ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
-    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV,
+    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND,
 )  # fmt: skip
 
 
