@@ -1,7 +1,8 @@
 """Reading prompts on a GPU: many tokens at once, of one sequence or of several.
 
-Up to 256 tokens, on Hopper 768, are multiplied with the packed weights (small_batch.cu, wide_batch.cu). For more, weights are
-made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
+Up to 256 tokens, on Hopper 768 and with 4 bits all, are multiplied with the packed weights (small_batch.cu, wide_batch.cu,
+bulk_batch.cu). For more, weights are made dense by tiles, and cuBLAS multiplies. Both leave keys and values in a sequence's
+pages.
 """
 
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class Prompt:
     def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder) -> None:
         self._gpu, self._shape, self._weights = gpu, shape, weights
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
+        packings = {each.packing for layer in weights.layers for each in layer.weights}
+        self._most_rows = min(wide_batch.most_rows(gpu, each) for each in packings)  # that are multiplied with packed weights
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
     def read(self, *pieces: Piece, ends: bool = False) -> Tensor:
@@ -64,7 +67,7 @@ class Prompt:
         if all(each.adapter is None for each in pieces) and (found := self._graphs.of(count)) is not None:
             return self._read_by_graphs(residual, pieces, visible, *found)
         scratch = None
-        if count > wide_batch.most_rows(self._gpu):
+        if count > self._most_rows:
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
