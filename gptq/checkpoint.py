@@ -239,6 +239,7 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     flooded = 0
     ignored: list[str] = []
     for name, layer, module in packed:
+        vars(module).pop("weight", None)  # for transformers' initialising (packed_quantizer.py)
         if layer.parts is not None:
             repack(module, layer.neighbour, layer.parts, name)
         if layer.word_bits != 32 and module.qweight.is_meta:

@@ -163,6 +163,9 @@ class PackedQuantizer(HfQuantizer):
                 # nothing of its own to initialise but what the files hold, and transformers would reach for our missing
                 # `weight` (GPT-2, Mamba)
                 parent._is_hf_initialized = True  # type: ignore[assignment]
+            else:  # its buffers are initialised, and of its layers only what does not say that it is (Falcon-Mamba)
+                vars(packed_layer)["weight"] = nothing = torch.empty(0)
+                nothing._is_hf_initialized = True  # type: ignore[attr-defined]
 
         outputs = {place: layer.out_features for place, layer in by_module.items()}
         outputs |= {modules_of[name]: layer.out_features for name, layer in layers.items()}

@@ -42,6 +42,7 @@ SAMPLE = (
     "deepseek_v3",  # MLA
     "deepseek_v4",  # a linear layer of a class of its own, experts with a limit
     "mamba",  # layers whose weights are read
+    "falcon_mamba",  # and buffers beside them that no file holds
     "zamba",  # shared blocks
     "bamba",  # positions that must be given
     "qwen3_next",
