@@ -15,7 +15,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def gpu():
-    return Gpu(torch.device("cuda", 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wide_batch, "_COPIES", True)  # they are off
+        wide_batch.copied.cache_clear()
+        yield Gpu(torch.device("cuda", 0))
+    wide_batch.copied.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """Reading prompts on a GPU: many tokens at once, of one sequence or of several.
 
-Up to 256 tokens, on Hopper 768 and with 4 bits all, are multiplied with the packed weights (small_batch.cu, wide_batch.cu,
-bulk_batch.cu). For more, weights are made dense by tiles, and cuBLAS multiplies. Both leave keys and values in a sequence's
-pages.
+Up to 256 tokens, on Hopper 768, are multiplied with the packed weights (small_batch.cu, wide_batch.cu). For more, weights are
+made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
 from collections.abc import Sequence

@@ -38,6 +38,9 @@ _COPIED: _Spreads = {
     16: ((2, 8, 1, 8, 1),),
     TALL: ((1, 8, 1, 5, 1),),
 }
+_COPIES = (
+    False  # whether they are used: 64 rows were slower with them, 96 and 128 no faster, and prompts were not timed (NOTES.md)
+)
 _TALL_COLUMNS = 32
 _LEAST_COPIED_CHUNKS = 50_000  # of tiles, up to 128 rows: qkv and o of a 7B have 24,576 and 16,384, its MLP 57,344 and 114,688
 
@@ -64,7 +67,7 @@ def variants(packing: Packing, epilogue: str, limit_bytes: int, warpgroups: bool
 def copied(packing: Packing, epilogue: str, limit_bytes: int, warpgroups: bool) -> dict[int, WideBatchVariant]:
     """By columns, those of bulk_batch.cu that there are and that fit."""
     found = {}
-    for columns, spreads in _COPIED.items() if warpgroups and packing.bits == 4 else ():
+    for columns, spreads in _COPIED.items() if _COPIES and warpgroups and packing.bits == 4 else ():
         for each in spreads:
             plan = WideBatchVariant(packing, epilogue, columns or _TALL_COLUMNS, *each, warpgroup=True, bulk=True)
             if plan.shared_bytes <= limit_bytes:
