@@ -239,16 +239,16 @@ template <int D, bool Q8> DEVICE void add_strip(const Strip<D, Q8>& strip, const
 
 // -- what the warps of a block share -----------------------------------------------------------------------------------
 
-template <int D, int OUTS = ATTENTION_WARPS> struct AttentionShared {
+template <int D> struct AttentionShared {
   __align__(16) u16 q[ATTENTION_HEADS][D];
   __align__(16) u16 new_key[D], new_value[D];
   float maxima[ATTENTION_WARPS + 1][ATTENTION_HEADS], sums[ATTENTION_WARPS + 1][ATTENTION_HEADS];  // of each warp, and of the new token
-  __align__(16) float outs[OUTS][ATTENTION_HEADS][D];
+  __align__(16) float outs[ATTENTION_WARPS][ATTENTION_HEADS][D];
   u32 arrived;
 };
 
 // The new token's queries, and its key and value in the block that adds it. All are on their way before the first is used.
-template <int D, int OUTS> DEVICE void stage_new_token(const AttentionArguments& p, AttentionShared<D, OUTS>& shared, const u16* qkv, const Angles<D>& angles,
+template <int D> DEVICE void stage_new_token(const AttentionArguments& p, AttentionShared<D>& shared, const u16* qkv, const Angles<D>& angles,
                                              int kv, int head0, int count, bool newest) {
   constexpr int WARPS = ATTENTION_WARPS;
   static_assert(ATTENTION_HEADS == 2 * WARPS, "a warp stages two queries");
@@ -274,7 +274,7 @@ template <int D, int OUTS> DEVICE void stage_new_token(const AttentionArguments&
 }
 
 // The new token's scores, a warp for a head; its value counts as it is.
-template <int D, int OUTS> DEVICE void score_new_token(const AttentionArguments& p, AttentionShared<D, OUTS>& shared, int count, bool newest) {
+template <int D> DEVICE void score_new_token(const AttentionArguments& p, AttentionShared<D>& shared, int count, bool newest) {
   constexpr int WARPS = ATTENTION_WARPS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (newest) {
@@ -301,7 +301,7 @@ DEVICE void store_output(u16* to, const int4& place, const float4& y) {
 }
 
 // The warps' parts: into the output if this block is the only one, else into `here`.
-template <int D, int OUTS> DEVICE void add_warps(const AttentionShared<D, OUTS>& shared, const int* permutation, u16* to, float* here, int count, bool newest, bool only, int threads) {
+template <int D> DEVICE void add_warps(const AttentionShared<D>& shared, const int* permutation, u16* to, float* here, int count, bool newest, bool only, int threads) {
   constexpr int WARPS = ATTENTION_WARPS, PART = D + 4;
 #pragma unroll 1
   for (int at = threadIdx.x * 4; at < count * D; at += threads * 4) {
@@ -309,7 +309,7 @@ template <int D, int OUTS> DEVICE void add_warps(const AttentionShared<D, OUTS>&
     const int4 place = *(const int4*)(permutation + at);
     float highest = shared.maxima[WARPS][head];
 #pragma unroll
-    for (int w = 0; w < OUTS; w++) highest = fmaxf(highest, shared.maxima[w][head]);
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, shared.maxima[w][head]);
     const float newer = exp2f(shared.maxima[WARPS][head] - highest);
     float total = shared.sums[WARPS][head] * newer;
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -318,7 +318,7 @@ template <int D, int OUTS> DEVICE void add_warps(const AttentionShared<D, OUTS>&
       y = scaled(make_float4(low_of(value.x), high_of(value.x), low_of(value.y), high_of(value.y)), newer);
     }
 #pragma unroll
-    for (int w = 0; w < OUTS; w++) {
+    for (int w = 0; w < WARPS; w++) {
       const float f = exp2f(shared.maxima[w][head] - highest);
       total += shared.sums[w][head] * f;
       add_scaled(y, *(const float4*)&shared.outs[w][head][d], f);

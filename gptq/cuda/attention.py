@@ -13,8 +13,8 @@ from .model_shape import ModelShape
 from .sequences import Sequences
 
 _LEAST_PAGED_ROWS = 17  # with fewer attention.cu is as fast
-_PAGED_RING, _PAGED_BLOCKS = 3, 2  # pages in a block's shared memory; blocks of a processor
-_STATIC_BYTES = 14 * 1024  # of that memory, beside them
+_PAGED_RING, _PAGED_BLOCKS = 2, 2  # pages in a block's shared memory; blocks of a processor
+_STATIC_BYTES = 24 * 1024  # of that memory, beside them
 _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
 
 

@@ -20,8 +20,8 @@ DEVICE Slice pages_of(const AttentionArguments& p, int row, int split) {
 template <int D, int SLOTS> DEVICE void paged_attention(const AttentionArguments& p) {
   typedef PageLayout<D, false> Layout;
   constexpr int WARPS = ATTENTION_WARPS, PAIRS = WARPS / 2, VALUES = PAGE_TOKENS * D * 2, SLOT = 2 * VALUES;
-  static_assert(PAIRS == 2, "the sums of the second pair are added to those of the first");
-  __shared__ AttentionShared<D, PAIRS> shared;
+  static_assert(SLOTS % PAIRS == 0, "a slot belongs to the same two warps in all turns of an item");
+  __shared__ AttentionShared<D> shared;
   __shared__ u64 full[SLOTS], empty[SLOTS];
   u8* ring = (u8*)shared_words;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
@@ -29,7 +29,7 @@ template <int D, int SLOTS> DEVICE void paged_attention(const AttentionArguments
   const u32 items = (u32)(p.rows * blocks * p.splits);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++) { slot_barrier(full + i, 1); slot_barrier(empty + i, WARPS); }
+    for (int i = 0; i < SLOTS; i++) { slot_barrier(full + i, 1); slot_barrier(empty + i, 2); }
     show_barriers();
   }
   __syncthreads();
@@ -89,42 +89,22 @@ template <int D, int SLOTS> DEVICE void paged_attention(const AttentionArguments
     for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
 #pragma unroll 1
     for (int at = slice.begin; at < slice.end; at++, turn++) {
+      if ((at - slice.begin) % PAIRS != warp / 2) continue;
       const u32 slot = turn % SLOTS;
-      wait_for_slot(full + slot, turn / SLOTS & 1);  // all wait for each page, so that nobody takes a slot's next one for this one
-      if ((at - slice.begin) % PAIRS == warp / 2) {
-        Strip<D, false> strip;
-        strip.load(ring + slot * SLOT, ring + slot * SLOT + VALUES, warp % 2, r, c);
-        float score[4][2];
-        score_strip<D, false>(p, strip, queries, slice, at * PAGE_TOKENS + warp % 2 * 32 + c * 8, score);
-        add_strip<D, false>(strip, score, running);
-      }
+      wait_for_slot(full + slot, turn / SLOTS & 1);
+      Strip<D, false> strip;
+      strip.load(ring + slot * SLOT, ring + slot * SLOT + VALUES, warp % 2, r, c);
+      float score[4][2];
+      score_strip<D, false>(p, strip, queries, slice, at * PAGE_TOKENS + warp % 2 * 32 + c * 8, score);
+      add_strip<D, false>(strip, score, running);
       __syncwarp();
       if (lane == 0) arrive(empty + slot);
     }
     running.sum += __shfl_xor_sync(FULL, running.sum, 1);
     running.sum += __shfl_xor_sync(FULL, running.sum, 2);
-#pragma unroll 1
-    for (int pair = PAIRS - 1; pair >= 0; pair--) {  // the second pair leaves its sums; the first adds them to its own, and leaves those
-      if (warp / 2 == pair) {
-        const int of = warp % 2;
-        if (pair == 0) {
-          const float other = shared.maxima[of][r], top = fmaxf(running.top, other), mine = exp2f(running.top - top), theirs = exp2f(other - top);
-          running.top = top;
-          running.sum = running.sum * mine + shared.sums[of][r] * theirs;
+    if (c == 0) { shared.maxima[warp][r] = running.top; shared.sums[warp][r] = running.sum; }
 #pragma unroll
-          for (int t = 0; t < D / 8; t++) {
-            const float2 v = *(const float2*)&shared.outs[of][r][t * 8 + c * 2];
-            running.out[t][0] = running.out[t][0] * mine + v.x * theirs;
-            running.out[t][1] = running.out[t][1] * mine + v.y * theirs;
-          }
-          __syncwarp();
-        }
-        if (c == 0) { shared.maxima[of][r] = running.top; shared.sums[of][r] = running.sum; }
-#pragma unroll
-        for (int t = 0; t < D / 8; t++) *(float2*)&shared.outs[of][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
-      }
-      if (pair) barrier_of_warps<WARPS>();
-    }
+    for (int t = 0; t < D / 8; t++) *(float2*)&shared.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
     score_new_token<D>(p, shared, count, slice.newest);
     barrier_of_warps<WARPS>();
 
