@@ -23,7 +23,6 @@ from gptq_webui.gptq.cuda.kernel_source import (
     OctetVariant,
     Packing,
     PagedAttentionVariant,
-    RouteVariant,
     groups_of,
 )
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
@@ -93,13 +92,13 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         *(LatentVariant(True, 512, 128, 64, 128), LatentVariant(False, 64, 32, 32, 32)),
     ]
     if capability >= (9, 0):
-        variants += [LatentVariant(False, 512, 192, 64, 256, whole=True), RouteVariant(True, True, True, 128)]
+        variants += [LatentVariant(False, 512, 192, 64, 256, whole=True)]
     text = kernel_source.source(variants, [], [])
     binary = compiler(capability, tmp_path).compile(text)
     names = gpu_kernels._KERNEL.findall(text)
     assert {each.name for each in variants} | {
         "row_norm_wide_bfloat", "row_norm_normed_bfloat", "row_norm_chosen_bfloat", "rotate_bfloat", "keep_bfloat",
-        "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat", "route_wide_normed_bfloat",
+        "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat",
         "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
         "read_latent_half_64_32_32_32", "clamped_gate_bfloat",
     } == set(names)  # fmt: skip

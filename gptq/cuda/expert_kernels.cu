@@ -54,26 +54,17 @@ DEVICE u32 warp_max(u32 v) {
 }
 
 // The experts of one token: logits, softmax, the highest `choices` of them. A warp computes the logit of an expert; the last block
-// to finish chooses, or with TOGETHER the first one of the cluster that all of them are. At most 32 choices. With NORMED the token is
-// normed first, by every block. WIDE: the weights are fp32.
-template <class T, bool NORMED, bool WIDE, bool TOGETHER> DEVICE void choose_experts(const RouteArguments& p) {
+// to finish chooses. At most 32 choices. With NORMED the token is normed first, by every block. WIDE: the weights are fp32.
+template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const RouteArguments& p) {
   float* logits = (float*)shared_words;  // [experts]
   float* scratch = logits + p.experts;   // 33
   u32* flag = (u32*)(scratch + 33);
   u16* normed = (u16*)(((u64)(flag + 1) + 15) / 16 * 16);  // [k], NORMED only
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = blockIdx.x * (blockDim.x / 32) + warp;
   constexpr int BYTES = WIDE ? 4 : 2;  // of a weight
-  constexpr int AHEAD = 8 / (BYTES / 2);  // pieces of eight weights that are loaded before the wait
   const u8* row = (const u8*)p.weights + (size_t)min(expert, p.experts - 1) * p.k * BYTES;
-  if constexpr (TOGETHER) arrive_at_cluster();
   allow_next_kernel_to_start();
-  uint4 early[AHEAD * BYTES / 2];
-#pragma unroll
-  for (int i = 0; i < AHEAD * BYTES / 2; i++) {
-    const int at = (i * 2 / BYTES * 32 + lane) * 8;
-    early[i] = at < p.k ? stream4(row + at * BYTES + i % (BYTES / 2) * 16) : make_uint4(0, 0, 0, 0);
-  }
-  for (int at = AHEAD * 256 * BYTES + lane * 128; at < p.k * BYTES; at += 4096) prefetch_to_l2(row + at);
+  for (int at = lane * 128; at < p.k * BYTES; at += 4096) prefetch_to_l2(row + at);
   if constexpr (NORMED) {
     RowNormArguments n = {};
     n.x = p.x; n.addend = p.addend; n.sum = p.sum; n.weight = p.norm; n.bias = p.norm_bias; n.k = p.k;
@@ -85,49 +76,36 @@ template <class T, bool NORMED, bool WIDE, bool TOGETHER> DEVICE void choose_exp
     __syncthreads();
   } else wait_for_previous_kernel();
   float sum = 0.f;
-  auto add = [&](int at, const uint4& a, const uint4& more) {  // eight weights from `at` on; the last four in `more` if they are fp32
-    const uint4 b = NORMED ? *(const uint4*)(normed + at) : __ldcg((const uint4*)(p.x + at));
-    const u16 *w = (const u16*)&a, *x = (const u16*)&b;
-    const float *low = (const float*)&a, *high = (const float*)&more;
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum += (WIDE ? j < 4 ? low[j] : high[j - 4] : T::wide(w[j])) * T::wide(x[j]);
-  };
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int at = (i * 32 + lane) * 8;
-    if (at < p.k) add(at, early[i * BYTES / 2], early[i * BYTES / 2 + BYTES / 2 - 1]);
-  }
 #pragma unroll 4
-  for (int at = AHEAD * 256 + lane * 8; at < p.k; at += 256) {
-    const uint4 a = stream4(row + at * BYTES);
-    add(at, a, WIDE ? stream4(row + at * BYTES + 16) : a);
+  for (int at = lane * 8; at < p.k; at += 256) {
+    const uint4 a = stream4(row + at * BYTES), b = NORMED ? *(const uint4*)(normed + at) : __ldcg((const uint4*)(p.x + at));
+    const u16 *w = (const u16*)&a, *x = (const u16*)&b;
+    if constexpr (WIDE) {
+      const uint4 more = stream4(row + at * BYTES + 16);
+      const float *low = (const float*)&a, *high = (const float*)&more;
+#pragma unroll
+      for (int j = 0; j < 4; j++) sum += low[j] * T::wide(x[j]) + high[j] * T::wide(x[j + 4]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += T::wide(w[j]) * T::wide(x[j]);
+    }
   }
   sum = warp_sum(sum);
   if (lane == 0 && expert < p.experts) {
     if (p.bias) sum += T::wide(p.bias[expert]);
-    sum = p.wide ? sum : T::wide(T::narrow(sum));
-    if constexpr (!TOGETHER) p.logits[expert] = sum;
+    p.logits[expert] = p.wide ? sum : T::wide(T::narrow(sum));
   }
-  if constexpr (TOGETHER) {
-    __syncwarp();
-    wait_for_cluster();  // every block has begun
-    if (lane == 0 && expert < p.experts) put_there(shared_of(logits + expert, 0), sum);
-    __syncwarp();
-    arrive_at_cluster();
-    wait_for_cluster();
-    if (blockIdx.x) return;
-  } else {
-    __syncthreads();
-    if (threadIdx.x == 0) *flag = count_arrival(p.done);
-    __syncthreads();
-    if (*flag != gridDim.x - 1) return;
-    if (threadIdx.x == 0) *p.done = 0;
-  }
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = count_arrival(p.done);
+  __syncthreads();
+  if (*flag != gridDim.x - 1) return;
+  if (threadIdx.x == 0) *p.done = 0;
+
   if (warp) return;  // what is left is little, and a barrier costs more than the other warps would save
   float high = -INFINITY;
 #pragma unroll 4
   for (int i = lane; i < p.experts; i += 32) {
-    if constexpr (!TOGETHER) logits[i] = __ldcg(p.logits + i);
+    logits[i] = __ldcg(p.logits + i);
     high = fmaxf(high, logits[i]);
   }
 #pragma unroll
@@ -175,7 +153,6 @@ template <class T, bool NORMED, bool WIDE, bool TOGETHER> DEVICE void choose_exp
   }
 }
 
-template <class T> DEVICE void route(const RouteArguments& p) { choose_experts<T, false, false, false>(p); }
-template <class T> DEVICE void route_normed(const RouteArguments& p) { choose_experts<T, true, false, false>(p); }
-template <class T> DEVICE void route_wide(const RouteArguments& p) { choose_experts<T, false, true, false>(p); }
-template <class T> DEVICE void route_wide_normed(const RouteArguments& p) { choose_experts<T, true, true, false>(p); }
+template <class T> DEVICE void route(const RouteArguments& p) { choose_experts<T, false, false>(p); }
+template <class T> DEVICE void route_normed(const RouteArguments& p) { choose_experts<T, true, false>(p); }
+template <class T> DEVICE void route_wide(const RouteArguments& p) { choose_experts<T, false, true>(p); }

@@ -10,12 +10,10 @@ from . import deferred
 from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import ROUTE, ROUTE_RUNS
-from .kernel_source import ROUTE_CLUSTER, LayerVariant, RouteVariant
+from .kernel_source import LayerVariant
 from .natural_order import NUMBERS
 
 _WARPS = 8  # of a block: an expert each
-_TOGETHER = True  # whether the blocks of a router are a cluster where a GPU has them
-_CLUSTERED = (9, 0)  # the first GPUs whose blocks write into each other's shared memory
 _MOST_EXPERTS = 4096
 _MOST_CHOICES = 32
 _NORMED = ROUTE_RUNS * 8 * 32 * _WARPS  # inputs, at most, that the kernel also norms
@@ -52,10 +50,6 @@ class CudaRouter(nn.Module):
         self._wide = "_wide" * (weight.dtype == torch.float32)
         self._logits = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
         self._constant: tuple[Tensor, Tensor] | None = None
-        experts, bfloat = weight.shape[0], self._dtype == torch.bfloat16
-        together = _TOGETHER and gpu.capability >= _CLUSTERED and 64 <= experts <= 256 and experts % ROUTE_CLUSTER == 0
-        self._together = [RouteVariant(bfloat, bool(self._wide), normed, experts) for normed in (False, True)] if together else []
-        gpu.add_missing(variants=self._together)
         self._done = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
     @property
@@ -106,16 +100,12 @@ class CudaRouter(nn.Module):
         )  # fmt: skip
         name = f"route{self._wide}{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
         shared_bytes = (experts + 36) * 4 + (inputs * 2 + 16) * (row is not None)
-        if self._together:
-            variant = self._together[row is not None]
-            self._gpu.run(variant.name, (ROUTE_CLUSTER,), variant.threads, arguments, shared_bytes, overlap=True)
-        else:
-            self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
+        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
         return every
 
     def _waiting(self, x: Tensor) -> NormedRow | None:
         """The norm of the token, if it waits and this kernel is to compute it."""
-        later = deferred.current()
+        later = None if self._wide else deferred.current()  # weights in fp32 meet a token that is normed already
         row: NormedRow | None = None if later is None else later.what(x, NormedRow)
         if later is None or row is None:
             return None
@@ -137,7 +127,7 @@ def kind_of(router: nn.Module, dtype: torch.dtype | None = None) -> RouterKind |
     if not set(parameters) <= {"weight", "bias"} or weight is None or weight.dim() != 2:
         return None
     dtype = dtype if weight.dtype == torch.float32 else weight.dtype
-    if dtype not in NUMBERS or (bias is not None and weight.dtype == torch.float32):
+    if dtype not in NUMBERS or (weight.dtype == torch.float32 and bias is not None):
         return None
     if (
         any(True for _ in router.children())

@@ -44,7 +44,6 @@ _SAMPLER, _GUESSED = ("sample.cu",), ("guessed_attention.cu",)
 BITS = (2, 3, 4, 8)
 HEAD_DIMS = (32, 64, 96, 128)
 UNIT_INPUTS = 16  # the fewest inputs that share a scale
-ROUTE_CLUSTER = 8  # blocks that choose a token's experts together
 BLOCK_THREADS = 1024  # of a block, at most, on every GPU
 NORM_INPUTS = NORM_RUNS * 8 * BLOCK_THREADS  # inputs that one block norms, at most
 
@@ -287,25 +286,6 @@ class LayerVariant:
 
 
 @dataclass(frozen=True)
-class RouteVariant:
-    """The choice of a token's experts by the blocks of one cluster (choose_experts in expert_kernels.cu)."""
-
-    bfloat: bool
-    wide: bool  # the weights are fp32
-    normed: bool
-    experts: int
-
-    @property
-    def name(self) -> str:
-        numbers = f"{self.experts}_{'bfloat' if self.bfloat else 'half'}"
-        return f"route_together{'_wide' * self.wide}{'_normed' * self.normed}_{numbers}"
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.experts // ROUTE_CLUSTER
-
-
-@dataclass(frozen=True)
 class DecodeVariant:
     """Attention of one token over a cache of transformers."""
 
@@ -427,16 +407,16 @@ class PagedAttentionVariant:
 
 
 Variant = (
-    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | RouteVariant | DecodeVariant
+    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
     | LatentVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
 )  # fmt: skip
 
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
-    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "combine":
-    "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments", "route_wide": "RouteArguments",
-    "route_wide_normed": "RouteArguments", "clamped_gate": "ClampedGateArguments",
+    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments",
+    "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
+    "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
 }  # fmt: skip
 
 
@@ -501,9 +481,6 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
         elif isinstance(each, PagedAttentionVariant):
             kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
-        elif isinstance(each, RouteVariant):
-            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {str(each.normed).lower()}, {str(each.wide).lower()}, true"
-            kernel(each.name, "RouteArguments", f"choose_experts<{numbers}>", each.threads, ROUTE_CLUSTER)
         elif isinstance(each, ExpertSumVariant):
             numbers = f"{each.split}, {each.batch}, {each.stages}, {'Bfloat' if each.bfloat else 'Half'}"
             kernel(each.name, "ExpertSumArguments", f"expert_sum<{each.packing.arguments}, {numbers}>", each.threads)

@@ -7,7 +7,6 @@ found by trying it with the first token of a recording: what is kept, and what t
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -38,7 +37,6 @@ _PARTS = (
     "layer_idx",
 )
 _TAKEN = True  # whether attention to latent vectors is computed here
-_MASK = "create_causal_mask"
 _MOST_SPLITS = 64  # blocks that share the tokens, as many as read_latent adds up
 _SPLIT_TOKENS = 32  # that are shown, for each of them
 _HEADS = 16  # of a block
@@ -61,13 +59,7 @@ def take_latent(
     model: nn.Module, attention: "LatentAttention", aside: Callable[[], AbstractContextManager[None]], undo: ExitStack
 ) -> None:
     """Compute a model's attention to latent vectors by `attention` until `undo` is closed. In `aside` a module is only tried."""
-    found = [each for each in model.modules() if is_latent(each)]
-    attention.begin(found, getattr(getattr(model, "config", None), "num_hidden_layers", 0))
-    for file in {sys.modules[type(each).__module__] for each in found}:
-        if (mask := getattr(file, _MASK, None)) is not None:
-            setattr(file, _MASK, _left_out(mask, attention))
-            undo.callback(setattr, file, _MASK, mask)
-    for module in found:
+    for module in [each for each in model.modules() if is_latent(each)]:
         given = vars(module).get("forward")
         module.forward = _taken(module, module.forward, attention, aside)
         if given is None:
@@ -89,25 +81,9 @@ def _taken(
 
         cache = given.get("cache", given.get("past_key_values"))
         out = None if args else attention.of(module, hidden_states, cache, given.get("position_embeddings"), plain)
-        if out is not None:
-            attention.computed.add(id(module))
-            return out, None
-        if attention.alone:  # it has no mask
-            raise RuntimeError("attention differs from one forward to the next")
-        return original(hidden_states, *args, **given)
+        return original(hidden_states, *args, **given) if out is None else (out, None)
 
     return forward
-
-
-def _left_out(mask: Callable[..., Any], attention: "LatentAttention") -> Callable[..., Any]:
-    """transformers' making of a mask, which nobody reads where all layers are computed here: one token sees all before it."""
-
-    def made(*args: Any, **given: Any) -> Any:
-        x = given.get("inputs_embeds", given.get("input_embeds"))
-        one = not args and given.get("attention_mask") is None and isinstance(x, Tensor) and x.shape[:2] == (1, 1)
-        return None if one and attention.alone else mask(*args, **given)
-
-    return made
 
 
 class LatentAttention:
@@ -118,19 +94,7 @@ class LatentAttention:
         self._kinds: dict[Any, int | None] = {}  # what turns together, by what modules have in common; None: not computed
         self._matrices: dict[int, Tensor] = {}  # fp16 [heads * (fixed + values), rank], by the module's id
         self._in_one = True  # where one kernel can
-        self.computed: set[int] = set()  # modules (by id) of this recording that were computed here
-        self._layers = 0  # of the model, if all of them attend to latent vectors
         self._work: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def begin(self, modules: list[nn.Module], layers: int) -> None:
-        """A recording of a model with these modules begins."""
-        self.computed.clear()
-        self._layers = layers if len(modules) == layers else 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether every layer of the model was computed here, in this recording."""
-        return 0 < self._layers == len(self.computed)
 
     def close(self) -> None:
         self._matrices.clear()

@@ -89,7 +89,6 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
       fresh[i] = y;
       if (head == 0) *kept_at<RANK, TURNED>(p, before, i) = y;
     });
-  __syncwarp();
   wait_for_cluster();
 
   float own[ALL_PIECES][8], high = -INFINITY, weight = 0.f, low_sum = 0.f, high_sum = 0.f;
@@ -150,7 +149,6 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
   }
   if (threadIdx.x < RANK / 2) *(float2*)(part + threadIdx.x * 2) = make_float2(low_sum, high_sum);
   if (threadIdx.x == 0) *(float2*)stats = make_float2(high, weight);
-  __syncwarp();
   arrive_at_cluster();
   wait_for_cluster();
 
@@ -172,7 +170,6 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
       y.y += share * theirs.y;
     }
   }
-  __syncwarp();
   arrive_at_cluster();
   if (threadIdx.x < RANK / 2) *(float2*)(latent + threadIdx.x * 2) = y;
   __syncthreads();
@@ -192,6 +189,5 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
     const int row = warp + r * 8;
     if (lane == 0 && row < OUTPUTS) p.out[(size_t)head * VALUE + block * OUTPUTS + row] = T::narrow(value);
   }
-  __syncwarp();
   wait_for_cluster();  // the other blocks have read what is in this one
 }
