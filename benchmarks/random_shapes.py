@@ -2,10 +2,11 @@
 
     python benchmarks/random_shapes.py --count 300 --seed 1
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 9 \\
-        python benchmarks/random_shapes.py --small --seed 1
+        --kernel-name-exclude kernel_substring=flash python benchmarks/random_shapes.py --small --seed 1
 
-Without torch's cache of memory every tensor is an allocation of its own, so that the sanitizer sees what leaves it. With
---small, models are narrow and take their formats from 24, so that few kernels are compiled; run several seeds side by side.
+Without torch's cache of memory every tensor is an allocation of its own, so that the sanitizer sees what leaves it. A kernel
+of torch's own flash attention does, and ends the process at its first error: it is left out. With --small, models are narrow
+and take their formats from 24, so that few kernels are compiled; run several seeds side by side.
 
 A third of the models has a shape or a format that some kernel cannot compute (heads that share no whole number of key
 heads, odd group sizes, hidden sizes that are no multiple of 8 …). A model that is taken must give the logits of plain
