@@ -108,14 +108,18 @@ class ForwardPatch:
         row = ids[0].tolist()
         with torch.inference_mode():
             logits = self._logits([], row, 1)[0]
-            assert self._memory is not None
-            running = self._stepper.running(self._memory, row)
+            memory, read = self._memory, self._read
+            assert memory is not None
+            running = self._stepper.running(memory, row)
+        self._memory, self._read = None, []  # a processor or a criterion may call the model meanwhile
         loop = SamplingLoop(logits_processor, stopping_criteria, generation_config, streamer, self._dtype(logits))
         try:
-            return loop.run(ids, logits, running, self._read.append)
+            return loop.run(ids, logits, running, read.append)
         finally:  # also where a part of the caller's ended it: the cache holds what was read
-            if cache is not None and self._memory is not None:
-                self._kept_in(cache, self._read[: self._memory.length])
+            if cache is not None:
+                self._kept_in(cache, read[: memory.length])
+            self._keep()
+            self._memory, self._read = memory, read
 
     def _is_called_by(self, forward: Callable[..., Any]) -> bool:
         """Whether a model's forward is ours, directly or in the queue of calls (`passes_on`: itself, and what it calls)."""

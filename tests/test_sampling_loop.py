@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from test_patched_forward import OTHER, PROMPT, Ban, Model, generate
+from test_patched_forward import CACHE, OTHER, PROMPT, Ban, Model, generate
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from gptq_webui.gptq.sampling_loop import SamplingLoop
@@ -189,3 +189,33 @@ def test_a_text_that_would_be_longer_than_the_step_computes_goes_the_usual_way(l
     model.same(count=10)
     assert loops == [10]
     model.stepper.close()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 10])
+@pytest.mark.parametrize("nested", ["forward", "generate"])
+def test_a_processor_may_call_the_same_model_with_another_text(model, loops, nested, cut):
+    prompt = torch.tensor([[0, *[(at * 37) % 250 + 3 for at in range(60)]]])
+
+    def asks(hf):
+        def process(ids, scores):
+            other = torch.cat([ids[:, :-cut], torch.tensor([[9, 8, 7, 11, 12]])], dim=1)
+            with torch.no_grad():
+                if nested == "generate":
+                    return scores + 0.5 * hf(input_ids=generate(hf, other, 3)).logits[:, -1]
+                return scores + 0.5 * hf(input_ids=other).logits[:, -1]
+
+        return LogitsProcessorList([process])
+
+    found = [generate(hf, prompt, 12, logits_processor=asks(hf)).tolist() for hf in (model.hf, model.twin)]
+    assert found[0] == found[1] and 12 in loops
+    assert generate(model.hf, prompt, 12).tolist() == generate(model.twin, prompt, 12).tolist()
+
+
+def test_guidance_by_a_negative_prompt_leaves_the_callers_cache_its_own_ids(model):
+    found = []
+    for hf in (model.hf, model.twin):
+        cache = DynamicCache()
+        first = generate(hf, PROMPT, 6, guidance_scale=1.7, negative_prompt_ids=OTHER, **{CACHE: cache})
+        held = cache.get_seq_length()
+        found.append((first.tolist(), held, generate(hf, torch.cat([first, OTHER], 1), 6, **{CACHE: cache}).tolist()))
+    assert found[0] == found[1]
