@@ -17,7 +17,7 @@ from ..core.models import LocalModel
 from ..engine.load_fallback import LoadOutcome
 from ..engine.load_request import LoadPlan
 from ..engine.slot import Slot, Status
-from ..loaders.machine.memory_release import free_memory, leave_out_of_collections
+from ..loaders.machine.memory_release import free_memory, leave_nothing_out, leave_out_of_collections
 from . import headless_model
 from .host_adapter import Host
 
@@ -154,6 +154,7 @@ class HostSlot(Slot):
         """Free our model, whatever the host believes. Raises Busy."""
         super().unload()
         self._host_model = None
+        leave_nothing_out()
         free_memory()
 
     def _say_ready(self) -> None:

@@ -51,6 +51,8 @@ def test_the_hosts_collection_before_every_reply_passes_over_what_the_load_made(
     assert host("state")["frozen"] == 0
     host("load", name="tiny-2023")
     assert host("state")["frozen"] > 50_000
+    host("free")
+    assert host("state")["frozen"] > 50_000, "memory that is freed beside a model brings nothing back"
     host("unload")
     assert host("state")["frozen"] == 0
 

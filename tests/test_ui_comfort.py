@@ -4,6 +4,7 @@ import io
 import re
 import socket
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,7 +164,9 @@ def test_a_tab_that_is_clicked_before_the_server_has_chosen_one_stays(chrome, pl
     tab.route("**/run/predict*", lambda route: held.append((route, route.fetch())) if holds else route.continue_())
     tab.reload()
     tab.click("[role=tab]:has-text('Parameters')")
+    end = time.monotonic() + WAIT_MS / 1000
     while not held:
+        assert time.monotonic() < end
         tab.wait_for_timeout(20)  # the browser's network goes through this thread
     holds.clear()
     for route, response in held:

@@ -13,11 +13,14 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
     `device`, a torch.device, is where a model has just been computed: None releases torch's reserve on every GPU that
     torch has started, a CPU device leaves the GPUs alone, and a CUDA device also releases cuBLAS' workspaces. Nothing
     may be computing on a CUDA device that is named. `collect=False` skips the garbage collection, for callers that have
-    just closed a model, which collects.
+    just closed a model, which collects. What was left out of collections is left out again afterwards.
     """
     if collect:
+        left_out = gc.get_freeze_count() > 0
         gc.unfreeze()
         gc.collect()
+        if left_out:
+            gc.freeze()
     torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and (device is None or device.type == "cuda")
     if on_gpu and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -30,10 +33,15 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
 
 
 def leave_out_of_collections() -> None:
-    """Let later garbage collections pass over all that is in memory now, until `free_memory`.
+    """Let later garbage collections pass over all that is in memory now; `leave_nothing_out` ends that.
 
     For programs that collect often: torch, transformers and compiled kernels are half a million objects, which take
     half a second to look through.
     """
     gc.collect()
     gc.freeze()
+
+
+def leave_nothing_out() -> None:
+    """Collect everything again: what `leave_out_of_collections` did was for a model that is gone."""
+    gc.unfreeze()

@@ -174,6 +174,11 @@ def answer(command):
             page.close()
         page = create_interface()
         return {}
+    if do == "free":
+        from gptq_webui.loaders.machine.memory_release import free_memory
+
+        free_memory()
+        return {}
     if do == "state":
         import gc
 
