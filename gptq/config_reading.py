@@ -53,7 +53,8 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
 def _config_of(model: LocalModel, trust_remote_code: bool) -> Any:
     values = read_json(model.folder / "config.json")
     scaling, kind = values.get("rope_scaling"), values.get("model_type")
-    if kind == "phi3" and isinstance(scaling, Mapping) and scaling.get("type") == "su":
+    own_code = trust_remote_code and values.get("auto_map")
+    if kind == "phi3" and isinstance(scaling, Mapping) and scaling.get("type") == "su" and not own_code:
         # its first name of longrope, which transformers 5 reads without the setting beside it
         return CONFIG_MAPPING[kind].from_dict({**values, "rope_scaling": {**scaling, "type": "longrope"}})
     with readable(model.folder, without_bom(model.folder)) as folder:
