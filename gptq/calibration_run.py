@@ -1,7 +1,6 @@
 """A calibration text on its way through a model, one decoder layer at a time: what the first layer receives, and what every layer
 receives beside the hidden states."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,40 +39,41 @@ def first_inputs(
 
 
 def _trace(model: Any, decoder: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[Call]]:
-    """Run the model with layers that only note what they receive, as far as the last one."""
+    """Run the model with layers that only note what they receive, to its end: some run their layers several times."""
     hidden: list[Tensor] = []
     calls: list[Call] = []
+    out_of_turn = LoadFailed(
+        "The model does not run its decoder layers one after the other; it cannot be quantised layer by layer. "
+        "Choose another model."
+    )
 
     def stand_in(layer: nn.Module) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
+            if len(calls) == len(decoder) or layer is not decoder[len(calls)]:
+                raise out_of_turn
             if not args:
                 args = (kwargs.pop("hidden_states"),)
-            hidden.append(args[0])
+            if not hidden:
+                hidden.append(args[0])
             calls.append((args[1:], kwargs))
-            if layer is decoder[-1]:
-                raise _Seen
             return Same(args[0])
 
         return note
 
+    head = model.get_output_embeddings()  # some models have it inside what is run here
+    stand_ins = {layer: stand_in(layer) for layer in decoder}
+    if head is not None:
+        stand_ins[head] = lambda x: x[..., :1]  # no logits: nobody reads them, and the head is in 16 bits
     try:
-        for layer in decoder:
-            layer.forward = stand_in(layer)
-        with contextlib.suppress(_Seen):
-            model.base_model(input_ids=ids, use_cache=False)
+        for module, forward in stand_ins.items():
+            vars(module)["forward"] = forward
+        model.base_model(input_ids=ids, use_cache=False)
     finally:
-        for layer in decoder:
-            del layer.forward
+        for module in stand_ins:
+            vars(module).pop("forward", None)
     if len(calls) != len(decoder):
-        raise LoadFailed(
-            "The model does not run its decoder layers one after the other; it cannot be quantised layer by layer. "
-            "Choose another model."
-        )
+        raise out_of_turn
     return hidden[0], calls
-
-
-class _Seen(Exception):
-    """The last decoder layer was reached."""
 
 
 class Same(Tensor):

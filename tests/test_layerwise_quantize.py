@@ -2,17 +2,20 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from every_architecture import KINDS, tiny_model
 from safetensors.torch import load_file
 
 import tiny
-from gptq_webui.core.errors import BadParameter
+from gptq_webui.core.errors import BadParameter, LoadFailed
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.gptq import bit_packing, gptq_solver
+from gptq_webui.gptq.calibration_run import first_inputs
 from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers
-from gptq_webui.gptq.quantize import quantize_model
+from gptq_webui.gptq.quantize import decoder_layers, quantize_model
 from gptq_webui.gptq.rounding_error import output_error
 
 FOUR = QuantizeConfig(4, 32, desc_act=True, damp_percent=0.1)
@@ -146,3 +149,60 @@ def test_where_the_group_size_does_not_divide_the_last_group_is_short(act_order:
 def test_texts_of_several_lengths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadParameter, match="several lengths"):
         quantize_layers(tiny.dense_model("llama"), [[1, 2], [3]], {"four": FOUR}, tmp_path, CPU)
+
+
+def runs_twice() -> Any:
+    model = tiny.dense_model("llama")
+    once = model.model.forward
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        return once(inputs_embeds=once(*args, **kwargs).last_hidden_state, use_cache=False)
+
+    model.model.forward = twice
+    return model
+
+
+class Doubled(torch.nn.ModuleList):
+    def __getitem__(self, at: Any) -> Any:
+        return [each for each in self for _ in range(2)] if isinstance(at, slice) else super().__getitem__(at)
+
+
+class Backwards(torch.nn.ModuleList):
+    def __getitem__(self, at: Any) -> Any:
+        return list(self)[::-1] if isinstance(at, slice) else super().__getitem__(at)
+
+
+def runs_each_layer_twice() -> Any:
+    model = tiny.dense_model("llama")
+    model.model.layers.__class__ = Doubled  # the model runs a slice of them
+    return model
+
+
+def runs_backwards() -> Any:
+    model = tiny.dense_model("llama")
+    model.model.layers.__class__ = Backwards
+    return model
+
+
+@pytest.mark.parametrize("make", [runs_twice, runs_each_layer_twice, runs_backwards])
+def test_a_model_whose_layers_run_in_another_order_is_refused(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match=r"one after the other; it cannot be quantised layer by layer\. Choose another"):
+        quantize_layers(make(), texts(2), {"four": FOUR}, tmp_path, CPU)
+    assert not list(tmp_path.rglob("layer-*"))
+
+
+@pytest.mark.skipif("hrm_text" not in KINDS, reason="this transformers does not know HRM")
+def test_hrm_whose_layers_run_in_cycles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match="one after the other"):
+        quantize_layers(tiny_model("hrm_text"), texts(2), {"four": FOUR}, tmp_path, CPU)
+    assert not list(tmp_path.rglob("layer-*"))
+
+
+def test_an_output_layer_inside_the_base_model_makes_no_logits() -> None:
+    """Llama 4's base model is the whole model, and its output layer stays in 16 bits while the rest is run in fp32."""
+    model = tiny_model("llama4_text").half()
+    assert model.base_model is model
+    with torch.inference_mode():
+        hidden, calls = first_inputs(model, *decoder_layers(model), texts(2))
+    assert [each.shape for each in hidden] == [(2, 32, 64)] and len(calls[2]) == 4
+    assert "forward" not in vars(model.get_output_embeddings()) and "forward" not in vars(decoder_layers(model)[1][0])
