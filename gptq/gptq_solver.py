@@ -7,7 +7,6 @@ takes rows by falling diag(H); groups are formed in that order, so g_idx comes o
 """
 
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -26,6 +25,8 @@ _WHOLE = 2048  # rows of a matrix that is inverted at once, columns that are pac
 _ONE_LAUNCH = True  # on a GPU a kernel of our own rounds a block
 _LOW_BITS = 4  # with so few numbers it pays to choose a group's scale with care: the best of _SHARES of its range
 _SHARES = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+RoundBlock = Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor], None]  # as _round_block
 
 
 @dataclass(frozen=True)
@@ -228,15 +229,28 @@ def _round_block(rows: Tensor, factor: Tensor, columns: tuple[Tensor, Tensor, Te
             rows[at + 1 :].addr_(factor[at, at + 1 :], error, alpha=-1)
 
 
-@functools.cache
-def _rounder(device: torch.device) -> Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor], None]:
-    """What rounds a block there."""
-    if _ONE_LAUNCH and device.type == "cuda":
-        from .cuda.nvrtc import NoCompiler
-        from .cuda.rounding import BlockRounder
+_rounders: dict[torch.device, RoundBlock] = {}  # kernels of our own that were compiled and loaded
 
+
+def _rounder(device: torch.device) -> RoundBlock:
+    """What rounds a block there. Without a kernel of our own, for want of memory for a moment too, blocks are rounded row by
+    row; the next input tries again."""
+    if not (_ONE_LAUNCH and device.type == "cuda"):
+        return _round_block
+    from .cuda.nvrtc import NoCompiler
+    from .cuda.rounding import BlockRounder
+
+    try:
+        launch = _rounders[device] if device in _rounders else _rounders.setdefault(device, BlockRounder(device))
+    except NoCompiler as error:
+        log.info("weights are rounded without a kernel of our own (%s)", error)
+        return _round_block
+
+    def round_block(rows: Tensor, factor: Tensor, columns: tuple[Tensor, Tensor, Tensor], q: Tensor, errors: Tensor) -> None:
         try:
-            return BlockRounder(device)
-        except NoCompiler as error:
-            log.info("weights are rounded without a kernel of our own (%s)", error)
-    return _round_block
+            launch(rows, factor, columns, q, errors)
+        except NoCompiler as error:  # the driver loads a kernel at its first launch
+            log.info("a block is rounded without a kernel of our own (%s)", error)
+            _round_block(rows, factor, columns, q, errors)
+
+    return round_block

@@ -1,5 +1,7 @@
 """Rounding the rows of a block in one launch, against the same row by row, and GPTQ's solver with it."""
 
+from typing import Any
+
 import pytest
 import torch
 from test_cuda_sources import FAMILIES, compiler
@@ -8,6 +10,7 @@ import tiny
 from gptq_webui.core.quantize_config import QuantizeConfig
 from gptq_webui.gptq import bit_packing, gptq_solver
 from gptq_webui.gptq.cuda import rounding
+from gptq_webui.gptq.cuda.nvrtc import NoCompiler
 from gptq_webui.gptq.layerwise_quantize import LayerDone, quantize_layers
 from gptq_webui.gptq.rounding_error import output_error
 
@@ -21,6 +24,44 @@ def test_the_kernel_compiles_for_every_family(family, tmp_path):
 
 def test_a_block_is_no_longer_than_the_kernel_takes():
     assert gptq_solver._BLOCK <= rounding.ROWS
+
+
+class Kernel:
+    """In the place of BlockRounder: the driver refuses to load it so many times, then to launch it."""
+
+    def __init__(self, refuse_loading: int, refuse_launching: int) -> None:
+        self.refuse_loading, self.refuse_launching = refuse_loading, refuse_launching
+        self.loaded = self.launched = 0
+
+    def __call__(self, device: torch.device) -> "Kernel":
+        if self.refuse_loading:
+            self.refuse_loading -= 1
+            raise NoCompiler("The CUDA driver failed at compiled kernels: out of memory")
+        self.loaded += 1
+        return self
+
+    def launch(self, *given: Any) -> None:
+        if self.refuse_launching:
+            self.refuse_launching -= 1
+            raise NoCompiler("The CUDA driver failed at round_block: out of memory")
+        self.launched += 1
+        gptq_solver._round_block(*given)
+
+
+@pytest.mark.parametrize(("loading", "launching"), [(0, 0), (1, 0), (0, 2), (2, 1)])
+def test_a_driver_without_memory_for_a_moment_costs_no_job_and_no_later_layer(loading, launching, monkeypatch):
+    kernel = Kernel(loading, launching)
+    monkeypatch.setattr(rounding, "BlockRounder", lambda device: kernel(device).launch)
+    monkeypatch.setattr(gptq_solver, "_rounders", {})
+    for _layer in range(4):
+        factor = torch.eye(5) + torch.rand(5, 5).triu_() * 0.1
+        rows, columns = torch.randn(5, 8), (torch.full((8,), 0.2), torch.full((8,), 8.0), torch.full((8,), 15.0))
+        found = [torch.zeros(5, 8, dtype=torch.uint8), torch.zeros(5, 8)]
+        expected = [torch.zeros_like(each) for each in found]
+        gptq_solver._round_block(rows.clone(), factor, columns, *expected)
+        gptq_solver._rounder(torch.device("cuda", 0))(rows, factor, columns, *found)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert (kernel.loaded, kernel.launched) == (1, 4 - loading - launching)
 
 
 @on_gpu
