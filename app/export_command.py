@@ -15,7 +15,7 @@ def write(options: argparse.Namespace) -> int:
     model = model_of(engine, options.model)
     adapter = options.adapter.expanduser().absolute() if options.adapter else None
     output = options.output.expanduser().absolute() if options.output else usual_folder(engine, model, options.form, adapter)
-    again = Requantise(options.dataset, options.seq_len, options.samples, report=LayerLines())
+    again = Requantise(options.dataset, options.seq_len, options.samples, report=LayerLines(), alone=True)
     try:
         print(export(model, options.form, output, adapter, say, zeros=options.format or "", again=again))
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ def quantize(options: argparse.Namespace) -> int:
         source, output, wanted, options.dataset, tokens, options.samples, options.measure, options.lm_head, options.leave
     )
     try:
-        folders = run(job, LayerLines(), say)
+        folders = run(job, LayerLines(), say, alone=True)
     except KeyboardInterrupt:
         say("Stopped. Finished layers are kept; the same command continues from there.")
         return INTERRUPTED

@@ -78,7 +78,7 @@ def main() -> None:
         began = now
 
     with tempfile.TemporaryDirectory() as work:
-        quantize_layers(model, texts, branches, Path(work), device, report)
+        quantize_layers(model, texts, branches, Path(work), device, report, alone=True)
     print(f"ours: {time.monotonic() - start:.1f} s for {options.layers} layers", flush=True)
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

@@ -68,6 +68,7 @@ class Requantise:
     samples: int = 128
     config: QuantizeConfig | None = None  # None: the model's own; 4 bits and groups of 128 for a 16-bit model
     report: Callable[[Any], None] = lambda done: None  # hears each layer; what it raises ends the work, which can be resumed
+    alone: bool = False  # as of quantize_job.run
 
 
 def _merged_again(model: LocalModel, adapter: Path, output: Path, again: Requantise, say: Callable[[str], None]) -> Path:
@@ -93,7 +94,7 @@ def _merged_again(model: LocalModel, adapter: Path, output: Path, again: Requant
         head_bits=_head_bits(model),
         left=_unpacked(model) if model.is_packed else (),
     )
-    [made] = run(job, again.report, say)
+    [made] = run(job, again.report, say, again.alone)
     os.replace(made, output)
     shutil.rmtree(merged, ignore_errors=True)
     return output

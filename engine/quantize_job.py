@@ -75,8 +75,9 @@ def usual_sample_tokens(source: LocalModel) -> int:
     return min(_SAMPLE_TOKENS, source.context_tokens or _SAMPLE_TOKENS)
 
 
-def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], None]) -> list[Path]:
-    """Make the folders; `report` hears a LayerDone for every decoder layer, `say` a sentence for every other step.
+def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], None], alone: bool = False) -> list[Path]:
+    """Make the folders; `report` hears a LayerDone for every decoder layer, `say` a sentence for every other step. `alone`:
+    nothing else computes in this process, so that settings of the whole process may be changed.
 
     What `report` raises ends the run; the same job goes on where it ended. Raises LoadRefused (the source is not a 16-bit
     model), BadParameter, LoadFailed, BadCheckpoint, DiskFull or DownloadFailed (another process makes the same).
@@ -125,7 +126,7 @@ def run(job: QuantizeJob, report: Callable[[Any], None], say: Callable[[str], No
             say(sentence)
         if heads and output_layer.is_tied(model):
             say("The output layer of this model is its embedding: packed, it is there a second time.")
-        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard, heads, leave)
+        layerwise_quantize.quantize_layers(model, samples, named, work, device, heard, heads, leave, alone)
         for name, config in named.items():
             say(f"Writing {job.folder(config).name}")
             draft = work / f"{name}.finished"

@@ -31,8 +31,6 @@ from .quantize import as_written, decoder_layers, dense_tensors
 from .rounding_error import output_error
 from .wanted_layers import Leave, packed_inside, wanted_layers
 
-_TENSOR_CORES = True  # of a GPU multiply what the calibration text becomes
-
 
 @dataclass(frozen=True)
 class LayerDone:
@@ -61,6 +59,7 @@ def quantize_layers(
     report: Report = lambda done: None,
     heads: Mapping[str, QuantizeConfig] | None = None,  # branch -> how the output layer is packed; None: it stays in 16 bits
     leave: Leave | None = None,
+    alone: bool = False,  # nothing else computes in this process
 ) -> None:
     """Write `work/BRANCH/layer-00000.safetensors` … with the packed tensors of every decoder layer that is not there yet.
 
@@ -68,6 +67,7 @@ def quantize_layers(
     model, this text and these settings. Device memory: one decoder layer and its Hessians in fp32.
     Of a mixture's experts, 2 GiB of Hessians are there at a time, or those of one expert.
     Main memory: the model, and hidden size × 4 bytes for each token of the text; twice that for a mixture.
+    On a GPU, a process that is `alone` lets tensor cores multiply what the text becomes.
     Raises LoadFailed for a model that cannot be quantised, BadParameter for an output layer that cannot be packed, or a `leave`
     that fits no layer.
     """
@@ -91,7 +91,7 @@ def quantize_layers(
         inside = {name: module for name, module in packed.items() if name not in apart}
         for mixture in mixed:
             mixture.watch()
-        with InputHessians({} if resumed else inside) as collected, _fast_products(device):
+        with InputHessians({} if resumed else inside) as collected, _fast_products(device, alone):
             for hidden in batches:
                 collected.start_batch()
                 args, kwargs = to_device(calls[len(hidden)][index], device)
@@ -196,11 +196,17 @@ def _one_by_one(groups: list[tuple[list[str], Tensor]]) -> Iterator[tuple[list[s
 
 
 @contextlib.contextmanager
-def _fast_products(device: torch.device) -> Iterator[None]:
-    """Products on a GPU from numbers of 10 bits behind the point, as fp16 has them, with sums in fp32."""
+def _fast_products(device: torch.device, alone: bool) -> Iterator[None]:
+    """Products on a GPU from numbers of 10 bits behind the point, as fp16 has them, with sums in fp32.
+
+    Torch has this for the whole process only, not for a product or a thread: what a model that answers beside it computes in fp32
+    (the angles of its positions) would be rounded, too. So only a process that is `alone` has it.
+    """
+    if not alone or device.type != "cuda":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if _TENSOR_CORES and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Quantising layer by layer: against the whole model at once, and after kills."""
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from every_architecture import KINDS, tiny_model
 from safetensors.torch import load_file
 
 import tiny
-from gptq_webui.core.errors import BadParameter, LoadFailed
+from gptq_webui.app.cli import main
+from gptq_webui.core.errors import BadParameter, LoadCancelled, LoadFailed
+from gptq_webui.core.models import LocalModel
 from gptq_webui.core.quantize_config import QuantizeConfig
-from gptq_webui.gptq import bit_packing, gptq_solver
+from gptq_webui.engine import quantize_job
+from gptq_webui.gptq import bit_packing, gptq_solver, layerwise_quantize
 from gptq_webui.gptq.calibration_run import first_inputs
 from gptq_webui.gptq.layerwise_quantize import LayerDone, layer_file, quantize_layers
 from gptq_webui.gptq.quantize import decoder_layers, quantize_model
 from gptq_webui.gptq.rounding_error import output_error
+from gptq_webui.loaders.text.built_in_templates import CHATML
 
 FOUR = QuantizeConfig(4, 32, desc_act=True, damp_percent=0.1)
 EIGHT = QuantizeConfig(8, -1, damp_percent=0.1)
@@ -206,3 +211,55 @@ def test_an_output_layer_inside_the_base_model_makes_no_logits() -> None:
         hidden, calls = first_inputs(model, *decoder_layers(model), texts(2))
     assert [each.shape for each in hidden] == [(2, 32, 64)] and len(calls[2]) == 4
     assert "forward" not in vars(model.get_output_embeddings()) and "forward" not in vars(decoder_layers(model)[1][0])
+
+
+@pytest.mark.parametrize("before", ["highest", "medium"])
+@pytest.mark.parametrize("ended_by", [None, LoadFailed("x"), LoadCancelled("x"), KeyboardInterrupt()])
+def test_tensor_cores_multiply_only_where_nothing_else_computes(before: str, ended_by: BaseException | None) -> None:
+    usual = torch.get_float32_matmul_precision()
+    gpu, heard = torch.device("cuda"), []
+    try:
+        torch.set_float32_matmul_precision(before)
+        for device, alone in ((gpu, True), (gpu, False), (CPU, True)):
+            ends = contextlib.suppress(LoadFailed, LoadCancelled, KeyboardInterrupt)
+            with ends, layerwise_quantize._fast_products(device, alone):
+                heard.append(torch.get_float32_matmul_precision())
+                if ended_by is not None:
+                    raise ended_by
+            assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    assert heard == ["high", before, before]
+
+
+@pytest.mark.parametrize("alone", [None, True])
+def test_a_run_says_of_every_layer_whether_it_is_alone(
+    alone: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, heard = layerwise_quantize._fast_products, []
+
+    def noted(device: torch.device, alone: bool) -> Any:
+        heard.append(alone)
+        return real(device, alone)
+
+    monkeypatch.setattr(layerwise_quantize, "_fast_products", noted)
+    more = {} if alone is None else {"alone": alone}
+    quantize_layers(tiny.dense_model("llama"), texts(2), {"four": FOUR}, tmp_path, CPU, **more)
+    assert heard == [bool(alone)] * 2
+
+
+def test_a_command_has_the_process_to_itself_and_the_page_shares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, heard = layerwise_quantize.quantize_layers, []
+
+    def noted(*given: Any) -> None:
+        heard.append(given[-1])
+        real(*given)
+
+    monkeypatch.setattr(layerwise_quantize, "quantize_layers", noted)
+    tiny.dense_model("llama").half().save_pretrained(tmp_path / "tiny-16")
+    tiny.write_tokenizer(tmp_path / "tiny-16", CHATML)
+    typed = ("quantize", tmp_path / "tiny-16", "--seq-len", 16, "--samples", 20, "--group-size", 32, "--models-dir", tmp_path)
+    assert main([str(each) for each in typed]) == 0
+    job = quantize_job.QuantizeJob(LocalModel.read(tmp_path / "tiny-16"), tmp_path / "page", [FOUR], sample_tokens=16, samples=20)
+    quantize_job.run(job, lambda done: None, lambda text: None)  # as the page calls it
+    assert heard == [True, False]
