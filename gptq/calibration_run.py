@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..core.errors import BadParameter, LoadFailed
 
 _BATCH_TOKENS = 2048  # of calibration text at a time
-_PINNED = True  # hidden states go through memory from which a GPU reads quickly
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer receives beside the hidden states
 
@@ -101,7 +100,7 @@ class Ferry:
     """Moves hidden states between main memory and a device, through a piece of memory from which a GPU reads quickly."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pinned = device, _PINNED and device.type == "cuda"
+        self._device, self._pinned = device, device.type == "cuda"
         self._room: dict[torch.Size, Tensor] = {}
 
     def bring(self, hidden: Tensor) -> Tensor:

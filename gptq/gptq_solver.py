@@ -22,7 +22,6 @@ from . import bit_packing
 log = logging.getLogger(__name__)
 _BLOCK = 32  # rows between two updates of all rows behind them (algorithm 1's B); less work stays in the cache
 _WHOLE = 2048  # rows of a matrix that is inverted at once, columns that are packed at once
-_ONE_LAUNCH = True  # on a GPU a kernel of our own rounds a block
 _LOW_BITS = 4  # with so few numbers it pays to choose a group's scale with care: the best of _SHARES of its range
 _SHARES = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -235,7 +234,7 @@ _rounders: dict[torch.device, RoundBlock] = {}  # kernels of our own that were c
 def _rounder(device: torch.device) -> RoundBlock:
     """What rounds a block there. Without a kernel of our own, for want of memory for a moment too, blocks are rounded row by
     row; the next input tries again."""
-    if not (_ONE_LAUNCH and device.type == "cuda"):
+    if device.type != "cuda":
         return _round_block
     from .cuda.nvrtc import NoCompiler
     from .cuda.rounding import BlockRounder
