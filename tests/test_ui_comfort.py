@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from test_ui_page import choose
 
 from browser import WAIT_MS, chromium
 from fake_library import MISTRAL, FakeLibrary
@@ -208,3 +209,25 @@ def test_the_icon_is_a_picture():
 
     image = Image.open(io.BytesIO(page_icon.icon(192)))
     assert image.size == (192, 192) and len(set(image.getdata())) == 2
+
+
+def test_a_list_of_models_that_is_left_without_a_choice_loads_nothing(chrome, place, monkeypatch):
+    tab = visit(chrome, place)
+    open_tab(tab, "Model")
+    loaded = []
+    monkeypatch.setattr(place.engine, "load", lambda name, *more, **options: loaded.append(name))
+    box = "#gw-models input"
+    tab.wait_for_function(f"document.querySelector('{box}').value.includes('{MISTRAL}')")
+    for key in ("Tab", "Escape", "ArrowDown"):
+        tab.click(box)
+        tab.wait_for_selector("[role=option]")
+        tab.press(box, key)
+        tab.evaluate("document.activeElement.blur()")
+        tab.wait_for_timeout(500)  # longer than a choice counts as made just now
+    choose(tab, "#gw-models", re.compile("GPTQ 4-bit, group 32, act-order"))  # the same again is a choice
+    end = time.monotonic() + WAIT_MS / 1000
+    while not loaded and time.monotonic() < end:
+        tab.wait_for_timeout(20)
+    tab.wait_for_timeout(500)  # an echo would come by then
+    assert loaded == [MISTRAL]
+    tab.context.close()

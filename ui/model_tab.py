@@ -32,10 +32,16 @@ from .perplexity_box import draw_perplexity
 from .rescue_box import draw_rescue
 from .settings_box import AFTER_SAVING, draw_settings
 
-# Gradio 6 reports a click in a list twice. The number tells a second choice of the same model from an echo of the first.
-_ONCE = """(name) => {
-  const last = window.gwChoice || {name: null, at: 0, number: Date.now()}, now = performance.now();
-  if (name !== last.name || now - last.at > 400) window.gwChoice = {name, at: now, number: last.number + 1};
+# Gradio reports a choice in a list when it is made and again when the list loses the focus, also where nothing was chosen. The
+# number tells a second choice of the same model from such an echo.
+_OPENED = "(name) => { window.gwOpened = name; }"
+_PICKED = "() => { window.gwPicked = performance.now(); }"
+_ONCE = """(name, chosen) => {
+  const now = performance.now(), soon = (then) => now - (then ?? -1000) < 400, last = window.gwChoice;
+  if (name === window.gwOpened && !soon(window.gwPicked)) return chosen;
+  if (!last || name !== last.name || !soon(last.at)) {
+    window.gwChoice = {name, at: now, number: (last?.number ?? Date.now()) + 1};
+  }
   return JSON.stringify([name, window.gwChoice.number]);
 }"""
 
@@ -246,7 +252,9 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
 
     watcher.add(look, outputs, live=[status, settings.progress])
     watcher.add(arrived, [models])
-    models.input(None, models, chosen, js=_ONCE, **gradio_compat.EVENT)
+    models.focus(None, models, None, js=_OPENED, **gradio_compat.EVENT)
+    models.select(None, None, None, js=_PICKED, **gradio_compat.EVENT)
+    models.input(None, [models, chosen], chosen, js=_ONCE, **gradio_compat.EVENT)
     choosing = [status, *settings.outputs, *table.outputs]
     watcher.after(chosen.change(load_chosen, chosen, choosing, js=AFTER_SAVING, **gradio_compat.PRESS))
     watcher.after(reload.click(load, models, status, js=AFTER_SAVING, **gradio_compat.PRESS))
