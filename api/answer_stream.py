@@ -21,6 +21,7 @@ from ..core.chat import Finish, Token
 from ..core.errors import AnswerFailed, GptqWebuiError
 from ..core.tools import ToolCall
 from ..engine.request_queue import Ticket
+from ..loaders.contract.base import StopFlag
 from .job_threads import Threads
 from .problems import Problem, of_error
 
@@ -32,6 +33,7 @@ _HEADERS_S = 2.0  # the answer's headers are sent after so long, even without a 
 _KEEPALIVE_S = 10.0  # between comment lines to a client that waits, so that no proxy gives up
 _POSITION_S = 1.0  # how soon a client that waits in the queue is told that it moved on
 _WRITE_S = 60.0  # a client that reads nothing for so long is gone
+_UNLOADED = "The model was unloaded or loaded again before this answer was complete. Send the request again."
 
 
 @dataclass
@@ -84,8 +86,7 @@ class Running:
         self._last_token: tuple[int, float] | None = None  # (number of the answer, when it came)
         self._events: deque[tuple[int, Token | Finish]] = deque()
         self._texts: list[str] = []
-        self._over = False
-        self._waiting = False
+        self._over = self._waiting = False
         self._is_whole = False  # nobody reads before its end: the event loop is woken once
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -186,8 +187,11 @@ class Running:
                 for at, start in enumerate(self._starts):
                     if self._cancel.is_set():
                         break
-                    for event in start(self._cancel):
+                    for event in start(StopFlag(self._cancel)):  # an unload sets that one alone
                         if isinstance(event, Finish):
+                            if event.reason == "cancelled" and not self._cancel.is_set():
+                                self.problem = Problem("not_loaded", _UNLOADED)
+                                return
                             self.finishes.append(event)
                         self._put(at, event)
             for late in range(len(self.finishes), len(self._starts)):

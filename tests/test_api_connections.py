@@ -1,6 +1,8 @@
 """What goes with every request: its id, when to come again, and the web sites that may ask."""
 
 import logging
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +89,28 @@ def test_the_log_names_the_id_of_a_request_that_failed(house, monkeypatch, caplo
         answer = house.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine-4"})
     assert answer.status_code == 500
     assert any("mine-4" in each.getMessage() and "The model broke." in each.getMessage() for each in caplog.records)
+
+
+@pytest.mark.parametrize(("path", "body"), CALLS)
+def test_an_answer_that_an_unload_cuts_off_is_an_error_and_not_a_whole_answer(house, path, body):
+    house.engine.load(MISTRAL, options={"answer": "word " * 400, "tokens_per_s": 40})
+    asked = threading.Thread(target=lambda: said.append(house.http.post(path, json=body)))
+    said: list = []
+    asked.start()
+    end = time.monotonic() + 30
+    while not any(each.text for each in house.server.service.answers()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    house.engine.unload()
+    asked.join(30)
+    house.engine.load(MISTRAL)
+    (answer,) = said
+    assert "unloaded" in answer.text and "Send the request again." in answer.text
+    assert (
+        answer.status_code == 503
+        or (answer.status_code == 200 and "event" in answer.headers["content-type"])
+        or (answer.headers["content-type"].startswith("application/x-ndjson"))
+    )
 
 
 def test_every_503_says_when_to_come_again(empty):
