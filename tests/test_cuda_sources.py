@@ -58,7 +58,6 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         epilogue = "SILU" if packing.sym else "RESIDUAL"
         variants += small_batch.variants(packing, epilogue, limit).values()
         variants += wide_batch.variants(packing, epilogue, limit, family == "Hopper").values()
-        variants += wide_batch.copied(packing, epilogue, limit, family == "Hopper").values()
     variants += wide_batch.variants(packings[0], "PLAIN", limit, family == "Hopper").values()
     variants.append(GemvVariant(packings[1], "PLAIN", 0, 8, 2, 3, experts=True))
     variants += [
@@ -139,11 +138,12 @@ SIZES = {"int": 4, "u32": 4, "float": 4, "u64": 8}
 @pytest.mark.parametrize("structure", kernel_arguments.EVERY, ids=lambda each: each.name)
 def test_a_launch_fills_the_fields_that_the_kernel_declares(structure):
     """The C text is read here once more, as a compiler lays it out, and every field is looked up in the packed bytes."""
-    body = re.sub(r"//[^\n]*", "", re.search(rf"struct [^\n{{]*\b{structure.name} {{(.*?)}};", structure.c_text, re.S)[1])
+    body = re.sub(r"//[^\n]*", "", re.search(rf"struct {structure.name} {{(.*?)}};", structure.c_text, re.S)[1])
     given, wanted, at = {}, [], 0
     for number, declaration in enumerate(filter(None, (each.strip() for each in body.split(";"))), 1):
-        kind, name, count = re.match(r"(.*?)(\w+)(?:\[(\d+)\])?$", declaration).groups()
-        at = -(-at // (size := 8 if "*" in kind else SIZES[kind.strip()])) * size
+        kind, name, count = re.match(r"(.*?)(\w+)(?:\[(\d)\])?$", declaration).groups()
+        size = 8 if "*" in kind else SIZES[kind.strip()]
+        at = -(-at // size) * size
         values = [number * 16 + each for each in range(int(count or 1))]
         if "*" in kind:
             own = [SimpleNamespace(data_ptr=lambda each=each: each) for each in values]
@@ -157,7 +157,7 @@ def test_a_launch_fills_the_fields_that_the_kernel_declares(structure):
     assert structure.fields == list(given)
     for offset, code, value in wanted:
         assert struct.unpack_from(code, packed, offset) == (value,)
-    assert len(packed) <= structure.size_bytes <= 512, "cuda_driver.py keeps so much room"
+    assert len(packed) <= structure.size_bytes <= 256, "cuda_driver.py keeps so much room"
 
 
 def test_the_compiler_puts_every_field_where_python_does(tmp_path):

@@ -121,7 +121,7 @@ def test_the_step_and_the_prompt_give_the_logits_of_plain_pytorch(gpu, change):
 def test_a_prompt_too_long_for_packed_products_gives_the_logits_of_plain_pytorch(gpu, change, first):
     torch.manual_seed(2)
     parts = random_models.random_models(**{**SMALL, "group_size": 64, **change})
-    ids = torch.randint(0, SMALL["vocabulary"], (first + wide_batch._MOST_ROWS_OF_WARPGROUPS + 54,)).tolist()
+    ids = torch.randint(0, SMALL["vocabulary"], (first + wide_batch.most_rows(gpu) + 54,)).tolist()
     with torch.inference_mode():
         wanted = random_models.plain_logits(parts, ids)[first:]
         step = CudaStep(parts, 1024, gpu=gpu)

@@ -73,11 +73,6 @@ DEVICE u32 count_arrival(u32* counter) {
   u32 before; asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory"); return before;
 }
 
-// How many were counted. Who sees a number also sees what those wrote earlier.
-DEVICE u32 arrivals(const u32* counter) {
-  u32 now; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory"); return now;
-}
-
 // From global to shared memory without a register in between. Before Ampere the copy is made at once.
 template <int BYTES> DEVICE void copy_async(const void* from, void* to) {
 #if __CUDA_ARCH__ >= 800

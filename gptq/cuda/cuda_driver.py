@@ -3,14 +3,13 @@
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from .nvrtc import NoCompiler
 
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_ARGUMENT_BYTES = 512  # more than any argument structure has
+_ARGUMENT_BYTES = 256  # more than any argument structure has
 
 
 class _Attribute(ctypes.Structure):
@@ -111,28 +110,6 @@ class OwnStream:
         if self.handle:
             self._driver.cuStreamDestroy_v2(self.handle)
             self.handle = ctypes.c_void_p()
-
-
-_MAP_WORDS, _FP16, _WORDS = 16, 6, 2  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _UINT32
-_SWAPPED_128, _PROMOTED_256 = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-
-
-def tensor_map(
-    address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int], *, fp16: bool, swapped: bool = True
-) -> tuple[int, ...]:
-    """What the copy engine of Hopper is told of a tensor of fp16 or 32-bit words, as 16 words of 64 bits. `sizes` and `box` in
-    elements, the innermost first; `strides` in bytes, without that of the innermost. With `swapped`, lines of 128 bytes have
-    their pieces swapped. Raises NoCompiler."""
-    rank, library = len(sizes), driver()
-    space = ctypes.create_string_buffer(_MAP_WORDS * 8 + 64)
-    at = ctypes.addressof(space) + -ctypes.addressof(space) % 64
-    result = library.cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), _FP16 if fp16 else _WORDS, rank, ctypes.c_void_p(address),
-        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * max(1, rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWAPPED_128 * swapped, _PROMOTED_256, 0,
-    )  # fmt: skip
-    _check(library, result, f"a map of a tensor of {tuple(sizes)} in boxes of {tuple(box)}")
-    return tuple((ctypes.c_uint64 * _MAP_WORDS).from_address(at))
 
 
 def _check(library: Any, result: int, what: str) -> None:

@@ -36,10 +36,9 @@ _FIELD = re.compile(r"(?P<type>[\w ]+?\**) *(?P<name>\w+)(?:\[(?P<count>\d+)\])?
 
 
 class Arguments:
-    """One argument structure. `fields`: a line each, `type name` or `type name[count]`, and a comment after `//`.
-    `aligned`: to so many bytes."""
+    """One argument structure. `fields`: a line each, `type name` or `type name[count]`, and a comment after `//`."""
 
-    def __init__(self, name: str, fields: str, aligned: int = 0) -> None:
+    def __init__(self, name: str, fields: str) -> None:
         self.name = name
         self.fields: list[str] = []
         codes: list[str] = []
@@ -66,9 +65,8 @@ class Arguments:
         # The structure ends where its widest field may begin again.
         widest = "Q" if any(each.endswith(("P", "Q")) for each in codes) else "I"
         self.size_bytes = struct.calcsize("@" + "".join(codes) + "0" + widest)
-        self.size_bytes += -self.size_bytes % (aligned or 1)
         check = f'static_assert(sizeof({name}) == {self.size_bytes}, "the compiler lays {name} out as Python does");\n'
-        self.c_text = f"struct {f'__align__({aligned}) ' * bool(aligned)}{name} {{\n" + "\n".join(lines) + "\n};\n" + check
+        self.c_text = f"struct {name} {{\n" + "\n".join(lines) + "\n};\n" + check
         # A function of the fields by keyword, made once as dataclasses make theirs: filling a ctypes structure takes
         # nearly twice as long, and a prompt launches hundreds of kernels.
         scope: dict[str, Callable[..., bytes]] = {"pack_into_bytes": layout.pack}
@@ -248,25 +246,6 @@ WIDE_BATCH = Arguments(
     u32 unit_to_group
     int rows
     """,
-)
-BULK_BATCH = Arguments(
-    "BulkBatchArguments",
-    """
-    u64 weight_map[16]     // a tensor map of the weights as words, [tiles][chunks * bits / 32][32], boxes of an item and a chunk
-    u64 scale_map[16]      // one of the scales, [tiles][groups][words of a tile's group], boxes of an item and a group
-    u64 x_map[16]          // one of x, [rows][chunks * CHUNK], boxes of the rows that a block copies and a chunk
-    const u16* bias
-    u16* out
-    float* residual
-    float* partial         // fp32 [2 * blocks][sums of an item]: of items that several blocks make
-    u32* done              // [items], zero between launches
-    int n
-    int tiles
-    int chunks
-    u32 unit_to_group
-    int rows
-    """,
-    aligned=64,
 )
 HEAD = Arguments(
     "HeadArguments",
@@ -645,8 +624,8 @@ GUESSED = Arguments(  # begins as SampleArguments do
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, BULK_BATCH, HEAD, EMBED, NORM, ORDER, SILU,
-    ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
     ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND,
 )  # fmt: skip
 

@@ -29,7 +29,6 @@ _TEMPLATES = (
     "warpgroup.cu",
     "wide_batch.cu",
     "copy_engine.cu",
-    "bulk_batch.cu",
     "attention.cu",
     "paged_attention.cu",
     "layer_kernels.cu",
@@ -226,26 +225,15 @@ class WideBatchVariant:
     stages: int  # slots of a chunk for each group, on their way or being multiplied
     blocks: int = 1  # of a processor at once
     warpgroup: bool = False  # four warps multiply together, of Hopper
-    bulk: bool = False  # a warp more copies for the others (bulk_batch.cu)
-    cluster: int = 1  # blocks that share their rows of x, of bulk ones
 
     @cached_property  # a prompt launches hundreds of kernels
     def name(self) -> str:
         numbers = f"{self.columns}_{self.tiles}_{self.warps}_{self.split}_{self.stages}_{self.blocks}"
-        kernel = "bulk" if self.bulk else "wide"
-        together = f"_{self.cluster}" * (self.cluster > 1)
-        return f"{kernel}_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{'_warpgroup' * self.warpgroup}{together}"
+        return f"wide_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{'_warpgroup' * self.warpgroup}"
 
     @property
     def threads(self) -> int:
-        return 32 * (self.warps * self.split + self.copiers)
-
-    @property
-    def copiers(self) -> int:
-        """Warps that copy for the others: only one does, but registers change hands by four warps at once."""
-        if not self.bulk:
-            return 0
-        return 4 if self.warps == 8 and self.tiles * self.columns >= 24 else 1
+        return 32 * self.warps * self.split
 
     @property
     def item_tiles(self) -> int:
@@ -264,10 +252,7 @@ class WideBatchVariant:
         width = self.tiles // self.split * (8 if self.epilogue == "SILU" else TILE) + 4
         written = self.warps * self.split * 8 * width * 4
         added = self.split * self.split * self.warps * self.columns * 512 if self.split > 1 else 0
-        barriers = self.stages * 16 if self.bulk else 0
-        return (
-            self.stages * slot + max(written, added) + (1024 if self.warpgroup else 0) + 16 + barriers
-        )  # what aligns it; a flag
+        return self.stages * slot + max(written, added) + (1024 if self.warpgroup else 0) + 16  # what aligns it, and a flag
 
 
 @dataclass(frozen=True)
@@ -462,12 +447,6 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             numbers += f", {str(each.even).lower()}, {each.cluster}"
             call = f"octet<{each.packing.arguments}, {numbers}>"
             kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
-        elif isinstance(each, WideBatchVariant) and each.bulk:
-            numbers = (
-                f"{each.tiles}, {each.columns}, {each.warps}, {each.stages}, {each.epilogue}, {each.copiers}, {each.cluster}"
-            )
-            call = f"bulk_batch<{each.packing.arguments}, {numbers}>"
-            kernel(each.name, "const __grid_constant__ BulkBatchArguments", call, each.threads, each.cluster, each.blocks)
         elif isinstance(each, WideBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}"
             call = f"wide_batch<{each.packing.arguments}, {numbers}, {str(each.warpgroup).lower()}>"

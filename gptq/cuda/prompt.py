@@ -45,8 +45,6 @@ class Prompt:
     def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder) -> None:
         self._gpu, self._shape, self._weights = gpu, shape, weights
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
-        packings = {each.packing for layer in weights.layers for each in layer.weights}
-        self._most_rows = min(wide_batch.most_rows(gpu, each) for each in packings)  # that are multiplied with packed weights
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
     def read(self, *pieces: Piece, ends: bool = False) -> Tensor:
@@ -66,7 +64,7 @@ class Prompt:
         if all(each.adapter is None for each in pieces) and (found := self._graphs.of(count)) is not None:
             return self._read_by_graphs(residual, pieces, visible, *found)
         scratch = None
-        if count > self._most_rows:
+        if count > wide_batch.most_rows(self._gpu):
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):

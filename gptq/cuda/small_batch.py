@@ -57,8 +57,7 @@ def variants(packing: Packing, epilogue: str, limit_bytes: int) -> dict[int, Sma
 def every_variant(gpu: Gpu, products: Iterable[tuple[Packing, str]]) -> list[SmallBatchVariant | WideBatchVariant]:
     """What a model needs; `products` are (packing, epilogue)."""
     products, limit = set(products), gpu.shared_limit_bytes
-    kinds = (wide_batch.variants, wide_batch.copied)
-    wide = [plan for each in products for made in kinds for plan in made(*each, limit, gpu.warpgroups).values()]
+    wide = [plan for each in products for plan in wide_batch.variants(*each, limit, gpu.warpgroups).values()]
     for plan in wide:
         wide_batch.reserve(gpu, plan)
     return [*wide, *(plan for each in products for plan in variants(*each, limit).values())]

@@ -67,8 +67,8 @@ template <int MT, int NT, int WN, int WK> DEVICE void add_groups(const float (&y
 }
 
 // Eight rows at a time through the warp's own shared memory, so that neighbours of a row are written together.
-template <int NT, int OWN, int EPILOGUE, typename Sizes, typename Arguments>
-DEVICE void write_rows(const Arguments& p, float (&z)[OWN][NT][4], int tile, int first_row, float* mine, int columns = NT) {
+template <int NT, int OWN, int EPILOGUE, typename Sizes>
+DEVICE void write_rows(const WideBatchArguments& p, float (&z)[OWN][NT][4], int tile, int first_row, float* mine) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int width = EPILOGUE == SILU ? p.n / 2 : p.n, from = tile * (EPILOGUE == SILU ? 8 : TILE);
   float low[OWN], high[OWN];
@@ -80,7 +80,7 @@ DEVICE void write_rows(const Arguments& p, float (&z)[OWN][NT][4], int tile, int
   }
 #pragma unroll
   for (int t = 0; t < NT; t++) {
-    if (t >= columns || first_row + t * 8 >= p.rows) break;
+    if (first_row + t * 8 >= p.rows) break;
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < OWN; k++) {

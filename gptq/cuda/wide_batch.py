@@ -1,22 +1,19 @@
-"""Products of 17 to 256 rows: which kernel of wide_batch.cu or bulk_batch.cu computes them, and how it is launched."""
+"""Products of 17 to 256 rows: which kernel of wide_batch.cu computes them, and how it is launched."""
 
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
 from ..suitability import Unsuited
-from .cuda_driver import tensor_map
 from .cuda_weights import Weight
 from .gpu_kernels import SCRATCH_COUNTERS, Gpu, claimed_bytes
-from .kernel_arguments import BULK_BATCH, CHUNK, WIDE_BATCH
+from .kernel_arguments import WIDE_BATCH
 from .kernel_source import Packing, WideBatchVariant
 
 COLUMNS = (4, 8, 12, 16)  # of 8 rows each
 TALL = 0  # stands for columns of the variant that takes more than 128 rows, in items one above the other
 _LEAST_STEPS = 2  # of a block: with fewer it costs more to add its sums than to make them
 _MOST_ROWS, _MOST_ROWS_OF_WARPGROUPS = 256, 768  # beyond, dense weights and cuBLAS are faster (NOTES.md)
-_MOST_ROWS_COPIED = 1 << 20
 _Spreads = dict[int, tuple[tuple[int, int, int, int, int], ...]]
 # (tiles, warps, split, stages, blocks) by columns, the best on an H200 first: the first that fits into shared memory is taken
 _PLAIN: _Spreads = {
@@ -31,18 +28,6 @@ _GROUPS: dict[str, _Spreads] = {  # of warpgroups, where there are some
     "RESIDUAL": {4: ((2, 4, 1, 8, 2),), 8: ((2, 4, 1, 6, 2),), 12: ((1, 12, 1, 8, 1),), 16: ((1, 8, 1, 8, 1), (1, 8, 1, 4, 1))},
 }
 _TALL_GROUPS = ((2, 8, 1, 8, 1), (2, 8, 1, 6, 1), (2, 8, 1, 4, 1))
-# Of warpgroups with a warp that copies for the others (bulk_batch.cu), for large weights of 4 bits; TALL: items of 256 rows.
-_COPIED: _Spreads = {
-    8: ((2, 8, 1, 10, 1),),
-    12: ((2, 8, 1, 8, 1),),
-    16: ((2, 8, 1, 8, 1),),
-    TALL: ((1, 8, 1, 5, 1),),
-}
-_COPIES = (
-    False  # whether they are used: 64 rows were slower with them, 96 and 128 no faster, and prompts were not timed (NOTES.md)
-)
-_TALL_COLUMNS = 32
-_LEAST_COPIED_CHUNKS = 50_000  # of tiles, up to 128 rows: qkv and o of a 7B have 24,576 and 16,384, its MLP 57,344 and 114,688
 
 
 @lru_cache(maxsize=256)
@@ -63,24 +48,9 @@ def variants(packing: Packing, epilogue: str, limit_bytes: int, warpgroups: bool
     return found
 
 
-@lru_cache(maxsize=256)
-def copied(packing: Packing, epilogue: str, limit_bytes: int, warpgroups: bool) -> dict[int, WideBatchVariant]:
-    """By columns, those of bulk_batch.cu that there are and that fit."""
-    found = {}
-    for columns, spreads in _COPIED.items() if _COPIES and warpgroups and packing.bits == 4 else ():
-        for each in spreads:
-            plan = WideBatchVariant(packing, epilogue, columns or _TALL_COLUMNS, *each, warpgroup=True, bulk=True)
-            if plan.shared_bytes <= limit_bytes:
-                found[columns] = plan
-                break
-    return found
-
-
-def most_rows(gpu: Gpu, packing: Packing) -> int:
+def most_rows(gpu: Gpu) -> int:
     """Rows that are multiplied with the packed weight faster than with a dense one, which has to be made first."""
-    if not gpu.warpgroups:
-        return _MOST_ROWS
-    return _MOST_ROWS_COPIED if TALL in copied(packing, "PLAIN", gpu.shared_limit_bytes, True) else _MOST_ROWS_OF_WARPGROUPS
+    return _MOST_ROWS_OF_WARPGROUPS if gpu.warpgroups else _MOST_ROWS
 
 
 def reserve(gpu: Gpu, plan: WideBatchVariant) -> None:
@@ -91,12 +61,8 @@ def reserve(gpu: Gpu, plan: WideBatchVariant) -> None:
 def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor) -> None:
     """As small_batch.multiply, of any number of rows."""
     rows = x.shape[0]
-    given = weight.packing, epilogue, gpu.shared_limit_bytes, gpu.warpgroups
-    columns = next((each for each in COLUMNS if each * 8 >= rows), TALL)
-    plan = variants(*given)[columns]
-    if columns == TALL or weight.tiles * weight.chunks > _LEAST_COPIED_CHUNKS:
-        plan = copied(*given).get(columns, plan)
-    launch(gpu, weight, plan, x=x, out=out, rows=rows)
+    plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes, gpu.warpgroups)
+    launch(gpu, weight, plans[next((each for each in COLUMNS if each * 8 >= rows), TALL)], x=x, out=out, rows=rows)
 
 
 def launch(gpu: Gpu, weight: Weight, plan: WideBatchVariant, *, x: Tensor, out: Tensor, rows: int) -> None:
@@ -104,56 +70,30 @@ def launch(gpu: Gpu, weight: Weight, plan: WideBatchVariant, *, x: Tensor, out: 
     blocks = _blocks(plan, weight.tiles, weight.chunks, -(-rows // (plan.columns * 8)), gpu.processors)
     scratch = gpu.scratch(2 * blocks * plan.partial_bytes)
     residual = plan.epilogue == "RESIDUAL"
-    common: dict[str, Any] = {
-        "bias": weight.bias,
-        "out": None if residual else out,
-        "residual": out if residual else None,
-        "partial": scratch.sums,
-        "done": scratch.counters,
-        "n": weight.out_features,
-        "tiles": weight.tiles,
-        "chunks": weight.chunks,
-        "unit_to_group": weight.unit_to_group,
-        "rows": rows,
-    }
-    if plan.bulk:
-        arguments = BULK_BATCH.pack(
-            weight_map=_weight_map(weight.words.data_ptr(), weight.tiles, weight.chunks, weight.packing.bits, plan.item_tiles),
-            scale_map=_scale_map(
-                weight.scales.data_ptr(), weight.tiles, weight.groups, weight.packing.scale_bytes, plan.item_tiles
-            ),
-            x_map=_x_map(x.data_ptr(), rows, x.shape[1], plan.columns * 8 // plan.cluster),
-            **common,
-        )
-    else:
-        arguments = WIDE_BATCH.pack(weights=weight.words, scales=weight.scales, groups=weight.groups, x=x, **common)
+    arguments = WIDE_BATCH.pack(
+        weights=weight.words,
+        scales=weight.scales,
+        x=x,
+        bias=weight.bias,
+        out=None if residual else out,
+        residual=out if residual else None,
+        partial=scratch.sums,
+        done=scratch.counters,
+        n=weight.out_features,
+        tiles=weight.tiles,
+        chunks=weight.chunks,
+        groups=weight.groups,
+        unit_to_group=weight.unit_to_group,
+        rows=rows,
+    )
     shared_bytes = claimed_bytes(gpu, plan.shared_bytes, -(-blocks // gpu.processors))
     gpu.run(plan.name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
-
-
-@lru_cache(maxsize=8192)  # several boxes of each weight
-def _weight_map(address: int, tiles: int, chunks: int, bits: int, box_tiles: int) -> tuple[int, ...]:
-    lines = bits  # of 128 bytes, of a tile's chunk
-    return tensor_map(address, (32, chunks * lines, tiles), (128, chunks * lines * 128), (32, lines, box_tiles), fp16=False)
-
-
-@lru_cache(maxsize=8192)
-def _scale_map(address: int, tiles: int, groups: int, scale_bytes: int, box_tiles: int) -> tuple[int, ...]:
-    words = scale_bytes // 4
-    strides = (scale_bytes, groups * scale_bytes)
-    return tensor_map(address, (words, groups, tiles), strides, (words, 1, box_tiles), fp16=False, swapped=False)
-
-
-@lru_cache(maxsize=1024)
-def _x_map(address: int, rows: int, padded: int, box_rows: int) -> tuple[int, ...]:
-    return tensor_map(address, (padded, rows), (padded * 2,), (CHUNK, box_rows), fp16=True)
 
 
 @lru_cache(maxsize=1024)
 def _blocks(plan: WideBatchVariant, tiles: int, chunks: int, high: int, processors: int) -> int:
     """`high`: items one above the other. Raises ValueError for more items than there are counters."""
-    items = -(-tiles // (plan.item_tiles * plan.cluster)) * high
-    if items * plan.cluster > SCRATCH_COUNTERS:
+    items = -(-tiles // plan.item_tiles) * high
+    if items > SCRATCH_COUNTERS:
         raise ValueError(f"A product was to be computed in {items} items; {SCRATCH_COUNTERS} can be counted. Use fewer rows.")
-    clusters = max(1, min(plan.blocks * processors // plan.cluster, items * -(-chunks // plan.split) // _LEAST_STEPS))
-    return clusters * plan.cluster
+    return max(1, min(plan.blocks * processors, items * -(-chunks // plan.split) // _LEAST_STEPS))
