@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gptq_webui.gptq.cuda.latent_attention import LatentAttention, is_latent
 from gptq_webui.gptq.static_cache import StaticKeys
 from gptq_webui.gptq.stepper_choice import stepper_for
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 LITE = {"num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 TINY = {"num_attention_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
 CASES = {
@@ -51,6 +52,7 @@ def module_of(kind, facts):
 HALF, BFLOAT = torch.float16, torch.bfloat16
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("case", "dtype", "shown"),  # tokens up to which one kernel computes all
     [
@@ -124,6 +126,7 @@ def cache_of(module, cache):
     return {"cache" if "cache" in inspect.signature(forward).parameters else "past_key_values": cache}
 
 
+@needs_gpu
 @pytest.mark.parametrize(("kind", "changes"), [
     ("deepseek_v2", {"q_lora_rank": None}), ("deepseek_v3", {"q_lora_rank": 64}),
     ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None}),
@@ -152,3 +155,28 @@ def test_a_recorded_model_continues_as_its_dense_twin(kind, changes):
     kinds = stepper._fused._latent._kinds
     assert kinds and None not in kinds.values(), "attention was left to transformers"
     stepper.close()
+
+
+def test_a_kind_that_failed_with_one_kernel_stays_with_three_after_another_passed(monkeypatch):
+    def kind(rank, passes):
+        return SimpleNamespace(
+            kv_lora_rank=rank, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_heads=16, passes=passes, used=[],
+            o_proj=lambda x: x,
+        )  # fmt: skip
+
+    def attend(module, x, layer, angles, kind):
+        attention._matrices[id(module)] = x
+        module.used.append(kind.in_one)
+        return x if module.passes or not kind.in_one else x + 1
+
+    x, keys = torch.ones(1, 1, 8, dtype=HALF), torch.zeros(1, 1, 4, 8)
+    gpu = SimpleNamespace(add_missing=lambda variants: None, capability=(9, 0), shared_limit_bytes=227 * 1024, processors=132)
+    attention, layer = LatentAttention(gpu), SimpleNamespace(keys=keys, values=keys.clone(), count=torch.tensor([1]))
+    monkeypatch.setattr(attention, "_layer", lambda *_given: layer)
+    monkeypatch.setattr(attention, "_attend", attend)
+    monkeypatch.setattr(latent_attention, "capturing", lambda: False)
+    fails, passes = kind(256, False), kind(512, True)
+    for module in (fails, passes, fails, passes):
+        found = attention.of(module, x, None, torch.zeros(32, dtype=torch.complex64), lambda: (x,))
+        assert torch.equal(found, x)
+    assert fails.used == [True, False, False, False] and passes.used == [True, True, True]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +86,20 @@ def _taken(
     return forward
 
 
+class _Kind(NamedTuple):
+    """How modules that have much in common are computed, as a trial found it."""
+
+    turn: int  # what turns together: `kind` of LATENT
+    in_one: bool  # by one kernel, where the conversation is short
+
+
 class LatentAttention:
     """Its kernels on one GPU, the modules' matrices, and the memory that they need."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._kinds: dict[Any, int | None] = {}  # what turns together, by what modules have in common; None: not computed
+        self._kinds: dict[Any, _Kind | None] = {}  # by what modules have in common; None: not computed here
         self._matrices: dict[int, Tensor] = {}  # fp16 [heads * (fixed + values), rank], by the module's id
-        self._in_one = True  # where one kernel can
         self._work: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
     def close(self) -> None:
@@ -137,7 +143,7 @@ class LatentAttention:
             dtype == torch.bfloat16, module.kv_lora_rank, module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
         )
 
-    def _try(self, module: Any, x: Tensor, layer: Any, angles: Any, plain: Callable[[], Any]) -> int | None:
+    def _try(self, module: Any, x: Tensor, layer: Any, angles: Any, plain: Callable[[], Any]) -> _Kind | None:
         wanted = plain()[0]
         at = int(layer.count)
         with plainly():
@@ -145,8 +151,9 @@ class LatentAttention:
             whole = self._whole(variant, module.num_heads)
             self._gpu.add_missing(variants=[variant] if whole is None else [variant, whole])
             kept = layer.keys[0, 0, at].clone(), layer.values[0, 0, at].clone()
-        kinds = [kind for kind in range(3) if _of_kind(angles, kind, module.qk_rope_head_dim, x.dtype)]
-        for self._in_one, kind in itertools.product((True, False) if whole is not None else (False,), kinds):
+        turns = [turn for turn in range(3) if _of_kind(angles, turn, module.qk_rope_head_dim, x.dtype)]
+        for in_one, turn in itertools.product((True, False) if whole is not None else (False,), turns):
+            kind = _Kind(turn, in_one)
             with plainly():
                 layer.keys[0, 0, at], layer.values[0, 0, at] = 0, 0
             found = module.o_proj(self._attend(module, x, layer, angles, kind))
@@ -175,7 +182,7 @@ class LatentAttention:
                 self._matrices[id(module)] = weight.detach().half().contiguous()
         return self._matrices[id(module)]
 
-    def _attend(self, module: Any, x: Tensor, layer: Any, angles: Any, kind: int) -> Tensor:
+    def _attend(self, module: Any, x: Tensor, layer: Any, angles: Any, kind: _Kind) -> Tensor:
         """[1, 1, heads * values]; the token is kept."""
         if getattr(module, "q_b_proj", None) is None:
             q = module.q_proj(x)
@@ -184,17 +191,17 @@ class LatentAttention:
         kv = module.kv_a_proj_with_mqa(x)
         with plainly():
             variant, heads, shown = self._variant(module, x.dtype), module.num_heads, layer.shown
-            whole = self._whole(variant, heads) if self._in_one and shown <= _WHOLE_TOKENS else None
+            whole = self._whole(variant, heads) if kind.in_one and shown <= _WHOLE_TOKENS else None
             groups = -(-heads // _HEADS)
             splits = max(1, min(_MOST_SPLITS, 2 * self._gpu.processors // groups, shown // _SPLIT_TOKENS))
             met, partial, stats = (None, None, None) if whole else self._work_of(variant, heads, splits, x)
             norm = module.kv_a_layernorm
-            cosines, sines = (torch.view_as_real(angles), None) if kind == 0 else angles
+            cosines, sines = (torch.view_as_real(angles), None) if kind.turn == 0 else angles
             out = torch.empty(1, 1, heads * variant.value_dim, dtype=x.dtype, device=x.device)
             arguments = LATENT.pack(
                 q=q.contiguous(), kv=kv.contiguous(), norm=norm.weight, angles=cosines, sines=sines,
                 matrices=self._matrix(module), keys=layer.keys, turned_keys=layer.values, count=layer.count, met=met,
-                partial=partial, stats=stats, out=out, heads=heads, capacity=layer.keys.shape[2], splits=splits, kind=kind,
+                partial=partial, stats=stats, out=out, heads=heads, capacity=layer.keys.shape[2], splits=splits, kind=kind.turn,
                 eps=float(norm.variance_epsilon), scale=float(module.scaling) * math.log2(math.e),
             )  # fmt: skip
             run = self._gpu.run
@@ -218,12 +225,12 @@ class LatentAttention:
         return self._work[key]
 
 
-def _of_kind(angles: Any, kind: int, turned: int, dtype: torch.dtype) -> bool:
-    """Whether the angles are given as those of a kind are."""
+def _of_kind(angles: Any, turn: int, turned: int, dtype: torch.dtype) -> bool:
+    """Whether the angles are given as those of a turn are."""
     if isinstance(angles, Tensor):
-        return bool(kind == 0 and angles.dtype == torch.complex64 and angles.numel() == turned // 2)
+        return bool(turn == 0 and angles.dtype == torch.complex64 and angles.numel() == turned // 2)
     return (
-        kind > 0
+        turn > 0
         and isinstance(angles, tuple)
         and len(angles) == 2
         and all(isinstance(each, Tensor) and each.dtype == dtype and each.numel() == turned for each in angles)
