@@ -19,6 +19,10 @@ from gptq_webui.loaders.transformers.transformers_options import TransformersOpt
 
 GB = 10**9
 MISTRAL = '{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}'
+LITE = (  # DeepSeek V2 Lite
+    '{"num_hidden_layers": 27, "num_attention_heads": 16, "hidden_size": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 128, '
+    '"qk_rope_head_dim": 64, "v_head_dim": 128}'
+)
 CUDA = Machine({"torch": "2.13", "transformers": "5.0", "accelerate": "1"}, torch_for="cuda 13.0", gpu=True)
 EXLLAMA = Machine({"torch": "2.13", "exllamav2": "0.3.2", "exllamav2_ext": "0"}, torch_for="cuda 13.0", gpu=True)
 SIZES = (1_900_000_000, 4_160_000_000, 4_570_000_000, 7_680_000_000, 13_000_000_000)
@@ -67,6 +71,31 @@ def test_what_the_advice_says_of_a_gpu_is_what_transformers_does(context, dtype,
             assert (advised.state, advised.needs_bytes) == (fit.state, fit.needs_bytes), (size, free)
         seen.add(fit.state)
     assert seen >= {"fits", "partly"}
+
+
+def test_copies_for_latent_vectors_are_in_the_advice_and_in_the_load(tmp_path, gpu, monkeypatch):
+    loader = TransformersLoader(lambda: CUDA)
+    model = model_of(tmp_path, 9 * GB)
+    (tmp_path / "config.json").write_text(LITE)
+    monkeypatch.setattr(memory_fit, "_keeps_latent", lambda: True)
+    seen = set()
+    for free in (10.3, 10.35, 10.4, 10.42, 10.5, 10.6, 10.7, 12):
+        memory = gpu(int(free * GB))
+        options = TransformersOptions()
+        fit = loader.fit(model, options, memory)
+        assert fit.matrices_bytes == 27 * 16 * 256 * 512 * 2
+        device_map, _limits = placement(model, options, torch.device("cuda", 0), torch.float16)
+        assert (device_map == {"": torch.device("cuda", 0)}) == fit.fits, free
+        if fit.fits:
+            demand = options.demand(model, True)
+            assert memory_fit.fit_context(model, demand, memory.gpu - model.size_bytes)[0] == fit.context_tokens, free
+        seen.add((fit.state, fit.context_tokens < fit.wanted_tokens))
+    assert seen >= {("fits", False), ("fits", True), ("partly", False)}
+    for options in (TransformersOptions(dtype="fp32"), TransformersOptions(device="cpu"), TransformersOptions(kernel="optimum")):
+        assert loader.fit(model, options, gpu(24 * GB)).matrices_bytes == 0, options
+    plain = model_of(tmp_path, 9 * GB, "plain")
+    (tmp_path / "config.json").write_text(LITE)
+    assert loader.fit(plain, TransformersOptions(), gpu(24 * GB)).matrices_bytes == 0
 
 
 @pytest.mark.parametrize("cache", ["FP16", "Q8", "Q4"])

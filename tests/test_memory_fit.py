@@ -140,6 +140,46 @@ def test_of_a_latent_vector_is_counted_what_is_kept(transformers, numba, on_gpu,
     assert memory_fit.conversation_bytes_per_token(tmp_path, number_bytes, on_gpu) == 27 * wanted
 
 
+def test_the_copies_that_attention_to_a_latent_vector_reads_are_counted_on_a_gpu(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(LITE))
+    model = LocalModel(tmp_path, "gptq", None, 9 * GB, 32768, "DeepseekV2ForCausalLM")
+    monkeypatch.setattr(memory_fit, "version_of", {"transformers": "5.15.0"}.get)
+    copies = 27 * 16 * (128 + 128) * 512 * 2
+    plain, counted = (memory_fit.Demand(4096, latent_kernels=each) for each in (False, True))
+    needed = [memory_fit.estimate(model, each, free_bytes=24 * GB, device=memory_fit.GPU) for each in (plain, counted)]
+    assert needed[1].needs_bytes == needed[0].needs_bytes + copies and needed[1].matrices_bytes == copies == 113_246_208
+    assert "9.00 GB of weights, 113.2 MB for copies that attention reads, " in str(needed[1])
+    rooms = [memory_fit.room_for_weights(model, each, 12 * GB) for each in (plain, counted)]
+    assert rooms[0] - rooms[1] == copies
+    free = memory_fit.KEPT_FREE_BYTES + memory_fit.COMPUTING_BYTES + 1024 * 27 * 576 * 2 + copies
+    asked = memory_fit.Demand(latent_kernels=True)
+    assert memory_fit.fit_context(model, asked, free)[0] == 1024
+    assert memory_fit.fit_context(model, asked, free - 1)[0] == 768
+    monkeypatch.setattr(memory_fit, "version_of", {"transformers": "5.14.1"}.get)
+    assert memory_fit.matrices_bytes(tmp_path, asked) == 0, "it keeps keys and values, which those kernels do not read"
+    (tmp_path / "config.json").write_text(MISTRAL)
+    assert memory_fit.matrices_bytes(tmp_path, asked) == 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_as_many_copies_are_counted_as_attention_to_a_latent_vector_makes(kind, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from every_architecture import tiny_model
+
+    from gptq_webui.gptq.cuda.latent_attention import LatentAttention, is_latent
+
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no such models")
+    model = tiny_model(kind)
+    model.config.save_pretrained(tmp_path)
+    attention = LatentAttention(None)
+    made = [attention._matrix(each) for each in model.modules() if is_latent(each)]
+    monkeypatch.setattr(memory_fit, "_keeps_latent", lambda: True)
+    counted = memory_fit.matrices_bytes(tmp_path, memory_fit.Demand(latent_kernels=True))
+    assert counted == sum(each.nbytes for each in made) > 0
+
+
 @pytest.mark.parametrize("step", [True, False])
 @pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "minicpm3"])
 def test_what_is_counted_of_a_latent_vector_is_what_a_conversation_takes(kind, step, tmp_path):

@@ -50,6 +50,7 @@ class Demand:
     number_bytes: float = 2  # of one number of keys and values
     wide: bool = False  # computes with 32-bit numbers
     on_gpu: bool = True
+    latent_kernels: bool = False  # our kernels on a GPU compute attention to latent vectors, where the model has it
     ranks: int = 1  # GPUs that compute every layer together; what is counted is the fullest of them
     weights_share: float = 1.0  # of the weights, that one of them holds
     conversation_share: float = 1.0
@@ -57,13 +58,18 @@ class Demand:
 
 def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2, on_gpu: bool = True) -> int:
     """Keys and values of one token in every layer, from config.json; 0 if it does not say."""
+    config = _config(folder)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    return int(layers * _kept_bytes(config, dtype_bytes, on_gpu))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Of the part that reads text; empty if it cannot be read."""
     try:
         config = folder_files.read_json(folder / "config.json")
     except (OSError, BadFile):
-        return 0
-    config = {**config, **(config.get("text_config") or {})}
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    return int(layers * _kept_bytes(config, dtype_bytes, on_gpu))
+        return {}
+    return {**config, **(config.get("text_config") or {})}
 
 
 def _kept_bytes(config: dict[str, Any], dtype_bytes: float, on_gpu: bool) -> float:
@@ -83,6 +89,16 @@ def _kept_bytes(config: dict[str, Any], dtype_bytes: float, on_gpu: bool) -> flo
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         kv_heads = 1
     return 2 * kv_heads * (config.get("head_dim") or hidden // heads) * dtype_bytes
+
+
+def matrices_bytes(folder: Path, demand: Demand) -> int:
+    """Dense fp16 copies of every `kv_b_proj`, which the kernels for latent vectors (MLA) read on a GPU; 0 without them."""
+    config = _config(folder)
+    rank, fixed = config.get("kv_lora_rank"), config.get("qk_nope_head_dim")
+    if not (demand.latent_kernels and rank and fixed and _keeps_latent()):
+        return 0
+    outputs = (config.get("num_attention_heads") or 1) * (fixed + (config.get("v_head_dim") or fixed))
+    return int((config.get("num_hidden_layers") or 0) * outputs * rank * 2)
 
 
 def _keeps_latent() -> bool:
@@ -120,10 +136,11 @@ class Fit:
     device: str  # "the GPU", "this machine"
     spare_bytes: int = 0  # elsewhere, for what does not fit there
     ranks: int = 1  # GPUs of which this is one
+    matrices_bytes: int = 0  # dense copies beside the weights, for attention to latent vectors
 
     @property
     def needs_bytes(self) -> int:
-        return self.weights_bytes + self.conversation_bytes + COMPUTING_BYTES
+        return self.weights_bytes + self.matrices_bytes + self.conversation_bytes + COMPUTING_BYTES
 
     @property
     def fits(self) -> bool:
@@ -143,6 +160,8 @@ class Fit:
 
     def __str__(self) -> str:
         parts = f"{format_bytes(self.weights_bytes)} of weights"
+        if self.matrices_bytes:
+            parts += f", {format_bytes(self.matrices_bytes)} for copies that attention reads"
         if self.conversation_bytes:
             parts += f", {format_bytes(self.conversation_bytes)} for {self.context_tokens} tokens of conversation"
         parts += f", {format_bytes(COMPUTING_BYTES)} for computing"
@@ -176,13 +195,13 @@ def estimate(model: LocalModel, demand: Demand, *, free_bytes: int, device: str,
     """The formula. A context that nobody requested is shortened where that makes the model fit."""
     weights = math.ceil(weights_bytes(model, demand.wide) * demand.weights_share)
     wanted = wanted_context(model, demand.requested_tokens, demand.trained_tokens)
-    per_token = _bytes_per_token(model, demand)
+    matrices, per_token = matrices_bytes(model.folder, demand), _bytes_per_token(model, demand)
     context = wanted
     if not demand.requested_tokens and per_token:
-        fitting = (free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - weights) // per_token
+        fitting = (free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - weights - matrices) // per_token
         if min(wanted, USEFUL_CONTEXT_TOKENS) <= fitting < wanted:
             context = int(fitting // 256 * 256) or wanted
-    return Fit(weights, context * per_token, context, wanted, free_bytes, device, spare_bytes, demand.ranks)
+    return Fit(weights, context * per_token, context, wanted, free_bytes, device, spare_bytes, demand.ranks, matrices)
 
 
 def _bytes_per_token(model: LocalModel, demand: Demand) -> int:
@@ -191,17 +210,17 @@ def _bytes_per_token(model: LocalModel, demand: Demand) -> int:
 
 
 def room_for_weights(model: LocalModel, demand: Demand, free_bytes: int) -> int:
-    """Bytes of a GPU that weights may take, so that 1 GB, the conversation and the computing fit beside them.
+    """Bytes of a GPU that weights may take, so that 1 GB, the conversation, the computing and what it copies fit beside them.
 
     The conversation is shortened down to 2048 tokens before weights have to leave the GPU, unless the user set its
     length.
     """
-    conversation = estimate(model, demand, free_bytes=free_bytes, device=GPU).conversation_bytes
-    return max(0, free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - conversation)
+    found = estimate(model, demand, free_bytes=free_bytes, device=GPU)
+    return max(0, free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES - found.matrices_bytes - found.conversation_bytes)
 
 
 def fit_context(model: LocalModel, demand: Demand, free_bytes: int) -> tuple[int, str]:
-    """(tokens, reason) for a model whose weights are loaded, from what is free now; agrees with `estimate`.
+    """(tokens, reason) for a model whose weights are loaded and not yet copied, from what is free now; agrees with `estimate`.
 
     A length that the user set is only cut to what the model was trained for. Raises NotEnoughMemory if not even a short
     conversation fits.
@@ -214,7 +233,8 @@ def fit_context(model: LocalModel, demand: Demand, free_bytes: int) -> tuple[int
     reason = "the default; the options can set more" if tokens < trained else "what the model was trained for"
     per_token = _bytes_per_token(model, demand)
     if per_token:
-        fits = int((free_bytes - KEPT_FREE_BYTES - COMPUTING_BYTES) // per_token)
+        beside = KEPT_FREE_BYTES + COMPUTING_BYTES + matrices_bytes(model.folder, demand)
+        fits = int((free_bytes - beside) // per_token)
         if fits < SMALLEST_CONTEXT_TOKENS:
             raise NotEnoughMemory(
                 f"{model.name} fits, but with {format_bytes(max(0, free_bytes))} left there is no room for a conversation. "

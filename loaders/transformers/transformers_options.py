@@ -153,7 +153,7 @@ class TransformersOptions:
             number_bytes = _NUMBER_BYTES[self.cache_type]
         found = memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
         if self.tensor_parallel == 1 or not on_gpu:
-            return found
+            return replace(found, latent_kernels=on_gpu and not wide and self.kernel == "native" and model.is_packed)
         weights, conversation = fullest_share(model, self.tensor_parallel)
         return replace(found, ranks=self.tensor_parallel, weights_share=weights, conversation_share=conversation)
 
