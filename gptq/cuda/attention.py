@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .cuda_driver import HOPPER
 from .cuda_layers import ModelWeights
 from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, ONE_ROWS, PAGE_TOKENS, ROPE, ROPE_WARPS
@@ -91,7 +92,7 @@ def paged_variants(gpu: Gpu, shape: ModelShape) -> list[PagedAttentionVariant]:
     """What a model's step of many rows needs beside the kernels of its kv format: none before Hopper, none for bytes."""
     plan = _paged(shape)
     fits = (plan.shared_bytes + _STATIC_BYTES) * _PAGED_BLOCKS <= gpu.shared_bytes
-    return [plan] if gpu.capability >= (9, 0) and not shape.kv.q8 and fits else []
+    return [plan] if gpu.capability >= HOPPER and not shape.kv.q8 and fits else []
 
 
 def _paged(shape: ModelShape) -> PagedAttentionVariant:

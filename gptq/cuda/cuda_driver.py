@@ -7,6 +7,7 @@ from typing import Any
 
 from .nvrtc import NoCompiler
 
+HOPPER = (9, 0)  # the first GPUs whose kernels begin before the previous one has ended, and whose blocks form clusters
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ARGUMENT_BYTES = 256  # more than any argument structure has
@@ -78,7 +79,7 @@ class Module:
         self._driver = driver()
         self._binary = binary  # the driver may read it later
         self._module = ctypes.c_void_p()
-        self._overlaps = capability >= (9, 0)
+        self._overlaps = capability >= HOPPER
         _check(self._driver, self._driver.cuModuleLoadData(ctypes.byref(self._module), binary), "compiled kernels")
         self._kernels: dict[str, Kernel] = {}
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cuda_driver import Kernel, Module
+from .cuda_driver import HOPPER, Kernel, Module
 from .kernel_source import KvFormat, Packing, Variant, programs
 from .nvrtc import Compiler, NoCompiler
 
 _KERNEL = re.compile(r"__global__ void (?:__\w+__\([^)]*\) )*(\w+)\(")  # in CUDA C: the name of a kernel
 
-_OVERLAPPING = (9, 0)  # the first GPUs on which a kernel begins before the previous one has ended
 SCRATCH_COUNTERS = 1 << 16  # of a scratch: items of a product that several blocks make
 
 
@@ -133,7 +132,7 @@ def claimed_bytes(gpu: Gpu, used_bytes: int, blocks: int) -> int:
     Blocks that begin while the previous kernel ends go where there is room. With room for more than are meant for each
     processor, those that end first take several, and others stay idle.
     """
-    if gpu.capability < _OVERLAPPING:
+    if gpu.capability < HOPPER:
         return used_bytes
     enough = gpu.shared_bytes // (blocks + 1) - 1024 + 128  # a processor keeps 1 KB for each block, and gives 128 bytes at a time
     return max(used_bytes, min(enough, gpu.shared_limit_bytes))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
+from .cuda_driver import HOPPER
 from .cuda_linear import CudaLinear
 from .deferred import plainly
 from .gpu_kernels import Gpu, claimed_bytes
@@ -40,7 +41,6 @@ _TAKEN = True  # whether attention to latent vectors is computed here
 _MOST_SPLITS = 64  # blocks that share the tokens, as many as read_latent adds up
 _SPLIT_TOKENS = 32  # that are shown, for each of them
 _HEADS = 16  # of a block
-_CLUSTERED = (9, 0)  # the first GPUs whose blocks read each other's shared memory
 _CLUSTER = 8  # blocks of a head, where one kernel computes all
 _WHOLE_TOKENS = 1024  # that are shown, at most, where one kernel computes all
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative difference to the module's own forward
@@ -167,7 +167,7 @@ class LatentAttention:
     def _whole(self, variant: LatentVariant, heads: int) -> LatentVariant | None:
         """The one kernel that computes all, for a short conversation; None if there is none."""
         whole = replace(variant, whole=True)
-        if self._gpu.capability < _CLUSTERED or variant.rank not in (64, 128, 256, 512) or variant.value_dim % _CLUSTER:
+        if self._gpu.capability < HOPPER or variant.rank not in (64, 128, 256, 512) or variant.value_dim % _CLUSTER:
             return None
         fits = whole.shared_bytes <= self._gpu.shared_limit_bytes and heads * _CLUSTER <= 2 * self._gpu.processors
         return whole if fits else None

@@ -8,13 +8,13 @@ from functools import lru_cache
 from torch import Tensor
 
 from ..suitability import Unsuited
+from .cuda_driver import HOPPER
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import CHUNK, NORM_RUNS, OCTET, OCTET_RUNS
 from .kernel_source import BLOCK_THREADS, OctetVariant, Packing
 
 ROWS = (2, 4, 8)  # for each there is a variant; it computes fewer rows too
-_CLUSTERED = (9, 0)  # the first GPUs whose blocks read each other's shared memory
 _CLUSTER_MARGIN = 8  # processors that a cluster of four may find no company for
 
 
@@ -109,7 +109,7 @@ class Plan:
     @classmethod
     def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, rows: int, spread: Spread) -> "Plan":
         """Raises Unsuited if the GPU cannot compute the product."""
-        clusters, turns = gpu.capability >= _CLUSTERED, 1
+        clusters, turns = gpu.capability >= HOPPER, 1
         while True:  # what a block keeps for its cluster depends on how many blocks there are, and they on the cluster
             found = variant(
                 weight.packing, weight.in_features, epilogue, norm, rows, spread, gpu.shared_limit_bytes, turns, clusters
