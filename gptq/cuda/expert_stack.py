@@ -14,7 +14,6 @@ from .kernel_arguments import EXPERT_GEMV, EXPERT_SUM, TILE
 from .kernel_source import ExpertSumVariant, GemvVariant, Packing
 from .natural_order import gate_columns, input_of
 
-_ADDED = True  # whether the last product of a token's experts is computed with its sum
 _BLOCKS = 3  # of a processor at once
 _TURNS = 8  # tiles of a block, at most
 
@@ -130,7 +129,7 @@ class Stack:
     def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool) -> ExpertSumVariant | None:
         """The kernel that multiplies and adds up so many choices; None if there is none."""
         weight = self.first
-        if not _ADDED or self.gated is not None or weight.packing.bits < 4 or weight.in_features % 4 or choices > 16:
+        if self.gated is not None or weight.packing.bits < 4 or weight.in_features % 4 or choices > 16:
             return None
         split = next(each for each in (8, 4, 2, 1) if choices * each <= 16)
         while split > 1 and weight.chunks < 4 * split:

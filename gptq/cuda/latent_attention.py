@@ -37,7 +37,6 @@ _PARTS = (
     "num_heads",
     "layer_idx",
 )
-_TAKEN = True  # whether attention to latent vectors is computed here
 _MOST_SPLITS = 64  # blocks that share the tokens, as many as read_latent adds up
 _SPLIT_TOKENS = 32  # that are shown, for each of them
 _HEADS = 16  # of a block
@@ -48,10 +47,8 @@ _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative difference to t
 
 def is_latent(module: nn.Module) -> bool:
     """Whether a module has the parts of an attention to latent vectors."""
-    return (
-        _TAKEN
-        and all(hasattr(module, each) for each in _PARTS)
-        and (getattr(module, "q_proj", None) is not None or getattr(module, "q_b_proj", None) is not None)
+    return all(hasattr(module, each) for each in _PARTS) and (
+        getattr(module, "q_proj", None) is not None or getattr(module, "q_b_proj", None) is not None
     )
 
 

@@ -21,7 +21,6 @@ from .natural_order import NUMBERS
 from .token_rows import difference
 
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
-_CUT = True  # whether shared experts are computed with the others
 _MOST = 4  # widths of an expert
 _SAME = 5e-3  # relative difference of a block and the sum of its parts
 
@@ -34,7 +33,7 @@ def cut_shared(block: nn.Module, packed: PackedExperts, dtype: Any, tried: dict[
     shared: Any = getattr(block, "shared_experts", None)
     own = {} if shared is None else dict(shared.named_children())
     layers = [own.get(each) for each in _LAYERS]
-    if not _CUT or not packed.plain or dtype not in NUMBERS or not hasattr(block, "gate"):
+    if not packed.plain or dtype not in NUMBERS or not hasattr(block, "gate"):
         return []
     if not all(isinstance(each, GPTQLinear) and each.bias is None and not hasattr(each, "_hf_hook") for each in layers):
         return []
