@@ -106,9 +106,9 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_values(served, monkeypatch)
     go, solved = threading.Event(), []
     solve = layerwise_quantize._solve_layer
 
-    def slowly(*given):
+    def slowly(*given, **named):
         solved.append(1)
-        solve(*given)
+        solve(*given, **named)
         go.wait(60)
 
     monkeypatch.setattr(layerwise_quantize, "_solve_layer", slowly)
