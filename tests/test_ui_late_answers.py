@@ -101,6 +101,7 @@ def test_what_is_attached_and_typed_after_new_conversation_stays_and_is_sent_the
     attach(tab)
     tab.fill(BOX, "What is the word?")
     tab.press(BOX, "Enter")  # still on the way to the new conversation
+    tab.wait_for_function(f"{TYPED} ''")  # a press is handled a moment later
     tab.fill(BOX, "And then")
     net.deliver()
     tab.wait_for_selector("#gw-past .gw-chip:has-text('notes.txt')")
