@@ -40,6 +40,16 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+def type_into(tab: Any, box: str, text: str) -> None:
+    """Fill a box that may have been opened this moment: Gradio 6 sets its value once more about 30 ms after it drew it."""
+    for _again in range(20):
+        tab.fill(box, text)
+        tab.wait_for_timeout(250)
+        if tab.input_value(box) == text:
+            return
+    pytest.fail(f"{box} did not keep {text!r}")
+
+
 def _none(why: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"The page was not tested: {why}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from test_ui_page import Loader, Options, ask, chrome, house, open_tab, served, visit, wait_for
 
+from browser import type_into
 from fake_library import MISTRAL
 from gptq_webui.loaders.contract.base import Refusal, Remark
 
@@ -156,7 +157,7 @@ def test_only_the_panel_of_the_loader_that_opens_the_model_is_shown_and_saved(pa
     tab.click("#gw-loader input")
     tab.get_by_role("option", name="exllamav2").click()
     tab.wait_for_selector("#gw-option-max_seq_len", state="visible")
-    tab.fill("#gw-option-max_seq_len input", "512")
+    type_into(tab, "#gw-option-max_seq_len input", "512")
     tab.click("#gw-save")
     wait_for(tab, "#gw-settings", "Saved for")
     assert engine.settings.for_model(MISTRAL) == {"loader": "exllamav2", "options": {"max_seq_len": 512}}

@@ -97,9 +97,19 @@ def unfold(tab):
     for each in tab.query_selector_all("[role=tabpanel] button.label-wrap:not(.open)"):
         if each.is_visible():
             each.click()
+    still(tab)
+
+
+def still(tab):
+    """Wait until no color moves: in between, contrast means nothing."""
     tab.wait_for_function(
         "document.getAnimations().every(each => each.playState == 'finished' || each.effect.getTiming().iterations == Infinity)"
     )
+
+
+def problems(tab):
+    still(tab)
+    return tab.evaluate(_PROBLEMS)
 
 
 @pytest.mark.skipif(not gradio_compat.SIX, reason="a bubble of Gradio 4.37 is a button with buttons in it, and its tabs are pale")
@@ -119,9 +129,9 @@ def test_names_and_contrast_of_every_tab_and_sizes_on_a_phone(chrome, place, wid
         tab.wait_for_selector(".gw-prompt pre")
         tab.locator("#gw-past .gw-icon-edit").last.click()
         tab.wait_for_selector("#gw-edit textarea:visible")
-        assert tab.evaluate(_PROBLEMS) == []
+        assert problems(tab) == []
         tab.evaluate("window.gwChat.keys(); window.gwChat.drawer(true)")
-        assert tab.evaluate(_PROBLEMS) == []
+        assert problems(tab) == []
         if width == 390:  # the small buttons of a message are 30 px
             assert [each for each in tab.evaluate(_SMALL) if "gw-icon" not in each or "drawer" in each or "attach" in each] == []
         tab.keyboard.press("Escape")
@@ -132,7 +142,7 @@ def test_names_and_contrast_of_every_tab_and_sizes_on_a_phone(chrome, place, wid
         if name == "Parameters":
             tab.fill("#gw-max_new_tokens input", "0")
             tab.wait_for_selector("#gw-parameters-note .gw-bad")
-        assert tab.evaluate(_PROBLEMS) == [], name
+        assert problems(tab) == [], name
         if width == 390:
             assert tab.evaluate(_SMALL) == [], name
             assert tab.evaluate("document.documentElement.scrollWidth") == 390, name

@@ -100,8 +100,8 @@ def test_a_finished_thought_is_folded_with_its_time_and_nothing_else_is_in_it(sh
 @pytest.mark.skipif(not gradio_compat.SIX, reason="Gradio 4.37 shows the source of a diagram as code")
 def test_a_diagram_is_drawn(shown):
     tab, _fetched, _url = shown
-    tab.wait_for_selector("#gw-chat .mermaid svg")
-    assert "Start" in tab.inner_text("#gw-chat .mermaid")
+    tab.wait_for_selector("#gw-chat .mermaid svg")  # it is there before its words are
+    tab.wait_for_function("document.querySelector('#gw-chat .mermaid').innerText.includes('Start')")
 
 
 def test_nothing_in_a_message_runs_or_is_fetched(shown):

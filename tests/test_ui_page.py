@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from browser import WAIT_MS, chromium
+from browser import WAIT_MS, chromium, type_into
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.models import OPENED_BY
 from gptq_webui.engine.download_queue import Downloads
@@ -295,7 +295,7 @@ def test_folders_and_settings_are_remembered(visit, house, tmp_path):
     open_tab(tab, "Model")
     tab.wait_for_function(f"document.querySelector('#gw-models input').value.includes('{MISTRAL}')")
     tab.get_by_role("button", name="Custom settings").click()
-    tab.fill("#gw-option-context_tokens input", "512")
+    type_into(tab, "#gw-option-context_tokens input", "512")
     tab.click("#gw-save")
     wait_for(tab, "#gw-settings", "Saved for")
     tab.click("#gw-reload-settings")

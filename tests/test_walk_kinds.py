@@ -8,7 +8,7 @@ import transformers
 from packaging import version
 from PIL import Image
 
-from browser import WAIT_MS, chromium
+from browser import WAIT_MS, chromium, type_into
 from gptq_webui.engine.chat_service import ChatService
 from gptq_webui.engine.chat_store import ChatStore
 from gptq_webui.engine.download_queue import Downloads
@@ -62,7 +62,7 @@ def test_it_is_chosen_saved_reloaded_and_answers(name, house, tmp_path):
         tab.wait_for_selector("#gw-facts:has-text('256 tokens')")  # its own, no longer those of the one before
     if not tab.is_visible("#gw-option-context_tokens input"):
         tab.get_by_role("button", name="Custom settings").click()
-    tab.fill("#gw-option-context_tokens input", tokens)
+    type_into(tab, "#gw-option-context_tokens input", tokens)
     widths = tab.locator(".gw-option:visible").evaluate_all("all => all.map((each) => each.getBoundingClientRect().width)")
     assert min(widths) > 190  # none is cut off beside the others
     tab.press("#gw-option-context_tokens input", "Tab")

@@ -205,8 +205,11 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             name = None
         if not isinstance(name, str):
             return load(None, request)
-        # its settings at once: those of the model before would be saved for this one
-        return load(name, request) | settings.values(request, name) | table.values(name)
+        access.require_owner(request)
+        # Its settings at once: those of the model before would be saved for this one. Before the load begins, and not a second
+        # time: a small model is loaded before this answer is in the page, and what one types there meanwhile stays.
+        shown = settings.values(request, name, False) | table.values(name)
+        return load(name, request) | shown
 
     def reload_beside(name: str | None, request: gr.Request) -> Updates:
         beside_on.set(request, True)
