@@ -15,6 +15,7 @@ from .errors import BadCheckpoint, BadFile, BadQuantizeConfig, GptqWebuiError
 from .folder_files import printable, read_json, special_file, special_sentence
 from .model_claims import problem_of, type_problem
 from .neighbour_layouts import NEIGHBOURS, name_of, read_settings
+from .old_names import in_todays_words
 from .other_formats import name_of_dtype, name_of_gptq_p, name_of_method
 from .quantize_config import QuantizeConfig, is_auto_round
 from .safetensors_header import TensorInfo, read_header
@@ -192,6 +193,7 @@ def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
 
 def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """What config.json says: ("MistralForCausalLM" or "", tokens it was trained for or None)."""
+    config = in_todays_words(config)
     inner = config.get("text_config")
     both = (config, inner if isinstance(inner, Mapping) else {})
     found = (each[key] for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int))

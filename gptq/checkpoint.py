@@ -47,7 +47,7 @@ from .unpacked_parts import release_held, unpacked_layers
 from .weights_index import weights_source
 
 # Buffers that old files carry and newer model classes compute for themselves.
-HARMLESS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
+HARMLESS = re.compile(r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)(attn|(self_)?attention)\.(masked_)?bias$")
 _STANDARD_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -70,7 +70,10 @@ def load(
     """
     require_safetensors(model)
     config = read_config(model, trust_remote_code)
-    notes = [*drop_unknown_ids(config), *(rope_apply(config, rope) if rope is not None else ())]
+    values = read_json(model.folder / "config.json")
+    successor = None if trust_remote_code else successor_of(values)
+    notes = successor.notes(values) if successor is not None else []
+    notes += [*drop_unknown_ids(config), *(rope_apply(config, rope) if rope is not None else ())]
     watch = Watch(progress) if progress is not None else nullcontext()
     layers: dict[str, PackedLayer] = {}
     if model.is_packed:
@@ -93,6 +96,7 @@ def load(
                 "no answer needs them."
             )
         config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors)}
+        config.quantization_config["renamed"] = {} if successor is None else dict(successor.tensors)
         if isinstance(watch, Watch):
             see = watch.see
             config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config
@@ -109,7 +113,6 @@ def load(
         config.transformers_weights = source.weights
     notes += [source.note] if source.note else []
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
-    successor = None if trust_remote_code else successor_of(read_json(model.folder / "config.json"))
     if successor is not None:
         options["key_mapping"] = dict(successor.tensors)
     if attn_implementation is None and _caps_scores(config):

@@ -12,7 +12,7 @@ from ..core.errors import BadCheckpoint
 from ..core.folder_files import read_json
 from ..core.foreign_errors import in_words
 from ..core.models import LocalModel
-from ..core.old_names import renewed, successor_of
+from ..core.old_names import renewed, successor_of, why_unlike
 from ..core.readable_folder import readable, without_bom
 
 # What no forward that goes on token by token gives right numbers for.
@@ -22,9 +22,15 @@ _NOT_CAUSAL = {"cpmant": "it reads its prompt in both directions"}
 def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it. Raises BadCheckpoint with a sentence."""
     values = read_json(model.folder / "config.json")
-    successor = successor_of(values)
+    successor = None if trust_remote_code else successor_of(values)
+    if successor is not None and (why := why_unlike(values, successor)):
+        raise BadCheckpoint(
+            f"{model.name} is of the architecture {model.architecture or values.get('model_type')}, which came as program code. "
+            f"Such code is not run; transformers has most of its parts, but {why}. Choose another model, or turn on "
+            "trust_remote_code for this model, which runs that code."
+        )
     try:
-        if successor is not None and not trust_remote_code:
+        if successor is not None:
             config = AutoConfig.for_model(successor.model_type, **renewed(values, successor))
         else:
             config = _config_of(model, trust_remote_code)

@@ -9,16 +9,23 @@ from transformers import PreTrainedModel
 
 from .experts import experts_of
 
+_RENAMES = "_get_key_renaming_mapping"  # of transformers 4: names of files -> names of the model
+
 
 def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     """Where each layer of the files belongs in the model: a file may leave out the base model's prefix
-    ("model.", "transformer."), have one too many, or use a name that transformers 5 changed."""
+    ("model.", "transformer."), have one too many, use a name that transformers 5 changed, or one of 2023."""
     modules = {name for name, _module in model.named_modules()}
     prefix = model.base_model_prefix
+    of_2023 = getattr(getattr(model.config, "quantization_config", None), "renamed", {})
+    old = [_Renaming(*each) for each in of_2023.items()]
     renamings = [each for each in conversions_of(model) if not hasattr(each, "operations")]
     modules_of = {}
     for name in names:
         key = f"{name}.qweight"
+        for renaming in old:
+            key, _pattern = renaming.rename_source_key(key)
+        otherwise = key.removesuffix(".qweight")  # of a layer that the model has in parts
         for renaming in renamings:
             key, _pattern = renaming.rename_source_key(key)
         candidates = [
@@ -26,19 +33,30 @@ def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, s
             for known in (name, key.removesuffix(".qweight"))
             for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
         ]
-        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), name)
+        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), otherwise)
     return modules_of
 
 
 @dataclass(frozen=True)
 class _Renaming:
-    """One of transformers 4, used as one of transformers 5."""
+    """One of transformers 4, or of core/old_names.py, used as one of transformers 5."""
 
     pattern: str
     replacement: str
 
     def rename_source_key(self, key: str) -> tuple[str, str]:
         return re.sub(self.pattern, self.replacement, key), self.pattern
+
+
+def keep_names_of_2023(model: PreTrainedModel) -> None:
+    """transformers 4 looks at the names before they are renamed: without the model's prefix it takes them for a base model's."""
+    rename: Any = getattr(model, _RENAMES, None)  # transformers 5 has none
+    if rename is not None:
+        vars(model)[_RENAMES] = lambda keys, mapping=None, *_whose: rename(keys, mapping)
+
+
+def forget_names_of_2023(model: PreTrainedModel) -> None:
+    vars(model).pop(_RENAMES, None)
 
 
 def conversions_of(model: PreTrainedModel) -> list[Any]:

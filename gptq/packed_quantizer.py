@@ -28,7 +28,7 @@ from .dense_layers import beside_weight, replace, stays_dense
 from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
-from .module_names import module_names_of
+from .module_names import forget_names_of_2023, keep_names_of_2023, module_names_of
 from .neighbours import Parts, expect, parts_of
 from .unpacked_parts import NEEDS_OTHER_NAMES, UnpackedLayer, other_names, place_experts, place_parts, without_experts
 
@@ -93,12 +93,14 @@ class PackedWeights(QuantizationConfigMixin):
         layers: Mapping[str, PackedLayer] | None = None,
         unpacked: Mapping[str, UnpackedLayer] | None = None,
         see: Any = None,
+        renamed: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = dict(layers or {})
         self.unpacked = dict(unpacked or {})  # those that may be parts of larger ones
         self.see = see  # called with the model before it is filled; None if nobody asks
+        self.renamed = dict(renamed or {})  # patterns in names of 2023 -> what stands there now: see core/old_names.py
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -113,6 +115,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = dict(model.named_modules())
         layers: dict[str, PackedLayer] = self.quantization_config.layers  # type: ignore[attr-defined]
+        if self.quantization_config.renamed:  # type: ignore[attr-defined]
+            keep_names_of_2023(model)
         modules_of = module_names_of(layers, model)
         unpacked: dict[str, UnpackedLayer] = self.quantization_config.unpacked  # type: ignore[attr-defined]
         self._joins_experts = place_experts(model, modules_of.values(), unpacked)
@@ -200,6 +204,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """transformers 5.17 leaves renamed tensors in a file's type (fp32 may be meant: keep_in_fp32), and shapes uncompared."""
+        forget_names_of_2023(model)
         for name, parameter in model.named_parameters():
             dtype, shape = self._wanted.get(name, (parameter.dtype, parameter.shape))
             if parameter.shape != shape:

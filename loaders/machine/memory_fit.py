@@ -15,6 +15,7 @@ from ...core import folder_files
 from ...core.errors import BadFile, NotEnoughMemory
 from ...core.models import LocalModel
 from ...core.neighbour_layouts import PLANAR, width_in_memory
+from ...core.old_names import in_todays_words
 from ...core.units import format_bytes
 from .capabilities import version_of
 
@@ -66,7 +67,7 @@ def conversation_bytes_per_token(folder: Path, dtype_bytes: float = 2, on_gpu: b
 def _config(folder: Path) -> dict[str, Any]:
     """Of the part that reads text; empty if it cannot be read."""
     try:
-        config = folder_files.read_json(folder / "config.json")
+        config = in_todays_words(folder_files.read_json(folder / "config.json"))
     except (OSError, BadFile):
         return {}
     return {**config, **(config.get("text_config") or {})}

@@ -17,7 +17,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_SYSTEM_FIRST = (
+SYSTEM_FIRST = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
     "{% for m in rest %}{% if m['role'] not in ('user', 'assistant') %}"
@@ -38,7 +38,7 @@ def labelled(head: str, user: str, answer: str, between: str, default_system: st
     before, _, after = head.partition("{s}")
     return (
         ("{{ bos_token }}" if bos else "")
-        + _SYSTEM_FIRST
+        + SYSTEM_FIRST
         + system
         + f"{{% if system %}}{{{{ {before!r} + system + {after!r} }}}}{{% endif %}}"
         + "{% for m in rest %}{% if m['role'] == 'user' %}"
@@ -55,12 +55,12 @@ def _after_answer(user: str) -> str:
 
 
 _MISTRAL = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{{ bos_token }}" + SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
     "{{ '[INST] ' + " + _SYSTEM_INTO_FIRST + " + m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
 )  # the conversation of Mistral-7B-Instruct's model card
 _LLAMA2 = (
-    _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
+    SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}{% if m['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.first else '') }}"
     "{{ m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
@@ -75,7 +75,7 @@ _ZEPHYR = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 _GEMMA = (
-    "{{ bos_token }}" + _SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}"
+    "{{ bos_token }}" + SYSTEM_FIRST + _USER_FIRST + "{% for m in rest %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\\n' }}"
     "{{ " + _SYSTEM_INTO_FIRST + " + m['content'] + '<end_of_turn>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"

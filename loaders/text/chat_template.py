@@ -20,7 +20,7 @@ from ...core.chat import Message
 from ...core.errors import BadFile, BadParameter
 from ...core.folder_files import SMALL_FILE_BYTES, read_json
 from ...core.tools import Tool
-from . import tool_formats, tool_prompts
+from . import templates_of_2023, tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, OWN, PLAIN, PLAIN_JINJA, is_jinja, labelled
 from .content_parts import in_parts, marked
 from .message_order import orders, without_empty_end
@@ -190,7 +190,7 @@ def find(folder: Path, tokenizer: Any, architecture: str) -> ChatTemplate:
     own, why = _own(folder, tokenizer)
     if own is not None:
         return own.bound(tokenizer)
-    found = _other(folder, architecture)
+    found = _other(folder, tokenizer, architecture)
     return replace(found, note=f"{why} {found.name} is used instead." if why else "").bound(tokenizer)
 
 
@@ -255,10 +255,12 @@ def _problem(template: ChatTemplate, tokenizer: Any) -> str:
     return ""
 
 
-def _other(folder: Path, architecture: str) -> ChatTemplate:
+def _other(folder: Path, tokenizer: Any, architecture: str) -> ChatTemplate:
     """The template that the model card, the name or the architecture of a folder point to."""
     if text := model_card_template(folder):
         return from_model_card(text)
+    if of_2023 := templates_of_2023.of_folder(folder, tokenizer, architecture):
+        return ChatTemplate(*of_2023, "the model's architecture")
     name = folder.name.lower()
     for pattern, built_in in BY_NAME:
         if re.search(pattern, name):

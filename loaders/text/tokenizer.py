@@ -13,7 +13,7 @@ from ...core.errors import BadCheckpoint, BadFile
 from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
 from ...core.readable_folder import readable, without_bom
-from . import tokenizer_trial
+from . import code_tokenizers, tokenizer_trial
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,14 @@ def read_tokenizer(model: LocalModel, *, trust_remote_code: bool = False) -> Any
     from transformers import AutoTokenizer
 
     try:
+        made = None if trust_remote_code else code_tokenizers.made_of(model.folder)
+        if made is not None:
+            return made
         with readable(model.folder, changed) as folder:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         has_words = not found.vocab_files_names or _reads(found)
+    except BadFile:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's is no Exception
             raise
