@@ -1,0 +1,268 @@
+"""Many clients for many minutes: is every answer what the same request gives alone?
+
+`python benchmarks/soak_answers.py --models-dir FOLDER --model NAME` starts a server in a process of its own (page, keys, API). It
+asks requests of every protocol and kind (soak_requests.py) one by one and keeps their answers. Then `--clients` clients with 8
+keys ask them at random times, and some leave in the middle; a visitor chats in the page, where there is a Chromium, and the
+model is loaded again three times. At the end every request is asked alone once more, and Ctrl+C ends the server while answers
+are being written. The same `--seed` draws the same requests.
+
+It prints a line a minute. Exit code 0: every whole answer was the same as alone, none came later than the load explains, the
+server's memory is within 5% of what it was after the first part, and the server ended well. 1: not so.
+"""
+# mypy: ignore-errors
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from soak_program import KEYS, Server, say, visit_page
+from soak_requests import Draw, read
+
+PROBE_S = 10.0  # between two short requests of a client with a key of its own
+SHORT = {"prompt": "Name a colour:", "max_tokens": 8, "temperature": 0, "stream": True}
+PAUSE_S = 0.8  # of a client between two requests, on average
+LEAVES = 0.15  # share of requests whose client leaves before the end
+STOP_S = 20.0  # that Ctrl+C may take
+
+
+class Soak:
+    def __init__(self, options, server):
+        self.options, self.server = options, server
+        self.requests = Draw(options.seed, options.model, server.adapters).requests(options.requests, options.kinds)
+        self.alone = {}  # name -> (what was read, seconds)
+        self.faults, self.counts, self.by_kind = [], Counter(), Counter()
+        self.open, self.reloads, self.reloading = 0, 0, False
+        self.slowest_s, self.firsts_s, self.positions = 0.0, [], []
+        self.end = self.limit_s = 0.0
+
+    def fault(self, text):
+        self.faults.append(text)
+        say(f"FAULT {text[:1500]}")
+
+    async def ask(self, http, asked):
+        """(status, what was read, error)."""
+        answer = await http.post(asked.path, json=asked.body)
+        return answer.status_code, *read(answer.text)
+
+    async def measure_alone(self):
+        async with self.server.client(self.server.keys[0]) as http:
+            for asked in self.requests:
+                began = time.monotonic()
+                status, found, error = await self.ask(http, asked)
+                if status != 200 or error:
+                    raise SystemExit(f"{asked.name} is no good request: {status} {error} {str(found)[:500]}\n{asked.body}")
+                self.alone[asked.name] = found, time.monotonic() - began
+        times = [took_s for _found, took_s in self.alone.values()]
+        mean = statistics.mean(times)
+        self.limit_s = 60 + 3 * self.options.clients * mean  # as if they were computed one by one, three times as slow
+        say(
+            f"alone: {len(times)} requests, {mean:.2f} s each, at most {max(times):.2f}; the limit of one is {self.limit_s:.0f} s"
+        )
+
+    async def client(self, at):
+        draw = random.Random(f"{self.options.seed} {at}")
+        async with self.server.client(self.server.keys[at % KEYS]) as http:
+            while time.monotonic() < self.end:
+                await asyncio.sleep(draw.expovariate(1 / PAUSE_S))
+                asked = draw.choice(self.requests)
+                leaves_s = draw.expovariate(1 / 4.0) if draw.random() < LEAVES else None
+                await self.one(http, asked, leaves_s)
+
+    async def one(self, http, asked, leaves_s=None):
+        reloads, began = self.reloads, time.monotonic()
+        self.open += 1
+        try:
+            async with asyncio.timeout(leaves_s if leaves_s is not None else self.limit_s):
+                async with http.stream("POST", asked.path, json=asked.body) as answer:
+                    position = int(answer.headers.get("x-queue-position", 0))
+                    if position > self.options.clients + 2:
+                        self.fault(f"{asked.name}: position {position} in the queue of {self.open} requests")
+                    text = (await answer.aread()).decode()
+        except TimeoutError:
+            if leaves_s is None:
+                self.fault(f"{asked.name} has no end after {self.limit_s:.0f} s")
+            self.counts["left"] += 1
+            return
+        except Exception as error:
+            self.fault(f"{asked.name}: the connection broke: {type(error).__name__}: {error}")
+            return
+        finally:
+            self.open -= 1
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        self.judge(asked, answer.status_code, text, self.reloading or reloads != self.reloads, answer.headers)
+        await asyncio.sleep(float(answer.headers.get("retry-after", 0)))
+
+    def judge(self, asked, status, text, reloaded, headers):
+        found, error = read(text)
+        if status in (429, 503) and not headers.get("retry-after"):
+            self.fault(f"{asked.name}: status {status} without Retry-After")
+        if reloaded and (status == 503 or error):
+            self.counts["refused for a reload"] += 1
+        elif status != 200 or error:
+            self.fault(f"{asked.name}: status {status}: {error or text[:300]}")
+        elif found != self.alone[asked.name][0]:
+            self.counts["different"] += 1
+            self.fault(f"{asked.name} differs: {difference(self.alone[asked.name][0], found)}")
+        else:
+            self.counts["same"] += 1
+            self.by_kind[asked.name.split(" ", 1)[1]] += 1
+
+    async def probe(self):
+        """How soon a short request of a client of its own gets its first word; is the position that it is told right?"""
+        async with self.server.client(self.server.probe) as http:
+            while time.monotonic() < self.end:
+                await asyncio.sleep(PROBE_S)
+                began, first, reloads = time.monotonic(), None, self.reloads
+                with suppress(Exception):
+                    async with http.stream("POST", "/v1/completions", json=SHORT) as answer:
+                        positions = [int(answer.headers["x-queue-position"])]
+                        async for line in answer.aiter_lines():
+                            if line.startswith(": waiting, "):
+                                positions.append(int(line.split()[2]))
+                            elif first is None and '"text":' in line:
+                                first = time.monotonic() - began
+                if first is None or self.reloading or reloads != self.reloads:
+                    continue
+                self.firsts_s.append(first)
+                self.positions.append(positions[0])
+                if sorted(positions, reverse=True) != positions or positions[0] > self.open + 1:
+                    self.fault(f"a short request beside {self.open} others was told the positions {positions}")
+
+    async def reload(self):
+        """Three times in between."""
+        async with self.server.client(self.server.admin) as http:
+            for share in (0.3, 0.5, 0.7):
+                await asyncio.sleep(max(0.0, self.end - (1 - share) * self.options.minutes * 60 - time.monotonic()))
+                self.reloading = True
+                answer = await http.post("/v1/internal/model/load", json={"model_name": self.options.model})
+                self.reloads, self.reloading = self.reloads + 1, False
+                if answer.status_code != 200:
+                    self.fault(f"the model was not loaded again: {answer.status_code} {answer.text[:300]}")
+
+    async def watch(self, samples):
+        began, minute = time.monotonic(), 0
+        while time.monotonic() < self.end:
+            await asyncio.sleep(2)
+            if self.server.process.poll() is not None:
+                self.fault(f"the server's process ended with {self.server.process.returncode}")
+                os._exit(1)
+            samples.append((time.monotonic() - began, self.server.memory()))
+            if (now := int((time.monotonic() - began) // 60)) > minute:
+                minute = now
+                counts = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
+                state = f"{samples[-1][1] / 1e6:.1f} MB; {len(self.faults)} faults; load {os.getloadavg()[0]:.1f}"
+                say(f"minute {minute}: {counts}; slowest {self.slowest_s:.1f} s; {state}")
+                self.slowest_s = 0.0
+
+    async def run(self):
+        await self.server.ready()
+        say(f"the server is process {self.server.process.pid}; seed {self.options.seed}, {self.options.minutes:g} minutes, "
+            f"{self.options.clients} clients")  # fmt: skip
+        await self.measure_alone()
+        self.end = time.monotonic() + self.options.minutes * 60
+        samples, page = [], threading.Thread(target=visit_page, args=(self,), daemon=True)
+        page.start()
+        clients = [self.client(at) for at in range(self.options.clients)]
+        await asyncio.gather(*clients, self.probe(), self.reload(), self.watch(samples))
+        await asyncio.to_thread(page.join, self.limit_s)
+        first, last = memory_of(samples, self.options.minutes)
+        async with self.server.client(self.server.admin) as http:
+            figures = (await http.get("/metrics")).text
+            queue = (await http.get("/v1/queue")).json()
+            for asked in self.requests:  # nothing that was computed meanwhile has changed them
+                self.judge(asked, *(await self.whole(http, asked)), False, {})
+            await self.interrupt(http)
+        log = self.server.log.read_text()
+        if "Traceback" in log or "ERROR" in log:
+            self.fault(f"the server's log:\n{log[-1500:]}")
+        say("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(self.by_kind.items())))
+        if self.firsts_s:
+            middle, ahead = statistics.median(self.firsts_s), statistics.median(self.positions)
+            most = f"at most {max(self.firsts_s):.2f} ({len(self.firsts_s)} tries)"
+            say(f"a short request beside them, {ahead:g} ahead: first word after {middle:.2f} s, {most}")
+        for name in ("time_to_first_token", "inter_token_latency"):
+            found = re.search(rf"^gptq_webui_{name}_p95_seconds (.*)$", figures, re.MULTILINE)
+            say(f"/metrics: {name}_p95_seconds {float(found[1]):.3f}")
+        growth = last / first - 1
+        say(f"memory {first / 1e6:.1f} MB after the first part, {last / 1e6:.1f} MB at the end ({growth:+.1%}); {queue}")
+        well = not self.faults and abs(growth) < 0.05 and self.counts["same"] > 0
+        say(f"{'PASSED' if well else 'FAILED'}: {dict(self.counts)}, {self.reloads} reloads, {len(self.faults)} faults")
+        return 0 if well else 1
+
+    async def whole(self, http, asked):
+        answer = await http.post(asked.path, json=asked.body)
+        return answer.status_code, answer.text
+
+    async def interrupt(self, http):
+        """Ctrl+C while answers are written and others wait."""
+        body = {"prompt": "Count: one, two,", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+        waiting = [asyncio.create_task(self.whole_quietly(http, body)) for _ in range(16)]
+        await asyncio.sleep(3)
+        began = time.monotonic()
+        self.server.process.send_signal(signal.SIGINT)
+        try:
+            code = await asyncio.to_thread(self.server.process.wait, STOP_S)
+            say(f"Ctrl+C with {len(waiting)} requests open: ended after {time.monotonic() - began:.1f} s with {code}")
+            if code:
+                self.fault(f"Ctrl+C ended the server with {code}")
+        except subprocess.TimeoutExpired:
+            self.fault(f"Ctrl+C did not end the server in {STOP_S:.0f} s")
+        await asyncio.wait(waiting, timeout=5)
+
+    async def whole_quietly(self, http, body):
+        with suppress(Exception):
+            await http.post("/v1/completions", json=body)
+
+
+def difference(wanted, found):
+    """Where two answers begin to differ."""
+    at = next((at for at, (one, two) in enumerate(zip(wanted, found, strict=False)) if one != two), min(len(wanted), len(found)))
+    one, two = (str(each[at : at + 1])[:600] for each in (wanted, found))
+    return f"event {at} of {len(wanted)} and {len(found)}: {one} alone, {two} now"
+
+
+def memory_of(samples, minutes):
+    """Medians of a minute: around the third one (or the first quarter, of a short run), and of the last one."""
+    total_s = minutes * 60
+    early_s, piece_s = min(180.0, total_s / 4), min(60.0, total_s / 4)
+    early = [size for at, size in samples if early_s - piece_s / 2 <= at <= early_s + piece_s / 2]
+    return statistics.median(early or [samples[0][1]]), statistics.median(size for at, size in samples if at >= total_s - piece_s)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models-dir", required=True)
+    parser.add_argument("--model", required=True, help="the name of a folder in it, of a Llama")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=125, help="how many different ones")
+    parser.add_argument("--kinds", nargs="*", help="of requests: methods of soak_requests.Draw; all but `long`, if none is named")
+    parser.add_argument("--threads", type=int, default=1, help="of the server's computing")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    from bootstrap import register
+
+    register()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        server = Server(options, Path(folder))
+        try:
+            return asyncio.run(Soak(options, server).run())
+        finally:
+            server.process.kill()
+            server.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
