@@ -3,6 +3,7 @@
 The model was not made for it: the answers say so in a header. It serves programs that need some vector.
 """
 
+import asyncio
 import base64
 import struct
 import threading
@@ -46,8 +47,20 @@ async def vectors_of(service: Service, request: Request, texts: object, pooling:
         raise Problem("invalid", f"One request may have up to {_MOST_TEXTS} texts; found {len(sources)}.", "input")
     prompts = [await service.fit(request, each, 0, loaded=loaded) for each in sources]
     ids = [each.prompt.ids for each in prompts]
-    found = await service.run_for(request, loaded.embed, ids, pooling, threading.Event())
+    cancel = threading.Event()
+    watcher = asyncio.create_task(_watch(request, cancel))
+    try:
+        found = await service.run_for(request, loaded.embed, ids, pooling, cancel)
+    finally:
+        watcher.cancel()
     return found, sum(len(each) for each in ids)
+
+
+async def _watch(request: Request, cancel: threading.Event) -> None:
+    """Nothing is computed for a client that has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    cancel.set()
 
 
 def build(service: Service) -> APIRouter:

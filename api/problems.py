@@ -108,6 +108,8 @@ def of_error(error: GptqWebuiError) -> Problem:
     if kind == "failed" and is_out_of_memory(error):
         kind = "no_memory"
     message = "There is no model of that name on this server." if isinstance(error, NoSuchModel) else str(error)
+    if isinstance(error, QueueFull):
+        return Problem(kind, message, retry_after_s=error.retry_after_s)
     return Problem(kind, message, error.field if isinstance(error, BadParameter) else None)
 
 

@@ -151,4 +151,6 @@ class Busy(GptqWebuiError):
 
 
 class QueueFull(Busy):
-    pass
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s  # when there is room again, as far as one knows

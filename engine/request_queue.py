@@ -6,12 +6,16 @@ one of the queue's answers.
 """
 
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from ..core.errors import QueueFull
 
 DEFAULT_LIMIT = 512  # requests that run or wait
+_UNKNOWN_S = 5.0  # of a turn, before one has ended
+_NEWS = 0.2  # share of the last turn in what one takes
+_SOONEST_S, _LATEST_S = 1.0, 600.0  # that somebody is asked to come again after
 
 
 class Ticket:
@@ -21,6 +25,7 @@ class Ticket:
         self.client = client
         self._queue = queue
         self._called = threading.Event()
+        self._called_at = 0.0  # on time.monotonic()
         self._given_up = False
 
     def wait(self) -> bool:
@@ -57,9 +62,10 @@ class RequestQueue:
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next one first
         self._running: list[Ticket] = []
+        self._turn_s: float | None = None  # that a turn takes
 
     def join(self, client: str) -> Ticket:
-        """A new ticket. Raises QueueFull."""
+        """A new ticket. Raises QueueFull, which says when there should be room."""
         with self._lock:
             total = len(self._running) + self._count()
             own = len(self._waiting.get(client, ())) + sum(1 for each in self._running if each.client == client)
@@ -67,9 +73,11 @@ class RequestQueue:
             if self.most_per_client is not None:
                 share = max(1, min(share, self.most_per_client))
             if total >= self.limit:
-                raise QueueFull(f"{total} requests are being answered or wait, which is the limit. Ask again in a moment.")
+                text = f"{total} requests are being answered or wait, which is the limit. Ask again in a moment."
+                raise QueueFull(text, self._room_in_s(None))
             if own >= share:
-                raise QueueFull(f"{own} of your requests are being answered or wait; one client may have {share}. Wait for them.")
+                text = f"{own} of your requests are being answered or wait; one client may have {share}. Wait for them."
+                raise QueueFull(text, self._room_in_s(client))
             ticket = Ticket(self, client)
             self._waiting.setdefault(client, deque()).append(ticket)
             self._call()
@@ -97,12 +105,15 @@ class RequestQueue:
             if tickets:
                 self._waiting[client] = tickets  # to the end: the others come first now
             self._running.append(ticket)
+            ticket._called_at = time.monotonic()
             ticket._called.set()
 
     def _leave(self, ticket: Ticket) -> None:
         with self._lock:
             if ticket in self._running:
                 self._running.remove(ticket)
+                took_s = time.monotonic() - ticket._called_at
+                self._turn_s = took_s if self._turn_s is None else self._turn_s + _NEWS * (took_s - self._turn_s)
             elif ticket.client in self._waiting:
                 tickets = self._waiting[ticket.client]
                 if ticket in tickets:
@@ -111,16 +122,32 @@ class RequestQueue:
                     del self._waiting[ticket.client]
             self._call()
 
+    def _room_in_s(self, client: str | None) -> float:
+        """When the next request of this client, or of anybody, should have its answer. Holds the lock."""
+        turn_s, now = _UNKNOWN_S if self._turn_s is None else self._turn_s, time.monotonic()
+        running = [each for each in self._running if client in (None, each.client)]
+        if running:  # one that is late is so for as long again
+            wait_s = min(abs(turn_s - (now - each._called_at)) for each in running)
+        elif waiting := self._waiting.get(client or ""):  # the first of them has had no turn yet
+            wait_s = turn_s * (1 + self._turns_before(waiting[0]) / max(1, len(self._running)))
+        else:
+            wait_s = turn_s
+        return min(max(wait_s, _SOONEST_S), _LATEST_S)
+
     def _ahead(self, ticket: Ticket) -> int:
         with self._lock:
-            tickets = self._waiting.get(ticket.client)
-            if tickets is None or ticket not in tickets:
-                return 0
-            own = tickets.index(ticket)
-            before, count = True, own + len(self._running)
-            for client, others in self._waiting.items():
-                if client == ticket.client:
-                    before = False
-                else:
-                    count += min(len(others), own + before)
-            return count
+            return self._turns_before(ticket)
+
+    def _turns_before(self, ticket: Ticket) -> int:
+        """Holds the lock."""
+        tickets = self._waiting.get(ticket.client)
+        if tickets is None or ticket not in tickets:
+            return 0
+        own = tickets.index(ticket)
+        before, count = True, own + len(self._running)
+        for client, others in self._waiting.items():
+            if client == ticket.client:
+                before = False
+            else:
+                count += min(len(others), own + before)
+        return count

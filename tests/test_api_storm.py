@@ -9,7 +9,9 @@ import pytest
 
 from api_server import ApiServer, settled
 from fake_library import MISTRAL, FakeLibrary
+from gptq_webui.api.problems import of_error
 from gptq_webui.api.service import Limits
+from gptq_webui.core.errors import QueueFull
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.loaders.contract.fake_loader import FakeLoader
@@ -157,3 +159,34 @@ def test_a_model_that_is_unloaded_ends_every_stream_and_frees_the_line(slow):
         thread.join(5)
         assert not thread.is_alive()
     assert settled(slow.service) and len(texts) == 3
+
+
+@pytest.mark.parametrize("ends", ("the client leaves", "the model is unloaded"))
+def test_a_text_that_is_read_for_its_vector_ends_with_its_client_and_with_its_model(slow, ends):
+    import httpx
+
+    reads, over = threading.Event(), threading.Event()
+
+    def vector(ids, pooling, cancel):
+        reads.set()
+        while not cancel.is_set():
+            yield None
+        over.set()
+        return [1.0]
+
+    slow.engine.loaded.can_embed, slow.engine.loaded._vector = True, vector
+    body = {"input": "a long text"}
+    if ends == "the client leaves":
+        with pytest.raises(httpx.ReadTimeout):
+            slow.http.post("/v1/embeddings", json=body, timeout=0.5)
+    else:
+        unload = threading.Thread(target=lambda: reads.wait(30) and slow.engine.unload())
+        unload.start()
+        answer = slow.http.post("/v1/embeddings", json=body)
+        unload.join()
+        assert answer.status_code == 503 and "Send them again" in answer.json()["error"]["message"]
+    assert reads.is_set() and over.wait(30)
+
+
+def test_a_refusal_says_when_to_come_again():
+    assert of_error(QueueFull("full", 41.2)).headers == {"retry-after": "42"}

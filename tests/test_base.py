@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from gptq_webui.core.chat import Finish, Message, Token
+from gptq_webui.core.errors import Busy
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.loaders.contract.base import Loader, StopFlag
@@ -110,6 +111,24 @@ def test_closing_frees_and_refuses():
 
 
 GIB = 2**30
+
+
+def test_an_unload_in_the_middle_of_a_text_gives_no_vector():
+    """What was read of it has a vector too, which looks like any other."""
+    model, reads = fake(), threading.Event()
+
+    def vector(ids, pooling, cancel):
+        while not cancel.is_set():
+            reads.set()
+            yield None
+        return [1.0]
+
+    model.can_embed, model._vector = True, vector
+    unload = threading.Thread(target=lambda: reads.wait(30) and model.close())
+    unload.start()
+    with pytest.raises(Busy, match="Send them again"):
+        model.embed([[1, 2]], "mean", threading.Event())
+    unload.join()
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,33 @@ def test_no_turn_is_lost_when_many_threads_come_and_go():
     for thread in threads:
         thread.join(20)
     assert len(done) == 12 and queue.running == queue.waiting == 0 and not queue._waiting
+
+
+def test_who_is_refused_hears_when_there_should_be_room(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("gptq_webui.engine.request_queue.time.monotonic", lambda: now[0])
+    queue = RequestQueue(limit=8, parallel=lambda: 2)
+    queue.most_per_client = 2
+
+    def room_in_s(client):
+        with pytest.raises(QueueFull) as found:
+            queue.join(client)
+        return found.value.retry_after_s
+
+    first, second = queue.join("a"), queue.join("b")
+    now[0] += 40
+    first.leave()  # a turn takes 40 s
+    third = queue.join("a")
+    queue.join("a")
+    now[0] += 10
+    assert room_in_s("a") == 30  # the third has run for 10 s
+    queue.join("c"), queue.join("c")
+    assert room_in_s("c") == 40 * (1 + 3 / 2)  # after the two that run and the other one of a, and its own turn
+    now[0] += 400
+    assert room_in_s("a") == 370  # it is late: nobody knows how much longer it takes
+    third.leave()
+    second.leave()
+    queue.limit = 5
+    for client in "de":
+        queue.join(client)
+    assert queue.running == 2 and 1 <= room_in_s("f") <= 600

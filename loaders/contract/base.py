@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...core.chat import Finish, Message, Step, Token
-from ...core.errors import BadParameter, GptqWebuiError
+from ...core.errors import BadParameter, Busy, GptqWebuiError
 from ...core.model_claims import embedding_rows
 from ...core.models import LocalModel, tensors_of
 from ...core.params import GenerationParams
@@ -288,7 +288,7 @@ class LoadedModel(ABC):
         return self._worker.stream(make, cancel, cancelled(len(ids)), alone=self._reads_alone())
 
     def embed(self, texts: Sequence[Sequence[int]], pooling: str, cancel: threading.Event) -> list[list[float]]:
-        """Vectors of texts, given as ids: `pooling` mean or last. Waits for its turn. Raises BadParameter."""
+        """Vectors of texts, given as ids: `pooling` mean or last. Waits for its turn. Raises BadParameter; Busy if cancelled."""
         self._require(self.can_embed, "gives out no hidden states")
         for each in texts:
             self._require_ids(each)
@@ -298,7 +298,11 @@ class LoadedModel(ABC):
                 yield (yield from self._vector(each, pooling, cancel))
 
         nothing: list[float] = []
-        return list(self._worker.stream(make, cancel, nothing, alone=self._reads_alone()))
+        stream = self._worker.stream(make, cancel, nothing, alone=self._reads_alone())
+        found = list(stream)
+        if cancel.is_set():  # the last vector may be of a part of its text
+            raise Busy("The model was unloaded before these texts were read. Send them again.")
+        return found
 
     def _require(self, able: bool, words: str) -> None:
         if not able:
