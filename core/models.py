@@ -242,7 +242,7 @@ def _read(folder: Path) -> LocalModel:
         )
     if by_tensors not in (None, "plain") and kind in ("gptq", "awq", "plain"):
         kind = by_tensors  # the tensors are the truth
-    if kind in ("gptq", "plain", *NEIGHBOURS) and (problem := problem_of(config, tensors)):
+    if kind in ("gptq", "plain", *NEIGHBOURS) and (problem := problem_of(in_todays_words(config), tensors)):
         return found("incomplete", problem=problem)
     if kind == "gptq":
         quantize = QuantizeConfig.read(folder, tensors)

@@ -13,6 +13,7 @@ from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_json
 from ..core.models import LocalModel, tensors_of
 from ..core.neighbour_layouts import width_in_memory
+from ..core.old_names import for_new_files, why_not_written
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes
@@ -48,6 +49,8 @@ def export(
         raise LoadRefused(
             f"{model.name} is {model.badge}: {model.problem or 'it cannot be opened'}. Nothing was written; choose another model."
         )
+    if why := why_not_written(read_json(model.folder / "config.json")):
+        raise LoadRefused(f"{model.name} cannot be exported. {why} Choose another model.")
     if form == PACKED and adapter is not None:
         return _merged_again(model, adapter, output, again or Requantise(), say)
     return _write(model, form, output, adapter, say, zeros)
@@ -132,7 +135,7 @@ def _write(model: LocalModel, form: str, output: Path, adapter: Path | None, say
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
-        values = read_json(model.folder / "config.json")
+        values = for_new_files(read_json(model.folder / "config.json"))
         for name in ("quantization_config", "compression_config", "dtype"):
             values.pop(name, None)
         values["torch_dtype"] = "float16"

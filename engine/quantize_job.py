@@ -19,6 +19,7 @@ from .. import __version__
 from ..core.errors import BadParameter, LoadRefused
 from ..core.folder_files import read_json
 from ..core.models import MARKER, LocalModel
+from ..core.old_names import for_new_files, why_not_written
 from ..core.quantize_config import BITS, QuantizeConfig
 from ..core.units import format_bytes
 from ..hub.model_folder import FileRecord, FolderRecord, disk_full, locked
@@ -164,6 +165,8 @@ def _check(job: QuantizeJob) -> None:
             f"{job.source.name} is {job.source.badge}, not a 16-bit model{problem}. "
             "Only weights of 16 or 32 bits can be quantised; download the model they were made from."
         )
+    if why := why_not_written(read_json(job.source.folder / "config.json")):
+        raise LoadRefused(f"{job.source.name} cannot be quantised. {why} Choose another model.")
     for config in job.branches:
         if config.group_size != -1 and (config.group_size <= 0 or config.group_size % 32):
             raise BadParameter(
@@ -233,7 +236,7 @@ def _write_settings(
         settings["modules_in_block_to_quantize"] = modules
     write_json(folder / "quantize_config.json", settings | {"dataset": text})
     del settings["model_file_base_name"], settings["model_name_or_path"]
-    values = read_json(job.source.folder / "config.json")
+    values = for_new_files(read_json(job.source.folder / "config.json"))
     values.pop("dtype", None)
     if job.head_bits:
         values["tie_word_embeddings"] = False

@@ -27,11 +27,11 @@ from ..core.foreign_errors import in_words
 from ..core.model_claims import EMBEDDINGS
 from ..core.models import LocalModel, require_safetensors, tensors_of
 from ..core.neighbour_layouts import NEIGHBOURS
-from ..core.old_names import successor_of
+from ..core.old_names import name_now, successor_of
 from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .bit_packing import flooded_zeros, g_idx_is_possible
-from .config_reading import read_config
+from .config_reading import caps_scores, read_config
 from .cut_layers import cut_layers
 from .dense_layers import make_dense
 from .gptq_linear import GPTQLinear
@@ -39,6 +39,7 @@ from .joined_layers import move_parts
 from .load_progress import Report, Watch
 from .module_names import module_names_of
 from .neighbours import repack
+from .old_folders import as_successor
 from .packed_quantizer import METHOD, PackedLayer, packed_layers, packed_modules, register
 from .rope import Rope
 from .rope import apply as rope_apply
@@ -72,6 +73,7 @@ def load(
     config = read_config(model, trust_remote_code)
     values = read_json(model.folder / "config.json")
     successor = None if trust_remote_code else successor_of(values)
+    renamed = {} if successor is None else dict(successor.tensors)
     notes = successor.notes(values) if successor is not None else []
     notes += [*drop_unknown_ids(config), *(rope_apply(config, rope) if rope is not None else ())]
     watch = Watch(progress) if progress is not None else nullcontext()
@@ -95,27 +97,31 @@ def load(
                 f"{plural(len(further), 'packed layer')} that guess further tokens, {further[0]} first, are left out: "
                 "no answer needs them."
             )
-        config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors)}
-        config.quantization_config["renamed"] = {} if successor is None else dict(successor.tensors)
+        config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors, renamed)}
+        config.quantization_config |= {"renamed": renamed, "old": successor}
         if isinstance(watch, Watch):
             see = watch.see
             config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config
-        if any(name.endswith(("lm_head", "embed_out")) for name in layers):
+        if any(name_now(name, renamed).endswith(("lm_head", "embed_out")) for name in layers):
             config.tie_word_embeddings = False
         notes += [f"In its files: {note}." for note in model.quantize.notes]
     elif model.kind == "incomplete":
         raise BadCheckpoint(model.problem)
     elif model.kind != "plain":
         raise BadCheckpoint(model.problem or f"{model.name} is of the kind {model.kind}, which this engine does not read.")
-    notes += untied(config, tensors_of(model.weights))
+    elif successor is not None and successor.cuts:
+        register()
+        unpacked = unpacked_layers(tensors_of(model.weights), renamed)
+        config.quantization_config = {"quant_method": METHOD, "unpacked": unpacked, "renamed": renamed, "old": successor}
+    notes += untied(config, {name_now(name, renamed): each for name, each in tensors_of(model.weights).items()})
     source = weights_source(model)
     if source.weights not in _STANDARD_NAMES:
         config.transformers_weights = source.weights
     notes += [source.note] if source.note else []
     options: dict[str, Any] = {"max_memory": max_memory} if max_memory else {}
-    if successor is not None:
-        options["key_mapping"] = dict(successor.tensors)
-    if attn_implementation is None and _caps_scores(config):
+    if renamed:
+        options["key_mapping"] = renamed
+    if attn_implementation is None and caps_scores(config):
         attn_implementation = "eager"  # transformers before 5.24 leaves the cap out of its fused attention, and says nothing
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -143,6 +149,8 @@ def load(
     vars(loaded)["weights_source"] = source  # its links must live as long
     _check_report(model, info, {own: layers[name] for name, own in module_names_of(layers, loaded).items()}, config)
     notes += complete(loaded, model.weights, layers)
+    if successor is not None:
+        as_successor(loaded, successor, packed=model.is_packed)
     return loaded.eval(), tuple(notes)
 
 
@@ -167,12 +175,6 @@ def untied(config: Any, tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[
         return []
     config.tie_word_embeddings = False
     return [f"config.json says that the output layer is the embedding; the files hold another one ({head}), which is used."]
-
-
-def _caps_scores(config: Any) -> bool:
-    """Whether attention scores are kept within a soft cap (Gemma 2)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "attn_logit_softcapping", None) is not None
 
 
 def _check_report(model: LocalModel, info: Mapping[str, Any], layers: Mapping[str, PackedLayer], config: Any) -> None:

@@ -14,6 +14,7 @@ from ..core.foreign_errors import in_words
 from ..core.models import LocalModel
 from ..core.old_names import renewed, successor_of, why_unlike
 from ..core.readable_folder import readable, without_bom
+from . import sloped_llama
 
 # What no forward that goes on token by token gives right numbers for.
 _NOT_CAUSAL = {"cpmant": "it reads its prompt in both directions"}
@@ -31,17 +32,15 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
         )
     try:
         if successor is not None:
+            if not successor.architecture:
+                sloped_llama.register()
             config = AutoConfig.for_model(successor.model_type, **renewed(values, successor))
         else:
             config = _config_of(model, trust_remote_code)
         config.name_or_path = str(model.folder)
     except Exception as error:  # transformers 5 checks the types of a config, with errors of no common class
         if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise BadCheckpoint(
-                f"{model.name} brings its own program code for its architecture ({model.architecture or 'unnamed'}), "
-                "and the installed transformers does not know it. Code out of model folders is not run, unless you turn on "
-                "trust_remote_code for this model."
-            ) from None
+            raise BadCheckpoint(_own_code(model)) from None
         raise BadCheckpoint(_bad_config(model, error)) from None
     if why := _NOT_CAUSAL.get(str(getattr(config, "model_type", ""))):
         raise BadCheckpoint(
@@ -67,10 +66,20 @@ def _config_of(model: LocalModel, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
+def _own_code(model: LocalModel) -> str:
+    return (
+        f"{model.name} brings its own program code for its architecture ({model.architecture or 'unnamed'}), "
+        "and the installed transformers does not know it. Code out of model folders is not run, unless you turn on "
+        "trust_remote_code for this model."
+    )
+
+
 def _bad_config(model: LocalModel, error: BaseException) -> str:
     """Why transformers makes no config of config.json, as a sentence."""
     values = read_json(model.folder / "config.json")
     known = values.get("model_type")
+    if (not isinstance(known, str) or known not in CONFIG_MAPPING) and values.get("auto_map"):
+        return _own_code(model)
     if not isinstance(known, str) or known not in CONFIG_MAPPING:
         return (
             f"The installed transformers does not know the architecture of {model.name} "
@@ -82,6 +91,12 @@ def _bad_config(model: LocalModel, error: BaseException) -> str:
     else:
         said = f"describes no model that transformers can make: {in_words(error.__cause__ or error)}"
     return f"config.json of {model.name} {said}. Correct config.json, or download the model again."
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention scores are kept within a soft cap (Gemma 2)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "attn_logit_softcapping", None) is not None
 
 
 def _unknown_rope(config: Any) -> str:

@@ -22,6 +22,18 @@ def replace(model: PreTrainedModel, name: str, module: torch.nn.Module) -> torch
     return parent
 
 
+def dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
+    """(in_features, out_features) of a Linear or Conv1D. Raises BadCheckpoint for anything else."""
+    weight = getattr(linear, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise BadCheckpoint(
+            f"The files hold packed weights for {name}, which is no linear layer in this architecture. "
+            "They were made for another one; download the model again."
+        )
+    rows, columns = weight.shape
+    return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
+
+
 def stays_dense(module: torch.nn.Module, model: PreTrainedModel, place: str) -> bool:
     """Whether a layer's weights are needed as they are: its class computes with them in a way of its own (DeepSeek V4, routers),
     or a module above it reads them (Mamba's steps, the indexers of sparse attention, RWKV)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..core.old_names import name_now
 from .experts import experts_of
 
 _RENAMES = "_get_key_renaming_mapping"  # of transformers 4: names of files -> names of the model
@@ -18,28 +19,25 @@ def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, s
     modules = {name for name, _module in model.named_modules()}
     prefix = model.base_model_prefix
     of_2023 = getattr(getattr(model.config, "quantization_config", None), "renamed", {})
-    old = [_Renaming(*each) for each in of_2023.items()]
     renamings = [each for each in conversions_of(model) if not hasattr(each, "operations")]
     modules_of = {}
     for name in names:
-        key = f"{name}.qweight"
-        for renaming in old:
-            key, _pattern = renaming.rename_source_key(key)
-        otherwise = key.removesuffix(".qweight")  # of a layer that the model has in parts
+        now = name_now(name, of_2023)
+        key = f"{now}.qweight"
         for renaming in renamings:
             key, _pattern = renaming.rename_source_key(key)
         candidates = [
             candidate
-            for known in (name, key.removesuffix(".qweight"))
+            for known in (now, key.removesuffix(".qweight"))
             for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
         ]
-        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), otherwise)
+        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), now)
     return modules_of
 
 
 @dataclass(frozen=True)
 class _Renaming:
-    """One of transformers 4, or of core/old_names.py, used as one of transformers 5."""
+    """One of transformers 4, used as one of transformers 5."""
 
     pattern: str
     replacement: str

@@ -23,8 +23,9 @@ from ..core.neighbour_layouts import NEIGHBOURS, neighbour_layout, neighbour_nam
 from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
-from .cut_layers import hold_cut, parts_in_model
-from .dense_layers import beside_weight, replace, stays_dense
+from ..core.successor import Successor
+from .cut_layers import cut_of, hold_cut, hold_dense, width_of
+from .dense_layers import beside_weight, dense_shape, replace, stays_dense
 from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
@@ -94,6 +95,7 @@ class PackedWeights(QuantizationConfigMixin):
         unpacked: Mapping[str, UnpackedLayer] | None = None,
         see: Any = None,
         renamed: Mapping[str, str] | None = None,
+        old: Successor | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -101,6 +103,7 @@ class PackedWeights(QuantizationConfigMixin):
         self.unpacked = dict(unpacked or {})  # those that may be parts of larger ones
         self.see = see  # called with the model before it is filled; None if nobody asks
         self.renamed = dict(renamed or {})  # patterns in names of 2023 -> what stands there now: see core/old_names.py
+        self.old = old  # how files of 2023 hold layers; None for today's
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -124,17 +127,19 @@ class PackedQuantizer(HfQuantizer):
         have = {*modules_of.values(), *by_module}
         parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
         place_parts(model, parts, by_module)
+        old: Successor | None = self.quantization_config.old  # type: ignore[attr-defined]
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
+            cut = {} if place in parts else cut_of(place, layer.out_features, modules, model.config, old)
             if place in parts:
-                shape = (_dense_shape(modules[parts[place]], name)[0], layer.out_features)
+                shape = (dense_shape(modules[parts[place]], name)[0], layer.out_features)
+            elif cut:
+                shape = width_of(place, cut, modules)
             elif place in modules:
-                shape = _dense_shape(modules[place], name)
+                shape = dense_shape(modules[place], name)
             elif expert_owner and is_dense_experts(modules.get(expert_owner)):
                 shape = expert_shape(modules[expert_owner], place)
-            elif whole := parts_in_model(place, modules):
-                shape = (next(iter(whole.values())).in_features, sum(each.out_features for each in whole.values()))
             elif expert_owner in modules and any(each.dim() == 3 for each in modules[expert_owner].parameters(recurse=False)):
                 raise BadCheckpoint(
                     f"The installed transformers ({transformers.__version__}) computes the experts of {type(model).__name__} "
@@ -152,10 +157,10 @@ class PackedQuantizer(HfQuantizer):
                 )
             if expert_owner and place not in modules and expert_bias(modules[expert_owner]) and not layer.has_bias:
                 raise BadCheckpoint(f"{name} has no bias in the files, and its architecture has one. Download the model again.")
-            dense, whole = modules.get(place), {} if place in modules or place in parts else parts_in_model(place, modules)
-            of_model = dense if not whole else next(iter(whole.values()))
+            dense = None if cut else modules.get(place)
+            of_model = modules[f"{place.rpartition('.')[0]}.{next(iter(cut))}"] if cut else dense
             packed_layer = _packed(layer, layer.has_bias or getattr(of_model, "bias", None) is not None)
-            parent = hold_cut(model, place, whole, packed_layer) if whole else replace(model, place, packed_layer)
+            parent = hold_cut(model, place, cut, packed_layer) if cut else replace(model, place, packed_layer)
             if dense is not None and stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one
                 for own, tensor in beside_weight(dense):
@@ -171,6 +176,9 @@ class PackedQuantizer(HfQuantizer):
                 vars(packed_layer)["weight"] = nothing = torch.empty(0)
                 nothing._is_hf_initialized = True  # type: ignore[attr-defined]
 
+        for place, dense_layer in by_module.items() if old is not None else ():  # transformers converts those of today
+            if place not in parts and (cut := cut_of(place, dense_layer.out_features, modules, model.config, old)):
+                hold_dense(model, place, cut, modules, (dense_layer.in_features, dense_layer.out_features))
         outputs = {place: layer.out_features for place, layer in by_module.items()}
         outputs |= {modules_of[name]: layer.out_features for name, layer in layers.items()}
         self._join(model, parts, modules, outputs)
@@ -194,7 +202,7 @@ class PackedQuantizer(HfQuantizer):
             owner, _dot, last = place.rpartition(".")
             names = JOINED[last]
             found = sum(outputs[f"{owner}.{each}"] for each in names)
-            wanted = _dense_shape(modules[place], place)[1]
+            wanted = dense_shape(modules[place], place)[1]
             if found != wanted:
                 raise BadCheckpoint(
                     f"{' and '.join(names)} of {owner} have {found} outputs together in the files, and {last} has {wanted} in "
@@ -261,18 +269,6 @@ def _share(model: PreTrainedModel) -> None:
         if model.get_submodule(names[0]) is model.get_submodule(names[1]):
             parts = [part for part, _tensor in modules[packed.index(True)].named_parameters()]
             ties.update({f"{names[1]}.{part}": f"{names[0]}.{part}" for part in parts})
-
-
-def _dense_shape(linear: torch.nn.Module, name: str) -> tuple[int, int]:
-    """(in_features, out_features) of a Linear or Conv1D."""
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.dim() != 2:
-        raise BadCheckpoint(
-            f"The files hold packed weights for {name}, which is no linear layer in this architecture. "
-            "They were made for another one; download the model again."
-        )
-    rows, columns = weight.shape
-    return (rows, columns) if type(linear).__name__ == "Conv1D" else (columns, rows)  # GPT-2 keeps its weights transposed
 
 
 def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:

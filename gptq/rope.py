@@ -49,7 +49,7 @@ def apply(config: Any, rope: Rope) -> tuple[str, ...]:
     if not rope.changes:
         return ()
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = _parameters(config)
+    found = None if config.model_type == "llama_alibi" else _parameters(config)
     if found is None:
         raise BadParameter(
             f"{type(config).__name__.removesuffix('Config')} models have no rotary positions: compress_pos_emb, alpha_value "

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..core.errors import BadCheckpoint
+from ..core.old_names import name_now
 from ..core.safetensors_header import TensorInfo
 from .dense_layers import replace
 from .experts import ROLES, PackedExperts, expert_bias, expert_shape, experts_of, is_dense_experts, require_complete
@@ -25,7 +26,7 @@ from .joined_layers import JOINED
 from .module_names import conversions_of, module_names_of
 
 _FLOATS = ("F16", "BF16", "F32")
-_PARTS = {part for parts in JOINED.values() for part in parts}
+_PARTS = {*JOINED, *(part for parts in JOINED.values() for part in parts)}
 # before it asks the quantizer about them, transformers 5 joins single experts whatever else there is
 NEEDS_OTHER_NAMES = find_spec("transformers.conversion_mapping") is not None and not hasattr(
     HfQuantizer, "update_weight_conversions"
@@ -44,14 +45,18 @@ class UnpackedLayer:
         return layer.requires_grad_(False)
 
 
-def unpacked_layers(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, UnpackedLayer]:
-    """Layer name -> layer, for every layer in 16 (or 32) bits that may be a part of a larger one: by its name."""
+def unpacked_layers(
+    tensors: Mapping[str, tuple[Path, TensorInfo]], renamed: Mapping[str, str] | None = None
+) -> dict[str, UnpackedLayer]:
+    """Layer name -> layer, for every layer in 16 (or 32) bits that may be a part of a larger one, or hold several: by its name.
+
+    `renamed`: patterns in names of 2023 -> what stands there now."""
     found = {}
     for key, (_path, info) in tensors.items():
         name = key.removesuffix(".weight")
         if name == key or len(info.shape) != 2 or info.dtype not in _FLOATS:
             continue
-        if experts_of(name) or name.rpartition(".")[2] in _PARTS:
+        if experts_of(name) or name_now(name, renamed or {}).rpartition(".")[2] in _PARTS:
             found[name] = UnpackedLayer(info.shape[1], info.shape[0], f"{name}.bias" in tensors)
     return found
 

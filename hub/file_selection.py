@@ -16,6 +16,7 @@ from ..core.errors import BadQuantizeConfig, WrongRepository
 from ..core.model_ref import ModelRef
 from ..core.models import OPENED_BY, Kind, choose_weights, declared_kind
 from ..core.neighbour_layouts import NEIGHBOURS, name_of, settings_of, why_unreadable
+from ..core.old_names import successor_of, why_unlike
 from ..core.other_formats import name_of_method
 from ..core.quantize_config import QuantizeConfig
 from ..core.units import format_bytes, plural
@@ -303,10 +304,13 @@ def _notes(
 ) -> list[str]:
     notes = []
     code = [file.path for file in listing.files if file.path.endswith(".py")]
-    if code and "auto_map" in settings.get("config.json", {}) and not allow_code:
+    config = settings.get("config.json", {})
+    if code and "auto_map" in config and not allow_code:
+        successor = successor_of(config)
+        why = "it is not needed" if successor and not why_unlike(config, successor) else "it would run with all your rights"
         notes.append(
             f"The model has program code of its own ({', '.join(code[:3])}{', …' if len(code) > 3 else ''}), which is not "
-            "downloaded: it would run with all your rights."
+            f"downloaded: {why}."
         )
     spare = sum(file.size_bytes for file in listing.files if file.path not in weights and file.path.endswith(_WEIGHTS))
     if spare:

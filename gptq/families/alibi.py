@@ -1,4 +1,4 @@
-"""BLOOM and MPT, whose positions are slopes of the scores (ALiBi); Press et al. 2021, arXiv 2108.12409."""
+"""BLOOM, MPT and Baichuan-13B, whose positions are slopes of the scores (ALiBi); Press et al. 2021, arXiv 2108.12409."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .parts import Alibi, LayerParts, ModelParts, Options
-from .reading import act_of, activation_of, base_of, model_of, norm_of, refuse_if, split_by_head
+from .reading import act_of, activation_of, base_of, llama_layer, model_of, norm_of, refuse_if, split_by_head
 
 
 def slopes_of(heads: int) -> Tensor:
@@ -86,4 +86,11 @@ def _mpt(hf: Any) -> ModelParts:
     )  # fmt: skip
 
 
-KINDS = {"bloom": _bloom, "mpt": _mpt}
+def _llama(hf: Any) -> ModelParts:
+    """Baichuan-13B and Baichuan2-13B (sloped_llama.py)."""
+    layers = [llama_layer(layer, hf.config, rotary=-1) for layer in base_of(hf).layers]
+    slopes = slopes_of(hf.config.num_attention_heads).to(hf.device)
+    return model_of(hf, layers, Options(activation=act_of(base_of(hf).layers[0].mlp)), rotaries=(), alibi=Alibi(slopes))
+
+
+KINDS = {"bloom": _bloom, "mpt": _mpt, "llama_alibi": _llama}

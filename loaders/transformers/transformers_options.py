@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadParameter
 from ...core.models import LocalModel
+from ...core.old_names import for_new_files
 from ...gptq.parallel.dividing import MOST_RANKS, fullest_share
 from ..contract import superhot
 from ..contract.options import gigabytes, option, require_choice, require_context
@@ -169,7 +170,7 @@ class TransformersOptions:
             return "it is for quantised models"
         from ...gptq.families.known import has_gpu_step
 
-        return "" if has_gpu_step(config_of(model)) else "models of this architecture are computed without it"
+        return "" if has_gpu_step(for_new_files(config_of(model))) else "models of this architecture are computed without it"
 
 
 def _cache_type(value: Any) -> Any:
