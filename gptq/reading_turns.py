@@ -41,14 +41,21 @@ class Turn:
 class Turns:
     """For one thread."""
 
-    def __init__(self, busy: Callable[[], bool], most_tokens: Callable[[], int]) -> None:
-        """`busy`: whether answers are sampled meanwhile; `most_tokens`: of a piece."""
-        self._busy, self._most = busy, most_tokens
+    def __init__(
+        self,
+        busy: Callable[[], bool],
+        most_tokens: Callable[[], int],
+        first_tokens: int = _FIRST_TOKENS,
+        fewest_tokens: int = _FEWEST_TOKENS,
+    ) -> None:
+        """`busy`: whether answers are sampled meanwhile; `most_tokens`: of a piece; of a round, `first_tokens` before anything
+        is measured and `fewest_tokens` in any case."""
+        self._busy, self._most, self._fewest = busy, most_tokens, fewest_tokens
         self._waiting: list[Turn] = []
         self._asked: set[int] = set()  # numbers of those that have asked in this round
         self._numbers = count()
         self._left = 0  # tokens that may still be read in this round
-        self.tokens = _FIRST_TOKENS  # that take PAUSE_S
+        self.tokens = first_tokens  # that take PAUSE_S
 
     def join(self) -> Turn:
         least = min(self._waiting, key=lambda each: each.share, default=None)
@@ -62,7 +69,7 @@ class Turns:
         if 2 * tokens < self.tokens and seconds < PAUSE_S:
             return  # a small piece says little of a large one
         wanted = tokens * min(max(PAUSE_S / max(seconds, 1e-6), 0.5), 2.0)
-        self.tokens = max(_FEWEST_TOKENS, int(wanted) // _FEWEST_TOKENS * _FEWEST_TOKENS)
+        self.tokens = max(self._fewest, int(wanted) // self._fewest * self._fewest)
 
     def _ask(self, turn: Turn) -> int:
         if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others

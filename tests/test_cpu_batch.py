@@ -1,6 +1,9 @@
 """gptq/cpu/cpu_batch.py: answers side by side, and guesses, give the tokens of an answer alone."""
 
 import threading
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,7 +212,9 @@ def test_a_guess_never_reaches_past_the_context(stepper, monkeypatch):
     assert len(ids) == 205 and max(longest) <= 600
 
 
-def test_a_prompt_is_read_in_smaller_pieces_while_others_answer(stepper):
+def test_a_prompt_is_read_in_smaller_pieces_while_others_answer(stepper, monkeypatch):
+    monkeypatch.setattr(stepper._turns, "tokens", 32)
+    monkeypatch.setattr(stepper._turns, "measured", lambda tokens, seconds: None)
     running = events_of(stepper, PROMPTS[0], PARAMS[0])
     while not hasattr(next(running), "id"):
         pass
@@ -229,3 +234,65 @@ def test_a_prompt_is_read_in_smaller_pieces_while_others_answer(stepper):
     running.close()
     other.close()
     assert pieces == [32, 64, 96, 100]
+
+
+def test_more_answers_than_rows_of_a_pass_share_the_time(stepper):
+    """Each is what it is alone, and none is a token ahead of another when all are sampled."""
+    params = [replace(PARAMS[at % 4], max_new_tokens=30, seed=at) for at in range(40)]
+    prompts = [IDS[at : at + 5 + at % 9] for at in range(40)]
+    alone = [ids_of(events_of(stepper, prompt, each)) for prompt, each in zip(prompts, params, strict=True)]
+    assert in_turns([events_of(stepper, prompt, each) for prompt, each in zip(prompts, params, strict=True)]) == alone
+    running = [events_of(stepper, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    counts = [0] * 40
+    for _round in range(200):
+        for at, each in enumerate(running):
+            counts[at] += hasattr(next(each, None), "id")
+        if min(counts):
+            apart = max(counts) - min(counts)  # by when their prompts were read
+            break
+    for _round in range(5):
+        for at, each in enumerate(running):
+            counts[at] += hasattr(next(each), "id")
+    assert max(counts) - min(counts) == apart
+    for each in running:
+        each.close()
+    assert not stepper._batch.busy
+
+
+def test_prompts_that_come_together_are_read_by_turns_beside_a_stream(stepper, monkeypatch):
+    monkeypatch.setattr(stepper._turns, "tokens", 32)
+    monkeypatch.setattr(stepper._turns, "measured", lambda tokens, seconds: None)
+    stream = events_of(stepper, PROMPTS[0], replace(PARAMS[0], max_new_tokens=500))
+    while not hasattr(next(stream), "id"):
+        pass
+    read = [0] * 12
+    others = [
+        generate(
+            stepper, IDS[at : at + 100], PARAMS[0], threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=600,
+            progress=partial(read.__setitem__, at),
+        )
+        for at in range(12)
+    ]  # fmt: skip
+    short = events_of(stepper, IDS[7:20], PARAMS[0])
+    for turn in range(200):
+        assert hasattr(next(stream), "id")
+        before = sum(read)
+        if turn == 3:
+            others.append(short)
+        events = [next(each) for each in others]
+        assert sum(read) - before <= 48  # 32, or half as much again where many wait
+        if turn > 3 and hasattr(events[-1], "id"):
+            assert turn < 16  # after a piece of each that came before; all of them take 25 rounds
+            break
+    for each in (stream, *others):
+        each.close()
+    assert not stepper._turns._waiting
+
+
+@pytest.mark.parametrize(("free", "asked", "found"), [(1 << 40, 256, 64), (1 << 20, 256, 8), (1 << 40, 3, 3), (1 << 20, 3, 3)])
+def test_more_than_a_few_answers_at_once_if_their_conversations_fit(tmp_path, monkeypatch, free, asked, found):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    hf, _twin = load(tmp_path / "model", "llama")
+    made = CpuStepper(parts_of(hf), 600, 1, parallel=asked)
+    made.close()
+    assert made.parallel == found

@@ -160,7 +160,8 @@ def test_the_loaded_model_offers_as_many_answers_at_once_as_its_step(slotted):
 
 
 def test_the_processor_offers_several_answers_at_once_with_its_own_step_only(model):
-    assert model.parallel == model._worker.parallel == (8 if model.kernel == "cpu" else 1)
+    assert model.parallel == model._worker.parallel
+    assert 8 <= model.parallel <= 64 if model.kernel == "cpu" else model.parallel == 1
 
 
 def test_answers_side_by_side_are_those_of_each_alone(slotted):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..drafting import Draft, Drafter
 from ..guessing import MOST_GUESSES, Guesser
+from ..reading_turns import Turns
 from ..running import Running
-from ..stepper import Memory
+from ..stepper import Memory, Reading
 from ..token_ids import require_known
 from .cpu_memory import CpuMemory
 
@@ -56,9 +57,11 @@ class Batch:
         """Whether answers are being sampled."""
         return bool(self._running)
 
-    def advance(self) -> None:
-        """Compute the tokens of all answers that wait for theirs."""
-        waiting = [each for each in self._running if each.pending is not None][:MOST_ROWS]
+    def advance(self, first: "BatchedAnswer") -> None:
+        """Compute the token of an answer, and of the next ones that wait for theirs: all of them, or MOST_ROWS in turn."""
+        at = self._running.index(first)
+        around = [*self._running[at:], *self._running[:at]]
+        waiting = [each for each in around if each.pending is not None][:MOST_ROWS]
         rows = len(waiting)
         pieces: list[tuple[Memory, Sequence[int]]] = []
         for answer in waiting:
@@ -136,7 +139,7 @@ class BatchedAnswer(Running):
 
     def logits(self) -> Tensor:
         if self._ready is None:
-            self._batch.advance()
+            self._batch.advance(self)
         assert self._ready is not None
         return self._ready
 
@@ -145,3 +148,23 @@ class BatchedAnswer(Running):
         self.memory.cut(self._length)
         if self.drafter is not None:
             self.drafter.close()
+
+
+class PromptReading(Reading):
+    """Of a prompt that takes its turn among others (reading_turns.py)."""
+
+    def __init__(self, turns: Turns, read: Callable[[Sequence[int]], Tensor]) -> None:
+        self._turns, self._turn = turns, turns.join()
+        super().__init__(self._turn.tokens, read)
+
+    def ask(self, ids: Sequence[int]) -> None:
+        began = perf_counter()
+        super().ask(ids)
+        self._turns.measured(len(ids), perf_counter() - began)
+        self._turn.took(len(ids))
+
+    def spent(self, tokens: int) -> None:
+        self._turn.took(tokens)
+
+    def close(self) -> None:
+        self._turn.close()

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +19,16 @@ from ..lora import Part
 from ..mlp_shapes import inputs
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
+from ..reading_turns import Turns
 from ..rope_length import RopeLength, border_of
 from ..running import Running
-from ..stepper import Memory, Stepper
+from ..stepper import Memory, Reading, Stepper
 from ..suitability import Limits, Shape, shape_of
 from ..token_ids import require_known
 from . import cpu_kernels as k
 from . import forward_arguments as f
 from .cpu_adapter import CpuAdapter
-from .cpu_batch import MOST_ROWS, Batch
+from .cpu_batch import MOST_ROWS, Batch, PromptReading
 from .cpu_experts import described, rounded_room, with_room
 from .cpu_latent import latent_of, latent_room
 from .cpu_linear import CpuLinear
@@ -41,8 +43,8 @@ from .weight_room import WeightRoom, aligned
 from .weight_table import tables_of
 
 CHUNK_TOKENS = 256  # of a prompt at once …
-_SMALL_CHUNK = 32  # … while other answers wait for their next token
-MOST_ANSWERS = 8  # at once
+_SMALL_CHUNK = 32  # … at least, while other answers wait for their next token
+LEAST_ANSWERS, MOST_ANSWERS = 8, 64  # at once: more only if half of the free memory holds them all at full length
 _ANY = -1  # in the place of a set of angles: a table of which some rows are filled for each forward
 
 
@@ -66,6 +68,7 @@ class CpuStepper(Stepper):
         self.device = torch.device("cpu")
         self.parallel = min(parallel, MOST_ANSWERS)
         self._batch = Batch(self.rows_logits, context_tokens, self.embedding_rows, guesses)
+        self._turns = Turns(lambda: self._batch.busy, lambda: CHUNK_TOKENS, _SMALL_CHUNK, _SMALL_CHUNK)
         self._sampling, self._torch_threads = 0, 0
         self._patch: ForwardPatch | None = None
         self.team = Team(threads)
@@ -96,6 +99,7 @@ class CpuStepper(Stepper):
         self._one = self._arguments(1, self.team.size)
         self._more: dict[int, Arguments] = {}  # by the rows that they have room for
 
+        self.parallel = min(self.parallel, self._fitting())
         self.prefill(self.begin(), [0])  # compiles what is not compiled, before the first answer waits for it
 
     def _take_in(self, parts: ModelParts, shape: Shape, context_tokens: int) -> dict[str, Any]:
@@ -252,7 +256,7 @@ class CpuStepper(Stepper):
         latent = sum(self._latent[name].nbytes for name in ("keys", "values"))
         return latent + sum(each.size_bytes for each in self.weights)
 
-    def begin(self) -> Memory:
+    def begin(self) -> CpuMemory:
         shape = self._shape
         return CpuMemory(shape.layers, shape.kept_heads, shape.key_dim, shape.value_dim, self._context_tokens)
 
@@ -344,8 +348,14 @@ class CpuStepper(Stepper):
         with torch.inference_mode():
             self._batch.draft.measure()
 
-    def piece_tokens(self) -> int:
-        return _SMALL_CHUNK if self._batch.busy else CHUNK_TOKENS
+    def _fitting(self) -> int:
+        """Answers at once, by what their conversations may take."""
+        memory = self.begin()
+        whole = max(1, memory.size_bytes * self._context_tokens // memory.capacity)
+        return max(LEAST_ANSWERS, psutil.virtual_memory().available // 2 // whole)
+
+    def reading(self, memory: Memory, tokens: int) -> Reading:
+        return PromptReading(self._turns, partial(self.prefill, memory))
 
     @contextmanager
     def while_sampling(self) -> Iterator[None]:

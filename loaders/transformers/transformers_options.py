@@ -46,7 +46,7 @@ class TransformersOptions:
     parallel: int = option(
         0,
         "Answers at once",
-        "At most so many side by side by our own step; 0: what fits, up to 256 on a GPU and 8 on a processor.",
+        "At most so many side by side by our own step; 0: what fits, up to 256 on a GPU and 64 on a processor.",
     )
     guesses: str = option(
         "auto",
