@@ -112,7 +112,7 @@ def visit_page(soak):
     try:
         with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=["--no-sandbox"]) as chrome:
             tab = chrome.new_page()
-            tab.set_default_timeout(soak.limit_s * 1000)
+            tab.set_default_timeout(soak.limit_s() * 1000)
             tab.goto(soak.server.url)
             tab.wait_for_function("window.gwChat && document.querySelector('#gw-list .gw-chats')")
             while time.monotonic() < soak.end:

@@ -44,7 +44,14 @@ def test_names_and_times_do_not_count(soak):
     ],
 )
 def test_everything_else_does(soak, other):
-    assert soak.read(other)[0] != soak.read(stream(event()))[0]
+    assert not soak.same(soak.read(other)[0], soak.read(stream(event()))[0])
+
+
+def test_numbers_may_differ_in_the_fifth_digit(soak):
+    one, near, far = ([{"logprob": value, "ids": [5, 6]}] for value in (-1.23456789, -1.23456780, -1.236))
+    assert (
+        soak.same(one, near) and not soak.same(one, far) and not soak.same(one, [{"logprob": one[0]["logprob"], "ids": [5, 7]}])
+    )
 
 
 @pytest.mark.parametrize(
