@@ -19,6 +19,8 @@ from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders.machine import memory_fit
+from gptq_webui.loaders.machine.capabilities import look
+from gptq_webui.loaders.transformers import optimum
 
 IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT = 24
@@ -99,3 +101,9 @@ def test_it_is_chosen_loaded_asked_saved_and_reloaded(tmp_path):
         assert engine.chat(chat, params, threading.Event()).text()[0] == first
     finally:
         engine.unload()
+
+
+def test_transformers_own_integration_is_not_given_names_it_does_not_know(tmp_path):
+    qwen_of_2023.write(tmp_path / "model")
+    refused = optimum.refusal(LocalModel.read(tmp_path / "model"), look())
+    assert refused is not None and "names of 2023" in str(refused) and "kernel native" in str(refused)

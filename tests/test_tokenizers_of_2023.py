@@ -196,6 +196,26 @@ def test_internlm_begins_and_ends_its_messages_as_it_was_taught(tmp_path):
     text = "<|User|>:quick fox<eoh>\n<|Bot|>:dog<eoa>\n<|User|>:lazy<eoh>\n<|Bot|>:"
     assert TokenCodec(tokenizer).encode(template.render(chat, tokenizer)) == [own.bos_id(), *own.encode(text)]
     assert "<eoa>" in "".join(template.stop)
+    later = tmp_path / "internlm-chat-20b-GPTQ"
+    folder.rename(later)
+    text = chat_template.find(later, tokenizer, "InternLMForCausalLM").render(chat, tokenizer)
+    assert text == "<s><|User|>:quick fox\n<|Bot|>:dog<eoa>\n<|User|>:lazy\n<|Bot|>:"
+
+
+def test_the_settings_may_give_a_piece_another_name(tmp_path):
+    folder = tmp_path / "internlm2-chat-7b-GPTQ"
+    own = write_sentencepiece(folder, symbols=("[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"))
+    named = {"3": "<|im_end|>", "4": "<|im_start|>", "1": "<s>", "2": "</s>"}
+    decoder = {id: {"content": text, "special": True} for id, text in named.items()}
+    write_settings(folder, "InternLM2Tokenizer", "InternLM2ForCausalLM", "internlm2", added_tokens_decoder=decoder)
+    tokenizer = opened(folder)
+    template = chat_template.find(folder, tokenizer, "InternLM2ForCausalLM")
+    ids = TokenCodec(tokenizer).encode(template.render([Message("user", "quick fox")], tokenizer))
+    user, answer = own.encode("user\nquick fox"), own.encode("assistant\n")
+    assert ids == [1, 4, *user, 3, *own.encode("\n"), 4, *answer]
+    assert len(tokenizer) == own.get_piece_size() and tokenizer.decode(ids, skip_special_tokens=True).split() == [
+        "user", "quick", "fox", "assistant",
+    ]  # fmt: skip
 
 
 def test_chatglms_special_tokens_follow_its_vocabulary(tmp_path):
@@ -208,6 +228,7 @@ def test_chatglms_special_tokens_follow_its_vocabulary(tmp_path):
     newline = own.encode("\n")
     assert ids == [size + 1, size + 3, size + 6, *newline, *own.encode("quick fox"), size + 7, *newline]
     assert size + 6 in template.stop_ids and tokenizer.eos_token_id == own.eos_id()
+    assert TokenCodec(tokenizer).encode("quick fox") == [size + 1, size + 3, *own.encode("quick fox")]  # raw, too
     assert ids_of(tokenizer, "philosophy eop") == own.encode("philosophy eop")
     second = tmp_path / "chatglm2-6b-GPTQ"
     folder.rename(second)

@@ -12,6 +12,7 @@ from typing import Any
 from ...core.errors import BadFile
 from ...core.folder_files import SMALL_FILE_BYTES, read_bytes, read_json, read_text, shown_name
 from . import sentencepiece_file, tiktoken_file
+from .token_codec import BEGINS_WITH
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SETTINGS = (*_ROLES, "model_max_length", "padding_side")  # of tokenizer_config.json, that are kept
@@ -25,6 +26,7 @@ class _Kind:
     eos: str | None = None
     pad: str | None = None
     begins: bool = True  # whether a text begins with its bos token, where the settings do not say
+    begins_with: tuple[str, ...] = ()  # what a text begins with, where that is more than a bos token
     words: str = ""  # of tiktoken's: what a text is cut into
     composed: bool = False  # of tiktoken's: letters and their accents are put together first
     roles: Callable[[Path], tuple[int, ...]] = lambda folder: ()  # ids of pieces that begin a message
@@ -52,8 +54,9 @@ _KINDS: Mapping[str, _Kind] = {
         eos="<|endoftext|>",
         pad="<|endoftext|>",
         words=tiktoken_file.WORDS % "{1,3}",
+        begins_with=("[gMASK]", "<sop>"),
     ),
-    "ChatGLMTokenizer": _Kind((*_GLM_MASKS, *_GLM_ROLES), begins=False),
+    "ChatGLMTokenizer": _Kind((*_GLM_MASKS, *_GLM_ROLES), begins=False, begins_with=("[gMASK]", "<sop>")),
     "BaichuanTokenizer": _Kind(roles=_baichuan_roles),
 }
 
@@ -83,6 +86,8 @@ def made_of(folder: Path) -> Any:
         post: Any = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))])
         backend.post_processor = post
     made: Any = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
+    if all(_has(backend, each) for each in kind.begins_with):
+        vars(made)[BEGINS_WITH] = [backend.token_to_id(each) for each in kind.begins_with]
     return made
 
 

@@ -26,7 +26,7 @@ _QWEN = (
 )
 _INTERNLM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ '<|User|>:' + m['content'] + '<eoh>\\n<|Bot|>:' }}"
+    "{{ '<|User|>:' + m['content'] + 'END\\n<|Bot|>:' }}"
     "{% elif m['role'] == 'system' %}{{ '<|System|>:' + m['content'] + '\\n' }}"
     "{% else %}{{ m['content'] + '<eoa>\\n' }}{% endif %}{% endfor %}"
 )
@@ -41,7 +41,8 @@ def of_folder(folder: Path, tokenizer: Any, architecture: str) -> tuple[str, str
     if architecture in ("BaichuanForCausalLM", "BaiChuanForCausalLM") and (is_chat or "user_token_id" in settings):
         return _of_baichuan(settings, tokenizer)
     if architecture == "InternLMForCausalLM" and is_chat:
-        return _INTERNLM, "InternLM"
+        later = re.search(r"20b|v1[._]1", folder.name.lower())
+        return _INTERNLM.replace("END", "" if later else "<eoh>"), "InternLM"
     if architecture == "InternLM2ForCausalLM" and is_chat:
         return "{{ bos_token }}" + CHATML, "ChatML"
     if architecture in ("ChatGLMModel", "ChatGLMForConditionalGeneration") and is_chat:

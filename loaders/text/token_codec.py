@@ -15,6 +15,7 @@ from ...core.errors import BadParameter
 from ...core.foreign_errors import in_words
 from .segments import Segments
 
+BEGINS_WITH = "begins_with"  # of a tokenizer: the ids that a sequence begins with, where these are not its bos token alone
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -26,7 +27,7 @@ class TokenCodec:
         self.special_ids: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", ()) or ())
         end = getattr(tokenizer, "eos_token_id", None)
         self.end_id: int | None = int(end) if end is not None else None
-        self._bos_id = self._find_bos_id()
+        self._begin: list[int] = list(vars(tokenizer).get(BEGINS_WITH, ())) or self._find_begin()
         self._segments = Segments(tokenizer, self._encode_all)
 
     @property
@@ -40,7 +41,7 @@ class TokenCodec:
         return bool(getattr(self.tokenizer, "is_fast", False))
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Text to ids. With `bos`, exactly one beginning-of-sequence token if the model uses one. Raises BadParameter."""
+        """Text to ids. With `bos`, exactly one beginning of a sequence if the model uses one. Raises BadParameter."""
         ids = self._segments.ids(text)
         return self.with_bos(ids) if bos else ids
 
@@ -54,8 +55,8 @@ class TokenCodec:
         return self._segments.splits(text, at)
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """The same ids, with the beginning-of-sequence token in front if the model uses one and it is not there."""
-        return [self._bos_id, *ids] if self._bos_id is not None and ids[:1] != [self._bos_id] else ids
+        """The same ids, with the beginning of a sequence in front if the model uses one and it is not there."""
+        return [*self._begin, *ids] if ids[: len(self._begin)] != self._begin else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         """(ids without added special tokens, the characters [start, end) of each); None from a slow tokenizer."""
@@ -93,14 +94,14 @@ class TokenCodec:
         found = convert(name)
         return found if isinstance(found, int) and self.name(found) == name else None
 
-    def _find_bos_id(self) -> int | None:
-        """The id that begins a sequence, None if this tokenizer begins none with one. Asked once: it costs a tokenisation."""
+    def _find_begin(self) -> list[int]:
+        """The id that begins a sequence; [] if this tokenizer begins none with one. Asked once: it costs a tokenisation."""
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None:
-            return None
+            return []
         with self._borrowed():
             begins = list(self.tokenizer("a", add_special_tokens=True)["input_ids"][:1]) == [bos]
-        return int(bos) if begins or getattr(self.tokenizer, "add_bos_token", False) else None
+        return [int(bos)] if begins or getattr(self.tokenizer, "add_bos_token", False) else []
 
     @contextmanager
     def _borrowed(self, *texts: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 from ...core.errors import LoadFailed
 from ...core.foreign_errors import in_words, trace
 from ...core.models import LocalModel
+from ...core.old_names import successor_of
 from ..contract.base import Refusal, Remark
 from ..contract.standard_folder import config_of
 from ..machine.capabilities import Machine, look
@@ -19,6 +20,9 @@ def refusal(model: LocalModel, machine: Machine) -> Refusal | None:
     """Why transformers' own integration cannot open a model that the native kernel can."""
     if model.quantize is None:
         return None  # a 16-bit model has no GPTQ kernel
+    successor = successor_of(config_of(model))
+    if successor is not None and successor.tensors:
+        return Refusal("the kernel optimum does not read files with the names of 2023", "choose the kernel native")
     for package in ("optimum", "gptqmodel"):
         if not machine.has(package):
             return Refusal(f"the kernel optimum needs the package {package}", 'pip install "gptq-webui[optimum]"')
