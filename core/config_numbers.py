@@ -26,7 +26,10 @@ def first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether it is a number, and finite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def shown(value: Any) -> str:

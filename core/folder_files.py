@@ -14,6 +14,12 @@ from typing import Any, BinaryIO
 from .errors import BadFile
 
 SMALL_FILE_BYTES = 50_000_000  # the largest tokenizer.json known has 33 MB
+LARGEST_READ_BYTES = 4 * SMALL_FILE_BYTES  # of what other libraries read as a whole
+_READ_WHOLE = re.compile(
+    r".*\.(?:jinja|model|tiktoken)|(?:vocab|merges)\.txt|(?:config|generation_config|tokenizer|tokenizer_config|vocab|tekken"
+    r"|special_tokens_map|added_tokens|chat_template|processor_config|preprocessor_config|video_preprocessor_config)\.json"
+)
+_TEMPLATES = "additional_chat_templates"  # a folder in which libraries open every file, also where it is a link
 _SHOWN = 80  # characters of a name
 _LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v\d+\n")
 _LFS_POINTER_BYTES = 1024  # a pointer is shorter
@@ -46,32 +52,40 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def special_file(folder: Path) -> Path | None:
-    """A file of the folder, or of a folder in it, that is no file: FIFO, socket, device. Libraries would open it and wait."""
+def unfit_file(folder: Path) -> str:
+    """Why libraries must not open a file of the folder, or of a folder in it, as a sentence; "" if they may open all.
+
+    They would wait for a FIFO, a socket or a device for ever, and read a file of any size as a whole.
+    """
     for entry in os.scandir(folder):
         try:
-            mode = entry.stat().st_mode
-            if stat.S_ISDIR(mode) and not entry.is_symlink() and not entry.name.startswith("."):
-                inner = next((each for each in os.scandir(entry.path) if _is_special(each)), None)
-                if inner is not None:
-                    return Path(inner.path)
-            elif _is_special(entry):
-                return Path(entry.path)
+            is_folder = stat.S_ISDIR(entry.stat().st_mode)
+            if is_folder and (entry.name == _TEMPLATES or not (entry.is_symlink() or entry.name.startswith("."))):
+                found = next((said for each in os.scandir(entry.path) if (said := _unfit(each))), "")
+            else:
+                found = _unfit(entry)
         except OSError:  # a link to nothing, or to itself: for libraries there is no such file
             continue
-    return None
+        if found:
+            return found
+    return ""
 
 
-def _is_special(entry: "os.DirEntry[str]") -> bool:
+def _unfit(entry: "os.DirEntry[str]") -> str:
     try:
-        mode = entry.stat().st_mode
+        status = entry.stat()
     except OSError:
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        return ""
+    name = shown_name(Path(entry.path))
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return f"{name} is not a regular file, so nothing of the folder is read. Delete it and download the model again."
+    if status.st_size > LARGEST_READ_BYTES and _READ_WHOLE.fullmatch(entry.name):
+        return _too_large(name, LARGEST_READ_BYTES)
+    return ""
 
 
-def special_sentence(path: Path) -> str:
-    return f"{shown_name(path)} is not a regular file, so nothing of the folder is read. Delete it and download the model again."
+def _too_large(name: str, limit_bytes: int) -> str:
+    return f"{name} is larger than {limit_bytes // 1_000_000} MB, too large for such a file. Download it again."
 
 
 def read_bytes(path: Path, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
@@ -84,9 +98,7 @@ def read_bytes(path: Path, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
     except OSError as error:
         raise BadFile(f"{shown_name(path)} cannot be read ({error.strerror or error}). Check its permissions.") from None
     if len(data) > limit_bytes:
-        raise BadFile(
-            f"{shown_name(path)} is larger than {limit_bytes // 1_000_000} MB, too large for such a file. Download it again."
-        )
+        raise BadFile(_too_large(shown_name(path), limit_bytes))
     return data
 
 
@@ -117,10 +129,21 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     except RecursionError:
         raise BadFile(f"{name} is nested too deeply to be read. Download it again.") from None
     except ValueError as error:
-        raise BadFile(f"{name} is not JSON ({printable(str(error))}). Download it again.") from None
+        raise BadFile(f"{name} {_why_no_json(text, error)}. Download it again.") from None
     if not isinstance(values, dict):
         raise BadFile(f"{name} holds no JSON object. Download it again.")
     return values
+
+
+def _why_no_json(text: str, error: ValueError) -> str:
+    begin = text[:1000].strip("\0 \t\r\n")
+    if not begin and not text.strip("\0 \t\r\n"):
+        return "is empty, and a JSON object was expected"
+    if begin[:9].lower().startswith(("<!doctype", "<html")):
+        return "is a web page instead of the file itself"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: its line {error.lineno}, column {error.colno} cannot be read"
+    return "has a number with thousands of digits, which no settings need"
 
 
 def is_lfs_pointer(data: bytes) -> bool:

@@ -49,6 +49,7 @@ _KNOWN = tuple(
         (r"weights_only|Unsupported (?:global|operand \d)", "a file of weights holds more than tensors, and was not opened"),
         (r"trust_remote_code|custom code", "its folder brings program code of its own, which is not run unless you allow it"),
         (r"maximum recursion depth|recursion limit", "something in its files is nested too deeply"),
+        (r"for integer string conversion", "a number in its files has thousands of digits"),
         (r"couldn't connect to|offline mode|LocalEntryNotFound|Can't load tokenizer for",
          "a file that it needs is not in the folder"),
         (r"certificate verify failed|CERTIFICATE_VERIFY", "the certificate of the other side is not accepted"),
@@ -70,6 +71,7 @@ _OF_CODE: Mapping[type[BaseException], str] = {
 }
 _CODE = re.compile(
     r"<class|<function|<bound method| object at 0x|NoneType|has no attribute|not subscriptable|not callable|not iterable"
+    r"|is not a mapping"
     r"|positional argument|keyword argument|unsupported operand|unhashable|argument of type|referenced before assignment"
     r"|is not defined|\b(?:List|Union|Dict|Optional)\[|\bself\.|__\w+__"
     r"|has no setter|\b[A-Z]\w*Config\b"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import BadCheckpoint, BadFile, BadQuantizeConfig, GptqWebuiError
-from .folder_files import printable, read_json, special_file, special_sentence
+from .folder_files import printable, read_json, unfit_file
+from .foreign_errors import in_words
 from .model_claims import problem_of, type_problem
 from .neighbour_layouts import NEIGHBOURS, name_of, read_settings
 from .old_names import in_todays_words
@@ -37,7 +38,7 @@ OPENED_BY: dict[Kind, str] = {  # AWQ, compressed-tensors and gptq_p only where 
 }
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.(?:safetensors|bin|pt))$")
-_LONGEST_NAME = 80  # of an architecture
+_LONGEST_NAME, _MOST_MISSING = 80, 100_000  # of an architecture; shards: each of many files may claim to be one of 99,999
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -88,11 +89,13 @@ class LocalModel:
         """Look at a folder. A damaged one is `incomplete` and its `problem` is a sentence; never raises for content."""
         try:
             return _read(folder)
-        except (GptqWebuiError, OSError) as error:
-            return cls(folder, "incomplete", None, 0, None, "", (), str(error))
+        except GptqWebuiError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"The folder cannot be read ({in_words(error)}). Check its permissions, or download the model again."
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error, RecursionError):
             problem = "Its settings or weights are not what they should be. Download the model again."
-            return cls(folder, "incomplete", None, 0, None, "", (), problem)
+        return cls(folder, "incomplete", None, 0, None, "", (), problem)
 
 
 def remote_model(name: str, context_tokens: int | None = None, served_by: str = "") -> LocalModel:
@@ -161,7 +164,7 @@ def _shards_missing(files: Iterable[str]) -> list[str]:
     have = set(files)
     sets = {(found[1], found[3], found[4]) for name in have if (found := _SHARD.match(name))}
     wanted = (f"{stem}-{at:05}-of-{count}{ending}" for stem, count, ending in sorted(sets) for at in range(1, int(count) + 1))
-    return [each for each in wanted if each not in have]
+    return [each for each, _at in zip((each for each in wanted if each not in have), range(_MOST_MISSING), strict=False)]
 
 
 def tensors_of(files: Iterable[Path]) -> dict[str, tuple[Path, TensorInfo]]:
@@ -198,12 +201,13 @@ def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None
     both = (config, inner if isinstance(inner, Mapping) else {})
     found = (each[key] for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int))
     context = next((each for each in found if each > 0), None)
-    return printable(str((config.get("architectures") or [""])[0]))[:_LONGEST_NAME], context
+    named = config.get("architectures")
+    return printable(str(named[0]))[:_LONGEST_NAME] if isinstance(named, list) and named else "", context
 
 
 def _read(folder: Path) -> LocalModel:
-    if (special := special_file(folder)) is not None:
-        raise BadFile(special_sentence(special))
+    if unfit := unfit_file(folder):
+        raise BadFile(unfit)
     config = read_json(folder / "config.json")
     architecture, context = architecture_and_context(config)
     names = {entry.name for entry in folder.iterdir()}

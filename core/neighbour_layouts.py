@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from .config_numbers import shown
 from .errors import BadCheckpoint, BadQuantizeConfig
 from .folder_files import printable
 from .packed_layout import BITS, Layout, Tensors
@@ -145,7 +146,7 @@ def _awq(given: Mapping[str, Any]) -> QuantizeConfig:
     version = str(given.get("version") or "gemm").lower()
     if bits != 4:
         raise BadQuantizeConfig(
-            f"The settings say AWQ with {bits!r} bits; 4 bits can be read. Look for the model's -GPTQ sister."
+            f"The settings say AWQ with {shown(bits)} bits; 4 bits can be read. Look for the model's -GPTQ sister."
         )
     if version != "gemm":
         raise BadQuantizeConfig(
@@ -156,9 +157,10 @@ def _awq(given: Mapping[str, Any]) -> QuantizeConfig:
 
 def _planar(given: Mapping[str, Any]) -> QuantizeConfig:
     bits, group = given.get("bits"), given.get("group_size", 128)
-    if bits not in PLANES or str(given.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+    words = str(given.get("pack_dtype") or "int32").removeprefix("torch.")
+    if not isinstance(bits, int) or bits not in PLANES or words != "int32":
         raise BadQuantizeConfig(
-            f"The settings say gptq_p with {bits!r} bits in words of {printable(str(given.get('pack_dtype') or 'int32'))[:20]}; "
+            f"The settings say gptq_p with {shown(bits)} bits in words of {printable(words)[:20]}; "
             "2 to 8 bits in int32 can be read. Choose another branch of the model."
         )
     return _checked(bits, group, bool(given.get("desc_act")), bool(given.get("sym", True)), PLANAR)
@@ -179,28 +181,28 @@ def _compressed(given: Mapping[str, Any]) -> QuantizeConfig:
         )
     given_weights = (each.get("weights") for each in groups)
     weights: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in given_weights]
-    facts = {
+    facts = [
         (each.get("num_bits"), each.get("type", "int"), each.get("strategy"), each.get("group_size"),
          bool(each.get("symmetric", True)), each.get("actorder") in ("group", True))
         for each in weights
-    }  # fmt: skip
-    if len(facts) != 1:
+    ]  # fmt: skip
+    if any(each != facts[0] for each in facts):
         raise BadQuantizeConfig(
             "The settings say that layers were quantised in several ways; compressed-tensors with one can be read."
         )
-    bits, numbers, strategy, group, sym, ordered = facts.pop()
+    bits, numbers, strategy, group, sym, ordered = facts[0]
     if bits not in _WIDTHS or numbers != "int" or strategy not in ("group", "channel", None):
         raise BadQuantizeConfig(
-            f"The settings say compressed-tensors with {bits!r} bits ({printable(str(numbers))[:20]}) by "
+            f"The settings say compressed-tensors with {shown(bits)} bits ({printable(str(numbers))[:20]}) by "
             f"{printable(str(strategy))[:20]}; whole numbers of 4 or 8 bits by group or channel can be read."
         )
     return _checked(bits, -1 if strategy == "channel" or group is None else group, ordered, sym, COMPRESSED)
 
 
 def _checked(bits: int, group: object, ordered: bool, sym: bool, form: str) -> QuantizeConfig:
-    if not isinstance(group, int) or (group != -1 and group <= 0):
+    if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and group <= 0):
         raise BadQuantizeConfig(
-            f"group_size is {group!r} in the quantisation settings; it must be -1 or a positive number of weights. "
+            f"group_size is {shown(group)} in the quantisation settings; it must be -1 or a positive number of weights. "
             "Correct the file, or download it again."
         )
     return QuantizeConfig(bits=bits, group_size=group, desc_act=ordered, sym=sym, checkpoint_format=form)

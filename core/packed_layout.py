@@ -17,6 +17,7 @@ PARTS = ("qweight", "qzeros", "scales")
 _WORD_BITS = {"I8": 8, "I16": 16, "I32": 32, "I64": 64}  # a word holds several weights
 _SCALES = ("F16", "BF16", "F32")
 _AGAIN = "Download the model again."
+_MOST_FEATURES = 1 << 24  # inputs or outputs of a layer: more than the largest vocabulary has words
 
 Tensors = Mapping[str, tuple[Path, TensorInfo]]  # name -> file and header entry
 
@@ -89,6 +90,10 @@ def layout_of(name: str, tensors: Tensors, bits: int, pack_dtype: str | None = N
                 f"{ordered.shape[0]} in g_idx. {_AGAIN}"
             )
         in_features = ordered.shape[0]  # the last word is not full
+    if in_features > _MOST_FEATURES or out > _MOST_FEATURES:
+        raise BadCheckpoint(
+            f"{printable(name)} has {in_features} inputs and {out} outputs; at most {_MOST_FEATURES} are read. {_AGAIN}"
+        )
     layout = Layout(found, word_bits, in_features, out, groups, infos["scales"].dtype, "bias" in infos, ordered is not None)
     size = layout.group_size(-1)
     if groups > in_features or (size > 0 and -(-in_features // size) != groups):

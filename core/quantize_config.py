@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config_numbers import is_number, shown
 from .errors import BadQuantizeConfig
 from .folder_files import printable, read_json
 from .packed_layout import BITS, PARTS, Layout, layout_of, packed_names
@@ -25,6 +26,8 @@ _AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
 _V2_OF_AUTO_ROUND = ("auto_round", "auto_round:gptqmodel")  # auto_round 0.16: inference/backend.py, GPTQ_FORMAT_NO_ZP
 
 _LONGEST_NAME = 40  # of a format
+_LONGEST_WRITER = 200  # of the programs that wrote the weights, with their versions
+_OFF = ("", "false", "no", "off", "0", "none", "null")  # texts that some program wrote for False
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,15 @@ class QuantizeConfig:
         bits = values.get("bits", values.get("w_bit"))
         if not isinstance(bits, int) or bits not in BITS:
             raise BadQuantizeConfig(
-                f"bits is {bits!r} in the quantisation settings; it must be 2, 3, 4 or 8. Correct the file, or download it again."
+                f"bits is {shown(bits)} in the quantisation settings; it must be 2, 3, 4 or 8. "
+                "Correct the file, or download it again."
             )
         group = values.get("group_size")
         if group is None:
             group = -1 if "quant_method" not in values else 128  # AutoGPTQ's default, and the others'
-        if not isinstance(group, int) or (group != -1 and group <= 0):
+        if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and group <= 0):
             raise BadQuantizeConfig(
-                f"group_size is {group!r} in the quantisation settings; it must be -1 or a positive number of weights. "
+                f"group_size is {shown(group)} in the quantisation settings; it must be -1 or a positive number of weights. "
                 "Correct the file, or download it again."
             )
         form = _name(values.get("checkpoint_format") or values.get("format") or "gptq")
@@ -64,22 +68,23 @@ class QuantizeConfig:
         if is_auto_round(values):
             packing = _name(values.get("packing_format") or "auto_round:auto_gptq")
             form = "gptq_v2" if packing in _V2_OF_AUTO_ROUND else "gptq"
-        if values.get("is_marlin_format"):
+        if _switch(values.get("is_marlin_format")):
             form = "marlin"
         pack_dtype = _name(values.get("pack_dtype") or "int32").removeprefix("torch.")
         meta = values.get("meta") if isinstance(values.get("meta"), Mapping) else {}
         assert isinstance(meta, Mapping)
         damp = values.get("damp_percent", meta.get("damp_percent"))
         dataset, quantizer = values.get("dataset"), meta.get("quantizer")
+        quantizer = ", ".join(map(str, quantizer)) if isinstance(quantizer, list) else quantizer
         return cls(
             bits=bits,
             group_size=group,
-            desc_act=bool(values.get("desc_act", "quant_method" not in values and bits == 4 and "group_size" not in values)),
-            sym=bool(values.get("sym", True)),
+            desc_act=_switch(values.get("desc_act", "quant_method" not in values and bits == 4 and "group_size" not in values)),
+            sym=_switch(values.get("sym", True)),
             checkpoint_format=form,
-            damp_percent=float(damp) if isinstance(damp, (int, float)) else None,
+            damp_percent=float(damp) if is_number(damp) else None,
             dataset=dataset if isinstance(dataset, str) else None,
-            quantizer=", ".join(map(str, quantizer)) if isinstance(quantizer, list) else quantizer,
+            quantizer=printable(quantizer)[:_LONGEST_WRITER] if isinstance(quantizer, str) else None,
             weights_name=values.get("model_file_base_name") or None,
             pack_dtype=None if pack_dtype == "int32" else pack_dtype,
         )
@@ -115,7 +120,8 @@ class QuantizeConfig:
         merged = {**in_config, **{key: value for key, value in from_file.items() if value is not None}}
         for key in ("bits", "group_size", "desc_act", "sym"):
             if key in from_file and key in in_config and from_file[key] != in_config[key]:
-                notes.append(f"{key} is {from_file[key]} in quantize_config.json and {in_config[key]} in config.json")
+                own, other = shown(from_file[key]), shown(in_config[key])
+                notes.append(f"{key} is {own} in quantize_config.json and {other} in config.json")
         try:
             config = cls.from_json(merged)
         except BadQuantizeConfig as error:
@@ -233,12 +239,15 @@ def _check_zeros(config: QuantizeConfig, stored: list[tuple[Layout, Path, Tensor
 
 def _symmetric_form(layout: Layout, path: Path, zeros: TensorInfo, writer: str) -> str | None:
     """The format in which every zero is the middle of the range; None if there is none: the layer is asymmetric."""
+    length = zeros.size_bytes // layout.groups
+    used = (1 << layout.bits * layout.out_features) - 1  # bits; the last word may have some left over
+    rows: set[int] = set()
     with path.open("rb") as file:
         file.seek(zeros.start)
-        data = file.read(zeros.size_bytes)
-    length = len(data) // layout.groups
-    used = (1 << layout.bits * layout.out_features) - 1  # bits; the last word may have some left over
-    rows = {int.from_bytes(data[at : at + length], "little") & used for at in range(0, len(data), length)}
+        for _ in range(layout.groups):  # one at a time: a file of strangers may hold gigabytes of zeros
+            rows.add(int.from_bytes(file.read(length), "little") & used)
+            if len(rows) > 1:
+                return None
     middle = 1 << (layout.bits - 1)
     for form in ("gptq", "gptq_v2"):
         if rows == {_row_of(middle - (form == "gptq"), layout.bits, length) & used}:
@@ -254,6 +263,11 @@ def _row_of(value: int, bits: int, length: int) -> int:
     """A row of `length` bytes that holds `value` everywhere, as a number: eight values fill `bits` bytes."""
     eight = sum(value << bits * at for at in range(8)).to_bytes(bits, "little")
     return int.from_bytes((eight * -(-length // bits))[:length], "little")
+
+
+def _switch(value: Any) -> bool:
+    """True or false, also where a program wrote it as a text."""
+    return value.strip().lower() not in _OFF if isinstance(value, str) else bool(value)
 
 
 def _name(value: Any) -> str:

@@ -7,6 +7,8 @@ Format: 8 bytes little-endian length, that many bytes of JSON, then the data
 import json
 import re
 import struct
+import sys
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ _ITEM_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _LARGEST = (1 << 63) - 1  # what safetensors' own 64 bits hold, and PyTorch's
+_LONGEST_NAME = 200  # characters of a tensor's name in a sentence
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -58,12 +61,30 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{shown_name(path)} is not a safetensors file or was cut short. Delete it and download the model again."
         ) from None
     for name, info in tensors.items():
+        wanted = _elements(info.shape) * _ITEM_BYTES.get(info.dtype, 0)
+        if wanted != info.size_bytes and info.dtype in _ITEM_BYTES:
+            raise BadCheckpoint(
+                f"{shown_name(path)} is damaged: {printable(name)[:_LONGEST_NAME]} has {info.size_bytes} bytes in it, and "
+                f"{wanted if wanted <= _LARGEST else 'more than any file has'} were expected of its type and shape. "
+                "Download the model again."
+            )
         if (end := info.start + info.size_bytes) > size_bytes:
             raise BadCheckpoint(
-                f"{shown_name(path)} was cut short: {printable(name)} should end at byte {end}, the file has {size_bytes}. "
+                f"{shown_name(path)} was cut short: {printable(name)[:_LONGEST_NAME]} should end at byte {end}, the file has "
+                f"{size_bytes}. "
                 "Download the model again; what is complete is kept."
             )
     return tensors
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    """How many numbers a tensor has; more than _LARGEST for every shape that no file can have."""
+    found = 0 if 0 in shape else 1
+    for each in shape:
+        found *= each
+        if found > _LARGEST:
+            break
+    return found
 
 
 def _count(value: Any) -> int:
@@ -104,13 +125,16 @@ def read_beginning(data: bytes) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_integers(path: Path, tensor: TensorInfo) -> tuple[int, ...]:
+def read_integers(path: Path, tensor: TensorInfo) -> "array[int]":
     """The values of a small tensor of integers, flat. For g_idx, not for weights."""
+    found = array({"I8": "b", "I16": "h", "I64": "q"}.get(tensor.dtype, "i"))
     with path.open("rb") as file:
         file.seek(tensor.start)
         data = file.read(tensor.size_bytes)
-    code, size = {"I8": ("b", 1), "I16": ("h", 2), "I64": ("q", 8)}.get(tensor.dtype, ("i", 4))
-    return struct.unpack(f"<{len(data) // size}{code}", data)
+    found.frombytes(data[: len(data) // found.itemsize * found.itemsize])
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found
 
 
 def same_bytes(one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) -> bool:

@@ -66,10 +66,11 @@ def load(
     """A GPTQ folder (packed), or a 16-bit one, as a transformers causal LM in eval mode, with notes for the user.
 
     `progress` hears how much of a packed model has arrived, from a thread of its own.
-    Raises BadCheckpoint, BadQuantizeConfig or (for a rope it cannot have) BadParameter with a
+    Raises BadFile, BadCheckpoint, BadQuantizeConfig or (for a rope it cannot have) BadParameter with a
     sentence; never returns a model with a weight that did not come from the files.
     """
     require_safetensors(model)
+    read_json(model.folder / "generation_config.json")  # transformers reads it too, and names no file that is damaged
     config = read_config(model, trust_remote_code)
     values = read_json(model.folder / "config.json")
     successor = None if trust_remote_code else successor_of(values)

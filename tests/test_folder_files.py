@@ -20,7 +20,7 @@ from gptq_webui.core.folder_files import (
     read_text,
     shown_name,
 )
-from gptq_webui.core.models import choose_weights
+from gptq_webui.core.models import LocalModel, choose_weights
 from gptq_webui.hub.library import Library
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4160000000\n"
@@ -62,7 +62,7 @@ def test_a_folder_in_place_of_a_file_is_a_sentence(tmp_path: Path) -> None:
         (b'{"a":' * 200_000, "nested too deeply"),
         (b"[]", "no JSON object"),
         (b"null", "no JSON object"),
-        (b"", "not JSON"),
+        (b"", "is empty"),
         (b"{", "not JSON"),
         (b'{"a": \x1b[2J}', "not JSON"),
         (b"\xff\xfe{\x00}\x00", "not text in UTF-8"),
@@ -90,7 +90,7 @@ def test_a_byte_order_mark_nan_and_doubles_are_read(tmp_path: Path) -> None:
 
 def test_a_number_of_too_many_digits_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": ' + "9" * 5000 + "}")
-    with pytest.raises(BadFile, match="not JSON"):
+    with pytest.raises(BadFile, match="thousands of digits"):
         read_json(tmp_path / "a.json")
 
 
@@ -148,6 +148,41 @@ def test_what_a_library_would_open_and_wait_for_spoils_its_own_folder(tmp_path: 
     bad, good = Library([tmp_path]).models()
     assert good.kind == "gptq"
     assert bad.kind == "incomplete" and f"{path.name} is not a regular file" in bad.problem and "Delete it" in bad.problem
+
+
+@posix
+def test_a_link_to_a_folder_of_templates_is_looked_into(tmp_path: Path) -> None:
+    """transformers opens every template in it, and waits for a FIFO."""
+    tiny.write(tmp_path / "bad")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.mkfifo(elsewhere / "rag.jinja")
+    (tmp_path / "bad" / "additional_chat_templates").symlink_to(elsewhere)
+    assert "rag.jinja is not a regular file" in LocalModel.read(tmp_path / "bad").problem
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.txt", "generation_config.json", "tokenizer.model"])
+def test_a_file_that_libraries_read_as_a_whole_has_a_limit(tmp_path: Path, name: str) -> None:
+    tiny.write(tmp_path / "model")
+    with (tmp_path / "model" / name).open("wb") as file:
+        file.truncate(10**9)  # takes no room on the disk
+    assert f"{name} is larger than 200 MB" in LocalModel.read(tmp_path / "model").problem
+    (tmp_path / "model" / name).rename(tmp_path / "model" / "log.txt")  # no library opens that
+    assert LocalModel.read(tmp_path / "model").kind == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"), ("\0" * 5000, "is empty"), (" \n", "is empty"), ("<!DOCTYPE html><html>", "is a web page"),
+        ('{"a": ' + "9" * 5000 + "}", "has a number with thousands of digits"),
+        ('{"a": 1', "its line 1, column 8 cannot be read"),
+    ],
+)  # fmt: skip
+def test_why_a_file_is_no_json_is_said_in_words(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadFile, match=rf"config\.json .*{says}.*\. Download it again\."):
+        read_json(tmp_path / "config.json")
 
 
 def test_names_of_a_hundred_thousand_shards_take_no_time() -> None:

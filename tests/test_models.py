@@ -254,3 +254,42 @@ def test_gptq_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
     (folder / "gptq_model-4bit.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(BadCheckpoint, match="can run code"):
         require_safetensors(read(folder))
+
+
+def test_shards_of_a_thousand_sets_cost_no_memory(tmp_path: Path) -> None:
+    """Each file may claim to be one of 99,999."""
+    folder = make(tmp_path / "model", GPTQ, quantize_config=SETTINGS)
+    (folder / "model.safetensors").unlink()
+    sizes = {f"s{at}-00001-of-{99_999 - at:05}.safetensors": 1 for at in range(1000)}
+    for name in list(sizes)[:3]:
+        (folder / name).touch()
+    _files, missing = choose_weights(sizes)
+    assert len(missing) == 100_000
+    assert "missing. Download the model again" in read(folder).problem
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"config": {**CONFIG, "rope_theta": 10**400}}, "says rope_theta 10000"),
+        ({"config": {**CONFIG, "rms_norm_eps": 10**400}}, "says rms_norm_eps 10000"),
+        ({"config": quantised({"quant_method": "gptq", "bits": [5], "format": "gptq_p"})}, "gptq_p with [5] bits"),
+    ],
+)  # fmt: skip
+def test_a_number_of_any_size_or_type_is_named(tmp_path: Path, files: dict[str, Any], says: str) -> None:
+    assert says in read(make(tmp_path / "model", GPTQ, **files)).problem
+
+
+@pytest.mark.parametrize("values", [{"damp_percent": 10**400}, {"damp_percent": True}, {"meta": {"quantizer": {"a": 1}}}])
+def test_what_nothing_is_computed_from_costs_nothing(tmp_path: Path, values: dict[str, Any]) -> None:
+    found = read(make(tmp_path / "model", GPTQ, quantize_config={**SETTINGS, **values}, config={**CONFIG, "architectures": {}}))
+    assert found.kind == "gptq" and found.quantize is not None
+    assert found.quantize.damp_percent is None and found.quantize.quantizer is None
+
+
+def test_what_a_layer_says_of_bits_may_be_anything(tmp_path: Path) -> None:
+    weights = {"num_bits": [4], "strategy": {}, "type": "int"}
+    group = {"format": "pack-quantized", "weights": weights}
+    found = read(make(tmp_path / "model", PLAIN, config=quantised(
+        {"quant_method": "compressed-tensors", "config_groups": {"a": group}})))  # fmt: skip
+    assert found.kind == "compressed-tensors" and "compressed-tensors with [4] bits" in found.problem

@@ -1,6 +1,7 @@
 """What the two settings files say, merged and checked against tiny real tensors."""
 
 import json
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,42 @@ def test_names_of_strangers_are_printable_and_short(name):
     config = QuantizeConfig.from_json({"bits": 4, "group_size": 32, name: "\x1b[2J" + "x" * 5000})
     for found in (config.checkpoint_format, config.pack_dtype or "", config.summary):
         assert found.isprintable() and len(found) < 100
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "0", ""])
+def test_a_switch_may_be_a_text(text: str) -> None:
+    values = {"bits": 4, "group_size": 32, "desc_act": text, "sym": text, "is_marlin_format": text}
+    found = QuantizeConfig.from_json(values)
+    assert not found.desc_act and not found.sym and found.checkpoint_format == "gptq"
+    assert QuantizeConfig.from_json({**values, "desc_act": "true", "sym": "yes"}).desc_act
+
+
+def test_notes_show_values_of_strangers_short_and_printable(tmp_path: Path) -> None:
+    tensors = layer(4, 32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "quantize_config.json").write_text(json.dumps({**AUTOGPTQ, "desc_act": "\x1b[2J\u202e" + "A" * 10_000}))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {**AUTOGPTQ, "desc_act": False}}))
+    notes = QuantizeConfig.read(tmp_path, tensors_of([tmp_path / "model.safetensors"])).notes
+    assert notes and all(note.isprintable() and len(note) < 150 for note in notes)
+
+
+def test_zeros_and_orders_of_any_size_are_not_held_in_memory(tmp_path: Path) -> None:
+    """A file of strangers may have gigabytes of them: a gigabyte of g_idx took 10 GB while the folder was listed."""
+    inputs, name = 1 << 22, "model.layers.0.self_attn.q_proj"
+    order = np.zeros(inputs, np.int32)
+    order[:] = np.arange(inputs) // 32
+    tensors = {
+        f"{name}.qweight": np.zeros((inputs // 8, 8), np.int32),
+        f"{name}.qzeros": np.full((inputs // 32, 1), 0x77777777, np.int32),
+        f"{name}.scales": np.ones((inputs // 32, 8), np.float16),
+        f"{name}.g_idx": order,
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False}))
+    found = tensors_of([tmp_path / "model.safetensors"])
+    tracemalloc.start()
+    try:
+        assert QuantizeConfig.read(tmp_path, found).group_size == 32
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
