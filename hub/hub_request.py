@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +36,7 @@ PAUSES_S = (0.5, 1.0, 2.0)  # between the attempts at a Hub that is busy (read)
 LONGEST_PAUSE_S = 20.0  # of what a busy Hub may ask read to wait; the user gets a sentence instead
 LONGEST_ASKED_PAUSE_S = 300.0  # of what retry_after_s returns
 _REDIRECTS = 10
+_NO_NAME = "a redirect to a name that is none"
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface-hub's own reading of its switches
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 
@@ -99,17 +100,29 @@ def get(
     """
     import httpx
 
+    asked: list[str] = []  # the host that a connection is made to: the proxy's where there is one
+
     def trace(event: str, info: Mapping[str, Any]) -> None:
-        if connected is not None and event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            connected(info["return_value"])
+        if event.endswith("connect_tcp.started"):
+            asked[:] = [str(info.get("host"))]
+        if not event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            return
+        stream = info["return_value"]
+        if stays_away and not hub_is_here and asked == [url.host] and event.endswith("connect_tcp.complete") and _is_here(stream):
+            stream.close()
+            raise httpx.InvalidURL("a redirect to this machine itself")
+        if connected is not None:
+            connected(stream)
 
     url, home = httpx.URL(address), httpx.URL(endpoint)
+    stays_away = hub_is_here = False  # the Hub has another machine's name and has sent us on; its name stands for this machine
     for _ in range(_REDIRECTS):
         own = (url.scheme, url.host, url.port) == (home.scheme, home.host, home.port)
         headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         if token and own:
             headers["Authorization"] = f"Bearer {token}"
-        with client.stream("GET", url, headers=headers, extensions={"trace": trace}) as response:
+        with _opened(client.stream("GET", url, headers=headers, extensions={"trace": trace})) as response:
+            hub_is_here = hub_is_here or (own and _is_here(response.extensions.get("network_stream")))
             moved = response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers
             if not moved or (own and stay is not None and stay(response)):
                 yield response, own
@@ -117,10 +130,34 @@ def get(
             length = response.headers.get("Content-Length", "")
             if length.isdecimal() and len(length) < 6:
                 response.read()  # so that the connection can be used again
-            url = url.join(response.headers["Location"])
-            if is_here(url.host, also_link_local=True) and not is_here(home.host, also_link_local=True):
+            try:
+                url = url.join(response.headers["Location"])
+                host = url.host
+            except UnicodeError:
+                raise httpx.InvalidURL(_NO_NAME) from None
+            stays_away = not is_here(home.host, also_link_local=True)
+            if stays_away and is_here(host, also_link_local=True):
                 raise httpx.InvalidURL("a redirect to this machine itself")
     raise httpx.TooManyRedirects(f"more than {_REDIRECTS} redirects")
+
+
+@contextmanager
+def _opened(stream: AbstractContextManager["httpx.Response"]) -> Iterator["httpx.Response"]:
+    """The response. httpx looks at where a redirect leads; of "http://xn--/" the library for names in other letters complains."""
+    import httpx
+
+    with ExitStack() as stack:
+        try:
+            response = stack.enter_context(stream)
+        except UnicodeError:
+            raise httpx.InvalidURL(_NO_NAME) from None
+        yield response
+
+
+def _is_here(stream: Any) -> bool:
+    """Whether a network stream of httpcore leads to this machine: a name may stand for it."""
+    there = stream.get_extra_info("server_addr") if stream is not None else None
+    return there is not None and is_here(str(there[0]), also_link_local=True)
 
 
 def read(

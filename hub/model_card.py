@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+# A stranger's text: each search ends after so many letters, and a line or a front matter that is longer is none.
+_LINK = re.compile(r"\[([^\[\]]{0,500})\]\([^()\s]{0,2000}\)")
+_MOST = 1_000_000  # characters
+_LONGEST_LINE = 10_000
+_LONGEST_FRONT = 50_000  # a second's reading; those with prompt templates have up to 2,000
 _RULE = re.compile(r"^\s*\|?\s*:?-{2,}")
 _EXPECTED = ("branch", "bits")  # the columns by which this table is recognised
 _COLUMNS = {
@@ -49,20 +53,26 @@ class ModelCard:
 
 
 def read_model_card(text: str) -> ModelCard:
+    text = text[:_MOST]
     return ModelCard(_front_matter(text), {row.branch: row for row in _rows(text)})
 
 
 def _front_matter(text: str) -> Mapping[str, Any]:
-    from huggingface_hub import ModelCard
+    import yaml
 
+    begin = text.lstrip("\ufeff \t\r\n")
+    end = begin.find("\n---", 3, _LONGEST_FRONT)
+    if not begin.startswith("---") or end < 0:
+        return {}
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        found = yaml.safe_load(begin[begin.find("\n") + 1 : end])
+        return found if isinstance(found, dict) else {}
     except Exception:  # whatever is in it, the table below may still be readable
         return {}
 
 
 def _rows(text: str) -> list[ModelCardRow]:
-    lines = text.splitlines()
+    lines = [line for line in text.splitlines() if len(line) <= _LONGEST_LINE]
     for at, line in enumerate(lines[:-1]):
         names = [_COLUMNS.get(cell.lower(), "") for cell in _cells(line)]
         if all(name in names for name in _EXPECTED) and _RULE.match(lines[at + 1]):

@@ -25,6 +25,7 @@ _SMALL_BYTES = 16_000_000
 _LIST_BYTES = 64_000_000  # a repository of 100,000 files takes about 20 MB
 _LARGEST_BYTES = 1 << 50  # of one file
 _SHOWN_BRANCHES = 24
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character: no system can store it
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
@@ -58,7 +59,8 @@ def is_safe_path(path: str) -> bool:
     parts = path.split("/")
     return len(path) <= 400 and all(
         part not in ("", ".", "..")
-        and len((part + PARTIAL).encode("utf-8", "surrogatepass")) <= 255
+        and not _HALF.search(part)
+        and len((part + PARTIAL).encode()) <= 255
         and not any(character in '\\:<>"|?*' or ord(character) < 32 or ord(character) == 127 for character in part)
         and part[-1] not in ". "
         and part.split(".")[0].lower() not in _RESERVED

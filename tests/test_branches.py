@@ -115,3 +115,17 @@ def test_a_table_with_other_columns_is_read_by_their_names():
         "| Branch | Bits | Group Size | Damp % | File |\n|---|---|---|---|---|\n| `main` | 4 | 128 | 0.01 | x |\n"
     ).rows
     assert (rows["main"].group_size, rows["main"].damp_percent, rows["main"].description) == ("128", "0.01", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 300_000, "| " + "[a](b" * 60_000, "---\n" + "\n" * 300_000, "---\na: " + "[" * 40_000 + "\n---\n",
+        "---\n" + "a: b\n" * 60_000 + "---\n", "| Branch | Bits |\n|---|---|\n" + "| [" * 100_000,
+    ],
+    ids=["brackets", "links", "new lines", "deep", "long", "cells"],
+)  # fmt: skip
+def test_a_model_card_of_any_text_is_read_at_once(text):
+    began = time.process_time()
+    read_model_card(text)
+    assert time.process_time() - began < 5  # some took minutes

@@ -196,7 +196,7 @@ def test_a_hub_that_cannot_be_reached_is_a_line_of_the_log(monkeypatch: pytest.M
 @pytest.mark.parametrize("target", [
     "http://127.0.0.1:7860/v1/model/unload", "http://[::1]:80/", "http://localhost/", "http://LOCALHOST./x", "http://a.localhost/",
     "http://169.254.169.254/latest/meta-data", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0:80/", "http://[fe80::1]/",
-    "//127.1.2.3/",
+    "//127.1.2.3/", "http://127.1/", "http://2130706433:7860/", "http://0x7f.0.0.1/", "http://xn--/",
 ])  # fmt: skip
 def test_a_hub_that_is_elsewhere_leads_to_no_server_of_this_machine(target: str) -> None:
     asked = []
@@ -211,6 +211,41 @@ def test_a_hub_that_is_elsewhere_leads_to_no_server_of_this_machine(target: str)
     ):
         hub_request.read("https://hub.example/api", "https://hub.example", "hf_secret", REPO, 100, client=client)
     assert asked == ["hub.example"]
+
+
+def test_a_name_that_stands_for_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's domain may have any address; so may the Hub's, which the user has chosen: that one may be here."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def resolved(host: Any, *more: Any, **named: Any) -> Any:
+        known = {"hub.example": "127.0.0.1", "near.example": "127.0.0.2", "inside.example": "127.0.0.2"}
+        return real(known.get(str(host), host), *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(hub_request, "is_here", lambda address, **_: address == "127.0.0.2")  # the first is another machine
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    line, _ = server.accept()
+                    with line:
+                        host = line.recv(4096).decode().partition("Host: ")[2].partition("\r")[0]
+                        asked.append(host)
+                        moved = f"HTTP/1.1 302 Found\r\nLocation: http://inside.example:{port}/x\r\nContent-Length: 0\r\n\r\n"
+                        line.sendall(
+                            moved.encode() if "inside" not in host else b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+                        )
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(HubUnreachable, match="its address is not valid"):
+            hub_request.read(f"http://hub.example:{port}/api", f"http://hub.example:{port}", None, REPO, 100)
+        assert [each for each in asked if each] == [f"hub.example:{port}"]
+        assert hub_request.read(f"http://near.example:{port}/api", f"http://near.example:{port}", None, REPO, 100) == b"ok"
 
 
 @pytest.mark.parametrize(("endpoint", "target"), [

@@ -221,3 +221,7 @@ def test_the_real_client_reads_every_list_of_the_server(hub_server: Any, tmp_pat
     for name, content in FILES.items():
         path = api.hf_hub_download(REPO, name, local_dir=tmp_path)
         assert Path(path).read_bytes() == content
+
+
+def test_half_a_character_in_a_name_is_not_safe():
+    assert not is_safe_path("a\ud800.json") and is_safe_path("ünïcode 🙂.json")
