@@ -1,5 +1,7 @@
 """loaders/text/chat_template.py: the right template is found, and it renders as its makers wrote it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from fake_library import MISTRAL, FakeLibrary
@@ -186,3 +188,15 @@ def test_a_template_of_ones_own_is_used_remembered_and_refused_in_words(tmp_path
             engine.set_template(bad)
     assert engine.loaded.prompt([Message("user", "Hi")]).text == "<user>Hi<bot>"
     engine.unload()
+
+
+def test_names_of_templates_are_shown_short_and_printable(tmp_path):
+    given = {f"\x1b[2J{at}" * 30: "{% for m in messages %}{{ m['content'] }}{% endfor %}" for at in range(5000)}
+    found = chat_template.find(tmp_path, SimpleNamespace(chat_template=given, bos_token="", eos_token=""), "")
+    found.close()
+    assert found.note.isprintable() and len(found.note) < 600 and "and 4992 more" in found.note
+
+
+def test_a_template_of_any_length_is_a_sentence(tmp_path):
+    tokenizer = SimpleNamespace(chat_template="{# " + "x" * 2_000_000 + " #}", bos_token="", eos_token="")
+    assert "has more than 1,000,000 characters" in chat_template.find(tmp_path, tokenizer, "").warning

@@ -1,5 +1,7 @@
 """loaders/text/jinja_render.py: prompts are those of transformers, and a template cannot reach Python."""
 
+import re
+
 import pytest
 
 from gptq_webui.loaders.text import renderers
@@ -85,3 +87,28 @@ def test_a_prompt_may_be_long_and_hold_any_character(limited):
     with pytest.raises(TemplateLimit, match="more than 200,004 characters"):
         limited.render(Task("{{ 'x' * 300000 }}", [{"role": "user", "content": "a"}], {}, False), 20)
     assert renderers._MEMORY_BYTES >= 512 << 20  # what was tried
+
+
+@pytest.mark.parametrize(
+    ("jinja", "says"),
+    [
+        ("{{ raise_exception('\x1b[2J\nno\u202e ' ~ 'A' * 9999) }}", r"\\x1b\[2J no\\u202e A{200,}"),
+        ("{{ messages.__class__.__mro__ }}{{ ''.join.__globals__ }}", "something that no template may use"),
+        ("{{ range(10**9) }}", "counts further than a template may"),
+        ("{{ messages + 1 }}", "not possible with one of that kind"),
+        ("{% include '/etc/passwd' %}", "not possible with one of that kind"),
+        ("{{ 1 / 0 }}", "divides by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply, or calls itself"),
+        ("{{ strftime_now('\\ud800') }}", "half of a character"),
+        ("{{ foo.bar }}", "'foo' is undefined"),
+        ("{% if %}", r"\(line 1\)"),
+    ],
+)  # fmt: skip
+def test_why_a_template_fails_is_said_in_one_printable_line(jinja, says, limited):
+    limited.start()
+    for renderer in (limited, OwnRenderer()):
+        with pytest.raises(TemplateFault, match=says) as caught:
+            renderer.render(Task(jinja, [{"role": "user", "content": "Hi"}], {}, False))
+        said = str(caught.value)
+        assert said.isprintable() and len(said) < 500 and ".." not in said
+        assert not re.search(r"object|__|MAX_|codec|concatenate|loader", said)

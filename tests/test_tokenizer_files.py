@@ -255,3 +255,11 @@ def test_a_vocabulary_that_is_missing_or_damaged_is_named(tmp_path, kind, files,
     said = str(caught.value)
     assert "Download the model again" in said and "Error" not in said and "tiktoken" not in said, said
     assert says in said or "vocabulary" in said or "not UTF-8" in said, said
+
+
+@pytest.mark.parametrize("pattern", [r"(q+q+)+!", r"z*z*z*z*!", r"(?:zk|z?k?)+!", r"(~~?)*#"])
+def test_a_pattern_is_tried_on_its_own_letters(pattern, folder):
+    """It takes for ever on a text of theirs alone, which no text of every day has."""
+    split_by(folder, pattern)
+    with pytest.raises(GptqWebuiError, match="damaged, or made to do harm"):
+        read(folder)

@@ -18,8 +18,9 @@ from typing import Any
 from ...core import thinking
 from ...core.chat import Message
 from ...core.errors import BadFile, BadParameter
-from ...core.folder_files import SMALL_FILE_BYTES, read_json
+from ...core.folder_files import printable, read_json, read_text
 from ...core.tools import Tool
+from ...hub.model_card import read_model_card
 from . import templates_of_2023, tool_formats, tool_prompts
 from .built_in_templates import BUILT_IN, BY_ARCHITECTURE, BY_MODEL_CARD, BY_NAME, OWN, PLAIN, PLAIN_JINJA, is_jinja, labelled
 from .content_parts import in_parts, marked
@@ -31,7 +32,10 @@ log = logging.getLogger(__name__)
 
 _FOLDERS = "the model's own"  # name of the template that a folder brings
 _MOST_OWN = 200_000  # characters
+_MOST_OF_FOLDER = 1_000_000  # the longest known has 30,000
 _MOST_NOTES = 20
+_README_BYTES = 2_000_000
+_SHOWN_NAMES, _SHOWN_NAME = 8, 40  # names of templates in a sentence, and their characters
 _TRIAL_S = 1.0  # for all conversations that a template is tried on when a model is loaded
 
 
@@ -203,7 +207,10 @@ def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
         name = "default" if "default" in known else next(iter(known), "")
         given, tool_jinja = known.get(name), known.get("tool_use", "")
         if given and name != "default":
-            note = f"The folder has chat templates called {', '.join(known)}, and none called default: {name} is used."
+            names = ", ".join(printable(each)[:_SHOWN_NAME] for each in list(known)[:_SHOWN_NAMES])
+            more = f" and {len(known) - _SHOWN_NAMES} more" if len(known) > _SHOWN_NAMES else ""
+            note = f"The folder has chat templates called {names}{more}, and none called default: "
+            note += f"{printable(name)[:_SHOWN_NAME]} is used."
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
     if not given:  # of the processor of a model that sees pictures
         source = "chat_template.json"
@@ -213,6 +220,8 @@ def _own(folder: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
             return None, str(error)
     if not isinstance(given, str) or not given:
         return None, ""
+    if max(len(given), len(tool_jinja)) > _MOST_OF_FOLDER:
+        return None, f"The chat template of the folder ({source}) has more than {_MOST_OF_FOLDER:,} characters."
     template = ChatTemplate(given, _FOLDERS, source, note=note, tool_jinja=tool_jinja, renderer=LimitedRenderer())
     if problem := _problem(template, tokenizer):
         in_parts_only = replace(template, parts=True)
@@ -292,14 +301,9 @@ def named(name: str, source: str = "your choice") -> ChatTemplate:
 
 def model_card_template(folder: Path) -> str | None:
     """`prompt_template` from the front matter of README.md, None if there is none."""
-    path = folder / "README.md"
-    if not path.is_file() or path.stat().st_size > SMALL_FILE_BYTES:
-        return None
-    from huggingface_hub import metadata_load
-
     try:
-        template = (metadata_load(path) or {}).get("prompt_template")
-    except Exception:
+        template = read_model_card(read_text(folder / "README.md", _README_BYTES)).front.get("prompt_template")
+    except (OSError, BadFile):
         return None  # a model card that cannot be read has no template
     return template if isinstance(template, str) and "{prompt}" in template else None
 

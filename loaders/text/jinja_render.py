@@ -22,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that the model goes on with
 _AFTER_S = 5  # processor time that one request may take, in case nobody is left to end the child
 
+_LONGEST_REASON = 300  # characters of what a template says itself
+_NO_REASON = "no reason was given"
+
 Chat = list[dict[str, Any]]
 
 
@@ -143,6 +146,24 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def in_words(error: Exception) -> str:
+    """Why a template shows no prompt: its own words where it refuses a conversation, else ours. To stand in a sentence."""
+    known: tuple[tuple[type[Exception], str], ...] = (
+        (jinja2.exceptions.SecurityError, "it asks for something that no template may use"),
+        (RecursionError, "it is nested too deeply, or calls itself without an end"),
+        (UnicodeError, "it writes half of a character (a lone surrogate)"),
+        (OverflowError, "it counts further than a template may"),
+        (ZeroDivisionError, "it divides by zero"),
+    )
+    text = next((words for kind, words in known if isinstance(error, kind)), "")
+    if not text and isinstance(error, jinja2.TemplateSyntaxError):
+        text = f"{error.message} (line {error.lineno})"
+    elif not text and not isinstance(error, (jinja2.TemplateError, OutputTooLong, NotContinued)):
+        text = "it does something with a value that is not possible with one of that kind"
+    lines = " ".join((text or str(error)).split())[:_LONGEST_REASON].rstrip(". ")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in lines) or _NO_REASON
+
+
 def main(memory_bytes: int) -> None:
     """Read requests, write answers; JSON, one a line."""
     limit_cpu = _limits(memory_bytes)
@@ -156,7 +177,7 @@ def main(memory_bytes: int) -> None:
         except OutputTooLong as error:
             answer = {"output": str(error)}
         except Exception as error:
-            answer = {"error": str(error)[:500] or "no reason was given"}
+            answer = {"error": in_words(error)}
         done()
         print(json.dumps(answer), flush=True)
 

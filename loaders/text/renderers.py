@@ -106,7 +106,7 @@ class OwnRenderer:
                 task.is_whole,
             )
         except Exception as error:
-            raise TemplateFault(str(error)) from None
+            raise TemplateFault(jinja_render.in_words(error)) from None
 
     def start(self) -> None:
         pass

@@ -6,10 +6,13 @@ Imports nothing of this package.
 
 import base64
 import json
+import re
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _LONGEST = 2000  # characters of a token of sentencepiece, or of an added one; real ones have up to 128
+_MOST_RUNS = 90  # letters and words of its patterns
 _MOST = 500_000  # such tokens; the largest models have 262,000
 _MOST_TIMES = 64  # as long as it was: what the file may make of a text; real ones leave the length, but for Unicode's forms
 _MOST_ADDED = 4096  # characters, or ids, that it may add to each text; real ones add one or two
@@ -25,7 +28,7 @@ def main(memory_bytes: int) -> None:
         try:
             if "file" in request:
                 tokenizer = _SentencePiece(request["file"]) if request["file"].endswith(".model") else _Json(request["file"])
-                answer = {"count": tokenizer.size}
+                answer = {"count": tokenizer.size, "runs": tokenizer.runs}
             else:
                 answer = {"count": tokenizer.count(request["text"])}
         except _NotRead as error:
@@ -46,10 +49,13 @@ class _Json:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(path)
+        self.runs = _runs_of([self._tokenizer.normalizer, self._tokenizer.pre_tokenizer, self._tokenizer.decoder])
         for part in (self._tokenizer.normalizer, self._tokenizer.decoder, self._tokenizer.post_processor):
             if part is not None:
                 _require_small(*_growth(json.loads(part.__getstate__())))
         self.size = self._tokenizer.get_vocab_size()
+        if self.size > _MOST:
+            raise ValueError(f"it has {self.size} tokens, and at most {_MOST} were expected")
         longest = max((len(each.content) for each in self._tokenizer.get_added_tokens_decoder().values()), default=0)
         if longest > _LONGEST:  # transformers takes minutes for one of megabytes
             raise ValueError(f"one of its added tokens has {longest} characters, and at most {_LONGEST} were expected")
@@ -58,6 +64,25 @@ class _Json:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         self._tokenizer.decode(ids)
         return len(ids)
+
+
+def _runs_of(parts: list[Any]) -> list[str]:
+    """The letters and words of the patterns in a tokenizer's parts, of which texts are tried that only they would be slow on."""
+    found: dict[str, None] = {}
+    for pattern in _patterns(json.loads(each.__getstate__()) for each in parts if each is not None):
+        found |= dict.fromkeys(each for each in pattern if each.isprintable())
+        found |= dict.fromkeys(re.findall(r"\w{2,8}", pattern))
+    return sorted(found, key=len)[:_MOST_RUNS]
+
+
+def _patterns(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, dict):
+            if isinstance(value.get("Regex"), str):
+                yield value["Regex"][:_LONGEST]
+            yield from _patterns(value.values())
+        elif isinstance(value, list):
+            yield from _patterns(value)
 
 
 def _growth(part: dict[str, Any]) -> tuple[float, float]:
@@ -98,6 +123,8 @@ def _require_small(times: float, added: float) -> None:
 
 
 class _SentencePiece:
+    runs: tuple[str, ...] = ()
+
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
