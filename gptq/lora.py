@@ -23,6 +23,9 @@ _QUICK = re.compile(r"(?:\.[*+]|\\[dw]\+|[^*+?{}()|])*")  # one without groups
 _CONFIG_BYTES = 1_000_000
 _MOST_PATTERNS = 100  # that are no plain names
 _MOST_REPEATS, _LONGEST = 2, 200  # in a pattern; its characters
+_PEFT_ALPHA = 8  # what PEFT takes where the settings leave it out
+# PEFT's LoraConfig.init_lora_weights: these take from the base model's weights what they give to A and B
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MOST_ALPHA = 1e6  # real ones are below 1,000
 
 
@@ -68,6 +71,7 @@ def read(model: nn.Module, folder: Path) -> dict[str, Part]:
         raise BadCheckpoint(
             f"The adapter {folder.name} changes more than LoRA does (DoRA, biases, whole modules). Choose another adapter."
         )
+    _require_own_base(folder.name, config)
     pairs: dict[str, dict[str, str]] = {}
     header = read_header(file)
     for key in header:
@@ -92,6 +96,22 @@ def read(model: nn.Module, folder: Path) -> dict[str, Part]:
         inner, outer = tensors[pair["A"]], tensors[pair["B"]]  # [rank, K], [N, rank]
         ready[name] = modules[name], inner, outer * alpha.scale(name, inner.shape[0])
     return ready
+
+
+def _require_own_base(name: str, config: Mapping[str, Any]) -> None:
+    """Raises BadCheckpoint for an adapter that is not for the base model as it is, or not for every token."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
+        raise BadCheckpoint(
+            f"The adapter {name} was trained beside weights of its base model that PEFT had changed (init_lora_weights "
+            f"{printable(start)[:40]}); beside the model's own it gives wrong answers. Save it as plain LoRA with PEFT, or "
+            "choose another adapter."
+        )
+    if config.get("alora_invocation_tokens"):
+        raise BadCheckpoint(
+            f"The adapter {name} begins to work at certain tokens only (alora_invocation_tokens), which is not done here. "
+            "Choose another adapter."
+        )
 
 
 def _fits(sizes: tuple[int, int] | None, inner: tuple[int, ...], outer: tuple[int, ...]) -> bool:
@@ -134,7 +154,7 @@ class _Alpha:
     def __init__(self, adapter: str, config: Mapping[str, Any]) -> None:
         """Raises BadCheckpoint."""
         self._adapter, self._stabilised = adapter, bool(config.get("use_rslora"))
-        given = config.get("lora_alpha")
+        given = config.get("lora_alpha", _PEFT_ALPHA)
         self._default = None if given is None else self._number(given)
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):

@@ -268,3 +268,24 @@ def test_names_and_quick_patterns_choose_the_alpha(base, tmp_path):
         hostile(tmp_path / "a", {"alpha_pattern": {pattern: 3}})
         (_module, _inner, outer) = lora.read(base, tmp_path / "a")["model.layers.0.self_attn.q_proj"]
         assert float(outer[0, 0]) == alpha / 4, pattern
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    (
+        *(({"init_lora_weights": each}, "beside weights .* PEFT had changed") for each in ("pissa_niter_16", "OLoRA", "corda")),
+        ({"alora_invocation_tokens": [5, 6]}, "at certain tokens only"),
+    ),
+)
+def test_an_adapter_for_other_weights_or_some_tokens_is_a_sentence(base, tmp_path, config, says):
+    hostile(tmp_path / "a", config)
+    with pytest.raises(BadCheckpoint, match=rf"The adapter a .*{says}.*hoose another adapter"):
+        lora.read(base, tmp_path / "a")
+
+
+def test_settings_without_an_alpha_have_that_of_peft(base, tmp_path):
+    hostile(tmp_path / "a", {"init_lora_weights": "gaussian"})
+    eight = lora.read(base, tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    none = lora.read(base, tmp_path / "a")
+    assert all(torch.equal(none[name][2], eight[name][2]) for name in eight)
