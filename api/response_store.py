@@ -1,27 +1,29 @@
 """Answers of OpenAI's Responses API that may be asked for again or continued: in memory, for each client the last ones."""
 
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..core.chat import Message
 
 _KEPT = 64  # for each client
 _CLIENTS = 64
-_CHARACTERS = 4_000_000  # for each client: of what is read again when one of its answers is continued
+_CHARACTERS = 4_000_000  # for each client, of the answers and of what is read again when one is continued
 
 
 @dataclass(frozen=True)
 class Stored:
     response: dict[str, Any]  # as it was answered
-    items: Sequence[dict[str, Any]]  # its input
+    items: list[dict[str, Any]]  # its input
     messages: tuple[Message, ...]  # the conversation with the answer at its end
 
-    @property
+    @cached_property
     def characters(self) -> int:
-        return sum(
+        """Of all that is kept: metadata and items that the model never reads count too."""
+        return len(json.dumps([self.response, self.items])) + sum(
             len(each.text) + sum(len(call.arguments) for call in each.tool_calls) + sum(map(len, each.pictures))
             for each in self.messages
         )

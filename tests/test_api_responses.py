@@ -136,3 +136,14 @@ def test_the_store_keeps_the_last_ones_of_each_client():
     store.add("a", stored("long", "x" * 4_000_000))
     assert store.get("a", "r69") is None and store.get("a", "long") and store.get("b", "r0")
     assert store.remove("a", "long") and not store.remove("a", "long")
+
+
+def test_the_store_counts_what_no_model_reads():
+    """A client filled the memory with metadata and with items that are passed over."""
+    store = ResponseStore()
+    for at in range(8):
+        long = {"metadata": {"a": "x" * 1_000_000}}
+        store.add("a", Stored({"id": f"r{at}", **long}, [], (Message("user", "x"),)))
+        store.add("b", Stored({"id": f"r{at}"}, [long], (Message("user", "x"),)))
+    assert store.get("a", "r4") is None and store.get("b", "r4") is None
+    assert store.get("a", "r7") and store.get("b", "r7")
