@@ -42,7 +42,7 @@ def read_config(model: LocalModel, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise BadCheckpoint(_own_code(model)) from None
         raise BadCheckpoint(_bad_config(model, error)) from None
-    if why := _NOT_CAUSAL.get(str(getattr(config, "model_type", ""))):
+    if why := _NOT_CAUSAL.get(str(getattr(config, "model_type", "")), ""):
         raise BadCheckpoint(
             f"{model.name} is of the architecture {model.architecture or config.model_type}, which cannot be computed token by "
             f"token: {why}. Choose another model."
