@@ -77,7 +77,7 @@ def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memor
     except LoadRefused as error:
         return Fit("no loader", str(error))
     counted = choice.loader.fit(model, choice.options, memory)
-    found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.reason}
+    found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.brief}
     yours = _yours(memory)
     if counted.fits:
         return Fit("fits", f"Fits {yours}{', on the processor' if memory.gpu is None else ''}", **found)

@@ -78,7 +78,7 @@ class LoadPlanner:
             try:
                 found = choose(model, [each for each in able if each.name not in known], None, values, speeds=speeds)
                 failed = "; ".join(f"{name} failed here before" for name in known)
-                return replace(found, reason=f"{failed}; {found.reason}" if found.reason else failed)
+                return replace(found, reason=_joined(failed, found.reason), brief=_joined(failed, found.brief))
             except LoadRefused:
                 pass  # no other loader opens it: try the failed one again
         return choose(model, able, wanted, values, speeds=speeds)
@@ -121,6 +121,10 @@ class LoadPlanner:
     def forget_failures(self, model: LocalModel) -> None:
         """Let the next load try every loader again."""
         load_failures.forget(self._settings, model)
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(each for each in reasons if each)
 
 
 def _template(name: str | None) -> ChatTemplate | None:

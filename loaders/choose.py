@@ -57,6 +57,7 @@ class Choice:
     options: Any  # of the loader's own options class
     reason: str  # why this one, in a user's words
     refusals: Mapping[str, Refusal] = field(default_factory=dict)  # of those before it
+    brief: str = ""  # the reason without what those before it lack, which not everybody has a use for
 
 
 def survey(
@@ -72,7 +73,7 @@ def survey(
     Fast, and never raises for a bad option: that is its loader's refusal. Arguments as for `choose`.
     """
     found = [_ask(loader, model, options or {}) for loader in loaders]
-    chosen, reason = _pick(found, model, wanted, speeds or {})
+    chosen, reason, _brief = _pick(found, model, wanted, speeds or {})
     return [
         Row(
             each.loader.name,
@@ -107,10 +108,10 @@ def choose(
     for each in found:
         if each.error is not None:
             raise each.error
-    chosen, reason = _pick(found, model, wanted, speeds or {})
+    chosen, reason, brief = _pick(found, model, wanted, speeds or {})
     refusals = {each.loader.name: each.refusal for each in found if each.refusal is not None}
     if chosen is not None:
-        return Choice(chosen.loader, chosen.options, reason, refusals)
+        return Choice(chosen.loader, chosen.options, reason, refusals, brief)
     if len(refusals) == 1:
         only = next(iter(refusals.values()))
         raise LoadRefused(f"{model.name} cannot be opened: {only if only.cure else _with_a_cure(only, wanted)}")
@@ -166,27 +167,29 @@ def _ask(loader: Loader, model: LocalModel, values: Mapping[str, Any]) -> _Answe
 
 def _pick(
     found: Sequence[_Answer], model: LocalModel, wanted: str | None, speeds: Mapping[str, float]
-) -> tuple[_Answer | None, str]:
-    """(the chosen one, why); (None, "") if there is none."""
+) -> tuple[_Answer | None, str, str]:
+    """(the chosen one, why, why in brief); (None, "", "") if there is none."""
     if wanted is not None:
         named = next((each for each in found if each.loader.name == wanted and each.refusal is None), None)
-        return named, "your choice" if named else ""
+        why = "your choice" if named else ""
+        return named, why, why
     able = [each for each in found if each.refusal is None and _is_automatic(each.loader, model)]
     ready = [each for each in able if not each.must_wait] or able[:1]
     if not ready:
-        return None, ""
+        return None, "", ""
     first = ready[0]
     measured = [each for each in ready if each.loader.name in speeds]
     if first in measured:
         fastest = max(measured, key=lambda each: speeds[each.loader.name])
         fast, slow = speeds[fastest.loader.name], speeds[first.loader.name]
         if fast > _FASTER * slow:
-            return fastest, f"{fast:.0f} tokens/s on this machine, {slow:.0f} with {first.loader.name}"
+            why = f"{fast:.0f} tokens/s on this machine, {slow:.0f} with {first.loader.name}"
+            return fastest, why, why
     if model.kind == "remote":
-        return first, first.loader.reason
+        return first, first.loader.reason, first.loader.reason
     before = found[: found.index(first)]
     passed = {each.loader.name: each.refusal or (each.remark and each.remark.text) or "only if you choose it" for each in before}
-    return first, _listed(passed) if passed else first.loader.reason
+    return first, _listed(passed) or first.loader.reason, first.loader.reason
 
 
 def _is_automatic(loader: Loader, model: LocalModel) -> bool:

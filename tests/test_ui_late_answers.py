@@ -155,6 +155,19 @@ def test_there_and_back_again_shows_the_conversation_that_is_open(late, served):
     assert paths(served)["In the first"] == ["In the first", "Paris."]
 
 
+def test_the_meter_does_not_forget_a_message_that_is_on_its_way(late):
+    tab, net = late()
+    tab.fill(BOX, "One two three")
+    tab.wait_for_function("parseInt(document.querySelector('#gw-meter').innerText) > 0")
+    net.hold()
+    tab.press(BOX, "Enter")
+    net.wait()
+    tab.wait_for_timeout(1500)  # the box is empty
+    assert not tab.inner_text("#gw-meter").startswith("0 ")
+    net.deliver()
+    tab.wait_for_function("parseInt(document.querySelector('#gw-meter').innerText) > 8")  # with the answer
+
+
 def test_what_is_typed_while_a_message_is_on_its_way_stays(late, served):
     tab, net = late()
     net.hold()

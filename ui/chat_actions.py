@@ -76,7 +76,7 @@ class ChatActions:
         params = self._params(asked.values)
         fields = {} if asked.id else asked.settings
         id = self.chats.send(asked.owner, asked.id, asked.text.strip(), params, files=files, **fields)
-        return {self.parts.out: order(taken=1, bottom=1)} | self._begun(asked, id)
+        return self._begun(asked, id, taken=1)
 
     def go_on(self, asked: Asked, _given: str) -> Updates:
         if not asked.id:
@@ -107,7 +107,8 @@ class ChatActions:
         params = None if in_place else self._params(asked.values)
         self.chats.edit(asked.owner, asked.id, message, text, params, in_place=in_place)
         closed = {self.parts.editor: gr.update(visible=False)}
-        return self.view.show(asked.request, asked.id, asked.known, asked.query) | closed | {self.parts.out: order(focus=1)}
+        then = order(focus=1) if in_place else order(focus=1, bottom=1)
+        return self.view.show(asked.request, asked.id, asked.known, asked.query) | closed | {self.parts.out: then}
 
     def close_edit(self, asked: Asked, _given: str) -> Updates:
         return {self.parts.editor: gr.update(visible=False), self.parts.out: order(focus=1)}
@@ -260,11 +261,12 @@ class ChatActions:
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _begun(self, asked: Asked, id: str) -> Updates:
-        """An answer has begun. It may have ended already."""
+    def _begun(self, asked: Asked, id: str, **orders: Any) -> Updates:
+        """An answer has begun; the page goes to it. It may have ended already."""
         at = self.parts
+        begun: Updates = {at.out: order(bottom=1, **orders)}
         kept = {each: gr.update() for each in (at.system, at.start, at.own_template, at.own_adapters)}
-        return self.view.show(asked.request, id, asked.known, asked.query, opened=True, ended=True, box="") | kept
+        return begun | self.view.show(asked.request, id, asked.known, asked.query, opened=True, ended=True, box="") | kept
 
     def _changed(self, asked: Asked) -> Updates:
         return self.view.show(asked.request, asked.id, asked.known, asked.query) | {self.parts.line: ""}

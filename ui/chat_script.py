@@ -187,22 +187,31 @@ LIKELY
     clearTimeout(gw.drafting); gw.drafting = setTimeout(gw.drafted, 800);
     gw.measure(700);
   });
-  let measures = 0; // until when one is under way: an older answer must not come after a newer one
+  // until when one is under way: an older answer must not come after a newer one. An act that is on its way has taken what was
+  // typed, and the page does not know yet where it is.
+  let measures = 0;
   const measure = () => {
-    if (measures > performance.now()) { gw.remeasure = true; return; }
+    if (busy || measures > performance.now()) { gw.remeasure = true; return; }
     measures = performance.now() + 20000; gw.remeasure = false; press('gw-measure');
   };
   gw.measure = (wait) => { clearTimeout(gw.measuring); gw.measuring = setTimeout(measure, wait || 120); };
   gw.measured = () => { measures = 0; if (gw.remeasure) measure(); };
 
   // the newest words stay in sight, unless one has scrolled up
-  gw.down = () => { const talk = find('#gw-chat'); if (talk) talk.scrollTop = talk.scrollHeight; };
+  gw.down = () => {
+    const talk = find('#gw-chat');
+    if (talk) { talk.scrollTop = talk.scrollHeight; talk.gwTop = talk.scrollTop; }
+  };
   const watch = () => {
     const talk = find('#gw-chat');
     if (!talk || talk.gwWatched) return;
     talk.gwWatched = true;
     const near = () => talk.scrollHeight - talk.scrollTop - talk.clientHeight < 90;
-    talk.addEventListener('scroll', () => { gw.stick = near(); }, {passive: true});
+    talk.addEventListener('scroll', () => { // it may come after more words have come: they are not scrolled up to
+      if (near()) gw.stick = true; else if (talk.scrollTop < (talk.gwTop ?? 0) - 1) gw.stick = false;
+      talk.gwTop = talk.scrollTop;
+    }, {passive: true});
+    new ResizeObserver(() => { if (gw.stick) gw.down(); }).observe(talk); // as when the settings open beside it
     let asked = false;
     new MutationObserver(() => {
       if (asked) return;

@@ -127,6 +127,7 @@ _TALK = """
 #gw-chat-head > #gw-head { flex: 1 1 0 !important; min-width: 0; }
 #gw-drawer { display: none; flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
 .gw-who { line-height: 1.5; overflow-wrap: anywhere; }
+@media (min-width: 761px) { .gw-who { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; } }
 .gw-who span { color: var(--gw-soft); font-size: 14px; margin-left: 6px; }
 #gw-past { height: auto !important; min-height: 0 !important; max-height: none !important; border: none !important;
   background: none !important; overflow: visible !important; }
@@ -186,6 +187,10 @@ _TALK = """
 #gw-line { min-height: 4px; }
 .gw-spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 #gw-message textarea { resize: none; }
+#gw-setting:has(> button.open) { padding-top: 0 !important; }
+#gw-setting > button.open { position: sticky; top: 0; z-index: 10; background: var(--block-background-fill); padding: 10px 0; }
+#gw-setting .form { border: none !important; background: none !important; box-shadow: none !important; gap: 14px !important; }
+#gw-setting .form > .block { border: none !important; padding: 0 !important; }
 #gw-ask { align-items: flex-end !important; }
 #gw-ask button { flex-grow: 0 !important; min-height: 42px; }
 #gw-more { gap: 2px !important; align-items: center !important; flex-wrap: wrap !important; }
@@ -236,6 +241,13 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   overflow: visible !important; }
 #gw-files:not(:has(.gw-chip)) { display: none; }
 
+@media (min-width: 1001px) { /* beside the conversation */
+  #gw-main:has(> #gw-setting > button.open) { position: relative; padding-right: 364px !important; }
+  #gw-main > #gw-setting:has(> button.open) { position: absolute; inset: 0 0 0 auto; width: 348px; overflow-y: auto !important; }
+}
+@media (max-width: 1000px) {
+  #gw-main > #gw-setting:has(> button.open) { max-height: 40%; overflow-y: auto !important; }
+}
 @media (max-width: 760px) {
   .gradio-container > .main { padding: 8px 12px 12px !important; }
   #gw-title span { display: none; }

@@ -56,7 +56,7 @@ SCRIPT = r"""
     locks.forEach((unlock) => unlock());
     if (taken && (box()?.value || gw.files.length)) gw.drafting = setTimeout(gw.drafted, 100); // its conversation is known now
     const next = waiting.shift();
-    if (next) next.begin(true);
+    if (next) next.begin(true); else if (gw.remeasure) gw.measure();
   };
   // the page was drawn anew, as after a lost connection: what was on its way is not answered any more
   const lose = () => {

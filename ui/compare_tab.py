@@ -62,6 +62,7 @@ def build(
                 )
                 for at, label in (("first", "Model A"), ("second", "Model B"))
             )
+        lacks = gr.HTML(elem_id="gw-compare-lacks")
         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="gw-compare-prompt")
         blind = gr.Checkbox(True, label="Blind", info="Names and speeds are shown after your vote.", elem_id="gw-compare-blind")
         with gr.Row(elem_classes="gw-buttons"):
@@ -119,7 +120,8 @@ def build(
         if gradio_compat.LAZY_TABS:
             watcher.redraw_soon(request)
         names = [each.name for each in engine.library.models() if each.kind not in ("lora", "incomplete")]
-        return {first: gr.update(choices=names), second: gr.update(choices=names)}
+        few = "There is no model yet. Download two in the Model tab." if not names else "Download another model in the Model tab."
+        return {first: gr.update(choices=names), second: gr.update(choices=names), lacks: quiet(few) if len(names) < 2 else ""}
 
     def start(request: gr.Request, one: Any, other: Any, question: Any, hide: Any, *values: Any) -> None:
         access.require_owner(request)
@@ -178,7 +180,7 @@ def build(
     script = copy_script("gw-compare-copy", "gw-compare-markdown", "Copy")
     copy.click(None, text, None, js=script, **gradio_compat.EVENT)
     save.click(None, [file_name, as_picture], None, js=save_picture_script(), **gradio_compat.EVENT)
-    return CompareTab(show, [first, second])
+    return CompareTab(show, [first, second, lacks])
 
 
 def owner_of(request: gr.Request) -> str:

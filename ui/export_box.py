@@ -43,6 +43,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
         adapter = gradio_compat.Dropdown(
             [_NONE], value=_NONE, label="LoRA adapter to merge", info="One beside the model.", elem_id="gw-export-adapter"
         )
+    lacks = gr.HTML(elem_id="gw-export-lacks")
     buttons = RunButtons("Write", "gw-export", access, stopping="Stopping")
     status = gr.HTML(quiet("The new folder is beside the models."), elem_id="gw-export-status")
 
@@ -52,7 +53,11 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
         buttons.look(request)
         models = [each for each in engine.library.models() if each.is_packed]
         adapters = sorted({name for each in models for name in beside(each.folder)})
-        return {model: gr.update(choices=[each.name for each in models]), adapter: gr.update(choices=[_NONE, *adapters])}
+        return {
+            model: gr.update(choices=[each.name for each in models]),
+            adapter: gr.update(choices=[_NONE, *adapters]),
+            lacks: "" if models else quiet("There is no packed model yet. Download one in the Model tab, or make one above."),
+        }
 
     def start(request: gr.Request, name: str | None, how: str, merged: str | None) -> Updates:
         if not name:
@@ -63,7 +68,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> ExportBox:
         return good(f"Made {folder.name}. Choose it in the Model tab.")
 
     buttons.wire(watcher, start, [model, form, adapter], status, done)
-    return ExportBox(show, [model, adapter])
+    return ExportBox(show, [model, adapter, lacks])
 
 
 def _write(engine: Engine, name: str, form: str, merged: str | None, job: Job) -> Path:

@@ -21,6 +21,9 @@ SIX = int(gr.__version__.split(".")[0]) >= 6
 # that gets its choices while it is open shows only the chosen one, so there it must not be filled again.
 LAZY_TABS = SIX
 
+# 6 shows the limits of a slider at its ends.
+SLIDERS_SHOW_LIMITS = SIX
+
 # For every event. Handlers belong to the page: they have no names for clients and are on no API page.
 EVENT: dict[str, Any] = {"show_progress": "hidden"} | ({"api_visibility": "private"} if SIX else {"api_name": False})
 

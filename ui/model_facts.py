@@ -20,7 +20,7 @@ def panel(engine: Engine) -> str:
     choice = engine.choice
     rows = [*of_files(loaded.model), *of_load(loaded)]
     if choice is not None:
-        rows.append(("Loader", f"{choice.loader.name} ({choice.reason})"))
+        rows.append(("Loader", f"{choice.loader.name} ({choice.brief})"))
     if engine.slot.fit is not None:
         rows.append(("Memory", str(engine.slot.fit)))
     return html_snippets.facts(rows) + html_snippets.notes(loaded.notes)

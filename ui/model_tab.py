@@ -45,6 +45,9 @@ _ONCE = """(name, chosen) => {
   return JSON.stringify([name, window.gwChoice.number]);
 }"""
 
+_NO_MODEL = "There is no model on this computer yet. Download one: it appears in this list when it is there."
+_LOAD, _RELOAD = "Load the model", "Reload the model"
+
 
 @dataclass(frozen=True)
 class ModelTab:
@@ -58,12 +61,17 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     with gr.Row(elem_classes="gw-columns"):
         with gr.Column(scale=3, min_width=320):
             with gr.Column(elem_classes="gw-panel"):
-                models = gradio_compat.Dropdown(
-                    [], value=None, label="Model", info="Choose one to load it.", elem_id="gw-models", filterable=True
-                )
-                with gr.Row(elem_classes="gw-buttons"):
+                with gr.Row(elem_id="gw-choose-row"):
+                    models = gradio_compat.Dropdown(
+                        [], value=None, label="Model", info="Choose one to load it.", elem_id="gw-models", filterable=True
+                    )
                     refresh = gr.Button("Refresh", size="sm", min_width=96, elem_id="gw-refresh")
-                    reload = gr.Button("Reload", size="sm", min_width=96, elem_id="gw-reload")
+                reload = gr.Button(_LOAD, size="sm", min_width=150, elem_id="gw-reload", render=False)
+                with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
+                    settings = draw_settings(engine, models, reload, access)
+                with gr.Row(elem_classes="gw-buttons"):
+                    with gr.Column(scale=0, min_width=0, elem_id="gw-reload-settings"):
+                        reload.render()
                     unload = gr.Button("Unload", size="sm", min_width=96, elem_id="gw-unload")
                 status = gr.HTML(elem_id="gw-model-status")
                 rescue = draw_rescue(engine, access, watcher)
@@ -72,8 +80,6 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
                 speed = draw_benchmark(engine, access, watcher)
             with gr.Accordion("Perplexity: how well the model predicts a text", open=False, elem_id="gw-perplexity-box"):
                 perplexity = draw_perplexity(engine, access, watcher)
-            with gr.Accordion("Custom settings", open=False, elem_id="gw-settings"):
-                settings = draw_settings(engine, models, access)
             with gr.Accordion("Loaders: which can open this model, and why", open=False, elem_id="gw-loaders"):
                 table = draw_loaders(engine)
         with gr.Column(scale=2, min_width=320):
@@ -96,7 +102,6 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     jobs = Jobs()
     chosen_on: Pages[str | None] = Pages()
     status_on: Pages[Status] = Pages()  # what each page shows
-    beside_on: Pages[bool] = Pages()  # pages whose load was begun in the settings
     done_on: Pages[set[str]] = Pages()  # downloads whose models each page lists
 
     def choices() -> list[tuple[str, str]]:
@@ -115,7 +120,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         idle = engine.status.phase in ("empty", "ready")
         return {
             panel: model_facts.panel(engine),
-            reload: gr.update(interactive=idle),
+            reload: gr.update(interactive=idle, value=_RELOAD if engine.loaded is not None else _LOAD, variant="secondary"),
             unload: gr.update(interactive=idle and engine.loaded is not None),
             **rescue.values(),
         }
@@ -125,11 +130,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         now = engine.status
         bar = working(f"{now.name} {now.doing} …" if now.name else "Starting …", now.share or None, now.text)
         needs = quiet(str(engine.slot.fit)) if engine.slot.fit is not None and now.phase == "loading" else ""
-        return {status: bar + needs} | state() | beside(request, bar)
-
-    def beside(request: gr.Request, words: str) -> Updates:
-        """The same beside the button in the settings, if that began it."""
-        return {settings.progress: words} if beside_on.get(request) else {}
+        return {status: bar + needs} | state()
 
     def run(
         request: gr.Request, what: str, job: Callable[[], object], done: Callable[[float], str], wanted: str | None
@@ -170,9 +171,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             said = bad(job.error) if now.error or job.error != now.text else quiet(job.error)
         else:
             said = good(job.result)
-        shown = listed(request, wanted, False) | state() | {status: said} | beside(request, said)
-        beside_on.pop(request)
-        return shown
+        return listed(request, wanted, False) | state() | {status: said} | settings.loaded(request)
 
     def arrived(request: gr.Request) -> Iterator[Updates]:
         """Models that have just been downloaded join the list; for the watcher."""
@@ -180,7 +179,8 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         while active:
             active, now = bool(downloads.active()), done()
             if now - (done_on.get(request) or set()):
-                yield {models: gr.update(choices=choices())}
+                nothing = engine.status.phase == "empty" and not engine.status.error
+                yield {models: gr.update(choices=choices())} | ({status: ""} if nothing else {})  # it said that there is none
                 done_on.set(request, now)
             else:
                 yield {}
@@ -211,10 +211,6 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         shown = settings.values(request, name, False) | table.values(name)
         return load(name, request) | shown
 
-    def reload_beside(name: str | None, request: gr.Request) -> Updates:
-        beside_on.set(request, True)
-        return load(name, request) | ({} if name else {settings.progress: quiet("Choose a model first.")})
-
     def compile_loader(name: str | None, request: gr.Request) -> Updates:
         """Compiling is what its first load does."""
         access.require_owner(request)
@@ -227,11 +223,11 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
         access.require_owner(request)
         if name:
             engine.planner.forget_failures(engine.library.get(name))
-        return listed(request, name) | {status: quiet("The next load tries every loader again: press Reload.")}
+        return listed(request, name) | {status: quiet("The next load tries every loader again: press Reload the model.")}
 
-    def unload_model(request: gr.Request) -> Updates:
-        access.require_owner(request)
-        return run(request, "Unloading", engine.unload, lambda _took: "Unloaded. The memory is free.", None)
+    def unload_model(name: str | None, request: gr.Request) -> Updates:
+        access.require_owner(request)  # it stays chosen, so that it can be loaded again
+        return run(request, "Unloading", engine.unload, lambda _took: "Unloaded. The memory is free.", name)
 
     def relist(chosen: str | None, request: gr.Request) -> Updates:
         access.require_owner(request)
@@ -242,7 +238,7 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
             return {status: ""}  # a handler that returns nothing would empty every output
         now = engine.status
         idle_load = now.text if engine.slot.idle_load is not None else ""
-        said = bad(now.text) if now.error else quiet(idle_load or engine.settings.warning)
+        said = bad(now.text) if now.error else quiet(idle_load or engine.settings.warning or ("" if choices() else _NO_MODEL))
         boxes = folders.values() | idle.values() | hub.values() | speed.values() | perplexity.values()
         if not busy():
             status_on.set(request, now)
@@ -253,17 +249,15 @@ def build(engine: Engine, downloads: Downloads, watcher: Watcher, access: Access
     def begin(request: gr.Request, name: str, job: Callable[[], object]) -> Updates:
         return run(request, f"Loading {name}", job, ready, name)
 
-    watcher.add(look, outputs, live=[status, settings.progress])
-    watcher.add(arrived, [models])
+    watcher.add(look, outputs, live=[status])
+    watcher.add(arrived, [models, status])
     models.focus(None, models, None, js=_OPENED, **gradio_compat.EVENT)
     models.select(None, None, None, js=_PICKED, **gradio_compat.EVENT)
     models.input(None, [models, chosen], chosen, js=_ONCE, **gradio_compat.EVENT)
     choosing = [status, *settings.outputs, *table.outputs]
     watcher.after(chosen.change(load_chosen, chosen, choosing, js=AFTER_SAVING, **gradio_compat.PRESS))
     watcher.after(reload.click(load, models, status, js=AFTER_SAVING, **gradio_compat.PRESS))
-    beside_it = [status, settings.progress]
-    watcher.after(settings.reload.click(reload_beside, models, beside_it, js=AFTER_SAVING, **gradio_compat.PRESS))
-    watcher.after(unload.click(unload_model, None, status, **gradio_compat.PRESS))
+    watcher.after(unload.click(unload_model, models, status, **gradio_compat.PRESS))
     watcher.after(table.compile.click(compile_loader, models, status, **gradio_compat.PRESS))
     rescue.wire(begin, status, box.ref)
     table.again.click(try_again, models, outputs, **gradio_compat.EVENT)

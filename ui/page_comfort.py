@@ -38,12 +38,14 @@ _SCRIPT = """
   document.addEventListener('click', (event) => {
     const menu = document.querySelector('#gw-comfort[open]');
     if (menu && !menu.contains(event.target)) menu.open = false;
+  });
+  document.addEventListener('click', (event) => {
     const tab = event.target.closest?.('#gw-tabs [role=tab]');
     if (tab) {
       window.gwTab = tab.innerText.trim().toLowerCase();
       try { sessionStorage.setItem('gptq-webui tab', window.gwTab) } catch {}
     }
-  });
+  }, true); // on its way down: Gradio 4.37 puts another button in place of the one that was pressed
   document.addEventListener('keydown', (event) => {
     const menu = document.querySelector('#gw-comfort[open]');
     if (event.key === 'Escape' && menu) { menu.open = false; menu.querySelector('summary').focus() }

@@ -72,13 +72,19 @@ def draw(name: str, row: SamplingField, value: Any) -> gr.components.Component:
         return gr.Checkbox(shown, **common)
     if row.kind not in ("number", "whole"):
         return gr.Textbox(shown, lines=1 if row.kind == "ids" else 2, max_lines=8, **common)
-    if (row.high - row.low) / row.step > _WIDEST_SLIDER_STEPS:
-        return gradio_compat.Number(shown, precision=0, **common)
-    return gradio_compat.Slider(row.low, row.high, value=shown, step=row.step, **common)
+    if _is_slider(row):
+        return gradio_compat.Slider(row.low, row.high, value=shown, step=row.step, **common)
+    return gradio_compat.Number(shown, precision=0, **common)
 
 
 def info(name: str, row: SamplingField) -> str:
-    return _HELP.get(name, row.help)
+    """What a field is for, and the limits of a slider that does not show them."""
+    help = _HELP.get(name, row.help)
+    return f"{help} {row.low:g} to {row.high:g}." if _is_slider(row) and not gradio_compat.SLIDERS_SHOW_LIMITS else help
+
+
+def _is_slider(row: SamplingField) -> bool:
+    return row.kind in ("number", "whole") and (row.high - row.low) / row.step <= _WIDEST_SLIDER_STEPS
 
 
 def shown_value(name: str, row: SamplingField, value: Any) -> Any:

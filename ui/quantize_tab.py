@@ -28,6 +28,10 @@ from .run_buttons import RunButtons
 _GROUPS = ("128", "64", "32", "-1")
 _MEASURED_TOKENS = 4096
 _HEAD_BITS = 8  # of an output layer that is packed
+_NO_SOURCE = (
+    "There is no 16-bit model in your models folders yet. Write the name of one on the Hub, for example "
+    "HuggingFaceTB/SmolLM2-135M-Instruct, a small one: Quantize first downloads it into the models folder."
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
                     filterable=True,
                     elem_id="gw-quantize-source",
                 )
+                lacks = gr.HTML(elem_id="gw-quantize-lacks")
                 branches = gradio_compat.CheckboxGroup(
                     [(_words(each), each) for each in USUAL_BRANCHES],
                     value=[USUAL_BRANCHES[0]],
@@ -160,7 +165,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
             return {source: gr.update()}
         buttons.look(request)
         names = [each.name for each in engine.library.models() if each.kind == "plain"]
-        return {source: gr.update(choices=names)}
+        return {source: gr.update(choices=names), lacks: "" if names else quiet(_NO_SOURCE)}
 
     def start(request: gr.Request, *given: Any) -> Updates:
         values = _Values(*given)
@@ -183,7 +188,7 @@ def build(engine: Engine, watcher: Watcher, access: Access | None = None) -> Qua
         watcher, start, fields, status, done,
         said=lambda: state.said, others=[layers], show=lambda: {layers: _layers(state)},
     )  # fmt: skip
-    return QuantizeTab(show, [source])
+    return QuantizeTab(show, [source, lacks])
 
 
 @dataclass(frozen=True)

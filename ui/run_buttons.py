@@ -17,7 +17,7 @@ class RunButtons:
     def __init__(self, label: str, id: str, access: Access, *, stopping: str) -> None:
         """`label` of the button that begins; `id` of its parts in the page; `stopping`: what is said once Stop is pressed."""
         with gr.Row(elem_classes="gw-buttons"):
-            self._begin = gr.Button(label, variant="primary", size="sm", min_width=120, elem_id=f"{id}-start")
+            self.button = gr.Button(label, variant="primary", size="sm", min_width=120, elem_id=f"{id}-start")
             self._stop = gr.Button("Stop", size="sm", min_width=90, visible=False, elem_id=f"{id}-stop")
         self._access, self._stopping, self._jobs = access, stopping, Jobs(shared=True)
         self._status: Any = None
@@ -52,11 +52,11 @@ class RunButtons:
         self._status = status
 
         def running(job: Job) -> Updates:
-            updates: Updates = {self._begin: gr.update(visible=False), self._stop: gr.update(visible=True)}
+            updates: Updates = {self.button: gr.update(visible=False), self._stop: gr.update(visible=True)}
             return updates | {status: working(f"{job.text} …", job.share, *said())} | show()
 
         def ended(job: Job, _request: gr.Request) -> Updates:
-            updates: Updates = {self._begin: gr.update(visible=True), self._stop: gr.update(visible=False)}
+            updates: Updates = {self.button: gr.update(visible=True), self._stop: gr.update(visible=False)}
             return updates | {status: bad(job.error) if job.error else done(job.result)} | show()
 
         def begin(request: gr.Request, *given: Any) -> Updates:
@@ -70,7 +70,7 @@ class RunButtons:
                 job.text = self._stopping
             return {status: gr.update()}
 
-        outputs = [self._begin, self._stop, status, *others]
+        outputs = [self.button, self._stop, status, *others]
         watcher.add(self._jobs.part(running, ended), outputs, live=[status])
-        watcher.after(self._begin.click(begin, list(fields), [status], **gradio_compat.PRESS))
+        watcher.after(self.button.click(begin, list(fields), [status], **gradio_compat.PRESS))
         self._stop.click(end, None, [status], **gradio_compat.NOW)

@@ -27,20 +27,25 @@ _SAVING = """(...given) => {
   return given;
 }"""
 _SAVED = "() => { window.gwSavedNow(); }"
+_UNSAVED = """() => '<p class="gw-quiet">Not saved yet.</p>'"""
 AFTER_SAVING = "async (...given) => { await window.gwSaved; return given; }"
 
 
 @dataclass(frozen=True)
 class SettingsBox:
-    reload: gr.Button
-    progress: gr.HTML  # beside that button: how far the load is that it began
     values: Callable[..., dict[Any, Any]]  # (request, name, anew=True), for `outputs`: the settings of that model
     outputs: list[Any]
+    loaded: Callable[[gr.Request], dict[Any, Any]]  # for `outputs`, after a load: what asked for it is gone
 
 
-def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> SettingsBox:
-    """Draw the panels; their values belong to the model that is chosen in `models`."""
-    gr.HTML(quiet("Bits, group size and the like are read from the model's files: there is no need to set them."))
+def draw_settings(engine: Engine, models: gr.Dropdown, reload: gr.Button, access: Access) -> SettingsBox:
+    """Draw the panels; their values belong to the model that is chosen in `models`. `reload` stands out once they are saved."""
+    gr.HTML(
+        quiet(
+            "Bits, group size and the like are read from the model's files: there is no need to set them. What you set here "
+            "counts once it is saved and the model is loaded again."
+        )
+    )
     names = [each.name for each in engine.loaders]
     loader = gradio_compat.Dropdown(
         [("Automatic", _AUTOMATIC), *((name, name) for name in names)],
@@ -64,9 +69,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         seen |= {option.name for option, _box in boxes_of[each.name]}
     with gr.Row(elem_classes="gw-buttons"):
         save = gr.Button("Save settings for this model", size="sm", min_width=180, elem_id="gw-save")
-        reload = gr.Button("Reload the model", size="sm", min_width=140, elem_id="gw-reload-settings")
     note = gr.HTML(elem_id="gw-settings-note")
-    progress = gr.HTML(elem_id="gw-settings-progress")
     boxes = [box for pairs in boxes_of.values() for _option, box in pairs]
 
     def effective(name: str | None, wanted: str) -> str:
@@ -91,6 +94,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         return name, wanted, repr(saved.get("options")), effective(name, wanted)
 
     given_on: Pages[tuple[Any, ...]] = Pages()  # what each page was given last
+    asked_on: Pages[bool] = Pages()  # pages that are asked to press Reload the model
 
     def values(request: gr.Request, name: str | None, anew: bool = True) -> dict[Any, Any]:
         """Without `anew`, nothing if the page has got the same before: what one types there meanwhile stays."""
@@ -128,12 +132,18 @@ def draw_settings(engine: Engine, models: gr.Dropdown, access: Access) -> Settin
         except GptqWebuiError as error:
             return {note: bad(str(error))}
         given_on.set(request, look_of(name, wanted))
-        return {note: good(f"Saved for {name}. To use the new settings, press Reload the model.")}
+        asked_on.set(request, True)
+        how = "press Reload the model" if engine.loaded is not None else "load the model"
+        return {note: good(f"Saved for {name}. To use the new settings, {how}."), reload: gr.update(variant="primary")}
+
+    def loaded(request: gr.Request) -> dict[Any, Any]:
+        return {note: ""} if asked_on.pop(request) else {}
 
     loader.input(rearrange, [models, loader], list(panels.values()), **gradio_compat.EVENT)
-    saving = save.click(save_settings, [models, loader, *boxes], note, js=_SAVING, **gradio_compat.EVENT)
+    gr.on([each.input for each in (loader, *boxes)], None, None, note, js=_UNSAVED, **gradio_compat.EVENT)
+    saving = save.click(save_settings, [models, loader, *boxes], [note, reload], js=_SAVING, **gradio_compat.EVENT)
     gradio_compat.at_end(saving, _SAVED)
-    return SettingsBox(reload, progress, values, [loader, *boxes, *panels.values(), note])
+    return SettingsBox(values, [loader, *boxes, *panels.values(), note], loaded)
 
 
 def _draw(option: Field, name: str) -> gr.components.Component:

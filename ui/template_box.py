@@ -99,7 +99,8 @@ def about(engine: Engine, owner: bool) -> str:
     loaded, status = engine.loaded, engine.status
     if loaded is not None:
         sees = ' data-sees="1"' if loaded.sees_pictures else ""  # the page's script reads it
-        return f'<div class="gw-who"{sees}><b>{escape(loaded.model.name)}</b> <span>{escape(_aside(loaded))}</span></div>'
+        name, aside = escape(loaded.model.name), escape(_aside(loaded))  # a long line is cut
+        return f'<div class="gw-who" title="{name} {aside}"{sees}><b>{name}</b> <span>{aside}</span></div>'
     if status.phase == "loading":
         return working(f"{status.name} {status.doing}. You can already write your message.", status.share)
     if (idle_load := engine.slot.idle_load) is not None:

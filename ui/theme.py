@@ -147,8 +147,7 @@ _COMFORT = """ /* page_comfort.py */
 _WORDS = """ /* html_snippets.py */
 .gw-hidden { display: none !important; }
 .gw-quiet, .gw-good, .gw-bad, .gw-working p { margin: 4px 0; line-height: 1.5; overflow-wrap: anywhere; }
-.gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; }
-.gw-good { color: var(--gw-good); }
+.gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; } .gw-good { color: var(--gw-good); }
 .gw-bad, .gw-note, .gw-banner { border-left: 3px solid currentColor; border-radius: 4px; padding: 8px 12px; }
 .gw-bad { color: var(--gw-bad); background: var(--gw-bad-back); }
 .gw-note, .gw-banner { color: var(--gw-note); background: var(--gw-note-back); margin: 6px 0; line-height: 1.45; }
@@ -170,8 +169,7 @@ _WORDS = """ /* html_snippets.py */
 .gw-loaders span { color: var(--gw-soft); font-size: 14px; }
 .gw-loaders .gw-no > * { color: var(--gw-soft) !important; }
 .gw-loaders .gw-taken td:nth-child(2) { color: var(--gw-good); font-weight: 600; }
-.gw-facts dt { color: var(--gw-soft); }
-.gw-facts dd { margin: 0; overflow-wrap: anywhere; }
+.gw-facts dt { color: var(--gw-soft); } .gw-facts dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 _MODEL = """
@@ -186,6 +184,10 @@ _MODEL = """
 .gw-panel input, .gw-panel textarea { text-overflow: ellipsis; }
 .gw-buttons { gap: 8px !important; }
 .gw-buttons button { flex: 0 1 auto; }
+#gw-choose-row { flex-wrap: nowrap !important; align-items: flex-end !important; gap: 8px !important; }
+#gw-choose-row > :first-child { flex: 1 1 0 !important; min-width: 0 !important; }
+#gw-refresh { flex: 0 0 auto !important; width: auto !important; min-height: 38px; }
+#gw-reload-settings { flex: 0 1 auto !important; width: auto !important; } #gw-reload { min-width: 150px !important; }
 #gw-load-stop, #gw-back, #gw-report-copy { align-self: flex-start; width: auto !important; flex-grow: 0 !important; }
 :is(#gw-models, #gw-compare-models, #gw-quantize-source, #gw-train-model, #gw-export-model, #gw-export-adapter) input {
   padding-right: 28px;
@@ -244,7 +246,7 @@ _PARAMETERS = """ /* parameters_tab.py, preset_box.py */
 .gw-group { margin-left: 0 !important; margin-right: 0 !important; }
 .gw-group .gw-fields .form { border: none !important; background: none !important; gap: 4px 10px !important; }
 .gw-group .gw-fields .block { border: none !important; }
-.gw-field .min_value, .gw-field .max_value { color: var(--gw-soft) !important; }
+.gw-field .min_value, .gw-field .max_value { color: var(--gw-soft) !important; display: inline !important; } /* also on a phone */
 .gw-field { border-radius: 6px; overflow: visible !important; }
 .gw-panel #gw-preset-share { border-top: 1px solid var(--gw-line) !important; padding-top: 8px !important; border-radius: 0; }
 """

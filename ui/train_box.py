@@ -17,10 +17,10 @@ from ..core.units import format_duration
 from ..engine.engine import Engine
 from ..engine.layer_clock import LayerClock
 from ..engine.train_job import TrainJob, curve, folder_for, run
-from ..gptq.training_recipe import Recipe, StepDone
+from ..gptq.training_recipe import Recipe, StepDone, require_peft
 from . import gradio_compat
 from .access import Access
-from .html_snippets import bad, good, quiet
+from .html_snippets import bad, good, notes, quiet
 from .job_watcher import Job, Updates, Watcher
 from .run_buttons import RunButtons
 
@@ -78,6 +78,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
                         elem_id="gw-train-length",
                     )
             buttons = RunButtons("Train", "gw-train", access, stopping="Stopping after this step")
+            lacks = gr.HTML(elem_id="gw-train-lacks")  # what must be there before one can train
         with gr.Column(scale=2, min_width=320):
             status = gr.HTML(_idle(), elem_id="gw-train-status")
             losses = gr.HTML(elem_id="gw-train-losses")
@@ -88,7 +89,14 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
         if not access.is_owner(request):
             return {model: gr.update()}
         buttons.look(request)
-        return {model: gr.update(choices=[each.name for each in engine.library.models() if each.is_packed])}
+        names = [each.name for each in engine.library.models() if each.is_packed]
+        said = "" if names else quiet("There is no GPTQ model yet. Download one in the Model tab, or make one above.")
+        try:
+            require_peft()
+            can = True
+        except GptqWebuiError as error:
+            can, said = False, notes([f"{error}, then open this tab again."])
+        return {model: gr.update(choices=names), lacks: said, buttons.button: gr.update(interactive=can)}
 
     def start(request: gr.Request, *given: Any) -> Updates:
         try:
@@ -109,7 +117,7 @@ def build(engine: Engine, watcher: Watcher, access: Access) -> TrainBox:
         return {losses: picture(state.losses)}
 
     buttons.wire(watcher, start, fields, status, done, said=lambda: state.said, others=[losses], show=shown)
-    return TrainBox(show, [model])
+    return TrainBox(show, [model, lacks, buttons.button])
 
 
 def _job(
@@ -181,5 +189,5 @@ def picture(losses: Sequence[float]) -> str:
 def _idle() -> str:
     return quiet(
         "Teaches a model your conversations: only the answers count. What is learned is a LoRA adapter, a small folder that each "
-        'conversation can choose. Needs the library PEFT: pip install "gptq-webui[train]"'
+        "conversation can choose."
     )
