@@ -51,9 +51,9 @@ button.gw-icon::before {
 _LIST = """
 :root { --gw-hover: rgb(100 116 139 / .14); --gw-chosen: rgb(13 148 136 / .14); --gw-own: #eef2f6; }
 .dark { --gw-hover: rgb(148 163 184 / .16); --gw-chosen: rgb(45 212 191 / .16); --gw-own: #1e293b; }
-#gw-house { flex-wrap: nowrap !important; gap: 18px !important; align-items: stretch !important; height: calc(100dvh - 124px);
+#gw-house { flex-wrap: nowrap !important; gap: 18px !important; align-items: stretch !important; height: calc(100dvh - 133px);
   min-height: 420px; }
-.gradio-container:has(#gw-banner .gw-banner) #gw-house { height: calc(100dvh - 190px); }
+.gradio-container:has(#gw-banner .gw-banner) #gw-house { height: calc(100dvh - 199px); }
 #gw-side { flex: 0 0 252px !important; width: 252px; gap: 8px !important; flex-wrap: nowrap !important; min-height: 0; }
 #gw-side > * { flex: 0 0 auto !important; }
 #gw-side > #gw-list { flex: 1 1 auto !important; min-height: 0; overflow-y: auto !important; overflow-x: hidden !important; }
@@ -251,7 +251,7 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
 @media (max-width: 760px) {
   .gradio-container > .main { padding: 8px 12px 12px !important; }
   #gw-title span { display: none; }
-  #gw-house { height: calc(100dvh - 130px); }
+  #gw-house { height: calc(100dvh - 148px); }
   #gw-head .gw-who { display: flex; flex-direction: column; line-height: 1.3; }
   #gw-head .gw-who > * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; margin-left: 0; }
   #gw-head .gw-who span { font-size: 12px; }
