@@ -64,9 +64,10 @@ def test_there_is_one_button_to_reload_and_saved_settings_lead_to_it(visit, hous
     tab.wait_for_selector("#gw-reload.secondary:not([disabled])")
     tab.wait_for_function("!document.querySelector('#gw-settings-note').innerText.trim()")
     tab.click("#gw-unload")
+    wait_for(tab, "#gw-model-status", "Unloaded")
     tab.wait_for_selector("#gw-reload:has-text('Load the model'):not([disabled])")
-    tab.click("#gw-reload")
-    wait_for(tab, "#gw-facts", "640 tokens")
+    tab.click("#gw-reload")  # the model is still chosen
+    wait_for(tab, "#gw-model-status", "Ready.")
 
 
 def test_the_facts_do_not_speak_of_loaders_that_were_passed_over(visit, house):

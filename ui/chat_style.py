@@ -252,6 +252,7 @@ button.gw-token:hover, button.gw-token[aria-pressed=true] { outline: 2px solid v
   .gradio-container > .main { padding: 8px 12px 12px !important; }
   #gw-title span { display: none; }
   #gw-house { height: calc(100dvh - 148px); }
+  .gradio-container:has(#gw-banner .gw-banner) #gw-house { height: calc(100dvh - 210px); }
   #gw-head .gw-who { display: flex; flex-direction: column; line-height: 1.3; }
   #gw-head .gw-who > * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; margin-left: 0; }
   #gw-head .gw-who span { font-size: 12px; }
