@@ -29,6 +29,7 @@ def height(tab, selector):
 def test_the_settings_of_a_conversation_leave_the_chat_in_sight(visit, width, tall, least):
     tab = visit({}, width, tall)
     head = tab.get_by_role("button", name="Conversation settings")
+    tab.wait_for_selector("button.gw-meter")  # everything is drawn
     before = height(tab, "#gw-chat")
     for _again in range(2):  # opened, closed and opened
         head.click()
