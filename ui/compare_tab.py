@@ -120,8 +120,14 @@ def build(
         if gradio_compat.LAZY_TABS:
             watcher.redraw_soon(request)
         names = [each.name for each in engine.library.models() if each.kind not in ("lora", "incomplete")]
-        few = "There is no model yet. Download two in the Model tab." if not names else "Download another model in the Model tab."
-        return {first: gr.update(choices=names), second: gr.update(choices=names), lacks: quiet(few) if len(names) < 2 else ""}
+        missing = (
+            "There is no model yet. Download two in the Model tab." if not names else "Download another model in the Model tab."
+        )
+        return {
+            first: gr.update(choices=names),
+            second: gr.update(choices=names),
+            lacks: quiet(missing) if len(names) < 2 else "",
+        }
 
     def start(request: gr.Request, one: Any, other: Any, question: Any, hide: Any, *values: Any) -> None:
         access.require_owner(request)
