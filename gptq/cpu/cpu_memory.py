@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..stepper import Memory
-from .weight_room import aligned
+from .weight_room import mapped
 
 _GROW_TOKENS = 256
 
@@ -58,6 +58,6 @@ class CpuMemory(Memory):
     def _room(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         layers, kv_heads, key_dim, value_dim = self._shape
         blocks = -(-capacity // 16)
-        keys = aligned((layers, kv_heads, blocks, key_dim, 16), np.int16)  # of halves
-        values = aligned((layers, kv_heads, value_dim // 16, blocks * 16, 16), np.int16)
+        keys = mapped((layers, kv_heads, blocks, key_dim, 16), np.int16)  # of halves
+        values = mapped((layers, kv_heads, value_dim // 16, blocks * 16, 16), np.int16)
         return keys, values

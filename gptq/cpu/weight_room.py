@@ -1,4 +1,4 @@
-"""Memory for weights: large pieces of it, which the system may hold in huge pages.
+"""Memory for weights and conversations: large pieces of it, which the system may hold in huge pages.
 
 A step reads every weight once. In pages of 4 kB the processor would look up an address for every 64 lines that it reads, and
 its own fetching ahead ends at each of these pages.
@@ -13,6 +13,7 @@ import numpy as np
 _PIECE = 32 << 20  # bytes
 _HUGE_PAGE = 2 << 20
 _ALIGN = 64
+_MAPPED = 1 << 20  # bytes, from which on a conversation's arrays are no part of the C library's memory
 
 
 def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
@@ -21,6 +22,16 @@ def aligned(shape: tuple[int, ...], kind: Any) -> np.ndarray:
     room = np.zeros(size + _ALIGN, np.uint8)
     start = -room.ctypes.data % _ALIGN
     return room[start : start + size].view(kind).reshape(shape)
+
+
+def mapped(shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """Zeros as of `aligned`, which go back to the system with the array.
+
+    glibc would put pieces of up to 32 MB between others, and keep the holes: many conversations that come and go left a
+    gigabyte of them.
+    """
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    return aligned(shape, kind) if size < _MAPPED else _piece(size)[:size].view(kind).reshape(shape)
 
 
 class WeightRoom:
