@@ -4,6 +4,7 @@ Only sentences go into an answer, never a traceback, a path or a key.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -117,10 +118,34 @@ def of_validation(errors: Sequence[Any]) -> Problem:
     """What pydantic found: the field and the sentence, never the value that was sent."""
     fields: dict[str, list[str]] = {}
     for each in errors:
-        field = ".".join(str(part)[:80] for part in each.get("loc", ()) if part not in ("body", "query", "path")) or "body"
+        field = ".".join(str(part)[:80] for part in each.get("loc", ()) if _is_named(part)) or "body"
         if each.get("type") == "json_invalid":
             return Problem("invalid", "The body is not JSON. Send a JSON object.", "body")
-        fields.setdefault(field, []).append(str(each.get("msg", "is not valid")))
+        said = _PYTHONS.sub("an object", str(each.get("msg", "is not valid"))).removeprefix("Value error, ")
+        fields.setdefault(field, []).append(said)
+    fields = {field: _joined(texts) for field, texts in fields.items()}
     first = next(iter(fields), "body")
-    message = "; ".join(f"{field}: {', '.join(dict.fromkeys(texts))}" for field, texts in list(fields.items())[:5])
+    message = "; ".join(f"{field}: {', '.join(texts)}" for field, texts in list(fields.items())[:5])
     return Problem("invalid", message or "The request is not valid.", first, fields)
+
+
+_SHOULD = "Input should be "
+_PYTHONS = re.compile(
+    r"(a valid dictionary|an object)( or (an )?(instance of \w+|object to extract fields from))?|an instance of \w+"
+)
+_TYPES = frozenset(("str", "int", "float", "bool", "none", "any", "body", "query", "path"))
+
+
+def _is_named(part: Any) -> bool:
+    """Whether a part of a place is a name that the client knows: where a field takes several types, the library names them."""
+    text = str(part)
+    return text not in _TYPES and not text[:1].isupper() and not re.search(r"[\[(]|^(constrained|function)-", text)
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """What one field's sentences say, those of several types in one."""
+    each_once = list(dict.fromkeys(texts))
+    wanted = [text.removeprefix(_SHOULD) for text in each_once if text.startswith(_SHOULD)]
+    if len(wanted) < 2:
+        return each_once
+    return [_SHOULD + ", ".join(wanted[:-1]) + f" or {wanted[-1]}", *(text for text in each_once if not text.startswith(_SHOULD))]

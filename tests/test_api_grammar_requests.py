@@ -187,7 +187,7 @@ def test_koboldcpps_rules(server):
         ("/v1/completions", {"prompt": "x", "guided_regex": "(("}, 400, "guided_regex: found a pattern"),
         ("/v1/completions", {"prompt": "x", "guided_regex": "a", "guided_choice": ["a"]}, 400, "one form of answer"),
         ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": 1}}, 400, "structured_outputs.choice must be"),
-        ("/v1/completions", {"prompt": "x", "structured_outputs": 1}, 400, "dictionary"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": 1}, 400, "object"),
         ("/generate", {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "(("}}}, 422, "unclosed group"),
         ("/api/v1/generate", {"prompt": "x", "grammar": "root ::= ("}, 422, "Expected ')'"),
     ],

@@ -1,9 +1,12 @@
 """api/problems.py: what an error becomes. Facts come from the error's type and fields, never out of its sentence."""
 
 import pytest
+from pydantic import ValidationError
 
+from gptq_webui.api.kobold import GenerateRequest
 from gptq_webui.api.kobold_settings import error_of as kobold_error
-from gptq_webui.api.problems import of_error
+from gptq_webui.api.openai_models import ChatCompletionRequest, CompletionRequest
+from gptq_webui.api.problems import of_error, of_validation
 from gptq_webui.core.errors import AnswerFailed, BadParameter, LoadFailed, NotEnoughMemory, WrongRepository
 from gptq_webui.core.grammar import Grammar
 from gptq_webui.core.params import GenerationParams
@@ -43,3 +46,25 @@ def test_a_refusal_can_be_said_again_with_the_sister_that_exists():
     assert str(supposed) == "a/b is not GPTQ. It may exist as GPTQ: a/b-GPTQ or TheBloke/b-GPTQ."
     known = WrongRepository(supposed.found, supposed.candidates, "TheBloke/b-GPTQ")
     assert str(known) == "a/b is not GPTQ. The same model as GPTQ: TheBloke/b-GPTQ."
+
+
+TEXT = "Input should be a valid string"
+EITHER = f"{TEXT} or a valid list"
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "wanted"),
+    [
+        (CompletionRequest, {"prompt": 5}, f"prompt: {EITHER}"),
+        (CompletionRequest, {"prompt": "a", "stop": [5]}, f"stop: {TEXT}; stop.0: {TEXT}"),
+        (CompletionRequest, {"prompt": "a", "response_format": 5}, "response_format: Input should be an object"),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": 5}]}, f"messages.0.content: {EITHER}"),
+        (ChatCompletionRequest, {"messages": [5]}, "messages.0: Input should be an object"),
+        (GenerateRequest, {"prompt": "a", "logit_bias": 5}, "logit_bias: Input should be an object or a valid list"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named_as_the_client_knows_it(model, body, wanted):
+    """Not by the types that the library tries it as, nor by a class of ours."""
+    with pytest.raises(ValidationError) as found:
+        model.model_validate(body)
+    assert of_validation(found.value.errors()).message == wanted
