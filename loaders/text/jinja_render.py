@@ -160,7 +160,8 @@ def in_words(error: Exception) -> str:
         text = f"{error.message} (line {error.lineno})"
     elif not text and not isinstance(error, (jinja2.TemplateError, OutputTooLong, NotContinued)):
         text = "it does something with a value that is not possible with one of that kind"
-    lines = " ".join((text or str(error)).split())[:_LONGEST_REASON].rstrip(". ")
+    lines = " ".join((text or str(error)).split())[:_LONGEST_REASON].rstrip()
+    lines = lines if lines.endswith("...") else lines.rstrip(". ")
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in lines) or _NO_REASON
 
 
