@@ -3,6 +3,7 @@
 import pytest
 from test_ui_page import LONG, Loader, ask, chrome, house, open_tab, served, visit, wait_for
 
+from browser import type_into
 from fake_library import MISTRAL
 from gptq_webui.core.errors import LoadFailed
 from gptq_webui.core.models import LocalModel
@@ -55,7 +56,7 @@ def test_there_is_one_button_to_reload_and_saved_settings_lead_to_it(visit, hous
     tab.get_by_role("button", name="Custom settings").click()
     reload = tab.get_by_role("button", name="Reload")
     assert reload.count() == 1 and reload.inner_text() == "Reload the model"
-    tab.fill("#gw-option-context_tokens input", "640")
+    type_into(tab, "#gw-option-context_tokens input", "640")
     wait_for(tab, "#gw-settings-note", "Not saved yet")
     tab.click("#gw-save")
     wait_for(tab, "#gw-settings-note", "press Reload the model")
