@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -164,7 +165,7 @@ def _shards_missing(files: Iterable[str]) -> list[str]:
     have = set(files)
     sets = {(found[1], found[3], found[4]) for name in have if (found := _SHARD.match(name))}
     wanted = (f"{stem}-{at:05}-of-{count}{ending}" for stem, count, ending in sorted(sets) for at in range(1, int(count) + 1))
-    return [each for each, _at in zip((each for each in wanted if each not in have), range(_MOST_MISSING), strict=False)]
+    return list(islice((each for each in wanted if each not in have), _MOST_MISSING))
 
 
 def tensors_of(files: Iterable[Path]) -> dict[str, tuple[Path, TensorInfo]]:

@@ -99,7 +99,7 @@ def load(
                 "no answer needs them."
             )
         config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors, renamed)}
-        config.quantization_config |= {"renamed": renamed, "old": successor}
+        config.quantization_config["old"] = successor
         if isinstance(watch, Watch):
             see = watch.see
             config.quantization_config["see"] = lambda model: see(model)  # a lambda is not copied with the config
@@ -113,7 +113,7 @@ def load(
     elif successor is not None and successor.cuts:
         register()
         unpacked = unpacked_layers(tensors_of(model.weights), renamed)
-        config.quantization_config = {"quant_method": METHOD, "unpacked": unpacked, "renamed": renamed, "old": successor}
+        config.quantization_config = {"quant_method": METHOD, "unpacked": unpacked, "old": successor}
     notes += untied(config, {name_now(name, renamed): each for name, each in tensors_of(model.weights).items()})
     source = weights_source(model)
     if source.weights not in _STANDARD_NAMES:

@@ -18,7 +18,8 @@ def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, s
     ("model.", "transformer."), have one too many, use a name that transformers 5 changed, or one of 2023."""
     modules = {name for name, _module in model.named_modules()}
     prefix = model.base_model_prefix
-    of_2023 = getattr(getattr(model.config, "quantization_config", None), "renamed", {})
+    old = getattr(getattr(model.config, "quantization_config", None), "old", None)
+    of_2023 = old.tensors if old is not None else {}
     renamings = [each for each in conversions_of(model) if not hasattr(each, "operations")]
     modules_of = {}
     for name in names:

@@ -94,7 +94,6 @@ class PackedWeights(QuantizationConfigMixin):
         layers: Mapping[str, PackedLayer] | None = None,
         unpacked: Mapping[str, UnpackedLayer] | None = None,
         see: Any = None,
-        renamed: Mapping[str, str] | None = None,
         old: Successor | None = None,
         **_: Any,
     ) -> None:
@@ -102,8 +101,7 @@ class PackedWeights(QuantizationConfigMixin):
         self.layers = dict(layers or {})
         self.unpacked = dict(unpacked or {})  # those that may be parts of larger ones
         self.see = see  # called with the model before it is filled; None if nobody asks
-        self.renamed = dict(renamed or {})  # patterns in names of 2023 -> what stands there now: see core/old_names.py
-        self.old = old  # how files of 2023 hold layers; None for today's
+        self.old = old  # how files of 2023 name and hold layers; None for today's
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -118,7 +116,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = dict(model.named_modules())
         layers: dict[str, PackedLayer] = self.quantization_config.layers  # type: ignore[attr-defined]
-        if self.quantization_config.renamed:  # type: ignore[attr-defined]
+        old: Successor | None = self.quantization_config.old  # type: ignore[attr-defined]
+        if old is not None and old.tensors:
             keep_names_of_2023(model)
         modules_of = module_names_of(layers, model)
         unpacked: dict[str, UnpackedLayer] = self.quantization_config.unpacked  # type: ignore[attr-defined]
@@ -127,7 +126,6 @@ class PackedQuantizer(HfQuantizer):
         have = {*modules_of.values(), *by_module}
         parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
         place_parts(model, parts, by_module)
-        old: Successor | None = self.quantization_config.old  # type: ignore[attr-defined]
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)

@@ -8,43 +8,29 @@ import math
 from pathlib import Path
 
 import torch
+from random_tensors import RandomTensors
 from safetensors.torch import save_file
-
-import tiny
 
 LAYERS, HEADS, GROUPS, HEAD, HIDDEN, INNER, EPSILON = 2, 4, 2, 16, 64, 96, 1e-5
 
 
 def write(folder: Path, *, bits=4, group_size=32, act_order=True, vocabulary=288, rope_ratio=1, **settings):
     """Writes a packed folder; returns its tensors by their names in it, dequantised, in fp32."""
-    generator = torch.Generator().manual_seed(11)
-    stored, dense = {}, {}
-
-    def put(name, tensor):
-        stored[name] = tensor.half()
-        dense[name] = stored[name].float()
-
-    def pack(name, inputs, outputs, bias=False):
-        tensors, matrix = tiny.random_layer(inputs, outputs, bits, group_size, act_order=act_order, generator=generator)
-        stored.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
-        dense[f"{name}.weight"] = matrix
-        if bias:
-            put(f"{name}.bias", torch.randn(outputs, generator=generator) * 0.3)
-
-    put("transformer.embedding.word_embeddings.weight", torch.randn(vocabulary, HIDDEN, generator=generator))
-    put("transformer.output_layer.weight", torch.randn(vocabulary, HIDDEN, generator=generator) * 0.2)
-    put("transformer.encoder.final_layernorm.weight", torch.rand(HIDDEN, generator=generator) + 0.5)
+    made = RandomTensors(11, bits, group_size, act_order)
+    made.normal("transformer.embedding.word_embeddings.weight", vocabulary, HIDDEN)
+    made.normal("transformer.output_layer.weight", vocabulary, HIDDEN, scale=0.2)
+    made.norm("transformer.encoder.final_layernorm.weight", HIDDEN)
     for at in range(LAYERS):
         layer = f"transformer.encoder.layers.{at}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            put(f"{layer}.{norm}.weight", torch.rand(HIDDEN, generator=generator) + 0.5)
-        pack(f"{layer}.self_attention.query_key_value", HIDDEN, (HEADS + 2 * GROUPS) * HEAD, bias=True)
-        pack(f"{layer}.self_attention.dense", HEADS * HEAD, HIDDEN)
-        pack(f"{layer}.mlp.dense_h_to_4h", HIDDEN, 2 * INNER)
-        pack(f"{layer}.mlp.dense_4h_to_h", INNER, HIDDEN)
-    stored["transformer.rotary_pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, HEAD // 2, 2) / (HEAD // 2))
+            made.norm(f"{layer}.{norm}.weight", HIDDEN)
+        made.pack(f"{layer}.self_attention.query_key_value", HIDDEN, (HEADS + 2 * GROUPS) * HEAD, bias=True)
+        made.pack(f"{layer}.self_attention.dense", HEADS * HEAD, HIDDEN)
+        made.pack(f"{layer}.mlp.dense_h_to_4h", HIDDEN, 2 * INNER)
+        made.pack(f"{layer}.mlp.dense_4h_to_h", INNER, HIDDEN)
+    made.stored["transformer.rotary_pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, HEAD // 2, 2) / (HEAD // 2))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(made.stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "_name_or_path": "THUDM/chatglm3-6b", "model_type": "chatglm", "architectures": ["ChatGLMModel"],
         "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModelForCausalLM": "modeling_chatglm.ChatGLM"},
@@ -63,7 +49,7 @@ def write(folder: Path, *, bits=4, group_size=32, act_order=True, vocabulary=288
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("configuration_chatglm.py", "modeling_chatglm.py"):
         (folder / file).write_text("raise SystemExit('it ran')")
-    return dense
+    return made.dense
 
 
 def _norm(x, weight):

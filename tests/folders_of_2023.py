@@ -5,14 +5,13 @@ import math
 import re
 
 import torch
+from checked_steps import IDS
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import tiny
 
 HIDDEN, INNER, HEADS, KEYS, DIM, WORDS, LAYERS, EPS = 64, 96, 4, 2, 16, 288, 2, 1e-5
-IDS = torch.randint(5, 260, (36,), generator=torch.Generator().manual_seed(0)).tolist()
-PROMPT = 24
 COMMON = {
     "vocab_size": WORDS, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "hidden_act": "silu",
     "num_attention_heads": HEADS, "rms_norm_eps": EPS, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,

@@ -8,9 +8,8 @@ import math
 from pathlib import Path
 
 import torch
+from random_tensors import RandomTensors
 from safetensors.torch import save_file
-
-import tiny
 
 LAYERS, HEADS, HEAD, HIDDEN, INNER, EPSILON, BASE = 2, 4, 16, 64, 96, 1e-6, 10000.0
 CODE = "raise SystemExit('it ran')"
@@ -18,38 +17,25 @@ CODE = "raise SystemExit('it ran')"
 
 def write(folder: Path, *, bits=4, group_size=32, act_order=True, vocabulary=288, seq_length=128, longest=256, shards=1):
     """Writes a packed folder; returns its tensors by their names in it, dequantised, in fp32."""
-    generator = torch.Generator().manual_seed(7)
-    stored, dense = {}, {}
-
-    def put(name, tensor):
-        stored[name] = tensor.half()
-        dense[name] = stored[name].float()
-
-    def pack(name, inputs, outputs, bias=False):
-        tensors, matrix = tiny.random_layer(inputs, outputs, bits, group_size, act_order=act_order, generator=generator)
-        stored.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
-        dense[f"{name}.weight"] = matrix
-        if bias:
-            put(f"{name}.bias", torch.randn(outputs, generator=generator) * 0.3)
-
-    put("transformer.wte.weight", torch.randn(vocabulary, HIDDEN, generator=generator))
-    put("lm_head.weight", torch.randn(vocabulary, HIDDEN, generator=generator) * 0.2)
-    put("transformer.ln_f.weight", torch.rand(HIDDEN, generator=generator) + 0.5)
+    made = RandomTensors(7, bits, group_size, act_order)
+    made.normal("transformer.wte.weight", vocabulary, HIDDEN)
+    made.normal("lm_head.weight", vocabulary, HIDDEN, scale=0.2)
+    made.norm("transformer.ln_f.weight", HIDDEN)
     for at in range(LAYERS):
         layer = f"transformer.h.{at}"
         for norm in ("ln_1", "ln_2"):
-            put(f"{layer}.{norm}.weight", torch.rand(HIDDEN, generator=generator) + 0.5)
-        pack(f"{layer}.attn.c_attn", HIDDEN, 3 * HEADS * HEAD, bias=True)
-        pack(f"{layer}.attn.c_proj", HEADS * HEAD, HIDDEN)
-        pack(f"{layer}.mlp.w1", HIDDEN, INNER)
-        pack(f"{layer}.mlp.w2", HIDDEN, INNER)
-        pack(f"{layer}.mlp.c_proj", INNER, HIDDEN)
-    stored["transformer.rotary_emb.inv_freq"] = 1 / BASE ** (torch.arange(0, HEAD, 2) / HEAD)
+            made.norm(f"{layer}.{norm}.weight", HIDDEN)
+        made.pack(f"{layer}.attn.c_attn", HIDDEN, 3 * HEADS * HEAD, bias=True)
+        made.pack(f"{layer}.attn.c_proj", HEADS * HEAD, HIDDEN)
+        made.pack(f"{layer}.mlp.w1", HIDDEN, INNER)
+        made.pack(f"{layer}.mlp.w2", HIDDEN, INNER)
+        made.pack(f"{layer}.mlp.c_proj", INNER, HIDDEN)
+    made.stored["transformer.rotary_emb.inv_freq"] = 1 / BASE ** (torch.arange(0, HEAD, 2) / HEAD)
     folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(stored)
+    names = sorted(made.stored)
     for at in range(shards):
         file = "model.safetensors" if shards == 1 else f"model-{at + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: stored[name] for name in names[at::shards]}, folder / file, metadata={"format": "pt"})
+        save_file({name: made.stored[name] for name in names[at::shards]}, folder / file, metadata={"format": "pt"})
     config = {
         "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": HIDDEN, "intermediate_size": 2 * INNER,
         "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
@@ -69,7 +55,7 @@ def write(folder: Path, *, bits=4, group_size=32, act_order=True, vocabulary=288
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("configuration_qwen.py", "modeling_qwen.py"):
         (folder / file).write_text(CODE)
-    return dense
+    return made.dense
 
 
 def _norm(x, weight):

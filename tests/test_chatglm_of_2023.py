@@ -3,23 +3,13 @@
 import chatglm_of_2023
 import pytest
 import torch
+from checked_steps import IDS, require_logits
 
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.cpu import numba_compiler
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.loaders.machine import memory_fit
-
-IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-PROMPT = 24
-
-
-def off(found, wanted):
-    """The largest distance of a row, relative to its length."""
-    found = found.detach()
-    return float(((found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)).max())
 
 
 def loaded(folder):
@@ -32,14 +22,7 @@ def test_its_logits_are_those_of_its_arithmetic(bits, act_order, rope_ratio, tmp
     wanted = chatglm_of_2023.logits(tensors, IDS, rope_ratio)
     hf, notes = loaded(tmp_path / "model")
     assert not notes and sum(isinstance(each, GPTQLinear) for each in hf.modules()) == 6 * chatglm_of_2023.LAYERS
-    stepper, _note = stepper_for(hf, 128)
-    if numba_compiler.available():
-        assert stepper.kernel == "cpu"
-    memory = stepper.begin()
-    assert off(stepper.prefill(memory, IDS[:PROMPT]), wanted[PROMPT - 1 : PROMPT]) < 1e-3
-    for at in range(PROMPT, len(IDS)):
-        assert off(stepper.step(memory, IDS[at]), wanted[at : at + 1]) < 1e-3, f"token {at}"
-    stepper.close()
+    require_logits(hf, wanted)
 
 
 def test_its_numbers_are_known_before_it_is_loaded(tmp_path):

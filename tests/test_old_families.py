@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders_of_2023 import CASES, DIM, HEADS, HIDDEN, IDS, KEYS, LAYERS, PROMPT, WORDS, published_slopes, write
+from checked_steps import IDS, off, require_logits
+from folders_of_2023 import CASES, DIM, HEADS, HIDDEN, KEYS, LAYERS, WORDS, published_slopes, write
 from safetensors.torch import load_file, save_file
 from test_file_selection import GPTQ, listing
 
@@ -22,34 +23,18 @@ from gptq_webui.core.old_names import for_new_files, in_todays_words
 from gptq_webui.engine.model_export import DENSE, export
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.config_reading import read_config
-from gptq_webui.gptq.cpu import numba_compiler
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.rope import Rope
 from gptq_webui.gptq.sloped_llama import slopes_on
-from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.hub.file_selection import select_files
 from gptq_webui.loaders.machine import memory_fit
 from gptq_webui.loaders.text.built_in_templates import CHATML
 
 
-def off(found, wanted):
-    """The largest distance of a row, relative to its length."""
-    return float(((found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)).max())
-
-
-@torch.inference_mode()
 def check(folder, wanted):
     """Logits of a prompt and of single steps; returns the transformers model."""
     hf, _notes = checkpoint.load(LocalModel.read(folder), dtype=torch.float32, device_map="cpu")
-    assert off(hf(torch.tensor([IDS])).logits[0], wanted) < 1e-3
-    stepper, _note = stepper_for(hf, 64)
-    if numba_compiler.available():
-        assert stepper.kernel == "cpu"
-    memory = stepper.begin()
-    assert off(stepper.prefill(memory, IDS[:PROMPT]), wanted[PROMPT - 1 : PROMPT]) < 1e-3
-    for at in range(PROMPT, len(IDS)):
-        assert off(stepper.step(memory, IDS[at]), wanted[at : at + 1]) < 1e-3, f"token {at}"
-    stepper.close()
+    require_logits(hf, wanted)
     return hf
 
 

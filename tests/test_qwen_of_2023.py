@@ -6,6 +6,7 @@ import threading
 import pytest
 import qwen_of_2023
 import torch
+from checked_steps import IDS, require_logits
 from test_tokenizers_of_2023 import write_ranks, write_settings
 
 from gptq_webui.core.chat import Message
@@ -14,22 +15,11 @@ from gptq_webui.core.params import GenerationParams
 from gptq_webui.engine.engine import Engine
 from gptq_webui.engine.settings import Settings
 from gptq_webui.gptq import checkpoint
-from gptq_webui.gptq.cpu import numba_compiler
 from gptq_webui.gptq.gptq_linear import GPTQLinear
-from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.hub.library import Library
 from gptq_webui.loaders.machine import memory_fit
 from gptq_webui.loaders.machine.capabilities import look
 from gptq_webui.loaders.transformers import optimum
-
-IDS = torch.randint(5, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-PROMPT = 24
-
-
-def off(found, wanted):
-    """The largest distance of a row, relative to its length."""
-    found = found.detach()
-    return float(((found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)).max())
 
 
 def loaded(folder):
@@ -43,21 +33,7 @@ def test_its_logits_are_those_of_its_arithmetic(bits, act_order, shards, tmp_pat
     wanted = qwen_of_2023.logits(tensors, IDS)
     hf, _notes = loaded(tmp_path / "model")
     assert sum(isinstance(each, GPTQLinear) for each in hf.modules()) == 7 * qwen_of_2023.LAYERS
-    stepper, _note = stepper_for(hf, 128)
-    if numba_compiler.available():
-        assert stepper.kernel == "cpu"
-    memory = stepper.begin()
-    assert off(stepper.prefill(memory, IDS[:PROMPT]), wanted[PROMPT - 1 : PROMPT]) < 1e-3
-    for at in range(PROMPT, len(IDS)):
-        assert off(stepper.step(memory, IDS[at]), wanted[at : at + 1]) < 1e-3, f"token {at}"
-    stepper.close()
-
-
-def test_transformers_own_forward_agrees(tmp_path):
-    tensors = qwen_of_2023.write(tmp_path / "model")
-    hf, _notes = loaded(tmp_path / "model")
-    with torch.inference_mode():
-        assert off(hf(torch.tensor([IDS])).logits[0], qwen_of_2023.logits(tensors, IDS)) < 1e-3
+    require_logits(hf, wanted)
 
 
 def test_its_context_ends_where_its_own_way_of_longer_ones_begins(tmp_path):
