@@ -81,9 +81,8 @@ class LocalModel:
             return f"GPTQ {self.quantize.summary}"
         if self.format:
             return self.format
-        return {"plain": "16-bit", "lora": "LoRA", "remote": "on another machine"}.get(
-            self.kind, self.kind.upper() if self.kind != "incomplete" else "incomplete"
-        )
+        named = {"plain": "16-bit", "lora": "LoRA", "remote": "on another machine", "incomplete": "incomplete"}
+        return named.get(self.kind, self.kind.upper())
 
     @classmethod
     def read(cls, folder: Path) -> "LocalModel":
