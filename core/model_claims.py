@@ -124,9 +124,12 @@ def _experts(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _expert_groups(config: Mapping[str, Any]) -> Iterator[str]:
     groups, chosen, experts = config.get("n_group"), config.get("topk_group"), first(config, _EXPERTS)
-    if not isinstance(groups, int) or not isinstance(experts, int) or groups < 1 or experts < 1:
+    if not isinstance(groups, int) or not isinstance(experts, int) or experts < 1:
         return
-    if experts % groups:
+    if groups < 1:
+        if config.get("topk_method") != "greedy":  # which asks for no groups
+            yield f"config.json says {shown(groups)} groups of experts (n_group); a whole number from 1 to {experts} was expected"
+    elif experts % groups:
         yield f"config.json says {experts} experts in {groups} groups (n_group); each group must have as many as the others"
     elif chosen is not None and not (isinstance(chosen, int) and 0 < chosen <= groups):
         yield f"config.json says topk_group {shown(chosen)} of {groups} groups; a whole number from 1 to {groups} was expected"

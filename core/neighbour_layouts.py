@@ -17,7 +17,7 @@ from .config_numbers import shown
 from .errors import BadCheckpoint, BadQuantizeConfig
 from .folder_files import printable
 from .packed_layout import BITS, Layout, Tensors
-from .quantize_config import QuantizeConfig
+from .quantize_config import QuantizeConfig, checked_group
 
 AWQ, COMPRESSED, PLANAR = "awq", "compressed-tensors", "gptq_p"  # a model's kind, and its settings' checkpoint_format
 NEIGHBOURS = (AWQ, COMPRESSED, PLANAR)
@@ -152,7 +152,8 @@ def _awq(given: Mapping[str, Any]) -> QuantizeConfig:
         raise BadQuantizeConfig(
             f"The settings say AWQ in the layout {printable(version)[:20]}; GEMM can be read. Look for the model's -GPTQ sister."
         )
-    return _checked(4, group, False, bool(given.get("sym", not given.get("zero_point", True))), AWQ)
+    sym = bool(given.get("sym", not given.get("zero_point", True)))
+    return QuantizeConfig(4, checked_group(group), False, sym, checkpoint_format=AWQ)
 
 
 def _planar(given: Mapping[str, Any]) -> QuantizeConfig:
@@ -163,7 +164,8 @@ def _planar(given: Mapping[str, Any]) -> QuantizeConfig:
             f"The settings say gptq_p with {shown(bits)} bits in words of {printable(words)[:20]}; "
             "2 to 8 bits in int32 can be read. Choose another branch of the model."
         )
-    return _checked(bits, group, bool(given.get("desc_act")), bool(given.get("sym", True)), PLANAR)
+    desc_act, sym = bool(given.get("desc_act")), bool(given.get("sym", True))
+    return QuantizeConfig(bits, checked_group(group), desc_act, sym, checkpoint_format=PLANAR)
 
 
 def _compressed(given: Mapping[str, Any]) -> QuantizeConfig:
@@ -196,16 +198,8 @@ def _compressed(given: Mapping[str, Any]) -> QuantizeConfig:
             f"The settings say compressed-tensors with {shown(bits)} bits ({printable(str(numbers))[:20]}) by "
             f"{printable(str(strategy))[:20]}; whole numbers of 4 or 8 bits by group or channel can be read."
         )
-    return _checked(bits, -1 if strategy == "channel" or group is None else group, ordered, sym, COMPRESSED)
-
-
-def _checked(bits: int, group: object, ordered: bool, sym: bool, form: str) -> QuantizeConfig:
-    if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and group <= 0):
-        raise BadQuantizeConfig(
-            f"group_size is {shown(group)} in the quantisation settings; it must be -1 or a positive number of weights. "
-            "Correct the file, or download it again."
-        )
-    return QuantizeConfig(bits=bits, group_size=group, desc_act=ordered, sym=sym, checkpoint_format=form)
+    group = -1 if strategy == "channel" or group is None else checked_group(group)
+    return QuantizeConfig(bits, group, ordered, sym, checkpoint_format=COMPRESSED)
 
 
 def _shown(shape: Iterable[int]) -> str:

@@ -25,6 +25,7 @@ WORD_OFFSETS = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # by bits, what is
 _AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
 _V2_OF_AUTO_ROUND = ("auto_round", "auto_round:gptqmodel")  # auto_round 0.16: inference/backend.py, GPTQ_FORMAT_NO_ZP
 
+_LARGEST_GROUP = 2**31 - 1
 _LONGEST_NAME = 40  # of a format
 _LONGEST_WRITER = 200  # of the programs that wrote the weights, with their versions
 _OFF = ("", "false", "no", "off", "0", "none", "null")  # texts that some program wrote for False
@@ -57,11 +58,6 @@ class QuantizeConfig:
         group = values.get("group_size")
         if group is None:
             group = -1 if "quant_method" not in values else 128  # AutoGPTQ's default, and the others'
-        if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and group <= 0):
-            raise BadQuantizeConfig(
-                f"group_size is {shown(group)} in the quantisation settings; it must be -1 or a positive number of weights. "
-                "Correct the file, or download it again."
-            )
         form = _name(values.get("checkpoint_format") or values.get("format") or "gptq")
         if form == "gptq_p" and bits in (2, 4, 8):
             form = "gptq_v2"  # planar words of these widths are the same, and zeros are stored as they are
@@ -78,7 +74,7 @@ class QuantizeConfig:
         quantizer = ", ".join(map(str, quantizer)) if isinstance(quantizer, list) else quantizer
         return cls(
             bits=bits,
-            group_size=group,
+            group_size=checked_group(group),
             desc_act=_switch(values.get("desc_act", "quant_method" not in values and bits == 4 and "group_size" not in values)),
             sym=_switch(values.get("sym", True)),
             checkpoint_format=form,
@@ -166,6 +162,16 @@ class QuantizeConfig:
         bits = f"{', '.join(f'{each}-' for each in others)} and {last}-bit" if others else f"{last}-bit"
         parts = [bits, group] + ["act-order"] * self.desc_act + ["asymmetric"] * (not self.sym)
         return ", ".join(parts)
+
+
+def checked_group(group: object) -> int:
+    """`group` itself. Raises BadQuantizeConfig for what is neither -1 nor a number of weights that a tensor can have."""
+    if not isinstance(group, int) or isinstance(group, bool) or not (group == -1 or 0 < group <= _LARGEST_GROUP):
+        raise BadQuantizeConfig(
+            f"group_size is {shown(group)} in the quantisation settings; it must be -1 or a positive number of weights. "
+            "Correct the file, or download it again."
+        )
+    return group
 
 
 def is_auto_round(values: Mapping[str, Any]) -> bool:

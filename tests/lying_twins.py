@@ -11,6 +11,10 @@ from lying_folders import ROLES, WORDS, Folder
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gptq_webui.core.model_claims import EMBEDDINGS
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """Undo `pack_rows`, from words of any type."""
@@ -28,7 +32,7 @@ def dequantised(tensors: dict[str, Tensor], name: str, settings: dict[str, Any],
     bits = next((each for each in likely if each in fits), fits[0])
     k = len(order) if order is not None else rows * word // bits
     claimed = settings.get("group_size")
-    sizes = [claimed] if isinstance(claimed, int) and claimed > 0 else []
+    sizes = [min(claimed, k)] if isinstance(claimed, int) and claimed > 0 else []
     sizes += [] if k % groups == 0 else [2, 4, 8, 16, 32, 64, 128]
     size = next((each for each in sizes if -(-k // each) == groups), -(-k // groups))
     counts = torch.bincount(order.long(), minlength=groups) if order is not None and int(order.min()) >= 0 else None
@@ -68,7 +72,8 @@ def twin(folder: Folder, path: Path) -> Any:
             if isinstance(given, int) and given >= folder.config.get("vocab_size", 0):
                 setattr(part, name, None)
     heads = [name for name in folder.tensors if re.fullmatch(r"(lm_head|embed_out)\.q?weight", name)]
-    if heads:
+    embedded = any(name.endswith(EMBEDDINGS) for name in folder.tensors)
+    if heads and (embedded or not getattr(config, "tie_word_embeddings", False)):
         config.tie_word_embeddings = False
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     state = {
@@ -82,13 +87,16 @@ def twin(folder: Folder, path: Path) -> Any:
         state[f"{name}.weight"] = dense.T.contiguous() if type(modules.get(name)).__name__ == "Conv1D" else dense
     if not any("block_sparse_moe" in name for name in modules):  # its name in transformers 5
         state = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
-    state = _stacked(state, modules)
+    state = _stacked(_split(state, modules), modules)
     if "lm_head" in modules:  # its name in transformers 5
         state = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in state.items()}
     for name in [each for each in state if each.endswith(".bias") and each.removesuffix(".bias") in folder.packed]:
         owner = modules.get(name.removesuffix(".bias"))
         if owner is not None and getattr(owner, "bias", False) is None:  # a bias that config.json does not mention
             owner.bias = torch.nn.Parameter(state[name])
+    if heads and not embedded and config.tie_word_embeddings:
+        embedding = next(name for name, each in modules.items() if each is model.get_input_embeddings())
+        state[f"{embedding}.weight"] = next(tensor for name, tensor in state.items() if name.startswith(("lm_head.", "embed_out.")))
     missing, unexpected = model.load_state_dict({n: t for n, t in state.items() if not n.endswith("inv_freq")}, strict=False)
     missing = [each for each in missing if heads or each not in ("lm_head.weight", "embed_out.weight")]
     absent = [each for each in missing if not (each.endswith(".bias") and each.removesuffix(".bias") in folder.packed)]
@@ -97,6 +105,19 @@ def twin(folder: Folder, path: Path) -> Any:
     for name in missing:
         model.get_parameter(name).data.zero_()
     return model
+
+
+def _split(state: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
+    """The parts of a layer that the files hold as one and the model as several."""
+    found = dict(state)
+    for name in state:
+        path, _, part = name.rpartition(".")
+        owner, _, fused = path.rpartition(".")
+        parts = [modules.get(f"{owner}.{each}") for each in _FUSED.get(fused, ())]
+        if path not in modules and parts and all(parts):
+            pieces = found.pop(name).split([each.out_features for each in parts])
+            found |= {f"{owner}.{each}.{part}": piece for each, piece in zip(_FUSED[fused], pieces, strict=True)}
+    return found
 
 
 def _stacked(state: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:

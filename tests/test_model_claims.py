@@ -45,6 +45,8 @@ LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, 
     ({"n_routed_experts": 4, "num_experts_per_tok": "2"}, "says '2' experts for each token"),
     ({"n_routed_experts": 4, "n_group": 1, "topk_group": 80}, "topk_group 80 of 1 groups"),
     ({"n_routed_experts": 4, "n_group": 3, "topk_group": 1}, "4 experts in 3 groups"),
+    ({"n_routed_experts": 4, "n_group": 0, "topk_group": 0}, "0 groups of experts"),
+    ({"n_routed_experts": 4, "n_group": -2}, "-2 groups of experts"),
     ({"moe_num_experts": 4, "moe_k": -1}, "from 1 to 4 was expected"),
     ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers 1000000"),
 ])  # fmt: skip
@@ -59,7 +61,7 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
 
 
 @pytest.mark.parametrize("claims", [
-    {}, {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    {}, {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}, {"n_routed_experts": 8, "n_group": 0, "topk_method": "greedy"},
     {"num_local_experts": 0, "num_experts_per_tok": 0}, {"num_experts": 4}, {"num_experts": 4, "moe_k": [2, 2]},
     {"n_routed_experts": 4, "zero_expert_num": 2, "num_experts_per_tok": 6},
     {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},
