@@ -71,8 +71,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         if row.refusal is not None:
             state = f"cannot  {row.refusal.reason}." + (f" Cure: {row.refusal.cure}" if row.refusal.cure else "")
         else:
-            why = row.reason if row.chosen and not any(each.loader in row.reason for each in rows) else "the first that can"
-            state = "; ".join(each for each in ("taken   " + why if row.chosen else "can     ", row.note) if each)
+            state = "; ".join(each for each in ("taken   " + row.reason if row.chosen else "can     ", row.note) if each)
             state = state.replace("can     ; ", "can     ")
         first, *more = textwrap.wrap(state, _WIDTH - widest - 4, subsequent_indent=" " * 8, break_on_hyphens=False) or [""]
         yield f"  {row.loader:<{widest}}  {first}"

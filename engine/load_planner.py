@@ -78,7 +78,7 @@ class LoadPlanner:
             try:
                 found = choose(model, [each for each in able if each.name not in known], None, values, speeds=speeds)
                 failed = "; ".join(f"{name} failed here before" for name in known)
-                return replace(found, reason=_joined(failed, found.reason), brief=_joined(failed, found.brief))
+                return replace(found, reason=_joined(failed, found.reason))
             except LoadRefused:
                 pass  # no other loader opens it: try the failed one again
         return choose(model, able, wanted, values, speeds=speeds)
@@ -105,7 +105,7 @@ class LoadPlanner:
                 row,
                 note=f"failed here before: {known[row.loader]}" if row.loader in known else row.note,
                 chosen=row.loader == choice.loader.name,
-                reason=choice.reason if row.loader == choice.loader.name else "",
+                reason=choice.brief if row.loader == choice.loader.name else "",
             )
             for row in rows
         ]

@@ -48,7 +48,7 @@ class Row:
     note: str = ""  # what the user should know before choosing it
     wait_s: float = 0.0  # it would compile this long before its first load: worth a button of its own
     chosen: bool = False
-    reason: str = ""  # why it was chosen
+    reason: str = ""  # why it was chosen; what the others lack is in their own rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def survey(
     Fast, and never raises for a bad option: that is its loader's refusal. Arguments as for `choose`.
     """
     found = [_ask(loader, model, options or {}) for loader in loaders]
-    chosen, reason, _brief = _pick(found, model, wanted, speeds or {})
+    chosen, _reason, brief = _pick(found, model, wanted, speeds or {})
     return [
         Row(
             each.loader.name,
@@ -81,7 +81,7 @@ def survey(
             each.remark.text if each.remark else "",
             each.remark.wait_s if each.remark else 0.0,
             each is chosen,
-            reason if each is chosen else "",
+            brief if each is chosen else "",
         )
         for each in found
     ]

@@ -79,6 +79,13 @@ def test_the_table(machine, local, loader, says):
     assert choice.loader.name == loader and says in choice.reason
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_each_row_has_its_own_reason_or_none(machine):
+    rows = survey(model(), all_loaders(lambda: MACHINES[machine]))
+    reasons = {each.name: each.reason for each in all_loaders(lambda: MACHINES[machine])}
+    assert [row.reason for row in rows] == [reasons[row.loader] if row.chosen else "" for row in rows]
+
+
 # (machine, model, loader asked for, what it says)
 REFUSED = [
     ("card", model(), "autogptq", "neither auto-gptq nor GPTQModel is installed"),

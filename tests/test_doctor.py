@@ -13,7 +13,7 @@ def shown(machine, bits=4):
 
 def test_a_machine_without_a_gpu_sees_what_is_missing_and_what_works():
     text = shown(Machine({"torch": "2.13", "transformers": "5.23", "accelerate": "1"}, "cpu"))
-    assert "exllamav2     cannot  it needs a GPU" in text and "transformers  taken   the first that can" in text
+    assert "exllamav2     cannot  it needs a GPU" in text and "transformers  taken   reads every GPTQ layout" in text
     assert 'Cure: pip install "gptq-webui[autogptq]"' in text
 
 

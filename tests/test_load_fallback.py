@@ -163,6 +163,8 @@ def test_what_failed_is_remembered_in_the_next_run(start):
     again = start(faulty, TransformersLoader())
     again.load("tiny")
     assert faulty.loads == 1 and "faulty failed here before" in again.choice.reason
+    first, second = again.planner.survey(again.loaded.model)  # each row of the table has its own
+    assert first.note.startswith("failed here before") and not first.reason and second.reason == TransformersLoader.reason
 
 
 @pytest.mark.parametrize(("plant", "words"), FAULTS.values(), ids=FAULTS)
