@@ -25,6 +25,7 @@ _MOST = {  # far beyond every model there is; a larger number is damage
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST_EXPERTS = 1 << 14  # a library makes each of them when it builds the model
+_LONGEST_NAME = 60
 _MOST_LABELS = 1 << 16  # transformers names each of them
 _TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "codegen"), 1 << 14), "mpt": 1 << 17, "bloom": 1 << 20,
@@ -41,7 +42,7 @@ def problem_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     """The first contradiction as a sentence; "" if there is none. `tensors` may be empty: then only config.json is judged."""
     inner = config.get("text_config")
     numbers = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    for check in (_absurd, _heads, _experts, _expert_groups, rope_problems):
+    for check in (_endless, _absurd, _heads, _experts, _expert_groups, rope_problems):
         if found := next(check(numbers), ""):
             return f"{found}. {_CURE}"
     return next(_files(numbers, tensors), "")
@@ -62,6 +63,19 @@ def embedding_rows(tensors: Tensors) -> list[int]:
     """Rows of the token embeddings in the files."""
     found = [info.shape for name, (_path, info) in tensors.items() if name.endswith(EMBEDDINGS)]
     return [shape[0] for shape in found if len(shape) == 2]
+
+
+def _endless(config: Mapping[str, Any]) -> Iterator[str]:
+    """Whole numbers that no tensor can hold. The quantisation's own are judged with its settings."""
+    waiting: list[tuple[str, Any]] = [(name, value) for name, value in config.items() if name != "quantization_config"]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(str(key), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, each) for each in value]
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            yield f"config.json says {printable(name)[:_LONGEST_NAME]} {shown(value)}; a number of 64 bits was expected"
 
 
 def _absurd(config: Mapping[str, Any]) -> Iterator[str]:

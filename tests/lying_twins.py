@@ -108,15 +108,21 @@ def twin(folder: Folder, path: Path) -> Any:
 
 
 def _split(state: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
-    """The parts of a layer that the files hold as one and the model as several."""
+    """Layers that the files hold as one and the model as several, and the reverse."""
     found = dict(state)
     for name in state:
         path, _, part = name.rpartition(".")
-        owner, _, fused = path.rpartition(".")
-        parts = [modules.get(f"{owner}.{each}") for each in _FUSED.get(fused, ())]
-        if path not in modules and parts and all(parts):
+        owner, _, own = path.rpartition(".")
+        if path in modules or name not in found:
+            continue
+        parts = [modules.get(f"{owner}.{each}") for each in _FUSED.get(own, ())]
+        if parts and all(parts):
             pieces = found.pop(name).split([each.out_features for each in parts])
-            found |= {f"{owner}.{each}.{part}": piece for each, piece in zip(_FUSED[fused], pieces, strict=True)}
+            found |= {f"{owner}.{each}.{part}": piece for each, piece in zip(_FUSED[own], pieces, strict=True)}
+        for fused, names in _FUSED.items():
+            keys = [f"{owner}.{each}.{part}" for each in names]
+            if own in names and f"{owner}.{fused}" in modules and all(each in found for each in keys):
+                found[f"{owner}.{fused}.{part}"] = torch.cat([found.pop(each) for each in keys])
     return found
 
 
