@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,11 @@ from ..lora import Part
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..reading_turns import Turns
+from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
+from .begun_ahead import BegunAhead
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kernel_arguments import ONE_ROWS
@@ -171,17 +174,27 @@ class CudaStepper(Stepper):
         memory.length += len(ids)
         return hidden
 
-    def step(self, memory: Memory, id: int) -> Tensor:
-        """One id, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
+    def step(self, memory: Memory, id: int | Tensor) -> Tensor:
+        """One id, in row 0; a tensor [1] of the GPU is not asked for its value.
+
+        No other answer may run beside it: the worker gives such callers the thread alone.
+        """
         assert isinstance(memory, PagedMemory)
-        require_known((id,), self.embedding_rows)
+        if isinstance(id, int):
+            require_known((id,), self.embedding_rows)
         sequences = self._step.sequences
         sequences.use(memory, memory.length + 1)
-        sequences.ids[0] = id
+        sequences.ids[:1] = id
         sequences.positions[0] = memory.length
         self._step.step_rows(1, False, {0: memory.adapter})
         memory.length += 1
         return sequences.logits[:1]
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        shape = self._step.shape
+        if shape.vocabulary > shape.embedding_rows:  # a token might have no row; only the host could tell
+            return super().running(memory, ids)
+        return BegunAhead(memory, partial(self.step, memory), self.device)
 
     def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CudaAdapter:
         with torch.inference_mode():
@@ -221,7 +234,7 @@ class CudaStepper(Stepper):
         if (limit := self._step.pages.limit_bytes) is not None:  # they are released where pages are needed
             prefix.most_bytes = max(prefix.most_bytes, limit // 8)
         self.page_room.prefix = prefix
-        self._patch = ForwardPatch(hf, self, prefix)
+        self._patch = ForwardPatch(hf, self, prefix, own_loop=True)
 
     def close(self) -> None:
         if self._patch is not None:
