@@ -36,12 +36,12 @@ def stepper_for(
     Raises BadCheckpoint for packed layers that are not what they claim. May take over the memory of packed layers.
     `cache_type` ("fp16", "q8") is for the step on a GPU; the others keep the conversation as they compute it. `parallel`
     (answers at once) is for our own steps; the others compute one at a time. `guesses` ("auto", "on", "off": whether next tokens
-    are guessed) is for them too; auto is on for a processor, and off for a GPU, where it is not measured yet.
+    are guessed, where that is faster) is for them too.
     """
     require_sound(hf)
     device = hf.get_input_embeddings().weight.device
     if device.type == "cuda":
-        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, guesses == "on", adapt, pictures)
+        stepper, note = _on_gpu(hf, context_tokens, cache_type, parallel, guesses != "off", adapt, pictures)
     else:
         if device.type == "cpu":
             stepper, note = _on_processor(hf, context_tokens, parallel, guesses != "off", adapt)

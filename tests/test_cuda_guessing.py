@@ -207,8 +207,8 @@ def test_answers_come_and_go_while_tokens_are_guessed(shared, monkeypatch):
     assert solo(model, prompts[2], GREEDY)[:1] == alone[2][:1], "nothing is left of what was guessed"
 
 
-def test_guesses_are_off_unless_they_are_asked_for(tmp_path, monkeypatch):
-    model, _twin = load(tmp_path, "llama", monkeypatch)
+def test_where_guesses_are_off_nothing_of_them_is_made(tmp_path, monkeypatch):
+    model, _twin = load(tmp_path, "llama", monkeypatch, TransformersOptions(guesses="off"))
     assert model._stepper._answers._guesses is None and not model._stepper._step.gpu.has("sample_guessed")
     assert len(solo(model, [9] * 12, GREEDY)) == 40 and "guessed" not in vars(model._stepper._step)
     model.close()

@@ -52,7 +52,7 @@ class TransformersOptions:
         "auto",
         "Guess ahead",
         "Computes likely next words beside the last one: an answer is there sooner where the conversation repeats. "
-        "auto: on a processor; on a GPU it is not measured yet, and only on switches it on.",
+        "auto and on do so where it pays; off never does.",
         GUESSES,
     )
     draft_model: str = option(
