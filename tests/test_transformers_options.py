@@ -184,8 +184,8 @@ def test_what_is_asked_for_reaches_the_step_of_a_gpu(monkeypatch):
     hf = SimpleNamespace(get_input_embeddings=lambda: embeddings, dtype=torch.float16, named_modules=tuple)
     made, note = stepper_choice.stepper_for(hf, 100, cache_type="q8", parallel=3)
     assert isinstance(made, Stepper) and note == ""
-    assert seen == {"cache_type": "q8", "parallel": 3, "context": 100, "guesses": False}, "not measured on a GPU yet"
-    for guesses, wanted in (("on", True), ("off", False), ("auto", False)):
+    assert seen == {"cache_type": "q8", "parallel": 3, "context": 100, "guesses": True}
+    for guesses, wanted in (("on", True), ("off", False), ("auto", True)):
         stepper_choice.stepper_for(hf, 100, guesses=guesses)
         assert seen["guesses"] is wanted
 
