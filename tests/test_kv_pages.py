@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper
+from gptq_webui.gptq.cuda.cuda_stepper import SMALLEST_CHUNK, CudaStepper, chunk_of
 from gptq_webui.gptq.cuda.kernel_arguments import PAGE_TOKENS
 from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
@@ -121,3 +121,12 @@ def test_where_nothing_is_left_to_release_the_error_is_raised_and_nothing_is_los
                 stepper, list(range(1000)), GenerationParams(), threading.Event(), prefix=prefix, end_ids=(), context_tokens=4096
             )
         )
+
+
+@pytest.mark.parametrize(("free_gb", "token_kb", "tokens"), [
+    (100, 130, 4096),  # a 7B on a large GPU
+    (6, 130, 2048),  # on a small one
+    (100, 300, 2048),  # a 70B: its activations would not fit into what is kept free
+])  # fmt: skip
+def test_prompts_are_read_in_large_pieces_where_their_activations_fit(free_gb, token_kb, tokens):
+    assert chunk_of(free_gb * 10**9, token_kb * 10**3) == tokens

@@ -39,11 +39,18 @@ FIRST_ROWS = 8  # that there is room for before more answers come
 _OTHERS_BYTES = 1_300_000_000  # of the GPU: what reading a prompt needs, and other programs
 _KEPT_CONVERSATIONS = 64  # of earlier answers, which share what they begin with
 SMALLEST_CHUNK = 256  # tokens of a prompt at a time, where the GPU is nearly full
+_CHUNK, _LARGE_CHUNK = 2048, 4096  # and elsewhere: weights are made dense once for each
+_ROOMY_BYTES = 8_000_000_000  # free of a GPU that reads large ones
+
+
+def chunk_of(free_bytes: int, token_bytes: int) -> int:
+    """Tokens of a prompt at a time, where one takes `token_bytes` while it is computed."""
+    return _LARGE_CHUNK if free_bytes > _ROOMY_BYTES and _LARGE_CHUNK * token_bytes < _OTHERS_BYTES // 2 else _CHUNK
 
 
 class CudaStepper(Stepper):
     kernel: ClassVar[str] = "cuda"
-    chunk_tokens = 2048
+    chunk_tokens = _CHUNK
     can_adapt = True
 
     def __init__(
@@ -59,6 +66,7 @@ class CudaStepper(Stepper):
         free, row_bytes = self._step.free_bytes(), self._step.sequences.row_bytes
         parallel = min(parallel, max(self._step.sequences.rows, free // 16 // row_bytes))
         self._step.pages.limit_bytes = max(self._step.context_bytes, free - _OTHERS_BYTES - 2 * parallel * row_bytes)
+        self.chunk_tokens = chunk_of(free, self._step.prompt.token_bytes)
         self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows
         self.parallel = parallel
         self._share(self._step, parallel, guesses)

@@ -47,6 +47,12 @@ class Prompt:
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's activations that are there at a time: gate and up, what SiLU leaves, the residual and what is added."""
+        layers = self._weights.layers
+        return 2 * max(each.gate_up.out_features + each.down.padded for each in layers) + 12 * self._shape.hidden
+
     def read(self, *pieces: Piece, ends: bool = False) -> Tensor:
         """Compute the tokens of pieces, one after the other -> fp32 [T, H], before the last norm.
 
