@@ -1,7 +1,8 @@
 """Slows down those who guess passwords and keys: each address for itself, and all of them together.
 
-Whoever came in before is not stopped by the guesses of others, nor is who sits at this machine, or anybody could lock the owner
-out. Visitors of a link or a proxy all have one address, so they share its limit, and none of them is known by it.
+Whoever came in before is not stopped by the guesses of strangers, nor is who sits at this machine, or anybody could lock the
+owner out. Those who came in before share a limit, too: one of them may have many addresses. Visitors of a link or a proxy all
+have one address, so they share its limit, and none of them is known by it.
 """
 
 import ipaddress
@@ -16,6 +17,7 @@ from ..core.addresses import is_here
 T = TypeVar("T")
 
 BY_NAME = " by name"  # ends the address of whoever asks for a host by its name: a public link's visitors, or those of a proxy
+_HERE = "127.0.0.1"  # stands for every address of this machine
 _MOST_ADDRESSES = 4096  # that are remembered; the ones seen last
 
 
@@ -32,7 +34,8 @@ class _Bucket:
 
 
 class GuessLimit:
-    """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all addresses.
+    """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all strangers together,
+    and again for all who came in before.
 
     The defaults are for passwords that people choose: some 4,400 a day, whoever guesses.
     """
@@ -46,7 +49,7 @@ class GuessLimit:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._guesses, self._every_s, self._clock = guesses, every_s, clock
-        self._all = _Bucket(total_guesses, 1 / total_every_s, clock())
+        self._strangers, self._friends = (_Bucket(total_guesses, 1 / total_every_s, clock()) for _ in range(2))
         self._each: OrderedDict[str, _Bucket] = OrderedDict()
         self._known: OrderedDict[str, None] = OrderedDict()  # addresses that came in
         self._lock = threading.Lock()
@@ -60,7 +63,7 @@ class GuessLimit:
         with self._lock:
             own = self._each.get(address) or _Bucket(self._guesses, 1 / self._every_s, now)
             _remember(self._each, address, own)
-            buckets = [own] if address in self._known or is_here(address) else [own, self._all]
+            buckets = [own] if address == _HERE else [own, self._friends if address in self._known else self._strangers]
             if (wait_s := max(each.wait_s(now) for each in buckets)) > 0:
                 return wait_s
             for each in buckets:
@@ -71,11 +74,13 @@ class GuessLimit:
         """The attempt that was just counted was right: it is given back."""
         address = _network(address)
         with self._lock:
+            if address != _HERE:
+                paid = self._friends if address in self._known else self._strangers
+                paid.left = min(paid.size, paid.left + 1)
             if not address.endswith(BY_NAME):
                 _remember(self._known, address, None)
             if (own := self._each.get(address)) is not None:
                 own.left += 1
-            self._all.left = min(self._all.size, self._all.left + 1)
 
 
 def _remember(kept: OrderedDict[str, T], address: str, value: T) -> None:
@@ -86,12 +91,14 @@ def _remember(kept: OrderedDict[str, T], address: str, value: T) -> None:
 
 
 def _network(address: str) -> str:
-    """IPv6 gives everybody 2**64 addresses: they count as one."""
+    """IPv6 gives everybody 2**64 addresses, and this machine has 2**24 of its own: each of them count as one."""
     own, space, by_name = address.partition(" ")  # "1.2.3.4 by name" (page_gate.py)
+    if is_here(own):
+        return _HERE + space + by_name
     try:
         found = ipaddress.ip_address(own.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv6Address) and not found.is_loopback:
+    if isinstance(found, ipaddress.IPv6Address):
         return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False)) + space + by_name
     return str(found) + space + by_name

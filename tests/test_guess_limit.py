@@ -72,9 +72,29 @@ def test_memory_has_a_limit():
 def test_who_sits_at_the_machine_is_stopped_by_his_own_guesses_alone():
     found, _clock = limit()
     assert sum(tries(found, f"10.0.{at}.1") for at in range(200)) == 20
-    for own in ("127.0.0.1", "::1"):
-        assert tries(found, own) == 5
+    assert tries(found, "127.0.0.1") == 5
     assert tries(found, "127.0.0.1 by name") == 0  # through a link or a proxy: anybody
+
+
+def test_the_many_addresses_of_this_machine_are_one():
+    found, clock = limit()
+    own = [*(f"127.{at}.{at}.2" for at in range(200)), "127.0.0.1", "::1", "::ffff:127.0.0.9", "::ffff:7f01:203", "localhost"]
+    assert sum(tries(found, each) for each in own) == 5
+    clock.now = 10
+    assert sum(tries(found, each) for each in own) == 1
+    assert sum(tries(found, f"{each} by name") for each in own[:200]) == 5  # visitors of a link, whatever a proxy says of them
+
+
+def test_who_came_in_once_from_many_networks_cannot_guess_without_end():
+    found, clock = limit()
+    for at in range(1000):
+        clock.now += 20
+        assert found.attempt(f"2001:db8:{at:x}::1") == 0
+        found.succeeded(f"2001:db8:{at:x}::1")
+    assert sum(tries(found, f"2001:db8:{at:x}::1", 5) for at in range(1000)) == 20
+    assert tries(found, "10.0.0.1", 5) == 5  # strangers have what is theirs
+    clock.now += 10
+    assert sum(tries(found, f"2001:db8:{at:x}::1", 5) for at in range(1000)) == 10
 
 
 def test_visitors_of_a_name_count_by_network_too():
