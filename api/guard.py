@@ -29,6 +29,7 @@ _OTHER_SITE = (
 # or a picture; nobody whose link is followed learns this server's address.
 _SAFE = [("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN"), ("referrer-policy", "same-origin")]
 _FORWARDED_HOST = b"x-forwarded-host"
+_BELIEVED = b"x-gradio-"  # begins names of headers that Gradio believes: x-gradio-server becomes the address of the page's parts
 _LONGEST_ADDRESS = 64  # an IPv6 address with a zone is shorter
 _UNREAD = (408, 413)  # statuses after which the rest of the body is not read
 
@@ -105,8 +106,8 @@ class Guard:
             await _answer(send, 204, None, [*headers, *_preflight(scope)])
             return
         limit = self._max_body_bytes if api else _PAGE_BODY_BYTES
-        length = _header(scope, b"content-length") or "0"
-        if length.isdigit() and int(length) > limit:
+        length = (_header(scope, b"content-length") or "").lstrip("0")  # int() refuses thousands of digits
+        if len(length) > 18 or int(length or "0") > limit:
             await _answer(send, 413, _too_large(limit), headers)
             return
         if api:  # `curl -d` calls everything a form
@@ -116,8 +117,10 @@ class Guard:
         await self._app(scope, _limited(receive, limit), _adding(send, headers))
 
     def _as_it_came(self, scope: Scope) -> Scope:
-        """Without what a stranger may say of itself in headers of proxies: a host that is none of ours, of which Gradio would
-        make the page's addresses, and an address of any length."""
+        """Without what a stranger may say of itself in headers of proxies: a host that is none of ours and a server, of which
+        Gradio would make the page's addresses, and an address of any length."""
+        if any(name.startswith(_BELIEVED) for name, _ in scope["headers"]):
+            scope = {**scope, "headers": [each for each in scope["headers"] if not each[0].startswith(_BELIEVED)]}
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == _FORWARDED_HOST]
         if given and not all(self._hosts.allows(each) for each in given):
             scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != _FORWARDED_HOST]}

@@ -325,6 +325,16 @@ def test_a_body_past_the_limit_is_not_read(open_server):
     assert b"413" in answer[:20] or answer == b""  # cut while it was still sending
 
 
+@pytest.mark.parametrize(
+    ("length", "statuses"), [("0" * 5000 + "2", "422 400"), ("9" * 5000, "413 400"), ("9" * 19, "413"), ("00" + "9" * 17, "413")]
+)
+def test_a_length_of_any_number_of_digits_is_answered(open_server, length, statuses):
+    """400: from a parser that takes 20 digits and no more."""
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{open_server.port}\r\nConnection: close\r\n"
+    answer = open_server.raw(f"{head}Content-Length: {length}\r\n\r\n{{}}".encode())
+    assert answer.split()[1].decode() in statuses.split()
+
+
 def test_a_body_that_comes_in_pieces_is_counted_as_it_comes(open_server):
     head = f"Host: 127.0.0.1:{open_server.port}\r\nTransfer-Encoding: chunked\r\n\r\n"
     piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
