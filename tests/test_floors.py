@@ -45,6 +45,7 @@ LONG = {
     "tests/hub_server.py": "one server: the Hub's routes, its faults and its figures share one state",
     "tests/test_api_bad_requests.py": "one list of bad requests for every protocol",
     "tests/test_api_clients.py": "one server for the real clients of every protocol",
+    "tests/test_page_gate.py": "one house with a login for everything that a visitor may send to it",
     "tests/test_api_guard.py": "one server for everything that is checked before a request",
     "tests/test_chat_service.py": "one engine and one store for everything that is asked",
     "tests/test_tool_calls.py": "one list of answers for every format",

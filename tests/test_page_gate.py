@@ -1,12 +1,16 @@
 """ui/page_gate.py: what a visitor of the page can reach of Gradio's server, on a real port."""
 
 import contextlib
+import inspect
 import re
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import gradio.route_utils
+import gradio.routes
 import httpx
 import pytest
 
@@ -235,6 +239,85 @@ def test_half_a_character_is_a_sentence(house, data):
         assert http.post(f"{PREFIX}/queue/join", content=whole, headers={"content-type": "application/json"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("said", "data"),
+    [
+        ("UTF-8", b'["\xed\xa0\x80"]'),  # half of a character, as bytes
+        ("UTF-8", b'["\xed\xb0\x80\xed\xa0\x80"]'),
+        ("UTF-8", b'["\xff\xfe", "\xc0\xaf"]'),
+        ("UTF-8", b"[NaN]"), ("UTF-8", b"[-Infinity, 1]"),
+        ("half of a character", b'["\\\\\\ud800"]'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("path", ["queue/join", "run/predict"])
+def test_an_event_is_json_in_utf_8_whatever_else_python_would_read(house, path, code, said, data):
+    start = f'{{"fn_index": {event(house.gate, 1)}, "session_hash": "one", "data": '.encode()
+    body = (start + data + b"}").decode("utf-8", "surrogatepass" if b"\xed" in data else "replace").encode(code, "surrogatepass")
+    if code == "utf-8":
+        body = start + data + b"}"
+    with client(house, GUEST) as http:
+        answer = http.post(f"{PREFIX}/{path}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and house.reached == []
+    assert (said if code == "utf-8" else "UTF-8") in answer.json()["error"]
+
+
+def test_nothing_passes_the_queue_that_bounds_how_many_events_run(house):
+    fns = house.gate._server._app.get_blocks().fns
+    queued = {at: bool(each.queue) for at, each in fns.items() if each.fn is not None}
+    assert len(set(queued.values())) == 2
+    with client(house, GUEST) as http:
+        for at in [at for at, waits in queued.items() if waits]:
+            body = {"fn_index": at, "data": [None] * len(fns[at].inputs), "session_hash": "one"}
+            answer = http.post(f"{PREFIX}/run/predict", json=body)
+            assert answer.status_code == 404 and "queue" in answer.json()["error"], at
+        assert house.reached == []
+        direct = next(at for at, waits in queued.items() if not waits and not fns[at].inputs)
+        http.post(f"{PREFIX}/run/predict", json={"fn_index": direct, "data": [], "session_hash": "one"})
+        assert [path for _method, path, _query in house.reached] == [f"{PREFIX}/run/predict"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    ['app={"a":1}', "theme=dark blue; x y=3", "caf\xe9=1", 'q="open', "=; ;;", 'list=["x", "y"]', "path; expires=1"],
+)
+def test_cookies_of_other_programs_of_the_same_address_lock_nobody_out(house, others):
+    with client(house, OWNER) as http:
+        own = "; ".join(f"{name}={value}" for name, value in http.cookies.items())
+    for header in (f"{others}; {own}", f"{own}; {others}"):
+        raw = f"GET /config HTTP/1.1\r\nHost: 127.0.0.1:{house.server.port}\r\nConnection: close\r\nCookie: {header}\r\n\r\n"
+        status = house.server.raw(raw.encode("latin-1")).split(b" ", 2)[1]
+        assert status == b"200", header
+
+
+def test_bodies_that_arrive_slowly_are_counted_together(house, monkeypatch):
+    """Each may have 8 MB: without a common limit, five hundred connections would hold 4 GB."""
+    monkeypatch.setattr(page_gate, "_MOST_PENDING_BYTES", 300_000)
+    with client(house, GUEST) as http:
+        cookie = "; ".join(f"{name}={value}" for name, value in http.cookies.items())
+        head = (
+            f"POST {PREFIX}/queue/join HTTP/1.1\r\nHost: 127.0.0.1:{house.server.port}\r\nCookie: {cookie}\r\n"
+            "Content-Length: 1000000\r\n\r\n"
+        )
+        good = {"fn_index": event(house.gate), "data": [], "session_hash": "one", "event_data": "x" * 100_000}
+        with contextlib.ExitStack() as lines:
+            for _ in range(2):
+                line = lines.enter_context(socket.create_connection(("127.0.0.1", house.server.port), timeout=10))
+                line.sendall(head.encode() + b"x" * 120_000)
+            wait_until(lambda: house.gate._held_bytes == 240_000)
+            answer = http.post(f"{PREFIX}/queue/join", json=good)
+            assert answer.status_code == 429 and "Too much is being sent" in answer.json()["error"]
+        wait_until(lambda: house.gate._held_bytes == 0)
+        assert http.post(f"{PREFIX}/queue/join", json=good).status_code == 200
+
+
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("path", ["queue/join", "run/predict"])
 def test_what_no_page_sends_ends_before_gradio_logs_it(house, path):
     blocks = house.gate._server._app.get_blocks()
@@ -247,6 +330,25 @@ def test_what_no_page_sends_ends_before_gradio_logs_it(house, path):
             answer = http.post(f"{PREFIX}/{path}", json={"fn_index": event(house.gate, 1), "data": data, "session_hash": "one"})
             assert answer.status_code == 400 and "needs 1 values" in answer.json()["error"], data
     assert house.reached == []
+
+
+def test_no_header_makes_the_page_take_its_parts_from_elsewhere(house):
+    """Whatever headers Gradio's version reads: some become the address of all that the page loads."""
+    source = inspect.getsource(gradio.route_utils) + inspect.getsource(gradio.routes)
+    read = {each.lower() for each in re.findall(r"""["'](x-[a-z-]+)["']""", source, re.IGNORECASE)}
+    assert "x-forwarded-host" in read
+    plain = house.open.http.get("/")
+    for name in sorted(read | {"forwarded", "x-original-host", "x-forwarded-server", "x-forwarded-prefix", "x-host"}):
+        for value in (
+            "https://evil.example",
+            "evil.example",
+            "127.0.0.1, evil.example",
+            "javascript://evil.example",
+            "//evil.example/x",
+        ):
+            answer = house.open.http.get("/", headers={name: value})
+            assert answer.status_code == 200 and "evil.example" not in answer.text, (name, value)
+            assert re.findall(r'"root":"[^"]*"', answer.text) == re.findall(r'"root":"[^"]*"', plain.text), (name, value)
 
 
 def test_no_other_site_shows_the_page_in_a_frame(house):

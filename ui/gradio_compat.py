@@ -158,6 +158,11 @@ class Server:
         found = self._app.get_blocks().fns.get(event) if type(event) is int else None
         return len(found.inputs) if found is not None and found.fn is not None else None
 
+    def is_queued(self, event: Any) -> bool:
+        """Whether the page starts an event of this number through the queue, which bounds how many run at once."""
+        found = self._app.get_blocks().fns.get(event) if type(event) is int else None
+        return found is not None and found.queue is not False
+
     def user(self, cookies: Mapping[str, str]) -> str | None:
         """Who is logged in, None if nobody."""
         names = (f"access-token-{self._app.cookie_id}", f"access-token-unsecure-{self._app.cookie_id}")

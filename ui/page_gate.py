@@ -9,9 +9,8 @@ import json
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from math import ceil
 from typing import Any
 from urllib.parse import parse_qs
@@ -41,7 +40,8 @@ _READ = {
     ("GET", "/app_id"),  # asked by a page of Gradio 6 that has lost its connection, until it is answered
 }  # fmt: skip
 _EVENTS = {("POST", "/queue/join"), ("POST", "/run/predict"), ("POST", "/cancel"), ("POST", "/reset")}
-_CALLS = ("/queue/join", "/run/predict")  # those of them that name an event
+_DIRECT = "/run/predict"  # for events that do not wait in the queue
+_CALLS = ("/queue/join", _DIRECT)  # those of them that name an event
 _STREAM = ("GET", "/queue/data")
 _HEARTBEAT = "/heartbeat/"
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -51,7 +51,7 @@ _MOST_LOGINS = 1000
 _MOST_STREAMS = 4  # of one session at a time: its heartbeat and its events
 _MOST_STREAMS_OF_USER = 160
 _MOST_PENDING = 64  # events of one session whose result nobody fetched
-_MOST_PENDING_BYTES = 64 << 20  # of all sessions together
+_MOST_PENDING_BYTES = 64 << 20  # of all sessions together, with what is still arriving
 
 
 @dataclass
@@ -72,6 +72,7 @@ class PageGate:
         self._guesses = guesses or GuessLimit()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # the one used last is at the end
         self._streams: dict[str | None, int] = {}  # by user
+        self._held_bytes = 0  # of events that arrive or are answered without the queue
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -93,7 +94,7 @@ class PageGate:
         elif call in _LOGIN:
             await self._login(scope, receive, send)
         elif call in _READ or call in _EVENTS or call == _STREAM or (call[0] == "GET" and call[1].startswith(_HEARTBEAT)):
-            user = self._server.user(_cookies(scope))
+            user = self._server.user(Request(scope).cookies)  # read as Gradio reads them
             if user is None and self._server.needs_login:
                 raise _Refusal(401, "Log in first: open the page.")
             if call in _READ:
@@ -139,32 +140,40 @@ class PageGate:
         return secrets.compare_digest(password.encode("utf-8", "replace"), wanted.encode())
 
     async def _event(self, user: str | None, scope: Any, receive: Any, send: Any) -> None:
-        body = await _body(receive)
+        held = 0
+
+        def take(size: int) -> None:
+            nonlocal held
+            if size + self._held_bytes + self._server.pending_bytes() > _MOST_PENDING_BYTES:
+                raise _Refusal(429, "Too much is being sent to this server at once. Try again in a moment.")
+            self._held_bytes += size
+            held += size
+
         try:
-            found = json.loads(body)
-            if b"\\u" in body:
-                json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise _Refusal(400, "The text contains half of a character (a lone surrogate). Remove it.") from None
-        except (ValueError, RecursionError):
-            raise _Refusal(400, "The body is not JSON.") from None
+            body = await _body(receive, take=take)
+            await self._call(user, {**scope, BYTES: len(body)}, body, receive, send)
+        finally:
+            self._held_bytes -= held
+
+    async def _call(self, user: str | None, scope: Any, body: bytes, receive: Any, send: Any) -> None:
+        found = _read(body)
         session = found.get("session_hash") if isinstance(found, dict) else None
         await self._touch(session, user)
         if scope["path"].endswith(_CALLS):
-            self._require_event(found)
+            self._require_event(found, scope["path"].endswith(_DIRECT))
         if self._server.pending(str(session)) >= _MOST_PENDING:
             raise _Refusal(429, "This page started too much at once. Reload it.")
-        if len(body) + self._server.pending_bytes() > _MOST_PENDING_BYTES:
-            raise _Refusal(429, "Too much is being sent to this server at once. Try again in a moment.")
-        await self._app({**scope, BYTES: len(body)}, _replay(body, receive), send)
+        await self._app(scope, _replay(body, receive), send)
 
-    def _require_event(self, found: dict[str, Any]) -> None:
+    def _require_event(self, found: dict[str, Any], direct: bool) -> None:
         """Raises _Refusal for what no page sends: Gradio would write a traceback into the log for each."""
         wanted, given = self._server.inputs_of(found.get("fn_index")), found.get("data")
         if wanted is None:
             raise _Refusal(404, "This page has no such event. Reload the page.")
         if not isinstance(given, list) or len(given) < wanted:
             raise _Refusal(400, f"This event needs {wanted} values. Reload the page.")
+        if direct and self._server.is_queued(found["fn_index"]):
+            raise _Refusal(404, "This event waits in the queue: nothing passes it. Reload the page.")
 
     async def _stream(self, path: str, user: str | None, scope: Any, receive: Any, send: Any) -> None:
         if path.startswith(_HEARTBEAT):
@@ -216,15 +225,24 @@ def _without_query(scope: Any) -> Any:
     return {**scope, "query_string": b""} if scope["query_string"] else scope
 
 
-def _cookies(scope: Any) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        if name == b"cookie":
-            try:
-                found |= {each.key: each.value for each in SimpleCookie(value.decode("latin-1")).values()}
-            except CookieError:
-                continue
+def _read(body: bytes) -> Any:
+    """The JSON of an event, in UTF-8 and nothing else: Python takes UTF-16 and 32, and halves of characters as bytes, too.
+
+    Raises _Refusal.
+    """
+    try:
+        found = json.loads(body.decode(), parse_constant=_no_constant)
+        if b"\\u" in body:
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _Refusal(400, "The text contains half of a character (a lone surrogate). Remove it.") from None
+    except (ValueError, RecursionError):
+        raise _Refusal(400, "The body is not JSON in UTF-8. Reload the page.") from None
     return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _address(scope: Any) -> str:
@@ -235,8 +253,8 @@ def _address(scope: Any) -> str:
     return address + BY_NAME if by_name else address
 
 
-async def _body(receive: Any, limit: int | None = None) -> bytes:
-    """The whole body. Raises _Refusal for more than `limit` bytes."""
+async def _body(receive: Any, limit: int | None = None, take: Callable[[int], None] | None = None) -> bytes:
+    """The whole body. Raises _Refusal for more than `limit` bytes. `take` hears of each piece's bytes, and may raise, too."""
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -244,6 +262,8 @@ async def _body(receive: Any, limit: int | None = None) -> bytes:
         if message["type"] == "http.disconnect":
             raise _Refusal(400, "The request ended before its body was complete.")
         pieces.append(message.get("body", b""))
+        if take is not None:
+            take(len(pieces[-1]))
         size += len(pieces[-1])
         if limit is not None and size > limit:
             raise _Refusal(413, f"The body is too large: {limit:,} bytes are enough for this.")
