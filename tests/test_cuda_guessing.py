@@ -199,7 +199,7 @@ def test_answers_come_and_go_while_tokens_are_guessed(shared, monkeypatch):
         sure = min(len(beside), first_doubt(twin, prompts[1], alone[1], GREEDY))
         assert beside[:sure] == alone[1][:sure], seed
     flag = threading.Event()
-    cancelled = model.generate(prompts[0], GREEDY, flag)
+    cancelled = model.generate(prompts[0], replace(GREEDY, max_new_tokens=100), flag)
     next(cancelled)
     flag.set()
     assert list(cancelled)[-1].reason == "cancelled"
