@@ -10,6 +10,8 @@ from .config_numbers import head_dim_of, is_number, shown
 
 _SHARES = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 _POSITIVE = ("rope_theta", "original_max_position_embeddings", "attention_factor")
+_SCALES = ("attention_factor", "mscale", "mscale_all_dim", "short_mscale", "long_mscale")  # of what is rotated; near 1
+_LARGEST_SCALE = 100
 _NEEDED = {  # of each kind, beside rope_theta
     "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -33,6 +35,13 @@ def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
                 continue  # one for each layer, or for each kind of layer
             if value is not None and not (is_number(value) and value > 0):
                 yield f"config.json says {name} {shown(value)} for the rotary positions; a positive number was expected"
+        for name in _SCALES:
+            value = each.get(name)
+            if value is not None and not (is_number(value) and 0 <= value <= _LARGEST_SCALE):
+                yield (
+                    f"config.json says {name} {shown(value)} for the rotary positions; a number near 1, "
+                    f"at most {_LARGEST_SCALE}, was expected"
+                )
         if each is not config:
             yield from _kind(config, each, head_dim)
     rotary = config.get("rotary_dim")

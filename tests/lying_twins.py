@@ -100,7 +100,10 @@ def twin(folder: Folder, path: Path) -> Any:
         state[f"{embedding}.weight"] = state[head]
     missing, unexpected = model.load_state_dict({n: t for n, t in state.items() if not n.endswith("inv_freq")}, strict=False)
     missing = [each for each in missing if heads or each not in ("lm_head.weight", "embed_out.weight")]
-    absent = [each for each in missing if not (each.endswith(".bias") and each.removesuffix(".bias") in folder.packed)]
+    ignored = "|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["$."])
+    unexpected = [each for each in unexpected if not re.search(ignored, each)]
+    packed = {name.removesuffix(".weight") for name in state if name.endswith(".weight") and name not in folder.tensors}
+    absent = [each for each in missing if not (each.endswith(".bias") and each.removesuffix(".bias") in packed)]
     if absent or unexpected:
         raise ValueError(f"missing {absent[:2]}, unexpected {unexpected[:2]}")
     for name in missing:
