@@ -311,6 +311,21 @@ def test_the_chat_template_can_be_changed(visit, house):
     assert house.engine.settings.for_model(MISTRAL)["template"] == "Alpaca"
 
 
+@pytest.mark.parametrize("width", [320, 360, 390, 768])
+def test_a_page_with_a_banner_scrolls_down_only(visit, width):
+    tab = visit({}, width, 844)
+    wait_for(tab, "#gw-banner", "A card is present")
+    for text in ("/home/somebody/" + "x" * 90, "pip install torch --index-url https://download.pytorch.org/whl/cu130 " * 3):
+        tab.evaluate("text => document.querySelector('.gw-banner').textContent = text", text)
+        for name in ("Model", "Chat"):
+            open_tab(tab, name)
+            tab.wait_for_selector(f"[role=tab][aria-selected=true]:has-text('{name}')")
+            assert tab.evaluate("document.documentElement.scrollWidth") == width, (text, name)
+            box = tab.locator(".gw-banner").bounding_box()
+            assert box and box["x"] >= 0 and box["x"] + box["width"] <= width
+            assert tab.evaluate("(at => at.scrollWidth - at.clientWidth)(document.querySelector('.gw-banner'))") <= 0
+
+
 def test_a_phone_scrolls_down_only(visit):
     tab = visit({}, 390, 844)
     for name in ("Model", "Parameters", "Chat"):

@@ -148,7 +148,7 @@ _WORDS = """ /* html_snippets.py */
 .gw-hidden { display: none !important; }
 .gw-quiet, .gw-good, .gw-bad, .gw-working p { margin: 4px 0; line-height: 1.5; overflow-wrap: anywhere; }
 .gw-quiet, .gw-working p.gw-quiet { color: var(--gw-soft); font-size: 14px; } .gw-good { color: var(--gw-good); }
-.gw-bad, .gw-note, .gw-banner { border-left: 3px solid currentColor; border-radius: 4px; padding: 8px 12px; }
+.gw-bad, .gw-note, .gw-banner { border-left: 3px solid; border-radius: 4px; padding: 8px 12px; overflow-wrap: anywhere; }
 .gw-bad { color: var(--gw-bad); background: var(--gw-bad-back); }
 .gw-note, .gw-banner { color: var(--gw-note); background: var(--gw-note-back); margin: 6px 0; line-height: 1.45; }
 .gw-bar { height: 8px; border-radius: 4px; background: var(--gw-line); overflow: hidden; margin: 6px 0; }
