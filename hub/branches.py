@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16  # requests
 SHOWN = 64  # branches; a note says how many more there are
+_TOGETHER_BYTES = 64_000_000  # of the lists and settings of all branches but the first; usual ones are a few hundred kilobytes
 _HEADER_BYTES = 16_384  # of the weights: the first layers' names and shapes
 
 
@@ -86,16 +87,24 @@ def read_branches(hub: Hub, repo: str) -> Branches:
     used, with the GPTQ version of the model where there is one.
     """
     names = hub.branches(repo)
+    room = hub_request.Room(_TOGETHER_BYTES)
     with hub_request.new_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE, "branches") as pool:
         try:
-            listings = list(pool.map(lambda name: hub.listing(ModelRef(repo, name), client=client), names[:SHOWN]))
-            requests = _Requests(hub, client, pool)
+
+            def listing_of(name: str) -> Listing | None:
+                try:
+                    return hub.listing(ModelRef(repo, name), client=client, room=None if name == names[0] else room)
+                except hub_request.RoomFull:
+                    return None
+
+            listings = [each for each in pool.map(listing_of, names[:SHOWN]) if each is not None]
+            requests = _Requests(hub, client, pool, room)
             for listing in listings:
                 requests.settings(listing)
             for listing in listings:
                 requests.header(listing)
             model_card = requests.model_card(listings[0]) if listings else ModelCard()
-            found = [requests.branch(listing, model_card) for listing in listings]
+            found = [each for listing in listings if (each := requests.branch(listing, model_card)) is not None]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # else the error waits for every request that is left
             raise
@@ -103,8 +112,12 @@ def read_branches(hub: Hub, repo: str) -> Branches:
         errors = {each.ref.branch: each.error for each in found if each.error}
         first = next(iter(errors.values()), WrongRepository(f"{repo} has no branches. Check the name."))
         raise with_gptq_version(errors.get("main", first), hub)
-    left = len(names) - SHOWN
-    return Branches(repo, tuple(found), model_card, (f"{left} more branches are not shown.",) if left > 0 else ())
+    left, crowded = max(0, len(names) - SHOWN), min(len(names), SHOWN) - len(found)
+    notes = [f"{left} more branches are not shown."] if left else []
+    if crowded:
+        size = f"{_TOGETHER_BYTES / 1e6:g} MB"
+        notes.append(f"Branches left out, because the lists and settings of all are over {size} together: {crowded}.")
+    return Branches(repo, tuple(found), model_card, tuple(notes))
 
 
 def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
@@ -120,15 +133,18 @@ def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
 class _Requests:
     """The running requests. A file that several branches share is requested once."""
 
-    def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor) -> None:
-        self._hub, self._client, self._pool = hub, client, pool
+    def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor, room: hub_request.Room) -> None:
+        self._hub, self._client, self._pool, self._room = hub, client, pool, room
+        self._first: Listing | None = None  # it is read whatever the others hold
         self._jobs: dict[tuple[str, tuple[int, int] | None], Future[bytes | None]] = {}
 
     def _read(self, listing: Listing, path: str, part: tuple[int, int] | None = None) -> "Future[bytes | None]":
         content = next((each.fingerprint for each in listing.files if each.path == path), "")
         key = (content or f"{listing.commit}/{path}", part)
         if key not in self._jobs:
-            self._jobs[key] = self._pool.submit(self._hub.small_file, listing, path, self._client, part)
+            self._first = self._first or listing
+            room = None if listing is self._first else self._room
+            self._jobs[key] = self._pool.submit(self._hub.small_file, listing, path, self._client, part, room)
         return self._jobs[key]
 
     def settings(self, listing: Listing) -> "Mapping[str, Future[bytes | None]]":
@@ -142,7 +158,14 @@ class _Requests:
         data = self._read(listing, "README.md").result()
         return read_model_card(data.decode("utf-8", "replace")) if data else ModelCard()
 
-    def branch(self, listing: Listing, model_card: ModelCard) -> Branch:
+    def branch(self, listing: Listing, model_card: ModelCard) -> Branch | None:
+        """None where the room is full."""
+        try:
+            return self._branch(listing, model_card)
+        except hub_request.RoomFull:
+            return None
+
+    def _branch(self, listing: Listing, model_card: ModelCard) -> Branch:
         row = model_card.rows.get(listing.ref.branch, ModelCardRow(listing.ref.branch))
         settings = {path: file_selection.parse_settings(job.result()) for path, job in self.settings(listing).items()}
         try:

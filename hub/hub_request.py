@@ -43,6 +43,24 @@ _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _Result = TypeVar("_Result")
 
 
+class RoomFull(Exception):
+    """Several answers are larger together than their Room. Whoever made the room leaves the rest out."""
+
+
+class Room:
+    """How many bytes the answers to several requests may take together; threads may share it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left_bytes, self._lock = limit_bytes, threading.Lock()
+
+    def take(self, size_bytes: int) -> None:
+        """Raises RoomFull; from then on nothing more fits, so that what came first stays."""
+        with self._lock:
+            self._left_bytes -= size_bytes
+            if self._left_bytes < 0:
+                raise RoomFull
+
+
 def endpoint_from_environment() -> str:
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
@@ -169,11 +187,13 @@ def read(
     *,
     client: "httpx.Client | None" = None,
     part: tuple[int, int] | None = None,
+    room: Room | None = None,
 ) -> bytes:
     """One whole answer of at most `limit_bytes`, or `part` of it: from the first byte to before the second.
 
-    A busy Hub is asked again, after the pause that it asks for or a little longer each time. `client` is one to share.
-    Raises the HubErrors of hub_errors; WrongRepository for an answer above the limit.
+    A busy Hub is asked again, after the pause that it asks for or a little longer each time. `client` is one to share, and
+    so is `room`.
+    Raises the HubErrors of hub_errors; WrongRepository for an answer above the limit; RoomFull.
     """
     import httpx
 
@@ -195,6 +215,8 @@ def read(
             data = bytearray()
             for piece in response.iter_bytes():
                 data += piece
+                if room is not None:
+                    room.take(len(piece))
                 if stop is not None and len(data) >= stop - start:  # a server without Range support would send all of it
                     return bytes(data[: stop - start])
                 if len(data) > limit_bytes:

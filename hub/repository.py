@@ -97,13 +97,15 @@ class Hub:
 
         return get_token()
 
-    def listing(self, ref: ModelRef, commit: str = "", client: "httpx.Client | None" = None) -> Listing:
-        """Every file of the branch, at the commit it points to now, or at the given one. `client` is one to share.
+    def listing(
+        self, ref: ModelRef, commit: str = "", client: "httpx.Client | None" = None, room: hub_request.Room | None = None
+    ) -> Listing:
+        """Every file of the branch, at the commit it points to now, or at the given one. `client` and `room` are to share.
 
-        Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable.
+        Raises NoSuchRepository, NoSuchBranch, AccessDenied, HubUnreachable, and RoomFull where a `room` is given.
         """
         try:
-            values = self._ask(f"{ref.repo}/revision/{quote(commit or ref.branch, safe='')}?blobs=true", ref.repo, client)
+            values = self._ask(f"{ref.repo}/revision/{quote(commit or ref.branch, safe='')}?blobs=true", ref.repo, client, room)
         except hub_errors.NoSuchRevision:
             raise self._no_such_branch(ref) from None
         try:
@@ -135,21 +137,31 @@ class Hub:
             return False
 
     def small_file(
-        self, listing: Listing, path: str, client: "httpx.Client | None" = None, part: tuple[int, int] | None = None
+        self,
+        listing: Listing,
+        path: str,
+        client: "httpx.Client | None" = None,
+        part: tuple[int, int] | None = None,
+        room: hub_request.Room | None = None,
     ) -> bytes | None:
         """Content of a settings file; None if the commit has no such file. Raises AccessDenied for a gated one.
 
-        `part` is (first byte, byte after the last) of a file of any size. `client` is one to share.
+        `part` is (first byte, byte after the last) of a file of any size. `client` and `room` are to share (RoomFull).
         """
         if all(each.path != path for each in listing.files):
             return None
         address = hub_request.file_address(self.endpoint, listing.ref.repo, listing.commit, path)
-        return hub_request.read(address, self.endpoint, self.token(), listing.ref.repo, _SMALL_BYTES, client=client, part=part)
+        token = self.token()
+        return hub_request.read(
+            address, self.endpoint, token, listing.ref.repo, _SMALL_BYTES, client=client, part=part, room=room
+        )
 
-    def _ask(self, question: str, repo: str, client: "httpx.Client | None" = None) -> dict[str, Any]:
+    def _ask(
+        self, question: str, repo: str, client: "httpx.Client | None" = None, room: hub_request.Room | None = None
+    ) -> dict[str, Any]:
         """The JSON object that the Hub's API answers about models."""
         address = f"{self.endpoint}/api/models/{question}"
-        data = hub_request.read(address, self.endpoint, self.token(), repo, _LIST_BYTES, client=client)
+        data = hub_request.read(address, self.endpoint, self.token(), repo, _LIST_BYTES, client=client, room=room)
         try:
             values = json.loads(data)
         except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ import pytest
 import model_card_repo
 import tiny
 from gptq_webui.core.errors import AccessDenied, NoSuchRepository, WrongRepository
+from gptq_webui.hub import branches
 from gptq_webui.hub.branches import read_branches
 from gptq_webui.hub.model_card import read_model_card
 from gptq_webui.hub.repository import Hub
@@ -95,6 +96,33 @@ def test_awq_and_exl2_are_refused_with_the_sister(hub_server, name, config):
     with pytest.raises(WrongRepository) as caught:
         read_branches(Hub(), f"TheBloke/{name}")
     assert caught.value.sister == "TheBloke/M-GPTQ"
+
+
+def test_lists_and_settings_of_all_branches_have_a_limit_together(hub_server, tiny_gptq, monkeypatch):
+    files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir() if path.is_file()}
+    names = ["main", *(f"b{at}" for at in range(20))]
+    for name in names:
+        hub_server.add(REPO, files | {f"{name}/{at:0200}.txt": b"x" for at in range(100)}, name)  # a list of over 20 KB
+    assert [each.name for each in read_branches(Hub(), REPO).branches] == names
+    monkeypatch.setattr(branches, "_TOGETHER_BYTES", 200_000)
+    found = read_branches(Hub(), REPO)
+    assert found.branches[0].name == "main" and len(found.branches) <= 10
+    assert found.notes == (
+        f"Branches left out, because the lists and settings of all are over 0.2 MB together: {21 - len(found.branches)}.",
+    )
+    monkeypatch.setattr(branches, "_TOGETHER_BYTES", 1)
+    assert [each.name for each in read_branches(Hub(), REPO).branches] == ["main"]  # it has the limits of one
+
+
+def test_settings_count_as_lists_do(hub_server, tiny_gptq, monkeypatch):
+    files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir() if path.is_file()}
+    hub_server.add(REPO, files)
+    config = json.loads(files["config.json"])
+    for at in range(6):
+        hub_server.add(REPO, files | {"config.json": json.dumps(config | {"filler": f"{at}" * 50_000}).encode()}, f"b{at}")
+    monkeypatch.setattr(branches, "_TOGETHER_BYTES", 150_000)
+    found = read_branches(Hub(), REPO)
+    assert found.branches[0].name == "main" and 1 <= len(found.branches) <= 3
 
 
 def test_gated_and_missing_repositories_say_so(hub_server, tiny_gptq):
