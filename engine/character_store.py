@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.character import BadCharacter, Character, Persona, name_of, text_of
+from ..core.foreign_errors import in_words
 from ..core.user_folders import data_folder
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class CharacterStore:
                 return self._file().execute(query, values).fetchall()
             except (sqlite3.Error, OSError) as error:
                 raise BadCharacter(
-                    f"Characters cannot be kept in {self.file_path} ({error}). Make the folder writable, or free disk space."
+                    f"Characters cannot be kept ({in_words(error)}). Make the folder of {self.file_path.name} writable, or free "
+                    "disk space."
                 ) from None
 
     def _file(self) -> sqlite3.Connection:

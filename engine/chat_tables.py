@@ -57,7 +57,7 @@ def open_file(path: Path) -> sqlite3.Connection:
         except sqlite3.DatabaseError as error:
             file.close()
             if again or isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"the conversations in {path} cannot be opened ({error})") from None
+                raise OSError(f"the conversations in {path.name} cannot be opened ({error})") from None
             aside = path.with_suffix(".damaged.sqlite3")
             log.warning("%s is damaged (%s). It was renamed to %s, and the conversations start anew.", path, error, aside.name)
             path.replace(aside)

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import BadParameter, LoadRefused
-from ..core.folder_files import read_json
+from ..core.folder_files import read_json, shown_name
 from ..core.models import MARKER, LocalModel
 from ..core.old_names import for_new_files, why_not_written
 from ..core.quantize_config import BITS, QuantizeConfig
@@ -202,7 +202,8 @@ def _is_finished(folder: Path, digest: str) -> bool:
     if record is not None and record.commit.endswith(digest):
         return True
     raise BadParameter(
-        f"{folder} is there already, made from another model, text or settings. Remove it (gptq-webui remove {folder.name}) or "
+        f"{shown_name(folder)} is there already, made from another model, text or settings. "
+        f"Remove it (gptq-webui remove {folder.name}) or "
         "choose another folder with --output."
     )
 

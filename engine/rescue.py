@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import BadFile, ModelError
-from ..core.folder_files import read_json
+from ..core.folder_files import read_json, shown_name
 from ..core.models import MARKER, LocalModel
 from ..hub.model_folder import FolderRecord
 
@@ -66,7 +66,8 @@ def write_settings(model: LocalModel) -> Path:
         os.replace(draft, path)
     except OSError as error:
         raise ModelError(
-            f"{path} could not be written ({error.strerror or error}). Make the folder writable, or free space on its disk."
+            f"{shown_name(path)} could not be written ({error.strerror or error}). "
+            "Make the folder writable, or free space on its disk."
         ) from None
     finally:
         if not path.exists() and aside.exists():

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core.chat import Message
 from ..core.errors import Busy, GptqWebuiError
+from ..core.foreign_errors import in_words
 from ..core.params import GenerationParams
 from ..core.units import plural
 from .answer import Answer
@@ -58,7 +59,7 @@ class RunningChats:
                     self._store = self._store or ChatStore()
                 except OSError as error:
                     raise GptqWebuiError(
-                        f"Conversations cannot be kept: {error}. Make the folder writable, or free space on the disk."
+                        f"Conversations cannot be kept: {in_words(error)}. Make the folder writable, or free space on the disk."
                     ) from None
                 close_abandoned(self._store)
                 self._opened = True

@@ -90,8 +90,8 @@ class VoteBook:
             with contextlib.suppress(OSError):
                 draft.unlink()
             raise BadParameter(
-                f"Your vote could not be saved in {path.parent} ({error.strerror}), so it is not counted. "
-                "Make room there, or make the folder writable, and vote again."
+                f"Your vote could not be saved ({error.strerror}), so it is not counted. "
+                "Make room on the disk, or the folder of votes writable, and vote again."
             ) from None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadCheckpoint, DiskFull
+from ..core.folder_files import shown_name
 from ..core.foreign_errors import in_words, trace
 from ..core.units import format_bytes
 
@@ -34,7 +35,9 @@ def convert(files: Sequence[Path], progress: Callable[[float, str], None], cance
     need, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
     if need > free:
         raise DiskFull(
-            f"The converted weights need {format_bytes(need)} and {format_bytes(free)} are free at {folder}.", need, folder
+            f"The converted weights need {format_bytes(need)} and {format_bytes(free)} are free for {shown_name(folder)}.",
+            need,
+            folder,
         )
     drafts: list[tuple[Path, Path]] = []
     index: dict[str, str] = {}

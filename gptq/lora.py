@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import BadCheckpoint, BadFile
-from ..core.folder_files import printable, read_json
+from ..core.folder_files import printable, read_json, shown_name
 from ..core.safetensors_header import read_header
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -65,7 +65,8 @@ def read(model: nn.Module, folder: Path) -> dict[str, Part]:
     file = folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA" or not file.is_file():
         raise BadCheckpoint(
-            f"{folder} is not a LoRA adapter: it needs an adapter_config.json that says LORA, and an adapter_model.safetensors."
+            f"{shown_name(folder)} is not a LoRA adapter: it needs an adapter_config.json that says LORA, and an "
+            "adapter_model.safetensors."
         )
     if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise BadCheckpoint(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
 from ..core.errors import BadCheckpoint, BadQuantizeConfig
+from ..core.folder_files import shown_name
 from ..core.models import LocalModel, kind_of_tensors, tensors_of
 from ..core.quantize_config import QuantizeConfig
 from .checkpoint import complete
@@ -113,5 +114,5 @@ def _found_again(model: PreTrainedModel) -> tuple[Path, ...]:
         raise BadCheckpoint(f"The folder of {name} cannot be found again. Give from_pretrained the path of a folder.")
     found = LocalModel.read(Path(config).parent)
     if not found.weights:
-        raise BadCheckpoint(found.problem or f"There are no weights in {found.folder}.")
+        raise BadCheckpoint(found.problem or f"There are no weights in the folder {shown_name(found.folder)}.")
     return found.weights

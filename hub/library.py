@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ModelError, NoSuchModel, WrongRepository
+from ..core.folder_files import shown_name
 from ..core.model_ref import ModelRef
 from ..core.models import LocalModel, is_model_folder
 from ..core.safetensors_header import read_beginning
@@ -141,7 +142,7 @@ class Library:
                 self._require_base(listing, [each for each in beside if each.weights and not each.problem])
             except WrongRepository:
                 raise NoSuchModel(
-                    f"{ref} is a LoRA adapter for none of the models in {adapter_in.parent}. "
+                    f"{ref} is a LoRA adapter for none of the models in {shown_name(adapter_in.parent)}. "
                     "Download the model that it is for, then press Resume."
                 ) from None
             folder = adapter_in
@@ -169,7 +170,7 @@ class Library:
             raise WrongRepository(
                 f"{model.name} is not in one of your models folders, and an adapter belongs beside its model. "
                 f"Nothing was downloaded. "
-                f"Download the model into {self.roots[0]}, or put the adapter's folder into {model.folder.parent} by hand."
+                f"Download the model into {shown_name(self.roots[0])}, or put the adapter's folder beside {model.name} by hand."
             )
 
     def _require_base(self, listing: Listing, models: Sequence[LocalModel]) -> None:
@@ -218,7 +219,9 @@ class Library:
             _cache_deletion(cached).execute()
             return
         if folder.parent not in self.roots:
-            raise ModelError(f"{folder} is one of your models folders itself and is not removed from here. Delete it by hand.")
+            raise ModelError(
+                f"{shown_name(folder)} is one of your models folders itself and is not removed from here. Delete it by hand."
+            )
         if is_locked(folder):
             raise ModelError(f"{name} is being downloaded. Stop that first.")
         aside = folder.with_name(f".{name}.removed")
@@ -232,7 +235,7 @@ class Library:
             shutil.rmtree(aside)
         except OSError as error:
             raise ModelError(
-                f"{name} could not be removed ({error.strerror or error}). If it is loaded, unload it; else check {folder}."
+                f"{name} could not be removed ({error.strerror or error}). If it is loaded, unload it; else check its folder."
             ) from None
         log.info("removed %s", folder)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.errors import BadFile, DiskFull, DownloadFailed, HubError
-from ..core.folder_files import read_json
+from ..core.folder_files import read_json, shown_name
 from ..core.models import PARTIAL
 from ..core.units import format_bytes
 
@@ -106,7 +106,9 @@ def open_for_writing(path: Path) -> BinaryIO:
     if handle < 0 or not stat.S_ISREG(os.fstat(handle).st_mode):
         if handle >= 0:
             os.close(handle)
-        raise DownloadFailed(f"{path} is a link or no regular file, so nothing is written to it. Delete it and try again.")
+        raise DownloadFailed(
+            f"{shown_name(path)} is a link or no regular file, so nothing is written to it. Delete it and try again."
+        )
     return os.fdopen(handle, "ab+", buffering=0)
 
 
@@ -196,7 +198,7 @@ def disk_full(missing_bytes: int, available_bytes: int, folder: Path, reserved_b
     others = f", {format_bytes(reserved_bytes)} for other downloads," if reserved_bytes else ""
     return DiskFull(
         f"The disk is too full: {format_bytes(missing_bytes)} are still to be downloaded{others} and "
-        f"{format_bytes(available_bytes)} are free at {folder}. "
+        f"{format_bytes(available_bytes)} are free for the folder {shown_name(folder)}. "
         "Make room, or choose another models folder; what has arrived is kept.",
         missing_bytes + reserved_bytes,
         folder,
@@ -209,9 +211,9 @@ def disk_sentence(error: OSError, folder: Path, missing_bytes: int = 0) -> HubEr
         return disk_full(missing_bytes, shutil.disk_usage(folder).free, folder, begun=True)
     if isinstance(error, PermissionError):
         return DownloadFailed(
-            f"{error.filename or folder} cannot be written. If its model is loaded, unload it; "
+            f"{shown_name(Path(error.filename or folder))} cannot be written. If its model is loaded, unload it; "
             "else check the folder's permissions or choose another models folder."
         )
     return DownloadFailed(
-        f"Writing into {folder} failed: {error.strerror or error}. What has arrived is kept; press Download again."
+        f"Writing into {shown_name(folder)} failed: {error.strerror or error}. What has arrived is kept; press Download again."
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadFile, BadModelName, ModelError
-from ..core.folder_files import open_regular
+from ..core.folder_files import open_regular, shown_name
 from ..core.model_ref import ModelRef
 from ..core.models import MARKER, PARTIAL
 from . import adapter_base
@@ -139,7 +139,7 @@ def discard(folder: Path) -> None:
             (folder / LOCK).unlink(missing_ok=True)
             folder.rmdir()
     except OSError as error:
-        raise ModelError(f"{folder} could not be cleared ({error.strerror or error}). Delete it by hand.") from None
+        raise ModelError(f"{shown_name(folder)} could not be cleared ({error.strerror or error}). Delete it by hand.") from None
     log.info("discarded the unfinished download in %s", folder)
 
 

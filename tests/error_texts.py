@@ -8,6 +8,7 @@ from types import MappingProxyType
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOMS = ("api", "app", "core", "engine", "extension", "gptq", "hub", "loaders", "ui")
 HOLE = "…"  # in place of a value
+_PATHS = {"folder", "path", "parent", "root", "directory", "cwd", "file"}
 _BASES = ("GptqWebuiError", "Problem")
 
 
@@ -46,6 +47,18 @@ def sentences() -> Iterator[tuple[str, str, str]]:
                 text = text_of(node.args[1 if name == "Problem" and len(node.args) > 1 else 0], known)
                 if name in classes and text is not None and text.replace(HOLE, "").strip():
                     yield f"{path.relative_to(PACKAGE).as_posix()}:{node.lineno}", name, text
+
+
+def paths() -> Iterator[str]:
+    """'file: value' of every value in such a sentence that is named as a folder or a file is, and not its name alone."""
+    classes = error_classes() | set(_BASES)
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", getattr(node.func, "attr", "")) not in classes:
+                continue
+            for hole in (each.value for each in ast.walk(node) if isinstance(each, ast.FormattedValue)):
+                if (last := getattr(hole, "id", getattr(hole, "attr", ""))) in _PATHS or last.endswith(("_folder", "_path")):
+                    yield f"{path.relative_to(PACKAGE).as_posix()}: {ast.unparse(hole)}"
 
 
 def text_of(node: ast.expr, known: Mapping[str, object] = MappingProxyType({})) -> str | None:

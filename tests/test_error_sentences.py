@@ -57,6 +57,11 @@ WITHOUT_A_CURE = {  # there is no more to say, or the value is a whole sentence 
     "The engine at … stopped in the middle of the answer (…). …",
 }  # fmt: skip
 NOTES = {"NoCompiler"}  # why fast kernels are not used: a note beside a model that is computed in another way
+WHOLE_PATHS = {
+    "app/chat_slash.py: path", "app/engine_commands.py: folder", "engine/evaluation.py: folder", "hub/upload.py: folder",
+    "engine/disk_inventory.py: folder",  # of a model that the owner wants to see where no window can open
+    *(f"hub/{name}.py: file.path" for name in ("download", "download_folder", "file_download")),  # within a repository
+}  # fmt: skip
 IN_WORDS_OF_TGI = "api/tgi"  # its clients know its own sentences
 
 SENTENCES = list(error_texts.sentences())
@@ -74,6 +79,11 @@ def test_a_sentence_in_the_source_says_what_to_do(where, name, text):
     assert text.rstrip()[-1] in f".)!?{error_texts.HOLE}" or "pip install" in text, text
     if text not in WITHOUT_A_CURE:
         assert A_CURE.search(NO_INSTRUCTION.sub("", text)), text
+
+
+def test_a_sentence_names_a_folder_and_does_not_say_where_it_is():
+    """Whoever uses the page or the API has no business with it; those below are for the terminal, or for who asks where."""
+    assert set(error_texts.paths()) == WHOLE_PATHS
 
 
 def test_no_sentence_is_excused_that_is_no_longer_there():

@@ -102,7 +102,7 @@ def _link(path: Path, name: Path, *, small: bool = False) -> None:
         except OSError as error:
             why = error
     raise LoadFailed(
-        f"{path.name} cannot be linked into {name.parent.parent} ({why.strerror}), which this loader needs. "
+        f"{path.name} cannot be linked into the temporary folder ({why.strerror}), which this loader needs. "
         "On Windows, turn on Developer Mode or put the temporary folder (TEMP) on the drive of your models; "
         "or use the loader transformers."
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadParameter
+from ...core.folder_files import shown_name
 from ...core.models import LocalModel
 from ...core.old_names import for_new_files
 from ...gptq.parallel.dividing import MOST_RANKS, fullest_share
@@ -115,7 +116,9 @@ class TransformersOptions:
             return None
         folder = model.folder.parent / Path(self.lora.strip()).expanduser()  # an absolute path stays what it is
         if not folder.is_dir():
-            raise BadParameter(f"There is no folder {folder} for the LoRA adapter. Download it, or leave the setting empty.")
+            raise BadParameter(
+                f"There is no folder {shown_name(folder)} for the LoRA adapter. Download it, or leave the setting empty."
+            )
         return folder
 
     def draft(self, model: LocalModel) -> Path | None:
@@ -124,7 +127,9 @@ class TransformersOptions:
             return None
         folder = model.folder.parent / Path(self.draft_model.strip()).expanduser()
         if not folder.is_dir():
-            raise BadParameter(f"There is no folder {folder} for the draft model. Download it, or leave the setting empty.")
+            raise BadParameter(
+                f"There is no folder {shown_name(folder)} for the draft model. Download it, or leave the setting empty."
+            )
         return folder
 
     @property
