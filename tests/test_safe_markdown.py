@@ -69,6 +69,58 @@ def test_a_tag_that_only_looks_like_code_is_escaped(markdown):
     assert "<img" not in safe_markdown(markdown)
 
 
+@pytest.mark.parametrize(
+    "fence", ["```mermaid", "~~~ mermaid", "``` Mermaid x", "```\ufeffmermaid", "  ```mermaid", "````\u3000mermaid\t"]
+)
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<button class=gw-act>",
+        "</b>",
+        "<<img src=x>",
+        "<<<i>>",
+        "<!-- x -->",
+        "<br onclick=x>",
+        "<brx>",
+        "<?x>",
+        "<a\nhref=x>",
+        "<<button>>",
+        "&lt;b>",
+        "&LTb&gt;",
+        "&#60;b>",
+        "&#x3c;b>",
+        "&#0060b>",
+        "&amp;lt;b>",
+        "&ampamp;#60;b>",
+    ],
+)
+def test_a_diagram_has_words_and_arrows_and_no_tags(fence, tag):
+    """Gradio 6 shows the HTML in a diagram's words, the page's own buttons too."""
+    arrows = "A[one<br/>two<br>three] <--> B\nA <|-- B\n<<interface>> a < b"
+    closing = fence.strip()[:4].rstrip("m\ufeff ")
+    shown = safe_markdown(f'{fence}\ngraph TD\n{arrows}\nC["{tag}"]\n{closing}\nafter')
+    assert arrows in shown and re.search("#(lt|amp);", shown) and not re.search("&(amp|#|lt)", shown, re.IGNORECASE)
+    assert re.findall(r"<+[a-zA-Z/!?][^>]*>*", shown) == ["<br/>", "<br>", "<<interface>>"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "> ```mermaid\n> graph TD\n> A[<b>]\n> ```", "1. ~~~ Mermaid\n   A[<b>]\n   ~~~", "- - ```mermaid\n    A[<b>]",
+        "> > ````\tmermaid x\n> > A", "- [ ] ```mermaid\n  A", "      ```mermaid\nA", "> ~~~\ufeffmermaid\n> A",
+        "1) > ```mermaidmermaid mermaid\n   > A",
+    ],
+)  # fmt: skip
+def test_a_diagram_within_something_else_is_shown_as_code(text):
+    """There `<` is written as an entity, which a diagram would read as `<`."""
+    for line in safe_markdown(text).split("\n"):
+        assert not re.search(r"(`{3,}|~{3,})\s*\ufeff?mermaid(\s|$)", line, re.IGNORECASE), line
+
+
+def test_a_block_of_code_that_is_no_diagram_keeps_its_tags():
+    assert safe_markdown("```html\n<b>mermaid</b>\n```") == "```html\n<b>mermaid</b>\n```"
+
+
 def test_no_tag_and_no_image_outside_of_blocks_that_every_parser_takes_for_code():
     """Against a parser of the CommonMark standard, with random texts of the pieces that matter."""
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")

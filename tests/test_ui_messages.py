@@ -37,6 +37,20 @@ graph TD
 A[Start] --> B[End]
 ```
 
+```mermaid
+graph TD
+C["<button class='gw-act' value='delete 1'>Own</button><br/><textarea id='gw-message'>Words</textarea>"]
+C <--> D["<i id='gw-act'>x &lt;button class=gw-act>y"]
+```
+
+> ```mermaid
+> graph TD
+> E["<button class=gw-act>z</button>"]
+> ```
+
+```text
+```
+
 <script>document.title = "ran"</script> <img src=x onerror="document.title = 'ran'"> ![beacon](http://outside.invalid/a.png)
 [bad](javascript:document.title='ran') [worse](data:text/html,<script>document.title='ran'</script>)
 $\href{javascript:document.title='ran'}{y}$
@@ -102,6 +116,9 @@ def test_a_diagram_is_drawn(shown):
     tab, _fetched, _url = shown
     tab.wait_for_selector("#gw-chat .mermaid svg")  # it is there before its words are
     tab.wait_for_function("document.querySelector('#gw-chat .mermaid').innerText.includes('Start')")
+    tab.wait_for_function("document.querySelectorAll('#gw-chat .mermaid')[1].innerText.includes('Words')")
+    assert tab.locator("#gw-chat .mermaid :is(button, textarea, [id^=gw-], [class*=gw-])").count() == 0
+    assert "<button class=" in tab.locator("#gw-chat .mermaid >> nth=1").inner_text()
 
 
 def test_nothing_in_a_message_runs_or_is_fetched(shown):

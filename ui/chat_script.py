@@ -136,8 +136,12 @@ LIKELY
   };
 
   document.addEventListener('click', (event) => {
+    const away = event.target.closest && event.target.closest('.mermaid a'); // else it would open in the place of this page
+    if (away) { away.setAttribute('target', '_blank'); away.setAttribute('rel', 'noopener noreferrer'); }
+  }, true);
+  document.addEventListener('click', (event) => {
     if (!event.isTrusted) return; // the script itself presses hidden buttons
-    if (!event.target.closest) return;
+    if (!event.target.closest || event.target.closest('.mermaid')) return; // nothing that a message draws is a button of ours
     const button = event.target.closest('button.gw-act');
     const token = event.target.closest('button.gw-token');
     if (token) return gw.likely(token);

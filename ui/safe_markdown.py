@@ -18,9 +18,14 @@ _CODE = "\ue7f4"  # stands for a piece of code while formulas are looked for
 _PRIVATE = str.maketrans("", "", "\ue7f0\ue7f1\ue7f2\ue7f3\ue7f4")
 _FENCE = re.compile(r"(?P<indent> {0,3})(?:(?P<marks>`{3,})(?P<info>[^`]*)$|(?P<tildes>~{3,})(?P<words>.*)$)")
 _PERHAPS_FENCE = re.compile(r"^( {0,3})(`{3})")
+_DIAGRAM = "mermaid"  # the language of a block that Gradio 6 draws, with the HTML that is in its words
+_KINDS = "interface|abstract|service|enumeration|enum|entity|exception|record|struct|trait|protocol|fork|join|choice"
+# What a diagram itself means by < comes first: kinds of things, and line ends. Entities are read before words are cut out.
+_DIAGRAM_TAG = re.compile(rf"<<(?:{_KINDS})>>|<br ?/?>|<(?=[a-zA-Z/!?])|&(?=(?:amp;?)*(?:#|lt))", re.IGNORECASE)
+_DEEP_DIAGRAM = re.compile(rf"((?:`{{3,}}|~{{3,}})[^\n]*?){_DIAGRAM}", re.IGNORECASE)  # in a quote or a list: not drawn
 _BACKTICKS = re.compile(r"`+")
 _IMAGE = re.compile(r"!\[([^\[\]\n]*)\]\((?=[^\s()])")
-_ACTIVE = re.compile(r"<|!\[|\$|\\[(\[]")  # a text without these is shown as it is
+_ACTIVE = re.compile(r"<|!\[|\$|\\[(\[]|(?i:mermaid)")  # a text without these is shown as it is
 _OPENING = re.compile(r"\$\$|\$|\\\(|\\\[|\\[\s\S]")
 _CLOSING = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
 _MOST_FORMULA = {"$": 400, "$$": 8000, r"\(": 8000, r"\[": 8000}  # characters
@@ -82,8 +87,15 @@ def _block(lines: list[str], at: int, fence: re.Match[str]) -> tuple[list[str], 
             break
         is_flat = is_flat or bool(rest and not lines[here].startswith(indent))
     indent = "" if is_flat else indent
+    if _DIAGRAM in info.lower():
+        lines = lines[: at + 1] + [_DIAGRAM_TAG.sub(_as_words, each) for each in lines[at + 1 : end]] + lines[end:]
     block = [indent + marks + (info if marks[0] == "`" else info.replace("`", "").replace("~", "")), *lines[at + 1 : end]]
     return ([*block, indent + marks], end + 1, True) if is_closed else (block, end, False)
+
+
+def _as_words(found: re.Match[str]) -> str:
+    """A tag in a diagram as words, in the diagrams' own spelling: the page's buttons could be in it."""
+    return {"<": "#lt;", "&": "#amp;"}.get(found[0], found[0])
 
 
 def _safe_text(text: str) -> str:
@@ -107,6 +119,8 @@ def _safe_text(text: str) -> str:
     shown_text = tame("".join(pieces))
     if len(codes) > MOST_MARKS and max(each.count(_CODE) for each in _BLANK_LINE.split(shown_text)) > MOST_MARKS:
         codes = [each.replace("<code>", "&#96;").replace("</code>", "&#96;") for each in codes]  # tags are dear, too
+    if _DIAGRAM in shown_text.lower():
+        shown_text = _DEEP_DIAGRAM.sub(r"\1diagram", shown_text)
     parts = shown_text.split(_CODE)
     return parts[0] + "".join(code + part for code, part in zip(codes, parts[1:], strict=True))
 
