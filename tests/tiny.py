@@ -46,15 +46,10 @@ def write_tokenizer(folder: Path, chat_template: str | None = None, bos: bool = 
 
 
 def bit_pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned integers [rows, cols] -> int32 [rows * bits / 32, cols], low bits first, plain Python integers."""
-    columns = []
-    for column in values.T.tolist():
-        stream = 0
-        for at, value in enumerate(column):
-            stream |= int(value) << (bits * at)
-        words = [(stream >> (32 * at)) & 0xFFFFFFFF for at in range(len(column) * bits // 32)]
-        columns.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(columns, dtype=torch.int32).T.contiguous()
+    """Unsigned integers [rows, cols] -> int32 [rows * bits / 32, cols], low bits first: one stream of bits for each column."""
+    stream = (values.long()[:, None] >> torch.arange(bits)[:, None] & 1).flatten(0, 1)
+    words = (stream[: len(stream) // 32 * 32].unflatten(0, (-1, 32)) << torch.arange(32)[:, None]).sum(1)
+    return (words - (words >> 31 << 32)).int()
 
 
 def random_layer(rows, cols, bits, group_size, *, act_order=False, sym=True, form="gptq", generator=None, permutation=None):
