@@ -60,7 +60,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(_BYTE, device=values.device) * bits
     numbers = (padded.view(cols, eights, _BYTE) << shifts).sum(-1)  # [cols, eights], each the eight values in `bits` bytes
     stream = numbers.view(torch.uint8).view(cols, eights, 8)[:, :, :bits].reshape(cols, eights * bits)
-    return stream[:, : words * 4].contiguous().view(torch.int32).T.contiguous()
+    whole = stream[:, : words * 4].clone(memory_format=torch.contiguous_format)  # `contiguous` keeps the stride of a single line
+    return whole.view(torch.int32).T.contiguous()
 
 
 def unpack(words: Tensor, bits: int, rows: int) -> Tensor:
@@ -113,7 +114,9 @@ def as_int32(words: Tensor, dim: int) -> Tensor:
     if words.dtype == torch.int32:
         return words
     lines = (words.T if dim == 0 else words).contiguous().view(torch.uint8)  # [lines, bytes], little-endian
-    lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % 4)).view(torch.int32)
+    lines = (
+        torch.nn.functional.pad(lines, (0, -lines.shape[1] % 4)).clone(memory_format=torch.contiguous_format).view(torch.int32)
+    )
     return (lines.T if dim == 0 else lines).contiguous()
 
 

@@ -57,6 +57,11 @@ class Turns:
         self._left = 0  # tokens that may still be read in this round
         self.tokens = first_tokens  # that take PAUSE_S
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no more than one prompt is being read."""
+        return len(self._waiting) <= 1
+
     def join(self) -> Turn:
         least = min(self._waiting, key=lambda each: each.share, default=None)
         share = 0 if least is None else least.share - least.read  # before who has read something, after who has not

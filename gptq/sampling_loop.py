@@ -74,12 +74,8 @@ class SamplingLoop:
             return False
         return all(value is None or value is False for name, value in given.items() if name not in _SETTINGS)
 
-    def run(self, ids: Tensor, logits: Tensor, running: Running, chosen: Callable[[int], None], most: int) -> Tensor:
-        """From `logits` [1, V] after `ids` [1, n] on -> ids with the answer [1, n + answer]. `chosen` hears of every token.
-
-        The next token is begun before the host asks for this one, so that a GPU does not wait for the criteria, but for the
-        last of `most` ids.
-        """
+    def run(self, ids: Tensor, logits: Tensor, running: Running, chosen: Callable[[int], None]) -> Tensor:
+        """From `logits` [1, V] after `ids` [1, n] on -> ids with the answer [1, n + answer]. `chosen` hears of every token."""
         with closing(running):
             while True:
                 scores = logits.to(self._dtype).to(torch.float32, copy=True)
@@ -89,9 +85,7 @@ class SamplingLoop:
                     token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
                 else:
                     token = torch.argmax(scores, dim=-1)
-                with torch.inference_mode():
-                    begun = running.begin(token) if ids.shape[1] + 1 < most else None
-                id = begun() if begun is not None else int(token)
+                id = int(token)
                 chosen(id)
                 ids = torch.cat([ids, token[:, None]], dim=-1)
                 if self._streamer is not None:
@@ -108,9 +102,13 @@ class SamplingLoop:
 
 
 def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor, or what gives the same scores in less time."""
-    from transformers import SuppressTokensLogitsProcessor
+    """A logits processor, or what gives the same scores in less time and waits for no GPU."""
+    from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, SuppressTokensLogitsProcessor
 
+    if type(processor) is MinNewTokensLengthLogitsProcessor:
+        return _without_end(processor.eos_token_id, processor.prompt_length_to_skip + processor.min_new_tokens)
+    if type(processor) is MinLengthLogitsProcessor:
+        return _without_end(processor.eos_token_id, processor.min_length)
     if type(processor) is not SuppressTokensLogitsProcessor:
         return processor
 
@@ -119,6 +117,21 @@ def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return scores.index_fill(1, tokens[(tokens >= 0) & (tokens < scores.shape[-1])], -float("inf"))
 
     return suppressed
+
+
+def _without_end(ends: Tensor, least: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """No token of `ends` before a text has `least` ids."""
+    known: dict[Any, Tensor] = {}
+
+    def without(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[-1] >= least:
+            return scores
+        if scores.device not in known:
+            own = ends.to(scores.device)
+            known[scores.device] = own[(own >= 0) & (own < scores.shape[-1])]
+        return scores.index_fill(1, known[scores.device], -float("inf"))
+
+    return without
 
 
 def _criterion(criterion: Any) -> Callable[[Tensor, int], Any]:

@@ -100,3 +100,21 @@ def test_dequantize_by_hand() -> None:
     weight = bit_packing.dequantize(bit_packing.pack(q, 4), qzeros, scales, g_idx, 4)
     assert weight.shape == (4, 8)
     assert weight[:, 0].tolist() == [2.0, 0.5, 26.0, -4.0]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_any_number_of_rows_and_a_single_column_are_packed(bits: int) -> None:
+    for rows in range(1, 70):
+        for cols in (1, 2):
+            values = torch.randint(0, 2**bits, (rows, cols))
+            words, columns = bit_packing.pack(values, bits), bit_packing.pack_columns(values, bits)
+            assert torch.equal(bit_packing.unpack(words, bits, rows).int(), values.int())
+            assert torch.equal(bit_packing.unpack_columns(columns, bits, cols).int(), values.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64])
+def test_narrow_and_wide_words_of_a_single_line_are_joined(dtype: torch.dtype) -> None:
+    words = torch.arange(8).to(dtype)
+    wanted = torch.from_numpy(words.numpy().view("<i4").copy())
+    assert torch.equal(bit_packing.as_int32(words[:, None], 0), wanted[:, None])
+    assert torch.equal(bit_packing.as_int32(words[None], 1), wanted[None])

@@ -130,3 +130,14 @@ def test_where_nothing_is_left_to_release_the_error_is_raised_and_nothing_is_los
 ])  # fmt: skip
 def test_prompts_are_read_in_large_pieces_where_their_activations_fit(free_gb, token_kb, tokens):
     assert chunk_of(free_gb * 10**9, token_kb * 10**3) == tokens
+
+
+def test_large_pieces_are_for_a_prompt_that_is_read_alone():
+    stepper = stepper_of(Step(room=4096, at_once=4096))
+    stepper.chunk_tokens = 4096
+    first, second = stepper.turns.join(), stepper.turns.join()
+    assert (first.tokens(), stepper.piece_limit()) == (2048, 2048)
+    second.close()
+    assert stepper.piece_limit() == first.tokens() == 4096
+    stepper.chunk_tokens = 512  # as where the GPU is nearly full
+    assert stepper.piece_limit() == 512

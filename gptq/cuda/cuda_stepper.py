@@ -4,7 +4,6 @@ import logging
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +18,9 @@ from ..lora import Part
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..reading_turns import Turns
-from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
-from .begun_ahead import BegunAhead
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kernel_arguments import ONE_ROWS
@@ -77,10 +74,14 @@ class CudaStepper(Stepper):
         self.page_room = PageRoom(step.pages)
         self._answers = Answers(step, self.page_room, parallel, guesses)
         self._answers.resume = self._read_again
-        self.turns = Turns(lambda: self._answers.busy, lambda: self.chunk_tokens)
+        self.turns = Turns(lambda: self._answers.busy, self.piece_limit)
         self._pieces = AskedPieces(self._read_pieces)
         self._answers.launch_prompts = self._pieces.flush
         self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after
+
+    def piece_limit(self) -> int:
+        """Tokens of prompts at a time: large pieces are for a prompt that is read alone."""
+        return self.chunk_tokens if self.turns.is_alone else min(self.chunk_tokens, _CHUNK)
 
     @property
     def describes(self) -> str:
@@ -182,27 +183,17 @@ class CudaStepper(Stepper):
         memory.length += len(ids)
         return hidden
 
-    def step(self, memory: Memory, id: int | Tensor) -> Tensor:
-        """One id, in row 0; a tensor [1] of the GPU is not asked for its value.
-
-        No other answer may run beside it: the worker gives such callers the thread alone.
-        """
+    def step(self, memory: Memory, id: int) -> Tensor:
+        """One id, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
         assert isinstance(memory, PagedMemory)
-        if isinstance(id, int):
-            require_known((id,), self.embedding_rows)
+        require_known((id,), self.embedding_rows)
         sequences = self._step.sequences
         sequences.use(memory, memory.length + 1)
-        sequences.ids[:1] = id
-        sequences.positions[0] = memory.length
+        sequences.ids[:1].fill_(id)  # `ids[0] = id` would be a copy, which waits for the GPU
+        sequences.set_position(0, memory.length)
         self._step.step_rows(1, False, {0: memory.adapter})
         memory.length += 1
         return sequences.logits[:1]
-
-    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
-        shape = self._step.shape
-        if shape.vocabulary > shape.embedding_rows:  # a token might have no row; only the host could tell
-            return super().running(memory, ids)
-        return BegunAhead(memory, partial(self.step, memory), self.device)
 
     def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CudaAdapter:
         with torch.inference_mode():
