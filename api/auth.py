@@ -100,7 +100,7 @@ class Keys:
         """Raises BadParameter if their file is damaged: a change would lose what is in it."""
         found = self._read()
         if self.path is not None and _NOBODY in found:
-            raise BadParameter(f"The API keys in {self.path.name} cannot be read. Delete the file to start again without keys.")
+            raise BadParameter(f"The API keys in {self.path} cannot be read. Delete the file to start again without keys.")
         return list(found.values())
 
     def check(self, headers: Mapping[str, str], needs: Right, address: str = "") -> Caller:

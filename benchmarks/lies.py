@@ -166,6 +166,8 @@ def checked(folder: Folder, path: Path, kernel: str, device: str = "cpu", tolera
         dense = twin(folder, path)
         wanted = wanted_of(dense, ids, prompt)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if (model.context_tokens or len(ids)) < len(ids):
+            return "refused: longer than its context"
         return f"NO TWIN, but loaded: {type(error).__name__} {str(error)[:160]}"
     for at, (a, b) in enumerate(zip(found, wanted, strict=True)):
         off = distance(a, b)

@@ -8,6 +8,10 @@ from .folder_files import printable
 
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
+CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+_OWN_CONTEXT = {  # of families that read no other
+    "mpt": "max_seq_len", **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "codegen"), "n_positions"),
+}  # fmt: skip
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
@@ -17,6 +21,15 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
         return given
     heads, hidden = first(config, HEADS), first(config, HIDDEN)
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest text that a model was made for; None if config.json does not tell."""
+    inner, kind = config.get("text_config"), config.get("model_type")
+    names = (_OWN_CONTEXT.get(kind, "") if isinstance(kind, str) else "", *CONTEXT)
+    both = (config, inner if isinstance(inner, Mapping) else {})
+    found = (each[name] for each in both for name in names if isinstance(each.get(name), int))
+    return next((each for each in found if each > 0), None)
 
 
 def first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:

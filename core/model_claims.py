@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .config_numbers import HEADS, HIDDEN, first, is_number, shown
+from .config_numbers import CONTEXT, HEADS, HIDDEN, first, is_number, shown
 from .folder_files import printable
 from .packed_layout import Tensors
 from .rope_claims import rope_problems
@@ -16,10 +16,9 @@ from .rope_claims import rope_problems
 _CURE = "Correct config.json, or download the model again."
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 _MOST = {  # far beyond every model there is; a larger number is damage
     **dict.fromkeys(_LAYERS, 10_000), **dict.fromkeys(HEADS, 1 << 16), **dict.fromkeys(HIDDEN, 1 << 20),
-    **dict.fromkeys(_CONTEXT, 1 << 31), "num_key_value_heads": 1 << 16, "head_dim": 1 << 14, "vocab_size": 1 << 24,
+    **dict.fromkeys(CONTEXT, 1 << 31), "num_key_value_heads": 1 << 16, "head_dim": 1 << 14, "vocab_size": 1 << 24,
     "intermediate_size": 1 << 24, "ffn_dim": 1 << 24, "n_inner": 1 << 24,
 }  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -92,7 +91,7 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json says num_labels {shown(labels)}; a number up to {_MOST_LABELS} was expected"
     kind = config.get("model_type")
     positions = _TABLES.get(kind) if isinstance(kind, str) else None
-    for name in _CONTEXT if positions is not None else ():
+    for name in CONTEXT if positions is not None else ():
         value = config.get(name)
         if isinstance(value, int) and value > (positions or 0):
             yield f"config.json says {name} {value}; a model of the type {kind} has {positions} positions at most"

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .config_numbers import context_of
 from .errors import BadCheckpoint, BadFile, BadQuantizeConfig, GptqWebuiError
 from .folder_files import printable, read_json, unfit_file
 from .foreign_errors import in_words
@@ -40,7 +41,6 @@ OPENED_BY: dict[Kind, str] = {  # AWQ, compressed-tensors and gptq_p only where 
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.(?:safetensors|bin|pt))$")
 _LONGEST_NAME, _MOST_MISSING = 80, 100_000  # of an architecture; shards: each of many files may claim to be one of 99,999
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,8 @@ def kind_of_tensors(tensors: dict[str, tuple[Path, TensorInfo]]) -> Kind:
 def architecture_and_context(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """What config.json says: ("MistralForCausalLM" or "", tokens it was trained for or None)."""
     config = in_todays_words(config)
-    inner = config.get("text_config")
-    both = (config, inner if isinstance(inner, Mapping) else {})
-    found = (each[key] for each in both for key in _CONTEXT_KEYS if isinstance(each.get(key), int))
-    context = next((each for each in found if each > 0), None)
     named = config.get("architectures")
-    return printable(str(named[0]))[:_LONGEST_NAME] if isinstance(named, list) and named else "", context
+    return printable(str(named[0]))[:_LONGEST_NAME] if isinstance(named, list) and named else "", context_of(config)
 
 
 def _read(folder: Path) -> LocalModel:

@@ -58,6 +58,7 @@ WITHOUT_A_CURE = {  # there is no more to say, or the value is a whole sentence 
 }  # fmt: skip
 NOTES = {"NoCompiler"}  # why fast kernels are not used: a note beside a model that is computed in another way
 WHOLE_PATHS = {
+    "api/auth.py: self.path",  # its owner is to delete it
     "app/chat_slash.py: path", "app/engine_commands.py: folder", "engine/evaluation.py: folder", "hub/upload.py: folder",
     "engine/disk_inventory.py: folder",  # of a model that the owner wants to see where no window can open
     *(f"hub/{name}.py: file.path" for name in ("download", "download_folder", "file_download")),  # within a repository

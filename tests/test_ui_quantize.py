@@ -116,6 +116,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_values(served, monkeypatch)
     choose(page, "20", "16")
     page.click("#gw-quantize-start")
     page.click("#gw-quantize-stop")
+    page.wait_for_selector("#gw-quantize-status:has-text('Stopping after this layer')")  # the run has heard of it
     go.set()
     page.wait_for_selector("#gw-quantize-status:has-text('press Quantize with the same values')")
     before = len(solved)

@@ -1,4 +1,7 @@
-"""Returns memory that nothing uses any more to the system: `free_memory` is the only function that does so."""
+"""Returns memory that nothing uses any more to the system.
+
+`free_memory` is the only function for that; only a step whose prompt does not fit empties torch's cache itself, and goes on.
+"""
 
 import contextlib
 import ctypes
