@@ -107,7 +107,7 @@ class Guard:
             return
         limit = self._max_body_bytes if api else _PAGE_BODY_BYTES
         length = (_header(scope, b"content-length") or "").lstrip("0")  # int() refuses thousands of digits
-        if len(length) > 18 or int(length or "0") > limit:
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             await _answer(send, 413, _too_large(limit), headers)
             return
         if api:  # `curl -d` calls everything a form

@@ -9,9 +9,7 @@ from .folder_files import printable
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
-_OWN_CONTEXT = {  # of families that read no other
-    "mpt": "max_seq_len", **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "codegen"), "n_positions"),
-}  # fmt: skip
+_OWN_CONTEXT = {"mpt": "max_seq_len"}  # of a family that reads no other
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ _MOST = {  # far beyond every model there is; a larger number is damage
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST_EXPERTS = 1 << 14  # a library makes each of them when it builds the model
+_OF_OTHERS = ("quantization_config", "task_specific_params")
 _LONGEST_NAME = 60
 _MOST_LABELS = 1 << 16  # transformers names each of them
 _TABLES = {  # families that make a table of all positions, or of all pairs of them, when they are built
@@ -65,8 +66,10 @@ def embedding_rows(tensors: Tensors) -> list[int]:
 
 
 def _endless(config: Mapping[str, Any]) -> Iterator[str]:
-    """Whole numbers that no tensor can hold. The quantisation's own are judged with its settings."""
-    waiting: list[tuple[str, Any]] = [(name, value) for name, value in config.items() if name != "quantization_config"]
+    """Whole numbers that no tensor can hold. The quantisation's own are judged with its settings; no model is made of others."""
+    waiting: list[tuple[str, Any]] = [
+        (name, value) for name, value in config.items() if name not in _OF_OTHERS and not name.endswith("max_length")
+    ]
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, Mapping):

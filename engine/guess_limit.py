@@ -8,7 +8,7 @@ have one address, so they share its limit, and none of them is known by it.
 import ipaddress
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 BY_NAME = " by name"  # ends the address of whoever asks for a host by its name: a public link's visitors, or those of a proxy
 _HERE = "127.0.0.1"  # stands for every address of this machine
+_MOST_PAID = 64
 _MOST_ADDRESSES = 4096  # that are remembered; the ones seen last
 
 
@@ -27,6 +28,7 @@ class _Bucket:
     def __init__(self, size: float, per_s: float, now: float) -> None:
         self.size, self.per_s = size, per_s
         self.left, self.at = size, now
+        self.paid: deque[_Bucket] = deque(maxlen=_MOST_PAID)  # of an address: which buckets its attempts were also taken from
 
     def wait_s(self, now: float) -> float:
         self.left, self.at = min(self.size, self.left + (now - self.at) * self.per_s), now
@@ -37,7 +39,8 @@ class GuessLimit:
     """At most `guesses` wrong attempts at once per address, then one per `every_s`; `total` of both for all strangers together,
     and again for all who came in before.
 
-    The defaults are for passwords that people choose: some 4,400 a day, whoever guesses.
+    The defaults are for passwords that people choose: some 4,400 a day of strangers, as many of those who came in before, and
+    as many of this machine.
     """
 
     def __init__(
@@ -68,19 +71,20 @@ class GuessLimit:
                 return wait_s
             for each in buckets:
                 each.left -= 1
+            own.paid.extend(buckets[1:])
             return 0.0
 
     def succeeded(self, address: str) -> None:
         """The attempt that was just counted was right: it is given back."""
         address = _network(address)
         with self._lock:
-            if address != _HERE:
-                paid = self._friends if address in self._known else self._strangers
-                paid.left = min(paid.size, paid.left + 1)
             if not address.endswith(BY_NAME):
                 _remember(self._known, address, None)
             if (own := self._each.get(address)) is not None:
                 own.left += 1
+                if own.paid:
+                    paid = own.paid.pop()
+                    paid.left = min(paid.size, paid.left + 1)
 
 
 def _remember(kept: OrderedDict[str, T], address: str, value: T) -> None:

@@ -98,7 +98,7 @@ def read_branches(hub: Hub, repo: str) -> Branches:
                     return None
 
             listings = [each for each in pool.map(listing_of, names[:SHOWN]) if each is not None]
-            requests = _Requests(hub, client, pool, room)
+            requests = _Requests(hub, client, pool, room, listings[0] if listings else None)
             for listing in listings:
                 requests.settings(listing)
             for listing in listings:
@@ -133,16 +133,17 @@ def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
 class _Requests:
     """The running requests. A file that several branches share is requested once."""
 
-    def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor, room: hub_request.Room) -> None:
-        self._hub, self._client, self._pool, self._room = hub, client, pool, room
-        self._first: Listing | None = None  # it is read whatever the others hold
+    def __init__(
+        self, hub: Hub, client: "httpx.Client", pool: Executor, room: hub_request.Room, first: Listing | None
+    ) -> None:
+        """`first` is read whatever the others hold."""
+        self._hub, self._client, self._pool, self._room, self._first = hub, client, pool, room, first
         self._jobs: dict[tuple[str, tuple[int, int] | None], Future[bytes | None]] = {}
 
     def _read(self, listing: Listing, path: str, part: tuple[int, int] | None = None) -> "Future[bytes | None]":
         content = next((each.fingerprint for each in listing.files if each.path == path), "")
         key = (content or f"{listing.commit}/{path}", part)
         if key not in self._jobs:
-            self._first = self._first or listing
             room = None if listing is self._first else self._room
             self._jobs[key] = self._pool.submit(self._hub.small_file, listing, path, self._client, part, room)
         return self._jobs[key]

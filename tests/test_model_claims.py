@@ -68,6 +68,7 @@ def test_a_contradiction_is_a_sentence_in_the_list(claims, says, tiny_gptq, tmp_
 
 @pytest.mark.parametrize("claims", [
     {}, {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}, {"n_routed_experts": 8, "n_group": 0, "topk_method": "greedy"},
+    {"model_max_length": 10**30, "max_length": 1 << 64}, {"task_specific_params": {"any": {"seed": (1 << 64) - 1}}},
     {"num_local_experts": 0, "num_experts_per_tok": 0}, {"num_experts": 4}, {"num_experts": 4, "moe_k": [2, 2]},
     {"n_routed_experts": 4, "zero_expert_num": 2, "num_experts_per_tok": 6},
     {"head_dim": 48}, {"partial_rotary_factor": 0.5}, {"rope_scaling": None}, {"num_hidden_layers": 1},

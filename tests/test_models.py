@@ -126,7 +126,7 @@ def test_facts_of_the_panel(tmp_path: Path) -> None:
         ({"text_config": {"max_position_embeddings": 77}}, 77),
         ({"max_position_embeddings": None}, None),
         ({"model_type": "mpt", "max_position_embeddings": 4096, "max_seq_len": 2048}, 2048),
-        ({"model_type": "gptj", "max_position_embeddings": 4096, "n_positions": 1024}, 1024),
+        ({"model_type": "gptj", "max_position_embeddings": 1024, "n_positions": 4096}, 1024),
         ({"model_type": "mpt", "max_position_embeddings": 4096}, 4096),
         ({"model_type": ["mpt"], "n_positions": 1024}, 1024),
     ],

@@ -20,9 +20,12 @@ _FENCE = re.compile(r"(?P<indent> {0,3})(?:(?P<marks>`{3,})(?P<info>[^`]*)$|(?P<
 _PERHAPS_FENCE = re.compile(r"^( {0,3})(`{3})")
 _DIAGRAM = "mermaid"  # the language of a block that Gradio 6 draws, with the HTML that is in its words
 _KINDS = "interface|abstract|service|enumeration|enum|entity|exception|record|struct|trait|protocol|fork|join|choice"
-# What a diagram itself means by < comes first: kinds of things, and line ends. Entities are read before words are cut out.
-_DIAGRAM_TAG = re.compile(rf"<<(?:{_KINDS})>>|<br ?/?>|<(?=[a-zA-Z/!?])|&(?=(?:amp;?)*(?:#|lt))", re.IGNORECASE)
-_DEEP_DIAGRAM = re.compile(rf"((?:`{{3,}}|~{{3,}})[^\n]*?){_DIAGRAM}", re.IGNORECASE)  # in a quote or a list: not drawn
+# What a diagram itself means by < is kept: kinds of things, line ends, arrows, "less than". It removes some words and reads
+# entities and \x3c before it shows the others, so no other < may stay, no & within a word and no such backslash.
+_DIAGRAM_TAG = re.compile(rf"<<(?:{_KINDS})>>|<br ?/?>|<(?![ \t<|=.*-])|&(?![ \t])|\\(?=[xuU])", re.IGNORECASE)
+_AS_WORDS = {"<": "#lt;", "&": "#amp;", "\\": "#92;"}
+_DEEP_FENCE = re.compile(r"[\s>*+\-\d.)\[\]xX]*(?:`{3,}|~{3,})")  # in a quote or a list
+_MERMAID = re.compile(_DIAGRAM, re.IGNORECASE)
 _BACKTICKS = re.compile(r"`+")
 _IMAGE = re.compile(r"!\[([^\[\]\n]*)\]\((?=[^\s()])")
 _ACTIVE = re.compile(r"<|!\[|\$|\\[(\[]|(?i:mermaid)")  # a text without these is shown as it is
@@ -95,7 +98,14 @@ def _block(lines: list[str], at: int, fence: re.Match[str]) -> tuple[list[str], 
 
 def _as_words(found: re.Match[str]) -> str:
     """A tag in a diagram as words, in the diagrams' own spelling: the page's buttons could be in it."""
-    return {"<": "#lt;", "&": "#amp;"}.get(found[0], found[0])
+    return _AS_WORDS.get(found[0], found[0])
+
+
+def _without_deep_diagram(line: str) -> str:
+    """The beginning of a diagram in a quote or a list, as that of a piece of code: it is not drawn."""
+    if (fence := _DEEP_FENCE.match(line)) is None:
+        return line
+    return line[: fence.end()] + _MERMAID.sub("diagram", line[fence.end() :])
 
 
 def _safe_text(text: str) -> str:
@@ -120,7 +130,7 @@ def _safe_text(text: str) -> str:
     if len(codes) > MOST_MARKS and max(each.count(_CODE) for each in _BLANK_LINE.split(shown_text)) > MOST_MARKS:
         codes = [each.replace("<code>", "&#96;").replace("</code>", "&#96;") for each in codes]  # tags are dear, too
     if _DIAGRAM in shown_text.lower():
-        shown_text = _DEEP_DIAGRAM.sub(r"\1diagram", shown_text)
+        shown_text = "\n".join(map(_without_deep_diagram, shown_text.split("\n")))
     parts = shown_text.split(_CODE)
     return parts[0] + "".join(code + part for code, part in zip(codes, parts[1:], strict=True))
 

@@ -63,7 +63,8 @@ class CudaStepper(Stepper):
         free, row_bytes = self._step.free_bytes(), self._step.sequences.row_bytes
         parallel = min(parallel, max(self._step.sequences.rows, free // 16 // row_bytes))
         self._step.pages.limit_bytes = max(self._step.context_bytes, free - _OTHERS_BYTES - 2 * parallel * row_bytes)
-        self.chunk_tokens = chunk_of(free, self._step.prompt.token_bytes)
+        if not any(layer.window for layer in self._step.weights.layers):  # masks of windows grow with the piece
+            self.chunk_tokens = chunk_of(free, self._step.prompt.token_bytes)
         self.device, self.embedding_rows = self._step.device, self._step.shape.embedding_rows
         self.parallel = parallel
         self._share(self._step, parallel, guesses)
@@ -163,7 +164,9 @@ class CudaStepper(Stepper):
     def _make_room(self) -> bool:
         """Release earlier conversations, or else read prompts in smaller pieces. False if neither is left."""
         prefix = self.page_room.prefix
-        if prefix is not None and prefix.conversations:
+        if self.chunk_tokens > _CHUNK:
+            self.chunk_tokens = _CHUNK
+        elif prefix is not None and prefix.conversations:
             prefix.clear()
         elif self.chunk_tokens > SMALLEST_CHUNK:
             self.chunk_tokens //= 2
