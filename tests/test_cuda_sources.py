@@ -45,32 +45,32 @@ def compiler(capability, cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_compile_for_every_family(family, tmp_path):
-    turn = list(FAMILIES).index(family)  # the pairs of packing and rows are shared out among the families
-    all_of_it = family in ("Turing", "Ampere", "Hopper")  # the sources ask for 8.0 and 9.0 only: others compile the same code
     packings = [Packing(4, True, 1), Packing(8, False, 2), Packing(3, False, 4), Packing(2, True, 1)]
-    variants = [GemvVariant(packings[0], *each, 8, 4, 3, 1, True) for each in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))]
+    variants = [
+        GemvVariant(packings[0], epilogue, norm, 8, 4, 3, 1, True)
+        for epilogue, norm in (("PLAIN", 2), ("SILU", 2), ("RESIDUAL", 0))
+    ]
     variants += [replace(each, adapted=runs, blocks=2) for runs, each in enumerate(variants, 1)]
     variants += [replace(variants[0], packing=Packing(bits, sym, 1), span=2) for bits, sym in ((2, True), (3, False), (4, True))]
     variants.append(replace(variants[3], packing=Packing(2, True, 1), span=2))
     limit = LIMITS.get(family, 99) * 1024
-    for at, packing in enumerate(packings, turn):
+    for packing in packings:
         epilogue = "SILU" if packing.sym else "RESIDUAL"
-        variants += list(small_batch.variants(packing, epilogue, limit).values())[at % 3 :: 3]
-        variants += list(wide_batch.variants(packing, epilogue, limit, family == "Hopper").values())[at % 3 :: 3]
-    variants += list(wide_batch.variants(packings[0], "PLAIN", limit, family == "Hopper").values())[turn % 3 :: 3]
+        variants += small_batch.variants(packing, epilogue, limit).values()
+        variants += wide_batch.variants(packing, epilogue, limit, family == "Hopper").values()
+    variants += wide_batch.variants(packings[0], "PLAIN", limit, family == "Hopper").values()
     variants.append(GemvVariant(packings[1], "PLAIN", 0, 8, 2, 3, experts=True))
     variants += [
         OctetVariant(packings[rows % 4], epilogue, rows, norm, 4, 2, 3, 2, False, 1)
-        for rows in (octet.ROWS if all_of_it else octet.ROWS[-1:])
+        for rows in octet.ROWS
         for epilogue, norm in (("PLAIN", 2), ("SILU", 1), ("RESIDUAL", 0))
     ]
     variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
-    variants += [GuessedVariant(KvFormat(128, q8=True)), *([GuessedVariant(KvFormat(64))] * all_of_it)]
-    if FAMILIES[family] >= (9, 0):
-        variants += [PagedAttentionVariant(KvFormat(each), 2) for each in ((32, 64, 96, 128) if all_of_it else (128,))]
-    formats = [KvFormat(64), KvFormat(128, q8=True), *([KvFormat(128)] * all_of_it)]
+    variants += [GuessedVariant(KvFormat(64)), GuessedVariant(KvFormat(128, q8=True))]
+    variants += [PagedAttentionVariant(KvFormat(each), 2) for each in (32, 64, 96, 128) if FAMILIES[family] >= (9, 0)]
+    formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
-    fixed = ("repack_3", "unpack_8_asym_2", "attention_64", "sample", "sample_guessed", "head", "rope_64", "attention_128_q8")
+    fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "sample_guessed", "head", "rope_64", "attention_128_q8")
     names = gpu_kernels._KERNEL.findall(kernel_source.source(variants, packings, formats, fixed=True))
     assert {each.name for each in variants} | set(fixed) <= set(names)
     for name in names:
