@@ -133,9 +133,7 @@ def with_gptq_version(error: WrongRepository, hub: Hub) -> WrongRepository:
 class _Requests:
     """The running requests. A file that several branches share is requested once."""
 
-    def __init__(
-        self, hub: Hub, client: "httpx.Client", pool: Executor, room: hub_request.Room, first: Listing | None
-    ) -> None:
+    def __init__(self, hub: Hub, client: "httpx.Client", pool: Executor, room: hub_request.Room, first: Listing | None) -> None:
         """`first` is read whatever the others hold."""
         self._hub, self._client, self._pool, self._room, self._first = hub, client, pool, room, first
         self._jobs: dict[tuple[str, tuple[int, int] | None], Future[bytes | None]] = {}

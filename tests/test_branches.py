@@ -114,6 +114,16 @@ def test_lists_and_settings_of_all_branches_have_a_limit_together(hub_server, ti
     assert [each.name for each in read_branches(Hub(), REPO).branches] == ["main"]  # it has the limits of one
 
 
+def test_a_main_branch_without_settings_has_the_limits_of_one_too(hub_server, tiny_gptq, monkeypatch):
+    hub_server.add(REPO, {"README.md": b"# A card\n" * 1000, "measurement.json": b"{}"})  # as exl2 repositories have it
+    hub_server.add(REPO, {path.name: path.read_bytes() for path in tiny_gptq.iterdir() if path.is_file()}, "4bit")
+    monkeypatch.setattr(branches, "_TOGETHER_BYTES", 50)
+    with pytest.raises(WrongRepository):  # the other branch, which could be used, is left out
+        read_branches(Hub(), REPO)
+    monkeypatch.setattr(branches, "_TOGETHER_BYTES", 64_000_000)
+    assert [each.name for each in read_branches(Hub(), REPO).branches] == ["main", "4bit"]
+
+
 def test_settings_count_as_lists_do(hub_server, tiny_gptq, monkeypatch):
     files = {path.name: path.read_bytes() for path in tiny_gptq.iterdir() if path.is_file()}
     hub_server.add(REPO, files)

@@ -54,6 +54,15 @@ def test_a_right_attempt_costs_nothing():
         found.succeeded("10.0.0.1")
 
 
+def test_right_attempts_at_the_same_moment_cost_nothing_either():
+    found, _clock = limit()
+    for at in range(50):
+        assert [found.attempt(f"10.0.{at}.1") for _ in range(5)] == [0] * 5
+        for _ in range(5):
+            found.succeeded(f"10.0.{at}.1")
+    assert found._strangers.left == found._friends.left == 20
+
+
 def test_the_addresses_of_one_ipv6_network_are_one():
     found, _clock = limit()
     assert sum(tries(found, f"2001:db8::{at:x}") for at in range(1, 200)) == 5

@@ -52,7 +52,7 @@ _MOST_STREAMS = 4  # of one session at a time: its heartbeat and its events
 _MOST_STREAMS_OF_USER = 160
 _MOST_PENDING = 64  # events of one session whose result nobody fetched
 _MOST_PENDING_BYTES = 64 << 20  # of all sessions together, with what is still arriving
-_SMALL_BYTES = 64 << 10  # of an event that arrives whatever others send
+_SMALL_BYTES = 64 << 10  # of an event that arrives whatever else is arriving
 
 
 @dataclass
@@ -145,7 +145,8 @@ class PageGate:
 
         def take(size: int) -> None:
             nonlocal held
-            if held + size > _SMALL_BYTES and size + self._held_bytes + self._server.pending_bytes() > _MOST_PENDING_BYTES:
+            arriving = self._held_bytes if held + size > _SMALL_BYTES else 0
+            if size + arriving + self._server.pending_bytes() > _MOST_PENDING_BYTES:
                 raise _Refusal(429, "Too much is being sent to this server at once. Try again in a moment.")
             self._held_bytes += size
             held += size
