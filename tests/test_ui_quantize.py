@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from browser import WAIT_MS, chromium
+from browser import WAIT_MS, chromium, type_into
 from gptq_webui.core.models import LocalModel
 from gptq_webui.engine.chat_service import ChatService
 from gptq_webui.engine.chat_store import ChatStore
@@ -95,7 +95,7 @@ def test_from_a_16_bit_folder_to_an_answer_of_the_new_branch(served):
     )  # kernels are compiled
     assert served.engine.status.phase == "ready"
     page.get_by_role("tab", name="Chat").click()
-    page.fill("#gw-message textarea", "Hi")
+    type_into(page, "#gw-message textarea", "Hi")
     page.press("#gw-message textarea", "Enter")
     page.wait_for_selector("#gw-chat [data-testid=bot]")
 
