@@ -102,6 +102,9 @@ def _absurd(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(name)
         if value is not None and not (is_number(value) and 0 <= value < 1):
             yield f"config.json says {name} {shown(value)}; a small positive number such as 1e-6 was expected"
+    scale = config.get("attention_multiplier")
+    if scale is not None and not (is_number(scale) and scale > 0):
+        yield f"config.json says attention_multiplier {shown(scale)}; a positive number was expected"
     window = config.get("sliding_window")
     positive = isinstance(window, int) and not isinstance(window, bool) and 0 < window <= 1 << 31
     if window is not None and config.get("use_sliding_window") is not False and not positive:

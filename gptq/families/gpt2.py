@@ -29,7 +29,7 @@ def describe(hf: Any) -> ModelParts:
         )
         for layer in base.h
     ]
-    scale = 0.0 if config.scale_attn_weights else 1.0
+    scale = None if config.scale_attn_weights else 1.0
     options = Options(norm="layer", gated=False, activation=act_of(base.h[0].mlp), score_scale=scale)
     return model_of(
         hf, layers, options, norm=norm_of(base.ln_f), heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotaries=(),

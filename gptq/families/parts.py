@@ -86,7 +86,7 @@ class Options:
     parallel: bool = False
     qk_norm: str = ""  # of queries and keys: head (each head alone) or width (all heads together); "": none
     qk_norm_last: bool = False  # after they are turned
-    score_scale: float = 0.0  # of the scores; 0: 1 / sqrt(D)
+    score_scale: float | None = None  # of the scores; None: 1 / sqrt(D)
     score_cap: float = 0.0  # then cap * tanh(score / cap); 0: none
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -218,7 +218,8 @@ class ModelParts:
 
     @property
     def score_scale(self) -> float:
-        return self.options.score_scale or inverse_root(self.head_dim)
+        own = self.options.score_scale
+        return inverse_root(self.head_dim) if own is None else own
 
     @property
     def rotary(self) -> nn.Module:
