@@ -96,7 +96,7 @@ def twin(folder: Folder, path: Path) -> Any:
             owner.bias = torch.nn.Parameter(state[name])
     if heads and not embedded and config.tie_word_embeddings:
         embedding = next(name for name, each in modules.items() if each is model.get_input_embeddings())
-        head = next(name for name in state if name.startswith(("lm_head.", "embed_out.")))
+        head = next(name for name in state if name in ("lm_head.weight", "embed_out.weight"))
         state[f"{embedding}.weight"] = state[head]
     missing, unexpected = model.load_state_dict({n: t for n, t in state.items() if not n.endswith("inv_freq")}, strict=False)
     missing = [each for each in missing if heads or each not in ("lm_head.weight", "embed_out.weight")]
