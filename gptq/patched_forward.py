@@ -114,7 +114,7 @@ class ForwardPatch:
         self._memory, self._read = None, []  # a processor or a criterion may call the model meanwhile
         loop = SamplingLoop(logits_processor, stopping_criteria, generation_config, streamer, self._dtype(logits))
         try:
-            return loop.run(ids, logits, running, read.append)
+            return loop.run(ids, logits, running, read.append, most)
         finally:  # also where a part of the caller's ended it: the cache holds what was read
             if cache is not None:
                 self._kept_in(cache, read[: memory.length])

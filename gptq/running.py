@@ -17,6 +17,14 @@ class Running(ABC):
     def logits(self) -> Tensor:
         """Of the token after the last given one [1, V]. They may be overwritten once the next id is given."""
 
+    def begin(self, token: Tensor) -> Callable[[], int] | None:
+        """Begin to compute with a token [1] that was sampled and that the host does not know yet.
+
+        Returns what waits for its id. `give` with this id goes on with what was begun, `close` takes it back. None where
+        this is not done: then ask the token itself.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None: ...
 

@@ -74,8 +74,12 @@ class SamplingLoop:
             return False
         return all(value is None or value is False for name, value in given.items() if name not in _SETTINGS)
 
-    def run(self, ids: Tensor, logits: Tensor, running: Running, chosen: Callable[[int], None]) -> Tensor:
-        """From `logits` [1, V] after `ids` [1, n] on -> ids with the answer [1, n + answer]. `chosen` hears of every token."""
+    def run(self, ids: Tensor, logits: Tensor, running: Running, chosen: Callable[[int], None], most: int) -> Tensor:
+        """From `logits` [1, V] after `ids` [1, n] on -> ids with the answer [1, n + answer]. `chosen` hears of every token.
+
+        The next token is begun before the host asks for this one, so that a GPU does not wait for the criteria, but for the
+        last of `most` ids.
+        """
         with closing(running):
             while True:
                 scores = logits.to(self._dtype).to(torch.float32, copy=True)
@@ -85,7 +89,9 @@ class SamplingLoop:
                     token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
                 else:
                     token = torch.argmax(scores, dim=-1)
-                id = int(token)
+                with torch.inference_mode():
+                    begun = running.begin(token) if ids.shape[1] + 1 < most else None
+                id = begun() if begun is not None else int(token)
                 chosen(id)
                 ids = torch.cat([ids, token[:, None]], dim=-1)
                 if self._streamer is not None:

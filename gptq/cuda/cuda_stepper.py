@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,11 @@ from ..lora import Part
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
 from ..reading_turns import Turns
+from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
+from .begun_ahead import BegunAhead
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kernel_arguments import ONE_ROWS
@@ -186,17 +189,30 @@ class CudaStepper(Stepper):
         memory.length += len(ids)
         return hidden
 
-    def step(self, memory: Memory, id: int) -> Tensor:
-        """One id, in row 0. No other answer may run beside it: the worker gives such callers the thread alone."""
+    def step(self, memory: Memory, id: int | Tensor) -> Tensor:
+        """One id, in row 0; a tensor [1] of the GPU is not asked for its value.
+
+        No other answer may run beside it: the worker gives such callers the thread alone.
+        """
         assert isinstance(memory, PagedMemory)
-        require_known((id,), self.embedding_rows)
         sequences = self._step.sequences
+        if isinstance(id, int):
+            require_known((id,), self.embedding_rows)
         sequences.use(memory, memory.length + 1)
-        sequences.ids[:1].fill_(id)  # `ids[0] = id` would be a copy, which waits for the GPU
+        if isinstance(id, int):
+            sequences.ids[:1].fill_(id)  # `ids[0] = id` would be a copy, which waits for the GPU
+        else:
+            sequences.ids[:1].copy_(id)
         sequences.set_position(0, memory.length)
         self._step.step_rows(1, False, {0: memory.adapter})
         memory.length += 1
         return sequences.logits[:1]
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        shape = self._step.shape
+        if shape.vocabulary > shape.embedding_rows:  # a token might have no row; only the host could tell
+            return super().running(memory, ids)
+        return BegunAhead(memory, partial(self.step, memory), self.device)
 
     def adapter(self, parts: Sequence[tuple[Mapping[str, Part], float]]) -> CudaAdapter:
         with torch.inference_mode():
