@@ -57,9 +57,11 @@ class SamplingLoop:
     def __init__(self, processors: Any, criteria: Any, config: Any, streamer: Any, dtype: torch.dtype) -> None:
         """`dtype`: of the logits that the model gives."""
         self._processors = [_processor(each) for each in processors]
-        self._criteria = [_criterion(each) for each in criteria]
-        self._whole_criteria = criteria
-        self._samples, self._streamer, self._dtype = bool(config.do_sample), streamer, dtype
+        known = [(each, _by_id(each)) for each in criteria]
+        self._by_id = [found for _each, found in known if found is not None]
+        self._by_ids = [each for each, found in known if found is None]
+        self._streamer, self._dtype = streamer, dtype
+        self._draw = Draw() if config.do_sample else None
 
     @staticmethod
     def suits(processors: Any, criteria: Any, config: Any, given: dict[str, Any]) -> bool:
@@ -85,18 +87,19 @@ class SamplingLoop:
                 scores = logits.to(self._dtype).to(torch.float32, copy=True)
                 for processor in self._processors:
                     scores = processor(ids, scores)
-                if self._samples:
-                    token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-                else:
-                    token = torch.argmax(scores, dim=-1)
-                with torch.inference_mode():
-                    begun = running.begin(token) if ids.shape[1] + 1 < most else None
-                id = begun() if begun is not None else int(token)
-                chosen(id)
+                token = torch.argmax(scores, dim=-1) if self._draw is None else self._draw.of(scores)
                 ids = torch.cat([ids, token[:, None]], dim=-1)
+                # asked first: what they compute on the GPU would wait for the step that is begun
+                done = [_ends(each, ids) for each in self._by_ids]
+                with torch.inference_mode():
+                    begun = running.begin(token) if ids.shape[1] < most and not any(done) else None
+                id = begun() if begun is not None else int(token)
+                if self._draw is not None:
+                    self._draw.check()
+                chosen(id)
                 if self._streamer is not None:
                     self._streamer.put(torch.tensor([id]))
-                done = [bool(each(ids, id)) for each in self._criteria]  # all of them hear of every token
+                done += [each(ids.shape[1], id) for each in self._by_id]  # all of them hear of every token
                 if any(done):
                     break
                 with torch.inference_mode():
@@ -105,6 +108,27 @@ class SamplingLoop:
         if self._streamer is not None:
             self._streamer.end()
         return ids
+
+
+class Draw:
+    """Samples tokens as torch.multinomial does, with the same random numbers, but waits for no GPU."""
+
+    def __init__(self) -> None:
+        self._faulty: Tensor | None = None  # bool [1], of the host
+
+    def of(self, scores: Tensor) -> Tensor:
+        """fp32 [1, V] -> int64 [1]: the largest probability over an exponentially distributed number (Efraimidis and Spirakis,
+        Weighted random sampling with a reservoir, 2006)."""
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        if self._faulty is None:
+            self._faulty = torch.empty(1, dtype=torch.bool, pin_memory=scores.is_cuda)
+        self._faulty.copy_(probabilities[:, 0].isnan(), non_blocking=True)  # then all of them are
+        return probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+    def check(self) -> None:
+        """Once the host knows the token. Raises RuntimeError if it was sampled from no probabilities."""
+        if bool(self._faulty):
+            raise RuntimeError("no token can be sampled: the scores hold NaN or infinity, or allow none")
 
 
 def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -140,20 +164,22 @@ def _without_end(ends: Tensor, least: int) -> Callable[[Tensor, Tensor], Tensor]
     return without
 
 
-def _criterion(criterion: Any) -> Callable[[Tensor, int], Any]:
-    """Whether a stopping criterion ends an answer of these ids, whose last one is given too."""
+def _by_id(criterion: Any) -> Callable[[int, int], bool] | None:
+    """Whether a stopping criterion ends an answer at so many ids, of which the last is given; None for one that must see them."""
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
     if type(criterion) is EosTokenCriteria:
         ends = {int(each) for each in criterion.eos_token_id.flatten().tolist()}
-        return lambda _ids, id: id in ends
+        return lambda _count, id: id in ends
     if type(criterion) is MaxLengthCriteria:
         most, warned_at = criterion.max_length, criterion.max_position_embeddings
         if warned_at is None or most <= warned_at:
-            return lambda ids, _id: ids.shape[1] >= most
+            return lambda count, _id: count >= most
+    if (ends_now := getattr(criterion, "ends_now", None)) is not None:  # of loaders/pretrained/hf_queue.py
+        return lambda _count, _id: bool(ends_now())
+    return None
 
-    def asked(ids: Tensor, _id: int) -> Any:
-        done = criterion(ids, None)
-        return done.all() if isinstance(done, Tensor) else done
 
-    return asked
+def _ends(criterion: Any, ids: Tensor) -> bool:
+    done = criterion(ids, None)
+    return bool(done.all() if isinstance(done, Tensor) else done)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import BadCheckpoint
 from ..core.foreign_errors import in_words
+from .attention_backends import cudnn_attention
 from .rope_length import RopeLength
 from .stepper import Memory, Stepper
 from .token_ids import require_known
@@ -343,7 +344,7 @@ class TransformersStepper(Stepper):
         """The model's output for ids that follow those in memory, and where it must be for the earlier ones too."""
         require_known(ids, self.embedding_rows)
         ids = self._rope.ready(memory, ids)
-        with self._rope.using(memory.angles):
+        with self._rope.using(memory.angles), cudnn_attention(allowed=False):
             return self._each_with(memory, ids, keep, **more)
 
     def _each_with(self, memory: Memory, ids: Sequence[int], keep: int, **more: Any) -> Any:
@@ -379,11 +380,13 @@ class TransformersStepper(Stepper):
         return torch.tensor([list(ids)], device=self.device)
 
     def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
+        with cudnn_attention(allowed=False):
+            logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
         return logits
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._model(input_ids=self._input(ids)).logits[:, -1, :]
+        with cudnn_attention(allowed=False):
+            logits: Tensor = self._model(input_ids=self._input(ids)).logits[:, -1, :]
         return logits
 
     def close(self) -> None:

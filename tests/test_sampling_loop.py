@@ -1,7 +1,5 @@
 """gptq/sampling_loop.py: `generate` of a model with the compiled step calls processors, criteria and streamers as before."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -10,7 +8,6 @@ pytest.importorskip("numba")
 from test_patched_forward import CACHE, OTHER, PROMPT, Ban, Model, generate
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from gptq_webui.gptq.cuda.begun_ahead import BegunAhead
 from gptq_webui.gptq.sampling_loop import SamplingLoop
 
 REPEATED = torch.tensor([[0, *[50, 51, 52, 53, 54, 55] * 4, 50, 51]])
@@ -37,22 +34,6 @@ def loops(monkeypatch):
 
     monkeypatch.setattr(SamplingLoop, "run", counted)
     return found
-
-
-@pytest.fixture
-def begun(model, monkeypatch):
-    """The next token is begun before the host asks for this one, as on a GPU; a list of how long the memory was then."""
-    lengths = []
-
-    def running(memory, ids):
-        def step(id):
-            lengths.append(memory.length)
-            return model.stepper.step(memory, int(id))
-
-        return BegunAhead(memory, step, torch.device("cpu"))
-
-    monkeypatch.setattr(model.stepper, "running", running)
-    return lengths
 
 
 class Streamer:
@@ -240,55 +221,3 @@ def test_guidance_by_a_negative_prompt_leaves_the_callers_cache_its_own_ids(mode
         held = cache.get_seq_length()
         found.append((first.tolist(), held, generate(hf, torch.cat([first, OTHER], 1), 6, **{CACHE: cache}).tolist()))
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 20}], ids=str)
-def test_tokens_that_are_begun_before_they_are_known_are_the_twins(model, loops, begun, settings):
-    torch.manual_seed(5)
-    found = generate(model.hf, PROMPT, 40, **settings)
-    torch.manual_seed(5)
-    assert found.tolist() == generate(model.twin, PROMPT, 40, **settings).tolist()
-    assert len(begun) == loops[0] - 1, "nothing is computed after the last token"
-
-
-@pytest.mark.parametrize("ends", ["an end token", "a criterion", "a criterion that fails"])
-def test_what_was_begun_after_the_last_token_is_taken_back(model, loops, begun, ends):
-    class Stop(Exception):
-        pass
-
-    def fails_at_nine(ids, _scores):
-        if ids.shape[1] == PROMPT.shape[1] + 9:
-            raise Stop
-        return torch.zeros(1, dtype=torch.bool)
-
-    answer = generate(model.twin, PROMPT, 9)
-    given = {
-        "an end token": {"eos_token_id": [answer[0, -1].item()]}, "a criterion": {"stopping_criteria": [Look(9)]},
-        "a criterion that fails": {"stopping_criteria": [fails_at_nine]},
-    }[ends]  # fmt: skip
-    model.prefix.clear()
-    with pytest.raises(Stop) if ends == "a criterion that fails" else nullcontext():
-        assert generate(model.hf, PROMPT, 40, **given).tolist() == answer[:, : PROMPT.shape[1] + loops[0]].tolist()
-    assert max(begun) >= begun[0] and len(begun) > 1
-    held, length = model.prefix.take([*answer[0].tolist(), 70, 71])
-    assert held.length == length <= answer.shape[1] - 1
-    model.same(ids=PROMPT)
-
-
-def test_a_step_that_finds_no_memory_before_it_is_needed_fails_only_if_it_is(model, begun, monkeypatch):
-    step, failing = model.stepper.step, []
-
-    def full(memory, id):
-        if memory.length >= PROMPT.shape[1] + 8:
-            failing.append(memory.length)
-            raise torch.OutOfMemoryError("full")
-        return step(memory, id)
-
-    monkeypatch.setattr(model.stepper, "step", full)
-    look = [Look(9)]
-    found = generate(model.hf, PROMPT, 40, stopping_criteria=look)
-    assert found.tolist() == generate(model.twin, PROMPT, 9).tolist() and len(failing) == 1
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(model.hf, PROMPT, 40)
-    monkeypatch.undo()
-    model.same(ids=PROMPT)

@@ -4,6 +4,7 @@ Up to 256 tokens, on Hopper 768, are multiplied with the packed weights (small_b
 made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from ..attention_backends import cudnn_attention
 from ..token_ids import require_known
 from . import small_batch, wide_batch
 from .attention import gather_pages, rope_rows
@@ -27,6 +29,9 @@ from .prompt_graphs import PromptGraphs
 from .row_kernels import norm_rows, order_rows, silu_rows
 from .sequences import sent_to
 
+# cuDNN's attention takes half as long from so many tokens on. A plan takes as long as it saves in ten prompts, so one is made for
+# multiples of so many tokens, once so many prompts have asked for it.
+_PLANNED, _PLAN_STEP, _PLAN_AFTER = 3072, 256, 3
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
@@ -45,6 +50,7 @@ class Prompt:
     def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder) -> None:
         self._gpu, self._shape, self._weights = gpu, shape, weights
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
+        self._asked_plans: Counter[int] = Counter()  # by rows
         self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
 
     @property
@@ -59,7 +65,8 @@ class Prompt:
         With `ends` -> [pieces, H], of the last token of each piece: the last layer keeps the keys and values of all tokens and
         computes the rest for those alone.
         """
-        hidden = self._read(pieces, ends)
+        with cudnn_attention(allowed=False):
+            hidden = self._read(pieces, ends)
         return _last_rows(hidden, pieces) if ends and len(hidden) > len(pieces) else hidden
 
     def _read(self, pieces: Sequence[Piece], ends: bool) -> Tensor:
@@ -72,13 +79,14 @@ class Prompt:
         scratch = None
         if count > wide_batch.most_rows(self._gpu):
             scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
+        room = self._planned(pieces, windows=any(visible))
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
-            qkv = self._product(x, layer.qkv, scratch)
+            qkv = self._product(x, layer.qkv, scratch, room)
             _adapt(qkv, x, pieces, at, "qkv")
             alone = ends and at + 1 == len(self._weights.layers) and all(each.adapter is None for each in pieces)
-            attended = self._attend_all(at, layer, qkv, pieces, visible, alone)
+            attended = self._attend_all(at, layer, qkv, pieces, visible, alone, planned=room > 0)
             if alone:  # the norm has added what was to be added
                 residual, scratch = _last_rows(residual, pieces), None
             x = self._in_order(attended, layer.o)
@@ -110,6 +118,18 @@ class Prompt:
         """Drop what is recorded."""
         self._graphs.close()
 
+    def _planned(self, pieces: Sequence[Piece], windows: bool) -> int:
+        """Rows of queries, keys and values for which cuDNN's attention is asked; 0 for torch's own, which needs no plan.
+
+        What is behind the tokens of a prompt is seen by none of them.
+        """
+        count = len(pieces[0].ids)
+        if len(pieces) > 1 or pieces[0].start or windows or count < _PLANNED:
+            return 0
+        rows = -(-count // _PLAN_STEP) * _PLAN_STEP
+        self._asked_plans[rows] += 1
+        return rows if self._asked_plans[rows] > _PLAN_AFTER else 0
+
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
         require_known(ids, self._shape.embedding_rows)
@@ -127,19 +147,21 @@ class Prompt:
         order_rows(self._gpu, x, weight.order, out)
         return out
 
-    def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor:
-        """x [T, padded] in fragment order -> [T, N], the outputs in the order of the weight's rows."""
+    def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None, room: int = 0) -> Tensor:
+        """x [T, padded] in fragment order -> [T, N], the outputs in the order of the weight's rows; `room` rows, if those are
+        more, of which the last ones mean nothing."""
         if scratch is None:
             y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
             small_batch.multiply(self._gpu, weight, "PLAIN", x, y)
             return y
-        rows = weight.tiles * TILE
-        y = torch.empty(x.shape[0], rows, dtype=torch.float16, device=x.device)
+        rows, count = weight.tiles * TILE, x.shape[0]
+        y = torch.empty(max(count, room), rows, dtype=torch.float16, device=x.device)
+        y[count:].zero_()
         step = max(1, scratch.numel() // (TILE * weight.padded))
         for first in range(0, weight.tiles, step):
             tiles = min(step, weight.tiles - first)
             dense = weight.dense(self._gpu, first, tiles, scratch)
-            torch.mm(x, dense.T, out=y[:, first * TILE : (first + tiles) * TILE])
+            torch.mm(x, dense.T, out=y[:count, first * TILE : (first + tiles) * TILE])
         if weight.bias is not None:
             y += weight.bias
         return y if rows == weight.out_features else y[:, : weight.out_features].contiguous()
@@ -170,15 +192,15 @@ class Prompt:
         pieces: Sequence[Piece],
         visible: Sequence[dict[int, Tensor]],
         alone: bool = False,
+        planned: bool = False,
     ) -> Tensor:
         """As `_attend`, each piece with its own sequence."""
         if len(pieces) == 1:
-            return self._attend(at, layer, qkv, pieces[0].start, pieces[0].table, visible[0], alone)
+            return self._attend(at, layer, qkv, pieces[0], visible[0], alone, planned)
         rows = qkv.split([len(each.ids) for each in pieces])
         found = [
-            self._attend(at, layer, own, piece.start, piece.table, seen, alone)
-            for own, piece, seen in zip(rows, pieces, visible, strict=True)
-        ]
+            self._attend(at, layer, own, piece, seen, alone) for own, piece, seen in zip(rows, pieces, visible, strict=True)
+        ]  # fmt: skip
         return torch.cat(found)
 
     def _attend(
@@ -186,21 +208,24 @@ class Prompt:
         at: int,
         layer: Layer,
         qkv: Tensor,
-        start: int,
-        table: Tensor,
+        piece: Piece,
         visible: dict[int, Tensor],
         alone: bool = False,
+        planned: bool = False,
     ) -> Tensor:
-        """[T, (heads + 2 kv heads) * D], its keys and values kept -> [T, heads * D]; `alone`: [1, heads * D] of the last."""
-        shape, count = self._shape, qkv.shape[0]
+        """[rows, (heads + 2 kv heads) * D], of which the first T are the piece's tokens, their keys and values kept ->
+        [T, heads * D]; `alone`: [1, heads * D] of the last token. `planned`: rows are so many that cuDNN knows the shape."""
+        shape, count, start = self._shape, len(piece.ids), piece.start
         heads, kv, dim, length = shape.heads, shape.kv_heads, shape.head_dim, start + count
-        rope_rows(self._gpu, shape, self._weights, at, qkv=qkv, table=table, start=start)
-        split = qkv.view(count, heads + 2 * kv, dim).transpose(0, 1)  # [heads, T, D]
+        rope_rows(self._gpu, shape, self._weights, at, qkv=qkv[:count], table=piece.table, start=start)
+        split = qkv.view(-1, heads + 2 * kv, dim).transpose(0, 1)  # [heads, rows, D]
+        if not planned or alone:
+            split = split[:, :count]
         queries = split[:heads, -1:] if alone else split[:heads]
         if start:
             keys = torch.empty(kv, length, dim, dtype=torch.float16, device=qkv.device)
             values = torch.empty_like(keys)
-            gather_pages(self._gpu, shape, at, table=table, keys=keys, values=values)
+            gather_pages(self._gpu, shape, at, table=piece.table, keys=keys, values=values)
         else:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:
@@ -210,10 +235,11 @@ class Prompt:
             out = nn.functional.scaled_dot_product_attention(queries[None], keys[None], values[None], enable_gqa=True)
         else:
             mask = causal_lower_right(count, length) if start else None
-            out = nn.functional.scaled_dot_product_attention(
-                queries[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-        return out[0].transpose(0, 1).reshape(-1, heads * dim)
+            with cudnn_attention(allowed=planned):
+                out = nn.functional.scaled_dot_product_attention(
+                    queries[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+                )
+        return out[0, :, :count].transpose(0, 1).reshape(-1, heads * dim)
 
     def _visible(self, start: int, count: int) -> dict[int, Tensor]:
         """By window, bool [T, L]: what each token sees, for the windows that hide something."""

@@ -104,4 +104,5 @@ def _with_stop(criteria: Any, cancel: threading.Event) -> Any:
 
         return torch.full((ids.shape[0],), cancel.is_set(), dtype=torch.bool, device=ids.device)
 
+    stop.ends_now = cancel.is_set  # type: ignore[attr-defined]  # gptq/sampling_loop.py asks the host alone
     return StoppingCriteriaList([*(criteria or ()), stop])

@@ -1,0 +1,111 @@
+"""gptq/cuda/begun_ahead.py and the tokens that are drawn without waiting: `generate` begins a token before the host knows it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+from test_patched_forward import PROMPT, generate
+from test_sampling_loop import Look, loops, model  # noqa: F401
+from transformers import LogitsProcessorList
+
+from gptq_webui.gptq.cuda.begun_ahead import BegunAhead
+from gptq_webui.gptq.sampling_loop import Draw
+
+
+@pytest.fixture
+def begun(model, monkeypatch):  # noqa: F811
+    """The next token is begun before the host asks for this one, as on a GPU; a list of how long the memory was then."""
+    lengths = []
+
+    def running(memory, ids):
+        def step(id):
+            lengths.append(memory.length)
+            return model.stepper.step(memory, int(id))
+
+        return BegunAhead(memory, step, torch.device("cpu"))
+
+    monkeypatch.setattr(model.stepper, "running", running)
+    return lengths
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 20}], ids=str)
+def test_tokens_that_are_begun_before_they_are_known_are_the_twins(model, loops, begun, settings):  # noqa: F811
+    torch.manual_seed(5)
+    found = generate(model.hf, PROMPT, 40, **settings)
+    torch.manual_seed(5)
+    assert found.tolist() == generate(model.twin, PROMPT, 40, **settings).tolist()
+    assert len(begun) == loops[0] - 1, "nothing is computed after the last token"
+
+
+@pytest.mark.parametrize("ends", ["an end token", "a criterion", "a criterion that fails"])
+def test_what_was_begun_after_the_last_token_is_taken_back(model, loops, begun, ends):  # noqa: F811
+    class Stop(Exception):
+        pass
+
+    def fails_at_nine(ids, _scores):
+        if ids.shape[1] == PROMPT.shape[1] + 9:
+            raise Stop
+        return torch.zeros(1, dtype=torch.bool)
+
+    answer = generate(model.twin, PROMPT, 9)
+    given = {
+        "an end token": {"eos_token_id": [answer[0, -1].item()]}, "a criterion": {"stopping_criteria": [Look(9)]},
+        "a criterion that fails": {"stopping_criteria": [fails_at_nine]},
+    }[ends]  # fmt: skip
+    model.prefix.clear()
+    with pytest.raises(Stop) if ends == "a criterion that fails" else nullcontext():
+        assert generate(model.hf, PROMPT, 40, **given).tolist() == answer[:, : PROMPT.shape[1] + loops[0]].tolist()
+    assert max(begun) >= begun[0] and len(begun) > 1
+    held, length = model.prefix.take([*answer[0].tolist(), 70, 71])
+    assert held.length == length <= answer.shape[1] - 1
+    model.same(ids=PROMPT)
+
+
+def test_a_step_that_finds_no_memory_before_it_is_needed_fails_only_if_it_is(model, begun, monkeypatch):  # noqa: F811
+    step, failing = model.stepper.step, []
+
+    def full(memory, id):
+        if memory.length >= PROMPT.shape[1] + 8:
+            failing.append(memory.length)
+            raise torch.OutOfMemoryError("full")
+        return step(memory, id)
+
+    monkeypatch.setattr(model.stepper, "step", full)
+    answer = generate(model.twin, PROMPT, 9)
+    end = answer[0, -1].item()
+    assert end not in answer[0, PROMPT.shape[1] : -1]
+    found = generate(model.hf, PROMPT, 40, eos_token_id=[end])
+    assert found.tolist() == answer.tolist() and len(failing) == 1
+    assert generate(model.hf, PROMPT, 40, stopping_criteria=[Look(9)]).tolist() == answer.tolist()
+    assert len(failing) == 1, "a criterion that sees the ids is asked before the next step is begun"
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model.hf, PROMPT, 40)
+    monkeypatch.undo()
+    model.same(ids=PROMPT)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 300, 50_001])
+def test_a_token_is_drawn_as_multinomial_draws_it(vocabulary):
+    draw, random = Draw(), torch.Generator().manual_seed(3)
+    for seed in range(50):
+        scores = torch.randn(1, vocabulary, generator=random) * 3
+        scores[torch.rand(1, vocabulary, generator=random) < 0.5] = -float("inf")
+        scores[0, seed % vocabulary] = 1.0
+        torch.manual_seed(seed)
+        wanted = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        torch.manual_seed(seed)
+        assert draw.of(scores).tolist() == wanted.tolist()
+        draw.check()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_nothing_is_drawn_from_scores_that_are_no_numbers(model, loops, wrong):  # noqa: F811
+    def spoil(_ids, scores):
+        scores[0, 77] = wrong
+        return scores
+
+    with pytest.raises(RuntimeError, match="no token can be sampled"):
+        generate(model.hf, PROMPT, 5, do_sample=True, logits_processor=LogitsProcessorList([spoil]))
+    model.same(ids=PROMPT)

@@ -1,0 +1,52 @@
+"""Prompts of thousands of tokens by cuDNN's attention, against torch's own. Skipped without a GPU."""
+
+import time
+
+import pytest
+import torch
+from test_cuda_step import SMALL, random_models
+
+from gptq_webui.gptq.cuda import prompt
+from gptq_webui.gptq.cuda.cuda_step import CudaStep
+from gptq_webui.gptq.cuda.kv_pages import PagedMemory
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+LENGTHS = [3071, 3072, 3073, 3300, 3840, 4096]
+
+
+@pytest.fixture
+def step():
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        made = CudaStep(random_models.random_models(**{**SMALL, "group_size": 64}), 8192)
+        yield made
+        made.close()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_long_prompt_is_read_as_without_a_plan(step, monkeypatch, length):
+    ids = torch.randint(0, step.shape.embedding_rows, (length + 300,), generator=torch.Generator().manual_seed(length)).tolist()
+    found = []
+    for after in (10**9, 0):
+        monkeypatch.setattr(prompt, "_PLAN_AFTER", after)
+        memory = PagedMemory(step.pages)
+        step.sequences.use(memory, length + 300)
+        hidden = [step.prefill(ids[:length], 0).clone(), step.prefill(ids[length:], length).clone()]
+        last = step.prefill(ids[:length], 0, ends=True).clone()
+        assert float((last[0] - hidden[0][-1]).norm() / hidden[0][-1].norm()) < 2e-3
+        found.append([*hidden, last])
+    for plain, planned in zip(*found, strict=True):
+        assert torch.isfinite(planned).all() and float((planned - plain).norm() / plain.norm()) < 2e-3
+
+
+def test_a_prompt_of_a_new_length_waits_for_no_plan(step):
+    """What cuDNN needs for one shape was most of a second where a single query was asked for."""
+    step.sequences.use(PagedMemory(step.pages), 2000)
+    times = []
+    for length in (700, 811, 922, 1033, 1144):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step.prefill([3] * length, 0, ends=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[2] < 0.1, times
