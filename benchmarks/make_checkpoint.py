@@ -39,14 +39,16 @@ def packed(k: int, n: int, bits: int, group_size: int, rows: torch.Tensor | None
     }
 
 
-def make(folder: Path, shape: str, bits: int = 4, group_size: int = 128, act_order: bool = True, seed: int = 0) -> Path:
-    """Write the folder; returns it. An existing one is left as it is."""
+def make(
+    folder: Path, shape: str, bits: int = 4, group_size: int = 128, act_order: bool = True, seed: int = 0, layers: int = 0
+) -> Path:
+    """Write the folder; returns it. An existing one is left as it is. `layers`: how many of the shape's; 0 for all."""
     if (folder / "model.safetensors").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = SHAPES[shape]
+    facts = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
     hidden, inner, vocabulary = facts["hidden_size"], facts["intermediate_size"], facts["vocab_size"]
     head_dim = hidden // facts["num_attention_heads"]
     kv = facts["num_key_value_heads"] * head_dim
@@ -104,8 +106,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--no-act-order", action="store_true")
+    parser.add_argument("--layers", type=int, default=0, help="so many of the shape's")
     given = parser.parse_args()
-    print(make(given.folder, given.shape, given.bits, given.group_size, not given.no_act_order))
+    made = make(given.folder, given.shape, given.bits, given.group_size, not given.no_act_order, layers=given.layers)
+    print(made)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def placements(folder: Path, gpu_counts: list[int], device: str) -> dict[str, di
             shares = [f"{size_gb / count + _SPARE_GB:.1f}"] * count
             found[f"split by layers, {count} GPUs"] = {"device": device, "gpu_memory": ",".join(shares)}
         found[f"tensor parallel, {count}"] = {"device": device, "tensor_parallel": count}
-    return found
+    return {name: {**options, "guesses": "off"} for name, options in found.items()}
 
 
 def measure(folder: Path, options: dict[str, Any], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -115,6 +115,8 @@ def main() -> None:
             f"load {figures['load_s']:.1f} s{', ' + memory if memory else ''} [{figures['kernel']}]",
             flush=True,
         )
+        for note in figures["notes"]:
+            print(f"    {note}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
 

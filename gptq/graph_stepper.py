@@ -76,10 +76,18 @@ def _refusing_to_wait(device: torch.device) -> Iterator[None]:
 class GraphStepper(Stepper):
     kernel: ClassVar[str] = "graph"
 
-    def __init__(self, model: Any, context_tokens: int, recorder: Recorder, fused: Fused | None = None) -> None:
-        self._prompts = TransformersStepper(model)
+    def __init__(
+        self,
+        model: Any,
+        context_tokens: int,
+        recorder: Recorder,
+        fused: Fused | None = None,
+        prompts: TransformersStepper | None = None,
+    ) -> None:
+        """`prompts` computes what is not recorded; by default transformers' forward as it is."""
+        self._prompts = TransformersStepper(model) if prompts is None else prompts
         self._model = model
-        self._context_tokens = context_tokens
+        self.context_tokens = context_tokens
         self._recorder = recorder
         self._fused = fused
         self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
@@ -171,7 +179,7 @@ class GraphStepper(Stepper):
             capacity = FIRST_CAPACITY
             while capacity < needed:
                 capacity *= 2
-            capacity = max(needed, min(capacity, -(-self._context_tokens // 64) * 64))
+            capacity = max(needed, min(capacity, -(-self.context_tokens // 64) * 64))
             new = StaticRoom(memory, capacity)  # makes what is in the old room leave it, if it is this memory
             new.use(self._fused)
             if room is not None:

@@ -12,6 +12,7 @@ from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.folder_files import read_json
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq.parallel import model_share, rank_group
+from gptq_webui.gptq.parallel.divided_layers import sum_outputs
 from gptq_webui.gptq.parallel.dividing import fullest_share, why_not
 from gptq_webui.gptq.parallel.rank_group import Parted, RankGroup
 from gptq_webui.gptq.parallel.rank_stepper import RankStepper
@@ -29,6 +30,7 @@ def together(folder: Path, ranks: int, work, dtype=torch.float32):
     def rank(number: int):
         group = RankGroup(number, ranks)
         hf, _notes = model_share.load(LocalModel.read(folder / "model"), group, dtype=dtype, device=CPU)
+        sum_outputs(hf, group)
         group.join(meeting, CPU)
         try:
             with torch.inference_mode():

@@ -126,7 +126,7 @@ def test_groups_of_uneven_sizes_are_filled_up_for_the_kernels_of_gpus(tmp_path, 
         assert layer.group_size % 16 == 0 or layer.group_size == -1
         assert sorted_rows(layer) is None and next(_unsound(layer), "") == ""
         x = whole.x[:, pick.start : pick.end]
-        torch.testing.assert_close(PickedInputs(layer, sources)(x), share(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(PickedInputs(layer, sources, len(pick))(x), share(x), rtol=1e-5, atol=1e-5)
         dense = layer.dequantize()[:, sources < len(pick)]
         assert torch.equal(dense, share.dequantize()[:, sources[sources < len(pick)]])
 

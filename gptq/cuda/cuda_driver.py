@@ -53,7 +53,7 @@ class Kernel:
     def allow_shared(self, size_bytes: int) -> None:
         """Raise the limit of dynamic shared memory of a block, in bytes."""
         result = self._driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, size_bytes)
-        _check(self._driver, result, f"{self._name} with {size_bytes} bytes of shared memory")
+        check(self._driver, result, f"{self._name} with {size_bytes} bytes of shared memory")
         self.shared_allowed = size_bytes
 
     def launch(
@@ -69,7 +69,7 @@ class Kernel:
             self._arguments[: len(arguments)] = arguments
             result = self._driver.cuLaunchKernelEx(self._config_at, self._function, self._pointers, None)
         if result:
-            _check(self._driver, result, f"{self._name} with a grid of {grid}, {threads} threads, {shared_bytes} bytes shared")
+            check(self._driver, result, f"{self._name} with a grid of {grid}, {threads} threads, {shared_bytes} bytes shared")
 
 
 class Module:
@@ -80,14 +80,14 @@ class Module:
         self._binary = binary  # the driver may read it later
         self._module = ctypes.c_void_p()
         self._overlaps = capability >= HOPPER
-        _check(self._driver, self._driver.cuModuleLoadData(ctypes.byref(self._module), binary), "compiled kernels")
+        check(self._driver, self._driver.cuModuleLoadData(ctypes.byref(self._module), binary), "compiled kernels")
         self._kernels: dict[str, Kernel] = {}
 
     def __getitem__(self, name: str) -> Kernel:
         """Raises NoCompiler if the module has no such kernel."""
         if name not in self._kernels:
             function = ctypes.c_void_p()
-            _check(self._driver, self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
+            check(self._driver, self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
             self._kernels[name] = Kernel(self._driver, function, name, self._overlaps)
         return self._kernels[name]
 
@@ -105,7 +105,7 @@ class OwnStream:
     def __init__(self) -> None:
         self._driver, self.handle = driver(), ctypes.c_void_p()
         non_blocking = 1  # does not wait for the default stream
-        _check(self._driver, self._driver.cuStreamCreate(ctypes.byref(self.handle), non_blocking), "a stream")
+        check(self._driver, self._driver.cuStreamCreate(ctypes.byref(self.handle), non_blocking), "a stream")
 
     def close(self) -> None:
         if self.handle:
@@ -113,7 +113,7 @@ class OwnStream:
             self.handle = ctypes.c_void_p()
 
 
-def _check(library: Any, result: int, what: str) -> None:
+def check(library: Any, result: int, what: str) -> None:
     if result == 0:
         return
     text = ctypes.c_char_p()

@@ -5,6 +5,7 @@ become one product: query, key and value; gate and up with the activation betwee
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations, deferred, gemv
-from .cuda_weights import Weight, repack
+from .cuda_weights import Weight, permutation_of, repack
 from .fused_norms import Added, NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
@@ -20,6 +21,19 @@ from .kernel_source import GemvVariant, Packing
 from .natural_order import NUMBERS, epilogue_of, gate_columns, gates_and_ups, input_of, order_of
 
 _SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Which of `width` inputs each of a weight's inputs is, int64 [its inputs]; `width` for one that is zero."""
+
+    sources: Tensor
+    width: int
+
+    def of(self, weight: Weight) -> Weight:
+        taken = torch.where(weight.order < 0, self.width, self.sources[weight.order.clamp(min=0).long()])
+        order = torch.where(taken < self.width, taken, -1).to(weight.order.dtype)
+        return replace(weight, order=order, permutation=permutation_of(order, self.width), in_features=self.width)
 
 
 class CudaLinear(nn.Module):
@@ -32,19 +46,22 @@ class CudaLinear(nn.Module):
         dtype: torch.dtype = torch.float16,
         gated: int | None = None,
         active: int | None = None,
+        picked: "Picked | None" = None,
     ) -> None:
         """`dtype` is that of the model's numbers. `gated` is an activation's number: the rows of `weight` are then gates and
         ups in turn, eight of each (`gate_columns`), and the layer gives activation(gate) * up. `active` is that of an
-        activation that is applied to every output."""
+        activation that is applied to every output. With `picked` the inputs are taken from a longer or shorter row."""
         super().__init__()
-        self.in_features = weight.in_features
         self.out_features = weight.out_features if gated is None else weight.out_features // 2
-        self._gpu, self._weight, self._gated, self._active = gpu, weight, gated, active
         self._dtype = dtype if dtype in NUMBERS else torch.float16
-        self._natural = order_of(weight)
         tuning = gemv.layer_tuning(weight.in_features, weight.out_features, gpu.processors)
         epilogue = epilogue_of(self._dtype, "GATED" if gated is not None else "ACTIVE" if active is not None else "")
-        self._plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, input_of(self._dtype, self._natural), claimed=True)
+        given, self._picked = weight, picked
+        weight = weight if picked is None else picked.of(weight)
+        self.in_features = weight.in_features
+        self._gpu, self._weight, self._gated, self._active = gpu, weight, gated, active
+        self._natural = order_of(weight)
+        self._plan = gemv.Plan.of(gpu, given, epilogue, False, tuning, input_of(self._dtype, self._natural), claimed=True)
         self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
@@ -53,6 +70,11 @@ class CudaLinear(nn.Module):
     def nf(self) -> int:
         """out_features, under the name that transformers' Conv1D gives it."""
         return self.out_features
+
+    @property
+    def gpu(self) -> Gpu:
+        """Whose kernels compute it."""
+        return self._gpu
 
     @property
     def variant(self) -> GemvVariant:
@@ -71,6 +93,12 @@ class CudaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self._weight.packing.bits}-bit, bias={self._weight.bias is not None}"
+
+    def picking(self, sources: Tensor, width: int) -> "CudaLinear":
+        """The same weights for a row of `width` inputs; `sources` int64 [in_features] says which of them each of this layer's
+        inputs is, `width` that it is zero. Its kernel may have to be compiled first, as `variant`."""
+        assert self._gated is None and self._active is None and self._picked is None
+        return CudaLinear(self._gpu, self._weight, self._dtype, picked=Picked(sources, width))
 
     def dense(self) -> Tensor | None:
         """fp16 [N, K], the weights multiplied out; None of a layer that does more than multiply."""
@@ -97,7 +125,11 @@ class CudaLinear(nn.Module):
         addend = inner.x if inner is not None else row.addend if two is None else two.x if two.waits else two.total
         also = two.y if two is not None and two.waits else None
         taken = [each for each in (row.x, addend, also) if isinstance(each, Tensor)]
-        if x.numel() != self.in_features or any(each.dtype != self._dtype or each.data_ptr() % 16 for each in taken):
+        if (
+            self._picked is not None
+            or x.numel() != self.in_features
+            or any(each.dtype != self._dtype or each.data_ptr() % 16 for each in taken)
+        ):
             return None
         if self._normed is None:
             variant = self._plan.variant

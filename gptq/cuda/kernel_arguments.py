@@ -425,6 +425,20 @@ KEEP = Arguments(
     int capacity
     """,
 )
+EXCHANGE = Arguments(
+    "ExchangeArguments",
+    """
+    u16* x                 // fp16 or bf16 [4 * runs], this GPU's numbers; then the sum
+    u32* turns             // [blocks]: of the last launch of each block
+    u32* flags             // of the host: whether to stop; whether a GPU did not come
+    u64 boxes[8]           // by GPU, the address here of its mailbox: [2][ranks][capacity] runs of 16 bytes
+    u64 limit_ns           // that another GPU may be late
+    int rank
+    int ranks
+    int capacity           // runs of four numbers in a part of a mailbox
+    int runs
+    """,
+)
 DECODE = Arguments(
     "DecodeArguments",
     """
@@ -626,7 +640,7 @@ GUESSED = Arguments(  # begins as SampleArguments do
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
     ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
-    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND,
+    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

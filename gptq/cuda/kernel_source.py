@@ -32,6 +32,7 @@ _TEMPLATES = (
     "attention.cu",
     "paged_attention.cu",
     "layer_kernels.cu",
+    "exchange.cu",
     "expert_kernels.cu",
     "token_attention.cu",
     "latent_attention.cu",
@@ -257,7 +258,7 @@ class WideBatchVariant:
 
 @dataclass(frozen=True)
 class LayerVariant:
-    """The kernels of layer_kernels.cu and expert_kernels.cu for one type of numbers."""
+    """The kernels of layer_kernels.cu, exchange.cu and expert_kernels.cu for one type of numbers."""
 
     bfloat: bool
 
@@ -402,6 +403,7 @@ _LAYER_KERNELS = {
     "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments",
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
+    "sum_of_gpus": "ExchangeArguments",
 }  # fmt: skip
 
 

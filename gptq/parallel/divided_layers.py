@@ -1,5 +1,7 @@
 """The modules of a rank at the sources where ranks meet: after attention, after the MLP, and at both ends of the model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +22,20 @@ class SummedOutput(nn.Module):
         return y
 
 
+def sum_outputs(hf: Any, group: RankGroup) -> None:
+    """Sum the outputs of o and down over the ranks, whatever computes them by now."""
+    for block in hf.model.layers:
+        block.self_attn.o_proj = SummedOutput(block.self_attn.o_proj, group)
+        block.mlp.down_proj = SummedOutput(block.mlp.down_proj, group)
+
+
 class PickedInputs(nn.Module):
     """A layer whose inputs are picked from those it is given; one that has the number past the last is zero."""
 
-    def __init__(self, linear: nn.Module, sources: Tensor) -> None:
-        """`sources` int64: the number of each input of `linear`."""
+    def __init__(self, linear: nn.Module, sources: Tensor, width: int) -> None:
+        """`sources` int64: the number of each input of `linear`, of `width` that are given."""
         super().__init__()
-        self.linear = linear
+        self.linear, self.width = linear, width
         self.register_buffer("sources", sources, persistent=False)
         self.sources: Tensor
 
@@ -45,9 +54,10 @@ class DividedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[…] -> [..., H]."""
-        own = (ids >= self._span.start) & (ids < self._span.end)
-        found = nn.functional.embedding(torch.where(own, ids - self._span.start, 0), self.weight)
-        found = torch.where(own[..., None], found, 0)
+        others = (ids < self._span.start) | (ids >= self._span.end)
+        # no torch.where with a number: on a GPU that is a copy from the host, which no graph takes
+        found = nn.functional.embedding((ids - self._span.start).masked_fill_(others, 0), self.weight)
+        found = found.masked_fill_(others[..., None], 0)
         self._group.sum(found)
         return found
 

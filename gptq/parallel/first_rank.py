@@ -1,5 +1,6 @@
 """Loads a model over several ranks: starts the other processes, reads the own share beside them, and meets them."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from ...core.models import LocalModel
 from ..rope import Rope
 from . import model_share
 from .rank_group import Parted, RankGroup
-from .rank_stepper import LeadingStepper, use_kernels
+from .rank_stepper import LeadingStepper, stepper_of, use_kernels
 from .ranks import Ranks, in_a_sentence
+
+log = logging.getLogger(__name__)
 
 Tell = Callable[[float, str], None]  # share done in 0..1, and what is done; may raise to cancel
 
@@ -44,7 +47,7 @@ def load(
         "rope": astuple(rope),
         "threads": threads,
     }
-    others = Ranks(ranks, settings, group.close)
+    others = Ranks(ranks, settings, group.leave)
     try:
         own = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         hf, notes = model_share.load(
@@ -55,11 +58,12 @@ def load(
             rope=rope,
             arrived=lambda done, all: tell(done / all, f"Reading this process's share: {done} of {all} layers"),
         )
-        slow = use_kernels(hf, threads)
+        slow = use_kernels(hf, threads, group)
         others.wait("loaded", lambda: tell(1.0, "Waiting for the other processes"))
         others.order("join", folder=str(folder))
         group.join(folder, own)
-        stepper = LeadingStepper(hf, group, others)
+        share, why = stepper_of(hf, group)
+        stepper = LeadingStepper(share, hf.config.get_text_config(decoder=True), group, others)
         others.wait("joined", lambda: tell(1.0, "Waiting for the other processes"))
         stepper.trial()
     except BaseException as error:
@@ -72,4 +76,8 @@ def load(
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if on_gpu:
+        log.info("single rows are summed by %s", group.describes)
+    if why:
+        slow = f"{slow} Each token is launched kernel by kernel, slowly, since its graph cannot be recorded: {why}.".strip()
     return hf, stepper, (*notes, slow) if slow else notes

@@ -23,7 +23,7 @@ from ..packed_quantizer import PackedLayer, packed_layers
 from ..rope import Rope
 from ..rope import apply as rope_apply
 from ..token_ids import drop_unknown_ids
-from .divided_layers import DividedEmbedding, GatheredOutput, PickedInputs, SummedOutput
+from .divided_layers import DividedEmbedding, GatheredOutput, PickedInputs
 from .packed_shares import Pick, by_inputs, by_outputs, g_idx_of, inputs_of_ranks, with_even_groups
 from .rank_group import RankGroup
 from .shares import Span, heads_of_ranks, spans
@@ -172,23 +172,24 @@ class _Share:
         return _linear(weight, bias)
 
     def _inputs(self, name: str, inputs: int, outputs: int, pick: Pick) -> nn.Module:
+        """A layer whose outputs are still to be summed over the ranks (divided_layers.sum_outputs)."""
         first = self._group.rank == 0
         layer = self._packed(name, inputs, outputs)
         if layer is not None:
-            return SummedOutput(self._for_kernels(by_inputs(self._files, name, layer, pick, bias=first)), self._group)
+            return self._for_kernels(by_inputs(self._files, name, layer, pick, bias=first))
         self._require_shape(f"{name}.weight", (outputs, inputs))
         assert isinstance(pick, Span)
         weight = self._files.columns(f"{name}.weight", pick).to(self._dtype)
         bias = None
         if f"{name}.bias" in self._files:
             bias = self._dense(f"{name}.bias", (outputs,))
-        return SummedOutput(_linear(weight, bias if first else None), self._group)
+        return _linear(weight, bias if first else None)
 
     def _for_kernels(self, linear: GPTQLinear) -> nn.Module:
         """With groups that the kernels of the device read: o's inputs are in the order of the heads, whatever their groups."""
         if self._files.device.type != "cuda" or (even := with_even_groups(linear)) is None:
             return linear
-        return PickedInputs(*even)
+        return PickedInputs(*even, linear.in_features)
 
     def _packed(self, name: str, inputs: int, outputs: int) -> PackedLayer | None:
         layer = self._layers.get(name)

@@ -1,16 +1,23 @@
 """Sums and collections over the ranks of one host: NCCL between GPUs, gloo between processors, through torch.distributed.
+Rows of single tokens go through mailboxes (mailboxes.py) where GPUs reach each other's memory.
 
 A group of our own, not the process's default one: a program around us may use that, and a model that is loaded anew gets a
 new group. The ranks find each other through a file in a private folder, and gloo listens on this machine alone.
 """
 
+import logging
 import weakref
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .mailboxes import Mailboxes
+
+log = logging.getLogger(__name__)
 
 
 class Parted(Exception):
@@ -26,7 +33,8 @@ class RankGroup:
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         self._joined: list[Any] = []  # the group of torch, once it is there
-        self._on_gpu = False
+        self._device, self._on_gpu = torch.device("cpu"), False
+        self._mailboxes: Mailboxes | None = None
         # its threads are ended here, or they would abort a process that ends
         weakref.finalize(self, self._joined.clear)
 
@@ -39,7 +47,19 @@ class RankGroup:
             self._joined.append(self._meet(folder, device))
         except RuntimeError as error:
             raise Parted(str(error)) from error
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
+        if self._on_gpu and self.ranks > 1:
+            from .mailboxes import Apart, Mailboxes
+
+            try:
+                self._mailboxes = Mailboxes(self.rank, self.ranks, device, self.gather)
+            except Apart as error:
+                log.info("single rows are summed by NCCL: %s", error)
+
+    @property
+    def describes(self) -> str:
+        """How single rows are summed, for a note."""
+        return "mailboxes in the GPUs' memory" if self._mailboxes is not None else "NCCL" if self._on_gpu else "gloo"
 
     def _meet(self, folder: Path, device: torch.device) -> Any:
         from torch import distributed
@@ -58,14 +78,25 @@ class RankGroup:
         return gloo(store, self.rank, self.ranks, options)
 
     def sum(self, x: Tensor) -> None:
-        """Put the sum over all ranks into x, which is contiguous. Raises Parted."""
-        if self.ranks > 1:
-            self._wait(self._there().allreduce([x]))
+        """Put the sum over all ranks into x, which is contiguous. Raises Parted, at once or in `require_all`."""
+        if self.ranks == 1:
+            return
+        there = self._there()
+        if (boxes := self._mailboxes) is not None and boxes.takes(x):
+            boxes.sum(x)
+        else:
+            self._wait(there.allreduce([x]))
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The x of every rank, all of one shape. Raises Parted."""
         if self.ranks == 1:
             return [x]
+        if (boxes := self._mailboxes) is not None and x.shape[-1] == x.numel():
+            whole = x.new_zeros(self.ranks, *x.shape)
+            if boxes.takes(whole):
+                whole[self.rank] = x
+                self.sum(whole)
+                return list(whole)
         found = [torch.empty_like(x) for _ in range(self.ranks)]
         self._wait(self._there().allgather([found], [x.contiguous()]))
         return found
@@ -82,9 +113,25 @@ class RankGroup:
         except RuntimeError as error:
             raise Parted(str(error)) from error
 
-    def close(self) -> None:
-        """Leave the others. On GPUs what waits for them ends with an error (gloo sees that they are gone). Safe to call twice."""
+    def require_all(self) -> None:
+        """Wait for what this thread's GPU computes. Raises Parted where another rank did not come to one of the sums."""
+        if self._mailboxes is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+            if self._mailboxes.is_broken:
+                raise Parted("another rank did not come to a sum")
+
+    def leave(self) -> None:
+        """On GPUs what waits for the others ends with an error (gloo sees that they are gone). From any thread."""
+        if self._mailboxes is not None:
+            self._mailboxes.stop()
         while self._joined:
             group = self._joined.pop()
             if self._on_gpu and hasattr(group, "abort"):
                 group.abort()
+
+    def close(self) -> None:
+        """Leave the others, which have ended, and free everything. Safe to call twice."""
+        self.leave()
+        if self._mailboxes is not None:
+            self._mailboxes.close()
+            self._mailboxes = None

@@ -60,7 +60,7 @@ def _follow(settings: dict[str, Any], orders: "queue.SimpleQueue[dict[str, Any]]
     from ..rope import Rope
     from . import model_share
     from .rank_group import RankGroup
-    from .rank_stepper import RankStepper, use_kernels
+    from .rank_stepper import stepper_of, use_kernels
 
     device = torch.device(f"cuda:{settings['rank']}" if settings["device"] == "cuda" else "cpu")
     if device.type == "cuda":
@@ -75,11 +75,11 @@ def _follow(settings: dict[str, Any], orders: "queue.SimpleQueue[dict[str, Any]]
         device=device,
         rope=Rope(*settings["rope"]),
     )
-    use_kernels(hf, settings["threads"])
+    use_kernels(hf, settings["threads"], group)
     _say(said, {"state": "loaded"})
     order = orders.get()
     group.join(Path(order["folder"]), device)
-    stepper = RankStepper(hf)
+    stepper, _why = stepper_of(hf, group)
     _say(said, {"state": "joined"})
     memories: dict[int, Any] = {}
     with torch.inference_mode():
@@ -92,7 +92,11 @@ def _follow(settings: dict[str, Any], orders: "queue.SimpleQueue[dict[str, Any]]
 
 def _do(stepper: Any, memories: dict[int, Any], do: str, memory: int, forget: list[int], **values: Any) -> None:
     """One order: what the first rank does with its own memory of that number, and no more."""
-    if do == "begin":
+    from .rank_stepper import use_context
+
+    if do == "context":
+        use_context(stepper, values["tokens"])
+    elif do == "begin":
         memories[memory] = stepper.begin()
     elif do == "fork":
         memories[values["to"]] = memories[memory].fork(values["length"])
@@ -100,5 +104,7 @@ def _do(stepper: Any, memories: dict[int, Any], do: str, memory: int, forget: li
         memories[memory].cut(values["length"])
     elif do == "restart":
         memories[memory].restart()
+    elif do == "step":
+        stepper.step(memories[memory], values["ids"][0])
     else:
         getattr(stepper, {"read": "prefill", "all": "all_logits", "hidden": "hidden"}[do])(memories[memory], values["ids"])

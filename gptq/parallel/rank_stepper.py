@@ -7,35 +7,55 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...core.errors import AnswerFailed
+from ...core.errors import AnswerFailed, GptqWebuiError
 from ..cpu import numba_compiler
-from ..stepper import Memory
+from ..stepper import Memory, Stepper
 from ..token_ids import require_known
 from ..transformers_stepper import TransformersMemory, TransformersStepper
 from ..unpacked_products import hold_dense
+from .divided_layers import PickedInputs, sum_outputs
 from .rank_group import RankGroup
 from .ranks import Ranks, in_a_sentence
 
 _CHUNK_TOKENS = 1024  # of a prompt at a time, the same on every rank
 
 
-def use_kernels(hf: Any, threads: int) -> str:
-    """Put our kernels behind the packed layers of a share; a note for the user, "" if there is nothing to say.
+def use_kernels(hf: Any, threads: int, group: RankGroup) -> str:
+    """Put our kernels behind the packed layers of a share, and the sums behind those; a note for the user, "" if there is
+    nothing to say.
 
     `threads`: of a processor, for this rank.
     """
+    note = ""
     if hf.device.type == "cuda":
         from ..cuda.replaced_layers import replace_layers
 
-        replaced, left = replace_layers(hf, merge=False)
-        return f"{left} of {replaced + left} layers are computed in plain PyTorch, slowly." if left else ""
-    if not numba_compiler.available():
+        replaced, left = replace_layers(hf)
+        _pick_inside(hf)
+        note = f"{left} of {replaced + left} layers are computed in plain PyTorch, slowly." if left else ""
+    elif not numba_compiler.available():
         hold_dense(hf)
-        return "Answers would come faster with numba: pip install numba, then press Reload."
-    from ..cpu.cpu_linear import replace_layers as replace_on_processor
+        note = "Answers would come faster with numba: pip install numba, then press Reload."
+    else:
+        from ..cpu.cpu_linear import replace_layers as replace_on_processor
 
-    replace_on_processor(hf, threads)
-    return ""
+        replace_on_processor(hf, threads)
+    sum_outputs(hf, group)
+    return note
+
+
+def _pick_inside(hf: Any) -> None:
+    """Have kernels pick their inputs themselves."""
+    from ..cuda.cuda_linear import CudaLinear
+
+    made: list[CudaLinear] = []
+    for block in hf.model.layers:
+        picked = block.self_attn.o_proj
+        if isinstance(picked, PickedInputs) and isinstance(picked.linear, CudaLinear):
+            block.self_attn.o_proj = picked.linear.picking(picked.sources, picked.width)
+            made.append(block.self_attn.o_proj)
+    if made:
+        made[0].gpu.add_missing(variants={each.variant for each in made})
 
 
 class RankStepper(TransformersStepper):
@@ -54,38 +74,83 @@ class RankStepper(TransformersStepper):
         return self._forward(memory, ids)  # never again in smaller pieces: the other ranks would not know
 
 
-class LeadingStepper(RankStepper):
+def stepper_of(hf: Any, group: RankGroup) -> tuple[Stepper, str]:
+    """(the stepper of a share, why it records no graph or ""). Every rank comes here at the same time, and to the same end."""
+    plain = RankStepper(hf)
+    if hf.device.type != "cuda":
+        return plain, ""
+    from ..cuda.fused_forward import FusedForward
+    from ..cuda.graphs import GraphRecorder
+    from ..graph_stepper import FIRST_CAPACITY, GraphStepper
+
+    try:
+        fused = FusedForward(hf, hf.device)
+    except GptqWebuiError:
+        fused = None
+    graph = GraphStepper(hf, FIRST_CAPACITY, GraphRecorder(hf.device), fused, plain)
+    graph.trial()
+    without = torch.tensor([float(bool(graph.why))], device=hf.device)
+    group.sum(without)
+    if not without.item():
+        return graph, ""
+    return graph.without_graph(), graph.why or "another rank could not record it"
+
+
+class LeadingStepper(Stepper):
     """Of the first rank. What fails here or there ends all other ranks, since they could not meet again."""
 
-    def __init__(self, hf: Any, group: RankGroup, ranks: Ranks) -> None:
-        self._group, self._ranks = group, ranks
-        super().__init__(hf)
+    kernel: ClassVar[str] = RankStepper.kernel
+
+    def __init__(self, own: Stepper, config: Any, group: RankGroup, ranks: Ranks) -> None:
+        """`own` computes this rank's share."""
+        self._own, self._config, self._group, self._ranks = own, config, group, ranks
+        assert own.embedding_rows is not None
+        self._rows = self.embedding_rows = own.embedding_rows
+        self.device, self.chunk_tokens = own.device, own.chunk_tokens
 
     @property
     def alive(self) -> bool:
         """Whether every rank is there."""
         return self._ranks.alive
 
+    def limit(self, context_tokens: int) -> None:
+        """No conversation gets longer."""
+        use_context(self._own, context_tokens)
+        self._ranks.order("context", tokens=context_tokens)
+
     def begin(self) -> "LeadingMemory":
         memory = LeadingMemory(self._config, self._ranks)
         self._ranks.order("begin", memory.number)
         return memory
 
+    def angles_of(self, tokens: int) -> int:
+        return self._own.angles_of(tokens)
+
+    def step(self, memory: Memory, id: int) -> Tensor:
+        def one(memory: Memory, ids: Sequence[int]) -> Tensor:
+            return self._own.step(memory, ids[0])
+
+        return self._together("step", one, memory, [id])
+
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        return self._together("read", super().prefill, memory, ids)
+        return self._together("read", self._own.prefill, memory, ids)
 
     def all_logits(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        return self._together("all", super().all_logits, memory, ids)
+        return self._together("all", self._own.all_logits, memory, ids)
 
     def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
-        return self._together("hidden", super().hidden, memory, ids)
+        return self._together("hidden", self._own.hidden, memory, ids)
 
-    def _together(self, do: str, compute: Callable[..., Tensor], memory: Memory, ids: Sequence[int]) -> Tensor:
+    def _together(
+        self, do: str, compute: Callable[[Memory, Sequence[int]], Tensor], memory: Memory, ids: Sequence[int]
+    ) -> Tensor:
         require_known(ids, self.embedding_rows)
         assert isinstance(memory, LeadingMemory)
         self._ranks.order(do, memory.number, ids=list(ids))
         try:
-            return compute(memory, ids)
+            found = compute(memory, ids)
+            self._group.require_all()
+            return found
         except Exception as error:
             self._ranks.settle()  # a child that failed says why
             self._ranks.lose(in_a_sentence(error))
@@ -94,12 +159,18 @@ class LeadingStepper(RankStepper):
     def trial(self) -> None:
         """Compute two tokens with every rank. Raises AnswerFailed."""
         with torch.inference_mode():
-            self.prefill(self.begin(), [0, min(1, self.embedding_rows - 1)])
+            self.prefill(self.begin(), [0, min(1, self._rows - 1)])
 
     def close(self) -> None:
-        super().close()
+        self._own.close()
         self._ranks.close()
         self._group.close()
+
+
+def use_context(stepper: Stepper, context_tokens: int) -> None:
+    """Tell a rank's stepper how long a conversation gets."""
+    if hasattr(stepper, "context_tokens"):
+        stepper.context_tokens = context_tokens
 
 
 class LeadingMemory(TransformersMemory):

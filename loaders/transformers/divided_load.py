@@ -86,6 +86,7 @@ def load(model: LocalModel, options: TransformersOptions, progress: LoadProgress
         free = memory_fit.Memory(0, memory_fit.available_bytes(first))
         free = of_every_gpu(free, ranks) if device.type == "cuda" else free
         context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free.gpu or 0)
+        stepper.limit(context)
         notes = (*notes, NOT_MEASURED.format(ranks=ranks))
         loaded = DividedModel(model, stepper, hf.generation_config, tokenizer, context, reason, notes, first)
     except BaseException as error:
