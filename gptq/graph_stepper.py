@@ -8,6 +8,7 @@ one, and `why` says so.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..core.errors import GptqWebuiError
+from .begun_ahead import BegunAhead
+from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom
 from .stepper import Memory, Stepper
 from .token_ids import require_known
-from .transformers_stepper import TransformersMemory, TransformersStepper
+from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_keys
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +95,7 @@ class GraphStepper(Stepper):
         self._fused = fused
         self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
         self.chunk_tokens = self._prompts.chunk_tokens
+        self._can_cut = only_keys(new_cache(self._prompts.text_config))
         self._room: StaticRoom | None = None
         self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -116,21 +120,32 @@ class GraphStepper(Stepper):
     def hidden(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         return self._prompts.hidden(memory, ids)
 
-    def step(self, memory: Memory, id: int) -> Tensor:
+    def step(self, memory: Memory, id: int | Tensor) -> Tensor:
+        """One id; a tensor [1] of the GPU is not asked for its value where the graph takes it."""
         assert isinstance(memory, TransformersMemory)
-        require_known((id,), self.embedding_rows)
+        if isinstance(id, int):
+            require_known((id,), self.embedding_rows)
         if self.why or memory.length == 0:
-            return self._prompts.step(memory, id)
+            return self._prompts.step(memory, int(id))
         try:
             graph = self._graph(memory)
         except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             self._give_up(error)
-            return self._prompts.step(memory, id)
-        self._ids.fill_(id)
+            return self._prompts.step(memory, int(id))
+        if isinstance(id, int):
+            self._ids.fill_(id)
+        else:
+            self._ids[0].copy_(id)
         graph.replay()
         memory.grown(1)
         assert self._logits is not None
         return self._logits
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        # a state cannot be taken back, and only the host can tell that a token has no row in the embedding
+        if self.why or not self._can_cut or self._logits is None or self._logits.shape[1] > self.embedding_rows:
+            return super().running(memory, ids)
+        return BegunAhead(memory, partial(self.step, memory), self.device)
 
     def trial(self) -> None:
         """Record a graph and compare it with the forward without one; `why` tells if it cannot be used."""

@@ -182,17 +182,22 @@ class Stepper(ABC):
             while True:
                 allowed = grammar_mask.allowed(logits.shape[1]).to(logits.device) if grammar_mask is not None else None
                 token = sampler(logits, seen, allowed)
-                id = int(token)
+                # where the host has more to see to, the next step would wait for it
+                begun = running.begin(token.view(1)) if grammar_mask is None and params.logprobs is None else None
+                id = begun() if begun is not None else int(token)
                 if grammar_mask is not None:
                     grammar_mask.take(id)
                 logprob: float | None = None
                 top: tuple[tuple[int, float], ...] = ()
                 if params.logprobs is not None:
                     logprob, top = log_probabilities(logits, id, params.logprobs)
-                running.give(id)
+                if begun is None:
+                    running.give(id)
                 yield Step(id, logprob, top)
                 if grammar_mask is not None and grammar_mask.complete:
                     return
+                if begun is not None:  # not before: an answer that ends here takes back what was begun
+                    running.give(id)
                 seen = torch.cat([seen, token.to(seen.device)], dim=1)
                 logits = running.logits()
 

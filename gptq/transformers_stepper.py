@@ -228,6 +228,11 @@ class TransformersStepper(Stepper):
             with torch.inference_mode():
                 self._learn_what_continues()
 
+    @property
+    def text_config(self) -> Any:
+        """Of the model, or its text part."""
+        return self._config
+
     def _learn_what_continues(self) -> None:
         """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
         be known from another. Then tokens follow one by one, or all are computed again each time."""

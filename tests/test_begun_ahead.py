@@ -1,17 +1,23 @@
-"""gptq/cuda/begun_ahead.py and the tokens that are drawn without waiting: `generate` begins a token before the host knows it."""
+"""gptq/begun_ahead.py and the tokens that are drawn without waiting: `generate` begins a token before the host knows it."""
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from itertools import islice
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("numba")
 from test_patched_forward import PROMPT, generate
 from test_sampling_loop import Look, loops, model  # noqa: F401
+from test_transformers_stepper import graph, tiny_model
 from transformers import LogitsProcessorList
 
-from gptq_webui.gptq.cuda.begun_ahead import BegunAhead
+from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.begun_ahead import BegunAhead
+from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.sampling_loop import Draw
+from gptq_webui.gptq.stepper import Stepper
 
 
 @pytest.fixture
@@ -109,3 +115,52 @@ def test_nothing_is_drawn_from_scores_that_are_no_numbers(model, loops, wrong): 
     with pytest.raises(RuntimeError, match="no token can be sampled"):
         generate(model.hf, PROMPT, 5, do_sample=True, logits_processor=LogitsProcessorList([spoil]))
     model.same(ids=PROMPT)
+
+
+def graph_stepper(kind):
+    stepper = graph(tiny_model(kind))
+    assert not stepper.why
+    return stepper
+
+
+def answered(stepper, params, count, memory=None):
+    """(the first `count` ids of an answer, the memory) by the sampler of every stepper."""
+    memory = stepper.begin() if memory is None else memory
+    prompt = PROMPT[0].tolist()
+    with torch.inference_mode():
+        logits = stepper.prefill(memory, prompt)
+        with closing(stepper.sample(memory, logits, prompt, params)) as steps:
+            return [each.id for each in islice(steps, count)], memory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 20, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "seed": 6}],
+    ids=str,
+)
+def test_a_graphs_answer_is_begun_ahead_and_is_the_same(settings, monkeypatch):
+    params = GenerationParams(**settings)
+    stepper = graph_stepper("llama")
+    begun, begin = [], BegunAhead.begin
+    monkeypatch.setattr(BegunAhead, "begin", lambda self, token: begun.append(1) or begin(self, token))
+    found, memory = answered(stepper, params, 30)
+    assert len(begun) == 30
+    assert memory.length == PROMPT.shape[1] + 29, "what was begun after the last token is taken back"
+    monkeypatch.setattr(GraphStepper, "running", Stepper.running)
+    again, other = answered(stepper, params, 30)
+    assert found == again and other.length == memory.length and len(begun) == 30
+    with torch.inference_mode():
+        pair = [stepper.step(each, 77).clone() for each in (memory, other)]
+    torch.testing.assert_close(*pair)
+
+
+def test_log_probabilities_and_states_are_not_begun_ahead(monkeypatch):
+    def never(self, token):
+        raise AssertionError("begun")
+
+    monkeypatch.setattr(BegunAhead, "begin", never)
+    stepper = graph_stepper("llama")
+    answered(stepper, GenerationParams(temperature=0.0, logprobs=2), 5)
+    if transformers.__version__ >= "5":
+        hybrid = graph_stepper("qwen3_next")
+        answered(hybrid, GenerationParams(temperature=0.0), 5)

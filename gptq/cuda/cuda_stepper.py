@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core.chat import Step
 from ...core.errors import BadParameter
 from ...core.params import GenerationParams
+from ..begun_ahead import BegunAhead
 from ..families.parts import ModelParts
 from ..grammar_mask import GrammarMask
 from ..lora import Part
@@ -23,7 +24,6 @@ from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
-from .begun_ahead import BegunAhead
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kernel_arguments import ONE_ROWS

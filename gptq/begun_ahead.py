@@ -1,4 +1,4 @@
-"""An answer alone on a GPU whose tokens somebody else samples: the next step is launched before the host knows the token.
+"""An answer alone on a GPU whose tokens torch samples: the next step is launched before the host knows the token.
 
 Between two tokens the host would read the sampled one, ask whether it ends the answer, and launch some three hundred kernels
 as one graph: time in which the GPU computes nothing. Here it is given the token as a tensor and goes on; the host reads a copy.
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..running import Running
-from ..stepper import Memory
+from .running import Running
+from .stepper import Memory
 
 
 class BegunAhead(Running):
