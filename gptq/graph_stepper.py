@@ -143,7 +143,8 @@ class GraphStepper(Stepper):
 
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         # a state cannot be taken back, and only the host can tell that a token has no row in the embedding
-        if self.why or not self._can_cut or self._logits is None or self._logits.shape[1] > self.embedding_rows:
+        rows = self.embedding_rows or 0
+        if self.why or not self._can_cut or self._logits is None or self._logits.shape[1] > rows:
             return super().running(memory, ids)
         return BegunAhead(memory, partial(self.step, memory), self.device)
 

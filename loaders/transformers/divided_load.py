@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _ALONE = "set tensor_parallel to 1"
 NOT_MEASURED = (
-    "Computed by {ranks} processes together (tensor parallel), layer by layer. This was tried on processors only and is not "
-    "measured on GPUs yet: compare it with tensor_parallel 1."
+    "Computed by {ranks} processes together (tensor parallel). How fast that is, is not measured on GPUs yet: compare it with "
+    "tensor_parallel 1."
 )
 
 
