@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.errors import GptqWebuiError
 from .begun_ahead import BegunAhead
+from .patched_forward import ForwardPatch
+from .prefix_cache import PrefixCache
 from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom
 from .stepper import Memory, Stepper
@@ -100,6 +102,7 @@ class GraphStepper(Stepper):
         self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._logits: Tensor | None = None
+        self._patch: ForwardPatch | None = None
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
 
@@ -148,6 +151,12 @@ class GraphStepper(Stepper):
             return super().running(memory, ids)
         return BegunAhead(memory, partial(self.step, memory), self.device)
 
+    def take_over(self, hf: Any, prefix: PrefixCache) -> None:
+        if (
+            not self.why and self._can_cut and not hasattr(hf.config, "vision_config")
+        ):  # a cache of states, or of pictures, is known by no ids
+            self._patch = ForwardPatch(hf, self, prefix, self.context_tokens, own_loop=True)
+
     def trial(self) -> None:
         """Record a graph and compare it with the forward without one; `why` tells if it cannot be used."""
         with torch.inference_mode():
@@ -179,6 +188,9 @@ class GraphStepper(Stepper):
         return self._prompts
 
     def close(self) -> None:
+        if self._patch is not None:
+            self._patch.release()
+            self._patch = None
         self._graphs.clear()
         self._room = self._logits = None
         self._recorder.close()
@@ -220,7 +232,7 @@ class GraphStepper(Stepper):
         def run() -> None:
             if self._fused is not None:
                 self._fused.begin()
-            output = self._model(input_ids=self._ids, use_cache=True, **given)
+            output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given)
             logits = output.logits[:, -1, :]
             if self._logits is None:
                 self._logits = torch.empty_like(logits)

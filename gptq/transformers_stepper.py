@@ -215,6 +215,7 @@ class TransformersStepper(Stepper):
             self.chunk_tokens = GPU_CHUNK_TOKENS
         self._rope = RopeLength(model)
         self._rope.wrap()
+        self.run_model: Any = model.forward  # as it is now: a stepper may take its place later (patched_forward.py)
         self._takes_positions, self._gives_positions = "position_ids" in taken, False
         # transformers 4 finds the positions of text after a picture by it
         self._gives_cache_position = "cache_position" in taken and hasattr(config, "vision_config")
@@ -361,7 +362,7 @@ class TransformersStepper(Stepper):
         memory.ids += ids
         memory.grown(len(ids))
         kept = {"logits_to_keep": keep} if self._keeps_some else {}
-        return self._model(input_ids=self._input(memory.ids), **kept, **more)
+        return self.run_model(input_ids=self._input(memory.ids), **kept, **more)
 
     def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
@@ -371,7 +372,7 @@ class TransformersStepper(Stepper):
             given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
         if self._gives_cache_position:
             given["cache_position"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)
-        output = self._model(input_ids=self._input(ids), use_cache=True, **given)
+        output = self.run_model(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
             if memory.cache is None:  # the model keeps what it has read under another name, or not at all
@@ -391,11 +392,11 @@ class TransformersStepper(Stepper):
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:
         with cudnn_attention(allowed=False):
-            logits: Tensor = self._model(input_ids=self._input(ids)).logits[:, -1, :]
+            logits: Tensor = self.run_model(input_ids=self._input(ids)).logits[:, -1, :]
         return logits
 
     def close(self) -> None:
-        self._model = None
+        self._model = self.run_model = None
 
 
 def _cannot_compute(error: Exception) -> Exception:

@@ -10,8 +10,10 @@ pytest.importorskip("numba")
 
 from family_variants import DENSE_IN_4
 from test_families import off, packed
+from test_transformers_stepper import Replay
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper_choice import stepper_for
 from gptq_webui.gptq.transformers_stepper import cache_name
@@ -25,12 +27,16 @@ EXACT = 1e-3
 class Model:
     """A tiny model with the compiled step in the place of its forward, its twin, and how often its own forward ran."""
 
-    def __init__(self, kind="llama", changes=None, context_tokens=250):
+    def __init__(self, kind="llama", changes=None, context_tokens=250, kernel="cpu"):
         self.hf, self.twin = packed(kind, changes)
         for each in (self.hf, self.twin):
             each.generation_config.eos_token_id = each.generation_config.pad_token_id = None
-        self.stepper, _note = stepper_for(self.hf, context_tokens)
-        assert self.stepper.kernel == "cpu"
+        if kernel == "cpu":
+            self.stepper, _note = stepper_for(self.hf, context_tokens)
+        else:
+            self.stepper = GraphStepper(self.hf, context_tokens, Replay())
+            self.stepper.trial()
+        assert self.stepper.kernel == kernel
         self.own = self.hf.forward
         self.prefix = PrefixCache()
         self.stepper.take_over(self.hf, self.prefix)
@@ -66,9 +72,9 @@ def generate(hf, ids, count, **settings):
     return hf.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = Model()
+@pytest.fixture(scope="module", params=["cpu", "graph"])
+def model(request):
+    model = Model(kernel=request.param)
     yield model
     model.stepper.close()
 
@@ -214,6 +220,8 @@ def test_closing_leaves_the_models_own_forward():
 
 
 def test_between_tokens_torch_computes_with_one_thread_and_later_as_before(model):
+    if model.stepper.kernel != "cpu":
+        pytest.skip("its torch computes, with all threads")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     seen = []
