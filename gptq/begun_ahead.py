@@ -19,7 +19,7 @@ class BegunAhead(Running):
     def __init__(self, memory: Memory, step: Callable[[int | Tensor], Tensor], device: torch.device) -> None:
         """`step`: computes one id, or a tensor [1] of `device` that has one, into `memory` -> logits [1, V]."""
         self._memory, self._step = memory, step
-        on_gpu = device.type == "cuda"
+        self._device, on_gpu = device, device.type == "cuda"
         self._token = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._logits: Tensor | None = None
@@ -28,7 +28,7 @@ class BegunAhead(Running):
     def begin(self, token: Tensor) -> Callable[[], int] | None:
         self._token.copy_(token, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))  # which may not be the thread's current GPU
         try:
             # a copy, because a criterion may have the model compute something else before these are asked for
             self._logits = self._step(token).clone()

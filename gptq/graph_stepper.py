@@ -103,6 +103,8 @@ class GraphStepper(Stepper):
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._logits: Tensor | None = None
         self._patch: ForwardPatch | None = None
+        self.may_give_up = True  # computing without a graph from then on; False where others count on the same steps
+        self._is_tried = False  # a forward was recorded, so another one waits for nothing either
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
 
@@ -133,6 +135,8 @@ class GraphStepper(Stepper):
         try:
             graph = self._graph(memory)
         except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            if not self.may_give_up:
+                raise
             self._give_up(error)
             return self._prompts.step(memory, int(id))
         if isinstance(id, int):
@@ -242,11 +246,13 @@ class GraphStepper(Stepper):
         with nullcontext() if self._fused is None else self._fused.recording():
             run()  # libraries choose and load their kernels
             room.restore(states, length)
-            with _NumbersMadeThere(), _refusing_to_wait(self.device):
+            # the setting is the process's: later other threads may be at work on the GPU
+            with _NumbersMadeThere(), nullcontext() if self._is_tried else _refusing_to_wait(self.device):
                 run()
             room.restore(states, length)
             with _NumbersMadeThere():
                 graph = self._recorder.record(run)
+        self._is_tried = True
         room.restore(states, length)  # a recorder that runs what it records has changed it
         return graph
 

@@ -6,6 +6,7 @@ outputs), and tokens are guessed where the stepper guesses (guessing.py): each i
 """
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -82,6 +83,7 @@ class SamplingLoop:
         The next token is begun before the host asks for this one, so that a GPU does not wait for the criteria, but for the
         last of `most` ids.
         """
+        in_order = self._streamer is not None and bool(self._by_ids)  # a criterion may look at what the streamer was given
         with closing(running):
             while True:
                 scores = logits.to(self._dtype).to(torch.float32, copy=True)
@@ -90,15 +92,17 @@ class SamplingLoop:
                 token = torch.argmax(scores, dim=-1) if self._draw is None else self._draw.of(scores)
                 ids = torch.cat([ids, token[:, None]], dim=-1)
                 # asked first: what they compute on the GPU would wait for the step that is begun
-                done = [_ends(each, ids) for each in self._by_ids]
+                done = [] if in_order else [_ends(each, ids) for each in self._by_ids]
                 with torch.inference_mode():
-                    begun = running.begin(token) if ids.shape[1] < most and not any(done) else None
+                    begun = running.begin(token) if ids.shape[1] < most and not any(done) and not in_order else None
                 id = begun() if begun is not None else int(token)
                 if self._draw is not None:
                     self._draw.check()
                 chosen(id)
                 if self._streamer is not None:
                     self._streamer.put(torch.tensor([id]))
+                if in_order:
+                    done = [_ends(each, ids) for each in self._by_ids]
                 done += [each(ids.shape[1], id) for each in self._by_id]  # all of them hear of every token
                 if any(done):
                     break
@@ -166,8 +170,10 @@ def _without_end(ends: Tensor, least: int) -> Callable[[Tensor, Tensor], Tensor]
 
 def _by_id(criterion: Any) -> Callable[[int, int], bool] | None:
     """Whether a stopping criterion ends an answer at so many ids, of which the last is given; None for one that must see them."""
-    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+    if type(criterion) is MaxTimeCriteria:
+        return lambda _count, _id: time.time() - criterion.initial_timestamp > criterion.max_time
     if type(criterion) is EosTokenCriteria:
         ends = {int(each) for each in criterion.eos_token_id.flatten().tolist()}
         return lambda _count, id: id in ends

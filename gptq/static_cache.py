@@ -161,6 +161,13 @@ class StaticRoom:
         memory.elsewhere = self
         self._resident = weakref.ref(memory)
 
+    def cut(self, length: int) -> bool:
+        if self._states():
+            return False
+        with torch.inference_mode():  # in which it was made; the end of an answer need not be in it
+            self.count.fill_(length)
+        return True
+
     def leave(self) -> None:
         memory = self._resident() if self._resident is not None else None
         self._resident = None

@@ -154,7 +154,8 @@ class Stepper(ABC):
         if start:
             self.prefill(memory, ids[:start])
         pieces = range(start, len(ids), self.chunk_tokens)
-        return torch.cat([self.all_logits(memory, ids[at : at + self.chunk_tokens]) for at in pieces])
+        found = [self.all_logits(memory, ids[at : at + self.chunk_tokens]) for at in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def answer(
         self, memory: Memory, logits: Tensor, ids: Sequence[int], params: GenerationParams, rules: TokenRules = NO_RULES

@@ -95,6 +95,9 @@ class Elsewhere(Protocol):
     def leave(self) -> None:
         """Put the tensors back into the memory."""
 
+    def cut(self, length: int) -> bool:
+        """Forget all but so many tokens where they are; False if something is held that cannot be cut."""
+
 
 class TransformersMemory(Memory):
     """A cache of transformers and how many tokens it holds. `config`: of the model (its text part)."""
@@ -142,6 +145,9 @@ class TransformersMemory(Memory):
             return True
         if self.ids:
             del self.ids[length:]
+            self._length = length
+            return True
+        if self.elsewhere is not None and length < self._length and self.elsewhere.cut(length):
             self._length = length
             return True
         if not self._can_hold(length):
@@ -333,7 +339,8 @@ class TransformersStepper(Stepper):
                 continue
             except torch.OutOfMemoryError as error:
                 full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
-            if len(piece) <= SMALLEST_CHUNK_TOKENS or not _undone(memory, held):
+            undone = _undone(memory, held)
+            if len(piece) <= SMALLEST_CHUNK_TOKENS or not undone:
                 raise full
             self.chunk_tokens = max(SMALLEST_CHUNK_TOKENS, len(piece) // 2)
             torch.cuda.empty_cache()

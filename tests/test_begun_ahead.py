@@ -14,6 +14,7 @@ from test_transformers_stepper import graph, tiny_model
 from transformers import LogitsProcessorList
 
 from gptq_webui.core.params import GenerationParams
+from gptq_webui.gptq.attention_backends import cudnn_attention
 from gptq_webui.gptq.begun_ahead import BegunAhead
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.sampling_loop import Draw
@@ -63,7 +64,7 @@ def test_what_was_begun_after_the_last_token_is_taken_back(model, loops, begun, 
     model.prefix.clear()
     with pytest.raises(Stop) if ends == "a criterion that fails" else nullcontext():
         assert generate(model.hf, PROMPT, 40, **given).tolist() == answer[:, : PROMPT.shape[1] + loops[0]].tolist()
-    assert max(begun) >= begun[0] and len(begun) > 1
+    assert len(begun) == (9 if ends == "an end token" else 8), "nothing is begun once a criterion has ended the answer"
     held, length = model.prefix.take([*answer[0].tolist(), 70, 71])
     assert held.length == length <= answer.shape[1] - 1
     model.same(ids=PROMPT)
@@ -164,3 +165,42 @@ def test_log_probabilities_and_states_are_not_begun_ahead(monkeypatch):
     if transformers.__version__ >= "5":
         hybrid = graph_stepper("qwen3_next")
         answered(hybrid, GenerationParams(temperature=0.0), 5)
+
+
+def test_a_graph_that_others_count_on_does_not_go_on_without():
+    stepper = graph_stepper("llama")
+    stepper.may_give_up = False
+
+    class Full(RuntimeError):
+        pass
+
+    def full(run):
+        raise Full
+
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, PROMPT[0].tolist())
+        stepper.step(memory, 5)
+        stepper._graphs.clear()
+        stepper._recorder.record = full
+        with pytest.raises(Full):
+            stepper.step(memory, 6)
+    assert not stepper.why
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_cudnn_is_as_it_was_once_nobody_keeps_from_it(usual, monkeypatch):
+    state = [usual]
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: state[0])
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: state.__setitem__(0, enabled))
+    first, second = cudnn_attention(allowed=False), cudnn_attention(allowed=False)
+    first.__enter__()
+    second.__enter__()  # of another thread
+    assert state == [False]
+    with cudnn_attention(allowed=True):
+        assert state == [usual]
+    assert state == [False]
+    first.__exit__(None, None, None)
+    assert state == [False]
+    second.__exit__(None, None, None)
+    assert state == [usual]

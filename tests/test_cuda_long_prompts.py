@@ -26,15 +26,19 @@ def step():
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_long_prompt_is_read_as_without_a_plan(step, monkeypatch, length):
     ids = torch.randint(0, step.shape.embedding_rows, (length + 300,), generator=torch.Generator().manual_seed(length)).tolist()
-    found = []
+    found, asked = [], []
+    allow = prompt.cudnn_attention
+    monkeypatch.setattr(prompt, "cudnn_attention", lambda allowed: asked.append(allowed) or allow(allowed))
     for after in (10**9, 0):
         monkeypatch.setattr(prompt, "_PLAN_AFTER", after)
+        assert not any(asked)
         memory = PagedMemory(step.pages)
         step.sequences.use(memory, length + 300)
         hidden = [step.prefill(ids[:length], 0).clone(), step.prefill(ids[length:], length).clone()]
         last = step.prefill(ids[:length], 0, ends=True).clone()
         assert float((last[0] - hidden[0][-1]).norm() / hidden[0][-1].norm()) < 2e-3
         found.append([*hidden, last])
+    assert any(asked) == (length >= prompt._PLANNED)
     for plain, planned in zip(*found, strict=True):
         assert torch.isfinite(planned).all() and float((planned - plain).norm() / plain.norm()) < 2e-3
 

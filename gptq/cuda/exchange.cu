@@ -5,13 +5,13 @@
 // Turns use two halves of a mailbox alternately: nobody is two turns ahead of who has not read yet, since a turn needs the words
 // of all. The words are added in the order of the GPUs, so that all of them get the same bits.
 
-// Whether the host has asked to stop, or another GPU is too late.
+// Whether the host has asked to stop, or another GPU is too late, now or in an earlier sum.
 DEVICE bool is_given_up(const ExchangeArguments& p, u64 began) {
-  u32 stop;
+  u32 stop, lost;
   u64 now;
-  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(stop) : "l"(p.flags) : "memory");
+  asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];" : "=r"(stop), "=r"(lost) : "l"(p.flags) : "memory");
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return stop || now - began > p.limit_ns;
+  return stop || lost || now - began > p.limit_ns;
 }
 
 template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) {

@@ -48,6 +48,7 @@ def load(
         "threads": threads,
     }
     others = Ranks(ranks, settings, group.leave)
+    share: Any = None
     try:
         own = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         hf, notes = model_share.load(
@@ -70,6 +71,9 @@ def load(
         if isinstance(error, Parted):
             others.settle()
         others.close()
+        group.leave()  # so that nothing waits for them any more
+        if share is not None:
+            share.close()
         group.close()
         if isinstance(error, Parted):
             raise LoadFailed(others.why or in_a_sentence(error)) from error

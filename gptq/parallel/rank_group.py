@@ -115,9 +115,9 @@ class RankGroup:
 
     def require_all(self) -> None:
         """Wait for what this thread's GPU computes. Raises Parted where another rank did not come to one of the sums."""
-        if self._mailboxes is not None:
+        if self._on_gpu and self.ranks > 1:
             torch.cuda.current_stream(self._device).synchronize()
-            if self._mailboxes.is_broken:
+            if not self._joined or (self._mailboxes is not None and self._mailboxes.is_broken):
                 raise Parted("another rank did not come to a sum")
 
     def leave(self) -> None:

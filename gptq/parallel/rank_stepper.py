@@ -89,9 +89,11 @@ def stepper_of(hf: Any, group: RankGroup) -> tuple[Stepper, str]:
         fused = None
     graph = GraphStepper(hf, FIRST_CAPACITY, GraphRecorder(hf.device), fused, plain)
     graph.trial()
+    group.require_all()
     without = torch.tensor([float(bool(graph.why))], device=hf.device)
     group.sum(without)
     if not without.item():
+        graph.may_give_up = False  # alone: the sums of the others would meet those of another forward
         return graph, ""
     return graph.without_graph(), graph.why or "another rank could not record it"
 
