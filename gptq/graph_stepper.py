@@ -92,7 +92,7 @@ class GraphStepper(Stepper):
         """`prompts` computes what is not recorded; by default transformers' forward as it is."""
         self._prompts = TransformersStepper(model) if prompts is None else prompts
         self._model = model
-        self.context_tokens = context_tokens
+        self._context_tokens = context_tokens
         self._recorder = recorder
         self._fused = fused
         self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
@@ -155,11 +155,14 @@ class GraphStepper(Stepper):
             return super().running(memory, ids)
         return BegunAhead(memory, partial(self.step, memory), self.device)
 
+    def limit(self, context_tokens: int) -> None:
+        self._context_tokens = context_tokens
+
     def take_over(self, hf: Any, prefix: PrefixCache) -> None:
         if (
             not self.why and self._can_cut and not hasattr(hf.config, "vision_config")
         ):  # a cache of states, or of pictures, is known by no ids
-            self._patch = ForwardPatch(hf, self, prefix, self.context_tokens, own_loop=True)
+            self._patch = ForwardPatch(hf, self, prefix, self._context_tokens, own_loop=True)
 
     def trial(self) -> None:
         """Record a graph and compare it with the forward without one; `why` tells if it cannot be used."""
@@ -211,7 +214,7 @@ class GraphStepper(Stepper):
             capacity = FIRST_CAPACITY
             while capacity < needed:
                 capacity *= 2
-            capacity = max(needed, min(capacity, -(-self.context_tokens // 64) * 64))
+            capacity = max(needed, min(capacity, -(-self._context_tokens // 64) * 64))
             new = StaticRoom(memory, capacity)  # makes what is in the old room leave it, if it is this memory
             new.use(self._fused)
             if room is not None:

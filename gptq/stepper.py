@@ -183,7 +183,7 @@ class Stepper(ABC):
             while True:
                 allowed = grammar_mask.allowed(logits.shape[1]).to(logits.device) if grammar_mask is not None else None
                 token = sampler(logits, seen, allowed)
-                # where the host has more to see to, the next step would wait for it
+                # a grammar needs the id before the next step, and log-probabilities need these logits, which it may overwrite
                 begun = running.begin(token.view(1)) if grammar_mask is None and params.logprobs is None else None
                 id = begun() if begun is not None else int(token)
                 if grammar_mask is not None:
@@ -225,6 +225,9 @@ class Stepper(ABC):
     def while_reading(self) -> AbstractContextManager[None]:
         """Entered while torch computes much, though tokens are being sampled."""
         return nullcontext()
+
+    def limit(self, context_tokens: int) -> None:  # noqa: B027
+        """No conversation will be longer: called once, after the load has found what fits."""
 
     def take_over(self, hf: Any, prefix: Any) -> None:  # noqa: B027
         """Put this way of computing in the place of a transformers model's forward, where that is another one.

@@ -357,7 +357,7 @@ class TransformersStepper(Stepper):
         """The model's output for ids that follow those in memory, and where it must be for the earlier ones too."""
         require_known(ids, self.embedding_rows)
         ids = self._rope.ready(memory, ids)
-        with self._rope.using(memory.angles), cudnn_attention(allowed=False):
+        with self._rope.using(memory.angles):
             return self._each_with(memory, ids, keep, **more)
 
     def _each_with(self, memory: Memory, ids: Sequence[int], keep: int, **more: Any) -> Any:
@@ -369,7 +369,7 @@ class TransformersStepper(Stepper):
         memory.ids += ids
         memory.grown(len(ids))
         kept = {"logits_to_keep": keep} if self._keeps_some else {}
-        return self.run_model(input_ids=self._input(memory.ids), **kept, **more)
+        return self._run(input_ids=self._input(memory.ids), **kept, **more)
 
     def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
@@ -379,7 +379,7 @@ class TransformersStepper(Stepper):
             given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
         if self._gives_cache_position:
             given["cache_position"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)
-        output = self.run_model(input_ids=self._input(ids), use_cache=True, **given)
+        output = self._run(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
             if memory.cache is None:  # the model keeps what it has read under another name, or not at all
@@ -388,18 +388,20 @@ class TransformersStepper(Stepper):
         memory.grown(len(ids))
         return output
 
+    def _run(self, **given: Any) -> Any:
+        with cudnn_attention(allowed=False):  # every prompt has another length
+            return self.run_model(**given)
+
     def _input(self, ids: Sequence[int]) -> Tensor:
         """[1, T] on the model's device."""
         return torch.tensor([list(ids)], device=self.device)
 
     def _forward(self, memory: TransformersMemory, ids: Sequence[int]) -> Tensor:
-        with cudnn_attention(allowed=False):
-            logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
+        logits: Tensor = self._output(memory, ids, 1).logits[:, -1, :]
         return logits
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:
-        with cudnn_attention(allowed=False):
-            logits: Tensor = self.run_model(input_ids=self._input(ids)).logits[:, -1, :]
+        logits: Tensor = self._run(input_ids=self._input(ids)).logits[:, -1, :]
         return logits
 
     def close(self) -> None:

@@ -198,9 +198,7 @@ class Prompt:
         if len(pieces) == 1:
             return self._attend(at, layer, qkv, pieces[0], visible[0], alone, planned)
         rows = qkv.split([len(each.ids) for each in pieces])
-        found = [
-            self._attend(at, layer, own, piece, seen, alone) for own, piece, seen in zip(rows, pieces, visible, strict=True)
-        ]  # fmt: skip
+        found = [self._attend(at, layer, own, piece, seen, alone) for own, piece, seen in zip(rows, pieces, visible, strict=True)]
         return torch.cat(found)
 
     def _attend(

@@ -92,10 +92,8 @@ def _follow(settings: dict[str, Any], orders: "queue.SimpleQueue[dict[str, Any]]
 
 def _do(stepper: Any, memories: dict[int, Any], do: str, memory: int, forget: list[int], **values: Any) -> None:
     """One order: what the first rank does with its own memory of that number, and no more."""
-    from .rank_stepper import use_context
-
     if do == "context":
-        use_context(stepper, values["tokens"])
+        stepper.limit(values["tokens"])
     elif do == "begin":
         memories[memory] = stepper.begin()
     elif do == "fork":

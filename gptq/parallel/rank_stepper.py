@@ -116,8 +116,7 @@ class LeadingStepper(Stepper):
         return self._ranks.alive
 
     def limit(self, context_tokens: int) -> None:
-        """No conversation gets longer."""
-        use_context(self._own, context_tokens)
+        self._own.limit(context_tokens)
         self._ranks.order("context", tokens=context_tokens)
 
     def begin(self) -> "LeadingMemory":
@@ -167,12 +166,6 @@ class LeadingStepper(Stepper):
         self._own.close()
         self._ranks.close()
         self._group.close()
-
-
-def use_context(stepper: Stepper, context_tokens: int) -> None:
-    """Tell a rank's stepper how long a conversation gets."""
-    if hasattr(stepper, "context_tokens"):
-        stepper.context_tokens = context_tokens
 
 
 class LeadingMemory(TransformersMemory):
