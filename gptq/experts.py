@@ -70,11 +70,8 @@ class PackedExperts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
             return torch.cat([self._weighted(at, rows[at]) for at in range(self.num_experts)])
-        if top_k_index.is_floating_point():  # Qwen3-VL's in transformers 4: weights of all experts, then the choices
-            top_k_index, top_k_weights = top_k_weights, top_k_index.gather(1, top_k_weights)
         shape = hidden_states.shape
-        hidden_states = hidden_states.reshape(-1, shape[-1])
-        top_k_index, top_k_weights = (each.reshape(hidden_states.shape[0], -1) for each in (top_k_index, top_k_weights))
+        hidden_states, top_k_index, top_k_weights = rows_and_choices(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         for at in top_k_index.unique().tolist():
             if at >= self.num_experts and not self.has_identity:
@@ -92,6 +89,14 @@ class PackedExperts(nn.Module):
         if chosen.numel():
             out[chosen] = self.expert(at, rows[chosen]).to(out.dtype)
         return out
+
+
+def rows_and_choices(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What experts are given, as ([T, H], expert of each choice [T, k], its weight [T, k])."""
+    if top_k_index.is_floating_point():  # Qwen3-VL's in transformers 4: weights of all experts, then the choices
+        top_k_index, top_k_weights = top_k_weights, top_k_index.gather(1, top_k_weights)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return rows, top_k_index.reshape(rows.shape[0], -1), top_k_weights.reshape(rows.shape[0], -1)
 
 
 def experts_of(name: str) -> str | None:

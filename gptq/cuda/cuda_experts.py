@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import PackedExperts
+from ..experts import PackedExperts, rows_and_choices
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations, deferred, gemv
@@ -65,14 +65,17 @@ class CudaExperts(nn.Module):
         return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
-        """hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H].
+        """As PackedExperts: hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H].
 
-        Without choices (Llama 4) as PackedExperts: the rows of each expert in turn, all of which are computed.
+        Without choices (Llama 4) all rows of each expert in turn are computed.
         """
         if top_k_index is None or top_k_weights is None:
             rows = hidden_states.shape[0] // self.num_experts
             own = torch.arange(self.num_experts, device=hidden_states.device).repeat_interleave(rows)[:, None]
             return self.forward(hidden_states, own, torch.ones_like(own, dtype=hidden_states.dtype))
+        if top_k_index.is_floating_point() or hidden_states.dim() != 2:
+            given = rows_and_choices(hidden_states, top_k_index, top_k_weights)
+            return self.forward(*given).view(hidden_states.shape)
         tokens, choices = top_k_index.shape
         chosen = top_k_index.reshape(-1).long()
         if chosen.numel() <= MOST_CHOICES:

@@ -3,7 +3,6 @@
 Which modules are norms, and of which kind, is found by trying them.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from . import deferred
 from .gpu_kernels import Gpu
 from .kernel_arguments import ROW_NORM
 from .kernel_source import LayerVariant
+from .module_facts import facts_of, takes_one
 from .natural_order import NUMBERS
 
 _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
@@ -51,7 +51,7 @@ watchers: list[Watcher] = []
 
 
 class CudaNorm(nn.Module):
-    """Stands for a norm over the last dimension."""
+    """Stands for a norm over the last dimension. What is called with more than x is computed by the norm's own forward."""
 
     def __init__(self, gpu: Gpu, norm: nn.Module, kind: NormKind) -> None:
         super().__init__()
@@ -64,15 +64,16 @@ class CudaNorm(nn.Module):
     def takes(self, x: Tensor) -> bool:
         return x.is_cuda and x.dtype in NUMBERS and x.dtype == self.weight.dtype and x.shape[-1] == self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._ready is not None:
-            given, out = self._ready
-            self._ready = None
-            if given is x:
-                return out
-        if not self.takes(x):
-            y: Tensor = self._plain(x)
-            return y
+    def forward(self, *args: Any, **given: Any) -> Any:
+        ready, self._ready = self._ready, None
+        if len(args) != 1 or given:
+            return self._plain(*args, **given)
+        (x,) = args
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        return self._normed(x) if self.takes(x) else self._plain(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if any(each.before(self, x) for each in watchers):
             return x
@@ -226,8 +227,7 @@ def kind_of(module: nn.Module) -> NormKind | None:
         return None
     if "norm" not in type(module).__name__.lower() or (bias is not None and bias.dtype != weight.dtype):
         return None
-    needed = [each for each in inspect.signature(module.forward).parameters.values() if each.default is inspect.Parameter.empty]
-    if len([each for each in needed if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]) != 1:
+    if not takes_one(module, more=True):  # a gate that need not be given is one more input all the same
         return None
     eps = _eps_of(module)
     if eps is None:
@@ -235,6 +235,7 @@ def kind_of(module: nn.Module) -> NormKind | None:
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(2, weight.shape[0], generator=generator, device=weight.device)
     x = torch.cat([x * eps**0.5, x * 3 + 1]) if eps > 0 else x  # small numbers show eps and where it is added
+    x = x[None]  # tokens of a batch: a norm over channels that come first is another one
     kept = [each.data for each in parameters.values()]
     try:
         for each in parameters.values():
@@ -245,7 +246,7 @@ def kind_of(module: nn.Module) -> NormKind | None:
                 return None
             for kind in (NormKind(eps, offset, centred) for centred in (False, True) for offset in (0.0, 1.0)):
                 wanted = kind.of(x, weight.data, None if bias is None else bias.data)
-                if all(float((a - b).norm() / b.norm()) < _SAME for a, b in zip(found.float(), wanted, strict=True)):
+                if all(float((a - b).norm() / b.norm()) < _SAME for a, b in zip(found[0].float(), wanted[0], strict=True)):
                     return kind
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return None
@@ -265,11 +266,11 @@ def replace_norms(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
     replaced = 0
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.device.type != "cuda" or weight.device not in gpus:
+        if not isinstance(weight, Tensor) or weight.device not in gpus:
             continue
         if getattr(module, "_hf_hook", None) is not None:
             continue
-        key = (type(module), weight.shape, _eps_of(module), getattr(module, "bias", None) is None)
+        key = (type(module), weight.shape, _eps_of(module), getattr(module, "bias", None) is None, facts_of(module))
         if key not in kinds:
             kinds[key] = kind_of(module)
         if (kind := kinds[key]) is None:

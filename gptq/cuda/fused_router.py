@@ -1,6 +1,6 @@
 """The choice of a token's experts as one kernel, where a router is a softmax over all experts and its highest scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import ROUTE, ROUTE_RUNS
 from .kernel_source import LayerVariant
+from .module_facts import facts_of
 from .natural_order import NUMBERS
 
 _WARPS = 8  # of a block: an expert each
@@ -35,6 +36,7 @@ class RouterKind:
     probabilities: bool
     shared: bool  # the scores are divided by their sum
     scale: float
+    flattens: bool = True  # tokens of a batch [1, T, H] as [T, H]
 
 
 class CudaRouter(nn.Module):
@@ -56,10 +58,11 @@ class CudaRouter(nn.Module):
     def weight(self) -> Any:
         return self.plain.weight
 
-    def forward(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
-        kind, x = self._kind, hidden_states
-        if more or given or not self._takes(x):
-            return self.plain(hidden_states, *more, **given)
+    def forward(self, *args: Any, **given: Any) -> Any:
+        kind = self._kind
+        if len(args) != 1 or given or not self._takes(args[0]) or (args[0].dim() != 2 and not kind.flattens):
+            return self.plain(*args, **given)
+        (x,) = args
         scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
         chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
         return self._route(x, scores, chosen), scores, chosen
@@ -152,11 +155,13 @@ def kind_of(router: nn.Module, dtype: torch.dtype | None = None) -> RouterKind |
             bias.data = some(experts)
         x = some(24, inputs).to(dtype)
         with torch.inference_mode():
-            found = router(x)
+            found, of_batch = router(x), router(x[None])
         if not isinstance(found, tuple) or len(found) != 3:
             return None
-        return _kind_of(found, x, weight.data, None if bias is None else bias.data)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        kind = _kind_of(found, x, weight.data, None if bias is None else bias.data)
+        flat = [each.shape for each in of_batch] == [each.shape for each in found]
+        return None if kind is None else replace(kind, flattens=flat)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return None
     finally:
         for each, data in zip(parameters.values(), kept, strict=True):
@@ -206,10 +211,7 @@ def replace_routers(model: nn.Module, gpus: dict[torch.device, Gpu]) -> int:
             continue
         if getattr(module, "_hf_hook", None) is not None:
             continue
-        facts = {
-            key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool)) and key[0] != "_"
-        }
-        key = (type(module), weight.shape, weight.dtype, tuple(sorted(facts.items(), key=str)))
+        key = (type(module), weight.shape, weight.dtype, facts_of(module))
         if key not in kinds:
             kinds[key] = kind_of(module, dtype)
         if (kind := kinds[key]) is None:

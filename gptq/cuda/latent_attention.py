@@ -22,6 +22,7 @@ from .deferred import plainly
 from .gpu_kernels import Gpu
 from .kernel_arguments import LATENT
 from .kernel_source import LatentVariant
+from .module_facts import asked_for, given_any
 from .natural_order import NUMBERS
 from .token_attention import capturing
 from .token_rows import difference
@@ -37,6 +38,15 @@ _PARTS = (
     "num_heads",
     "layer_idx",
 )
+_CHILDREN = {
+    "q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
+}  # fmt: skip
+_OURS = "_of_gptq_webui"  # the end of a merged layer's name
+_TAKEN = {  # by the forward of such an attention, the mask as the number of tokens that are seen
+    "hidden_states", "position_embeddings", "attention_mask", "cache", "past_key_values", "cache_position", "position_ids",
+    "use_cache",
+}  # fmt: skip
+_FAR = 1 << 20  # positions by which a trial moves a token
 _MOST_SPLITS = 64  # blocks that share the tokens, as many as read_latent adds up
 _SPLIT_TOKENS = 32  # that are shown, for each of them
 _HEADS = 16  # of a block
@@ -47,9 +57,11 @@ _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative difference to t
 
 def is_latent(module: nn.Module) -> bool:
     """Whether a module has the parts of an attention to latent vectors."""
-    return all(hasattr(module, each) for each in _PARTS) and (
-        getattr(module, "q_proj", None) is not None or getattr(module, "q_b_proj", None) is not None
-    )
+    if not all(hasattr(module, each) for each in _PARTS) or getattr(module, "sliding_window", None) is not None:
+        return False
+    if any(name not in _CHILDREN and not name.endswith(_OURS) for name, _child in module.named_children()):
+        return False  # it chooses among its tokens, or does something else besides
+    return getattr(module, "q_proj", None) is not None or getattr(module, "q_b_proj", None) is not None
 
 
 def take_latent(
@@ -71,13 +83,24 @@ def _taken(
     attention: "LatentAttention",
     aside: Callable[[], AbstractContextManager[None]],
 ) -> Callable[..., Any]:
+    others = asked_for(original) - _TAKEN
+
     def forward(hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         def plain() -> Any:
             with aside():
-                return original(hidden_states, *args, **given)
+                moved = None
+                if isinstance(at := given.get("position_ids"), Tensor):  # a module may scale by its position itself
+                    moved = original(hidden_states, **{**given, "position_ids": at + _FAR})
+                wanted = original(hidden_states, **given)
+            if moved is None:
+                return wanted
+            with plainly():
+                same = difference(moved[0], wanted[0]) < _CLOSE[hidden_states.dtype] / 10
+            return wanted if same else None
 
         cache = given.get("cache", given.get("past_key_values"))
-        out = None if args else attention.of(module, hidden_states, cache, given.get("position_embeddings"), plain)
+        usual = not args and not given_any(others, given)
+        out = attention.of(module, hidden_states, cache, given.get("position_embeddings"), plain) if usual else None
         return original(hidden_states, *args, **given) if out is None else (out, None)
 
     return forward
@@ -104,7 +127,10 @@ class LatentAttention:
         self._work.clear()
 
     def of(self, module: Any, x: Tensor, cache: Any, angles: Any, plain: Callable[[], Any]) -> Tensor | None:
-        """What the module gives for one token [1, 1, H]; None if that is left to its own forward, which `plain` calls."""
+        """What the module gives for one token [1, 1, H]; None if that is left to its own forward, which `plain` calls.
+
+        `plain` gives None where the module heeds more than what is given here.
+        """
         layer = self._layer(module, x, cache)
         if layer is None:
             return None
@@ -141,8 +167,10 @@ class LatentAttention:
         )
 
     def _try(self, module: Any, x: Tensor, layer: Any, angles: Any, plain: Callable[[], Any]) -> _Kind | None:
-        wanted = plain()[0]
-        at = int(layer.count)
+        given = plain()
+        if not isinstance(given, tuple) or len(given) != 2:
+            return None
+        wanted, at = given[0], int(layer.count)
         with plainly():
             variant = self._variant(module, x.dtype)
             whole = self._whole(variant, module.num_heads)

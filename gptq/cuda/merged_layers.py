@@ -18,6 +18,7 @@ from .cuda_linear import linear_of
 from .cuda_weights import packing_of
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
+from .module_facts import facts_of, takes_one
 
 # Layers that are asked for one after the other with the same tensor; the last two are those of latent vectors (MLA).
 _SHARED: tuple[tuple[str, ...], ...] = (
@@ -122,7 +123,7 @@ class Merging:
         """The number of the activation between the layers `first` and `last` of an MLP; None if the module is none."""
         down = own.get(last)
         activation = next((found for each in _ACTIVATIONS if (found := getattr(module, each, None)) is not None), None)
-        if not isinstance(down, GPTQLinear) or activation is None:
+        if not isinstance(down, GPTQLinear) or activation is None or not takes_one(module):
             return None
         if first not in _PLAIN_FIRSTS and (
             sum(each.out_features for each in layers) != 2 * down.in_features
@@ -137,6 +138,7 @@ class Merging:
             getattr(activation, "__name__", ""),
             layers[0].in_features,
             down.in_features,
+            facts_of(module),
         )
         if key not in self._numbers:
             self._numbers[key] = self._try(module, first, down, activation, layers)
@@ -158,7 +160,7 @@ class Merging:
                 else:
                     both = [each(x) for each in layers] if len(layers) == 2 else list(layers[0](x).chunk(2, -1))
                     wanted = down(activations.apply(number, both[0]) * both[1])
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
             return None
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             return None
@@ -181,7 +183,8 @@ class Merging:
             delattr(module, each)
         module.applied_by_gptq_webui = linear
 
-        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        def forward(*args: Any, **given: Any) -> Tensor:
+            (x,) = *args, *given.values()  # under any name
             y: Tensor = getattr(module, last)(linear(x))
             return y
 

@@ -17,6 +17,7 @@ from .cuda_linear import CudaLinear
 from .cuda_weights import Weight, permutation_of, sorted_rows
 from .expert_stack import Stack
 from .gpu_kernels import Gpu
+from .module_facts import takes_one
 from .natural_order import NUMBERS
 from .token_rows import difference
 
@@ -113,7 +114,7 @@ def _rows(layer: GPTQLinear, at: int, height: int) -> GPTQLinear:
 def _is_sum(block: Any, shared: Any, packed: PackedExperts, dtype: torch.dtype) -> bool:
     """Whether a block gives what its chosen experts and the shared one give, by trying it."""
     weight = block.gate.weight if isinstance(getattr(block.gate, "weight", None), Tensor) else None
-    if weight is None or fused_router.kind_of(block.gate, dtype) is None:
+    if weight is None or not takes_one(shared) or fused_router.kind_of(block.gate, dtype) is None:
         return False
     device = weight.device
     numbers = [activations.number_of(each, device) for each in (packed.act_fn, getattr(shared, "act_fn", None))]
@@ -126,7 +127,7 @@ def _is_sum(block: Any, shared: Any, packed: PackedExperts, dtype: torch.dtype) 
             found = block(x)
             _every, weights, chosen = block.gate(x.view(2, -1))
             wanted = packed(x.view(2, -1), chosen, weights).view(x.shape) + shared(x)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return False
     return isinstance(found, Tensor) and found.shape == wanted.shape and difference(found, wanted) < _SAME
 
@@ -164,13 +165,14 @@ def choose_shared(block: Any, count: int) -> None:
     """A token's block is computed as its chosen experts alone, which the shared ones follow."""
     original = block.forward
 
-    def forward(x: Tensor, *args: Any, **given: Any) -> Any:
+    def forward(*args: Any, **given: Any) -> Any:
         router = block.gate
-        if not args and not given and isinstance(router, fused_router.CudaRouter):
+        if len(args) == 1 and not given and isinstance(router, fused_router.CudaRouter):
+            (x,) = args
             found = router.with_constant(x, block.experts.num_experts, count)
             if found is not None:
                 scores, chosen = found
                 return block.experts.with_constant(x.view(1, x.shape[-1]), chosen, scores).view(x.shape)
-        return original(x, *args, **given)
+        return original(*args, **given)
 
     block.forward = forward
