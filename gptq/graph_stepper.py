@@ -235,6 +235,8 @@ class GraphStepper(Stepper):
         room.show(shown)
         states = room.kept_states()
         given = {self._prompts.cache_argument: room.cache}
+        if self._prompts.gives_positions:
+            given["position_ids"] = room.count.view(1, 1)  # it is read anew by each replay
 
         def run() -> None:
             if self._fused is not None:
@@ -264,6 +266,7 @@ class GraphStepper(Stepper):
         self.why = lines[0] if lines else type(error).__name__
         log.info("no graph is used: %s", self.why)
         if self._room is not None:
-            self._room.leave()
+            with torch.inference_mode():  # as the states were made
+                self._room.leave()
         self._graphs.clear()
         self._room = self._logits = None

@@ -222,7 +222,8 @@ class TransformersStepper(Stepper):
         self._rope = RopeLength(model)
         self._rope.wrap()
         self.run_model: Any = model.forward  # as it is now: a stepper may take its place later (patched_forward.py)
-        self._takes_positions, self._gives_positions = "position_ids" in taken, False
+        # a forward of several pieces that counts each from 0 is given its positions
+        self._takes_positions, self.gives_positions = "position_ids" in taken, False
         # transformers 4 finds the positions of text after a picture by it
         self._gives_cache_position = "cache_position" in taken and hasattr(config, "vision_config")
         self._in_pieces = True  # several tokens can be put through at once after others
@@ -266,10 +267,10 @@ class TransformersStepper(Stepper):
             return
         one = tried(len(_TRIAL) - 1)
         if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
-            self._gives_positions = True
+            self.gives_positions = True
             given = tried(len(_TRIAL) - 1)
-            self._gives_positions = given < one / 10
-            one = given if self._gives_positions else one
+            self.gives_positions = given < one / 10
+            one = given if self.gives_positions else one
         if not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False
@@ -375,7 +376,7 @@ class TransformersStepper(Stepper):
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
         if self._keeps_some:
             given["logits_to_keep"] = keep
-        if self._gives_positions:
+        if self.gives_positions:
             given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
         if self._gives_cache_position:
             given["cache_position"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)
