@@ -59,6 +59,28 @@ _OWN = {
 _OWN["qwen4_exp"] = _OWN["qwen4_exp_text"]  # its language model
 
 
+# Sizes that kernels for GPUs take, in the place of those above: rows of 256, heads of 64, and all else in multiples of 32.
+_WIDE = {
+    "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "n_embd": 256, "n_inner": 512, "d_model": 256, "ffn_dim": 512,
+    "word_embed_proj_dim": 256, "moe_intermediate_size": 128, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32, "v_head_dim": 32, "mamba_d_head": 128, "mamba_d_ssm": 512, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "shared_expert_intermediate_size": 128, "rotary_dim": 32, "hidden_size_per_layer_input": 64,
+    "lru_width": 256, "mamba_headdim": 128, "laurel_rank": 32, "index_head_dim": 64,
+}  # fmt: skip
+_WIDE_OWN = {
+    "longcat_flash": {"head_dim": 32, "num_layers": 2, "ffn_hidden_size": 384, "expert_ffn_hidden_size": 128, "moe_topk": 2,
+                      "zero_expert_num": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 128, "n_groups": 1, "expand": 2},
+    "mimo_v2_flash": {"head_dim": 96},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 256, "hidden_size": 256}},
+    "gemma4_text": {"global_head_dim": 128},
+    "gemma4_unified_text": {"global_head_dim": 128},
+    "qwen4_exp_text": _OWN["qwen4_exp"] | {"indexer_head_dim": 64},
+    "qwen4_exp": _OWN["qwen4_exp"] | {"indexer_head_dim": 64},
+}  # fmt: skip
+
+
 def _has(config, name):
     try:
         return hasattr(config, name)
@@ -66,11 +88,12 @@ def _has(config, name):
         return True
 
 
-def tiny_config(kind, **changes):
-    """Four layers, one of each type that the architecture has. `changes` come on top."""
+def tiny_config(kind, wide=False, **changes):
+    """Four layers, one of each type that the architecture has. `wide`: of the sizes that kernels take. `changes` come on top."""
     base = AutoConfig.for_model(kind)
     known = base.get_text_config() if hasattr(base, "get_text_config") else base
-    sizes = {name: size for name, size in _SIZES.items() if _has(known, name)}
+    usual, own = (_SIZES | _WIDE, _OWN | _WIDE_OWN) if wide else (_SIZES, _OWN)
+    sizes = {name: size for name, size in usual.items() if _has(known, name)}
     if getattr(known, "sliding_window", 0) is None:
         sizes.pop("sliding_window", None)
     if hasattr(known, "qk_rope_head_dim"):  # MLA: a key for each head
@@ -86,14 +109,14 @@ def tiny_config(kind, **changes):
             setattr(known, name, size)
         except Exception:  # computed from others
             del sizes[name]
-    return type(known)(**{**sizes, **_OWN.get(kind, {}), **changes})
+    return type(known)(**{**sizes, **own.get(kind, {}), **changes})
 
 
-def tiny_model(kind, seed=0, **changes):
+def tiny_model(kind, seed=0, wide=False, **changes):
     """fp32, in eval mode, with weights large enough that every part shows in the logits."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, wide, **changes), dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.1)
+            parameter.data.normal_(0, 0.05 if wide else 0.1)
     return model
