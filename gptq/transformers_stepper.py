@@ -215,6 +215,7 @@ class TransformersStepper(Stepper):
         self.cache_argument = next((each for each in CACHE_NAMES if each in taken), cache_name())
         self._keeps_cache = self.cache_argument in taken
         self._keeps_some = "logits_to_keep" in taken
+        self._without_cache = {"use_cache": False} if "use_cache" in taken else {}  # some begin with old states otherwise
         own = getattr(model, "_supports_default_dynamic_cache", None)
         self._own_cache = own is not None and not own()  # of a class that only the model's own forward makes
         if self.device.type == "cuda":
@@ -249,16 +250,17 @@ class TransformersStepper(Stepper):
         except _FAILURES as error:
             raise _cannot_compute(error) from error
 
-        def difference(first: int) -> float:
+        def difference(first: int, alone: bool) -> float:
             memory = self.begin()
             self.prefill(memory, _TRIAL[:first])
-            self.prefill(self.begin(), _TRIAL[::-1])  # another conversation in between
+            if not alone:
+                self.prefill(self.begin(), _TRIAL[::-1])  # another conversation in between
             found = self.prefill(memory, _TRIAL[first:]).double()
             return float((found - whole).norm() / whole.norm())
 
-        def tried(first: int) -> float:
+        def tried(first: int, alone: bool = False) -> float:
             try:
-                return difference(first)
+                return difference(first, alone)
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
                 log.info("a conversation cannot be continued: %s", error)
                 return float("inf")
@@ -269,9 +271,12 @@ class TransformersStepper(Stepper):
         if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
             self.gives_positions = True
             given = tried(len(_TRIAL) - 1)
-            self.gives_positions = given < one / 10
+            self.gives_positions = given < one / 2  # rounding is the same where the positions are
             one = given if self.gives_positions else one
-        if not one < _FAR:
+        if one > _CLOSE and all(tried(len(_TRIAL) - 1) > 3 * tried(len(_TRIAL) - 1, alone=True) for _again in range(2)):
+            log.info("all tokens are computed again for each: another conversation changes the state")  # kept in its modules
+            self._keeps_cache = False
+        elif not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False
         elif not (several := tried(len(_TRIAL) - 3)) < 10 * one + 1e-5:
@@ -370,7 +375,7 @@ class TransformersStepper(Stepper):
         memory.ids += ids
         memory.grown(len(ids))
         kept = {"logits_to_keep": keep} if self._keeps_some else {}
-        return self._run(input_ids=self._input(memory.ids), **kept, **more)
+        return self._run(input_ids=self._input(memory.ids), **self._without_cache, **kept, **more)
 
     def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
@@ -402,7 +407,7 @@ class TransformersStepper(Stepper):
         return logits
 
     def _all_again(self, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._run(input_ids=self._input(ids)).logits[:, -1, :]
+        logits: Tensor = self._run(input_ids=self._input(ids), **self._without_cache).logits[:, -1, :]
         return logits
 
     def close(self) -> None:

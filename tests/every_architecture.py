@@ -53,10 +53,18 @@ _OWN = {
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
     "xlstm": {"qk_dim_factor": 1.0},
+    "ctrl": {"dff": 256},
+    "nemotron_h": {"mamba_num_heads": 8, "moe_shared_expert_intermediate_size": 64},
+    "minimax_m3_vl_text": {"dense_intermediate_size": 96, "shared_intermediate_size": 64},
+    "kimi_linear": {"linear_num_heads": 4},
+    "dots3_note": {"per_layer_config": {at: {
+        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+        "v_head_dim": 32, "qk_rope_head_dim": 32, "head_dim": 64} for at in (1, 3)}},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 1},
 }  # fmt: skip
 _OWN["qwen4_exp"] = _OWN["qwen4_exp_text"]  # its language model
+_OWN["dots3_note_text"] = _OWN["dots3_note"]
 
 
 # Sizes that kernels for GPUs take, in the place of those above: rows of 256, heads of 64, and all else in multiples of 32.

@@ -216,3 +216,34 @@ def test_a_model_that_takes_single_tokens_only_after_others_gets_them_one_by_one
         taken.clear()
         found = stepper.prefill(memory, [8, 9, 10])
     assert taken == [1, 1, 1] and float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.skipif("bamba" not in KINDS, reason="this transformers has no such model")
+@pytest.mark.parametrize(("made", "dtype"), [(graph, torch.float32), (plain, torch.bfloat16), (graph, torch.bfloat16)])
+def test_a_model_that_counts_from_the_piece_is_given_its_positions(made, dtype):
+    model = tiny_model("bamba", wide=True)
+    wanted = whole(model, IDS)
+    model.to(dtype)
+    rounding = error((whole(model, IDS)[-1],), wanted[-1])
+    stepper = made(model)
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, IDS[:30])
+        found = [stepper.step(memory, id).clone() for id in IDS[30:]]
+    assert isinstance(stepper, TransformersStepper) or not stepper.why or "class of its own" in stepper.why
+    assert error(found[-1], wanted[-1]) < 2 * rounding + 1e-3
+    stepper.close()
+
+
+@pytest.mark.skipif("recurrent_gemma" not in KINDS, reason="this transformers has no such model")
+@pytest.mark.parametrize("made", [plain, graph])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_state_that_is_kept_in_the_modules_is_of_one_conversation_only(dtype, made):
+    model = tiny_model("recurrent_gemma", wide=True).to(dtype)
+    wanted, stepper = whole(model, IDS), made(model)
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, IDS[:30])
+        stepper.prefill(stepper.begin(), IDS[::-1])
+        assert error(stepper.step(memory, IDS[30]), wanted[30]) < 3e-3
+    stepper.close()

@@ -22,6 +22,7 @@ from .fused_norms import NARROW, ChosenRows
 from .gpu_kernels import Gpu
 from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
+from .module_facts import parents_of
 from .natural_order import NUMBERS, gates_and_ups
 from .shared_experts import SharedOfStack, choose_shared, cut_shared
 from .token_attention import capturing
@@ -210,6 +211,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
     replaced = 0
     dtype = getattr(model, "dtype", torch.float16)
     tried: dict[Any, bool] = {}
+    parents = parents_of(model)
     for name, packed in list(model.named_modules()):
         if not isinstance(packed, PackedExperts) or not packed.gated or packed.has_identity:
             continue
@@ -220,9 +222,8 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         offloaded = any(getattr(getattr(each, "_hf_hook", None), "offload", False) for each in layers)
         if offloaded or devices or device is None or device.type != "cuda":
             continue
-        parent, _dot, child = name.rpartition(".")
-        block = model.get_submodule(parent)
-        more = cut_shared(block, packed, dtype, tried) if merge else []
+        block = model.get_submodule(name.rpartition(".")[0])
+        more = cut_shared(block, packed, dtype, tried) if merge and len(parents[id(packed)]) == 1 else []
         try:
             if more:
                 try:
@@ -238,7 +239,8 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         gpu.add_missing(packings={into, out})
         new = CudaExperts(gpu, packed, into, out, dtype, more)
         gpu.add_missing(variants=new.variants)
-        setattr(block, child, new)
+        for owner, own in parents[id(packed)]:
+            setattr(owner, own, new)
         replaced += len(layers)
         if more:
             shared = block.get_submodule("shared_experts")

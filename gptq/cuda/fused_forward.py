@@ -51,7 +51,8 @@ class FusedForward:
         self._sums: list[Tensor] = []  # of the first forward
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
         self._sum = 0  # the number of the next one
-        self._keeping: set[int] = set()  # caches (by id) whose keys go into our attention
+        # by the id of a cache's layer whose keys go into our attention, whether its values do, as they are kept
+        self._keeping: dict[int, bool] = {}
         self._heads: dict[int, tuple[CudaNorm, Tensor]] = {}  # normed heads of the first forward, by their address
         self._turned: dict[int, tuple[CudaNorm, CudaNorm]] = {}  # the norms of the heads that a rotation (by number) takes
         self._left: set[int] = set()  # norms (by id) that rotations compute
@@ -159,10 +160,10 @@ class FusedForward:
             return False
         with plainly():
             aligned = all(each.data_ptr() % 16 == 0 and each.stride(1) % 8 == 0 for each in (keys, values))
-        if id(layer) in self._keeping and self._forwards > 1 and aligned:
+        if self._keeping.get(id(layer)) and self._forwards > 1 and aligned:
             vars(shown)["new_token"] = keys, values
             return True
-        vars(shown)["kept_by"] = id(layer)
+        vars(shown)["kept_by"] = layer
         arguments = KEEP.pack(
             k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
             v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
@@ -173,9 +174,10 @@ class FusedForward:
     # -- rotation --------------------------------------------------------------------------------------------------
 
     def _rotation(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def rotated(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-            usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.get("position_ids") is None
-            if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and can_rotate(q, k, cos, sin):
+        def rotated(*args: Any, **kwargs: Any) -> Any:
+            usual = len(args) == 4 and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.get("position_ids") is None
+            if usual and set(kwargs) <= {"unsqueeze_dim", "position_ids"} and can_rotate(*args):
+                q, k, cos, sin = args  # others turn one tensor at a time (Gemma 4, GPT-J)
                 key = (original, q.shape, k.shape, cos.shape, q.dtype)
                 if key not in self._rotations and not capturing():
                     self._rotations[key] = self._kind_of(original, q, k, cos)
@@ -187,7 +189,7 @@ class FusedForward:
                     return self._rotate_later(q, k, cos, sin, kind, self._turned.get(number))
             if self._left and self._forwards > 1:
                 raise RuntimeError("a rotation differs from one forward to the next")
-            return original(q, k, cos, sin, *args, **kwargs)
+            return original(*args, **kwargs)
 
         return rotated
 
@@ -276,6 +278,8 @@ class FusedForward:
                 out = self._attention.of(query, key, value, mask, given)
         if out is None and hasattr(key, "new_token"):  # the token would be lost
             raise RuntimeError("attention differs from one forward to the next")
-        if out is not None and (cache := getattr(key, "kept_by", None)) is not None:
-            self._keeping.add(cache)
+        if out is not None and (layer := getattr(key, "kept_by", None)) is not None:
+            with plainly():  # Diff Llama makes others of them
+                own = value.data_ptr() == layer.values.data_ptr()
+            self._keeping[id(layer)] = own and self._keeping.get(id(layer), True)
         return out

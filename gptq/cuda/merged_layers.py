@@ -18,7 +18,7 @@ from .cuda_linear import linear_of
 from .cuda_weights import packing_of
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
-from .module_facts import facts_of, takes_one
+from .module_facts import facts_of, parents_of, takes_one
 
 # Layers that are asked for one after the other with the same tensor; the last two are those of latent vectors (MLA).
 _SHARED: tuple[tuple[str, ...], ...] = (
@@ -74,6 +74,7 @@ class Merging:
     def __init__(self, model: nn.Module, packings: dict[str, Packing], dtype: torch.dtype) -> None:
         """`packings`: by name, the layers that may be merged."""
         self._model, self._packings, self._dtype = model, packings, dtype
+        self._parents = parents_of(model)
         self._numbers: dict[Any, int | None] = {}  # by what decides, so that only the first of equal modules is tried
 
     def groups(self) -> Iterator[Group]:
@@ -101,6 +102,8 @@ class Merging:
         found = [own[each] for each in names]
         layers = [each for each in found if isinstance(each, GPTQLinear)]
         if len(layers) != len(found) or any(getattr(each, "_hf_hook", None) is not None for each in layers):
+            return None
+        if any(len(self._parents[id(each)]) > 1 for each in layers):  # another block asks for them one by one
             return None
         try:
             packing_of(layers)

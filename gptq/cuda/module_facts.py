@@ -34,3 +34,13 @@ def facts_of(module: nn.Module) -> tuple[Any, ...]:
     """The plain values that a module holds: with its type and its tensors' shapes they decide what it computes."""
     facts = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool)) and key[0] != "_"}
     return tuple(sorted(facts.items(), key=str))
+
+
+def parents_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By a module's id, where it stands: (parent, name there). Several for one that parts of the model share (Zamba)."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found

@@ -14,6 +14,7 @@ from .fused_router import replace_routers
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
 from .merged_layers import Merging
+from .module_facts import parents_of
 
 
 def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
@@ -26,6 +27,7 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
     of_experts = replace_experts(model, gpus, merge)
     found = [(name, each) for name, each in model.named_modules() if isinstance(each, GPTQLinear)]
     packings: dict[str, Packing] = {}
+    parents = parents_of(model)
     for name, layer in found:
         device = layer.qweight.device
         if device.type != "cuda" or getattr(getattr(layer, "_hf_hook", None), "offload", False):
@@ -54,8 +56,8 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
             continue
         device = layer.qweight.device
         new = CudaLinear(gpus[device], repack(gpus[device], [layer], packings[name]), dtype)
-        parent, _dot, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        for parent, child in parents[id(layer)]:
+            setattr(parent, child, new)
         if (hook := getattr(layer, "_hf_hook", None)) is not None:  # brings the input to this GPU
             from accelerate.hooks import add_hook_to_module
 

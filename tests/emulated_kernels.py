@@ -1,0 +1,300 @@
+"""The kernels of single layers and of a recorded forward, in PyTorch, for emulated_gpu.py.
+
+Each takes the name that is launched, the variant that was compiled under it, and the tensors and numbers of its arguments.
+"""
+
+import weakref
+
+import torch
+
+from gptq_webui.gptq import bit_packing
+from gptq_webui.gptq.cuda import activations
+from gptq_webui.gptq.cuda.cuda_weights import fragment_order, step_order
+from gptq_webui.gptq.cuda.natural_order import gates_and_ups
+
+# -- packed weights: 4 bits or 8, in rows of tiles, inputs in fragment order ------------------------------------------
+
+
+def _repack(name, _variant, a):
+    bits = int(name.rpartition("_")[2])
+    order = step_order(a.order).long()
+    rows = torch.full((a.columns.numel(), order.numel()), 1 << (bits - 1))
+    for at, each in enumerate(a.sources):
+        if each is not None:
+            own = (a.columns >= 0) & (a.columns >> 28 == at)
+            values = bit_packing.unpack(each, bits, each.shape[0] * 32 // bits).T.long()[a.columns[own].long() & ((1 << 28) - 1)]
+            rows[own] = torch.where(order >= 0, values[:, order.clamp(min=0)], 1 << (bits - 1))
+    tiles = rows.view(a.tiles, 16, a.chunks, 64).transpose(1, 2).reshape(a.tiles, a.chunks, 1024)
+    a.out.copy_((tiles if bits == 8 else tiles[..., ::2] | tiles[..., 1::2] << bits).to(torch.uint8))
+
+
+def _dense(words, scales, unit_to_group):
+    """fp32 [rows, padded]."""
+    tiles, chunks, size = words.shape
+    values = words.long()
+    if size == 512:
+        values = torch.stack([values & 15, values >> 4], -1)
+    values = values.reshape(tiles, chunks, 16, 64).transpose(1, 2).reshape(tiles * 16, chunks * 64).float()
+    assert scales.dim() == 3, "only symmetric weights"
+    scale = _by_row(scales)
+    sorted_at = fragment_order(None, chunks * 64, words.device).long()
+    groups = scales.shape[1]
+    if unit_to_group == 0:
+        group = torch.zeros_like(sorted_at)
+    else:
+        unit = next(each for each in (64, 32, 16) if _last_group(chunks * 64, each, unit_to_group) == groups - 1)
+        group = sorted_at // unit * unit_to_group >> 16
+    return (values - (8 if size == 512 else 128)) * scale[:, group]
+
+
+def _last_group(padded, unit, factor):
+    return (padded // unit - 1) * factor >> 16
+
+
+def _by_row(scales):
+    """fp32 [tiles * 16, groups]."""
+    tiles, groups, _pairs = scales.shape
+    pairs = scales.contiguous().view(torch.float16).view(tiles, groups, 8, 2)  # rows r and r + 8
+    return pairs.permute(0, 3, 2, 1).reshape(tiles * 16, groups).float()
+
+
+_made = {}
+
+
+def _weights(words, scales, unit_to_group):
+    key = words.data_ptr(), tuple(words.shape), scales.data_ptr()
+    found = _made.get(key)
+    if found is None or found[0]() is None or found[0]() is not words:
+        found = _made[key] = weakref.ref(words), _dense(words, scales, unit_to_group)
+    return found[1]
+
+
+def _unpack(_name, _variant, a):
+    rows = slice(a.first_tile, a.first_tile + a.tiles)
+    a.out.copy_(_dense(a.weights[rows], a.scales[rows], a.unit_to_group))
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+def _normed(x, weight, bias, eps, offset, centred):
+    x = x.float()
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
+    return y if bias is None else y + bias.float()
+
+
+def _sum_of_choices(y, weights, bias, chosen, experts):
+    if bias is not None:
+        y = y + bias[chosen.reshape(-1).clamp(max=experts - 1)].view(y.shape)
+    return (y * weights.float()[..., None]).sum(-2)
+
+
+def _row_norm(name, _variant, a):
+    assert a.k % 8 == 0 and (a.k <= 8192 or "_wide" in name)
+    x = a.x.reshape(-1, a.k)
+    more = None
+    if a.inner_weight is not None:
+        more = _normed(a.addend.reshape(-1, a.k), a.inner_weight, None, a.inner_eps, a.inner_offset, False).to(x.dtype)
+    elif a.y is not None:
+        more = _sum_of_choices(a.y.view(1, a.choices, a.k), a.choice_weights.view(1, -1), a.choice_bias, a.chosen, a.experts)
+        more = more.to(x.dtype)
+    elif a.addend is not None:
+        more = a.addend.reshape(-1, a.k)
+    if more is not None:
+        x = (x.float() + more.float()).to(x.dtype)
+        a.sum.view(-1, a.k).copy_(x)
+    if a.weight is not None:
+        a.out.view(-1, a.k).copy_(_normed(x, a.weight, a.bias, a.eps, a.offset, a.centred))
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+def _inputs(x, order, k, chunks):
+    """Of rows in the model's order, those of the weight: [rows, padded]."""
+    order = fragment_order(None, k, x.device).long() if order is None else order.long() & 0xFFFF
+    order = torch.where(order < 0, k, order)
+    return torch.nn.functional.pad(x.float(), (0, 1))[:, order]
+
+
+def _given(y, epilogue, activation):
+    if epilogue.startswith("GATED"):
+        gate, up = gates_and_ups(y)
+        return activations.apply(activation, gate) * up
+    return activations.apply(activation, y) if epilogue.startswith("ACTIVE") else y
+
+
+def _gemv(_name, variant, a):
+    x = a.x.view(1, -1)
+    if a.addend is not None:
+        more = a.addend.view(1, -1)
+        if a.also is not None:
+            more = (more.float() + a.also.view(1, -1).float()).to(x.dtype)
+        if a.inner is not None:
+            more = _normed(more, a.inner, None, a.inner_eps, a.inner_offset, False).to(x.dtype)
+        x = (x.float() + more.float()).to(x.dtype)
+        a.sum.view(1, -1).copy_(x)
+    if variant.norm:
+        x = _normed(x, a.norm, a.norm_bias, a.eps, a.offset, a.centred).to(torch.float16)
+    assert variant.input.startswith("ORDERED") == (a.order is not None) and variant.input != "FRAGMENTS"
+    assert (x.dtype == torch.bfloat16) == (variant.input.endswith("BFLOAT")) or variant.norm
+    y = _inputs(x, a.order, a.k, a.chunks) @ _weights(a.weights, a.scales, a.unit_to_group).T
+    if a.bias is not None:
+        y = y + a.bias.float()
+    a.out.view(-1).copy_(_given(y[:, : a.n], variant.epilogue, a.activation).view(-1))
+
+
+def _of_expert(a, expert):
+    own = slice(expert * a.tiles, (expert + 1) * a.tiles)
+    return _dense(a.weights[own], a.scales[own], a.unit_to_group)
+
+
+def _order_of_expert(a, expert):
+    return None if a.order is None else a.order[expert if a.order_length else 0]
+
+
+def _expert_gemv(_name, variant, a):
+    chosen = a.chosen.view(-1).clamp(max=a.experts - 1).tolist()
+    x = a.x.view(-1, a.k)
+    for at, expert in enumerate(chosen):
+        own = _inputs(x[at // a.share][None], _order_of_expert(a, expert), a.k, a.chunks)
+        a.out[at] = _given((own @ _of_expert(a, expert).T)[:, : a.n], variant.epilogue, a.activation).view(-1)
+
+
+def _expert_sum(_name, _variant, a):
+    total = 0
+    for at, expert in enumerate(a.chosen.view(-1).clamp(max=a.experts - 1).tolist()):
+        own = _inputs(a.x.view(-1, a.k)[at][None], _order_of_expert(a, expert), a.k, a.chunks)
+        y = (own @ _of_expert(a, expert).T)[0, : a.n]
+        total = total + (y if a.bias is None else y + a.bias[expert]) * a.choice_weights.view(-1)[at].float()
+    a.out.view(-1).copy_(total)
+
+
+def _combine(_name, _variant, a):
+    y = a.y.view(-1, a.choices, a.n)
+    a.out.view(-1, a.n).copy_(_sum_of_choices(y, a.weights.view(-1, a.choices), a.bias, a.chosen, a.experts))
+
+
+def _clamped_gate(_name, _variant, a):
+    y = a.y.float()
+    if a.bias is not None:
+        y = y + a.bias[a.chosen.clamp(max=a.experts - 1)]
+    gate, up = y[:, ::2].clamp(max=a.limit), y[:, 1::2].clamp(-a.limit, a.limit)
+    a.out.copy_((up + 1) * gate * torch.sigmoid(gate * a.alpha))
+
+
+def _route(_name, _variant, a):
+    x = a.x.view(1, -1)
+    if a.norm is not None:
+        if a.addend is not None:
+            x = (x.float() + a.addend.view(1, -1).float()).to(x.dtype)
+            a.sum.view(1, -1).copy_(x)
+        x = _normed(x, a.norm, a.norm_bias, a.eps, a.offset, a.centred).to(x.dtype)
+        a.normed.view(1, -1).copy_(x)
+    logits = x.float() @ a.weights.float().T
+    logits = logits if a.bias is None else logits + a.bias.float()
+    logits = logits if a.wide else logits.to(a.x.dtype).float()
+    probabilities = logits.softmax(-1)
+    a.all.copy_(probabilities if a.probabilities else logits)
+    scores, chosen = probabilities.topk(a.choices, -1)
+    scores = scores / scores.sum(-1, keepdim=True) if a.shared else scores
+    a.scores[:, : a.choices].copy_(scores * a.scale)
+    a.chosen[:, : a.choices].copy_(chosen)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def _keep(_name, _variant, a):
+    at = min(int(a.count), a.capacity - 1)
+    a.keys[0, :, at].copy_(a.k[0, :, 0])
+    a.values[0, :, at].copy_(a.v[0, :, 0])
+
+
+def _turned(x, cosines, sines, kind, rotated, angles, norm, eps, offset):
+    """[heads, D] in the type of x."""
+    wide = x.float()
+    if norm is not None:
+        wide = _normed(wide, norm, None, eps, offset, False).to(x.dtype).float()
+    cosines, sines = cosines.reshape(-1).float(), sines.reshape(-1).float()
+    half, at, out = rotated // 2, torch.arange(rotated // 2), wide.clone()
+    first, second = (at, at + half) if kind == 0 else (2 * at, 2 * at + 1)
+    angle = 2 * at if kind == 2 else at
+    other = (at + half) % angles if kind == 0 else 2 * at + 1 if kind == 2 else at
+    to_first, to_second = (at, at + half) if kind == 3 else (first, second)
+    p, q = wide[:, first], wide[:, second]
+    out[:, to_first] = p * cosines[angle] - q * sines[angle]
+    out[:, to_second] = q * cosines[other] + p * sines[other]
+    return out.to(x.dtype)
+
+
+def _rotate(_name, _variant, a):
+    for x, norm, out in ((a.q, a.q_norm, a.q_out), (a.k, a.k_norm, a.k_out)):
+        out[0, :, 0].copy_(_turned(x[0, :, 0], a.cosines, a.sines, a.kind, a.rotated, a.angles, norm, a.eps, a.offset))
+
+
+def _decode(_name, _variant, a):
+    before = min(int(a.count), a.shown - 1)
+    q = a.q.view(-1, a.d)
+    keys, values = a.keys, a.values
+    if a.new_key is not None:
+        new_key, new_value = a.new_key[0, :, 0], a.new_value[0, :, 0]
+        if a.cosines is not None:
+            turn = (a.cosines, a.sines, 0, a.d, a.angles)
+            q = _turned(q, *turn, a.q_norm, a.norm_eps, a.norm_offset)
+            new_key = _turned(new_key, *turn, a.k_norm, a.norm_eps, a.norm_offset)
+        keys[0, :, before].copy_(new_key)
+        values[0, :, before].copy_(new_value)
+    else:
+        assert a.cosines is None
+    total = before + 1
+    keys = keys[0, :, :total].float().repeat_interleave(a.group, 0)
+    values = values[0, :, :total].float().repeat_interleave(a.group, 0)
+    scores = torch.einsum("hd,htd->ht", q.float(), keys) * a.scale
+    scores = a.cap * torch.tanh(scores / a.cap) if a.cap else scores
+    if a.mask_kind:
+        mask = a.mask[0, :, 0, :total]
+        add = torch.where(mask, 0.0, -torch.inf) if a.mask_kind == 1 else mask.float()
+        scores = scores + torch.where(add <= -30000, -torch.inf, add)
+    if a.sinks is not None:
+        scores = torch.cat([scores, a.sinks.float().view(-1, 1)], -1)
+    weights = scores.softmax(-1)[:, :total]
+    a.out[0, 0].copy_(torch.einsum("ht,htd->hd", weights, values))
+
+
+def _latent(name, variant, a):
+    if name.startswith(("meet", "attend")):
+        return  # all is done by the last of the three
+    rank, fixed, turned, value = (int(each) for each in name.split("_")[-4:])
+    before = min(int(a.count), a.capacity - 1)
+
+    def turn(x):
+        at = torch.arange(turned // 2)
+        first, second = (at, at + turned // 2) if a.kind == 2 else (2 * at, 2 * at + 1)
+        if a.kind == 0:
+            cosines, sines = a.angles.reshape(-1, 2).unbind(-1)
+        else:
+            cosines, sines = a.angles.reshape(-1)[: turned // 2].float(), a.sines.reshape(-1)[: turned // 2].float()
+        p, q = x[..., first], x[..., second]
+        p, q = p * cosines - q * sines, q * cosines + p * sines
+        return torch.stack([p, q], -1).flatten(-2) if a.kind == 0 else torch.cat([p, q], -1)
+
+    kv = a.kv.view(-1).float()
+    a.keys[0, 0, before].copy_(_normed(kv[:rank], a.norm, None, a.eps, 0.0, False))
+    a.turned_keys[0, 0, before].copy_(turn(kv[rank:]))
+    latents, keys = a.keys[0, 0, : before + 1].float(), a.turned_keys[0, 0, : before + 1].float()
+    q = a.q.view(a.heads, fixed + turned).float()
+    matrices = a.matrices.view(a.heads, fixed + value, rank).float()
+    met = torch.einsum("hf,hfr->hr", q[:, :fixed], matrices[:, :fixed])
+    scores = (met @ latents.T + turn(q[:, fixed:]) @ keys.T) * a.scale * 0.6931471805599453
+    read = scores.softmax(-1) @ latents
+    a.out.view(a.heads, value).copy_(torch.einsum("hr,hvr->hv", read, matrices[:, fixed:]))
+
+
+KERNELS = {
+    "REPACK": _repack, "UNPACK": _unpack, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv, "EXPERT_SUM": _expert_sum,
+    "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm, "ROTATE": _rotate, "KEEP": _keep,
+    "DECODE": _decode, "LATENT": _latent,
+}  # fmt: skip
