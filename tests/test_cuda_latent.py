@@ -177,6 +177,6 @@ def test_a_kind_that_failed_with_one_kernel_stays_with_three_after_another_passe
     monkeypatch.setattr(latent_attention, "capturing", lambda: False)
     fails, passes = kind(256, False), kind(512, True)
     for module in (fails, passes, fails, passes):
-        found = attention.of(module, x, None, torch.zeros(32, dtype=torch.complex64), lambda: (x,))
+        found = attention.of(module, x, None, torch.zeros(32, dtype=torch.complex64), lambda: (x, None))
         assert torch.equal(found, x)
     assert fails.used == [True, False, False, False] and passes.used == [True, True, True]
