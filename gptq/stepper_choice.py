@@ -115,7 +115,9 @@ def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
     except GptqWebuiError as error:
         log.info("the graph has transformers' own operations only: %s", error)
         fused = None
-    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), fused)
+    prompts = TransformersStepper(hf)
+    prompts.require_a_forward()
+    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), fused, prompts)
     stepper.trial()
     if not stepper.why:
         return stepper, ""

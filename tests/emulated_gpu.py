@@ -36,7 +36,7 @@ def _waits(func, args):
         return False
     if name in ("index", "index_put", "index_put_"):
         return any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in args[1] or () if each is not None)
-    return name in _WAITS
+    return name in _WAITS or (name == "where" and len(args) == 1)
 
 
 def _tolist(self, _plain=torch.Tensor.tolist):

@@ -35,8 +35,10 @@ CONTEXT = 128
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=len(IDS) - PROMPT)
 # How far off a row may be, relative to its length.
 LIMIT = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-EMULATED_LIMIT = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # nothing but the numbers' own rounding
-SOME = 4  # rows that may be further off, where rounding can choose another expert
+EMULATED_LIMIT = {torch.float16: 4e-3, torch.bfloat16: 6e-2}  # nothing but the numbers' own rounding
+# Rows that may be further off (normed heads make much of little), and where rounding can choose another expert. An error shows
+# in most of the 17.
+SOME = {torch.float32: (0, 4), torch.float16: (1, 4), torch.bfloat16: (3, 7)}
 CHOOSING = ("experts", "top_k", "num_experts_per_tok", "topk", "moe", "indexer")  # in the names of a config's settings
 WHOLE = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # have a step of their own
 SOME_KINDS = tuple(dict.fromkeys((
@@ -123,13 +125,15 @@ def check(kind, folder, caplog, dtype, device="cuda", wide=True, **how):
     """(model, kernel). `device`: "cuda", "cpu", or "emulated" for a GPU that is none."""
     model = made(kind, wide)
     hub_folder.write(folder, model, group_size=32 if wide else 16, **how)
-    some = SOME if choosing(model.config) else 0
+    some = SOME[dtype][choosing(model.config)]
     twin = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     wanted = logits_of(twin, IDS)[PROMPT - 1 :]
+    if float(apart(logits_of(twin, IDS[:PROMPT])[-1:], wanted[:1])) > 1e-2:  # Doge before 5.24
+        pytest.skip("in this version of transformers its forward does not look back only")
     plain, broken = plain_rows(folder / "dense", dtype, "cpu" if device == "emulated" else device)
     rounding = apart(plain[PROMPT - 1 :], wanted) if plain is not None else torch.zeros(1)
     limit = (EMULATED_LIMIT if device == "emulated" else LIMIT)[dtype]
-    limit = max(limit, 4 * float(rounding.median()), 0.0 if some else 2 * float(rounding.max()))
+    limit = max(limit, 4 * float(rounding.median()))
     said = [kind, f"plain transformers {broken or f'is off by {rounding.median():.4f}, at most {rounding.max():.4f}'}"]
     with caplog.at_level(logging.INFO, logger="gptq_webui.gptq"):
         try:
