@@ -16,9 +16,16 @@ from .stepper import Memory
 class BegunAhead(Running):
     """Everything is launched on the current stream, in this order: the token's copy to the host, and the step after it."""
 
-    def __init__(self, memory: Memory, step: Callable[[int | Tensor], Tensor], device: torch.device) -> None:
-        """`step`: computes one id, or a tensor [1] of `device` that has one, into `memory` -> logits [1, V]."""
-        self._memory, self._step = memory, step
+    def __init__(
+        self,
+        memory: Memory,
+        step: Callable[[int | Tensor], Tensor],
+        device: torch.device,
+        require: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`step`: computes one id, or a tensor [1] of `device` that has one, into `memory` -> logits [1, V]. `require` raises
+        where a token that was waited for is none."""
+        self._memory, self._step, self._require = memory, step, require
         self._device, on_gpu = device, device.type == "cuda"
         self._token = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
@@ -40,6 +47,7 @@ class BegunAhead(Running):
     def _wait(self) -> int:
         if self._copied is not None:
             self._copied.synchronize()
+        self._require()
         return int(self._token)
 
     def give(self, id: int) -> None:

@@ -148,10 +148,15 @@ class GraphStepper(Stepper):
         assert self._logits is not None
         return self._logits
 
-    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether a step can be launched, and taken back, with a token that the host does not know."""
         # a state cannot be taken back, and only the host can tell that a token has no row in the embedding
         rows = self.embedding_rows or 0
-        if self.why or not self._can_cut or self._logits is None or self._logits.shape[1] > rows:
+        return not self.why and self._can_cut and self._logits is not None and self._logits.shape[1] <= rows
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        if not self.takes_tensors:
             return super().running(memory, ids)
         return BegunAhead(memory, partial(self.step, memory), self.device)
 

@@ -1,4 +1,4 @@
-// The sum of a row over the GPUs of one host that compute a model together.
+// Rows that the GPUs of one host share, which compute a model together: the sum of what all have, or what the first one has.
 //
 // Every GPU has a mailbox, which the others write to through NVLink or PCIe. Beside each word of four bytes goes the number of
 // the turn: who waits for a word sees by itself that it has arrived, and no fence is needed. (The idea is NCCL's protocol LL.)
@@ -14,7 +14,27 @@ DEVICE bool is_given_up(const ExchangeArguments& p, u64 began) {
   return stop || lost || now - began > p.limit_ns;
 }
 
-template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) {
+template <class T> struct SumOfRuns {  // of four numbers
+  static constexpr u32 LOST = 0x7fff7fffu;  // NaN in both types
+  float sum[4] = {};
+  __device__ void add(uint2 v) {
+    sum[0] += T::wide((u16)v.x); sum[1] += T::wide((u16)(v.x >> 16));
+    sum[2] += T::wide((u16)v.y); sum[3] += T::wide((u16)(v.y >> 16));
+  }
+  __device__ uint2 out() const { return make_uint2(pair(T::narrow(sum[0]), T::narrow(sum[1])), pair(T::narrow(sum[2]), T::narrow(sum[3]))); }
+};
+struct FirstRun {  // eight bytes
+  static constexpr u32 LOST = 0;
+  uint2 first = {};
+  bool is_there = false;
+  __device__ void add(uint2 v) {
+    if (!is_there) first = v;
+    is_there = true;
+  }
+  __device__ uint2 out() const { return first; }
+};
+
+template <class Together> DEVICE void exchange(const ExchangeArguments& p) {
   const int at = blockIdx.x * blockDim.x + threadIdx.x;
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
@@ -29,7 +49,7 @@ template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) {
     }
     u64 began;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(began));
-    float sum[4] = {};
+    Together found;
     bool is_lost = false;
     for (int i = 0; i < p.ranks; i++) {
       uint2 v = own;
@@ -41,12 +61,11 @@ template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) {
           is_lost = is_lost || (++tries % 1024 == 0 && is_given_up(p, began));
         } while (!is_lost && (first != turn || second != turn));
       }
-      sum[0] += T::wide((u16)v.x); sum[1] += T::wide((u16)(v.x >> 16));
-      sum[2] += T::wide((u16)v.y); sum[3] += T::wide((u16)(v.y >> 16));
+      found.add(v);
     }
-    uint2 out = make_uint2(pair(T::narrow(sum[0]), T::narrow(sum[1])), pair(T::narrow(sum[2]), T::narrow(sum[3])));
+    uint2 out = found.out();
     if (is_lost) {
-      out = make_uint2(0x7fff7fffu, 0x7fff7fffu);  // NaN in both types
+      out = make_uint2(Together::LOST, Together::LOST);
       asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(p.flags + 1), "r"(1) : "memory");
     }
     ((uint2*)p.x)[at] = out;
@@ -54,3 +73,6 @@ template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) {
   __syncthreads();
   if (threadIdx.x == 0) p.turns[blockIdx.x] = turn;
 }
+
+template <class T> DEVICE void sum_of_gpus(const ExchangeArguments& p) { exchange<SumOfRuns<T>>(p); }
+template <class T> DEVICE void first_of_gpus(const ExchangeArguments& p) { exchange<FirstRun>(p); }

@@ -428,7 +428,7 @@ KEEP = Arguments(
 EXCHANGE = Arguments(
     "ExchangeArguments",
     """
-    u16* x                 // fp16 or bf16 [4 * runs], this GPU's numbers; then the sum
+    u16* x                 // fp16 or bf16 [4 * runs], or int64 [runs], this GPU's numbers; then what is shared
     u32* turns             // [blocks]: of the last launch of each block
     u32* flags             // of the host: whether to stop; whether a GPU did not come
     u64 boxes[8]           // by GPU, the address here of its mailbox: [2][ranks][capacity] runs of 16 bytes

@@ -403,7 +403,7 @@ _LAYER_KERNELS = {
     "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments",
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
-    "sum_of_gpus": "ExchangeArguments",
+    "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Loads a model over several ranks: starts the other processes, reads the own share beside them, and meets them."""
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import astuple
@@ -38,7 +37,8 @@ def load(
         )
     threads = max(1, torch.get_num_threads() // ranks)
     group = RankGroup(0, ranks)
-    folder = Path(tempfile.mkdtemp(prefix="gptq-webui-ranks-"))
+    meeting = tempfile.TemporaryDirectory(prefix="gptq-webui-ranks-", ignore_cleanup_errors=True)
+    folder = Path(meeting.name)  # as long as the group is there: NCCL's threads look into it, and wait two minutes for it
     settings = {
         "folder": str(model.folder.resolve()),
         "ranks": ranks,
@@ -64,7 +64,7 @@ def load(
         others.order("join", folder=str(folder))
         group.join(folder, own)
         share, why = stepper_of(hf, group)
-        stepper = LeadingStepper(share, hf.config.get_text_config(decoder=True), group, others)
+        stepper = LeadingStepper(share, hf.config.get_text_config(decoder=True), group, others, meeting.cleanup)
         others.wait("joined", lambda: tell(1.0, "Waiting for the other processes"))
         stepper.trial()
     except BaseException as error:
@@ -75,11 +75,10 @@ def load(
         if share is not None:
             share.close()
         group.close()
+        meeting.cleanup()
         if isinstance(error, Parted):
             raise LoadFailed(others.why or in_a_sentence(error)) from error
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if on_gpu:
         log.info("single rows are summed by %s", group.describes)
     if why:

@@ -1,4 +1,5 @@
-"""Sums of single rows between GPUs of one host: each writes into the memory of the others (cuda/exchange.cu).
+"""Sums of single rows between GPUs of one host, and the first one's token: each writes into the memory of the others
+(cuda/exchange.cu).
 
 A row of a large model is 16 KB, for which NCCL needs some ten microseconds; a token of 80 layers asks for 160 sums.
 """
@@ -66,16 +67,23 @@ class Mailboxes:
 
     def sum(self, x: Tensor) -> None:
         """Put the sum over all ranks into x, on the current stream. Where a rank does not come, NaN, and `is_broken`."""
-        assert self._gpu is not None
         if (later := deferred.current()) is not None:
             later.write(x)
             later.before_changing([x])
-        runs = x.numel() // _RUN
+        self._run(f"sum_of_gpus_{_DTYPES[x.dtype]}", x, x.numel() // _RUN)
+
+    def first(self, ids: Tensor) -> None:
+        """Put what the first rank has into ids (int64, contiguous), on the current stream. Where a rank does not come, zeros."""
+        assert ids.dtype == torch.int64 and ids.is_contiguous() and ids.numel() <= MOST_NUMBERS // _RUN
+        self._run("first_of_gpus_half", ids, ids.numel())
+
+    def _run(self, kernel: str, x: Tensor, runs: int) -> None:
+        assert self._gpu is not None
         arguments = EXCHANGE.pack(
             x=x, turns=self._turns, flags=self._flags, boxes=self._boxes, limit_ns=self._limit_ns, rank=self._rank,
             ranks=self._ranks, capacity=MOST_NUMBERS // _RUN, runs=runs,
         )  # fmt: skip
-        self._gpu.run(f"sum_of_gpus_{_DTYPES[x.dtype]}", (-(-runs // _THREADS),), _THREADS, arguments, overlap=True)
+        self._gpu.run(kernel, (-(-runs // _THREADS),), _THREADS, arguments, overlap=True)
 
     @property
     def is_broken(self) -> bool:

@@ -87,6 +87,13 @@ class RankGroup:
         else:
             self._wait(there.allreduce([x]))
 
+    def first(self, ids: Tensor) -> None:
+        """Put the ids (int64, contiguous) of the first rank into those of every other. Raises Parted, as `sum`."""
+        if self.ranks > 1 and self._mailboxes is not None and self._joined:
+            self._mailboxes.first(ids)
+        elif self.ranks > 1:
+            ids.copy_(self.gather(ids)[0])
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """The x of every rank, all of one shape. Raises Parted."""
         if self.ranks == 1:
@@ -117,8 +124,12 @@ class RankGroup:
         """Wait for what this thread's GPU computes. Raises Parted where another rank did not come to one of the sums."""
         if self._on_gpu and self.ranks > 1:
             torch.cuda.current_stream(self._device).synchronize()
-            if not self._joined or (self._mailboxes is not None and self._mailboxes.is_broken):
-                raise Parted("another rank did not come to a sum")
+            self.require_sums()
+
+    def require_sums(self) -> None:
+        """Without waiting: raises Parted where another rank did not come to a sum that this thread's GPU has computed."""
+        if self._on_gpu and (not self._joined or (self._mailboxes is not None and self._mailboxes.is_broken)):
+            raise Parted("another rank did not come to a sum")
 
     def leave(self) -> None:
         """On GPUs what waits for the others ends with an error (gloo sees that they are gone). From any thread."""

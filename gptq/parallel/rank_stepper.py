@@ -2,13 +2,16 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...core.errors import AnswerFailed, GptqWebuiError
+from ..begun_ahead import BegunAhead
 from ..cpu import numba_compiler
+from ..running import Running
 from ..stepper import Memory, Stepper
 from ..token_ids import require_known
 from ..transformers_stepper import TransformersMemory, TransformersStepper
@@ -79,6 +82,7 @@ def stepper_of(hf: Any, group: RankGroup) -> tuple[Stepper, str]:
     plain = RankStepper(hf)
     if hf.device.type != "cuda":
         return plain, ""
+    plain.run_model = with_ids_of_first(plain.run_model, group)
     from ..cuda.fused_forward import FusedForward
     from ..cuda.graphs import GraphRecorder
     from ..graph_stepper import FIRST_CAPACITY, GraphStepper
@@ -98,14 +102,25 @@ def stepper_of(hf: Any, group: RankGroup) -> tuple[Stepper, str]:
     return graph.without_graph(), graph.why or "another rank could not record it"
 
 
+def with_ids_of_first(forward: Callable[..., Any], group: RankGroup) -> Callable[..., Any]:
+    """A forward that computes the first rank's token: where it is sampled, and no host knows it yet."""
+
+    def of_first(*, input_ids: Tensor, **given: Any) -> Any:
+        if input_ids.numel() == 1:
+            group.first(input_ids)
+        return forward(input_ids=input_ids, **given)
+
+    return of_first
+
+
 class LeadingStepper(Stepper):
     """Of the first rank. What fails here or there ends all other ranks, since they could not meet again."""
 
     kernel: ClassVar[str] = RankStepper.kernel
 
-    def __init__(self, own: Stepper, config: Any, group: RankGroup, ranks: Ranks) -> None:
-        """`own` computes this rank's share."""
-        self._own, self._config, self._group, self._ranks = own, config, group, ranks
+    def __init__(self, own: Stepper, config: Any, group: RankGroup, ranks: Ranks, free: Callable[[], None]) -> None:
+        """`own` computes this rank's share; `free` is called once no rank needs the others any more."""
+        self._own, self._config, self._group, self._ranks, self._free = own, config, group, ranks, free
         assert own.embedding_rows is not None
         self._rows = self.embedding_rows = own.embedding_rows
         self.device, self.chunk_tokens = own.device, own.chunk_tokens
@@ -128,10 +143,20 @@ class LeadingStepper(Stepper):
         return self._own.angles_of(tokens)
 
     def step(self, memory: Memory, id: int) -> Tensor:
-        def one(memory: Memory, ids: Sequence[int]) -> Tensor:
-            return self._own.step(memory, ids[0])
+        logits = self._begin(memory, id)
+        self._require(self._group.require_all)
+        return logits
 
-        return self._together("step", one, memory, [id])
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        if not getattr(self._own, "takes_tensors", False):
+            return super().running(memory, ids)
+        return BegunAhead(memory, partial(self._begin, memory), self.device, partial(self._require, self._group.require_sums))
+
+    def _begin(self, memory: Memory, id: int | Tensor) -> Tensor:
+        """Launch a step; the other ranks get a token that the host does not know from this one's GPU. Raises AnswerFailed."""
+        known = id if isinstance(id, int) else 0
+        own: Any = self._own
+        return self._ordered("step", lambda memory, ids: own.step(memory, id), memory, [known])
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         return self._together("read", self._own.prefill, memory, ids)
@@ -145,17 +170,29 @@ class LeadingStepper(Stepper):
     def _together(
         self, do: str, compute: Callable[[Memory, Sequence[int]], Tensor], memory: Memory, ids: Sequence[int]
     ) -> Tensor:
+        found = self._ordered(do, compute, memory, ids)
+        self._require(self._group.require_all)
+        return found
+
+    def _ordered(self, do: str, compute: Callable[[Memory, Sequence[int]], Tensor], memory: Memory, ids: Sequence[int]) -> Tensor:
         require_known(ids, self.embedding_rows)
         assert isinstance(memory, LeadingMemory)
         self._ranks.order(do, memory.number, ids=list(ids))
         try:
-            found = compute(memory, ids)
-            self._group.require_all()
-            return found
+            return compute(memory, ids)
         except Exception as error:
-            self._ranks.settle()  # a child that failed says why
-            self._ranks.lose(in_a_sentence(error))
-            raise AnswerFailed(self._ranks.why) from error
+            raise self._lost(error) from error
+
+    def _require(self, required: Callable[[], None]) -> None:
+        try:
+            required()
+        except Exception as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> AnswerFailed:
+        self._ranks.settle()  # a child that failed says why
+        self._ranks.lose(in_a_sentence(error))
+        return AnswerFailed(self._ranks.why)
 
     def trial(self) -> None:
         """Compute two tokens with every rank. Raises AnswerFailed."""
@@ -166,6 +203,7 @@ class LeadingStepper(Stepper):
         self._own.close()
         self._ranks.close()
         self._group.close()
+        self._free()
 
 
 class LeadingMemory(TransformersMemory):
