@@ -1,5 +1,6 @@
-"""Divided over two ranks, a step begins with a token that no host knows yet: the others have it from the first rank. The ranks are
-threads here, and what was recorded is run again in the place of a graph."""
+"""Divided over two ranks, a step begins with a token that no host knows yet: the others have it from the first rank.
+
+The ranks are threads here, and what was recorded is run again in the place of a graph."""
 
 import queue
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,8 @@ def test_the_twin_would_say_the_same(tmp_path, model):
     def work(stepper, _orders):
         memory = stepper.begin()
         logits = stepper.prefill(memory, IDS)
-        assert isinstance(running := stepper.running(memory, IDS), BegunAhead)
+        running = stepper.running(memory, IDS)
+        assert isinstance(running, BegunAhead)
         running.close()
         return answer(stepper, memory, logits, IDS, GREEDY, 16)
 

@@ -150,7 +150,7 @@ def test_vectors_are_those_of_one_process(divided, alone):
 
 def test_other_programs_are_given_no_model_whose_forward_would_leave_ranks_behind(divided):
     assert divided.hf is None and divided.kernel == "tensor parallel"
-    assert any("not measured on GPUs yet" in each for each in divided.notes)
+    assert "Computed by 2 processes together (tensor parallel)." in divided.notes
 
 
 # what becomes of the processes -----------------------------------------------------------------------

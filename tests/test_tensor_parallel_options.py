@@ -3,7 +3,7 @@
 import pytest
 
 import tiny
-from gptq_webui.core.errors import BadParameter
+from gptq_webui.core.errors import BadParameter, LoadCancelled, LoadFailed
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq.parallel.ranks import in_a_sentence
 from gptq_webui.loaders.machine import gpus, memory_fit
@@ -47,9 +47,12 @@ def test_what_tensor_parallel_refuses(folder, monkeypatch, count, cuda, options,
     assert (words in str(found)) if words else found is None
 
 
-@pytest.mark.parametrize("value", (0, 9, True, "2"))
+@pytest.mark.parametrize("value", (-1, 9, True, "2"))
 def test_a_number_of_gpus_that_cannot_be_is_refused(value):
-    with pytest.raises(BadParameter, match="tensor_parallel must be 2 to 8 GPUs that compute together, or 1 for none"):
+    with pytest.raises(
+        BadParameter,
+        match="tensor_parallel must be 2 to 8 GPUs that compute together, 1 for none, or 0 for as many as the model needs",
+    ):
         TransformersOptions(tensor_parallel=value)
 
 
@@ -67,12 +70,82 @@ def test_a_model_that_fits_two_gpus_but_not_one(folder, monkeypatch):
     loader, model = machine(monkeypatch, 2, (10_000_000_000,) * 2), LocalModel.read(folder)
     large = LocalModel(**{**vars(model), "size_bytes": 15_000_000_000})
     memory = memory_fit.Memory(ram=4_000_000_000, gpu=10_000_000_000)
-    assert loader.fit(large, TransformersOptions(), memory).impossible
+    assert loader.fit(large, TransformersOptions(tensor_parallel=1), memory).impossible
     assert loader.fit(large, TransformersOptions(tensor_parallel=2), memory).fits
     tight = loader.fit(
         LocalModel(**{**vars(model), "size_bytes": 19_500_000_000}), TransformersOptions(tensor_parallel=2), memory
     )
     assert tight.state == "tight" and "goes to the processor" not in str(tight)
+
+
+LARGE, MEMORY = 15_000_000_000, memory_fit.Memory(ram=4_000_000_000, gpu=10_000_000_000)
+
+
+def sized(folder, size_bytes):
+    model = LocalModel.read(folder)
+    return LocalModel(**{**vars(model), "size_bytes": size_bytes})
+
+
+@pytest.mark.parametrize(
+    ("count", "size_bytes", "options", "ranks"),
+    [
+        (2, LARGE, {}, 2),
+        (2, LARGE, {"device": "cuda"}, 2),
+        (4, LARGE, {}, 2),  # no more than it needs
+        (4, 24_000_000_000, {}, 4),  # 3 would hold it, and its heads cannot be divided among 3
+        (4, 3_000_000_000, {}, 1),  # one holds it
+        (1, LARGE, {}, 1),
+        (2, 60_000_000_000, {}, 1),  # no number of them holds it
+        (2, LARGE, {"tensor_parallel": 1}, 1),
+        (2, 3_000_000_000, {"tensor_parallel": 2}, 2),
+        (2, LARGE, {"lora": "pirate"}, 1),
+        (2, LARGE, {"gpu_memory": "10,10"}, 1),
+        (2, LARGE, {"device": "cpu"}, 1),
+    ],
+)
+def test_as_many_gpus_as_a_model_needs(folder, monkeypatch, count, size_bytes, options, ranks):
+    loader = machine(monkeypatch, count, (10_000_000_000,) * count)
+    found = loader._chosen(sized(folder, size_bytes), TransformersOptions(**options), MEMORY)
+    assert found.tensor_parallel == ranks
+    assert loader.refusal(sized(folder, size_bytes), TransformersOptions(**options)) is None
+
+
+def test_a_model_that_cannot_be_divided_is_split_by_layers(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "falcon"'))
+    loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
+    assert loader._chosen(sized(tmp_path / "model", LARGE), TransformersOptions(), MEMORY).tensor_parallel == 1
+
+
+def test_what_fits_is_said_of_the_gpus_that_compute_together(folder, monkeypatch):
+    loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
+    found = loader.fit(sized(folder, LARGE), TransformersOptions(), MEMORY)
+    assert found.fits and "are free on each of 2 GPUs" in str(found)
+
+
+def test_gpus_that_cannot_compute_together_are_split_by_layers_and_a_note_says_why(folder, monkeypatch):
+    def fails(*_):
+        raise LoadFailed("NCCL found no way between the GPUs.")
+
+    monkeypatch.setattr(divided_load, "load", fails)
+    two = TransformersOptions(tensor_parallel=2)
+    found, why = divided_load.load_or_leave(LocalModel.read(folder), two, lambda *_: None, optional=True)
+    assert found is None
+    assert why == "Split by layers, since 2 GPUs could not compute together: NCCL found no way between the GPUs."
+    with pytest.raises(LoadFailed, match="no way between"):
+        divided_load.load_or_leave(LocalModel.read(folder), two, lambda *_: None, optional=False)
+
+
+def test_a_load_that_is_cancelled_is_not_split_by_layers(folder, monkeypatch):
+    def cancelled(*_):
+        raise LoadCancelled("The load was cancelled.")
+
+    monkeypatch.setattr(divided_load, "load", cancelled)
+    with pytest.raises(LoadCancelled):
+        divided_load.load_or_leave(
+            LocalModel.read(folder), TransformersOptions(tensor_parallel=2), lambda *_: None, optional=True
+        )
 
 
 def test_what_the_loaded_model_will_free_counts_on_every_gpu(folder, monkeypatch):

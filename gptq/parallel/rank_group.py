@@ -35,6 +35,7 @@ class RankGroup:
         self._joined: list[Any] = []  # the group of torch, once it is there
         self._device, self._on_gpu = torch.device("cpu"), False
         self._mailboxes: Mailboxes | None = None
+        self._apart = ""  # why there are none
         # its threads are ended here, or they would abort a process that ends
         weakref.finalize(self, self._joined.clear)
 
@@ -54,12 +55,14 @@ class RankGroup:
             try:
                 self._mailboxes = Mailboxes(self.rank, self.ranks, device, self.gather)
             except Apart as error:
-                log.info("single rows are summed by NCCL: %s", error)
+                self._apart = str(error)
 
     @property
     def describes(self) -> str:
         """How single rows are summed, for a note."""
-        return "mailboxes in the GPUs' memory" if self._mailboxes is not None else "NCCL" if self._on_gpu else "gloo"
+        if not self._on_gpu:
+            return "gloo"
+        return "mailboxes in the GPUs' memory" if self._mailboxes is not None else f"NCCL ({self._apart})"
 
     def _meet(self, folder: Path, device: torch.device) -> Any:
         from torch import distributed

@@ -1,14 +1,16 @@
 """The option tensor_parallel of the loader transformers: what refuses it, what fits on each GPU, and the load."""
 
+import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...core.errors import NotEnoughMemory
+from ...core.errors import GptqWebuiError, LoadCancelled, NotEnoughMemory
 from ...core.folder_files import read_json
 from ...core.models import LocalModel
 from ...core.units import format_bytes
-from ...gptq.parallel.dividing import why_not
+from ...gptq.parallel.dividing import MOST_RANKS, why_not
 from ..contract.base import LoadProgress, Refusal
 from ..machine import memory_fit
 from ..machine.capabilities import Machine
@@ -20,11 +22,9 @@ from .transformers_options import TransformersOptions, device_of, dtype_of
 if TYPE_CHECKING:
     from ..pretrained.divided_model import DividedModel
 
+log = logging.getLogger(__name__)
+
 _ALONE = "set tensor_parallel to 1"
-NOT_MEASURED = (
-    "Computed by {ranks} processes together (tensor parallel). How fast that is, is not measured on GPUs yet: compare it with "
-    "tensor_parallel 1."
-)
 
 
 def refusal(model: LocalModel, options: TransformersOptions, machine: Machine) -> Refusal | None:
@@ -49,6 +49,42 @@ def refusal(model: LocalModel, options: TransformersOptions, machine: Machine) -
             return Refusal(f"tensor_parallel and {what} exclude each other", f"leave one of them out, or {_ALONE}")
     why, cure = why_not(model, read_json(model.folder / "config.json"), ranks)
     return Refusal(why, cure) if why else None
+
+
+def chosen(
+    model: LocalModel,
+    options: TransformersOptions,
+    machine: Machine,
+    memory: memory_fit.Memory,
+    demand: Callable[[TransformersOptions], memory_fit.Demand],
+) -> TransformersOptions:
+    """With the number of GPUs that compute together, where it is left open: 1 if one holds the model, or if no number of them
+    can; else the fewest that hold it, since split by layers they would work one after the other. `demand`: of options."""
+    if options.tensor_parallel:
+        return options
+    alone = replace(options, tensor_parallel=1)
+    if memory.gpu is None or options.device not in ("auto", "cuda") or memory_fit.of(model, demand(alone), memory).fits:
+        return alone
+    for ranks in range(2, min(MOST_RANKS, len(gpus())) + 1):
+        several = replace(options, tensor_parallel=ranks)
+        if refusal(model, several, machine) is None and memory_fit.of(model, demand(several), of_every_gpu(memory, ranks)).fits:
+            return several
+    return alone
+
+
+def load_or_leave(
+    model: LocalModel, options: TransformersOptions, progress: LoadProgress, optional: bool
+) -> tuple["DividedModel | None", str]:
+    """(the model, ""), or (None, why not, as a note) where that is `optional` and fails. Raises as `load`."""
+    try:
+        return load(model, options, progress), ""
+    except LoadCancelled:
+        raise
+    except GptqWebuiError as error:
+        if not optional:
+            raise
+        log.warning("%d GPUs could not compute together: %s", options.tensor_parallel, error)
+        return None, f"Split by layers, since {options.tensor_parallel} GPUs could not compute together: {error}"
 
 
 def of_every_gpu(memory: memory_fit.Memory, ranks: int) -> memory_fit.Memory:
@@ -87,7 +123,7 @@ def load(model: LocalModel, options: TransformersOptions, progress: LoadProgress
         free = of_every_gpu(free, ranks) if device.type == "cuda" else free
         context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free.gpu or 0)
         stepper.limit(context)
-        notes = (*notes, NOT_MEASURED.format(ranks=ranks))
+        notes = (*notes, f"Computed by {ranks} {'GPUs' if device.type == 'cuda' else 'processes'} together (tensor parallel).")
         loaded = DividedModel(model, stepper, hf.generation_config, tokenizer, context, reason, notes, first)
     except BaseException as error:
         if stepper is not None:

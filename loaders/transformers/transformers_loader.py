@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -58,9 +59,15 @@ class TransformersLoader(Loader):
         return {"cache_type": why} if why else {}
 
     def fit(self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory) -> memory_fit.Fit:
+        options = self._chosen(model, options, memory)
         if options.tensor_parallel > 1:
             memory = divided_load.of_every_gpu(memory, options.tensor_parallel)
         return super().fit(model, options, memory)
+
+    def _chosen(self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory) -> TransformersOptions:
+        """With the number of GPUs that compute together."""
+        gpu = memory.gpu is not None
+        return divided_load.chosen(model, options, self._machine(), memory, lambda each: self.demand(model, each, gpu))
 
     def demand(self, model: LocalModel, options: TransformersOptions, gpu: bool) -> memory_fit.Demand:
         return options.for_model(model).demand(model, gpu)
@@ -82,11 +89,18 @@ class TransformersLoader(Loader):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         adapter = options.adapter(model)
-        if options.tensor_parallel > 1:
-            loaded = divided_load.load(model, options, progress)
-            loaded.notes = (*loaded.notes, superhot.note(options.compress_pos_emb)) if options != given else loaded.notes
-            return loaded
+        stretched = (superhot.note(options.compress_pos_emb),) if options != given else ()
         device = device_of(options)
+        options = self._chosen(
+            model, options, memory_fit.Memory(0, memory_fit.available_bytes(device) if device.type == "cuda" else None)
+        )
+        why = ""
+        if options.tensor_parallel > 1:
+            loaded, why = divided_load.load_or_leave(model, options, progress, optional=not given.tensor_parallel)
+            if loaded is not None:
+                loaded.notes = (*loaded.notes, *stretched)
+                return loaded
+            options = replace(options, tensor_parallel=1)
         dtype = dtype_of(options, device)
         memory_fit.require_memory(model, device, dtype)
         progress(0.1, "Reading the tokenizer")
@@ -115,8 +129,7 @@ class TransformersLoader(Loader):
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
-        if options != given:
-            notes = (*notes, superhot.note(options.compress_pos_emb))
+        notes = (*notes, *([why] if why else ()), *stretched)
         progress(0.95, "Fitting the conversation into the memory")
         demand, free_bytes = options.demand(model, device.type == "cuda"), free_beside(hf, device)
         try:

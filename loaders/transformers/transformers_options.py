@@ -63,9 +63,10 @@ class TransformersOptions:
         "For processors; empty: none.",
     )
     tensor_parallel: int = option(
-        1,
+        0,
         "GPUs that compute together",
-        "Each computes a part of every layer (tensor parallel), not measured yet; 1: layers one after the other.",
+        "Each computes a part of every layer (tensor parallel); 0: as many as a model needs that is too large for one, "
+        "1: layers one after the other.",
         several_gpus=True,
     )
     attn_implementation: str = option("auto", "Attention", "auto is what transformers prefers here.", ATTENTION)
@@ -90,9 +91,10 @@ class TransformersOptions:
             )
         require_choice("guesses", self.guesses, GUESSES)
         ranks = self.tensor_parallel
-        if isinstance(ranks, bool) or not isinstance(ranks, int) or not 1 <= ranks <= MOST_RANKS:
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or not 0 <= ranks <= MOST_RANKS:
             raise BadParameter(
-                f"tensor_parallel must be 2 to {MOST_RANKS} GPUs that compute together, or 1 for none; found {ranks!r}."
+                f"tensor_parallel must be 2 to {MOST_RANKS} GPUs that compute together, 1 for none, or 0 for as many as the "
+                f"model needs; found {ranks!r}."
             )
         require_choice("attn_implementation", self.attn_implementation, ATTENTION)
         for name in ("lora", "draft_model"):
@@ -158,7 +160,7 @@ class TransformersOptions:
         if self.cache_type != "fp16" and not self.no_cache_type(model, gpu):
             number_bytes = _NUMBER_BYTES[self.cache_type]
         found = memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
-        if self.tensor_parallel == 1 or not on_gpu:
+        if self.tensor_parallel < 2 or not on_gpu:
             return replace(found, latent_kernels=on_gpu and not wide and self.kernel == "native" and model.is_packed)
         weights, conversation = fullest_share(model, self.tensor_parallel)
         return replace(found, ranks=self.tensor_parallel, weights_share=weights, conversation_share=conversation)
