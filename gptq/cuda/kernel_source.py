@@ -455,7 +455,7 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
-                threads = BLOCK_THREADS if call.startswith("row_norm") else 0
+                threads = BLOCK_THREADS if call.startswith("row_norm") or call.endswith("_of_gpus") else 0
                 kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads)
         elif isinstance(each, GuessedVariant):
             call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"

@@ -13,12 +13,13 @@ from ...core.errors import GptqWebuiError
 from ..cuda import deferred
 from ..cuda.gpu_kernels import Gpu
 from ..cuda.kernel_arguments import EXCHANGE
-from ..cuda.kernel_source import LayerVariant
+from ..cuda.kernel_source import BLOCK_THREADS, LayerVariant
 from ..cuda.peer_memory import PeerMemory
 
 MOST_NUMBERS = 1 << 19  # of a row
 _MOST_RANKS = 8  # ExchangeArguments.boxes
-_THREADS, _RUN = 128, 4  # of a block; numbers of a thread
+# Few blocks: a processor that one waits on is late for the next product, which needs all of it.
+_THREADS, _RUN = BLOCK_THREADS, 4  # of a block; numbers of a thread
 _LIMIT_S, _TRIAL_LIMIT_S = 120.0, 5.0  # that another GPU may be late
 _DTYPES = {torch.float16: "half", torch.bfloat16: "bfloat"}
 
