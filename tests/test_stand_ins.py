@@ -10,8 +10,9 @@ from every_architecture import KINDS, tiny_model
 from test_layer_kinds import of_architecture
 from torch import nn
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
-from gptq_webui.gptq.cuda import fused_norms, fused_router, shared_experts
+from gptq_webui.gptq.cuda import activations, fused_norms, fused_router, shared_experts
 from gptq_webui.gptq.cuda.cuda_experts import CudaExperts
 from gptq_webui.gptq.cuda.cuda_weights import packing_of
 from gptq_webui.gptq.cuda.fused_norms import CudaNorm, NormKind
@@ -179,6 +180,21 @@ def test_an_mlp_that_may_take_more_than_x_stays_as_it_is():
     assert merged(nn.ModuleList([ScaledMlp()])) == merged(nn.ModuleList([AnyMlp()])) == []
     assert merged(nn.ModuleList([Mlp(), Mlp(0.5)])) == [["0.gate_proj", "0.up_proj"]]
     assert merged(nn.ModuleList([Mlp(0.5), Mlp()])) == [["1.gate_proj", "1.up_proj"]]
+
+
+class CutMlp(Mlp):
+    """As DeepSeek V4's, whose limit only large gates show."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x).clamp(-10, 10))
+
+
+def test_an_mlp_that_cuts_off_what_is_large_stays_as_it_is():
+    assert merged(nn.ModuleList([CutMlp(), Mlp()])) == [["1.gate_proj", "1.up_proj"]]
+
+
+def test_an_activation_that_cuts_off_what_is_large_is_another_one():
+    assert activations.number_of(ACT2FN["gelu"], CPU) == 2 and activations.number_of(ACT2FN["gelu_10"], CPU) is None
 
 
 def test_an_mlp_that_must_know_its_layer_is_not_tried():

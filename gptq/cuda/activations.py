@@ -18,14 +18,16 @@ _KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
 
 def number_of(activation: Any, device: torch.device) -> int | None:
     """The kernel's number of an activation module or function; None if the kernel does not have it."""
-    x = torch.linspace(-9, 9, 1001, device=device)
+    x = torch.cat([torch.linspace(-9, 9, 1001, device=device), torch.linspace(-90, 90, 181, device=device)])  # one may be cut off
     try:
         found = activation(x.clone())
     except (RuntimeError, ValueError, TypeError, IndexError):
         return None
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return None
-    return next((at for at, known in enumerate(_KNOWN) if float((known(x) - found).abs().max()) < 2e-5), None)
+    return next(
+        (at for at, known in enumerate(_KNOWN) if float(((known(x) - found) / x.abs().clamp(min=1)).abs().max()) < 2e-5), None
+    )
 
 
 def apply(number: int, x: Tensor) -> Tensor:

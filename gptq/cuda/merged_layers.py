@@ -30,7 +30,7 @@ _PLAIN_MLPS = (  # the first and the last layer of an MLP without a gate
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), *(((a,), b) for a, b in _PLAIN_MLPS))
 _PLAIN_FIRSTS = tuple((first,) for first, _last in _PLAIN_MLPS)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
-_SAME = 2e-3  # relative difference of an MLP and the merged one, in 16 bits
+_SAME = 2e-3  # relative difference of an MLP and the merged one
 
 Group = tuple[list[str], list[GPTQLinear], Callable[[Gpu, Packing], Any]]
 
@@ -154,7 +154,8 @@ class Merging:
         if (number := activations.number_of(activation, device)) is None:
             return None
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(1, 2, layers[0].in_features, generator=generator, device=device, dtype=torch.float32).to(self._dtype)
+        x = torch.randn(1, 2, layers[0].in_features, generator=generator, device=device)
+        x = torch.cat([x, 100 * x], 1)  # some cut off what is large (DeepSeek V4)
         try:
             with torch.inference_mode():
                 found = module(x)
@@ -167,8 +168,8 @@ class Merging:
             return None
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             return None
-        difference = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))
-        return number if difference < (_SAME if self._dtype != torch.bfloat16 else 8 * _SAME) else None
+        differences = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-20)
+        return number if float(differences.max()) < _SAME else None
 
     def _apply(
         self,
