@@ -31,7 +31,7 @@ from gptq_webui.gptq.prefix_cache import PrefixCache
 ALL = os.environ.get("GPTQ_WEBUI_EVERY_ARCHITECTURE")
 NEW = pytest.mark.skipif(version.parse(transformers.__version__).major < 5, reason="the table is of transformers 5")
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"), NEW]
-CONTEXT = 128
+CONTEXT = 256
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1, max_new_tokens=len(IDS) - PROMPT)
 # How far off a row may be, relative to its length.
 LIMIT = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -49,12 +49,16 @@ SOME_KINDS = tuple(dict.fromkeys((
 
 @pytest.fixture(autouse=True)
 def _kept_kernels(user_folder, tmp_path_factory, monkeypatch):
-    """What one test compiles, the others need not."""
+    """What one test compiles, the others need not. Many workers share a machine: the twins are small."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     monkeypatch.setenv("XDG_CACHE_HOME", str(base / "kernels"))
     monkeypatch.setenv("LOCALAPPDATA", str(base / "kernels"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def apart(found, wanted):
@@ -87,6 +91,7 @@ def ours(stepper):
     memory = stepper.begin()
     rows = [stepper.prefill(memory, IDS[:PROMPT])[0].float().cpu().clone()]  # the next step may write over it
     rows += [stepper.step(memory, id)[0].float().cpu().clone() for id in IDS[PROMPT:]]
+    memory = None  # its pages are free again
     events = generation.generate(
         stepper, IDS[:PROMPT], GREEDY, threading.Event(), prefix=PrefixCache(), end_ids=(), context_tokens=CONTEXT
     )  # fmt: skip
