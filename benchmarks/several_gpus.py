@@ -37,12 +37,12 @@ _SPARE_GB = 2.0  # of the last GPU of a split, beside its half or quarter of the
 
 def placements(folder: Path, gpu_counts: list[int], device: str) -> dict[str, dict[str, Any]]:
     """Name -> options of the loader transformers."""
-    found: dict[str, dict[str, Any]] = {"one": {"device": device}}
+    found: dict[str, dict[str, Any]] = {"one": {"device": device, "tensor_parallel": 1}}
     size_gb = LocalModel.read(folder).size_bytes / 1e9
     for count in gpu_counts:
         if device == "cuda":
             shares = [f"{size_gb / count + _SPARE_GB:.1f}"] * count
-            found[f"split by layers, {count} GPUs"] = {"device": device, "gpu_memory": ",".join(shares)}
+            found[f"split by layers, {count} GPUs"] = {"device": device, "gpu_memory": ",".join(shares), "tensor_parallel": 1}
         found[f"tensor parallel, {count}"] = {"device": device, "tensor_parallel": count}
     return {name: {**options, "guesses": "off"} for name, options in found.items()}
 

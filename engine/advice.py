@@ -77,8 +77,9 @@ def fit(model: LocalModel, loaders: Sequence[Loader], context_tokens: int, memor
     except LoadRefused as error:
         return Fit("no loader", str(error))
     counted = choice.loader.fit(model, choice.options, memory)
-    found: dict[str, Any] = {"needs_bytes": counted.needs_bytes, "loader": choice.loader.name, "reason": choice.brief}
-    yours = _yours(memory)
+    needed = counted.needs_bytes * counted.ranks  # counted is one of the GPUs
+    found: dict[str, Any] = {"needs_bytes": needed, "loader": choice.loader.name, "reason": choice.brief}
+    yours = _yours(memory) if counted.ranks == 1 else f"{counted.ranks} of your GPUs together"
     if counted.fits:
         return Fit("fits", f"Fits {yours}{', on the processor' if memory.gpu is None else ''}", **found)
     needs = f"needs {gigabytes(counted.needs_bytes + KEPT_FREE_BYTES)} of {yours}"

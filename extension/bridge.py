@@ -18,6 +18,7 @@ from ..engine.engine import Engine
 from ..engine.hub_settings import HubSettings
 from ..engine.settings import Settings
 from ..hub.library import Library, Plan
+from ..loaders.transformers.transformers_loader import TransformersLoader
 from . import headless_model
 from .host_adapter import Host
 from .host_params import chosen, unknown_keys
@@ -38,6 +39,9 @@ class Bridge:
         self.slot = HostSlot(self.host)
         more = [each for each in settings.models_folders if each != self.host.models_folder and each.is_dir()]
         self.engine = Engine(Library([self.host.models_folder, *more]), settings, slot=self.slot)
+        for each in self.engine.loaders:
+            if isinstance(each, TransformersLoader):
+                each.divides_by_itself = False  # the host's own samplers and logits need the whole model in this process
         HubSettings(self.engine.library.hub, settings)
         self.downloads = Downloads(self.engine.library, self._fit)
         self.downloads.find_unfinished()

@@ -24,10 +24,15 @@ class HeadlessModel:
     def __init__(self, loaded: LoadedModel) -> None:
         import torch
 
-        self.name = loaded.model.name
+        self.name, self.is_divided = loaded.model.name, getattr(loaded, "ranks", 1) > 1
         self.device = torch.device("cpu")  # to which the host moves the ids of a prompt that it counts
 
     def __call__(self, *_: Any, **__: Any) -> Any:
+        if self.is_divided:
+            raise LoadFailed(
+                f"{self.name} is computed by several GPUs together, which gives no logits. Set GPUs that compute together "
+                "(tensor_parallel) to 1 for that, and press Reload."
+            )
         raise LoadFailed(
             f"{self.name} is loaded with a loader that has no logits. Load it with the loader transformers for that."
         )

@@ -37,11 +37,11 @@ class BegunAhead(Running):
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device))  # which may not be the thread's current GPU
         try:
-            # a copy, because a criterion may have the model compute something else before these are asked for
-            self._logits = self._step(token).clone()
+            logits = self._step(token)
         except (torch.OutOfMemoryError, ValueError):  # no pages, or the context ends: no fault if this token is the last
             return None
         self._is_ahead = True
+        self._logits = logits.clone()  # a criterion may have the model compute something else before these are asked for
         return self._wait
 
     def _wait(self) -> int:
@@ -61,5 +61,5 @@ class BegunAhead(Running):
 
     def close(self) -> None:
         if self._is_ahead:
-            self._memory.cut(self._memory.length - 1)
             self._is_ahead = False
+            self._memory.cut(self._memory.length - 1)

@@ -99,7 +99,7 @@ class Mirostat:
     def _by_surprise(self, shares: Tensor) -> int:
         """Version 2: the tokens before the first whose surprise is over mu; at least one."""
         over = (-shares.log2() > self.mu).nonzero()
-        return max(1, int(over[0])) if len(over) else int((shares > 0).sum())
+        return max(1, int(over[0]) if len(over) else int((shares > 0).sum()))
 
     def _by_exponent(self, shares: Tensor) -> int:
         """Version 1: as many as Zipf's law with the exponent of the likeliest tokens says."""
@@ -115,5 +115,5 @@ class Mirostat:
             k = (epsilon * 2**self.mu / (1 - len(shares) ** -epsilon)) ** (1 / exponent)
         except (OverflowError, ZeroDivisionError):  # a flat distribution: all of them
             k = float("inf")
-        most = int((shares > 0).sum())
+        most = max(1, int((shares > 0).sum()))
         return most if isinstance(k, complex) or not k < most else max(1, int(k))

@@ -35,6 +35,10 @@ class Orders:
     def __init__(self, group):
         self.waiting, self.every, self.why, self._memories, self._group = queue.SimpleQueue(), [], "", 0, group
 
+    @property
+    def alive(self):
+        return not self.why
+
     def order(self, do, memory=0, **values):
         if self.why:
             raise AnswerFailed(self.why)
@@ -176,3 +180,32 @@ def test_a_token_that_misses_a_rank_ends_the_answer_with_a_sentence(tmp_path, mo
 
     why, _given = both(tmp_path, work)
     assert why == "A rank is gone."
+
+
+def test_a_known_token_is_waited_for(tmp_path, model, monkeypatch):
+    """With log-probabilities nobody asks later whether every rank came."""
+    waited = []
+
+    def work(stepper, _orders):
+        memory = stepper.begin()
+        logits = stepper.prefill(memory, IDS)
+        monkeypatch.setattr(RankGroup, "require_all", lambda _group: waited.append(True))
+        params = GenerationParams(temperature=0.0, ignore_eos=True, logprobs=2)
+        return answer(stepper, memory, logits, IDS, params, 6)
+
+    found, given = both(tmp_path, work)
+    assert len(found) == len(waited) == 6
+    assert [each["ids"] for each in given if each["do"] == "step"][-6:] == [[id] for id in found]
+
+
+def test_an_answer_that_ends_after_a_rank_is_gone_is_no_failure(tmp_path, model):
+    def work(stepper, orders):
+        memory = stepper.begin()
+        steps = stepper.sample(memory, stepper.prefill(memory, IDS), IDS, GREEDY)
+        next(steps)
+        orders.lose()
+        steps.close()
+        return memory.length
+
+    length, _given = both(tmp_path, work)
+    assert length == len(IDS)

@@ -92,8 +92,10 @@ def test_lack_of_memory_is_recognised_in_every_back_ends_words(error, memory):
 
 
 def test_the_driver_is_asked_for_every_gpu():
-    text = "NVIDIA GeForce RTX 3060, 12288, 11020, 580.65.06, 8.6\nNVIDIA Tesla, [N/A], [N/A], 580.65.06, 7.5\n"
-    assert gpus.read_answer(text) == [gpus.GpuInfo("NVIDIA GeForce RTX 3060", 12288 << 20, 11020 << 20, "580.65.06", "8.6")]
+    text = "NVIDIA GeForce RTX 3060, 12288, 11020, 580.65.06, 8.6, GPU-1\nNVIDIA Tesla, [N/A], [N/A], 580.65.06, 7.5, GPU-2\n"
+    assert gpus.read_answer(text) == [
+        gpus.GpuInfo("NVIDIA GeForce RTX 3060", 12288 << 20, 11020 << 20, "580.65.06", "8.6", "GPU-1")
+    ]
 
 
 @pytest.mark.parametrize("answer", [OSError("gone"), subprocess.TimeoutExpired("nvidia-smi", 5)])

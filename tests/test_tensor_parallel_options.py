@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def machine(monkeypatch, count: int, free_bytes: tuple[int, ...] = (), cuda: bool = True) -> TransformersLoader:
     sizes = free_bytes or (80_000_000_000,) * count
     found = [gpus.GpuInfo("NVIDIA H200", 140_000_000_000, each) for each in sizes]
-    monkeypatch.setattr(divided_load, "gpus", lambda: found)
+    monkeypatch.setattr(divided_load, "visible_gpus", lambda: found)
     monkeypatch.setattr(divided_load.sys, "platform", "linux")
     versions = {"torch": "2.13", "transformers": "5.24", "accelerate": "1.0"}
     return TransformersLoader(lambda: Machine(versions, "cuda 13.0" if cuda else "cpu", gpu=cuda))
@@ -105,7 +105,7 @@ def sized(folder, size_bytes):
 )
 def test_as_many_gpus_as_a_model_needs(folder, monkeypatch, count, size_bytes, options, ranks):
     loader = machine(monkeypatch, count, (10_000_000_000,) * count)
-    found = loader._chosen(sized(folder, size_bytes), TransformersOptions(**options), MEMORY)
+    found, _note = loader._chosen(sized(folder, size_bytes), TransformersOptions(**options), MEMORY)
     assert found.tensor_parallel == ranks
     assert loader.refusal(sized(folder, size_bytes), TransformersOptions(**options)) is None
 
@@ -115,7 +115,81 @@ def test_a_model_that_cannot_be_divided_is_split_by_layers(tmp_path, monkeypatch
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "falcon"'))
     loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
-    assert loader._chosen(sized(tmp_path / "model", LARGE), TransformersOptions(), MEMORY).tensor_parallel == 1
+    found, note = loader._chosen(sized(tmp_path / "model", LARGE), TransformersOptions(), MEMORY)
+    assert found.tensor_parallel == 1
+    assert note.startswith("The GPUs work one after the other, not together: tensor_parallel knows models of the kinds llama, ")
+
+
+def test_gpus_of_several_kinds_are_not_joined(folder, monkeypatch):
+    loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
+    mixed = [gpus.GpuInfo(name, 24 << 30, 10_000_000_000) for name in ("RTX 4090", "Tesla P40")]
+    monkeypatch.setattr(divided_load, "visible_gpus", lambda: mixed)
+    assert loader._chosen(sized(folder, LARGE), TransformersOptions(), MEMORY)[0].tensor_parallel == 1
+
+
+def test_the_host_gets_a_model_in_one_process(folder, monkeypatch):
+    loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
+    loader.divides_by_itself = False
+    assert loader._chosen(sized(folder, LARGE), TransformersOptions(), MEMORY)[0].tensor_parallel == 1
+    assert loader._chosen(sized(folder, LARGE), TransformersOptions(tensor_parallel=2), MEMORY)[0].tensor_parallel == 2
+
+
+def test_a_branch_that_several_gpus_hold_together_is_offered_as_such(folder, monkeypatch):
+    from gptq_webui.engine import advice
+
+    loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
+    found = advice.fit(sized(folder, LARGE), [loader], 256, MEMORY)
+    assert (found.state, found.text) == ("fits", "Fits 2 of your GPUs together")
+    assert found.needs_bytes > LARGE
+
+
+def test_conversations_of_several_gpus_are_counted_in_16_bits(folder):
+    model = LocalModel.read(folder)
+    together = TransformersOptions(tensor_parallel=2, cache_type="q8")
+    assert together.demand(model, True).number_bytes == 2.0 and "16-bit numbers" in together.no_cache_type(model, True)
+
+
+# the GPUs of torch ---------------------------------------------------------------------------------------------------
+
+FOUR = [gpus.GpuInfo("RTX 3090", 24 << 30, at << 30, id=f"GPU-{at}a") for at in range(4)]
+MIXED = [gpus.GpuInfo("RTX 3060", 12 << 30, 1), gpus.GpuInfo("RTX 4090", 24 << 30, 2)]
+
+
+@pytest.mark.parametrize(
+    ("found", "variables", "order"),
+    [
+        (FOUR, {}, [0, 1, 2, 3]),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "2,0"}, [2, 0]),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": " 3 "}, [3]),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "GPU-2a,1"}, [2, 1]),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": ""}, []),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "-1"}, []),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "1,7,2"}, [1]),  # what follows one that is none is not seen
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "MIG-1"}, []),
+        (MIXED, {}, []),
+        (MIXED, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, [0, 1]),
+        ([], {}, []),
+    ],
+)
+def test_the_gpus_that_torch_sees(found, variables, order):
+    assert gpus.in_order_of_torch(found, variables) == [found[at] for at in order]
+
+
+def test_started_torch_is_asked_for_its_order(monkeypatch):
+    from types import SimpleNamespace
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda at: SimpleNamespace(uuid=("3a", "1a")[at]),
+    )
+    monkeypatch.setitem(gpus.sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(gpus, "gpus", lambda: FOUR)
+    monkeypatch.setattr(gpus, "_answers", [])
+    assert gpus.visible_gpus() == [FOUR[3], FOUR[1]]
+    cuda.get_device_properties = lambda at: SimpleNamespace(uuid="a part of one")
+    assert gpus.visible_gpus() == []
 
 
 def test_what_fits_is_said_of_the_gpus_that_compute_together(folder, monkeypatch):
@@ -124,16 +198,20 @@ def test_what_fits_is_said_of_the_gpus_that_compute_together(folder, monkeypatch
     assert found.fits and "are free on each of 2 GPUs" in str(found)
 
 
-def test_gpus_that_cannot_compute_together_are_split_by_layers_and_a_note_says_why(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [LoadFailed("NCCL found no way."), RuntimeError("CUDA error"), AttributeError("ProcessGroupNCCL")]
+)
+def test_gpus_that_cannot_compute_together_are_split_by_layers_and_a_note_says_so(folder, monkeypatch, error):
     def fails(*_):
-        raise LoadFailed("NCCL found no way between the GPUs.")
+        raise error
 
     monkeypatch.setattr(divided_load, "load", fails)
     two = TransformersOptions(tensor_parallel=2)
     found, why = divided_load.load_or_leave(LocalModel.read(folder), two, lambda *_: None, optional=True)
-    assert found is None
-    assert why == "Split by layers, since 2 GPUs could not compute together: NCCL found no way between the GPUs."
-    with pytest.raises(LoadFailed, match="no way between"):
+    assert found is None and why == (
+        "The GPUs work one after the other, since 2 of them could not compute together; the log has the details."
+    )
+    with pytest.raises(type(error)):
         divided_load.load_or_leave(LocalModel.read(folder), two, lambda *_: None, optional=False)
 
 
@@ -151,6 +229,13 @@ def test_a_load_that_is_cancelled_is_not_split_by_layers(folder, monkeypatch):
 def test_what_the_loaded_model_will_free_counts_on_every_gpu(folder, monkeypatch):
     loader, model = machine(monkeypatch, 2, (10_000_000_000, 9_000_000_000)), LocalModel.read(folder)
     memory = memory_fit.Memory(ram=200_000_000_000, gpu=60_000_000_000)  # of which a model holds 50
+    assert loader.fit(model, TransformersOptions(tensor_parallel=2), memory).free_bytes == 9_000_000_000  # on the first alone
+
+    class Divided:
+        ranks, is_loaded = 2, True
+
+    divided = Divided()
+    monkeypatch.setattr(divided_load, "_divided", [divided])
     assert loader.fit(model, TransformersOptions(tensor_parallel=2), memory).free_bytes == 59_000_000_000
 
 

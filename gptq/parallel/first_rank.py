@@ -15,7 +15,7 @@ from ..rope import Rope
 from . import model_share
 from .rank_group import Parted, RankGroup
 from .rank_stepper import LeadingStepper, stepper_of, use_kernels
-from .ranks import Ranks, in_a_sentence
+from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def load(
     except BaseException as error:
         if isinstance(error, Parted):
             others.settle()
+        lost = others.why
         others.close()
         group.leave()  # so that nothing waits for them any more
         if share is not None:
@@ -77,7 +78,7 @@ def load(
         group.close()
         meeting.cleanup()
         if isinstance(error, Parted):
-            raise LoadFailed(others.why or in_a_sentence(error)) from error
+            raise LoadFailed(lost or "The processes of the model lost each other. Press Reload in the Model tab.") from error
         raise
     if on_gpu:
         log.info("single rows are summed by %s", group.describes)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...core.errors import AnswerFailed, GptqWebuiError
+from ...core.errors import AnswerFailed, GptqWebuiError, LoadFailed
 from ..begun_ahead import BegunAhead
 from ..cpu import numba_compiler
 from ..running import Running
@@ -150,7 +150,12 @@ class LeadingStepper(Stepper):
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         if not getattr(self._own, "takes_tensors", False):
             return super().running(memory, ids)
-        return BegunAhead(memory, partial(self._begin, memory), self.device, partial(self._require, self._group.require_sums))
+        step = partial(self._step_or_begin, memory)
+        return BegunAhead(memory, step, self.device, partial(self._require, self._group.require_sums))
+
+    def _step_or_begin(self, memory: Memory, id: int | Tensor) -> Tensor:
+        """A known token is waited for: whoever samples next may ask nobody whether every rank came."""
+        return self.step(memory, id) if isinstance(id, int) else self._begin(memory, id)
 
     def _begin(self, memory: Memory, id: int | Tensor) -> Tensor:
         """Launch a step; the other ranks get a token that the host does not know from this one's GPU. Raises AnswerFailed."""
@@ -195,9 +200,11 @@ class LeadingStepper(Stepper):
         return AnswerFailed(self._ranks.why)
 
     def trial(self) -> None:
-        """Compute two tokens with every rank. Raises AnswerFailed."""
+        """Compute two tokens with every rank. Raises AnswerFailed, and LoadFailed if the results can be none of a model."""
         with torch.inference_mode():
-            self.prefill(self.begin(), [0, min(1, self._rows - 1)])
+            logits = self.prefill(self.begin(), [0, min(1, self._rows - 1)])
+        if not torch.isfinite(logits).all() or not (logits != logits[..., :1]).any():
+            raise LoadFailed("The GPUs did not add up their parts. Set GPUs that compute together (tensor_parallel) to 1.")
 
     def close(self) -> None:
         self._own.close()
@@ -215,7 +222,7 @@ class LeadingMemory(TransformersMemory):
         weakref.finalize(self, ranks.forget, self.number)
 
     def cut(self, length: int) -> bool:
-        if length != self.length:
+        if length != self.length and self._ranks.alive:  # who computes next hears that they are gone
             self._ranks.order("cut", self.number, length=length)
         return super().cut(length)
 

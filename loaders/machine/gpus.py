@@ -4,14 +4,18 @@ torch would take 300 MB of the GPU only to answer. nvidia-smi counts the memory 
 is imported.
 """
 
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _ASK_S = 5.0
-_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
+_FRESH_S = 2.0  # an answer counts again so long
+_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap", "uuid")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class GpuInfo:
     free_bytes: int
     driver: str = ""
     compute: str = ""  # "9.0"
+    id: str = ""  # "GPU-…"
 
 
 def gpus() -> list[GpuInfo]:
@@ -47,7 +52,56 @@ def read_answer(text: str) -> list[GpuInfo]:
     for line in text.splitlines():
         parts = [each.strip() for each in line.split(",")]
         if len(parts) == len(_FIELDS) and parts[1].isdigit() and parts[2].isdigit():
-            found.append(GpuInfo(parts[0], int(parts[1]) << 20, int(parts[2]) << 20, parts[3], parts[4]))
+            found.append(GpuInfo(parts[0], int(parts[1]) << 20, int(parts[2]) << 20, *parts[3:]))
+    return found
+
+
+def visible_gpus() -> list[GpuInfo]:
+    """The GPUs that torch uses here, in its order; empty where that cannot be told.
+
+    Their memory is asked of the driver, since torch would take 500 MB of each GPU to answer.
+    """
+    found = _lately()
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return in_order_of_torch(found, os.environ)
+    by_uuid = {each.id.removeprefix("GPU-").lower(): each for each in found}
+    count = torch.cuda.device_count()
+    try:
+        ids = [str(torch.cuda.get_device_properties(at).uuid) for at in range(count)]
+    except AttributeError:  # of an earlier torch
+        ordered = in_order_of_torch(found, os.environ)
+        return ordered if len(ordered) == count else []
+    return [by_uuid[each] for each in ids] if set(ids) <= set(by_uuid) else []
+
+
+def in_order_of_torch(found: Sequence[GpuInfo], variables: Mapping[str, str]) -> list[GpuInfo]:
+    """Of those that nvidia-smi lists, by the position on the bus, the ones that a CUDA program with these environment variables
+    sees; empty where it would order them by speed, which nvidia-smi does not tell."""
+    if variables.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len({(each.name, each.total_bytes) for each in found}) > 1:
+        return []
+    shown = variables.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return list(found)
+    chosen: list[GpuInfo] = []
+    for name in (each.strip() for each in shown.split(",")):
+        at = [each for at, each in enumerate(found) if name == str(at) or (name.startswith("GPU-") and each.id.startswith(name))]
+        if len(at) != 1:
+            return chosen if not name.startswith("MIG-") else []  # CUDA stops at the first that is none
+        chosen += at
+    return chosen
+
+
+_answers: list[tuple[float, list[GpuInfo]]] = []
+
+
+def _lately() -> list[GpuInfo]:
+    """What nvidia-smi has said in the last seconds."""
+    for asked, found in _answers:
+        if time.monotonic() - asked < _FRESH_S:
+            return found
+    found = gpus()
+    _answers[:] = [(time.monotonic(), found)]
     return found
 
 

@@ -20,11 +20,17 @@ class DividedModel(SteppedModel):
         context_reason: str,
         notes: tuple[str, ...],
         device: Any,  # a torch.device
+        ranks: int,
     ) -> None:
         ends = end_ids(generation_config, tokenizer)
         super().__init__(model, stepper, tokenizer, ends, context_tokens, context_reason, notes, str(device))
         self.embedding_rows = stepper.embedding_rows
-        self._first_device = device
+        self._first_device, self.ranks = device, ranks
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it holds memory."""
+        return self._stepper is not None
 
     @property
     def alive(self) -> bool:

@@ -2,11 +2,12 @@
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...core.errors import GptqWebuiError, LoadCancelled, NotEnoughMemory
+from ...core.errors import LoadCancelled, NotEnoughMemory
 from ...core.folder_files import read_json
 from ...core.models import LocalModel
 from ...core.units import format_bytes
@@ -14,7 +15,7 @@ from ...gptq.parallel.dividing import MOST_RANKS, why_not
 from ..contract.base import LoadProgress, Refusal
 from ..machine import memory_fit
 from ..machine.capabilities import Machine
-from ..machine.gpus import gpus
+from ..machine.gpus import GpuInfo, visible_gpus
 from ..machine.memory_release import free_memory
 from ..text.tokenizer import read_tokenizer
 from .transformers_options import TransformersOptions, device_of, dtype_of
@@ -35,7 +36,7 @@ def refusal(model: LocalModel, options: TransformersOptions, machine: Machine) -
             return Refusal("tensor_parallel is for several GPUs, and there is none that torch can use", _ALONE)
         if sys.platform != "linux":
             return Refusal("tensor_parallel joins GPUs by NCCL, which is for Linux", _ALONE)
-        if (found := len(gpus())) < ranks:
+        if (found := len(visible_gpus())) < ranks:
             cure = f"set it to {found}" if found > 1 else _ALONE
             return Refusal(f"tensor_parallel {ranks} needs {ranks} GPUs, and this machine has {found}", cure)
     for set_too, what in (
@@ -57,43 +58,67 @@ def chosen(
     machine: Machine,
     memory: memory_fit.Memory,
     demand: Callable[[TransformersOptions], memory_fit.Demand],
-) -> TransformersOptions:
-    """With the number of GPUs that compute together, where it is left open: 1 if one holds the model, or if no number of them
-    can; else the fewest that hold it, since split by layers they would work one after the other. `demand`: of options."""
+) -> tuple[TransformersOptions, str]:
+    """(with the number of GPUs that compute together, a note or ""). Where it is left open: 1 if one holds the model, or if no
+    number of them can; else the fewest that hold it, since split by layers they would work one after the other.
+
+    `demand`: of options.
+    """
     if options.tensor_parallel:
-        return options
+        return options, ""
     alone = replace(options, tensor_parallel=1)
     if memory.gpu is None or options.device not in ("auto", "cuda") or memory_fit.of(model, demand(alone), memory).fits:
-        return alone
-    for ranks in range(2, min(MOST_RANKS, len(gpus())) + 1):
+        return alone, ""
+    there = visible_gpus()
+    if len({each.name for each in there}) != 1:  # none, or the slowest would set the speed
+        return alone, ""
+    refused: Refusal | None = None
+    for ranks in range(2, min(MOST_RANKS, len(there)) + 1):
         several = replace(options, tensor_parallel=ranks)
-        if refusal(model, several, machine) is None and memory_fit.of(model, demand(several), of_every_gpu(memory, ranks)).fits:
-            return several
-    return alone
+        if (why := refusal(model, several, machine)) is not None:
+            refused = refused or why
+        elif memory_fit.of(model, demand(several), of_every_gpu(memory, ranks, there)).fits:
+            return several, ""
+    return alone, f"The GPUs work one after the other, not together: {refused.reason}." if refused is not None else ""
 
 
 def load_or_leave(
     model: LocalModel, options: TransformersOptions, progress: LoadProgress, optional: bool
 ) -> tuple["DividedModel | None", str]:
-    """(the model, ""), or (None, why not, as a note) where that is `optional` and fails. Raises as `load`."""
+    """(the model, ""), or (None, a note) where that is `optional` and fails. Raises as `load`."""
     try:
         return load(model, options, progress), ""
     except LoadCancelled:
         raise
-    except GptqWebuiError as error:
+    except Exception as error:
         if not optional:
             raise
-        log.warning("%d GPUs could not compute together: %s", options.tensor_parallel, error)
-        return None, f"Split by layers, since {options.tensor_parallel} GPUs could not compute together: {error}"
+        log.warning("%d GPUs could not compute together: %s", options.tensor_parallel, error, exc_info=error)
+        return None, (
+            f"The GPUs work one after the other, since {options.tensor_parallel} of them could not compute together; the log has "
+            "the details."
+        )
 
 
-def of_every_gpu(memory: memory_fit.Memory, ranks: int) -> memory_fit.Memory:
-    """With what is free on the fullest of the GPUs. What a loaded model will free on the first, it will on the others."""
-    found = [each.free_bytes for each in gpus()[:ranks]]
+def of_every_gpu(memory: memory_fit.Memory, ranks: int, there: list[GpuInfo] | None = None) -> memory_fit.Memory:
+    """With what is free on the fullest of the GPUs, `there` or those that torch uses. What a loaded model will free counts."""
+    found = [each.free_bytes for each in (visible_gpus() if there is None else there)[:ranks]]
     if memory.gpu is None or not found:
         return memory
     released = max(0, memory.gpu - found[0])
-    return replace(memory, gpu=min(memory.gpu, *(each + released for each in found)))
+    free = [each + _released_on(at, released) for at, each in enumerate(found)]
+    return replace(memory, gpu=min(memory.gpu, *free))
+
+
+_divided: "weakref.WeakSet[DividedModel]" = weakref.WeakSet()  # that are loaded, and those that were
+
+
+def _released_on(gpu: int, on_first: int) -> int:
+    """Bytes that the loaded model will free on a GPU, if it frees so many on the first."""
+    if gpu == 0 or any(each.ranks > gpu for each in _divided if each.is_loaded):
+        return on_first
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.memory_allocated(gpu)) if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def load(model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> "DividedModel":
@@ -124,7 +149,8 @@ def load(model: LocalModel, options: TransformersOptions, progress: LoadProgress
         context, reason = memory_fit.fit_context(model, options.demand(model, device.type == "cuda"), free.gpu or 0)
         stepper.limit(context)
         notes = (*notes, f"Computed by {ranks} {'GPUs' if device.type == 'cuda' else 'processes'} together (tensor parallel).")
-        loaded = DividedModel(model, stepper, hf.generation_config, tokenizer, context, reason, notes, first)
+        loaded = DividedModel(model, stepper, hf.generation_config, tokenizer, context, reason, notes, first, ranks)
+        _divided.add(loaded)
     except BaseException as error:
         if stepper is not None:
             stepper.close()

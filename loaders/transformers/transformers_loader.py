@@ -37,6 +37,7 @@ class TransformersLoader(Loader):
     options: ClassVar[type] = TransformersOptions
     reason: ClassVar[str] = "reads every GPTQ layout and 16-bit models, with nothing to compile"
     context_option: ClassVar[str] = "context_tokens"
+    divides_by_itself = True  # a model that is too large for one GPU, where the user leaves it open
 
     def refusal(self, model: LocalModel, options: TransformersOptions) -> Refusal | None:
         machine = self._machine()
@@ -59,14 +60,18 @@ class TransformersLoader(Loader):
         return {"cache_type": why} if why else {}
 
     def fit(self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory) -> memory_fit.Fit:
-        options = self._chosen(model, options, memory)
+        options, _why = self._chosen(model, options, memory)
         if options.tensor_parallel > 1:
             memory = divided_load.of_every_gpu(memory, options.tensor_parallel)
         return super().fit(model, options, memory)
 
-    def _chosen(self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory) -> TransformersOptions:
-        """With the number of GPUs that compute together."""
+    def _chosen(
+        self, model: LocalModel, options: TransformersOptions, memory: memory_fit.Memory
+    ) -> tuple[TransformersOptions, str]:
+        """(with the number of GPUs that compute together, a note or "")."""
         gpu = memory.gpu is not None
+        if not self.divides_by_itself and not options.tensor_parallel:
+            return replace(options, tensor_parallel=1), ""
         return divided_load.chosen(model, options, self._machine(), memory, lambda each: self.demand(model, each, gpu))
 
     def demand(self, model: LocalModel, options: TransformersOptions, gpu: bool) -> memory_fit.Demand:
@@ -91,10 +96,9 @@ class TransformersLoader(Loader):
         adapter = options.adapter(model)
         stretched = (superhot.note(options.compress_pos_emb),) if options != given else ()
         device = device_of(options)
-        options = self._chosen(
+        options, why = self._chosen(
             model, options, memory_fit.Memory(0, memory_fit.available_bytes(device) if device.type == "cuda" else None)
         )
-        why = ""
         if options.tensor_parallel > 1:
             loaded, why = divided_load.load_or_leave(model, options, progress, optional=not given.tensor_parallel)
             if loaded is not None:

@@ -157,7 +157,7 @@ class TransformersOptions:
         if (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) != (1, 1, 0):
             trained = int(trained * self.rope.stretch(config_of(model).get("rope_theta", 10000.0)))
         number_bytes = 4.0 if wide else 2.0
-        if self.cache_type != "fp16" and not self.no_cache_type(model, gpu):
+        if self.cache_type != "fp16" and self.tensor_parallel < 2 and not self.no_cache_type(model, gpu):
             number_bytes = _NUMBER_BYTES[self.cache_type]
         found = memory_fit.Demand(self.context_tokens, trained, number_bytes, wide, on_gpu)
         if self.tensor_parallel < 2 or not on_gpu:
@@ -169,6 +169,8 @@ class TransformersOptions:
         """Why another cache type than fp16 would change nothing for a model; "" if it would."""
         if not gpu or self.device == "cpu":
             return "it is for GPUs"
+        if self.tensor_parallel > 1:
+            return "several GPUs that compute together keep 16-bit numbers"
         if self.kernel != "native":
             return f"the kernel {self.kernel} has none"
         if self.dtype not in ("auto", "fp16"):
