@@ -1,6 +1,5 @@
 """The CUDA C, without a GPU: it compiles for every family that we name, and Python says the same of it."""
 
-import itertools
 import re
 import struct
 from dataclasses import replace
@@ -8,11 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from gptq_webui.gptq.cuda import gemv, gpu_kernels, kernel_arguments, kernel_source, octet, small_batch, wide_batch
-from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
-from gptq_webui.gptq.cuda.gemv import Tuning
+from gptq_webui.gptq.cuda import gpu_kernels, kernel_arguments, kernel_source, octet, small_batch, wide_batch
 from gptq_webui.gptq.cuda.kernel_source import (
     DecodeVariant,
     GemvVariant,
@@ -23,11 +19,8 @@ from gptq_webui.gptq.cuda.kernel_source import (
     OctetVariant,
     Packing,
     PagedAttentionVariant,
-    groups_of,
 )
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
-from gptq_webui.gptq.cuda.row_kernels import head_threads
-from gptq_webui.gptq.suitability import Unsuited
 
 FOLDER = Path(kernel_source.__file__).parent
 FAMILIES = {"Turing": (7, 5), "Ampere": (8, 0), "Ampere (RTX 30)": (8, 6), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
@@ -200,101 +193,3 @@ def test_every_kernel_takes_one_structure_of_the_list():
     for structure in kernel_arguments.EVERY:
         missing = [field for field in structure.fields if not re.search(rf"[.>]\s*{field}\b", text)]
         assert not missing, f"no kernel reads {missing} of {structure.name}"
-
-
-# --- orders, groups and limits --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [64, 100, 736])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_fragment_order_holds_every_input_once(k, act_order):
-    rows = torch.randperm(k) if act_order else None
-    order = fragment_order(rows, k, torch.device("cpu"))
-    permutation = permutation_of(order, k)
-    assert order.numel() % 64 == 0 and (order < 0).sum() == order.numel() - k
-    assert torch.equal(order[permutation.long()].long(), torch.arange(k))
-    by_step = step_order(order)
-    wanted = torch.arange(k) if rows is None else rows
-    assert torch.equal(by_step[:k].long(), wanted), "before steps and columns are swapped the inputs are sorted by group"
-    # input 16 s + 4 c + j of a chunk is at 16 c + 4 s + j
-    s, c, j = 2, 1, 3
-    assert order[16 * c + 4 * s + j] == wanted[16 * s + 4 * c + j]
-
-
-def group_of_every_unit(group_size, in_features):
-    """What the kernel computes, and what is right."""
-    groups = groups_of(group_size, in_features)
-    units = -(-in_features // 64) * groups.units
-    found = [unit * groups.unit_to_group >> 16 for unit in range(units)]
-    right = [unit * (64 // groups.units) // group_size for unit in range(units)]
-    return groups, found, list(range(units)) if groups.units_stored else right
-
-
-@pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 192, 1024])
-def test_a_unit_finds_its_group_by_a_multiplication(group_size):
-    groups, found, right = group_of_every_unit(group_size, 14336)
-    assert found == right and max(found) < groups.count and not groups.units_stored
-
-
-def test_every_group_size_finds_its_groups_exactly():
-    """2416 inputs a group of a wide layer once found the wrong one: a factor of 16 bits is not fine enough there."""
-    assert groups_of(2416, 28672).units_stored and not groups_of(2416, 4096).units_stored
-    for in_features in (4096, 11008, 28672, 53248):
-        for group_size in range(16, in_features, 16 if in_features < 12000 else 400):
-            groups, found, right = group_of_every_unit(group_size, in_features)
-            assert found == right and max(found) < groups.count, (in_features, group_size)
-
-
-def test_groups_that_no_unit_fits_are_left_to_the_plain_path():
-    with pytest.raises(Unsuited, match=r"groups of 24 inputs .* multiple of 16"):
-        groups_of(24, 4096)
-    assert groups_of(-1, 4096) == groups_of(4096, 4096) == kernel_source.Groups(1, 1, 0)
-
-
-@pytest.mark.parametrize("family", LIMITS)
-@pytest.mark.parametrize("in_features", [4096, 12288, 14336, 28672])
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_product_fits_into_the_shared_memory_of_every_family(family, in_features, norm):
-    limit = LIMITS[family] * 1024
-    for tuning in (Tuning(), Tuning(16, 2, 3, 1, 2), Tuning(8, 4, 4, 1, 2)):
-        try:
-            found = gemv.variant(Packing(4, True, 1), in_features, "PLAIN", norm, tuning, limit)
-        except Unsuited as error:
-            assert family == "Turing" and in_features == 28672 and "shared memory" in str(error)
-            continue
-        assert found.shared_bytes(-(-in_features // 64)) <= limit
-        assert not norm or found.norm * 8 * found.threads >= in_features
-
-
-@pytest.mark.parametrize("family", LIMITS)
-@pytest.mark.parametrize("rows", octet.ROWS)
-@pytest.mark.parametrize("role", octet.SPREADS)
-def test_the_product_of_a_octet_fits_or_is_left_to_the_kernels_of_many(family, rows, role):
-    limit, hopper, spread = LIMITS[family] * 1024, family == "Hopper", octet.SPREADS[role][rows]
-    fits = 0
-    for packing, in_features in itertools.product((Packing(4, True, 1), Packing(8, False, 4)), (4096, 8192, 14336, 28672)):
-        epilogue, norm = {"qkv": ("PLAIN", True), "gate_up": ("SILU", True)}.get(role, ("RESIDUAL", False))
-        try:
-            found = octet.variant(packing, in_features, epilogue, norm, rows, spread, limit, 3, hopper)
-        except Unsuited as error:
-            assert f"{rows} rows of {in_features} inputs" in str(error)
-            continue
-        fits += 1
-        assert found.shared_bytes(-(-in_features // 64), 3) <= limit and (hopper or found.cluster == 1)
-        assert not norm or found.norm * 8 * found.threads >= in_features
-    assert fits >= (4 if role in ("qkv", "gate_up") else 8) * hopper
-
-
-def test_a_norm_wider_than_a_block_is_refused_in_words():
-    assert gemv.variant(Packing(4, True, 1), 32768, "PLAIN", True, Tuning(), 227 * 1024).threads == 1024
-    with pytest.raises(Unsuited, match="a norm over 32832 inputs"):
-        gemv.variant(Packing(4, True, 1), 32832, "PLAIN", True, Tuning(), 227 * 1024)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "threads"), [(4096, 256), (8192, 256), (8448, 512), (12288, 512), (16384, 512), (32768, 1024)]
-)
-def test_the_output_layer_stages_every_input(hidden, threads):
-    assert head_threads(hidden) == threads and 4 * 8 * threads >= hidden
-    with pytest.raises(ValueError, match="32776 inputs"):
-        head_threads(32776)
