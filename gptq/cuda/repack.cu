@@ -59,6 +59,15 @@ template <int BITS> DEVICE void repack_tiles(const RepackArguments& p) {
   store_words<BITS>(words, p.out + ((size_t)tile * p.chunks + chunk) * (BITS * 128), lane);
 }
 
+// 16 numbers of each of two neighbouring lanes, in a row; the odd lane has those behind.
+DEVICE void put_pairs(u16* to, bool odd, const u32 (&v)[8]) {
+  u32 other[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) other[i] = __shfl_xor_sync(FULL, odd ? v[i] : v[4 + i], 1);
+  *(uint4*)to = odd ? make_uint4(other[0], other[1], other[2], other[3]) : make_uint4(v[0], v[1], v[2], v[3]);
+  *(uint4*)(to + 16) = odd ? make_uint4(v[4], v[5], v[6], v[7]) : make_uint4(other[0], other[1], other[2], other[3]);
+}
+
 // Packed -> dense, for products of many rows. A warp takes a chunk of a tile.
 template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackArguments& p) {
   const int lane = threadIdx.x % 32;
@@ -78,10 +87,9 @@ template <int BITS, bool SYM, int UNITS> DEVICE void unpack_tiles(const UnpackAr
     row[s * 2] = a[0]; row[s * 2 + 1] = a[2];
     row8[s * 2] = a[1]; row8[s * 2 + 1] = a[3];
   }
-  u16* to = p.out + ((size_t)tile * TILE + lane / 4) * p.chunks * CHUNK + chunk * CHUNK + lane % 4 * 16;
-  u16* to8 = to + (size_t)8 * p.chunks * CHUNK;
-  *(uint4*)to = *(uint4*)row;
-  *(uint4*)(to + 8) = *(uint4*)(row + 4);
-  *(uint4*)to8 = *(uint4*)row8;
-  *(uint4*)(to8 + 8) = *(uint4*)(row8 + 4);
+  // Two lanes have 64 bytes in a row. They exchange half of them, so that each store of both fills whole sectors of 32 bytes.
+  const bool odd = lane % 2;
+  u16* to = p.out + ((size_t)tile * TILE + lane / 4) * p.chunks * CHUNK + chunk * CHUNK + lane % 4 / 2 * 32 + odd * 8;
+  put_pairs(to, odd, row);
+  put_pairs(to + (size_t)8 * p.chunks * CHUNK, odd, row8);
 }
