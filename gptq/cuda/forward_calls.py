@@ -1,9 +1,11 @@
 """What a recorded model asks torch for itself, and is given by kernels of ours."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -45,3 +47,13 @@ class Calls(TorchFunctionMode):
         if func is functional.dropout and not (args[2] if len(args) > 2 else given.get("training", True)):
             return args[0]
         return self._fused.deferred.call(func, args, given) if self._fused.deferred else func(*args, **given)
+
+
+def take_forward(module: nn.Module, made: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]], undo: ExitStack) -> None:
+    """Give a module the forward that `made` makes of it and its own one, until `undo` is closed."""
+    given = vars(module).get("forward")
+    module.forward = made(module, module.forward)
+    if given is None:
+        undo.callback(delattr, module, "forward")
+    else:
+        undo.callback(setattr, module, "forward", given)

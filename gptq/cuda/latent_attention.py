@@ -19,6 +19,7 @@ from ..gptq_linear import GPTQLinear
 from .cuda_driver import HOPPER
 from .cuda_linear import CudaLinear
 from .deferred import plainly
+from .forward_calls import take_forward
 from .gpu_kernels import Gpu
 from .kernel_arguments import LATENT
 from .kernel_source import LatentVariant
@@ -69,12 +70,7 @@ def take_latent(
 ) -> None:
     """Compute a model's attention to latent vectors by `attention` until `undo` is closed. In `aside` a module is only tried."""
     for module in [each for each in model.modules() if is_latent(each)]:
-        given = vars(module).get("forward")
-        module.forward = _taken(module, module.forward, attention, aside)
-        if given is None:
-            undo.callback(delattr, module, "forward")
-        else:
-            undo.callback(setattr, module, "forward", given)
+        take_forward(module, lambda own, original: _taken(own, original, attention, aside), undo)
 
 
 def _taken(
