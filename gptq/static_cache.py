@@ -26,6 +26,8 @@ class NotStatic(Exception):
 class Fused(Protocol):
     """Kernels in the place of parts of a forward, see cuda/fused_forward.py."""
 
+    capacity: int  # tokens that the cache has room for
+
     def recording(self) -> AbstractContextManager[None]:
         """While it lasts, a forward uses them."""
 
@@ -136,6 +138,8 @@ class StaticRoom:
             each.shown = tokens
 
     def use(self, fused: Fused | None) -> None:
+        if fused is not None:
+            fused.capacity = self.capacity
         for each in self._keys():
             each.fused = fused
 

@@ -5,6 +5,7 @@ Each takes the name that is launched, the variant that was compiled under it, an
 
 import weakref
 
+import emulated_states
 import torch
 
 from gptq_webui.gptq import bit_packing
@@ -207,12 +208,6 @@ def _route(_name, _variant, a):
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _keep(_name, _variant, a):
-    at = min(int(a.count), a.capacity - 1)
-    a.keys[0, :, at].copy_(a.k[0, :, 0])
-    a.values[0, :, at].copy_(a.v[0, :, 0])
-
-
 def _turned(x, cosines, sines, kind, rotated, angles, norm, eps, offset):
     """[heads, D] in the type of x."""
     wide = x.float()
@@ -237,12 +232,12 @@ def _rotate(_name, _variant, a):
 
 def _decode(_name, _variant, a):
     before = min(int(a.count), a.shown - 1)
-    q = a.q.view(-1, a.d)
+    q = a.q[0, :, 0]
     keys, values = a.keys, a.values
     if a.new_key is not None:
         new_key, new_value = a.new_key[0, :, 0], a.new_value[0, :, 0]
         if a.cosines is not None:
-            turn = (a.cosines, a.sines, 0, a.d, a.angles)
+            turn = (a.cosines, a.sines, 0, a.rotated, a.angles)
             q = _turned(q, *turn, a.q_norm, a.norm_eps, a.norm_offset)
             new_key = _turned(new_key, *turn, a.k_norm, a.norm_eps, a.norm_offset)
         keys[0, :, before].copy_(new_key)
@@ -295,6 +290,6 @@ def _latent(name, variant, a):
 
 KERNELS = {
     "REPACK": _repack, "UNPACK": _unpack, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv, "EXPERT_SUM": _expert_sum,
-    "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm, "ROTATE": _rotate, "KEEP": _keep,
-    "DECODE": _decode, "LATENT": _latent,
+    "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm, "ROTATE": _rotate,
+    "DECODE": _decode, "LATENT": _latent, **emulated_states.KERNELS,
 }  # fmt: skip

@@ -253,9 +253,12 @@ def test_a_router_norms_the_token_that_waits(gpu, dtype, width, centred):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dims"), [(16, 8, 256), (32, 4, 128), (12, 2, 96), (8, 8, 64), (71, 1, 64), (8, 2, 32)]
 )
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("part", [1, 2, 4])  # of a head: all angles, those of one half, those of a quarter that turns alone
 @pytest.mark.parametrize("normed", [False, True])
-def test_attention_turns_the_query_and_the_new_key(gpu, dtype, heads, kv_heads, dims, half, normed):
+@pytest.mark.parametrize("apart", [False, True])  # other numbers lie between the queries of two heads
+def test_attention_turns_the_query_and_the_new_key(gpu, dtype, heads, kv_heads, dims, part, normed, apart):
+    if part == 4 and dims // part % 16:
+        pytest.skip("so few dimensions are not turned by attention")
     torch.manual_seed(2)
     module = importlib.import_module("transformers.models.llama.modeling_llama")
     fused = FusedForward(nn.Linear(1, 1), torch.device("cuda", 0))
@@ -266,11 +269,13 @@ def test_attention_turns_the_query_and_the_new_key(gpu, dtype, heads, kv_heads, 
             each.weight.data = torch.rand(dims, device="cuda").to(dtype)
         replace_norms(both, {torch.device("cuda", 0): gpu})
         norms = both[0], both[1]
-    angles = dims // 2 if half else dims
+    angles = dims // part
     for before, shown in ((0, 64), (77, 128), (900, 1024)):
         q, new_key, new_value = (
             torch.randn(1, 1, count, dims, device="cuda", dtype=dtype).transpose(1, 2) for count in (heads, kv_heads, kv_heads)
         )
+        if apart:
+            q = torch.cat([q, torch.full_like(q, torch.nan)], -1)[..., :dims]
         cos, sin = (torch.randn(1, 1, angles, device="cuda", dtype=dtype) for _ in range(2))
         caches = [torch.randn(1, kv_heads, shown, dims, device="cuda", dtype=dtype) for _ in range(2)]
         found = []

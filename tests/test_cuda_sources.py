@@ -93,7 +93,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         "sum_of_gpus_bfloat", "first_of_gpus_bfloat",
         "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat",
         "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
-        "read_latent_half_64_32_32_32", "clamped_gate_bfloat",
+        "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "look_up_bfloat",
     } == set(names)  # fmt: skip
     for name in names:
         assert name.encode() in binary

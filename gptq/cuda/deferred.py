@@ -92,7 +92,8 @@ class Deferred:
         found = [each for each in _tensors((args, given)) if id(each) in self._held]
         if name in _ASKS:
             return func(*args, **given)
-        if name in _SAME and len(found) == 1 and args and found[0] is args[0]:
+        handed_on = len(found) == 1 and not getattr(self._held[id(found[0])][2], "alone", False)
+        if name in _SAME and handed_on and args and found[0] is args[0]:
             result = func(*args, **given)
             whole = isinstance(result, Tensor) and result.numel() == args[0].numel() and result.is_contiguous()
             if whole and result.data_ptr() == args[0].data_ptr():

@@ -25,9 +25,11 @@ class Fused(Protocol):
 
     def add(self, x: Tensor, addend: Tensor, in_place: bool = False) -> Tensor: ...
 
+    def gated(self, func: Any, args: Any, given: dict[str, Any]) -> Tensor | None: ...
+
 
 class Calls(TorchFunctionMode):
-    """What a model asks torch for itself: attention, and the additions of its residual."""
+    """What a model asks torch for itself: attention, the additions of its residual, gates."""
 
     def __init__(self, fused: Fused) -> None:
         super().__init__()
@@ -44,6 +46,8 @@ class Calls(TorchFunctionMode):
                     return found.transpose(1, 2)
         if func in (*_ADDITIONS, *_IN_PLACE) and len(args) == 2 and not given and rows_of_one_token(*args):
             return self._fused.add(args[0], args[1], func in _IN_PLACE)
+        if (row := self._fused.gated(func, args, given)) is not None:
+            return row
         if func is functional.dropout and not (args[2] if len(args) > 2 else given.get("training", True)):
             return args[0]
         return self._fused.deferred.call(func, args, given) if self._fused.deferred else func(*args, **given)

@@ -22,12 +22,14 @@ from .attention_names import decoders, name_attention
 from .deferred import Deferred, plainly
 from .forward_calls import Calls
 from .fused_norms import Added, ChosenRows, CudaNorm, NormedRow, norm_of, watchers
+from .gated_rows import GatedRows
 from .gpu_kernels import Gpu
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
 from .latent_attention import LatentAttention, take_latent
+from .positions import Positions
 from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
-from .token_rows import can_rotate, difference
+from .token_rows import can_rotate, difference, rotated_dims
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ class FusedForward:
         self._rotations: dict[Any, int | None] = {}
         self._attention = TokenAttention(self._gpu)
         self._latent = LatentAttention(self._gpu)
+        self.capacity, self._positions = 0, Positions(self._gpu)  # tokens that the cache has room for
         self.deferred = Deferred()
+        self._gates = GatedRows(self._gpu, self.deferred)
         self._forwards = 0  # of this recording
         self._sums: list[Tensor] = []  # of the first forward
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
@@ -73,6 +77,7 @@ class FusedForward:
                     setattr(module, _ROTATION, self._rotation(original))
                     undo.callback(setattr, module, _ROTATION, original)
             take_latent(self._model, self._latent, self._aside, undo)
+            self._positions.take(self._model, self.capacity, lambda: self._forwards == 1, undo)
             undo.enter_context(Calls(self))
             yield
 
@@ -104,9 +109,9 @@ class FusedForward:
         self._sum, self._rotation_number = before
 
     def close(self) -> None:
-        self._attention.close()
-        self._latent.close()
-        self._gpu.close()
+        every: tuple[Any, ...] = (self._attention, self._latent, self._positions, self._gpu)
+        for each in every:
+            each.close()
 
     # -- the residual ----------------------------------------------------------------------------------------------
 
@@ -151,6 +156,10 @@ class FusedForward:
     def after(self, norm: CudaNorm, out: Tensor) -> None:
         if self._forwards == 1 and out.dim() == 4 and not norm.kind.centred and norm.bias is None:
             self._heads[out.data_ptr()] = norm, out
+
+    def gated(self, func: Any, args: Any, given: dict[str, Any]) -> Tensor | None:
+        """What a function of torch gives as a part of a gated row; None if it is none."""
+        return self._gates.call(func, args, given) if deferred.current() is self.deferred else None
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
@@ -238,10 +247,11 @@ class FusedForward:
             angles, alike = cos.shape[-1], norms is None or norms[0].kind == norms[1].kind
             if deferred.current() is not self.deferred:
                 return self._rotate(q, k, cos, sin, kind, norms)
-            if kind != 0 or angles not in (q.shape[3], q.shape[3] // 2) or angles % 8 or q.shape[3] % 16 or not alike:
+            rotated = rotated_dims(q.shape[3], angles, kind)
+            if kind != 0 or angles not in (rotated, rotated // 2) or angles % 8 or rotated % 16 or q.shape[3] % 16 or not alike:
                 return self._rotate(q, k, cos, sin, kind, norms)
             out = tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
-            what = Turn(q, k, cos, sin, norms)
+            what = Turn(q, k, cos, sin, norms, rotated)
             run = partial(self._rotate_into, q, k, cos, sin, kind, norms, *out)
             self.deferred.defer(out, (q, k, cos, sin), what, run)
             return out[0], out[1]
@@ -251,10 +261,9 @@ class FusedForward:
         q_out: Tensor, k_out: Tensor,
     ) -> None:  # fmt: skip
         dims, angles = q.shape[3], cos.shape[-1]
-        rotated = 2 * angles if kind == 0 and 2 * angles == dims else min(angles, dims)
         arguments = ROTATE.pack(
             q=q, k=k, cosines=cos, sines=sin, q_out=q_out, k_out=k_out, q_stride=q.stride(1), k_stride=k.stride(1),
-            heads=q.shape[1], d=dims, rotated=rotated, angles=angles, kind=kind,
+            heads=q.shape[1], d=dims, rotated=rotated_dims(dims, angles, kind), angles=angles, kind=kind,
             q_norm=None if norms is None else norms[0].weight, k_norm=None if norms is None else norms[1].weight,
             eps=0.0 if norms is None else norms[0].kind.eps, offset=0.0 if norms is None else norms[0].kind.offset,
         )  # fmt: skip

@@ -74,9 +74,9 @@ class CudaNorm(nn.Module):
         return self._normed(x) if self.takes(x) else self._plain(x)
 
     def _normed(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
         if any(each.before(self, x) for each in watchers):
             return x
+        x = x.contiguous()
         if (later := self._later(x)) is not None:
             out = torch.empty_like(x)
             return later.defer((out,), (x,), NormedRow(self, x), lambda: norm_of(self._gpu, x, None, self, out=out))[0]

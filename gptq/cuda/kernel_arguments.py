@@ -410,6 +410,29 @@ ROTATE = Arguments(
     float offset           // added to the weight of a norm
     """,
 )
+LOOK_UP = Arguments(
+    "LookUpArguments",
+    """
+    const u16* cosines     // [rows][width]
+    const u16* sines
+    const u64* position    // of the row
+    u16* cosines_out       // [width]
+    u16* sines_out
+    int rows
+    int width
+    """,
+)
+GATE_ROW = Arguments(
+    "GateRowArguments",
+    """
+    const u16* x           // fp16 or bf16 [n]
+    const u16* gate        // a run of `width` numbers every `stride`
+    u16* out               // [n]: x * sigmoid(gate)
+    int n
+    int width
+    int stride
+    """,
+)
 KEEP = Arguments(
     "KeepArguments",
     """
@@ -442,7 +465,7 @@ EXCHANGE = Arguments(
 DECODE = Arguments(
     "DecodeArguments",
     """
-    const u16* q           // fp16 or bf16 [heads][d]
+    const u16* q           // fp16 or bf16, a head every q_stride numbers
     u16* keys              // a head every key_stride numbers, a token every d
     u16* values
     const u16* new_key     // of the token itself, null if it is kept already
@@ -463,15 +486,17 @@ DECODE = Arguments(
     int shown              // tokens of the mask
     int d
     int dv
+    int q_stride
     int new_key_stride
     int new_value_stride
     float scale
     float cap              // of the scores; 0 for none
-    const u16* cosines     // [angles]: q and the new key are turned first, halves together; or null
+    const u16* cosines     // [angles]: of q and the new key the first `rotated` are turned before, halves together; or null
     const u16* sines
     const u16* q_norm      // [d]: weight of an RMSNorm of each head before it turns, or null
     const u16* k_norm
     int angles
+    int rotated
     float norm_eps
     float norm_offset
     """,
@@ -639,8 +664,8 @@ GUESSED = Arguments(  # begins as SampleArguments do
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
-    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, KEEP, DECODE, LATENT, COMBINE, CLAMPED_GATE, ROUTE,
-    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, LATENT, COMBINE,
+    CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

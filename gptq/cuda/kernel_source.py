@@ -400,7 +400,8 @@ Variant = (
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
-    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments",
+    "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "gate_row": "GateRowArguments",
+    "look_up": "LookUpArguments",
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
     "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",

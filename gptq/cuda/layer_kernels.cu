@@ -174,6 +174,27 @@ template <class T> DEVICE void rotate(const RotateArguments& p) {
   for (int i = p.rotated + threadIdx.x; i < p.d; i += blockDim.x) to[i] = T::narrow(row[i]);
 }
 
+// The angles of a position, from a table of all.
+template <class T> DEVICE void look_up(const LookUpArguments& p) {
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  const u64 position = __ldcg(p.position), row = (position < (u64)p.rows ? position : p.rows - 1) * p.width;
+  for (int i = threadIdx.x; i < p.width; i += blockDim.x) {
+    p.cosines_out[i] = __ldg(p.cosines + row + i);
+    p.sines_out[i] = __ldg(p.sines + row + i);
+  }
+}
+
+// A row times the sigmoid of another one, which is rounded as torch rounds it.
+template <class T> DEVICE void gate_row(const GateRowArguments& p) {
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= p.n) return;
+  const float gate = T::wide(__ldcg(p.gate + (size_t)(at / p.width) * p.stride + at % p.width));
+  p.out[at] = T::narrow(T::wide(__ldcg(p.x + at)) * T::wide(T::narrow(1.f / (1.f + __expf(-gate)))));
+}
+
 // The new token's keys and values into the cache. A block takes a head.
 template <class T> DEVICE void keep(const KeepArguments& p) {
   allow_next_kernel_to_start();

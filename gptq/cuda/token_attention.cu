@@ -20,13 +20,14 @@ template <class T> DEVICE void eight(const u16* from, bool there, float (&to)[8]
   widen<T>(there ? __ldcg((const uint4*)from) : make_uint4(0, 0, 0, 0), to);
 }
 
-// A head's numbers from `dim` on, normed if there is a norm, and turned by their angles. LANES lanes hold a head; all lanes call.
+// A head's numbers from `dim` on, normed if there is a norm, and the first `rotated` turned by their angles. LANES lanes hold a head;
+// all lanes call.
 template <class T, int LANES> DEVICE void turned(const DecodeArguments& p, const u16* norm, int dim, float (&x)[8]) {
-  const bool there = dim < p.d;
+  const bool there = dim < p.d, turns = dim < p.rotated;
   float cosines[8], sines[8];
   const int angle = dim < p.angles ? dim : dim - p.angles;
-  eight<T>(p.cosines + angle, there, cosines);
-  eight<T>(p.sines + angle, there, sines);
+  eight<T>(p.cosines + angle, turns, cosines);
+  eight<T>(p.sines + angle, turns, sines);
   if (norm) {
     float weight[8], sum = 0.f;
     eight<T>(norm + dim, there, weight);
@@ -38,12 +39,12 @@ template <class T, int LANES> DEVICE void turned(const DecodeArguments& p, const
 #pragma unroll
     for (int j = 0; j < 8; j++) x[j] = T::wide(T::narrow(x[j] * scale * (weight[j] + p.norm_offset)));
   }
-  const bool low = dim < p.d / 2;
-  const int other = threadIdx.x % 32 + (low ? p.d / 16 : -(p.d / 16));
+  const bool low = dim < p.rotated / 2;
+  const int other = threadIdx.x % 32 + (low ? p.rotated / 16 : -(p.rotated / 16));
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     const float across = __shfl_sync(FULL, x[j], other & 31);
-    x[j] = T::wide(T::narrow(x[j] * cosines[j] + (low ? -across : across) * sines[j]));
+    if (turns) x[j] = T::wide(T::narrow(x[j] * cosines[j] + (low ? -across : across) * sines[j]));
   }
 }
 
@@ -113,7 +114,7 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
 #pragma unroll 1
   for (int item = warp; item <= GROUP; item += 4) {  // a warp turns a head, or the new key
     const bool query = item < GROUP, there = (query ? item < heads : p.new_key != nullptr) && dim < p.d;
-    const u16* from = query ? p.q + (size_t)(first_head + item) * p.d : p.new_key + (size_t)kv_head * p.new_key_stride;
+    const u16* from = query ? p.q + (size_t)(first_head + item) * p.q_stride : p.new_key + (size_t)kv_head * p.new_key_stride;
     float x[8];
     eight<T>(from + dim, there, x);
     uint4 value = make_uint4(0, 0, 0, 0);

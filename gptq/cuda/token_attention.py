@@ -41,9 +41,10 @@ class Turn:
 
     q: Tensor  # [1, heads, 1, D]
     k: Tensor
-    cosines: Tensor  # D or D / 2 of them
+    cosines: Tensor  # of all that turn, or of half of it
     sines: Tensor
     norms: tuple[CudaNorm, CudaNorm] | None  # of the heads, before they turn
+    rotated: int  # dimensions that turn, the first of a head
 
 
 class TokenAttention:
@@ -110,18 +111,20 @@ class TokenAttention:
         sinks = given.get("s_aux")
         out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
-        query = query.contiguous() if query.data_ptr() % 16 == 0 else query.clone(memory_format=torch.contiguous_format)
+        if query.data_ptr() % 16 or query.stride(1) % 8:
+            query = query.clone(memory_format=torch.contiguous_format)
         arguments = DECODE.pack(
             q=query, keys=key, values=value, new_key=new_key, new_value=new_value, mask=mask if kind else None,
             sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
             key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
-            group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim,
+            group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim, q_stride=query.stride(1),
             new_key_stride=0 if new_key is None else new_key.stride(1),
             new_value_stride=0 if new_value is None else new_value.stride(1),
             scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
             cosines=None if turn is None else turn.cosines, sines=None if turn is None else turn.sines,
             q_norm=None if norms[0] is None else norms[0].weight, k_norm=None if norms[1] is None else norms[1].weight,
-            angles=0 if turn is None else turn.cosines.shape[-1], norm_eps=0.0 if norms[0] is None else norms[0].kind.eps,
+            angles=0 if turn is None else turn.cosines.shape[-1], rotated=0 if turn is None else turn.rotated,
+            norm_eps=0.0 if norms[0] is None else norms[0].kind.eps,
             norm_offset=0.0 if norms[0] is None else norms[0].kind.offset,
         )  # fmt: skip
         self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)

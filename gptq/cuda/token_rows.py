@@ -29,6 +29,15 @@ def can_rotate(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     return cos.shape[-1] <= q.shape[3] and cos.stride(-1) == sin.stride(-1) == 1
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def difference(found: Tensor, wanted: Tensor) -> float:
     """Relative."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20))
+
+
+def rotated_dims(dims: int, angles: int, kind: int) -> int:
+    """How many dimensions of a head a rotation of this kind turns, the first ones."""
+    return 2 * angles if kind == 0 and 2 * angles == dims else min(angles, dims)
