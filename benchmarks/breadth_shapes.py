@@ -50,12 +50,16 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "shared_expert_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
                    "num_hidden_layers": 8, "vocab_size": 151936, "num_experts": 512, "num_experts_per_tok": 10,
                    "norm_topk_prob": True},
+    "bamba-9b": {"model_type": "bamba", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256, "attn_layer_indices": [9, 18, 27],
+                 "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1},
 }  # fmt: skip
 _NARROW = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 320,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "query_pre_attn_scalar": 32,
+    "mamba_n_heads": 8, "mamba_d_head": 32, "attn_layer_indices": [1], "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+    "v_head_dim": 32, "query_pre_attn_scalar": 32,
 }  # fmt: skip
 
 
@@ -71,6 +75,8 @@ def config_of(name: str, layers: int, tiny: bool) -> Any:
             facts["num_hidden_layers"] = 4
     elif layers:
         facts["num_hidden_layers"] = min(layers, facts["num_hidden_layers"])
+    if "attn_layer_indices" in facts:
+        facts["attn_layer_indices"] = [each for each in facts["attn_layer_indices"] if each < facts["num_hidden_layers"]]
     for ours in ("dtype", "group"):
         facts.pop(ours, None)
     if "text_config" in facts:  # of a model that sees pictures: its text is computed

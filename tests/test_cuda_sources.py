@@ -11,6 +11,7 @@ import pytest
 from gptq_webui.gptq.cuda import gpu_kernels, kernel_arguments, kernel_source, octet, small_batch, wide_batch
 from gptq_webui.gptq.cuda.kernel_source import (
     DecodeVariant,
+    DeltaVariant,
     GemvVariant,
     GuessedVariant,
     KvFormat,
@@ -79,12 +80,12 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         GemvVariant(packing, "BFLOAT", 2, 7, 4, 3, input="ORDERED_BFLOAT"),
         GemvVariant(Packing(3, False, 2), "GATED", 1, 8, 2, 3, input="NATURAL"),
         GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL", span=2),
-        LayerVariant(True),
-        DecodeVariant(False, 8, 1),
+        *(LayerVariant(True), DecodeVariant(False, 8, 1), kernel_source.ScanVariant(True, 64, 128, 4)),
         *(LatentVariant(True, 512, 128, 64, 128), LatentVariant(False, 64, 32, 32, 32)),
+        *(DeltaVariant(True, 128, 128, 32, 4, False), DeltaVariant(False, 24, 192, 32, 3, False)),
     ]
     if capability >= (9, 0):
-        variants += [LatentVariant(False, 512, 192, 64, 256, whole=True)]
+        variants += [LatentVariant(False, 512, 192, 64, 256, whole=True), DeltaVariant(False, 128, 128, 32, 4, True)]
     text = kernel_source.source(variants, [], [])
     binary = compiler(capability, tmp_path).compile(text)
     names = gpu_kernels._KERNEL.findall(text)
@@ -93,7 +94,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         "sum_of_gpus_bfloat", "first_of_gpus_bfloat",
         "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat",
         "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
-        "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "look_up_bfloat",
+        "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "gated_norm_bfloat", "look_up_bfloat",
     } == set(names)  # fmt: skip
     for name in names:
         assert name.encode() in binary

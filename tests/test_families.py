@@ -39,7 +39,7 @@ def packed(kind, changes=None, seed=0, act_order=True):
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     hf = copy.deepcopy(twin)
     for name, module in tiny.packable(twin).items():
-        if name.endswith(("shared_expert_gate", "gate.wg", "router")):
+        if name.endswith(("shared_expert_gate", "gate.wg", "router", "dt_proj")):
             continue
         conv = type(module).__name__ == "Conv1D"
         rows, columns = module.weight.shape if conv else module.weight.shape[::-1]

@@ -20,14 +20,17 @@ from torch import Tensor
 from . import deferred
 from .attention_names import decoders, name_attention
 from .deferred import Deferred, plainly
+from .delta_rule import DeltaRule
 from .forward_calls import Calls
 from .fused_norms import Added, ChosenRows, CudaNorm, NormedRow, norm_of, watchers
 from .gated_rows import GatedRows
 from .gpu_kernels import Gpu
+from .kept_states import KeptStates
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
 from .latent_attention import LatentAttention, take_latent
 from .positions import Positions
+from .state_space import StateSpace
 from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
 from .token_rows import can_rotate, difference, rotated_dims
 
@@ -49,6 +52,7 @@ class FusedForward:
         self._attention = TokenAttention(self._gpu)
         self._latent = LatentAttention(self._gpu)
         self.capacity, self._positions = 0, Positions(self._gpu)  # tokens that the cache has room for
+        self._states: tuple[KeptStates, ...] = (DeltaRule(self._gpu), StateSpace(self._gpu))
         self.deferred = Deferred()
         self._gates = GatedRows(self._gpu, self.deferred)
         self._forwards = 0  # of this recording
@@ -78,6 +82,8 @@ class FusedForward:
                     undo.callback(setattr, module, _ROTATION, original)
             take_latent(self._model, self._latent, self._aside, undo)
             self._positions.take(self._model, self.capacity, lambda: self._forwards == 1, undo)
+            for each in self._states:
+                each.take(self._model, self._aside, undo)
             undo.enter_context(Calls(self))
             yield
 
@@ -109,7 +115,7 @@ class FusedForward:
         self._sum, self._rotation_number = before
 
     def close(self) -> None:
-        every: tuple[Any, ...] = (self._attention, self._latent, self._positions, self._gpu)
+        every: tuple[Any, ...] = (self._attention, self._latent, self._positions, *self._states, self._gpu)
         for each in every:
             each.close()
 

@@ -20,6 +20,8 @@ CONSTANTS = {
     "ATTENTION_WARPS": 4,
     "ATTENTION_HEADS": 8,  # heads of a block: the columns of the matrix unit
     "DECODE_EARLY": 4,  # turns of decode whose keys and values are on their way or being multiplied
+    "DELTA_THREADS": 256,  # of a block of delta_rule
+    "SCAN_THREADS": 256,  # of a block of scan_token
     "ROPE_WARPS": 8,
     "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
     "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read
@@ -525,6 +527,69 @@ LATENT = Arguments(
     float scale            // of the scores, times log2(e)
     """,
 )
+DELTA = Arguments(
+    "DeltaArguments",
+    """
+    const u16* q           // fp16 or bf16 before the convolution: DK of a query every qk_stride numbers
+    const u16* k
+    const u16* v           // DV of each of the value heads that share a key, every v_stride
+    const u16* z           // what opens their gates, every z_stride
+    const u16* b           // a number of each of them, every ba_stride
+    const u16* a
+    const u16* taps        // [channels][WIDTH]: the convolution's weights; channels are queries, keys, values
+    const u16* bias        // [channels], or null
+    u16* kept              // [channels][WIDTH]: its last inputs
+    float* state           // [heads][DK][DV]
+    const float* decay     // [heads]: -exp(A_log)
+    const float* dt_bias   // [heads]
+    const u16* norm        // [DV]
+    u16* given             // [heads][DV]: what the heads give before the norm; not of clusters
+    u32* done              // [key_heads], zero between launches
+    u16* out               // [heads][DV]
+    int qk_stride
+    int v_stride
+    int z_stride
+    int ba_stride
+    int key_heads
+    int group              // value heads that share a key
+    int sigmoid            // the gate is sigmoid(z), not SiLU
+    float eps
+    float beta_scale
+    """,
+)
+SCAN = Arguments(
+    "ScanArguments",
+    """
+    const u16* x           // fp16 or bf16 [channels] before the convolution: inputs of the heads, b and c of each group
+    const u16* dt          // [heads]
+    const u16* taps        // [channels][WIDTH]: the convolution's weights
+    const u16* bias        // [channels], or null
+    u16* kept              // [channels][WIDTH]: its last inputs
+    float* state           // [heads][dims][N]
+    const float* decay     // [heads]: -exp(A_log)
+    const float* dt_bias   // [heads]
+    const float* through   // [heads]: how much of an input is added to what is read
+    u32* done              // [groups], zero between launches
+    u16* out               // [heads][dims]
+    int groups
+    int group              // heads of a group
+    int parts              // blocks of a head
+    float least            // a step is kept between these
+    float most
+    """,
+)
+GATED_NORM = Arguments(
+    "GatedNormArguments",
+    """
+    const u16* x           // fp16 or bf16 [parts][width]
+    const u16* gate        // as many
+    const u16* weight      // as many, or null: no norm
+    u16* out
+    int width
+    int norm_first         // the gate comes after the norm
+    float eps
+    """,
+)
 COMBINE = Arguments(
     "CombineArguments",
     """
@@ -664,8 +729,8 @@ GUESSED = Arguments(  # begins as SampleArguments do
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
-    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, LATENT, COMBINE,
-    CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, LATENT, DELTA, SCAN,
+    GATED_NORM, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ _TEMPLATES = (
     "token_attention.cu",
     "latent_attention.cu",
     "latent_cluster.cu",
+    "delta_rule.cu",
+    "state_space.cu",
     "expert_sum.cu",
 )
 _FIXED = ("row_kernels.cu", "adapter_rows.cu")  # the same for every model, as the sampler
@@ -362,6 +364,55 @@ class KvFormat:
 
 
 @dataclass(frozen=True)
+class DeltaVariant:
+    """One token of a gated delta rule (delta_rule.cu), for one size of a head's state."""
+
+    bfloat: bool
+    key_dim: int  # an even number
+    value_dim: int
+    columns: int  # of the state, for a block: 4 times a power of two, at most 128
+    width: int  # of the convolution
+    cluster: bool  # the blocks of a head are one
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.key_dim}_{self.value_dim}_{self.columns}_{self.width}"
+        return f"delta_rule_{'bfloat' if self.bfloat else 'half'}_{numbers}{'_cluster' * self.cluster}"
+
+    @property
+    def splits(self) -> int:
+        """Blocks of a head."""
+        return self.value_dim // self.columns
+
+    @property
+    def shared_bytes(self) -> int:
+        warps = kernel_arguments.CONSTANTS["DELTA_THREADS"] // 32
+        return 4 * (2 * self.key_dim + self.columns + warps * 2 * self.columns + 8 + 1)
+
+
+@dataclass(frozen=True)
+class ScanVariant:
+    """One token of a selective state space (state_space.cu), for one size of a head's state."""
+
+    bfloat: bool
+    dims: int  # rows of the state, for a block
+    state: int  # numbers of a row: 4 times a power of two
+    width: int  # of the convolution
+
+    @property
+    def name(self) -> str:
+        return f"scan_token_{self.suffix}_{self.dims}_{self.state}_{self.width}"
+
+    @property
+    def suffix(self) -> str:
+        return "bfloat" if self.bfloat else "half"
+
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * (self.dims + 2 * self.state + 1)
+
+
+@dataclass(frozen=True)
 class GuessedVariant:
     """The kernels of guessed_step.py: attention and sampling where the rows are tokens of one sequence."""
 
@@ -394,14 +445,14 @@ class PagedAttentionVariant:
 
 Variant = (
     GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
-    | LatentVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
+    | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
 )  # fmt: skip
 
 
 _LAYER_KERNELS = {
     "row_norm": "RowNormArguments", "row_norm_wide": "RowNormArguments", "row_norm_normed": "RowNormArguments",
     "row_norm_chosen": "RowNormArguments", "rotate": "RotateArguments", "keep": "KeepArguments", "gate_row": "GateRowArguments",
-    "look_up": "LookUpArguments",
+    "gated_norm": "GatedNormArguments", "look_up": "LookUpArguments",
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
     "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",
@@ -471,6 +522,14 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             for part in ("whole",) if each.whole else ("meet", "attend", "read"):
                 threads, cluster = (256, 8) if each.whole else (128, 1)
                 kernel(each.kernel(part), "LatentArguments", f"{part}_latent<{numbers}>", threads, cluster)
+        elif isinstance(each, DeltaVariant):
+            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.key_dim}, {each.value_dim}, {each.columns}, {each.width}"
+            call = f"delta_rule<{numbers}, {str(each.cluster).lower()}>"
+            threads = kernel_arguments.CONSTANTS["DELTA_THREADS"]
+            kernel(each.name, "DeltaArguments", call, threads, each.splits if each.cluster else 1)
+        elif isinstance(each, ScanVariant):
+            numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.dims}, {each.state}, {each.width}"
+            kernel(each.name, "ScanArguments", f"scan_token<{numbers}>", kernel_arguments.CONSTANTS["SCAN_THREADS"])
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)

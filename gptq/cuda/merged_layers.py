@@ -20,8 +20,9 @@ from .gpu_kernels import Gpu
 from .kernel_source import Packing
 from .module_facts import facts_of, parents_of, takes_one
 
-# Layers that are asked for one after the other with the same tensor; the last two are those of latent vectors (MLA).
+# Layers that are asked for one after the other with the same tensor: of linear attention; of attention; of latent vectors (MLA).
 _SHARED: tuple[tuple[str, ...], ...] = (
+    ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
     ("q_proj", "k_proj", "v_proj"), ("q_proj", "kv_a_proj_with_mqa"), ("q_a_proj", "kv_a_proj_with_mqa"),
 )  # fmt: skip
 _PLAIN_MLPS = (  # the first and the last layer of an MLP without a gate
@@ -82,11 +83,12 @@ class Merging:
         for name, module in list(self._model.named_modules()):
             own = dict(module.named_children())
             prefix = f"{name}." if name else ""
+            shared: set[str] = set()
             for first in _SHARED:
-                if group := self._of(prefix, own, first):
+                if not shared & set(first) and (group := self._of(prefix, own, first)):
                     names = [f"{prefix}{each}" for each in first]
                     yield names, group, partial(self._share, module=module, names=first, layers=group)
-                    break
+                    shared |= set(first)
             for first, last in _MLPS:
                 group = self._of(prefix, own, first)
                 if group and (number := self._number(module, own, first, last, group)) is not None:
@@ -117,7 +119,7 @@ class Merging:
         shared = _Shared(linear, len(layers))
         for at, name in enumerate(names):
             setattr(module, name, Part(shared, at, sum(widths[:at]), widths[at], inputs))
-        module.qkv_of_gptq_webui = linear
+        module.add_module(f"{names[0]}_of_gptq_webui", linear)
         return linear
 
     def _number(
