@@ -203,6 +203,8 @@ def _route(_name, _variant, a):
     scores = scores / scores.sum(-1, keepdim=True) if a.shared else scores
     a.scores[:, : a.choices].copy_(scores * a.scale)
     a.chosen[:, : a.choices].copy_(chosen)
+    if a.open is not None:
+        a.scores[:, a.choices :].copy_((x.float() @ a.open.view(-1, 1).float()).to(a.x.dtype).float().sigmoid())
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -271,6 +271,8 @@ def test_attention_leaves_what_it_cannot_compute():
     [
         ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}),
         ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False}),
+        ("qwen3_next", "Qwen3NextTopKRouter", {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True}),
+        ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 600, "num_experts_per_tok": 9, "norm_topk_prob": True}),
         ("mixtral", "MixtralTopKRouter", {"num_local_experts": 8, "num_experts_per_tok": 2}),
         ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 32, "num_experts_per_tok": 4}),
         ("deepseek_v2", "DeepseekV2TopkRouter", {"n_routed_experts": 64, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}),

@@ -123,12 +123,7 @@ DEVICE float block_sum(float v, float* scratch) {
   v = warp_sum(v);
   if (lane == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();
-  if (threadIdx.x < 32) {
-    v = warp_sum(lane < warps ? scratch[lane] : 0.f);
-    if (lane == 0) scratch[32] = v;
-  }
-  __syncthreads();
-  v = scratch[32];
+  v = warp_sum(lane < warps ? scratch[lane] : 0.f);
   __syncthreads();
   return v;
 }

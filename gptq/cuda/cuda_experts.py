@@ -24,7 +24,7 @@ from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
 from .module_facts import parents_of
 from .natural_order import NUMBERS, gates_and_ups
-from .shared_experts import SharedOfStack, choose_shared, cut_shared
+from .shared_experts import SharedOfStack, choose_shared, cut_shared, shared_name
 from .token_attention import capturing
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
@@ -243,11 +243,11 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
             setattr(owner, own, new)
         replaced += len(layers)
         if more:
-            shared = block.get_submodule("shared_experts")
+            shared = block.get_submodule(shared_name(block))
             for each in shared.children():
                 if isinstance(each, GPTQLinear):
                     each.release()
                     replaced += 1
-            block.shared_experts = SharedOfStack(gpu, *new.stacks, len(more), dtype)
+            setattr(block, shared_name(block), SharedOfStack(gpu, *new.stacks, len(more), dtype))
             choose_shared(block, len(more))
     return replaced

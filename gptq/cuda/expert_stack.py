@@ -134,8 +134,10 @@ class Stack:
         split = next(each for each in (8, 4, 2, 1) if choices * each <= 16)
         while split > 1 and weight.chunks < 4 * split:
             split //= 2
+        digits = weight.packing.bits == 4 and weight.packing.units < 4
         for batch, stages in ((4, 3), (2, 3), (1, 3), (1, 2)):
-            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat)
+            span = 2 if weight.lasting and weight.chunks % 2 == batch % 2 == 0 else 1
+            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat, span if digits else 0)
             if found.shared_bytes(weight.chunks) <= gpu.shared_limit_bytes:
                 return found
         return None

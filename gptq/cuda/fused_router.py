@@ -15,6 +15,7 @@ from .module_facts import facts_of
 from .natural_order import NUMBERS
 
 _WARPS = 8  # of a block: an expert each
+_ROUNDING = 0.02  # of logits in 16 bits, of the highest one
 _MOST_EXPERTS = 4096
 _MOST_CHOICES = 32
 _NORMED = ROUTE_RUNS * 8 * 32 * _WARPS  # inputs, at most, that the kernel also norms
@@ -50,9 +51,9 @@ class CudaRouter(nn.Module):
         weight: Any = router.weight
         self._dtype = weight.dtype if dtype is None else dtype
         self._wide = "_wide" * (weight.dtype == torch.float32)
-        self._logits = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+        # no logits between launches: see expert_choice.cu
+        self._logits = torch.full((weight.shape[0] + 1,), -1, dtype=torch.int32, device=weight.device)
         self._constant: tuple[Tensor, Tensor] | None = None
-        self._done = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
     @property
     def weight(self) -> Any:
@@ -67,25 +68,33 @@ class CudaRouter(nn.Module):
         chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
         return self._route(x, scores, chosen), scores, chosen
 
-    def with_constant(self, x: Tensor, first: int, count: int) -> tuple[Tensor, Tensor] | None:
-        """(scores, chosen) of a token, behind them the experts from `first` on with the score 1; None for several tokens."""
-        if not self._takes(x):
+    def with_constant(self, x: Tensor, first: int, count: int, open: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """(scores, chosen) of a token, behind them the experts from `first` on; None for several tokens.
+
+        Their score is 1, or with `open` [1, inputs] the sigmoid of its product with the token.
+        """
+        choices = self._kind.choices
+        if not self._takes(x) or (open is not None and not self.opens(open, count)):
             return None
         if self._constant is None:
             if torch.cuda.is_current_stream_capturing():
                 return None
-            choices = self._kind.choices
             scores = torch.ones(1, choices + count, dtype=torch.float32 if self._kind.wide_scores else x.dtype, device=x.device)
             chosen = torch.arange(first - choices, first + count, device=x.device)[None].clamp_(min=0)
             self._constant = scores, chosen
         scores, chosen = self._constant
-        self._route(x, scores, chosen)
+        self._route(x, scores, chosen, open, 0 if open is None else count)
         return scores, chosen
+
+    def opens(self, open: Tensor, count: int) -> bool:
+        """Whether the kernel multiplies a token by `open` [1, inputs], too, for `count` experts."""
+        whole = open.numel() == self.weight.shape[1] and open.is_contiguous() and open.data_ptr() % 16 == 0
+        return whole and open.dtype == self.weight.dtype and self._kind.choices + count <= _MOST_CHOICES
 
     def _takes(self, x: Tensor) -> bool:
         return x.numel() == self.weight.shape[1] and x.dtype == self._dtype and x.is_cuda and not _apart(x)
 
-    def _route(self, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    def _route(self, x: Tensor, scores: Tensor, chosen: Tensor, open: Tensor | None = None, opened: int = 0) -> Tensor:
         """The first `choices` of scores and chosen are written; what the router gives of all experts."""
         weight, kind = self.weight, self._kind
         experts, inputs = weight.shape
@@ -93,8 +102,8 @@ class CudaRouter(nn.Module):
         every = torch.empty(1, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
         arguments = ROUTE.pack(
             weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous() if row is None else row.x,
-            logits=self._logits, done=self._done, all=every, scores=scores, chosen=chosen, experts=experts, choices=kind.choices,
-            k=inputs, wide=int(kind.wide),
+            open=open, opened=opened, logits=self._logits, all=every, scores=scores, chosen=chosen, experts=experts,
+            choices=kind.choices, k=inputs, wide=int(kind.wide),
             wide_scores=int(kind.wide_scores), probabilities=int(kind.probabilities), shared=int(kind.shared), scale=kind.scale,
             addend=None if row is None else row.addend, sum=None if row is None else row.total,
             norm=None if row is None else row.norm.weight, norm_bias=None if row is None else row.norm.bias,
@@ -102,8 +111,9 @@ class CudaRouter(nn.Module):
             eps=0.0 if row is None else row.norm.kind.eps, offset=0.0 if row is None else row.norm.kind.offset,
         )  # fmt: skip
         name = f"route{self._wide}{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
-        shared_bytes = (experts + 36) * 4 + (inputs * 2 + 16) * (row is not None)
-        self._gpu.run(name, (-(-experts // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
+        rows = experts + (open is not None)
+        shared_bytes = (rows + 33 + 64 + 4 + 2 * 256) * 4 + inputs * 2 * (row is not None)
+        self._gpu.run(name, (-(-rows // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
         return every
 
     def _waiting(self, x: Tensor) -> NormedRow | None:
@@ -179,10 +189,12 @@ def _kind_of(found: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | N
     same = [_close(every.float(), each) for each in (logits, probabilities)]
     if not any(same):
         return None
-    # near-equal scores may change places between one computation and another: most tokens must choose the same experts
-    own = probabilities.topk(chosen.shape[1], -1).indices
-    equal = (own.sort(-1).values == chosen.sort(-1).values).all(-1)
-    if int(equal.sum()) * 4 < 3 * equal.numel():
+    # near-equal scores may change places between one computation and another: those that most tokens choose must be the highest
+    # but for rounding
+    least = logits.topk(chosen.shape[1], -1).values[:, -1] - _ROUNDING * logits.abs().amax(-1)
+    highest = (logits.gather(1, chosen) >= least[:, None]).all(-1)
+    distinct = (chosen.sort(-1).values.diff(dim=-1) > 0).all(-1)
+    if int((highest & distinct).sum()) * 4 < 3 * highest.numel():
         return None
     picked = probabilities.gather(1, chosen)
     for shared in (False, True):

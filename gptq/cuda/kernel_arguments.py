@@ -22,6 +22,7 @@ CONSTANTS = {
     "DECODE_EARLY": 4,  # turns of decode whose keys and values are on their way or being multiplied
     "DELTA_THREADS": 256,  # of a block of delta_rule
     "SCAN_THREADS": 256,  # of a block of scan_token
+    "ROUTE_HELD": 16,  # logits that a lane of route holds, at most; of more experts they lie in shared memory
     "ROPE_WARPS": 8,
     "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
     "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read
@@ -623,13 +624,14 @@ ROUTE = Arguments(
     const void* weights    // [experts][k] of the type of x, or fp32 in the kernels that are called wide
     const u16* bias        // [experts], or null
     const u16* x           // fp16 or bf16 [k]
-    float* logits          // [experts]
-    u32* done              // zero between launches
+    const void* open       // [k] of the type of weights: times x the opening of experts that every token takes, or null
+    float* logits          // [experts], and that one, each with all bits set between launches
     void* all              // [experts], the logits or the probabilities; fp32 if `wide`
-    void* scores           // [choices], fp32 if `wide_scores`
+    void* scores           // [choices + opened], fp32 if `wide_scores`; the last ones sigmoid(open x)
     u64* chosen            // [choices]
     int experts
     int choices
+    int opened             // experts behind the chosen ones that `open` is for
     int k
     int wide               // the logits are not rounded
     int wide_scores

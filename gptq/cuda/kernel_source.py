@@ -34,6 +34,7 @@ _TEMPLATES = (
     "layer_kernels.cu",
     "exchange.cu",
     "expert_kernels.cu",
+    "expert_choice.cu",
     "token_attention.cu",
     "latent_attention.cu",
     "latent_cluster.cu",
@@ -302,10 +303,11 @@ class ExpertSumVariant:
     batch: int  # chunks that travel together
     stages: int
     bfloat: bool
+    span: int = 0  # as of GemvVariant
 
     @property
     def name(self) -> str:
-        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}"
+        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}_{self.span}"
         return f"expert_sum_{self.packing.name}_{numbers}_{'bfloat' if self.bfloat else 'half'}"
 
     @property
@@ -313,9 +315,10 @@ class ExpertSumVariant:
         return 32 * self.choices * self.split
 
     def shared_bytes(self, chunks: int) -> int:
-        warps = self.choices * self.split
-        ring = warps * self.stages * self.batch * self.packing.tile_bytes
-        return ring + self.choices * chunks * CHUNK * 2 + 2 * warps * TILE * 4
+        warps, scales = self.choices * self.split, self.packing.units * self.packing.scale_bytes
+        slot = self.batch * (self.packing.tile_bytes - scales) + self.batch // max(1, self.span) * scales
+        inputs = self.choices * chunks // self.span * self.packing.units * 32 if self.span else 0
+        return warps * self.stages * slot + self.choices * chunks * CHUNK * 2 + 2 * warps * TILE * 4 + inputs
 
 
 @dataclass(frozen=True)
@@ -507,16 +510,21 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
-                threads = BLOCK_THREADS if call.startswith("row_norm") or call.endswith("_of_gpus") else 0
-                kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads)
+                whole = call.startswith("row_norm") or call.endswith("_of_gpus")
+                threads = BLOCK_THREADS if whole else 256 if call.startswith("route") else 0
+                blocks = 2 if call == "route_normed" else 0  # registers are left for a block of another kernel
+                kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads, blocks=blocks)
         elif isinstance(each, GuessedVariant):
             call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
         elif isinstance(each, PagedAttentionVariant):
             kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
         elif isinstance(each, ExpertSumVariant):
-            numbers = f"{each.split}, {each.batch}, {each.stages}, {'Bfloat' if each.bfloat else 'Half'}"
-            kernel(each.name, "ExpertSumArguments", f"expert_sum<{each.packing.arguments}, {numbers}>", each.threads)
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}, {'Bfloat' if each.bfloat else 'Half'}"
+            blocks = BLOCK_THREADS // each.threads  # registers are left for a block of another kernel
+            kernel(
+                each.name, "ExpertSumArguments", f"expert_sum<{each.packing.arguments}, {numbers}>", each.threads, blocks=blocks
+            )
         elif isinstance(each, LatentVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.rank}, {each.fixed}, {each.turned}, {each.value_dim}"
             for part in ("whole",) if each.whole else ("meet", "attend", "read"):

@@ -5,18 +5,6 @@
 
 #define LATENT_TOKENS 16  // that a block takes at a time
 
-DEVICE void multiply(Half, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a, b0, b1); }
-DEVICE u32 halves_of(u32 bfloats) { return to_half2(__int_as_float(bfloats << 16), __int_as_float(bfloats & 0xffff0000u)); }
-DEVICE void multiply(Bfloat, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  const u32 as_halves[4] = {halves_of(a[0]), halves_of(a[1]), halves_of(a[2]), halves_of(a[3])};
-  mma(c, as_halves, halves_of(b0), halves_of(b1));
-#endif
-}
-
 // Four 8 x 8 matrices of 16-bit numbers, transposed. Each lane names a row: of matrix lane / 8.
 DEVICE void load_transposed(const u16* row, u32 (&to)[4]) {
   const u32 at = (u32)__cvta_generic_to_shared(row);

@@ -10,6 +10,19 @@ struct Bfloat {
   static METHOD u16 narrow(float v) { return to_bfloat(v); }
 };
 
+// c[16 x 8] += a[16 x 16] b[16 x 8] of such numbers
+DEVICE void multiply(Half, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a, b0, b1); }
+DEVICE u32 halves_of(u32 bfloats) { return to_half2(__int_as_float(bfloats << 16), __int_as_float(bfloats & 0xffff0000u)); }
+DEVICE void multiply(Bfloat, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const u32 as_halves[4] = {halves_of(a[0]), halves_of(a[1]), halves_of(a[2]), halves_of(a[3])};
+  mma(c, as_halves, halves_of(b0), halves_of(b1));
+#endif
+}
+
 // What the chosen experts of a token give, times their weights: eight numbers from `at` on.
 template <class T> DEVICE uint4 combined(const RowNormArguments& p, int token, int at) {
   float sum[8] = {};
@@ -39,8 +52,9 @@ enum { ROW, NORMED_ROW, CHOSEN_ROWS };  // what is added: a row, or nothing; its
 
 // RMSNorm or LayerNorm of a row of `k` numbers, a multiple of 8 and at most 8 * RUNS for each thread, to which something may be added
 // first. Waits for the previous kernel, writes the sum if `writes`, and leaves the norm in `held`; false if there is no norm.
-// `scratch` holds 33 floats.
-template <class T, int RUNS, int ADDED> DEVICE bool norm_row(const RowNormArguments& p, int token, bool writes, float* scratch, uint4 (&held)[RUNS]) {
+// `scratch` holds 33 floats. Not `waits`: only its instructions are wanted, not what it computes.
+template <class T, int RUNS, int ADDED>
+DEVICE bool norm_row(const RowNormArguments& p, int token, bool writes, float* scratch, uint4 (&held)[RUNS], bool waits = true) {
   uint4 weight[RUNS], inner[RUNS];  // they do not depend on the previous kernel
 #pragma unroll
   for (int i = 0; i < RUNS; i++) {
@@ -49,7 +63,7 @@ template <class T, int RUNS, int ADDED> DEVICE bool norm_row(const RowNormArgume
     weight[i] = there && p.weight ? __ldg((const uint4*)(p.weight + at)) : make_uint4(0, 0, 0, 0);
     if (ADDED == NORMED_ROW) inner[i] = there ? __ldg((const uint4*)(p.inner_weight + at)) : make_uint4(0, 0, 0, 0);
   }
-  wait_for_previous_kernel();
+  if (waits) wait_for_previous_kernel();
   const size_t row = (size_t)token * p.k;
   uint4 more[RUNS];
   float sum = 0.f, inner_scale = 1.f;

@@ -1,4 +1,5 @@
-"""The shared expert of a mixture as further experts of the stack, which every token chooses with weight 1 (DeepSeek, GLM-4.5).
+"""The shared expert of a mixture as further experts of the stack, which every token chooses: with weight 1 (DeepSeek, GLM-4.5),
+or as far as a gate of its own opens (Qwen2-MoE, Qwen3-Next).
 
 A shared expert is an MLP as wide as one or a few of the others. Its layers are cut into such widths and lie behind the experts in
 their stack, so a token's choices and the shared expert are computed together. A prompt computes it from the same memory.
@@ -22,8 +23,20 @@ from .natural_order import NUMBERS
 from .token_rows import difference
 
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
+_NAMES = ("shared_experts", "shared_expert")  # of a shared expert in its block
+_GATE = "shared_expert_gate"
 _MOST = 4  # widths of an expert
 _SAME = 5e-3  # relative difference of a block and the sum of its parts
+
+
+def shared_name(block: nn.Module) -> str:
+    """Under which name a block has its shared expert, if it has one."""
+    return next((each for each in _NAMES if hasattr(block, each)), _NAMES[0])
+
+
+def _opened(block: Any, x: Tensor) -> Tensor | float:
+    """How far a shared expert's gate opens for tokens [..., H]: [..., 1]."""
+    return torch.sigmoid(getattr(block, _GATE)(x)) if hasattr(block, _GATE) else 1.0
 
 
 def cut_shared(block: nn.Module, packed: PackedExperts, dtype: Any, tried: dict[Any, bool]) -> list[dict[str, Any]]:
@@ -31,12 +44,17 @@ def cut_shared(block: nn.Module, packed: PackedExperts, dtype: Any, tried: dict[
 
     `tried` is kept for the other blocks of the model.
     """
-    shared: Any = getattr(block, "shared_experts", None)
+    shared: Any = getattr(block, shared_name(block), None)
     own = {} if shared is None else dict(shared.named_children())
     layers = [own.get(each) for each in _LAYERS]
     if not packed.plain or dtype not in NUMBERS or not hasattr(block, "gate"):
         return []
     if not all(isinstance(each, GPTQLinear) and each.bias is None and not hasattr(each, "_hf_hook") for each in layers):
+        return []
+    gate: Any = getattr(block, _GATE, None)
+    if gate is not None and (type(gate) is not nn.Linear or gate.bias is not None or gate.out_features != 1):
+        return []
+    if gate is not None and gate.weight.dtype != getattr(block.gate, "weight", gate.weight).dtype:
         return []
     first: dict[str, Any] = packed.roles(0)
     count = layers[0].out_features // first["gate"].out_features  # type: ignore[union-attr]
@@ -126,7 +144,7 @@ def _is_sum(block: Any, shared: Any, packed: PackedExperts, dtype: torch.dtype) 
         with torch.inference_mode():
             found = block(x)
             _every, weights, chosen = block.gate(x.view(2, -1))
-            wanted = packed(x.view(2, -1), chosen, weights).view(x.shape) + shared(x)
+            wanted = packed(x.view(2, -1), chosen, weights).view(x.shape) + _opened(block, x) * shared(x)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return False
     return isinstance(found, Tensor) and found.shape == wanted.shape and difference(found, wanted) < _SAME
@@ -169,7 +187,8 @@ def choose_shared(block: Any, count: int) -> None:
         router = block.gate
         if len(args) == 1 and not given and isinstance(router, fused_router.CudaRouter):
             (x,) = args
-            found = router.with_constant(x, block.experts.num_experts, count)
+            gate = getattr(block, _GATE, None)
+            found = router.with_constant(x, block.experts.num_experts, count, None if gate is None else gate.weight)
             if found is not None:
                 scores, chosen = found
                 return block.experts.with_constant(x.view(1, x.shape[-1]), chosen, scores).view(x.shape)
