@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoConfig, DynamicCache
 
 from gptq_webui.gptq.cuda import latent_attention
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
-from gptq_webui.gptq.cuda.latent_attention import LatentAttention, is_latent
+from gptq_webui.gptq.cuda.latent_attention import LatentAttention, is_latent, leave_masks_out
 from gptq_webui.gptq.static_cache import StaticKeys
 from gptq_webui.gptq.stepper_choice import stepper_for
 
@@ -180,3 +182,42 @@ def test_a_kind_that_failed_with_one_kernel_stays_with_three_after_another_passe
         found = attention.of(module, x, None, torch.zeros(32, dtype=torch.complex64), lambda: (x, None))
         assert torch.equal(found, x)
     assert fails.used == [True, False, False, False] and passes.used == [True, True, True]
+
+
+def test_no_mask_is_made_once_every_attention_is_computed_here(monkeypatch):
+    class Latent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for each in latent_attention._PARTS:
+                setattr(self, each, None)
+            self.q_proj = torch.nn.Identity()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Latent() for _ in range(2))
+            self.config = SimpleNamespace(num_hidden_layers=2)
+
+    def original(*_given):
+        return "mask"
+
+    own = sys.modules[__name__]
+    monkeypatch.setattr(own, "create_causal_mask", original, raising=False)
+    model, attention = Model(), LatentAttention(None)
+    with ExitStack() as undo:
+        leave_masks_out(model, attention, undo)
+        assert own.create_causal_mask() == "mask"
+        attention.computed(model.layers[0], True)
+        assert own.create_causal_mask() == "mask"
+        attention.computed(model.layers[1], False)  # its own forward has a mask
+        attention.computed(model.layers[1], True)
+        assert own.create_causal_mask() is None
+        with pytest.raises(RuntimeError, match="differs"):
+            attention.computed(model.layers[0], False)
+        attention.end()
+        assert own.create_causal_mask() == "mask"
+    assert own.create_causal_mask is original
+    with ExitStack() as undo:
+        model.config.num_hidden_layers = 3  # one of another kind
+        leave_masks_out(model, attention, undo)
+        assert own.create_causal_mask is original

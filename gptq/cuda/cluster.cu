@@ -5,6 +5,11 @@ DEVICE void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
+DEVICE void begin_in_cluster() {  // arrives, with nothing for the others to read but barriers that were shown
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 DEVICE void wait_for_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -22,10 +27,29 @@ DEVICE void put_there(u32 at, float v) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 #endif
 }
-DEVICE float2 get_there(u32 at) {
-  float2 v = make_float2(0.f, 0.f);
+// A number for another block, counted by a barrier (copy_engine.cu) of the block that gets it: who waits for that one waits for no
+// block to arrive.
+DEVICE void send(u32 at, u32 v, u32 barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(at), "r"(v), "r"(barrier) : "memory");
 #endif
-  return v;
+}
+DEVICE void send(u32 at, float2 v, u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(at), "f"(v.x), "f"(v.y), "r"(barrier) : "memory");
+#endif
+}
+DEVICE void send(u32 at, float4 v, u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+      ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+#endif
+}
+DEVICE void wait_for_sent(u64* barrier) {
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  do asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0; selp.u32 %0, 1, 0, done; }"
+      : "=r"(there) : "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+  while (!there);
+#endif
 }

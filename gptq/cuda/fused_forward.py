@@ -28,7 +28,7 @@ from .gpu_kernels import Gpu
 from .kept_states import KeptStates
 from .kernel_arguments import KEEP, ROTATE
 from .kernel_source import LayerVariant
-from .latent_attention import LatentAttention, take_latent
+from .latent_attention import LatentAttention, leave_masks_out, take_latent
 from .positions import Positions
 from .state_space import StateSpace
 from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
@@ -74,14 +74,14 @@ class FusedForward:
             watchers.append(self)
             undo.callback(self._end)
             name_attention(self._model, undo)
-            modules = {sys.modules.get(type(each).__module__) for each in self._model.modules()}
-            for module in modules:
+            for module in {sys.modules.get(type(each).__module__) for each in self._model.modules()}:
                 original = getattr(module, _ROTATION, None)
                 if callable(original):
                     setattr(module, _ROTATION, self._rotation(original))
                     undo.callback(setattr, module, _ROTATION, original)
             take_latent(self._model, self._latent, self._aside, undo)
             self._positions.take(self._model, self.capacity, lambda: self._forwards == 1, undo)
+            leave_masks_out(self._model, self._latent, undo)
             for each in self._states:
                 each.take(self._model, self._aside, undo)
             undo.enter_context(Calls(self))
@@ -92,6 +92,7 @@ class FusedForward:
         watchers.remove(self)
         self._forwards = 0
         self.deferred.clear()
+        self._latent.end()
         deferred.use(None)
         for each in (self._sums, self._norms, self._keeping, self._heads, self._turned, self._left):
             each.clear()
@@ -210,8 +211,7 @@ class FusedForward:
 
     def _learn_heads(self, number: int, q: Tensor, k: Tensor) -> None:
         """Whether a rotation takes what norms gave, all of it and as it was given."""
-        found = [self._heads.get(each.data_ptr()) for each in (q, k)]
-        of_q, of_k = found
+        of_q, of_k = (self._heads.get(each.data_ptr()) for each in (q, k))
         if of_q is None or of_k is None or of_q[0].kind != of_k[0].kind:
             return
         if q.numel() == of_q[1].numel() and k.numel() == of_k[1].numel() and q.shape[3] == of_q[1].shape[3]:

@@ -345,8 +345,9 @@ class LatentVariant:
     def shared_bytes(self) -> int:
         """Of `whole` or `attend`."""
         if self.whole:
-            dims, numbers = self.rank + self.turned, 3 * self.rank + 8 * 64 + 64 + 2 + 34
-            return 2 * (64 + 1) * (dims + 8) + 4 * (dims + numbers)
+            stride, slice = self.rank + self.turned + 8, self.rank // 8
+            exchanged = max(4 * 8 * self.rank, 2 * self.fixed * (slice + 8))
+            return 2 * (64 + 2) * stride + 48 + exchanged + 4 * (16 + self.rank + 256 + 64 + 8 + 4) + 2 * self.rank
         return 2 * 16 * 3 * (self.rank + self.turned + 8) + 4 * 4 * 16 * 18 + 2 * 16 * 24 + 4 * 16
 
 

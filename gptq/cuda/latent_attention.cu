@@ -12,17 +12,27 @@ DEVICE void load_transposed(const u16* row, u32 (&to)[4]) {
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
 
-// The last dimensions of a head, turned; `put` takes the number of each and its value.
+// Two of the last dimensions of a head, which turn together: where they come from and go to, and their angle.
+struct Turned { int a, b, to_a, to_b; float2 angle; };
+
+template <class T, int TURNED> DEVICE Turned turned_pair(const LatentArguments& p, int i) {
+  const bool apart = p.kind == 2;  // dimension i turns with i + TURNED / 2; else neighbours turn together
+  Turned r = {apart ? i : 2 * i, apart ? i + TURNED / 2 : 2 * i + 1, p.kind == 0 ? 2 * i : i, p.kind == 0 ? 2 * i + 1 : i + TURNED / 2};
+  if (p.kind == 0) r.angle = __ldcg((const float2*)p.angles + i);
+  else r.angle = make_float2(T::wide(__ldcg((const u16*)p.angles + i)), T::wide(__ldcg(p.sines + i)));
+  return r;
+}
+
+// `put` takes the number of each of the two and its value.
+template <class T, class Put> DEVICE void turn_pair(const Turned& turned, const u16* from, Put put) {
+  const float a = T::wide(__ldcg(from + turned.a)), b = T::wide(__ldcg(from + turned.b));
+  put(turned.to_a, a * turned.angle.x - b * turned.angle.y);
+  put(turned.to_b, b * turned.angle.x + a * turned.angle.y);
+}
+
+// All of them.
 template <class T, int TURNED, class Put> DEVICE void turn_last(const LatentArguments& p, const u16* from, Put put) {
-  for (int i = threadIdx.x; i < TURNED / 2; i += blockDim.x) {
-    const bool apart = p.kind == 2;  // dimension i turns with i + TURNED / 2; else neighbours turn together
-    const float a = T::wide(__ldcg(from + (apart ? i : 2 * i))), b = T::wide(__ldcg(from + (apart ? i + TURNED / 2 : 2 * i + 1)));
-    float2 angle;
-    if (p.kind == 0) angle = __ldcg((const float2*)p.angles + i);
-    else angle = make_float2(T::wide(__ldcg((const u16*)p.angles + i)), T::wide(__ldcg(p.sines + i)));
-    put(p.kind == 0 ? 2 * i : i, a * angle.x - b * angle.y);
-    put(p.kind == 0 ? 2 * i + 1 : i + TURNED / 2, b * angle.x + a * angle.y);
-  }
+  for (int i = threadIdx.x; i < TURNED / 2; i += blockDim.x) turn_pair<T>(turned_pair<T, TURNED>(p, i), from, put);
 }
 
 // What is kept of the new token: `put` takes the number of each dimension and its value, those of the normed latent vector first.

@@ -7,7 +7,8 @@ found by trying it with the first token of a recording: what is kept, and what t
 
 import itertools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ _PARTS = (
     "num_heads",
     "layer_idx",
 )
+_MASK = "create_causal_mask"
 _CHILDREN = {
     "q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
 }  # fmt: skip
@@ -73,6 +75,26 @@ def take_latent(
         take_forward(module, lambda own, original: _taken(own, original, attention, aside), undo)
 
 
+def leave_masks_out(model: nn.Module, attention: "LatentAttention", undo: ExitStack) -> None:
+    """Make no causal mask until `undo` is closed, in a forward after one whose every attention `attention` computed: it counts
+    the tokens that a token sees."""
+    modules = [each for each in model.modules() if is_latent(each)]
+    if not modules or len(modules) != getattr(getattr(model, "config", None), "num_hidden_layers", None):
+        return
+    for own in {sys.modules.get(type(each).__module__) for each in modules}:
+        original = getattr(own, _MASK, None)
+        if callable(original):
+            setattr(own, _MASK, _left_out(original, attention, modules))
+            undo.callback(setattr, own, _MASK, original)
+
+
+def _left_out(original: Callable[..., Any], attention: "LatentAttention", modules: Sequence[nn.Module]) -> Callable[..., Any]:
+    def masked(*args: Any, **given: Any) -> Any:
+        return None if attention.leave_mask_out(modules) else original(*args, **given)
+
+    return masked
+
+
 def _taken(
     module: nn.Module,
     original: Callable[..., Any],
@@ -97,6 +119,7 @@ def _taken(
         cache = given.get("cache", given.get("past_key_values"))
         usual = not args and not given_any(others, given)
         out = attention.of(module, hidden_states, cache, given.get("position_embeddings"), plain) if usual else None
+        attention.computed(module, out is not None)
         return original(hidden_states, *args, **given) if out is None else (out, None)
 
     return forward
@@ -117,6 +140,25 @@ class LatentAttention:
         self._kinds: dict[Any, _Kind | None] = {}  # by what modules have in common; None: not computed here
         self._matrices: dict[int, Tensor] = {}  # fp16 [heads * (fixed + values), rank], by the module's id
         self._work: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+        self._computed: set[int] = set()  # modules (by id) of this recording
+        self._without_mask = False
+
+    def end(self) -> None:
+        """A recording ends."""
+        self._computed.clear()
+        self._without_mask = False
+
+    def leave_mask_out(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether all of them were computed here, in this recording: those of this forward must be, too."""
+        self._without_mask = all(id(each) in self._computed for each in modules)
+        return self._without_mask
+
+    def computed(self, module: nn.Module, here: bool) -> None:
+        """Raises RuntimeError if a module needs the mask that was left out."""
+        if here:
+            self._computed.add(id(module))
+        elif self._without_mask:
+            raise RuntimeError("attention differs from one forward to the next")
 
     def close(self) -> None:
         self._matrices.clear()

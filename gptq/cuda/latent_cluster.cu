@@ -1,193 +1,286 @@
 // The three kernels of latent_attention.cu as one, a cluster of eight blocks for each head, for a short conversation: a block makes an
-// eighth of the query, takes an eighth of the tokens, and makes an eighth of the value.
+// eighth of the query, takes an eighth of the tokens, and makes an eighth of the value. All products but the last are the matrix
+// unit's, with the query or the weights of the tokens in every row of its first operand, so every lane holds what it hands to
+// one of the other blocks. What a block leaves for the others it writes into their shared memory.
 
 #define LATENT_BLOCKS 8
-#define LATENT_TILE 64  // tokens of a block at a time
+#define LATENT_TILE 64  // tokens of a block at a time, eight for each warp
 
+DEVICE u32 as_halves(Half, u32 v) { return v; }
+DEVICE u32 as_halves(Bfloat, u32 v) { return halves_of(v); }
+
+// Four 8 x 8 matrices of 16-bit numbers. Each lane names a row: of matrix lane / 8.
+DEVICE void load_matrices(const u16* row, u32 (&to)[4]) {
+  const u32 at = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+
+// Where dimension i of the query lies, so that a lane's numbers for two steps of the matrix unit are one run of 16 bytes.
+DEVICE int query_place(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; }
+
+#if __CUDA_ARCH__ >= 900
 template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole_latent(const LatentArguments& p) {
-  constexpr int D = RANK + TURNED, STRIDE = D + 8, SLICE = RANK / LATENT_BLOCKS, COLUMNS = SLICE / 8, PARTS = 256 / COLUMNS;
-  constexpr int RUNS = (FIXED + PARTS - 1) / PARTS, OUTPUTS = VALUE / LATENT_BLOCKS, ROWS = (OUTPUTS + 7) / 8;
-  constexpr int PIECES = (RANK / 8 + 31) / 32, ALL_PIECES = (D / 8 + 31) / 32;
-  static_assert(COLUMNS >= 1 && (COLUMNS & (COLUMNS - 1)) == 0 && RANK <= 512, "lanes that share columns are a power of two apart");
-  u16* tile = (u16*)shared_words;                       // [LATENT_TILE][STRIDE]
-  u16* fresh = tile + LATENT_TILE * STRIDE;             // [STRIDE]: the new token
-  float* query = (float*)(fresh + STRIDE);              // [D]
-  float* part = query + D;                              // [RANK]: the sum of this block's tokens
-  float* latent = part + RANK;                          // [RANK]
-  float* sums = latent + RANK;                          // [8][SLICE]
-  float* weights = sums + 8 * SLICE;                    // [8][LATENT_TILE]
-  float* scores = weights + 8 * LATENT_TILE;            // [LATENT_TILE]
-  float* stats = scores + LATENT_TILE;                  // the highest score, the sum of weights
-  float* scratch = stats + 2;                           // 33
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, block = blockIdx.x;
-  arrive_at_cluster();
-  allow_next_kernel_to_start();
-  const u16* matrix = p.matrices + (size_t)head * (FIXED + VALUE) * RANK;
-  const int column = block * SLICE + threadIdx.x % COLUMNS * 8, own_part = threadIdx.x / COLUMNS;
-  uint4 w[RUNS], v[ROWS][PIECES];
-#pragma unroll
-  for (int i = 0; i < RUNS; i++) {
-    const int row = own_part + i * PARTS;
-    w[i] = row < FIXED ? stream4(matrix + (size_t)row * RANK + column) : make_uint4(0, 0, 0, 0);
+  constexpr int D = RANK + TURNED, STRIDE = D + 8, SLICE = RANK / LATENT_BLOCKS, WIDE = SLICE + 8, STEPS = FIXED / 16;
+  constexpr int OUTPUTS = VALUE / LATENT_BLOCKS, ROWS = (OUTPUTS + 15) / 16, PAIRS = (RANK / 16 + 7) / 8;
+  constexpr int RUNS = (SLICE + 31) / 32, NEW = (RANK + 255) / 256, PARTS = 4 * LATENT_BLOCKS * RANK, MATRIX = 2 * FIXED * WIDE;
+  constexpr int TOGETHER = 256 / (D / 8);  // tokens that are fetched at once
+  static_assert(SLICE % 8 == 0 && SLICE <= 64 && OUTPUTS <= 32 && FIXED % 16 == 0 && D % 16 == 0, "whole steps of the matrix unit");
+  static_assert(TOGETHER > 0 && TURNED <= 512, "a thread fetches eight numbers of a token, and turns two");
+  u16* tile = (u16*)shared_words;                           // [LATENT_TILE][STRIDE]
+  u16* fresh = tile + LATENT_TILE * STRIDE;                 // [STRIDE]: the new token
+  u16* query = fresh + STRIDE;                              // [STRIDE + 24], times `scale`: see query_place
+  float* parts = (float*)(query + STRIDE + 24);             // [LATENT_BLOCKS][RANK]: the sums of each block's tokens
+  u16* matrix = (u16*)parts;                                // [FIXED][WIDE], until the query is made
+  float* stats = (float*)((u8*)parts + (PARTS > MATRIX ? PARTS : MATRIX));  // [LATENT_BLOCKS][2]: the highest score, the sum of weights
+  float* own_part = stats + 2 * LATENT_BLOCKS;              // [RANK]: what this block sends to the others
+  float* values = own_part + RANK;                          // [8][32]: of each warp
+  u16* latent = (u16*)(values + 8 * 32);                    // fp16 [RANK]
+  float* scores = (float*)(latent + RANK);                  // [LATENT_TILE]
+  float* scratch = scores + LATENT_TILE;                    // 8
+  u64* barriers = (u64*)(scratch + 8);                      // of the query, and of the sums
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, head = blockIdx.y, block = blockIdx.x;
+  if (threadIdx.x == 0) {
+    slot_barrier(barriers, 1);
+    slot_barrier(barriers + 1, 1);
+    show_barriers();
+    expect_bytes(barriers, 2 * RANK);
+    expect_bytes(barriers + 1, LATENT_BLOCKS * (4 * RANK + 8));
   }
+  __syncwarp();
+  begin_in_cluster();
+  allow_next_kernel_to_start();
+  const u16* weights = p.matrices + (size_t)head * (FIXED + VALUE) * RANK;
+  // How many there are is counted at a step's end, by a kernel that nothing overlaps: earlier tokens are there before this one waits.
+  const int before = (int)min(__ldcg(p.count), (u64)p.capacity - 1), total = before + 1, each = (total + LATENT_BLOCKS - 1) / LATENT_BLOCKS;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < FIXED * (SLICE / 8); i += 256) {
+    const int row = i / (SLICE / 8), at = i % (SLICE / 8) * 8;
+    copy_async<16>(weights + (size_t)row * RANK + block * SLICE + at, matrix + row * WIDE + at);
+  }
+  commit_copies();
+  uint4 v[ROWS][2][RUNS];  // rows g and g + 8 of each 16 outputs; a warp takes an eighth of the latent vector, a lane eight numbers in turn
 #pragma unroll
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-      const int row = warp + r * 8, at = (i * 32 + lane) * 8;
-      const bool there = row < OUTPUTS && at < RANK;
-      v[r][i] = there ? stream4(matrix + (size_t)(FIXED + block * OUTPUTS + row) * RANK + at) : make_uint4(0, 0, 0, 0);
-    }
-  // How many there are is counted at a step's end, by a kernel that nothing overlaps: earlier tokens are there before this one waits.
-  const int before = (int)min(__ldcg(p.count), (u64)p.capacity - 1), total = before + 1, each = (total + LATENT_BLOCKS - 1) / LATENT_BLOCKS;
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int i = 0; i < RUNS; i++) {
+        const int row = r * 16 + n * 8 + g, at = i * 32 + c * 8;
+        const bool there = row < OUTPUTS && at < SLICE;
+        v[r][n][i] = there ? stream4(weights + (size_t)(FIXED + block * OUTPUTS + row) * RANK + warp * SLICE + at) : make_uint4(0, 0, 0, 0);
+      }
   const int first = min(block * each, total), end = min(first + each, total);
-  auto fetch = [&](int base) {
-    const int most = min(LATENT_TILE, min(end, before) - base);
-    for (int i = threadIdx.x; i < most * (D / 8); i += 256) {
-      const int own = i / (D / 8), at = i % (D / 8) * 8;
-      copy_async<16>(kept_at<RANK, TURNED>(p, base + own, at), tile + own * STRIDE + at);
+  auto fetch = [&](int base) {  // and zeros behind the end, for whole steps of 16 tokens
+    const int there = min(LATENT_TILE, end - base), known = min(there, before - base), whole = (there + 15) / 16 * 16;
+    const int at = threadIdx.x % (D / 8) * 8;
+#pragma unroll 1
+    for (int own = threadIdx.x < TOGETHER * (D / 8) ? threadIdx.x / (D / 8) : whole; own < whole; own += TOGETHER) {
+      u16* place = tile + own * STRIDE + at;
+      if (own < known) copy_async<16>(kept_at<RANK, TURNED>(p, base + own, at), place);
+      else if (own >= there) *(uint4*)place = make_uint4(0, 0, 0, 0);
     }
     commit_copies();
   };
   fetch(first);
-  wait_for_previous_kernel();
-
-  const u16* q = p.q + (size_t)head * (FIXED + TURNED);
-  float x[RUNS], sum[8] = {};
+  const bool keeps = first <= before && before < end;  // the new token
+  float norm[NEW], held[NEW], squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < RUNS; i++) {
-    const int row = own_part + i * PARTS;
-    x[i] = row < FIXED ? T::wide(__ldcg(q + row)) : 0.f;
-  }
-#pragma unroll
-  for (int i = 0; i < RUNS; i++) {
-    const u16* h = (const u16*)&w[i];
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] += x[i] * to_float(h[j]);
-  }
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-#pragma unroll
-    for (int at = 16; at >= COLUMNS; at >>= 1) sum[j] += __shfl_xor_sync(FULL, sum[j], at);
-    if (lane < COLUMNS) sums[warp * SLICE + lane * 8 + j] = sum[j];
-  }
-  turn_last<T, TURNED>(p, q + FIXED, [&](int i, float y) { query[RANK + i] = y * p.scale; });
-  __syncthreads();
-  wait_for_cluster();  // every block has begun
-  if (threadIdx.x < SLICE) {
-    float y = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) y += sums[i * SLICE + threadIdx.x];
-#pragma unroll
-    for (int to = 0; to < LATENT_BLOCKS; to++) put_there(shared_of(query + block * SLICE + threadIdx.x, to), y * p.scale);
-  }
-  __syncwarp();
-  arrive_at_cluster();
-  const bool keeps = first <= before && before < end;
-  if (keeps)
-    new_latent<T, RANK, TURNED, 256>(p, scratch, [&](int i, u16 y) {
-      fresh[i] = y;
-      if (head == 0) *kept_at<RANK, TURNED>(p, before, i) = y;
-    });
-  wait_for_cluster();
-
-  float own[ALL_PIECES][8], high = -INFINITY, weight = 0.f, low_sum = 0.f, high_sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < ALL_PIECES; i++) {
-    const int at = (i * 32 + lane) * 8;
-#pragma unroll
-    for (int j = 0; j < 8; j++) own[i][j] = at < D ? query[at + j] : 0.f;
-  }
-  for (int base = first; base < end; base += LATENT_TILE) {
-    const int count = min(LATENT_TILE, end - base);
-    if (base > first) fetch(base);
-    wait_for_copies<0>();
-    __syncthreads();
-    if (keeps && before < base + count && before >= base) {
-      for (int at = threadIdx.x * 8; at < D; at += 2048) *(uint4*)(tile + (before - base) * STRIDE + at) = *(const uint4*)(fresh + at);
+  for (int i = 0; i < NEW; i++) norm[i] = keeps && i * 256 + threadIdx.x < RANK ? T::wide(__ldg(p.norm + i * 256 + threadIdx.x)) : 0.f;
+  u16* row = before < first + LATENT_TILE ? tile + (before - first) * STRIDE : fresh;
+  auto keep = [&](int i, float y, bool real) {
+    row[i] = T::narrow(y);
+    if (head == 0 && real) *kept_at<RANK, TURNED>(p, before, i) = T::narrow(y);
+  };
+  // All that follows is done twice: first with whatever lies there, while the weights are on their way, so that its instructions are
+  // there, too, when the previous kernel has ended. They would come from far away one after the other.
+#pragma unroll 1
+  for (int turn = 0; turn < 2; turn++) {
+    const bool real = turn == 1;
+    if (real) {
+      wait_for_copies<1>();
       __syncthreads();
+      wait_for_previous_kernel();
     }
-#pragma unroll 2
-    for (int t = warp; t < count; t += 8) {
-      float score = 0.f;
+    const u16* q = p.q + (size_t)head * (FIXED + TURNED);
+    uint2 x[STEPS];
 #pragma unroll
-      for (int i = 0; i < ALL_PIECES; i++) {
-        const int at = (i * 32 + lane) * 8;
-        if (at < D) {
-          const uint4 k = *(const uint4*)(tile + t * STRIDE + at);
-          const u16* h = (const u16*)&k;
+    for (int i = 0; i < STEPS; i++) x[i] = __ldcg((const uint2*)(q + i * 16 + c * 4));
+    squares = 0.f;
+    if (keeps) {
 #pragma unroll
-          for (int j = 0; j < 8; j++) score += own[i][j] * T::wide(h[j]);
+      for (int i = 0; i < NEW; i++) {
+        const int j = i * 256 + threadIdx.x;
+        held[i] = j < RANK ? T::wide(__ldcg(p.kv + j)) : 0.f;
+        squares += held[i] * held[i];
+      }
+    }
+    float made[2][4] = {};
+    if (warp < SLICE / 8) {
+#pragma unroll
+      for (int i = 0; i < STEPS; i += 2) {  // a lane takes four rows in turn of each 16: any order is right that both operands have
+        const int row = (i + lane / 16) * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
+        u32 b[4];
+        load_transposed(matrix + min(row, FIXED - 1) * WIDE + warp * 8, b);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          if (i + n >= STEPS) continue;
+          const u32 low = as_halves(T(), x[i + n].x), high = as_halves(T(), x[i + n].y), a[4] = {low, 0, high, 0};
+          mma(made[n], a, b[2 * n], b[2 * n + 1]);
         }
       }
-      score = warp_sum(score);
-      if (lane == 0) scores[t] = score;
     }
-    __syncthreads();
-    const float low = lane < count ? scores[lane] : -INFINITY, more = lane + 32 < count ? scores[lane + 32] : -INFINITY;
-    float top = fmaxf(high, fmaxf(low, more));
+    if (real) wait_for_cluster();  // every block has begun
+    if (real && warp < SLICE / 8) {
+      const u32 two = pair(T::narrow((made[0][0] + made[1][0]) * p.scale), T::narrow((made[0][1] + made[1][1]) * p.scale));
+      send(shared_of(query + query_place(block * SLICE + warp * 8 + c * 2), g), two, shared_of(barriers, g));
+    }
+    if (threadIdx.x < TURNED && (threadIdx.x < TURNED / 2 || keeps)) {  // half of them turn the query, the others the new token
+      const bool of_query = threadIdx.x < TURNED / 2;
+      const Turned turned = turned_pair<T, TURNED>(p, threadIdx.x % (TURNED / 2));
+      turn_pair<T>(turned, of_query ? q + FIXED : p.kv + RANK, [&](int i, float y) {
+        if (of_query) query[query_place(RANK + i)] = T::narrow(y * p.scale);
+        else keep(RANK + i, y, real);
+      });
+    }
+    if (keeps) {
+      squares = warp_sum(squares);
+      if (lane == 0) scratch[warp] = squares;
+      __syncthreads();
+      float sum = 0.f;
 #pragma unroll
-    for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
-    const float keep = exp2f(high - top), one = exp2f(low - top), other = exp2f(more - top);
-    high = top;
-    weight = weight * keep + warp_sum(one + other);
-    float* mine = weights + warp * LATENT_TILE;
-    mine[lane] = one;
-    mine[lane + 32] = other;
-    __syncwarp();
-    if (threadIdx.x < RANK / 2) {
-      low_sum *= keep;
-      high_sum *= keep;
-#pragma unroll 8
-      for (int t = 0; t < count; t++) {
-        const u32 both = *(const u32*)(tile + t * STRIDE + threadIdx.x * 2);
-        low_sum += mine[t] * T::wide((u16)both);
-        high_sum += mine[t] * T::wide((u16)(both >> 16));
-      }
+      for (int i = 0; i < 8; i++) sum += scratch[i];
+      const float scale = rsqrtf(sum / RANK + p.eps);
+#pragma unroll
+      for (int i = 0; i < NEW; i++)
+        if (i * 256 + threadIdx.x < RANK) keep(i * 256 + threadIdx.x, held[i] * scale * norm[i], real);
     }
+    if (real) wait_for_copies<0>();
     __syncthreads();
-  }
-  if (threadIdx.x < RANK / 2) *(float2*)(part + threadIdx.x * 2) = make_float2(low_sum, high_sum);
-  if (threadIdx.x == 0) *(float2*)stats = make_float2(high, weight);
-  arrive_at_cluster();
-  wait_for_cluster();
+    if (real) wait_for_sent(barriers);
 
-  const float2 found = get_there(shared_of(stats, lane % LATENT_BLOCKS));
-  float top = found.x;
+    float sums[PAIRS][2][4] = {}, high = -INFINITY, weight = 0.f;
+    for (int base = first; base < (real ? end : min(end, first + LATENT_TILE)); base += LATENT_TILE) {
+      const int count = min(LATENT_TILE, end - base);
+      if (base > first) {
+        __syncthreads();
+        fetch(base);
+        wait_for_copies<0>();
+        __syncthreads();
+        if (keeps && before >= base && before < base + count) {
+          for (int at = threadIdx.x * 8; at < D; at += 2048) *(uint4*)(tile + (before - base) * STRIDE + at) = *(const uint4*)(fresh + at);
+          __syncthreads();
+        }
+      }
+      float2 score = make_float2(-INFINITY, -INFINITY);  // of tokens warp * 8 + c * 2 and the next
+      if (warp * 8 < count) {
+        float found[2][4] = {};
+        const u16* k = tile + (warp * 8 + lane % 8) * STRIDE + lane / 8 * 8;
+#pragma unroll 2
+        for (int i = 0; i < D; i += 32) {
+          const uint4 own = *(const uint4*)(query + i + c * 8);
+          u32 b[4];
+          load_matrices(k + i, b);
+          const u32 low[4] = {own.x, 0, own.y, 0}, more[4] = {own.z, 0, own.w, 0};
+          multiply(T(), found[0], low, b[0], b[1]);
+          if (D % 32 == 0 || i + 16 < D) multiply(T(), found[1], more, b[2], b[3]);
+        }
+        const int token = warp * 8 + c * 2;
+        if (token < count) score.x = found[0][0] + found[1][0];
+        if (token + 1 < count) score.y = found[0][1] + found[1][1];
+      }
+      if (g == 0) *(float2*)(scores + warp * 8 + c * 2) = score;
+      __syncthreads();
+      const float2 own = *(const float2*)(scores + lane * 2);
+      float top = fmaxf(high, fmaxf(own.x, own.y));
 #pragma unroll
-  for (int at = LATENT_BLOCKS / 2; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
-  const float scaled = exp2f(found.x - top);
-  float whole = scaled * found.y;
+      for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+      const float keep = exp2f(high - top), one = exp2f(own.x - top), other = exp2f(own.y - top);
+      high = top;
+      weight = weight * keep + one + other;  // this lane's part
+      const u32 two = pair(T::narrow(one), T::narrow(other));
+      if (base > first) {
 #pragma unroll
-  for (int at = LATENT_BLOCKS / 2; at; at >>= 1) whole += __shfl_xor_sync(FULL, whole, at);
-  float2 y = make_float2(0.f, 0.f);
+        for (int i = 0; i < PAIRS; i++)
 #pragma unroll
-  for (int from = 0; from < LATENT_BLOCKS; from++) {
-    const float share = __shfl_sync(FULL, scaled, from) / whole;
-    if (threadIdx.x < RANK / 2) {
-      const float2 theirs = get_there(shared_of(part + threadIdx.x * 2, from));
-      y.x += share * theirs.x;
-      y.y += share * theirs.y;
-    }
-  }
-  arrive_at_cluster();
-  if (threadIdx.x < RANK / 2) *(float2*)(latent + threadIdx.x * 2) = y;
-  __syncthreads();
+          for (int n = 0; n < 2; n++) { sums[i][n][0] *= keep; sums[i][n][1] *= keep; }
+      }
+      const u16* y = tile + (lane / 8 % 2 * 8 + lane % 8) * STRIDE + warp * 16 + lane / 16 * 8;
+#pragma unroll 1
+      for (int step = 0; step * 16 < count; step++) {
+        const u32 a[4] = {__shfl_sync(FULL, two, step * 8 + c), 0, __shfl_sync(FULL, two, step * 8 + 4 + c), 0};
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float value = 0.f;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-      const int at = (i * 32 + lane) * 8;
-      const u16* h = (const u16*)&v[r][i];
-      if (at < RANK) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) value += to_float(h[j]) * latent[at + j];
+        for (int i = 0; i < PAIRS; i++) {
+          if (RANK < 128 && warp * 16 >= RANK) continue;
+          u32 b[4];
+          load_transposed(y + step * 16 * STRIDE + i * 128, b);
+          multiply(T(), sums[i][0], a, b[0], b[1]);
+          multiply(T(), sums[i][1], a, b[2], b[3]);
+        }
       }
     }
-    value = warp_sum(value);
-    const int row = warp + r * 8;
-    if (lane == 0 && row < OUTPUTS) p.out[(size_t)head * VALUE + block * OUTPUTS + row] = T::narrow(value);
+    if (g == 0) {
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const int at = (i * 8 + warp) * 16 + n * 8 + c * 2;
+          if (at < RANK) *(float2*)(own_part + at) = make_float2(sums[i][n][0], sums[i][n][1]);
+        }
+    }
+    weight = warp_sum(weight);
+    __syncthreads();
+    const u32 there = shared_of(barriers + 1, warp);  // a warp sends all to one block
+#pragma unroll 1
+    for (int at = real ? lane * 4 : RANK; at < RANK; at += 128) send(shared_of(parts + block * RANK + at, warp), *(const float4*)(own_part + at), there);
+    if (real && lane == 0) send(shared_of(stats + block * 2, warp), make_float2(high, weight), there);
+    if (real) wait_for_sent(barriers + 1);
+
+    const float2 found = *(const float2*)(stats + lane % LATENT_BLOCKS * 2);
+    float top = found.x;
+#pragma unroll
+    for (int at = LATENT_BLOCKS / 2; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+    const float scaled = exp2f(found.x - top);
+    float whole = scaled * found.y;
+#pragma unroll
+    for (int at = LATENT_BLOCKS / 2; at; at >>= 1) whole += __shfl_xor_sync(FULL, whole, at);
+    float2 sum = make_float2(0.f, 0.f);
+    const int own = warp * SLICE + lane * 2 % SLICE;
+#pragma unroll 2
+    for (int i = 0; i < LATENT_BLOCKS; i++) {
+      const float share = __shfl_sync(FULL, scaled, i);
+      const float2 theirs = *(const float2*)(parts + i * RANK + own);
+      sum.x += share * theirs.x;
+      sum.y += share * theirs.y;
+    }
+    *(u32*)(latent + own) = to_half2(sum.x / whole, sum.y / whole);
+    __syncwarp();
+    float value[ROWS][4] = {};
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) {
+      const uint4 y = i * 32 + c * 8 < SLICE ? *(const uint4*)(latent + warp * SLICE + i * 32 + c * 8) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        const uint4 low = v[r][0][i], more = v[r][1][i];
+        const u32 first_step[4] = {low.x, more.x, low.y, more.y}, second_step[4] = {low.z, more.z, low.w, more.w};
+        mma(value[r], first_step, y.x, y.y);
+        mma(value[r], second_step, y.z, y.w);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      if (c == 0) {
+        values[warp * 32 + r * 16 + g] = value[r][0];
+        values[warp * 32 + r * 16 + g + 8] = value[r][2];
+      }
+    }
+    __syncthreads();
+    if (real && threadIdx.x < OUTPUTS) {
+      float y = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; i++) y += values[i * 32 + threadIdx.x];
+      p.out[(size_t)head * VALUE + block * OUTPUTS + threadIdx.x] = T::narrow(y);
+    }
   }
-  wait_for_cluster();  // the other blocks have read what is in this one
 }
+#endif
