@@ -33,8 +33,7 @@ class Sampler:
     ) -> None:
         """`prompt_tokens`: so many of the ids are the prompt. Presence and frequency count only what follows them."""
         self._params, self._rules = params, rules
-        self._banned = torch.tensor(sorted(rules.banned), dtype=torch.long, device=device)
-        self._ends = torch.tensor(sorted(rules.ends), dtype=torch.long, device=device)
+        self._known: dict[tuple[frozenset[int], int], Tensor] = {}
         self._mirostat = extras.Mirostat(params) if params.mirostat else None
         self._prompt_tokens = prompt_tokens
         self._greedy = params.temperature == 0
@@ -105,7 +104,7 @@ class Sampler:
             scores = self._repeated(recent, scores)
         if params.presence_penalty or params.frequency_penalty:
             answer = ids[:, self._prompt_tokens :][:, -params.repetition_range :]
-            counts = torch.bincount(answer[0], minlength=scores.shape[1])[None]  # [1, V]
+            counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))  # [1, V]
             scores = scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
         if params.dry_multiplier > 0:
             losses = extras.dry_losses(ids[0, -params.dry_penalty_last_n :].tolist(), params, self._rules.breakers)
@@ -125,17 +124,21 @@ class Sampler:
         return scores.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
 
     def _without_banned(self, scores: Tensor, ids: Tensor) -> Tensor:
-        banned = [self._banned] if self._banned.numel() else []
-        answered = ids.shape[1] - self._prompt_tokens
-        if answered < self._params.min_tokens:
-            banned.append(self._ends)
-        if self._rules.bad_words:
-            found = extras.completing(ids[0, self._prompt_tokens :].tolist(), self._rules.bad_words)
-            banned.append(torch.tensor(found, dtype=torch.long, device=scores.device))
-        if not banned:
-            return scores
-        names = torch.cat(banned)
-        return scores.index_fill(1, names[(names >= 0) & (names < scores.shape[1])], float("-inf"))
+        banned, rules = self._names(self._rules.banned, scores), self._rules
+        if ids.shape[1] - self._prompt_tokens < self._params.min_tokens:
+            banned = torch.cat([banned, self._names(rules.ends, scores)])
+        if rules.bad_words:
+            found = extras.completing(ids[0, self._prompt_tokens :].tolist(), rules.bad_words)
+            banned = torch.cat([banned, self._names(frozenset(found), scores)])
+        return scores.index_fill(1, banned, float("-inf")) if banned.numel() else scores
+
+    def _names(self, ids: frozenset[int], scores: Tensor) -> Tensor:
+        """Those of the ids that the model has. Kept: a GPU that was asked for them would be waited for."""
+        key = ids, scores.shape[1]
+        if key not in self._known:
+            known = [each for each in sorted(ids) if 0 <= each < scores.shape[1]]
+            self._known[key] = torch.tensor(known, dtype=torch.long, device=scores.device)
+        return self._known[key]
 
     def _kept(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """scores [1, V] -> those that may be sampled [1, n], and their ids [1, n]; None if all are left."""

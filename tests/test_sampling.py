@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +18,7 @@ from transformers.generation.logits_process import (
 from gptq_webui.core.errors import BadParameter
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.sampling import Sampler, _likeliest, _top_n_sigma, log_probabilities
+from gptq_webui.gptq.token_rules import TokenRules
 
 CPU = torch.device("cpu")
 PLAIN = {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1}
@@ -160,3 +162,44 @@ def test_log_probabilities_come_with_the_likeliest_first():
     wanted = torch.tensor([0.0, 2.0, 1.0]).log_softmax(-1)
     assert abs(logprob - float(wanted[0])) < 1e-6 and [id for id, _ in top] == [1, 2]
     assert log_probabilities(torch.tensor([[0.0, 1.0]]), 0, 0)[1] == ()
+
+
+class _Waiting(TorchDispatchMode):
+    """Operations for which the processor waits for a GPU, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("nonzero", "_local_scalar_dense", "bincount", "masked_select") or (
+            name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"ignore_eos": True},
+        {"min_tokens": 50},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"custom_token_bans": (3, 5, 10**6)},
+        {"min_p": 0.1, "top_k": 20, "top_p": 0.9},
+        {"typical_p": 0.9},
+    ],
+)
+def test_a_sampled_token_is_not_waited_for(params):
+    """The next step of a recorded model is launched before the host knows the token (gptq/begun_ahead.py)."""
+    given = GenerationParams(**{"temperature": 0.8, "top_k": 40, "seed": 1, "repetition_penalty": 1.0, **params})
+    sampler = Sampler(given, torch.device("cpu"), 4, TokenRules(ends=frozenset({2, 7}), banned=frozenset({2, 3, 10**6})))
+    logits, ids = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 2, 3, 4, 9, 9, 11]])
+    sampler(logits, ids)  # makes what it keeps
+    with _Waiting() as waiting:
+        for _ in range(3):
+            token = sampler(logits, ids)
+            ids = torch.cat([ids, token], 1)
+    assert waiting.found == []
+    assert not {2, 3} & set(ids[0, 7:].tolist())
