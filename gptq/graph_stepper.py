@@ -253,17 +253,19 @@ class GraphStepper(Stepper):
             self._logits.copy_(logits)
             room.count.add_(1)
 
-        with nullcontext() if self._fused is None else self._fused.recording():
-            run()  # libraries choose and load their kernels
+        try:
+            with nullcontext() if self._fused is None else self._fused.recording():
+                run()  # libraries choose and load their kernels
+                room.restore(states, length)
+                # the setting is the process's: later other threads may be at work on the GPU
+                with _NumbersMadeThere(), nullcontext() if self._is_tried else _refusing_to_wait(self.device):
+                    run()
+                room.restore(states, length)
+                with _NumbersMadeThere():
+                    graph = self._recorder.record(run)
+        finally:  # who goes on without a graph computes this token anew; a recorder may run what it records
             room.restore(states, length)
-            # the setting is the process's: later other threads may be at work on the GPU
-            with _NumbersMadeThere(), nullcontext() if self._is_tried else _refusing_to_wait(self.device):
-                run()
-            room.restore(states, length)
-            with _NumbersMadeThere():
-                graph = self._recorder.record(run)
         self._is_tried = True
-        room.restore(states, length)  # a recorder that runs what it records has changed it
         return graph
 
     def _give_up(self, error: BaseException) -> None:

@@ -9,7 +9,7 @@ import torch
 from test_families import off
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache
 
-from gptq_webui.gptq.cuda import delta_rule
+from gptq_webui.gptq.cuda import deferred, delta_rule
 from gptq_webui.gptq.cuda.delta_rule import DeltaRule
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.kept_states import Kept
@@ -97,6 +97,24 @@ def test_the_kernel_is_given_what_the_module_computes(kind, size, monkeypatch):
     wanted = through(module, x[:, 29:], cache)
     assert off(found, wanted) < 1e-4
     assert torch.equal(kept.inputs, states(cache)[0]) and off(kept.state, states(cache)[1]) < 1e-4
+    wait_for_reading(monkeypatch, module, variant.layers)
+    again = Kept(*(each.clone() for each in states(cache)))
+    rule._compute(module, x[:, 28:29], again, variant)
+    assert torch.isfinite(again.state).all() and torch.isfinite(again.inputs).all()
+
+
+def wait_for_reading(monkeypatch, module, layers):
+    """What these layers of a module give is written when something asks for it, as where an adapter adds to it."""
+    waiting = deferred.Deferred()
+    monkeypatch.setattr(deferred._current, "deferred", waiting)
+
+    def later(_module, _args, y):
+        held = torch.full_like(y, float("nan"))
+        waiting.defer([held], (y,), None, lambda: held.copy_(y))
+        return held
+
+    for each in layers:
+        getattr(module, each).register_forward_hook(later)
 
 
 @needs_gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated_states import gated_norm, scan_token
 from every_architecture import tiny_model
-from test_cuda_delta_rule import states, through
+from test_cuda_delta_rule import states, through, wait_for_reading
 from test_families import off
 from transformers import CONFIG_MAPPING, DynamicCache
 
@@ -93,6 +93,31 @@ def test_the_kernels_are_given_what_the_module_computes(name, monkeypatch):
     wanted = through(module, x[:, 29:], cache)
     assert off(found, wanted) < 1e-4
     assert torch.equal(kept.inputs, kept_of(module, cache)[0]) and off(kept.state, kept_of(module, cache)[1]) < 1e-4
+    wait_for_reading(monkeypatch, module, ["in_proj"])
+    again = Kept(*(each.clone() for each in kept))
+    rule._compute(module, x[:, 28:29], again, variant)
+    assert torch.isfinite(again.state).all() and torch.isfinite(again.inputs).all()
+
+
+@pytest.mark.parametrize("name", ["bamba", "granite", "nemotron"])
+@torch.inference_mode()
+def test_a_trial_that_fails_leaves_the_module_and_what_it_keeps(name):
+    rule = StateSpace(SimpleNamespace(capability=(8, 0), processors=100))
+    module, make, width = module_of(name, rule, "cpu")
+    cache = make()
+    through(module, torch.randn(1, 9, width), cache)
+    kept, bias = Kept(*kept_of(module, cache)), module.dt_bias.detach().clone()
+    before = [each.clone() for each in kept]
+
+    def full():
+        kept.inputs.fill_(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    for tried in (rule._steps_of, lambda *args: super(StateSpace, rule)._try(args[0], None, *args[1:2], None, args[2])):
+        with pytest.raises(torch.OutOfMemoryError):
+            tried(module, kept, full)
+        assert torch.equal(module.dt_bias, bias)
+        assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
 
 
 @needs_gpu

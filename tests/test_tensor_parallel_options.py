@@ -124,7 +124,19 @@ def test_gpus_of_several_kinds_are_not_joined(folder, monkeypatch):
     loader = machine(monkeypatch, 2, (10_000_000_000,) * 2)
     mixed = [gpus.GpuInfo(name, 24 << 30, 10_000_000_000) for name in ("RTX 4090", "Tesla P40")]
     monkeypatch.setattr(divided_load, "visible_gpus", lambda: mixed)
-    assert loader._chosen(sized(folder, LARGE), TransformersOptions(), MEMORY)[0].tensor_parallel == 1
+    found, note = loader._chosen(sized(folder, LARGE), TransformersOptions(), MEMORY)
+    assert found.tensor_parallel == 1 and "they are of several kinds" in note
+
+
+def test_gpus_of_an_unknown_order_are_counted(folder, monkeypatch):
+    loader = machine(monkeypatch, 2)
+    monkeypatch.setattr(divided_load, "visible_gpus", list)
+    monkeypatch.setattr(gpus, "_lately", lambda: MIXED)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    two = TransformersOptions(tensor_parallel=2)
+    assert loader.refusal(LocalModel.read(folder), two) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert "this machine has 1" in str(loader.refusal(LocalModel.read(folder), two))
 
 
 def test_the_host_gets_a_model_in_one_process(folder, monkeypatch):

@@ -146,6 +146,34 @@ def test_what_cannot_be_recorded_is_computed_without_a_graph():
     check(model, stepper.without_graph())
 
 
+@pytest.mark.parametrize("kind", [each for each in ("llama", *STATES) if each in KINDS])
+def test_a_recording_that_fails_leaves_the_conversation_as_it_was(kind, monkeypatch):
+    """The token is computed anew without a graph, from states that the failed forward must not have advanced."""
+    model = tiny_model(kind)
+    stepper = graph(model)
+    if stepper.why:
+        pytest.skip("this transformers has caches of hybrids that no graph takes")
+    wanted = whole(model, IDS)
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, IDS[:20])
+        assert error(stepper.step(memory, IDS[20]), wanted[20]) < 1e-4
+        stepper._graphs.clear()  # as where the conversation has outgrown what is recorded
+        layers = next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
+        forward, fails = layers[-1].forward, [True]
+
+        def full(*args, **given):
+            if fails:
+                fails.pop()
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(*args, **given)
+
+        monkeypatch.setattr(layers[-1], "forward", full)
+        for at in range(21, 26):
+            assert error(stepper.step(memory, IDS[at]), wanted[at]) < 1e-4
+        assert stepper.why == "out of memory" and not fails
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_next"])
 def test_a_graph_that_computes_something_else_is_not_used(kind):
     if kind not in KINDS:

@@ -128,6 +128,12 @@ def plainly() -> AbstractContextManager[None]:
     return found
 
 
+def have_written(*tensors: Any) -> None:
+    """Have them written before a kernel of ours reads them, where torch's functions are not watched."""
+    if (later := current()) is not None:
+        later.write(*tensors)
+
+
 class _Current(threading.local):
     deferred: Deferred | None = None
 

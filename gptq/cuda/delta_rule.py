@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .cuda_driver import HOPPER
-from .deferred import plainly
+from .deferred import have_written, plainly
 from .gpu_kernels import Gpu, claimed_bytes
 from .kept_states import Kept, KeptStates
 from .kernel_arguments import CONSTANTS, DELTA
@@ -91,6 +91,7 @@ class DeltaRule(KeptStates):
 
     def _compute(self, module: Any, x: Tensor, kept: Kept, variant: _Kind) -> Tensor:
         made = [getattr(module, each)(x) for each in variant.layers]
+        have_written(*made)
         with plainly():
             out = self._launch(module, [each.to(x.dtype).reshape(-1) for each in made], kept, variant)
         found: Tensor = getattr(module, variant.after[1])(out)

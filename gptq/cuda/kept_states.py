@@ -6,14 +6,16 @@ between, which change what is kept in place. Whether that is the same is found b
 what the module gives, and what it keeps.
 """
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import GptqWebuiError
 from .deferred import plainly
 from .forward_calls import take_forward
 from .gpu_kernels import Gpu
@@ -22,6 +24,8 @@ from .module_facts import asked_for, given_any
 from .natural_order import NUMBERS
 from .token_attention import capturing
 from .token_rows import difference, on_gpu
+
+log = logging.getLogger(__name__)
 
 WIDTHS = range(2, 9)  # of a convolution
 _CACHES = ("cache", "cache_params", "past_key_values")  # what a module calls its cache
@@ -120,38 +124,55 @@ class KeptStates(ABC):
             return None
         channels, shape = self._shape(module)
         width, taps = inputs.shape[-1], module.conv1d
-        whole = inputs.is_contiguous() and state.is_contiguous() and inputs.data_ptr() % 16 == state.data_ptr() % 16 == 0
+        whole = all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in (inputs, state, taps.weight))
         if not whole or inputs.dtype != x.dtype or state.dtype != torch.float32 or width not in WIDTHS:
             return None
         if inputs.shape != (1, channels, width) or state.shape != (1, *shape):
             return None
-        if taps.weight.shape != (channels, 1, width) or taps.weight.dtype != x.dtype or not taps.weight.is_contiguous():
+        if taps.weight.shape != (channels, 1, width) or taps.weight.dtype != x.dtype:
             return None
         return Kept(inputs, state) if taps.bias is None or taps.bias.dtype == x.dtype else None
 
     def _try(self, module: Any, x: Tensor, kept: Kept, variant: Any, plain: Callable[[], Any]) -> bool:
         """Whether the kernels give and keep what the module does. What is kept is as before."""
-        with plainly():
-            self._gpu.add_missing(variants=self._needed(variant))
-            before = [each.clone() for each in kept]
-        wanted = plain()
-        with plainly():
-            theirs = [each.clone() for each in kept]
-            for each, old in zip(kept, before, strict=True):
-                each.copy_(old)
-        found = self._compute(module, x, kept, variant)
-        with plainly():
-            right = isinstance(wanted, Tensor) and found.shape == wanted.shape and difference(found, wanted) < _CLOSE[x.dtype]
-            right = right and difference(kept.inputs, theirs[0]) == 0
-            right = right and difference(kept.state, theirs[1]) < _CLOSE_STATE[x.dtype]
-            for each, old in zip(kept, before, strict=True):
-                each.copy_(old)
-        return right
+        with as_before(kept) as restore:
+            wanted = plain()
+            with plainly():
+                theirs = [each.clone() for each in kept]
+            restore()
+            try:
+                with plainly():
+                    self._gpu.add_missing(variants=self._needed(variant))
+                found = self._compute(module, x, kept, variant)
+            except GptqWebuiError as error:
+                log.info("%s is left to its own forward: %s", type(module).__name__, error)
+                return False
+            with plainly():
+                right = isinstance(wanted, Tensor) and found.shape == wanted.shape and difference(found, wanted) < _CLOSE[x.dtype]
+                right = right and difference(kept.inputs, theirs[0]) == 0
+                return right and difference(kept.state, theirs[1]) < _CLOSE_STATE[x.dtype]
 
     def _own(self, module: Any) -> tuple[Tensor, ...]:
         if id(module) not in self._constants:
             self._constants[id(module)] = self._constants_of(module)
         return self._constants[id(module)]
+
+
+@contextmanager
+def as_before(kept: Kept) -> Iterator[Callable[[], None]]:
+    """What is kept is in the end as it was, and whenever what is given here is called."""
+    with plainly():
+        before = [each.clone() for each in kept]
+
+    def restore() -> None:
+        with plainly():
+            for each, old in zip(kept, before, strict=True):
+                each.copy_(old)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _only(states: Any) -> Tensor | None:

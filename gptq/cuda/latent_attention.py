@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from .cuda_driver import HOPPER
 from .cuda_linear import CudaLinear
-from .deferred import plainly
+from .deferred import have_written, plainly
 from .forward_calls import take_forward
 from .gpu_kernels import Gpu
 from .kernel_arguments import LATENT
@@ -251,7 +251,7 @@ class LatentAttention:
             q = module.q_proj(x)
         else:
             q = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x)))
-        kv = module.kv_a_proj_with_mqa(x)
+        have_written(q, kv := module.kv_a_proj_with_mqa(x))
         with plainly():
             variant, heads, shown = self._variant(module, x.dtype), module.num_heads, layer.shown
             whole = self._whole(variant, heads) if kind.in_one and shown <= _WHOLE_TOKENS else None

@@ -94,7 +94,10 @@ class Positions:
             return None
         if not self._capacity or self._capacity * width > _MOST or not 0 < int(position) < self._capacity:
             return None  # at the first position all angles are alike
-        every = plain(torch.arange(self._capacity, device=position.device)[None])
+        try:
+            every = plain(torch.arange(self._capacity, device=position.device)[None])
+        except torch.OutOfMemoryError:
+            return None
         if any(each.shape != (1, self._capacity, width) for each in every):
             return None
         found = every[0][0].contiguous(), every[1][0].contiguous()

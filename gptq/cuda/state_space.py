@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .deferred import plainly
+from .deferred import have_written, plainly
 from .gpu_kernels import Gpu, claimed_bytes
-from .kept_states import Kept, KeptStates
+from .kept_states import Kept, KeptStates, as_before
 from .kernel_arguments import CONSTANTS, GATED_NORM, SCAN
 from .kernel_source import LayerVariant, ScanVariant, Variant
 
@@ -91,20 +91,19 @@ class StateSpace(KeptStates):
 
         Few tokens have such a step, so that a trial of one shows nothing. What is kept is as before.
         """
-        with plainly():
-            own, before, lengths = module.dt_bias.data, [each.clone() for each in kept], []
-        for bias in _BIASES:
-            with plainly():
-                kept.inputs.copy_(before[0])
-                kept.state.zero_()
-                module.dt_bias.data = torch.full_like(own, bias)
-            plain()
-            with plainly():
-                lengths.append(float(kept.state.double().norm()))
-        with plainly():
+        own, lengths = module.dt_bias.data, []
+        try:
+            with as_before(kept) as restore:
+                for bias in _BIASES:
+                    restore()
+                    with plainly():
+                        kept.state.zero_()
+                        module.dt_bias.data = torch.full_like(own, bias)
+                    plain()
+                    with plainly():
+                        lengths.append(float(kept.state.double().norm()))
+        finally:
             module.dt_bias.data = own
-            for each, old in zip(kept, before, strict=True):
-                each.copy_(old)
         tiny, large, larger = lengths
         if not large > 0:
             return None
@@ -122,8 +121,9 @@ class StateSpace(KeptStates):
     def _compute(self, module: Any, x: Tensor, kept: Kept, variant: _Kind) -> Tensor:
         scale, scales = getattr(module, "ssm_in_multiplier", 1.0), getattr(module, "mup_vector", None)
         row = module.in_proj(x if scale == 1.0 else x * scale)
+        have_written(row)
         if scales is not None:
-            row = row * scales
+            have_written(row := row * scales)
         with plainly():
             out = self._launch(module, row.to(x.dtype).reshape(-1), kept, variant)
         found: Tensor = module.out_proj(out)

@@ -75,6 +75,15 @@ def visible_gpus() -> list[GpuInfo]:
     return [by_uuid[each] for each in ids] if set(ids) <= set(by_uuid) else []
 
 
+def count_of_torch() -> int:
+    """How many GPUs torch uses here, also where their order cannot be told."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.device_count())
+    found, shown = _lately(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(found) if shown is None else min(len(found), len([each for each in shown.split(",") if each.strip()]))
+
+
 def in_order_of_torch(found: Sequence[GpuInfo], variables: Mapping[str, str]) -> list[GpuInfo]:
     """Of those that nvidia-smi lists, by the position on the bus, the ones that a CUDA program with these environment variables
     sees; empty where it would order them by speed, which nvidia-smi does not tell."""

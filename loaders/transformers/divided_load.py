@@ -15,7 +15,7 @@ from ...gptq.parallel.dividing import MOST_RANKS, why_not
 from ..contract.base import LoadProgress, Refusal
 from ..machine import memory_fit
 from ..machine.capabilities import Machine
-from ..machine.gpus import GpuInfo, visible_gpus
+from ..machine.gpus import GpuInfo, count_of_torch, visible_gpus
 from ..machine.memory_release import free_memory
 from ..text.tokenizer import read_tokenizer
 from .transformers_options import TransformersOptions, device_of, dtype_of
@@ -36,7 +36,7 @@ def refusal(model: LocalModel, options: TransformersOptions, machine: Machine) -
             return Refusal("tensor_parallel is for several GPUs, and there is none that torch can use", _ALONE)
         if sys.platform != "linux":
             return Refusal("tensor_parallel joins GPUs by NCCL, which is for Linux", _ALONE)
-        if (found := len(visible_gpus())) < ranks:
+        if (found := len(visible_gpus()) or count_of_torch()) < ranks:
             cure = f"set it to {found}" if found > 1 else _ALONE
             return Refusal(f"tensor_parallel {ranks} needs {ranks} GPUs, and this machine has {found}", cure)
     for set_too, what in (
@@ -70,8 +70,11 @@ def chosen(
     if memory.gpu is None or options.device not in ("auto", "cuda") or memory_fit.of(model, demand(alone), memory).fits:
         return alone, ""
     there = visible_gpus()
-    if len({each.name for each in there}) != 1:  # none, or the slowest would set the speed
-        return alone, ""
+    if len({each.name for each in there}) > 1:
+        return (
+            alone,
+            "The GPUs work one after the other, not together: they are of several kinds, and the slowest would set the speed.",
+        )
     refused: Refusal | None = None
     for ranks in range(2, min(MOST_RANKS, len(there)) + 1):
         several = replace(options, tensor_parallel=ranks)
