@@ -200,6 +200,10 @@ def test_started_torch_is_asked_for_its_order(monkeypatch):
     monkeypatch.setattr(gpus, "gpus", lambda: FOUR)
     monkeypatch.setattr(gpus, "_answers", [])
     assert gpus.visible_gpus() == [FOUR[3], FOUR[1]]
+    monkeypatch.setattr(gpus, "gpus", lambda: MIXED)
+    assert gpus.visible_gpus() == [FOUR[3], FOUR[1]]  # asked a moment ago
+    gpus.ask_anew()
+    assert gpus.visible_gpus() == []  # of other ids
     cuda.get_device_properties = lambda at: SimpleNamespace(uuid="a part of one")
     assert gpus.visible_gpus() == []
 

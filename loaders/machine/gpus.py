@@ -104,6 +104,11 @@ def in_order_of_torch(found: Sequence[GpuInfo], variables: Mapping[str, str]) ->
 _answers: list[tuple[float, list[GpuInfo]]] = []
 
 
+def ask_anew() -> None:
+    """What nvidia-smi has said counts no more: a model was unloaded since."""
+    _answers.clear()
+
+
 def _lately() -> list[GpuInfo]:
     """What nvidia-smi has said in the last seconds."""
     for asked, found in _answers:

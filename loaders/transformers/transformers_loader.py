@@ -17,7 +17,7 @@ from ...core.units import format_bytes
 from ..contract import superhot
 from ..contract.base import Loader, LoadProgress, Refusal, Remark
 from ..contract.refusals import not_in_gptq_layout, unreadable
-from ..machine import memory_fit
+from ..machine import gpus, memory_fit
 from ..machine.memory_release import free_memory
 from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
@@ -96,6 +96,7 @@ class TransformersLoader(Loader):
         adapter = options.adapter(model)
         stretched = (superhot.note(options.compress_pos_emb),) if options != given else ()
         device = device_of(options)
+        gpus.ask_anew()
         options, why = self._chosen(
             model, options, memory_fit.Memory(0, memory_fit.available_bytes(device) if device.type == "cuda" else None)
         )
