@@ -36,12 +36,19 @@ def _load(name: str, path: Path) -> ModuleType:
 
 
 _load("gptq_webui_script", HERE.parent / "script.py").register()
+_HAS_NVIDIA = Path("/dev/nvidia0").exists()  # torch, which knows better, is imported by those tests alone that need it
 
 
 @pytest.fixture(autouse=True)
 def user_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home of this test; nothing of the real one is read or written."""
+    """The home of this test; nothing of the real one is read or written. On a GPU, kernels that one test compiles the others find."""
     home = tmp_path_factory.mktemp("home")
+    if _HAS_NVIDIA:
+        base = tmp_path_factory.getbasetemp()
+        kernels = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "kernels"
+        kernels.mkdir(exist_ok=True)
+        (home / ".cache" / "gptq-webui").mkdir(parents=True)
+        (home / ".cache" / "gptq-webui" / "kernels").symlink_to(kernels)
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(home))
     for name, folder in (("CONFIG", ".config"), ("CACHE", ".cache"), ("DATA", ".local/share"), ("STATE", ".local/state")):

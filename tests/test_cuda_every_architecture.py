@@ -48,12 +48,8 @@ SOME_KINDS = tuple(dict.fromkeys((
 
 
 @pytest.fixture(autouse=True)
-def _kept_kernels(user_folder, tmp_path_factory, monkeypatch):
-    """What one test compiles, the others need not. Many workers share a machine: the twins are small."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    monkeypatch.setenv("XDG_CACHE_HOME", str(base / "kernels"))
-    monkeypatch.setenv("LOCALAPPDATA", str(base / "kernels"))
+def _one_thread(monkeypatch):
+    """Many workers share a machine, and the twins are small."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
