@@ -41,7 +41,7 @@ _HAS_NVIDIA = Path("/dev/nvidia0").exists()  # torch, which knows better, is imp
 
 @pytest.fixture(autouse=True)
 def user_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home of this test; nothing of the real one is read or written. On a GPU, kernels that one test compiles the others find."""
+    """The home of this test; nothing of the real one is read or written. Kernels that one test compiles, others find."""
     home = tmp_path_factory.mktemp("home")
     if _HAS_NVIDIA:
         base = tmp_path_factory.getbasetemp()

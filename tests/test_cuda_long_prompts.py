@@ -43,6 +43,25 @@ def test_a_long_prompt_is_read_as_without_a_plan(step, monkeypatch, length):
         assert torch.isfinite(planned).all() and float((planned - plain).norm() / plain.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("length", [129, 200, 500, 769, 1500])
+def test_weights_that_are_kept_dense_give_the_prompt_that_packed_ones_give(step, length):
+    ids = torch.randint(0, step.shape.embedding_rows, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    step.sequences.use(PagedMemory(step.pages), 2000)
+    plain = step.prefill(ids, 0).clone()
+    assert step.prompt.dense.size_bytes == 0  # nobody has said how much conversations leave
+    step.pages.limit_bytes = step.free_bytes() // 2
+    step.prefill([3] * 1000, 0)
+    most = step.prompt.dense.size_bytes
+    assert most > 0
+    for _ in range(2):
+        found = step.prefill(ids, 0)
+        assert torch.isfinite(found).all() and float((found - plain).norm() / plain.norm()) < 2e-3
+    assert step.prompt.dense.size_bytes == most
+    assert step.prompt.dense.free() and step.prompt.dense.size_bytes == 0
+    again = step.prefill(ids, 0)
+    assert float((again - plain).norm() / plain.norm()) < 2e-3
+
+
 def test_a_prompt_of_a_new_length_waits_for_no_plan(step):
     """What cuDNN needs for one shape was most of a second where a single query was asked for."""
     step.sequences.use(PagedMemory(step.pages), 2000)

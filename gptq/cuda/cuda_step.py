@@ -118,7 +118,8 @@ class CudaStep:
         self._prompt_x = torch.zeros_like(self.buffers.x_head[0])
         self.prompt_logits = torch.zeros(1, shape.vocabulary, dtype=torch.float32, device=self.device)
         self.recorder = GraphRecorder(self.device)
-        self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder)
+        self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder, lambda: min(self.pages.spare_bytes, self.free_bytes()))
+        self.pages.lent = self.prompt.dense
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.tune({})
 

@@ -165,9 +165,11 @@ class CudaStepper(Stepper):
         return not params.banned_strings  # these go back in their text
 
     def _make_room(self) -> bool:
-        """Release earlier conversations, or else read prompts in smaller pieces. False if neither is left."""
+        """Release dense weights or earlier conversations, or else read prompts in smaller pieces. False if none is left."""
         prefix = self.page_room.prefix
-        if self.chunk_tokens > _CHUNK:
+        if self._step.pages.reclaim():
+            log.info("weights for prompts are not kept dense any more: the GPU is nearly full")
+        elif self.chunk_tokens > _CHUNK:
             self.chunk_tokens = _CHUNK
         elif prefix is not None and prefix.conversations:
             prefix.clear()

@@ -6,6 +6,7 @@ pages of their beginning; who writes into a shared page gets a copy first. A mem
 """
 
 from collections import Counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ _SLAB_BYTES = 1 << 26  # allocated at once, at least a page; larger ones would n
 
 class NoPages(torch.OutOfMemoryError):
     """Every page is in use, and no more fit."""
+
+
+class Lent(Protocol):
+    """Who uses memory that conversations do not need yet."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def free(self) -> bool:
+        """Give all of it back; False if there is none."""
 
 
 class Pages:
@@ -35,6 +46,7 @@ class Pages:
         self._where: dict[int, tuple[int, int]] = {}  # address -> slab, page
         self._users: dict[int, int] = {}  # address -> how many memories have it, where more than one
         self.limit_bytes: int | None = None  # of all slabs together; what computing needs is kept free
+        self.lent: Lent | None = None  # who has memory of them meanwhile
 
     def take(self) -> int:
         """The address of a page. Raises NoPages if the GPU is full."""
@@ -46,18 +58,34 @@ class Pages:
         size = self._slab_pages * self.page_bytes
         if self.limit_bytes is not None and self.size_bytes + size > max(self.limit_bytes, size):
             raise NoPages(f"out of memory: the {self.size_bytes >> 20} MB that conversations may have are in use")
+        if self.lent is not None and self.spare_bytes < size + self.lent.size_bytes:
+            self.reclaim()
         try:
-            slab = torch.zeros(
-                self._slab_pages, self.page_bytes, dtype=torch.uint8, device=self._device
-            )  # attention.cu reads past the end
+            slab = self._new_slab()
         except torch.OutOfMemoryError as error:
-            raise NoPages(str(error)) from None
+            if not self.reclaim():
+                raise NoPages(str(error)) from None
+            return self._add_slab()
         for page in reversed(range(self._slab_pages)):
             address = slab.data_ptr() + page * self.page_bytes
             self._where[address] = (self._next_slab, page)
             self._free.append(address)
         self._slabs[self._next_slab] = slab
         self._next_slab += 1
+
+    def _new_slab(self) -> Tensor:
+        return torch.zeros(
+            self._slab_pages, self.page_bytes, dtype=torch.uint8, device=self._device
+        )  # attention.cu reads past the end
+
+    @property
+    def spare_bytes(self) -> int:
+        """What conversations may have and do not have; 0 if only the GPU knows."""
+        return max(0, self.limit_bytes - self.size_bytes) if self.limit_bytes is not None else 0
+
+    def reclaim(self) -> bool:
+        """Take back what was lent; False if nothing was."""
+        return self.lent is not None and self.lent.free()
 
     def share(self, pages: list[int]) -> None:
         """Another memory has these pages too."""
@@ -98,7 +126,7 @@ class Pages:
         """Pages that may still be taken; None if only the GPU knows."""
         if self.limit_bytes is None:
             return None
-        more = max(0, self.limit_bytes - self.size_bytes) // (self._slab_pages * self.page_bytes)
+        more = self.spare_bytes // (self._slab_pages * self.page_bytes)
         return len(self._free) + more * self._slab_pages
 
     @property

@@ -1,11 +1,11 @@
 """Reading prompts on a GPU: many tokens at once, of one sequence or of several.
 
 Up to 256 tokens, on Hopper 768, are multiplied with the packed weights (small_batch.cu, wide_batch.cu). For more, weights are
-made dense by tiles, and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
+made dense (dense_weights.py), and cuBLAS multiplies. Both leave keys and values in the sequence's pages.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,12 +15,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ..attention_backends import cudnn_attention
 from ..token_ids import require_known
-from . import small_batch, wide_batch
+from . import small_batch
 from .attention import gather_pages, rope_rows
 from .buffers import Buffers
 from .cuda_adapter import CudaAdapter, Matrices
 from .cuda_layers import Layer, ModelWeights
 from .cuda_weights import Weight
+from .dense_weights import DenseRows, DenseWeights
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
 from .kernel_arguments import TILE
@@ -32,7 +33,6 @@ from .sequences import sent_to
 # cuDNN's attention takes half as long from so many tokens on. A plan takes as long as it saves in ten prompts, so one is made for
 # multiples of so many tokens, once so many prompts have asked for it.
 _PLANNED, _PLAN_STEP, _PLAN_AFTER = 3072, 256, 3
-_SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 
 
 class Piece(NamedTuple):
@@ -47,11 +47,14 @@ class Piece(NamedTuple):
 class Prompt:
     """Reads the prompts of one model."""
 
-    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder) -> None:
+    def __init__(
+        self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, recorder: GraphRecorder, free_bytes: Callable[[], int]
+    ) -> None:
+        """`free_bytes` tells how much of the GPU is left when conversations have what they need."""
         self._gpu, self._shape, self._weights = gpu, shape, weights
         self._graphs = PromptGraphs(gpu, shape, weights, recorder)
         self._asked_plans: Counter[int] = Counter()  # by rows
-        self._largest = max(each.tiles * TILE * each.padded for layer in weights.layers for each in layer.weights)
+        self.dense = DenseWeights(gpu, weights, free_bytes)
 
     @property
     def token_bytes(self) -> int:
@@ -76,26 +79,24 @@ class Prompt:
         visible = [self._visible(each.start, len(each.ids)) for each in pieces]
         if all(each.adapter is None for each in pieces) and (found := self._graphs.of(count)) is not None:
             return self._read_by_graphs(residual, pieces, visible, *found)
-        scratch = None
-        if count > wide_batch.most_rows(self._gpu):
-            scratch = torch.empty(min(_SCRATCH, self._largest), dtype=torch.float16, device=residual.device)
+        dense = self.dense.of_rows(count)
         room = self._planned(pieces, windows=any(visible))
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
             x = self._norm(residual, addend, layer.input_norm, layer.qkv)
-            qkv = self._product(x, layer.qkv, scratch, room)
+            qkv = self._product(x, layer.qkv, dense, room)
             _adapt(qkv, x, pieces, at, "qkv")
             alone = ends and at + 1 == len(self._weights.layers) and all(each.adapter is None for each in pieces)
             attended = self._attend_all(at, layer, qkv, pieces, visible, alone, planned=room > 0)
             if alone:  # the norm has added what was to be added
-                residual, scratch = _last_rows(residual, pieces), None
+                residual, dense = _last_rows(residual, pieces), None
             x = self._in_order(attended, layer.o)
             _adapt(residual, x, pieces, at, "o")
-            addend = self._add(residual, x, layer.o, scratch)
+            addend = self._add(residual, x, layer.o, dense)
             x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
-            x = self._inner(x, at, layer, pieces, scratch)
+            x = self._inner(x, at, layer, pieces, dense)
             _adapt(residual, x, pieces, at, "down")
-            addend = self._add(residual, x, layer.down, scratch)
+            addend = self._add(residual, x, layer.down, dense)
         return residual if addend is None else residual.add_(addend)
 
     def _read_by_graphs(
@@ -115,8 +116,9 @@ class Prompt:
         return residual.copy_(here.residual)
 
     def close(self) -> None:
-        """Drop what is recorded."""
+        """Drop what is recorded and kept."""
         self._graphs.close()
+        self.dense.free()
 
     def _planned(self, pieces: Sequence[Piece], windows: bool) -> int:
         """Rows of queries, keys and values for which cuDNN's attention is asked; 0 for torch's own, which needs no plan.
@@ -147,39 +149,36 @@ class Prompt:
         order_rows(self._gpu, x, weight.order, out)
         return out
 
-    def _product(self, x: Tensor, weight: Weight, scratch: Tensor | None, room: int = 0) -> Tensor:
+    def _product(self, x: Tensor, weight: Weight, dense: DenseRows | None, room: int = 0) -> Tensor:
         """x [T, padded] in fragment order -> [T, N], the outputs in the order of the weight's rows; `room` rows, if those are
         more, of which the last ones mean nothing."""
-        if scratch is None:
+        if dense is None:
             y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
             small_batch.multiply(self._gpu, weight, "PLAIN", x, y)
             return y
         rows, count = weight.tiles * TILE, x.shape[0]
         y = torch.empty(max(count, room), rows, dtype=torch.float16, device=x.device)
         y[count:].zero_()
-        step = max(1, scratch.numel() // (TILE * weight.padded))
-        for first in range(0, weight.tiles, step):
-            tiles = min(step, weight.tiles - first)
-            dense = weight.dense(self._gpu, first, tiles, scratch)
-            torch.mm(x, dense.T, out=y[:count, first * TILE : (first + tiles) * TILE])
+        for first, part in dense.of(weight):
+            torch.mm(x, part.T, out=y[:count, first : first + len(part)])
         if weight.bias is not None:
             y += weight.bias
         return y if rows == weight.out_features else y[:, : weight.out_features].contiguous()
 
-    def _add(self, residual: Tensor, x: Tensor, weight: Weight, scratch: Tensor | None) -> Tensor | None:
+    def _add(self, residual: Tensor, x: Tensor, weight: Weight, dense: DenseRows | None) -> Tensor | None:
         """Add the product to the residual, or else return it, fp16 [T, H], for the next norm to add."""
-        if scratch is not None:
-            return self._product(x, weight, scratch)
+        if dense is not None:
+            return self._product(x, weight, dense)
         small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
         return None
 
-    def _inner(self, x: Tensor, at: int, layer: Layer, pieces: Sequence[Piece], scratch: Tensor | None) -> Tensor:
+    def _inner(self, x: Tensor, at: int, layer: Layer, pieces: Sequence[Piece], dense: DenseRows | None) -> Tensor:
         """SiLU(gate) * up, in the order of down's input."""
         out = torch.empty(x.shape[0], layer.down.padded, dtype=torch.float16, device=x.device)
-        if scratch is None and not any(_matrices(each, at, "gate_up") for each in pieces):
+        if dense is None and not any(_matrices(each, at, "gate_up") for each in pieces):
             small_batch.multiply(self._gpu, layer.gate_up, "SILU", x, out)
         else:
-            gate_up = self._product(x, layer.gate_up, scratch)
+            gate_up = self._product(x, layer.gate_up, dense)
             _adapt(gate_up, x, pieces, at, "gate_up")
             silu_rows(self._gpu, gate_up, out)
         return out

@@ -1,0 +1,111 @@
+"""Weights of a model made dense for long prompts, which cuBLAS multiplies: in pieces each time, or once and for all.
+
+Making them dense takes a twentieth of a long prompt's time and a third of a short one's. Where a GPU has four times as much free
+memory as all of them take, they are kept. Conversations go first: what is kept is freed as soon as they need its memory.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import wide_batch
+from .cuda_layers import ModelWeights
+from .cuda_weights import Weight
+from .gpu_kernels import Gpu
+from .kernel_arguments import TILE
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 26  # weights made dense at once: 128 MB of fp16
+_ROOM = 4  # times what all take must be free
+_LEAST_KEPT_ROWS = 129  # multiplied with a dense weight that is there faster than with the packed one
+
+
+class DenseWeights:
+    """Of one model. For one thread."""
+
+    def __init__(self, gpu: Gpu, weights: ModelWeights, free_bytes: Callable[[], int]) -> None:
+        """`free_bytes` tells what neither conversations nor computing need."""
+        self._gpu, self._weights, self._free_bytes = gpu, weights, free_bytes
+        self._kept: dict[int, Tensor] = {}  # by the address of the packed one
+        self._keeps, self._room = False, _ROOM
+        self._largest = max(_size(each) for layer in weights.layers for each in layer.weights)
+
+    @cached_property
+    def _all_bytes(self) -> int:
+        return 2 * sum(_size(each) for layer in self._weights.layers for each in layer.weights)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights that are kept."""
+        return sum(each.numel() * 2 for each in self._kept.values())
+
+    def of_rows(self, rows: int) -> "DenseRows | None":
+        """For an input of so many rows; None where it is multiplied with the packed weights."""
+        if rows < _LEAST_KEPT_ROWS:
+            return None
+        large = rows > wide_batch.most_rows(self._gpu)
+        if large and not self._keeps:
+            self._keeps = self._all_bytes * self._room <= self._free_bytes()
+        if not large and not self._keeps:
+            return None
+        return DenseRows(self)
+
+    def rows_of(self, weight: Weight, scratch: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The number of the first row, and rows fp16 [n, padded], which last until the next ones are asked for."""
+        at = weight.words.data_ptr()
+        found = self._kept.get(at)
+        if found is None and self._keeps:
+            found = self._make(weight)
+        if found is not None:
+            yield 0, found
+            return
+        out = scratch()
+        step = max(1, out.numel() // (TILE * weight.padded))
+        for first in range(0, weight.tiles, step):
+            yield first * TILE, weight.dense(self._gpu, first, min(step, weight.tiles - first), out)
+
+    def scratch(self) -> Tensor:
+        return torch.empty(min(_PIECE, self._largest), dtype=torch.float16, device=self._gpu.device)
+
+    def _make(self, weight: Weight) -> Tensor | None:
+        """A dense weight to be kept; None, and no more of them, where there is no room."""
+        try:
+            out = torch.empty(_size(weight), dtype=torch.float16, device=self._gpu.device)
+        except torch.OutOfMemoryError:
+            log.info("weights for prompts are not kept dense: the GPU is nearly full")
+            self.free()
+            return None
+        found = self._kept[weight.words.data_ptr()] = weight.dense(self._gpu, 0, weight.tiles, out)
+        return found
+
+    def free(self) -> bool:
+        """Give the memory back; False if there is none. Next time twice as much must be free."""
+        self._keeps = False
+        if not self._kept:
+            return False
+        self._room *= 2
+        self._kept.clear()
+        torch.cuda.empty_cache()
+        return True
+
+
+class DenseRows:
+    """Dense weights for the products of one input."""
+
+    def __init__(self, weights: DenseWeights) -> None:
+        self._weights = weights
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return self._weights.scratch()
+
+    def of(self, weight: Weight) -> Iterator[tuple[int, Tensor]]:
+        return self._weights.rows_of(weight, lambda: self._scratch)
+
+
+def _size(weight: Weight) -> int:
+    return weight.tiles * TILE * weight.padded
