@@ -99,6 +99,18 @@ def test_an_adapter_of_one_row_is_inside_the_products_that_it_changes(monkeypatc
     assert len(gpu.launched) == 12 and not any("_adapted" in name for name in gpu.launched)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_of_two_and_three_bits_only_a_step_without_an_adapter_has_one_block_a_processor(bits, monkeypatch):
+    monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
+    torch.manual_seed(0)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, "layers": 1, "bits": bits}, device="cpu")
+    step = CudaStep(parts, 64, gpu=RecordingGpu())
+    assert {each.blocks_per_processor for each in step.tunings.values()} == {1}
+    assert (step._plans[0]["gate_up"].variant.teams, step.adapted._plans[0]["gate_up"].variant.teams) == (2, 1)
+    step.tune({"gate_up": Tuning(4, 2, 3, 3)})
+    assert (step._plans[0]["gate_up"].variant.teams, step.adapted._plans[0]["gate_up"].variant.teams) == (3, 3)
+
+
 def test_what_the_step_cannot_take_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
     torch.manual_seed(0)

@@ -49,28 +49,21 @@ _TUNINGS = {  # the best together of 240 on an H200, and better than the best on
     "gate_up": Tuning(8, 4, 4, 1, 2),
     "down": Tuning(16, 2, 3, 1, 2),
 }
-
-_QKV_OF_BYTES, _O_OF_BYTES = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)  # one block a processor stages the input once
-_TUNINGS_BY_BITS = {  # of 2 and 3 bits, one role after the other on an H200
-    2: {
-        "qkv": _QKV_OF_BYTES,
-        "o": _O_OF_BYTES,
-        "gate_up": Tuning(8, 8, 4, 1, 2),
-        "down": Tuning(14, 8, 2, 1, 2),
-    },
-    3: {
-        "qkv": _QKV_OF_BYTES,
-        "o": _O_OF_BYTES,
-        "gate_up": Tuning(8, 8, 3, 1, 2),
-        "down": Tuning(8, 4, 4, 1, 3),
-    },
+_TUNINGS_BY_BITS = {  # what differs with 2 and 3 bits, one role after the other on an H200: one block a processor
+    2: {"qkv": Tuning(4, 8, 2, 3, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(7, 8, 2, 2, 1)},
+    3: {"qkv": Tuning(8, 8, 2, 2, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(8, 4, 3, 2, 1)},
+}
+_QKV_ADAPTED, _O_ADAPTED = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)
+_ADAPTED_BY_BITS = {  # the same of an AdaptedStep, whose launches claim no processor: those were not tried there
+    2: {"qkv": _QKV_ADAPTED, "o": _O_ADAPTED, "gate_up": Tuning(8, 8, 4, 1, 2), "down": Tuning(14, 8, 2, 1, 2)},
+    3: {"qkv": _QKV_ADAPTED, "o": _O_ADAPTED, "gate_up": Tuning(8, 8, 3, 1, 2), "down": Tuning(8, 4, 4, 1, 3)},
 }
 
 
-def _tunings_of(packings: Sequence[Packings]) -> dict[str, Tuning]:
+def _tunings_of(packings: Sequence[Packings], by_bits: dict[int, dict[str, Tuning]]) -> dict[str, Tuning]:
     """The spreads of a model's products, by their role."""
     bits = {each.bits for four in packings for each in four.values()}
-    return _TUNINGS_BY_BITS.get(bits.pop(), _TUNINGS) if len(bits) == 1 else _TUNINGS
+    return _TUNINGS | (by_bits.get(bits.pop(), {}) if len(bits) == 1 else {})
 
 
 class CudaStep:
@@ -97,7 +90,8 @@ class CudaStep:
         self.shape = shape = ModelShape.of(parts, context_tokens, q8=q8)
         packings = [packings_of(layer) for layer in parts.layers]
         self.gpu, self._own_gpu = gpu or Gpu(self.device), gpu is None
-        self.tunings = {**_tunings_of(packings), **(tunings or {})}
+        self.tunings = _tunings_of(packings, _TUNINGS_BY_BITS) | (tunings or {})
+        self._adapted_tunings = _tunings_of(packings, _ADAPTED_BY_BITS) | (tunings or {})
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}
@@ -134,7 +128,7 @@ class CudaStep:
 
     def tune(self, tunings: dict[str, Tuning]) -> None:
         """Spread the products of one row differently."""
-        self.tunings = {**self.tunings, **tunings}
+        self.tunings, self._adapted_tunings = self.tunings | tunings, self._adapted_tunings | tunings
         self._plans = [
             {
                 role: gemv.Plan.of(self.gpu, weight, EPILOGUES[role], role in NORMED, self.tunings[role], claimed=True)
@@ -193,7 +187,7 @@ class CudaStep:
     def adapted(self) -> AdaptedStep:
         """The step of sequences that have LoRA adapters."""
         return AdaptedStep(
-            self.gpu, self.shape, self.weights, self.sequences, self.recorder, self.tunings, self._octet
+            self.gpu, self.shape, self.weights, self.sequences, self.recorder, self._adapted_tunings, self._octet
         )  # fmt: skip
 
     @cached_property
