@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def stepper_for(
 
     Raises BadCheckpoint for packed layers that are not what they claim. May take over the memory of packed layers.
     `cache_type` ("fp16", "q8") is for the step on a GPU; the others keep the conversation as they compute it. `parallel`
-    (answers at once) is for our own steps; the others compute one at a time. `guesses` ("auto", "on", "off": whether next tokens
-    are guessed, where that is faster) is for them too.
+    (answers at once) is for our own steps and for recorded forwards; the others compute one at a time. `guesses` ("auto", "on",
+    "off": whether next tokens are guessed, where that is faster) is for our own steps.
     """
     require_sound(hf)
     device = hf.get_input_embeddings().weight.device
@@ -95,15 +96,16 @@ def _on_gpu(
     rest = f"; {left} of {replaced + left} layers in plain PyTorch" if left else ""
     if adapt is not None:
         adapt()
-    stepper, graph = _with_graph(hf, context_tokens)
+    stepper, graph = _with_graph(hf, context_tokens, parallel)
     return stepper, f"Computed layer by layer, not in one step: {why}{rest}.{graph}"
 
 
-def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
+def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, str]:
     """transformers' forward recorded as a CUDA graph, or without one if it cannot be; what to say of that."""
     from .cuda.fused_forward import FusedForward
     from .cuda.graphs import GraphRecorder
-    from .graph_stepper import GraphStepper
+    from .cuda.row_attention import RowAttention
+    from .graph_answers import ManyGraphStepper
 
     device = hf.get_input_embeddings().weight.device
     if any(each.device != device for each in hf.parameters()):
@@ -117,12 +119,23 @@ def _with_graph(hf: Any, context_tokens: int) -> tuple[Stepper, str]:
         fused = None
     prompts = TransformersStepper(hf)
     prompts.require_a_forward()
-    stepper = GraphStepper(hf, context_tokens, GraphRecorder(device), fused, prompts)
+    stepper = ManyGraphStepper(hf, context_tokens, GraphRecorder(device), fused, prompts)
     stepper.trial()
     if not stepper.why:
+        if parallel > 1:
+            attention = nullcontext if fused is None else RowAttention(hf, fused.attention).attending
+            stepper.share(GraphRecorder(device), parallel, _free_bytes(device), attention)
         return stepper, ""
     log.info("no CUDA graph: %s", stepper.why)
     return stepper.without_graph(), " It could not be recorded as a CUDA graph, so every token waits for the processor."
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the GPU's memory. What torch holds in reserve counts as free."""
+    if device.type != "cuda":
+        return 0
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def preparing(device: torch.device) -> str:

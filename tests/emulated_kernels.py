@@ -4,6 +4,7 @@ Each takes the name that is launched, the variant that was compiled under it, an
 """
 
 import weakref
+from types import SimpleNamespace
 
 import emulated_states
 import torch
@@ -232,7 +233,17 @@ def _rotate(_name, _variant, a):
         out[0, :, 0].copy_(_turned(x[0, :, 0], a.cosines, a.sines, a.kind, a.rotated, a.angles, norm, a.eps, a.offset))
 
 
-def _decode(_name, _variant, a):
+def _decode(name, variant, a):
+    if name.startswith("rows_of_"):
+        for row in range(a.q.shape[0]):
+            of_all = {"mask": a.mask} if a.mask is None or a.mask.shape[0] == 1 else {}
+            one = {
+                each: vars(a)[each][row : row + 1]
+                for each in ("q", "keys", "values", "count", "out", "mask")
+                if each not in of_all
+            }
+            _decode("", variant, SimpleNamespace(**{**vars(a), **one}))
+        return
     before = min(int(a.count), a.shown - 1)
     q = a.q[0, :, 0]
     keys, values = a.keys, a.values

@@ -1,4 +1,4 @@
-"""gptq/cpu/cpu_batch.py: answers side by side, and guesses, give the tokens of an answer alone."""
+"""gptq/answer_batch.py: answers side by side, and guesses, give the tokens of an answer alone."""
 
 import threading
 from dataclasses import replace
@@ -13,8 +13,8 @@ pytest.importorskip("numba")
 from test_cpu import load
 
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq.cpu import cpu_batch
-from gptq_webui.gptq.cpu.cpu_batch import MOST_ROWS
+from gptq_webui.gptq import answer_batch
+from gptq_webui.gptq.answer_batch import MOST_ROWS
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.families.known import parts_of
 from gptq_webui.gptq.generation import generate
@@ -181,8 +181,8 @@ def paced(stepper, monkeypatch, row_more):
 
     monkeypatch.setattr(batch, "_compute", timed)
     monkeypatch.setattr(batch, "_one_s", None)
-    monkeypatch.setattr(batch, "_row_cost", cpu_batch._ROW_COST)
-    monkeypatch.setattr(cpu_batch, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(batch, "_row_cost", answer_batch._ROW_COST)
+    monkeypatch.setattr(answer_batch, "perf_counter", lambda: now[0])
     return rows
 
 

@@ -10,6 +10,7 @@ a sample runs; GPTQ_WEBUI_EVERY_ARCHITECTURE=1 runs all. test_emulated_gpu.py ha
 import logging
 import os
 import threading
+from dataclasses import replace
 
 import emulated_gpu
 import hub_folder
@@ -21,7 +22,7 @@ from packaging import version
 from test_every_architecture import IDS, PROMPT, REFUSED, SAMPLE
 from transformers import AutoModelForCausalLM
 
-from gptq_webui.core.chat import Step
+from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
@@ -94,6 +95,33 @@ def ours(stepper):
     return torch.stack(rows), [each.id for each in events if isinstance(each, Step)]
 
 
+PROMPTS = (IDS[:PROMPT], IDS[5:PROMPT], IDS[2:9])  # of answers that run at the same time
+
+
+def together(stepper):
+    """Greedy tokens of several answers at the same time, the last of which joins later; none where the stepper computes one."""
+    if stepper.parallel == 1:
+        return []
+    params = replace(GREEDY, max_new_tokens=8)
+    prefix, found = PrefixCache(), [[] for _ in PROMPTS]
+    running = [
+        generation.generate(stepper, ids, params, threading.Event(), prefix=prefix, end_ids=(), context_tokens=CONTEXT)
+        for ids in PROMPTS
+    ]
+    waiting, left, turn = 3, list(range(len(running))), 0
+    while left:
+        turn += 1
+        for at in tuple(left):
+            if at == 2 and turn <= waiting:
+                continue
+            event = next(running[at], None)
+            if isinstance(event, Step):
+                found[at].append(event.id)
+            elif isinstance(event, Finish):
+                left.remove(at)
+    return found
+
+
 def made(kind, wide):
     if kind in REFUSED:
         pytest.skip("it is refused")
@@ -107,19 +135,21 @@ def made(kind, wide):
 
 
 def computed(folder, dtype, device, said):
-    """(model, kernel, logits, greedy tokens) of the packed folder; `said` hears which way it is computed."""
+    """(model, kernel, logits, greedy tokens, those of `together`) of the packed folder; `said` hears which way it is computed."""
     on = "cpu" if device == "emulated" else device
     hf, _notes = checkpoint.load(LocalModel.read(folder), dtype=dtype, device_map={"": on})
     with pytest.MonkeyPatch.context() as patch:
         if device == "emulated":
             emulated_gpu.emulate(patch)
-        stepper, note = stepper_choice.stepper_for(hf, CONTEXT)
+            patch.setattr(stepper_choice, "_free_bytes", lambda device: 1 << 32)
+        stepper, note = stepper_choice.stepper_for(hf, CONTEXT, parallel=4)
         said += [f"kernel {stepper.kernel}", note or "no note"]
         rows, greedy = ours(stepper)
-        said.append(f"why: {getattr(stepper, 'why', '') or '-'}")
+        several = together(stepper)
+        said.append(f"why: {getattr(stepper, 'why', '') or '-'}; {stepper.parallel} answers at once")
         kernel = stepper.kernel
         stepper.close()
-    return hf, kernel, rows, greedy
+    return hf, kernel, rows, greedy, several
 
 
 def check(kind, folder, caplog, dtype, device="cuda", wide=True, **how):
@@ -138,7 +168,7 @@ def check(kind, folder, caplog, dtype, device="cuda", wide=True, **how):
     said = [kind, f"plain transformers {broken or f'is off by {rounding.median():.4f}, at most {rounding.max():.4f}'}"]
     with caplog.at_level(logging.INFO, logger="gptq_webui.gptq"):
         try:
-            hf, kernel, rows, greedy = computed(folder / "packed", dtype, device, said)
+            hf, kernel, rows, greedy, several = computed(folder / "packed", dtype, device, said)
         except Exception as error:
             if broken and isinstance(error, BadCheckpoint):
                 pytest.skip(f"transformers does not compute it in {dtype}: {broken}")
@@ -150,18 +180,19 @@ def check(kind, folder, caplog, dtype, device="cuda", wide=True, **how):
     print("; ".join(said))
     assert limit < 0.5, "; ".join([*said, f"{dtype} does not hold such numbers"])
     assert over <= some, "; ".join([*said, f"rows: {[round(each, 4) for each in off.tolist()]}"])
-    logits = logits_of(twin, IDS[:PROMPT] + greedy)[PROMPT - 1 : -1]
-    below = [float((row.max() - row[id]) / row.std()) for row, id in zip(logits, greedy, strict=True)]
-    below += [float("inf")] * (GREEDY.max_new_tokens - len(greedy))
-    wrong = sum(each > 6 * limit for each in below)
-    assert wrong <= some, "; ".join([*said, f"greedy tokens are below the best by {[round(each, 3) for each in below]}"])
+    for prompt, tokens in ((IDS[:PROMPT], greedy), *zip(PROMPTS, several, strict=bool(several))):
+        logits = logits_of(twin, prompt + tokens)[len(prompt) - 1 : -1]
+        below = [float((row.max() - row[id]) / row.std()) for row, id in zip(logits, tokens, strict=True)]
+        below += [float("inf")] * ((GREEDY.max_new_tokens if tokens is greedy else 8) - len(tokens))
+        wrong = sum(each > 6 * limit for each in below)
+        assert wrong <= some, "; ".join([*said, f"greedy tokens are below the best by {[round(each, 3) for each in below]}"])
     return hf, kernel
 
 
 def _logged(caplog):
     """Why a faster way was not taken."""
     found = [each.getMessage() for each in caplog.records if each.name.startswith("gptq_webui.gptq")]
-    return [each for each in found if "graph" in each or "not used" in each or "known kind" in each]
+    return [each for each in found if any(word in each for word in ("graph", "not used", "known kind", "at once"))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from test_cpu_batch import PARAMS, events_of, ids_of, in_turns, passes
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint, drafting
-from gptq_webui.gptq.cpu.cpu_batch import Batch
+from gptq_webui.gptq.answer_batch import Batch
 from gptq_webui.gptq.cpu.cpu_step import CpuStepper
 from gptq_webui.gptq.drafting import Draft, Drafter
 from gptq_webui.gptq.families.known import parts_of

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BadParameter
+from ..answer_batch import MOST_ROWS, Batch, PromptReading
 from ..drafting import Draft
 from ..families.differences import OPTIONS
 from ..families.parts import ModelParts, Norm
@@ -28,7 +29,6 @@ from ..token_ids import require_known
 from . import cpu_kernels as k
 from . import forward_arguments as f
 from .cpu_adapter import CpuAdapter
-from .cpu_batch import MOST_ROWS, Batch, PromptReading
 from .cpu_experts import described, rounded_room, with_room
 from .cpu_latent import latent_of, latent_room
 from .cpu_linear import CpuLinear

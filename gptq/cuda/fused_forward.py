@@ -49,7 +49,7 @@ class FusedForward:
         self._gpu = Gpu(device)
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
-        self._attention = TokenAttention(self._gpu)
+        self.attention = TokenAttention(self._gpu)
         self._latent = LatentAttention(self._gpu)
         self.capacity, self._positions = 0, Positions(self._gpu)  # tokens that the cache has room for
         self._states: tuple[KeptStates, ...] = (DeltaRule(self._gpu), StateSpace(self._gpu))
@@ -116,7 +116,7 @@ class FusedForward:
         self._sum, self._rotation_number = before
 
     def close(self) -> None:
-        every: tuple[Any, ...] = (self._attention, self._latent, self._positions, *self._states, self._gpu)
+        every: tuple[Any, ...] = (self.attention, self._latent, self._positions, *self._states, self._gpu)
         for each in every:
             each.close()
 
@@ -287,10 +287,10 @@ class FusedForward:
             self.deferred.write(query, new_key)
         self.deferred.write(value, new_value)
         with plainly():
-            out = self._attention.of(query, key, value, mask, given, turn)
+            out = self.attention.of(query, key, value, mask, given, turn)
             if out is None and turn is not None:
                 self.deferred.write(query, new_key)
-                out = self._attention.of(query, key, value, mask, given)
+                out = self.attention.of(query, key, value, mask, given)
         if out is None and hasattr(key, "new_token"):  # the token would be lost
             raise RuntimeError("attention differs from one forward to the next")
         if out is not None and (layer := getattr(key, "kept_by", None)) is not None:

@@ -481,6 +481,10 @@ DECODE = Arguments(
     u16* out               // [heads][dv]
     u64 key_stride
     u64 value_stride
+    u64 key_row            // from one conversation's keys to the next one's, of several; value_row and q_row alike
+    u64 value_row
+    u64 mask_row           // bytes
+    int q_row
     int mask_kind          // 0: none, 1: a byte says which tokens are seen, 2: added, of the type of q, 3: added, fp32
     int mask_stride        // from one head's mask to the next one's
     int heads

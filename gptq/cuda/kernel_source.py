@@ -286,6 +286,11 @@ class DecodeVariant:
     def name(self) -> str:
         return f"decode_{'bfloat' if self.bfloat else 'half'}_{self.lanes}_{self.group}"
 
+    @property
+    def name_of_rows(self) -> str:
+        """Of the kernel for a token of each of several conversations."""
+        return f"rows_of_{self.name}"
+
     def shared_bytes(self, values_dim: int) -> int:
         sets = 4 * (32 // self.lanes)
         floats = sets * self.group * values_dim + self.group * (64 + 32 + 1) + 1 + (self.group + 1) * self.lanes * 8
@@ -542,6 +547,7 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         elif isinstance(each, DecodeVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.lanes}, {each.group}"
             kernel(each.name, "DecodeArguments", f"decode<{numbers}>", 128)
+            kernel(each.name_of_rows, "DecodeArguments", f"decode_rows<{numbers}>", 128)
         else:
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
             numbers += f", {each.input}, {each.span}"

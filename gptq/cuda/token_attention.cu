@@ -253,3 +253,18 @@ template <class T, int LANES, int GROUP> DEVICE void decode(const DecodeArgument
     *(uint2*)(p.out + (size_t)(first_head + g) * p.dv + at) = out;
   }
 }
+
+// The same of a token of each of several conversations, each with its own count; a row of blocks for each. `new_key` is null.
+template <class T, int LANES, int GROUP> DEVICE void decode_rows(const DecodeArguments& given) {
+  DecodeArguments p = given;
+  const int row = blockIdx.z;
+  p.q += (size_t)row * p.q_row;
+  p.keys += row * p.key_row;
+  p.values += row * p.value_row;
+  p.count += row;
+  p.out += (size_t)row * p.heads * p.dv;
+  p.partial += (size_t)row * p.heads * gridDim.y * (p.dv + 4);
+  p.done += row * gridDim.x;
+  if (p.mask_kind) p.mask = (const u8*)p.mask + row * p.mask_row;
+  decode<T, LANES, GROUP>(p);
+}

@@ -30,6 +30,11 @@ def of_one_token(*tensors: Tensor) -> bool:
     )
 
 
+def _of_one_token_each(query: Tensor) -> bool:
+    """As `of_one_token`, of several conversations."""
+    return all(of_one_token(each[None]) for each in query) if query.dim() == 4 and query.shape[0] > 1 else of_one_token(query)
+
+
 def suffix(x: Tensor) -> str:
     """Of the kernels for these numbers."""
     return "bfloat" if x.dtype == torch.bfloat16 else "half"
@@ -60,29 +65,46 @@ class TokenAttention:
     def of(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any], turn: Turn | None = None
     ) -> Tensor | None:
-        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if the kernel does not compute this.
+        """[rows, heads, 1, D] -> [rows, 1, heads, D of the values]; None if the kernel does not compute this.
 
-        With `turn` the query and the new key are computed from what it holds.
+        A row is the token of one conversation. With `turn`, which is for one row, the query and the new key are computed from
+        what it holds.
         """
         count = getattr(key, "tokens_before", None)
         if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
             return None
-        _one, heads, _token, dims = query.shape
+        rows, heads, _token, dims = query.shape
+        if count.numel() != rows or key.shape[0] != rows or (rows > 1 and hasattr(key, "new_token")):
+            return None
         kv_heads, shown, values_dim = key.shape[1], key.shape[2], value.shape[3]
         plain = key.stride(2) == dims and value.stride(2) == values_dim and key.stride(3) == value.stride(3) == 1
-        if not of_one_token(query) or not plain or dims % 8 or values_dim % 8 or max(dims, values_dim) > 256 or heads % kv_heads:
+        if (
+            not _of_one_token_each(query)
+            or not plain
+            or dims % 8
+            or values_dim % 8
+            or max(dims, values_dim) > 256
+            or heads % kv_heads
+        ):
             return None
         if not query.dtype == key.dtype == value.dtype:
             return None
         window = given.get("sliding_window")
-        kind, stride = 0, 0
+        kind, stride, row_bytes = 0, 0, 0
         if isinstance(mask, Tensor):
-            if mask.dim() != 4 or mask.shape[0] != 1 or mask.shape[2] != 1 or mask.shape[3] != shown or mask.stride(3) != 1:
+            if (
+                mask.dim() != 4
+                or mask.shape[0] not in (1, rows)
+                or mask.shape[2] != 1
+                or mask.shape[3] != shown
+                or mask.stride(3) != 1
+            ):
                 return None
             if mask.shape[1] not in (1, heads) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
                 return None
             kind = {torch.bool: 1, query.dtype: 2}.get(mask.dtype, 3)
             stride = mask.stride(1) if mask.shape[1] > 1 else 0
+            row_bytes = mask.stride(0) * mask.element_size() if mask.shape[0] > 1 else 0
         elif mask is not None or (window is not None and window < shown):
             return None
         group = heads // kv_heads
@@ -94,13 +116,13 @@ class TokenAttention:
         elif not self._gpu.has(variant.name):
             return None
         blocks = kv_heads * -(-group // together)
-        splits = max(1, min(32, 2 * self._gpu.processors // blocks, -(-shown // 32)))
-        key_of_work = (heads, splits, values_dim, blocks)
+        splits = max(1, min(32, 2 * self._gpu.processors // (blocks * rows), -(-shown // 32)))
+        key_of_work = (rows * heads, splits, values_dim, blocks * rows)
         if key_of_work not in self._work:
             if capturing():
                 return None
-            partial = torch.empty(heads * splits * (values_dim + 4), dtype=torch.float32, device=query.device)
-            self._work[key_of_work] = partial, torch.zeros(blocks, dtype=torch.int32, device=query.device)
+            partial = torch.empty(rows * heads * splits * (values_dim + 4), dtype=torch.float32, device=query.device)
+            self._work[key_of_work] = partial, torch.zeros(blocks * rows, dtype=torch.int32, device=query.device)
         partial, done = self._work[key_of_work]
         new_key, new_value = getattr(key, "new_token", (None, None))
         if turn is not None:
@@ -109,14 +131,15 @@ class TokenAttention:
                 return None
         norms = (None, None) if turn is None or turn.norms is None else turn.norms
         sinks = given.get("s_aux")
-        out = torch.empty(1, 1, heads, values_dim, dtype=query.dtype, device=query.device)
+        out = torch.empty(rows, 1, heads, values_dim, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
-        if query.data_ptr() % 16 or query.stride(1) % 8:
+        if query.data_ptr() % 16 or query.stride(1) % 8 or query.stride(0) % 8:
             query = query.clone(memory_format=torch.contiguous_format)
         arguments = DECODE.pack(
             q=query, keys=key, values=value, new_key=new_key, new_value=new_value, mask=mask if kind else None,
             sinks=None if sinks is None else sinks.to(query.dtype).contiguous(), count=count, partial=partial, done=done, out=out,
-            key_stride=key.stride(1), value_stride=value.stride(1), mask_kind=kind, mask_stride=stride, heads=heads, group=group,
+            key_stride=key.stride(1), value_stride=value.stride(1), key_row=key.stride(0), value_row=value.stride(0),
+            q_row=query.stride(0), mask_row=row_bytes, mask_kind=kind, mask_stride=stride, heads=heads, group=group,
             group_blocks=-(-group // together), shown=shown, d=dims, dv=values_dim, q_stride=query.stride(1),
             new_key_stride=0 if new_key is None else new_key.stride(1),
             new_value_stride=0 if new_value is None else new_value.stride(1),
@@ -127,5 +150,6 @@ class TokenAttention:
             norm_eps=0.0 if norms[0] is None else norms[0].kind.eps,
             norm_offset=0.0 if norms[0] is None else norms[0].kind.offset,
         )  # fmt: skip
-        self._gpu.run(variant.name, (blocks, splits), 128, arguments, variant.shared_bytes(values_dim), overlap=True)
+        name, grid = (variant.name, (blocks, splits)) if rows == 1 else (variant.name_of_rows, (blocks, splits, rows))
+        self._gpu.run(name, grid, 128, arguments, variant.shared_bytes(values_dim), overlap=True)
         return out

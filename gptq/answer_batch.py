@@ -1,4 +1,4 @@
-"""The answers that run on the CPU at the same time: their tokens are computed in one pass over the weights.
+"""The answers that run at the same time and are sampled by torch: their tokens are computed in one pass over the weights.
 
 Each answer samples in its turn. The first one that needs logits lets the tokens of all that wait be computed with its own,
 and guesses at what comes next (guessing.py) beside them: to read the weights costs much more than another row.
@@ -10,13 +10,12 @@ from time import perf_counter
 
 from torch import Tensor
 
-from ..drafting import Draft, Drafter
-from ..guessing import MOST_GUESSES, Guesser
-from ..reading_turns import Turns
-from ..running import Running
-from ..stepper import Memory, Reading
-from ..token_ids import require_known
-from .cpu_memory import CpuMemory
+from .drafting import Draft, Drafter
+from .guessing import MOST_GUESSES, Guesser
+from .reading_turns import Turns
+from .running import Running
+from .stepper import Memory, Reading
+from .token_ids import require_known
 
 MOST_ROWS = 16  # of a pass in which each row gets logits
 _ROW_COST = 0.2  # of a row more, before it is measured; relative to a pass of one row
@@ -33,18 +32,22 @@ class Batch:
         context_tokens: int,
         embedding_rows: int | None,
         guesses: bool = True,
+        most_rows: int = MOST_ROWS,
     ) -> None:
-        """`compute`: CpuStepper.rows_logits. Without `guesses` a pass computes the tokens that were sampled, and no others."""
-        self._compute, self._context_tokens = compute, context_tokens
-        self.embedding_rows, self._guesses = embedding_rows, guesses
+        """`compute`: ids that follow those in each memory, `most_rows` in all -> their logits [ids, V]. Without `guesses` a pass
+        computes the tokens that were sampled, and no others."""
+        self._compute, self._context_tokens, self._most_rows = compute, context_tokens, most_rows
+        self.embedding_rows, self.guesses = embedding_rows, guesses
         self.draft: Draft | None = None  # a small model that guesses for an answer that runs alone
         self._running: list[BatchedAnswer] = []
         self._one_s: float | None = None  # a pass of one row
         self._row_cost = _ROW_COST
 
-    def join(self, memory: CpuMemory, ids: Sequence[int]) -> "BatchedAnswer":
+    def join(self, memory: Memory, ids: Sequence[int]) -> "BatchedAnswer":
         """An answer to the prompt `ids`, all of which are in memory."""
-        answer = BatchedAnswer(self, memory, ids)
+        return self.add(BatchedAnswer(self, memory, ids))
+
+    def add(self, answer: "BatchedAnswer") -> "BatchedAnswer":
         self._running.append(answer)
         return answer
 
@@ -57,18 +60,27 @@ class Batch:
         """Whether answers are being sampled."""
         return bool(self._running)
 
+    @property
+    def has_one(self) -> bool:
+        """Whether a single answer is being sampled."""
+        return len(self._running) == 1
+
+    def is_alone(self, answer: "BatchedAnswer") -> bool:
+        """Whether no other one is being sampled."""
+        return self._running == [answer]
+
     def advance(self, first: "BatchedAnswer") -> None:
-        """Compute the token of an answer, and of the next ones that wait for theirs: all of them, or MOST_ROWS in turn."""
+        """Compute the token of an answer, and of the next ones that wait for theirs: as many as a pass takes."""
         at = self._running.index(first)
         around = [*self._running[at:], *self._running[:at]]
-        waiting = [each for each in around if each.pending is not None][:MOST_ROWS]
+        waiting = [each for each in around if each.pending is not None][: self._most_rows]
         rows = len(waiting)
         pieces: list[tuple[Memory, Sequence[int]]] = []
         for answer in waiting:
-            free = min(MOST_ROWS - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
+            free = min(self._most_rows - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
             before = 1 + self._row_cost * (rows - 1)
             costs = [1 + self._row_cost * more / before for more in range(max(0, free) + 1)]
-            guesses = self._guess(answer, costs) if self._guesses else []
+            guesses = self._guess(answer, costs) if self.guesses else []
             rows += len(guesses)
             pieces.append((answer.memory, [answer.pending or 0, *guesses]))
         began = perf_counter()
@@ -105,9 +117,9 @@ class Batch:
 
 
 class BatchedAnswer(Running):
-    def __init__(self, batch: Batch, memory: CpuMemory, ids: Sequence[int]) -> None:
+    def __init__(self, batch: Batch, memory: Memory, ids: Sequence[int]) -> None:
         self.memory = memory
-        self.guesser = Guesser(ids)
+        self.guesser = Guesser(ids if batch.guesses else ())
         self.drafter = None if batch.draft is None else Drafter(batch.draft, ids)
         self.drafted = False  # the last guesses are the drafter's
         self.pending: int | None = None  # the given id, if it is not computed
@@ -118,7 +130,8 @@ class BatchedAnswer(Running):
 
     def give(self, id: int) -> None:
         require_known([id], self._batch.embedding_rows)  # here, where it ends this answer only
-        self.guesser.add(id)
+        if self._batch.guesses:
+            self.guesser.add(id)
         if self.drafter is not None:
             self.drafter.add(id)
         if self._ahead and self._ahead[0][0] == id:

@@ -1,0 +1,30 @@
+"""Attention of a token of each of several conversations, in the place of a model's own while its forward of rows is recorded."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .attention_names import decoders, name_attention
+from .token_attention import TokenAttention
+
+
+class RowAttention:
+    """Of one model."""
+
+    def __init__(self, model: Any, attention: TokenAttention) -> None:
+        self._model, self._attention = model, attention
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """While it lasts, the model's forward attends by the kernels, where they can."""
+        with ExitStack() as undo:
+            decoders.append(self)
+            undo.callback(decoders.remove, self)
+            name_attention(self._model, undo)
+            yield
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
+        """[rows, heads, 1, D] -> [rows, 1, heads, D of the values]; None if the kernel does not compute this."""
+        return self._attention.of(query, key, value, mask, given)

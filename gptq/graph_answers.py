@@ -1,0 +1,142 @@
+"""Several answers at once of a model whose forward is recorded (graph_stepper.py): their tokens are rows of one forward.
+
+An answer that is alone is computed by the graph of one conversation, and its next step is launched before the host knows its
+token. As soon as there are others, each samples in its turn, and the first that needs logits lets those of all be computed.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import GptqWebuiError
+from .answer_batch import Batch, BatchedAnswer, PromptReading
+from .begun_ahead import BegunAhead
+from .graph_rows import ROWS, GraphRows, rows_that_fit
+from .graph_stepper import GraphStepper, Recorder
+from .reading_turns import Turns
+from .running import Running
+from .static_cache import Fused, NotStatic
+from .stepper import Memory, Reading
+from .transformers_stepper import TransformersMemory, TransformersStepper
+
+log = logging.getLogger(__name__)
+
+
+class GraphAnswer(BatchedAnswer):
+    """One of several, which is computed ahead while it is alone."""
+
+    def __init__(self, batch: Batch, memory: Memory, ids: Sequence[int], ahead: BegunAhead | None) -> None:
+        """`ahead`: the same answer where it is alone; None where nothing is computed ahead."""
+        super().__init__(batch, memory, ids)
+        self._alone, self._is_begun = ahead, False
+
+    def begin(self, token: Tensor) -> Callable[[], int] | None:
+        if self._alone is None or not self._batch.is_alone(self):
+            return None
+        waiting = self._alone.begin(token)
+        self._is_begun = waiting is not None
+        return waiting
+
+    def give(self, id: int) -> None:
+        if not self._is_begun or self._alone is None:
+            super().give(id)
+            return
+        self._is_begun = False
+        self._alone.give(id)
+        self._length += 1
+        self._ready = self._alone.logits()
+
+    def close(self) -> None:
+        if self._is_begun and self._alone is not None:
+            self._alone.close()
+        super().close()
+
+
+class ManyGraphStepper(GraphStepper):
+    """A GraphStepper that computes several answers at once, where the model's forward can."""
+
+    def __init__(
+        self,
+        model: Any,
+        context_tokens: int,
+        recorder: Recorder,
+        fused: Fused | None = None,
+        prompts: TransformersStepper | None = None,
+    ) -> None:
+        super().__init__(model, context_tokens, recorder, fused, prompts)
+        self._rows: GraphRows | None = None
+        self._batch = Batch(self._rows_logits, context_tokens, self.embedding_rows, guesses=False)
+        self._turns = Turns(lambda: self._batch.busy, lambda: self.chunk_tokens)
+
+    def share(
+        self,
+        recorder: Recorder,
+        most: int,
+        free_bytes: int,
+        attention: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Compute up to `most` answers at once from now on, or as many as half of the free memory holds at full length.
+
+        `recorder` is for the rows alone. `parallel` stays 1 where the forward cannot, after `trial`.
+        """
+        if self.why or not self._can_cut or self._room is None:
+            return
+        wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
+        rows = GraphRows(self._prompts, recorder, self._context_tokens, attention)
+        for count in (each for each in reversed(ROWS) if each <= wanted):
+            try:
+                with torch.inference_mode():
+                    rows.trial(count, self.step)
+            except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                log.info("%d answers are not computed at once: %s", count, str(error).strip().splitlines()[:1])
+                with torch.inference_mode():
+                    rows.close()
+                if isinstance(error, NotStatic):
+                    return
+                continue
+            self._rows, self.parallel, self.all_in_turns = rows, count, True
+            self._batch = Batch(self._rows_logits, self._context_tokens, self.embedding_rows, guesses=False, most_rows=count)
+            return
+
+    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
+        alone = super().running(memory, ids)
+        if self._rows is None:
+            return alone
+        return self._batch.add(GraphAnswer(self._batch, memory, ids, alone if isinstance(alone, BegunAhead) else None))
+
+    def reading(self, memory: Memory, tokens: int) -> Reading:
+        if self._rows is None:
+            return super().reading(memory, tokens)
+        return PromptReading(self._turns, partial(self._read, memory))
+
+    def _read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        logits = self.prefill(memory, ids)
+        if self._batch.busy and self.device.type == "cuda":  # how long it takes says how much is read at a time
+            torch.cuda.current_stream(self.device).synchronize()
+        return logits
+
+    def _rows_logits(self, pieces: Sequence[tuple[Memory, Sequence[int]]]) -> Tensor:
+        """The next token of each -> logits [ids, V]."""
+        asked = [(memory, ids[0]) for memory, ids in pieces]
+        if self._rows is None or (len(asked) == 1 and self._batch.has_one):
+            return torch.cat([self.step(memory, id) for memory, id in asked])
+        return self._rows.logits([(memory, id) for memory, id in asked if isinstance(memory, TransformersMemory)])
+
+    def without_graph(self) -> TransformersStepper:
+        self._forget_rows()
+        return super().without_graph()
+
+    def close(self) -> None:
+        self._forget_rows()
+        super().close()
+
+    def _forget_rows(self) -> None:
+        if self._rows is not None:
+            with torch.inference_mode():
+                self._rows.close()
+            self._rows = None

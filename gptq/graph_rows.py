@@ -1,0 +1,186 @@
+"""A token of each of several conversations by one recorded forward of a model: what graph_stepper.py does for one.
+
+The weights are read once for all. Masks and positions are those of each row, so it does not matter what others hold. For models
+whose conversations are keys and values: a state would be changed by a forward that is meant for others.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .recording import NumbersMadeThere, refusing_to_wait
+from .static_cache import FIRST_CAPACITY, NotStatic
+from .static_rows import RowRoom
+from .transformers_stepper import TransformersMemory, TransformersStepper
+
+log = logging.getLogger(__name__)
+
+ROWS = (2, 4, 8, 16, 32)  # that graphs are recorded for
+_IDS, _LENGTHS = (1, 2, 3, 4, 5, 6), (3, 6)  # of the prompts that a model is tried with
+_CLOSE = 0.02  # relative difference of the logits of a row and of its conversation alone, at most
+
+
+class Recorder(Protocol):
+    """Records what is launched; see cuda/graphs.py."""
+
+    def record(self, run: Callable[[], None]) -> Any: ...
+
+    def reset(self) -> None: ...
+
+
+def rows_that_fit(free_bytes: int, token_bytes: int, context_tokens: int) -> int:
+    """Conversations of this length that half of the memory holds; at least 1."""
+    found = free_bytes // 2 // max(1, token_bytes * context_tokens)
+    return max((each for each in ROWS if each <= found), default=1)
+
+
+class GraphRows:
+    """Of one model. For one thread, in inference mode."""
+
+    def __init__(
+        self,
+        prompts: TransformersStepper,
+        recorder: Recorder,
+        context_tokens: int,
+        attention: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`prompts` has the model's forward; while `attention` lasts, that forward attends by kernels for rows."""
+        self._prompts, self._recorder, self._context_tokens = prompts, recorder, context_tokens
+        self._attention = attention
+        self._room: RowRoom | None = None
+        self._graphs: dict[tuple[int, int], Any] = {}  # by rows, and the tokens that the model sees
+        self._logits: Tensor | None = None  # [rows, V]
+        self._fewest = 0  # rows of a graph while a model is tried
+
+    def logits(self, asked: Sequence[tuple[TransformersMemory, int]]) -> Tensor:
+        """An id of each conversation, which holds a token at least -> logits [ids, V]; the next call may overwrite them.
+
+        Raises NotStatic where the model's caches cannot have rows.
+        """
+        memories = [memory for memory, _id in asked]
+        room, seats = self._seated(memories)
+        longest = max(each.length for each in memories) + 1
+        rows = next(each for each in ROWS if each > max(seats, default=0) and each >= self._fewest)
+        shown = min(room.capacity, FIRST_CAPACITY)
+        while shown < longest:
+            shown = min(room.capacity, shown * 2)
+        _send(room, seats, asked)
+        graph = self._graphs.get((rows, shown))
+        if graph is None:
+            graph = self._graphs[rows, shown] = self._record(room, rows, shown)
+        graph.replay()
+        for each in memories:
+            each.grown(1)
+        assert self._logits is not None
+        if seats == list(range(len(seats))):
+            return self._logits[: len(seats)]
+        return self._logits.index_select(0, torch.tensor(seats, device=self._logits.device))
+
+    def trial(self, rows: int, alone: Callable[[Any, int], Tensor]) -> None:
+        """Compare a forward of so many rows with conversations alone, whose next logits `alone` computes. Raises NotStatic if
+        they differ, and what a forward raises that cannot be recorded."""
+        prompts, self._fewest = self._prompts, rows
+        memories, others = ([prompts.begin() for _ in _LENGTHS] for _ in range(2))
+        for each, other, length in zip(memories, others, _LENGTHS, strict=True):
+            prompts.prefill(each, _IDS[:length])
+            prompts.prefill(other, _IDS[:length])
+        for next_ids in ((4, 2), (5, 5)):
+            found = self.logits(list(zip(memories, next_ids, strict=True))).float()
+            wanted = torch.cat([alone(each, id).float() for each, id in zip(others, next_ids, strict=True)])
+            if next_ids == (4, 2):
+                whole = [
+                    prompts.prefill(prompts.begin(), [*_IDS[:length], id]) for length, id in zip(_LENGTHS, next_ids, strict=True)
+                ]
+                rounding = _apart(torch.cat(whole).float(), wanted)  # of one forward and another
+            difference = _apart(found, wanted)
+            log.info("rows of two conversations differ by %.4f from each alone, whole prompts by %.4f", difference, rounding)
+            if not difference < max(_CLOSE, min(2 * rounding, 10 * _CLOSE)):
+                raise NotStatic(f"conversations at once give other results (they differ by {difference:.3f})")
+        self._fewest = 0
+
+    def close(self) -> None:
+        """Every conversation leaves; graphs are forgotten."""
+        self._graphs.clear()
+        if self._room is not None:
+            self._room.leave()
+        self._room = self._logits = None
+
+    def _seated(self, memories: Sequence[TransformersMemory]) -> tuple[RowRoom, list[int]]:
+        room = self._room
+        if room is not None and len(room.rows) >= self._fewest and (seats := room.seat(memories)) is not None:
+            return room, seats
+        longest = max(each.length for each in memories) + 1
+        capacity, rows = FIRST_CAPACITY, next((each for each in ROWS if each >= max(len(memories), self._fewest)), None)
+        if rows is None:
+            raise ValueError(f"{len(memories)} conversations were to be computed at once; at most {ROWS[-1]} can be.")
+        if room is not None:
+            capacity, rows = max(capacity, room.capacity), max(rows, len(room.rows))
+        while capacity < longest:
+            capacity *= 2
+        capacity = max(longest, min(capacity, -(-self._context_tokens // 64) * 64))
+        self.close()  # what is in the old room leaves it
+        self._recorder.reset()
+        room = RowRoom(memories[0], rows, capacity)
+        seats = room.seat(memories)
+        if seats is None:
+            raise NotStatic("a new room has no rows")
+        self._room = room
+        return room, seats
+
+    def _record(self, room: RowRoom, rows: int, shown: int) -> Any:
+        room.show(shown)
+        counts, ids = room.counts[:rows].view(rows, 1), room.ids[:rows].view(rows, 1)
+        given = {self._prompts.cache_argument: room.cache, "position_ids": counts}
+
+        def run() -> None:
+            masks = self._masks(counts, shown, room.dtype)
+            output = self._prompts.run_model(input_ids=ids, use_cache=True, attention_mask=masks, **given)
+            logits = output.logits[:, -1, :]
+            if self._logits is None:
+                self._logits = logits.new_empty(len(room.rows), logits.shape[1])
+            self._logits[:rows].copy_(logits)
+
+        with self._attention():
+            run()  # libraries choose and load their kernels
+            with NumbersMadeThere(), refusing_to_wait(room.counts.device):
+                run()
+            with NumbersMadeThere():
+                return self._recorder.record(run)
+
+    def _masks(self, counts: Tensor, shown: int, dtype: torch.dtype) -> Any:
+        """What each row sees of its tokens, added to scores [rows, 1, 1, shown]; by the kind of layer where there are several."""
+        config = self._prompts.text_config
+        positions = torch.arange(shown, device=counts.device)
+        seen = positions <= counts
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise NotStatic(f"layers of the kind {sorted(kinds)[0]} see something else")
+        windowed = seen & (positions > counts - window) if window else seen
+        if "sliding_attention" in kinds:
+            return {"full_attention": _added(seen, dtype), "sliding_attention": _added(windowed, dtype)}
+        return _added(windowed if window and not kinds else seen, dtype)
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen.device)
+    return torch.where(seen, torch.zeros_like(hidden), hidden)[:, None, None]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _send(room: RowRoom, seats: Sequence[int], asked: Sequence[tuple[TransformersMemory, int]]) -> None:
+    """The ids, and how many tokens are in each row. Where none is meant, one is written behind them, and later written over."""
+    ids, counts = [0] * len(room.rows), [0] * len(room.rows)
+    for row in room.rows:
+        if (resident := row.resident) is not None:
+            counts[row.at] = min(resident.length, room.capacity - 1)
+    for seat, (_memory, id) in zip(seats, asked, strict=True):
+        ids[seat] = id
+    room.given.copy_(torch.tensor([ids, counts]))

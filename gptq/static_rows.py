@@ -1,0 +1,161 @@
+"""Caches of several conversations at fixed addresses: a row for each, of a forward that computes a token of all of them.
+
+As static_cache.py, but every row has its own count of tokens, which the host sends with each forward. What a forward writes
+into rows that have no token in it lies behind their tokens, and is written over. A row keeps a conversation until another one
+needs it.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from .static_cache import NotStatic
+from .transformers_stepper import TransformersMemory
+
+
+class RowKeys(cache_utils.StaticLayer):
+    """Keys and values [rows, heads, capacity, D] of one layer, of which a forward sees the first ones."""
+
+    keys: Any  # Tensor; None in the base, until the first update
+    values: Any
+
+    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor) -> None:
+        super().__init__(capacity)
+        self.counts = counts  # int64 [rows]
+        self.batch_size = self.max_batch_size = rows
+        self.num_heads = like.keys.shape[1]
+        self.k_head_dim, self.v_head_dim = like.keys.shape[-1], like.values.shape[-1]
+        self.dtype, self.device = like.keys.dtype, like.keys.device
+        self.keys = like.keys.new_zeros(rows, self.num_heads, capacity, self.k_head_dim)
+        self.values = like.values.new_zeros(rows, self.num_heads, capacity, self.v_head_dim)
+        self.is_initialized = True
+        self.shown = capacity  # tokens that the model gets to see, of the capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        rows = key_states.shape[0]
+        keys, values = self.keys[:rows, :, : self.shown], self.values[:rows, :, : self.shown]
+        at = self.counts[:rows].view(rows, 1, 1, 1)
+        keys.scatter_(2, at.expand_as(key_states), key_states)
+        values.scatter_(2, at.expand_as(value_states), value_states)
+        vars(keys)["tokens_before"] = self.counts[:rows]  # for an attention that reads how many there are
+        return keys, values
+
+    @property
+    def token_bytes(self) -> int:
+        return (self.k_head_dim + self.v_head_dim) * self.num_heads * int(self.keys.element_size())
+
+    def get_seq_length(self, *_: Any, **__: Any) -> Any:
+        return self.counts[0]
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return self.shown, 0
+
+
+class Row:
+    """Where a conversation is while it is continued beside others."""
+
+    def __init__(self, room: "RowRoom", at: int) -> None:
+        self._room, self.at = room, at
+        self._resident: weakref.ref[TransformersMemory] | None = None
+        self.fixed_bytes = 0
+
+    @property
+    def token_bytes(self) -> int:
+        return self._room.token_bytes
+
+    @property
+    def resident(self) -> TransformersMemory | None:
+        return self._resident() if self._resident is not None else None
+
+    def enter(self, memory: TransformersMemory) -> None:
+        """Take over the tensors of `memory`, after those of another one have left. Raises NotStatic."""
+        self.leave()
+        layers = list(memory.layers)
+        if len(layers) != len(self._room.layers) or memory.length > self._room.capacity:
+            raise NotStatic("its layers differ from one conversation to the next")
+        for own, layer in zip(self._room.layers, layers, strict=True):
+            if isinstance(own, RowKeys):
+                own.keys[self.at, :, : memory.length].copy_(layer.keys[0])
+                own.values[self.at, :, : memory.length].copy_(layer.values[0])
+                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+        memory.elsewhere = self
+        self._resident = weakref.ref(memory)
+
+    def leave(self) -> None:
+        memory, self._resident = self.resident, None
+        if memory is None:  # none was here, or it is forgotten
+            return
+        memory.elsewhere = None
+        for own, layer in zip(self._room.layers, memory.layers, strict=True):
+            if isinstance(own, RowKeys):
+                layer.keys = own.keys[self.at : self.at + 1, :, : memory.length].clone()
+                layer.values = own.values[self.at : self.at + 1, :, : memory.length].clone()
+
+    def cut(self, length: int) -> bool:
+        return True  # each forward is told how many tokens count
+
+
+class RowRoom:
+    """`rows` conversations of up to `capacity` tokens."""
+
+    def __init__(self, memory: TransformersMemory, rows: int, capacity: int) -> None:
+        """Room for conversations of the same model as `memory`. Raises NotStatic, and torch.OutOfMemoryError."""
+        if type(memory.cache).__name__ != "DynamicCache":
+            raise NotStatic("its cache is of a class of its own")
+        held = [layer for layer in memory.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+        if not held:
+            raise NotStatic("its cache is empty")
+        self.capacity = capacity
+        self.given = torch.zeros(2, rows, dtype=torch.long, device=held[0].keys.device)  # what each forward is told
+        self.ids, self.counts = self.given
+        self.cache = copy.copy(memory.cache)
+        self.layers = [self._static(layer, rows) for layer in memory.layers]
+        self.cache.layers = self.layers
+        self.rows = [Row(self, at) for at in range(rows)]
+
+    def _static(self, layer: Any, rows: int) -> Any:
+        kind = type(layer).__name__
+        if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
+            return RowKeys(layer, rows, self.capacity, self.counts)
+        if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
+            return copy.copy(layer)
+        raise NotStatic(f"layers of the kind {kind} are more than keys and values")
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(each.token_bytes for each in self._keys())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self._keys()[0].dtype
+        return found
+
+    def _keys(self) -> list[RowKeys]:
+        return [each for each in self.layers if isinstance(each, RowKeys)]
+
+    def show(self, tokens: int) -> None:
+        """Let the model see so many tokens of the capacity."""
+        for each in self._keys():
+            each.shown = tokens
+
+    def seat(self, memories: Sequence[TransformersMemory]) -> list[int] | None:
+        """The row of each, which those enter that have none; what is in the way leaves. None if there are too few rows, or
+        one is longer than they are."""
+        if len(memories) > len(self.rows) or any(each.length >= self.capacity for each in memories):
+            return None
+        free = [row for row in self.rows if not any(row.resident is each for each in memories)]
+        for each in memories:
+            if not (isinstance(each.elsewhere, Row) and each.elsewhere._room is self):
+                free.sort(key=lambda row: (row.resident is not None, row.at))
+                free.pop(0).enter(each)
+        return [each.elsewhere.at for each in memories]  # type: ignore[union-attr]
+
+    def leave(self) -> None:
+        """Every conversation leaves."""
+        for each in self.rows:
+            each.leave()
