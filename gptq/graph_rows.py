@@ -158,12 +158,17 @@ class GraphRows:
         seen = positions <= counts
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
-        if kinds - {"full_attention", "sliding_attention"}:
-            raise NotStatic(f"layers of the kind {sorted(kinds)[0]} see something else")
-        windowed = seen & (positions > counts - window) if window else seen
-        if "sliding_attention" in kinds:
-            return {"full_attention": _added(seen, dtype), "sliding_attention": _added(windowed, dtype)}
-        return _added(windowed if window and not kinds else seen, dtype)
+        chunk = getattr(config, "attention_chunk_size", None)
+        by_kind = {
+            "full_attention": seen,
+            "sliding_attention": seen & (positions > counts - window) if window else seen,
+            "chunked_attention": seen & (positions // chunk == counts // chunk) if chunk else seen,
+        }
+        if unknown := kinds - set(by_kind):
+            raise NotStatic(f"layers of the kind {min(unknown)} see something else")
+        if kinds - {"full_attention"}:
+            return {kind: _added(each, dtype) for kind, each in by_kind.items()}
+        return _added(seen if kinds else by_kind["sliding_attention"], dtype)
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
