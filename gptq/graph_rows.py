@@ -51,6 +51,7 @@ class GraphRows:
         """`prompts` has the model's forward; while `attention` lasts, that forward attends by kernels for rows."""
         self._prompts, self._recorder, self._context_tokens = prompts, recorder, context_tokens
         self._attention = attention
+        self._masks_windows = prompts.masks_windows
         self._room: RowRoom | None = None
         self._graphs: dict[tuple[int, int], Any] = {}  # by rows, and the tokens that the model sees
         self._logits: Tensor | None = None  # [rows, V]
@@ -156,7 +157,7 @@ class GraphRows:
         config = self._prompts.text_config
         positions = torch.arange(shown, device=counts.device)
         seen = positions <= counts
-        window = getattr(config, "sliding_window", None)
+        window = getattr(config, "sliding_window", None) if self._masks_windows else None
         kinds = set(getattr(config, "layer_types", None) or ())
         chunk = getattr(config, "attention_chunk_size", None)
         by_kind = {

@@ -7,6 +7,7 @@ can be cut anywhere; a state cannot be cut, only kept or begun again.
 
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol
@@ -241,6 +242,12 @@ class TransformersStepper(Stepper):
     def text_config(self) -> Any:
         """Of the model, or its text part."""
         return self._config
+
+    @property
+    def masks_windows(self) -> bool:
+        """Whether the model's code makes masks of sliding windows; some configs (Moshi's) name a window that nobody uses."""
+        modules = {sys.modules[type(each).__module__] for each in self._model.modules()}
+        return any(hasattr(each, "create_sliding_window_causal_mask") for each in modules)
 
     def _learn_what_continues(self) -> None:
         """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
