@@ -78,7 +78,7 @@ class ManyGraphStepper(GraphStepper):
         recorder: Recorder,
         most: int,
         free_bytes: int,
-        attention: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Compute up to `most` answers at once from now on, or as many as half of the free memory holds at full length.
 
@@ -87,7 +87,7 @@ class ManyGraphStepper(GraphStepper):
         if self.why or not self._can_cut or self._room is None:
             return
         wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
-        rows = GraphRows(self._prompts, recorder, self._context_tokens, attention)
+        rows = GraphRows(self._prompts, recorder, self._context_tokens, kernels)
         for count in (each for each in reversed(ROWS) if each <= wanted):
             try:
                 with torch.inference_mode():

@@ -46,11 +46,11 @@ class GraphRows:
         prompts: TransformersStepper,
         recorder: Recorder,
         context_tokens: int,
-        attention: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`prompts` has the model's forward; while `attention` lasts, that forward attends by kernels for rows."""
+        """`prompts` has the model's forward; while `kernels` lasts, that forward uses kernels for rows."""
         self._prompts, self._recorder, self._context_tokens = prompts, recorder, context_tokens
-        self._attention = attention
+        self._kernels = kernels
         self._masks_windows = prompts.masks_windows
         self._room: RowRoom | None = None
         self._graphs: dict[tuple[int, int], Any] = {}  # by rows, and the tokens that the model sees
@@ -145,7 +145,7 @@ class GraphRows:
                 self._logits = logits.new_empty(len(room.rows), logits.shape[1])
             self._logits[:rows].copy_(logits)
 
-        with self._attention():
+        with self._kernels():
             run()  # libraries choose and load their kernels
             with NumbersMadeThere(), refusing_to_wait(room.counts.device):
                 run()

@@ -104,7 +104,7 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
     """transformers' forward recorded as a CUDA graph, or without one if it cannot be; what to say of that."""
     from .cuda.fused_forward import FusedForward
     from .cuda.graphs import GraphRecorder
-    from .cuda.row_attention import RowAttention
+    from .cuda.rows_of_layers import RowKernels
     from .graph_answers import ManyGraphStepper
 
     device = hf.get_input_embeddings().weight.device
@@ -123,8 +123,8 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
     stepper.trial()
     if not stepper.why:
         if parallel > 1:
-            attention = nullcontext if fused is None else RowAttention(hf, fused.attention).attending
-            stepper.share(GraphRecorder(device), parallel, _free_bytes(device), attention)
+            kernels = nullcontext if fused is None else RowKernels(hf, fused.attention).recording
+            stepper.share(GraphRecorder(device), parallel, _free_bytes(device), kernels)
         return stepper, ""
     log.info("no CUDA graph: %s", stepper.why)
     return stepper.without_graph(), " It could not be recorded as a CUDA graph, so every token waits for the processor."

@@ -4,10 +4,11 @@ Each takes the name that is launched, the variant that was compiled under it, an
 """
 
 import weakref
-from types import SimpleNamespace
 
+import emulated_attention
 import emulated_states
 import torch
+from emulated_attention import normed as _normed
 
 from gptq_webui.gptq import bit_packing
 from gptq_webui.gptq.cuda import activations
@@ -77,14 +78,6 @@ def _unpack(_name, _variant, a):
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------
-
-
-def _normed(x, weight, bias, eps, offset, centred):
-    x = x.float()
-    if centred:
-        x = x - x.mean(-1, keepdim=True)
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
-    return y if bias is None else y + bias.float()
 
 
 def _sum_of_choices(y, weights, bias, chosen, experts):
@@ -208,101 +201,15 @@ def _route(_name, _variant, a):
         a.scores[:, a.choices :].copy_((x.float() @ a.open.view(-1, 1).float()).to(a.x.dtype).float().sigmoid())
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-def _turned(x, cosines, sines, kind, rotated, angles, norm, eps, offset):
-    """[heads, D] in the type of x."""
-    wide = x.float()
-    if norm is not None:
-        wide = _normed(wide, norm, None, eps, offset, False).to(x.dtype).float()
-    cosines, sines = cosines.reshape(-1).float(), sines.reshape(-1).float()
-    half, at, out = rotated // 2, torch.arange(rotated // 2), wide.clone()
-    first, second = (at, at + half) if kind == 0 else (2 * at, 2 * at + 1)
-    angle = 2 * at if kind == 2 else at
-    other = (at + half) % angles if kind == 0 else 2 * at + 1 if kind == 2 else at
-    to_first, to_second = (at, at + half) if kind == 3 else (first, second)
-    p, q = wide[:, first], wide[:, second]
-    out[:, to_first] = p * cosines[angle] - q * sines[angle]
-    out[:, to_second] = q * cosines[other] + p * sines[other]
-    return out.to(x.dtype)
-
-
-def _rotate(_name, _variant, a):
-    for x, norm, out in ((a.q, a.q_norm, a.q_out), (a.k, a.k_norm, a.k_out)):
-        out[0, :, 0].copy_(_turned(x[0, :, 0], a.cosines, a.sines, a.kind, a.rotated, a.angles, norm, a.eps, a.offset))
-
-
-def _decode(name, variant, a):
-    if name.startswith("rows_of_"):
-        for row in range(a.q.shape[0]):
-            of_all = {"mask": a.mask} if a.mask is None or a.mask.shape[0] == 1 else {}
-            one = {
-                each: vars(a)[each][row : row + 1]
-                for each in ("q", "keys", "values", "count", "out", "mask")
-                if each not in of_all
-            }
-            _decode("", variant, SimpleNamespace(**{**vars(a), **one}))
-        return
-    before = min(int(a.count), a.shown - 1)
-    q = a.q[0, :, 0]
-    keys, values = a.keys, a.values
-    if a.new_key is not None:
-        new_key, new_value = a.new_key[0, :, 0], a.new_value[0, :, 0]
-        if a.cosines is not None:
-            turn = (a.cosines, a.sines, 0, a.rotated, a.angles)
-            q = _turned(q, *turn, a.q_norm, a.norm_eps, a.norm_offset)
-            new_key = _turned(new_key, *turn, a.k_norm, a.norm_eps, a.norm_offset)
-        keys[0, :, before].copy_(new_key)
-        values[0, :, before].copy_(new_value)
-    else:
-        assert a.cosines is None
-    total = before + 1
-    keys = keys[0, :, :total].float().repeat_interleave(a.group, 0)
-    values = values[0, :, :total].float().repeat_interleave(a.group, 0)
-    scores = torch.einsum("hd,htd->ht", q.float(), keys) * a.scale
-    scores = a.cap * torch.tanh(scores / a.cap) if a.cap else scores
-    if a.mask_kind:
-        mask = a.mask[0, :, 0, :total]
-        add = torch.where(mask, 0.0, -torch.inf) if a.mask_kind == 1 else mask.float()
-        scores = scores + torch.where(add <= -30000, -torch.inf, add)
-    if a.sinks is not None:
-        scores = torch.cat([scores, a.sinks.float().view(-1, 1)], -1)
-    weights = scores.softmax(-1)[:, :total]
-    a.out[0, 0].copy_(torch.einsum("ht,htd->hd", weights, values))
-
-
-def _latent(name, variant, a):
-    if name.startswith(("meet", "attend")):
-        return  # all is done by the last of the three
-    rank, fixed, turned, value = (int(each) for each in name.split("_")[-4:])
-    before = min(int(a.count), a.capacity - 1)
-
-    def turn(x):
-        at = torch.arange(turned // 2)
-        first, second = (at, at + turned // 2) if a.kind == 2 else (2 * at, 2 * at + 1)
-        if a.kind == 0:
-            cosines, sines = a.angles.reshape(-1, 2).unbind(-1)
-        else:
-            cosines, sines = a.angles.reshape(-1)[: turned // 2].float(), a.sines.reshape(-1)[: turned // 2].float()
-        p, q = x[..., first], x[..., second]
-        p, q = p * cosines - q * sines, q * cosines + p * sines
-        return torch.stack([p, q], -1).flatten(-2) if a.kind == 0 else torch.cat([p, q], -1)
-
-    kv = a.kv.view(-1).float()
-    a.keys[0, 0, before].copy_(_normed(kv[:rank], a.norm, None, a.eps, 0.0, False))
-    a.turned_keys[0, 0, before].copy_(turn(kv[rank:]))
-    latents, keys = a.keys[0, 0, : before + 1].float(), a.turned_keys[0, 0, : before + 1].float()
-    q = a.q.view(a.heads, fixed + turned).float()
-    matrices = a.matrices.view(a.heads, fixed + value, rank).float()
-    met = torch.einsum("hf,hfr->hr", q[:, :fixed], matrices[:, :fixed])
-    scores = (met @ latents.T + turn(q[:, fixed:]) @ keys.T) * a.scale * 0.6931471805599453
-    read = scores.softmax(-1) @ latents
-    a.out.view(a.heads, value).copy_(torch.einsum("hr,hvr->hv", read, matrices[:, fixed:]))
+def _small_batch(_name, variant, a):
+    assert variant.epilogue == "PLAIN" and a.residual is None and a.rows <= variant.columns * 8 and a.x.is_contiguous()
+    assert a.out.is_contiguous() and a.out.shape == (a.rows, a.n) and a.x.shape == (a.rows, a.chunks * 64)
+    y = a.x.float() @ _weights(a.weights, a.scales, a.unit_to_group).T
+    a.out.copy_((y if a.bias is None else y + a.bias.float())[:, : a.n])
 
 
 KERNELS = {
-    "REPACK": _repack, "UNPACK": _unpack, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv, "EXPERT_SUM": _expert_sum,
-    "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm, "ROTATE": _rotate,
-    "DECODE": _decode, "LATENT": _latent, **emulated_states.KERNELS,
+    "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
+    "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
+    **emulated_attention.KERNELS, **emulated_states.KERNELS,
 }  # fmt: skip

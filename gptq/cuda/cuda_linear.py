@@ -4,7 +4,9 @@ A row is multiplied by one kernel that takes x as the model has it (fp16 or bf16
 become one product: query, key and value; gate and up with the activation between them (merged_layers.py finds them).
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +14,40 @@ from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
-from . import activations, deferred, gemv
+from . import activations, deferred, gemv, small_batch
 from .cuda_weights import Weight, permutation_of, repack
 from .fused_norms import Added, NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
-from .kernel_source import GemvVariant, Packing
+from .kernel_source import GemvVariant, Packing, SmallBatchVariant
 from .natural_order import NUMBERS, epilogue_of, gate_columns, gates_and_ups, input_of, order_of
 
 _SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
+_AT_ONCE = 16  # rows of a launch that are multiplied with the packed weight
+
+
+class _Mode(threading.local):
+    several = False
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def several_rows(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, this thread multiplies several rows with the packed weights, and makes none dense: for tokens of several
+    conversations. Raises NoCompiler."""
+    wanted: dict[Gpu, set[SmallBatchVariant]] = {}
+    for each in modules:
+        if isinstance(each, CudaLinear):
+            wanted.setdefault(each.gpu, set()).update(each.variants_of_several)
+    for gpu, variants in wanted.items():
+        gpu.add_missing(variants=variants)
+    before, _mode.several = _mode.several, True
+    try:
+        yield
+    finally:
+        _mode.several = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +107,12 @@ class CudaLinear(nn.Module):
     def variant(self) -> GemvVariant:
         """The kernel that must have been compiled before the first forward."""
         return self._plan.variant
+
+    @property
+    def variants_of_several(self) -> list[SmallBatchVariant]:
+        """The kernels that must have been compiled for `several_rows`."""
+        plans = small_batch.variants(self._weight.packing, "PLAIN", self._gpu.shared_limit_bytes)
+        return [plan for columns, plan in plans.items() if columns * 8 <= _AT_ONCE]
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
@@ -161,6 +194,23 @@ class CudaLinear(nn.Module):
         if self._padding:
             x = nn.functional.pad(x, (0, 1))
         x = x.index_select(1, self._order)  # [M, padded] in fragment order
+        y = self._several(x) if _mode.several else self._by_dense_weights(x)
+        if self._gated is None:
+            y = y[:, : self.out_features]
+            return y if self._active is None else activations.apply(self._active, y)
+        gate, up = gates_and_ups(y)
+        return (activations.apply(self._gated, gate) * up)[:, : self.out_features]
+
+    def _several(self, x: Tensor) -> Tensor:
+        """x [M, padded] in fragment order -> [M, outputs], with the bias."""
+        y = torch.empty(x.shape[0], self._weight.out_features, dtype=torch.float16, device=x.device)
+        for first in range(0, x.shape[0], _AT_ONCE):
+            rows = slice(first, first + _AT_ONCE)
+            small_batch.multiply(self._gpu, self._weight, "PLAIN", x[rows], y[rows])
+        return y
+
+    def _by_dense_weights(self, x: Tensor) -> Tensor:
+        """As `_several`, of many rows; outputs of whole tiles."""
         weight = self._weight
         step = max(1, _SCRATCH // (TILE * weight.padded))
         scratch = torch.empty(min(step, weight.tiles) * TILE * weight.padded, dtype=torch.float16, device=x.device)
@@ -169,13 +219,7 @@ class CudaLinear(nn.Module):
             tiles = min(step, weight.tiles - first)
             parts.append(x @ weight.dense(self._gpu, first, tiles, scratch).T)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if weight.bias is not None:
-            y = y + weight.bias
-        if self._gated is None:
-            y = y[:, : self.out_features]
-            return y if self._active is None else activations.apply(self._active, y)
-        gate, up = gates_and_ups(y)
-        return (activations.apply(self._gated, gate) * up)[:, : self.out_features]
+        return y if weight.bias is None else y + weight.bias
 
 
 def linear_of(

@@ -116,7 +116,8 @@ class TokenAttention:
         elif not self._gpu.has(variant.name):
             return None
         blocks = kv_heads * -(-group // together)
-        splits = max(1, min(32, 2 * self._gpu.processors // (blocks * rows), -(-shown // 32)))
+        at_once = (2 if rows == 1 else 4) * self._gpu.processors
+        splits = max(1, min(32, at_once // (blocks * rows), -(-shown // 32)))
         key_of_work = (rows * heads, splits, values_dim, blocks * rows)
         if key_of_work not in self._work:
             if capturing():

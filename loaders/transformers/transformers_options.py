@@ -47,7 +47,7 @@ class TransformersOptions:
     parallel: int = option(
         0,
         "Answers at once",
-        "At most so many side by side by our own step; 0: what fits, up to 256 on a GPU and 64 on a processor.",
+        "At most so many side by side; 0: what fits, up to 256 on a GPU (32 without a step of our own) and 64 on a processor.",
     )
     guesses: str = option(
         "auto",

@@ -1,4 +1,4 @@
-"""Attention of a token of each of several conversations, in the place of a model's own while its forward of rows is recorded."""
+"""What computes a token of each of several conversations while a model's forward of rows is recorded: attention and products."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,19 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from .attention_names import decoders, name_attention
+from .cuda_linear import several_rows
 from .token_attention import TokenAttention
 
 
-class RowAttention:
+class RowKernels:
     """Of one model."""
 
     def __init__(self, model: Any, attention: TokenAttention) -> None:
         self._model, self._attention = model, attention
 
     @contextmanager
-    def attending(self) -> Iterator[None]:
-        """While it lasts, the model's forward attends by the kernels, where they can."""
+    def recording(self) -> Iterator[None]:
+        """While it lasts, the model's forward uses the kernels, where they can. Raises NoCompiler."""
         with ExitStack() as undo:
+            undo.enter_context(several_rows(self._model.modules()))
             decoders.append(self)
             undo.callback(decoders.remove, self)
             name_attention(self._model, undo)
