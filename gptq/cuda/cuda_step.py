@@ -112,7 +112,7 @@ class CudaStep:
         self._prompt_x = torch.zeros_like(self.buffers.x_head[0])
         self.prompt_logits = torch.zeros(1, shape.vocabulary, dtype=torch.float32, device=self.device)
         self.recorder = GraphRecorder(self.device)
-        self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder, lambda: min(self.pages.spare_bytes, self.free_bytes()))
+        self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder, self._lendable_bytes)
         self.pages.lent = self.prompt.dense
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.tune({})
@@ -221,6 +221,11 @@ class CudaStep:
         """Of the GPU's memory. What torch holds in reserve counts as free."""
         free, _total = torch.cuda.mem_get_info(self.device)
         return int(free) + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def _lendable_bytes(self) -> int:
+        """Of what conversations may have and do not have, as far as the GPU has it free."""
+        spare = self.pages.spare_bytes
+        return min(spare, self.free_bytes()) if spare else 0
 
     def sample(self, first: int, rows: int) -> None:
         """Choose the next tokens of some rows from their `logits`."""
