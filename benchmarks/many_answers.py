@@ -1,6 +1,6 @@
 """Many answers at once on one GPU: `python benchmarks/many_answers.py [--layers N] [--rows 1 16 128] [--what …]`.
 
-Random weights of Mistral 7B's shape, prompts of 512 tokens and 257 tokens of answer (129 of more than 16 answers at once, as vLLM's
+Random weights of Mistral 7B's shape, prompts of 512 tokens and 257 tokens of answer (129 of more than 16 answers, as vLLM's
 figures were taken), through the worker as a server has it: tokens a second together, 64 requests whole, and how long 16 streams
 pause while a prompt of 3,840 tokens is read beside them.
 """

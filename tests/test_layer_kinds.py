@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from gptq_webui.gptq.cuda import activations, fused_norms, fused_router
-from gptq_webui.gptq.graph_stepper import _as_slices, _NumbersMadeThere
+from gptq_webui.gptq.recording import NumbersMadeThere, _as_slices
 
 
 def of_architecture(architecture, name):
@@ -22,7 +22,7 @@ def test_a_list_of_one_number_is_a_slice():
     x = torch.arange(24.0).view(2, 3, 4)
     for index in ((..., [-2], slice(None)), (slice(None), [1]), (..., [-1]), (0, [0], slice(1, 3))):
         assert all(not isinstance(each, list) for each in _as_slices(index)) or 0 in index
-        with _NumbersMadeThere():
+        with NumbersMadeThere():
             assert torch.equal(x[index], x.clone()[index])
         assert torch.equal(x[_as_slices(index)], x[index])
     kept = (..., [0, 1], slice(None))
