@@ -30,6 +30,7 @@ from gptq_webui.gptq.cuda.cuda_stepper import CudaStepper  # noqa: E402
 from gptq_webui.gptq.generation import generate  # noqa: E402
 from gptq_webui.gptq.prefix_cache import PrefixCache  # noqa: E402
 from gptq_webui.loaders.contract.worker import Worker  # noqa: E402
+from gptq_webui.loaders.machine.memory_release import leave_out_of_collections  # noqa: E402
 
 CONTEXT, PROMPT, TOKENS, TOKENS_OF_MANY = 8192, 512, 257, 129
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
@@ -47,6 +48,7 @@ class Server:
         self.stepper.page_room.prefix = self.prefix
         self.worker = Worker(self.stepper.parallel)
         self._random = torch.Generator().manual_seed(0)
+        leave_out_of_collections()  # as after every load
 
     def ids(self, count: int) -> list[int]:
         found: list[int] = torch.randint(300, 32000, (count,), generator=self._random).tolist()
