@@ -2,7 +2,8 @@
 
 For a few tokens one launch multiplies every choice with the weights of its expert, whose number the kernel reads itself:
 nothing waits for the host, so a CUDA graph can hold it, and only the bytes of chosen experts are read. For a prompt the
-experts are made dense a group at a time, and one product of each group computes them.
+experts are made dense a group at a time. One product of a group computes them, with as many rows for each as the one that most
+tokens have chosen; where that would be far more rows than were chosen, each has a product of its own.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from .token_attention import capturing
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
 _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of fp16
+_WASTE = 8192  # rows that nobody has chosen, in a product of a group; more take longer than the launches of a product for each
 
 
 class CudaExperts(nn.Module):
@@ -154,13 +156,19 @@ class CudaExperts(nn.Module):
         by_expert = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts)
         starts = counts.cumsum(0) - counts
-        most = counts.tolist()
+        most, begun = counts.tolist(), 0  # choices of each; of the groups before
         out = torch.zeros(total + 1, self._down.first.out_features, dtype=torch.float16, device=device)  # the last row is waste
         step = max(1, _DENSE // max(self._gate_up.expert_weights, self._down.expert_weights))
         for first in range(0, self.num_experts, step):
             count = min(step, self.num_experts - first)
-            rows = max(most[first : first + count])
+            rows, held = max(most[first : first + count]), sum(most[first : first + count])
+            begun += held
             if not rows:
+                continue
+            if rows * count - held > _WASTE:
+                choice = by_expert[begun - held : begun]
+                y = self._apart(x[choice // choices], chosen[choice], first, most[first : first + count])
+                out.index_copy_(0, choice, y)
                 continue
             row = torch.arange(rows, device=device)
             own = slice(first, first + count)
@@ -173,6 +181,21 @@ class CudaExperts(nn.Module):
             to = torch.where(row < counts[own, None], choice, total)
             out.index_copy_(0, to.reshape(-1), y.reshape(-1, y.shape[-1]))
         return out[:-1]
+
+    def _apart(self, x: Tensor, experts: Tensor, first: int, counts: Sequence[int]) -> Tensor:
+        """Rows [n, H] in the order of their experts [n], which are those from `first` on with so many rows each -> [n, H]."""
+        y = self._products(self._gate_up, x, experts, first, counts)
+        y = self._products(self._down, self._gated(y, experts), experts, first, counts)
+        return y if self._down_bias is None else (y + self._down_bias[experts]).to(torch.float16)
+
+    def _products(self, stack: Stack, x: Tensor, experts: Tensor, first: int, counts: Sequence[int]) -> Tensor:
+        dense, x, at = stack.dense(self._gpu, first, len(counts)), stack.ordered(x, experts), 0
+        y = torch.empty(x.shape[0], dense.shape[1], dtype=x.dtype, device=x.device)
+        for weight, count in zip(dense, counts, strict=True):
+            if count:
+                torch.mm(x[at : at + count], weight.T, out=y[at : at + count])
+            at += count
+        return y
 
     def _product(self, stack: Stack, x: Tensor, experts: Tensor, first: int, count: int) -> Tensor:
         return torch.bmm(stack.ordered(x, experts), stack.dense(self._gpu, first, count).transpose(1, 2))
