@@ -98,7 +98,7 @@ def gpu(monkeypatch):
 
 def make(gpu, **change):
     torch.manual_seed(0)
-    how = {key: change.pop(key) for key in ("parallel", "q8", "guesses") if key in change}
+    how = {key: change.pop(key) for key in ("parallel", "most", "q8", "guesses") if key in change}
     context = change.pop("context", 256)
     return CudaStep(random_models.random_models(**{**SMALL, **change}, device="cpu"), context, gpu=gpu, **how)
 
@@ -124,7 +124,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
 @pytest.mark.parametrize(
     ("rows", "change", "wanted"),
     [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (8, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
-     (9, {}, SEVEN_A_LAYER), (17, {}, {"embed": 1, "norm": 5, "small": 8, "paged": 2})],
+     (9, {"bits": 8}, SEVEN_A_LAYER), (17, {"bits": 8}, {"embed": 1, "norm": 5, "small": 8, "paged": 2})],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
     monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())  # no fp32 sums on the CPU
@@ -144,7 +144,7 @@ def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_man
         assert Counter(name.split("_")[0] for name in gpu.launched) == {"embed": 1, "attention": 1, **kernels}
 
 
-@pytest.mark.parametrize(("parallel", "kernel", "norms"), [(1, "gemv", 0), (3, "octet", 0), (12, "small", 5)])
+@pytest.mark.parametrize(("parallel", "kernel", "norms"), [(1, "gemv", 0), (3, "octet", 0), (12, "small", 5), (24, "small", 5)])
 def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, kernel, norms):
     monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())
     monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())
@@ -164,7 +164,7 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     inner = kinds["adapter_in_plain"] + kinds["adapter_in_norm"]
     assert inner == 3 * 2 and kinds["adapter_in_norm"] == (4 if parallel < 9 else 0)
     assert kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
-    assert kinds[kernel] == 8 and kinds["attention"] == 2 and kinds["norm"] == norms
+    assert kinds[kernel] == 8 and kinds["paged" if parallel > 16 else "attention"] == 2 and kinds["norm"] == norms
     step.step_rows(parallel, False, {0: None})
     assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
 

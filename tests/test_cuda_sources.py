@@ -10,6 +10,7 @@ import pytest
 
 from gptq_webui.gptq.cuda import gpu_kernels, kernel_arguments, kernel_source, octet, small_batch, wide_batch
 from gptq_webui.gptq.cuda.kernel_source import (
+    ClusterBatchVariant,
     DecodeVariant,
     DeltaVariant,
     GemvVariant,
@@ -60,6 +61,13 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for epilogue, norm in (("PLAIN", 2), ("SILU", 1), ("RESIDUAL", 0))
     ]
     variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
+    variants += [
+        ClusterBatchVariant(packing, epilogue, columns, norm, 2, 2, 2, 3, 2)
+        for packing, (epilogue, norm, columns) in zip(
+            packings, (("PLAIN", 8, 2), ("SILU", 4, 2), ("RESIDUAL", 0, 2), ("RESIDUAL", 0, 4)), strict=True
+        )
+        if FAMILIES[family] >= (9, 0)
+    ]
     variants += [GuessedVariant(KvFormat(64)), GuessedVariant(KvFormat(128, q8=True))]
     variants += [PagedAttentionVariant(KvFormat(each), 2) for each in (32, 64, 96, 128) if FAMILIES[family] >= (9, 0)]
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]

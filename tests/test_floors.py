@@ -34,6 +34,7 @@ LONG = {
     "api/service.py": "one description of the server, from which every protocol reads",
     "gptq/cpu/cpu_step.py": "one record of arguments, filled for every kind of pass",
     "gptq/cuda/attention.cu": "one kernel with its phases, which share its shared memory",
+    "gptq/cuda/cluster_batch.cu": "one kernel with its phases, which share its shared memory",
     "gptq/cuda/kernel_arguments.py": "one list: what every kernel is given",
     "gptq/cuda/kernel_source.py": "one list: the variants of every kernel, and the text that names them",
     "gptq/cuda/sample.cu": "one kernel with its phases: every filter reads the same short list and row",

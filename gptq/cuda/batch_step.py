@@ -1,8 +1,9 @@
 """The next token of several sequences in one step: row i of the buffers is the i-th sequence.
 
-2 to 8 rows take five kernels a layer, as one does (octet_step.py). More take seven: norms are kernels of their own, and
-products are those of small_batch.cu. The weights are read once for all rows. A graph is recorded for each of some numbers of rows
-(`ROWS`) when it first occurs; rows beyond those that are wanted are idle (sequences.py).
+2 to 8 rows take five kernels a layer, as one does (octet_step.py), and up to 16 on Hopper and newer (cluster_step.py). More
+take seven: norms are kernels of their own, and products are those of small_batch.cu. The weights are read once for all rows. A
+graph is recorded for each of some numbers of rows (`ROWS`) when it first occurs; rows beyond those that are wanted are idle
+(sequences.py).
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import small_batch
 from .attention import AttentionWork, attend
 from .buffers import Buffers
+from .cluster_step import ClusterStep
 from .cuda_layers import ModelWeights
 from .gpu_kernels import Gpu
 from .graphs import GraphRecorder
@@ -41,10 +43,11 @@ class BatchStep:
         weights: ModelWeights,
         sequences: Sequences,
         recorder: GraphRecorder,
-        octet: OctetStep | None = None,
+        octet: OctetStep,
+        clusters: ClusterStep,
     ) -> None:
         self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
-        self._octet = octet
+        self._octet, self._clusters = octet, clusters
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._buffers = Buffers.of(shape, weights.layers[0], sequences.rows)
         self._work = AttentionWork(gpu, shape, sequences.rows)
@@ -73,11 +76,13 @@ class BatchStep:
         gpu, weights, work = self._gpu, self._weights, work or self._work
         here = self._buffers.first(rows)
         embed(gpu, weights.embedding, self._sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
-        if self._octet is not None and self._octet.plans(rows) is not None:
+        if self._octet.plans(rows) is not None:
             self._octet.forward(rows, here, work)
             if has_head_rows(gpu, rows, self._shape.hidden):
                 head_rows(gpu, weights.head, here.x_head, weights.final_norm, self._sequences.logits[:rows], self._shape.eps)
                 return
+        elif self._clusters.whole(rows):
+            self._clusters.forward(rows, here, work)
         else:
             self._many(here, work)
         norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, self._shape.eps)
@@ -89,10 +94,10 @@ class BatchStep:
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
             small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
             attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
-            small_batch.multiply(gpu, layer.o, "RESIDUAL", here.attended, here.residual)
+            self._clusters.add(at, "o", here.attended, here.residual)
             norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
             small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)
-            small_batch.multiply(gpu, layer.down, "RESIDUAL", here.inner, here.residual)
+            self._clusters.add(at, "down", here.inner, here.residual)
 
     def _head(self, rows: int) -> None:
         self._sequences.logits[:rows] = head_product(self._buffers.x_head[:rows], self._weights.head)

@@ -26,6 +26,7 @@ from .adapted_step import AdaptedStep
 from .attention import AttentionWork, attend, paged_variants
 from .batch_step import BatchStep
 from .buffers import Buffers
+from .cluster_step import ClusterStep
 from .cuda_adapter import CudaAdapter, adaptable_layers
 from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, inputs_of, packings_of
 from .gemv import Tuning
@@ -75,6 +76,7 @@ class CudaStep:
         context_tokens: int,
         *,
         parallel: int = 1,
+        most: int = 0,
         q8: bool = False,
         guesses: bool = False,
         gpu: Gpu | None = None,
@@ -82,7 +84,7 @@ class CudaStep:
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Takes the packed tensors out of `parts`. With `q8` keys and values are kept in a byte each. For `parallel` sequences
-        there is room at first. With `guesses` there is `guessed`, for which `parallel` is at least ONE_ROWS.
+        there is room at first; `most` may come later. With `guesses` there is `guessed`: `parallel` is at least ONE_ROWS then.
 
         Raises Unsuited (before anything is taken) or NoCompiler.
         """
@@ -107,6 +109,7 @@ class CudaStep:
         self.pages = Pages(self.device, shape.layers, shape.kv_heads, shape.kv)
         self.sequences = Sequences(self.device, shape, parallel)
         self._octet = OctetStep(self.gpu, shape, self.weights, self.sequences)
+        self._clusters = ClusterStep(self.gpu, shape, self.weights, self.sequences, max(parallel, most))
         self.buffers = Buffers.of(shape, self.weights.layers[0], 1)
         self.attention_work = AttentionWork(self.gpu, shape, 1)
         self._prompt_x = torch.zeros_like(self.buffers.x_head[0])
@@ -181,7 +184,9 @@ class CudaStep:
     @cached_property
     def batch(self) -> BatchStep:
         """The step of several sequences; its buffers are made when it is first used."""
-        return BatchStep(self.gpu, self.shape, self.weights, self.sequences, self.recorder, self._octet)
+        return BatchStep(
+            self.gpu, self.shape, self.weights, self.sequences, self.recorder, self._octet, self._clusters
+        )  # fmt: skip
 
     @cached_property
     def adapted(self) -> AdaptedStep:

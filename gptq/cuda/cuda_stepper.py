@@ -62,7 +62,7 @@ class CudaStepper(Stepper):
         Raises Unsuited or NoCompiler, and then leaves the model as it was.
         """
         rows = max(ONE_ROWS, FIRST_ROWS) if guesses else min(parallel, FIRST_ROWS)
-        self._step = CudaStep(parts, context_tokens, parallel=rows, q8=cache_type == "q8", guesses=guesses)
+        self._step = CudaStep(parts, context_tokens, parallel=rows, most=parallel, q8=cache_type == "q8", guesses=guesses)
         free, row_bytes = self._step.free_bytes(), self._step.sequences.row_bytes
         parallel = min(parallel, max(self._step.sequences.rows, free // 16 // row_bytes))
         self._step.pages.limit_bytes = max(self._step.context_bytes, free - _OTHERS_BYTES - 2 * parallel * row_bytes)

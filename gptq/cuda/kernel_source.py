@@ -31,6 +31,7 @@ _TEMPLATES = (
     "copy_engine.cu",
     "attention.cu",
     "paged_attention.cu",
+    "cluster_batch.cu",
     "layer_kernels.cu",
     "exchange.cu",
     "expert_kernels.cu",
@@ -260,6 +261,46 @@ class WideBatchVariant:
 
 
 @dataclass(frozen=True)
+class ClusterBatchVariant:
+    """How the product of up to `columns` * 8 rows is computed by clusters of blocks (cluster_batch.cu)."""
+
+    packing: Packing
+    epilogue: str  # PLAIN, SILU, RESIDUAL
+    columns: int  # of 8 rows each
+    norm: int  # runs of 8 inputs that a lane norms of a row; 0: no norm
+    tiles: int  # of a warp
+    warps: int  # side by side over the outputs
+    split: int  # warps that share tiles, each with a range of the block's chunks
+    stages: int  # chunks of a warp on their way or being multiplied
+    cluster: int  # blocks that share tiles, each with its part of the inputs
+
+    @property
+    def name(self) -> str:
+        numbers = f"{self.columns}_{self.tiles}_{self.warps}_{self.split}_{self.stages}_{self.cluster}"
+        return f"cluster_batch_{self.packing.name}_{self.epilogue.lower()}_norm{self.norm}_{numbers}"
+
+    @property
+    def rows(self) -> int:
+        return self.columns * 8
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps * self.split
+
+    @property
+    def item_tiles(self) -> int:
+        """Tiles of a cluster at a time."""
+        return self.tiles * self.warps
+
+    def shared_bytes(self, chunks: int) -> int:
+        x = 0 if self.norm else self.rows * CHUNK * 2
+        ring = self.warps * self.split * self.stages * (self.tiles * self.packing.tile_bytes + x)
+        sums = self.split * self.item_tiles * self.rows * (TILE + 4) * 4
+        normed = self.rows * (-(-chunks // self.cluster) * CHUNK + 8) * 2 if self.norm else 0
+        return max(ring, sums) + normed + self.rows * 8
+
+
+@dataclass(frozen=True)
 class LayerVariant:
     """The kernels of layer_kernels.cu, exchange.cu and expert_kernels.cu for one type of numbers."""
 
@@ -453,7 +494,7 @@ class PagedAttentionVariant:
 
 
 Variant = (
-    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | LayerVariant | DecodeVariant
+    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | ClusterBatchVariant | LayerVariant | DecodeVariant
     | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
 )  # fmt: skip
 
@@ -514,6 +555,10 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}"
             call = f"wide_batch<{each.packing.arguments}, {numbers}, {str(each.warpgroup).lower()}>"
             kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
+        elif isinstance(each, ClusterBatchVariant):
+            numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}, {each.norm}"
+            call = f"cluster_batch<{each.packing.arguments}, {numbers}, {each.cluster}>"
+            kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
         elif isinstance(each, LayerVariant):
             for call, arguments in _LAYER_KERNELS.items():
                 whole = call.startswith("row_norm") or call.endswith("_of_gpus")
@@ -568,7 +613,7 @@ def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: 
     parts: dict[Any, list[Variant]] = {}
     for each in variants:
         part: Any = (each.rows, each.epilogue) if isinstance(each, OctetVariant) else None
-        part = each if isinstance(each, WideBatchVariant) else part  # takes as long as several others
+        part = each if isinstance(each, WideBatchVariant | ClusterBatchVariant) else part  # takes as long as several others
         parts.setdefault((type(each), each.columns if isinstance(each, SmallBatchVariant) else part), []).append(each)
     packings, formats = list(packings), list(formats)
     found = [source(part, [], []) for part in parts.values()]

@@ -1,6 +1,8 @@
 """The layers for the tokens of 2 to 8 sequences: five kernels a layer, as for one (cuda_step.py)."""
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,7 +34,7 @@ class OctetStep:
         self._gpu, self._shape, self._weights, self._sequences = gpu, shape, weights, sequences
         self._plans: dict[int, list[dict[str, Plan]]] = {}  # by the most rows, for each layer by role
         for below, rows in zip((1, *ROWS), ROWS, strict=False):
-            if sequences.rows <= below or not _norms_within_fp16(weights, shape.hidden):
+            if sequences.rows <= below or not norms_within_fp16(weights, shape.hidden):
                 break
             try:
                 self._plans[rows] = [
@@ -52,26 +54,41 @@ class OctetStep:
 
     def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
         """From `x` and `residual` of the first layer to the last `residual`, on the current stream. `here`: of these rows."""
-        gpu, shape, weights, layers, eps = self._gpu, self._shape, self._weights, self._weights.layers, self._shape.eps
         plans = self.plans(rows)
         if plans is None:
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
-        for at, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-            octet.launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
-            attend(gpu, shape, weights, at, self._sequences, work, qkv=here.qkv, out=here.attended)
-            octet.launch(
-                gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual,
-                permutation=layer.gate_up.permutation,
-            )  # fmt: skip
-            octet.launch(gpu, layer.gate_up, plan["gate_up"], x=here.x_mlp, out=here.inner, norm=layer.post_norm, eps=eps)
-            last = at + 1 == len(layers)
-            octet.launch(
-                gpu, layer.down, plan["down"], x=here.inner, out=here.x_head if last else here.x, residual=here.residual,
-                permutation=weights.identity if last else layers[at + 1].qkv.permutation,
-            )  # fmt: skip
+        five_a_layer(octet.launch, self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
 
 
-def _norms_within_fp16(weights: ModelWeights, hidden: int) -> bool:
+def five_a_layer(
+    launch: Callable[..., None],
+    gpu: Gpu,
+    shape: ModelShape,
+    weights: ModelWeights,
+    sequences: Sequences,
+    plans: Sequence[Mapping[str, Any]],
+    here: Buffers,
+    work: AttentionWork,
+) -> None:
+    """From `x` and `residual` of the first layer to the last `residual`: norms are inside the products. `plans`: of each layer by
+    role, for `launch`."""
+    layers, eps = weights.layers, shape.eps
+    for at, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
+        attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
+        launch(
+            gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual,
+            permutation=layer.gate_up.permutation,
+        )  # fmt: skip
+        launch(gpu, layer.gate_up, plan["gate_up"], x=here.x_mlp, out=here.inner, norm=layer.post_norm, eps=eps)
+        last = at + 1 == len(layers)
+        launch(
+            gpu, layer.down, plan["down"], x=here.inner, out=here.x_head if last else here.x, residual=here.residual,
+            permutation=weights.identity if last else layers[at + 1].qkv.permutation,
+        )  # fmt: skip
+
+
+def norms_within_fp16(weights: ModelWeights, hidden: int) -> bool:
     """Whether no input can leave fp16 by a norm: its largest number is the root of its length, times the norm's weight."""
     norms = [norm for layer in weights.layers for norm in (layer.input_norm, layer.post_norm)]
     largest = torch.stack([each.abs().max() for each in (*norms, weights.final_norm)]).max()

@@ -1,0 +1,77 @@
+"""The layers for the tokens of 9 to 32 sequences on Hopper and newer, by products of cluster_batch.cu.
+
+9 to 16 rows take five kernels a layer, as fewer do (octet_step.py). 17 to 32 take them for `o` and `down` alone (NOTES.md).
+"""
+
+import logging
+
+from torch import Tensor
+
+from ..suitability import Unsuited
+from . import cluster_batch, small_batch
+from .attention import AttentionWork
+from .buffers import Buffers
+from .cluster_batch import SPREADS, Plan
+from .cuda_driver import HOPPER
+from .cuda_layers import EPILOGUES, NORMED, ModelWeights
+from .cuda_weights import Weight
+from .gpu_kernels import Gpu
+from .model_shape import ModelShape
+from .octet_step import five_a_layer, norms_within_fp16
+from .sequences import Sequences
+
+log = logging.getLogger(__name__)
+
+_OCTET = 8  # rows, which octet_step.py computes
+
+
+class ClusterStep:
+    """Of one model, for up to 32 rows."""
+
+    def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, sequences: Sequences, most: int) -> None:
+        """Compiles what there is for `most` rows of the model. Raises NoCompiler."""
+        self._gpu, self._shape, self._weights, self._sequences = gpu, shape, weights, sequences
+        self._plans: dict[int, list[dict[str, Plan]]] = {}  # by the most rows, for each layer by role
+        for below, rows in zip((_OCTET, *SPREADS), SPREADS, strict=False):
+            if gpu.capability < HOPPER or most <= below:
+                break
+            try:
+                self._plans[rows] = self._planned(rows)
+            except Unsuited as error:
+                log.info("%d rows take the kernels of many rows: %s", rows, error)
+        gpu.add_missing({plan.variant for layers in self._plans.values() for each in layers for plan in each.values()})
+
+    def _planned(self, most: int) -> list[dict[str, Plan]]:
+        roles = SPREADS[most]
+        if not roles.keys().isdisjoint(NORMED) and not norms_within_fp16(self._weights, self._shape.hidden):
+            raise Unsuited("a norm beyond fp16")
+        return [{role: self._plan(getattr(layer, role), role, most) for role in roles} for layer in self._weights.layers]
+
+    def _plan(self, weight: Weight, role: str, most: int) -> Plan:
+        if weight.packing.bits != 4 or weight.packing.units > 1:  # right in the products' tests, but not timed
+            raise Unsuited("weights of other bits than 4, or in groups that end within a chunk")
+        spread = SPREADS[most][role].fitted(weight.tiles, self._gpu.processors)
+        return Plan.of(self._gpu, weight, EPILOGUES[role], role in NORMED, most, spread)
+
+    def plans(self, rows: int) -> list[dict[str, Plan]] | None:
+        """For each layer, the plans by role, of 17 rows and more those of `o` and `down`; None if there are none."""
+        return self._plans.get(next((most for most in SPREADS if _OCTET < rows <= most), 0))
+
+    def whole(self, rows: int) -> bool:
+        """Whether `forward` computes so many rows."""
+        return rows <= min(SPREADS) and self.plans(rows) is not None
+
+    def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
+        """As of OctetStep."""
+        plans = self.plans(rows)
+        if plans is None or not self.whole(rows):
+            raise ValueError(f"There are no kernels for {rows} rows of this model.")
+        five_a_layer(cluster_batch.launch, self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
+
+    def add(self, at: int, role: str, x: Tensor, residual: Tensor) -> None:
+        """The product `o` or `down` of layer `at`, added to the residual, as small_batch.multiply, which has the other rows."""
+        weight, plans = getattr(self._weights.layers[at], role), self.plans(x.shape[0])
+        if plans is None:
+            small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
+        else:
+            cluster_batch.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=residual)
