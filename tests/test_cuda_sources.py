@@ -99,7 +99,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     names = gpu_kernels._KERNEL.findall(text)
     assert {each.name for each in variants} | {
         "row_norm_wide_bfloat", "row_norm_normed_bfloat", "row_norm_chosen_bfloat", "rotate_bfloat", "keep_bfloat",
-        "sum_of_gpus_bfloat", "first_of_gpus_bfloat",
+        "sum_of_gpus_bfloat", "first_of_gpus_bfloat", "rows_of_decode_half_8_1",
         "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat",
         "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
         "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "gated_norm_bfloat", "look_up_bfloat",
