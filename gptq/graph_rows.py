@@ -69,7 +69,7 @@ class GraphRows:
         shown = min(room.capacity, FIRST_CAPACITY)
         while shown < longest:
             shown = min(room.capacity, shown * 2)
-        _send(room, seats, asked)
+        room.tell(seats, [id for _memory, id in asked])
         graph = self._graphs.get((rows, shown))
         if graph is None:
             graph = self._graphs[rows, shown] = self._record(room, rows, shown)
@@ -179,14 +179,3 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
-
-
-def _send(room: RowRoom, seats: Sequence[int], asked: Sequence[tuple[TransformersMemory, int]]) -> None:
-    """The ids, and how many tokens are in each row. Where none is meant, one is written behind them, and later written over."""
-    ids, counts = [0] * len(room.rows), [0] * len(room.rows)
-    for row in room.rows:
-        if (resident := row.resident) is not None:
-            counts[row.at] = min(resident.length, room.capacity - 1)
-    for seat, (_memory, id) in zip(seats, asked, strict=True):
-        ids[seat] = id
-    room.given.copy_(torch.tensor([ids, counts]))

@@ -1,8 +1,7 @@
 """Caches of several conversations at fixed addresses: a row for each, of a forward that computes a token of all of them.
 
-As static_cache.py, but every row has its own count of tokens, which the host sends with each forward. What a forward writes
-into rows that have no token in it lies behind their tokens, and is written over. A row keeps a conversation until another one
-needs it.
+As static_cache.py, but every row has its own count of tokens, which the host sends with each forward. A row that has no token
+in it writes behind the capacity, where nobody reads. A row keeps a conversation until another one needs it.
 """
 
 import copy
@@ -24,24 +23,24 @@ class RowKeys(cache_utils.StaticLayer):
     keys: Any  # Tensor; None in the base, until the first update
     values: Any
 
-    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor) -> None:
+    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor, places: Tensor) -> None:
         super().__init__(capacity)
-        self.counts = counts  # int64 [rows]
+        self.counts, self.places = counts, places  # int64 [rows]: tokens that each row sees before its own; where that one goes
         self.batch_size = self.max_batch_size = rows
         self.num_heads = like.keys.shape[1]
         self.k_head_dim, self.v_head_dim = like.keys.shape[-1], like.values.shape[-1]
         self.dtype, self.device = like.keys.dtype, like.keys.device
-        self.keys = like.keys.new_zeros(rows, self.num_heads, capacity, self.k_head_dim)
-        self.values = like.values.new_zeros(rows, self.num_heads, capacity, self.v_head_dim)
+        self.keys = like.keys.new_zeros(rows, self.num_heads, capacity + 1, self.k_head_dim)
+        self.values = like.values.new_zeros(rows, self.num_heads, capacity + 1, self.v_head_dim)
         self.is_initialized = True
         self.shown = capacity  # tokens that the model gets to see, of the capacity
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
+        at = self.places[:rows].view(rows, 1, 1, 1)
+        self.keys[:rows].scatter_(2, at.expand_as(key_states), key_states)
+        self.values[:rows].scatter_(2, at.expand_as(value_states), value_states)
         keys, values = self.keys[:rows, :, : self.shown], self.values[:rows, :, : self.shown]
-        at = self.counts[:rows].view(rows, 1, 1, 1)
-        keys.scatter_(2, at.expand_as(key_states), key_states)
-        values.scatter_(2, at.expand_as(value_states), value_states)
         vars(keys)["tokens_before"] = self.counts[:rows]  # for an attention that reads how many there are
         return keys, values
 
@@ -111,8 +110,8 @@ class RowRoom:
         if not held:
             raise NotStatic("its cache is empty")
         self.capacity = capacity
-        self.given = torch.zeros(2, rows, dtype=torch.long, device=held[0].keys.device)  # what each forward is told
-        self.ids, self.counts = self.given
+        self.given = torch.zeros(3, rows, dtype=torch.long, device=held[0].keys.device)  # what each forward is told
+        self.ids, self.counts, self.places = self.given
         self.cache = copy.copy(memory.cache)
         self.layers = [self._static(layer, rows) for layer in memory.layers]
         self.cache.layers = self.layers
@@ -121,7 +120,7 @@ class RowRoom:
     def _static(self, layer: Any, rows: int) -> Any:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
-            return RowKeys(layer, rows, self.capacity, self.counts)
+            return RowKeys(layer, rows, self.capacity, self.counts, self.places)
         if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
             return copy.copy(layer)
         raise NotStatic(f"layers of the kind {kind} are more than keys and values")
@@ -137,6 +136,17 @@ class RowRoom:
 
     def _keys(self) -> list[RowKeys]:
         return [each for each in self.layers if isinstance(each, RowKeys)]
+
+    def tell(self, seats: Sequence[int], ids: Sequence[int]) -> None:
+        """The token of each seat follows those in its row. The other rows stay as they are."""
+        rows = len(self.rows)
+        given = [[0] * rows, [0] * rows, [self.capacity] * rows]
+        for seat, id in zip(seats, ids, strict=True):
+            resident = self.rows[seat].resident
+            assert resident is not None
+            given[0][seat] = id
+            given[1][seat] = given[2][seat] = resident.length
+        self.given.copy_(torch.tensor(given))
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""

@@ -224,3 +224,15 @@ def test_an_answer_that_is_alone_again_is_computed_ahead(stepper_of, monkeypatch
     begun.clear()
     assert in_turns([answer(stepper, PROMPTS[0], long), answer(stepper, PROMPTS[1])], joins=(1, 10)) == wanted
     assert begun[:5] == [True] * 5 and begun[-5:] == [True] * 5 and False in begun
+
+
+def test_a_long_conversation_stays_whole_while_short_ones_are_computed(stepper_of, monkeypatch):
+    monkeypatch.setattr(graph_rows, "FIRST_CAPACITY", 16)
+    stepper, prefix = stepper_of(), PrefixCache()
+    long = replace(GREEDY, max_new_tokens=30)
+    wanted = [alone(stepper, PROMPTS[0], long), *(alone(stepper, ids) for ids in PROMPTS[1:3])]
+    first = in_turns([answer(stepper, PROMPTS[0], long, prefix), answer(stepper, PROMPTS[1], long)])
+    assert first[0] == wanted[0]
+    assert in_turns([answer(stepper, ids) for ids in PROMPTS[1:3]]) == wanted[1:]
+    more = [*PROMPTS[0], *first[0], 3, 5]
+    assert in_turns([answer(stepper, more, prefix=prefix), answer(stepper, PROMPTS[1])]) == [alone(stepper, more), wanted[1]]
