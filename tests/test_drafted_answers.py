@@ -124,7 +124,7 @@ def test_beside_others_nobody_asks_the_draft_model(models, monkeypatch):
 
 def test_without_guesses_a_pass_computes_one_row(models, monkeypatch):
     hf_stepper = models(0)
-    hf_stepper._batch._guesses = False
+    hf_stepper._batch.guesses = False
     rows = passes(hf_stepper, monkeypatch)
     assert len(ids_of(events_of(hf_stepper, [9] * 30, GenerationParams(temperature=0, max_new_tokens=50)))) == 50
     assert set(rows) == {1}
