@@ -52,7 +52,7 @@ def sample_without(
                 refused.setdefault(begins, set()).add(answer[begins].id)
                 del answer[begins:]
                 if begins < at:
-                    logits = stepper.step(memory, answer[-1].id) if answer else first
+                    logits = stepper.step(memory, answer[-1].id).clone() if answer else first  # others compute before its turn
                 yield None
                 continue
             over = id in rules.ends or len(answer) == room
