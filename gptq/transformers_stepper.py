@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -246,8 +247,19 @@ class TransformersStepper(Stepper):
     @property
     def masks_windows(self) -> bool:
         """Whether the model's code makes masks of sliding windows; some configs (Moshi's) name a window that nobody uses."""
-        modules = {sys.modules[type(each).__module__] for each in self._model.modules()}
-        return any(hasattr(each, "create_sliding_window_causal_mask") for each in modules)
+        return any(hasattr(each, "create_sliding_window_causal_mask") for each in self._code())
+
+    @property
+    def names_windows(self) -> bool:
+        """Whether the model's code knows of sliding windows: it may mask them in a way of its own."""
+        try:
+            return any("sliding_window" in inspect.getsource(each) for each in self._code())
+        except (OSError, TypeError):  # code without a source
+            return True
+
+    def _code(self) -> list[ModuleType]:
+        names = {type(each).__module__ for each in self._model.modules()}
+        return [sys.modules[each] for each in names if not each.startswith(("torch.", __name__.partition(".gptq.")[0]))]
 
     def _learn_what_continues(self) -> None:
         """Some architectures forget their state when several tokens follow it at once, or keep it where no conversation can
