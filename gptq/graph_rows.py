@@ -31,6 +31,8 @@ class Recorder(Protocol):
 
     def reset(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 def rows_that_fit(free_bytes: int, token_bytes: int, context_tokens: int) -> int:
     """Conversations of this length that half of the memory holds; at least 1."""
@@ -56,6 +58,7 @@ class GraphRows:
         self._graphs: dict[tuple[int, int], Any] = {}  # by rows, and the tokens that the model sees
         self._logits: Tensor | None = None  # [rows, V]
         self._fewest = 0  # rows of a graph while a model is tried
+        self._is_tried = False
 
     def logits(self, asked: Sequence[tuple[TransformersMemory, int]]) -> Tensor:
         """An id of each conversation, which holds a token at least -> logits [ids, V]; the next call may overwrite them.
@@ -85,6 +88,9 @@ class GraphRows:
         """Compare a forward of so many rows with conversations alone, whose next logits `alone` computes. Raises NotStatic if
         they differ, and what a forward raises that cannot be recorded."""
         prompts, self._fewest = self._prompts, rows
+        window = getattr(prompts.text_config, "sliding_window", None)  # the prompts here are shorter than any
+        if window is not None and window < self._context_tokens and not self._masks_windows and prompts.names_windows:
+            raise NotStatic("it may mask its sliding window in a way of its own")
         memories, others = ([prompts.begin() for _ in _LENGTHS] for _ in range(2))
         for each, other, length in zip(memories, others, _LENGTHS, strict=True):
             prompts.prefill(each, _IDS[:length])
@@ -101,14 +107,24 @@ class GraphRows:
             log.info("rows of two conversations differ by %.4f from each alone, whole prompts by %.4f", difference, rounding)
             if not difference < max(_CLOSE, min(2 * rounding, 10 * _CLOSE)):
                 raise NotStatic(f"conversations at once give other results (they differ by {difference:.3f})")
-        self._fewest = 0
+        self._fewest, self._is_tried = 0, True
+
+    @property
+    def holds_memory(self) -> bool:
+        return self._room is not None
+
+    def clear(self) -> None:
+        """Every conversation leaves; graphs are forgotten. Raises torch.OutOfMemoryError: then some are still in their rows."""
+        self._graphs.clear()
+        self._recorder.reset()
+        if self._room is not None:
+            self._room.close()
+        self._room = self._logits = None
 
     def close(self) -> None:
-        """Every conversation leaves; graphs are forgotten."""
-        self._graphs.clear()
-        if self._room is not None:
-            self._room.leave()
-        self._room = self._logits = None
+        """As `clear`, for good. Nothing more is recorded."""
+        self.clear()
+        self._recorder.close()
 
     def _seated(self, memories: Sequence[TransformersMemory]) -> tuple[RowRoom, list[int]]:
         room = self._room
@@ -123,8 +139,8 @@ class GraphRows:
         while capacity < longest:
             capacity *= 2
         capacity = max(longest, min(capacity, -(-self._context_tokens // 64) * 64))
-        self.close()  # what is in the old room leaves it
-        self._recorder.reset()
+        self.clear()  # what is in the old room leaves it
+        room = None  # before there is memory for the new one
         room = RowRoom(memories[0], rows, capacity)
         seats = room.seat(memories)
         if seats is None:
@@ -147,7 +163,8 @@ class GraphRows:
 
         with self._kernels():
             run()  # libraries choose and load their kernels
-            with NumbersMadeThere(), refusing_to_wait(room.counts.device):
+            # the setting is the process's: later other threads may be at work on the GPU
+            with NumbersMadeThere(), nullcontext() if self._is_tried else refusing_to_wait(room.counts.device):
                 run()
             with NumbersMadeThere():
                 return self._recorder.record(run)

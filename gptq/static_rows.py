@@ -86,14 +86,18 @@ class Row:
         self._resident = weakref.ref(memory)
 
     def leave(self) -> None:
-        memory, self._resident = self.resident, None
+        """Raises torch.OutOfMemoryError: then it is still here."""
+        memory = self.resident
         if memory is None:  # none was here, or it is forgotten
             return
-        memory.elsewhere = None
-        for own, layer in zip(self._room.layers, memory.layers, strict=True):
-            if isinstance(own, RowKeys):
-                layer.keys = own.keys[self.at : self.at + 1, :, : memory.length].clone()
-                layer.values = own.values[self.at : self.at + 1, :, : memory.length].clone()
+        part = slice(self.at, self.at + 1), slice(None), slice(memory.length)
+        held = [
+            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, RowKeys) else None for own in self._room.layers
+        ]
+        self._resident = memory.elsewhere = None
+        for found, layer in zip(held, memory.layers, strict=True):
+            if found is not None:
+                layer.keys, layer.values = found
 
     def cut(self, length: int) -> bool:
         return True  # each forward is told how many tokens count
@@ -165,7 +169,8 @@ class RowRoom:
                 free.pop(0).enter(each)
         return [each.elsewhere.at for each in memories]  # type: ignore[union-attr]
 
-    def leave(self) -> None:
-        """Every conversation leaves."""
+    def close(self) -> None:
+        """Every conversation leaves. The tensors are freed with the last reference to this room."""
         for each in self.rows:
             each.leave()
+        self.rows = []  # which refer to it
