@@ -84,7 +84,12 @@ class Batch:
             rows += len(guesses)
             pieces.append((answer.memory, [answer.pending or 0, *guesses]))
         began = perf_counter()
-        logits = self._compute(pieces)
+        try:
+            logits = self._compute(pieces)
+        except BaseException:
+            for answer in waiting:  # their tokens are still to be computed, also those that were before it failed
+                answer.memory.cut(answer.length)
+            raise
         took_s = perf_counter() - began
         self._measured(rows, took_s)
         if len(pieces) == 1 and rows > 1 and self._one_s is not None:
@@ -127,6 +132,11 @@ class BatchedAnswer(Running):
         self._length = len(ids)  # tokens in memory that belong to the answer
         self._ready: Tensor | None = None  # logits after the given id
         self._ahead: deque[tuple[int, Tensor]] = deque()  # guessed ids that are computed, with the logits after each
+
+    @property
+    def length(self) -> int:
+        """Tokens in memory that belong to the answer."""
+        return self._length
 
     def give(self, id: int) -> None:
         require_known([id], self._batch.embedding_rows)  # here, where it ends this answer only

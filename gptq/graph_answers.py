@@ -6,7 +6,7 @@ token. As soon as there are others, each samples in its turn, and the first that
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from .stepper import Memory, Reading
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
 log = logging.getLogger(__name__)
+
+_PASSES_IN_TURNS = 64  # after rows have failed
 
 
 class GraphAnswer(BatchedAnswer):
@@ -70,6 +72,7 @@ class ManyGraphStepper(GraphStepper):
     ) -> None:
         super().__init__(model, context_tokens, recorder, fused, prompts)
         self._rows: GraphRows | None = None
+        self._passes_in_turns = 0  # without rows, before they are tried again
         self._batch = Batch(self._rows_logits, context_tokens, self.embedding_rows, guesses=False)
         self._turns = Turns(lambda: self._batch.busy, lambda: self.chunk_tokens)
 
@@ -84,24 +87,26 @@ class ManyGraphStepper(GraphStepper):
 
         `recorder` is for the rows alone. `parallel` stays 1 where the forward cannot, after `trial`.
         """
-        if self.why or not self._can_cut or self._room is None:
-            return
-        wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
         rows = GraphRows(self._prompts, recorder, self._context_tokens, kernels)
+        wanted = 1
+        if not self.why and self._can_cut and self._room is not None:
+            wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
         for count in (each for each in reversed(ROWS) if each <= wanted):
+            hopeless = False
             try:
                 with torch.inference_mode():
                     rows.trial(count, self.step)
+                self._rows, self.parallel, self.all_in_turns = rows, count, True
+                self._batch = Batch(self._rows_logits, self._context_tokens, self.embedding_rows, guesses=False, most_rows=count)
+                return
             except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
                 log.info("%d answers are not computed at once: %s", count, str(error).strip().splitlines()[:1])
-                with torch.inference_mode():
-                    rows.close()
-                if isinstance(error, NotStatic):
-                    return
-                continue
-            self._rows, self.parallel, self.all_in_turns = rows, count, True
-            self._batch = Batch(self._rows_logits, self._context_tokens, self.embedding_rows, guesses=False, most_rows=count)
-            return
+                hopeless = isinstance(error, NotStatic)
+            with torch.inference_mode():  # after the error, whose frames hold what did not fit
+                rows.clear()
+            if hopeless:
+                break
+        rows.close()
 
     def running(self, memory: Memory, ids: Sequence[int]) -> Running:
         alone = super().running(memory, ids)
@@ -123,9 +128,45 @@ class ManyGraphStepper(GraphStepper):
     def _rows_logits(self, pieces: Sequence[tuple[Memory, Sequence[int]]]) -> Tensor:
         """The next token of each -> logits [ids, V]."""
         asked = [(memory, ids[0]) for memory, ids in pieces]
-        if self._rows is None or (len(asked) == 1 and self._batch.has_one):
-            return torch.cat([self.step(memory, id) for memory, id in asked])
-        return self._rows.logits([(memory, id) for memory, id in asked if isinstance(memory, TransformersMemory)])
+        if self._rows is not None and not (len(asked) == 1 and self._batch.has_one):
+            if self._passes_in_turns == 0:
+                try:
+                    return self._rows.logits([(memory, id) for memory, id in asked if isinstance(memory, TransformersMemory)])
+                except (NotStatic, RuntimeError) as error:  # most likely the GPU is full
+                    log.info("%d answers are computed one after the other: %s", len(asked), str(error).strip().splitlines()[:1])
+                self._passes_in_turns = _PASSES_IN_TURNS
+                self._free_rows()
+            self._passes_in_turns -= 1
+        return torch.cat([self.step(memory, id).clone() for memory, id in asked])  # each overwrites the one before
+
+    def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
+        before = memory.length
+        try:
+            return super().prefill(memory, ids)
+        except torch.OutOfMemoryError as error:
+            full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
+        if self._batch.busy or not self._free_rows():
+            raise full
+        return super().prefill(memory, ids[memory.length - before :])
+
+    def _graph(self, memory: TransformersMemory) -> Any:
+        try:
+            return super()._graph(memory)
+        except torch.OutOfMemoryError as error:
+            full = torch.OutOfMemoryError(str(error))
+        if not self._free_rows():
+            raise full
+        return super()._graph(memory)
+
+    def _free_rows(self) -> bool:
+        """Give their memory back until they are needed; False if they have none."""
+        if self._rows is None or not self._rows.holds_memory:
+            return False
+        with suppress(torch.OutOfMemoryError):  # conversations that find no other place stay
+            self._rows.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return not self._rows.holds_memory
 
     def without_graph(self) -> TransformersStepper:
         self._forget_rows()

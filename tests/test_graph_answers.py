@@ -10,6 +10,7 @@ import pytest
 import torch
 from every_architecture import tiny_model
 from test_cuda_every_architecture import NEW
+from test_sampling_extras import Words
 
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.models import LocalModel
@@ -18,6 +19,8 @@ from gptq_webui.gptq import checkpoint, generation, graph_answers, graph_rows, s
 from gptq_webui.gptq.graph_rows import rows_that_fit
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_rows import Row
+from gptq_webui.gptq.token_rules import TokenRules
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
 pytestmark = NEW
 CONTEXT = 128
@@ -58,14 +61,13 @@ def stepper_of(folders, monkeypatch):
         each.close()
 
 
-def answer(stepper, ids, params=GREEDY, prefix=None, cancel=None):
-    return generation.generate(
-        stepper, ids, params, cancel or threading.Event(), prefix=prefix or PrefixCache(), end_ids=(), context_tokens=CONTEXT
-    )
+def answer(stepper, ids, params=GREEDY, prefix=None, cancel=None, rules=None):
+    cancel, prefix = cancel or threading.Event(), prefix or PrefixCache()
+    return generation.generate(stepper, ids, params, cancel, prefix=prefix, end_ids=(), context_tokens=CONTEXT, rules=rules)
 
 
-def alone(stepper, ids, params=GREEDY):
-    return [each.id for each in answer(stepper, ids, params) if isinstance(each, Step)]
+def alone(stepper, ids, params=GREEDY, rules=None):
+    return [each.id for each in answer(stepper, ids, params, rules=rules) if isinstance(each, Step)]
 
 
 def in_turns(answers, joins=None):
@@ -236,3 +238,27 @@ def test_a_long_conversation_stays_whole_while_short_ones_are_computed(stepper_o
     assert in_turns([answer(stepper, ids) for ids in PROMPTS[1:3]]) == wanted[1:]
     more = [*PROMPTS[0], *first[0], 3, 5]
     assert in_turns([answer(stepper, more, prefix=prefix), answer(stepper, PROMPTS[1])]) == [alone(stepper, more), wanted[1]]
+
+
+def test_an_answer_that_goes_back_in_its_text_keeps_its_own_logits(stepper_of):
+    stepper = stepper_of()
+    plain = alone(stepper, PROMPTS[0])
+    rules = TokenRules(texts=Words(tuple(plain[3:5])))
+    wanted = [alone(stepper, PROMPTS[0], rules=rules), alone(stepper, PROMPTS[1])]
+    assert wanted[0] != plain
+    assert in_turns([answer(stepper, PROMPTS[0], rules=rules), answer(stepper, PROMPTS[1])]) == wanted
+
+
+@pytest.mark.parametrize(("code", "parallel"), [("", 4), ("sliding_window", 1)])
+def test_a_window_that_only_the_models_own_code_may_mask_is_left_to_it(stepper_of, monkeypatch, code, parallel):
+    named = property(lambda self: "sliding_window" in code)
+    monkeypatch.setattr(TransformersStepper, "names_windows", named)
+    load = checkpoint.load
+
+    def with_window(*given, **how):
+        hf, notes = load(*given, **how)
+        hf.config.sliding_window = 16
+        return hf, notes
+
+    monkeypatch.setattr(checkpoint, "load", with_window)
+    assert stepper_of().parallel == parallel
