@@ -173,15 +173,20 @@ class StaticRoom:
         return True
 
     def leave(self) -> None:
+        """Raises torch.OutOfMemoryError: then it is still here."""
         memory = self._resident() if self._resident is not None else None
-        self._resident = None
         if memory is None:  # none was here, or it is forgotten
+            self._resident = None
             return
-        memory.elsewhere = None
-        for own, layer in zip(self.cache.layers, memory.layers, strict=True):
-            if isinstance(own, StaticKeys):
-                layer.keys = own.keys[:, :, : memory.length].clone()
-                layer.values = own.values[:, :, : memory.length].clone()
+        part = slice(None), slice(None), slice(memory.length)
+        held = [
+            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, StaticKeys) else None
+            for own in self.cache.layers
+        ]
+        self._resident = memory.elsewhere = None
+        for own, found, layer in zip(self.cache.layers, held, memory.layers, strict=True):
+            if found is not None:
+                layer.keys, layer.values = found
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 source.copy_(state)
 
