@@ -23,9 +23,9 @@ class RowKeys(cache_utils.StaticLayer):
     keys: Any  # Tensor; None in the base, until the first update
     values: Any
 
-    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor, places: Tensor) -> None:
+    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor, targets: Tensor) -> None:
         super().__init__(capacity)
-        self.counts, self.places = counts, places  # int64 [rows]: tokens that each row sees before its own; where that one goes
+        self.counts, self.targets = counts, targets  # int64 [rows]: tokens that each row sees before its own; where that one goes
         self.batch_size = self.max_batch_size = rows
         self.num_heads = like.keys.shape[1]
         self.k_head_dim, self.v_head_dim = like.keys.shape[-1], like.values.shape[-1]
@@ -37,7 +37,7 @@ class RowKeys(cache_utils.StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
-        at = self.places[:rows].view(rows, 1, 1, 1)
+        at = self.targets[:rows].view(rows, 1, 1, 1)
         self.keys[:rows].scatter_(2, at.expand_as(key_states), key_states)
         self.values[:rows].scatter_(2, at.expand_as(value_states), value_states)
         keys, values = self.keys[:rows, :, : self.shown], self.values[:rows, :, : self.shown]
@@ -115,7 +115,7 @@ class RowRoom:
             raise NotStatic("its cache is empty")
         self.capacity = capacity
         self.given = torch.zeros(3, rows, dtype=torch.long, device=held[0].keys.device)  # what each forward is told
-        self.ids, self.counts, self.places = self.given
+        self.ids, self.counts, self.targets = self.given
         self.cache = copy.copy(memory.cache)
         self.layers = [self._static(layer, rows) for layer in memory.layers]
         self.cache.layers = self.layers
@@ -124,7 +124,7 @@ class RowRoom:
     def _static(self, layer: Any, rows: int) -> Any:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
-            return RowKeys(layer, rows, self.capacity, self.counts, self.places)
+            return RowKeys(layer, rows, self.capacity, self.counts, self.targets)
         if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
             return copy.copy(layer)
         raise NotStatic(f"layers of the kind {kind} are more than keys and values")
