@@ -1,6 +1,7 @@
 """gptq/cpu: every kernel against float64, whole models against transformers on dequantised weights."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -152,6 +153,28 @@ def test_a_team_that_is_dropped_leaves_no_thread():
         if thread.name.startswith("gptq-webui cpu") and threading.active_count() > before:
             thread.join(0.5)
     assert threading.active_count() <= before
+
+
+def test_nothing_of_a_product_stays_in_memory():
+    """numba keeps the arrays that a generator is given: the counters of every token that was ever computed."""
+
+    class Roomy(Team):
+        def run(self, phases, function, *arguments):
+            super().run(1000, function, *arguments)  # 128 kB of counters
+
+    linear, _dense = packed(64, 32, 4, 32)
+    team = Roomy(2)
+    product, x = CpuLinear(cpu_weights.from_module(linear, cpu_kernels.ISA, team), team), torch.randn(3, 64)
+    product(x)  # compiles
+    tracemalloc.start()  # NumPy reports its arrays to it
+    try:
+        for _ in range(100):
+            product(x)
+        left, _most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        team.close()
+    assert left < 1 << 20
 
 
 def test_exp_is_exp():

@@ -33,14 +33,14 @@ WEIGHT_COLUMNS = 12
 
 @compiled_part
 def claim(counters, phase):
-    """The next item of a phase that no thread has; counters int64 [phases, 16], zero before the first."""
-    return fetch_add(counters.ctypes.data + 128 * phase, 1)
+    """The next item of a phase that no thread has. `counters`: address of int64 [phases, 16], zero before the first."""
+    return fetch_add(counters + 128 * phase, 1)
 
 
 @compiled_part
 def finish(counters, phase, mine, total):
     """Report that `mine` items are done, and wait until all are."""
-    address = counters.ctypes.data + 128 * phase + 64
+    address = counters + 128 * phase + 64
     if mine:
         fetch_add(address, mine)
     spins = 0
@@ -51,7 +51,10 @@ def finish(counters, phase, mine, total):
 
 @compiled_part
 def shares(counters, phase, items):
-    """The items of a phase that fall to this thread. The loop ends when all items of all threads are done."""
+    """The items of a phase that fall to this thread. The loop ends when all items of all threads are done.
+
+    numba never lets go of an array that a generator was given: no argument here may be one.
+    """
     mine = 0
     at = claim(counters, phase)
     while at < items:

@@ -20,7 +20,7 @@ _COLUMNS_BYTES = 64 << 20  # of the fp32 weights that are there at a time
 def multiply_out(
     tid: int,
     threads: int,
-    counters: Any,
+    counters: int,
     w: Any,
     scales: Any,
     zeros: Any,

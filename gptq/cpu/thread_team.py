@@ -20,6 +20,7 @@ class Team:
         self.size = max(1, size)
         self._turn = threading.Lock()
         self._job: list[_Job | None] = [None]
+        self._counters = np.empty((0, 16), np.int64)  # of the last call: an interrupted one may leave a helper that looks at them
         self._go = [threading.Semaphore(0) for _ in range(self.size - 1)]
         self._done = threading.Semaphore(0)
         for tid, go in enumerate(self._go, 1):
@@ -30,10 +31,11 @@ class Team:
     def run(self, phases: int, function: Callable[..., Any], *arguments: Any) -> None:
         """Call function(tid, threads, counters, *arguments) in every thread; returns when all calls have.
 
-        `counters` have room for that many phases (cpu_kernels.shares).
+        `counters` is the address of zeros for that many phases (cpu_kernels.shares).
         """
         with self._turn:
-            counters = np.zeros((phases, 16), np.int64)
+            self._counters = np.zeros((phases, 16), np.int64)
+            counters = self._counters.ctypes.data
             self._job[0] = (function, (self.size, counters, *arguments))
             for each in self._go:
                 each.release()
