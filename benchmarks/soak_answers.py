@@ -6,8 +6,12 @@ keys ask them at random times, and some leave in the middle; a visitor chats in 
 model is loaded again three times. At the end every request is asked alone once more, and Ctrl+C ends the server while answers
 are being written. The same `--seed` draws the same requests.
 
+Twice nobody is answered and the server's memory is measured, after the same last requests: after a first part of three minutes (a
+quarter of a short run), in which the model was loaded again once and all threads and buffers have been used, and at the end.
+What runs takes memory by its length, and gives it back.
+
 It prints a line a minute. Exit code 0: every whole answer was the same as alone, none came later than the load explains, the
-server's memory is within 5% of what it was after the first part, and the server ended well. 1: not so.
+server's memory at rest has not grown by 5%, and the server ended well. 1: not so.
 """
 # mypy: ignore-errors
 
@@ -36,6 +40,8 @@ PAUSE_S = 0.8  # of a client between two requests, on average
 LEAVES = 0.15  # share of requests whose client leaves before the end
 SLOWER = 3  # than alone, for each client
 STOP_S = 20.0  # that Ctrl+C may take
+FIRST_S = 180.0  # before the memory is measured first
+LAST = 12  # requests that are asked one by one before that: the server keeps the last conversations
 
 
 class Soak:
@@ -47,6 +53,8 @@ class Soak:
         self.open, self.reloads, self.reloading = 0, 0, False
         self.slowest_s, self.firsts_s, self.positions = 0.0, [], []
         self.end = self.mean_s = 0.0
+        self.draws = [random.Random(f"{options.seed} {at}") for at in range(options.clients)]
+        self.minute = self.most_bytes = 0
 
     def fault(self, text):
         self.faults.append(text)
@@ -76,7 +84,7 @@ class Soak:
         return 60 + SLOWER * self.options.clients * max(self.mean_s, own_s)
 
     async def client(self, at):
-        draw = random.Random(f"{self.options.seed} {at}")
+        draw = self.draws[at]
         async with self.server.client(self.server.keys[at % KEYS]) as http:
             while time.monotonic() < self.end:
                 await asyncio.sleep(draw.expovariate(1 / PAUSE_S))
@@ -129,9 +137,12 @@ class Soak:
             while time.monotonic() < self.end:
                 await asyncio.sleep(PROBE_S)
                 began, first, reloads = time.monotonic(), None, self.reloads
+                beside, left = self.open, self.counts["left"]
                 with suppress(Exception):
                     async with http.stream("POST", "/v1/completions", json=SHORT) as answer:
                         positions = [int(answer.headers["x-queue-position"])]
+                        # all that were open at some time until now, also those whose leaving is not seen yet; and the visitor
+                        beside = max(beside, self.open) + self.counts["left"] - left + 1
                         async for line in answer.aiter_lines():
                             if line.startswith(": waiting, "):
                                 positions.append(int(line.split()[2]))
@@ -141,33 +152,35 @@ class Soak:
                     continue
                 self.firsts_s.append(first)
                 self.positions.append(positions[0])
-                if sorted(positions, reverse=True) != positions or positions[0] > self.open + 1:
-                    self.fault(f"a short request beside {self.open} others was told the positions {positions}")
+                if sorted(positions, reverse=True) != positions or positions[0] > beside:
+                    self.fault(f"a short request beside at most {beside} others was told the positions {positions}")
 
-    async def reload(self):
-        """Three times in between."""
+    async def reload(self, seconds, *shares):
+        """At these shares of the coming seconds."""
+        began = time.monotonic()
         async with self.server.client(self.server.admin) as http:
-            for share in (0.3, 0.5, 0.7):
-                await asyncio.sleep(max(0.0, self.end - (1 - share) * self.options.minutes * 60 - time.monotonic()))
+            for share in shares:
+                await asyncio.sleep(max(0.0, began + share * seconds - time.monotonic()))
                 self.reloading = True
                 answer = await http.post("/v1/internal/model/load", json={"model_name": self.options.model})
                 self.reloads, self.reloading = self.reloads + 1, False
                 if answer.status_code != 200:
                     self.fault(f"the model was not loaded again: {answer.status_code} {answer.text[:300]}")
 
-    async def watch(self, samples):
-        began, minute = time.monotonic(), 0
+    async def watch(self):
+        began = time.monotonic() - 60 * self.minute
         while time.monotonic() < self.end:
             await asyncio.sleep(2)
             if self.server.process.poll() is not None:
                 self.fault(f"the server's process ended with {self.server.process.returncode}")
                 os._exit(1)
-            samples.append((time.monotonic() - began, self.server.memory()))
-            if (now := int((time.monotonic() - began) // 60)) > minute:
-                minute = now
+            size = self.server.memory()
+            self.most_bytes = max(self.most_bytes, size)
+            if (now := int((time.monotonic() - began) // 60)) > self.minute:
+                self.minute = now
                 counts = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
-                state = f"{samples[-1][1] / 1e6:.1f} MB; {len(self.faults)} faults; load {os.getloadavg()[0]:.1f}"
-                say(f"minute {minute}: {counts}; slowest {self.slowest_s:.1f} s; {state}")
+                state = f"{size / 1e6:.1f} MB; {len(self.faults)} faults; load {os.getloadavg()[0]:.1f}"
+                say(f"minute {self.minute}: {counts}; slowest {self.slowest_s:.1f} s; {state}")
                 self.slowest_s = 0.0
 
     async def run(self):
@@ -175,18 +188,15 @@ class Soak:
         say(f"the server is process {self.server.process.pid}; seed {self.options.seed}, {self.options.minutes:g} minutes, "
             f"{self.options.clients} clients")  # fmt: skip
         await self.measure_alone()
-        self.end = time.monotonic() + self.options.minutes * 60
-        samples, page = [], threading.Thread(target=visit_page, args=(self,), daemon=True)
-        page.start()
-        clients = [self.client(at) for at in range(self.options.clients)]
-        await asyncio.gather(*clients, self.probe(), self.reload(), self.watch(samples))
-        await asyncio.to_thread(page.join, self.limit_s())
-        first, last = memory_of(samples, self.options.minutes)
+        whole_s = self.options.minutes * 60
+        first_s = min(FIRST_S, whole_s / 4)
+        await self.part(first_s, self.reload(first_s, 0.5))
+        first = await self.at_rest(self.requests[-LAST:])
+        await self.part(whole_s - first_s, self.reload(whole_s - first_s, 0.3, 0.6))
         async with self.server.client(self.server.admin) as http:
             figures = (await http.get("/metrics")).text
             queue = (await http.get("/v1/queue")).json()
-            for asked in self.requests:  # nothing that was computed meanwhile has changed them
-                self.judge(asked, *(await self.whole(http, asked)), False, {})
+            last = await self.at_rest(self.requests)
             await self.interrupt(http)
         log = self.server.log.read_text()
         if "Traceback" in log or "ERROR" in log:
@@ -200,10 +210,27 @@ class Soak:
             found = re.search(rf"^gptq_webui_{name}_p95_seconds (.*)$", figures, re.MULTILINE)
             say(f"/metrics: {name}_p95_seconds {float(found[1]):.3f}")
         growth = last / first - 1
-        say(f"memory {first / 1e6:.1f} MB after the first part, {last / 1e6:.1f} MB at the end ({growth:+.1%}); {queue}")
-        well = not self.faults and abs(growth) < 0.05 and self.counts["same"] > 0
+        at_rest = f"{first / 1e6:.1f} MB after the first part, {last / 1e6:.1f} MB at the end ({growth:+.1%})"
+        say(f"memory at rest {at_rest}; at most {self.most_bytes / 1e6:.1f} MB; {queue}")
+        well = not self.faults and growth < 0.05 and self.counts["same"] > 0
         say(f"{'PASSED' if well else 'FAILED'}: {dict(self.counts)}, {self.reloads} reloads, {len(self.faults)} faults")
         return 0 if well else 1
+
+    async def part(self, seconds, *beside):
+        """All clients and the visitor, for so long; until their last answers."""
+        self.end = time.monotonic() + seconds
+        page = threading.Thread(target=visit_page, args=(self,), daemon=True)
+        page.start()
+        clients = [self.client(at) for at in range(self.options.clients)]
+        await asyncio.gather(*clients, self.probe(), self.watch(), *beside)
+        await asyncio.to_thread(page.join, self.limit_s())
+
+    async def at_rest(self, requests):
+        """The server's memory after these, asked one by one: nothing that was computed meanwhile has changed their answers."""
+        async with self.server.client(self.server.keys[0]) as http:
+            for asked in requests:
+                self.judge(asked, *(await self.whole(http, asked)), False, {})
+        return self.server.memory()
 
     async def whole(self, http, asked):
         answer = await http.post(asked.path, json=asked.body)
@@ -236,14 +263,6 @@ def difference(wanted, found):
     at = next((at for at, (one, two) in pairs if not same(one, two)), min(len(wanted), len(found)))
     one, two = (str(each[at : at + 1])[:600] for each in (wanted, found))
     return f"event {at} of {len(wanted)} and {len(found)}: {one} alone, {two} now"
-
-
-def memory_of(samples, minutes):
-    """Medians of a minute: around the third one (or the first quarter, of a short run), and of the last one."""
-    total_s = minutes * 60
-    early_s, piece_s = min(180.0, total_s / 4), min(60.0, total_s / 4)
-    early = [size for at, size in samples if early_s - piece_s / 2 <= at <= early_s + piece_s / 2]
-    return statistics.median(early or [samples[0][1]]), statistics.median(size for at, size in samples if at >= total_s - piece_s)
 
 
 def main():

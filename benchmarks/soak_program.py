@@ -122,7 +122,13 @@ def visit_page(soak):
                 reloads, before = soak.reloads, tab.evaluate(answers)
                 tab.fill("#gw-message textarea", f"Say the number {soak.counts['answers in the page']}.")
                 tab.press("#gw-message textarea", "Enter")
-                tab.wait_for_function(f"{answers} > {before}")
+                end = time.monotonic() + soak.limit_s()
+                while tab.evaluate(answers) <= before:
+                    if reloads != soak.reloads and tab.is_visible("#gw-send"):
+                        break  # the reload ended it before its first word, and the page says so
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"no answer after {soak.limit_s():.0f} s")
+                    time.sleep(0.2)
                 tab.wait_for_selector("#gw-send:visible")
                 soak.counts["answers in the page"] += reloads == soak.reloads
                 if tab.evaluate(answers) >= 6:
