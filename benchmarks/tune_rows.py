@@ -170,8 +170,9 @@ class RowsTimer:
     def use(self, spreads: dict[str, dict[int, Spread]] | None) -> None:
         """Spread the products of a few rows so; None: the kernels of many rows."""
         step, batch = self.step, self.step.batch
-        batch._octet = None
-        if spreads is not None:
+        if spreads is None:
+            batch._octet._plans.clear()
+        else:
             batch._octet = OctetStep(self.gpu, step.shape, step.weights, step.sequences, spreads)
         batch._graphs.clear()
 
