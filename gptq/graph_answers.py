@@ -22,6 +22,7 @@ from .reading_turns import Turns
 from .running import Running
 from .static_cache import Fused, NotStatic
 from .stepper import Memory, Reading
+from .suitability import Unsuited
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,11 @@ class ManyGraphStepper(GraphStepper):
                 self._rows, self.parallel, self.all_in_turns = rows, count, True
                 self._batch = Batch(self._rows_logits, self._context_tokens, self.embedding_rows, guesses=False, most_rows=count)
                 return
-            except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            except (
+                NotStatic, Unsuited, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError
+            ) as error:  # fmt: skip
                 log.info("%d answers are not computed at once: %s", count, str(error).strip().splitlines()[:1])
-                hopeless = isinstance(error, NotStatic)
+                hopeless = isinstance(error, (NotStatic, Unsuited))
             with torch.inference_mode():  # after the error, whose frames hold what did not fit
                 rows.clear()
             if hopeless:

@@ -16,9 +16,11 @@ from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint, generation, graph_answers, graph_rows, stepper_choice
+from gptq_webui.gptq.cuda import small_batch
 from gptq_webui.gptq.graph_rows import rows_that_fit
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_rows import Row
+from gptq_webui.gptq.suitability import Unsuited
 from gptq_webui.gptq.token_rules import TokenRules
 from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
@@ -209,6 +211,15 @@ def test_what_cannot_be_recorded_in_many_rows_is_tried_in_fewer(stepper_of, monk
     stepper = stepper_of(parallel=8)
     assert stepper.parallel == 2
     assert in_turns([answer(stepper, ids) for ids in PROMPTS[:4]]) == [alone(stepper, ids) for ids in PROMPTS[:4]]
+
+
+def test_a_gpu_whose_blocks_are_too_small_for_rows_computes_one_answer_at_a_time(stepper_of, monkeypatch):
+    def none_fits(packing, epilogue, limit_bytes):
+        raise Unsuited(f"a GPU with {limit_bytes} bytes of shared memory for a block")
+
+    monkeypatch.setattr(small_batch, "variants", none_fits)
+    stepper = stepper_of()
+    assert stepper.parallel == 1 and len(alone(stepper, PROMPTS[0])) == 8
 
 
 def test_an_answer_that_is_alone_again_is_computed_ahead(stepper_of, monkeypatch):
