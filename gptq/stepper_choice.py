@@ -131,11 +131,9 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Of the GPU's memory. What torch holds in reserve counts as free."""
-    if device.type != "cuda":
-        return 0
-    free, _total = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    from .cuda.gpu_kernels import free_bytes
+
+    return free_bytes(device) if device.type == "cuda" else 0
 
 
 def preparing(device: torch.device) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cuda_step import SMALL, error, random_models
 
-from gptq_webui.gptq.cuda import cluster_batch
+from gptq_webui.gptq.cuda import octet
 from gptq_webui.gptq.cuda.cluster_batch import Plan, Spread
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
@@ -66,7 +66,7 @@ class Product:
         out = torch.full((len(rows) + 1, width), torch.nan, dtype=torch.float16, device="cuda")
         residual = torch.full((len(rows) + 1, self.n), torch.nan, device="cuda")
         residual[:-1] = self.before[rows]
-        cluster_batch.launch(
+        octet.launch(
             self.gpu, weight, plan, x=staged, out=out[:-1], norm=norm if plan.variant.norm else None, eps=1e-5,
             residual=residual if residual_too else None, permutation=self.permutation if residual_too else None,
         )  # fmt: skip

@@ -98,28 +98,33 @@ def ours(stepper):
 PROMPTS = (IDS[:PROMPT], IDS[5:PROMPT], IDS[2:9])  # of answers that run at the same time
 
 
-def together(stepper):
-    """Greedy tokens of several answers at the same time, the last of which joins later; none where the stepper computes one."""
-    if stepper.parallel == 1:
-        return []
-    params = replace(GREEDY, max_new_tokens=8)
-    prefix, found = PrefixCache(), [[] for _ in PROMPTS]
-    running = [
-        generation.generate(stepper, ids, params, threading.Event(), prefix=prefix, end_ids=(), context_tokens=CONTEXT)
-        for ids in PROMPTS
-    ]
-    waiting, left, turn = 3, list(range(len(running))), 0
+def in_turns(answers, joins=None):
+    """The tokens of each; `joins`: in which round an answer begins."""
+    found, left, turn = [[] for _ in answers], list(range(len(answers))), 0
     while left:
         turn += 1
         for at in tuple(left):
-            if at == 2 and turn <= waiting:
+            if joins is not None and turn < joins[at]:
                 continue
-            event = next(running[at], None)
+            event = next(answers[at], None)
             if isinstance(event, Step):
                 found[at].append(event.id)
             elif isinstance(event, Finish):
                 left.remove(at)
     return found
+
+
+def together(stepper):
+    """Greedy tokens of several answers at the same time, the last of which joins later; none where the stepper computes one."""
+    if stepper.parallel == 1:
+        return []
+    params = replace(GREEDY, max_new_tokens=8)
+    prefix = PrefixCache()
+    running = [
+        generation.generate(stepper, ids, params, threading.Event(), prefix=prefix, end_ids=(), context_tokens=CONTEXT)
+        for ids in PROMPTS
+    ]
+    return in_turns(running, joins=(1, 1, 4))
 
 
 def made(kind, wide):

@@ -9,10 +9,10 @@ import hub_folder
 import pytest
 import torch
 from every_architecture import tiny_model
-from test_cuda_every_architecture import NEW
+from test_cuda_every_architecture import NEW, in_turns
 from test_sampling_extras import Words
 
-from gptq_webui.core.chat import Finish, Step
+from gptq_webui.core.chat import Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq import checkpoint, generation, graph_answers, graph_rows, stepper_choice
@@ -70,22 +70,6 @@ def answer(stepper, ids, params=GREEDY, prefix=None, cancel=None, rules=None):
 
 def alone(stepper, ids, params=GREEDY, rules=None):
     return [each.id for each in answer(stepper, ids, params, rules=rules) if isinstance(each, Step)]
-
-
-def in_turns(answers, joins=None):
-    """The tokens of each; `joins`: in which round an answer begins."""
-    found, left, turn = [[] for _ in answers], list(range(len(answers))), 0
-    while left:
-        turn += 1
-        for at in tuple(left):
-            if joins is not None and turn < joins[at]:
-                continue
-            event = next(answers[at], None)
-            if isinstance(event, Step):
-                found[at].append(event.id)
-            elif isinstance(event, Finish):
-                left.remove(at)
-    return found
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED, replace(GREEDY, logprobs=2)], ids=["greedy", "seeded", "logprobs"])

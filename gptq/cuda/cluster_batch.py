@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from torch import Tensor
-
 from ..suitability import Unsuited
 from .cuda_driver import HOPPER
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import OCTET, TILE
+from .kernel_arguments import TILE
 from .kernel_source import BLOCK_THREADS, ClusterBatchVariant, Packing
 
 _LEAST_NORM = 32 * 8  # inputs of a run of every lane of a warp
@@ -60,7 +58,7 @@ def variant(packing: Packing, chunks: int, epilogue: str, norm: bool, rows: int,
 
 @dataclass(frozen=True)
 class Plan:
-    """A weight's kernel for up to so many rows, and its launch."""
+    """A weight's kernel for up to so many rows, and its launch, which octet.py does."""
 
     variant: ClusterBatchVariant
     name: str
@@ -81,43 +79,3 @@ class Plan:
         items = -(-weight.tiles // found.item_tiles)
         blocks = -(-items // -(-items // most)) * found.cluster  # as many items for each cluster
         return cls(found, found.name, blocks, claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors)))
-
-
-def launch(
-    gpu: Gpu,
-    weight: Weight,
-    plan: Plan,
-    *,
-    x: Tensor,
-    out: Tensor | None,
-    norm: Tensor | None = None,
-    residual: Tensor | None = None,
-    permutation: Tensor | None = None,
-    eps: float = 0.0,
-) -> None:
-    """As octet.launch; without `out` a residual is all that a product leaves."""
-    rows, taken = x.shape
-    if taken != weight.padded or rows > plan.variant.rows:
-        raise ValueError(f"The input is {rows} rows of {taken} numbers; {plan.name} takes {weight.padded}.")
-    if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
-        raise ValueError(f"{plan.name} was given other tensors than it takes.")
-    arguments = OCTET.pack(
-        weights=weight.words,
-        scales=weight.scales,
-        x=x,
-        norm=norm,
-        bias=weight.bias,
-        out=out,
-        residual=residual,
-        permutation=permutation,
-        n=weight.out_features,
-        tiles=weight.tiles,
-        chunks=weight.chunks,
-        groups=weight.groups,
-        unit_to_group=weight.unit_to_group,
-        k=weight.in_features,
-        rows=rows,
-        out_stride=0 if out is None else out.shape[1],
-        eps=eps,
-    )
-    gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap=True)

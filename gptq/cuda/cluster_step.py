@@ -8,7 +8,7 @@ import logging
 from torch import Tensor
 
 from ..suitability import Unsuited
-from . import cluster_batch, small_batch
+from . import octet, small_batch
 from .attention import AttentionWork
 from .buffers import Buffers
 from .cluster_batch import SPREADS, Plan
@@ -66,7 +66,7 @@ class ClusterStep:
         plans = self.plans(rows)
         if plans is None or not self.whole(rows):
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
-        five_a_layer(cluster_batch.launch, self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
+        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
 
     def add(self, at: int, role: str, x: Tensor, residual: Tensor) -> None:
         """The product `o` or `down` of layer `at`, added to the residual, as small_batch.multiply, which has the other rows."""
@@ -74,4 +74,4 @@ class ClusterStep:
         if plans is None:
             small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
         else:
-            cluster_batch.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=residual)
+            octet.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=residual)

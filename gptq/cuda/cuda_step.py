@@ -30,7 +30,7 @@ from .cluster_step import ClusterStep
 from .cuda_adapter import CudaAdapter, adaptable_layers
 from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights, Packings, inputs_of, packings_of
 from .gemv import Tuning
-from .gpu_kernels import Gpu
+from .gpu_kernels import Gpu, free_bytes
 from .graphs import GraphRecorder
 from .guessed_step import GuessedStep
 from .kernel_source import GuessedVariant, Variant
@@ -224,8 +224,7 @@ class CudaStep:
 
     def free_bytes(self) -> int:
         """Of the GPU's memory. What torch holds in reserve counts as free."""
-        free, _total = torch.cuda.mem_get_info(self.device)
-        return int(free) + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free_bytes(self.device)
 
     def _lendable_bytes(self) -> int:
         """Of what conversations may have and do not have, as far as the GPU has it free."""

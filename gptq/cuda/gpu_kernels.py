@@ -126,6 +126,12 @@ def _stream_of(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Of the GPU's memory. What torch holds in reserve counts as free."""
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def claimed_bytes(gpu: Gpu, used_bytes: int, blocks: int) -> int:
     """Shared memory to ask for, in bytes, so that a processor takes no more than `blocks` of a launch at once.
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -126,13 +127,29 @@ class Plan:
             turns = needed
 
 
+class Launchable(Protocol):
+    """A plan of a product whose kernel takes OctetArguments."""
+
+    @property
+    def variant(self) -> Any: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+
 def launch(
     gpu: Gpu,
     weight: Weight,
-    plan: Plan,
+    plan: Launchable,
     *,
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     norm: Tensor | None = None,
     residual: Tensor | None = None,
     permutation: Tensor | None = None,
@@ -140,11 +157,13 @@ def launch(
 ) -> None:
     """x fp16 [rows, padded] in fragment order -> out fp16 [rows, …]: N outputs (PLAIN), N / 2 (SILU), or N in the order of
     `permutation` int32 [N], added to residual fp32 [rows, N] first (RESIDUAL). `norm` fp16 [padded] is for plans with a norm.
-    All are contiguous; the plan's variant must be compiled."""
+    All are contiguous; the plan's variant must be compiled. A product by clusters (cluster_batch.py) may leave the residual
+    alone, without `out`."""
     rows, taken = x.shape
-    if taken != weight.padded or rows > plan.variant.rows or out.shape[0] != rows:
+    written = rows if out is None else out.shape[0]
+    if taken != weight.padded or rows > plan.variant.rows or written != rows:
         raise ValueError(
-            f"The input is {rows} rows of {taken} numbers; {plan.name} takes {weight.padded} and writes {out.shape[0]} rows."
+            f"The input is {rows} rows of {taken} numbers; {plan.name} takes {weight.padded} and writes {written} rows."
         )
     if (plan.variant.norm > 0) != (norm is not None) or (plan.variant.epilogue == "RESIDUAL") != (residual is not None):
         raise ValueError(f"{plan.name} was given other tensors than it takes.")
@@ -164,7 +183,7 @@ def launch(
         unit_to_group=weight.unit_to_group,
         k=weight.in_features,
         rows=rows,
-        out_stride=out.shape[1],
+        out_stride=0 if out is None else out.shape[1],
         eps=eps,
     )
     gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap=True)

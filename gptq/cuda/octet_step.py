@@ -1,7 +1,7 @@
 """The layers for the tokens of 2 to 8 sequences: five kernels a layer, as for one (cuda_step.py)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,10 @@ class OctetStep:
         plans = self.plans(rows)
         if plans is None:
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
-        five_a_layer(octet.launch, self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
+        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
 
 
 def five_a_layer(
-    launch: Callable[..., None],
     gpu: Gpu,
     shape: ModelShape,
     weights: ModelWeights,
@@ -71,18 +70,18 @@ def five_a_layer(
     work: AttentionWork,
 ) -> None:
     """From `x` and `residual` of the first layer to the last `residual`: norms are inside the products. `plans`: of each layer by
-    role, for `launch`."""
+    role."""
     layers, eps = weights.layers, shape.eps
     for at, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-        launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
+        octet.launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
         attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
-        launch(
+        octet.launch(
             gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual,
             permutation=layer.gate_up.permutation,
         )  # fmt: skip
-        launch(gpu, layer.gate_up, plan["gate_up"], x=here.x_mlp, out=here.inner, norm=layer.post_norm, eps=eps)
+        octet.launch(gpu, layer.gate_up, plan["gate_up"], x=here.x_mlp, out=here.inner, norm=layer.post_norm, eps=eps)
         last = at + 1 == len(layers)
-        launch(
+        octet.launch(
             gpu, layer.down, plan["down"], x=here.inner, out=here.x_head if last else here.x, residual=here.residual,
             permutation=weights.identity if last else layers[at + 1].qkv.permutation,
         )  # fmt: skip
