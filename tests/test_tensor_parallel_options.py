@@ -266,20 +266,6 @@ def test_the_page_shows_the_option_only_where_there_are_several_gpus(monkeypatch
     assert settings_box._draw(option, "tensor_parallel").visible is shown
 
 
-@pytest.mark.parametrize(("count", "value", "shown"), [(1, 0, False), (1, 2, True), (0, 1, True), (2, 0, True), (2, 2, True)])
-def test_what_was_saved_for_several_gpus_can_be_changed_where_there_is_one(monkeypatch, count, value, shown):
-    from dataclasses import fields
-
-    from gptq_webui.ui import settings_box
-
-    monkeypatch.setattr(settings_box, "gpus", lambda: [None] * count)
-    (option,) = (each for each in fields(TransformersOptions) if each.name == "tensor_parallel")
-    given = settings_box._set(option, settings_box._draw(option, "tensor_parallel"), value)
-    assert given["value"] == value and given["visible"] is shown
-    (plain,) = (each for each in fields(TransformersOptions) if each.name == "parallel")
-    assert settings_box._set(plain, settings_box._draw(plain, "parallel"), 5) == 5
-
-
 @pytest.mark.parametrize(
     "error", [TypeError("forward() got an unexpected keyword argument 'x'"), RuntimeError("NCCL error: unhandled system error")]
 )

@@ -108,7 +108,7 @@ def draw_settings(engine: Engine, models: gr.Dropdown, reload: gr.Button, access
         shown: dict[Any, Any] = {}
         for each in loaders:
             as_it_takes = make_options(each, usable)  # two loaders may have an option of the same name
-            shown |= {box: _set(option, box, getattr(as_it_takes, option.name)) for option, box in boxes_of[each.name]}
+            shown |= {box: getattr(as_it_takes, option.name) for option, box in boxes_of[each.name]}
         return shown | arranged(name, wanted) | {loader: wanted, note: ""}
 
     def rearrange(request: gr.Request, name: str | None, wanted: str) -> dict[Any, Any]:
@@ -144,13 +144,6 @@ def draw_settings(engine: Engine, models: gr.Dropdown, reload: gr.Button, access
     saving = save.click(save_settings, [models, loader, *boxes], [note, reload], js=_SAVING, **gradio_compat.EVENT)
     gradio_compat.at_end(saving, _SAVED)
     return SettingsBox(values, [loader, *boxes, *panels.values(), note], loaded)
-
-
-def _set(option: Field, box: gr.components.Component, value: Any) -> Any:
-    """What a box is given. One for several GPUs is shown on others too where something was saved in it: it may refuse a load."""
-    if not option.metadata.get("several_gpus"):
-        return value
-    return gr.update(value=value, visible=bool(box.visible) or value != default(option))
 
 
 def _draw(option: Field, name: str) -> gr.components.Component:
