@@ -1,4 +1,4 @@
-"""Which products of 9 to 32 rows clusters of blocks make, and how they are launched, without a GPU."""
+"""Which products of 5 to 64 rows clusters of blocks make, and how they are launched, without a GPU."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -12,6 +12,8 @@ from gptq_webui.gptq.cuda.kernel_source import Packing
 from gptq_webui.gptq.suitability import Unsuited
 
 BY_CLUSTERS = {"embed": 1, "cluster": 8, "attention": 2, "norm": 1}
+DOWN_BY_CLUSTERS = {"embed": 1, "octet": 6, "cluster": 2, "attention": 2, "head": 1}
+O_BY_CLUSTERS = {"embed": 1, "norm": 5, "wide": 6, "cluster": 2, "paged": 2}
 SUMS_BY_CLUSTERS = {"embed": 1, "norm": 5, "small": 4, "cluster": 4, "paged": 2}
 MANY = {"embed": 1, "norm": 5, "small": 8, "paged": 2}
 RAGGED = {"hidden": 264, "group_size": -1}  # outputs that fill no tile
@@ -25,6 +27,10 @@ TIMED = {
     (16, "down"): (14336, 4096, "residual_norm0_2_4_1_8_3_2", 128, 115840),
     (32, "o"): (4096, 4096, "residual_norm0_4_4_1_8_3_2", 128, 150784),
     (32, "down"): (14336, 4096, "residual_norm0_4_4_1_8_3_2", 128, 150784),
+    (48, "o"): (4096, 4096, "residual_norm0_6_2_1_4_3_2", 256, 87168),
+    (48, "down"): (14336, 4096, "residual_norm0_6_4_1_8_2_2", 128, 133504),
+    (64, "o"): (4096, 4096, "residual_norm0_8_2_1_4_3_2", 256, 111872),
+    (8, "down"): (14336, 4096, "residual_norm0_1_4_1_8_3_2", 128, 115840),
 }
 
 
@@ -56,7 +62,9 @@ def test_the_shape_that_was_timed_is_launched_as_it_was(rows, role):
     ("rows", "change", "wanted"),
     [(9, {}, BY_CLUSTERS), (12, {"sym": False}, BY_CLUSTERS), (16, {"bias": True, "qk_norm": True}, BY_CLUSTERS),
      (17, {}, SUMS_BY_CLUSTERS), (24, {"sym": False, "bias": True}, SUMS_BY_CLUSTERS), (32, {"group_size": -1}, SUMS_BY_CLUSTERS),
-     (48, {}, {"embed": 1, "norm": 5, "wide": 8, "paged": 2}),
+     (48, {}, {**O_BY_CLUSTERS, "wide": 4, "cluster": 4}), (64, {}, O_BY_CLUSTERS), (5, {}, DOWN_BY_CLUSTERS),
+     (8, {"sym": False, "bias": True}, DOWN_BY_CLUSTERS), (8, {"bits": 8}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}),
+     (4, {}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}), (65, {}, {"embed": 1, "norm": 5, "wide": 8, "paged": 2}),
      (12, RAGGED, SEVEN_A_LAYER), (24, RAGGED, MANY), (16, MANY_OUTPUTS, SEVEN_A_LAYER), (32, MANY_OUTPUTS, SUMS_BY_CLUSTERS),
      (16, {"bits": 8}, SEVEN_A_LAYER), (32, {"bits": 3}, MANY), (24, {"bits": 2, "sym": False}, MANY),
      (16, {"group_size": 32}, SEVEN_A_LAYER)],
@@ -68,7 +76,7 @@ def test_clusters_make_what_they_were_faster_at_and_nothing_else(gpu, rows, chan
 def test_a_step_that_grows_has_the_kernels_of_each_number_of_rows(gpu):  # noqa: F811
     step = make(gpu, parallel=8, most=32)
     step.sequences.grow(48)
-    for rows, wanted in ((8, {"embed": 1, "octet": 8, "attention": 2, "head": 1}), (12, BY_CLUSTERS), (24, SUMS_BY_CLUSTERS)):
+    for rows, wanted in ((8, DOWN_BY_CLUSTERS), (12, BY_CLUSTERS), (24, SUMS_BY_CLUSTERS)):
         assert launched(step, gpu, rows) == wanted
     with pytest.raises(ValueError, match="no kernels for 24 rows"):
         step._clusters.forward(24, None, None)

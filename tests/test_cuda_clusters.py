@@ -1,4 +1,4 @@
-"""Products of 9 to 32 rows by clusters of blocks, and the steps with them, against float64. Skipped without such a GPU."""
+"""Products of 5 to 64 rows by clusters of blocks, and the steps with them, against float64. Skipped without such a GPU."""
 
 import contextlib
 
@@ -19,8 +19,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPILOGUES = {  # by the most rows, with a norm or without
+    8: [("RESIDUAL", False)],
     16: [("PLAIN", True), ("SILU", True), ("RESIDUAL", False)],
     32: [("RESIDUAL", False)],
+    48: [("RESIDUAL", False)],
+    64: [("RESIDUAL", False)],
 }
 
 
@@ -39,20 +42,20 @@ class Product:
         packing = packing_of([self.layer])
         gpu.add_missing(packings=[packing])
         self.weight = repack(gpu, [self.layer], packing)
-        self.x = (torch.randn(32, k, device="cuda") * torch.logspace(-2, 2, 32, device="cuda")[:, None]).half()
+        self.x = (torch.randn(64, k, device="cuda") * torch.logspace(-2, 2, 64, device="cuda")[:, None]).half()
         self.norm = (torch.rand(k, device="cuda") + 0.5).half()
-        self.before = torch.randn(32, n, device="cuda")
+        self.before = torch.randn(64, n, device="cuda")
         self.permutation = torch.randperm(n, device="cuda").int()
 
     def wanted(self, epilogue, normed):
-        """fp64 [32, N] or, of SILU, [32, N / 2]."""
+        """fp64 [64, N] or, of SILU, [64, N / 2]."""
         x = self.x.double()
         if normed:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.norm.double()
         y = x @ self.layer.dequantize(torch.float64).T + self.layer.bias.double()
         if epilogue == "SILU":
-            pairs = y.view(32, self.n // 16, 2, 8)
-            y = (torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(32, self.n // 2)
+            pairs = y.view(64, self.n // 16, 2, 8)
+            y = (torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(64, self.n // 2)
         return y + self.before.double() if epilogue == "RESIDUAL" else y
 
     def run(self, plan, rows):
@@ -84,7 +87,8 @@ class Product:
 def test_clusters_multiply_right_in_every_layout(gpu, bits, group_size, act_order, sym):
     torch.manual_seed(bits * 1000 + group_size)
     product = Product(gpu, 672, 416, bits, group_size, act_order=act_order, sym=sym)  # 11 chunks, the last one half empty
-    for rows, spread in zip(EPILOGUES, (Spread(3, 2, 2, 3, 2), Spread(2, 1, 3, 2, 4)), strict=True):
+    spreads = (Spread(4, 1, 4, 3, 2), Spread(3, 2, 2, 3, 2), Spread(2, 1, 3, 2, 4), Spread(4, 1, 4, 2, 2), Spread(2, 1, 4, 3, 2, 2))
+    for rows, spread in zip(EPILOGUES, spreads, strict=True):
         plans = [Plan.of(gpu, product.weight, *each, rows, spread) for each in EPILOGUES[rows]]
         gpu.add_missing({each.variant for each in plans})
         for (epilogue, normed), plan in zip(EPILOGUES[rows], plans, strict=True):
@@ -104,7 +108,7 @@ def test_every_spread_gives_the_same_and_a_row_does_not_depend_on_the_others(gpu
         for epilogue, normed in EPILOGUES[rows]:
             with contextlib.suppress(Unsuited):
                 plans.append(Plan.of(gpu, product.weight, epilogue, normed, rows, Spread(*spread)))
-    assert len(plans) >= 5, "of six, one needs more shared memory for 32 rows than there is"
+    assert len(plans) >= (5 if rows <= 32 else 3), "of six, some need more shared memory for so many rows than there is"
     gpu.add_missing({each.variant for each in plans})
     for plan in plans:
         epilogue, everything = plan.variant.epilogue, list(range(rows))
@@ -113,10 +117,10 @@ def test_every_spread_gives_the_same_and_a_row_does_not_depend_on_the_others(gpu
         assert torch.equal(found, product.run(plan, everything)), "the same input gives the same bits"
         turned = everything[::-1]
         assert torch.equal(found[turned], product.run(plan, turned)), "a row in another column"
-        assert torch.equal(found[:9], product.run(plan, everything[:9])), "fewer rows"
+        assert torch.equal(found[:7], product.run(plan, everything[:7])), "fewer rows"
 
 
-@pytest.mark.parametrize("rows", [9, 16, 27, 32])
+@pytest.mark.parametrize("rows", [9, 16, 27, 32, 41, 48, 64])
 @pytest.mark.parametrize("change", [{}, {"sym": False}, {"bias": True}, {"qk_norm": True}], ids=str)
 def test_rows_by_clusters_give_the_logits_of_plain_pytorch(gpu, rows, change):
     torch.manual_seed(2)
@@ -124,7 +128,7 @@ def test_rows_by_clusters_give_the_logits_of_plain_pytorch(gpu, rows, change):
     ids = torch.randint(0, SMALL["vocabulary"], (rows,)).tolist()
     with torch.inference_mode():
         wanted = torch.cat([random_models.plain_logits(parts, [each]) for each in ids])
-        step = CudaStep(parts, 256, parallel=32, gpu=gpu)
+        step = CudaStep(parts, 256, parallel=64, gpu=gpu)
         assert step._clusters.plans(rows) is not None and step._clusters.whole(rows) == (rows <= 16)
         memories = [PagedMemory(step.pages) for _ in ids]
         for row, (memory, each) in enumerate(zip(memories, ids, strict=True)):

@@ -123,7 +123,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
 
 @pytest.mark.parametrize(
     ("rows", "change", "wanted"),
-    [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (8, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
+    [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (4, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
      (9, {"bits": 8}, SEVEN_A_LAYER), (17, {"bits": 8}, {"embed": 1, "norm": 5, "small": 8, "paged": 2})],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):

@@ -1,10 +1,11 @@
-"""Products of 9 to 32 rows on Hopper and newer: which kernel of cluster_batch.cu computes them, and how it is launched."""
+"""Products of 5 to 64 rows on Hopper and newer: which kernel of cluster_batch.cu computes them, and how it is launched."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..suitability import Unsuited
 from .cuda_driver import HOPPER
+from .cuda_layers import EPILOGUES, NORMED
 from .cuda_weights import Weight
 from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import TILE
@@ -34,6 +35,7 @@ class Spread:
 
 
 SPREADS = {  # by the most rows and the role, the best in a step on an H200
+    8: {"down": Spread(4, 1, 8, 3, 2)},
     16: {
         "qkv": Spread(3, 2, 4, 3, 2),
         "o": Spread(2, 1, 8, 3, 2, 2),
@@ -41,6 +43,8 @@ SPREADS = {  # by the most rows and the role, the best in a step on an H200
         "down": Spread(4, 1, 8, 3, 2),
     },
     32: {"o": Spread(4, 1, 8, 3, 2), "down": Spread(4, 1, 8, 3, 2)},
+    48: {"o": Spread(2, 1, 4, 3, 2, 2), "down": Spread(4, 1, 8, 2, 2)},
+    64: {"o": Spread(2, 1, 4, 3, 2, 2)},
 }
 
 
@@ -79,3 +83,13 @@ class Plan:
         items = -(-weight.tiles // found.item_tiles)
         blocks = -(-items // -(-items // most)) * found.cluster  # as many items for each cluster
         return cls(found, found.name, blocks, claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors)))
+
+
+def planned(gpu: Gpu, weight: Weight, role: str, most: int) -> Plan:
+    """Of a layer's product of up to `most` rows, one of SPREADS. Raises Unsuited if another kernel computes it."""
+    if role not in SPREADS[most]:
+        raise Unsuited(f"the product {role} of {most} rows")
+    if weight.packing.bits != 4 or weight.packing.units > 1:  # right in the products' tests, but not timed
+        raise Unsuited("weights of other bits than 4, or in groups that end within a chunk")
+    spread = SPREADS[most][role].fitted(weight.tiles, gpu.processors)
+    return Plan.of(gpu, weight, EPILOGUES[role], role in NORMED, most, spread)

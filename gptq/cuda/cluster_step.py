@@ -1,9 +1,11 @@
-"""The layers for the tokens of 9 to 32 sequences on Hopper and newer, by products of cluster_batch.cu.
+"""The layers for the tokens of 9 to 64 sequences on Hopper and newer, by products of cluster_batch.cu.
 
-9 to 16 rows take five kernels a layer, as fewer do (octet_step.py). 17 to 32 take them for `o` and `down` alone (NOTES.md).
+9 to 16 rows take five kernels a layer, as fewer do (octet_step.py). More take them for `o` alone, up to 48 for `down` too
+(NOTES.md).
 """
 
 import logging
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -11,10 +13,9 @@ from ..suitability import Unsuited
 from . import octet, small_batch
 from .attention import AttentionWork
 from .buffers import Buffers
-from .cluster_batch import SPREADS, Plan
+from .cluster_batch import SPREADS, Plan, planned
 from .cuda_driver import HOPPER
-from .cuda_layers import EPILOGUES, NORMED, ModelWeights
-from .cuda_weights import Weight
+from .cuda_layers import NORMED, ROLES, ModelWeights
 from .gpu_kernels import Gpu
 from .model_shape import ModelShape
 from .octet_step import five_a_layer, norms_within_fp16
@@ -22,17 +23,15 @@ from .sequences import Sequences
 
 log = logging.getLogger(__name__)
 
-_OCTET = 8  # rows, which octet_step.py computes
-
 
 class ClusterStep:
-    """Of one model, for up to 32 rows."""
+    """Of one model, for up to 64 rows."""
 
     def __init__(self, gpu: Gpu, shape: ModelShape, weights: ModelWeights, sequences: Sequences, most: int) -> None:
         """Compiles what there is for `most` rows of the model. Raises NoCompiler."""
         self._gpu, self._shape, self._weights, self._sequences = gpu, shape, weights, sequences
         self._plans: dict[int, list[dict[str, Plan]]] = {}  # by the most rows, for each layer by role
-        for below, rows in zip((_OCTET, *SPREADS), SPREADS, strict=False):
+        for below, rows in pairwise(SPREADS):
             if gpu.capability < HOPPER or most <= below:
                 break
             try:
@@ -45,21 +44,16 @@ class ClusterStep:
         roles = SPREADS[most]
         if not roles.keys().isdisjoint(NORMED) and not norms_within_fp16(self._weights, self._shape.hidden):
             raise Unsuited("a norm beyond fp16")
-        return [{role: self._plan(getattr(layer, role), role, most) for role in roles} for layer in self._weights.layers]
-
-    def _plan(self, weight: Weight, role: str, most: int) -> Plan:
-        if weight.packing.bits != 4 or weight.packing.units > 1:  # right in the products' tests, but not timed
-            raise Unsuited("weights of other bits than 4, or in groups that end within a chunk")
-        spread = SPREADS[most][role].fitted(weight.tiles, self._gpu.processors)
-        return Plan.of(self._gpu, weight, EPILOGUES[role], role in NORMED, most, spread)
+        return [{role: planned(self._gpu, getattr(layer, role), role, most) for role in roles} for layer in self._weights.layers]
 
     def plans(self, rows: int) -> list[dict[str, Plan]] | None:
-        """For each layer, the plans by role, of 17 rows and more those of `o` and `down`; None if there are none."""
-        return self._plans.get(next((most for most in SPREADS if _OCTET < rows <= most), 0))
+        """For each layer, the plans by role, of 17 rows and more of some roles alone; None if there are none."""
+        return self._plans.get(next((most for most in SPREADS if rows <= most), 0))
 
     def whole(self, rows: int) -> bool:
         """Whether `forward` computes so many rows."""
-        return rows <= min(SPREADS) and self.plans(rows) is not None
+        plans = self.plans(rows)
+        return plans is not None and plans[0].keys() >= set(ROLES)
 
     def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
         """As of OctetStep."""
@@ -71,7 +65,7 @@ class ClusterStep:
     def add(self, at: int, role: str, x: Tensor, residual: Tensor) -> None:
         """The product `o` or `down` of layer `at`, added to the residual, as small_batch.multiply, which has the other rows."""
         weight, plans = getattr(self._weights.layers[at], role), self.plans(x.shape[0])
-        if plans is None:
+        if plans is None or role not in plans[at]:
             small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
         else:
             octet.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=residual)

@@ -34,7 +34,7 @@ class Spread:
 SPREADS = {
     "qkv": {2: Spread(16, 4, 2), 4: Spread(8, 4, 3), 8: Spread(8, 4, 4)},
     "o": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(8, 4, 2, 2)},
-    "gate_up": {2: Spread(8, 4, 2, 1, 2), 4: Spread(4, 4, 4, 1, 2), 8: Spread(4, 4, 4, 3)},
+    "gate_up": {2: Spread(8, 4, 2, 1, 2), 4: Spread(4, 4, 4, 1, 2), 8: Spread(4, 4, 3, 3, 2)},
     "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
 }
 

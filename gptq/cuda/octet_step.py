@@ -1,5 +1,6 @@
 """The layers for the tokens of 2 to 8 sequences: five kernels a layer, as for one (cuda_step.py)."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 
 from ..suitability import Unsuited
-from . import octet
+from . import cluster_batch, octet
 from .attention import AttentionWork, attend
 from .buffers import Buffers
 from .cuda_layers import EPILOGUES, NORMED, ROLES, ModelWeights
+from .cuda_weights import Weight
 from .gpu_kernels import Gpu
 from .model_shape import ModelShape
-from .octet import ROWS, SPREADS, Plan, Spread
+from .octet import ROWS, SPREADS, Launchable, Plan, Spread
 from .sequences import Sequences
 
 log = logging.getLogger(__name__)
@@ -32,14 +34,14 @@ class OctetStep:
     ) -> None:
         """Compiles what there is for the model. Raises NoCompiler."""
         self._gpu, self._shape, self._weights, self._sequences = gpu, shape, weights, sequences
-        self._plans: dict[int, list[dict[str, Plan]]] = {}  # by the most rows, for each layer by role
+        self._plans: dict[int, list[dict[str, Launchable]]] = {}  # by the most rows, for each layer by role
         for below, rows in zip((1, *ROWS), ROWS, strict=False):
             if sequences.rows <= below or not norms_within_fp16(weights, shape.hidden):
                 break
             try:
                 self._plans[rows] = [
                     {
-                        role: Plan.of(gpu, weight, EPILOGUES[role], role in NORMED, rows, spreads[role][rows])
+                        role: self._plan(weight, role, rows, spreads[role][rows])
                         for role, weight in zip(ROLES, layer.weights, strict=True)
                     }
                     for layer in weights.layers
@@ -48,7 +50,13 @@ class OctetStep:
                 log.info("%d rows take the kernels of many rows: %s", rows, error)
         gpu.add_missing({plan.variant for layers in self._plans.values() for four in layers for plan in four.values()})
 
-    def plans(self, rows: int) -> list[dict[str, Plan]] | None:
+    def _plan(self, weight: Weight, role: str, rows: int, spread: Spread) -> Launchable:
+        if rows in cluster_batch.SPREADS and spread == SPREADS[role][rows]:
+            with contextlib.suppress(Unsuited):
+                return cluster_batch.planned(self._gpu, weight, role, rows)
+        return Plan.of(self._gpu, weight, EPILOGUES[role], role in NORMED, rows, spread)
+
+    def plans(self, rows: int) -> list[dict[str, Launchable]] | None:
         """For each layer, the plans by role; None if so many rows need other kernels."""
         return next((found for most, found in self._plans.items() if most >= rows), None)
 
