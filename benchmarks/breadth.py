@@ -37,12 +37,14 @@ from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
 CONTEXT = 512
 
 
-def build(name: str, layers: int, tiny: bool, device: str, group: int) -> Any:
-    """The model with random weights, all linear layers of its blocks packed."""
+def build(name: str, layers: int, tiny: bool, device: str, group: int, vocabulary: int = 0) -> Any:
+    """The model with random weights, all linear layers of its blocks packed. `vocabulary`: 0 is the shape's own."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     config = config_of(name, layers, tiny)
+    if vocabulary:
+        config.get_text_config(decoder=True).vocab_size = vocabulary
     dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
     caps = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
     with torch.device(device), no_init_weights():

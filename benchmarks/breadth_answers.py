@@ -2,7 +2,8 @@
 
 As many_answers.py (prompts of 512 tokens, 257 of answer, 129 of more than 16 answers, through the worker), of breadth.py's models
 with random weights, computed by the stepper that the product chooses: tokens a second together, and how long a prompt of 3,840
-tokens takes. `qwen3-30b-a3b@12` takes twelve layers; `--tiny` divides the widths, for a machine without a GPU.
+tokens takes. `qwen3-30b-a3b@12` takes twelve layers; `--vocabulary 32000` makes the output layer that of the folders which vLLM
+was measured with; `--tiny` divides the widths, for a machine without a GPU.
 """
 
 import argparse
@@ -30,9 +31,9 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetit
 class Server:
     """What many_answers.py asks of one."""
 
-    def __init__(self, shape: str, layers: int, tiny: bool, device: str, most: int) -> None:
+    def __init__(self, shape: str, layers: int, tiny: bool, device: str, most: int, vocabulary: int) -> None:
         with torch.inference_mode():
-            model = build(shape, layers, tiny, device, 32 if tiny else 128)
+            model = build(shape, layers, tiny, device, 32 if tiny else 128, vocabulary)
         self.stepper, self.note = stepper_for(model, CONTEXT, parallel=most)
         self._ids = min(32000, model.config.get_text_config(decoder=True).vocab_size)
         self.prefix = PrefixCache()
@@ -60,11 +61,12 @@ def main() -> None:
     options.add_argument("shape", help=", ".join(SHAPES))
     options.add_argument("--rows", type=int, nargs="*", default=[1, 8])
     options.add_argument("--prompt", type=int, default=3840)
+    options.add_argument("--vocabulary", type=int, default=0)
     options.add_argument("--tiny", action="store_true")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = options.parse_args()
     shape, _at, layers = given.shape.partition("@")
-    server = Server(shape, int(layers or 0), given.tiny, given.device, max(given.rows))
+    server = Server(shape, int(layers or 0), given.tiny, given.device, max(given.rows), given.vocabulary)
     print(f"{given.shape}: {server.stepper.kernel}, {server.stepper.parallel} answers at once. {server.note}", flush=True)
     for rows in given.rows:
         together(server, rows)  # records the graphs
