@@ -87,7 +87,13 @@ class Product:
 def test_clusters_multiply_right_in_every_layout(gpu, bits, group_size, act_order, sym):
     torch.manual_seed(bits * 1000 + group_size)
     product = Product(gpu, 672, 416, bits, group_size, act_order=act_order, sym=sym)  # 11 chunks, the last one half empty
-    spreads = (Spread(4, 1, 4, 3, 2), Spread(3, 2, 2, 3, 2), Spread(2, 1, 3, 2, 4), Spread(4, 1, 4, 2, 2), Spread(2, 1, 4, 3, 2, 2))
+    spreads = (
+        Spread(4, 1, 4, 3, 2),
+        Spread(3, 2, 2, 3, 2),
+        Spread(2, 1, 3, 2, 4),
+        Spread(4, 1, 4, 2, 2),
+        Spread(2, 1, 4, 3, 2, 2),
+    )
     for rows, spread in zip(EPILOGUES, spreads, strict=True):
         plans = [Plan.of(gpu, product.weight, *each, rows, spread) for each in EPILOGUES[rows]]
         gpu.add_missing({each.variant for each in plans})
