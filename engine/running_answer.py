@@ -34,7 +34,9 @@ class RunningAnswer:
         ended: "Callable[[RunningAnswer], None]" = lambda answer: None,
     ) -> None:
         """`ask` returns the answer, or None if it was stopped before; it may take its time and raise. `before` is the beginning
-        that is continued, `details` how it ended. `ended` is called once, before the answer counts as over."""
+        that is continued, `details` how it ended. `ended` is called once, before the answer counts as over.
+
+        Once it is read it holds neither the answer's model nor what was asked: it is remembered longer than both."""
         self.number = secrets.randbits(48)  # tells answers apart
         self.message: int | None = None  # the stored message that it writes
         self.text = before
@@ -130,16 +132,19 @@ class RunningAnswer:
         return reading.read_tokens / max(1, reading.prompt_tokens)
 
     def _ahead(self) -> int:
-        return self._answer.ahead if self._answer is not None else 0
+        answer = self._answer
+        return answer.ahead if answer is not None else 0
 
     def _slow(self) -> Reading | None:
         """The reading of the prompt, if it takes long enough to be shown."""
-        reading = self._answer.reading if self._answer is not None else None
+        answer = self._answer
+        reading = answer.reading if answer is not None else None
         return reading if reading is not None and time.monotonic() - reading.began > _QUICK_S else None
 
     def _read(self) -> None:
+        ask, self._ask = self._ask, _nothing
         try:
-            self._answer = self._ask(self)
+            self._answer = ask(self)
             self.waiting = ""
             self._accepted.set()
             self.begun = self.begun or (isinstance(self._answer, Answer) and self._answer.begun)
@@ -166,6 +171,7 @@ class RunningAnswer:
             )
         finally:
             self._end()
+            self._answer = None
 
     def _end(self) -> None:
         with self._ending:
@@ -182,6 +188,10 @@ class RunningAnswer:
         with self._changed:
             self.stamp += 1
             self._changed.notify_all()
+
+
+def _nothing(answer: RunningAnswer) -> None:
+    return None
 
 
 def details_of(answer: RunningAnswer, model: str, max_new_tokens: int, before: Mapping[str, Any] | None = None) -> dict[str, Any]:

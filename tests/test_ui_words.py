@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -88,6 +89,33 @@ def test_a_reply_says_what_it_is_doing():
     assert reply.state == "Reading your message: 3,072 of 12,000 tokens" and reply.share == 0.256
     stream.go.set()
     assert reply.wait(5) and reply.text == "hello world" and reply.finish == Finish("stop")
+
+
+@pytest.mark.parametrize("given_up", (False, True))
+def test_a_reply_that_is_over_holds_neither_its_model_nor_what_was_asked(given_up):
+    """A conversation's last answer is remembered for as long as the server runs."""
+
+    class Asked:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def answer(self, _reply):
+            return self.stream
+
+    stream = Stream(Token(1, "hello"), Finish("stop"))
+    stream.go.set()
+    asked = Asked(stream)
+    gone = [weakref.ref(each) for each in (stream, asked)]
+    reply = RunningAnswer(asked.answer)
+    if given_up:
+        reply.give_up()
+    reply.start()
+    del stream, asked
+    end = time.monotonic() + 5
+    while any(each() is not None for each in gone) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert reply.over and [each() for each in gone] == [None, None]
+    assert reply.phase == "over" and reply.share is None
 
 
 def test_a_reply_that_breaks_keeps_its_text_and_says_why():
