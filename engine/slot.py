@@ -17,7 +17,7 @@ from ..core.foreign_errors import in_words
 from ..loaders.choose import Choice
 from ..loaders.contract.base import LoadedModel, LoadProgress
 from ..loaders.machine.memory_fit import Fit
-from ..loaders.machine.memory_release import free_memory
+from ..loaders.machine.memory_release import free_memory, trim_reserve
 from . import load_fallback
 from .load_fallback import LoadOutcome
 from .load_request import LoadPlan, LoadRequest
@@ -211,6 +211,7 @@ class Slot:
 def loaded_as_planned(plan: LoadPlan, progress: LoadProgress, cancel: threading.Event) -> LoadOutcome:
     """A model with its saved chat template, outside of any slot. Raises GptqWebuiError and frees all memory."""
     outcome = load_fallback.load(plan, progress, cancel)
+    trim_reserve()  # a hundred megabytes, of the files that were read and the code that was compiled
     if plan.template is not None:
         try:
             outcome.loaded.template = plan.template.bound(outcome.loaded.tokenizer)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from gptq_webui.core.errors import AnswerFailed, Busy, PromptTooLong
+from gptq_webui.loaders.contract import worker as workers
 from gptq_webui.loaders.contract.worker import Worker
 
 
@@ -262,3 +263,18 @@ def test_a_panic_of_a_rust_library_ends_the_answer_and_not_the_thread(worker):
     with pytest.raises(AnswerFailed, match="unwrap"):
         list(worker.stream(panics, threading.Event(), "cancelled"))
     assert worker.alive and list(worker.stream(lambda: iter([7]), threading.Event(), "cancelled")) == [7]
+
+
+def test_what_answers_have_left_goes_back_to_the_system_once_nobody_asks_any_more(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(workers, "_QUIET_S", 0.1)
+    monkeypatch.setattr(workers, "trim_reserve", lambda: given_back.append(threading.current_thread().name))
+    worker = Worker()
+    for answers in (1, 2):
+        assert list(worker.stream(lambda: iter([7]), threading.Event(), "cancelled")) == [7]
+        end = time.monotonic() + 5
+        while len(given_back) < answers and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.25)  # not again while it is still quiet
+        assert given_back == ["gptq-webui model"] * answers
+    worker.close()

@@ -6,6 +6,7 @@ CUDA streams, graphs and torch's inference mode belong to a thread, so the compu
 """
 
 import atexit
+import contextlib
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ from typing import Generic, TypeVar
 from ...core.chat import Reading
 from ...core.errors import AnswerFailed, Busy, GptqWebuiError
 from ...core.foreign_errors import in_words, trace
+from ..machine.memory_release import trim_reserve
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ T = TypeVar("T")
 _EXIT_S = 5.0  # a program that ends waits so long for the token that is being computed
 _workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _GONE = "The model's thread ended because of an error. Press Reload in the Model tab."
+_QUIET_S = 10.0  # without an answer, after which memory goes back that the answers before have left
 _POLL_S = 0.05  # how soon a waiting reader notices that it was cancelled before its turn
 
 
@@ -242,7 +245,7 @@ class Worker:
             while next_one is not None or not closing:
                 if next_one is None:
                     try:
-                        next_one = self._jobs.get(block=not running)
+                        next_one = self._jobs.get(block=False) if running else self._awaited()
                     except queue.Empty:
                         break
                     if next_one is None:
@@ -265,6 +268,13 @@ class Worker:
                     del running[at]
                 else:
                     at += 1
+
+    def _awaited(self) -> Job | None:
+        """The next job, however late it comes."""
+        with contextlib.suppress(queue.Empty):
+            return self._jobs.get(timeout=_QUIET_S)
+        trim_reserve()
+        return self._jobs.get()
 
     def _may_begin(self, job: Job, running: Sequence[Job]) -> bool:
         if job.cancel.is_set() or not running:  # a cancelled one ends at once

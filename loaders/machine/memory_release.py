@@ -1,6 +1,7 @@
 """Returns memory that nothing uses any more to the system.
 
-`free_memory` is the only function for that; only a step whose prompt does not fit empties torch's cache itself, and goes on.
+`free_memory` is the only function for that, and `trim_reserve` the part of it that disturbs nothing; only a step whose
+prompt does not fit empties torch's cache itself, and goes on.
 """
 
 import contextlib
@@ -30,6 +31,11 @@ def free_memory(device: Any = None, collect: bool = True) -> None:
         if device is not None and (clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None)) is not None:
             clear()  # 32 MB for each stream, which nothing else releases
         torch.cuda.empty_cache()
+    trim_reserve()
+
+
+def trim_reserve() -> None:
+    """Free what the C library keeps in reserve. Takes some hundredths of a second, while others may compute."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)  # glibc would keep hundreds of megabytes that were freed in small pieces
