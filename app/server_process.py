@@ -20,6 +20,7 @@ from ..engine.download_queue import Downloads
 from ..engine.engine import Engine
 from ..engine.request_queue import DEFAULT_LIMIT
 from ..engine.running_chats import MOST_RUNNING
+from ..loaders.machine.memory_release import limit_arenas
 from . import access_flags, tgi_flags
 from .engine_commands import load_options, make_engine, requested_model
 from .first_model import first_model
@@ -35,6 +36,7 @@ _TRIED_PORTS = 100
 def serve(options: argparse.Namespace) -> int:
     """Open the page and stay until Ctrl+C."""
     stop = _Stop()
+    limit_arenas()
     tgi_flags.understand(options, _say)
     host, users = access_flags.host_of(options), access_flags.users(options)
     port = free_port(host, options.port)

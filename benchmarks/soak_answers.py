@@ -8,7 +8,8 @@ are being written. The same `--seed` draws the same requests.
 
 Twice nobody is answered and the server's memory is measured, after the same last requests: after a first part of three minutes (a
 quarter of a short run), in which the model was loaded again once and all threads and buffers have been used, and at the end.
-What runs takes memory by its length, and gives it back.
+What runs takes memory by its length, and gives it back; what is measured counts 15 seconds later, when the server has
+given back the C library's reserve.
 
 It prints a line a minute. Exit code 0: every whole answer was the same as alone, none came later than the load explains, the
 server's memory at rest has not grown by 10%, and the server ended well. 1: not so.
@@ -42,6 +43,7 @@ SLOWER = 3  # than alone, for each client
 STOP_S = 20.0  # that Ctrl+C may take
 MOST_GROWTH = 0.1  # of the memory at rest: the C library keeps a tenth of it in reserve after a load
 FIRST_S = 180.0  # before the memory is measured first
+QUIET_S = 15.0  # after the last answer; the server gives memory back after 10
 LAST = 12  # requests that are asked one by one before that: the server keeps the last conversations
 
 
@@ -231,7 +233,11 @@ class Soak:
         async with self.server.client(self.server.keys[0]) as http:
             for asked in requests:
                 self.judge(asked, *(await self.whole(http, asked)), False, {})
-        return self.server.memory()
+        before = self.server.memory()
+        await asyncio.sleep(QUIET_S)
+        size = self.server.memory()
+        say(f"at rest: {before / 1e6:.1f} MB after the last answer, {size / 1e6:.1f} MB {QUIET_S:.0f} s later")
+        return size
 
     async def whole(self, http, asked):
         answer = await http.post(asked.path, json=asked.body)
