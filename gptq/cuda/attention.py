@@ -8,7 +8,17 @@ from torch import Tensor
 from .cuda_driver import HOPPER
 from .cuda_layers import ModelWeights
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import ATTENTION, ATTENTION_HEADS, ATTENTION_WARPS, GATHER, ONE_ROWS, PAGE_TOKENS, ROPE, ROPE_WARPS
+from .kernel_arguments import (
+    ATTENTION,
+    ATTENTION_HEADS,
+    ATTENTION_WARPS,
+    GATHER,
+    ONE_ROWS,
+    PAGE_TOKENS,
+    ROPE,
+    ROPE_TOKENS,
+    ROPE_WARPS,
+)
 from .kernel_source import PagedAttentionVariant
 from .model_shape import ModelShape
 from .sequences import Sequences
@@ -119,7 +129,10 @@ def rope_rows(gpu: Gpu, shape: ModelShape, weights: ModelWeights, layer: int, *,
         rotary_half=shape.rotary_half,
         eps=shape.eps,
     )
-    gpu.run(f"rope_{shape.kv.name}", (tokens + pages * shape.kv_heads,), 32 * ROPE_WARPS, arguments)
+    lanes = shape.head_dim // 16  # as in_runs of prompt_heads.cu
+    in_runs = lanes & (lanes - 1) == 0 and shape.rotary_half * 2 == shape.head_dim
+    blocks = -(-tokens // ROPE_TOKENS) if in_runs else tokens
+    gpu.run(f"rope_{shape.kv.name}", (blocks + pages * shape.kv_heads,), 32 * ROPE_WARPS, arguments)
 
 
 def gather_pages(gpu: Gpu, shape: ModelShape, layer: int, *, table: Tensor, keys: Tensor, values: Tensor) -> None:

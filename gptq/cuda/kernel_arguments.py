@@ -24,12 +24,14 @@ CONSTANTS = {
     "SCAN_THREADS": 256,  # of a block of scan_token
     "ROUTE_HELD": 16,  # logits that a lane of route holds, at most; of more experts they lie in shared memory
     "ROPE_WARPS": 8,
+    "ROPE_TOKENS": 4,  # of a block, where heads are turned whole
     "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
     "HOST_TOKENS": 64,  # tokens of a sequence that the host may still have to read
     "SAMPLE_THREADS": 1024,
 }
 TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "CHUNK", "PAGE_TOKENS", "HOST_TOKENS"))
-ATTENTION_WARPS, ATTENTION_HEADS, ROPE_WARPS = (CONSTANTS[name] for name in ("ATTENTION_WARPS", "ATTENTION_HEADS", "ROPE_WARPS"))
+ATTENTION_WARPS, ATTENTION_HEADS = CONSTANTS["ATTENTION_WARPS"], CONSTANTS["ATTENTION_HEADS"]
+ROPE_WARPS, ROPE_TOKENS = CONSTANTS["ROPE_WARPS"], CONSTANTS["ROPE_TOKENS"]
 NORM_RUNS, OCTET_RUNS, SAMPLE_THREADS = (CONSTANTS[name] for name in ("NORM_RUNS", "OCTET_RUNS", "SAMPLE_THREADS"))
 ROUTE_RUNS = CONSTANTS["ROUTE_RUNS"]
 ONE_ROWS = CONSTANTS["ONE_ROWS"]

@@ -30,6 +30,7 @@ _TEMPLATES = (
     "wide_batch.cu",
     "copy_engine.cu",
     "attention.cu",
+    "prompt_heads.cu",
     "paged_attention.cu",
     "cluster_batch.cu",
     "layer_kernels.cu",
