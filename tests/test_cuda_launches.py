@@ -28,7 +28,7 @@ random_models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(random_models)
 
 SMALL = {"hidden": 256, "inner": 320, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2, "vocabulary": 130, "group_size": 64}
-FIXED = ("embed", "norm_rows", "order_rows", "silu_rows", "head", "sample", "head_2_4", "head_4_2", "head_8_1", "head_8_2")
+FIXED = "embed norm_rows norm_rows_natural order_rows silu_rows head sample head_2_4 head_4_2 head_8_1 head_8_2"
 ADAPTERS = ("adapter_in_plain", "adapter_in_norm", "adapter_out", "adapter_silu")
 
 
@@ -47,7 +47,7 @@ class RecordingGpu:
         self.compiled |= {"sample_guessed"} if any(isinstance(each, GuessedVariant) for each in variants) else set()
         self.compiled |= {f"unpack_{each.name}" for each in packings} | {f"repack_{each.bits}" for each in packings}
         self.compiled |= {f"{kernel}_{each.name}" for each in formats for kernel in ("attention", "rope", "gather")}
-        self.compiled |= {*FIXED, *ADAPTERS} if fixed else set()
+        self.compiled |= {*FIXED.split(), *ADAPTERS} if fixed else set()
 
     def add_missing(self, variants=(), packings=()):
         self.add(variants, packings)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gptq_webui.gptq.cuda import dense_weights
 from gptq_webui.gptq.cuda.dense_weights import DenseWeights
 from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import NoPages, Pages
@@ -14,16 +15,24 @@ GPU = SimpleNamespace(device=CPU, warpgroups=True)
 ALL_BYTES = 2 * (48 * 64 + 16 * 128)
 
 
+@pytest.fixture(autouse=True)
+def order_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(dense_weights, "order_rows", lambda gpu, x, order, out: out.copy_(x[:, order.long()]))
+
+
 class Weight:
-    """In the place of a packed one: each row holds its own number."""
+    """In the place of a packed one: each row holds its own number, and its first input a half more."""
 
     def __init__(self, tiles, padded):
         self.tiles, self.padded, self.words, self.made = tiles, padded, torch.zeros(1), 0
+        self.in_features, self.permutation = padded, torch.arange(padded).flip(0).int()
 
     def dense(self, gpu, first, tiles, out):
         self.made += 1
         out = out[: tiles * 16 * self.padded].view(tiles * 16, self.padded)
-        return out.copy_(torch.arange(first * 16, (first + tiles) * 16)[:, None])
+        out.copy_(torch.arange(first * 16, (first + tiles) * 16)[:, None])
+        out[:, 0] += 0.5
+        return out
 
 
 @pytest.fixture
@@ -52,7 +61,14 @@ def test_dense_weights_are_kept_where_four_times_as_much_is_free(weights, free, 
     for _ in range(3):
         dense = kept.of_rows(1000)
         for each in weights:
-            assert torch.equal(rows(dense, each), torch.arange(each.tiles * 16.0)[:, None].half().expand(-1, each.padded))
+            natural = dense.natural(each)
+            assert natural == (keeps and each is not weights[-1])  # the last one is down, whose inputs come in its order
+            found, own = rows(dense, each), torch.arange(each.tiles * 16.0).half()
+            first = each.padded - 1 if natural else 0
+            assert torch.equal(found[:, first], own + 0.5)
+            found = found.clone()
+            found[:, first] -= 0.5
+            assert torch.equal(found, own[:, None].expand(-1, each.padded))
     assert [each.made for each in weights] == ([1, 1] if keeps else [3, 3])
     assert kept.size_bytes == (ALL_BYTES if keeps else 0)
 

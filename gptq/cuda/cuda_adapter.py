@@ -52,10 +52,11 @@ class Matrices:
     ranks: tuple[int, ...]  # of each layer
     scale: float
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """B A x of x fp16 [T, padded] -> fp32 [T, N]."""
+    def of_rows(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """B A x of x fp16 [T, padded] -> fp32 [T, N]; or of [T, K], with the place of each input in fragment order."""
+        inner = self.inner if positions is None else self.inner[:, positions.long()]
         own = [torch.where(self.owner[:, None] == at, self.outer[:, :rank].float(), 0.0) for at, rank in enumerate(self.ranks)]
-        return (x.float() @ self.inner.float().T).mul_(self.scale) @ torch.cat(own, 1).T
+        return (x.float() @ inner.float().T).mul_(self.scale) @ torch.cat(own, 1).T
 
     def entry(self, widths: Sequence[int]) -> bytes:
         """What the kernels are given."""

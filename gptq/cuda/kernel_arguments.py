@@ -23,6 +23,7 @@ CONSTANTS = {
     "DELTA_THREADS": 256,  # of a block of delta_rule
     "SCAN_THREADS": 256,  # of a block of scan_token
     "ROUTE_HELD": 16,  # logits that a lane of route holds, at most; of more experts they lie in shared memory
+    "NATURAL_RUNS": 4,  # runs of 4 inputs that a thread norms in the model's own order
     "ROPE_WARPS": 8,
     "ROPE_TOKENS": 4,  # of a block, where heads are turned whole
     "ONE_ROWS": 8,  # tokens of one sequence that are computed at once, at most
@@ -284,7 +285,7 @@ NORM = Arguments(
     const u16* addend      // fp16 [rows][k], or null: added to the residual first
     const u16* norm        // fp16 [padded], in the order of `order`
     u16* out               // fp16 [rows][padded]
-    const int* order       // [padded]: the input at each position, -1 for padding
+    const int* order       // [padded]: the input at each position, -1 for padding; null for the model's own order
     int k
     int padded
     float eps

@@ -83,19 +83,19 @@ class Prompt:
         room = self._planned(pieces, windows=any(visible))
         addend = None  # a product that is still to be added to the residual: the next norm does it
         for at, layer in enumerate(self._weights.layers):
-            x = self._norm(residual, addend, layer.input_norm, layer.qkv)
+            x = self._norm(residual, addend, layer.input_norm, layer.qkv, dense)
             qkv = self._product(x, layer.qkv, dense, room)
-            _adapt(qkv, x, pieces, at, "qkv")
+            _adapt(qkv, x, pieces, at, "qkv", _natural(dense, layer.qkv))
             alone = ends and at + 1 == len(self._weights.layers) and all(each.adapter is None for each in pieces)
             attended = self._attend_all(at, layer, qkv, pieces, visible, alone, planned=room > 0)
             if alone:  # the norm has added what was to be added
                 residual, dense = _last_rows(residual, pieces), None
-            x = self._in_order(attended, layer.o)
-            _adapt(residual, x, pieces, at, "o")
+            x = self._in_order(attended, layer.o, dense)
+            _adapt(residual, x, pieces, at, "o", _natural(dense, layer.o))
             addend = self._add(residual, x, layer.o, dense)
-            x = self._norm(residual, addend, layer.post_norm, layer.gate_up)
+            x = self._norm(residual, addend, layer.post_norm, layer.gate_up, dense)
             x = self._inner(x, at, layer, pieces, dense)
-            _adapt(residual, x, pieces, at, "down")
+            _adapt(residual, x, pieces, at, "down", None)
             addend = self._add(residual, x, layer.down, dense)
         return residual if addend is None else residual.add_(addend)
 
@@ -138,20 +138,27 @@ class Prompt:
         tokens = torch.tensor(ids if isinstance(ids, list) else list(ids))
         return self._weights.embedding[sent_to(self._weights.embedding.device, tokens)].float()
 
-    def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
-        out = torch.empty(residual.shape[0], weight.padded, dtype=torch.float16, device=residual.device)
-        norm_rows(self._gpu, residual, norm, weight.order, out, self._shape.eps, addend)
+    def _norm(self, residual: Tensor, addend: Tensor | None, norm: Tensor, weight: Weight, dense: DenseRows | None) -> Tensor:
+        """In the order that the weight takes: its fragment order [T, padded], or the model's own [T, H]."""
+        order: Tensor | None = weight.order
+        width = weight.padded
+        if _natural(dense, weight) is not None and dense is not None:
+            order, width, norm = None, weight.in_features, dense.natural_norm(norm, weight)
+        out = torch.empty(residual.shape[0], width, dtype=torch.float16, device=residual.device)
+        norm_rows(self._gpu, residual, norm, order, out, self._shape.eps, addend)
         return out
 
-    def _in_order(self, x: Tensor, weight: Weight) -> Tensor:
-        """[T, K] -> [T, padded] in fragment order, zeros for padding."""
+    def _in_order(self, x: Tensor, weight: Weight, dense: DenseRows | None) -> Tensor:
+        """[T, K] -> [T, padded] in fragment order, zeros for padding; as it is where the weight takes it so."""
+        if _natural(dense, weight) is not None:
+            return x
         out = torch.empty(x.shape[0], weight.padded, dtype=torch.float16, device=x.device)
         order_rows(self._gpu, x, weight.order, out)
         return out
 
     def _product(self, x: Tensor, weight: Weight, dense: DenseRows | None, room: int = 0) -> Tensor:
-        """x [T, padded] in fragment order -> [T, N], the outputs in the order of the weight's rows; `room` rows, if those are
-        more, of which the last ones mean nothing."""
+        """x in the order that the weight takes -> [T, N], the outputs in the order of the weight's rows; `room` rows, if those
+        are more, of which the last ones mean nothing."""
         if dense is None:
             y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float16, device=x.device)
             small_batch.multiply(self._gpu, weight, "PLAIN", x, y)
@@ -179,7 +186,7 @@ class Prompt:
             small_batch.multiply(self._gpu, layer.gate_up, "SILU", x, out)
         else:
             gate_up = self._product(x, layer.gate_up, dense)
-            _adapt(gate_up, x, pieces, at, "gate_up")
+            _adapt(gate_up, x, pieces, at, "gate_up", _natural(dense, layer.gate_up))
             silu_rows(self._gpu, gate_up, out)
         return out
 
@@ -256,13 +263,18 @@ def _matrices(piece: Piece, at: int, role: str) -> Matrices | None:
     return piece.adapter.matrices.get((at, role)) if piece.adapter is not None else None
 
 
-def _adapt(y: Tensor, x: Tensor, pieces: Sequence[Piece], at: int, role: str) -> None:
-    """Add what each piece's adapter adds to a product of x [T, padded], to y [T, N]."""
+def _natural(dense: DenseRows | None, weight: Weight) -> Tensor | None:
+    """Where the weight's next product takes inputs in the model's own order: the place of each of them in fragment order."""
+    return weight.permutation if dense is not None and dense.natural(weight) else None
+
+
+def _adapt(y: Tensor, x: Tensor, pieces: Sequence[Piece], at: int, role: str, positions: Tensor | None) -> None:
+    """Add what each piece's adapter adds to a product of x, in fragment order or else that of `positions`, to y [T, N]."""
     end = 0
     for each in pieces:
         first, end = end, end + len(each.ids)
         if (own := _matrices(each, at, role)) is not None:
-            y[first:end] += own.of_rows(x[first:end])
+            y[first:end] += own.of_rows(x[first:end], positions)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

@@ -144,6 +144,48 @@ extern "C" __global__ void norm_rows(NormArguments p) {
     write(at, __ldg((const int2*)(p.order + at)), __ldg((const u32*)(p.norm + at)));
 }
 
+// The same in the model's own order: a thread keeps NATURAL_RUNS runs of 4 numbers. `k` is a multiple of 4.
+extern "C" __global__ void __launch_bounds__(1024) norm_rows_natural(NormArguments p) {
+  float* scratch = (float*)shared_words;  // 33
+  allow_next_kernel_to_start();
+  uint2 weights[NATURAL_RUNS], more[NATURAL_RUNS];
+  float4 v[NATURAL_RUNS];
+#pragma unroll
+  for (int i = 0; i < NATURAL_RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 4;
+    weights[i] = at < p.k ? __ldg((const uint2*)(p.norm + at)) : make_uint2(0, 0);
+  }
+  wait_for_previous_kernel();
+  float* from = p.residual + (size_t)blockIdx.x * p.k;
+  const u16* addend = p.addend ? p.addend + (size_t)blockIdx.x * p.k : nullptr;
+#pragma unroll
+  for (int i = 0; i < NATURAL_RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 4;
+    v[i] = at < p.k ? *(const float4*)(from + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+    more[i] = addend && at < p.k ? *(const uint2*)(addend + at) : make_uint2(0, 0);
+  }
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < NATURAL_RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 4;
+    if (addend) {
+      v[i].x += low_of(more[i].x); v[i].y += high_of(more[i].x); v[i].z += low_of(more[i].y); v[i].w += high_of(more[i].y);
+      if (at < p.k) *(float4*)(from + at) = v[i];
+    }
+    sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+  }
+  const float scale = rsqrtf(block_sum(sum, scratch) / p.k + p.eps);
+  u16* to = p.out + (size_t)blockIdx.x * p.k;
+#pragma unroll
+  for (int i = 0; i < NATURAL_RUNS; i++) {
+    const int at = (i * blockDim.x + threadIdx.x) * 4;
+    const uint2 w = weights[i];
+    if (at < p.k)
+      *(uint2*)(to + at) = make_uint2(to_half2(v[i].x * scale * low_of(w.x), v[i].y * scale * high_of(w.x)),
+                                      to_half2(v[i].z * scale * low_of(w.y), v[i].w * scale * high_of(w.y)));
+  }
+}
+
 // Inputs of many rows in the order that the next weight is stored in. A block keeps `together` rows in shared memory.
 // `k` is a multiple of 8, `padded` of 2.
 extern "C" __global__ void order_rows(OrderArguments p) {

@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import EMBED, HEAD, NORM, NORM_RUNS, ORDER, SILU, TILE
+from .kernel_arguments import CONSTANTS, EMBED, HEAD, NORM, NORM_RUNS, ORDER, SILU, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS
 
 _ORDERED_BYTES = 32 * 1024  # of the rows that a block orders together
+_NATURAL_INPUTS = CONSTANTS["NATURAL_RUNS"] * 4  # of a thread
+MOST_NATURAL = _NATURAL_INPUTS * BLOCK_THREADS  # inputs that one block norms in the model's own order
 _SCRATCH_BYTES = 160  # of a block: the sums of up to 33 warps, and what aligns them
 
 
@@ -25,13 +27,18 @@ def norm_shared_bytes(hidden: int) -> int:
 
 
 def norm_rows(
-    gpu: Gpu, residual: Tensor, norm: Tensor, order: Tensor, out: Tensor, eps: float, addend: Tensor | None = None
+    gpu: Gpu, residual: Tensor, norm: Tensor, order: Tensor | None, out: Tensor, eps: float, addend: Tensor | None = None
 ) -> None:
-    """Add `addend` fp16 [T, H] to residual fp32 [T, H]; RMSNorm of the sum -> out fp16 [T, padded], in the order of `order`."""
+    """Add `addend` fp16 [T, H] to residual fp32 [T, H]; RMSNorm of the sum -> out fp16 [T, padded], in the order of `order`, or
+    without one [T, H] as it is, up to MOST_NATURAL inputs."""
     rows, hidden = residual.shape
     arguments = NORM.pack(
         residual=residual, addend=addend, norm=norm, out=out, order=order, k=hidden, padded=out.shape[1], eps=eps
     )  # fmt: skip
+    if order is None:
+        threads = -(-hidden // (_NATURAL_INPUTS * 32)) * 32
+        gpu.run("norm_rows_natural", (rows,), threads, arguments, _SCRATCH_BYTES, overlap=True)
+        return
     gpu.run("norm_rows", (rows,), 512, arguments, hidden * 4 + _SCRATCH_BYTES, overlap=True)
 
 
