@@ -24,9 +24,10 @@ class Turn:
         self.share, self.number = share, number  # tokens that it has got; the order of arrival
         self._turns = turns
 
-    def tokens(self) -> int:
-        """How many it may read now; 0 if others come first."""
-        return self._turns._ask(self)
+    def tokens(self, wanted: int = 0) -> int:
+        """How many it may read now; 0 if others come first. `wanted`: all that are left of it, if it says so. Those that a whole
+        round has room for are not read in two parts."""
+        return self._turns._ask(self, wanted)
 
     def took(self, tokens: int) -> None:
         """So many were read of those that it was given."""
@@ -76,17 +77,20 @@ class Turns:
         wanted = tokens * min(max(PAUSE_S / max(seconds, 1e-6), 0.5), 2.0)
         self.tokens = max(self._fewest, int(wanted) // self._fewest * self._fewest)
 
-    def _ask(self, turn: Turn) -> int:
-        if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
-            self._asked.clear()
-            self._left = self._most()
+    def _ask(self, turn: Turn, wanted: int) -> int:
+        whole = self._most()
         if self._busy():
             crowd = sum(not each.blocked for each in self._waiting) >= _CROWD
-            self._left = min(self._left, int(self.tokens * _CROWD_SHARE) if crowd else self.tokens)
+            whole = min(whole, int(self.tokens * _CROWD_SHARE) if crowd else self.tokens)
+        if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
+            self._asked.clear()
+            self._left = whole
+        self._left = min(self._left, whole)
         self._asked.add(turn.number)
         mine = (turn.share, turn.number)
         before = [each for each in self._waiting if not each.blocked and each.number not in self._asked]
-        if self._left <= 0 or any((each.share, each.number) < mine for each in before):
+        in_two_parts = self._left < wanted <= whole
+        if self._left <= 0 or in_two_parts or any((each.share, each.number) < mine for each in before):
             return 0
         return min(self._left, self._most())
 

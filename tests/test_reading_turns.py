@@ -60,6 +60,26 @@ def test_where_many_prompts_wait_more_is_read_in_a_round():
     assert sum(rounds(turns, waiting, 1)[0].values()) == 2048, "a piece has its size"
 
 
+def test_what_a_whole_round_has_room_for_is_read_at_once():
+    turns = Turns(lambda: True, lambda: 2048)
+    turns.tokens = 1100
+    left = {turns.join(): 512 for _ in range(3)} | {turns.join(): 1700}
+    turns.tokens = 1100 * 2 // 3 + 1  # four wait, and a round reads half as many more
+    found = []
+    while left:
+        read = []
+        for turn, wanted in list(left.items()):
+            if tokens := min(turn.tokens(wanted), wanted):
+                turn.took(tokens)
+                left[turn] -= tokens
+                read.append(tokens)
+            if not left[turn]:
+                turn.close()
+                del left[turn]
+        found.append(read)
+    assert found == [[512, 512, 77], [512, 222], [734], [667]], "the third is not begun, the long one has what is left"
+
+
 def test_who_waits_for_something_else_holds_up_nobody():
     turns = Turns(lambda: True, lambda: 2048)
     blocked, other = turns.join(), turns.join()

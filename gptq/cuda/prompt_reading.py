@@ -60,7 +60,7 @@ class PromptReading(Reading):
     def piece(self) -> int:
         """Raises torch.OutOfMemoryError if the GPU has not enough pages for this prompt alone."""
         self._turn.blocked = self.blocked
-        tokens = self._turn.tokens()
+        tokens = self._turn.tokens(self._all - self.memory.length)
         if tokens and not self._begun:
             self._begun = self._room.begin(self, self._all)
             self.blocked = self._turn.blocked = not self._begun
