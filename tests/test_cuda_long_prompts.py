@@ -73,3 +73,26 @@ def test_a_prompt_of_a_new_length_waits_for_no_plan(step):
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     assert sorted(times)[2] < 0.1, times
+
+
+@pytest.mark.parametrize("lengths", [(5, 40), (70, 129, 1), (512, 300, 700)])
+def test_prompts_that_are_read_together_attend_each_to_its_own_tokens(step, lengths):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    prompts = [torch.randint(0, step.shape.embedding_rows, (each,), generator=generator).tolist() for each in lengths]
+    wanted, following = [], [3] * 30
+    for ids in prompts:
+        step.sequences.use(PagedMemory(step.pages), len(ids) + 30)
+        step.prefill(ids, 0, ends=True)
+        wanted.append(step.prompt_logits.clone())
+        step.prefill(following, len(ids))
+        wanted.append(step.prompt_logits.clone())
+    memories = [PagedMemory(step.pages) for _ in prompts]
+    for memory, ids in zip(memories, prompts, strict=True):
+        memory.reserve(len(ids) + 30)
+    found = step.prefill_several(list(zip(memories, prompts, strict=True)), [True] * len(prompts))
+    for at, (memory, ids) in enumerate(zip(memories, prompts, strict=True)):
+        memory.length = len(ids)
+        step.sequences.use(memory, len(ids) + 30)
+        step.prefill(following, len(ids))
+        for logits, plain in zip((found[at], step.prompt_logits), wanted[2 * at : 2 * at + 2], strict=True):
+            assert float((logits - plain).norm() / plain.norm()) < 5e-3

@@ -29,6 +29,7 @@ from .model_shape import ModelShape
 from .prompt_graphs import PromptGraphs
 from .row_kernels import norm_rows, order_rows, silu_rows
 from .sequences import sent_to
+from .torch_attention import PackedPrompts, masked_attention, packs
 
 # cuDNN's attention takes half as long from so many tokens on. A plan takes as long as it saves in ten prompts, so one is made for
 # multiples of so many tokens, once so many prompts have asked for it.
@@ -77,8 +78,9 @@ class Prompt:
         residual = self._embedded([id for each in pieces for id in each.ids])
         count = residual.shape[0]
         visible = [self._visible(each.start, len(each.ids)) for each in pieces]
+        packed = self._packed(pieces, windows=any(visible))
         if all(each.adapter is None for each in pieces) and (found := self._graphs.of(count)) is not None:
-            return self._read_by_graphs(residual, pieces, visible, *found)
+            return self._read_by_graphs(residual, pieces, visible, packed, *found)
         dense = self.dense.of_rows(count)
         room = self._planned(pieces, windows=any(visible))
         addend = None  # a product that is still to be added to the residual: the next norm does it
@@ -87,7 +89,7 @@ class Prompt:
             qkv = self._product(x, layer.qkv, dense, room)
             _adapt(qkv, x, pieces, at, "qkv", _natural(dense, layer.qkv))
             alone = ends and at + 1 == len(self._weights.layers) and all(each.adapter is None for each in pieces)
-            attended = self._attend_all(at, layer, qkv, pieces, visible, alone, planned=room > 0)
+            attended = self._attend_all(at, layer, qkv, pieces, visible, packed, alone, planned=room > 0)
             if alone:  # the norm has added what was to be added
                 residual, dense = _last_rows(residual, pieces), None
             x = self._in_order(attended, layer.o, dense)
@@ -104,13 +106,14 @@ class Prompt:
         residual: Tensor,
         pieces: Sequence[Piece],
         visible: Sequence[dict[int, Tensor]],
+        packed: PackedPrompts | None,
         here: Buffers,
         graphs: Sequence[torch.cuda.CUDAGraph],
     ) -> Tensor:
         here.residual.copy_(residual)
         graphs[0].replay()
         for at, layer in enumerate(self._weights.layers):
-            attended = self._attend_all(at, layer, here.qkv, pieces, visible)
+            attended = self._attend_all(at, layer, here.qkv, pieces, visible, packed)
             order_rows(self._gpu, attended, layer.o.order, here.attended)
             graphs[at + 1].replay()
         return residual.copy_(here.residual)
@@ -131,6 +134,13 @@ class Prompt:
         rows = -(-count // _PLAN_STEP) * _PLAN_STEP
         self._asked_plans[rows] += 1
         return rows if self._asked_plans[rows] > _PLAN_AFTER else 0
+
+    def _packed(self, pieces: Sequence[Piece], windows: bool) -> PackedPrompts | None:
+        """Where one kernel attends for all pieces."""
+        device = self._weights.embedding.device
+        if len(pieces) == 1 or windows or any(each.start for each in pieces) or not packs(device):
+            return None
+        return PackedPrompts([len(each.ids) for each in pieces], device)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """fp32 [T, H]. Raises BadParameter for ids that the embedding does not have: on the GPU they would end the process."""
@@ -197,6 +207,7 @@ class Prompt:
         qkv: Tensor,
         pieces: Sequence[Piece],
         visible: Sequence[dict[int, Tensor]],
+        packed: PackedPrompts | None,
         alone: bool = False,
         planned: bool = False,
     ) -> Tensor:
@@ -204,6 +215,10 @@ class Prompt:
         if len(pieces) == 1:
             return self._attend(at, layer, qkv, pieces[0], visible[0], alone, planned)
         rows = qkv.split([len(each.ids) for each in pieces])
+        if packed is not None:
+            for own, piece in zip(rows, pieces, strict=True):
+                rope_rows(self._gpu, self._shape, self._weights, at, qkv=own, table=piece.table, start=0)
+            return packed.attend(qkv.view(len(qkv), -1, self._shape.head_dim), self._shape.heads, alone).flatten(1)
         found = [self._attend(at, layer, own, piece, seen, alone) for own, piece, seen in zip(rows, pieces, visible, strict=True)]
         return torch.cat(found)
 
@@ -234,7 +249,7 @@ class Prompt:
             keys, values = split[heads : heads + kv], split[heads + kv :]
         if layer.window and length > layer.window:
             seen = visible[layer.window]
-            out = _masked_attention(queries[None], keys[None], values[None], seen[-1:] if alone else seen)
+            out = masked_attention(queries[None], keys[None], values[None], seen[-1:] if alone else seen)
         elif alone:  # the last token sees all
             out = nn.functional.scaled_dot_product_attention(queries[None], keys[None], values[None], enable_gqa=True)
         else:
@@ -275,10 +290,3 @@ def _adapt(y: Tensor, x: Tensor, pieces: Sequence[Piece], at: int, role: str, po
         first, end = end, end + len(each.ids)
         if (own := _matrices(each, at, role)) is not None:
             y[first:end] += own.of_rows(x[first:end], positions)
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q [1, heads, T, D], k and v [1, kv heads, L, D], visible bool [T, L] -> [1, heads, T, D]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
