@@ -1,11 +1,11 @@
 """Several answers at once of a model whose forward is recorded (graph_stepper.py): their tokens are rows of one forward.
 
-An answer that is alone is computed by the graph of one conversation, and its next step is launched before the host knows its
-token. As soon as there are others, each samples in its turn, and the first that needs logits lets those of all be computed.
+All are sampled on the GPU, an answer that is alone as well, so that a seed gives the same tokens beside others (graph_step.py,
+cuda/running_answers.py). Where the GPU has no room for rows, each is computed by the graph of one conversation in its turn.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.chat import Step
 from ..core.errors import GptqWebuiError
-from .answer_batch import Batch, BatchedAnswer, PromptReading
-from .begun_ahead import BegunAhead
+from ..core.params import GenerationParams
+from .answer_batch import PromptReading
+from .cuda.gpu_kernels import Gpu
+from .cuda.running_answers import Answers
+from .grammar_mask import GrammarMask
 from .graph_rows import ROWS, GraphRows, rows_that_fit
+from .graph_step import GraphRoom, GraphSequences, GraphShape, GraphStep
 from .graph_stepper import GraphStepper, Recorder
 from .reading_turns import Turns
-from .running import Running
-from .static_cache import Fused, NotStatic
+from .static_cache import NotStatic
 from .stepper import Memory, Reading
 from .suitability import Unsuited
+from .token_ids import require_known
+from .token_rules import NO_RULES, TokenRules
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
 log = logging.getLogger(__name__)
@@ -30,76 +36,53 @@ log = logging.getLogger(__name__)
 _PASSES_IN_TURNS = 64  # after rows have failed
 
 
-class GraphAnswer(BatchedAnswer):
-    """One of several, which is computed ahead while it is alone."""
-
-    def __init__(self, batch: Batch, memory: Memory, ids: Sequence[int], ahead: BegunAhead | None) -> None:
-        """`ahead`: the same answer where it is alone; None where nothing is computed ahead."""
-        super().__init__(batch, memory, ids)
-        self._alone, self._is_begun = ahead, False
-
-    def begin(self, token: Tensor) -> Callable[[], int] | None:
-        if self._alone is None or not self._batch.is_alone(self):
-            return None
-        waiting = self._alone.begin(token)
-        self._is_begun = waiting is not None
-        return waiting
-
-    def give(self, id: int) -> None:
-        if not self._is_begun or self._alone is None:
-            super().give(id)
-            return
-        self._is_begun = False
-        self._alone.give(id)
-        self._length += 1
-        self._ready = self._alone.logits()
-
-    def close(self) -> None:
-        if self._is_begun and self._alone is not None:
-            self._alone.close()
-        super().close()
-
-
 class ManyGraphStepper(GraphStepper):
-    """A GraphStepper that computes several answers at once, where the model's forward can."""
+    """A GraphStepper that computes several answers at once, where the model's forward can, once `share` is called."""
 
-    def __init__(
-        self,
-        model: Any,
-        context_tokens: int,
-        recorder: Recorder,
-        fused: Fused | None = None,
-        prompts: TransformersStepper | None = None,
-    ) -> None:
-        super().__init__(model, context_tokens, recorder, fused, prompts)
-        self._rows: GraphRows | None = None
-        self._passes_in_turns = 0  # without rows, before they are tried again
-        self._batch = Batch(self._rows_logits, context_tokens, self.embedding_rows, guesses=False)
-        self._turns = Turns(lambda: self._batch.busy, lambda: self.chunk_tokens)
+    _answers: Answers | None = None  # without them PyTorch samples, one answer at a time
+    _step: GraphStep
+    _rows: GraphRows | None = None
+    _passes_in_turns = 0  # without rows, before they are tried again
 
     def share(
         self,
+        gpu: Gpu,
         recorder: Recorder,
         most: int,
         free_bytes: int,
         kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Compute up to `most` answers at once from now on, or as many as half of the free memory holds at full length.
+        """Sample on the GPU from now on, and compute up to `most` answers at once, or as many as half of the free memory holds
+        at full length.
 
-        `recorder` is for the rows alone. `parallel` stays 1 where the forward cannot, after `trial`.
+        `recorder` is for the rows alone. `parallel` stays 1 where the forward cannot have rows, after `trial`.
         """
-        rows = GraphRows(self._prompts, recorder, self._context_tokens, kernels)
-        wanted = 1
-        if not self.why and self._can_cut and self._room is not None:
-            wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
+        if self.why or not self._can_cut or self._logits is None or self._room is None:
+            recorder.close()
+            return
+        wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
+        shape = GraphShape(self._logits.shape[1], self._context_tokens)
+        sequences = GraphSequences(self.device, shape, max((each for each in ROWS if each <= wanted), default=1))
+        rows = GraphRows(self._prompts, recorder, self._context_tokens, sequences, kernels)
+        if wanted > 1:
+            self.parallel = self._trial_of_rows(rows, wanted)
+        if self.parallel > 1:
+            self._rows, self.all_in_turns = rows, True
+        else:
+            rows.close()
+            sequences = GraphSequences(self.device, shape, 1)
+        self._step = GraphStep(gpu, sequences, self._compute)
+        self._answers = Answers(self._step, GraphRoom(), self.parallel)
+        self._turns = Turns(lambda: self._busy, lambda: self.chunk_tokens)
+
+    def _trial_of_rows(self, rows: GraphRows, wanted: int) -> int:
+        """How many it can compute."""
         for count in (each for each in reversed(ROWS) if each <= wanted):
             hopeless = False
             try:
                 with torch.inference_mode():
                     rows.trial(count, self.step)
-                self._rows, self.parallel, self.all_in_turns = rows, count, True
-                self._batch = Batch(self._rows_logits, self._context_tokens, self.embedding_rows, guesses=False, most_rows=count)
-                return
+                return count
             except (
                 NotStatic, Unsuited, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError
             ) as error:  # fmt: skip
@@ -109,13 +92,36 @@ class ManyGraphStepper(GraphStepper):
                 rows.clear()
             if hopeless:
                 break
-        rows.close()
+        return 1
 
-    def running(self, memory: Memory, ids: Sequence[int]) -> Running:
-        alone = super().running(memory, ids)
-        if self._rows is None:
-            return alone
-        return self._batch.add(GraphAnswer(self._batch, memory, ids, alone if isinstance(alone, BegunAhead) else None))
+    def sample(
+        self,
+        memory: Memory,
+        logits: Tensor,
+        ids: Sequence[int],
+        params: GenerationParams,
+        grammar_mask: GrammarMask | None = None,
+        rules: TokenRules = NO_RULES,
+    ) -> Generator[Step | None, None, None]:
+        if self._answers is None:
+            return super().sample(memory, logits, ids, params, grammar_mask, rules)
+        steps = self._answers.sample(memory, logits, ids, params, rules, grammar_mask)
+        return steps if self._logits_are_known else self._known(steps)
+
+    @property
+    def _logits_are_known(self) -> bool:
+        """Whether every token has a row in the embedding."""
+        return self.embedding_rows is None or self._step.shape.vocabulary <= self.embedding_rows
+
+    def _known(self, steps: Generator[Step | None, None, None]) -> Generator[Step | None, None, None]:
+        """Raises BadParameter after a token that cannot be computed."""
+        try:
+            for step in steps:
+                yield step
+                if step is not None:
+                    require_known((step.id,), self.embedding_rows)
+        finally:
+            steps.close()
 
     def reading(self, memory: Memory, tokens: int) -> Reading:
         if self._rows is None:
@@ -124,23 +130,46 @@ class ManyGraphStepper(GraphStepper):
 
     def _read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         logits = self.prefill(memory, ids)
-        if self._batch.busy and self.device.type == "cuda":  # how long it takes says how much is read at a time
+        if self._busy and self.device.type == "cuda":  # how long it takes says how much is read at a time
             torch.cuda.current_stream(self.device).synchronize()
         return logits
 
-    def _rows_logits(self, pieces: Sequence[tuple[Memory, Sequence[int]]]) -> Tensor:
-        """The next token of each -> logits [ids, V]."""
-        asked = [(memory, ids[0]) for memory, ids in pieces]
-        if self._rows is not None and not (len(asked) == 1 and self._batch.has_one):
-            if self._passes_in_turns == 0:
-                try:
-                    return self._rows.logits([(memory, id) for memory, id in asked if isinstance(memory, TransformersMemory)])
-                except (NotStatic, RuntimeError) as error:  # most likely the GPU is full
-                    log.info("%d answers are computed one after the other: %s", len(asked), str(error).strip().splitlines()[:1])
-                self._passes_in_turns = _PASSES_IN_TURNS
-                self._free_rows()
-            self._passes_in_turns -= 1
-        return torch.cat([self.step(memory, id).clone() for memory, id in asked])  # each overwrites the one before
+    @property
+    def _busy(self) -> bool:
+        """Whether answers are being sampled."""
+        return self._answers is not None and self._answers.busy
+
+    # -- a token of each answer ------------------------------------------------------------------------------------
+
+    def _compute(self, memories: Mapping[int, TransformersMemory]) -> None:
+        """The tokens of some rows, at once where there are several."""
+        lengths = {row: each.length for row, each in memories.items()}
+        try:
+            if len(memories) > 1 and self._rows is not None:
+                if self._passes_in_turns == 0:
+                    try:
+                        return self._rows.step(memories)
+                    except (NotStatic, RuntimeError) as error:  # most likely the GPU is full
+                        said = str(error).strip().splitlines()[:1]
+                        log.info("%d answers are computed one after the other: %s", len(memories), said)
+                    self._passes_in_turns = _PASSES_IN_TURNS
+                    self._free_rows()
+                self._passes_in_turns -= 1
+            for row, memory in memories.items():
+                self._compute_one(row, memory)
+        except BaseException:
+            for row, memory in memories.items():  # what was computed before it failed is computed again
+                memory.cut(lengths[row])
+            raise
+
+    def _compute_one(self, row: int, memory: TransformersMemory) -> None:
+        sequences = self._step.sequences
+        id = sequences.ids[row : row + 1]
+        if not self._logits_are_known and self.embedding_rows is not None:
+            id = id.clamp(max=self.embedding_rows - 1)  # whoever reads it says that it has no row
+        sequences.logits[row : row + 1].copy_(self.step(memory, id))
+
+    # -- where memory runs out -------------------------------------------------------------------------------------
 
     def prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         before = memory.length
@@ -148,7 +177,7 @@ class ManyGraphStepper(GraphStepper):
             return super().prefill(memory, ids)
         except torch.OutOfMemoryError as error:
             full = torch.OutOfMemoryError(str(error))  # without the frames, which hold what did not fit
-        if self._batch.busy or not self._free_rows():
+        if self._busy or not self._free_rows():
             raise full
         return super().prefill(memory, ids[memory.length - before :])
 
@@ -171,15 +200,26 @@ class ManyGraphStepper(GraphStepper):
             torch.cuda.empty_cache()
         return not self._rows.holds_memory
 
+    # -- limits and ends -------------------------------------------------------------------------------------------
+
+    def limit(self, context_tokens: int) -> None:
+        super().limit(context_tokens)
+        if self._answers is not None:
+            self._step.shape.context_tokens = context_tokens
+
     def without_graph(self) -> TransformersStepper:
-        self._forget_rows()
+        self._forget_answers()
         return super().without_graph()
 
     def close(self) -> None:
-        self._forget_rows()
+        self._forget_answers()
         super().close()
 
-    def _forget_rows(self) -> None:
+    def _forget_answers(self) -> None:
+        if self._answers is not None:
+            self._answers.close()
+            del self._step
+            self._answers = None
         if self._rows is not None:
             with torch.inference_mode():
                 self._rows.close()

@@ -5,13 +5,14 @@ whose conversations are keys and values: a state would be changed by a forward t
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .cuda.sequences import IDLE, Sequences
 from .recording import NumbersMadeThere, refusing_to_wait
 from .static_cache import FIRST_CAPACITY, NotStatic
 from .static_rows import RowRoom
@@ -48,41 +49,50 @@ class GraphRows:
         prompts: TransformersStepper,
         recorder: Recorder,
         context_tokens: int,
+        sequences: Sequences,
         kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`prompts` has the model's forward; while `kernels` lasts, that forward uses kernels for rows."""
-        self._prompts, self._recorder, self._context_tokens = prompts, recorder, context_tokens
+        """`prompts` has the model's forward; while `kernels` lasts, that forward uses kernels for rows. `sequences` has each
+        row's token and its position, and gets its logits."""
+        self._prompts, self._recorder, self._context_tokens, self._sequences = prompts, recorder, context_tokens, sequences
         self._kernels = kernels
+        known = prompts.embedding_rows
+        self._known = known if known is not None and known < sequences.shape.vocabulary else None
         self._masks_windows = prompts.masks_windows
         self._room: RowRoom | None = None
         self._graphs: dict[tuple[int, int], Any] = {}  # by rows, and the tokens that the model sees
-        self._logits: Tensor | None = None  # [rows, V]
         self._fewest = 0  # rows of a graph while a model is tried
         self._is_tried = False
 
     def logits(self, asked: Sequence[tuple[TransformersMemory, int]]) -> Tensor:
-        """An id of each conversation, which holds a token at least -> logits [ids, V]; the next call may overwrite them.
+        """An id of each conversation -> logits [ids, V]; the next call may overwrite them. Nothing may run in the rows."""
+        for row, (memory, id) in enumerate(asked):
+            self._sequences.ids[row : row + 1].fill_(id)
+            self._sequences.set_position(row, memory.length)
+        try:
+            self.step({row: memory for row, (memory, _id) in enumerate(asked)})
+        finally:
+            for row in range(len(asked)):
+                self._sequences.set_position(row, IDLE)
+        return self._sequences.logits[: len(asked)]
+
+    def step(self, memories: Mapping[int, TransformersMemory]) -> None:
+        """Put the token of each row into its memory, which holds a token at least, and leave its logits.
 
         Raises NotStatic where the model's caches cannot have rows.
         """
-        memories = [memory for memory, _id in asked]
-        room, seats = self._seated(memories)
-        longest = max(each.length for each in memories) + 1
-        rows = next(each for each in ROWS if each > max(seats, default=0) and each >= self._fewest)
+        room = self._seated(memories)
+        longest = max(each.length for each in memories.values()) + 1
+        rows = next(each for each in ROWS if each > max(memories) and each >= self._fewest)
         shown = min(room.capacity, FIRST_CAPACITY)
         while shown < longest:
             shown = min(room.capacity, shown * 2)
-        room.tell(seats, [id for _memory, id in asked])
         graph = self._graphs.get((rows, shown))
         if graph is None:
             graph = self._graphs[rows, shown] = self._record(room, rows, shown)
         graph.replay()
-        for each in memories:
+        for each in memories.values():
             each.grown(1)
-        assert self._logits is not None
-        if seats == list(range(len(seats))):
-            return self._logits[: len(seats)]
-        return self._logits.index_select(0, torch.tensor(seats, device=self._logits.device))
 
     def trial(self, rows: int, alone: Callable[[Any, int], Tensor]) -> None:
         """Compare a forward of so many rows with conversations alone, whose next logits `alone` computes. Raises NotStatic if
@@ -115,25 +125,25 @@ class GraphRows:
 
     def clear(self) -> None:
         """Every conversation leaves; graphs are forgotten. Raises torch.OutOfMemoryError: then some are still in their rows."""
+        if self._graphs and self._sequences.device.type == "cuda":
+            torch.cuda.current_stream(self._sequences.device).synchronize()  # one may be running
         self._graphs.clear()
         self._recorder.reset()
         if self._room is not None:
             self._room.close()
-        self._room = self._logits = None
+        self._room = None
 
     def close(self) -> None:
         """As `clear`, for good. Nothing more is recorded."""
         self.clear()
         self._recorder.close()
 
-    def _seated(self, memories: Sequence[TransformersMemory]) -> tuple[RowRoom, list[int]]:
+    def _seated(self, memories: Mapping[int, TransformersMemory]) -> RowRoom:
         room = self._room
-        if room is not None and len(room.rows) >= self._fewest and (seats := room.seat(memories)) is not None:
-            return room, seats
-        longest = max(each.length for each in memories) + 1
-        capacity, rows = FIRST_CAPACITY, next((each for each in ROWS if each >= max(len(memories), self._fewest)), None)
-        if rows is None:
-            raise ValueError(f"{len(memories)} conversations were to be computed at once; at most {ROWS[-1]} can be.")
+        if room is not None and len(room.rows) >= self._fewest and room.seat(memories):
+            return room
+        longest = max(each.length for each in memories.values()) + 1
+        capacity, rows = FIRST_CAPACITY, next(each for each in ROWS if each > max(memories) and each >= self._fewest)
         if room is not None:
             capacity, rows = max(capacity, room.capacity), max(rows, len(room.rows))
         while capacity < longest:
@@ -141,25 +151,23 @@ class GraphRows:
         capacity = max(longest, min(capacity, -(-self._context_tokens // 64) * 64))
         self.clear()  # what is in the old room leaves it
         room = None  # before there is memory for the new one
-        room = RowRoom(memories[0], rows, capacity)
-        seats = room.seat(memories)
-        if seats is None:
+        room = RowRoom(next(iter(memories.values())), rows, capacity)
+        if not room.seat(memories):
             raise NotStatic("a new room has no rows")
         self._room = room
-        return room, seats
+        return room
 
     def _record(self, room: RowRoom, rows: int, shown: int) -> Any:
         room.show(shown)
         counts, ids = room.counts[:rows].view(rows, 1), room.ids[:rows].view(rows, 1)
         given = {self._prompts.cache_argument: room.cache, "position_ids": counts}
+        sequences, logits = self._sequences, self._sequences.logits[:rows]
 
         def run() -> None:
+            room.follow(sequences.ids[:rows], sequences.positions[:rows], self._known)
             masks = self._masks(counts, shown, room.dtype)
             output = self._prompts.run_model(input_ids=ids, use_cache=True, attention_mask=masks, **given)
-            logits = output.logits[:, -1, :]
-            if self._logits is None:
-                self._logits = logits.new_empty(len(room.rows), logits.shape[1])
-            self._logits[:rows].copy_(logits)
+            logits.copy_(output.logits[:, -1, :])
 
         with self._kernels():
             run()  # libraries choose and load their kernels

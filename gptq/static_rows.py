@@ -1,12 +1,12 @@
 """Caches of several conversations at fixed addresses: a row for each, of a forward that computes a token of all of them.
 
-As static_cache.py, but every row has its own count of tokens, which the host sends with each forward. A row that has no token
-in it writes behind the capacity, where nobody reads. A row keeps a conversation until another one needs it.
+As static_cache.py, but every row has its own count of tokens, which each forward reads where the sampler leaves it. A row that
+is idle writes behind the capacity, where nobody reads. A row keeps a conversation until another one needs it.
 """
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -141,33 +141,33 @@ class RowRoom:
     def _keys(self) -> list[RowKeys]:
         return [each for each in self.layers if isinstance(each, RowKeys)]
 
-    def tell(self, seats: Sequence[int], ids: Sequence[int]) -> None:
-        """The token of each seat follows those in its row. The other rows stay as they are."""
-        rows = len(self.rows)
-        given = [[0] * rows, [0] * rows, [self.capacity] * rows]
-        for seat, id in zip(seats, ids, strict=True):
-            resident = self.rows[seat].resident
-            assert resident is not None
-            given[0][seat] = id
-            given[1][seat] = given[2][seat] = resident.length
-        self.given.copy_(torch.tensor(given))
+    def follow(self, ids: Tensor, positions: Tensor, known: int | None) -> None:
+        """The tokens of the first rows, and how many are before each: below 0 in rows that stay as they are. Ids from `known`
+        on have no row in the embedding; whoever reads them says so."""
+        rows = ids.shape[0]
+        own, counts, targets = self.given[:, :rows]
+        own.copy_(ids)
+        if known is not None:
+            own.clamp_(max=known - 1)
+        counts.copy_(positions)
+        targets.copy_(counts)
+        targets.masked_fill_(counts < 0, self.capacity)
+        counts.clamp_(min=0)
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""
         for each in self._keys():
             each.shown = tokens
 
-    def seat(self, memories: Sequence[TransformersMemory]) -> list[int] | None:
-        """The row of each, which those enter that have none; what is in the way leaves. None if there are too few rows, or
-        one is longer than they are."""
-        if len(memories) > len(self.rows) or any(each.length >= self.capacity for each in memories):
-            return None
-        free = [row for row in self.rows if not any(row.resident is each for each in memories)]
-        for each in memories:
-            if not (isinstance(each.elsewhere, Row) and each.elsewhere._room is self):
-                free.sort(key=lambda row: (row.resident is not None, row.at))
-                free.pop(0).enter(each)
-        return [each.elsewhere.at for each in memories]  # type: ignore[union-attr]
+    def seat(self, memories: Mapping[int, TransformersMemory]) -> bool:
+        """Let each have its row, of which what is there leaves. False if there are too few rows, or one is longer than they
+        are."""
+        if any(at >= len(self.rows) or each.length >= self.capacity for at, each in memories.items()):
+            return False
+        for at, each in memories.items():
+            if each.elsewhere is not self.rows[at]:
+                self.rows[at].enter(each)
+        return True
 
     def close(self) -> None:
         """Every conversation leaves. The tensors are freed with the last reference to this room."""

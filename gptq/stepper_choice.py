@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -122,9 +121,9 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
     stepper = ManyGraphStepper(hf, context_tokens, GraphRecorder(device), fused, prompts)
     stepper.trial()
     if not stepper.why:
-        if parallel > 1:
-            kernels = nullcontext if fused is None else RowKernels(hf, fused.attention).recording
-            stepper.share(GraphRecorder(device), parallel, _free_bytes(device), kernels)
+        if fused is not None:
+            kernels = RowKernels(hf, fused.attention).recording
+            stepper.share(fused.gpu, GraphRecorder(device), parallel, _free_bytes(device), kernels)
         return stepper, ""
     log.info("no CUDA graph: %s", stepper.why)
     return stepper.without_graph(), " It could not be recorded as a CUDA graph, so every token waits for the processor."

@@ -136,7 +136,7 @@ class Gpu:
         assert all(0 < each < 65536 or at == 0 for at, each in enumerate(grid)) and 0 < threads <= 1024, (name, grid, threads)
         assert shared_bytes <= self.shared_limit_bytes, name
         kind, given = arguments
-        call = _Call(KERNELS[kind], name, self._variants.get(name), given)
+        call = _Call(KERNELS[kind], name, self._variants.get(name), given | {"rows": grid[0]} if kind == "SAMPLE" else given)
         if _capturing:
             _capturing[-1].noted.append((call, (), {}, None))
         with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode():

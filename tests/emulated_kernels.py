@@ -6,6 +6,7 @@ Each takes the name that is launched, the variant that was compiled under it, an
 import weakref
 
 import emulated_attention
+import emulated_sampler
 import emulated_states
 import torch
 from emulated_attention import normed as _normed
@@ -211,5 +212,5 @@ def _small_batch(_name, variant, a):
 KERNELS = {
     "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
     "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
-    **emulated_attention.KERNELS, **emulated_states.KERNELS,
+    **emulated_attention.KERNELS, **emulated_states.KERNELS, **emulated_sampler.KERNELS,
 }  # fmt: skip

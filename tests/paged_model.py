@@ -35,6 +35,7 @@ class PagedModel:
     """In the place of CudaStep."""
 
     device = CPU
+    rows_of = staticmethod(rows_of_graph)
 
     def __init__(self, context_tokens, pages=None, rows=2):
         shape = ModelShape.__new__(ModelShape)

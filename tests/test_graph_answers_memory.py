@@ -39,13 +39,13 @@ def test_a_full_gpu_lets_answers_take_turns(stepper_of, monkeypatch):
 def test_an_answer_that_fails_leaves_the_others_as_they_were(stepper_of, monkeypatch):
     stepper = stepper_of()
     wanted = [alone(stepper, ids) for ids in PROMPTS[:3]]
-    compute, step, calls = stepper._rows.logits, stepper.step, []
+    compute, step, calls = stepper._rows.step, stepper.step, []
 
-    def full(asked):
-        calls.append(len(asked))
+    def full(rows):
+        calls.append(len(rows))
         if len(calls) == 3:
             raise torch.OutOfMemoryError("full")
-        return compute(asked)
+        return compute(rows)
 
     def failing(memory, id):
         calls.append(id)
@@ -53,7 +53,7 @@ def test_an_answer_that_fails_leaves_the_others_as_they_were(stepper_of, monkeyp
             raise torch.OutOfMemoryError("full")
         return step(memory, id)
 
-    monkeypatch.setattr(stepper._rows, "logits", full)
+    monkeypatch.setattr(stepper._rows, "step", full)
     monkeypatch.setattr(stepper, "step", failing)
     answers = [answer(stepper, ids) for ids in PROMPTS[:3]]
     found, ended = [[], [], []], []

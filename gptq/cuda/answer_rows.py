@@ -17,7 +17,6 @@ from ..guessing import Guesser
 from ..sampling import Sampler, log_probabilities
 from ..token_rules import TokenRules
 from .kernel_arguments import HOST_TOKENS
-from .kv_pages import PagedMemory
 from .row_probabilities import RowProbabilities
 from .sample import packed_params
 from .sequences import IDLE, Sequences
@@ -57,7 +56,7 @@ class Answer:
         self,
         number: int,
         give_up: Callable[["Answer"], None],
-        memory: PagedMemory,
+        memory: Any,
         ids: Sequence[int],
         logits: Tensor,
         params: GenerationParams,

@@ -24,7 +24,7 @@ from ..suitability import Unsuited
 from . import gemv, small_batch
 from .adapted_step import AdaptedStep
 from .attention import AttentionWork, attend, paged_variants
-from .batch_step import BatchStep
+from .batch_step import BatchStep, rows_of_graph
 from .buffers import Buffers
 from .cluster_step import ClusterStep
 from .cuda_adapter import CudaAdapter, adaptable_layers
@@ -69,6 +69,8 @@ def _tunings_of(packings: Sequence[Packings], by_bits: dict[int, dict[str, Tunin
 
 class CudaStep:
     """A model on the GPU, and the step of one sequence, which is row 0. Not thread-safe: one thread uses it."""
+
+    rows_of = staticmethod(rows_of_graph)
 
     def __init__(
         self,

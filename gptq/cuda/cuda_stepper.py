@@ -24,6 +24,7 @@ from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
 from ..token_rules import NO_RULES, TokenRules
+from .answer_guesses import AnswerGuesses
 from .cuda_adapter import CudaAdapter
 from .cuda_step import CudaStep
 from .kernel_arguments import ONE_ROWS
@@ -76,7 +77,7 @@ class CudaStepper(Stepper):
     def _share(self, step: CudaStep, parallel: int, guesses: bool = False) -> None:
         """What several answers have together."""
         self.page_room = PageRoom(step.pages)
-        self._answers = Answers(step, self.page_room, parallel, guesses)
+        self._answers = Answers(step, self.page_room, parallel, AnswerGuesses(step) if guesses else None)
         self._answers.resume = self._read_again
         self.turns = Turns(lambda: self._answers.busy, self.piece_limit)
         self._pieces = AskedPieces(self._read_pieces)

@@ -46,15 +46,15 @@ class FusedForward:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._gpu = Gpu(device)
-        self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
+        self.gpu = Gpu(device)
+        self.gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._rotations: dict[Any, int | None] = {}
-        self.attention = TokenAttention(self._gpu)
-        self._latent = LatentAttention(self._gpu)
-        self.capacity, self._positions = 0, Positions(self._gpu)  # tokens that the cache has room for
-        self._states: tuple[KeptStates, ...] = (DeltaRule(self._gpu), StateSpace(self._gpu))
+        self.attention = TokenAttention(self.gpu)
+        self._latent = LatentAttention(self.gpu)
+        self.capacity, self._positions = 0, Positions(self.gpu)  # tokens that the cache has room for
+        self._states: tuple[KeptStates, ...] = (DeltaRule(self.gpu), StateSpace(self.gpu))
         self.deferred = Deferred()
-        self._gates = GatedRows(self._gpu, self.deferred)
+        self._gates = GatedRows(self.gpu, self.deferred)
         self._forwards = 0  # of this recording
         self._sums: list[Tensor] = []  # of the first forward
         self._norms: dict[int, CudaNorm] = {}  # that take the sum of this number
@@ -116,7 +116,7 @@ class FusedForward:
         self._sum, self._rotation_number = before
 
     def close(self) -> None:
-        every: tuple[Any, ...] = (self.attention, self._latent, self._positions, *self._states, self._gpu)
+        every: tuple[Any, ...] = (self.attention, self._latent, self._positions, *self._states, self.gpu)
         for each in every:
             each.close()
 
@@ -145,9 +145,9 @@ class FusedForward:
         self.deferred.write(x, *(() if row is not None else (addend,)))
         total = x if in_place else torch.empty_like(x)
         if row is None and self._forwards > 1 and deferred.current() is self.deferred:
-            return Added.of(self._gpu, x, addend, total, self.deferred)
+            return Added.of(self.gpu, x, addend, total, self.deferred)
         self.deferred.before_changing([total])
-        norm_of(self._gpu, x, addend if row is None else row, None, total)
+        norm_of(self.gpu, x, addend if row is None else row, None, total)
         if self._forwards == 1:
             self._sums.append(total)
         return total
@@ -184,7 +184,7 @@ class FusedForward:
             k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
             v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
         )  # fmt: skip
-        self._gpu.run(f"keep_{suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
+        self.gpu.run(f"keep_{suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
         return True
 
     # -- rotation --------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ class FusedForward:
             eps=0.0 if norms is None else norms[0].kind.eps, offset=0.0 if norms is None else norms[0].kind.offset,
         )  # fmt: skip
         shared_bytes = (dims + 36) * 4
-        self._gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, shared_bytes, overlap=True)
+        self.gpu.run(f"rotate_{suffix(q)}", (q.shape[1] + k.shape[1],), 64, arguments, shared_bytes, overlap=True)
 
     # -- attention -------------------------------------------------------------------------------------------------
 

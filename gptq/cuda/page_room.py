@@ -36,6 +36,18 @@ class PageRoom:
     def number(self) -> int:
         return next(self._numbers)
 
+    def capacity_of(self, memory: PagedMemory) -> int:
+        """Tokens that it has pages for."""
+        return memory.capacity
+
+    def grown(self, memory: PagedMemory) -> None:
+        """A token more is computed, or will be."""
+        memory.length += 1
+
+    def shorten(self, memory: PagedMemory, tokens: int) -> None:
+        """What was computed beyond so many tokens does not count."""
+        memory.length = min(memory.length, tokens)
+
     def leave(self, holder: Holder) -> None:
         """It needs no pages any more, or another one holds them now."""
         for each in (self._holding, self._waiting):

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 
 from .answer_rows import Answer
-from .batch_step import rows_of_graph
-from .cuda_step import CudaStep
+from .row_step import RowStep
 from .sequences import IDLE
 
 log = logging.getLogger(__name__)
@@ -16,7 +15,7 @@ log = logging.getLogger(__name__)
 class RowTable:
     """Up to `limit` rows, or as many as fit."""
 
-    def __init__(self, step: CudaStep, limit: int, read_all: Callable[[], None]) -> None:
+    def __init__(self, step: RowStep, limit: int, read_all: Callable[[], None]) -> None:
         """`read_all`: let the host read what is sampled in the rows as they are."""
         self._step, self._limit, self._read_all = step, limit, read_all
         self._of: dict[int, Answer] = {}
@@ -60,10 +59,10 @@ class RowTable:
 
     def close_gaps(self) -> None:
         """Move the last answers into rows that were left, where fewer rows are computed then."""
-        if not self._of or rows_of_graph(self.end) == rows_of_graph(len(self._of)):
+        if not self._of or self._step.rows_of(self.end) == self._step.rows_of(len(self._of)):
             return
         self._read_all()  # what is pending is at the rows as they are
-        while self._of and rows_of_graph(self.end) > rows_of_graph(len(self._of)):
+        while self._of and self._step.rows_of(self.end) > self._step.rows_of(len(self._of)):
             last = self.end - 1
             free = next(row for row in range(last) if row not in self._of)
             answer = self._of.pop(last)

@@ -18,13 +18,12 @@ from ...core.chat import Step
 from ...core.params import GenerationParams
 from ..grammar_mask import GrammarMask
 from ..sampling import Sampler
+from ..stepper import Memory
 from ..token_rules import NO_RULES, TokenRules
 from .answer_guesses import AnswerGuesses
 from .answer_rows import Answer, Sampled
-from .cuda_step import CudaStep
-from .kv_pages import PagedMemory
-from .page_room import PageRoom
 from .row_probabilities import RowProbabilities
+from .row_step import Room, RowStep
 from .row_table import RowTable
 from .sequences import IDLE
 
@@ -32,20 +31,20 @@ from .sequences import IDLE
 class Answers:
     """Up to `limit` of them, or as many as fit. For one thread."""
 
-    def __init__(self, step: CudaStep, room: PageRoom, limit: int = 1, guesses: bool = False) -> None:
-        """`guesses`: the next tokens of an answer that runs alone are guessed; else every step is of one token for each."""
+    def __init__(self, step: RowStep, room: Room, limit: int = 1, guesses: AnswerGuesses | None = None) -> None:
+        """`guesses`: at the next tokens of an answer that runs alone; else every step is of one token for each."""
         self._step, self.room = step, room
         self._table = RowTable(step, limit, self._read_all)
         self._active = self._table.active
         self._pending: deque[Sampled] = deque()
         self._driver: Answer | None = None  # that asked for the last step
-        self._guesses = AnswerGuesses(step) if guesses else None
+        self._guesses = guesses
         self.resume: Callable[[Answer], Iterator[Tensor | None]]  # reads the ids of an answer again -> its last logits at last
         self.launch_prompts: Callable[[], None] = lambda: None  # what is to be read of prompts in this round
 
     def sample(
         self,
-        memory: PagedMemory,
+        memory: Memory,
         logits: Tensor,
         ids: Sequence[int],
         params: GenerationParams,
@@ -82,7 +81,7 @@ class Answers:
                 self._retire(answer)
             del answer.memory  # tokens of it that nobody has read would keep it
             # the last token that the host has seen may not belong to the answer
-            memory.length = min(memory.length, answer.prompt + max(0, host_tokens - 1))
+            self.room.shorten(memory, answer.prompt + max(0, host_tokens - 1))
 
     @property
     def busy(self) -> bool:
@@ -156,7 +155,7 @@ class Answers:
         adapters = {each.row: each.memory.adapter for each in self._active}
         self._step.step_rows(self._table.end, sample_next, adapters)
         for each in self._active:
-            each.memory.length += 1
+            self.room.grown(each.memory)
         if sample_next:
             self._note_sampled(self._active)
         return list(self._active)
@@ -244,7 +243,7 @@ class Answers:
             answer.error = error
             self._retire(answer)
             return False
-        answer.room = answer.memory.capacity
+        answer.room = self.room.capacity_of(answer.memory)
         return True
 
     def suspend(self, answer: Answer) -> None:

@@ -19,7 +19,12 @@ def sample(gpu: Gpu, sequences: Sequences, first: int = 0, rows: int = 1) -> Non
     """From the `logits` of some rows to their next tokens in `ids`, with their `params`."""
     if first + rows > sequences.rows:
         raise ValueError(f"rows {first} to {first + rows - 1} were to be sampled; there are {sequences.rows}.")
-    gpu.run("sample", (rows,), SAMPLE_THREADS, SAMPLE.pack(**_fields(sequences, first)), overlap=True)
+    gpu.run("sample", (rows,), SAMPLE_THREADS, packed_rows(sequences, first), overlap=True)
+
+
+def packed_rows(sequences: Sequences, first: int) -> bytes:
+    """What the kernel takes, of the rows from `first` on."""
+    return SAMPLE.pack(**_fields(sequences, first))
 
 
 def sample_guessed(gpu: Gpu, sequences: Sequences, rows: int) -> None:

@@ -5,6 +5,7 @@ the tensors, so they must be recorded again afterwards.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +13,22 @@ from torch import Tensor
 
 from .kernel_arguments import HOST_TOKENS, SAMPLE_PARAMS
 from .kv_pages import PagedMemory
-from .model_shape import ModelShape
 
 IDLE = -1  # the position of a row that no sequence has
+
+
+class RowsShape(Protocol):
+    """What sequences need to know of a model."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def max_pages(self) -> int:
+        """Of one conversation."""
 
 
 class Sequences:
@@ -22,7 +36,7 @@ class Sequences:
 
     prompt_row = -1
 
-    def __init__(self, device: torch.device, shape: ModelShape, rows: int) -> None:
+    def __init__(self, device: torch.device, shape: RowsShape, rows: int) -> None:
         self.shape, self.device, self.rows = shape, device, rows
         for name, tensor in self._tensors(rows).items():
             setattr(self, name, tensor)
