@@ -74,7 +74,7 @@ def _sample_row(a, vocabulary, context):
         if back > 0 and (left := position + 1 - back) >= 0:
             gone = int(a["history"][0, left])
             a["seen"][0, gone] -= 1
-            a["answered"][0, gone] -= left >= int(a["answer_from"])
+            a["answered"][0, gone] -= int(left >= int(a["answer_from"]))
 
 
 def _filtered(z, params):

@@ -15,7 +15,7 @@ from test_sampling_extras import Words
 from gptq_webui.core.chat import Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.params import GenerationParams
-from gptq_webui.gptq import checkpoint, generation, graph_answers, graph_rows, stepper_choice
+from gptq_webui.gptq import checkpoint, generation, graph_rows, stepper_choice
 from gptq_webui.gptq.cuda import small_batch
 from gptq_webui.gptq.graph_rows import rows_that_fit
 from gptq_webui.gptq.prefix_cache import PrefixCache
@@ -51,7 +51,8 @@ def stepper_of(folders, monkeypatch):
 
     def stepper(kind="llama", parallel=4, free=1 << 32, **how):
         hf, _notes = checkpoint.load(LocalModel.read(folders(kind)), dtype=torch.float16, device_map={"": "cpu"})
-        emulated_gpu.emulate(monkeypatch)
+        if not made:
+            emulated_gpu.emulate(monkeypatch)
         monkeypatch.setattr(stepper_choice, "_free_bytes", lambda device: free)
         found, _note = stepper_choice.stepper_for(hf, CONTEXT, parallel=parallel, **how)
         made.append(found)
@@ -204,23 +205,6 @@ def test_a_gpu_whose_blocks_are_too_small_for_rows_computes_one_answer_at_a_time
     monkeypatch.setattr(small_batch, "variants", none_fits)
     stepper = stepper_of()
     assert stepper.parallel == 1 and len(alone(stepper, PROMPTS[0])) == 8
-
-
-def test_an_answer_that_is_alone_again_is_computed_ahead(stepper_of, monkeypatch):
-    stepper, begun = stepper_of(), []
-    begin = graph_answers.GraphAnswer.begin
-
-    def noted(self, token):
-        found = begin(self, token)
-        begun.append(found is not None)
-        return found
-
-    monkeypatch.setattr(graph_answers.GraphAnswer, "begin", noted)
-    long = replace(GREEDY, max_new_tokens=30)
-    wanted = [alone(stepper, PROMPTS[0], long), alone(stepper, PROMPTS[1])]
-    begun.clear()
-    assert in_turns([answer(stepper, PROMPTS[0], long), answer(stepper, PROMPTS[1])], joins=(1, 10)) == wanted
-    assert begun[:5] == [True] * 5 and begun[-5:] == [True] * 5 and False in begun
 
 
 def test_a_long_conversation_stays_whole_while_short_ones_are_computed(stepper_of, monkeypatch):

@@ -12,7 +12,9 @@ class RowStep(Protocol):
     """Computes the tokens of several sequences at once, and samples the next ones."""
 
     device: torch.device
-    sequences: Sequences
+
+    @property
+    def sequences(self) -> Sequences: ...
 
     @property
     def shape(self) -> RowsShape: ...
