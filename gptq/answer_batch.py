@@ -32,11 +32,10 @@ class Batch:
         context_tokens: int,
         embedding_rows: int | None,
         guesses: bool = True,
-        most_rows: int = MOST_ROWS,
     ) -> None:
-        """`compute`: ids that follow those in each memory, `most_rows` in all -> their logits [ids, V]. Without `guesses` a pass
+        """`compute`: ids that follow those in each memory, MOST_ROWS in all -> their logits [ids, V]. Without `guesses` a pass
         computes the tokens that were sampled, and no others."""
-        self._compute, self._context_tokens, self._most_rows = compute, context_tokens, most_rows
+        self._compute, self._context_tokens = compute, context_tokens
         self.embedding_rows, self.guesses = embedding_rows, guesses
         self.draft: Draft | None = None  # a small model that guesses for an answer that runs alone
         self._running: list[BatchedAnswer] = []
@@ -45,10 +44,7 @@ class Batch:
 
     def join(self, memory: Memory, ids: Sequence[int]) -> "BatchedAnswer":
         """An answer to the prompt `ids`, all of which are in memory."""
-        return self.add(BatchedAnswer(self, memory, ids))
-
-    def add(self, answer: "BatchedAnswer") -> "BatchedAnswer":
-        self._running.append(answer)
+        self._running.append(answer := BatchedAnswer(self, memory, ids))
         return answer
 
     def leave(self, answer: "BatchedAnswer") -> None:
@@ -60,24 +56,15 @@ class Batch:
         """Whether answers are being sampled."""
         return bool(self._running)
 
-    @property
-    def has_one(self) -> bool:
-        """Whether a single answer is being sampled."""
-        return len(self._running) == 1
-
-    def is_alone(self, answer: "BatchedAnswer") -> bool:
-        """Whether no other one is being sampled."""
-        return self._running == [answer]
-
     def advance(self, first: "BatchedAnswer") -> None:
         """Compute the token of an answer, and of the next ones that wait for theirs: as many as a pass takes."""
         at = self._running.index(first)
         around = [*self._running[at:], *self._running[:at]]
-        waiting = [each for each in around if each.pending is not None][: self._most_rows]
+        waiting = [each for each in around if each.pending is not None][:MOST_ROWS]
         rows = len(waiting)
         pieces: list[tuple[Memory, Sequence[int]]] = []
         for answer in waiting:
-            free = min(self._most_rows - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
+            free = min(MOST_ROWS - rows, MOST_GUESSES, self._context_tokens - answer.memory.length - 1)
             before = 1 + self._row_cost * (rows - 1)
             costs = [1 + self._row_cost * more / before for more in range(max(0, free) + 1)]
             guesses = self._guess(answer, costs) if self.guesses else []

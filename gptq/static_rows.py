@@ -142,17 +142,14 @@ class RowRoom:
         return [each for each in self.layers if isinstance(each, RowKeys)]
 
     def follow(self, ids: Tensor, positions: Tensor, known: int | None) -> None:
-        """The tokens of the first rows, and how many are before each: below 0 in rows that stay as they are. Ids from `known`
+        """The tokens of the first rows, and how many are before each: -1 in rows that stay as they are. Ids from `known`
         on have no row in the embedding; whoever reads them says so."""
-        rows = ids.shape[0]
-        own, counts, targets = self.given[:, :rows]
+        own, counts, targets = self.given[:, : len(ids)]
         own.copy_(ids)
         if known is not None:
             own.clamp_(max=known - 1)
-        counts.copy_(positions)
-        targets.copy_(counts)
-        targets.masked_fill_(counts < 0, self.capacity)
-        counts.clamp_(min=0)
+        torch.clamp(positions, min=0, out=counts)
+        torch.remainder(positions, self.capacity + 1, out=targets)  # of -1: the capacity
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""

@@ -97,6 +97,41 @@ DEVICE u32 mix(u32 a, u32 b, u32 c, u32 d) {  // Jarzynski & Olano 2020, pcg4d: 
   return a;
 }
 
+// visit(i, z, count) for each number of a row that a thread has, and what `counts` says of it (without counts 0). AHEAD loads of
+// four numbers are on their way before the first is looked at. What `visit` returns is written to `out`, unless that is null.
+template <int AHEAD, class Visit>
+DEVICE void each_of_row(const float* values, const u16* counts, float* out, int n, Visit visit) {
+  if (n % 4) {  // rows begin anywhere
+    for (int i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
+      const float z = visit(i, values[i], counts ? counts[i] : 0);
+      if (out) out[i] = z;
+    }
+    return;
+  }
+  for (int first = threadIdx.x; first < n / 4; first += AHEAD * SAMPLE_THREADS) {
+    float4 z[AHEAD];
+    ushort4 count[AHEAD];
+#pragma unroll
+    for (int at = 0; at < AHEAD; at++) {
+      const int four = first + at * SAMPLE_THREADS;
+      if (four < n / 4) {
+        z[at] = ((const float4*)values)[four];
+        count[at] = counts ? ((const ushort4*)counts)[four] : ushort4{0, 0, 0, 0};
+      }
+    }
+#pragma unroll
+    for (int at = 0; at < AHEAD; at++) {
+      const int four = first + at * SAMPLE_THREADS, i = 4 * four;
+      if (i >= n) break;
+      z[at].x = visit(i, z[at].x, count[at].x);
+      z[at].y = visit(i + 1, z[at].y, count[at].y);
+      z[at].z = visit(i + 2, z[at].z, count[at].z);
+      z[at].w = visit(i + 3, z[at].w, count[at].w);
+      if (out) ((float4*)out)[four] = z[at];
+    }
+  }
+}
+
 // -- the phases --------------------------------------------------------------------------------------------------------
 
 // Logits with bias, penalties and temperature, into `work`. Returns the likeliest token; its logit is `shared.largest`.
@@ -110,17 +145,16 @@ DEVICE int adjust_logits(const SampleArguments& p, SampleShared& shared, const S
   const bool penalties = params.repetition_penalty != 1.f, counts = params.presence_penalty != 0.f || params.frequency_penalty != 0.f;
   float high = -INFINITY;
   int at_high = 0x7fffffff;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < row.n; i += SAMPLE_THREADS) {
-    float z = logits[i];
+  float* kept = params.temperature != 0.f ? row.work : nullptr;  // the likeliest is looked for only once
+  each_of_row<4>(logits, penalties ? seen : nullptr, kept, row.n, [&](int i, float z, int before) {
     if (params.biased) z += bias[i];
-    if (penalties && seen[i]) z = z < 0.f ? z * params.repetition_penalty : z / params.repetition_penalty;
+    if (before) z = z < 0.f ? z * params.repetition_penalty : z / params.repetition_penalty;
     if (counts && answered[i]) z -= params.presence_penalty + params.frequency_penalty * answered[i];
     z *= cooler;
     if (params.masked && !(mask[i / 32] >> i % 32 & 1)) z = -INFINITY;
-    row.work[i] = z;
     if (z > high) { high = z; at_high = i; }
-  }
+    return z;
+  });
   return block_largest(shared, high, at_high);
 }
 
@@ -176,26 +210,24 @@ DEVICE Candidates collect_candidates(SampleShared& shared, const SampleRow& row)
   int cut = BINS - 1;
   if (row.by_k || row.by_p) {
     u64 mass = 0;
-#pragma unroll 4
-    for (int i = tid; i < row.n; i += threads) {
-      const float z = row.work[i];
-      if (z == -INFINITY) continue;  // of a grammar's mask nearly all
+    each_of_row<2>(row.work, nullptr, nullptr, row.n, [&](int, float z, int) {
+      if (z == -INFINITY) return z;  // of a grammar's mask nearly all
       atomicAdd(&shared.bins[bin_of(z)], 1);
       if (!row.by_k && z >= row.sigma_floor) mass += mass_of(z - row.peak);
-    }
+      return z;
+    });
     if (!row.by_k) found.everything = block_sum_u64(mass, shared.scratch);
     __syncthreads();
     cut = last_bin(shared, row);
   }
   u64 mass = 0;
-#pragma unroll 4
-  for (int i = tid; i < row.n; i += threads) {
-    const float z = row.work[i];
-    if (z == -INFINITY || (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor)) continue;
+  each_of_row<2>(row.work, nullptr, nullptr, row.n, [&](int i, float z, int) {
+    if (z == -INFINITY || (row.by_k || row.by_p ? bin_of(z) > cut : z < row.floor)) return z;
     const int place = atomicAdd(&shared.filled, 1);
     if (place < CANDIDATES) { shared.list[place] = z; shared.tokens[place] = i; }
     mass += mass_of(z - row.peak);
-  }
+    return z;
+  });
   __syncthreads();
   bool enough = shared.filled > 0 && shared.filled <= CANDIDATES;
   if (row.by_p && !row.by_k) {  // where the distribution is flat, top p may keep more than the list holds
