@@ -148,8 +148,9 @@ class RowRoom:
         own.copy_(ids)
         if known is not None:
             own.clamp_(max=known - 1)
-        torch.clamp(positions, min=0, out=counts)
-        torch.remainder(positions, self.capacity + 1, out=targets)  # of -1: the capacity
+        counts.copy_(positions)
+        torch.remainder(counts, self.capacity + 1, out=targets)  # of -1: the capacity
+        counts.clamp_(min=0)
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""
