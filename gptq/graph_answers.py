@@ -60,6 +60,13 @@ class ManyGraphStepper(GraphStepper):
         if self.why or not self._can_cut or self._logits is None or self._room is None:
             recorder.close()
             return
+        try:
+            if not gpu.has("sample"):
+                gpu.add(fixed=True)
+        except GptqWebuiError as error:
+            log.info("answers are sampled by torch, one at a time: %s", error)
+            recorder.close()
+            return
         wanted = min(most, rows_that_fit(free_bytes, self._room.token_bytes, self._context_tokens))
         shape = GraphShape(self._logits.shape[1], self._context_tokens)
         sequences = GraphSequences(self.device, shape, max((each for each in ROWS if each <= wanted), default=1))

@@ -59,12 +59,10 @@ class Passed:
 
 
 class GraphStep:
-    """Of one model. `compute` puts the token in `ids` of each row into its memory, and leaves logits at `logits`."""
+    """Of one model. `compute` puts the token in `ids` of each row into its memory, and leaves logits at `logits`; `gpu`
+    has the sampler."""
 
     def __init__(self, gpu: Gpu, sequences: GraphSequences, compute: Callable[[Mapping[int, TransformersMemory]], None]) -> None:
-        """Raises NoCompiler."""
-        if not gpu.has("sample"):
-            gpu.add(fixed=True)
         self.device, self.sequences, self._gpu, self._compute = sequences.device, sequences, gpu, compute
         self._packed = [packed_rows(sequences, row) for row in range(sequences.rows)]
 
