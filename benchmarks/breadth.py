@@ -43,8 +43,7 @@ def build(name: str, layers: int, tiny: bool, device: str, group: int, vocabular
     from transformers.initialization import no_init_weights
 
     config = config_of(name, layers, tiny)
-    if vocabulary:
-        config.get_text_config(decoder=True).vocab_size = vocabulary
+    config.get_text_config(decoder=True).vocab_size = vocabulary or config.get_text_config(decoder=True).vocab_size
     dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
     caps = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
     with torch.device(device), no_init_weights():

@@ -274,7 +274,7 @@ def test_short_prompts_of_a_round_are_read_together():
     for at in range(12):
         run.ask(at, prompt_of(at, 30))
     assert run.all() == {at: solo(prompt_of(at, 30)) for at in range(12)}
-    assert run.model.together == 5, "128 tokens of a round: four whole prompts and the beginning of one"
+    assert run.model.together == 4, "128 tokens of a round: four whole prompts, and a fifth is not read in two parts"
 
 
 def test_a_piece_that_nobody_waits_for_is_not_read():
