@@ -144,6 +144,7 @@ class WholeToken:
         self._part_out = torch.zeros(16 * attended, dtype=torch.float16, device=gpu.device)
         self._part_weights = torch.zeros(16 * shape.heads * 2, dtype=torch.float32, device=gpu.device)
         self.trace: Tensor | None = None
+        self.overlap = False  # begin while the kernel before ends, and trust that all blocks fit
 
     def _heads(self, order: Tensor) -> Tensor:
         return (order.clamp(min=0) // self._shape.head_dim).to(torch.uint8)
@@ -176,4 +177,4 @@ class WholeToken:
             scale=1.4426950408889634 / shape.head_dim**0.5,
         )  # fmt: skip
         one = self.variant
-        self._gpu.run(one.name, (one.blocks,), one.threads, arguments, one.shared_bytes, together=True)
+        self._gpu.run(one.name, (one.blocks,), one.threads, arguments, one.shared_bytes, self.overlap, not self.overlap)
