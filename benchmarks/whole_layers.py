@@ -1,7 +1,7 @@
 """All layers by one kernel beside the step: `python benchmarks/whole_layers.py BITS NAME… [--layers N]`.
 
-Names are those of VARIANTS below. Each is checked against the step (but for those that leave something out), then all are timed in
-turn. The first line of a check is of one layer, product by product.
+Names are those of VARIANTS below. Each is checked against the step, but for those that leave something out, then all are timed
+in turn. The first line of a check is of one layer, product by product.
 """
 
 import argparse
@@ -32,20 +32,27 @@ from gptq_webui.gptq.cuda.sample import packed_params  # noqa: E402
 from gptq_webui.gptq.cuda.whole_token import WholeToken  # noqa: E402
 
 RINGS = {2: (8, 5), 3: (4, 7), 4: (4, 5)}  # chunks that travel together, stages
+OTHER_RINGS = {2: (4, 9), 3: (8, 3), 4: (2, 10)}
 NO_PRODUCTS, NO_STAGING, NO_ATTENTION, NO_MEETING, NO_COPIES, WITHIN, TRACED = (1 << at for at in range(7))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "flags": {"flags": True},
+    "flags": {"kind": 1},
+    "tagged": {"kind": 2},
+    "tagged, traced": {"kind": 2, "options": TRACED},
+    "tagged, parts of 256": {"kind": 2, "least": 16},
+    "tagged, no copies": {"kind": 2, "options": NO_COPIES},
     "overlap": {},
     "parts of 256": {"least": 16},
     "parts of 64": {"least": 4},
-    "split 16": {"splits": (16, 16, 16, 16)},
+    "split 16": {"other": True, "splits": (16, 16, 16, 16)},
     "split 8": {"splits": (8, 8, 8, 8)},
     "split 4": {"splits": (16, 8, 4, 8)},
+    "tagged, down 16": {"kind": 2, "splits": (16, 8, 8, 16)},
+    "tagged, within products": {"kind": 2, "options": WITHIN},
     "down 16": {"splits": (16, 8, 8, 16)},
     "o 16": {"splits": (16, 16, 8, 8)},
-    "small batches": {"small": True},
-    "small, split 16": {"small": True, "splits": (16, 16, 16, 16)},
+    "other batches": {"other": True},
+    "tagged, split 16": {"kind": 2, "other": True, "splits": (16, 16, 16, 16)},
     "within products": {"options": WITHIN},
     "no attention": {"options": NO_ATTENTION},
     "no staging": {"options": NO_STAGING},
@@ -55,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "meeting, staging, attention": {"options": NO_COPIES | NO_PRODUCTS},
     "meeting, attention": {"options": NO_COPIES | NO_PRODUCTS | NO_STAGING},
     "meeting": {"options": NO_COPIES | NO_PRODUCTS | NO_STAGING | NO_ATTENTION},
-    "meeting by flags": {"options": NO_COPIES | NO_PRODUCTS | NO_STAGING | NO_ATTENTION, "flags": True},
+    "meeting by flags": {"options": NO_COPIES | NO_PRODUCTS | NO_STAGING | NO_ATTENTION, "kind": 1},
     "copies": {"options": NO_MEETING | NO_PRODUCTS | NO_STAGING | NO_ATTENTION},
     "copies, products": {"options": NO_MEETING | NO_STAGING | NO_ATTENTION},
     "copies, products, staging": {"options": NO_MEETING | NO_ATTENTION},
@@ -79,9 +86,7 @@ class Whole:
         step = self.step
         whole = WholeToken(step.gpu, step.shape, step.weights, step.sequences, step.buffers)
         changes = dict(VARIANTS[name])
-        batch, stages = RINGS[self.bits]
-        if changes.pop("small", False):
-            batch, stages = batch // 2, stages * 2
+        batch, stages = (OTHER_RINGS if changes.pop("other", False) else RINGS)[self.bits]
         whole.use(batch=batch, stages=stages, **changes)
         whole.overlap = name == "overlap"
         if "traced" in name:
@@ -105,8 +110,10 @@ class Whole:
             each.fill_(float("nan"))
         self.forward(name)
         torch.cuda.synchronize()
-        names = ("qkv", "x_mlp", "inner", "x_head")
-        return {each: getattr(here, each).double() for each in names} | {"logits": step.sequences.logits[0].double()}
+        found = {each: getattr(here, each)[0].double() for each in ("qkv", "x_mlp", "inner", "x_head")}
+        if name != "step":
+            found |= {each: self.ways[name].given(each).double() for each in ("qkv", "x_mlp", "inner")}
+        return found | {"logits": step.sequences.logits[0].double()}
 
     def errors(self, name: str, place: int) -> dict[str, float]:
         wanted, found = self.after("step", place), self.after(name, place)
@@ -148,6 +155,7 @@ def main() -> None:
     began = time.time()
     cuda_step.small_batch.every_variant = lambda gpu, products: []  # type: ignore[assignment]
     cuda_step.paged_variants = lambda gpu, shape: []  # type: ignore[assignment]
+    cuda_step.OctetStep = cuda_step.ClusterStep = lambda *given: None  # type: ignore[assignment, misc]
     torch.manual_seed(1)
     bits = given.bits
     one = Whole(bits, 1)
@@ -167,9 +175,16 @@ def main() -> None:
     for name in given.names:
         if not VARIANTS[name].get("options"):
             first = one.errors(name, PLACE)
-            print(f"{bits} bits, {name}: one layer " + ", ".join(f"{each} {value:.1e}" for each, value in first.items()), flush=True)
-            found = {place: model.errors(name, place)["logits"] for place in (0, 1, 15, 16, 17, 100, 127, 128, 129, 511, 512, 700, 900)}
-            print(f"   {given.layers} layers, logits " + ", ".join(f"{place}: {value:.1e}" for place, value in found.items()), flush=True)
+            print(
+                f"{bits} bits, {name}: one layer " + ", ".join(f"{each} {value:.1e}" for each, value in first.items()), flush=True
+            )
+            found = {
+                place: model.errors(name, place)["logits"] for place in (0, 1, 15, 16, 17, 100, 127, 128, 129, 511, 512, 700, 900)
+            }
+            print(
+                f"   {given.layers} layers, logits " + ", ".join(f"{place}: {value:.1e}" for place, value in found.items()),
+                flush=True,
+            )
             expected, same = model.after(name, PLACE)["logits"], True
             for _ in range(50):
                 same = same and torch.equal(model.after(name, PLACE)["logits"], expected)
@@ -188,7 +203,9 @@ def main() -> None:
             if turn > 1:
                 taken[name].append(begin.elapsed_time(end) * 1e3 / times)
     for name, each in taken.items():
-        print(f"{bits} bits, {given.layers} layers: {statistics.median(each):8.1f} us (least {min(each):8.1f})  {name}", flush=True)
+        print(
+            f"{bits} bits, {given.layers} layers: {statistics.median(each):8.1f} us (least {min(each):8.1f})  {name}", flush=True
+        )
     for name, whole in model.ways.items():
         if whole.trace is not None:
             model.forward(name)

@@ -113,19 +113,88 @@ template <class Spread, int CHUNK_BYTES, int SCALE_BYTES> DEVICE TokenPlan plan_
   return {at * CHUNK_BYTES, at / 2 * SCALE_BYTES, (u32)(turns | max(chunks, 0) << 16), (u32)(Spread::TEAMS * Spread::CHUNKS)};
 }
 
+// -- handing over ------------------------------------------------------------------------------------------------------
+// TAGGED: no one waits for all. A number is a word with the number of its layer above it, which who reads it waits for. A word is
+// written again only after everyone has read it: who writes has what others made of all of it.
+
+DEVICE void tell(u32* to, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
+DEVICE void tell2(void* to, u32 a, u32 b) { asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory"); }
+DEVICE uint4 look4(const void* at) { uint4 v; asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory"); return v; }
+DEVICE uint2 look2(const void* at) { uint2 v; asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory"); return v; }
+DEVICE u64 nanoseconds() { u64 v; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)); return v; }
+DEVICE u64 cycles() { u64 v; asm volatile("mov.u64 %0, %%clock64;" : "=l"(v)); return v; }
+
+struct Patience {  // two seconds, then the launch fails instead of hanging
+  u64 since;
+  u32 turns;
+  METHOD void again() {
+    if (++turns % 1024) return;
+    const u64 now = nanoseconds();
+    if (since == 0) since = now;
+    else if (now - since > 2000000000ull) asm volatile("trap;");
+  }
+};
+
+template <bool TAGGED> DEVICE void hand_over(void* to, int at, float y, u32 tag) {
+  if constexpr (TAGGED) tell((u32*)to + at, (u32)to_half(y) | tag << 16);
+  else ((u16*)to)[at] = to_half(y);
+}
+DEVICE bool tagged(const uint4& v, u32 tag) { return v.x >> 16 == tag && v.y >> 16 == tag && v.z >> 16 == tag && v.w >> 16 == tag; }
+
+// Eight numbers, as they were handed over.
+template <bool TAGGED> struct EightGiven {
+  uint4 a, b;
+  METHOD void load(const void* x, int at, bool there) {
+    a = make_uint4(0, 0, 0, 0); b = a;
+    if (!there) return;
+    if constexpr (TAGGED) { a = look4((const u32*)x + at); b = look4((const u32*)x + at + 4); }
+    else a = __ldcg((const uint4*)((const u16*)x + at));
+  }
+  METHOD void load_plain(const u16* x, int at, bool there) {
+    const uint4 v = there ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
+    a = make_uint4(v.x, v.x >> 16, v.y, v.y >> 16); b = make_uint4(v.z, v.z >> 16, v.w, v.w >> 16);
+  }
+  METHOD bool here(u32 tag) const { return !TAGGED || (tagged(a, tag) && tagged(b, tag)); }
+  METHOD void numbers(float (&v)[8]) const {
+    if constexpr (TAGGED) {
+      v[0] = low_of(a.x); v[1] = low_of(a.y); v[2] = low_of(a.z); v[3] = low_of(a.w);
+      v[4] = low_of(b.x); v[5] = low_of(b.y); v[6] = low_of(b.z); v[7] = low_of(b.w);
+    } else eight_halves(a, v);
+  }
+};
+template <bool TAGGED, int K, int RUNS, int THREADS> DEVICE void take(const void* x, u32 tag, const u16* plain, int tid, EightGiven<TAGGED> (&mine)[RUNS]) {
+  if (TAGGED && plain) {
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) mine[i].load_plain(plain, (i * THREADS + tid) * 8, (i * THREADS + tid) * 8 < K);
+    return;
+  }
+  Patience patience = {0, 0};
+  while (true) {
+    bool here = true;
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) mine[i].load(x, (i * THREADS + tid) * 8, (i * THREADS + tid) * 8 < K);
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) here = here && ((i * THREADS + tid) * 8 >= K || mine[i].here(tag));
+    if (here) break;
+    patience.again();
+  }
+}
+
 // -- meeting -----------------------------------------------------------------------------------------------------------
 
 DEVICE u32 seen_by_all(const u32* at) { u32 v; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory"); return v; }
 DEVICE u32 seen_soon(const u32* at) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory"); return v; }
-DEVICE u64 nanoseconds() { u64 v; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)); return v; }
-DEVICE u64 cycles() { u64 v; asm volatile("mov.u64 %0, %%clock64;" : "=l"(v)); return v; }
 
-// `counters`: arrivals, and 32 words on those who have left; FLAGS: 64 words on one for each block. All are zero between launches.
-template <int BLOCKS, bool FLAGS, bool NEVER> struct Meeting {
+// `counters`: arrivals, and 32 words on those who have left; FLAGS: 64 words on one for each block. All are zero between launches;
+// TAGGED: the first one is the number of launches so far.
+enum { COUNTED, FLAGGED, TAGGED_NUMBERS };
+template <int BLOCKS, int KIND, bool NEVER> struct Meeting {
+  static constexpr bool FLAGS = KIND == FLAGGED;
   u32* counters;
   u32 number;  // of meetings so far
 
   METHOD void arrive() {  // what the block wrote before is seen by who waits
+    if (KIND == TAGGED_NUMBERS) return;
     __syncthreads();
     number++;
     if (NEVER) return;
@@ -134,17 +203,13 @@ template <int BLOCKS, bool FLAGS, bool NEVER> struct Meeting {
       else asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters) : "memory");
     }
   }
-  METHOD void check(u64& since) const {  // two seconds, then the launch fails instead of hanging
-    const u64 now = nanoseconds();
-    if (since == 0) since = now;
-    else if (now - since > 2000000000ull) asm volatile("trap;");
-  }
   METHOD void wait() const {
+    if (KIND == TAGGED_NUMBERS) return;
     if (!NEVER && threadIdx.x < (FLAGS ? 32 : 1)) {
-      u64 since = 0;
+      Patience patience = {0, 0};
       if (FLAGS) {
         constexpr int EACH = (BLOCKS + 31) / 32;
-        for (u32 turn = 1;; turn++) {
+        while (true) {
           bool here = true;
 #pragma unroll
           for (int i = 0; i < EACH; i++) {
@@ -153,12 +218,11 @@ template <int BLOCKS, bool FLAGS, bool NEVER> struct Meeting {
             here = here && (int)(one - number) >= 0;
           }
           if (__all_sync(FULL, here)) break;
-          if (turn % 1024 == 0) check(since);
+          patience.again();
         }
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
       } else {
-        for (u32 turn = 1; (int)(seen_by_all(counters) - number * BLOCKS) < 0; turn++)
-          if (turn % 1024 == 0) check(since);
+        while ((int)(seen_by_all(counters) - number * BLOCKS) < 0) patience.again();
       }
     }
     __syncthreads();
@@ -167,7 +231,8 @@ template <int BLOCKS, bool FLAGS, bool NEVER> struct Meeting {
     __syncthreads();
     if (threadIdx.x || NEVER) return;
     if (count_arrival(counters + 32) != BLOCKS - 1) return;
-    counters[0] = 0; counters[32] = 0;
+    counters[0] = KIND == TAGGED_NUMBERS ? counters[0] + 1 : 0;
+    counters[32] = 0;
     if (FLAGS) for (int i = 0; i < BLOCKS; i++) counters[64 + i] = 0;
   }
 };
@@ -254,27 +319,70 @@ template <class S, class Shared> DEVICE void weigh_half(const WholeTokenArgument
   }
 }
 
+template <bool TAGGED> DEVICE void hand_weight(float* to, int at, float highest, float total, u32 tag) {
+  if constexpr (TAGGED) {
+    tell2(to + at * 4, __float_as_int(highest), tag);
+    tell2(to + at * 4 + 2, __float_as_int(total), tag);
+  } else *(float2*)(to + at * 4) = make_float2(highest, total);
+}
+template <bool TAGGED> DEVICE float2 take_weight(const float* from, int at, u32 tag) {
+  if constexpr (TAGGED) {
+    Patience patience = {0, 0};
+    while (true) {
+      const uint4 v = look4(from + at * 4);
+      if (v.y == tag && v.w == tag) return make_float2(__int_as_float(v.x), __int_as_float(v.z));
+      patience.again();
+    }
+  } else return __ldcg((const float2*)(from + at * 4));
+}
+
+template <int D, bool TAGGED> DEVICE HeadPairs<D> take_head(const void* qkv, int head, u32 tag, int lane) {
+  if constexpr (!TAGGED) return load_head<D>((const u16*)qkv + head * D);
+  else {
+    HeadPairs<D> r;
+    Patience patience = {0, 0};
+    while (true) {
+      bool here = true;
+#pragma unroll
+      for (int i = 0; i < (D + 63) / 64; i++) {
+        const int at = i * 32 + lane;
+        const uint2 v = at < D / 2 ? look2((const u32*)qkv + head * D + at * 2) : make_uint2(tag << 16, tag << 16);
+        here = here && v.x >> 16 == tag && v.y >> 16 == tag;
+        r.pair[i] = (v.x & 0xffff) | v.y << 16;
+      }
+      if (here) break;
+      patience.again();
+    }
+    __syncwarp();
+    return r;
+  }
+}
+
 // A part of the keys for one kv head: its output, divided by its sum of weights, goes to `part_out` in the order of o's input.
-template <class S, class Shared>
+template <class S, bool TAGGED, class Shared>
 DEVICE void attend_part(const WholeTokenArguments& p, Shared& shared, float* outs, const TokenSlice& slice, const u64* layer, const Angles<S::D>& angles, int place,
-                        u64 layer_bytes, int kv, int part) {
+                        u64 layer_bytes, int kv, int part, u32 tag) {
   constexpr int D = S::D, GROUP = S::GROUP, WARPS = S::WARPS;
   const int tid = this_thread(), lane = tid % 32, warp = tid / 32, r = lane / 4, c = lane % 4, head0 = kv * GROUP;
   const int used = min(WARPS, slice.end - slice.begin);  // warps that have tokens
   HalfKeys<D> first_keys;
   HalfValues<D> first_values;
   {
-    const bool is_key = warp == GROUP;
-    HeadPairs<D> head;
-    if (warp < GROUP || (is_key && slice.newest)) head = load_head<D>(p.qkv + (is_key ? S::HEADS + kv : head0 + warp) * D);
-    if (slice.newest && tid >= (WARPS - 4) * 32 && tid - (WARPS - 4) * 32 < D / 2) {
-      const int at = tid - (WARPS - 4) * 32;
-      ((u32*)shared.new_value)[at] = __ldcg((const u32*)(p.qkv + (S::HEADS + S::KV_HEADS + kv) * D) + at);
-    }
     const int at = min(slice.begin + warp, slice.position / 16);  // of a page that is there, where a warp has no tokens
     const u8* page = (const u8*)(p.pages[at / 4] + layer_bytes);
     first_keys.load(page, kv, at, r, c);
     first_values.load(page, S::KV_HEADS, kv, at, r, c);
+    const bool is_key = warp == GROUP, is_value = warp == GROUP + 1;
+    HeadPairs<D> head;
+    if (warp < GROUP || ((is_key || is_value) && slice.newest)) {
+      const int from = is_value ? S::HEADS + S::KV_HEADS + kv : is_key ? S::HEADS + kv : head0 + warp;
+      head = take_head<D, TAGGED>(p.qkv, from, tag, lane);
+    }
+    if (is_value && slice.newest) {
+#pragma unroll
+      for (int i = 0; i < (D + 63) / 64; i++)
+        if (i * 32 + lane < D / 2) ((u32*)shared.new_value)[i * 32 + lane] = head.pair[i];
+    }
     if (warp < GROUP || (is_key && slice.newest))
       norm_and_rotate<D>(head, (const u16*)layer[is_key ? TOKEN_K_NORM : TOKEN_Q_NORM], angles, p.rotary_half, p.eps, is_key ? shared.new_key : shared.q[warp & (GROUP - 1)]);
   }
@@ -340,29 +448,27 @@ DEVICE void attend_part(const WholeTokenArguments& p, Shared& shared, float* out
       total += shared.weights[w][head] * f;
       y += outs[(w * GROUP + head) * D + d] * f;
     }
-    p.part_out[part * S::ATTENDED + place] = to_half(y / total);
-    if (d == 0) *(float2*)(p.part_weights + (part * S::HEADS + head0 + head) * 2) = make_float2(highest, total);
+    hand_over<TAGGED>(p.part_out, part * S::ATTENDED + place, y / total, tag);
+    if (d == 0) hand_weight<TAGGED>(p.part_weights, part * S::HEADS + head0 + head, highest, total, tag);
   }
 }
 
 // -- x, on its way into shared memory ----------------------------------------------------------------------------------
 
 // x times the norm's weight; what remains of the norm is one factor, the sums are multiplied with it later. RUNS: of eight, of a thread.
-template <int BITS, bool SYM, int K, int RUNS, int THREADS> DEVICE void stage_for_norm(const u16* x, const uint4 (&weight)[RUNS], u8* digits, float4* inputs, float* squares) {
+template <int BITS, bool SYM, bool TAGGED, int K, int RUNS, int THREADS>
+DEVICE void stage_for_norm(const void* x, u32 tag, const u16* plain, const uint4 (&weight)[RUNS], u8* digits, float4* inputs, float* squares) {
   const int tid = this_thread(), lane = tid % 32;
-  uint4 mine[RUNS];
-#pragma unroll
-  for (int i = 0; i < RUNS; i++) {
-    const int at = (i * THREADS + tid) * 8;
-    mine[i] = at < K ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
-  }
+  EightGiven<TAGGED> mine[RUNS];
+  take<TAGGED, K, RUNS, THREADS>(x, tag, plain, tid, mine);
+  if (TAGGED) __syncwarp();
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < RUNS; i++) {
     const int at = (i * THREADS + tid) * 8;
     if (at - lane * 8 >= K) break;
     float v[8], w[8];
-    eight_halves(mine[i], v);
+    mine[i].numbers(v);
     eight_halves(weight[i], w);
 #pragma unroll
     for (int j = 0; j < 8; j++) { sum += v[j] * v[j]; v[j] = at < K ? v[j] * w[j] : 0.f; }
@@ -373,36 +479,36 @@ template <int BITS, bool SYM, int K, int RUNS, int THREADS> DEVICE void stage_fo
   __syncthreads();
 }
 
-template <int BITS, bool SYM, int K, int THREADS> DEVICE void stage_as_it_is(const u16* x, u8* digits, float4* inputs) {
+template <int BITS, bool SYM, bool TAGGED, int K, int THREADS> DEVICE void stage_as_it_is(const void* x, u32 tag, u8* digits, float4* inputs) {
   constexpr int RUNS = (K + THREADS * 8 - 1) / (THREADS * 8);
   const int tid = this_thread(), lane = tid % 32;
-  uint4 mine[RUNS];
-#pragma unroll
-  for (int i = 0; i < RUNS; i++) {
-    const int at = (i * THREADS + tid) * 8;
-    mine[i] = at < K ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
-  }
+  EightGiven<TAGGED> mine[RUNS];
+  take<TAGGED, K, RUNS, THREADS>(x, tag, nullptr, tid, mine);
+  if (TAGGED) __syncwarp();
 #pragma unroll
   for (int i = 0; i < RUNS; i++) {
     const int at = (i * THREADS + tid) * 8;
     if (at - lane * 8 >= K) break;
     float v[8];
-    eight_halves(mine[i], v);
+    mine[i].numbers(v);
     run_digits<BITS, SYM, 1, 2>(v, at, at < K, digits, inputs);
   }
   __syncthreads();
 }
 
 // The parts of an attention, by what each of them weighs.
-template <int BITS, bool SYM, class S, class Shared> DEVICE void stage_parts(const WholeTokenArguments& p, Shared& shared, int active, const u8* heads_of, u8* digits, float4* inputs) {
-  constexpr int K = S::ATTENDED, RUNS = (K + S::THREADS * 8 - 1) / (S::THREADS * 8), PARTS = S::PARTS;
+template <int BITS, bool SYM, class S, bool TAGGED, class Shared>
+DEVICE void stage_parts(const WholeTokenArguments& p, Shared& shared, int active, u32 tag, const u8* heads_of, u8* digits, float4* inputs) {
+  constexpr int K = S::ATTENDED, RUNS = (K + S::THREADS * 8 - 1) / (S::THREADS * 8), PARTS = S::PARTS, WIDTH = TAGGED ? 4 : 2;
   const int tid = this_thread(), lane = tid % 32;
-  uint4 early[4];
+  const u8* parts = (const u8*)p.part_out;
+  EightGiven<TAGGED> early[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) early[i] = tid * 8 < K && i < active ? __ldcg((const uint4*)(p.part_out + i * K + tid * 8)) : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < 4; i++) early[i].load(parts + (size_t)i * K * WIDTH, tid * 8, tid * 8 < K && i < active);
   for (int at = tid; at < S::HEADS * PARTS; at += S::THREADS) {
     const int head = at / PARTS, part = at % PARTS;
-    const float2 own = part < active ? __ldcg((const float2*)(p.part_weights + (part * S::HEADS + head) * 2)) : make_float2(-1e30f, 0.f);
+    const float2 own = part < active ? take_weight<TAGGED>(p.part_weights, part * S::HEADS + head, tag) : make_float2(-1e30f, 0.f);
+    if (TAGGED) __syncwarp();
     float highest = own.x;
 #pragma unroll
     for (int i = PARTS / 2; i; i >>= 1) highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, i));
@@ -421,15 +527,28 @@ template <int BITS, bool SYM, class S, class Shared> DEVICE void stage_parts(con
     const uint2 heads = at < K ? __ldg((const uint2*)(heads_of + at)) : make_uint2(0, 0);
 #pragma unroll 1
     for (int first = 0; first < active; first += 4) {
+      if (i || first) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) early[j].load(parts + (size_t)(first + j) * K * WIDTH, at, at < K && first + j < active);
+      }
+      if (TAGGED) {
+        Patience patience = {0, 0};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          while (at < K && first + j < active && !early[j].here(tag)) {
+            early[j].load(parts + (size_t)(first + j) * K * WIDTH, at, true);
+            patience.again();
+          }
+      }
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         if (first + j >= active) break;
-        const uint4 part = i == 0 && first == 0 ? early[j] : at < K ? __ldcg((const uint4*)(p.part_out + (first + j) * K + at)) : make_uint4(0, 0, 0, 0);
-        eight_halves(part, x);
+        early[j].numbers(x);
 #pragma unroll
         for (int e = 0; e < 8; e++) v[e] += x[e] * shared.factors[first + j][(e < 4 ? heads.x : heads.y) >> (e % 4 * 8) & 0xff];
       }
     }
+    if (TAGGED) __syncwarp();
     run_digits<BITS, SYM, 1, 2>(v, at, at < K, digits, inputs);
   }
   __syncthreads();
@@ -437,10 +556,10 @@ template <int BITS, bool SYM, class S, class Shared> DEVICE void stage_parts(con
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LEAST, int OPTIONS> DEVICE void whole_token(const WholeTokenArguments& p) {
+template <int BITS, bool SYM, int BATCH, int STAGES, class S, int KIND, int LEAST, int OPTIONS> DEVICE void whole_token(const WholeTokenArguments& p) {
   typedef TokenStream<BITS, SYM, BATCH, STAGES, S, OPTIONS> Stream;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS, D = S::D, RUNS = (S::HIDDEN + THREADS * 8 - 1) / (THREADS * 8);
-  constexpr bool COPIES = !(OPTIONS & NO_COPIES), TRACE = OPTIONS & TRACED;
+  constexpr bool COPIES = !(OPTIONS & NO_COPIES), TRACE = OPTIONS & TRACED, TAG = KIND == TAGGED_NUMBERS;
   __shared__ TokenShared<S> shared;
   __shared__ __align__(8) u64 full[WARPS * STAGES];
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -469,7 +588,8 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
   }
   wait_for_previous_kernel();
 
-  Meeting<S::BLOCKS, FLAGS, (OPTIONS & NO_MEETING) != 0> meeting = {p.counters, 0};
+  Meeting<S::BLOCKS, KIND, (OPTIONS & NO_MEETING) != 0> meeting = {p.counters, 0};
+  const u32 launches = TAG ? __ldcg(p.counters) * p.layers + 1 : 0;
   const int position = p.positions[0], kv = blockIdx.x % S::KV_HEADS, part = blockIdx.x / S::KV_HEADS;
   const int row = blockIdx.x * S::Out::OF_BLOCK * TILE + tid;  // of the residual
   const bool owner = tid < S::Out::OF_BLOCK * TILE && row < S::HIDDEN;
@@ -486,6 +606,7 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
     const u64* layer = table + (turn >> 2) * TOKEN_LAYER;
     const TokenPlan own = shared.plans[role * WARPS + warp];
     const int window = (int)layer[TOKEN_WINDOW];
+    const u32 tag = launches + (turn >> 2), tag16 = tag & 0xffff;
     // What is not written in this launch is on its way before the blocks meet.
     uint4 norm[RUNS];
     int place = 0;
@@ -509,20 +630,22 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
         for (int i = lane; i < D; i += 32) prefetch_to_l2(page + Layout::value(S::KV_HEADS, kv, i) + at % 4 * 32);
       }
     }
+    const int of_block = role == QKV ? S::Qkv::OF_BLOCK : role == O ? S::Out::OF_BLOCK : role == GATE_UP ? S::GateUp::OF_BLOCK : S::Down::OF_BLOCK;
+    const int tiles = role == QKV ? S::Qkv::TILES : role == GATE_UP ? S::GateUp::TILES : S::Out::TILES;
     if (turn) meeting.wait();
     note();
-    if (OPTIONS & NO_STAGING) __syncthreads();
+    // Who makes nothing reads nothing: no one would wait until it has.
+    if ((OPTIONS & NO_STAGING) || blockIdx.x * of_block >= tiles) __syncthreads();
     else if (role == QKV || role == GATE_UP)
-      stage_for_norm<BITS, SYM, S::HIDDEN, RUNS, THREADS>(role == QKV ? p.x : p.x_mlp, norm, digits, (float4*)(x + S::HIDDEN * 2), shared.squares);
+      stage_for_norm<BITS, SYM, TAG, S::HIDDEN, RUNS, THREADS>(role == QKV ? TAG ? p.x_given : (const u32*)p.x : (const u32*)p.x_mlp, role == QKV ? (tag - 1) & 0xffff : tag16, TAG && turn == 0 ? p.x : nullptr, norm, digits, (float4*)(x + S::HIDDEN * 2), shared.squares);
     else if (role == O)
-      stage_parts<BITS, SYM, S>(p, shared, token_slice<S::PARTS, LEAST>(position, window, part).active, (const u8*)layer[TOKEN_HEADS_OF], digits, (float4*)(x + S::ATTENDED * 2));
-    else stage_as_it_is<BITS, SYM, S::INNER, THREADS>(p.inner, digits, (float4*)(x + S::INNER * 2));
+      stage_parts<BITS, SYM, S, TAG>(p, shared, token_slice<S::PARTS, LEAST>(position, window, part).active, tag16, (const u8*)layer[TOKEN_HEADS_OF], digits, (float4*)(x + S::ATTENDED * 2));
+    else stage_as_it_is<BITS, SYM, TAG, S::INNER, THREADS>(p.inner, tag16, digits, (float4*)(x + S::INNER * 2));
     note();
 
     // the product: of each tile the sums of this warp's chunks
     const int ks = role == QKV ? S::Qkv::KS : role == O ? S::Out::KS : role == GATE_UP ? S::GateUp::KS : S::Down::KS;
     const int per = role == QKV ? S::Qkv::PER : role == O ? S::Out::PER : role == GATE_UP ? S::GateUp::PER : S::Down::PER;
-    const int of_block = role == QKV ? S::Qkv::OF_BLOCK : role == O ? S::Out::OF_BLOCK : role == GATE_UP ? S::GateUp::OF_BLOCK : S::Down::OF_BLOCK;
     const int k = role == O ? S::ATTENDED : role == DOWN ? S::INNER : S::HIDDEN;
     {
       const bool holds_digits = (lane & 20) == 0;
@@ -573,7 +696,6 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
       for (int i = 0; i < WARPS; i++) squares += shared.squares[i];
       factor = rsqrtf(squares / S::HIDDEN + p.eps);
     }
-    const int tiles = role == QKV ? S::Qkv::TILES : role == GATE_UP ? S::GateUp::TILES : S::Out::TILES;
 #pragma unroll 1
     for (int at = tid; at - lane < of_block * TILE; at += THREADS) {
       const int tile = blockIdx.x * of_block + at / TILE;
@@ -587,13 +709,14 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
       y *= factor;
       if (role == QKV) {
         const u16* bias = (const u16*)layer[TOKEN_BIAS];
-        if (there) p.qkv[tile * TILE + at % TILE] = to_half(bias ? y + to_float(bias[tile * TILE + at % TILE]) : y);
+        if (there) hand_over<TAG>(p.qkv, tile * TILE + at % TILE, bias ? y + to_float(bias[tile * TILE + at % TILE]) : y, tag16);
       } else if (role == GATE_UP) {
         const float up = __shfl_xor_sync(FULL, y, 8);
-        if (there && at % TILE < 8) p.inner[tile * 8 + at % TILE] = to_half(y / (1.f + __expf(-y)) * up);
+        if (there && at % TILE < 8) hand_over<TAG>(p.inner, tile * 8 + at % TILE, y / (1.f + __expf(-y)) * up, tag16);
       } else if (there) {  // at is tid
         residual += y;
-        (role == O ? p.x_mlp : turn + 1 == p.layers * 4 ? p.x_head : p.x)[place] = to_half(residual);
+        if (turn + 1 == p.layers * 4) p.x_head[place] = to_half(residual);
+        else hand_over<TAG>(role == O ? p.x_mlp : TAG ? (void*)p.x_given : p.x, place, residual, tag16);
       }
     }
     if (turn + 1 == p.layers * 4) break;
@@ -612,7 +735,11 @@ template <int BITS, bool SYM, int BATCH, int STAGES, class S, bool FLAGS, int LE
       }
       meeting.wait();
       note();
-      if (attends) attend_part<S>(p, shared, outs, slice, layer, angles, out, layer_bytes, kv, part);
+      if (attends) attend_part<S, TAG>(p, shared, outs, slice, layer, angles, out, layer_bytes, kv, part, tag16);
+      else if (TAG && part < S::PARTS && tid < S::GROUP * D) {  // no tag of long ago stays where a part may be
+        tell((u32*)p.part_out + part * S::ATTENDED + __ldg((const int*)layer[TOKEN_PLACE_HEADS] + kv * S::GROUP * D + tid), tag16 << 16);
+        if (tid < S::GROUP) hand_weight<TAG>(p.part_weights, part * S::HEADS + kv * S::GROUP + tid, -1e30f, 0.f, tag16);
+      }
       meeting.arrive();
       note();
       if (attends && slice.newest && warp < 2) {  // no one reads it in this launch

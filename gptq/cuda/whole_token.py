@@ -24,11 +24,12 @@ WHOLE_TOKEN = Arguments(
     u32* counters          // [512], zero between launches
     float* residual        // fp32 [hidden]: the embedding
     u16* x                 // fp16 [hidden], input of qkv: the first one in, the others between layers
-    u16* qkv
-    u16* part_out          // fp16 [parts][heads * D], in the order of o's input
-    float* part_weights    // [parts][heads][2]: highest score, sum of weights
-    u16* x_mlp
-    u16* inner
+    u32* x_given           // tagged: input of qkv between layers
+    void* qkv              // fp16, tagged: with a tag each, as the next four
+    void* part_out         // [parts][heads * D], in the order of o's input
+    float* part_weights    // [parts][heads][4]: highest score, sum of weights; tagged: with a tag behind each
+    void* x_mlp
+    void* inner
     u16* x_head            // fp16 [hidden]: what comes out
     const u64* pages       // [max_pages]
     const int* positions   // [1]
@@ -47,7 +48,7 @@ _LAYER = (
     "input_norm", "post_norm", "place_heads", "place_o", "place_down", "heads_of", "q_norm", "k_norm", "bias", "window",
 )  # fmt: skip
 _FILES = ("unpack.cu", "staged_input.cu", "digits.cu", "copy_engine.cu", "attention.cu", "whole_token.cu")
-_STATIC_BYTES = 8 * 1024  # of a block, besides what it asks for
+_STATIC_BYTES = 7168  # of a block, besides what it asks for and the ring's barriers
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class WholeTokenVariant:
     batch: int = 8  # chunks that travel together
     stages: int = 5
     splits: tuple[int, int, int, int] = (16, 8, 8, 8)  # warps that share a tile, by role
-    flags: bool = False
+    kind: int = 0  # 0: blocks meet by a counter, 1: by flags, 2: numbers have tags
     least: int = 8  # times 16 tokens: of a part of the keys
     options: int = 0
 
     @property
     def name(self) -> str:
-        numbers = "_".join(map(str, (self.blocks, self.warps, self.batch, self.stages, *self.splits, int(self.flags), self.least)))
+        numbers = "_".join(map(str, (self.blocks, self.warps, self.batch, self.stages, *self.splits, self.kind, self.least)))
         return f"whole_token_{self.packing.name}_{numbers}_{self.options}"
 
     @property
@@ -91,28 +92,37 @@ class WholeTokenVariant:
         slot = self.batch * 128 * self.packing.bits + self.batch // 2 * self.packing.scale_bytes
         widest = max(self.hidden, self.heads * self.head_dim, self.inner)
         x = max(widest * 2 + widest // (2 * CHUNK) * 32, self.warps * self.heads // self.kv_heads * self.head_dim * 4)
-        sums = max(-(-n // TILE // self.blocks) * split for (n, _k), split in zip(self.products, self.splits, strict=True)) * TILE * 4
+        tiles = [-(-n // TILE // self.blocks) for n, _k in self.products]  # of a block
+        sums = max(each * split for each, split in zip(tiles, self.splits, strict=True)) * TILE * 4
         return self.warps * self.stages * slot + x + sums + self.layers * len(_LAYER) * 8
 
     def checked(self, gpu: Gpu) -> "WholeTokenVariant":
         """The same. Raises Unsuited if the kernel cannot compute it."""
         group = self.heads // self.kv_heads
-        if gpu.capability != HOPPER or self.shared_bytes + _STATIC_BYTES > gpu.shared_limit_bytes:
+        if gpu.capability != HOPPER or self.shared_bytes + self.warps * self.stages * 8 + _STATIC_BYTES > gpu.shared_limit_bytes:
             raise Unsuited("a GPU that has no room for all layers in one kernel")
-        if any(n % TILE or k % (2 * CHUNK) for n, k in self.products) or group not in (1, 2, 4) or self.blocks // self.kv_heads < 4:
+        if (
+            any(n % TILE or k % (2 * CHUNK) for n, k in self.products)
+            or group not in (1, 2, 4)
+            or self.blocks // self.kv_heads < 4
+        ):
             raise Unsuited("a shape that one kernel for all layers does not take")
         return self
 
     def source(self) -> str:
         """CUDA C of its kernel."""
         here = Path(__file__).resolve().parent
-        defines = "".join(f"#define TOKEN_{name.upper()} {at}\n" for at, name in enumerate(_LAYER)) + f"#define TOKEN_LAYER {len(_LAYER)}\n"
+        defines = (
+            "".join(f"#define TOKEN_{name.upper()} {at}\n" for at, name in enumerate(_LAYER))
+            + f"#define TOKEN_LAYER {len(_LAYER)}\n"
+        )
         text = [(here / "common.cu").read_text(encoding="utf-8"), kernel_arguments.c_text(), WHOLE_TOKEN.c_text, defines]
         text += [(here / name).read_text(encoding="utf-8") for name in _FILES]
         sizes = f"{self.warps}, {self.blocks}, {self.hidden}, {self.inner}, {self.heads}, {self.kv_heads}, {self.head_dim}"
         shape = f"TokenShape<{sizes}, {', '.join(map(str, self.splits))}>"
-        sym, flags = str(self.packing.sym).lower(), str(self.flags).lower()
-        call = f"whole_token<{self.packing.bits}, {sym}, {self.batch}, {self.stages}, {shape}, {flags}, {self.least}, {self.options}>"
+        sym = str(self.packing.sym).lower()
+        numbers = f"{shape}, {self.kind}, {self.least}, {self.options}"
+        call = f"whole_token<{self.packing.bits}, {sym}, {self.batch}, {self.stages}, {numbers}>"
         bounds = f"__launch_bounds__({self.threads}, 1)"
         text.append(f'extern "C" __global__ void {bounds} {self.name}(WholeTokenArguments p) {{ {call}(p); }}\n')
         return "".join(text)
@@ -141,8 +151,10 @@ class WholeToken:
         self._table = torch.tensor([self._row(at) for at in range(len(weights.layers))], dtype=torch.int64, device=gpu.device)
         self._counters = torch.zeros(512, dtype=torch.int32, device=gpu.device)
         attended = shape.heads * shape.head_dim
-        self._part_out = torch.zeros(16 * attended, dtype=torch.float16, device=gpu.device)
-        self._part_weights = torch.zeros(16 * shape.heads * 2, dtype=torch.float32, device=gpu.device)
+        self._part_weights = torch.zeros(16 * shape.heads * 4, dtype=torch.float32, device=gpu.device)
+        sizes = {"x_given": shape.hidden, "qkv": shape.qkv_width, "x_mlp": shape.hidden, "inner": first.down.in_features}
+        sizes["part_out"] = 16 * attended
+        self._given = {name: torch.zeros(size, dtype=torch.int32, device=gpu.device) for name, size in sizes.items()}
         self.trace: Tensor | None = None
         self.overlap = False  # begin while the kernel before ends, and trust that all blocks fit
 
@@ -166,12 +178,17 @@ class WholeToken:
         self._gpu.add_texts([variant.source()])
         self.variant = variant
 
+    def given(self, name: str) -> Tensor:
+        """fp16: what the last layer wrote for others."""
+        words = self._given[name]
+        return words.view(torch.float16)[::2] if self.variant.kind == 2 else words.view(torch.float16)[: words.numel()]
+
     def launch(self) -> None:
         """From the embedding in `residual` and `x` to `x_head`."""
         shape, here, weights, sequences = self._shape, self._here, self._weights, self._sequences
         arguments = WHOLE_TOKEN.pack(
-            table=self._table, counters=self._counters, residual=here.residual, x=here.x, qkv=here.qkv,
-            part_out=self._part_out, part_weights=self._part_weights, x_mlp=here.x_mlp, inner=here.inner, x_head=here.x_head,
+            table=self._table, counters=self._counters, residual=here.residual, x=here.x,
+            part_weights=self._part_weights, x_head=here.x_head, **self._given,
             pages=sequences.table, positions=sequences.positions, cosines=weights.cosines, sines=weights.sines, trace=self.trace,
             layer_bytes=shape.kv_layer_bytes, layers=len(weights.layers), rotary_half=shape.rotary_half, eps=shape.eps,
             scale=1.4426950408889634 / shape.head_dim**0.5,
