@@ -8,7 +8,6 @@ from typing import Any
 from .nvrtc import NoCompiler
 
 HOPPER = (9, 0)  # the first GPUs whose kernels begin before the previous one has ended, and whose blocks form clusters
-_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ARGUMENT_BYTES = 256  # more than any argument structure has
@@ -58,24 +57,15 @@ class Kernel:
         self.shared_allowed = size_bytes
 
     def launch(
-        self,
-        grid: tuple[int, ...],
-        threads: int,
-        arguments: bytes,
-        stream: int,
-        shared_bytes: int,
-        overlap: bool,
-        together: bool = False,
+        self, grid: tuple[int, ...], threads: int, arguments: bytes, stream: int, shared_bytes: int, overlap: bool
     ) -> None:
         """Queue the kernel on a stream (torch's `cuda_stream`) with a packed argument structure. With `overlap` the kernel
-        itself must wait (griddepcontrol.wait) before it touches what the previous one writes. `together` is instead of it:
-        all blocks run at once, or the launch fails."""
+        itself must wait (griddepcontrol.wait) before it touches what the previous one writes."""
         config = self._config
         with self._lock:
             config.grid_x, config.grid_y, config.grid_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
             config.block_x, config.shared_bytes, config.stream = threads, shared_bytes, stream
-            self._attribute.id = _COOPERATIVE if together else _PDL
-            config.attribute_count = 1 if together or (overlap and self._overlaps) else 0
+            config.attribute_count = 1 if overlap and self._overlaps else 0
             self._arguments[: len(arguments)] = arguments
             result = self._driver.cuLaunchKernelEx(self._config_at, self._function, self._pointers, None)
         if result:

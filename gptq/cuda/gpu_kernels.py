@@ -1,7 +1,7 @@
 """The kernels of one GPU: compiled when a model is loaded, launched on torch's current stream."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -54,10 +54,7 @@ class Gpu:
         fixed: bool = False,
     ) -> None:
         """Compile what is needed, or take it from the cache of an earlier start. Raises NoCompiler."""
-        self.add_texts(programs(variants, packings, formats, fixed))
-
-    def add_texts(self, texts: Sequence[str]) -> None:
-        """Compile programs, or take them from the cache of an earlier start. Raises NoCompiler."""
+        texts = programs(variants, packings, formats, fixed)
         with ThreadPoolExecutor(len(texts)) as pool:  # the compiler releases Python's lock
             binaries = list(pool.map(self._compiler.compile, texts))
         with torch.cuda.device(self.device):
@@ -105,26 +102,18 @@ class Gpu:
         return found
 
     def run(
-        self,
-        name: str,
-        grid: tuple[int, ...],
-        threads: int,
-        arguments: bytes,
-        shared_bytes: int = 0,
-        overlap: bool = False,
-        together: bool = False,
+        self, name: str, grid: tuple[int, ...], threads: int, arguments: bytes, shared_bytes: int = 0, overlap: bool = False
     ) -> None:
-        """Launch on torch's current stream with a packed argument structure (kernel_arguments.py). `together`: all blocks run
-        at once, or the launch fails. Raises NoCompiler."""
+        """Launch on torch's current stream with a packed argument structure (kernel_arguments.py). Raises NoCompiler."""
         kernel = self._kernels.get(name) or self[name]
         if shared_bytes > kernel.shared_allowed:
             kernel.allow_shared(shared_bytes)
         stream = _stream_of(self.device)
         if torch.cuda.current_device() == self.device.index:
-            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap, together)
+            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap)
             return
         with torch.cuda.device(self.device):
-            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap, together)
+            kernel.launch(grid, threads, arguments, stream, shared_bytes, overlap)
 
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
