@@ -128,6 +128,9 @@ class Gpu:
     def has(self, name):
         return name in self._compiled
 
+    def scratch(self, size_bytes):
+        return gpu_kernels.Scratch(torch.zeros(1, dtype=torch.int32), torch.empty(1))
+
     def close(self):
         self._compiled.clear()
 

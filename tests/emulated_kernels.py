@@ -209,7 +209,52 @@ def _small_batch(_name, variant, a):
     a.out.copy_((y if a.bias is None else y + a.bias.float())[:, : a.n])
 
 
+# -- experts of a prompt ----------------------------------------------------------------------------------------------
+
+
+def _group(_name, _variant, a):
+    chosen = a.chosen.clamp(max=a.experts - 1)
+    rows = chosen.argsort(stable=True)
+    a.sources.copy_(rows // a.per)
+    a.sorted.copy_(chosen[rows])
+    a.places[rows] = torch.arange(a.total, dtype=torch.int32)
+    blocks, first = [], 0
+    for expert, count in enumerate(torch.bincount(chosen, minlength=a.experts).tolist()):
+        blocks += [(expert, first + at, min(a.rows, count - at), 0) for at in range(0, count, a.rows)]
+        first += count
+    assert a.table.numel() >= 4 + 4 * len(blocks)
+    a.table[0] = len(blocks)
+    a.table[4 : 4 + 4 * len(blocks)] = torch.tensor(blocks, dtype=torch.int32).view(-1)
+
+
+def _grouped(_name, variant, a):
+    gates = variant.epilogue == "SILU"
+    assert a.turned == gates and variant.grouped
+    for expert, first, rows, _zero in a.table[4 : 4 + 4 * int(a.table[0])].view(-1, 4).tolist():
+        assert 0 < rows <= variant.columns * 8
+        own = slice(first, first + rows)
+        x = a.x[own] if a.sources is None else a.x[a.sources[own].long()]
+        y = (x.float() @ _of_expert(a, expert).T)[:, : a.n]
+        if gates:
+            gate, up = gates_and_ups(y)
+            y = (torch.nn.functional.silu(gate) * up)[:, fragment_order(None, a.n // 2, y.device).long()]
+        a.out[own] = y.half()
+
+
+def _order_inputs(_name, _variant, a):
+    x = a.x if a.sources is None else a.x[a.sources.long()]
+    order = a.order.long() & 0xFFFF
+    order = order[0].expand(x.shape[0], -1) if a.sorted is None else order[a.sorted]
+    a.out.copy_(torch.nn.functional.pad(x.float(), (0, 1)).gather(1, order))
+
+
+def _combine_grouped(_name, _variant, a):
+    y = a.y.float()[a.places.long()].view(-1, a.choices, a.n)
+    a.out.view(-1, a.n).copy_(_sum_of_choices(y, a.weights.view(-1, a.choices), a.bias, a.chosen, a.experts))
+
+
 KERNELS = {
+    "GROUP": _group, "GROUPED": _grouped, "ORDER_INPUTS": _order_inputs, "COMBINE_GROUPED": _combine_grouped,
     "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
     "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
     **emulated_attention.KERNELS, **emulated_states.KERNELS, **emulated_sampler.KERNELS,

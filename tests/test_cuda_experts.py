@@ -44,14 +44,19 @@ def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
         assert error(experts[0](x, chosen, weights), wanted) < 3e-3
 
 
-def random_experts(dense, bias, group=32, device="cuda"):
-    """Packed experts on a device for a module of transformers, with random numbers."""
+def random_experts(dense, bias, group=32, device="cuda", orders="natural"):
+    """Packed experts on a device for a module of transformers, with random numbers. `orders`: of their inputs, "natural", "one" or
+    "of each expert"."""
     packed = PackedExperts(dense)
     hidden, inner = 128, 192
     generator = torch.Generator().manual_seed(0)
     for at in range(packed.num_experts):
         for name, rows, columns in (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
-            tensors, _weight = tiny.random_layer(rows, columns, 4, group, act_order=False, generator=generator)
+            seed = torch.Generator().manual_seed(rows + (at if orders == "of each expert" else 0))
+            tensors, _weight = tiny.random_layer(
+                rows, columns, 4, group, act_order=orders != "natural", generator=generator,
+                permutation=torch.randperm(rows, generator=seed),
+            )  # fmt: skip
             layer = GPTQLinear(rows, columns, 4, group, bias=bias)
             if bias:
                 tensors["bias"] = torch.randn(columns, generator=generator).half()

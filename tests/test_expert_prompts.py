@@ -9,7 +9,7 @@ from test_cuda_every_architecture import NEW
 from test_cuda_experts import error, random_experts
 from transformers import AutoConfig
 
-from gptq_webui.gptq.cuda import cuda_experts, replaced_layers
+from gptq_webui.gptq.cuda import cuda_experts, grouped_experts, replaced_layers
 
 pytestmark = NEW
 KINDS = [
@@ -20,15 +20,14 @@ KINDS = [
 ]
 
 
-@pytest.fixture(params=KINDS, ids=lambda each: f"{each[0]}-{each[2]}")
-def model(request, monkeypatch):
-    """A model of five experts, and what they give before our kernels take them."""
-    architecture, name, bias = request.param
+def experts_of(kind, monkeypatch, orders="natural"):
+    """A model of five experts, what they are given, and what they give before our kernels take them."""
+    architecture, name, bias = kind
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
     config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, num_local_experts=5)
     model = torch.nn.Module()
     model.dtype = torch.float16
-    model.experts = random_experts(getattr(module, name)(config), bias, device="cpu")
+    model.experts = random_experts(getattr(module, name)(config), bias, device="cpu", orders=orders)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 128, generator=generator).half()
     chosen = torch.rand(300, 5, generator=generator)
@@ -43,10 +42,16 @@ def model(request, monkeypatch):
     return model, (x, chosen, weights), wanted
 
 
+@pytest.fixture(params=KINDS, ids=lambda each: f"{each[0]}-{each[2]}")
+def model(request, monkeypatch):
+    return experts_of(request.param, monkeypatch)
+
+
 @pytest.mark.parametrize("dense", [1 << 27, 2 * 384 * 128], ids=["one group", "groups of two"])
 @pytest.mark.parametrize("waste", [-1, 100, 1 << 30], ids=["apart", "some apart", "together"])
 def test_every_choice_is_computed_whichever_product_computes_it(model, monkeypatch, waste, dense):
     made, given, wanted = model
+    monkeypatch.setattr(made.experts, "_grouped", None)
     monkeypatch.setattr(cuda_experts, "_WASTE", waste)
     monkeypatch.setattr(cuda_experts, "_DENSE", dense)
     apart, products = [], cuda_experts.CudaExperts._apart
@@ -56,3 +61,25 @@ def test_every_choice_is_computed_whichever_product_computes_it(model, monkeypat
     assert bool(apart) == (waste < 1 << 30) and sum(map(sum, apart)) <= 600
     if waste == -1:
         assert sum(map(sum, apart)) == 600
+
+
+@pytest.mark.parametrize("orders", ["natural", "one", "of each expert"])
+@pytest.mark.parametrize("tokens", [90, 300])
+def test_all_experts_are_multiplied_by_one_launch_that_asks_nothing_of_the_host(tokens, orders, monkeypatch):
+    for kind in KINDS:
+        made, (x, chosen, weights), wanted = experts_of(kind, monkeypatch, orders)
+        monkeypatch.setattr(made.experts, "_all", None)
+        found = []
+        emulated_gpu.Recorder(None).record(lambda: found.append(made.experts(x[:tokens], chosen[:tokens], weights[:tokens])))  # noqa: B023
+        assert error(found[0], wanted[:tokens]) < 3e-3, kind
+        monkeypatch.undo()
+
+
+def test_what_the_launch_does_not_take_is_computed_by_dense_weights(monkeypatch):
+    made, given, wanted = experts_of(KINDS[3], monkeypatch)
+    for name, value in (("_MOST_ROWS", 599), ("_MOST_BYTES", 600 * 192 * 2), ("SCRATCH_COUNTERS", 1)):
+        with monkeypatch.context() as changed:
+            changed.setattr(grouped_experts, name, value)
+            assert not made.experts._grouped.takes(300, 2) and error(made.experts(*given), wanted) < 3e-3
+    assert made.experts._grouped.takes(300, 2)
+    assert made.experts._grouped.takes(640, 2) and not made.experts._grouped.takes(641, 2), "more than 256 rows of each expert"

@@ -1,8 +1,9 @@
 """A mixture's experts on the GPU: packed and stacked, chosen on the device.
 
 For a few tokens one launch multiplies every choice with the weights of its expert, whose number the kernel reads itself:
-nothing waits for the host, so a CUDA graph can hold it, and only the bytes of chosen experts are read. For a prompt the
-experts are made dense a group at a time. One product of a group computes them, with as many rows for each as the one that most
+nothing waits for the host, so a CUDA graph can hold it, and only the bytes of chosen experts are read. For a prompt the rows of
+each expert are put together on the device, and one launch multiplies them all (grouped_experts.py). What that does not take is
+made dense, a group of experts at a time. One product of a group computes them, with as many rows for each as the one that most
 tokens have chosen; where that would be far more rows than were chosen, each has a product of its own.
 """
 
@@ -21,6 +22,7 @@ from .cuda_weights import packing_of
 from .expert_stack import Stack
 from .fused_norms import NARROW, ChosenRows
 from .gpu_kernels import Gpu
+from .grouped_experts import GroupedExperts
 from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
 from .module_facts import parents_of
@@ -56,6 +58,10 @@ class CudaExperts(nn.Module):
         # the sums between the two products are fp16, whatever the model's numbers are
         self._gate_up = Stack.of(gpu, gates, into, self._dtype, "PLAIN" if gated is None else "GATED", gated)
         self._down = Stack.of(gpu, [(each["down"],) for each in roles], out, torch.float16, "FLOAT")
+        try:
+            self._grouped: GroupedExperts | None = GroupedExperts(gpu, self._gate_up, self._down, self.num_experts)
+        except Unsuited:
+            self._grouped = None
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
@@ -65,7 +71,8 @@ class CudaExperts(nn.Module):
     @property
     def variants(self) -> set[Variant]:
         """The kernels that must have been compiled before the first forward."""
-        return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)}
+        grouped = set() if self._grouped is None else self._grouped.variants
+        return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)} | grouped
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         """As PackedExperts: hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H].
@@ -83,6 +90,11 @@ class CudaExperts(nn.Module):
         chosen = top_k_index.reshape(-1).long()
         if chosen.numel() <= MOST_CHOICES:
             return self._chosen_only(hidden_states, chosen, top_k_weights)
+        if self._grouped is not None and self._grouped.takes(tokens, choices):
+            weights = (top_k_weights if top_k_weights.dtype == self._dtype else top_k_weights.float()).contiguous()
+            out = torch.empty(hidden_states.shape, dtype=self._dtype, device=hidden_states.device)
+            self._grouped.forward(hidden_states, chosen, weights, self._down_bias, out, self._gated_by_kernel)
+            return out.to(hidden_states.dtype)
         y = self._all(hidden_states.to(torch.float16), chosen, choices)
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)

@@ -612,6 +612,68 @@ COMBINE = Arguments(
     int wide               // the weights are fp32
     """,
 )
+GROUP = Arguments(
+    "GroupArguments",
+    """
+    const u64* chosen      // [total]: the expert of each choice
+    int* table             // [1 + row blocks][4]: their number; then of each its expert, first row and rows
+    int* sources           // [total]: the token of each row
+    int* places            // [total]: the row of each choice
+    u64* sorted            // [total]: the expert of each row
+    int total
+    int per                // choices of a token
+    int experts
+    int rows               // of a row block, at most
+    """,
+)
+GROUPED = Arguments(
+    "GroupedArguments",
+    """
+    const u8* weights      // of all experts, as of SmallBatchArguments
+    const u32* scales
+    const u16* x           // fp16 [rows][chunks * 64], in fragment order
+    const int* table       // as of GroupArguments
+    const int* sources     // the row of x for each row of the table, or null where it is the same
+    u16* out               // fp16, for each row of the table
+    float* partial         // as of WideBatchArguments
+    u32* done
+    u64 weight_bytes       // of an expert
+    u64 scale_bytes
+    int n
+    int tiles              // of an expert
+    int chunks
+    int groups
+    u32 unit_to_group
+    int turned             // the outputs are written in fragment order, of an `n` that is a multiple of 64
+    """,
+)
+ORDER_INPUTS = Arguments(
+    "OrderInputsArguments",
+    """
+    const u16* x           // [rows][k], k a multiple of 8
+    u16* out               // fp16 [rows][padded]
+    const u16* order       // [padded], or [experts][padded]: the input at each position, k for padding
+    const int* sources     // the row of x for each row of out, or null where it is the same
+    const u64* sorted      // the expert of each row of out; null where all have one order
+    int k
+    int padded
+    """,
+)
+COMBINE_GROUPED = Arguments(
+    "CombineGroupedArguments",
+    """
+    const u16* y           // fp16 [tokens * choices][n], n a multiple of 8
+    const int* places      // [tokens][choices]: rows of y
+    const void* weights    // [tokens][choices], fp32 or the type of out
+    u16* out               // [tokens][n]
+    const float* bias      // [experts][n], or null
+    const u64* chosen      // [tokens][choices]
+    int experts
+    int choices
+    int n
+    int wide               // the weights are fp32
+    """,
+)
 CLAMPED_GATE = Arguments(
     "ClampedGateArguments",
     """
@@ -739,7 +801,7 @@ GUESSED = Arguments(  # begins as SampleArguments do
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
     ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, LATENT, DELTA, SCAN,
-    GATED_NORM, COMBINE, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

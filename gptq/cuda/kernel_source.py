@@ -36,6 +36,7 @@ _TEMPLATES = (
     "layer_kernels.cu",
     "exchange.cu",
     "expert_kernels.cu",
+    "expert_prompts.cu",
     "expert_choice.cu",
     "token_attention.cu",
     "latent_attention.cu",
@@ -231,11 +232,13 @@ class WideBatchVariant:
     stages: int  # slots of a chunk for each group, on their way or being multiplied
     blocks: int = 1  # of a processor at once
     warpgroup: bool = False  # four warps multiply together, of Hopper
+    grouped: bool = False  # of experts, each of which has rows of its own
 
     @cached_property  # a prompt launches hundreds of kernels
     def name(self) -> str:
         numbers = f"{self.columns}_{self.tiles}_{self.warps}_{self.split}_{self.stages}_{self.blocks}"
-        return f"wide_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{'_warpgroup' * self.warpgroup}"
+        kind = f"{'_warpgroup' * self.warpgroup}{'_grouped' * self.grouped}"
+        return f"wide_batch_{self.packing.name}_{self.epilogue.lower()}_{numbers}{kind}"
 
     @property
     def threads(self) -> int:
@@ -506,6 +509,7 @@ _LAYER_KERNELS = {
     "gated_norm": "GatedNormArguments", "look_up": "LookUpArguments",
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
+    "group_choices": "GroupArguments", "order_inputs": "OrderInputsArguments", "combine_grouped": "CombineGroupedArguments",
     "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",
 }  # fmt: skip
 
@@ -554,8 +558,9 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
         elif isinstance(each, WideBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}"
-            call = f"wide_batch<{each.packing.arguments}, {numbers}, {str(each.warpgroup).lower()}>"
-            kernel(each.name, "WideBatchArguments", call, each.threads, blocks=each.blocks)
+            given = "GroupedArguments" if each.grouped else "WideBatchArguments"
+            call = f"wide_batch<{each.packing.arguments}, {numbers}, {str(each.warpgroup).lower()}, {given}>"
+            kernel(each.name, given, call, each.threads, blocks=each.blocks)
         elif isinstance(each, ClusterBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}, {each.norm}"
             call = f"cluster_batch<{each.packing.arguments}, {numbers}, {each.cluster}>"

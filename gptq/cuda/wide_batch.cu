@@ -7,6 +7,12 @@
 // row's bits do not depend on who is last. With one item in the height, they do not depend on the other rows either.
 //
 // WARPGROUP (Hopper): four warps multiply together, with X straight from shared memory (warpgroup.cu).
+//
+// GroupedArguments: of a mixture's experts, each of which multiplies rows of its own. A table that a kernel has made
+// (expert_prompts.cu) says which rows: of one expert, at most as many as an item has.
+
+DEVICE constexpr bool is_grouped(const WideBatchArguments*) { return false; }
+DEVICE constexpr bool is_grouped(const GroupedArguments*) { return true; }
 
 template <int BITS, bool SYM, int UNITS, int MT, int NT, int WN, int WK, int STAGES, int EPILOGUE, bool WARPGROUP> struct WideBatchSizes {
   static constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128, TILE_BYTES = CHUNK_BYTES + UNITS * SCALE_BYTES;
@@ -67,20 +73,25 @@ template <int MT, int NT, int WN, int WK> DEVICE void add_groups(const float (&y
 }
 
 // Eight rows at a time through the warp's own shared memory, so that neighbours of a row are written together.
-template <int NT, int OWN, int EPILOGUE, typename Sizes>
-DEVICE void write_rows(const WideBatchArguments& p, float (&z)[OWN][NT][4], int tile, int first_row, float* mine) {
+// `limit`: the first row behind them.
+template <int NT, int OWN, int EPILOGUE, typename Sizes, class Given>
+DEVICE void write_rows(const Given& p, float (&z)[OWN][NT][4], int tile, int first_row, int limit, float* mine) {
+  constexpr bool GROUPED = is_grouped((const Given*)nullptr);
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int width = EPILOGUE == SILU ? p.n / 2 : p.n, from = tile * (EPILOGUE == SILU ? 8 : TILE);
   float low[OWN], high[OWN];
 #pragma unroll
   for (int k = 0; k < OWN; k++) {
-    const bool biased = p.bias && tile + k < p.tiles;
-    low[k] = biased ? to_float(p.bias[(tile + k) * TILE + r]) : 0.f;
-    high[k] = biased ? to_float(p.bias[(tile + k) * TILE + r + 8]) : 0.f;
+    low[k] = high[k] = 0.f;
+    if constexpr (!GROUPED) {
+      const bool biased = p.bias && tile + k < p.tiles;
+      low[k] = biased ? to_float(p.bias[(tile + k) * TILE + r]) : 0.f;
+      high[k] = biased ? to_float(p.bias[(tile + k) * TILE + r + 8]) : 0.f;
+    }
   }
 #pragma unroll
   for (int t = 0; t < NT; t++) {
-    if (first_row + t * 8 >= p.rows) break;
+    if (first_row + t * 8 >= limit) break;
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < OWN; k++) {
@@ -97,29 +108,32 @@ DEVICE void write_rows(const WideBatchArguments& p, float (&z)[OWN][NT][4], int 
 #pragma unroll
       for (int i = lane; i < 8 * Sizes::OUTS; i += 32) {
         const int row = first_row + t * 8 + i / Sizes::OUTS, n = from + i % Sizes::OUTS;
-        if (row < p.rows && n < width) add_to(p.residual + (size_t)row * width + n, mine[i / Sizes::OUTS * Sizes::WIDTH + i % Sizes::OUTS]);
+        if (row < limit && n < width) add_to(p.residual + (size_t)row * width + n, mine[i / Sizes::OUTS * Sizes::WIDTH + i % Sizes::OUTS]);
       }
     } else if (width % 2 == 0) {
 #pragma unroll
       for (int i = lane; i < 4 * Sizes::OUTS; i += 32) {
         const int row = first_row + t * 8 + i / (Sizes::OUTS / 2), j = i % (Sizes::OUTS / 2) * 2;
         const float2 v = *(const float2*)(mine + i / (Sizes::OUTS / 2) * Sizes::WIDTH + j);
-        if (row < p.rows && from + j < width) *(u32*)(p.out + (size_t)row * width + from + j) = to_half2(v.x, v.y);
+        int at = from + j;
+        if constexpr (GROUPED) at = p.turned ? at & ~63 | at % 16 / 4 * 16 | at % 64 / 16 * 4 | at % 4 : at;  // in fragment order
+        if (row < limit && from + j < width) *(u32*)(p.out + (size_t)row * width + at) = to_half2(v.x, v.y);
       }
     } else {
 #pragma unroll 1
       for (int i = lane; i < 8 * Sizes::OUTS; i += 32) {
         const int row = first_row + t * 8 + i / Sizes::OUTS, n = from + i % Sizes::OUTS;
-        if (row < p.rows && n < width) p.out[(size_t)row * width + n] = to_half(mine[i / Sizes::OUTS * Sizes::WIDTH + i % Sizes::OUTS]);
+        if (row < limit && n < width) p.out[(size_t)row * width + n] = to_half(mine[i / Sizes::OUTS * Sizes::WIDTH + i % Sizes::OUTS]);
       }
     }
   }
 }
 
-template <int BITS, bool SYM, int UNITS, int MT, int NT, int WN, int WK, int STAGES, int EPILOGUE, bool WARPGROUP>
-DEVICE void wide_batch(const WideBatchArguments& p) {
+template <int BITS, bool SYM, int UNITS, int MT, int NT, int WN, int WK, int STAGES, int EPILOGUE, bool WARPGROUP, class Given>
+DEVICE void wide_batch(const Given& p) {
   typedef WideBatchSizes<BITS, SYM, UNITS, MT, NT, WN, WK, STAGES, EPILOGUE, WARPGROUP> Sizes;
   constexpr int OWN = Sizes::OWN, TILES = Sizes::TILES, AHEAD = Sizes::AHEAD;
+  constexpr bool GROUPED = is_grouped((const Given*)nullptr);
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
   static_assert(!WARPGROUP, "warps multiply together on Hopper only");
 #endif
@@ -128,10 +142,18 @@ DEVICE void wide_batch(const WideBatchArguments& p) {
   if constexpr (WARPGROUP) ring += -(u32)__cvta_generic_to_shared(ring) % 1024;
   float* exchange = (float*)(ring + STAGES * Sizes::SLOT);
   __shared__ u32 arrived;
-  const u32 high = (p.rows + Sizes::ROWS - 1) / Sizes::ROWS, per = (p.chunks + WK - 1) / WK;  // items in the height; steps of one
+  u32 high;  // items in the height
+  if constexpr (GROUPED) {
+    allow_next_kernel_to_start();
+    wait_for_previous_kernel();
+    high = __ldcg(p.table);
+  } else high = (p.rows + Sizes::ROWS - 1) / Sizes::ROWS;
+  const u32 per = (p.chunks + WK - 1) / WK;  // steps of an item
   const u64 total = (u64)(p.tiles + TILES - 1) / TILES * high * per;
-  const u32 begin = (u32)(total * blockIdx.x / gridDim.x), end = (u32)(total * (blockIdx.x + 1) / gridDim.x);
-  auto block_of = [&](u32 at) { return (u32)(((u64)(at + 1) * gridDim.x - 1) / total); };
+  const u32 blocks = GROUPED ? (u32)min((u64)gridDim.x, max(total / 2, 1ull)) : gridDim.x;  // each has work
+  if (GROUPED && blockIdx.x >= blocks) return;
+  const u32 begin = (u32)(total * blockIdx.x / blocks), end = (u32)(total * (blockIdx.x + 1) / blocks);
+  auto block_of = [&](u32 at) { return (u32)(((u64)(at + 1) * blocks - 1) / total); };
 
   // What is copied next. Everything that a copy needs is kept from step to step, because the copies of a step are many. Beyond
   // the last tile and the last row, those two are copied again: what is made of them is not written.
@@ -139,17 +161,33 @@ DEVICE void wide_batch(const WideBatchArguments& p) {
   u32 row_at[Sizes::X_ROUNDS], next = begin, next_item, next_step;
   int next_slot = 0;
   auto begin_item = [&]() {
-    const int tile = next_item / high * TILES + wn * MT, first_row = next_item % high * Sizes::ROWS, chunk = next_step * WK + part;
+    const int tile = next_item / high * TILES + wn * MT, chunk = next_step * WK + part;
+    const u8 *words = p.weights, *scales = (const u8*)p.scales;
+    [[maybe_unused]] int4 own;  // expert, first row, rows
+    if constexpr (GROUPED) {
+      own = __ldcg((const int4*)p.table + 1 + next_item % high);
+      words += own.x * p.weight_bytes; scales += own.x * p.scale_bytes;
+    }
 #pragma unroll
-    for (int m = 0; m < MT; m++) word_at[m] = p.weights + ((size_t)min(tile + m, p.tiles - 1) * p.chunks + chunk) * Sizes::CHUNK_BYTES + lane * 16;
+    for (int m = 0; m < MT; m++) word_at[m] = words + ((size_t)min(tile + m, p.tiles - 1) * p.chunks + chunk) * Sizes::CHUNK_BYTES + lane * 16;
 #pragma unroll
     for (int i = 0; i < Sizes::SCALE_ROUNDS; i++) {
       const int m = (i * 32 + lane) / Sizes::SCALE_PIECES, at = (i * 32 + lane) % Sizes::SCALE_PIECES % (Sizes::SCALE_BYTES / 16);
-      scale_at[i] = (const u8*)p.scales + (size_t)min(tile + m, p.tiles - 1) * p.groups * Sizes::SCALE_BYTES + at * 16;
+      scale_at[i] = scales + (size_t)min(tile + m, p.tiles - 1) * p.groups * Sizes::SCALE_BYTES + at * 16;
     }
-    x_at = (const u8*)p.x + (size_t)first_row * p.chunks * 128 + chunk * 128 + lane % 8 * 16;
+    x_at = (const u8*)p.x + chunk * 128 + lane % 8 * 16;
+    if constexpr (GROUPED) {
 #pragma unroll
-    for (int i = 0; i < Sizes::X_ROUNDS; i++) row_at[i] = min((wn + i * WN) * 4 + lane / 8, p.rows - 1 - first_row) * p.chunks * 128;
+      for (int i = 0; i < Sizes::X_ROUNDS; i++) {
+        const int row = own.y + min((wn + i * WN) * 4 + lane / 8, own.z - 1);
+        row_at[i] = (u32)(p.sources ? __ldcg(p.sources + row) : row) * p.chunks * 128;
+      }
+    } else {
+      const int first_row = next_item % high * Sizes::ROWS;
+      x_at += (size_t)first_row * p.chunks * 128;
+#pragma unroll
+      for (int i = 0; i < Sizes::X_ROUNDS; i++) row_at[i] = min((wn + i * WN) * 4 + lane / 8, p.rows - 1 - first_row) * p.chunks * 128;
+    }
   };
   auto begin_at = [&](u32 at) {
     next = at; next_item = at / per; next_step = at % per;
@@ -197,8 +235,10 @@ DEVICE void wide_batch(const WideBatchArguments& p) {
   begin_at(begin);
 #pragma unroll 1
   for (int i = 0; i < AHEAD; i++) { copy_weights(); advance(); }
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
+  if constexpr (!GROUPED) {
+    allow_next_kernel_to_start();
+    wait_for_previous_kernel();
+  }
   begin_at(begin);
   next_slot = 0;
 #pragma unroll 1
@@ -354,6 +394,11 @@ DEVICE void wide_batch(const WideBatchArguments& p) {
           }
       }
     }
-    write_rows<NT, OWN, EPILOGUE, Sizes>(p, z, item / high * TILES + wn * MT + part * OWN, item % high * Sizes::ROWS, exchange + warp * 8 * Sizes::WIDTH);
+    int first_row = item % high * Sizes::ROWS, limit;
+    if constexpr (GROUPED) {
+      const int4 own = __ldcg((const int4*)p.table + 1 + item % high);
+      first_row = own.y; limit = own.y + own.z;
+    } else limit = p.rows;
+    write_rows<NT, OWN, EPILOGUE, Sizes>(p, z, item / high * TILES + wn * MT + part * OWN, first_row, limit, exchange + warp * 8 * Sizes::WIDTH);
   }
 }
