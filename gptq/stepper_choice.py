@@ -103,6 +103,7 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
     """transformers' forward recorded as a CUDA graph, or without one if it cannot be; what to say of that."""
     from .cuda.fused_forward import FusedForward
     from .cuda.graphs import GraphRecorder
+    from .cuda.prompt_attention import PromptAttention
     from .cuda.rows_of_layers import RowKernels
     from .graph_answers import ManyGraphStepper
 
@@ -118,6 +119,10 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
         fused = None
     prompts = TransformersStepper(hf)
     prompts.require_a_forward()
+    try:
+        prompts.use(PromptAttention(hf, device))
+    except GptqWebuiError as error:
+        log.info("prompts are read by transformers' own operations only: %s", error)
     stepper = ManyGraphStepper(hf, context_tokens, GraphRecorder(device), fused, prompts)
     stepper.trial()
     if not stepper.why:

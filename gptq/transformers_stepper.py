@@ -9,6 +9,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -203,6 +204,14 @@ def _held(layer: Any) -> bool:
     return isinstance(keys, Tensor) and keys.numel() > 0
 
 
+class PromptKernels(Protocol):
+    """What computes parts of a model's forward of several tokens; see cuda/prompt_attention.py."""
+
+    def reading(self) -> AbstractContextManager[None]: ...
+
+    def close(self) -> None: ...
+
+
 class TransformersStepper(Stepper):
     kernel: ClassVar[str] = "transformers"
     embedding_rows: int
@@ -224,6 +233,7 @@ class TransformersStepper(Stepper):
             self.chunk_tokens = GPU_CHUNK_TOKENS
         self._rope = RopeLength(model)
         self._rope.wrap()
+        self._kernels: PromptKernels | None = None
         self.run_model: Any = model.forward  # as it is now: a stepper may take its place later (patched_forward.py)
         # a forward of several pieces that counts each from 0 is given its positions
         self._takes_positions, self.gives_positions = "position_ids" in taken, False
@@ -324,6 +334,21 @@ class TransformersStepper(Stepper):
             log.info("a conversation cannot be continued, all tokens are computed again for each: %s", error)
             self._keeps_cache = False
 
+    def use(self, kernels: PromptKernels) -> None:
+        """Compute with them from now on, if they give what the forward gives without them."""
+        with torch.inference_mode():
+            wanted = self.prefill(self.begin(), _TRIAL).double()
+            self._kernels = kernels
+            try:
+                difference = float((self.prefill(self.begin(), _TRIAL).double() - wanted).norm() / wanted.norm())
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                log.info("prompts are read without kernels of ours: %s", error)
+                difference = float("inf")
+        if not difference < _FAR:
+            log.info("prompts are read without kernels of ours: they differ by %.3g", difference)
+            self._kernels = None
+            kernels.close()
+
     def begin(self) -> TransformersMemory:
         return TransformersMemory(self._config)
 
@@ -415,7 +440,8 @@ class TransformersStepper(Stepper):
 
     def _run(self, **given: Any) -> Any:
         with cudnn_attention(allowed=False):  # every prompt has another length
-            return self.run_model(**given)
+            with nullcontext() if self._kernels is None else self._kernels.reading():
+                return self.run_model(**given)
 
     def _input(self, ids: Sequence[int]) -> Tensor:
         """[1, T] on the model's device."""
@@ -431,6 +457,9 @@ class TransformersStepper(Stepper):
 
     def close(self) -> None:
         self._model = self.run_model = None
+        if self._kernels is not None:
+            self._kernels.close()
+            self._kernels = None
 
 
 def _cannot_compute(error: Exception) -> Exception:

@@ -74,6 +74,27 @@ def _decode(name, variant, a):
     a.out[0, 0].copy_(torch.einsum("ht,htd->hd", weights, values))
 
 
+def _prompt_attention(name, _variant, a):
+    rows, keys = torch.arange(a.rows)[:, None] + a.first, torch.arange(a.keys)[None]
+    sees = (keys <= rows) & ((keys > rows - a.window) if a.window else torch.ones_like(keys, dtype=torch.bool))
+    mask = torch.where(a.mask, 0.0, -torch.inf) if a.mask_kind == 1 else a.mask.float()
+    mask = torch.where(mask <= -30000, -torch.inf, mask)[0]
+    if name.startswith("compare_mask"):
+        assert mask.shape[0] == 1
+        if not torch.equal(mask[0], torch.where(sees, 0.0, -torch.inf)):
+            a.irregular.fill_(1)
+        return
+    assert all(each.stride(3) == 1 and each.stride(2) % 8 == 0 for each in (a.q, a.k, a.v))
+    keys, values = (each[0].float().repeat_interleave(a.group, 0) for each in (a.k, a.v))
+    scores = a.q[0].float() @ keys.transpose(1, 2) * a.scale
+    scores = a.cap * torch.tanh(scores / a.cap) if a.cap else scores
+    scores = scores + (mask if int(a.irregular) else torch.where(sees, 0.0, -torch.inf))
+    if a.sinks is not None:
+        scores = torch.cat([scores, a.sinks.float().view(-1, 1, 1).expand(-1, a.rows, 1)], -1)
+    weights = scores.softmax(-1)[..., : a.keys].to(a.q.dtype).float()
+    a.out[0].copy_((weights @ values).transpose(0, 1))
+
+
 def _latent(name, variant, a):
     if name.startswith(("meet", "attend")):
         return  # all is done by the last of the three
@@ -103,4 +124,4 @@ def _latent(name, variant, a):
     a.out.view(a.heads, value).copy_(torch.einsum("hr,hvr->hv", read, matrices[:, fixed:]))
 
 
-KERNELS = {"ROTATE": _rotate, "DECODE": _decode, "LATENT": _latent}
+KERNELS = {"ROTATE": _rotate, "DECODE": _decode, "LATENT": _latent, "PROMPT_ATTENTION": _prompt_attention}

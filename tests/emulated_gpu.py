@@ -19,6 +19,7 @@ from gptq_webui.gptq.cuda import (
     gpu_kernels,
     graphs,
     kernel_arguments,
+    prompt_attention,
     replaced_layers,
 )
 from gptq_webui.gptq.cuda.kernel_source import programs
@@ -177,7 +178,7 @@ def emulate(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(_capturing))
     monkeypatch.setattr(torch.Tensor, "tolist", _tolist)
-    for module in (gpu_kernels, replaced_layers, cuda_experts, fused_forward):
+    for module in (gpu_kernels, replaced_layers, cuda_experts, fused_forward, prompt_attention):
         monkeypatch.setattr(module, "Gpu", Gpu)
     monkeypatch.setattr(graphs, "GraphRecorder", Recorder)
     for module, name in ((replaced_layers, "replace_layers"), (cuda_experts, "replace_experts")):

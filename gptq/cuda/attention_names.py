@@ -11,22 +11,26 @@ _NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attenti
 
 
 class Decoder(Protocol):
-    """Computes attention of one token."""
+    """Computes attention, of one token or of a prompt."""
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
-        """[1, heads, 1, D] -> [1, 1, heads, D of the values]; None if it does not compute this."""
+        """[1, heads, T, D] -> [1, T, heads, D of the values]; None if it does not compute this."""
 
 
-decoders: list[Decoder] = []  # whose graph is being recorded
+decoders: list[Decoder] = []  # whose graph is being recorded, or whose prompt is read
 
 
-def name_attention(model: Any, undo: ExitStack) -> None:
-    """Put our attention before the model's own, until `undo` is closed."""
+def configs_of(model: Any) -> list[Any]:
+    """The configs that say which attention a model asks for; none of a model whose code calls torch's attention itself."""
     of_model = [each for each in model.modules() if hasattr(each, "config")]
     if not any(hasattr(sys.modules[type(each).__module__], "ALL_ATTENTION_FUNCTIONS") for each in of_model):
-        return  # its code calls torch's attention itself
-    configs = {id(each.config): each.config for each in of_model}
-    for config in configs.values():
+        return []
+    return list({id(each.config): each.config for each in of_model}.values())
+
+
+def name_attention(configs: list[Any], undo: ExitStack) -> None:
+    """Put our attention before the model's own, until `undo` is closed."""
+    for config in configs:
         own = getattr(config, "_attn_implementation", None)
         if own in _NAMES and _registered():
             config._attn_implementation_internal, before = _NAMES[own], config._attn_implementation_internal

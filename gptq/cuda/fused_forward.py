@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import deferred
-from .attention_names import decoders, name_attention
+from .attention_names import configs_of, decoders, name_attention
 from .deferred import Deferred, plainly
 from .delta_rule import DeltaRule
 from .forward_calls import Calls
@@ -73,7 +73,7 @@ class FusedForward:
             decoders.append(self)
             watchers.append(self)
             undo.callback(self._end)
-            name_attention(self._model, undo)
+            name_attention(configs_of(self._model), undo)
             for module in {sys.modules.get(type(each).__module__) for each in self._model.modules()}:
                 original = getattr(module, _ROTATION, None)
                 if callable(original):

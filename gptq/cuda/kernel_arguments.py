@@ -511,6 +511,35 @@ DECODE = Arguments(
     float norm_offset
     """,
 )
+PROMPT_ATTENTION = Arguments(
+    "PromptAttentionArguments",
+    """
+    const u16* q           // a head's numbers side by side, in rows of `q_row` numbers, heads `q_head` numbers apart
+    const u16* k
+    const u16* v
+    u16* out               // [rows][heads][D]
+    const void* mask       // [rows][keys] for all heads or for each, or null
+    int* irregular         // whether it is another mask than a causal one with this window, or null
+    const u16* sinks       // [heads], or null
+    u64 q_head
+    u64 q_row
+    u64 k_head
+    u64 k_row
+    u64 v_head
+    u64 v_row
+    u64 mask_head          // numbers of the mask between two heads
+    u64 mask_row
+    int mask_kind          // 1: bool, 2: the type of q, 3: fp32
+    int heads
+    int group              // heads of a kv head
+    int rows
+    int keys
+    int first              // keys before the first row's own
+    int window             // 0: none
+    float scale
+    float cap              // 0: none
+    """,
+)
 LATENT = Arguments(
     "LatentArguments",
     """
@@ -800,7 +829,7 @@ GUESSED = Arguments(  # begins as SampleArguments do
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
-    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, LATENT, DELTA, SCAN,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION, LATENT, DELTA, SCAN,
     GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ _TEMPLATES = (
     "token_attention.cu",
     "latent_attention.cu",
     "latent_cluster.cu",
+    "prompt_attention.cu",
     "delta_rule.cu",
     "state_space.cu",
     "expert_sum.cu",
@@ -344,6 +345,44 @@ class DecodeVariant:
 
 
 @dataclass(frozen=True)
+class PromptAttentionVariant:
+    """Attention of a prompt over a cache of transformers (prompt_attention.cu)."""
+
+    bfloat: bool
+    head_dim: int  # a multiple of 16
+
+    @property
+    def name(self) -> str:
+        return f"prompt_attention_{self.suffix}_{self.head_dim}"
+
+    @property
+    def name_of_comparison(self) -> str:
+        return f"compare_mask_{self.suffix}_{self.head_dim}"
+
+    @property
+    def suffix(self) -> str:
+        return "bfloat" if self.bfloat else "half"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Warps, runs of 16 rows of each, tokens of keys and values at a time."""
+        return (4, 2, 64) if self.head_dim <= 64 else (8, 1, 64)
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return self.shape[0] * self.shape[1] * 16
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.shape[0]
+
+    @property
+    def shared_bytes(self) -> int:
+        return (self.rows + 4 * self.shape[2]) * (self.head_dim + 8) * 2
+
+
+@dataclass(frozen=True)
 class ExpertSumVariant:
     """How the last product of a token's chosen experts is computed with its sum (expert_sum.cu)."""
 
@@ -500,6 +539,7 @@ class PagedAttentionVariant:
 Variant = (
     GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | ClusterBatchVariant | LayerVariant | DecodeVariant
     | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
+    | PromptAttentionVariant
 )  # fmt: skip
 
 
@@ -576,6 +616,10 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
         elif isinstance(each, PagedAttentionVariant):
             kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
+        elif isinstance(each, PromptAttentionVariant):
+            kind, numbers = each.suffix.capitalize(), ", ".join(map(str, (each.head_dim, *each.shape)))
+            kernel(each.name_of_comparison, "PromptAttentionArguments", f"compare_mask<{kind}>")
+            kernel(each.name, "PromptAttentionArguments", f"prompt_attention<{kind}, {numbers}>", each.threads)
         elif isinstance(each, ExpertSumVariant):
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}, {'Bfloat' if each.bfloat else 'Half'}"
             blocks = BLOCK_THREADS // each.threads  # registers are left for a block of another kernel

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention_names import decoders, name_attention
+from .attention_names import configs_of, decoders, name_attention
 from .cuda_linear import several_rows
 from .token_attention import TokenAttention
 
@@ -24,7 +24,7 @@ class RowKernels:
             undo.enter_context(several_rows(self._model.modules()))
             decoders.append(self)
             undo.callback(decoders.remove, self)
-            name_attention(self._model, undo)
+            name_attention(configs_of(self._model), undo)
             yield
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:

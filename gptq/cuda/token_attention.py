@@ -12,7 +12,7 @@ from .kernel_arguments import DECODE
 from .kernel_source import DecodeVariant
 from .natural_order import NUMBERS
 
-_HARMLESS = {
+HARMLESS = {  # beside these, nothing that attention is given is known
     "dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal", "position_ids", "use_cache", "cache_position",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "cache", "return_dict",
 }  # fmt: skip
@@ -71,7 +71,7 @@ class TokenAttention:
         what it holds.
         """
         count = getattr(key, "tokens_before", None)
-        if count is None or any(value is not None and name not in _HARMLESS for name, value in given.items()):
+        if count is None or any(value is not None and name not in HARMLESS for name, value in given.items()):
             return None
         rows, heads, _token, dims = query.shape
         if count.numel() != rows or key.shape[0] != rows or (rows > 1 and hasattr(key, "new_token")):
