@@ -439,9 +439,9 @@ class TransformersStepper(Stepper):
         return output
 
     def _run(self, **given: Any) -> Any:
-        with cudnn_attention(allowed=False):  # every prompt has another length
-            with nullcontext() if self._kernels is None else self._kernels.reading():
-                return self.run_model(**given)
+        kernels = nullcontext() if self._kernels is None else self._kernels.reading()
+        with cudnn_attention(allowed=False), kernels:  # every prompt has another length
+            return self.run_model(**given)
 
     def _input(self, ids: Sequence[int]) -> Tensor:
         """[1, T] on the model's device."""

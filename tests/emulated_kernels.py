@@ -248,14 +248,19 @@ def _order_inputs(_name, _variant, a):
     a.out.copy_(torch.nn.functional.pad(x.float(), (0, 1)).gather(1, order))
 
 
+def _gate_rows(_name, _variant, a):
+    gate, up = gates_and_ups(a.y[:, : 2 * a.inner].float())
+    a.out.copy_(activations.apply(a.activation, gate) * up)
+
+
 def _combine_grouped(_name, _variant, a):
     y = a.y.float()[a.places.long()].view(-1, a.choices, a.n)
     a.out.view(-1, a.n).copy_(_sum_of_choices(y, a.weights.view(-1, a.choices), a.bias, a.chosen, a.experts))
 
 
 KERNELS = {
-    "GROUP": _group, "GROUPED": _grouped, "ORDER_INPUTS": _order_inputs, "COMBINE_GROUPED": _combine_grouped,
-    "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
+    "GROUP": _group, "GROUPED": _grouped, "COMBINE_GROUPED": _combine_grouped, "ORDER_INPUTS": _order_inputs,
+    "GATE_ROWS": _gate_rows, "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
     "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
     **emulated_attention.KERNELS, **emulated_states.KERNELS, **emulated_sampler.KERNELS,
 }  # fmt: skip

@@ -45,8 +45,10 @@ def test_experts_on_the_gpu_equal_plain_ones(sym, bits, tmp_path):
 
 
 def random_experts(dense, bias, group=32, device="cuda", orders="natural"):
-    """Packed experts on a device for a module of transformers, with random numbers. `orders`: of their inputs, "natural", "one" or
-    "of each expert"."""
+    """Packed experts on a device for a module of transformers, with random numbers.
+
+    `orders`: of their inputs, "natural", "one" or "of each expert".
+    """
     packed = PackedExperts(dense)
     hidden, inner = 128, 192
     generator = torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
 from .module_facts import parents_of
 from .natural_order import NUMBERS, gates_and_ups
+from .prompt_rows import gate_rows
 from .shared_experts import SharedOfStack, choose_shared, cut_shared, shared_name
 from .token_attention import capturing
 
@@ -110,6 +111,8 @@ class CudaExperts(nn.Module):
         return inner.to(torch.float16)
 
     def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
+        if self._gate_up.gated is not None:
+            return gate_rows(self._gpu, y, self._inner, self._gate_up.gated, torch.float16)
         if self._clamped is None:
             return self._gated(y, chosen)
         out = torch.empty(y.shape[0], y.shape[1] // 2, dtype=torch.float16, device=y.device)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
 from .kernel_source import GemvVariant, Packing, SmallBatchVariant
 from .natural_order import NUMBERS, epilogue_of, gate_columns, gates_and_ups, input_of, order_of
+from .prompt_rows import can_order, gate_rows, has_kernels, order_inputs
 
-_SCRATCH = 1 << 25  # weights made dense at once: 64 MB of fp16
+_SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
 _AT_ONCE = 16  # rows of a launch that are multiplied with the packed weight
 
 
@@ -92,6 +94,7 @@ class CudaLinear(nn.Module):
         self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
+        self._places = self._order.to(torch.int32).to(torch.int16)[None].contiguous()
 
     @property
     def nf(self) -> int:
@@ -121,7 +124,7 @@ class CudaLinear(nn.Module):
                 if (found := self._of_normed(x, row, later)) is not None:
                     return found.view(shape)
         rows = x.reshape(-1, self.in_features)
-        y = self._one(rows.to(self._dtype)) if rows.shape[0] == 1 else self._many(rows.to(torch.float16))
+        y = self._one(rows.to(self._dtype)) if rows.shape[0] == 1 else self._many(rows)
         return y.to(x.dtype).view(shape)
 
     def extra_repr(self) -> str:
@@ -191,15 +194,29 @@ class CudaLinear(nn.Module):
         return y
 
     def _many(self, x: Tensor) -> Tensor:
-        if self._padding:
-            x = nn.functional.pad(x, (0, 1))
-        x = x.index_select(1, self._order)  # [M, padded] in fragment order
+        x = self._in_order(x)
         y = self._several(x) if _mode.several else self._by_dense_weights(x)
         if self._gated is None:
             y = y[:, : self.out_features]
             return y if self._active is None else activations.apply(self._active, y)
+        if self._has_kernels:
+            return gate_rows(self._gpu, y, self.out_features, self._gated, self._dtype)
         gate, up = gates_and_ups(y)
         return (activations.apply(self._gated, gate) * up)[:, : self.out_features]
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """[M, K] -> fp16 [M, padded] in fragment order, zeros for padding."""
+        if self._has_kernels and can_order(self.in_features):
+            return order_inputs(self._gpu, x, self._places)
+        x = x.to(torch.float16)
+        if self._padding:
+            x = nn.functional.pad(x, (0, 1))
+        return x.index_select(1, self._order)
+
+    @cached_property
+    def _has_kernels(self) -> bool:
+        """Of rows between products."""
+        return has_kernels(self._gpu)
 
     def _several(self, x: Tensor) -> Tensor:
         """x [M, padded] in fragment order -> [M, outputs], with the bias."""
@@ -214,12 +231,11 @@ class CudaLinear(nn.Module):
         weight = self._weight
         step = max(1, _SCRATCH // (TILE * weight.padded))
         scratch = torch.empty(min(step, weight.tiles) * TILE * weight.padded, dtype=torch.float16, device=x.device)
-        parts = []
+        y = torch.empty(x.shape[0], weight.tiles * TILE, dtype=torch.float16, device=x.device)
         for first in range(0, weight.tiles, step):
-            tiles = min(step, weight.tiles - first)
-            parts.append(x @ weight.dense(self._gpu, first, tiles, scratch).T)
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return y if weight.bias is None else y + weight.bias
+            dense = weight.dense(self._gpu, first, min(step, weight.tiles - first), scratch)
+            torch.mm(x, dense.T, out=y[:, first * TILE : first * TILE + dense.shape[0]])
+        return y if weight.bias is None else y.add_(weight.bias)
 
 
 def linear_of(

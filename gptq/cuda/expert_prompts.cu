@@ -1,5 +1,5 @@
-// Experts of a prompt: which rows each expert multiplies, rows in the order of its weights, and the sum of what a token's experts
-// give. Nothing is asked of the host: the numbers of rows stay on the GPU.
+// Experts of a prompt: which rows each expert multiplies, and the sum of what a token's experts give. Nothing is asked of the
+// host: the numbers of rows stay on the GPU.
 
 // Choices in the order of their experts, in one block. A table of row blocks follows: at most `rows` choices of one expert each.
 // A number of row blocks comes first in the table, then four numbers for each: expert, first row, rows. Which choice of an expert
@@ -64,32 +64,6 @@ template <class T> DEVICE void group_choices(const GroupArguments& p) {
     p.places[choice] = row;
     p.sorted[row] = expert;
   });
-}
-
-// Rows as fp16 in the order of a weight: of every expert, or of each row's own. A block takes a row, eight inputs a thread.
-template <class T> DEVICE void order_inputs(const OrderInputsArguments& p) {
-  u16* row = (u16*)shared_words;
-  allow_next_kernel_to_start();
-  wait_for_previous_kernel();
-  const size_t source = p.sources ? __ldcg(p.sources + blockIdx.x) : blockIdx.x;
-  const u16* order = p.order + (p.sorted ? __ldcg(p.sorted + blockIdx.x) * p.padded : 0);
-  for (int at = threadIdx.x * 8; at < p.k; at += blockDim.x * 8) {
-    const uint4 v = __ldcg((const uint4*)(p.x + source * p.k + at));
-    const u16* from = (const u16*)&v;
-#pragma unroll
-    for (int j = 0; j < 8; j++) row[at + j] = to_half(T::wide(from[j]));
-  }
-  if (threadIdx.x == 0) row[p.k] = 0;  // what padding names
-  __syncthreads();
-  for (int at = threadIdx.x * 8; at < p.padded; at += blockDim.x * 8) {
-    const uint4 places = __ldg((const uint4*)(order + at));
-    const u16* from = (const u16*)&places;
-    uint4 v;
-    u16* to = (u16*)&v;
-#pragma unroll
-    for (int j = 0; j < 8; j++) to[j] = row[from[j]];
-    *(uint4*)(p.out + (size_t)blockIdx.x * p.padded + at) = v;
-  }
 }
 
 // As combine(), of fp16 rows in the order of their experts. A thread takes eight numbers of a token.

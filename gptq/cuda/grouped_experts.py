@@ -14,9 +14,9 @@ from ..suitability import Unsuited
 from . import wide_batch
 from .expert_stack import Stack
 from .gpu_kernels import SCRATCH_COUNTERS, Gpu
-from .kernel_arguments import CHUNK, COMBINE_GROUPED, GROUP, GROUPED, ORDER_INPUTS
+from .kernel_arguments import CHUNK, COMBINE_GROUPED, GROUP, GROUPED
 from .kernel_source import Variant, WideBatchVariant
-from .natural_order import NUMBERS
+from .prompt_rows import can_order, order_inputs, suffix
 
 _COLUMNS = (4, 8, wide_batch.TALL)  # of 8 rows each; of the last one 16
 _FEW = 0.75  # rows of each expert, of those that the kernel computes at once: beyond, one for more rows is taken
@@ -42,7 +42,7 @@ class GroupedExperts:
     def __init__(self, gpu: Gpu, gate_up: Stack, down: Stack, experts: int) -> None:
         """`experts`: that can be chosen; further ones may lie behind them."""
         hidden, inner = gate_up.first.in_features, down.first.in_features
-        if hidden % 8 or inner % 8 or down.first.out_features % 8 or max(hidden, inner) > 1 << 15 or experts > _MOST_EXPERTS:
+        if not can_order(hidden) or not can_order(inner) or down.first.out_features % 8 or experts > _MOST_EXPERTS:
             raise Unsuited("experts of uneven widths")
         self._gpu, self._gate_up, self._down, self._experts = gpu, gate_up, down, experts
         self._orders = tuple(_order_of(each) for each in (gate_up, down))
@@ -72,7 +72,8 @@ class GroupedExperts:
         )
 
     def forward(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor, gate: Callable[[Tensor, Tensor], Tensor],
+        self, x: Tensor, chosen: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor,
+        gate: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         """x [T, H] of any numbers, chosen int64 [T * choices], weights [T, choices] in fp32 or the type of out -> out [T, H].
 
@@ -85,18 +86,17 @@ class GroupedExperts:
         groups = self._group(chosen, choices, first.columns * 8)
         order, down_order = self._orders
         own = order.shape[0] > 1  # each expert has an order of its own
-        x = x.contiguous() if x.dtype in NUMBERS else x.to(torch.float16)
-        x = self._ordered(x, order, groups.sources if own else None, groups.experts if own else None)
+        x = order_inputs(self._gpu, x, order, groups.sources if own else None, groups.experts if own else None)
         y = self._product(self._gate_up, first, x, groups, None if own else groups.sources)
         if not self._gates:
-            y = gate(y, groups.experts).contiguous()
-            y = self._ordered(y, down_order, None, groups.experts if down_order.shape[0] > 1 else None)
+            y = gate(y, groups.experts)
+            y = order_inputs(self._gpu, y, down_order, None, groups.experts if down_order.shape[0] > 1 else None)
         y = self._product(self._down, second, y, groups, None)
         arguments = COMBINE_GROUPED.pack(
             y=y, places=groups.places, weights=weights, out=out, bias=bias, chosen=chosen, experts=self._experts, choices=choices,
             n=y.shape[1], wide=int(weights.dtype == torch.float32),
         )  # fmt: skip
-        self._gpu.run(f"combine_grouped_{_suffix(out)}", (-(-y.shape[1] // 2048), tokens), 256, arguments, overlap=True)
+        self._gpu.run(f"combine_grouped_{suffix(out.dtype)}", (-(-y.shape[1] // 2048), tokens), 256, arguments, overlap=True)
         return out
 
     def _columns(self, total: int) -> int:
@@ -117,15 +117,6 @@ class GroupedExperts:
         )  # fmt: skip
         self._gpu.run("group_choices_half", (1,), 1024, arguments, self._experts * 8, overlap=True)
         return groups
-
-    def _ordered(self, x: Tensor, order: Tensor, sources: Tensor | None, experts: Tensor | None) -> Tensor:
-        """x [.., K] -> fp16 [rows, padded], the row of x that `sources` names in the order of the weights of its expert."""
-        rows, (_orders, padded) = x.shape[0] if sources is None else sources.numel(), order.shape
-        out = torch.empty(rows, padded, dtype=torch.float16, device=x.device)
-        arguments = ORDER_INPUTS.pack(x=x, out=out, order=order, sources=sources, sorted=experts, k=x.shape[1], padded=padded)
-        threads = min(512, -(-padded // 256) * 32)
-        self._gpu.run(f"order_inputs_{_suffix(x)}", (rows,), threads, arguments, padded * 2 + 16, overlap=True)
-        return out
 
     def _product(self, stack: Stack, plan: WideBatchVariant, x: Tensor, groups: Groups, sources: Tensor | None) -> Tensor:
         gpu, weight, tiles = self._gpu, stack.first, stack.tiles
@@ -154,10 +145,6 @@ class GroupedExperts:
         )
         gpu.run(plan.name, (blocks,), plan.threads, arguments, plan.shared_bytes, overlap=True)
         return out
-
-
-def _suffix(x: Tensor) -> str:
-    return "bfloat" if x.dtype == torch.bfloat16 else "half"
 
 
 def _order_of(stack: Stack) -> Tensor:

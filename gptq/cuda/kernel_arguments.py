@@ -688,6 +688,16 @@ ORDER_INPUTS = Arguments(
     int padded
     """,
 )
+GATE_ROWS = Arguments(
+    "GateRowsArguments",
+    """
+    const u16* y           // fp16 [rows][width], gates and ups in turn, eight of each
+    u16* out               // [rows][inner], `inner` a multiple of 8
+    int inner
+    int width
+    int activation         // its number in activations.py
+    """,
+)
 COMBINE_GROUPED = Arguments(
     "CombineGroupedArguments",
     """
@@ -829,8 +839,9 @@ GUESSED = Arguments(  # begins as SampleArguments do
 )
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
-    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION, LATENT, DELTA, SCAN,
-    GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION, LATENT,
+    DELTA, SCAN, GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, GATE_ROWS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE, ADAPTER_IN,
+    ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

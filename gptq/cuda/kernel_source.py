@@ -36,6 +36,7 @@ _TEMPLATES = (
     "layer_kernels.cu",
     "exchange.cu",
     "expert_kernels.cu",
+    "prompt_rows.cu",
     "expert_prompts.cu",
     "expert_choice.cu",
     "token_attention.cu",
@@ -550,6 +551,7 @@ _LAYER_KERNELS = {
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
     "group_choices": "GroupArguments", "order_inputs": "OrderInputsArguments", "combine_grouped": "CombineGroupedArguments",
+    "gate_rows": "GateRowsArguments",
     "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",
 }  # fmt: skip
 

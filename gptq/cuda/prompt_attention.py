@@ -69,13 +69,17 @@ class PromptAttention:
         self._gpu.add_missing(variants=[variant])
         out = torch.empty(1, rows, heads, dims, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
-        fields: dict[str, Any] = dict(
-            q=query, k=key, v=value, out=out, mask=mask, sinks=None if sinks is None else sinks.to(query.dtype).contiguous(),
-            q_head=query.stride(1), q_row=query.stride(2), k_head=key.stride(1), k_row=key.stride(2), v_head=value.stride(1),
-            v_row=value.stride(2), mask_head=mask.stride(1) if mask.shape[1] > 1 else 0, mask_row=mask.stride(2), mask_kind=kind,
-            heads=heads, group=heads // kv_heads, rows=rows, keys=keys, first=keys - rows, window=int(given.get("sliding_window") or 0),
-            scale=float(dims**-0.5 if scale is None else scale), cap=float(given.get("softcap") or 0.0),
-        )  # fmt: skip
+        window = given.get("sliding_window")
+        fields: dict[str, Any] = {
+            "q": query, "k": key, "v": value, "out": out, "mask": mask, "mask_kind": kind,
+            "sinks": None if sinks is None else sinks.to(query.dtype).contiguous(),
+            "q_head": query.stride(1), "q_row": query.stride(2), "k_head": key.stride(1), "k_row": key.stride(2),
+            "v_head": value.stride(1), "v_row": value.stride(2),
+            "mask_head": mask.stride(1) if mask.shape[1] > 1 else 0, "mask_row": mask.stride(2),
+            "heads": heads, "group": heads // kv_heads, "rows": rows, "keys": keys, "first": keys - rows,
+            "window": 0 if window is None else int(window), "scale": float(dims**-0.5 if scale is None else scale),
+            "cap": float(given.get("softcap") or 0.0),
+        }  # fmt: skip
         irregular = self._comparison(variant, mask, fields)
         arguments = PROMPT_ATTENTION.pack(irregular=irregular, **fields)
         grid = (-(-rows // variant.rows), heads)

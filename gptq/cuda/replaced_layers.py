@@ -12,7 +12,7 @@ from .cuda_weights import packing_of, repack
 from .fused_norms import replace_norms
 from .fused_router import replace_routers
 from .gpu_kernels import Gpu
-from .kernel_source import Packing
+from .kernel_source import LayerVariant, Packing
 from .merged_layers import Merging
 from .module_facts import parents_of
 
@@ -40,6 +40,7 @@ def replace_layers(model: nn.Module, merge: bool = True) -> tuple[int, int]:
             continue
         packings[name] = packing
     for device, gpu in gpus.items():
+        gpu.add_missing(variants=[LayerVariant(False), LayerVariant(True)])
         gpu.add_missing(packings={packings[name] for name, each in found if name in packings and each.qweight.device == device})
     made: dict[torch.device, list[CudaLinear]] = {device: [] for device in gpus}
     merged = Merging(model, packings, dtype) if merge else None
