@@ -217,7 +217,7 @@ def _group(_name, _variant, a):
     rows = chosen.argsort(stable=True)
     a.sources.copy_(rows // a.per)
     a.sorted.copy_(chosen[rows])
-    a.places[rows] = torch.arange(a.total, dtype=torch.int32)
+    a.row_of[rows] = torch.arange(a.total, dtype=torch.int32)
     blocks, first = [], 0
     for expert, count in enumerate(torch.bincount(chosen, minlength=a.experts).tolist()):
         blocks += [(expert, first + at, min(a.rows, count - at), 0) for at in range(0, count, a.rows)]
@@ -254,13 +254,14 @@ def _gate_rows(_name, _variant, a):
 
 
 def _combine_grouped(_name, _variant, a):
-    y = a.y.float()[a.places.long()].view(-1, a.choices, a.n)
+    y = a.y.float()[a.row_of.long()].view(-1, a.choices, a.n)
     a.out.view(-1, a.n).copy_(_sum_of_choices(y, a.weights.view(-1, a.choices), a.bias, a.chosen, a.experts))
 
 
 KERNELS = {
     "GROUP": _group, "GROUPED": _grouped, "COMBINE_GROUPED": _combine_grouped, "ORDER_INPUTS": _order_inputs,
-    "GATE_ROWS": _gate_rows, "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
+    "GATE_ROWS": _gate_rows,
+    "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
     "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
     **emulated_attention.KERNELS, **emulated_states.KERNELS, **emulated_sampler.KERNELS,
 }  # fmt: skip

@@ -89,6 +89,8 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         GemvVariant(Packing(3, False, 2), "GATED", 1, 8, 2, 3, input="NATURAL"),
         GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL", span=2),
         *(LayerVariant(True), DecodeVariant(False, 8, 1), kernel_source.ScanVariant(True, 64, 128, 4)),
+        kernel_source.PromptAttentionVariant(False, 80),
+        *(replace(each, grouped=True) for each in wide_batch.variants(packing, "SILU", 64 * 1024, False).values()),
         *(LatentVariant(True, 512, 128, 64, 128), LatentVariant(False, 64, 32, 32, 32)),
         *(DeltaVariant(True, 128, 128, 32, 4, False), DeltaVariant(False, 24, 192, 32, 3, False)),
     ]
@@ -100,6 +102,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     assert {each.name for each in variants} | {
         "row_norm_wide_bfloat", "row_norm_normed_bfloat", "row_norm_chosen_bfloat", "rotate_bfloat", "keep_bfloat",
         "sum_of_gpus_bfloat", "first_of_gpus_bfloat", "rows_of_decode_half_8_1",
+        "group_choices_bfloat", "order_inputs_bfloat", "combine_grouped_bfloat", "gate_rows_bfloat", "compare_mask_half_80",
         "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat",
         "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
         "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "gated_norm_bfloat", "look_up_bfloat",

@@ -94,7 +94,7 @@ class CudaLinear(nn.Module):
         self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
-        self._places = self._order.to(torch.int32).to(torch.int16)[None].contiguous()
+        self._order_numbers = self._order.to(torch.int32).to(torch.int16)[None].contiguous()
 
     @property
     def nf(self) -> int:
@@ -207,7 +207,7 @@ class CudaLinear(nn.Module):
     def _in_order(self, x: Tensor) -> Tensor:
         """[M, K] -> fp16 [M, padded] in fragment order, zeros for padding."""
         if self._has_kernels and can_order(self.in_features):
-            return order_inputs(self._gpu, x, self._places)
+            return order_inputs(self._gpu, x, self._order_numbers)
         x = x.to(torch.float16)
         if self._padding:
             x = nn.functional.pad(x, (0, 1))

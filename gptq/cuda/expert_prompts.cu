@@ -61,7 +61,7 @@ template <class T> DEVICE void group_choices(const GroupArguments& p) {
   each([&](int choice, int expert, int row) {
     if (expert < 0) return;
     p.sources[row] = choice / p.per;
-    p.places[choice] = row;
+    p.row_of[choice] = row;
     p.sorted[row] = expert;
   });
 }
@@ -76,7 +76,7 @@ template <class T> DEVICE void combine_grouped(const CombineGroupedArguments& p)
 #pragma unroll 4
   for (int i = 0; i < p.choices; i++) {
     const int choice = token * p.choices + i;
-    const uint4 y = __ldcg((const uint4*)(p.y + (size_t)__ldcg(p.places + choice) * p.n + at));
+    const uint4 y = __ldcg((const uint4*)(p.y + (size_t)__ldcg(p.row_of + choice) * p.n + at));
     const float weight = p.wide ? __ldcg((const float*)p.weights + choice) : T::wide(__ldcg((const u16*)p.weights + choice));
     const u16* own = (const u16*)&y;
     float v[8];

@@ -19,7 +19,7 @@ from .kernel_source import Variant, WideBatchVariant
 from .prompt_rows import can_order, order_inputs, suffix
 
 _COLUMNS = (4, 8, wide_batch.TALL)  # of 8 rows each; of the last one 16
-_FEW = 0.75  # rows of each expert, of those that the kernel computes at once: beyond, one for more rows is taken
+_SPARSE = 0.75  # rows of each expert, of those that the kernel computes at once: beyond, one for more rows is taken
 _MOST_ROWS = 65535  # of a prompt, a block each
 _MOST_BYTES = 1 << 32  # of inputs, whose rows are found by a number of 32 bits
 _MOST_EXPERTS = 4096  # whose counts fit into the shared memory of a block
@@ -32,7 +32,7 @@ class Groups:
 
     table: Tensor  # int32: see GroupArguments
     sources: Tensor  # int32 [choices]: the token of each row
-    places: Tensor  # int32 [choices]: the row of each choice
+    row_of: Tensor  # int32 [choices]: the row of each choice
     experts: Tensor  # int64 [choices]: the expert of each row
 
 
@@ -93,14 +93,14 @@ class GroupedExperts:
             y = order_inputs(self._gpu, y, down_order, None, groups.experts if down_order.shape[0] > 1 else None)
         y = self._product(self._down, second, y, groups, None)
         arguments = COMBINE_GROUPED.pack(
-            y=y, places=groups.places, weights=weights, out=out, bias=bias, chosen=chosen, experts=self._experts, choices=choices,
+            y=y, row_of=groups.row_of, weights=weights, out=out, bias=bias, chosen=chosen, experts=self._experts, choices=choices,
             n=y.shape[1], wide=int(weights.dtype == torch.float32),
         )  # fmt: skip
         self._gpu.run(f"combine_grouped_{suffix(out.dtype)}", (-(-y.shape[1] // 2048), tokens), 256, arguments, overlap=True)
         return out
 
     def _columns(self, total: int) -> int:
-        return next((each for each in _COLUMNS if each * 8 * _FEW * self._experts >= total), _COLUMNS[-1])
+        return next((each for each in _COLUMNS if each * 8 * _SPARSE * self._experts >= total), _COLUMNS[-1])
 
     def _most_blocks(self, total: int, plan: WideBatchVariant) -> int:
         """Row blocks, at most."""
@@ -109,10 +109,10 @@ class GroupedExperts:
     def _group(self, chosen: Tensor, choices: int, rows: int) -> Groups:
         total, device = chosen.numel(), chosen.device
         most = min(total, self._experts) + total // rows
-        table, sources, places = (torch.empty(each, dtype=torch.int32, device=device) for each in (4 + 4 * most, total, total))
-        groups = Groups(table, sources, places, torch.empty_like(chosen))
+        table, sources, row_of = (torch.empty(each, dtype=torch.int32, device=device) for each in (4 + 4 * most, total, total))
+        groups = Groups(table, sources, row_of, torch.empty_like(chosen))
         arguments = GROUP.pack(
-            chosen=chosen, table=table, sources=sources, places=places, sorted=groups.experts, total=total, per=choices,
+            chosen=chosen, table=table, sources=sources, row_of=row_of, sorted=groups.experts, total=total, per=choices,
             experts=self._experts, rows=rows,
         )  # fmt: skip
         self._gpu.run("group_choices_half", (1,), 1024, arguments, self._experts * 8, overlap=True)

@@ -647,7 +647,7 @@ GROUP = Arguments(
     const u64* chosen      // [total]: the expert of each choice
     int* table             // [1 + row blocks][4]: their number; then of each its expert, first row and rows
     int* sources           // [total]: the token of each row
-    int* places            // [total]: the row of each choice
+    int* row_of            // [total]: the row of each choice
     u64* sorted            // [total]: the expert of each row
     int total
     int per                // choices of a token
@@ -702,7 +702,7 @@ COMBINE_GROUPED = Arguments(
     "CombineGroupedArguments",
     """
     const u16* y           // fp16 [tokens * choices][n], n a multiple of 8
-    const int* places      // [tokens][choices]: rows of y
+    const int* row_of      // [tokens][choices]: the row of y of each choice
     const void* weights    // [tokens][choices], fp32 or the type of out
     u16* out               // [tokens][n]
     const float* bias      // [experts][n], or null

@@ -665,7 +665,8 @@ def programs(variants: Iterable[Variant], packings: Iterable[Packing], formats: 
     parts: dict[Any, list[Variant]] = {}
     for each in variants:
         part: Any = (each.rows, each.epilogue) if isinstance(each, OctetVariant) else None
-        part = each if isinstance(each, WideBatchVariant | ClusterBatchVariant) else part  # takes as long as several others
+        if isinstance(each, WideBatchVariant | ClusterBatchVariant | PromptAttentionVariant):  # takes as long as several others
+            part = each
         parts.setdefault((type(each), each.columns if isinstance(each, SmallBatchVariant) else part), []).append(each)
     packings, formats = list(packings), list(formats)
     found = [source(part, [], []) for part in parts.values()]

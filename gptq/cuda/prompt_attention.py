@@ -35,9 +35,12 @@ class PromptAttention:
         with ExitStack() as undo:
             decoders.append(self)
             undo.callback(decoders.remove, self)
-            undo.callback(self._compared.clear)
+            undo.callback(self._forget)
             name_attention(self._configs, undo)
             yield
+
+    def _forget(self) -> None:
+        self._compared = []
 
     def close(self) -> None:
         self._gpu.close()
