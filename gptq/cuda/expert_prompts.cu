@@ -1,51 +1,63 @@
 // Experts of a prompt: which rows each expert multiplies, and the sum of what a token's experts give. Nothing is asked of the
 // host: the numbers of rows stay on the GPU.
 
-// Choices in the order of their experts, in one block. A table of row blocks follows: at most `rows` choices of one expert each.
-// A number of row blocks comes first in the table, then four numbers for each: expert, first row, rows. Which choice of an expert
-// comes first is left open: each row is computed by itself.
+// Choices in the order of their experts, and those of one expert in their own order, in one block. A table of row blocks follows:
+// at most `rows` choices of one expert each. A number of row blocks comes first in the table, then four numbers for each: expert,
+// first row, rows. The order is the same every time, because a row's place decides in what parts its sums are made.
 template <class T> DEVICE void group_choices(const GroupArguments& p) {
   constexpr int AHEAD = 8;  // choices of a thread that are loaded together
-  int *next = (int*)shared_words, *blocks = next + p.experts;  // a count, then the next row; row blocks of those before
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int *counts = (int*)shared_words, *next = counts + warps * p.experts, *blocks = next + p.experts;
+  int* own = counts + warp * p.experts;  // choices of each expert: of this warp, then of the warps before it
+  const int span = (p.total + blockDim.x - 1) / blockDim.x * 32, begin = warp * span, end = min(p.total, begin + span);
   allow_next_kernel_to_start();
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) next[e] = 0;
+  for (int e = lane; e < p.experts; e += 32) own[e] = 0;
   wait_for_previous_kernel();
-  __syncthreads();
-  // `use` is given a choice, its expert (-1 beyond the last), the lanes with the same one, and what the first of them adds up.
-  auto each = [&](auto use) {
+  __syncwarp();
+  auto expert_of = [&](int at) { return at < end ? (int)min(__ldcg(p.chosen + at), (u64)p.experts - 1) : p.experts; };
 #pragma unroll 1
-    for (int from = threadIdx.x; from - lane < p.total; from += AHEAD * blockDim.x) {
-      int experts[AHEAD];
+  for (int from = begin; from < end; from += 32 * AHEAD) {
+    int experts[AHEAD];
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int at = from + i * blockDim.x;
-        experts[i] = at < p.total ? (int)min(__ldcg(p.chosen + at), (u64)p.experts - 1) : -1;
-      }
+    for (int i = 0; i < AHEAD; i++) experts[i] = expert_of(from + i * 32 + lane);
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const u32 same = __match_any_sync(FULL, experts[i]);
-        const int first = __ffs(same) - 1;
-        int before = 0;
-        if (lane == first && experts[i] >= 0) before = atomicAdd(next + experts[i], __popc(same));
-        use(from + i * blockDim.x, experts[i], __shfl_sync(FULL, before, first) + __popc(same & (1u << lane) - 1));
+    for (int i = 0; i < AHEAD; i++) {
+      u32 same = FULL;  // the lanes with the same expert
+      for (int bit = 1; bit <= p.experts; bit *= 2) {
+        const u32 with = __ballot_sync(FULL, experts[i] & bit);
+        same &= experts[i] & bit ? with : ~with;
       }
+      const u32 earlier = same & (1u << lane) - 1;
+      const bool there = experts[i] < p.experts;
+      const int before = there ? own[experts[i]] : 0;
+      __syncwarp();
+      if (there) p.row_of[from + i * 32 + lane] = before + __popc(earlier);
+      if (there && !earlier) own[experts[i]] = before + __popc(same);
+      __syncwarp();
     }
-  };
-  each([](int, int, int) {});
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
+    int sum = 0;
+    for (int of = 0; of < warps; of++) {
+      const int count = counts[of * p.experts + e];
+      counts[of * p.experts + e] = sum;
+      sum += count;
+    }
+    next[e] = sum;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {  // where each expert's rows and row blocks begin
     int rows = 0, high = 0;
     for (int from = 0; from < p.experts; from += 32) {
-      const int e = from + lane, count = e < p.experts ? next[e] : 0, own = (count + p.rows - 1) / p.rows;
-      int upto = count, upto_blocks = own;
+      const int e = from + lane, count = e < p.experts ? next[e] : 0, mine = (count + p.rows - 1) / p.rows;
+      int upto = count, upto_blocks = mine;
 #pragma unroll
       for (int by = 1; by < 32; by *= 2) {
         const int a = __shfl_up_sync(FULL, upto, by), b = __shfl_up_sync(FULL, upto_blocks, by);
         if (lane >= by) { upto += a; upto_blocks += b; }
       }
-      const int first = rows + upto - count;
-      if (e < p.experts) { next[e] = first; blocks[e] = high + upto_blocks - own; }
+      if (e < p.experts) { next[e] = rows + upto - count; blocks[e] = high + upto_blocks - mine; }
       rows += __shfl_sync(FULL, upto, 31);
       high += __shfl_sync(FULL, upto_blocks, 31);
     }
@@ -53,17 +65,17 @@ template <class T> DEVICE void group_choices(const GroupArguments& p) {
   }
   __syncthreads();
   for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    const int first = next[e], end = e + 1 < p.experts ? next[e + 1] : p.total;
+    const int first = next[e], behind = e + 1 < p.experts ? next[e + 1] : p.total;
     int4* to = (int4*)p.table + 1 + blocks[e];
-    for (int at = first; at < end; at += p.rows) *to++ = make_int4(e, at, min(p.rows, end - at), 0);
+    for (int at = first; at < behind; at += p.rows) *to++ = make_int4(e, at, min(p.rows, behind - at), 0);
   }
-  __syncthreads();
-  each([&](int choice, int expert, int row) {
-    if (expert < 0) return;
-    p.sources[row] = choice / p.per;
-    p.row_of[choice] = row;
+#pragma unroll 4
+  for (int at = begin + lane; at < end; at += 32) {
+    const int expert = expert_of(at), row = next[expert] + own[expert] + p.row_of[at];
+    p.sources[row] = at / p.per;
+    p.row_of[at] = row;
     p.sorted[row] = expert;
-  });
+  }
 }
 
 // As combine(), of fp16 rows in the order of their experts. A thread takes eight numbers of a token.

@@ -22,7 +22,8 @@ _COLUMNS = (4, 8, wide_batch.TALL)  # of 8 rows each; of the last one 16
 _SPARSE = 0.75  # rows of each expert, of those that the kernel computes at once: beyond, one for more rows is taken
 _MOST_ROWS = 65535  # of a prompt, a block each
 _MOST_BYTES = 1 << 32  # of inputs, whose rows are found by a number of 32 bits
-_MOST_EXPERTS = 4096  # whose counts fit into the shared memory of a block
+_COUNTS = 8192  # of a block in its shared memory, one of each warp for each expert
+_MOST_EXPERTS = _COUNTS // 4
 _SILU = 0  # its number in activations.py
 
 
@@ -45,6 +46,7 @@ class GroupedExperts:
         if not can_order(hidden) or not can_order(inner) or down.first.out_features % 8 or experts > _MOST_EXPERTS:
             raise Unsuited("experts of uneven widths")
         self._gpu, self._gate_up, self._down, self._experts = gpu, gate_up, down, experts
+        self._warps = min(32, _COUNTS // experts)  # that put rows into the order of their experts
         self._orders = tuple(_order_of(each) for each in (gate_up, down))
         # SiLU of gates and ups in turn, written as the second product reads it
         self._gates = gate_up.gated == _SILU and down.order is None and inner % CHUNK == 0
@@ -115,7 +117,7 @@ class GroupedExperts:
             chosen=chosen, table=table, sources=sources, row_of=row_of, sorted=groups.experts, total=total, per=choices,
             experts=self._experts, rows=rows,
         )  # fmt: skip
-        self._gpu.run("group_choices_half", (1,), 1024, arguments, self._experts * 8, overlap=True)
+        self._gpu.run("group_choices_half", (1,), self._warps * 32, arguments, (self._warps + 2) * self._experts * 4, overlap=True)
         return groups
 
     def _product(self, stack: Stack, plan: WideBatchVariant, x: Tensor, groups: Groups, sources: Tensor | None) -> Tensor:

@@ -128,20 +128,22 @@ template <class T, int D, int WARPS, int MT, int KEYS> DEVICE void prompt_attent
     for (int m = 0; m < MT; m++) {
       const int first = begin + (warp * MT + m) * 16;  // of the warp's rows
       const bool whole = !irregular && at + KEYS <= p.first + first + 1 && (!p.window || at > p.first + first + 15 - p.window);
+      auto each = [&](auto use) {  // score, row, key
 #pragma unroll
-      for (int t = 0; t < COLUMNS; t++)
+        for (int t = 0; t < COLUMNS; t++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float v = y[m][t][e] * factor;
-          // cap * tanh(x) = cap * (1 - 2 / (1 + e^2x)), times log2(e)
-          if (p.cap) v = p.cap * log2e * (1.f - __fdividef(2.f, 1.f + power_of_2(fminf(v, 100.f))));
-          if (!whole) {
-            const int row = min(first + r + e / 2 * 8, p.rows - 1), column = at + t * 8 + c * 2 + e % 2;
-            if (!irregular) v = sees(p, row, column) && column < p.keys ? v : -INFINITY;
-            else v = column < p.keys ? v + masked<T>(p, head, (size_t)row * p.mask_row + column) * log2e : -INFINITY;
-          }
-          y[m][t][e] = v;
-        }
+          for (int e = 0; e < 4; e++) y[m][t][e] = use(y[m][t][e], first + r + e / 2 * 8, at + t * 8 + c * 2 + e % 2);
+      };
+      each([&](float v, int, int) { return v * factor; });
+      // cap * tanh(x) = cap * (1 - 2 / (1 + e^2x)), times log2(e)
+      if (p.cap) each([&](float v, int, int) { return p.cap * log2e * (1.f - __fdividef(2.f, 1.f + power_of_2(fminf(v, 100.f)))); });
+      if (irregular) {
+        each([&](float v, int row, int key) {
+          return key < p.keys ? v + masked<T>(p, head, min(row, p.rows - 1) * p.mask_row + key) * log2e : -INFINITY;
+        });
+      } else if (!whole) {
+        each([&](float v, int row, int key) { return sees(p, min(row, p.rows - 1), key) && key < p.keys ? v : -INFINITY; });
+      }
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float high = most[m][half];

@@ -9,7 +9,8 @@
 // WARPGROUP (Hopper): four warps multiply together, with X straight from shared memory (warpgroup.cu).
 //
 // GroupedArguments: of a mixture's experts, each of which multiplies rows of its own. A table that a kernel has made
-// (expert_prompts.cu) says which rows: of one expert, at most as many as an item has.
+// (expert_prompts.cu) says which rows: of one expert, at most as many as an item has. A row's bits do not depend on who is last there
+// either, but on its place in the table, which is the same for the same rows.
 
 DEVICE constexpr bool is_grouped(const WideBatchArguments*) { return false; }
 DEVICE constexpr bool is_grouped(const GroupedArguments*) { return true; }
