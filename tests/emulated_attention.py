@@ -30,6 +30,13 @@ def _turned(x, cosines, sines, kind, rotated, angles, norm, eps, offset):
     return out.to(x.dtype)
 
 
+def _turn_rows(_name, _variant, a):
+    for x, out in ((a.q, a.q_out), (a.k, a.k_out)):
+        for row in range(x.shape[2]):
+            angles = a.cosines[0, row], a.sines[0, row]
+            out[0, row].copy_(_turned(x[0, :, row], *angles, a.kind, a.rotated, a.angles, None, 0.0, 0.0))
+
+
 def _rotate(_name, _variant, a):
     for x, norm, out in ((a.q, a.q_norm, a.q_out), (a.k, a.k_norm, a.k_out)):
         out[0, :, 0].copy_(_turned(x[0, :, 0], a.cosines, a.sines, a.kind, a.rotated, a.angles, norm, a.eps, a.offset))
@@ -124,4 +131,6 @@ def _latent(name, variant, a):
     a.out.view(a.heads, value).copy_(torch.einsum("hr,hvr->hv", read, matrices[:, fixed:]))
 
 
-KERNELS = {"ROTATE": _rotate, "DECODE": _decode, "LATENT": _latent, "PROMPT_ATTENTION": _prompt_attention}
+KERNELS = {
+    "ROTATE": _rotate, "TURN_ROWS": _turn_rows, "DECODE": _decode, "LATENT": _latent, "PROMPT_ATTENTION": _prompt_attention,
+}  # fmt: skip

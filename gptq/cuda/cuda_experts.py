@@ -72,8 +72,8 @@ class CudaExperts(nn.Module):
     @property
     def variants(self) -> set[Variant]:
         """The kernels that must have been compiled before the first forward."""
-        grouped = set() if self._grouped is None else self._grouped.variants
-        return {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)} | grouped
+        of_one: set[Variant] = {self._gate_up.variant, self._down.variant, LayerVariant(False), LayerVariant(True)}
+        return of_one if self._grouped is None else of_one | self._grouped.variants
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         """As PackedExperts: hidden_states [T, H], expert of each choice [T, k], its weight [T, k] -> [T, H].

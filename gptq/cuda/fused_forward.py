@@ -7,7 +7,6 @@ into our attention: the next ones add and norm in one kernel, and attention keep
 compute, transformers computes as before. Nothing of this stays in place: a graph is replayed without Python.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,13 +31,8 @@ from .latent_attention import LatentAttention, leave_masks_out, take_latent
 from .positions import Positions
 from .state_space import StateSpace
 from .token_attention import TokenAttention, Turn, capturing, of_one_token, suffix
-from .token_rows import can_rotate, difference, rotated_dims
-
-log = logging.getLogger(__name__)
-
-_ROTATION = "apply_rotary_pos_emb"
-# Of `rotate` in layer_kernels.cu: halves turn together; neighbours, by one angle; by two; neighbours that then lie apart.
-_KINDS = range(4)
+from .token_rows import can_rotate, rotated_dims
+from .turned_rows import ROTATION, kind_of
 
 
 class FusedForward:
@@ -75,10 +69,10 @@ class FusedForward:
             undo.callback(self._end)
             name_attention(configs_of(self._model), undo)
             for module in {sys.modules.get(type(each).__module__) for each in self._model.modules()}:
-                original = getattr(module, _ROTATION, None)
+                original = getattr(module, ROTATION, None)
                 if callable(original):
-                    setattr(module, _ROTATION, self._rotation(original))
-                    undo.callback(setattr, module, _ROTATION, original)
+                    setattr(module, ROTATION, self._rotation(original))
+                    undo.callback(setattr, module, ROTATION, original)
             take_latent(self._model, self._latent, self._aside, undo)
             self._positions.take(self._model, self.capacity, lambda: self._forwards == 1, undo)
             leave_masks_out(self._model, self._latent, undo)
@@ -196,7 +190,7 @@ class FusedForward:
                 q, k, cos, sin = args  # others turn one tensor at a time (Gemma 4, GPT-J)
                 key = (original, q.shape, k.shape, cos.shape, q.dtype)
                 if key not in self._rotations and not capturing():
-                    self._rotations[key] = self._kind_of(original, q, k, cos)
+                    self._rotations[key] = kind_of(original, self._rotate, q, k, cos)
                 if (kind := self._rotations.get(key)) is not None:
                     number, self._rotation_number = self._rotation_number, self._rotation_number + 1
                     if self._forwards == 1:
@@ -217,25 +211,6 @@ class FusedForward:
         if q.numel() == of_q[1].numel() and k.numel() == of_k[1].numel() and q.shape[3] == of_q[1].shape[3]:
             self._turned[number] = of_q[0], of_k[0]
             self._left |= {id(of_q[0]), id(of_k[0])}
-
-    def _kind_of(self, original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor) -> int | None:
-        """Which dimensions a rotation turns together, by random angles; None if it is of no known kind."""
-        generator = torch.Generator(q.device).manual_seed(0)
-
-        def some(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
-
-        q, k, cos, sin = some(q), some(k), some(cos), some(cos)
-        try:
-            wanted = original(q, k, cos, sin)
-            for kind in _KINDS:
-                found = self._rotate(q, k, cos, sin, kind)
-                if all(a.shape == b.shape and difference(a, b) < 1e-2 for a, b in zip(found, wanted, strict=True)):
-                    return kind
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            pass
-        log.info("%s of %s is not of a known kind", _ROTATION, getattr(original, "__module__", "?"))
-        return None
 
     def _rotate(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int, norms: tuple[CudaNorm, CudaNorm] | None = None

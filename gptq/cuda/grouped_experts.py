@@ -18,9 +18,10 @@ from .kernel_arguments import CHUNK, COMBINE_GROUPED, GROUP, GROUPED
 from .kernel_source import Variant, WideBatchVariant
 from .prompt_rows import can_order, order_inputs, suffix
 
-_COLUMNS = (4, 8, wide_batch.TALL)  # of 8 rows each; of the last one 16
-_SPARSE = 0.75  # rows of each expert, of those that the kernel computes at once: beyond, one for more rows is taken
 _MOST_ROWS = 65535  # of a prompt, a block each
+# Columns of 8 rows each that are computed at once, of TALL 16, and how many rows of each expert they are taken for.
+_COLUMNS = {4: 40, wide_batch.TALL: _MOST_ROWS}
+_COLUMNS_OF_WARPS = {4: 24, 8: 48, wide_batch.TALL: _MOST_ROWS}  # where warps multiply one by one
 _MOST_BYTES = 1 << 32  # of inputs, whose rows are found by a number of 32 bits
 _COUNTS = 8192  # of a block in its shared memory, one of each warp for each expert
 _MOST_EXPERTS = _COUNTS // 4
@@ -46,12 +47,13 @@ class GroupedExperts:
         if not can_order(hidden) or not can_order(inner) or down.first.out_features % 8 or experts > _MOST_EXPERTS:
             raise Unsuited("experts of uneven widths")
         self._gpu, self._gate_up, self._down, self._experts = gpu, gate_up, down, experts
+        self._most_rows = _COLUMNS if gpu.warpgroups else _COLUMNS_OF_WARPS  # by columns
         self._warps = min(32, _COUNTS // experts)  # that put rows into the order of their experts
         self._orders = tuple(_order_of(each) for each in (gate_up, down))
         # SiLU of gates and ups in turn, written as the second product reads it
         self._gates = gate_up.gated == _SILU and down.order is None and inner % CHUNK == 0
         self._plans = [
-            {columns: _plan(gpu, stack, columns, "SILU" if gates else "PLAIN") for columns in _COLUMNS}
+            {each: _plan(gpu, stack, each, "SILU" if gates else "PLAIN") for each in self._most_rows}
             for stack, gates in ((gate_up, self._gates), (down, False))
         ]
 
@@ -102,7 +104,7 @@ class GroupedExperts:
         return out
 
     def _columns(self, total: int) -> int:
-        return next((each for each in _COLUMNS if each * 8 * _SPARSE * self._experts >= total), _COLUMNS[-1])
+        return next(each for each, most in self._most_rows.items() if most * self._experts >= total)
 
     def _most_blocks(self, total: int, plan: WideBatchVariant) -> int:
         """Row blocks, at most."""
@@ -117,7 +119,8 @@ class GroupedExperts:
             chosen=chosen, table=table, sources=sources, row_of=row_of, sorted=groups.experts, total=total, per=choices,
             experts=self._experts, rows=rows,
         )  # fmt: skip
-        self._gpu.run("group_choices_half", (1,), self._warps * 32, arguments, (self._warps + 2) * self._experts * 4, overlap=True)
+        shared_bytes = (self._warps + 2) * self._experts * 4
+        self._gpu.run("group_choices_half", (1,), self._warps * 32, arguments, shared_bytes, overlap=True)
         return groups
 
     def _product(self, stack: Stack, plan: WideBatchVariant, x: Tensor, groups: Groups, sources: Tensor | None) -> Tensor:

@@ -416,6 +416,29 @@ ROTATE = Arguments(
     float offset           // added to the weight of a norm
     """,
 )
+TURN_ROWS = Arguments(
+    "TurnRowsArguments",
+    """
+    const u16* q           // a head's numbers side by side, in rows of `q_row` numbers, heads `q_head` numbers apart: all even
+    const u16* k
+    const u16* cosines     // [rows][angles], rows `cos_row` numbers apart
+    const u16* sines
+    u16* q_out             // [rows][heads][d]
+    u16* k_out             // [rows][kv_heads][d]
+    u64 q_row
+    u64 q_head
+    u64 k_row
+    u64 k_head
+    int cos_row
+    int sin_row
+    int heads
+    int kv_heads
+    int d                  // as of RotateArguments, as the next three
+    int rotated            // a multiple of 4
+    int angles
+    int kind
+    """,
+)
 LOOK_UP = Arguments(
     "LookUpArguments",
     """
@@ -840,8 +863,8 @@ GUESSED = Arguments(  # begins as SampleArguments do
 EVERY = (
     REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
     ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION, LATENT,
-    DELTA, SCAN, GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, GATE_ROWS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE, ADAPTER_IN,
-    ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    TURN_ROWS, DELTA, SCAN, GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, GATE_ROWS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE,
+    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

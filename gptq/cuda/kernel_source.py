@@ -551,7 +551,7 @@ _LAYER_KERNELS = {
     "combine": "CombineArguments", "route": "RouteArguments", "route_normed": "RouteArguments",
     "route_wide": "RouteArguments", "clamped_gate": "ClampedGateArguments",
     "group_choices": "GroupArguments", "order_inputs": "OrderInputsArguments", "combine_grouped": "CombineGroupedArguments",
-    "gate_rows": "GateRowsArguments",
+    "gate_rows": "GateRowsArguments", "turn_rows": "TurnRowsArguments",
     "sum_of_gpus": "ExchangeArguments", "first_of_gpus": "ExchangeArguments",
 }  # fmt: skip
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from .attention_names import configs_of, decoders, name_attention
 from .gpu_kernels import Gpu
 from .kernel_arguments import PROMPT_ATTENTION
-from .kernel_source import PromptAttentionVariant
+from .kernel_source import LayerVariant, PromptAttentionVariant
 from .natural_order import NUMBERS
 from .token_attention import HARMLESS, capturing
+from .turned_rows import TurnedRows
 
 _MOST_HEADS = 65535
 _MOST_MASKS = 4  # of a forward; in some each layer makes its own
@@ -27,6 +28,8 @@ class PromptAttention:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._gpu, self._configs = Gpu(device), configs_of(model)
+        self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
+        self._turned = TurnedRows(model, self._gpu)
         self._compared: list[tuple[Tensor, int, Tensor]] = []  # masks of this forward, a window, and what was found
 
     @contextmanager
@@ -37,6 +40,7 @@ class PromptAttention:
             undo.callback(decoders.remove, self)
             undo.callback(self._forget)
             name_attention(self._configs, undo)
+            self._turned.take(undo)
             yield
 
     def _forget(self) -> None:

@@ -41,3 +41,49 @@ template <class T> DEVICE void gate_rows(const GateRowsArguments& p) {
   for (int j = 0; j < 8; j++) to[j] = T::narrow(activated(to_float(gate[j]), p.activation) * to_float(up[j]));
   *(uint4*)(p.out + (size_t)blockIdx.x * p.inner + at) = v;
 }
+
+// The heads of query and key of every token, turned by the token's angles as `rotate` turns them. A block takes a token; a thread
+// two pairs of numbers of some heads, whose angles are the same.
+template <class T> DEVICE void turn_rows(const TurnRowsArguments& p) {
+  allow_next_kernel_to_start();
+  wait_for_previous_kernel();
+  const int half = p.rotated / 2, across = half / 2, i = threadIdx.x % across * 2, first = threadIdx.x / across;
+  const int together = max(1, (int)blockDim.x / across), heads = p.heads + p.kv_heads;
+  const size_t row = blockIdx.x;
+  auto numbers = [&](int head) {
+    return head < p.heads ? p.q + row * p.q_row + head * p.q_head : p.k + row * p.k_row + (head - p.heads) * p.k_head;
+  };
+  auto target = [&](int head) { return head < p.heads ? p.q_out + (row * p.heads + head) * p.d : p.k_out + (row * p.kv_heads + head - p.heads) * p.d; };
+  float cosines[2][2], sines[2][2];  // of each pair, for its two numbers
+#pragma unroll
+  for (int of = 0; of < 2; of++) {
+    const int at = i + of, angle = p.kind == 2 ? 2 * at : at, other = p.kind == 0 ? (at + half) % p.angles : p.kind == 2 ? 2 * at + 1 : at;
+    const u16 *cos = p.cosines + row * p.cos_row, *sin = p.sines + row * p.sin_row;
+    cosines[of][0] = T::wide(__ldcg(cos + angle)); cosines[of][1] = T::wide(__ldcg(cos + other));
+    sines[of][0] = T::wide(__ldcg(sin + angle)); sines[of][1] = T::wide(__ldcg(sin + other));
+  }
+  const bool pairs = p.kind != 0, apart = p.kind == 3;
+  const int low = pairs ? 2 * i : i, high = pairs ? low + 2 : i + half;
+#pragma unroll 4
+  for (int head = first; head < heads && first < together; head += together) {
+    const u16* from = numbers(head);
+    const u32 v = __ldcg((const u32*)(from + low)), w = __ldcg((const u32*)(from + high));
+    const u32 a = pairs ? v & 0xffff | w << 16 : v, b = pairs ? v >> 16 | w & 0xffff0000 : w;  // the first numbers of both pairs, the second
+    float x[2], y[2];
+#pragma unroll
+    for (int of = 0; of < 2; of++) {
+      const float m = T::wide((u16)(a >> of * 16)), n = T::wide((u16)(b >> of * 16));
+      x[of] = m * cosines[of][0] - n * sines[of][0];
+      y[of] = n * cosines[of][1] + m * sines[of][1];
+    }
+    u16* to = target(head);
+    const bool mixed = pairs && !apart;
+    *(u32*)(to + (mixed ? low : i)) = pair(T::narrow(x[0]), T::narrow(mixed ? y[0] : x[1]));
+    *(u32*)(to + (mixed ? low + 2 : i + half)) = pair(T::narrow(mixed ? x[1] : y[0]), T::narrow(y[1]));
+  }
+  const int rest = (p.d - p.rotated) / 2;
+  for (int j = threadIdx.x; j < rest * heads; j += blockDim.x) {
+    const int head = j / rest, at = p.rotated + j % rest * 2;
+    *(u32*)(target(head) + at) = __ldcg((const u32*)(numbers(head) + at));
+  }
+}
