@@ -117,3 +117,23 @@ def test_a_recorded_model_continues_as_its_dense_twin(kind, tmp_path):
         assert error(stepper.step(memory, ids[25])[0], wanted[25]) < 1e-2
     assert stepper.kernel == "graph", note
     stepper.close()
+
+
+def test_a_prompt_gives_the_same_bits_every_time():
+    module = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    config = AutoConfig.for_model("mixtral", hidden_size=128, intermediate_size=192, num_local_experts=5)
+    model = torch.nn.Module()
+    model.dtype = torch.float16
+    model.experts = random_experts(module.MixtralExperts(config), False)
+    replace_layers(model, merge=False)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for tokens in (100, 300, 2000):
+        x = torch.randn(tokens, 128, generator=generator, device="cuda").half()
+        chosen = (torch.rand(tokens, 5, generator=generator, device="cuda") + torch.arange(5, device="cuda")).argsort(1)[:, :2]
+        weights = torch.rand(tokens, 2, generator=generator, device="cuda").half()
+        first = model.experts(x, chosen, weights)
+        assert all(torch.equal(model.experts(x, chosen, weights), first) for _again in range(5))
+        groups = model.experts._grouped._group(chosen.reshape(-1), 2, 32)
+        wanted = chosen.reshape(-1).argsort(stable=True)
+        assert torch.equal(groups.sources.long(), wanted // 2) and torch.equal(groups.experts, chosen.reshape(-1)[wanted])
+        assert torch.equal(groups.row_of.long(), wanted.argsort())

@@ -69,12 +69,23 @@ template <class T> DEVICE void group_choices(const GroupArguments& p) {
     int4* to = (int4*)p.table + 1 + blocks[e];
     for (int at = first; at < behind; at += p.rows) *to++ = make_int4(e, at, min(p.rows, behind - at), 0);
   }
-#pragma unroll 4
-  for (int at = begin + lane; at < end; at += 32) {
-    const int expert = expert_of(at), row = next[expert] + own[expert] + p.row_of[at];
-    p.sources[row] = at / p.per;
-    p.row_of[at] = row;
-    p.sorted[row] = expert;
+#pragma unroll 1
+  for (int from = begin + lane; from < end; from += 32 * AHEAD) {
+    int experts[AHEAD], rows[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      experts[i] = expert_of(from + i * 32);
+      rows[i] = from + i * 32 < end ? p.row_of[from + i * 32] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const int at = from + i * 32;
+      if (at >= end) break;
+      const int row = next[experts[i]] + own[experts[i]] + rows[i];
+      p.sources[row] = at / p.per;
+      p.row_of[at] = row;
+      p.sorted[row] = experts[i];
+    }
   }
 }
 
