@@ -5,8 +5,7 @@ random numbers. It is computed by the stepper that the product chooses. For one 
 step, tokens/s of a greedy loop, bytes read for a token, their share of a copy's bandwidth, time of a prompt of 512, the error
 of the logits against the same model in fp32 and plain PyTorch with `--check` (of the prompt's last token, the largest of eight
 steps), and which way it was computed. `gemma2-9b@4` takes four layers. `--tiny` divides the widths, for a machine without a
-GPU. `--profile` lists the kernels of a step; kernels of ours begin before those in front of them have ended, unless `--apart`
-is given.
+GPU. `--profile` lists the kernels of a step; ours begin before those in front of them have ended, unless `--apart` is given.
 """
 
 import argparse
