@@ -367,7 +367,7 @@ class PromptAttentionVariant:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Warps, runs of 16 rows of each, tokens of keys and values at a time."""
-        return (4, 2, 64) if self.head_dim <= 64 else (8, 1, 64)
+        return (4, 2, 64) if self.head_dim <= 128 else (8, 1, 64)
 
     @property
     def rows(self) -> int:
