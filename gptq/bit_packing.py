@@ -168,7 +168,12 @@ def flooded_zeros(qzeros: Tensor, bits: int) -> int:
     the word to one: 5,0,7,7 became 0xfffffff4. So a run of at least two values of all ones up to a
     word's end is the mark of it. What was flooded is lost; the file loads, some weights are off.
     """
-    return int((qzeros >> (32 - 2 * bits) == -1).sum())  # the shift is arithmetic: -1 if all those bits are ones
+    return int(flooded_words(qzeros, bits).sum())
+
+
+def flooded_words(qzeros: Tensor, bits: int) -> Tensor:
+    """Which of the words look like that."""
+    return qzeros >> (32 - 2 * bits) == -1  # the shift is arithmetic: -1 if all those bits are ones
 
 
 def dequantize(

@@ -6,8 +6,7 @@ hold a dense weight. The tensors are Parameters, not buffers: accelerate leaves 
 when it offloads a layer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,26 +15,13 @@ from torch import Tensor, nn
 from ..core.errors import BadCheckpoint, BadQuantizeConfig
 from ..core.packed_layout import BITS
 from ..core.quantize_config import WORD_OFFSETS, WORDS
-from . import bit_packing
+from . import bit_packing, layer_facts
+from .layer_facts import Facts, Findings
 
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 _SMALL_BATCH_ROWS = 8  # up to here x is multiplied with the integers and scaled afterwards: less work for each weight
 _LOW_BITS_CHUNK = 1 << 21  # weights widened at once on a CPU: more leaves its cache, less pays for more calls
 _CHUNK = 1 << 24  # weights widened at once otherwise: 64 MB of fp32
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What `prepare` learnt from g_idx and qzeros. Holds nothing of the size of the weights."""
-
-    order: Tensor | None  # int64 [K]: the input rows sorted by group; None if they are (no act-order)
-    groups: Tensor | None  # int64 [K]: group of each row of that order; None if all groups have K/G rows
-    zero: int | None  # the zero of every group and column; None if they differ (asymmetric)
-
-    def to(self, device: torch.device) -> "_Facts":
-        order = None if self.order is None else self.order.to(device)
-        groups = None if self.groups is None else self.groups.to(device)
-        return _Facts(order, groups, self.zero)
 
 
 class GPTQLinear(nn.Module):
@@ -79,7 +65,7 @@ class GPTQLinear(nn.Module):
         self.scales = empty(groups, out_features, of=dtype)
         self.g_idx = empty(in_features, of=torch.int32)
         self.bias = empty(out_features, of=dtype) if bias else None
-        self._facts: _Facts | None = None
+        self._facts: Facts | None = None
         self._replacement: Callable[[Tensor], Tensor] | None = None
         self.fill_g_idx()
 
@@ -106,29 +92,17 @@ class GPTQLinear(nn.Module):
         if self.g_idx.is_meta or self.qzeros.is_meta:
             self._facts = None
             return
-        if self.qweight.dtype != torch.int32:
-            self._widen()
-        with torch.no_grad():
-            count = self.scales.shape[0]
-            groups = self.g_idx.long()
-            low, high = int(groups.min()), int(groups.max())
-            if low < 0 or high >= count:
-                raise BadCheckpoint(
-                    f"g_idx of a layer names group {high if low >= 0 else low}, but it has the groups 0 to {count - 1}: "
-                    "the file is damaged. Download the model again."
-                )
-            order = None
-            if not bit_packing.g_idx_is_sorted(groups):
-                order = groups.argsort(stable=True)
-                groups = groups[order]
-            rows = torch.bincount(groups, minlength=count)
-            even = bool((rows * count == self.in_features).all())
-            zeros = bit_packing.true_zeros(self.qzeros, self.bits, self.out_features, self.checkpoint_format)
-            zero = int(zeros[0, 0])
-            self._facts = _Facts(order, None if even else groups, zero if bool((zeros == zero).all()) else None)
+        prepare([self])
 
-    def _widen(self) -> None:
+    @property
+    def facts(self) -> Facts | None:
+        """What `prepare` learnt; None before it, and once the tensors are released."""
+        return self._facts
+
+    def widen(self) -> None:
         """Make int32 words of those that the file has."""
+        if self.qweight.dtype == torch.int32:
+            return
         zeros = self.qzeros.data
         if self.checkpoint_format == WORDS and self.bits in WORD_OFFSETS:
             zeros, self.checkpoint_format = bit_packing.words_to_v2(zeros, self.bits), "gptq_v2"
@@ -224,7 +198,7 @@ class GPTQLinear(nn.Module):
         self._facts = None  # other tensors, other facts
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _facts_on(self, device: torch.device) -> _Facts:
+    def _facts_on(self, device: torch.device) -> Facts:
         if self._facts is None:
             self.prepare()
         facts = self._facts
@@ -241,7 +215,7 @@ class GPTQLinear(nn.Module):
         step = -(-self.out_features // count // 32) * 32
         return [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
 
-    def _centred(self, facts: _Facts, start: int, end: int) -> Tensor:
+    def _centred(self, facts: Facts, start: int, end: int) -> Tensor:
         """q - zero of the columns start to end: int8 or int16 [K, n], rows sorted by group. Exact."""
         q = bit_packing.unpack(self.qweight[:, start:end], self.bits, self.in_features)  # uint8 [K, n]
         if facts.order is not None:
@@ -257,6 +231,21 @@ class GPTQLinear(nn.Module):
         else:
             wide.sub_(zeros.index_select(0, facts.groups))
         return wide.view(torch.int8) if self.bits < 8 else wide
+
+
+def prepare(layers: Sequence[GPTQLinear]) -> list[Findings]:
+    """`GPTQLinear.prepare` of many, none of them on meta; waits once for each device. Raises BadCheckpoint as it does."""
+    for each in layers:
+        each.widen()
+    found = layer_facts.find(layers)
+    for each, about in zip(layers, found, strict=True):
+        if about.facts is None:
+            raise BadCheckpoint(
+                f"g_idx of a layer names group {about.high if about.low >= 0 else about.low}, but it has the groups 0 to "
+                f"{each.scales.shape[0] - 1}: the file is damaged. Download the model again."
+            )
+        each._facts = about.facts
+    return found
 
 
 class _Product(torch.autograd.Function):

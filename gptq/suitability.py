@@ -19,6 +19,7 @@ from .attention_shapes import uneven_latent, wrong_attention
 from .families.differences import OPTIONS, options_of
 from .families.parts import ACTIVATIONS, LayerParts, ModelParts, Norm, Options
 from .gptq_linear import GPTQLinear
+from .layer_facts import ranges
 from .mlp_shapes import inputs, is_vector, kind_of, outputs, reorders, uneven_experts, uneven_mlp
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -230,14 +231,25 @@ def require_sound(model: Any) -> None:
 
     Raises BadCheckpoint with a sentence. Layers that are offloaded, or whose tensors a kernel has taken, are passed over.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, GPTQLinear) and layer.qweight.numel() and not (layer.qweight.is_meta or layer.g_idx.is_meta):
-            if found := next(_unsound(layer), ""):
-                raise BadCheckpoint(f"The packed layer {name} {found}. Nothing was computed; download the model again.")
-            for part in ("qweight", "qzeros", "scales", "g_idx"):
-                tensor = getattr(layer, part)
-                if not tensor.is_contiguous():
-                    tensor.data = tensor.data.contiguous()
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, GPTQLinear) and layer.qweight.numel() and not (layer.qweight.is_meta or layer.g_idx.is_meta)
+    }
+    for name, layer in layers.items():
+        if found := next(_unsound(layer), ""):
+            raise BadCheckpoint(f"The packed layer {name} {found}. Nothing was computed; download the model again.")
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensor = getattr(layer, part)
+            if not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()
+    for (name, layer), (low, high) in zip(layers.items(), ranges(list(layers.values())), strict=True):
+        groups = layer.scales.shape[0]
+        if low < 0 or high >= groups:
+            raise BadCheckpoint(
+                f"The packed layer {name} names group {high if low >= 0 else low} in its g_idx, but it has the groups 0 to "
+                f"{groups - 1}. Nothing was computed; download the model again."
+            )
 
 
 def _unsound(layer: GPTQLinear) -> Iterator[str]:
@@ -262,9 +274,6 @@ def _unsound(layer: GPTQLinear) -> Iterator[str]:
             yield f"has its {part} as {_name(tensor.dtype)}; {' or '.join(map(_name, dtypes))} was expected"
         if tensor.device != layer.qweight.device:
             yield f"has its {part} on {tensor.device} and its weights on {layer.qweight.device}"
-    low, high = (int(each) for each in layer.g_idx.aminmax())
-    if low < 0 or high >= groups:
-        yield f"names group {high if low >= 0 else low} in its g_idx, but it has the groups 0 to {groups - 1}"
 
 
 def _tensors(parts: ModelParts) -> Iterator[Tensor]:

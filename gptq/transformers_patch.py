@@ -17,7 +17,7 @@ from ..core.errors import BadCheckpoint, BadQuantizeConfig
 from ..core.folder_files import shown_name
 from ..core.models import LocalModel, kind_of_tensors, tensors_of
 from ..core.quantize_config import QuantizeConfig
-from .checkpoint import complete
+from .completing import complete
 from .packed_quantizer import PackedLayer, PackedQuantizer, PackedWeights, packed_layers
 from .unpacked_parts import unpacked_layers
 

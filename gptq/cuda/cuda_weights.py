@@ -39,11 +39,10 @@ def step_order(order: Tensor) -> Tensor:
 
 def permutation_of(order: Tensor, in_features: int) -> Tensor:
     """int32 [K]: the position of each input in fragment order."""
-    permutation = torch.empty(in_features, dtype=torch.int32, device=order.device)
+    permutation = torch.empty(in_features + 1, dtype=torch.int32, device=order.device)  # padding goes to the last: no wait
     at = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
-    kept = order >= 0
-    permutation[order[kept].long()] = at[kept]
-    return permutation
+    permutation.scatter_(0, torch.where(order >= 0, order, in_features).long(), at)
+    return permutation[:in_features]
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,14 @@ def packing_of(layers: Sequence[GPTQLinear]) -> Packing:
 
 
 def sorted_rows(layer: GPTQLinear) -> Tensor | None:
-    """int64 [K]: the inputs sorted by group, None if they are already. Raises Unsuited if groups have uneven sizes."""
+    """int64 [K]: the inputs sorted by group, None if they are already. Raises Unsuited if groups have uneven sizes.
+
+    Waits for the device where the layer has not been prepared."""
+    facts = layer.facts
+    if facts is not None and facts.groups is None and layer.in_features == layer.scales.shape[0] * (
+        layer.in_features if layer.group_size == -1 else layer.group_size
+    ):  # groups of one size, which are as many as they should be
+        return facts.order
     g_idx = layer.g_idx.long()
     size = layer.in_features if layer.group_size == -1 else layer.group_size
     wanted = torch.arange(layer.in_features, device=g_idx.device) // size
@@ -138,6 +144,8 @@ def sorted_rows(layer: GPTQLinear) -> Tensor | None:
 
 def symmetric(layer: GPTQLinear) -> bool:
     """Whether every zero is the middle of the range."""
+    if layer.facts is not None:
+        return layer.facts.zero == 1 << (layer.bits - 1)
     return bool((_zeros(layer) == 1 << (layer.bits - 1)).all())
 
 
