@@ -31,6 +31,7 @@ from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .completing import complete
 from .config_reading import caps_scores, read_config
+from .early_weights import EarlyWeights
 from .load_progress import Report, Watch
 from .module_names import module_names_of
 from .old_folders import as_successor
@@ -55,11 +56,13 @@ def load(
     attn_implementation: str | None = None,
     rope: Rope | None = None,
     progress: Report | None = None,
+    early: EarlyWeights | None = None,
     trust_remote_code: bool = False,  # lets program code out of the folder run
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """A GPTQ folder (packed), or a 16-bit one, as a transformers causal LM in eval mode, with notes for the user.
 
-    `progress` hears how much of a packed model has arrived, from a thread of its own.
+    `progress` hears how much of a packed model has arrived, from a thread of its own. `early`: its files, if they are being
+    read already.
     Raises BadFile, BadCheckpoint, BadQuantizeConfig or (for a rope it cannot have) BadParameter with a
     sentence; never returns a model with a weight that did not come from the files.
     """
@@ -122,7 +125,7 @@ def load(
         options["attn_implementation"] = attn_implementation
     try:
         auto: Any = _class_for(config)  # with output_loading_info it returns a pair, which its types do not say
-        with watch:
+        with watch, nullcontext() if early is None else early.given():
             loaded, info = auto.from_pretrained(
                 source.folder,
                 config=config,

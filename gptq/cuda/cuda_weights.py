@@ -127,8 +127,10 @@ def sorted_rows(layer: GPTQLinear) -> Tensor | None:
 
     Waits for the device where the layer has not been prepared."""
     facts = layer.facts
-    if facts is not None and facts.groups is None and layer.in_features == layer.scales.shape[0] * (
-        layer.in_features if layer.group_size == -1 else layer.group_size
+    if (
+        facts is not None
+        and facts.groups is None
+        and layer.in_features == layer.scales.shape[0] * (layer.in_features if layer.group_size == -1 else layer.group_size)
     ):  # groups of one size, which are as many as they should be
         return facts.order
     g_idx = layer.g_idx.long()

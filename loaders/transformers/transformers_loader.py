@@ -4,11 +4,11 @@ Runs wherever torch does. torch and transformers are imported when a model is lo
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any, ClassVar
 
 from ...core.errors import LoadFailed, NotEnoughMemory
@@ -23,8 +23,9 @@ from ..pretrained import picture_reader
 from ..pretrained.pretrained_model import PretrainedModel
 from ..pretrained.stepped_model import SteppedModel
 from ..text.tokenizer import read_tokenizer
-from . import divided_load, optimum, quick_imports
+from . import divided_load, early_start, optimum, quick_imports
 from .draft_model import DraftModel
+from .early_start import EarlyStart, Placed
 from .transformers_options import MOST_PARALLEL, TransformersOptions, device_of, dtype_of, free_beside, placement
 
 __all__ = ["TransformersLoader", "TransformersOptions"]
@@ -80,10 +81,51 @@ class TransformersLoader(Loader):
     def load(self, model: LocalModel, options: TransformersOptions, progress: LoadProgress) -> SteppedModel:
         progress(0.02, "Starting torch and transformers")
         given, options = options, options.for_model(model)
+        early_start.wake_driver(options.device)
         with quick_imports.without_collector():
-            import torch
+            import_module("torch")
+        early = EarlyStart(partial(self._placed, model, options), at_once=options.is_plain)
+        try:
+            return self._load(model, given, options, early, progress)
+        finally:
+            early.close()
 
-        _wake(options.device)
+    def _placed(self, model: LocalModel, options: TransformersOptions) -> Placed:
+        """Where a model goes, and its weights on their way there. Imports nothing of transformers for plain options."""
+        import torch
+
+        from ...gptq.early_weights import early_weights
+
+        device = device_of(options)
+        if device.type == "cuda":
+            try:
+                torch.zeros(1, device=device)
+            except RuntimeError as error:
+                log.info("the GPU did not start (%s)", error)  # whoever needs it hears so again
+        gpus.ask_anew()
+        options, why = self._chosen(
+            model, options, memory_fit.Memory(0, memory_fit.available_bytes(device) if device.type == "cuda" else None)
+        )
+        if options.tensor_parallel > 1:
+            return Placed(options, why, device)
+        dtype = dtype_of(options, device)
+        memory_fit.require_memory(model, device, dtype)
+        device_map, max_memory = placement(model, options, device, dtype)
+        whole = max_memory is None and model.is_packed and options.kernel == "native"
+        return Placed(
+            options, why, device, dtype, device_map, max_memory, early_weights(model.weights, device) if whole else None
+        )
+
+    def _load(
+        self,
+        model: LocalModel,
+        given: TransformersOptions,
+        options: TransformersOptions,
+        early: EarlyStart,
+        progress: LoadProgress,
+    ) -> SteppedModel:
+        import torch
+
         with quick_imports.without_unused():
             from transformers.utils import logging as transformers_logging
 
@@ -95,26 +137,26 @@ class TransformersLoader(Loader):
         transformers_logging.disable_progress_bar()
         adapter = options.adapter(model)
         stretched = (superhot.note(options.compress_pos_emb),) if options != given else ()
-        device = device_of(options)
-        gpus.ask_anew()
-        options, why = self._chosen(
-            model, options, memory_fit.Memory(0, memory_fit.available_bytes(device) if device.type == "cuda" else None)
-        )
+        placed = early.placed()
+        options, device, why = placed.options, placed.device, placed.why
         if options.tensor_parallel > 1:
             loaded, why = divided_load.load_or_leave(model, options, progress, optional=not given.tensor_parallel)
             if loaded is not None:
                 loaded.notes = (*loaded.notes, *stretched)
                 return loaded
             options = replace(options, tensor_parallel=1)
-        dtype = dtype_of(options, device)
-        memory_fit.require_memory(model, device, dtype)
+            dtype = dtype_of(options, device)
+            memory_fit.require_memory(model, device, dtype)
+            device_map, max_memory = placement(model, options, device, dtype)
+        else:
+            dtype, device_map, max_memory = placed.dtype, placed.device_map, placed.max_memory
         progress(0.1, "Reading the tokenizer")
         tokenizer = read_tokenizer(model, trust_remote_code=options.trust_remote_code)
         draft = DraftModel(model, options, tokenizer) if options.draft(model) is not None else None
         progress(0.15, f"Reading {format_bytes(model.size_bytes)} of weights")
         foreign = options.kernel == "optimum" and model.kind == "gptq"
         try:
-            device_map, max_memory = placement(model, options, device, dtype)
+            more = {} if foreign else {"early": placed.weights}
             with nullcontext() if foreign else quick_imports.stand_ins():
                 hf, notes = (optimum.load if foreign else checkpoint.load)(
                     model,
@@ -125,15 +167,18 @@ class TransformersLoader(Loader):
                     rope=options.rope,
                     progress=_arrived(progress),
                     trust_remote_code=options.trust_remote_code,
+                    **more,
                 )
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "out of memory" not in str(error).lower():
                 raise
+            early.close()
             free_memory(device)
             raise NotEnoughMemory(
                 f"There is not enough memory on {_device_name(device)} for {model.name} ({format_bytes(model.size_bytes)}). "
                 "Close other programs, or choose a smaller branch (fewer bits, larger group)."
             ) from None
+        early.close()
         notes = (*notes, *([why] if why else ()), *stretched)
         progress(0.95, "Fitting the conversation into the memory")
         demand, free_bytes = options.demand(model, device.type == "cuda"), free_beside(hf, device)
@@ -168,21 +213,6 @@ class TransformersLoader(Loader):
         whole = PretrainedModel(model, hf, stepper, tokenizer, context, reason, notes, str(device))
         progress(1.0, "Ready")
         return whole
-
-
-def _wake(device: str) -> None:
-    """Let the GPU get ready for this process while Python imports. `device`: as in the options."""
-    import torch
-
-    def wake() -> None:
-        try:
-            if torch.cuda.is_available():
-                torch.zeros(1, device="cuda" if device == "auto" else device)
-        except RuntimeError as error:
-            log.info("the GPU did not start (%s)", error)  # whoever needs it hears so again
-
-    if device == "auto" or device.startswith("cuda"):
-        threading.Thread(target=wake, name="gptq-webui GPU start", daemon=True).start()
 
 
 def _arrived(progress: LoadProgress) -> Callable[[int, int, int, int], None]:

@@ -140,6 +140,11 @@ class TransformersOptions:
 
         return Rope(self.compress_pos_emb, self.alpha_value, self.rope_freq_base)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be told where a model goes before transformers is imported."""
+        return self.cache_type == "fp16" and (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) == (1, 1, 0)
+
     def for_model(self, model: LocalModel) -> "TransformersOptions":
         """With the positions compressed as the code of a SuperHOT folder does, unless the user changed the rope."""
         untouched = (self.compress_pos_emb, self.alpha_value, self.rope_freq_base) == (1, 1, 0)
