@@ -65,7 +65,8 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions
 model = LocalModel.read(__import__("pathlib").Path({folder!r}))
 loaded = TransformersLoader().load(model, TransformersOptions(device="cpu"), lambda *told: None)
-heavy = [each for each in ("torch._dynamo", "sklearn", "torch.distributed.tensor") if each in sys.modules]
+unused = ("torch._dynamo", "sympy", "sklearn", "scipy", "torch.distributed.tensor")
+heavy = [each for each in unused if each in sys.modules]
 assert not heavy, heavy
 assert loaded.kernel
 loaded.close()
@@ -99,7 +100,12 @@ def test_a_model_is_loaded_without_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ask", ["torch._dynamo.config", "from torch._dynamo.utils import counters", "import torch._dynamo.utils"]
+    "ask",
+    [
+        "torch._dynamo.config",
+        "from torch._dynamo.utils import counters",
+        "import torch._dynamo.utils; torch._dynamo.utils.counters",
+    ],
 )
 def test_a_stand_in_makes_way_where_more_is_asked_of_it(ask):
     run(ASKED, ask=ask)
@@ -133,5 +139,50 @@ gc.disable()
 with quick_imports.without_collector():
     pass
 assert not gc.isenabled(), "as it was"
+"""
+    )
+
+
+def test_a_loss_of_pictures_comes_when_it_is_called():
+    run(
+        UNUSED,
+        """
+from transformers.loss.loss_utils import LOSS_MAPPING
+assert "transformers.loss.loss_for_object_detection" not in sys.modules
+try:
+    LOSS_MAPPING["ForObjectDetection"]()
+except TypeError as error:
+    assert "logits" in str(error), error  # of the real one
+from transformers.loss import loss_for_object_detection
+assert loss_for_object_detection.__file__
+assert all(callable(each) for each in LOSS_MAPPING.values())
+""",
+    )
+
+
+def test_an_expression_of_the_real_sympy_is_known_by_who_saw_the_stand_in():
+    run(
+        """
+with quick_imports.stand_ins():
+    import sympy
+    Basic = sympy.Basic
+    assert not isinstance(3, Basic) and isinstance(sys.modules["sympy"], quick_imports._StandIn)
+assert not isinstance(3, Basic) and "sympy" not in sys.modules
+import sympy
+assert sympy.__file__ and isinstance(sympy.Integer(3), Basic) and not isinstance(3, Basic)
+"""
+    )
+
+
+def test_what_torchvision_asks_of_the_compiler_is_answered_when_it_is_called():
+    run(
+        """
+with quick_imports.without_unused():
+    from torch._dynamo.utils import is_compile_supported
+    assert isinstance(sys.modules["torch._dynamo"], quick_imports._StandIn)
+assert "torch._dynamo" not in sys.modules and "torch._dynamo.utils" not in sys.modules
+assert is_compile_supported("cpu") in (True, False)
+import torch._dynamo
+assert torch._dynamo.__file__ and is_compile_supported("cpu") == torch._dynamo.utils.is_compile_supported("cpu")
 """
     )

@@ -82,7 +82,7 @@ class TransformersLoader(Loader):
         progress(0.02, "Starting torch and transformers")
         given, options = options, options.for_model(model)
         early_start.wake_driver(options.device)
-        with quick_imports.without_collector():
+        with quick_imports.torch_alone():
             import_module("torch")
         early = EarlyStart(partial(self._placed, model, options), at_once=options.is_plain)
         try:
