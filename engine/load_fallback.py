@@ -26,7 +26,7 @@ from ..loaders.choose import Choice
 from ..loaders.contract.base import LoadedModel, LoadProgress
 from ..loaders.machine.memory_fit import is_out_of_memory
 from ..loaders.machine.memory_release import free_memory
-from . import sanity_check
+from . import checked_folders, sanity_check
 from .load_request import LoadPlan
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,12 @@ def attempt(
     loaded: LoadedModel | None = None
     try:
         loaded = choice.loader.load(model, choice.options, lambda share, text: step(0.97 * share, text))
-        step(0.98, "Trying a few words")
-        verdict = sanity_check.check(loaded, cancel)
+        verdict = checked_folders.known(loaded, choice)
+        if verdict is None:
+            step(0.98, "Trying a few words")
+            verdict = sanity_check.check(loaded, cancel)
+            if not cancel.is_set():
+                checked_folders.remember(loaded, choice, verdict)
         step(1.0, "Ready")
         wrong = "" if chosen else verdict.broken or ("" if last else verdict.suspect)
         if wrong:

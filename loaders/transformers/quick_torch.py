@@ -37,7 +37,7 @@ def without_beginnings() -> Iterator[None]:
 
     def only_real(function: Callable[..., Any]) -> Callable[..., Any]:
         def begin(tensor: Any, *args: Any, **named: Any) -> Any:
-            return tensor if getattr(tensor, "is_meta", False) else function(tensor, *args, **named)
+            return tensor if tensor.is_meta else function(tensor, *args, **named)
 
         return begin
 
