@@ -25,6 +25,7 @@ from .graph_step import GraphRoom, GraphSequences, GraphShape, GraphStep
 from .graph_stepper import GraphStepper, Recorder
 from .reading_turns import Turns
 from .static_cache import NotStatic
+from .static_rows import Kernels
 from .stepper import Memory, Reading
 from .suitability import Unsuited
 from .token_ids import require_known
@@ -50,7 +51,7 @@ class ManyGraphStepper(GraphStepper):
         recorder: Recorder,
         most: int,
         free_bytes: int,
-        kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kernels: Callable[[], AbstractContextManager[Kernels | None]] = nullcontext,
     ) -> None:
         """Sample on the GPU from now on, and compute up to `most` answers at once, or as many as half of the free memory holds
         at full length.

@@ -15,7 +15,7 @@ from torch import Tensor
 from .cuda.sequences import IDLE, Sequences
 from .recording import NumbersMadeThere, refusing_to_wait
 from .static_cache import FIRST_CAPACITY, NotStatic
-from .static_rows import RowRoom
+from .static_rows import Kernels, RowRoom
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class GraphRows:
         recorder: Recorder,
         context_tokens: int,
         sequences: Sequences,
-        kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kernels: Callable[[], AbstractContextManager[Kernels | None]] = nullcontext,
     ) -> None:
         """`prompts` has the model's forward; while `kernels` lasts, that forward uses kernels for rows. `sequences` has each
         row's token and its position, and gets its logits."""
@@ -164,12 +164,15 @@ class GraphRows:
         sequences, logits = self._sequences, self._sequences.logits[:rows]
 
         def run() -> None:
+            if kernels is not None:
+                kernels.begin()
             room.follow(sequences.ids[:rows], sequences.positions[:rows], self._known)
             masks = self._masks(counts, shown, room.dtype)
             output = self._prompts.run_model(input_ids=ids, use_cache=True, attention_mask=masks, **given)
             logits.copy_(output.logits[:, -1, :])
 
-        with self._kernels():
+        with self._kernels() as kernels:
+            room.use(kernels)
             run()  # libraries choose and load their kernels
             # the setting is the process's: later other threads may be at work on the GPU
             with NumbersMadeThere(), nullcontext() if self._is_tried else refusing_to_wait(room.counts.device):

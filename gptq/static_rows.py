@@ -7,7 +7,7 @@ is idle writes behind the capacity, where nobody reads. A row keeps a conversati
 import copy
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from transformers import cache_utils
 
 from .static_cache import NotStatic
 from .transformers_stepper import TransformersMemory
+
+
+class Kernels(Protocol):
+    """Kernels of a forward of rows, see cuda/rows_of_layers.py."""
+
+    def begin(self) -> None:
+        """A forward begins: the same one as before, since the recording began."""
+
+    def keep(self, layer: "RowKeys", keys: Tensor, values: Tensor) -> bool:
+        """Put the new tokens into a layer's rows; False if they cannot."""
 
 
 class RowKeys(cache_utils.StaticLayer):
@@ -34,12 +44,14 @@ class RowKeys(cache_utils.StaticLayer):
         self.values = like.values.new_zeros(rows, self.num_heads, capacity + 1, self.v_head_dim)
         self.is_initialized = True
         self.shown = capacity  # tokens that the model gets to see, of the capacity
+        self.kernels: Kernels | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
-        at = self.targets[:rows].view(rows, 1, 1, 1)
-        self.keys[:rows].scatter_(2, at.expand_as(key_states), key_states)
-        self.values[:rows].scatter_(2, at.expand_as(value_states), value_states)
+        if self.kernels is None or not self.kernels.keep(self, key_states, value_states):
+            at = self.targets[:rows].view(rows, 1, 1, 1)
+            self.keys[:rows].scatter_(2, at.expand_as(key_states), key_states)
+            self.values[:rows].scatter_(2, at.expand_as(value_states), value_states)
         keys, values = self.keys[:rows, :, : self.shown], self.values[:rows, :, : self.shown]
         vars(keys)["tokens_before"] = self.counts[:rows]  # for an attention that reads how many there are
         return keys, values
@@ -151,6 +163,11 @@ class RowRoom:
         counts.copy_(positions)
         torch.remainder(counts, self.capacity + 1, out=targets)  # of -1: the capacity
         counts.clamp_(min=0)
+
+    def use(self, kernels: Kernels | None) -> None:
+        """Keep tokens by these, where they can."""
+        for each in self._keys():
+            each.kernels = kernels
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""

@@ -127,7 +127,7 @@ def _with_graph(hf: Any, context_tokens: int, parallel: int) -> tuple[Stepper, s
     stepper.trial()
     if not stepper.why:
         if fused is not None:
-            kernels = RowKernels(hf, fused.attention).recording
+            kernels = RowKernels(hf, fused.attention, fused.gpu).recording
             stepper.share(fused.gpu, GraphRecorder(device), parallel, _free_bytes(device), kernels)
         return stepper, ""
     log.info("no CUDA graph: %s", stepper.why)

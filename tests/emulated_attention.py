@@ -31,6 +31,7 @@ def _turned(x, cosines, sines, kind, rotated, angles, norm, eps, offset):
 
 
 def _turn_rows(_name, _variant, a):
+    assert a.q.shape[0] == 1
     for x, out in ((a.q, a.q_out), (a.k, a.k_out)):
         for row in range(x.shape[2]):
             angles = a.cosines[0, row], a.sines[0, row]

@@ -182,7 +182,8 @@ def _clamped_gate(_name, _variant, a):
 
 
 def _route(_name, _variant, a):
-    x = a.x.view(1, -1)
+    x = a.x.view(-1, a.k)
+    assert a.chosen.shape[0] == x.shape[0] and (x.shape[0] == 1 or "_rows" in _name)
     if a.norm is not None:
         if a.addend is not None:
             x = (x.float() + a.addend.view(1, -1).float()).to(x.dtype)

@@ -5,9 +5,9 @@ from torch.nn import functional
 
 
 def keep(k, v, keys, values, count, capacity, **_sizes):
-    at = min(int(count), capacity - 1)
-    keys[0, :, at].copy_(k[0, :, 0])
-    values[0, :, at].copy_(v[0, :, 0])
+    for row, each in enumerate(count.tolist()[: k.shape[0]]):
+        keys[row, :, min(each, capacity - 1)].copy_(k[row, :, 0])
+        values[row, :, min(each, capacity - 1)].copy_(v[row, :, 0])
 
 
 def look_up(cosines, sines, position, cosines_out, sines_out, rows, width):

@@ -175,8 +175,8 @@ class FusedForward:
             return True
         vars(shown)["kept_by"] = layer
         arguments = KEEP.pack(
-            k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_stride=keys.stride(1),
-            v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
+            k=keys, v=values, keys=layer.keys, values=layer.values, count=layer.count, k_row=0, v_row=0,
+            k_stride=keys.stride(1), v_stride=values.stride(1), d=keys.shape[3], dv=values.shape[3], capacity=layer.keys.shape[2],
         )  # fmt: skip
         self.gpu.run(f"keep_{suffix(keys)}", (keys.shape[1],), 128, arguments, overlap=True)
         return True

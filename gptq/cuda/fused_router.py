@@ -1,4 +1,4 @@
-"""The choice of a token's experts as one kernel, where a router is a softmax over all experts and its highest scores."""
+"""The choice of a few tokens' experts as one kernel, where a router is a softmax over all experts and its highest scores."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ _WARPS = 8  # of a block: an expert each
 _ROUNDING = 0.02  # of logits in 16 bits, of the highest one
 _MOST_EXPERTS = 4096
 _MOST_CHOICES = 32
+_MOST_ROWS = 32  # tokens that are chosen for at once
 _NORMED = ROUTE_RUNS * 8 * 32 * _WARPS  # inputs, at most, that the kernel also norms
 
 
@@ -41,7 +42,7 @@ class RouterKind:
 
 
 class CudaRouter(nn.Module):
-    """Stands for a router, whose own forward it keeps for several tokens."""
+    """Stands for a router, whose own forward it keeps for many tokens."""
 
     def __init__(self, gpu: Gpu, router: nn.Module, kind: RouterKind, dtype: torch.dtype | None = None) -> None:
         """`dtype`: of the tokens; None for that of the weights."""
@@ -52,7 +53,7 @@ class CudaRouter(nn.Module):
         self._dtype = weight.dtype if dtype is None else dtype
         self._wide = "_wide" * (weight.dtype == torch.float32)
         # no logits between launches: see expert_choice.cu
-        self._logits = torch.full((weight.shape[0] + 1,), -1, dtype=torch.int32, device=weight.device)
+        self._logits = torch.full((_MOST_ROWS * (weight.shape[0] + 1),), -1, dtype=torch.int32, device=weight.device)
         self._constant: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -61,11 +62,12 @@ class CudaRouter(nn.Module):
 
     def forward(self, *args: Any, **given: Any) -> Any:
         kind = self._kind
-        if len(args) != 1 or given or not self._takes(args[0]) or (args[0].dim() != 2 and not kind.flattens):
+        if len(args) != 1 or given or not self._takes(args[0], _MOST_ROWS) or (args[0].dim() != 2 and not kind.flattens):
             return self.plain(*args, **given)
         (x,) = args
-        scores = torch.empty(1, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
-        chosen = torch.empty(1, kind.choices, dtype=torch.long, device=x.device)
+        rows = x.numel() // x.shape[-1]
+        scores = torch.empty(rows, kind.choices, dtype=torch.float32 if kind.wide_scores else x.dtype, device=x.device)
+        chosen = torch.empty(rows, kind.choices, dtype=torch.long, device=x.device)
         return self._route(x, scores, chosen), scores, chosen
 
     def with_constant(self, x: Tensor, first: int, count: int, open: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -91,15 +93,18 @@ class CudaRouter(nn.Module):
         whole = open.numel() == self.weight.shape[1] and open.is_contiguous() and open.data_ptr() % 16 == 0
         return whole and open.dtype == self.weight.dtype and self._kind.choices + count <= _MOST_CHOICES
 
-    def _takes(self, x: Tensor) -> bool:
-        return x.numel() == self.weight.shape[1] and x.dtype == self._dtype and x.is_cuda and not _apart(x)
+    def _takes(self, x: Tensor, most: int = 1) -> bool:
+        width = self.weight.shape[1]
+        few = x.shape[-1:] == (width,) and 0 < x.numel() <= most * width
+        return few and x.dtype == self._dtype and x.is_cuda and not _apart(x)
 
     def _route(self, x: Tensor, scores: Tensor, chosen: Tensor, open: Tensor | None = None, opened: int = 0) -> Tensor:
         """The first `choices` of scores and chosen are written; what the router gives of all experts."""
         weight, kind = self.weight, self._kind
         experts, inputs = weight.shape
-        row = self._waiting(x)
-        every = torch.empty(1, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
+        tokens = chosen.shape[0]
+        row = self._waiting(x) if tokens == 1 else None
+        every = torch.empty(tokens, experts, dtype=torch.float32 if kind.wide else x.dtype, device=x.device)
         arguments = ROUTE.pack(
             weights=weight, bias=getattr(self.plain, "bias", None), x=x.contiguous() if row is None else row.x,
             open=open, opened=opened, logits=self._logits, all=every, scores=scores, chosen=chosen, experts=experts,
@@ -110,10 +115,11 @@ class CudaRouter(nn.Module):
             normed=None if row is None else x, centred=int(row is not None and row.norm.kind.centred),
             eps=0.0 if row is None else row.norm.kind.eps, offset=0.0 if row is None else row.norm.kind.offset,
         )  # fmt: skip
-        name = f"route{self._wide}{'_normed' * (row is not None)}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
+        kind_of_kernel = f"{'_rows' * (tokens > 1)}{self._wide}{'_normed' * (row is not None)}"
+        name = f"route{kind_of_kernel}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
         rows = experts + (open is not None)
         shared_bytes = (rows + 33 + 64 + 4 + 2 * 256) * 4 + inputs * 2 * (row is not None)
-        self._gpu.run(name, (-(-rows // _WARPS),), 32 * _WARPS, arguments, shared_bytes, overlap=True)
+        self._gpu.run(name, (-(-rows // _WARPS), tokens), 32 * _WARPS, arguments, shared_bytes, overlap=True)
         return every
 
     def _waiting(self, x: Tensor) -> NormedRow | None:

@@ -465,11 +465,13 @@ GATE_ROW = Arguments(
 KEEP = Arguments(
     "KeepArguments",
     """
-    const u16* k           // the new token's keys, a head every k_stride numbers
+    const u16* k           // the new token's keys, a head every k_stride numbers, a row every k_row numbers
     const u16* v
-    u16* keys              // [heads][capacity][d]
-    u16* values            // [heads][capacity][dv]
-    const u64* count       // tokens that are kept already
+    u16* keys              // [rows][heads][capacity][d]
+    u16* values            // [rows][heads][capacity][dv]
+    const u64* count       // [rows]: tokens that are kept already
+    u64 k_row
+    u64 v_row
     int k_stride
     int v_stride
     int d
@@ -754,12 +756,12 @@ ROUTE = Arguments(
     """
     const void* weights    // [experts][k] of the type of x, or fp32 in the kernels that are called wide
     const u16* bias        // [experts], or null
-    const u16* x           // fp16 or bf16 [k]
+    const u16* x           // fp16 or bf16 [k], or rows of it in the kernels that are called rows, which open nothing
     const void* open       // [k] of the type of weights: times x the opening of experts that every token takes, or null
-    float* logits          // [experts], and that one, each with all bits set between launches
-    void* all              // [experts], the logits or the probabilities; fp32 if `wide`
-    void* scores           // [choices + opened], fp32 if `wide_scores`; the last ones sigmoid(open x)
-    u64* chosen            // [choices]
+    float* logits          // [rows][experts + 1], the last one of `open`, each with all bits set between launches
+    void* all              // [rows][experts], the logits or the probabilities; fp32 if `wide`
+    void* scores           // [rows][choices + opened], fp32 if `wide_scores`; the last ones sigmoid(open x)
+    u64* chosen            // [rows][choices]
     int experts
     int choices
     int opened             // experts behind the chosen ones that `open` is for

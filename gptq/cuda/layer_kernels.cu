@@ -213,8 +213,9 @@ template <class T> DEVICE void gate_row(const GateRowArguments& p) {
 template <class T> DEVICE void keep(const KeepArguments& p) {
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
-  const int head = blockIdx.x;
-  const u64 count = __ldcg(p.count), at = (u64)head * p.capacity + (count < (u64)p.capacity ? count : p.capacity - 1);
-  for (int i = threadIdx.x; i < p.d; i += blockDim.x) p.keys[at * p.d + i] = __ldcg(p.k + (size_t)head * p.k_stride + i);
-  for (int i = threadIdx.x; i < p.dv; i += blockDim.x) p.values[at * p.dv + i] = __ldcg(p.v + (size_t)head * p.v_stride + i);
+  const int head = blockIdx.x, row = blockIdx.y;
+  const u64 count = __ldcg(p.count + row), at = ((u64)row * gridDim.x + head) * p.capacity + (count < (u64)p.capacity ? count : p.capacity - 1);
+  const u16 *k = p.k + row * p.k_row + (size_t)head * p.k_stride, *v = p.v + row * p.v_row + (size_t)head * p.v_stride;
+  for (int i = threadIdx.x; i < p.d; i += blockDim.x) p.keys[at * p.d + i] = __ldcg(k + i);
+  for (int i = threadIdx.x; i < p.dv; i += blockDim.x) p.values[at * p.dv + i] = __ldcg(v + i);
 }

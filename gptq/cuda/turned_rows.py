@@ -1,4 +1,5 @@
-"""Rotations of query and key that a model's own forward makes of a prompt, by one kernel for each layer.
+"""Rotations of query and key that a model's own forward makes of a prompt, or of a token of each of several conversations, by one
+kernel for each layer.
 
 Every architecture has a function of its own for them, which computes it in some ten operations. What it does is found by trying
 it with random angles.
@@ -59,6 +60,8 @@ class TurnedRows:
         return rotated
 
     def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        if apart := q.shape[0] > 1:
+            q, k, cos, sin = _as_prompt(q, k, cos, sin)
         (_one, heads, rows, dims), kv_heads, angles = q.shape, k.shape[1], cos.shape[2]
         q_out, k_out = (torch.empty(1, rows, each.shape[1], dims, dtype=q.dtype, device=q.device) for each in (q, k))
         rotated = rotated_dims(dims, angles, kind)
@@ -70,7 +73,13 @@ class TurnedRows:
             rotated=rotated, angles=angles, kind=kind,
         )  # fmt: skip
         self._gpu.run(f"turn_rows_{suffix(q.dtype)}", (rows,), 256, arguments, overlap=True)
-        return q_out.transpose(1, 2), k_out.transpose(1, 2)
+        out = q_out.transpose(1, 2), k_out.transpose(1, 2)
+        return (out[0].transpose(0, 2), out[1].transpose(0, 2)) if apart else out
+
+
+def _as_prompt(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """The tokens of several conversations as those of one."""
+    return q.transpose(0, 2), k.transpose(0, 2), cos.transpose(0, 1), sin.transpose(0, 1)
 
 
 def kind_of(original: Callable[..., Any], turn: _Turn, q: Tensor, k: Tensor, cos: Tensor) -> int | None:
@@ -94,9 +103,13 @@ def kind_of(original: Callable[..., Any], turn: _Turn, q: Tensor, k: Tensor, cos
 
 
 def _can_turn(q: Any, k: Any, cos: Any, sin: Any) -> bool:
-    """Whether the kernel rotates heads [1, heads, T, D] by angles [1, T, up to D]."""
+    """Whether the kernel rotates heads [1, heads, T, D] by angles [1, T, up to D], or [T, heads, 1, D] by [T, 1, up to D]."""
     if not all(isinstance(each, Tensor) for each in (q, k, cos, sin)) or q.dim() != 4 or k.dim() != 4:
         return False
+    if q.shape[0] > 1:
+        if cos.dim() != 3 or sin.dim() != 3:
+            return False
+        q, k, cos, sin = _as_prompt(q, k, cos, sin)
     if not q.is_cuda or q.shape[0] != 1 or q.shape[2] < 2 or k.shape != (1, k.shape[1], *q.shape[2:]):
         return False
     if cos.shape != sin.shape or cos.shape != (1, q.shape[2], cos.shape[-1]) or cos.shape[2] % 2 or cos.shape[2] > q.shape[3]:
