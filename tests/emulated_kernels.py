@@ -204,7 +204,12 @@ def _route(_name, _variant, a):
 
 
 def _small_batch(_name, variant, a):
-    assert variant.epilogue == "PLAIN" and a.residual is None and a.rows <= variant.columns * 8 and a.x.is_contiguous()
+    assert (
+        variant.epilogue == ("BFLOAT" if a.out.dtype == torch.bfloat16 else "PLAIN")
+        and a.residual is None
+        and a.rows <= variant.columns * 8
+        and a.x.is_contiguous()
+    )
     assert a.out.is_contiguous() and a.out.shape == (a.rows, a.n) and a.x.shape == (a.rows, a.chunks * 64)
     y = a.x.float() @ _weights(a.weights, a.scales, a.unit_to_group).T
     a.out.copy_((y if a.bias is None else y + a.bias.float())[:, : a.n])

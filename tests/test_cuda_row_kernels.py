@@ -89,7 +89,7 @@ def test_the_heads_of_rows_are_turned_as_by_the_formula(gpu, dtype, kind):
 
 
 @NEW
-@pytest.mark.parametrize(("kind", "wanted"), [("llama", {}), ("qwen3_moe", {"route_rows": 1})])
+@pytest.mark.parametrize(("kind", "wanted"), [("llama", {}), ("qwen3_moe", {"route_rows": 1}), ("gemma2", {"order_inputs": 4})])
 def test_a_forward_of_rows_is_computed_by_one_kernel_for_each_part(stepper_of, monkeypatch, kind, wanted):  # noqa: F811
     launched, run = [], emulated_gpu.Gpu.run
 

@@ -52,6 +52,11 @@ def several_rows(modules: Iterable[nn.Module]) -> Iterator[None]:
         _mode.several = before
 
 
+def of_several_rows() -> bool:
+    """Whether this thread computes a token of each of several conversations."""
+    return _mode.several
+
+
 @dataclass(frozen=True, eq=False)
 class Picked:
     """Which of `width` inputs each of a weight's inputs is, int64 [its inputs]; `width` for one that is zero."""
@@ -114,8 +119,14 @@ class CudaLinear(nn.Module):
     @property
     def variants_of_several(self) -> list[SmallBatchVariant]:
         """The kernels that must have been compiled for `several_rows`."""
-        plans = small_batch.variants(self._weight.packing, "PLAIN", self._gpu.shared_limit_bytes)
+        plans = small_batch.variants(self._weight.packing, self._epilogue_of_several, self._gpu.shared_limit_bytes)
         return [plan for columns, plan in plans.items() if columns * 8 <= _AT_ONCE]
+
+    @property
+    def _epilogue_of_several(self) -> str:
+        """What is still to be activated stays fp16."""
+        plain = self._gated is None and self._active is None
+        return "BFLOAT" if plain and self._dtype == torch.bfloat16 else "PLAIN"
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
@@ -220,10 +231,12 @@ class CudaLinear(nn.Module):
 
     def _several(self, x: Tensor) -> Tensor:
         """x [M, padded] in fragment order -> [M, outputs], with the bias."""
-        y = torch.empty(x.shape[0], self._weight.out_features, dtype=torch.float16, device=x.device)
+        epilogue = self._epilogue_of_several
+        dtype = torch.bfloat16 if epilogue == "BFLOAT" else torch.float16
+        y = torch.empty(x.shape[0], self._weight.out_features, dtype=dtype, device=x.device)
         for first in range(0, x.shape[0], _AT_ONCE):
             rows = slice(first, first + _AT_ONCE)
-            small_batch.multiply(self._gpu, self._weight, "PLAIN", x[rows], y[rows])
+            small_batch.multiply(self._gpu, self._weight, epilogue, x[rows], y[rows])
         return y
 
     def _by_dense_weights(self, x: Tensor) -> Tensor:

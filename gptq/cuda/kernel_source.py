@@ -201,7 +201,7 @@ class SmallBatchVariant:
     """How the product of up to `columns` * 8 rows is computed (small_batch.cu)."""
 
     packing: Packing
-    epilogue: str  # PLAIN, SILU, RESIDUAL
+    epilogue: str  # PLAIN, BFLOAT, SILU, RESIDUAL
     columns: int  # of 8 rows each: 1, 2, 4, 8
     tiles: int  # of a block at a time
     split: int  # warps that share them

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations
-from .cuda_linear import linear_of
+from .cuda_linear import linear_of, of_several_rows
 from .cuda_weights import packing_of
 from .gpu_kernels import Gpu
 from .kernel_source import Packing
@@ -68,7 +68,8 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._shared.of(self._at, x)[..., self._first : self._first + self.out_features]
-        return y if y.numel() == self.out_features else y.contiguous()
+        single = y.numel() == self.out_features or (of_several_rows() and y.dim() == 3 and y.shape[1] == 1)  # can be viewed
+        return y if single else y.contiguous()
 
 
 class Merging:

@@ -50,7 +50,7 @@ DEVICE void write_output(const SmallBatchArguments& p, const float* sums, int it
   }
   if constexpr (EPILOGUE == SILU) p.out[(size_t)row * (p.n / 2) + item * MT * 8 + j] = to_half(v / (1.f + __expf(-v)) * up);
   else if constexpr (EPILOGUE == RESIDUAL) p.residual[(size_t)row * p.n + n] = v;
-  else p.out[(size_t)row * p.n + n] = to_half(v);
+  else p.out[(size_t)row * p.n + n] = EPILOGUE == BFLOAT ? to_bfloat(v) : to_half(v);
 }
 
 template <int BITS, bool SYM, int UNITS, int MT, int NT, int KS, int STAGES, int EPILOGUE>

@@ -32,8 +32,10 @@ _NARROW: _Spreads = {
     2: ((2, 16, 3), (2, 8, 4), (2, 4, 3), (2, 4, 2)),
     4: ((2, 8, 3), (2, 4, 3), (1, 4, 2), (1, 2, 2)),
 }
+_PLAIN: _Spreads = {**_WIDE, 2: ((3, 8, 4), (4, 8, 3), *_WIDE[2]), 4: ((3, 8, 3), *_WIDE[4])}
 _SPREADS: dict[str, _Spreads] = {
-    "PLAIN": {**_WIDE, 2: ((3, 8, 4), (4, 8, 3), *_WIDE[2]), 4: ((3, 8, 3), *_WIDE[4])},
+    "PLAIN": _PLAIN,
+    "BFLOAT": _PLAIN,
     "SILU": _WIDE,
     "RESIDUAL": _NARROW,
 }
@@ -64,8 +66,8 @@ def every_variant(gpu: Gpu, products: Iterable[tuple[Packing, str]]) -> list[Sma
 
 
 def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor) -> None:
-    """x fp16 [T, padded] in fragment order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), fp16 [T, N / 2] (SILU), or
-    added to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
+    """x fp16 [T, padded] in fragment order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), bf16 of up to 16 rows (BFLOAT),
+    fp16 [T, N / 2] (SILU), or added to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
     if x.shape[1] != weight.padded:
         raise ValueError(f"The input has rows of {x.shape[1]} numbers; the weight takes {weight.padded}.")
     plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes)
