@@ -298,17 +298,3 @@ template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const Rout
 template <class T> DEVICE void route(const RouteArguments& p) { choose_experts<T, false, false>(p); }
 template <class T> DEVICE void route_normed(const RouteArguments& p) { choose_experts<T, true, false>(p); }
 template <class T> DEVICE void route_wide(const RouteArguments& p) { choose_experts<T, false, true>(p); }
-
-// The same of several tokens, which do not wait for each other: a row of blocks for each.
-template <class T, bool WIDE> DEVICE void choose_of_rows(const RouteArguments& given) {
-  RouteArguments p = given;
-  const size_t row = blockIdx.y;
-  p.x += row * p.k;
-  p.logits += row * (p.experts + 1);
-  p.all = (u8*)p.all + row * p.experts * (p.wide ? 4 : 2);
-  p.scores = (u8*)p.scores + row * p.choices * (p.wide_scores ? 4 : 2);
-  p.chosen += row * p.choices;
-  choose_experts<T, false, WIDE>(p);
-}
-template <class T> DEVICE void route_rows(const RouteArguments& p) { choose_of_rows<T, false>(p); }
-template <class T> DEVICE void route_rows_wide(const RouteArguments& p) { choose_of_rows<T, true>(p); }

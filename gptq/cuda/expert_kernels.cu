@@ -1,4 +1,4 @@
-// Of a mixture: the gate of one family, and the sum of what its experts give.
+// Of a mixture: the gate of one family, the sum of what its experts give, and the choice for several tokens.
 
 // What the chosen experts of each token give, times their weights.
 template <class T> DEVICE void combine(const CombineArguments& p) {
@@ -36,3 +36,17 @@ template <class T> DEVICE void clamped_gate(const ClampedGateArguments& p) {
     p.out[choice * p.n + at] = to_half((up + 1.f) * gate / (1.f + __expf(-p.alpha * gate)));
   }
 }
+
+// As choose_experts, of several tokens, which do not wait for each other: a row of blocks for each.
+template <class T, bool WIDE> DEVICE void choose_of_rows(const RouteArguments& given) {
+  RouteArguments p = given;
+  const size_t row = blockIdx.y;
+  p.x += row * p.k;
+  p.logits += row * (p.experts + 1);
+  p.all = (u8*)p.all + row * p.experts * (p.wide ? 4 : 2);
+  p.scores = (u8*)p.scores + row * p.choices * (p.wide_scores ? 4 : 2);
+  p.chosen += row * p.choices;
+  choose_experts<T, false, WIDE>(p);
+}
+template <class T> DEVICE void route_rows(const RouteArguments& p) { choose_of_rows<T, false>(p); }
+template <class T> DEVICE void route_rows_wide(const RouteArguments& p) { choose_of_rows<T, true>(p); }
