@@ -95,8 +95,9 @@ class CudaRouter(nn.Module):
 
     def _takes(self, x: Tensor, most: int = 1) -> bool:
         width = self.weight.shape[1]
-        few = x.shape[-1:] == (width,) and 0 < x.numel() <= most * width
-        return few and x.dtype == self._dtype and x.is_cuda and not _apart(x)
+        if x.shape[-1:] != (width,) or not 0 < x.numel() <= most * width:
+            return False
+        return x.dtype == self._dtype and x.is_cuda and not _apart(x)
 
     def _route(self, x: Tensor, scores: Tensor, chosen: Tensor, open: Tensor | None = None, opened: int = 0) -> Tensor:
         """The first `choices` of scores and chosen are written; what the router gives of all experts."""
