@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(
 EPILOGUES = {  # by the most rows, with a norm or without
     8: [("RESIDUAL", False)],
     16: [("PLAIN", True), ("SILU", True), ("RESIDUAL", False)],
-    32: [("RESIDUAL", False)],
-    48: [("RESIDUAL", False)],
-    64: [("RESIDUAL", False)],
+    32: [("RESIDUAL", False), ("PLAIN", False)],
+    48: [("RESIDUAL", False), ("PLAIN", False)],
+    64: [("RESIDUAL", False), ("PLAIN", False)],
 }
 
 

@@ -92,12 +92,12 @@ class BatchStep:
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         for at, layer in enumerate(weights.layers):
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
-            small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
+            self._clusters.multiply(at, "qkv", here.x, here.qkv)
             attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
-            self._clusters.add(at, "o", here.attended, here.residual)
+            self._clusters.multiply(at, "o", here.attended, here.residual)
             norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
             small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)
-            self._clusters.add(at, "down", here.inner, here.residual)
+            self._clusters.multiply(at, "down", here.inner, here.residual)
 
     def _head(self, rows: int) -> None:
         self._sequences.logits[:rows] = head_product(self._buffers.x_head[:rows], self._weights.head)

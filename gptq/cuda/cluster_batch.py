@@ -11,6 +11,7 @@ from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import TILE
 from .kernel_source import BLOCK_THREADS, ClusterBatchVariant, Packing
 
+MOST_NORMED = 16  # rows whose norm is part of the product
 _LEAST_NORM = 32 * 8  # inputs of a run of every lane of a warp
 
 
@@ -92,4 +93,4 @@ def planned(gpu: Gpu, weight: Weight, role: str, most: int) -> Plan:
     if weight.packing.bits != 4 or weight.packing.units > 1:  # right in the products' tests, but not timed
         raise Unsuited("weights of other bits than 4, or in groups that end within a chunk")
     spread = SPREADS[most][role].fitted(weight.tiles, gpu.processors)
-    return Plan.of(gpu, weight, EPILOGUES[role], role in NORMED, most, spread)
+    return Plan.of(gpu, weight, EPILOGUES[role], role in NORMED and most <= MOST_NORMED, most, spread)

@@ -13,9 +13,9 @@ from ..suitability import Unsuited
 from . import octet, small_batch
 from .attention import AttentionWork
 from .buffers import Buffers
-from .cluster_batch import SPREADS, Plan, planned
+from .cluster_batch import MOST_NORMED, SPREADS, Plan, planned
 from .cuda_driver import HOPPER
-from .cuda_layers import NORMED, ROLES, ModelWeights
+from .cuda_layers import EPILOGUES, ROLES, ModelWeights
 from .gpu_kernels import Gpu
 from .model_shape import ModelShape
 from .octet_step import five_a_layer, norms_within_fp16
@@ -42,7 +42,7 @@ class ClusterStep:
 
     def _planned(self, most: int) -> list[dict[str, Plan]]:
         roles = SPREADS[most]
-        if not roles.keys().isdisjoint(NORMED) and not norms_within_fp16(self._weights, self._shape.hidden):
+        if most <= MOST_NORMED and not norms_within_fp16(self._weights, self._shape.hidden):
             raise Unsuited("a norm beyond fp16")
         return [{role: planned(self._gpu, getattr(layer, role), role, most) for role in roles} for layer in self._weights.layers]
 
@@ -62,10 +62,12 @@ class ClusterStep:
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
         five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
 
-    def add(self, at: int, role: str, x: Tensor, residual: Tensor) -> None:
-        """The product `o` or `down` of layer `at`, added to the residual, as small_batch.multiply, which has the other rows."""
+    def multiply(self, at: int, role: str, x: Tensor, out: Tensor) -> None:
+        """A product of layer `at` as small_batch.multiply, which has the other rows: into `out`, or added to it (`o` and `down`)."""
         weight, plans = getattr(self._weights.layers[at], role), self.plans(x.shape[0])
         if plans is None or role not in plans[at]:
-            small_batch.multiply(self._gpu, weight, "RESIDUAL", x, residual)
+            small_batch.multiply(self._gpu, weight, EPILOGUES[role], x, out)
+        elif EPILOGUES[role] == "RESIDUAL":
+            octet.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=out)
         else:
-            octet.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=residual)
+            octet.launch(self._gpu, weight, plans[at][role], x=x, out=out)
