@@ -268,6 +268,7 @@ KERNELS = {
     "GROUP": _group, "GROUPED": _grouped, "COMBINE_GROUPED": _combine_grouped, "ORDER_INPUTS": _order_inputs,
     "GATE_ROWS": _gate_rows,
     "REPACK": _repack, "UNPACK": _unpack, "SMALL_BATCH": _small_batch, "GEMV": _gemv, "EXPERT_GEMV": _expert_gemv,
-    "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate, "ROUTE": _route, "ROW_NORM": _row_norm,
+    "EXPERT_AHEAD": _expert_gemv, "EXPERT_SUM": _expert_sum, "COMBINE": _combine, "CLAMPED_GATE": _clamped_gate,
+    "ROUTE": _route, "ROW_NORM": _row_norm,
     **emulated_attention.KERNELS, **emulated_states.KERNELS, **emulated_sampler.KERNELS,
 }  # fmt: skip

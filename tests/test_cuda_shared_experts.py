@@ -124,9 +124,11 @@ def test_the_shared_expert_is_computed_with_the_chosen_ones(count, dtype):
     assert replace_layers(model) == (8 * 3 + 3, 0)
     assert isinstance(model.block.experts, CudaExperts) and isinstance(model.block.shared_experts, SharedOfStack)
     limit = 5e-3 if dtype == torch.float16 else 2e-2
-    for x, y, own in zip(cases, wanted, shared, strict=True):
-        assert error(model.block(x), y) < limit
-        assert error(model.block.shared_experts(x), own) < limit
+    for ahead in (False, True)[: 1 + (torch.cuda.get_device_capability() >= (9, 0))]:
+        model.block.experts.ahead = ahead
+        for x, y, own in zip(cases, wanted, shared, strict=True):
+            assert error(model.block(x), y) < limit
+            assert error(model.block.shared_experts(x), own) < limit
 
 
 @on_gpu
@@ -142,9 +144,11 @@ def test_a_shared_expert_opens_as_far_as_its_gate_says(count, choices, dtype):
     assert replace_layers(model) == (8 * 3 + 3, 0)
     assert isinstance(model.block.experts, CudaExperts) and isinstance(model.block.shared_expert, SharedOfStack)
     limit = 5e-3 if dtype == torch.float16 else 2e-2
-    for x, y, own in zip(cases, wanted, shared, strict=True):
-        assert error(model.block(x), y) < limit
-        assert error(model.block.shared_expert(x), own) < limit
+    for ahead in (False, True)[: 1 + (torch.cuda.get_device_capability() >= (9, 0))]:
+        model.block.experts.ahead = ahead
+        for x, y, own in zip(cases, wanted, shared, strict=True):
+            assert error(model.block(x), y) < limit
+            assert error(model.block.shared_expert(x), own) < limit
     scores, chosen = model.block.gate.with_constant(cases[0], 8, count, model.block.shared_expert_gate.weight)
     assert chosen[0, choices:].tolist() == list(range(8, 8 + count))
     opened = torch.sigmoid(model.block.shared_expert_gate(cases[0])).float().expand(1, 1, count)

@@ -13,6 +13,7 @@ from gptq_webui.gptq.cuda.kernel_source import (
     ClusterBatchVariant,
     DecodeVariant,
     DeltaVariant,
+    ExpertSumVariant,
     GemvVariant,
     GuessedVariant,
     KvFormat,
@@ -21,6 +22,7 @@ from gptq_webui.gptq.cuda.kernel_source import (
     OctetVariant,
     Packing,
     PagedAttentionVariant,
+    ShownRouteVariant,
 )
 from gptq_webui.gptq.cuda.nvrtc import Compiler, NoCompiler, find_nvrtc
 
@@ -94,12 +96,16 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         *(LatentVariant(True, 512, 128, 64, 128), LatentVariant(False, 64, 32, 32, 32)),
         *(DeltaVariant(True, 128, 128, 32, 4, False), DeltaVariant(False, 24, 192, 32, 3, False)),
     ]
+    shown = {"route_shown_bfloat", "route_normed_shown_bfloat", "route_wide_shown_bfloat"} if capability >= (9, 0) else set()
     if capability >= (9, 0):
+        variants += [GemvVariant(packing, "GATED", 0, 2, 4, 3, 4, experts=True, ahead=True, input="NATURAL")]
+        variants += [ExpertSumVariant(packing, 8, 2, 4, 3, False, 1, twice=each) for each in (True, False)]
+        variants += [ShownRouteVariant(True), LatentVariant(True, 512, 128, 64, 128, whole=True)]
         variants += [LatentVariant(False, 512, 192, 64, 256, whole=True), DeltaVariant(False, 128, 128, 32, 4, True)]
     text = kernel_source.source(variants, [], [])
     binary = compiler(capability, tmp_path).compile(text)
     names = gpu_kernels._KERNEL.findall(text)
-    assert {each.name for each in variants} | {
+    assert {each.name for each in variants} | shown | {
         "row_norm_wide_bfloat", "row_norm_normed_bfloat", "row_norm_chosen_bfloat", "rotate_bfloat", "keep_bfloat",
         "turn_rows_bfloat", "sum_of_gpus_bfloat", "first_of_gpus_bfloat", "rows_of_decode_half_8_1",
         "group_choices_bfloat", "order_inputs_bfloat", "combine_grouped_bfloat", "gate_rows_bfloat", "compare_mask_half_80",

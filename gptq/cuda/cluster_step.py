@@ -63,7 +63,7 @@ class ClusterStep:
         five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
 
     def multiply(self, at: int, role: str, x: Tensor, out: Tensor) -> None:
-        """A product of layer `at` as small_batch.multiply, which has the other rows: into `out`, or added to it (`o` and `down`)."""
+        """A product of layer `at` as small_batch.multiply, which has the other rows: into `out`, or added to it."""
         weight, plans = getattr(self._weights.layers[at], role), self.plans(x.shape[0])
         if plans is None or role not in plans[at]:
             small_batch.multiply(self._gpu, weight, EPILOGUES[role], x, out)

@@ -66,6 +66,17 @@ DEVICE u32 stream1(const void* p) {
 }
 
 DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// The same of a run of whole pieces of 16 bytes, by one thread. Before Hopper nothing is fetched.
+DEVICE void prefetch_run(const void* p, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+// Part `part` of `parts` of so many bytes.
+DEVICE void prefetch_share(const u8* from, u64 bytes, int part, int parts) {
+  const u64 each = (bytes / 16 + parts - 1) / parts * 16, begin = part * each;
+  if (begin < bytes) prefetch_run(from + begin, (u32)min(each, bytes - begin));
+}
 
 // Adds one and returns the value before. A block that finds this one counted also sees what it wrote earlier. Both blocks
 // need a barrier before and after.
@@ -106,6 +117,13 @@ DEVICE void wait_for_previous_kernel() {
 DEVICE void allow_next_kernel_to_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Between two looks at what another block writes.
+DEVICE void pause() {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("nanosleep.u32 20;");
 #endif
 }
 

@@ -18,18 +18,19 @@ from ..experts import PackedExperts, rows_and_choices
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations, deferred, gemv
+from .cuda_driver import HOPPER
 from .cuda_weights import packing_of
-from .expert_stack import Stack
+from .expert_stack import Ahead, Stack, ready
 from .fused_norms import NARROW, ChosenRows
 from .gpu_kernels import Gpu
 from .grouped_experts import GroupedExperts
 from .kernel_arguments import CLAMPED_GATE, COMBINE
-from .kernel_source import ExpertSumVariant, LayerVariant, Packing, Variant
+from .kernel_source import LayerVariant, Packing, Variant
+from .latent_attention import is_latent
 from .module_facts import parents_of
 from .natural_order import NUMBERS, gates_and_ups
 from .prompt_rows import gate_rows
 from .shared_experts import SharedOfStack, choose_shared, cut_shared, shared_name
-from .token_attention import capturing
 
 MOST_CHOICES = 160  # of a launch that reads each choice's expert: 16 tokens of 10 experts
 _DENSE = 1 << 27  # weights of a group of experts made dense at once: 256 MB of fp16
@@ -47,6 +48,7 @@ class CudaExperts(nn.Module):
         super().__init__()
         self.act_fn: Any = packed.act_fn
         self.num_experts, self._constant = packed.num_experts, len(more)
+        self.ahead = False  # with_constant by kernels that are made to be beside clusters
         roles: list[dict[str, Any]] = [*(packed.roles(at) for at in range(packed.num_experts)), *more]
         self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
         self._inner = roles[0]["gate"].out_features
@@ -124,19 +126,24 @@ class CudaExperts(nn.Module):
         self._gpu.run("clamped_gate_half", (-(-out.shape[1] // 256), y.shape[0]), 256, arguments, overlap=True)
         return out
 
-    def with_constant(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """As forward of one token, whose last choices are those experts that no router chooses, and never change."""
-        return self._chosen_only(x, chosen.view(-1), weights, self._constant)
+    def with_constant(self, x: Tensor, chosen: Tensor, weights: Tensor, logits: Tensor | None = None) -> Tensor:
+        """As forward of one token, whose last choices are those experts that no router chooses, and never change.
 
-    def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor, constant: int = 0) -> Tensor:
-        inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16, constant)
+        `logits` [experts] is where the kernel that has been launched for this choice shows them.
+        """
+        ahead = Ahead.of(self._down, chosen.numel(), logits) if self.ahead and ready(self._gpu, self._gate_up.ahead) else None
+        return self._chosen_only(x, chosen.view(-1), weights, self._constant, ahead)
+
+    def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor, constant: int = 0, ahead: Ahead | None = None) -> Tensor:
+        inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16, constant, ahead)
         if self._gate_up.gated is None:
             inner = self._gated_by_kernel(inner, chosen)
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
             weights = weights.float()
         weights = weights.contiguous()
-        if x.shape[0] == 1 and (variant := self._sum_variant(weights.shape[1])) is not None:
+        kind = weights.shape[1], self._dtype == torch.bfloat16, ahead is None
+        if x.shape[0] == 1 and (variant := self._down.sum_variant(self._gpu, *kind)) is not None:
             return self._down.added(self._gpu, variant, inner, chosen, weights, self._down_bias, out)
         y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)
         alone = x.shape[0] == 1 and x.dtype == self._dtype and x.shape[1] <= NARROW
@@ -155,14 +162,6 @@ class CudaExperts(nn.Module):
         )  # fmt: skip
         name = "combine_bfloat" if self._dtype == torch.bfloat16 else "combine_half"
         self._gpu.run(name, (-(-y.shape[1] // 256), out.shape[0]), 256, arguments, overlap=True)
-
-    def _sum_variant(self, choices: int) -> ExpertSumVariant | None:
-        """The kernel for the last product of one token and its sum; None if it is not there."""
-        found = self._down.sum_variant(self._gpu, choices, self._dtype == torch.bfloat16)
-        if found is None or (not self._gpu.has(found.name) and capturing()):
-            return None
-        self._gpu.add_missing(variants=[found])
-        return found
 
     def _all(self, x: Tensor, chosen: Tensor, choices: int) -> Tensor:
         """x [T, H], chosen [T * choices] -> [T * choices, H]. Waits for the device once."""
@@ -250,6 +249,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
     dtype = getattr(model, "dtype", torch.float16)
     tried: dict[Any, bool] = {}
     parents = parents_of(model)
+    latent = any(is_latent(each) for each in model.modules())
     for name, packed in list(model.named_modules()):
         if not isinstance(packed, PackedExperts) or not packed.gated or packed.has_identity:
             continue
@@ -277,6 +277,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         gpu.add_missing(packings={into, out})
         new = CudaExperts(gpu, packed, into, out, dtype, more)
         gpu.add_missing(variants=new.variants)
+        new.ahead = latent and gpu.capability >= HOPPER
         for owner, own in parents[id(packed)]:
             setattr(owner, own, new)
         replaced += len(layers)

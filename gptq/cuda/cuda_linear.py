@@ -97,9 +97,21 @@ class CudaLinear(nn.Module):
         self._natural = order_of(weight)
         self._plan = gemv.Plan.of(gpu, given, epilogue, False, tuning, input_of(self._dtype, self._natural), claimed=True)
         self._normed: gemv.Plan | None = None  # with the norm before it, for what waits (deferred.py)
+        self._leaves_room = False
         self._padding = weight.padded != weight.in_features
         self._order = torch.where(weight.order < 0, weight.in_features, weight.order)
         self._order_numbers = self._order.to(torch.int32).to(torch.int16)[None].contiguous()
+
+    def leave_room(self) -> None:
+        """Take no more of a processor than the product of one row needs: clusters of attention begin beside it. Outside of a
+        recording."""
+        if self._leaves_room or self._picked is not None:
+            return
+        known = self._plan.variant
+        tuning = gemv.layer_tuning(self.in_features, self._weight.out_features, self._gpu.processors)
+        plan = gemv.Plan.of(self._gpu, self._weight, known.epilogue, False, tuning, known.input, trimmed=True)
+        self._gpu.add_missing(variants=[plan.variant])
+        self._leaves_room, self._plan, self._normed = True, plan, None
 
     @property
     def nf(self) -> int:
@@ -182,7 +194,10 @@ class CudaLinear(nn.Module):
             variant = self._plan.variant
             tuning = gemv.layer_tuning(self.in_features, self._weight.out_features, self._gpu.processors, normed=True)
             try:
-                plan = gemv.Plan.of(self._gpu, self._weight, variant.epilogue, True, tuning, variant.input, claimed=True)
+                plan = gemv.Plan.of(
+                    self._gpu, self._weight, variant.epilogue, True, tuning, variant.input,
+                    claimed=not self._leaves_room, trimmed=self._leaves_room,
+                )  # fmt: skip
             except Unsuited:
                 return None
             if torch.cuda.is_current_stream_capturing():
@@ -267,3 +282,10 @@ def linear_of(
     for each in layers:
         each.release()
     return new
+
+
+def leave_room_beside(module: nn.Module) -> None:
+    """Let clusters that compute a module's attention begin beside its products."""
+    for child in module.children():
+        if isinstance(child, CudaLinear):
+            child.leave_room()

@@ -1,45 +1,14 @@
-// The choice of a token's experts.
-// A number whose bits are ordered as floats are; never 0 but for NaN.
-DEVICE u32 ordered_bits(float v) {
-  const u32 bits = __float_as_int(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-DEVICE float logit_of(u32 ordered) { return __int_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered); }
-
-DEVICE u32 warp_max(u32 v) {
-#if __CUDA_ARCH__ >= 800
-  u32 r; asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v)); return r;
-#else
-#pragma unroll
-  for (int at = 16; at; at >>= 1) v = max(v, __shfl_xor_sync(FULL, v, at));
-  return v;
-#endif
-}
-
-#define NO_LOGIT 0xffffffffu  // no number that a block writes
-#define RANKED 256            // experts, at most, that are ranked all at once
-
-DEVICE void write_logit(float* to, float v) {
-  const u32 bits = v == v ? __float_as_int(v) : 0x7ffffffeu;
-  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
-}
-// Waits until another block has written it, and takes it away.
-DEVICE float take_logit(float* from) {
-  u32 bits;
-  do asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory"); while (bits == NO_LOGIT);
-  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(from), "r"(NO_LOGIT) : "memory");
-  return __int_as_float(bits);
-}
+// The choice of a token's experts. SHOWN: a kernel that does not wait for this one's end reads the logits, see expert_ahead.cu.
 
 // The row that gives logit `row`: of an expert; behind the last one of what opens those that every token takes.
 DEVICE const u8* router_row(const RouteArguments& p, int row, int bytes) {
   return row == p.experts && p.open ? (const u8*)p.open : (const u8*)p.weights + (size_t)min(row, p.experts - 1) * p.k * bytes;
 }
 // Writes it, with its bias and rounded.
-template <class T> DEVICE void write_row(const RouteArguments& p, int row, float sum) {
+template <class T, bool SHOWN> DEVICE void write_row(const RouteArguments& p, int row, float sum) {
   if (row < p.experts) {
     if (p.bias) sum += T::wide(p.bias[row]);
+    if constexpr (SHOWN) write_logit(p.shown + row, p.wide ? sum : T::wide(T::narrow(sum)));
     write_logit(p.logits + row, p.wide ? sum : T::wide(T::narrow(sum)));
   } else if (row == p.experts && p.open) write_logit(p.logits + row, T::wide(T::narrow(sum)));
 }
@@ -62,7 +31,7 @@ DEVICE void load_router(const RouteArguments& p, RouterWeights& w) {
 }
 
 // The eight logits of a block of eight warps, whose token is normed first. A warp takes the numbers that it normed itself.
-template <class T> DEVICE void normed_logits(const RouteArguments& p, const RouterWeights& w, u16* normed, float* scratch, float* parts, bool real) {
+template <class T, bool SHOWN> DEVICE void normed_logits(const RouteArguments& p, const RouterWeights& w, u16* normed, float* scratch, float* parts, bool real) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
   RowNormArguments n = {};
   n.x = p.x; n.addend = p.addend; n.sum = p.sum; n.weight = p.norm; n.bias = p.norm_bias; n.k = p.k;
@@ -91,7 +60,7 @@ template <class T> DEVICE void normed_logits(const RouteArguments& p, const Rout
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += parts[i * 8 + threadIdx.x];
-    if (real) write_row<T>(p, blockIdx.x * 8 + threadIdx.x, sum);
+    if (real) write_row<T, SHOWN>(p, blockIdx.x * 8 + threadIdx.x, sum);
   }
 }
 
@@ -246,9 +215,9 @@ template <class T> DEVICE void choose_in_turn(const RouteArguments& p, float* lo
 
 // The experts of one token: logits, softmax, the highest `choices` of them. A block of eight warps computes the logits of eight
 // experts; the last one waits for all of them, and chooses. At most 32 choices. With NORMED the token is normed first, by every
-// block, and all is done twice as in latent_cluster.cu. WIDE: the weights are fp32.
+// block, and all is done twice as in expert_sum.cu. WIDE: the weights are fp32.
 // Experts that every token takes follow the chosen ones.
-template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const RouteArguments& p) {
+template <class T, bool NORMED, bool WIDE, bool SHOWN = false> DEVICE void choose_experts(const RouteArguments& p) {
   float* logits = (float*)shared_words;                                        // [experts]
   float* scratch = logits + p.experts;                                         // 33
   float* parts = scratch + 33;                                                 // [8][8], NORMED only
@@ -257,13 +226,19 @@ template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const Rout
   u16* normed = (u16*)(ranks + RANKED);                                        // [k], NORMED only
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = blockIdx.x * 8 + warp;
   const bool last = blockIdx.x == gridDim.x - 1, ranked = p.experts <= RANKED;
+  if constexpr (SHOWN) {  // what the last token's were must be gone when the next kernel starts
+    const int row = blockIdx.x * 8 + threadIdx.x;
+    if (threadIdx.x < 8 && row < p.experts) ((volatile u32*)p.shown)[row] = NO_LOGIT;
+    __threadfence();
+    __syncthreads();
+  }
   allow_next_kernel_to_start();
   if constexpr (NORMED) {
     RouterWeights w;
     load_router(p, w);
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
-      normed_logits<T>(p, w, normed, scratch, parts, turn == 1);
+      normed_logits<T, SHOWN>(p, w, normed, scratch, parts, turn == 1);
       if (last && ranked) choose_by_rank<T>(p, logits, keys, ranks, turn == 1);
       __syncthreads();
     }
@@ -288,7 +263,7 @@ template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const Rout
       }
     }
     sum = warp_sum(sum);
-    if (lane == 0) write_row<T>(p, expert, sum);
+    if (lane == 0) write_row<T, SHOWN>(p, expert, sum);
     if (last && ranked) choose_by_rank<T>(p, logits, keys, ranks, true);
   }
   if (last && !ranked) choose_in_turn<T>(p, logits);
@@ -298,3 +273,6 @@ template <class T, bool NORMED, bool WIDE> DEVICE void choose_experts(const Rout
 template <class T> DEVICE void route(const RouteArguments& p) { choose_experts<T, false, false>(p); }
 template <class T> DEVICE void route_normed(const RouteArguments& p) { choose_experts<T, true, false>(p); }
 template <class T> DEVICE void route_wide(const RouteArguments& p) { choose_experts<T, false, true>(p); }
+template <class T> DEVICE void route_shown(const RouteArguments& p) { choose_experts<T, false, false, true>(p); }
+template <class T> DEVICE void route_normed_shown(const RouteArguments& p) { choose_experts<T, true, false, true>(p); }
+template <class T> DEVICE void route_wide_shown(const RouteArguments& p) { choose_experts<T, false, true, true>(p); }

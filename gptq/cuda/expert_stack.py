@@ -1,7 +1,8 @@
 """One layer of every expert of a mixture as one packed weight, from which a launch reads the experts that were chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,14 @@ from ..gptq_linear import GPTQLinear
 from . import gemv
 from .cuda_weights import Weight, fragment_order, repack
 from .gpu_kernels import Gpu, claimed_bytes
-from .kernel_arguments import EXPERT_GEMV, EXPERT_SUM, TILE
-from .kernel_source import ExpertSumVariant, GemvVariant, Packing
+from .kernel_arguments import EXPERT_AHEAD, EXPERT_GEMV, EXPERT_SUM, TILE
+from .kernel_source import ExpertSumVariant, GemvVariant, Packing, Variant
 from .natural_order import gate_columns, input_of
+from .token_attention import capturing
 
 _BLOCKS = 3  # of a processor at once
 _TURNS = 8  # tiles of a block, at most
+_FETCHED = 24 << 20  # bytes, at most, of weights that are fetched into the L2 ahead: half of an H200's
 
 
 def blocks_of(gpu: Gpu, tiles: int, choices: int, teams: int) -> int:
@@ -23,6 +26,27 @@ def blocks_of(gpu: Gpu, tiles: int, choices: int, teams: int) -> int:
     the next one's weights travel while one is multiplied."""
     most = -(-tiles // teams)
     return max(-(-most // _TURNS), min(most, _BLOCKS * gpu.processors // choices))
+
+
+def ready(gpu: Gpu, variant: Variant) -> bool:
+    """Whether a kernel is there, or can be compiled now."""
+    if not gpu.has(variant.name) and capturing():
+        return False
+    gpu.add_missing(variants=[variant])
+    return True
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a product does besides, see expert_ahead.cu."""
+
+    next: "Stack | None"  # what the same choices are multiplied with afterwards: its weights are fetched into the L2
+    logits: Tensor | None  # [experts]: where the router shows them before it has ended
+
+    @classmethod
+    def of(cls, next: "Stack", choices: int, logits: Tensor | None) -> "Ahead":
+        """`next` is fetched unless so many choices take too much of the L2."""
+        return cls(next if choices * sum(next.expert_bytes) <= _FETCHED else None, logits)
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,16 @@ class Stack:
         return self.first.tiles // self.experts
 
     @property
+    def expert_bytes(self) -> tuple[int, int]:
+        """Of one expert's weights, and of their scales."""
+        return self.tiles * self.first.words[0].numel(), self.tiles * self.first.scales[0].numel() * 4
+
+    @property
+    def ahead(self) -> GemvVariant:
+        """The kernel of a product that is given an Ahead."""
+        return replace(self.variant, ahead=True)
+
+    @property
     def outputs(self) -> int:
         return self.first.out_features if self.gated is None else self.first.out_features // 2
 
@@ -91,7 +125,9 @@ class Stack:
             return x.index_select(-1, self.orders[0])
         return x.gather(-1, self.orders[chosen])
 
-    def multiply(self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype, constant: int = 0) -> Tensor:
+    def multiply(
+        self, gpu: Gpu, x: Tensor, chosen: Tensor, share: int, dtype: torch.dtype, constant: int = 0, ahead: Ahead | None = None
+    ) -> Tensor:
         """[choices / share, K] in the type the stack was made for, int64 [choices] -> [choices, outputs] of `dtype`.
 
         `share` choices in turn take the same row. The last `constant` of them never change.
@@ -99,15 +135,16 @@ class Stack:
         weight, tiles = self.first, self.tiles
         x = x.contiguous()
         out = torch.empty(chosen.numel(), self.outputs, dtype=dtype, device=x.device)
-        arguments = EXPERT_GEMV.pack(
+        variant, pack = (self.variant, EXPERT_GEMV.pack) if ahead is None else (self.ahead, _packed_ahead(ahead))
+        arguments = pack(
             weights=weight.words,
             scales=weight.scales,
             chosen=chosen,
             x=x,
             order=self.order,
             out=out,
-            weight_bytes=tiles * weight.words[0].numel(),
-            scale_bytes=tiles * weight.scales[0].numel() * 4,
+            weight_bytes=self.expert_bytes[0],
+            scale_bytes=self.expert_bytes[1],
             order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
             share=share,
             activation=self.gated or 0,
@@ -120,14 +157,15 @@ class Stack:
             unit_to_group=weight.unit_to_group,
             k=weight.in_features,
         )
-        shared_bytes = self.variant.shared_bytes(weight.chunks)
-        grid = (blocks_of(gpu, tiles, chosen.numel(), self.variant.teams), chosen.numel())
+        shared_bytes = variant.shared_bytes(weight.chunks)
+        grid = (blocks_of(gpu, tiles, chosen.numel(), variant.teams), chosen.numel())
         shared_bytes = claimed_bytes(gpu, shared_bytes, -(-grid[0] * grid[1] // gpu.processors))
-        gpu.run(self.variant.name, grid, self.variant.threads, arguments, shared_bytes, overlap=True)
+        gpu.run(variant.name, grid, variant.threads, arguments, shared_bytes, overlap=True)
         return out
 
-    def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool) -> ExpertSumVariant | None:
-        """The kernel that multiplies and adds up so many choices; None if there is none."""
+    def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool, twice: bool = True) -> ExpertSumVariant | None:
+        """The kernel that multiplies and adds up so many choices; None if there is none, or it is not compiled while a graph is
+        recorded. `twice` as of the variant."""
         weight = self.first
         if self.gated is not None or weight.packing.bits < 4 or weight.in_features % 4 or choices > 16:
             return None
@@ -137,9 +175,9 @@ class Stack:
         digits = weight.packing.bits == 4 and weight.packing.units < 4
         for batch, stages in ((4, 3), (2, 3), (1, 3), (1, 2)):
             span = 2 if weight.lasting and weight.chunks % 2 == batch % 2 == 0 else 1
-            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat, span if digits else 0)
+            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat, span if digits else 0, twice)
             if found.shared_bytes(weight.chunks) <= gpu.shared_limit_bytes:
-                return found
+                return found if ready(gpu, found) else None
         return None
 
     def added(
@@ -159,8 +197,8 @@ class Stack:
             choice_weights=weights,
             bias=bias,
             out=out,
-            weight_bytes=tiles * weight.words[0].numel(),
-            scale_bytes=tiles * weight.scales[0].numel() * 4,
+            weight_bytes=self.expert_bytes[0],
+            scale_bytes=self.expert_bytes[1],
             order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
             experts=self.experts,
             n=weight.out_features,
@@ -186,3 +224,13 @@ class Stack:
     @property
     def expert_weights(self) -> int:
         return self.tiles * TILE * self.first.padded
+
+
+def _packed_ahead(ahead: Ahead) -> Callable[..., bytes]:
+    """EXPERT_AHEAD.pack with what is given here."""
+    next, sizes = (None, (0, 0)) if ahead.next is None else (ahead.next.first, ahead.next.expert_bytes)
+    return partial(
+        EXPERT_AHEAD.pack, next=None if next is None else next.words, next_scales=None if next is None else next.scales,
+        next_bytes=sizes[0], next_scale_bytes=sizes[1], logits=ahead.logits,
+        routed=0 if ahead.logits is None else ahead.logits.numel(),
+    )  # fmt: skip

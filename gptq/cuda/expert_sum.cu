@@ -49,7 +49,7 @@ DEVICE void stage_chunk_digits(const u16* x, const u16* order, u8* digits, float
 
 // A block takes tiles of 16 outputs, SPLIT warps the weights of a choice. What is chosen is known since before the previous kernel
 // began, which waited for it: the first weights are on their way before that one has ended. SPAN: as in gemv.cu.
-template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int SPAN, class T> DEVICE void expert_sum(const ExpertSumArguments& e) {
+template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int SPAN, bool TWICE, class T> DEVICE void expert_sum(const ExpertSumArguments& e) {
   static_assert(BITS >= 4, "fewer bits need the sums of the inputs");
   constexpr bool DIGITS_OF_X = SPAN > 0 && UNITS < 4 && BITS == 4;
   constexpr int LASTING = SPAN == 2 ? 2 : 1;
@@ -76,9 +76,9 @@ template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int S
   uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}}, pieces[2][LASTING] = {};  // as in gemv.cu
   const int magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
   int slot = 0;
-  // Twice, as in latent_cluster.cu: first with whatever lies there.
+  // TWICE: first with whatever lies there, so that the instructions of what follows are there, too, when the previous kernel has ended.
 #pragma unroll 1
-  for (int turn = 0; turn < 2; turn++) {
+  for (int turn = TWICE ? 0 : 1; turn < 2; turn++) {
     const bool real = turn == 1;
     if (real) {
       __syncthreads();

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from . import deferred
 from .fused_norms import NormedRow
 from .gpu_kernels import Gpu
-from .kernel_arguments import ROUTE, ROUTE_RUNS
-from .kernel_source import LayerVariant
+from .kernel_arguments import RANKED, ROUTE, ROUTE_RUNS
+from .kernel_source import LayerVariant, ShownRouteVariant
 from .module_facts import facts_of
 from .natural_order import NUMBERS
 
@@ -54,7 +54,16 @@ class CudaRouter(nn.Module):
         self._wide = "_wide" * (weight.dtype == torch.float32)
         # no logits between launches: see expert_choice.cu
         self._logits = torch.full((_MOST_ROWS * (weight.shape[0] + 1),), -1, dtype=torch.int32, device=weight.device)
+        self._shown: Tensor | None = None
         self._constant: tuple[Tensor, Tensor] | None = None
+
+    def shown(self) -> Tensor | None:
+        """Where with_constant's kernel shows [experts] logits to one that starts before it has ended; None where it cannot."""
+        experts = self.weight.shape[0]
+        if self._shown is None and experts <= RANKED and not torch.cuda.is_current_stream_capturing():
+            self._gpu.add_missing(variants=[ShownRouteVariant(self._dtype == torch.bfloat16)])
+            self._shown = torch.full((experts,), -1, dtype=torch.int32, device=self.weight.device)
+        return self._shown
 
     @property
     def weight(self) -> Any:
@@ -70,7 +79,9 @@ class CudaRouter(nn.Module):
         chosen = torch.empty(rows, kind.choices, dtype=torch.long, device=x.device)
         return self._route(x, scores, chosen), scores, chosen
 
-    def with_constant(self, x: Tensor, first: int, count: int, open: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    def with_constant(
+        self, x: Tensor, first: int, count: int, open: Tensor | None = None, shown: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """(scores, chosen) of a token, behind them the experts from `first` on; None for several tokens.
 
         Their score is 1, or with `open` [1, inputs] the sigmoid of its product with the token.
@@ -85,7 +96,7 @@ class CudaRouter(nn.Module):
             chosen = torch.arange(first - choices, first + count, device=x.device)[None].clamp_(min=0)
             self._constant = scores, chosen
         scores, chosen = self._constant
-        self._route(x, scores, chosen, open, 0 if open is None else count)
+        self._route(x, scores, chosen, open, 0 if open is None else count, shown)
         return scores, chosen
 
     def opens(self, open: Tensor, count: int) -> bool:
@@ -99,7 +110,9 @@ class CudaRouter(nn.Module):
             return False
         return x.dtype == self._dtype and x.is_cuda and not _apart(x)
 
-    def _route(self, x: Tensor, scores: Tensor, chosen: Tensor, open: Tensor | None = None, opened: int = 0) -> Tensor:
+    def _route(
+        self, x: Tensor, scores: Tensor, chosen: Tensor, open: Tensor | None = None, opened: int = 0, shown: Tensor | None = None
+    ) -> Tensor:
         """The first `choices` of scores and chosen are written; what the router gives of all experts."""
         weight, kind = self.weight, self._kind
         experts, inputs = weight.shape
@@ -115,8 +128,9 @@ class CudaRouter(nn.Module):
             norm=None if row is None else row.norm.weight, norm_bias=None if row is None else row.norm.bias,
             normed=None if row is None else x, centred=int(row is not None and row.norm.kind.centred),
             eps=0.0 if row is None else row.norm.kind.eps, offset=0.0 if row is None else row.norm.kind.offset,
+            shown=shown,
         )  # fmt: skip
-        kind_of_kernel = f"{'_rows' * (tokens > 1)}{self._wide}{'_normed' * (row is not None)}"
+        kind_of_kernel = f"{'_rows' * (tokens > 1)}{self._wide}{'_normed' * (row is not None)}{'_shown' * (shown is not None)}"
         name = f"route{kind_of_kernel}_{'bfloat' if x.dtype == torch.bfloat16 else 'half'}"
         rows = experts + (open is not None)
         shared_bytes = (rows + 33 + 64 + 4 + 2 * 256) * 4 + inputs * 2 * (row is not None)

@@ -10,6 +10,11 @@
 // words (the scales are the warp's), or a warp the WHOLE batch as one piece, so no warp waits for another. EVEN: every warp has
 // whole batches. A scale lasts for SPAN chunks.
 
+// What other products do besides (expert_ahead.cu): a warp, once, when all its weights are on their way; a block, when the next kernel
+// may start.
+template <class Arguments> DEVICE void fetched_all(const Arguments&, int) {}
+template <class Arguments> DEVICE void let_next_kernel_start(const Arguments&) { allow_next_kernel_to_start(); }
+
 template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class Arguments = GemvArguments, int SPAN = 1, bool WHOLE = false> struct WeightRing {
   static constexpr int SCALE_BYTES = SYM ? 32 : 64, CHUNK_BYTES = BITS * 128;
   static constexpr int SLOT = BATCH * CHUNK_BYTES + BATCH / SPAN * UNITS * SCALE_BYTES;
@@ -43,6 +48,8 @@ template <int BITS, bool SYM, int UNITS, int BATCH, int STAGES, bool EVEN, class
           }
         }
       }
+    } else if (chunk == first && tile - stride < p.tiles) {
+      fetched_all(p, lane);
     }
     commit_copies();
     slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -168,7 +175,7 @@ DEVICE void gemv(const Arguments& p) {
 
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) ring.fetch();
-  allow_next_kernel_to_start();
+  let_next_kernel_start(p);
   Adapting<RUNS, EPILOGUE, Arguments> adapting(p);
   constexpr bool NATURALLY = INPUT != FRAGMENTS;
   const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, NATURALLY ? p.k : p.chunks * CHUNK);

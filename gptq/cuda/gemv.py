@@ -130,13 +130,18 @@ class Plan:
         adapted: int = 0,
         *,
         claimed: bool = False,
+        trimmed: bool = False,
     ) -> "Plan":
-        """`claimed`: a processor takes no more blocks at once than are meant for it. Raises Unsuited if the GPU cannot compute
-        the product."""
+        """`claimed`: a processor takes no more blocks at once than are meant for it. `trimmed`: a ring has no more stages than a
+        warp has batches. Raises Unsuited if the GPU cannot compute the product."""
         found = variant(
             weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted, weight.lasting
         )
-        blocks = min(-(-weight.tiles // found.teams), tuning.blocks_per_processor * gpu.processors)
+        most = -(-weight.tiles // found.teams)
+        blocks = min(most, tuning.blocks_per_processor * gpu.processors)
+        if trimmed and blocks == most and not adapted:
+            batches = -(-weight.chunks // (found.split * found.batch))
+            found = replace(found, stages=max(2, min(found.stages, batches + 1)))
         used = found.shared_bytes(weight.chunks)
         return cls(found, found.name, blocks, claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used)
 

@@ -22,6 +22,7 @@ CONSTANTS = {
     "DECODE_EARLY": 4,  # turns of decode whose keys and values are on their way or being multiplied
     "DELTA_THREADS": 256,  # of a block of delta_rule
     "SCAN_THREADS": 256,  # of a block of scan_token
+    "RANKED": 256,  # experts of a token, at most, that are ranked all at once
     "ROUTE_HELD": 16,  # logits that a lane of route holds, at most; of more experts they lie in shared memory
     "NATURAL_RUNS": 4,  # runs of 4 inputs that a thread norms in the model's own order
     "ROPE_WARPS": 8,
@@ -34,7 +35,7 @@ TILE, CHUNK, PAGE_TOKENS, HOST_TOKENS = (CONSTANTS[name] for name in ("TILE", "C
 ATTENTION_WARPS, ATTENTION_HEADS = CONSTANTS["ATTENTION_WARPS"], CONSTANTS["ATTENTION_HEADS"]
 ROPE_WARPS, ROPE_TOKENS = CONSTANTS["ROPE_WARPS"], CONSTANTS["ROPE_TOKENS"]
 NORM_RUNS, OCTET_RUNS, SAMPLE_THREADS = (CONSTANTS[name] for name in ("NORM_RUNS", "OCTET_RUNS", "SAMPLE_THREADS"))
-ROUTE_RUNS = CONSTANTS["ROUTE_RUNS"]
+ROUTE_RUNS, RANKED = CONSTANTS["ROUTE_RUNS"], CONSTANTS["RANKED"]
 ONE_ROWS = CONSTANTS["ONE_ROWS"]
 
 _CODES = {"int": "i", "u32": "I", "float": "f", "u64": "Q"}  # of Python's struct; every pointer is "P"
@@ -147,9 +148,7 @@ ADAPTED_GEMV = Arguments(
     void* t                // fp32 [ranks], the bits of MISSING before the step: see adapted_gemv.cu
     """,
 )
-EXPERT_GEMV = Arguments(
-    "ExpertGemvArguments",
-    """
+_EXPERT_GEMV = """
     const u8* weights      // [experts][tiles][chunks][bits * 128]
     const u32* scales      // [experts][tiles][groups][8]
     const u64* chosen      // [choices]: the expert of each choice
@@ -169,6 +168,18 @@ EXPERT_GEMV = Arguments(
     int groups
     u32 unit_to_group
     int k
+    """
+EXPERT_GEMV = Arguments("ExpertGemvArguments", _EXPERT_GEMV)
+EXPERT_AHEAD = Arguments(
+    "ExpertAheadArguments",
+    _EXPERT_GEMV
+    + """
+    const u8* next         // the weights of the experts' next product, which are fetched into the L2, or null
+    const u8* next_scales
+    u64 next_bytes         // from one expert to the next one
+    u64 next_scale_bytes
+    const float* logits    // [routed]: what the router shows before it has written chosen, or null
+    int routed             // experts that have a logit
     """,
 )
 EXPERT_SUM = Arguments(
@@ -779,6 +790,7 @@ ROUTE = Arguments(
     int centred            // LayerNorm; else RMSNorm
     float eps
     float offset           // added to the norm's weight
+    float* shown           // [experts]: the logits, for a kernel that does not wait for this one's end; SHOWN only
     """,
 )
 ADAPTER_IN = Arguments(
@@ -863,10 +875,10 @@ GUESSED = Arguments(  # begins as SampleArguments do
     """,
 )
 EVERY = (
-    REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU, ATTENTION,
-    ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION, LATENT,
-    TURN_ROWS, DELTA, SCAN, GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, GATE_ROWS, COMBINE_GROUPED, CLAMPED_GATE, ROUTE,
-    ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
+    REPACK, UNPACK, GEMV, EXPERT_GEMV, EXPERT_AHEAD, EXPERT_SUM, OCTET, SMALL_BATCH, WIDE_BATCH, HEAD, EMBED, NORM, ORDER, SILU,
+    ATTENTION, ROPE, GATHER, SAMPLE_PARAMS, SAMPLE, GUESSED, ROW_NORM, ROTATE, LOOK_UP, GATE_ROW, KEEP, DECODE, PROMPT_ATTENTION,
+    LATENT, TURN_ROWS, DELTA, SCAN, GATED_NORM, COMBINE, GROUP, GROUPED, ORDER_INPUTS, GATE_ROWS, COMBINE_GROUPED, CLAMPED_GATE,
+    ROUTE, ADAPTER_IN, ADAPTER_OUT, ADAPTER_SILU, ADAPTED_GEMV, ROUND, EXCHANGE,
 )  # fmt: skip
 
 

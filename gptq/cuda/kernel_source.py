@@ -37,8 +37,10 @@ _TEMPLATES = (
     "exchange.cu",
     "prompt_rows.cu",
     "expert_prompts.cu",
+    "logits.cu",
     "expert_choice.cu",
     "expert_kernels.cu",
+    "expert_ahead.cu",
     "token_attention.cu",
     "latent_attention.cu",
     "latent_cluster.cu",
@@ -120,6 +122,7 @@ class GemvVariant:
     teams: int = 1  # tiles that a block works on at once
     even: bool = False  # every warp has whole batches
     experts: bool = False  # of stacked weights, which the device chooses from
+    ahead: bool = False  # of those: as expert_ahead.cu computes it
     input: str = "FRAGMENTS"  # how x lies in memory: see GemvArguments.x
     adapted: int = 0  # with a LoRA adapter inside: runs of 8 inputs that a thread takes of a row of A, see adapted_gemv.cu
     blocks: int = 0  # of a processor at once, at least, where registers would keep it from so many
@@ -135,6 +138,7 @@ class GemvVariant:
         numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}"
         return (
             f"gemv_{self.packing.name}_{self.epilogue.lower()}_{norm}_{numbers}{'_even' * self.even}{'_experts' * self.experts}"
+            f"{'_ahead' * self.ahead}"
             f"{'_' + self.input.lower() if self.input != 'FRAGMENTS' else ''}"
             f"{f'_adapted{self.adapted}_{self.blocks}' if self.adapted else ''}{('_halves', '', '_pairs')[self.span]}"
         )
@@ -322,6 +326,21 @@ class LayerVariant:
 
 
 @dataclass(frozen=True)
+class ShownRouteVariant:
+    """The choice of experts (expert_choice.cu) that shows its logits, for one type of numbers."""
+
+    bfloat: bool
+
+    @property
+    def name(self) -> str:
+        return f"route_shown_{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        return "bfloat" if self.bfloat else "half"
+
+
+@dataclass(frozen=True)
 class DecodeVariant:
     """Attention of one token over a cache of transformers."""
 
@@ -394,10 +413,11 @@ class ExpertSumVariant:
     stages: int
     bfloat: bool
     span: int = 0  # as of GemvVariant
+    twice: bool = True  # what follows its wait is done before, too
 
     @property
     def name(self) -> str:
-        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}_{self.span}"
+        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}_{self.span}{'' if self.twice else '_once'}"
         return f"expert_sum_{self.packing.name}_{numbers}_{'bfloat' if self.bfloat else 'half'}"
 
     @property
@@ -437,7 +457,7 @@ class LatentVariant:
         if self.whole:
             stride, slice = self.rank + self.turned + 8, self.rank // 8
             exchanged = max(4 * 8 * self.rank, 2 * self.fixed * (slice + 8))
-            return 2 * (64 + 2) * stride + 48 + exchanged + 4 * (16 + self.rank + 256 + 64 + 8 + 4) + 2 * self.rank
+            return 2 * (72 + 2) * stride + 48 + exchanged + 4 * (16 + self.rank + 256 + 2 * 80 + 8 + 4) + 2 * self.rank
         return 2 * 16 * 3 * (self.rank + self.turned + 8) + 4 * 4 * 16 * 18 + 2 * 16 * 24 + 4 * 16
 
 
@@ -538,8 +558,8 @@ class PagedAttentionVariant:
 
 
 Variant = (
-    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | ClusterBatchVariant | LayerVariant | DecodeVariant
-    | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
+    GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | ClusterBatchVariant | LayerVariant | ShownRouteVariant
+    | DecodeVariant | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
     | PromptAttentionVariant
 )  # fmt: skip
 
@@ -614,6 +634,10 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
                 threads = BLOCK_THREADS if whole else 256 if call.startswith("route") else 0
                 blocks = 2 if call == "route_normed" else 0  # registers are left for a block of another kernel
                 kernel(f"{call}_{each.suffix}", arguments, f"{call}<{each.suffix.capitalize()}>", threads, blocks=blocks)
+        elif isinstance(each, ShownRouteVariant):
+            for part, blocks in (("", 0), ("_normed", 2), ("_wide", 0)):
+                call = f"route{part}_shown"
+                kernel(f"{call}_{each.suffix}", "RouteArguments", f"{call}<{each.suffix.capitalize()}>", 256, blocks=blocks)
         elif isinstance(each, GuessedVariant):
             call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
@@ -624,7 +648,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name_of_comparison, "PromptAttentionArguments", f"compare_mask<{kind}>")
             kernel(each.name, "PromptAttentionArguments", f"prompt_attention<{kind}, {numbers}>", each.threads)
         elif isinstance(each, ExpertSumVariant):
-            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}, {'Bfloat' if each.bfloat else 'Half'}"
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}, {str(each.twice).lower()}"
+            numbers += f", {'Bfloat' if each.bfloat else 'Half'}"
             blocks = BLOCK_THREADS // each.threads  # registers are left for a block of another kernel
             kernel(
                 each.name, "ExpertSumArguments", f"expert_sum<{each.packing.arguments}, {numbers}>", each.threads, blocks=blocks
@@ -632,8 +657,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         elif isinstance(each, LatentVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.rank}, {each.fixed}, {each.turned}, {each.value_dim}"
             for part in ("whole",) if each.whole else ("meet", "attend", "read"):
-                threads, cluster = (256, 8) if each.whole else (128, 1)
-                kernel(each.kernel(part), "LatentArguments", f"{part}_latent<{numbers}>", threads, cluster)
+                threads, cluster, blocks = (256, 8, 2) if each.whole else (128, 1, 0)  # registers are left for another kernel
+                kernel(each.kernel(part), "LatentArguments", f"{part}_latent<{numbers}>", threads, cluster, blocks)
         elif isinstance(each, DeltaVariant):
             numbers = f"{'Bfloat' if each.bfloat else 'Half'}, {each.key_dim}, {each.value_dim}, {each.columns}, {each.width}"
             call = f"delta_rule<{numbers}, {str(each.cluster).lower()}>"
@@ -650,6 +675,8 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             numbers = f"{each.split}, {each.batch}, {each.stages}, {each.epilogue}, {each.norm}, {str(each.even).lower()}"
             numbers += f", {each.input}, {each.span}"
             given, call = ("ExpertGemvArguments", "expert_gemv") if each.experts else ("GemvArguments", "gemv")
+            if each.ahead:
+                given, call = "ExpertAheadArguments", "expert_ahead"
             if each.adapted:
                 given, numbers = "AdaptedGemvArguments", f"{numbers}, {each.adapted}, AdaptedGemvArguments"
             kernel(each.name, given, f"{call}<{each.packing.arguments}, {numbers}>", each.threads, blocks=each.blocks)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
 from .cuda_driver import HOPPER
-from .cuda_linear import CudaLinear
+from .cuda_linear import CudaLinear, leave_room_beside
 from .deferred import have_written, plainly
 from .forward_calls import take_forward
 from .gpu_kernels import Gpu
@@ -72,6 +72,7 @@ def take_latent(
 ) -> None:
     """Compute a model's attention to latent vectors by `attention` until `undo` is closed. In `aside` a module is only tried."""
     for module in [each for each in model.modules() if is_latent(each)]:
+        leave_room_beside(module)
         take_forward(module, lambda own, original: _taken(own, original, attention, aside), undo)
 
 
@@ -165,10 +166,8 @@ class LatentAttention:
         self._work.clear()
 
     def of(self, module: Any, x: Tensor, cache: Any, angles: Any, plain: Callable[[], Any]) -> Tensor | None:
-        """What the module gives for one token [1, 1, H]; None if that is left to its own forward, which `plain` calls.
-
-        `plain` gives None where the module heeds more than what is given here.
-        """
+        """What the module gives for one token [1, 1, H]; None if that is left to its own forward, which `plain` calls. `plain`
+        gives None where the module heeds more than what is given here."""
         layer = self._layer(module, x, cache)
         if layer is None:
             return None

@@ -1,10 +1,10 @@
 // The three kernels of latent_attention.cu as one, a cluster of eight blocks for each head, for a short conversation: a block makes an
-// eighth of the query, takes an eighth of the tokens, and makes an eighth of the value. All products but the last are the matrix
-// unit's, with the query or the weights of the tokens in every row of its first operand, so every lane holds what it hands to
-// one of the other blocks. What a block leaves for the others it writes into their shared memory.
+// eighth of the query, takes an eighth of the tokens, and makes an eighth of the value. All products are the matrix unit's: the query is
+// every column of its second operand, the weights of the tokens a row of its first. What a block leaves for the others it writes into
+// their shared memory.
 
 #define LATENT_BLOCKS 8
-#define LATENT_TILE 64  // tokens of a block at a time, eight for each warp
+#define LATENT_TILE 72  // tokens of a block at a time, 16 for a warp at once
 
 DEVICE u32 as_halves(Half, u32 v) { return v; }
 DEVICE u32 as_halves(Bfloat, u32 v) { return halves_of(v); }
@@ -25,8 +25,10 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
   constexpr int OUTPUTS = VALUE / LATENT_BLOCKS, ROWS = (OUTPUTS + 15) / 16, PAIRS = (RANK / 16 + 7) / 8;
   constexpr int RUNS = (SLICE + 31) / 32, NEW = (RANK + 255) / 256, PARTS = 4 * LATENT_BLOCKS * RANK, MATRIX = 2 * FIXED * WIDE;
   constexpr int TOGETHER = 256 / (D / 8);  // tokens that are fetched at once
+  constexpr int SCORES = (LATENT_TILE + 15) / 16 * 16, TURNS = (D / 32 + 1) / 2;  // a warp multiplies half of the dimensions of 16 tokens
   static_assert(SLICE % 8 == 0 && SLICE <= 64 && OUTPUTS <= 32 && FIXED % 16 == 0 && D % 16 == 0, "whole steps of the matrix unit");
-  static_assert(TOGETHER > 0 && TURNED <= 512, "a thread fetches eight numbers of a token, and turns two");
+  static_assert(TOGETHER > 0 && TURNED <= 256, "a thread fetches eight numbers of a token, and turns two");
+  static_assert(LATENT_TILE % 8 == 0 && LATENT_TILE > 64 && LATENT_TILE <= 80, "as lanes share them");
   u16* tile = (u16*)shared_words;                           // [LATENT_TILE][STRIDE]
   u16* fresh = tile + LATENT_TILE * STRIDE;                 // [STRIDE]: the new token
   u16* query = fresh + STRIDE;                              // [STRIDE + 24], times `scale`: see query_place
@@ -36,8 +38,8 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
   float* own_part = stats + 2 * LATENT_BLOCKS;              // [RANK]: what this block sends to the others
   float* values = own_part + RANK;                          // [8][32]: of each warp
   u16* latent = (u16*)(values + 8 * 32);                    // fp16 [RANK]
-  float* scores = (float*)(latent + RANK);                  // [LATENT_TILE]
-  float* scratch = scores + LATENT_TILE;                    // 8
+  float* scores = (float*)(latent + RANK);                  // [2][SCORES]: of half of the dimensions each
+  float* scratch = scores + 2 * SCORES;                     // 8
   u64* barriers = (u64*)(scratch + 8);                      // of the query, and of the sums
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, head = blockIdx.y, block = blockIdx.x;
   if (threadIdx.x == 0) {
@@ -72,7 +74,7 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
       }
   const int first = min(block * each, total), end = min(first + each, total);
   auto fetch = [&](int base) {  // and zeros behind the end, for whole steps of 16 tokens
-    const int there = min(LATENT_TILE, end - base), known = min(there, before - base), whole = (there + 15) / 16 * 16;
+    const int there = min(LATENT_TILE, end - base), known = min(there, before - base), whole = min((there + 15) / 16 * 16, LATENT_TILE);
     const int at = threadIdx.x % (D / 8) * 8;
 #pragma unroll 1
     for (int own = threadIdx.x < TOGETHER * (D / 8) ? threadIdx.x / (D / 8) : whole; own < whole; own += TOGETHER) {
@@ -88,199 +90,198 @@ template <class T, int RANK, int FIXED, int TURNED, int VALUE> DEVICE void whole
 #pragma unroll
   for (int i = 0; i < NEW; i++) norm[i] = keeps && i * 256 + threadIdx.x < RANK ? T::wide(__ldg(p.norm + i * 256 + threadIdx.x)) : 0.f;
   u16* row = before < first + LATENT_TILE ? tile + (before - first) * STRIDE : fresh;
-  auto keep = [&](int i, float y, bool real) {
+  auto keep = [&](int i, float y) {
     row[i] = T::narrow(y);
-    if (head == 0 && real) *kept_at<RANK, TURNED>(p, before, i) = T::narrow(y);
+    if (head == 0) *kept_at<RANK, TURNED>(p, before, i) = T::narrow(y);
   };
-  // All that follows is done twice: first with whatever lies there, while the weights are on their way, so that its instructions are
-  // there, too, when the previous kernel has ended. They would come from far away one after the other.
-#pragma unroll 1
-  for (int turn = 0; turn < 2; turn++) {
-    const bool real = turn == 1;
-    if (real) {
-      wait_for_copies<1>();
-      __syncthreads();
-      wait_for_previous_kernel();
+  wait_for_copies<1>();
+  __syncthreads();
+  wait_for_previous_kernel();
+  const u16* q = p.q + (size_t)head * (FIXED + TURNED);
+  uint2 x[STEPS];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) x[i] = __ldcg((const uint2*)(q + i * 16 + c * 4));
+  if (keeps) {
+#pragma unroll
+    for (int i = 0; i < NEW; i++) {
+      const int j = i * 256 + threadIdx.x;
+      held[i] = j < RANK ? T::wide(__ldcg(p.kv + j)) : 0.f;
+      squares += held[i] * held[i];
     }
-    const u16* q = p.q + (size_t)head * (FIXED + TURNED);
-    uint2 x[STEPS];
+  }
+  float made[2][4] = {};
+  if (warp < SLICE / 8) {
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) x[i] = __ldcg((const uint2*)(q + i * 16 + c * 4));
-    squares = 0.f;
-    if (keeps) {
+    for (int i = 0; i < STEPS; i += 2) {  // a lane takes four rows in turn of each 16: any order is right that both operands have
+      const int row = min((i + lane / 16) * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2, FIXED - 1);
+      u32 b[4];
+      load_transposed(matrix + row * WIDE + warp * 8, b);
 #pragma unroll
-      for (int i = 0; i < NEW; i++) {
-        const int j = i * 256 + threadIdx.x;
-        held[i] = j < RANK ? T::wide(__ldcg(p.kv + j)) : 0.f;
-        squares += held[i] * held[i];
+      for (int n = 0; n < 2; n++) {
+        if (i + n >= STEPS) continue;
+        const u32 low = as_halves(T(), x[i + n].x), high = as_halves(T(), x[i + n].y), a[4] = {low, 0, high, 0};
+        mma(made[n], a, b[2 * n], b[2 * n + 1]);
       }
     }
-    float made[2][4] = {};
-    if (warp < SLICE / 8) {
-#pragma unroll
-      for (int i = 0; i < STEPS; i += 2) {  // a lane takes four rows in turn of each 16: any order is right that both operands have
-        const int row = (i + lane / 16) * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
-        u32 b[4];
-        load_transposed(matrix + min(row, FIXED - 1) * WIDE + warp * 8, b);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-          if (i + n >= STEPS) continue;
-          const u32 low = as_halves(T(), x[i + n].x), high = as_halves(T(), x[i + n].y), a[4] = {low, 0, high, 0};
-          mma(made[n], a, b[2 * n], b[2 * n + 1]);
-        }
-      }
-    }
-    if (real) wait_for_cluster();  // every block has begun
-    if (real && warp < SLICE / 8) {
-      const u32 two = pair(T::narrow((made[0][0] + made[1][0]) * p.scale), T::narrow((made[0][1] + made[1][1]) * p.scale));
-      send(shared_of(query + query_place(block * SLICE + warp * 8 + c * 2), g), two, shared_of(barriers, g));
-    }
-    if (threadIdx.x < TURNED && (threadIdx.x < TURNED / 2 || keeps)) {  // half of them turn the query, the others the new token
-      const bool of_query = threadIdx.x < TURNED / 2;
-      const Turned turned = turned_pair<T, TURNED>(p, threadIdx.x % (TURNED / 2));
-      turn_pair<T>(turned, of_query ? q + FIXED : p.kv + RANK, [&](int i, float y) {
-        if (of_query) query[query_place(RANK + i)] = T::narrow(y * p.scale);
-        else keep(RANK + i, y, real);
-      });
-    }
-    if (keeps) {
-      squares = warp_sum(squares);
-      if (lane == 0) scratch[warp] = squares;
-      __syncthreads();
-      float sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += scratch[i];
-      const float scale = rsqrtf(sum / RANK + p.eps);
-#pragma unroll
-      for (int i = 0; i < NEW; i++)
-        if (i * 256 + threadIdx.x < RANK) keep(i * 256 + threadIdx.x, held[i] * scale * norm[i], real);
-    }
-    if (real) wait_for_copies<0>();
+  }
+  wait_for_cluster();  // every block has begun
+  if (warp < SLICE / 8) {
+    const u32 two = pair(T::narrow((made[0][0] + made[1][0]) * p.scale), T::narrow((made[0][1] + made[1][1]) * p.scale));
+    send(shared_of(query + query_place(block * SLICE + warp * 8 + c * 2), g), two, shared_of(barriers, g));
+  }
+  const bool of_query = threadIdx.x < TURNED / 2;  // as many threads turn the new token
+  if (of_query || (threadIdx.x < TURNED && keeps)) {
+    const Turned turned = turned_pair<T, TURNED>(p, threadIdx.x % (TURNED / 2));
+    turn_pair<T>(turned, of_query ? q + FIXED : p.kv + RANK, [&](int i, float y) {
+      if (of_query) query[query_place(RANK + i)] = T::narrow(y * p.scale);
+      else keep(RANK + i, y);
+    });
+  }
+  if (keeps) {
+    squares = warp_sum(squares);
+    if (lane == 0) scratch[warp] = squares;
     __syncthreads();
-    if (real) wait_for_sent(barriers);
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += scratch[i];
+    const float scale = rsqrtf(sum / RANK + p.eps);
+#pragma unroll
+    for (int i = 0; i < NEW; i++)
+      if (i * 256 + threadIdx.x < RANK) keep(i * 256 + threadIdx.x, held[i] * scale * norm[i]);
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  wait_for_sent(barriers);
 
-    float sums[PAIRS][2][4] = {}, high = -INFINITY, weight = 0.f;
-    for (int base = first; base < (real ? end : min(end, first + LATENT_TILE)); base += LATENT_TILE) {
-      const int count = min(LATENT_TILE, end - base);
-      if (base > first) {
-        __syncthreads();
-        fetch(base);
-        wait_for_copies<0>();
-        __syncthreads();
-        if (keeps && before >= base && before < base + count) {
-          for (int at = threadIdx.x * 8; at < D; at += 2048) *(uint4*)(tile + (before - base) * STRIDE + at) = *(const uint4*)(fresh + at);
-          __syncthreads();
-        }
-      }
-      float2 score = make_float2(-INFINITY, -INFINITY);  // of tokens warp * 8 + c * 2 and the next
-      if (warp * 8 < count) {
-        float found[2][4] = {};
-        const u16* k = tile + (warp * 8 + lane % 8) * STRIDE + lane / 8 * 8;
-#pragma unroll 2
-        for (int i = 0; i < D; i += 32) {
-          const uint4 own = *(const uint4*)(query + i + c * 8);
-          u32 b[4];
-          load_matrices(k + i, b);
-          const u32 low[4] = {own.x, 0, own.y, 0}, more[4] = {own.z, 0, own.w, 0};
-          multiply(T(), found[0], low, b[0], b[1]);
-          if (D % 32 == 0 || i + 16 < D) multiply(T(), found[1], more, b[2], b[3]);
-        }
-        const int token = warp * 8 + c * 2;
-        if (token < count) score.x = found[0][0] + found[1][0];
-        if (token + 1 < count) score.y = found[0][1] + found[1][1];
-      }
-      if (g == 0) *(float2*)(scores + warp * 8 + c * 2) = score;
+  float sums[PAIRS][2][4] = {}, high = -INFINITY, weight = 0.f;
+  for (int base = first; base < end; base += LATENT_TILE) {
+    const int count = min(LATENT_TILE, end - base);
+    if (base > first) {
       __syncthreads();
-      const float2 own = *(const float2*)(scores + lane * 2);
-      float top = fmaxf(high, fmaxf(own.x, own.y));
-#pragma unroll
-      for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
-      const float keep = exp2f(high - top), one = exp2f(own.x - top), other = exp2f(own.y - top);
-      high = top;
-      weight = weight * keep + one + other;  // this lane's part
-      const u32 two = pair(T::narrow(one), T::narrow(other));
-      if (base > first) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-          for (int n = 0; n < 2; n++) { sums[i][n][0] *= keep; sums[i][n][1] *= keep; }
-      }
-      const u16* y = tile + (lane / 8 % 2 * 8 + lane % 8) * STRIDE + warp * 16 + lane / 16 * 8;
-#pragma unroll 1
-      for (int step = 0; step * 16 < count; step++) {
-        const u32 a[4] = {__shfl_sync(FULL, two, step * 8 + c), 0, __shfl_sync(FULL, two, step * 8 + 4 + c), 0};
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-          if (RANK < 128 && warp * 16 >= RANK) continue;
-          u32 b[4];
-          load_transposed(y + step * 16 * STRIDE + i * 128, b);
-          multiply(T(), sums[i][0], a, b[0], b[1]);
-          multiply(T(), sums[i][1], a, b[2], b[3]);
-        }
+      fetch(base);
+      wait_for_copies<0>();
+      __syncthreads();
+      if (keeps && before >= base && before < base + count) {
+        for (int at = threadIdx.x * 8; at < D; at += 2048) *(uint4*)(tile + (before - base) * STRIDE + at) = *(const uint4*)(fresh + at);
+        __syncthreads();
       }
     }
-    if (g == 0) {
+#pragma unroll 1
+    for (int task = warp; task < (count + 15) / 16 * 2; task += 8) {  // rows behind the tile's last are of no token
+      float found[2][4] = {};
+      const int half = task % 2, group = task / 2;
+      const u16* k = tile + (group * 16 + lane % 16) * STRIDE + lane / 16 * 8;
+#pragma unroll 3
+      for (int i = half * TURNS * 32; i < (half ? D : TURNS * 32); i += 32) {
+        const uint4 own = *(const uint4*)(query + i + c * 8);
+        u32 a[4], b[4];
+        load_matrices(k + i, a);
+        multiply(T(), found[0], a, own.x, own.y);
+        if (D % 32 == 0 || i + 16 < D) {
+          load_matrices(k + i + 16, b);
+          multiply(T(), found[1], b, own.z, own.w);
+        }
+      }
+      if (c == 0) {
+        float* to = scores + half * SCORES + group * 16 + g;
+        to[0] = found[0][0] + found[1][0];
+        to[8] = found[0][2] + found[1][2];
+      }
+    }
+    __syncthreads();
+    auto score = [&](int token) { return token < count ? scores[token] + scores[SCORES + token] : -INFINITY; };
+    const float a = score(lane * 2), b = score(lane * 2 + 1), d = lane < 4 ? score(64 + lane * 2) : -INFINITY, e = lane < 4 ? score(65 + lane * 2) : -INFINITY;
+    float top = fmaxf(fmaxf(high, fmaxf(a, b)), fmaxf(d, e));
+#pragma unroll
+    for (int at = 16; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+    const float keep = exp2f(high - top), of_a = exp2f(a - top), of_b = exp2f(b - top), of_d = exp2f(d - top), of_e = exp2f(e - top);
+    high = top;
+    weight = weight * keep + of_a + of_b + (of_d + of_e);  // this lane's part
+    const u32 two = pair(T::narrow(of_a), T::narrow(of_b)), last = pair(T::narrow(of_d), T::narrow(of_e));  // last: behind 64
+    if (base > first) {
 #pragma unroll
       for (int i = 0; i < PAIRS; i++)
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const int at = (i * 8 + warp) * 16 + n * 8 + c * 2;
-          if (at < RANK) *(float2*)(own_part + at) = make_float2(sums[i][n][0], sums[i][n][1]);
-        }
+        for (int n = 0; n < 2; n++) { sums[i][n][0] *= keep; sums[i][n][1] *= keep; }
     }
-    weight = warp_sum(weight);
-    __syncthreads();
-    const u32 there = shared_of(barriers + 1, warp);  // a warp sends all to one block
 #pragma unroll 1
-    for (int at = real ? lane * 4 : RANK; at < RANK; at += 128) send(shared_of(parts + block * RANK + at, warp), *(const float4*)(own_part + at), there);
-    if (real && lane == 0) send(shared_of(stats + block * 2, warp), make_float2(high, weight), there);
-    if (real) wait_for_sent(barriers + 1);
-
-    const float2 found = *(const float2*)(stats + lane % LATENT_BLOCKS * 2);
-    float top = found.x;
+    for (int step = 0; step * 16 < count; step++) {
+      const u32 from = step < 4 ? two : last;
+      const u32 a[4] = {__shfl_sync(FULL, from, step % 4 * 8 + c), 0, __shfl_sync(FULL, from, step % 4 * 8 + 4 + c), 0};
+      int at = step * 16 + lane % 16;
+      if (at >= LATENT_TILE) at -= 8;  // whose weight is zero
+      const u16* y = tile + at * STRIDE + warp * 16 + lane / 16 * 8;
 #pragma unroll
-    for (int at = LATENT_BLOCKS / 2; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
-    const float scaled = exp2f(found.x - top);
-    float whole = scaled * found.y;
-#pragma unroll
-    for (int at = LATENT_BLOCKS / 2; at; at >>= 1) whole += __shfl_xor_sync(FULL, whole, at);
-    float2 sum = make_float2(0.f, 0.f);
-    const int own = warp * SLICE + lane * 2 % SLICE;
-#pragma unroll 2
-    for (int i = 0; i < LATENT_BLOCKS; i++) {
-      const float share = __shfl_sync(FULL, scaled, i);
-      const float2 theirs = *(const float2*)(parts + i * RANK + own);
-      sum.x += share * theirs.x;
-      sum.y += share * theirs.y;
-    }
-    *(u32*)(latent + own) = to_half2(sum.x / whole, sum.y / whole);
-    __syncwarp();
-    float value[ROWS][4] = {};
-#pragma unroll
-    for (int i = 0; i < RUNS; i++) {
-      const uint4 y = i * 32 + c * 8 < SLICE ? *(const uint4*)(latent + warp * SLICE + i * 32 + c * 8) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        const uint4 low = v[r][0][i], more = v[r][1][i];
-        const u32 first_step[4] = {low.x, more.x, low.y, more.y}, second_step[4] = {low.z, more.z, low.w, more.w};
-        mma(value[r], first_step, y.x, y.y);
-        mma(value[r], second_step, y.z, y.w);
+      for (int i = 0; i < PAIRS; i++) {
+        if (RANK < 128 && warp * 16 >= RANK) continue;
+        u32 b[4];
+        load_transposed(y + i * 128, b);
+        multiply(T(), sums[i][0], a, b[0], b[1]);
+        multiply(T(), sums[i][1], a, b[2], b[3]);
       }
     }
+  }
+  if (g == 0) {
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const int at = (i * 8 + warp) * 16 + n * 8 + c * 2;
+        if (at < RANK) *(float2*)(own_part + at) = make_float2(sums[i][n][0], sums[i][n][1]);
+      }
+  }
+  weight = warp_sum(weight);
+  __syncthreads();
+  const u32 there = shared_of(barriers + 1, warp);  // a warp sends all to one block
+#pragma unroll 1
+  for (int at = lane * 4; at < RANK; at += 128) send(shared_of(parts + block * RANK + at, warp), *(const float4*)(own_part + at), there);
+  if (lane == 0) send(shared_of(stats + block * 2, warp), make_float2(high, weight), there);
+  wait_for_sent(barriers + 1);
+
+  const float2 found = *(const float2*)(stats + lane % LATENT_BLOCKS * 2);
+  float top = found.x;
+#pragma unroll
+  for (int at = LATENT_BLOCKS / 2; at; at >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, at));
+  const float scaled = exp2f(found.x - top);
+  float all = scaled * found.y;
+#pragma unroll
+  for (int at = LATENT_BLOCKS / 2; at; at >>= 1) all += __shfl_xor_sync(FULL, all, at);
+  float2 sum = make_float2(0.f, 0.f);
+  const int own = warp * SLICE + lane * 2 % SLICE;
+#pragma unroll 4
+  for (int i = 0; i < LATENT_BLOCKS; i++) {
+    const float share = __shfl_sync(FULL, scaled, i);
+    const float2 theirs = *(const float2*)(parts + i * RANK + own);
+    sum.x += share * theirs.x;
+    sum.y += share * theirs.y;
+  }
+  *(u32*)(latent + own) = to_half2(sum.x / all, sum.y / all);
+  __syncwarp();
+  float value[ROWS][4] = {};
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const uint4 y = i * 32 + c * 8 < SLICE ? *(const uint4*)(latent + warp * SLICE + i * 32 + c * 8) : make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      if (c == 0) {
-        values[warp * 32 + r * 16 + g] = value[r][0];
-        values[warp * 32 + r * 16 + g + 8] = value[r][2];
-      }
+      const uint4 low = v[r][0][i], more = v[r][1][i];
+      const u32 first_step[4] = {low.x, more.x, low.y, more.y}, second_step[4] = {low.z, more.z, low.w, more.w};
+      mma(value[r], first_step, y.x, y.y);
+      mma(value[r], second_step, y.z, y.w);
     }
-    __syncthreads();
-    if (real && threadIdx.x < OUTPUTS) {
-      float y = 0.f;
+  }
 #pragma unroll
-      for (int i = 0; i < 8; i++) y += values[i * 32 + threadIdx.x];
-      p.out[(size_t)head * VALUE + block * OUTPUTS + threadIdx.x] = T::narrow(y);
+  for (int r = 0; r < ROWS; r++) {
+    if (c == 0) {
+      values[warp * 32 + r * 16 + g] = value[r][0];
+      values[warp * 32 + r * 16 + g + 8] = value[r][2];
     }
+  }
+  __syncthreads();
+  if (threadIdx.x < OUTPUTS) {
+    float y = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) y += values[i * 32 + threadIdx.x];
+    p.out[(size_t)head * VALUE + block * OUTPUTS + threadIdx.x] = T::narrow(y);
   }
 }
 #endif

@@ -188,10 +188,11 @@ def choose_shared(block: Any, count: int) -> None:
         if len(args) == 1 and not given and isinstance(router, fused_router.CudaRouter):
             (x,) = args
             gate = getattr(block, _GATE, None)
-            found = router.with_constant(x, block.experts.num_experts, count, None if gate is None else gate.weight)
+            shown = router.shown() if block.experts.ahead else None
+            found = router.with_constant(x, block.experts.num_experts, count, None if gate is None else gate.weight, shown)
             if found is not None:
                 scores, chosen = found
-                return block.experts.with_constant(x.view(1, x.shape[-1]), chosen, scores).view(x.shape)
+                return block.experts.with_constant(x.view(1, x.shape[-1]), chosen, scores, shown).view(x.shape)
         return original(*args, **given)
 
     block.forward = forward
