@@ -187,7 +187,8 @@ def test_answers_come_and_go_in_the_middle_of_others(shared):
     alone = [solo(model, each, GREEDY) for each in prompts]
     model._prefix.clear()
     flags = [threading.Event() for _ in prompts]
-    streams = [model.generate(each, GREEDY, flag) for each, flag in zip(prompts, flags, strict=True)]
+    asked = [GREEDY, replace(GREEDY, max_new_tokens=model.context_tokens), *[GREEDY] * 4]  # the second is not over by itself
+    streams = [model.generate(*each, flag) for *each, flag in zip(prompts, asked, flags, strict=True)]
     host_tokens = [[] for _ in prompts]
     for at in range(4):
         host_tokens[0].append(next(streams[0]).id)

@@ -43,9 +43,9 @@ SPREADS = {  # by the most rows and the role, the best in a step on an H200
         "gate_up": Spread(7, 4, 2, 3, 2),
         "down": Spread(4, 1, 8, 3, 2),
     },
-    32: {"o": Spread(4, 1, 8, 3, 2), "down": Spread(4, 1, 8, 3, 2)},
-    48: {"o": Spread(2, 1, 4, 3, 2, 2), "down": Spread(4, 1, 8, 2, 2)},
-    64: {"o": Spread(2, 1, 4, 3, 2, 2)},
+    32: {"qkv": Spread(3, 1, 8, 2, 1), "o": Spread(4, 1, 8, 3, 2), "down": Spread(4, 1, 8, 3, 2)},
+    48: {"qkv": Spread(3, 1, 8, 3, 1), "o": Spread(2, 1, 4, 3, 2, 2), "down": Spread(4, 1, 8, 2, 2)},
+    64: {"qkv": Spread(3, 1, 4, 2, 2, 2), "o": Spread(2, 1, 4, 3, 2, 2)},
 }
 
 

@@ -1,11 +1,13 @@
 """The layers for the tokens of 9 to 64 sequences on Hopper and newer, by products of cluster_batch.cu.
 
-9 to 16 rows take five kernels a layer, as fewer do (octet_step.py). More take them for `o` alone, up to 48 for `down` too
+9 to 16 rows take five kernels a layer, as fewer do (octet_step.py). More take them for `qkv` and `o`, up to 48 for `down` too
 (NOTES.md).
 """
 
 import logging
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from .attention import AttentionWork
 from .buffers import Buffers
 from .cluster_batch import MOST_NORMED, SPREADS, Plan, planned
 from .cuda_driver import HOPPER
-from .cuda_layers import EPILOGUES, ROLES, ModelWeights
+from .cuda_layers import EPILOGUES, ModelWeights
 from .gpu_kernels import Gpu
 from .model_shape import ModelShape
 from .octet_step import five_a_layer, norms_within_fp16
@@ -44,7 +46,21 @@ class ClusterStep:
         roles = SPREADS[most]
         if most <= MOST_NORMED and not norms_within_fp16(self._weights, self._shape.hidden):
             raise Unsuited("a norm beyond fp16")
-        return [{role: planned(self._gpu, getattr(layer, role), role, most) for role in roles} for layer in self._weights.layers]
+        found = [self._suited(layer, roles, most) for layer in self._weights.layers]
+        if not any(found):
+            raise Unsuited("no product of a layer")
+        return found
+
+    def _suited(self, layer: Any, roles: Iterable[str], most: int) -> dict[str, Plan]:
+        """Of those products that clusters compute; of up to 16 rows they compute all or none, which raises Unsuited."""
+        found = {}
+        for role in roles:
+            try:
+                found[role] = planned(self._gpu, getattr(layer, role), role, most)
+            except Unsuited:
+                if most <= MOST_NORMED:
+                    raise
+        return found
 
     def plans(self, rows: int) -> list[dict[str, Plan]] | None:
         """For each layer, the plans by role, of 17 rows and more of some roles alone; None if there are none."""
@@ -52,8 +68,7 @@ class ClusterStep:
 
     def whole(self, rows: int) -> bool:
         """Whether `forward` computes so many rows."""
-        plans = self.plans(rows)
-        return plans is not None and plans[0].keys() >= set(ROLES)
+        return rows <= MOST_NORMED and self.plans(rows) is not None
 
     def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
         """As of OctetStep."""

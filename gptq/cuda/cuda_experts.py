@@ -142,7 +142,7 @@ class CudaExperts(nn.Module):
         if weights.dtype != self._dtype:
             weights = weights.float()
         weights = weights.contiguous()
-        kind = weights.shape[1], self._dtype == torch.bfloat16, ahead is None
+        kind = weights.shape[1], self._dtype == torch.bfloat16
         if x.shape[0] == 1 and (variant := self._down.sum_variant(self._gpu, *kind)) is not None:
             return self._down.added(self._gpu, variant, inner, chosen, weights, self._down_bias, out)
         y = self._down.multiply(self._gpu, inner, chosen, 1, torch.float32)

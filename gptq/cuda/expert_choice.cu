@@ -215,7 +215,8 @@ template <class T> DEVICE void choose_in_turn(const RouteArguments& p, float* lo
 
 // The experts of one token: logits, softmax, the highest `choices` of them. A block of eight warps computes the logits of eight
 // experts; the last one waits for all of them, and chooses. At most 32 choices. With NORMED the token is normed first, by every
-// block, and all is done twice as in expert_sum.cu. WIDE: the weights are fp32.
+// block, and all is done twice: first with whatever lies there, so that the instructions are there when the previous kernel has ended.
+// WIDE: the weights are fp32.
 // Experts that every token takes follow the chosen ones.
 template <class T, bool NORMED, bool WIDE, bool SHOWN = false> DEVICE void choose_experts(const RouteArguments& p) {
   float* logits = (float*)shared_words;                                        // [experts]

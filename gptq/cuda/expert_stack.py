@@ -163,9 +163,9 @@ class Stack:
         gpu.run(variant.name, grid, variant.threads, arguments, shared_bytes, overlap=True)
         return out
 
-    def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool, twice: bool = True) -> ExpertSumVariant | None:
+    def sum_variant(self, gpu: Gpu, choices: int, bfloat: bool) -> ExpertSumVariant | None:
         """The kernel that multiplies and adds up so many choices; None if there is none, or it is not compiled while a graph is
-        recorded. `twice` as of the variant."""
+        recorded."""
         weight = self.first
         if self.gated is not None or weight.packing.bits < 4 or weight.in_features % 4 or choices > 16:
             return None
@@ -175,7 +175,7 @@ class Stack:
         digits = weight.packing.bits == 4 and weight.packing.units < 4
         for batch, stages in ((4, 3), (2, 3), (1, 3), (1, 2)):
             span = 2 if weight.lasting and weight.chunks % 2 == batch % 2 == 0 else 1
-            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat, span if digits else 0, twice)
+            found = ExpertSumVariant(weight.packing, choices, split, batch, stages, bfloat, span if digits else 0)
             if found.shared_bytes(weight.chunks) <= gpu.shared_limit_bytes:
                 return found if ready(gpu, found) else None
         return None

@@ -49,7 +49,7 @@ DEVICE void stage_chunk_digits(const u16* x, const u16* order, u8* digits, float
 
 // A block takes tiles of 16 outputs, SPLIT warps the weights of a choice. What is chosen is known since before the previous kernel
 // began, which waited for it: the first weights are on their way before that one has ended. SPAN: as in gemv.cu.
-template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int SPAN, bool TWICE, class T> DEVICE void expert_sum(const ExpertSumArguments& e) {
+template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int SPAN, class T> DEVICE void expert_sum(const ExpertSumArguments& e) {
   static_assert(BITS >= 4, "fewer bits need the sums of the inputs");
   constexpr bool DIGITS_OF_X = SPAN > 0 && UNITS < 4 && BITS == 4;
   constexpr int LASTING = SPAN == 2 ? 2 : 1;
@@ -76,74 +76,65 @@ template <int BITS, bool SYM, int UNITS, int SPLIT, int BATCH, int STAGES, int S
   uint4 column[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}}, pieces[2][LASTING] = {};  // as in gemv.cu
   const int magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
   int slot = 0;
-  // TWICE: first with whatever lies there, so that the instructions of what follows are there, too, when the previous kernel has ended.
-#pragma unroll 1
-  for (int turn = TWICE ? 0 : 1; turn < 2; turn++) {
-    const bool real = turn == 1;
-    if (real) {
-      __syncthreads();
-      wait_for_previous_kernel();
-    }
-    const float weight = e.wide ? __ldcg((const float*)e.choice_weights + choice) : T::wide(__ldcg((const u16*)e.choice_weights + choice));
-    if constexpr (DIGITS_OF_X) stage_chunk_digits<BITS, SYM, UNITS, LASTING>(x, order, (u8*)xs, inputs, first, end, e.k, lane);
-    else stage_chunks(x, order, xs, first, end, e.k, lane);
-    __syncwarp();
+  __syncthreads();
+  wait_for_previous_kernel();
+  const float weight = e.wide ? __ldcg((const float*)e.choice_weights + choice) : T::wide(__ldcg((const u16*)e.choice_weights + choice));
+  if constexpr (DIGITS_OF_X) stage_chunk_digits<BITS, SYM, UNITS, LASTING>(x, order, (u8*)xs, inputs, first, end, e.k, lane);
+  else stage_chunks(x, order, xs, first, end, e.k, lane);
+  __syncwarp();
 
-    for (int tile = blockIdx.x, parity = 0; tile < (real ? e.tiles : (int)blockIdx.x + 1); tile += gridDim.x, parity ^= 1) {
-      float row = 0.f, row8 = 0.f;
-      for (int chunk = first; chunk < (real ? end : min(end, first + BATCH)); chunk += BATCH) {
-        if (real) {
-          wait_for_copies<STAGES - 2>();
-          __syncwarp();
-          ring.fetch();
-        }
-        const u8 *words = ring.ring + slot * Ring::SLOT, *scales = words + BATCH * Ring::CHUNK_BYTES;
-        if (real) slot = slot + 1 == STAGES ? 0 : slot + 1;
+  for (int tile = blockIdx.x, parity = 0; tile < e.tiles; tile += gridDim.x, parity ^= 1) {
+    float row = 0.f, row8 = 0.f;
+    for (int chunk = first; chunk < end; chunk += BATCH) {
+      wait_for_copies<STAGES - 2>();
+      __syncwarp();
+      ring.fetch();
+      const u8 *words = ring.ring + slot * Ring::SLOT, *scales = words + BATCH * Ring::CHUNK_BYTES;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
-        for (int i = 0; i < BATCH; i += LASTING) {
-          if (chunk + i < end) {
-            const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i / LASTING * UNITS * Ring::SCALE_BYTES;
-            if constexpr (DIGITS_OF_X) {
-              uint4 (&b)[LASTING] = pieces[i / LASTING % 2];
-              if ((lane & 20) == 0) {
+      for (int i = 0; i < BATCH; i += LASTING) {
+        if (chunk + i < end) {
+          const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i / LASTING * UNITS * Ring::SCALE_BYTES;
+          if constexpr (DIGITS_OF_X) {
+            uint4 (&b)[LASTING] = pieces[i / LASTING % 2];
+            if ((lane & 20) == 0) {
 #pragma unroll
-                for (int j = 0; j < LASTING; j++) b[j] = *(const uint4*)((u8*)xs + (chunk + i + j) * CHUNK * 2 + (lane / 8 * 4 + lane % 4) * 16);
-              }
-              const float4* of_x = inputs + (chunk + i) / LASTING * UNITS * 2 + lane % 2;
-              multiply_digits<BITS, SYM, UNITS, LASTING>(own, own_scales, of_x, b, magic, lane, row, row8);
-            } else {
-              uint4 (&b)[2] = column[i % 2];
-              if (lane < 4) {
-                const uint4* from = (const uint4*)(xs + (chunk + i) * CHUNK + lane * 16);
-                b[0] = from[0]; b[1] = from[1];
-              }
-              multiply_chunk<BITS, SYM, UNITS>(own, own_scales, b, lane, row, row8);
+              for (int j = 0; j < LASTING; j++) b[j] = *(const uint4*)((u8*)xs + (chunk + i + j) * CHUNK * 2 + (lane / 8 * 4 + lane % 4) * 16);
             }
+            const float4* of_x = inputs + (chunk + i) / LASTING * UNITS * 2 + lane % 2;
+            multiply_digits<BITS, SYM, UNITS, LASTING>(own, own_scales, of_x, b, magic, lane, row, row8);
+          } else {
+            uint4 (&b)[2] = column[i % 2];
+            if (lane < 4) {
+              const uint4* from = (const uint4*)(xs + (chunk + i) * CHUNK + lane * 16);
+              b[0] = from[0]; b[1] = from[1];
+            }
+            multiply_chunk<BITS, SYM, UNITS>(own, own_scales, b, lane, row, row8);
           }
         }
       }
-      if constexpr (DIGITS_OF_X) {  // high and low digits
-        row += __shfl_xor_sync(FULL, row, 1);
-        row8 += __shfl_xor_sync(FULL, row8, 1);
-      }
-      float* own = sums + parity * warps * TILE;
-      if (lane % 4 == 0) {
-        own[warp * TILE + lane / 4] = row * weight;
-        own[warp * TILE + lane / 4 + 8] = row8 * weight;
-      }
-      __syncthreads();
-      const int n = tile * TILE + threadIdx.x;
-      if (real && threadIdx.x < TILE && n < e.n) {
-        float y = 0.f;
-        for (int i = 0; i < warps; i++) y += own[i * TILE + threadIdx.x];
-        if (e.bias) {
-          for (int i = 0; i < choices; i++) {
-            const float share = e.wide ? __ldcg((const float*)e.choice_weights + i) : T::wide(__ldcg((const u16*)e.choice_weights + i));
-            y += share * __ldg(e.bias + min(__ldcg(e.chosen + i), (u64)e.experts - 1) * e.n + n);
-          }
+    }
+    if constexpr (DIGITS_OF_X) {  // high and low digits
+      row += __shfl_xor_sync(FULL, row, 1);
+      row8 += __shfl_xor_sync(FULL, row8, 1);
+    }
+    float* own = sums + parity * warps * TILE;
+    if (lane % 4 == 0) {
+      own[warp * TILE + lane / 4] = row * weight;
+      own[warp * TILE + lane / 4 + 8] = row8 * weight;
+    }
+    __syncthreads();
+    const int n = tile * TILE + threadIdx.x;
+    if (threadIdx.x < TILE && n < e.n) {
+      float y = 0.f;
+      for (int i = 0; i < warps; i++) y += own[i * TILE + threadIdx.x];
+      if (e.bias) {
+        for (int i = 0; i < choices; i++) {
+          const float share = e.wide ? __ldcg((const float*)e.choice_weights + i) : T::wide(__ldcg((const u16*)e.choice_weights + i));
+          y += share * __ldg(e.bias + min(__ldcg(e.chosen + i), (u64)e.experts - 1) * e.n + n);
         }
-        e.out[n] = T::narrow(y);
       }
+      e.out[n] = T::narrow(y);
     }
   }
 }

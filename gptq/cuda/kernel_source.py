@@ -413,11 +413,10 @@ class ExpertSumVariant:
     stages: int
     bfloat: bool
     span: int = 0  # as of GemvVariant
-    twice: bool = True  # what follows its wait is done before, too
 
     @property
     def name(self) -> str:
-        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}_{self.span}{'' if self.twice else '_once'}"
+        numbers = f"{self.choices}_{self.split}_{self.batch}_{self.stages}_{self.span}"
         return f"expert_sum_{self.packing.name}_{numbers}_{'bfloat' if self.bfloat else 'half'}"
 
     @property
@@ -648,7 +647,7 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name_of_comparison, "PromptAttentionArguments", f"compare_mask<{kind}>")
             kernel(each.name, "PromptAttentionArguments", f"prompt_attention<{kind}, {numbers}>", each.threads)
         elif isinstance(each, ExpertSumVariant):
-            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}, {str(each.twice).lower()}"
+            numbers = f"{each.split}, {each.batch}, {each.stages}, {each.span}"
             numbers += f", {'Bfloat' if each.bfloat else 'Half'}"
             blocks = BLOCK_THREADS // each.threads  # registers are left for a block of another kernel
             kernel(
