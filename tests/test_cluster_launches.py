@@ -13,8 +13,8 @@ from gptq_webui.gptq.suitability import Unsuited
 
 BY_CLUSTERS = {"embed": 1, "cluster": 8, "attention": 2, "norm": 1}
 DOWN_BY_CLUSTERS = {"embed": 1, "octet": 6, "cluster": 2, "attention": 2, "head": 1}
-TWO_BY_CLUSTERS = {"embed": 1, "norm": 5, "wide": 4, "cluster": 4, "paged": 2}
-THREE_BY_CLUSTERS = {"embed": 1, "norm": 5, "small": 2, "cluster": 6, "paged": 2}
+HALF_BY_CLUSTERS = {"embed": 1, "norm": 5, "wide": 4, "cluster": 4, "paged": 2}
+MOST_BY_CLUSTERS = {"embed": 1, "norm": 5, "small": 2, "cluster": 6, "paged": 2}
 MANY = {"embed": 1, "norm": 5, "small": 8, "paged": 2}
 RAGGED = {"hidden": 264, "group_size": -1}  # outputs that fill no tile
 MANY_OUTPUTS = {"inner": 14848}  # of gate and up: more than all clusters take at once
@@ -64,14 +64,15 @@ def test_the_shape_that_was_timed_is_launched_as_it_was(rows, role):
 @pytest.mark.parametrize(
     ("rows", "change", "wanted"),
     [(9, {}, BY_CLUSTERS), (12, {"sym": False}, BY_CLUSTERS), (16, {"bias": True, "qk_norm": True}, BY_CLUSTERS),
-     (17, {}, THREE_BY_CLUSTERS), (24, {"sym": False, "bias": True}, THREE_BY_CLUSTERS), (32, {"group_size": -1}, THREE_BY_CLUSTERS),
-     (48, {}, {**TWO_BY_CLUSTERS, "wide": 2, "cluster": 6}), (64, {}, TWO_BY_CLUSTERS), (5, {}, DOWN_BY_CLUSTERS),
-     (8, {"sym": False, "bias": True}, DOWN_BY_CLUSTERS), (8, {"bits": 8}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}),
+     (17, {}, MOST_BY_CLUSTERS), (24, {"sym": False, "bias": True}, MOST_BY_CLUSTERS),
+     (32, {"group_size": -1}, MOST_BY_CLUSTERS), (48, {}, {**HALF_BY_CLUSTERS, "wide": 2, "cluster": 6}),
+     (64, {}, HALF_BY_CLUSTERS), (5, {}, DOWN_BY_CLUSTERS), (8, {"sym": False, "bias": True}, DOWN_BY_CLUSTERS),
+     (8, {"bits": 8}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}),
      (4, {}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}), (65, {}, {"embed": 1, "norm": 5, "wide": 8, "paged": 2}),
      (12, RAGGED, SEVEN_A_LAYER), (24, RAGGED, {**MANY, "small": 6, "cluster": 2}),
-     (32, {"heads": 52, "kv_heads": 52}, {**MANY, "small": 4, "cluster": 4}), (16, MANY_OUTPUTS, SEVEN_A_LAYER), (32, MANY_OUTPUTS, THREE_BY_CLUSTERS),
-     (16, {"bits": 8}, SEVEN_A_LAYER), (32, {"bits": 3}, MANY), (24, {"bits": 2, "sym": False}, MANY),
-     (16, {"group_size": 32}, SEVEN_A_LAYER)],
+     (32, {"heads": 52, "kv_heads": 52}, {**MANY, "small": 4, "cluster": 4}), (16, MANY_OUTPUTS, SEVEN_A_LAYER),
+     (32, MANY_OUTPUTS, MOST_BY_CLUSTERS), (16, {"bits": 8}, SEVEN_A_LAYER), (32, {"bits": 3}, MANY),
+     (24, {"bits": 2, "sym": False}, MANY), (16, {"group_size": 32}, SEVEN_A_LAYER)],
 )  # fmt: skip
 def test_clusters_make_what_they_were_faster_at_and_nothing_else(gpu, rows, change, wanted):  # noqa: F811
     assert launched(make(gpu, parallel=rows, **change), gpu, rows) == wanted
@@ -80,7 +81,7 @@ def test_clusters_make_what_they_were_faster_at_and_nothing_else(gpu, rows, chan
 def test_a_step_that_grows_has_the_kernels_of_each_number_of_rows(gpu):  # noqa: F811
     step = make(gpu, parallel=8, most=32)
     step.sequences.grow(48)
-    for rows, wanted in ((8, DOWN_BY_CLUSTERS), (12, BY_CLUSTERS), (24, THREE_BY_CLUSTERS)):
+    for rows, wanted in ((8, DOWN_BY_CLUSTERS), (12, BY_CLUSTERS), (24, MOST_BY_CLUSTERS)):
         assert launched(step, gpu, rows) == wanted
     with pytest.raises(ValueError, match="no kernels for 24 rows"):
         step._clusters.forward(24, None, None)
@@ -109,4 +110,4 @@ def test_before_hopper_there_are_no_clusters(gpu, rows):  # noqa: F811
 def test_a_model_with_a_norm_beyond_fp16_keeps_its_norms_apart(gpu, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cluster_step, "norms_within_fp16", lambda weights, hidden: False)
     step = make(gpu, parallel=32)
-    assert launched(step, gpu, 16) == SEVEN_A_LAYER and launched(step, gpu, 32) == THREE_BY_CLUSTERS
+    assert launched(step, gpu, 16) == SEVEN_A_LAYER and launched(step, gpu, 32) == MOST_BY_CLUSTERS
