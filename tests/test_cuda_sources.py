@@ -110,7 +110,8 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
         "turn_rows_bfloat", "sum_of_gpus_bfloat", "first_of_gpus_bfloat", "rows_of_decode_half_8_1",
         "group_choices_bfloat", "order_inputs_bfloat", "combine_grouped_bfloat", "gate_rows_bfloat", "compare_mask_half_80",
         "combine_bfloat", "route_bfloat", "route_normed_bfloat", "route_wide_bfloat", "route_rows_bfloat",
-        "route_rows_wide_bfloat", "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128", "attend_latent_half_64_32_32_32",
+        "route_rows_wide_bfloat", "attend_latent_bfloat_512_128_64_128", "read_latent_bfloat_512_128_64_128",
+        "attend_latent_half_64_32_32_32",
         "read_latent_half_64_32_32_32", "clamped_gate_bfloat", "gate_row_bfloat", "gated_norm_bfloat", "look_up_bfloat",
     } == set(names)  # fmt: skip
     for name in names:
