@@ -163,9 +163,10 @@ class BatchedAnswer(Running):
 class PromptReading(Reading):
     """Of a prompt that takes its turn among others (reading_turns.py)."""
 
-    def __init__(self, turns: Turns, read: Callable[[Sequence[int]], Tensor]) -> None:
+    def __init__(self, turns: Turns, read: Callable[[Sequence[int]], Tensor], left: Callable[[], int] = lambda: 0) -> None:
+        """`left`: tokens that are still to be read, where a piece more costs so much that one round reads them all if it can."""
         self._turns, self._turn = turns, turns.join()
-        super().__init__(self._turn.tokens, read)
+        super().__init__(lambda: self._turn.tokens(left()), read)
 
     def ask(self, ids: Sequence[int]) -> None:
         began = perf_counter()

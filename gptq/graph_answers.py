@@ -134,7 +134,7 @@ class ManyGraphStepper(GraphStepper):
     def reading(self, memory: Memory, tokens: int) -> Reading:
         if self._rows is None:
             return super().reading(memory, tokens)
-        return PromptReading(self._turns, partial(self._read, memory))
+        return PromptReading(self._turns, partial(self._read, memory), lambda: tokens - memory.length)
 
     def _read(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         logits = self.prefill(memory, ids)

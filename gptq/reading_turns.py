@@ -97,3 +97,5 @@ class Turns:
     def _close(self, turn: Turn) -> None:
         if turn in self._waiting:
             self._waiting.remove(turn)
+        if all(each.blocked for each in self._waiting):  # nobody is left to ask again, which would begin the next round
+            self._asked.clear()

@@ -92,6 +92,20 @@ def test_rows_are_computed_by_one_forward(stepper_of, monkeypatch):
     assert len(passes) <= 10, "an answer that is alone has the graph of one"
 
 
+def test_every_prompt_that_has_room_is_read_by_one_forward(stepper_of, monkeypatch):
+    stepper, lengths = stepper_of(), []
+    stepper._prompts.chunk_tokens = stepper.chunk_tokens = 40
+    in_turns([answer(stepper, ids) for ids in PROMPTS[:3]])
+    read = stepper._prompts._forward
+    monkeypatch.setattr(stepper._prompts, "_forward", lambda memory, ids: lengths.append(len(ids)) or read(memory, ids))
+    one, prompts = replace(GREEDY, max_new_tokens=1), [[(at * 7 + first) % 11 for at in range(36)] for first in range(4)]
+    wanted = [alone(stepper, ids, one) for ids in prompts]
+    assert lengths == [36] * 4, "one after the other"
+    lengths.clear()
+    assert in_turns([answer(stepper, ids, one) for ids in prompts]) == wanted
+    assert lengths == [36] * 4, "together"
+
+
 def test_more_answers_than_rows_take_turns_and_conversations_go_on(stepper_of):
     stepper, prefix = stepper_of(parallel=2), PrefixCache()
     assert stepper.parallel == 2

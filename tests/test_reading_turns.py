@@ -106,3 +106,19 @@ def test_pieces_are_as_long_as_a_pause_may_be():
 def test_where_nobody_writes_a_piece_is_as_long_as_the_memory_allows():
     turns = Turns(lambda: False, lambda: 2048)
     assert turns.join().tokens() == 2048
+
+
+def test_prompts_one_after_the_other_have_a_whole_round_each():
+    turns = Turns(lambda: False, lambda: 4096)
+    for _ in range(4):
+        turn = turns.join()
+        assert turn.tokens() == 4096, "what the one before has left of its round is no limit"
+        turn.took(3840)
+        turn.close()
+    first, second = turns.join(), turns.join()
+    assert first.tokens() == 4096
+    first.took(3000)
+    assert second.tokens() == 1096, "the same round"
+    second.took(1000)
+    first.close()
+    assert second.tokens() == 4096, "the next one"
