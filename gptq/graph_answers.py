@@ -81,6 +81,7 @@ class ManyGraphStepper(GraphStepper):
             sequences = GraphSequences(self.device, shape, 1)
         self._step = GraphStep(gpu, sequences, self._compute)
         self._answers = Answers(self._step, GraphRoom(), self.parallel)
+        self._answers.is_ready = self._is_ready
         self._turns = Turns(lambda: self._busy, lambda: self.chunk_tokens)
 
     def _trial_of_rows(self, rows: GraphRows, wanted: int) -> int:
@@ -169,6 +170,13 @@ class ManyGraphStepper(GraphStepper):
             for row, memory in memories.items():  # what was computed before it failed is computed again
                 memory.cut(lengths[row])
             raise
+
+    def _is_ready(self) -> bool:
+        """Whether the next step is recorded; a first token does not wait for that."""
+        memories = self._step.sequences.memories
+        if len(memories) > 1 and self._rows is not None and self._passes_in_turns == 0:
+            return self._rows.has_graph(memories)
+        return all(self._has_graph(each) for each in memories.values())
 
     def _compute_one(self, row: int, memory: TransformersMemory) -> None:
         sequences = self._step.sequences

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cuda.sequences import IDLE, Sequences
 from .recording import NumbersMadeThere, refusing_to_wait
-from .static_cache import FIRST_CAPACITY, NotStatic
+from .static_cache import FIRST_CAPACITY, NotStatic, shown_of
 from .static_rows import Kernels, RowRoom
 from .transformers_stepper import TransformersMemory, TransformersStepper
 
@@ -82,17 +82,24 @@ class GraphRows:
         Raises NotStatic where the model's caches cannot have rows.
         """
         room = self._seated(memories)
-        longest = max(each.length for each in memories.values()) + 1
-        rows = next(each for each in ROWS if each > max(memories) and each >= self._fewest)
-        shown = min(room.capacity, FIRST_CAPACITY)
-        while shown < longest:
-            shown = min(room.capacity, shown * 2)
-        graph = self._graphs.get((rows, shown))
+        of = self._of(room, memories)
+        graph = self._graphs.get(of)
         if graph is None:
-            graph = self._graphs[rows, shown] = self._record(room, rows, shown)
+            graph = self._graphs[of] = self._record(room, *of)
         graph.replay()
         for each in memories.values():
             each.grown(1)
+
+    def has_graph(self, memories: Mapping[int, TransformersMemory]) -> bool:
+        """Whether `step` computes these without recording anything."""
+        room = self._room
+        return room is not None and room.has_rows(memories) and self._of(room, memories) in self._graphs
+
+    def _of(self, room: RowRoom, memories: Mapping[int, TransformersMemory]) -> tuple[int, int]:
+        """The rows, and the tokens that the model sees, of the graph for these."""
+        longest = max(each.length for each in memories.values()) + 1
+        rows = next(each for each in ROWS if each > max(memories) and each >= self._fewest)
+        return rows, shown_of(room.capacity, longest, FIRST_CAPACITY)
 
     def trial(self, rows: int, alone: Callable[[Any, int], Tensor]) -> None:
         """Compare a forward of so many rows with conversations alone, whose next logits `alone` computes. Raises NotStatic if

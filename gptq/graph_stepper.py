@@ -20,7 +20,7 @@ from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
 from .recording import NumbersMadeThere, refusing_to_wait
 from .running import Running
-from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom
+from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
 from .stepper import Memory, Stepper
 from .token_ids import require_known
 from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_keys
@@ -191,13 +191,16 @@ class GraphStepper(Stepper):
             self._recorder.reset()
             room = self._room = new
         room.enter(memory)
-        shown = min(room.capacity, FIRST_CAPACITY)
-        while shown < needed:
-            shown = min(room.capacity, shown * 2)
+        shown = shown_of(room.capacity, needed, FIRST_CAPACITY)
         graph = self._graphs.get(shown)
         if graph is None:
             graph = self._graphs[shown] = self._record(room, shown, memory.length)
         return graph
+
+    def _has_graph(self, memory: TransformersMemory) -> bool:
+        """Whether the next token of `memory` is computed without recording anything."""
+        room, needed = self._room, memory.length + 1
+        return room is not None and needed <= room.capacity and shown_of(room.capacity, needed, FIRST_CAPACITY) in self._graphs
 
     def _record(self, room: StaticRoom, shown: int, length: int) -> Any:
         room.show(shown)

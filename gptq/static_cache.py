@@ -19,6 +19,14 @@ from .transformers_stepper import TransformersMemory, states_of
 FIRST_CAPACITY = 1024  # tokens
 
 
+def shown_of(capacity: int, needed: int, first: int) -> int:
+    """Tokens of the capacity that a forward sees which needs so many: few sizes, each twice the one before."""
+    shown = min(capacity, first)
+    while shown < needed:
+        shown = min(capacity, shown * 2)
+    return shown
+
+
 class NotStatic(Exception):
     """Why a cache cannot have fixed addresses, as a reason."""
 

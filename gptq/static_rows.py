@@ -174,10 +174,14 @@ class RowRoom:
         for each in self._keys():
             each.shown = tokens
 
+    def has_rows(self, memories: Mapping[int, TransformersMemory]) -> bool:
+        """Whether there are as many, of the length that each needs."""
+        return all(at < len(self.rows) and each.length < self.capacity for at, each in memories.items())
+
     def seat(self, memories: Mapping[int, TransformersMemory]) -> bool:
         """Let each have its row, of which what is there leaves. False if there are too few rows, or one is longer than they
         are."""
-        if any(at >= len(self.rows) or each.length >= self.capacity for at, each in memories.items()):
+        if not self.has_rows(memories):
             return False
         for at, each in memories.items():
             if each.elsewhere is not self.rows[at]:

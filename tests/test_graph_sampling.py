@@ -11,7 +11,7 @@ from test_running_answers import Letters
 
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.gptq import generation, graph_step, sampling
+from gptq_webui.gptq import generation, graph_step, graph_stepper, sampling
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
@@ -163,3 +163,36 @@ def test_models_that_keep_states_are_sampled_by_torch(stepper_of):
     assert stepper._answers is None and len(alone(stepper, PROMPTS[0], SEEDED)) == 8
     with torch.inference_mode():
         stepper.close()
+
+
+def recordings(monkeypatch, stepper, said):
+    """Note what is recorded."""
+    one, rows = stepper._recorder.record, stepper._rows._recorder.record
+    monkeypatch.setattr(stepper._recorder, "record", lambda run: said.append("record") or one(run))
+    monkeypatch.setattr(stepper._rows._recorder, "record", lambda run: said.append("record rows") or rows(run))
+
+
+def events_of(stepper, ids, params, said):
+    for event in answer(stepper, ids, params):
+        said += [type(event).__name__] * (event is not None)
+
+
+def test_a_first_token_waits_for_no_recording(log, monkeypatch):
+    monkeypatch.setattr(graph_stepper, "FIRST_CAPACITY", 16)
+    stepper, said = log
+    stepper._room = None  # a conversation that is longer than the room
+    recordings(monkeypatch, stepper, said)
+    events_of(stepper, PROMPTS[0] * 3, replace(GREEDY, max_new_tokens=4), said)
+    assert said[:2] == ["wait", "Step"] and said.count("record") == 1
+    stepper._answers.close()
+    said.clear()
+    events_of(stepper, PROMPTS[0] * 3, replace(GREEDY, max_new_tokens=4), said)
+    assert said[:3] == ["step 1", "wait", "Step"] and "record" not in said, "what is recorded runs meanwhile"
+
+
+def test_a_step_that_nobody_wants_is_not_computed_beside_the_only_token(log, monkeypatch):
+    stepper, said = log
+    recordings(monkeypatch, stepper, said)
+    for ids in PROMPTS[:3]:
+        events_of(stepper, ids, replace(GREEDY, max_new_tokens=1), said)
+    assert said == ["wait", "Step", "Finish"] * 3

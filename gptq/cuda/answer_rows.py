@@ -92,6 +92,11 @@ class Answer:
         return self.mask is not None or self.sampler is not None
 
     @property
+    def wants_more(self) -> bool:
+        """Whether it may have tokens after those that are sampled or will be."""
+        return self.next - self.prompt < self.params.max_new_tokens
+
+    @property
     def masked(self) -> bool:
         """Whether the kernel samples it by a mask."""
         return self.mask is not None and self.sampler is None

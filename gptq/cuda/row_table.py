@@ -26,6 +26,11 @@ class RowTable:
         """One more than the last row that an answer has."""
         return max(self._of) + 1
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a step can follow before the host has read anything, and somebody wants what it computes."""
+        return any(each.wants_more for each in self.active) and not any(each.needs_host for each in self.active)
+
     def give(self, answer: Answer) -> bool:
         """The first free row; False if there is none, and no room for more."""
         rows = self._step.sequences.rows

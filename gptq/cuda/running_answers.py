@@ -41,6 +41,7 @@ class Answers:
         self._guesses = guesses
         self.resume: Callable[[Answer], Iterator[Tensor | None]]  # reads the ids of an answer again -> its last logits at last
         self.launch_prompts: Callable[[], None] = lambda: None  # what is to be read of prompts in this round
+        self.is_ready: Callable[[], bool] = lambda: True  # the next step is launched in no time: it need not be recorded first
 
     def sample(
         self,
@@ -190,7 +191,7 @@ class Answers:
 
     def _read_first(self, answer: Answer) -> None:
         """An answer's first token, which the steps before it need not be read for."""
-        if not any(each.is_step for each in self._pending) and not any(each.needs_host for each in self._active):
+        if not any(each.is_step for each in self._pending) and self._table.goes_on and self.is_ready():
             self._launch()  # the GPU goes on meanwhile
         self.launch_prompts()
         if answer.joined is not None:
