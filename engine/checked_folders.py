@@ -26,7 +26,10 @@ from .sanity_check import Verdict
 
 _LASTS_S = 30 * 24 * 3600.0
 _FOLDERS = ("lora", "draft_model")  # options that name a folder beside the model's
-_PACKAGES = ("torch", "transformers", "accelerate", "numba", "exllamav2", "gptqmodel", "auto_gptq", "optimum")
+_PACKAGES = (
+    "torch", "transformers", "accelerate", "numba", "exllamav2", "gptqmodel", "auto_gptq", "optimum",
+    "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc-cu13",
+)  # fmt: skip
 _FAILS = (OSError, ValueError, TypeError, KeyError, RuntimeError)  # RuntimeError: there is no home folder
 _COMPUTES = ("core", "gptq", "loaders")  # the folders of this program that an answer is computed in
 
@@ -41,9 +44,9 @@ def known(loaded: LoadedModel, choice: Choice) -> Verdict | None:
 
 
 def remember(loaded: LoadedModel, choice: Choice, verdict: Verdict) -> None:
-    """Keep what a check found, unless the load is certainly broken: that is looked at each time."""
+    """Keep what a check found, unless the load is certainly broken, or time ran out: then it is looked at the next time, too."""
     with suppress(*_FAILS):
-        if not verdict.broken and (path := _path(loaded, choice)) is not None:
+        if not verdict.broken and verdict.complete and (path := _path(loaded, choice)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps({"suspect": verdict.suspect, "note": verdict.note}), encoding="utf-8")

@@ -37,6 +37,7 @@ class Verdict:
     broken: str = ""  # certainly wrong: "its logits are not numbers (NaN)"
     suspect: str = ""  # looks wrong: "it writes one token again and again"
     note: str = ""  # unusual, but may be right
+    complete: bool = True  # nothing was left out because time ran out
 
 
 def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
@@ -56,29 +57,30 @@ def check(loaded: LoadedModel, cancel: threading.Event) -> Verdict:
         repeated.append(token)
         if token is None:
             break
+    in_time = time.monotonic() - began < _LIMIT_S and not cancel.is_set()
     suspect = ""
     if len(repeated) == len(prompts) and repeated[0] is not None and len(set(repeated)) == 1:
         suspect = f"it writes one token ({_shown(loaded, repeated[0])}) again and again"
-    broken, note = _check_logits(loaded, prompts[0], began, cancel)
-    return Verdict(broken, suspect, note)
+    broken, note, whole = _check_logits(loaded, prompts[0], began, cancel)
+    return Verdict(broken, suspect, note, in_time and whole)
 
 
-def _check_logits(loaded: LoadedModel, prompt: Sequence[int], began: float, cancel: threading.Event) -> tuple[str, str]:
-    """(what is broken, a note) from the logits, if there is a transformers model that has them."""
+def _check_logits(loaded: LoadedModel, prompt: Sequence[int], began: float, cancel: threading.Event) -> tuple[str, str, bool]:
+    """(what is broken, a note, whether all was looked at) from the logits, if there is a transformers model that has them."""
     if loaded.hf is None or cancel.is_set():
-        return "", ""
+        return "", "", not cancel.is_set()
     started = time.monotonic()
     try:
         if broken := _wrong(_logits(loaded.hf, prompt)):
-            return broken, ""
+            return broken, "", True
         if time.monotonic() - started < _QUICK_S and started - began < _LIMIT_S / 2:
-            return "", _perplexity_note(loaded)
+            return "", _perplexity_note(loaded), True
     except Exception as error:
         if is_out_of_memory(error):
             raise
         # It has just written tokens with its own kernels, so it is usable even if its transformers model cannot compute.
         log.info("the logits of %s could not be checked (%s)", loaded.model.name, str(error))
-    return "", ""
+    return "", "", False
 
 
 def _logits(hf: Any, ids: Sequence[int]) -> Any:

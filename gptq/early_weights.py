@@ -140,6 +140,8 @@ class EarlyWeights:
         file: Any  # a reader with `readinto`, which its type does not say
         with open_regular(piece.path) as file:
             for start in range(piece.start, piece.end, _STEP):
+                if self._closed:
+                    raise OSError("nobody waits for the weights any more")
                 size = min(_STEP, piece.end - start)
                 file.seek(start)
                 at = 0

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..core.errors import BadCheckpoint
+from ..core.errors import BadCheckpoint, GptqWebuiError
 from ..core.foreign_errors import in_words
 from .attention_backends import cudnn_attention
 from .rope_length import RopeLength
@@ -337,17 +337,26 @@ class TransformersStepper(Stepper):
     def use(self, kernels: PromptKernels) -> None:
         """Compute with them from now on, if they give what the forward gives without them."""
         with torch.inference_mode():
-            wanted = self.prefill(self.begin(), _TRIAL).double()
+            wanted = self._of_trial()
             self._kernels = kernels
             try:
-                difference = float((self.prefill(self.begin(), _TRIAL).double() - wanted).norm() / wanted.norm())
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                difference = max(float((a - b).norm() / b.norm()) for a, b in zip(self._of_trial(), wanted, strict=True))
+            except (GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
                 log.info("prompts are read without kernels of ours: %s", error)
                 difference = float("inf")
         if not difference < _FAR:
             log.info("prompts are read without kernels of ours: they differ by %.3g", difference)
             self._kernels = None
             kernels.close()
+
+    def _of_trial(self) -> list[Tensor]:
+        """Last logits of a prompt, and of its end behind its beginning: what such a piece sees is said by a mask."""
+        found = [self.prefill(self.begin(), _TRIAL).double()]
+        if self._keeps_cache and self._in_pieces:
+            memory = self.begin()
+            self.prefill(memory, _TRIAL[:3])
+            found.append(self.prefill(memory, _TRIAL[3:]).double())
+        return found
 
     def begin(self) -> TransformersMemory:
         return TransformersMemory(self._config)

@@ -55,6 +55,11 @@ def test_what_is_a_month_old_goes_with_the_next(folder):
     assert len(kept()) == 1 and old not in kept()
 
 
+def test_a_check_whose_time_ran_out_is_never_kept(folder):
+    checked_folders.remember(Loaded(folder), choice(), Verdict(complete=False))
+    assert checked_folders.known(Loaded(folder), choice()) is None
+
+
 def test_a_broken_load_is_never_kept(folder):
     checked_folders.remember(Loaded(folder), choice(), Verdict(broken="its logits are not numbers"))
     assert kept() == [] and checked_folders.known(Loaded(folder), choice()) is None

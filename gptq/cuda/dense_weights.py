@@ -81,6 +81,8 @@ class DenseWeights:
         found = self._norms.get(norm.data_ptr())
         if found is None:
             found = self._norms[norm.data_ptr()] = norm[weight.permutation.long()].contiguous()
+            # a kernel of torch's in between: the norm's reads its weight before it waits for the one in front
+            torch.zeros(1, device=self._gpu.device)
         return found
 
     def _found(self, weight: Weight, scratch: Callable[[], Tensor]) -> Tensor | None:

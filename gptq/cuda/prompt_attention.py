@@ -4,6 +4,7 @@ torch's fast attention takes none of these; what transformers computes instead w
 a mask is that of a causal model is found on the device, once for each mask of a forward, and not asked for.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.errors import GptqWebuiError
 from .attention_names import configs_of, decoders, name_attention
 from .gpu_kernels import Gpu
 from .kernel_arguments import PROMPT_ATTENTION
@@ -18,6 +20,8 @@ from .kernel_source import LayerVariant, PromptAttentionVariant
 from .natural_order import NUMBERS
 from .token_attention import HARMLESS, capturing
 from .turned_rows import TurnedRows
+
+log = logging.getLogger(__name__)
 
 _MOST_HEADS = 65535
 _MOST_MASKS = 4  # of a forward; in some each layer makes its own
@@ -30,6 +34,7 @@ class PromptAttention:
         self._gpu, self._configs = Gpu(device), configs_of(model)
         self._gpu.add(variants=[LayerVariant(False), LayerVariant(True)])
         self._turned = TurnedRows(model, self._gpu)
+        self._fails = False  # a kernel could not be compiled
         self._compared: list[tuple[Tensor, int, Tensor]] = []  # masks of this forward, a window, and what was found
 
     @contextmanager
@@ -51,7 +56,14 @@ class PromptAttention:
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
         """[1, heads, T, D] -> [1, T, heads, D]; None if the kernel does not compute this, or torch does it as fast."""
-        if query.dim() != 4 or query.shape[0] != 1 or query.shape[2] < 2 or not isinstance(mask, Tensor) or capturing():
+        if (
+            self._fails
+            or query.dim() != 4
+            or query.shape[0] != 1
+            or query.shape[2] < 2
+            or not isinstance(mask, Tensor)
+            or capturing()
+        ):
             return None
         if any(value is not None and name not in HARMLESS for name, value in given.items()) or given.get("dropout"):
             return None
@@ -73,7 +85,12 @@ class PromptAttention:
             return None
         if mask.stride(3) != 1 or (sinks is not None and sinks.numel() != heads):
             return None
-        self._gpu.add_missing(variants=[variant])
+        try:
+            self._gpu.add_missing(variants=[variant])
+        except GptqWebuiError as error:  # nothing is lost: torch attends
+            log.info("prompts are attended by torch: %s", error)
+            self._fails = True
+            return None
         out = torch.empty(1, rows, heads, dims, dtype=query.dtype, device=query.device)
         scale = given.get("scaling")
         window = given.get("sliding_window")

@@ -7,6 +7,7 @@ it with random angles.
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -37,9 +38,11 @@ class TurnedRows:
         self._sources = [each for each in sources if callable(getattr(each, ROTATION, None))]
         self._gpu = gpu
         self._kinds: dict[Any, int | None] = {}
+        self._thread = threading.get_ident()  # that computes with the kernel
 
     def take(self, undo: ExitStack) -> None:
         """Rotate by the kernel until `undo` is closed."""
+        self._thread = threading.get_ident()
         for source in self._sources:
             original = getattr(source, ROTATION)
             setattr(source, ROTATION, self._rotation(original))
@@ -48,7 +51,7 @@ class TurnedRows:
     def _rotation(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def rotated(*args: Any, **given: Any) -> Any:
             usual = len(args) == 4 and given.get("unsqueeze_dim", 1) == 1 and given.get("position_ids") is None
-            if usual and set(given) <= {"unsqueeze_dim", "position_ids"} and _can_turn(*args):
+            if usual and set(given) <= {"unsqueeze_dim", "position_ids"} and self._is_ours(args[0]) and _can_turn(*args):
                 q, k, cos, sin = args
                 key = (original, q.shape[1], k.shape[1], q.shape[3], cos.shape[2], q.dtype)
                 if key not in self._kinds and not capturing():
@@ -58,6 +61,12 @@ class TurnedRows:
             return original(*args, **given)
 
         return rotated
+
+    def _is_ours(self, q: Any) -> bool:
+        """Other models of the architecture may run in other threads, and on other GPUs, meanwhile."""
+        return (
+            isinstance(q, Tensor) and threading.get_ident() == self._thread and not (torch.is_grad_enabled() and q.requires_grad)
+        )
 
     def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: int) -> tuple[Tensor, Tensor]:
         if apart := q.shape[0] > 1:

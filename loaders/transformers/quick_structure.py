@@ -4,6 +4,7 @@ Whenever it is imported it reads each file of each of its 450 models, twice, to 
 the same as long as the installed version is, so it is kept in the user's cache folder.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -69,7 +70,8 @@ def _file(folder: str) -> Path | None:
         cache = cache_folder()
     except (PackageNotFoundError, OSError, RuntimeError):
         return None
-    return None if "dev" in installed else cache / "transformers" / f"{installed}-{changed:x}.json"
+    place = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:8]
+    return None if "dev" in installed else cache / "transformers" / f"{installed}-{changed:x}-{place}.json"
 
 
 def _read(path: Path) -> Table:
