@@ -99,6 +99,9 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
+_write_tokenizer = write_tokenizer  # its name before, by which scripts beside this project import it
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
