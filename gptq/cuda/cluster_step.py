@@ -82,7 +82,6 @@ class ClusterStep:
         weight, plans = getattr(self._weights.layers[at], role), self.plans(x.shape[0])
         if plans is None or role not in plans[at]:
             small_batch.multiply(self._gpu, weight, EPILOGUES[role], x, out)
-        elif EPILOGUES[role] == "RESIDUAL":
-            octet.launch(self._gpu, weight, plans[at][role], x=x, out=None, residual=out)
-        else:
-            octet.launch(self._gpu, weight, plans[at][role], x=x, out=out)
+            return
+        adds = EPILOGUES[role] == "RESIDUAL"
+        octet.launch(self._gpu, weight, plans[at][role], x=x, out=None if adds else out, residual=out if adds else None)
