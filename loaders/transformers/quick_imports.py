@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from .quick_structure import StructureFinder
-from .quick_torch import without_beginnings, without_sources
+from .quick_torch import without_initialization, without_sources
 
 in_own_process = False  # set by the command line: in another program the names belong to that
 
@@ -52,7 +52,7 @@ def stand_ins() -> Iterator[None]:
     finders = [_Finder([each for each in some if each.__name__ not in sys.modules]) for some in _stand_ins()]
     sys.meta_path[:0] = finders
     try:
-        with without_beginnings():
+        with without_initialization():
             yield
     finally:
         for finder in finders:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_BEGINNINGS = (
+_INITIALIZERS = (
     "uniform_", "normal_", "trunc_normal_", "constant_", "ones_", "zeros_", "eye_", "dirac_", "xavier_uniform_", "xavier_normal_",
     "kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_",
 )  # fmt: skip
@@ -31,17 +31,17 @@ def without_sources() -> Iterator[None]:
 
 
 @contextmanager
-def without_beginnings() -> Iterator[None]:
-    """Make a model without values inside: there is nothing to begin with, and torch would import SymPy to say so."""
+def without_initialization() -> Iterator[None]:
+    """Make a model without values inside: there is nothing to initialize, and torch would import SymPy to say so."""
     from torch.nn import init
 
     def only_real(function: Callable[..., Any]) -> Callable[..., Any]:
-        def begin(tensor: Any, *args: Any, **named: Any) -> Any:
+        def initialize(tensor: Any, *args: Any, **named: Any) -> Any:
             return tensor if tensor.is_meta else function(tensor, *args, **named)
 
-        return begin
+        return initialize
 
-    before = {name: vars(init)[name] for name in _BEGINNINGS if name in vars(init)}
+    before = {name: vars(init)[name] for name in _INITIALIZERS if name in vars(init)}
     vars(init).update({name: only_real(function) for name, function in before.items()})
     try:
         yield
