@@ -9,7 +9,8 @@ from collections.abc import Callable
 from itertools import count
 
 PAUSE_S = 0.035  # that prompts may take between two tokens of the answers
-_CROWD, _CROWD_SHARE = 4, 1.5  # where so many prompts wait, a round reads more: it also computes a step of the few that do not
+# where so many prompts wait, a round reads so much more: it also computes a step of those that do not
+_CROWDS = (8, 2.6), (4, 1.5)
 _FIRST_TOKENS = 512  # of a round, before anything is measured
 _FEWEST_TOKENS = 64
 
@@ -63,6 +64,16 @@ class Turns:
         """Whether no more than one prompt is being read."""
         return len(self._waiting) <= 1
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many prompts wait that a round reads as much as streams can bear."""
+        return self._share == _CROWDS[0][1]
+
+    @property
+    def _share(self) -> float:
+        waiting = sum(not each.blocked for each in self._waiting)
+        return next((share for crowd, share in _CROWDS if waiting >= crowd), 1.0)
+
     def join(self) -> Turn:
         least = min(self._waiting, key=lambda each: each.share, default=None)
         share = 0 if least is None else least.share - least.read  # before who has read something, after who has not
@@ -74,14 +85,13 @@ class Turns:
         """So many tokens of one prompt took so long."""
         if 2 * tokens < self.tokens and seconds < PAUSE_S:
             return  # a small piece says little of a large one
-        wanted = tokens * min(max(PAUSE_S / max(seconds, 1e-6), 0.5), 2.0)
+        wanted = min(max(tokens * PAUSE_S / max(seconds, 1e-6), self.tokens / 2), max(tokens, self.tokens) * 2)
         self.tokens = max(self._fewest, int(wanted) // self._fewest * self._fewest)
 
     def _ask(self, turn: Turn, wanted: int) -> int:
         whole = self._most()
         if self._busy():
-            crowd = sum(not each.blocked for each in self._waiting) >= _CROWD
-            whole = min(whole, int(self.tokens * _CROWD_SHARE) if crowd else self.tokens)
+            whole = min(whole, int(self.tokens * self._share))
         if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
             self._asked.clear()
             self._left = whole

@@ -58,6 +58,11 @@ def test_where_many_prompts_wait_more_is_read_in_a_round():
     turns.tokens = 2000
     waiting[3].blocked = False
     assert sum(rounds(turns, waiting, 1)[0].values()) == 2048, "a piece has its size"
+    turns.tokens = 500
+    waiting |= {at: turns.join() for at in range(4, 7)}
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 750 and not turns.is_crowded
+    waiting[7] = turns.join()
+    assert sum(rounds(turns, waiting, 1)[0].values()) == 1300 and turns.is_crowded
 
 
 def test_what_a_whole_round_has_room_for_is_read_at_once():
@@ -101,6 +106,19 @@ def test_pieces_are_as_long_as_a_pause_may_be():
     assert turns.tokens == known, "a short prompt says nothing of a long piece"
     turns.measured(turns.tokens, 10.0)
     assert known // 2 - 64 <= turns.tokens < known, "one slow piece halves it, no more"
+    turns.tokens = known
+    turns.measured(3 * known, 3 * known / 10_000)
+    assert abs(turns.tokens - known) <= 64, "a piece of a round that reads more says what a usual one takes"
+
+
+def test_no_round_is_longer_than_a_stream_may_pause():
+    turns = Turns(lambda: True, lambda: 100_000)
+    for _ in range(20):
+        turns.measured(turns.tokens, turns.tokens / 10_000)
+    for _ in range(64):
+        turns.join()
+    first = min(turns._waiting, key=lambda each: each.number)
+    assert 0.06 < first.tokens() / 10_000 < 0.1
 
 
 def test_where_nobody_writes_a_piece_is_as_long_as_the_memory_allows():

@@ -51,8 +51,8 @@ _TUNINGS = {  # the best together of 240 on an H200, and better than the best on
     "down": Tuning(16, 2, 3, 1, 2),
 }
 _TUNINGS_BY_BITS = {  # what differs with 2 and 3 bits, one role after the other on an H200: one block a processor
-    2: {"qkv": Tuning(4, 8, 2, 3, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(7, 8, 2, 2, 1)},
-    3: {"qkv": Tuning(8, 8, 2, 2, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(8, 4, 3, 2, 1)},
+    2: {"qkv": Tuning(4, 8, 2, 3, 1), "gate_up": Tuning(2, 8, 2, 14, 1), "down": Tuning(14, 8, 2, 2, 1)},
+    3: {"qkv": Tuning(8, 4, 2, 3, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(14, 4, 2, 2, 1)},
 }
 _QKV_ADAPTED, _O_ADAPTED = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)
 _ADAPTED_BY_BITS = {  # the same of an AdaptedStep, whose launches claim no processor: those were not tried there

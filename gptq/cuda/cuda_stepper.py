@@ -85,8 +85,8 @@ class CudaStepper(Stepper):
         self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after
 
     def piece_limit(self) -> int:
-        """Tokens of prompts at a time: large pieces are for a prompt that is read alone."""
-        return self.chunk_tokens if self.turns.is_alone else min(self.chunk_tokens, _CHUNK)
+        """Tokens of prompts at a time: large pieces are for a prompt that is read alone, and for many that wait."""
+        return self.chunk_tokens if self.turns.is_alone or self.turns.is_crowded else min(self.chunk_tokens, _CHUNK)
 
     @property
     def describes(self) -> str:
