@@ -11,7 +11,7 @@ from gptq_webui.core.params import GenerationParams
 from gptq_webui.gptq.cuda import gemv, octet, small_batch
 from gptq_webui.gptq.cuda.attention import attend
 from gptq_webui.gptq.cuda.cuda_layers import EPILOGUES, NORMED, ROLES
-from gptq_webui.gptq.cuda.cuda_step import _TUNINGS, CudaStep
+from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.cuda_weights import Weight
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.kernel_source import OctetVariant, programs
@@ -19,6 +19,7 @@ from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 from gptq_webui.gptq.cuda.octet import Plan, Spread
 from gptq_webui.gptq.cuda.octet_step import OctetStep
 from gptq_webui.gptq.cuda.sample import packed_params
+from gptq_webui.gptq.cuda.step_spreads import of_step
 from gptq_webui.gptq.suitability import Unsuited
 
 Timer = Callable[..., float]
@@ -102,7 +103,9 @@ def products(
     x = torch.randn(8, weights[0].padded, device="cuda").half()
     out = torch.zeros(8, width, device="cuda", dtype=torch.float16)
     residual = torch.zeros(8, n, device="cuda") if epilogue == "RESIDUAL" else None
-    single = gemv.Plan.of(gpu, weights[0], epilogue, normed, _TUNINGS[role])
+    single = gemv.Plan.of(
+        gpu, weights[0], epilogue, normed, of_step([dict.fromkeys(ROLES, weights[0].packing)], gpu.capability)[role]
+    )
     gpu.add([single.variant])
     packing = weights[0].packing
     many = small_batch.variants(packing, epilogue, gpu.shared_limit_bytes)

@@ -1,20 +1,18 @@
 """The kernels and the step on a GPU, against plain PyTorch in wider numbers. Skipped without a GPU."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gptq_webui.core.errors import BadParameter
-from gptq_webui.gptq.cuda import gemv, gpu_kernels, wide_batch
+from gptq_webui.gptq.cuda import gpu_kernels, wide_batch
 from gptq_webui.gptq.cuda.cuda_step import CudaStep
-from gptq_webui.gptq.cuda.cuda_weights import packing_of, repack
 from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.kernel_arguments import GATHER, ROPE, ROPE_WARPS
-from gptq_webui.gptq.cuda.kernel_source import GemvVariant, KvFormat
+from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory, Pages
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -38,48 +36,6 @@ def error(found, wanted):
 def put(step, id, position):
     """What row 0 computes next."""
     step.sequences.ids[0], step.sequences.positions[0] = id, position
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 64, 128])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("sym", [False, True])
-def test_every_layout_multiplies_and_unpacks_right(gpu, bits, group_size, act_order, sym):
-    torch.manual_seed(bits * 1000 + group_size)
-    k, n = 736, 408  # no multiples of 64 and 16
-    rows = torch.randperm(k, device="cuda") if act_order else None
-    layer = random_models.random_layer(k, n, bits, group_size, sym=sym, rows=rows, bias=True)
-    wanted = layer.dequantize(torch.float64)  # [N, K]
-    packing = packing_of([layer])
-    assert packing.sym == sym
-    tunings = (Tuning(8, 4, 3), Tuning(4, 2, 4, 2), Tuning(1, 1, 6, 4), Tuning(16, 2, 2))
-    variants = [GemvVariant(packing, "FLOAT", 0, each.split, each.batch, each.stages, each.teams) for each in tunings]
-    gpu.add_missing(packings=[packing])
-    weight = repack(gpu, [layer], packing)
-    if variants[0].digits and weight.lasting:
-        variants += [replace(each, span=2) for each in variants if each.batch % 2 == 0]
-    gpu.add(variants)
-    x = torch.randn(k, device="cuda").half()
-    x[5] *= 500  # one that is far larger than its neighbours
-    staged = torch.zeros(weight.padded, dtype=torch.float16, device="cuda")
-    staged[weight.permutation.long()] = x
-    dense = weight.dense(
-        gpu, 0, weight.tiles, torch.full((weight.tiles * 16 * weight.padded,), torch.nan, dtype=torch.float16, device="cuda")
-    )
-    natural = torch.zeros(weight.tiles * 16, k, dtype=torch.float16, device="cuda")
-    kept = weight.order >= 0
-    natural[:, weight.order[kept].long()] = dense[:, kept]
-    assert error(natural[:n], wanted) < 5e-4 and bool((dense[n:] == 0).all())
-    for variant in variants:
-        out = torch.full((n,), torch.nan, device="cuda")
-        runs = []
-        for _ in range(2):
-            out.fill_(torch.nan)
-            plan = gemv.Plan(variant, variant.name, 7, variant.shared_bytes(weight.chunks))
-            gemv.launch(gpu, weight, plan, x=staged, out=out)
-            runs.append(out.clone())
-        assert torch.equal(*runs)
-        assert error(runs[0], wanted @ x.double() + layer.bias.double()) < 1e-3, variant
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_cuda_sources import LIMITS
 
-from gptq_webui.gptq.cuda import gemv, kernel_source, octet
+from gptq_webui.gptq.cuda import gemv, kernel_source, octet, step_spreads
+from gptq_webui.gptq.cuda.cuda_layers import EPILOGUES, NORMED, ROLES
 from gptq_webui.gptq.cuda.cuda_weights import fragment_order, permutation_of, step_order
 from gptq_webui.gptq.cuda.gemv import Tuning
 from gptq_webui.gptq.cuda.kernel_source import Packing, groups_of
@@ -107,3 +108,46 @@ def test_the_output_layer_stages_every_input(hidden, threads):
     assert head_threads(hidden) == threads and 4 * 8 * threads >= hidden
     with pytest.raises(ValueError, match="32776 inputs"):
         head_threads(32776)
+
+
+@pytest.mark.parametrize(
+    ("split", "teams", "tiles", "wanted"),
+    [
+        (1, 14, 1792, 14),
+        (1, 14, 1376, 11),
+        (1, 14, 2368, 9),
+        (4, 3, 384, 3),
+        (4, 3, 640, 5),
+        (8, 2, 320, 3),
+        (14, 2, 256, 2),
+        (14, 2, 320, 1),
+    ],
+)
+def test_teams_are_as_many_as_leave_processors_busy(split, teams, tiles, wanted):
+    found = gemv.fitted(Tuning(split, 4, 3, teams, 1, first=1, fitted=True), tiles, 132)
+    assert found.teams == wanted and (found.split, found.batch, found.stages, found.first) == (split, 4, 3, 1)
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 100, 999, 5000])
+@pytest.mark.parametrize("processors", [1, 40, 114, 132])
+def test_teams_fit_a_block_and_no_others_take_fewer_turns(tiles, processors):
+    def turns(teams):
+        blocks = -(-tiles // teams)
+        return -(-blocks // processors) * teams
+
+    for split, teams in ((1, 14), (4, 3), (8, 2), (14, 2), (32, 1)):
+        found = gemv.fitted(Tuning(split, 4, 3, teams, 1), tiles, processors).teams
+        assert 1 <= found <= 15 and split * found <= 32
+        assert turns(found) <= turns(teams)
+
+
+def test_spreads_of_every_width_of_weights_are_kernels_that_a_block_has_room_for():
+    for capability, limit in (((7, 5), 64), ((8, 6), 99), ((8, 0), 163), ((9, 0), 227)):
+        for bits in (2, 3, 4, 8):
+            packing = Packing(bits, False, 1)
+            spreads = step_spreads.of_step([dict.fromkeys(ROLES, packing)], capability)
+            for role, inputs in (("qkv", 8192), ("o", 8192), ("gate_up", 8192), ("down", 28672)):
+                plan = gemv.variant(packing, inputs, EPILOGUES[role], role in NORMED, spreads[role], limit * 1024, lasting=True)
+                assert plan.shared_bytes(inputs // 64) <= limit * 1024 and plan.threads <= 1024
+    mixed = step_spreads.of_step([dict.fromkeys(ROLES, Packing(4, True, 1)), dict.fromkeys(ROLES, Packing(8, True, 1))], (9, 0))
+    assert not any(each.fitted for each in mixed.values()), "those of one width are for models of one width"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..families.parts import ModelParts
 from ..suitability import Unsuited
-from . import gemv, small_batch
+from . import gemv, small_batch, step_spreads
 from .adapted_step import AdaptedStep
 from .attention import AttentionWork, attend, paged_variants
 from .batch_step import BatchStep, rows_of_graph
@@ -43,28 +43,6 @@ from .sample import sample
 from .sequences import Sequences
 
 log = logging.getLogger(__name__)
-
-_TUNINGS = {  # the best together of 240 on an H200, and better than the best one by one on an H100; `o` with claims (NOTES.md)
-    "qkv": Tuning(4, 4, 3, 1, 4),
-    "o": Tuning(8, 4, 2, 2, 1),
-    "gate_up": Tuning(8, 4, 4, 1, 2),
-    "down": Tuning(16, 2, 3, 1, 2),
-}
-_TUNINGS_BY_BITS = {  # what differs with 2 and 3 bits, one role after the other on an H200: one block a processor
-    2: {"qkv": Tuning(4, 8, 2, 3, 1), "gate_up": Tuning(2, 8, 2, 14, 1), "down": Tuning(14, 8, 2, 2, 1)},
-    3: {"qkv": Tuning(8, 4, 2, 3, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(14, 4, 2, 2, 1)},
-}
-_QKV_ADAPTED, _O_ADAPTED = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)
-_ADAPTED_BY_BITS = {  # the same of an AdaptedStep, whose launches claim no processor: those were not tried there
-    2: {"qkv": _QKV_ADAPTED, "o": _O_ADAPTED, "gate_up": Tuning(8, 8, 4, 1, 2), "down": Tuning(14, 8, 2, 1, 2)},
-    3: {"qkv": _QKV_ADAPTED, "o": _O_ADAPTED, "gate_up": Tuning(8, 8, 3, 1, 2), "down": Tuning(8, 4, 4, 1, 3)},
-}
-
-
-def _tunings_of(packings: Sequence[Packings], by_bits: dict[int, dict[str, Tuning]]) -> dict[str, Tuning]:
-    """The spreads of a model's products, by their role."""
-    bits = {each.bits for four in packings for each in four.values()}
-    return _TUNINGS | (by_bits.get(bits.pop(), {}) if len(bits) == 1 else {})
 
 
 class CudaStep:
@@ -94,8 +72,8 @@ class CudaStep:
         self.shape = shape = ModelShape.of(parts, context_tokens, q8=q8)
         packings = [packings_of(layer) for layer in parts.layers]
         self.gpu, self._own_gpu = gpu or Gpu(self.device), gpu is None
-        self.tunings = _tunings_of(packings, _TUNINGS_BY_BITS) | (tunings or {})
-        self._adapted_tunings = _tunings_of(packings, _ADAPTED_BY_BITS) | (tunings or {})
+        self.tunings = step_spreads.of_step(packings, self.gpu.capability) | (tunings or {})
+        self._adapted_tunings = step_spreads.of_adapted_step(packings) | (tunings or {})
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]
         formats = {each for four in packings for each in four.values()}

@@ -169,15 +169,16 @@ template <int BITS, bool SYM, int UNITS, int SPAN> struct InDigits {
   }
 };
 
-// As stage_input, in digits.
-template <int NORM, int BITS, bool SYM, int UNITS, int SPAN>
-DEVICE void stage_digits(const u16* x, const NormWeight<NORM>& norm, u8* digits, float4* inputs, int padded, int k, float eps, float* scratch) {
+// As stage_input, in digits; what a norm divides by is left out (norm_scale). `meanwhile` is done when x is on its way.
+template <int NORM, int BITS, bool SYM, int UNITS, int SPAN, class Meanwhile>
+DEVICE void stage_digits(const u16* x, const NormWeight<NORM>& norm, u8* digits, float4* inputs, int padded, float* scratch, const Meanwhile& meanwhile) {
   const int tid = threadIdx.x, threads = blockDim.x, lane = tid % 32;
   float v[8];
   if constexpr (NORM == 0) {
     auto load = [&](int at) { return at < padded ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0); };
     const int stride = threads * 8;
     uint4 next[2] = {load(tid * 8), load(tid * 8 + stride)};
+    meanwhile();
 #pragma unroll 1
     for (int at = tid * 8; at - lane * 8 < padded; at += stride) {
       eight_halves(next[0], v);
@@ -193,6 +194,7 @@ DEVICE void stage_digits(const u16* x, const NormWeight<NORM>& norm, u8* digits,
       const int at = (i * threads + tid) * 8;
       mine[i] = at < padded ? __ldcg((const uint4*)(x + at)) : make_uint4(0, 0, 0, 0);
     }
+    meanwhile();
 #pragma unroll
     for (int i = 0; i < NORM; i++) {
       eight_halves(mine[i], v);
@@ -201,10 +203,6 @@ DEVICE void stage_digits(const u16* x, const NormWeight<NORM>& norm, u8* digits,
     }
     sum = warp_sum(sum);
     if (lane == 0) scratch[tid / 32] = sum;
-    __syncthreads();
-    sum = 0.f;
-    for (int i = 0; i < threads / 32; i++) sum += scratch[i];
-    const float scale = rsqrtf(sum / k + eps);
 #pragma unroll
     for (int i = 0; i < NORM; i++) {
       const int at = (i * threads + tid) * 8;
@@ -213,55 +211,15 @@ DEVICE void stage_digits(const u16* x, const NormWeight<NORM>& norm, u8* digits,
       eight_halves(mine[i], v);
       eight_halves(norm.run[i], w);
 #pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = at < padded ? v[j] * scale * w[j] : 0.f;
+      for (int j = 0; j < 8; j++) v[j] = at < padded ? v[j] * w[j] : 0.f;
       run_digits<BITS, SYM, UNITS, SPAN>(v, at, at < padded, digits, inputs);
     }
   }
   __syncthreads();
 }
 
-// Four weights of each of r and r + 8 in two steps: those of steps 2 * half and 2 * half + 1.
-template <int BITS> DEVICE void byte_fragment(const u32* w, int half, u32 (&a)[4]) {
-  if constexpr (BITS == 2) {
-    const u32 v = w[half], v4 = v >> 4;
-    a[0] = v & 0x03030303; a[1] = v & 0x0c0c0c0c; a[2] = v4 & 0x03030303; a[3] = v4 & 0x0c0c0c0c;
-  } else if constexpr (BITS == 4) {
-    a[0] = w[2 * half] & 0x0f0f0f0f; a[1] = w[2 * half] & 0xf0f0f0f0;
-    a[2] = w[2 * half + 1] & 0x0f0f0f0f; a[3] = w[2 * half + 1] & 0xf0f0f0f0;
-  } else if (half == 0) {
-    a[0] = w[0] & 0x07070707; a[1] = w[0] & 0x38383838; a[2] = w[1] & 0x07070707; a[3] = w[1] & 0x38383838;
-  } else {
-    a[0] = w[2] & 0x07070707; a[1] = w[2] & 0x38383838;
-    a[2] = and_or(w[0] >> 6, 0x03030303, w[2] >> 4 & 0x04040404);
-    a[3] = and_or(w[1] >> 3, 0x18181818, w[2] >> 2 & 0x20202020);
-  }
-}
-
-// Add the products of SPAN chunks to the sums of rows r and r + 8: lane column 0 has those of the high digits, 1 of the low ones.
-// b: the digits of the lane's column. x: what make_digits wrote for the lane's digit, every second of `inputs`.
-template <int BITS, bool SYM, int UNITS, int SPAN>
-DEVICE void multiply_digits(const u8* words, const u8* scales, const float4* x, const uint4 (&b)[SPAN], const int (&magic)[4], int lane, float& row, float& row8) {
-  int c[UNITS][4];
-#pragma unroll
-  for (int i = 0; i < SPAN; i++) {
-    const Words<BITS> now = read_words<BITS>(words + i * BITS * 128, lane);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      u32 a[4];
-      byte_fragment<BITS>(now.w, half, a);
-      int (&sum)[4] = c[half * (UNITS - 1)];
-      const u32 b0 = half ? b[i].z : b[i].x, b1 = half ? b[i].w : b[i].y;
-      if (i == 0 && (UNITS == 2 || half == 0)) mma_bytes(sum, a, b0, b1, magic);
-      else mma_bytes(sum, a, b0, b1, sum);
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    const Scale<SYM> scale = read_scale<BITS, SYM>(scales + u * (SYM ? 32 : 64), lane);
-    const float4 own = x[2 * u];
-    const float zero = SYM ? own.x : fmaf(1024.f - low_of(scale.z), own.x, -MAGIC);
-    const float zero8 = SYM ? own.y : fmaf(1024.f - high_of(scale.z), own.y, -MAGIC);
-    row += low_of(scale.s) * ((__int_as_float(c[u][0]) + zero) * own.z);
-    row8 += high_of(scale.s) * ((__int_as_float(c[u][2]) + zero8) * own.w);
-  }
+// What the sums of a normed input of `k` numbers are multiplied with, from what stage_digits has left in `scratch`. A whole warp.
+DEVICE float norm_scale(const float* scratch, int k, float eps) {
+  const int lane = threadIdx.x % 32;
+  return rsqrtf(warp_sum(lane < (int)blockDim.x / 32 ? scratch[lane] : 0.f) / k + eps);
 }

@@ -99,5 +99,5 @@ DEVICE void expert_ahead(const ExpertAheadArguments& e) {
   p.n = e.n; p.tiles = e.tiles; p.chunks = e.chunks; p.groups = e.groups; p.unit_to_group = e.unit_to_group; p.k = e.k;
   p.activation = e.activation;
   if (e.next && !made) prefetch_tiles<BITS, SYM ? 32 : 64, KS, BATCH, STAGES, SPAN == 2 ? 2 : 1>(p);
-  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT, SPAN, 0, ChosenProduct>(p);
+  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT, SPAN, 0, ChosenProduct, false>(p);
 }

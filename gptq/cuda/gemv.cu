@@ -155,13 +155,17 @@ template <int KS, int EPILOGUE, class Arguments> DEVICE void write_outputs(const
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-// A scale lasts for whole blocks of SPAN chunks; 0: x is multiplied as fp16. With an adapter inside it RUNS is more than 0, see adapted_gemv.cu.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN, int RUNS = 0, class Arguments = GemvArguments>
+// A scale lasts for whole blocks of SPAN chunks; 0: x is multiplied as fp16. With an adapter inside it RUNS is more than 0, see
+// adapted_gemv.cu. IN_STEP: of the compiled step of one row (timed there alone: x before the last of the ring, blocks in groups).
+template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN, int RUNS = 0, class Arguments = GemvArguments,
+          bool IN_STEP = INPUT == FRAGMENTS && RUNS == 0>
 DEVICE void gemv(const Arguments& p) {
   static_assert(TILE == 16 && CHUNK == 64, "a tile is the matrix unit's 16 rows, a chunk four of its steps");
   static_assert(KS >= 1 && KS <= 32, "a block has at most 32 warps");
-  constexpr bool DIGITS_OF_X = SPAN > 0 && UNITS < 4 && (BITS < 4 || (BITS == 4 && RUNS == 0));
+  constexpr bool DIGITS_OF_X = SPAN > 0 && UNITS < 4 && (BITS < 4 || (BITS == 4 && RUNS == 0)), AT_ONCE = DIGITS_OF_X && RUNS == 0;
   constexpr int LASTING = SPAN == 2 ? 2 : 1;
+  constexpr bool GROUPED = IN_STEP && AT_ONCE && UNITS == 1 && EVEN;
+  constexpr int GROUP = !GROUPED ? 1 : BATCH % (4 * LASTING) == 0 ? 4 : BATCH % (2 * LASTING) == 0 ? 2 : 1;
   static_assert(SPAN < 2 || (SPAN == 2 && DIGITS_OF_X), "only sums of digits go on over two chunks");
   typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, Arguments, LASTING, BITS < 4 || DIGITS_OF_X> Ring;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -173,8 +177,9 @@ DEVICE void gemv(const Arguments& p) {
   const int stride = gridDim.x * teams, first_tile = blockIdx.x * teams + team;
   Ring ring = {p, (u8*)shared_words + warp * STAGES * Ring::SLOT, lane, first, end, stride, first_tile, first, 0};
 
+  const int before = IN_STEP && AT_ONCE ? min(p.first_batches, STAGES - 1) : STAGES - 1;  // what comes before x is what x waits for
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) ring.fetch();
+  for (int i = 0; i < before; i++) ring.fetch();
   let_next_kernel_start(p);
   Adapting<RUNS, EPILOGUE, Arguments> adapting(p);
   constexpr bool NATURALLY = INPUT != FRAGMENTS;
@@ -182,11 +187,15 @@ DEVICE void gemv(const Arguments& p) {
   const NormWeight<NATURALLY ? NORM : 0> inner = load_norm_weight<NATURALLY ? NORM : 0>(p.inner, p.inner ? p.k : 0);
   adapting.begin(first_tile, part == 0);
   wait_for_previous_kernel();
-  constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT, AT_ONCE = DIGITS_OF_X && RUNS == 0;
+  constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
   float4* inputs = (float4*)(scratch + 36 + teams * 2 * KS * TILE + (RAW ? (p.chunks * CHUNK + 8) / 2 : 0));  // [chunks / LASTING][UNITS][2]
   u8* digits = RUNS ? (u8*)(inputs + p.chunks / LASTING * UNITS * 2) : (u8*)xs;  // an adapter takes x itself
-  if constexpr (AT_ONCE && INPUT == FRAGMENTS) stage_digits<NORM, BITS, SYM, UNITS, LASTING>(p.x, norm, digits, inputs, p.chunks * CHUNK, p.k, p.eps, scratch);
-  else if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
+  if constexpr (AT_ONCE && INPUT == FRAGMENTS) {
+    stage_digits<NORM, BITS, SYM, UNITS, LASTING>(p.x, norm, digits, inputs, p.chunks * CHUNK, scratch, [&]() {
+#pragma unroll 1
+      for (int i = before; i < STAGES - 1; i++) ring.fetch();
+    });
+  } else if constexpr (INPUT == FRAGMENTS) stage_input<NORM>(p.x, norm, xs, p.chunks * CHUNK, p.k, p.eps, scratch);
   else {
     u16* raw = (u16*)(scratch + 36 + teams * 2 * KS * TILE);
     constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
@@ -208,6 +217,7 @@ DEVICE void gemv(const Arguments& p) {
   uint4 pieces[2][LASTING] = {};  // the same of digits: the high ones are a column, the low ones another, of four lanes each
   const bool holds_digits = (lane & 20) == 0;
   const int magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+  float scale_of_norm = 1.f;
   int slot = 0, adder = 0;  // the part that adds the sums of the tile: the warps take turns
   for (int tile = first_tile, parity = 0; tile < p.tiles; tile += stride, parity ^= 1) {
     float row = 0.f, row8 = 0.f;
@@ -229,8 +239,16 @@ DEVICE void gemv(const Arguments& p) {
       const u8* words = ring.ring + slot * Ring::SLOT;
       const u8* scales = words + BATCH * Ring::CHUNK_BYTES;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      if constexpr (GROUP > 1) {
+        const u8* own = digits + (chunk + lane / 8 % GROUP * LASTING) * CHUNK * 2 + lane % 8 * 16;
+        const float4* x = inputs + ((u32)chunk / LASTING + lane % GROUP) * 2;
 #pragma unroll
-      for (int i = 0; i < BATCH; i += LASTING) {
+        for (int i = 0; i < BATCH; i += GROUP * LASTING)
+          multiply_group<BITS, SYM, LASTING, GROUP>(words + i * Ring::CHUNK_BYTES, scales + i / LASTING * Ring::SCALE_BYTES, own + i * CHUNK * 2,
+                                                    x + i / LASTING * 2, magic, lane, row, row8);
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH && GROUP == 1; i += LASTING) {
         if (EVEN || chunk + i < end) {
           const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i / LASTING * UNITS * Ring::SCALE_BYTES;
           if constexpr (DIGITS_OF_X) {
@@ -252,9 +270,14 @@ DEVICE void gemv(const Arguments& p) {
         }
       }
     }
-    if constexpr (DIGITS_OF_X) {  // high and low digits
-      row += __shfl_xor_sync(FULL, row, 1);
-      row8 += __shfl_xor_sync(FULL, row8, 1);
+    if constexpr (AT_ONCE && INPUT == FRAGMENTS && NORM > 0) {
+      if (tile == first_tile) scale_of_norm = norm_scale(scratch, p.k, p.eps);
+      row *= scale_of_norm;
+      row8 *= scale_of_norm;
+    }
+    if constexpr (DIGITS_OF_X) {
+      row = sum_of_columns<GROUP>(row);
+      row8 = sum_of_columns<GROUP>(row8);
     }
     float* mine = sums + parity * KS * TILE;
     exchange_sums<KS>(mine, part, team, lane, row, row8);
@@ -262,27 +285,4 @@ DEVICE void gemv(const Arguments& p) {
     adder = adder + 1 == KS ? 0 : adder + 1;
   }
   adapting.end();
-}
-
-// -- the same for chosen experts ---------------------------------------------------------------------------------------
-
-// A row of blocks for each choice: its expert's weights are read where they lie, so no one else has to know which it is.
-template <int BITS, bool SYM, int UNITS, int KS, int BATCH, int STAGES, int EPILOGUE, int NORM, bool EVEN, int INPUT, int SPAN>
-DEVICE void expert_gemv(const ExpertGemvArguments& e) {
-  static_assert(NORM == 0 && EPILOGUE != RESIDUAL && EPILOGUE != SILU, "experts take no norm and no residual");
-  // The choice is made by the previous kernel, so nothing can be loaded before it has ended; but those that are always the same.
-  if ((int)blockIdx.y < e.made) wait_for_previous_kernel();
-  const u64 asked = e.chosen[blockIdx.y], last = e.experts - 1;
-  const u64 expert = asked < last ? asked : last;
-  constexpr bool GATE = EPILOGUE == GATED || EPILOGUE == GATED_BFLOAT;
-  constexpr int WIDTH = EPILOGUE == FLOAT ? 4 : 2;
-  GemvArguments p = {};
-  p.weights = e.weights + expert * e.weight_bytes;
-  p.scales = (const u32*)((const u8*)e.scales + expert * e.scale_bytes);
-  p.x = e.x + (size_t)(blockIdx.y / e.share) * (INPUT == FRAGMENTS ? e.chunks * CHUNK : e.k);
-  p.order = e.order + expert * e.order_length;
-  p.out = (u8*)e.out + (size_t)blockIdx.y * (GATE ? e.n / 2 : e.n) * WIDTH;
-  p.n = e.n; p.tiles = e.tiles; p.chunks = e.chunks; p.groups = e.groups; p.unit_to_group = e.unit_to_group; p.k = e.k;
-  p.activation = e.activation;
-  gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, EPILOGUE, NORM, EVEN, INPUT, SPAN>(p);
 }

@@ -13,6 +13,7 @@ from .kernel_arguments import ADAPTED_GEMV, CHUNK, GEMV, NORM_RUNS, TILE
 from .kernel_source import BLOCK_THREADS, NORM_INPUTS, GemvVariant, Packing
 
 _TILE_BYTES = 544  # of a chunk of one tile in 4 bits, with its scales
+_MOST_WARPS, _MOST_TEAMS = BLOCK_THREADS // 32, 15  # of a block
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Tuning:
     stages: int = 4
     teams: int = 1  # tiles that a block works on at once
     blocks_per_processor: int = 4
+    first: int | None = None  # batches that a warp fetches before the kernel in front has ended, the others with x; None: all
+    fitted: bool = False  # with as many teams as leave little idle, see `fitted`
 
 
 @lru_cache(maxsize=256)
@@ -57,6 +60,18 @@ def likely_tunings(
 def layer_tuning(in_features: int, out_features: int, processors: int, *, experts: bool = False, normed: bool = False) -> Tuning:
     """The spread of a single layer's product on a GPU with so many processors. Chosen on an H200."""
     return likely_tunings(in_features, out_features, processors, experts=experts, normed=normed)[0]
+
+
+def fitted(tuning: Tuning, tiles: int, processors: int) -> Tuning:
+    """The spread of one block a processor, with the number of teams by which the processors have the fewest turns with a tile to
+    take: of equal ones that which is nearest to its own, then the larger."""
+
+    def cost(teams: int) -> tuple[float, int]:
+        blocks = -(-tiles // teams)
+        turns = -(-blocks // processors) * teams
+        return turns * (1 + 0.01 * abs(teams - tuning.teams)), -teams
+
+    return replace(tuning, teams=min(range(1, min(_MOST_TEAMS, _MOST_WARPS // tuning.split) + 1), key=cost))
 
 
 @lru_cache(maxsize=256)
@@ -117,6 +132,7 @@ class Plan:
     name: str
     blocks: int
     shared_bytes: int
+    first_batches: int  # Tuning.first
 
     @classmethod
     def of(
@@ -134,6 +150,8 @@ class Plan:
     ) -> "Plan":
         """`claimed`: a processor takes no more blocks at once than are meant for it. `trimmed`: a ring has no more stages than a
         warp has batches. Raises Unsuited if the GPU cannot compute the product."""
+        if tuning.fitted:
+            tuning = fitted(tuning, weight.tiles, gpu.processors)
         found = variant(
             weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted, weight.lasting
         )
@@ -143,7 +161,8 @@ class Plan:
             batches = -(-weight.chunks // (found.split * found.batch))
             found = replace(found, stages=max(2, min(found.stages, batches + 1)))
         used = found.shared_bytes(weight.chunks)
-        return cls(found, found.name, blocks, claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used)
+        shared = claimed_bytes(gpu, used, -(-blocks // gpu.processors)) if claimed else used
+        return cls(found, found.name, blocks, shared, found.stages if tuning.first is None else tuning.first)
 
 
 @dataclass(frozen=True)
@@ -229,5 +248,6 @@ def launch(
         eps=eps,
         offset=offset,
         centred=int(centred),
+        first_batches=plan.first_batches,
     )
     gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap)

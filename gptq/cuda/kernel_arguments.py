@@ -138,6 +138,7 @@ _GEMV = """
     float eps
     float offset           // added to the norm's weight; NATURAL and ORDERED only
     int centred            // the norm is a LayerNorm; NATURAL and ORDERED only
+    int first_batches      // of a warp's ring that are fetched before the previous kernel has ended; the others follow x
     """
 GEMV = Arguments("GemvArguments", _GEMV)
 ADAPTED_GEMV = Arguments(
