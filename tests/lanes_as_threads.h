@@ -1,0 +1,170 @@
+// What kernels take for granted on a GPU, with a thread of the processor for each lane. For kernels that copy, multiply and exchange
+// within one block at a time; nothing is fast here. common.cu is replaced by this file.
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct uint2 { u32 x, y; };
+struct float2 { float x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+#define DEVICE static inline __attribute__((unused))
+#define METHOD inline
+#define FULL 0xffffffffu
+#define __CUDA_ARCH__ 900
+#undef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#define __expf expf
+#define pause() ((void)0)
+using std::max;
+using std::min;
+enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE_BFLOAT };
+
+// -- lanes, warps, a block ---------------------------------------------------------------------------------------------
+
+struct Size { u32 x = 1, y = 1, z = 1; };
+struct Warp {
+  std::barrier<> meeting{32};
+  u32 shown[32], a[32][4], b[32][2];
+};
+static thread_local Size threadIdx, blockIdx;
+static Size blockDim, gridDim;
+static uint4 shared_words[1 << 14];
+static std::vector<std::unique_ptr<Warp>> warps;
+static std::unique_ptr<std::barrier<>> whole_block, named[16];
+
+static Warp& own_warp() { return *warps[threadIdx.x / 32]; }
+static void __syncthreads() { whole_block->arrive_and_wait(); }
+static void __syncwarp() { own_warp().meeting.arrive_and_wait(); }
+static void named_barrier(int number, int) { named[number]->arrive_and_wait(); }
+
+template <class Kernel> static void launch(int blocks, int threads, int team, const Kernel& kernel) {
+  blockDim.x = threads;
+  gridDim.x = blocks;
+  for (int block = 0; block < blocks; block++) {
+    memset(shared_words, 0xff, sizeof shared_words);
+    warps.clear();
+    for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
+    whole_block = std::make_unique<std::barrier<>>(threads);
+    for (auto& each : named) each = std::make_unique<std::barrier<>>(team);
+    std::vector<std::thread> lanes;
+    for (int i = 0; i < threads; i++)
+      lanes.emplace_back([&kernel, i, block] { threadIdx.x = i; blockIdx.x = block; kernel(); });
+    for (auto& each : lanes) each.join();
+  }
+}
+
+template <class T> static T shown_by(T v, int lane) {
+  static_assert(sizeof(T) == 4);
+  Warp& warp = own_warp();
+  memcpy(&warp.shown[threadIdx.x % 32], &v, 4);
+  __syncwarp();
+  memcpy(&v, &warp.shown[lane % 32], 4);
+  __syncwarp();
+  return v;
+}
+template <class T> static T __shfl_xor_sync(u32, T v, int bits) { return shown_by(v, threadIdx.x % 32 ^ bits); }
+template <class T> static T __shfl_sync(u32, T v, int lane) { return shown_by(v, lane); }
+static int __all_sync(u32, int) { abort(); }
+DEVICE float warp_sum(float v) {
+  for (int at = 16; at; at >>= 1) v += __shfl_xor_sync(FULL, v, at);
+  return v;
+}
+DEVICE float block_sum(float, float*) { abort(); }
+
+// -- numbers -----------------------------------------------------------------------------------------------------------
+
+static inline float __int_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+static inline int __float_as_int(float f) { int v; memcpy(&v, &f, 4); return v; }
+static inline int __float2int_rn(float f) { return (int)nearbyintf(f); }
+static inline float rsqrtf(float f) { return 1.f / sqrtf(f); }
+static inline u32 __byte_perm(u32 a, u32 b, u32 choice) {
+  const u64 both = (u64)b << 32 | a;
+  u32 r = 0;
+  for (int i = 0; i < 4; i++) r |= (u32)(both >> (choice >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return r;
+}
+DEVICE float to_float(u16 h) { _Float16 f; memcpy(&f, &h, 2); return f; }
+DEVICE u16 to_half(float f) { const _Float16 h = fminf(fmaxf(f, -65504.f), 65504.f); u16 r; memcpy(&r, &h, 2); return r; }
+DEVICE float from_bfloat(u16 b) { return __int_as_float((u32)b << 16); }
+DEVICE u16 to_bfloat(float) { abort(); }
+DEVICE u32 pair(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
+DEVICE u32 to_half2(float low, float high) { return pair(to_half(low), to_half(high)); }
+DEVICE float low_of(u32 h2) { return to_float((u16)h2); }
+DEVICE float high_of(u32 h2) { return to_float((u16)(h2 >> 16)); }
+DEVICE u32 sub2(u32 a, u32 b) { return to_half2(low_of(a) - low_of(b), high_of(a) - high_of(b)); }
+DEVICE u32 mul2(u32 a, u32 b) { return to_half2(low_of(a) * low_of(b), high_of(a) * high_of(b)); }
+DEVICE u32 fma2(u32 a, u32 b, u32 c) { return to_half2(fmaf(low_of(a), low_of(b), low_of(c)), fmaf(high_of(a), high_of(b), high_of(c))); }
+DEVICE u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
+DEVICE float larger(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : max(a, b); }
+
+// -- the matrix unit, as PTX says which lane has what (m16n8k32 of bytes) ------------------------------------------------
+
+DEVICE void mma(float (&)[4], const u32 (&)[4], u32, u32) { abort(); }
+DEVICE void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const int (&from)[4]) {
+  Warp& warp = own_warp();
+  const int lane = threadIdx.x % 32;
+  memcpy(warp.a[lane], a, sizeof a);
+  warp.b[lane][0] = b0;
+  warp.b[lane][1] = b1;
+  __syncwarp();
+  int sums[4];
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    sums[i] = from[i];
+    for (int k = 0; k < 32; k++) {
+      const u32 left = warp.a[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2], right = warp.b[column * 4 + k % 16 / 4][k / 16];
+      sums[i] += (int)(u8)(left >> k % 4 * 8) * (signed char)(right >> k % 4 * 8);
+    }
+  }
+  __syncwarp();
+  memcpy(c, sums, sizeof sums);
+}
+DEVICE int sum_bytes(u32 four, int more) {
+  for (int i = 0; i < 4; i++) more += (signed char)(four >> 8 * i);
+  return more;
+}
+template <int LANES> DEVICE u32 largest(u32 v) {
+  for (int at = 16; at; at >>= 1)
+    if (LANES & at) v = max(v, __shfl_xor_sync(FULL, v, at));
+  return v;
+}
+template <int LANES> DEVICE int added(int v) {
+  for (int at = 16; at; at >>= 1)
+    if (LANES & at) v += __shfl_xor_sync(FULL, v, at);
+  return v;
+}
+
+// -- memory: every copy is made at once --------------------------------------------------------------------------------
+
+template <class T> static T __ldg(const T* p) { return *p; }
+template <class T> static T __ldcg(const T* p) { return *p; }
+DEVICE uint4 stream4(const void* p) { return *(const uint4*)p; }
+DEVICE uint2 stream2(const void* p) { return *(const uint2*)p; }
+DEVICE u32 stream1(const void* p) { return *(const u32*)p; }
+DEVICE void prefetch_to_l2(const void*) {}
+DEVICE void prefetch_run(const void*, u32) {}
+template <int BYTES> DEVICE void copy_async(const void* from, void* to) { memcpy(to, from, BYTES); }
+DEVICE void commit_copies() {}
+template <int PENDING> DEVICE void wait_for_copies() {}
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void allow_next_kernel_to_start() {}
