@@ -104,7 +104,11 @@ def products(
     out = torch.zeros(8, width, device="cuda", dtype=torch.float16)
     residual = torch.zeros(8, n, device="cuda") if epilogue == "RESIDUAL" else None
     single = gemv.Plan.of(
-        gpu, weights[0], epilogue, normed, of_step([dict.fromkeys(ROLES, weights[0].packing)], gpu.capability)[role]
+        gpu,
+        weights[0],
+        epilogue,
+        normed,
+        of_step([dict.fromkeys(ROLES, weights[0].packing)], gpu.capability, gpu.shared_limit_bytes)[role],
     )
     gpu.add([single.variant])
     packing = weights[0].packing

@@ -7,10 +7,14 @@ counted from when it came: a short one beside long ones is read at once.
 
 from collections.abc import Callable
 from itertools import count
+from time import perf_counter
 
 PAUSE_S = 0.035  # that prompts may take between two tokens of the answers
-# where so many prompts wait, a round reads so much more: it also computes a step of those that do not
-_CROWDS = (8, 2.6), (4, 1.5)
+_LONGEST_S = 0.1  # of a round with its step, where many wait
+CROWD, LARGE_CROWD = (
+    (4, 1.5),
+    (8, 2.6),
+)  # where so many prompts wait, a round reads so much more: it also computes a step of the others
 _FIRST_TOKENS = 512  # of a round, before anything is measured
 _FEWEST_TOKENS = 64
 
@@ -35,6 +39,7 @@ class Turn:
         self.share += tokens
         self.read = True
         self._turns._left -= tokens
+        self._turns._read += tokens
 
     def close(self) -> None:
         self._turns._close(self)
@@ -49,14 +54,18 @@ class Turns:
         most_tokens: Callable[[], int],
         first_tokens: int = _FIRST_TOKENS,
         fewest_tokens: int = _FEWEST_TOKENS,
+        crowds: tuple[tuple[int, float], ...] = (CROWD,),
     ) -> None:
         """`busy`: whether answers are sampled meanwhile; `most_tokens`: of a piece; of a round, `first_tokens` before anything
-        is measured and `fewest_tokens` in any case."""
-        self._busy, self._most, self._fewest = busy, most_tokens, fewest_tokens
+        is measured and `fewest_tokens` in any case. `crowds`: how much more where so many wait, the largest first."""
+        self._busy, self._most, self._fewest, self._crowds = busy, most_tokens, fewest_tokens, crowds
         self._waiting: list[Turn] = []
         self._asked: set[int] = set()  # numbers of those that have asked in this round
         self._numbers = count()
         self._left = 0  # tokens that may still be read in this round
+        self._began: float | None = None  # this round, on perf_counter()
+        self._read = 0  # tokens of this round
+        self._rest_s = 0.0  # what a round takes beside its prompts: a step of the others
         self.tokens = first_tokens  # that take PAUSE_S
 
     @property
@@ -67,12 +76,20 @@ class Turns:
     @property
     def is_crowded(self) -> bool:
         """Whether so many prompts wait that a round reads as much as streams can bear."""
-        return self._share == _CROWDS[0][1]
+        return self._share == LARGE_CROWD[1]
 
     @property
     def _share(self) -> float:
         waiting = sum(not each.blocked for each in self._waiting)
-        return next((share for crowd, share in _CROWDS if waiting >= crowd), 1.0)
+        return next((share for crowd, share in self._crowds if waiting >= crowd), 1.0)
+
+    def _begin_round(self) -> None:
+        now = perf_counter()
+        if self._began is not None and self._read:
+            rest = now - self._began - self._read * PAUSE_S / self.tokens
+            self._rest_s += (min(max(rest, 0.0), _LONGEST_S) - self._rest_s) / 4
+        self._began, self._read = now if self._busy() else None, 0
+        self._asked.clear()
 
     def join(self) -> Turn:
         least = min(self._waiting, key=lambda each: each.share, default=None)
@@ -91,9 +108,10 @@ class Turns:
     def _ask(self, turn: Turn, wanted: int) -> int:
         whole = self._most()
         if self._busy():
-            whole = min(whole, int(self.tokens * self._share))
+            most = max(1.0, (_LONGEST_S - self._rest_s) / PAUSE_S)
+            whole = min(whole, int(self.tokens * min(self._share, most)))
         if turn.number in self._asked or not self._asked:  # who asks again has been waited for by all others
-            self._asked.clear()
+            self._begin_round()
             self._left = whole
         self._left = min(self._left, whole)
         self._asked.add(turn.number)

@@ -9,7 +9,7 @@ from test_cuda_step import SMALL, error, put, random_models
 
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq import lora
-from gptq_webui.gptq.cuda import cuda_step, gemv
+from gptq_webui.gptq.cuda import adapted_step, cuda_step, gemv
 from gptq_webui.gptq.cuda.adapter_rows import MOST_RANK
 from gptq_webui.gptq.cuda.cuda_adapter import ENTRY_BYTES, CudaAdapter, Matrices, adaptable_layers
 from gptq_webui.gptq.cuda.cuda_layers import gate_up_columns, products
@@ -99,12 +99,34 @@ def test_an_adapter_of_one_row_is_inside_the_products_that_it_changes(monkeypatc
     assert len(gpu.launched) == 12 and not any("_adapted" in name for name in gpu.launched)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+@pytest.mark.parametrize("roles", [("qkv",), ("o", "down"), ("gate_up",)])
+@pytest.mark.parametrize("rank", [4, 80])
+def test_every_product_beside_an_adapter_is_compiled(bits, capability, roles, rank, monkeypatch):
+    monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
+    monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())  # no fp32 sums on the CPU
+    torch.manual_seed(0)
+    parts = random_models.random_models(**{**SMALL, "group_size": 64, "layers": 1, "bits": bits}, device="cpu")
+    given = adapter_parts(parts, 1, rank=rank, roles=roles)
+    gpu = RecordingGpu()
+    gpu.capability = capability
+    step = CudaStep(parts, 64, parallel=4, gpu=gpu)
+    adapter = CudaAdapter([(given, 1.0)], step.adaptable, step.weights.layers)
+    for rows in (1, 2, 4):
+        gpu.launched.clear()
+        step.step_rows(rows, False, {0: adapter, **dict.fromkeys(range(1, rows))})
+        assert len(gpu.launched) > 6
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_of_two_and_three_bits_only_a_step_without_an_adapter_has_one_block_a_processor(bits, monkeypatch):
     monkeypatch.setattr(cuda_step, "GraphRecorder", Recorder)
     torch.manual_seed(0)
     parts = random_models.random_models(**{**SMALL, "group_size": 64, "layers": 1, "bits": bits}, device="cpu")
-    step = CudaStep(parts, 64, gpu=RecordingGpu())
+    gpu = RecordingGpu()
+    gpu.capability = (8, 9)  # where teams do not follow the width
+    step = CudaStep(parts, 64, gpu=gpu)
     assert {each.blocks_per_processor for each in step.tunings.values()} == {1}
     assert (step._plans[0]["gate_up"].variant.teams, step.adapted._plans[0]["gate_up"].variant.teams) == (2, 1)
     step.tune({"gate_up": Tuning(4, 2, 3, 3)})

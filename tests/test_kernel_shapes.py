@@ -130,7 +130,7 @@ def test_teams_are_as_many_as_leave_processors_busy(split, teams, tiles, wanted)
 
 @pytest.mark.parametrize("tiles", [1, 7, 100, 999, 5000])
 @pytest.mark.parametrize("processors", [1, 40, 114, 132])
-def test_teams_fit_a_block_and_no_others_take_fewer_turns(tiles, processors):
+def test_teams_fit_a_block_and_take_no_more_turns_than_the_spread_s_own(tiles, processors):
     def turns(teams):
         blocks = -(-tiles // teams)
         return -(-blocks // processors) * teams
@@ -141,13 +141,24 @@ def test_teams_fit_a_block_and_no_others_take_fewer_turns(tiles, processors):
         assert turns(found) <= turns(teams)
 
 
-def test_spreads_of_every_width_of_weights_are_kernels_that_a_block_has_room_for():
-    for capability, limit in (((7, 5), 64), ((8, 6), 99), ((8, 0), 163), ((9, 0), 227)):
-        for bits in (2, 3, 4, 8):
-            packing = Packing(bits, False, 1)
-            spreads = step_spreads.of_step([dict.fromkeys(ROLES, packing)], capability)
-            for role, inputs in (("qkv", 8192), ("o", 8192), ("gate_up", 8192), ("down", 28672)):
-                plan = gemv.variant(packing, inputs, EPILOGUES[role], role in NORMED, spreads[role], limit * 1024, lasting=True)
+@pytest.mark.parametrize(("capability", "limit"), [((7, 5), 64), ((8, 6), 99), ((8, 0), 163), ((9, 0), 227), ((12, 0), 99)])
+@pytest.mark.parametrize(("hidden", "inner"), [(2048, 5632), (4096, 11008), (4096, 14336), (5120, 13824), (8192, 28672)])
+def test_spreads_of_every_width_of_weights_are_kernels_that_a_block_has_room_for(capability, limit, hidden, inner):
+    for bits in (2, 3, 4, 8):
+        packing = Packing(bits, False, 1)
+        spreads = step_spreads.of_step([dict.fromkeys(ROLES, packing)], capability, limit * 1024)
+        assert any(each.fitted for each in spreads.values()) == (capability == (9, 0) and bits < 8)
+        for role, inputs, outputs in (
+            ("qkv", hidden, hidden * 3),
+            ("o", hidden, hidden),
+            ("gate_up", hidden, inner * 2),
+            ("down", inner, hidden),
+        ):
+            for own in {spreads[role], gemv.fitted(spreads[role], outputs // 16, 132) if spreads[role].fitted else spreads[role]}:
+                plan = gemv.variant(packing, inputs, EPILOGUES[role], role in NORMED, own, limit * 1024, lasting=True)
                 assert plan.shared_bytes(inputs // 64) <= limit * 1024 and plan.threads <= 1024
-    mixed = step_spreads.of_step([dict.fromkeys(ROLES, Packing(4, True, 1)), dict.fromkeys(ROLES, Packing(8, True, 1))], (9, 0))
-    assert not any(each.fitted for each in mixed.values()), "those of one width are for models of one width"
+
+
+def test_spreads_of_one_width_of_weights_are_for_models_of_one_width():
+    both = [dict.fromkeys(ROLES, Packing(bits, True, 1)) for bits in (4, 8)]
+    assert not any(each.fitted for each in step_spreads.of_step(both, (9, 0), 227 * 1024).values())

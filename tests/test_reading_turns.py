@@ -1,6 +1,9 @@
 """Whose prompt is read next, and how much of it. Runs on any machine."""
 
-from gptq_webui.gptq.reading_turns import PAUSE_S, Turns
+import pytest
+
+from gptq_webui.gptq import reading_turns
+from gptq_webui.gptq.reading_turns import CROWD, LARGE_CROWD, PAUSE_S, Turns
 
 
 def rounds(turns, waiting, count):
@@ -58,11 +61,33 @@ def test_where_many_prompts_wait_more_is_read_in_a_round():
     turns.tokens = 2000
     waiting[3].blocked = False
     assert sum(rounds(turns, waiting, 1)[0].values()) == 2048, "a piece has its size"
-    turns.tokens = 500
-    waiting |= {at: turns.join() for at in range(4, 7)}
-    assert sum(rounds(turns, waiting, 1)[0].values()) == 750 and not turns.is_crowded
-    waiting[7] = turns.join()
-    assert sum(rounds(turns, waiting, 1)[0].values()) == 1300 and turns.is_crowded
+
+
+def test_where_eight_wait_a_round_reads_as_much_as_streams_can_bear_where_that_is_wanted():
+    for crowds, wanted in (((LARGE_CROWD, CROWD), 1300), ((CROWD,), 750)):
+        turns = Turns(lambda: True, lambda: 2048, crowds=crowds)
+        turns.tokens = 500
+        waiting = {at: turns.join() for at in range(7)}
+        assert sum(rounds(turns, waiting, 1)[0].values()) == 750 and not turns.is_crowded
+        waiting[7] = turns.join()
+        assert sum(rounds(turns, waiting, 1)[0].values()) == wanted and turns.is_crowded == (wanted == 1300)
+
+
+@pytest.mark.parametrize(("step_s", "longest_s"), [(0.002, 0.094), (0.02, 0.105), (0.06, 0.11), (0.3, 0.34)])
+def test_a_round_with_its_step_is_no_longer_than_a_stream_may_pause(step_s, longest_s, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(reading_turns, "perf_counter", lambda: now)
+    turns = Turns(lambda: True, lambda: 100_000, crowds=(LARGE_CROWD, CROWD))
+    for _ in range(20):  # a GPU that reads 10,000 tokens a second
+        turns.measured(turns.tokens, turns.tokens / 10_000)
+    waiting = {at: turns.join() for at in range(64)}
+    took = []
+    for _ in range(40):
+        read = sum(rounds(turns, waiting, 1)[0].values())
+        took.append(read / 10_000 + step_s)
+        now += took[-1]
+    assert max(took[20:]) <= longest_s
+    assert min(took[20:]) >= step_s + PAUSE_S - 0.01
 
 
 def test_what_a_whole_round_has_room_for_is_read_at_once():
@@ -109,16 +134,6 @@ def test_pieces_are_as_long_as_a_pause_may_be():
     turns.tokens = known
     turns.measured(3 * known, 3 * known / 10_000)
     assert abs(turns.tokens - known) <= 64, "a piece of a round that reads more says what a usual one takes"
-
-
-def test_no_round_is_longer_than_a_stream_may_pause():
-    turns = Turns(lambda: True, lambda: 100_000)
-    for _ in range(20):
-        turns.measured(turns.tokens, turns.tokens / 10_000)
-    for _ in range(64):
-        turns.join()
-    first = min(turns._waiting, key=lambda each: each.number)
-    assert 0.06 < first.tokens() / 10_000 < 0.1
 
 
 def test_where_nobody_writes_a_piece_is_as_long_as_the_memory_allows():

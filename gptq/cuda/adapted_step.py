@@ -64,7 +64,8 @@ class AdaptedStep:
                     spread = octet.SPREADS["gate_up"][most]
                     self._gated[most] = [octet.Plan.of(gpu, layer.gate_up, "PLAIN", True, most, spread) for layer in layers]
         plain = small_batch.every_variant(gpu, [(layer.gate_up.packing, "PLAIN") for layer in layers])
-        gpu.add_missing([*(each.variant for plans in self._gated.values() for each in plans), *plain])
+        own = [each.variant for four in self._plans for each in four.values()]
+        gpu.add_missing([*own, *(each.variant for plans in self._gated.values() for each in plans), *plain])
         rows, device = sequences.rows, sequences.device
         self._buffers = Buffers.of(shape, layers[0], rows)
         self._work = AttentionWork(gpu, shape, rows)

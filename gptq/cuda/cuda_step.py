@@ -6,8 +6,8 @@
     gate, up   norm, product, SiLU(gate) * up, in the next input's order
     down       as o
 
-Every kernel begins while the previous one still runs, and loads its first weights before it waits. Prompts are read in
-prompt.py; several sequences at once are computed in batch_step.py.
+Every kernel begins while the previous one still runs. Its first weights are loaded before it waits, or with its input. Prompts
+are read in prompt.py; several sequences at once are computed in batch_step.py.
 """
 
 import logging
@@ -72,7 +72,7 @@ class CudaStep:
         self.shape = shape = ModelShape.of(parts, context_tokens, q8=q8)
         packings = [packings_of(layer) for layer in parts.layers]
         self.gpu, self._own_gpu = gpu or Gpu(self.device), gpu is None
-        self.tunings = step_spreads.of_step(packings, self.gpu.capability) | (tunings or {})
+        self.tunings = step_spreads.of_step(packings, self.gpu.capability, self.gpu.shared_limit_bytes) | (tunings or {})
         self._adapted_tunings = step_spreads.of_adapted_step(packings) | (tunings or {})
         self._require_room(parts, packings)
         products = [(each[role], EPILOGUES[role]) for each in packings for role in ROLES]

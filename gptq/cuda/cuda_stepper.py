@@ -19,7 +19,7 @@ from ..grammar_mask import GrammarMask
 from ..lora import Part
 from ..patched_forward import ForwardPatch
 from ..prefix_cache import PrefixCache
-from ..reading_turns import Turns
+from ..reading_turns import CROWD, LARGE_CROWD, Turns
 from ..running import Running
 from ..stepper import Memory, Reading, Stepper
 from ..token_ids import require_known
@@ -79,7 +79,7 @@ class CudaStepper(Stepper):
         self.page_room = PageRoom(step.pages)
         self._answers = Answers(step, self.page_room, parallel, AnswerGuesses(step) if guesses else None)
         self._answers.resume = self._read_again
-        self.turns = Turns(lambda: self._answers.busy, self.piece_limit)
+        self.turns = Turns(lambda: self._answers.busy, self.piece_limit, crowds=(LARGE_CROWD, CROWD))
         self._pieces = AskedPieces(self._read_pieces)
         self._answers.launch_prompts = self._pieces.flush
         self._timed: deque[tuple[int, Any, Any]] = deque()  # tokens of a prompt's piece, marks before and after

@@ -1,4 +1,6 @@
-// Chunks of two, three or four bits times the digits of one row (digits.cu), by the matrix unit.
+// Chunks of two, three or four bits times the digits of one row (digits.cu), by the matrix unit's products of bytes. Four weights of a
+// word are taken by one `and`, where they lie in its bytes. The high digits are a column of the matrix unit, the low ones another, so
+// their sums are exact and cost nothing more. Zeros are subtracted with the sum of a block's digits, once for each scale.
 
 // Four weights of each of r and r + 8 in two steps: those of steps 2 * half and 2 * half + 1.
 template <int BITS> DEVICE void byte_fragment(const u32* w, int half, u32 (&a)[4]) {

@@ -1,7 +1,5 @@
-// Chunks of two, three or four bits times one row, by the matrix unit's products of bytes. Four weights of a word are taken by one `and`,
-// where they lie in its bytes. An input is two digits of a byte, high and low, times a power of what the largest of its block is:
-// the high ones are a column of the matrix unit, the low ones another, so their sums are exact and cost nothing more. Zeros are
-// subtracted with the sum of a block's digits, once for each scale.
+// The input of one row as digits of a byte, for products of bytes with two, three or four bits (digit_products.cu). An input is two
+// digits, high and low, times what the largest of its block gives.
 
 #define DIGITS 32639.f      // 127 * 256 + 127: the largest number of two digits
 #define MAGIC 12582912.f    // 1.5 * 2^23: added to an integer below 2^22, it is the float whose last bits are that integer

@@ -2,7 +2,7 @@
 //
 // A warp multiplies tiles of 16 outputs with the matrix unit; the sums are fp32. KS warps (a team) share a tile, each takes
 // a range of its chunks, and their sums are added in a fixed order: no atomics, so the bits are the same every time. The
-// first weights are on their way before the kernel waits for the previous one, which hides the start of the kernel.
+// first weights are on their way before the kernel waits for the previous one, or, where its input would come behind them, right after it.
 // Kernels are small on purpose: code that runs once is read from memory as the weights are.
 
 // -- the weights, on their way through a ring in shared memory ---------------------------------------------------------

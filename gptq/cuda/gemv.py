@@ -63,8 +63,8 @@ def layer_tuning(in_features: int, out_features: int, processors: int, *, expert
 
 
 def fitted(tuning: Tuning, tiles: int, processors: int) -> Tuning:
-    """The spread of one block a processor, with the number of teams by which the processors have the fewest turns with a tile to
-    take: of equal ones that which is nearest to its own, then the larger."""
+    """The spread of one block a processor, with a number of teams by which processors have few turns with a tile to take. A
+    team more or less than its own counts as a hundredth of them."""
 
     def cost(teams: int) -> tuple[float, int]:
         blocks = -(-tiles // teams)

@@ -20,6 +20,7 @@ _BY_BITS = {  # what differs with 2 and 3 bits, one role after the other: one bl
     2: {"qkv": Tuning(4, 8, 2, 3, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(7, 8, 2, 2, 1)},
     3: {"qkv": Tuning(8, 8, 2, 2, 1), "gate_up": Tuning(8, 8, 2, 2, 1), "down": Tuning(8, 4, 3, 2, 1)},
 }
+_ROOM_BYTES = 200 << 10  # that rings of these take
 _HOPPER_BY_BITS = {
     2: {
         "qkv": Tuning(4, 8, 2, 3, 1, first=0, fitted=True),
@@ -46,9 +47,9 @@ _ADAPTED_BY_BITS = {  # the same of an AdaptedStep, whose launches claim no proc
 }
 
 
-def of_step(packings: Sequence[Packings], capability: tuple[int, int]) -> dict[str, Tuning]:
-    """By role, of a model whose layers have these packings, on a GPU of that compute capability."""
-    return _of(packings, _HOPPER_BY_BITS if capability >= HOPPER else _BY_BITS)
+def of_step(packings: Sequence[Packings], capability: tuple[int, int], shared_limit_bytes: int) -> dict[str, Tuning]:
+    """By role, of a model whose layers have these packings, on a GPU of that compute capability and shared memory for a block."""
+    return _of(packings, _HOPPER_BY_BITS if capability >= HOPPER and shared_limit_bytes >= _ROOM_BYTES else _BY_BITS)
 
 
 def of_adapted_step(packings: Sequence[Packings]) -> dict[str, Tuning]:
