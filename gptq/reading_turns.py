@@ -127,3 +127,4 @@ class Turns:
             self._waiting.remove(turn)
         if all(each.blocked for each in self._waiting):  # nobody is left to ask again, which would begin the next round
             self._asked.clear()
+            self._began = None

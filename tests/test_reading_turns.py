@@ -88,6 +88,12 @@ def test_a_round_with_its_step_is_no_longer_than_a_stream_may_pause(step_s, long
         now += took[-1]
     assert max(took[20:]) <= longest_s
     assert min(took[20:]) >= step_s + PAUSE_S - 0.01
+    for each in waiting.values():
+        each.close()
+    now += 1000  # nobody waits for so long
+    waiting = {at: turns.join() for at in range(64)}
+    for each in rounds(turns, waiting, 2):
+        assert abs(sum(each.values()) / 10_000 + step_s - took[-1]) < 0.01
 
 
 def test_what_a_whole_round_has_room_for_is_read_at_once():
