@@ -40,7 +40,8 @@ static std::vector<float> multiplied(Product r, int blocks, int teams, int first
   r.out.assign(r.out.size(), NAN);
   r.p.weights = r.words.data(); r.p.scales = r.scales.data(); r.p.x = r.x.data(); r.p.norm = r.norm.data(); r.p.out = r.out.data();
   r.p.first_batches = first;
-  launch(blocks, 32 * KS * teams, 32 * KS, [&r] { gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, FLOAT, NORM, EVEN, FRAGMENTS, SPAN>(r.p); });
+  auto kernel = [&r] { gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, FLOAT, NORM, EVEN, FRAGMENTS, SPAN>(r.p); };
+  launch(blocks, 32 * KS * teams, 32 * KS, kernel);
   return r.out;
 }
 

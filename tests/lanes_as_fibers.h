@@ -1,8 +1,7 @@
-// What kernels take for granted on a GPU, with a thread of the processor for each lane. For kernels that copy, multiply and exchange
-// within one block at a time; nothing is fast here. common.cu is replaced by this file.
+// What kernels take for granted on a GPU, with a fiber of one thread for each lane: it runs until it waits for others. For kernels
+// that copy, multiply and exchange within one block at a time. common.cu is replaced by this file.
 
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,8 +9,8 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
+#include <ucontext.h>
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -42,34 +41,78 @@ enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE
 // -- lanes, warps, a block ---------------------------------------------------------------------------------------------
 
 struct Size { u32 x = 1, y = 1, z = 1; };
+static Size threadIdx, blockIdx, blockDim, gridDim;  // threadIdx: of the lane that runs
+static uint4 shared_words[1 << 14];
+
+struct Lane {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 17);
+  bool ended = false;
+};
+static std::vector<std::unique_ptr<Lane>> lanes;
+static ucontext_t scheduler;
+static bool moved;  // a lane ended or passed a meeting since all were asked last
+static void others() { swapcontext(&lanes[threadIdx.x]->context, &scheduler); }
+
+struct Meeting {
+  int size = 0, arrived = 0, turn = 0;
+  void wait() {
+    const int own = turn;
+    if (++arrived == size) { arrived = 0; turn++; moved = true; }
+    while (turn == own) others();
+  }
+};
 struct Warp {
-  std::barrier<> meeting{32};
+  Meeting meeting{32};
   u32 shown[32], a[32][4], b[32][2];
 };
-static thread_local Size threadIdx, blockIdx;
-static Size blockDim, gridDim;
-static uint4 shared_words[1 << 14];
-static std::vector<std::unique_ptr<Warp>> warps;
-static std::unique_ptr<std::barrier<>> whole_block, named[16];
+static std::vector<Warp> warps;
+static Meeting whole_block, named[16];
 
-static Warp& own_warp() { return *warps[threadIdx.x / 32]; }
-static void __syncthreads() { whole_block->arrive_and_wait(); }
-static void __syncwarp() { own_warp().meeting.arrive_and_wait(); }
-static void named_barrier(int number, int) { named[number]->arrive_and_wait(); }
+static Warp& own_warp() { return warps[threadIdx.x / 32]; }
+static void __syncthreads() { whole_block.wait(); }
+static void __syncwarp() { own_warp().meeting.wait(); }
+static void named_barrier(int number, int) { named[number].wait(); }
 
-template <class Kernel> static void launch(int blocks, int threads, int team, const Kernel& kernel) {
+static void (*run_lane)();
+static void lane_begins() {
+  run_lane();
+  lanes[threadIdx.x]->ended = moved = true;
+  others();
+}
+
+// The blocks one after the other. `team`: threads that meet at a named barrier.
+template <class Kernel> static void launch(int blocks, int threads, int team, Kernel& kernel) {
+  static Kernel* now;
+  now = &kernel;
+  run_lane = [] { (*now)(); };
   blockDim.x = threads;
   gridDim.x = blocks;
   for (int block = 0; block < blocks; block++) {
+    blockIdx.x = block;
     memset(shared_words, 0xff, sizeof shared_words);
-    warps.clear();
-    for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
-    whole_block = std::make_unique<std::barrier<>>(threads);
-    for (auto& each : named) each = std::make_unique<std::barrier<>>(team);
-    std::vector<std::thread> lanes;
-    for (int i = 0; i < threads; i++)
-      lanes.emplace_back([&kernel, i, block] { threadIdx.x = i; blockIdx.x = block; kernel(); });
-    for (auto& each : lanes) each.join();
+    warps.assign(threads / 32, Warp());
+    whole_block = {threads};
+    for (auto& each : named) each = {team};
+    lanes.clear();
+    for (int i = 0; i < threads; i++) {
+      lanes.push_back(std::make_unique<Lane>());
+      Lane& lane = *lanes.back();
+      getcontext(&lane.context);
+      lane.context.uc_stack.ss_sp = lane.stack.data();
+      lane.context.uc_stack.ss_size = lane.stack.size();
+      makecontext(&lane.context, lane_begins, 0);
+    }
+    for (bool left = true; left;) {
+      left = moved = false;
+      for (int i = 0; i < threads; i++) {
+        if (lanes[i]->ended) continue;
+        threadIdx.x = i;
+        swapcontext(&scheduler, &lanes[i]->context);
+        left = left || !lanes[i]->ended;
+      }
+      if (left && !moved) { fprintf(stderr, "lanes wait for each other\n"); abort(); }
+    }
   }
 }
 
