@@ -11,10 +11,8 @@ from time import perf_counter
 
 PAUSE_S = 0.035  # that prompts may take between two tokens of the answers
 _LONGEST_S = 0.1  # of a round with its step, where many wait
-CROWD, LARGE_CROWD = (
-    (4, 1.5),
-    (8, 2.6),
-)  # where so many prompts wait, a round reads so much more: it also computes a step of the others
+# Where so many prompts wait, a round reads so much more: it also computes a step of the others.
+CROWD, LARGE_CROWD = (4, 1.5), (8, 2.6)
 _FIRST_TOKENS = 512  # of a round, before anything is measured
 _FEWEST_TOKENS = 64
 

@@ -124,7 +124,7 @@ def test_the_output_layer_stages_every_input(hidden, threads):
     ],
 )
 def test_teams_are_as_many_as_leave_processors_busy(split, teams, tiles, wanted):
-    found = gemv.fitted(Tuning(split, 4, 3, teams, 1, first=1, fitted=True), tiles, 132)
+    found = gemv.fit_teams(Tuning(split, 4, 3, teams, 1, first=1, fitted=True), tiles, 132)
     assert found.teams == wanted and (found.split, found.batch, found.stages, found.first) == (split, 4, 3, 1)
 
 
@@ -136,7 +136,7 @@ def test_teams_fit_a_block_and_take_no_more_turns_than_the_spread_s_own(tiles, p
         return -(-blocks // processors) * teams
 
     for split, teams in ((1, 14), (4, 3), (8, 2), (14, 2), (32, 1)):
-        found = gemv.fitted(Tuning(split, 4, 3, teams, 1), tiles, processors).teams
+        found = gemv.fit_teams(Tuning(split, 4, 3, teams, 1), tiles, processors).teams
         assert 1 <= found <= 15 and split * found <= 32
         assert turns(found) <= turns(teams)
 
@@ -154,7 +154,10 @@ def test_spreads_of_every_width_of_weights_are_kernels_that_a_block_has_room_for
             ("gate_up", hidden, inner * 2),
             ("down", inner, hidden),
         ):
-            for own in {spreads[role], gemv.fitted(spreads[role], outputs // 16, 132) if spreads[role].fitted else spreads[role]}:
+            for own in {
+                spreads[role],
+                gemv.fit_teams(spreads[role], outputs // 16, 132) if spreads[role].fitted else spreads[role],
+            }:
                 plan = gemv.variant(packing, inputs, EPILOGUES[role], role in NORMED, own, limit * 1024, lasting=True)
                 assert plan.shared_bytes(inputs // 64) <= limit * 1024 and plan.threads <= 1024
 

@@ -239,19 +239,15 @@ DEVICE void gemv(const Arguments& p) {
       const u8* words = ring.ring + slot * Ring::SLOT;
       const u8* scales = words + BATCH * Ring::CHUNK_BYTES;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
-      if constexpr (GROUP > 1) {
-        const u8* own = digits + (chunk + lane / 8 % GROUP * LASTING) * CHUNK * 2 + lane % 8 * 16;
-        const float4* x = inputs + ((u32)chunk / LASTING + lane % GROUP) * 2;
 #pragma unroll
-        for (int i = 0; i < BATCH; i += GROUP * LASTING)
-          multiply_group<BITS, SYM, LASTING, GROUP>(words + i * Ring::CHUNK_BYTES, scales + i / LASTING * Ring::SCALE_BYTES, own + i * CHUNK * 2,
-                                                    x + i / LASTING * 2, magic, lane, row, row8);
-      }
-#pragma unroll
-      for (int i = 0; i < BATCH && GROUP == 1; i += LASTING) {
+      for (int i = 0; i < BATCH; i += GROUP * LASTING) {
         if (EVEN || chunk + i < end) {
           const u8 *own = words + i * Ring::CHUNK_BYTES, *own_scales = scales + i / LASTING * UNITS * Ring::SCALE_BYTES;
-          if constexpr (DIGITS_OF_X) {
+          if constexpr (GROUP > 1) {
+            const u8* read = digits + (chunk + i + lane / 8 % GROUP * LASTING) * CHUNK * 2 + lane % 8 * 16;
+            const float4* x = inputs + ((u32)chunk / LASTING + i / LASTING + lane % GROUP) * 2;
+            multiply_group<BITS, SYM, LASTING, GROUP>(own, own_scales, read, x, magic, lane, row, row8);
+          } else if constexpr (DIGITS_OF_X) {
             uint4 (&b)[LASTING] = pieces[i / LASTING % 2];
             if (holds_digits) {
 #pragma unroll

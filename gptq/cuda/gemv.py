@@ -26,7 +26,7 @@ class Tuning:
     teams: int = 1  # tiles that a block works on at once
     blocks_per_processor: int = 4
     first: int | None = None  # batches that a warp fetches before the kernel in front has ended, the others with x; None: all
-    fitted: bool = False  # with as many teams as leave little idle, see `fitted`
+    fitted: bool = False  # with as many teams as leave few processors idle, see fit_teams
 
 
 @lru_cache(maxsize=256)
@@ -62,7 +62,7 @@ def layer_tuning(in_features: int, out_features: int, processors: int, *, expert
     return likely_tunings(in_features, out_features, processors, experts=experts, normed=normed)[0]
 
 
-def fitted(tuning: Tuning, tiles: int, processors: int) -> Tuning:
+def fit_teams(tuning: Tuning, tiles: int, processors: int) -> Tuning:
     """The spread of one block a processor, with a number of teams by which processors have few turns with a tile to take. A
     team more or less than its own counts as a hundredth of them."""
 
@@ -132,7 +132,7 @@ class Plan:
     name: str
     blocks: int
     shared_bytes: int
-    first_batches: int  # Tuning.first
+    first_batches: int  # that a warp fetches before the kernel in front has ended
 
     @classmethod
     def of(
@@ -151,7 +151,7 @@ class Plan:
         """`claimed`: a processor takes no more blocks at once than are meant for it. `trimmed`: a ring has no more stages than a
         warp has batches. Raises Unsuited if the GPU cannot compute the product."""
         if tuning.fitted:
-            tuning = fitted(tuning, weight.tiles, gpu.processors)
+            tuning = fit_teams(tuning, weight.tiles, gpu.processors)
         found = variant(
             weight.packing, weight.in_features, epilogue, norm, tuning, gpu.shared_limit_bytes, input, adapted, weight.lasting
         )
