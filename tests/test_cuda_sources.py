@@ -62,7 +62,17 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
         for rows in octet.ROWS
         for epilogue, norm in (("PLAIN", 2), ("SILU", 1), ("RESIDUAL", 0))
     ]
-    variants += [OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2)] * (FAMILIES[family] >= (9, 0))
+    variants += [
+        OctetVariant(Packing(bits, bits > 2, units), epilogue, rows, norm, 4, 2, 3, 2, even, 1, span, True)
+        for bits, units, epilogue, rows, norm, even, span in (
+            (2, 1, "PLAIN", 2, 2, True, 2), (3, 2, "SILU", 4, 1, True, 1), (4, 1, "RESIDUAL", 8, 0, False, 2)
+        )
+    ]  # fmt: skip
+    if FAMILIES[family] >= (9, 0):
+        variants += [
+            OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2, span, follow)
+            for span, follow in ((0, False), (0, True), (2, True))
+        ]
     variants += [
         ClusterBatchVariant(packing, epilogue, columns, norm, 2, 2, 2, 3, 2)
         for packing, (epilogue, norm, columns) in zip(

@@ -1,6 +1,7 @@
 """The numbers that decide a kernel, without a GPU: the order of inputs, groups of units, what fits into a GPU's shared memory."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,17 +83,20 @@ def test_a_product_fits_into_the_shared_memory_of_every_family(family, in_featur
 def test_the_product_of_a_octet_fits_or_is_left_to_the_kernels_of_many(family, rows, role):
     limit, hopper, spread = LIMITS[family] * 1024, family == "Hopper", octet.SPREADS[role][rows]
     fits = 0
-    for packing, in_features in itertools.product((Packing(4, True, 1), Packing(8, False, 4)), (4096, 8192, 14336, 28672)):
+    packings = ((Packing(4, True, 1), False), (Packing(8, False, 4), False), (Packing(4, True, 1), True))
+    for (packing, digits), in_features in itertools.product(packings, (4096, 8192, 14336, 28672)):
+        spread = replace(spread, digits=digits)
         epilogue, norm = {"qkv": ("PLAIN", True), "gate_up": ("SILU", True)}.get(role, ("RESIDUAL", False))
         try:
-            found = octet.variant(packing, in_features, epilogue, norm, rows, spread, limit, 3, hopper)
+            found = octet.variant(packing, in_features, epilogue, norm, rows, spread, limit, 3, hopper, digits)
+            assert found.span == (2 - found.batch % 2 if digits else 0)
         except Unsuited as error:
             assert f"{rows} rows of {in_features} inputs" in str(error)
             continue
         fits += 1
         assert found.shared_bytes(-(-in_features // 64), 3) <= limit and (hopper or found.cluster == 1)
-        assert not norm or found.norm * 8 * found.threads >= in_features
-    assert fits >= (4 if role in ("qkv", "gate_up") else 8) * hopper
+        assert not norm or digits or found.norm * 8 * found.threads >= in_features
+    assert fits >= (6 if role in ("qkv", "gate_up") else 12) * hopper
 
 
 def test_a_norm_wider_than_a_block_is_refused_in_words():

@@ -53,3 +53,17 @@ DEVICE void wait_for_sent(u64* barrier) {
   while (!there);
 #endif
 }
+// Adds the floats that lie at the same address of the shared memory of block `rank`: one, two or four.
+template <int PER> DEVICE void add_of_block(const float* at, int rank, float (&y)[PER]) {
+#if __CUDA_ARCH__ >= 900
+  float v[4] = {};
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank));
+  if constexpr (PER == 4)
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(there) : "memory");
+  else if constexpr (PER == 2) asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(there) : "memory");
+  else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v[0]) : "r"(there) : "memory");
+#pragma unroll
+  for (int j = 0; j < PER; j++) y[j] += v[j];
+#endif
+}

@@ -69,6 +69,7 @@ class Plan:
     name: str
     blocks: int
     shared_bytes: int
+    first_batches: int = 0  # its kernels do not ask
 
     @classmethod
     def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, rows: int, spread: Spread) -> "Plan":

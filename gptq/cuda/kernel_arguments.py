@@ -227,6 +227,7 @@ OCTET = Arguments(
     int rows
     int out_stride
     float eps
+    int first_batches      // as of GemvArguments
     """,
 )
 SMALL_BATCH = Arguments(

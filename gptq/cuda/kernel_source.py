@@ -26,6 +26,8 @@ _TEMPLATES = (
     "gemv.cu",
     "expert_gemv.cu",
     "cluster.cu",
+    "row_sums.cu",
+    "octet_digits.cu",
     "octet.cu",
     "small_batch.cu",
     "warpgroup.cu",
@@ -172,22 +174,26 @@ class OctetVariant:
     packing: Packing
     epilogue: str  # PLAIN, SILU, RESIDUAL
     rows: int  # 2, 4, 8
-    norm: int  # runs of 8 inputs of each row that a thread norms; 0: no norm
+    norm: int  # runs of 8 inputs of each row that a thread norms, 1 of digits; 0: no norm
     split: int
     batch: int
     stages: int
     teams: int
     even: bool
     cluster: int  # blocks that share their tiles: 1, 2, 4
+    span: int = 0  # chunks that share a scale and are summed together, x as digits: 1 or 2; 0: x as fp16
+    follow: bool = False  # of a warp's first batches some follow x; always with digits
 
     def __post_init__(self) -> None:
-        normed = self.norm == 0 or (self.norm * self.rows <= OCTET_RUNS and self.cluster == 1)
+        normed = self.norm == 0 or (self.norm * self.rows <= OCTET_RUNS and (self.cluster == 1 or self.span > 0))
+        normed = normed and (self.follow or self.span == 0)
         if not normed or self.threads > BLOCK_THREADS or self.teams > 15:
             raise ValueError(f"no block can be {self}")
 
     @property
     def name(self) -> str:
         numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}_{self.cluster}{'_even' * self.even}"
+        numbers += ("_follow" * self.follow, "_digits", "_pairs")[self.span]
         return f"octet_{self.packing.name}_{self.epilogue.lower()}_{self.rows}_norm{self.norm}_{numbers}"
 
     @property
@@ -196,10 +202,19 @@ class OctetVariant:
 
     def shared_bytes(self, chunks: int, turns: int) -> int:
         """Of a block that takes so many turns with a tile for each team."""
-        ring = self.split * self.teams * self.stages * self.batch * self.packing.tile_bytes
-        x = self.rows * (-(-chunks // self.cluster) * CHUNK + 8) * 2
-        sums = 32 * self.rows + 8 + self.teams * TILE * self.rows * (2 * self.split + (turns if self.cluster > 1 else 0))
-        return ring + x + 4 * sums
+        lasting, scales = max(1, self.span), self.packing.units * self.packing.scale_bytes
+        ring = (
+            self.split
+            * self.teams
+            * self.stages
+            * (self.batch * (self.packing.tile_bytes - scales) + self.batch // lasting * scales)
+        )
+        blocks = -(-chunks // (self.cluster * lasting))  # of chunks that share a scale, of a block's share
+        x = self.rows * (blocks * lasting * CHUNK * 2 + (blocks * self.packing.units * 8 if self.span else 16))
+        weights = blocks * lasting * CHUNK * 2 if self.span and self.norm else 0
+        runs = max(32, -(-blocks * lasting // 4)) if weights else 32
+        sums = runs * self.rows + 8 + self.teams * TILE * self.rows * (2 * self.split + (turns if self.cluster > 1 else 0))
+        return ring + x + weights + 4 * sums
 
 
 @dataclass(frozen=True)
@@ -617,7 +632,7 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
         elif isinstance(each, OctetVariant):
             numbers = f"{each.rows}, {each.split}, {each.batch}, {each.stages}, {each.teams}, {each.epilogue}, {each.norm}"
-            numbers += f", {str(each.even).lower()}, {each.cluster}"
+            numbers += f", {str(each.even).lower()}, {each.cluster}, {each.span}, {str(each.follow).lower()}"
             call = f"octet<{each.packing.arguments}, {numbers}>"
             kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
         elif isinstance(each, WideBatchVariant):

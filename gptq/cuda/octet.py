@@ -29,6 +29,8 @@ class Spread:
     teams: int = 1  # tiles that a block works on at once
     blocks_per_processor: int = 1
     cluster: int = 1  # blocks that share their tiles, each with its part of the inputs
+    first: int | None = None  # batches that a warp fetches before the kernel in front has ended, the others with x; None: all
+    digits: bool = False  # x is multiplied as digits (octet_digits.cu) where the weights have 2 to 4 bits
 
 
 SPREADS = {
@@ -68,16 +70,19 @@ def variant(
     limit_bytes: int,
     turns: int,
     clusters: bool,
+    lasting: bool = False,
 ) -> OctetVariant:
     """The kernel for a product of up to `rows` rows. Where the spread asks for more shared memory than the `limit_bytes` of a
     block, fewer chunks travel together, then blocks share the inputs if the GPU has `clusters`; a block takes `turns` with
-    tiles. Raises Unsuited if nothing fits."""
+    tiles. `lasting`: scales last for whole pairs of chunks. Raises Unsuited if nothing fits."""
     chunks = -(-in_features // CHUNK)
-    if norm or not clusters:
+    digits = spread.digits and packing.bits <= 4 and packing.units < 4
+    clusters = clusters and (digits or not norm)
+    if not clusters:
         spread = replace(spread, cluster=1)
 
     def runs(each: Spread) -> int:
-        return -(-chunks * CHUNK // (8 * 32 * each.split * each.teams)) if norm else 0
+        return 0 if not norm else 1 if digits else -(-chunks * CHUNK // (8 * 32 * each.split * each.teams))
 
     most = min(OCTET_RUNS // rows, NORM_RUNS)
     while runs(spread) > most:
@@ -87,11 +92,13 @@ def variant(
     spread = _even(spread, chunks)
     if packing.bits == 8:
         spread = replace(spread, batch=max(1, spread.batch // 2))
-    for each in _narrower(spread, (1, 2, 4) if clusters and not norm else (1,)):
+    for each in _narrower(spread, (1, 2, 4) if clusters else (1,)):
         even = chunks % (each.cluster * each.split * each.batch) == 0
+        span = 0 if not digits else 2 if lasting and chunks % 2 == each.batch % 2 == 0 else 1
         if runs(each) <= most:
             plan = OctetVariant(
-                packing, epilogue, rows, runs(each), each.split, each.batch, each.stages, each.teams, even, each.cluster
+                packing, epilogue, rows, runs(each), each.split, each.batch, each.stages, each.teams, even, each.cluster, span,
+                digits or spread.first is not None,
             )  # fmt: skip
             if plan.shared_bytes(chunks, turns) <= limit_bytes:
                 return plan
@@ -106,6 +113,7 @@ class Plan:
     name: str
     blocks: int
     shared_bytes: int
+    first_batches: int  # Spread.first
 
     @classmethod
     def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, rows: int, spread: Spread) -> "Plan":
@@ -113,7 +121,8 @@ class Plan:
         clusters, turns = gpu.capability >= HOPPER, 1
         while True:  # what a block keeps for its cluster depends on how many blocks there are, and they on the cluster
             found = variant(
-                weight.packing, weight.in_features, epilogue, norm, rows, spread, gpu.shared_limit_bytes, turns, clusters
+                weight.packing, weight.in_features, epilogue, norm, rows, spread, gpu.shared_limit_bytes, turns, clusters,
+                weight.lasting,
             )  # fmt: skip
             shared_bytes = found.shared_bytes(weight.chunks, turns)
             at_once = max(1, min(spread.blocks_per_processor, gpu.shared_bytes // (shared_bytes + 1024)))
@@ -123,7 +132,8 @@ class Plan:
             needed = -(-weight.tiles // (groups * found.teams))
             if needed <= turns:
                 blocks = groups * found.cluster
-                return cls(found, found.name, blocks, claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors)))
+                claimed = claimed_bytes(gpu, shared_bytes, -(-blocks // gpu.processors))
+                return cls(found, found.name, blocks, claimed, found.stages if spread.first is None else spread.first)
             turns = needed
 
 
@@ -141,6 +151,9 @@ class Launchable(Protocol):
 
     @property
     def shared_bytes(self) -> int: ...
+
+    @property
+    def first_batches(self) -> int: ...
 
 
 def launch(
@@ -185,5 +198,6 @@ def launch(
         rows=rows,
         out_stride=0 if out is None else out.shape[1],
         eps=eps,
+        first_batches=plan.first_batches,
     )
     gpu.run(plan.name, (plan.blocks,), plan.variant.threads, arguments, plan.shared_bytes, overlap=True)

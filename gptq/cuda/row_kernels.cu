@@ -48,7 +48,7 @@ template <int ROWS, int NORM> DEVICE void head_of_rows(const HeadArguments& p) {
   allow_next_kernel_to_start();
   const NormWeight<NORM> norm = load_norm_weight<NORM>(p.norm, p.k);
   wait_for_previous_kernel();
-  norm_rows_of_input<NORM, ROWS, 16>(p.x, norm, xs, pitch, p.k, p.rows, p.k, p.eps, scratch);
+  norm_rows_of_input<NORM, ROWS, 16>(p.x, norm, xs, pitch, p.k, p.rows, p.k, p.eps, scratch, [] {});
   __syncthreads();
   const u16* column = xs + r % ROWS * pitch + c * 8;
   const float factors[2] = {scratch[32 * ROWS + c * 2 % ROWS], scratch[32 * ROWS + (c * 2 + 1) % ROWS]};
