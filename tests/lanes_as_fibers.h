@@ -1,5 +1,5 @@
 // What kernels take for granted on a GPU, with a fiber of one thread for each lane: it runs until it waits for others. For kernels
-// that copy, multiply and exchange within one block at a time. common.cu is replaced by this file.
+// that copy, multiply and exchange within the blocks of one cluster at a time. common.cu is replaced by this file.
 
 #include <algorithm>
 #include <cmath>
@@ -17,11 +17,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
+struct int2 { int x, y; };
 struct float2 { float x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -38,64 +40,84 @@ using std::max;
 using std::min;
 enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE_BFLOAT };
 
-// -- lanes, warps, a block ---------------------------------------------------------------------------------------------
+// -- lanes, warps, blocks of a cluster ----------------------------------------------------------------------------------
 
 struct Size { u32 x = 1, y = 1, z = 1; };
-static Size threadIdx, blockIdx, blockDim, gridDim;  // threadIdx: of the lane that runs
-static uint4 shared_words[1 << 14];
+static Size threadIdx, blockIdx, blockDim, gridDim;  // threadIdx, blockIdx: of the lane that runs
+static uint4* shared_words;
 
 struct Lane {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 17);
   bool ended = false;
+  int turn_of_cluster = 0;  // when it arrived
 };
 static std::vector<std::unique_ptr<Lane>> lanes;
+static Lane* own_lane;
 static ucontext_t scheduler;
 static bool moved;  // a lane ended or passed a meeting since all were asked last
-static void others() { swapcontext(&lanes[threadIdx.x]->context, &scheduler); }
+static void others() { swapcontext(&own_lane->context, &scheduler); }
 
 struct Meeting {
   int size = 0, arrived = 0, turn = 0;
-  void wait() {
+  int arrive() {
     const int own = turn;
     if (++arrived == size) { arrived = 0; turn++; moved = true; }
+    return own;
+  }
+  void wait(int own) {
     while (turn == own) others();
   }
+  void wait() { wait(arrive()); }
 };
 struct Warp {
   Meeting meeting{32};
   u32 shown[32], a[32][4], b[32][2];
 };
-static std::vector<Warp> warps;
-static Meeting whole_block, named[16];
+struct Block {
+  std::vector<uint4> shared = std::vector<uint4>(1 << 14, uint4{FULL, FULL, FULL, FULL});
+  std::vector<Warp> warps;
+  Meeting whole, named[16];
+};
+static std::vector<Block> blocks_of_cluster;
+static Block* own_block;
+static Meeting whole_cluster;
 
-static Warp& own_warp() { return warps[threadIdx.x / 32]; }
-static void __syncthreads() { whole_block.wait(); }
+static Warp& own_warp() { return own_block->warps[threadIdx.x / 32]; }
+static void __syncthreads() { own_block->whole.wait(); }
 static void __syncwarp() { own_warp().meeting.wait(); }
-static void named_barrier(int number, int) { named[number].wait(); }
+static void named_barrier(int number, int) { own_block->named[number].wait(); }
+static void arrive_at_cluster() { own_lane->turn_of_cluster = whole_cluster.arrive(); }
+static void wait_for_cluster() { whole_cluster.wait(own_lane->turn_of_cluster); }
+template <int PER> static void add_of_block(const float* at, int rank, float (&y)[PER]) {
+  const float* there = (const float*)blocks_of_cluster[rank].shared.data() + (at - (const float*)shared_words);
+  for (int j = 0; j < PER; j++) y[j] += there[j];
+}
 
 static void (*run_lane)();
 static void lane_begins() {
   run_lane();
-  lanes[threadIdx.x]->ended = moved = true;
+  own_lane->ended = moved = true;
   others();
 }
 
-// The blocks one after the other. `team`: threads that meet at a named barrier.
-template <class Kernel> static void launch(int blocks, int threads, int team, Kernel& kernel) {
+// The blocks, or clusters of them, one after the other. `team`: threads that meet at a named barrier.
+template <class Kernel> static void launch(int blocks, int threads, int team, Kernel& kernel, int cluster = 1) {
   static Kernel* now;
   now = &kernel;
   run_lane = [] { (*now)(); };
   blockDim.x = threads;
   gridDim.x = blocks;
-  for (int block = 0; block < blocks; block++) {
-    blockIdx.x = block;
-    memset(shared_words, 0xff, sizeof shared_words);
-    warps.assign(threads / 32, Warp());
-    whole_block = {threads};
-    for (auto& each : named) each = {team};
+  for (int first = 0; first < blocks; first += cluster) {
+    blocks_of_cluster.assign(cluster, Block());
+    for (auto& block : blocks_of_cluster) {
+      block.warps.assign(threads / 32, Warp());
+      block.whole = {threads};
+      for (auto& each : block.named) each = {team};
+    }
+    whole_cluster = {threads * cluster};
     lanes.clear();
-    for (int i = 0; i < threads; i++) {
+    for (int i = 0; i < threads * cluster; i++) {
       lanes.push_back(std::make_unique<Lane>());
       Lane& lane = *lanes.back();
       getcontext(&lane.context);
@@ -105,10 +127,14 @@ template <class Kernel> static void launch(int blocks, int threads, int team, Ke
     }
     for (bool left = true; left;) {
       left = moved = false;
-      for (int i = 0; i < threads; i++) {
-        if (lanes[i]->ended) continue;
-        threadIdx.x = i;
-        swapcontext(&scheduler, &lanes[i]->context);
+      for (int i = 0; i < threads * cluster; i++) {
+        own_lane = lanes[i].get();
+        if (own_lane->ended) continue;
+        threadIdx.x = i % threads;
+        blockIdx.x = first + i / threads;
+        own_block = &blocks_of_cluster[i / threads];
+        shared_words = own_block->shared.data();
+        swapcontext(&scheduler, &own_lane->context);
         left = left || !lanes[i]->ended;
       }
       if (left && !moved) { fprintf(stderr, "lanes wait for each other\n"); abort(); }
@@ -159,10 +185,28 @@ DEVICE u32 mul2(u32 a, u32 b) { return to_half2(low_of(a) * low_of(b), high_of(a
 DEVICE u32 fma2(u32 a, u32 b, u32 c) { return to_half2(fmaf(low_of(a), low_of(b), low_of(c)), fmaf(high_of(a), high_of(b), high_of(c))); }
 DEVICE u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 DEVICE float larger(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : max(a, b); }
+DEVICE float further(float a, float b) { return copysignf(larger(fabsf(a), fabsf(b)), std::signbit(a) == std::signbit(b) ? 1.f : -1.f); }
 
-// -- the matrix unit, as PTX says which lane has what (m16n8k32 of bytes) ------------------------------------------------
+// -- the matrix unit, as PTX says which lane has what (m16n8k16 of fp16, m16n8k32 of bytes) ------------------------------------------------
 
-DEVICE void mma(float (&)[4], const u32 (&)[4], u32, u32) { abort(); }
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  Warp& warp = own_warp();
+  const int lane = threadIdx.x % 32;
+  memcpy(warp.a[lane], a, sizeof a);
+  warp.b[lane][0] = b0;
+  warp.b[lane][1] = b1;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      sum += (double)to_float(left >> k % 2 * 16) * to_float(right >> k % 2 * 16);
+    }
+    c[i] = (float)sum;
+  }
+  __syncwarp();
+}
 DEVICE void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const int (&from)[4]) {
   Warp& warp = own_warp();
   const int lane = threadIdx.x % 32;

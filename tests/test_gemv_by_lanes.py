@@ -1,4 +1,4 @@
-"""The products of one row as gemv.cu computes them, on a processor: its own text, a fiber for each lane (lanes_as_fibers.h)."""
+"""Products as gemv.cu and octet.cu compute them, on a processor: their own text, a fiber for each lane (lanes_as_fibers.h)."""
 
 import re
 import shutil
@@ -11,6 +11,7 @@ from gptq_webui.gptq.cuda import kernel_arguments, kernel_source
 
 HERE, KERNELS = Path(__file__).parent, Path(kernel_source.__file__).parent
 FILES = ("unpack.cu", "staged_input.cu", "digits.cu", "digit_products.cu", "adapted_gemv.cu", "gemv.cu")
+OF_ROWS = ("row_sums.cu", "octet_digits.cu", "octet.cu")
 # Instructions of a GPU: lanes_as_fibers.h has functions of these names.
 REPLACED = (
     "DEVICE void mma_bytes(",
@@ -18,6 +19,7 @@ REPLACED = (
     "template <int LANES> DEVICE u32 largest(",
     "template <int LANES> DEVICE int added(",
     "DEVICE float larger(",
+    "DEVICE float further(",
 )
 
 
@@ -30,22 +32,22 @@ def without(text, function):
     return text[:begin] + text[end + 1 :]
 
 
-def program():
+def program(files, main):
     parts = [(HERE / "lanes_as_fibers.h").read_text(encoding="utf-8"), kernel_arguments.c_text()]
-    for name in FILES:
+    for name in files:
         text = (KERNELS / name).read_text(encoding="utf-8")
-        if name == "digits.cu":
-            for each in REPLACED:
+        for each in REPLACED:
+            if each in text:
                 text = without(text, each)
         text = re.sub(
             r'asm volatile\("bar\.sync %0, %1;" ::"r"\((.*?)\), "r"\((.*?)\) : "memory"\)', r"named_barrier(\1, \2)", text
         )
         parts.append(re.sub(r"#pragma unroll.*", "", text))
-    return "\n".join([*parts, (HERE / "gemv_by_lanes.cc").read_text(encoding="utf-8")])
+    return "\n".join([*parts, (HERE / main).read_text(encoding="utf-8")])
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
+def lines_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lanes")
     command = [shutil.which("g++") or "", "-std=c++17", "-O0", "-w"]
     (folder / "half.cc").write_text(
@@ -53,14 +55,30 @@ def lines(tmp_path_factory):
     )
     if not command[0] or subprocess.run([*command, "half.cc", "-o", "half"], cwd=folder, capture_output=True).returncode:
         pytest.skip("no g++ with numbers of 16 bits")
-    (folder / "gemv.cc").write_text(program(), encoding="utf-8")
-    made = subprocess.run([*command, "gemv.cc", "-o", "gemv"], cwd=folder, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[:2000]
-    return subprocess.run(["./gemv"], cwd=folder, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+
+    def lines(files, main):
+        (folder / main).write_text(program(files, main), encoding="utf-8")
+        made = subprocess.run([*command, main, "-o", "lanes"], cwd=folder, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr[:2000]
+        run = subprocess.run(["./lanes"], cwd=folder, capture_output=True, text=True, check=True, timeout=120)
+        return run.stdout.splitlines()
+
+    return lines
 
 
-def test_every_form_of_a_product_gives_the_same_numbers(lines):
+def test_every_form_of_a_product_gives_the_same_numbers(lines_of):
+    lines = lines_of(FILES, "gemv_by_lanes.cc")
     assert len(lines) == 100
     worst = {line: float(line.rsplit(": ", 1)[1]) for line in lines}
     assert all(found < 5e-7 for found in worst.values()), sorted(worst, key=worst.get)[-3:]
     assert sum(found > 0 for found in worst.values()) > 70, "most add in another order"
+
+
+def test_every_form_of_a_product_of_rows_is_right_and_a_row_is_what_it_is_alone(lines_of):
+    lines = lines_of((*FILES, *OF_ROWS), "octet_by_lanes.cc")
+    assert len(lines) == 102
+    found = {line: line.rsplit(": ", 1)[1].split() for line in lines}
+    assert all(same == "same" for same, _apart in found.values()), [line for line in lines if "other" in line]
+    worst = {line: float(apart) for line, (_same, apart) in found.items()}
+    limits = {line: 1e-3 if ", fp16, " in line else 3e-4 for line in lines}
+    assert all(worst[line] < limits[line] for line in lines), sorted(worst, key=worst.get)[-3:]
