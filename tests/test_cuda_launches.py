@@ -114,7 +114,7 @@ def test_a_token_takes_five_kernels_a_layer(gpu, change):
     gpu.launched.clear()
     step.step()
     kinds = Counter(name.split("_")[0] for name in gpu.launched)
-    assert kinds == {"embed": 1, "gemv": 8, "attention": 2, "head": 1, "sample": 1}
+    assert kinds == {"embed": 1, "gemv": 8, "cluster": 2, "head": 1, "sample": 1}
 
 
 FIVE_A_LAYER = {"embed": 1, "octet": 8, "attention": 2, "head": 1}
@@ -123,7 +123,7 @@ SEVEN_A_LAYER = {"embed": 1, "norm": 5, "small": 8, "attention": 2}
 
 @pytest.mark.parametrize(
     ("rows", "change", "wanted"),
-    [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (4, {"bias": True, "qk_norm": True}, FIVE_A_LAYER),
+    [(2, {}, FIVE_A_LAYER), (5, {"bits": 3, "sym": False}, FIVE_A_LAYER), (4, {"bias": True, "bits": 8}, FIVE_A_LAYER),
      (9, {"bits": 8}, SEVEN_A_LAYER), (17, {"bits": 8}, {"embed": 1, "norm": 5, "small": 8, "paged": 2})],
 )  # fmt: skip
 def test_up_to_eight_tokens_take_five_kernels_a_layer_and_more_take_seven(gpu, monkeypatch, rows, change, wanted):
@@ -164,7 +164,7 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     inner = kinds["adapter_in_plain"] + kinds["adapter_in_norm"]
     assert inner == 3 * 2 and kinds["adapter_in_norm"] == (4 if parallel < 9 else 0)
     assert kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
-    assert kinds[kernel] == 8 and kinds["paged" if parallel > 16 else "attention"] == 2 and kinds["norm"] == norms
+    assert kinds[kernel] + kinds["cluster"] == 8 and kinds["paged"] + kinds["attention"] == 2 and kinds["norm"] == norms
     step.step_rows(parallel, False, {0: None})
     assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
 

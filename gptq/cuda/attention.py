@@ -1,4 +1,5 @@
-"""Launching attention.cu and paged_attention.cu: the attention of new tokens, and what a prompt's needs of keys and values."""
+"""Launching attention.cu, cluster_attention.cu and paged_attention.cu: the attention of new tokens, and what a prompt's needs of
+keys and values."""
 
 import math
 
@@ -19,7 +20,7 @@ from .kernel_arguments import (
     ROPE_TOKENS,
     ROPE_WARPS,
 )
-from .kernel_source import PagedAttentionVariant
+from .kernel_source import ClusterAttentionVariant, PagedAttentionVariant
 from .model_shape import ModelShape
 from .sequences import Sequences
 
@@ -27,6 +28,8 @@ _LEAST_PAGED_ROWS = 17  # with fewer attention.cu is as fast
 _PAGED_RING, _PAGED_BLOCKS = 2, 2  # pages in a block's shared memory; blocks of a processor
 _STATIC_BYTES = 24 * 1024  # of that memory, beside them
 _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
+_CLUSTERS = (8, 4)  # blocks of a cluster, of which as many are taken as fit
+_MOST_TURNS = 3  # strips of 32 tokens for each warp of a cluster, at most: what is longer is given more blocks
 
 
 class AttentionWork:
@@ -55,14 +58,18 @@ def attend(
     *,
     qkv: Tensor,
     out: Tensor,
+    short: bool = False,
 ) -> None:
     """qkv [rows, (heads + 2 kv heads) * D] of the tokens at `positions` -> out [rows, padded], in o's order. Where the rows are
-    of `one` sequence, those without a token are the last."""
+    of `one` sequence, those without a token are the last. `short`: as `is_short` says of the rows; the outputs are the same
+    but for their rounding."""
     rows, own = qkv.shape[0], weights.layers[layer]
     if rows > min(work.rows, sequences.rows) or (work.one and rows > ONE_ROWS):
         raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.rows)}.")
     if qkv.shape[1] != shape.qkv_width or out.shape[1] != own.o.padded:
         raise ValueError(f"Queries of {qkv.shape[1]} and outputs of {out.shape[1]} numbers are not those of the model.")
+    splits, plan = work.splits(rows), _paged(shape)
+    cluster = _cluster(gpu, shape, rows) if short and not work.one else None
     arguments = ATTENTION.pack(
         qkv=qkv,
         pages=sequences.table,
@@ -86,16 +93,44 @@ def attend(
         eps=shape.eps,
         scale=math.log2(math.e) / math.sqrt(shape.head_dim),
         rows=rows,
-        splits=work.splits(rows),
+        splits=splits,
     )
-    plan = _paged(shape)
     if rows >= _LEAST_PAGED_ROWS and not work.one and gpu.has(plan.name):
         blocks = min(rows * shape.attention_blocks * work.splits(rows), _PAGED_BLOCKS * gpu.processors)
         shared_bytes = claimed_bytes(gpu, plan.shared_bytes, -(-blocks // gpu.processors))
         gpu.run(plan.name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
         return
-    grid = (work.splits(rows), shape.attention_blocks, rows)
+    if cluster is not None and gpu.has(cluster.name):
+        grid = (cluster.blocks, shape.attention_blocks, rows)
+        gpu.run(cluster.name, grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
+        return
+    grid = (splits, shape.attention_blocks, rows)
     gpu.run(f"{'guessed_' * work.one}attention_{shape.kv.name}", grid, 32 * ATTENTION_WARPS, arguments, overlap=True)
+
+
+def is_short(gpu: Gpu, shape: ModelShape, sequences: Sequences, rows: int) -> bool:
+    """Whether the first rows have so few tokens that `attend` is faster if it knows it. It asks the host, not the GPU."""
+    return 0 < short_tokens(gpu, shape, rows) >= sequences.most_tokens(rows)
+
+
+def short_tokens(gpu: Gpu, shape: ModelShape, rows: int) -> int:
+    """The most tokens of each of so many short rows; 0 where none are."""
+    cluster = _cluster(gpu, shape, rows)
+    return cluster.blocks * ATTENTION_WARPS * 32 * _MOST_TURNS if cluster is not None and gpu.has(cluster.name) else 0
+
+
+def cluster_variants(gpu: Gpu, shape: ModelShape) -> list[ClusterAttentionVariant]:
+    """What a model's step of short rows needs beside the kernels of its kv format: none before Hopper."""
+    found = (_cluster(gpu, shape, rows) for rows in range(1, _LEAST_PAGED_ROWS))
+    return list(dict.fromkeys(each for each in found if each is not None))
+
+
+def _cluster(gpu: Gpu, shape: ModelShape, rows: int) -> ClusterAttentionVariant | None:
+    """The most blocks for a row that all rows' fit with, one on a processor: two find no company beside another kernel."""
+    if gpu.capability < HOPPER:
+        return None
+    fitting = (each for each in _CLUSTERS if each * shape.attention_blocks * rows <= gpu.processors)
+    return next((ClusterAttentionVariant(shape.kv, each) for each in fitting), None)
 
 
 def paged_variants(gpu: Gpu, shape: ModelShape) -> list[PagedAttentionVariant]:

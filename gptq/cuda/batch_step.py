@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import small_batch
-from .attention import AttentionWork, attend
+from .attention import AttentionWork, attend, is_short
 from .buffers import Buffers
 from .cluster_step import ClusterStep
 from .cuda_layers import ModelWeights
@@ -48,52 +48,54 @@ class BatchStep:
     ) -> None:
         self._gpu, self._shape, self._weights, self._sequences, self._recorder = gpu, shape, weights, sequences, recorder
         self._octet, self._clusters = octet, clusters
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
         self._buffers = Buffers.of(shape, weights.layers[0], sequences.rows)
         self._work = AttentionWork(gpu, shape, sequences.rows)
 
     def step(self, rows: int, sample_next: bool = True) -> None:
         """Compute the tokens in `ids` of the first rows and choose the next ones, or leave them at `logits`."""
         rows = min(rows_of_graph(rows), self._sequences.rows)
-        graph = self._graphs.get((rows, sample_next))
+        short = is_short(self._gpu, self._shape, self._sequences, rows)
+        graph = self._graphs.get((rows, sample_next, short))
         if graph is None:
             self.warm()
 
             def run() -> None:
-                self.forward(rows)
+                self.forward(rows, short=short)
                 if sample_next:
                     sample(self._gpu, self._sequences, 0, rows)
 
-            graph = self._graphs[rows, sample_next] = self._recorder.record(run)
+            graph = self._graphs[rows, sample_next, short] = self._recorder.record(run)
         graph.replay()
 
     def warm(self) -> None:
         """Before a recording: cuBLAS makes its handle outside of one."""
         self._head(1)
 
-    def forward(self, rows: int, work: AttentionWork | None = None) -> None:
-        """From `ids` at `positions` to `logits` of the first rows, on the current stream. `work`: of rows of one sequence."""
+    def forward(self, rows: int, work: AttentionWork | None = None, short: bool = False) -> None:
+        """From `ids` at `positions` to `logits` of the first rows, on the current stream. `work`: of rows of one sequence;
+        `short` as for attention.py."""
         gpu, weights, work = self._gpu, self._weights, work or self._work
         here = self._buffers.first(rows)
         embed(gpu, weights.embedding, self._sequences.ids, weights.layers[0].qkv.permutation, here.residual, here.x)
         if self._octet.plans(rows) is not None:
-            self._octet.forward(rows, here, work)
+            self._octet.forward(rows, here, work, short)
             if has_head_rows(gpu, rows, self._shape.hidden):
                 head_rows(gpu, weights.head, here.x_head, weights.final_norm, self._sequences.logits[:rows], self._shape.eps)
                 return
         elif self._clusters.whole(rows):
-            self._clusters.forward(rows, here, work)
+            self._clusters.forward(rows, here, work, short)
         else:
-            self._many(here, work)
+            self._many(here, work, short)
         norm_rows(gpu, here.residual, weights.final_norm, weights.identity, here.x_head, self._shape.eps)
         self._head(rows)
 
-    def _many(self, here: Buffers, work: AttentionWork) -> None:
+    def _many(self, here: Buffers, work: AttentionWork, short: bool) -> None:
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         for at, layer in enumerate(weights.layers):
             norm_rows(gpu, here.residual, layer.input_norm, layer.qkv.order, here.x, eps)
             self._clusters.multiply(at, "qkv", here.x, here.qkv)
-            attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
+            attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended, short=short)
             self._clusters.multiply(at, "o", here.attended, here.residual)
             norm_rows(gpu, here.residual, layer.post_norm, layer.gate_up.order, here.x_mlp, eps)
             small_batch.multiply(gpu, layer.gate_up, "SILU", here.x_mlp, here.inner)

@@ -23,7 +23,7 @@ from ..families.parts import ModelParts
 from ..suitability import Unsuited
 from . import gemv, small_batch, step_spreads
 from .adapted_step import AdaptedStep
-from .attention import AttentionWork, attend, paged_variants
+from .attention import AttentionWork, attend, cluster_variants, is_short, paged_variants
 from .batch_step import BatchStep, rows_of_graph
 from .buffers import Buffers
 from .cluster_step import ClusterStep
@@ -81,6 +81,7 @@ class CudaStep:
             *small_batch.every_variant(self.gpu, products),
             *([GuessedVariant(shape.kv)] * guesses),
             *paged_variants(self.gpu, shape),
+            *cluster_variants(self.gpu, shape),
         ]
         self.gpu.add(variants, formats, [shape.kv], fixed=True)
         self.adaptable = adaptable_layers(parts)
@@ -97,7 +98,7 @@ class CudaStep:
         self.recorder = GraphRecorder(self.device)
         self.prompt = Prompt(self.gpu, shape, self.weights, self.recorder, self._lendable_bytes)
         self.pages.lent = self.prompt.dense
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
         self.tune({})
 
     def _require_room(self, parts: ModelParts, packings: Sequence[Packings]) -> None:
@@ -124,14 +125,16 @@ class CudaStep:
 
     # -- one token -------------------------------------------------------------------------------------------------
 
-    def forward(self) -> None:
-        """From the id at its position in row 0 to `logits`, on the current stream."""
+    def forward(self, short: bool = False) -> None:
+        """From the id at its position in row 0 to `logits`, on the current stream. `short` as for attention.py."""
         gpu, shape, weights, here, eps = self.gpu, self.shape, self.weights, self.buffers, self.shape.eps
         layers = weights.layers
         embed(gpu, weights.embedding, self.sequences.ids, layers[0].qkv.permutation, here.residual, here.x)
         for at, (layer, plan) in enumerate(zip(layers, self._plans, strict=True)):
             gemv.launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps, overlap=True)
-            attend(gpu, shape, weights, at, self.sequences, self.attention_work, qkv=here.qkv, out=here.attended)
+            attend(
+                gpu, shape, weights, at, self.sequences, self.attention_work, qkv=here.qkv, out=here.attended, short=short
+            )  # fmt: skip
             gemv.launch(
                 gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual,
                 permutation=layer.gate_up.permutation, overlap=True,
@@ -148,15 +151,16 @@ class CudaStep:
 
     def step(self, sample_next: bool = True) -> None:
         """Compute row 0's token and choose the next one, or leave it at `logits`. Recorded at the first call."""
-        graph = self._graphs.get(sample_next)
+        short = is_short(self.gpu, self.shape, self.sequences, 1)
+        graph = self._graphs.get((sample_next, short))
         if graph is None:
 
             def run() -> None:
-                self.forward()
+                self.forward(short)
                 if sample_next:
                     sample(self.gpu, self.sequences)
 
-            graph = self._graphs[sample_next] = self.recorder.record(run)
+            graph = self._graphs[sample_next, short] = self.recorder.record(run)
         graph.replay()
 
     # -- several tokens --------------------------------------------------------------------------------------------

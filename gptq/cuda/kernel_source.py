@@ -34,6 +34,7 @@ _TEMPLATES = (
     "wide_batch.cu",
     "copy_engine.cu",
     "attention.cu",
+    "cluster_attention.cu",
     "prompt_heads.cu",
     "paged_attention.cu",
     "cluster_batch.cu",
@@ -573,10 +574,22 @@ class PagedAttentionVariant:
         return 32 * (ATTENTION_WARPS + 1)
 
 
+@dataclass(frozen=True)
+class ClusterAttentionVariant:
+    """Attention of one token a row by clusters of blocks (cluster_attention.cu)."""
+
+    kv: KvFormat
+    blocks: int  # of a cluster, which has a row's keys of some heads
+
+    @property
+    def name(self) -> str:
+        return f"cluster_attention_{self.kv.name}_{self.blocks}"
+
+
 Variant = (
     GemvVariant | OctetVariant | SmallBatchVariant | WideBatchVariant | ClusterBatchVariant | LayerVariant | ShownRouteVariant
     | DecodeVariant | LatentVariant | DeltaVariant | ScanVariant | ExpertSumVariant | GuessedVariant | PagedAttentionVariant
-    | PromptAttentionVariant
+    | ClusterAttentionVariant | PromptAttentionVariant
 )  # fmt: skip
 
 
@@ -657,6 +670,9 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
         elif isinstance(each, GuessedVariant):
             call = f"guessed_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}>"
             kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS)
+        elif isinstance(each, ClusterAttentionVariant):
+            call = f"cluster_attention<{each.kv.head_dim}, {str(each.kv.q8).lower()}, {each.blocks}>"
+            kernel(each.name, "AttentionArguments", call, 32 * ATTENTION_WARPS, each.blocks)
         elif isinstance(each, PagedAttentionVariant):
             kernel(each.name, "AttentionArguments", f"paged_attention<{each.kv.head_dim}, {each.ring}>", each.threads)
         elif isinstance(each, PromptAttentionVariant):

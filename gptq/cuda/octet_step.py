@@ -60,12 +60,13 @@ class OctetStep:
         """For each layer, the plans by role; None if so many rows need other kernels."""
         return next((found for most, found in self._plans.items() if most >= rows), None)
 
-    def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
-        """From `x` and `residual` of the first layer to the last `residual`, on the current stream. `here`: of these rows."""
+    def forward(self, rows: int, here: Buffers, work: AttentionWork, short: bool = False) -> None:
+        """From `x` and `residual` of the first layer to the last `residual`, on the current stream. `here`: of these rows;
+        `short` as for attention.py."""
         plans = self.plans(rows)
         if plans is None:
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
-        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
+        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work, short)
 
 
 def five_a_layer(
@@ -76,13 +77,14 @@ def five_a_layer(
     plans: Sequence[Mapping[str, Any]],
     here: Buffers,
     work: AttentionWork,
+    short: bool = False,
 ) -> None:
     """From `x` and `residual` of the first layer to the last `residual`: norms are inside the products. `plans`: of each layer by
     role."""
     layers, eps = weights.layers, shape.eps
     for at, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         octet.launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
-        attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended)
+        attend(gpu, shape, weights, at, sequences, work, qkv=here.qkv, out=here.attended, short=short)
         octet.launch(
             gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual,
             permutation=layer.gate_up.permutation,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel_arguments import HOST_TOKENS, SAMPLE_PARAMS
+from .kernel_arguments import HOST_TOKENS, PAGE_TOKENS, SAMPLE_PARAMS
 from .kv_pages import PagedMemory
 
 IDLE = -1  # the position of a row that no sequence has
@@ -131,6 +131,10 @@ class Sequences:
         if addresses:
             at = self.sent(np.array([rows, columns, addresses], np.int64))
             self.table.index_put_((at[0], at[1]), at[2])
+
+    def most_tokens(self, rows: int) -> int:
+        """That the pages of any of the first rows hold."""
+        return PAGE_TOKENS * max(map(len, self._pages[:rows]), default=0)
 
     # -- one row -------------------------------------------------------------------------------------------------------
 
