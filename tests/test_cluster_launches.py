@@ -1,4 +1,4 @@
-"""Which products of 5 to 64 rows clusters of blocks make, and how they are launched, without a GPU."""
+"""Which products of 3 to 64 rows clusters of blocks make, and how they are launched, without a GPU."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from gptq_webui.gptq.suitability import Unsuited
 
 BY_CLUSTERS = {"embed": 1, "cluster": 8, "attention": 2, "norm": 1}
 DOWN_BY_CLUSTERS = {"embed": 1, "octet": 6, "cluster": 2, "attention": 2, "head": 1}
+TWO_BY_CLUSTERS = {**DOWN_BY_CLUSTERS, "octet": 4, "cluster": 4}
 HALF_BY_CLUSTERS = {"embed": 1, "norm": 5, "wide": 4, "cluster": 4, "paged": 2}
 MOST_BY_CLUSTERS = {"embed": 1, "norm": 5, "small": 2, "cluster": 6, "paged": 2}
 MANY = {"embed": 1, "norm": 5, "small": 8, "paged": 2}
@@ -33,7 +34,9 @@ TIMED = {
     (32, "qkv"): (4096, 6144, "plain_norm0_4_3_1_8_2_1", 128, 115840),
     (48, "qkv"): (4096, 6144, "plain_norm0_6_3_1_8_3_1", 128, 187008),
     (64, "qkv"): (4096, 6144, "plain_norm0_8_3_1_4_2_2", 256, 79104),
-    (8, "down"): (14336, 4096, "residual_norm0_1_4_1_16_2_2", 128, 115840),
+    (8, "o"): (4096, 4096, "residual_norm0_1_2_1_8_3_2", 256, 76928),
+    (8, "down"): (14336, 4096, "residual_norm0_1_4_1_14_3_2", 128, 134464),
+    (4, "down"): (14336, 4096, "residual_norm0_1_4_1_16_2_2", 128, 115840),
 }
 
 
@@ -66,9 +69,10 @@ def test_the_shape_that_was_timed_is_launched_as_it_was(rows, role):
     [(9, {}, BY_CLUSTERS), (12, {"sym": False}, BY_CLUSTERS), (16, {"bias": True, "qk_norm": True}, BY_CLUSTERS),
      (17, {}, MOST_BY_CLUSTERS), (24, {"sym": False, "bias": True}, MOST_BY_CLUSTERS),
      (32, {"group_size": -1}, MOST_BY_CLUSTERS), (48, {}, {**HALF_BY_CLUSTERS, "wide": 2, "cluster": 6}),
-     (64, {}, HALF_BY_CLUSTERS), (5, {}, DOWN_BY_CLUSTERS), (8, {"sym": False, "bias": True}, DOWN_BY_CLUSTERS),
+     (64, {}, HALF_BY_CLUSTERS), (5, {}, TWO_BY_CLUSTERS), (8, {"sym": False, "bias": True}, TWO_BY_CLUSTERS),
      (8, {"bits": 8}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}),
-     (4, {}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}), (65, {}, {"embed": 1, "norm": 5, "wide": 8, "paged": 2}),
+     (3, {}, DOWN_BY_CLUSTERS), (4, {}, DOWN_BY_CLUSTERS),
+     (2, {}, {"embed": 1, "octet": 8, "attention": 2, "head": 1}), (65, {}, {"embed": 1, "norm": 5, "wide": 8, "paged": 2}),
      (12, RAGGED, SEVEN_A_LAYER), (24, RAGGED, {**MANY, "small": 6, "cluster": 2}),
      (32, {"heads": 52, "kv_heads": 52}, {**MANY, "small": 4, "cluster": 4}), (16, MANY_OUTPUTS, SEVEN_A_LAYER),
      (32, MANY_OUTPUTS, MOST_BY_CLUSTERS), (16, {"bits": 8}, SEVEN_A_LAYER), (32, {"bits": 3}, MANY),
@@ -81,7 +85,7 @@ def test_clusters_make_what_they_were_faster_at_and_nothing_else(gpu, rows, chan
 def test_a_step_that_grows_has_the_kernels_of_each_number_of_rows(gpu):  # noqa: F811
     step = make(gpu, parallel=8, most=32)
     step.sequences.grow(48)
-    for rows, wanted in ((8, DOWN_BY_CLUSTERS), (12, BY_CLUSTERS), (24, MOST_BY_CLUSTERS)):
+    for rows, wanted in ((8, TWO_BY_CLUSTERS), (12, BY_CLUSTERS), (24, MOST_BY_CLUSTERS)):
         assert launched(step, gpu, rows) == wanted
     with pytest.raises(ValueError, match="no kernels for 24 rows"):
         step._clusters.forward(24, None, None)

@@ -1,4 +1,4 @@
-"""Products of 5 to 64 rows on Hopper and newer: which kernel of cluster_batch.cu computes them, and how it is launched."""
+"""Products of 3 to 64 rows on Hopper and newer: which kernel of cluster_batch.cu computes them, and how it is launched."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,7 +36,8 @@ class Spread:
 
 
 SPREADS = {  # by the most rows and the role, the best in a step on an H200
-    8: {"down": Spread(4, 1, 16, 2, 2)},
+    4: {"down": Spread(4, 1, 16, 2, 2)},
+    8: {"o": Spread(2, 1, 8, 3, 2, 2), "down": Spread(4, 1, 14, 3, 2)},
     16: {
         "qkv": Spread(3, 2, 4, 3, 2),
         "o": Spread(2, 1, 8, 3, 2, 2),

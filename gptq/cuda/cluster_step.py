@@ -33,7 +33,7 @@ class ClusterStep:
         """Compiles what there is for `most` rows of the model. Raises NoCompiler."""
         self._gpu, self._shape, self._weights, self._sequences = gpu, shape, weights, sequences
         self._plans: dict[int, list[dict[str, Plan]]] = {}  # by the most rows, for each layer by role
-        for below, rows in pairwise(SPREADS):
+        for below, rows in pairwise(each for each in SPREADS if each >= octet.ROWS[-1]):
             if gpu.capability < HOPPER or most <= below:
                 break
             try:
@@ -70,12 +70,12 @@ class ClusterStep:
         """Whether `forward` computes so many rows."""
         return rows <= MOST_NORMED and self.plans(rows) is not None
 
-    def forward(self, rows: int, here: Buffers, work: AttentionWork) -> None:
+    def forward(self, rows: int, here: Buffers, work: AttentionWork, short: bool = False) -> None:
         """As of OctetStep."""
         plans = self.plans(rows)
         if plans is None or not self.whole(rows):
             raise ValueError(f"There are no kernels for {rows} rows of this model.")
-        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work)
+        five_a_layer(self._gpu, self._shape, self._weights, self._sequences, plans, here, work, short)
 
     def multiply(self, at: int, role: str, x: Tensor, out: Tensor) -> None:
         """A product of layer `at` as small_batch.multiply, which has the other rows: into `out`, or added to it."""

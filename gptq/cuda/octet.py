@@ -33,11 +33,15 @@ class Spread:
     digits: bool = False  # x is multiplied as digits (octet_digits.cu) where the weights have 2 to 4 bits
 
 
+def _digits(split: int, batch: int, stages: int, teams: int = 1, first: int = 0) -> Spread:
+    return Spread(split, batch, stages, teams, first=first, digits=True)
+
+
 SPREADS = {
-    "qkv": {2: Spread(16, 4, 2), 4: Spread(8, 4, 3), 8: Spread(8, 4, 4)},
-    "o": {2: Spread(8, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(8, 4, 2, 2)},
-    "gate_up": {2: Spread(8, 4, 2, 1, 2), 4: Spread(4, 4, 4, 1, 2), 8: Spread(4, 4, 3, 3, 2)},
-    "down": {2: Spread(14, 4, 2, 2), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
+    "qkv": {2: _digits(16, 4, 2), 4: _digits(4, 4, 4, 3), 8: Spread(8, 4, 4, first=0)},
+    "o": {2: _digits(8, 8, 2, 2, first=2), 4: _digits(8, 8, 2, 2), 8: Spread(8, 4, 2, 2)},
+    "gate_up": {2: _digits(8, 8, 2, 2), 4: _digits(8, 8, 2, 2), 8: _digits(8, 4, 3, 2)},
+    "down": {2: _digits(8, 4, 4, 2, first=1), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
 }
 
 
