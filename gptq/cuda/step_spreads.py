@@ -24,20 +24,21 @@ _ROOM_BYTES = 200 << 10  # that rings of these take
 _HOPPER_BY_BITS = {
     2: {
         "qkv": Tuning(4, 8, 2, 3, 1, first=0, fitted=True),
-        "o": Tuning(8, 8, 2, 2, 1, fitted=True),
-        "gate_up": Tuning(1, 8, 3, 14, 1, first=0, fitted=True),
+        "o": Tuning(8, 4, 3, 2, 1, first=1, fitted=True),
+        "gate_up": Tuning(1, 8, 5, 14, 1, first=1, fitted=True),
         "down": Tuning(14, 8, 2, 2, 1, first=0, fitted=True),
     },
     3: {
         "qkv": Tuning(4, 4, 3, 3, 1, first=0, fitted=True),
-        "gate_up": Tuning(8, 8, 2, 2, 1, first=0, fitted=True),
+        "o": Tuning(8, 4, 2, 2, 1, first=0, fitted=True),
+        "gate_up": Tuning(2, 8, 3, 7, 1, first=1, fitted=True),
         "down": Tuning(14, 4, 2, 2, 1, first=0, fitted=True),
     },
     4: {
-        "qkv": Tuning(4, 4, 4, 3, 1, first=0, fitted=True),
-        "o": Tuning(8, 8, 2, 2, 1, fitted=True),
+        "qkv": Tuning(4, 4, 4, 3, 1, first=1, fitted=True),
+        "o": Tuning(8, 4, 2, 2, 1, first=0, fitted=True),
         "gate_up": Tuning(1, 8, 3, 14, 1, first=1, fitted=True),
-        "down": Tuning(14, 2, 5, 2, 1, first=2, fitted=True),
+        "down": Tuning(14, 2, 4, 2, 1, first=1, fitted=True),
     },
 }
 _QKV_ADAPTED, _O_ADAPTED = Tuning(4, 4, 3, 3, 1), Tuning(8, 4, 3, 2, 1)
