@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) head(HeadArguments p) {
 // The same of up to ROWS rows, the columns of the matrix unit (octet.cu). A warp takes 16 outputs at a time. A lane reads 8
 // inputs in a run, so steps take the inputs in another order than their own: x and weights in the same one. `k` is a multiple of 32.
 template <int ROWS, int NORM> DEVICE void head_of_rows(const HeadArguments& p) {
-  constexpr int AHEAD = 4;
+  constexpr int AHEAD = 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, pitch = p.k + 32;
   const int tiles = (p.n + TILE - 1) / TILE, stride = blockDim.x / 32 * gridDim.x, first_tile = warp * gridDim.x + blockIdx.x;
   u16* xs = (u16*)shared_words;              // [ROWS][pitch]
