@@ -78,7 +78,7 @@ def test_every_layout_multiplies_and_unpacks_right(gpu, bits, group_size, act_or
 def test_a_row_is_multiplied_by_blocks_in_groups(gpu, bits, group_size, sym, norm):
     torch.manual_seed(bits * 100 + group_size)
     k, n = 2048, 408
-    layer = random_models.random_layer(k, n, bits, group_size, sym=sym, bias=True)
+    layer = random_models.random_layer(k, n, bits, group_size, sym=sym, rows=torch.randperm(k, device="cuda"), bias=True)
     packing = packing_of([layer])
     gpu.add_missing(packings=[packing])
     weight = repack(gpu, [layer], packing)
