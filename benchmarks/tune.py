@@ -360,7 +360,7 @@ def layouts(gpu: Gpu, copy: float, layers: int) -> None:
         took = seconds(run) / 64
         size = bytes_of_a_token(step) + step.shape.kv.token_bytes(step.shape.kv_heads) * layers * 512
         print(
-            f"    {how or 'g128 act-order'}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {size / took / copy:.0%} of the limit"
+            f"    {how or 'g128 act-order'}: {took * 1e6:.0f} us, {1 / took:.0f} tokens/s, {size / took / copy:.1%} of the limit"
         )
         step.close()
         del step
