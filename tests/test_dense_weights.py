@@ -55,6 +55,14 @@ def test_short_inputs_are_multiplied_with_packed_weights_until_dense_ones_are_th
     assert kept.of_rows(128) is None and kept.of_rows(129) is not None
 
 
+@pytest.mark.parametrize(("free", "keeps"), [(ALL_BYTES * 4, True), (ALL_BYTES * 4 - 1, False)])
+def test_the_fourth_input_of_middle_length_has_them_kept_where_there_is_room(weights, free, keeps):
+    kept = kept_in(weights, [free])
+    assert [kept.of_rows(128) for _ in range(5)] == [None] * 5, "short ones do not count"
+    assert [kept.of_rows(each) is not None for each in (129, 512, 768, 512, 129)] == [False, False, False, keeps, keeps]
+    assert kept.of_rows(128) is None
+
+
 @pytest.mark.parametrize(("free", "keeps"), [(ALL_BYTES * 4, True), (ALL_BYTES * 4 - 1, False), (0, False)])
 def test_dense_weights_are_kept_where_four_times_as_much_is_free(weights, free, keeps):
     kept = kept_in(weights, [free])

@@ -1,7 +1,8 @@
 """Weights of a model made dense for long prompts, which cuBLAS multiplies: in pieces each time, or once and for all.
 
 Making them dense takes a twentieth of a long prompt's time and a third of a short one's. Where a GPU has four times as much free
-memory as all of them take, they are kept. Conversations go first: what is kept is freed as soon as they need its memory.
+memory as all of them take, they are kept, from the first long prompt or the fourth of middle length on. Conversations go first:
+what is kept is freed as soon as they need its memory.
 
 Those that are kept take their inputs in the model's own order where they can, so that nothing has to be put in order for them.
 Not down: its inputs come in its order.
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _PIECE = 1 << 26  # weights made dense at once: 128 MB of fp16
 _ROOM = 4  # times what all take must be free
 _LEAST_KEPT_ROWS = 129  # multiplied with a dense weight that is there faster than with the packed one
+_SEVERAL = 4  # inputs of so many rows or more, for which making them dense pays though packed ones would do
 
 
 class DenseWeights:
@@ -37,7 +39,7 @@ class DenseWeights:
         self._kept: dict[int, Tensor] = {}  # by the address of the packed one
         self._norms: dict[int, Tensor] = {}  # in the model's own order, by the address of those in fragment order
         self._in_fragments = {layer.weights[-1].words.data_ptr() for layer in weights.layers}  # down
-        self._keeps, self._room = False, _ROOM
+        self._keeps, self._room, self._asked = False, _ROOM, 0
         self._largest = max(_size(each) for layer in weights.layers for each in layer.weights)
 
     @cached_property
@@ -54,7 +56,8 @@ class DenseWeights:
         if rows < _LEAST_KEPT_ROWS:
             return None
         large = rows > wide_batch.most_rows(self._gpu)
-        if large and not self._keeps:
+        self._asked += 1
+        if (large or self._asked >= _SEVERAL) and not self._keeps:
             self._keeps = self._all_bytes * self._room <= self._free_bytes()
         if not large and not self._keeps:
             return None
