@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,10 @@ def test_a_product_fits_into_the_shared_memory_of_every_family(family, in_featur
         assert not norm or found.norm * 8 * found.threads >= in_features
 
 
+# Of 18 products of 2, 4 and 8 rows, how many fit at least.
+LEAST = {"Turing": (8, 6, 0), "Ampere (RTX 30)": (12, 9, 6), "Ampere": (16, 13, 10), "Hopper": (18, 16, 14)}
+
+
 @pytest.mark.parametrize("family", LIMITS)
 @pytest.mark.parametrize("rows", octet.ROWS)
 @pytest.mark.parametrize("role", octet.SPREADS)
@@ -84,7 +89,7 @@ def test_the_product_of_a_octet_fits_or_is_left_to_the_kernels_of_many(family, r
     limit, hopper, spread = LIMITS[family] * 1024, family == "Hopper", octet.SPREADS[role][rows]
     fits = 0
     packings = ((Packing(4, True, 1), False), (Packing(8, False, 4), False), (Packing(4, True, 1), True))
-    for (packing, digits), in_features in itertools.product(packings, (4096, 8192, 14336, 28672)):
+    for (packing, digits), in_features in itertools.product(packings, (3328, 4096, 6656, 8192, 14336, 28672)):
         spread = replace(spread, digits=digits)
         epilogue, norm = {"qkv": ("PLAIN", True), "gate_up": ("SILU", True)}.get(role, ("RESIDUAL", False))
         try:
@@ -96,7 +101,26 @@ def test_the_product_of_a_octet_fits_or_is_left_to_the_kernels_of_many(family, r
         fits += 1
         assert found.shared_bytes(-(-in_features // 64), 3) <= limit and (hopper or found.cluster == 1)
         assert not norm or digits or found.norm * 8 * found.threads >= in_features
-    assert fits >= (6 if role in ("qkv", "gate_up") else 12) * hopper
+    assert fits >= LEAST[family][octet.ROWS.index(rows)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", octet.ROWS)
+def test_the_norm_of_a_few_rows_finds_warps_for_any_hidden_size(bits, rows):
+    packing = Packing(bits, True, 4)  # no digits: a norm takes registers of every thread
+    for hidden in range(64, 8192 + 64, 64):
+        for role, epilogue in (("qkv", "PLAIN"), ("gate_up", "SILU")):
+            found = octet.variant(packing, hidden, epilogue, True, rows, octet.SPREADS[role][rows], 227 * 1024, 3, True)
+            assert found.norm * 8 * found.threads >= hidden
+
+
+def test_a_few_rows_of_a_narrow_product_leave_no_processor_idle_that_could_have_a_tile():
+    gpu = SimpleNamespace(capability=(9, 0), processors=132, shared_limit_bytes=227 * 1024, shared_bytes=228 * 1024)
+    for outputs, teams in ((6144, 3), (2048, 1), (7168, 2), (1152, 1)):
+        tiles = outputs // 16
+        weight = SimpleNamespace(packing=Packing(4, True, 1), in_features=4096, chunks=64, tiles=tiles, lasting=True)
+        plan = octet.Plan.of(gpu, weight, "PLAIN", True, 4, octet.SPREADS["qkv"][4])
+        assert plan.variant.teams == teams and plan.blocks == min(132, -(-tiles // teams))
 
 
 def test_a_norm_wider_than_a_block_is_refused_in_words():

@@ -63,15 +63,21 @@ def layer_tuning(in_features: int, out_features: int, processors: int, *, expert
 
 
 def fit_teams(tuning: Tuning, tiles: int, processors: int) -> Tuning:
-    """The spread of one block a processor, with a number of teams by which processors have few turns with a tile to take. A
-    team more or less than its own counts as a hundredth of them."""
+    """The spread of one block a processor, with the teams of `teams_for`."""
+    most = min(_MOST_TEAMS, _MOST_WARPS // tuning.split)
+    return replace(tuning, teams=teams_for(tiles, processors, tuning.teams, most))
+
+
+def teams_for(tiles: int, processors: int, usual: int, most: int) -> int:
+    """Teams of the one block of a processor, up to `most`, by which processors have few turns with a tile to take. A team more
+    or less than is usual counts as a hundredth of them."""
 
     def cost(teams: int) -> tuple[float, int]:
         blocks = -(-tiles // teams)
         turns = -(-blocks // processors) * teams
-        return turns * (1 + 0.01 * abs(teams - tuning.teams)), -teams
+        return turns * (1 + 0.01 * abs(teams - usual)), -teams
 
-    return replace(tuning, teams=min(range(1, min(_MOST_TEAMS, _MOST_WARPS // tuning.split) + 1), key=cost))
+    return min(range(1, most + 1), key=cost)
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,9 @@
 // Two to eight rows of activations times a packed weight: the columns of the matrix unit that gemv.cu leaves empty are rows.
 //
-// As gemv.cu: a team of KS warps shares a tile, and its sums are added in a fixed order, the same for every row. x of all rows
-// is staged in shared memory, normed if NORM; SPAN: as digits (octet_digits.cu), 0: as fp16. FOLLOW: of a
-// warp's weights some follow x. Where it does not fit, CLUSTER blocks (Hopper and newer) share their tiles: each
-// stages and multiplies its part of the inputs, and reads the other parts' sums from their shared memory at the end.
+// As gemv.cu: a team of KS warps shares a tile, and its sums are added in a fixed order, the same for every row. x of all rows is
+// staged in shared memory, normed if NORM; SPAN: as digits (octet_digits.cu), 0: as fp16. FOLLOW: of a warp's weights some follow x.
+// Where x does not fit, CLUSTER blocks (Hopper and newer) share their tiles: each stages and multiplies its part of the inputs, and
+// reads the other parts' sums from their shared memory at the end.
 
 // -- x of up to ROWS rows in shared memory -----------------------------------------------------------------------------
 // Rows are `pitch` numbers apart: 16 bytes more than they hold, so that the lanes of a quarter warp read different banks.

@@ -1,7 +1,7 @@
 """Products of 2 to 8 rows: which kernel of octet.cu computes them, and how it is launched."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..suitability import Unsuited
 from .cuda_driver import HOPPER
 from .cuda_weights import Weight
+from .gemv import teams_for
 from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import CHUNK, NORM_RUNS, OCTET, OCTET_RUNS
 from .kernel_source import BLOCK_THREADS, OctetVariant, Packing
@@ -26,7 +27,7 @@ class Spread:
     split: int  # warps that share a tile
     batch: int  # chunks of 4 bits that travel together; half as many of 8 bits
     stages: int
-    teams: int = 1  # tiles that a block works on at once
+    teams: int = 1  # tiles that a block works on at once; fewer, where processors would be idle, of digits
     blocks_per_processor: int = 1
     cluster: int = 1  # blocks that share their tiles, each with its part of the inputs
     first: int | None = None  # batches that a warp fetches before the kernel in front has ended, the others with x; None: all
@@ -45,22 +46,26 @@ SPREADS = {
 }
 
 
-def _even(spread: Spread, chunks: int) -> Spread:
-    """The spread, or one near by whose warps share a tile evenly."""
+def _even(spread: Spread, chunks: int, allowed: Callable[[Spread], bool]) -> Spread:
+    """The spread, or one near by that is allowed and whose warps share a tile evenly."""
     for batch in (spread.batch, 2):
         for split in sorted(range(max(1, spread.split - 3), spread.split + 4), key=lambda each: abs(each - spread.split)):
-            if chunks % (spread.cluster * split * batch) == 0 and 32 * split * spread.teams <= BLOCK_THREADS:
-                return replace(spread, split=split, batch=batch)
+            near = replace(spread, split=split, batch=batch)
+            if chunks % (spread.cluster * split * batch) == 0 and 32 * split * spread.teams <= BLOCK_THREADS and allowed(near):
+                return near
     return spread
 
 
 def _narrower(spread: Spread, clusters: tuple[int, ...]) -> Iterator[Spread]:
     """The spread, then those that need less and less shared memory."""
-    for cluster, teams in itertools.product(clusters, dict.fromkeys((spread.teams, 1))):
-        if cluster >= spread.cluster:
+    most_teams = dict.fromkeys((spread.teams, 1))
+    for cluster, teams, split in (
+        *itertools.product(clusters, most_teams, (spread.split,)), *itertools.product(clusters, (1,), (spread.split // 2,)),
+    ):  # fmt: skip
+        if cluster >= spread.cluster and split:
             for batch in (spread.batch, max(1, spread.batch // 2)):
                 for stages in range(spread.stages, 1, -1):
-                    yield replace(spread, batch=batch, stages=stages, teams=teams, cluster=cluster)
+                    yield replace(spread, split=split, batch=batch, stages=stages, teams=teams, cluster=cluster)
 
 
 @lru_cache(maxsize=256)
@@ -93,7 +98,7 @@ def variant(
         if 64 * spread.split > BLOCK_THREADS:
             raise Unsuited(f"a norm of {rows} rows of {in_features} inputs")
         spread = replace(spread, split=spread.split * 2, teams=1)
-    spread = _even(spread, chunks)
+    spread = _even(spread, chunks, lambda each: runs(each) <= most)
     if packing.bits == 8:
         spread = replace(spread, batch=max(1, spread.batch // 2))
     for each in _narrower(spread, (1, 2, 4) if clusters else (1,)):
@@ -123,6 +128,9 @@ class Plan:
     def of(cls, gpu: Gpu, weight: Weight, epilogue: str, norm: bool, rows: int, spread: Spread) -> "Plan":
         """Raises Unsuited if the GPU cannot compute the product."""
         clusters, turns = gpu.capability >= HOPPER, 1
+        nearly_idle = -(-weight.tiles // spread.teams) < 2 * gpu.processors  # turns, of which the last may be nearly empty
+        if nearly_idle and spread.digits and spread.blocks_per_processor * spread.cluster == 1:
+            spread = replace(spread, teams=teams_for(weight.tiles, gpu.processors, spread.teams, spread.teams))
         while True:  # what a block keeps for its cluster depends on how many blocks there are, and they on the cluster
             found = variant(
                 weight.packing, weight.in_features, epilogue, norm, rows, spread, gpu.shared_limit_bytes, turns, clusters,
