@@ -229,3 +229,17 @@ def test_answers_that_need_the_host_are_not_guessed_for(monkeypatch):
         else:
             run.all()
         assert run.model.guessed.asked == []
+
+
+def test_a_short_answer_alone_is_faster_so_its_guesses_cost_more():
+    guessed, shape = SimpleNamespace(short_tokens=3072), SimpleNamespace(context_tokens=8192)
+    guesses = answer_guesses.AnswerGuesses(SimpleNamespace(guessed=guessed, shape=shape))
+    products = {2: 1.1, 4: 1.2, 8: 1.3}
+
+    def costs(tokens):
+        return guesses._costs(products, SimpleNamespace(memory=SimpleNamespace(length=tokens)))
+
+    short, long = costs(3071), costs(3072)
+    assert all(1.04 < a / b < 1.05 for a, b in zip(short[1:], long[1:], strict=True)) and short[0] == long[0] == 1
+    guessed.short_tokens = 0
+    assert costs(3071)[1] == pytest.approx(long[1], rel=1e-3)

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _ATTENTION = 0.027  # of a step of one row, for each 1,000 tokens before it
 _SHARED = 0.7  # share of that which each row more takes: the rows read the same keys
+_SHORT = 0.047  # of a step of one row, which a short one takes less: no step with guesses has its attention (attention.py)
 _WAIT = 0.04  # that the GPU waits for the host between two steps with guesses
 _STEPS = 20  # for each whole: a cost is rounded up, so that a noisy measurement seldom changes which guesses are made
 
@@ -65,9 +66,10 @@ class AnswerGuesses:
         context alone: a seed gives the same answer again."""
         room = min(MOST_GUESSES, ONE_ROWS - 1, self._step.shape.context_tokens - answer.memory.length - 1)
         attention = _ATTENTION * answer.memory.length / 1000
+        one = 1 + attention - (_SHORT if answer.memory.length < self._step.guessed.short_tokens else 0)
 
         def cost(rows: int) -> float:
-            return (products[rows] + _WAIT + attention * (1 + _SHARED * (rows - 1))) / (1 + attention)
+            return (products[rows] + _WAIT + attention * (1 + _SHARED * (rows - 1))) / one
 
         return [1.0, *(cost(rows_of(count)) for count in range(1, room + 1))]
 
