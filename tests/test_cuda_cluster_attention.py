@@ -16,7 +16,7 @@ from gptq_webui.gptq.cuda.kv_pages import Pages
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no GPU with clusters of blocks"
 )
-FORMATS = [KvFormat(each, q8) for each, q8 in itertools.product((64, 96, 128), (False, True))]
+FORMATS = [KvFormat(each, q8) for each, q8 in itertools.product((32, 64, 96, 128), (False, True))]
 BLOCKS = (4, 8)
 LENGTHS = (0, 1, 40, 63, 64, 65, 127, 128, 129, 512, 600, 1000, 1023, 1024, 1025, 2049, 5000)
 CONTEXT = 5056
@@ -128,3 +128,28 @@ def test_clusters_give_the_same_bits_every_time(gpu, blocks, monkeypatch):
     for position in (129, 512, 1000, 1500, 2000):
         first = model.attended(position, short=True)
         assert all(torch.equal(model.attended(position, short=True), first) for _ in range(50))
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_each_row_attends_to_its_own_pages_and_an_idle_one_is_left_alone(gpu, rows):
+    torch.manual_seed(9)
+    model = Model(gpu, KvFormat(128), 8, 4)
+    tables = [model.sequences.table[0]]
+    for row in range(1, rows):
+        table = torch.tensor([model.pages.take() for _ in range(CONTEXT // 64)], dtype=torch.int64, device="cuda")
+        rope_rows(gpu, model.shape, model.weights, 1, qkv=model.qkv.roll(row * 500, 0), table=table, start=0)
+        tables.append(table)
+    positions = torch.tensor([300, -1, 1000, 63][:rows], dtype=torch.int32, device="cuda")
+    sequences = SimpleNamespace(table=torch.stack(tables), positions=positions, rows=rows)
+    qkv, work = model.qkv[:rows].clone(), AttentionWork(gpu, model.shape, rows)
+    assert attention.short_tokens(gpu, model.shape, rows) > 0
+    found = []
+    for short in (False, True):
+        out = torch.full((rows, 32 * 128), torch.nan, dtype=torch.float16, device="cuda")
+        attend(gpu, model.shape, model.weights, 1, sequences, work, qkv=qkv, out=out, short=short)
+        found.append(out.double())
+    for row, position in enumerate(positions.tolist()):
+        if position < 0:
+            assert bool(found[1][row].isnan().all())
+        else:
+            assert float((found[1][row] - found[0][row]).norm() / found[0][row].norm()) < 2e-3, row

@@ -160,7 +160,7 @@ def test_two_to_eight_rows_give_the_logits_of_plain_pytorch(gpu, change):
             for row in range(rows):
                 step.sequences.ids[row], step.sequences.positions[row] = texts[row][at[row]], at[row]
             assert step._octet.plans(rows) is not None
-            step.batch.forward(rows)
+            step.batch.forward(rows, short=at[0] % 2 == 0)
             for row in range(rows):
                 assert error(step.sequences.logits[row], wanted[row][at[row]]) < 1e-2, (rows, row)
                 at[row] += 1

@@ -119,7 +119,7 @@ def test_steps_of_digits_of_rows_give_the_logits_of_plain_pytorch(gpu, change, m
                 step.sequences.ids[row], step.sequences.positions[row] = texts[row][at[row]], at[row]
             plans = step._octet.plans(rows)
             assert plans is not None and plans[0]["qkv"].variant.span > 0
-            step.batch.forward(rows)
+            step.batch.forward(rows, short=at[0] % 2 == 0)
             for row in range(rows):
                 assert error(step.sequences.logits[row], wanted[row][at[row]]) < 1e-2, (rows, row)
                 at[row] += 1
