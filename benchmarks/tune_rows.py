@@ -29,11 +29,14 @@ PROCESSOR_BYTES = 227 * 1024
 def spreads(role: str) -> list[Spread]:
     """Those with 8 to 32 warps on a processor."""
     found = []
-    for split, batch, stages, teams, blocks, cluster in itertools.product(
-        (8, 14, 16, 28) if role == "down" else (4, 8, 16), (2, 4), (2, 3, 4), (1, 2, 3, 4), (1, 2, 3), (1, 2, 4)
+    for split, batch, stages, teams, blocks, cluster, digits in itertools.product(
+        (8, 14, 16, 28) if role == "down" else (4, 8, 16), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4), (1, 2, 3), (1, 2, 4), (False, True)
     ):
-        if 8 <= split * teams * blocks <= 32 and (cluster == 1 or (role == "down" and stages < 4)):
-            found.append(Spread(split, batch, stages, teams, blocks, cluster))
+        many = cluster > 1 and (role != "down" or stages > 3)
+        if 8 <= split * teams * blocks <= 32 and not many and not (digits and blocks > 1):
+            found += [
+                Spread(split, batch, stages, teams, blocks, cluster, first, digits) for first in ((0, 1) if digits else (None,))
+            ]
     return found
 
 

@@ -127,7 +127,7 @@ def cluster_variants(gpu: Gpu, shape: ModelShape) -> list[ClusterAttentionVarian
 
 def _cluster(gpu: Gpu, shape: ModelShape, rows: int) -> ClusterAttentionVariant | None:
     """The most blocks for a row that all rows' fit with, one on a processor: two find no company beside another kernel."""
-    if gpu.capability < HOPPER:
+    if gpu.capability < HOPPER or rows >= _LEAST_PAGED_ROWS:
         return None
     fitting = (each for each in _CLUSTERS if each * shape.attention_blocks * rows <= gpu.processors)
     return next((ClusterAttentionVariant(shape.kv, each) for each in fitting), None)

@@ -2,8 +2,8 @@
 
 2 to 8 rows take five kernels a layer, as one does (octet_step.py), and up to 16 on Hopper and newer (cluster_step.py). More
 take seven: norms are kernels of their own, and products are those of small_batch.cu. The weights are read once for all rows. A
-graph is recorded for each of some numbers of rows (`ROWS`) when it first occurs; rows beyond those that are wanted are idle
-(sequences.py).
+graph is recorded for each of some numbers of rows (`ROWS`), one for short rows (attention.py) and one for others, when it first
+occurs; rows beyond those that are wanted are idle (sequences.py).
 """
 
 import torch

@@ -1,4 +1,4 @@
-// 5 to 64 rows of activations times a packed weight, on Hopper and newer: Y = X W, where the blocks of a cluster share their tiles.
+// 3 to 64 rows of activations times a packed weight, on Hopper and newer: Y = X W, where the blocks of a cluster share their tiles.
 //
 // Each block of a cluster multiplies its part of the inputs, so that a block reads only this part of X: of 16 rows X otherwise
 // weighs more than the weights, because every block reads all of it through the L2. A block's WN * KS warps take MT tiles each and

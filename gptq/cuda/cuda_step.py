@@ -1,4 +1,5 @@
-"""One token of a model on an NVIDIA GPU: five kernels a layer, recorded once as a CUDA graph.
+"""One token of a model on an NVIDIA GPU: five kernels a layer, recorded as a CUDA graph: one for short
+conversations, one for others.
 
     qkv        norm, product, bias
     attention  norm of heads, rotary embedding, keys and values kept, attention; output in the next input's order
@@ -150,7 +151,8 @@ class CudaStep:
         head(gpu, weights.head, here.x_head, weights.final_norm, self.sequences.logits, eps)
 
     def step(self, sample_next: bool = True) -> None:
-        """Compute row 0's token and choose the next one, or leave it at `logits`. Recorded at the first call."""
+        """Compute row 0's token and choose the next one, or leave it at `logits`. Recorded at the first call, and
+        once more when the conversation is short no longer."""
         short = is_short(self.gpu, self.shape, self.sequences, 1)
         graph = self._graphs.get((sample_next, short))
         if graph is None:
