@@ -189,13 +189,18 @@ DEVICE float further(float a, float b) { return copysignf(larger(fabsf(a), fabsf
 
 // -- the matrix unit, as PTX says which lane has what (m16n8k16 of fp16, m16n8k32 of bytes) ------------------------------------------------
 
-DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+DEVICE const Warp& with_fragments(const u32 (&a)[4], u32 b0, u32 b1) {  // of all lanes
   Warp& warp = own_warp();
   const int lane = threadIdx.x % 32;
   memcpy(warp.a[lane], a, sizeof a);
   warp.b[lane][0] = b0;
   warp.b[lane][1] = b1;
   __syncwarp();
+  return warp;
+}
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const Warp& warp = with_fragments(a, b0, b1);
+  const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = c[i];
@@ -208,12 +213,8 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   __syncwarp();
 }
 DEVICE void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const int (&from)[4]) {
-  Warp& warp = own_warp();
+  const Warp& warp = with_fragments(a, b0, b1);
   const int lane = threadIdx.x % 32;
-  memcpy(warp.a[lane], a, sizeof a);
-  warp.b[lane][0] = b0;
-  warp.b[lane][1] = b1;
-  __syncwarp();
   int sums[4];
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;

@@ -21,7 +21,7 @@ class PagedGuesses(GuessedStep):
         self._model, self._sequences = model, model.sequences
         model.step = model.step_rows
         self._host = torch.zeros(2, ONE_ROWS, dtype=torch.int32)
-        self.asked = []
+        self.asked, self.short_tokens = [], 0
 
     def relative_costs(self, one):
         return {2: 1.1, 4: 1.2, 8: 1.3}

@@ -182,6 +182,11 @@ template <int D, bool Q8> struct Strip {
 
 // Softmax and sums of a warp so far, relative to the highest score (online softmax).
 template <int D> struct Running { float out[D / 8][2], top, sum; };
+template <int D> DEVICE void begin_sums(Running<D>& running) {
+  running.top = -1e30f; running.sum = 0.f;
+#pragma unroll
+  for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
+}
 
 // Scores of a strip's tokens: query times key, tokens that the position does not see at -1e30.
 template <int D, bool Q8> DEVICE void score_strip(const AttentionArguments& p, const Strip<D, Q8>& strip, const u32 (&queries)[D / 16][2],
@@ -246,6 +251,25 @@ template <int D> struct AttentionShared {
   __align__(16) float outs[ATTENTION_WARPS][ATTENTION_HEADS][D];
   u32 arrived;
 };
+
+// What a lane multiplies, of head r.
+template <int D> DEVICE void load_queries(const AttentionShared<D>& shared, int r, int c, u32 (&queries)[D / 16][2]) {
+#pragma unroll
+  for (int i = 0; i < D / 32; i++) {
+    const uint4 w = *(const uint4*)&shared.q[r][i * 32 + c * 8];
+    queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
+    queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
+  }
+}
+
+// What a warp has found of its strips, for the block to add.
+template <int D> DEVICE void leave_sums(AttentionShared<D>& shared, Running<D>& running, int warp, int r, int c) {
+  running.sum += __shfl_xor_sync(FULL, running.sum, 1);
+  running.sum += __shfl_xor_sync(FULL, running.sum, 2);
+  if (c == 0) { shared.maxima[warp][r] = running.top; shared.sums[warp][r] = running.sum; }
+#pragma unroll
+  for (int t = 0; t < D / 8; t++) *(float2*)&shared.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
+}
 
 // The new token's queries, and its key and value in the block that adds it. All are on their way before the first is used.
 template <int D> DEVICE void stage_new_token(const AttentionArguments& p, AttentionShared<D>& shared, const u16* qkv, const Angles<D>& angles,
@@ -391,9 +415,7 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
 
   u32 queries[D / 16][2];  // of heads r; rows 8 to 15 of the matrix are zero
   Running<D> running;
-  running.top = -1e30f; running.sum = 0.f;
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
+  begin_sums(running);
 
 #pragma unroll 1
   for (int at = slice.begin + warp, first = 1; first || at < slice.end; at += WARPS, first = 0) {
@@ -404,23 +426,14 @@ template <int D, bool Q8> DEVICE void attention(const AttentionArguments& p) {
       wait_for_previous_kernel();
       stage_new_token<D>(p, shared, qkv, angles, kv, head0, count, slice.newest);
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) {
-        const uint4 w = *(const uint4*)&shared.q[r][i * 32 + c * 8];
-        queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
-        queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
-      }
+      load_queries(shared, r, c, queries);
       if (at >= slice.end) break;
     }
     float score[4][2];
     score_strip<D, Q8>(p, strip, queries, slice, at * 32 + c * 8, score);
     add_strip<D, Q8>(strip, score, running);
   }
-  running.sum += __shfl_xor_sync(FULL, running.sum, 1);
-  running.sum += __shfl_xor_sync(FULL, running.sum, 2);
-  if (c == 0) { shared.maxima[warp][r] = running.top; shared.sums[warp][r] = running.sum; }
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) *(float2*)&shared.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
+  leave_sums(shared, running, warp, r, c);
   score_new_token<D>(p, shared, count, slice.newest);
   __syncthreads();
 

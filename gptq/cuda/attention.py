@@ -96,7 +96,7 @@ def attend(
         splits=splits,
     )
     if rows >= _LEAST_PAGED_ROWS and not work.one and gpu.has(plan.name):
-        blocks = min(rows * shape.attention_blocks * work.splits(rows), _PAGED_BLOCKS * gpu.processors)
+        blocks = min(rows * shape.attention_blocks * splits, _PAGED_BLOCKS * gpu.processors)
         shared_bytes = claimed_bytes(gpu, plan.shared_bytes, -(-blocks // gpu.processors))
         gpu.run(plan.name, (blocks,), plan.threads, arguments, shared_bytes, overlap=True)
         return

@@ -173,9 +173,7 @@ template <int D, bool Q8, int BLOCKS> DEVICE void cluster_attention(const Attent
 
   u32 queries[D / 16][2];  // of heads r; rows 8 to 15 of the matrix are zero
   Running<D> running;
-  running.top = -1e30f; running.sum = 0.f;
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
+  begin_sums(running);
 
 #pragma unroll 1
   for (int at = slice.begin + warp, begins = 1; begins || at < slice.end; at += WARPS, begins = 0) {
@@ -187,23 +185,14 @@ template <int D, bool Q8, int BLOCKS> DEVICE void cluster_attention(const Attent
       if (!in_lanes) stage_new_token<D>(p, own, qkv, angles, kv, head0, count, slice.newest);
       else if constexpr (D == 128) stage_in_lanes(p, own, qkv, angles, kv, head0, count, slice.newest);
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) {
-        const uint4 w = *(const uint4*)&own.q[r][i * 32 + c * 8];
-        queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
-        queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
-      }
+      load_queries(own, r, c, queries);
       if (at >= slice.end) break;
     }
     float score[4][2];
     score_strip<D, Q8>(p, strip, queries, slice, at * 32 + c * 8, score);
     add_strip<D, Q8>(strip, score, running);
   }
-  running.sum += __shfl_xor_sync(FULL, running.sum, 1);
-  running.sum += __shfl_xor_sync(FULL, running.sum, 2);
-  if (c == 0) { own.maxima[warp][r] = running.top; own.sums[warp][r] = running.sum; }
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) *(float2*)&own.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
+  leave_sums(own, running, warp, r, c);
   score_new_token<D>(p, own, count, slice.newest);
   wait_for_copies<0>();
   __syncthreads();

@@ -134,9 +134,7 @@ template <int D, bool Q8> DEVICE void guessed_attention(const AttentionArguments
 
   u32 queries[D / 16][2];  // of heads r; rows 8 to 15 of the matrix are zero
   Running<D> running;
-  running.top = -1e30f; running.sum = 0.f;
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
+  begin_sums(running);
 
 #pragma unroll 1
   for (int at = slice.begin + warp, first = 1; first || at < slice.end; at += WARPS, first = 0) {
@@ -148,23 +146,14 @@ template <int D, bool Q8> DEVICE void guessed_attention(const AttentionArguments
       if (slice.newest) stage_earlier_rows<D, Q8>(p, shared, kv, kept, row);
       stage_new_token<D>(p, shared.row, qkv, angles, kv, head0, count, slice.newest);
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) {
-        const uint4 w = *(const uint4*)&shared.row.q[r][i * 32 + c * 8];
-        queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
-        queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
-      }
+      load_queries(shared.row, r, c, queries);
       if (at >= slice.end) break;
     }
     float score[4][2];
     score_strip<D, Q8>(p, strip, queries, slice, at * 32 + c * 8, score);
     add_strip<D, Q8>(strip, score, running);
   }
-  running.sum += __shfl_xor_sync(FULL, running.sum, 1);
-  running.sum += __shfl_xor_sync(FULL, running.sum, 2);
-  if (c == 0) { shared.row.maxima[warp][r] = running.top; shared.row.sums[warp][r] = running.sum; }
-#pragma unroll
-  for (int t = 0; t < D / 8; t++) *(float2*)&shared.row.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
+  leave_sums(shared.row, running, warp, r, c);
   score_rows<D>(p, shared, count, row, slice.from - kept, slice.newest);
   __syncthreads();
 

@@ -26,12 +26,10 @@ _TRIALS = 5
 class GuessedStep:
     """Of one model. `sequences` has at least ONE_ROWS rows. At most one step may be running."""
 
-    short_tokens = 0  # up to which one row alone has an attention that these steps do not have
-
     def __init__(self, gpu: Gpu, shape: ModelShape, sequences: Sequences, recorder: GraphRecorder, batch: BatchStep) -> None:
         self._gpu, self._sequences, self._recorder, self._batch = gpu, sequences, recorder, batch
         self._work = AttentionWork(gpu, shape, ONE_ROWS, one=True)
-        self.short_tokens = short_tokens(gpu, shape, 1)
+        self.short_tokens = short_tokens(gpu, shape, 1)  # up to which one row alone has an attention that these steps do not have
         pinned = gpu.device.type == "cuda"
         self._host = torch.zeros(2, ONE_ROWS, dtype=torch.int32, pin_memory=pinned)  # ids, positions
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}

@@ -77,16 +77,9 @@ template <int D, int SLOTS> DEVICE void paged_attention(const AttentionArguments
     stage_new_token<D>(p, shared, p.qkv + (size_t)row * (p.heads + 2 * p.kv_heads) * D, angles, kv, head0, count, slice.newest);
     barrier_of_warps<WARPS>();
     u32 queries[D / 16][2];
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-      const uint4 w = *(const uint4*)&shared.q[r][i * 32 + c * 8];
-      queries[2 * i][0] = w.x; queries[2 * i][1] = w.y;
-      queries[2 * i + 1][0] = w.z; queries[2 * i + 1][1] = w.w;
-    }
+    load_queries(shared, r, c, queries);
     Running<D> running;
-    running.top = -1e30f; running.sum = 0.f;
-#pragma unroll
-    for (int t = 0; t < D / 8; t++) running.out[t][0] = running.out[t][1] = 0.f;
+    begin_sums(running);
 #pragma unroll 1
     for (int at = slice.begin; at < slice.end; at++, turn++) {
       if ((at - slice.begin) % PAIRS != warp / 2) continue;
@@ -100,11 +93,7 @@ template <int D, int SLOTS> DEVICE void paged_attention(const AttentionArguments
       __syncwarp();
       if (lane == 0) arrive(empty + slot);
     }
-    running.sum += __shfl_xor_sync(FULL, running.sum, 1);
-    running.sum += __shfl_xor_sync(FULL, running.sum, 2);
-    if (c == 0) { shared.maxima[warp][r] = running.top; shared.sums[warp][r] = running.sum; }
-#pragma unroll
-    for (int t = 0; t < D / 8; t++) *(float2*)&shared.outs[warp][r][t * 8 + c * 2] = make_float2(running.out[t][0], running.out[t][1]);
+    leave_sums(shared, running, warp, r, c);
     score_new_token<D>(p, shared, count, slice.newest);
     barrier_of_warps<WARPS>();
 
