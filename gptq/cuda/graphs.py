@@ -1,10 +1,35 @@
 """Recording what is launched as CUDA graphs, which one call replays."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from .cuda_driver import OwnStream
+
+_lock = threading.Lock()
+_recordings = 0  # that run now, of all threads
+_collected = True  # whether Python collected garbage before the first of them
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Python collects no garbage meanwhile: what it would free of a GPU's memory, of another model say, ends a recording."""
+    global _recordings, _collected
+    with _lock:
+        if not _recordings:
+            _collected = gc.isenabled()
+            gc.disable()
+        _recordings += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _recordings -= 1
+            if not _recordings and _collected:
+                gc.enable()
 
 
 class GraphRecorder:
@@ -26,7 +51,8 @@ class GraphRecorder:
         """What `run` launches, as a graph."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with without_collections(), recording:  # torch's collects first
             run()
         return graph
 
@@ -35,7 +61,7 @@ class GraphRecorder:
         torch.cuda.synchronize(self._device)
         graphs: list[torch.cuda.CUDAGraph] = []
         pool = torch.cuda.graph_pool_handle()  # of these alone: one whose graphs are all gone cannot be used again
-        with torch.cuda.stream(self._stream):
+        with without_collections(), torch.cuda.stream(self._stream):
             for run in runs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
