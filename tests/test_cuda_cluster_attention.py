@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no GPU with clusters of blocks"
 )
 FORMATS = [KvFormat(each, q8) for each, q8 in itertools.product((32, 64, 96, 128), (False, True))]
-BLOCKS = (4, 8)
+BLOCKS = (2, 3, 6, 8)
 LENGTHS = (0, 1, 40, 63, 64, 65, 127, 128, 129, 512, 600, 1000, 1023, 1024, 1025, 2049, 5000)
 CONTEXT = 5056
 
@@ -130,8 +130,8 @@ def test_clusters_give_the_same_bits_every_time(gpu, blocks, monkeypatch):
         assert all(torch.equal(model.attended(position, short=True), first) for _ in range(50))
 
 
-@pytest.mark.parametrize("rows", [3, 4])
-def test_each_row_attends_to_its_own_pages_and_an_idle_one_is_left_alone(gpu, rows):
+@pytest.mark.parametrize(("rows", "blocks"), [(3, 8), (4, 6), (8, 3), (16, 2)])
+def test_each_row_attends_to_its_own_pages_and_an_idle_one_is_left_alone(gpu, rows, blocks):
     torch.manual_seed(9)
     model = Model(gpu, KvFormat(128), 8, 4)
     tables = [model.sequences.table[0]]
@@ -139,10 +139,10 @@ def test_each_row_attends_to_its_own_pages_and_an_idle_one_is_left_alone(gpu, ro
         table = torch.tensor([model.pages.take() for _ in range(CONTEXT // 64)], dtype=torch.int64, device="cuda")
         rope_rows(gpu, model.shape, model.weights, 1, qkv=model.qkv.roll(row * 500, 0), table=table, start=0)
         tables.append(table)
-    positions = torch.tensor([300, -1, 1000, 63][:rows], dtype=torch.int32, device="cuda")
+    positions = torch.tensor([300, -1, 1000, 63, 64, 700, 0, 2000][:rows] * -(-rows // 8), dtype=torch.int32, device="cuda")
     sequences = SimpleNamespace(table=torch.stack(tables), positions=positions, rows=rows)
     qkv, work = model.qkv[:rows].clone(), AttentionWork(gpu, model.shape, rows)
-    assert attention.short_tokens(gpu, model.shape, rows) > 0
+    assert gpu.processors != 132 or attention._cluster(gpu, model.shape, rows).blocks == blocks
     found = []
     for short in (False, True):
         out = torch.full((rows, 32 * 128), torch.nan, dtype=torch.float16, device="cuda")

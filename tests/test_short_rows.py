@@ -22,7 +22,7 @@ def attended_by(step, gpu, rows):  # noqa: F811
     return found
 
 
-@pytest.mark.parametrize(("rows", "most", "blocks"), [(1, 3072, 8), (2, 3072, 8), (4, 3072, 8), (8, 3072, 8), (12, 1536, 4)])
+@pytest.mark.parametrize(("rows", "most", "blocks"), [(1, 3072, 8), (4, 3072, 8), (6, 3072, 8), (7, 2304, 6), (12, 3072, 8)])
 def test_long_conversations_have_another_attention_than_short_ones(gpu, rows, most, blocks):  # noqa: F811
     step = make(gpu, parallel=16, context=8192)
     memories = [PagedMemory(step.pages) for _ in range(16)]
@@ -54,13 +54,41 @@ def test_each_length_is_recorded_once(gpu, monkeypatch):  # noqa: F811
     assert len(recorded) == 2
 
 
-def test_rows_get_the_most_blocks_that_fit_one_on_a_processor_and_others_none():
-    gpu, shape = RecordingGpu(), SimpleNamespace(attention_blocks=8, kv=KvFormat(128))  # noqa: F811
-    variants = attention.cluster_variants(gpu, shape)
-    assert [each.blocks for each in variants] == [8, 4]
-    gpu.add(variants)
-    assert [attention.short_tokens(gpu, shape, rows) for rows in (1, 2, 3, 4, 5, 8, 16)] == [3072, 3072, 1536, 1536, 0, 0, 0]
-    shape.attention_blocks = 32
-    assert [attention.short_tokens(gpu, shape, rows) for rows in (1, 2)] == [1536, 0]
+def shape_of(attention_blocks):
+    return SimpleNamespace(attention_blocks=attention_blocks, kv=KvFormat(128), max_pages=1000)
+
+
+def test_rows_get_the_clusters_that_were_the_fastest_on_an_h200():
+    gpu, shape = RecordingGpu(), shape_of(8)  # noqa: F811
+    assert gpu.processors == 132
+    gpu.add(attention.cluster_variants(gpu, shape, 256))
+    chosen = {rows: attention._cluster(gpu, shape, rows) for rows in range(1, 20)}
+    blocks = {rows: each.blocks for rows, each in chosen.items() if each is not None}
+    fastest = {1: 8, 2: 6, 3: 8, 4: 6, 5: 5, 6: 4, 7: 3, 8: 3}
+    assert blocks == {**fastest, **dict.fromkeys(range(11, 17), 2)}, "9, 10 and more than 16 rows have none"
+    lengths = {rows: attention.short_tokens(gpu, shape, rows) for rows in (2, 3, 5, 8, 9, 11, 12, 16, 17)}
+    assert lengths == {2: 2304, 3: 3072, 5: 1920, 8: 1152, 9: 0, 11: 768, 12: 64000, 16: 64000, 17: 0}
+    many_heads = shape_of(32)
+    gpu.add(attention.cluster_variants(gpu, many_heads, 256))
+    assert [attention.short_tokens(gpu, many_heads, rows) for rows in (1, 2, 3, 4, 5)] == [2304, 1152, 64000, 64000, 0]
+
+
+@pytest.mark.parametrize("processors", [30, 70, 114, 132, 148, 170])
+@pytest.mark.parametrize("attention_blocks", [1, 2, 4, 8, 10, 32, 40])
+def test_clusters_of_a_launch_leave_no_processor_full_and_none_nearly(processors, attention_blocks):
+    gpu, shape = RecordingGpu(), shape_of(attention_blocks)  # noqa: F811
+    gpu.processors = processors
+    for rows in range(1, 17):
+        found = attention._cluster(gpu, shape, rows)
+        if found is not None:
+            each = found.blocks * attention_blocks * rows / processors
+            assert each <= 0.75 or 1.25 <= each <= (2 if found.blocks == 2 else 1.55), (rows, found.blocks)
+
+
+def test_only_the_rows_that_may_come_have_kernels_compiled_and_none_before_hopper():
+    gpu, shape = RecordingGpu(), shape_of(8)  # noqa: F811
+    assert [each.blocks for each in attention.cluster_variants(gpu, shape, 1)] == [8]
+    assert {each.blocks for each in attention.cluster_variants(gpu, shape, 4)} == {6, 8}
+    assert attention.short_tokens(gpu, shape, 1) == 0, "it was not compiled"
     gpu.capability = (8, 9)
-    assert attention.short_tokens(gpu, shape, 1) == 0 and not attention.cluster_variants(gpu, shape), "clusters came with Hopper"
+    assert not attention.cluster_variants(gpu, shape, 256), "clusters came with Hopper"

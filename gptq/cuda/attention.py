@@ -28,8 +28,9 @@ _LEAST_PAGED_ROWS = 17  # with fewer attention.cu is as fast
 _PAGED_RING, _PAGED_BLOCKS = 2, 2  # pages in a block's shared memory; blocks of a processor
 _STATIC_BYTES = 24 * 1024  # of that memory, beside them
 _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
-_CLUSTERS = (8, 4)  # blocks of a cluster, of which as many are taken as fit
-_MOST_TURNS = 3  # strips of 32 tokens for each warp of a cluster, at most: what is longer is given more blocks
+_CLUSTERS = (8, 6, 5, 4, 3, 2)  # blocks of a cluster, of which as many are taken as find places
+_SPARSE, _DENSE, _DENSE_PAIRS = (0.0, 0.75), (1.25, 1.55), (1.25, 2.0)  # blocks a processor where clusters find them (NOTES.md)
+_MOST_TURNS = 3  # strips of 32 tokens for each warp of a cluster, at most, where more blocks can have what is longer
 
 
 class AttentionWork:
@@ -38,14 +39,9 @@ class AttentionWork:
     def __init__(self, gpu: Gpu, shape: ModelShape, rows: int, one: bool = False) -> None:
         """`one`: the rows are tokens that follow each other in the sequence of row 0."""
         self.rows, self.one = rows, one
-        self._blocks, self._processors = shape.attention_blocks, gpu.processors
-        parts = max(self.splits(each) * each for each in range(1, rows + 1)) * self._blocks
+        parts = max(splits_of_row(gpu, shape, each) * each for each in range(1, rows + 1)) * shape.attention_blocks
         self.partial = torch.zeros(parts * ATTENTION_HEADS * (shape.head_dim + 4), dtype=torch.float32, device=gpu.device)
-        self.done = torch.zeros(rows * self._blocks, dtype=torch.int32, device=gpu.device)
-
-    def splits(self, rows: int) -> int:
-        """Blocks that share one sequence's keys. Of all rows together two are on a processor, which is what fits at once."""
-        return max(1, min(_MOST_SPLITS, 2 * self._processors // (self._blocks * rows)))
+        self.done = torch.zeros(rows * shape.attention_blocks, dtype=torch.int32, device=gpu.device)
 
 
 def attend(
@@ -68,7 +64,7 @@ def attend(
         raise ValueError(f"{rows} rows were to attend; there is room for {min(work.rows, sequences.rows)}.")
     if qkv.shape[1] != shape.qkv_width or out.shape[1] != own.o.padded:
         raise ValueError(f"Queries of {qkv.shape[1]} and outputs of {out.shape[1]} numbers are not those of the model.")
-    splits, plan = work.splits(rows), _paged(shape)
+    splits, plan = splits_of_row(gpu, shape, rows), _paged(shape)
     cluster = _cluster(gpu, shape, rows) if short and not work.one else None
     arguments = ATTENTION.pack(
         qkv=qkv,
@@ -116,21 +112,35 @@ def is_short(gpu: Gpu, shape: ModelShape, sequences: Sequences, rows: int) -> bo
 def short_tokens(gpu: Gpu, shape: ModelShape, rows: int) -> int:
     """The most tokens of each of so many short rows; 0 where none are."""
     cluster = _cluster(gpu, shape, rows)
-    return cluster.blocks * ATTENTION_WARPS * 32 * _MOST_TURNS if cluster is not None and gpu.has(cluster.name) else 0
+    if cluster is None or not gpu.has(cluster.name):
+        return 0
+    if splits_of_row(gpu, shape, rows) <= cluster.blocks:
+        return shape.max_pages * PAGE_TOKENS
+    return cluster.blocks * ATTENTION_WARPS * 32 * _MOST_TURNS
 
 
-def cluster_variants(gpu: Gpu, shape: ModelShape) -> list[ClusterAttentionVariant]:
-    """What a model's step of short rows needs beside the kernels of its kv format: none before Hopper."""
-    found = (_cluster(gpu, shape, rows) for rows in range(1, _LEAST_PAGED_ROWS))
+def cluster_variants(gpu: Gpu, shape: ModelShape, most: int) -> list[ClusterAttentionVariant]:
+    """What a model's steps of up to `most` short rows need beside the kernels of its kv format: none before Hopper."""
+    found = (_cluster(gpu, shape, rows) for rows in range(1, most + 1))
     return list(dict.fromkeys(each for each in found if each is not None))
 
 
 def _cluster(gpu: Gpu, shape: ModelShape, rows: int) -> ClusterAttentionVariant | None:
-    """The most blocks for a row that all rows' fit with, one on a processor: two find no company beside another kernel."""
+    """The most blocks for a row whose clusters find places beside another kernel's blocks, as measured (NOTES.md): with about
+    one block a processor many find none."""
     if gpu.capability < HOPPER or rows >= _LEAST_PAGED_ROWS:
         return None
-    fitting = (each for each in _CLUSTERS if each * shape.attention_blocks * rows <= gpu.processors)
-    return next((ClusterAttentionVariant(shape.kv, each) for each in fitting), None)
+    for blocks in _CLUSTERS:
+        each = blocks * shape.attention_blocks * rows / gpu.processors
+        dense = _DENSE_PAIRS if blocks == 2 else _DENSE
+        if _SPARSE[0] <= each <= _SPARSE[1] or dense[0] <= each <= dense[1]:
+            return ClusterAttentionVariant(shape.kv, blocks)
+    return None
+
+
+def splits_of_row(gpu: Gpu, shape: ModelShape, rows: int) -> int:
+    """Blocks of attention() that share one sequence's keys. Of all rows together two are on a processor, which is what fits."""
+    return max(1, min(_MOST_SPLITS, 2 * gpu.processors // (shape.attention_blocks * rows)))
 
 
 def paged_variants(gpu: Gpu, shape: ModelShape) -> list[PagedAttentionVariant]:

@@ -82,7 +82,7 @@ class CudaStep:
             *small_batch.every_variant(self.gpu, products),
             *([GuessedVariant(shape.kv)] * guesses),
             *paged_variants(self.gpu, shape),
-            *cluster_variants(self.gpu, shape),
+            *cluster_variants(self.gpu, shape, max(parallel, most)),
         ]
         self.gpu.add(variants, formats, [shape.kv], fixed=True)
         self.adaptable = adaptable_layers(parts)
