@@ -64,7 +64,7 @@ template <int BITS, bool SYM, int UNITS, int SPAN> static Product random_product
   return r;
 }
 
-template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW = (SPAN > 0)>
+template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW = (SPAN > 0), int SHARERS = 1>
 static std::vector<float> multiplied(const Product& r, const std::vector<int>& rows, int blocks, int first) {
   std::vector<u16> x, out(rows.size() * r.p.n);
   for (int row : rows) x.insert(x.end(), r.x.begin() + row * r.p.k, r.x.begin() + (row + 1) * r.p.k);
@@ -72,17 +72,17 @@ static std::vector<float> multiplied(const Product& r, const std::vector<int>& r
   OctetArguments p = r.p;
   p.weights = r.words.data(); p.scales = r.scales.data(); p.x = x.data(); p.norm = r.norm.data(); p.out = out.data();
   p.residual = residual.data(); p.permutation = r.permutation.data(); p.rows = rows.size(); p.out_stride = p.n; p.first_batches = first;
-  auto kernel = [&p] { octet<BITS, SYM, UNITS, ROWS, KS, BATCH, STAGES, TEAMS, RESIDUAL, NORM, EVEN, CLUSTER, SPAN, FOLLOW>(p); };
-  launch(blocks * CLUSTER, 32 * KS * TEAMS, 32 * KS, kernel, CLUSTER);
+  auto kernel = [&p] { octet<BITS, SYM, UNITS, ROWS, KS, BATCH, STAGES, TEAMS, RESIDUAL, NORM, EVEN, CLUSTER, SPAN, FOLLOW, SHARERS>(p); };
+  launch(blocks * CLUSTER, 32 * KS * TEAMS, 32 * KS, kernel, CLUSTER * SHARERS);
   for (size_t i = 0; i < residual.size(); i++)
     if (out[i / p.n * p.n + p.permutation[i % p.n]] != to_half(residual[i])) return {};
   return residual;
 }
 
-template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW = (SPAN > 0)>
+template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW = (SPAN > 0), int SHARERS = 1>
 static void say(const Product& r, const std::vector<int>& rows, int blocks, int first) {
   auto run = [&](const std::vector<int>& own) {
-    return multiplied<BITS, SYM, UNITS, ROWS, KS, BATCH, STAGES, TEAMS, NORM, EVEN, CLUSTER, SPAN, FOLLOW>(r, own, blocks, first);
+    return multiplied<BITS, SYM, UNITS, ROWS, KS, BATCH, STAGES, TEAMS, NORM, EVEN, CLUSTER, SPAN, FOLLOW, SHARERS>(r, own, blocks, first);
   };
   const std::vector<float> found = run(rows), alone = run({rows.back()});
   double worst = found.empty() ? NAN : 0;
@@ -97,8 +97,8 @@ static void say(const Product& r, const std::vector<int>& rows, int blocks, int 
     if (std::isnan(apart)) worst = NAN;
   }
   const bool same = !found.empty() && std::equal(alone.begin(), alone.end(), found.end() - r.p.n);
-  printf("%d bits %s, %d units, %d rows of %d, %d warps a tile, %d chunks of %d, %d teams, norm %d, even %d, clusters of %d, %s, first %d: %s %g\n", BITS,
-         SYM ? "symmetric" : "asymmetric", UNITS, (int)rows.size(), ROWS, KS, BATCH, STAGES, TEAMS, NORM, EVEN, CLUSTER,
+  printf("%d bits %s, %d units, %d rows of %d, %d warps a tile, %d chunks of %d, %d teams, norm %d, even %d, clusters of %d, %d sharers, %s, first %d: %s %g\n", BITS,
+         SYM ? "symmetric" : "asymmetric", UNITS, (int)rows.size(), ROWS, KS, BATCH, STAGES, TEAMS, NORM, EVEN, CLUSTER, SHARERS,
          SPAN ? SPAN == 2 ? "digits of pairs" : "digits" : "fp16", first, same ? "same" : "other", worst);
 }
 
@@ -121,6 +121,9 @@ template <int BITS, bool SYM, int UNITS, int SPAN, bool FP16 = true> static void
   say<BITS, SYM, UNITS, 4, 2, 2, 2, 1, 0, false, 4, SPAN>(random_product<BITS, SYM, UNITS, SPAN>(2, 2), {0, 3, 2}, 1, 0);  // blocks without inputs
   say<BITS, SYM, UNITS, 2, 1, 2, 3, 2, 1, true, 2, SPAN>(r, two, 2, 1);
   say<BITS, SYM, UNITS, 8, 2, 2, 2, 2, 1, true, 4, SPAN>(r, eight, 1, 0);
+  say<BITS, SYM, UNITS, 8, 2, 4, 2, 2, 1, true, 1, SPAN, true, 2>(r, five, 2, 0);
+  say<BITS, SYM, UNITS, 4, 2, 2, 3, 1, 0, false, 1, SPAN, true, 4>(r, {0, 5, 2}, 4, 1);
+  say<BITS, SYM, UNITS, 2, 2, 4, 2, 1, 1, true, 1, SPAN, true, 4>(random_product<BITS, SYM, UNITS, SPAN>(2, 8), two, 4, 0);  // sharers without runs, and without tiles
 }
 
 int main() {

@@ -40,7 +40,10 @@ def check(product, plan, count, wanted):
 def test_digits_of_rows_are_multiplied_right_in_every_layout(gpu, bits, group_size, sym):
     torch.manual_seed(bits * 1000 + group_size)
     # 11 chunks, 12, and 26 of which warps have no whole pairs of batches; the last one half empty
-    for k, spread in ((672, Spread(4, 2, 3, 2, 2, first=1)), (736, Spread(4, 4, 2, 1, 2)), (1632, Spread(8, 2, 2, 2, first=0))):
+    for k, spread in (
+        (672, Spread(4, 2, 3, 2, 2, first=1)), (736, Spread(4, 4, 2, 1, 2)), (1632, Spread(8, 2, 2, 2, first=0)),
+        (1632, Spread(4, 2, 2, 3, sharers=2)), (672, Spread(4, 2, 3, 2, first=0, sharers=4)),
+    ):  # fmt: skip
         product = Product(gpu, k, 176, bits, group_size, act_order=sym, sym=sym)
         product.x[:, 5] *= 500
         product.x[2] = 0
@@ -62,13 +65,13 @@ def test_every_spread_of_digits_gives_the_same_and_a_row_does_not_depend_on_the_
     product = Product(gpu, k, 272, 4, 128 if k > 1000 else 64, act_order=True, sym=rows != 4)
     product.x[:, 5] *= 500
     plans = []
-    for split, batch, teams, cluster, first in (
-        (4, 4, 4, 1, 0), (8, 2, 1, 2, 1), (16, 1, 1, 4, 0), (1, 8, 14, 1, 0), (3, 2, 5, 1, None), (32, 1, 1, 1, 0),
-        (14, 2, 2, 2, 0),
+    for split, batch, teams, cluster, first, sharers in (
+        (4, 4, 4, 1, 0, 1), (8, 2, 1, 2, 1, 1), (16, 1, 1, 4, 0, 1), (1, 8, 14, 1, 0, 1), (3, 2, 5, 1, None, 1),
+        (32, 1, 1, 1, 0, 1), (14, 2, 2, 2, 0, 1), (8, 4, 2, 1, 0, 2), (4, 2, 4, 1, 1, 4), (3, 1, 5, 1, None, 2),
     ):  # fmt: skip
         for epilogue, normed in EPILOGUES:
-            if cluster in clusters(gpu):
-                spread = Spread(split, batch, 2, teams, 1, cluster, first, True)
+            if cluster * sharers in clusters(gpu):
+                spread = Spread(split, batch, 2, teams, 1, cluster, first, True, sharers)
                 with contextlib.suppress(Unsuited):
                     plans.append(Plan.of(gpu, product.weight, epilogue, normed, rows, spread))
     assert len(plans) >= 8

@@ -74,6 +74,10 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
             OctetVariant(packings[0], "RESIDUAL", 8, 0, 16, 2, 3, 1, True, 2, span, follow)
             for span, follow in ((0, False), (0, True), (2, True))
         ]
+        variants += [
+            OctetVariant(packings[0], epilogue, rows, norm, 4, 2, 3, 2, True, 1, 2, True, sharers)
+            for epilogue, norm, rows, sharers in (("SILU", 1, 8, 2), ("RESIDUAL", 0, 2, 4))
+        ]
     variants += [
         ClusterBatchVariant(packing, epilogue, columns, norm, 2, 2, 2, 3, 2)
         for packing, (epilogue, norm, columns) in zip(

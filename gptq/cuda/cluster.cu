@@ -34,6 +34,13 @@ DEVICE void send(u32 at, u32 v, u32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(at), "r"(v), "r"(barrier) : "memory");
 #endif
 }
+DEVICE void send(u32 at, float v, u32 barrier) { send(at, (u32)__float_as_int(v), barrier); }
+DEVICE void send(u32 at, uint2 v, u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1,%2}, [%3];" ::"r"(at), "r"(v.x), "r"(v.y), "r"(barrier) : "memory");
+#endif
+}
+DEVICE void send(u32 at, int2 v, u32 barrier) { send(at, make_uint2(v.x, v.y), barrier); }
 DEVICE void send(u32 at, float2 v, u32 barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(at), "f"(v.x), "f"(v.y), "r"(barrier) : "memory");

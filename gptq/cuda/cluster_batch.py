@@ -36,8 +36,8 @@ class Spread:
 
 
 SPREADS = {  # by the most rows and the role, the best in a step on an H200
-    4: {"down": Spread(4, 1, 16, 2, 2)},
-    8: {"o": Spread(2, 1, 8, 3, 2, 2), "down": Spread(4, 1, 14, 3, 2)},
+    4: {"down": Spread(4, 1, 12, 3, 2)},
+    8: {"o": Spread(2, 1, 8, 3, 2, 2), "down": Spread(4, 1, 12, 3, 2)},
     16: {
         "qkv": Spread(3, 2, 4, 3, 2),
         "o": Spread(2, 1, 8, 3, 2, 2),

@@ -25,6 +25,7 @@ _TEMPLATES = (
     "adapted_gemv.cu",
     "gemv.cu",
     "expert_gemv.cu",
+    "copy_engine.cu",
     "cluster.cu",
     "row_sums.cu",
     "octet_digits.cu",
@@ -32,7 +33,6 @@ _TEMPLATES = (
     "small_batch.cu",
     "warpgroup.cu",
     "wide_batch.cu",
-    "copy_engine.cu",
     "attention.cu",
     "cluster_attention.cu",
     "prompt_heads.cu",
@@ -184,17 +184,19 @@ class OctetVariant:
     cluster: int  # blocks that share their tiles: 1, 2, 4
     span: int = 0  # chunks that share a scale and are summed together, x as digits: 1 or 2; 0: x as fp16
     follow: bool = False  # of a warp's first batches some follow x; always with digits
+    sharers: int = 1  # blocks of a cluster that make x's digits together, each with tiles of its own
 
     def __post_init__(self) -> None:
         normed = self.norm == 0 or (self.norm * self.rows <= OCTET_RUNS and (self.cluster == 1 or self.span > 0))
         normed = normed and (self.follow or self.span == 0)
-        if not normed or self.threads > BLOCK_THREADS or self.teams > 15:
+        shared = self.sharers == 1 or (self.span > 0 and self.cluster == 1)
+        if not normed or not shared or self.threads > BLOCK_THREADS or self.teams > 15:
             raise ValueError(f"no block can be {self}")
 
     @property
     def name(self) -> str:
         numbers = f"{self.split}_{self.batch}_{self.stages}_{self.teams}_{self.cluster}{'_even' * self.even}"
-        numbers += ("_follow" * self.follow, "_digits", "_pairs")[self.span]
+        numbers += ("_follow" * self.follow, "_digits", "_pairs")[self.span] + f"_of{self.sharers}" * (self.sharers > 1)
         return f"octet_{self.packing.name}_{self.epilogue.lower()}_{self.rows}_norm{self.norm}_{numbers}"
 
     @property
@@ -215,7 +217,7 @@ class OctetVariant:
         weights = blocks * lasting * CHUNK * 2 if self.span and self.norm else 0
         runs = max(32, -(-blocks * lasting // 4)) if weights else 32
         sums = runs * self.rows + 8 + self.teams * TILE * self.rows * (2 * self.split + (turns if self.cluster > 1 else 0))
-        return ring + x + weights + 4 * sums
+        return ring + x + weights + 4 * sums + (16 if self.sharers > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -645,9 +647,9 @@ def source(variants: Iterable[Variant], packings: Iterable[Packing], formats: It
             kernel(each.name, "SmallBatchArguments", f"small_batch<{each.packing.arguments}, {numbers}>", each.threads)
         elif isinstance(each, OctetVariant):
             numbers = f"{each.rows}, {each.split}, {each.batch}, {each.stages}, {each.teams}, {each.epilogue}, {each.norm}"
-            numbers += f", {str(each.even).lower()}, {each.cluster}, {each.span}, {str(each.follow).lower()}"
+            numbers += f", {str(each.even).lower()}, {each.cluster}, {each.span}, {str(each.follow).lower()}, {each.sharers}"
             call = f"octet<{each.packing.arguments}, {numbers}>"
-            kernel(each.name, "OctetArguments", call, each.threads, each.cluster)
+            kernel(each.name, "OctetArguments", call, each.threads, each.cluster * each.sharers)
         elif isinstance(each, WideBatchVariant):
             numbers = f"{each.tiles}, {each.columns}, {each.warps}, {each.split}, {each.stages}, {each.epilogue}"
             given = "GroupedArguments" if each.grouped else "WideBatchArguments"

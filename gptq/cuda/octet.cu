@@ -3,7 +3,7 @@
 // As gemv.cu: a team of KS warps shares a tile, and its sums are added in a fixed order, the same for every row. x of all rows is
 // staged in shared memory, normed if NORM; SPAN: as digits (octet_digits.cu), 0: as fp16. FOLLOW: of a warp's weights some follow x.
 // Where x does not fit, CLUSTER blocks (Hopper and newer) share their tiles: each stages and multiplies its part of the inputs, and
-// reads the other parts' sums from their shared memory at the end.
+// reads the other parts' sums from their shared memory at the end. Or SHARERS blocks with tiles of their own make x's digits together.
 
 // -- x of up to ROWS rows in shared memory -----------------------------------------------------------------------------
 // Rows are `pitch` numbers apart: 16 bytes more than they hold, so that the lanes of a quarter warp read different banks.
@@ -111,7 +111,8 @@ template <int BITS, bool SYM, int UNITS> DEVICE void multiply_chunk_by_rows(cons
 
 // -- the kernel --------------------------------------------------------------------------------------------------------
 
-template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int EPILOGUE, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW>
+template <int BITS, bool SYM, int UNITS, int ROWS, int KS, int BATCH, int STAGES, int TEAMS, int EPILOGUE, int NORM, bool EVEN, int CLUSTER, int SPAN, bool FOLLOW,
+          int SHARERS>
 DEVICE void octet(const OctetArguments& p) {
   static_assert(ROWS == 2 || ROWS == 4 || ROWS == 8, "two rows a lane, eight columns");
   static_assert(EPILOGUE == PLAIN || EPILOGUE == SILU || EPILOGUE == RESIDUAL, "see OctetArguments.out");
@@ -119,6 +120,7 @@ DEVICE void octet(const OctetArguments& p) {
   constexpr bool DIGITS_OF_X = SPAN > 0;
   constexpr int LASTING = SPAN == 2 ? 2 : 1, GROUP = DIGITS_OF_X && ROWS == 2 && UNITS == 1 && EVEN && BATCH % (2 * LASTING) == 0 ? 2 : 1;
   static_assert(!DIGITS_OF_X || FOLLOW, "digits are made of what was copied");
+  static_assert(SHARERS == 1 || (DIGITS_OF_X && CLUSTER == 1), "digits of the whole input are shared");
   static_assert(!DIGITS_OF_X || (BITS <= 4 && UNITS < 4), "digits are bytes, and a product of bytes takes two steps");
   typedef WeightRing<BITS, SYM, UNITS, BATCH, STAGES, EVEN, OctetArguments, LASTING, DIGITS_OF_X> Ring;
   typedef LaneOfRows<ROWS, LASTING, GROUP> Lane;
@@ -134,12 +136,15 @@ DEVICE void octet(const OctetArguments& p) {
   float* scratch = (float*)(weights + (DIGITS_OF_X && NORM ? share * CHUNK : 0));  // [runs][ROWS], and the rows' factors
   float* factors = scratch + runs * ROWS;                             // [8]
   float* sums = factors + 8 + team * 2 * KS * Sums::PART;             // [2][KS][PART] of this team
-  float* whole = factors + 8 + TEAMS * 2 * KS * Sums::PART;           // [turns * TEAMS][PART], CLUSTER only
+  float* whole = factors + 8 + TEAMS * 2 * KS * Sums::PART;           // [turns * TEAMS][PART], CLUSTER only; of SHARERS a barrier
   const int per = (own + KS * LASTING - 1) / (KS * LASTING) * LASTING, first = from + min(part * per, own), end = min(first + per, from + own);
   const int stride = gridDim.x / CLUSTER * TEAMS, block_tile = blockIdx.x / CLUSTER * TEAMS, first_tile = block_tile + team;
   Ring ring = {p, (u8*)shared_words + warp * STAGES * Ring::SLOT, lane, first, end, stride, first_tile, first, 0};
 
-  if constexpr (DIGITS_OF_X && NORM) copy_norm<WARPS>(p.norm + from * CHUNK, weights, own * CHUNK, p.rows);
+  Sharers<SHARERS> sharers = {(u64*)whole};
+  const Runs runs_of_x = Sharers<SHARERS>::runs(own * CHUNK);
+  if constexpr (SHARERS > 1) sharers.begin(sent_bytes<(NORM > 0), UNITS, LASTING>(runs_of_x, p.rows));
+  if constexpr (DIGITS_OF_X && NORM) copy_norm<WARPS>(p.norm + from * CHUNK, weights, runs_of_x, p.rows);
   const int before = FOLLOW ? min(p.first_batches, STAGES - 1) : STAGES - 1;  // what comes before x is what x waits for
 #pragma unroll 1
   for (int i = 0; i < before; i++) ring.fetch();
@@ -157,14 +162,16 @@ DEVICE void octet(const OctetArguments& p) {
   } else if constexpr (!FOLLOW) {
     copy_rows<ROWS>(p.x + from * CHUNK, p.chunks * CHUNK, xs, pitch, own * CHUNK, p.rows);
   } else {
-    if constexpr (DIGITS_OF_X) copy_rows_for_digits<ROWS, WARPS>(p.x + from * CHUNK, p.chunks * CHUNK, (u8*)xs, own * CHUNK, p.rows);
+    if constexpr (DIGITS_OF_X) copy_rows_for_digits<ROWS, WARPS>(p.x + from * CHUNK, p.chunks * CHUNK, (u8*)xs, runs_of_x, p.rows);
     else copy_rows_ahead<ROWS>(p.x + from * CHUNK, p.chunks * CHUNK, xs, pitch, own * CHUNK, p.rows);
     fetch_others();
     wait_for_all_but<STAGES - 1>(STAGES - 1 - before);
+    if constexpr (SHARERS > 1) wait_for_cluster();  // every block of it has begun
     if constexpr (DIGITS_OF_X)
-      rows_into_digits<(NORM > 0), BITS, SYM, UNITS, LASTING, ROWS, WARPS>(weights, (u8*)xs, inputs, own * CHUNK, p.rows, scratch);
+      rows_into_digits<(NORM > 0), BITS, SYM, UNITS, LASTING, ROWS, WARPS>(weights, (u8*)xs, inputs, runs_of_x, p.rows, scratch, sharers);
   }
   __syncthreads();
+  if constexpr (SHARERS > 1) wait_for_sent(sharers.come);
 
   // x as the matrix unit takes it: lane l holds row l / 4. Lanes of rows that this variant has not stay zero.
   uint4 columns[2][2] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};

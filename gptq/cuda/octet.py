@@ -32,17 +32,18 @@ class Spread:
     cluster: int = 1  # blocks that share their tiles, each with its part of the inputs
     first: int | None = None  # batches that a warp fetches before the kernel in front has ended, the others with x; None: all
     digits: bool = False  # x is multiplied as digits (octet_digits.cu) where the weights have 2 to 4 bits
+    sharers: int = 1  # blocks of a cluster that make x's digits together, each with tiles of its own
 
 
-def _digits(split: int, batch: int, stages: int, teams: int = 1, first: int = 0) -> Spread:
-    return Spread(split, batch, stages, teams, first=first, digits=True)
+def _digits(split: int, batch: int, stages: int, teams: int = 1, first: int = 0, sharers: int = 1) -> Spread:
+    return Spread(split, batch, stages, teams, first=first, digits=True, sharers=sharers)
 
 
 SPREADS = {
-    "qkv": {2: _digits(16, 4, 2), 4: _digits(4, 4, 4, 3), 8: Spread(8, 4, 4, first=0)},
-    "o": {2: _digits(8, 8, 2, 2, first=2), 4: _digits(8, 8, 2, 2), 8: Spread(8, 4, 2, 2)},
-    "gate_up": {2: _digits(8, 8, 2, 2), 4: _digits(8, 8, 2, 2), 8: _digits(8, 4, 3, 2)},
-    "down": {2: _digits(8, 4, 4, 2, first=1), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
+    "qkv": {2: _digits(16, 4, 2), 4: _digits(4, 4, 4, 3, sharers=2), 8: Spread(8, 4, 4, first=0)},
+    "o": {2: _digits(8, 8, 2, 2, first=2), 4: _digits(8, 8, 2, 2, sharers=2), 8: Spread(8, 4, 2, 2)},
+    "gate_up": {2: _digits(8, 8, 2, 2), 4: _digits(8, 8, 2, 2, sharers=2), 8: _digits(8, 4, 3, 2, sharers=2)},
+    "down": {2: _digits(8, 4, 4, 2, first=1, sharers=2), 4: Spread(8, 4, 2, 2), 8: Spread(7, 4, 2, 2, 1, 2)},
 }
 
 
@@ -107,7 +108,7 @@ def variant(
         if runs(each) <= most:
             plan = OctetVariant(
                 packing, epilogue, rows, runs(each), each.split, each.batch, each.stages, each.teams, even, each.cluster, span,
-                digits or spread.first is not None,
+                digits or spread.first is not None, each.sharers if clusters and digits and each.cluster == 1 else 1,
             )  # fmt: skip
             if plan.shared_bytes(chunks, turns) <= limit_bytes:
                 return plan
@@ -138,9 +139,10 @@ class Plan:
             )  # fmt: skip
             shared_bytes = found.shared_bytes(weight.chunks, turns)
             at_once = max(1, min(spread.blocks_per_processor, gpu.shared_bytes // (shared_bytes + 1024)))
-            margin = _CLUSTER_MARGIN if found.cluster > 2 else 0
+            margin = _CLUSTER_MARGIN if found.cluster * found.sharers > 2 else 0
             most = max(1, (gpu.processors - margin) * at_once // found.cluster)
             groups = min(-(-weight.tiles // found.teams), most)
+            groups = max(groups // found.sharers, 1) * found.sharers
             needed = -(-weight.tiles // (groups * found.teams))
             if needed <= turns:
                 blocks = groups * found.cluster

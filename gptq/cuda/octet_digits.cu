@@ -4,32 +4,71 @@
 
 // -- x of up to ROWS rows as digits in shared memory: [chunk][ROWS][2][CHUNK] -----------------------------------------------
 
-// A warp takes runs of 256 inputs of two rows, the warps in turn: what a lane copies, it makes digits of. The second row may be one that is
-// not there.
-template <int WARPS, class Take> DEVICE void each_run(int count, int rows, const Take& take) {
-  const int runs = max(1, (count + 255) / 256);  // a block of a cluster may have no inputs
+// The runs of 256 inputs whose digits a block makes.
+struct Runs {
+  int first, count, inputs;  // of the block's share of x: all of them
+  METHOD int before(int end) const { return min(end * 256, inputs); }
+  METHOD int own_inputs() const { return before(first + count) - before(first); }
+};
+
+// Blocks of a cluster (Hopper and newer) that need the same digits: each makes those of its runs and sends them to the others, where
+// a barrier counts what has come.
+template <int SHARERS> struct Sharers {
+  u64* come;
+  u32 away[SHARERS > 1 ? SHARERS - 1 : 1];  // from an address in shared memory to that of the same in the other blocks
+
+  static METHOD Runs runs(int inputs) {
+    const int all = (inputs + 255) / 256, per = (all + SHARERS - 1) / SHARERS, first = min((int)(SHARERS > 1 ? blockIdx.x % SHARERS : 0) * per, all);
+    return {first, min(per, all - first), inputs};
+  }
+  // `bytes`: that the others send. The whole block; the others may be sent to after wait_for_cluster().
+  METHOD void begin(int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      slot_barrier(come, 1);
+      show_barriers();
+      expect_bytes(come, bytes);
+    }
+    __syncwarp();
+    begin_in_cluster();
+#pragma unroll
+    for (int i = 0; i < SHARERS - 1; i++) away[i] = shared_of(come, (blockIdx.x + 1 + i) % SHARERS) - shared_at(come);
+#endif
+  }
+  template <class T> METHOD void put(T* at, T v) const {
+    *at = v;
+#if __CUDA_ARCH__ >= 900
+#pragma unroll
+    for (int i = 0; i < SHARERS - 1; i++) send(shared_at(at) + away[i], v, shared_at(come) + away[i]);
+#endif
+  }
+};
+
+// A warp takes runs of two rows, the warps in turn: what a lane copies, it makes digits of. The second row may be one that is not there.
+template <int WARPS, class Take> DEVICE void each_run(const Runs& runs, int rows, const Take& take) {
+  if (runs.count <= 0) return;  // a block of a cluster may have no inputs
   int run = threadIdx.x / 32, row = 0;
 #pragma unroll 1
   for (;; run += WARPS) {
-    for (; run >= runs; run -= runs) row += 2;
+    for (; run >= runs.count; run -= runs.count) row += 2;
     if (row >= rows) break;
-    take(run, row, run * 256 + threadIdx.x % 32 * 8);
+    take(runs.first + run, row, (runs.first + run) * 256 + threadIdx.x % 32 * 8);
   }
 }
 
 // A norm's weights on their way to `weights`.
-template <int WARPS> DEVICE void copy_norm(const u16* norm, u16* weights, int count, int rows) {
-  each_run<WARPS>(count, rows, [&](int, int, int at) {
-    if (at < count) copy_async<16>(norm + at, weights + at);
+template <int WARPS> DEVICE void copy_norm(const u16* norm, u16* weights, const Runs& runs, int rows) {
+  each_run<WARPS>(runs, rows, [&](int, int, int at) {
+    if (at < runs.inputs) copy_async<16>(norm + at, weights + at);
   });
 }
 
 // x on its way to where its digits will lie: they take as much room.
-template <int ROWS, int WARPS> DEVICE void copy_rows_for_digits(const u16* x, int stride, u8* digits, int count, int rows) {
-  each_run<WARPS>(count, rows, [&](int, int row, int at) {
+template <int ROWS, int WARPS> DEVICE void copy_rows_for_digits(const u16* x, int stride, u8* digits, const Runs& runs, int rows) {
+  each_run<WARPS>(runs, rows, [&](int, int row, int at) {
     u8* to = digits + (at / CHUNK * ROWS + row) * 2 * CHUNK + at % CHUNK * 2;
-    if (at < count) copy_async<16>(x + (size_t)row * stride + at, to);
-    if (at < count && row + 1 < rows) copy_async<16>(x + (size_t)(row + 1) * stride + at, to + 2 * CHUNK);
+    if (at < runs.inputs) copy_async<16>(x + (size_t)row * stride + at, to);
+    if (at < runs.inputs && row + 1 < rows) copy_async<16>(x + (size_t)(row + 1) * stride + at, to + 2 * CHUNK);
   });
   commit_copies();
 }
@@ -53,7 +92,8 @@ DEVICE float further(float a, float b) {
 // Eight inputs of each of two rows as digits: the high ones of the first to `to`, its low ones CHUNK bytes behind, then the second's. For
 // each block of SPAN chunks and unit what its sums need: minus the digits' sum, times the zero of symmetric weights, and the factor. A
 // whole warp, in the order of the inputs.
-template <int BITS, bool SYM, int UNITS, int SPAN, int ROWS> DEVICE void two_rows_digits(const float (&v)[2][8], bool there, u8* to, int2* inputs) {
+template <int BITS, bool SYM, int UNITS, int SPAN, int ROWS, class Others>
+DEVICE void two_rows_digits(const float (&v)[2][8], bool there, u8* to, int2* inputs, const Others& others) {
   constexpr int LANES = 8 * SPAN;  // of a block
   float top[2];
   u32 high[2][2], low[2][2], sums[2];
@@ -85,21 +125,23 @@ template <int BITS, bool SYM, int UNITS, int SPAN, int ROWS> DEVICE void two_row
   if (!there) return;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    *(uint2*)(to + r * 2 * CHUNK) = make_uint2(high[r][0], high[r][1]);
-    *(uint2*)(to + r * 2 * CHUNK + CHUNK) = make_uint2(low[r][0], low[r][1]);
+    others.put((uint2*)(to + r * 2 * CHUNK), make_uint2(high[r][0], high[r][1]));
+    others.put((uint2*)(to + r * 2 * CHUNK + CHUNK), make_uint2(low[r][0], low[r][1]));
   }
   const int own = threadIdx.x % (LANES / 2);
-  if (own < UNITS)
-    inputs[own * ROWS + second] = make_int2((int)sum * (SYM ? -(1 << (BITS - 1)) : -1), __float_as_int((second ? top[1] : top[0]) * (1.f / DIGITS)));
+  if (own < UNITS) {
+    const int2 needed = make_int2((int)sum * (SYM ? -(1 << (BITS - 1)) : -1), __float_as_int((second ? top[1] : top[0]) * (1.f / DIGITS)));
+    others.put(inputs + own * ROWS + second, needed);
+  }
 }
 
 // What lies in `digits` as fp16, times a norm's weights if NORMED, into digits; what a norm divides by is left out (squares_of_row): sums of
 // squares go to `squares` [runs][ROWS].
-template <bool NORMED, int BITS, bool SYM, int UNITS, int SPAN, int ROWS, int WARPS>
-DEVICE void rows_into_digits(const u16* weights, u8* digits, int2* inputs, int count, int rows, float* squares) {
-  each_run<WARPS>(count, rows, [&](int run, int row, int at) {
+template <bool NORMED, int BITS, bool SYM, int UNITS, int SPAN, int ROWS, int WARPS, class Others>
+DEVICE void rows_into_digits(const u16* weights, u8* digits, int2* inputs, const Runs& runs, int rows, float* squares, const Others& others) {
+  each_run<WARPS>(runs, rows, [&](int run, int row, int at) {
     const int lane = threadIdx.x % 32;
-    const bool there = at < count;
+    const bool there = at < runs.inputs;
     u8* chunk = digits + (at / CHUNK * ROWS + row) * 2 * CHUNK;
     float v[2][8], w[8], sums[2] = {0.f, 0.f};
     if (NORMED) eight_halves(there ? *(const uint4*)(weights + at) : make_uint4(0, 0, 0, 0), w);
@@ -110,12 +152,18 @@ DEVICE void rows_into_digits(const u16* weights, u8* digits, int2* inputs, int c
       for (int j = 0; j < 8 && NORMED; j++) { sums[r] += v[r][j] * v[r][j]; v[r][j] *= w[j]; }
     }
     __syncwarp();  // the digits of a chunk lie where other lanes have read
-    two_rows_digits<BITS, SYM, UNITS, SPAN, ROWS>(v, there, chunk + at % CHUNK, inputs + at / CHUNK / SPAN * UNITS * ROWS + row);
+    two_rows_digits<BITS, SYM, UNITS, SPAN, ROWS>(v, there, chunk + at % CHUNK, inputs + at / CHUNK / SPAN * UNITS * ROWS + row, others);
     if (NORMED) {
       const float sum = warp_sums<2>(sums);
-      if (lane % 16 == 0) squares[run * ROWS + row + lane / 16] = sum;
+      if (lane % 16 == 0) others.put(squares + run * ROWS + row + lane / 16, sum);
     }
   });
+}
+
+// What a block is sent if others make the digits of all but its runs, in bytes. Rows come in twos.
+template <bool NORMED, int UNITS, int SPAN> DEVICE int sent_bytes(const Runs& runs, int rows) {
+  const int inputs = runs.inputs - runs.own_inputs(), others = (runs.inputs + 255) / 256 - runs.count;
+  return (rows + 1) / 2 * 2 * (inputs * 2 + inputs / (CHUNK * SPAN) * UNITS * (int)sizeof(int2) + (NORMED ? others * (int)sizeof(float) : 0));
 }
 
 // The sum of the squares of row lane % ROWS, in so many chunks. A whole warp.
