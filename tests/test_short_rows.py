@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-from test_cuda_launches import RecordingGpu, gpu, make  # noqa: F401 (a fixture)
+import torch
+from test_cuda_launches import SMALL, RecordingGpu, gpu, make, random_models  # noqa: F401 (a fixture)
 
 from gptq_webui.gptq.cuda import attention, batch_step
+from gptq_webui.gptq.cuda.cuda_adapter import CudaAdapter
+from gptq_webui.gptq.cuda.cuda_step import CudaStep
 from gptq_webui.gptq.cuda.kernel_source import KvFormat
 from gptq_webui.gptq.cuda.kv_pages import PagedMemory
 
@@ -40,6 +43,23 @@ def test_long_conversations_have_another_attention_than_short_ones(gpu, rows, mo
     assert attended_by(step, gpu, rows) == f"cluster_attention_64_{blocks}", "a new conversation in that row"
     step.sequences.use(memories[rows], 8000, rows)
     assert attended_by(step, gpu, rows) == f"cluster_attention_64_{blocks}", "a row that is not computed"
+
+
+@pytest.mark.parametrize("rank", [4, 100])  # inside the products, and beside them
+def test_an_answer_with_an_adapter_has_both_attentions_too(gpu, rank):  # noqa: F811
+    torch.manual_seed(0)
+    parts = random_models.random_models(**SMALL, device="cpu")
+    linear = parts.layers[1].down
+    step = CudaStep(parts, 8192, gpu=gpu)
+    lines = {"down": (linear, torch.randn(rank, linear.in_features), torch.randn(linear.out_features, rank))}
+    adapter = CudaAdapter([(lines, 1.0)], step.adaptable, step.weights.layers)
+    memory = PagedMemory(step.pages)
+    for tokens, name in ((10, "cluster_attention_64_8"), (3000, "cluster_attention_64_8"), (3200, "attention_64")):
+        step.sequences.use(memory, tokens)
+        gpu.launched.clear()
+        step.step_rows(1, False, {0: adapter})
+        assert {each for each in gpu.launched if "attention" in each} == {name}
+    assert len(step.adapted._graphs) == 2
 
 
 def test_each_length_is_recorded_once(gpu, monkeypatch):  # noqa: F811

@@ -87,7 +87,7 @@ class AdaptedRow:
             given.append({role: gemv.Inside(self._entries[at * len(ROLES) + index], t) for (index, role, _rank), t in own})
         return room, given
 
-    def layers(self, ranks: Ranks, here: Buffers) -> None:
+    def layers(self, ranks: Ranks, here: Buffers, short: bool) -> None:
         """As CudaStep.forward computes them. `here` has one row."""
         gpu, shape, weights, sequences = self._gpu, self._shape, self._weights, self._sequences
         layers = weights.layers
@@ -95,7 +95,7 @@ class AdaptedRow:
             last = at + 1 == len(layers)
             product = partial(self._product, at, inside, here.residual)
             product("qkv", here.x, here.qkv, norm=layer.input_norm)
-            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
+            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended, short=short)
             product("o", here.attended, here.x_mlp, after=layer.gate_up.permutation)
             product("gate_up", here.x_mlp, here.inner, norm=layer.post_norm)
             after = weights.identity if last else layers[at + 1].qkv.permutation

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..suitability import Unsuited
 from . import adapter_rows, gemv, octet, small_batch
 from .adapted_row import AdaptedRow, Ranks
-from .attention import AttentionWork, attend
+from .attention import AttentionWork, attend, is_short
 from .batch_step import head_product, rows_of_graph
 from .buffers import Buffers
 from .cuda_adapter import CudaAdapter
@@ -74,7 +74,7 @@ class AdaptedStep:
         self._row = AdaptedRow(gpu, shape, weights, sequences, self._plans, tunings, self._work)
         self._t = torch.zeros(rows, adapter_rows.MOST_RANK, dtype=torch.float32, device=device)
         self._gate_up = torch.zeros(rows, layers[0].gate_up.out_features, dtype=torch.float16, device=device)
-        self._graphs: dict[tuple[int, bool, Ranks], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool, bool, Ranks], torch.cuda.CUDAGraph] = {}
 
     def step(self, rows: int, adapters: Mapping[int, CudaAdapter | None], sample_next: bool = True) -> None:
         """Compute the tokens in `ids` of the first rows, each with its adapter, and choose the next ones or leave the logits."""
@@ -90,21 +90,22 @@ class AdaptedStep:
         alone = of_rows[0] if rows == 1 and self._row.takes(ranks) else None
         if alone is not None:
             self._row.use(alone, ranks)
-        key = rows, sample_next, ranks
+        short = is_short(self._gpu, self._shape, self._sequences, rows)
+        key = rows, sample_next, short, ranks
         graph = self._graphs.get(key)
         if graph is None:
             if rows > 1:
                 self._head(1)  # cuBLAS makes its handle outside of a recording
 
             def run() -> None:
-                self._forward(rows, ranks)
+                self._forward(rows, ranks, short)
                 if sample_next:
                     sample(self._gpu, self._sequences, 0, rows)
 
             graph = self._graphs[key] = self._recorder.record(run)
         graph.replay()
 
-    def _forward(self, rows: int, ranks: Ranks) -> None:
+    def _forward(self, rows: int, ranks: Ranks, short: bool = False) -> None:
         here = self._buffers.first(rows)
         inside = rows == 1 and self._row.takes(ranks)
         if inside:
@@ -120,13 +121,13 @@ class AdaptedStep:
         plans = self._plans if rows == 1 else self._octet.plans(rows)
         gated = self._gated.get(1 if rows == 1 else next((each for each in octet.ROWS if each >= rows), 0))
         if plans is None or gated is None:
-            self._many(rows, ranks)
+            self._many(rows, ranks, short)
         else:
             if inside:
-                self._row.layers(ranks, here)
+                self._row.layers(ranks, here, short)
             else:
                 launch = partial(gemv.launch, overlap=True) if rows == 1 else octet.launch
-                self._fused(rows, ranks, plans, gated, launch)
+                self._fused(rows, ranks, plans, gated, launch, short)
             logits, final, eps = self._sequences.logits[:rows], self._weights.final_norm, self._shape.eps
             if rows == 1:
                 return head(self._gpu, self._weights.head, here.x_head[0], final, logits, eps)
@@ -135,7 +136,9 @@ class AdaptedStep:
         norm_rows(self._gpu, here.residual, self._weights.final_norm, self._weights.identity, here.x_head, self._shape.eps)
         return self._head(rows)
 
-    def _fused(self, rows: int, ranks: Ranks, plans: Sequence[Mapping[str, Any]], gated: Sequence[Any], launch: Launch) -> None:
+    def _fused(
+        self, rows: int, ranks: Ranks, plans: Sequence[Mapping[str, Any]], gated: Sequence[Any], launch: Launch, short: bool
+    ) -> None:
         """The layers, as CudaStep.forward and OctetStep.forward compute them."""
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         layers, here = weights.layers, self._buffers.first(rows)
@@ -146,7 +149,7 @@ class AdaptedStep:
             add.inner("qkv", here.x, layer.input_norm)
             launch(gpu, layer.qkv, plan["qkv"], x=here.x, out=here.qkv, norm=layer.input_norm, eps=eps)
             add.outer("qkv", here.qkv)
-            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
+            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended, short=short)
             add.inner("o", here.attended)
             between = layer.gate_up.permutation
             launch(gpu, layer.o, plan["o"], x=here.attended, out=here.x_mlp, residual=here.residual, permutation=between)
@@ -160,7 +163,7 @@ class AdaptedStep:
             launch(gpu, layer.down, plan["down"], x=here.inner, out=out, residual=here.residual, permutation=after)
             add.outer("down", out, here.residual, after)
 
-    def _many(self, rows: int, ranks: Ranks) -> None:
+    def _many(self, rows: int, ranks: Ranks, short: bool) -> None:
         """The layers, as BatchStep computes them for more rows."""
         gpu, shape, weights, sequences, eps = self._gpu, self._shape, self._weights, self._sequences, self._shape.eps
         here = self._buffers.first(rows)
@@ -170,7 +173,7 @@ class AdaptedStep:
             add.inner("qkv", here.x)
             small_batch.multiply(gpu, layer.qkv, "PLAIN", here.x, here.qkv)
             add.outer("qkv", here.qkv)
-            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended)
+            attend(gpu, shape, weights, at, sequences, self._work, qkv=here.qkv, out=here.attended, short=short)
             add.inner("o", here.attended)
             small_batch.multiply(gpu, layer.o, "RESIDUAL", here.attended, here.residual)
             add.outer("o", None, here.residual)
