@@ -6,8 +6,9 @@ outputs), and tokens are guessed where the stepper guesses (guessing.py): each i
 """
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from .running import Running
 from .transformers_stepper import CACHE_NAMES
 
+_TIES = 64
 # What `generate` sets for every model; anything else that is not None asks for more than ids.
 _SETTINGS = frozenset(("use_cache", "logits_to_keep", "attention_mask", "position_ids", *CACHE_NAMES))
 
@@ -57,7 +59,7 @@ class SamplingLoop:
 
     def __init__(self, processors: Any, criteria: Any, config: Any, streamer: Any, dtype: torch.dtype) -> None:
         """`dtype`: of the logits that the model gives."""
-        self._processors = [_processor(each) for each in processors]
+        self._processors = _processors(processors)
         known = [(each, _by_id(each)) for each in criteria]
         self._by_id = [found for _each, found in known if found is not None]
         self._by_ids = [each for each, found in known if found is None]
@@ -135,8 +137,38 @@ class Draw:
             raise RuntimeError("no token can be sampled: the scores hold NaN or infinity, or allow none")
 
 
+def _processors(processors: Iterable[Any]) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Logits processors, or what gives the same scores in less time and waits for no GPU."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    found: list[Any] = []
+    for each in processors:
+        pair = type(each) is TopPLogitsWarper and bool(found) and type(found[-1]) is TopKLogitsWarper
+        if pair and found[-1].filter_value == each.filter_value == -math.inf:
+            found.append(top_k_and_p(found.pop().top_k, each.top_p, each.min_tokens_to_keep))
+        else:
+            found.append(_processor(each))
+    return found
+
+
+def top_k_and_p(top_k: int, top_p: float, least: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """transformers' top k and then top p, without a sort of the whole vocabulary; of tokens as likely as the last of `top_k`,
+    which top k keeps, the first _TIES."""
+
+    def filtered(_ids: Tensor, scores: Tensor) -> Tensor:
+        size = scores.shape[-1]
+        values, tokens = torch.topk(scores, min(top_k + _TIES, size))
+        values = values.masked_fill(values < values[:, min(top_k, size) - 1, None], -math.inf)
+        ascending = values.flip(-1)
+        less_likely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        less_likely[:, -least:] = False
+        kept = ascending.masked_fill(less_likely, -math.inf)
+        return torch.full_like(scores, -math.inf).scatter(1, tokens.flip(-1), kept)
+
+    return filtered
+
+
 def _processor(processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor, or what gives the same scores in less time and waits for no GPU."""
     from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, SuppressTokensLogitsProcessor
 
     if type(processor) is MinNewTokensLengthLogitsProcessor:

@@ -6,8 +6,17 @@ import torch
 pytest.importorskip("numba")
 
 from test_patched_forward import CACHE, OTHER, PROMPT, Ban, Model, generate
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from gptq_webui.gptq import sampling_loop
 from gptq_webui.gptq.sampling_loop import SamplingLoop
 
 REPEATED = torch.tensor([[0, *[50, 51, 52, 53, 54, 55] * 4, 50, 51]])
@@ -75,6 +84,56 @@ def test_tokens_are_the_twins_and_no_forward_of_transformers_is_called(model, lo
         torch.manual_seed(5)
         found.append(generate(hf, ids, 40, **settings).tolist())
     assert found[0] == found[1] and loops == [len(found[0][0]) - ids.shape[1]] and model.own_calls == 0
+
+
+def by_both(processors, scores):
+    """What transformers' processors make of the scores, and what is called in their place."""
+    found = []
+    for each in (processors, sampling_loop._processors(processors)):
+        own = scores.clone()
+        for processor in each:
+            own = processor(None, own)
+        found.append(own)
+    return found
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("top_k", [1, 7, 40, 999, 5000])
+def test_top_k_with_top_p_leaves_the_tokens_that_both_leave(top_k, top_p, least):
+    torch.manual_seed(top_k)
+    pair = [TopKLogitsWarper(top_k, min_tokens_to_keep=least), TopPLogitsWarper(top_p, min_tokens_to_keep=least)]
+    assert len(sampling_loop._processors([TemperatureLogitsWarper(0.7), *pair, MinPLogitsWarper(0.1)])) == 3
+    for spread in (0.1, 1.0, 8.0):
+        scores = torch.randn(1, 1000) * spread
+        scores[:, 5:9] = -torch.inf
+        wanted, found = by_both(pair, scores)
+        assert torch.equal(wanted, found), spread
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8])
+def test_top_k_with_top_p_of_equal_scores_leaves_as_many_tokens_as_both_leave(top_p):
+    torch.manual_seed(3)
+    for steps in (2, 4, 16):  # of each unit
+        scores = torch.round(torch.randn(1, 200) * 2 * steps) / steps
+        wanted, found = by_both([TopKLogitsWarper(20), TopPLogitsWarper(top_p)], scores)
+        assert torch.equal(wanted.sort().values, found.sort().values)
+        assert bool(((found == scores) | found.isneginf()).all())
+
+
+def test_what_is_no_usual_top_k_and_top_p_is_called_as_it_is():
+    class Own(TopPLogitsWarper):
+        pass
+
+    for pair in (
+        [TopKLogitsWarper(5), Own(0.5)],
+        [TopPLogitsWarper(0.5), TopKLogitsWarper(5)],
+        [TopKLogitsWarper(5, filter_value=-100.0), TopPLogitsWarper(0.5)],
+        [TopKLogitsWarper(5), TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5)],
+    ):
+        assert sampling_loop._processors(pair) == pair
+    scores = torch.full((1, 50), torch.nan)
+    assert bool(by_both([TopKLogitsWarper(5), TopPLogitsWarper(0.5)], scores)[1].softmax(-1).isnan().all()), "Draw sees it"
 
 
 def test_every_processor_criterion_and_streamer_gets_what_it_got_before(model, loops):
