@@ -160,16 +160,11 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     step.adapted  # noqa: B018 (makes its kernels)
     gpu.launched.clear()
     step.step_rows(parallel, False, {0: adapter})
-    attention = [name for name in gpu.launched if "attention" in name]
-    others = (name for name in gpu.launched if "attention" not in name)
-    kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in others)
-    assert len(attention) == 2 and (parallel > 16 or all(name.startswith("cluster_attention") for name in attention)), (
-        "short rows"
-    )
+    kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in gpu.launched)
     inner = kinds["adapter_in_plain"] + kinds["adapter_in_norm"]
     assert inner == 3 * 2 and kinds["adapter_in_norm"] == (4 if parallel < 9 else 0)
     assert kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
-    assert kinds[kernel] + kinds["cluster"] == 8 and kinds["norm"] == norms
+    assert kinds[kernel] + kinds["cluster"] + kinds["paged"] == 8 + 2 and kinds["norm"] == norms, "attention may be a cluster's"
     step.step_rows(parallel, False, {0: None})
     assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
 

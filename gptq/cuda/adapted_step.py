@@ -105,7 +105,7 @@ class AdaptedStep:
             graph = self._graphs[key] = self._recorder.record(run)
         graph.replay()
 
-    def _forward(self, rows: int, ranks: Ranks, short: bool = False) -> None:
+    def _forward(self, rows: int, ranks: Ranks, short: bool) -> None:
         here = self._buffers.first(rows)
         inside = rows == 1 and self._row.takes(ranks)
         if inside:

@@ -29,7 +29,7 @@ _PAGED_RING, _PAGED_BLOCKS = 2, 2  # pages in a block's shared memory; blocks of
 _STATIC_BYTES = 24 * 1024  # of that memory, beside them
 _MOST_SPLITS = 32  # blocks that share one sequence's keys, at most
 _CLUSTERS = (8, 6, 5, 4, 3, 2)  # blocks of a cluster, of which as many are taken as find places
-_SPARSE, _DENSE, _DENSE_PAIRS = (0.0, 0.75), (1.25, 1.55), (1.25, 2.0)  # blocks a processor where clusters find them (NOTES.md)
+_SPARSE, _DENSE, _DENSE_PAIRS = 0.75, (1.25, 1.55), (1.25, 2.0)  # blocks a processor of which clusters find places (NOTES.md)
 _MOST_TURNS = 3  # strips of 32 tokens for each warp of a cluster, at most, where more blocks can have what is longer
 
 
@@ -132,8 +132,8 @@ def _cluster(gpu: Gpu, shape: ModelShape, rows: int) -> ClusterAttentionVariant 
         return None
     for blocks in _CLUSTERS:
         each = blocks * shape.attention_blocks * rows / gpu.processors
-        dense = _DENSE_PAIRS if blocks == 2 else _DENSE
-        if _SPARSE[0] <= each <= _SPARSE[1] or dense[0] <= each <= dense[1]:
+        least, most = _DENSE_PAIRS if blocks == 2 else _DENSE
+        if each <= _SPARSE or least <= each <= most:
             return ClusterAttentionVariant(shape.kv, blocks)
     return None
 
