@@ -18,7 +18,7 @@ from ..core.errors import GptqWebuiError
 from .begun_ahead import BegunAhead
 from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
-from .recording import NumbersMadeThere, refusing_to_wait
+from .recording import Counted, NumbersMadeThere, refusing_to_wait
 from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
 from .stepper import Memory, Stepper
@@ -28,6 +28,7 @@ from .transformers_stepper import TransformersMemory, TransformersStepper, new_c
 log = logging.getLogger(__name__)
 
 _TRIAL = (1, 2, 3, 4)  # ids of the prompt that a model is tried with
+_UNRECORDED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a forward raises that cannot be
 _CLOSE = 0.02  # relative difference of the logits with and without a graph, at most
 
 
@@ -68,6 +69,7 @@ class GraphStepper(Stepper):
         self._patch: ForwardPatch | None = None
         self.may_give_up = True  # computing without a graph from then on; False where others count on the same steps
         self._is_tried = False  # a forward was recorded, so another one waits for nothing either
+        self._gives_positions = self._prompts.gives_positions
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
 
@@ -97,7 +99,7 @@ class GraphStepper(Stepper):
             return self._prompts.step(memory, int(id))
         try:
             graph = self._graph(memory)
-        except (NotStatic, GptqWebuiError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except (NotStatic, GptqWebuiError, *_UNRECORDED) as error:
             if not self.may_give_up:
                 raise
             self._give_up(error)
@@ -203,10 +205,21 @@ class GraphStepper(Stepper):
         return room is not None and needed <= room.capacity and shown_of(room.capacity, needed, FIRST_CAPACITY) in self._graphs
 
     def _record(self, room: StaticRoom, shown: int, length: int) -> Any:
+        if self._is_tried or self._gives_positions or not self._prompts.takes_positions:
+            return self._recorded(room, shown, length)
+        try:
+            return self._recorded(room, shown, length)
+        except torch.OutOfMemoryError:
+            raise
+        except _UNRECORDED:  # it may wait for the GPU to count them (OPT)
+            self._gives_positions = True
+            return self._recorded(room, shown, length)
+
+    def _recorded(self, room: StaticRoom, shown: int, length: int) -> Any:
         room.show(shown)
         states = room.kept_states()
         given = {self._prompts.cache_argument: room.cache}
-        if self._prompts.gives_positions:
+        if self._gives_positions:
             given["position_ids"] = room.count.view(1, 1)  # it is read anew by each replay
 
         def run() -> None:
@@ -219,15 +232,18 @@ class GraphStepper(Stepper):
             self._logits.copy_(logits)
             room.count.add_(1)
 
+        def made_there() -> NumbersMadeThere:
+            return NumbersMadeThere(Counted(room.count, 1, shown - 1))
+
         try:
             with nullcontext() if self._fused is None else self._fused.recording():
                 run()  # libraries choose and load their kernels
                 room.restore(states, length)
                 # the setting is the process's: later other threads may be at work on the GPU
-                with NumbersMadeThere(), nullcontext() if self._is_tried else refusing_to_wait(self.device):
+                with made_there(), nullcontext() if self._is_tried else refusing_to_wait(self.device):
                     run()
                 room.restore(states, length)
-                with NumbersMadeThere():
+                with made_there():
                     graph = self._recorder.record(run)
         finally:  # who goes on without a graph computes this token anew; a recorder may run what it records
             room.restore(states, length)

@@ -236,7 +236,7 @@ class TransformersStepper(Stepper):
         self._kernels: PromptKernels | None = None
         self.run_model: Any = model.forward  # as it is now: a stepper may take its place later (patched_forward.py)
         # a forward of several pieces that counts each from 0 is given its positions
-        self._takes_positions, self.gives_positions = "position_ids" in taken, False
+        self.takes_positions, self.gives_positions = "position_ids" in taken, False
         # transformers 4 finds the positions of text after a picture by it
         self._gives_cache_position = "cache_position" in taken and hasattr(config, "vision_config")
         self._in_pieces = True  # several tokens can be put through at once after others
@@ -297,7 +297,7 @@ class TransformersStepper(Stepper):
         if not self._keeps_cache:
             return
         one = tried(len(_TRIAL) - 1)
-        if one > _CLOSE and self._takes_positions:  # some count the positions of every piece from 0 (Bamba)
+        if one > _CLOSE and self.takes_positions:  # some count the positions of every piece from 0 (Bamba)
             self.gives_positions = True
             given = tried(len(_TRIAL) - 1)
             self.gives_positions = given < one / 2  # rounding is the same where the positions are

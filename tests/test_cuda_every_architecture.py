@@ -44,7 +44,7 @@ CHOOSING = ("experts", "top_k", "num_experts_per_tok", "topk", "moe", "indexer")
 WHOLE = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # have a step of their own
 SOME_KINDS = tuple(dict.fromkeys((
     *SAMPLE, *WHOLE, "gpt2", "opt", "gemma2", "gemma4_text", "glm4", "cohere", "granite", "qwen3_moe", "deepseek_v2", "lfm2",
-    "bloom", "gptj", "diffllama", "zamba2", "mamba2", "falcon_h1", "jetmoe",
+    "bloom", "gptj", "mpt", "diffllama", "zamba2", "mamba2", "falcon_h1", "jetmoe",
 )))  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Python's garbage while graphs are recorded (cuda/graphs.py), without a GPU."""
+"""While graphs are recorded: Python's garbage (cuda/graphs.py), and what is asked of a counter (recording.py). Without a GPU."""
 
 import gc
 import threading
 
 import pytest
+import torch
 
 from gptq_webui.gptq.cuda.graphs import without_collections
+from gptq_webui.gptq.recording import Counted, NumbersMadeThere
 
 
 class Cycle:
@@ -76,3 +78,50 @@ def test_who_has_turned_collections_off_finds_them_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def count():
+    """A counter that says what it cannot be: who asks the tensor is told so."""
+    return torch.tensor([1000])
+
+
+@pytest.mark.parametrize(("question", "answer"), [
+    (lambda n: n > 0, True), (lambda n: n + 1 < 2, False), (lambda n: 1 - (n + 1) > 0, False), (lambda n: 5 - n <= 4, True),
+    (lambda n: (3 + n) - 2 >= 2, True), (lambda n: n == 101, False), (lambda n: n + n != 3, True), (lambda n: n > 100, False),
+    (lambda n: max(0, 1 - n) == 0, True), (lambda n: n + 3 < 102 + 2, True), (lambda n: n - n == 0, True),
+])  # fmt: skip
+def test_a_question_with_one_answer_is_not_asked_of_the_gpu(count, question, answer):
+    with NumbersMadeThere(Counted(count, 1, 100)):
+        assert bool(question(count[0])) is answer
+
+
+@pytest.mark.parametrize("question", [lambda n: n > 50, lambda n: 60 - n < 0, lambda n: n * 2 > 2, lambda n: n.clone() > 0])
+def test_any_other_question_is_asked(count, question):
+    with NumbersMadeThere(Counted(count, 1, 100)):
+        assert bool(question(count[0]))
+        count.fill_(2)
+        assert bool(question(count[0])) is bool(question(torch.tensor(2)))
+
+
+def test_a_sum_that_is_changed_in_place_is_known_no_more():
+    counter = torch.tensor([3])
+    known = Counted(counter, 1, 100)
+    with NumbersMadeThere(known):
+        total = counter[0] + 1
+        assert len(known._sums) == 2
+        total += 5
+        assert len(known._sums) == 1 and int(total) == 9
+
+
+def test_ones_of_all_tokens_and_numbers_from_the_counter_on_are_made_there():
+    counter = torch.tensor([7])
+    with NumbersMadeThere(Counted(counter, 1, 20)):
+        n = counter[0]
+        ones, halves = torch.ones(2, n + 1), torch.ones((3, n), dtype=torch.float16)
+        assert ones.shape == (2, 21) and ones.dtype == torch.float32 and bool((ones[:, :8] == 1).all() and not ones[:, 8:].any())
+        assert halves.shape == (3, 20) and halves.dtype == torch.float16 and halves.sum() == 21
+        assert torch.equal(torch.arange(n, n + 3, dtype=torch.long), torch.tensor([7, 8, 9]))
+        assert torch.equal(torch.arange(n - 2, 1 + n), torch.tensor([5, 6, 7]))
+        assert torch.equal(torch.ones(2, 3), torch.full((2, 3), 1.0)) and torch.equal(torch.arange(1, 3), torch.tensor([1, 2]))
+        assert torch.arange(2, n).shape == (5,), "how many are not known: it is asked"
