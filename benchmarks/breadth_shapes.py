@@ -22,6 +22,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "glm4-9b": {"model_type": "glm4", "hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads": 32,
                 "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 40, "vocab_size": 151552, "attention_bias": True,
                 "pad_token_id": 0},
+    "opt-6.7b": {"model_type": "opt", "hidden_size": 4096, "ffn_dim": 16384, "num_attention_heads": 32, "num_hidden_layers": 32,
+                 "vocab_size": 50272, "word_embed_proj_dim": 4096},
+    "mpt-7b": {"model_type": "mpt", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 50432,
+               "max_seq_len": 8192},
     "phi2": {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32,
              "num_hidden_layers": 32, "vocab_size": 51200, "partial_rotary_factor": 0.4},
     "cohere-8b": {"model_type": "cohere", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -59,7 +63,7 @@ _NARROW = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 320,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 64,
     "mamba_n_heads": 8, "mamba_d_head": 32, "attn_layer_indices": [1], "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
-    "v_head_dim": 32, "query_pre_attn_scalar": 32,
+    "v_head_dim": 32, "query_pre_attn_scalar": 32, "ffn_dim": 512, "word_embed_proj_dim": 128,
 }  # fmt: skip
 
 
