@@ -32,6 +32,10 @@ _UNRECORDED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 _CLOSE = 0.02  # relative difference of the logits with and without a graph, at most
 
 
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
 class Recorder(Protocol):
     """Records what is launched; see cuda/graphs.py."""
 
@@ -70,6 +74,8 @@ class GraphStepper(Stepper):
         self.may_give_up = True  # computing without a graph from then on; False where others count on the same steps
         self._is_tried = False  # a forward was recorded, so another one waits for nothing either
         self._gives_positions = self._prompts.gives_positions
+        self._limit = 0.0  # how far a later graph may be from the forward without one; 0: it is not asked
+        self._held: list[Tensor] = []  # of the model, which graphs read even if it has others since (XGLM's table of positions)
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
 
@@ -147,17 +153,16 @@ class GraphStepper(Stepper):
             wanted = self._prompts.step(other, _TRIAL[-1]).float()
             whole = self._prompts.prefill(self.begin(), _TRIAL).float()
 
-        def apart(a: Tensor, b: Tensor) -> float:
-            return float((a - b).norm() / b.norm())
-
-        difference, rounding = apart(found, wanted), apart(wanted, whole)  # of one forward and another without a graph
+        difference, rounding = _apart(found, wanted), _apart(wanted, whole)  # of one forward and another without a graph
         log.info("a recorded step differs by %.4f, a whole prompt by %.4f", difference, rounding)
         if not difference < max(_CLOSE, min(2 * rounding, 10 * _CLOSE)):
             self._give_up(NotStatic(f"a recorded step gives other results (they differ by {difference:.3f})"))
+        self._limit = 10 * _CLOSE
 
     def without_graph(self) -> TransformersStepper:
         """The stepper that computes without a graph; this one is not used any more."""
         self._graphs.clear()
+        self._held.clear()
         self._room = self._logits = None
         self._recorder.close()
         if self._fused is not None:
@@ -169,6 +174,7 @@ class GraphStepper(Stepper):
             self._patch.release()
             self._patch = None
         self._graphs.clear()
+        self._held.clear()
         self._room = self._logits = None
         self._recorder.close()
         if self._fused is not None:
@@ -205,17 +211,15 @@ class GraphStepper(Stepper):
         return room is not None and needed <= room.capacity and shown_of(room.capacity, needed, FIRST_CAPACITY) in self._graphs
 
     def _record(self, room: StaticRoom, shown: int, length: int) -> Any:
-        if self._is_tried or self._gives_positions or not self._prompts.takes_positions:
-            return self._recorded(room, shown, length)
-        try:
-            return self._recorded(room, shown, length)
-        except torch.OutOfMemoryError:
-            raise
-        except _UNRECORDED:  # it may wait for the GPU to count them (OPT)
+        graph = self._recorded(room, shown, length)
+        if graph is None:
             self._gives_positions = True
-            return self._recorded(room, shown, length)
+            graph = self._recorded(room, shown, length)
+        return graph
 
     def _recorded(self, room: StaticRoom, shown: int, length: int) -> Any:
+        """None if the forward cannot be recorded as it is, but perhaps with its positions given (OPT)."""
+        may_give_them = not self._is_tried and not self._gives_positions and self._prompts.takes_positions
         room.show(shown)
         states = room.kept_states()
         given = {self._prompts.cache_argument: room.cache}
@@ -238,16 +242,34 @@ class GraphStepper(Stepper):
         try:
             with nullcontext() if self._fused is None else self._fused.recording():
                 run()  # libraries choose and load their kernels
+                assert self._logits is not None
+                wanted = self._logits.clone() if self._limit and self.may_give_up else None
                 room.restore(states, length)
-                # the setting is the process's: later other threads may be at work on the GPU
-                with made_there(), nullcontext() if self._is_tried else refusing_to_wait(self.device):
-                    run()
+                try:
+                    # the setting is the process's: later other threads may be at work on the GPU
+                    with made_there(), nullcontext() if self._is_tried else refusing_to_wait(self.device):
+                        run()
+                except torch.OutOfMemoryError:
+                    raise
+                except _UNRECORDED as error:
+                    if not may_give_them:
+                        raise
+                    log.info("a graph is tried with the positions given: %s", error)
+                    return None
                 room.restore(states, length)
                 with made_there():
                     graph = self._recorder.record(run)
+            if wanted is not None:  # it sees more tokens than the one of the trial
+                room.restore(states, length)
+                graph.replay()
+                if not (difference := _apart(self._logits, wanted)) < self._limit:
+                    raise NotStatic(
+                        f"a recorded step that sees {shown} tokens gives other results (they differ by {difference:.3f})"
+                    )
         finally:  # who goes on without a graph computes this token anew; a recorder may run what it records
             room.restore(states, length)
         self._is_tried = True
+        self._held += self._model.buffers()
         return graph
 
     def _give_up(self, error: BaseException) -> None:
@@ -258,4 +280,5 @@ class GraphStepper(Stepper):
             with torch.inference_mode():  # as the states were made
                 self._room.leave()
         self._graphs.clear()
+        self._held.clear()
         self._room = self._logits = None

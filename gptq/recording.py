@@ -42,13 +42,16 @@ class Counted:
         """count int64 [1]."""
         self._count, self._ends = count, (least, most)
         self._sums: dict[int, tuple[Tensor, int, int]] = {}  # by id: a tensor that is so many times the counter, and a number
-        self._answers: dict[int, tuple[Tensor, bool]] = {}  # by id: a comparison, and what it says
+        self._answers: dict[int, tuple[Tensor, bool | None]] = {}  # by id: a comparison, and what it says; None: it depends
 
     def call(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
-        """What the function of torch gives; a question that has no one answer goes to the GPU."""
+        """What the function of torch gives. Raises RuntimeError for a question that has several answers."""
         name = getattr(func, "__name__", "")
-        if name == "__bool__" and (answer := self._answers.get(id(args[0]))) is not None:
-            return answer[1]
+        if name == "__bool__" and id(args[0]) in self._answers:
+            answer = self._answers[id(args[0])][1]
+            if answer is None:
+                raise RuntimeError("what the forward does depends on how many tokens there are")
+            return answer
         if func is torch.ones and (found := self._ones(args, given)) is not None:
             return found
         if func is torch.arange and (found := self._range(args, given)) is not None:
@@ -56,13 +59,18 @@ class Counted:
         out = func(*args, **given)
         if name == "__getitem__" and args[0] is self._count and type(args[1]) is int:
             self._sums[id(out)] = out, 1, 0
-        elif args and out is args[0]:  # it is something else now
-            self._sums.pop(id(out), None)
+        elif (args and out is args[0]) or name == "__setitem__" or "out" in given:
+            self._forget(given.get("out", args[0] if args else None))
         elif len(args) == 2 and not given and isinstance(out, Tensor):
             left, right = (self._sum(each) for each in args)
             if left is not None and right is not None:
                 self._note(name, out, left, right)
         return out
+
+    def _forget(self, changed: Any) -> None:
+        """What was known of a tensor that something else was written into."""
+        self._sums.pop(id(changed), None)
+        self._answers.pop(id(changed), None)
 
     def _sum(self, value: Any) -> tuple[int, int] | None:
         if type(value) is int:
@@ -71,7 +79,7 @@ class Counted:
         return None if known is None else known[1:]
 
     def _note(self, name: str, out: Tensor, left: tuple[int, int], right: tuple[int, int]) -> None:
-        """Of a function of two sums, each given as how many times the counter it is, and the number."""
+        """`left`, `right`: (factor, number) of factor * counter + number, which the function `name` was given."""
         if name == "__rsub__":
             name, left, right = "sub", right, left
         sign = {"add": 1, "sub": -1}.get(name)
@@ -79,22 +87,22 @@ class Counted:
             self._sums[id(out)] = out, left[0] + sign * right[0], left[1] + sign * right[1]
         elif (compare := _COMPARISONS.get(name)) is not None:
             factor, number = left[0] - right[0], left[1] - right[1]
-            values = [factor * each + number for each in range(self._ends[0], self._ends[1] + 1)]
-            if len(found := {compare(each, 0) for each in values}) == 1:
-                self._answers[id(out)] = out, found.pop()
+            found = {compare(factor * each + number, 0) for each in range(self._ends[0], self._ends[1] + 1)}
+            self._answers[id(out)] = out, found.pop() if len(found) == 1 else None
 
     def _ones(self, args: Any, given: dict[str, Any]) -> Tensor | None:
         """Ones of all tokens that there are: of as many as there can be, with zeros after them."""
         sizes = tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
-        if not sizes or id(sizes[-1]) not in self._sums or any(isinstance(each, Tensor) for each in sizes[:-1]):
+        if not sizes or id(sizes[-1]) not in self._sums or any(isinstance(each, Tensor) for each in sizes[:-1]) or "out" in given:
             return None
         _tensor, factor, number = self._sums[id(sizes[-1])]
-        there = torch.arange(factor * self._ends[1] + number, device=given.get("device")) < sizes[-1]
+        most = max(factor * each + number for each in self._ends)
+        there = torch.arange(most, device=given.get("device")) < sizes[-1]
         return there.to(given.get("dtype") or torch.get_default_dtype()).expand(*sizes[:-1], -1).contiguous()
 
     def _range(self, args: Any, given: dict[str, Any]) -> Tensor | None:
         """Numbers from a sum on, of which there are always as many."""
-        if len(args) != 2 or not any(id(each) in self._sums for each in args):
+        if len(args) != 2 or "out" in given or not any(id(each) in self._sums for each in args):
             return None
         begin, end = (self._sum(each) for each in args)
         if begin is None or end is None or begin[0] != end[0]:

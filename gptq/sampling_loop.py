@@ -138,7 +138,7 @@ class Draw:
 
 
 def _processors(processors: Iterable[Any]) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Logits processors, or what gives the same scores in less time and waits for no GPU."""
+    """Logits processors, or what gives the same scores in less time and waits for no GPU; of top_k_and_p but for equal ones."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     found: list[Any] = []
@@ -152,12 +152,13 @@ def _processors(processors: Iterable[Any]) -> list[Callable[[Tensor, Tensor], Te
 
 
 def top_k_and_p(top_k: int, top_p: float, least: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """transformers' top k and then top p, without a sort of the whole vocabulary; of tokens as likely as the last of `top_k`,
-    which top k keeps, the first _TIES."""
+    """transformers' top k and then top p, without a sort of the whole vocabulary. Top k keeps every token that is as likely as
+    its last one; here at most as many of them as top k, or _TIES. Which of equally likely tokens are left is not said there
+    either."""
 
     def filtered(_ids: Tensor, scores: Tensor) -> Tensor:
         size = scores.shape[-1]
-        values, tokens = torch.topk(scores, min(top_k + _TIES, size))
+        values, tokens = torch.topk(scores, min(top_k + max(top_k, _TIES), size))
         values = values.masked_fill(values < values[:, min(top_k, size) - 1, None], -math.inf)
         ascending = values.flip(-1)
         less_likely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p

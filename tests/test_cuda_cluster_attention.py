@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no GPU with clusters of blocks"
 )
 FORMATS = [KvFormat(each, q8) for each, q8 in itertools.product((32, 64, 96, 128), (False, True))]
-BLOCKS = (2, 3, 6, 8)
+BLOCKS = (2, 3, 4, 5, 6, 8)
 LENGTHS = (0, 1, 40, 63, 64, 65, 127, 128, 129, 512, 600, 1000, 1023, 1024, 1025, 2049, 5000)
 CONTEXT = 5056
 
@@ -142,7 +142,10 @@ def test_each_row_attends_to_its_own_pages_and_an_idle_one_is_left_alone(gpu, ro
     positions = torch.tensor([300, -1, 1000, 63, 64, 700, 0, 2000][:rows] * -(-rows // 8), dtype=torch.int32, device="cuda")
     sequences = SimpleNamespace(table=torch.stack(tables), positions=positions, rows=rows)
     qkv, work = model.qkv[:rows].clone(), AttentionWork(gpu, model.shape, rows)
-    assert gpu.processors != 132 or attention._cluster(gpu, model.shape, rows).blocks == blocks
+    if gpu.processors == 132:
+        assert attention._cluster(gpu, model.shape, rows).blocks == blocks
+    elif attention.short_tokens(gpu, model.shape, rows) == 0:
+        pytest.skip("on this GPU so many rows have no clusters")
     found = []
     for short in (False, True):
         out = torch.full((rows, 32 * 128), torch.nan, dtype=torch.float16, device="cuda")

@@ -148,7 +148,6 @@ def test_rows_whose_inputs_do_not_fit_into_shared_memory_take_the_kernels_of_man
 def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monkeypatch, parallel, kernel, norms):
     monkeypatch.setattr(adapted_step, "head_product", lambda x, weight: (x @ weight.T).float())
     monkeypatch.setattr(batch_step, "head_product", lambda x, weight: (x @ weight.T).float())
-    torch.manual_seed(0)
     parts = random_models.random_models(**SMALL, device="cpu")
     layer, rank = parts.layers[1], 100 if parallel == 1 else 4  # one row's products take smaller ones inside
     parts_of_adapter = {
@@ -160,11 +159,12 @@ def test_an_adapter_takes_two_kernels_for_each_product_that_it_changes(gpu, monk
     step.adapted  # noqa: B018 (makes its kernels)
     gpu.launched.clear()
     step.step_rows(parallel, False, {0: adapter})
-    kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in gpu.launched)
+    rest = [name for name in gpu.launched if "attention" not in name]
+    kinds = Counter(name if name.startswith("adapter") else name.split("_")[0] for name in rest)
     inner = kinds["adapter_in_plain"] + kinds["adapter_in_norm"]
     assert inner == 3 * 2 and kinds["adapter_in_norm"] == (4 if parallel < 9 else 0)
     assert kinds["adapter_out"] == 2 * 2 and kinds["adapter_silu"] == 2, "layers alike"
-    assert kinds[kernel] + kinds["cluster"] + kinds["paged"] == 8 + 2 and kinds["norm"] == norms, "attention may be a cluster's"
+    assert kinds[kernel] + kinds["cluster"] == 8 and len(gpu.launched) - len(rest) == 2 and kinds["norm"] == norms
     step.step_rows(parallel, False, {0: None})
     assert sum(name.startswith("adapter_in") for name in gpu.launched) == 3 * 2, "without adapters, the step is as before"
 

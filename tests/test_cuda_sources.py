@@ -88,7 +88,12 @@ def test_the_kernels_compile_for_every_family(family, tmp_path):
     variants += [GuessedVariant(KvFormat(64)), GuessedVariant(KvFormat(128, q8=True))]
     variants += [PagedAttentionVariant(KvFormat(each), 2) for each in (32, 64, 96, 128) if FAMILIES[family] >= (9, 0)]
     formats = [KvFormat(64), KvFormat(128), KvFormat(128, q8=True)]
-    variants += [ClusterAttentionVariant(each, 4) for each in (KvFormat(32), KvFormat(128, True)) if FAMILIES[family] >= (9, 0)]
+    if FAMILIES[family] >= (9, 0):
+        variants += [
+            ClusterAttentionVariant(KvFormat(32), 4),
+            ClusterAttentionVariant(KvFormat(128, True), 3),
+            ClusterAttentionVariant(KvFormat(96), 5),
+        ]
     binary = compiler(FAMILIES[family], tmp_path).compile(kernel_source.source(variants, packings, formats, fixed=True))
     fixed = ("repack_3", "unpack_8_asym_2", "attention_128", "sample", "sample_guessed", "head", "rope_64", "attention_128_q8")
     names = gpu_kernels._KERNEL.findall(kernel_source.source(variants, packings, formats, fixed=True))

@@ -123,6 +123,19 @@ def test_a_few_rows_of_a_narrow_product_leave_no_processor_idle_that_could_have_
         assert plan.variant.teams == teams and plan.blocks == min(132, -(-tiles // teams))
 
 
+@pytest.mark.parametrize("processors", [30, 114, 132, 148])
+@pytest.mark.parametrize("sharers", [2, 4])
+def test_blocks_that_make_digits_together_are_whole_clusters_and_take_no_more_turns(processors, sharers):
+    gpu = SimpleNamespace(capability=(9, 0), processors=processors, shared_limit_bytes=227 * 1024, shared_bytes=228 * 1024)
+    for tiles in (1, 3, 72, 128, 320, 384, 448, 1792):
+        weight = SimpleNamespace(packing=Packing(4, True, 1), in_features=3072, chunks=48, tiles=tiles, lasting=True)
+        spread = replace(octet.SPREADS["qkv"][4], sharers=sharers)
+        plan, alone = (octet.Plan.of(gpu, weight, "PLAIN", True, 4, replace(spread, sharers=each)) for each in (sharers, 1))
+        turns = [-(-tiles // (each.blocks * each.variant.teams)) for each in (plan, alone)]
+        assert plan.variant.sharers == sharers and plan.blocks % sharers == 0
+        assert plan.blocks <= max(sharers, processors) and (turns[0] <= turns[1] or sharers == 4), (tiles, plan.blocks)
+
+
 def test_a_norm_wider_than_a_block_is_refused_in_words():
     assert gemv.variant(Packing(4, True, 1), 32768, "PLAIN", True, Tuning(), 227 * 1024).threads == 1024
     with pytest.raises(Unsuited, match="a norm over 32832 inputs"):

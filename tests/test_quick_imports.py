@@ -13,6 +13,7 @@ import gc, sys
 sys.path.insert(0, {root!r})
 import script
 script.register()
+from gptq_webui.gptq import collector
 from gptq_webui.loaders.transformers import quick_imports
 quick_imports.in_own_process = {own}
 import torch
@@ -121,14 +122,14 @@ def test_the_collector_is_on_again_after_imports_in_two_threads_and_after_an_err
 import threading
 inside, go = threading.Event(), threading.Event()
 def other():
-    with quick_imports.without_collector():
+    with collector.without_collector():
         inside.set()
         go.wait()
 thread = threading.Thread(target=other)
 thread.start()
 inside.wait()
 try:
-    with quick_imports.without_collector():
+    with collector.without_collector():
         raise ValueError
 except ValueError:
     pass
@@ -136,7 +137,7 @@ go.set()
 thread.join()
 assert gc.isenabled()
 gc.disable()
-with quick_imports.without_collector():
+with collector.without_collector():
     pass
 assert not gc.isenabled(), "as it was"
 """

@@ -1,4 +1,4 @@
-"""While graphs are recorded: Python's garbage (cuda/graphs.py), and what is asked of a counter (recording.py). Without a GPU."""
+"""While graphs are recorded: Python's garbage (collector.py), and what is asked of a counter (recording.py). Without a GPU."""
 
 import gc
 import threading
@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from gptq_webui.gptq.cuda.graphs import without_collections
+from gptq_webui.gptq.collector import without_collector
 from gptq_webui.gptq.recording import Counted, NumbersMadeThere
 
 
@@ -39,7 +39,7 @@ def test_nothing_is_collected_in_a_recording_and_everything_after_it():
     kept = much()
     assert found, "what is made here begins a collection"
     found.clear()
-    with without_collections():
+    with without_collector():
         Cycle(found)
         kept += much()
         assert not found
@@ -48,7 +48,7 @@ def test_nothing_is_collected_in_a_recording_and_everything_after_it():
 
 
 def test_a_recording_that_fails_leaves_collections_on():
-    with pytest.raises(ZeroDivisionError), without_collections():
+    with pytest.raises(ZeroDivisionError), without_collector():
         raise ZeroDivisionError
 
 
@@ -56,14 +56,14 @@ def test_collections_begin_again_after_the_last_of_several_recordings():
     begun, end = threading.Event(), threading.Event()
 
     def other():
-        with without_collections():
+        with without_collector():
             begun.set()
             end.wait(10)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert begun.wait(10)
-    with without_collections():
+    with without_collector():
         pass
     assert not gc.isenabled(), "another thread records"
     end.set()
@@ -73,17 +73,11 @@ def test_collections_begin_again_after_the_last_of_several_recordings():
 def test_who_has_turned_collections_off_finds_them_off():
     gc.disable()
     try:
-        with without_collections():
+        with without_collector():
             pass
         assert not gc.isenabled()
     finally:
         gc.enable()
-
-
-@pytest.fixture
-def count():
-    """A counter that says what it cannot be: who asks the tensor is told so."""
-    return torch.tensor([1000])
 
 
 @pytest.mark.parametrize(("question", "answer"), [
@@ -91,17 +85,39 @@ def count():
     (lambda n: (3 + n) - 2 >= 2, True), (lambda n: n == 101, False), (lambda n: n + n != 3, True), (lambda n: n > 100, False),
     (lambda n: max(0, 1 - n) == 0, True), (lambda n: n + 3 < 102 + 2, True), (lambda n: n - n == 0, True),
 ])  # fmt: skip
-def test_a_question_with_one_answer_is_not_asked_of_the_gpu(count, question, answer):
+def test_a_question_with_one_answer_is_not_asked_of_the_gpu(question, answer):
+    count = torch.zeros(1, dtype=torch.long, device="meta")  # it has no value to be asked for
     with NumbersMadeThere(Counted(count, 1, 100)):
         assert bool(question(count[0])) is answer
 
 
-@pytest.mark.parametrize("question", [lambda n: n > 50, lambda n: 60 - n < 0, lambda n: n * 2 > 2, lambda n: n.clone() > 0])
-def test_any_other_question_is_asked(count, question):
-    with NumbersMadeThere(Counted(count, 1, 100)):
-        assert bool(question(count[0]))
-        count.fill_(2)
-        assert bool(question(count[0])) is bool(question(torch.tensor(2)))
+@pytest.mark.parametrize("question", [lambda n: n > 50, lambda n: 60 - n < 0, lambda n: n == 7, lambda n: n + 1 != 2])
+def test_a_question_whose_answer_changes_is_refused_before_the_gpu_is_asked(question):
+    count = torch.tensor([80])
+    with NumbersMadeThere(Counted(count, 1, 100)), pytest.raises(RuntimeError, match="depends on how many tokens"):
+        bool(question(count[0]))
+
+
+@pytest.mark.parametrize("question", [lambda n: n * 2 > 2, lambda n: n.clone() > 3])
+def test_of_what_is_no_sum_the_tensor_is_asked(question):
+    for tokens in (1, 80):
+        count = torch.tensor([tokens])
+        with NumbersMadeThere(Counted(count, 1, 100)):
+            assert bool(question(count[0])) is (tokens > 1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda found: found.logical_not_(), lambda found: found.fill_(False), lambda found: found.__iand__(torch.tensor(False)),
+    lambda found: found.__setitem__((), False), lambda found: torch.zeros((), dtype=torch.bool, out=found),
+    lambda found: torch.logical_not(found, out=found),
+])  # fmt: skip
+def test_an_answer_that_is_changed_in_place_is_known_no_more(change):
+    counter = torch.tensor([3])
+    with NumbersMadeThere(Counted(counter, 1, 100)):
+        found = counter[0] > 0
+        assert bool(found)
+        change(found)
+        assert not bool(found)
 
 
 def test_a_sum_that_is_changed_in_place_is_known_no_more():
@@ -125,3 +141,4 @@ def test_ones_of_all_tokens_and_numbers_from_the_counter_on_are_made_there():
         assert torch.equal(torch.arange(n - 2, 1 + n), torch.tensor([5, 6, 7]))
         assert torch.equal(torch.ones(2, 3), torch.full((2, 3), 1.0)) and torch.equal(torch.arange(1, 3), torch.tensor([1, 2]))
         assert torch.arange(2, n).shape == (5,), "how many are not known: it is asked"
+        assert torch.ones(1, 30 - n).shape == (1, 29) and torch.ones(1, 30 - n).sum() == 23, "as many as there can be"

@@ -78,14 +78,14 @@ def shape_of(attention_blocks):
     return SimpleNamespace(attention_blocks=attention_blocks, kv=KvFormat(128), max_pages=1000)
 
 
-def test_rows_get_the_clusters_that_were_the_fastest_on_an_h200():
+def test_rows_get_the_clusters_that_were_chosen_on_an_h200():
     gpu, shape = RecordingGpu(), shape_of(8)  # noqa: F811
     assert gpu.processors == 132
     gpu.add(attention.cluster_variants(gpu, shape, 256))
     chosen = {rows: attention._cluster(gpu, shape, rows) for rows in range(1, 20)}
     blocks = {rows: each.blocks for rows, each in chosen.items() if each is not None}
-    fastest = {1: 8, 2: 6, 3: 8, 4: 6, 5: 5, 6: 4, 7: 3, 8: 3}
-    assert blocks == {**fastest, **dict.fromkeys(range(11, 17), 2)}, "9, 10 and more than 16 rows have none"
+    chosen_by_time = {1: 8, 2: 6, 3: 8, 4: 6, 5: 5, 6: 4, 7: 3, 8: 3}
+    assert blocks == {**chosen_by_time, **dict.fromkeys(range(11, 17), 2)}, "9, 10 and more than 16 rows have none"
     lengths = {rows: attention.short_tokens(gpu, shape, rows) for rows in (2, 3, 5, 8, 9, 11, 12, 16, 17)}
     assert lengths == {2: 2304, 3: 3072, 5: 1920, 8: 1152, 9: 0, 11: 768, 12: 64000, 16: 64000, 17: 0}
     many_heads = shape_of(32)
@@ -93,16 +93,14 @@ def test_rows_get_the_clusters_that_were_the_fastest_on_an_h200():
     assert [attention.short_tokens(gpu, many_heads, rows) for rows in (1, 2, 3, 4, 5)] == [2304, 1152, 64000, 64000, 0]
 
 
-@pytest.mark.parametrize("processors", [30, 70, 114, 132, 148, 170])
-@pytest.mark.parametrize("attention_blocks", [1, 2, 4, 8, 10, 32, 40])
-def test_clusters_of_a_launch_leave_no_processor_full_and_none_nearly(processors, attention_blocks):
-    gpu, shape = RecordingGpu(), shape_of(attention_blocks)  # noqa: F811
+@pytest.mark.parametrize(
+    ("processors", "blocks"), [(114, [8, 5, 6, 5, 4, 3, 3, 0]), (70, [6, 6, 4, 3, 0, 2, 2, 2]), (16, [3, 2, 0, 0, 0, 0, 0, 0])]
+)
+def test_on_a_smaller_gpu_clusters_are_smaller(processors, blocks):
+    gpu, shape = RecordingGpu(), shape_of(8)  # noqa: F811
     gpu.processors = processors
-    for rows in range(1, 17):
-        found = attention._cluster(gpu, shape, rows)
-        if found is not None:
-            each = found.blocks * attention_blocks * rows / processors
-            assert each <= 0.75 or 1.25 <= each <= (2 if found.blocks == 2 else 1.55), (rows, found.blocks)
+    found = [attention._cluster(gpu, shape, rows) for rows in range(1, 9)]
+    assert [each.blocks if each is not None else 0 for each in found] == blocks
 
 
 def test_only_the_rows_that_may_come_have_kernels_compiled_and_none_before_hopper():

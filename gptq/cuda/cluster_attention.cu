@@ -3,7 +3,7 @@
 //
 // Each block of a cluster adds up its warps' parts and sends the sums to the blocks of its cluster, a share to each: who has a share
 // adds what all sent, in the order of the blocks, and writes it. So neither the memory nor a counter is between the blocks. A long
-// conversation is attention()'s, which gives it more blocks.
+// conversation is attention()'s where that gives it more blocks.
 
 #if __CUDA_ARCH__ >= 900
 // What is not needed while a block multiplies lies in shared memory meanwhile: registers are short.

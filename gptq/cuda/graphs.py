@@ -1,40 +1,17 @@
 """Recording what is launched as CUDA graphs, which one call replays."""
 
-import contextlib
-import gc
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ..collector import without_collector
 from .cuda_driver import OwnStream
-
-_lock = threading.Lock()
-_recordings = 0  # that run now, of all threads
-_collected = True  # whether Python collected garbage before the first of them
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Python collects no garbage meanwhile: what it would free of a GPU's memory, of another model say, ends a recording."""
-    global _recordings, _collected
-    with _lock:
-        if not _recordings:
-            _collected = gc.isenabled()
-            gc.disable()
-        _recordings += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _recordings -= 1
-            if not _recordings and _collected:
-                gc.enable()
 
 
 class GraphRecorder:
     """All graphs of a model share one stream and one pool of memory: cuBLAS keeps a workspace for each stream that it has
-    seen, and no two graphs run at once."""
+    seen, and no two graphs run at once. Garbage that Python frees meanwhile, of another model's on the GPU say, would end a
+    recording."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -52,7 +29,7 @@ class GraphRecorder:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with without_collections(), recording:  # torch's collects first
+        with without_collector(), recording:
             run()
         return graph
 
@@ -61,7 +38,7 @@ class GraphRecorder:
         torch.cuda.synchronize(self._device)
         graphs: list[torch.cuda.CUDAGraph] = []
         pool = torch.cuda.graph_pool_handle()  # of these alone: one whose graphs are all gone cannot be used again
-        with without_collections(), torch.cuda.stream(self._stream):
+        with without_collector(), torch.cuda.stream(self._stream):
             for run in runs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")

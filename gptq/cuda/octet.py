@@ -141,8 +141,8 @@ class Plan:
             at_once = max(1, min(spread.blocks_per_processor, gpu.shared_bytes // (shared_bytes + 1024)))
             margin = _CLUSTER_MARGIN if found.cluster * found.sharers > 2 else 0
             most = max(1, (gpu.processors - margin) * at_once // found.cluster)
-            groups = min(-(-weight.tiles // found.teams), most)
-            groups = max(groups // found.sharers, 1) * found.sharers
+            sharers, wanted = found.sharers, -(-weight.tiles // found.teams)
+            groups = min(-(-wanted // sharers), max(1, most // sharers)) * sharers  # a block without tiles makes digits too
             needed = -(-weight.tiles // (groups * found.teams))
             if needed <= turns:
                 blocks = groups * found.cluster

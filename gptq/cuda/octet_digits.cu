@@ -6,8 +6,8 @@
 
 // The runs of 256 inputs whose digits a block makes.
 struct Runs {
-  int first, count, inputs;  // of the block's share of x: all of them
-  METHOD int before(int end) const { return min(end * 256, inputs); }
+  int first, count, inputs;  // inputs: of the block's whole share of x, whoever makes their digits
+  METHOD int before(int run) const { return min(run * 256, inputs); }  // inputs in the runs before this one
   METHOD int own_inputs() const { return before(first + count) - before(first); }
 };
 

@@ -5,9 +5,7 @@ pandas). In a process of ours stand-ins have those names meanwhile. A stand-in t
 what it stands for, so nothing is missing; it is only imported later, or never.
 """
 
-import gc
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -17,6 +15,7 @@ from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
 from typing import Any
 
+from ...gptq.collector import without_collector
 from .quick_structure import StructureFinder
 from .quick_torch import without_initialization, without_sources
 
@@ -58,28 +57,6 @@ def stand_ins() -> Iterator[None]:
         for finder in finders:
             sys.meta_path.remove(finder)
             finder.withdraw()
-
-
-_collector = threading.Lock()
-_paused = 0  # threads inside
-_was_on = True
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Modules are no garbage, and Python looks at each of their objects dozens of times while they are imported."""
-    global _paused, _was_on
-    with _collector:
-        _was_on = gc.isenabled() if _paused == 0 else _was_on
-        _paused += 1
-        gc.disable()
-    try:
-        yield
-    finally:
-        with _collector:
-            _paused -= 1
-            if _paused == 0 and _was_on:
-                gc.enable()
 
 
 def _alone() -> None:
