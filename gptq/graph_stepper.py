@@ -236,9 +236,7 @@ class GraphStepper(Stepper):
             self._logits.copy_(logits)
             room.count.add_(1)
 
-        def made_there() -> NumbersMadeThere:
-            return NumbersMadeThere(Counted(room.count, 1, shown - 1))
-
+        counted = Counted(room.count, 1, shown - 1)
         try:
             with nullcontext() if self._fused is None else self._fused.recording():
                 run()  # libraries choose and load their kernels
@@ -247,7 +245,7 @@ class GraphStepper(Stepper):
                 room.restore(states, length)
                 try:
                     # the setting is the process's: later other threads may be at work on the GPU
-                    with made_there(), nullcontext() if self._is_tried else refusing_to_wait(self.device):
+                    with NumbersMadeThere(counted), nullcontext() if self._is_tried else refusing_to_wait(self.device):
                         run()
                 except torch.OutOfMemoryError:
                     raise
@@ -257,9 +255,9 @@ class GraphStepper(Stepper):
                     log.info("a graph is tried with the positions given: %s", error)
                     return None
                 room.restore(states, length)
-                with made_there():
+                with NumbersMadeThere(Counted(room.count, 1, shown - 1)):
                     graph = self._recorder.record(run)
-            if wanted is not None:  # it sees more tokens than the one of the trial
+            if wanted is not None and counted.asked:  # what it was told holds for more tokens than in the trial
                 room.restore(states, length)
                 graph.replay()
                 if not (difference := _apart(self._logits, wanted)) < self._limit:

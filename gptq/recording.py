@@ -43,6 +43,7 @@ class Counted:
         self._count, self._ends = count, (least, most)
         self._sums: dict[int, tuple[Tensor, int, int]] = {}  # by id: a tensor that is so many times the counter, and a number
         self._answers: dict[int, tuple[Tensor, bool | None]] = {}  # by id: a comparison, and what it says; None: it depends
+        self.asked = False  # whether the forward got anything from here
 
     def call(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
         """What the function of torch gives. Raises RuntimeError for a question that has several answers."""
@@ -51,10 +52,11 @@ class Counted:
             answer = self._answers[id(args[0])][1]
             if answer is None:
                 raise RuntimeError("what the forward does depends on how many tokens there are")
+            self.asked = True
             return answer
-        if func is torch.ones and (found := self._ones(args, given)) is not None:
-            return found
-        if func is torch.arange and (found := self._range(args, given)) is not None:
+        made = {torch.ones: self._ones, torch.arange: self._range}.get(func)
+        if made is not None and (found := made(args, given)) is not None:
+            self.asked = True
             return found
         out = func(*args, **given)
         if name == "__getitem__" and args[0] is self._count and type(args[1]) is int:

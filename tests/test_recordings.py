@@ -2,11 +2,15 @@
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_transformers_stepper import IDS, Replay, error, tiny_model, whole
 
+from gptq_webui.gptq import graph_stepper
 from gptq_webui.gptq.collector import without_collector
+from gptq_webui.gptq.graph_stepper import FIRST_CAPACITY, GraphStepper
 from gptq_webui.gptq.recording import Counted, NumbersMadeThere
 
 
@@ -142,3 +146,28 @@ def test_ones_of_all_tokens_and_numbers_from_the_counter_on_are_made_there():
         assert torch.equal(torch.ones(2, 3), torch.full((2, 3), 1.0)) and torch.equal(torch.arange(1, 3), torch.tensor([1, 2]))
         assert torch.arange(2, n).shape == (5,), "how many are not known: it is asked"
         assert torch.ones(1, 30 - n).shape == (1, 29) and torch.ones(1, 30 - n).sum() == 23, "as many as there can be"
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_longer_graph_of_a_forward_that_asks_for_lengths_is_compared_with_the_forward_without_one(asks, monkeypatch):
+    monkeypatch.setattr(graph_stepper.Counted, "asked", property(lambda _: asks, lambda *_: None), raising=False)
+
+    class Wrong(Replay):
+        def record(self, run):
+            graph = super().record(run)
+            if self.recorded == 1:
+                return graph
+            return SimpleNamespace(replay=lambda: (graph.replay(), stepper._logits.mul_(-1)))
+
+    stepper = GraphStepper(tiny_model("llama", max_position_embeddings=4096), 4096, Wrong())
+    stepper.trial()
+    assert not stepper.why
+    ids = (IDS * 30)[: FIRST_CAPACITY + 2]
+    wanted = whole(stepper._model, ids)
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, ids[: FIRST_CAPACITY - 1])
+        for at in range(FIRST_CAPACITY - 1, FIRST_CAPACITY + 2):
+            right = error(stepper.step(memory, ids[at]), wanted[at]) < 1e-4
+            assert right or (not asks and at >= FIRST_CAPACITY), "with the graph, and without one"
+    assert ("sees 2048 tokens gives other results" in stepper.why) is asks
