@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cuda.sequences import IDLE, Sequences
-from .recording import NumbersMadeThere, refusing_to_wait
+from .recording import NumbersMadeThere, apart, refusing_to_wait
 from .static_cache import FIRST_CAPACITY, NotStatic, shown_of
 from .static_rows import Kernels, RowRoom
 from .transformers_stepper import TransformersMemory, TransformersStepper
@@ -119,8 +119,8 @@ class GraphRows:
                 whole = [
                     prompts.prefill(prompts.begin(), [*_IDS[:length], id]) for length, id in zip(_LENGTHS, next_ids, strict=True)
                 ]
-                rounding = _apart(torch.cat(whole).float(), wanted)  # of one forward and another
-            difference = _apart(found, wanted)
+                rounding = apart(torch.cat(whole).float(), wanted)  # of one forward and another
+            difference = apart(found, wanted)
             log.info("rows of two conversations differ by %.4f from each alone, whole prompts by %.4f", difference, rounding)
             if not difference < max(_CLOSE, min(2 * rounding, 10 * _CLOSE)):
                 raise NotStatic(f"conversations at once give other results (they differ by {difference:.3f})")
@@ -210,7 +210,3 @@ class GraphRows:
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen.device)
     return torch.where(seen, torch.zeros_like(hidden), hidden)[:, None, None]
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())

@@ -18,7 +18,7 @@ from ..core.errors import GptqWebuiError
 from .begun_ahead import BegunAhead
 from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
-from .recording import Counted, NumbersMadeThere, refusing_to_wait
+from .recording import Counted, NumbersMadeThere, apart, refusing_to_wait
 from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
 from .stepper import Memory, Stepper
@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 _TRIAL = (1, 2, 3, 4)  # ids of the prompt that a model is tried with
 _UNRECORDED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a forward raises that cannot be
 _CLOSE = 0.02  # relative difference of the logits with and without a graph, at most
-
-
-def _apart(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 class Recorder(Protocol):
@@ -145,15 +141,15 @@ class GraphStepper(Stepper):
         with torch.inference_mode():
             memory = self.begin()
             self._prompts.prefill(memory, _TRIAL[:-1])
-            found = self.step(memory, _TRIAL[-1]).float()
+            found = self.step(memory, _TRIAL[-1]).clone()
             if self.why:
                 return
             other = self.begin()
             self._prompts.prefill(other, _TRIAL[:-1])
-            wanted = self._prompts.step(other, _TRIAL[-1]).float()
-            whole = self._prompts.prefill(self.begin(), _TRIAL).float()
+            wanted = self._prompts.step(other, _TRIAL[-1])
+            whole = self._prompts.prefill(self.begin(), _TRIAL)
 
-        difference, rounding = _apart(found, wanted), _apart(wanted, whole)  # of one forward and another without a graph
+        difference, rounding = apart(found, wanted), apart(wanted, whole)  # of one forward and another without a graph
         log.info("a recorded step differs by %.4f, a whole prompt by %.4f", difference, rounding)
         if not difference < max(_CLOSE, min(2 * rounding, 10 * _CLOSE)):
             self._give_up(NotStatic(f"a recorded step gives other results (they differ by {difference:.3f})"))
@@ -260,7 +256,7 @@ class GraphStepper(Stepper):
             if wanted is not None and counted.asked:  # what it was told holds for more tokens than in the trial
                 room.restore(states, length)
                 graph.replay()
-                if not (difference := _apart(self._logits, wanted)) < self._limit:
+                if not (difference := apart(self._logits, wanted)) < self._limit:
                     raise NotStatic(
                         f"a recorded step that sees {shown} tokens gives other results (they differ by {difference:.3f})"
                     )

@@ -112,6 +112,11 @@ class Counted:
         return torch.arange(end[1] - begin[1], **given) + args[0]
 
 
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The relative difference of two tensors. It waits for the GPU."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
 def _as_slices(index: tuple[Any, ...]) -> tuple[Any, ...]:
     """An index without its list of a single number, where it has just one."""
     lists = [each for each in index if isinstance(each, list)]

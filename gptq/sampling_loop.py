@@ -18,7 +18,7 @@ from torch import Tensor
 from .running import Running
 from .transformers_stepper import CACHE_NAMES
 
-_TIES = 64
+_TIES = 64  # tokens beside those of top k, at least, that are kept if they are as likely as its last one
 # What `generate` sets for every model; anything else that is not None asks for more than ids.
 _SETTINGS = frozenset(("use_cache", "logits_to_keep", "attention_mask", "position_ids", *CACHE_NAMES))
 
