@@ -32,6 +32,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from soak_near import Near, add_plain
 from soak_program import KEYS, Server, say, visit_page
 from soak_requests import Draw, read, same
 
@@ -50,7 +51,10 @@ LAST = 12  # requests that are asked one by one before that: the server keeps th
 class Soak:
     def __init__(self, options, server):
         self.options, self.server = options, server
-        self.requests = Draw(options.seed, options.model, server.adapters).requests(options.requests, options.kinds)
+        draw, self.near = Draw(options.seed, options.model, server.adapters), Near(options.near)
+        self.requests = draw.requests(options.requests, options.kinds)
+        if options.near:
+            add_plain(draw, self.requests)
         self.alone = {}  # name -> (what was read, seconds)
         self.faults, self.counts, self.by_kind = [], Counter(), Counter()
         self.open, self.reloads, self.reloading = 0, 0, False
@@ -127,7 +131,7 @@ class Soak:
             self.counts["refused for a reload"] += 1
         elif status != 200 or error:
             self.fault(f"{asked.name}: status {status}: {error or text[:300]}")
-        elif not same(found, self.alone[asked.name][0]):
+        elif not self.near.same(asked, self.alone[asked.name][0], found):
             self.counts["different"] += 1
             self.fault(f"{asked.name} differs: {difference(self.alone[asked.name][0], found)}")
         else:
@@ -197,6 +201,7 @@ class Soak:
         first = await self.at_rest(self.requests[-LAST:])
         await self.part(whole_s - first_s, self.reload(whole_s - first_s, 0.3, 0.6))
         async with self.server.client(self.server.admin) as http:
+            await self.near.judge(http, self.fault)
             figures = (await http.get("/metrics")).text
             queue = (await http.get("/v1/queue")).json()
             last = await self.at_rest(self.requests)
@@ -205,6 +210,7 @@ class Soak:
         if "Traceback" in log or "ERROR" in log:
             self.fault(f"the server's log:\n{log[-1500:]}")
         say("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(self.by_kind.items())))
+        self.near.report(say, self.fault)
         if self.firsts_s:
             middle, ahead = statistics.median(self.firsts_s), statistics.median(self.positions)
             most = f"at most {max(self.firsts_s):.2f} ({len(self.firsts_s)} tries)"
@@ -281,6 +287,7 @@ def main():
     parser.add_argument("--requests", type=int, default=125, help="how many different ones")
     parser.add_argument("--kinds", nargs="*", help="of requests: methods of soak_requests.Draw; all but `long`, if none is named")
     parser.add_argument("--threads", type=int, default=1, help="of the server's computing")
+    parser.add_argument("--near", type=float, default=0.0, help="on a GPU 0.05: logits by which the likeliest token must lead")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     from bootstrap import register

@@ -90,14 +90,14 @@ def settled(value):
     return [settled(each) for each in value] if isinstance(value, list) else value
 
 
-def same(one, two):
-    """Whether two answers are, as `read` gives them."""
+def same(one, two, apart=1e-6):
+    """Whether two answers are, as `read` gives them. `apart`: by how much two numbers may differ."""
     if isinstance(one, float) and isinstance(two, float):
-        return math.isclose(one, two, rel_tol=1e-4, abs_tol=1e-6)
+        return math.isclose(one, two, rel_tol=1e-4, abs_tol=apart)
     if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(same(each, two[key]) for key, each in one.items())
+        return one.keys() == two.keys() and all(same(each, two[key], apart) for key, each in one.items())
     if isinstance(one, list) and isinstance(two, list):
-        return len(one) == len(two) and all(map(same, one, two))
+        return len(one) == len(two) and all(same(each, other, apart) for each, other in zip(one, two, strict=True))
     return one == two
 
 
