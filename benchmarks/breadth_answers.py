@@ -2,13 +2,14 @@
 
 As many_answers.py (prompts of 512 tokens, 257 of answer, 129 of more than 16 answers, through the worker), of breadth.py's models
 with random weights, computed by the stepper that the product chooses: tokens a second together, and how long a prompt of 3,840
-tokens takes. `qwen3-30b-a3b@12` takes twelve layers; `--vocabulary 32000` makes the output layer that of the folders which vLLM
+tokens takes. SHAPE may be a folder (make_checkpoint.py), which is loaded. `qwen3-30b-a3b@12` takes twelve layers; `--vocabulary 32000` makes the output layer that of the folders which vLLM
 was measured with; `--tiny` divides the widths, for a machine without a GPU.
 """
 
 import argparse
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from breadth import build  # noqa: E402
 from breadth_shapes import SHAPES  # noqa: E402
 from many_answers import CONTEXT, Asked, together  # noqa: E402
 
+from gptq_webui.core.models import LocalModel  # noqa: E402
 from gptq_webui.core.params import GenerationParams  # noqa: E402
 from gptq_webui.gptq.prefix_cache import PrefixCache  # noqa: E402
 from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
 from gptq_webui.loaders.contract.worker import Worker  # noqa: E402
 from gptq_webui.loaders.machine.memory_release import leave_out_of_collections  # noqa: E402
+from gptq_webui.loaders.transformers.transformers_loader import TransformersLoader, TransformersOptions  # noqa: E402
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
@@ -32,10 +35,17 @@ class Server:
     """What many_answers.py asks of one."""
 
     def __init__(self, shape: str, layers: int, tiny: bool, device: str, most: int, vocabulary: int) -> None:
-        with torch.inference_mode():
-            model = build(shape, layers, tiny, device, 32 if tiny else 128, vocabulary)
-        self.stepper, self.note = stepper_for(model, CONTEXT, parallel=most)
-        self._ids = min(32000, model.config.get_text_config(decoder=True).vocab_size)
+        if Path(shape).is_dir():
+            began = time.perf_counter()
+            options = TransformersOptions(context_tokens=CONTEXT, parallel=most, guesses="off", device=device)
+            self._loaded = TransformersLoader().load(LocalModel.read(Path(shape)), options, lambda *_: None)
+            self.stepper, config = self._loaded._stepper, self._loaded.hf.config
+            self.note = f"Loaded in {time.perf_counter() - began:.1f} s. {' '.join(self._loaded.notes)}"
+        else:
+            with torch.inference_mode():
+                model = build(shape, layers, tiny, device, 32 if tiny else 128, vocabulary)
+            (self.stepper, self.note), config = stepper_for(model, CONTEXT, parallel=most), model.config
+        self._ids = min(32000, config.get_text_config(decoder=True).vocab_size)
         self.prefix = PrefixCache()
         self.worker = Worker(self.stepper.parallel)
         self._random = torch.Generator().manual_seed(0)
@@ -65,7 +75,7 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = options.parse_args()
-    shape, _at, layers = given.shape.partition("@")
+    shape, _at, layers = (given.shape, "", "") if Path(given.shape).is_dir() else given.shape.partition("@")
     server = Server(shape, int(layers or 0), given.tiny, given.device, max(given.rows), given.vocabulary)
     print(f"{given.shape}: {server.stepper.kernel}, {server.stepper.parallel} answers at once. {server.note}", flush=True)
     for rows in given.rows:

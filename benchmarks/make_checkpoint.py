@@ -19,6 +19,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "num_hidden_layers": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
     "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
                   "num_hidden_layers": 80, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+                      "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48,
+                      "vocab_size": 32000, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+                      "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 32768, "rope_theta": 1e6},
+    "tiny-mixture": {"model_type": "qwen3_moe", "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2,
+                     "vocab_size": 512, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
+                     "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 2048},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 2048},
 }  # fmt: skip
@@ -50,8 +58,9 @@ def make(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
     hidden, inner, vocabulary = facts["hidden_size"], facts["intermediate_size"], facts["vocab_size"]
-    head_dim = hidden // facts["num_attention_heads"]
-    kv = facts["num_key_value_heads"] * head_dim
+    head_dim = facts.get("head_dim", hidden // facts["num_attention_heads"])
+    heads, kv = (facts[name] * head_dim for name in ("num_attention_heads", "num_key_value_heads"))
+    experts, own = facts.get("num_experts", 0), facts.get("moe_intermediate_size", 0)
     state = {
         "model.embed_tokens.weight": (torch.randn(vocabulary, hidden) * 0.02).half(),
         "model.norm.weight": torch.ones(hidden).half(),
@@ -61,18 +70,23 @@ def make(
         name = f"model.layers.{at}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             state[f"{name}.{norm}.weight"] = torch.ones(hidden).half()
+        if experts:
+            state |= {f"{name}.self_attn.{each}_norm.weight": torch.ones(head_dim).half() for each in "qk"}
+            state[f"{name}.mlp.gate.weight"] = (torch.randn(experts, hidden) * 0.02).half()
         shared: dict[str, torch.Tensor] = {}
-        for layer, k, n, of in (
-            ("self_attn.q_proj", hidden, hidden, "qkv"), ("self_attn.k_proj", hidden, kv, "qkv"),
-            ("self_attn.v_proj", hidden, kv, "qkv"), ("self_attn.o_proj", hidden, hidden, "o"),
-            ("mlp.gate_proj", hidden, inner, "mlp"), ("mlp.up_proj", hidden, inner, "mlp"),
-            ("mlp.down_proj", inner, hidden, "down"),
-        ):  # fmt: skip
+        layers_of = [
+            ("self_attn.q_proj", hidden, heads, "qkv"), ("self_attn.k_proj", hidden, kv, "qkv"),
+            ("self_attn.v_proj", hidden, kv, "qkv"), ("self_attn.o_proj", heads, hidden, "o"),
+        ]  # fmt: skip
+        for block, width in [(f"mlp.experts.{each}", own) for each in range(experts)] or [("mlp", inner)]:
+            layers_of += [(f"{block}.gate_proj", hidden, width, block), (f"{block}.up_proj", hidden, width, block)]
+            layers_of.append((f"{block}.down_proj", width, hidden, f"{block} down"))
+        for layer, k, n, of in layers_of:
             rows = shared.setdefault(of, torch.randperm(k)) if act_order else None
             state |= {f"{name}.{layer}.{part}": t for part, t in packed(k, n, bits, group_size, rows, device).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    model_type = "mistral" if shape.startswith("mistral") else "llama"
-    architecture = "MistralForCausalLM" if model_type == "mistral" else "LlamaForCausalLM"
+    model_type = facts.get("model_type", "mistral" if shape.startswith("mistral") else "llama")
+    architecture = {"mistral": "Mistral", "llama": "Llama", "qwen3_moe": "Qwen3Moe"}[model_type] + "ForCausalLM"
     quantize = {"bits": bits, "group_size": group_size, "desc_act": act_order, "sym": True, "damp_percent": 0.1}
     config = {
         **facts, "model_type": model_type, "architectures": [architecture], "hidden_act": "silu", "rms_norm_eps": 1e-5,

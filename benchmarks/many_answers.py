@@ -155,7 +155,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--layers", type=int, default=32)
     options.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    options.add_argument("--what", nargs="*", default=["together", "whole", "pauses", "prompts", "sampled", "shared"])
+    options.add_argument("--what", nargs="*", default=["together", "sampled", "prompts", "whole", "pauses", "shared"])
     given = options.parse_args()
     server = Server(given.layers, max(16, *given.rows))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.layers} layers", flush=True)
@@ -167,6 +167,9 @@ def main() -> None:
         rows = max(given.rows)
         print(f"{rows:4} answers, the model card's sampling: {together(server, rows, **MODEL_CARD):8.0f} tokens/s", flush=True)
         print(f"{rows:4} answers with log-probabilities: {together(server, rows, logprobs=3):8.0f} tokens/s", flush=True)
+    if "prompts" in given.what:
+        for tokens in (3840, 512, 64):  # the first has weights made dense, and kept
+            print(f"prompt of {tokens}: {to_first_token(server, tokens) * 1e3:.1f} ms to its first token", flush=True)
     if "whole" in given.what:
         whole(server, 64)  # compiles kernels and records graphs, and learns how long prompts take
         rate, first = sorted(whole(server, 64) for _ in range(3))[1]
@@ -178,9 +181,6 @@ def main() -> None:
                 f"16 streams: longest pause {before * 1e3:.1f} ms; while a prompt of 3840 is read {beside * 1e3:.1f} ms; "
                 f"its first token after {first * 1e3:.0f} ms", flush=True,
             )  # fmt: skip
-    if "prompts" in given.what:
-        for tokens in (3840, 512, 64):  # the first has weights made dense, and kept
-            print(f"prompt of {tokens}: {to_first_token(server, tokens) * 1e3:.1f} ms to its first token", flush=True)
     if "shared" in given.what:
         took, most = shared(server, 64, 2000)
         own = 64 * 2164 * server.stepper._step.pages.page_bytes / 64e6
