@@ -2,8 +2,9 @@
 
 As many_answers.py (prompts of 512 tokens, 257 of answer, 129 of more than 16 answers, through the worker), of breadth.py's models
 with random weights, computed by the stepper that the product chooses: tokens a second together, and how long a prompt of 3,840
-tokens takes. SHAPE may be a folder (make_checkpoint.py), which is loaded. `qwen3-30b-a3b@12` takes twelve layers; `--vocabulary 32000` makes the output layer that of the folders which vLLM
-was measured with; `--tiny` divides the widths, for a machine without a GPU.
+tokens takes. SHAPE may be a folder (make_checkpoint.py), which is loaded. `qwen3-30b-a3b@12` takes twelve layers;
+`--vocabulary 32000` makes the output layer that of the folders which vLLM was measured with; `--tiny` divides the widths, for a
+machine without a GPU.
 """
 
 import argparse

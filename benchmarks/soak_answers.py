@@ -32,9 +32,9 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from soak_near import Near, add_plain
+from soak_near import Near, add_plain, difference
 from soak_program import KEYS, Server, say, visit_page
-from soak_requests import Draw, read, same
+from soak_requests import Draw, read
 
 PROBE_S = 10.0  # between two short requests of a client with a key of its own
 SHORT = {"prompt": "Name a colour:", "max_tokens": 8, "temperature": 0, "stream": True}
@@ -268,14 +268,6 @@ class Soak:
     async def whole_quietly(self, http, body):
         with suppress(Exception):
             await http.post("/v1/completions", json=body)
-
-
-def difference(wanted, found):
-    """Where two answers begin to differ."""
-    pairs = enumerate(zip(wanted, found, strict=False))
-    at = next((at for at, (one, two) in pairs if not same(one, two)), min(len(wanted), len(found)))
-    one, two = (str(each[at : at + 1])[:600] for each in (wanted, found))
-    return f"event {at} of {len(wanted)} and {len(found)}: {one} alone, {two} now"
 
 
 def main():

@@ -88,3 +88,11 @@ class Near:
         share = sum(self.different[kind] for kind in others) / max(1, sum(others.values()))
         if share > MOST_DIFFERENT:
             fault(f"{share:.0%} of the answers that are not judged by their tokens differ")
+
+
+def difference(wanted, found):
+    """Where two answers begin to differ."""
+    pairs = enumerate(zip(wanted, found, strict=False))
+    at = next((at for at, (one, two) in pairs if not same(one, two)), min(len(wanted), len(found)))
+    one, two = (str(each[at : at + 1])[:600] for each in (wanted, found))
+    return f"event {at} of {len(wanted)} and {len(found)}: {one} alone, {two} now"

@@ -8,7 +8,10 @@ import json
 import re
 import struct
 import sys
+import threading
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,53 @@ class TensorInfo:
     size_bytes: int
 
 
+class _Kept:
+    """Headers while somebody wants them kept: that of a mixture names 70,000 tensors, and a load asks for it five times."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._headers: dict[tuple[str, int, int, int], dict[str, TensorInfo]] = {}
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._headers.clear()
+
+    def header(self, path: Path) -> dict[str, TensorInfo]:
+        found = path.stat()
+        key = (str(path), found.st_size, found.st_mtime_ns, found.st_ino)
+        with self._lock:
+            kept = self._headers.get(key)
+        if kept is None:
+            kept = _header(path, found.st_size)
+            with self._lock:
+                if self._users:
+                    self._headers[key] = kept
+        return kept
+
+
+_KEPT = _Kept()
+headers_kept = _KEPT.used  # a context: while it lasts, a file that has not changed is read once
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names and shapes of every tensor in the file.
+    """Names and shapes of every tensor in the file. Whoever asks leaves it as it is: others may be given the same.
 
     Raises BadCheckpoint if the file is not safetensors or is shorter than its header says.
     """
+    return _KEPT.header(path)
+
+
+def _header(path: Path, size_bytes: int) -> dict[str, TensorInfo]:
     try:
-        size_bytes = path.stat().st_size
         with open_regular(path) as file:
             first = file.read(8)
             if first == b"version " and is_lfs_pointer_file(path):

@@ -31,6 +31,7 @@ from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
 from .completing import complete
 from .config_reading import caps_scores, read_config
+from .direct_weights import filled_directly
 from .early_weights import EarlyWeights
 from .load_progress import Report, Watch
 from .module_names import module_names_of
@@ -125,7 +126,7 @@ def load(
         options["attn_implementation"] = attn_implementation
     try:
         auto: Any = _class_for(config)  # with output_loading_info it returns a pair, which its types do not say
-        with watch, nullcontext() if early is None else early.given():
+        with watch, filled_directly(), nullcontext() if early is None else early.given():
             loaded, info = auto.from_pretrained(
                 source.folder,
                 config=config,

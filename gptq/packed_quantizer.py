@@ -4,7 +4,7 @@ transformers' own "gptq" needs optimum and gptqmodel. Which layers are packed, a
 from the names and shapes of the tensors, never guessed from the settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..core.safetensors_header import TensorInfo
 from ..core.successor import Successor
 from .cut_layers import cut_of, hold_cut, hold_dense, width_of
 from .dense_layers import beside_weight, dense_shape, replace, stays_dense
+from .direct_weights import Direct
 from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
@@ -111,6 +112,7 @@ class PackedQuantizer(HfQuantizer):
     """Swaps the packed layers' Linears for GPTQLinears before transformers reads the weights."""
 
     requires_calibration = False
+    direct: Sequence[Direct] = ()  # see direct_weights.py
     _joins_experts = True  # whether transformers joins single experts in 16 bits
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -126,6 +128,7 @@ class PackedQuantizer(HfQuantizer):
         have = {*modules_of.values(), *by_module}
         parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
         place_parts(model, parts, by_module)
+        direct: list[Direct] = []
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
@@ -159,6 +162,8 @@ class PackedQuantizer(HfQuantizer):
             of_model = modules[f"{place.rpartition('.')[0]}.{next(iter(cut))}"] if cut else dense
             packed_layer = _packed(layer, layer.has_bias or getattr(of_model, "bias", None) is not None)
             parent = hold_cut(model, place, cut, packed_layer) if cut else replace(model, place, packed_layer)
+            if not cut and place not in parts and layer.parts is None:
+                direct.append((name, place, packed_layer))
             if dense is not None and stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one
                 for own, tensor in beside_weight(dense):
@@ -174,6 +179,7 @@ class PackedQuantizer(HfQuantizer):
                 vars(packed_layer)["weight"] = nothing = torch.empty(0)
                 nothing._is_hf_initialized = True  # type: ignore[attr-defined]
 
+        self.direct = direct
         for place, dense_layer in by_module.items() if old is not None else ():  # transformers converts those of today
             if place not in parts and (cut := cut_of(place, dense_layer.out_features, modules, model.config, old)):
                 hold_dense(model, place, cut, modules, (dense_layer.in_features, dense_layer.out_features))

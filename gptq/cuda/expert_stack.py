@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ..gptq_linear import GPTQLinear
 from . import gemv
-from .cuda_weights import Weight, fragment_order, repack
+from .cuda_weights import Weight, fragment_order
 from .gpu_kernels import Gpu, claimed_bytes
 from .kernel_arguments import EXPERT_AHEAD, EXPERT_GEMV, EXPERT_SUM, TILE
 from .kernel_source import ExpertSumVariant, GemvVariant, Packing, Variant
 from .natural_order import gate_columns, input_of
+from .repacked_experts import repack_experts
 from .token_attention import capturing
 
 _BLOCKS = 3  # of a processor at once
@@ -72,17 +73,15 @@ class Stack:
         """
         words: Tensor | None = None
         scales: Tensor | None = None
-        orders = []
+        orders = list[Tensor]()
         columns = None if gated is None else gate_columns(layers[0][0].out_features, gpu.device)
-        for at, own in enumerate(layers):
-            weight = repack(gpu, own, packing, columns)
+        for weight, own_words, own_scales in repack_experts(gpu, layers, packing, columns):
             if words is None or scales is None:
-                words = torch.empty(len(layers), *weight.words.shape, dtype=weight.words.dtype, device=gpu.device)
-                scales = torch.empty(len(layers), *weight.scales.shape, dtype=weight.scales.dtype, device=gpu.device)
-            words[at], scales[at] = weight.words, weight.scales
-            orders.append(torch.where(weight.order < 0, weight.in_features, weight.order).long())
-            for each in own:
-                each.release()
+                words = torch.empty(len(layers), *own_words.shape[1:], dtype=own_words.dtype, device=gpu.device)
+                scales = torch.empty(len(layers), *own_scales.shape[1:], dtype=own_scales.dtype, device=gpu.device)
+            at, count = len(orders), own_words.shape[0]
+            words[at : at + count], scales[at : at + count] = own_words, own_scales
+            orders += [torch.where(weight.order < 0, weight.in_features, weight.order).long()] * count
         assert words is not None and scales is not None
         stacked = torch.stack(orders)
         plain = fragment_order(None, weight.in_features, gpu.device).long()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from ...core.errors import LoadFailed, NotEnoughMemory
 from ...core.models import LocalModel
+from ...core.safetensors_header import headers_kept
 from ...core.units import format_bytes
 from ..contract import superhot
 from ..contract.base import Loader, LoadProgress, Refusal, Remark
@@ -86,7 +87,8 @@ class TransformersLoader(Loader):
             import_module("torch")
         early = EarlyStart(partial(self._placed, model, options), at_once=options.is_plain)
         try:
-            return self._load(model, given, options, early, progress)
+            with headers_kept():
+                return self._load(model, given, options, early, progress)
         finally:
             early.close()
 
