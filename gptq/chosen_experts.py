@@ -30,7 +30,7 @@ def take_experts(model: nn.Module, undo: ExitStack) -> None:
 def _is_glu(module: nn.Module) -> bool:
     """DBRX: w1, v1 and w2 of all experts, each [experts * inner, hidden]."""
     mlp: Any = getattr(module, "mlp", None)
-    weights = [getattr(mlp, name, None) for name in ("w1", "v1", "w2")]
+    weights: list[Any] = [getattr(mlp, name, None) for name in ("w1", "v1", "w2")]
     return (
         all(isinstance(each, Tensor) and each.dim() == 2 and each.shape == weights[0].shape for each in weights)
         and isinstance(getattr(module, "num_experts", None), int)

@@ -280,7 +280,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         gpu.add_missing(variants=new.variants)
         new.ahead = latent and gpu.capability >= HOPPER
         for owner, own in parents[id(packed)]:
-            setattr(owner, own, WithIdentity(new) if packed.has_identity else new)
+            setattr(owner, own, WithIdentity(new, new.num_experts) if packed.has_identity else new)
         replaced += len(layers)
         if more:
             shared = block.get_submodule(shared_name(block))
