@@ -44,7 +44,7 @@ def build(name: str, layers: int, tiny: bool, device: str, group: int, vocabular
     config = config_of(name, layers, tiny)
     config.get_text_config(decoder=True).vocab_size = vocabulary or config.get_text_config(decoder=True).vocab_size
     dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
-    own = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in ("gpt_oss", "mpt")
+    own = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in ("gpt_oss", "mpt", "gpt_neo")
     with torch.device(device), no_init_weights():
         kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         model = kind.from_config(config, dtype=dtype, attn_implementation="eager" if own else "sdpa")

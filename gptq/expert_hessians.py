@@ -46,7 +46,7 @@ def _can_unstack(module: nn.Module) -> bool:
     found = PackedExperts(module)
     first: Any = module.gate_up_proj if found.gated else module.up_proj
     count, hidden, inner = module.down_proj.shape  # type: ignore[misc]
-    own_form = found._default_gate and not found.has_identity and getattr(module, "is_concatenated", True)
+    own_form = found.default_gate and not found.has_identity and getattr(module, "is_concatenated", True)
     return own_form and tuple(first.shape) == (count, inner * (1 + found.gated), hidden)
 
 

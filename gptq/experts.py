@@ -28,8 +28,8 @@ class PackedExperts(nn.Module):
         self.num_experts = int(dense.down_proj.shape[0])  # type: ignore[index]
         self.gated = _joined(dense) is not None
         self.has_identity = hasattr(dense, "identity_expert")  # choices beyond the last expert leave x as it is (LongCat)
-        self._default_gate = _has_default_gate(dense)  # act_fn(gate) * up
-        self.plain = self.gated and self._default_gate and not self.has_identity  # what Mixtral's are, and nothing else
+        self.default_gate = _has_default_gate(dense)  # act_fn(gate) * up
+        self.plain = self.gated and self.default_gate and not self.has_identity  # what Mixtral's are, and nothing else
         for name, child in dense.named_children():
             self.add_module(name, child)
         if not hasattr(self, "act_fn"):
@@ -55,7 +55,7 @@ class PackedExperts(nn.Module):
         roles = self.roles(at)
         if not self.gated:
             inner = self.act_fn(roles["up"](x))
-        elif self._default_gate:
+        elif self.default_gate:
             inner = self.act_fn(roles["gate"](x)) * roles["up"](x)
         else:
             inner = vars(self)["_shell"]._apply_gate(torch.cat([roles["gate"](x), roles["up"](x)], -1))

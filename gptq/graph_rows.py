@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .adapted_forward import adapted
 from .cuda.sequences import IDLE, Sequences
 from .recording import NumbersMadeThere, apart, refusing_to_wait
 from .static_cache import FIRST_CAPACITY, NotStatic, shown_of
@@ -178,7 +179,7 @@ class GraphRows:
             output = self._prompts.run_model(input_ids=ids, use_cache=True, attention_mask=masks, **given)
             logits.copy_(output.logits[:, -1, :])
 
-        with self._kernels() as kernels:
+        with adapted(self._prompts.model, room.counts[:rows], shown), self._kernels() as kernels:
             room.use(kernels)
             run()  # libraries choose and load their kernels
             # the setting is the process's: later other threads may be at work on the GPU

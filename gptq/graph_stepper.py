@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import GptqWebuiError
+from .adapted_forward import adapted
 from .begun_ahead import BegunAhead
 from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
@@ -234,7 +235,8 @@ class GraphStepper(Stepper):
 
         counted = Counted(room.count, 1, shown - 1)
         try:
-            with nullcontext() if self._fused is None else self._fused.recording():
+            fused = nullcontext() if self._fused is None else self._fused.recording()
+            with adapted(self._model, room.count, shown), fused:
                 run()  # libraries choose and load their kernels
                 assert self._logits is not None
                 wanted = self._logits.clone() if self._limit and self.may_give_up else None

@@ -250,6 +250,10 @@ class TransformersStepper(Stepper):
                 self._learn_what_continues()
 
     @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
     def text_config(self) -> Any:
         """Of the model, or its text part."""
         return self._config

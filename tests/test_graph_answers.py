@@ -73,9 +73,13 @@ def alone(stepper, ids, params=GREEDY, rules=None):
     return [each.id for each in answer(stepper, ids, params, rules=rules) if isinstance(each, Step)]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED, replace(GREEDY, logprobs=2)], ids=["greedy", "seeded", "logprobs"])
-def test_answers_side_by_side_are_those_of_each_alone(stepper_of, params):
-    stepper = stepper_of()
+@pytest.mark.parametrize(("kind", "params"), [
+    ("llama", GREEDY), ("llama", SEEDED), ("llama", replace(GREEDY, logprobs=2)),
+    ("dbrx", GREEDY), ("jetmoe", GREEDY), ("gpt_neo", GREEDY), ("gpt_neo", SEEDED), ("longcat_flash", GREEDY),
+])  # fmt: skip
+def test_answers_side_by_side_are_those_of_each_alone(stepper_of, kind, params):
+    stepper = stepper_of(kind)
+    assert stepper.parallel == 4
     wanted = [alone(stepper, ids, params) for ids in PROMPTS[:4]]
     assert in_turns([answer(stepper, ids, params) for ids in PROMPTS[:4]], joins=(1, 1, 3, 6)) == wanted
     assert len({tuple(each) for each in wanted}) > 1

@@ -24,6 +24,7 @@ from .expert_stack import Ahead, Stack, ready
 from .fused_norms import NARROW, ChosenRows
 from .gpu_kernels import Gpu
 from .grouped_experts import GroupedExperts
+from .identity_experts import WithIdentity
 from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import LayerVariant, Packing, Variant
 from .latent_attention import is_latent
@@ -52,10 +53,10 @@ class CudaExperts(nn.Module):
         roles: list[dict[str, Any]] = [*(packed.roles(at) for at in range(packed.num_experts)), *more]
         self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
         self._inner = roles[0]["gate"].out_features
-        self._gate = None if packed.plain else vars(packed)["_shell"]._apply_gate  # of gates and ups side by side
-        self._clamped = None if packed.plain else activations.clamped_gate_of(vars(packed)["_shell"], gpu.device)
+        self._gate = None if packed.default_gate else vars(packed)["_shell"]._apply_gate  # of gates and ups side by side
+        self._clamped = None if packed.default_gate else activations.clamped_gate_of(vars(packed)["_shell"], gpu.device)
         self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (("gate", "up"), ("down",)))
-        simple = packed.plain and self._gate_up_bias is None and self._inner % 8 == 0
+        simple = packed.default_gate and self._gate_up_bias is None and self._inner % 8 == 0
         gated = activations.number_of(self.act_fn, gpu.device) if simple else None
         gates = [(each["gate"], each["up"]) for each in roles]
         # the sums between the two products are fp16, whatever the model's numbers are
@@ -251,7 +252,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
     parents = parents_of(model)
     latent = any(is_latent(each) for each in model.modules())
     for name, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedExperts) or not packed.gated or packed.has_identity:
+        if not isinstance(packed, PackedExperts) or not packed.gated:
             continue
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         layers = [layer for each in roles for layer in each.values()]
@@ -279,7 +280,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         gpu.add_missing(variants=new.variants)
         new.ahead = latent and gpu.capability >= HOPPER
         for owner, own in parents[id(packed)]:
-            setattr(owner, own, new)
+            setattr(owner, own, WithIdentity(new, new.num_experts) if packed.has_identity else new)
         replaced += len(layers)
         if more:
             shared = block.get_submodule(shared_name(block))
