@@ -43,9 +43,9 @@ def test_transformers_sees_no_packed_tensor_and_every_layer_has_its_own(kind, de
     hf, _notes = load(tmp_path, device_map)
     assert seen and not [each for each in seen if each.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))]
     stored = load_file(tmp_path / "model.safetensors")
-    places = module_names_of([name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")], hf)
-    assert len(places) == sum(isinstance(each, GPTQLinear) for each in hf.modules()) > 3
-    for name, place in places.items():
+    names = module_names_of([name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")], hf)
+    assert len(names) == sum(isinstance(each, GPTQLinear) for each in hf.modules()) > 3
+    for name, place in names.items():
         layer = hf.get_submodule(place)
         assert all(
             torch.equal(getattr(layer, part), stored[f"{name}.{part}"]) for part in ("qweight", "qzeros", "scales", "g_idx")
