@@ -24,6 +24,8 @@ Cut = Mapping[str, Tensor]  # name of a part in the model -> its columns in the 
 
 def cut_of(place: str, outputs: int, modules: Mapping[str, nn.Module], config: Any, old: Successor | None) -> Cut:
     """How a layer of the files that has so many outputs is cut; {} if it stands in the model as it is, or has no place there."""
+    if place not in modules and place.rpartition(".")[2] not in JOINED:
+        return {}
     with torch.device("cpu"):  # transformers makes a model on meta
         return _cut_of(place, outputs, modules, config, old)
 
