@@ -16,10 +16,13 @@ def _without_a_gpu(monkeypatch):
     emulated_gpu.emulate(monkeypatch)
 
 
-def layer(k, n, bits, group, seed, *, act_order=False, bias=False, form="gptq"):
+def layer(k, n, bits, group, seed, *, act_order=False, bias=False, form="gptq", sym=True):
     generator = torch.Generator().manual_seed(seed)
     whole = -(-n * bits // 32) * 32 // bits  # files fill the last word of the zeros
-    tensors, _dense = tiny.random_layer(k, whole, bits, group, act_order=act_order, form=form, generator=generator)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed // 10))  # layers of one expert have one
+    tensors, _dense = tiny.random_layer(
+        k, whole, bits, group, act_order=act_order, form=form, sym=sym, generator=generator, permutation=order
+    )
     tensors |= {part: tensors[part][:, :n].contiguous() for part in ("qweight", "scales")}
     made = GPTQLinear(k, n, bits, group, bias=bias, checkpoint_format=form)
     if bias:
@@ -39,6 +42,8 @@ CASES = {
     "gates and ups": (experts, (5, 2, 128, 48, 4, 32), True, {}),
     "downs": (experts, (5, 1, 96, 64, 4, 32), False, {}),
     "one that has an order": (experts, (5, 2, 128, 48, 4, 32), True, {"orders": (2,)}),
+    "orders": (experts, (5, 2, 128, 48, 4, 32), True, {"orders": range(5)}),
+    "asymmetric": (experts, (4, 2, 128, 48, 4, 32), True, {"sym": False, "orders": (1, 2)}),
     "odd outputs": (experts, (4, 1, 128, 40, 4, 64), False, {}),
     "outputs that are no whole words": (experts, (3, 1, 128, 44, 4, 64), False, {}),
     "eight bits": (experts, (6, 2, 64, 24, 8, 32), True, {}),
@@ -47,10 +52,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("bytes_at_once", [1 << 27, 9000])
 @pytest.mark.parametrize("name", CASES)
-def test_words_and_scales_are_those_of_each_alone(name, bytes_at_once, monkeypatch):
-    monkeypatch.setattr(repacked_experts, "_BYTES", bytes_at_once)
+def test_words_and_scales_are_those_of_each_alone(name):
     make, args, gates, named = CASES[name]
     alone, given = make(*args, **named), make(*args, **named)
     packing = packing_of(alone[0])
@@ -58,14 +61,14 @@ def test_words_and_scales_are_those_of_each_alone(name, bytes_at_once, monkeypat
     columns = gate_columns(args[3], gpu.device) if gates else None
     wanted = [repack(gpu, own, packing, columns) for own in alone]
     found = list(repacked_experts.repack_experts(gpu, given, packing, columns))
-    assert sum(words.shape[0] for _weight, words, _scales in found) == len(wanted)
-    assert torch.equal(torch.cat([words for _weight, words, _scales in found]), torch.stack([each.words for each in wanted]))
-    assert torch.equal(torch.cat([scales for _weight, _words, scales in found]), torch.stack([each.scales for each in wanted]))
+    assert torch.equal(torch.cat([each.words for each in found]), torch.stack([each.words for each in wanted]))
+    assert torch.equal(torch.cat([each.scales for each in found]), torch.stack([each.scales for each in wanted]))
+    assert torch.equal(torch.cat([each.orders for each in found]), torch.stack([each.order for each in wanted]))
     assert all(each.facts is None and not each.qweight.numel() for own in given for each in own), "released"
     at = 0
-    for weight, words, _scales in found:
-        own = wanted[at]
-        at += words.shape[0]
+    for some in found:
+        weight, own = some.first, wanted[at]
+        at += some.words.shape[0]
         assert (weight.tiles, weight.groups, weight.out_features, weight.in_features, weight.unit_to_group) == (
             own.tiles, own.groups, own.out_features, own.in_features, own.unit_to_group,
         )  # fmt: skip
@@ -73,11 +76,15 @@ def test_words_and_scales_are_those_of_each_alone(name, bytes_at_once, monkeypat
         assert (weight.bias is None) == (own.bias is None) and (weight.bias is None or torch.equal(weight.bias, own.bias))
 
 
-def test_experts_in_their_own_order_go_together():
-    for orders, counts in (((), [7]), ((3,), [3, 1, 3])):
-        given = experts(7, 1, 64, 32, 4, 32, orders=orders)
-        found = repacked_experts.repack_experts(gpu_of(packing()), given, packing(), None)
-        assert [words.shape[0] for _weight, words, _scales in found] == counts
+def test_experts_of_one_form_go_together():
+    gpu = gpu_of(packing())
+    for given, counts in (
+        (experts(7, 1, 64, 32, 4, 32, orders=(3,)), [7]),
+        ([*experts(2, 1, 64, 32, 4, 32), *experts(3, 1, 64, 32, 4, 32, form="gptq_v2")], [2, 3]),
+        (experts(2, 1, 64, 44, 4, 32), [1, 1]),
+    ):
+        found = repacked_experts.repack_experts(gpu, given, packing(), None)
+        assert [each.words.shape[0] for each in found] == counts
 
 
 def packing():

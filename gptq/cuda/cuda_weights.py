@@ -29,12 +29,12 @@ def fragment_order(rows: Tensor | None, in_features: int, device: torch.device) 
     padded = -(-in_features // CHUNK) * CHUNK
     order = torch.full((padded,), -1, dtype=torch.int32, device=device)
     order[:in_features] = torch.arange(in_features, device=device) if rows is None else rows
-    return order.view(-1, 4, 4, 4).transpose(1, 2).reshape(-1)  # [chunk, step, column, j] -> [chunk, column, step, j]
+    return step_order(order)  # [chunk, step, column, j] -> [chunk, column, step, j]
 
 
 def step_order(order: Tensor) -> Tensor:
-    """Undo the last step of `fragment_order`: [chunk, column, step, j] -> [chunk, step, column, j]."""
-    return order.view(-1, 4, 4, 4).transpose(1, 2).reshape(-1)
+    """Undo the last step of `fragment_order`: [chunk, column, step, j] -> [chunk, step, column, j]; of [..., padded] each row."""
+    return order.view(-1, 4, 4, 4).transpose(1, 2).reshape(order.shape)
 
 
 def permutation_of(order: Tensor, in_features: int) -> Tensor:
@@ -161,62 +161,78 @@ def repack(gpu: Gpu, layers: Sequence[GPTQLinear], packing: Packing, columns: Te
     `columns` int64 lists its rows: for each the number of an output, counted from the first layer's through the last
     layer's, or -1 for a row of zeros. By default all outputs in their order.
     """
-    device = gpu.device
-    widths = [each.out_features for each in layers]
-    starts = [sum(widths[:at]) for at in range(len(widths) + 1)]
-    if columns is None:
-        columns = torch.arange(starts[-1], device=device)
-    count = columns.numel()
-    tiles = -(-count // TILE)
-    columns = torch.nn.functional.pad(columns, (0, tiles * TILE - count), value=-1)
-    first = layers[0]
+    first, device = layers[0], gpu.device
     order = fragment_order(sorted_rows(first), first.in_features, device)
     chunks = order.numel() // CHUNK
-    groups = groups_of(first.group_size, first.in_features)
-
-    coded = torch.full_like(columns, -1)
-    for at, start in enumerate(starts[:-1]):
-        own = (columns >= start) & (columns < starts[at + 1])
-        coded = torch.where(own, columns - start + (at << 28), coded)
-    coded = coded.int()
-    words = torch.empty(tiles, chunks, packing.bits * 128, dtype=torch.uint8, device=device)
-    missing = (None,) * (_SOURCES - len(layers))
-    by_step = step_order(order)
-    packed = [each.qweight for each in layers]
-    arguments = REPACK.pack(
-        sources=(*packed, *missing),
-        widths=(*(each.shape[1] for each in packed), *(0 for _ in missing)),
-        columns=coded,
-        order=by_step,
-        out=words,
-        tiles=tiles,
-        chunks=chunks,
-    )
-    gpu.run(f"repack_{packing.bits}", (-(-tiles * chunks * 32 // 256),), 256, arguments)
-
-    kept = columns >= 0
-    source = columns.clamp(min=0)
-
-    def by_tile(values: Tensor) -> Tensor:
-        """fp16 [G, rows of all layers] -> int32 [tiles, groups, 8], the pairs (r, r + 8); zeros for padding."""
-        stored = _stored(values, groups, first.group_size, chunks)
-        picked = torch.zeros(groups.count, tiles * TILE, dtype=torch.float16, device=device)
-        picked[: stored.shape[0]] = torch.where(kept, stored[:, source], 0)
-        return picked.view(groups.count, tiles, 2, 8).permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(-1)
-
-    scales = by_tile(torch.cat([each.scales.to(torch.float16) for each in layers], dim=1))
-    if not packing.sym:
-        zeros = torch.cat([_zeros(each).to(torch.float16) + 1024 for each in layers], dim=1)
-        scales = torch.stack([scales, by_tile(zeros)], dim=-1).contiguous()
+    rows = rows_of(layers, columns, device)
+    words = torch.empty(rows.numel() // TILE, chunks, packing.bits * 128, dtype=torch.uint8, device=device)
+    repack_words(gpu, layers, coded(layers, rows), step_order(order), words)
     bias = None
     if any(each.bias is not None for each in layers):
         whole = [
             each.bias.half() if each.bias is not None else torch.zeros(each.out_features, dtype=torch.float16, device=device)
             for each in layers
         ]
-        bias = torch.where(kept, torch.cat(whole)[source], 0)
+        bias = torch.where(rows >= 0, torch.cat(whole)[rows.clamp(min=0)], 0)
+    count = sum(each.out_features for each in layers) if columns is None else columns.numel()
+    groups = groups_of(first.group_size, first.in_features)
+    scales = tiled_scales(layers, packing, rows, chunks)
     permutation = permutation_of(order, first.in_features)
     return Weight(packing, words, scales, order, permutation, bias, first.in_features, count, groups.unit_to_group)
+
+
+def rows_of(layers: Sequence[GPTQLinear], columns: Tensor | None, device: torch.device) -> Tensor:
+    """int64 [tiles * 16]: the columns, or all outputs in their order, with -1 for rows of zeros to whole tiles."""
+    if columns is None:
+        columns = torch.arange(sum(each.out_features for each in layers), device=device)
+    return torch.nn.functional.pad(columns, (0, -columns.numel() % TILE), value=-1)
+
+
+def coded(layers: Sequence[GPTQLinear], rows: Tensor) -> Tensor:
+    """`rows_of`, as the kernel takes it: int32, the layer's number in the bits above 28, the output's below."""
+    found, start = torch.full_like(rows, -1), 0
+    for at, each in enumerate(layers):
+        own = (rows >= start) & (rows < start + each.out_features)
+        found = torch.where(own, rows - start + (at << 28), found)
+        start += each.out_features
+    return found.int()
+
+
+def repack_words(gpu: Gpu, layers: Sequence[GPTQLinear], rows: Tensor, order: Tensor, words: Tensor) -> None:
+    """Fills uint8 [tiles, chunks, bits * 128]. `rows`: see `coded`; `order`: see `step_order`."""
+    missing = (None,) * (_SOURCES - len(layers))
+    packed = [each.qweight for each in layers]
+    tiles, chunks, size = words.shape
+    arguments = REPACK.pack(
+        sources=(*packed, *missing),
+        widths=(*(each.shape[1] for each in packed), *(0 for _ in missing)),
+        columns=rows,
+        order=order,
+        out=words,
+        tiles=tiles,
+        chunks=chunks,
+    )
+    gpu.run(f"repack_{size // 128}", (-(-tiles * chunks * 32 // 256),), 256, arguments)
+
+
+def tiled_scales(layers: Sequence[GPTQLinear], packing: Packing, rows: Tensor, chunks: int) -> Tensor:
+    """int32 [tiles, groups, 8], pairs (r, r + 8) of fp16 scales; with the zeros [tiles, groups, 8, 2]. `rows`: see `rows_of`."""
+    first = layers[0]
+    groups = groups_of(first.group_size, first.in_features)
+    kept, source = rows >= 0, rows.clamp(min=0)
+
+    def by_tile(values: Tensor) -> Tensor:
+        """fp16 [G, rows of all layers] -> int32 [tiles, groups, 8]; zeros for padding."""
+        stored = _stored(values, groups, first.group_size, chunks)
+        picked = torch.zeros(groups.count, rows.numel(), dtype=torch.float16, device=rows.device)
+        picked[: stored.shape[0]] = torch.where(kept, stored[:, source], 0)
+        return picked.view(groups.count, -1, 2, 8).permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(-1)
+
+    scales = by_tile(torch.cat([each.scales.to(torch.float16) for each in layers], dim=1))
+    if packing.sym:
+        return scales
+    zeros = torch.cat([_zeros(each).to(torch.float16) + 1024 for each in layers], dim=1)
+    return torch.stack([scales, by_tile(zeros)], dim=-1).contiguous()
 
 
 def _stored(values: Tensor, groups: Groups, group_size: int, chunks: int) -> Tensor:

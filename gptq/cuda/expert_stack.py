@@ -73,17 +73,21 @@ class Stack:
         """
         words: Tensor | None = None
         scales: Tensor | None = None
-        orders = list[Tensor]()
+        orders, at = list[Tensor](), 0
         columns = None if gated is None else gate_columns(layers[0][0].out_features, gpu.device)
-        for weight, own_words, own_scales in repack_experts(gpu, layers, packing, columns):
-            if words is None or scales is None:
-                words = torch.empty(len(layers), *own_words.shape[1:], dtype=own_words.dtype, device=gpu.device)
-                scales = torch.empty(len(layers), *own_scales.shape[1:], dtype=own_scales.dtype, device=gpu.device)
-            at, count = len(orders), own_words.shape[0]
-            words[at : at + count], scales[at : at + count] = own_words, own_scales
-            orders += [torch.where(weight.order < 0, weight.in_features, weight.order).long()] * count
+        for found in repack_experts(gpu, layers, packing, columns):
+            weight, count = found.first, found.words.shape[0]
+            if count == len(layers):
+                words, scales = found.words, found.scales
+            elif words is None or scales is None:
+                words = torch.empty(len(layers), *weight.words.shape, dtype=weight.words.dtype, device=gpu.device)
+                scales = torch.empty(len(layers), *weight.scales.shape, dtype=weight.scales.dtype, device=gpu.device)
+            if words is not found.words:
+                words[at : at + count], scales[at : at + count] = found.words, found.scales
+            orders.append(torch.where(found.orders < 0, weight.in_features, found.orders).long())
+            at += count
         assert words is not None and scales is not None
-        stacked = torch.stack(orders)
+        stacked = torch.cat(orders)
         plain = fragment_order(None, weight.in_features, gpu.device).long()
         plain = torch.where(plain < 0, weight.in_features, plain)
         ordered = not bool((stacked == plain).all())
