@@ -36,7 +36,7 @@ from .early_weights import EarlyWeights
 from .load_progress import Report, Watch
 from .module_names import module_names_of
 from .old_folders import as_successor
-from .packed_quantizer import METHOD, PackedLayer, packed_layers, register
+from .packed_quantizer import METHOD, PackedLayer, Uncopied, packed_layers, register
 from .rope import Rope
 from .rope import apply as rope_apply
 from .token_ids import drop_unknown_ids
@@ -96,7 +96,8 @@ def load(
                 f"{plural(len(further), 'packed layer')} that guess further tokens, {further[0]} first, are left out: "
                 "no answer needs them."
             )
-        config.quantization_config = {"quant_method": METHOD, "layers": layers, "unpacked": unpacked_layers(tensors, renamed)}
+        unpacked = Uncopied(unpacked_layers(tensors, renamed))
+        config.quantization_config = {"quant_method": METHOD, "layers": Uncopied(layers), "unpacked": unpacked}
         config.quantization_config["old"] = successor
         if isinstance(watch, Watch):
             see = watch.see
@@ -110,7 +111,7 @@ def load(
         raise BadCheckpoint(model.problem or f"{model.name} is of the kind {model.kind}, which this engine does not read.")
     elif successor is not None and successor.cuts:
         register()
-        unpacked = unpacked_layers(tensors_of(model.weights), renamed)
+        unpacked = Uncopied(unpacked_layers(tensors_of(model.weights), renamed))
         config.quantization_config = {"quant_method": METHOD, "unpacked": unpacked, "old": successor}
     notes += untied(config, {name_now(name, renamed): each for name, each in tensors_of(model.weights).items()})
     source = weights_source(model)

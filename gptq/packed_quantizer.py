@@ -32,6 +32,7 @@ from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED, JoinedLayers, joined_names
 from .module_names import forget_names_of_2023, keep_names_of_2023, module_names_of
 from .neighbours import Parts, expect, parts_of
+from .tied_layers import share_packed
 from .unpacked_parts import NEEDS_OTHER_NAMES, UnpackedLayer, other_names, place_experts, place_parts, without_experts
 
 METHOD = "gptq-webui"
@@ -87,6 +88,13 @@ def packed_layers(tensors: Mapping[str, tuple[Path, TensorInfo]], config: Quanti
     return layers
 
 
+class Uncopied(dict[str, Any]):
+    """A table of many layers. transformers copies a config, with what hangs on it, again and again."""
+
+    def __deepcopy__(self, memo: Any) -> "Uncopied":
+        return self
+
+
 class PackedWeights(QuantizationConfigMixin):
     """Tells our quantizer which layers are packed. transformers wants it as a dictionary on the config."""
 
@@ -99,8 +107,8 @@ class PackedWeights(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.layers = dict(layers or {})
-        self.unpacked = dict(unpacked or {})  # those that may be parts of larger ones
+        self.layers = Uncopied(layers or {})
+        self.unpacked = Uncopied(unpacked or {})  # those that may be parts of larger ones
         self.see = see  # called with the model before it is filled; None if nobody asks
         self.old = old  # how files of 2023 name and hold layers; None for today's
 
@@ -129,6 +137,7 @@ class PackedQuantizer(HfQuantizer):
         parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
         place_parts(model, parts, by_module)
         direct: list[Direct] = []
+        biased: dict[str, bool] = {}  # modules of experts
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
@@ -156,7 +165,9 @@ class PackedQuantizer(HfQuantizer):
                     f"{name} is {layer.in_features}×{layer.out_features} in the files and {shape[0]}×{shape[1]} in config.json. "
                     "The files belong to another model; download it again."
                 )
-            if expert_owner and place not in modules and expert_bias(modules[expert_owner]) and not layer.has_bias:
+            if expert_owner and place not in modules and expert_owner not in biased:
+                biased[expert_owner] = expert_bias(modules[expert_owner])
+            if expert_owner and place not in modules and biased[expert_owner] and not layer.has_bias:
                 raise BadCheckpoint(f"{name} has no bias in the files, and its architecture has one. Download the model again.")
             dense = None if cut else modules.get(place)
             of_model = modules[f"{place.rpartition('.')[0]}.{next(iter(cut))}"] if cut else dense
@@ -186,7 +197,7 @@ class PackedQuantizer(HfQuantizer):
         outputs = {place: layer.out_features for place, layer in by_module.items()}
         outputs |= {modules_of[name]: layer.out_features for name, layer in layers.items()}
         self._join(model, parts, modules, outputs)
-        _share(model)
+        share_packed(model)
         if self.quantization_config.see is not None:  # type: ignore[attr-defined]
             self.quantization_config.see(model)  # type: ignore[attr-defined]
         swapped = {name for name, module in model.named_modules() if isinstance(module, GPTQLinear)}
@@ -256,23 +267,6 @@ def register() -> None:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
         register_quantizer(METHOD)(PackedQuantizer)
         register_quantization_config(METHOD)(PackedWeights)
-
-
-def _share(model: PreTrainedModel) -> None:
-    """Where layers are tied to each other (Zamba's shared blocks), the packed one stands at every place."""
-    ties: Any = getattr(model, "all_tied_weights_keys", None)  # of transformers 5: target -> source
-    for target, source in list((ties or {}).items()):
-        names = [each.rpartition(".")[0] for each in (source, target)]
-        modules = [model.get_submodule(each) for each in names]
-        packed = [isinstance(each, GPTQLinear) for each in modules]
-        if not any(packed) or any(isinstance(each, torch.nn.Embedding) for each in modules):
-            continue
-        del ties[target]
-        if modules[0] is not modules[1] and not all(packed):
-            replace(model, names[packed.index(False)], modules[packed.index(True)])
-        if model.get_submodule(names[0]) is model.get_submodule(names[1]):
-            parts = [part for part, _tensor in modules[packed.index(True)].named_parameters()]
-            ties.update({f"{names[1]}.{part}": f"{names[0]}.{part}" for part in parts})
 
 
 def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
