@@ -1,22 +1,38 @@
-"""benchmarks/soak_requests.py: two answers are the same only if all of their text, ids and numbers are."""
+"""benchmarks/soak_requests.py: two answers are the same only if all of their text, ids and numbers are; and soak_near.py: on a
+GPU a token may be another where two are as good as equally likely."""
 
+import asyncio
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "soak_requests.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@contextmanager
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def soak():
-    spec = importlib.util.spec_from_file_location("soak_requests", PROGRAM)
-    module = sys.modules["soak_requests"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["soak_requests"]
+    with program("soak_requests") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def near(soak):
+    with program("soak_near") as module:
+        yield module
 
 
 def stream(*events):
@@ -72,3 +88,40 @@ def test_an_error_in_a_stream_is_found(soak, text):
 def test_the_same_seed_draws_the_same_requests(soak):
     one, two, other = (soak.Draw(seed, "model", ["calm"]).requests(100) for seed in (1, 1, 2))
     assert one == two and one != other and len({each.path for each in one}) > 9
+
+
+def plain(*ids, prompt=(5, 6)):
+    """A stream of a completion that gives its ids, as `read` gives it."""
+    return [
+        {"choices": [{"text": "", "prompt_token_ids": list(prompt)}]},
+        *({"choices": [{"token_ids": [each]}]} for each in ids),
+    ]
+
+
+@pytest.mark.parametrize(("gap", "faults"), [(0.01, 0), (0.5, 1)])
+def test_an_answer_may_leave_the_one_alone_where_two_tokens_are_as_good_as_equal(soak, near, gap, faults):
+    judge, asked, found = near.Near(0.05), soak.Asked("3 plain", "/v1/completions", {}), []
+    assert judge.same(asked, plain(7, 8, 9), plain(7, 8, 9)) and judge.same(asked, plain(7, 8, 9), plain(7, 4, 4))
+    sent = []
+
+    class Http:
+        async def post(self, path, json):
+            sent.append((path, json["prompt"]))
+            return httpx.Response(200, json={"choices": [{"logprobs": {"top_logprobs": [{"a": -1.0, "b": -1.0 - gap}]}}]})
+
+    asyncio.run(judge.judge(Http(), found.append))
+    assert sent == [("/v1/completions", [5, 6, 7])] and len(found) == faults
+    asyncio.run(judge.judge(Http(), found.append))
+    assert len(sent) == 1, "judged once"
+
+
+def test_without_a_limit_only_the_same_will_do_and_else_many_differences_of_other_kinds_are_a_fault(soak, near):
+    asked, found = soak.Asked("1 chat", "/v1/chat/completions", {}), []
+    assert not near.Near(0.0).same(asked, plain(7), plain(8)) and near.Near(0.0).same(asked, plain(7), plain(7))
+    judge = near.Near(0.05)
+    assert all(judge.same(asked, plain(7), plain(8 if at < 2 else 7)) for at in range(10))
+    judge.report(lambda _text: None, found.append)
+    assert not found
+    assert all(judge.same(asked, plain(7), plain(8)) for _ in range(3))
+    judge.report(lambda _text: None, found.append)
+    assert len(found) == 1
