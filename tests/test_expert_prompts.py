@@ -17,6 +17,8 @@ KINDS = [
     ("gpt_oss", "GptOssExperts", False),
     ("mixtral", "MixtralExperts", True),
     ("mixtral", "MixtralExperts", False),
+    ("nemotron_h", "NemotronHExperts", True),
+    ("nemotron_h", "NemotronHExperts", False),
 ]
 
 
@@ -24,7 +26,8 @@ def experts_of(kind, monkeypatch, orders="natural"):
     """A model of five experts, what they are given, and what they give before our kernels take them."""
     architecture, name, bias = kind
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
-    config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, num_local_experts=5)
+    own = {"moe_intermediate_size": 192} if architecture == "nemotron_h" else {}
+    config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, num_local_experts=5, **own)
     model = torch.nn.Module()
     model.dtype = torch.float16
     model.experts = random_experts(getattr(module, name)(config), bias, device="cpu", orders=orders)
