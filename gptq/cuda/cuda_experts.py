@@ -57,11 +57,11 @@ class CudaExperts(nn.Module):
         self._gate = vars(packed)["_shell"]._apply_gate if own else None  # of gates and ups side by side
         self._clamped = activations.clamped_gate_of(vars(packed)["_shell"], gpu.device) if own else None
         self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (packed.first, ("down",)))
-        simple = packed.gated and packed.default_gate and self._gate_up_bias is None and self._inner % 8 == 0
-        gated = activations.number_of(self.act_fn, gpu.device) if simple else None
+        simple = self._gate_up_bias is None and (not packed.gated or (packed.default_gate and self._inner % 8 == 0))
+        number = activations.number_of(self.act_fn, gpu.device) if simple else None
         # the sums between the two products are fp16, whatever the model's numbers are
-        epilogue = "PLAIN" if gated is None else "GATED"
-        self._gate_up = Stack.of(gpu, _layers(roles, packed.first), into, self._dtype, epilogue, gated)
+        epilogue = "PLAIN" if number is None else "GATED" if packed.gated else "ACTIVE"
+        self._gate_up = Stack.of(gpu, _layers(roles, packed.first), into, self._dtype, epilogue, number)
         self._down = Stack.of(gpu, _layers(roles, ("down",)), out, torch.float16, "FLOAT")
         try:
             self._grouped: GroupedExperts | None = GroupedExperts(gpu, self._gate_up, self._down, self.num_experts)
@@ -113,8 +113,9 @@ class CudaExperts(nn.Module):
             y = y + self._gate_up_bias[experts]
         if self._gate is not None:
             return self._gate(y).to(torch.float16)
-        inner = self.act_fn(y[..., : self._inner]) * y[..., self._inner :] if self._has_gates else self.act_fn(y)
-        return inner.to(torch.float16)
+        if not self._has_gates:  # a square may be more than fp16 holds: its largest number then, as a kernel writes
+            return self.act_fn(y).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16)
 
     def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
         if self._gate_up.gated is not None:
@@ -140,7 +141,7 @@ class CudaExperts(nn.Module):
 
     def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor, constant: int = 0, ahead: Ahead | None = None) -> Tensor:
         inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16, constant, ahead)
-        if self._gate_up.gated is None:
+        if self._gate_up.gated is None and self._gate_up.active is None:
             inner = self._gated_by_kernel(inner, chosen)
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
