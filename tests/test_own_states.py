@@ -2,15 +2,24 @@
 
 from types import SimpleNamespace
 
+import emulated_gpu
+import hub_folder
 import pytest
 import torch
 from every_architecture import KINDS, tiny_model
 from test_cuda_every_architecture import NEW
+from test_graph_answers import CONTEXT, PROMPTS, alone, answer
+from test_sampling_extras import Words
 from test_transformers_stepper import IDS, Replay, error, graph, plain, whole
 
+from gptq_webui.core.chat import Step
+from gptq_webui.core.models import LocalModel
+from gptq_webui.gptq import checkpoint, stepper_choice
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.own_states import FixedStates, ModuleStates, copy_of, places_in
+from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY
+from gptq_webui.gptq.token_rules import TokenRules
 
 
 def cache(value=1.0, **more):
@@ -189,3 +198,27 @@ def test_a_cache_that_counts_on_the_host_is_computed_without_a_graph():
         stepper.prefill(memory, IDS[:20])
         for at in range(20, 24):
             assert error(stepper.step(memory, IDS[at]), wanted[at]) < 1e-4
+
+
+@NEW
+@pytest.mark.parametrize("kind", ["minimax", "xlstm", "rwkv", "recurrent_gemma", "nemotron_h"])
+def test_a_conversation_of_states_goes_on_after_others(kind, tmp_path, monkeypatch):
+    """On a GPU that is emulated: the next turn reads what is new, and an answer that goes back in its text is right."""
+    hub_folder.write(tmp_path, tiny_model(kind, wide=True), group_size=32, act_order=False)
+    hf, _notes = checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float16, device_map={"": "cpu"})
+    emulated_gpu.emulate(monkeypatch)
+    stepper, _note = stepper_choice.stepper_for(hf, CONTEXT, parallel=4)
+    assert stepper.kernel == "graph" and stepper.parallel == 1 and not stepper.takes_tensors
+    prefix, read, prefill = PrefixCache(), [], stepper.prefill
+    wanted = [alone(stepper, ids) for ids in PROMPTS[:2]]
+    assert [each.id for each in answer(stepper, PROMPTS[0], prefix=prefix) if isinstance(each, Step)] == wanted[0]
+    assert alone(stepper, PROMPTS[1]) == wanted[1]
+    more = [*PROMPTS[0], *wanted[0], 3, 5]
+    monkeypatch.setattr(stepper, "prefill", lambda memory, ids: read.append(len(ids)) or prefill(memory, ids))
+    found = [each.id for each in answer(stepper, more, prefix=prefix) if isinstance(each, Step)]
+    assert read == [3], "the last token of the answer, and two more"
+    assert found == alone(stepper, more)
+    rules = TokenRules(texts=Words(tuple(wanted[0][3:5])))
+    assert wanted[0] != alone(stepper, PROMPTS[0], rules=rules) == alone(stepper._prompts, PROMPTS[0], rules=rules)
+    assert [alone(stepper, ids) for ids in PROMPTS[:2]] == wanted and not stepper.why
+    stepper.close()

@@ -59,10 +59,9 @@ class CudaExperts(nn.Module):
         self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (packed.first, ("down",)))
         simple = self._gate_up_bias is None and (not packed.gated or (packed.default_gate and self._inner % 8 == 0))
         number = activations.number_of(self.act_fn, gpu.device) if simple else None
-        # the sums between the two products are fp16, whatever the model's numbers are
         epilogue = "PLAIN" if number is None else "GATED" if packed.gated else "ACTIVE"
         self._gate_up = Stack.of(gpu, _layers(roles, packed.first), into, self._dtype, epilogue, number)
-        self._down = Stack.of(gpu, _layers(roles, ("down",)), out, torch.float16, "FLOAT")
+        self._down = Stack.of(gpu, _layers(roles, ("down",)), out, torch.float16, "FLOAT")  # fp16 lies between the products
         try:
             self._grouped: GroupedExperts | None = GroupedExperts(gpu, self._gate_up, self._down, self.num_experts)
         except Unsuited:
