@@ -29,7 +29,7 @@ script.register()
 from breadth_shapes import SHAPES, config_of  # noqa: E402
 from random_models import random_layer  # noqa: E402
 
-from gptq_webui.gptq.experts import PackedExperts, expert_bias, is_dense_experts  # noqa: E402
+from gptq_webui.gptq.experts import PackedExperts, expert_bias, expert_shape, is_dense_experts  # noqa: E402
 from gptq_webui.gptq.gptq_linear import GPTQLinear  # noqa: E402
 from gptq_webui.gptq.stepper_choice import stepper_for  # noqa: E402
 
@@ -44,7 +44,8 @@ def build(name: str, layers: int, tiny: bool, device: str, group: int, vocabular
     config = config_of(name, layers, tiny)
     config.get_text_config(decoder=True).vocab_size = vocabulary or config.get_text_config(decoder=True).vocab_size
     dtype = getattr(torch, SHAPES[name].get("dtype", "float16")) if device == "cuda" else torch.float32
-    own = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in ("gpt_oss", "mpt", "gpt_neo")
+    eager = config.model_type in ("gpt_oss", "mpt", "gpt_neo", "rwkv", "xlstm")
+    own = getattr(config, "attn_logit_softcapping", None) is not None or eager
     with torch.device(device), no_init_weights():
         kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         model = kind.from_config(config, dtype=dtype, attn_implementation="eager" if own else "sdpa")
@@ -79,7 +80,7 @@ def _middle(norm: nn.Module) -> float:
     try:
         x = torch.randn(4, weight.shape[0], device=weight.device, dtype=weight.dtype)
         return 0.0 if float(norm(x).abs().sum()) else 1.0
-    except TypeError:  # of two inputs
+    except (TypeError, ValueError):  # of two inputs, or of heads
         return 1.0
 
 
@@ -89,23 +90,15 @@ def pack(model: nn.Module, device: str, group: int) -> None:
         parent = model.get_submodule(name.rpartition(".")[0])
         child = name.rpartition(".")[2]
         if is_dense_experts(module):
-            weight: Any = module.gate_up_proj
-            _count, twice, hidden = weight.shape
-            if getattr(module, "is_transposed", False) or twice == module.down_proj.shape[-1]:
-                twice, hidden = hidden, twice
+            (inner, hidden), bias = expert_shape(module, "down_proj"), expert_bias(module)
             packed = PackedExperts(module)
             setattr(parent, child, packed)
-            del module.gate_up_proj, module.down_proj, weight
+            module._parameters.clear()
             for at in range(packed.num_experts):
                 own = packed.get_submodule(str(at))
-                for role, k, n in (
-                    ("gate_proj", hidden, twice // 2),
-                    ("up_proj", hidden, twice // 2),
-                    ("down_proj", twice // 2, hidden),
-                ):
-                    own.add_module(
-                        role, random_layer(k, n, 4, group, sym=True, rows=None, bias=expert_bias(module), device=device)
-                    )
+                for role, k, n in (*((each, hidden, inner) for each in packed.first), ("down", inner, hidden)):
+                    layer = random_layer(k, n, 4, group, sym=True, rows=None, bias=bias, device=device)
+                    own.add_module(f"{role}_proj", layer)
         elif isinstance(module, nn.Linear) and module is not head and min(module.weight.shape) >= 32 and "router" not in name:
             if name.endswith(("mlp.gate", "shared_expert_gate")) or module.out_features % 8 or module.in_features % 32:
                 continue

@@ -57,13 +57,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bamba-9b": {"model_type": "bamba", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256, "attn_layer_indices": [9, 18, 27],
                  "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1},
+    "nemotron3-nano": {"model_type": "nemotron_h", "hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32,
+                       "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 52, "vocab_size": 131072,
+                       "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+                       "mamba_num_heads": 64, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4,
+                       "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
+                       "moe_shared_expert_intermediate_size": 3712, "routed_scaling_factor": 2.5, "dtype": "bfloat16",
+                       "group": 64},
 }  # fmt: skip
 _NARROW = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 320,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 64,
     "mamba_n_heads": 8, "mamba_d_head": 32, "attn_layer_indices": [1], "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
-    "v_head_dim": 32, "query_pre_attn_scalar": 32, "ffn_dim": 512, "word_embed_proj_dim": 128,
+    "v_head_dim": 32, "query_pre_attn_scalar": 32, "ffn_dim": 512, "word_embed_proj_dim": 128, "mamba_num_heads": 8,
+    "mamba_head_dim": 32, "moe_shared_expert_intermediate_size": 64,
 }  # fmt: skip
 
 
@@ -77,10 +85,14 @@ def config_of(name: str, layers: int, tiny: bool) -> Any:
             facts["num_key_value_heads"] = 4
         if name == "qwen3-next":
             facts["num_hidden_layers"] = 4
+        if name == "nemotron3-nano":
+            facts["num_hidden_layers"] = 7
     elif layers:
         facts["num_hidden_layers"] = min(layers, facts["num_hidden_layers"])
     if "attn_layer_indices" in facts:
         facts["attn_layer_indices"] = [each for each in facts["attn_layer_indices"] if each < facts["num_hidden_layers"]]
+    if "hybrid_override_pattern" in facts:  # a letter for each layer
+        facts["hybrid_override_pattern"] = facts["hybrid_override_pattern"][: facts.pop("num_hidden_layers")]
     for ours in ("dtype", "group"):
         facts.pop(ours, None)
     if "text_config" in facts:  # of a model that sees pictures: its text is computed

@@ -27,6 +27,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.num_experts = int(dense.down_proj.shape[0])  # type: ignore[index]
         self.gated = _joined(dense) is not None
+        self.first = ("gate", "up") if self.gated else ("up",)  # the layers of an expert that read its input
         self.has_identity = hasattr(dense, "identity_expert")  # choices beyond the last expert leave x as it is (LongCat)
         self.default_gate = _has_default_gate(dense)  # act_fn(gate) * up
         self.plain = self.gated and self.default_gate and not self.has_identity  # what Mixtral's are, and nothing else

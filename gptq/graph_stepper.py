@@ -140,15 +140,18 @@ class GraphStepper(Stepper):
     def trial(self) -> None:
         """Record a graph and compare it with the forward without one; `why` tells if it cannot be used."""
         with torch.inference_mode():
-            memory = self.begin()
+            memory, ids = self.begin(), list(_TRIAL)
             self._prompts.prefill(memory, _TRIAL[:-1])
             found = self.step(memory, _TRIAL[-1]).clone()
+            if self._room is not None and self._room.has_own_states:  # what it counts on the host shows from the second step on
+                ids += _TRIAL
+                found = [self.step(memory, id) for id in _TRIAL][-1].clone()
             if self.why:
                 return
             other = self.begin()
             self._prompts.prefill(other, _TRIAL[:-1])
-            wanted = self._prompts.step(other, _TRIAL[-1])
-            whole = self._prompts.prefill(self.begin(), _TRIAL)
+            wanted = [self._prompts.step(other, id) for id in ids[len(_TRIAL) - 1 :]][-1]
+            whole = self._prompts.prefill(self.begin(), ids)
 
         difference, rounding = apart(found, wanted), apart(wanted, whole)  # of one forward and another without a graph
         log.info("a recorded step differs by %.4f, a whole prompt by %.4f", difference, rounding)
@@ -195,6 +198,7 @@ class GraphStepper(Stepper):
             self._graphs.clear()
             self._recorder.reset()
             room = self._room = new
+            self._can_cut = self._can_cut and not room.has_states
         room.enter(memory)
         shown = shown_of(room.capacity, needed, FIRST_CAPACITY)
         graph = self._graphs.get(shown)
@@ -226,7 +230,9 @@ class GraphStepper(Stepper):
         def run() -> None:
             if self._fused is not None:
                 self._fused.begin()
-            output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given)
+            with self._prompts.keeping(room.kept):
+                output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given)
+            room.settle()
             logits = output.logits[:, -1, :]
             if self._logits is None:
                 self._logits = torch.empty_like(logits)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from .own_states import FixedStates, Kept, copy_of
 from .transformers_stepper import TransformersMemory, states_of
 
 FIRST_CAPACITY = 1024  # tokens
@@ -82,6 +83,22 @@ class StaticKeys(cache_utils.StaticLayer):
         return self.shown, 0
 
 
+class StaticNothing(cache_utils.DynamicLayer):
+    """A layer without keys in a cache of a class of its own (MiniMax), which asks its first layer how many tokens there are."""
+
+    is_compileable = True
+
+    def __init__(self, capacity: int, count: Tensor) -> None:
+        super().__init__()
+        self.count, self.shown = count, capacity
+
+    def get_seq_length(self, *_: Any, **__: Any) -> Any:
+        return self.count[0]
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return self.shown, 0
+
+
 def _with_states(like: Any, capacity: int, count: Tensor) -> StaticKeys:
     """A layer that also has the states of linear attention or of convolutions."""
 
@@ -99,17 +116,21 @@ class StaticRoom:
 
     def __init__(self, memory: TransformersMemory, capacity: int) -> None:
         """Room for conversations of the same model as `memory`. Raises NotStatic."""
-        if type(memory.cache).__name__ != "DynamicCache":
-            raise NotStatic("its cache is of a class of its own")
-        held = [layer for layer in memory.layers if isinstance(getattr(layer, "keys", None), Tensor)]
-        held += [layer for layer in memory.layers if states_of(layer)]
+        own = self._has_own_cache = memory.has_own_cache
+        if memory.cache is None:
+            raise NotStatic("its cache is of a class of its own, or it keeps none")
+        self.cache: Any = copy_of(memory.cache) if own else copy.copy(memory.cache)
+        self.kept: Kept = copy_of(memory.kept)
+        self._own_states = FixedStates(*([self.cache] if own else []), self.kept)
+        held = [layer.keys for layer in memory.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+        held += [each for layer in memory.layers for each in states_of(layer)] + self._own_states.tensors
         if not held:
-            raise NotStatic("its cache is empty")
-        device = held[0].keys.device if isinstance(getattr(held[0], "keys", None), Tensor) else states_of(held[0])[0].device
+            raise NotStatic("its cache is of a class of its own" if own else "its cache is empty")
         self.capacity = capacity
-        self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.cache = copy.copy(memory.cache)
-        self.cache.layers = [self._static(layer) for layer in memory.layers]
+        self.count = torch.zeros(1, dtype=torch.long, device=held[0].device)
+        self._layers = [self._static(layer) for layer in memory.layers]
+        if self._layers:
+            self.cache.layers = self._layers
         self._resident: weakref.ref[TransformersMemory] | None = None
 
     def _static(self, layer: Any) -> Any:
@@ -122,6 +143,8 @@ class StaticRoom:
             other = copy.copy(layer)
             other.__dict__ = {name: _cloned(value) for name, value in layer.__dict__.items()}
             return other
+        if kind == "DynamicLayer" and layer.keys is None and self._has_own_cache:
+            return StaticNothing(self.capacity, self.count)
         if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
             return copy.copy(layer)
         raise NotStatic(f"layers of the kind {kind} grow with every token")
@@ -135,15 +158,30 @@ class StaticRoom:
         return sum(each.numel() * each.element_size() for each in self._states())
 
     def _keys(self) -> list[StaticKeys]:
-        return [each for each in self.cache.layers if isinstance(each, StaticKeys)]
+        return [each for each in self._layers if isinstance(each, StaticKeys)]
 
     def _states(self) -> list[Tensor]:
-        return [state for layer in self.cache.layers for state in states_of(layer)]
+        return [state for layer in self._layers for state in states_of(layer)] + self._own_states.tensors
+
+    @property
+    def has_states(self) -> bool:
+        """Which cannot be cut."""
+        return bool(self._states())
+
+    @property
+    def has_own_states(self) -> bool:
+        """Outside of the layers of a usual cache."""
+        return bool(self._own_states.tensors)
+
+    def settle(self) -> None:
+        """After a forward: its states are at their addresses. Raises ValueError where there are others."""
+        self._own_states.settle()
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""
-        for each in self._keys():
-            each.shown = tokens
+        for each in self._layers:
+            if isinstance(each, StaticKeys | StaticNothing):
+                each.shown = tokens
 
     def use(self, fused: Fused | None) -> None:
         if fused is not None:
@@ -160,10 +198,11 @@ class StaticRoom:
             return
         self.leave()
         layers = list(memory.layers)
-        if len(layers) != len(self.cache.layers) or memory.length > self.capacity:
+        if len(layers) != len(self._layers) or memory.length > self.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
+        self._own_states.enter(memory.roots)
         self.count.fill_(memory.length)
-        for own, layer in zip(self.cache.layers, layers, strict=True):
+        for own, layer in zip(self._layers, layers, strict=True):
             if isinstance(own, StaticKeys):
                 own.keys[:, :, : memory.length].copy_(layer.keys)
                 own.values[:, :, : memory.length].copy_(layer.values)
@@ -174,7 +213,7 @@ class StaticRoom:
         self._resident = weakref.ref(memory)
 
     def cut(self, length: int) -> bool:
-        if self._states():
+        if self.has_states:
             return False
         with torch.inference_mode():  # in which it was made; the end of an answer need not be in it
             self.count.fill_(length)
@@ -188,11 +227,11 @@ class StaticRoom:
             return
         part = slice(None), slice(None), slice(memory.length)
         held = [
-            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, StaticKeys) else None
-            for own in self.cache.layers
+            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, StaticKeys) else None for own in self._layers
         ]
         self._resident = memory.elsewhere = None
-        for own, found, layer in zip(self.cache.layers, held, memory.layers, strict=True):
+        self._own_states.leave(memory.roots)
+        for own, found, layer in zip(self._layers, held, memory.layers, strict=True):
             if found is not None:
                 layer.keys, layer.values = found
             for state, source in zip(states_of(own), states_of(layer), strict=True):
@@ -205,6 +244,7 @@ class StaticRoom:
     def restore(self, states: list[Tensor], length: int) -> None:
         for own, kept in zip(self._states(), states, strict=True):
             own.copy_(kept)
+        self._own_states.put_back()
         self.count.fill_(length)
 
 

@@ -20,13 +20,15 @@ from torch import Tensor
 from ..core.errors import BadCheckpoint, GptqWebuiError
 from ..core.foreign_errors import in_words
 from .attention_backends import cudnn_attention
+from .own_states import Kept, ModuleStates, Place, places_in
 from .rope_length import RopeLength
 from .stepper import Memory, Stepper
 from .token_ids import require_known
 
 log = logging.getLogger(__name__)
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls a cache, the newest name first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what transformers calls a cache, the newest name first
+_STATE_LIST = "state"  # which only a forward makes (RWKV)
 GPU_CHUNK_TOKENS = 4096  # of a prompt at a time on a GPU, where its memory allows
 SMALLEST_CHUNK_TOKENS = 128
 _TRIAL = (5, 9, 2, 7, 3, 8, 4, 6)  # ids that an architecture is tried with
@@ -111,6 +113,7 @@ class TransformersMemory(Memory):
         self._cache: Any = new_cache(config)
         self._length = 0
         self.ids: list[int] = []  # every token, of a model that keeps no cache at all and computes all of them each time
+        self.kept: Kept = {}  # what the model's modules keep of it
         self.elsewhere: Elsewhere | None = None  # who holds the tensors while the cache is empty
 
     @property
@@ -136,11 +139,26 @@ class TransformersMemory(Memory):
         return getattr(self.cache, "layers", None) or ()
 
     @property
+    def has_own_cache(self) -> bool:
+        """Of a class of the model's own."""
+        return type(self.cache).__name__ != "DynamicCache"
+
+    @property
+    def roots(self) -> list[Any]:
+        """What has states outside of the layers of a usual cache."""
+        return [*([self.cache] if self.has_own_cache else []), self.kept]
+
+    @property
+    def states(self) -> list[Place]:
+        return [each for root in self.roots for each in places_in(root)]
+
+    @property
     def size_bytes(self) -> int:
         if self.elsewhere is not None:
             return self._length * self.elsewhere.token_bytes + self.elsewhere.fixed_bytes
         found = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
         held = [each for each in found if isinstance(each, Tensor)] + [each for layer in self.layers for each in states_of(layer)]
+        held += [each for place in self.states for each in place.tensors]
         return sum(each.numel() * each.element_size() for each in held)
 
     def cut(self, length: int) -> bool:
@@ -181,12 +199,13 @@ class TransformersMemory(Memory):
             self.elsewhere.leave()
         self._cache, self._length = new_cache(self._config), 0
         self.ids.clear()
+        self.kept = {}
 
     def _can_hold(self, length: int) -> bool:
         """Whether every layer is keys and values of at least that many tokens, or holds nothing."""
-        if type(self.cache).__name__ != "DynamicCache":  # of a class of the model's own: not known what it holds
+        if self.has_own_cache:  # not known what it holds
             return False
-        if not self.layers or not any(_held(layer) for layer in self.layers):
+        if self.states or not self.layers or not any(_held(layer) for layer in self.layers):
             return False
         for layer in self.layers:
             keys: Any = getattr(layer, "keys", None)
@@ -228,7 +247,9 @@ class TransformersStepper(Stepper):
         self._keeps_some = "logits_to_keep" in taken
         self._without_cache = {"use_cache": False} if "use_cache" in taken else {}  # some begin with old states otherwise
         own = getattr(model, "_supports_default_dynamic_cache", None)
-        self._own_cache = own is not None and not own()  # of a class that only the model's own forward makes
+        # of a class that only the model's own forward makes
+        self._own_cache = self.cache_argument == _STATE_LIST or (own is not None and not own())
+        self._module_states: ModuleStates | None = None
         if self.device.type == "cuda":
             self.chunk_tokens = GPU_CHUNK_TOKENS
         self._rope = RopeLength(model)
@@ -306,9 +327,17 @@ class TransformersStepper(Stepper):
             given = tried(len(_TRIAL) - 1)
             self.gives_positions = given < one / 2  # rounding is the same where the positions are
             one = given if self.gives_positions else one
-        if one > _CLOSE and all(tried(len(_TRIAL) - 1) > 3 * tried(len(_TRIAL) - 1, alone=True) for _again in range(2)):
-            log.info("all tokens are computed again for each: another conversation changes the state")  # kept in its modules
-            self._keeps_cache = False
+
+        def is_changed() -> bool:
+            """By another conversation."""
+            return all(tried(len(_TRIAL) - 1) > 3 * tried(len(_TRIAL) - 1, alone=True) for _again in range(2))
+
+        if one > _CLOSE and is_changed():
+            self._module_states = ModuleStates.changed_by(self._model, lambda: self.prefill(self.begin(), _TRIAL[::-1]))
+            one = tried(len(_TRIAL) - 1)
+        if one > _CLOSE and is_changed():
+            log.info("all tokens are computed again for each: another conversation changes the state")
+            self._module_states, self._keeps_cache = None, False
         elif not one < _FAR:
             log.info("all tokens are computed again for each: continuing differs by %.3g", one)
             self._keeps_cache = False
@@ -442,7 +471,8 @@ class TransformersStepper(Stepper):
             given["position_ids"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)[None]
         if self._gives_cache_position:
             given["cache_position"] = torch.arange(memory.length, memory.length + len(ids), device=self.device)
-        output = self._run(input_ids=self._input(ids), use_cache=True, **given)
+        with self.keeping(memory.kept):
+            output = self._run(input_ids=self._input(ids), use_cache=True, **given)
         if memory.cache is None:
             memory.cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
             if memory.cache is None:  # the model keeps what it has read under another name, or not at all
@@ -450,6 +480,10 @@ class TransformersStepper(Stepper):
                 memory.ids += ids
         memory.grown(len(ids))
         return output
+
+    def keeping(self, kept: Kept) -> AbstractContextManager[None]:
+        """During a forward of a conversation: what the model's modules keep of it."""
+        return nullcontext() if self._module_states is None else self._module_states.of(kept)
 
     def _run(self, **given: Any) -> Any:
         kernels = nullcontext() if self._kernels is None else self._kernels.reading()
@@ -469,7 +503,7 @@ class TransformersStepper(Stepper):
         return logits
 
     def close(self) -> None:
-        self._model = self.run_model = None
+        self._model = self.run_model = self._module_states = None
         if self._kernels is not None:
             self._kernels.close()
             self._kernels = None
@@ -487,6 +521,8 @@ def _cannot_compute(error: Exception) -> Exception:
 
 def _undone(memory: TransformersMemory, length: int) -> bool:
     """Take back what a forward that ran out of memory had already added; False where a layer cannot be put back."""
+    if memory.states:
+        return False
     for layer in memory.layers:
         if states_of(layer):
             return False

@@ -76,7 +76,7 @@ def test_a_row_is_multiplied_as_it_lies(gpu, k, n, act_order, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_a_gated_product_applies_its_activation(gpu, number, dtype):
     torch.manual_seed(number)
     gate, up = layer(256, 200), layer(256, 200)

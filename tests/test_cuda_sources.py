@@ -108,6 +108,7 @@ def test_the_kernels_of_other_architectures_compile(capability, tmp_path):
     variants = [
         GemvVariant(packing, "ACTIVE", 0, 7, 4, 3, input="NATURAL"),
         GemvVariant(packing, "GATED_BFLOAT", 0, 8, 2, 3, experts=True, input="ORDERED_BFLOAT"),
+        GemvVariant(packing, "ACTIVE", 0, 2, 2, 3, 4, experts=True, input="NATURAL_BFLOAT"),
         GemvVariant(packing, "BFLOAT", 2, 7, 4, 3, input="ORDERED_BFLOAT"),
         GemvVariant(Packing(3, False, 2), "GATED", 1, 8, 2, 3, input="NATURAL"),
         GemvVariant(Packing(2, True, 1), "PLAIN", 0, 4, 8, 2, input="NATURAL", span=2),

@@ -17,6 +17,8 @@ KINDS = [
     ("gpt_oss", "GptOssExperts", False),
     ("mixtral", "MixtralExperts", True),
     ("mixtral", "MixtralExperts", False),
+    ("nemotron_h", "NemotronHExperts", True),
+    ("nemotron_h", "NemotronHExperts", False),
 ]
 
 
@@ -24,7 +26,8 @@ def experts_of(kind, monkeypatch, orders="natural"):
     """A model of five experts, what they are given, and what they give before our kernels take them."""
     architecture, name, bias = kind
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
-    config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, num_local_experts=5)
+    own = {"moe_intermediate_size": 192} if architecture == "nemotron_h" else {}
+    config = AutoConfig.for_model(architecture, hidden_size=128, intermediate_size=192, num_local_experts=5, **own)
     model = torch.nn.Module()
     model.dtype = torch.float16
     model.experts = random_experts(getattr(module, name)(config), bias, device="cpu", orders=orders)
@@ -83,3 +86,10 @@ def test_what_the_launch_does_not_take_is_computed_by_dense_weights(monkeypatch)
             assert not made.experts._grouped.takes(300, 2) and error(made.experts(*given), wanted) < 3e-3
     assert made.experts._grouped.takes(300, 2)
     assert made.experts._grouped.takes(640, 2) and not made.experts._grouped.takes(641, 2), "more than 256 rows of each expert"
+
+
+def test_a_square_beyond_fp16_is_its_largest_number(monkeypatch):
+    made, _given, _wanted = experts_of(KINDS[5], monkeypatch)
+    assert made.experts._gate_up.active == 4
+    found = made.experts._gated(torch.tensor([[-300.0, 2.0, 300.0, 60000.0]]).half(), torch.zeros(1, 1, dtype=torch.long))
+    assert found.tolist() == [[0, 4, 65504, 65504]]

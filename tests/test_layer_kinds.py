@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from gptq_webui.gptq.cuda import activations, fused_norms, fused_router
 from gptq_webui.gptq.recording import NumbersMadeThere, _as_slices
@@ -60,7 +61,15 @@ def test_a_layernorm_is_recognised_and_another_module_is_not():
 
 @pytest.mark.parametrize(
     ("activation", "number"),
-    [(nn.SiLU(), 0), (nn.GELU(approximate="tanh"), 1), (nn.GELU(), 2), (nn.ReLU(), 3), (nn.Tanh(), None), (nn.Softmax(0), None)],
+    [
+        (nn.SiLU(), 0),
+        (nn.GELU(approximate="tanh"), 1),
+        (nn.GELU(), 2),
+        (nn.ReLU(), 3),
+        (ACT2FN["relu2"], 4),
+        (nn.Tanh(), None),
+        (nn.Softmax(0), None),
+    ],
 )
 def test_an_activation_has_its_number(activation, number):
     assert activations.number_of(activation, torch.device("cpu")) == number

@@ -21,7 +21,9 @@ IDS = torch.randint(4, 288, (40,), generator=torch.Generator().manual_seed(1)).t
 KEYS = ("gemma2", "gpt_oss", "gpt2", "llama4_text")  # sliding windows, chunks, sinks, learnt positions
 # linear attention, convolutions, both in one layer, no keys at all; one that counts the positions of every piece from 0
 STATES = ("qwen3_next", "lfm2", "falcon_h1", "mamba", "bamba")
-known = [each for each in (*KEYS, *STATES) if each in KINDS]
+# states in a cache of a class of its own, in a list, in the modules; experts without a gate
+OWN = ("minimax", "xlstm", "rwkv", "recurrent_gemma", "nemotron_h")
+known = [each for each in (*KEYS, *STATES, *OWN) if each in KINDS]
 
 
 class Replay:
@@ -104,15 +106,15 @@ def test_every_architecture_continues_as_one_forward(kind):
 
 
 def test_keys_can_be_cut_and_states_cannot():
-    for kind, can in (("gemma2", True), ("qwen3_next", False)):
-        if kind not in KINDS:
+    for kind, can in (("gemma2", True), *((each, False) for each in ("qwen3_next", *OWN))):
+        if kind not in KINDS or (kind in OWN and version.parse(transformers.__version__).major < 5):
             continue
         stepper = plain(tiny_model(kind))
         with torch.inference_mode():
             memory = stepper.begin()
             stepper.prefill(memory, IDS[:20])
             assert memory.cut(20) and memory.cut(10) == can
-            assert (memory.fork(5) is not None) == can
+            assert (memory.fork(5) is not None) == can and memory.size_bytes > 0
 
 
 def test_a_longer_conversation_gets_a_larger_room_and_a_new_graph():
@@ -146,7 +148,7 @@ def test_what_cannot_be_recorded_is_computed_without_a_graph():
     check(model, stepper.without_graph())
 
 
-@pytest.mark.parametrize("kind", [each for each in ("llama", *STATES) if each in KINDS])
+@pytest.mark.parametrize("kind", [each for each in ("llama", *STATES, *OWN) if each in KINDS])
 def test_a_recording_that_fails_leaves_the_conversation_as_it_was(kind, monkeypatch):
     """The token is computed anew without a graph, from states that the failed forward must not have advanced."""
     model = tiny_model(kind)
@@ -260,18 +262,4 @@ def test_a_model_that_counts_from_the_piece_is_given_its_positions(made, dtype):
         found = [stepper.step(memory, id).clone() for id in IDS[30:]]
     assert isinstance(stepper, TransformersStepper) or not stepper.why or "class of its own" in stepper.why
     assert error(found[-1], wanted[-1]) < 2 * rounding + 1e-3
-    stepper.close()
-
-
-@pytest.mark.skipif("recurrent_gemma" not in KINDS, reason="this transformers has no such model")
-@pytest.mark.parametrize("made", [plain, graph])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_state_that_is_kept_in_the_modules_is_of_one_conversation_only(dtype, made):
-    model = tiny_model("recurrent_gemma", wide=True).to(dtype)
-    wanted, stepper = whole(model, IDS), made(model)
-    with torch.inference_mode():
-        memory = stepper.begin()
-        stepper.prefill(memory, IDS[:30])
-        stepper.prefill(stepper.begin(), IDS[::-1])
-        assert error(stepper.step(memory, IDS[30]), wanted[30]) < 3e-3
     stepper.close()

@@ -13,6 +13,7 @@ _KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: functional.gelu(x, approximate="tanh"),
     functional.gelu,
     functional.relu,
+    lambda x: functional.relu(x).square(),
 )
 
 

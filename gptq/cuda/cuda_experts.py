@@ -52,16 +52,16 @@ class CudaExperts(nn.Module):
         self.ahead = False  # with_constant by kernels that are made to be beside clusters
         roles: list[dict[str, Any]] = [*(packed.roles(at) for at in range(packed.num_experts)), *more]
         self._gpu, self._dtype = gpu, dtype if dtype in NUMBERS else torch.float16
-        self._inner = roles[0]["gate"].out_features
-        self._gate = None if packed.default_gate else vars(packed)["_shell"]._apply_gate  # of gates and ups side by side
-        self._clamped = None if packed.default_gate else activations.clamped_gate_of(vars(packed)["_shell"], gpu.device)
-        self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (("gate", "up"), ("down",)))
-        simple = packed.default_gate and self._gate_up_bias is None and self._inner % 8 == 0
-        gated = activations.number_of(self.act_fn, gpu.device) if simple else None
-        gates = [(each["gate"], each["up"]) for each in roles]
-        # the sums between the two products are fp16, whatever the model's numbers are
-        self._gate_up = Stack.of(gpu, gates, into, self._dtype, "PLAIN" if gated is None else "GATED", gated)
-        self._down = Stack.of(gpu, [(each["down"],) for each in roles], out, torch.float16, "FLOAT")
+        self._inner, self._has_gates = roles[0]["up"].out_features, packed.gated
+        own = packed.gated and not packed.default_gate
+        self._gate = vars(packed)["_shell"]._apply_gate if own else None  # of gates and ups side by side
+        self._clamped = activations.clamped_gate_of(vars(packed)["_shell"], gpu.device) if own else None
+        self._gate_up_bias, self._down_bias = (_biases(roles, names) for names in (packed.first, ("down",)))
+        simple = self._gate_up_bias is None and (not packed.gated or (packed.default_gate and self._inner % 8 == 0))
+        number = activations.number_of(self.act_fn, gpu.device) if simple else None
+        epilogue = "PLAIN" if number is None else "GATED" if packed.gated else "ACTIVE"
+        self._gate_up = Stack.of(gpu, _layers(roles, packed.first), into, self._dtype, epilogue, number)
+        self._down = Stack.of(gpu, _layers(roles, ("down",)), out, torch.float16, "FLOAT")  # fp16 lies between the products
         try:
             self._grouped: GroupedExperts | None = GroupedExperts(gpu, self._gate_up, self._down, self.num_experts)
         except Unsuited:
@@ -69,7 +69,7 @@ class CudaExperts(nn.Module):
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
-        """Of gates and ups, and of downs."""
+        """Of gates and ups, or of ups alone, and of downs."""
         return self._gate_up, self._down
 
     @property
@@ -104,14 +104,17 @@ class CudaExperts(nn.Module):
         return y.to(hidden_states.dtype)
 
     def _gated(self, y: Tensor, experts: Tensor) -> Tensor:
-        """What goes into down: y [..., of gates and ups], of experts [..., or ones]."""
+        """What goes into down: y [..., of gates and ups, or of ups alone], of experts [..., or ones]."""
         if self._gate_up.gated is not None:
             gate, up = gates_and_ups(y)
             return activations.apply(self._gate_up.gated, gate) * up
         if self._gate_up_bias is not None:
             y = y + self._gate_up_bias[experts]
-        inner = self._gate(y) if self._gate is not None else self.act_fn(y[..., : self._inner]) * y[..., self._inner :]
-        return inner.to(torch.float16)
+        if self._gate is not None:
+            return self._gate(y).to(torch.float16)
+        if not self._has_gates:  # a square may be more than fp16 holds: its largest number then, as a kernel writes
+            return self.act_fn(y).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16)
 
     def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
         if self._gate_up.gated is not None:
@@ -137,7 +140,7 @@ class CudaExperts(nn.Module):
 
     def _chosen_only(self, x: Tensor, chosen: Tensor, weights: Tensor, constant: int = 0, ahead: Ahead | None = None) -> Tensor:
         inner = self._gate_up.multiply(self._gpu, x.to(self._dtype), chosen, weights.shape[1], torch.float16, constant, ahead)
-        if self._gate_up.gated is None:
+        if self._gate_up.gated is None and self._gate_up.active is None:
             inner = self._gated_by_kernel(inner, chosen)
         out = torch.empty(x.shape, dtype=self._dtype, device=x.device)
         if weights.dtype != self._dtype:
@@ -237,8 +240,12 @@ def _common_packing(layers: Sequence[Sequence[GPTQLinear]]) -> Packing:
     return replace(first, sym=all(each.sym for each in found))
 
 
-def _packings(roles: Sequence[dict[str, Any]]) -> tuple[Packing, Packing]:
-    return _common_packing([(each["gate"], each["up"]) for each in roles]), _common_packing([(each["down"],) for each in roles])
+def _layers(roles: Sequence[dict[str, Any]], names: tuple[str, ...]) -> list[tuple[GPTQLinear, ...]]:
+    return [tuple(each[name] for name in names) for each in roles]
+
+
+def _packings(roles: Sequence[dict[str, Any]], read: tuple[str, ...]) -> tuple[Packing, Packing]:
+    return _common_packing(_layers(roles, read)), _common_packing(_layers(roles, ("down",)))
 
 
 def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool = False) -> int:
@@ -252,7 +259,7 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
     parents = parents_of(model)
     latent = any(is_latent(each) for each in model.modules())
     for name, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedExperts) or not packed.gated:
+        if not isinstance(packed, PackedExperts):
             continue
         roles: list[dict[str, Any]] = [packed.roles(at) for at in range(packed.num_experts)]
         layers = [layer for each in roles for layer in each.values()]
@@ -266,12 +273,12 @@ def replace_experts(model: nn.Module, gpus: dict[torch.device, Gpu], merge: bool
         try:
             if more:
                 try:
-                    into, out = _packings([*roles, *more])
+                    into, out = _packings([*roles, *more], packed.first)
                 except Unsuited:
                     more = []
-            into, out = _packings([*roles, *more])
+            into, out = _packings([*roles, *more], packed.first)
             gpu = gpus[device] = gpus.get(device) or Gpu(device)
-            for packing, one in ((into, roles[0]["gate"]), (out, roles[0]["down"])):
+            for packing, one in ((into, roles[0]["up"]), (out, roles[0]["down"])):
                 gemv.variant(packing, one.in_features, "PLAIN", False, gemv.Tuning(), gpu.shared_limit_bytes, "ORDERED")
         except Unsuited:
             continue

@@ -61,19 +61,22 @@ class Stack:
     variant: GemvVariant
     blocks: int
     gated: int | None  # the activation's number, where rows are gates and ups in turn
+    active: int | None = None  # that of one that every output of a row is put through
 
     @classmethod
     def of(
         cls, gpu: Gpu, layers: Sequence[Sequence[GPTQLinear]], packing: Packing, input: torch.dtype, epilogue: str,
-        gated: int | None = None,
+        number: int | None = None,
     ) -> "Stack":  # fmt: skip
-        """`layers`: for each expert those that share its input. They are released as they are taken over.
+        """`layers`: for each expert those that share its input. They are released as they are taken over. `number`: of the
+        activation that the `epilogue` applies.
 
         `input` is the type of the rows that are multiplied one by one.
         """
         words: Tensor | None = None
         scales: Tensor | None = None
         orders, at = list[Tensor](), 0
+        gated, active = (number, None) if epilogue == "GATED" else (None, number)
         columns = None if gated is None else gate_columns(layers[0][0].out_features, gpu.device)
         for found in repack_experts(gpu, layers, packing, columns):
             weight, count = found.first, found.words.shape[0]
@@ -98,7 +101,7 @@ class Stack:
         tuning = gemv.layer_tuning(weight.in_features, weight.out_features, gpu.processors, experts=True)
         plan = gemv.Plan.of(gpu, weight, epilogue, False, tuning, kind)
         whole = replace(weight, words=words.flatten(0, 1), scales=scales.flatten(0, 1))
-        return cls(whole, len(layers), stacked, order, replace(plan.variant, experts=True), plan.blocks, gated)
+        return cls(whole, len(layers), stacked, order, replace(plan.variant, experts=True), plan.blocks, gated, active)
 
     @property
     def tiles(self) -> int:
@@ -150,7 +153,7 @@ class Stack:
             scale_bytes=self.expert_bytes[1],
             order_length=0 if self.order is None or self.order.shape[0] == 1 else weight.padded,
             share=share,
-            activation=self.gated or 0,
+            activation=self.gated or self.active or 0,
             experts=self.experts,
             made=chosen.numel() - constant,
             n=weight.out_features,

@@ -123,7 +123,8 @@ DEVICE float activated(float y, int activation) {
   if (activation == 0) return y / (1.f + __expf(-y));                                                    // SiLU
   if (activation == 1) return y / (1.f + __expf(-1.5957691216f * (y + 0.044715f * y * y * y)));          // GELU, by tanh
   if (activation == 2) return 0.5f * y * (1.f + erff(y * 0.70710678118f));                               // GELU
-  return fmaxf(y, 0.f);                                                                                  // ReLU
+  const float z = fmaxf(y, 0.f);
+  return activation == 3 ? z : z * z;                                                                    // ReLU, its square
 }
 
 template <int KS, int EPILOGUE, class Arguments> DEVICE void write_outputs(const Arguments& p, const float* mine, float addend, int place, int tile, int lane) {
