@@ -24,7 +24,7 @@ from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
 from .stepper import Memory, Stepper
 from .token_ids import require_known
-from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_keys
+from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_tokens
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class GraphStepper(Stepper):
         self._fused = fused
         self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
         self.chunk_tokens = self._prompts.chunk_tokens
-        self._can_cut = only_keys(new_cache(self._prompts.text_config))
+        self._can_cut = only_tokens(new_cache(self._prompts.text_config))
         self._room: StaticRoom | None = None
         self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)

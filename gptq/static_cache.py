@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from .transformers_stepper import TransformersMemory, states_of
+from .transformers_stepper import TransformersMemory, kept_by_tokens, states_of
 
 FIRST_CAPACITY = 1024  # tokens
 
@@ -81,6 +81,45 @@ class StaticKeys(cache_utils.StaticLayer):
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         return self.shown, 0
 
+    def places(self) -> dict[str, tuple[Tensor, int]]:
+        """By the names that a growing layer has for them: what has a place for each token, and the dimension of the places."""
+        return {"keys": (self.keys, 2), "values": (self.values, 2)}
+
+
+class StaticIndexedKeys(StaticKeys):
+    """Also what an indexer chooses tokens by. It sees places without a token too, which the model's mask hides from it."""
+
+    is_indexer_initialized = True
+
+    def __init__(self, like: Any, capacity: int, count: Tensor) -> None:
+        super().__init__(like, capacity, count)
+        keys, positions = like.indexer_keys, getattr(like, "indexer_position_ids", None)
+        self.indexer_keys = None if keys is None else keys.new_zeros(1, capacity, keys.shape[2])
+        self._positions = None if positions is None else positions.new_zeros(positions.shape[0], 1, capacity)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        assert self.indexer_keys is not None
+        self.indexer_keys.index_copy_(1, self.count, indexer_key_states)
+        return self.indexer_keys[:, : self.shown]
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        return None if self._positions is None else self._positions[..., : self.shown]
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor) -> None:
+        """A forward that was given them adds its own at the end."""
+        assert self._positions is not None
+        self._positions.index_copy_(2, self.count, positions[..., -1:])
+
+    def places(self) -> dict[str, tuple[Tensor, int]]:
+        found = super().places()
+        if self.indexer_keys is not None:
+            found["indexer_keys"] = self.indexer_keys, 1
+        if self._positions is not None:
+            found["indexer_position_ids"] = self._positions, 2
+        return found
+
 
 def _with_states(like: Any, capacity: int, count: Tensor) -> StaticKeys:
     """A layer that also has the states of linear attention or of convolutions."""
@@ -116,6 +155,8 @@ class StaticRoom:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
             return StaticKeys(layer, self.capacity, self.count)
+        if kind == "DynamicIndexedLayer" and isinstance(layer.keys, Tensor):
+            return StaticIndexedKeys(layer, self.capacity, self.count)
         if kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer.keys, Tensor):
             return _with_states(layer, self.capacity, self.count)
         if kind == "LinearAttentionLayer":
@@ -128,7 +169,8 @@ class StaticRoom:
 
     @property
     def token_bytes(self) -> int:
-        return sum(2 * each.keys.numel() * each.keys.element_size() // self.capacity for each in self._keys())
+        places = (each for layer in self._keys() for each, _dim in layer.places().values())
+        return sum(each.numel() * each.element_size() for each in places) // self.capacity
 
     @property
     def fixed_bytes(self) -> int:
@@ -162,12 +204,16 @@ class StaticRoom:
         layers = list(memory.layers)
         if len(layers) != len(self.cache.layers) or memory.length > self.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
+        pairs = [(own, layer) for own, layer in zip(self.cache.layers, layers, strict=True) if isinstance(own, StaticKeys)]
+        if any(set(own.places()) != set(kept_by_tokens(layer)) for own, layer in pairs):
+            raise NotStatic("its layers differ from one conversation to the next")
         self.count.fill_(memory.length)
+        for own, layer in pairs:
+            for name, (place, dim) in own.places().items():
+                source = getattr(layer, name)
+                place.narrow(dim, 0, memory.length).copy_(source)
+                setattr(layer, name, source.narrow(dim, 0, 0).clone())
         for own, layer in zip(self.cache.layers, layers, strict=True):
-            if isinstance(own, StaticKeys):
-                own.keys[:, :, : memory.length].copy_(layer.keys)
-                own.values[:, :, : memory.length].copy_(layer.values)
-                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 state.copy_(source)
         memory.elsewhere = self
@@ -186,15 +232,12 @@ class StaticRoom:
         if memory is None:  # none was here, or it is forgotten
             self._resident = None
             return
-        part = slice(None), slice(None), slice(memory.length)
-        held = [
-            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, StaticKeys) else None
-            for own in self.cache.layers
-        ]
+        places = [own.places() if isinstance(own, StaticKeys) else {} for own in self.cache.layers]
+        held = [{name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in each.items()} for each in places]
         self._resident = memory.elsewhere = None
         for own, found, layer in zip(self.cache.layers, held, memory.layers, strict=True):
-            if found is not None:
-                layer.keys, layer.values = found
+            for name, value in found.items():
+                setattr(layer, name, value)
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 source.copy_(state)
 

@@ -33,6 +33,9 @@ _TRIAL = (5, 9, 2, 7, 3, 8, 4, 6)  # ids that an architecture is tried with
 _CLOSE = 1e-3  # relative difference of logits that needs no better way
 _FAR = 0.1  # relative difference of logits that no rounding makes
 _STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
+# What layers keep of each token, and along which dimension: keys and values, and what an indexer chooses tokens by.
+_OF_TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1, "indexer_position_ids": 2}
+_CUT = ("DynamicLayer", "DynamicIndexedLayer")  # layers of which all is kept by tokens
 
 
 def cache_name() -> str:
@@ -69,6 +72,18 @@ def only_keys(cache: Any) -> bool:
     return type(cache).__name__ == "DynamicCache" and all(
         type(each).__name__ in ("DynamicLayer", "DummyLayer") for each in layers
     )
+
+
+def only_tokens(cache: Any) -> bool:
+    """Whether all that a new cache will hold is kept by tokens, so that a conversation can be cut anywhere."""
+    layers = getattr(cache, "layers", None) or ()
+    return type(cache).__name__ == "DynamicCache" and all(type(each).__name__ in (*_CUT, "DummyLayer") for each in layers)
+
+
+def kept_by_tokens(layer: Any) -> dict[str, tuple[Tensor, int]]:
+    """By their names the tensors of a layer that have a place for each token, with the dimension of those places."""
+    found = {name: (getattr(layer, name, None), dim) for name, dim in _OF_TOKENS.items()}
+    return {name: (each, dim) for name, (each, dim) in found.items() if isinstance(each, Tensor) and each.dim() > dim}
 
 
 def states_of(layer: Any) -> list[Tensor]:
@@ -139,8 +154,8 @@ class TransformersMemory(Memory):
     def size_bytes(self) -> int:
         if self.elsewhere is not None:
             return self._length * self.elsewhere.token_bytes + self.elsewhere.fixed_bytes
-        found = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
-        held = [each for each in found if isinstance(each, Tensor)] + [each for layer in self.layers for each in states_of(layer)]
+        held = [each for layer in self.layers for each, _dim in kept_by_tokens(layer).values()]
+        held += [each for layer in self.layers for each in states_of(layer)]
         return sum(each.numel() * each.element_size() for each in held)
 
     def cut(self, length: int) -> bool:
@@ -156,9 +171,7 @@ class TransformersMemory(Memory):
         if not self._can_hold(length):
             return False
         for layer in self.layers:
-            if _held(layer):
-                layer.keys = layer.keys[..., :length, :]
-                layer.values = layer.values[..., :length, :]
+            cut_to(layer, length)
         self._length = length
         return True
 
@@ -169,6 +182,7 @@ class TransformersMemory(Memory):
         for at, layer in enumerate(self.layers):
             if _held(layer):
                 other.cache.update(layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone(), at)
+                _copy_indexer(layer, other.cache.layers[at], length)
         other._length = length
         return other
 
@@ -189,14 +203,28 @@ class TransformersMemory(Memory):
         if not self.layers or not any(_held(layer) for layer in self.layers):
             return False
         for layer in self.layers:
-            keys: Any = getattr(layer, "keys", None)
-            if states_of(layer) or getattr(layer, "indexer_keys", None) is not None:
+            held = kept_by_tokens(layer)
+            if states_of(layer) or (held and type(layer).__name__ not in _CUT):
                 return False
-            if _held(layer) and (keys.dim() != 4 or keys.shape[-2] < length):
+            if _held(layer) and (layer.keys.dim() != 4 or any(each.shape[dim] < length for each, dim in held.values())):
                 return False
-            if not _held(layer) and type(layer).__name__ not in ("DummyLayer", "LinearAttentionLayer", "DynamicLayer"):
+            if not _held(layer) and type(layer).__name__ not in (*_CUT, "DummyLayer", "LinearAttentionLayer"):
                 return False
         return True
+
+
+def cut_to(layer: Any, length: int) -> None:
+    """Let a layer keep the first tokens alone."""
+    for name, (each, dim) in kept_by_tokens(layer).items():
+        setattr(layer, name, each.narrow(dim, 0, min(length, each.shape[dim])))
+
+
+def _copy_indexer(layer: Any, other: Any, length: int) -> None:
+    held = kept_by_tokens(layer)
+    if "indexer_keys" in held:
+        other.update_indexer(held["indexer_keys"][0][:, :length].clone())
+    if "indexer_position_ids" in held:
+        other.indexer_position_ids = held["indexer_position_ids"][0][..., :length].clone()
 
 
 def _held(layer: Any) -> bool:
@@ -488,9 +516,7 @@ def _cannot_compute(error: Exception) -> Exception:
 def _undone(memory: TransformersMemory, length: int) -> bool:
     """Take back what a forward that ran out of memory had already added; False where a layer cannot be put back."""
     for layer in memory.layers:
-        if states_of(layer):
+        if states_of(layer) or (kept_by_tokens(layer) and type(layer).__name__ not in _CUT):
             return False
-        if _held(layer):
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
+        cut_to(layer, length)
     return True
