@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.errors import GptqWebuiError
 from .adapted_forward import adapted
 from .begun_ahead import BegunAhead
+from .block_indexers import BlockIndexers
 from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
 from .recording import Counted, NumbersMadeThere, apart, refusing_to_wait
@@ -72,6 +73,7 @@ class GraphStepper(Stepper):
         self._is_tried = False  # a forward was recorded, so another one waits for nothing either
         self._gives_positions = self._prompts.gives_positions
         self._limit = 0.0  # how far a later graph may be from the forward without one; 0: it is not asked
+        self._indexers = BlockIndexers(model)
         self._held: list[Tensor] = []  # of the model, which graphs read even if it has others since (XGLM's table of positions)
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
@@ -177,6 +179,7 @@ class GraphStepper(Stepper):
         if self._fused is not None:
             self._fused.close()
         self._prompts.close()
+        self._indexers.close()
         self._model = None
 
     def _graph(self, memory: TransformersMemory) -> Any:
@@ -236,7 +239,7 @@ class GraphStepper(Stepper):
         counted = Counted(room.count, 1, shown - 1)
         try:
             fused = nullcontext() if self._fused is None else self._fused.recording()
-            with adapted(self._model, room.count, shown), fused:
+            with self._indexers.taken(), adapted(self._model, room.count, shown), fused:
                 run()  # libraries choose and load their kernels
                 assert self._logits is not None
                 wanted = self._logits.clone() if self._limit and self.may_give_up else None

@@ -140,6 +140,8 @@ class StaticRoom:
         """Room for conversations of the same model as `memory`. Raises NotStatic."""
         if type(memory.cache).__name__ != "DynamicCache":
             raise NotStatic("its cache is of a class of its own")
+        if any(isinstance(each, Tensor) for each in vars(memory.cache).values()):  # positions, before transformers 5.24
+            raise NotStatic("its cache keeps more than layers")
         held = [layer for layer in memory.layers if isinstance(getattr(layer, "keys", None), Tensor)]
         held += [layer for layer in memory.layers if states_of(layer)]
         if not held:
