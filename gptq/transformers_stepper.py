@@ -35,6 +35,7 @@ _FAR = 0.1  # relative difference of logits that no rounding makes
 _STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
 # What layers keep of each token, and along which dimension: keys and values, and what an indexer chooses tokens by.
 _OF_TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1, "indexer_position_ids": 2}
+_WINDOWS = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 _CUT = ("DynamicLayer", "DynamicIndexedLayer")  # layers of which all is kept by tokens
 
 
@@ -57,6 +58,8 @@ def new_cache(config: Any) -> Any:
     layers = getattr(cache, "layers", None)
     if not layers:
         return DynamicCache()
+    if any(getattr(each, "is_sliding", False) is True and type(each).__name__ not in _WINDOWS for each in layers):
+        return cache  # one mask is made for all windows (DeepSeek V4), and those of its own kind stay short
     for at, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind == "DynamicSlidingWindowLayer":
