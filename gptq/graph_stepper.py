@@ -23,6 +23,7 @@ from .prefix_cache import PrefixCache
 from .recording import Counted, NumbersMadeThere, apart, refusing_to_wait
 from .running import Running
 from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
+from .static_windows import incomplete_entries_hidden
 from .stepper import Memory, Stepper
 from .token_ids import require_known
 from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_tokens
@@ -229,7 +230,7 @@ class GraphStepper(Stepper):
         def run() -> None:
             if self._fused is not None:
                 self._fused.begin()
-            output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given)
+            output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given, **room.masks())
             logits = output.logits[:, -1, :]
             if self._logits is None:
                 self._logits = torch.empty_like(logits)
@@ -239,7 +240,8 @@ class GraphStepper(Stepper):
         counted = Counted(room.count, 1, shown - 1)
         try:
             fused = nullcontext() if self._fused is None else self._fused.recording()
-            with self._indexers.taken(), adapted(self._model, room.count, shown), fused:
+            others = adapted(self._model, room.count, shown)
+            with self._indexers.taken(), incomplete_entries_hidden(self._model), others, fused:
                 run()  # libraries choose and load their kernels
                 assert self._logits is not None
                 wanted = self._logits.clone() if self._limit and self.may_give_up else None

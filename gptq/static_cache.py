@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from .static_windows import KINDS as WINDOWS
+from .static_windows import StaticWindow
 from .transformers_stepper import TransformersMemory, kept_by_tokens, states_of
 
 FIRST_CAPACITY = 1024  # tokens
@@ -161,6 +163,8 @@ class StaticRoom:
             return StaticIndexedKeys(layer, self.capacity, self.count)
         if kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer.keys, Tensor):
             return _with_states(layer, self.capacity, self.count)
+        if kind in WINDOWS and isinstance(layer.keys, Tensor):
+            return StaticWindow(layer, self.capacity, self.count)
         if kind == "LinearAttentionLayer":
             other = copy.copy(layer)
             other.__dict__ = {name: _cloned(value) for name, value in layer.__dict__.items()}
@@ -172,7 +176,8 @@ class StaticRoom:
     @property
     def token_bytes(self) -> int:
         places = (each for layer in self._keys() for each, _dim in layer.places().values())
-        return sum(each.numel() * each.element_size() for each in places) // self.capacity
+        of_windows = sum(each.token_bytes for each in self._windows())
+        return sum(each.numel() * each.element_size() for each in places) // self.capacity + of_windows
 
     @property
     def fixed_bytes(self) -> int:
@@ -181,13 +186,24 @@ class StaticRoom:
     def _keys(self) -> list[StaticKeys]:
         return [each for each in self.cache.layers if isinstance(each, StaticKeys)]
 
+    def _windows(self) -> list[StaticWindow]:
+        return [each for each in self.cache.layers if isinstance(each, StaticWindow)]
+
     def _states(self) -> list[Tensor]:
-        return [state for layer in self.cache.layers for state in states_of(layer)]
+        of_windows = [state for each in self._windows() for state in each.states()]
+        return of_windows + [state for layer in self.cache.layers for state in states_of(layer)]
 
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""
         for each in self._keys():
             each.shown = tokens
+        for window in self._windows():
+            window.shown = tokens
+
+    def masks(self) -> dict[str, Any]:
+        """What a forward of a token is given that cannot make its mask of this cache."""
+        windows = self._windows()
+        return {"attention_mask": {"sliding_attention": windows[0].mask(windows[0].dtype)}} if windows else {}
 
     def use(self, fused: Fused | None) -> None:
         if fused is not None:
@@ -216,6 +232,8 @@ class StaticRoom:
                 place.narrow(dim, 0, memory.length).copy_(source)
                 setattr(layer, name, source.narrow(dim, 0, 0).clone())
         for own, layer in zip(self.cache.layers, layers, strict=True):
+            if isinstance(own, StaticWindow):
+                own.take_in(layer, memory.length)
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 state.copy_(source)
         memory.elsewhere = self
@@ -234,8 +252,12 @@ class StaticRoom:
         if memory is None:  # none was here, or it is forgotten
             self._resident = None
             return
-        places = [own.places() if isinstance(own, StaticKeys) else {} for own in self.cache.layers]
-        held = [{name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in each.items()} for each in places]
+        held: list[dict[str, Any]] = []
+        for own in self.cache.layers:
+            places = own.places() if isinstance(own, StaticKeys) else {}
+            held.append({name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in places.items()})
+            if isinstance(own, StaticWindow):
+                held[-1] = own.give_back(memory.length)
         self._resident = memory.elsewhere = None
         for own, found, layer in zip(self.cache.layers, held, memory.layers, strict=True):
             for name, value in found.items():

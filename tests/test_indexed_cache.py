@@ -78,8 +78,8 @@ def on_gpu(tmp_path, monkeypatch):
     """A kind -> (its stepper on an emulated GPU, what a conversation's tokens give without it)."""
     made = []
 
-    def stepper(kind):
-        hub_folder.write(tmp_path, tiny_model(kind, wide=True, **FEW), group_size=32, act_order=False)
+    def stepper(kind, **changes):
+        hub_folder.write(tmp_path, tiny_model(kind, wide=True, **(changes or FEW)), group_size=32, act_order=False)
         twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
         hf, _notes = checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float16, device_map={"": "cpu"})
         emulated_gpu.emulate(monkeypatch)
@@ -98,10 +98,8 @@ def right(off):
     return sorted(off)[len(off) * 6 // 10] < 1e-2  # without a choice nine of ten are off by 0.1 and more
 
 
-@pytest.mark.parametrize("kind", INDEXED)
-def test_kernels_of_ours_attend_to_what_is_chosen(kind, on_gpu):
-    stepper, wanted = on_gpu(kind)
-    assert stepper.kernel == "graph"
+def compare(stepper, wanted):
+    """A prompt, and single tokens with and without a graph."""
     rows, off = wanted(IDS), []
     with torch.inference_mode():
         assert right(apart(stepper.all_logits(stepper.begin(), IDS), rows).tolist())
@@ -111,6 +109,13 @@ def test_kernels_of_ours_attend_to_what_is_chosen(kind, on_gpu):
             step = stepper._prompts.step if without_graph else stepper.step
             off += [float(apart(step(memory, IDS[at])[0], rows[at])) for at in range(14, 40)]
     assert right(off), off
+
+
+@pytest.mark.parametrize("kind", INDEXED)
+def test_kernels_of_ours_attend_to_what_is_chosen(kind, on_gpu):
+    stepper, wanted = on_gpu(kind)
+    assert stepper.kernel == "graph"
+    compare(stepper, wanted)
 
 
 @pytest.mark.parametrize("kind", INDEXED)
