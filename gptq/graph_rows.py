@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ROWS = (2, 4, 8, 16, 32)  # that graphs are recorded for
 _IDS, _LENGTHS = (1, 2, 3, 4, 5, 6), (3, 6)  # of the prompts that a model is tried with
 # Kinds of layers whose mask is that of a causal model: an indexer chooses among what it shows.
-_INDEXED = {"indexed_attention", "deepseek_sparse_attention"}
+_INDEXED = {"indexed_attention", "deepseek_sparse_attention", "minimax_m3_sparse"}
 _CLOSE = 0.02  # relative difference of the logits of a row and of its conversation alone, at most
 
 

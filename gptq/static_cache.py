@@ -16,7 +16,7 @@ from transformers import cache_utils
 
 from .static_windows import KINDS as WINDOWS
 from .static_windows import StaticWindow
-from .transformers_stepper import TransformersMemory, kept_by_tokens, states_of
+from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens, states_of
 
 FIRST_CAPACITY = 1024  # tokens
 
@@ -95,14 +95,20 @@ class StaticIndexedKeys(StaticKeys):
 
     def __init__(self, like: Any, capacity: int, count: Tensor) -> None:
         super().__init__(like, capacity, count)
-        keys, positions = like.indexer_keys, getattr(like, "indexer_position_ids", None)
+        keys, own, positions = (getattr(like, name, None) for name in ("indexer_keys", "idx_keys", "indexer_position_ids"))
         self.indexer_keys = None if keys is None else keys.new_zeros(1, capacity, keys.shape[2])
+        self.idx_keys = None if own is None else own.new_zeros(1, own.shape[1], capacity, own.shape[3])  # of MiniMax M3
         self._positions = None if positions is None else positions.new_zeros(positions.shape[0], 1, capacity)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         assert self.indexer_keys is not None
         self.indexer_keys.index_copy_(1, self.count, indexer_key_states)
         return self.indexer_keys[:, : self.shown]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        assert self.idx_keys is not None
+        self.idx_keys.index_copy_(2, self.count, idx_k)
+        return self.idx_keys[:, :, : self.shown]
 
     @property
     def indexer_position_ids(self) -> Tensor | None:
@@ -118,6 +124,8 @@ class StaticIndexedKeys(StaticKeys):
         found = super().places()
         if self.indexer_keys is not None:
             found["indexer_keys"] = self.indexer_keys, 1
+        if self.idx_keys is not None:
+            found["idx_keys"] = self.idx_keys, 2
         if self._positions is not None:
             found["indexer_position_ids"] = self._positions, 2
         return found
@@ -159,7 +167,7 @@ class StaticRoom:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
             return StaticKeys(layer, self.capacity, self.count)
-        if kind == "DynamicIndexedLayer" and isinstance(layer.keys, Tensor):
+        if kind in WITH_INDEXERS and isinstance(layer.keys, Tensor):
             return StaticIndexedKeys(layer, self.capacity, self.count)
         if kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer.keys, Tensor):
             return _with_states(layer, self.capacity, self.count)

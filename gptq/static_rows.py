@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from .static_cache import NotStatic
-from .transformers_stepper import TransformersMemory, kept_by_tokens
+from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens
 
 
 class Kernels(Protocol):
@@ -78,8 +78,9 @@ class RowIndexedKeys(RowKeys):
 
     def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor, targets: Tensor) -> None:
         super().__init__(like, rows, capacity, counts, targets)
-        keys = like.indexer_keys
+        keys, own = getattr(like, "indexer_keys", None), getattr(like, "idx_keys", None)
         self.indexer_keys = None if keys is None else keys.new_zeros(rows, capacity + 1, keys.shape[2])
+        self.idx_keys = None if own is None else own.new_zeros(rows, own.shape[1], capacity + 1, own.shape[3])  # of MiniMax M3
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         assert self.indexer_keys is not None
@@ -88,9 +89,15 @@ class RowIndexedKeys(RowKeys):
         self.indexer_keys[:rows].scatter_(1, at.expand_as(indexer_key_states), indexer_key_states)
         return self.indexer_keys[:rows, : self.shown]
 
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        assert self.idx_keys is not None
+        rows = idx_k.shape[0]
+        self.idx_keys[:rows].scatter_(2, self.targets[:rows].view(rows, 1, 1, 1).expand_as(idx_k), idx_k)
+        return self.idx_keys[:rows, :, : self.shown]
+
     def places(self) -> dict[str, tuple[Tensor, int]]:
-        more = {} if self.indexer_keys is None else {"indexer_keys": (self.indexer_keys, 1)}
-        return super().places() | more
+        more = {"indexer_keys": (self.indexer_keys, 1), "idx_keys": (self.idx_keys, 2)}
+        return super().places() | {name: (each, dim) for name, (each, dim) in more.items() if each is not None}
 
 
 class Row:
@@ -167,7 +174,7 @@ class RowRoom:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
             return RowKeys(layer, rows, self.capacity, self.counts, self.targets)
-        if kind == "DynamicIndexedLayer" and isinstance(layer.keys, Tensor):
+        if kind in WITH_INDEXERS and isinstance(layer.keys, Tensor):
             if getattr(layer, "indexer_position_ids", None) is not None:
                 raise NotStatic("its indexer keeps positions")
             return RowIndexedKeys(layer, rows, self.capacity, self.counts, self.targets)

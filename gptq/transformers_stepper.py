@@ -34,9 +34,10 @@ _CLOSE = 1e-3  # relative difference of logits that needs no better way
 _FAR = 0.1  # relative difference of logits that no rounding makes
 _STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
 # What layers keep of each token, and along which dimension: keys and values, and what an indexer chooses tokens by.
-_OF_TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1, "indexer_position_ids": 2}
+_OF_TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1, "idx_keys": 2, "indexer_position_ids": 2}
 _WINDOWS = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
-_CUT = ("DynamicLayer", "DynamicIndexedLayer")  # layers of which all is kept by tokens
+WITH_INDEXERS = ("DynamicIndexedLayer", "MiniMaxM3VLSparseCacheLayer")
+_CUT = ("DynamicLayer", *WITH_INDEXERS)  # layers of which all is kept by tokens
 
 
 def cache_name() -> str:
@@ -205,6 +206,8 @@ class TransformersMemory(Memory):
             return False
         if not self.layers or not any(_held(layer) for layer in self.layers):
             return False
+        if any(isinstance(each, Tensor) for each in vars(self.cache).values()):  # something beside the layers
+            return False
         for layer in self.layers:
             held = kept_by_tokens(layer)
             if states_of(layer) or (held and type(layer).__name__ not in _CUT):
@@ -226,6 +229,8 @@ def _copy_indexer(layer: Any, other: Any, length: int) -> None:
     held = kept_by_tokens(layer)
     if "indexer_keys" in held:
         other.update_indexer(held["indexer_keys"][0][:, :length].clone())
+    if "idx_keys" in held:
+        other.update_index(held["idx_keys"][0][:, :, :length].clone())
     if "indexer_position_ids" in held:
         other.indexer_position_ids = held["indexer_position_ids"][0][..., :length].clone()
 
