@@ -159,6 +159,6 @@ def _hiding(module: Any, original: Any) -> Any:
             return entries, bias
         complete = torch.arange(entries.shape[2], device=entries.device) < (layer.count + 1) // layer.compress_rate
         nothing = torch.zeros((), dtype=entries.dtype, device=entries.device)
-        return entries, torch.where(complete, nothing, torch.full_like(nothing, -torch.inf)).view(1, 1, 1, -1)
+        return entries, torch.where(complete, nothing, torch.full_like(nothing, -torch.inf)).view(1, 1, 1, len(complete))
 
     return forward

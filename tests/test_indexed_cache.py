@@ -26,8 +26,12 @@ FEW_BLOCKS = {
 }  # fmt: skip
 
 
+SHARED = {"indexer_types": ["full", "shared"] * 2}  # layers that heed what the one before has chosen
+
+
 def few_of(kind, **more):
-    return (FEW_BLOCKS if kind == BLOCKS else FEW) | more
+    own = SHARED if kind in ("glm_moe_dsa", "hy_v4") else {}
+    return (FEW_BLOCKS if kind == BLOCKS else FEW | own) | more
 
 
 def choosing(kind):

@@ -79,6 +79,16 @@ def same(found, wanted):
         assert found == wanted
 
 
+def test_a_context_without_room_for_an_entry():
+    model = tiny_model(KIND, layer_types=list(LAYERS[0]), compress_rates={SPARSE: 16, HEAVY: 128})
+    stepper, wanted = GraphStepper(model, 64, emulated_gpu.Recorder(None)), whole(model, IDS)
+    with torch.inference_mode():
+        memory = stepper.begin()
+        stepper.prefill(memory, IDS[:5])
+        assert [at for at in range(5, 40) if error(stepper.step(memory, IDS[at]), wanted[at]) > 1e-4] == []
+    assert not stepper.why and stepper._room.capacity == 64
+
+
 def test_a_recording_that_fails_leaves_windows_as_they_were(monkeypatch):
     model = model_of(LAYERS[1])
     stepper, wanted = recorded(model), whole(model_of(LAYERS[1]), IDS)
