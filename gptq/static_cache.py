@@ -83,7 +83,7 @@ class StaticKeys(cache_utils.StaticLayer):
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         return self.shown, 0
 
-    def places(self) -> dict[str, tuple[Tensor, int]]:
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
         """By the names that a growing layer has for them: what has a place for each token, and the dimension of the places."""
         return {"keys": (self.keys, 2), "values": (self.values, 2)}
 
@@ -120,8 +120,8 @@ class StaticIndexedKeys(StaticKeys):
         assert self._positions is not None
         self._positions.index_copy_(2, self.count, positions[..., -1:])
 
-    def places(self) -> dict[str, tuple[Tensor, int]]:
-        found = super().places()
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
+        found = super().by_tokens()
         if self.indexer_keys is not None:
             found["indexer_keys"] = self.indexer_keys, 1
         if self.idx_keys is not None:
@@ -183,9 +183,9 @@ class StaticRoom:
 
     @property
     def token_bytes(self) -> int:
-        places = (each for layer in self._keys() for each, _dim in layer.places().values())
+        kept = (each for layer in self._keys() for each, _dim in layer.by_tokens().values())
         of_windows = sum(each.token_bytes for each in self._windows())
-        return sum(each.numel() * each.element_size() for each in places) // self.capacity + of_windows
+        return sum(each.numel() * each.element_size() for each in kept) // self.capacity + of_windows
 
     @property
     def fixed_bytes(self) -> int:
@@ -231,11 +231,11 @@ class StaticRoom:
         if len(layers) != len(self.cache.layers) or memory.length > self.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
         pairs = [(own, layer) for own, layer in zip(self.cache.layers, layers, strict=True) if isinstance(own, StaticKeys)]
-        if any(set(own.places()) != set(kept_by_tokens(layer)) for own, layer in pairs):
+        if any(set(own.by_tokens()) != set(kept_by_tokens(layer)) for own, layer in pairs):
             raise NotStatic("its layers differ from one conversation to the next")
         self.count.fill_(memory.length)
         for own, layer in pairs:
-            for name, (place, dim) in own.places().items():
+            for name, (place, dim) in own.by_tokens().items():
                 source = getattr(layer, name)
                 place.narrow(dim, 0, memory.length).copy_(source)
                 setattr(layer, name, source.narrow(dim, 0, 0).clone())
@@ -262,10 +262,10 @@ class StaticRoom:
             return
         held: list[dict[str, Any]] = []
         for own in self.cache.layers:
-            places = own.places() if isinstance(own, StaticKeys) else {}
-            held.append({name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in places.items()})
+            kept = own.by_tokens() if isinstance(own, StaticKeys) else {}
+            held.append({name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in kept.items()})
             if isinstance(own, StaticWindow):
-                held[-1] = own.give_back(memory.length)
+                held[-1] = own.as_grown(memory.length)
         self._resident = memory.elsewhere = None
         for own, found, layer in zip(self.cache.layers, held, memory.layers, strict=True):
             for name, value in found.items():

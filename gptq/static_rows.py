@@ -58,9 +58,9 @@ class RowKeys(cache_utils.StaticLayer):
 
     @property
     def token_bytes(self) -> int:
-        return sum(each[0].select(dim - 1, 0).numel() * each.element_size() for each, dim in self.places().values())
+        return sum(each[0].select(dim - 1, 0).numel() * each.element_size() for each, dim in self.by_tokens().values())
 
-    def places(self) -> dict[str, tuple[Tensor, int]]:
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
         """By the names that a growing layer has for them: what has places for each row's tokens, and their dimension."""
         return {"keys": (self.keys, 2), "values": (self.values, 2)}
 
@@ -95,9 +95,9 @@ class RowIndexedKeys(RowKeys):
         self.idx_keys[:rows].scatter_(2, self.targets[:rows].view(rows, 1, 1, 1).expand_as(idx_k), idx_k)
         return self.idx_keys[:rows, :, : self.shown]
 
-    def places(self) -> dict[str, tuple[Tensor, int]]:
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
         more = {"indexer_keys": (self.indexer_keys, 1), "idx_keys": (self.idx_keys, 2)}
-        return super().places() | {name: (each, dim) for name, (each, dim) in more.items() if each is not None}
+        return super().by_tokens() | {name: (each, dim) for name, (each, dim) in more.items() if each is not None}
 
 
 class Row:
@@ -123,10 +123,10 @@ class Row:
         if len(layers) != len(self._room.layers) or memory.length > self._room.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
         pairs = [(own, layer) for own, layer in zip(self._room.layers, layers, strict=True) if isinstance(own, RowKeys)]
-        if any(set(own.places()) != set(kept_by_tokens(layer)) for own, layer in pairs):
+        if any(set(own.by_tokens()) != set(kept_by_tokens(layer)) for own, layer in pairs):
             raise NotStatic("its layers differ from one conversation to the next")
         for own, layer in pairs:
-            for name, (place, dim) in own.places().items():
+            for name, (place, dim) in own.by_tokens().items():
                 source = getattr(layer, name)
                 place[self.at : self.at + 1].narrow(dim, 0, memory.length).copy_(source)
                 setattr(layer, name, source.narrow(dim, 0, 0).clone())
@@ -138,10 +138,10 @@ class Row:
         memory = self.resident
         if memory is None:  # none was here, or it is forgotten
             return
-        places = [own.places() if isinstance(own, RowKeys) else {} for own in self._room.layers]
+        kept = [own.by_tokens() if isinstance(own, RowKeys) else {} for own in self._room.layers]
         held = [
             {name: place[self.at : self.at + 1].narrow(dim, 0, memory.length).clone() for name, (place, dim) in each.items()}
-            for each in places
+            for each in kept
         ]
         self._resident = memory.elsewhere = None
         for found, layer in zip(held, memory.layers, strict=True):

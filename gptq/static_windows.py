@@ -67,9 +67,9 @@ class StaticWindow(cache_utils.StaticLayer):
 
     def update_overlap_state(self, name: str, chunk_kv: Tensor, chunk_gate: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         complete = (self.count + 1) % self.compress_rate == 0
-        places = self._before[name]
-        before = places[0].clone(), places[1].clone()
-        for place, chunk in zip(places, (chunk_kv, chunk_gate), strict=True):
+        pair = self._before[name]
+        before = pair[0].clone(), pair[1].clone()
+        for place, chunk in zip(pair, (chunk_kv, chunk_gate), strict=True):
             place.copy_(torch.where(complete, chunk[:, -1, :, :head_dim].float(), place))
         return before
 
@@ -114,7 +114,7 @@ class StaticWindow(cache_utils.StaticLayer):
                 kv.copy_(layer.overlap_kv[name])
                 gate.copy_(layer.overlap_gate[name])
 
-    def give_back(self, length: int) -> dict[str, Any]:
+    def as_grown(self, length: int) -> dict[str, Any]:
         """By name what a growing layer of so many tokens holds."""
         last = min(length, self.keys.shape[2] - 1)
         keys, values = (each[:, :, each.shape[2] - last :].clone() for each in (self.keys, self.values))
@@ -135,9 +135,9 @@ class StaticWindow(cache_utils.StaticLayer):
         return found
 
 
-def _empty(like: Tensor, dim: int, places: int) -> Tensor:
+def _empty(like: Tensor, dim: int, size: int) -> Tensor:
     sizes = list(like.shape)
-    sizes[dim] = places
+    sizes[dim] = size
     return like.new_zeros(sizes)
 
 

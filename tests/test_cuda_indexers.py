@@ -5,8 +5,8 @@ import pytest
 import torch
 from every_architecture import KINDS, tiny_model
 from test_cuda_every_architecture import NEW, PROMPTS, apart
-from test_indexed_cache import INDEXED, compare, few_of, right
-from test_static_windows import FEW, KIND, LAYERS
+from test_indexed_cache import INDEXED, chosen_of, compare, right
+from test_static_windows import CHOSEN, KIND, LAYERS
 from test_transformers_stepper import IDS, whole
 from transformers import AutoModelForCausalLM
 
@@ -14,9 +14,9 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint, stepper_choice
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"), NEW]
-CASES = [(kind, few_of(kind), 4) for kind in INDEXED]
+CASES = [(kind, chosen_of(kind), 4) for kind in INDEXED]
 if KIND in KINDS:
-    CASES += [(KIND, FEW | {"layer_types": list(layers)}, 1) for layers in LAYERS]
+    CASES += [(KIND, CHOSEN | {"layer_types": list(layers)}, 1) for layers in LAYERS]
 
 
 @pytest.mark.parametrize(("kind", "changes", "parallel"), CASES)

@@ -17,10 +17,10 @@ from gptq_webui.gptq.prefix_cache import PrefixCache
 pytestmark = NEW
 INDEXED = [each for each in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text") if each in KINDS]
 # Fewer tokens are chosen than the conversations here have, by so many heads that rounding makes no other choice.
-FEW = {"index_topk": 8, "index_n_heads": 64}
+CHOSEN = {"index_topk": 8, "index_n_heads": 64}
 BLOCKS = "minimax_m3_vl_text"  # chooses blocks, for each head
 INDEXED += [BLOCKS] if BLOCKS in KINDS else []
-FEW_BLOCKS = {
+CHOSEN_BLOCKS = {
     "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 3,
     "index_local_blocks": 1,
 }  # fmt: skip
@@ -29,15 +29,15 @@ FEW_BLOCKS = {
 SHARED = {"indexer_types": ["full", "shared"] * 2}  # layers that heed what the one before has chosen
 
 
-def few_of(kind, **more):
+def chosen_of(kind, **more):
     own = SHARED if kind in ("glm_moe_dsa", "hy_v4") else {}
-    return (FEW_BLOCKS if kind == BLOCKS else FEW | own) | more
+    return (CHOSEN_BLOCKS if kind == BLOCKS else CHOSEN | own) | more
 
 
 def choosing(kind):
     """A model that heeds fewer tokens than there are."""
-    model = tiny_model(kind, **few_of(kind))
-    every = tiny_model(kind, **few_of(kind, **({"index_topk_blocks": 64} if kind == BLOCKS else {"index_topk": 64})))
+    model = tiny_model(kind, **chosen_of(kind))
+    every = tiny_model(kind, **chosen_of(kind, **({"index_topk_blocks": 64} if kind == BLOCKS else {"index_topk": 64})))
     assert error((whole(model, IDS)[-1],), whole(every, IDS)[-1]) > 1e-2
     return model
 
@@ -93,7 +93,7 @@ def on_gpu(tmp_path, monkeypatch):
     made = []
 
     def stepper(kind, **changes):
-        hub_folder.write(tmp_path, tiny_model(kind, wide=True, **(changes or few_of(kind))), group_size=32, act_order=False)
+        hub_folder.write(tmp_path, tiny_model(kind, wide=True, **(changes or chosen_of(kind))), group_size=32, act_order=False)
         twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
         hf, _notes = checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float16, device_map={"": "cpu"})
         emulated_gpu.emulate(monkeypatch)

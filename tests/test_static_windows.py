@@ -16,11 +16,11 @@ pytestmark = [NEW, pytest.mark.skipif(KIND not in KINDS, reason="this transforme
 HEAVY, SPARSE, WINDOW = "heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"
 LAYERS = [(HEAVY, SPARSE, HEAVY, SPARSE), (WINDOW, HEAVY, SPARSE, WINDOW)]
 # Fewer entries are chosen than there are, by so many heads that rounding makes no other choice.
-FEW = {"index_topk": 3, "index_n_heads": 32, "compress_rates": {SPARSE: 4, HEAVY: 8}}
+CHOSEN = {"index_topk": 3, "index_n_heads": 32, "compress_rates": {SPARSE: 4, HEAVY: 8}}
 
 
 def model_of(layers):
-    return tiny_model(KIND, layer_types=list(layers), **FEW)
+    return tiny_model(KIND, layer_types=list(layers), **CHOSEN)
 
 
 def recorded(model):
@@ -110,6 +110,6 @@ def test_a_recording_that_fails_leaves_windows_as_they_were(monkeypatch):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_kernels_of_ours_beside_windows(layers, on_gpu):  # noqa: F811
-    stepper, wanted = on_gpu(KIND, layer_types=list(layers), **FEW)
+    stepper, wanted = on_gpu(KIND, layer_types=list(layers), **CHOSEN)
     assert stepper.kernel == "graph" and stepper.parallel == 1
     compare(stepper, wanted)
