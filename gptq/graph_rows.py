@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 ROWS = (2, 4, 8, 16, 32)  # that graphs are recorded for
 _IDS, _LENGTHS = (1, 2, 3, 4, 5, 6), (3, 6)  # of the prompts that a model is tried with
+# Kinds of layers whose mask is that of a causal model: an indexer chooses among what it shows.
+_INDEXED = {"indexed_attention", "deepseek_sparse_attention", "minimax_m3_sparse"}
 _CLOSE = 0.02  # relative difference of the logits of a row and of its conversation alone, at most
 
 
@@ -115,7 +117,8 @@ class GraphRows:
             prompts.prefill(other, _IDS[:length])
         for next_ids in ((4, 2), (5, 5)):
             found = self.logits(list(zip(memories, next_ids, strict=True))).float()
-            wanted = torch.cat([alone(each, id).float() for each, id in zip(others, next_ids, strict=True)])
+            # each call may overwrite what the one before gave
+            wanted = torch.cat([alone(each, id).float().clone() for each, id in zip(others, next_ids, strict=True)])
             if next_ids == (4, 2):
                 whole = [
                     prompts.prefill(prompts.begin(), [*_IDS[:length], id]) for length, id in zip(_LENGTHS, next_ids, strict=True)
@@ -198,6 +201,7 @@ class GraphRows:
         chunk = getattr(config, "attention_chunk_size", None)
         by_kind = {
             "full_attention": seen,
+            **dict.fromkeys(_INDEXED & kinds, seen),
             "sliding_attention": seen & (positions > counts - window) if window else seen,
             "chunked_attention": seen & (positions // chunk == counts // chunk) if chunk else seen,
         }

@@ -17,14 +17,17 @@ from torch import Tensor
 from ..core.errors import GptqWebuiError
 from .adapted_forward import adapted
 from .begun_ahead import BegunAhead
+from .block_indexers import BlockIndexers
 from .patched_forward import ForwardPatch
 from .prefix_cache import PrefixCache
 from .recording import Counted, NumbersMadeThere, apart, refusing_to_wait
 from .running import Running
-from .static_cache import FIRST_CAPACITY, Fused, NotStatic, StaticRoom, shown_of
+from .static_cache import FIRST_CAPACITY, NotStatic, StaticRoom, shown_of
+from .static_layers import Fused
+from .static_windows import incomplete_entries_hidden
 from .stepper import Memory, Stepper
 from .token_ids import require_known
-from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_keys
+from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_tokens
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class GraphStepper(Stepper):
         self._fused = fused
         self.device, self.embedding_rows = self._prompts.device, self._prompts.embedding_rows
         self.chunk_tokens = self._prompts.chunk_tokens
-        self._can_cut = only_keys(new_cache(self._prompts.text_config))
+        self._can_cut = only_tokens(new_cache(self._prompts.text_config))
         self._room: StaticRoom | None = None
         self._graphs: dict[int, Any] = {}  # by the tokens that the model sees
         self._ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -72,6 +75,7 @@ class GraphStepper(Stepper):
         self._is_tried = False  # a forward was recorded, so another one waits for nothing either
         self._gives_positions = self._prompts.gives_positions
         self._limit = 0.0  # how far a later graph may be from the forward without one; 0: it is not asked
+        self._indexers = BlockIndexers(model)
         self._held: list[Tensor] = []  # of the model, which graphs read even if it has others since (XGLM's table of positions)
         # no graph is used, for this reason
         self.why = "its rotary angles depend on the length of the text" if self._prompts.length_dependent else ""
@@ -180,6 +184,7 @@ class GraphStepper(Stepper):
         if self._fused is not None:
             self._fused.close()
         self._prompts.close()
+        self._indexers.close()
         self._model = None
 
     def _graph(self, memory: TransformersMemory) -> Any:
@@ -231,7 +236,7 @@ class GraphStepper(Stepper):
             if self._fused is not None:
                 self._fused.begin()
             with self._prompts.keeping(room.kept):
-                output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given)
+                output = self._prompts.run_model(input_ids=self._ids, use_cache=True, **given, **room.masks())
             room.settle()
             logits = output.logits[:, -1, :]
             if self._logits is None:
@@ -242,7 +247,8 @@ class GraphStepper(Stepper):
         counted = Counted(room.count, 1, shown - 1)
         try:
             fused = nullcontext() if self._fused is None else self._fused.recording()
-            with adapted(self._model, room.count, shown), fused:
+            others = adapted(self._model, room.count, shown)
+            with self._indexers.taken(), incomplete_entries_hidden(self._model), others, fused:
                 run()  # libraries choose and load their kernels
                 assert self._logits is not None
                 wanted = self._logits.clone() if self._limit and self.may_give_up else None

@@ -7,15 +7,16 @@ first single token and leaves when something else asks for its cache.
 
 import copy
 import weakref
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 
 from .own_states import FixedStates, Kept, copy_of
-from .transformers_stepper import TransformersMemory, states_of
+from .static_layers import Fused, StaticIndexedKeys, StaticKeys, StaticNothing, cloned, with_states
+from .static_windows import KINDS as WINDOWS
+from .static_windows import StaticWindow
+from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens, states_of
 
 FIRST_CAPACITY = 1024  # tokens
 
@@ -32,85 +33,6 @@ class NotStatic(Exception):
     """Why a cache cannot have fixed addresses, as a reason."""
 
 
-class Fused(Protocol):
-    """Kernels in the place of parts of a forward, see cuda/fused_forward.py."""
-
-    capacity: int  # tokens that the cache has room for
-
-    def recording(self) -> AbstractContextManager[None]:
-        """While it lasts, a forward uses them."""
-
-    def begin(self) -> None:
-        """A forward begins: the same one as before, since the recording began."""
-
-    def keep(self, layer: Any, keys: Tensor, values: Tensor, shown: Tensor) -> bool:
-        """Put the new token into a StaticKeys, whose keys the model sees as `shown`; False if the kernels cannot."""
-
-    def close(self) -> None: ...
-
-
-class StaticKeys(cache_utils.StaticLayer):
-    """Keys and values [1, heads, capacity, D] of one layer. Every layer shares the counter of tokens."""
-
-    keys: Any  # Tensor; None in the base, until the first update
-    values: Any
-
-    def __init__(self, like: Any, capacity: int, count: Tensor) -> None:
-        super().__init__(capacity)
-        self.count = count  # int64 [1]
-        self.batch_size = self.max_batch_size = 1
-        self.num_heads = like.keys.shape[1]
-        self.k_head_dim, self.v_head_dim = like.keys.shape[-1], like.values.shape[-1]
-        self.dtype, self.device = like.keys.dtype, like.keys.device
-        self.keys = like.keys.new_zeros(1, self.num_heads, capacity, self.k_head_dim)
-        self.values = like.values.new_zeros(1, self.num_heads, capacity, self.v_head_dim)
-        self.is_initialized = True
-        self.shown = capacity  # tokens that the model gets to see, of the capacity
-        self.fused: Fused | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[:, :, : self.shown], self.values[:, :, : self.shown]
-        vars(keys)["tokens_before"] = self.count  # for an attention that reads how many there are
-        if self.fused is None or not self.fused.keep(self, key_states, value_states, keys):
-            self.keys.index_copy_(2, self.count, key_states)
-            self.values.index_copy_(2, self.count, value_states)
-        return keys, values
-
-    def get_seq_length(self, *_: Any, **__: Any) -> Any:
-        return self.count[0]
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        return self.shown, 0
-
-
-class StaticNothing(cache_utils.DynamicLayer):
-    """A layer without keys in a cache of a class of its own (MiniMax), which asks its first layer how many tokens there are."""
-
-    is_compileable = True
-
-    def __init__(self, capacity: int, count: Tensor) -> None:
-        super().__init__()
-        self.count, self.shown = count, capacity
-
-    def get_seq_length(self, *_: Any, **__: Any) -> Any:
-        return self.count[0]
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        return self.shown, 0
-
-
-def _with_states(like: Any, capacity: int, count: Tensor) -> StaticKeys:
-    """A layer that also has the states of linear attention or of convolutions."""
-
-    class StaticKeysAndStates(cache_utils.LinearAttentionLayer, StaticKeys):  # type: ignore[misc, override]
-        def __init__(self) -> None:
-            StaticKeys.__init__(self, like, capacity, count)
-            own = set(vars(self))
-            vars(self).update({name: _cloned(value) for name, value in vars(like).items() if name not in own})
-
-    return StaticKeysAndStates()
-
-
 class StaticRoom:
     """Where a conversation is while it is continued token by token."""
 
@@ -119,6 +41,8 @@ class StaticRoom:
         own = self._has_own_cache = memory.has_own_cache
         if memory.cache is None:
             raise NotStatic("its cache is of a class of its own, or it keeps none")
+        if not own and any(isinstance(each, Tensor) for each in vars(memory.cache).values()):
+            raise NotStatic("its cache keeps more than layers")  # positions, before transformers 5.24
         self.cache: Any = copy_of(memory.cache) if own else copy.copy(memory.cache)
         self.kept: Kept = copy_of(memory.kept)
         self._own_states = FixedStates(*([self.cache] if own else []), self.kept)
@@ -137,11 +61,15 @@ class StaticRoom:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
             return StaticKeys(layer, self.capacity, self.count)
+        if kind in WITH_INDEXERS and isinstance(layer.keys, Tensor):
+            return StaticIndexedKeys(layer, self.capacity, self.count)
         if kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer.keys, Tensor):
-            return _with_states(layer, self.capacity, self.count)
+            return with_states(layer, self.capacity, self.count)
+        if kind in WINDOWS and isinstance(layer.keys, Tensor):
+            return StaticWindow(layer, self.capacity, self.count)
         if kind == "LinearAttentionLayer":
             other = copy.copy(layer)
-            other.__dict__ = {name: _cloned(value) for name, value in layer.__dict__.items()}
+            other.__dict__ = {name: cloned(value) for name, value in layer.__dict__.items()}
             return other
         if kind == "DynamicLayer" and layer.keys is None and self._has_own_cache:
             return StaticNothing(self.capacity, self.count)
@@ -151,7 +79,9 @@ class StaticRoom:
 
     @property
     def token_bytes(self) -> int:
-        return sum(2 * each.keys.numel() * each.keys.element_size() // self.capacity for each in self._keys())
+        kept = (each for layer in self._keys() for each, _dim in layer.by_tokens().values())
+        of_windows = sum(each.token_bytes for each in self._windows())
+        return sum(each.numel() * each.element_size() for each in kept) // self.capacity + of_windows
 
     @property
     def fixed_bytes(self) -> int:
@@ -160,8 +90,12 @@ class StaticRoom:
     def _keys(self) -> list[StaticKeys]:
         return [each for each in self._layers if isinstance(each, StaticKeys)]
 
+    def _windows(self) -> list[StaticWindow]:
+        return [each for each in self._layers if isinstance(each, StaticWindow)]
+
     def _states(self) -> list[Tensor]:
-        return [state for layer in self._layers for state in states_of(layer)] + self._own_states.tensors
+        of_windows = [state for each in self._windows() for state in each.states()]
+        return of_windows + [state for layer in self._layers for state in states_of(layer)] + self._own_states.tensors
 
     @property
     def has_states(self) -> bool:
@@ -180,8 +114,13 @@ class StaticRoom:
     def show(self, tokens: int) -> None:
         """Let the model see so many tokens of the capacity."""
         for each in self._layers:
-            if isinstance(each, StaticKeys | StaticNothing):
+            if isinstance(each, StaticKeys | StaticNothing | StaticWindow):
                 each.shown = tokens
+
+    def masks(self) -> dict[str, Any]:
+        """What a forward of a token is given that cannot make its mask of this cache."""
+        windows = self._windows()
+        return {"attention_mask": {"sliding_attention": windows[0].mask(windows[0].dtype)}} if windows else {}
 
     def use(self, fused: Fused | None) -> None:
         if fused is not None:
@@ -200,13 +139,19 @@ class StaticRoom:
         layers = list(memory.layers)
         if len(layers) != len(self._layers) or memory.length > self.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
+        pairs = [(own, layer) for own, layer in zip(self._layers, layers, strict=True) if isinstance(own, StaticKeys)]
+        if any(set(own.by_tokens()) != set(kept_by_tokens(layer)) for own, layer in pairs):
+            raise NotStatic("its layers differ from one conversation to the next")
         self._own_states.enter(memory.roots)
         self.count.fill_(memory.length)
+        for own, layer in pairs:
+            for name, (place, dim) in own.by_tokens().items():
+                source = getattr(layer, name)
+                place.narrow(dim, 0, memory.length).copy_(source)
+                setattr(layer, name, source.narrow(dim, 0, 0).clone())
         for own, layer in zip(self._layers, layers, strict=True):
-            if isinstance(own, StaticKeys):
-                own.keys[:, :, : memory.length].copy_(layer.keys)
-                own.values[:, :, : memory.length].copy_(layer.values)
-                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+            if isinstance(own, StaticWindow):
+                own.take_in(layer, memory.length)
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 state.copy_(source)
         memory.elsewhere = self
@@ -225,15 +170,17 @@ class StaticRoom:
         if memory is None:  # none was here, or it is forgotten
             self._resident = None
             return
-        part = slice(None), slice(None), slice(memory.length)
-        held = [
-            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, StaticKeys) else None for own in self._layers
-        ]
+        held: list[dict[str, Any]] = []
+        for own in self._layers:
+            kept = own.by_tokens() if isinstance(own, StaticKeys) else {}
+            held.append({name: place.narrow(dim, 0, memory.length).clone() for name, (place, dim) in kept.items()})
+            if isinstance(own, StaticWindow):
+                held[-1] = own.as_grown(memory.length)
         self._resident = memory.elsewhere = None
         self._own_states.leave(memory.roots)
         for own, found, layer in zip(self._layers, held, memory.layers, strict=True):
-            if found is not None:
-                layer.keys, layer.values = found
+            for name, value in found.items():
+                setattr(layer, name, value)
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 source.copy_(state)
 
@@ -246,9 +193,3 @@ class StaticRoom:
             own.copy_(kept)
         self._own_states.put_back()
         self.count.fill_(length)
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return {key: _cloned(each) for key, each in value.items()} if isinstance(value, dict) else value

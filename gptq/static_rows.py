@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from .static_cache import NotStatic
-from .transformers_stepper import TransformersMemory
+from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens
 
 
 class Kernels(Protocol):
@@ -58,13 +58,46 @@ class RowKeys(cache_utils.StaticLayer):
 
     @property
     def token_bytes(self) -> int:
-        return (self.k_head_dim + self.v_head_dim) * self.num_heads * int(self.keys.element_size())
+        return sum(each[0].select(dim - 1, 0).numel() * each.element_size() for each, dim in self.by_tokens().values())
+
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
+        """By the names that a growing layer has for them: what has places for each row's tokens, and their dimension."""
+        return {"keys": (self.keys, 2), "values": (self.values, 2)}
 
     def get_seq_length(self, *_: Any, **__: Any) -> Any:
         return self.counts[0]
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         return self.shown, 0
+
+
+class RowIndexedKeys(RowKeys):
+    """Also what an indexer chooses each row's tokens by, which the masks hide from it as from attention."""
+
+    is_indexer_initialized = True
+
+    def __init__(self, like: Any, rows: int, capacity: int, counts: Tensor, targets: Tensor) -> None:
+        super().__init__(like, rows, capacity, counts, targets)
+        keys, own = getattr(like, "indexer_keys", None), getattr(like, "idx_keys", None)
+        self.indexer_keys = None if keys is None else keys.new_zeros(rows, capacity + 1, keys.shape[2])
+        self.idx_keys = None if own is None else own.new_zeros(rows, own.shape[1], capacity + 1, own.shape[3])  # of MiniMax M3
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        assert self.indexer_keys is not None
+        rows = indexer_key_states.shape[0]
+        at = self.targets[:rows].view(rows, 1, 1)
+        self.indexer_keys[:rows].scatter_(1, at.expand_as(indexer_key_states), indexer_key_states)
+        return self.indexer_keys[:rows, : self.shown]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        assert self.idx_keys is not None
+        rows = idx_k.shape[0]
+        self.idx_keys[:rows].scatter_(2, self.targets[:rows].view(rows, 1, 1, 1).expand_as(idx_k), idx_k)
+        return self.idx_keys[:rows, :, : self.shown]
+
+    def by_tokens(self) -> dict[str, tuple[Tensor, int]]:
+        more = {"indexer_keys": (self.indexer_keys, 1), "idx_keys": (self.idx_keys, 2)}
+        return super().by_tokens() | {name: (each, dim) for name, (each, dim) in more.items() if each is not None}
 
 
 class Row:
@@ -89,11 +122,14 @@ class Row:
         layers = list(memory.layers)
         if len(layers) != len(self._room.layers) or memory.length > self._room.capacity:
             raise NotStatic("its layers differ from one conversation to the next")
-        for own, layer in zip(self._room.layers, layers, strict=True):
-            if isinstance(own, RowKeys):
-                own.keys[self.at, :, : memory.length].copy_(layer.keys[0])
-                own.values[self.at, :, : memory.length].copy_(layer.values[0])
-                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+        pairs = [(own, layer) for own, layer in zip(self._room.layers, layers, strict=True) if isinstance(own, RowKeys)]
+        if any(set(own.by_tokens()) != set(kept_by_tokens(layer)) for own, layer in pairs):
+            raise NotStatic("its layers differ from one conversation to the next")
+        for own, layer in pairs:
+            for name, (place, dim) in own.by_tokens().items():
+                source = getattr(layer, name)
+                place[self.at : self.at + 1].narrow(dim, 0, memory.length).copy_(source)
+                setattr(layer, name, source.narrow(dim, 0, 0).clone())
         memory.elsewhere = self
         self._resident = weakref.ref(memory)
 
@@ -102,14 +138,15 @@ class Row:
         memory = self.resident
         if memory is None:  # none was here, or it is forgotten
             return
-        part = slice(self.at, self.at + 1), slice(None), slice(memory.length)
+        kept = [own.by_tokens() if isinstance(own, RowKeys) else {} for own in self._room.layers]
         held = [
-            (own.keys[part].clone(), own.values[part].clone()) if isinstance(own, RowKeys) else None for own in self._room.layers
+            {name: place[self.at : self.at + 1].narrow(dim, 0, memory.length).clone() for name, (place, dim) in each.items()}
+            for each in kept
         ]
         self._resident = memory.elsewhere = None
         for found, layer in zip(held, memory.layers, strict=True):
-            if found is not None:
-                layer.keys, layer.values = found
+            for name, value in found.items():
+                setattr(layer, name, value)
 
     def cut(self, length: int) -> bool:
         return True  # each forward is told how many tokens count
@@ -137,6 +174,10 @@ class RowRoom:
         kind = type(layer).__name__
         if kind == "DynamicLayer" and isinstance(layer.keys, Tensor):
             return RowKeys(layer, rows, self.capacity, self.counts, self.targets)
+        if kind in WITH_INDEXERS and isinstance(layer.keys, Tensor):
+            if getattr(layer, "indexer_position_ids", None) is not None:
+                raise NotStatic("its indexer keeps positions")
+            return RowIndexedKeys(layer, rows, self.capacity, self.counts, self.targets)
         if kind == "DummyLayer" or (kind == "DynamicLayer" and layer.keys is None):
             return copy.copy(layer)
         raise NotStatic(f"layers of the kind {kind} are more than keys and values")

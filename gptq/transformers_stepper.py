@@ -35,6 +35,11 @@ _TRIAL = (5, 9, 2, 7, 3, 8, 4, 6)  # ids that an architecture is tried with
 _CLOSE = 1e-3  # relative difference of logits that needs no better way
 _FAR = 0.1  # relative difference of logits that no rounding makes
 _STATES = ("conv_states", "recurrent_states")  # of layers with linear attention or convolutions, by number
+# What layers keep of each token, and along which dimension: keys and values, and what an indexer chooses tokens by.
+_OF_TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1, "idx_keys": 2, "indexer_position_ids": 2}
+_WINDOWS = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+WITH_INDEXERS = ("DynamicIndexedLayer", "MiniMaxM3VLSparseCacheLayer")
+_CUT = ("DynamicLayer", *WITH_INDEXERS)  # layers of which all is kept by tokens
 
 
 def cache_name() -> str:
@@ -56,6 +61,8 @@ def new_cache(config: Any) -> Any:
     layers = getattr(cache, "layers", None)
     if not layers:
         return DynamicCache()
+    if any(getattr(each, "is_sliding", False) is True and type(each).__name__ not in _WINDOWS for each in layers):
+        return cache  # one mask is made for all windows (DeepSeek V4), and those of its own kind stay short
     for at, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind == "DynamicSlidingWindowLayer":
@@ -71,6 +78,18 @@ def only_keys(cache: Any) -> bool:
     return type(cache).__name__ == "DynamicCache" and all(
         type(each).__name__ in ("DynamicLayer", "DummyLayer") for each in layers
     )
+
+
+def only_tokens(cache: Any) -> bool:
+    """Whether all that a new cache will hold is kept by tokens, so that a conversation can be cut anywhere."""
+    layers = getattr(cache, "layers", None) or ()
+    return type(cache).__name__ == "DynamicCache" and all(type(each).__name__ in (*_CUT, "DummyLayer") for each in layers)
+
+
+def kept_by_tokens(layer: Any) -> dict[str, tuple[Tensor, int]]:
+    """By their names the tensors of a layer that have a place for each token, with the dimension of those places."""
+    found = {name: (getattr(layer, name, None), dim) for name, dim in _OF_TOKENS.items()}
+    return {name: (each, dim) for name, (each, dim) in found.items() if isinstance(each, Tensor) and each.dim() > dim}
 
 
 def states_of(layer: Any) -> list[Tensor]:
@@ -156,8 +175,8 @@ class TransformersMemory(Memory):
     def size_bytes(self) -> int:
         if self.elsewhere is not None:
             return self._length * self.elsewhere.token_bytes + self.elsewhere.fixed_bytes
-        found = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
-        held = [each for each in found if isinstance(each, Tensor)] + [each for layer in self.layers for each in states_of(layer)]
+        held = [each for layer in self.layers for each, _dim in kept_by_tokens(layer).values()]
+        held += [each for layer in self.layers for each in states_of(layer)]
         held += [each for place in self.states for each in place.tensors]
         return sum(each.numel() * each.element_size() for each in held)
 
@@ -174,9 +193,7 @@ class TransformersMemory(Memory):
         if not self._can_hold(length):
             return False
         for layer in self.layers:
-            if _held(layer):
-                layer.keys = layer.keys[..., :length, :]
-                layer.values = layer.values[..., :length, :]
+            cut_to(layer, length)
         self._length = length
         return True
 
@@ -187,6 +204,7 @@ class TransformersMemory(Memory):
         for at, layer in enumerate(self.layers):
             if _held(layer):
                 other.cache.update(layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone(), at)
+                _copy_indexer(layer, other.cache.layers[at], length)
         other._length = length
         return other
 
@@ -207,15 +225,33 @@ class TransformersMemory(Memory):
             return False
         if self.states or not self.layers or not any(_held(layer) for layer in self.layers):
             return False
+        if any(isinstance(each, Tensor) for each in vars(self.cache).values()):  # something beside the layers
+            return False
         for layer in self.layers:
-            keys: Any = getattr(layer, "keys", None)
-            if states_of(layer) or getattr(layer, "indexer_keys", None) is not None:
+            held = kept_by_tokens(layer)
+            if states_of(layer) or (held and type(layer).__name__ not in _CUT):
                 return False
-            if _held(layer) and (keys.dim() != 4 or keys.shape[-2] < length):
+            if _held(layer) and (layer.keys.dim() != 4 or any(each.shape[dim] < length for each, dim in held.values())):
                 return False
-            if not _held(layer) and type(layer).__name__ not in ("DummyLayer", "LinearAttentionLayer", "DynamicLayer"):
+            if not _held(layer) and type(layer).__name__ not in (*_CUT, "DummyLayer", "LinearAttentionLayer"):
                 return False
         return True
+
+
+def cut_to(layer: Any, length: int) -> None:
+    """Let a layer keep the first tokens alone."""
+    for name, (each, dim) in kept_by_tokens(layer).items():
+        setattr(layer, name, each.narrow(dim, 0, min(length, each.shape[dim])))
+
+
+def _copy_indexer(layer: Any, other: Any, length: int) -> None:
+    held = kept_by_tokens(layer)
+    if "indexer_keys" in held:
+        other.update_indexer(held["indexer_keys"][0][:, :length].clone())
+    if "idx_keys" in held:
+        other.update_index(held["idx_keys"][0][:, :, :length].clone())
+    if "indexer_position_ids" in held:
+        other.indexer_position_ids = held["indexer_position_ids"][0][..., :length].clone()
 
 
 def _held(layer: Any) -> bool:
@@ -524,9 +560,7 @@ def _undone(memory: TransformersMemory, length: int) -> bool:
     if memory.states:
         return False
     for layer in memory.layers:
-        if states_of(layer):
+        if states_of(layer) or (kept_by_tokens(layer) and type(layer).__name__ not in _CUT):
             return False
-        if _held(layer):
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
+        cut_to(layer, length)
     return True

@@ -15,7 +15,7 @@ from transformers import AutoConfig, DynamicCache
 from gptq_webui.gptq.cuda import latent_attention
 from gptq_webui.gptq.cuda.gpu_kernels import Gpu
 from gptq_webui.gptq.cuda.latent_attention import LatentAttention, is_latent, leave_masks_out
-from gptq_webui.gptq.static_cache import StaticKeys
+from gptq_webui.gptq.static_layers import StaticKeys
 from gptq_webui.gptq.stepper_choice import stepper_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")

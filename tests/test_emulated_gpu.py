@@ -20,8 +20,7 @@ pytestmark = NEW
 TABLE_OF = version.parse("5.24")  # of transformers; earlier ones ask more often for what a recording cannot give
 # No graph is made of these: their own forward waits for the GPU, or their cache is of another kind.
 NOT_RECORDED = {
-    "axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4",
-    "openai-gpt", "qwen4_exp", "qwen4_exp_text",
+    "openai-gpt",
 }  # fmt: skip
 
 

@@ -7,7 +7,27 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-_NAMES = {"sdpa": "gptq_webui_sdpa", "eager": "gptq_webui_eager"}  # our attention beside transformers' own
+
+class _Name(str):
+    """A name of ours in the registry that equals the one it stands for as well. A forward that asks for its attention's name
+    must be told the same: with another one some leave it to attention to hide the tokens that an indexer did not choose."""
+
+    def __new__(cls, name: str, stands_for: str = "") -> "_Name":
+        own = super().__new__(cls, name)
+        own.stands_for = stands_for
+        return own
+
+    stands_for: str
+    __hash__ = str.__hash__  # the registry finds it by its own name alone
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or str.__eq__(self.stands_for, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+_NAMES = {each: _Name(f"gptq_webui_{each}", each) for each in ("sdpa", "eager")}  # our attention beside transformers' own
 
 
 class Decoder(Protocol):
