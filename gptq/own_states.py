@@ -34,18 +34,18 @@ class Place:
         self.holder[self.key] = tensors if isinstance(self.holder[self.key], tuple) else tensors[0]
 
 
-def places_in(cache: Any) -> list[Place]:
+def spots_in(cache: Any) -> list[Place]:
     """The states of a cache, or of a list or dict of states; not those of its layers."""
-    return list(_places(_root(cache), ()))
+    return list(_spots(_root(cache), ()))
 
 
-def _places(holder: Any, name: tuple[Any, ...]) -> Iterator[Place]:
+def _spots(holder: Any, name: tuple[Any, ...]) -> Iterator[Place]:
     for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
         several = isinstance(value, tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
         if isinstance(value, Tensor) or several:
             yield Place((*name, key), holder, key)
         elif isinstance(value, dict | list) and key != "layers":
-            yield from _places(value, (*name, key))
+            yield from _spots(value, (*name, key))
 
 
 def _numbers_in(cache: Any) -> list[tuple[tuple[Any, ...], float]]:
@@ -88,11 +88,11 @@ class FixedStates:
     def __init__(self, *roots: Any) -> None:
         """`roots`: what `copy_of` gave; forwards put other tensors there."""
         self._roots = roots
-        self._own = [(each.name, each.tensors) for each in self._places()]
+        self._own = [(each.name, each.tensors) for each in self._spots()]
         self._numbers = [_numbers_in(each) for each in roots]
 
-    def _places(self) -> list[Place]:
-        return _all_places(self._roots)
+    def _spots(self) -> list[Place]:
+        return _all_spots(self._roots)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,7 +101,7 @@ class FixedStates:
     def settle(self) -> None:
         """After a forward: what it has put in the place of our tensors is copied into them."""
         self._require(self._roots)
-        for own, place in self._beside(self._places()):
+        for own, place in self._beside(self._spots()):
             found = place.tensors
             if any(mine is not other for mine, other in zip(own, found, strict=True)):
                 _copy(own, found)
@@ -109,33 +109,33 @@ class FixedStates:
 
     def put_back(self) -> None:
         """After a forward that ended early: our tensors are there, whatever it has put in their place."""
-        for own, place in self._beside(self._places()):
+        for own, place in self._beside(self._spots()):
             place.put(own)
 
     def enter(self, roots: Sequence[Any]) -> None:
         """Have what a conversation has."""
         self._require(roots)
-        for own, place in self._beside(_all_places(roots)):
+        for own, place in self._beside(_all_spots(roots)):
             _copy(own, place.tensors)
 
     def leave(self, roots: Sequence[Any]) -> None:
         """Give it back."""
-        for own, place in self._beside(_all_places(roots)):
+        for own, place in self._beside(_all_spots(roots)):
             _copy(place.tensors, own)
 
     def _require(self, roots: Sequence[Any]) -> None:
         if [_numbers_in(each) for each in roots] != self._numbers:  # a recorded forward would not count on
             raise ValueError("its cache is of a class of its own, and counts on the host")
 
-    def _beside(self, places: Sequence[Place]) -> list[tuple[tuple[Tensor, ...], Place]]:
+    def _beside(self, spots: Sequence[Place]) -> list[tuple[tuple[Tensor, ...], Place]]:
         """Our tensors, and where such of another conversation are."""
-        if [each.name for each in places] != [name for name, _tensors in self._own]:
+        if [each.name for each in spots] != [name for name, _tensors in self._own]:
             raise ValueError("its cache is of a class of its own, and holds more after a token")
-        return [(own, place) for (_name, own), place in zip(self._own, places, strict=True)]
+        return [(own, place) for (_name, own), place in zip(self._own, spots, strict=True)]
 
 
-def _all_places(roots: Sequence[Any]) -> list[Place]:
-    return [each for root in roots for each in places_in(root)]
+def _all_spots(roots: Sequence[Any]) -> list[Place]:
+    return [each for root in roots for each in spots_in(root)]
 
 
 def _copy(to: Sequence[Tensor], found: Sequence[Tensor]) -> None:
@@ -148,8 +148,8 @@ def _copy(to: Sequence[Tensor], found: Sequence[Tensor]) -> None:
 class ModuleStates:
     """The tensors that a model's modules keep from one forward to the next. Each conversation is given its own."""
 
-    def __init__(self, places: Sequence[tuple[nn.Module, str]]) -> None:
-        self._places = tuple(places)
+    def __init__(self, spots: Sequence[tuple[nn.Module, str]]) -> None:
+        self._spots = tuple(spots)
 
     @classmethod
     def changed_by(cls, model: nn.Module, run: Callable[[], object]) -> "ModuleStates | None":
@@ -169,13 +169,13 @@ class ModuleStates:
     @contextmanager
     def of(self, kept: Kept) -> Iterator[None]:
         """During a forward of the conversation that has kept these; it has none before its first one."""
-        others = [vars(module).get(name) for module, name in self._places]  # of whoever calls the model's forward beside us
-        for at, (module, name) in enumerate(self._places):
+        others = [vars(module).get(name) for module, name in self._spots]  # of whoever calls the model's forward beside us
+        for at, (module, name) in enumerate(self._spots):
             vars(module)[name] = kept.get(at)
         try:
             yield
         finally:
-            for at, (module, name) in enumerate(self._places):
+            for at, (module, name) in enumerate(self._spots):
                 kept[at], vars(module)[name] = vars(module).get(name), others[at]
 
 

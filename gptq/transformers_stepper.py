@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import BadCheckpoint, GptqWebuiError
 from ..core.foreign_errors import in_words
 from .attention_backends import cudnn_attention
-from .own_states import Kept, ModuleStates, Place, places_in
+from .own_states import Kept, ModuleStates, Place, spots_in
 from .rope_length import RopeLength
 from .stepper import Memory, Stepper
 from .token_ids import require_known
@@ -169,7 +169,7 @@ class TransformersMemory(Memory):
 
     @property
     def states(self) -> list[Place]:
-        return [each for root in self.roots for each in places_in(root)]
+        return [each for root in self.roots for each in spots_in(root)]
 
     @property
     def size_bytes(self) -> int:

@@ -16,7 +16,7 @@ from gptq_webui.core.chat import Step
 from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint, stepper_choice
 from gptq_webui.gptq.graph_stepper import GraphStepper
-from gptq_webui.gptq.own_states import FixedStates, ModuleStates, copy_of, places_in
+from gptq_webui.gptq.own_states import FixedStates, ModuleStates, copy_of, spots_in
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY
 from gptq_webui.gptq.token_rules import TokenRules
@@ -30,14 +30,14 @@ def cache(value=1.0, **more):
 
 
 def numbers(of):
-    return [float(each.mean()) for place in places_in(of) for each in place.tensors]
+    return [float(each.mean()) for place in spots_in(of) for each in place.tensors]
 
 
 def test_states_are_found_in_lists_dicts_and_tuples():
     found = cache()
-    assert [each.name for each in places_in(found)] == [("linear", 1), ("recurrent", 0)]
-    assert [len(each.tensors) for each in places_in(found)] == [1, 2]
-    assert places_in(None) == places_in([]) == places_in(SimpleNamespace(name="a")) == []
+    assert [each.name for each in spots_in(found)] == [("linear", 1), ("recurrent", 0)]
+    assert [len(each.tensors) for each in spots_in(found)] == [1, 2]
+    assert spots_in(None) == spots_in([]) == spots_in(SimpleNamespace(name="a")) == []
     other = copy_of(found)
     found.linear[1].fill_(9)
     assert numbers(other) == [1, 1, 1] and other.layers is found.layers and other.linear[0] == []
@@ -53,7 +53,7 @@ def test_states_that_a_forward_replaces_stay_at_their_addresses():
     room.recurrent[0] = room.recurrent[0][0] + 10, room.recurrent[0][1]
     room.recurrent[0][1].add_(1)
     fixed.settle()
-    assert [each.data_ptr() for place in places_in(room) for each in place.tensors] == addresses
+    assert [each.data_ptr() for place in spots_in(room) for each in place.tensors] == addresses
     assert numbers(room) == [12, 12, 3]
     fixed.leave([first])
     fixed.enter([second])
@@ -110,7 +110,7 @@ def test_every_conversation_has_its_own_of_what_a_module_keeps(in_place):
     model(1.0)
     with torch.inference_mode():
         states = ModuleStates.changed_by(model, lambda: model(2.0))
-        assert [name for _module, name in states._places] == ["seen"]
+        assert [name for _module, name in states._spots] == ["seen"]
         first, second = {}, {}
         for kept, x, wanted in ((first, 1.0, 1), (second, 5.0, 5), (first, 2.0, 3), (second, 1.0, 6)):
             with states.of(kept):
