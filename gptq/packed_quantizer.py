@@ -228,6 +228,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """transformers 5.17 leaves renamed tensors in a file's type (fp32 may be meant: keep_in_fp32), and shapes uncompared."""
         forget_names_of_2023(model)
+        self.direct = ()  # the model keeps its quantizer, which would keep layers that leave the model
         for name, parameter in model.named_parameters():
             dtype, shape = self._wanted.get(name, (parameter.dtype, parameter.shape))
             if parameter.shape != shape:
