@@ -5,6 +5,7 @@ has 73,000 tensors. Their names in the files and their places in the model are k
 """
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,31 +22,57 @@ _TAKES = ["model", "state_dict", "load_config"]
 Direct = tuple[str, str, GPTQLinear]  # name in the files, place in the model, layer
 
 
+class _Taken:
+    """Loads that take part now. The first puts ours in the place of transformers' loader, the last puts that back: with one of
+    each load, a load that began first and ends first would leave another's behind."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: Any = None
+
+    def begin(self, module: Any) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = vars(module).get(_LOADS)
+                if self._before is not None and list(inspect.signature(self._before).parameters)[:3] == _TAKES:
+                    vars(module)[_LOADS] = _filling(self._before)
+
+    def end(self, module: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._before is not None:
+                vars(module)[_LOADS], self._before = self._before, None
+
+
+_TAKEN = _Taken()
+
+
 @contextmanager
 def filled_directly() -> Iterator[None]:
     """While this lasts, transformers leaves to `fill` what the quantizer of a model lists as `direct`.
 
-    Does nothing for a transformers that loads in another manner.
+    Does nothing for a transformers that loads in another manner. Models may be loaded in several threads at once.
     """
     module = import_module("transformers.modeling_utils")
-    before: Any = vars(module).get(_LOADS)
-    if before is None or list(inspect.signature(before).parameters)[:3] != _TAKES:
+    _TAKEN.begin(module)
+    try:
         yield
-        return
+    finally:
+        _TAKEN.end(module)
 
+
+def _filling(before: Any) -> Any:
     def loaded(model: Any, state_dict: Any, load_config: Any, *args: Any, **named: Any) -> Any:
         direct = getattr(load_config.hf_quantizer, "direct", ())
         left = dict(state_dict)
         filled = fill(direct, left, load_config.device_map or {"": "cpu"})
         result = before(model, left, load_config, *args, **named)
-        result[0].missing_keys.difference_update(filled)
+        getattr(result[0], "missing_keys", result[0]).difference_update(filled)  # transformers 5.0 gives the set itself
         return result
 
-    vars(module)[_LOADS] = loaded
-    try:
-        yield
-    finally:
-        vars(module)[_LOADS] = before
+    return loaded
 
 
 def fill(direct: Sequence[Direct], tensors: MutableMapping[str, Any], device_map: Mapping[str, Any]) -> set[str]:

@@ -1,17 +1,21 @@
 """gptq/direct_weights.py: packed layers take their tensors from the files themselves, and transformers does not see those."""
 
+import gc
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import modeling_utils
 
 import tiny
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.core.models import LocalModel
 from gptq_webui.core.safetensors_header import headers_kept, read_header
-from gptq_webui.gptq import checkpoint, direct_weights
+from gptq_webui.gptq import checkpoint, direct_weights, packed_quantizer
 from gptq_webui.gptq.gptq_linear import GPTQLinear
 from gptq_webui.gptq.module_names import module_names_of
 
@@ -76,6 +80,45 @@ def test_what_belongs_to_the_disk_or_has_another_shape_is_left(tmp_path):
     filled = direct_weights.fill([("a.b", "m.a.b", layer)], left, {"": "disk", "m.a": "cpu"})
     assert filled == {f"m.a.b.{part}" for part in tensors} and set(left) == {"a.b.bias", "c"}
     assert layer.bias.is_meta and not any(each.requires_grad for each in layer.parameters())
+
+
+@FIVE
+def test_a_load_that_began_first_and_ends_first_leaves_nothing_behind_and_the_other_goes_on():
+    before = getattr(modeling_utils, direct_weights._LOADS)
+    first, second = direct_weights.filled_directly(), direct_weights.filled_directly()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert getattr(modeling_utils, direct_weights._LOADS) is not before
+    second.__exit__(None, None, None)
+    assert getattr(modeling_utils, direct_weights._LOADS) is before
+
+
+@pytest.mark.parametrize("form", [set, lambda keys: SimpleNamespace(missing_keys=set(keys))], ids=["5.0", "later"])
+def test_what_is_filled_is_not_missing_in_either_form_of_the_report(form):
+    layer = GPTQLinear(64, 32, 4, 32, bias=False, device="meta")
+    tensors, _dense = tiny.random_layer(64, 32, 4, 32)
+    held = {f"a.{part}": each for part, each in tensors.items()} | {"c": torch.zeros(1)}
+    load_config = SimpleNamespace(hf_quantizer=SimpleNamespace(direct=[("a", "a", layer)]), device_map=None)
+    loads = direct_weights._filling(lambda model, left, _config, **_named: (form({"d", *held} - set(left)), None))
+    found = loads(model=None, state_dict=held, load_config=load_config)[0]
+    assert getattr(found, "missing_keys", found) == {"d"}
+
+
+def test_packed_layers_that_are_made_dense_are_freed(tmp_path, monkeypatch):
+    packed, complete = [], checkpoint.complete
+
+    def watched(loaded, *others):
+        packed.extend(weakref.ref(each) for each in loaded.modules() if isinstance(each, GPTQLinear))
+        return complete(loaded, *others)
+
+    monkeypatch.setattr(checkpoint, "complete", watched)
+    monkeypatch.setattr(packed_quantizer, "stays_dense", lambda _module, _model, place: place.endswith("down_proj"))
+    tiny.write(tmp_path, "llama")
+    hf, _notes = load(tmp_path)
+    gc.collect()
+    assert type(hf.model.layers[0].mlp.down_proj) is nn.Linear
+    assert sum(each() is None for each in packed) == len(hf.model.layers)
 
 
 def test_a_tensor_that_is_missing_is_still_missed(tmp_path):
