@@ -446,8 +446,6 @@ class TransformersStepper(Stepper):
 
     def _prefill(self, memory: Memory, ids: Sequence[int]) -> Tensor:
         assert isinstance(memory, TransformersMemory)
-        if self._own_cache and memory.length == 0:
-            memory.cache = None
         if not self._keeps_cache:
             memory.ids += ids
             memory.grown(len(ids))
@@ -500,6 +498,8 @@ class TransformersStepper(Stepper):
         return self._run(input_ids=self._input(memory.ids), **self._without_cache, **kept, **more)
 
     def _output(self, memory: TransformersMemory, ids: Sequence[int], keep: int, **more: Any) -> Any:
+        if self._own_cache and memory.length == 0:
+            memory.cache = None
         given: dict[str, Any] = {self.cache_argument: memory.cache, **more}
         if self._keeps_some:
             given["logits_to_keep"] = keep

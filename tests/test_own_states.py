@@ -222,3 +222,20 @@ def test_a_conversation_of_states_goes_on_after_others(kind, tmp_path, monkeypat
     assert wanted[0] != alone(stepper, PROMPTS[0], rules=rules) == alone(stepper._prompts, PROMPTS[0], rules=rules)
     assert [alone(stepper, ids) for ids in PROMPTS[:2]] == wanted and not stepper.why
     stepper.close()
+
+
+@NEW
+@pytest.mark.parametrize("made", [plain, graph])
+@pytest.mark.parametrize("kind", [each for each in ("minimax", "xlstm", "rwkv", "recurrent_gemma") if each in KINDS])
+def test_a_text_is_scored_and_embedded_piece_by_piece(kind, made):
+    model = tiny_model(kind, wide=True)
+    wanted, stepper = whole(model, IDS), made(model)
+    with torch.inference_mode():
+        memory, other = stepper.begin(), stepper.begin()
+        hidden = []
+        for first, last in ((0, 10), (10, 15), (15, 16), (16, 30)):
+            rows = stepper.all_logits(memory, IDS[first:last])
+            assert max(error(row[None], right) for row, right in zip(rows, wanted[first:last], strict=True)) < 1e-3
+            hidden.append(stepper.hidden(other, IDS[first:last]))
+        assert torch.allclose(torch.cat(hidden), stepper.hidden(stepper.begin(), IDS[:30]), rtol=1e-2, atol=1e-3)
+    stepper.close()
