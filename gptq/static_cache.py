@@ -144,16 +144,19 @@ class StaticRoom:
             raise NotStatic("its layers differ from one conversation to the next")
         self._own_states.enter(memory.roots)
         self.count.fill_(memory.length)
+        emptied: list[tuple[Any, str, Tensor]] = []
         for own, layer in pairs:
             for name, (place, dim) in own.by_tokens().items():
                 source = getattr(layer, name)
                 place.narrow(dim, 0, memory.length).copy_(source)
-                setattr(layer, name, source.narrow(dim, 0, 0).clone())
+                emptied.append((layer, name, source.narrow(dim, 0, 0).clone()))
         for own, layer in zip(self._layers, layers, strict=True):
             if isinstance(own, StaticWindow):
                 own.take_in(layer, memory.length)
             for state, source in zip(states_of(own), states_of(layer), strict=True):
                 state.copy_(source)
+        for layer, name, nothing in emptied:  # once all is here: what fails before that leaves the conversation as it was
+            setattr(layer, name, nothing)
         memory.elsewhere = self
         self._resident = weakref.ref(memory)
 

@@ -125,11 +125,14 @@ class Row:
         pairs = [(own, layer) for own, layer in zip(self._room.layers, layers, strict=True) if isinstance(own, RowKeys)]
         if any(set(own.by_tokens()) != set(kept_by_tokens(layer)) for own, layer in pairs):
             raise NotStatic("its layers differ from one conversation to the next")
+        emptied: list[tuple[Any, str, Tensor]] = []
         for own, layer in pairs:
             for name, (place, dim) in own.by_tokens().items():
                 source = getattr(layer, name)
                 place[self.at : self.at + 1].narrow(dim, 0, memory.length).copy_(source)
-                setattr(layer, name, source.narrow(dim, 0, 0).clone())
+                emptied.append((layer, name, source.narrow(dim, 0, 0).clone()))
+        for layer, name, nothing in emptied:  # once all is here: what fails before that leaves the conversation as it was
+            setattr(layer, name, nothing)
         memory.elsewhere = self
         self._resident = weakref.ref(memory)
 

@@ -18,8 +18,10 @@ from gptq_webui.gptq import checkpoint, stepper_choice
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.own_states import FixedStates, ModuleStates, copy_of, spots_in
 from gptq_webui.gptq.prefix_cache import PrefixCache
-from gptq_webui.gptq.static_cache import FIRST_CAPACITY
+from gptq_webui.gptq.static_cache import FIRST_CAPACITY, StaticRoom
+from gptq_webui.gptq.static_rows import RowRoom
 from gptq_webui.gptq.token_rules import TokenRules
+from gptq_webui.gptq.transformers_stepper import kept_by_tokens, states_of
 
 
 def cache(value=1.0, **more):
@@ -239,3 +241,26 @@ def test_a_text_is_scored_and_embedded_piece_by_piece(kind, made):
             hidden.append(stepper.hidden(other, IDS[first:last]))
         assert torch.allclose(torch.cat(hidden), stepper.hidden(stepper.begin(), IDS[:30]), rtol=1e-2, atol=1e-3)
     stepper.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(each, marks=NEW) for each in ("qwen3_next", "jamba"))])
+def test_a_conversation_that_does_not_fit_stays_whole(kind):
+    """Neither its keys nor its states are lost where the last of them is of another form."""
+    model = tiny_model(kind)
+    wanted, stepper = whole(model, IDS), plain(model)
+    with torch.inference_mode():
+        first, second = stepper.begin(), stepper.begin()
+        stepper.prefill(first, IDS[:5])
+        stepper.prefill(second, IDS[:12])
+        rooms = [StaticRoom(first, 64).enter, *([RowRoom(first, 2, 64).rows[0].enter] if kind == "llama" else [])]
+        held = [each for layer in second.layers for each in [*kept_by_tokens(layer).items(), *enumerate(states_of(layer))]]
+        for enter in rooms:
+            last = [layer for layer in second.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)][-1]
+            values, last.values = last.values, last.values[..., :3]
+            with pytest.raises(RuntimeError):
+                enter(second)
+            last.values = values
+            again = [each for layer in second.layers for each in [*kept_by_tokens(layer).items(), *enumerate(states_of(layer))]]
+            assert second.elsewhere is None and str(again) == str(held)
+        for at in range(12, 16):
+            assert error(stepper.step(second, IDS[at]), wanted[at]) < 1e-4
