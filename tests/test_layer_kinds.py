@@ -1,14 +1,17 @@
 """gptq/cuda: what a norm, a router, an activation or an index is, found by trying it; without a GPU."""
 
 import importlib
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
+from every_architecture import tiny_model
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from gptq_webui.gptq.cuda import activations, fused_norms, fused_router
+from gptq_webui.gptq.cuda import activations, attention_names, fused_norms, fused_router
 from gptq_webui.gptq.recording import NumbersMadeThere, _as_slices
 
 
@@ -100,3 +103,24 @@ def test_a_router_with_another_score_is_not():
             return logits, scores, chosen
 
     assert fused_router.kind_of(Router()) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_of_ours_is_asked_under_the_name_of_either_of_theirs(kind, name, monkeypatch):
+    """transformers 4 does not look into its registry for what is called eager."""
+    model, asked = tiny_model(kind), []
+    if kind == "gemma2" and name == "sdpa":
+        pytest.skip("its caps need eager attention")
+    model.config._attn_implementation_internal = name
+    decoder = SimpleNamespace(decode=lambda *given: asked.append(given))
+    monkeypatch.setattr(attention_names, "decoders", [decoder])
+    with ExitStack() as undo, torch.inference_mode():
+        attention_names.name_attention(attention_names.configs_of(model), undo)
+        own = model.config._attn_implementation
+        assert own == name and own in ("eager", "sdpa") and own != "flex_attention" and not own != own  # noqa: SIM202
+        found = model(torch.tensor([[1, 2, 3]])).logits
+    assert len(asked) == model.config.num_hidden_layers
+    with torch.inference_mode():
+        assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, found)
+    assert type(model.config._attn_implementation) is str

@@ -24,7 +24,8 @@ class _Name(str):
         return str.__eq__(self, other) is True or str.__eq__(self.stands_for, other) is True
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        """transformers 4 and 5.0 look into the registry only for a name that is not "eager": ours is there."""
+        return (type(other) is str and other == "eager") or not self == other
 
 
 _NAMES = {each: _Name(f"gptq_webui_{each}", each) for each in ("sdpa", "eager")}  # our attention beside transformers' own
