@@ -340,13 +340,15 @@ class TransformersStepper(Stepper):
         except _FAILURES as error:
             raise _cannot_compute(error) from error
 
-        def difference(first: int, alone: bool) -> float:
+        def continued(first: int, alone: bool) -> Tensor:
             memory = self.begin()
             self.prefill(memory, _TRIAL[:first])
             if not alone:
                 self.prefill(self.begin(), _TRIAL[::-1])  # another conversation in between
-            found = self.prefill(memory, _TRIAL[first:]).double()
-            return float((found - whole).norm() / whole.norm())
+            return self.prefill(memory, _TRIAL[first:]).double()
+
+        def difference(first: int, alone: bool) -> float:
+            return float((continued(first, alone) - whole).norm() / whole.norm())
 
         def tried(first: int, alone: bool = False) -> float:
             try:
@@ -368,7 +370,18 @@ class TransformersStepper(Stepper):
             """By another conversation."""
             return all(tried(len(_TRIAL) - 1) > 3 * tried(len(_TRIAL) - 1, alone=True) for _again in range(2))
 
-        if one > _CLOSE and is_changed():
+        def leaves_a_trace() -> bool:
+            """Another conversation: the same tokens give other bits after it, where they give the same without it. By how much
+            says nothing: two conversations can leave nearly the same, and 16 bits are coarse."""
+            first = len(_TRIAL) - 1
+            if one == float("inf"):
+                return is_changed()
+            alone, again = continued(first, True), continued(first, True)
+            if not torch.equal(alone, again):  # sums in no fixed order
+                return one > _CLOSE and is_changed()
+            return not torch.equal(continued(first, False), alone)
+
+        if leaves_a_trace():
             self._module_states = ModuleStates.changed_by(self._model, lambda: self.prefill(self.begin(), _TRIAL[::-1]))
             one = tried(len(_TRIAL) - 1)
         if one > _CLOSE and is_changed():

@@ -4,7 +4,7 @@ import hub_folder
 import pytest
 import torch
 from every_architecture import KINDS, tiny_model
-from test_cuda_every_architecture import NEW, PROMPTS, apart
+from test_cuda_every_architecture import NEW, PROMPTS, apart, plain_rows
 from test_indexed_cache import INDEXED, chosen_of, compare, right
 from test_static_windows import CHOSEN, KIND, LAYERS
 from test_transformers_stepper import IDS, whole
@@ -23,6 +23,9 @@ if KIND in KINDS:
 def test_a_gpu_heeds_what_is_chosen(kind, changes, parallel, tmp_path):
     hub_folder.write(tmp_path, tiny_model(kind, wide=True, **changes), group_size=32, act_order=False)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    _plain, broken = plain_rows(tmp_path / "dense", torch.float16, "cuda")
+    if broken:  # DeepSeek V4 in 5.17
+        pytest.skip(f"transformers does not compute it in 16 bits: {broken}")
     hf, _notes = checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float16, device_map={"": "cuda"})
     stepper, note = stepper_choice.stepper_for(hf, 128, parallel=4)
     assert (stepper.kernel, stepper.parallel) == ("graph", parallel), note

@@ -21,7 +21,7 @@ from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY, StaticRoom
 from gptq_webui.gptq.static_rows import RowRoom
 from gptq_webui.gptq.token_rules import TokenRules
-from gptq_webui.gptq.transformers_stepper import kept_by_tokens, states_of
+from gptq_webui.gptq.transformers_stepper import TransformersStepper, kept_by_tokens, states_of
 
 
 def cache(value=1.0, **more):
@@ -264,3 +264,23 @@ def test_a_conversation_that_does_not_fit_stays_whole(kind):
             assert second.elsewhere is None and str(again) == str(held)
         for at in range(12, 16):
             assert error(stepper.step(second, IDS[at]), wanted[at]) < 1e-4
+
+
+@NEW
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("width", [0.02, 0.1])
+def test_states_in_modules_are_found_where_another_conversation_changes_little(seed, width):
+    torch.manual_seed(seed)
+    model = tiny_model("recurrent_gemma", wide=True)
+    for each in model.parameters():
+        each.data.normal_(0, width)
+    stepper = TransformersStepper(model.to(torch.bfloat16))
+    assert stepper._module_states is not None and stepper._keeps_cache
+    alone, other = stepper.begin(), stepper.begin()
+    wanted = [stepper.prefill(alone, IDS[:8]), *(stepper.step(alone, id).clone() for id in IDS[8:12])]
+    beside = stepper.begin()
+    found = [stepper.prefill(beside, IDS[:8])]
+    for id in IDS[8:12]:
+        stepper.prefill(other, IDS[3:9])
+        found.append(stepper.step(beside, id).clone())
+    assert torch.equal(torch.cat(found), torch.cat(wanted))
