@@ -65,7 +65,7 @@ class Near:
     async def judge(self, http, fault):
         """Asks what the model says where answers left those alone. No one else is answered meanwhile."""
         for (name, at), (prompt, expected, got) in self._waiting.items():
-            body = {"prompt": prompt + expected[:at], "max_tokens": 1, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+            body = {"prompt": prompt + expected[:at], "max_tokens": 1, "temperature": 0, "logprobs": 5}
             answer = await http.post("/v1/completions", json=body)
             if answer.status_code != 200:
                 fault(f"{name}: what it says after {at} tokens is not answered: {answer.text[:300]}")
