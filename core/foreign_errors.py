@@ -144,3 +144,11 @@ def _first_line(text: str) -> str:
 def _ended(text: str) -> str:
     text = text.strip().rstrip(".:;, ")
     return text if len(text) <= _MOST else text[: _MOST - 1].rstrip() + "…"
+
+
+def unexpected(what: str) -> str:
+    """The sentence for an error that nobody foresaw; its details are in the log."""
+    return (
+        f"{what} failed because of a mistake in this program. Try it again; if it fails again, the terminal shows the "
+        "details and the Model tab's report can be sent to its authors."
+    )

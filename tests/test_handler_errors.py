@@ -10,8 +10,8 @@ import gradio as gr
 import pytest
 
 from gptq_webui.core.errors import BadParameter
+from gptq_webui.core.foreign_errors import unexpected
 from gptq_webui.ui.handler_errors import in_words
-from gptq_webui.ui.job_watcher import unexpected
 
 FAULTS = [
     (TypeError("int() argument must be a string, not 'NoneType'"), unexpected("This")),

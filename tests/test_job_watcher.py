@@ -92,6 +92,34 @@ def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):
     assert newest[-1] == {"count": "end"} and other[-1] == {"count": "end"}
 
 
+def test_what_an_older_watcher_saw_while_it_was_overtaken_is_drawn_by_the_newer(monkeypatch):
+    """A part may tell a thing once only, as that a note is to go."""
+    monkeypatch.setattr(job_watcher, "LOOK_S", 0)
+    once, looking, go_on = [{"one": "told once", "two": "old"}], threading.Event(), threading.Event()
+
+    def part(request):
+        if once:
+            told = once.pop()
+            looking.set()
+            assert go_on.wait(10)
+            yield told
+        yield {"two": "new"}
+
+    watcher = watcher_of(part)
+
+    async def scene():
+        older = asyncio.create_task(all_of(watcher.watch(page())))
+        await asyncio.to_thread(looking.wait, 10)
+        newer = asyncio.create_task(all_of(watcher.watch(page())))
+        await asyncio.sleep(0.05)  # it waits for its turn
+        go_on.set()
+        return await older, await newer
+
+    older, newer = asyncio.run(scene())
+    assert [set(each) for each in older] == [{watcher.bell}]
+    assert newer == [{"one": "told once", "two": "new"}]
+
+
 def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):
     """Gradio looks for its visitor when a handler yields."""
     monkeypatch.setattr(job_watcher, "LOOK_S", 0.001)

@@ -14,6 +14,7 @@ import pytest
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.chat import Message
 from gptq_webui.core.errors import GptqWebuiError, NotLoaded
+from gptq_webui.core.foreign_errors import unexpected
 from gptq_webui.core.model_ref import ModelRef
 from gptq_webui.core.models import OPENED_BY, LocalModel
 from gptq_webui.core.params import GenerationParams
@@ -25,7 +26,6 @@ from gptq_webui.hub.library import Library
 from gptq_webui.loaders.choose import all_loaders
 from gptq_webui.loaders.contract.fake_loader import FakeLoader
 from gptq_webui.ui import folders_box
-from gptq_webui.ui.job_watcher import unexpected
 from gptq_webui.ui.parameters_tab import to_params, to_values
 
 # What no user should have to read: Python's and its libraries' own words.

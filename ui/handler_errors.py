@@ -11,9 +11,8 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
-from ..core.foreign_errors import of_the_disk, trace
+from ..core.foreign_errors import of_the_disk, trace, unexpected
 from .gradio_compat import refusal
-from .job_watcher import unexpected
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import gradio as gr
 
 from ..core.errors import GptqWebuiError
-from ..core.foreign_errors import of_the_disk
+from ..core.foreign_errors import of_the_disk, unexpected
 from . import gradio_compat
 
 log = logging.getLogger(__name__)
@@ -91,14 +91,6 @@ class Job:
         except Exception as error:
             log.exception("%s failed", self.what)
             self.error = of_the_disk(error) or unexpected(self.what)
-
-
-def unexpected(what: str) -> str:
-    """The sentence for an error that nobody foresaw; its details are in the log."""
-    return (
-        f"{what} failed because of a mistake in this program. Try it again; if it fails again, the terminal shows the "
-        "details and the Model tab's report can be sent to its authors."
-    )
 
 
 class Jobs:
@@ -187,6 +179,8 @@ class Watcher:
         self._shown_values: Pages[Updates] = Pages()  # the kept outputs, as each page shows them
         self._waiting: Pages[Updates] = Pages()  # for the bell
         self._redraws: Pages[list[float]] = Pages()  # when everything is drawn once more; empty: that was done
+        self._turns: Pages[asyncio.Lock] = Pages()  # one watcher of a page looks at a time
+        self._handed: Pages[Updates] = Pages()  # what one saw that was overtaken meanwhile, for the newer one
         self._rung = 0
         self.bell = gr.Textbox(elem_classes="gw-hidden", show_label=False, container=False)
 
@@ -227,7 +221,7 @@ class Watcher:
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        for pages in (self._newest, self._shown_values, self._waiting, self._redraws):
+        for pages in (self._newest, self._shown_values, self._waiting, self._redraws, self._turns, self._handed):
             pages.pop(request)
 
     async def watch(self, request: gr.Request) -> AsyncIterator[Updates]:
@@ -242,9 +236,9 @@ class Watcher:
             if redraws and time.monotonic() > redraws[0]:
                 redraws.pop(0)
                 looks, known = [part(request) for part in self._parts], {}
-            now = await asyncio.to_thread(_look, looks)  # a look may read the disk
+            now = await self._seen(request, mine, looks)
             looked += 1
-            if self._newest.get(request) is not mine:
+            if now is None:
                 yield {self.bell: gr.update()}  # its end sends the last values again, over those of the newer one
                 return
             changed = {box: value for box, value in now.items() if box not in known or known[box] != value}
@@ -258,6 +252,21 @@ class Watcher:
                 looks, looked, drew = [part(request) for part in self._parts], 0, False
             if looks or redraws:
                 await asyncio.sleep(LOOK_S)
+
+    async def _seen(self, request: gr.Request, mine: object, looks: list[Iterator[Updates]]) -> Updates | None:
+        """One look; None once a newer watcher has taken over. Parts may tell a thing once only: what was seen while that happened
+        is the newer one's."""
+        turn = self._turns.get(request) or asyncio.Lock()
+        self._turns.set(request, turn)
+        async with turn:
+            if self._newest.get(request) is not mine:
+                return None
+            now = await asyncio.to_thread(_look, looks)  # a look may read the disk
+            now = (self._handed.pop(request) or {}) | now
+            if self._newest.get(request) is mine:
+                return now
+            self._handed.set(request, now)
+            return None
 
     def _ring(self, request: gr.Request, changed: Updates) -> Updates:
         """The live part of the changes; the others wait for the bell."""
