@@ -93,16 +93,16 @@ def test_a_newer_watcher_of_the_page_ends_the_older(monkeypatch):
 
 
 def test_what_an_older_watcher_saw_while_it_was_overtaken_is_drawn_by_the_newer(monkeypatch):
-    """A part may tell a thing once only, as that a note is to go."""
+    """A part may say a thing once only, as that a note is to go."""
     monkeypatch.setattr(job_watcher, "LOOK_S", 0)
-    once, looking, go_on = [{"one": "told once", "two": "old"}], threading.Event(), threading.Event()
+    once, looking, go_on = [{"one": "said once", "two": "old"}], threading.Event(), threading.Event()
 
     def part(request):
         if once:
-            told = once.pop()
+            said = once.pop()
             looking.set()
             assert go_on.wait(10)
-            yield told
+            yield said
         yield {"two": "new"}
 
     watcher = watcher_of(part)
@@ -117,7 +117,7 @@ def test_what_an_older_watcher_saw_while_it_was_overtaken_is_drawn_by_the_newer(
 
     older, newer = asyncio.run(scene())
     assert [set(each) for each in older] == [{watcher.bell}]
-    assert newer == [{"one": "told once", "two": "new"}]
+    assert newer == [{"one": "said once", "two": "new"}]
 
 
 def test_a_page_that_has_left_is_noticed_although_nothing_changes(monkeypatch):

@@ -254,7 +254,7 @@ class Watcher:
                 await asyncio.sleep(LOOK_S)
 
     async def _seen(self, request: gr.Request, mine: object, looks: list[Iterator[Updates]]) -> Updates | None:
-        """One look; None once a newer watcher has taken over. Parts may tell a thing once only: what was seen while that happened
+        """One look; None once a newer watcher has taken over. Parts may say a thing once only: what was seen while that happened
         is the newer one's."""
         turn = self._turns.get(request) or asyncio.Lock()
         self._turns.set(request, turn)
