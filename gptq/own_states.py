@@ -68,18 +68,21 @@ def _root(cache: Any) -> Any:
 def copy_of(cache: Any) -> Any:
     """A second one with tensors of its own, but for those of its layers."""
     if isinstance(cache, dict | list):
-        return _cloned(cache)
+        return cloned(cache)
     other = copy.copy(cache)
-    vars(other).update({key: _cloned(value) for key, value in vars(cache).items() if key != "layers"})
+    vars(other).update({key: cloned(value) for key, value in vars(cache).items() if key != "layers"})
     return other
 
 
-def _cloned(value: Any) -> Any:
+def cloned(value: Any) -> Any:
+    """Tensors of its own in the place of those in a dict, a list or a tuple; anything else as it is."""
     if isinstance(value, Tensor):
         return value.clone()
-    if type(value) is dict:
-        return {key: _cloned(each) for key, each in value.items()}
-    return type(value)(_cloned(each) for each in value) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        other = copy.copy(value)
+        other.update({key: cloned(each) for key, each in value.items()})
+        return other
+    return type(value)(cloned(each) for each in value) if type(value) in (list, tuple) else value
 
 
 class FixedStates:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .own_states import FixedStates, Kept, copy_of
-from .static_layers import Fused, StaticIndexedKeys, StaticKeys, StaticNothing, cloned, with_states
+from .own_states import FixedStates, Kept, cloned, copy_of
+from .static_layers import Fused, StaticIndexedKeys, StaticKeys, StaticNothing, with_states
 from .static_windows import KINDS as WINDOWS
 from .static_windows import StaticWindow
 from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens, states_of

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import cache_utils
 
+from .own_states import cloned
+
 
 class Fused(Protocol):
     """Kernels in the place of parts of a forward, see cuda/fused_forward.py."""
@@ -131,9 +133,3 @@ def with_states(like: Any, capacity: int, count: Tensor) -> StaticKeys:
             vars(self).update({name: cloned(value) for name, value in vars(like).items() if name not in own})
 
     return StaticKeysAndStates()
-
-
-def cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return {key: cloned(each) for key, each in value.items()} if isinstance(value, dict) else value
