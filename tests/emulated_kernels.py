@@ -212,6 +212,7 @@ def _small_batch(_name, variant, a):
     )
     assert a.out.is_contiguous() and a.out.shape == (a.rows, a.n) and a.x.shape == (a.rows, a.chunks * 64)
     y = a.x.float() @ _weights(a.weights, a.scales, a.unit_to_group).T
+    y = y if a.powers is None or variant.epilogue != "BFLOAT" else y * a.powers[: a.rows, None]
     a.out.copy_((y if a.bias is None else y + a.bias.float())[:, : a.n])
 
 
@@ -251,11 +252,18 @@ def _order_inputs(_name, _variant, a):
     x = a.x if a.sources is None else a.x[a.sources.long()]
     order = a.order.long() & 0xFFFF
     order = order[0].expand(x.shape[0], -1) if a.sorted is None else order[a.sorted]
-    a.out.copy_(torch.nn.functional.pad(x.float(), (0, 1)).gather(1, order))
+    x = x.float()
+    if a.powers is not None:
+        exponents = (torch.frexp(x.abs().amax(1)).exponent - 1).clamp(-126, 126)
+        a.powers.copy_(torch.ldexp(torch.ones_like(a.powers), exponents))
+        x = x / a.powers[:, None]
+    a.out.copy_(torch.nn.functional.pad(x.clamp(-65504, 65504), (0, 1)).gather(1, order))
 
 
 def _gate_rows(_name, _variant, a):
-    gate, up = gates_and_ups(a.y[:, : 2 * a.inner].float())
+    y = a.y.float() if a.powers is None else a.y.float() * a.powers[:, None]
+    y = y if a.bias is None else y + a.bias.float()
+    gate, up = gates_and_ups(y[:, : 2 * a.inner])
     a.out.copy_(activations.apply(a.activation, gate) * up)
 
 

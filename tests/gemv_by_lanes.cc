@@ -35,12 +35,12 @@ template <int BITS, bool SYM, int UNITS, int SPAN> static Product random_product
   return r;
 }
 
-template <int BITS, bool SYM, int UNITS, int SPAN, int KS, int BATCH, int STAGES, int NORM, bool EVEN>
+template <int BITS, bool SYM, int UNITS, int SPAN, int KS, int BATCH, int STAGES, int NORM, bool EVEN, int INPUT = FRAGMENTS>
 static std::vector<float> multiplied(Product r, int blocks, int teams, int first) {
   r.out.assign(r.out.size(), NAN);
   r.p.weights = r.words.data(); r.p.scales = r.scales.data(); r.p.x = r.x.data(); r.p.norm = r.norm.data(); r.p.out = r.out.data();
   r.p.first_batches = first;
-  auto kernel = [&r] { gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, FLOAT, NORM, EVEN, FRAGMENTS, SPAN>(r.p); };
+  auto kernel = [&r] { gemv<BITS, SYM, UNITS, KS, BATCH, STAGES, FLOAT, NORM, EVEN, INPUT, SPAN>(r.p); };
   launch(blocks, 32 * KS * teams, 32 * KS, kernel);
   return r.out;
 }
@@ -81,8 +81,38 @@ template <int BITS, bool SYM, int UNITS, int SPAN> static void compare() {
   say("norm, uneven", apart(multiplied<BITS, SYM, UNITS, SPAN, 2, 2, 2, 1, false>(r, 2, 2, 2), normed, scale));
 }
 
+// Inputs in bf16, far beyond fp16 or far below it: exactly what fp16 gives of the same numbers times a power of two.
+template <int BITS, int UNITS, int SPAN> static void compare_bfloat() {
+  Product r = random_product<BITS, true, UNITS, SPAN == 2 ? 2 : 1>(5, 16);
+  const int k = r.p.k;
+  std::vector<u16> order(k), natural(k), mixed(k + 8);
+  std::vector<int> places(k);
+  for (int i = 0; i < k; i++) places[i] = i;
+  std::shuffle(places.begin(), places.end(), numbers);
+  for (int power : {20, -90}) {
+    for (int at = 0; at < k; at++) {
+      const float x = from_bfloat(to_bfloat(std::uniform_real_distribution<float>(0.25, 2)(numbers) * (numbers() % 2 ? 1 : -1)));
+      const int input = at / CHUNK * CHUNK + at % 16 / 4 * 16 + at % CHUNK / 16 * 4 + at % 4;
+      r.x[at] = to_half(x);
+      natural[input] = mixed[places[at]] = to_bfloat(ldexpf(x, power));
+      order[at] = places[at];
+    }
+    const auto plain = multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false>(r, 2, 2, 2);
+    auto say = [&](const char* form, const std::vector<float>& found) {
+      printf("%d bits, %d units, %d chunks a scale, bf16 times 2^%d %s: %g\n", BITS, UNITS, SPAN, power, form, apart(found, plain, ldexp(1., power)));
+    };
+    Product other = r;
+    other.p.order = order.data();
+    other.x = natural;
+    say("in its own order", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false, NATURAL_BFLOAT>(other, 2, 2, 2));
+    other.x = mixed;
+    say("in any order", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false, ORDERED_BFLOAT>(other, 2, 2, 2));
+  }
+}
+
 int main() {
   compare<2, true, 1, 2>(); compare<2, false, 1, 2>(); compare<2, true, 1, 1>(); compare<2, false, 2, 1>();
   compare<3, true, 1, 2>(); compare<3, false, 1, 1>();
+  compare_bfloat<4, 1, 2>(); compare_bfloat<4, 4, 0>(); compare_bfloat<8, 1, 0>();
   compare<4, true, 1, 2>(); compare<4, false, 1, 2>(); compare<4, false, 1, 1>(); compare<4, true, 2, 1>();
 }

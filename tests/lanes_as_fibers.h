@@ -195,7 +195,10 @@ static inline u32 __byte_perm(u32 a, u32 b, u32 choice) {
 DEVICE float to_float(u16 h) { _Float16 f; memcpy(&f, &h, 2); return f; }
 DEVICE u16 to_half(float f) { const _Float16 h = fminf(fmaxf(f, -65504.f), 65504.f); u16 r; memcpy(&r, &h, 2); return r; }
 DEVICE float from_bfloat(u16 b) { return __int_as_float((u32)b << 16); }
-DEVICE u16 to_bfloat(float) { abort(); }
+DEVICE u16 to_bfloat(float f) {
+  const u32 bits = __float_as_int(f);
+  return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
 DEVICE u32 pair(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 DEVICE u32 to_half2(float low, float high) { return pair(to_half(low), to_half(high)); }
 DEVICE float low_of(u32 h2) { return to_float((u16)h2); }

@@ -145,3 +145,22 @@ DEVICE float block_sum(float v, float* scratch) {
   __syncthreads();
   return v;
 }
+
+// The largest in a block of numbers that are not below zero; `scratch` holds a float for each warp.
+DEVICE float block_max(float v, float* scratch) {
+  const int warps = (blockDim.x + 31) / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int at = 16; at; at >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL, v, at));
+  if (lane == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = lane < warps ? scratch[lane] : 0.f;
+#pragma unroll
+  for (int at = 16; at; at >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL, v, at));
+  __syncthreads();
+  return v;
+}
+
+// bf16 holds numbers that fp16 does not. A row is divided by this power of two of its largest, after which that is below 2, and what is
+// made of it is multiplied with the power again; both are exact.
+DEVICE float power_of_largest(float largest) { return __int_as_float((127 + min(max((__float_as_int(largest) >> 23) - 127, -126), 126)) << 23); }
+DEVICE float inverse_power(float power) { return __int_as_float(0x7f000000 - __float_as_int(power)); }

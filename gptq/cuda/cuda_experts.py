@@ -99,7 +99,7 @@ class CudaExperts(nn.Module):
             out = torch.empty(hidden_states.shape, dtype=self._dtype, device=hidden_states.device)
             self._grouped.forward(hidden_states, chosen, weights, self._down_bias, out, self._gated_by_kernel)
             return out.to(hidden_states.dtype)
-        y = self._all(hidden_states.to(torch.float16), chosen, choices)
+        y = self._all(hidden_states.clamp(-65504, 65504).to(torch.float16), chosen, choices)
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)
 

@@ -7,7 +7,6 @@ become one product: query, key and value; gate and up with the activation betwee
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from ..gptq_linear import GPTQLinear
 from ..suitability import Unsuited
 from . import activations, deferred, gemv, small_batch
-from .cuda_weights import Weight, permutation_of, repack
+from .cuda_weights import Weight, repack
+from .divided_rows import divided, multiplied
 from .fused_norms import Added, NormedRow
 from .gpu_kernels import Gpu
 from .kernel_arguments import TILE
 from .kernel_source import GemvVariant, Packing, SmallBatchVariant
-from .natural_order import NUMBERS, epilogue_of, gate_columns, gates_and_ups, input_of, order_of
+from .natural_order import NUMBERS, Picked, epilogue_of, gate_columns, gates_and_ups, input_of, order_of
 from .prompt_rows import can_order, gate_rows, has_kernels, order_inputs
 
 _SCRATCH = 1 << 26  # weights made dense at once: 128 MB of fp16
@@ -57,19 +57,6 @@ def of_several_rows() -> bool:
     return _mode.several
 
 
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """Which of `width` inputs each of a weight's inputs is, int64 [its inputs]; `width` for one that is zero."""
-
-    sources: Tensor
-    width: int
-
-    def of(self, weight: Weight) -> Weight:
-        taken = torch.where(weight.order < 0, self.width, self.sources[weight.order.clamp(min=0).long()])
-        order = torch.where(taken < self.width, taken, -1).to(weight.order.dtype)
-        return replace(weight, order=order, permutation=permutation_of(order, self.width), in_features=self.width)
-
-
 class CudaLinear(nn.Module):
     """[..., K] -> [..., N] in x's dtype, computed in fp16. Stands for GPTQLinears whose tensors it took."""
 
@@ -80,7 +67,7 @@ class CudaLinear(nn.Module):
         dtype: torch.dtype = torch.float16,
         gated: int | None = None,
         active: int | None = None,
-        picked: "Picked | None" = None,
+        picked: Picked | None = None,
     ) -> None:
         """`dtype` is that of the model's numbers. `gated` is an activation's number: the rows of `weight` are then gates and
         ups in turn, eight of each (`gate_columns`), and the layer gives activation(gate) * up. `active` is that of an
@@ -220,42 +207,61 @@ class CudaLinear(nn.Module):
         return y
 
     def _many(self, x: Tensor) -> Tensor:
-        x = self._in_order(x)
-        y = self._several(x) if _mode.several else self._by_dense_weights(x)
+        dtype = x.dtype
+        x, powers = self._in_order(x)
+        bias = self._weight.bias
+        if _mode.several:
+            y = self._several(x, powers)
+            if powers is None or y.dtype == torch.bfloat16:  # the kernel has seen to both
+                powers = bias = None
+            bias = bias if bias is None else bias[: y.shape[1]]
+        else:
+            y = self._by_dense_weights(x)
+        if self._gated is not None and self._has_kernels:
+            return gate_rows(self._gpu, y, self.out_features, self._gated, self._dtype, powers, bias)
+        if powers is not None:
+            y = multiplied(y, powers, bias, dtype)
+        elif bias is not None:
+            y += bias
         if self._gated is None:
             y = y[:, : self.out_features]
             return y if self._active is None else activations.apply(self._active, y)
-        if self._has_kernels:
-            return gate_rows(self._gpu, y, self.out_features, self._gated, self._dtype)
         gate, up = gates_and_ups(y)
         return (activations.apply(self._gated, gate) * up)[:, : self.out_features]
 
-    def _in_order(self, x: Tensor) -> Tensor:
-        """[M, K] -> fp16 [M, padded] in fragment order, zeros for padding."""
-        if self._has_kernels and can_order(self.in_features):
-            return order_inputs(self._gpu, x, self._order_numbers)
-        x = x.to(torch.float16)
+    def _in_order(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[M, K] -> fp16 [M, padded] in fragment order, zeros for padding. Of numbers that fp16 may not hold each row is divided
+        by a power of two, fp32 [M]."""
+        powers = None
+        if self._has_kernels and can_order(self.in_features) and x.dtype in NUMBERS:
+            if x.dtype != torch.float16:
+                powers = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+            return order_inputs(self._gpu, x, self._order_numbers, powers=powers), powers
+        if x.dtype != torch.float16:
+            x, powers = divided(x)
         if self._padding:
             x = nn.functional.pad(x, (0, 1))
-        return x.index_select(1, self._order)
+        return x.index_select(1, self._order), powers
 
     @cached_property
     def _has_kernels(self) -> bool:
         """Of rows between products."""
         return has_kernels(self._gpu)
 
-    def _several(self, x: Tensor) -> Tensor:
-        """x [M, padded] in fragment order -> [M, outputs], with the bias."""
+    def _several(self, x: Tensor, powers: Tensor | None) -> Tensor:
+        """x [M, padded] in fragment order -> [M, outputs], with the bias. Of divided rows bf16; or fp16 of what is divided,
+        without the bias."""
         epilogue = self._epilogue_of_several
         dtype = torch.bfloat16 if epilogue == "BFLOAT" else torch.float16
         y = torch.empty(x.shape[0], self._weight.out_features, dtype=dtype, device=x.device)
         for first in range(0, x.shape[0], _AT_ONCE):
             rows = slice(first, first + _AT_ONCE)
-            small_batch.multiply(self._gpu, self._weight, epilogue, x[rows], y[rows])
+            own = powers if powers is None else powers[rows]
+            small_batch.multiply(self._gpu, self._weight, epilogue, x[rows], y[rows], own)
         return y
 
     def _by_dense_weights(self, x: Tensor) -> Tensor:
-        """As `_several`, of many rows; outputs of whole tiles."""
+        """x [M, padded] in fragment order -> fp16 [M, outputs of whole tiles], without the bias."""
         weight = self._weight
         step = max(1, _SCRATCH // (TILE * weight.padded))
         scratch = torch.empty(min(step, weight.tiles) * TILE * weight.padded, dtype=torch.float16, device=x.device)
@@ -263,7 +269,7 @@ class CudaLinear(nn.Module):
         for first in range(0, weight.tiles, step):
             dense = weight.dense(self._gpu, first, min(step, weight.tiles - first), scratch)
             torch.mm(x, dense.T, out=y[:, first * TILE : first * TILE + dense.shape[0]])
-        return y if weight.bias is None else y.add_(weight.bias)
+        return y
 
 
 def linear_of(

@@ -107,7 +107,7 @@ DEVICE void run_digits(const float (&v)[8], int at, bool there, u8* digits, floa
   for (int j = 0; j < 8; j++) top = larger(top, fabsf(v[j]));
 #pragma unroll
   for (int i = LANES / 2; i; i >>= 1) top = larger(top, __shfl_xor_sync(FULL, top, i));
-  const float scale = top == 0.f ? 0.f : DIGITS / top;
+  const float scale = top < 1e-30f ? 0.f : DIGITS / top;  // which is finite
   u32 y[8], low[2], high[2];
 #pragma unroll
   for (int j = 0; j < 8; j++) y[j] = __float_as_int(fmaf(v[j], scale, MAGIC + 32896.f));
@@ -144,25 +144,26 @@ DEVICE void run_digits(const float (&v)[8], int at, bool there, u8* digits, floa
   }
 }
 
-DEVICE void eight_halves(const uint4& x, float (&v)[8]) {
+template <bool BF = false> DEVICE void eight_halves(const uint4& x, float (&v)[8]) {
   const u32* w = &x.x;
 #pragma unroll
-  for (int j = 0; j < 4; j++) { v[2 * j] = low_of(w[j]); v[2 * j + 1] = high_of(w[j]); }
+  for (int j = 0; j < 4; j++) { v[2 * j] = wide_number<BF>((u16)w[j]); v[2 * j + 1] = wide_number<BF>((u16)(w[j] >> 16)); }
 }
 
 // As InFragmentOrder.
-template <int BITS, bool SYM, int UNITS, int SPAN> struct InDigits {
+template <int BITS, bool SYM, int UNITS, int SPAN, bool BF> struct InDigits {
+  static constexpr bool DIVIDED = false;  // digits have the largest of their block
   u8* digits;
   float4* inputs;
   int padded;
   METHOD void put(const uint4& x, int at) const {
     float v[8];
-    eight_halves(x, v);
+    eight_halves<BF>(x, v);
     run_digits<BITS, SYM, UNITS, SPAN>(v, at, at < padded, digits, inputs);
   }
   METHOD void put_natural(const uint4& x, int at) const {
     float v[8];
-    eight_halves(x, v);
+    eight_halves<BF>(x, v);
     run_digits<BITS, SYM, UNITS, SPAN, true>(v, at, at < padded, digits, inputs);
   }
 };

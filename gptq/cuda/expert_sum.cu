@@ -11,7 +11,7 @@ DEVICE void stage_chunks(const u16* x, const u16* order, u16* shared, int first,
   } else {
 #pragma unroll 4
     for (int run = first * 16 + lane; run < end * 16; run += 32)
-      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = four_inputs<false>(x, run * 4, k);
+      *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = four_inputs(x, run * 4, k);
   }
 }
 
@@ -33,7 +33,7 @@ DEVICE void stage_chunk_digits(const u16* x, const u16* order, u8* digits, float
     return;
   }
   auto load = [&](int from) {
-    const uint2 low = from < stop ? four_inputs<false>(x, from, k) : make_uint2(0, 0), high = from < stop ? four_inputs<false>(x, from + 4, k) : make_uint2(0, 0);
+    const uint2 low = from < stop ? four_inputs(x, from, k) : make_uint2(0, 0), high = from < stop ? four_inputs(x, from + 4, k) : make_uint2(0, 0);
     return make_uint4(low.x, low.y, high.x, high.y);
   };
   uint4 next[3] = {load(at), load(at + 256), load(at + 512)};  // on their way while others are made

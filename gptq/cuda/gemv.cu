@@ -189,6 +189,7 @@ DEVICE void gemv(const Arguments& p) {
   adapting.begin(first_tile, part == 0);
   wait_for_previous_kernel();
   constexpr bool RAW = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
+  float power = 1.f;  // that x was divided by
   float4* inputs = (float4*)(scratch + 36 + teams * 2 * KS * TILE + (RAW ? (p.chunks * CHUNK + 8) / 2 : 0));  // [chunks / LASTING][UNITS][2]
   u8* digits = RUNS ? (u8*)(inputs + p.chunks / LASTING * UNITS * 2) : (u8*)xs;  // an adapter takes x itself
   if constexpr (AT_ONCE && INPUT == FRAGMENTS) {
@@ -200,12 +201,14 @@ DEVICE void gemv(const Arguments& p) {
   else {
     u16* raw = (u16*)(scratch + 36 + teams * 2 * KS * TILE);
     constexpr bool BF = INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT, ORDER = INPUT == ORDERED || INPUT == ORDERED_BFLOAT;
-    auto stage = [&](const auto& place) {
+    static_assert(RUNS == 0, "an adapter takes x itself");
+    auto stage = [&](auto place) {
       if constexpr (NORM > 0) stage_normed<NORM, BF, ORDER>(p, norm, inner, raw, scratch, place);
-      else stage_natural<BF, ORDER>(p.x, p.order, raw, p.chunks * CHUNK, p.k, place);
+      else stage_natural<BF, ORDER>(p.x, p.order, raw, p.chunks * CHUNK, p.k, scratch, place);
+      return place;
     };
-    if constexpr (AT_ONCE) stage(InDigits<BITS, SYM, UNITS, LASTING>{digits, inputs, p.chunks * CHUNK});
-    else stage(InFragmentOrder{xs, p.chunks * CHUNK});
+    if constexpr (AT_ONCE) stage(InDigits<BITS, SYM, UNITS, LASTING, BF>{digits, inputs, p.chunks * CHUNK});
+    else power = stage(InFragmentOrder<BF>{xs, p.chunks * CHUNK}).power;
   }
   if constexpr (DIGITS_OF_X && !AT_ONCE) {
     make_digits<BITS, SYM, UNITS, LASTING>(xs, digits, inputs, p.chunks);
@@ -271,6 +274,10 @@ DEVICE void gemv(const Arguments& p) {
       if (tile == first_tile) scale_of_norm = norm_scale(scratch, p.k, p.eps);
       row *= scale_of_norm;
       row8 *= scale_of_norm;
+    }
+    if constexpr (!AT_ONCE && (INPUT == NATURAL_BFLOAT || INPUT == ORDERED_BFLOAT)) {
+      row *= power;
+      row8 *= power;
     }
     if constexpr (DIGITS_OF_X) {
       row = sum_of_columns<GROUP>(row);

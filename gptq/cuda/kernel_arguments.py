@@ -239,6 +239,7 @@ SMALL_BATCH = Arguments(
     const u16* bias        // fp16 [tiles * TILE], or null
     u16* out               // fp16 [rows][n] (PLAIN), [rows][n / 2] (SILU); not used by RESIDUAL
     float* residual        // fp32 [rows][n], RESIDUAL only
+    const float* powers    // [rows]: what the sums are multiplied with before the bias, or null; BFLOAT only
     int n
     int tiles
     int chunks
@@ -722,6 +723,7 @@ ORDER_INPUTS = Arguments(
     const u16* order       // [padded], or [experts][padded]: the input at each position, k for padding
     const int* sources     // the row of x for each row of out, or null where it is the same
     const u64* sorted      // the expert of each row of out; null where all have one order
+    float* powers          // [rows of out]: of two, by which the row is divided, or null
     int k
     int padded
     """,
@@ -731,6 +733,8 @@ GATE_ROWS = Arguments(
     """
     const u16* y           // fp16 [rows][width], gates and ups in turn, eight of each
     u16* out               // [rows][inner], `inner` a multiple of 8
+    const float* powers    // [rows]: what y is multiplied with, or null
+    const u16* bias        // fp16 [width], added after that, or null
     int inner
     int width
     int activation         // its number in activations.py

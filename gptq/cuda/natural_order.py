@@ -1,9 +1,11 @@
 """Products whose input and output have the model's own order and numbers: what their kernels are asked for."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
-from .cuda_weights import Weight, fragment_order
+from .cuda_weights import Weight, fragment_order, permutation_of
 
 NUMBERS = (torch.float16, torch.bfloat16)  # that a kernel takes and gives as they are
 _MOST_INPUTS = (1 << 16) - 1  # an input's number has 16 bits
@@ -44,3 +46,16 @@ def gates_and_ups(y: Tensor) -> tuple[Tensor, Tensor]:
     """What the columns of `gate_columns` give [..., 2 * inner] -> two of [..., inner]."""
     both = y.unflatten(-1, (-1, 2, 8))
     return both[..., 0, :].flatten(-2), both[..., 1, :].flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Which of `width` inputs each of a weight's inputs is, int64 [its inputs]; `width` for one that is zero."""
+
+    sources: Tensor
+    width: int
+
+    def of(self, weight: Weight) -> Weight:
+        taken = torch.where(weight.order < 0, self.width, self.sources[weight.order.clamp(min=0).long()])
+        order = torch.where(taken < self.width, taken, -1).to(weight.order.dtype)
+        return replace(weight, order=order, permutation=permutation_of(order, self.width), in_features=self.width)

@@ -1,32 +1,42 @@
 // Rows of a prompt between the products of transformers' own forward. Numbers are fp16 or bf16, what products take and give fp16.
 
-// Rows as fp16 in the order of a weight: of every expert, or of each row's own. A block takes a row, eight inputs a thread.
+// Rows as fp16 in the order of a weight: of every expert, or of each row's own. With `powers` each is divided by a power of two, which
+// is left there. A block takes a row, eight inputs a thread.
 template <class T> DEVICE void order_inputs(const OrderInputsArguments& p) {
   u16* row = (u16*)shared_words;
+  float* scratch = (float*)(row + (p.k + 8) / 8 * 8);  // [32]
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
   const size_t source = p.sources ? __ldcg(p.sources + blockIdx.x) : blockIdx.x;
   const u16* order = p.order + (p.sorted ? __ldcg(p.sorted + blockIdx.x) * p.padded : 0);
+  float largest = 0.f;
   for (int at = threadIdx.x * 8; at < p.k; at += blockDim.x * 8) {
     const uint4 v = __ldcg((const uint4*)(p.x + source * p.k + at));
     const u16* from = (const u16*)&v;
+    *(uint4*)(row + at) = v;
 #pragma unroll
-    for (int j = 0; j < 8; j++) row[at + j] = to_half(T::wide(from[j]));
+    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(T::wide(from[j])));
   }
   if (threadIdx.x == 0) row[p.k] = 0;  // what padding names
-  __syncthreads();
+  float inverse = 1.f;
+  if (p.powers) {
+    const float power = power_of_largest(block_max(largest, scratch));
+    if (threadIdx.x == 0) p.powers[blockIdx.x] = power;
+    inverse = inverse_power(power);
+  } else __syncthreads();
   for (int at = threadIdx.x * 8; at < p.padded; at += blockDim.x * 8) {
     const uint4 places = __ldg((const uint4*)(order + at));
     const u16* from = (const u16*)&places;
     uint4 v;
     u16* to = (u16*)&v;
 #pragma unroll
-    for (int j = 0; j < 8; j++) to[j] = row[from[j]];
+    for (int j = 0; j < 8; j++) to[j] = to_half(T::wide(row[from[j]]) * inverse);
     *(uint4*)(p.out + (size_t)blockIdx.x * p.padded + at) = v;
   }
 }
 
-// activation(gate) * up, of gates and ups in turn, eight of each. A block takes a row, or a part of it; a thread eight outputs.
+// activation(gate) * up, of gates and ups in turn, eight of each, each times the row's power of two and then with its bias, where there
+// are any. A block takes a row, or a part of it; a thread eight outputs.
 template <class T> DEVICE void gate_rows(const GateRowsArguments& p) {
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
@@ -35,10 +45,17 @@ template <class T> DEVICE void gate_rows(const GateRowsArguments& p) {
   const uint4* from = (const uint4*)(p.y + (size_t)blockIdx.x * p.width + at * 2);
   const uint4 gates = __ldcg(from), ups = __ldcg(from + 1);
   const u16 *gate = (const u16*)&gates, *up = (const u16*)&ups;
+  const float power = p.powers ? __ldcg(p.powers + blockIdx.x) : 1.f;
+  const uint4* biases = (const uint4*)(p.bias + at * 2);
+  const uint4 none = make_uint4(0, 0, 0, 0), gate_biases = p.bias ? __ldg(biases) : none, up_biases = p.bias ? __ldg(biases + 1) : none;
+  const u16 *gate_bias = (const u16*)&gate_biases, *up_bias = (const u16*)&up_biases;
   uint4 v;
   u16* to = (u16*)&v;
 #pragma unroll
-  for (int j = 0; j < 8; j++) to[j] = T::narrow(activated(to_float(gate[j]), p.activation) * to_float(up[j]));
+  for (int j = 0; j < 8; j++) {
+    const float g = to_float(gate[j]) * power + to_float(gate_bias[j]), u = to_float(up[j]) * power + to_float(up_bias[j]);
+    to[j] = T::narrow(activated(g, p.activation) * u);
+  }
   *(uint4*)(p.out + (size_t)blockIdx.x * p.inner + at) = v;
 }
 

@@ -44,6 +44,7 @@ DEVICE void write_output(const SmallBatchArguments& p, const float* sums, int it
     v += from[0];
     if constexpr (EPILOGUE == SILU) up += from[8];
   }
+  if (EPILOGUE == BFLOAT && p.powers) v *= p.powers[row];
   if (p.bias) {
     v += to_float(p.bias[n]);
     if constexpr (EPILOGUE == SILU) up += to_float(p.bias[n + 8]);

@@ -65,9 +65,10 @@ def every_variant(gpu: Gpu, products: Iterable[tuple[Packing, str]]) -> list[Sma
     return [*wide, *(plan for each in products for plan in variants(*each, limit).values())]
 
 
-def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor) -> None:
+def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor, powers: Tensor | None = None) -> None:
     """x fp16 [T, padded] in fragment order, contiguous -> out, contiguous: fp16 [T, N] (PLAIN), bf16 of up to 16 rows (BFLOAT),
-    fp16 [T, N / 2] (SILU), or added to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`)."""
+    fp16 [T, N / 2] (SILU), or added to fp32 [T, N] (RESIDUAL). Its variants must be compiled (`every_variant`). Of x whose
+    rows were divided by `powers` fp32 [T], BFLOAT gives the products of what they were, and PLAIN those of x without the bias."""
     if x.shape[1] != weight.padded:
         raise ValueError(f"The input has rows of {x.shape[1]} numbers; the weight takes {weight.padded}.")
     plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes)
@@ -79,19 +80,23 @@ def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor) ->
     for first in range(0, rows, most):
         count = min(most, rows - first)
         plan = plans[next(each for each in plans if each * 8 >= count)]
-        launch(gpu, weight, plan, x=x[first:] if first else x, out=out[first:] if first else out, rows=count)
+        own = powers if powers is None else powers[first:]
+        launch(gpu, weight, plan, x=x[first:] if first else x, out=out[first:] if first else out, rows=count, powers=own)
 
 
-def launch(gpu: Gpu, weight: Weight, plan: SmallBatchVariant, *, x: Tensor, out: Tensor, rows: int) -> None:
+def launch(
+    gpu: Gpu, weight: Weight, plan: SmallBatchVariant, *, x: Tensor, out: Tensor, rows: int, powers: Tensor | None = None
+) -> None:  # fmt: skip
     """The first `rows` rows of x and out, at most `plan.columns` * 8."""
     name, threads, shared_bytes, residual, at_once = _launch_facts(plan, gpu.shared_bytes)
     arguments = SMALL_BATCH.pack(
         weights=weight.words,
         scales=weight.scales,
         x=x,
-        bias=weight.bias,
+        bias=weight.bias if powers is None or plan.epilogue == "BFLOAT" else None,
         out=None if residual else out,
         residual=out if residual else None,
+        powers=powers,
         n=weight.out_features,
         tiles=weight.tiles,
         chunks=weight.chunks,

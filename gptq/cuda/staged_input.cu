@@ -69,31 +69,46 @@ template <int NORM> DEVICE void stage_input(const u16* x, const NormWeight<NORM>
   __syncthreads();
 }
 
-// Four inputs of a row in its natural order, as fp16; zeros from `k` on, a multiple of 4.
-template <bool BF> DEVICE uint2 four_inputs(const u16* x, int at, int k) {
-  if (at >= k) return make_uint2(0, 0);
-  uint2 v = __ldcg((const uint2*)(x + at));
-  if constexpr (BF) {
-    v.x = to_half2(__int_as_float(v.x << 16), __int_as_float(v.x & 0xffff0000u));
-    v.y = to_half2(__int_as_float(v.y << 16), __int_as_float(v.y & 0xffff0000u));
-  }
-  return v;
-}
+template <bool BF> DEVICE float wide_number(u16 v) { return BF ? from_bfloat(v) : to_float(v); }
+template <bool BF> DEVICE u16 narrow_number(float v) { return BF ? to_bfloat(v) : to_half(v); }
 
-// Where eight fp16 inputs go, from `at` on. All lanes of a warp call it, `at` is 8 more from one to the next, and may be behind the end.
-struct InFragmentOrder {
+// Four inputs of a row in its natural order; zeros from `k` on, a multiple of 4.
+DEVICE uint2 four_inputs(const u16* x, int at, int k) { return at < k ? __ldcg((const uint2*)(x + at)) : make_uint2(0, 0); }
+
+// Where eight inputs go, from `at` on: as fp16, divided by `power` if they are bf16. All lanes of a warp call it, `at` is 8 more from one
+// to the next, and may be behind the end.
+template <bool BF> struct InFragmentOrder {
+  static constexpr bool DIVIDED = BF;  // it needs the row's largest number first
   u16* shared;
   int padded;
+  float power = 1.f;
+  METHOD uint4 halves(const uint4& x) const {
+    if (!BF) return x;
+    const float inverse = inverse_power(power);
+    uint4 y;
+    const u32* from = &x.x;
+    u32* to = &y.x;
+#pragma unroll
+    for (int j = 0; j < 4; j++) to[j] = to_half2(from_bfloat((u16)from[j]) * inverse, from_bfloat((u16)(from[j] >> 16)) * inverse);
+    return y;
+  }
   METHOD void put(const uint4& x, int at) const {  // which are in fragment order
-    if (at < padded) *(uint4*)(shared + at) = x;
+    if (at < padded) *(uint4*)(shared + at) = halves(x);
   }
   METHOD void put_natural(const uint4& x, int at) const {  // run 4 s + c of a chunk goes to 4 c + s
     if (at >= padded) return;
     const int run = at / 4;
-    *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = make_uint2(x.x, x.y);
-    *(uint2*)(shared + (run / 16 * 16 + (run + 1) % 4 * 4 + run / 4 % 4) * 4) = make_uint2(x.z, x.w);
+    const uint4 y = halves(x);
+    *(uint2*)(shared + (run / 16 * 16 + run % 4 * 4 + run / 4 % 4) * 4) = make_uint2(y.x, y.y);
+    *(uint2*)(shared + (run / 16 * 16 + (run + 1) % 4 * 4 + run / 4 % 4) * 4) = make_uint2(y.z, y.w);
   }
 };
+
+template <bool BF, int COUNT> DEVICE float largest_number(const u16* v, float most) {
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) most = fmaxf(most, fabsf(wide_number<BF>(v[j])));
+  return most;
+}
 
 // A row in its natural order into fragment order; `raw` [padded + 8] and `order` [padded] as below.
 template <class Place> DEVICE void order_row(const u16* order, const u16* raw, int padded, const Place& place) {
@@ -111,29 +126,42 @@ template <class Place> DEVICE void order_row(const u16* order, const u16* raw, i
 
 // x in its natural order into shared memory in fragment order. Without act-order runs of four inputs stay together; with it
 // the row passes through `raw` [padded + 8] in shared memory, and `order` [padded] says which input each position takes.
-template <bool BF, bool ORDER, class Place> DEVICE void stage_natural(const u16* x, const u16* order, u16* raw, int padded, int k, const Place& place) {
+// `scratch` holds a float for each warp.
+template <bool BF, bool ORDER, class Place>
+DEVICE void stage_natural(const u16* x, const u16* order, u16* raw, int padded, int k, float* scratch, Place& place) {
+  float largest = 0.f;
   if constexpr (!ORDER) {
+    if constexpr (Place::DIVIDED) {
+#pragma unroll 2
+      for (int at = threadIdx.x * 4; at < k; at += blockDim.x * 4) {
+        const uint2 four = four_inputs(x, at, k);
+        largest = largest_number<BF, 4>((const u16*)&four, largest);
+      }
+      place.power = power_of_largest(block_max(largest, scratch));
+    }
 #pragma unroll 2
     for (int at = threadIdx.x * 8; at - threadIdx.x % 32 * 8 < padded; at += blockDim.x * 8) {
-      const uint2 low = four_inputs<BF>(x, at, k), high = four_inputs<BF>(x, at + 4, k);
+      const uint2 low = four_inputs(x, at, k), high = four_inputs(x, at + 4, k);
       place.put_natural(make_uint4(low.x, low.y, high.x, high.y), at);
     }
   } else {
 #pragma unroll 4
-    for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) *(uint2*)(raw + at) = four_inputs<BF>(x, at, k);
-    __syncthreads();
+    for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) {
+      const uint2 four = four_inputs(x, at, k);
+      *(uint2*)(raw + at) = four;
+      if constexpr (Place::DIVIDED) largest = largest_number<BF, 4>((const u16*)&four, largest);
+    }
+    if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, scratch));
+    else __syncthreads();
     order_row(order, raw, padded, place);
   }
   __syncthreads();
 }
 
-template <bool BF> DEVICE float wide_number(u16 v) { return BF ? from_bfloat(v) : to_float(v); }
-template <bool BF> DEVICE u16 narrow_number(float v) { return BF ? to_bfloat(v) : to_half(v); }
-
 // As stage_natural, of norm(x), or norm(x + addend), or norm(x + RMSNorm(addend)), each number rounded as kernels of their own
 // would. The first block writes the sum. `scratch` holds 33 floats; the block has enough threads, as for norm_input.
 template <int NORM, bool BF, bool ORDER, class Arguments, class Place>
-DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const NormWeight<NORM>& inner, u16* raw, float* scratch, const Place& place) {
+DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const NormWeight<NORM>& inner, u16* raw, float* scratch, Place& place) {
   static_assert(NORM <= NORM_RUNS, "the host plans with at most NORM_RUNS runs a thread");
   const int padded = p.chunks * CHUNK;
   uint4 held[NORM], more[NORM], also[NORM];
@@ -192,6 +220,7 @@ DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const
     for (int j = 0; j < 8; j++) { const float v = wide_number<BF>(((const u16*)&held[i])[j]) - mean; squares += there ? v * v : 0.f; }
   }
   const float scale = rsqrtf(block_sum(squares, scratch) / p.k + p.eps);
+  float largest = 0.f;
 #pragma unroll
   for (int i = 0; i < NORM; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
@@ -201,12 +230,18 @@ DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const
       u16& own = ((u16*)&held[i])[j];
       const float w = wide_number<BF>(((const u16*)&norm.run[i])[j]) + p.offset, b = wide_number<BF>(((const u16*)&bias)[j]);
       own = at < p.k ? narrow_number<BF>((wide_number<BF>(own) - mean) * scale * w + b) : 0;
-      if (BF) own = to_half(from_bfloat(own));
+      if (Place::DIVIDED) largest = fmaxf(largest, fabsf(wide_number<BF>(own)));
     }
     if constexpr (ORDER) {
       if (at < padded + 8) *(uint4*)(raw + at) = held[i];
-    } else if (at - threadIdx.x % 32 * 8 < padded) {
-      place.put_natural(held[i], at);
+    }
+  }
+  if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, scratch));
+  if constexpr (!ORDER) {
+#pragma unroll
+    for (int i = 0; i < NORM; i++) {
+      const int at = (i * blockDim.x + threadIdx.x) * 8;
+      if (at - threadIdx.x % 32 * 8 < padded) place.put_natural(held[i], at);
     }
   }
   __syncthreads();
