@@ -30,7 +30,8 @@ from .stepper import Memory, Reading
 from .suitability import Unsuited
 from .token_ids import require_known
 from .token_rules import NO_RULES, TokenRules
-from .transformers_stepper import TransformersMemory, TransformersStepper
+from .transformers_memory import TransformersMemory
+from .transformers_stepper import TransformersStepper
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from .cuda.sequences import IDLE, Sequences
 from .recording import NumbersMadeThere, apart, refusing_to_wait
 from .static_cache import FIRST_CAPACITY, NotStatic, shown_of
 from .static_rows import Kernels, RowRoom
-from .transformers_stepper import TransformersMemory, TransformersStepper
+from .transformers_memory import TransformersMemory
+from .transformers_stepper import TransformersStepper
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from .cuda.sample import packed_rows
 from .cuda.sequences import IDLE, Sequences
 from .graph_rows import ROWS
 from .stepper import Memory
-from .transformers_stepper import TransformersMemory
+from .transformers_memory import TransformersMemory
 
 _NO_ADAPTERS: Mapping[int, Any] = MappingProxyType({})
 

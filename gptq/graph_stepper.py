@@ -27,7 +27,8 @@ from .static_layers import Fused
 from .static_windows import incomplete_entries_hidden
 from .stepper import Memory, Stepper
 from .token_ids import require_known
-from .transformers_stepper import TransformersMemory, TransformersStepper, new_cache, only_tokens
+from .transformers_memory import TransformersMemory, new_cache, only_tokens
+from .transformers_stepper import TransformersStepper
 
 log = logging.getLogger(__name__)
 

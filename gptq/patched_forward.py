@@ -19,7 +19,7 @@ from .module_watch import ModuleWatch
 from .prefix_cache import PrefixCache
 from .sampling_loop import SamplingLoop, in_place_of_sample
 from .stepper import Memory, Stepper
-from .transformers_stepper import CACHE_NAMES, cache_name
+from .transformers_memory import CACHE_NAMES, cache_name
 
 _READ = frozenset(
     ("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)

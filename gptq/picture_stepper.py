@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .stepper import Memory
-from .transformers_stepper import TransformersMemory, TransformersStepper
+from .transformers_memory import TransformersMemory
+from .transformers_stepper import TransformersStepper
 
 
 class PictureStepper(TransformersStepper):

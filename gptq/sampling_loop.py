@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .running import Running
-from .transformers_stepper import CACHE_NAMES
+from .transformers_memory import CACHE_NAMES
 
 _TIES = 64  # tokens beside those of top k, at least, that are kept if they are as likely as its last one
 # What `generate` sets for every model; anything else that is not None asks for more than ids.

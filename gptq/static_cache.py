@@ -16,7 +16,7 @@ from .own_states import FixedStates, Kept, cloned, copy_of
 from .static_layers import Fused, StaticIndexedKeys, StaticKeys, StaticNothing, with_states
 from .static_windows import KINDS as WINDOWS
 from .static_windows import StaticWindow
-from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens, states_of
+from .transformers_memory import WITH_INDEXERS, TransformersMemory, kept_by_tokens, states_of
 
 FIRST_CAPACITY = 1024  # tokens
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from .static_cache import NotStatic
-from .transformers_stepper import WITH_INDEXERS, TransformersMemory, kept_by_tokens
+from .transformers_memory import WITH_INDEXERS, TransformersMemory, kept_by_tokens
 
 
 class Kernels(Protocol):

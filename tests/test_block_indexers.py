@@ -10,7 +10,7 @@ from test_transformers_stepper import IDS, check, error, plain, whole
 from gptq_webui.gptq import block_indexers, graph_stepper
 from gptq_webui.gptq.block_indexers import BlockIndexers
 from gptq_webui.gptq.graph_stepper import GraphStepper
-from gptq_webui.gptq.transformers_stepper import kept_by_tokens
+from gptq_webui.gptq.transformers_memory import kept_by_tokens
 
 KIND = "qwen4_exp_text"
 pytestmark = [NEW, pytest.mark.skipif(KIND not in KINDS, reason="this transformers has no such model")]

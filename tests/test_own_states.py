@@ -21,7 +21,8 @@ from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY, StaticRoom
 from gptq_webui.gptq.static_rows import RowRoom
 from gptq_webui.gptq.token_rules import TokenRules
-from gptq_webui.gptq.transformers_stepper import TransformersStepper, kept_by_tokens, states_of
+from gptq_webui.gptq.transformers_memory import kept_by_tokens, states_of
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
 
 def cache(value=1.0, **more):

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.prefix_cache import PrefixCache
 from gptq_webui.gptq.stepper_choice import stepper_for
-from gptq_webui.gptq.transformers_stepper import cache_name
+from gptq_webui.gptq.transformers_memory import cache_name
 
 PROMPT = torch.tensor([[0, 50, 51, 52, 60, 61, 50, 51, 52, 60, 61, 50, 51]])
 OTHER = torch.tensor([[0, 70, 71, 72, 73]])

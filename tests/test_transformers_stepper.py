@@ -16,7 +16,8 @@ from test_every_architecture import REFUSED
 from gptq_webui.core.errors import BadCheckpoint
 from gptq_webui.gptq.graph_stepper import GraphStepper
 from gptq_webui.gptq.static_cache import FIRST_CAPACITY
-from gptq_webui.gptq.transformers_stepper import CACHE_NAMES, TransformersStepper
+from gptq_webui.gptq.transformers_memory import CACHE_NAMES
+from gptq_webui.gptq.transformers_stepper import TransformersStepper
 
 IDS = torch.randint(4, 288, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 KEYS = ("gemma2", "gpt_oss", "gpt2", "llama4_text")  # sliding windows, chunks, sinks, learnt positions

@@ -14,7 +14,8 @@ from ..cpu import numba_compiler
 from ..running import Running
 from ..stepper import Memory, Stepper
 from ..token_ids import require_known
-from ..transformers_stepper import TransformersMemory, TransformersStepper
+from ..transformers_memory import TransformersMemory
+from ..transformers_stepper import TransformersStepper
 from ..unpacked_products import hold_dense
 from .divided_layers import PickedInputs, sum_outputs
 from .rank_group import RankGroup
