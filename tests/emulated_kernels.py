@@ -133,7 +133,7 @@ def _gemv(_name, variant, a):
         x = (x.float() + more.float()).to(x.dtype)
         a.sum.view(1, -1).copy_(x)
     if variant.norm:
-        x = _normed(x, a.norm, a.norm_bias, a.eps, a.offset, a.centred).to(torch.float16)
+        x = _normed(x, a.norm, a.norm_bias, a.eps, a.offset, a.centred).to(x.dtype)
     assert variant.input.startswith("ORDERED") == (a.order is not None) and variant.input != "FRAGMENTS"
     assert (x.dtype == torch.bfloat16) == (variant.input.endswith("BFLOAT")) or variant.norm
     y = _inputs(x, a.order, a.k, a.chunks) @ _weights(a.weights, a.scales, a.unit_to_group).T
@@ -254,7 +254,7 @@ def _order_inputs(_name, _variant, a):
     order = order[0].expand(x.shape[0], -1) if a.sorted is None else order[a.sorted]
     x = x.float()
     if a.powers is not None:
-        exponents = (torch.frexp(x.abs().amax(1)).exponent - 1).clamp(-126, 126)
+        exponents = (torch.frexp(x.abs().amax(1)).exponent - 6).clamp(-126, 122)
         a.powers.copy_(torch.ldexp(torch.ones_like(a.powers), exponents))
         x = x / a.powers[:, None]
     a.out.copy_(torch.nn.functional.pad(x.clamp(-65504, 65504), (0, 1)).gather(1, order))

@@ -84,29 +84,38 @@ template <int BITS, bool SYM, int UNITS, int SPAN> static void compare() {
 // Inputs in bf16, far beyond fp16 or far below it: exactly what fp16 gives of the same numbers times a power of two.
 template <int BITS, int UNITS, int SPAN> static void compare_bfloat() {
   Product r = random_product<BITS, true, UNITS, SPAN == 2 ? 2 : 1>(5, 16);
-  const int k = r.p.k;
-  std::vector<u16> order(k), natural(k), mixed(k + 8);
+  const int padded = r.p.k, k = padded - 12;  // the last inputs are padding
+  std::vector<u16> order(padded), natural(padded), mixed(padded + 8), ones(padded), mixed_ones(padded), weights(padded), mixed_weights(padded);
   std::vector<int> places(k);
   for (int i = 0; i < k; i++) places[i] = i;
   std::shuffle(places.begin(), places.end(), numbers);
+  r.p.eps = 0;
   for (int power : {20, -90}) {
-    for (int at = 0; at < k; at++) {
+    for (int at = 0; at < padded; at++) {
       const float x = from_bfloat(to_bfloat(std::uniform_real_distribution<float>(0.25, 2)(numbers) * (numbers() % 2 ? 1 : -1)));
-      const int input = at / CHUNK * CHUNK + at % 16 / 4 * 16 + at % CHUNK / 16 * 4 + at % 4;
-      r.x[at] = to_half(x);
-      natural[input] = mixed[places[at]] = to_bfloat(ldexpf(x, power));
-      order[at] = places[at];
+      const int input = at / CHUNK * CHUNK + at % 16 / 4 * 16 + at % CHUNK / 16 * 4 + at % 4, place = input < k ? places[input] : k;
+      r.x[at] = input < k ? to_half(x) : 0;
+      order[at] = place;
+      if (input >= k) continue;
+      natural[input] = mixed[place] = to_bfloat(ldexpf(x, power));
+      ones[input] = mixed_ones[place] = to_bfloat(8);  // a norm divides by a power of two
+      weights[input] = mixed_weights[place] = to_bfloat(ldexpf(x, power));
     }
     const auto plain = multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false>(r, 2, 2, 2);
     auto say = [&](const char* form, const std::vector<float>& found) {
       printf("%d bits, %d units, %d chunks a scale, bf16 times 2^%d %s: %g\n", BITS, UNITS, SPAN, power, form, apart(found, plain, ldexp(1., power)));
     };
     Product other = r;
+    other.p.k = k;
     other.p.order = order.data();
     other.x = natural;
     say("in its own order", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false, NATURAL_BFLOAT>(other, 2, 2, 2));
     other.x = mixed;
     say("in any order", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 0, false, ORDERED_BFLOAT>(other, 2, 2, 2));
+    other.x = ones, other.norm = weights;
+    say("by a norm", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 1, false, NATURAL_BFLOAT>(other, 2, 2, 2));
+    other.x = mixed_ones, other.norm = mixed_weights;
+    say("by a norm in any order", multiplied<BITS, true, UNITS, SPAN, 2, 2, 2, 2, false, ORDERED_BFLOAT>(other, 2, 2, 2));
   }
 }
 

@@ -43,7 +43,7 @@ enum { PLAIN, FLOAT, SILU, RESIDUAL, BFLOAT, GATED, GATED_BFLOAT, ACTIVE, ACTIVE
 // -- lanes, warps, blocks of a cluster ----------------------------------------------------------------------------------
 
 struct Size { u32 x = 1, y = 1, z = 1; };
-static Size threadIdx, blockIdx, blockDim, gridDim;  // threadIdx, blockIdx: of the lane that runs
+static Size threadIdx = {0, 0, 0}, blockIdx = {0, 0, 0}, blockDim, gridDim;  // threadIdx, blockIdx: of the lane that runs
 static uint4* shared_words;
 
 struct Lane {
@@ -178,7 +178,6 @@ DEVICE float warp_sum(float v) {
   for (int at = 16; at; at >>= 1) v += __shfl_xor_sync(FULL, v, at);
   return v;
 }
-DEVICE float block_sum(float, float*) { abort(); }
 
 // -- numbers -----------------------------------------------------------------------------------------------------------
 

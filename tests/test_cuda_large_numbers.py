@@ -116,6 +116,42 @@ def test_gates_and_activations_are_of_what_rows_were(gpu, gated, bias):
 
 
 @NEW
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_row_of_zeros_is_its_bias_and_what_is_no_number_stays_none(gpu, bias):
+    torch.manual_seed(4)
+    layer = packed(gpu.device, 256, 96, bias=bias)
+    x = rows_of(6, 256, gpu.device)
+    x[1], x[3, 7] = 0, float("nan")
+    wanted = layer(x.float())
+    linear = ready(gpu, [layer])
+    for several in (False, True):
+        with several_rows([linear]) if several else nullcontext():
+            found = linear(x)
+            assert found[3].isnan().all()
+            for rows in (slice(0, 1), slice(2, 3), slice(4, 6), *((slice(1, 2),) if bias else ())):
+                same(found[rows], wanted[rows])
+            assert bias or not found[1].any()
+
+
+@NEW
+@torch.inference_mode()
+def test_small_numbers_beside_a_large_one_keep_their_bits(gpu):
+    """A large number that a weight of zero multiplies takes nothing from the others."""
+    torch.manual_seed(5)
+    layer = packed(gpu.device, 1024, 96)
+    layer.qweight.data[0] = layer.qweight.data[0] & ~0xF | 8  # weights of the first input, all of them the zero
+    x = (torch.randn(5, 1024, device=gpu.device) * 0.05).bfloat16()
+    x[:, 0] = 60_000
+    wanted = layer(x.float())
+    assert float(wanted.abs().max()) < 10
+    linear = ready(gpu, [layer])
+    for several in (False, True):
+        with several_rows([linear]) if several else nullcontext():
+            same(linear(x), wanted)
+
+
+@NEW
 @torch.inference_mode()
 def test_a_model_whose_inner_numbers_leave_fp16_is_computed(monkeypatch):
     """Prompts were no numbers, and single tokens cut off at the largest number of fp16."""

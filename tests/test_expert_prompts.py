@@ -88,6 +88,17 @@ def test_what_the_launch_does_not_take_is_computed_by_dense_weights(monkeypatch)
     assert made.experts._grouped.takes(640, 2) and not made.experts._grouped.takes(641, 2), "more than 256 rows of each expert"
 
 
+def test_rows_beyond_fp16_are_cut_off_before_dense_weights(monkeypatch):
+    made, (rows, *choices), _wanted = experts_of(KINDS[3], monkeypatch)
+    monkeypatch.setattr(grouped_experts, "_MOST_ROWS", 599)
+    large = rows.bfloat16()
+    large[0, 5], large[0, 9] = 1e6, -1e6
+    given, plain = [], made.experts._all
+    monkeypatch.setattr(made.experts, "_all", lambda x, *rest: given.append(x) or plain(x, *rest))
+    assert made.experts(large, *choices)[1:].isfinite().all()
+    assert given[0].dtype == torch.float16 and given[0][0, [5, 9]].tolist() == [65504, -65504]
+
+
 def test_a_square_beyond_fp16_is_its_largest_number(monkeypatch):
     made, _given, _wanted = experts_of(KINDS[5], monkeypatch)
     assert made.experts._gate_up.active == 4

@@ -146,21 +146,27 @@ DEVICE float block_sum(float v, float* scratch) {
   return v;
 }
 
-// The largest in a block of numbers that are not below zero; `scratch` holds a float for each warp.
-DEVICE float block_max(float v, float* scratch) {
+// The bits of a float without its sign: of several the largest are those of the largest, and of a NaN before all others.
+DEVICE u32 size_bits(float f) { return (u32)__float_as_int(f) & 0x7fffffffu; }
+
+// The largest in a block; `scratch` holds a number for each warp.
+DEVICE u32 block_max(u32 v, u32* scratch) {
   const int warps = (blockDim.x + 31) / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int at = 16; at; at >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL, v, at));
+  for (int at = 16; at; at >>= 1) v = max(v, __shfl_xor_sync(FULL, v, at));
   if (lane == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();
-  v = lane < warps ? scratch[lane] : 0.f;
+  v = lane < warps ? scratch[lane] : 0u;
 #pragma unroll
-  for (int at = 16; at; at >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL, v, at));
+  for (int at = 16; at; at >>= 1) v = max(v, __shfl_xor_sync(FULL, v, at));
   __syncthreads();
   return v;
 }
 
-// bf16 holds numbers that fp16 does not. A row is divided by this power of two of its largest, after which that is below 2, and what is
-// made of it is multiplied with the power again; both are exact.
-DEVICE float power_of_largest(float largest) { return __int_as_float((127 + min(max((__float_as_int(largest) >> 23) - 127, -126), 126)) << 23); }
+// bf16 holds numbers that fp16 does not. A row is divided by this power of two of its largest (size_bits), after which that is below 64:
+// its products have room up to 65,504, and what is small beside it keeps its bits. NaN if the largest is no number.
+DEVICE float power_of_largest(u32 largest) {
+  const int exponent = largest >> 23;
+  return __int_as_float(exponent == 255 ? 0x7fc00000 : max(exponent - 5, 1) << 23);
+}
 DEVICE float inverse_power(float power) { return __int_as_float(0x7f000000 - __float_as_int(power)); }

@@ -99,7 +99,7 @@ class CudaExperts(nn.Module):
             out = torch.empty(hidden_states.shape, dtype=self._dtype, device=hidden_states.device)
             self._grouped.forward(hidden_states, chosen, weights, self._down_bias, out, self._gated_by_kernel)
             return out.to(hidden_states.dtype)
-        y = self._all(hidden_states.clamp(-65504, 65504).to(torch.float16), chosen, choices)
+        y = self._all(hidden_states.to(torch.float16).clamp(-65504, 65504), chosen, choices)
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)
 
@@ -107,14 +107,14 @@ class CudaExperts(nn.Module):
         """What goes into down: y [..., of gates and ups, or of ups alone], of experts [..., or ones]."""
         if self._gate_up.gated is not None:
             gate, up = gates_and_ups(y)
-            return activations.apply(self._gate_up.gated, gate) * up
+            return (activations.apply(self._gate_up.gated, gate) * up).clamp(-65504, 65504)
         if self._gate_up_bias is not None:
             y = y + self._gate_up_bias[experts]
         if self._gate is not None:
             return self._gate(y).to(torch.float16)
-        if not self._has_gates:  # a square may be more than fp16 holds: its largest number then, as a kernel writes
+        if not self._has_gates:  # what may be more than fp16 holds becomes its largest number, as a kernel writes
             return self.act_fn(y).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
-        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16)
+        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16).clamp(-65504, 65504)
 
     def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
         if self._gate_up.gated is not None:

@@ -233,7 +233,8 @@ class CudaLinear(nn.Module):
         """[M, K] -> fp16 [M, padded] in fragment order, zeros for padding. Of numbers that fp16 may not hold each row is divided
         by a power of two, fp32 [M]."""
         powers = None
-        if self._has_kernels and can_order(self.in_features) and x.dtype in NUMBERS:
+        x = x if x.dtype in NUMBERS else x.to(self._dtype)
+        if self._has_kernels and can_order(self.in_features):
             if x.dtype != torch.float16:
                 powers = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
             return order_inputs(self._gpu, x, self._order_numbers, powers=powers), powers

@@ -1,4 +1,4 @@
-"""Rows of numbers that fp16 may not hold, for products of fp16: each is divided by a power of two, which is exact.
+"""Rows of numbers that fp16 may not hold, for products of fp16: each is divided by a power of two of its largest number.
 
 Numbers of bfloat16 reach far beyond 65,504, and far below what fp16 tells from zero. prompt_rows.py divides rows by a kernel.
 """
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def divided(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (fp16 [M, K], the largest number of a row below 2; what rows were divided by, powers of two, fp32 [M])."""
-    exponents = (torch.frexp(x.abs().amax(1).float()).exponent - 1).clamp(-126, 126)
+    """x [M, K] -> (fp16 [M, K], the largest number of a row below 64; what rows were divided by, powers of two, fp32 [M])."""
+    exponents = (torch.frexp(x.abs().amax(1).float()).exponent - 6).clamp(-126, 122)
     powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     return (x / powers[:, None]).to(torch.float16), powers
 

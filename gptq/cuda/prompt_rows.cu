@@ -4,18 +4,18 @@
 // is left there. A block takes a row, eight inputs a thread.
 template <class T> DEVICE void order_inputs(const OrderInputsArguments& p) {
   u16* row = (u16*)shared_words;
-  float* scratch = (float*)(row + (p.k + 8) / 8 * 8);  // [32]
+  u32* scratch = (u32*)(row + (p.k + 8) / 8 * 8);  // [32]
   allow_next_kernel_to_start();
   wait_for_previous_kernel();
   const size_t source = p.sources ? __ldcg(p.sources + blockIdx.x) : blockIdx.x;
   const u16* order = p.order + (p.sorted ? __ldcg(p.sorted + blockIdx.x) * p.padded : 0);
-  float largest = 0.f;
+  u32 largest = 0;
   for (int at = threadIdx.x * 8; at < p.k; at += blockDim.x * 8) {
     const uint4 v = __ldcg((const uint4*)(p.x + source * p.k + at));
     const u16* from = (const u16*)&v;
     *(uint4*)(row + at) = v;
 #pragma unroll
-    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(T::wide(from[j])));
+    for (int j = 0; j < 8; j++) largest = max(largest, size_bits(T::wide(from[j])));
   }
   if (threadIdx.x == 0) row[p.k] = 0;  // what padding names
   float inverse = 1.f;

@@ -33,7 +33,7 @@ def order_inputs(
 
     `sources` int32 [rows] names the row of x for each row. With `experts` int64 [rows] each has the order of its own expert,
     of those in `order` [experts, padded]. With `powers` fp32 [rows] each row is divided by a power of two, which is left there,
-    so that its largest number is below 2; without, what fp16 does not hold becomes its largest number.
+    so that its largest number is below 64; without, what fp16 does not hold becomes its largest number.
     """
     x = x if x.dtype in NUMBERS else x.to(torch.float16)
     x = x.contiguous()

@@ -71,6 +71,10 @@ def multiply(gpu: Gpu, weight: Weight, epilogue: str, x: Tensor, out: Tensor, po
     rows were divided by `powers` fp32 [T], BFLOAT gives the products of what they were, and PLAIN those of x without the bias."""
     if x.shape[1] != weight.padded:
         raise ValueError(f"The input has rows of {x.shape[1]} numbers; the weight takes {weight.padded}.")
+    if powers is not None and (x.shape[0] >= _LEAST_WIDE_ROWS or epilogue not in ("PLAIN", "BFLOAT")):
+        raise ValueError(
+            f"{x.shape[0]} divided rows, {epilogue}: at most {_LEAST_WIDE_ROWS - 1} are multiplied, PLAIN or BFLOAT."
+        )
     plans = variants(weight.packing, epilogue, gpu.shared_limit_bytes)
     most, rows = 8 * max(plans), x.shape[0]
     small = weight.tiles * weight.chunks <= _SMALL_WEIGHT

@@ -104,9 +104,10 @@ template <bool BF> struct InFragmentOrder {
   }
 };
 
-template <bool BF, int COUNT> DEVICE float largest_number(const u16* v, float most) {
+template <bool BF> DEVICE u32 largest_of_four(const uint2& four, u32 most) {
+  const u16* v = (const u16*)&four;
 #pragma unroll
-  for (int j = 0; j < COUNT; j++) most = fmaxf(most, fabsf(wide_number<BF>(v[j])));
+  for (int j = 0; j < 4; j++) most = max(most, size_bits(wide_number<BF>(v[j])));
   return most;
 }
 
@@ -129,15 +130,15 @@ template <class Place> DEVICE void order_row(const u16* order, const u16* raw, i
 // `scratch` holds a float for each warp.
 template <bool BF, bool ORDER, class Place>
 DEVICE void stage_natural(const u16* x, const u16* order, u16* raw, int padded, int k, float* scratch, Place& place) {
-  float largest = 0.f;
+  u32 largest = 0;
   if constexpr (!ORDER) {
     if constexpr (Place::DIVIDED) {
 #pragma unroll 2
       for (int at = threadIdx.x * 4; at < k; at += blockDim.x * 4) {
         const uint2 four = four_inputs(x, at, k);
-        largest = largest_number<BF, 4>((const u16*)&four, largest);
+        largest = largest_of_four<BF>(four, largest);
       }
-      place.power = power_of_largest(block_max(largest, scratch));
+      place.power = power_of_largest(block_max(largest, (u32*)scratch));
     }
 #pragma unroll 2
     for (int at = threadIdx.x * 8; at - threadIdx.x % 32 * 8 < padded; at += blockDim.x * 8) {
@@ -149,9 +150,9 @@ DEVICE void stage_natural(const u16* x, const u16* order, u16* raw, int padded, 
     for (int at = threadIdx.x * 4; at < padded + 8; at += blockDim.x * 4) {
       const uint2 four = four_inputs(x, at, k);
       *(uint2*)(raw + at) = four;
-      if constexpr (Place::DIVIDED) largest = largest_number<BF, 4>((const u16*)&four, largest);
+      if constexpr (Place::DIVIDED) largest = largest_of_four<BF>(four, largest);
     }
-    if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, scratch));
+    if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, (u32*)scratch));
     else __syncthreads();
     order_row(order, raw, padded, place);
   }
@@ -220,7 +221,7 @@ DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const
     for (int j = 0; j < 8; j++) { const float v = wide_number<BF>(((const u16*)&held[i])[j]) - mean; squares += there ? v * v : 0.f; }
   }
   const float scale = rsqrtf(block_sum(squares, scratch) / p.k + p.eps);
-  float largest = 0.f;
+  u32 largest = 0;
 #pragma unroll
   for (int i = 0; i < NORM; i++) {
     const int at = (i * blockDim.x + threadIdx.x) * 8;
@@ -230,13 +231,13 @@ DEVICE void stage_normed(const Arguments& p, const NormWeight<NORM>& norm, const
       u16& own = ((u16*)&held[i])[j];
       const float w = wide_number<BF>(((const u16*)&norm.run[i])[j]) + p.offset, b = wide_number<BF>(((const u16*)&bias)[j]);
       own = at < p.k ? narrow_number<BF>((wide_number<BF>(own) - mean) * scale * w + b) : 0;
-      if (Place::DIVIDED) largest = fmaxf(largest, fabsf(wide_number<BF>(own)));
+      if (Place::DIVIDED) largest = max(largest, size_bits(wide_number<BF>(own)));
     }
     if constexpr (ORDER) {
       if (at < padded + 8) *(uint4*)(raw + at) = held[i];
     }
   }
-  if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, scratch));
+  if constexpr (Place::DIVIDED) place.power = power_of_largest(block_max(largest, (u32*)scratch));
   if constexpr (!ORDER) {
 #pragma unroll
     for (int i = 0; i < NORM; i++) {
