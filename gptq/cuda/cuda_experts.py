@@ -29,7 +29,7 @@ from .kernel_arguments import CLAMPED_GATE, COMBINE
 from .kernel_source import LayerVariant, Packing, Variant
 from .latent_attention import is_latent
 from .module_facts import parents_of
-from .natural_order import NUMBERS, gates_and_ups
+from .natural_order import LARGEST_HALF, NUMBERS, gates_and_ups
 from .prompt_rows import gate_rows
 from .shared_experts import SharedOfStack, choose_shared, cut_shared, shared_name
 
@@ -99,7 +99,7 @@ class CudaExperts(nn.Module):
             out = torch.empty(hidden_states.shape, dtype=self._dtype, device=hidden_states.device)
             self._grouped.forward(hidden_states, chosen, weights, self._down_bias, out, self._gated_by_kernel)
             return out.to(hidden_states.dtype)
-        y = self._all(hidden_states.to(torch.float16).clamp(-65504, 65504), chosen, choices)
+        y = self._all(hidden_states.to(torch.float16).clamp(-LARGEST_HALF, LARGEST_HALF), chosen, choices)
         y = (y.view(tokens, choices, -1).float() * top_k_weights[..., None].float()).sum(1)
         return y.to(hidden_states.dtype)
 
@@ -107,14 +107,14 @@ class CudaExperts(nn.Module):
         """What goes into down: y [..., of gates and ups, or of ups alone], of experts [..., or ones]."""
         if self._gate_up.gated is not None:
             gate, up = gates_and_ups(y)
-            return (activations.apply(self._gate_up.gated, gate) * up).clamp(-65504, 65504)
+            return (activations.apply(self._gate_up.gated, gate) * up).clamp(-LARGEST_HALF, LARGEST_HALF)
         if self._gate_up_bias is not None:
             y = y + self._gate_up_bias[experts]
         if self._gate is not None:
             return self._gate(y).to(torch.float16)
         if not self._has_gates:  # what may be more than fp16 holds becomes its largest number, as a kernel writes
-            return self.act_fn(y).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
-        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16).clamp(-65504, 65504)
+            return self.act_fn(y).clamp(max=LARGEST_HALF).to(torch.float16)
+        return (self.act_fn(y[..., : self._inner]) * y[..., self._inner :]).to(torch.float16).clamp(-LARGEST_HALF, LARGEST_HALF)
 
     def _gated_by_kernel(self, y: Tensor, chosen: Tensor) -> Tensor:
         if self._gate_up.gated is not None:

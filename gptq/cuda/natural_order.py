@@ -8,6 +8,7 @@ from torch import Tensor
 from .cuda_weights import Weight, fragment_order, permutation_of
 
 NUMBERS = (torch.float16, torch.bfloat16)  # that a kernel takes and gives as they are
+LARGEST_HALF = torch.finfo(torch.float16).max  # 65,504
 _MOST_INPUTS = (1 << 16) - 1  # an input's number has 16 bits
 
 
