@@ -2,7 +2,8 @@
 
 While the files are read, the layer has the name of the file; then it is cut into the parts. Each keeps its own columns, bit for
 bit, and the order of the inputs is that of all. Most files hold the parts one after the other; those of some families of 2023
-(core/old_families.py) have an order of their own, or a key head once where the model has it several times.
+(core/old_families.py) have an order of their own, or a key head once where the model has it several times. What transformers cuts
+while it reads 16-bit files (module_names.Split) is cut likewise.
 """
 
 from collections.abc import Mapping
@@ -18,24 +19,35 @@ from . import bit_packing
 from .families.reading import head_dim_of, split_by_head
 from .gptq_linear import GPTQLinear
 from .joined_layers import JOINED
+from .module_names import splits_of
 
+Joined = Mapping[str, tuple[str, ...]]
 Cut = Mapping[str, Tensor]  # name of a part in the model -> its columns in the layer of the files
 
 
-def cut_of(place: str, outputs: int, modules: Mapping[str, nn.Module], config: Any, old: Successor | None) -> Cut:
+def joined_of(model: PreTrainedModel) -> Joined:
+    """Last name of a layer of the files -> of its parts in the model: what any file may join, and what transformers cuts."""
+    return JOINED | dict(each.joined for each in splits_of(model))
+
+
+def cut_of(
+    place: str, outputs: int, modules: Mapping[str, nn.Module], config: Any, old: Successor | None, joined: Joined = JOINED
+) -> Cut:
     """How a layer of the files that has so many outputs is cut; {} if it stands in the model as it is, or has no place there."""
-    if place not in modules and place.rpartition(".")[2] not in JOINED:
+    if place not in modules and place.rpartition(".")[2] not in joined:
         return {}
     with torch.device("cpu"):  # transformers makes a model on meta
-        return _cut_of(place, outputs, modules, config, old)
+        return _cut_of(place, outputs, modules, config, old, joined)
 
 
-def _cut_of(place: str, outputs: int, modules: Mapping[str, nn.Module], config: Any, old: Successor | None) -> Cut:
+def _cut_of(
+    place: str, outputs: int, modules: Mapping[str, nn.Module], config: Any, old: Successor | None, joined: Joined
+) -> Cut:  # fmt: skip
     owner, _dot, last = place.rpartition(".")
     whole = modules.get(place)
     if whole is not None:
         return _repeated(last, whole, outputs, config) if old is not None and old.repeats else {}
-    found = {each: modules.get(f"{owner}.{each}") for each in JOINED.get(last, ())}
+    found = {each: modules.get(f"{owner}.{each}") for each in joined.get(last, ())}
     parts = {name: each for name, each in found.items() if isinstance(each, nn.Linear)}
     if len(parts) < len(found):
         return {}

@@ -1,7 +1,7 @@
 """Where a layer of the files belongs in the model, whatever transformers calls it today."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, s
     old = getattr(getattr(model.config, "quantization_config", None), "old", None)
     of_2023 = old.tensors if old is not None else {}
     renamings = [each for each in conversions_of(model) if not hasattr(each, "operations")]
+    splits = splits_of(model)
     modules_of = {}
     for name in names:
         now = name_now(name, of_2023)
@@ -32,8 +33,50 @@ def module_names_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, s
             for known in (now, key.removesuffix(".qweight"))
             for candidate in (known, f"{prefix}.{known}", known.removeprefix(f"{prefix}."))
         ]
-        modules_of[name] = next((each for each in candidates if each in modules or experts_of(each) in modules), now)
+        found = next((each for each in candidates if each in modules or experts_of(each) in modules), "")
+        modules_of[name] = found or next(filter(None, (_whole(each, splits, modules) for each in candidates)), now)
     return modules_of
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layer that files hold as one and transformers cuts while it reads the files."""
+
+    pattern: str  # of its name in the files
+    parts: tuple[str, ...]  # what stands there in the names of the parts, in the order of their outputs
+
+    @property
+    def joined(self) -> tuple[str, tuple[str, ...]]:
+        """The last names of the layer and of its parts."""
+        whole = re.sub(r"\\(.)", r"\1", self.pattern)
+        return whole.rpartition(".")[2], tuple(each.rpartition(".")[2] for each in self.parts)
+
+
+def splits_of(model: PreTrainedModel) -> list[Split]:
+    """What transformers' loader cuts by its outputs, one part after the other."""
+    found = []
+    for each in conversions_of(model):
+        operations: Sequence[Any] = getattr(each, "operations", ())
+        if [type(one).__name__ for one in operations] not in (["Chunk"], ["Split"]) or operations[0].dim != 0:
+            continue
+        sources, targets = list(each.source_patterns), list(each.target_patterns)
+        if len(sources) == 1 and not any("\\1" in part for part in targets):
+            pattern = re.sub(r"(\\?\.weight)?\$?$", "", sources[0])
+            found.append(Split(pattern, tuple(part.removesuffix(".weight") for part in targets)))
+    return found
+
+
+def _whole(name: str, splits: Iterable[Split], modules: Container[str]) -> str:
+    """Where a layer stands until it is cut: beside its parts, or in their place. "" if it has none in the model."""
+    for split in splits:
+        match = re.search(f"(?:{split.pattern})$", name)
+        if match is not None:
+            parts = [name[: match.start()] + each for each in split.parts]
+            owner = parts[0].rpartition(".")[0]
+            whole = f"{owner}.{name.rpartition('.')[2]}"
+            if whole in modules or all(each in modules and each.rpartition(".")[0] == owner for each in parts):
+                return whole
+    return ""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..core.packed_layout import layout_of, packed_names
 from ..core.quantize_config import QuantizeConfig
 from ..core.safetensors_header import TensorInfo
 from ..core.successor import Successor
-from .cut_layers import cut_of, hold_cut, hold_dense, width_of
+from .cut_layers import cut_of, hold_cut, hold_dense, joined_of, width_of
 from .dense_layers import beside_weight, dense_shape, replace, stays_dense
 from .direct_weights import Direct
 from .experts import expert_bias, expert_shape, experts_of, is_dense_experts
@@ -136,12 +136,12 @@ class PackedQuantizer(HfQuantizer):
         have = {*modules_of.values(), *by_module}
         parts = {part: joined for joined, names in joined_names(have, modules).items() for part in names}
         place_parts(model, parts, by_module)
-        direct: list[Direct] = []
+        joined, direct = joined_of(model), list[Direct]()
         biased: dict[str, bool] = {}  # modules of experts
         for name, layer in layers.items():
             place = modules_of[name]
             expert_owner = experts_of(place)
-            cut = {} if place in parts else cut_of(place, layer.out_features, modules, model.config, old)
+            cut = {} if place in parts else cut_of(place, layer.out_features, modules, model.config, old, joined)
             if place in parts:
                 shape = (dense_shape(modules[parts[place]], name)[0], layer.out_features)
             elif cut:
@@ -173,7 +173,7 @@ class PackedQuantizer(HfQuantizer):
             of_model = modules[f"{place.rpartition('.')[0]}.{next(iter(cut))}"] if cut else dense
             packed_layer = _packed(layer, layer.has_bias or getattr(of_model, "bias", None) is not None)
             parent = hold_cut(model, place, cut, packed_layer) if cut else replace(model, place, packed_layer)
-            if not cut and place not in parts and layer.parts is None:
+            if place not in parts and layer.parts is None:  # what is cut here, transformers would cut, too
                 direct.append((name, place, packed_layer))
             if dense is not None and stays_dense(dense, model, place):
                 vars(packed_layer)["dense_form"] = dense  # no child of the packed one

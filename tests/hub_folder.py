@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from gptq_webui.gptq.module_names import splits_of
 
 _LEFT = re.compile(  # what writers leave dense
     r"(^|\.)(gate|router|shared_expert_gate|classifier|b_proj|a_proj|f_a_proj|wg)$|(^|[._])router"
@@ -41,6 +42,9 @@ def packable(model, state):
             continue
         module = linear.get(name) or linear.get(next((each for each in linear if each.endswith("." + name)), ""))
         if module is not None and id(module) in outputs:
+            continue
+        if any(re.search(f"(?:{each.pattern})$", name) for each in splits_of(model)):  # which transformers cuts
+            found[name] = False
             continue
         if module is None and not _EXPERTS.search(key) and not _PARTS.search(key):  # transformers has another name for it
             shape, tail = tuple(tensor.shape), name.rpartition(".")[2]

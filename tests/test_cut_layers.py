@@ -2,9 +2,13 @@
 
 import json
 
+import every_architecture
+import hub_folder
 import pytest
 import torch
+from every_architecture import KINDS
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import tiny
 from gptq_webui.core.errors import BadCheckpoint
@@ -12,6 +16,7 @@ from gptq_webui.core.models import LocalModel
 from gptq_webui.gptq import checkpoint
 from gptq_webui.gptq.config_reading import read_config
 from gptq_webui.gptq.gptq_linear import GPTQLinear
+from gptq_webui.gptq.module_names import splits_of
 from gptq_webui.gptq.stepper_choice import stepper_for
 
 IDS = [5, 9, 200, 7, 33, 8, 100, 6, 42, 77, 12, 250]
@@ -56,6 +61,40 @@ def test_one_of_another_width_is_refused(tmp_path):
     write(tmp_path / "model", joined={"qkv_proj": ("q_proj", "k_proj")})
     with pytest.raises(BadCheckpoint, match=r"qkv_proj is 64×\d+ in the files and 64×\d+ in config.json"):
         checkpoint.load(LocalModel.read(tmp_path / "model"), dtype=torch.float32, device_map="cpu")
+
+
+SPLIT = [kind for kind in ("sarvam_moe", "hrm_text", "lara_mini") if kind in KINDS]  # in newer versions of transformers
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_what_transformers_cuts_in_16_bit_files_is_cut_when_it_is_packed(kind, tmp_path):
+    """Their makers join query, key and value under names of their own."""
+    model = every_architecture.tiny_model(kind)
+    hub_folder.write(tmp_path, model, group_size=16, act_order=True)
+    whole = {each.joined[0] for each in splits_of(model)}
+    state = load_file(tmp_path / "packed" / "model.safetensors")
+    names = {name.rsplit(".", 2)[-2] for name in state if name.endswith(".qweight")}
+    assert whole & names
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    hf, _notes = checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float32, device_map="cpu")
+    packed = {name.rpartition(".")[2] for name, each in hf.named_modules() if isinstance(each, GPTQLinear)}
+    assert packed.isdisjoint(whole - {"gate_up_proj"}) and packed >= set().union(*(each.joined[1] for each in splits_of(model)))
+    with torch.inference_mode():
+        found, wanted = (each(torch.tensor([IDS]), use_cache=False).logits for each in (hf, twin))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPLIT if kind == "sarvam_moe"])
+def test_one_that_lacks_a_part_is_refused(kind, tmp_path):
+    """auto-round 0.16.1 writes query, key and value of Sarvam under one name; the last one is left."""
+    hub_folder.write(tmp_path, every_architecture.tiny_model(kind), group_size=16, act_order=False)
+    path = tmp_path / "packed" / "model.safetensors"
+    state = load_file(path)
+    for name in [each for each in state if ".query_key_value." in each and not each.endswith("g_idx")]:
+        state[name] = state[name][:, : 4 if name.endswith("qzeros") else 32].contiguous()
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=r"query_key_value is 64×32 in the files and 64×\d+ in config.json"):
+        checkpoint.load(LocalModel.read(tmp_path / "packed"), dtype=torch.float32, device_map="cpu")
 
 
 def test_longrope_by_its_first_name_is_read(tmp_path):

@@ -122,7 +122,22 @@ def _jobs():
 JOBS = {job["name"]: job for job in _jobs() if re.search(os.environ.get("GPTQ_WEBUI_WRITERS_JOBS", ""), job["name"])}
 REFUSED = {
     # auto-round does not know Falcon's class of linear layers, and packs none
-    **{f"auto_round-falcon{each}": "no packed GPTQ weights" for each in ("", "-7B-of-seven-heads", "-40B", "-11B", "-RW")},
+    **{
+        f"auto_round-falcon{each}": "no packed GPTQ weights"
+        for each in (
+            "",
+            "-7B-of-seven-heads",
+            "-40B",
+            "-11B",
+            "-RW",
+            "-auto_round-auto_gptq",
+            "-mixed",
+            "-2-asym",
+        )
+    },
+    **{f"auto_round-falcon{each}": "hold no such weights" for each in ("-auto_awq", "-auto_round-auto_awq")},
+    "auto_round-gpt2-llm_compressor": "the format dense",  # nor GPT-2's
+    "auto_round-sarvam_moe": "query_key_value is 64×32",  # it writes query, key and value under one name; the last one is left
     "auto_round-llama-llm_compressor-2-sym": "2 bits",
     "auto_round-llama-llm_compressor-3-sym": "3 bits",
 }
@@ -130,6 +145,9 @@ NOT_READ_AGAIN = {  # the reload has other weights than the file
     "auto_round-gpt_oss-llm_compressor": "transformers has no place for the experts and leaves random ones",
 }
 BY_HAND = {  # compared with the file's own numbers
+    "auto_round-mixtral-auto_awq": "gptqmodel looks for w1, w2 and w3, the file has gate_proj, down_proj and up_proj",
+    "auto_round-mixtral-llm_compressor": "transformers looks for w1, w2 and w3, too, and leaves random experts",
+    "auto_round-llama4_text-auto_awq": "gptqmodel has no place for the experts and leaves random ones",
     "auto_round-phi3-auto_awq": "gptqmodel looks for gate_proj and up_proj, the file has gate_up_proj",
     "auto_round-glm4-auto_awq": "gptqmodel looks for gate_proj and up_proj, the file has gate_up_proj",
 }
@@ -143,7 +161,8 @@ def off(found, wanted):
 
 
 def multiplied_out(folder, target):
-    """Logits of an AWQ folder: transformers' own, of weights that are multiplied out here, scale * (integer - zero)."""
+    """Logits of a folder of AWQ or compressed-tensors: transformers' own, of weights that are multiplied out here, scale *
+    (integer - zero)."""
     state = {name: each for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
     shifts = torch.tensor([4 * each for each in _NIBBLES])
     for name in [each.removesuffix(".qweight") for each in state if each.endswith(".qweight")]:
@@ -152,6 +171,14 @@ def multiplied_out(folder, target):
         rows = q.shape[0] // scales.shape[0]
         weight = (q - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
         state[f"{name}.weight"] = weight.T.contiguous()
+    for name in [each.removesuffix(".weight_packed") for each in state if each.endswith(".weight_packed")]:
+        q = (state.pop(f"{name}.weight_packed")[..., None] >> torch.arange(0, 32, 4) & 15).flatten(1) - 8
+        scales = state.pop(f"{name}.weight_scale").float()
+        state[f"{name}.weight"] = q * scales.repeat_interleave(q.shape[1] // scales.shape[1], 1)
+        del state[f"{name}.weight_shape"]
+    for name in [each for each in state if ".block_sparse_moe.experts." in each]:  # transformers knows Mixtral's experts by these
+        role = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[name.split(".")[-2]]
+        state[name.replace(name.split(".")[-2], role)] = state.pop(name)
     target.mkdir()
     save_file({name: each.float() for name, each in state.items()}, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
