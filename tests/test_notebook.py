@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from browser import WAIT_MS, chromium
+from browser import WAIT_MS, chromium, type_into
 from fake_library import MISTRAL, FakeLibrary
 from gptq_webui.core.chat import Finish, Step
 from gptq_webui.core.errors import Busy, GptqWebuiError
@@ -173,7 +173,7 @@ def test_the_tab_writes_from_the_cursor_undoes_counts_and_survives_a_reload(page
 def test_a_reload_while_the_model_writes_finds_it_going_on_and_stop_ends_it(page, engine):
     engine.load(MISTRAL, options={"answer": "word " * 900, "tokens_per_s": 4.0})
     open_notebook(page)
-    page.tab.fill(AREA, "Go")
+    type_into(page.tab, AREA, "Go")
     page.tab.click("#gw-notebook-write")
     page.tab.wait_for_function(f"() => document.querySelector('{AREA}').value.includes('word')")
     open_notebook(page)
