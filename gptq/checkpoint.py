@@ -29,6 +29,7 @@ from ..core.neighbour_layouts import NEIGHBOURS
 from ..core.old_names import name_now, successor_of
 from ..core.safetensors_header import TensorInfo, same_bytes
 from ..core.units import plural
+from .collector import without_collector
 from .completing import complete
 from .config_reading import caps_scores, read_config
 from .direct_weights import filled_directly
@@ -127,7 +128,7 @@ def load(
         options["attn_implementation"] = attn_implementation
     try:
         auto: Any = _class_for(config)  # with output_loading_info it returns a pair, which its types do not say
-        with watch, filled_directly(), nullcontext() if early is None else early.given():
+        with watch, without_collector(), filled_directly(), nullcontext() if early is None else early.given():
             loaded, info = auto.from_pretrained(
                 source.folder,
                 config=config,
@@ -147,8 +148,9 @@ def load(
             f"transformers cannot open {model.name}: {in_words(error)}. Download the model again, or choose another branch."
         ) from error
     vars(loaded)["weights_source"] = source  # its links must live as long
-    _check_report(model, info, {own: layers[name] for name, own in module_names_of(layers, loaded).items()}, config)
-    notes += complete(loaded, model.weights, layers)
+    modules_of = module_names_of(layers, loaded)
+    _check_report(model, info, {own: layers[name] for name, own in modules_of.items()}, config)
+    notes += complete(loaded, model.weights, layers, modules_of)
     if successor is not None:
         as_successor(loaded, successor, packed=model.is_packed)
     return loaded.eval(), tuple(notes)

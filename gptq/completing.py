@@ -1,6 +1,6 @@
 """What is left to do once transformers has filled a model: what the files left out, and a look for damage."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,20 +18,26 @@ from .neighbours import repack
 from .packed_quantizer import PackedLayer, packed_modules
 from .unpacked_parts import release_held
 
+Packed = tuple[str, PackedLayer, GPTQLinear]  # name in the files, what they say, module
 
-def complete(loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str, PackedLayer]) -> list[str]:
-    """What transformers' loading leaves to do once the tensors are in their places; returns notes."""
-    _restore_scales(files, loaded, layers)
-    notes = _prepare(loaded, layers)
+
+def complete(
+    loaded: PreTrainedModel, files: Iterable[Path], layers: Mapping[str, PackedLayer], modules_of: Mapping[str, str]
+) -> list[str]:
+    """What transformers' loading leaves to do once the tensors are in their places; returns notes.
+
+    `modules_of`: where each of the layers is in the model (`module_names_of`)."""
+    packed = packed_modules(loaded, layers, modules_of)
+    _restore_scales(files, packed)
+    notes = _prepare(loaded, layers, packed)
     cut_layers(loaded)
     move_parts(loaded)
     release_held(loaded)
     return notes
 
 
-def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[str]:
+def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer], packed: Sequence[Packed]) -> list[str]:
     """Complete what the file left out and look for damage; returns notes."""
-    packed = packed_modules(loaded, layers)
     if len(packed) != len(layers):
         raise BadCheckpoint(
             f"{len(layers)} packed layers are in the files and {len(packed)} in the model. Nothing was loaded; download it again."
@@ -85,12 +91,15 @@ def _prepare(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list
     return notes
 
 
-def _restore_scales(paths: Iterable[Path], loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> None:
+def _restore_scales(paths: Iterable[Path], packed: Iterable[Packed]) -> None:
     """transformers 4 casts scales to the model's type; in bf16 that costs three of their bits. Read those again."""
-    files = tensors_of(paths) if layers else {}
-    for name, layer, module in packed_modules(loaded, layers):
-        if layer.parts is None and module.scales.dtype == torch.bfloat16 != layer.scales_dtype and not module.scales.is_meta:
-            path = files[f"{name}.scales"][0]
-            with safe_open(path, framework="pt") as file:
-                scales = file.get_tensor(f"{name}.scales").to(module.scales.device)
-            module.scales = torch.nn.Parameter(scales, requires_grad=False)
+    cast = [
+        (name, module)
+        for name, layer, module in packed
+        if layer.parts is None and module.scales.dtype == torch.bfloat16 != layer.scales_dtype and not module.scales.is_meta
+    ]
+    files = tensors_of(paths) if cast else {}
+    for name, module in cast:
+        with safe_open(files[f"{name}.scales"][0], framework="pt") as file:
+            scales = file.get_tensor(f"{name}.scales").to(module.scales.device)
+        module.scales = torch.nn.Parameter(scales, requires_grad=False)

@@ -201,7 +201,10 @@ class _Slice:
     def __init__(self, file: _File, name: str) -> None:
         self._file, self._name = file, name
 
-    def __getattr__(self, name: str) -> Any:  # get_shape, get_dtype
+    def get_shape(self) -> list[int]:  # known already; the file would look it up in its header
+        return list(self._file._tensors[self._name][0].shape)
+
+    def __getattr__(self, name: str) -> Any:  # get_dtype
         return getattr(self._file._file.get_slice(self._name), name)
 
     def __getitem__(self, index: Any) -> Any:

@@ -59,12 +59,14 @@ class Watch:
             raise self._why
 
     def _look(self) -> None:
+        waiting: Waiting | None = None
         while not self._done.wait(_LOOK_S):
             model = self._model
             if model is None:
                 continue
             try:
-                here = arrived(model)
+                waiting = waiting or Waiting(model)
+                here = waiting.look()
             except RuntimeError:  # the model changed under our eyes; the next look will do
                 continue
             try:
@@ -83,20 +85,42 @@ def _interrupt(thread: int, error: type[BaseException]) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
 
 
-def arrived(model: Any) -> tuple[int, int, int, int]:
-    """(bytes, of all, layers, of all) of a model that is being filled."""
-    here = total = 0
-    waiting: set[str] = set()  # layers that still lack a tensor
-    layers: set[str] = set()
-    for name, tensor in list(model.named_parameters()):
-        size = tensor.numel() * tensor.element_size()
-        total += size
-        here += 0 if tensor.is_meta else size
-        if layer := _layer(name):
-            layers.add(layer)
-            if tensor.is_meta:
-                waiting.add(layer)
-    return here, total, len(layers) - len(waiting), len(layers)
+class Waiting:
+    """The tensors of an empty model that have not arrived yet. Python's lock is the loading thread's: a mixture has 75,000
+    tensors, and to list them anew at every look took half of its time. So each look asks those only that the last one missed."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises RuntimeError if the model changes meanwhile."""
+        self._all_bytes = self._here = 0
+        self._layers: dict[str, int] = {}  # layer -> tensors of it that are waited for
+        self._missed: list[tuple[dict[str, Any], str, str, int]] = []  # parameters of a module, name, layer, bytes
+        seen: set[int] = set()
+        for place, module in list(model.named_modules()):
+            layer, parameters = _layer(f"{place}."), module._parameters
+            for name, tensor in list(parameters.items()):
+                if tensor is None or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                size = tensor.numel() * tensor.element_size()
+                self._all_bytes += size
+                if layer:
+                    self._layers[layer] = self._layers.get(layer, 0) + 1
+                self._missed.append((parameters, name, layer, size))
+
+    def look(self) -> tuple[int, int, int, int]:
+        """(bytes that have left `meta`, of all, whole layers, of all)."""
+        missed = []
+        for each in self._missed:
+            parameters, name, layer, size = each
+            tensor = parameters.get(name)
+            if tensor is not None and tensor.is_meta:
+                missed.append(each)
+                continue
+            self._here += size
+            if layer:
+                self._layers[layer] -= 1
+        self._missed = missed
+        return self._here, self._all_bytes, list(self._layers.values()).count(0), len(self._layers)
 
 
 def _layer(name: str) -> str:

@@ -248,6 +248,9 @@ class PackedQuantizer(HfQuantizer):
         more = [] if self._joins_experts or not NEEDS_OTHER_NAMES else other_names()
         return [*more, *super().get_weight_conversions()]
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Nothing to add: no plan names parts of packed layers. transformers would look at every tensor's name to find that."""
+
     def get_accelerator_warm_up_factor(self) -> int:
         return 2  # transformers 4: our parameters have their real sizes already
 
@@ -287,8 +290,9 @@ def _packed(layer: PackedLayer, bias: bool) -> GPTQLinear:
     return module
 
 
-def packed_modules(loaded: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> list[tuple[str, PackedLayer, GPTQLinear]]:
-    """(name in the file, layer, module) of every packed layer."""
+def packed_modules(
+    loaded: PreTrainedModel, layers: Mapping[str, PackedLayer], modules_of: Mapping[str, str]
+) -> list[tuple[str, PackedLayer, GPTQLinear]]:
+    """(name in the file, layer, module) of every packed layer. `modules_of`: see `module_names_of`."""
     modules = dict(loaded.named_modules())
-    modules_of = module_names_of(layers, loaded)
     return [(name, layers[name], modules[own]) for name, own in modules_of.items() if isinstance(modules.get(own), GPTQLinear)]

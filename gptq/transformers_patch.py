@@ -18,6 +18,7 @@ from ..core.folder_files import shown_name
 from ..core.models import LocalModel, kind_of_tensors, tensors_of
 from ..core.quantize_config import QuantizeConfig
 from .completing import complete
+from .module_names import module_names_of
 from .packed_quantizer import PackedLayer, PackedQuantizer, PackedWeights, packed_layers
 from .unpacked_parts import unpacked_layers
 
@@ -89,7 +90,7 @@ class RegisteredQuantizer(PackedQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        complete(model, self._files, self._layers)
+        complete(model, self._files, self._layers, module_names_of(self._layers, model))
         return model
 
 

@@ -6,6 +6,7 @@ of PackedExperts; those of joined layers (joined_layers.py) stand in their place
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -72,7 +73,9 @@ def place_experts(model: PreTrainedModel, packed: Iterable[str], unpacked: Mappi
     def owners(names: Iterable[str]) -> set[str]:
         return {owner for place in names if (owner := experts_of(place)) and is_dense_experts(modules.get(owner))}
 
-    packed = list(packed)
+    packed, by_owner = list(packed), defaultdict[str | None, list[str]](list)
+    for place in packed:
+        by_owner[experts_of(place)].append(place)
     place_of = module_names_of((name for name in unpacked if experts_of(name)), model)
     found, further = owners(packed), owners(place_of.values())
     joins = not further or (not found & further and _are_joined(model, place_of))
@@ -80,7 +83,7 @@ def place_experts(model: PreTrainedModel, packed: Iterable[str], unpacked: Mappi
         dense = modules[owner]
         experts = PackedExperts(dense)
         own = {} if joins else {place: unpacked[name] for name, place in place_of.items() if experts_of(place) == owner}
-        require_complete(experts, owner, [*packed, *own])
+        require_complete(experts, owner, [*by_owner[owner], *own])
         for place, layer in own.items():
             if (layer.in_features, layer.out_features) != (shape := expert_shape(dense, place)):
                 raise BadCheckpoint(

@@ -60,9 +60,31 @@ def slowly(monkeypatch, seconds=0.001):
     return count
 
 
-def test_what_has_left_meta_has_arrived():
+def test_what_has_left_meta_has_arrived_and_what_is_shared_counts_once():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 4, device="meta") for _ in range(3)])})
-    assert load_progress.arrived(model) == (0, 3 * 80, 0, 3)
-    model["layers"][0] = torch.nn.Linear(4, 4)
+    model["head"] = torch.nn.Linear(4, 4, bias=False, device="meta")
+    model["embedding"] = torch.nn.Linear(4, 4, bias=False, device="meta")
+    model["embedding"].weight = model["head"].weight
+    waiting = load_progress.Waiting(model)
+    assert waiting.look() == (0, 3 * 80 + 64, 0, 3)
+    for each in ("weight", "bias"):
+        setattr(model["layers"][0], each, torch.nn.Parameter(torch.zeros(4, 4) if each == "weight" else torch.zeros(4)))
     model["layers"][1].bias = torch.nn.Parameter(torch.zeros(4))
-    assert load_progress.arrived(model) == (80 + 16, 3 * 80, 1, 3)
+    assert waiting.look() == waiting.look() == (80 + 16, 3 * 80 + 64, 1, 3)
+    model["layers"][1].weight = torch.nn.Parameter(torch.zeros(4, 4))
+    model["layers"][2].weight, model["layers"][2].bias = torch.nn.Parameter(torch.zeros(4, 4)), None
+    model["head"].weight = torch.nn.Parameter(torch.zeros(4, 4))
+    assert waiting.look() == (3 * 80 + 64, 3 * 80 + 64, 3, 3)
+
+
+def test_a_look_at_a_mixture_costs_less_than_listing_it():
+    model = torch.nn.ModuleList(
+        [torch.nn.ModuleList([torch.nn.Linear(1, 1, device="meta") for _ in range(128)]) for _ in range(48)]
+    )
+    waiting = load_progress.Waiting(model)
+    began = time.perf_counter()
+    waiting.look()
+    look = time.perf_counter() - began
+    began = time.perf_counter()
+    list(model.named_parameters())
+    assert look < (time.perf_counter() - began) / 2
