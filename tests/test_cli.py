@@ -70,7 +70,7 @@ def test_benchmark_prints_one_line_to_stdout(folder_of_models, capsys):
 
 def test_ask_and_benchmark_and_doctor_write_json_for_scripts(folder_of_models, capsys):
     given = ["--model", "tiny-chat", "--models-dir", folder_of_models, "--json"]
-    code, out, _err = run(capsys, "ask", "Hi", *given, "--max-new-tokens", "3")
+    code, out, _err = run(capsys, "ask", "Hi", *given, "--max-new-tokens", "3", "--temperature", "0")
     found = json.loads(out)
     assert code == 0 and (found["model"], found["new_tokens"], found["reason"]) == ("tiny-chat", 3, "length")
     (judged,) = json.loads(run(capsys, "doctor", *given)[1])["models"]
